@@ -1,0 +1,40 @@
+# Two commands do everything on a fresh machine with Python 3.11+ and (better, not needed) a C++ compiler:
+#   make demo    make test
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup demo test check format clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    set up, fetch a small model, fine-tune it, show what changed (under ten minutes on two cores)"
+	@echo "make test    set up, then the whole test suite"
+	@echo "make check   lint, types, layers"
+	@echo "make format  rewrite the code in the house's format"
+
+$(VENV)/.ready: pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "veneer needs Python 3.11 or newer, this is " + sys.version.split()[0])'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+setup: $(VENV)/.ready
+
+demo: setup
+	$(BIN)/python examples/demo.py
+
+test: setup
+	$(BIN)/veneer fetch smollm2-135m-instruct
+	$(BIN)/python -m pytest
+
+check: setup
+	VENV=$(VENV) scripts/check
+
+format: setup
+	$(BIN)/ruff format src tests bench examples scripts
+	$(BIN)/ruff check --fix src tests bench examples scripts
+
+clean:
+	rm -rf $(VENV) build runs demo

@@ -1,0 +1,1 @@
+"""veneer: parameter-efficient fine-tuning, from planning to serving."""

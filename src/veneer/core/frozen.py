@@ -1,0 +1,36 @@
+"""The interface of a frozen weight. No method knows how the base is stored."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@runtime_checkable
+class FrozenWeight(Protocol):
+    """A weight ``W (o, i)`` that is read and never trained, in any storage format."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(o, i), whatever the layout in memory."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the stored form takes, with everything it needs to be read back."""
+        ...
+
+    def matmul(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
+        """``W x`` on the last axis, in x's dtype; differentiable in x."""
+        ...
+
+    def matmul_t(self, dy: Float[Tensor, "*batch o"]) -> Float[Tensor, "*batch i"]:
+        """``Wᵀ dy`` on the last axis, in dy's dtype: the gradient of ``matmul`` in x."""
+        ...
+
+    def dense(self, dtype: torch.dtype | None = None) -> Float[Tensor, "o i"]:
+        """The whole weight as a matrix; None keeps the dtype that the format computes in. May share memory: do not write."""
+        ...

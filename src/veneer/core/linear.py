@@ -1,0 +1,124 @@
+"""What a LinearDelta means: the one formula of `records.LinearDelta`, applied, folded and composed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from veneer.core.frozen import FrozenWeight
+from veneer.core.records import LinearDelta
+from veneer.errors import CompositionError
+
+
+def apply_linear(
+    delta: LinearDelta,
+    x: Float[Tensor, "*batch i"],
+    weight: FrozenWeight,
+    bias: Float[Tensor, " o"] | None = None,
+    lowrank_input: Float[Tensor, "*batch i"] | None = None,
+) -> Float[Tensor, "*batch o"]:
+    """The adapted layer's output, in the dtype of the base product.
+
+    ``lowrank_input`` stands in for x in front of A alone: that is where dropout acts. The low-rank part is computed in
+    A's dtype (float32 beside a 16-bit base, unless autocast says otherwise) and rounded once, when it is added.
+    """
+    base_input = _scaled(x, delta.in_scale)
+    y = weight.matmul(base_input)
+    if delta.a is not None and delta.b is not None:
+        source = base_input if lowrank_input is None else _scaled(lowrank_input, delta.in_scale)
+        y = y + (lowrank(source, delta.a, delta.b) * delta.scale).to(y.dtype)
+    y = _scaled(y, delta.out_scale)
+    offset = bias if delta.bias is None else delta.bias
+    return y if offset is None else y + offset.to(y.dtype)
+
+
+def lowrank(x: Float[Tensor, "*batch i"], a: Float[Tensor, "r i"], b: Float[Tensor, "o r"]) -> Float[Tensor, "*batch o"]:
+    """``B A x`` in A's dtype, rank first: the matrix ``B A`` is never formed."""
+    return torch.nn.functional.linear(torch.nn.functional.linear(x.to(a.dtype), a), b)
+
+
+def fold_linear(
+    delta: LinearDelta, weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"] | None = None
+) -> tuple[Float[Tensor, "o i"], Float[Tensor, " o"] | None]:
+    """``diag(out_scale) (W + scale B A) diag(in_scale)`` and the bias beside it, in W's dtype, computed in at least float32."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    folded = weight.to(wide)
+    if delta.a is not None and delta.b is not None:
+        folded = folded + (delta.b.to(wide) @ delta.a.to(wide)) * delta.scale
+    if delta.in_scale is not None:
+        folded = folded * delta.in_scale.to(wide)
+    if delta.out_scale is not None:
+        folded = folded * delta.out_scale.to(wide)[:, None]
+    new_bias = bias if delta.bias is None else delta.bias
+    return folded.to(weight.dtype), None if new_bias is None else new_bias.to(weight.dtype)
+
+
+def compose_linear(deltas: Sequence[LinearDelta], bias: Float[Tensor, " o"] | None = None) -> LinearDelta:
+    """One record that acts as all of them together on one layer with the bias given.
+
+    Low-rank parts are concatenated along the rank, which is their exact sum. Scales of inputs and outputs (IA3, DoRA) do
+    not add up: one such record may only be active alone, or beside others when all are pure scales, which multiply.
+
+    Raises CompositionError where the sum is not a LinearDelta.
+    """
+    if len(deltas) == 1:
+        return deltas[0]
+    scaled = [d for d in deltas if d.in_scale is not None or d.out_scale is not None]
+    if scaled and any(d.rank for d in deltas):
+        raise CompositionError(
+            f"{len(deltas)} adapters are active on one layer and {len(scaled)} of them scale its input or output (DoRA, IA3); "
+            "such an update cannot be added to a low-rank one. Activate one of them at a time, merge one first, or combine them "
+            "with add_weighted_adapter."
+        )
+    lowrank_parts = [d for d in deltas if d.rank]
+    return LinearDelta(
+        a=torch.cat([d.a for d in lowrank_parts if d.a is not None]) if lowrank_parts else None,
+        b=torch.cat([d.b * d.scale for d in lowrank_parts if d.b is not None], dim=1) if lowrank_parts else None,
+        in_scale=_product([d.in_scale for d in deltas]),
+        out_scale=_product([d.out_scale for d in deltas]),
+        bias=_sum_of_biases(deltas, bias, multiply=bool(scaled)),
+    )
+
+
+def without_lowrank(delta: LinearDelta) -> LinearDelta:
+    """The record less its low-rank part."""
+    return replace(delta, a=None, b=None, scale=1.0)
+
+
+def row_norms(delta: LinearDelta, weight: FrozenWeight, weight_row_sq: Float[Tensor, " o"]) -> Float[Tensor, " o"]:
+    """Euclidean norms of the rows of ``W + scale B A``, given those of W squared, without forming ``B A``.
+
+    ``|w + s b A|² = |w|² + 2 s b·(A w) + s² b (A Aᵀ) bᵀ`` for each row w of W and b of B: a product of W with r rows and one of
+    size (o, r, r).
+    """
+    if delta.a is None or delta.b is None:
+        return weight_row_sq.sqrt()
+    a, b = delta.a, delta.b
+    cross = (weight.matmul(a).to(b.dtype).T * b).sum(dim=1)
+    square = ((b @ (a @ a.T)) * b).sum(dim=1)
+    total = weight_row_sq.to(b.dtype) + 2 * delta.scale * cross + delta.scale**2 * square
+    return total.clamp_min(0).sqrt()
+
+
+def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
+    return x if scale is None else x * scale.to(x.dtype)
+
+
+def _product(scales: Sequence[Tensor | None]) -> Tensor | None:
+    present = [s for s in scales if s is not None]
+    return torch.stack(present).prod(dim=0) if present else None
+
+
+def _sum_of_biases(deltas: Sequence[LinearDelta], bias: Tensor | None, multiply: bool) -> Tensor | None:
+    """The layer's bias with every record's change to it applied: a product of ratios for scales, a sum of differences else."""
+    if all(d.bias is None for d in deltas):
+        return None
+    if multiply:
+        scales = _product([d.out_scale for d in deltas])
+        return None if bias is None or scales is None else bias * scales
+    own = torch.zeros(()) if bias is None else bias
+    return own + sum((d.bias - own for d in deltas if d.bias is not None), torch.zeros((), device=own.device))

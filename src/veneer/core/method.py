@@ -1,0 +1,174 @@
+"""The contract of a method. A config *is* its method: data, and pure functions from parameters to a record.
+
+Laws, run on every method by ``tests/contract``:
+
+- ``init`` returns exactly the names and shapes of ``shapes``, for any site, with finite values;
+- ``lower`` is pure and differentiable, and where ``identity_at_start`` holds, the record of ``init`` changes nothing;
+- for linear methods, forward through the record equals forward through the folded weight;
+- what is saved and loaded is bit-equal, and the declared bytes are the bytes on disk.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from veneer.core.records import LinearDelta, PrefixDelta, PromptDelta, ResidualDelta
+from veneer.core.sites import AttentionSite, InputSite, LinearSite, ResidualSite
+from veneer.errors import ConfigError
+
+Shapes = dict[str, tuple[int, ...]]
+Params = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig(ABC):
+    """What every adapter config holds, in PEFT's names.
+
+    ``peft_type`` names the format on disk. ``modules_to_save`` are modules trained whole and kept with the adapter.
+    """
+
+    peft_type: ClassVar[str]
+    identity_at_start: ClassVar[bool] = True
+
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+    modules_to_save: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for spec in fields(self):  # a frozen config holds no mutable sequence, whatever it was given
+            value = getattr(self, spec.name)
+            if isinstance(value, (list, set, frozenset)):
+                object.__setattr__(self, spec.name, tuple(sorted(value) if isinstance(value, (set, frozenset)) else value))
+        problems = self.problems()
+        if problems:
+            raise ConfigError(f"{type(self).__name__}: " + "; ".join(problems))
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with the values, one sentence each. Subclasses extend the list."""
+        return []
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object]) -> Self:
+        """A config from the fields of an ``adapter_config.json``, ``peft_type`` and the like already taken out."""
+        return cls(**values)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetedConfig(MethodConfig):
+    """A config that picks modules by name.
+
+    ``target_modules``: a tuple of names or suffixes, a regular expression that must match the whole module path, or
+    ``"all-linear"`` (every linear layer but the output head); None takes the method's default for the architecture.
+    ``layers_to_transform`` keeps only those layer indices, found by ``layers_pattern`` (the name of the list of layers).
+    """
+
+    target_modules: tuple[str, ...] | str | None = None
+    exclude_modules: tuple[str, ...] | str | None = None
+    layers_to_transform: tuple[int, ...] | int | None = None
+    layers_pattern: tuple[str, ...] | str | None = None
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        for name in ("target_modules", "exclude_modules"):
+            pattern = getattr(self, name)
+            if isinstance(pattern, str) and pattern != "all-linear":
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    found.append(f"{name}={pattern!r} is not a regular expression ({error})")
+        if self.layers_pattern and self.layers_to_transform is None:
+            found.append("layers_pattern is given without layers_to_transform: give the indices too, or drop the pattern")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearMethod(TargetedConfig):
+    """A method at linear layers, each with parameters of its own."""
+
+    default_targets: ClassVar[tuple[str, ...]] = ("q_proj", "v_proj")
+
+    @abstractmethod
+    def shapes(self, site: LinearSite) -> Shapes:
+        """Names and shapes of the parameters trained at one site, in PEFT's shapes."""
+
+    @abstractmethod
+    def init(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Start values in float32 on the CPU, drawn from ``generator``."""
+
+    @abstractmethod
+    def lower(self, site: LinearSite, params: Params) -> LinearDelta:
+        """The record that these parameters mean at this site."""
+
+    def disk_names(self, site: LinearSite) -> dict[str, str]:
+        """For each parameter, what follows the module path in its key in ``adapter_model.safetensors``."""
+        return {name: name for name in self.shapes(site)}
+
+    @property
+    def dropout(self) -> float:
+        """Probability of zeroing an input of A in training."""
+        return 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidualMethod(MethodConfig):
+    """A method in the residual stream, with parameters of its own after each sub-layer that it names."""
+
+    @property
+    @abstractmethod
+    def sublayers(self) -> tuple[str, ...]:
+        """Which of ``"attention"`` and ``"mlp"`` get a bottleneck."""
+
+    @abstractmethod
+    def shapes(self, site: ResidualSite) -> Shapes:
+        """Names and shapes of the parameters trained at one site."""
+
+    @abstractmethod
+    def init(self, site: ResidualSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Start values in float32 on the CPU."""
+
+    @abstractmethod
+    def lower(self, site: ResidualSite, params: Params) -> ResidualDelta:
+        """The record that these parameters mean at this site."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixMethod(MethodConfig):
+    """A method on the keys and values of all attention layers, with one set of parameters for the model."""
+
+    @abstractmethod
+    def shapes(self, sites: Sequence[AttentionSite]) -> Shapes:
+        """Names and shapes of the parameters trained, for the whole model."""
+
+    @abstractmethod
+    def init(self, sites: Sequence[AttentionSite], generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Start values in float32 on the CPU."""
+
+    @abstractmethod
+    def lower(self, sites: Sequence[AttentionSite], params: Params) -> tuple[PrefixDelta, ...]:
+        """One record for each site, in the order given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptMethod(MethodConfig):
+    """A method on the input embeddings, with one set of parameters for the model."""
+
+    @abstractmethod
+    def shapes(self, site: InputSite) -> Shapes:
+        """Names and shapes of the parameters trained."""
+
+    @abstractmethod
+    def init(self, site: InputSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Start values in float32 on the CPU."""
+
+    @abstractmethod
+    def lower(self, site: InputSite, params: Params) -> PromptDelta:
+        """The record that these parameters mean."""

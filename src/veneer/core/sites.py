@@ -1,0 +1,62 @@
+"""The places in a frozen model that a method can change, described by shapes; no module is held."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from veneer.core.frozen import FrozenWeight
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearSite:
+    """A linear map ``y = W x + c``, ``W (out_features, in_features)``.
+
+    ``kind`` tells how the input is read: ``"linear"`` takes vectors, ``"embedding"`` takes token ids (in_features is the size
+    of the vocabulary). ``weight`` and ``bias`` are None while planning, when nothing has been loaded. ``row_sq`` gives the
+    squared norms of the rows of the weight; who holds the site computes them once.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    has_bias: bool = False
+    kind: Literal["linear", "embedding"] = "linear"
+    weight: FrozenWeight | None = None
+    bias: Float[Tensor, " o"] | None = None
+    row_sq: Callable[[], Float[Tensor, " o"]] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResidualSite:
+    """The output of one sub-layer (``"attention"`` or ``"mlp"``) of one block, width ``features``, before its residual add."""
+
+    name: str
+    layer: int
+    sublayer: Literal["attention", "mlp"]
+    features: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionSite:
+    """The key/value heads of one attention layer."""
+
+    name: str
+    layer: int
+    kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputSite:
+    """The input embeddings of the model, width ``features``."""
+
+    name: str
+    features: int
+
+
+Site = LinearSite | ResidualSite | AttentionSite | InputSite

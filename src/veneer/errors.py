@@ -1,0 +1,43 @@
+"""One tree of exceptions. Each message says what was given, what is allowed, and what to do."""
+
+
+class VeneerError(Exception):
+    """Anything that veneer raises on purpose."""
+
+
+class ConfigError(VeneerError, ValueError):
+    """A config, recipe or argument holds a value that is not allowed."""
+
+
+class TargetError(ConfigError):
+    """A target pattern matches no module, or one that a method cannot adapt."""
+
+
+class AdapterNameError(ConfigError, KeyError):
+    """An adapter name is unknown, already taken, or not allowed in the state that the model is in."""
+
+    __str__ = Exception.__str__  # KeyError would print the message quoted
+
+
+class CompositionError(VeneerError, ValueError):
+    """Records that cannot be folded, combined or active together."""
+
+
+class ShapeError(VeneerError, ValueError):
+    """A tensor has a shape or dtype that does not fit."""
+
+
+class FormatError(VeneerError, ValueError):
+    """A file or folder is damaged, lies about itself, or does not fit the model."""
+
+
+class BackendError(VeneerError, RuntimeError):
+    """A kernel back end was asked for by name and is not available."""
+
+
+class DataError(VeneerError, ValueError):
+    """A data set holds rows that cannot be trained or evaluated on."""
+
+
+class TrainingError(VeneerError, RuntimeError):
+    """A training run would do nothing, or has gone wrong."""

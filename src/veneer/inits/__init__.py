@@ -1,0 +1,1 @@
+"""How low-rank factors start: one file per start."""

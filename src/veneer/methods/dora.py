@@ -1,0 +1,48 @@
+"""DoRA: ``m (W + s B A) / |W + s B A|``, magnitude m trained per output row (Liu et al. 2024, arXiv:2402.09353, eq. 5).
+
+The norm is held constant in the gradient (section 4.3), so the record is LoRA's with ``out_scale = m / norm``. The norms come
+from products with A and B; the matrix B A is never formed.
+
+Departs: in training with dropout, PEFT pushes the dropped input through W as well; here, as in torchtune, dropout touches
+only what feeds A.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from veneer.core.linear import row_norms
+from veneer.core.method import LinearMethod, Params, Shapes
+from veneer.core.records import LinearDelta
+from veneer.core.sites import LinearSite
+from veneer.errors import ConfigError
+
+SWITCH = "use_dora"
+ORDER = 10
+
+
+def shapes(config: LinearMethod, site: LinearSite) -> Shapes:
+    """The magnitude, one per output row."""
+    return {"lora_magnitude_vector": (site.out_features,)}
+
+
+def init(config: LinearMethod, site: LinearSite, factors: Params) -> dict[str, Tensor]:
+    """The row norms of the frozen weight with the start of the factors, so that the start changes nothing."""
+    start = config.lower(site, {**factors, "lora_magnitude_vector": torch.ones(site.out_features)})
+    norms = _norms(site, replace(start, out_scale=None))
+    return {"lora_magnitude_vector": norms.float()}
+
+
+def lower(config: LinearMethod, site: LinearSite, params: Params, record: LinearDelta) -> LinearDelta:
+    """LoRA's record with ``out_scale = m / norm``."""
+    return replace(record, out_scale=params["lora_magnitude_vector"] / _norms(site, record))
+
+
+@torch.no_grad()
+def _norms(site: LinearSite, record: LinearDelta) -> Tensor:
+    if site.weight is None or site.row_sq is None:
+        raise ConfigError(f"DoRA at {site.name} needs the frozen weight: load the base model before attaching")
+    return row_norms(record, site.weight, site.row_sq())

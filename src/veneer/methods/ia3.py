@@ -1,0 +1,56 @@
+"""IA3: learned vectors rescale keys, values and feed-forward activations (Liu et al. 2022, arXiv:2205.05638, section 3.3).
+
+A vector l multiplies the output of a layer (bias included), or, for ``feedforward_modules``, its input. It starts at one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from veneer.core.method import LinearMethod, Params, Shapes
+from veneer.core.records import LinearDelta
+from veneer.core.sites import LinearSite
+from veneer.core.targets import matches_any
+
+
+@dataclass(frozen=True, kw_only=True)
+class IA3Config(LinearMethod):
+    """IA3 in PEFT's fields. ``feedforward_modules`` must be among ``target_modules``: those scale their input."""
+
+    peft_type: ClassVar[str] = "IA3"
+    default_targets: ClassVar[tuple[str, ...]] = ("k_proj", "v_proj", "down_proj")
+
+    feedforward_modules: tuple[str, ...] | str | None = None
+    fan_in_fan_out: bool = False
+    init_ia3_weights: bool = True
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if isinstance(self.target_modules, tuple) and isinstance(self.feedforward_modules, tuple):
+            stray = sorted(set(self.feedforward_modules) - set(self.target_modules))
+            if stray:
+                found.append(f"feedforward_modules {stray} are not among target_modules {list(self.target_modules)}: add them there")
+        return found
+
+    def shapes(self, site: LinearSite) -> Shapes:
+        return {"ia3_l": (1, site.in_features) if self._scales_input(site) else (site.out_features, 1)}
+
+    def init(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        (shape,) = self.shapes(site).values()
+        return {"ia3_l": torch.ones(shape) if self.init_ia3_weights else torch.randn(shape, generator=generator)}
+
+    def lower(self, site: LinearSite, params: Params) -> LinearDelta:
+        vector = params["ia3_l"].flatten()
+        if self._scales_input(site):
+            return LinearDelta(in_scale=vector)
+        return LinearDelta(out_scale=vector, bias=None if site.bias is None else site.bias * vector.to(site.bias.dtype))
+
+    def _scales_input(self, site: LinearSite) -> bool:
+        patterns = self.default_feedforward if self.feedforward_modules is None else self.feedforward_modules
+        return matches_any(site.name, patterns)
+
+    default_feedforward: ClassVar[tuple[str, ...]] = ("down_proj", "fc2", "c_proj", "dense_4h_to_h")

@@ -1,0 +1,1 @@
+"""Attaching records to a transformers model: everything that knows transformers' module layout."""

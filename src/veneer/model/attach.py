@@ -1,0 +1,64 @@
+"""Finding the sites of a transformers model and putting adapters on them, in place."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from veneer.core.method import LinearMethod, MethodConfig, TargetedConfig
+from veneer.core.targets import ModuleIndex, select_targets
+from veneer.errors import AdapterNameError, TargetError
+from veneer.model.linear import AdaptedLinear, adapt_linear, is_linear, restore_linear
+from veneer.model.state import AdapterState
+
+
+def module_index(model: PreTrainedModel) -> ModuleIndex:
+    """The module paths of a model. ``"all-linear"`` leaves the output head out."""
+    names = {name: module for name, module in model.named_modules() if name and ".adapters" not in name}
+    linear = tuple(name for name, module in names.items() if is_linear(module))
+    head = model.get_output_embeddings()
+    return ModuleIndex(
+        all_names=tuple(names), adaptable=linear, all_linear=tuple(n for n in linear if names[n] is not head)
+    )
+
+
+def targets_of(model: PreTrainedModel, config: MethodConfig) -> tuple[str, ...]:
+    """The module paths that a linear method's config means in this model."""
+    if not isinstance(config, TargetedConfig):
+        raise TargetError(f"{type(config).__name__} does not target modules by name")
+    default = config.default_targets if isinstance(config, LinearMethod) else ()
+    return select_targets(config, module_index(model), default)
+
+
+def attach(model: PreTrainedModel, config: LinearMethod, name: str, state: AdapterState, generator: torch.Generator | None = None) -> None:
+    """Add one adapter's parameters to every layer that its config means. They start in float32 beside a 16-bit base."""
+    if name in state.configs:
+        raise AdapterNameError(f"an adapter named {name!r} is there already; loaded: {sorted(state.configs)}. Choose another name or delete it first.")
+    targets = targets_of(model, config)
+    state.configs[name] = config
+    for path in targets:
+        module = model.get_submodule(path)
+        layer = module if isinstance(module, AdaptedLinear) else adapt_linear(path, module, state)
+        site = layer.site()
+        device = next(module.parameters()).device
+        values = config.init(site, generator)
+        layer.adapters[name] = nn.ParameterDict({key: nn.Parameter(value.to(device)) for key, value in values.items()})
+
+
+def detach(model: PreTrainedModel, state: AdapterState, name: str) -> None:
+    """Take one adapter off; a layer without adapters gets its own class back."""
+    del state.configs[name]
+    state.active = tuple(n for n in state.active if n != name)
+    for layer in adapted_layers(model).values():
+        if name in layer.adapters:
+            del layer.adapters[name]
+        if not layer.adapters:
+            restore_linear(layer)
+
+
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """The adapted layers by module path."""
+    return {name: cast(AdaptedLinear, m) for name, m in model.named_modules() if isinstance(m, AdaptedLinear)}

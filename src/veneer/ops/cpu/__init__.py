@@ -1,0 +1,1 @@
+"""The C++ kernels of `veneer._kernels`, behind torch tensors."""

@@ -1,0 +1,86 @@
+"""Who computes an op: picked by the tensors' device and by what is built, never by an environment variable."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from veneer.errors import BackendError
+
+BACKENDS = ("triton", "cpu", "reference")
+_DEVICES = {"triton": "cuda", "cpu": "cpu"}
+
+log = logging.getLogger(__name__)
+
+
+def implementation(op: str, device: torch.device, backend: str | None = None) -> Callable[..., Any]:
+    """The function that computes ``"family.name"`` on a device: the fastest back end there is, or the one named.
+
+    Raises BackendError where a back end asked for by name cannot serve. Where the reference has to stand in for a kernel, that
+    is logged once with the reason.
+    """
+    if backend is not None:
+        return _load(op, backend)
+    kernel = next((b for b, kind in _DEVICES.items() if kind == device.type), None)
+    if kernel is not None:
+        found, reason = _find(op, kernel)
+        if found is not None:
+            return found
+        _log_fallback(op, kernel, reason)
+    return _load(op, "reference")
+
+
+def backends(op: str) -> tuple[str, ...]:
+    """The back ends that can compute ``"family.name"`` in this installation, fastest first."""
+    return tuple(b for b in BACKENDS if _find(op, b)[0] is not None)
+
+
+def availability() -> dict[str, str]:
+    """For each back end "available", or why it is not."""
+    return {b: _missing(b) or "available" for b in BACKENDS}
+
+
+def _load(op: str, backend: str) -> Callable[..., Any]:
+    if backend not in BACKENDS:
+        raise BackendError(f"backend {backend!r} is unknown; there are {list(BACKENDS)}")
+    found, reason = _find(op, backend)
+    if found is None:
+        raise BackendError(f"backend {backend!r} cannot compute {op}: {reason}; available: {list(backends(op))}")
+    return found
+
+
+@functools.cache
+def _find(op: str, backend: str) -> tuple[Callable[..., Any] | None, str]:
+    family, _, name = op.partition(".")
+    missing = _missing(backend)
+    if missing:
+        return None, missing
+    module = _module(backend, family)
+    function = getattr(module, name, None) if module else None
+    return function, "" if function else f"it has no kernel for {op}"
+
+
+def _module(backend: str, family: str) -> ModuleType | None:
+    full = f"veneer.ops.{backend}.{family}"
+    return importlib.import_module(full) if importlib.util.find_spec(full) else None
+
+
+@functools.cache
+def _missing(backend: str) -> str:
+    if backend == "cpu" and importlib.util.find_spec("veneer._kernels") is None:
+        return "the C++ module was not built (no C++ compiler when veneer was installed)"
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    return ""
+
+
+@functools.cache
+def _log_fallback(op: str, backend: str, reason: str) -> None:
+    log.info("%s runs on the torch reference: %s back end: %s", op, backend, reason)

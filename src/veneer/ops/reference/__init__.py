@@ -1,0 +1,1 @@
+"""Plain torch: obvious, and the specification of every op."""
