@@ -1,6 +1,6 @@
-"""The demo's data: what is shipped is what the script writes, and the held-out part shares nothing with the training part."""
+"""The demo's data: what is shipped is what the script writes; the held-out part shares nothing with the training part."""
 
-import importlib.util
+import importlib
 import json
 import random
 from pathlib import Path
@@ -11,12 +11,10 @@ import pytest
 FOLDER = Path(__file__).parents[3] / "examples" / "calendar"
 
 
-@pytest.fixture(scope="module")
-def make_data() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_data", FOLDER / "make_data.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def make_data(monkeypatch) -> ModuleType:
+    monkeypatch.syspath_prepend(FOLDER)
+    return importlib.import_module("make_data")
 
 
 def rows(name: str) -> list[dict]:
@@ -38,8 +36,9 @@ def test_the_parts_share_no_slot_value(make_data, slot):
 
 @pytest.mark.parametrize("key", ["title", "date", "start", "minutes", "with", "place"])
 def test_the_entries_share_no_value(key):
-    seen, new = (
-        {json.loads(r["messages"][-1]["content"])[key] for r in rows(n)} - {None} for n in ("train.jsonl", "heldout.jsonl")
-    )
+    def values(name: str) -> set:
+        return {json.loads(r["messages"][-1]["content"])[key] for r in rows(name)} - {None}
+
+    seen, new = values("train.jsonl"), values("heldout.jsonl")
     assert new
     assert not seen & new
