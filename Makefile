@@ -33,8 +33,8 @@ check: setup
 	VENV=$(VENV) scripts/check
 
 format: setup
-	$(BIN)/ruff format src tests bench examples scripts
-	$(BIN)/ruff check --fix src tests bench examples scripts
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
 
 clean:
 	rm -rf $(VENV) build runs demo

@@ -32,5 +32,5 @@ class FrozenWeight(Protocol):
         ...
 
     def dense(self, dtype: torch.dtype | None = None) -> Float[Tensor, "o i"]:
-        """The whole weight as a matrix; None keeps the dtype that the format computes in. May share memory: do not write."""
+        """The whole weight as a matrix; None keeps the format's dtype. May share memory: do not write into it."""
         ...

@@ -36,7 +36,9 @@ def apply_linear(
     return y if offset is None else y + offset.to(y.dtype)
 
 
-def lowrank(x: Float[Tensor, "*batch i"], a: Float[Tensor, "r i"], b: Float[Tensor, "o r"]) -> Float[Tensor, "*batch o"]:
+def lowrank(
+    x: Float[Tensor, "*batch i"], a: Float[Tensor, "r i"], b: Float[Tensor, "o r"]
+) -> Float[Tensor, "*batch o"]:
     """``B A x`` in A's dtype, rank first: the matrix ``B A`` is never formed."""
     return torch.nn.functional.linear(torch.nn.functional.linear(x.to(a.dtype), a), b)
 
@@ -44,7 +46,7 @@ def lowrank(x: Float[Tensor, "*batch i"], a: Float[Tensor, "r i"], b: Float[Tens
 def fold_linear(
     delta: LinearDelta, weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"] | None = None
 ) -> tuple[Float[Tensor, "o i"], Float[Tensor, " o"] | None]:
-    """``diag(out_scale) (W + scale B A) diag(in_scale)`` and the bias beside it, in W's dtype, computed in at least float32."""
+    """``diag(out_scale) (W + scale B A) diag(in_scale)`` and the new bias, in W's dtype, computed in float32 or more."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     folded = weight.to(wide)
     if delta.a is not None and delta.b is not None:
@@ -60,8 +62,8 @@ def fold_linear(
 def compose_linear(deltas: Sequence[LinearDelta], bias: Float[Tensor, " o"] | None = None) -> LinearDelta:
     """One record that acts as all of them together on one layer with the bias given.
 
-    Low-rank parts are concatenated along the rank, which is their exact sum. Scales of inputs and outputs (IA3, DoRA) do
-    not add up: one such record may only be active alone, or beside others when all are pure scales, which multiply.
+    Low-rank parts are concatenated along the rank, which is their exact sum. Scales of inputs and outputs (IA3, DoRA)
+    do not add up: such a record acts alone, or beside others where all are pure scales, which multiply.
 
     Raises CompositionError where the sum is not a LinearDelta.
     """
@@ -70,9 +72,9 @@ def compose_linear(deltas: Sequence[LinearDelta], bias: Float[Tensor, " o"] | No
     scaled = [d for d in deltas if d.in_scale is not None or d.out_scale is not None]
     if scaled and any(d.rank for d in deltas):
         raise CompositionError(
-            f"{len(deltas)} adapters are active on one layer and {len(scaled)} of them scale its input or output (DoRA, IA3); "
-            "such an update cannot be added to a low-rank one. Activate one of them at a time, merge one first, or combine them "
-            "with add_weighted_adapter."
+            f"{len(deltas)} adapters are active on one layer and {len(scaled)} of them scale its input or output "
+            "(DoRA, IA3); such an update cannot be added to a low-rank one. Activate one of them at a time, merge one "
+            "first, or combine them with add_weighted_adapter."
         )
     lowrank_parts = [d for d in deltas if d.rank]
     return LinearDelta(
@@ -92,8 +94,8 @@ def without_lowrank(delta: LinearDelta) -> LinearDelta:
 def row_norms(delta: LinearDelta, weight: FrozenWeight, weight_row_sq: Float[Tensor, " o"]) -> Float[Tensor, " o"]:
     """Euclidean norms of the rows of ``W + scale B A``, given those of W squared, without forming ``B A``.
 
-    ``|w + s b A|² = |w|² + 2 s b·(A w) + s² b (A Aᵀ) bᵀ`` for each row w of W and b of B: a product of W with r rows and one of
-    size (o, r, r).
+    ``|w + s b A|² = |w|² + 2 s b·(A w) + s² b (A Aᵀ) bᵀ`` for each row w of W and b of B: a product of W with r rows
+    and one of size (o, r, r).
     """
     if delta.a is None or delta.b is None:
         return weight_row_sq.sqrt()
@@ -114,7 +116,7 @@ def _product(scales: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def _sum_of_biases(deltas: Sequence[LinearDelta], bias: Tensor | None, multiply: bool) -> Tensor | None:
-    """The layer's bias with every record's change to it applied: a product of ratios for scales, a sum of differences else."""
+    """The layer's bias with every record's change to it applied: scales multiply, differences add up."""
     if all(d.bias is None for d in deltas):
         return None
     if multiply:

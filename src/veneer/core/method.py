@@ -47,7 +47,9 @@ class MethodConfig(ABC):
         for spec in fields(self):  # a frozen config holds no mutable sequence, whatever it was given
             value = getattr(self, spec.name)
             if isinstance(value, (list, set, frozenset)):
-                object.__setattr__(self, spec.name, tuple(sorted(value) if isinstance(value, (set, frozenset)) else value))
+                object.__setattr__(
+                    self, spec.name, tuple(sorted(value) if isinstance(value, (set, frozenset)) else value)
+                )
         problems = self.problems()
         if problems:
             raise ConfigError(f"{type(self).__name__}: " + "; ".join(problems))
@@ -68,7 +70,7 @@ class TargetedConfig(MethodConfig):
 
     ``target_modules``: a tuple of names or suffixes, a regular expression that must match the whole module path, or
     ``"all-linear"`` (every linear layer but the output head); None takes the method's default for the architecture.
-    ``layers_to_transform`` keeps only those layer indices, found by ``layers_pattern`` (the name of the list of layers).
+    ``layers_to_transform`` keeps only those layer indices, found by ``layers_pattern`` (name of the list of layers).
     """
 
     target_modules: tuple[str, ...] | str | None = None
@@ -86,7 +88,9 @@ class TargetedConfig(MethodConfig):
                 except re.error as error:
                     found.append(f"{name}={pattern!r} is not a regular expression ({error})")
         if self.layers_pattern and self.layers_to_transform is None:
-            found.append("layers_pattern is given without layers_to_transform: give the indices too, or drop the pattern")
+            found.append(
+                "layers_pattern is given without layers_to_transform: give the indices too, or drop the pattern"
+            )
         return found
 
 

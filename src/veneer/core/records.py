@@ -37,8 +37,8 @@ class LinearDelta:
 class ResidualDelta:
     """A bottleneck: ``h + scale * (up act(down x + down_bias) + up_bias)``.
 
-    ``where`` says what ``x`` and ``h`` are: ``"serial"`` reads and changes the output of a sub-layer before its residual
-    add (x = h); ``"parallel"`` reads the sub-layer's input and changes its output.
+    ``where`` says what ``x`` and ``h`` are: ``"serial"`` reads and changes the output of a sub-layer before its
+    residual add (x = h); ``"parallel"`` reads the sub-layer's input and changes its output.
     """
 
     down: Float[Tensor, "r d"]

@@ -16,9 +16,9 @@ from veneer.core.frozen import FrozenWeight
 class LinearSite:
     """A linear map ``y = W x + c``, ``W (out_features, in_features)``.
 
-    ``kind`` tells how the input is read: ``"linear"`` takes vectors, ``"embedding"`` takes token ids (in_features is the size
-    of the vocabulary). ``weight`` and ``bias`` are None while planning, when nothing has been loaded. ``row_sq`` gives the
-    squared norms of the rows of the weight; who holds the site computes them once.
+    ``kind`` tells how the input is read: ``"linear"`` takes vectors, ``"embedding"`` takes token ids (in_features is
+    the size of the vocabulary). ``weight`` and ``bias`` are None while planning, when nothing has been loaded.
+    ``row_sq`` gives the squared norms of the rows of the weight; who holds the site computes them once.
     """
 
     name: str
@@ -33,7 +33,7 @@ class LinearSite:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResidualSite:
-    """The output of one sub-layer (``"attention"`` or ``"mlp"``) of one block, width ``features``, before its residual add."""
+    """The output of one sub-layer of one block, width ``features``, before its residual add."""
 
     name: str
     layer: int

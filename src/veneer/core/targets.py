@@ -14,7 +14,7 @@ ALL_LINEAR = "all-linear"
 
 
 def matches_any(name: str, patterns: Sequence[str] | str) -> bool:
-    """Whether a module path is meant: by a regular expression (a string, matched whole) or by one of several names or suffixes."""
+    """Whether a module path is meant: by a regular expression (a string, matched whole), or by names or suffixes."""
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
     return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
@@ -32,20 +32,24 @@ class ModuleIndex:
 def select_targets(config: TargetedConfig, index: ModuleIndex, default: Sequence[str]) -> tuple[str, ...]:
     """The module paths that a config adapts, in the model's order.
 
-    Raises TargetError where a pattern matches nothing (naming the nearest module names), or matches only modules that cannot
-    be adapted.
+    Raises TargetError where a pattern matches nothing (naming the nearest module names), or matches only modules that
+    cannot be adapted.
     """
     patterns = default if config.target_modules is None else config.target_modules
-    meant = index.all_linear if patterns == ALL_LINEAR else tuple(n for n in index.all_names if matches_any(n, patterns))
+    meant = (
+        index.all_linear if patterns == ALL_LINEAR else tuple(n for n in index.all_names if matches_any(n, patterns))
+    )
     _require_each_pattern_to_match(patterns, index)
     kept = tuple(n for n in meant if not (config.exclude_modules and matches_any(n, config.exclude_modules)))
     if meant and not kept:
-        raise TargetError(f"exclude_modules={_show(config.exclude_modules)} leaves nothing of target_modules={_show(patterns)}")
+        raise TargetError(
+            f"exclude_modules={_show(config.exclude_modules)} leaves nothing of target_modules={_show(patterns)}"
+        )
     in_layers = tuple(n for n in kept if _in_layers(n, config))
     if kept and not in_layers:
         raise TargetError(
-            f"layers_to_transform={config.layers_to_transform!r} (layers_pattern={config.layers_pattern!r}) matches no layer of "
-            f"the {len(kept)} target modules, such as {kept[0]!r}"
+            f"layers_to_transform={config.layers_to_transform!r} (layers_pattern={config.layers_pattern!r}) matches no "
+            f"layer of the {len(kept)} target modules, such as {kept[0]!r}"
         )
     chosen = tuple(n for n in in_layers if n in set(index.adaptable))
     if not chosen:
@@ -63,14 +67,23 @@ def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
 
 def _require_each_pattern_to_match(patterns: Sequence[str] | str, index: ModuleIndex) -> None:
     wanted = [patterns] if isinstance(patterns, str) else list(patterns)
-    missing = [] if patterns == ALL_LINEAR else [
-        p for p in wanted if not any(matches_any(n, p if isinstance(patterns, str) else (p,)) for n in index.all_names)
-    ]
+    missing = (
+        []
+        if patterns == ALL_LINEAR
+        else [
+            p
+            for p in wanted
+            if not any(matches_any(n, p if isinstance(patterns, str) else (p,)) for n in index.all_names)
+        ]
+    )
     if missing or not wanted:
         endings = {n.rpartition(".")[2] for n in index.all_names}
         hints = {p: nearest(p.rpartition(".")[2], endings) for p in missing}
         raise TargetError(
-            "; ".join(f"target module {p!r} matches no module of the model" + (f" (nearest: {', '.join(h)})" if h else "") for p, h in hints.items())
+            "; ".join(
+                f"target module {p!r} matches no module of the model" + (f" (nearest: {', '.join(h)})" if h else "")
+                for p, h in hints.items()
+            )
             or "target_modules is empty"
         ) from None
 
@@ -78,7 +91,9 @@ def _require_each_pattern_to_match(patterns: Sequence[str] | str, index: ModuleI
 def _in_layers(name: str, config: TargetedConfig) -> bool:
     if config.layers_to_transform is None:
         return True
-    wanted = (config.layers_to_transform,) if isinstance(config.layers_to_transform, int) else config.layers_to_transform
+    wanted = (
+        (config.layers_to_transform,) if isinstance(config.layers_to_transform, int) else config.layers_to_transform
+    )
     given = config.layers_pattern or (r"[^.]*",)
     patterns = (given,) if isinstance(given, str) else given
     found = (re.match(rf"(?:.*\.)?{pattern}\.(\d+)\.", name) for pattern in patterns)

@@ -1,4 +1,4 @@
-"""Starts of the factors A (r, i) and B (o, r) that leave the frozen weight alone: Kaiming, Gaussian, and both random."""
+"""Starts of A (r, i) and B (o, r) that leave the frozen weight alone: Kaiming, Gaussian, and both random."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def kaiming(r: int, i: int, o: int, generator: torch.Generator | None = None) ->
 
 
 def gaussian(r: int, i: int, o: int, generator: torch.Generator | None = None) -> Factors:
-    """A normal with standard deviation 1/r, B zero (Hu et al. 2021, arXiv:2106.09685, section 4.1; the width is PEFT's)."""
+    """A normal with standard deviation 1/r, B zero (Hu et al. 2021, section 4.1; the deviation is PEFT's)."""
     return torch.randn(r, i, generator=generator) / r, torch.zeros(o, r)
 
 

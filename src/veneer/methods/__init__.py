@@ -20,8 +20,11 @@ def all_methods() -> dict[str, type[MethodConfig]]:
     found: dict[str, type[MethodConfig]] = {}
     for module_info in pkgutil.iter_modules(__path__, prefix=f"{__name__}."):
         module = importlib.import_module(module_info.name)
-        for value in vars(module).values():
-            if inspect.isclass(value) and issubclass(value, MethodConfig) and value.__module__ == module.__name__:
-                if not inspect.isabstract(value) and hasattr(value, "peft_type"):
-                    found[value.peft_type] = value
+        found |= {value.peft_type: value for value in vars(module).values() if _is_method(value, module.__name__)}
     return found
+
+
+def _is_method(value: object, module_name: str) -> bool:
+    """Whether it is a config of its own: defined in that module, with nothing left abstract."""
+    own = inspect.isclass(value) and issubclass(value, MethodConfig) and value.__module__ == module_name
+    return own and not inspect.isabstract(value) and hasattr(value, "peft_type")

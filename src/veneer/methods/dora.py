@@ -1,10 +1,10 @@
 """DoRA: ``m (W + s B A) / |W + s B A|``, magnitude m trained per output row (Liu et al. 2024, arXiv:2402.09353, eq. 5).
 
-The norm is held constant in the gradient (section 4.3), so the record is LoRA's with ``out_scale = m / norm``. The norms come
-from products with A and B; the matrix B A is never formed.
+The norm is held constant in the gradient (section 4.3), so the record is LoRA's with ``out_scale = m / norm``. The
+norms come from products with A and B; the matrix B A is never formed.
 
-Departs: in training with dropout, PEFT pushes the dropped input through W as well; here, as in torchtune, dropout touches
-only what feeds A.
+Departs: in training with dropout, PEFT pushes the dropped input through W as well; here, as in torchtune, dropout
+touches only what feeds A.
 """
 
 from __future__ import annotations

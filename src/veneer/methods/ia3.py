@@ -1,6 +1,7 @@
-"""IA3: learned vectors rescale keys, values and feed-forward activations (Liu et al. 2022, arXiv:2205.05638, section 3.3).
+"""IA3: vectors rescale keys, values and feed-forward activations (Liu et al. 2022, arXiv:2205.05638, section 3.3).
 
-A vector l multiplies the output of a layer (bias included), or, for ``feedforward_modules``, its input. It starts at one.
+A vector l multiplies the output of a layer (bias included), or, for ``feedforward_modules``, its input. It starts at
+one.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ class IA3Config(LinearMethod):
         if isinstance(self.target_modules, tuple) and isinstance(self.feedforward_modules, tuple):
             stray = sorted(set(self.feedforward_modules) - set(self.target_modules))
             if stray:
-                found.append(f"feedforward_modules {stray} are not among target_modules {list(self.target_modules)}: add them there")
+                found.append(
+                    f"feedforward_modules {stray} are not among target_modules {list(self.target_modules)}: "
+                    "add them there"
+                )
         return found
 
     def shapes(self, site: LinearSite) -> Shapes:

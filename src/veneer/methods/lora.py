@@ -36,9 +36,10 @@ STARTS = {True: lowrank.kaiming, "gaussian": lowrank.gaussian, False: lowrank.ra
 class LoraConfig(LinearMethod):
     """LoRA and its variants, in PEFT's fields.
 
-    ``rank_pattern`` and ``alpha_pattern`` override r and alpha for modules whose path ends with a key (a regular expression).
+    ``rank_pattern`` and ``alpha_pattern`` override r and alpha where the module path ends with a key (a regular
+    expression).
     ``bias``: which biases of the base are trained too: "none", "all", or those of the adapted layers ("lora_only").
-    ``init_lora_weights``: True (Kaiming A, zero B), "gaussian", or False (both random, so not the base model at the start).
+    ``init_lora_weights``: True (Kaiming A, zero B), "gaussian", or False (both random: the start changes the model).
     ``fan_in_fan_out`` is read for compatibility; a layer that stores Wᵀ is recognised by its type.
     """
 
@@ -60,7 +61,10 @@ class LoraConfig(LinearMethod):
         for name, r in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
             if not isinstance(r, int) or isinstance(r, bool) or r < 1:
                 found.append(f"{name}={r!r} must be a whole number of at least 1")
-        for name, alpha in {"lora_alpha": self.lora_alpha, **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}}.items():
+        for name, alpha in {
+            "lora_alpha": self.lora_alpha,
+            **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()},
+        }.items():
             if not math.isfinite(alpha) or alpha == 0:
                 found.append(f"{name}={alpha!r} must be a finite number other than 0")
         if not 0 <= self.lora_dropout < 1:
@@ -81,7 +85,7 @@ class LoraConfig(LinearMethod):
 
     def shapes(self, site: LinearSite) -> Shapes:
         r = self.rank(site)
-        shapes = {"lora_A": (r, site.in_features), "lora_B": (site.out_features, r)}
+        shapes: Shapes = {"lora_A": (r, site.in_features), "lora_B": (site.out_features, r)}
         for variant in self._variants():
             shapes |= variant.shapes(self, site) if hasattr(variant, "shapes") else {}
         return shapes
@@ -118,7 +122,7 @@ class LoraConfig(LinearMethod):
 
 @functools.cache
 def _all_variants() -> tuple[ModuleType, ...]:
-    """The modules beside this one that declare a SWITCH, those that rescale (`ORDER`) before those that read the scale."""
+    """The modules beside this one that declare a SWITCH, by ORDER: what rescales comes before what reads the scale."""
     package = __name__.rpartition(".")[0]
     path = importlib.import_module(package).__path__
     modules = [importlib.import_module(f"{package}.{info.name}") for info in pkgutil.iter_modules(path)]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -33,10 +31,19 @@ def targets_of(model: PreTrainedModel, config: MethodConfig) -> tuple[str, ...]:
     return select_targets(config, module_index(model), default)
 
 
-def attach(model: PreTrainedModel, config: LinearMethod, name: str, state: AdapterState, generator: torch.Generator | None = None) -> None:
+def attach(
+    model: PreTrainedModel,
+    config: LinearMethod,
+    name: str,
+    state: AdapterState,
+    generator: torch.Generator | None = None,
+) -> None:
     """Add one adapter's parameters to every layer that its config means. They start in float32 beside a 16-bit base."""
     if name in state.configs:
-        raise AdapterNameError(f"an adapter named {name!r} is there already; loaded: {sorted(state.configs)}. Choose another name or delete it first.")
+        raise AdapterNameError(
+            f"an adapter named {name!r} is there already; loaded: {sorted(state.configs)}. "
+            "Choose another name or delete it first."
+        )
     targets = targets_of(model, config)
     state.configs[name] = config
     for path in targets:
@@ -61,4 +68,4 @@ def detach(model: PreTrainedModel, state: AdapterState, name: str) -> None:
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
     """The adapted layers by module path."""
-    return {name: cast(AdaptedLinear, m) for name, m in model.named_modules() if isinstance(m, AdaptedLinear)}
+    return {name: m for name, m in model.named_modules() if isinstance(m, AdaptedLinear)}

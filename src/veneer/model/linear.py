@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 from typing import Any, cast
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from veneer.core.frozen import FrozenWeight
-from veneer.core.linear import apply_linear, compose_linear
+from veneer.core.linear import apply_linear, compose_linear, lowrank, without_lowrank
 from veneer.core.method import LinearMethod
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
@@ -19,7 +20,7 @@ from veneer.quant.dense import DenseWeight
 
 
 class AdaptedLinear(nn.Module):
-    """Mixed in front of the class of a linear layer by `adapt_linear`. ``adapters`` holds each adapter's parameters by name."""
+    """Mixed in front of a linear layer's class by `adapt_linear`; ``adapters`` holds the parameters by adapter name."""
 
     site_name: str
     adapters: nn.ModuleDict
@@ -59,11 +60,12 @@ class AdaptedLinear(nn.Module):
         """Several active adapters, each with a dropout mask of its own in front of its A."""
         records = [self.record(name, site) for name in names]
         whole = compose_linear(records, site.bias)  # raises where they cannot act together
-        y = apply_linear(LinearDelta(in_scale=whole.in_scale, out_scale=whole.out_scale, bias=whole.bias), x, self.frozen_weight(), site.bias)
+        y = apply_linear(without_lowrank(whole), x, self.frozen_weight(), site.bias)
         for name, record in zip(names, records, strict=True):
             if record.a is not None and record.b is not None:
                 dropped = self._dropped(x, name)
-                y = y + _lowrank_only(record, x if dropped is None else dropped).to(y.dtype)
+                part = lowrank(x if dropped is None else dropped, record.a, record.b)
+                y = y + (part * record.scale).to(y.dtype)
         return y
 
     def _row_sq(self) -> Tensor:
@@ -74,12 +76,6 @@ class AdaptedLinear(nn.Module):
             cached = (key, weight.dense(torch.float32).square().sum(dim=1))
             self._row_sq_cache = cached
         return cast(Tensor, cached[1])
-
-
-def _lowrank_only(record: LinearDelta, x: Tensor) -> Tensor:
-    assert record.a is not None
-    assert record.b is not None
-    return nn.functional.linear(nn.functional.linear(x.to(record.a.dtype), record.a), record.b) * record.scale
 
 
 def _parameters(holder: nn.Module) -> dict[str, Tensor]:
@@ -93,8 +89,9 @@ def is_linear(module: nn.Module) -> bool:
 
 def frozen_weight(module: nn.Module) -> FrozenWeight:
     """The weight of a linear layer as W (o, i), whatever its class."""
-    if hasattr(module, "frozen_format"):
-        return cast(FrozenWeight, module.frozen_format())
+    stored = getattr(module, "frozen_format", None)
+    if stored is not None:
+        return cast(FrozenWeight, stored())
     weight = cast(Tensor, module.weight)
     return DenseWeight(weight.T if isinstance(module, Conv1D) else weight)
 
@@ -110,7 +107,7 @@ def linear_site(name: str, module: nn.Module, weight: FrozenWeight, row_sq: Any 
 
 def adapt_linear(name: str, module: nn.Module, state: AdapterState) -> AdaptedLinear:
     """Make a linear layer adapted, in place; nothing changes until an adapter is added and active."""
-    module.__class__ = _adapted_class(type(module))
+    module.__class__ = _adapted_class(cast(Hashable, type(module)))
     adapted = cast(AdaptedLinear, module)
     adapted.site_name, adapted.adapter_state = name, state
     adapted.adapters = nn.ModuleDict()
@@ -125,5 +122,6 @@ def restore_linear(module: AdaptedLinear) -> None:
 
 
 @functools.cache
-def _adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Adapted{cls.__name__}", (AdaptedLinear, cls), {})
+def _adapted_class(cls: Hashable) -> type[nn.Module]:
+    base = cast("type[nn.Module]", cls)
+    return type(f"Adapted{base.__name__}", (AdaptedLinear, base), {})

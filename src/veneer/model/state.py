@@ -9,7 +9,7 @@ from veneer.core.method import MethodConfig
 
 @dataclass
 class AdapterState:
-    """``configs`` by adapter name, the ``active`` names in order, whether all are ``disabled``, and the names ``merged`` into the base."""
+    """``configs`` by name, the ``active`` names in order, whether all are ``disabled``, and the names ``merged``."""
 
     configs: dict[str, MethodConfig] = field(default_factory=dict)
     active: tuple[str, ...] = ()

@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 def implementation(op: str, device: torch.device, backend: str | None = None) -> Callable[..., Any]:
     """The function that computes ``"family.name"`` on a device: the fastest back end there is, or the one named.
 
-    Raises BackendError where a back end asked for by name cannot serve. Where the reference has to stand in for a kernel, that
-    is logged once with the reason.
+    Raises BackendError where a back end asked for by name cannot serve. Where the reference has to stand in for a
+    kernel, that is logged once with the reason.
     """
     if backend is not None:
         return _load(op, backend)

@@ -1,4 +1,4 @@
-"""The demo's data: what is shipped is what the script writes; the held-out part shares nothing with the training part."""
+"""The demo's data: what is shipped is what the script writes; the held-out part shares nothing with the rest."""
 
 import importlib
 import json
