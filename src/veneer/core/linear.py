@@ -46,7 +46,7 @@ def lowrank(
 def fold_linear(
     delta: LinearDelta, weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"] | None = None
 ) -> tuple[Float[Tensor, "o i"], Float[Tensor, " o"] | None]:
-    """``diag(out_scale) (W + scale B A) diag(in_scale)`` and the new bias, in W's dtype, computed in float32 or more."""
+    """``diag(out_scale) (W + scale B A) diag(in_scale)`` and the bias, in W's dtype, computed in at least float32."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     folded = weight.to(wide)
     if delta.a is not None and delta.b is not None:
