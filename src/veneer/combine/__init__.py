@@ -1,1 +1,7 @@
-"""."""
+"""Adapters as algebra: each file is one way to make one update of several. `combine` picks it by name."""
+
+from __future__ import annotations
+
+from veneer.combine.choose import WAYS, Combination, combine
+
+__all__ = ["WAYS", "Combination", "combine"]

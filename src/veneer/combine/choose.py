@@ -1,0 +1,116 @@
+"""One update from several at one layer, by the name of the way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from veneer.combine.factorwise import factorwise
+from veneer.combine.scales import combined_scales, only_scales
+from veneer.combine.sparsify import drop_and_rescale, largest
+from veneer.combine.ties import Divisor, Vote, elect_and_merge
+from veneer.combine.truncate import truncate_dense, truncate_factors
+from veneer.combine.update import Update, concatenated
+from veneer.core.records import LinearDelta
+from veneer.errors import CompositionError
+
+Way = Literal["linear", "cat", "svd", "factorwise", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
+WAYS: tuple[str, ...] = get_args(Way)
+_SPARSE = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combination:
+    """How to combine.
+
+    ``how``: "linear" is the exact weighted sum, with ranks added up or, with ``rank``, truncated; "cat" is the same
+    and never truncated; "svd" truncates to ``rank`` or to the largest rank that goes in; "factorwise" adds A to A
+    and B to B, which leaves cross terms; the others work on whole updates and come back to ``rank`` (default: the
+    largest that goes in).
+    ``density``: the share of entries that "ties", "magnitude_prune" and "dare_…" keep.
+    ``seed`` is that of DARE's draw.
+    """
+
+    how: Way = "linear"
+    rank: int | None = None
+    density: float | None = None
+    vote: Vote = "total"
+    divisor: Divisor = "count"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.how not in WAYS:
+            problems.append(f"how={self.how!r} must be one of {list(WAYS)}")
+        if self.how in _SPARSE and self.density is None:
+            problems.append(f"how={self.how!r} needs a density in (0, 1]")
+        if self.how not in _SPARSE and self.density is not None:
+            problems.append(f"density has no meaning for how={self.how!r}; it belongs to {list(_SPARSE)}")
+        if self.density is not None and not 0 < self.density <= 1:
+            problems.append(f"density={self.density} must lie in (0, 1]")
+        if self.rank is not None and (self.rank < 1 or self.how in ("cat", "factorwise")):
+            problems.append(
+                f"rank={self.rank} must be at least 1, and how={self.how!r} "
+                + ("sets it itself" if self.rank >= 1 else "too")
+            )
+        if problems:
+            raise CompositionError("; ".join(problems))
+
+
+def combine(updates: Sequence[Update], weights: Sequence[float], plan: Combination) -> tuple[LinearDelta, float]:
+    """One record that changes the layer as the plan says, and the relative Frobenius error that bringing it to a
+    rank made.
+
+    Weights may be negative. Biases that records carry are left to the caller.
+    """
+    if len(updates) != len(weights) or not updates:
+        raise CompositionError(
+            f"{len(updates)} updates and {len(weights)} weights: give one weight for each of at least one adapter"
+        )
+    if only_scales(updates):
+        return combined_scales(updates, weights, plan.how), 0.0
+    if plan.how == "factorwise":
+        return factorwise(updates, weights), 0.0
+    lowrank = all(u.is_lowrank for u in updates)
+    if plan.how == "cat" and not lowrank:
+        raise CompositionError(
+            "how='cat' needs low-rank updates; an adapter that scales its layer (DoRA, IA3) needs 'linear' with a rank"
+        )
+    if plan.how in ("linear", "cat", "svd") and lowrank:
+        return _exact_sum(updates, weights, plan)
+    return _bring_to_rank(_merged(updates, weights, plan), updates, plan)
+
+
+def _exact_sum(updates: Sequence[Update], weights: Sequence[float], plan: Combination) -> tuple[LinearDelta, float]:
+    record = concatenated(updates, weights)
+    rank = plan.rank or (_largest_rank(updates) if plan.how == "svd" else None)
+    return (record, 0.0) if rank is None or rank >= record.rank else truncate_factors(record, rank)
+
+
+def _merged(updates: Sequence[Update], weights: Sequence[float], plan: Combination) -> Tensor:
+    """The combined update as a matrix."""
+    dense = [u.dense() for u in updates]
+    density = plan.density or 1.0
+    if plan.how in ("ties", "magnitude_prune"):
+        dense = [largest(d, density) for d in dense]
+    elif plan.how in ("dare_linear", "dare_ties"):
+        generator = torch.Generator().manual_seed(plan.seed)
+        dense = [drop_and_rescale(d, density, generator) for d in dense]
+    if plan.how in ("ties", "dare_ties"):
+        return elect_and_merge(dense, weights, plan.vote, plan.divisor)
+    return sum((w * d for w, d in zip(weights, dense, strict=True)), torch.zeros_like(dense[0]))
+
+
+def _bring_to_rank(update: Tensor, updates: Sequence[Update], plan: Combination) -> tuple[LinearDelta, float]:
+    rank = plan.rank or _largest_rank(updates)
+    if rank == 0:
+        raise CompositionError("none of the adapters has a rank: give the rank of the result")
+    return truncate_dense(update, min(rank, *update.shape) if plan.rank is None else rank)
+
+
+def _largest_rank(updates: Sequence[Update]) -> int:
+    return max(u.record.rank for u in updates)
