@@ -1,0 +1,83 @@
+"""``veneer``: the commands under one program, and what a user sees when something is wrong.
+
+Exit codes: 0 done, 2 something the user can mend (with one message on stderr, no traceback), 130 interrupted.
+Anything else is a defect of veneer and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+from typer.core import TyperGroup
+
+from veneer.cli import env
+from veneer.errors import VeneerError
+
+USER_ERROR = 2
+INTERRUPTED = 130
+_ENVIRONMENT = {errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EROFS, errno.EDQUOT}
+
+
+class VerbGroup(TyperGroup):
+    """The group of verbs: turns errors that a user can mend into a message and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb."""
+        try:
+            return super().invoke(ctx)
+        except VeneerError as error:
+            raise _told(str(error)) from error
+        except OSError as error:
+            if error.errno not in _ENVIRONMENT:
+                raise
+            raise _told(f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)) from error
+        except KeyboardInterrupt as error:
+            Console(stderr=True).print("interrupted", style="red")
+            raise typer.Exit(INTERRUPTED) from error
+
+
+def _told(message: str) -> typer.Exit:
+    """Print the message and give the exit to raise."""
+    Console(stderr=True).print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+    return typer.Exit(USER_ERROR)
+
+
+app = typer.Typer(
+    name="veneer",
+    cls=VerbGroup,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"veneer {importlib.metadata.version('veneer')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version and leave."
+    ),
+) -> None:
+    """Fit thin trained sheets (adapters) to a frozen model: train, evaluate, merge, generate.
+
+    Every command explains itself with an example: [bold]veneer COMMAND --help[/bold].
+    """
+
+
+app.command("env")(env.env)
+
+
+def main() -> None:
+    """The console entry point."""
+    app()

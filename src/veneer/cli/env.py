@@ -1,0 +1,92 @@
+"""``veneer env``: what is installed and what computes."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+from pathlib import Path
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "safetensors", "gguf", "numpy")
+_CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16")
+
+
+def env(as_json: bool = typer.Option(False, "--json", help="Print JSON instead of a table.")) -> None:
+    """Print versions, CPU features, the kernels in use, threads and the cache folder.
+
+    Example: [bold]veneer env[/bold]
+    """
+    facts = environment()
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def environment() -> dict[str, str]:
+    """Facts about this installation, by name."""
+    import torch
+
+    from veneer.ops.dispatch import availability
+    from veneer.store.fetch import cache_dir
+
+    facts = {"veneer": importlib.metadata.version("veneer"), "python": platform.python_version()}
+    facts |= {package: _version(package) for package in PACKAGES}
+    facts |= {"system": f"{platform.system()} {platform.release()} {platform.machine()}", "cpu": _cpu_model()}
+    facts |= {"cpu features": " ".join(_cpu_features()) or "unknown"}
+    facts |= {f"back end {name}": state for name, state in availability().items()}
+    facts |= {"kernel build": _kernel_build(), "cuda": _cuda()}
+    facts |= {"threads": f"{torch.get_num_threads()} of {os.cpu_count()} processors"}
+    return facts | {"cache folder": str(cache_dir())}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The first processor's entry of /proc/cpuinfo; empty where the system has none."""
+    path = Path("/proc/cpuinfo")
+    if not path.exists():
+        return {}
+    first = path.read_text().split("\n\n", 1)[0]
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {key.strip().lower(): value.strip() for key, _, value in pairs}
+
+
+def _cpu_model() -> str:
+    return _cpuinfo().get("model name") or platform.processor() or "unknown"
+
+
+def _cpu_features() -> list[str]:
+    info = _cpuinfo()
+    have = set(f"{info.get('flags', '')} {info.get('features', '')}".split())
+    return [flag for flag in _CPU_FLAGS if flag in have]
+
+
+def _kernel_build() -> str:
+    if importlib.util.find_spec("veneer._kernels") is None:
+        return "none: the C++ module was not built"
+    kernels = importlib.import_module("veneer._kernels")
+    return str(kernels.isa()) if hasattr(kernels, "isa") else "generic"
+
+
+def _cuda() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "no device"

@@ -1,0 +1,95 @@
+"""The program around the verbs: help, version, exit codes and messages."""
+
+from __future__ import annotations
+
+import errno
+import json
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from veneer.cli import app as app_module
+from veneer.cli.app import VerbGroup, app
+from veneer.errors import ConfigError
+
+RUNNER = CliRunner()
+
+
+def failing(error: BaseException) -> typer.Typer:
+    """A program like veneer's whose one verb raises."""
+    program = typer.Typer(cls=VerbGroup, pretty_exceptions_enable=False)
+
+    @program.callback()
+    def root() -> None: ...
+
+    @program.command("fail")
+    def fail() -> None:
+        raise error
+
+    return program
+
+
+def test_a_user_error_is_one_message_on_stderr_and_exit_code_2() -> None:
+    result = RUNNER.invoke(failing(ConfigError("r is -1; allowed: 1 or more [note]")), ["fail"])
+    assert result.exit_code == 2
+    assert result.stderr == "error: r is -1; allowed: 1 or more [note]\n"
+    assert result.stdout == ""
+
+
+def test_an_interrupt_exits_with_130() -> None:
+    result = RUNNER.invoke(failing(KeyboardInterrupt()), ["fail"])
+    assert result.exit_code == 130
+    assert "Traceback" not in result.output
+
+
+def test_no_permission_names_the_path() -> None:
+    result = RUNNER.invoke(failing(PermissionError(errno.EACCES, "Permission denied", "/x/y")), ["fail"])
+    assert (result.exit_code, result.stderr) == (2, "error: Permission denied: /x/y\n")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a defect"), OSError(errno.EIO, "bad disk")])
+def test_an_unexpected_error_keeps_its_traceback(error: Exception) -> None:
+    result = RUNNER.invoke(failing(error), ["fail"])
+    assert result.exception is error
+
+
+def test_help_names_every_verb_and_every_verb_shows_an_example() -> None:
+    top = RUNNER.invoke(app, ["--help"], env={"COLUMNS": "200"})
+    assert top.exit_code == 0
+    for command in app.registered_commands:
+        assert command.name is not None
+        assert command.name in top.stdout
+        shown = RUNNER.invoke(app, [command.name, "--help"], env={"COLUMNS": "200"})
+        assert shown.exit_code == 0
+        assert f"veneer {command.name}" in shown.stdout.split("Example", 1)[1]
+
+
+def test_an_unknown_verb_is_exit_code_2() -> None:
+    result = RUNNER.invoke(app, ["fetsch"])
+    assert result.exit_code == 2
+    assert "fetsch" in result.stderr
+
+
+def test_version() -> None:
+    result = RUNNER.invoke(app, ["--version"])
+    assert result.exit_code == 0
+    assert result.stdout.startswith("veneer 0.")
+
+
+def test_env_prints_back_ends_and_the_cache_folder(tmp_path: object) -> None:
+    result = RUNNER.invoke(app, ["env", "--json"], env={"VENEER_CACHE": str(tmp_path)})
+    facts = json.loads(result.stdout)
+    assert facts["cache folder"] == str(tmp_path)
+    assert facts["back end reference"] == "available"
+    assert facts["torch"][0].isdigit()
+
+
+def test_env_as_a_table_has_a_line_for_every_fact() -> None:
+    result = RUNNER.invoke(app, ["env"], env={"COLUMNS": "300"})
+    for name in ("veneer", "python", "torch", "cpu features", "threads", "cache folder"):
+        assert any(line.split("  ")[0].strip() == name for line in result.stdout.splitlines())
+
+
+def test_main_is_the_entry_point() -> None:
+    assert callable(app_module.main)
