@@ -31,6 +31,10 @@ class FormatError(VeneerError, ValueError):
     """A file or folder is damaged, lies about itself, or does not fit the model."""
 
 
+class DiskError(VeneerError, RuntimeError):
+    """Something could not be written: the disk is full or read-only. What was there before is untouched."""
+
+
 class BackendError(VeneerError, RuntimeError):
     """A kernel back end was asked for by name and is not available."""
 

@@ -1,0 +1,150 @@
+"""Streaming access to the weights of a base model: safetensors files, one or sharded, read tensor by tensor.
+
+A checkpoint is checked as a whole before anything is read from it, and only the tensor asked for is in memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from veneer.errors import FormatError
+from veneer.store.safetensors_file import StoredTensor, read_header
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of a checkpoint by name, in the order of the files and of the bytes in them."""
+
+    tensors: dict[str, StoredTensor]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """The checkpoint in a folder (``model.safetensors``, or shards with an index), or one file.
+
+        Raises FormatError, listing everything that is wrong with all files.
+        """
+        path = Path(path)
+        if path.is_file():
+            return cls.from_files([path])
+        index = path / INDEX_NAME
+        if index.is_file():
+            return cls._from_index(index)
+        if (path / SINGLE_NAME).is_file():
+            return cls.from_files([path / SINGLE_NAME])
+        raise FormatError(
+            f"{path} holds neither {SINGLE_NAME} nor {INDEX_NAME}: give the folder of a model saved as safetensors"
+        )
+
+    @classmethod
+    def from_files(cls, files: Iterable[str | Path]) -> Self:
+        """The checkpoint made of these files. Raises FormatError as `open` does."""
+        tensors, problems = _read_headers([Path(file) for file in files])
+        _raise(problems)
+        return cls(tensors)
+
+    @classmethod
+    def _from_index(cls, index: Path) -> Self:
+        weight_map, problems = _read_index(index)
+        files = sorted(set(weight_map.values()))
+        outside = [f for f in files if not _is_inside(f)]
+        problems += [f"{index.name} names {f!r}, which leaves the folder" for f in outside]
+        present = [index.parent / f for f in files if f not in outside and (index.parent / f).is_file()]
+        missing = [f for f in files if f not in outside and not (index.parent / f).is_file()]
+        problems += [f"shard {f!r} is missing" for f in missing]
+        tensors, found = _read_headers(present)
+        problems += found
+        unread = {index.parent / f for f in outside + missing} | ({index.parent / f for f in files} if found else set())
+        for name, file in weight_map.items():
+            held_by = tensors[name].path if name in tensors else None
+            if index.parent / file not in unread and held_by != index.parent / file:
+                problems.append(f"tensor {name!r} is not in {file!r}, where {index.name} says it is")
+        _raise(problems)
+        return cls(tensors)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.nbytes for t in self.tensors.values())
+
+    def read(self, name: str) -> Tensor:
+        """One tensor. Raises FormatError where the name is unknown, the file has been cut, or a value is not finite."""
+        if name not in self.tensors:
+            raise FormatError(
+                f"the checkpoint has no tensor {name!r}; it has {len(self.tensors)}, "
+                f"such as {next(iter(self.tensors), None)!r}"
+            )
+        tensor = self.tensors[name].read()
+        if not is_finite(tensor):
+            raise FormatError(f"tensor {name!r} holds values that are not finite")
+        return tensor
+
+    def stream(self) -> Iterator[tuple[str, Tensor]]:
+        """All tensors, one after the other. One FormatError at the end names all that hold values that are not finite."""
+        not_finite = []
+        for name, stored in self.tensors.items():
+            tensor = stored.read()
+            if is_finite(tensor):
+                yield name, tensor
+            else:
+                not_finite.append(f"tensor {name!r} holds values that are not finite")
+            del tensor
+        _raise(not_finite)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether every value is a number. A sum tells in one pass without a mask as large as the tensor."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    if tensor.dtype.itemsize == 1:  # torch neither sums nor tests 8-bit floats
+        tensor = tensor.to(torch.float16)
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    return bool(tensor.sum(dtype=wide).isfinite()) or bool(tensor.isfinite().all())
+
+
+def _read_headers(files: list[Path]) -> tuple[dict[str, StoredTensor], list[str]]:
+    tensors: dict[str, StoredTensor] = {}
+    problems: list[str] = []
+    for file in files:
+        if not file.is_file():
+            problems.append(f"{file} does not exist")
+            continue
+        found, wrong = read_header(file)
+        problems += wrong
+        problems += [f"tensor {n!r} is in {tensors[n].path.name} and in {file.name}" for n in found if n in tensors]
+        tensors |= found
+    return tensors, problems
+
+
+def _read_index(index: Path) -> tuple[dict[str, str], list[str]]:
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise FormatError(f"{index} is not JSON ({error})") from error
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FormatError(f"{index} has no weight_map from tensor names to files")
+    wrong = [name for name, file in weight_map.items() if not isinstance(file, str)]
+    return {n: f for n, f in weight_map.items() if n not in wrong}, [
+        f"{index.name} maps {n!r} to something that is no file name" for n in wrong
+    ]
+
+
+def _is_inside(file: str) -> bool:
+    """Whether a file name from an index stays in the folder. Links are followed: the hub's cache is made of them."""
+    parts = PurePosixPath(file.replace("\\", "/"))
+    return not parts.is_absolute() and ".." not in parts.parts and ":" not in file
+
+
+def _raise(problems: list[str]) -> None:
+    if problems:
+        raise FormatError(f"the checkpoint cannot be used: {'; '.join(problems)}")

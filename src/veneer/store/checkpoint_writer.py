@@ -1,0 +1,194 @@
+"""Writing a checkpoint tensor by tensor: shards of limited size with an index, all of it or nothing.
+
+Everything goes into a folder beside the target, which takes the target's name when the last byte is on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from io import FileIO
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from veneer.errors import DiskError, FormatError
+from veneer.store.checkpoint import INDEX_NAME, SINGLE_NAME
+from veneer.store.safetensors_file import header_bytes
+
+Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+DEFAULT_SHARD_BYTES = 5_000_000_000
+
+
+class CheckpointWriter:
+    """``with CheckpointWriter(folder, specs) as writer: writer.write(name, tensor)`` for every name, in any order.
+
+    ``specs`` gives dtype and shape of every tensor beforehand, so that each goes straight to its place on disk and none
+    is kept. Files that belong beside the weights go into ``writer.staging``. Leaving the block without an error puts
+    the folder in its place; with one, nothing is left and what was there before is untouched.
+
+    Raises FormatError for a tensor that does not fit its spec or was never written, and where the target holds files
+    already and ``overwrite`` is false; DiskError where the disk is full or cannot be written to.
+    """
+
+    def __init__(
+        self, target: str | Path, specs: Specs, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES, overwrite: bool = False
+    ) -> None:
+        self.target = Path(target).absolute()
+        if not overwrite and self.target.exists() and any(self.target.iterdir()):
+            raise FormatError(f"{self.target} is not empty: choose another folder, or ask for it to be overwritten")
+        self._specs = dict(specs)
+        self._shards = plan_shards(specs, max_shard_bytes)
+        self._shard_of = {name: shard for shard, names in self._shards.items() for name in names}
+        self._missing = set(specs)
+
+    def __enter__(self) -> Self:
+        try:
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            self.staging = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.", dir=self.target.parent))
+            self.staging.chmod(0o755)  # mkdtemp makes it private; the result should be as readable as any folder
+        except OSError as error:
+            raise DiskError(f"cannot write beside {self.target}: {error}") from error
+        self._files: dict[str, FileIO] = {}
+        self._starts: dict[str, int] = {}
+        try:
+            for shard in self._shards:
+                self._allocate(shard)
+        except OSError as error:
+            self._discard()
+            raise self._disk_error(error) from error
+        return self
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put one tensor where it belongs."""
+        if name not in self._missing:
+            what = "was written already" if name in self._specs else "is not among the tensors announced"
+            raise FormatError(f"tensor {name!r} {what}")
+        if (tensor.dtype, tuple(tensor.shape)) != self._specs[name]:
+            dtype, shape = self._specs[name]
+            raise FormatError(
+                f"tensor {name!r} was announced as {dtype} {shape} and is {tensor.dtype} {tuple(tensor.shape)}"
+            )
+        file = self._files[self._shard_of[name]]
+        try:
+            file.seek(self._starts[name])
+            _write_all(file, tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        except OSError as error:
+            raise self._disk_error(error) from error
+        self._missing.discard(name)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._discard()
+            return
+        if self._missing:
+            self._discard()
+            raise FormatError(
+                f"{len(self._missing)} tensors were announced and not written: {sorted(self._missing)[:20]}"
+            )
+        try:
+            self._commit()
+        except OSError as problem:
+            self._discard()
+            raise self._disk_error(problem) from problem
+
+    def _allocate(self, shard: str) -> None:
+        """Make the file with its header and all its room, so that a full disk shows before any work is done."""
+        specs = {name: self._specs[name] for name in self._shards[shard]}
+        header, offsets = header_bytes(specs, {"format": "pt"})
+        file = (self.staging / shard).open("wb", buffering=0)
+        self._files[shard] = file
+        end = len(header) + sum(_nbytes(spec) for spec in specs.values())
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, end)
+        else:
+            file.truncate(end)
+        _write_all(file, memoryview(header))
+        self._starts |= {name: len(header) + offset for name, offset in offsets.items()}
+
+    def _commit(self) -> None:
+        for file in self._files.values():
+            os.fsync(file.fileno())
+            file.close()
+        if len(self._shards) > 1:
+            total = sum(_nbytes(spec) for spec in self._specs.values())
+            index = {"metadata": {"total_size": total}, "weight_map": self._shard_of}
+            with (self.staging / INDEX_NAME).open("w", encoding="utf-8") as text:
+                json.dump(index, text, indent=2, sort_keys=True)
+                text.flush()
+                os.fsync(text.fileno())
+        _sync_folder(self.staging)
+        _replace_folder(self.staging, self.target)
+        _sync_folder(self.target.parent)
+
+    def _discard(self) -> None:
+        for file in self._files.values():
+            file.close()
+        shutil.rmtree(self.staging, ignore_errors=True)
+
+    def _disk_error(self, error: OSError) -> DiskError:
+        total = sum(_nbytes(spec) for spec in self._specs.values())
+        free = shutil.disk_usage(self.target.parent).free
+        return DiskError(
+            f"writing {total / 1e9:.2f} GB to {self.target} failed: {error.strerror or error} "
+            f"({free / 1e9:.2f} GB free). Nothing was changed: make room or choose another disk, and run it again."
+        )
+
+
+def plan_shards(specs: Specs, max_shard_bytes: int) -> dict[str, list[str]]:
+    """The tensors of each file, in order; a file exceeds ``max_shard_bytes`` only where one tensor alone does."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, spec in specs.items():
+        if groups[-1] and size + _nbytes(spec) > max_shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += _nbytes(spec)
+    if len(groups) == 1:
+        return {SINGLE_NAME: groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, 1)}
+
+
+def _nbytes(spec: tuple[torch.dtype, tuple[int, ...]]) -> int:
+    dtype, shape = spec
+    return torch.Size(shape).numel() * dtype.itemsize
+
+
+def _write_all(file: FileIO, data: memoryview) -> None:
+    while data:
+        data = data[file.write(data) :]
+
+
+def _replace_folder(new: Path, target: Path) -> None:
+    """Give ``new`` the name of ``target``; what was there before goes only when the new one is in place."""
+    old = None
+    if target.exists():
+        old = new.with_name(new.name + ".old")
+        target.rename(old)
+    try:
+        new.rename(target)
+    except OSError:
+        if old is not None:
+            old.rename(target)
+        raise
+    if old is not None:
+        shutil.rmtree(old)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,191 @@
+"""The layout of one safetensors file: eight bytes of header length, a JSON header, then the tensors without gaps.
+
+Read here rather than through a memory map: mapped pages count as resident memory of the process until they are
+unmapped, so a map of a whole shard would defeat streaming.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.errors import FormatError
+
+MAX_HEADER_BYTES = 100_000_000
+PREFIX_BYTES = 8
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where one tensor lies on disk. ``start`` counts bytes from the beginning of the file."""
+
+    name: str
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+    def read(self) -> Tensor:
+        """The tensor, in memory of its own. Raises FormatError where the file ends before the tensor does."""
+        raw = torch.empty(self.nbytes, dtype=torch.uint8)
+        view = raw.numpy().data
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.start)
+            filled = 0
+            while filled < self.nbytes:
+                n_bytes = file.readinto(view[filled:])
+                if not n_bytes:
+                    raise FormatError(
+                        f"{self.path} ends inside tensor {self.name!r}: the file is truncated. Fetch or copy it again."
+                    )
+                filled += n_bytes
+        return raw.view(self.dtype).view(self.shape)
+
+
+def read_header(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
+    """The tensors of a file in the order of their bytes, and everything that is wrong with its header."""
+    try:
+        header, data_start, data_bytes = _read_json(path)
+    except FormatError as error:
+        return {}, [str(error)]
+    problems: list[str] = []
+    tensors: list[StoredTensor] = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        tensor = _entry(path, name, entry, data_start)
+        if isinstance(tensor, str):
+            problems.append(f"{path.name}: {tensor}")
+        else:
+            tensors.append(tensor)
+    tensors.sort(key=lambda t: (t.start, t.nbytes))
+    return {t.name: t for t in tensors}, problems or _layout_problems(path, tensors, data_start, data_bytes)
+
+
+def header_bytes(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """The beginning of a file that holds these tensors in this order, and each tensor's offset behind it."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offsets: dict[str, int] = {}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        offsets[name] = end
+        end += math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offsets[name], end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start on a multiple of eight bytes
+    return struct.pack("<Q", len(text)) + text, offsets
+
+
+def _read_json(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The header as parsed, where the data starts, and how many bytes of data the file holds."""
+    with path.open("rb") as file:
+        file_bytes = file.seek(0, 2)
+        file.seek(0)
+        prefix = file.read(PREFIX_BYTES)
+        if len(prefix) < PREFIX_BYTES:
+            raise FormatError(f"{path.name} holds {file_bytes} bytes: too short to be a safetensors file")
+        (length,) = struct.unpack("<Q", prefix)
+        if length > min(file_bytes - PREFIX_BYTES, MAX_HEADER_BYTES):
+            raise FormatError(
+                f"{path.name} claims a header of {length} bytes and holds {file_bytes} in all: "
+                "truncated, or not a safetensors file"
+            )
+        text = file.read(length)
+    try:
+        header = json.loads(text, object_pairs_hook=_no_duplicates)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise FormatError(f"{path.name}: the header is not JSON ({error})") from error
+    except _DuplicateKeyError as error:
+        raise FormatError(f"{path.name}: the header names {error.args[0]!r} twice") from error
+    if not isinstance(header, dict):
+        raise FormatError(f"{path.name}: the header is a {type(header).__name__}, not a table of tensors")
+    start = PREFIX_BYTES + length
+    return header, start, file_bytes - start
+
+
+class _DuplicateKeyError(Exception):
+    """A JSON object names one key twice; the key is the argument."""
+
+
+def _no_duplicates(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    for key, value in items:
+        if key in table:
+            raise _DuplicateKeyError(key)
+        table[key] = value
+    return table
+
+
+def _entry(path: Path, name: str, entry: object, data_start: int) -> StoredTensor | str:
+    """One tensor of a header, or what is wrong with it."""
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        return f"tensor {name!r} lacks one of dtype, shape, data_offsets"
+    dtype, shape, offsets = DTYPES.get(str(entry["dtype"])), entry["shape"], entry["data_offsets"]
+    if dtype is None:
+        return f"tensor {name!r} has dtype {entry['dtype']!r}; known are {', '.join(DTYPES)}"
+    if not _whole_numbers(shape):
+        return f"tensor {name!r} has shape {shape!r}"
+    if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[1] < offsets[0]:
+        return f"tensor {name!r} has data_offsets {offsets!r}"
+    nbytes = math.prod(shape) * dtype.itemsize
+    if offsets[1] - offsets[0] != nbytes:
+        return (
+            f"tensor {name!r} of shape {shape} in {entry['dtype']} takes {nbytes} bytes, its data_offsets are {offsets}"
+        )
+    return StoredTensor(name, path, dtype, tuple(shape), data_start + offsets[0], nbytes)
+
+
+def _whole_numbers(values: object) -> bool:
+    return isinstance(values, list) and all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values)
+
+
+def _layout_problems(path: Path, tensors: list[StoredTensor], data_start: int, data_bytes: int) -> list[str]:
+    """Overlaps, gaps, and data that the file does not hold."""
+    problems = []
+    end = data_start
+    for tensor in tensors:
+        if tensor.start != end:
+            what = (
+                "overlaps the one before it"
+                if tensor.start < end
+                else f"leaves a gap of {tensor.start - end} bytes before it"
+            )
+            problems.append(f"{path.name}: tensor {tensor.name!r} {what}")
+        end = max(end, tensor.start + tensor.nbytes)
+    if end - data_start != data_bytes:
+        what = "truncated" if end - data_start > data_bytes else "with bytes that no tensor claims"
+        problems.append(
+            f"{path.name}: the tensors take {end - data_start} bytes and the file holds {data_bytes}: {what}"
+        )
+    return problems
