@@ -45,3 +45,7 @@ class DataError(VeneerError, ValueError):
 
 class TrainingError(VeneerError, RuntimeError):
     """A training run would do nothing, or has gone wrong."""
+
+
+class NonFiniteError(VeneerError, ValueError):
+    """A tensor holds NaN or infinity where a finite number is needed."""

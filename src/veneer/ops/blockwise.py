@@ -1,0 +1,87 @@
+"""Eight-bit blockwise codes over any sorted table of 256 values, and the dynamic tables made for them.
+
+Used for the states of 8-bit optimizers and for the absmax of double quantization.
+
+Source: Dettmers, Lewis, Shleifer, Zettlemoyer 2022, 8-bit Optimizers via Block-wise Quantization, arXiv:2110.02861,
+sections 2.1 to 2.3.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from jaxtyping import Float, Float32, UInt8
+from torch import Tensor
+
+from veneer.errors import ConfigError, NonFiniteError, ShapeError
+from veneer.ops.dispatch import implementation
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@cache
+def dynamic_map(signed: bool = True) -> Float32[Tensor, "256"]:
+    """The dynamic table, sorted: seven decades from 1e-7 to 1, each with twice as many values as the one below.
+
+    The decade ``10**(i-6)``, i in 0..6, holds the midpoints of ``n+1`` even steps from 0.1 to 1, n = 2**i with their
+    negatives (signed) or 2**(i+1) (unsigned); 0 and 1 complete the 256. Shared: do not write into it.
+    """
+    values = [0.0, 1.0]
+    for decade in range(7):
+        steps = torch.linspace(0.1, 1, 2 ** (decade if signed else decade + 1) + 1, dtype=torch.float32)
+        middles = (steps[:-1] + steps[1:]) / 2.0
+        values += (10 ** (decade - 6) * middles).tolist()
+        values += (-(10 ** (decade - 6)) * middles).tolist() if signed else []
+    return torch.tensor(sorted(values), dtype=torch.float32)
+
+
+def quantize_blockwise(
+    x: Float[Tensor, "..."], code: Float32[Tensor, "256"], block_size: int = 256, *, backend: str | None = None
+) -> tuple[UInt8[Tensor, "..."], Float32[Tensor, " blocks"]]:
+    """The index of the nearest table value of each ``x / absmax``, in x's shape, and the absmax of each block.
+
+    x: any shape, float32, bfloat16 or float16, flattened row by row into blocks. A value midway takes the lower
+    index; a block of zeros takes the index of 0. Raises ConfigError, ShapeError, NonFiniteError.
+    """
+    _check(code, block_size, [code])
+    if x.dtype not in FLOATS:
+        raise ShapeError(f"quantize_blockwise takes {[str(d) for d in FLOATS]}, got {x.dtype}")
+    run = implementation("blockwise.quantize_blockwise", x.device, backend)
+    codes, absmax = run(x.detach().reshape(-1).contiguous(), code, block_size)
+    if not bool(torch.isfinite(absmax).all()):
+        raise NonFiniteError(f"cannot quantize a tensor of shape {tuple(x.shape)}: it holds NaN or infinity")
+    return codes.view(x.shape), absmax
+
+
+def dequantize_blockwise(
+    codes: UInt8[Tensor, "..."],
+    absmax: Float32[Tensor, " blocks"],
+    code: Float32[Tensor, "256"],
+    block_size: int = 256,
+    *,
+    dtype: torch.dtype = torch.float32,
+    backend: str | None = None,
+) -> Float[Tensor, "..."]:
+    """``code[codes] * absmax`` of the block, in float32 and then rounded to dtype, in the shape of codes."""
+    _check(code, block_size, [codes, absmax])
+    n_blocks = -(-codes.numel() // block_size)
+    if codes.dtype != torch.uint8 or absmax.dtype != torch.float32 or tuple(absmax.shape) != (n_blocks,):
+        raise ShapeError(
+            f"dequantize_blockwise takes uint8 codes and float32 absmax ({n_blocks},) for {codes.numel()} codes "
+            f"in blocks of {block_size}, got {codes.dtype} and {absmax.dtype} {tuple(absmax.shape)}"
+        )
+    if dtype not in FLOATS:
+        raise ShapeError(f"dequantize_blockwise gives {[str(d) for d in FLOATS]}, got {dtype}")
+    run = implementation("blockwise.dequantize_blockwise", codes.device, backend)
+    out: Tensor = run(codes.reshape(-1), absmax, code, block_size, dtype)
+    return out.view(codes.shape)
+
+
+def _check(code: Tensor, block_size: int, contiguous: list[Tensor]) -> None:
+    if block_size < 1:
+        raise ConfigError(f"block_size is {block_size}; it must be at least 1")
+    if code.dtype != torch.float32 or tuple(code.shape) != (256,):
+        raise ShapeError(f"a table of codes is float32 (256,), got {code.dtype} {tuple(code.shape)}")
+    if not all(t.is_contiguous() for t in contiguous):
+        raise ShapeError("blockwise codes, absmax and table must be contiguous; call .contiguous()")

@@ -1,0 +1,119 @@
+"""Int8 weights with one scale a row: ``W[o, i] = codes[o, i] * absmax[o] / 127``.
+
+Source: Dettmers, Lewis, Belkada, Zettlemoyer 2022, LLM.int8(), arXiv:2208.07339, section 2. ``absmax`` is what
+bitsandbytes stores as SCB.
+Departs: activations stay in their dtype (the paper quantizes them too and keeps outlier columns apart).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float32, Int8
+from torch import Tensor
+
+from veneer.errors import NonFiniteError, ShapeError
+from veneer.ops.dispatch import implementation
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def quantize_int8(
+    w: Float[Tensor, "o i"], *, backend: str | None = None
+) -> tuple[Int8[Tensor, "o i"], Float32[Tensor, " o"]]:
+    """Each row times ``127 / absmax``, rounded to the nearest, ties to even; a row of zeros gives zeros.
+
+    Raises ShapeError (not a matrix of float32, bfloat16 or float16), NonFiniteError.
+    """
+    if w.ndim != 2 or w.dtype not in FLOATS:
+        raise ShapeError(f"quantize_int8 takes a matrix of {[str(d) for d in FLOATS]}, got {w.dtype} {tuple(w.shape)}")
+    codes, absmax = implementation("int8.quantize_int8", w.device, backend)(w.detach().contiguous())
+    bad = (~torch.isfinite(absmax)).nonzero()
+    if len(bad):
+        raise NonFiniteError(
+            f"cannot quantize a weight of shape {tuple(w.shape)}: {len(bad)} rows hold NaN or infinity, "
+            f"the first is row {int(bad[0])}"
+        )
+    return codes, absmax
+
+
+def dequantize_int8(
+    codes: Int8[Tensor, "o i"],
+    absmax: Float32[Tensor, " o"],
+    *,
+    dtype: torch.dtype = torch.float32,
+    backend: str | None = None,
+) -> Float[Tensor, "o i"]:
+    """``codes * absmax * (1 / 127)`` in float32, then rounded to dtype. Raises ShapeError."""
+    _check(codes, absmax, dtype)
+    out: Tensor = implementation("int8.dequantize_int8", codes.device, backend)(codes, absmax, dtype)
+    return out
+
+
+def matmul_int8(
+    x: Float[Tensor, "*batch i"],
+    codes: Int8[Tensor, "o i"],
+    absmax: Float32[Tensor, " o"],
+    *,
+    backend: str | None = None,
+) -> Float[Tensor, "*batch o"]:
+    """``W x`` on the last axis in x's dtype; differentiable in x. Raises ShapeError."""
+    _check(codes, absmax, x.dtype)
+    _check_width(x, codes, 1)
+    return _product(x, codes, absmax, False, backend)
+
+
+def matmul_t_int8(
+    dy: Float[Tensor, "*batch o"],
+    codes: Int8[Tensor, "o i"],
+    absmax: Float32[Tensor, " o"],
+    *,
+    backend: str | None = None,
+) -> Float[Tensor, "*batch i"]:
+    """``Wᵀ dy`` on the last axis in dy's dtype: the gradient of `matmul_int8` in x; differentiable in dy."""
+    _check(codes, absmax, dy.dtype)
+    _check_width(dy, codes, 0)
+    return _product(dy, codes, absmax, True, backend)
+
+
+class _Product(torch.autograd.Function):
+    """``W x`` or ``Wᵀ x``; each is the other's derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, absmax: Tensor, transposed: bool, backend: str | None) -> Tensor:
+        ctx.save_for_backward(codes, absmax)
+        ctx.how = transposed, backend
+        run = implementation("int8.matmul_t_int8" if transposed else "int8.matmul_int8", x.device, backend)
+        out: Tensor = run(x.reshape(-1, x.shape[-1]).contiguous(), codes, absmax)
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        codes, absmax = ctx.saved_tensors
+        transposed, backend = ctx.how
+        return _product(grads[0], codes, absmax, not transposed, backend), None, None, None, None
+
+
+def _product(x: Tensor, codes: Tensor, absmax: Tensor, transposed: bool, backend: str | None) -> Tensor:
+    out: Tensor = _Product.apply(x, codes, absmax, transposed, backend)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _check(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> None:
+    problems = []
+    if codes.dtype != torch.int8 or codes.ndim != 2 or not codes.is_contiguous():
+        problems.append(f"codes must be a contiguous int8 matrix, got {codes.dtype} {tuple(codes.shape)}")
+    if absmax.dtype != torch.float32 or tuple(absmax.shape) != tuple(codes.shape[:1]) or not absmax.is_contiguous():
+        problems.append(f"absmax must be float32 with one value a row, got {absmax.dtype} {tuple(absmax.shape)}")
+    if dtype not in FLOATS:
+        problems.append(f"the result may be {[str(d) for d in FLOATS]}, got {dtype}")
+    if problems:
+        raise ShapeError("int8 weight: " + "; ".join(problems))
+
+
+def _check_width(x: Tensor, codes: Tensor, axis: int) -> None:
+    if x.ndim < 1 or x.shape[-1] != codes.shape[axis]:
+        raise ShapeError(
+            f"the last axis of {tuple(x.shape)} must be {codes.shape[axis]} for an int8 weight {tuple(codes.shape)}"
+        )

@@ -1,0 +1,113 @@
+"""NF4 and FP4 in plain torch: the specification that the kernels are tested against."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Float32, UInt8
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from veneer.ops.four_bit import FourBitLayout
+
+# NF4: quantiles of a standard normal, scaled to [-1, 1] with an exact zero (Dettmers et al. 2023, appendix E).
+NF4 = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+# FP4: one sign, two exponent and one mantissa bit; twelfths, indexed by the bit pattern without the sign.
+FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+# Keeps 1 / absmax finite; bitsandbytes' constant.
+SMALLEST_ABSMAX = 1e-38
+
+
+@cache
+def table(quant_type: str) -> Float32[Tensor, "16"]:
+    """The value of each of the 16 codes."""
+    if quant_type == "nf4":
+        return torch.tensor(NF4)
+    magnitudes = torch.tensor(FP4_TWELFTHS) / 12.0
+    return torch.cat([magnitudes, -magnitudes])
+
+
+@cache
+def thresholds(quant_type: str) -> tuple[Float32[Tensor, "15"], UInt8[Tensor, "16"]]:
+    """The midpoints between neighbouring table values, and the code of each interval between them."""
+    values = table(quant_type)
+    order = torch.argsort(values)
+    ranked = values[order]
+    return (ranked[:-1] + ranked[1:]) / 2, order.to(torch.uint8)
+
+
+def scaled_blocks(
+    flat: Float[Tensor, " n"], block_size: int
+) -> tuple[Float32[Tensor, " n"], Float32[Tensor, " blocks"]]:
+    """Each value divided by its block's largest magnitude, and those magnitudes.
+
+    Full blocks multiply by the reciprocal; a last, shorter block divides, and its absmax is at least
+    `SMALLEST_ABSMAX`: that is what bitsandbytes computes, to the last bit.
+    """
+    values = flat.float()
+    n_full = len(values) // block_size * block_size
+    full, rest = values[:n_full].view(-1, block_size), values[n_full:]
+    absmax = full.abs().amax(dim=1) if n_full else values.new_zeros(0)
+    scaled = (full * (1.0 / absmax.clamp(min=SMALLEST_ABSMAX))[:, None]).clamp(-1, 1).reshape(-1)
+    if len(rest) == 0:
+        return scaled, absmax
+    last = rest.abs().amax().clamp(min=SMALLEST_ABSMAX)
+    return torch.cat([scaled, (rest / last).clamp(-1, 1)]), torch.cat([absmax, last[None]])
+
+
+def quantize_4bit(
+    flat: Float[Tensor, " n"], layout: FourBitLayout
+) -> tuple[UInt8[Tensor, " bytes"], Float32[Tensor, " blocks"]]:
+    """The nearest code of each value; a value on a midpoint takes the lower table value."""
+    scaled, absmax = scaled_blocks(flat, layout.block_size)
+    scaled = torch.nn.functional.pad(scaled, (0, len(scaled) % 2))
+    midpoints, codes = thresholds(layout.quant_type)
+    nearest = codes.to(flat.device)[torch.bucketize(scaled, midpoints.to(flat.device))]
+    return (nearest[::2] << 4) | nearest[1::2], absmax
+
+
+def dequantize_4bit(
+    packed: UInt8[Tensor, " bytes"], absmax: Float32[Tensor, " blocks"], layout: FourBitLayout, dtype: torch.dtype
+) -> Float[Tensor, " n"]:
+    """``table[code] * absmax`` in float32, then rounded to dtype."""
+    codes = torch.stack([packed >> 4, packed & 15], dim=1).reshape(-1)[: layout.numel]
+    values = table(layout.quant_type).to(packed.device)[codes.int()]
+    scale = absmax.repeat_interleave(layout.block_size)[: layout.numel]
+    return (values * scale).to(dtype)
+
+
+def matmul_4bit(
+    x: Float[Tensor, "rows i"],
+    packed: UInt8[Tensor, " bytes"],
+    absmax: Float32[Tensor, " blocks"],
+    layout: FourBitLayout,
+) -> Float[Tensor, "rows o"]:
+    return x @ dequantize_4bit(packed, absmax, layout, x.dtype).view(layout.shape).T
+
+
+def matmul_t_4bit(
+    dy: Float[Tensor, "rows o"],
+    packed: UInt8[Tensor, " bytes"],
+    absmax: Float32[Tensor, " blocks"],
+    layout: FourBitLayout,
+) -> Float[Tensor, "rows i"]:
+    return dy @ dequantize_4bit(packed, absmax, layout, dy.dtype).view(layout.shape)
