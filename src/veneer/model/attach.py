@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import cast
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from veneer.core.method import LinearMethod, MethodConfig, TargetedConfig
-from veneer.core.targets import ModuleIndex, select_targets
+from veneer.core.targets import ALL_LINEAR, ModuleIndex, matches_any, select_targets
 from veneer.errors import AdapterNameError, TargetError
+from veneer.model.default_targets import defaults_for
 from veneer.model.linear import AdaptedLinear, adapt_linear, is_linear, restore_linear
 from veneer.model.state import AdapterState
 
@@ -31,6 +35,26 @@ def targets_of(model: PreTrainedModel, config: MethodConfig) -> tuple[str, ...]:
     return select_targets(config, module_index(model), default)
 
 
+def resolved(model: PreTrainedModel, config: MethodConfig) -> MethodConfig:
+    """The config with what it leaves to the model filled in: default targets, ``"all-linear"`` as names, the base."""
+    changes: dict[str, object] = {}
+    if config.base_model_name_or_path is None and model.config.name_or_path:
+        changes["base_model_name_or_path"] = model.config.name_or_path
+    if isinstance(config, TargetedConfig):
+        if config.target_modules is None:
+            changes |= defaults_for(config.peft_type, model.config.model_type)
+        elif config.target_modules == ALL_LINEAR:
+            changes["target_modules"] = shortest_names(module_index(model), targets_of(model, config))
+    return replace(config, **changes)  # type: ignore[arg-type]
+
+
+def shortest_names(index: ModuleIndex, chosen: tuple[str, ...]) -> tuple[str, ...]:
+    """The last parts of the paths where they mean exactly these modules, otherwise the paths."""
+    endings = tuple(sorted({path.rpartition(".")[2] for path in chosen}))
+    meant = {name for name in index.adaptable if matches_any(name, endings)}
+    return endings if meant == set(chosen) else chosen
+
+
 def attach(
     model: PreTrainedModel,
     config: LinearMethod,
@@ -44,6 +68,7 @@ def attach(
             f"an adapter named {name!r} is there already; loaded: {sorted(state.configs)}. "
             "Choose another name or delete it first."
         )
+    config = cast(LinearMethod, resolved(model, config))
     targets = targets_of(model, config)
     state.configs[name] = config
     for path in targets:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Hashable
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +13,15 @@ from veneer.core.linear import apply_linear, compose_linear, lowrank, without_lo
 from veneer.core.method import LinearMethod
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
+from veneer.model.inplace import InPlace, change_class, restore_class
 from veneer.model.state import AdapterState
 from veneer.quant.dense import DenseWeight
 
 
-class AdaptedLinear(nn.Module):
+class AdaptedLinear(InPlace, nn.Module):
     """Mixed in front of a linear layer's class by `adapt_linear`; ``adapters`` holds the parameters by adapter name."""
+
+    name_prefix: ClassVar[str] = "Adapted"
 
     site_name: str
     adapters: nn.ModuleDict
@@ -107,7 +108,7 @@ def linear_site(name: str, module: nn.Module, weight: FrozenWeight, row_sq: Any 
 
 def adapt_linear(name: str, module: nn.Module, state: AdapterState) -> AdaptedLinear:
     """Make a linear layer adapted, in place; nothing changes until an adapter is added and active."""
-    module.__class__ = _adapted_class(cast(Hashable, type(module)))
+    change_class(module, AdaptedLinear)
     adapted = cast(AdaptedLinear, module)
     adapted.site_name, adapted.adapter_state = name, state
     adapted.adapters = nn.ModuleDict()
@@ -118,10 +119,4 @@ def restore_linear(module: AdaptedLinear) -> None:
     """Take every adapter off a layer and give it back its class."""
     del module.adapters, module.adapter_state, module.site_name
     module.__dict__.pop("_row_sq_cache", None)
-    module.__class__ = type(module).__mro__[2]
-
-
-@functools.cache
-def _adapted_class(cls: Hashable) -> type[nn.Module]:
-    base = cast("type[nn.Module]", cls)
-    return type(f"Adapted{base.__name__}", (AdaptedLinear, base), {})
+    restore_class(module)

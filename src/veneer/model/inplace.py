@@ -1,0 +1,73 @@
+"""Changing a module's class in place and back: the module, its parameters and its hooks stay.
+
+A generated class puts a mixin in front of the class that the module had. It keeps that class's name, so that whoever
+asks for it by name (pipelines, model cards, ``architectures`` in a config) finds what was there.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable
+from typing import Any, ClassVar, cast
+
+from torch import nn
+
+from veneer.errors import TargetError
+
+
+class InPlace:
+    """What every mixin of this kind derives from: it makes a class that no Python module holds copy and pickle."""
+
+    name_prefix: ClassVar[str] = ""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        mixin, base = mixin_of(type(self)), base_of(type(self))
+        return _blank, (mixin, base), self.__getstate__()
+
+
+def change_class(module: nn.Module, mixin: type[InPlace]) -> None:
+    """Put ``mixin`` in front of the module's class; the new class is called ``name_prefix`` + the old name.
+
+    Raises TargetError where another library has replaced the module's forward, which would pass the mixin by.
+    """
+    if "forward" in vars(module) and "_old_forward" not in vars(module):
+        raise TargetError(
+            f"the forward of this {type(module).__name__} was replaced on the module itself (by a patching library); "
+            "an adapter would be passed by in silence. Attach adapters first, or do without the patch."
+        )
+    module.__class__ = _class(cast(Hashable, mixin), cast(Hashable, type(module)))
+    _rebind_hooked_forward(module)
+
+
+def restore_class(module: nn.Module) -> None:
+    """Undo `change_class`."""
+    module.__class__ = base_of(type(module))
+    _rebind_hooked_forward(module)
+
+
+def base_of(cls: type) -> type[nn.Module]:
+    """The class that a generated class was made from."""
+    return cast("type[nn.Module]", cls.__bases__[1])
+
+
+def mixin_of(cls: type) -> type[InPlace]:
+    """The mixin that a generated class was made with."""
+    return cast("type[InPlace]", cls.__bases__[0])
+
+
+@functools.cache
+def _class(mixin: Hashable, base: Hashable) -> type[nn.Module]:
+    mixin_class, base_class = cast("type[InPlace]", mixin), cast(type, base)
+    body = {"__module__": base_class.__module__, "__doc__": base_class.__doc__}
+    return type(mixin_class.name_prefix + base_class.__name__, (mixin_class, base_class), body)
+
+
+def _blank(mixin: type[InPlace], base: type[nn.Module]) -> nn.Module:
+    cls = _class(cast(Hashable, mixin), cast(Hashable, base))
+    return cls.__new__(cls)
+
+
+def _rebind_hooked_forward(module: nn.Module) -> None:
+    """accelerate's hooks keep the bound forward that they wrap in ``_old_forward``: it must be the new class's."""
+    if "_old_forward" in vars(module):
+        module._old_forward = type(module).forward.__get__(module)

@@ -1,0 +1,72 @@
+"""An adapter on disk, in PEFT's format: which tensor has which key, saved and loaded strictly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from veneer.core.method import LinearMethod, MethodConfig
+from veneer.errors import FormatError
+from veneer.model.attach import adapted_layers
+from veneer.model.state import AdapterState
+from veneer.store.adapter_config import CONFIG_FILE, from_json, to_json
+from veneer.store.adapter_files import WEIGHTS_FILE, non_finite, read_tensors, tensors_to_bytes, write_atomically
+
+PREFIX = "base_model.model."
+
+
+def adapter_parameters(model: PreTrainedModel, state: AdapterState, name: str) -> dict[str, Tensor]:
+    """Every tensor of an adapter by its key on disk: the live parameters, not copies."""
+    found: dict[str, Tensor] = {}
+    for path, layer in adapted_layers(model).items():
+        if name in layer.adapters:
+            config = state.configs[name]
+            names = config.disk_names(layer.site()) if isinstance(config, LinearMethod) else {}
+            parameters = dict(layer.adapters[name].named_parameters())
+            found |= {f"{PREFIX}{path}.{names[key]}": value for key, value in parameters.items()}
+    return found
+
+
+def save_adapter(model: PreTrainedModel, state: AdapterState, name: str, folder: Path) -> None:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors``, the config last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+    write_atomically(folder / WEIGHTS_FILE, tensors_to_bytes(adapter_parameters(model, state, name)))
+    write_atomically(folder / CONFIG_FILE, to_json(state.configs[name], mapping).encode())
+
+
+def read_config(folder: Path) -> MethodConfig:
+    """The config of an adapter folder. Raises FormatError where there is none or it is not understood."""
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise FormatError(f"{folder} holds no {CONFIG_FILE}: it is not the folder of an adapter")
+    return from_json(path.read_text(encoding="utf-8"), path)
+
+
+def load_weights(model: PreTrainedModel, state: AdapterState, name: str, folder: Path) -> None:
+    """Copy the tensors of an adapter folder into an adapter that is attached, strictly."""
+    assign(adapter_parameters(model, state, name), read_tensors(folder), str(folder / WEIGHTS_FILE))
+
+
+@torch.no_grad()
+def assign(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copy tensors into the parameters of the same keys, all or nothing.
+
+    Raises FormatError that lists every missing, unexpected, wrong-shaped and non-finite tensor.
+    """
+    problems = [f"missing: {key}" for key in parameters if key not in tensors]
+    problems += [f"unexpected: {key}" for key in tensors if key not in parameters]
+    problems += [
+        f"shape {tuple(tensors[key].shape)} where the model needs {tuple(value.shape)}: {key}"
+        for key, value in parameters.items()
+        if key in tensors and tensors[key].shape != value.shape
+    ]
+    problems += [f"holds NaN or infinity: {key}" for key in non_finite(tensors)]
+    if problems:
+        raise FormatError(f"{source} does not fit:\n  " + "\n  ".join(problems))
+    for key, value in parameters.items():
+        value.copy_(tensors[key])

@@ -1,0 +1,104 @@
+"""``adapter_config.json``: PEFT's fields, written and read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from veneer.core.method import MethodConfig
+from veneer.core.targets import nearest
+from veneer.errors import FormatError
+from veneer.methods import all_methods
+
+CONFIG_FILE = "adapter_config.json"
+PEFT_VERSION = "0.21.2"
+
+# Fields of PEFT that no method here has, with the value that means "not used". One that is neutral is written and
+# accepted; any other value asks for something that is not supported.
+_COMMON: dict[str, Any] = {"auto_mapping": None}
+_NEUTRAL: dict[str, dict[str, Any]] = {
+    "LORA": {
+        "alora_invocation_tokens": None,
+        "arrow_config": None,
+        "corda_config": None,
+        "ensure_weight_tying": False,
+        "eva_config": None,
+        "kasa_config": None,
+        "layer_replication": None,
+        "loftq_config": {},
+        "lora_bias": False,
+        "lora_ga_config": None,
+        "megatron_config": None,
+        "megatron_core": "megatron.core",
+        "monteclora_config": None,
+        "qalora_group_size": 16,
+        "target_parameters": None,
+        "trainable_token_indices": None,
+        "use_bdlora": None,
+        "use_qalora": False,
+        "velora_config": None,
+    }
+}
+# Values that change nothing on reading, whatever they are.
+_INFORMATIVE = ("auto_mapping", "peft_version", "megatron_core", "qalora_group_size", "runtime_config")
+
+
+def to_json(config: MethodConfig, auto_mapping: Mapping[str, str] | None = None) -> str:
+    """The text of ``adapter_config.json``: keys sorted, indented by 2, ``inference_mode`` true, as PEFT writes it."""
+    values: dict[str, Any] = dict(_NEUTRAL.get(config.peft_type, {}))
+    values |= {spec.name: _plain(getattr(config, spec.name)) for spec in fields(config)}
+    values |= {"auto_mapping": auto_mapping if config.task_type is None else None}
+    values |= {"peft_type": config.peft_type, "peft_version": PEFT_VERSION, "inference_mode": True}
+    return json.dumps(values, indent=2, sort_keys=True)
+
+
+def from_json(text: str, source: Path) -> MethodConfig:
+    """The config that an ``adapter_config.json`` holds.
+
+    Raises FormatError with everything that is wrong: damaged JSON, an unknown method, unknown keys (naming the nearest
+    known one), and features that are not supported.
+    """
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise FormatError(f"{source} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise FormatError(f"{source} must hold a JSON object, it holds a {type(values).__name__}")
+    method = _method(values.pop("peft_type", None), source)
+    known = {spec.name for spec in fields(method)}
+    neutral = _COMMON | _NEUTRAL.get(method.peft_type, {})
+    problems = [
+        _problem(key, value, known, neutral)
+        for key, value in values.items()
+        if key not in known and key not in _INFORMATIVE and not (key in neutral and _is_neutral(value, neutral[key]))
+    ]
+    if problems:
+        raise FormatError(f"{source}: " + "; ".join(problems))
+    return method.from_dict({key: value for key, value in values.items() if key in known})
+
+
+def _method(peft_type: object, source: Path) -> type[MethodConfig]:
+    methods = all_methods()
+    if not isinstance(peft_type, str) or peft_type not in methods:
+        raise FormatError(f"{source}: peft_type={peft_type!r} is not a method here; there are {sorted(methods)}")
+    return methods[peft_type]
+
+
+def _problem(key: str, value: object, known: set[str], neutral: Mapping[str, object]) -> str:
+    if key in neutral:
+        return f"{key}={value!r} asks for a feature of PEFT that is not supported here (allowed: {neutral[key]!r})"
+    close = nearest(key, known | set(neutral), n=1)
+    return f"unknown key {key!r}" + (f" (nearest: {close[0]!r})" if close else "")
+
+
+def _is_neutral(value: object, neutral: object) -> bool:
+    return value == neutral or (not value and not neutral)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, tuple):
+        return list(value)
+    return dict(value) if isinstance(value, Mapping) else value

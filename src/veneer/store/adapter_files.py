@@ -1,0 +1,89 @@
+"""The files of an adapter: written atomically, read with every check that a stranger's file deserves."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from veneer.errors import FormatError
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLE_FILE = "adapter_model.bin"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file by new content: a crash or a full disk on the way leaves the old file as it was.
+
+    Raises FormatError where the content cannot be written.
+    """
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise FormatError(
+            f"{path} could not be written ({error.strerror}); what was there before is untouched"
+        ) from error
+    _sync_folder(path.parent)
+
+
+def tensors_to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """A safetensors file: contiguous copies on the CPU, no two of them sharing memory."""
+    copies = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    return cast(bytes, save(copies, {"format": "pt"}))
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of ``adapter_model.safetensors`` in a folder.
+
+    Raises FormatError where it is missing, a pickle, truncated, damaged, or its header lies.
+    """
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        if (folder / PICKLE_FILE).is_file():
+            raise FormatError(
+                f"{folder} holds {PICKLE_FILE}, a pickle, which can run any code when it is opened; only "
+                f"{WEIGHTS_FILE} is read. Convert it with PEFT where you trust it: load it there and save_pretrained it again."
+            )
+        raise FormatError(f"{folder} holds no {WEIGHTS_FILE}: it is not an adapter, or it was not saved to the end")
+    try:
+        return cast("dict[str, Tensor]", load_file(path))
+    except SafetensorError as error:
+        raise FormatError(f"{path} is damaged or was cut off ({error}); save or download it again") from error
+
+
+def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The keys whose tensors hold a NaN or an infinity."""
+    return [key for key, value in tensors.items() if value.is_floating_point() and not torch.isfinite(value).all()]
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself survive a power cut, where the system can sync a folder."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
