@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from veneer.core.frozen import FrozenWeight
@@ -23,17 +23,36 @@ def apply_linear(
 ) -> Float[Tensor, "*batch o"]:
     """The adapted layer's output, in the dtype of the base product.
 
-    ``lowrank_input`` stands in for x in front of A alone: that is where dropout acts. The low-rank part is computed in
-    A's dtype (float32 beside a 16-bit base, unless autocast says otherwise) and rounded once, when it is added.
+    ``lowrank_input`` stands in for x in front of A alone: that is where dropout acts. What the record adds or scales is
+    computed in the record's dtype (float32 beside a 16-bit base, unless autocast says otherwise) and rounded once, at
+    the end: a scale of 1.001 would be lost if it were rounded to 16 bits itself.
     """
-    base_input = _scaled(x, delta.in_scale)
-    y = weight.matmul(base_input)
+    base_input = scaled(x, delta.in_scale)
+    y = base = weight.matmul(base_input)
     if delta.a is not None and delta.b is not None:
-        source = base_input if lowrank_input is None else _scaled(lowrank_input, delta.in_scale)
-        y = y + (lowrank(source, delta.a, delta.b) * delta.scale).to(y.dtype)
-    y = _scaled(y, delta.out_scale)
+        source = base_input if lowrank_input is None else scaled(lowrank_input, delta.in_scale)
+        y = y + lowrank(source, delta.a, delta.b) * delta.scale
+    if delta.out_scale is not None:
+        y = y * delta.out_scale
     offset = bias if delta.bias is None else delta.bias
-    return y if offset is None else y + offset.to(y.dtype)
+    return (y if offset is None else y + offset).to(base.dtype)
+
+
+def apply_embedding(
+    delta: LinearDelta, token_ids: Int[Tensor, "*batch"], looked_up: Float[Tensor, "*batch o"]
+) -> Float[Tensor, "*batch o"]:
+    """The adapted embedding's output, given what the frozen table returned: `apply_linear` on one-hot rows, by look-up.
+
+    A table that multiplies what it looks up (Gemma's) needs a record whose ``scale`` is multiplied likewise.
+    """
+    y = looked_up
+    if delta.a is not None and delta.b is not None:
+        y = y + torch.nn.functional.linear(delta.a.T[token_ids], delta.b) * delta.scale
+    if delta.in_scale is not None:
+        y = y * delta.in_scale[token_ids][..., None]
+    if delta.out_scale is not None:
+        y = y * delta.out_scale
+    return (y if delta.bias is None else y + delta.bias).to(looked_up.dtype)
 
 
 def lowrank(
@@ -41,6 +60,11 @@ def lowrank(
 ) -> Float[Tensor, "*batch o"]:
     """``B A x`` in A's dtype, rank first: the matrix ``B A`` is never formed."""
     return torch.nn.functional.linear(torch.nn.functional.linear(x.to(a.dtype), a), b)
+
+
+def scaled(x: Float[Tensor, "*batch i"], scale: Float[Tensor, "*#batch i"] | None) -> Float[Tensor, "*batch i"]:
+    """x times a scale (None is one), in x's dtype; the scale itself is never rounded to it."""
+    return x if scale is None else (x * scale).to(x.dtype)
 
 
 def fold_linear(
@@ -70,11 +94,11 @@ def compose_linear(deltas: Sequence[LinearDelta], bias: Float[Tensor, " o"] | No
     if len(deltas) == 1:
         return deltas[0]
     scaled = [d for d in deltas if d.in_scale is not None or d.out_scale is not None]
-    if scaled and any(d.rank for d in deltas):
+    if scaled and any(d.rank or (d.bias is not None and d.out_scale is None) for d in deltas):
         raise CompositionError(
             f"{len(deltas)} adapters are active on one layer and {len(scaled)} of them scale its input or output "
-            "(DoRA, IA3); such an update cannot be added to a low-rank one. Activate one of them at a time, merge one "
-            "first, or combine them with add_weighted_adapter."
+            "(DoRA, IA3); such an update cannot be added to one that adds a low-rank part or a bias. Activate one of "
+            "them at a time, merge one first, or combine them with add_weighted_adapter."
         )
     lowrank_parts = [d for d in deltas if d.rank]
     return LinearDelta(
@@ -106,10 +130,6 @@ def row_norms(delta: LinearDelta, weight: FrozenWeight, weight_row_sq: Float[Ten
     return total.clamp_min(0).sqrt()
 
 
-def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
-    return x if scale is None else x * scale.to(x.dtype)
-
-
 def _product(scales: Sequence[Tensor | None]) -> Tensor | None:
     present = [s for s in scales if s is not None]
     return torch.stack(present).prod(dim=0) if present else None
@@ -120,7 +140,7 @@ def _sum_of_biases(deltas: Sequence[LinearDelta], bias: Tensor | None, multiply:
     if all(d.bias is None for d in deltas):
         return None
     if multiply:
-        scales = _product([d.out_scale for d in deltas])
+        scales = _product([d.out_scale for d in deltas if d.bias is not None])
         return None if bias is None or scales is None else bias * scales
     own = torch.zeros(()) if bias is None else bias
     return own + sum((d.bias - own for d in deltas if d.bias is not None), torch.zeros((), device=own.device))

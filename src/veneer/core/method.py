@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar, Self
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from veneer.errors import ConfigError
 
 Shapes = dict[str, tuple[int, ...]]
 Params = Mapping[str, Tensor]
+C = TypeVar("C", bound="MethodConfig")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,7 @@ class MethodConfig(ABC):
     """What every adapter config holds, in PEFT's names.
 
     ``peft_type`` names the format on disk. ``modules_to_save`` are modules trained whole and kept with the adapter.
+    Lists and sets are kept as tuples (sets sorted), mappings as copies, so that no config changes behind one's back.
     """
 
     peft_type: ClassVar[str]
@@ -41,15 +43,14 @@ class MethodConfig(ABC):
     base_model_name_or_path: str | None = None
     revision: str | None = None
     inference_mode: bool = False
-    modules_to_save: tuple[str, ...] | None = None
+    modules_to_save: Collection[str] | None = None
 
     def __post_init__(self) -> None:
         for spec in fields(self):  # a frozen config holds no mutable sequence, whatever it was given
             value = getattr(self, spec.name)
             if isinstance(value, (list, set, frozenset)):
-                object.__setattr__(
-                    self, spec.name, tuple(sorted(value) if isinstance(value, (set, frozenset)) else value)
-                )
+                value = tuple(sorted(value) if isinstance(value, (set, frozenset)) else value)
+            object.__setattr__(self, spec.name, dict(value) if isinstance(value, Mapping) else value)
         problems = self.problems()
         if problems:
             raise ConfigError(f"{type(self).__name__}: " + "; ".join(problems))
@@ -59,7 +60,7 @@ class MethodConfig(ABC):
         return []
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, object]) -> Self:
+    def from_dict(cls: type[C], values: Mapping[str, object]) -> C:
         """A config from the fields of an ``adapter_config.json``, ``peft_type`` and the like already taken out."""
         return cls(**values)  # type: ignore[arg-type]
 
@@ -69,14 +70,15 @@ class TargetedConfig(MethodConfig):
     """A config that picks modules by name.
 
     ``target_modules``: a tuple of names or suffixes, a regular expression that must match the whole module path, or
-    ``"all-linear"`` (every linear layer but the output head); None takes the method's default for the architecture.
+    ``"all-linear"`` (every linear layer but the output head); None takes those of the method's ``default_targets`` that
+    the model has.
     ``layers_to_transform`` keeps only those layer indices, found by ``layers_pattern`` (name of the list of layers).
     """
 
-    target_modules: tuple[str, ...] | str | None = None
-    exclude_modules: tuple[str, ...] | str | None = None
-    layers_to_transform: tuple[int, ...] | int | None = None
-    layers_pattern: tuple[str, ...] | str | None = None
+    target_modules: Collection[str] | str | None = None
+    exclude_modules: Collection[str] | str | None = None
+    layers_to_transform: Collection[int] | int | None = None
+    layers_pattern: Collection[str] | str | None = None
 
     def problems(self) -> list[str]:
         found = super().problems()
@@ -98,7 +100,11 @@ class TargetedConfig(MethodConfig):
 class LinearMethod(TargetedConfig):
     """A method at linear layers, each with parameters of its own."""
 
-    default_targets: ClassVar[tuple[str, ...]] = ("q_proj", "v_proj")
+    # the query and value projections (Hu et al. 2021, section 4.2) by the names that families give them
+    default_targets: ClassVar[tuple[str, ...]] = (
+        "q_proj", "v_proj", "query", "value", "q", "v", "query_proj", "value_proj", "query_key_value", "c_attn",
+        "qkv_proj", "Wqkv",
+    )  # fmt: skip
 
     @abstractmethod
     def shapes(self, site: LinearSite) -> Shapes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from veneer.core.method import TargetedConfig
@@ -13,7 +13,7 @@ from veneer.errors import TargetError
 ALL_LINEAR = "all-linear"
 
 
-def matches_any(name: str, patterns: Sequence[str] | str) -> bool:
+def matches_any(name: str, patterns: Collection[str] | str) -> bool:
     """Whether a module path is meant: by a regular expression (a string, matched whole), or by names or suffixes."""
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
@@ -29,33 +29,34 @@ class ModuleIndex:
     all_linear: tuple[str, ...]
 
 
-def select_targets(config: TargetedConfig, index: ModuleIndex, default: Sequence[str]) -> tuple[str, ...]:
+def select_targets(config: TargetedConfig, index: ModuleIndex, default: Collection[str]) -> tuple[str, ...]:
     """The module paths that a config adapts, in the model's order.
 
-    Raises TargetError where a pattern matches nothing (naming the nearest module names), or matches only modules that
-    cannot be adapted.
+    Of the ``default`` names, those that the model has are taken. ``layers_to_transform`` does not restrict modules that
+    are named by their whole path, and modules to be saved whole are never adapted: both are PEFT's rules.
+
+    Raises TargetError, with everything that is wrong, where a pattern matches nothing (naming the nearest module names)
+    or only modules that cannot be adapted, and where exclusions or layer indices leave nothing.
     """
-    patterns = default if config.target_modules is None else config.target_modules
+    patterns = _patterns(config, index, default)
+    problems = _unmatched("target", patterns, index.adaptable, index) if patterns != ALL_LINEAR else []
+    problems += _unmatched("excluded", config.exclude_modules or (), index.all_names, index)
+    if problems:
+        raise TargetError("; ".join(problems))
     meant = (
-        index.all_linear if patterns == ALL_LINEAR else tuple(n for n in index.all_names if matches_any(n, patterns))
+        tuple(n for n in index.adaptable if matches_any(n, patterns)) if patterns != ALL_LINEAR else index.all_linear
     )
-    _require_each_pattern_to_match(patterns, index)
-    kept = tuple(n for n in meant if not (config.exclude_modules and matches_any(n, config.exclude_modules)))
-    if meant and not kept:
+    kept = tuple(n for n in meant if not _excluded(n, config))
+    if not kept:
         raise TargetError(
-            f"exclude_modules={_show(config.exclude_modules)} leaves nothing of target_modules={_show(patterns)}"
+            f"exclude_modules={_show(config.exclude_modules)} and modules_to_save={_show(config.modules_to_save)} "
+            f"leave nothing of target_modules={_show(patterns)}: narrow the exclusions or widen the targets"
         )
-    in_layers = tuple(n for n in kept if _in_layers(n, config))
-    if kept and not in_layers:
+    chosen = tuple(n for n in kept if _in_layers(n, config, patterns))
+    if not chosen:
         raise TargetError(
             f"layers_to_transform={config.layers_to_transform!r} (layers_pattern={config.layers_pattern!r}) matches no "
             f"layer of the {len(kept)} target modules, such as {kept[0]!r}"
-        )
-    chosen = tuple(n for n in in_layers if n in set(index.adaptable))
-    if not chosen:
-        raise TargetError(
-            f"target_modules={_show(patterns)} matches only modules that cannot be adapted, such as {in_layers[0]!r}. "
-            f"Linear layers of this model end with: {_endings(index.adaptable)}"
         )
     return chosen
 
@@ -65,39 +66,58 @@ def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
     return difflib.get_close_matches(name, sorted(set(known)), n=n, cutoff=0.4)
 
 
-def _require_each_pattern_to_match(patterns: Sequence[str] | str, index: ModuleIndex) -> None:
-    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
-    missing = (
-        []
-        if patterns == ALL_LINEAR
-        else [
-            p
-            for p in wanted
-            if not any(matches_any(n, p if isinstance(patterns, str) else (p,)) for n in index.all_names)
-        ]
-    )
-    if missing or not wanted:
-        endings = {n.rpartition(".")[2] for n in index.all_names}
-        hints = {p: nearest(p.rpartition(".")[2], endings) for p in missing}
+def _patterns(config: TargetedConfig, index: ModuleIndex, default: Collection[str]) -> Collection[str] | str:
+    if config.target_modules is None:
+        present = tuple(p for p in default if any(matches_any(n, (p,)) for n in index.adaptable))
+        if present:
+            return present
         raise TargetError(
-            "; ".join(
-                f"target module {p!r} matches no module of the model" + (f" (nearest: {', '.join(h)})" if h else "")
-                for p, h in hints.items()
-            )
-            or "target_modules is empty"
-        ) from None
+            f"{type(config).__name__} has no default target_modules for this model, which has none of {list(default)}: "
+            f"name some. {_endings(index.adaptable)}"
+        )
+    if not config.target_modules:
+        raise TargetError(f"target_modules is empty: name some. {_endings(index.adaptable)}")
+    given = config.target_modules
+    return ALL_LINEAR if isinstance(given, str) and given.lower() == ALL_LINEAR else given
 
 
-def _in_layers(name: str, config: TargetedConfig) -> bool:
-    if config.layers_to_transform is None:
-        return True
-    wanted = (
-        (config.layers_to_transform,) if isinstance(config.layers_to_transform, int) else config.layers_to_transform
+def _unmatched(role: str, patterns: Collection[str] | str, allowed: Sequence[str], index: ModuleIndex) -> list[str]:
+    """A sentence for each pattern that matches none of the allowed names."""
+    tests = [(patterns, patterns)] if isinstance(patterns, str) and patterns else [(p, (p,)) for p in patterns]
+    return [
+        _no_match(role, shown, next((n for n in index.all_names if matches_any(n, test)), None), index)
+        for shown, test in tests
+        if not any(matches_any(n, test) for n in allowed)
+    ]
+
+
+def _no_match(role: str, pattern: str, other: str | None, index: ModuleIndex) -> str:
+    if other is not None:
+        return (
+            f"{role} module {pattern!r} matches only modules that cannot be adapted, such as {other!r}. "
+            f"{_endings(index.adaptable)}"
+        )
+    hints = nearest(pattern.rpartition(".")[2], (n.rpartition(".")[2] for n in index.all_names))
+    return f"{role} module {pattern!r} matches no module of the model" + (
+        f" (nearest: {', '.join(hints)})" if hints else ""
     )
+
+
+def _excluded(name: str, config: TargetedConfig) -> bool:
+    if config.exclude_modules and matches_any(name, config.exclude_modules):
+        return True
+    return any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in config.modules_to_save or ())
+
+
+def _in_layers(name: str, config: TargetedConfig, patterns: Collection[str] | str) -> bool:
+    wanted = config.layers_to_transform
+    if wanted is None or wanted == () or (not isinstance(patterns, str) and name in patterns):
+        return True
     given = config.layers_pattern or (r"[^.]*",)
-    patterns = (given,) if isinstance(given, str) else given
-    found = (re.match(rf"(?:.*\.)?{pattern}\.(\d+)\.", name) for pattern in patterns)
-    return any(match is not None and int(match.group(1)) in wanted for match in found)
+    # the first index on the path is the layer's: later ones count experts and the like
+    found = (re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", name) for p in ((given,) if isinstance(given, str) else given))
+    index = next((int(match.group(1)) for match in found if match), None)
+    return index in ((wanted,) if isinstance(wanted, int) else wanted)
 
 
 def _show(patterns: object) -> str:
@@ -105,4 +125,4 @@ def _show(patterns: object) -> str:
 
 
 def _endings(names: Iterable[str]) -> str:
-    return ", ".join(sorted({n.rpartition(".")[2] for n in names}))
+    return "Linear layers of this model end with: " + ", ".join(sorted({n.rpartition(".")[2] for n in names}))

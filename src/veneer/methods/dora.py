@@ -32,17 +32,23 @@ def shapes(config: LinearMethod, site: LinearSite) -> Shapes:
 def init(config: LinearMethod, site: LinearSite, factors: Params) -> dict[str, Tensor]:
     """The row norms of the frozen weight with the start of the factors, so that the start changes nothing."""
     start = config.lower(site, {**factors, "lora_magnitude_vector": torch.ones(site.out_features)})
-    norms = _norms(site, replace(start, out_scale=None))
-    return {"lora_magnitude_vector": norms.float()}
+    return {"lora_magnitude_vector": _norms(site, start).float().cpu()}
 
 
 def lower(config: LinearMethod, site: LinearSite, params: Params, record: LinearDelta) -> LinearDelta:
     """LoRA's record with ``out_scale = m / norm``."""
-    return replace(record, out_scale=params["lora_magnitude_vector"] / _norms(site, record))
+    magnitude = params["lora_magnitude_vector"]
+    # A row of zeros has no direction and magnitude 0: it stays zero instead of becoming 0 / 0.
+    norms = _norms(site, record).to(magnitude.device).clamp_min(torch.finfo(magnitude.dtype).tiny)
+    return replace(record, out_scale=magnitude / norms)
 
 
 @torch.no_grad()
 def _norms(site: LinearSite, record: LinearDelta) -> Tensor:
-    if site.weight is None or site.row_sq is None:
+    """Row norms on the weight's device, outside of autocast: 16-bit norms would swallow small changes."""
+    if site.weight is None or site.row_sq is None or record.a is None or record.b is None:
         raise ConfigError(f"DoRA at {site.name} needs the frozen weight: load the base model before attaching")
-    return row_norms(record, site.weight, site.row_sq())
+    row_sq = site.row_sq()
+    factors = replace(record, a=record.a.to(row_sq.device), b=record.b.to(row_sq.device))
+    with torch.autocast(row_sq.device.type, enabled=False):
+        return row_norms(factors, site.weight, row_sq)

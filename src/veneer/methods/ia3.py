@@ -6,6 +6,7 @@ one.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,12 +21,21 @@ from veneer.core.targets import matches_any
 
 @dataclass(frozen=True, kw_only=True)
 class IA3Config(LinearMethod):
-    """IA3 in PEFT's fields. ``feedforward_modules`` must be among ``target_modules``: those scale their input."""
+    """IA3 in PEFT's fields. ``feedforward_modules`` must be among ``target_modules``: those scale their input.
+
+    Left out, they are the layers that project back from the feed-forward width, by the names that families give them.
+    """
 
     peft_type: ClassVar[str] = "IA3"
-    default_targets: ClassVar[tuple[str, ...]] = ("k_proj", "v_proj", "down_proj")
+    default_feedforward: ClassVar[tuple[str, ...]] = (
+        "down_proj", "fc2", "output.dense", "wo", "dense_4h_to_h", "mlp.c_proj", "w2",
+    )  # fmt: skip
+    default_targets: ClassVar[tuple[str, ...]] = (
+        "k_proj", "v_proj", "key", "value", "k", "v", "key_proj", "value_proj", "query_key_value", "c_attn",
+        *default_feedforward,
+    )  # fmt: skip
 
-    feedforward_modules: tuple[str, ...] | str | None = None
+    feedforward_modules: Collection[str] | str | None = None
     fan_in_fan_out: bool = False
     init_ia3_weights: bool = True
 
@@ -56,5 +66,3 @@ class IA3Config(LinearMethod):
     def _scales_input(self, site: LinearSite) -> bool:
         patterns = self.default_feedforward if self.feedforward_modules is None else self.feedforward_modules
         return matches_any(site.name, patterns)
-
-    default_feedforward: ClassVar[tuple[str, ...]] = ("down_proj", "fc2", "c_proj", "dense_4h_to_h")

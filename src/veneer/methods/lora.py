@@ -92,7 +92,7 @@ class LoraConfig(LinearMethod):
 
     def init(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         a, b = STARTS[self.init_lora_weights](self.rank(site), site.in_features, site.out_features, generator)
-        if site.kind == "embedding" and self.init_lora_weights is True:
+        if site.kind == "embedding" and self.init_lora_weights in (True, "gaussian"):
             # PEFT's start for embeddings: rows of A are looked up, so A is the zero factor and B the random one.
             a, b = torch.zeros_like(a), torch.randn(b.shape, generator=generator)
         params = {"lora_A": a, "lora_B": b}
