@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from veneer.cli import env
+from veneer.cli import env, fetch
 from veneer.errors import VeneerError
 
 USER_ERROR = 2
@@ -76,6 +76,7 @@ def root(
 
 
 app.command("env")(env.env)
+app.command("fetch")(fetch.fetch)
 
 
 def main() -> None:

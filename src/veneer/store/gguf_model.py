@@ -1,0 +1,169 @@
+"""GGUF files as models: checked, and converted once into a folder of safetensors that everything else reads."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import GGMLQuantizationType, GGUFReader
+
+from veneer.errors import FormatError
+from veneer.store.cache import cache_dir
+from veneer.store.folder import build_once
+
+_PLAIN = {
+    GGMLQuantizationType.F32: torch.float32,
+    GGMLQuantizationType.F16: torch.float16,
+    GGMLQuantizationType.BF16: torch.bfloat16,
+}
+# These vocabularies were learned with every digit apart, in front of GPT-2's pattern.
+_DIGITS_APART = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
+_TOKEN_IDS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufFacts:
+    """What a GGUF file says about itself.
+
+    ``dtype`` is that of the matrices where nothing is quantized, bfloat16 otherwise. ``token_ids`` are the ids of the
+    special tokens by transformers' names.
+    """
+
+    architecture: str
+    dtype: torch.dtype
+    context_length: int | None
+    token_ids: Mapping[str, int]
+    has_tokenizer: bool
+    pre_tokenizer: str | None
+
+
+def read_facts(path: Path) -> GgufFacts:
+    """The facts of a GGUF file. Raises FormatError where it is not one, or is cut short."""
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise FormatError(f"{path} is not a GGUF file: it does not start with the bytes GGUF")
+    try:
+        reader = GGUFReader(path)
+    except (ValueError, IndexError, KeyError, OverflowError, struct.error) as error:
+        raise FormatError(
+            f"{path} is a damaged GGUF file, perhaps cut short ({path.stat().st_size:,} bytes): {error}. "
+            "Download it again."
+        ) from error
+    architecture = _value(reader, "general.architecture")
+    if architecture is None:
+        raise FormatError(
+            f"{path} names no architecture (general.architecture); veneer reads GGUF files of whole models"
+        )
+    ids = {name: _value(reader, f"tokenizer.ggml.{field}") for name, field in _TOKEN_IDS.items()}
+    return GgufFacts(
+        architecture=architecture,
+        dtype=_dtype({tensor.tensor_type for tensor in reader.tensors}),
+        context_length=_value(reader, f"{architecture}.context_length"),
+        token_ids={name: value for name, value in ids.items() if value is not None},
+        has_tokenizer=reader.get_field("tokenizer.ggml.tokens") is not None,
+        pre_tokenizer=_value(reader, "tokenizer.ggml.pre"),
+    )
+
+
+def converted_folder(path: Path) -> Path:
+    """The cached folder of a GGUF file, converted where that has not been done; a changed file is converted anew."""
+    stat = path.stat()
+    identity = f"{path.resolve()}\n{stat.st_size}\n{stat.st_mtime_ns}"
+    name = f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    return build_once(cache_dir() / "gguf" / name, Path.is_dir, lambda folder: convert_gguf(path, folder))
+
+
+def convert_gguf(path: Path, folder: Path) -> None:
+    """Write the model of a GGUF file, its tokenizer and chat template into ``folder``, as transformers would.
+
+    Raises FormatError for damaged files, families that transformers cannot read, and files that lack tensors.
+    """
+    facts = read_facts(path)
+    with _quiet_progress():
+        model = _load(path, facts)
+        model.save_pretrained(folder)
+        if facts.has_tokenizer:
+            _tokenizer(path, facts, model.config).save_pretrained(folder)
+
+
+def _load(path: Path, facts: GgufFacts) -> Any:
+    import transformers
+
+    options: dict[str, Any] = {}
+    if hasattr(transformers, "GgufConfig"):  # since 5.2x the default keeps blocks packed
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    file = str(path.resolve())
+    try:
+        config = _config(path, facts)
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=file, config=config, dtype=facts.dtype, output_loading_info=True, **options
+        )
+    except (ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+        raise FormatError(
+            f"{path} holds a model of the family {facts.architecture!r} that transformers "
+            f"{transformers.__version__} cannot read: {error}"
+        ) from error
+    if report["missing_keys"]:
+        raise FormatError(f"{path} lacks the tensors of {sorted(report['missing_keys'])}; it is not a whole model")
+    for leftover in ("quantization_config", "_model_name_or_path"):  # they speak of the file
+        model.config.__dict__.pop(leftover, None)
+    return model
+
+
+def _config(path: Path, facts: GgufFacts) -> Any:
+    """The config that transformers makes of the file, with what it leaves at a default in some families."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=str(path.resolve()))
+    if facts.context_length is not None and hasattr(config, "max_position_embeddings"):
+        config.max_position_embeddings = facts.context_length
+    for name, value in facts.token_ids.items():
+        setattr(config, name, value)
+    return config
+
+
+def _tokenizer(path: Path, facts: GgufFacts, config: Any) -> Any:
+    from tokenizers import pre_tokenizers
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=str(path.resolve()))
+    if facts.pre_tokenizer in _DIGITS_APART:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    tokenizer.model_max_length = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
+    return tokenizer
+
+
+def _value(reader: GGUFReader, name: str) -> Any:
+    field = reader.get_field(name)
+    return None if field is None else field.contents()
+
+
+def _dtype(stored: set[GGMLQuantizationType]) -> torch.dtype:
+    if not stored <= set(_PLAIN):
+        return torch.bfloat16
+    half = {_PLAIN[kind] for kind in stored} - {torch.float32}  # norms are float32 beside half-precision matrices
+    return half.pop() if len(half) == 1 else torch.bfloat16 if half else torch.float32
+
+
+@contextmanager
+def _quiet_progress() -> Iterator[None]:
+    """Without the progress bars of transformers, which count tensors; one of them obeys no setting."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with redirect_stderr(StringIO()):
+            yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

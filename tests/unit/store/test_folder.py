@@ -1,0 +1,77 @@
+"""Folders that are whole or absent."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from veneer.errors import ConfigError
+from veneer.store.folder import build_once, new_folder
+
+RACER = """
+import sys, time
+from pathlib import Path
+from veneer.store.folder import build_once
+
+root = Path(sys.argv[1])
+
+def build(scratch):
+    with (root / "log").open("a") as log:
+        log.write("built\\n")
+    time.sleep(0.5)
+    (scratch / "weights").write_text("whole")
+
+folder = build_once(root / "model", Path.is_dir, build)
+assert (folder / "weights").read_text() == "whole"
+"""
+
+
+def test_a_new_folder_appears_only_when_whole(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "out") as scratch:
+        (scratch / "a").write_text("1")
+        assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out" / "a").read_text() == "1"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_error_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), new_folder(tmp_path / "out") as scratch:
+        (scratch / "no" / "folder").write_text("1")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_folder_is_kept_unless_overwriting_is_allowed(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("kept")
+    with pytest.raises(ConfigError, match="exists already"), new_folder(tmp_path / "out"):
+        pass
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "out", overwrite=True):
+        raise RuntimeError
+    assert (tmp_path / "out" / "old").read_text() == "kept"
+    with new_folder(tmp_path / "out", overwrite=True) as scratch:
+        (scratch / "new").write_text("1")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["new"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_processes_that_race_build_once(tmp_path: Path) -> None:
+    racers = [subprocess.Popen([sys.executable, "-c", RACER, str(tmp_path)]) for _ in range(3)]
+    assert [racer.wait(60) for racer in racers] == [0, 0, 0]
+    assert (tmp_path / "log").read_text() == "built\n"
+
+
+def test_what_a_crashed_process_left_is_removed(tmp_path: Path) -> None:
+    leftover = tmp_path / ".model.partial-123-abc"
+    leftover.mkdir()
+    (leftover / "half").write_text("x")
+    build_once(tmp_path / "model", Path.is_dir, lambda scratch: None)
+    assert not leftover.exists()
+
+
+def test_a_folder_that_is_not_whole_is_built_anew(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    folder = build_once(tmp_path / "model", lambda f: (f / "w").exists(), lambda s: (s / "w").touch())
+    assert (folder / "w").exists()
