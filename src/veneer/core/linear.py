@@ -25,7 +25,7 @@ def apply_linear(
 
     ``lowrank_input`` stands in for x in front of A alone: that is where dropout acts. What the record adds or scales is
     computed in the record's dtype (float32 beside a 16-bit base, unless autocast says otherwise) and rounded once, at
-    the end: a scale of 1.001 would be lost if it were rounded to 16 bits itself.
+    the end: rounded to 16 bits itself, a scale of 1.005 would act as 1.0078.
     """
     base_input = scaled(x, delta.in_scale)
     y = base = weight.matmul(base_input)

@@ -16,7 +16,7 @@ from veneer.errors import ShapeError
 
 def apply_linear_rows(
     deltas: Sequence[LinearDelta],
-    row_index: Int[Tensor, " rows"],
+    row_index: Int[Tensor, " n"],
     x: Float[Tensor, "rows *batch i"],
     weight: FrozenWeight,
     bias: Float[Tensor, " o"] | None = None,

@@ -1,0 +1,160 @@
+"""Applying, folding and composing linear records, against closed forms."""
+
+import pytest
+import torch
+
+from veneer.core.frozen import FrozenWeight
+from veneer.core.linear import apply_embedding, apply_linear, compose_linear, fold_linear, row_norms, without_lowrank
+from veneer.core.records import LinearDelta
+from veneer.errors import CompositionError
+from veneer.quant.dense import DenseWeight
+
+OUT, IN = 7, 5
+generator = torch.Generator().manual_seed(17)
+
+
+def normal(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+W, C, X = normal(OUT, IN), normal(OUT), normal(3, IN)
+
+
+def low_rank(rank: int, scale: float) -> LinearDelta:
+    return LinearDelta(a=normal(rank, IN), b=normal(OUT, rank), scale=scale)
+
+
+def scales() -> LinearDelta:
+    """As IA3 makes it on outputs: the bias scaled too."""
+    vector = normal(OUT)
+    return LinearDelta(out_scale=vector, bias=C * vector)
+
+
+def apply(delta: LinearDelta, bias: torch.Tensor | None = C) -> torch.Tensor:
+    return apply_linear(delta, X, DenseWeight(W), bias)
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_dense_weight_is_a_frozen_weight():
+    assert isinstance(DenseWeight(W), FrozenWeight)
+
+
+def test_the_formula_of_the_record():
+    d = LinearDelta(
+        a=normal(2, IN), b=normal(OUT, 2), scale=0.7, in_scale=normal(IN), out_scale=normal(OUT), bias=normal(OUT)
+    )
+    u = d.in_scale * X
+    close(apply(d), d.out_scale * (u @ W.T + 0.7 * u @ (d.b @ d.a).T) + d.bias)
+
+
+def test_an_empty_record_is_the_base_layer():
+    close(apply(LinearDelta()), X @ W.T + C)
+    close(apply(LinearDelta(), bias=None), X @ W.T)
+
+
+def test_what_stands_in_front_of_a_does_not_reach_the_frozen_weight():
+    d, dropped = low_rank(2, 0.7), X * torch.tensor([0.0, 2.0, 2.0, 0.0, 2.0])
+    close(apply_linear(d, X, DenseWeight(W), C, dropped), X @ W.T + 0.7 * dropped @ (d.b @ d.a).T + C)
+
+
+def test_trained_scales_are_not_rounded_to_16_bits():
+    """1.005 lies between two neighbours in bfloat16, 1 and 1.0078: rounded to either, it would act as that."""
+    x = torch.linspace(1, 2, 4096).bfloat16()[:, None]
+    out = LinearDelta(out_scale=torch.tensor([1.005]))
+    into = LinearDelta(in_scale=torch.tensor([1.005]))
+    for delta in (out, into):
+        y = apply_linear(delta, x, DenseWeight(torch.ones(1, 1, dtype=torch.bfloat16)))
+        assert y.dtype == torch.bfloat16
+        ratio = (y.double() / x.double()).mean().item()
+        assert ratio == pytest.approx(1.005, abs=6e-4)
+
+
+def test_what_is_added_is_rounded_once_with_the_base():
+    one = torch.ones(1, 1, dtype=torch.bfloat16)
+    delta = LinearDelta(a=torch.ones(1, 1), b=torch.full((1, 1), 2**-9), bias=torch.tensor([2**-9]))
+    # 2**-8 is half of the spacing above 1: each part alone would vanish, twice; ties go to even, so add a little
+    y = apply_linear(delta, one, DenseWeight(one), torch.tensor([0.0]))
+    assert y.item() == 1.0
+    more = LinearDelta(a=delta.a, b=delta.b, bias=torch.tensor([2**-9 + 2**-12]))
+    assert apply_linear(more, one, DenseWeight(one)).item() == 1.0 + 2**-7
+
+
+def test_folding_computes_wider_than_it_stores():
+    w16 = W.bfloat16()
+    delta = LinearDelta(a=normal(2, IN).float(), b=normal(OUT, 2).float(), scale=0.7)
+    folded, bias = fold_linear(delta, w16, C.bfloat16())
+    assert folded.dtype == torch.bfloat16
+    exact = w16.double() + 0.7 * delta.b.double() @ delta.a.double()
+    assert torch.equal(folded, exact.float().bfloat16())
+    assert torch.equal(bias, C.bfloat16())
+
+
+def test_folding_gives_a_bias_where_there_was_none():
+    folded, bias = fold_linear(LinearDelta(bias=C), W)
+    close(folded, W)
+    close(bias, C)
+
+
+def test_composed_low_rank_parts_are_their_sum():
+    parts = [low_rank(2, 0.7), low_rank(3, -1.3), LinearDelta(a=normal(1, IN), b=normal(OUT, 1), bias=normal(OUT))]
+    expected = X @ W.T + sum(p.scale * X @ (p.b @ p.a).T for p in parts) + parts[2].bias
+    whole = compose_linear(parts, C)
+    assert whole.rank == 6
+    close(apply(whole), expected)
+
+
+def test_composed_biases_add_their_changes():
+    parts = [LinearDelta(bias=C + 0.3), LinearDelta(bias=C - 1.1), low_rank(2, 0.5)]
+    close(compose_linear(parts, C).bias, C - 0.8)
+    close(compose_linear([LinearDelta(bias=C), LinearDelta(bias=2 * C)], None).bias, 3 * C)
+
+
+def test_composed_scales_are_one_after_the_other():
+    first, second, third = scales(), scales(), LinearDelta(in_scale=normal(IN))
+    expected = second.out_scale * (first.out_scale * ((third.in_scale * X) @ W.T + C))
+    close(apply(compose_linear([first, second, third], C)), expected)
+
+
+def test_one_record_composes_to_itself_and_none_to_the_base():
+    delta = scales()
+    assert compose_linear([delta]) is delta
+    close(apply(compose_linear([], C)), X @ W.T + C)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        pytest.param([scales(), low_rank(2, 0.5)], id="IA3 and LoRA"),
+        pytest.param(
+            [low_rank(2, 0.5), LinearDelta(a=normal(1, IN), b=normal(OUT, 1), out_scale=normal(OUT))], id="DoRA"
+        ),
+        pytest.param([LinearDelta(in_scale=normal(IN)), LinearDelta(bias=normal(OUT))], id="IA3 and a trained bias"),
+    ],
+)
+def test_a_scale_beside_a_sum_cannot_be_composed(parts):
+    with pytest.raises(CompositionError, match="2 adapters are active on one layer and 1 of them scale"):
+        compose_linear(parts, C)
+
+
+def test_row_norms_are_those_of_the_sum():
+    delta = low_rank(2, 0.7)
+    expected = (W + 0.7 * delta.b @ delta.a).norm(dim=1)
+    close(row_norms(delta, DenseWeight(W), W.square().sum(dim=1)), expected)
+    close(row_norms(LinearDelta(), DenseWeight(W), W.square().sum(dim=1)), W.norm(dim=1))
+
+
+def test_without_lowrank_keeps_the_rest():
+    delta = LinearDelta(a=normal(1, IN), b=normal(OUT, 1), scale=3.0, out_scale=normal(OUT), bias=normal(OUT))
+    close(apply(without_lowrank(delta)), delta.out_scale * (X @ W.T) + delta.bias)
+
+
+def test_an_embedding_is_the_linear_layer_on_one_hot_rows():
+    delta = LinearDelta(
+        a=normal(2, IN), b=normal(OUT, 2), scale=0.7, in_scale=normal(IN), out_scale=normal(OUT), bias=normal(OUT)
+    )
+    ids = torch.tensor([[4, 0], [2, 2]])
+    one_hot = torch.nn.functional.one_hot(ids, IN).double()
+    close(apply_embedding(delta, ids, W.T[ids]), apply_linear(delta, one_hot, DenseWeight(W)))
