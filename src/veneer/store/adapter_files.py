@@ -59,7 +59,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         if (folder / PICKLE_FILE).is_file():
             raise FormatError(
                 f"{folder} holds {PICKLE_FILE}, a pickle, which can run any code when it is opened; only "
-                f"{WEIGHTS_FILE} is read. Convert it with PEFT where you trust it: load it there and save_pretrained it again."
+                f"{WEIGHTS_FILE} is read. Where you trust it, convert it with PEFT: load it there and save it again."
             )
         raise FormatError(f"{folder} holds no {WEIGHTS_FILE}: it is not an adapter, or it was not saved to the end")
     try:

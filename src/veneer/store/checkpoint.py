@@ -89,7 +89,7 @@ class Checkpoint:
         return tensor
 
     def stream(self) -> Iterator[tuple[str, Tensor]]:
-        """All tensors, one after the other. One FormatError at the end names all that hold values that are not finite."""
+        """All tensors, one after the other. One FormatError at the end names all that hold NaN or infinity."""
         not_finite = []
         for name, stored in self.tensors.items():
             tensor = stored.read()
