@@ -13,8 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from veneer.adapters.merging import merge_into_base
-from veneer.core.method import LinearMethod, MethodConfig
-from veneer.errors import AdapterNameError, ConfigError
+from veneer.core.method import MethodConfig
+from veneer.errors import AdapterNameError
 from veneer.model.attach import attach, detach
 from veneer.model.inplace import InPlace, change_class, restore_class
 from veneer.model.state import AdapterState
@@ -62,8 +62,6 @@ class PeftModel(InPlace, nn.Module):
 
     def add_adapter(self, adapter_name: str, peft_config: MethodConfig) -> None:
         """Add a fresh adapter beside those there are; it does not become active."""
-        if not isinstance(peft_config, LinearMethod):
-            raise ConfigError(f"{type(peft_config).__name__} cannot be attached to this kind of model yet")
         attach(cast(PreTrainedModel, self), peft_config, adapter_name, self.adapter_state)
 
     def load_adapter(self, model_id: str | os.PathLike[str], adapter_name: str, is_trainable: bool = False) -> None:

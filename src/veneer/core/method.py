@@ -135,7 +135,16 @@ class ResidualMethod(MethodConfig):
     @property
     @abstractmethod
     def sublayers(self) -> tuple[str, ...]:
-        """Which of ``"attention"`` and ``"mlp"`` get a bottleneck."""
+        """Which of ``"attention"``, ``"cross_attention"`` and ``"mlp"`` get a bottleneck."""
+
+    def takes_layer(self, layer: int) -> bool:
+        """Whether the block of this index (from 0, through the whole model) gets bottlenecks."""
+        return True
+
+    @property
+    def dropout(self) -> float:
+        """Probability of zeroing an output of the bottleneck in training."""
+        return 0.0
 
     @abstractmethod
     def shapes(self, site: ResidualSite) -> Shapes:
@@ -148,6 +157,10 @@ class ResidualMethod(MethodConfig):
     @abstractmethod
     def lower(self, site: ResidualSite, params: Params) -> ResidualDelta:
         """The record that these parameters mean at this site."""
+
+    def disk_names(self, site: ResidualSite) -> dict[str, str]:
+        """For each parameter, what follows the site's name in its key in ``adapter_model.safetensors``."""
+        return {name: name for name in self.shapes(site)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +179,14 @@ class PrefixMethod(MethodConfig):
     def lower(self, sites: Sequence[AttentionSite], params: Params) -> tuple[PrefixDelta, ...]:
         """One record for each site, in the order given."""
 
+    @abstractmethod
+    def stored(self, sites: Sequence[AttentionSite], params: Params) -> dict[str, Tensor]:
+        """What a plain save holds, by its key on disk: the output of any network that training uses."""
+
+    @abstractmethod
+    def plain(self) -> PrefixMethod:
+        """The config that trains what `stored` gives, directly, under the same names: that of a plain save."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PromptMethod(MethodConfig):
@@ -182,3 +203,11 @@ class PromptMethod(MethodConfig):
     @abstractmethod
     def lower(self, site: InputSite, params: Params) -> PromptDelta:
         """The record that these parameters mean."""
+
+    @abstractmethod
+    def stored(self, site: InputSite, params: Params) -> dict[str, Tensor]:
+        """What a plain save holds, by its key on disk: the output of any network that training uses."""
+
+    @abstractmethod
+    def plain(self) -> PromptMethod:
+        """The config that trains what `stored` gives, directly, under the same names: that of a plain save."""

@@ -37,7 +37,7 @@ class ResidualSite:
 
     name: str
     layer: int
-    sublayer: Literal["attention", "mlp"]
+    sublayer: Literal["attention", "cross_attention", "mlp"]
     features: int
 
 

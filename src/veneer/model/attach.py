@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from veneer.core.method import LinearMethod, MethodConfig, TargetedConfig
+from veneer.core.method import LinearMethod, MethodConfig, ResidualMethod, TargetedConfig
 from veneer.core.targets import ALL_LINEAR, ModuleIndex, matches_any, select_targets
 from veneer.errors import AdapterNameError, TargetError
 from veneer.model.default_targets import defaults_for
 from veneer.model.linear import AdaptedLinear, adapt_linear, is_linear, restore_linear
+from veneer.model.residual import ResidualAdapters, attach_residual, detach_residual
 from veneer.model.state import AdapterState
 
 
@@ -57,18 +57,62 @@ def shortest_names(index: ModuleIndex, chosen: tuple[str, ...]) -> tuple[str, ..
 
 def attach(
     model: PreTrainedModel,
-    config: LinearMethod,
+    config: MethodConfig,
     name: str,
     state: AdapterState,
     generator: torch.Generator | None = None,
 ) -> None:
-    """Add one adapter's parameters to every layer that its config means. They start in float32 beside a 16-bit base."""
+    """Add one adapter's parameters wherever its config means. They start in float32 beside a 16-bit base."""
     if name in state.configs:
         raise AdapterNameError(
             f"an adapter named {name!r} is there already; loaded: {sorted(state.configs)}. "
             "Choose another name or delete it first."
         )
-    config = cast(LinearMethod, resolved(model, config))
+    config = resolved(model, config)
+    if isinstance(config, LinearMethod):
+        _attach_linear(model, config, name, state, generator)
+    elif isinstance(config, ResidualMethod):
+        attach_residual(model, config, name, state, generator)
+    else:
+        raise TargetError(f"{type(config).__name__} is none of the kinds of method that a model can take")
+
+
+def detach(model: PreTrainedModel, state: AdapterState, name: str) -> None:
+    """Take one adapter off; what it was attached to is then as it was before."""
+    del state.configs[name]
+    state.active = tuple(n for n in state.active if n != name)
+    detach_residual(model, name)
+    for layer in adapted_layers(model).values():
+        if name in layer.adapters:
+            del layer.adapters[name]
+        if not layer.adapters:
+            restore_linear(layer)
+
+
+def live_parameters(model: PreTrainedModel, state: AdapterState, name: str) -> dict[str, Tensor]:
+    """Every trained tensor of one adapter, of any kind of method, by its key on disk: the parameters, not copies."""
+    found: dict[str, Tensor] = {}
+    for path, place in adapted_places(model).items():
+        if name in place.adapters:
+            parameters = dict(place.adapters[name].named_parameters())
+            keys = place.disk_keys(name, path)
+            found |= {keys[key]: value for key, value in parameters.items()}
+    return found
+
+
+def stored_tensors(model: PreTrainedModel, state: AdapterState, name: str) -> dict[str, Tensor]:
+    """What a plain save of one adapter holds, by its key on disk: the parameters, or what a network makes of them."""
+    return live_parameters(model, state, name)
+
+
+def adapted_places(model: nn.Module) -> dict[str, AdaptedLinear | ResidualAdapters]:
+    """Every module that holds adapters, of any kind of method, by path."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, (AdaptedLinear, ResidualAdapters))}
+
+
+def _attach_linear(
+    model: PreTrainedModel, config: LinearMethod, name: str, state: AdapterState, generator: torch.Generator | None
+) -> None:
     targets = targets_of(model, config)
     state.configs[name] = config
     for path in targets:
@@ -78,17 +122,6 @@ def attach(
         device = next(module.parameters()).device
         values = config.init(site, generator)
         layer.adapters[name] = nn.ParameterDict({key: nn.Parameter(value.to(device)) for key, value in values.items()})
-
-
-def detach(model: PreTrainedModel, state: AdapterState, name: str) -> None:
-    """Take one adapter off; a layer without adapters gets its own class back."""
-    del state.configs[name]
-    state.active = tuple(n for n in state.active if n != name)
-    for layer in adapted_layers(model).values():
-        if name in layer.adapters:
-            del layer.adapters[name]
-        if not layer.adapters:
-            restore_linear(layer)
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:

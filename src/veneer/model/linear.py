@@ -46,6 +46,12 @@ class AdaptedLinear(InPlace, nn.Module):
         """This layer described, with its weight."""
         return linear_site(self.site_name, self, self.frozen_weight(), self._row_sq)
 
+    def disk_keys(self, name: str, path: str) -> dict[str, str]:
+        """For each parameter of adapter ``name``, its key in PEFT's file; ``path`` is this layer's in the model."""
+        return {
+            key: f"base_model.model.{path}.{end}" for key, end in self._method(name).disk_names(self.site()).items()
+        }
+
     def frozen_weight(self) -> FrozenWeight:
         """The layer's weight as W (o, i)."""
         return frozen_weight(self)

@@ -9,33 +9,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from veneer.core.method import LinearMethod, MethodConfig
+from veneer.core.method import MethodConfig
 from veneer.errors import FormatError
-from veneer.model.attach import adapted_layers
+from veneer.model.attach import live_parameters, stored_tensors
 from veneer.model.state import AdapterState
 from veneer.store.adapter_config import CONFIG_FILE, from_json, to_json
 from veneer.store.adapter_files import WEIGHTS_FILE, non_finite, read_tensors, tensors_to_bytes, write_atomically
-
-PREFIX = "base_model.model."
-
-
-def adapter_parameters(model: PreTrainedModel, state: AdapterState, name: str) -> dict[str, Tensor]:
-    """Every tensor of an adapter by its key on disk: the live parameters, not copies."""
-    found: dict[str, Tensor] = {}
-    for path, layer in adapted_layers(model).items():
-        if name in layer.adapters:
-            config = state.configs[name]
-            names = config.disk_names(layer.site()) if isinstance(config, LinearMethod) else {}
-            parameters = dict(layer.adapters[name].named_parameters())
-            found |= {f"{PREFIX}{path}.{names[key]}": value for key, value in parameters.items()}
-    return found
 
 
 def save_adapter(model: PreTrainedModel, state: AdapterState, name: str, folder: Path) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors``, the config last."""
     folder.mkdir(parents=True, exist_ok=True)
     mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
-    write_atomically(folder / WEIGHTS_FILE, tensors_to_bytes(adapter_parameters(model, state, name)))
+    write_atomically(folder / WEIGHTS_FILE, tensors_to_bytes(stored_tensors(model, state, name)))
     write_atomically(folder / CONFIG_FILE, to_json(state.configs[name], mapping).encode())
 
 
@@ -49,7 +35,7 @@ def read_config(folder: Path) -> MethodConfig:
 
 def load_weights(model: PreTrainedModel, state: AdapterState, name: str, folder: Path) -> None:
     """Copy the tensors of an adapter folder into an adapter that is attached, strictly."""
-    assign(adapter_parameters(model, state, name), read_tensors(folder), str(folder / WEIGHTS_FILE))
+    assign(live_parameters(model, state, name), read_tensors(folder), str(folder / WEIGHTS_FILE))
 
 
 @torch.no_grad()

@@ -1,0 +1,128 @@
+"""Bottleneck adapters: ``h + scale * (W_up act(W_down x + b_down) + b_up)`` after a sub-layer, before its residual add.
+
+Three placements of one formula, ``2 d r + r + d`` parameters each:
+
+- Houlsby et al. 2019 (arXiv:1902.00751, section 2.1): after attention and after the feed-forward part, x = h;
+- Pfeiffer et al. 2021 (AdapterFusion, arXiv:2005.00247, section 4.1): after the feed-forward part only, x = h;
+- He et al. 2022 (arXiv:2110.04366, section 4.3): parallel to the feed-forward part, x is what that part reads.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from veneer.core.method import Params, ResidualMethod, Shapes
+from veneer.core.records import ResidualDelta
+from veneer.core.residual import ACTIVATIONS, bottleneck_width
+from veneer.core.sites import ResidualSite
+from veneer.inits import bottleneck
+
+STARTS = {"bert": bottleneck.bert, "mam_adapter": bottleneck.mam, "houlsby": bottleneck.houlsby}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BottleneckConfig(ResidualMethod):
+    """Bottleneck adapters; Pfeiffer's where nothing is given. `houlsby` and `parallel` give the other papers' settings.
+
+    ``after_attention``, ``after_mlp``, ``after_cross_attention``: which sub-layers get one.
+    ``placement``: "serial" (x = h) or "parallel" (x is the sub-layer's input).
+    ``size`` is r; None takes ``features // reduction_factor``.
+    ``init_weights``: "bert", "mam_adapter" (exactly the identity) or "houlsby".
+    ``dropout``: probability of zeroing an output of the bottleneck in training.
+    """
+
+    peft_type: ClassVar[str] = "BOTTLENECK"
+    identity_at_start: ClassVar[bool] = False
+
+    after_attention: bool = False
+    after_mlp: bool = True
+    after_cross_attention: bool = False
+    placement: Literal["serial", "parallel"] = "serial"
+    size: int | None = None
+    reduction_factor: float = 16
+    non_linearity: str = "relu"
+    scaling: float = 1.0
+    init_weights: str = "bert"
+    dropout: float = 0.0
+    layers_to_transform: tuple[int, ...] | int | None = None
+
+    @classmethod
+    def houlsby(cls, **fields: object) -> Self:
+        """After attention and after the feed-forward part, swish."""
+        return cls(**{"after_attention": True, "non_linearity": "swish"} | fields)  # type: ignore[arg-type]
+
+    @classmethod
+    def pfeiffer(cls, **fields: object) -> Self:
+        """After the feed-forward part, ReLU."""
+        return cls(**fields)  # type: ignore[arg-type]
+
+    @classmethod
+    def parallel(cls, **fields: object) -> Self:
+        """Beside the feed-forward part, half its width, scaled by 4, started at the identity."""
+        preset = {"placement": "parallel", "reduction_factor": 2, "scaling": 4.0, "init_weights": "mam_adapter"}
+        return cls(**preset | fields)  # type: ignore[arg-type]
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if not (self.after_attention or self.after_mlp or self.after_cross_attention):
+            found.append("no place for a bottleneck: set after_attention, after_mlp or after_cross_attention")
+        if self.placement not in ("serial", "parallel"):
+            found.append(f"placement={self.placement!r} must be 'serial' or 'parallel'")
+        if self.size is not None and (not isinstance(self.size, int) or isinstance(self.size, bool) or self.size < 1):
+            found.append(f"size={self.size!r} must be a whole number of at least 1, or None")
+        if not (math.isfinite(self.reduction_factor) and self.reduction_factor > 0):
+            found.append(f"reduction_factor={self.reduction_factor!r} must be a finite number above 0")
+        if self.non_linearity not in ACTIVATIONS:
+            found.append(f"non_linearity={self.non_linearity!r} must be one of {sorted(ACTIVATIONS)}")
+        if not math.isfinite(self.scaling) or self.scaling == 0:
+            found.append(f"scaling={self.scaling!r} must be a finite number other than 0")
+        if self.init_weights not in STARTS:
+            found.append(f"init_weights={self.init_weights!r} must be one of {sorted(STARTS)}")
+        if not 0 <= self.dropout < 1:
+            found.append(f"dropout={self.dropout!r} must lie in [0, 1)")
+        return found
+
+    @property
+    def sublayers(self) -> tuple[str, ...]:
+        places = {
+            "attention": self.after_attention,
+            "cross_attention": self.after_cross_attention,
+            "mlp": self.after_mlp,
+        }
+        return tuple(name for name, wanted in places.items() if wanted)
+
+    def takes_layer(self, layer: int) -> bool:
+        wanted = self.layers_to_transform
+        return wanted is None or layer in ((wanted,) if isinstance(wanted, int) else wanted)
+
+    def width(self, site: ResidualSite) -> int:
+        """r at this site."""
+        return bottleneck_width(site.features, self.reduction_factor) if self.size is None else self.size
+
+    def shapes(self, site: ResidualSite) -> Shapes:
+        r, d = self.width(site), site.features
+        return {"down": (r, d), "down_bias": (r,), "up": (d, r), "up_bias": (d,)}
+
+    def init(self, site: ResidualSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        r, d = self.width(site), site.features
+        down, up = STARTS[self.init_weights](r, d, generator)
+        return {"down": down, "down_bias": torch.zeros(r), "up": up, "up_bias": torch.zeros(d)}
+
+    def lower(self, site: ResidualSite, params: Params) -> ResidualDelta:
+        return ResidualDelta(
+            down=params["down"],
+            up=params["up"],
+            down_bias=params["down_bias"],
+            up_bias=params["up_bias"],
+            activation=self.non_linearity,
+            scale=self.scaling,
+            where=self.placement,
+        )
+
+    def disk_names(self, site: ResidualSite) -> dict[str, str]:
+        return {"down": "down.weight", "down_bias": "down.bias", "up": "up.weight", "up_bias": "up.bias"}

@@ -1,0 +1,141 @@
+"""Bottlenecks in the residual stream, put on by hooks: the modules of the model keep their classes."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from veneer.core.method import ResidualMethod
+from veneer.core.records import ResidualDelta
+from veneer.core.residual import residual_change
+from veneer.core.sites import ResidualSite
+from veneer.errors import TargetError
+from veneer.model.state import AdapterState
+from veneer.model.structure import Sublayer, sublayers
+
+PREFIX = "adapter_"  # the place of attention's bottleneck in a block is named "adapter_attention"
+
+
+class ResidualAdapters(nn.Module):
+    """The bottlenecks of one sub-layer by adapter name: a child of its block, so that it moves with the model."""
+
+    def __init__(self, site: ResidualSite, state: AdapterState, model: nn.Module, place: Sublayer) -> None:
+        super().__init__()
+        self.site, self.adapter_state = site, state
+        self.adapters = nn.ModuleDict()
+        self._input: Tensor | None = None
+        self.handles = [
+            model.get_submodule(place.input_path).register_forward_pre_hook(self._keep_input, with_kwargs=True),
+            model.get_submodule(place.output_path).register_forward_hook(self._change_output),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self.handles:
+            handle.remove()
+
+    def record(self, name: str) -> ResidualDelta:
+        """What adapter ``name`` means here."""
+        return self._method(name).lower(self.site, dict(self.adapters[name].named_parameters()))
+
+    def disk_keys(self, name: str, path: str) -> dict[str, str]:
+        """For each parameter of adapter ``name``, its key on disk; ``path`` is this holder's in the model."""
+        return {key: f"base_model.model.{path}.{end}" for key, end in self._method(name).disk_names(self.site).items()}
+
+    def _method(self, name: str) -> ResidualMethod:
+        return cast(ResidualMethod, self.adapter_state.configs[name])
+
+    def _acting(self) -> list[str]:
+        return [name for name in self.adapter_state.acting() if name in self.adapters]
+
+    def _keep_input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._acting():
+            self._input = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point())
+
+    def _change_output(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Each acting bottleneck in turn; a serial one reads what those before it made of the output."""
+        names = self._acting()
+        if not names:
+            return None
+        hidden = output[0] if isinstance(output, tuple) else output
+        x, self._input = self._input, None
+        for name in names:
+            record = self.record(name)
+            change = residual_change(record, hidden if record.where == "serial" or x is None else x)
+            dropped = nn.functional.dropout(change, self._method(name).dropout, training=self.training)
+            hidden = hidden + dropped.to(hidden.dtype)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+def attach_residual(
+    model: PreTrainedModel,
+    config: ResidualMethod,
+    name: str,
+    state: AdapterState,
+    generator: torch.Generator | None = None,
+) -> None:
+    """Put one adapter's bottlenecks after the sub-layers that its config names."""
+    before, state.disabled = state.disabled, True  # the sub-layers are looked for in the base model
+    try:
+        places = places_of(model, config)
+    finally:
+        state.disabled = before
+    state.configs[name] = config
+    for place in places:
+        holder = _holder(model, place, state)
+        device = next(model.get_submodule(place.block_path).parameters()).device
+        values = config.init(holder.site, generator)
+        holder.adapters[name] = nn.ParameterDict({k: nn.Parameter(v.to(device)) for k, v in values.items()})
+
+
+def detach_residual(model: PreTrainedModel, name: str) -> None:
+    """Take one adapter's bottlenecks off; a sub-layer without any loses its hooks and its holder."""
+    for path, holder in residual_adapters(model).items():
+        if name in holder.adapters:
+            del holder.adapters[name]
+        if not holder.adapters:
+            holder.remove()
+            block, _, child = path.rpartition(".")
+            delattr(model.get_submodule(block), child)
+
+
+def residual_adapters(model: nn.Module) -> dict[str, ResidualAdapters]:
+    """The holders of bottlenecks by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, ResidualAdapters)}
+
+
+def places_of(model: PreTrainedModel, config: ResidualMethod) -> tuple[Sublayer, ...]:
+    """The sub-layers that a config means in this model.
+
+    Raises TargetError where the model has none of them.
+    """
+    found = sublayers(model)
+    kept = tuple(place for place in found if place.kind in config.sublayers and config.takes_layer(place.layer))
+    absent = [kind for kind in config.sublayers if all(place.kind != kind for place in found)]
+    if absent:
+        raise TargetError(
+            f"{type(model).__name__} has no {', '.join(absent)} sub-layers; it has {sorted({p.kind for p in found})}"
+        )
+    if not kept:
+        raise TargetError(
+            f"{type(config).__name__} keeps none of the {len({p.layer for p in found})} layers (counted from 0) of "
+            f"{type(model).__name__}: give layers_to_transform among them"
+        )
+    return kept
+
+
+def residual_site(place: Sublayer) -> ResidualSite:
+    """A sub-layer described by shapes."""
+    return ResidualSite(
+        name=f"{place.block_path}.{PREFIX}{place.kind}", layer=place.layer, sublayer=place.kind, features=place.features
+    )
+
+
+def _holder(model: nn.Module, place: Sublayer, state: AdapterState) -> ResidualAdapters:
+    block, child = model.get_submodule(place.block_path), f"{PREFIX}{place.kind}"
+    if not hasattr(block, child):
+        block.add_module(child, ResidualAdapters(residual_site(place), state, model, place))
+    return cast(ResidualAdapters, getattr(block, child))

@@ -1,0 +1,133 @@
+"""The residual sub-layers of a model, found by watching one short forward pass, not from a list of families.
+
+A residual add is an addition of the stream (what enters a block, the result of an earlier residual add, or a norm of
+either) and something else. That something is the output of a sub-layer: it is traced back to the module that gave it
+out and to the first module that read the stream for it. It is attention where a module named so took part in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from veneer.errors import TargetError
+from veneer.model.trace import Addition, trace_additions
+
+SublayerKind = Literal["attention", "cross_attention", "mlp"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sublayer:
+    """One sub-layer of one block.
+
+    ``input_path`` is the module whose first input is the sub-layer's input (after a norm in front of it);
+    ``output_path`` is the module whose first output is added to the residual stream (after a norm behind it).
+    """
+
+    block_path: str
+    layer: int
+    kind: SublayerKind
+    input_path: str
+    output_path: str
+    features: int
+
+
+def sublayers(model: PreTrainedModel) -> tuple[Sublayer, ...]:
+    """The attention and feed-forward sub-layers of every block, in the order in which they run.
+
+    Raises TargetError where the model has no blocks of attention and feed-forward parts, or a block holds others too.
+    """
+    with _evaluation(model):
+        additions = trace_additions(model, example_inputs(model))
+    blocks = _blocks(model, additions)
+    found: list[Sublayer] = []
+    for layer, (path, events) in enumerate(blocks.items()):
+        for kind, event in zip(_kinds(path, events), events, strict=True):
+            found.append(
+                Sublayer(
+                    block_path=path,
+                    layer=layer,
+                    kind=kind,
+                    input_path=event.input_path,
+                    output_path=event.output_path,
+                    features=event.features,
+                )
+            )
+    return tuple(found)
+
+
+def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The smallest inputs that the model runs on."""
+    device, dtype = model.device, model.dtype
+    name, config = model.main_input_name, model.config
+    if name == "input_ids":
+        ids = torch.ones(1, 3, dtype=torch.long, device=device)
+        return {"input_ids": ids, "decoder_input_ids": ids} if config.is_encoder_decoder else {"input_ids": ids}
+    if name == "pixel_values" and hasattr(config, "image_size"):
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return {name: torch.zeros(1, getattr(config, "num_channels", 3), height, width, device=device, dtype=dtype)}
+    raise TargetError(
+        f"{type(model).__name__} takes {name!r}: its sub-layers can be found for models that take input_ids or "
+        "pixel_values (with image_size in their config)"
+    )
+
+
+def _blocks(model: nn.Module, additions: list[Addition]) -> dict[str, list[Addition]]:
+    """The residual adds by block: the innermost element of a list that holds both attention and another part."""
+    elements = {
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.ModuleList, nn.Sequential))
+        for key, _ in module.named_children()
+    }
+    owners: dict[str, list[Addition]] = {}
+    for event in additions:
+        for path in _ancestors(event.output_path):
+            if path in elements:
+                owners.setdefault(path, []).append(event)
+    complete = {path for path, events in owners.items() if len({event.attention for event in events}) == 2}
+    blocks = {p: owners[p] for p in owners if p in complete and not any(q.startswith(f"{p}.") for q in complete)}
+    homeless = [e.output_path for e in additions if not any(p in blocks for p in _ancestors(e.output_path))]
+    if not blocks or homeless:
+        raise TargetError(
+            f"the blocks of {type(model).__name__} cannot be told: "
+            + (f"{homeless[0]!r} adds to the residual stream outside any" if homeless else "there is no repeated")
+            + " block of attention and feed-forward parts. Use a method for linear layers, such as LoraConfig, here."
+        )
+    return blocks
+
+
+def _kinds(path: str, events: list[Addition]) -> list[SublayerKind]:
+    n_attention = sum(event.attention for event in events)
+    if n_attention > 2 or len(events) - n_attention != 1:
+        raise TargetError(
+            f"block {path!r} holds {n_attention} attention parts and {len(events) - n_attention} others "
+            f"({', '.join(event.output_path for event in events)}): which is the feed-forward part cannot be told. "
+            "Use a method for linear layers, such as LoraConfig, on this model."
+        )
+    attention: Iterator[SublayerKind] = iter(("attention", "cross_attention"))  # decoders attend to themselves first
+    return [next(attention) if event.attention else "mlp" for event in events]
+
+
+def _ancestors(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode for a while: no dropout, no checkpointing, no random numbers drawn."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
