@@ -1,0 +1,119 @@
+"""Causal attention for training: grouped heads, packed sequences, sliding windows, soft-capped scores, O(n) memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from veneer.errors import ConfigError, ShapeError
+from veneer.ops.dispatch import implementation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionOptions:
+    """``scale`` multiplies q·k (None: 1/√head_dim). A query sees itself and ``window - 1`` tokens before it, or all.
+    ``softcap`` is c of ``c * tanh(score / c)`` (Gemma 2, arXiv 2408.00118)."""
+
+    scale: float | None = None
+    window: int | None = None
+    softcap: float | None = None
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise ConfigError(f"window={self.window}: a query sees at least itself, so a window is 1 or more, or None")
+        if self.softcap is not None and self.softcap <= 0:
+            raise ConfigError(f"softcap={self.softcap} must be positive, or None for no cap")
+
+
+def attention(
+    q: Float[Tensor, "n q_heads head_dim"],
+    k: Float[Tensor, "n kv_heads head_dim"],
+    v: Float[Tensor, "n kv_heads head_dim"],
+    cu_seqlens: Int[Tensor, " n_sequences_plus_1"],
+    options: AttentionOptions = AttentionOptions(),
+) -> Float[Tensor, "n q_heads head_dim"]:
+    """Causal softmax attention within each packed sequence; tokens ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]`` are one.
+
+    Query head h reads key head ``h // (q_heads // kv_heads)``. Softmax in float32. The backward keeps q, k, v, the
+    output and one float per query and head (Dao 2023, arXiv 2307.08691). Strides are free but for the last axis.
+    A batch (b, t) of whole rows is ``cu_seqlens = arange(0, b * t + 1, t)``.
+
+    Raises ShapeError where shapes or cu_seqlens do not fit.
+    """
+    out: Tensor = _Attention.apply(q, k, v, cu_seqlens, options)  # type: ignore[no-untyped-call]
+    return out
+
+
+def attention_forward(
+    q: Float[Tensor, "n q_heads head_dim"],
+    k: Float[Tensor, "n kv_heads head_dim"],
+    v: Float[Tensor, "n kv_heads head_dim"],
+    cu_seqlens: Int[Tensor, " n_sequences_plus_1"],
+    options: AttentionOptions,
+) -> tuple[Float[Tensor, "n q_heads head_dim"], Float[Tensor, "q_heads n"]]:
+    """The output of `attention`, contiguous, and the log of each query's softmax sum (float32)."""
+    _check(q, k, v, cu_seqlens)
+    kernel = implementation("attention.attention_forward", q.device, options.backend)
+    out, lse = kernel(q, k, v, cu_seqlens, *_numbers(q, options))
+    return out, lse
+
+
+def attention_backward(
+    dout: Float[Tensor, "n q_heads head_dim"],
+    qkv: tuple[Tensor, Tensor, Tensor],
+    forward: tuple[Float[Tensor, "n q_heads head_dim"], Float[Tensor, "q_heads n"]],
+    cu_seqlens: Int[Tensor, " n_sequences_plus_1"],
+    options: AttentionOptions,
+) -> tuple[
+    Float[Tensor, "n q_heads head_dim"], Float[Tensor, "n kv_heads head_dim"], Float[Tensor, "n kv_heads head_dim"]
+]:
+    """(dq, dk, dv) from what `attention_forward` took and returned."""
+    kernel = implementation("attention.attention_backward", dout.device, options.backend)
+    dq, dk, dv = kernel(dout, *qkv, *forward, cu_seqlens, *_numbers(qkv[0], options))
+    return dq, dk, dv
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, options: AttentionOptions) -> Tensor:
+        out, lse = attention_forward(q, k, v, cu_seqlens, options)
+        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
+        ctx.options = options
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
+        dq, dk, dv = attention_backward(dout, (q, k, v), (out, lse), cu_seqlens, ctx.options)
+        return dq, dk, dv, None, None
+
+
+def _numbers(q: Tensor, options: AttentionOptions) -> tuple[float, int, float]:
+    """Scale, window and cap as the kernels take them: 0 stands for no window and no cap."""
+    scale = q.shape[-1] ** -0.5 if options.scale is None else options.scale
+    return scale, options.window or 0, options.softcap or 0.0
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> None:
+    fits = (
+        q.ndim == k.ndim == 3
+        and k.shape == v.shape
+        and q.shape[0] == k.shape[0]
+        and q.shape[2] == k.shape[2]
+        and q.shape[1] % max(k.shape[1], 1) == 0
+        and q.dtype == k.dtype == v.dtype
+    )
+    if not fits:
+        raise ShapeError(
+            "attention takes q (n, q_heads, d), k and v (n, kv_heads, d) of one dtype, q_heads a multiple of kv_heads; "
+            f"given q {tuple(q.shape)} {q.dtype}, k {tuple(k.shape)} {k.dtype}, v {tuple(v.shape)} {v.dtype}"
+        )
+    bounds = cu_seqlens.tolist()
+    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != q.shape[0] or any(a > b for a, b in pairwise(bounds)):
+        raise ShapeError(f"cu_seqlens must rise from 0 to the {q.shape[0]} tokens of q; given {bounds}")

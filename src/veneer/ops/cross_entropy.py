@@ -1,0 +1,155 @@
+"""The language-model head and its loss in one op: logits exist for a chunk of rows at a time, never for all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from veneer.core.frozen import FrozenWeight
+from veneer.errors import ShapeError
+from veneer.ops.dispatch import implementation
+
+CHUNK_BYTES = (
+    32 << 20
+)  # of logits at a time: rows enough for the products to run at full rate, few enough to stay in cache
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadOptions:
+    """What turns logits into a loss: rows with ``ignore_index`` do not count, ``softcap`` is Gemma 2's c of
+    ``c * tanh(logits / c)``, ``num_items`` divides the sum (None: the number of rows that count)."""
+
+    ignore_index: int = -100
+    softcap: float | None = None
+    num_items: Tensor | float | None = None
+    chunk_bytes: int = CHUNK_BYTES
+    backend: str | None = None
+
+
+def linear_cross_entropy(
+    hidden: Float[Tensor, "n d"],
+    weight: Float[Tensor, "v d"] | FrozenWeight,
+    labels: Int[Tensor, " n"],
+    bias: Float[Tensor, " v"] | None = None,
+    options: HeadOptions = HeadOptions(),
+) -> Float[Tensor, ""]:
+    """``cross_entropy(hidden Wᵀ + bias, labels)`` (labels already shifted), the loss in float32.
+
+    Logits are rounded to hidden's dtype, as the head's own product rounds them; softmax and loss are float32. The
+    gradient in hidden is computed in the forward pass, chunk by chunk, and only scaled in the backward (the scheme of
+    Wijmans et al. 2024, arXiv 2411.09009, and of Hsu et al. 2024, arXiv 2410.10989). Rows that do not count
+    cost nothing.
+    A gradient in weight is given where weight is a tensor that requires it; bias is frozen. Without a row that counts
+    and without ``num_items`` the loss is nan, as torch's is.
+
+    Raises ShapeError where shapes do not fit.
+    """
+    out_features, in_features = weight.shape
+    if hidden.ndim != 2 or labels.shape != hidden.shape[:1] or hidden.shape[1] != in_features:
+        raise ShapeError(
+            f"linear_cross_entropy takes hidden (n, d), weight (v, d), labels (n,); given "
+            f"hidden {tuple(hidden.shape)}, "
+            f"weight {(out_features, in_features)}, labels {tuple(labels.shape)}. "
+            "Flatten the batch and shift the labels first."
+        )
+    tensor = weight if isinstance(weight, Tensor) else None
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, tensor, weight, labels, bias, options)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def softmax_cross_entropy(
+    logits: Float[Tensor, "n v"],
+    labels: Int[Tensor, " n"],
+    softcap: float | None = None,
+    *,
+    write_grad: bool = True,
+    backend: str | None = None,
+) -> Float[Tensor, " n"]:
+    """The losses of all rows (float32); logits are overwritten with each row's gradient where ``write_grad`` says so.
+
+    Every label must be a class. Raises ShapeError where labels do not fit.
+    """
+    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
+        raise ShapeError(f"logits (n, v) go with labels (n,); given {tuple(logits.shape)} and {tuple(labels.shape)}")
+    kernel = implementation("cross_entropy.softmax_cross_entropy", logits.device, backend)
+    losses: Tensor = kernel(logits, labels, softcap, write_grad)
+    return losses
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        tensor: Tensor | None,
+        weight: Tensor | FrozenWeight,
+        labels: Tensor,
+        bias: Tensor | None,
+        options: HeadOptions,
+    ) -> Tensor:
+        rows = (labels != options.ignore_index).nonzero()[:, 0]
+        whole = len(rows) == len(labels)
+        counted = (hidden, labels) if whole else (hidden[rows], labels[rows])
+        wanted = ctx.needs_input_grad[:2]
+        total, dhidden, dweight = _chunked(counted, weight, bias, options, wanted)
+        n_items = len(rows) if options.num_items is None else options.num_items
+        if dhidden is not None and not whole:
+            dhidden = torch.zeros_like(hidden).index_copy_(0, rows, dhidden)
+        ctx.grads = (dhidden, dweight)
+        ctx.n_items = n_items
+        return total / n_items
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        factor = dloss / ctx.n_items
+        dhidden, dweight = (None if g is None else g * factor.to(g.dtype) for g in ctx.grads)
+        return dhidden, dweight, None, None, None, None
+
+
+def _chunked(
+    counted: tuple[Tensor, Tensor],
+    weight: Tensor | FrozenWeight,
+    bias: Tensor | None,
+    options: HeadOptions,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The sum of the losses, and its gradients in hidden and weight where wanted."""
+    hidden, labels = counted
+    n, out_features = hidden.shape[0], weight.shape[0]
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    dhidden = torch.empty_like(hidden) if wanted[0] else None
+    dweight = hidden.new_zeros(tuple(weight.shape), dtype=wide) if wanted[1] else None
+    chunk = max(1, min(n, options.chunk_bytes // (out_features * hidden.element_size())))
+    buffer = hidden.new_empty(chunk, out_features)
+    total = hidden.new_zeros((), dtype=wide)
+    for start in range(0, n, chunk):
+        rows = slice(start, min(n, start + chunk))
+        logits = _logits(hidden[rows], weight, bias, buffer)
+        total += softmax_cross_entropy(
+            logits, labels[rows], options.softcap, write_grad=any(wanted), backend=options.backend
+        ).sum()
+        if dhidden is not None:
+            _project_back(logits, weight, dhidden[rows])
+        if dweight is not None:
+            dweight += logits.T @ hidden[rows]
+    return total, dhidden, None if dweight is None else dweight.to(hidden.dtype)
+
+
+def _logits(hidden: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None, buffer: Tensor) -> Tensor:
+    """One chunk of logits, in the buffer where the weight is a tensor: fresh pages for each chunk would cost more."""
+    if isinstance(weight, Tensor):
+        logits = torch.mm(hidden, weight.T, out=buffer[: hidden.shape[0]])
+    else:
+        logits = weight.matmul(hidden)
+    return logits if bias is None else logits.add_(bias)
+
+
+def _project_back(dlogits: Tensor, weight: Tensor | FrozenWeight, out: Tensor) -> None:
+    if isinstance(weight, Tensor):
+        torch.mm(dlogits, weight, out=out)
+    else:
+        out.copy_(weight.matmul_t(dlogits))

@@ -1,0 +1,232 @@
+"""LoRA on frozen linear layers (Hu et al. 2021, arXiv 2106.09685) with hand-written backward in the compute dtype.
+
+``y = W x + bias + scale * B A x``. Layers that read the same x (q, k, v; gate and up) go through one call: their A's
+are joined, so x is read once, and what is kept for the backward is x and the ``A x`` of all of them, r values a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from veneer.core.frozen import FrozenWeight
+from veneer.errors import ShapeError
+from veneer.ops.dispatch import implementation
+
+Weight = Float[Tensor, "o i"] | FrozenWeight
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Projection:
+    """A frozen layer ``W (o, i)`` and the low-rank pair on it; ``a`` and ``b`` are both None where it has none.
+
+    ``a (r, i)`` and ``b (o, r)`` may be wider than x (float32 beside bf16): they are rounded to x's dtype for the
+    products, which accumulate in float32, and their gradients come back in their own dtype.
+    """
+
+    weight: Weight
+    bias: Float[Tensor, " o"] | None = None
+    a: Float[Tensor, "r i"] | None = None
+    b: Float[Tensor, "o r"] | None = None
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class LoraGradients:
+    """Gradients of `lora_forward`: in x (None where not asked for), and in a and b of every projection with a pair."""
+
+    x: Float[Tensor, "n i"] | None
+    a: tuple[Float[Tensor, "r i"] | None, ...]
+    b: tuple[Float[Tensor, "o r"] | None, ...]
+
+
+def lora_linear(x: Float[Tensor, "*batch i"], projection: Projection) -> Float[Tensor, "*batch o"]:
+    """One adapted layer under autograd: the gradient flows to x, a and b."""
+    return lora_linears(x, [projection])[0]
+
+
+def lora_linears(
+    x: Float[Tensor, "*batch i"], projections: Sequence[Projection]
+) -> tuple[Float[Tensor, "*batch o"], ...]:
+    """The outputs of adapted layers that share their input, under autograd.
+
+    Raises ShapeError where a projection does not fit x.
+    """
+    _check(x, projections)
+    pairs = [t for p in projections for t in (p.a, p.b)]
+    ys: tuple[Tensor, ...] = _LoraLinears.apply(x.reshape(-1, x.shape[-1]), tuple(projections), *pairs)  # type: ignore[no-untyped-call]
+    return tuple(y.reshape(*x.shape[:-1], -1) for y in ys)
+
+
+def lora_forward(
+    x: Float[Tensor, "n i"], projections: Sequence[Projection]
+) -> tuple[tuple[Float[Tensor, "n o"], ...], Float[Tensor, "n ranks"] | None]:
+    """The outputs, and the joined ``A x`` that `lora_backward` reads (None where no projection has a low-rank pair)."""
+    joined = _joined_a(projections, x.dtype)
+    u = None if joined is None else x @ joined.T
+    ys = []
+    for p, span in zip(projections, _spans(projections), strict=True):
+        y = x @ p.weight.T if isinstance(p.weight, Tensor) else p.weight.matmul(x)
+        if u is not None and p.b is not None:
+            y.addmm_(u[:, span], _scaled_b(p, x.dtype).T)
+        ys.append(y if p.bias is None else y.add_(p.bias))
+    return tuple(ys), u
+
+
+def lora_backward(
+    dys: Sequence[Float[Tensor, "n o"]],
+    x: Float[Tensor, "n i"],
+    u: Float[Tensor, "n ranks"] | None,
+    projections: Sequence[Projection],
+    *,
+    input_grad: bool = True,
+) -> LoraGradients:
+    """Gradients of `lora_forward` from the outputs' gradients, x, and the u that the forward returned."""
+    das: tuple[Tensor | None, ...] = (None,) * len(projections)
+    dbs: list[Tensor | None] = [None] * len(projections)
+    joined = _joined_a(projections, x.dtype)
+    dx = None
+    if joined is not None and u is not None:
+        du = torch.empty_like(u)
+        for index, (p, span, dy) in enumerate(zip(projections, _spans(projections), dys, strict=True)):
+            if p.b is not None:
+                torch.mm(dy, _scaled_b(p, x.dtype), out=du[:, span])
+                dbs[index] = (u[:, span].T @ dy).T.to(p.b.dtype).mul_(p.scale)
+        da = du.T @ x
+        das = tuple(
+            None if p.a is None else da[span].to(p.a.dtype)
+            for p, span in zip(projections, _spans(projections), strict=True)
+        )
+        dx = du @ joined if input_grad else None
+    for p, dy in zip(projections, dys, strict=True):
+        dx = _add_transposed(dx, dy, p.weight) if input_grad else None
+    return LoraGradients(dx, das, tuple(dbs))
+
+
+def grouped_lora(
+    x: Float[Tensor, "n i"],
+    a_list: Sequence[Float[Tensor, "r i"]],
+    b_list: Sequence[Float[Tensor, "o r"]],
+    scales: Sequence[float],
+    row_to_adapter: Int[Tensor, " n"],
+    *,
+    backend: str | None = None,
+) -> Float[Tensor, "n o"]:
+    """``scale * B A x`` with each row's own adapter, ranks mixed (the SGMV of Chen et al. 2023, arXiv 2310.18547).
+
+    ``row_to_adapter`` indexes the lists; a row with -1 has no adapter and gets zeros. The gradient flows to x and to
+    every a and b; products are in x's dtype. Raises ShapeError where something does not fit.
+    """
+    _check_group(x, a_list, b_list, scales, row_to_adapter)
+    out: Tensor = _GroupedLora.apply(x, row_to_adapter, tuple(scales), backend, *a_list, *b_list)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _LoraLinears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, projections: tuple[Projection, ...], *pairs: Tensor | None) -> tuple[Tensor, ...]:
+        ys, u = lora_forward(x, projections)
+        ctx.save_for_backward(x, u)
+        ctx.projections = projections
+        return ys
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        x, u = ctx.saved_tensors
+        grads = lora_backward(dys, x, u, ctx.projections, input_grad=ctx.needs_input_grad[0])
+        return grads.x, None, *(g for pair in zip(grads.a, grads.b, strict=True) for g in pair)
+
+
+class _GroupedLora(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, row_to_adapter: Tensor, scales: tuple[float, ...], backend: str | None, *pairs: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, row_to_adapter, *pairs)
+        ctx.scales, ctx.backend = scales, backend
+        a_list, b_list = _pairs_in(pairs, x.dtype)
+        kernel = implementation("lora.grouped_forward", x.device, backend)
+        out: Tensor = kernel(x, a_list, b_list, scales, row_to_adapter)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, row_to_adapter, *pairs = ctx.saved_tensors
+        a_list, b_list = _pairs_in(pairs, x.dtype)
+        kernel = implementation("lora.grouped_backward", x.device, ctx.backend)
+        dx, das, dbs = kernel(dy, x, a_list, b_list, ctx.scales, row_to_adapter)
+        grads = (g.to(p.dtype) for g, p in zip((*das, *dbs), pairs, strict=True))
+        return dx, None, None, None, *grads
+
+
+def _pairs_in(pairs: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    cast = [t.to(dtype) for t in pairs]
+    return cast[: len(cast) // 2], cast[len(cast) // 2 :]
+
+
+def _joined_a(projections: Sequence[Projection], dtype: torch.dtype) -> Tensor | None:
+    parts = [p.a.to(dtype) for p in projections if p.a is not None]
+    return torch.cat(parts) if parts else None
+
+
+def _spans(projections: Sequence[Projection]) -> list[slice]:
+    """The columns of u that belong to each projection."""
+    ranks = [0 if p.a is None else p.a.shape[0] for p in projections]
+    ends = list(accumulate(ranks))
+    return [slice(end - rank, end) for rank, end in zip(ranks, ends, strict=True)]
+
+
+def _scaled_b(projection: Projection, dtype: torch.dtype) -> Tensor:
+    assert projection.b is not None  # the callers asked
+    return (projection.b * projection.scale).to(dtype)
+
+
+def _add_transposed(dx: Tensor | None, dy: Tensor, weight: Weight) -> Tensor:
+    """``dx + Wᵀ dy``; a dense weight adds inside its product."""
+    if isinstance(weight, Tensor):
+        return dy @ weight if dx is None else dx.addmm_(dy, weight)
+    return weight.matmul_t(dy) if dx is None else dx.add_(weight.matmul_t(dy))
+
+
+def _check(x: Tensor, projections: Sequence[Projection]) -> None:
+    problems = []
+    for index, p in enumerate(projections):
+        out_features, in_features = p.weight.shape
+        if in_features != x.shape[-1]:
+            problems.append(f"weight {index} is {(out_features, in_features)}")
+        if (p.a is None) != (p.b is None):
+            problems.append(f"projection {index} has one of a and b: give both or neither")
+        elif p.a is not None and p.b is not None:
+            rank = p.a.shape[0]
+            if tuple(p.a.shape) != (rank, in_features) or tuple(p.b.shape) != (out_features, rank):
+                problems.append(f"a and b of projection {index} are {tuple(p.a.shape)} and {tuple(p.b.shape)}")
+    if problems or not projections:
+        raise ShapeError(f"x has {x.shape[-1]} features: " + ("; ".join(problems) or "no projection was given"))
+
+
+def _check_group(
+    x: Tensor, a_list: Sequence[Tensor], b_list: Sequence[Tensor], scales: Sequence[float], row_to_adapter: Tensor
+) -> None:
+    if not len(a_list) == len(b_list) == len(scales) or not a_list:
+        raise ShapeError(
+            f"grouped_lora takes one a, b and scale per adapter, and at least one adapter; given {len(a_list)}, "
+            f"{len(b_list)} and {len(scales)}"
+        )
+    wrong = [
+        f"adapter {j}: a {tuple(a.shape)}, b {tuple(b.shape)}"
+        for j, (a, b) in enumerate(zip(a_list, b_list, strict=True))
+        if a.shape[1] != x.shape[1] or b.shape != (b_list[0].shape[0], a.shape[0])
+    ]
+    if wrong or row_to_adapter.shape != x.shape[:1]:
+        raise ShapeError(
+            f"x is {tuple(x.shape)} and row_to_adapter {tuple(row_to_adapter.shape)}; a (r, {x.shape[1]}) goes with "
+            f"b ({b_list[0].shape[0]}, r). " + "; ".join(wrong)
+        )
+    if len(row_to_adapter) and not (int(row_to_adapter.min()) >= -1 and int(row_to_adapter.max()) < len(a_list)):
+        raise ShapeError(f"row_to_adapter holds indices below -1 or above the {len(a_list)} adapters")

@@ -1,0 +1,37 @@
+"""Gated linear units in plain torch: the specification."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def glu_forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    wide = torch.promote_types(gate.dtype, torch.float32)
+    return (_value_and_slope(gate.to(wide), activation)[0] * up.to(wide)).to(gate.dtype)
+
+
+def glu_backward(
+    dh: Tensor, gate: Tensor, up: Tensor, activation: str, overwrite: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(gate.dtype, torch.float32)
+    value, slope = _value_and_slope(gate.to(wide), activation)
+    dh_wide, up_wide = dh.to(wide), up.to(wide)
+    results = (dh_wide * up_wide * slope).to(gate.dtype), (dh_wide * value).to(up.dtype), (value * up_wide).to(dh.dtype)
+    return (gate.copy_(results[0]), up.copy_(results[1]), dh.copy_(results[2])) if overwrite else results
+
+
+def _value_and_slope(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """The activation and its derivative."""
+    if activation == "silu":
+        sigmoid = torch.sigmoid(x)
+        return x * sigmoid, sigmoid * (1 + x * (1 - sigmoid))
+    if activation == "gelu":
+        cdf = 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+        return x * cdf, cdf + x * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+    inner_scale = math.sqrt(2 / math.pi)
+    tanh = torch.tanh(inner_scale * (x + 0.044715 * x**3))
+    slope = 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh**2) * inner_scale * (1 + 3 * 0.044715 * x * x)
+    return 0.5 * x * (1 + tanh), slope

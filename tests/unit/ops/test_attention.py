@@ -1,0 +1,142 @@
+"""Attention over packed sequences: a dense masked softmax in float64 under autograd is the oracle."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch.nn import functional
+
+from veneer.errors import ConfigError, ShapeError
+from veneer.ops.attention import AttentionOptions, attention
+from veneer.ops.dispatch import backends
+
+BACKENDS = backends("attention.attention_forward")
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def draw(bounds, q_heads, kv_heads, head_dim):
+    n = bounds[-1]
+    generator = torch.Generator().manual_seed(n + head_dim)
+    q = torch.randn(n, q_heads, head_dim, generator=generator) * 1.5
+    k, v = torch.randn(2, n, kv_heads, head_dim, generator=generator) * 1.5
+    return [q, k, v, torch.randn(n, q_heads, head_dim, generator=generator)]
+
+
+def dense(q, k, v, bounds, options):
+    """Every sequence by itself, with a dense mask, in q's dtype (probabilities too)."""
+    group = q.shape[1] // k.shape[1]
+    outs = []
+    for start, stop in pairwise(bounds):
+        qs, ks, vs = (x[start:stop].transpose(0, 1) for x in (q, k, v))
+        ks, vs = ks.repeat_interleave(group, 0), vs.repeat_interleave(group, 0)
+        scores = qs @ ks.mT * (q.shape[-1] ** -0.5 if options.scale is None else options.scale)
+        if options.softcap is not None:
+            scores = options.softcap * torch.tanh(scores / options.softcap)
+        t = torch.arange(stop - start)
+        ahead = t[:, None] - t[None]
+        hidden = (ahead < 0) | (ahead >= (options.window or stop))
+        outs.append((scores.masked_fill(hidden, float("-inf")).softmax(-1) @ vs).transpose(0, 1))
+    return torch.cat(outs)
+
+
+def results(function, tensors, dtype):
+    leaves = [t.to(dtype).requires_grad_() for t in tensors[:3]]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, tensors[3].to(dtype))]
+
+
+def compare(tensors, bounds, options, dtype, slack=1.0):
+    """``slack`` multiplies the rounding of the largest value: beyond 1 only where a score's own rounding dominates."""
+    tensors = [t.to(dtype) for t in tensors]
+    cu = torch.tensor(bounds, dtype=torch.int32)
+    ours = results(lambda q, k, v: attention(q, k, v, cu, options), tensors, dtype)
+    plain = results(lambda q, k, v: dense(q, k, v, bounds, options), tensors, dtype)
+    exact = results(lambda q, k, v: dense(q, k, v, bounds, options), tensors, torch.float64)
+    for name, got, theirs, truth in zip(("out", "dq", "dk", "dv"), ours, plain, exact, strict=True):
+        error, allowed = (got.double() - truth).abs(), (theirs.double() - truth).abs()
+        floor = slack * torch.finfo(dtype).eps * truth.abs().max()
+        assert got.dtype == dtype
+        assert error.max() <= 2 * allowed.max() + floor, name
+        assert error.pow(2).mean().sqrt() <= 2 * allowed.pow(2).mean().sqrt() + floor / 4, name
+
+
+CASES = [
+    ([0, 1], 1, 1, 3, {}),
+    ([0, 37], 3, 1, 16, {}),
+    ([0, 5, 5, 6, 71, 201], 4, 2, 64, {}),
+    ([0, 129, 131], 6, 3, 24, {"window": 17}),
+    ([0, 67, 150], 3, 3, 80, {"softcap": 2.5}),
+    ([0, 83], 2, 1, 128, {"scale": 0.031, "window": 64, "softcap": 1.5}),
+    ([0, 91, 100], 2, 2, 256, {"window": 2}),
+    ([0, 333], 2, 1, 32, {"window": 100}),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: str(c[1:4]))
+def test_output_and_gradients(case, dtype, backend):
+    bounds, q_heads, kv_heads, head_dim, options = case
+    compare(draw(bounds, q_heads, kv_heads, head_dim), bounds, AttentionOptions(**options, backend=backend), dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_scores_do_not_overflow(dtype, backend):
+    tensors = draw([0, 50], 2, 1, 32)
+    tensors[0] *= 40
+    compare(tensors, [0, 50], AttentionOptions(backend=backend), dtype, slack=200 if dtype == torch.float32 else 1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_window_of_one_returns_the_values(dtype, backend):
+    q, k, v, dout = (t.to(dtype) for t in draw([0, 21], 2, 2, 32))
+    out, dq, _, dv = results(
+        lambda q, k, v: attention(q, k, v, torch.tensor([0, 21]), AttentionOptions(window=1, backend=backend)),
+        (q, k, v, dout),
+        dtype,
+    )
+    assert torch.equal(out, v)
+    assert torch.equal(dv, dout)
+    assert dq.abs().max() <= 50 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equals_torch_on_a_batch(backend):
+    q, k, v, _ = draw([0, 3 * 70], 6, 2, 32)
+    got = attention(q, k, v, torch.arange(0, 211, 70), AttentionOptions(backend=backend)).unflatten(0, (3, 70))
+    rows = [x.unflatten(0, (3, 70)).transpose(1, 2) for x in (q, k, v)]
+    wanted = functional.scaled_dot_product_attention(*rows, is_causal=True, enable_gqa=True).transpose(1, 2)
+    assert torch.allclose(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parts_of_one_projection(backend, dtype):
+    """q, k and v read through strides, without a copy."""
+    joined = torch.randn(90, 4 * 32, generator=torch.Generator().manual_seed(3)).to(dtype).unflatten(1, (4, 32))
+    q, k, v = joined[:, :2], joined[:, 2:3], joined[:, 3:]
+    cu, options = torch.tensor([0, 40, 90]), AttentionOptions(backend=backend)
+    wanted = attention(*(x.contiguous() for x in (q, k, v)), cu, options)
+    assert torch.equal(attention(q, k, v, cu, options), wanted)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float64_gradcheck(backend):
+    tensors = [t.double().requires_grad_() for t in draw([0, 3, 8], 2, 1, 4)[:3]]
+    options = AttentionOptions(window=3, softcap=1.5, backend=backend)
+    assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, torch.tensor([0, 3, 8]), options), tensors)
+
+
+def test_errors():
+    with pytest.raises(ConfigError, match="window=0"):
+        AttentionOptions(window=0)
+    with pytest.raises(ConfigError, match="softcap=-1"):
+        AttentionOptions(softcap=-1.0)
+    q, k = torch.zeros(5, 3, 8), torch.zeros(5, 2, 8)
+    with pytest.raises(ShapeError, match="multiple of kv_heads"):
+        attention(q, k, k, torch.tensor([0, 5]))
+    for wrong in ([0, 4], [1, 5], [0, 3, 2, 5], [5]):
+        with pytest.raises(ShapeError, match="cu_seqlens"):
+            attention(q, q, q, torch.tensor(wrong))

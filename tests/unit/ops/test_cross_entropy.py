@@ -1,0 +1,118 @@
+"""Head and loss: torch's own over full logits in float64, errors at most twice torch's own in the same dtype."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from veneer.errors import ShapeError
+from veneer.ops.cross_entropy import HeadOptions, linear_cross_entropy, softmax_cross_entropy
+from veneer.ops.dispatch import backends
+from veneer.quant.dense import DenseWeight
+
+BACKENDS = backends("cross_entropy.softmax_cross_entropy")
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def draw(n=23, d=29, v=211, ignored=True):
+    generator = torch.Generator().manual_seed(n)
+    hidden, weight = torch.randn(n, d, generator=generator), torch.randn(v, d, generator=generator) * 0.7
+    labels = torch.randint(0, v, (n,), generator=generator)
+    if ignored:
+        labels[::3] = -100
+    return hidden, weight, torch.randn(v, generator=generator), labels
+
+
+def plain(hidden, weight, bias, labels, softcap, num_items):
+    logits = functional.linear(hidden, weight, bias)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return functional.cross_entropy(logits, labels, reduction="sum") / (num_items or (labels != -100).sum())
+
+
+def results(function, hidden, weight, bias, dtype):
+    leaves = [hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()]
+    loss = function(*leaves, None if bias is None else bias.to(dtype))
+    return [loss.detach(), *torch.autograd.grad(loss, leaves, torch.tensor(1.7, dtype=loss.dtype))]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("num_items", [None, 37])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_loss_and_gradients_over_chunks(with_bias, num_items, softcap, dtype, backend):
+    hidden, weight, bias, labels = draw()
+    hidden, weight, bias = hidden.to(dtype), weight.to(dtype), bias.to(dtype) if with_bias else None
+    options = HeadOptions(
+        softcap=softcap, num_items=num_items, chunk_bytes=5 * 211 * hidden.element_size(), backend=backend
+    )
+    ours = results(lambda h, w, b: linear_cross_entropy(h, w, labels, b, options), hidden, weight, bias, dtype)
+    theirs = results(lambda h, w, b: plain(h, w, b, labels, softcap, num_items), hidden, weight, bias, dtype)
+    exact = results(lambda h, w, b: plain(h, w, b, labels, softcap, num_items), hidden, weight, bias, torch.float64)
+    for name, got, other, truth in zip(("loss", "dhidden", "dweight"), ours, theirs, exact, strict=True):
+        assert got.dtype == other.dtype
+        allowed = 2 * (other.double() - truth).abs().max() + 2e-6 * truth.abs().max()
+        assert (got.double() - truth).abs().max() <= allowed, name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 2), (5, 1031), (2, 17)])
+def test_rows_of_logits(shape, dtype, backend):
+    generator = torch.Generator().manual_seed(7)
+    logits = (torch.randn(shape, generator=generator) * 5).to(dtype)
+    labels = torch.randint(0, shape[1], shape[:1], generator=generator)
+    exact = logits.double().requires_grad_()
+    losses = functional.cross_entropy(exact, labels, reduction="none")
+    grad = torch.autograd.grad(losses.sum(), exact)[0]
+    kept = logits.clone()
+    read_only = softmax_cross_entropy(kept, labels, write_grad=False, backend=backend)
+    assert torch.equal(kept, logits)
+    got = softmax_cross_entropy(kept, labels, backend=backend)
+    assert torch.equal(got, read_only)
+    assert torch.allclose(got.double(), losses.detach(), rtol=1e-6, atol=2e-6)
+    assert (kept.double() - grad).abs().max() <= 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_logits_do_not_overflow(backend):
+    logits = torch.tensor([[3e4, -3e4, 0.0], [-3e4, -3e4, -3e4]])
+    losses = softmax_cross_entropy(logits, torch.tensor([1, 2]), backend=backend)
+    assert torch.allclose(losses, torch.tensor([6e4, 1.0986123]))
+    assert torch.allclose(logits, torch.tensor([[1.0, -1.0, 0.0], [1 / 3, 1 / 3, -2 / 3]]), atol=1e-6)
+
+
+def test_frozen_weight_object_equals_the_tensor():
+    hidden, weight, _, labels = draw()
+    got = results(
+        lambda h, w, b: linear_cross_entropy(h, DenseWeight(weight), labels) + 0 * w.sum(),
+        hidden,
+        weight,
+        None,
+        torch.float32,
+    )
+    wanted = results(
+        lambda h, w, b: linear_cross_entropy(h, weight, labels) + 0 * w.sum(), hidden, weight, None, torch.float32
+    )
+    for g, w in zip(got[:2], wanted[:2], strict=True):
+        assert torch.allclose(g, w, rtol=1e-6, atol=1e-7)
+
+
+def test_num_items_as_a_tensor_and_no_row_that_counts():
+    hidden, weight, _, labels = draw()
+    one = linear_cross_entropy(hidden, weight, labels, options=HeadOptions(num_items=torch.tensor(37)))
+    assert torch.equal(one, linear_cross_entropy(hidden, weight, labels, options=HeadOptions(num_items=37)))
+    hidden.requires_grad_()
+    nothing = linear_cross_entropy(hidden, weight, torch.full_like(labels, -100), options=HeadOptions(num_items=37))
+    nothing.backward()
+    assert nothing == 0
+    assert not hidden.grad.any()
+    assert linear_cross_entropy(hidden, weight, torch.full_like(labels, -100)).isnan()
+
+
+def test_shapes_that_do_not_fit():
+    with pytest.raises(ShapeError, match="Flatten the batch"):
+        linear_cross_entropy(torch.zeros(2, 3, 5), torch.zeros(7, 5), torch.zeros(2, 3, dtype=torch.long))
+    with pytest.raises(ShapeError, match="labels"):
+        softmax_cross_entropy(torch.zeros(3, 5), torch.zeros(2, dtype=torch.long))

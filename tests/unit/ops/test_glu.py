@@ -1,0 +1,72 @@
+"""Gated units: torch's activations in float64, errors at most twice torch's own in the same dtype."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch.nn import functional
+
+from veneer.errors import ConfigError, ShapeError
+from veneer.ops.dispatch import backends
+from veneer.ops.glu import ACTIVATIONS, glu, glu_backward
+
+BACKENDS = backends("glu.glu_forward")
+TORCH = {"silu": functional.silu, "gelu": functional.gelu, "gelu_tanh": partial(functional.gelu, approximate="tanh")}
+
+
+def draw(shape, dtype):
+    generator = torch.Generator().manual_seed(shape[-1])
+    gate, up, dh = torch.randn(3, *shape, generator=generator) * 4
+    gate.view(-1)[:1] = 40.0
+    gate.view(-1)[-1:] = -40.0  # both flat ends of the activation
+    return [t.to(dtype) for t in (gate, up, dh)]
+
+
+def results(function, gate, up, dh, dtype):
+    leaves = [gate.to(dtype).requires_grad_(), up.to(dtype).requires_grad_()]
+    h = function(*leaves)
+    return [h.detach(), *torch.autograd.grad(h, leaves, dh.to(dtype))]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 17), (2, 3, 131), (5, 1536)])
+def test_value_and_gradients(shape, activation, dtype, backend):
+    gate, up, dh = draw(shape, dtype)
+    plain_function = lambda g, u: TORCH[activation](g) * u  # noqa: E731
+    ours = results(lambda g, u: glu(g, u, activation, backend=backend), gate, up, dh, dtype)
+    plain = results(plain_function, gate, up, dh, dtype)
+    exact = results(plain_function, gate, up, dh, torch.float64)
+    for name, got, theirs, truth in zip(("h", "dgate", "dup"), ours, plain, exact, strict=True):
+        allowed = 2 * (theirs.double() - truth).abs().max() + 4e-7 * truth.abs().max()
+        assert got.dtype == dtype
+        assert (got.double() - truth).abs().max() <= allowed, name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_halves_of_one_buffer_overwritten(activation, backend):
+    gate, up, dh = draw((7, 37), torch.float32)
+    expected = glu_backward(dh, gate, up, activation, backend="reference")
+    joined = torch.cat([gate, up], dim=1)
+    halves = joined[:, :37], joined[:, 37:]
+    out = glu_backward(dh, *halves, activation, overwrite=True, backend=backend)
+    assert [o.data_ptr() for o in out] == [halves[0].data_ptr(), halves[1].data_ptr(), dh.data_ptr()]
+    for got, wanted in zip((*halves, dh), expected, strict=True):
+        assert torch.allclose(got, wanted, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_float64_gradcheck(activation, backend):
+    generator = torch.Generator().manual_seed(0)
+    pair = [torch.randn(3, 5, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(2)]
+    assert torch.autograd.gradcheck(lambda g, u: glu(g, u, activation, backend=backend), pair)
+
+
+def test_errors():
+    with pytest.raises(ConfigError, match=r"'swish' is unknown.*silu"):
+        glu(torch.zeros(3), torch.zeros(3), "swish")
+    with pytest.raises(ShapeError, match=r"\(3,\).*\(5,\)"):
+        glu(torch.zeros(3), torch.zeros(5), "silu")

@@ -1,0 +1,101 @@
+"""Norms: against torch in float64, errors at most twice torch's own in the same dtype."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from veneer.errors import ShapeError
+from veneer.ops import norm
+from veneer.ops.dispatch import backends
+
+SHAPES = [(1, 1), (3, 7), (2, 5, 67), (13, 576), (1, 1031)]
+DTYPES = [torch.float32, torch.bfloat16]
+BACKENDS = backends("norm.rms_norm_forward")
+EPS = 1e-5
+
+
+def draw(shape, dtype):
+    generator = torch.Generator().manual_seed(sum(shape))
+    x = torch.randn(shape, generator=generator) * 3 + 0.7
+    weight, bias = torch.randn(2, shape[-1], generator=generator)
+    dy = torch.randn(shape, generator=generator)
+    return [t.to(dtype) for t in (x, weight, bias, dy)]
+
+
+def results(function, tensors, dtype, dy):
+    leaves = [t.to(dtype).requires_grad_() for t in tensors]
+    y = function(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(dtype))]
+
+
+def torch_rms(offset):
+    def plain(x, weight):
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        normed = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)).to(x.dtype)
+        return normed * (weight + offset)
+
+    return plain
+
+
+def torch_layer(x, weight, bias):
+    return functional.layer_norm(x, weight.shape, weight, bias, EPS)
+
+
+def require_close(ours, plain, exact):
+    for name, got, theirs, truth in zip(("y", "dx", "dweight", "dbias"), ours, plain, exact, strict=False):
+        allowed = 2 * (theirs.double() - truth).abs().max() + 1e-6 * truth.abs().max()
+        assert got.dtype == theirs.dtype
+        assert (got.double() - truth).abs().max() <= allowed, name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_rms_norm_and_its_gradients(shape, dtype, offset, backend):
+    x, weight, _, dy = draw(shape, dtype)
+    ours = results(lambda *t: norm.rms_norm(*t, EPS, offset, backend=backend), (x, weight), dtype, dy)
+    plain = results(torch_rms(offset), (x, weight), dtype, dy)
+    require_close(ours, plain, results(torch_rms(offset), (x, weight), torch.float64, dy))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[-1] > 1])
+def test_layer_norm_and_its_gradients(shape, dtype, backend):
+    *tensors, dy = draw(shape, dtype)
+    ours = results(lambda *t: norm.layer_norm(*t, EPS, backend=backend), tensors, dtype, dy)
+    require_close(ours, results(torch_layer, tensors, dtype, dy), results(torch_layer, tensors, torch.float64, dy))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_apart_in_memory(backend):
+    wide = torch.randn(11, 97, generator=torch.Generator().manual_seed(1))
+    weight = torch.randn(53, generator=torch.Generator().manual_seed(2))
+    view, copy = wide[:, 13:66], wide[:, 13:66].contiguous()
+    assert torch.equal(
+        norm.rms_norm(view, weight, EPS, backend=backend), norm.rms_norm(copy, weight, EPS, backend=backend)
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float64_gradcheck(backend):
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (
+        torch.randn(s, dtype=torch.float64, generator=generator).requires_grad_() for s in ((3, 7), 7, 7)
+    )
+    assert torch.autograd.gradcheck(lambda *t: norm.rms_norm(*t, EPS, 1.0, backend=backend), (x, weight))
+    assert torch.autograd.gradcheck(lambda *t: norm.layer_norm(*t, EPS, backend=backend), (x, weight, bias))
+
+
+def test_frozen_weight_has_no_gradient():
+    x, weight, _, dy = draw((3, 7), torch.float32)
+    _, dweight = norm.rms_norm_backward(dy, x, weight, norm.rms_norm_forward(x, weight, EPS)[1])
+    assert dweight is None
+
+
+def test_weight_that_does_not_fit():
+    with pytest.raises(ShapeError, match=r"weight.*\(7,\)"):
+        norm.rms_norm(torch.zeros(3, 7), torch.zeros(5), EPS)
+    with pytest.raises(ShapeError, match=r"bias.*\(7,\)"):
+        norm.layer_norm(torch.zeros(3, 7), torch.zeros(7), torch.zeros(5), EPS)
