@@ -1,1 +1,1 @@
-"""The C++ kernels of `veneer._kernels`, behind torch tensors."""
+"""The C++ back end. Each file hands tensors' addresses to `veneer._kernels`; argument checks are done by veneer.ops."""

@@ -1,0 +1,71 @@
+#include "core/isa.h"
+
+#include <atomic>
+
+namespace veneer {
+namespace {
+
+bool usable(Isa isa) {
+  switch (isa) {
+    case Isa::generic: return true;
+#ifdef VENEER_BUILT_AVX2
+    case Isa::avx2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+#ifdef VENEER_BUILT_AVX512
+    case Isa::avx512:
+      return usable(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#endif
+#ifdef VENEER_BUILT_AVX512_BF16
+    case Isa::avx512_bf16: return usable(Isa::avx512) && __builtin_cpu_supports("avx512bf16");
+#endif
+    default: return false;
+  }
+}
+
+constexpr Isa all[] = {Isa::generic, Isa::avx2, Isa::avx512, Isa::avx512_bf16};
+
+Isa best() {
+  Isa found = Isa::generic;
+  for (Isa isa : all)
+    if (usable(isa)) found = isa;
+  return found;
+}
+
+std::atomic<Isa> chosen{best()};
+
+}  // namespace
+
+Isa current_isa() { return chosen.load(std::memory_order_relaxed); }
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::avx2: return "avx2";
+    case Isa::avx512: return "avx512";
+    case Isa::avx512_bf16: return "avx512_bf16";
+    default:
+#if defined(__aarch64__)
+      return "neon";
+#else
+      return "generic";
+#endif
+  }
+}
+
+std::vector<std::string> usable_isas() {
+  std::vector<std::string> names;
+  for (Isa isa : all)
+    if (usable(isa)) names.emplace_back(isa_name(isa));
+  return names;
+}
+
+bool use_isa(const std::string& name) {
+  for (Isa isa : all)
+    if (usable(isa) && name == isa_name(isa)) {
+      chosen.store(isa, std::memory_order_relaxed);
+      return true;
+    }
+  return false;
+}
+
+}  // namespace veneer

@@ -1,0 +1,42 @@
+// Teams of threads, borrowed from the OpenMP runtime that torch itself uses, so that a process has one pool of threads
+// whatever that runtime is called. The module neither links OpenMP nor needs it to build.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace veneer {
+
+// Takes the team functions from the library at this path (torch's libtorch_cpu) and its dependencies. Returns the file of
+// the OpenMP runtime found, or "" where there is none: then everything runs on the calling thread.
+std::string share_threads(const std::string& torch_library);
+
+int max_threads();    // torch.get_num_threads() of the calling thread; 1 inside a team
+void run_team(void (*body)(int index, int size, void* data), void* data, int n_threads);
+
+// Calls f(begin, end) on pieces of [0, n), one piece a thread, none shorter than grain but the last.
+// f must not throw. What one index writes must not depend on the split.
+template <class F>
+void parallel_for(int64_t n, int64_t grain, const F& f) {
+  if (n <= 0) return;
+  const int64_t pieces = (n + grain - 1) / grain;
+  const int64_t limit = pieces > 1 ? max_threads() : 1;
+  const int threads = static_cast<int>(pieces < limit ? pieces : limit);
+  if (threads <= 1) {
+    f(int64_t{0}, n);
+    return;
+  }
+  struct Job {
+    const F* f;
+    int64_t n;
+  } job{&f, n};
+  run_team(
+      [](int index, int size, void* data) {
+        const Job& j = *static_cast<Job*>(data);
+        const int64_t begin = j.n * index / size, end = j.n * (index + 1) / size;
+        if (begin < end) (*j.f)(begin, end);
+      },
+      &job, threads);
+}
+
+}  // namespace veneer

@@ -1,0 +1,58 @@
+#include <nanobind/nanobind.h>
+
+#include "four_bit/four_bit.h"
+
+namespace nb = nanobind;
+
+namespace veneer {
+namespace {
+
+FourBitCode make_code(const float (&table)[16], const uint8_t (&ranked)[16]) {
+  FourBitCode code{};
+  for (int i = 0; i < 16; ++i) {
+    code.table[i] = table[i];
+    code.ranked[i] = ranked[i];
+  }
+  for (int i = 0; i < 15; ++i) code.midpoints[i] = (table[ranked[i]] + table[ranked[i + 1]]) / 2.0f;
+  return code;
+}
+
+constexpr float nf4[16] = {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
+                           -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
+                           0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
+                           0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
+constexpr float fp4[16] = {0.0f, 0.0625f / 12, 8.0f / 12, 1.0f, 4.0f / 12, 6.0f / 12, 2.0f / 12, 3.0f / 12,
+                           -0.0f, -0.0625f / 12, -8.0f / 12, -1.0f, -4.0f / 12, -6.0f / 12, -2.0f / 12, -3.0f / 12};
+
+}  // namespace
+
+const FourBitCode& four_bit_code(int quant_type) {
+  static const FourBitCode codes[2] = {
+      make_code(nf4, {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}),
+      // The two zeros (codes 0 and 8) are neighbours, the positive one first.
+      make_code(fp4, {11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3}),
+  };
+  return codes[quant_type];
+}
+
+void bind_four_bit(nb::module_& m) {
+  using release = nb::call_guard<nb::gil_scoped_release>;
+  m.def(
+      "four_bit_quantize",
+      [](uintptr_t x, int dtype, int64_t n, int64_t block_size, int quant_type, uintptr_t packed, uintptr_t absmax) {
+        four_bit_kernels().quantize(reinterpret_cast<const void*>(x), Dtype(dtype), n, block_size,
+                                    four_bit_code(quant_type), reinterpret_cast<uint8_t*>(packed),
+                                    reinterpret_cast<float*>(absmax));
+      },
+      release());
+  m.def(
+      "four_bit_dequantize",
+      [](uintptr_t packed, uintptr_t absmax, int64_t n, int64_t block_size, int quant_type, int dtype, uintptr_t out) {
+        four_bit_kernels().dequantize(reinterpret_cast<const uint8_t*>(packed), reinterpret_cast<const float*>(absmax),
+                                      n, block_size, four_bit_code(quant_type), Dtype(dtype),
+                                      reinterpret_cast<void*>(out));
+      },
+      release());
+}
+
+}  // namespace veneer

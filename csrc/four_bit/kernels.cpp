@@ -1,0 +1,77 @@
+#include "core/parallel.h"
+#include "four_bit/codec.h"
+
+namespace veneer {
+namespace VENEER_ISA {
+namespace {
+
+constexpr int64_t grain_values = 1 << 15;  // less than this is not worth waking a thread
+
+int64_t grain_blocks(int64_t block_size) { return (grain_values + block_size - 1) / block_size; }
+
+constexpr float smallest_absmax = 1e-38f;  // keeps the reciprocal finite
+
+// The last block, where it is short, divides and keeps at least smallest_absmax; the others multiply by the reciprocal.
+template <class T>
+void quantize_short(const T* x, int64_t n, const FourBitCode& code, uint8_t* packed, float* absmax) {
+  const float most = bit_cast<float>(max_magnitude(x, n));
+  const float scale = most < smallest_absmax ? smallest_absmax : most;
+  *absmax = scale;
+  for (int64_t i = 0; i < n; i += 2) {
+    const float pair[2] = {to_float(x[i]) / scale, i + 1 < n ? to_float(x[i + 1]) / scale : 0.0f};
+    quantize_scalar(pair, 2, 1.0f, code, packed + i / 2);
+  }
+}
+
+template <class T>
+void quantize_typed(const T* x, int64_t n, int64_t block_size, const FourBitCode& code, uint8_t* packed, float* absmax) {
+  const int64_t full = n / block_size;
+  parallel_for(full, grain_blocks(block_size), [=, &code](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      const T* block = x + b * block_size;
+      const float most = bit_cast<float>(max_magnitude(block, block_size));
+      absmax[b] = most;
+      const float factor = 1.0f / (most < smallest_absmax ? smallest_absmax : most);
+      quantize_run(block, block_size, factor, code, packed + b * block_size / 2);
+    }
+  });
+  const int64_t done = full * block_size;
+  if (done < n) quantize_short(x + done, n - done, code, packed + done / 2, absmax + full);
+}
+
+void quantize(const void* x, Dtype dtype, int64_t n, int64_t block_size, const FourBitCode& code, uint8_t* packed,
+              float* absmax) {
+  switch (dtype) {
+    case Dtype::float32: return quantize_typed(static_cast<const float*>(x), n, block_size, code, packed, absmax);
+    case Dtype::bfloat16: return quantize_typed(static_cast<const bf16*>(x), n, block_size, code, packed, absmax);
+    case Dtype::float16: return quantize_typed(static_cast<const fp16*>(x), n, block_size, code, packed, absmax);
+  }
+}
+
+template <class T>
+void dequantize_typed(const uint8_t* packed, const float* absmax, int64_t n, int64_t block_size,
+                      const FourBitCode& code, T* out) {
+  const int64_t blocks = (n + block_size - 1) / block_size;
+  parallel_for(blocks, grain_blocks(block_size), [=, &code](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t first = b * block_size, size = first + block_size <= n ? block_size : n - first;
+      dequantize_run(packed + first / 2, size, block_table<T>(code, absmax[b]), out + first);
+    }
+  });
+}
+
+void dequantize(const uint8_t* packed, const float* absmax, int64_t n, int64_t block_size, const FourBitCode& code,
+                Dtype dtype, void* out) {
+  switch (dtype) {
+    case Dtype::float32: return dequantize_typed(packed, absmax, n, block_size, code, static_cast<float*>(out));
+    case Dtype::bfloat16: return dequantize_typed(packed, absmax, n, block_size, code, static_cast<bf16*>(out));
+    case Dtype::float16: return dequantize_typed(packed, absmax, n, block_size, code, static_cast<fp16*>(out));
+  }
+}
+
+}  // namespace
+
+const FourBitKernels four_bit = {quantize, dequantize};
+
+}  // namespace VENEER_ISA
+}  // namespace veneer

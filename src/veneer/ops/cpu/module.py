@@ -1,0 +1,40 @@
+"""The C++ module `veneer._kernels`, bound to torch's threads on first use."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+log = logging.getLogger(__name__)
+
+# How csrc/core/numeric.h counts element types.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@cache
+def kernels() -> ModuleType:
+    """The module, whose kernels run on the OpenMP runtime that torch itself loaded: one pool of threads a process."""
+    module = importlib.import_module("veneer._kernels")
+    if not thread_runtime():
+        log.warning("torch's OpenMP runtime was not found: veneer's CPU kernels run on one thread")
+    return module
+
+
+@cache
+def thread_runtime() -> str:
+    """The file of the OpenMP runtime that torch and the kernels share; empty where there is none."""
+    module = importlib.import_module("veneer._kernels")
+    folder = Path(torch.__file__).parent / "lib"
+    found = (module.share_threads(str(folder / name)) for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"))
+    return next((runtime for runtime in found if runtime), "")
+
+
+def description() -> str:
+    """One line for people: the instruction set in use and whose threads the kernels run on."""
+    runtime = thread_runtime()
+    return f"{kernels().isa()}, {kernels().max_threads()} threads of {Path(runtime).name or 'its own (no OpenMP)'}"
