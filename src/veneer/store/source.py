@@ -1,0 +1,149 @@
+"""Where a model comes from: a folder, a GGUF file, a fetched name, or the hub."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.constants import ENDPOINT
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from veneer.errors import ConfigError, FormatError
+from veneer.store.adapter_config import CONFIG_FILE as ADAPTER_CONFIG
+from veneer.store.checkpoint import Checkpoint
+from veneer.store.fetch import KNOWN, is_fetched, model_folder
+from veneer.store.gguf_model import converted_folder
+
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_HUB_SECONDS = 5
+
+
+def resolve(source: str | os.PathLike[str]) -> Path | str:
+    """The local folder of a model, or the hub id as it was given.
+
+    A GGUF file is converted into the cache first. Raises FormatError for folders and files that hold no model, and
+    ConfigError for a name that is nothing of the kind, naming the nearest known one.
+    """
+    name, path = os.fspath(source), Path(source).expanduser()
+    if path.is_dir():
+        return _model_folder(path)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise FormatError(f"{path} is a file; a model is a folder with config.json, or a .gguf file")
+        return converted_folder(path)
+    if name in KNOWN:
+        if not is_fetched(name):
+            raise ConfigError(f"the model {name!r} is not in the cache yet: run `veneer fetch {name}`")
+        return model_folder(name)
+    close = difflib.get_close_matches(name.lower(), KNOWN, n=1, cutoff=0.75)
+    if close or not _HUB_ID.fullmatch(name) or path.suffix == ".gguf":
+        hint = f"did you mean {close[0]!r}?" if close else f"names that `veneer fetch` knows: {sorted(KNOWN)}"
+        raise ConfigError(f"no model {name!r}: there is no such folder or file; {hint}")
+    return _on_hub(name)
+
+
+def load_model(
+    source: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype = "auto",
+    quantization: Any = None,
+    device: str | torch.device | None = None,
+) -> PreTrainedModel:
+    """The causal language model at ``source``, for evaluation.
+
+    ``dtype`` ``"auto"`` keeps the checkpoint's; ``quantization`` is a `BitsAndBytesConfig`.
+    Raises what `resolve` raises, FormatError where weights are damaged or missing, ConfigError for an unknown dtype.
+    """
+    place = resolve(source)
+    if isinstance(place, Path):
+        Checkpoint.open(place)  # a damaged file is told apart here, with everything that is wrong with it
+    options: dict[str, Any] = {} if quantization is None else {"quantization_config": quantization}
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            place, dtype=parse_dtype(dtype), output_loading_info=True, **options
+        )
+    except OSError as error:
+        raise _not_loaded(source, place, error) from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise FormatError(
+            f"{source} lacks {len(missing)} tensors that {type(model).__name__} needs, such as {missing[0]!r}: "
+            "it is not a whole causal language model"
+        )
+    return cast(PreTrainedModel, model if device is None else model.to(device)).eval()
+
+
+def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies beside a model. Raises FormatError where there is none."""
+    place = resolve(source)
+    if isinstance(place, Path) and not any((place / name).is_file() for name in _TOKENIZER_FILES):
+        raise FormatError(f"{place} holds no tokenizer (none of {list(_TOKENIZER_FILES)}): copy that of the base there")
+    try:
+        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(place))
+    except OSError as error:
+        raise _not_loaded(source, place, error) from error
+
+
+def parse_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    """``"auto"`` or the torch dtype of a name. Raises ConfigError for an unknown one."""
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is unknown; allowed: auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _model_folder(path: Path) -> Path:
+    if (path / "config.json").is_file():
+        return path
+    if (path / ADAPTER_CONFIG).is_file():
+        raise FormatError(f"{path} is an adapter, not a model: give the base model, and this folder as the adapter")
+    files = [file.name for file in path.glob("*.gguf")]
+    hint = f"give the file itself: {path / files[0]}" if files else "give the folder that save_pretrained wrote"
+    raise FormatError(f"{path} holds no config.json, so it is not a model: {hint}")
+
+
+def _on_hub(name: str) -> Path | str:
+    """The id where the hub answers, else what its cache holds: asking through its client takes a minute to fail."""
+    if _hub_answers():
+        return name
+    cached = try_to_load_from_cache(name, "config.json")
+    if isinstance(cached, str):
+        return Path(cached).parent
+    raise ConfigError(
+        f"no model {name!r}: there is no such folder or file, `veneer fetch` knows {sorted(KNOWN)}, and "
+        f"{ENDPOINT} cannot be reached"
+    )
+
+
+def _hub_answers() -> bool:
+    try:
+        urllib.request.urlopen(urllib.request.Request(ENDPOINT, method="HEAD"), timeout=_HUB_SECONDS).close()
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def _not_loaded(source: str | os.PathLike[str], place: Path | str, error: OSError) -> ConfigError | FormatError:
+    reason = str(error).strip().splitlines()[0]
+    if isinstance(place, Path):
+        return FormatError(f"{place} cannot be loaded: {reason}")
+    return ConfigError(f"no model {os.fspath(source)!r}: there is no such folder or file, and the hub says: {reason}")

@@ -1,0 +1,170 @@
+"""Where a model comes from, and what a user is told when it does not come."""
+
+from __future__ import annotations
+
+import urllib.error
+from collections.abc import Callable
+from email.message import Message
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from veneer.errors import ConfigError, FormatError
+from veneer.store import source as source_module
+from veneer.store.source import load_model, load_tokenizer, parse_dtype, resolve
+
+Make = Callable[..., tuple[Path, Any]]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def folder(make_gguf: Make, tmp_path: Path) -> Path:
+    """A model saved by transformers, without a tokenizer."""
+    _, model = make_gguf("llama")
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def hub(monkeypatch: pytest.MonkeyPatch, error: OSError | None) -> None:
+    def answer(*args: object, **options: object) -> Any:
+        if error is not None:
+            raise error
+        return open("/dev/null", "rb")
+
+    monkeypatch.setattr(source_module.urllib.request, "urlopen", answer)
+
+
+def test_a_folder_loads_in_its_dtype_or_the_one_asked_for(folder: Path) -> None:
+    assert load_model(folder).dtype == torch.bfloat16
+    model = load_model(str(folder), dtype="float32")
+    assert model.dtype == torch.float32
+    assert not model.training
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+def test_a_gguf_file_of_any_family_loads_with_its_tokenizer(make_gguf: Make, family: str) -> None:
+    path, model = make_gguf(family)
+    ids = torch.tensor([[3, 17, 41, 5]])
+    torch.testing.assert_close(load_model(path)(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+    assert load_tokenizer(path).eos_token_id == 0
+
+
+def test_a_folder_without_a_config_is_not_a_model(tmp_path: Path, make_gguf: Make) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FormatError, match=r"no config\.json.*save_pretrained"):
+        resolve(tmp_path / "empty")
+    path, _ = make_gguf("llama", name="w.gguf")
+    with pytest.raises(FormatError, match=r"give the file itself.*w\.gguf"):
+        resolve(path.parent)
+
+
+def test_an_adapter_is_told_apart_from_a_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(FormatError, match="is an adapter, not a model"):
+        resolve(tmp_path)
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(b"x")
+    with pytest.raises(FormatError, match=r"model\.bin is a file"):
+        resolve(tmp_path / "model.bin")
+
+
+def test_truncated_weights_are_refused(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-5])
+    with pytest.raises(FormatError, match=r"model\.safetensors"):
+        load_model(folder)
+
+
+def test_a_truncated_gguf_is_refused(make_gguf: Make) -> None:
+    path, _ = make_gguf("llama")
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(FormatError, match="damaged GGUF"):
+        load_model(path)
+
+
+def test_weights_that_a_model_lacks_are_an_error_not_random_numbers(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(FormatError, match=r"lacks 1 tensors.*layers\.1\.mlp\.up_proj"):
+        load_model(folder)
+
+
+def test_a_config_that_transformers_refuses_is_a_clear_error(folder: Path) -> None:
+    (folder / "config.json").write_text("{ not json")
+    with pytest.raises(FormatError, match="cannot be loaded"):
+        load_model(folder)
+
+
+def test_a_model_without_a_tokenizer_says_so(folder: Path) -> None:
+    with pytest.raises(FormatError, match="holds no tokenizer"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m-instrct", "SmolLM2-135M-Instruct"])
+def test_a_misspelt_name_gets_the_nearest(name: str) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'smollm2-135m-instruct'"):
+        resolve(name)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "no/such/folder", "missing.gguf", "two words"])
+def test_a_path_that_does_not_exist_is_not_asked_of_the_hub(name: str) -> None:
+    with pytest.raises(ConfigError, match="no such folder or file"):
+        resolve(name)
+
+
+def test_a_known_model_that_was_not_fetched_names_the_command() -> None:
+    with pytest.raises(ConfigError, match="run `veneer fetch smollm2-135m-instruct`"):
+        load_model("smollm2-135m-instruct")
+
+
+def test_a_hub_id_is_kept_where_the_hub_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub(monkeypatch, None)
+    assert resolve("org/model") == "org/model"
+    hub(monkeypatch, urllib.error.HTTPError("u", 403, "forbidden", Message(), None))
+    assert resolve("gpt2") == "gpt2"
+
+
+def test_a_hub_that_cannot_be_reached_is_a_quick_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub(monkeypatch, urllib.error.URLError("no route"))
+    with pytest.raises(ConfigError, match="cannot be reached"):
+        resolve("org/model-that-no-cache-has")
+
+
+def test_without_the_hub_its_cache_serves(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    hub(monkeypatch, urllib.error.URLError("no route"))
+    monkeypatch.setattr(source_module, "try_to_load_from_cache", lambda name, file: str(folder / file))
+    assert resolve("org/model") == folder
+
+
+def test_what_the_hub_says_reaches_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub(monkeypatch, None)
+
+    def refuse(*args: object, **options: object) -> None:
+        raise OSError("org/model is a gated repository\nlong explanation")
+
+    monkeypatch.setattr(source_module.AutoModelForCausalLM, "from_pretrained", refuse)
+    monkeypatch.setattr(source_module.AutoTokenizer, "from_pretrained", refuse)
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(ConfigError, match=r"the hub says: org/model is a gated repository$"):
+            load("org/model")
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("float16", torch.float16), ("auto", "auto")])
+def test_dtypes_by_name(name: str, dtype: object) -> None:
+    assert parse_dtype(name) == dtype
+
+
+def test_an_unknown_dtype_lists_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"'int3' is unknown; allowed: auto, float32"):
+        parse_dtype("int3")
