@@ -1,0 +1,135 @@
+"""Checkpoints of a training run: written whole or not at all, small, and strict when read."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from veneer.errors import TrainingError
+
+TRAINED_FILE = "trained.safetensors"
+STATE_FILE = "trainer_state.json"
+PROGRESS_FILE = "veneer_progress.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest step first. One that was being written when a run died is not among
+    them: it has another name until all of it is on disk.
+    """
+    found = [(int(match[1]), path) for path in run.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found) if _readable(path / STATE_FILE)]
+
+
+def latest_checkpoint(run: Path) -> Path:
+    """The last complete checkpoint. Raises TrainingError where there is none."""
+    found = checkpoints(run)
+    if not found:
+        raise TrainingError(f"nothing to resume: {run} holds no complete checkpoint-N folder")
+    return found[-1]
+
+
+@contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the name ``target`` once the block ends well and its files are on disk."""
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    for path in [*partial.rglob("*"), partial]:
+        _sync(path)
+    replaced = target.with_name(f".{target.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if target.exists():
+        target.rename(replaced)
+    partial.rename(target)
+    _sync(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def drop_partial(run: Path) -> None:
+    """Clear away what a run that died left half-written."""
+    for path in run.glob(".checkpoint-*"):
+        if path.name.endswith((".partial", ".replaced")):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def drop_old(run: Path, keep: int | None, best: Path | None) -> None:
+    """Delete the oldest checkpoints until ``keep`` are left; the last and the best ones always stay."""
+    found = checkpoints(run)
+    old = [path for path in found[:-1] if best is None or path.name != best.name]
+    surplus = 0 if keep is None else len(found) - max(keep, 1)
+    for path in old[: max(surplus, 0)]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def save_trained(model: nn.Module, folder: Path) -> None:
+    """Write every trainable parameter by its path, bit for bit."""
+    tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    save_file(tensors, folder / TRAINED_FILE, metadata={"format": "pt"})
+
+
+@torch.no_grad()
+def load_trained(model: nn.Module, folder: Path) -> None:
+    """Read back what `save_trained` wrote.
+
+    Raises TrainingError, with all differences, where the trainable parameters are not the very ones that were saved.
+    """
+    try:
+        saved = load_file(folder / TRAINED_FILE)
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(f"{folder} cannot be resumed from: {TRAINED_FILE} is missing or damaged ({error})") from error
+    present = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    problems = [f"{name} is trained but not in the checkpoint" for name in present.keys() - saved.keys()]
+    problems += [f"{name} is in the checkpoint but not trained" for name in saved.keys() - present.keys()]
+    problems += [
+        f"{name} has the shape {tuple(present[name].shape)}, in the checkpoint {tuple(saved[name].shape)}"
+        for name in present.keys() & saved.keys()
+        if present[name].shape != saved[name].shape
+    ]
+    if problems:
+        shown = "; ".join(sorted(problems)[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise TrainingError(f"{folder} holds another adapter than this run trains: {shown}")
+    for name, parameter in present.items():
+        parameter.copy_(saved[name])
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write JSON in one go: the old file or the new one is there, never half of it."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    _sync(partial)
+    partial.replace(path)
+
+
+def read_progress(folder: Path) -> dict[str, Any]:
+    """What `veneer.SFTTrainer` counted up to a checkpoint; empty for one that another trainer wrote."""
+    path = folder / PROGRESS_FILE
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _readable(path: Path) -> bool:
+    try:
+        json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

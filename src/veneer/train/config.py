@@ -1,0 +1,43 @@
+"""The settings of a training run: TRL's, checked together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import trl
+from transformers import TrainingArguments
+
+from veneer.errors import ConfigError
+
+
+@dataclass
+class SFTConfig(trl.SFTConfig):
+    """TRL's ``SFTConfig``. Raises ConfigError with all that does not go together."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        problems = []
+        if self.packing and self.packing_strategy == "wrapped":
+            problems.append(
+                "packing_strategy='wrapped' cuts sequences anywhere and lets them see one another: use 'bfd', or "
+                "'bfd_split' to keep the ends of sequences longer than max_length"
+            )
+        if self.packing and self.max_length is None:
+            problems.append("packing=True needs max_length, the length of a packed row")
+        if self.max_length is not None and self.max_length < 2:
+            problems.append(f"max_length={self.max_length} leaves nothing to predict: use 2 or more")
+        if self.loss_type not in ("nll", "dft"):
+            problems.append(f"loss_type={self.loss_type!r} must be 'nll' or 'dft'")
+        if problems:
+            raise ConfigError("SFTConfig: " + "; ".join(problems))
+
+
+def as_sft_config(args: TrainingArguments | None, default_output: str) -> SFTConfig:
+    """Any training arguments as an `SFTConfig`; what they do not know keeps its default."""
+    if args is None:
+        return SFTConfig(output_dir=default_output)
+    if isinstance(args, SFTConfig):
+        return args
+    values = args.to_dict()
+    values["hub_token"] = args.hub_token  # to_dict hides it
+    return SFTConfig(**values)

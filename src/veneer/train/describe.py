@@ -1,0 +1,33 @@
+"""What a model trains, in one line."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+from torch import nn
+
+from veneer.errors import TrainingError
+
+
+def require_trainable(model: nn.Module) -> None:
+    """Raise TrainingError for a model in which nothing is trainable."""
+    if not any(p.requires_grad for p in model.parameters()):
+        raise TrainingError(
+            "nothing would be trained: no parameter requires a gradient. Put an adapter on the model "
+            "(peft_config=…, or get_peft_model), load a saved one with is_trainable=True, or unfreeze the model"
+        )
+
+
+def describe_trained(model: nn.Module) -> str:
+    """Which modules are trained, how many parameters that is and in which precision.
+
+    For example: ``trains 3,240 of 61,240 parameters (5.29%, float32) in q_proj ×2, v_proj ×2``.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    n_trained, n_all = sum(p.numel() for p in trained.values()), sum(p.numel() for p in model.parameters())
+    modules = {re.split(r"\.adapters\.|\.[^.]+$", name, maxsplit=1)[0] for name in trained}
+    endings = Counter(name.rpartition(".")[2] for name in modules)
+    where = ", ".join(f"{ending} ×{count}" for ending, count in sorted(endings.items()))
+    dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in trained.values()}))
+    return f"trains {n_trained:,} of {n_all:,} parameters ({100 * n_trained / max(n_all, 1):.3g}%, {dtypes}) in {where}"

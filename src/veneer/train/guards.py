@@ -1,0 +1,42 @@
+"""What stops a run that has gone wrong before anything is written over a good checkpoint."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from veneer.errors import TrainingError
+
+
+def require_finite(loss: float, step: int) -> None:
+    """Raise TrainingError for a loss that is NaN or infinite, in the step (counted from one) that gave it."""
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"the loss is {loss} in step {step}: training stops here, and the checkpoints written before are as they "
+            "were. Lower the learning rate, clip gradients (max_grad_norm), use bf16 in place of fp16, or look at the "
+            "rows of that step"
+        )
+
+
+class FiniteGradients(TrainerCallback):  # type: ignore[misc]
+    """Stops before an optimizer step that would put NaN or infinity into the weights.
+
+    Under float16 the gradient scaler skips such steps itself; then this callback is not installed.
+    """
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
+    ) -> None:
+        """Raise TrainingError where a gradient is not finite."""
+        model: nn.Module = context["model"]
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if gradients and not torch.stack([g.float().norm() for g in gradients]).isfinite().all():
+            raise TrainingError(
+                f"a gradient is NaN or infinite in step {state.global_step + 1}: training stops before it reaches the "
+                "weights, and the checkpoints written before are as they were. Lower the learning rate, or use bf16 or "
+                "fp32"
+            )

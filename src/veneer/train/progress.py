@@ -1,0 +1,49 @@
+"""What a run has counted so far: it goes into every checkpoint, so that a resumed run logs the same numbers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+@dataclass
+class Progress:
+    """Losses in nats for each trained token, summed over optimizer steps; ``window`` is since the last log line."""
+
+    loss: float = 0.0
+    window_loss: float = 0.0
+    window_from_step: int = 0
+    window_right: int = 0
+    window_trained: int = 0
+    n_tokens: int = 0
+
+    def add_loss(self, loss: float) -> None:
+        """Count the loss of one micro-batch, already divided by the trained tokens of its whole step."""
+        self.loss += loss
+        self.window_loss += loss
+
+    def add_tokens(self, n_tokens: int, n_trained: int, n_right: int) -> None:
+        """Count the tokens of one micro-batch: all but padding, those trained, those predicted right."""
+        self.n_tokens += n_tokens
+        self.window_trained += n_trained
+        self.window_right += n_right
+
+    def close_window(self, step: int) -> dict[str, float]:
+        """The values of a log line, and the start of the next window."""
+        steps = max(step - self.window_from_step, 1)
+        values = {
+            "loss": self.window_loss / steps,
+            "mean_token_accuracy": self.window_right / max(self.window_trained, 1),
+            "num_tokens": float(self.n_tokens),
+        }
+        self.window_loss, self.window_from_step, self.window_right, self.window_trained = 0.0, step, 0, 0
+        return values
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Progress:
+        """From a checkpoint; what it does not hold starts at zero."""
+        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})

@@ -1,0 +1,133 @@
+"""The part of the trainer that writes checkpoints and continues from them bit for bit."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers.trainer_callback import ExportableState
+from trl import SFTTrainer as TrlTrainer
+
+from veneer.adapters.peft_model import PeftModel
+from veneer.errors import TrainingError
+from veneer.train.checkpoint import (
+    PROGRESS_FILE,
+    STATE_FILE,
+    TRAINED_FILE,
+    drop_old,
+    drop_partial,
+    latest_checkpoint,
+    load_trained,
+    read_progress,
+    save_trained,
+    write_json,
+    written_whole,
+)
+from veneer.train.progress import Progress
+
+
+class ResumableTrainer(TrlTrainer):  # type: ignore[misc]
+    """TRL's trainer with checkpoints that are whole or absent, and that hold all that the next step depends on.
+
+    For an adapted model a checkpoint is the adapter, every trained parameter in its own precision, the optimizer, the
+    schedule, the random states and the counters: no weight of the base.
+    """
+
+    progress: Progress
+    data_digest: str | None
+
+    def resolve_resume(self, resume: str | bool | None) -> str | None:
+        """The checkpoint to resume from: the latest for True. Raises TrainingError where none fits this run."""
+        if not resume:
+            drop_partial(Path(self.args.output_dir))
+            self.progress = Progress()
+            return None
+        folder = latest_checkpoint(Path(self.args.output_dir)) if resume is True else Path(resume)
+        if not (folder / STATE_FILE).is_file():
+            raise TrainingError(f"{folder} is not a complete checkpoint: it holds no {STATE_FILE}")
+        counted = read_progress(folder)
+        before = counted.get("data_digest")
+        if before is not None and before != self.data_digest:
+            raise TrainingError(
+                f"{folder} was trained on other data (or another tokenizer, max_length or packing) than this run has, "
+                f"so the run cannot continue as if nothing had happened: give it the same data, or start a new run "
+                f"from the adapter in that folder"
+            )
+        drop_partial(Path(self.args.output_dir))
+        self.progress = Progress.from_dict(counted)
+        return str(folder)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.store_flos()
+        run = Path(self._get_output_dir(trial=trial))
+        target = run / f"checkpoint-{self.state.global_step}"
+        if self.state.best_global_step:
+            best = run / f"checkpoint-{self.state.best_global_step}"
+            if best == target or best.exists():
+                self.state.best_model_checkpoint = str(best)
+        with written_whole(target) as folder:
+            self.save_model(str(folder), _internal_call=True)
+            self._save_state(folder)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(target))
+        best_path = Path(self.state.best_model_checkpoint) if self.state.best_model_checkpoint else None
+        drop_old(run, self.args.save_total_limit, best_path)
+
+    def _save_state(self, folder: Path) -> None:
+        """Everything but the weights."""
+        if not self.args.save_only_model:
+            self._save_optimizer_and_scheduler(str(folder))
+            self._save_scaler(str(folder))
+            self._save_rng_state(str(folder))
+        write_json(folder / PROGRESS_FILE, {**self.progress.as_dict(), "data_digest": self.data_digest})
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                kept = self.state.stateful_callbacks.get(type(callback).__name__)
+                if isinstance(kept, list):
+                    kept.append(callback.state())
+                else:
+                    self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+        self.state.save_to_json(str(folder / STATE_FILE))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """The adapter (or, trained whole, the model) and the tokenizer. No pickle of the arguments."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model.save_pretrained(str(folder), state_dict=state_dict)
+        if isinstance(model, PeftModel) and folder.name.startswith(".checkpoint-"):
+            save_trained(model, folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(str(folder))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        if (folder / TRAINED_FILE).exists() or isinstance(self.model, PeftModel):
+            load_trained(self.model, folder)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if isinstance(self.model, PeftModel):
+            load_trained(self.model, Path(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """A block that may draw random numbers without moving those that come after it."""
+    states = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])

@@ -1,0 +1,306 @@
+"""Supervised fine-tuning: TRL's trainer with exact packing, an exact loss, and exact resume."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from datasets import Dataset, IterableDataset
+from torch import nn
+from torch.utils.data import Sampler
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+
+from veneer.adapters.peft_model import PeftModel, get_peft_model
+from veneer.core.method import MethodConfig
+from veneer.errors import ConfigError, TrainingError
+from veneer.train.collate import Collator
+from veneer.train.config import SFTConfig, as_sft_config
+from veneer.train.describe import describe_trained, require_trainable
+from veneer.train.encode import Encoder, kind_of
+from veneer.train.exact import packing_layout
+from veneer.train.guards import FiniteGradients, require_finite
+from veneer.train.loss import token_loss
+from veneer.train.optimizer import Choice, choose_optimizer
+from veneer.train.prepare import columns_of, digest, encode_all, pack_all
+from veneer.train.progress import Progress
+from veneer.train.resume import ResumableTrainer, random_state_kept
+from veneer.train.sampler import EpochSampler
+
+
+class SFTTrainer(ResumableTrainer):
+    """TRL's ``SFTTrainer``, with its arguments. ``peft_config`` is one of veneer's configs.
+
+    The loss of an optimizer step is the mean over all its trained tokens, however they are spread over micro-batches.
+    Packed sequences never see one another. Trained weights are float32. A resumed run repeats the run that was not
+    interrupted, bit for bit. Nothing is reported to anybody.
+
+    Raises ConfigError, DataError or TrainingError where the run could not do what was asked.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: SFTConfig | TrainingArguments | None = None,
+        data_collator: Callable[..., Any] | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_loss_func: Callable[..., torch.Tensor] | None = None,
+        compute_metrics: Callable[..., dict[str, float]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[..., torch.Tensor] | None = None,
+        quantization_config: Any = None,
+        peft_config: MethodConfig | None = None,
+        formatting_func: Callable[[dict[str, Any]], str] | None = None,
+    ) -> None:
+        args = copy.copy(as_sft_config(args, "trainer_output"))
+        self.progress, self.data_digest = Progress(), None
+        self._evaluated: list[torch.Tensor] = []
+        # TRL refuses templates without generation markers; here they are told apart by position.
+        self._assistant_only, args.assistant_only_loss = args.assistant_only_loss, False
+        set_seed(args.seed)
+        name = model if isinstance(model, str) else model.config._name_or_path
+        model = _loaded(model, args, quantization_config)
+        model = _adapted(model, peft_config)
+        with _weights_as_they_are(model):
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class or AutoTokenizer.from_pretrained(name),
+                compute_loss_func=compute_loss_func,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+                formatting_func=formatting_func,
+            )
+        self.args.assistant_only_loss = self._assistant_only
+        # The loss below is normalized by the tokens of the whole step, whatever the model's own forward accepts.
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+        if not self.args.fp16:
+            self.add_callback(FiniteGradients)
+        if data_collator is None and not self._is_vision_dataset:
+            packed = self.padding_free or bool(self.args.eval_packing)
+            self.data_collator = Collator(
+                pad_token_id=self._tokenizer.pad_token_id,
+                layout=packing_layout(self.model) if packed else "rows",
+                padding_free=self.padding_free and not self.args.packing,
+                pad_to_multiple_of=self.args.pad_to_multiple_of,
+            )
+        if isinstance(self.train_dataset, Dataset) and "labels" in self.train_dataset.column_names:
+            self.data_digest = digest(self.train_dataset)
+
+    def describe(self) -> str:
+        """What this run trains, in one line."""
+        return describe_trained(self.model)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> TrainOutput:
+        """Train to the end, from the start or from a checkpoint (True: the latest complete one).
+
+        Raises TrainingError where nothing is trainable, where the loss or a gradient is not finite, or where the
+        checkpoint is not one of this run.
+        """
+        require_trainable(self.model)
+        if self.args.gradient_checkpointing and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            # Reentrant checkpointing gives no gradient to a block whose input needs none: all of them, under adapters.
+            self.model.enable_input_require_grads()
+        try:
+            output = super().train(resume_from_checkpoint=self.resolve_resume(resume_from_checkpoint), **options)
+        finally:
+            self._unwrap_forward()
+        return TrainOutput(output.global_step, output.metrics["train_loss"], output.metrics)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward of one micro-batch. Raises TrainingError for a loss that is not finite."""
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        value = loss.item()
+        require_finite(value, self.state.global_step + 1)
+        self.progress.add_loss(value)
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The loss of a micro-batch: its summed cross-entropy over ``num_items_in_batch``, the trained tokens of the step.
+
+        Without it, over its own trained tokens.
+        """
+        if self.compute_loss_func is not None or "labels" not in inputs:
+            return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+        counted = token_loss(
+            model,
+            {**inputs, **({"output_router_logits": True} if self.aux_loss_enabled else {})},
+            label_smoothing=self.args.label_smoothing_factor,
+            weigh_by_probability=self.args.loss_type == "dft",
+        )
+        n_tokens = counted.n_tokens if num_items_in_batch is None else num_items_in_batch
+        loss = counted.total / torch.as_tensor(n_tokens).to(counted.total.device).clamp(min=1)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # their gradients are averaged
+        if counted.aux is not None and self.aux_loss_enabled:
+            steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+            loss = loss + self.router_aux_loss_coef * counted.aux.to(loss.device) / steps
+        if self.model.training:
+            n_all = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum()
+            self.progress.add_tokens(int(n_all), int(counted.n_tokens), int(counted.n_right))
+            if not loss.requires_grad:
+                raise TrainingError("the loss depends on no trainable parameter: nothing would be trained")
+        else:
+            self._evaluated.append(torch.stack([counted.total, counted.n_tokens, counted.n_right]).double().cpu())
+        if not return_outputs:
+            return loss
+        with torch.no_grad():
+            return loss, model(**{key: value for key, value in inputs.items() if key != "labels"}, use_cache=False)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **options: Any) -> EvalLoopOutput:
+        """Evaluate; the loss is the mean over all trained tokens, and no random number of the training is used up."""
+        self._evaluated = []
+        with random_state_kept():
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **options)
+        if self._evaluated:
+            sums = torch.stack(self._evaluated).sum(dim=0)
+            total, n_tokens, n_right = self.accelerator.reduce(sums.float().to(self.args.device), "sum").tolist()
+            output.metrics[f"{metric_key_prefix}_loss"] = total / max(n_tokens, 1)
+            output.metrics[f"{metric_key_prefix}_mean_token_accuracy"] = n_right / max(n_tokens, 1)
+        if not self.is_in_train:
+            self._unwrap_forward()
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log a line; losses come from counters that a checkpoint holds, so that a resumed run logs the same ones."""
+        if "loss" in logs and self.model.training:
+            own = self.progress.close_window(self.state.global_step)
+            if self.accelerator.num_processes > 1:
+                own.pop("loss")  # gathered over the processes by Trainer
+            logs.update(own)
+        if "train_loss" in logs and self.accelerator.num_processes == 1:
+            logs["train_loss"] = self.progress.loss / max(self.state.global_step, 1)
+        super().log(logs, start_time)
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None = None) -> Choice:
+        """The optimizer that ``args.optim`` names, from `train.optimizer`."""
+        return choose_optimizer(args, model)
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: SFTConfig, packing: bool, formatting_func: Any, name: str
+    ) -> Any:
+        if formatting_func is not None and "input_ids" not in columns_of(dataset):
+            dataset = dataset.map(lambda row: {args.dataset_text_field: formatting_func(row)})
+            dataset = dataset.select_columns([args.dataset_text_field])
+        columns = columns_of(dataset)
+        kind = kind_of(columns, args.dataset_text_field)
+        if self._assistant_only and kind == "text":
+            raise ConfigError(
+                f"assistant_only_loss=True needs conversations (a column messages); the {name} data has {columns}"
+            )
+        split = packing and args.packing_strategy == "bfd_split"
+        encoder = Encoder(
+            tokenizer=self._tokenizer,
+            kind=kind,
+            text_field=args.dataset_text_field,
+            completion_only=self.completion_only_loss,
+            assistant_only=self._assistant_only,
+            max_length=None if split else args.max_length,
+            keep_end=args.truncation_mode == "keep_end",
+        )
+        if "seq_lengths" not in columns:
+            dataset = encode_all(dataset, encoder, name, args.dataset_num_proc)
+            dataset = pack_all(dataset, args.max_length, split=split) if packing else dataset
+        return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
+        data = self.train_dataset if train_dataset is None else train_dataset
+        strategy = self.args.train_sampling_strategy
+        if not isinstance(data, Dataset) or strategy not in ("random", "group_by_length"):
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        lengths = [len(ids) for ids in data["input_ids"]] if strategy == "group_by_length" else [1] * len(data)
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return EpochSampler(lengths, seed, step if strategy == "group_by_length" else None)
+
+    def _unwrap_forward(self) -> None:
+        """Take accelerate's autocast off the model's forward: after training the model is what it was before."""
+        if self.accelerator.num_processes == 1 and not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
+            extract_model_from_parallel(self.model, keep_fp32_wrapper=False)
+            self.accelerator.free_memory()
+
+    def _send_telemetry(self) -> None:
+        """Nothing is sent."""
+
+
+def _loaded(model: str | PreTrainedModel, args: SFTConfig, quantization_config: Any) -> PreTrainedModel:
+    if not isinstance(model, str):
+        if quantization_config is not None or args.model_init_kwargs:
+            raise ConfigError(
+                "quantization_config and model_init_kwargs say how to load a model, but the model is loaded already: "
+                "give its name, or drop them"
+            )
+        return model
+    options = dict(args.model_init_kwargs or {})
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
+    args.model_init_kwargs = None
+    return AutoModelForCausalLM.from_pretrained(model, **options)
+
+
+def _adapted(model: PreTrainedModel, peft_config: MethodConfig | None) -> PreTrainedModel:
+    if peft_config is None:
+        return model
+    if not isinstance(peft_config, MethodConfig):
+        raise ConfigError(
+            f"peft_config must be one of veneer's configs, such as veneer.LoraConfig, not "
+            f"{type(peft_config).__module__}.{type(peft_config).__name__}"
+        )
+    if isinstance(model, PeftModel):
+        raise ConfigError(
+            "the model has an adapter already and peft_config asks for another: merge_and_unload() the first, or train "
+            "it by leaving peft_config out"
+        )
+    return get_peft_model(model, peft_config)  # type: ignore[return-value]
+
+
+@contextmanager
+def _weights_as_they_are(model: PreTrainedModel) -> Iterator[None]:
+    """Keep TRL's hands off the model: trained weights stay (or become) float32, and ``forward`` stays the class's.
+
+    TRL rounds adapters on quantized bases to bfloat16 before the first step, and replaces the forward by one that reads
+    ``lm_head.weight`` directly, past an adapter on the head.
+    """
+    kept = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+    forward = vars(model).get("forward")
+    yield
+    for name, parameter in model.named_parameters():
+        if name in kept and kept[name].is_floating_point():
+            dtype = torch.float32 if kept[name].dtype in (torch.float16, torch.bfloat16) else kept[name].dtype
+            parameter.data = kept[name].to(device=parameter.device, dtype=dtype)
+    vars(model).pop("forward", None)
+    if forward is not None:
+        model.forward = forward
+
+
