@@ -9,10 +9,12 @@ _HOMES = {
     "IA3Config": "veneer.methods.ia3",
     "LoraConfig": "veneer.methods.lora",
     "PeftModel": "veneer.adapters.peft_model",
+    "SFTConfig": "veneer.train.config",
+    "SFTTrainer": "veneer.train.trainer",
     "get_peft_model": "veneer.adapters.peft_model",
 }
 
-__all__ = ["IA3Config", "LoraConfig", "PeftModel", "get_peft_model"]
+__all__ = ["IA3Config", "LoraConfig", "PeftModel", "SFTConfig", "SFTTrainer", "get_peft_model"]
 
 
 def __getattr__(name: str) -> Any:

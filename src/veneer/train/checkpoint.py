@@ -89,7 +89,9 @@ def load_trained(model: nn.Module, folder: Path) -> None:
     try:
         saved = load_file(folder / TRAINED_FILE)
     except (OSError, SafetensorError) as error:
-        raise TrainingError(f"{folder} cannot be resumed from: {TRAINED_FILE} is missing or damaged ({error})") from error
+        raise TrainingError(
+            f"{folder} cannot be resumed from: {TRAINED_FILE} is missing or damaged ({error})"
+        ) from error
     present = {name: p for name, p in model.named_parameters() if p.requires_grad}
     problems = [f"{name} is trained but not in the checkpoint" for name in present.keys() - saved.keys()]
     problems += [f"{name} is in the checkpoint but not trained" for name in saved.keys() - present.keys()]

@@ -11,7 +11,7 @@ from veneer.errors import ConfigError
 
 
 @dataclass
-class SFTConfig(trl.SFTConfig):
+class SFTConfig(trl.SFTConfig):  # type: ignore[misc]
     """TRL's ``SFTConfig``. Raises ConfigError with all that does not go together."""
 
     def __post_init__(self) -> None:

@@ -39,7 +39,7 @@ def keeps_packed_apart(model: nn.Module) -> bool:
     training = model.training
     model.eval()
     try:
-        vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator,union-attr]
+        vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
         second = (torch.arange(SECOND) * 3 + 2) % vocabulary
         alone = _logits(model, second)
         packed, other = (

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -36,7 +37,7 @@ def token_loss(
     labels: Tensor = inputs["labels"][:, 1:]
     inputs = {key: value for key, value in inputs.items() if key != "labels"}
     kept = (labels != IGNORED).any(dim=0).nonzero().flatten()
-    if _keeps_logits(type(model_of(model))):
+    if _keeps_logits(cast(Hashable, type(model_of(model)))):
         logits = model(**inputs, logits_to_keep=kept, use_cache=False)
     else:
         logits = model(**inputs, use_cache=False)
@@ -63,5 +64,5 @@ def model_of(model: nn.Module) -> nn.Module:
 
 
 @functools.cache
-def _keeps_logits(cls: type[nn.Module]) -> bool:
-    return "logits_to_keep" in inspect.signature(cls.forward).parameters
+def _keeps_logits(cls: Hashable) -> bool:
+    return "logits_to_keep" in inspect.signature(cast("type[nn.Module]", cls).forward).parameters

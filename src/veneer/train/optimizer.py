@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import Trainer, TrainingArguments
@@ -21,7 +21,7 @@ FACTORIES: Mapping[str, Factory] = {}
 _BITSANDBYTES = ("bnb_8bit", "adamw_8bit", "paged_", "lion_8bit", "ademamix", "rmsprop_bnb", "lion_32bit")
 
 
-def choose_optimizer(args: TrainingArguments, model: torch.nn.Module) -> Choice:
+def choose_optimizer(args: TrainingArguments, model: torch.nn.Module | None) -> Choice:
     """The class and the arguments of the optimizer that ``args.optim`` names.
 
     Raises ConfigError for a name that needs a package which is not installed.
@@ -36,4 +36,4 @@ def choose_optimizer(args: TrainingArguments, model: torch.nn.Module) -> Choice:
             f"optim={name!r} is served by bitsandbytes, which is not installed (served by veneer itself: {own}). "
             "Use optim='adamw_torch', or install bitsandbytes"
         )
-    return Trainer.get_optimizer_cls_and_kwargs(args, model)
+    return cast(Choice, Trainer.get_optimizer_cls_and_kwargs(args, model))

@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from datasets import Dataset, IterableDataset
 from torch import nn
 from torch.utils.data import Sampler
@@ -33,7 +32,7 @@ from veneer.train.describe import describe_trained, require_trainable
 from veneer.train.encode import Encoder, kind_of
 from veneer.train.exact import packing_layout
 from veneer.train.guards import FiniteGradients, require_finite
-from veneer.train.loss import token_loss
+from veneer.train.loss import TokenLoss, token_loss
 from veneer.train.optimizer import Choice, choose_optimizer
 from veneer.train.prepare import columns_of, digest, encode_all, pack_all
 from veneer.train.progress import Progress
@@ -75,7 +74,7 @@ class SFTTrainer(ResumableTrainer):
         # TRL refuses templates without generation markers; here they are told apart by position.
         self._assistant_only, args.assistant_only_loss = args.assistant_only_loss, False
         set_seed(args.seed)
-        name = model if isinstance(model, str) else model.config._name_or_path
+        name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", None)
         model = _loaded(model, args, quantization_config)
         model = _adapted(model, peft_config)
         with _weights_as_they_are(model):
@@ -122,7 +121,7 @@ class SFTTrainer(ResumableTrainer):
         checkpoint is not one of this run.
         """
         require_trainable(self.model)
-        if self.args.gradient_checkpointing and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        if _reentrant(self.args):
             # Reentrant checkpointing gives no gradient to a block whose input needs none: all of them, under adapters.
             self.model.enable_input_require_grads()
         try:
@@ -146,9 +145,9 @@ class SFTTrainer(ResumableTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The loss of a micro-batch: its summed cross-entropy over ``num_items_in_batch``, the trained tokens of the step.
+        """The summed cross-entropy of a micro-batch over ``num_items_in_batch``, the trained tokens of the whole step.
 
-        Without it, over its own trained tokens.
+        Without that number, over its own trained tokens.
         """
         if self.compute_loss_func is not None or "labels" not in inputs:
             return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
@@ -158,6 +157,16 @@ class SFTTrainer(ResumableTrainer):
             label_smoothing=self.args.label_smoothing_factor,
             weigh_by_probability=self.args.loss_type == "dft",
         )
+        loss = self._normalized(counted, num_items_in_batch)
+        self._count(counted, inputs)
+        if self.model.training and not loss.requires_grad:
+            raise TrainingError("the loss depends on no trainable parameter: nothing would be trained")
+        if not return_outputs:
+            return loss
+        with torch.no_grad():
+            return loss, model(**{key: value for key, value in inputs.items() if key != "labels"}, use_cache=False)
+
+    def _normalized(self, counted: TokenLoss, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
         n_tokens = counted.n_tokens if num_items_in_batch is None else num_items_in_batch
         loss = counted.total / torch.as_tensor(n_tokens).to(counted.total.device).clamp(min=1)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
@@ -165,17 +174,15 @@ class SFTTrainer(ResumableTrainer):
         if counted.aux is not None and self.aux_loss_enabled:
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * counted.aux.to(loss.device) / steps
+        return loss
+
+    def _count(self, counted: TokenLoss, inputs: dict[str, Any]) -> None:
         if self.model.training:
-            n_all = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum()
+            n_all = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
             self.progress.add_tokens(int(n_all), int(counted.n_tokens), int(counted.n_right))
-            if not loss.requires_grad:
-                raise TrainingError("the loss depends on no trainable parameter: nothing would be trained")
         else:
-            self._evaluated.append(torch.stack([counted.total, counted.n_tokens, counted.n_right]).double().cpu())
-        if not return_outputs:
-            return loss
-        with torch.no_grad():
-            return loss, model(**{key: value for key, value in inputs.items() if key != "labels"}, use_cache=False)
+            sums = torch.stack([counted.total, counted.n_tokens, counted.n_right])
+            self._evaluated.append(sums.double().cpu())
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **options: Any) -> EvalLoopOutput:
         """Evaluate; the loss is the mean over all trained tokens, and no random number of the training is used up."""
@@ -238,7 +245,7 @@ class SFTTrainer(ResumableTrainer):
         data = self.train_dataset if train_dataset is None else train_dataset
         strategy = self.args.train_sampling_strategy
         if not isinstance(data, Dataset) or strategy not in ("random", "group_by_length"):
-            return super()._get_train_sampler(train_dataset)
+            return cast("Sampler[int] | None", super()._get_train_sampler(train_dataset))
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         lengths = [len(ids) for ids in data["input_ids"]] if strategy == "group_by_length" else [1] * len(data)
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps
@@ -247,11 +254,23 @@ class SFTTrainer(ResumableTrainer):
     def _unwrap_forward(self) -> None:
         """Take accelerate's autocast off the model's forward: after training the model is what it was before."""
         if self.accelerator.num_processes == 1 and not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
-            extract_model_from_parallel(self.model, keep_fp32_wrapper=False)
+            # Not by accelerate's own means: they also strip the decorators that transformers puts on forward.
+            original = self.model.__dict__.pop("_original_forward", None)
+            if original is not None:
+                del self.model.forward
+                if getattr(original, "__func__", None) is not type(self.model).forward:
+                    self.model.forward = original
             self.accelerator.free_memory()
 
     def _send_telemetry(self) -> None:
         """Nothing is sent."""
+
+
+def _reentrant(args: SFTConfig) -> bool:
+    """Whether blocks are recomputed the reentrant way, under the setting's old name or its new one."""
+    settings = [args.gradient_checkpointing_kwargs, getattr(args, "activation_checkpointing_kwargs", None)]
+    on = args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)
+    return bool(on) and any((given or {}).get("use_reentrant") for given in settings)
 
 
 def _loaded(model: str | PreTrainedModel, args: SFTConfig, quantization_config: Any) -> PreTrainedModel:
@@ -282,7 +301,7 @@ def _adapted(model: PreTrainedModel, peft_config: MethodConfig | None) -> PreTra
             "the model has an adapter already and peft_config asks for another: merge_and_unload() the first, or train "
             "it by leaving peft_config out"
         )
-    return get_peft_model(model, peft_config)  # type: ignore[return-value]
+    return get_peft_model(model, peft_config)
 
 
 @contextmanager
@@ -299,8 +318,6 @@ def _weights_as_they_are(model: PreTrainedModel) -> Iterator[None]:
         if name in kept and kept[name].is_floating_point():
             dtype = torch.float32 if kept[name].dtype in (torch.float16, torch.bfloat16) else kept[name].dtype
             parameter.data = kept[name].to(device=parameter.device, dtype=dtype)
-    vars(model).pop("forward", None)
+    model.__dict__.pop("forward", None)
     if forward is not None:
         model.forward = forward
-
-
