@@ -1,7 +1,7 @@
 """Changing a module's class in place and back: the module, its parameters and its hooks stay.
 
-A generated class puts a mixin in front of the class that the module had. It keeps that class's name, so that whoever
-asks for it by name (pipelines, model cards, ``architectures`` in a config) finds what was there.
+A generated class puts a mixin in front of the class that the module had. It keeps that class's name (after a prefix),
+so that whoever asks for it by name (pipelines, model cards, ``architectures`` in a config) finds what was there.
 """
 
 from __future__ import annotations
@@ -16,17 +16,24 @@ from veneer.errors import TargetError
 
 
 class InPlace:
-    """What every mixin of this kind derives from: it makes a class that no Python module holds copy and pickle."""
+    """What every mixin of this kind derives from. It makes a class that no Python module holds copy and pickle.
+
+    ``swapped`` names the parameters that reading goes through ``effective`` for, so that an adapter can offer its own.
+    """
 
     name_prefix: ClassVar[str] = ""
+    swapped: ClassVar[tuple[str, ...]] = ()
+
+    def effective(self, parameter: str) -> Any:
+        """The value of a swapped parameter as the module's forward should see it."""
+        raise NotImplementedError
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        mixin, base = mixin_of(type(self)), base_of(type(self))
-        return _blank, (mixin, base), self.__getstate__()
+        return _blank, (mixin_of(type(self)), base_of(type(self)), type(self).swapped), self.__getstate__()
 
 
-def change_class(module: nn.Module, mixin: type[InPlace]) -> None:
-    """Put ``mixin`` in front of the module's class; the new class is called ``name_prefix`` + the old name.
+def change_class(module: nn.Module, mixin: type[InPlace], swapped: tuple[str, ...] = ()) -> None:
+    """Put ``mixin`` in front of the module's own class; on a module that has it already, add to what is swapped.
 
     Raises TargetError where another library has replaced the module's forward, which would pass the mixin by.
     """
@@ -35,7 +42,10 @@ def change_class(module: nn.Module, mixin: type[InPlace]) -> None:
             f"the forward of this {type(module).__name__} was replaced on the module itself (by a patching library); "
             "an adapter would be passed by in silence. Attach adapters first, or do without the patch."
         )
-    module.__class__ = _class(cast(Hashable, mixin), cast(Hashable, type(module)))
+    own = type(module)
+    base = base_of(own) if issubclass(own, mixin) else own
+    names = tuple(sorted({*swapped, *getattr(own, "swapped", ())}))
+    module.__class__ = _class(cast(Hashable, mixin), cast(Hashable, base), names)
     _rebind_hooked_forward(module)
 
 
@@ -56,14 +66,20 @@ def mixin_of(cls: type) -> type[InPlace]:
 
 
 @functools.cache
-def _class(mixin: Hashable, base: Hashable) -> type[nn.Module]:
+def _class(mixin: Hashable, base: Hashable, swapped: tuple[str, ...]) -> type[nn.Module]:
     mixin_class, base_class = cast("type[InPlace]", mixin), cast(type, base)
-    body = {"__module__": base_class.__module__, "__doc__": base_class.__doc__}
+    body: dict[str, Any] = {name: _reading(name) for name in swapped}
+    body |= {"__module__": base_class.__module__, "__doc__": base_class.__doc__, "swapped": swapped}
     return type(mixin_class.name_prefix + base_class.__name__, (mixin_class, base_class), body)
 
 
-def _blank(mixin: type[InPlace], base: type[nn.Module]) -> nn.Module:
-    cls = _class(cast(Hashable, mixin), cast(Hashable, base))
+def _reading(name: str) -> property:
+    """Reading the attribute asks ``effective``; setting it still reaches the module's own parameter."""
+    return property(lambda module: module.effective(name))
+
+
+def _blank(mixin: type[InPlace], base: type[nn.Module], swapped: tuple[str, ...]) -> nn.Module:
+    cls = _class(cast(Hashable, mixin), cast(Hashable, base), swapped)
     return cls.__new__(cls)
 
 

@@ -1,0 +1,101 @@
+"""What every adapted module has: parameters of adapters, copies of its own parameters that adapters train, merging."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, cast
+
+from torch import Tensor, nn
+
+from veneer.model.inplace import InPlace, change_class, mixin_of, restore_class
+from veneer.model.state import AdapterState
+
+
+class Adapted(InPlace, nn.Module):
+    """Mixed in front of the class of a module, in place.
+
+    ``adapters[name]`` holds what a method adds here; ``copies[name]`` holds whole parameters of this module that the
+    adapter trains (as parameters) or carries along frozen (as buffers). The module's own parameters stay as they were.
+    """
+
+    name_prefix: ClassVar[str] = "Adapted"
+
+    site_name: str
+    adapter_state: AdapterState
+    adapters: nn.ModuleDict
+    copies: nn.ModuleDict
+    originals: dict[str, Tensor | None]
+
+    def effective(self, parameter: str, names: Sequence[str] | None = None) -> Tensor | None:
+        """The module's own parameter, or the copy that one of the adapters (by default those acting) has of it.
+
+        A copy may be kept wider than the base (float32 beside bfloat16); it is read in the base's dtype.
+        """
+        own = self._parameters.get(parameter)
+        for name in self.adapter_state.acting() if names is None else names:
+            copy = cast("Tensor | None", getattr(self.copies[name], parameter, None)) if name in self.copies else None
+            if copy is not None:
+                return copy if own is None or not own.is_floating_point() else copy.to(own.dtype)
+        return own
+
+    def folded(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """The module's parameters with these adapters folded in: only those that change."""
+        held = {key for name in names if name in self.copies for key in tensors_of(self.copies[name])}
+        return {key: cast(Tensor, self.effective(key, names)) for key in sorted(held)}
+
+    def replace(self, values: dict[str, Tensor]) -> None:
+        """Put folded values in the place of the module's own parameters, which are kept for `put_back`."""
+        self.originals = {key: self._parameters.get(key) for key in values}
+        for key, value in values.items():
+            self._parameters[key] = nn.Parameter(value, requires_grad=False)
+
+    def put_back(self) -> None:
+        """Undo `replace`: the very parameters that were there, on the device where the module is now."""
+        for key, original in self.originals.items():
+            now = self._parameters[key]
+            if original is not None and now is not None and original.device != now.device:
+                original = nn.Parameter(original.to(now.device), requires_grad=False)
+            self._parameters[key] = cast("nn.Parameter | None", original)
+        self.originals = {}
+
+    def holds(self, name: str) -> bool:
+        """Whether an adapter has anything here."""
+        return name in self.adapters or name in self.copies
+
+
+def adapt(path: str, module: nn.Module, state: AdapterState, mixin: type[Adapted]) -> Adapted:
+    """Make a module adapted, in place; nothing changes until an adapter is added and active."""
+    if isinstance(module, Adapted):
+        return module
+    change_class(module, mixin)
+    adapted = cast(Adapted, module)
+    adapted.site_name, adapted.adapter_state = path, state
+    adapted.adapters, adapted.copies, adapted.originals = nn.ModuleDict(), nn.ModuleDict(), {}
+    return adapted
+
+
+def restore(module: Adapted) -> None:
+    """Give a module its class back and leave nothing of ours in it."""
+    for attribute in ("adapters", "copies"):
+        delattr(module, attribute)
+    for attribute in ("site_name", "adapter_state", "originals", "_row_sq_cache"):
+        module.__dict__.pop(attribute, None)
+    restore_class(module)
+
+
+def add_copy(module: Adapted, name: str, parameter: str, value: Tensor, frozen: bool) -> None:
+    """Give an adapter a copy of one of the module's parameters; reading the parameter sees it while it is active."""
+    if name not in module.copies:
+        module.copies[name] = nn.Module()
+    if frozen:
+        module.copies[name].register_buffer(parameter, value)
+    else:
+        module.copies[name].register_parameter(parameter, nn.Parameter(value))
+    change_class(module, mixin_of(type(module)), (parameter,))
+
+
+def tensors_of(holder: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of a holder by name."""
+    return {**dict(holder.named_parameters()), **dict(holder.named_buffers())}
+
+
