@@ -106,6 +106,8 @@ class LinearMethod(TargetedConfig):
         "qkv_proj", "Wqkv",
     )  # fmt: skip
 
+    adapts_embeddings: ClassVar[bool] = False
+
     @abstractmethod
     def shapes(self, site: LinearSite) -> Shapes:
         """Names and shapes of the parameters trained at one site, in PEFT's shapes."""
@@ -126,6 +128,11 @@ class LinearMethod(TargetedConfig):
     def dropout(self) -> float:
         """Probability of zeroing an input of A in training."""
         return 0.0
+
+    @property
+    def trained_biases(self) -> str:
+        """Which biases of the base the adapter trains copies of: "none", "all", or the adapted layers' ("lora_only")."""
+        return "none"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,6 +44,7 @@ class LoraConfig(LinearMethod):
     """
 
     peft_type: ClassVar[str] = "LORA"
+    adapts_embeddings: ClassVar[bool] = True
 
     r: int = 8
     lora_alpha: float = 8
@@ -115,6 +116,10 @@ class LoraConfig(LinearMethod):
     @property
     def dropout(self) -> float:
         return self.lora_dropout
+
+    @property
+    def trained_biases(self) -> str:
+        return self.bias
 
     def _variants(self) -> list[ModuleType]:
         return [variant for variant in _all_variants() if getattr(self, variant.SWITCH)]

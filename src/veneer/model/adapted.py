@@ -78,7 +78,7 @@ def restore(module: Adapted) -> None:
     """Give a module its class back and leave nothing of ours in it."""
     for attribute in ("adapters", "copies"):
         delattr(module, attribute)
-    for attribute in ("site_name", "adapter_state", "originals", "_row_sq_cache"):
+    for attribute in ("site_name", "adapter_state", "originals", "merged_weight", "_row_sq_cache"):
         module.__dict__.pop(attribute, None)
     restore_class(module)
 

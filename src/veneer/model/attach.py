@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,119 +12,199 @@ from transformers import PreTrainedModel
 from veneer.core.method import LinearMethod, MethodConfig, ResidualMethod, TargetedConfig
 from veneer.core.targets import ALL_LINEAR, ModuleIndex, matches_any, select_targets
 from veneer.errors import AdapterNameError, TargetError
+from veneer.model.adapted import Adapted, adapt, restore, tensors_of
+from veneer.model.copies import CLASSIFIERS, add_copies, copied_parameters, is_ours
 from veneer.model.default_targets import defaults_for
-from veneer.model.linear import AdaptedLinear, adapt_linear, is_linear, restore_linear
+from veneer.model.embedding import AdaptedEmbedding, is_embedding
+from veneer.model.linear import AdaptedLinear, AdaptedSite, is_linear
 from veneer.model.residual import ResidualAdapters, attach_residual, detach_residual
 from veneer.model.state import AdapterState
 
+DISK_PREFIX = "base_model.model."  # what PEFT's wrapper puts in front of every module path
+_HEADS = {"SEQ_CLS": CLASSIFIERS, "TOKEN_CLS": CLASSIFIERS, "QUESTION_ANS": ("qa_outputs",)}
 
-def module_index(model: PreTrainedModel) -> ModuleIndex:
-    """The module paths of a model. ``"all-linear"`` leaves the output head out."""
-    names = {name: module for name, module in model.named_modules() if name and ".adapters" not in name}
+
+@dataclass(frozen=True)
+class Start:
+    """How the parameters of a new adapter begin.
+
+    ``values``: the method's start values; otherwise they are left empty, to be loaded. ``widen``: float32 beside a
+    16-bit base, otherwise the base's dtype.
+    """
+
+    values: bool = True
+    widen: bool = True
+
+
+def module_index(model: nn.Module, embeddings: bool = False) -> ModuleIndex:
+    """The module paths of a model; ``embeddings`` says whether those can be adapted. ``"all-linear"`` leaves the
+    output head out."""
+    names = {name: module for name, module in model.named_modules() if name and not is_ours(name)}
     linear = tuple(name for name, module in names.items() if is_linear(module))
-    head = model.get_output_embeddings()
+    adaptable = tuple(n for n, m in names.items() if is_linear(m) or (embeddings and is_embedding(m)))
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    heads = [head, *(m for n, m in names.items() if n in CLASSIFIERS)]
     return ModuleIndex(
-        all_names=tuple(names), adaptable=linear, all_linear=tuple(n for n in linear if names[n] is not head)
+        all_names=tuple(names),
+        adaptable=adaptable,
+        all_linear=tuple(n for n in linear if not any(names[n] is h for h in heads)),
     )
 
 
-def targets_of(model: PreTrainedModel, config: MethodConfig) -> tuple[str, ...]:
+def targets_of(model: nn.Module, config: MethodConfig) -> tuple[str, ...]:
     """The module paths that a linear method's config means in this model."""
-    if not isinstance(config, TargetedConfig):
+    if not isinstance(config, LinearMethod):
         raise TargetError(f"{type(config).__name__} does not target modules by name")
-    default = config.default_targets if isinstance(config, LinearMethod) else ()
-    return select_targets(config, module_index(model), default)
+    return select_targets(config, module_index(model, config.adapts_embeddings), config.default_targets)
 
 
-def resolved(model: PreTrainedModel, config: MethodConfig) -> MethodConfig:
-    """The config with what it leaves to the model filled in: default targets, ``"all-linear"`` as names, the base."""
+def resolved(model: nn.Module, config: MethodConfig) -> MethodConfig:
+    """The config with what it leaves to the model filled in: default targets, ``"all-linear"`` as names, the head that
+    a classification task trains, the name of the base."""
     changes: dict[str, object] = {}
-    if config.base_model_name_or_path is None and model.config.name_or_path:
-        changes["base_model_name_or_path"] = model.config.name_or_path
+    base = getattr(model, "config", None)
+    if config.base_model_name_or_path is None and getattr(base, "name_or_path", ""):
+        changes["base_model_name_or_path"] = base.name_or_path
     if isinstance(config, TargetedConfig):
         if config.target_modules is None:
-            changes |= defaults_for(config.peft_type, model.config.model_type)
-        elif config.target_modules == ALL_LINEAR:
+            changes |= defaults_for(config.peft_type, getattr(base, "model_type", ""))
+        elif isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
             changes["target_modules"] = shortest_names(module_index(model), targets_of(model, config))
+    heads = [h for h in _HEADS.get(config.task_type or "", ()) if h in dict(model.named_children())]
+    missing = [head for head in heads if head not in (config.modules_to_save or ())]
+    if missing:
+        changes["modules_to_save"] = (*(config.modules_to_save or ()), *missing)
     return replace(config, **changes)  # type: ignore[arg-type]
 
 
 def shortest_names(index: ModuleIndex, chosen: tuple[str, ...]) -> tuple[str, ...]:
     """The last parts of the paths where they mean exactly these modules, otherwise the paths."""
     endings = tuple(sorted({path.rpartition(".")[2] for path in chosen}))
-    meant = {name for name in index.adaptable if matches_any(name, endings)}
+    meant = {name for name in index.all_names if matches_any(name, endings)}
     return endings if meant == set(chosen) else chosen
 
 
 def attach(
-    model: PreTrainedModel,
+    model: nn.Module,
     config: MethodConfig,
     name: str,
     state: AdapterState,
     generator: torch.Generator | None = None,
+    start: Start | None = None,
 ) -> None:
-    """Add one adapter's parameters wherever its config means. They start in float32 beside a 16-bit base."""
+    """Add one adapter's parameters wherever its config means, all or nothing.
+
+    They are drawn from ``generator``, or from torch's global one. Raises AdapterNameError and TargetError.
+    """
+    check_name(name, state)
+    start = start or Start()
+    config = resolved(model, config)
+    targets = targets_of(model, config) if isinstance(config, LinearMethod) else ()
+    copied = copied_parameters(model, config, set(targets))
+    state.configs[name] = config
+    try:
+        for path in {**dict.fromkeys(targets), **dict.fromkeys(copied)}:
+            adapt_path(model, path, state)
+        add_copies(model, name, copied, start.widen)
+        for path in targets:
+            _add_parameters(cast(AdaptedSite, model.get_submodule(path)), name, generator, start)
+        if isinstance(config, ResidualMethod):
+            attach_residual(cast(PreTrainedModel, model), config, name, state, generator)
+        elif not isinstance(config, LinearMethod):
+            raise TargetError(f"{type(config).__name__} is none of the kinds of method that a model can take")
+    except BaseException:
+        detach(model, state, name)
+        raise
+
+
+def adapt_path(model: nn.Module, path: str, state: AdapterState) -> Adapted:
+    """The module at a path, made adapted in the way that its type asks for."""
+    module = model.get_submodule(path)
+    mixin: type[Adapted] = Adapted
+    if is_linear(module):
+        mixin = AdaptedLinear
+    elif is_embedding(module):
+        mixin = AdaptedEmbedding
+    return adapt(path, module, state, mixin)
+
+
+def check_name(name: str, state: AdapterState) -> None:
+    """Raise AdapterNameError where a name is taken, or cannot name a module and a folder."""
     if name in state.configs:
         raise AdapterNameError(
             f"an adapter named {name!r} is there already; loaded: {sorted(state.configs)}. "
             "Choose another name or delete it first."
         )
-    config = resolved(model, config)
-    if isinstance(config, LinearMethod):
-        _attach_linear(model, config, name, state, generator)
-    elif isinstance(config, ResidualMethod):
-        attach_residual(model, config, name, state, generator)
-    else:
-        raise TargetError(f"{type(config).__name__} is none of the kinds of method that a model can take")
+    allowed = isinstance(name, str) and name and all(c.isalnum() or c in "_- " for c in name)
+    if not allowed or hasattr(nn.ModuleDict, name):
+        raise AdapterNameError(
+            f"adapter name {name!r} is not allowed: use letters, digits, '_' and '-' (it names modules and a folder), "
+            "and none of the names that torch's ModuleDict uses itself"
+        )
 
 
-def detach(model: PreTrainedModel, state: AdapterState, name: str) -> None:
+def detach(model: nn.Module, state: AdapterState, name: str) -> None:
     """Take one adapter off; what it was attached to is then as it was before."""
     del state.configs[name]
     state.active = tuple(n for n in state.active if n != name)
-    detach_residual(model, name)
-    for layer in adapted_layers(model).values():
-        if name in layer.adapters:
-            del layer.adapters[name]
-        if not layer.adapters:
-            restore_linear(layer)
+    detach_residual(cast(PreTrainedModel, model), name)
+    for layer in adapted_modules(model).values():
+        for held in (layer.adapters, layer.copies):
+            if name in held:
+                del held[name]
+        if not layer.adapters and not layer.copies:
+            restore(layer)
 
 
-def live_parameters(model: PreTrainedModel, state: AdapterState, name: str) -> dict[str, Tensor]:
-    """Every trained tensor of one adapter, of any kind of method, by its key on disk: the parameters, not copies."""
-    found: dict[str, Tensor] = {}
+def live_parameters(model: nn.Module, state: AdapterState, name: str) -> dict[str, Tensor]:
+    """Every tensor of one adapter, of any kind of method, by its key on disk: the parameters themselves, not copies."""
+    return {key: tensor for key, (_, tensor) in named_live_parameters(model, name).items()}
+
+
+def named_live_parameters(model: nn.Module, name: str) -> dict[str, tuple[str, Tensor]]:
+    """As `live_parameters`, each with its name in the model's own ``state_dict``."""
+    found: dict[str, tuple[str, Tensor]] = {}
     for path, place in adapted_places(model).items():
         if name in place.adapters:
-            parameters = dict(place.adapters[name].named_parameters())
             keys = place.disk_keys(name, path)
-            found |= {keys[key]: value for key, value in parameters.items()}
+            held = dict(place.adapters[name].named_parameters())
+            found |= {keys[key]: (f"{path}.adapters.{name}.{key}", value) for key, value in held.items()}
+        if isinstance(place, Adapted) and name in place.copies:
+            inner = "base_layer." if name in place.adapters else ""
+            found |= {
+                f"{DISK_PREFIX}{path}.{inner}{key}": (f"{path}.copies.{name}.{key}", value)
+                for key, value in tensors_of(place.copies[name]).items()
+            }
     return found
 
 
-def stored_tensors(model: PreTrainedModel, state: AdapterState, name: str) -> dict[str, Tensor]:
+def stored_tensors(model: nn.Module, state: AdapterState, name: str) -> dict[str, Tensor]:
     """What a plain save of one adapter holds, by its key on disk: the parameters, or what a network makes of them."""
     return live_parameters(model, state, name)
 
 
-def adapted_places(model: nn.Module) -> dict[str, AdaptedLinear | ResidualAdapters]:
+def adapted_places(model: nn.Module) -> dict[str, Adapted | ResidualAdapters]:
     """Every module that holds adapters, of any kind of method, by path."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, (AdaptedLinear, ResidualAdapters))}
+    return {n: m for n, m in model.named_modules() if isinstance(m, (Adapted, ResidualAdapters))}
 
 
-def _attach_linear(
-    model: PreTrainedModel, config: LinearMethod, name: str, state: AdapterState, generator: torch.Generator | None
-) -> None:
-    targets = targets_of(model, config)
-    state.configs[name] = config
-    for path in targets:
-        module = model.get_submodule(path)
-        layer = module if isinstance(module, AdaptedLinear) else adapt_linear(path, module, state)
-        site = layer.site()
-        device = next(module.parameters()).device
-        values = config.init(site, generator)
-        layer.adapters[name] = nn.ParameterDict({key: nn.Parameter(value.to(device)) for key, value in values.items()})
+def adapted_modules(model: nn.Module) -> dict[str, Adapted]:
+    """Every adapted module by path: also those of which an adapter only trains parameters whole."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, Adapted)}
 
 
-def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
-    """The adapted layers by module path."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, AdaptedLinear)}
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedSite]:
+    """The modules that methods act on, by path."""
+    return {name: m for name, m in adapted_modules(model).items() if isinstance(m, AdaptedSite) and m.adapters}
+
+
+def _add_parameters(layer: AdaptedSite, name: str, generator: torch.Generator | None, start: Start) -> None:
+    method, site = layer.method(name), layer.site((name,))
+    if start.values:
+        values = method.init(site, generator)
+    else:
+        values = {key: torch.empty(shape) for key, shape in method.shapes(site).items()}
+    device, dtype = next(iter(layer.state_dict().values())).device, layer.parameter_dtype(start.widen)
+    layer.adapters[name] = nn.ParameterDict(
+        {key: nn.Parameter(value.to(device, dtype)) for key, value in values.items()}
+    )

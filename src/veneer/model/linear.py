@@ -2,49 +2,125 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from veneer.core.frozen import FrozenWeight
-from veneer.core.linear import apply_linear, compose_linear, lowrank, without_lowrank
+from veneer.core.linear import apply_linear, compose_linear, fold_linear, lowrank, without_lowrank
 from veneer.core.method import LinearMethod
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
-from veneer.model.inplace import InPlace, change_class, restore_class
-from veneer.model.state import AdapterState
+from veneer.model.adapted import Adapted
 from veneer.quant.dense import DenseWeight
 
 
-class AdaptedLinear(InPlace, nn.Module):
-    """Mixed in front of a linear layer's class by `adapt_linear`; ``adapters`` holds the parameters by adapter name."""
+class AdaptedSite(Adapted):
+    """An adapted module that is a linear map of some kind: it has a site, and its adapters lower to records."""
 
-    name_prefix: ClassVar[str] = "Adapted"
-
-    site_name: str
-    adapters: nn.ModuleDict
-    adapter_state: AdapterState
-
-    def forward(self, x: Tensor) -> Tensor:
-        names = [name for name in self.adapter_state.acting() if name in self.adapters]
-        if not names:
-            return cast(Tensor, super().forward(x))
-        site = self.site()
-        if len(names) > 1 and self.training:
-            return self._sum_in_training(x, site, names)
-        delta = compose_linear([self.record(name, site) for name in names], site.bias)
-        dropped = self._dropped(x, names[0]) if self.training else None
-        return apply_linear(delta, x, self.frozen_weight(), site.bias, dropped)
+    def site(self, names: Sequence[str] | None = None) -> LinearSite:
+        """The map described, with its weight and bias as these adapters (by default those acting) see them."""
+        raise NotImplementedError
 
     def record(self, name: str, site: LinearSite | None = None) -> LinearDelta:
         """What adapter ``name`` means here."""
-        return self._method(name).lower(site or self.site(), _parameters(self.adapters[name]))
+        return self.method(name).lower(site or self.site((name,)), dict(self.adapters[name].named_parameters()))
 
-    def site(self) -> LinearSite:
-        """This layer described, with its weight."""
-        return linear_site(self.site_name, self, self.frozen_weight(), self._row_sq)
+    def method(self, name: str) -> LinearMethod:
+        """The config of an adapter."""
+        return cast(LinearMethod, self.adapter_state.configs[name])
+
+    def disk_keys(self, name: str, path: str) -> dict[str, str]:
+        """For each parameter of adapter ``name``, its key in PEFT's file; ``path`` is this layer's in the model."""
+        ends = self.method(name).disk_names(self.site((name,)))
+        return {key: f"base_model.model.{path}.{end}" for key, end in ends.items()}
+
+    def parameter_dtype(self, widen: bool) -> torch.dtype:
+        """The dtype of an adapter's parameters: at least float32 if ``widen``, otherwise the base's."""
+        own = self._parameters.get("weight")
+        if own is None or not own.is_floating_point():  # codes: the format knows what it computes in
+            return torch.float32 if widen else cast(FrozenWeight, self.site().weight).dense().dtype
+        return torch.promote_types(own.dtype, torch.float32) if widen else own.dtype
+
+    def acting_here(self) -> list[str]:
+        """The adapters that change this layer's forward pass now."""
+        return [name for name in self.adapter_state.acting() if name in self.adapters]
+
+    def composed(self, names: Sequence[str], site: LinearSite) -> LinearDelta:
+        """One record for several adapters. Raises CompositionError where there is none."""
+        return compose_linear([self.record(name, site) for name in names], site.bias)
+
+    def dropped(self, x: Tensor, name: str) -> Tensor | None:
+        """The input of A under this adapter's dropout; None where nothing is dropped."""
+        p = self.method(name).dropout if self.training else 0.0
+        return nn.functional.dropout(x, p, training=True) if p else None
+
+    def folded(self, names: Sequence[str]) -> dict[str, Tensor]:
+        values = super().folded(names)
+        present = [name for name in names if name in self.adapters]
+        if present:
+            site = self.site(names)
+            weight = cast(FrozenWeight, site.weight)
+            folded, bias = fold_linear(self.composed(present, site), _wide(weight), site.bias)
+            values["weight"] = self.stored(folded).to(weight.dense().dtype)
+            if bias is not None and bias is not site.bias:
+                values["bias"] = bias.to(values["weight"].dtype)
+        return values
+
+    def stored(self, weight: Tensor) -> Tensor:
+        """A matrix W (o, i) in the layout of the module's own parameter."""
+        return weight
+
+    def _row_sq(self) -> Tensor:
+        """Squared row norms of the weight, computed once. `forget` drops them where the weight changes."""
+        cached = self.__dict__.get("_row_sq_cache")
+        if cached is None or "weight" in type(self).swapped:
+            cached = self.__dict__["_row_sq_cache"] = _wide(cast(FrozenWeight, self.site().weight)).square().sum(dim=1)
+        return cast(Tensor, cached)
+
+    def forget(self) -> None:
+        """Drop what was computed from the weight."""
+        self.__dict__.pop("_row_sq_cache", None)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.forget()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.forget()
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+class AdaptedLinear(AdaptedSite):
+    """Mixed in front of a linear layer's class: torch's Linear, GPT-2's Conv1D, or one with a ``frozen_format``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        names = self.acting_here()
+        if not names:
+            return self._own(x)
+        site = self.site()
+        weight = cast(FrozenWeight, site.weight)
+        if len(names) > 1 and self.training:
+            return self._sum_in_training(x, site, names)
+        delta = self.composed(names, site)
+        return apply_linear(delta, x, weight, site.bias, self.dropped(x, names[0]))
+
+    def site(self, names: Sequence[str] | None = None) -> LinearSite:
+        weight = self._weight(names)
+        bias = self.effective("bias", names)
+        o, i = weight.shape
+        return LinearSite(
+            name=self.site_name,
+            in_features=i,
+            out_features=o,
+            has_bias=bias is not None,
+            weight=weight,
+            bias=bias,
+            row_sq=self._row_sq,
+        )
 
     def disk_keys(self, name: str, path: str) -> dict[str, str]:
         """For each parameter of adapter ``name``, its key in PEFT's file; ``path`` is this layer's in the model."""
@@ -54,39 +130,56 @@ class AdaptedLinear(InPlace, nn.Module):
 
     def frozen_weight(self) -> FrozenWeight:
         """The layer's weight as W (o, i)."""
-        return frozen_weight(self)
+        return self._weight(None)
 
-    def _method(self, name: str) -> LinearMethod:
-        return cast(LinearMethod, self.adapter_state.configs[name])
+    def stored(self, weight: Tensor) -> Tensor:
+        return weight.T.contiguous() if isinstance(self, Conv1D) else weight
 
-    def _dropped(self, x: Tensor, name: str) -> Tensor | None:
-        p = self._method(name).dropout
-        return nn.functional.dropout(x, p, training=True) if p else None
+    def replace(self, values: dict[str, Tensor]) -> None:
+        # a quantized layer has no parameter to put a dense weight into: it is kept beside the codes
+        if self.has_codes and "weight" in values:
+            self.__dict__["merged_weight"] = values["weight"]
+            values = {key: value for key, value in values.items() if key != "weight"}
+        super().replace(values)
+
+    def put_back(self) -> None:
+        self.__dict__.pop("merged_weight", None)
+        super().put_back()
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether the layer's weight is kept in a quantized format."""
+        return hasattr(self, "frozen_format")
+
+    def _weight(self, names: Sequence[str] | None) -> FrozenWeight:
+        if hasattr(self, "frozen_format"):
+            return frozen_weight(self)
+        weight = cast(Tensor, self.effective("weight", names))
+        return DenseWeight(weight.T if isinstance(self, Conv1D) else weight)
+
+    def _own(self, x: Tensor) -> Tensor:
+        """What the layer computes by itself: the base's product, or, merged into a quantized base, a dense one."""
+        merged = cast("Tensor | None", self.__dict__.get("merged_weight"))
+        if merged is None:
+            return cast(Tensor, super().forward(x))
+        return apply_linear(LinearDelta(), x, DenseWeight(merged), self.effective("bias"))
 
     def _sum_in_training(self, x: Tensor, site: LinearSite, names: list[str]) -> Tensor:
         """Several active adapters, each with a dropout mask of its own in front of its A."""
-        records = [self.record(name, site) for name in names]
-        whole = compose_linear(records, site.bias)  # raises where they cannot act together
-        y = apply_linear(without_lowrank(whole), x, self.frozen_weight(), site.bias)
-        for name, record in zip(names, records, strict=True):
+        whole = self.composed(names, site)  # raises where they cannot act together
+        y = apply_linear(without_lowrank(whole), x, cast(FrozenWeight, site.weight), site.bias)
+        for name in names:
+            record = self.record(name, site)
             if record.a is not None and record.b is not None:
-                dropped = self._dropped(x, name)
+                dropped = self.dropped(x, name)
                 part = lowrank(x if dropped is None else dropped, record.a, record.b)
                 y = y + (part * record.scale).to(y.dtype)
         return y
 
-    def _row_sq(self) -> Tensor:
-        weight = self.frozen_weight()
-        key = (weight.shape, next(self.buffers(), next(self.parameters())).device)
-        cached = getattr(self, "_row_sq_cache", None)
-        if cached is None or cached[0] != key:
-            cached = (key, weight.dense(torch.float32).square().sum(dim=1))
-            self._row_sq_cache = cached
-        return cast(Tensor, cached[1])
 
-
-def _parameters(holder: nn.Module) -> dict[str, Tensor]:
-    return dict(holder.named_parameters())
+def _wide(weight: FrozenWeight) -> Tensor:
+    """The weight as a matrix in at least float32."""
+    return weight.dense(torch.promote_types(weight.dense().dtype, torch.float32))
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -101,28 +194,3 @@ def frozen_weight(module: nn.Module) -> FrozenWeight:
         return cast(FrozenWeight, stored())
     weight = cast(Tensor, module.weight)
     return DenseWeight(weight.T if isinstance(module, Conv1D) else weight)
-
-
-def linear_site(name: str, module: nn.Module, weight: FrozenWeight, row_sq: Any = None) -> LinearSite:
-    """A linear layer described."""
-    bias = cast("Tensor | None", module.bias)
-    o, i = weight.shape
-    return LinearSite(
-        name=name, in_features=i, out_features=o, has_bias=bias is not None, weight=weight, bias=bias, row_sq=row_sq
-    )
-
-
-def adapt_linear(name: str, module: nn.Module, state: AdapterState) -> AdaptedLinear:
-    """Make a linear layer adapted, in place; nothing changes until an adapter is added and active."""
-    change_class(module, AdaptedLinear)
-    adapted = cast(AdaptedLinear, module)
-    adapted.site_name, adapted.adapter_state = name, state
-    adapted.adapters = nn.ModuleDict()
-    return adapted
-
-
-def restore_linear(module: AdaptedLinear) -> None:
-    """Take every adapter off a layer and give it back its class."""
-    del module.adapters, module.adapter_state, module.site_name
-    module.__dict__.pop("_row_sq_cache", None)
-    restore_class(module)

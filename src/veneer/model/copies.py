@@ -1,0 +1,102 @@
+"""Whole parameters that an adapter trains: ``modules_to_save`` and biases, each adapter with copies of its own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from veneer.core.method import LinearMethod, MethodConfig
+from veneer.core.targets import nearest
+from veneer.errors import TargetError
+from veneer.model.adapted import Adapted, add_copy
+
+# Classification heads that PEFT lists together, whichever of them the model has.
+CLASSIFIERS = ("classifier", "score")
+
+
+def copied_parameters(model: PreTrainedModel, config: MethodConfig, adapted: set[str]) -> dict[str, list[str]]:
+    """The parameters that a config trains whole, by module path. ``adapted``: the paths that the method adapts.
+
+    Raises TargetError where ``modules_to_save`` names no module, or one that cannot be trained.
+    """
+    found: dict[str, list[str]] = {}
+    for path, module in _saved_modules(model, config):
+        _require_trainable(path, module)
+        found[path] = [name for name, value in own_parameters(module) if value is not None]
+    biases = config.trained_biases if isinstance(config, LinearMethod) else "none"
+    for path, module in _modules(model):
+        wanted = biases == "all" or (biases == "lora_only" and path in adapted)
+        if wanted and path not in found and dict(own_parameters(module)).get("bias") is not None:
+            found[path] = ["bias"]
+    return found
+
+
+def add_copies(model: PreTrainedModel, name: str, wanted: dict[str, list[str]], widen: bool) -> None:
+    """Give an adapter trained copies of parameters, started at the base's values; 16-bit ones in float32 if ``widen``.
+
+    The modules must be adapted already.
+    """
+    for path, parameters in wanted.items():
+        module = model.get_submodule(path)
+        for key in parameters:
+            value = module._parameters[key]
+            if isinstance(module, Adapted) and value is not None:
+                wide = torch.promote_types(value.dtype, torch.float32) if widen else value.dtype
+                add_copy(module, name, key, value.detach().to(wide, copy=True), frozen=False)
+
+
+def own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter | None]]:
+    """The parameters that a module holds itself; an adapted one's are those of its base."""
+    return list(module._parameters.items())
+
+
+def _saved_modules(model: PreTrainedModel, config: MethodConfig) -> Iterator[tuple[str, nn.Module]]:
+    modules = dict(_modules(model))
+    wanted = tuple(config.modules_to_save or ())
+    present = [name for name in CLASSIFIERS if any(_is(path, name) for path in modules)]
+    for name in wanted:
+        if name in CLASSIFIERS and name not in present and present:
+            continue
+        matched = [path for path in modules if _is(path, name)]
+        if not matched:
+            hints = nearest(name.rpartition(".")[2], (path.rpartition(".")[2] for path in modules))
+            raise TargetError(
+                f"modules_to_save names {name!r}, which matches no module of the model"
+                + (f" (nearest: {', '.join(hints)})" if hints else "")
+            )
+    pattern = "|".join(rf"(?:.*\.)?{re.escape(name)}(?:\..*)?" for name in wanted)
+    for path, module in modules.items():
+        if wanted and re.fullmatch(pattern, path):
+            yield path, module
+
+
+def _is(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of the base, without those that adapters brought."""
+    return ((path, m) for path, m in model.named_modules() if path and not is_ours(path))
+
+
+def is_ours(path: str) -> bool:
+    """Whether a module path leads into what adapters brought."""
+    return ".adapters" in path or ".copies" in path
+
+
+def _require_trainable(path: str, module: nn.Module) -> None:
+    if hasattr(module, "frozen_format"):
+        raise TargetError(
+            f"modules_to_save names {path!r}, which is quantized and cannot be trained whole: list it in "
+            "llm_int8_skip_modules when you load the model, or adapt it with target_modules"
+        )
+    kept = [name for name, _ in module.named_buffers(recurse=False) if name not in module._non_persistent_buffers_set]
+    if kept:
+        raise TargetError(
+            f"modules_to_save names {path!r}, which keeps running buffers {kept} besides parameters; they cannot be "
+            "kept per adapter"
+        )

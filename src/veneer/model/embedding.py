@@ -1,0 +1,47 @@
+"""Embeddings with adapters, in place: a table is the linear layer (d, n_tokens) applied to one-hot rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import cast
+
+from torch import Tensor, nn
+
+from veneer.core.linear import apply_embedding
+from veneer.core.sites import LinearSite
+from veneer.model.linear import AdaptedSite
+from veneer.quant.dense import DenseWeight
+
+
+class AdaptedEmbedding(AdaptedSite):
+    """Mixed in front of an embedding's class. What the base returns is kept, with whatever else its forward does."""
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        looked_up = cast(Tensor, super().forward(token_ids))
+        names = self.acting_here()
+        if not names:
+            return looked_up
+        delta = self.composed(names, self.site())
+        multiplier = getattr(self, "scalar_embed_scale", getattr(self, "embed_scale", 1.0))  # Gemma scales its table
+        return apply_embedding(replace(delta, scale=delta.scale * float(multiplier)), token_ids, looked_up)
+
+    def site(self, names: Sequence[str] | None = None) -> LinearSite:
+        weight = cast(Tensor, self.effective("weight", names))
+        n_tokens, d = weight.shape
+        return LinearSite(
+            name=self.site_name,
+            in_features=n_tokens,
+            out_features=d,
+            kind="embedding",
+            weight=DenseWeight(weight.T),
+            row_sq=self._row_sq,
+        )
+
+    def stored(self, weight: Tensor) -> Tensor:
+        return weight.T.contiguous()
+
+
+def is_embedding(module: nn.Module) -> bool:
+    """Whether a method that knows embeddings can adapt this module; one that renormalizes its table cannot be."""
+    return isinstance(module, nn.Embedding) and module.max_norm is None
