@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PreTrainedModel
 
-from veneer.adapters.merging import merge_into_base
+from veneer.adapters import lifecycle, merging, saving, status
 from veneer.core.method import MethodConfig
-from veneer.errors import AdapterNameError
-from veneer.model.attach import attach, detach
+from veneer.errors import ConfigError
+from veneer.model.attach import DISK_PREFIX, Start
 from veneer.model.inplace import InPlace, change_class, restore_class
 from veneer.model.state import AdapterState
-from veneer.store.adapter import load_weights, read_config, save_adapter
+from veneer.store.adapter import SaveEmbeddings, assign, read_config
+from veneer.store.adapter_source import HubOptions, adapter_folder
 
 
 class PeftModel(InPlace, nn.Module):
@@ -30,19 +32,31 @@ class PeftModel(InPlace, nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        model: PreTrainedModel,
+        model: nn.Module,
         model_id: str | os.PathLike[str],
         adapter_name: str = "default",
         is_trainable: bool = False,
         config: MethodConfig | None = None,
+        *,
+        autocast_adapter_dtype: bool = True,
+        **hub: Any,
     ) -> PeftModel:
-        """Put a saved adapter on a model. It is frozen unless ``is_trainable``."""
-        config = config or read_config(Path(model_id))
-        adapted = get_peft_model(model, config, adapter_name)
-        load_weights(cast(PreTrainedModel, adapted), adapted.adapter_state, adapter_name, Path(model_id))
-        adapted.set_requires_grad(adapter_name, is_trainable)
-        if not is_trainable:
-            adapted.eval()
+        """Put a saved adapter on a model, in place, and make it the active one. It is frozen unless ``is_trainable``.
+
+        ``model_id`` is a folder or a hub id; ``hub`` takes the fields of `HubOptions`. Raises FormatError where the
+        files are damaged or do not fit the model, which is then as it was.
+        """
+        folder = adapter_folder(model_id, hub_options(hub))
+        options = lifecycle.Loading(is_trainable, autocast_adapter_dtype, config or read_config(folder))
+        fresh = not isinstance(model, PeftModel)
+        adapted = become_peft_model(model)
+        try:
+            lifecycle.load(adapted, adapted.adapter_state, folder, adapter_name, options)
+        except BaseException:
+            if fresh:
+                adapted.unload()
+            raise
+        adapted.set_adapter(adapter_name)
         return adapted
 
     @property
@@ -57,109 +71,221 @@ class PeftModel(InPlace, nn.Module):
 
     @property
     def active_adapter(self) -> str:
-        """The name of the first active adapter."""
+        """The name of the first active adapter. Raises ConfigError where none is active."""
+        if not self.adapter_state.active:
+            raise ConfigError(
+                f"no adapter is active; loaded: {sorted(self.peft_config)}. Call set_adapter with a name."
+            )
         return self.adapter_state.active[0]
 
-    def add_adapter(self, adapter_name: str, peft_config: MethodConfig) -> None:
+    def add_adapter(self, adapter_name: str, peft_config: MethodConfig, *, autocast_adapter_dtype: bool = True) -> None:
         """Add a fresh adapter beside those there are; it does not become active."""
-        attach(cast(PreTrainedModel, self), peft_config, adapter_name, self.adapter_state)
+        lifecycle.add(self, self.adapter_state, adapter_name, peft_config, Start(widen=autocast_adapter_dtype))
 
-    def load_adapter(self, model_id: str | os.PathLike[str], adapter_name: str, is_trainable: bool = False) -> None:
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        *,
+        autocast_adapter_dtype: bool = True,
+        **hub: Any,
+    ) -> None:
         """Load a saved adapter beside those there are, or, under a name that is there, its values. Not activated."""
-        if adapter_name not in self.peft_config:
-            self.add_adapter(adapter_name, read_config(Path(model_id)))
-            self.set_requires_grad(adapter_name, is_trainable)
-        load_weights(cast(PreTrainedModel, self), self.adapter_state, adapter_name, Path(model_id))
+        folder = adapter_folder(model_id, hub_options(hub))
+        options = lifecycle.Loading(is_trainable, autocast_adapter_dtype, read_config(folder))
+        lifecycle.load(self, self.adapter_state, folder, adapter_name, options)
 
     def set_adapter(self, adapter_name: str | list[str]) -> None:
-        """Make one adapter, or several together, the active ones."""
-        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
-        unknown = [name for name in names if name not in self.peft_config]
-        if unknown or not names:
-            raise AdapterNameError(f"no adapter named {unknown}; loaded: {sorted(self.peft_config)}")
-        self.adapter_state.active = names
+        """Make one adapter, or several together, the active ones. What trains and what is frozen stays so.
+
+        Raises AdapterNameError for an unknown name, CompositionError for adapters that cannot act together.
+        """
+        lifecycle.activate(self, self.adapter_state, _names(adapter_name))
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter off for good."""
-        if adapter_name not in self.peft_config:
-            raise AdapterNameError(f"no adapter named {adapter_name!r}; loaded: {sorted(self.peft_config)}")
-        detach(cast(PreTrainedModel, self), self.adapter_state, adapter_name)
+        """Take an adapter off for good; if it was active, another takes its place. A merged one is refused."""
+        lifecycle.delete(self, self.adapter_state, adapter_name)
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
         """Make the parameters of adapters trainable, or freeze them."""
-        names = (adapter_names,) if isinstance(adapter_names, str) else adapter_names
-        for path, parameter in self.named_parameters():
-            if any(f".adapters.{name}." in path for name in names):
-                parameter.requires_grad_(requires_grad)
+        merging.require_known(self.adapter_state, _names(adapter_names))
+        lifecycle.set_requires_grad(self, _names(adapter_names), requires_grad)
 
-    @contextlib.contextmanager
+    @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Inside the block the model is the base model."""
-        before, self.adapter_state.disabled = self.adapter_state.disabled, True
+        """Inside the block the model is the base model, also where adapters are merged. Blocks may be nested."""
+        state = self.adapter_state
+        before, merged = state.disabled, state.merged
+        if merged:
+            merging.unmerge(self, state)
+        state.disabled = True
         try:
             yield
         finally:
-            self.adapter_state.disabled = before
+            state.disabled = before
+            if merged:
+                merging.merge(self, state, merged)
 
     def get_base_model(self) -> PreTrainedModel:
         """The transformers model: this very object."""
         return cast(PreTrainedModel, self)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Trainable parameters, and all of them."""
-        sizes = [(p.numel(), p.requires_grad) for p in self.parameters()]
-        return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
+        """Trainable parameters, and all of them; a quantized weight counts as many as it stands for."""
+        return status.count_parameters(self)
 
     def print_trainable_parameters(self) -> None:
-        """Print the number of trainable parameters, of all, and their ratio in percent."""
+        """Print the number of trainable parameters, of all, their ratio in percent, and what each adapter changes."""
         trainable, total = self.get_nb_trainable_parameters()
-        print(
-            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
-        )
+        ratio = 100 * trainable / total
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {ratio:.4f}")
+        print(status.describe_targets(self, self.adapter_state))
+
+    def get_layer_status(self) -> list[status.TunerLayerStatus]:
+        """What each adapted module holds."""
+        return status.get_layer_status(self)
+
+    def get_model_status(self) -> status.TunerModelStatus:
+        """What the model holds."""
+        return status.get_model_status(self)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Fold the active adapters (or those named) into the weights, until `unmerge_adapter` takes them out."""
+        merging.merge(self, self.adapter_state, self._to_merge(adapter_names), safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Give the base its own weights back, bit by bit."""
+        merging.unmerge(self, self.adapter_state)
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> PreTrainedModel:
-        """Fold the active adapters (or those named) into the weights and give back the plain model."""
-        merge_into_base(self, tuple(adapter_names) if adapter_names else self.adapter_state.active)
-        return self.unload()
+        """Fold the active adapters (or those named) into the weights and give back the plain model.
+
+        A quantized layer becomes a plain linear layer in the format's compute dtype. Raises CompositionError where the
+        adapters cannot be folded, and, with ``safe_merge``, where the result is not finite.
+        """
+        merging.merge(self, self.adapter_state, self._to_merge(adapter_names), safe_merge, progressbar)
+        merging.settle(self)
+        return self._unload()
 
     def unload(self) -> PreTrainedModel:
-        """Take every adapter off and give back the plain model."""
-        for name in list(self.peft_config):
-            detach(cast(PreTrainedModel, self), self.adapter_state, name)
-        del self.adapter_state, self._hf_peft_config_loaded
-        restore_class(self)
-        return cast(PreTrainedModel, self)
+        """Take every adapter off and give back the plain model, with the weights that it had before."""
+        merging.unmerge(self, self.adapter_state)
+        return self._unload()
 
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
         selected_adapters: list[str] | None = None,
+        save_embedding_layers: SaveEmbeddings = "auto",
         is_main_process: bool = True,
+        *,
         state_dict: Mapping[str, torch.Tensor] | None = None,
-        **kwargs: Any,
+        push_to_hub: bool = False,
+        **hub: Any,
     ) -> None:
-        """Write adapters in PEFT's format: ``default`` into the folder, any other into a folder of its name there."""
-        for name in selected_adapters or list(self.peft_config):
-            folder = Path(save_directory) if name == "default" else Path(save_directory) / name
-            if is_main_process:
-                save_adapter(cast(PreTrainedModel, self), self.adapter_state, name, folder)
+        """Write adapters in PEFT's format: ``default`` into the folder, any other into a folder of its name there.
+
+        Raises ConfigError where pickles are asked for, AdapterNameError for an unknown adapter, FormatError where
+        writing fails: what was there before is then untouched.
+        """
+        if not safe_serialization:
+            raise ConfigError("safe_serialization=False asks for a pickle; adapters are written as safetensors only")
+        if not is_main_process:
+            return
+        names = tuple(selected_adapters) if selected_adapters is not None else tuple(self.peft_config)
+        what = saving.Selection(names, save_embedding_layers, state_dict)
+        saving.save(self, self.adapter_state, Path(save_directory), what)
+        if push_to_hub:
+            repo_id = str(hub.pop("repo_id", Path(save_directory).name))
+            saving.upload(Path(save_directory), repo_id, saving.Upload(**hub))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: SaveEmbeddings = "auto",
+        **hub: Any,
+    ) -> str:
+        """Upload the adapters and a model card; returns the commit's address. ``hub`` takes the fields of `Upload`."""
+        names = tuple(selected_adapters) if selected_adapters is not None else tuple(self.peft_config)
+        what = saving.Selection(names, save_embedding_layers, None)
+        return saving.push(self, self.adapter_state, repo_id, what, saving.Upload(**hub))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As torch's; keys of an adapter's file (as in a Trainer checkpoint) go to the active adapter, strictly."""
+        if state_dict and all(key.startswith(DISK_PREFIX) for key in state_dict):
+            load_into_active(self, state_dict)
+            return _IncompatibleKeys([], [])
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _to_merge(self, adapter_names: list[str] | None) -> tuple[str, ...]:
+        return tuple(adapter_names) if adapter_names is not None else self.adapter_state.active
+
+    def _unload(self) -> PreTrainedModel:
+        lifecycle.remove_all(self, self.adapter_state)
+        del self.adapter_state, self._hf_peft_config_loaded
+        restore_class(self)
+        return cast(PreTrainedModel, self)
 
 
-def get_peft_model(model: PreTrainedModel, peft_config: MethodConfig, adapter_name: str = "default") -> PeftModel:
-    """Put a fresh, active, trainable adapter on a model, in place, and freeze everything else."""
-    if not isinstance(model, PeftModel):
-        model.requires_grad_(False)
-        change_class(model, PeftModel)
-        model.adapter_state = AdapterState()
-        model._hf_peft_config_loaded = True
-    adapted = cast(PeftModel, model)
+def get_peft_model(
+    model: nn.Module,
+    peft_config: MethodConfig,
+    adapter_name: str = "default",
+    *,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+) -> PeftModel:
+    """Put a fresh, active, trainable adapter on a model, in place, and freeze everything else.
+
+    Start values are drawn from torch's global generator: ``torch.manual_seed`` makes them repeatable. The adapter is
+    float32 beside a 16-bit base unless ``autocast_adapter_dtype`` is False. ``revision`` is noted in the config.
+
+    Raises TargetError and AdapterNameError; the model is then as it was.
+    """
+    fresh = not isinstance(model, PeftModel)
+    adapted = become_peft_model(model)
+    start = Start(widen=autocast_adapter_dtype)
     try:
-        adapted.add_adapter(adapter_name, peft_config)
+        lifecycle.add(adapted, adapted.adapter_state, adapter_name, lifecycle.noted(peft_config, revision), start)
     except BaseException:
-        if not adapted.peft_config:
+        if fresh:
             adapted.unload()
         raise
     adapted.set_adapter(adapter_name)
     return adapted
+
+
+def become_peft_model(model: nn.Module) -> PeftModel:
+    """The model with `PeftModel` in front of its class and, if it was plain before, its parameters frozen."""
+    if not isinstance(model, PeftModel):
+        change_class(model, PeftModel)
+        adapted = cast(PeftModel, model)
+        adapted.adapter_state = AdapterState()
+        adapted._hf_peft_config_loaded = True
+        lifecycle.prepare(adapted, adapted.adapter_state)
+    return cast(PeftModel, model)
+
+
+def load_into_active(model: PeftModel, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give the active adapter the values of a file that has been read."""
+    assign(model, model.adapter_state, model.active_adapter, tensors, "the state dict")
+
+
+def hub_options(values: Mapping[str, Any]) -> HubOptions:
+    """`HubOptions` from keyword arguments. Raises ConfigError that names the unknown ones and the allowed ones."""
+    allowed = set(HubOptions.__dataclass_fields__)
+    given = {key: value for key, value in values.items() if key != "low_cpu_mem_usage"}  # loading always is
+    unknown = sorted(set(given) - allowed)
+    if unknown:
+        raise ConfigError(f"unknown arguments {unknown}; allowed besides the named ones: {sorted(allowed)}")
+    return HubOptions(**given)
+
+
+def _names(given: str | list[str]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)

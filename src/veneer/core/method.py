@@ -131,7 +131,7 @@ class LinearMethod(TargetedConfig):
 
     @property
     def trained_biases(self) -> str:
-        """Which biases of the base the adapter trains copies of: "none", "all", or the adapted layers' ("lora_only")."""
+        """Which biases of the base the adapter trains: "none", "all", or those of the adapted layers ("lora_only")."""
         return "none"
 
 

@@ -58,6 +58,10 @@ class Adapted(InPlace, nn.Module):
             self._parameters[key] = cast("nn.Parameter | None", original)
         self.originals = {}
 
+    def disk_keys(self, name: str, path: str) -> dict[str, str]:
+        """For each parameter of adapter ``name``, its key in PEFT's file; whole copies are not among them."""
+        return {}
+
     def holds(self, name: str) -> bool:
         """Whether an adapter has anything here."""
         return name in self.adapters or name in self.copies
@@ -97,5 +101,3 @@ def add_copy(module: Adapted, name: str, parameter: str, value: Tensor, frozen: 
 def tensors_of(holder: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers of a holder by name."""
     return {**dict(holder.named_parameters()), **dict(holder.named_buffers())}
-
-

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -62,12 +62,13 @@ def resolved(model: nn.Module, config: MethodConfig) -> MethodConfig:
     """The config with what it leaves to the model filled in: default targets, ``"all-linear"`` as names, the head that
     a classification task trains, the name of the base."""
     changes: dict[str, object] = {}
-    base = getattr(model, "config", None)
-    if config.base_model_name_or_path is None and getattr(base, "name_or_path", ""):
-        changes["base_model_name_or_path"] = base.name_or_path
+    base: Any = getattr(model, "config", None)
+    model_type, base_name = str(getattr(base, "model_type", "")), getattr(base, "name_or_path", "")
+    if config.base_model_name_or_path is None and base_name:
+        changes["base_model_name_or_path"] = base_name
     if isinstance(config, TargetedConfig):
         if config.target_modules is None:
-            changes |= defaults_for(config.peft_type, getattr(base, "model_type", ""))
+            changes |= defaults_for(config.peft_type, model_type)
         elif isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
             changes["target_modules"] = shortest_names(module_index(model), targets_of(model, config))
     heads = [h for h in _HEADS.get(config.task_type or "", ()) if h in dict(model.named_children())]
@@ -198,13 +199,18 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedSite]:
     return {name: m for name, m in adapted_modules(model).items() if isinstance(m, AdaptedSite) and m.adapters}
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """The device of a module's first parameter or buffer."""
+    return next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+
+
 def _add_parameters(layer: AdaptedSite, name: str, generator: torch.Generator | None, start: Start) -> None:
     method, site = layer.method(name), layer.site((name,))
     if start.values:
         values = method.init(site, generator)
     else:
         values = {key: torch.empty(shape) for key, shape in method.shapes(site).items()}
-    device, dtype = next(iter(layer.state_dict().values())).device, layer.parameter_dtype(start.widen)
+    device, dtype = device_of(layer), layer.parameter_dtype(start.widen)
     layer.adapters[name] = nn.ParameterDict(
         {key: nn.Parameter(value.to(device, dtype)) for key, value in values.items()}
     )

@@ -87,7 +87,7 @@ class AdaptedSite(Adapted):
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self.forget()
-        return super()._apply(*args, **kwargs)
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.forget()
@@ -121,12 +121,6 @@ class AdaptedLinear(AdaptedSite):
             bias=bias,
             row_sq=self._row_sq,
         )
-
-    def disk_keys(self, name: str, path: str) -> dict[str, str]:
-        """For each parameter of adapter ``name``, its key in PEFT's file; ``path`` is this layer's in the model."""
-        return {
-            key: f"base_model.model.{path}.{end}" for key, end in self._method(name).disk_names(self.site()).items()
-        }
 
     def frozen_weight(self) -> FrozenWeight:
         """The layer's weight as W (o, i)."""

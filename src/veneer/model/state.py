@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from torch.utils.hooks import RemovableHandle
+
 from veneer.core.method import MethodConfig
 
 
 @dataclass
 class AdapterState:
-    """``configs`` by name, the ``active`` names in order, whether all are ``disabled``, and the names ``merged``."""
+    """``configs`` by name, the ``active`` names in order, whether all are ``disabled``, and the names ``merged``.
+
+    ``untied``: merging made the input embeddings and the head differ, so that the config no longer ties them.
+    ``watch``: the hook that watches training steps.
+    """
 
     configs: dict[str, MethodConfig] = field(default_factory=dict)
     active: tuple[str, ...] = ()
     disabled: bool = False
     merged: tuple[str, ...] = ()
+    untied: bool = False
+    watch: RemovableHandle | None = None
 
     def acting(self) -> tuple[str, ...]:
         """The names whose records change the forward pass now."""

@@ -4,25 +4,66 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from veneer.core.method import MethodConfig
 from veneer.errors import FormatError
-from veneer.model.attach import live_parameters, stored_tensors
+from veneer.model.adapted import Adapted, add_copy
+from veneer.model.attach import DISK_PREFIX, adapt_path, live_parameters, named_live_parameters, stored_tensors
+from veneer.model.inplace import base_of
 from veneer.model.state import AdapterState
 from veneer.store.adapter_config import CONFIG_FILE, from_json, to_json
 from veneer.store.adapter_files import WEIGHTS_FILE, non_finite, read_tensors, tensors_to_bytes, write_atomically
 
+SaveEmbeddings = bool | Literal["auto"]
+# The names that PEFT knows an embedding or a head by: where one is targeted, its whole weight is saved too.
+_EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 
-def save_adapter(model: PreTrainedModel, state: AdapterState, name: str, folder: Path) -> None:
-    """Write ``adapter_config.json`` and ``adapter_model.safetensors``, the config last."""
-    folder.mkdir(parents=True, exist_ok=True)
-    mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
-    write_atomically(folder / WEIGHTS_FILE, tensors_to_bytes(stored_tensors(model, state, name)))
+
+def save_adapter(
+    model: nn.Module,
+    state: AdapterState,
+    name: str,
+    folder: Path,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write ``adapter_model.safetensors`` and then ``adapter_config.json``, each atomically.
+
+    ``tensors`` by their keys on disk; by default those of `adapter_tensors`. Raises FormatError where writing fails.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FormatError(f"{folder} cannot be made a folder: {error.strerror}") from error
+    base = base_of(type(model)) if "adapter_state" in vars(model) and hasattr(model, "peft_config") else type(model)
+    mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
+    values = adapter_tensors(model, state, name) if tensors is None else tensors
+    write_atomically(folder / WEIGHTS_FILE, tensors_to_bytes(values))
     write_atomically(folder / CONFIG_FILE, to_json(state.configs[name], mapping).encode())
+
+
+def adapter_tensors(
+    model: nn.Module,
+    state: AdapterState,
+    name: str,
+    save_embedding_layers: SaveEmbeddings = "auto",
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """What is saved of an adapter, by key. ``state_dict`` gives the values, where the model's are sharded or stale."""
+    found = stored_tensors(model, state, name)
+    if state_dict is not None:
+        named = named_live_parameters(model, name)
+        found = {key: state_dict.get(named[key][0], value) if key in named else value for key, value in found.items()}
+    for key, (module, parameter) in _embeddings(model, name).items():
+        if key not in found and _saves_embedding(model, state.configs[name], key, save_embedding_layers):
+            found[key] = cast(Tensor, module.effective(parameter, (name,)) if isinstance(module, Adapted) else None)
+            if found[key] is None:
+                found[key] = cast(Tensor, module._parameters[parameter])
+    return found
 
 
 def read_config(folder: Path) -> MethodConfig:
@@ -30,29 +71,89 @@ def read_config(folder: Path) -> MethodConfig:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise FormatError(f"{folder} holds no {CONFIG_FILE}: it is not the folder of an adapter")
-    return from_json(path.read_text(encoding="utf-8"), path)
+    try:
+        return from_json(path.read_text(encoding="utf-8"), path)
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path} is not text in UTF-8: {error}") from error
 
 
-def load_weights(model: PreTrainedModel, state: AdapterState, name: str, folder: Path) -> None:
+def load_weights(model: nn.Module, state: AdapterState, name: str, folder: Path) -> None:
     """Copy the tensors of an adapter folder into an adapter that is attached, strictly."""
-    assign(live_parameters(model, state, name), read_tensors(folder), str(folder / WEIGHTS_FILE))
+    assign(model, state, name, read_tensors(folder), str(folder / WEIGHTS_FILE))
 
 
 @torch.no_grad()
-def assign(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str) -> None:
-    """Copy tensors into the parameters of the same keys, all or nothing.
+def assign(model: nn.Module, state: AdapterState, name: str, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Give an adapter that is attached these values, all or nothing.
+
+    An embedding's or a head's whole weight that comes along, and differs from the base's, is kept with the adapter,
+    frozen: the base stays as it is.
 
     Raises FormatError that lists every missing, unexpected, wrong-shaped and non-finite tensor.
     """
+    parameters = live_parameters(model, state, name)
+    carried = {key: place for key, place in _embeddings(model, name).items() if key not in parameters}
+    shapes = {key: tuple(value.shape) for key, value in parameters.items()}
+    shapes |= {key: tuple(cast(Tensor, m._parameters[p]).shape) for key, (m, p) in carried.items() if key in tensors}
     problems = [f"missing: {key}" for key in parameters if key not in tensors]
-    problems += [f"unexpected: {key}" for key in tensors if key not in parameters]
+    problems += [f"unexpected: {key}" for key in tensors if key not in shapes]
     problems += [
-        f"shape {tuple(tensors[key].shape)} where the model needs {tuple(value.shape)}: {key}"
-        for key, value in parameters.items()
-        if key in tensors and tensors[key].shape != value.shape
+        f"shape {tuple(tensors[key].shape)} where the model needs {shape}: {key}{_advice(key, carried, tensors)}"
+        for key, shape in shapes.items()
+        if key in tensors and tuple(tensors[key].shape) != shape
     ]
     problems += [f"holds NaN or infinity: {key}" for key in non_finite(tensors)]
     if problems:
-        raise FormatError(f"{source} does not fit:\n  " + "\n  ".join(problems))
+        raise FormatError(f"{source} does not fit {type(model).__name__}:\n  " + "\n  ".join(problems))
     for key, value in parameters.items():
         value.copy_(tensors[key])
+    for key, (module, parameter) in carried.items():
+        if key in tensors:
+            _carry(model, state, name, key, module, parameter, tensors[key])
+
+
+def _carry(
+    model: nn.Module, state: AdapterState, name: str, key: str, module: nn.Module, parameter: str, value: Tensor
+) -> None:
+    own = cast(Tensor, module._parameters[parameter])
+    value = value.to(own.device, own.dtype)
+    if not torch.equal(own, value):
+        path = key.removeprefix(DISK_PREFIX).removesuffix(f".{parameter}").removesuffix(".base_layer")
+        add_copy(adapt_path(model, path, state), name, parameter, value, frozen=True)
+
+
+def _embeddings(model: nn.Module, name: str) -> dict[str, tuple[nn.Module, str]]:
+    """The keys that whole weights of the input embeddings and the head have, and where those weights are."""
+    if not isinstance(model, PreTrainedModel):
+        return {}
+    ends = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
+    found = {}
+    for path, module in model.named_modules():
+        if any(module is end for end in ends) and module._parameters.get("weight") is not None:
+            inner = "base_layer." if isinstance(module, Adapted) and name in module.adapters else ""
+            found[f"{DISK_PREFIX}{path}.{inner}weight"] = (module, "weight")
+    return found
+
+
+def _saves_embedding(model: nn.Module, config: MethodConfig, key: str, wanted: SaveEmbeddings) -> bool:
+    """PEFT's rule: "auto" saves what is targeted under a known name, and all where the vocabulary was resized."""
+    if wanted != "auto":
+        return wanted
+    targeted = ".base_layer." in key and any(f".{end}." in key for end in _EMBEDDING_NAMES)
+    return targeted or _was_resized(model, config)
+
+
+def _was_resized(model: nn.Module, config: MethodConfig) -> bool:
+    """Whether the vocabulary differs from that of the base model's folder, where that is on this machine."""
+    path = Path(config.base_model_name_or_path or "") / "config.json"
+    if not config.base_model_name_or_path or not path.is_file():
+        return False
+    mine: Any = cast(PreTrainedModel, model).config
+    before = type(mine).from_pretrained(config.base_model_name_or_path).get_text_config().vocab_size
+    return bool(before != mine.get_text_config().vocab_size)
+
+
+def _advice(key: str, carried: Mapping[str, object], tensors: Mapping[str, Tensor]) -> str:
+    if key not in carried:
+        return ""
+    return f" (the vocabulary differs: call model.resize_token_embeddings({tensors[key].shape[0]}) on the base first)"

@@ -1,0 +1,119 @@
+"""The life of an adapter on a model: added or loaded, activated, frozen or trained, deleted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import nn
+
+from veneer.adapters.merging import require_known
+from veneer.adapters.training import let_gradients_through_checkpoints, require_something_to_train
+from veneer.core.method import MethodConfig
+from veneer.errors import AdapterNameError, CompositionError
+from veneer.model.adapted import Adapted, tensors_of
+from veneer.model.attach import Start, adapted_modules, adapted_places, attach, detach
+from veneer.model.linear import AdaptedSite
+from veneer.model.state import AdapterState
+from veneer.store.adapter import load_weights
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a saved adapter comes onto a model: trainable or frozen, float32 beside a 16-bit base or not, its config."""
+
+    is_trainable: bool
+    widen: bool
+    config: MethodConfig
+
+
+def noted(config: MethodConfig, revision: str | None) -> MethodConfig:
+    """The config with the base model's revision, where one is given."""
+    return config if revision is None else replace(config, revision=revision)
+
+
+def prepare(model: nn.Module, state: AdapterState) -> None:
+    """Freeze a plain model, and watch its training steps for one that would train nothing."""
+    model.requires_grad_(False)
+    state.watch = model.register_forward_pre_hook(require_something_to_train, with_kwargs=True)
+    let_gradients_through_checkpoints(model)
+
+
+def add(model: nn.Module, state: AdapterState, name: str, config: MethodConfig, start: Start) -> None:
+    """Attach a fresh adapter: trainable, unless its config says ``inference_mode``."""
+    _require_unmerged(state, f"add {name!r}")
+    attach(model, config, name, state, start=start)
+    set_requires_grad(model, (name,), not config.inference_mode)
+
+
+def load(model: nn.Module, state: AdapterState, folder: Path, name: str, options: Loading) -> None:
+    """Attach a saved adapter, or give the values of the files to the adapter that has this name already."""
+    if name in state.configs:
+        load_weights(model, state, name, folder)
+        return
+    config = replace(options.config, inference_mode=not options.is_trainable)
+    _require_unmerged(state, f"load {name!r}")
+    attach(model, config, name, state, start=Start(values=False, widen=options.widen))
+    try:
+        load_weights(model, state, name, folder)
+    except BaseException:
+        detach(model, state, name)
+        raise
+    set_requires_grad(model, (name,), options.is_trainable)
+    if not options.is_trainable:
+        model.eval()  # as PEFT does: a frozen adapter is there to be used, without dropout
+
+
+def activate(model: nn.Module, state: AdapterState, names: tuple[str, ...]) -> None:
+    """Make these the active adapters."""
+    require_known(state, names)
+    if len(names) > 1:
+        _require_composable(model, names)
+    state.active = names
+
+
+def delete(model: nn.Module, state: AdapterState, name: str) -> None:
+    """Take an adapter off; where the last active one goes, the first of the others becomes active."""
+    require_known(state, (name,))
+    if name in state.merged:
+        raise AdapterNameError(f"adapter {name!r} is merged: call unmerge_adapter() first, or merge_and_unload()")
+    detach(model, state, name)
+    if not state.active and state.configs:
+        state.active = (next(iter(state.configs)),)
+
+
+def set_requires_grad(model: nn.Module, names: tuple[str, ...], requires_grad: bool) -> None:
+    """Let the parameters of these adapters train, or freeze them."""
+    for place in adapted_places(model).values():
+        for held in (place.adapters, place.copies) if isinstance(place, Adapted) else (place.adapters,):
+            for name in names:
+                if name in held:
+                    held[name].requires_grad_(requires_grad)
+
+
+def remove_all(model: nn.Module, state: AdapterState) -> None:
+    """Take every adapter off, and what watches the training."""
+    for name in list(state.configs):
+        detach(model, state, name)
+    if state.watch is not None:
+        state.watch.remove()
+
+
+def _require_unmerged(state: AdapterState, what: str) -> None:
+    if state.merged:
+        raise AdapterNameError(f"cannot {what} while {list(state.merged)} are merged: call unmerge_adapter() first")
+
+
+def _require_composable(model: nn.Module, names: tuple[str, ...]) -> None:
+    """Raise CompositionError now, rather than in the forward pass, where adapters cannot act together."""
+    for path, module in adapted_modules(model).items():
+        owned = [key for name in names if name in module.copies for key in tensors_of(module.copies[name])]
+        twice = sorted({key for key in owned if owned.count(key) > 1})
+        if twice:
+            raise CompositionError(
+                f"adapters {list(names)} each have their own {path}.{twice[0]}: only one can be active at a time"
+            )
+        if isinstance(module, AdaptedSite):
+            present = [name for name in names if name in module.adapters]
+            if len(present) > 1:
+                module.composed(present, module.site(present))

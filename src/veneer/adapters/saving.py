@@ -1,0 +1,98 @@
+"""Writing the adapters of a model: into folders, and to the Hugging Face hub."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from torch import Tensor, nn
+
+from veneer.adapters.card import write_card
+from veneer.adapters.merging import require_known
+from veneer.errors import FormatError
+from veneer.model.state import AdapterState
+from veneer.store.adapter import SaveEmbeddings, adapter_tensors, save_adapter
+from veneer.store.adapter_files import WEIGHTS_FILE, write_atomically
+
+_TRAINER_CHECKPOINT = re.compile(r"checkpoint-\d+")
+_TRAINER_FILE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What to save: which adapters, whether whole embeddings too, and values that stand in for the model's own."""
+
+    names: tuple[str, ...]
+    save_embedding_layers: SaveEmbeddings = "auto"
+    state_dict: Mapping[str, Tensor] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upload:
+    """How to upload, in the hub's own words."""
+
+    commit_message: str = "Upload adapter"
+    private: bool | None = None
+    token: str | bool | None = None
+    revision: str | None = None
+    create_pr: bool = False
+
+
+def save(model: nn.Module, state: AdapterState, folder: Path, what: Selection) -> None:
+    """Write each adapter and a model card. Raises AdapterNameError and FormatError."""
+    if folder.is_file():
+        raise FormatError(f"{folder} is a file: give the folder to save into")
+    require_known(state, what.names)
+    for name in what.names:
+        tensors = adapter_tensors(model, state, name, what.save_embedding_layers, what.state_dict)
+        save_adapter(model, state, name, subfolder(folder, name), tensors)
+    write_card(folder, state.configs[what.names[0]])
+    if _TRAINER_CHECKPOINT.fullmatch(folder.name):
+        _let_trainer_find(folder, next((n for n in state.active if n in what.names), what.names[0]))
+
+
+def subfolder(folder: Path, name: str) -> Path:
+    """Where an adapter of this name is kept: ``default`` in the folder itself."""
+    return folder if name == "default" else folder / name
+
+
+def upload(folder: Path, repo_id: str, how: Upload) -> str:
+    """Upload a folder to a model repository, which is made if there is none; returns the commit's address."""
+    api = HfApi(token=how.token)
+    repo = api.create_repo(repo_id, private=how.private, exist_ok=True).repo_id
+    commit = api.upload_folder(
+        repo_id=repo,
+        folder_path=folder,
+        commit_message=how.commit_message,
+        revision=how.revision,
+        create_pr=how.create_pr,
+    )
+    return str(commit)
+
+
+def push(model: nn.Module, state: AdapterState, repo_id: str, what: Selection, how: Upload) -> str:
+    """Save into a temporary folder and upload that."""
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, state, Path(folder), what)
+        return upload(Path(folder), repo_id, how)
+
+
+def _let_trainer_find(folder: Path, name: str) -> None:
+    """Give a Trainer checkpoint the active adapter's file under the name of a model's as well.
+
+    transformers' Trainer resumes, and takes the best checkpoint back, from ``model.safetensors`` through
+    ``model.load_state_dict``, which here knows an adapter's keys. The second name is a hard link and takes no space.
+    """
+    source, target = subfolder(folder, name) / WEIGHTS_FILE, folder / _TRAINER_FILE
+    temporary = folder / f".{_TRAINER_FILE}.link"
+    try:
+        temporary.unlink(missing_ok=True)
+        os.link(source, temporary)
+        temporary.replace(target)
+    except OSError:  # a file system without hard links: a copy
+        write_atomically(target, source.read_bytes())

@@ -1,0 +1,34 @@
+"""What training needs of an adapted model: something that trains, and gradients that reach it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from veneer.errors import TrainingError
+
+
+def require_something_to_train(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A pre-hook of the model's forward: a training step in which no parameter would change is an error.
+
+    Raises TrainingError where labels are given in training mode and every parameter is frozen.
+    """
+    if torch.compiler.is_compiling() or not model.training or not torch.is_grad_enabled():
+        return
+    if kwargs.get("labels") is not None and not any(p.requires_grad for p in model.parameters()):
+        raise TrainingError(
+            "every parameter of this model is frozen, so training would change nothing. Adapters are loaded frozen: "
+            "load them with is_trainable=True, or call model.set_requires_grad(adapter_name), before making an optimizer"
+        )
+
+
+def let_gradients_through_checkpoints(model: Any) -> None:
+    """Where activations are checkpointed, make the embeddings' output require a gradient.
+
+    The re-entrant kind of checkpoint hands on no gradient where no input of the block asks for one, and with a frozen
+    base none does.
+    """
+    if getattr(model, "is_gradient_checkpointing", False) and hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()

@@ -1,0 +1,63 @@
+"""Where an adapter comes from: a local folder, or an id on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from veneer.errors import FormatError
+
+_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubOptions:
+    """How to fetch from the hub, in the hub's own words. ``subfolder`` also holds for a local folder."""
+
+    subfolder: str | None = None
+    revision: str | None = None
+    token: str | bool | None = None
+    cache_dir: str | Path | None = None
+    local_files_only: bool = False
+    force_download: bool = False
+
+
+def adapter_folder(model_id: str | os.PathLike[str], options: HubOptions | None = None) -> Path:
+    """The local folder of an adapter, fetched from the hub where ``model_id`` is not a folder.
+
+    Raises FormatError where there is no such folder or id, or the subfolder leads out of it.
+    """
+    options = options or HubOptions()
+    subfolder = _inside(options.subfolder)
+    local = Path(model_id)
+    if local.is_dir():
+        return local / subfolder
+    if local.exists() or len(local.parts) > 2 or local.is_absolute() or str(model_id).startswith("."):
+        raise FormatError(f"{model_id} is not a folder: give the folder that holds adapter_config.json, or a hub id")
+    return Path(_download(str(model_id), subfolder, options)) / subfolder
+
+
+def _inside(subfolder: str | None) -> PurePosixPath:
+    path = PurePosixPath(subfolder or "")
+    if path.is_absolute() or ".." in path.parts:
+        raise FormatError(f"subfolder {subfolder!r} leads out of the adapter's folder: give a path inside it")
+    return path
+
+
+def _download(repo: str, subfolder: PurePosixPath, options: HubOptions) -> str:
+    try:
+        return snapshot_download(
+            repo,
+            revision=options.revision,
+            token=options.token,
+            cache_dir=options.cache_dir,
+            local_files_only=options.local_files_only,
+            force_download=options.force_download,
+            allow_patterns=[str(subfolder / name) for name in _FILES],
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise FormatError(f"{repo!r} is neither a local folder nor an adapter on the hub: {error}") from error
