@@ -29,7 +29,7 @@ class CompressedAbsmax:
     """The absmax of n blocks: ``dynamic_map()[codes] * scale + offset``, scale by blocks of 256."""
 
     codes: UInt8[Tensor, " n"]
-    scale: Float32[Tensor, " ceil(n/256)"]
+    scale: Float32[Tensor, " nested_blocks"]
     offset: Float32[Tensor, ""]
 
     @property

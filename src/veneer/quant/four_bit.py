@@ -1,0 +1,228 @@
+"""A frozen weight in 4 bits with blockwise scales, optionally scaled twice (NF4 and FP4 differ in the table of codes).
+
+Source: Dettmers, Pagnoni, Holtzman, Zettlemoyer 2023, QLoRA, arXiv:2305.14314, section 3. The scales ("absmax", one
+per block of 64) are themselves quantized to 8 bits in blocks of 256, their mean taken off first: 4 + 8/64 +
+32/(64·256) = 4.127 bits a parameter. On disk the tensors are those of bitsandbytes.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float32, UInt8
+from torch import Tensor
+
+from veneer.errors import FormatError
+from veneer.ops.blockwise import dynamic_map
+from veneer.ops.double_quant import BLOCK_SIZE as NESTED_BLOCK_SIZE
+from veneer.ops.double_quant import CompressedAbsmax, compress_absmax, expand_absmax
+from veneer.ops.four_bit import FourBitLayout, code_table, dequantize_4bit, matmul_4bit, matmul_t_4bit, quantize_4bit
+from veneer.quant.product import product
+from veneer.quant.spec import Parts
+
+STATE_KEY = "weight.quant_state.bitsandbytes__"
+
+
+@dataclass(frozen=True, slots=True)
+class FourBitWeight:
+    """``W (o, i)`` in packed 4-bit codes.
+
+    ``absmax`` is float32, or uint8 codes that ``nested_absmax`` and ``nested_offset`` scale and shift.
+    ``compute_dtype`` None computes in the dtype of the input.
+    """
+
+    packed: UInt8[Tensor, "bytes 1"]
+    absmax: Float32[Tensor, " blocks"] | UInt8[Tensor, " blocks"]
+    layout: FourBitLayout
+    compute_dtype: torch.dtype | None = None
+    nested_absmax: Float32[Tensor, " nested_blocks"] | None = None
+    nested_offset: Float32[Tensor, ""] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        o, i = self.layout.shape
+        return o, i
+
+    @property
+    def nbytes(self) -> int:
+        tensors = (self.packed, self.absmax, self.nested_absmax, self.nested_offset)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+    def matmul(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
+        return product(self, x)
+
+    def matmul_t(self, dy: Float[Tensor, "*batch o"]) -> Float[Tensor, "*batch i"]:
+        return product(self, dy, transposed=True)
+
+    def multiply(self, x: Tensor, transposed: bool) -> Tensor:
+        """``W x`` or ``Wᵀ x`` in x's dtype, nothing recorded."""
+        if x.dtype == torch.float64:  # exact arithmetic for checks; the kernels stop at float32
+            dense = self.dense(torch.float64)
+            return x @ (dense if transposed else dense.T)
+        run = matmul_t_4bit if transposed else matmul_4bit
+        return run(x, self.packed, self.scales(), self.layout)
+
+    def dense(self, dtype: torch.dtype | None = None) -> Float[Tensor, "o i"]:
+        wide = torch.float32 if dtype == torch.float64 else dtype
+        dense = dequantize_4bit(self.packed, self.scales(), self.layout, dtype=wide)
+        return dense.to(dtype) if dtype == torch.float64 else dense
+
+    def scales(self) -> Float32[Tensor, " blocks"]:
+        """The absmax of each block."""
+        if self.nested_absmax is None or self.nested_offset is None:
+            return self.absmax
+        return expand_absmax(CompressedAbsmax(self.absmax, self.nested_absmax, self.nested_offset))
+
+
+@dataclass(frozen=True, slots=True)
+class FourBitSpec:
+    """A matrix in 4 bits, described. ``layout.dtype`` is the dtype before; ``double_quant`` puts absmax into 8 bits."""
+
+    layout: FourBitLayout
+    double_quant: bool = False
+    compute_dtype: torch.dtype | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        o, i = self.layout.shape
+        return o, i
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layout.dtype
+
+    def part_layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        blocks = self.layout.n_blocks
+        layout = {
+            "weight": (torch.uint8, (self.layout.n_bytes, 1)),
+            "absmax": (torch.uint8 if self.double_quant else torch.float32, (blocks,)),
+        }
+        if self.double_quant:
+            layout["nested_absmax"] = (torch.float32, (-(-blocks // NESTED_BLOCK_SIZE),))
+            layout["nested_offset"] = (torch.float32, ())
+        return layout
+
+    def quantize(self, weight: Float[Tensor, "o i"]) -> dict[str, Tensor]:
+        packed, absmax = quantize_4bit(weight, self.layout.quant_type, self.layout.block_size)
+        parts = {"weight": packed.view(-1, 1), "absmax": absmax}
+        if self.double_quant:
+            small = compress_absmax(absmax)
+            parts |= {"absmax": small.codes, "nested_absmax": small.scale, "nested_offset": small.offset}
+        return parts
+
+    def bind(self, parts: Parts) -> FourBitWeight:
+        return FourBitWeight(
+            parts["weight"],
+            parts["absmax"],
+            self.layout,
+            self.compute_dtype,
+            parts.get("nested_absmax"),
+            parts.get("nested_offset"),
+        )
+
+    def to_disk(self, parts: Parts) -> dict[str, Tensor]:
+        state: dict[str, Any] = {
+            "quant_type": self.layout.quant_type,
+            "blocksize": self.layout.block_size,
+            "dtype": _name(self.layout.dtype),
+            "shape": list(self.layout.shape),
+        }
+        disk = {
+            "weight": parts["weight"],
+            "weight.absmax": parts["absmax"],
+            "weight.quant_map": code_table(self.layout.quant_type).clone(),
+        }
+        if self.double_quant:
+            disk["weight.nested_absmax"] = parts["nested_absmax"]
+            disk["weight.nested_quant_map"] = dynamic_map().clone()
+            state |= {
+                "nested_blocksize": NESTED_BLOCK_SIZE,
+                "nested_dtype": "float32",
+                "nested_offset": parts["nested_offset"].item(),
+            }
+        text = json.dumps(state).encode()
+        disk[STATE_KEY + self.layout.quant_type] = torch.tensor(list(text), dtype=torch.uint8)
+        return disk
+
+    def from_disk(self, tensors: Parts) -> tuple[FourBitSpec, dict[str, Tensor]]:
+        stored = _read_state(tensors)
+        layout, double_quant, problems = _layout_of(stored, self.shape)
+        spec = replace(self, layout=layout, double_quant=double_quant)
+        parts = {"weight": _as_bytes(tensors["weight"]), "absmax": tensors.get("weight.absmax")}
+        if double_quant:
+            parts["nested_absmax"] = tensors.get("weight.nested_absmax")
+            parts["nested_offset"] = torch.tensor(float(stored["nested_offset"]), device=tensors["weight"].device)
+            problems += _map_problems("weight.nested_quant_map", tensors, dynamic_map())
+        problems += _map_problems("weight.quant_map", tensors, code_table(layout.quant_type))
+        for name, (dtype, shape) in spec.part_layout().items():
+            part = parts[name]
+            if part is None or part.dtype != dtype or tuple(part.shape) != shape:
+                found = "is missing" if part is None else f"is {part.dtype} {tuple(part.shape)}"
+                problems.append(f"{name} {found}, it should be {dtype} {shape}")
+        if problems:
+            raise FormatError(f"a 4-bit weight of shape {self.shape} cannot be read: {'; '.join(problems)}")
+        return spec, {name: part.contiguous() for name, part in parts.items() if part is not None}
+
+
+def quantize(
+    weight: Float[Tensor, "o i"],
+    quant_type: str,
+    *,
+    double_quant: bool = True,
+    block_size: int = 64,
+    compute_dtype: torch.dtype | None = None,
+) -> FourBitWeight:
+    """A weight in 4 bits. Raises ConfigError (unknown type or block size), ShapeError, NonFiniteError."""
+    layout = FourBitLayout((weight.shape[0], weight.shape[1]), quant_type, block_size, weight.dtype)
+    spec = FourBitSpec(layout, double_quant, compute_dtype)
+    return spec.bind(spec.quantize(weight))
+
+
+def _read_state(tensors: Parts) -> dict[str, Any]:
+    keys = [key for key in tensors if key.startswith(STATE_KEY)]
+    if len(keys) != 1:
+        raise FormatError(f"a 4-bit weight needs exactly one tensor named {STATE_KEY}…, found {keys}")
+    try:
+        state = json.loads(bytes(tensors[keys[0]].tolist()))
+    except ValueError as error:
+        raise FormatError(f"{keys[0]} is not JSON ({error})") from error
+    needed = {"quant_type", "blocksize", "dtype", "shape"}
+    if not isinstance(state, dict) or not needed <= state.keys():
+        raise FormatError(f"{keys[0]} must hold {sorted(needed)}, it holds {state!r}")
+    return state
+
+
+def _layout_of(state: dict[str, Any], shape: tuple[int, int]) -> tuple[FourBitLayout, bool, list[str]]:
+    """The layout that a quant_state describes, whether absmax is quantized too, and what cannot be read here."""
+    problems = []
+    dtype = getattr(torch, str(state["dtype"]), None)
+    if not isinstance(dtype, torch.dtype):
+        raise FormatError(f"the quant_state names dtype {state['dtype']!r}, which is none of torch's")
+    if tuple(state["shape"]) != shape:
+        problems.append(f"it was stored for shape {tuple(state['shape'])}")
+    double_quant = "nested_offset" in state
+    if double_quant and state.get("nested_blocksize") != NESTED_BLOCK_SIZE:
+        problems.append(f"nested_blocksize is {state.get('nested_blocksize')!r}, only {NESTED_BLOCK_SIZE} is in use")
+    return FourBitLayout(shape, state["quant_type"], state["blocksize"], dtype), double_quant, problems
+
+
+def _as_bytes(packed: Tensor) -> Tensor:
+    """The packed codes as uint8, whatever dtype the container was given (``bnb_4bit_quant_storage``)."""
+    return packed.contiguous().view(torch.uint8).view(-1, 1)
+
+
+def _map_problems(key: str, tensors: Parts, expected: Tensor) -> list[str]:
+    """Whether a table of codes on disk is the one that this format means."""
+    found = tensors.get(key)
+    if found is None:
+        return [f"{key} is missing"]
+    if found.shape != expected.shape or not torch.allclose(found.float().cpu(), expected.cpu(), atol=1e-6):
+        return [f"{key} is another table of codes than the standard one"]
+    return []
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

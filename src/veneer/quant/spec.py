@@ -1,0 +1,53 @@
+"""What a module has to know about a storage format: the tensors it keeps, how to make them, their names on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from veneer.core.frozen import FrozenWeight
+
+Parts = Mapping[str, Tensor]
+
+
+@runtime_checkable
+class StorageSpec(Protocol):
+    """One matrix in one storage format, described without its tensors.
+
+    Laws: ``bind(quantize(w))`` has w's shape; ``from_disk(to_disk(parts))`` is the same spec and bit-equal parts; the
+    tensors of ``quantize`` have the shapes and dtypes of ``part_layout``.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(o, i)."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What ``dense()`` gives back."""
+        ...
+
+    def part_layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """The tensors kept, ``"weight"`` first."""
+        ...
+
+    def quantize(self, weight: Float[Tensor, "o i"]) -> dict[str, Tensor]:
+        """The tensors kept for a weight."""
+        ...
+
+    def bind(self, parts: Parts) -> FrozenWeight:
+        """The weight that these tensors are."""
+        ...
+
+    def to_disk(self, parts: Parts) -> dict[str, Tensor]:
+        """The tensors by what follows the module path in a checkpoint of bitsandbytes; no two share memory."""
+        ...
+
+    def from_disk(self, tensors: Parts) -> tuple[StorageSpec, dict[str, Tensor]]:
+        """The inverse of `to_disk` for a weight of this shape. Raises FormatError, listing all that does not fit."""
+        ...
