@@ -1,1 +1,10 @@
-"""Optimizers for adapters: 8-bit and paged state, low-rank gradients, learning-rate groups."""
+"""Lean optimizers: AdamW with 8-bit moments, its paged form, GaLore, and LoRA+'s parameter groups."""
+
+from __future__ import annotations
+
+from veneer.optim.adamw_8bit import AdamW8bit
+from veneer.optim.galore import GaLoreAdamW
+from veneer.optim.lora_plus import lora_plus_groups
+from veneer.optim.paged import PagedAdamW8bit
+
+__all__ = ["AdamW8bit", "GaLoreAdamW", "PagedAdamW8bit", "lora_plus_groups"]

@@ -1,0 +1,61 @@
+"""One step of AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2) with moments kept in 8 bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from veneer.errors import ShapeError
+from veneer.ops.dispatch import implementation
+
+BLOCK_SIZE = 256
+
+
+@dataclass(frozen=True, slots=True)
+class AdamWStep:
+    """What one step needs besides tensors. ``step`` counts from 1; ``eps`` is added to the corrected root of the
+    second moment.
+    """
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Moment8bit:
+    """A moment in blocks of 256 entries: an 8-bit code each, and the largest magnitude of each block."""
+
+    codes: UInt8[Tensor, " n"]
+    absmax: Float[Tensor, " blocks"]
+
+
+def adamw_8bit_(
+    param: Float[Tensor, "*shape"],
+    grad: Float[Tensor, "*shape"],
+    moments: tuple[Moment8bit, Moment8bit],
+    hyper: AdamWStep,
+    *,
+    backend: str | None = None,
+) -> None:
+    """Update a parameter and its two moments in place (Dettmers et al. 2022, arXiv:2110.02861, section 2).
+
+    Moments are read to float32, updated, used unrounded, and rounded to 8 bits again: the first with the signed
+    dynamic map, the second with the unsigned one. Decay comes before the update.
+
+    Raises ShapeError where tensors do not fit each other.
+    """
+    n_blocks = -(param.numel() // -BLOCK_SIZE)
+    for moment in moments:
+        if moment.codes.numel() != param.numel() or moment.absmax.numel() != n_blocks:
+            raise ShapeError(
+                f"a parameter of {param.numel()} entries needs moments of as many codes and {n_blocks} block maxima, "
+                f"not {moment.codes.numel()} and {moment.absmax.numel()}"
+            )
+    if grad.shape != param.shape:
+        raise ShapeError(f"the gradient {tuple(grad.shape)} does not fit the parameter {tuple(param.shape)}")
+    implementation("adamw.adamw_8bit_", param.device, backend)(param, grad, moments, hyper)

@@ -1,0 +1,40 @@
+"""AdamW in plain torch. `adam_moments` and `adam_direction` are the one Adam of the house, whatever keeps the
+moments.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from veneer.ops.adamw import BLOCK_SIZE, AdamWStep, Moment8bit
+from veneer.ops.blockwise import dequantize_blockwise, dynamic_map, quantize_blockwise
+
+
+def adam_moments(grad: Tensor, m: Tensor, v: Tensor, betas: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """The moments after one more gradient (Kingma and Ba 2015, arXiv:1412.6980, algorithm 1)."""
+    beta1, beta2 = betas
+    return m * beta1 + grad * (1 - beta1), v * beta2 + grad.square() * (1 - beta2)
+
+
+def adam_direction(m: Tensor, v: Tensor, hyper: AdamWStep) -> Tensor:
+    """``m̂ / (√v̂ + eps)``, bias-corrected."""
+    beta1, beta2 = hyper.betas
+    return (m / (1 - beta1**hyper.step)) / (v.sqrt() / (1 - beta2**hyper.step) ** 0.5 + hyper.eps)
+
+
+@torch.no_grad()
+def adamw_8bit_(param: Tensor, grad: Tensor, moments: tuple[Moment8bit, Moment8bit], hyper: AdamWStep) -> None:
+    m, v = (_read(moment, signed) for moment, signed in zip(moments, (True, False), strict=True))
+    m, v = adam_moments(grad.float().flatten(), m, v, hyper.betas)
+    decayed = param.float().flatten() * (1 - hyper.lr * hyper.weight_decay)
+    param.copy_((decayed - hyper.lr * adam_direction(m, v, hyper)).view_as(param))
+    for moment, value, signed in zip(moments, (m, v), (True, False), strict=True):
+        codes, absmax = quantize_blockwise(value, dynamic_map(signed).to(value.device), BLOCK_SIZE)
+        moment.codes.copy_(codes.view_as(moment.codes))
+        moment.absmax.copy_(absmax)
+
+
+def _read(moment: Moment8bit, signed: bool) -> Tensor:
+    code = dynamic_map(signed).to(moment.codes.device)
+    return dequantize_blockwise(moment.codes, moment.absmax, code, BLOCK_SIZE).flatten()

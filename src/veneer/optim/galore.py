@@ -1,0 +1,171 @@
+"""GaLore: Adam in a low-rank projection of each gradient, over full weights (Zhao et al. 2024, arXiv:2403.03507,
+algorithm 2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from veneer.errors import ConfigError
+from veneer.ops.adamw import BLOCK_SIZE, AdamWStep
+from veneer.ops.blockwise import dequantize_blockwise, dynamic_map, quantize_blockwise
+from veneer.ops.reference.adamw import adam_direction, adam_moments
+from veneer.optim.adamw_8bit import Params, check_adam_settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projection:
+    """``rank``: of the subspace. ``gap``: steps between new bases (one SVD each). ``scale``: of the update, the
+    paper's alpha.
+
+    ``side``: "shorter" projects the shorter side of the matrix (the paper's choice), "longer" the other.
+    """
+
+    rank: int = 128
+    gap: int = 200
+    scale: float = 0.25
+    side: str = "shorter"
+
+    def __post_init__(self) -> None:
+        problems = [f"{n}={getattr(self, n)} must be at least 1" for n in ("rank", "gap") if getattr(self, n) < 1]
+        if self.side not in ("shorter", "longer"):
+            problems.append(f"side={self.side!r} must be 'shorter' or 'longer'")
+        if problems:
+            raise ConfigError("GaLore: " + "; ".join(problems))
+
+    def goes_right(self, shape: torch.Size) -> bool:
+        """Whether a matrix is multiplied by a basis from the right (``G V``): where that is the side to project."""
+        return (shape[0] >= shape[1]) == (self.side == "shorter")
+
+
+class GaLoreAdamW(Optimizer):
+    """AdamW whose moments live in a rank-r projection of the gradient for every matrix larger than the rank.
+
+    A matrix (m, n) keeps moments of r·max(m, n) entries and a basis of r·min(m, n) instead of 2·m·n. Moments are
+    kept as they are when the basis changes, as in the authors' code. With ``eight_bit`` they are stored in 8 bits.
+    Weight decay acts on the full weight. Vectors and small matrices take plain AdamW.
+
+    Departs: eps is added to the bias-corrected root, as Adam's paper has it; the authors' code adds it before the
+    correction.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        projection: Projection | None = None,
+        eight_bit: bool = False,
+    ) -> None:
+        check_adam_settings(lr, betas, eps, weight_decay)
+        self.projection, self.eight_bit = projection or Projection(), eight_bit
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._update(param, group)
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Bit-exact: torch would cast state to the dtype of a 16-bit parameter."""
+        super().load_state_dict(state_dict)
+        order = [param for group in self.param_groups for param in group["params"]]
+        for index, saved in state_dict["state"].items():
+            device = order[index].device
+            self.state[order[index]] = {
+                k: v.to(device, copy=True) if torch.is_tensor(v) else v for k, v in saved.items()
+            }
+
+    def state_bytes(self) -> int:
+        """Bytes that moments and bases take."""
+        tensors = (v for state in self.state.values() for v in state.values() if torch.is_tensor(v))
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def _update(self, param: Tensor, group: dict[str, Any]) -> None:
+        state, grad = self.state[param], cast(Tensor, param.grad).float()
+        state["step"] = state.get("step", 0) + 1
+        hyper = AdamWStep(group["lr"], group["betas"], group["eps"], group["weight_decay"], state["step"])
+        projected = param.ndim == 2 and min(param.shape) > self.projection.rank
+        right = projected and self.projection.goes_right(param.shape)
+        if projected and (state["step"] - 1) % self.projection.gap == 0:
+            state["basis"] = basis(grad, self.projection.rank, right)
+        low = project(grad, state["basis"], right) if projected else grad
+        m, v = adam_moments(low, *self._moments(state, low), hyper.betas)
+        self._keep(state, m, v)
+        direction = adam_direction(m, v, hyper)
+        if projected:
+            direction = project_back(direction, state["basis"], right) * self.projection.scale
+        updated = param.float() - hyper.lr * direction
+        param.copy_(updated * (1 - hyper.lr * hyper.weight_decay))
+
+    def _moments(self, state: dict[str, Any], like: Tensor) -> tuple[Tensor, Tensor]:
+        if "exp_avg" in state:
+            return state["exp_avg"], state["exp_avg_sq"]
+        if "state1" not in state:
+            return torch.zeros_like(like), torch.zeros_like(like)
+        return _read(state, "1", like), _read(state, "2", like)
+
+    def _keep(self, state: dict[str, Any], m: Tensor, v: Tensor) -> None:
+        if not self.eight_bit:
+            state["exp_avg"], state["exp_avg_sq"] = m, v
+            return
+        for key, value in (("1", m), ("2", v)):
+            code = dynamic_map(key == "1").to(value.device)
+            state[f"state{key}"], state[f"absmax{key}"] = quantize_blockwise(value.flatten(), code, BLOCK_SIZE)
+
+
+def basis(grad: Float[Tensor, "m n"], rank: int, right: bool) -> Float[Tensor, "k r"]:
+    """An orthonormal basis of the gradient's leading subspace: right singular vectors (n, r) or left ones (m, r)."""
+    u, _, vt = torch.linalg.svd(grad, full_matrices=False)
+    return vt[:rank].T.contiguous() if right else u[:, :rank].contiguous()
+
+
+def project(grad: Float[Tensor, "m n"], base: Float[Tensor, "k r"], right: bool) -> Float[Tensor, "p q"]:
+    """``G V`` (m, r) or ``Uᵀ G`` (r, n)."""
+    return grad @ base if right else base.T @ grad
+
+
+def project_back(low: Float[Tensor, "p q"], base: Float[Tensor, "k r"], right: bool) -> Float[Tensor, "m n"]:
+    """``N Vᵀ`` or ``U N``."""
+    return low @ base.T if right else base @ low
+
+
+def step_in_backward(
+    params: Iterable[Tensor], make: Callable[[list[Tensor]], Optimizer]
+) -> tuple[dict[Tensor, Optimizer], list[RemovableHandle]]:
+    """One optimizer a parameter, stepped as soon as its gradient is there, which is then freed: full gradients never
+    coexist.
+
+    Clipping by the norm of all gradients and accumulation over several backward passes are impossible this way.
+    """
+    optimizers = {p: make([p]) for p in params if p.requires_grad}
+
+    def update(param: Tensor) -> None:
+        optimizers[param].step()
+        param.grad = None
+
+    return optimizers, [p.register_post_accumulate_grad_hook(update) for p in optimizers]
+
+
+def _read(state: dict[str, Any], key: str, like: Tensor) -> Tensor:
+    code = dynamic_map(key == "1").to(like.device)
+    return dequantize_blockwise(state[f"state{key}"], state[f"absmax{key}"], code, BLOCK_SIZE).view_as(like)

@@ -1,0 +1,101 @@
+"""8-bit AdamW: equal to bitsandbytes, small in memory, bit-exact over a save and load."""
+
+import copy
+
+import bitsandbytes as bnb
+import pytest
+import torch
+
+from veneer.errors import ConfigError, ShapeError
+from veneer.ops.adamw import AdamWStep, Moment8bit, adamw_8bit_
+from veneer.optim import AdamW8bit, PagedAdamW8bit
+
+SHAPES = [(67, 71), (4099,), (11, 13)]  # 4757, 4099 and 143 entries: two above the limit of 4096, one below
+SETTINGS = {"lr": 3e-3, "betas": (0.87, 0.985), "eps": 1e-7, "weight_decay": 0.03}
+
+
+def parameters(seed: int = 0, dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
+    g = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(s, generator=g).to(dtype)) for s in SHAPES]
+
+
+def set_gradients(params: list[torch.nn.Parameter], step: int) -> None:
+    g = torch.Generator().manual_seed(1000 + step)
+    for p in params:
+        p.grad = (torch.randn(p.shape, generator=g) * torch.rand(p.shape, generator=g) ** 3).to(p.dtype)
+
+
+def run(optimizer: torch.optim.Optimizer, params: list[torch.nn.Parameter], steps: range) -> None:
+    for step in steps:
+        set_gradients(params, step)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("make", [AdamW8bit, PagedAdamW8bit])
+def test_equals_bitsandbytes(make):
+    ours, theirs = parameters(), parameters()
+    run(make(ours, **SETTINGS), ours, range(7))
+    run(bnb.optim.AdamW8bit(theirs, **SETTINGS), theirs, range(7))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_follows_float32_adamw_as_closely_as_eight_bits_allow():
+    ours, theirs, start = parameters(), parameters(), parameters()
+    run(AdamW8bit(ours, **SETTINGS), ours, range(20))
+    run(torch.optim.AdamW(theirs, **SETTINGS), theirs, range(20))
+    for a, b, s in zip(ours, theirs, start, strict=True):
+        assert float((a - b).norm() / (b - s).norm()) < 0.05
+    torch.testing.assert_close(ours[2], theirs[2], rtol=1e-6, atol=1e-6)  # below the limit: float32 moments
+
+
+def test_state_takes_at_most_2_1_bytes_a_parameter():
+    param = torch.nn.Parameter(torch.zeros(517, 1031))
+    optimizer = AdamW8bit([param])
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert optimizer.state_bytes() / param.numel() <= 2.1
+
+
+@pytest.mark.parametrize("make", [AdamW8bit, lambda p, **k: PagedAdamW8bit(p, paged_from=4500, **k)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resume_is_bit_exact(make, dtype, tmp_path):
+    straight, stopped = parameters(dtype=dtype), parameters(dtype=dtype)
+    run(make(straight, **SETTINGS), straight, range(6))
+    optimizer = make(stopped, **SETTINGS)
+    run(optimizer, stopped, range(3))
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    resumed = [torch.nn.Parameter(p.detach().clone()) for p in stopped]
+    again = make(resumed, **SETTINGS)
+    again.load_state_dict(torch.load(tmp_path / "optimizer.pt"))
+    run(again, resumed, range(3, 6))
+    for a, b in zip(straight, resumed, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_loading_does_not_share_state_with_what_was_loaded():
+    params = parameters()
+    first = AdamW8bit(params, **SETTINGS)
+    run(first, params, range(2))
+    saved = copy.deepcopy(first.state_dict())
+    second = AdamW8bit(params, **SETTINGS)
+    second.load_state_dict(first.state_dict())
+    run(second, params, range(2, 4))
+    for key, value in saved["state"][0].items():
+        current = first.state_dict()["state"][0][key]
+        assert torch.equal(current, value) if torch.is_tensor(value) else current == value
+
+
+def test_settings_outside_their_range_are_listed_together():
+    with pytest.raises(ConfigError, match=r"lr=-1.*betas=\(0.9, 1.0\).*eps=0.*weight_decay=-2"):
+        AdamW8bit(parameters(), lr=-1, betas=(0.9, 1.0), eps=0, weight_decay=-2)
+
+
+def test_tensors_that_do_not_fit_are_refused():
+    param, grad = torch.zeros(300), torch.zeros(300)
+    good = Moment8bit(torch.zeros(300, dtype=torch.uint8), torch.zeros(2))
+    hyper = AdamWStep(1e-3, (0.9, 0.999), 1e-8, 0.0, 1)
+    with pytest.raises(ShapeError, match="2 block maxima"):
+        adamw_8bit_(param, grad, (good, Moment8bit(good.codes, torch.zeros(3))), hyper)
+    with pytest.raises(ShapeError, match="gradient"):
+        adamw_8bit_(param, torch.zeros(299), (good, good), hyper)

@@ -1,0 +1,125 @@
+"""GaLore against the paper's algorithm written out in float64, its memory, and its per-layer form."""
+
+import pytest
+import torch
+
+from veneer.errors import ConfigError
+from veneer.optim.galore import GaLoreAdamW, Projection, step_in_backward
+
+TALL, WIDE, SQUARE = (23, 11), (7, 19), (13, 13)
+
+
+def paper(weight, grads, rank, gap, scale, right, lr=0.02, betas=(0.8, 0.95), eps=1e-6, decay=0.1):
+    """Algorithm 2 in float64."""
+    w, m, v = weight.double(), 0.0, 0.0
+    for t, g in enumerate(grads, 1):
+        g = g.double()
+        if (t - 1) % gap == 0:
+            u, _, vt = torch.linalg.svd(g)
+            base = vt[:rank].T if right else u[:, :rank]
+        low = g @ base if right else base.T @ g
+        m, v = betas[0] * m + (1 - betas[0]) * low, betas[1] * v + (1 - betas[1]) * low**2
+        n = (m / (1 - betas[0] ** t)) / ((v / (1 - betas[1] ** t)).sqrt() + eps)
+        w = (w - lr * scale * (n @ base.T if right else base @ n)) * (1 - lr * decay)
+    return w
+
+
+@pytest.mark.parametrize(
+    ("shape", "side", "right"),
+    [
+        (TALL, "shorter", True),
+        (WIDE, "shorter", False),
+        (TALL, "longer", False),
+        (WIDE, "longer", True),
+        (SQUARE, "longer", False),
+    ],
+)
+def test_equals_the_paper(shape, side, right):
+    g = torch.Generator().manual_seed(3)
+    start, grads = torch.randn(shape, generator=g), [torch.randn(shape, generator=g) for _ in range(5)]
+    param = torch.nn.Parameter(start.clone())
+    optimizer = GaLoreAdamW(
+        [param],
+        lr=0.02,
+        betas=(0.8, 0.95),
+        weight_decay=0.1,
+        projection=Projection(rank=3, gap=2, scale=0.7, side=side),
+    )
+    for grad in grads:
+        param.grad = grad.clone()
+        optimizer.step()
+    torch.testing.assert_close(param.double(), paper(start, grads, 3, 2, 0.7, right), rtol=1e-4, atol=1e-5)
+
+
+def test_vectors_and_small_matrices_take_plain_adamw():
+    params = [torch.nn.Parameter(torch.ones(5)), torch.nn.Parameter(torch.ones(2, 9))]
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    ours = GaLoreAdamW(params, lr=0.1, eps=1e-6, projection=Projection(rank=3))
+    theirs = torch.optim.AdamW(twins, lr=0.1, eps=1e-6, weight_decay=0.0)
+    for step in range(4):
+        for p, q in zip(params, twins, strict=True):
+            p.grad = torch.full_like(p, 0.3 * (step - 1.5))
+            q.grad = p.grad.clone()
+        ours.step()
+        theirs.step()
+    for p, q in zip(params, twins, strict=True):
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize(("eight_bit", "most"), [(False, 0.22), (True, 0.12)])
+def test_state_is_a_fraction_of_adamw(eight_bit, most):
+    param = torch.nn.Parameter(torch.randn(331, 257))
+    optimizer = GaLoreAdamW([param], projection=Projection(rank=32), eight_bit=eight_bit)
+    param.grad = torch.randn_like(param)
+    optimizer.step()
+    assert optimizer.state_bytes() / (8 * param.numel()) < most
+
+
+@pytest.mark.parametrize("eight_bit", [False, True])
+def test_resume_is_bit_exact(eight_bit, tmp_path):
+    def run(steps, param, optimizer):
+        for step in steps:
+            param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(step)).to(param.dtype)
+            optimizer.step()
+
+    def make(value):
+        param = torch.nn.Parameter(value.clone())
+        return param, GaLoreAdamW([param], lr=0.01, projection=Projection(rank=4, gap=3), eight_bit=eight_bit)
+
+    start = torch.randn(29, 17).bfloat16()
+    straight, optimizer = make(start)
+    run(range(7), straight, optimizer)
+    stopped, optimizer = make(start)
+    run(range(4), stopped, optimizer)
+    torch.save(optimizer.state_dict(), tmp_path / "o.pt")
+    resumed, again = make(stopped.detach())
+    again.load_state_dict(torch.load(tmp_path / "o.pt"))
+    run(range(4, 7), resumed, again)
+    assert torch.equal(straight, resumed)
+
+
+def test_stepping_in_backward_gives_the_same_weights_and_frees_gradients():
+    def model():
+        torch.manual_seed(5)
+        return torch.nn.Sequential(torch.nn.Linear(9, 31), torch.nn.Tanh(), torch.nn.Linear(31, 13))
+
+    def make(params):
+        return GaLoreAdamW(params, lr=0.03, projection=Projection(rank=4, gap=2))
+
+    x = torch.randn(6, 9)
+    plain, layerwise = model(), model()
+    optimizer = make(plain.parameters())
+    step_in_backward(layerwise.parameters(), make)
+    for _ in range(3):
+        plain(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        layerwise(x).square().mean().backward()
+        assert all(p.grad is None for p in layerwise.parameters())
+    for p, q in zip(plain.parameters(), layerwise.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_settings_are_checked():
+    with pytest.raises(ConfigError, match=r"rank=0.*gap=0.*side='up'"):
+        Projection(rank=0, gap=0, side="up")
