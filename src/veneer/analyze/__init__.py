@@ -1,0 +1,1 @@
+"""What an adapter learned: spectra of updates, and how two adapters overlap or conflict."""

@@ -1,0 +1,46 @@
+"""How two adapters relate at one layer: shared directions, and entries that pull apart."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from veneer.analyze.spectrum import Spectrum
+from veneer.errors import ShapeError
+
+
+def subspace_overlap(first: Spectrum, second: Spectrum, i: int, j: int) -> float:
+    """``|V_i V_jᵀ|²_F / min(i, j)`` over the top i and j right singular directions, from 0 (orthogonal) to 1 (one
+    contains the other).
+
+    Hu et al. 2021, arXiv:2106.09685, section 7.2, eq. 4. Two random subspaces have an expected overlap of ``max(i,
+    j) / n_inputs``.
+    """
+    for name, k, of in (("i", i, first), ("j", j, second)):
+        if not 1 <= k <= of.vt.shape[0]:
+            raise ShapeError(f"{name}={k} directions are asked for, but the update has rank {of.vt.shape[0]}")
+    if first.vt.shape[1] != second.vt.shape[1]:
+        raise ShapeError(
+            f"the adapters read inputs of {first.vt.shape[1]} and {second.vt.shape[1]} features: not the same layer"
+        )
+    product = first.vt[:i] @ second.vt[:j].to(first.vt.dtype).T
+    return float(product.square().sum()) / min(i, j)
+
+
+def overlap_table(first: Spectrum, second: Spectrum) -> Float[Tensor, "r1 r2"]:
+    """`subspace_overlap` for every i and j, as the paper's figure 3 draws it."""
+    squares = (first.vt @ second.vt.to(first.vt.dtype).T).square()
+    smaller = torch.minimum(
+        torch.arange(1, squares.shape[0] + 1)[:, None], torch.arange(1, squares.shape[1] + 1)[None, :]
+    )
+    return squares.cumsum(dim=0).cumsum(dim=1) / smaller.to(squares)
+
+
+def sign_conflict(first: Float[Tensor, "o i"], second: Float[Tensor, "o i"]) -> float:
+    """Share of the entries that both updates change in which they pull in opposite directions; half for unrelated
+    updates.
+    """
+    both = (first != 0) & (second != 0)
+    n_both = int(both.sum())
+    return int(((first * second < 0) & both).sum()) / n_both if n_both else 0.0

@@ -1,0 +1,65 @@
+"""The singular values of an update, from its factors, and what they say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from veneer.core.records import LinearDelta
+from veneer.errors import CompositionError
+
+
+@dataclass(frozen=True, slots=True)
+class Spectrum:
+    """The update ``scale B A = U diag(s) Vᵀ`` of one layer: u (o, r), s (r,) in falling order, vt (r, i)."""
+
+    u: Float[Tensor, "o r"]
+    s: Float[Tensor, " r"]
+    vt: Float[Tensor, "r i"]
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm of the update."""
+        return float(self.s.norm())
+
+    @property
+    def effective_rank(self) -> float:
+        """Exponential of the entropy of the singular values over their sum (Roy and Vetterli 2007, "The effective
+        rank", eq. 4).
+
+        Between 1 and r; 0 for an update of zero.
+        """
+        total = float(self.s.sum())
+        if total == 0:
+            return 0.0
+        p = self.s[self.s > 0] / total
+        return float((-(p * p.log()).sum()).exp())
+
+    def energy(self, k: int) -> float:
+        """Share of the squared norm in the k largest singular values; 1 for an update of zero."""
+        total = float(self.s.square().sum())
+        return float(self.s[:k].square().sum()) / total if total else 1.0
+
+
+def spectrum(record: LinearDelta) -> Spectrum:
+    """The spectrum of a low-rank record in at least float32, by QR of both factors: the matrix is never formed.
+
+    Raises CompositionError for a record without a low-rank part, or one that also scales its layer.
+    """
+    if record.a is None or record.b is None or record.in_scale is not None or record.out_scale is not None:
+        raise CompositionError(
+            "only a plain low-rank update (LoRA, rsLoRA, VeRA) has a spectrum without its base model"
+        )
+    wide = torch.promote_types(record.a.dtype, torch.float32)
+    q_b, r_b = torch.linalg.qr(record.b.to(wide))
+    q_a, r_a = torch.linalg.qr(record.a.to(wide).T)
+    u, s, vt = torch.linalg.svd(r_b @ r_a.T * record.scale, full_matrices=False)
+    return Spectrum(q_b @ u, s, vt @ q_a.T)
+
+
+def spectrum_of_dense(update: Float[Tensor, "o i"]) -> Spectrum:
+    """The spectrum of any update given as a matrix."""
+    return Spectrum(*torch.linalg.svd(update, full_matrices=False))
