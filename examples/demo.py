@@ -1,0 +1,179 @@
+"""The main job from start to end: a 4-bit base, an adapter fitted to it, the difference it makes, and the merged model.
+
+    make demo        (or: python examples/demo.py --help)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from datasets import load_dataset
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+import veneer
+from veneer.store.fetch import fetch
+
+DATA = Path(__file__).parent / "calendar"
+FIELDS = ("title", "date", "start", "minutes", "with", "place")
+console = Console()
+
+
+@dataclass(frozen=True)
+class Score:
+    """Answers on the held-out part: how many are JSON, how many of their fields are right, how many are right in all
+    fields.
+    """
+
+    answers: list[str]
+    valid: float
+    fields: dict[str, float]
+    exact: float
+
+
+def main() -> None:
+    options = arguments()
+    torch.manual_seed(0)
+    began = time.perf_counter()
+    tokenizer, base = load_in_4bit(fetch("smollm2-135m-instruct"))
+    train, held_out = (load_dataset("json", data_files=str(DATA / f), split="train") for f in ("train.jsonl",
+    "heldout.jsonl"))
+
+    console.rule("Before")
+    before = score(base, tokenizer, held_out, "the base model answers")
+
+    console.rule("Fitting an adapter")
+    adapted = fit(base, tokenizer, train, options)
+    after = score(adapted, tokenizer, held_out, "the adapted model answers")
+
+    console.rule("What changed")
+    show(before, after, held_out)
+    adapted.save_pretrained(options.output / "adapter")
+    merged = adapted.merge_and_unload()
+    merged.save_pretrained(options.output / "merged")
+    tokenizer.save_pretrained(options.output / "merged")
+    same = sum(a == b for a, b in zip(after.answers, score(merged, tokenizer, held_out, "the merged model answers").answers))
+    say_what_next(options.output, same, len(held_out), time.perf_counter() - began)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for the adapter and the merged model")
+    parser.add_argument("--epochs", type=float, default=2, help="passes over the 640 training rows")
+    parser.add_argument("--rank", type=int, default=16, help="rank of the adapter")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    return parser.parse_args()
+
+
+def load_in_4bit(folder: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    quantization = veneer.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=torch.bfloat16)
+    return AutoTokenizer.from_pretrained(folder), model
+
+
+def fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows, options: argparse.Namespace) -> PreTrainedModel:
+    model = veneer.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    config = veneer.LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = veneer.get_peft_model(model, config)
+    model.print_trainable_parameters()
+    settings = veneer.SFTConfig(
+        output_dir=str(options.output / "run"),
+        num_train_epochs=options.epochs,
+        per_device_train_batch_size=4,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=5,
+        max_length=512,
+        packing=True,
+        assistant_only_loss=True,
+        gradient_checkpointing=False,
+        bf16=True,
+        logging_steps=5,
+        save_strategy="no",
+        report_to="none",
+        seed=0,
+    )
+    trainer = veneer.SFTTrainer(model=model, args=settings, train_dataset=rows, processing_class=tokenizer)
+    trainer.train()
+    return model
+
+
+@torch.no_grad()
+def score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows, title: str) -> Score:
+    """Greedy answers to every request, read as JSON and compared field by field."""
+    model.eval()
+    answers = []
+    for start in track(range(0, len(rows), 20), description=title, console=console):
+        chats = [m[:-1] for m in rows[start : start + 20]["messages"]]
+        batch = tokenizer.apply_chat_template(
+            chats, add_generation_prompt=True, padding=True, padding_side="left", return_tensors="pt", return_dict=True
+        )
+        output = model.generate(**batch, max_new_tokens=80, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        answers += tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    wanted = [json.loads(m[-1]["content"]) for m in rows["messages"]]
+    got = [read(answer) for answer in answers]
+    right = {f: [g is not None and g.get(f, ...) == w[f] for g, w in zip(got, wanted)] for f in FIELDS}
+    return Score(
+        answers=answers,
+        valid=sum(g is not None for g in got) / len(got),
+        fields={f: sum(hits) / len(hits) for f, hits in right.items()},
+        exact=sum(g == w for g, w in zip(got, wanted)) / len(got),
+    )
+
+
+def read(answer: str) -> dict | None:
+    """The answer as a JSON object, or None."""
+    try:
+        entry = json.loads(answer)
+    except json.JSONDecodeError:
+        return None
+    return entry if isinstance(entry, dict) else None
+
+
+def show(before: Score, after: Score, rows) -> None:
+    table = Table(title=f"{len(rows)} held-out requests: no template and no value of theirs was trained on")
+    table.add_column("")
+    for name in ("base", "adapted"):
+        table.add_column(name, justify="right")
+    table.add_row("answers with valid JSON", f"{before.valid:.0%}", f"{after.valid:.0%}")
+    for field in FIELDS:
+        table.add_row(f"right {field}", f"{before.fields[field]:.0%}", f"{after.fields[field]:.0%}")
+    table.add_row("[bold]right in every field", f"[bold]{before.exact:.0%}", f"[bold]{after.exact:.0%}")
+    console.print(table)
+    sides = Table(title="side by side", show_lines=True)
+    for name in ("request", "base", "adapted", "wanted"):
+        sides.add_column(name, overflow="fold", ratio=1)
+    for i in range(4):
+        request, wanted = rows[i]["messages"][-2]["content"], rows[i]["messages"][-1]["content"]
+        sides.add_row(request, shorten(before.answers[i]), shorten(after.answers[i]), wanted)
+    console.print(sides)
+
+
+def shorten(text: str, longest: int = 220) -> str:
+    return text if len(text) <= longest else text[:longest] + " …"
+
+
+def say_what_next(output: Path, same: int, n: int, seconds: float) -> None:
+    console.print(f"The merged model gives the same answer as base + adapter to {same} of {n} requests. {seconds:.0f}
+    s in all.") console.print(
+        "\nNext:\n"
+        f"  veneer chat {output}/merged                      talk to the merged model\n"
+        f"  veneer info {output}/adapter                     what is in the adapter\n"
+        "  veneer train --print-recipe > recipe.yaml       train on data of your own"
+    )
+
+
+if __name__ == "__main__":
+    main()
