@@ -1,6 +1,6 @@
 """The main job from start to end: a 4-bit base, an adapter fitted to it, the difference it makes, and the merged model.
 
-    make demo        (or: python examples/demo.py --help)
+make demo        (or: python examples/demo.py --help)
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -43,8 +43,9 @@ def main() -> None:
     torch.manual_seed(0)
     began = time.perf_counter()
     tokenizer, base = load_in_4bit(fetch("smollm2-135m-instruct"))
-    train, held_out = (load_dataset("json", data_files=str(DATA / f), split="train") for f in ("train.jsonl",
-    "heldout.jsonl"))
+    train, held_out = (
+        load_dataset("json", data_files=str(DATA / f), split="train") for f in ("train.jsonl", "heldout.jsonl")
+    )
 
     console.rule("Before")
     before = score(base, tokenizer, held_out, "the base model answers")
@@ -59,7 +60,8 @@ def main() -> None:
     merged = adapted.merge_and_unload()
     merged.save_pretrained(options.output / "merged")
     tokenizer.save_pretrained(options.output / "merged")
-    same = sum(a == b for a, b in zip(after.answers, score(merged, tokenizer, held_out, "the merged model answers").answers))
+    again = score(merged, tokenizer, held_out, "the merged model answers")
+    same = sum(a == b for a, b in zip(after.answers, again.answers, strict=True))
     say_what_next(options.output, same, len(held_out), time.perf_counter() - began)
 
 
@@ -83,9 +85,11 @@ def load_in_4bit(folder: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel
     return AutoTokenizer.from_pretrained(folder), model
 
 
-def fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows, options: argparse.Namespace) -> PreTrainedModel:
+def fit(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, options: argparse.Namespace
+) -> PreTrainedModel:
     model = veneer.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    config = veneer.LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = veneer.LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules="all-linear")
     model = veneer.get_peft_model(model, config)
     model.print_trainable_parameters()
     settings = veneer.SFTConfig(
@@ -111,7 +115,7 @@ def fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows, option
 
 
 @torch.no_grad()
-def score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows, title: str) -> Score:
+def score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, title: str) -> Score:
     """Greedy answers to every request, read as JSON and compared field by field."""
     model.eval()
     answers = []
@@ -124,12 +128,12 @@ def score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows, titl
         answers += tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     wanted = [json.loads(m[-1]["content"]) for m in rows["messages"]]
     got = [read(answer) for answer in answers]
-    right = {f: [g is not None and g.get(f, ...) == w[f] for g, w in zip(got, wanted)] for f in FIELDS}
+    right = {f: [g is not None and g.get(f, ...) == w[f] for g, w in zip(got, wanted, strict=True)] for f in FIELDS}
     return Score(
         answers=answers,
         valid=sum(g is not None for g in got) / len(got),
         fields={f: sum(hits) / len(hits) for f, hits in right.items()},
-        exact=sum(g == w for g, w in zip(got, wanted)) / len(got),
+        exact=sum(g == w for g, w in zip(got, wanted, strict=True)) / len(got),
     )
 
 
@@ -142,7 +146,7 @@ def read(answer: str) -> dict | None:
     return entry if isinstance(entry, dict) else None
 
 
-def show(before: Score, after: Score, rows) -> None:
+def show(before: Score, after: Score, rows: Dataset) -> None:
     table = Table(title=f"{len(rows)} held-out requests: no template and no value of theirs was trained on")
     table.add_column("")
     for name in ("base", "adapted"):
@@ -166,8 +170,10 @@ def shorten(text: str, longest: int = 220) -> str:
 
 
 def say_what_next(output: Path, same: int, n: int, seconds: float) -> None:
-    console.print(f"The merged model gives the same answer as base + adapter to {same} of {n} requests. {seconds:.0f}
-    s in all.") console.print(
+    console.print(
+        f"The merged model gives the same answer as base + adapter to {same} of {n} requests. {seconds:.0f} s in all."
+    )
+    console.print(
         "\nNext:\n"
         f"  veneer chat {output}/merged                      talk to the merged model\n"
         f"  veneer info {output}/adapter                     what is in the adapter\n"
