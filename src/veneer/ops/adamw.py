@@ -30,13 +30,13 @@ class AdamWStep:
 class Moment8bit:
     """A moment in blocks of 256 entries: an 8-bit code each, and the largest magnitude of each block."""
 
-    codes: UInt8[Tensor, " n"]
+    codes: UInt8[Tensor, "..."]
     absmax: Float[Tensor, " blocks"]
 
 
 def adamw_8bit_(
-    param: Float[Tensor, "*shape"],
-    grad: Float[Tensor, "*shape"],
+    param: Float[Tensor, "..."],
+    grad: Float[Tensor, "..."],
     moments: tuple[Moment8bit, Moment8bit],
     hyper: AdamWStep,
     *,

@@ -136,17 +136,20 @@ class GaLoreAdamW(Optimizer):
 def basis(grad: Float[Tensor, "m n"], rank: int, right: bool) -> Float[Tensor, "k r"]:
     """An orthonormal basis of the gradient's leading subspace: right singular vectors (n, r) or left ones (m, r)."""
     u, _, vt = torch.linalg.svd(grad, full_matrices=False)
-    return vt[:rank].T.contiguous() if right else u[:, :rank].contiguous()
+    directions: Tensor = vt[:rank].T if right else u[:, :rank]
+    return directions.contiguous()
 
 
 def project(grad: Float[Tensor, "m n"], base: Float[Tensor, "k r"], right: bool) -> Float[Tensor, "p q"]:
     """``G V`` (m, r) or ``Uᵀ G`` (r, n)."""
-    return grad @ base if right else base.T @ grad
+    low: Tensor = grad @ base if right else base.T @ grad
+    return low
 
 
 def project_back(low: Float[Tensor, "p q"], base: Float[Tensor, "k r"], right: bool) -> Float[Tensor, "m n"]:
     """``N Vᵀ`` or ``U N``."""
-    return low @ base.T if right else base @ low
+    full: Tensor = low @ base.T if right else base @ low
+    return full
 
 
 def step_in_backward(
@@ -163,7 +166,7 @@ def step_in_backward(
         optimizers[param].step()
         param.grad = None
 
-    return optimizers, [p.register_post_accumulate_grad_hook(update) for p in optimizers]
+    return optimizers, [p.register_post_accumulate_grad_hook(update) for p in optimizers]  # type: ignore[no-untyped-call]
 
 
 def _read(state: dict[str, Any], key: str, like: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ class PagedAdamW8bit(AdamW8bit):
         state = self.state[param]
         if param.device.type != "cuda" or "state1" not in state or state["state1"].device.type == "cuda":
             return {}
-        pinned = {k: cast(Tensor, v) for k, v in state.items() if torch.is_tensor(v)}
+        pinned = {k: v for k, v in state.items() if torch.is_tensor(v)}
         state.update({k: v.to(param.device, non_blocking=True) for k, v in pinned.items()})
         return pinned
 

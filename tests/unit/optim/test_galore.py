@@ -15,8 +15,9 @@ def paper(weight, grads, rank, gap, scale, right, lr=0.02, betas=(0.8, 0.95), ep
     for t, g in enumerate(grads, 1):
         g = g.double()
         if (t - 1) % gap == 0:
-            u, _, vt = torch.linalg.svd(g)
-            base = vt[:rank].T if right else u[:, :rank]
+            # In float32, as there: singular vectors have no sign of their own, and moments outlive a change of basis.
+            u, _, vt = torch.linalg.svd(g.float(), full_matrices=False)
+            base = (vt[:rank].T if right else u[:, :rank]).double()
         low = g @ base if right else base.T @ g
         m, v = betas[0] * m + (1 - betas[0]) * low, betas[1] * v + (1 - betas[1]) * low**2
         n = (m / (1 - betas[0] ** t)) / ((v / (1 - betas[1] ** t)).sqrt() + eps)

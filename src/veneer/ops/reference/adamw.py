@@ -20,7 +20,8 @@ def adam_moments(grad: Tensor, m: Tensor, v: Tensor, betas: tuple[float, float])
 def adam_direction(m: Tensor, v: Tensor, hyper: AdamWStep) -> Tensor:
     """``m̂ / (√v̂ + eps)``, bias-corrected."""
     beta1, beta2 = hyper.betas
-    return (m / (1 - beta1**hyper.step)) / (v.sqrt() / (1 - beta2**hyper.step) ** 0.5 + hyper.eps)
+    root: Tensor = v.sqrt() / (1 - beta2**hyper.step) ** 0.5
+    return (m / (1 - beta1**hyper.step)) / (root + hyper.eps)
 
 
 @torch.no_grad()
@@ -31,6 +32,8 @@ def adamw_8bit_(param: Tensor, grad: Tensor, moments: tuple[Moment8bit, Moment8b
     param.copy_((decayed - hyper.lr * adam_direction(m, v, hyper)).view_as(param))
     for moment, value, signed in zip(moments, (m, v), (True, False), strict=True):
         codes, absmax = quantize_blockwise(value, dynamic_map(signed).to(value.device), BLOCK_SIZE)
+        if not signed:
+            codes = torch.where(value > 0, codes.clamp_min(1), codes)
         moment.codes.copy_(codes.view_as(moment.codes))
         moment.absmax.copy_(absmax)
 
