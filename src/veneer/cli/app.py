@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from veneer.cli import env, fetch
+from veneer.cli import chat, env, fetch, generate, info
 from veneer.errors import VeneerError
 
 USER_ERROR = 2
@@ -75,8 +75,11 @@ def root(
     """
 
 
-app.command("env")(env.env)
 app.command("fetch")(fetch.fetch)
+app.command("info")(info.info)
+app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
+app.command("env")(env.env)
 
 
 def main() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import subprocess
+import sys
 
 import pytest
 import typer
@@ -93,3 +95,8 @@ def test_env_as_a_table_has_a_line_for_every_fact() -> None:
 
 def test_main_is_the_entry_point() -> None:
     assert callable(app_module.main)
+
+
+def test_help_and_version_come_without_importing_torch() -> None:
+    code = "import sys, veneer.cli.app; sys.exit(' '.join({'torch', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.strip() == ""

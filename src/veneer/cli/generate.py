@@ -1,0 +1,43 @@
+"""``veneer generate``: one answer."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from veneer.cli import loading
+
+
+def generate(
+    model: loading.Model,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", show_default=False, help="The prompt; - reads stdin.")],
+    adapter: loading.Adapter = None,
+    system: Annotated[str | None, typer.Option(show_default=False, help="A system message.")] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as plain text, without chat template.")
+    ] = False,
+    max_new_tokens: loading.MaxNewTokens = 256,
+    temperature: loading.Temperature = 0.0,
+    top_p: loading.TopP = 1.0,
+    top_k: loading.TopK = 0,
+    seed: loading.Seed = None,
+    load_in_4bit: loading.FourBit = False,
+    dtype: loading.Dtype = "auto",
+) -> None:
+    """Answer one prompt, word by word, on stdout.
+
+    Example: [bold]veneer generate smollm2-135m-instruct -p "Why is the sky blue?"[/bold]
+    """
+    from transformers import set_seed
+
+    from veneer.cli.answering import encode_prompt, stream_answer
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    loaded = loading.load(model, adapter, four_bit=load_in_4bit, dtype=dtype)
+    if seed is not None:
+        set_seed(seed)
+    encoded = encode_prompt(loaded, text, system=system, raw=raw)
+    with loading.quiet():
+        stream_answer(loaded, encoded, loading.sampling(temperature, top_p, top_k, max_new_tokens))

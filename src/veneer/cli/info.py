@@ -1,0 +1,138 @@
+"""``veneer info``: what an adapter or a model is, from its headers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from veneer.core.method import MethodConfig
+    from veneer.store.facts import AdapterFacts, ModelFacts
+
+Section = dict[str, str]
+_MODEL_FIELDS = {
+    "hidden_size": "width",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "attention heads",
+    "num_key_value_heads": "key/value heads",
+    "intermediate_size": "feed-forward width",
+    "vocab_size": "vocabulary",
+    "max_position_embeddings": "context",
+    "tie_word_embeddings": "tied embeddings",
+}
+
+
+def info(
+    what: Annotated[
+        str, typer.Argument(metavar="ADAPTER|MODEL", show_default=False, help="A folder, a .gguf file or a name.")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Show what an adapter or a model is: method and targets, or architecture and size. No weight is loaded.
+
+    Example: [bold]veneer info runs/calendar[/bold]
+    """
+    place, facts = _find(what)
+    if as_json:
+        typer.echo(json.dumps(asdict(facts), indent=2, default=str))
+        return
+    table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in _section(place, facts).items():
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def _find(what: str) -> tuple[Path, AdapterFacts | ModelFacts]:
+    """The folder that is meant and what is in it."""
+    from veneer.cli.loading import quiet
+    from veneer.errors import ConfigError
+    from veneer.store.adapter_config import CONFIG_FILE
+    from veneer.store.facts import adapter_facts, model_facts
+    from veneer.store.source import resolve
+
+    folder = Path(what).expanduser()
+    if (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
+        return folder, adapter_facts(folder)
+    with quiet():
+        place = resolve(what)
+        if not isinstance(place, Path):
+            raise ConfigError(f"{what!r} is on the hub; info reads what is on this machine: download it first")
+        return place, model_facts(place)
+
+
+def _section(place: Path, facts: AdapterFacts | ModelFacts) -> Section:
+    from veneer.store.facts import AdapterFacts
+
+    return _adapter(place, facts) if isinstance(facts, AdapterFacts) else _model(place, facts)
+
+
+def _adapter(folder: Path, facts: AdapterFacts) -> Section:
+    config = facts.config
+    last = sorted({module.rpartition(".")[2] for module in facts.modules})
+    return {
+        "adapter": str(folder),
+        "method": config.peft_type,
+        **_settings(config),
+        "modules": f"{len(facts.modules)} ({', '.join(last)})",
+        "parameters": f"{facts.n_parameters:,}",
+        "size": f"{_size(facts.n_bytes)} ({', '.join(facts.dtypes)})",
+        "base": config.base_model_name_or_path or "not recorded",
+    }
+
+
+def _settings(config: MethodConfig) -> Section:
+    """The settings that differ from the method's defaults, and the rank in any case."""
+    common = {"base_model_name_or_path", "revision", "inference_mode"}
+    always = {"r", "lora_alpha", "target_modules"}
+    chosen = {
+        spec.name: getattr(config, spec.name)
+        for spec in fields(config)
+        if spec.name not in common and (spec.name in always or getattr(config, spec.name) != _default(spec))
+    }
+    return {name: _text(value) for name, value in chosen.items()}
+
+
+def _default(spec: Any) -> Any:
+    return spec.default if spec.default_factory is MISSING else spec.default_factory()
+
+
+def _model(folder: Path, facts: ModelFacts) -> Section:
+    config = facts.config
+    total = sum(facts.parameters.values())
+    shape = {title: _text(config[name]) for name, title in _MODEL_FIELDS.items() if config.get(name) is not None}
+    kinds = {f"  {kind}": f"{count:,} ({count / total:.1%})" for kind, count in facts.parameters.items()}
+    section = {
+        "model": str(folder),
+        "architecture": ", ".join(config.get("architectures") or [str(config.get("model_type"))]),
+        **shape,
+        "parameters": f"{total:,}",
+        **kinds,
+        "size": f"{_size(facts.n_bytes)} ({', '.join(facts.dtypes)})",
+    }
+    if facts.nbytes_4bit is None:
+        return section | {"quantization": _quantization(config["quantization_config"])}
+    return section | {"size in 4 bits": f"{_size(facts.nbytes_4bit)} (NF4 with double quantization)"}
+
+
+def _quantization(config: Mapping[str, Any]) -> str:
+    return f"{config.get('quant_method')}, {config.get('bnb_4bit_quant_type') or 'int8'}"
+
+
+def _text(value: object) -> str:
+    if isinstance(value, (tuple, list)):
+        return ", ".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e6:,.1f} MB"

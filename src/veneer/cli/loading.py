@@ -1,0 +1,120 @@
+"""What several verbs share: a model with its adapter and tokenizer, as the arguments name them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from veneer.errors import ConfigError, FormatError, TargetError
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        show_default=False,
+        help="A folder, a .gguf file, a fetched name, a hub id, or the folder of an adapter (its base is loaded too).",
+    ),
+]
+Adapter = Annotated[
+    Path | None, typer.Option("--adapter", "-a", show_default=False, help="The folder of an adapter to put on it.")
+]
+FourBit = Annotated[bool, typer.Option("--load-in-4bit", help="Keep the base in NF4 with double quantization.")]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token every time.")]
+TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of this total mass.")]
+TopK = Annotated[int, typer.Option(min=0, help="Sample from this many likeliest tokens; 0 for all.")]
+Seed = Annotated[int | None, typer.Option(show_default=False, help="Makes sampling repeatable.")]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that is ready to answer."""
+
+    model: Any
+    tokenizer: Any
+
+
+def load(model: str, adapter: Path | None = None, *, four_bit: bool = False, dtype: str = "auto") -> Loaded:
+    """The model and tokenizer that the arguments name, with the adapter active.
+
+    The tokenizer is the base's. Raises the errors of `load_model`, and FormatError where the adapter does not fit.
+    """
+    from veneer.store.source import load_model, load_tokenizer
+
+    base, adapter = split(model, adapter)
+    with quiet():
+        tokenizer = load_tokenizer(base)
+        loaded = load_model(base, dtype=dtype, quantization=_nf4() if four_bit else None)
+        return Loaded(loaded if adapter is None else _with_adapter(loaded, adapter, base), tokenizer)
+
+
+def split(model: str, adapter: Path | None) -> tuple[str, Path | None]:
+    """The base and the adapter that are meant: MODEL may itself be an adapter, which names its base."""
+    from veneer.store.adapter import read_config
+    from veneer.store.adapter_config import CONFIG_FILE
+
+    folder = Path(model).expanduser()
+    if not (folder / CONFIG_FILE).is_file() or (folder / "config.json").is_file():
+        return model, adapter
+    if adapter is not None:
+        raise ConfigError(f"MODEL {model} is an adapter and --adapter {adapter} another: give the base as MODEL")
+    base = read_config(folder).base_model_name_or_path
+    if not base:
+        raise ConfigError(
+            f"the adapter {model} does not name its base: give the base as MODEL and {model} as --adapter"
+        )
+    return base, folder
+
+
+def sampling(temperature: float, top_p: float, top_k: int, max_new_tokens: int) -> dict[str, Any]:
+    """The options as `generate` takes them."""
+    if temperature == 0:
+        plain = {"temperature": None, "top_p": None, "top_k": None}  # a checkpoint's own would be warned about
+        return {"do_sample": False, "max_new_tokens": max_new_tokens, **plain}
+    chosen = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    return {"do_sample": True, "max_new_tokens": max_new_tokens, **chosen}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars and advice."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        logging.enable_progress_bar()
+
+
+def _with_adapter(model: Any, adapter: Path, base: str) -> Any:
+    from veneer.adapters.peft_model import PeftModel
+
+    if not adapter.is_dir():
+        raise ConfigError(f"no adapter {str(adapter)!r}: there is no such folder")
+    try:
+        return PeftModel.from_pretrained(model, adapter)
+    except (FormatError, TargetError) as error:
+        raise FormatError(f"the adapter {adapter} does not fit the model {base}: {error}") from error
+
+
+def _nf4() -> Any:
+    import torch
+
+    import veneer
+
+    return veneer.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )

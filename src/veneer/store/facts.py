@@ -1,0 +1,110 @@
+"""Facts about adapters and models on disk, read from their headers; no weight is loaded."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from veneer.core.method import MethodConfig
+from veneer.errors import FormatError
+from veneer.store.adapter import read_config
+from veneer.store.adapter_files import WEIGHTS_FILE
+from veneer.store.checkpoint import Checkpoint
+from veneer.store.safetensors_file import StoredTensor
+
+NF4_BITS = 4.127  # Dettmers et al. 2023 (arXiv:2305.14314): 4 + 8/64 + 32/(64·256) bits with double quantization
+_KINDS = (
+    ("output head", r"(^|\.)(lm_head|embed_out|score|classifier)\."),
+    ("embeddings", r"(^|\.)(embed|wte|wpe|word_embeddings|embed_tokens|tok_embeddings)"),
+    ("norms", r"(norm|(^|\.)ln_?\w*)\.?\w*\.(weight|bias)$"),
+    ("attention", r"attn|attention"),
+    ("feed-forward", r"mlp|feed_forward|ffn|experts|fc[12]\."),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterFacts:
+    """An adapter: its config, and what its file holds."""
+
+    config: MethodConfig
+    n_parameters: int
+    n_bytes: int
+    dtypes: tuple[str, ...]
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """A model: its config as a mapping, and parameters by kind. ``nbytes_4bit`` is its size with NF4 linear layers."""
+
+    config: Mapping[str, Any]
+    parameters: Mapping[str, int]
+    n_bytes: int
+    nbytes_4bit: int | None
+    dtypes: tuple[str, ...]
+
+
+def adapter_facts(folder: Path) -> AdapterFacts:
+    """The facts of an adapter folder. Raises FormatError where it is not one or is damaged."""
+    config = read_config(folder)
+    file = folder / WEIGHTS_FILE
+    if not file.is_file():
+        raise FormatError(f"{folder} holds no {WEIGHTS_FILE}: it is not an adapter, or it was not saved to the end")
+    tensors = Checkpoint.open(file).tensors
+    modules = sorted({_module(key) for key in tensors})
+    return AdapterFacts(
+        config=config,
+        n_parameters=_count(tensors.values()),
+        n_bytes=file.stat().st_size,
+        dtypes=_dtypes(tensors.values()),
+        modules=tuple(modules),
+    )
+
+
+def model_facts(folder: Path) -> ModelFacts:
+    """The facts of a model folder. Raises FormatError where weights are missing or damaged."""
+    from transformers import AutoConfig
+
+    checkpoint = Checkpoint.open(folder)
+    tensors = checkpoint.tensors
+    counts: Counter[str] = Counter()
+    for name, tensor in tensors.items():
+        counts[kind_of(name)] += _count([tensor])
+    config = AutoConfig.from_pretrained(folder).to_dict()
+    is_dense = config.get("quantization_config") is None
+    return ModelFacts(
+        config=config,
+        parameters=dict(counts.most_common()),
+        n_bytes=checkpoint.nbytes,
+        nbytes_4bit=sum(_bytes_4bit(tensor) for tensor in tensors.values()) if is_dense else None,
+        dtypes=_dtypes(tensors.values()),
+    )
+
+
+def kind_of(name: str) -> str:
+    """Which part of a decoder or encoder a tensor belongs to, by its name."""
+    return next((kind for kind, pattern in _KINDS if re.search(pattern, name)), "other")
+
+
+def _bytes_4bit(tensor: StoredTensor) -> int:
+    in_4bit = len(tensor.shape) == 2 and kind_of(tensor.name) in ("attention", "feed-forward", "other")
+    return round(_count([tensor]) * NF4_BITS / 8) if in_4bit else 2 * _count([tensor])
+
+
+def _module(key: str) -> str:
+    """The path of the module that a key of an adapter belongs to."""
+    path = key.removeprefix("base_model.model.")
+    return re.split(r"\.(?:lora_|ia3_|vera_|adapter_|token_adapter|base_layer)|\.(?:weight|bias)$", path)[0]
+
+
+def _count(tensors: Iterable[StoredTensor]) -> int:
+    return sum(math.prod(tensor.shape) for tensor in tensors)
+
+
+def _dtypes(tensors: Iterable[StoredTensor]) -> tuple[str, ...]:
+    return tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))

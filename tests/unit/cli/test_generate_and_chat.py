@@ -1,0 +1,142 @@
+"""Answers: what is generated, what is asked of the model, and what a user is told when it cannot be."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import Result
+
+from veneer import PeftModel
+
+Veneer = Callable[..., Result]
+
+
+def answer(folder: Path, text: str, n: int, adapter: Path | None = None) -> str:
+    """What the model says, by transformers alone."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter)
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    output = model.generate(ids, max_new_tokens=n, do_sample=False)
+    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def generated(result: Result) -> str:
+    assert result.exit_code == 0, result.output
+    return result.stdout.removesuffix("\n")
+
+
+def test_greedy_generation_is_that_of_transformers(veneer: Veneer, model_folder: Path) -> None:
+    wanted = answer(model_folder, "<|user|>hi<|end|><|assistant|>", 13)
+    assert generated(veneer("generate", model_folder, "-p", "hi", "--max-new-tokens", 13)) == wanted
+    assert generated(veneer("generate", model_folder, "-p", "-", "--max-new-tokens", 13, input="hi")) == wanted
+
+
+def test_raw_and_system_prompts(veneer: Veneer, model_folder: Path) -> None:
+    raw = veneer("generate", model_folder, "-p", "hi", "--raw", "--max-new-tokens", 9)
+    assert generated(raw) == answer(model_folder, "hi", 9)
+    system = veneer("generate", model_folder, "-p", "hi", "--system", "be", "--max-new-tokens", 9)
+    assert generated(system) == answer(model_folder, "<|system|>be<|end|><|user|>hi<|end|><|assistant|>", 9)
+    refused = veneer("generate", model_folder, "-p", "hi", "--system", "be", "--raw")
+    assert (refused.exit_code, "needs a chat template" in refused.stderr) == (2, True)
+
+
+def test_an_adapter_changes_the_answer_and_may_stand_for_the_model(
+    veneer: Veneer, model_folder: Path, adapter_folder: Path
+) -> None:
+    wanted = answer(model_folder, "<|user|>hi<|end|><|assistant|>", 13, adapter_folder)
+    assert wanted != answer(model_folder, "<|user|>hi<|end|><|assistant|>", 13)
+    for arguments in ([model_folder, "--adapter", adapter_folder], [adapter_folder]):
+        assert generated(veneer("generate", *arguments, "-p", "hi", "--max-new-tokens", 13)) == wanted
+
+
+def test_sampling_follows_the_seed(veneer: Veneer, model_folder: Path) -> None:
+    def sample(seed: int, *more: object) -> str:
+        common = ("generate", model_folder, "-p", "hi", "--temperature", 1.5, "--max-new-tokens", 12)
+        return generated(veneer(*common, "--seed", seed, *more))
+
+    assert sample(3) == sample(3)
+    assert sample(3) != sample(4)
+    greedy = answer(model_folder, "<|user|>hi<|end|><|assistant|>", 12)
+    assert sample(3) != greedy
+    assert sample(3, "--top-k", 1) == greedy
+    assert sample(3, "--top-p", 1e-9) == greedy
+
+
+def test_the_answer_stops_at_the_end_of_the_context(veneer: Veneer, model_folder: Path) -> None:
+    prompt = "x" * 120
+    result = veneer("generate", model_folder, "-p", prompt, "--raw", "--max-new-tokens", 500)
+    assert generated(result) == answer(model_folder, prompt, 11)
+    too_long = veneer("generate", model_folder, "-p", "x" * 131, "--raw")
+    assert (too_long.exit_code, "131 tokens and the model's context holds 131" in too_long.stderr) == (2, True)
+
+
+def test_an_empty_prompt_is_refused(veneer: Veneer, model_folder: Path) -> None:
+    result = veneer("generate", model_folder, "-p", "", "--raw")
+    assert (result.exit_code, "prompt is empty" in result.stderr) == (2, True)
+
+
+def test_dtype_is_the_one_asked_for(veneer: Veneer, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.dtype] = []
+    monkeypatch.setattr("veneer.cli.answering.stream_answer", lambda loaded, *rest: seen.append(loaded.model.dtype))
+    veneer("generate", model_folder, "-p", "hi", "--dtype", "bfloat16")
+    assert seen == [torch.bfloat16]
+    result = veneer("generate", model_folder, "-p", "hi", "--dtype", "int3")
+    assert (result.exit_code, "allowed: auto" in result.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("verb", [("generate", "-p", "hi"), ("chat",)])
+def test_what_is_wrong_is_one_message(
+    veneer: Veneer, model_folder: Path, adapter_folder: Path, other_adapter: Path, tmp_path: Path, verb: tuple[str, ...]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    cases = {
+        ("./nowhere",): "no such folder or file",
+        (tmp_path / "empty",): "holds no config.json",
+        (model_folder, "--adapter", tmp_path / "nowhere"): "there is no such folder",
+        (model_folder, "--adapter", tmp_path / "empty"): "holds no adapter_config.json",
+        (model_folder, "--adapter", other_adapter): "does not fit the model",
+        (adapter_folder, "--adapter", other_adapter): "give the base as MODEL",
+    }
+    for arguments, message in cases.items():
+        result = veneer(verb[0], *arguments, *verb[1:])
+        assert result.exit_code == 2
+        assert result.stderr.startswith("error: ")
+        assert message in result.stderr
+        assert "Traceback" not in result.output
+
+
+def test_an_adapter_that_names_no_base_asks_for_it(veneer: Veneer, other_adapter: Path) -> None:
+    result = veneer("generate", other_adapter, "-p", "hi")
+    assert (result.exit_code, "give the base as MODEL" in result.stderr) == (2, True)
+
+
+def test_chat_keeps_the_conversation_until_new(veneer: Veneer, model_folder: Path) -> None:
+    options = ("--temperature", 0, "--max-new-tokens", 7)
+    result = veneer("chat", model_folder, *options, input="hi\n\nyes\n/new\nyes\n/exit\nnever\n")
+    first = answer(model_folder, "<|user|>hi<|end|><|assistant|>", 7)
+    second = answer(model_folder, f"<|user|>hi<|end|><|assistant|>{first}<|end|><|user|>yes<|end|><|assistant|>", 7)
+    fresh = answer(model_folder, "<|user|>yes<|end|><|assistant|>", 7)
+    assert result.exit_code == 0, result.output
+    assert second != fresh
+    assert result.stdout.replace("> ", "") == f"{first}\n{second}\n{fresh}\n"
+
+
+def test_chat_with_a_system_message_ends_at_the_end_of_input(veneer: Veneer, model_folder: Path) -> None:
+    result = veneer("chat", model_folder, "--system", "be", "--temperature", 0, "--max-new-tokens", 7, input="hi\n")
+    wanted = answer(model_folder, "<|system|>be<|end|><|user|>hi<|end|><|assistant|>", 7)
+    assert (result.exit_code, wanted in result.stdout) == (0, True)
+
+
+def test_a_model_without_a_chat_template_cannot_chat(veneer: Veneer, model_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "plain")
+    (folder / "chat_template.jinja").unlink()
+    result = veneer("chat", folder)
+    assert (result.exit_code, "no chat template" in result.stderr) == (2, True)
+    plain = veneer("generate", folder, "-p", "hi", "--max-new-tokens", 9)
+    assert generated(plain) == answer(model_folder, "hi", 9)

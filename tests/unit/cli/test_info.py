@@ -1,0 +1,98 @@
+"""What `veneer info` says about adapters and models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import Result
+
+from veneer.store.facts import kind_of
+
+Veneer = Callable[..., Result]
+
+
+def section(result: Result) -> dict[str, str]:
+    assert result.exit_code == 0, result.output
+    pairs = (line.strip().split("  ", 1) for line in result.stdout.splitlines() if line.strip())
+    return {pair[0]: pair[-1].strip() for pair in pairs}
+
+
+def test_an_adapter(veneer: Veneer, adapter_folder: Path, model_folder: Path) -> None:
+    facts = section(veneer("info", adapter_folder))
+    n_parameters = 2 * (3 * (48 + 48) + 3 * (48 + 61))
+    size = (adapter_folder / "adapter_model.safetensors").stat().st_size
+    assert facts["method"] == "LORA"
+    assert (facts["r"], facts["lora_alpha"]) == ("3", "7")
+    assert facts["modules"] == "4 (q_proj, up_proj)"
+    assert facts["parameters"] == f"{n_parameters:,}"
+    assert facts["size"] == f"{size / 1e6:.1f} MB (float32)"
+    assert facts["base"] == str(model_folder)
+
+
+def test_a_model(veneer: Veneer, model_folder: Path) -> None:
+    facts = section(veneer("info", model_folder))
+    attention = 2 * (48 * 48 + 2 * 48 * 16 + 48 * 48)
+    feed_forward = 2 * 3 * 48 * 61
+    embeddings = 260 * 48
+    norms = 5 * 48
+    total = attention + feed_forward + 2 * embeddings + norms
+    assert facts["architecture"] == "LlamaForCausalLM"
+    assert facts["parameters"] == f"{total:,}"
+    assert facts["attention"] == f"{attention:,} ({attention / total:.1%})"
+    assert facts["feed-forward"] == f"{feed_forward:,} ({feed_forward / total:.1%})"
+    assert facts["output head"] == f"{embeddings:,} ({embeddings / total:.1%})"
+    assert facts["size"] == f"{4 * total / 1e6:.1f} MB (float32)"
+    four_bit = (attention + feed_forward) * 4.127 / 8 + 2 * (2 * embeddings + norms)
+    assert facts["size in 4 bits"].startswith(f"{four_bit / 1e6:.1f} MB")
+
+
+def test_json_holds_numbers(veneer: Veneer, model_folder: Path, adapter_folder: Path) -> None:
+    model = json.loads(veneer("info", model_folder, "--json").stdout)
+    assert (model["parameters"]["norms"], model["config"]["hidden_size"]) == (240, 48)
+    adapter = json.loads(veneer("info", adapter_folder, "--json").stdout)
+    assert (adapter["config"]["r"], len(adapter["modules"])) == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("model.layers.3.self_attn.q_norm.weight", "norms"),
+        ("model.layers.3.mlp.gate_proj.weight", "feed-forward"),
+        ("transformer.h.0.ln_1.bias", "norms"),
+        ("transformer.h.0.attn.c_attn.weight", "attention"),
+        ("transformer.wte.weight", "embeddings"),
+        ("model.embed_tokens.weight", "embeddings"),
+        ("model.decoder.layers.1.fc1.weight", "feed-forward"),
+        ("gpt_neox.layers.0.attention.query_key_value.bias", "attention"),
+        ("gpt_neox.layers.0.post_attention_layernorm.weight", "norms"),
+        ("embed_out.weight", "output head"),
+        ("lm_head.weight", "output head"),
+        ("vision.patch.projection", "other"),
+    ],
+)
+def test_kinds_by_name(name: str, kind: str) -> None:
+    assert kind_of(name) == kind
+
+
+def test_what_is_wrong_is_one_message(veneer: Veneer, tmp_path: Path, adapter_folder: Path, model_folder: Path) -> None:
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "adapter_config.json").write_bytes((adapter_folder / "adapter_config.json").read_bytes())
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_bytes((model_folder / "config.json").read_bytes())
+    cases = {
+        tmp_path / "nowhere": "no such folder or file",
+        tmp_path / "half": "adapter_model.safetensors",
+        tmp_path / "bare": "model.safetensors",
+    }
+    for what, message in cases.items():
+        result = veneer("info", what)
+        assert (result.exit_code, message in result.stderr) == (2, True), result.output
+
+
+def test_a_hub_id_is_not_downloaded(veneer: Veneer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("veneer.store.source._hub_answers", lambda: True)
+    result = veneer("info", "org/model")
+    assert (result.exit_code, "download it first" in result.stderr) == (2, True)
