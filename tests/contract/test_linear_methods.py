@@ -3,6 +3,7 @@
 A method that is dropped into ``methods/`` is found and tested here with no other edit.
 """
 
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -36,7 +37,8 @@ def variant_switches() -> list[str]:
 
 
 def configs() -> dict[str, LinearMethod]:
-    """Every linear method with values that are not neutral, and LoRA with its switches, less pairs that it refuses."""
+    """Every linear method with values that are not neutral, and LoRA with its switches and its starts from the weight,
+    less the pairs that it refuses."""
     found: dict[str, LinearMethod] = {}
     for cls in all_methods().values():
         if not issubclass(cls, LinearMethod):
@@ -49,6 +51,10 @@ def configs() -> dict[str, LinearMethod]:
                 found["+".join([cls.peft_type, *on])] = cls(**values, **dict.fromkeys(on, True))
             except ConfigError:
                 assert len(on) == 2, f"{cls.peft_type} refuses {on} alone"
+    plain, dora = found["LORA"], found["LORA+use_dora"]
+    for start in ("pissa", "pissa_niter_2", "olora"):
+        found[f"LORA+{start}"] = dataclasses.replace(plain, init_lora_weights=start)
+        found[f"LORA+use_dora+{start}"] = dataclasses.replace(dora, init_lora_weights=start)
     return found
 
 
@@ -75,12 +81,18 @@ def make_site(place: str = "self_attn.q_proj", has_bias: bool = True, kind: str 
 
 
 def trained(config: LinearMethod, site: LinearSite, seed: int = 5) -> dict[str, torch.Tensor]:
-    """Parameters in float64 away from every neutral value."""
+    """Parameters in float64 away from every neutral value, but for what is never trained."""
     generator = torch.Generator().manual_seed(seed)
-    return {
-        name: (start.double() + 0.4 * torch.randn(start.shape, generator=generator, dtype=torch.float64))
-        for name, start in config.init(site, generator).items()
+    moves = {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64)
+        for name, shape in config.shapes(site).items()
+        if name not in config.fixed(site)
     }
+    return {name: start.double() + 0.4 * moves.get(name, 0) for name, start in config.init(site, generator).items()}
+
+
+def leaves_of(config: LinearMethod, site: LinearSite, params: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    return [value.requires_grad_() for name, value in params.items() if name not in config.fixed(site)]
 
 
 def inputs(*shape: int, seed: int = 2) -> torch.Tensor:
@@ -171,9 +183,9 @@ def test_a_row_of_a_mixed_batch_equals_the_row_alone(place, has_bias):
 @every_method
 def test_a_mixed_batch_has_the_gradients_of_its_rows(config):
     site = make_site()
-    params = {name: value.requires_grad_() for name, value in trained(config, site).items()}
+    params = trained(config, site)
     x, row_index = inputs(4, TOKENS, IN).requires_grad_(), torch.tensor([1, 0, 1, 0])
-    leaves = [x, *params.values()]
+    leaves = [x, *leaves_of(config, site, params)]
     mixed = apply_linear_rows([LinearDelta(), config.lower(site, params)], row_index, x, weight_of(site), site.bias)
     got = torch.autograd.grad(mixed.square().sum(), leaves)
     alone = apply_linear(config.lower(site, params), x[[0, 2]], weight_of(site), site.bias)
@@ -189,10 +201,11 @@ def test_a_mixed_batch_has_the_gradients_of_its_rows(config):
 @with_and_without_bias
 def test_every_parameter_is_trained(config, place, has_bias):
     site = make_site(place, has_bias)
-    params = {name: value.requires_grad_() for name, value in trained(config, site).items()}
+    params = trained(config, site)
+    leaves = leaves_of(config, site, params)
     y = apply_linear(config.lower(site, params), inputs(TOKENS, IN), weight_of(site), site.bias)
-    for name, gradient in zip(params, torch.autograd.grad(y.square().sum(), list(params.values())), strict=True):
-        assert gradient.abs().min() > 0, name
+    for leaf, gradient in zip(leaves, torch.autograd.grad(y.square().sum(), leaves), strict=True):
+        assert gradient.abs().min() > 0, leaf.shape
 
 
 @pytest.mark.parametrize(
@@ -201,13 +214,31 @@ def test_every_parameter_is_trained(config, place, has_bias):
 @every_place
 def test_gradients_are_those_of_the_forward_pass(config, place):
     site = make_site(place)
-    params = {name: value.requires_grad_() for name, value in trained(config, site).items()}
+    params = trained(config, site)
+    leaves = leaves_of(config, site, params)
+    names = [name for name in params if name not in config.fixed(site)]
 
     def forward(x: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
-        record = config.lower(site, dict(zip(params, values, strict=True)))
+        record = config.lower(site, params | dict(zip(names, values, strict=True)))
         return apply_linear(record, x, weight_of(site), site.bias)
 
-    assert torch.autograd.gradcheck(forward, (inputs(TOKENS, IN).requires_grad_(), *params.values()))
+    assert torch.autograd.gradcheck(forward, (inputs(TOKENS, IN).requires_grad_(), *leaves))
+
+
+@every_method
+@every_place
+def test_what_is_packed_has_the_same_effect_and_unpacks_to_the_same_bits(config, place):
+    site = make_site(place)
+    params = trained(config, site)
+    packed, written = config.pack(site, params), config.packed()
+    assert {name: tuple(value.shape) for name, value in packed.items()} == written.shapes(site)
+    assert written.fixed(site) == ()
+    x = inputs(TOKENS, IN)
+    plain = apply_linear(config.lower(site, params), x, weight_of(site), site.bias)
+    close(apply_linear(written.lower(site, packed), x, weight_of(site), site.bias), plain)
+    again = config.unpack(site, packed)
+    assert again.keys() == params.keys()
+    assert all(torch.equal(again[name], value) for name, value in params.items())
 
 
 @every_method

@@ -57,7 +57,8 @@ class MethodConfig(ABC):
 
     def problems(self) -> list[str]:
         """Everything that is wrong with the values, one sentence each. Subclasses extend the list."""
-        return []
+        flags = {spec.name: getattr(self, spec.name) for spec in fields(self) if spec.type in ("bool", bool)}
+        return [f"{k}={v!r} must be True or False" for k, v in flags.items() if not isinstance(v, bool)]
 
     @classmethod
     def from_dict(cls: type[C], values: Mapping[str, object]) -> C:
@@ -120,9 +121,25 @@ class LinearMethod(TargetedConfig):
     def lower(self, site: LinearSite, params: Params) -> LinearDelta:
         """The record that these parameters mean at this site."""
 
+    def fixed(self, site: LinearSite) -> tuple[str, ...]:
+        """Those names in ``shapes`` that stay as they start: kept with the adapter and never trained."""
+        return ()
+
     def disk_names(self, site: LinearSite) -> dict[str, str]:
         """For each parameter, what follows the module path in its key in ``adapter_model.safetensors``."""
         return {name: name for name in self.shapes(site)}
+
+    def packed(self) -> LinearMethod:
+        """The config as it is written: a method that others do not know may be one that they do know, once trained."""
+        return self
+
+    def pack(self, site: LinearSite, params: Params) -> dict[str, Tensor]:
+        """The parameters as ``packed()`` names and shapes them, with the same effect."""
+        return dict(params)
+
+    def unpack(self, site: LinearSite, packed: Params) -> dict[str, Tensor]:
+        """The inverse of ``pack``, bit for bit, so that training can go on."""
+        return dict(packed)
 
     @property
     def dropout(self) -> float:

@@ -1,29 +1,45 @@
-"""Starts of A (r, i) and B (o, r) that leave the frozen weight alone: Kaiming, Gaussian, and both random."""
+"""Starts of A (r, i) and B (o, r) that know nothing of the frozen weight: Kaiming, Gaussian, and both random."""
 
 from __future__ import annotations
 
 import math
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-Factors = tuple[Float[Tensor, "r i"], Float[Tensor, "o r"]]
+from veneer.core.sites import LinearSite
+from veneer.inits import Factors, Start
+
+NAMES = ("True", "'gaussian'", "False")
 
 
-def kaiming(r: int, i: int, o: int, generator: torch.Generator | None = None) -> Factors:
+def find(name: bool | str) -> Start | None:
+    """True: Kaiming A and zero B; "gaussian"; False: both random, so that the start is not the base model."""
+    return {True: Start(kaiming), "gaussian": Start(gaussian), False: Start(random)}.get(name)
+
+
+def kaiming(site: LinearSite, r: int, scale: float, generator: torch.Generator | None = None) -> Factors:
     """A uniform in ±1/√i (Kaiming uniform with a = √5, He et al. 2015), B zero: loralib's and PEFT's default."""
-    bound = 1 / math.sqrt(i)
-    return torch.empty(r, i).uniform_(-bound, bound, generator=generator), torch.zeros(o, r)
+    if site.kind == "embedding":
+        return _embedding(site, r, generator)
+    bound = 1 / math.sqrt(site.in_features)
+    a = torch.empty(r, site.in_features).uniform_(-bound, bound, generator=generator)
+    return a, torch.zeros(site.out_features, r)
 
 
-def gaussian(r: int, i: int, o: int, generator: torch.Generator | None = None) -> Factors:
+def gaussian(site: LinearSite, r: int, scale: float, generator: torch.Generator | None = None) -> Factors:
     """A normal with standard deviation 1/r, B zero (Hu et al. 2021, section 4.1; the deviation is PEFT's)."""
-    return torch.randn(r, i, generator=generator) / r, torch.zeros(o, r)
+    if site.kind == "embedding":
+        return _embedding(site, r, generator)
+    return torch.randn(r, site.in_features, generator=generator) / r, torch.zeros(site.out_features, r)
 
 
-def random(r: int, i: int, o: int, generator: torch.Generator | None = None) -> Factors:
-    """Both factors uniform in ±1/√fan_in, so that the start is not the base model: for tests."""
-    a, _ = kaiming(r, i, o, generator)
-    bound = 1 / math.sqrt(r)
-    return a, torch.empty(o, r).uniform_(-bound, bound, generator=generator)
+def random(site: LinearSite, r: int, scale: float, generator: torch.Generator | None = None) -> Factors:
+    """Both factors uniform in ±1/√fan_in."""
+    bound_a, bound_b = 1 / math.sqrt(site.in_features), 1 / math.sqrt(r)
+    a = torch.empty(r, site.in_features).uniform_(-bound_a, bound_a, generator=generator)
+    return a, torch.empty(site.out_features, r).uniform_(-bound_b, bound_b, generator=generator)
+
+
+def _embedding(site: LinearSite, r: int, generator: torch.Generator | None) -> Factors:
+    """Columns of A are looked up, so A is the zero factor and B the random one (loralib and PEFT)."""
+    return torch.zeros(r, site.in_features), torch.randn(site.out_features, r, generator=generator)

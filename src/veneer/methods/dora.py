@@ -21,7 +21,6 @@ from veneer.core.sites import LinearSite
 from veneer.errors import ConfigError
 
 SWITCH = "use_dora"
-ORDER = 10
 
 
 def shapes(config: LinearMethod, site: LinearSite) -> Shapes:

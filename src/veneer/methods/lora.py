@@ -1,9 +1,10 @@
 """LoRA: ``W + (alpha / r) B A`` with A (r, i) and B (o, r) trained (Hu et al. 2021, arXiv:2106.09685, eq. 3).
 
-LoRA's variants (rsLoRA, DoRA, …) are functions on its record. Each is a module beside this one with
+LoRA's variants (rsLoRA, DoRA, …) are functions on its record. Each is a module beside this one with ``SWITCH``, the
+field of `LoraConfig` that turns it on, and any of
 
-- ``SWITCH``: the field of `LoraConfig` that turns it on;
-- optionally ``shapes(config, site)`` and ``init(config, site, factors)`` for parameters that it adds;
+- ``scale(r, scale_so_far)``: another scale;
+- ``shapes(config, site)``, ``init(config, site, factors)`` and ``DISK_NAMES`` for parameters that it adds;
 - ``lower(config, site, params, record)``: the record after the variant.
 """
 
@@ -15,9 +16,9 @@ import math
 import pkgutil
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
-from typing import ClassVar, TypeVar
+from typing import ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -25,11 +26,9 @@ from torch import Tensor
 from veneer.core.method import LinearMethod, Params, Shapes
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
-from veneer.inits import lowrank
+from veneer.inits import Start, find_start, start_names
 
 T = TypeVar("T")
-
-STARTS = {True: lowrank.kaiming, "gaussian": lowrank.gaussian, False: lowrank.random}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +38,8 @@ class LoraConfig(LinearMethod):
     ``rank_pattern`` and ``alpha_pattern`` override r and alpha where the module path ends with a key (a regular
     expression).
     ``bias``: which biases of the base are trained too: "none", "all", or those of the adapted layers ("lora_only").
-    ``init_lora_weights``: True (Kaiming A, zero B), "gaussian", or False (both random: the start changes the model).
+    ``init_lora_weights`` names a start in `veneer.inits`: True (Kaiming A, zero B), "gaussian", "pissa", …; False makes
+    both random, so that the start changes the model.
     ``fan_in_fan_out`` is read for compatibility; a layer that stores Wᵀ is recognised by its type.
     """
 
@@ -56,24 +56,35 @@ class LoraConfig(LinearMethod):
     fan_in_fan_out: bool = False
     use_rslora: bool = False
     use_dora: bool = False
+    lora_bias: bool = False
 
     def problems(self) -> list[str]:
-        found = super().problems()
-        for name, r in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
-            if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-                found.append(f"{name}={r!r} must be a whole number of at least 1")
-        for name, alpha in {
-            "lora_alpha": self.lora_alpha,
-            **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()},
-        }.items():
-            if not math.isfinite(alpha) or alpha == 0:
-                found.append(f"{name}={alpha!r} must be a finite number other than 0")
-        if not 0 <= self.lora_dropout < 1:
-            found.append(f"lora_dropout={self.lora_dropout!r} must lie in [0, 1)")
+        found = super().problems() + self._problems_of_sizes()
         if self.bias not in ("none", "all", "lora_only"):
             found.append(f"bias={self.bias!r} must be 'none', 'all' or 'lora_only'")
-        if self.init_lora_weights not in STARTS:
-            found.append(f"init_lora_weights={self.init_lora_weights!r} must be one of {list(STARTS)}")
+        if not isinstance(self.init_lora_weights, (bool, str)) or find_start(self.init_lora_weights) is None:
+            found.append(f"init_lora_weights={self.init_lora_weights!r} must be one of {', '.join(start_names())}")
+        if self.lora_bias is True and self.use_dora is True:
+            found.append("lora_bias and use_dora exclude each other, as in PEFT: drop one of them")
+        return found
+
+    def _problems_of_sizes(self) -> list[str]:
+        ranks = {"r": self.r} | {f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}
+        alphas = {"lora_alpha": self.lora_alpha} | {f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}
+        found = [
+            f"{name}={r!r} must be a whole number of at least 1"
+            for name, r in ranks.items()
+            if not isinstance(r, int) or isinstance(r, bool) or r < 1
+        ]
+        found += [
+            f"{name}={alpha!r} must be a finite number other than 0"
+            for name, alpha in alphas.items()
+            if not _is_number(alpha) or not math.isfinite(alpha) or alpha == 0
+        ]
+        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
+            found.append(f"lora_dropout={self.lora_dropout!r} must lie in [0, 1)")
+        for pattern in (*self.rank_pattern, *self.alpha_pattern):
+            found += [] if _compiles(pattern) else [f"the pattern {pattern!r} is not a regular expression"]
         return found
 
     def rank(self, site: LinearSite) -> int:
@@ -81,37 +92,74 @@ class LoraConfig(LinearMethod):
         return _override(self.rank_pattern, site.name, self.r)
 
     def scale(self, site: LinearSite) -> float:
-        """alpha / r at this site, before any variant."""
-        return _override(self.alpha_pattern, site.name, self.lora_alpha) / self.rank(site)
+        """What B A is multiplied by at this site: alpha / r, or what a variant makes of it."""
+        r = self.rank(site)
+        scale = _override(self.alpha_pattern, site.name, self.lora_alpha) / r
+        for variant in self._variants("scale"):
+            scale = variant.scale(r, scale)
+        return scale
 
     def shapes(self, site: LinearSite) -> Shapes:
         r = self.rank(site)
         shapes: Shapes = {"lora_A": (r, site.in_features), "lora_B": (site.out_features, r)}
-        for variant in self._variants():
-            shapes |= variant.shapes(self, site) if hasattr(variant, "shapes") else {}
+        if self._taken_off:
+            shapes |= {"lora_A_start": shapes["lora_A"], "lora_B_start": shapes["lora_B"]}
+        for variant in self._variants("shapes"):
+            shapes |= variant.shapes(self, site)
         return shapes
 
+    def fixed(self, site: LinearSite) -> tuple[str, ...]:
+        return ("lora_A_start", "lora_B_start") if self._taken_off else ()
+
     def init(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        a, b = STARTS[self.init_lora_weights](self.rank(site), site.in_features, site.out_features, generator)
-        if site.kind == "embedding" and self.init_lora_weights in (True, "gaussian"):
-            # PEFT's start for embeddings: rows of A are looked up, so A is the zero factor and B the random one.
-            a, b = torch.zeros_like(a), torch.randn(b.shape, generator=generator)
+        start = self._start
+        a, b = start.factors(site, self.rank(site), self.scale(site), generator)
         params = {"lora_A": a, "lora_B": b}
-        for variant in self._variants():
-            params |= variant.init(self, site, params) if hasattr(variant, "init") else {}
+        if start.taken_off:
+            params |= {"lora_A_start": a.clone(), "lora_B_start": b.clone()}
+        for variant in self._variants("init"):
+            params |= variant.init(self, site, params)
         return params
 
     def lower(self, site: LinearSite, params: Params) -> LinearDelta:
-        record = LinearDelta(a=params["lora_A"], b=params["lora_B"], scale=self.scale(site))
-        for variant in self._variants():
+        a, b = _joined(params)
+        record = LinearDelta(a=a, b=b, scale=self.scale(site))
+        for variant in self._variants("lower"):
             record = variant.lower(self, site, params, record)
         return record
 
     def disk_names(self, site: LinearSite) -> dict[str, str]:
-        factors = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+        names = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
         if site.kind == "embedding":
-            factors = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
-        return {name: factors.get(name, name) for name in self.shapes(site)}
+            names = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
+        for variant in self._variants("DISK_NAMES"):
+            names |= variant.DISK_NAMES
+        return {name: names.get(name, name) for name in self.shapes(site)}
+
+    def packed(self) -> LoraConfig:
+        """Plain LoRA of twice the rank for a start that is taken off: it fits the plain base, for anybody."""
+        if not self._taken_off:
+            return self
+        grow = math.sqrt(2) if self.use_rslora else 2  # so that the scale stays
+        return replace(
+            self,
+            init_lora_weights=True,
+            r=2 * self.r,
+            lora_alpha=grow * self.lora_alpha,
+            rank_pattern={key: 2 * r for key, r in self.rank_pattern.items()},
+            alpha_pattern={key: grow * alpha for key, alpha in self.alpha_pattern.items()},
+        )
+
+    def pack(self, site: LinearSite, params: Params) -> dict[str, Tensor]:
+        a, b = _joined(params)
+        rest = {name: value for name, value in params.items() if name not in self.fixed(site)}
+        return {**rest, "lora_A": a, "lora_B": b}
+
+    def unpack(self, site: LinearSite, packed: Params) -> dict[str, Tensor]:
+        if not self._taken_off:
+            return dict(packed)
+        (a, a_start), (b, b_start) = packed["lora_A"].chunk(2), packed["lora_B"].chunk(2, dim=1)
+        return {**packed, "lora_A": a, "lora_B": b, "lora_A_start": a_start, "lora_B_start": -b_start}
 
     @property
     def dropout(self) -> float:
@@ -121,19 +169,48 @@ class LoraConfig(LinearMethod):
     def trained_biases(self) -> str:
         return self.bias
 
-    def _variants(self) -> list[ModuleType]:
-        return [variant for variant in _all_variants() if getattr(self, variant.SWITCH)]
+    @property
+    def _start(self) -> Start:
+        return cast(Start, find_start(self.init_lora_weights))  # problems() has seen to it
+
+    @property
+    def _taken_off(self) -> bool:
+        return self._start.taken_off
+
+    def _variants(self, what: str) -> list[ModuleType]:
+        """The variants that are on and offer this."""
+        return [v for v in _all_variants() if getattr(self, v.SWITCH) and hasattr(v, what)]
 
 
 @functools.cache
 def _all_variants() -> tuple[ModuleType, ...]:
-    """The modules beside this one that declare a SWITCH, by ORDER: what rescales comes before what reads the scale."""
+    """The modules beside this one that declare a SWITCH."""
     package = __name__.rpartition(".")[0]
     path = importlib.import_module(package).__path__
     modules = [importlib.import_module(f"{package}.{info.name}") for info in pkgutil.iter_modules(path)]
-    return tuple(sorted((m for m in modules if hasattr(m, "SWITCH")), key=lambda m: m.ORDER))
+    return tuple(m for m in modules if hasattr(m, "SWITCH"))
+
+
+def _joined(params: Params) -> tuple[Tensor, Tensor]:
+    """A and B; where the start is taken off, ``[A; A₀]`` and ``[B, -B₀]``, whose product is ``B A - B₀ A₀``."""
+    a, b = params["lora_A"], params["lora_B"]
+    if "lora_A_start" not in params:
+        return a, b
+    return torch.cat([a, params["lora_A_start"]]), torch.cat([b, -params["lora_B_start"]], dim=1)
 
 
 def _override(pattern: Mapping[str, T], name: str, default: T) -> T:
     """The value of the first key that matches the end of the module path, as PEFT matches it."""
     return next((value for key, value in pattern.items() if re.fullmatch(rf"(.*\.)?({key})", name)), default)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True

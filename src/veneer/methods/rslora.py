@@ -6,20 +6,10 @@ With alpha / r the update of each step shrinks as r grows; with alpha / √r for
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from typing import TYPE_CHECKING
-
-from veneer.core.method import Params
-from veneer.core.records import LinearDelta
-from veneer.core.sites import LinearSite
-
-if TYPE_CHECKING:
-    from veneer.core.method import LinearMethod
 
 SWITCH = "use_rslora"
-ORDER = 0
 
 
-def lower(config: LinearMethod, site: LinearSite, params: Params, record: LinearDelta) -> LinearDelta:
-    """The record with its scale multiplied by √r."""
-    return replace(record, scale=record.scale * math.sqrt(record.rank))
+def scale(r: int, scale_so_far: float) -> float:
+    """alpha / r becomes alpha / √r."""
+    return scale_so_far * math.sqrt(r)

@@ -29,7 +29,6 @@ _NEUTRAL: dict[str, dict[str, Any]] = {
         "kasa_config": None,
         "layer_replication": None,
         "loftq_config": {},
-        "lora_bias": False,
         "lora_ga_config": None,
         "megatron_config": None,
         "megatron_core": "megatron.core",

@@ -1,0 +1,25 @@
+"""OLoRA: the factors start as the first columns and rows of a QR decomposition of the frozen weight
+(Büyükakyüz 2024, arXiv:2406.01775, algorithm 1).
+
+Departs: their product is taken off in the record instead of in the weight, which is the same function of A and B.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from veneer.core.sites import LinearSite
+from veneer.inits import Factors, Start, dense_weight
+
+NAMES = ("'olora'",)
+
+
+def find(name: bool | str) -> Start | None:
+    """The start called "olora"."""
+    return Start(orthonormal, taken_off=True) if name == "olora" else None
+
+
+def orthonormal(site: LinearSite, r: int, scale: float, generator: torch.Generator | None = None) -> Factors:
+    """``B = Q[:, :r]``, ``A = R[:r]`` of ``W = Q R``. Raises ConfigError without a weight."""
+    q, upper = torch.linalg.qr(dense_weight(site, r, "OLoRA"))
+    return upper[:r].cpu().contiguous(), q[:, :r].cpu().contiguous()

@@ -1,0 +1,53 @@
+"""PiSSA: the factors start as the principal singular triplets of the frozen weight (Meng et al. 2024, arXiv:2404.02948,
+eq. 2 to 4): ``A = √S Vᵀ``, ``B = U √S``, the rest of the weight staying frozen.
+
+``"pissa"`` takes the exact decomposition, ``"pissa_niter_4"`` a randomized one with that many power iterations.
+
+Departs: the principal part is taken off in the record instead of in the weight, which is the same function of A and B.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+
+import torch
+from torch import Tensor
+
+from veneer.core.sites import LinearSite
+from veneer.inits import Factors, Start, dense_weight
+
+NAMES = ("'pissa'", "'pissa_niter_4'")
+
+
+def find(name: bool | str) -> Start | None:
+    """The exact start, or the randomized one with its number of iterations."""
+    match = re.fullmatch(r"pissa(?:_niter_(\d+))?", str(name))
+    if match is None:
+        return None
+    n_iterations = None if match.group(1) is None else int(match.group(1))
+    return Start(functools.partial(principal, n_iterations=n_iterations), taken_off=True)
+
+
+def principal(
+    site: LinearSite, r: int, scale: float, generator: torch.Generator | None = None, n_iterations: int | None = None
+) -> Factors:
+    """A and B with ``scale · B A`` the best approximation of W of rank r. Raises ConfigError without a weight."""
+    u, s, vt = _triplets(dense_weight(site, r, "PiSSA"), r, n_iterations, generator)
+    root = (s / abs(scale)).sqrt()
+    return (root[:, None] * vt).cpu().contiguous(), (u * math.copysign(1.0, scale) * root).cpu().contiguous()
+
+
+def _triplets(
+    w: Tensor, r: int, n_iterations: int | None, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    if n_iterations is None:
+        u, s, vt = torch.linalg.svd(w, full_matrices=False)
+        return u[:, :r], s[:r], vt[:r]
+    probe = torch.randn(w.shape[1], min(2 * r, *w.shape), generator=generator).to(w)
+    basis = torch.linalg.qr(w @ probe).Q
+    for _ in range(n_iterations):  # Halko et al. 2011, arXiv:0909.4061, algorithm 4.4
+        basis = torch.linalg.qr(w @ torch.linalg.qr(w.T @ basis).Q).Q
+    u, s, vt = torch.linalg.svd(basis.T @ w, full_matrices=False)
+    return (basis @ u)[:, :r], s[:r], vt[:r]

@@ -1,0 +1,34 @@
+"""A trained bias on B: ``y += scale · c`` with c (o,) starting at zero (PEFT's ``lora_bias``; no paper).
+
+It makes room for adapters extracted from fully trained models, whose biases moved too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from veneer.core.method import LinearMethod, Params, Shapes
+from veneer.core.records import LinearDelta
+from veneer.core.sites import LinearSite
+
+SWITCH = "lora_bias"
+DISK_NAMES = {"lora_B_bias": "lora_B.bias"}
+
+
+def shapes(config: LinearMethod, site: LinearSite) -> Shapes:
+    """One number per output."""
+    return {"lora_B_bias": (site.out_features,)}
+
+
+def init(config: LinearMethod, site: LinearSite, factors: Params) -> dict[str, Tensor]:
+    """Zero: the start changes nothing."""
+    return {"lora_B_bias": torch.zeros(site.out_features)}
+
+
+def lower(config: LinearMethod, site: LinearSite, params: Params, record: LinearDelta) -> LinearDelta:
+    """The layer's own bias with the scaled new one added."""
+    added = params["lora_B_bias"] * record.scale
+    return replace(record, bias=added if site.bias is None else site.bias + added)

@@ -1,0 +1,58 @@
+"""IA3 against the paper's formulas, and which layers scale their input."""
+
+import pytest
+import torch
+
+from veneer.core.linear import fold_linear
+from veneer.core.sites import LinearSite
+from veneer.errors import ConfigError
+from veneer.methods.ia3 import IA3Config
+
+W, C = torch.linspace(-1, 1, 35).reshape(7, 5), torch.linspace(0.5, 2, 7)
+
+
+def site(name: str, bias: torch.Tensor | None = C) -> LinearSite:
+    return LinearSite(name=name, in_features=5, out_features=7, has_bias=bias is not None, bias=bias)
+
+
+def test_an_output_is_scaled_with_its_bias():
+    vector = torch.linspace(0.5, 1.7, 7)
+    record = IA3Config().lower(site("layers.0.k_proj"), {"ia3_l": vector[:, None]})
+    weight, bias = fold_linear(record, W, C)
+    torch.testing.assert_close(weight, vector[:, None] * W)
+    torch.testing.assert_close(bias, vector * C)
+
+
+def test_an_input_is_scaled_before_the_bias():
+    vector = torch.linspace(0.5, 1.7, 5)
+    record = IA3Config().lower(site("layers.0.mlp.down_proj"), {"ia3_l": vector[None]})
+    weight, bias = fold_linear(record, W, C)
+    torch.testing.assert_close(weight, W * vector)
+    assert bias is C
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "scales_input"),
+    [
+        (IA3Config(), "h.0.mlp.c_proj", True),
+        (IA3Config(), "h.0.attn.c_proj", False),
+        (IA3Config(), "encoder.layer.0.output.dense", True),
+        (IA3Config(target_modules=["fc1"], feedforward_modules=["fc1"]), "layers.0.fc1", True),
+        (IA3Config(target_modules=["fc2"], feedforward_modules=[]), "layers.0.fc2", False),
+        (IA3Config(feedforward_modules=r".*\.fc\d"), "layers.0.fc3", True),
+    ],
+)
+def test_which_layers_scale_their_input(config, name, scales_input):
+    assert config.shapes(site(name)) == {"ia3_l": (1, 5) if scales_input else (7, 1)}
+
+
+def test_a_start_away_from_one_is_random():
+    start = IA3Config(init_ia3_weights=False).init(site("k_proj"), torch.Generator().manual_seed(2))["ia3_l"]
+    assert start.std() > 0.3
+
+
+def test_feedforward_modules_must_be_targets():
+    with pytest.raises(
+        ConfigError, match=r"feedforward_modules \['down_proj'\] are not among target_modules \['k_proj'\]"
+    ):
+        IA3Config(target_modules=["k_proj"], feedforward_modules=["down_proj"])
