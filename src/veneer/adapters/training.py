@@ -20,7 +20,7 @@ def require_something_to_train(model: nn.Module, args: tuple[Any, ...], kwargs: 
     if kwargs.get("labels") is not None and not any(p.requires_grad for p in model.parameters()):
         raise TrainingError(
             "every parameter of this model is frozen, so training would change nothing. Adapters are loaded frozen: "
-            "load them with is_trainable=True, or call model.set_requires_grad(adapter_name), before making an optimizer"
+            "load them with is_trainable=True, or call model.set_requires_grad(adapter_name), before training"
         )
 
 

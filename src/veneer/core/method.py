@@ -60,6 +60,10 @@ class MethodConfig(ABC):
         flags = {spec.name: getattr(self, spec.name) for spec in fields(self) if spec.type in ("bool", bool)}
         return [f"{k}={v!r} must be True or False" for k, v in flags.items() if not isinstance(v, bool)]
 
+    def packed(self) -> MethodConfig:
+        """The config as it is written: a method that others do not know may be one that they do know, once trained."""
+        return self
+
     @classmethod
     def from_dict(cls: type[C], values: Mapping[str, object]) -> C:
         """A config from the fields of an ``adapter_config.json``, ``peft_type`` and the like already taken out."""
@@ -130,7 +134,6 @@ class LinearMethod(TargetedConfig):
         return {name: name for name in self.shapes(site)}
 
     def packed(self) -> LinearMethod:
-        """The config as it is written: a method that others do not know may be one that they do know, once trained."""
         return self
 
     def pack(self, site: LinearSite, params: Params) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -168,7 +169,7 @@ def named_live_parameters(model: nn.Module, name: str) -> dict[str, tuple[str, T
     for path, place in adapted_places(model).items():
         if name in place.adapters:
             keys = place.disk_keys(name, path)
-            held = dict(place.adapters[name].named_parameters())
+            held = tensors_of(place.adapters[name])
             found |= {keys[key]: (f"{path}.adapters.{name}.{key}", value) for key, value in held.items()}
         if isinstance(place, Adapted) and name in place.copies:
             inner = "base_layer." if name in place.adapters else ""
@@ -179,9 +180,30 @@ def named_live_parameters(model: nn.Module, name: str) -> dict[str, tuple[str, T
     return found
 
 
-def stored_tensors(model: nn.Module, state: AdapterState, name: str) -> dict[str, Tensor]:
-    """What a plain save of one adapter holds, by its key on disk: the parameters, or what a network makes of them."""
-    return live_parameters(model, state, name)
+def stored_tensors(
+    model: nn.Module, state: AdapterState, name: str, values: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """What a plain save of one adapter holds, by its key on disk: the parameters, or what the method packs them into.
+
+    ``values`` stand in for `live_parameters`.
+    """
+    found = live_parameters(model, state, name) if values is None else dict(values)
+    for path, layer in adapted_layers(model).items():
+        if name in layer.adapters:
+            packed = layer.packed(name, path, found)
+            for key in layer.disk_keys(name, path).values():
+                del found[key]
+            found |= packed
+    return found
+
+
+def unpacked_tensors(model: nn.Module, name: str, written: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `stored_tensors`: a value for each of `live_parameters`."""
+    found = dict(written)
+    for path, layer in adapted_layers(model).items():
+        if name in layer.adapters:
+            found |= layer.unpacked(name, path, written)
+    return found
 
 
 def adapted_places(model: nn.Module) -> dict[str, Adapted | ResidualAdapters]:
@@ -211,6 +233,9 @@ def _add_parameters(layer: AdaptedSite, name: str, generator: torch.Generator | 
     else:
         values = {key: torch.empty(shape) for key, shape in method.shapes(site).items()}
     device, dtype = device_of(layer), layer.parameter_dtype(start.widen)
-    layer.adapters[name] = nn.ParameterDict(
-        {key: nn.Parameter(value.to(device, dtype)) for key, value in values.items()}
-    )
+    placed = {key: value.to(device, dtype) for key, value in values.items()}
+    fixed = method.fixed(site)
+    holder = nn.ParameterDict({key: nn.Parameter(value) for key, value in placed.items() if key not in fixed})
+    for key in fixed:  # a buffer: it moves and is saved with the adapter, and no optimizer sees it
+        holder.register_buffer(key, placed[key])
+    layer.adapters[name] = holder

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -14,7 +14,7 @@ from veneer.core.linear import apply_linear, compose_linear, fold_linear, lowran
 from veneer.core.method import LinearMethod
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
-from veneer.model.adapted import Adapted
+from veneer.model.adapted import Adapted, tensors_of
 from veneer.quant.dense import DenseWeight
 
 
@@ -27,7 +27,7 @@ class AdaptedSite(Adapted):
 
     def record(self, name: str, site: LinearSite | None = None) -> LinearDelta:
         """What adapter ``name`` means here."""
-        return self.method(name).lower(site or self.site((name,)), dict(self.adapters[name].named_parameters()))
+        return self.method(name).lower(site or self.site((name,)), tensors_of(self.adapters[name]))
 
     def method(self, name: str) -> LinearMethod:
         """The config of an adapter."""
@@ -37,6 +37,20 @@ class AdaptedSite(Adapted):
         """For each parameter of adapter ``name``, its key in PEFT's file; ``path`` is this layer's in the model."""
         ends = self.method(name).disk_names(self.site((name,)))
         return {key: f"base_model.model.{path}.{end}" for key, end in ends.items()}
+
+    def packed(self, name: str, path: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What is written of adapter ``name``, by its keys on disk, given its tensors by theirs (`disk_keys`)."""
+        method, site, keys = self.method(name), self.site((name,)), self.disk_keys(name, path)
+        ends = method.packed().disk_names(site)
+        packed = method.pack(site, {own: values[key] for own, key in keys.items()})
+        return {f"base_model.model.{path}.{ends[own]}": value for own, value in packed.items()}
+
+    def unpacked(self, name: str, path: str, written: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of `packed`."""
+        method, site, keys = self.method(name), self.site((name,)), self.disk_keys(name, path)
+        ends = method.packed().disk_names(site)
+        packed = {own: written[f"base_model.model.{path}.{end}"] for own, end in ends.items()}
+        return {keys[own]: value for own, value in method.unpack(site, packed).items()}
 
     def parameter_dtype(self, widen: bool) -> torch.dtype:
         """The dtype of an adapter's parameters: at least float32 if ``widen``, otherwise the base's."""

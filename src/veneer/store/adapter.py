@@ -13,7 +13,14 @@ from transformers import PreTrainedModel
 from veneer.core.method import MethodConfig
 from veneer.errors import FormatError
 from veneer.model.adapted import Adapted, add_copy
-from veneer.model.attach import DISK_PREFIX, adapt_path, live_parameters, named_live_parameters, stored_tensors
+from veneer.model.attach import (
+    DISK_PREFIX,
+    adapt_path,
+    live_parameters,
+    named_live_parameters,
+    stored_tensors,
+    unpacked_tensors,
+)
 from veneer.model.inplace import base_of
 from veneer.model.state import AdapterState
 from veneer.store.adapter_config import CONFIG_FILE, from_json, to_json
@@ -43,7 +50,7 @@ def save_adapter(
     mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
     values = adapter_tensors(model, state, name) if tensors is None else tensors
     write_atomically(folder / WEIGHTS_FILE, tensors_to_bytes(values))
-    write_atomically(folder / CONFIG_FILE, to_json(state.configs[name], mapping).encode())
+    write_atomically(folder / CONFIG_FILE, to_json(state.configs[name].packed(), mapping).encode())
 
 
 def adapter_tensors(
@@ -54,10 +61,9 @@ def adapter_tensors(
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """What is saved of an adapter, by key. ``state_dict`` gives the values, where the model's are sharded or stale."""
-    found = stored_tensors(model, state, name)
-    if state_dict is not None:
-        named = named_live_parameters(model, name)
-        found = {key: state_dict.get(named[key][0], value) if key in named else value for key, value in found.items()}
+    values = state_dict or {}
+    live = {key: values.get(own, value) for key, (own, value) in named_live_parameters(model, name).items()}
+    found = stored_tensors(model, state, name, live)
     for key, (module, parameter) in _embeddings(model, name).items():
         if key not in found and _saves_embedding(model, state.configs[name], key, save_embedding_layers):
             found[key] = cast(Tensor, module.effective(parameter, (name,)) if isinstance(module, Adapted) else None)
@@ -91,7 +97,7 @@ def assign(model: nn.Module, state: AdapterState, name: str, tensors: Mapping[st
 
     Raises FormatError that lists every missing, unexpected, wrong-shaped and non-finite tensor.
     """
-    parameters = live_parameters(model, state, name)
+    parameters = stored_tensors(model, state, name)
     carried = {key: place for key, place in _embeddings(model, name).items() if key not in parameters}
     shapes = {key: tuple(value.shape) for key, value in parameters.items()}
     shapes |= {key: tuple(cast(Tensor, m._parameters[p]).shape) for key, (m, p) in carried.items() if key in tensors}
@@ -105,8 +111,9 @@ def assign(model: nn.Module, state: AdapterState, name: str, tensors: Mapping[st
     problems += [f"holds NaN or infinity: {key}" for key in non_finite(tensors)]
     if problems:
         raise FormatError(f"{source} does not fit {type(model).__name__}:\n  " + "\n  ".join(problems))
-    for key, value in parameters.items():
-        value.copy_(tensors[key])
+    values = unpacked_tensors(model, name, tensors)
+    for key, value in live_parameters(model, state, name).items():
+        value.copy_(values[key])
     for key, (module, parameter) in carried.items():
         if key in tensors:
             _carry(model, state, name, key, module, parameter, tensors[key])

@@ -30,7 +30,10 @@ from veneer.methods.bottleneck import BottleneckConfig
 from veneer.model.residual import residual_adapters
 
 D, R, VOCAB, N_LAYERS = 24, 5, 67, 2
-SMALL = dict(vocab_size=VOCAB, hidden_size=D, intermediate_size=37, num_hidden_layers=N_LAYERS, num_attention_heads=3)
+SMALL = {
+    "vocab_size": VOCAB, "hidden_size": D, "intermediate_size": 37, "num_hidden_layers": N_LAYERS,
+    "num_attention_heads": 3,
+}  # fmt: skip
 LLAMA = LlamaConfig(**SMALL, num_key_value_heads=1)
 
 # config, and for each sub-layer of layer i: the module around which it is written out, the module it reads in parallel

@@ -10,12 +10,11 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-WORDS = tuple(
-    (
-        "the a cat dog bird sat ran flew on under over mat tree house and then it was red blue "
-        "green big small what did do say hello bye yes no one two three four five six seven eight nine ten please thanks"
-    ).split()
-)
+WORDS = (
+    "the", "a", "cat", "dog", "bird", "sat", "ran", "flew", "on", "under", "over", "mat", "tree", "house", "and",
+    "then", "it", "was", "red", "blue", "green", "big", "small", "what", "did", "do", "say", "hello", "bye", "yes",
+    "no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "please", "thanks",
+)  # fmt: skip
 SPECIAL = ["<unk>", "<end>", "<user>", "<assistant>", "<system>"]
 TEMPLATE = (
     "{% for m in messages %}{{ '<' + m['role'] + '> ' + m['content'] + ' <end> ' }}{% endfor %}"
