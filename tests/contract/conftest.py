@@ -1,0 +1,57 @@
+"""Every linear method with settings that are not neutral, found by walking ``methods/`` and ``inits/``."""
+
+import dataclasses
+import importlib
+import inspect
+import itertools
+import pkgutil
+
+import pytest
+
+import veneer.methods
+from veneer.core.method import LinearMethod
+from veneer.errors import ConfigError
+from veneer.methods import all_methods
+
+BREAK_NEUTRALITY = {"r": 3, "lora_alpha": 5.0, "alpha_pattern": {"down_proj": 2.0}, "rank_pattern": {"down_proj": 2}}
+STARTS_FROM_THE_WEIGHT = ("pissa", "pissa_niter_2", "olora")
+
+
+def variant_switches() -> list[str]:
+    path = veneer.methods.__path__
+    modules = [importlib.import_module(f"veneer.methods.{info.name}") for info in pkgutil.iter_modules(path)]
+    return [module.SWITCH for module in modules if hasattr(module, "SWITCH")]
+
+
+def linear_configs() -> dict[str, LinearMethod]:
+    """LoRA's variants come alone and in pairs, less the pairs that it refuses, and with starts from the weight."""
+    found: dict[str, LinearMethod] = {}
+    for cls in all_methods().values():
+        if not issubclass(cls, LinearMethod):
+            continue
+        accepted = inspect.signature(cls).parameters
+        values = {k: v for k, v in BREAK_NEUTRALITY.items() if k in accepted}
+        switches = [s for s in variant_switches() if s in accepted]
+        for on in itertools.chain([()], itertools.combinations(switches, 1), itertools.combinations(switches, 2)):
+            try:
+                found["+".join([cls.peft_type, *on])] = cls(**values, **dict.fromkeys(on, True))
+            except ConfigError:
+                assert len(on) == 2, f"{cls.peft_type} refuses {on} alone"
+    for start in STARTS_FROM_THE_WEIGHT:
+        for base in ("LORA", "LORA+use_dora"):
+            found[f"{base}+{start}"] = dataclasses.replace(found[base], init_lora_weights=start)
+    return found
+
+
+CONFIGS = linear_configs()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``config`` is each of them in turn."""
+    if "config" in metafunc.fixturenames:
+        metafunc.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+
+
+@pytest.fixture
+def every_config() -> list[LinearMethod]:
+    return list(CONFIGS.values())

@@ -1,0 +1,165 @@
+"""The laws on whole models: what is saved is what is loaded, sizes are what was declared, merging changes nothing."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig, PreTrainedModel
+
+import veneer
+from veneer.model.attach import adapted_layers, live_parameters
+
+LLAMA = LlamaConfig(
+    vocab_size=67,
+    hidden_size=28,
+    intermediate_size=37,
+    num_hidden_layers=2,
+    num_attention_heads=7,
+    num_key_value_heads=1,
+    attention_bias=True,
+)
+GPT2 = GPT2Config(vocab_size=67, n_embd=28, n_layer=2, n_head=7, n_positions=32)  # its layers store Wᵀ
+BASES = {"llama": LLAMA, "gpt2": GPT2}
+every_base = pytest.mark.parametrize("base", BASES.values(), ids=BASES.keys())
+TOKENS = torch.tensor([[5, 61, 2, 33, 17], [8, 8, 40, 1, 66]])
+
+
+def make_base(config: PreTrainedConfig) -> PreTrainedModel:
+    torch.manual_seed(41)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.3)
+    return model
+
+
+def trained(base: PreTrainedConfig, config) -> PreTrainedModel:
+    """A model with an adapter that is away from its start."""
+    model = veneer.get_peft_model(make_base(base), config)
+    torch.manual_seed(43)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.2 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+@every_base
+def test_saved_and_loaded_is_bit_equal(base, config, tmp_path):
+    model = trained(base, config)
+    model.save_pretrained(tmp_path)
+    loaded = veneer.PeftModel.from_pretrained(make_base(base), tmp_path)
+    loaded.save_pretrained(tmp_path / "again")
+    first, again = ((tmp_path / sub / "adapter_model.safetensors").read_bytes() for sub in ("", "again"))
+    assert first == again
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-12, atol=1e-12)
+    assert (logits(model) - logits(make_base(base))).abs().max() > 1e-3
+
+
+@every_base
+def test_training_goes_on_from_what_was_saved(base, config, tmp_path):
+    """The trained form comes back bit for bit, whatever form the file has."""
+    model = trained(base, config)
+    model.save_pretrained(tmp_path)
+    other = veneer.get_peft_model(make_base(base), config)
+    other.load_adapter(tmp_path, "default", is_trainable=True)
+    before, after = (live_parameters(m, m.adapter_state, "default") for m in (model, other))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+@every_base
+def test_declared_shapes_are_the_real_bytes(base, config, tmp_path):
+    model = trained(base, config)
+    model.save_pretrained(tmp_path)
+    resolved = model.peft_config["default"].packed()
+    declared = [shape for layer in adapted_layers(model).values() for shape in resolved.shapes(layer.site()).values()]
+    with safe_open(tmp_path / "adapter_model.safetensors", framework="pt") as file:
+        real = [tuple(file.get_tensor(key).shape) for key in file.keys()]  # noqa: SIM118 - not a mapping
+        n_bytes = sum(file.get_tensor(key).nbytes for key in file.keys())  # noqa: SIM118
+    assert sorted(real) == sorted(declared)
+    assert n_bytes == 8 * sum(torch.Size(shape).numel() for shape in declared)
+
+
+@every_base
+def test_merged_equals_adapted(base, config):
+    model = trained(base, config)
+    adapted = logits(model)
+    merged = model.merge_and_unload()
+    assert not adapted_layers(merged)
+    torch.testing.assert_close(logits(merged), adapted, rtol=1e-10, atol=1e-10)
+
+
+@every_base
+def test_unloading_gives_back_the_base(base, config):
+    plain = logits(make_base(base))
+    assert torch.equal(logits(trained(base, config).unload()), plain)
+
+
+TOY = '''
+"""Toy: one number per output is added to the layer's bias."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from veneer.core.method import LinearMethod
+from veneer.core.records import LinearDelta
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyConfig(LinearMethod):
+    peft_type: ClassVar[str] = "TOY"
+    default_targets: ClassVar[tuple[str, ...]] = ("k_proj", "up_proj", "c_attn")
+
+    def shapes(self, site):
+        return {"toy": (site.out_features,)}
+
+    def init(self, site, generator=None):
+        return {"toy": torch.zeros(site.out_features)}
+
+    def lower(self, site, params):
+        return LinearDelta(bias=params["toy"] if site.bias is None else site.bias + params["toy"])
+'''
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """A method dropped into the folder, and nothing else."""
+    import veneer.methods as folder
+
+    (tmp_path / "toy.py").write_text(TOY)
+    monkeypatch.setattr(folder, "__path__", [*folder.__path__, str(tmp_path)])
+    folder.all_methods.cache_clear()
+    yield folder.all_methods()["TOY"]
+    monkeypatch.undo()
+    folder.all_methods.cache_clear()
+
+
+@every_base
+def test_a_method_dropped_into_the_folder_trains_saves_loads_and_merges(base, toy, tmp_path):
+    model = veneer.get_peft_model(make_base(base), toy())
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    losses = []
+    for _ in range(3):
+        loss = model(TOKENS, labels=TOKENS).loss
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[2] < losses[1] < losses[0]
+    model.eval().save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "adapter_config.json").read_text())["peft_type"] == "TOY"
+    loaded = veneer.PeftModel.from_pretrained(make_base(base), tmp_path / "saved")
+    assert torch.equal(logits(loaded), logits(model))
+    torch.testing.assert_close(logits(loaded.merge_and_unload()), logits(model), rtol=1e-10, atol=1e-10)
