@@ -45,7 +45,7 @@ def train_under_limit(kind: str, extra_mib: int) -> subprocess.CompletedProcess:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's RLIMIT_DATA and /proc")
 def test_trains_under_a_memory_limit_in_which_unpaged_state_dies():
-    """60 × 400,009 parameters take 92 MiB of weights and 47 MiB of state. The limit has room for the weights and for one
+    """60 × 400,009 parameters take 92 MiB of weights and 47 MiB of state. The limit has room for the weights and one
     step's temporaries, not for the state on top."""
     paged, unpaged = (train_under_limit(kind, LIMIT_MIB) for kind in ("paged", "unpaged"))
     assert "trained" in paged.stdout, paged.stderr[-500:]
