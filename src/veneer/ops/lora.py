@@ -41,9 +41,9 @@ class Projection:
 class LoraGradients:
     """Gradients of `lora_forward`: in x (None where not asked for), and in a and b of every projection with a pair."""
 
-    x: Float[Tensor, "n i"] | None
-    a: tuple[Float[Tensor, "r i"] | None, ...]
-    b: tuple[Float[Tensor, "o r"] | None, ...]
+    x: Tensor | None
+    a: tuple[Tensor | None, ...]
+    b: tuple[Tensor | None, ...]
 
 
 def lora_linear(x: Float[Tensor, "*batch i"], projection: Projection) -> Float[Tensor, "*batch o"]:
@@ -53,7 +53,7 @@ def lora_linear(x: Float[Tensor, "*batch i"], projection: Projection) -> Float[T
 
 def lora_linears(
     x: Float[Tensor, "*batch i"], projections: Sequence[Projection]
-) -> tuple[Float[Tensor, "*batch o"], ...]:
+) -> tuple[Float[Tensor, "*batch _"], ...]:
     """The outputs of adapted layers that share their input, under autograd.
 
     Raises ShapeError where a projection does not fit x.
@@ -66,7 +66,7 @@ def lora_linears(
 
 def lora_forward(
     x: Float[Tensor, "n i"], projections: Sequence[Projection]
-) -> tuple[tuple[Float[Tensor, "n o"], ...], Float[Tensor, "n ranks"] | None]:
+) -> tuple[tuple[Float[Tensor, "n _"], ...], Float[Tensor, "n ranks"] | None]:
     """The outputs, and the joined ``A x`` that `lora_backward` reads (None where no projection has a low-rank pair)."""
     joined = _joined_a(projections, x.dtype)
     u = None if joined is None else x @ joined.T
@@ -80,7 +80,7 @@ def lora_forward(
 
 
 def lora_backward(
-    dys: Sequence[Float[Tensor, "n o"]],
+    dys: Sequence[Float[Tensor, "n _"]],
     x: Float[Tensor, "n i"],
     u: Float[Tensor, "n ranks"] | None,
     projections: Sequence[Projection],
@@ -111,8 +111,8 @@ def lora_backward(
 
 def grouped_lora(
     x: Float[Tensor, "n i"],
-    a_list: Sequence[Float[Tensor, "r i"]],
-    b_list: Sequence[Float[Tensor, "o r"]],
+    a_list: Sequence[Float[Tensor, "_ i"]],
+    b_list: Sequence[Float[Tensor, "o _"]],
     scales: Sequence[float],
     row_to_adapter: Int[Tensor, " n"],
     *,

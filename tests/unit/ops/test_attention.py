@@ -8,9 +8,8 @@ from torch.nn import functional
 
 from veneer.errors import ConfigError, ShapeError
 from veneer.ops.attention import AttentionOptions, attention
-from veneer.ops.dispatch import backends
 
-BACKENDS = backends("attention.attention_forward")
+OP = "attention.attention_forward"
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -72,7 +71,6 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: str(c[1:4]))
 def test_output_and_gradients(case, dtype, backend):
@@ -80,7 +78,6 @@ def test_output_and_gradients(case, dtype, backend):
     compare(draw(bounds, q_heads, kv_heads, head_dim), bounds, AttentionOptions(**options, backend=backend), dtype)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_large_scores_do_not_overflow(dtype, backend):
     tensors = draw([0, 50], 2, 1, 32)
@@ -88,7 +85,6 @@ def test_large_scores_do_not_overflow(dtype, backend):
     compare(tensors, [0, 50], AttentionOptions(backend=backend), dtype, slack=200 if dtype == torch.float32 else 1)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_window_of_one_returns_the_values(dtype, backend):
     q, k, v, dout = (t.to(dtype) for t in draw([0, 21], 2, 2, 32))
@@ -102,7 +98,6 @@ def test_window_of_one_returns_the_values(dtype, backend):
     assert dq.abs().max() <= 50 * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_equals_torch_on_a_batch(backend):
     q, k, v, _ = draw([0, 3 * 70], 6, 2, 32)
     got = attention(q, k, v, torch.arange(0, 211, 70), AttentionOptions(backend=backend)).unflatten(0, (3, 70))
@@ -111,7 +106,6 @@ def test_equals_torch_on_a_batch(backend):
     assert torch.allclose(got, wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_parts_of_one_projection(backend, dtype):
     """q, k and v read through strides, without a copy."""
@@ -122,13 +116,13 @@ def test_parts_of_one_projection(backend, dtype):
     assert torch.equal(attention(q, k, v, cu, options), wanted)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_float64_gradcheck(backend):
     tensors = [t.double().requires_grad_() for t in draw([0, 3, 8], 2, 1, 4)[:3]]
     options = AttentionOptions(window=3, softcap=1.5, backend=backend)
     assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, torch.tensor([0, 3, 8]), options), tensors)
 
 
+@pytest.mark.usefixtures("own_checks")
 def test_errors():
     with pytest.raises(ConfigError, match="window=0"):
         AttentionOptions(window=0)

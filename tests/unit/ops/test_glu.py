@@ -7,10 +7,9 @@ import torch
 from torch.nn import functional
 
 from veneer.errors import ConfigError, ShapeError
-from veneer.ops.dispatch import backends
 from veneer.ops.glu import ACTIVATIONS, glu, glu_backward
 
-BACKENDS = backends("glu.glu_forward")
+OP = "glu.glu_forward"
 TORCH = {"silu": functional.silu, "gelu": functional.gelu, "gelu_tanh": partial(functional.gelu, approximate="tanh")}
 
 
@@ -28,7 +27,6 @@ def results(function, gate, up, dh, dtype):
     return [h.detach(), *torch.autograd.grad(h, leaves, dh.to(dtype))]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 17), (2, 3, 131), (5, 1536)])
@@ -39,25 +37,23 @@ def test_value_and_gradients(shape, activation, dtype, backend):
     plain = results(plain_function, gate, up, dh, dtype)
     exact = results(plain_function, gate, up, dh, torch.float64)
     for name, got, theirs, truth in zip(("h", "dgate", "dup"), ours, plain, exact, strict=True):
-        allowed = 2 * (theirs.double() - truth).abs().max() + 4e-7 * truth.abs().max()
+        allowed = 2 * (theirs.double() - truth).abs().max() + 4e-7 * truth.abs().max() + 1e-30
         assert got.dtype == dtype
         assert (got.double() - truth).abs().max() <= allowed, name
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_halves_of_one_buffer_overwritten(activation, backend):
     gate, up, dh = draw((7, 37), torch.float32)
-    expected = glu_backward(dh, gate, up, activation, backend="reference")
+    expected = glu_backward(dh.double(), gate.double(), up.double(), activation, backend="reference")
     joined = torch.cat([gate, up], dim=1)
     halves = joined[:, :37], joined[:, 37:]
     out = glu_backward(dh, *halves, activation, overwrite=True, backend=backend)
     assert [o.data_ptr() for o in out] == [halves[0].data_ptr(), halves[1].data_ptr(), dh.data_ptr()]
     for got, wanted in zip((*halves, dh), expected, strict=True):
-        assert torch.allclose(got, wanted, rtol=2e-6, atol=2e-6)
+        assert torch.allclose(got.double(), wanted, rtol=2e-6, atol=2e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_float64_gradcheck(activation, backend):
     generator = torch.Generator().manual_seed(0)
@@ -65,6 +61,7 @@ def test_float64_gradcheck(activation, backend):
     assert torch.autograd.gradcheck(lambda g, u: glu(g, u, activation, backend=backend), pair)
 
 
+@pytest.mark.usefixtures("own_checks")
 def test_errors():
     with pytest.raises(ConfigError, match=r"'swish' is unknown.*silu"):
         glu(torch.zeros(3), torch.zeros(3), "swish")

@@ -6,11 +6,10 @@ import torch
 from veneer.core.linear import apply_linear
 from veneer.core.records import LinearDelta
 from veneer.errors import ShapeError
-from veneer.ops.dispatch import backends
 from veneer.ops.lora import Projection, grouped_lora, lora_linear, lora_linears
 from veneer.quant.dense import DenseWeight
 
-BACKENDS = backends("lora.grouped_forward")
+OP = "lora.grouped_forward"
 DTYPES = [torch.float32, torch.bfloat16]
 OUTS, RANKS, SCALES = (31, 17, 23), (5, 0, 3), (1.7, 1.0, 0.3)  # the middle layer has no adapter
 
@@ -85,6 +84,7 @@ def test_input_without_gradient():
     assert torch.allclose(a.grad, 1.7 * (dys[0] @ b).flatten(0, 1).T @ x.flatten(0, 1), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("own_checks")
 def test_projection_that_does_not_fit():
     x, a, b = torch.zeros(3, 5), torch.zeros(2, 5), torch.zeros(7, 2)
     for wrong in (
@@ -120,7 +120,6 @@ def group_results(function, group, dtype):
     return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(dtype), materialize_grads=True)]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [1, 19, 83])
 def test_rows_with_their_own_adapters(n, dtype, backend):
@@ -133,7 +132,6 @@ def test_rows_with_their_own_adapters(n, dtype, backend):
         assert (got.double() - truth).abs().max() <= allowed, index
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_group_gradcheck(backend):
     x, a_list, b_list, scales, rows, _ = draw_group(torch.float64, ranks=(2, 3), n=4)
     leaves = [t.requires_grad_() for t in (x, *a_list, *b_list)]
@@ -142,6 +140,7 @@ def test_group_gradcheck(backend):
     )
 
 
+@pytest.mark.usefixtures("own_checks")
 def test_group_that_does_not_fit():
     x, a, b, rows = torch.zeros(3, 5), torch.zeros(2, 5), torch.zeros(7, 2), torch.zeros(3, dtype=torch.long)
     for args, message in (

@@ -6,11 +6,10 @@ from torch.nn import functional
 
 from veneer.errors import ShapeError
 from veneer.ops import norm
-from veneer.ops.dispatch import backends
 
-SHAPES = [(1, 1), (3, 7), (2, 5, 67), (13, 576), (1, 1031)]
+SHAPES = [(1, 2), (3, 7), (2, 5, 67), (13, 576), (1, 1031)]
 DTYPES = [torch.float32, torch.bfloat16]
-BACKENDS = backends("norm.rms_norm_forward")
+OP = "norm.rms_norm_forward"
 EPS = 1e-5
 
 
@@ -48,7 +47,6 @@ def require_close(ours, plain, exact):
         assert (got.double() - truth).abs().max() <= allowed, name
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("offset", [0.0, 1.0])
@@ -59,16 +57,14 @@ def test_rms_norm_and_its_gradients(shape, dtype, offset, backend):
     require_close(ours, plain, results(torch_rms(offset), (x, weight), torch.float64, dy))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [s for s in SHAPES if s[-1] > 1])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_layer_norm_and_its_gradients(shape, dtype, backend):
     *tensors, dy = draw(shape, dtype)
     ours = results(lambda *t: norm.layer_norm(*t, EPS, backend=backend), tensors, dtype, dy)
     require_close(ours, results(torch_layer, tensors, dtype, dy), results(torch_layer, tensors, torch.float64, dy))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_apart_in_memory(backend):
     wide = torch.randn(11, 97, generator=torch.Generator().manual_seed(1))
     weight = torch.randn(53, generator=torch.Generator().manual_seed(2))
@@ -78,7 +74,6 @@ def test_rows_apart_in_memory(backend):
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_float64_gradcheck(backend):
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (
@@ -94,6 +89,7 @@ def test_frozen_weight_has_no_gradient():
     assert dweight is None
 
 
+@pytest.mark.usefixtures("own_checks")
 def test_weight_that_does_not_fit():
     with pytest.raises(ShapeError, match=r"weight.*\(7,\)"):
         norm.rms_norm(torch.zeros(3, 7), torch.zeros(5), EPS)

@@ -1,0 +1,129 @@
+// Sixteen floats at a time, in the compiler's own vector types: one register with AVX-512, two with AVX2, four with NEON.
+// Internal to each kernels.cpp, for the reason that numeric.h gives.
+#pragma once
+
+#include "core/numeric.h"
+
+namespace veneer {
+namespace {
+
+typedef float lanes __attribute__((vector_size(64)));
+typedef int32_t int_lanes __attribute__((vector_size(64)));
+typedef uint32_t bit_lanes __attribute__((vector_size(64)));
+typedef uint16_t half_lanes __attribute__((vector_size(32)));
+
+constexpr int64_t width = 16;
+
+inline lanes splat(float x) { return lanes{} + x; }
+
+inline lanes load(const float* p) { lanes x; std::memcpy(&x, p, sizeof x); return x; }
+inline lanes load(const bf16* p) {
+  half_lanes bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return (lanes)(__builtin_convertvector(bits, bit_lanes) << 16);
+}
+
+inline void store(float* p, lanes x) { std::memcpy(p, &x, sizeof x); }
+inline void store(bf16* p, lanes x) {  // round to nearest, ties to even; NaN stays NaN
+  const bit_lanes bits = (bit_lanes)x;
+  const bit_lanes rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const half_lanes out = __builtin_convertvector(x == x ? rounded : bit_lanes{} + 0x7fc0u, half_lanes);
+  std::memcpy(p, &out, sizeof out);
+}
+
+// The first n of sixteen; the rest reads as `fill`.
+template <class T>
+inline lanes load_some(const T* p, int64_t n, float fill = 0.0f) {
+  float wide[width];
+  for (int64_t i = 0; i < width; ++i) wide[i] = i < n ? to_float(p[i]) : fill;
+  return load(wide);
+}
+template <class T>
+inline void store_some(T* p, lanes x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) p[i] = from_float<T>(x[i]);
+}
+
+// f(lanes in..., ) over a row: load at every sixteenth column, the short end apart.
+template <class F>
+inline void each_sixteen(int64_t n, const F& f) {
+  int64_t c = 0;
+  for (; c + width <= n; c += width) f(c, width);
+  if (c < n) f(c, n - c);
+}
+template <class T>
+inline lanes take(const T* p, int64_t n, float fill = 0.0f) { return n == width ? load(p) : load_some(p, n, fill); }
+template <class T>
+inline void put(T* p, lanes x, int64_t n) { n == width ? store(p, x) : store_some(p, x, n); }
+
+inline float sum(lanes x) {
+  float total = 0.0f;
+  for (int64_t half = width / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; ++i) x[i] += x[i + half];
+  return total + x[0];
+}
+inline lanes larger(lanes a, lanes b) { return a > b ? a : b; }
+inline float largest(lanes x) {
+  for (int64_t half = width / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; ++i) x[i] = x[i] > x[i + half] ? x[i] : x[i + half];
+  return x[0];
+}
+
+// e^x to 2 units in the last place; 0 below -87.3, and NaN stays NaN. The polynomial is a minimax fit over ±ln 2 / 2.
+inline lanes exp(lanes x) {
+  const lanes capped = x > 88.7f ? splat(88.7f) : x;
+  constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+  const lanes shifted = capped * 1.44269504f + magic;
+  const lanes n = shifted - magic;
+  const lanes r = (capped - n * 0.693359375f) + n * 2.12194440e-4f;
+  lanes p = splat(0.00138367700856179f);
+  p = p * r + 0.008374898694455624f;
+  p = p * r + 0.041668232530355453f;
+  p = p * r + 0.16666419804096222f;
+  p = p * r + 0.49999991059303284f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const int_lanes power = ((int_lanes)shifted) << 23;
+  const lanes scaled = (lanes)((int_lanes)p + power);
+  return x < -87.3f ? lanes{} : scaled;
+}
+
+// 1 / (1 + e^-x), and what it lacks to 1, neither by a difference.
+struct Sigmoid {
+  lanes value, rest;
+};
+inline Sigmoid sigmoid(lanes x) {
+  const lanes e = exp(-x), value = 1.0f / (1.0f + e);
+  return {value, e * value};
+}
+
+inline lanes tanh(lanes x) {
+  const lanes z = x * x;
+  lanes p = splat(-0.006062234286218882f);
+  p = p * z + 0.020975016057491302f;
+  p = p * z - 0.05384669452905655f;
+  p = p * z + 0.13332746922969818f;
+  p = p * z - 0.333333283662796f;
+  const lanes small = x + x * z * p;
+  const lanes big = 1.0f - 2.0f / (exp(2.0f * x) + 1.0f);
+  return z < 0.39f ? small : big;
+}
+
+// The normal distribution function, from a fit of erfc(a) e^(a²) over t = 1 / (1 + a/2).
+inline lanes normal_cdf(lanes x) {
+  const lanes a = (x < 0.0f ? -x : x) * 0.70710678f;
+  const lanes t = 1.0f / (1.0f + 0.5f * a);
+  lanes p = splat(-0.05118606239557266f);
+  p = p * t + 0.2451072335243225f;
+  p = p * t - 0.4029485583305359f;
+  p = p * t + 0.17812579870224f;
+  p = p * t + 0.04527141898870468f;
+  p = p * t + 0.17063648998737335f;
+  p = p * t + 0.25173231959342957f;
+  p = p * t + 0.28109481930732727f;
+  p = p * t + 0.2821665406227112f;
+  const lanes tail = 0.5f * t * p * exp(-0.5f * x * x);
+  return x < 0.0f ? tail : 1.0f - tail;
+}
+
+}  // namespace
+}  // namespace veneer

@@ -1,0 +1,36 @@
+#include <nanobind/nanobind.h>
+
+#include "glu/glu.h"
+
+namespace nb = nanobind;
+
+namespace veneer {
+namespace {
+
+GluRows rows_at(uintptr_t data, int64_t stride) { return {reinterpret_cast<void*>(data), stride}; }
+
+}  // namespace
+
+void bind_glu(nb::module_& m) {
+  using release = nb::call_guard<nb::gil_scoped_release>;
+  m.def(
+      "glu_forward",
+      [](int64_t n, int64_t d, int dtype, int activation, uintptr_t gate, int64_t gate_stride, uintptr_t up,
+         int64_t up_stride, uintptr_t h, int64_t h_stride) {
+        glu_kernels().forward({n, d, Dtype(dtype), Activation(activation)}, rows_at(gate, gate_stride),
+                              rows_at(up, up_stride), rows_at(h, h_stride));
+      },
+      release());
+  m.def(
+      "glu_backward",
+      [](int64_t n, int64_t d, int dtype, int activation, uintptr_t dh, int64_t dh_stride, uintptr_t gate,
+         int64_t gate_stride, uintptr_t up, int64_t up_stride, uintptr_t dgate, int64_t dgate_stride, uintptr_t dup,
+         int64_t dup_stride, uintptr_t h, int64_t h_stride) {
+        glu_kernels().backward({n, d, Dtype(dtype), Activation(activation)}, rows_at(dh, dh_stride),
+                               rows_at(gate, gate_stride), rows_at(up, up_stride), rows_at(dgate, dgate_stride),
+                               rows_at(dup, dup_stride), rows_at(h, h_stride));
+      },
+      release());
+}
+
+}  // namespace veneer

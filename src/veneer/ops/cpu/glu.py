@@ -1,0 +1,44 @@
+"""Gated linear units by csrc/glu, in float32 and bfloat16; the reference computes other dtypes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from veneer.ops.cpu.module import DTYPES, kernels
+from veneer.ops.cpu.rows import is_served, same_dtype, with_rows
+from veneer.ops.glu import ACTIVATIONS
+from veneer.ops.reference import glu as reference
+
+
+def glu_forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    if not is_served(gate):
+        return reference.glu_forward(gate, up, activation)
+    h = torch.empty(gate.shape, dtype=gate.dtype)
+    rows = [with_rows(t) for t in (gate, up, h)]
+    kernels().glu_forward(*_sizes(rows[0], activation), *_places(rows))
+    return h
+
+
+def glu_backward(
+    dh: Tensor, gate: Tensor, up: Tensor, activation: str, overwrite: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not is_served(gate):
+        return reference.glu_backward(dh, gate, up, activation, overwrite)
+    dh = same_dtype(dh, gate)
+    results = (gate, up, dh) if overwrite else tuple(torch.empty(gate.shape, dtype=gate.dtype) for _ in range(3))
+    rows = [with_rows(t) for t in (dh, gate, up)]
+    written = [with_rows(t) for t in results]
+    kernels().glu_backward(*_sizes(rows[1], activation), *_places(rows), *_places(written))
+    for result, row in zip(results, written, strict=True):
+        if result.data_ptr() != row.data_ptr():  # rows of this layout exist only as a copy
+            result.copy_(row.view(result.shape))
+    return results[0], results[1], results[2]
+
+
+def _sizes(rows: Tensor, activation: str) -> tuple[int, int, int, int]:
+    return rows.shape[0], rows.shape[1], DTYPES[rows.dtype], ACTIVATIONS.index(activation)
+
+
+def _places(rows: list[Tensor]) -> list[int]:
+    return [number for row in rows for number in (row.data_ptr(), row.stride(0))]

@@ -1,0 +1,95 @@
+"""RMSNorm and LayerNorm by csrc/norm, in float32 and bfloat16; the reference computes other dtypes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from veneer.ops.cpu.module import DTYPES, kernels
+from veneer.ops.cpu.rows import is_served, same_dtype, with_rows
+from veneer.ops.reference import norm as reference
+
+
+def rms_norm_forward(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    if not is_served(x, weight):
+        return reference.rms_norm_forward(x, weight, eps, offset)
+    y, _, rstd = _forward(x, weight, None, eps, offset)
+    return y, rstd
+
+
+def layer_norm_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    if not is_served(x, weight, bias):
+        return reference.layer_norm_forward(x, weight, bias, eps)
+    mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    return _forward(x, weight, (bias, mean), eps, 0.0)
+
+
+def rms_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, weight_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    if not is_served(x, weight):
+        return reference.rms_norm_backward(dy, x, weight, rstd, offset, weight_grad)
+    dx, dweight, _ = _backward(dy, x, (weight, offset), (None, rstd), weight_grad)
+    return dx, dweight
+
+
+def layer_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, weight_grad: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    if not is_served(x, weight):
+        return reference.layer_norm_backward(dy, x, weight, mean, rstd, weight_grad)
+    return _backward(dy, x, (weight, 0.0), (mean, rstd), weight_grad)
+
+
+def _forward(
+    x: Tensor, weight: Tensor, bias_and_mean: tuple[Tensor, Tensor] | None, eps: float, offset: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = with_rows(x)
+    weight = weight.contiguous()
+    bias = bias_and_mean[0].to(weight.dtype).contiguous() if bias_and_mean else None
+    rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    mean = bias_and_mean[1] if bias_and_mean else rstd
+    y = torch.empty(x.shape, dtype=x.dtype)
+    kernels().norm_forward(
+        rows.data_ptr(),
+        rows.stride(0),
+        *rows.shape,
+        DTYPES[x.dtype],
+        mean.data_ptr() if bias_and_mean else 0,
+        rstd.data_ptr(),
+        weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        DTYPES[weight.dtype],
+        offset,
+        eps,
+        y.data_ptr(),
+    )
+    return y, mean, rstd
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    weight_and_offset: tuple[Tensor, float],
+    statistics: tuple[Tensor | None, Tensor],
+    weight_grad: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    rows, dy_rows = with_rows(x), with_rows(same_dtype(dy, x))
+    weight, offset = weight_and_offset[0].contiguous(), weight_and_offset[1]
+    mean, rstd = statistics
+    dx = torch.empty(x.shape, dtype=x.dtype)
+    given = (
+        rows.data_ptr(),
+        rows.stride(0),
+        *rows.shape,
+        DTYPES[x.dtype],
+        0 if mean is None else mean.data_ptr(),
+        rstd.data_ptr(),
+    )
+    gradient = dy_rows.data_ptr(), dy_rows.stride(0)
+    kernels().norm_backward(*given, weight.data_ptr(), DTYPES[weight.dtype], offset, *gradient, dx.data_ptr())
+    if not weight_grad:
+        return dx, None, None
+    dweight, dbias = torch.empty(2, weight.shape[0], dtype=torch.float32)
+    kernels().norm_weight_grad(*given, *gradient, dweight.data_ptr(), 0 if mean is None else dbias.data_ptr())
+    return dx, dweight.to(weight.dtype), dbias.to(weight.dtype)
