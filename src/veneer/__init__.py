@@ -6,15 +6,38 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "BottleneckConfig": "veneer.methods.bottleneck",
     "IA3Config": "veneer.methods.ia3",
     "LoraConfig": "veneer.methods.lora",
+    "PeftConfig": "veneer.adapters.functional",
     "PeftModel": "veneer.adapters.peft_model",
     "SFTConfig": "veneer.train.config",
     "SFTTrainer": "veneer.train.trainer",
+    "TaskType": "veneer.core.tasks",
+    "get_layer_status": "veneer.adapters.status",
+    "get_model_status": "veneer.adapters.status",
     "get_peft_model": "veneer.adapters.peft_model",
+    "get_peft_model_state_dict": "veneer.adapters.functional",
+    "inject_adapter_in_model": "veneer.adapters.functional",
+    "set_peft_model_state_dict": "veneer.adapters.functional",
 }
 
-__all__ = ["IA3Config", "LoraConfig", "PeftModel", "SFTConfig", "SFTTrainer", "get_peft_model"]
+__all__ = [
+    "BottleneckConfig",
+    "IA3Config",
+    "LoraConfig",
+    "PeftConfig",
+    "PeftModel",
+    "SFTConfig",
+    "SFTTrainer",
+    "TaskType",
+    "get_layer_status",
+    "get_model_status",
+    "get_peft_model",
+    "get_peft_model_state_dict",
+    "inject_adapter_in_model",
+    "set_peft_model_state_dict",
+]
 
 
 def __getattr__(name: str) -> Any:

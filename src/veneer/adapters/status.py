@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from veneer.errors import ConfigError
 from veneer.model.adapted import Adapted
 from veneer.model.attach import adapted_places
-from veneer.model.inplace import base_of
+from veneer.model.inplace import InPlace, base_of
 from veneer.model.linear import frozen_weight
 from veneer.model.state import AdapterState
 
@@ -75,7 +75,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     trainable, total = count_parameters(model)
     names = sorted(state.configs)
     return TunerModelStatus(
-        base_model_type=base_of(type(model)).__name__ if "adapter_state" in vars(model) else type(model).__name__,
+        base_model_type=base_of(type(model)).__name__ if isinstance(model, InPlace) else type(model).__name__,
         peft_types={name: config.peft_type for name, config in state.configs.items()},
         trainable_params=trainable,
         total_params=total,

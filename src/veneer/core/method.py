@@ -21,6 +21,7 @@ from torch import Tensor
 
 from veneer.core.records import LinearDelta, PrefixDelta, PromptDelta, ResidualDelta
 from veneer.core.sites import AttentionSite, InputSite, LinearSite, ResidualSite
+from veneer.core.tasks import TaskType
 from veneer.errors import ConfigError
 
 Shapes = dict[str, tuple[int, ...]]
@@ -57,8 +58,10 @@ class MethodConfig(ABC):
 
     def problems(self) -> list[str]:
         """Everything that is wrong with the values, one sentence each. Subclasses extend the list."""
+        tasks = [task.value for task in TaskType]
+        found = [] if self.task_type in (None, *tasks) else [f"task_type={self.task_type!r} must be one of {tasks}"]
         flags = {spec.name: getattr(self, spec.name) for spec in fields(self) if spec.type in ("bool", bool)}
-        return [f"{k}={v!r} must be True or False" for k, v in flags.items() if not isinstance(v, bool)]
+        return found + [f"{k}={v!r} must be True or False" for k, v in flags.items() if not isinstance(v, bool)]
 
     def packed(self) -> MethodConfig:
         """The config as it is written: a method that others do not know may be one that they do know, once trained."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 import torch
@@ -68,14 +67,15 @@ def _saved_modules(model: PreTrainedModel, config: MethodConfig) -> Iterator[tup
                 f"modules_to_save names {name!r}, which matches no module of the model"
                 + (f" (nearest: {', '.join(hints)})" if hints else "")
             )
-    pattern = "|".join(rf"(?:.*\.)?{re.escape(name)}(?:\..*)?" for name in wanted)
+    roots = [path for path in modules if any(_is(path, name) for name in wanted)]
     for path, module in modules.items():
-        if wanted and re.fullmatch(pattern, path):
+        if any(path == root or path.startswith(f"{root}.") for root in roots):
             yield path, module
 
 
 def _is(path: str, name: str) -> bool:
-    return path == name or path.endswith(f".{name}")
+    """PEFT's rule, which its files rely on: the end of the path, also within a name ("norm" takes "ln_norm")."""
+    return path.endswith(name)
 
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

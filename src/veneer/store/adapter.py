@@ -21,7 +21,7 @@ from veneer.model.attach import (
     stored_tensors,
     unpacked_tensors,
 )
-from veneer.model.inplace import base_of
+from veneer.model.inplace import InPlace, base_of
 from veneer.model.state import AdapterState
 from veneer.store.adapter_config import CONFIG_FILE, from_json, to_json
 from veneer.store.adapter_files import WEIGHTS_FILE, non_finite, read_tensors, tensors_to_bytes, write_atomically
@@ -46,7 +46,7 @@ def save_adapter(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FormatError(f"{folder} cannot be made a folder: {error.strerror}") from error
-    base = base_of(type(model)) if "adapter_state" in vars(model) and hasattr(model, "peft_config") else type(model)
+    base = base_of(type(model)) if isinstance(model, InPlace) else type(model)
     mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
     values = adapter_tensors(model, state, name) if tensors is None else tensors
     write_atomically(folder / WEIGHTS_FILE, tensors_to_bytes(values))

@@ -41,6 +41,8 @@ _NEUTRAL: dict[str, dict[str, Any]] = {
         "velora_config": None,
     }
 }
+# Fields that PEFT's config of the method does not have: written only where they say something.
+_EXTRA = {"IA3": ("layers_pattern", "layers_to_transform")}
 # Values that change nothing on reading, whatever they are.
 _INFORMATIVE = ("auto_mapping", "peft_version", "megatron_core", "qalora_group_size", "runtime_config")
 
@@ -49,6 +51,9 @@ def to_json(config: MethodConfig, auto_mapping: Mapping[str, str] | None = None)
     """The text of ``adapter_config.json``: keys sorted, indented by 2, ``inference_mode`` true, as PEFT writes it."""
     values: dict[str, Any] = dict(_NEUTRAL.get(config.peft_type, {}))
     values |= {spec.name: _plain(getattr(config, spec.name)) for spec in fields(config)}
+    for extra in _EXTRA.get(config.peft_type, ()):
+        if values[extra] is None:
+            del values[extra]
     values |= {"auto_mapping": auto_mapping if config.task_type is None else None}
     values |= {"peft_type": config.peft_type, "peft_version": PEFT_VERSION, "inference_mode": True}
     return json.dumps(values, indent=2, sort_keys=True)

@@ -1,0 +1,76 @@
+"""PEFT's functions on models that keep their own class: injecting adapters, reading and setting their tensors."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Mapping
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from veneer.adapters import lifecycle
+from veneer.adapters.peft_model import PeftModel, hub_options
+from veneer.core.method import MethodConfig
+from veneer.errors import AdapterNameError, ConfigError
+from veneer.model.attach import Start
+from veneer.model.state import AdapterState
+from veneer.store.adapter import SaveEmbeddings, adapter_tensors, assign, read_config
+from veneer.store.adapter_source import adapter_folder
+
+
+class PeftConfig(ABC):  # noqa: B024 - it is a name for isinstance, and a place to load from
+    """Any config of any method: ``isinstance(config, PeftConfig)`` holds for all of them."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, **hub: Any) -> MethodConfig:
+        """The config of a saved adapter, from a folder or a hub id; ``hub`` takes the fields of `HubOptions`."""
+        return read_config(adapter_folder(pretrained_model_name_or_path, hub_options(hub)))
+
+
+PeftConfig.register(MethodConfig)
+
+
+def inject_adapter_in_model(
+    peft_config: MethodConfig, model: nn.Module, adapter_name: str = "default", *, autocast_adapter_dtype: bool = True
+) -> nn.Module:
+    """Put a fresh adapter on any module, in place, without the methods of `PeftModel`; the base is frozen."""
+    if isinstance(model, PeftModel):
+        raise ConfigError("this model is a PeftModel already: call its add_adapter instead")
+    state = vars(model).get("adapter_state")
+    if not isinstance(state, AdapterState):
+        state = AdapterState()
+        model.requires_grad_(False)
+        bare = cast(Any, model)
+        bare.adapter_state, bare.peft_config, bare._hf_peft_config_loaded = state, state.configs, True
+    lifecycle.add(model, state, adapter_name, peft_config, Start(widen=autocast_adapter_dtype))
+    lifecycle.activate(model, state, (adapter_name,))
+    return model
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    save_embedding_layers: SaveEmbeddings = "auto",
+) -> dict[str, Tensor]:
+    """The tensors of an adapter by their keys on disk. ``state_dict`` gives values in the place of the model's own."""
+    state = _state(model, adapter_name)
+    return adapter_tensors(model, state, adapter_name, save_embedding_layers, state_dict)
+
+
+def set_peft_model_state_dict(
+    model: nn.Module, peft_model_state_dict: Mapping[str, Tensor], adapter_name: str = "default"
+) -> None:
+    """Give an adapter that is attached these values, all or nothing.
+
+    Departs: strict, where PEFT reports what is missing to a caller who seldom looks. Raises FormatError.
+    """
+    assign(model, _state(model, adapter_name), adapter_name, peft_model_state_dict, "the state dict")
+
+
+def _state(model: nn.Module, name: str) -> AdapterState:
+    state = vars(model).get("adapter_state")
+    if not isinstance(state, AdapterState) or name not in state.configs:
+        loaded = sorted(state.configs) if isinstance(state, AdapterState) else []
+        raise AdapterNameError(f"this {type(model).__name__} has no adapter named {name!r}; loaded: {loaded}")
+    return state

@@ -1,0 +1,467 @@
+"""The life of adapters on a model, as PEFT's users know it."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM, PreTrainedModel
+
+from veneer import IA3Config, LoraConfig, PeftModel, get_peft_model
+from veneer.errors import AdapterNameError, CompositionError, ConfigError, TargetError, TrainingError
+
+CONFIG = LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+OTHER = LoraConfig(r=2, lora_alpha=5, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+
+
+def logits(model: Any, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def exactly(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+
+
+def test_the_model_stays_the_object_and_the_class_that_it_was(tiny: Any) -> None:
+    base = tiny()
+    keys = set(base.state_dict())
+    layer, weight = base.model.layers[0].self_attn.q_proj, base.model.layers[0].self_attn.q_proj.weight
+    model = get_peft_model(base, CONFIG)
+    assert model is base
+    assert isinstance(model, PreTrainedModel)
+    assert isinstance(model, LlamaForCausalLM)
+    assert isinstance(model, PeftModel)
+    assert isinstance(layer, nn.Linear)
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert model.get_base_model() is base
+    assert keys < set(model.state_dict())
+    assert "model.layers.0.self_attn.q_proj.adapters.default.lora_A" in model.state_dict()
+    back = model.unload()
+    assert type(back) is LlamaForCausalLM
+    assert set(back.state_dict()) == keys
+    assert type(layer) is nn.Linear
+    assert back.model.layers[0].self_attn.q_proj is layer
+    assert layer.weight is weight
+    assert not any(name in vars(module) for module in back.modules() for name in ("adapter_state", "site_name"))
+
+
+def test_only_the_adapter_trains(tiny: Any, ids: Tensor) -> None:
+    model = get_peft_model(tiny(), CONFIG)
+    model.train()
+    model(ids, labels=ids).loss.backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert trained == {name for name in model.state_dict() if ".adapters." in name}
+    assert model.get_nb_trainable_parameters()[0] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_start_values_follow_the_global_seed(tiny: Any) -> None:
+    def factors(seed: int) -> Tensor:
+        base = tiny()
+        torch.manual_seed(seed)
+        return get_peft_model(base, CONFIG).model.layers[1].self_attn.q_proj.adapters["default"]["lora_A"]
+
+    exactly(factors(5), factors(5))
+    assert not torch.equal(factors(5), factors(6))
+
+
+def test_print_trainable_parameters_shows_what_matched(tiny: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    model = get_peft_model(tiny(), LoraConfig(r=3, modules_to_save=["lm_head"]))
+    model.print_trainable_parameters()
+    shown = capsys.readouterr().out
+    q, v, head = 3 * (40 + 40), 3 * (40 + 20), 101 * 40
+    total = sum(p.numel() for p in tiny().parameters()) + 2 * (q + v) + head
+    share = 100 * (2 * (q + v) + head) / total
+    assert shown.splitlines() == [
+        f"trainable params: {2 * (q + v) + head:,d} || all params: {total:,d} || trainable%: {share:.4f}",
+        "adapter 'default' (LORA) on 4 modules: q_proj ×2, v_proj ×2; trained whole: lm_head",
+    ]
+
+
+def test_several_adapters(tiny: Any, ids: Tensor, tmp_path: Path) -> None:
+    alone = {}
+    for name, config in {"default": CONFIG, "b": OTHER}.items():
+        torch.manual_seed(3)
+        one = get_peft_model(tiny(), config, name)
+        alone[name] = logits(one, ids)
+        one.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_config.json").is_file()
+    assert (tmp_path / "b" / "adapter_config.json").is_file()
+
+    model = PeftModel.from_pretrained(tiny(), tmp_path)
+    model.load_adapter(tmp_path / "b", "b")
+    assert model.active_adapter == "default"
+    exactly(logits(model, ids), alone["default"])
+    model.set_adapter("b")
+    assert model.active_adapters == ["b"]
+    exactly(logits(model, ids), alone["b"])
+    model.set_adapter(["default", "b"])
+    both = logits(model, ids)
+    model.merge_adapter()
+    close(logits(model, ids), both)
+    model.unmerge_adapter()
+    exactly(logits(model, ids), both)
+    model.delete_adapter("default")
+    assert set(model.peft_config) == {"b"}
+    exactly(logits(model, ids), alone["b"])
+    model.delete_adapter("b")
+    exactly(logits(model, ids), logits(tiny(), ids))
+    with pytest.raises(ConfigError, match="no adapter is active"):
+        _ = model.active_adapter
+
+
+def test_two_adapters_trained_together_each_drop_their_own_inputs(tiny: Any, ids: Tensor) -> None:
+    model = get_peft_model(tiny(), LoraConfig(r=3, lora_dropout=0.5, init_lora_weights=False))
+    model.add_adapter("b", LoraConfig(r=2, lora_dropout=0.25, init_lora_weights=False))
+    model.set_adapter(["default", "b"])
+    model.train()
+    assert not torch.equal(logits(model, ids), logits(model, ids))
+    model.eval()
+    exactly(logits(model, ids), logits(model, ids))
+
+
+def test_what_trains_is_the_adapters_own_matter(tiny: Any, tmp_path: Path) -> None:
+    def trains(name: str) -> set[bool]:
+        return {p.requires_grad for key, p in model.named_parameters() if f".{name}." in key}
+
+    get_peft_model(tiny(), CONFIG).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(tiny(), tmp_path)
+    model.load_adapter(tmp_path, "trained", is_trainable=True)
+    for active in ("default", "trained"):
+        model.set_adapter(active)
+        assert trains("default") == {False}
+        assert trains("trained") == {True}
+    model.set_requires_grad("default")
+    model.set_requires_grad("trained", False)
+    assert trains("default") == {True}
+    assert trains("trained") == {False}
+    model.load_adapter(tmp_path, "default")
+    assert trains("default") == {True}
+
+
+def test_disable_adapter_can_be_nested(tiny: Any, ids: Tensor) -> None:
+    base = logits(tiny(), ids)
+    model = get_peft_model(tiny(), LoraConfig(r=3, init_lora_weights=False, bias="all", modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        model.lm_head.copies["default"].weight.mul_(1.3)
+    adapted = logits(model, ids)
+    with model.disable_adapter():
+        with model.disable_adapter():
+            exactly(logits(model, ids), base)
+        exactly(logits(model, ids), base)
+    exactly(logits(model, ids), adapted)
+    model.merge_adapter()
+    merged = logits(model, ids)
+    with model.disable_adapter():
+        exactly(logits(model, ids), base)
+    exactly(logits(model, ids), merged)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [CONFIG, LoraConfig(r=3, use_dora=True, init_lora_weights=False), IA3Config(init_ia3_weights=False)],
+    ids=["lora", "dora", "ia3"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_is_exactly_reversible(config: Any, dtype: torch.dtype, tiny: Any, ids: Tensor) -> None:
+    model = get_peft_model(tiny(dtype=dtype), config)
+    weights = {name: (p, p.detach().clone()) for name, p in model.named_parameters()}
+    before = logits(model, ids)
+    model.merge_adapter()
+    model.merge_adapter()  # merging what is merged changes nothing
+    if dtype is torch.float32:
+        close(logits(model, ids), before)
+    model.unmerge_adapter()
+    for name, p in model.named_parameters():
+        assert p is weights[name][0]
+        exactly(p, weights[name][1])
+    exactly(logits(model, ids), before)
+
+
+def test_merging_one_after_the_other_is_merging_both(tiny: Any, ids: Tensor) -> None:
+    model = get_peft_model(tiny(), CONFIG)
+    model.add_adapter("b", OTHER)
+    model.merge_adapter(["default"])
+    model.merge_adapter(["b"])
+    one_by_one = logits(model, ids)
+    model.unmerge_adapter()
+    model.merge_adapter(["default", "b"])
+    exactly(logits(model, ids), one_by_one)
+    with pytest.raises(AdapterNameError, match="'b' is merged"):
+        model.delete_adapter("b")
+    with pytest.raises(AdapterNameError, match="cannot add 'c' while"):
+        model.add_adapter("c", OTHER)
+
+
+def test_merge_and_unload_takes_the_adapters_named(tiny: Any, ids: Tensor, capsys: Any) -> None:
+    model = get_peft_model(tiny(), CONFIG)
+    model.add_adapter("b", OTHER)
+    model.set_adapter("b")
+    wanted = logits(model, ids)
+    model.set_adapter("default")
+    plain = model.merge_and_unload(progressbar=True, safe_merge=True, adapter_names=["b"])
+    assert type(plain) is LlamaForCausalLM
+    assert set(plain.state_dict()) == set(tiny().state_dict())
+    close(logits(plain, ids), wanted)
+
+
+def test_safe_merge_refuses_a_broken_adapter_and_leaves_the_base(tiny: Any, ids: Tensor) -> None:
+    model = get_peft_model(tiny(), CONFIG)
+    model.add_adapter("good", OTHER)
+    model.merge_adapter(["good"])
+    before = logits(model, ids)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.adapters["default"]["lora_A"][0, 0] = torch.nan
+    with pytest.raises(CompositionError, match=r"NaN or infinity in model\.layers\.1\.mlp\.down_proj"):
+        model.merge_adapter(["default"], safe_merge=True)
+    exactly(logits(model, ids), before)
+    assert model.get_model_status().merged_adapters == ["good"]
+
+
+@pytest.mark.parametrize("targets", [["embed_tokens", "q_proj"], ["lm_head"], ["embed_tokens", "lm_head"]])
+@pytest.mark.parametrize("name", ["llama-tied", "gemma2"])
+def test_tied_embeddings_survive_merging_and_saving(
+    name: str, targets: list[str], tiny: Any, ids: Tensor, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    config = LoraConfig(r=3, lora_alpha=7, target_modules=targets, init_lora_weights=False)
+    model = get_peft_model(tiny(name), config)
+    tied = model.lm_head.weight is model.model.embed_tokens.weight
+    assert tied
+    adapted = logits(model, ids)
+    model.merge_adapter()
+    close(logits(model, ids), adapted)
+    model.unmerge_adapter()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.config.tie_word_embeddings
+    plain = model.merge_and_unload()
+    close(logits(plain, ids), adapted)
+    plain.save_pretrained(tmp_path)
+    close(logits(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32), ids), adapted)
+
+
+@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"]])
+def test_tied_modules_to_save_survive_merging_and_saving(
+    saved: list[str], tiny: Any, ids: Tensor, randomize: Any, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = get_peft_model(tiny("llama-tied"), LoraConfig(r=3, modules_to_save=saved))
+    randomize(model)
+    adapted = logits(model, ids)
+    plain = model.merge_and_unload()
+    close(logits(plain, ids), adapted)
+    plain.save_pretrained(tmp_path)
+    close(logits(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32), ids), adapted)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+def test_a_resized_vocabulary_travels_with_the_adapter(
+    name: str, tiny: Any, ids: Tensor, randomize: Any, tmp_path: Path
+) -> None:
+    tiny(name).save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base").eval()
+    base.resize_token_embeddings(107)
+    model = get_peft_model(base, LoraConfig(r=3))
+    randomize(model)
+    long = torch.cat([ids, torch.full((2, 1), 105)], dim=1)
+    adapted = logits(model, long)
+    model.save_pretrained(tmp_path / "adapter")
+
+    fresh = LlamaForCausalLM.from_pretrained(tmp_path / "base").eval()
+    with pytest.raises(ValueError, match=r"resize_token_embeddings\(107\)"):
+        PeftModel.from_pretrained(fresh, tmp_path / "adapter")
+    torch.manual_seed(99)  # the new rows start at other values
+    fresh.resize_token_embeddings(107)
+    back = PeftModel.from_pretrained(fresh, tmp_path / "adapter")
+    exactly(logits(back, long), adapted)
+    merged = back.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    close(logits(LlamaForCausalLM.from_pretrained(tmp_path / "merged"), long), adapted)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+def test_copies_are_independent(duplicate: Any, tiny: Any, ids: Tensor, randomize: Any) -> None:
+    model = get_peft_model(
+        tiny(), LoraConfig(r=3, target_modules=["embed_tokens", "q_proj"], modules_to_save=["lm_head"])
+    )
+    randomize(model)
+    before = logits(model, ids)
+    other = duplicate(model)
+    exactly(logits(other, ids), before)
+    randomize(other, seed=7)
+    other.set_adapter("default")
+    with other.disable_adapter():
+        exactly(logits(model, ids), before)
+    assert not torch.equal(logits(other, ids), before)
+    assert type(other.unload()) is LlamaForCausalLM
+    exactly(logits(model, ids), before)
+
+
+def test_accelerates_hooks_see_the_adapter(tiny: Any, ids: Tensor) -> None:
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    base = tiny()
+    layer = base.model.layers[0].self_attn.q_proj
+    expected = logits(get_peft_model(tiny(), CONFIG), ids)
+    add_hook_to_module(layer, ModelHook())
+    torch.manual_seed(0)
+    _ = tiny()
+    model = get_peft_model(base, CONFIG)
+    exactly(logits(model, ids), expected)
+    model.unload()
+    exactly(logits(base, ids), logits(tiny(), ids))
+    remove_hook_from_module(layer)
+    assert type(layer) is nn.Linear
+    exactly(logits(base, ids), logits(tiny(), ids))
+
+
+def test_a_patched_forward_is_refused(tiny: Any, ids: Tensor) -> None:
+    base = tiny()
+    layer = base.model.layers[1].self_attn.q_proj
+    layer.forward = functools.partial(nn.Linear.forward, layer)
+    with pytest.raises(TargetError, match="replaced on the module itself"):
+        get_peft_model(base, CONFIG)
+    assert type(base) is LlamaForCausalLM
+    assert type(base.model.layers[0].self_attn.q_proj) is nn.Linear
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "../out", "a/b", "keys", "x\0"])
+def test_names_that_cannot_name_a_module_and_a_folder(name: str, tiny: Any) -> None:
+    with pytest.raises(AdapterNameError, match="is not allowed"):
+        get_peft_model(tiny(), CONFIG, name)
+
+
+def test_errors_name_what_is_there(tiny: Any) -> None:
+    model = get_peft_model(tiny(), CONFIG)
+    with pytest.raises(AdapterNameError, match=r"'x'; loaded: \['default'\]"):
+        model.set_adapter("x")
+    with pytest.raises(AdapterNameError, match="no adapter is named or active"):
+        model.set_adapter([])
+    with pytest.raises(AdapterNameError, match="is there already"):
+        model.add_adapter("default", OTHER)
+    with pytest.raises(AdapterNameError, match="'x'"):
+        model.merge_adapter(["x"])
+    with pytest.raises(AdapterNameError, match="'x'"):
+        model.set_requires_grad("x")
+    with pytest.raises(TargetError, match=r"'lm_haed'.*nearest: lm_head"):
+        model.add_adapter("c", LoraConfig(modules_to_save=["lm_haed"]))
+    assert set(model.peft_config) == {"default"}
+    with pytest.raises(TargetError, match="nearest: q_proj"):
+        get_peft_model(tiny(), LoraConfig(target_modules=["q_prj"]))
+
+
+def test_adapters_that_cannot_act_together(tiny: Any) -> None:
+    model = get_peft_model(tiny(), LoraConfig(r=3, modules_to_save=["lm_head"]))
+    model.add_adapter("b", LoraConfig(r=3, modules_to_save=["lm_head"]))
+    with pytest.raises(CompositionError, match=r"each have their own lm_head\.weight"):
+        model.set_adapter(["default", "b"])
+    model.add_adapter("ia3", IA3Config())
+    with pytest.raises(CompositionError, match="scale its input or output"):
+        model.set_adapter(["default", "ia3"])
+    assert model.active_adapters == ["default"]
+
+
+def test_adapter_dtype(tiny: Any, tmp_path: Path) -> None:
+    def dtypes(model: Any) -> set[torch.dtype]:
+        return {p.dtype for p in model.parameters() if p.requires_grad}
+
+    config = LoraConfig(r=3, modules_to_save=["lm_head"], bias="lora_only", target_modules=["embed_tokens", "q_proj"])
+    wide = get_peft_model(tiny(dtype=torch.bfloat16), config)
+    assert dtypes(wide) == {torch.float32}
+    wide.save_pretrained(tmp_path)
+    narrow = get_peft_model(tiny(dtype=torch.bfloat16), config, autocast_adapter_dtype=False)
+    assert dtypes(narrow) == {torch.bfloat16}
+    narrow.add_adapter("b", config, autocast_adapter_dtype=False)
+    assert dtypes(narrow) == {torch.bfloat16}
+    loaded = PeftModel.from_pretrained(
+        tiny(dtype=torch.float16), tmp_path, is_trainable=True, autocast_adapter_dtype=False
+    )
+    assert dtypes(loaded) == {torch.float16}
+    assert dtypes(get_peft_model(tiny(dtype=torch.float64), config)) == {torch.float64}
+
+
+def test_a_step_that_would_train_nothing_is_an_error(tiny: Any, ids: Tensor, tmp_path: Path) -> None:
+    get_peft_model(tiny(), CONFIG).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(tiny(), tmp_path)
+    assert not model.training
+    model.train()
+    with pytest.raises(TrainingError, match="every parameter of this model is frozen"):
+        model(ids, labels=ids)
+    with torch.no_grad():
+        model(ids, labels=ids)
+    model.set_requires_grad("default")
+    model(ids, labels=ids).loss.backward()
+    base = model.unload()
+    base.train()
+    base(ids, labels=ids)
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradients_pass_checkpoints(before: bool, reentrant: bool, tiny: Any, ids: Tensor) -> None:
+    def gradients(checkpoint: bool) -> dict[str, Tensor]:
+        base = tiny()
+        options = {"use_reentrant": reentrant}
+        if checkpoint and before:
+            base.gradient_checkpointing_enable(options)
+        torch.manual_seed(4)
+        model = get_peft_model(base, CONFIG)
+        if checkpoint and not before:
+            model.gradient_checkpointing_enable(options)
+        model.train()
+        model(ids, labels=ids).loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+    plain, checkpointed = gradients(False), gradients(True)
+    for name, grad in plain.items():
+        close(checkpointed[name], grad)
+        assert grad.abs().max() > 0
+
+
+def test_status(tiny: Any) -> None:
+    model = get_peft_model(tiny(), CONFIG)
+    model.add_adapter("frozen", LoraConfig(r=2, target_modules=["q_proj"], inference_mode=True))
+    whole = model.get_model_status()
+    assert whole.base_model_type == "LlamaForCausalLM"
+    assert whole.peft_types == {"default": "LORA", "frozen": "LORA"}
+    assert whole.requires_grad == {"default": True, "frozen": False}
+    assert (whole.num_adapter_layers, whole.enabled, whole.active_adapters) == (4, True, ["default"])
+    assert whole.available_adapters == ["default", "frozen"]
+    assert whole.devices == {"default": ["cpu"], "frozen": ["cpu"]}
+    layers = {layer.name: layer for layer in model.get_layer_status()}
+    assert layers["model.layers.0.mlp.down_proj"].available_adapters == ["default"]
+    assert layers["model.layers.0.self_attn.q_proj"].module_type == "AdaptedLinear"
+    model.model.layers[0].self_attn.q_proj.adapters["default"]["lora_A"].requires_grad_(False)
+    assert model.get_model_status().requires_grad["default"] == "irregular"
+    model.merge_adapter(["default"])
+    with model.disable_adapter():
+        assert not model.get_model_status().enabled
+    from veneer.adapters.status import get_model_status
+
+    with pytest.raises(ConfigError, match="has no adapters"):
+        get_model_status(tiny())
+
+
+def test_a_model_that_is_not_of_transformers() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(7, 11), nn.ReLU(), nn.Linear(11, 3)).double()
+    x = torch.randn(5, 7, dtype=torch.float64)
+    base = net(x)
+    model = get_peft_model(net, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    adapted = model(x)
+    assert not torch.allclose(adapted, base)
+    plain = model.merge_and_unload()
+    assert type(plain) is nn.Sequential
+    torch.testing.assert_close(plain(x), adapted, rtol=1e-12, atol=1e-12)
