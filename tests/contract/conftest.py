@@ -5,10 +5,14 @@ import importlib
 import inspect
 import itertools
 import pkgutil
+from collections.abc import Callable
 
 import pytest
+import torch
 
 import veneer.methods
+import veneer.quant
+from veneer.core.frozen import FrozenWeight
 from veneer.core.method import LinearMethod
 from veneer.errors import ConfigError
 from veneer.methods import all_methods
@@ -43,13 +47,22 @@ def linear_configs() -> dict[str, LinearMethod]:
     return found
 
 
+def storage_formats() -> dict[str, Callable[[torch.Tensor], FrozenWeight]]:
+    """How a matrix is stored, by each file in ``quant/`` that names a format."""
+    path = veneer.quant.__path__
+    modules = [importlib.import_module(f"veneer.quant.{info.name}") for info in pkgutil.iter_modules(path)]
+    return {module.NAME: module.quantize for module in modules if hasattr(module, "NAME")}
+
+
 CONFIGS = linear_configs()
+FORMATS = storage_formats()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """``config`` is each of them in turn."""
-    if "config" in metafunc.fixturenames:
-        metafunc.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+    """``config`` is each method in turn, ``store`` each storage format."""
+    for name, values in {"config": CONFIGS, "store": FORMATS}.items():
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, values.values(), ids=values.keys())
 
 
 @pytest.fixture

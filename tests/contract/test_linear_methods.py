@@ -3,6 +3,7 @@
 A method that is dropped into ``methods/`` is found and tested here with no other edit.
 """
 
+import dataclasses
 import functools
 
 import pytest
@@ -119,6 +120,23 @@ def test_forward_equals_folded(config, place, has_bias):
     adapted = apply_linear(record, x, weight_of(site), site.bias)
     close(adapted, torch.nn.functional.linear(x, weight, bias))
     assert not torch.allclose(adapted, apply_linear(LinearDelta(), x, weight_of(site), site.bias), atol=1e-2)
+
+
+def test_the_storage_format_of_the_base_makes_no_difference(config, store):
+    """On a quantized base a method is what it is on the dense matrix that the codes stand for, gradients included."""
+    site = make_site()
+    weight = store(weight_of(site).dense().float())
+    matrix = weight.dense(torch.float64)
+    row_sq = matrix.square().sum(dim=1)
+    coded = dataclasses.replace(site, weight=weight, row_sq=lambda: row_sq)
+    dense = dataclasses.replace(coded, weight=DenseWeight(matrix))
+    params, x = trained(config, dense), inputs(TOKENS, IN).requires_grad_()
+    leaves = [x, *leaves_of(config, site, params)]
+    got, expected = (apply_linear(config.lower(s, params), x, weight_of(s), s.bias) for s in (coded, dense))
+    close(got, expected)
+    gradients = (torch.autograd.grad(y.square().sum(), leaves) for y in (got, expected))
+    for actual, wanted in zip(*gradients, strict=True):
+        close(actual, wanted)
 
 
 @every_place

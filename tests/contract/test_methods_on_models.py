@@ -1,6 +1,8 @@
 """The laws on whole models: what is saved is what is loaded, sizes are what was declared, merging changes nothing."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 import veneer
+import veneer.methods as folder
 from veneer.model.attach import adapted_layers, live_parameters
 
 LLAMA = LlamaConfig(
@@ -103,42 +106,14 @@ def test_unloading_gives_back_the_base(base, config):
     assert torch.equal(logits(trained(base, config).unload()), plain)
 
 
-TOY = '''
-"""Toy: one number per output is added to the layer's bias."""
-
-from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-
-from veneer.core.method import LinearMethod
-from veneer.core.records import LinearDelta
-
-
-@dataclass(frozen=True, kw_only=True)
-class ToyConfig(LinearMethod):
-    peft_type: ClassVar[str] = "TOY"
-    default_targets: ClassVar[tuple[str, ...]] = ("k_proj", "up_proj", "c_attn")
-
-    def shapes(self, site):
-        return {"toy": (site.out_features,)}
-
-    def init(self, site, generator=None):
-        return {"toy": torch.zeros(site.out_features)}
-
-    def lower(self, site, params):
-        return LinearDelta(bias=params["toy"] if site.bias is None else site.bias + params["toy"])
-'''
+CONTRIBUTING = Path(__file__).parents[2] / "CONTRIBUTING.md"
 
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    """A method dropped into the folder, and nothing else."""
-    import veneer.methods as folder
-
-    (tmp_path / "toy.py").write_text(TOY)
+    """The method of CONTRIBUTING.md dropped into the folder, and nothing else."""
+    (source,) = re.findall(r"```python\n(.*?)```", CONTRIBUTING.read_text(encoding="utf-8"), flags=re.DOTALL)
+    (tmp_path / "toy.py").write_text(source, encoding="utf-8")
     monkeypatch.setattr(folder, "__path__", [*folder.__path__, str(tmp_path)])
     folder.all_methods.cache_clear()
     yield folder.all_methods()["TOY"]
