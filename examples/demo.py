@@ -82,7 +82,7 @@ def load_in_4bit(folder: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=torch.bfloat16)
-    return AutoTokenizer.from_pretrained(folder), model
+    return AutoTokenizer.from_pretrained(folder, padding_side="left"), model
 
 
 def fit(
@@ -122,7 +122,7 @@ def score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Data
     for start in track(range(0, len(rows), 20), description=title, console=console):
         chats = [m[:-1] for m in rows[start : start + 20]["messages"]]
         batch = tokenizer.apply_chat_template(
-            chats, add_generation_prompt=True, padding=True, padding_side="left", return_tensors="pt", return_dict=True
+            chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
         )
         output = model.generate(**batch, max_new_tokens=80, do_sample=False, pad_token_id=tokenizer.pad_token_id)
         answers += tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
