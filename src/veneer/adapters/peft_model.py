@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PreTrainedModel
 
-from veneer.adapters import lifecycle, merging, saving, status
+from veneer.adapters import combining, lifecycle, merging, saving, status
 from veneer.core.method import MethodConfig
 from veneer.errors import ConfigError
 from veneer.model.attach import DISK_PREFIX, Start
@@ -111,6 +111,31 @@ class PeftModel(InPlace, nn.Module):
         """Make the parameters of adapters trainable, or freeze them."""
         merging.require_known(self.adapter_state, _names(adapter_names))
         lifecycle.set_requires_grad(self, _names(adapter_names), requires_grad)
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        *,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        seed: int = 0,
+    ) -> combining.Report:
+        """Add a frozen adapter that combines others, weights and all; returns what bringing it to a rank lost.
+
+        ``combination_type`` is a way of `veneer.combine.Combination`; PEFT's "…_svd" names mean the same. "linear"
+        is the exact sum here; PEFT's, with its cross terms, is "factorwise". Raises AdapterNameError and
+        CompositionError.
+        """
+        plan = combining.plan_of(combination_type, svd_rank, density, majority_sign_method, seed)
+        if len(adapters) != len(weights):
+            raise ConfigError(f"{len(adapters)} adapters and {len(weights)} weights: give one weight for each adapter")
+        return combining.add_weighted(
+            self, self.adapter_state, list(zip(adapters, weights, strict=True)), adapter_name, plan
+        )
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:

@@ -1,0 +1,141 @@
+"""Combining adapters on a model: the result acts as the weighted sum of updates, whatever the methods of the parts."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+from veneer import IA3Config, LoraConfig, get_peft_model
+from veneer.adapters.peft_model import PeftModel
+from veneer.errors import AdapterNameError, CompositionError, ConfigError
+
+IDS = torch.randint(0, 101, (2, 11), generator=torch.Generator().manual_seed(5))
+WEIGHTS = [0.7, -0.4, 1.3]
+PARTS = {
+    "plain": LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
+    "stable": LoraConfig(r=5, lora_alpha=2, use_rslora=True, target_modules=["q_proj"], init_lora_weights=False),
+    "biased": LoraConfig(
+        r=2, lora_alpha=3, lora_bias=True, target_modules=["q_proj", "v_proj"], init_lora_weights=False
+    ),
+    "decomposed": LoraConfig(r=4, lora_alpha=7, use_dora=True, target_modules=["q_proj"], init_lora_weights=False),
+}
+
+
+def llama() -> torch.nn.Module:
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=101,
+        hidden_size=40,
+        intermediate_size=53,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attention_bias=True,
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def with_parts(*names: str) -> PeftModel:
+    model = llama()
+    for i, name in enumerate(names):
+        torch.manual_seed(10 + i)
+        model = get_peft_model(model, PARTS[name], name)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("lora_B_bias"):
+                p.normal_()
+    return model
+
+
+@torch.no_grad()
+def merged_by_hand(names: tuple[str, ...], weights: list[float]) -> torch.Tensor:
+    """Logits of the base with ``W + Σ w_i (W_i - W)`` and biases alike, each W_i from merging that part alone."""
+    base = llama()
+    sums = {key: value.clone() for key, value in base.state_dict().items()}
+    for name, weight in zip(names, weights, strict=True):
+        alone = with_parts(*names).merge_and_unload(adapter_names=[name]).state_dict()
+        for key in sums:
+            sums[key] += weight * (alone[key] - base.state_dict()[key])
+    base.load_state_dict(sums)
+    return base(IDS).logits
+
+
+@pytest.mark.parametrize(
+    ("names", "rank"),
+    [(("plain", "stable", "biased"), None), (("plain", "stable"), None), (("plain", "decomposed"), 40)],
+)
+def test_linear_is_the_sum_of_updates(names, rank):
+    model = with_parts(*names)
+    report = model.add_weighted_adapter(
+        list(names), WEIGHTS[: len(names)], "sum", "linear", rank if rank is None else 20
+    )
+    if rank is None:
+        assert report.worst == 0
+    model.set_adapter("sum")
+    expected = merged_by_hand(names, WEIGHTS[: len(names)])
+    if rank is None:
+        torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+    else:  # a DoRA update has full rank: half of it leaves an error, which is reported
+        assert 0 < report.worst < 1
+
+
+def test_a_full_rank_sum_holds_dora_too():
+    model = with_parts("plain", "decomposed")
+    q_only = LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj"], init_lora_weights=False)
+    model.delete_adapter("plain")
+    torch.manual_seed(1)
+    model.add_adapter("other", q_only)
+    report = model.add_weighted_adapter(["decomposed", "other"], [0.6, 0.8], "sum", "svd", svd_rank=40)
+    assert report.worst < 1e-6
+    base = llama().model.layers[1].self_attn.q_proj.weight
+    layer = model.model.layers[1].self_attn.q_proj
+    total = sum(w * (layer.folded([n])["weight"] - base) for n, w in (("decomposed", 0.6), ("other", 0.8)))
+    torch.testing.assert_close(layer.folded(["sum"])["weight"], base + total, rtol=1e-4, atol=1e-5)
+
+
+def test_ranks_that_differ_from_layer_to_layer_survive_a_save(tmp_path):
+    model = with_parts("plain", "stable")
+    model.add_weighted_adapter(["plain", "stable"], [0.5, 0.5], "sum", "cat")
+    model.set_adapter("sum")
+    expected = model(IDS).logits
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    again = PeftModel.from_pretrained(llama(), tmp_path / "sum")
+    torch.testing.assert_close(again(IDS).logits, expected)
+
+
+def test_ia3_adapters_combine_to_ia3():
+    model = get_peft_model(llama(), IA3Config(init_ia3_weights=False), "a")
+    model.add_adapter("b", IA3Config(init_ia3_weights=False))
+    model.add_weighted_adapter(["a", "b"], [0.3, 0.6], "sum", "linear")
+    layer = model.model.layers[0].mlp.down_proj
+    vectors = {n: layer.adapters[n]["ia3_l"] for n in ("a", "b", "sum")}
+    torch.testing.assert_close(vectors["sum"], 1 + 0.3 * (vectors["a"] - 1) + 0.6 * (vectors["b"] - 1))
+
+
+def test_conv1d_and_ties():
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(
+        GPT2Config(vocab_size=101, n_embd=40, n_layer=1, n_head=4, n_positions=37)
+    ).eval()
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=["c_attn"], init_lora_weights=False)
+    model = get_peft_model(base, config, "a")
+    model.add_adapter("b", config)
+    report = model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "both", "ties_svd", density=0.4)
+    assert 0 < report.worst < 1
+    assert model.peft_config["both"].r == 3
+
+
+def test_nothing_is_added_where_it_cannot_be(tmp_path):
+    model = with_parts("plain", "stable")
+    with pytest.raises(AdapterNameError, match="nobody"):
+        model.add_weighted_adapter(["plain", "nobody"], [1, 1], "sum", "linear")
+    with pytest.raises(ConfigError, match="one weight for each"):
+        model.add_weighted_adapter(["plain"], [1, 1], "sum", "linear")
+    with pytest.raises(CompositionError, match="needs a density"):
+        model.add_weighted_adapter(["plain", "stable"], [1, 1], "sum", "ties")
+    model.add_adapter("scales", IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
+    with pytest.raises(CompositionError, match="no one method is both"):
+        model.add_weighted_adapter(["plain", "scales"], [1, 1], "sum", "linear")
+    model.add_adapter("whole", LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    with pytest.raises(CompositionError, match="modules_to_save"):
+        model.add_weighted_adapter(["plain", "whole"], [1, 1], "sum", "linear")
+    assert set(model.peft_config) == {"plain", "stable", "scales", "whole"}
