@@ -12,7 +12,7 @@ from veneer.adapters import lifecycle
 from veneer.adapters.peft_model import PeftModel, hub_options
 from veneer.core.method import MethodConfig
 from veneer.errors import AdapterNameError, ConfigError
-from veneer.model.attach import Start
+from veneer.model.start import Start
 from veneer.model.state import AdapterState
 from veneer.store.adapter import SaveEmbeddings, adapter_tensors, assign, read_config
 from veneer.store.adapter_source import adapter_folder

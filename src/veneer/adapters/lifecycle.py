@@ -9,13 +9,14 @@ from torch import nn
 
 from veneer.adapters.merging import require_known
 from veneer.adapters.training import let_gradients_through_checkpoints, require_something_to_train
-from veneer.core.method import MethodConfig
+from veneer.core.method import MethodConfig, VirtualTokenMethod
 from veneer.errors import AdapterNameError, CompositionError
 from veneer.model.adapted import Adapted, tensors_of
-from veneer.model.attach import Start, adapted_modules, adapted_places, attach, detach
+from veneer.model.attach import adapted_modules, adapted_places, attach, detach
 from veneer.model.linear import AdaptedSite
+from veneer.model.start import Start
 from veneer.model.state import AdapterState
-from veneer.store.adapter import load_weights
+from veneer.store.adapter import holds_network, load_weights
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ def load(model: nn.Module, state: AdapterState, folder: Path, name: str, options
         load_weights(model, state, name, folder)
         return
     config = replace(options.config, inference_mode=not options.is_trainable)
+    if isinstance(config, VirtualTokenMethod) and config.has_network and not holds_network(folder):
+        config = config.plain()  # what the network made is on disk, not the network: it is trained directly from here
     _require_unmerged(state, f"load {name!r}")
     attach(model, config, name, state, start=Start(values=False, widen=options.widen))
     try:

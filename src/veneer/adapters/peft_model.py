@@ -16,11 +16,14 @@ from transformers import PreTrainedModel
 from veneer.adapters import combining, lifecycle, merging, saving, status
 from veneer.core.method import MethodConfig
 from veneer.errors import ConfigError
-from veneer.model.attach import DISK_PREFIX, Start
+from veneer.model.attach import DISK_PREFIX
 from veneer.model.inplace import InPlace, change_class, restore_class
+from veneer.model.start import Start
 from veneer.model.state import AdapterState
 from veneer.store.adapter import SaveEmbeddings, assign, read_config
 from veneer.store.adapter_source import HubOptions, adapter_folder
+
+ADAPTER_KEYS = (DISK_PREFIX, "prompt_embeddings", "prompt_encoder.")  # what the keys of adapters' files begin with
 
 
 class PeftModel(InPlace, nn.Module):
@@ -243,7 +246,7 @@ class PeftModel(InPlace, nn.Module):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As torch's; keys of an adapter's file (as in a Trainer checkpoint) go to the active adapter, strictly."""
-        if state_dict and all(key.startswith(DISK_PREFIX) for key in state_dict):
+        if state_dict and all(key.startswith(ADAPTER_KEYS) for key in state_dict):
             load_into_active(self, state_dict)
             return _IncompatibleKeys([], [])
         return super().load_state_dict(state_dict, strict, assign)

@@ -16,8 +16,8 @@ from veneer.adapters.card import write_card
 from veneer.adapters.merging import require_known
 from veneer.errors import FormatError
 from veneer.model.state import AdapterState
-from veneer.store.adapter import SaveEmbeddings, adapter_tensors, save_adapter
-from veneer.store.adapter_files import WEIGHTS_FILE, write_atomically
+from veneer.store.adapter import SaveEmbeddings, adapter_tensors, has_network, save_adapter, save_network
+from veneer.store.adapter_files import NETWORK_FILE, WEIGHTS_FILE, write_atomically
 
 _TRAINER_CHECKPOINT = re.compile(r"checkpoint-\d+")
 _TRAINER_FILE = "model.safetensors"
@@ -53,7 +53,7 @@ def save(model: nn.Module, state: AdapterState, folder: Path, what: Selection) -
         save_adapter(model, state, name, subfolder(folder, name), tensors)
     write_card(folder, state.configs[what.names[0]])
     if _TRAINER_CHECKPOINT.fullmatch(folder.name):
-        _let_trainer_find(folder, next((n for n in state.active if n in what.names), what.names[0]))
+        _keep_for_training(model, state, folder, what.names)
 
 
 def subfolder(folder: Path, name: str) -> Path:
@@ -82,13 +82,24 @@ def push(model: nn.Module, state: AdapterState, repo_id: str, what: Selection, h
         return upload(Path(folder), repo_id, how)
 
 
-def _let_trainer_find(folder: Path, name: str) -> None:
+def _keep_for_training(model: nn.Module, state: AdapterState, folder: Path, names: tuple[str, ...]) -> None:
+    """What a Trainer needs besides to go on from its checkpoint."""
+    for name in names:
+        if has_network(state, name):
+            save_network(model, state, name, subfolder(folder, name))
+    active = next((name for name in state.active if name in names), names[0])
+    _let_trainer_find(
+        folder, subfolder(folder, active) / (NETWORK_FILE if has_network(state, active) else WEIGHTS_FILE)
+    )
+
+
+def _let_trainer_find(folder: Path, source: Path) -> None:
     """Give a Trainer checkpoint the active adapter's file under the name of a model's as well.
 
     transformers' Trainer resumes, and takes the best checkpoint back, from ``model.safetensors`` through
     ``model.load_state_dict``, which here knows an adapter's keys. The second name is a hard link and takes no space.
     """
-    source, target = subfolder(folder, name) / WEIGHTS_FILE, folder / _TRAINER_FILE
+    target = folder / _TRAINER_FILE
     temporary = folder / f".{_TRAINER_FILE}.link"
     try:
         temporary.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar, TypeVar
 
 import torch
@@ -194,8 +194,52 @@ class ResidualMethod(MethodConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrefixMethod(MethodConfig):
-    """A method on the keys and values of all attention layers, with one set of parameters for the model."""
+class VirtualTokenMethod(MethodConfig):
+    """What prefix and prompt methods share: n virtual tokens in front, one set of parameters for the model.
+
+    A network may make the tokens in training; a plain save holds what it makes. ``inference_mode`` says, as in PEFT,
+    that the network is gone and what it made is trained or used as it is.
+    ``token_dim``, ``num_attention_heads``, ``num_layers``, ``num_transformer_submodules`` describe the base model and
+    are filled in when the config is attached.
+    """
+
+    num_virtual_tokens: int
+    token_dim: int | None = None
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+    num_transformer_submodules: int | None = None
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        for name in ("num_virtual_tokens", "encoder_hidden_size", "encoder_num_layers"):
+            value = getattr(self, name, None)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                found.append(f"{name}={value!r} must be a whole number of at least 1")
+        if self.num_transformer_submodules not in (None, 1, 2):
+            found.append(f"num_transformer_submodules={self.num_transformer_submodules!r} must be None, 1 or 2")
+        return found
+
+    @property
+    def has_network(self) -> bool:
+        """Whether a network makes the virtual tokens."""
+        return False
+
+    def plain(self: C) -> C:
+        """The config that trains what a plain save holds, directly."""
+        return replace(self, inference_mode=True)
+
+    @abstractmethod
+    def disk_names(self) -> dict[str, str]:
+        """For each parameter its key on disk; those of a network are kept only where training is to be resumed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixMethod(VirtualTokenMethod):
+    """A method on the keys and values of all attention layers."""
+
+    @abstractmethod
+    def for_model(self: C, sites: Sequence[AttentionSite]) -> C:
+        """The config with the base model's numbers filled in."""
 
     @abstractmethod
     def shapes(self, sites: Sequence[AttentionSite]) -> Shapes:
@@ -210,17 +254,37 @@ class PrefixMethod(MethodConfig):
         """One record for each site, in the order given."""
 
     @abstractmethod
-    def stored(self, sites: Sequence[AttentionSite], params: Params) -> dict[str, Tensor]:
-        """What a plain save holds, by its key on disk: the output of any network that training uses."""
+    def lower_one(self, sites: Sequence[AttentionSite], params: Params, index: int) -> PrefixDelta:
+        """One of the records alone, for a layer that is computed again in the backward pass."""
 
     @abstractmethod
-    def plain(self) -> PrefixMethod:
-        """The config that trains what `stored` gives, directly, under the same names: that of a plain save."""
+    def stored(self, sites: Sequence[AttentionSite], params: Params) -> dict[str, Tensor]:
+        """What a plain save holds, by its key on disk."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptMethod(MethodConfig):
-    """A method on the input embeddings, with one set of parameters for the model."""
+class PromptMethod(VirtualTokenMethod):
+    """A method on the input embeddings.
+
+    ``keep_virtual_logits``: whether logits and hidden states come back with the virtual positions in front, as from
+    PEFT.
+    """
+
+    keep_virtual_logits: bool = field(default=False, metadata={"on_disk": False})
+
+    @property
+    def n_rows(self) -> int:
+        """Rows on disk: PEFT keeps a second set for the decoder of an encoder-decoder model, which nothing reads."""
+        return self.num_virtual_tokens * (self.num_transformer_submodules or 1)
+
+    @property
+    def start_text(self) -> str | None:
+        """The text whose embeddings are the start, if any."""
+        return None
+
+    def disk_names(self) -> dict[str, str]:
+        """For each parameter its key on disk."""
+        return {"prompt_embeddings": "prompt_embeddings"}
 
     @abstractmethod
     def shapes(self, site: InputSite) -> Shapes:
@@ -236,8 +300,4 @@ class PromptMethod(MethodConfig):
 
     @abstractmethod
     def stored(self, site: InputSite, params: Params) -> dict[str, Tensor]:
-        """What a plain save holds, by its key on disk: the output of any network that training uses."""
-
-    @abstractmethod
-    def plain(self) -> PromptMethod:
-        """The config that trains what `stored` gives, directly, under the same names: that of a plain save."""
+        """What a plain save holds, by its key on disk."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from veneer.core.frozen import FrozenWeight
@@ -53,10 +53,17 @@ class AttentionSite:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputSite:
-    """The input embeddings of the model, width ``features``."""
+    """The input embeddings of the model, width ``features``, for a vocabulary of that many tokens.
+
+    ``embed`` looks token ids up (None while planning); ``text_ids`` are the tokens of the text that a method starts
+    from.
+    """
 
     name: str
     features: int
+    vocabulary: int = 0
+    embed: Callable[[Int[Tensor, " n"]], Float[Tensor, "n d"]] | None = None
+    text_ids: tuple[int, ...] = ()
 
 
 Site = LinearSite | ResidualSite | AttentionSite | InputSite

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from veneer.core.method import LinearMethod, MethodConfig, ResidualMethod, TargetedConfig
+from veneer.core.method import LinearMethod, MethodConfig, PrefixMethod, PromptMethod, ResidualMethod, TargetedConfig
 from veneer.core.targets import ALL_LINEAR, ModuleIndex, matches_any, select_targets
 from veneer.errors import AdapterNameError, TargetError
 from veneer.model.adapted import Adapted, adapt, restore, tensors_of
@@ -18,23 +18,18 @@ from veneer.model.copies import CLASSIFIERS, add_copies, copied_parameters, is_o
 from veneer.model.default_targets import defaults_for
 from veneer.model.embedding import AdaptedEmbedding, is_embedding
 from veneer.model.linear import AdaptedLinear, AdaptedSite, is_linear
+from veneer.model.prefix import PrefixAdapters, attach_prefix
+from veneer.model.prompt import PromptAdapters, attach_prompt
 from veneer.model.residual import ResidualAdapters, attach_residual, detach_residual
+from veneer.model.start import Start
 from veneer.model.state import AdapterState
+from veneer.model.virtual_tokens import VirtualTokens, detach_virtual_tokens, virtual_tokens
 
 DISK_PREFIX = "base_model.model."  # what PEFT's wrapper puts in front of every module path
 _HEADS = {"SEQ_CLS": CLASSIFIERS, "TOKEN_CLS": CLASSIFIERS, "QUESTION_ANS": ("qa_outputs",)}
 
 
-@dataclass(frozen=True)
-class Start:
-    """How the parameters of a new adapter begin.
-
-    ``values``: the method's start values; otherwise they are left empty, to be loaded. ``widen``: float32 beside a
-    16-bit base, otherwise the base's dtype.
-    """
-
-    values: bool = True
-    widen: bool = True
+Place = Adapted | ResidualAdapters | PrefixAdapters | PromptAdapters
 
 
 def module_index(model: nn.Module, embeddings: bool = False) -> ModuleIndex:
@@ -111,7 +106,11 @@ def attach(
         for path in targets:
             _add_parameters(cast(AdaptedSite, model.get_submodule(path)), name, generator, start)
         if isinstance(config, ResidualMethod):
-            attach_residual(cast(PreTrainedModel, model), config, name, state, generator)
+            attach_residual(cast(PreTrainedModel, model), name, state, start, generator)
+        elif isinstance(config, PrefixMethod):
+            attach_prefix(cast(PreTrainedModel, model), name, state, start, generator)
+        elif isinstance(config, PromptMethod):
+            attach_prompt(cast(PreTrainedModel, model), name, state, start, generator)
         elif not isinstance(config, LinearMethod):
             raise TargetError(f"{type(config).__name__} is none of the kinds of method that a model can take")
     except BaseException:
@@ -150,6 +149,7 @@ def detach(model: nn.Module, state: AdapterState, name: str) -> None:
     del state.configs[name]
     state.active = tuple(n for n in state.active if n != name)
     detach_residual(cast(PreTrainedModel, model), name)
+    detach_virtual_tokens(model, name)
     for layer in adapted_modules(model).values():
         for held in (layer.adapters, layer.copies):
             if name in held:
@@ -188,7 +188,11 @@ def stored_tensors(
     ``values`` stand in for `live_parameters`.
     """
     found = live_parameters(model, state, name) if values is None else dict(values)
-    for path, layer in adapted_layers(model).items():
+    places: list[tuple[str, AdaptedSite | VirtualTokens]] = [
+        *adapted_layers(model).items(),
+        *virtual_tokens(model).items(),
+    ]
+    for path, layer in places:
         if name in layer.adapters:
             packed = layer.packed(name, path, found)
             for key in layer.disk_keys(name, path).values():
@@ -206,9 +210,9 @@ def unpacked_tensors(model: nn.Module, name: str, written: Mapping[str, Tensor])
     return found
 
 
-def adapted_places(model: nn.Module) -> dict[str, Adapted | ResidualAdapters]:
+def adapted_places(model: nn.Module) -> dict[str, Place]:
     """Every module that holds adapters, of any kind of method, by path."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, (Adapted, ResidualAdapters))}
+    return {path: module for path, module in model.named_modules() if isinstance(module, Place)}
 
 
 def adapted_modules(model: nn.Module) -> dict[str, Adapted]:

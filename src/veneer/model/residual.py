@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, cast
 
 import torch
@@ -13,6 +14,7 @@ from veneer.core.records import ResidualDelta
 from veneer.core.residual import residual_change
 from veneer.core.sites import ResidualSite
 from veneer.errors import TargetError
+from veneer.model.start import Start
 from veneer.model.state import AdapterState
 from veneer.model.structure import Sublayer, sublayers
 
@@ -71,24 +73,18 @@ class ResidualAdapters(nn.Module):
 
 
 def attach_residual(
-    model: PreTrainedModel,
-    config: ResidualMethod,
-    name: str,
-    state: AdapterState,
-    generator: torch.Generator | None = None,
+    model: PreTrainedModel, name: str, state: AdapterState, start: Start, generator: torch.Generator | None = None
 ) -> None:
-    """Put one adapter's bottlenecks after the sub-layers that its config names."""
-    before, state.disabled = state.disabled, True  # the sub-layers are looked for in the base model
-    try:
+    """Put the bottlenecks of adapter ``name`` after the sub-layers that its config names."""
+    config = cast(ResidualMethod, state.configs[name])
+    with state.base_alone():
         places = places_of(model, config)
-    finally:
-        state.disabled = before
-    state.configs[name] = config
     for place in places:
-        holder = _holder(model, place, state)
+        site = residual_site(place)
         device = next(model.get_submodule(place.block_path).parameters()).device
-        values = config.init(holder.site, generator)
-        holder.adapters[name] = nn.ParameterDict({k: nn.Parameter(v.to(device)) for k, v in values.items()})
+        init = functools.partial(config.init, site, generator)
+        holder = _holder(model, place, state)
+        holder.adapters[name] = start.parameters(config.shapes(site), init, device, model.dtype)
 
 
 def detach_residual(model: PreTrainedModel, name: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch.utils.hooks import RemovableHandle
@@ -27,3 +29,12 @@ class AdapterState:
     def acting(self) -> tuple[str, ...]:
         """The names whose records change the forward pass now."""
         return () if self.disabled or self.merged else self.active
+
+    @contextmanager
+    def base_alone(self) -> Iterator[None]:
+        """For a while no adapter acts."""
+        before, self.disabled = self.disabled, True
+        try:
+            yield
+        finally:
+            self.disabled = before

@@ -43,7 +43,7 @@ def sublayers(model: PreTrainedModel) -> tuple[Sublayer, ...]:
 
     Raises TargetError where the model has no blocks of attention and feed-forward parts, or a block holds others too.
     """
-    with _evaluation(model):
+    with evaluation(model):
         additions = trace_additions(model, example_inputs(model))
     blocks = _blocks(model, additions)
     found: list[Sublayer] = []
@@ -122,7 +122,7 @@ def _ancestors(path: str) -> list[str]:
 
 
 @contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
+def evaluation(model: nn.Module) -> Iterator[None]:
     """Every module in evaluation mode for a while: no dropout, no checkpointing, no random numbers drawn."""
     modes = {module: module.training for module in model.modules()}
     model.eval()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from veneer.core.method import MethodConfig
+from veneer.core.method import MethodConfig, VirtualTokenMethod
 from veneer.errors import FormatError
 from veneer.model.adapted import Adapted, add_copy
 from veneer.model.attach import (
@@ -24,7 +24,14 @@ from veneer.model.attach import (
 from veneer.model.inplace import InPlace, base_of
 from veneer.model.state import AdapterState
 from veneer.store.adapter_config import CONFIG_FILE, from_json, to_json
-from veneer.store.adapter_files import WEIGHTS_FILE, non_finite, read_tensors, tensors_to_bytes, write_atomically
+from veneer.store.adapter_files import (
+    NETWORK_FILE,
+    WEIGHTS_FILE,
+    non_finite,
+    read_tensors,
+    tensors_to_bytes,
+    write_atomically,
+)
 
 SaveEmbeddings = bool | Literal["auto"]
 # The names that PEFT knows an embedding or a head by: where one is targeted, its whole weight is saved too.
@@ -85,7 +92,24 @@ def read_config(folder: Path) -> MethodConfig:
 
 def load_weights(model: nn.Module, state: AdapterState, name: str, folder: Path) -> None:
     """Copy the tensors of an adapter folder into an adapter that is attached, strictly."""
-    assign(model, state, name, read_tensors(folder), str(folder / WEIGHTS_FILE))
+    file = NETWORK_FILE if has_network(state, name) else WEIGHTS_FILE
+    assign(model, state, name, read_tensors(folder, file), str(folder / file))
+
+
+def save_network(model: nn.Module, state: AdapterState, name: str, folder: Path) -> None:
+    """Write what training needs to go on, where a network makes what a plain save holds."""
+    write_atomically(folder / NETWORK_FILE, tensors_to_bytes(live_parameters(model, state, name)))
+
+
+def has_network(state: AdapterState, name: str) -> bool:
+    """Whether a network makes what a plain save of this adapter holds."""
+    config = state.configs[name]
+    return isinstance(config, VirtualTokenMethod) and config.has_network
+
+
+def holds_network(folder: Path) -> bool:
+    """Whether an adapter's folder holds that network: a training checkpoint's does."""
+    return (folder / NETWORK_FILE).is_file()
 
 
 @torch.no_grad()

@@ -50,7 +50,8 @@ _INFORMATIVE = ("auto_mapping", "peft_version", "megatron_core", "qalora_group_s
 def to_json(config: MethodConfig, auto_mapping: Mapping[str, str] | None = None) -> str:
     """The text of ``adapter_config.json``: keys sorted, indented by 2, ``inference_mode`` true, as PEFT writes it."""
     values: dict[str, Any] = dict(_NEUTRAL.get(config.peft_type, {}))
-    values |= {spec.name: _plain(getattr(config, spec.name)) for spec in fields(config)}
+    on_disk = [spec.name for spec in fields(config) if spec.metadata.get("on_disk", True)]
+    values |= {name: _plain(getattr(config, name)) for name in on_disk}
     for extra in _EXTRA.get(config.peft_type, ()):
         if values[extra] is None:
             del values[extra]

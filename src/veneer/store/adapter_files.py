@@ -17,6 +17,7 @@ from torch import Tensor
 from veneer.errors import FormatError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+NETWORK_FILE = "prompt_encoder.safetensors"  # in a checkpoint: the network that makes what WEIGHTS_FILE holds
 PICKLE_FILE = "adapter_model.bin"
 
 
@@ -49,19 +50,19 @@ def tensors_to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     return cast(bytes, save(copies, {"format": "pt"}))
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of ``adapter_model.safetensors`` in a folder.
+def read_tensors(folder: Path, file: str = WEIGHTS_FILE) -> dict[str, Tensor]:
+    """The tensors of ``adapter_model.safetensors``, or of another file, in a folder.
 
     Raises FormatError where it is missing, a pickle, truncated, damaged, or its header lies.
     """
-    path = folder / WEIGHTS_FILE
+    path = folder / file
     if not path.is_file():
         if (folder / PICKLE_FILE).is_file():
             raise FormatError(
                 f"{folder} holds {PICKLE_FILE}, a pickle, which can run any code when it is opened; only "
                 f"{WEIGHTS_FILE} is read. Where you trust it, convert it with PEFT: load it there and save it again."
             )
-        raise FormatError(f"{folder} holds no {WEIGHTS_FILE}: it is not an adapter, or it was not saved to the end")
+        raise FormatError(f"{folder} holds no {file}: it is not an adapter, or it was not saved to the end")
     try:
         return cast("dict[str, Tensor]", load_file(path))
     except SafetensorError as error:

@@ -1,0 +1,34 @@
+"""What PrefixDeltas mean, one for each attention layer, and their form on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from veneer.core.records import PrefixDelta
+from veneer.core.sites import AttentionSite
+
+
+def unflatten_prefix(flat: Float[Tensor, "n width"], sites: Sequence[AttentionSite]) -> tuple[PrefixDelta, ...]:
+    """The records in one matrix, a row for each virtual token: keys of layer 0, its values, keys of layer 1, …"""
+    sizes = [site.kv_heads * site.head_dim for site in sites for _ in range(2)]
+    chunks = torch.split(flat, sizes, dim=1)
+    return tuple(
+        PrefixDelta(
+            k=keys.reshape(-1, site.kv_heads, site.head_dim), v=values.reshape(-1, site.kv_heads, site.head_dim)
+        )
+        for site, keys, values in zip(sites, chunks[0::2], chunks[1::2], strict=True)
+    )
+
+
+def prefix_width(sites: Sequence[AttentionSite]) -> int:
+    """Numbers that one virtual token takes: ``Σ 2 kv_heads head_dim`` over the layers."""
+    return sum(2 * site.kv_heads * site.head_dim for site in sites)
+
+
+def batched(x: Float[Tensor, "n heads dim"], n_rows: int) -> Float[Tensor, "rows heads n dim"]:
+    """One layer's keys or values as a cache holds them, the same for every row of the batch."""
+    return x.transpose(0, 1).expand(n_rows, -1, -1, -1)

@@ -1,0 +1,153 @@
+"""Prefixes on a model: keys and values that every attention layer finds in its cache in front of the sequence."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from veneer.core.method import PrefixMethod
+from veneer.core.prefix import batched
+from veneer.core.records import PrefixDelta
+from veneer.core.sites import AttentionSite
+from veneer.errors import TargetError
+from veneer.model.start import Start
+from veneer.model.state import AdapterState
+from veneer.model.structure import evaluation, example_inputs
+from veneer.model.virtual_tokens import (
+    MARK,
+    Arguments,
+    VirtualTokens,
+    cache_name,
+    inner_model,
+    refuse_packing,
+    shifted,
+)
+
+CHILD = "prefix_adapter"
+
+
+class PrefixAdapters(VirtualTokens):
+    """The prefixes of a model by adapter name."""
+
+    def __init__(self, state: AdapterState, model: PreTrainedModel, sites: tuple[AttentionSite, ...]) -> None:
+        super().__init__(state, model)
+        self.sites = sites
+        self.layers = [site.layer for site in sites]
+        self.text_config = model.config.get_text_config(decoder=True)
+        self.handles.append(inner_model(model).register_forward_hook(self.after_forward, with_kwargs=True))
+        for module in model.modules():
+            index, argument = getattr(module, "layer_idx", None), cache_name(module.forward)
+            if index is not None and argument is not None and "attention" in type(module).__name__.lower():
+                hook = module.register_forward_pre_hook(_Recomputed(self, index, argument), with_kwargs=True)
+                self.handles.append(hook)
+
+    def records(self, name: str) -> tuple[PrefixDelta, ...]:
+        """What adapter ``name`` means, layer by layer."""
+        return cast(PrefixMethod, self.method(name)).lower(self.sites, self.parameters_of(name))
+
+    def stored(self, name: str, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return cast(PrefixMethod, self.method(name)).stored(self.sites, params)
+
+    def started(self, model: PreTrainedModel, given: Arguments, cache: Cache | None, name: str) -> Arguments:
+        refuse_packing(given, self.method(name))
+        tokens = given.get("input_ids", given.get("inputs_embeds"))
+        filled = self.empty_cache() if cache is None else cache
+        self.fill(model, filled, name, cast(Tensor, tokens).shape[0])
+        return given | {cast(str, self.cache_name): filled} | shifted(given, self.method(name).num_virtual_tokens)
+
+    def fill(self, model: PreTrainedModel, cache: Cache, name: str, n_rows: int) -> None:
+        for site, record in zip(self.sites, self.records(name), strict=True):
+            put_prefix(cache, record, site.layer, n_rows, _compute_dtype(model.device.type, model.dtype))
+        setattr(cache, MARK, name)
+
+    def after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """Where no cache was asked for, the one that brought the prefix in does not come back."""
+        if self.acting() and kwargs.get("use_cache") is False and isinstance(output, ModelOutput):
+            output[cast(str, self.cache_name)] = None
+        return output
+
+    def empty_cache(self) -> Cache:
+        """A cache that has for each layer what it needs: a sliding window keeps as much as the model's mask expects."""
+        return DynamicCache(config=self.text_config)
+
+
+class _Recomputed:
+    """Gives one attention layer its prefix where gradient checkpointing has taken the cache away.
+
+    A checkpointed layer runs without a cache, so that nothing is written twice. The prefix is made inside the layer, so
+    that it is made again, and its gradient found, when the layer runs again.
+    """
+
+    def __init__(self, holder: PrefixAdapters, index: int, argument: str) -> None:
+        self.holder, self.index, self.argument = holder, index, argument
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        name = self.holder.acting()
+        if name is None or kwargs.get(self.argument) is not None or self.index not in self.holder.layers:
+            return None
+        hidden = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+        method, place = cast(PrefixMethod, self.holder.method(name)), self.holder.layers.index(self.index)
+        record = method.lower_one(self.holder.sites, self.holder.parameters_of(name), place)
+        cache = self.holder.empty_cache()
+        put_prefix(cache, record, self.index, hidden.shape[0], _compute_dtype(hidden.device.type, hidden.dtype))
+        return args, {**kwargs, self.argument: cache}
+
+
+def attach_prefix(
+    model: PreTrainedModel, name: str, state: AdapterState, start: Start, generator: torch.Generator | None = None
+) -> None:
+    """Put the prefix of adapter ``name`` on the model."""
+    if not hasattr(model, CHILD):
+        with state.base_alone():
+            sites = attention_sites(model)
+        model.add_module(CHILD, PrefixAdapters(state, model, sites))
+    holder = cast(PrefixAdapters, getattr(model, CHILD))
+    config = cast(PrefixMethod, state.configs[name]).for_model(holder.sites)
+    state.configs[name] = config
+    init = functools.partial(config.init, holder.sites, generator)
+    holder.adapters[name] = start.parameters(config.shapes(holder.sites), init, model.device, model.dtype)
+
+
+def attention_sites(model: PreTrainedModel) -> tuple[AttentionSite, ...]:
+    """The attention layers that keep keys and values, found in the cache of one short forward pass.
+
+    Raises TargetError where the model keeps none, keeps them in another form, or is an encoder-decoder.
+    """
+    argument = cache_name(model.base_model.forward)
+    if model.config.is_encoder_decoder or argument is None:
+        raise TargetError(
+            f"{type(model).__name__} is not a decoder with a cache of keys and values, which a prefix goes into. "
+            "Use PromptTuningConfig or LoraConfig on this model."
+        )
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    with evaluation(model), torch.no_grad():
+        model.base_model(**example_inputs(model), **{argument: cache}, use_cache=True)
+    found = []
+    for index, layer in enumerate(cache.layers):
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if keys is not None and values is not None and keys.numel() and keys.ndim == 4 and keys.shape == values.shape:
+            found.append(
+                AttentionSite(name=f"layer {index}", layer=index, kv_heads=keys.shape[1], head_dim=keys.shape[3])
+            )
+    if not found or len({(site.kv_heads, site.head_dim) for site in found}) > 1:
+        raise TargetError(
+            f"the layers of {type(model).__name__} do not all keep keys and values of one shape, which a prefix needs: "
+            f"{[(site.kv_heads, site.head_dim) for site in found]}. Use PromptTuningConfig or LoraConfig on this model."
+        )
+    return tuple(found)
+
+
+def put_prefix(cache: Cache, record: PrefixDelta, layer: int, n_rows: int, dtype: torch.dtype) -> None:
+    """Write one layer's prefix into a cache, the same for every row."""
+    cache.update(batched(record.k, n_rows).to(dtype), batched(record.v, n_rows).to(dtype), layer)
+
+
+def _compute_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that attention computes in."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype

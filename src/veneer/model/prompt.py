@@ -1,0 +1,231 @@
+"""Virtual tokens in front of a model's input: ids that stand for nothing, whose embeddings are replaced."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, Cache, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from veneer.core.method import PromptMethod
+from veneer.core.prompt import replace_leading, with_leading
+from veneer.core.records import PromptDelta
+from veneer.core.sites import InputSite
+from veneer.errors import TargetError
+from veneer.methods.prompt import PromptTuningConfig
+from veneer.model.start import Start
+from veneer.model.state import AdapterState
+from veneer.model.virtual_tokens import MARK, Arguments, VirtualTokens, inner_model, refuse_packing
+
+CHILD = "prompt_adapter"
+PER_TOKEN = ("logits", "start_logits", "end_logits", "last_hidden_state", "hidden_states")
+
+
+class PromptAdapters(VirtualTokens):
+    """The prompts of a model by adapter name.
+
+    The whole model, head included, sees the virtual positions (the last of them predicts the first token); what comes
+    back leaves them out. While a pass runs, ``outermost`` is the module that it began with, ``name`` the adapter in it,
+    ``length`` that of its rows; ``to_embed`` is whether the embeddings are still to be replaced.
+    """
+
+    def __init__(self, state: AdapterState, model: PreTrainedModel) -> None:
+        super().__init__(state, model)
+        self.site = input_site(model)
+        self.outermost: nn.Module | None = None
+        self.name, self.length, self.to_embed, self.filling = "", 0, False, False
+        inner = inner_model(model)
+        if inner is not model:
+            self.handles.append(model.register_forward_pre_hook(self.before_forward, with_kwargs=True))
+        for module in {model, inner}:
+            self.handles.append(module.register_forward_hook(self.after_forward, always_call=True))
+        embedding = reader(model).get_input_embeddings()
+        self.handles.append(embedding.register_forward_hook(self.after_embedding))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "outermost": None}
+
+    def record(self, name: str) -> PromptDelta:
+        """What adapter ``name`` means."""
+        return cast(PromptMethod, self.method(name)).lower(self.site, self.parameters_of(name))
+
+    def stored(self, name: str, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return cast(PromptMethod, self.method(name)).stored(self.site, params)
+
+    def before_forward(self, model: PreTrainedModel, args: Any, kwargs: Any) -> Any:
+        if self.outermost is not None or self.filling:
+            return None
+        changed = super().before_forward(model, args, kwargs)
+        if changed is not None:
+            self.outermost, self.name = model, cast(str, self.acting())
+        return changed
+
+    def started(self, model: PreTrainedModel, given: Arguments, cache: Cache | None, name: str) -> Arguments:
+        refuse_packing(given, self.method(name))
+        n, changed = self.method(name).num_virtual_tokens, dict(given)
+        if "input_ids" in given:
+            changed["input_ids"] = with_leading(given["input_ids"], n, _filler(model))
+            self.to_embed, self.length = True, changed["input_ids"].shape[1]
+        else:
+            embedded = given["inputs_embeds"]
+            room = embedded.new_zeros(embedded.shape[0], n, embedded.shape[2])
+            changed["inputs_embeds"] = replace_leading(self.record(name), torch.cat([room, embedded], dim=1))
+            self.length = changed["inputs_embeds"].shape[1]
+        for key, value in (("attention_mask", 1), ("token_type_ids", 0), ("labels", -100)):
+            if key in given and given[key].ndim == 2 and given[key].shape[1] == self.length - n:
+                changed[key] = with_leading(given[key], n, value)
+        if "position_ids" in given:
+            shifted, first = given["position_ids"] + n, torch.arange(n, device=given["position_ids"].device)
+            changed["position_ids"] = torch.cat([first.expand(*shifted.shape[:-1], n), shifted], dim=-1)
+        for key in ("start_positions", "end_positions"):
+            if key in given:
+                changed[key] = given[key] + n
+        if cache is not None:
+            setattr(cache, MARK, name)
+        return changed
+
+    def after_embedding(self, module: nn.Module, args: Any, embedded: Tensor) -> Tensor | None:
+        """The embedded input with the virtual tokens in their places; only once, where ids are looked up again."""
+        if not self.to_embed or embedded.shape[1] != self.length:
+            return None
+        self.to_embed = False
+        return replace_leading(self.record(self.name), embedded)
+
+    def after_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """What the pass gives, without the virtual positions; called too where it fails."""
+        if module is not self.outermost:
+            return None
+        name, length, unread = self.name, self.length, self.to_embed
+        self.outermost, self.name, self.length, self.to_embed = None, "", 0, False
+        if output is None:  # the pass has failed
+            return None
+        if unread:
+            raise TargetError(
+                f"{type(module).__name__} did not look its ids up in its embeddings: a prompt has no place in it"
+            )
+        method = cast(PromptMethod, self.method(name))
+        n = 0 if method.keep_virtual_logits or not length else method.num_virtual_tokens
+        if not isinstance(output, ModelOutput):
+            return _without_leading(output, n, length, n_axes=3)
+        cache = output.get(self.cache_name) if self.cache_name else None
+        if cache is not None:
+            setattr(cache, MARK, name)
+        for key in (key for key in PER_TOKEN if key in output):
+            output[key] = _without_leading(output[key], n, length)
+        return output
+
+    @torch.no_grad()
+    def fill(self, model: PreTrainedModel, cache: Cache, name: str, n_rows: int) -> None:
+        """Run the virtual tokens alone through the model: what they leave in the cache does not depend on the rest."""
+        tokens = self.record(name).embeddings.to(model.dtype).expand(n_rows, -1, -1)
+        self.filling = True
+        try:
+            inner_model(model)(inputs_embeds=tokens, **{cast(str, self.cache_name): cache}, use_cache=True)
+        finally:
+            self.filling = False
+
+
+class EncoderPromptAdapters(PromptAdapters):
+    """Prompts in front of the input of an encoder-decoder's encoder; the decoder attends to the virtual tokens too."""
+
+    def __init__(self, state: AdapterState, model: PreTrainedModel) -> None:
+        super().__init__(state, model)
+        self.handles.append(reader(model).register_forward_pre_hook(self.before_encoder, with_kwargs=True))
+
+    def before_forward(self, model: PreTrainedModel, args: Any, kwargs: Any) -> Any:
+        name = self.acting()
+        if name is None or self.outermost is not None:
+            return None
+        self.outermost, self.name, self.length = model, name, 0
+        given = self.named(model, args, kwargs)
+        if "attention_mask" in given:
+            given["attention_mask"] = with_leading(given["attention_mask"], self.method(name).num_virtual_tokens, 1)
+        return (), given
+
+    def before_encoder(self, encoder: nn.Module, args: Any, kwargs: Any) -> Any:
+        """The encoder's arguments with the virtual tokens in front; its mask may have them already."""
+        name = self.acting()
+        if name is None:
+            return None
+        given = self.named(cast(PreTrainedModel, encoder), args, kwargs)
+        tokens, mask = given.get("input_ids", given.get("inputs_embeds")), given.pop("attention_mask", None)
+        if mask is not None and mask.shape[1] == cast(Tensor, tokens).shape[1]:
+            mask = with_leading(mask, self.method(name).num_virtual_tokens, 1)
+        self.name = name
+        changed = self.started(cast(PreTrainedModel, encoder), given, None, name)
+        return (), changed if mask is None else changed | {"attention_mask": mask}
+
+    def after_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
+        self.length = 0 if module is self.outermost else self.length  # the decoder has no virtual positions
+        return super().after_forward(module, args, output)
+
+
+def attach_prompt(
+    model: PreTrainedModel, name: str, state: AdapterState, start: Start, generator: torch.Generator | None = None
+) -> None:
+    """Put the virtual tokens of adapter ``name`` on the model."""
+    config = for_model(model, cast(PromptMethod, state.configs[name]))
+    state.configs[name] = config
+    site = _site_to_start_from(model, config) if start.values else input_site(model)
+    init = functools.partial(config.init, site, generator)
+    if not hasattr(model, CHILD):
+        kind = EncoderPromptAdapters if model.config.is_encoder_decoder else PromptAdapters
+        model.add_module(CHILD, kind(state, model))
+    holder = cast(PromptAdapters, getattr(model, CHILD))
+    holder.adapters[name] = start.parameters(config.shapes(site), init, model.device, model.dtype)
+
+
+def for_model(model: PreTrainedModel, config: PromptMethod) -> PromptMethod:
+    """The config with the base model's numbers filled in, as PEFT fills them in."""
+    text = model.config.get_text_config()
+    return replace(
+        config,
+        token_dim=input_site(model).features,
+        num_layers=config.num_layers or text.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads or getattr(text, "num_attention_heads", None),
+        num_transformer_submodules=config.num_transformer_submodules
+        or (2 if config.task_type == "SEQ_2_SEQ_LM" else 1),
+    )
+
+
+def reader(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of a model that embeds the text in front of which the virtual tokens stand."""
+    return cast(PreTrainedModel, model.get_encoder() if model.config.is_encoder_decoder else inner_model(model))
+
+
+def input_site(model: PreTrainedModel) -> InputSite:
+    """The input embeddings described by shapes."""
+    weight = model.get_input_embeddings().weight
+    return InputSite(name="input", features=weight.shape[1], vocabulary=weight.shape[0])
+
+
+def _site_to_start_from(model: PreTrainedModel, config: PromptMethod) -> InputSite:
+    embedding = model.get_input_embeddings()
+
+    @torch.no_grad()
+    def embed(ids: Tensor) -> Tensor:
+        return cast(Tensor, embedding(ids.to(embedding.weight.device))).float().cpu()
+
+    text_ids: tuple[int, ...] = ()
+    if config.start_text is not None and isinstance(config, PromptTuningConfig):
+        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **(config.tokenizer_kwargs or {}))
+        text_ids = tuple(tokenizer(config.start_text)["input_ids"])
+    return replace(input_site(model), embed=embed, text_ids=text_ids)
+
+
+def _filler(model: PreTrainedModel) -> int:
+    """An id that is not the padding's, since some models look for padding in the ids."""
+    return 1 if getattr(model.config, "pad_token_id", None) == 0 else 0
+
+
+def _without_leading(value: Any, n: int, length: int, n_axes: int | None = None) -> Any:
+    """Tensors of ``length`` positions (axis 1; of ``n_axes`` axes if given), also in a tuple, less the first n."""
+    if isinstance(value, (tuple, list)):
+        return tuple(_without_leading(item, n, length, n_axes) for item in value)
+    per_token = isinstance(value, Tensor) and value.ndim >= 2 and value.shape[1] == length
+    return value[:, n:] if per_token and n_axes in (None, value.ndim) else value
