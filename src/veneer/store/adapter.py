@@ -121,7 +121,8 @@ def assign(model: nn.Module, state: AdapterState, name: str, tensors: Mapping[st
 
     Raises FormatError that lists every missing, unexpected, wrong-shaped and non-finite tensor.
     """
-    parameters = stored_tensors(model, state, name)
+    expected = live_parameters if has_network(state, name) else stored_tensors
+    parameters = expected(model, state, name)
     carried = {key: place for key, place in _embeddings(model, name).items() if key not in parameters}
     shapes = {key: tuple(value.shape) for key, value in parameters.items()}
     shapes |= {key: tuple(cast(Tensor, m._parameters[p]).shape) for key, (m, p) in carried.items() if key in tensors}
