@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from veneer.adapters import lifecycle
+from veneer.adapters.card import write_card
 from veneer.adapters.merging import require_known
 from veneer.combine import Combination, combine
+from veneer.combine.adapter import config_of, parameters_of
 from veneer.combine.update import Update
 from veneer.core.records import LinearDelta
+from veneer.core.sites import LinearSite
 from veneer.errors import CompositionError
-from veneer.methods.ia3 import IA3Config
-from veneer.methods.lora import LoraConfig
+from veneer.model.adapted import tensors_of
 from veneer.model.attach import Start, adapted_layers, adapted_modules, module_index, shortest_names
 from veneer.model.linear import AdaptedSite
 from veneer.model.state import AdapterState
+from veneer.store.records import StoredAdapter, read_records, write_records
 
 _SVD_SUFFIX = "_svd"
 
@@ -58,51 +62,21 @@ def add_weighted(
     records: dict[str, LinearDelta] = {}
     errors: dict[str, float] = {}
     for path, layer in adapted_layers(model).items():
-        held = [(n, w) for n, w in zip(names, weights, strict=True) if n in layer.adapters]
-        if held:
-            updates = [Update(layer.record(n), layer.site((n,)).weight) for n, _ in held]
-            records[path], errors[path] = combine(updates, [w for _, w in held], plan)
-            records[path] = replace(records[path], bias=_bias_offset(layer, updates, [w for _, w in held]))
+        acting = [(n, w) for n, w in zip(names, weights, strict=True) if n in layer.adapters]
+        if acting:
+            updates = [Update(layer.record(n), layer.site((n,)).weight) for n, _ in acting]
+            records[path], errors[path] = combine(updates, [w for _, w in acting], plan)
+            records[path] = replace(records[path], bias=_bias_offset(layer, updates, [w for _, w in acting]))
     if not records:
         raise CompositionError(f"none of the adapters {list(names)} acts on linear layers: only such can be combined")
-    lifecycle.add(model, state, name, _config(model, records), Start(values=False))
+    config = config_of(records, shortest_names(module_index(model, embeddings=True), tuple(records)))
+    lifecycle.add(model, state, name, config, Start(values=False))
     lifecycle.set_requires_grad(model, (name,), False)
     for path, record in records.items():
-        _fill(cast(AdaptedSite, model.get_submodule(path)), name, record)
+        held = tensors_of(cast(AdaptedSite, model.get_submodule(path)).adapters[name])
+        for key, value in parameters_of(record, config).items():
+            held[key].copy_(value)
     return Report(errors)
-
-
-def _config(model: nn.Module, records: Mapping[str, LinearDelta]) -> LoraConfig | IA3Config:
-    """A config under which each layer's record is what was computed: LoRA with a scale of one, or IA3."""
-    targets = shortest_names(module_index(model, embeddings=True), tuple(records))
-    ranks = {path: record.rank for path, record in records.items()}
-    if not any(ranks.values()):
-        inputs = tuple(path for path, record in records.items() if record.in_scale is not None)
-        return IA3Config(target_modules=tuple(records), feedforward_modules=inputs)
-    if not all(ranks.values()):
-        raise CompositionError(
-            "on some layers only adapters that rescale act (IA3), on others low-rank ones: no one method is both"
-        )
-    commonest = max(set(ranks.values()), key=list(ranks.values()).count)
-    special = {path.replace(".", r"\."): rank for path, rank in ranks.items() if rank != commonest}
-    return LoraConfig(
-        r=commonest,
-        lora_alpha=commonest,
-        target_modules=targets,
-        rank_pattern=special,
-        alpha_pattern=dict(special),
-        lora_bias=any(record.bias is not None for record in records.values()),
-    )
-
-
-def _fill(layer: AdaptedSite, name: str, record: LinearDelta) -> None:
-    holder = dict(layer.adapters[name].named_parameters())
-    values: dict[str, Tensor | None] = {"lora_A": record.a, "lora_B": record.b, "lora_B_bias": record.bias}
-    if "ia3_l" in holder:
-        values = {"ia3_l": record.out_scale if record.in_scale is None else record.in_scale}
-    for key, parameter in holder.items():
-        value = values[key]
-        parameter.copy_(torch.zeros_like(parameter) if value is None else value.view_as(parameter))
 
 
 def _bias_offset(layer: AdaptedSite, updates: Sequence[Update], weights: Sequence[float]) -> Tensor | None:
@@ -123,3 +97,42 @@ def _require_no_whole_parameters(model: nn.Module, names: Sequence[str]) -> None
             f"the adapters {list(names)} train whole parameters (modules_to_save or biases) of {', '.join(held[:3])}: "
             "those have no sum in an adapter; combine merged checkpoints instead"
         )
+
+
+def combine_folders(folders: Sequence[Path], weights: Sequence[float], plan: Combination, output: Path) -> Report:
+    """Combine low-rank adapters on disk without their base and write the result as an adapter folder.
+
+    Raises FormatError for a damaged folder, CompositionError for adapters that need their base or cannot be combined.
+    """
+    stored = [read_records(folder) for folder in folders]
+    sites = {path: site for adapter in stored for path, site in adapter.sites.items()}
+    _require_same_shapes(folders, stored, sites)
+    records: dict[str, LinearDelta] = {}
+    errors: dict[str, float] = {}
+    for path in sites:
+        acting = [(a.records[path], w) for a, w in zip(stored, weights, strict=True) if path in a.records]
+        records[path], errors[path] = combine([Update(r) for r, _ in acting], [w for _, w in acting], plan)
+        changes = [r.bias * w for r, w in acting if r.bias is not None]
+        records[path] = replace(records[path], bias=sum(changes[1:], changes[0]) if changes else None)
+    config = replace(config_of(records, tuple(records)), base_model_name_or_path=_common_base(stored))
+    write_records(output, config, {path: parameters_of(record, config) for path, record in records.items()}, sites)
+    write_card(output, config)
+    return Report(errors)
+
+
+def _common_base(stored: Sequence[StoredAdapter]) -> str | None:
+    bases = {adapter.config.base_model_name_or_path for adapter in stored}
+    return bases.pop() if len(bases) == 1 else None
+
+
+def _require_same_shapes(
+    folders: Sequence[Path], stored: Sequence[StoredAdapter], sites: Mapping[str, LinearSite]
+) -> None:
+    for folder, adapter in zip(folders, stored, strict=True):
+        for path, own in adapter.sites.items():
+            shape, other = (own.out_features, own.in_features), (sites[path].out_features, sites[path].in_features)
+            if shape != other:
+                raise CompositionError(
+                    f"{folder} changes {path} as a layer of shape {shape}, another adapter as one of {other}: "
+                    "they do not belong to the same base"
+                )

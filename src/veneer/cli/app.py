@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from veneer.cli import chat, env, fetch, generate, info
+from veneer.cli import chat, combine, env, fetch, generate, info, inspect
 from veneer.errors import VeneerError
 
 USER_ERROR = 2
@@ -79,6 +79,8 @@ app.command("fetch")(fetch.fetch)
 app.command("info")(info.info)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
+app.command("combine")(combine.combine)
+app.command("inspect")(inspect.inspect)
 app.command("env")(env.env)
 
 

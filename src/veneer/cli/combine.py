@@ -1,0 +1,105 @@
+"""``veneer combine``: one adapter from several, on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from veneer.adapters.combining import Report
+    from veneer.combine import Combination
+
+
+def combine(
+    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", show_default=False, help="Adapter folders.")],
+    output: Annotated[Path, typer.Option("--output", "-o", show_default=False, help="Folder to write.")],
+    weights: Annotated[
+        str | None,
+        typer.Option(show_default=False, help="One weight for each adapter, such as '0.7 -0.3'. Default: 1 each."),
+    ] = None,
+    how: Annotated[
+        str, typer.Option(help="linear, cat, svd, ties, dare_linear, dare_ties, magnitude_prune or factorwise.")
+    ] = "linear",
+    density: Annotated[
+        float | None, typer.Option(show_default=False, help="Share of entries to keep, for ties, dare_* and pruning.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(show_default=False, help="Bring the result to this rank.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the draw that dare_* makes.")] = 0,
+    base: Annotated[
+        str | None, typer.Option(show_default=False, help="The base model; needed for DoRA and IA3 adapters.")
+    ] = None,
+) -> None:
+    """Combine adapters of one base into a new one. The parts stay as they are.
+
+    "linear" is the exact weighted sum: ranks add up, or --rank brings them down and the error is told.
+
+    Example: [bold]veneer combine runs/a runs/b --weights "0.7 0.3" --how ties --density 0.5 -o runs/both[/bold]
+    """
+    from veneer.combine import Combination
+    from veneer.errors import ConfigError
+
+    if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
+        raise ConfigError(f"{output} exists and is not empty: choose another folder, nothing is overwritten")
+    numbers = _numbers(weights, len(adapters))
+    plan = Combination(how=how, rank=rank, density=density, seed=seed)  # type: ignore[arg-type]
+    report = (
+        _without_base(adapters, numbers, plan, output)
+        if base is None
+        else _on_base(adapters, numbers, plan, output, base)
+    )
+    _show(report, output)
+
+
+def _numbers(weights: str | None, n: int) -> list[float]:
+    from veneer.errors import ConfigError
+
+    given = [1.0] * n if weights is None else weights.replace(",", " ").split()
+    try:
+        numbers = [float(w) for w in given]
+    except ValueError as error:
+        raise ConfigError(f"--weights {weights!r} must be numbers separated by spaces or commas") from error
+    if len(numbers) != n:
+        raise ConfigError(f"--weights has {len(numbers)} numbers for {n} adapters: give one for each")
+    return numbers
+
+
+def _without_base(adapters: list[Path], weights: list[float], plan: Combination, output: Path) -> Report:
+    from veneer.adapters.combining import combine_folders
+
+    return combine_folders(adapters, weights, plan, output)
+
+
+def _on_base(adapters: list[Path], weights: list[float], plan: Combination, output: Path, base: str) -> Report:
+    from veneer.adapters.combining import add_weighted
+    from veneer.cli.loading import load
+
+    names = [f"part{i}" for i in range(len(adapters))]
+    model = load(base, dtype="float32").model
+    from veneer.adapters.peft_model import PeftModel
+
+    adapted = PeftModel.from_pretrained(model, adapters[0], names[0])
+    for name, folder in zip(names[1:], adapters[1:], strict=True):
+        adapted.load_adapter(folder, name)
+    report = add_weighted(adapted, adapted.adapter_state, list(zip(names, weights, strict=True)), "default", plan)
+    adapted.save_pretrained(output, selected_adapters=["default"])
+    return report
+
+
+def _show(report: Report, output: Path) -> None:
+    console = Console()
+    if report.worst == 0:
+        console.print(f"exact on all {len(report.errors)} layers: {output}")
+        return
+    table = Table(box=box.SIMPLE, title="relative error of the layers that lost most")
+    table.add_column("layer")
+    table.add_column("error", justify="right")
+    for path, error in sorted(report.errors.items(), key=lambda item: -item[1])[:5]:
+        table.add_row(path, f"{error:.1%}")
+    console.print(table)
+    mean = sum(report.errors.values()) / len(report.errors)
+    console.print(f"mean {mean:.1%} over {len(report.errors)} layers; a higher --rank loses less: {output}")

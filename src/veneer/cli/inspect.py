@@ -1,0 +1,97 @@
+"""``veneer inspect``: what an adapter learned, layer by layer, and how two adapters relate."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from veneer.analyze.report import LayerReport, PairReport
+    from veneer.analyze.spectrum import Spectrum
+
+
+def inspect(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", show_default=False, help="An adapter folder.")],
+    other: Annotated[
+        Path | None, typer.Argument(metavar="[OTHER]", show_default=False, help="Another one, to compare with.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(show_default=False, help="The base model; needed for DoRA and IA3 adapters.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="How many leading directions to count.")] = 4,
+    png: Annotated[Path | None, typer.Option(show_default=False, help="Write a heat map of the norms here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Show the norm, effective rank and energy of every update; for two adapters, shared directions and sign conflicts.
+
+    Example: [bold]veneer inspect runs/a runs/b --png heat.png[/bold]
+    """
+    from veneer.analyze.report import compare, describe
+
+    first = _spectra(adapter, base)
+    lines = describe(first, top)
+    pairs = [] if other is None else compare(first, _spectra(other, base), top)
+    if png is not None:
+        from veneer.analyze.heat_map import draw_norms
+
+        draw_norms(lines, png)
+    if as_json:
+        typer.echo(json.dumps({"layers": [asdict(x) for x in lines], "pairs": [asdict(x) for x in pairs]}, indent=2))
+        return
+    console = Console()
+    console.print(_layers(lines, top))
+    if other is not None:
+        console.print(_pairs(pairs, top))
+
+
+def _spectra(folder: Path, base: str | None) -> dict[str, Spectrum]:
+    from veneer.analyze.spectrum import spectrum, spectrum_of_dense
+    from veneer.combine.update import Update
+    from veneer.store.records import read_records
+
+    if base is None:
+        return {path: spectrum(record) for path, record in read_records(folder).records.items()}
+    from veneer.cli.loading import load
+    from veneer.model.attach import adapted_layers
+
+    layers = adapted_layers(load(base, folder, dtype="float32").model)
+    updates = {path: Update(layer.record("default"), layer.site().weight) for path, layer in layers.items()}
+    return {path: spectrum_of_dense(update.dense().detach()) for path, update in updates.items()}
+
+
+def _layers(lines: list[LayerReport], top: int) -> Table:
+    """One row a kind of module, over its layers: a table that fits a terminal however deep the model is."""
+    table = Table(box=box.SIMPLE, title="updates by module, mean over layers (least to most)")
+    for name in ("module", "layers", "norm", "effective rank", "of rank", f"energy in top {top}"):
+        table.add_column(name, justify="left" if name == "module" else "right")
+    for module in dict.fromkeys(line.module for line in lines):
+        of = [line for line in lines if line.module == module]
+        norms, effective = [x.norm for x in of], [x.effective_rank for x in of]
+        energy = sum(x.energy for x in of) / len(of)
+        rank = max(x.rank for x in of)
+        table.add_row(module, str(len(of)), _span(norms, 3), _span(effective, 1), str(rank), f"{energy:.0%}")
+    return table
+
+
+def _pairs(pairs: list[PairReport], top: int) -> Table:
+    from veneer.analyze.report import split_path
+
+    table = Table(box=box.SIMPLE, title=f"both adapters, {len(pairs)} shared layers")
+    for name in ("module", f"overlap of top {top}", "by chance", "sign conflict"):
+        table.add_column(name, justify="left" if name == "module" else "right")
+    for module in dict.fromkeys(split_path(p.path)[1] for p in pairs):
+        of = [p for p in pairs if split_path(p.path)[1] == module]
+        chance = sum(p.chance for p in of) / len(of)
+        table.add_row(module, _span([p.overlap for p in of], 3), f"{chance:.3f}", _span([p.conflict for p in of], 3))
+    return table
+
+
+def _span(values: list[float], digits: int) -> str:
+    return f"{sum(values) / len(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"

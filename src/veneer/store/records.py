@@ -1,0 +1,90 @@
+"""What an adapter folder means, layer by layer, without its base model: records from the tensors alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from veneer.core.method import LinearMethod, MethodConfig
+from veneer.core.records import LinearDelta
+from veneer.core.sites import LinearSite
+from veneer.errors import CompositionError, FormatError
+from veneer.methods.lora import LoraConfig
+from veneer.model.attach import DISK_PREFIX
+from veneer.store.adapter import read_config
+from veneer.store.adapter_config import CONFIG_FILE, to_json
+from veneer.store.adapter_files import WEIGHTS_FILE, non_finite, read_tensors, tensors_to_bytes, write_atomically
+
+_FACTORS = (("lora_A.weight", "lora_B.weight", "linear"), ("lora_embedding_A", "lora_embedding_B", "embedding"))
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter's config and, by module path, its sites and records."""
+
+    config: MethodConfig
+    sites: Mapping[str, LinearSite]
+    records: Mapping[str, LinearDelta]
+
+
+def needs_base(config: MethodConfig) -> bool:
+    """Whether what an adapter does to a weight depends on that weight (DoRA, IA3)."""
+    return not isinstance(config, LoraConfig) or config.use_dora
+
+
+def read_records(folder: Path) -> StoredAdapter:
+    """The records of a low-rank adapter. Low-rank records carry in ``bias`` what they add to the layer's own.
+
+    Raises CompositionError for an adapter whose update depends on the base or that trains whole parameters, FormatError
+    for a damaged one.
+    """
+    config = read_config(folder)
+    if not isinstance(config, LoraConfig) or needs_base(config):
+        raise CompositionError(f"the adapter {folder} scales the weights of its base (DoRA, IA3): give the base too")
+    tensors = read_tensors(folder)
+    broken = non_finite(tensors)
+    if broken:
+        raise FormatError(f"{folder / WEIGHTS_FILE} holds NaN or infinity in {', '.join(broken[:3])}")
+    sites = _sites(tensors)
+    keys = {
+        path: {n: f"{DISK_PREFIX}{path}.{end}" for n, end in config.disk_names(s).items()} for path, s in sites.items()
+    }
+    stray = sorted(set(tensors) - {key for names in keys.values() for key in names.values()})
+    missing = sorted(key for names in keys.values() for key in names.values() if key not in tensors)
+    if missing:
+        raise FormatError(f"{folder / WEIGHTS_FILE} lacks {', '.join(missing[:3])}")
+    if stray:
+        raise CompositionError(
+            f"the adapter {folder} holds {stray[0]} and {len(stray) - 1} more that are not low-rank factors: "
+            "such an adapter can only be read with its base"
+        )
+    params = {path: {name: tensors[key] for name, key in names.items()} for path, names in keys.items()}
+    return StoredAdapter(config, sites, {path: config.lower(sites[path], params[path]) for path in sites})
+
+
+def write_records(
+    folder: Path, config: LinearMethod, params: Mapping[str, Mapping[str, Tensor]], sites: Mapping[str, LinearSite]
+) -> None:
+    """Write an adapter folder from parameters by module path. Raises FormatError where writing fails."""
+    tensors = {
+        f"{DISK_PREFIX}{path}.{end}": params[path][name]
+        for path, site in sites.items()
+        for name, end in config.disk_names(site).items()
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / WEIGHTS_FILE, tensors_to_bytes(tensors))
+    write_atomically(folder / CONFIG_FILE, to_json(config, {}).encode())
+
+
+def _sites(tensors: Mapping[str, Tensor]) -> dict[str, LinearSite]:
+    found = {}
+    for a_end, b_end, kind in _FACTORS:
+        for key, a in tensors.items():
+            path = key.removeprefix(DISK_PREFIX).removesuffix(f".{a_end}")
+            b = tensors.get(f"{DISK_PREFIX}{path}.{b_end}")
+            if key.endswith(f".{a_end}") and b is not None:
+                found[path] = LinearSite(name=path, in_features=a.shape[1], out_features=b.shape[0], kind=kind)  # type: ignore[arg-type]
+    return found

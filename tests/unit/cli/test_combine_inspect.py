@@ -1,0 +1,139 @@
+"""``veneer combine`` and ``veneer inspect``: what they write is what the algebra says, and bad input is told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
+
+from veneer import LoraConfig, PeftModel, get_peft_model
+
+IDS = torch.tensor([[5, 71, 33, 140, 9, 250]])
+
+
+@pytest.fixture(scope="session")
+def second(model_folder: Path) -> Path:
+    """Another rank, rsLoRA's scale, and other layers than the first."""
+    return saved(
+        model_folder,
+        "second",
+        LoraConfig(r=5, lora_alpha=2, use_rslora=True, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
+    )
+
+
+@pytest.fixture(scope="session")
+def decomposed(model_folder: Path) -> Path:
+    config = LoraConfig(r=2, lora_alpha=3, use_dora=True, target_modules=["q_proj"], init_lora_weights=False)
+    return saved(model_folder, "decomposed", config)
+
+
+def saved(model_folder: Path, name: str, config: LoraConfig) -> Path:
+    torch.manual_seed(23)
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(model_folder), config)
+    model.save_pretrained(model_folder.parent / name)
+    return model_folder.parent / name
+
+
+def weight_of(model_folder: Path, adapter: Path | None, path: str) -> torch.Tensor:
+    model = LlamaForCausalLM.from_pretrained(model_folder)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    return model.get_submodule(path).weight.detach()
+
+
+@pytest.mark.parametrize(
+    "path", ["model.layers.1.self_attn.q_proj", "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"]
+)
+def test_linear_is_the_weighted_sum(veneer, model_folder, adapter_folder, second, tmp_path, path):
+    result = veneer("combine", adapter_folder, second, "--weights", "0.7, -0.4", "-o", tmp_path / "sum")
+    assert result.exit_code == 0, result.output
+    assert "exact on all 6 layers" in result.output
+    own = weight_of(model_folder, None, path)
+    expected = own + sum(
+        w * (weight_of(model_folder, a, path) - own) for w, a in ((0.7, adapter_folder), (-0.4, second))
+    )
+    torch.testing.assert_close(weight_of(model_folder, tmp_path / "sum", path), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_with_the_base_dora_can_be_combined_and_the_error_is_told(
+    veneer, model_folder, adapter_folder, decomposed, tmp_path
+):
+    result = veneer("combine", adapter_folder, decomposed, "-o", tmp_path / "sum", "--rank", 4, "--base", model_folder)
+    assert result.exit_code == 0, result.output
+    assert "relative error" in result.output
+    config = json.loads((tmp_path / "sum" / "adapter_config.json").read_text())
+    # up_proj, which only the first changes, keeps its rank of 3; on q_proj the sum is brought to 4.
+    assert (config["r"], set(config["rank_pattern"].values())) == (3, {4})
+
+
+def test_ties_writes_an_adapter_that_loads(veneer, model_folder, adapter_folder, second, tmp_path):
+    result = veneer("combine", adapter_folder, second, "--how", "ties", "--density", 0.5, "-o", tmp_path / "ties")
+    assert result.exit_code == 0, result.output
+    model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(model_folder), tmp_path / "ties")
+    assert torch.isfinite(model(IDS).logits).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--weights", "0.5"], "1 numbers for 2 adapters"),
+        (["--weights", "a b"], "must be numbers"),
+        (["--how", "ties"], "needs a density"),
+        (["--how", "slerp"], "must be one of"),
+    ],
+)
+def test_bad_combinations_are_told_and_write_nothing(veneer, adapter_folder, second, tmp_path, arguments, message):
+    result = veneer("combine", adapter_folder, second, "-o", tmp_path / "out", *arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_overwritten_and_what_needs_its_base_says_so(
+    veneer, adapter_folder, second, decomposed, other_adapter, tmp_path
+):
+    kept = second / "adapter_config.json"
+    before = kept.read_bytes()
+    assert "nothing is overwritten" in veneer("combine", adapter_folder, "-o", second).output
+    assert kept.read_bytes() == before
+    for needy in (decomposed, other_adapter):
+        assert "give the base too" in veneer("combine", adapter_folder, needy, "-o", tmp_path / "x").output
+        assert "give the base too" in veneer("inspect", needy).output
+
+
+def test_damaged_and_strange_tensors_are_told(veneer, adapter_folder, tmp_path):
+    for name, change, message in (
+        ("nan", lambda t: t[next(iter(t))].fill_(float("nan")), "NaN or infinity"),
+        ("half", lambda t: t.pop(next(k for k in t if "lora_B" in k)), "not low-rank factors"),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "adapter_config.json").write_bytes((adapter_folder / "adapter_config.json").read_bytes())
+        tensors = load_file(adapter_folder / "adapter_model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "adapter_model.safetensors")
+        result = veneer("inspect", folder)
+        assert result.exit_code == 2
+        assert message in result.output
+
+
+def test_inspect_tells_norms_and_overlaps_and_draws(veneer, model_folder, adapter_folder, second, tmp_path):
+    result = veneer("inspect", adapter_folder, second, "--png", tmp_path / "heat.png", "--json", "--top", 2)
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.output)
+    first = next(x for x in told["layers"] if x["path"].endswith("0.self_attn.q_proj"))
+    path = "model.layers.0.self_attn.q_proj"
+    update = weight_of(model_folder, adapter_folder, path) - weight_of(model_folder, None, path)
+    assert first["norm"] == pytest.approx(float(update.norm()), rel=1e-4)
+    assert first["rank"] == 3
+    assert {p["path"] for p in told["pairs"]} == {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}
+    assert (tmp_path / "heat.png").read_bytes().startswith(b"\x89PNG")
+    table = veneer("inspect", adapter_folder, second)
+    assert "sign conflict" in table.output
+    with_base = veneer("inspect", adapter_folder, "--base", model_folder, "--json")
+    other = next(x for x in json.loads(with_base.output)["layers"] if x["path"] == path)
+    assert other["norm"] == pytest.approx(first["norm"], rel=1e-4)
