@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors import safe_open
@@ -138,3 +139,14 @@ def test_a_method_dropped_into_the_folder_trains_saves_loads_and_merges(base, to
     loaded = veneer.PeftModel.from_pretrained(make_base(base), tmp_path / "saved")
     assert torch.equal(logits(loaded), logits(model))
     torch.testing.assert_close(logits(loaded.merge_and_unload()), logits(model), rtol=1e-10, atol=1e-10)
+
+
+@every_base
+def test_peft_computes_the_same_from_what_is_saved(base, config, tmp_path):
+    """Also from a start that PEFT would bake into the weight: what is written is plain LoRA."""
+    if config.peft_type not in peft.PeftType.__members__:
+        pytest.skip(f"PEFT has no {config.peft_type}")
+    model = trained(base, config)
+    model.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(make_base(base), tmp_path, autocast_adapter_dtype=False).eval()
+    torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-9, atol=1e-9)
