@@ -20,8 +20,9 @@ from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.errors import CompositionError
 from veneer.model.adapted import tensors_of
-from veneer.model.attach import Start, adapted_layers, adapted_modules, module_index, shortest_names
+from veneer.model.attach import adapted_layers, adapted_modules, module_index, shortest_names
 from veneer.model.linear import AdaptedSite
+from veneer.model.start import Start
 from veneer.model.state import AdapterState
 from veneer.store.records import StoredAdapter, read_records, write_records
 
