@@ -18,6 +18,8 @@ from veneer.quant.product import product
 from veneer.quant.spec import Parts
 
 NAME = "int8"
+# Rows are independent: quantizing some at a time bounds the float32 copies that it takes.
+CHUNK_VALUES = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,11 @@ class Int8Spec:
         return {"weight": (torch.int8, self.shape), "SCB": (torch.float32, self.shape[:1])}
 
     def quantize(self, weight: Float[Tensor, "o i"]) -> dict[str, Tensor]:
-        codes, absmax = quantize_int8(weight)
+        step = max(1, CHUNK_VALUES // max(1, self.shape[1]))
+        codes = torch.empty(self.shape, dtype=torch.int8, device=weight.device)
+        absmax = torch.empty(self.shape[0], dtype=torch.float32, device=weight.device)
+        for row in range(0, self.shape[0], step):
+            codes[row : row + step], absmax[row : row + step] = quantize_int8(weight[row : row + step])
         return {"weight": codes, "SCB": absmax}
 
     def bind(self, parts: Parts) -> Int8Weight:

@@ -1,0 +1,35 @@
+"""Making a quantized model ready for training adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from transformers import PreTrainedModel
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+def prepare_model_for_kbit_training(
+    model: Model,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+) -> Model:
+    """Freeze the model, put its 16-bit parameters (norms, embeddings, head) into float32, turn checkpointing on.
+
+    Quantized weights stay as they are. With ``use_gradient_checkpointing`` the inputs of the first block get a gradient
+    where checkpoints are reentrant (torch's older kind, and the default where ``use_reentrant`` is not given), without
+    which a frozen model would train nothing. The model is changed in place and returned.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+        # bitsandbytes may label the bytes of its codes with a 16-bit dtype
+        if parameter.dtype in (torch.float16, torch.bfloat16) and not hasattr(parameter, "quant_state"):
+            parameter.data = parameter.data.to(torch.float32)
+    if use_gradient_checkpointing:
+        kwargs = dict(gradient_checkpointing_kwargs or {})
+        if kwargs.get("use_reentrant", True):
+            model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs or None)
+    return model
