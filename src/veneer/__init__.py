@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "BitsAndBytesConfig": "veneer.store.quantization",
     "BottleneckConfig": "veneer.methods.bottleneck",
     "IA3Config": "veneer.methods.ia3",
     "LoraConfig": "veneer.methods.lora",
@@ -22,10 +23,12 @@ _HOMES = {
     "get_peft_model": "veneer.adapters.peft_model",
     "get_peft_model_state_dict": "veneer.adapters.functional",
     "inject_adapter_in_model": "veneer.adapters.functional",
+    "prepare_model_for_kbit_training": "veneer.model.prepare",
     "set_peft_model_state_dict": "veneer.adapters.functional",
 }
 
 __all__ = [
+    "BitsAndBytesConfig",
     "BottleneckConfig",
     "IA3Config",
     "LoraConfig",
@@ -42,6 +45,7 @@ __all__ = [
     "get_peft_model",
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
+    "prepare_model_for_kbit_training",
     "set_peft_model_state_dict",
 ]
 

@@ -19,6 +19,7 @@ from veneer.store.safetensors_file import StoredTensor, read_header
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+FINITE_CHUNK_VALUES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -102,13 +103,14 @@ class Checkpoint:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether every value is a number. A sum tells in one pass without a mask as large as the tensor."""
+    """Whether every value is a number. A sum tells in one pass without a mask or copy as large as the tensor."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
-    if tensor.dtype.itemsize == 1:  # torch neither sums nor tests 8-bit floats
-        tensor = tensor.to(torch.float16)
-    wide = torch.promote_types(tensor.dtype, torch.float32)
-    return bool(tensor.sum(dtype=wide).isfinite()) or bool(tensor.isfinite().all())
+    if tensor.dtype.itemsize > 1 and bool(tensor.sum().isfinite()):
+        return True
+    # finite values can have a sum that overflows, and torch neither sums nor tests 8-bit floats
+    parts = torch.split(tensor.reshape(-1), FINITE_CHUNK_VALUES)
+    return all(bool((part.to(torch.float16) if part.dtype.itemsize == 1 else part).isfinite().all()) for part in parts)
 
 
 def _read_headers(files: list[Path]) -> tuple[dict[str, StoredTensor], list[str]]:

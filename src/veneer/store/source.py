@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 import urllib.error
@@ -20,6 +21,7 @@ from veneer.store.adapter_config import CONFIG_FILE as ADAPTER_CONFIG
 from veneer.store.checkpoint import Checkpoint
 from veneer.store.fetch import KNOWN, is_fetched, model_folder
 from veneer.store.gguf_model import converted_folder
+from veneer.store.quantization import ON_DISK, BitsAndBytesConfig
 
 DTYPES = {
     "float32": torch.float32,
@@ -67,12 +69,14 @@ def load_model(
 ) -> PreTrainedModel:
     """The causal language model at ``source``, for evaluation.
 
-    ``dtype`` ``"auto"`` keeps the checkpoint's; ``quantization`` is a `BitsAndBytesConfig`.
+    ``dtype`` ``"auto"`` keeps the checkpoint's; ``quantization`` is a `BitsAndBytesConfig`, not needed for a model that
+    was saved quantized.
     Raises what `resolve` raises, FormatError where weights are damaged or missing, ConfigError for an unknown dtype.
     """
     place = resolve(source)
     if isinstance(place, Path):
         Checkpoint.open(place)  # a damaged file is told apart here, with everything that is wrong with it
+    quantization = quantization or _stored_quantization(place)
     options: dict[str, Any] = {} if quantization is None else {"quantization_config": quantization}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -87,6 +91,20 @@ def load_model(
             "it is not a whole causal language model"
         )
     return cast(PreTrainedModel, model if device is None else model.to(device)).eval()
+
+
+def _stored_quantization(place: Path | str) -> BitsAndBytesConfig | None:
+    """The config of a folder that bitsandbytes or veneer saved quantized, so that it loads without bitsandbytes."""
+    if not isinstance(place, Path):
+        return None
+    try:
+        config = json.loads((place / "config.json").read_text(encoding="utf-8"))
+    except ValueError:
+        return None  # transformers reads the file next and says what is wrong with it
+    stored = config.get("quantization_config") if isinstance(config, dict) else None
+    if not isinstance(stored, dict) or stored.get("quant_method") != ON_DISK:
+        return None
+    return BitsAndBytesConfig.from_stored(stored)
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:

@@ -31,6 +31,7 @@ from veneer.errors import CompositionError, ConfigError, FormatError
 from veneer.methods.lora import LoraConfig
 from veneer.model.quant_linear import QuantLinear
 from veneer.store.quantization import BitsAndBytesConfig
+from veneer.store.source import load_model
 
 CONFIGS: dict[str, Any] = {
     "llama": LlamaConfig(
@@ -218,6 +219,14 @@ def test_values_that_are_not_finite_are_all_named(dense_folders: dict[str, Path]
     assert all(name in str(caught.value) for name in bad)
 
 
+def test_a_model_saved_quantized_needs_no_config(dense_folders: dict[str, Path], tmp_path: Path) -> None:
+    ours = load(dense_folders["llama"], NF4)
+    ours.save_pretrained(tmp_path)
+    again = load_model(tmp_path)
+    assert len(quantized(again)) == 14
+    assert torch.equal(again(IDS).logits, ours(IDS).logits)
+
+
 def damage(folder: Path, remove: str | None = None, **changes: Tensor) -> None:
     file = folder / "model.safetensors"
     state = {k: v for k, v in load_file(file).items() if k != remove} | changes
@@ -336,6 +345,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM
 from veneer.store.checkpoint import Checkpoint
 from veneer.store.quantization import BitsAndBytesConfig
+from veneer.store.source import load_model
 
 def peak():
     return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
