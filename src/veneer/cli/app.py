@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from veneer.cli import chat, combine, env, fetch, generate, info, inspect
+from veneer.cli import chat, combine, env, fetch, generate, info, inspect, train
 from veneer.errors import VeneerError
 
 USER_ERROR = 2
@@ -76,6 +76,7 @@ def root(
 
 
 app.command("fetch")(fetch.fetch)
+app.command("train")(train.train)
 app.command("info")(info.info)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
+import torch
 import trl
 from transformers import TrainingArguments
 
@@ -15,7 +17,12 @@ class SFTConfig(trl.SFTConfig):  # type: ignore[misc]
     """TRL's ``SFTConfig``. Raises ConfigError with all that does not go together."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # else transformers refuses bf16, which a CPU computes as well
+        with warnings.catch_warnings():
+            # The setting that everybody knows by this name is called activation_checkpointing from transformers 6 on.
+            warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
+            super().__post_init__()
         problems = []
         if self.packing and self.packing_strategy == "wrapped":
             problems.append(

@@ -77,6 +77,7 @@ class SFTTrainer(ResumableTrainer):
         name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", None)
         model = _loaded(model, args, quantization_config)
         model = _adapted(model, peft_config)
+        use_cache = getattr(model.config, "use_cache", None)
         with _weights_as_they_are(model):
             super().__init__(
                 model=model,
@@ -94,6 +95,7 @@ class SFTTrainer(ResumableTrainer):
                 formatting_func=formatting_func,
             )
         self.args.assistant_only_loss = self._assistant_only
+        self.model.config.use_cache = use_cache  # switched off by Trainer; here every forward pass says so itself
         # The loss below is normalized by the tokens of the whole step, whatever the model's own forward accepts.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True

@@ -1,0 +1,60 @@
+"""``veneer train``: a recipe carried out."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from veneer.errors import ConfigError
+
+
+def train(
+    recipe: Annotated[Path | None, typer.Argument(metavar="RECIPE", help="A YAML file; see --print-recipe.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change one key, such as training.learning_rate=1e-4."),
+    ] = None,
+    print_recipe: Annotated[
+        bool, typer.Option("--print-recipe", help="Print a recipe with comments and leave.")
+    ] = False,
+    show_sample: Annotated[
+        bool, typer.Option("--show-sample", help="Print one row with its trained tokens coloured and leave.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint, bit for bit.")] = False,
+) -> None:
+    """Fit an adapter (or the whole model) as a recipe says.
+
+    Example: [bold]veneer train --print-recipe > recipe.yaml && veneer train recipe.yaml[/bold]
+    """
+    if print_recipe:
+        typer.echo((resources.files("veneer.train") / "recipe.yaml").read_text(encoding="utf-8"), nl=False)
+        return
+    if recipe is None:
+        raise ConfigError("veneer train needs a recipe: `veneer train --print-recipe > recipe.yaml` writes one to edit")
+    from veneer.train.recipe import load_recipe
+
+    wanted = load_recipe(recipe, overrides or [])
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    from veneer.train.run import run_recipe
+
+    console = Console(soft_wrap=True)
+    if show_sample:
+        from veneer.train.run import sample_of
+        from veneer.train.sample import shown_sample
+
+        console.print(shown_sample(*sample_of(wanted), marks=not console.is_terminal))
+        return
+    record = run_recipe(wanted, resume=resume, tell=lambda line: console.print(line, style="bold", highlight=False))
+    results = record["results"]
+    told = [f"training loss {results['train_loss']:.4f}"]
+    told += [f"held-out loss {results['eval_loss']:.4f}"] if "eval_loss" in results else []
+    console.print(f"{', '.join(told)} after {results['steps']} steps in {results['seconds']:.0f} s", highlight=False)
+    console.print(
+        f"saved in {record['saved']}; the run is written down in {Path(wanted.output) / 'run.json'}", highlight=False
+    )

@@ -1,0 +1,224 @@
+"""Rows of data from a file or the hub, brought into one of the forms that can be trained on."""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.lib
+from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetNotFoundError
+
+from veneer.errors import ConfigError, DataError
+
+Row = dict[str, Any]
+SHOWN_PROBLEMS = 5
+FORMS = ("messages", "prompt-completion", "text", "alpaca", "template")
+_SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowReader:
+    """How the rows of a source become messages, prompt and completion, or text.
+
+    ``prompt`` and ``completion`` are templates such as ``"Translate: {source}"`` over the columns. ``chat`` makes turns
+    of user and assistant out of prompts and completions; ``system`` is a message put before each conversation.
+    """
+
+    prompt: str | None = None
+    completion: str | None = None
+    chat: bool = False
+    system: str | None = None
+
+    def form(self, columns: Iterable[str]) -> str:
+        """The form that these columns have. Raises DataError where none fits."""
+        names = set(columns)
+        if self.prompt is not None and self.completion is not None:
+            return "template"
+        for form, needed in (
+            ("messages", {"messages"}),
+            ("messages", {"conversations"}),
+            ("prompt-completion", {"prompt", "completion"}),
+            ("alpaca", {"instruction", "output"}),
+            ("alpaca", {"instruction", "response"}),
+            ("text", {"text"}),
+        ):
+            if needed <= names:
+                return form
+        raise DataError(
+            f"rows have the columns {sorted(names)}, none of the forms that can be trained on: messages (or "
+            "conversations), prompt and completion, instruction and output (with or without input), text. For others, "
+            'say how to read them: data.prompt and data.completion, such as "Question: {question}" and "{answer}"'
+        )
+
+    def read(self, row: Mapping[str, Any], form: str) -> Row:
+        """One row in its final form. Raises DataError where a value is missing or of the wrong kind."""
+        readers: dict[str, Callable[[Mapping[str, Any]], Row]] = {
+            "messages": self._messages,
+            "prompt-completion": self._prompt_completion,
+            "alpaca": self._alpaca,
+            "text": lambda row: {"text": _text(row, "text")},
+            "template": self._template,
+        }
+        return readers[form](row)
+
+    def _messages(self, row: Mapping[str, Any]) -> Row:
+        turns = row.get("messages", row.get("conversations"))
+        if not isinstance(turns, list) or not turns:
+            raise DataError("messages must be a list that is not empty")
+        read = {"messages": self._with_system([_turn(turn) for turn in turns])}
+        return read | ({"tools": json.dumps(row["tools"])} if row.get("tools") else {})
+
+    def _prompt_completion(self, row: Mapping[str, Any]) -> Row:
+        prompt, completion = row.get("prompt"), row.get("completion")
+        if isinstance(prompt, list) and isinstance(completion, list):
+            return {"messages": self._with_system([_turn(turn) for turn in [*prompt, *completion]])}
+        return self._pair(_text(row, "prompt"), _text(row, "completion"))
+
+    def _alpaca(self, row: Mapping[str, Any]) -> Row:
+        more = row.get("input")
+        prompt = _text(row, "instruction") + (f"\n\n{_text(row, 'input')}" if more else "")
+        return self._pair(prompt, _text(row, "output" if "output" in row else "response"))
+
+    def _template(self, row: Mapping[str, Any]) -> Row:
+        return self._pair(_filled(self.prompt or "", row), _filled(self.completion or "", row))
+
+    def _pair(self, prompt: str, completion: str) -> Row:
+        if not self.chat:
+            return {"prompt": prompt, "completion": completion}
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+        return {"messages": self._with_system(turns)}
+
+    def _with_system(self, turns: list[Row]) -> list[Row]:
+        if self.system is None or turns[0]["role"] == "system":
+            return turns
+        return [{"role": "system", "content": self.system}, *turns]
+
+
+def load_rows(source: str | Path, reader: RowReader, limit: int | None = None) -> Dataset:
+    """All rows of a source (or the first ``limit``), read.
+
+    ``source``: a .jsonl, .json (a list of objects) or .parquet file, or a hub id, ``name`` or ``name:split``.
+    Raises DataError that gathers the rows which do not fit, by number, counted from one.
+    """
+    rows: list[Row] = []
+    problems: list[str] = []
+    form = None
+    for number, row in _numbered(source, problems):
+        if limit is not None and len(rows) >= limit:
+            break
+        form = form or reader.form(row)
+        try:
+            rows.append(reader.read(row, form))
+        except DataError as error:
+            problems.append(f"row {number}: {error}")
+    if problems:
+        more = f"; and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
+        raise DataError(f"{source}: " + "; ".join(problems[:SHOWN_PROBLEMS]) + more)
+    if not rows:
+        raise DataError(f"{source} holds no rows")
+    return Dataset.from_list(rows)
+
+
+def split_off(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Training rows and held-out rows, drawn by seed. Raises DataError where one of the two would be empty."""
+    n_held_out = round(fraction * len(rows))
+    if not 0 < n_held_out < len(rows):
+        raise DataError(f"a fraction of {fraction} of {len(rows)} rows leaves nothing to train on or to evaluate on")
+    parts = rows.train_test_split(test_size=n_held_out, seed=seed)
+    return parts["train"], parts["test"]
+
+
+def _numbered(source: str | Path, problems: list[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    path = Path(source)
+    if path.suffix in (".jsonl", ".json", ".parquet") or path.exists():
+        if not path.is_file():
+            raise DataError(f"there is no file {path}")
+        readers = {".jsonl": _json_lines, ".json": _json_list, ".parquet": _parquet}
+        if path.suffix not in readers:
+            raise DataError(f"{path} must end in .jsonl, .json or .parquet")
+        yield from readers[path.suffix](path, problems)
+    else:
+        yield from enumerate(_from_hub(str(source)), start=1)
+
+
+def _json_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, Row]]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                problems.append(f"row {number}: not JSON ({error})")
+                continue
+            if isinstance(row, dict):
+                yield number, row
+            else:
+                problems.append(f"row {number}: must be an object, not {type(row).__name__}")
+
+
+def _json_list(path: Path, problems: list[str]) -> Iterator[tuple[int, Row]]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}); for one object a line, name it .jsonl") from error
+    if not isinstance(rows, list):
+        raise DataError(f"{path} must hold a list of objects, not {type(rows).__name__}")
+    for number, row in enumerate(rows, start=1):
+        if isinstance(row, dict):
+            yield number, row
+        else:
+            problems.append(f"row {number}: must be an object, not {type(row).__name__}")
+
+
+def _parquet(path: Path, problems: list[str]) -> Iterator[tuple[int, Row]]:
+    try:
+        rows = Dataset.from_parquet(str(path), keep_in_memory=True)
+    except (pyarrow.lib.ArrowException, ValueError) as error:
+        raise DataError(f"{path} is not a parquet file: {error}") from error
+    yield from enumerate(rows, start=1)
+
+
+def _from_hub(source: str) -> Dataset:
+    name, _, split = source.partition(":")
+    try:
+        return load_dataset(name, split=split or "train")
+    except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError) as error:
+        raise DataError(f"{source!r} is no file, and as a data set of the hub it cannot be loaded: {error}") from error
+
+
+def _turn(turn: Any) -> Row:
+    if not isinstance(turn, Mapping):
+        raise DataError(f"a message must be an object with role and content, not {turn!r:.60}")
+    if "from" in turn and "value" in turn:
+        role = _SHAREGPT_ROLES.get(turn["from"])
+        if role is None:
+            raise DataError(f"a message is from {turn['from']!r}; known: {sorted(_SHAREGPT_ROLES)}")
+        return {"role": role, "content": _text(turn, "value")}
+    if not isinstance(turn.get("role"), str):
+        raise DataError(f"a message has no role: {dict(turn)!r:.60}")
+    if turn.get("content") is None and "tool_calls" in turn:
+        return dict(turn)
+    return {**turn, "content": _text(turn, "content")}
+
+
+def _text(row: Mapping[str, Any], column: str) -> str:
+    value = row.get(column)
+    if not isinstance(value, str):
+        raise DataError(f"{column!r} must be a string, not {'missing' if value is None else type(value).__name__}")
+    return value
+
+
+def _filled(template: str, row: Mapping[str, Any]) -> str:
+    try:
+        return string.Formatter().vformat(template, (), row)
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"the template {template!r} does not fit the columns {sorted(row)} ({type(error).__name__}: {error}); "
+            "write {{ and }} for braces that are meant as such"
+        ) from error

@@ -1,0 +1,243 @@
+"""A training run written down: a YAML file, checked as a whole before anything is loaded."""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.errors import PydanticSchemaGenerationError
+
+from veneer.core.method import MethodConfig
+from veneer.errors import ConfigError
+from veneer.methods.ia3 import IA3Config
+from veneer.methods.lora import LoraConfig
+from veneer.train.config import SFTConfig
+
+Method = Literal["lora", "rslora", "dora", "ia3", "full"]
+_CONFIGS: dict[str, tuple[type[MethodConfig], dict[str, Any]]] = {
+    "lora": (LoraConfig, {}),
+    "rslora": (LoraConfig, {"use_rslora": True}),
+    "dora": (LoraConfig, {"use_dora": True}),
+    "ia3": (IA3Config, {}),
+}
+_ELSEWHERE = {"output_dir": "output", "seed": "seed"}
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelPart(_Part):
+    """Which base, and how its frozen weights are stored."""
+
+    source: str
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["none", "nf4", "fp4", "int8"] = "none"
+    double_quantization: bool = True
+    attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None
+
+
+class DataPart(_Part):
+    """Which rows, how they are read, and what of them is trained."""
+
+    train: str
+    eval: str | None = None
+    eval_fraction: float = Field(default=0.0, ge=0, lt=1)
+    prompt: str | None = None
+    completion: str | None = None
+    chat: bool | None = None
+    system: str | None = None
+    train_on: Literal["answers", "everything"] = "answers"
+    limit: int | None = Field(default=None, ge=1)
+    eval_limit: int | None = Field(default=None, ge=1)
+
+
+class Recipe(_Part):
+    """All of a run. ``adapter`` holds ``method`` and fields of its config, ``training`` fields of `SFTConfig`."""
+
+    model: ModelPart
+    data: DataPart
+    adapter: dict[str, Any] = {"method": "lora"}
+    training: dict[str, Any] = {}
+    output: str
+    seed: int = 0
+
+    @property
+    def method(self) -> Method:
+        """The name of the method."""
+        return typing.cast(Method, self.adapter.get("method", "lora"))
+
+    def adapter_config(self) -> MethodConfig | None:
+        """The config of the adapter; None where the whole model is trained."""
+        if self.method == "full":
+            return None
+        cls, switches = _CONFIGS[self.method]
+        given = {"target_modules": "all-linear"} if cls is LoraConfig else {}
+        return cls(**{**given, **_typed(cls, self._adapter_fields(), []), **switches})
+
+    def sft_config(self, **changes: Any) -> SFTConfig:
+        """The settings of the trainer, the recipe's defaults filled in."""
+        given = _typed(SFTConfig, self.training, [])
+        return SFTConfig(output_dir=self.output, seed=self.seed, **{**_defaults(self), **given, **changes})
+
+    def _adapter_fields(self) -> dict[str, Any]:
+        return {key: value for key, value in self.adapter.items() if key != "method"}
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from YAML, with ``key.key=value`` overrides on top.
+
+    Files that the recipe names are looked for beside it; files in overrides, and the output, in the working directory.
+    Raises ConfigError with all problems at once; an unknown key is one, and names the nearest key that there is.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"the recipe {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold keys and values; `veneer train --print-recipe` shows one")
+    for part, key in (("data", "train"), ("data", "eval"), ("model", "source")):
+        section = values.get(part)
+        if isinstance(section, dict) and isinstance(section.get(key), str) and (path.parent / section[key]).exists():
+            section[key] = str(path.parent / section[key])
+    for override in overrides:
+        _override(values, override)
+    return parse_recipe(values, str(path))
+
+
+def parse_recipe(values: Mapping[str, Any], name: str = "recipe") -> Recipe:
+    """A recipe from plain values. Raises ConfigError with all problems at once."""
+    problems: list[str] = []
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        problems += [_told(dict(e)) for e in error.errors()]
+    for check in (_adapter_problems, _training_problems, _data_problems):
+        problems += check(values)
+    if recipe is None or problems:
+        raise ConfigError(f"{name}: " + "; ".join(problems))
+    for build in (recipe.adapter_config, recipe.sft_config):
+        try:
+            build()
+        except (ValueError, TypeError) as error:  # ConfigError is a ValueError, and what Trainer raises is one too
+            problems.append(str(error))
+    if problems:
+        raise ConfigError(f"{name}: " + "; ".join(problems))
+    return recipe
+
+
+def _section(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    section = values.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def _adapter_problems(values: Mapping[str, Any]) -> list[str]:
+    given = _section(values, "adapter")
+    method, rest = given.get("method", "lora"), {key: value for key, value in given.items() if key != "method"}
+    methods = typing.get_args(Method)
+    if method not in methods:
+        return [f"adapter.method: {method!r} must be one of {', '.join(methods)}{_nearest(str(method), methods)}"]
+    found: list[str] = []
+    if method != "full":
+        _typed(_CONFIGS[method][0], rest, found, "adapter.")
+        return found
+    found += [f"adapter.{key}: method full trains the whole model and has no settings" for key in rest]
+    quantization = _section(values, "model").get("quantization", "none")
+    if quantization != "none":
+        found.append(f"model.quantization: {quantization} weights are frozen, and method full trains them; use none")
+    return found
+
+
+def _training_problems(values: Mapping[str, Any]) -> list[str]:
+    given = _section(values, "training")
+    found = [f"training.{key}: say it at the top, as {top}" for key, top in _ELSEWHERE.items() if key in given]
+    _typed(SFTConfig, {key: value for key, value in given.items() if key not in _ELSEWHERE}, found, "training.")
+    return found
+
+
+def _data_problems(values: Mapping[str, Any]) -> list[str]:
+    data = _section(values, "data")
+    found = []
+    if (data.get("prompt") is None) != (data.get("completion") is None):
+        found.append("data: prompt and completion are templates that belong together; give both or neither")
+    if data.get("eval") is not None and data.get("eval_fraction"):
+        found.append("data: give eval (a file) or eval_fraction (a part of train), not both")
+    return found
+
+
+def _defaults(recipe: Recipe) -> dict[str, Any]:
+    evaluates = recipe.data.eval is not None or recipe.data.eval_fraction > 0
+    return {
+        "learning_rate": {"ia3": 5e-3, "full": 2e-5}.get(recipe.method, 2e-4),
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.03,
+        "max_grad_norm": 0.3,
+        "num_train_epochs": 1.0,
+        "per_device_train_batch_size": 8,
+        "logging_steps": 10,
+        "save_steps": 200,
+        "save_total_limit": 2,
+        "eval_strategy": "steps" if evaluates else "no",
+        "eval_steps": 200 if evaluates else None,
+        "gradient_checkpointing": False,
+        "report_to": ["tensorboard"],
+    }
+
+
+def _typed(cls: type, given: Mapping[str, Any], problems: list[str], prefix: str = "") -> dict[str, Any]:
+    """Values converted to the types of a dataclass's fields; what cannot be, and unknown keys, become problems."""
+    hints = typing.get_type_hints(cls)
+    known = {f.name for f in fields(cls) if f.init}
+    typed: dict[str, Any] = {}
+    for key, value in given.items():
+        if key not in known:
+            problems.append(f"{prefix}{key}: unknown key{_nearest(key, known)}")
+            continue
+        try:
+            typed[key] = TypeAdapter(hints[key]).validate_python(value)
+        except ValidationError as error:
+            problems.append(f"{prefix}{key}: {value!r} does not fit ({error.errors()[0]['msg']})")
+        except PydanticSchemaGenerationError:
+            typed[key] = value  # a type that pydantic does not know; the config checks it itself
+    return typed
+
+
+def _told(error: dict[str, Any]) -> str:
+    path = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        parts: dict[str, type[_Part]] = {"model": ModelPart, "data": DataPart}
+        known = Recipe.model_fields if len(error["loc"]) == 1 else parts[str(error["loc"][0])].model_fields
+        return f"{path}: unknown key{_nearest(str(error['loc'][-1]), known)}"
+    if error["type"] == "missing":
+        return f"{path}: is missing"
+    return f"{path}: {error['input']!r} does not fit ({error['msg']})"
+
+
+def _nearest(key: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(key, list(known), n=1, cutoff=0.3)
+    return f"; the nearest is {found[0]!r}" if found else ""
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override!r} must have the form key=value, such as training.learning_rate=1e-4")
+    *parents, last = key.split(".")
+    section = values
+    for parent in parents:
+        section = section.setdefault(parent, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"--set {override!r}: {parent} is a value, not a section")
+    try:
+        section[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not YAML ({error})") from error

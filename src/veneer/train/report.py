@@ -1,0 +1,47 @@
+"""What a run leaves behind for people: ``run.json`` and a picture of the loss."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+PACKAGES = ("veneer", "torch", "transformers", "trl", "accelerate", "datasets", "safetensors", "numpy")
+
+
+def environment() -> dict[str, Any]:
+    """The machine and the versions that a run's numbers depend on."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "machine": platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def draw_loss(history: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """The training loss and, where there is one, the held-out loss over the steps, as a PNG."""
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
+        points = [(line["step"], line[key]) for line in history if key in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4, linewidth=1.5)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss (nats for each trained token)")
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend(frameon=False)
+    figure.savefig(path)

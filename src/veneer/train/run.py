@@ -1,0 +1,156 @@
+"""A recipe carried out: load, read, train, evaluate, save, and write down what happened."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from veneer.errors import ConfigError
+from veneer.store.source import load_model, load_tokenizer
+from veneer.train.checkpoint import write_json
+from veneer.train.data import RowReader, load_rows, split_off
+from veneer.train.encode import IGNORED, Encoder, kind_of
+from veneer.train.prepare import digest, encode_all
+from veneer.train.recipe import DataPart, ModelPart, Recipe
+from veneer.train.report import draw_loss, environment
+from veneer.train.trainer import SFTTrainer
+
+RUN_FILE = "run.json"
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Training rows, and held-out rows where there are any."""
+
+    train: Dataset
+    eval: Dataset | None
+
+
+def read_data(part: DataPart, tokenizer: PreTrainedTokenizerBase, seed: int) -> Rows:
+    """The rows that a recipe names. Raises DataError and ConfigError as `load_rows` and `split_off` do."""
+    chat = tokenizer.chat_template is not None if part.chat is None else part.chat
+    reader = RowReader(prompt=part.prompt, completion=part.completion, chat=chat, system=part.system)
+    train = load_rows(part.train, reader, part.limit)
+    if part.eval is not None:
+        return Rows(train, load_rows(part.eval, reader, part.eval_limit))
+    return Rows(*split_off(train, part.eval_fraction, seed)) if part.eval_fraction else Rows(train, None)
+
+
+def make_trainer(recipe: Recipe) -> SFTTrainer:
+    """The trainer of a recipe, its model loaded and its data encoded; nothing is trained yet."""
+    tokenizer = load_tokenizer(recipe.model.source)
+    rows = read_data(recipe.data, tokenizer, recipe.seed)
+    answers = recipe.data.train_on == "answers"
+    chats = "messages" in rows.train.column_names
+    args = recipe.sft_config(assistant_only_loss=answers and chats, completion_only_loss=answers and not chats)
+    return SFTTrainer(
+        load_base(recipe.model),
+        args,
+        train_dataset=rows.train,
+        eval_dataset=rows.eval,
+        processing_class=tokenizer,
+        peft_config=recipe.adapter_config(),
+    )
+
+
+def sample_of(recipe: Recipe) -> tuple[dict[str, list[int]], PreTrainedTokenizerBase]:
+    """The first training row as it is trained on, and the tokenizer that reads it."""
+    tokenizer = load_tokenizer(recipe.model.source)
+    rows = read_data(recipe.data, tokenizer, recipe.seed)
+    kind = kind_of(rows.train.column_names, "text")
+    answers = recipe.data.train_on == "answers"
+    encoder = Encoder(
+        tokenizer=tokenizer,
+        kind=kind,
+        completion_only=answers and kind == "prompt-completion",
+        assistant_only=answers and kind == "messages",
+        max_length=recipe.sft_config().max_length,
+    )
+    return dict(encode_all(rows.train.select(range(1)), encoder, "train")[0]), tokenizer
+
+
+def run_recipe(recipe: Recipe, *, resume: bool = False, tell: Tell = lambda line: None) -> dict[str, Any]:
+    """Carry a recipe out and give back what ``run.json`` holds.
+
+    Writes into the recipe's output: ``adapter/`` (``model/`` for a model trained whole), ``run.json``, ``loss.png``,
+    checkpoints and TensorBoard's files. Raises the errors of its parts; TrainingError also where the output holds a run
+    already and ``resume`` is false.
+    """
+    output = Path(recipe.output)
+    if not resume and any(output.glob("checkpoint-*")):
+        raise ConfigError(
+            f"{output} holds the checkpoints of a run: continue it with --resume, or choose another output "
+            "(--set output=…)"
+        )
+    trainer = make_trainer(recipe)
+    tell(trainer.describe())
+    record = describe_run(recipe, trainer)
+    write_json(output / RUN_FILE, {**record, "status": "running"})
+    began = time.perf_counter()
+    trained = trainer.train(resume_from_checkpoint=resume or None)
+    seconds = time.perf_counter() - began
+    results = {"train_loss": trained.training_loss, "steps": trained.global_step, "seconds": seconds}
+    if trainer.eval_dataset is not None:
+        results |= {key: value for key, value in trainer.evaluate().items() if key.startswith("eval_")}
+    saved = output / ("model" if recipe.method == "full" else "adapter")
+    trainer.save_model(str(saved))
+    history = trainer.state.log_history
+    draw_loss(history, output / "loss.png")
+    record |= {"status": "finished", "results": results, "saved": str(saved), "log": history}
+    write_json(output / RUN_FILE, record)
+    return record
+
+
+def load_base(part: ModelPart) -> PreTrainedModel:
+    """The base model of a recipe, quantized and prepared where it says so."""
+    if part.quantization == "none":
+        model = load_model(part.source, dtype=part.dtype)
+    else:
+        import veneer  # the public names, which this module may not import when veneer itself is imported
+
+        if part.quantization == "int8":
+            config = veneer.BitsAndBytesConfig(load_in_8bit=True)
+        else:
+            config = veneer.BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type=part.quantization,
+                bnb_4bit_use_double_quant=part.double_quantization,
+            )
+        model = load_model(part.source, dtype=part.dtype, quantization=config)
+        model = veneer.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if part.attention is not None:
+        model.set_attn_implementation(part.attention)
+    return model
+
+
+def describe_run(recipe: Recipe, trainer: SFTTrainer) -> dict[str, Any]:
+    """What is known of a run before it begins."""
+    config = recipe.adapter_config()
+    return {
+        "format": 1,
+        "recipe": recipe.model_dump(),
+        "adapter_config": asdict(config) if is_dataclass(config) else None,
+        "training": trainer.args.to_dict(),
+        "trained": trainer.describe(),
+        "data": {
+            "train": _described(trainer.train_dataset, trainer.data_digest),
+            "eval": None if trainer.eval_dataset is None else _described(trainer.eval_dataset),
+        },
+        "environment": environment(),
+    }
+
+
+def _described(rows: Dataset, known_digest: str | None = None) -> dict[str, Any]:
+    return {
+        "rows": len(rows),
+        "tokens": sum(len(ids) for ids in rows["input_ids"]),
+        "trained_tokens": sum(label != IGNORED for labels in rows["labels"] for label in labels),
+        "blake2b": known_digest or digest(rows),
+    }

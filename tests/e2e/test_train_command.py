@@ -1,0 +1,149 @@
+"""``veneer train`` on a tiny random model, and a few steps of the real one."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from veneer import PeftModel
+from veneer.cli.app import app
+from veneer.store.fetch import is_fetched, model_folder
+
+WORDS = [f"w{i}" for i in range(23)]
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder with a base model, rows and a recipe."""
+    names = {w: i for i, w in enumerate(["<unk>", "<end>", "<user>", "<assistant>", *WORDS])}
+    words = Tokenizer(models.WordLevel(names, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<end>", pad_token="<end>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<' + m['role'] + '> ' + m['content'] + ' <end> ' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
+    )
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        hidden_size=24, intermediate_size=44, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1,
+        vocab_size=len(names), bos_token_id=1, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    rows = [{"question": f"w{i} w{i + 1}", "answer": f"w{i + 2}"} for i in range(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    recipe = {
+        "model": {"source": "base"},
+        "adapter": {"method": "lora", "r": 3, "lora_alpha": 5},
+        "data": {"train": "rows.jsonl", "eval_fraction": 0.2, "prompt": "{question}", "completion": "{answer}"},
+        "training": {
+            "max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 0.05, "logging_steps": 2,
+            "eval_steps": 3, "save_steps": 3, "bf16": False, "disable_tqdm": True,
+        },
+        "output": str(tmp_path / "run"),
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return tmp_path
+
+
+def train(project: Path, *options: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["train", str(project / "recipe.yaml"), *options])
+    return result.exit_code, result.output + result.stderr
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_recipe_is_carried_out(project: Path, method: str) -> None:
+    drop = ["--set", "adapter={method: full}"] if method == "full" else []
+    code, output = train(project, *drop)
+    assert code == 0, output
+    assert "trains" in output
+    record = json.loads((project / "run" / "run.json").read_text())
+    assert record["status"] == "finished"
+    assert record["data"]["train"]["rows"] == 16
+    assert record["data"]["train"]["trained_tokens"] == 16 * 2  # the answer's word and the end of the turn
+    assert record["data"]["eval"]["rows"] == 4
+    losses = [line["loss"] for line in record["log"] if "loss" in line]
+    assert losses[-1] < losses[0]
+    assert record["results"]["steps"] == 6
+    assert record["results"]["eval_loss"] > 0
+    assert record["environment"]["versions"]["veneer"]
+    assert (project / "run" / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert list((project / "run" / "runs").rglob("events.out.tfevents.*"))
+    if method == "lora":
+        base = AutoModelForCausalLM.from_pretrained(project / "base")
+        PeftModel.from_pretrained(base, project / "run" / "adapter")
+    else:
+        AutoModelForCausalLM.from_pretrained(project / "run" / "model")
+
+
+def test_resuming_and_refusing_to_overwrite(project: Path) -> None:
+    assert train(project, "--set", "training.max_steps=3", "--set", "training.lr_scheduler_type=constant")[0] == 0
+    code, output = train(project)
+    assert code == 2
+    assert "--resume" in output
+    assert train(project, "--resume", "--set", "training.lr_scheduler_type=constant")[0] == 0
+    assert json.loads((project / "run" / "run.json").read_text())["results"]["steps"] == 6
+
+
+def test_show_sample_marks_what_is_trained(project: Path) -> None:
+    code, output = train(project, "--show-sample")
+    assert code == 0, output
+    assert re.search(r"<user> w\d+ w\d+ <end> <assistant>【w\d+ <end>】", output), output
+    assert not (project / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--set", "adapter.rr=3"], "adapter.rr: unknown key; the nearest is 'r'"),
+        (["--set", "data.train=none.jsonl"], "there is no file none.jsonl"),
+        (["--set", "adapter.target_modules=[q_prj]"], "q_proj"),
+        (["--set", "training.max_length=2"], "is masked"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_message(project: Path, options: list[str], message: str) -> None:
+    code, output = train(project, *options)
+    assert code == 2, output
+    assert message in " ".join(output.split())
+    assert "Traceback" not in output
+
+
+def test_without_a_recipe() -> None:
+    result = CliRunner().invoke(app, ["train"])
+    assert result.exit_code == 2
+    assert "--print-recipe" in result.output + result.stderr
+    printed = CliRunner().invoke(app, ["train", "--print-recipe"])
+    assert printed.exit_code == 0
+    assert yaml.safe_load(printed.output)["model"]["source"] == "smollm2-135m-instruct"
+
+
+@pytest.mark.model
+def test_the_real_model_learns_in_a_few_steps(project: Path) -> None:
+    assert is_fetched("smollm2-135m-instruct"), "run `veneer fetch smollm2-135m-instruct` first"
+    changes = [
+        f"model.source={model_folder('smollm2-135m-instruct')}",
+        "training.learning_rate=1e-3",
+        "training.warmup_steps=0",
+        "data.limit=4",
+        "data.eval_fraction=0",
+        "training.max_steps=3",
+        "training.logging_steps=1",
+        "training.packing=true",
+        "training.max_length=96",
+        "training.optim=paged_adamw_8bit",
+        "training.bf16=true",
+        "training.per_device_train_batch_size=2",
+    ]
+    code, output = train(project, *(part for change in changes for part in ("--set", change)))
+    assert code == 0, output
+    record = json.loads((project / "run" / "run.json").read_text())
+    losses = [line["loss"] for line in record["log"] if "loss" in line]
+    assert losses[-1] < losses[0]

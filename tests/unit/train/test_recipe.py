@@ -1,0 +1,132 @@
+import pytest
+import yaml
+
+from veneer.errors import ConfigError
+from veneer.methods.ia3 import IA3Config
+from veneer.methods.lora import LoraConfig
+from veneer.train.recipe import load_recipe, parse_recipe
+
+
+def values(**changes):
+    base = {"model": {"source": "somewhere"}, "data": {"train": "rows.jsonl"}, "output": "runs/x"}
+    return {**base, **changes}
+
+
+@pytest.fixture
+def written(tmp_path):
+    def write(content):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+        return path
+
+    return write
+
+
+def test_the_commented_recipe_is_valid_and_names_only_keys_that_do_something(written):
+    from importlib import resources
+
+    text = (resources.files("veneer.train") / "recipe.yaml").read_text()
+    recipe = load_recipe(written(text))
+    assert recipe.adapter_config() == LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear")
+    assert recipe.sft_config().learning_rate == 2e-4
+    optional = [line.strip()[2:] for line in text.splitlines() if line.strip().startswith("# ") and ": " in line]
+    assert (
+        sum(
+            line.split(":")[0] in ("attention", "eval", "prompt", "completion", "chat", "system", "limit")
+            for line in optional
+        )
+        == 7
+    )
+
+
+def test_every_problem_is_told_at_once_with_the_nearest_key():
+    wrong = values(
+        model={"source": "x", "quantisation": "nf4"},
+        adapter={"method": "lora", "lora_aplha": 3, "r": "many"},
+        training={"learning_rat": 1, "max_length": "long", "output_dir": "y"},
+        seeds=3,
+    )
+    with pytest.raises(ConfigError) as error:
+        parse_recipe(wrong)
+    told = str(error.value)
+    for expected in (
+        "model.quantisation: unknown key; the nearest is 'quantization'",
+        "adapter.lora_aplha: unknown key; the nearest is 'lora_alpha'",
+        "adapter.r: 'many' does not fit",
+        "training.learning_rat: unknown key; the nearest is 'learning_rate'",
+        "training.max_length: 'long' does not fit",
+        "training.output_dir: say it at the top, as output",
+        "seeds: unknown key; the nearest is 'seed'",
+    ):
+        assert expected in told
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"adapter": {"method": "lora_"}}, "adapter.method: 'lora_' must be one of lora, .*the nearest is 'lora'"),
+        ({"adapter": {"method": "full", "r": 3}}, "adapter.r: method full trains the whole model"),
+        ({"adapter": {"method": "full"}, "model": {"source": "x", "quantization": "nf4"}}, "weights are frozen"),
+        ({"data": {"train": "a", "prompt": "{q}"}}, "belong together"),
+        ({"data": {"train": "a", "eval": "b", "eval_fraction": 0.1}}, "not both"),
+        ({"data": {"train": "a", "eval_fraction": 1.5}}, "data.eval_fraction: 1.5 does not fit"),
+        ({"data": {}}, "data.train: is missing"),
+        ({"adapter": {"r": 0}}, "r=0 must be a whole number"),
+        ({"training": {"packing": True, "max_length": None}}, "packing=True needs max_length"),
+    ],
+)
+def test_what_is_wrong_is_told(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_recipe(values(**changes))
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("lora", LoraConfig(target_modules="all-linear")),
+        ("rslora", LoraConfig(target_modules="all-linear", use_rslora=True)),
+        ("dora", LoraConfig(target_modules="all-linear", use_dora=True)),
+        ("ia3", IA3Config()),
+        ("full", None),
+    ],
+)
+def test_methods(method, expected):
+    assert parse_recipe(values(adapter={"method": method})).adapter_config() == expected
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers(written):
+    recipe = load_recipe(written(values()), ["training.learning_rate=3e-4", "adapter.target_modules=[q_proj]"])
+    assert recipe.sft_config().learning_rate == 3e-4
+    assert recipe.adapter_config().target_modules == ("q_proj",)
+
+
+def test_files_beside_the_recipe_are_found_and_overrides_are_taken_as_given(written, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{}")
+    assert load_recipe(written(values())).data.train == str(tmp_path / "rows.jsonl")
+    assert load_recipe(written(values()), ["data.train=rows.jsonl"]).data.train == "rows.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("output", "must have the form key=value"),
+        ("output.x=1", "output is a value, not a section"),
+        ("seed=[1", "the value is not YAML"),
+    ],
+)
+def test_overrides_that_cannot_be_read(written, override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(written(values()), [override])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("a: [1", "is not YAML"), ("- 1", "must hold keys and values"), ("", "must hold keys")]
+)
+def test_files_that_are_no_recipe(written, content, message):
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(written(content))
+
+
+def test_a_recipe_that_is_not_there(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        load_recipe(tmp_path / "none.yaml")

@@ -1,0 +1,210 @@
+import shutil
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+
+from veneer import LoraConfig
+from veneer.errors import TrainingError
+from veneer.train.checkpoint import checkpoints, drop_old, latest_checkpoint, read_progress, written_whole
+from veneer.train.config import SFTConfig
+from veneer.train.sampler import EpochSampler
+from veneer.train.trainer import SFTTrainer
+
+STEPS = 8
+
+
+def rows(n=11, seed=4):
+    torch.manual_seed(seed)
+    words = ["the", "cat", "dog", "sat", "ran", "red", "blue", "tree", "house", "yes"]
+    return Dataset.from_list([{"text": " ".join(words[(i * j + 3) % 10] for j in range(2 + i % 7))} for i in range(n)])
+
+
+@pytest.fixture
+def start(tmp_path, tokenizer, make_model):
+    def make(folder="run", data=None, r=3, whole=False, **changes):
+        base = {
+            "output_dir": str(tmp_path / folder),
+            "max_steps": STEPS,
+            "save_steps": 1,
+            "logging_steps": 3,
+            "bf16": False,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 0.02,
+            "max_length": 16,
+            "use_cpu": True,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "train_sampling_strategy": "group_by_length",
+            "gradient_checkpointing": False,
+        }
+        return SFTTrainer(
+            make_model(),
+            SFTConfig(**{**base, **changes}),
+            train_dataset=data or rows(),
+            eval_dataset=rows(3, 9),
+            processing_class=tokenizer,
+            peft_config=None if whole else LoraConfig(r=r, lora_alpha=5, lora_dropout=0.3, target_modules="all-linear"),
+        )
+
+    return make
+
+
+def logged(trainer):
+    return {
+        line["step"]: [line["loss"], line["mean_token_accuracy"], line["num_tokens"], line["learning_rate"]]
+        for line in trainer.state.log_history
+        if "loss" in line
+    }
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_resumed_run_logs_and_ends_as_the_whole_one(tmp_path, start, whole):
+    first = start(whole=whole)
+    result = first.train()
+    for step in (2, 6, 7):  # in the first epoch, at its end (six steps), in the second
+        shutil.copytree(tmp_path / "run" / f"checkpoint-{step}", tmp_path / f"from{step}" / f"checkpoint-{step}")
+        again = start(f"from{step}", whole=whole)
+        resumed = again.train(resume_from_checkpoint=True)
+        assert logged(again) == logged(first)
+        assert resumed.training_loss == result.training_loss
+        for (name, ours), (_, expected) in zip(
+            again.model.named_parameters(), first.model.named_parameters(), strict=True
+        ):
+            assert torch.equal(ours, expected), (step, name)
+
+
+def test_an_evaluation_after_the_last_save_of_an_epoch_changes_nothing(tmp_path, start):
+    first = start(eval_strategy="epoch")
+    first.train()
+    shutil.copytree(tmp_path / "run" / "checkpoint-6", tmp_path / "from6" / "checkpoint-6")
+    again = start("from6", eval_strategy="epoch")
+    again.train(resume_from_checkpoint=True)
+    assert logged(again) == logged(first)
+
+
+def test_a_checkpoint_holds_the_adapter_and_no_weight_of_the_base(tmp_path, start):
+    trainer = start(max_steps=2)
+    trainer.train()
+    folder = tmp_path / "run" / "checkpoint-2"
+    names = {path.name for path in folder.iterdir()}
+    assert {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+    } <= names
+    assert not {"model.safetensors", "training_args.bin"} & names
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    assert sum(t.numel() for t in load_file(folder / "trained.safetensors").values()) == trained
+    assert read_progress(folder)["data_digest"] == trainer.data_digest
+
+
+def test_the_best_model_is_kept_and_loaded(tmp_path, start):
+    trainer = start(
+        eval_strategy="steps", eval_steps=1, load_best_model_at_end=True, save_total_limit=2, learning_rate=0.5
+    )
+    trainer.train()
+    evals = {line["step"]: line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line}
+    best = min(evals, key=evals.__getitem__)
+    assert best < STEPS
+    assert trainer.state.best_global_step == best
+    assert {path.name for path in checkpoints(tmp_path / "run")} >= {f"checkpoint-{best}", f"checkpoint-{STEPS}"}
+    kept = load_file(tmp_path / "run" / f"checkpoint-{best}" / "trained.safetensors")
+    assert all(torch.equal(p, kept[n]) for n, p in trainer.model.named_parameters() if p.requires_grad)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(evals[best], rel=1e-6)
+
+
+def test_other_data_cannot_be_resumed_on(start):
+    start(max_steps=2).train()
+    with pytest.raises(TrainingError, match="trained on other data"):
+        start(data=rows(12)).train(resume_from_checkpoint=True)
+
+
+def test_another_adapter_cannot_be_resumed_into(start):
+    start(max_steps=2).train()
+    with pytest.raises(TrainingError, match=r"another adapter.*shape \(2, 24\), in the checkpoint \(3, 24\)"):
+        start(r=2).train(resume_from_checkpoint=True)
+
+
+def test_a_damaged_checkpoint_is_told(tmp_path, start):
+    start(max_steps=2).train()
+    path = tmp_path / "run" / "checkpoint-2" / "trained.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(TrainingError, match="missing or damaged"):
+        start().train(resume_from_checkpoint=str(path.parent))
+
+
+def test_nothing_to_resume(tmp_path, start):
+    with pytest.raises(TrainingError, match="holds no complete checkpoint-N"):
+        start().train(resume_from_checkpoint=True)
+    with pytest.raises(TrainingError, match=r"holds no trainer_state\.json"):
+        start().train(resume_from_checkpoint=str(tmp_path))
+
+
+def test_only_whole_checkpoints_count(tmp_path):
+    for name, state in (
+        ("checkpoint-3", "{}"),
+        ("checkpoint-12", "{}"),
+        ("checkpoint-20", "{"),
+        ("checkpoint-x", "{}"),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-30").mkdir()
+    assert latest_checkpoint(tmp_path).name == "checkpoint-12"
+
+
+def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path):
+    target = tmp_path / "checkpoint-5"
+    with written_whole(target) as folder:
+        (folder / "a").write_text("old")
+
+    def fail():
+        with written_whole(target) as folder:
+            (folder / "a").write_text("new")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fail()
+    assert (target / "a").read_text() == "old"
+    with written_whole(target) as folder:
+        (folder / "a").write_text("new")
+    assert (target / "a").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
+
+
+@pytest.mark.parametrize(
+    ("keep", "best", "left"),
+    [(2, None, [4, 5]), (2, 1, [1, 5]), (1, 2, [2, 5]), (None, None, [1, 2, 3, 4, 5]), (1, 5, [5])],
+)
+def test_old_checkpoints_go_but_never_the_last_or_the_best(tmp_path, keep, best, left):
+    for step in range(1, 6):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    drop_old(tmp_path, keep, best and tmp_path / f"checkpoint-{best}")
+    assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in left]
+
+
+def test_the_order_is_a_function_of_seed_and_epoch():
+    lengths = [3, 11, 5, 2, 7, 13, 1, 9, 4]
+    for group in (None, 3):
+        sampler = EpochSampler(lengths, 5, group)
+        first = list(sampler)
+        assert sorted(first) == list(range(9))
+        sampler.set_epoch(1)
+        assert list(sampler) != first
+        sampler.set_epoch(0)
+        assert list(sampler) == first == list(EpochSampler(lengths, 5, group))
+        assert list(EpochSampler(lengths, 6, group)) != first
+    assert first[0] == 5  # the longest comes first
+
+
+def test_groups_hold_examples_of_like_length():
+    torch.manual_seed(2)
+    lengths = torch.randint(1, 100, (300,)).tolist()
+    order = list(EpochSampler(lengths, 5, 4))[4:]
+    spread = [max(g) - min(g) for g in ([lengths[i] for i in order[k : k + 4]] for k in range(0, 280, 4))]
+    assert sum(spread) / len(spread) < 10
