@@ -39,4 +39,27 @@ void parallel_for(int64_t n, int64_t grain, const F& f) {
       &job, threads);
 }
 
+// The same, one index at a time worth a thread, and f(thread, begin, end) knows which of max_threads() threads it is on.
+template <class F>
+void parallel_for_indexed(int64_t n, const F& f) {
+  if (n <= 0) return;
+  const int64_t limit = max_threads();
+  const int threads = static_cast<int>(n < limit ? n : limit);
+  if (threads <= 1) {
+    f(0, int64_t{0}, n);
+    return;
+  }
+  struct Job {
+    const F* f;
+    int64_t n;
+  } job{&f, n};
+  run_team(
+      [](int index, int size, void* data) {
+        const Job& j = *static_cast<Job*>(data);
+        const int64_t begin = j.n * index / size, end = j.n * (index + 1) / size;
+        if (begin < end) (*j.f)(index, begin, end);
+      },
+      &job, threads);
+}
+
 }  // namespace veneer

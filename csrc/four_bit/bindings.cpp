@@ -1,5 +1,6 @@
 #include <nanobind/nanobind.h>
 
+#include "core/amx.h"
 #include "four_bit/four_bit.h"
 
 namespace nb = nanobind;
@@ -35,6 +36,11 @@ const FourBitCode& four_bit_code(int quant_type) {
   return codes[quant_type];
 }
 
+FourBitMatrix matrix(uintptr_t packed, uintptr_t absmax, int64_t block_size, int quant_type, int64_t o, int64_t i) {
+  return {reinterpret_cast<const uint8_t*>(packed), reinterpret_cast<const float*>(absmax), &four_bit_code(quant_type),
+          block_size, o, i};
+}
+
 void bind_four_bit(nb::module_& m) {
   using release = nb::call_guard<nb::gil_scoped_release>;
   m.def(
@@ -51,6 +57,18 @@ void bind_four_bit(nb::module_& m) {
         four_bit_kernels().dequantize(reinterpret_cast<const uint8_t*>(packed), reinterpret_cast<const float*>(absmax),
                                       n, block_size, four_bit_code(quant_type), Dtype(dtype),
                                       reinterpret_cast<void*>(out));
+      },
+      release());
+  m.def("four_bit_has_product", [] { return four_bit_kernels().multiply != nullptr && amx_ready(); });
+  m.def("four_bit_scratch", [](int64_t o, int64_t i, int64_t rows, bool transposed) {
+    return four_bit_kernels().product_scratch(matrix(0, 0, 64, 0, o, i), rows, transposed);
+  });
+  m.def(
+      "four_bit_multiply",
+      [](uintptr_t packed, uintptr_t absmax, int64_t block_size, int quant_type, int64_t o, int64_t i, uintptr_t x,
+         int64_t rows, bool transposed, uintptr_t out, uintptr_t scratch) {
+        four_bit_kernels().multiply(matrix(packed, absmax, block_size, quant_type, o, i), reinterpret_cast<const bf16*>(x),
+                                    rows, transposed, reinterpret_cast<bf16*>(out), reinterpret_cast<bf16*>(scratch));
       },
       release());
 }

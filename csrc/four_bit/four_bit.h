@@ -30,6 +30,10 @@ struct FourBitKernels {
   // out: n values of dtype.
   void (*dequantize)(const uint8_t* packed, const float* absmax, int64_t n, int64_t block_size, const FourBitCode& code,
                      Dtype dtype, void* out);
+  // x, out: rows of bf16; out = W x a row, or transpose(W) x. Null where this build has no product: decode, and let torch
+  // multiply. scratch: product_scratch() bf16 values.
+  void (*multiply)(const FourBitMatrix& w, const bf16* x, int64_t rows, bool transposed, bf16* out, bf16* scratch);
+  int64_t (*product_scratch)(const FourBitMatrix& w, int64_t rows, bool transposed);
 };
 
 VENEER_KERNELS(FourBitKernels, four_bit)

@@ -41,3 +41,44 @@ def dequantize_4bit(
         out.data_ptr(),
     )
     return out
+
+
+def matmul_4bit(
+    x: Float[Tensor, "rows i"], packed: UInt8[Tensor, " bytes"], absmax: Float32[Tensor, " blocks"], layout: FourBitLayout
+) -> Float[Tensor, "rows o"]:
+    if _has_product(x):
+        return _multiply(x, packed, absmax, layout, False)
+    return x @ dequantize_4bit(packed, absmax, layout, x.dtype).view(layout.shape).T
+
+
+def matmul_t_4bit(
+    dy: Float[Tensor, "rows o"], packed: UInt8[Tensor, " bytes"], absmax: Float32[Tensor, " blocks"], layout: FourBitLayout
+) -> Float[Tensor, "rows i"]:
+    if _has_product(dy):
+        return _multiply(dy, packed, absmax, layout, True)
+    return dy @ dequantize_4bit(packed, absmax, layout, dy.dtype).view(layout.shape)
+
+
+def _has_product(x: Tensor) -> bool:
+    """Whether a kernel multiplies in this dtype; else the weight is decoded whole and torch multiplies."""
+    return x.dtype == torch.bfloat16 and bool(kernels().four_bit_has_product())
+
+
+def _multiply(x: Tensor, packed: Tensor, absmax: Tensor, layout: FourBitLayout, transposed: bool) -> Tensor:
+    o, i = layout.shape
+    out = x.new_empty(len(x), i if transposed else o)
+    scratch = x.new_empty(kernels().four_bit_scratch(o, i, len(x), transposed))
+    kernels().four_bit_multiply(
+        packed.data_ptr(),
+        absmax.data_ptr(),
+        layout.block_size,
+        QUANT_TYPES.index(layout.quant_type),
+        o,
+        i,
+        x.data_ptr(),
+        len(x),
+        transposed,
+        out.data_ptr(),
+        scratch.data_ptr(),
+    )
+    return out
