@@ -1,6 +1,9 @@
 #include <nanobind/nanobind.h>
 
+#include <new>
+
 #include "core/amx.h"
+#include "core/workspace.h"
 #include "four_bit/four_bit.h"
 
 namespace nb = nanobind;
@@ -25,6 +28,13 @@ constexpr float nf4[16] = {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0
 constexpr float fp4[16] = {0.0f, 0.0625f / 12, 8.0f / 12, 1.0f, 4.0f / 12, 6.0f / 12, 2.0f / 12, 3.0f / 12,
                            -0.0f, -0.0625f / 12, -8.0f / 12, -1.0f, -4.0f / 12, -6.0f / 12, -2.0f / 12, -3.0f / 12};
 
+FourBitMatrix matrix(uintptr_t packed, uintptr_t absmax, int64_t block_size, int quant_type, int64_t o, int64_t i) {
+  int shift = 0;
+  while (int64_t{1} << shift < block_size) ++shift;
+  return {reinterpret_cast<const uint8_t*>(packed), reinterpret_cast<const float*>(absmax), &four_bit_code(quant_type),
+          shift, o, i};
+}
+
 }  // namespace
 
 const FourBitCode& four_bit_code(int quant_type) {
@@ -34,11 +44,6 @@ const FourBitCode& four_bit_code(int quant_type) {
       make_code(fp4, {11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3}),
   };
   return codes[quant_type];
-}
-
-FourBitMatrix matrix(uintptr_t packed, uintptr_t absmax, int64_t block_size, int quant_type, int64_t o, int64_t i) {
-  return {reinterpret_cast<const uint8_t*>(packed), reinterpret_cast<const float*>(absmax), &four_bit_code(quant_type),
-          block_size, o, i};
 }
 
 void bind_four_bit(nb::module_& m) {
@@ -60,15 +65,15 @@ void bind_four_bit(nb::module_& m) {
       },
       release());
   m.def("four_bit_has_product", [] { return four_bit_kernels().multiply != nullptr && amx_ready(); });
-  m.def("four_bit_scratch", [](int64_t o, int64_t i, int64_t rows, bool transposed) {
-    return four_bit_kernels().product_scratch(matrix(0, 0, 64, 0, o, i), rows, transposed);
-  });
   m.def(
       "four_bit_multiply",
       [](uintptr_t packed, uintptr_t absmax, int64_t block_size, int quant_type, int64_t o, int64_t i, uintptr_t x,
-         int64_t rows, bool transposed, uintptr_t out, uintptr_t scratch) {
-        four_bit_kernels().multiply(matrix(packed, absmax, block_size, quant_type, o, i), reinterpret_cast<const bf16*>(x),
-                                    rows, transposed, reinterpret_cast<bf16*>(out), reinterpret_cast<bf16*>(scratch));
+         int64_t rows, bool transposed, uintptr_t out) {
+        const FourBitMatrix w = matrix(packed, absmax, block_size, quant_type, o, i);
+        void* scratch = workspace(four_bit_kernels().product_scratch(w, rows, transposed));
+        if (scratch == nullptr) throw std::bad_alloc();
+        four_bit_kernels().multiply(w, reinterpret_cast<const bf16*>(x), rows, transposed, reinterpret_cast<bf16*>(out),
+                                    scratch);
       },
       release());
 }

@@ -20,7 +20,8 @@ struct FourBitMatrix {
   const uint8_t* packed;
   const float* absmax;
   const FourBitCode* code;
-  int64_t block_size, o, i;
+  int block_shift;  // a block holds 1 << block_shift values
+  int64_t o, i;
 };
 
 struct FourBitKernels {
@@ -31,8 +32,8 @@ struct FourBitKernels {
   void (*dequantize)(const uint8_t* packed, const float* absmax, int64_t n, int64_t block_size, const FourBitCode& code,
                      Dtype dtype, void* out);
   // x, out: rows of bf16; out = W x a row, or transpose(W) x. Null where this build has no product: decode, and let torch
-  // multiply. scratch: product_scratch() bf16 values.
-  void (*multiply)(const FourBitMatrix& w, const bf16* x, int64_t rows, bool transposed, bf16* out, bf16* scratch);
+  // multiply. scratch: product_scratch() bytes.
+  void (*multiply)(const FourBitMatrix& w, const bf16* x, int64_t rows, bool transposed, bf16* out, void* scratch);
   int64_t (*product_scratch)(const FourBitMatrix& w, int64_t rows, bool transposed);
 };
 

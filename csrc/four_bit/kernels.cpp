@@ -71,16 +71,16 @@ void dequantize(const uint8_t* packed, const float* absmax, int64_t n, int64_t b
 }
 
 #if defined(VENEER_AMX)
-void product(const FourBitMatrix& w, const bf16* x, int64_t rows, bool transposed, bf16* out, bf16* scratch) {
+void product(const FourBitMatrix& w, const bf16* x, int64_t rows, bool transposed, bf16* out, void* scratch) {
   const uint16_t* from = reinterpret_cast<const uint16_t*>(x);
-  uint16_t *to = reinterpret_cast<uint16_t*>(out), *tiles = reinterpret_cast<uint16_t*>(scratch);
+  uint16_t *to = reinterpret_cast<uint16_t*>(out), *tiles = static_cast<uint16_t*>(scratch);
   transposed ? multiply_transposed(w, from, rows, to, tiles) : multiply(w, from, rows, to, tiles);
 }
 
 int64_t scratch_size(const FourBitMatrix& w, int64_t rows, bool transposed) {
   const int64_t values = transposed ? w.o : w.i, at_once = rows_at_once(values);
   const int64_t x_rows = round_up(rows < at_once ? rows : at_once, 32);
-  return (x_rows + 32 * max_threads()) * round_up(values, tile_depth);
+  return (x_rows + 32 * max_threads()) * round_up(values, tile_depth) * 2;
 }
 #else
 constexpr decltype(FourBitKernels::multiply) product = nullptr;

@@ -16,7 +16,7 @@ constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / un
 template <class T>
 inline void decode_span(const FourBitMatrix& w, int64_t first, int64_t n, T* out) {
   while (n > 0) {
-    const int64_t block = first / w.block_size, left = (block + 1) * w.block_size - first;
+    const int64_t block = first >> w.block_shift, left = ((block + 1) << w.block_shift) - first;
     int64_t take = left < n ? left : n;
     const BlockTable<T> t = block_table<T>(*w.code, w.absmax[block]);
     if (first % 2) {
@@ -37,7 +37,7 @@ inline __m512i doubled_table(__m512 table, float absmax) {
   return (__m512i)_mm512_cvtne2ps_pbh(scaled, scaled);
 }
 
-inline bool whole_tiles(const FourBitMatrix& w) { return w.i % tile_depth == 0 && w.block_size % tile_depth == 0; }
+inline bool whole_tiles(const FourBitMatrix& w) { return w.i % tile_depth == 0 && w.block_shift >= 5; }
 
 // Row `row`, columns [32 k, 32 k + 32) -> one register; columns past the end are zero.
 struct RowReader {
@@ -64,14 +64,16 @@ struct RowReader {
       }
       return;
     }
-    int64_t at = row * w.i + from * 32, block = -1;
-    __m512i values = _mm512_setzero_si512();
-    for (int64_t k = from; k < to; ++k, at += 32) {
-      if (at / w.block_size != block) {
-        block = at / w.block_size;
-        values = doubled_table(table, w.absmax[block]);
-      }
-      f(k, _mm512_permutexvar_epi16(unpack32(w.packed + at / 2), values));
+    // All in locals: a store through f could change a member, for all that the compiler knows.
+    const __m512 unscaled = table;
+    const int64_t at = row * w.i + from * 32, per_block = int64_t{1} << (w.block_shift - 5);
+    const uint8_t* packed = w.packed + at / 2;
+    const float* absmax = w.absmax + (at >> w.block_shift);
+    int64_t in_block = per_block - ((at >> 5) & (per_block - 1));
+    for (int64_t k = from; k < to; in_block = per_block) {
+      const __m512i values = doubled_table(unscaled, *absmax++);
+      const int64_t end = k + in_block < to ? k + in_block : to;
+      for (; k < end; ++k, packed += 16) f(k, _mm512_permutexvar_epi16(unpack32(packed), values));
     }
   }
 };

@@ -67,7 +67,6 @@ def _has_product(x: Tensor) -> bool:
 def _multiply(x: Tensor, packed: Tensor, absmax: Tensor, layout: FourBitLayout, transposed: bool) -> Tensor:
     o, i = layout.shape
     out = x.new_empty(len(x), i if transposed else o)
-    scratch = x.new_empty(kernels().four_bit_scratch(o, i, len(x), transposed))
     kernels().four_bit_multiply(
         packed.data_ptr(),
         absmax.data_ptr(),
@@ -79,6 +78,5 @@ def _multiply(x: Tensor, packed: Tensor, absmax: Tensor, layout: FourBitLayout, 
         len(x),
         transposed,
         out.data_ptr(),
-        scratch.data_ptr(),
     )
     return out

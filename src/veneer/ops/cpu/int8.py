@@ -1,0 +1,37 @@
+"""Row-wise int8 by csrc/int8."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Float32, Int8
+from torch import Tensor
+
+from veneer.ops.cpu.module import DTYPES, kernels
+
+
+def quantize_int8(w: Float[Tensor, "o i"]) -> tuple[Int8[Tensor, "o i"], Float32[Tensor, " o"]]:
+    o, i = w.shape
+    codes = torch.empty(o, i, dtype=torch.int8)
+    absmax = torch.empty(o, dtype=torch.float32)
+    kernels().int8_quantize(w.data_ptr(), DTYPES[w.dtype], o, i, codes.data_ptr(), absmax.data_ptr())
+    return codes, absmax
+
+
+def dequantize_int8(
+    codes: Int8[Tensor, "o i"], absmax: Float32[Tensor, " o"], dtype: torch.dtype
+) -> Float[Tensor, "o i"]:
+    out = torch.empty(codes.shape, dtype=dtype)
+    kernels().int8_dequantize(codes.data_ptr(), absmax.data_ptr(), *codes.shape, DTYPES[dtype], out.data_ptr())
+    return out
+
+
+def matmul_int8(
+    x: Float[Tensor, "rows i"], codes: Int8[Tensor, "o i"], absmax: Float32[Tensor, " o"]
+) -> Float[Tensor, "rows o"]:
+    return x @ dequantize_int8(codes, absmax, x.dtype).T
+
+
+def matmul_t_int8(
+    dy: Float[Tensor, "rows o"], codes: Int8[Tensor, "o i"], absmax: Float32[Tensor, " o"]
+) -> Float[Tensor, "rows i"]:
+    return dy @ dequantize_int8(codes, absmax, dy.dtype)
