@@ -25,8 +25,9 @@ void quantize_typed(const T* w, int64_t o, int64_t i, int8_t* codes, float* absm
       }
       const float scale = bit_cast<float>(most);
       absmax[r] = scale;
-      // A row that is not finite is refused by the caller; its codes must only not be undefined behaviour.
-      const float factor = most > 0 && most < 0x7f800000 ? 127.0f / scale : 0.0f;
+      // Two roundings, as torch divides a number by a tensor. A row that is not finite is refused by the caller; its codes
+      // must only not be undefined behaviour.
+      const float factor = most > 0 && most < 0x7f800000 ? 1.0f / scale * 127.0f : 0.0f;
 #pragma omp simd
       for (int64_t c = 0; c < i; ++c) {
         const float scaled = to_float(row[c]) * factor;

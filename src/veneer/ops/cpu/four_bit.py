@@ -44,7 +44,10 @@ def dequantize_4bit(
 
 
 def matmul_4bit(
-    x: Float[Tensor, "rows i"], packed: UInt8[Tensor, " bytes"], absmax: Float32[Tensor, " blocks"], layout: FourBitLayout
+    x: Float[Tensor, "rows i"],
+    packed: UInt8[Tensor, " bytes"],
+    absmax: Float32[Tensor, " blocks"],
+    layout: FourBitLayout,
 ) -> Float[Tensor, "rows o"]:
     if _has_product(x):
         return _multiply(x, packed, absmax, layout, False)
@@ -52,7 +55,10 @@ def matmul_4bit(
 
 
 def matmul_t_4bit(
-    dy: Float[Tensor, "rows o"], packed: UInt8[Tensor, " bytes"], absmax: Float32[Tensor, " blocks"], layout: FourBitLayout
+    dy: Float[Tensor, "rows o"],
+    packed: UInt8[Tensor, " bytes"],
+    absmax: Float32[Tensor, " blocks"],
+    layout: FourBitLayout,
 ) -> Float[Tensor, "rows i"]:
     if _has_product(dy):
         return _multiply(dy, packed, absmax, layout, True)
