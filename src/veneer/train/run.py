@@ -12,6 +12,8 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from veneer.errors import ConfigError
+from veneer.model.prepare import prepare_model_for_kbit_training
+from veneer.store.quantization import BitsAndBytesConfig
 from veneer.store.source import load_model, load_tokenizer
 from veneer.train.checkpoint import write_json
 from veneer.train.data import RowReader, load_rows, split_off
@@ -113,18 +115,16 @@ def load_base(part: ModelPart) -> PreTrainedModel:
     if part.quantization == "none":
         model = load_model(part.source, dtype=part.dtype)
     else:
-        import veneer  # the public names, which this module may not import when veneer itself is imported
-
         if part.quantization == "int8":
-            config = veneer.BitsAndBytesConfig(load_in_8bit=True)
+            config = BitsAndBytesConfig(load_in_8bit=True)
         else:
-            config = veneer.BitsAndBytesConfig(
+            config = BitsAndBytesConfig(
                 load_in_4bit=True,
                 bnb_4bit_quant_type=part.quantization,
                 bnb_4bit_use_double_quant=part.double_quantization,
             )
         model = load_model(part.source, dtype=part.dtype, quantization=config)
-        model = veneer.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if part.attention is not None:
         model.set_attn_implementation(part.attention)
     return model
