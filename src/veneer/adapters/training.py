@@ -30,5 +30,9 @@ def let_gradients_through_checkpoints(model: Any) -> None:
     The re-entrant kind of checkpoint hands on no gradient where no input of the block asks for one, and with a frozen
     base none does.
     """
-    if getattr(model, "is_gradient_checkpointing", False) and hasattr(model, "enable_input_require_grads"):
+    if _checkpoints(model) and hasattr(model, "enable_input_require_grads"):
         model.enable_input_require_grads()
+
+
+def _checkpoints(model: nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())

@@ -182,8 +182,14 @@ class LoraConfig(LinearMethod):
         return [v for v in _all_variants() if getattr(self, v.SWITCH) and hasattr(v, what)]
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def _all_variants() -> tuple[ModuleType, ...]:
+    """`_found_variants`, for the compiler too, which looks through a cache and cannot follow an import."""
+    return _found_variants()
+
+
+@functools.cache
+def _found_variants() -> tuple[ModuleType, ...]:
     """The modules beside this one that declare a SWITCH."""
     package = __name__.rpartition(".")[0]
     path = importlib.import_module(package).__path__

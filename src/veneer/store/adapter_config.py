@@ -10,7 +10,7 @@ from typing import Any
 
 from veneer.core.method import MethodConfig
 from veneer.core.targets import nearest
-from veneer.errors import FormatError
+from veneer.errors import ConfigError, FormatError
 from veneer.methods import all_methods
 
 CONFIG_FILE = "adapter_config.json"
@@ -82,7 +82,10 @@ def from_json(text: str, source: Path) -> MethodConfig:
     ]
     if problems:
         raise FormatError(f"{source}: " + "; ".join(problems))
-    return method.from_dict({key: value for key, value in values.items() if key in known})
+    try:
+        return method.from_dict({key: value for key, value in values.items() if key in known})
+    except (ConfigError, TypeError, AttributeError) as error:  # a value of a type that the checks cannot even compare
+        raise FormatError(f"{source}: {error}") from error
 
 
 def _method(peft_type: object, source: Path) -> type[MethodConfig]:

@@ -1,0 +1,352 @@
+"""Adapter folders that are damaged, foreign or hostile: clear errors, and nothing is changed by them."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+from veneer import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from veneer.errors import AdapterNameError, ConfigError, FormatError
+from veneer.store import adapter_source
+
+KEY = "base_model.model.model.layers.{}.self_attn.{}.lora_{}.weight"
+
+
+def base(**changes: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 29, "hidden_size": 20, "intermediate_size": 23, "num_hidden_layers": 2}
+    return LlamaForCausalLM(LlamaConfig(**{**sizes, "num_attention_heads": 2, **changes})).eval()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    get_peft_model(base(), LoraConfig(r=3, lora_alpha=7, init_lora_weights=False)).save_pretrained(tmp_path / "a")
+    return tmp_path / "a"
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def change_config(folder: Path, **values: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def refused(folder: Path, **arguments: Any) -> str:
+    """The one error that loading gives; the model is as it was after it."""
+    model = base()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(FormatError) as caught:
+        PeftModel.from_pretrained(model, folder, **arguments)
+    assert type(model) is LlamaForCausalLM
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    return str(caught.value)
+
+
+def test_one_error_lists_everything_that_does_not_fit(folder: Path) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        del tensors[KEY.format(0, "q_proj", "A")]
+        tensors["base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight"] = torch.ones(3, 20)
+        tensors[KEY.format(0, "v_proj", "B")] = torch.ones(20, 5)
+        tensors[KEY.format(1, "v_proj", "B")][3, 1] = torch.inf
+
+    change_tensors(folder, change)
+    lines = refused(folder).splitlines()
+    assert lines[1:] == [
+        "  missing: base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+        "  unexpected: base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight",
+        "  shape (20, 5) where the model needs (20, 3): base_model.model.model.layers.0.self_attn.v_proj.lora_B.weight",
+        "  holds NaN or infinity: base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight",
+    ]
+
+
+def test_a_base_that_does_not_fit(folder: Path) -> None:
+    with pytest.raises(FormatError, match=r"shape \(3, 20\) where the model needs \(3, 12\)"):
+        PeftModel.from_pretrained(base(hidden_size=12), folder)
+    with pytest.raises(FormatError, match=r"unexpected: base_model\.model\.model\.layers\.1\."):
+        PeftModel.from_pretrained(base(num_hidden_layers=1), folder)
+    with pytest.raises(FormatError, match=r"missing: base_model\.model\.model\.layers\.2\."):
+        PeftModel.from_pretrained(base(num_hidden_layers=3), folder)
+
+
+def test_a_failed_reload_leaves_the_adapter(folder: Path) -> None:
+    model = PeftModel.from_pretrained(base(), folder)
+    before = get_peft_model_state_dict(copy.deepcopy(model))
+    change_tensors(folder, lambda tensors: tensors.update({KEY.format(1, "v_proj", "B"): torch.ones(20, 5)}))
+    with pytest.raises(FormatError, match="does not fit"):
+        model.load_adapter(folder, "default")
+    with pytest.raises(FormatError, match="does not fit"):
+        model.load_adapter(folder, "second")
+    assert list(model.peft_config) == ["default"]
+    assert all(torch.equal(value, before[key]) for key, value in get_peft_model_state_dict(model).items())
+
+
+@pytest.mark.parametrize("cut", [0, 5, 200, -7])
+def test_truncated(folder: Path, cut: int) -> None:
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:cut])
+    assert "is damaged or was cut off" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        lambda h: h.update({next(iter(h)): {"dtype": "F32", "shape": [3, 20], "data_offsets": [0, 9_999_999_999]}}),
+        lambda h: h.update(
+            {next(k for k in h if k != "__metadata__"): {"dtype": "F32", "shape": [3, 21], "data_offsets": [0, 240]}}
+        ),
+        lambda h: h.update({"x": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}),
+    ],
+    ids=["offsets", "shape", "dtype"],
+)
+def test_a_header_that_lies(folder: Path, lie: Callable[[dict[str, Any]], None]) -> None:
+    path = folder / "adapter_model.safetensors"
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    header.pop("__metadata__", None)
+    lie(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + size :])
+    assert "is damaged or was cut off" in refused(folder)
+
+
+def test_a_header_length_that_lies(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes((2**62).to_bytes(8, "little") + path.read_bytes()[8:])
+    assert "is damaged or was cut off" in refused(folder)
+
+
+def test_a_pickle_is_not_opened(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
+    assert "a pickle, which can run any code" in refused(folder)
+    (folder / "adapter_model.bin").unlink()
+    assert "holds no adapter_model.safetensors" in refused(folder)
+
+
+def test_pickles_are_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="safetensors only"):
+        get_peft_model(base(), LoraConfig()).save_pretrained(tmp_path, safe_serialization=False)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lora_alfa": 3}, "unknown key 'lora_alfa' (nearest: 'lora_alpha')"),
+        ({"use_qalora": True}, "use_qalora=True asks for a feature of PEFT that is not supported here"),
+        ({"layer_replication": [[0, 1]]}, "layer_replication=[[0, 1]] asks for a feature"),
+        ({"peft_type": "BOFT"}, "peft_type='BOFT' is not a method here"),
+        ({"peft_type": None}, "peft_type=None is not a method here"),
+        ({"r": -2}, "r=-2"),
+        ({"rank_pattern": 3}, "adapter_config.json: "),
+    ],
+)
+def test_configs_that_are_not_understood(folder: Path, values: Any, message: str) -> None:
+    change_config(folder, **values)
+    assert message in refused(folder)
+
+
+def test_every_problem_of_a_config_is_in_one_error(folder: Path) -> None:
+    change_config(folder, lora_alfa=3, use_qalora=True)
+    message = refused(folder)
+    assert "lora_alfa" in message
+    assert "use_qalora" in message
+
+
+def test_neutral_values_of_peft_and_of_its_versions_are_read(folder: Path) -> None:
+    change_config(
+        folder, eva_config=None, loftq_config=None, peft_version="0.9.0", qalora_group_size=32, megatron_core="x"
+    )
+    PeftModel.from_pretrained(base(), folder)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "\x00"])
+def test_a_config_that_is_no_json_object(folder: Path, text: str) -> None:
+    (folder / "adapter_config.json").write_text(text)
+    assert "adapter_config.json" in refused(folder)
+    (folder / "adapter_config.json").write_bytes(b"\xff\xfe{")
+    assert "not text in UTF-8" in refused(folder)
+    (folder / "adapter_config.json").unlink()
+    assert "not the folder of an adapter" in refused(folder)
+
+
+@pytest.mark.parametrize("subfolder", ["..", "x/../..", "/etc"])
+def test_a_subfolder_does_not_leave_the_folder(folder: Path, subfolder: str) -> None:
+    assert "leads out of the adapter's folder" in refused(folder, subfolder=subfolder)
+
+
+def test_a_subfolder(folder: Path) -> None:
+    assert PeftModel.from_pretrained(base(), folder.parent, subfolder="a").active_adapter == "default"
+    assert PeftConfig.from_pretrained(str(folder.parent), subfolder="a") == PeftConfig.from_pretrained(str(folder))
+    assert isinstance(LoraConfig(), PeftConfig)
+
+
+def test_unknown_arguments_are_named(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"\['revison'\]; allowed.*revision"):
+        PeftModel.from_pretrained(base(), folder, revison="x")
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    assert "is not a folder" in refused(tmp_path / "nowhere")
+
+
+def test_hub_ids_go_through_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def download(repo: str, **options: Any) -> str:
+        asked.update(options, repo=repo)
+        return str(folder.parent)
+
+    monkeypatch.setattr(adapter_source, "snapshot_download", download)
+    PeftModel.from_pretrained(base(), "someone/adapters", subfolder="a", revision="v2", token="t")
+    assert (asked["repo"], asked["revision"], asked["token"]) == ("someone/adapters", "v2", "t")
+    assert asked["allow_patterns"] == ["a/adapter_config.json", "a/adapter_model.safetensors"]
+
+
+def test_a_hub_that_does_not_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(repo: str, **options: Any) -> str:
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(adapter_source, "snapshot_download", download)
+    assert "neither a local folder nor an adapter on the hub: no connection" in refused(Path("someone/adapters"))
+
+
+def test_pushing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sent: dict[str, Any] = {}
+
+    class Api:
+        def __init__(self, token: Any) -> None:
+            sent["token"] = token
+
+        def create_repo(self, repo_id: str, **options: Any) -> Any:
+            return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
+
+        def upload_folder(self, **options: Any) -> str:
+            sent.update(options, files=sorted(p.name for p in Path(options["folder_path"]).iterdir()))
+            return "https://huggingface.co/someone/x/commit/1"
+
+    monkeypatch.setattr("veneer.adapters.saving.HfApi", Api)
+    model = get_peft_model(base(), LoraConfig())
+    assert model.push_to_hub("someone/x", token="t", commit_message="m").endswith("commit/1")
+    assert (sent["repo_id"], sent["token"], sent["commit_message"]) == ("someone/x", "t", "m")
+    assert sent["files"] == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    model.save_pretrained(tmp_path / "y", push_to_hub=True, repo_id="someone/y")
+    assert sent["repo_id"] == "someone/y"
+
+
+def test_the_model_card_keeps_what_was_written(tmp_path: Path) -> None:
+    config = LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path="someone/base")
+    model = get_peft_model(base(), config)
+    model.save_pretrained(tmp_path)
+    card = huggingface_hub.ModelCard.load(tmp_path / "README.md")
+    assert (card.data.library_name, card.data.base_model, card.data.pipeline_tag) == (
+        "peft", "someone/base", "text-generation",
+    )  # fmt: skip
+    assert set(card.data.tags) == {"lora", "transformers", "veneer", "base_model:adapter:someone/base"}
+    assert "| lora_alpha | `8` |" in card.text
+    card.text += "\nMy own words."
+    card.save(tmp_path / "README.md")
+    model.save_pretrained(tmp_path)
+    assert "My own words." in (tmp_path / "README.md").read_text()
+
+
+def test_a_full_disk_leaves_the_old_adapter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = PeftModel.from_pretrained(base(), folder, is_trainable=True)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(FormatError, match=r"could not be written \(No space left on device\)"):
+        model.save_pretrained(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_crash_before_the_rename_leaves_the_old_adapter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = PeftModel.from_pretrained(base(), folder)
+    before = (folder / "adapter_model.safetensors").read_bytes()
+    model.model.layers[0].self_attn.q_proj.adapters["default"]["lora_A"].data.mul_(2)
+
+    def crash(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        model.save_pretrained(folder)
+    assert (folder / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_saving_over_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    model = get_peft_model(base(), LoraConfig())
+    with pytest.raises(FormatError, match="is a file"):
+        model.save_pretrained(tmp_path / "file")
+    with pytest.raises(FormatError, match="cannot be made a folder"):
+        model.save_pretrained(tmp_path / "file" / "below")
+    with pytest.raises(AdapterNameError, match="'x'"):
+        model.save_pretrained(tmp_path / "z", selected_adapters=["x"])
+
+
+def test_other_processes_do_not_write(tmp_path: Path) -> None:
+    get_peft_model(base(), LoraConfig()).save_pretrained(tmp_path / "a", is_main_process=False)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_state_dict_that_was_gathered_elsewhere_is_what_is_saved(tmp_path: Path) -> None:
+    model = get_peft_model(base(), LoraConfig(r=3))
+    gathered = {key: value + 1 for key, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=gathered)
+    saved = load_file(tmp_path / "adapter_model.safetensors")[KEY.format(1, "q_proj", "B")]
+    assert torch.equal(saved, torch.ones(20, 3))
+
+
+def test_injected_adapters_are_read_and_set(folder: Path) -> None:
+    model = base()
+    assert inject_adapter_in_model(LoraConfig(r=3, lora_alpha=7), model, "x") is model
+    assert type(model) is LlamaForCausalLM
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        name for name, _ in model.named_parameters() if ".adapters.x." in name
+    }
+    tensors = load_file(folder / "adapter_model.safetensors")
+    set_peft_model_state_dict(model, tensors, "x")
+    back = get_peft_model_state_dict(model, adapter_name="x")
+    assert set(back) == set(tensors)
+    assert all(torch.equal(back[key], tensors[key]) for key in back)
+    ids = torch.arange(11)[None]
+    expected = PeftModel.from_pretrained(base(), folder)
+    torch.testing.assert_close(model(ids).logits, expected(ids).logits, rtol=0, atol=0)
+    with pytest.raises(FormatError, match="missing"):
+        set_peft_model_state_dict(model, {}, "x")
+    with pytest.raises(AdapterNameError, match=r"no adapter named 'y'; loaded: \['x'\]"):
+        get_peft_model_state_dict(model, adapter_name="y")
+    with pytest.raises(AdapterNameError, match=r"loaded: \[\]"):
+        get_peft_model_state_dict(base())
+    with pytest.raises(ConfigError, match="a PeftModel already"):
+        inject_adapter_in_model(LoraConfig(), get_peft_model(base(), LoraConfig()), "z")
