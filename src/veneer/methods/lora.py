@@ -10,7 +10,6 @@ field of `LoraConfig` that turns it on, and any of
 
 from __future__ import annotations
 
-import functools
 import importlib
 import math
 import pkgutil
@@ -179,22 +178,7 @@ class LoraConfig(LinearMethod):
 
     def _variants(self, what: str) -> list[ModuleType]:
         """The variants that are on and offer this."""
-        return [v for v in _all_variants() if getattr(self, v.SWITCH) and hasattr(v, what)]
-
-
-@torch.compiler.assume_constant_result
-def _all_variants() -> tuple[ModuleType, ...]:
-    """`_found_variants`, for the compiler too, which looks through a cache and cannot follow an import."""
-    return _found_variants()
-
-
-@functools.cache
-def _found_variants() -> tuple[ModuleType, ...]:
-    """The modules beside this one that declare a SWITCH."""
-    package = __name__.rpartition(".")[0]
-    path = importlib.import_module(package).__path__
-    modules = [importlib.import_module(f"{package}.{info.name}") for info in pkgutil.iter_modules(path)]
-    return tuple(m for m in modules if hasattr(m, "SWITCH"))
+        return [v for v in _VARIANTS if getattr(self, v.SWITCH) and hasattr(v, what)]
 
 
 def _joined(params: Params) -> tuple[Tensor, Tensor]:
@@ -220,3 +204,14 @@ def _compiles(pattern: str) -> bool:
     except re.error:
         return False
     return True
+
+
+def _find_variants() -> tuple[ModuleType, ...]:
+    """The modules beside this one that declare a SWITCH."""
+    package = __name__.rpartition(".")[0]
+    path = importlib.import_module(package).__path__
+    modules = [importlib.import_module(f"{package}.{info.name}") for info in pkgutil.iter_modules(path)]
+    return tuple(m for m in modules if hasattr(m, "SWITCH"))
+
+
+_VARIANTS = _find_variants()  # once, here: torch.compile cannot follow an import in the forward pass
