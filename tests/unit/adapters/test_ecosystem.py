@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GenerationConfig, Trainer, TrainingArguments
+
 from veneer import LoraConfig, PeftModel, get_peft_model
 
 CONFIG = LoraConfig(r=3, lora_alpha=7, target_modules="all-linear", lora_dropout=0.1, task_type="CAUSAL_LM")
@@ -115,8 +116,9 @@ def test_pipeline(tiny: Any, caplog: pytest.LogCaptureFixture) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0", eos_token="w1")
     pipe = pipeline("text-generation", model=fresh(tiny), tokenizer=fast, device="cpu")
-    (answer,) = pipe("w3 w5 w7", max_new_tokens=3, do_sample=False)
-    assert answer["generated_text"] != "w3 w5 w7"
+    (answer,) = pipe("w3 w5 w7", max_new_tokens=3, min_new_tokens=3, do_sample=False, return_tensors=True)
+    assert answer["generated_token_ids"][:3] == [3, 5, 7]
+    assert len(answer["generated_token_ids"]) == 6
     assert "is not supported" not in caplog.text
 
 
