@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "AdaLoraConfig": "veneer.methods.adalora",
     "BitsAndBytesConfig": "veneer.store.quantization",
     "BottleneckConfig": "veneer.methods.bottleneck",
     "IA3Config": "veneer.methods.ia3",
@@ -18,6 +19,7 @@ _HOMES = {
     "SFTConfig": "veneer.train.config",
     "SFTTrainer": "veneer.train.trainer",
     "TaskType": "veneer.core.tasks",
+    "VeraConfig": "veneer.methods.vera",
     "get_layer_status": "veneer.adapters.status",
     "get_model_status": "veneer.adapters.status",
     "get_peft_model": "veneer.adapters.peft_model",
@@ -28,6 +30,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AdaLoraConfig",
     "BitsAndBytesConfig",
     "BottleneckConfig",
     "IA3Config",
@@ -40,6 +43,7 @@ __all__ = [
     "SFTConfig",
     "SFTTrainer",
     "TaskType",
+    "VeraConfig",
     "get_layer_status",
     "get_model_status",
     "get_peft_model",

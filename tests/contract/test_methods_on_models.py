@@ -88,8 +88,10 @@ def test_declared_shapes_are_the_real_bytes(base, config, tmp_path):
     with safe_open(tmp_path / "adapter_model.safetensors", framework="pt") as file:
         real = [tuple(file.get_tensor(key).shape) for key in file.keys()]  # noqa: SIM118 - not a mapping
         n_bytes = sum(file.get_tensor(key).nbytes for key in file.keys())  # noqa: SIM118
-    assert sorted(real) == sorted(declared)
-    assert n_bytes == 8 * sum(torch.Size(shape).numel() for shape in declared)
+    shared = resolved.shared().values()
+    assert sorted(real) == sorted([*declared, *(tuple(value.shape) for value in shared)])
+    n_declared = sum(torch.Size(shape).numel() for shape in declared)
+    assert n_bytes == 8 * n_declared + sum(value.nbytes for value in shared)
 
 
 @every_base

@@ -128,6 +128,14 @@ class LinearMethod(TargetedConfig):
     def lower(self, site: LinearSite, params: Params) -> LinearDelta:
         """The record that these parameters mean at this site."""
 
+    def for_sites(self: C, sites: Sequence[LinearSite]) -> C:
+        """The config with what depends on all the layers that it adapts filled in; sites come as shapes."""
+        return self
+
+    def shared(self) -> dict[str, Tensor]:
+        """What else is on disk, by its whole key: it follows from the config and is never trained."""
+        return {}
+
     def fixed(self, site: LinearSite) -> tuple[str, ...]:
         """Those names in ``shapes`` that stay as they start: kept with the adapter and never trained."""
         return ()

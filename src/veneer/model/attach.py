@@ -11,17 +11,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from veneer.core.method import LinearMethod, MethodConfig, PrefixMethod, PromptMethod, ResidualMethod, TargetedConfig
+from veneer.core.sites import LinearSite
 from veneer.core.targets import ALL_LINEAR, ModuleIndex, matches_any, select_targets
 from veneer.errors import AdapterNameError, TargetError
 from veneer.model.adapted import Adapted, adapt, restore, tensors_of
 from veneer.model.copies import CLASSIFIERS, add_copies, copied_parameters, is_ours
 from veneer.model.default_targets import defaults_for
 from veneer.model.embedding import AdaptedEmbedding, is_embedding
-from veneer.model.linear import AdaptedLinear, AdaptedSite, is_linear
+from veneer.model.linear import AdaptedLinear, AdaptedSite, frozen_weight, is_linear
 from veneer.model.prefix import PrefixAdapters, attach_prefix
 from veneer.model.prompt import PromptAdapters, attach_prompt
 from veneer.model.residual import ResidualAdapters, attach_residual, detach_residual
-from veneer.model.start import Start
+from veneer.model.start import Start as Start  # from here for those who attach
 from veneer.model.state import AdapterState
 from veneer.model.virtual_tokens import VirtualTokens, detach_virtual_tokens, virtual_tokens
 
@@ -97,6 +98,8 @@ def attach(
     start = start or Start()
     config = resolved(model, config)
     targets = targets_of(model, config) if isinstance(config, LinearMethod) else ()
+    if isinstance(config, LinearMethod):
+        config = config.for_sites([shape_of(path, model.get_submodule(path)) for path in targets])
     copied = copied_parameters(model, config, set(targets))
     state.configs[name] = config
     try:
@@ -116,6 +119,15 @@ def attach(
     except BaseException:
         detach(model, state, name)
         raise
+
+
+def shape_of(path: str, module: nn.Module) -> LinearSite:
+    """A layer that can be adapted, described by its shape alone."""
+    if is_linear(module):
+        o, i = frozen_weight(module).shape
+        return LinearSite(name=path, in_features=i, out_features=o)
+    vocabulary, width = cast(Tensor, module.weight).shape
+    return LinearSite(name=path, in_features=vocabulary, out_features=width, kind="embedding")
 
 
 def adapt_path(model: nn.Module, path: str, state: AdapterState) -> Adapted:
@@ -198,7 +210,8 @@ def stored_tensors(
             for key in layer.disk_keys(name, path).values():
                 del found[key]
             found |= packed
-    return found
+    config = state.configs[name]
+    return found | config.shared() if isinstance(config, LinearMethod) else found
 
 
 def unpacked_tensors(model: nn.Module, name: str, written: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from veneer.core.method import MethodConfig, VirtualTokenMethod
+from veneer.core.method import LinearMethod, MethodConfig, VirtualTokenMethod
 from veneer.errors import FormatError
 from veneer.model.adapted import Adapted, add_copy
 from veneer.model.attach import (
@@ -133,6 +133,7 @@ def assign(model: nn.Module, state: AdapterState, name: str, tensors: Mapping[st
         for key, shape in shapes.items()
         if key in tensors and tuple(tensors[key].shape) != shape
     ]
+    problems += [f"differs from what the config draws: {key}" for key in _differing(state.configs[name], tensors)]
     problems += [f"holds NaN or infinity: {key}" for key in non_finite(tensors)]
     if problems:
         raise FormatError(f"{source} does not fit {type(model).__name__}:\n  " + "\n  ".join(problems))
@@ -142,6 +143,13 @@ def assign(model: nn.Module, state: AdapterState, name: str, tensors: Mapping[st
     for key, (module, parameter) in carried.items():
         if key in tensors:
             _carry(model, state, name, key, module, parameter, tensors[key])
+
+
+def _differing(config: MethodConfig, tensors: Mapping[str, Tensor]) -> list[str]:
+    """The keys of what follows from the config, where the file holds something else."""
+    shared = config.shared() if isinstance(config, LinearMethod) else {}
+    same_shape = [key for key, value in shared.items() if key in tensors and tensors[key].shape == value.shape]
+    return [key for key in same_shape if not torch.allclose(tensors[key].float(), shared[key], rtol=1e-5, atol=1e-6)]
 
 
 def _carry(

@@ -43,6 +43,14 @@ _NEUTRAL: dict[str, dict[str, Any]] = {
 }
 # Fields that PEFT's config of the method does not have: written only where they say something.
 _EXTRA = {"IA3": ("layers_pattern", "layers_to_transform")}
+_NEUTRAL["ADALORA"] = _NEUTRAL["LORA"] | {
+    "alpha_pattern": {},
+    "lora_bias": False,
+    "r": 8,
+    "rank_pattern": None,
+    "use_dora": False,
+    "use_rslora": False,
+}
 # Values that change nothing on reading, whatever they are.
 _INFORMATIVE = ("auto_mapping", "peft_version", "megatron_core", "qalora_group_size", "runtime_config")
 

@@ -1,0 +1,173 @@
+"""AdaLoRA: ``W + (alpha / r) B diag(e) A`` whose rank is a budget spent where it matters (Zhang et al. 2023,
+arXiv:2303.10512).
+
+The update has the form of a singular value decomposition, P Λ Q = B diag(e) A (eq. 3). `Budget` scores each triplet by
+the smoothed sensitivity of its entries (eq. 8 to 11) and sets the weakest e to zero until the budget of the step is met
+(eq. 6 and 12). `orthogonality` (eq. 4), added to the loss, pulls B and A towards orthogonal columns and rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from veneer.core.method import LinearMethod, Params, Shapes
+from veneer.core.records import LinearDelta
+from veneer.core.sites import LinearSite
+
+RANK_OFFSET = 1e-5  # PEFT divides by the rank plus this
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaLoraConfig(LinearMethod):
+    """AdaLoRA in PEFT's fields.
+
+    ``init_r``: the rank that every layer starts with; ``target_r``: the mean rank that is left. The budget stays whole
+    for ``tinit`` steps, falls with the cube of the time left, every ``deltaT`` steps, and stays at its target for the
+    last ``tfinal`` of ``total_step``. ``beta1`` and ``beta2`` smooth sensitivity and its uncertainty.
+    ``orth_reg_weight`` weighs the pull towards orthogonality.
+    """
+
+    peft_type: ClassVar[str] = "ADALORA"
+
+    target_r: int = 8
+    init_r: int = 12
+    tinit: int = 0
+    tfinal: int = 0
+    deltaT: int = 1  # noqa: N815 - PEFT's name
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orth_reg_weight: float = 0.5
+    total_step: int | None = None
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    init_lora_weights: bool = True
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        for name in ("target_r", "init_r", "deltaT"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                found.append(f"{name}={value!r} must be a whole number of at least 1")
+        found += [
+            f"{n}={getattr(self, n)!r} must lie in (0, 1)" for n in ("beta1", "beta2") if not 0 < getattr(self, n) < 1
+        ]
+        if self.orth_reg_weight < 0:
+            found.append(f"orth_reg_weight={self.orth_reg_weight!r} must not be below 0")
+        if self.lora_alpha <= 0:
+            found.append(f"lora_alpha={self.lora_alpha!r} must be above 0")
+        if not 0 <= self.lora_dropout < 1:
+            found.append(f"lora_dropout={self.lora_dropout!r} must lie in [0, 1)")
+        if self.bias not in ("none", "all", "lora_only"):
+            found.append(f"bias={self.bias!r} must be 'none', 'all' or 'lora_only'")
+        if self.total_step is not None and self.tinit >= self.total_step - self.tfinal:
+            found.append(
+                f"tinit={self.tinit!r} and tfinal={self.tfinal!r} leave none of total_step={self.total_step!r} for the "
+                "budget to fall: make them smaller or total_step larger"
+            )
+        return found
+
+    def shapes(self, site: LinearSite) -> Shapes:
+        r = self.init_r
+        return {"lora_A": (r, site.in_features), "lora_B": (site.out_features, r), "lora_E": (r, 1)}
+
+    def init(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        shapes = self.shapes(site)
+        if not self.init_lora_weights:
+            return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        factors = {name: 0.02 * torch.randn(shapes[name], generator=generator) for name in ("lora_A", "lora_B")}
+        return factors | {"lora_E": torch.zeros(shapes["lora_E"])}
+
+    def lower(self, site: LinearSite, params: Params) -> LinearDelta:
+        scale = self.lora_alpha / (self.init_r + RANK_OFFSET)
+        return LinearDelta(a=params["lora_A"] * params["lora_E"], b=params["lora_B"], scale=scale)
+
+    @property
+    def dropout(self) -> float:
+        return self.lora_dropout
+
+    @property
+    def trained_biases(self) -> str:
+        return self.bias
+
+
+def orthogonality(layers: list[Params]) -> Tensor:
+    """Mean over all factors of ``|A Aᵀ - I|`` and ``|Bᵀ B - I|`` (Frobenius), to be weighed and added to a loss."""
+    grams = [gram for p in layers for gram in (p["lora_A"] @ p["lora_A"].T, p["lora_B"].T @ p["lora_B"])]
+    parts = [
+        torch.linalg.matrix_norm(gram - torch.eye(gram.shape[0], device=gram.device, dtype=gram.dtype))
+        for gram in grams
+    ]
+    return torch.stack(parts).mean()
+
+
+class Budget:
+    """Spends the ranks of all adapted layers; ``layers`` are the parameters of each by its path.
+
+    After each backward pass and optimizer step, before the gradients are set to zero, call `step` with the number of
+    the step. ``kept`` says which triplets of each layer still count.
+    """
+
+    def __init__(self, config: AdaLoraConfig, layers: Mapping[str, Params], total_step: int) -> None:
+        self.config, self.layers, self.total_step = config, layers, total_step
+        self.start = config.init_r * len(layers)
+        self.target = config.target_r * len(layers)
+        self.sensitivity: dict[tuple[str, str], Tensor] = {}
+        self.uncertainty: dict[tuple[str, str], Tensor] = {}
+        self.kept: dict[str, Tensor] = {}
+
+    def ranks(self, step: int) -> int:
+        """The budget of a step (eq. 12)."""
+        first, last = self.config.tinit, self.total_step - self.config.tfinal
+        if step <= first:
+            return self.start
+        if step > last:
+            return self.target
+        left = 1 - (step - first) / (last - first)
+        return int((self.start - self.target) * left**3 + self.target)
+
+    @torch.no_grad()
+    def step(self, step: int) -> None:
+        """Score the triplets, and cut where this step is one for cutting."""
+        last = self.total_step - self.config.tfinal
+        if step > last:
+            self._apply()
+            return
+        if step < last:
+            self._observe()
+        if step == last or (step > self.config.tinit and step % self.config.deltaT == 0):
+            self._cut(self.ranks(step))
+
+    def _observe(self) -> None:
+        b1, b2 = self.config.beta1, self.config.beta2
+        for path, params in self.layers.items():
+            for name, value in params.items():
+                if value.grad is None:
+                    continue
+                now, key = (value * value.grad).abs(), (path, name)
+                mean = b1 * self.sensitivity.get(key, torch.zeros_like(now)) + (1 - b1) * now
+                spread = self.uncertainty.get(key, torch.zeros_like(now))
+                self.uncertainty[key] = b2 * spread + (1 - b2) * (now - mean).abs()
+                self.sensitivity[key] = mean
+
+    def _cut(self, budget: int) -> None:
+        if not self.sensitivity or budget >= self.start:
+            return
+        scores = {path: self._scores(path) for path in self.layers}
+        threshold = torch.cat(list(scores.values())).kthvalue(self.start - budget).values
+        self.kept = {path: score > threshold for path, score in scores.items()}
+        self._apply()
+
+    def _scores(self, path: str) -> Tensor:
+        a, b, e = (self.sensitivity[path, n] * self.uncertainty[path, n] for n in ("lora_A", "lora_B", "lora_E"))
+        return e.flatten() + a.mean(dim=1) + b.mean(dim=0)
+
+    def _apply(self) -> None:
+        for path, kept in self.kept.items():
+            self.layers[path]["lora_E"].masked_fill_(~kept[:, None], 0.0)

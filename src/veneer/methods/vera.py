@@ -1,0 +1,106 @@
+"""VeRA: ``W + diag(b) B diag(d) A``, random A and B shared by all layers, vectors d and b trained (Kopiczko et al.
+2024, arXiv:2310.11454, eq. 2).
+
+A and B are drawn once, from ``projection_prng_key``, as large as the largest layer needs; each layer takes the first
+columns of A and the first rows of B. d starts at ``d_initial``, b at zero.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from veneer.core.method import LinearMethod, Params, Shapes
+from veneer.core.records import LinearDelta
+from veneer.core.sites import LinearSite
+
+
+@dataclass(frozen=True, kw_only=True)
+class VeraConfig(LinearMethod):
+    """VeRA in PEFT's fields.
+
+    ``save_projection`` writes A and B too; they are checked against ``projection_prng_key`` on reading.
+    ``projection_size`` (largest output, largest input of the adapted layers) is filled in when it is attached.
+    """
+
+    peft_type: ClassVar[str] = "VERA"
+
+    r: int = 256
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    vera_dropout: float = 0.0
+    d_initial: float = 0.1
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    init_weights: bool = True
+    projection_size: tuple[int, int] | None = field(default=None, metadata={"on_disk": False})
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
+            found.append(f"r={self.r!r} must be a whole number of at least 1")
+        if not 0 <= self.vera_dropout < 1:
+            found.append(f"vera_dropout={self.vera_dropout!r} must lie in [0, 1)")
+        if not math.isfinite(self.d_initial) or self.d_initial == 0:
+            found.append(f"d_initial={self.d_initial!r} must be a finite number other than 0")
+        if self.bias not in ("none", "all", "vera_only"):
+            found.append(f"bias={self.bias!r} must be 'none', 'all' or 'vera_only'")
+        return found
+
+    def for_sites(self, sites: Sequence[LinearSite]) -> Self:
+        largest = max(site.out_features for site in sites), max(site.in_features for site in sites)
+        return replace(self, projection_size=largest)
+
+    def shapes(self, site: LinearSite) -> Shapes:
+        return {"vera_lambda_b": (site.out_features,), "vera_lambda_d": (self.r,)}
+
+    def init(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        if not self.init_weights:  # as in PEFT's tests: not the base model at the start
+            d = torch.randn(self.r, generator=generator)
+            return {"vera_lambda_b": torch.ones(site.out_features), "vera_lambda_d": d}
+        return {"vera_lambda_b": torch.zeros(site.out_features), "vera_lambda_d": torch.full((self.r,), self.d_initial)}
+
+    def lower(self, site: LinearSite, params: Params) -> LinearDelta:
+        b, d = params["vera_lambda_b"], params["vera_lambda_d"]
+        rows, columns = self.projection_size or (site.out_features, site.in_features)
+        big_a, big_b = projections(self.projection_prng_key, self.r, rows, columns, d.device, d.dtype)
+        return LinearDelta(
+            a=d[:, None] * big_a[:, : site.in_features], b=b[:, None] * big_b[: site.out_features], scale=1.0
+        )
+
+    def shared(self) -> dict[str, Tensor]:
+        if not self.save_projection or self.projection_size is None:
+            return {}
+        size = self.projection_size
+        a, b = projections(self.projection_prng_key, self.r, *size, torch.device("cpu"), torch.float32)
+        return {"base_model.vera_A": a, "base_model.vera_B": b}
+
+    @property
+    def dropout(self) -> float:
+        return self.vera_dropout
+
+    @property
+    def trained_biases(self) -> str:
+        return "lora_only" if self.bias == "vera_only" else self.bias
+
+
+@functools.lru_cache(maxsize=8)
+def projections(
+    key: int, r: int, out_features: int, in_features: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """A (r, in_features), B (out_features, r): Kaiming uniform with gain √2, drawn on the CPU in float32 from ``key``.
+
+    Kept while in use, one copy for all layers. Do not write.
+    """
+    generator = torch.Generator().manual_seed(key)
+    drawn = []
+    for shape in ((r, in_features), (out_features, r)):
+        bound = math.sqrt(6 / shape[1])
+        drawn.append(torch.empty(shape).uniform_(-bound, bound, generator=generator).to(device, dtype))
+    return drawn[0], drawn[1]

@@ -1,0 +1,98 @@
+"""AdaLoRA equals PEFT's: outputs, the file, the budget and what it cuts, step by step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from veneer.adapters.peft_model import PeftModel, get_peft_model
+from veneer.errors import ConfigError
+from veneer.methods.adalora import AdaLoraConfig, Budget, orthogonality
+from veneer.model.attach import adapted_layers, live_parameters
+
+IDS = torch.tensor([[5, 8, 13, 21, 34, 55]])
+FIELDS = {
+    "init_r": 5, "target_r": 2, "tinit": 2, "tfinal": 3, "deltaT": 2, "total_step": 12, "lora_alpha": 7,
+    "orth_reg_weight": 0.3, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM",
+}  # fmt: skip
+
+
+def base() -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=67, hidden_size=24, intermediate_size=37, num_hidden_layers=2, num_attention_heads=3
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def pair() -> tuple[torch.nn.Module, PeftModel, dict[str, torch.nn.Parameter]]:
+    """PEFT's model, ours with its values, and PEFT's parameters by our keys."""
+    theirs = peft.get_peft_model(base(), peft.AdaLoraConfig(**FIELDS)).eval()
+    torch.manual_seed(4)
+    named = {n: p for n, p in theirs.named_parameters() if "lora_" in n}
+    for parameter in named.values():
+        parameter.data = 0.3 * torch.randn(parameter.shape)
+    ours = get_peft_model(base(), AdaLoraConfig(**FIELDS)).eval()
+    by_key = {n.removesuffix(".default"): p for n, p in named.items()}
+    for key, value in live_parameters(ours, ours.adapter_state, "default").items():
+        value.data.copy_(by_key[key].data)
+    return theirs, ours, by_key
+
+
+def layers_of(model: PeftModel) -> dict[str, dict[str, torch.Tensor]]:
+    return {path: dict(layer.adapters["default"].named_parameters()) for path, layer in adapted_layers(model).items()}
+
+
+def test_the_budget_cuts_the_same_triplets_as_pefts_at_every_step():
+    theirs, ours, by_key = pair()
+    budget = Budget(ours.peft_config["default"], layers_of(ours), total_step=12)
+    optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.2) for m in (theirs, ours)]
+    for step in range(1, 13):
+        expected = theirs(input_ids=IDS, labels=IDS).loss
+        found = ours(input_ids=IDS, labels=IDS).loss + 0.3 * orthogonality(list(layers_of(ours).values()))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        for loss, optimizer in zip((expected, found), optimizers, strict=True):
+            loss.backward()
+            optimizer.step()
+        theirs.base_model.update_and_allocate(step)
+        budget.step(step)
+        for key, value in live_parameters(ours, ours.adapter_state, "default").items():
+            torch.testing.assert_close(value, by_key[key], rtol=1e-4, atol=1e-6)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+    assert sum(int(kept.sum()) for kept in budget.kept.values()) == 2 * 4
+    assert sum(int((p["lora_E"] != 0).sum()) for p in layers_of(ours).values()) == 2 * 4
+
+
+def test_outputs_and_file_equal_pefts(tmp_path: Path):
+    theirs, ours, _ = pair()
+    expected = theirs(input_ids=IDS).logits
+    torch.testing.assert_close(ours(input_ids=IDS).logits, expected, rtol=1e-5, atol=1e-6)
+    theirs.save_pretrained(tmp_path / "theirs")
+    loaded = PeftModel.from_pretrained(base(), tmp_path / "theirs")
+    torch.testing.assert_close(loaded(input_ids=IDS).logits, expected, rtol=1e-5, atol=1e-6)
+    ours.save_pretrained(tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(base(), tmp_path / "ours").eval()
+    torch.testing.assert_close(back(input_ids=IDS).logits, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_all_wrong_values_are_named_at_once():
+    with pytest.raises(ConfigError) as caught:
+        AdaLoraConfig(
+            init_r=0, beta1=1.0, orth_reg_weight=-1, lora_alpha=0, lora_dropout=1, bias="x", tinit=9, tfinal=3,
+            total_step=12,
+        )  # fmt: skip
+    for word in (
+        "init_r=0",
+        "beta1",
+        "orth_reg",
+        "lora_alpha=0",
+        "lora_dropout=1",
+        "'x'",
+        "total_step=12",
+    ):
+        assert word in str(caught.value)

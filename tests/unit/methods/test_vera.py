@@ -1,0 +1,82 @@
+"""VeRA equals PEFT's: outputs, gradients, and the file both ways."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from veneer.adapters.peft_model import PeftModel, get_peft_model
+from veneer.errors import ConfigError, FormatError
+from veneer.methods.vera import VeraConfig
+from veneer.model.attach import live_parameters
+
+IDS = torch.tensor([[5, 8, 13, 21, 34]])
+FIELDS = {"r": 7, "d_initial": 0.3, "projection_prng_key": 11, "target_modules": ["q_proj", "down_proj", "k_proj"]}
+
+
+def base() -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=67, hidden_size=24, intermediate_size=37, num_hidden_layers=2, num_attention_heads=3,
+        num_key_value_heads=1,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def theirs() -> torch.nn.Module:
+    model = peft.get_peft_model(base(), peft.VeraConfig(**FIELDS)).eval()
+    torch.manual_seed(4)
+    for name, parameter in model.named_parameters():
+        if "vera_lambda" in name:
+            parameter.data = torch.randn(parameter.shape)
+    return model
+
+
+@pytest.mark.parametrize("save_projection", [True, False])
+def test_equals_peft_in_outputs_gradients_and_on_disk(save_projection: bool, tmp_path: Path):
+    reference = theirs()
+    reference.peft_config["default"].save_projection = save_projection
+    expected = reference(input_ids=IDS, labels=IDS)
+    expected.loss.backward()
+    reference.save_pretrained(tmp_path / "theirs")
+    model = PeftModel.from_pretrained(base(), tmp_path / "theirs", is_trainable=True)
+    found = model(input_ids=IDS, labels=IDS)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-5, atol=1e-5)
+    found.loss.backward()
+    gradients = {n.replace(".default", ""): p.grad for n, p in reference.named_parameters() if p.grad is not None}
+    live = live_parameters(model, model.adapter_state, "default")
+    assert live.keys() == gradients.keys()
+    for key, value in live.items():
+        torch.testing.assert_close(value.grad, gradients[key], rtol=1e-4, atol=1e-6)
+    model.save_pretrained(tmp_path / "ours")
+    files = [load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs")]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+    back = peft.PeftModel.from_pretrained(base(), tmp_path / "ours").eval()
+    torch.testing.assert_close(back(input_ids=IDS).logits, expected.logits, rtol=1e-5, atol=1e-5)
+
+
+def test_all_layers_share_one_pair_of_matrices_and_the_start_is_the_base():
+    model = get_peft_model(base(), VeraConfig(**FIELDS))
+    assert torch.equal(model(input_ids=IDS).logits, base()(input_ids=IDS).logits)
+    assert model.get_nb_trainable_parameters()[0] == 2 * ((24 + 7) + (24 + 7) + (8 + 7))
+
+
+def test_matrices_that_the_key_does_not_give_are_an_error(tmp_path: Path):
+    get_peft_model(base(), VeraConfig(**FIELDS)).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.vera_A"] = tensors["base_model.vera_A"] + 1
+    save_file(tensors, file)
+    with pytest.raises(FormatError, match=r"differs from what the config draws: base_model\.vera_A"):
+        PeftModel.from_pretrained(base(), tmp_path)
+
+
+def test_all_wrong_values_are_named_at_once():
+    with pytest.raises(ConfigError, match=r"r=0 .*vera_dropout=1.*d_initial=0.*bias='some'"):
+        VeraConfig(r=0, vera_dropout=1, d_initial=0, bias="some")
