@@ -1,0 +1,45 @@
+"""``veneer merge``: a base with an adapter folded in, as a model folder."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+
+def merge(
+    base: Annotated[str, typer.Option(show_default=False, help="A folder, a .gguf file, a fetched name or a hub id.")],
+    adapter: Annotated[Path, typer.Option(show_default=False, help="The folder of the adapter.")],
+    output: Annotated[Path, typer.Option("--output", "-o", show_default=False, help="The folder to write.")],
+    dtype: Annotated[
+        str | None,
+        typer.Option(show_default=False, help="float32, bfloat16 or float16; by default the base's."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is in the output folder.")] = False,
+) -> None:
+    """Fold an adapter into its base and write an ordinary model folder, tensor by tensor: any size fits in memory.
+
+    Example: [bold]veneer merge --base smollm2-135m-instruct --adapter runs/calendar -o merged[/bold]
+    """
+    from veneer.cli.loading import quiet
+    from veneer.errors import ConfigError
+    from veneer.export.merged import MergeOptions, merge_checkpoint
+
+    if not adapter.is_dir():
+        raise ConfigError(f"no adapter {str(adapter)!r}: there is no such folder")
+    with quiet(), Progress(console=Console(file=sys.stderr), transient=True) as progress:
+        task = progress.add_task("merging", total=None)
+        report = merge_checkpoint(
+            base,
+            adapter,
+            output,
+            MergeOptions(dtype=dtype, overwrite=force),
+            lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    apart = ", tied embeddings written apart" if report.untied else ""
+    size = f"{report.n_tensors} tensors, {report.n_bytes / 1e6:,.1f} MB"
+    typer.echo(f"{output}: {report.n_modules} modules changed, {size}{apart}")

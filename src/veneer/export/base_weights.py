@@ -1,0 +1,143 @@
+"""The parameters of a base checkpoint by the model's names, whatever their names and storage format in the files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from veneer.errors import FormatError
+from veneer.ops.four_bit import FourBitLayout
+from veneer.quant.four_bit import STATE_KEY, FourBitSpec
+from veneer.quant.int8 import Int8Spec
+from veneer.store.checkpoint import Checkpoint
+
+Spec = tuple[torch.dtype, tuple[int, ...]]
+_INT8_PARTS = ("SCB", "weight_format")
+
+
+class BaseWeights:
+    """Reads a checkpoint for a model without storage. Quantized weights come out dense, in float32.
+
+    Raises FormatError where a parameter of the model is not in the files under any name that it may have.
+    """
+
+    def __init__(self, folder: Path, model: PreTrainedModel) -> None:
+        self._tensors = Checkpoint.open(folder)
+        self._shapes = {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)}
+        self._groups = _tied(model)
+        self._prefix = f"{model.base_model_prefix}."
+        self._half = _half_of(folder)
+        self._stored = {name: self._find(names) for names in self._groups for name in names}
+        self._parts = {part for name in set(self._stored.values()) for part in self._parts_of(name)}
+        self._model_names = {stored: name for name, stored in reversed(self._stored.items())}
+
+    def groups(self) -> list[list[str]]:
+        """The parameters' names; several together are one tied tensor."""
+        return self._groups
+
+    def others(self) -> list[str]:
+        """Names in the files that are no parameter of the model, nor part of a quantized one: buffers, other heads."""
+        taken = set(self._stored.values()) | self._parts
+        known = self._shapes.keys() | {name.removeprefix(self._prefix) for name in self._shapes}
+        return [name for name in self._tensors.tensors if name not in taken and name not in known]
+
+    @staticmethod
+    def own(module: nn.Module) -> list[str]:
+        """The names of the parameters that a module holds itself."""
+        return [key for key, value in module._parameters.items() if value is not None]
+
+    def stored_name(self, name: str, own: bool) -> str:
+        """The name in the files; ``own=False``: one of a tied tensor's names, written apart."""
+        stored = self._stored[name]
+        is_this = own or stored in (name, name.removeprefix(self._prefix))
+        return stored if is_this else name
+
+    def spec(self, name: str, dtype: torch.dtype | None) -> Spec:
+        """dtype and shape of a parameter in the result."""
+        stored = self._tensors.tensors[self._stored[name]]
+        if self._format(stored.name) != "dense":
+            return dtype or self._half, self._shapes[name]
+        if stored.shape != self._shapes[name]:
+            raise FormatError(
+                f"{stored.name} has the shape {stored.shape} in the files, the model needs {self._shapes[name]}"
+            )
+        return dtype if dtype and stored.dtype.is_floating_point else stored.dtype, stored.shape
+
+    def passed_spec(self, stored: str, dtype: torch.dtype | None) -> Spec:
+        """dtype and shape of a tensor that is passed on."""
+        tensor = self._tensors.tensors[stored]
+        return dtype if dtype and tensor.dtype.is_floating_point else tensor.dtype, tensor.shape
+
+    def read(self, name: str) -> Tensor:
+        """A parameter by the model's name."""
+        return self._read(self._stored[name], self._shapes[name])
+
+    def read_stored(self, stored: str) -> Tensor:
+        """A tensor by its name in the result."""
+        name = self._model_names.get(stored, stored)
+        return self.read(name) if name in self._stored else self._tensors.read(stored)
+
+    def _read(self, stored: str, shape: tuple[int, ...]) -> Tensor:
+        kind = self._format(stored)
+        if kind == "dense":
+            return self._tensors.read(stored)
+        path = stored.removesuffix(".weight")
+        parts = {part.removeprefix(f"{path}."): self._tensors.read(part) for part in self._parts_of(stored)}
+        parts["weight"] = self._tensors.read(stored)
+        o, i = shape
+        spec = FourBitSpec(FourBitLayout((o, i), "nf4", 64, self._half)) if kind == "4bit" else Int8Spec((o, i))
+        bound, tensors = spec.from_disk(parts)
+        return bound.bind(tensors).dense(torch.float32)
+
+    def _format(self, stored: str) -> str:
+        parts = self._parts_of(stored)
+        if any(STATE_KEY in part for part in parts):
+            return "4bit"
+        return "int8" if parts else "dense"
+
+    def _parts_of(self, stored: str) -> list[str]:
+        """The tensors that go with a quantized weight."""
+        if not stored.endswith(".weight"):
+            return []
+        path = stored.removesuffix("weight")
+        int8 = [f"{path}{part}" for part in _INT8_PARTS if f"{path}{part}" in self._tensors.tensors]
+        return int8 or self._by_weight().get(stored, [])
+
+    def _by_weight(self) -> dict[str, list[str]]:
+        if not hasattr(self, "_four_bit"):
+            self._four_bit: dict[str, list[str]] = {}
+            for name in self._tensors.tensors:
+                weight, found, _ = name.partition(".weight.")
+                if found:
+                    self._four_bit.setdefault(f"{weight}.weight", []).append(name)
+        return self._four_bit
+
+    def _find(self, names: list[str]) -> str:
+        """The name in the files: the model's, or without the prefix of the inner model."""
+        for name in names:
+            for candidate in (name, name.removeprefix(self._prefix), f"{self._prefix}{name}"):
+                if candidate in self._tensors.tensors:
+                    return candidate
+        raise FormatError(
+            f"the base's files have no tensor {names[0]!r}: they are not whole, or name their tensors otherwise than "
+            "the model does. Load the base with from_pretrained and use merge_and_unload() instead."
+        )
+
+
+def _tied(model: PreTrainedModel) -> list[list[str]]:
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return list(groups.values())
+
+
+def _half_of(folder: Path) -> torch.dtype:
+    """The 16-bit dtype that a quantized base is made dense in: its own where it has one."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+    return cast(torch.dtype, dtype) if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16

@@ -1,0 +1,227 @@
+"""A base checkpoint with an adapter folded in, written tensor by tensor: never the model in memory.
+
+The model is built without storage; one module at a time gets its weights from the base, folds, and gives them up.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from veneer.core.method import LinearMethod
+from veneer.errors import CompositionError, ConfigError
+from veneer.export.base_weights import BaseWeights
+from veneer.model.adapted import Adapted
+from veneer.model.attach import Start, adapted_modules, attach, live_parameters
+from veneer.model.linear import AdaptedSite
+from veneer.model.state import AdapterState
+from veneer.store.adapter import assign, read_config
+from veneer.store.adapter_files import WEIGHTS_FILE, read_tensors
+from veneer.store.checkpoint_writer import DEFAULT_SHARD_BYTES, CheckpointWriter
+from veneer.store.source import parse_dtype, resolve
+
+NAME = "merged"
+_COMPANIONS = (".json", ".jinja", ".model", ".txt", ".py")
+_NOT_COPIED = ("config.json", "model.safetensors.index.json", "veneer.json", "adapter_config.json")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeOptions:
+    """``dtype`` of the result's floating tensors, None to keep the base's (16 bits where the base is quantized)."""
+
+    dtype: str | torch.dtype | None = None
+    overwrite: bool = False
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeReport:
+    """What was done: modules changed, tensors and bytes written, whether tied embeddings had to be written apart."""
+
+    n_modules: int
+    n_tensors: int
+    n_bytes: int
+    untied: bool
+
+
+def merge_checkpoint(
+    base: str | os.PathLike[str],
+    adapter: Path,
+    output: Path,
+    options: MergeOptions | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> MergeReport:
+    """Fold an adapter into a base checkpoint and write the result as a model folder, tokenizer included.
+
+    The values are those of ``merge_and_unload`` on the base in its own dtype, rounded to ``options.dtype`` at the end.
+    Raises FormatError where the files are damaged or do not fit each other, CompositionError for adapters that cannot
+    be folded, and FormatError where ``output`` holds something and is not to be overwritten. Then nothing is written.
+    """
+    options = options or MergeOptions()
+    folder = _local(base)
+    skeleton, state = _skeleton(folder), AdapterState()
+    weights = BaseWeights(folder, skeleton)
+    _attach(skeleton, state, adapter, weights)
+    changed = {path: m for path, m in adapted_modules(skeleton).items() if m.holds(NAME)}
+    plan = _plan(weights, changed, _wanted(options.dtype))
+    with CheckpointWriter(
+        output, plan.specs, max_shard_bytes=options.max_shard_bytes, overwrite=options.overwrite
+    ) as writer:
+        for done, (name, tensor) in enumerate(_results(weights, changed, plan)):
+            writer.write(name, tensor.to(plan.specs[name][0]))
+            on_progress(done + 1, len(plan.specs))
+        _copy_companions(folder, adapter, writer.staging)
+        _write_config(folder, writer.staging, plan)
+    n_bytes = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in plan.specs.values())
+    return MergeReport(n_modules=len(changed), n_tensors=len(plan.specs), n_bytes=n_bytes, untied=plan.untied)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """``specs`` of the result by name; ``owners`` tells for a name of the result the module and parameter it is."""
+
+    specs: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+    owners: dict[str, tuple[str, str]]
+    untied: bool
+    dtype: torch.dtype | None
+
+
+def _local(base: str | os.PathLike[str]) -> Path:
+    place = resolve(base)
+    if isinstance(place, Path):
+        return place
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(place, allow_patterns=["*.safetensors", *(f"*{end}" for end in _COMPANIONS)]))
+    except OSError as error:
+        raise ConfigError(f"the base {place!r} cannot be downloaded: {error}") from error
+
+
+def _wanted(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    parsed = None if dtype is None else parse_dtype(dtype)
+    return None if isinstance(parsed, str) else parsed
+
+
+def _skeleton(folder: Path) -> PreTrainedModel:
+    """The model of a folder without storage, as if it were not quantized."""
+    config = AutoConfig.from_pretrained(folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config)).eval()
+
+
+def _attach(skeleton: PreTrainedModel, state: AdapterState, adapter: Path, weights: BaseWeights) -> None:
+    """The adapter on the skeleton: its own tensors are real."""
+    config = read_config(adapter)
+    if not isinstance(config, LinearMethod):
+        raise CompositionError(
+            f"the adapter {adapter} ({config.peft_type}) does not change weights, so it cannot be folded into them: "
+            "keep it beside the model"
+        )
+    attach(skeleton, config, NAME, state, start=Start(values=False))
+    for module in adapted_modules(skeleton).values():
+        for held in (module.adapters, module.copies):
+            if NAME in held:
+                held[NAME].to_empty(device="cpu")
+    tensors = read_tensors(adapter)
+    ends = _ends(skeleton) if set(tensors) - set(live_parameters(skeleton, state, NAME)) else []
+    with _filled(ends, weights):  # whole embeddings that came along are compared with the base's
+        assign(skeleton, state, NAME, tensors, str(adapter / WEIGHTS_FILE))
+
+
+def _ends(skeleton: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    ends = (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())
+    return [(path, m) for path, m in skeleton.named_modules() if any(m is end for end in ends)]
+
+
+def _plan(weights: BaseWeights, changed: dict[str, Adapted], dtype: torch.dtype | None) -> _Plan:
+    """A tied tensor of which one name changes is written under each of its names."""
+    owners = {f"{path}.{key}": (path, key) for path, m in changed.items() for key in weights.own(m)}
+    specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    placed: dict[str, tuple[str, str]] = {}
+    untied = False
+    for names in weights.groups():
+        apart = len(names) > 1 and any(name in owners for name in names)
+        untied |= apart
+        for name in names if apart else names[:1]:
+            stored = weights.stored_name(name, own=not apart)
+            specs[stored] = weights.spec(name, dtype)
+            placed |= {stored: owners[name]} if name in owners else {}
+    specs |= {name: weights.passed_spec(name, dtype) for name in weights.others()}
+    return _Plan(specs, placed, untied, dtype)
+
+
+def _results(weights: BaseWeights, changed: dict[str, Adapted], plan: _Plan) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the result in the order of the plan, one module's at a time in memory."""
+    folded: dict[tuple[str, str], Tensor] = {}
+    for name in plan.specs:
+        if name not in plan.owners:
+            yield name, weights.read_stored(name)
+            continue
+        path, key = plan.owners[name]
+        if (path, key) not in folded:
+            folded |= {(path, k): value for k, value in _fold(path, changed[path], weights).items()}
+        yield name, folded.pop((path, key))
+
+
+@torch.no_grad()
+def _fold(path: str, module: Adapted, weights: BaseWeights) -> dict[str, Tensor]:
+    with _filled([(path, module)], weights):
+        values = module.folded((NAME,))
+        own = {key: cast(Tensor, module._parameters[key]).detach() for key in weights.own(module)}
+    added = sorted(set(values) - set(own))
+    if added:
+        raise CompositionError(f"the adapter adds {added} to {path}, which the model's architecture has no place for")
+    return own | values
+
+
+@contextmanager
+def _filled(modules: list[tuple[str, nn.Module]], weights: BaseWeights) -> Iterator[None]:
+    """Inside the block these modules have the base's parameters."""
+    before = [(module, dict(module._parameters)) for _, module in modules]
+    for path, module in modules:
+        for key in weights.own(module):
+            module._parameters[key] = nn.Parameter(weights.read(f"{path}.{key}"), requires_grad=False)
+    try:
+        yield
+    finally:
+        for module, parameters in before:
+            module._parameters.update(parameters)
+            if isinstance(module, AdaptedSite):
+                module.forget()
+
+
+def _copy_companions(base: Path, adapter: Path, into: Path) -> None:
+    """Tokenizer, chat template, generation settings: the adapter's where it brought its own, else the base's."""
+    for folder in (base, adapter):
+        for file in folder.iterdir():
+            if file.is_file() and file.suffix in _COMPANIONS and file.name not in _NOT_COPIED:
+                shutil.copyfile(file, into / file.name)
+
+
+def _write_config(base: Path, into: Path, plan: _Plan) -> None:
+    text = (base / "config.json").read_text(encoding="utf-8")
+    config: dict[str, Any] = json.loads(text)
+    config.pop("quantization_config", None)
+    floating = {dtype for dtype, _ in plan.specs.values() if dtype.is_floating_point}
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        if plan.untied and "tie_word_embeddings" in part:
+            part["tie_word_embeddings"] = False
+        for key in ("dtype", "torch_dtype"):
+            if key in part and len(floating) == 1:
+                part[key] = str(next(iter(floating))).removeprefix("torch.")
+    if plan.untied:
+        config["tie_word_embeddings"] = False
+    (into / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

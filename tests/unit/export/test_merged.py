@@ -1,0 +1,274 @@
+"""Merging a checkpoint tensor by tensor gives the bits of merging in memory, in a fraction of the memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from veneer import IA3Config, LoraConfig, PeftModel, get_peft_model
+from veneer.core.method import MethodConfig
+from veneer.errors import CompositionError, ConfigError, FormatError
+from veneer.export.merged import MergeOptions, merge_checkpoint
+from veneer.methods.bottleneck import BottleneckConfig
+from veneer.ops.four_bit import FourBitLayout
+from veneer.quant.four_bit import FourBitSpec
+from veneer.quant.int8 import Int8Spec
+
+SIZES = {"vocab_size": 67, "hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 3, "num_key_value_heads": 1}
+
+
+def llama(tie: bool = False) -> LlamaForCausalLM:
+    return LlamaForCausalLM(LlamaConfig(**SIZES, **HEADS, tie_word_embeddings=tie))
+
+
+def qwen2() -> Qwen2ForCausalLM:
+    return Qwen2ForCausalLM(Qwen2Config(**SIZES, **HEADS, tie_word_embeddings=True))
+
+
+def gpt2() -> GPT2LMHeadModel:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=67, n_embd=24, n_layer=2, n_head=3, n_positions=31))
+
+
+def save_base(model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.to(dtype).save_pretrained(folder, **options)
+    return folder
+
+
+def save_adapter(base: Path, config: MethodConfig, folder: Path) -> Path:
+    """An adapter whose values are not neutral."""
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), config)
+    torch.manual_seed(6)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+def merged_in_memory(base: Path, adapter: Path) -> nn.Module:
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload()
+
+
+def assert_same_model(output: Path, wanted: nn.Module) -> None:
+    got = assert_same_weights(output, wanted)
+    ids = torch.tensor([[3, 17, 41, 5, 29]])
+    assert torch.equal(got(ids).logits, wanted.eval()(ids).logits)
+
+
+def assert_same_weights(output: Path, wanted: nn.Module) -> nn.Module:
+    got = AutoModelForCausalLM.from_pretrained(output, dtype="auto")
+    expected = wanted.state_dict()
+    assert got.state_dict().keys() == expected.keys()
+    for name, value in got.state_dict().items():
+        assert value.dtype == expected[name].dtype
+        assert torch.equal(value, expected[name]), name
+    return got
+
+
+LORA = LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "down_proj"])
+CASES: dict[str, tuple[Any, MethodConfig]] = {
+    "lora": (llama, LORA),
+    "dora": (llama, LoraConfig(r=3, lora_alpha=7, use_dora=True, target_modules=["k_proj", "up_proj"])),
+    "rslora with biases": (qwen2, LoraConfig(r=5, use_rslora=True, bias="all", target_modules=["v_proj"])),
+    "ia3": (qwen2, IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])),
+    "conv1d": (gpt2, LoraConfig(r=3, lora_alpha=7, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)),
+    "head saved whole": (llama, LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["lm_head"])),
+    "embeddings": (llama, LoraConfig(r=3, lora_alpha=7, target_modules=["embed_tokens", "q_proj"])),
+    "tied, head adapted": (qwen2, LoraConfig(r=3, lora_alpha=7, target_modules=["lm_head", "q_proj"])),
+    "tied, embeddings adapted": (qwen2, LoraConfig(r=3, lora_alpha=7, target_modules=["embed_tokens"])),
+    "tied, nothing of it adapted": (qwen2, LORA),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("case", CASES)
+def test_the_bits_are_those_of_merging_in_memory(tmp_path: Path, case: str, dtype: torch.dtype) -> None:
+    make, config = CASES[case]
+    base = save_base(make(), tmp_path / "base", dtype)
+    adapter = save_adapter(base, config, tmp_path / "adapter")
+    report = merge_checkpoint(base, adapter, tmp_path / "out")
+    wanted = merged_in_memory(base, adapter)
+    assert_same_model(tmp_path / "out", wanted)
+    assert report.untied == (case in ("tied, head adapted", "tied, embeddings adapted"))
+    assert not torch.equal(
+        AutoModelForCausalLM.from_pretrained(base)(torch.tensor([[3]])).logits,
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")(torch.tensor([[3]])).logits,
+    )
+
+
+def test_sharded_bases_and_sharded_results(tmp_path: Path) -> None:
+    base = save_base(llama(), tmp_path / "base", max_shard_size="12KB")
+    assert len(list(base.glob("*.safetensors"))) > 3
+    adapter = save_adapter(base, LORA, tmp_path / "adapter")
+    merge_checkpoint(base, adapter, tmp_path / "out", MergeOptions(max_shard_bytes=9_000))
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 3
+    assert_same_model(tmp_path / "out", merged_in_memory(base, adapter))
+
+
+def test_a_base_saved_without_its_head(tmp_path: Path) -> None:
+    model = gpt2()
+    base = save_base(model, tmp_path / "base")
+    adapter = save_adapter(base, LoraConfig(r=3, target_modules=["c_attn"]), tmp_path / "adapter")
+    wanted = merged_in_memory(base, adapter)
+    tensors = load_file(base / "model.safetensors")
+    inner = {name.removeprefix("transformer."): value for name, value in tensors.items()}
+    save_file(inner, base / "model.safetensors", {"format": "pt"})
+    merge_checkpoint(base, adapter, tmp_path / "out")
+    assert set(load_file(tmp_path / "out" / "model.safetensors")) == set(inner)
+    assert_same_model(tmp_path / "out", wanted)
+
+
+def test_the_dtype_asked_for_rounds_at_the_end(tmp_path: Path) -> None:
+    base = save_base(llama(), tmp_path / "base")
+    adapter = save_adapter(base, LORA, tmp_path / "adapter")
+    merge_checkpoint(base, adapter, tmp_path / "out", MergeOptions(dtype="bfloat16"))
+    assert_same_weights(tmp_path / "out", merged_in_memory(base, adapter).to(torch.bfloat16))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("quantized", ["nf4", "fp4", "int8"])
+def test_a_quantized_base_becomes_dense_in_16_bits(tmp_path: Path, quantized: str) -> None:
+    base = save_base(llama(), tmp_path / "base")
+    adapter = save_adapter(base, LORA, tmp_path / "adapter")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    tensors = {name: value for name, value in model.state_dict().items() if "_proj" not in name}
+    for name, module in model.named_modules():
+        if name.endswith("_proj"):
+            shape = (module.out_features, module.in_features)
+            layout = FourBitLayout(shape, quantized, 64, torch.float32) if quantized != "int8" else None
+            spec = Int8Spec(shape) if layout is None else FourBitSpec(layout, double_quant=quantized == "nf4")
+            parts = spec.quantize(module.weight.detach())
+            tensors |= {f"{name}.{key}": value for key, value in spec.to_disk(parts).items()}
+            module.weight.data = spec.bind(parts).dense(torch.float32)
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": quantized != "int8"}
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "small" / "model.safetensors", {"format": "pt"})
+
+    merge_checkpoint(tmp_path / "small", adapter, tmp_path / "out")
+    wanted = PeftModel.from_pretrained(model, adapter).merge_and_unload().state_dict()
+    got = load_file(tmp_path / "out" / "model.safetensors")
+    assert got.keys() == wanted.keys()
+    for name, value in got.items():
+        assert value.dtype == (torch.bfloat16 if "_proj" in name else torch.float32)
+        assert torch.equal(value, wanted[name].to(value.dtype)), name
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+def test_companions_come_along_and_the_adapters_own_win(tmp_path: Path) -> None:
+    base = save_base(llama(), tmp_path / "base")
+    adapter = save_adapter(base, LORA, tmp_path / "adapter")
+    for folder, text in ((base, "base's"), (adapter, "adapter's")):
+        (folder / "chat_template.jinja").write_text(text)
+    (base / "tokenizer.json").write_text("base's")
+    merge_checkpoint(base, adapter, tmp_path / "out")
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "adapter's"
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "base's"
+    assert (tmp_path / "out" / "generation_config.json").is_file()
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+
+
+def test_an_output_that_holds_something_is_kept_unless_overwriting_is_asked_for(tmp_path: Path) -> None:
+    base = save_base(llama(), tmp_path / "base")
+    adapter = save_adapter(base, LORA, tmp_path / "adapter")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    with pytest.raises(FormatError, match="is not empty"):
+        merge_checkpoint(base, adapter, tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["precious"]
+    merge_checkpoint(base, adapter, tmp_path / "out", MergeOptions(overwrite=True))
+    assert not (tmp_path / "out" / "precious").exists()
+
+
+def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    base = save_base(llama(), tmp_path / "base")
+    other = save_base(gpt2(), tmp_path / "other")
+    adapter = save_adapter(base, LORA, tmp_path / "adapter")
+    with pytest.raises(ConfigError, match="q_proj"):
+        merge_checkpoint(other, adapter, tmp_path / "out")
+    wider = LlamaForCausalLM(LlamaConfig(**{**SIZES, "hidden_size": 48}, **HEADS))
+    with pytest.raises(FormatError, match="shape"):
+        merge_checkpoint(save_base(wider, tmp_path / "wider"), adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bottleneck_cannot_be_folded(tmp_path: Path) -> None:
+    base = save_base(llama(), tmp_path / "base")
+    adapter = save_adapter(base, BottleneckConfig(), tmp_path / "adapter")
+    with pytest.raises(CompositionError, match="keep it beside the model"):
+        merge_checkpoint(base, adapter, tmp_path / "out")
+
+
+def test_a_base_whose_files_name_tensors_otherwise_points_to_merging_in_memory(tmp_path: Path) -> None:
+    base = save_base(llama(), tmp_path / "base")
+    adapter = save_adapter(base, LORA, tmp_path / "adapter")
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.blocks.0.up"] = tensors.pop("model.layers.0.mlp.up_proj.weight")
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(FormatError, match=r"no tensor 'model\.layers\.0\.mlp\.up_proj\.weight'.*merge_and_unload"):
+        merge_checkpoint(base, adapter, tmp_path / "out")
+
+
+def test_progress_counts_the_tensors(tmp_path: Path) -> None:
+    base = save_base(llama(), tmp_path / "base")
+    adapter = save_adapter(base, LORA, tmp_path / "adapter")
+    told: list[tuple[int, int]] = []
+    report = merge_checkpoint(base, adapter, tmp_path / "out", on_progress=lambda *event: told.append(event))
+    assert told == [(i + 1, report.n_tensors) for i in range(report.n_tensors)]
+    assert report.n_modules == 4
+    assert report.n_bytes == 4 * sum(p.numel() for p in llama().parameters())
+
+
+MEASURE = """
+import resource, sys
+from pathlib import Path
+import torch, transformers
+from transformers import AutoModelForCausalLM, LlamaConfig
+from veneer.export.merged import merge_checkpoint
+with torch.device("meta"):
+    AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+merge_checkpoint(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def test_memory_is_that_of_a_few_tensors_not_of_the_model(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=640, intermediate_size=1280, num_hidden_layers=20, num_attention_heads=5
+    )
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    base = tmp_path / "base"
+    model.save_pretrained(base)
+    model_bytes = sum(p.numel() * 2 for p in model.parameters())
+    config = LoraConfig(r=2, init_lora_weights=False, target_modules=["gate_proj", "down_proj"])
+    adapter = tmp_path / "adapter"
+    get_peft_model(model, config).save_pretrained(adapter)
+    command = [sys.executable, "-c", MEASURE, str(base), str(adapter), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout.split()[-1]) < model_bytes / 3
