@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from veneer.cli import chat, combine, env, fetch, generate, info, inspect, merge, train
+from veneer.cli import chat, combine, env, eval, fetch, generate, info, inspect, merge, train
 from veneer.errors import VeneerError
 
 USER_ERROR = 2
@@ -82,6 +82,7 @@ app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("combine")(combine.combine)
 app.command("inspect")(inspect.inspect)
+app.command("eval")(eval.eval_)
 app.command("merge")(merge.merge)
 app.command("env")(env.env)
 

@@ -1,0 +1,270 @@
+"""``veneer eval``: how good a model is on data."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from veneer.cli import loading
+
+if TYPE_CHECKING:
+    from veneer.train.evaluate import Accuracy, Perplexity
+    from veneer.train.questions import Question
+
+OnProgress = Callable[[int, int], None]
+
+
+class Metric(StrEnum):
+    """What is measured."""
+
+    PERPLEXITY = "perplexity"
+    EXACT_MATCH = "exact-match"
+    REGEX = "regex"
+    LABELS = "labels"
+
+
+_READS = {  # which options each metric reads; any other that is given is an error
+    Metric.PERPLEXITY: {"context", "stride", "whole_rows"},
+    Metric.EXACT_MATCH: {"prompt", "answer_field", "ignore_case", "max_new_tokens", "stop"},
+    Metric.REGEX: {"prompt", "answer_field", "ignore_case", "max_new_tokens", "stop", "pattern"},
+    Metric.LABELS: {"prompt", "answer_field", "labels"},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options that only some metrics read; None where not given."""
+
+    pattern: str | None
+    labels: str | None
+    prompt: str | None
+    answer_field: str | None
+    ignore_case: bool | None
+    max_new_tokens: int | None
+    stop: list[str] | None
+    context: int | None
+    stride: int | None
+    whole_rows: bool | None
+
+
+def eval_(
+    model: loading.Model,
+    data: Annotated[Path, typer.Option("--data", "-d", show_default=False, help="A .jsonl, .json or .txt file.")],
+    metric: Annotated[Metric, typer.Option("--metric", "-m", show_default=False, help="What to measure.")],
+    adapter: loading.Adapter = None,
+    pattern: Annotated[str | None, typer.Option(show_default=False, help="regex: what to compare in answers.")] = None,
+    labels: Annotated[
+        str | None, typer.Option(show_default=False, help="labels: the words, with commas; else those in the data.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(show_default=False, help="Prompt made of a row's fields: 'Review: {text}\\nMood:'.")
+    ] = None,
+    answer_field: Annotated[
+        str | None, typer.Option(show_default=False, help="Field of the right answer (or of a list of them).")
+    ] = None,
+    ignore_case: Annotated[
+        bool | None, typer.Option("--ignore-case", show_default=False, help="Case and white space do not count.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, show_default=False, help="Longest answer, in tokens. [default: 256]")
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(show_default=False, help="Text that ends an answer; may be given again.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(min=2, show_default=False, help="perplexity: window in tokens. [default: 1024]")
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(min=1, show_default=False, help="perplexity: from window to window. [default: context/2]"),
+    ] = None,
+    whole_rows: Annotated[
+        bool | None, typer.Option("--whole-rows", show_default=False, help="perplexity: of prompts too.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, show_default=False, help="Only the first so many rows.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Most rows in one forward pass.")] = 16,
+    predictions: Annotated[
+        Path | None, typer.Option(show_default=False, help="Write every answer and whether it is right (.jsonl).")
+    ] = None,
+    load_in_4bit: loading.FourBit = False,
+    dtype: loading.Dtype = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Measure a model, with or without an adapter, on data in a training format (chat, or prompt and completion).
+
+    Example: [bold]veneer eval smollm2-135m-instruct -a runs/calendar -d heldout.jsonl -m exact-match[/bold]
+    """
+    options = Options(
+        pattern=pattern,
+        labels=labels,
+        prompt=prompt,
+        answer_field=answer_field,
+        ignore_case=ignore_case,
+        max_new_tokens=max_new_tokens,
+        stop=stop or None,
+        context=context,
+        stride=stride,
+        whole_rows=whole_rows,
+    )
+    run = _Run(metric, options, data, limit, batch_size)
+    run.check(predictions)
+    loaded = loading.load(model, adapter, four_bit=load_in_4bit, dtype=dtype)
+    started = time.perf_counter()
+    with loading.quiet(), _Bar(metric) as on_progress:
+        result = run.measure(loaded, on_progress)
+    facts: dict[str, Any] = {"model": model, "adapter": None if adapter is None else str(adapter), "data": str(data)}
+    facts |= {"metric": str(metric), **_numbers(result), "seconds": round(time.perf_counter() - started, 3)}
+    if predictions is not None:
+        run.write_predictions(predictions, result)
+    typer.echo(json.dumps(facts, indent=2)) if as_json else _show(facts)
+
+
+class _Run:
+    """One measurement: its rows, its options, what it finds."""
+
+    def __init__(self, metric: Metric, options: Options, data: Path, limit: int | None, batch_size: int) -> None:
+        from veneer.train.questions import read_rows
+
+        self.metric, self.options, self.batch_size = metric, options, batch_size
+        self.rows: Sequence[Mapping[str, Any]] = read_rows(data)[:limit]
+        self.questions: list[Question] = []
+
+    def check(self, predictions: Path | None) -> None:
+        """Raise ConfigError for options that this metric does not read, or lacks."""
+        from veneer.errors import ConfigError
+
+        given = {name for name, value in vars(self.options).items() if value is not None}
+        foreign = sorted(given - _READS[self.metric])
+        problems = [f"--{name.replace('_', '-')} is not read by --metric {self.metric}" for name in foreign]
+        if self.metric is Metric.REGEX and self.options.pattern is None:
+            problems.append("--metric regex needs --pattern")
+        if self.metric is Metric.PERPLEXITY and predictions is not None:
+            problems.append("--predictions is not read by --metric perplexity")
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    def measure(self, loaded: loading.Loaded, on_progress: OnProgress) -> Perplexity | Accuracy:
+        """The result."""
+        from veneer.train import evaluate
+        from veneer.train.questions import QuestionReader
+        from veneer.train.scoring import Batching
+
+        options, batching = self.options, Batching(n_rows=self.batch_size)
+        if self.metric is Metric.PERPLEXITY:
+            context = options.context or evaluate.Windows.context
+            windows = evaluate.Windows(context=context, stride=options.stride or max(context // 2, 1))
+            return evaluate.perplexity(
+                loaded.model,
+                loaded.tokenizer,
+                self.rows,
+                windows=windows,
+                whole_rows=bool(options.whole_rows),
+                batching=batching,
+                on_progress=on_progress,
+            )
+        reader = QuestionReader(
+            tokenizer=loaded.tokenizer, prompt=_unescaped(options.prompt), answer_field=options.answer_field
+        )
+        self.questions = reader.read(self.rows)
+        if self.metric is Metric.LABELS:
+            words = options.labels.split(",") if options.labels is not None else ()
+            return evaluate.label_accuracy(
+                loaded.model, loaded.tokenizer, self.questions, words, batching=batching, on_progress=on_progress
+            )
+        return evaluate.answer_accuracy(
+            loaded.model,
+            loaded.tokenizer,
+            self.questions,
+            self._judge(),
+            answering=self._answering(),
+            batching=batching,
+            on_progress=on_progress,
+        )
+
+    def write_predictions(self, path: Path, result: Any) -> None:
+        """One JSON object a row: the answers that are right, the prediction, whether it is one of them."""
+        with path.open("w", encoding="utf-8") as file:
+            for question, given, right in zip(self.questions, result.predictions, result.right, strict=True):
+                row = {"answers": question.answers, "prediction": given, "right": right}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def _judge(self) -> Callable[[str, Sequence[str]], bool]:
+        from veneer.train.evaluate import exact_match, regex_match
+
+        fold = bool(self.options.ignore_case)
+        pattern = self.options.pattern
+        return exact_match(fold=fold) if pattern is None else regex_match(pattern, fold=fold)
+
+    def _answering(self) -> Any:
+        from veneer.train.scoring import Answering
+
+        stop = tuple(text for text in map(_unescaped, self.options.stop or ()) if text)
+        return Answering(max_new_tokens=self.options.max_new_tokens or Answering.max_new_tokens, stop=stop)
+
+
+def _unescaped(text: str | None) -> str | None:
+    r"""A shell passes \n on as two characters; in a prompt or a stop text they mean the line break."""
+    return None if text is None else text.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def _numbers(result: Any) -> dict[str, float | int]:
+    return {k: getattr(result, k) for k in result.__slots__ if k not in ("predictions", "right")}
+
+
+class _Bar:
+    """A progress bar on stderr while something is measured."""
+
+    def __init__(self, metric: Metric) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=Console(file=sys.stderr), transient=True)
+        self._task = self._progress.add_task(metric, total=None)
+
+    def __enter__(self) -> OnProgress:
+        self._progress.start()
+        return lambda done, total: self._progress.update(self._task, completed=done, total=total)
+
+    def __exit__(self, *unused: object) -> None:
+        self._progress.stop()
+
+
+_TITLES = {
+    "value": "value",
+    "n_rows": "rows",
+    "n_tokens": "tokens",
+    "n_right": "right",
+    "nats_per_token": "nats per token",
+}
+
+
+def _show(facts: Mapping[str, Any]) -> None:
+    table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    is_share = facts["metric"] != "perplexity"
+    for name, value in facts.items():
+        if value is None or name in ("metric", "standard_error"):
+            continue
+        if name == "value":
+            shown = f"{value:.1%} ± {facts['standard_error']:.1%}" if is_share else f"{value:,.4f}"
+            table.add_row(f"accuracy ({facts['metric']})" if is_share else "perplexity", shown)
+        else:
+            table.add_row(_TITLES.get(name, name), _number(value))
+    Console().print(table)
+
+
+def _number(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:,.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,160 @@
+"""Rows of data read as questions with their right answers, for evaluation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from veneer.errors import ConfigError, DataError
+from veneer.train.chat import common_prefix, render
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """``prompt`` as token ids; ``text`` is what a completion continues as plain text, None for a chat.
+
+    Any of ``answers`` is right; the first is the one that data for training would hold, white space included.
+    """
+
+    prompt: tuple[int, ...]
+    answers: tuple[str, ...]
+    text: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionReader:
+    """Reads rows in the forms of training data: messages (the last turn is the answer), or prompt and completion.
+
+    ``prompt`` makes a plain-text prompt out of the fields of any row (``"Review: {text}\\nSentiment:"``).
+    ``answer_field`` names the field that holds the right answer, or a list of them; by default the row's own answer.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    prompt: str | None = None
+    answer_field: str | None = None
+
+    def read(self, rows: Iterable[Row]) -> list[Question]:
+        """The questions. Raises DataError that names the row."""
+        questions = []
+        for number, row in enumerate(rows, 1):
+            try:
+                questions.append(self._question(row))
+            except (DataError, ConfigError) as error:
+                raise DataError(f"row {number}: {error}") from error
+        if not questions:
+            raise DataError("the data has no rows")
+        return questions
+
+    def _question(self, row: Row) -> Question:
+        prompt, own, text = self._prompt(row)
+        return Question(tuple(prompt), self._answers(row, own), text)
+
+    def _prompt(self, row: Row) -> tuple[list[int], str | None, str | None]:
+        """Token ids, the answer that the row itself holds, and the plain text if it is that."""
+        if self.prompt is not None:
+            text = _filled(self.prompt, row)
+            return self._plain(text), None, text
+        if "prompt" in row and "completion" in row:
+            prompt, completion = row["prompt"], row["completion"]
+            if isinstance(prompt, str) and isinstance(completion, str):
+                return self._plain(prompt), completion, prompt
+            return self._chat(prompt), _content(completion), None
+        if "messages" in row:
+            answer = _content(row["messages"])
+            return self._chat(row["messages"][:-1]), answer, None
+        raise DataError(
+            f"it has the fields {sorted(row)}; needed are messages, or prompt and completion, or a prompt template "
+            "(--prompt) with an answer field (--answer-field)"
+        )
+
+    def _answers(self, row: Row, own: str | None) -> tuple[str, ...]:
+        if self.answer_field is None:
+            if own is None:
+                raise ConfigError("a prompt template needs the field of the right answer (--answer-field)")
+            return (own,)
+        if self.answer_field not in row:
+            raise DataError(f"no field {self.answer_field!r}; it has {sorted(row)}")
+        value = row[self.answer_field]
+        values = value if isinstance(value, list) else [value]
+        return tuple(str(one) for one in values)
+
+    def _plain(self, text: str) -> list[int]:
+        return list(self.tokenizer(text)["input_ids"])
+
+    def _chat(self, turns: Sequence[Mapping[str, Any]]) -> list[int]:
+        if not turns:
+            raise DataError("no turn precedes the answer, so there is no question")
+        return render(self.tokenizer, turns, {"add_generation_prompt": True})
+
+
+def continuation(tokenizer: PreTrainedTokenizerBase, question: Question, answer: str) -> tuple[list[int], int]:
+    """Token ids of a question with an answer, and where the answer begins.
+
+    A plain text is tokenized together with its answer, as in training: the token at the seam may differ.
+    """
+    if question.text is None:
+        ids = [*question.prompt, *tokenizer(answer, add_special_tokens=False)["input_ids"]]
+        return ids, len(question.prompt)
+    ids = list(tokenizer(question.text + answer)["input_ids"])
+    return ids, common_prefix(list(question.prompt), ids)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a .jsonl or .json file, or a .txt file as one row ``{"text": …}``.
+
+    Raises ConfigError where there is no such file, DataError that names the line for what is not an object.
+    """
+    if not path.is_file():
+        raise ConfigError(f"no data {str(path)!r}: there is no such file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not text in UTF-8: {error}") from error
+    if path.suffix == ".txt":
+        return [{"text": text}]
+    if path.suffix == ".json":
+        rows = _parsed(text, f"{path}")
+        if not isinstance(rows, list):
+            raise DataError(f"{path} must hold a list of objects, not a {type(rows).__name__}")
+    elif path.suffix == ".jsonl":
+        lines = enumerate(text.split("\n"), 1)  # not splitlines: a JSON string may hold other line separators
+        rows = [_parsed(line, f"{path}, line {number}") for number, line in lines if line.strip()]
+    else:
+        raise ConfigError(f"{path} has the ending {path.suffix!r}; allowed: .jsonl, .json, .txt")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}: row {number} is not an object but a {type(row).__name__}")
+    return rows
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where} is not JSON: {error}") from error
+
+
+def _filled(template: str, row: Row) -> str:
+    try:
+        return template.format_map(dict(row))
+    except KeyError as error:
+        raise DataError(f"the prompt template asks for the field {error}; it has {sorted(row)}") from error
+    except (ValueError, IndexError) as error:
+        raise ConfigError(
+            f"the prompt template {template!r} cannot be filled: {error}; write {{{{ for a brace"
+        ) from error
+
+
+def _content(turns: object) -> str:
+    """The text of the last turn, which must be the assistant's."""
+    last = turns[-1] if isinstance(turns, list) and turns else None
+    if not isinstance(last, Mapping) or last.get("role") != "assistant" or not isinstance(last.get("content"), str):
+        raise DataError("its last turn is not the assistant's with a text, so there is no answer to compare with")
+    return str(last["content"])

@@ -1,0 +1,159 @@
+"""What a model makes of token sequences, many at a time: log-probabilities of given tokens, and greedy answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from veneer.errors import ConfigError
+
+OnProgress = Callable[[int, int], None]
+
+
+def ignore_progress(done: int, total: int) -> None:
+    """No one is told."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A sequence, and the span ``[start, end)`` of it whose tokens' log-probabilities are asked for; start ≥ 1."""
+
+    ids: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batching:
+    """At most ``n_rows`` sequences and ``n_tokens`` tokens, padding counted, in one forward pass."""
+
+    n_rows: int = 16
+    n_tokens: int = 4096
+
+    def __post_init__(self) -> None:
+        if self.n_rows < 1 or self.n_tokens < 1:
+            raise ConfigError(f"a batch holds at least one row and one token, not {self.n_rows} and {self.n_tokens}")
+
+    def split(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """The positions of ``lengths`` in batches, longest first: little padding, and one too large fails at once."""
+        batch: list[int] = []
+        for at in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            widest = lengths[batch[0]] if batch else lengths[at]
+            if batch and (len(batch) == self.n_rows or widest * (len(batch) + 1) > self.n_tokens):
+                yield batch
+                batch = []
+            batch.append(at)
+        if batch:
+            yield batch
+
+
+@torch.no_grad()
+def log_probabilities(
+    model: Any, items: Sequence[Scored], batching: Batching | None = None, on_progress: OnProgress = ignore_progress
+) -> list[Float32[Tensor, " n"]]:
+    """For each item the natural log-probabilities of its span's tokens, each given all that precede it.
+
+    Items that differ in their last token alone share a forward pass. Padding is on the right, where causal attention
+    does not see it.
+    """
+    inputs: dict[tuple[int, ...], list[int]] = {}
+    for at, item in enumerate(items):
+        if not 1 <= item.start <= item.end <= len(item.ids):
+            raise ConfigError(
+                f"span [{item.start}, {item.end}) does not lie in a sequence of {len(item.ids)} tokens, "
+                "or begins at the first token, which nothing predicts"
+            )
+        inputs.setdefault(item.ids[: item.end - 1], []).append(at)
+    sequences = list(inputs)
+    found: dict[int, Tensor] = {}
+    with _evaluating(model):
+        for batch in (batching or Batching()).split([len(s) for s in sequences]):
+            logits = _forward(model, [sequences[i] for i in batch])
+            for row, i in enumerate(batch):
+                found |= {at: _gathered(logits[row], items[at]) for at in inputs[sequences[i]]}
+            on_progress(len(found), len(items))
+    return [found[at] for at in range(len(items))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answering:
+    """How answers are generated: greedily, at most so many tokens, cut at the first of the ``stop`` strings."""
+
+    max_new_tokens: int = 256
+    stop: tuple[str, ...] = ()
+
+
+@torch.no_grad()
+def greedy_answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    answering: Answering | None = None,
+    batching: Batching | None = None,
+    on_progress: OnProgress = ignore_progress,
+) -> list[str]:
+    """The likeliest continuation of every prompt as text. Padding is on the left and masked."""
+    answering = answering or Answering()
+    answers: dict[int, str] = {}
+    if any(not prompt for prompt in prompts):
+        raise ConfigError("a prompt is empty: there is nothing to continue")
+    with _evaluating(model):
+        for batch in (batching or Batching()).split([len(p) + answering.max_new_tokens for p in prompts]):
+            texts = _continued(model, tokenizer, [prompts[i] for i in batch], answering)
+            answers |= {i: _cut(text, answering.stop) for i, text in zip(batch, texts, strict=True)}
+            on_progress(len(answers), len(prompts))
+    return [answers[i] for i in range(len(prompts))]
+
+
+def _forward(model: Any, sequences: Sequence[Sequence[int]]) -> Tensor:
+    width = max(len(s) for s in sequences)
+    ids = torch.tensor([[*s, *[0] * (width - len(s))] for s in sequences], device=model.device)
+    mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences], device=model.device)
+    logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    return logits
+
+
+def _gathered(logits: Tensor, item: Scored) -> Float32[Tensor, " n"]:
+    targets = torch.tensor(item.ids[item.start : item.end], device=logits.device)
+    scores = logits[item.start - 1 : item.end - 1].float().log_softmax(dim=-1)
+    return scores.gather(1, targets[:, None])[:, 0].cpu()
+
+
+def _continued(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], answering: Answering) -> list[str]:
+    width = max(len(p) for p in prompts)
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    ids = torch.tensor([[*[pad or 0] * (width - len(p)), *p] for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    stop = {"stop_strings": list(answering.stop), "tokenizer": tokenizer} if answering.stop else {}
+    plain = {"temperature": None, "top_p": None, "top_k": None}  # a checkpoint's own would be warned about
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        do_sample=False,
+        max_new_tokens=answering.max_new_tokens,
+        pad_token_id=pad or 0,
+        **plain,
+        **stop,
+    )
+    return [str(tokenizer.decode(row[width:], skip_special_tokens=True)) for row in output]
+
+
+def _cut(text: str, stop: Sequence[str]) -> str:
+    ends = [at for at in (text.find(s) for s in stop) if at >= 0]
+    return text[: min(ends)] if ends else text
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,0 +1,121 @@
+"""`veneer eval` and `veneer merge`: results, options that a metric does not read, messages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import Result
+
+from veneer import PeftModel
+
+Veneer = Callable[..., Result]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    rows = [{"prompt": f"text {i}:", "completion": " good" if i % 2 else " bad"} for i in range(5)]
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def measured(result: Result) -> dict[str, object]:
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_labels_with_predictions(veneer: Veneer, model_folder: Path, data: Path, tmp_path: Path) -> None:
+    command = ("eval", model_folder, "-d", data, "-m", "labels", "--json", "--predictions", tmp_path / "p.jsonl")
+    facts = measured(veneer(*command))
+    rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert facts["n_rows"] == len(rows) == 5
+    assert facts["value"] == sum(row["right"] for row in rows) / 5
+    assert all(row["right"] == (row["prediction"] == row["answers"][0].strip()) for row in rows)
+    assert measured(veneer(*command, "--limit", 2))["n_rows"] == 2
+
+
+def test_an_adapter_changes_perplexity(veneer: Veneer, model_folder: Path, adapter_folder: Path, data: Path) -> None:
+    plain = measured(veneer("eval", model_folder, "-d", data, "-m", "perplexity", "--json"))
+    adapted = measured(veneer("eval", model_folder, "-a", adapter_folder, "-d", data, "-m", "perplexity", "--json"))
+    assert plain["n_tokens"] == adapted["n_tokens"] == 2 * 6 + 3 * 5
+    assert plain["value"] != adapted["value"]
+    whole = measured(veneer("eval", model_folder, "-d", data, "-m", "perplexity", "--whole-rows", "--json"))
+    assert whole["n_tokens"] > plain["n_tokens"]
+
+
+def test_answers_by_regex_as_a_table(veneer: Veneer, model_folder: Path, data: Path) -> None:
+    found = veneer("eval", model_folder, "-d", data, "-m", "regex", "--pattern", "^.", "--max-new-tokens", 3)
+    assert found.exit_code == 0, found.output
+    assert "accuracy (regex)" in found.stdout
+    assert "±" in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("-m", "labels", "--pattern", "x"), "--pattern is not read by --metric labels"),
+        (("-m", "perplexity", "--stop", "x"), "--stop is not read by --metric perplexity"),
+        (("-m", "exact-match", "--context", "9"), "--context is not read by --metric exact-match"),
+        (("-m", "regex"), "needs --pattern"),
+        (("-m", "perplexity", "--predictions", "p.jsonl"), "--predictions is not read"),
+        (("-m", "perplexity", "--context", "8", "--stride", "8"), "less than the context"),
+        (("-m", "regex", "--pattern", "("), "not a regular expression"),
+        (("-m", "accuracy"), "'accuracy' is not one of"),
+    ],
+)
+def test_options_that_do_not_fit_are_errors(
+    veneer: Veneer, model_folder: Path, data: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    result = veneer("eval", model_folder, "-d", data, *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_missing_data_and_models(veneer: Veneer, model_folder: Path, data: Path, other_adapter: Path) -> None:
+    cases = {
+        (model_folder, "-d", "nowhere.jsonl"): "no such file",
+        ("./nowhere", "-d", data): "no such folder or file",
+        (model_folder, "-a", other_adapter, "-d", data): "does not fit the model",
+    }
+    for arguments, message in cases.items():
+        result = veneer("eval", *arguments, "-m", "labels")
+        assert (result.exit_code, message in result.stderr) == (2, True), result.output
+
+
+def test_merge_writes_a_model_that_answers_like_base_and_adapter(
+    veneer: Veneer, model_folder: Path, adapter_folder: Path, tmp_path: Path
+) -> None:
+    command = ("merge", "--base", model_folder, "--adapter", adapter_folder, "-o", tmp_path / "out")
+    result = veneer(*command)
+    assert (result.exit_code, "4 modules changed" in result.stdout) == (0, True), result.output
+    options = ("-p", "hi", "--max-new-tokens", 11)
+    merged, adapted = veneer("generate", tmp_path / "out", *options), veneer("generate", adapter_folder, *options)
+    assert merged.stdout == adapted.stdout
+    again = veneer(*command)
+    assert (again.exit_code, "is not empty" in again.stderr) == (2, True)
+    assert veneer(*command, "--force", "--dtype", "bfloat16").exit_code == 0
+    wanted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), adapter_folder)
+    wanted = wanted.merge_and_unload().to(torch.bfloat16).state_dict()
+    got = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in got.items())
+
+
+def test_what_cannot_be_merged_is_one_message(
+    veneer: Veneer, model_folder: Path, adapter_folder: Path, other_adapter: Path, tmp_path: Path
+) -> None:
+    cases = {
+        (model_folder, tmp_path / "nowhere"): "there is no such folder",
+        ("./nowhere", adapter_folder): "no such folder or file",
+        (model_folder, other_adapter): "does not fit",
+        (adapter_folder, adapter_folder): "is an adapter, not a model",
+        (model_folder, model_folder): "holds no adapter_config.json",
+    }
+    for (base, adapter), message in cases.items():
+        result = veneer("merge", "--base", base, "--adapter", adapter, "-o", tmp_path / "out")
+        assert (result.exit_code, message in result.stderr) == (2, True), result.output
+        assert not (tmp_path / "out").exists()
