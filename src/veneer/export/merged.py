@@ -22,8 +22,9 @@ from veneer.core.method import LinearMethod
 from veneer.errors import CompositionError, ConfigError
 from veneer.export.base_weights import BaseWeights
 from veneer.model.adapted import Adapted
-from veneer.model.attach import Start, adapted_modules, attach, live_parameters
+from veneer.model.attach import adapted_modules, attach, live_parameters
 from veneer.model.linear import AdaptedSite
+from veneer.model.start import Start
 from veneer.model.state import AdapterState
 from veneer.store.adapter import assign, read_config
 from veneer.store.adapter_files import WEIGHTS_FILE, read_tensors
