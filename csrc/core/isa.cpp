@@ -2,8 +2,29 @@
 
 #include <atomic>
 
+#if defined(VENEER_BUILT_AMX) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace veneer {
 namespace {
+
+#ifdef VENEER_BUILT_AMX
+// Tiles need the CPU (leaf 7: bf16 products in bit 22, tiles in bit 24) and leave from the kernel, asked once a process.
+bool tiles_usable() {
+#if defined(__linux__)
+  unsigned a, b, c, d;
+  constexpr unsigned both = (1u << 22) | (1u << 24);
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & both) != both) return false;
+  constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 bool usable(Isa isa) {
   switch (isa) {
@@ -19,11 +40,17 @@ bool usable(Isa isa) {
 #ifdef VENEER_BUILT_AVX512_BF16
     case Isa::avx512_bf16: return usable(Isa::avx512) && __builtin_cpu_supports("avx512bf16");
 #endif
+#ifdef VENEER_BUILT_AMX
+    case Isa::amx: {
+      static const bool tiles = tiles_usable();
+      return usable(Isa::avx512_bf16) && tiles;
+    }
+#endif
     default: return false;
   }
 }
 
-constexpr Isa all[] = {Isa::generic, Isa::avx2, Isa::avx512, Isa::avx512_bf16};
+constexpr Isa all[] = {Isa::generic, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx};
 
 Isa best() {
   Isa found = Isa::generic;
@@ -43,6 +70,7 @@ const char* isa_name(Isa isa) {
     case Isa::avx2: return "avx2";
     case Isa::avx512: return "avx512";
     case Isa::avx512_bf16: return "avx512_bf16";
+    case Isa::amx: return "amx";
     default:
 #if defined(__aarch64__)
       return "neon";

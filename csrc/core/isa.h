@@ -7,7 +7,7 @@
 
 namespace veneer {
 
-enum class Isa { generic, avx2, avx512, avx512_bf16 };
+enum class Isa { generic, avx2, avx512, avx512_bf16, amx };
 
 Isa current_isa();
 const char* isa_name(Isa isa);
@@ -31,6 +31,11 @@ bool use_isa(const std::string& name);       // false where it is not usable
 #else
 #define VENEER_IF_AVX512_BF16(x)
 #endif
+#ifdef VENEER_BUILT_AMX
+#define VENEER_IF_AMX(x) x
+#else
+#define VENEER_IF_AMX(x)
+#endif
 
 // VENEER_KERNELS(Table, name): declares `name` of type Table in the namespace of each instruction set, to be defined in
 // kernels.cpp, and `name_kernels()`, the one in use. Write it inside namespace veneer.
@@ -39,11 +44,13 @@ bool use_isa(const std::string& name);       // false where it is not usable
   VENEER_IF_AVX2(namespace avx2 { extern const Table name; })                             \
   VENEER_IF_AVX512(namespace avx512 { extern const Table name; })                         \
   VENEER_IF_AVX512_BF16(namespace avx512_bf16 { extern const Table name; })               \
+  VENEER_IF_AMX(namespace amx { extern const Table name; })                               \
   inline const Table& name##_kernels() {                                                  \
     switch (current_isa()) {                                                              \
       VENEER_IF_AVX2(case Isa::avx2: return avx2::name;)                                  \
       VENEER_IF_AVX512(case Isa::avx512: return avx512::name;)                            \
       VENEER_IF_AVX512_BF16(case Isa::avx512_bf16: return avx512_bf16::name;)             \
+      VENEER_IF_AMX(case Isa::amx: return amx::name;)                                     \
       default: return generic::name;                                                      \
     }                                                                                     \
   }

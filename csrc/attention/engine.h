@@ -1,0 +1,122 @@
+// Small dense products C (m, n) = or += A (m, k) B (k, n), in float or on AMX tiles. Every size is a multiple of 32.
+// A is row by row. B is row by row in float, and on tiles in pairs of rows: B[k], B[k+1] side by side, column by column.
+#pragma once
+
+#include "core/lanes.h"
+
+namespace veneer {
+namespace {
+
+constexpr int64_t block = 64;  // queries and keys that are worked on at a time
+
+struct PlainEngine {
+  using Element = float;
+
+  static void begin() {}
+  static void end() {}
+
+  static void product(float* c, int64_t ldc, const float* a, int64_t lda, const float* b, int64_t ldb, int64_t m,
+                      int64_t n, int64_t k, bool add) {
+    constexpr int64_t rows = 4, columns = 2;
+    for (int64_t i = 0; i < m; i += rows)
+      for (int64_t j = 0; j < n; j += columns * width) {
+        lanes total[rows][columns];
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t s = 0; s < columns; ++s)
+            total[r][s] = add ? load(c + (i + r) * ldc + j + s * width) : lanes{};
+        for (int64_t l = 0; l < k; ++l)
+          for (int64_t s = 0; s < columns; ++s) {
+            const lanes right = load(b + l * ldb + j + s * width);
+            for (int64_t r = 0; r < rows; ++r) total[r][s] += a[(i + r) * lda + l] * right;
+          }
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t s = 0; s < columns; ++s) store(c + (i + r) * ldc + j + s * width, total[r][s]);
+      }
+  }
+
+  // Two neighbouring rows of B, sixteen columns.
+  static void put_b(float* b, int64_t ldb, int64_t row, int64_t column, lanes first, lanes second) {
+    store(b + row * ldb + column, first);
+    store(b + (row + 1) * ldb + column, second);
+  }
+  // B from `block` padded rows (block, d): B = rows, and B = rowsᵀ.
+  static void pack_rows(float* b, const float* rows, int64_t d) { std::memcpy(b, rows, block * d * sizeof(float)); }
+  static void pack_columns(float* b, const float* rows, int64_t d) {
+    for (int64_t t = 0; t < block; ++t)
+      for (int64_t c = 0; c < d; ++c) b[c * block + t] = rows[t * d + c];
+  }
+};
+
+#if defined(__AMX_BF16__)
+struct alignas(64) TileShape {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+struct TileEngine {
+  using Element = bf16;
+
+  static void begin() {
+    const TileShape shape;
+    asm volatile("" : : "r"(&shape) : "memory");  // the intrinsics of some compilers do not say that they read memory
+    _tile_loadconfig(&shape);
+  }
+  static void end() { _tile_release(); }
+
+  static void product(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* b, int64_t ldb, int64_t m,
+                      int64_t n, int64_t k, bool add) {
+    asm volatile("" : : : "memory");
+    for (int64_t i = 0; i < m; i += 32)
+      for (int64_t j = 0; j < n; j += 32) {
+        float* corner = c + i * ldc + j;
+        if (add) {
+          _tile_loadd(0, corner, ldc * 4);
+          _tile_loadd(1, corner + 16, ldc * 4);
+          _tile_loadd(2, corner + 16 * ldc, ldc * 4);
+          _tile_loadd(3, corner + 16 * ldc + 16, ldc * 4);
+        } else {
+          _tile_zero(0);
+          _tile_zero(1);
+          _tile_zero(2);
+          _tile_zero(3);
+        }
+        for (int64_t l = 0; l < k; l += 32) {
+          _tile_loadd(4, a + i * lda + l, lda * 2);
+          _tile_loadd(6, b + l * ldb + 2 * j, ldb * 4);
+          _tile_loadd(7, b + l * ldb + 2 * j + 32, ldb * 4);
+          _tile_loadd(5, a + (i + 16) * lda + l, lda * 2);
+          _tile_dpbf16ps(0, 4, 6);
+          _tile_dpbf16ps(1, 4, 7);
+          _tile_dpbf16ps(2, 5, 6);
+          _tile_dpbf16ps(3, 5, 7);
+        }
+        _tile_stored(0, corner, ldc * 4);
+        _tile_stored(1, corner + 16, ldc * 4);
+        _tile_stored(2, corner + 16 * ldc, ldc * 4);
+        _tile_stored(3, corner + 16 * ldc + 16, ldc * 4);
+      }
+  }
+
+  static void put_b(bf16* b, int64_t ldb, int64_t row, int64_t column, lanes first, lanes second) {
+    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)first));
+    const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)second));
+    _mm512_storeu_si512(b + row * ldb + 2 * column, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+  static void pack_rows(bf16* b, const bf16* rows, int64_t d) {
+    for (int64_t t = 0; t < block; t += 2)
+      for (int64_t c = 0; c < d; c += width) {
+        const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(rows + t * d + c)));
+        const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(rows + (t + 1) * d + c)));
+        _mm512_storeu_si512(b + t * d + 2 * c, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+      }
+  }
+  static void pack_columns(bf16* b, const bf16* rows, int64_t d) {
+    for (int64_t t = 0; t < block; ++t)
+      for (int64_t c = 0; c < d; c += 2) std::memcpy(b + c * block + 2 * t, rows + t * d + c, 4);
+  }
+};
+#endif
+
+}  // namespace
+}  // namespace veneer
