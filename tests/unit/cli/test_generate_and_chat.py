@@ -140,3 +140,16 @@ def test_a_model_without_a_chat_template_cannot_chat(veneer: Veneer, model_folde
     assert (result.exit_code, "no chat template" in result.stderr) == (2, True)
     plain = veneer("generate", folder, "-p", "hi", "--max-new-tokens", 9)
     assert generated(plain) == answer(model_folder, "hi", 9)
+
+
+def test_a_base_in_4_bits_answers_like_its_dequantized_weights(
+    veneer: Veneer, model_folder: Path, adapter_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.nn.Module] = []
+    monkeypatch.setattr("veneer.cli.answering.stream_answer", lambda loaded, *rest: seen.append(loaded.model))
+    result = veneer("generate", model_folder, "-a", adapter_folder, "-p", "hi", "--load-in-4bit")
+    assert result.exit_code == 0, result.output
+    layer = seen[0].get_submodule("model.layers.0.mlp.down_proj")
+    dense = AutoModelForCausalLM.from_pretrained(model_folder).get_submodule("model.layers.0.mlp.down_proj").weight
+    assert layer.weight.numel() * layer.weight.element_size() <= dense.numel() / 2 + 64
+    assert seen[0].active_adapters == ["default"]
