@@ -18,7 +18,13 @@ from veneer.errors import ConfigError
 from veneer.methods import all_methods
 
 OTHERS = "down_proj|v_proj"  # these have a rank and an alpha of their own
-BREAK_NEUTRALITY = {"r": 3, "lora_alpha": 5.0, "alpha_pattern": {OTHERS: 2.0}, "rank_pattern": {OTHERS: 2}}
+BREAK_NEUTRALITY = {
+    "total_step": 12,
+    "r": 3,
+    "lora_alpha": 5.0,
+    "alpha_pattern": {OTHERS: 2.0},
+    "rank_pattern": {OTHERS: 2},
+}
 STARTS_FROM_THE_WEIGHT = ("pissa", "pissa_niter_2", "olora")
 
 

@@ -42,7 +42,7 @@ class AdaLoraConfig(LinearMethod):
     beta1: float = 0.85
     beta2: float = 0.85
     orth_reg_weight: float = 0.5
-    total_step: int | None = None
+    total_step: int
     lora_alpha: float = 8
     lora_dropout: float = 0.0
     fan_in_fan_out: bool = False
@@ -51,7 +51,7 @@ class AdaLoraConfig(LinearMethod):
 
     def problems(self) -> list[str]:
         found = super().problems()
-        for name in ("target_r", "init_r", "deltaT"):
+        for name in ("target_r", "init_r", "deltaT", "total_step"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 found.append(f"{name}={value!r} must be a whole number of at least 1")
@@ -66,7 +66,7 @@ class AdaLoraConfig(LinearMethod):
             found.append(f"lora_dropout={self.lora_dropout!r} must lie in [0, 1)")
         if self.bias not in ("none", "all", "lora_only"):
             found.append(f"bias={self.bias!r} must be 'none', 'all' or 'lora_only'")
-        if self.total_step is not None and self.tinit >= self.total_step - self.tfinal:
+        if isinstance(self.total_step, int) and self.tinit >= self.total_step - self.tfinal:
             found.append(
                 f"tinit={self.tinit!r} and tfinal={self.tfinal!r} leave none of total_step={self.total_step!r} for the "
                 "budget to fall: make them smaller or total_step larger"
@@ -114,8 +114,8 @@ class Budget:
     the step. ``kept`` says which triplets of each layer still count.
     """
 
-    def __init__(self, config: AdaLoraConfig, layers: Mapping[str, Params], total_step: int) -> None:
-        self.config, self.layers, self.total_step = config, layers, total_step
+    def __init__(self, config: AdaLoraConfig, layers: Mapping[str, Params]) -> None:
+        self.config, self.layers, self.total_step = config, layers, config.total_step
         self.start = config.init_r * len(layers)
         self.target = config.target_r * len(layers)
         self.sensitivity: dict[tuple[str, str], Tensor] = {}

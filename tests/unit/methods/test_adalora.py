@@ -49,7 +49,7 @@ def layers_of(model: PeftModel) -> dict[str, dict[str, torch.Tensor]]:
 
 def test_the_budget_cuts_the_same_triplets_as_pefts_at_every_step():
     theirs, ours, by_key = pair()
-    budget = Budget(ours.peft_config["default"], layers_of(ours), total_step=12)
+    budget = Budget(ours.peft_config["default"], layers_of(ours))
     optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.2) for m in (theirs, ours)]
     for step in range(1, 13):
         expected = theirs(input_ids=IDS, labels=IDS).loss
