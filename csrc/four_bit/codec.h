@@ -95,6 +95,41 @@ inline BlockTable<T> block_table(const FourBitCode& code, float absmax) {
   return t;
 }
 
+#if defined(__AVX512F__)
+inline __m512 scaled_table(const FourBitCode& code, float absmax) {
+  return _mm512_mul_ps(_mm512_loadu_ps(code.table), _mm512_set1_ps(absmax));
+}
+
+template <>
+inline BlockTable<float> block_table<float>(const FourBitCode& code, float absmax) {
+  BlockTable<float> t;
+  _mm512_store_ps(t.value, scaled_table(code, absmax));
+  return t;
+}
+
+// Rounding by integers rather than by the CPU's own conversion, which flushes subnormal numbers.
+template <>
+inline BlockTable<bf16> block_table<bf16>(const FourBitCode& code, float absmax) {
+  const __m512 scaled = scaled_table(code, absmax);
+  const __m512i bits = _mm512_castps_si512(scaled), one = _mm512_set1_epi32(1);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(scaled, scaled, _CMP_UNORD_Q);
+  BlockTable<bf16> t;
+  _mm256_store_si256(reinterpret_cast<__m256i*>(t.value),
+                     _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0))));
+  return t;
+}
+
+template <>
+inline BlockTable<fp16> block_table<fp16>(const FourBitCode& code, float absmax) {
+  BlockTable<fp16> t;
+  _mm256_store_si256(reinterpret_cast<__m256i*>(t.value),
+                     _mm512_cvtps_ph(scaled_table(code, absmax), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  return t;
+}
+#endif
+
 // n values that start on a byte.
 template <class T>
 inline void dequantize_scalar(const uint8_t* packed, int64_t n, const BlockTable<T>& t, T* out) {
