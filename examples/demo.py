@@ -68,7 +68,7 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for the adapter and the merged model")
-    parser.add_argument("--epochs", type=float, default=2, help="passes over the 640 training rows")
+    parser.add_argument("--epochs", type=float, default=1, help="passes over the 320 training rows")
     parser.add_argument("--rank", type=int, default=16, help="rank of the adapter")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     return parser.parse_args()
@@ -119,12 +119,12 @@ def score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Data
     """Greedy answers to every request, read as JSON and compared field by field."""
     model.eval()
     answers = []
-    for start in track(range(0, len(rows), 20), description=title, console=console):
-        chats = [m[:-1] for m in rows[start : start + 20]["messages"]]
+    for start in track(range(0, len(rows), 40), description=title, console=console):
+        chats = [m[:-1] for m in rows[start : start + 40]["messages"]]
         batch = tokenizer.apply_chat_template(
             chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
         )
-        output = model.generate(**batch, max_new_tokens=80, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        output = model.generate(**batch, max_new_tokens=72, do_sample=False, pad_token_id=tokenizer.pad_token_id)
         answers += tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     wanted = [json.loads(m[-1]["content"]) for m in rows["messages"]]
     got = [read(answer) for answer in answers]

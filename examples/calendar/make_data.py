@@ -15,8 +15,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 INSTRUCTION = (
-    "Turn the request into one calendar entry. Answer with JSON only, with the keys title, date (MM-DD), start (HH:MM, "
-    "24 hours), minutes (a number), with (a name or null) and place (a name or null)."
+    "Answer with one calendar entry as JSON: title, date (MM-DD), start (HH:MM, 24 hours), minutes (a number), "
+    "with (a name or null), place (a name or null)."
 )
 MONTHS = (
     "January", "February", "March", "April", "May", "June", "July", "August", "September", "October",
@@ -175,8 +175,8 @@ def write(path: Path, rows: list[dict[str, list[dict[str, str]]]]) -> None:
 def main() -> None:
     rng = random.Random(7)
     train, held_out = parts(rng)
-    write(HERE / "train.jsonl", [row(train, rng) for _ in range(640)])
-    write(HERE / "heldout.jsonl", [row(held_out, rng) for _ in range(60)])
+    write(HERE / "train.jsonl", [row(train, rng) for _ in range(320)])
+    write(HERE / "heldout.jsonl", [row(held_out, rng) for _ in range(40)])
 
 
 if __name__ == "__main__":
