@@ -31,5 +31,7 @@ def prepare_model_for_kbit_training(
         kwargs = dict(gradient_checkpointing_kwargs or {})
         if kwargs.get("use_reentrant", True):
             model.enable_input_require_grads()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs or None)
+        # transformers is renaming the method
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable(kwargs or None)
     return model
