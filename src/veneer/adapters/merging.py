@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from veneer.errors import AdapterNameError, CompositionError
 from veneer.model.adapted import Adapted
 from veneer.model.attach import adapted_modules, adapted_places
-from veneer.model.linear import AdaptedLinear
+from veneer.model.quant_linear import QuantLinear
 from veneer.model.state import AdapterState
 
 
@@ -24,28 +24,28 @@ def merge(
     Nothing is changed where it fails. Raises AdapterNameError for unknown names, CompositionError for adapters that
     have no sum or cannot be folded, and, with ``check_finite``, for results that are not finite.
     """
-    _require_foldable(model, state, names)
+    require_foldable(model, state, names)
     before, wanted = state.merged, tuple(dict.fromkeys((*state.merged, *names)))
     unmerge(model, state)
     try:
-        for path, module in track(_holding(model, wanted), "merging", disable=not progressbar):
+        for path, module in track(holding(model, wanted), "merging", disable=not progressbar):
             values = module.folded(wanted)
             if check_finite:
-                _require_finite(path, values, wanted)
+                require_finite(path, values, wanted)
             module.replace(values)
     except BaseException:
-        _put_back(model)
+        put_back_all(model)
         if before:
             merge(model, state, before)
         raise
     state.merged = wanted
-    _untie(model, state)
+    untie(model, state)
 
 
 @torch.no_grad()
 def unmerge(model: nn.Module, state: AdapterState) -> None:
     """Give the base its own parameters back: the very tensors that were there."""
-    _put_back(model)
+    put_back_all(model)
     state.merged = ()
     if state.untied:
         _set_tie(model, True)
@@ -62,7 +62,8 @@ def require_known(state: AdapterState, names: tuple[str, ...]) -> None:
         )
 
 
-def _require_foldable(model: nn.Module, state: AdapterState, names: tuple[str, ...]) -> None:
+def require_foldable(model: nn.Module, state: AdapterState, names: tuple[str, ...]) -> None:
+    """Raise AdapterNameError for unknown names, CompositionError for adapters that no weight can take in."""
     require_known(state, names)
     for place in adapted_places(model).values():
         stuck = [name for name in names if name in place.adapters] if not isinstance(place, Adapted) else []
@@ -73,11 +74,13 @@ def _require_foldable(model: nn.Module, state: AdapterState, names: tuple[str, .
             )
 
 
-def _holding(model: nn.Module, names: tuple[str, ...]) -> list[tuple[str, Adapted]]:
+def holding(model: nn.Module, names: tuple[str, ...]) -> list[tuple[str, Adapted]]:
+    """The modules in which any of these adapters has something, by path."""
     return [(path, m) for path, m in adapted_modules(model).items() if any(m.holds(name) for name in names)]
 
 
-def _require_finite(path: str, values: dict[str, Tensor], names: tuple[str, ...]) -> None:
+def require_finite(path: str, values: dict[str, Tensor], names: tuple[str, ...]) -> None:
+    """Raise CompositionError where a folded value is not finite."""
     broken = [key for key, value in values.items() if not torch.isfinite(value).all()]
     if broken:
         raise CompositionError(
@@ -86,12 +89,13 @@ def _require_finite(path: str, values: dict[str, Tensor], names: tuple[str, ...]
         )
 
 
-def _put_back(model: nn.Module) -> None:
+def put_back_all(model: nn.Module) -> None:
+    """Give every adapted module its own parameters back."""
     for module in adapted_modules(model).values():
         module.put_back()
 
 
-def _untie(model: nn.Module, state: AdapterState) -> None:
+def untie(model: nn.Module, state: AdapterState) -> None:
     """Where the head no longer is the embeddings' own tensor, the config must not tie them on the next load."""
     head, table = _ends(model)
     if head is None or table is None or not getattr(cast(Any, model).config, "tie_word_embeddings", False):
@@ -114,27 +118,26 @@ def _set_tie(model: nn.Module, tie: bool) -> None:
 
 
 @torch.no_grad()
-def settle(model: nn.Module) -> list[str]:
-    """Put plain linear layers in the place of quantized ones that were merged; returns their paths.
+def settle(model: nn.Module) -> None:
+    """Make a quantized model with merged layers a plain one: every quantized layer dense, in the dtype before.
 
-    They hold the merged weight in 16 (or 32) bits: rounding it to 4 bits again would lose most of a small update.
+    Rounding a merged weight to 4 bits again would lose most of a small update. What was put into float32 for training
+    beside the codes (norms, embeddings, head) gets the model's dtype back.
     """
-    dense = [
-        (path, m)
-        for path, m in adapted_modules(model).items()
-        if isinstance(m, AdaptedLinear) and "merged_weight" in vars(m)
-    ]
-    for path, module in dense:
-        weight, bias = (
-            cast(Tensor, vars(module)["merged_weight"]),
-            cast("Tensor | None", module._parameters.get("bias")),
-        )
-        o, i = weight.shape
-        plain = nn.Linear(i, o, bias=bias is not None, device="meta", dtype=weight.dtype)
-        plain.weight = nn.Parameter(weight, requires_grad=False)
-        if bias is not None:
-            plain.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=False)
-        plain.train(module.training)
-        parent, _, child = path.rpartition(".")
-        setattr(model.get_submodule(parent), child, plain)
-    return [path for path, _ in dense]
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, QuantLinear)}
+    if not any("merged_weight" in vars(layer) for layer in layers.values()):
+        return
+    for path, layer in layers.items():
+        cast(Any, model).set_submodule(path, layer.to_dense(weight=vars(layer).get("merged_weight")))
+    _narrow(model, next(iter(layers.values())).spec.dtype)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
+
+
+def _narrow(model: nn.Module, dtype: torch.dtype) -> None:
+    """Put float32 parameters into a 16-bit model's dtype, but for those that transformers keeps wide."""
+    kept = {*getattr(model, "_keep_in_fp32_modules_strict", ()), *getattr(model, "_keep_in_fp32_modules", ())}
+    for path, parameter in model.named_parameters():
+        if parameter.dtype == torch.float32 and not kept & set(path.split(".")):
+            parameter.data = parameter.data.to(dtype)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PreTrainedModel
 
-from veneer.adapters import combining, lifecycle, merging, saving, status
+from veneer.adapters import combining, lifecycle, merging, requantizing, saving, status
 from veneer.core.method import MethodConfig
 from veneer.errors import ConfigError
 from veneer.model.attach import DISK_PREFIX
@@ -187,15 +187,26 @@ class PeftModel(InPlace, nn.Module):
         merging.unmerge(self, self.adapter_state)
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        *,
+        requantize: bool = False,
     ) -> PreTrainedModel:
         """Fold the active adapters (or those named) into the weights and give back the plain model.
 
-        A quantized layer becomes a plain linear layer in the format's compute dtype. Raises CompositionError where the
-        adapters cannot be folded, and, with ``safe_merge``, where the result is not finite.
+        A quantized model becomes a dense one in the dtype that it had before. With ``requantize`` it stays quantized,
+        and how much of the update survived that is printed. Raises CompositionError where the adapters cannot be
+        folded, and, with ``safe_merge``, where the result is not finite; ConfigError for ``requantize`` where no
+        adapted layer is quantized.
         """
-        merging.merge(self, self.adapter_state, self._to_merge(adapter_names), safe_merge, progressbar)
-        merging.settle(self)
+        names = self._to_merge(adapter_names)
+        if requantize:
+            print(requantizing.describe(requantizing.merge_requantized(self, self.adapter_state, names, safe_merge)))
+        else:
+            merging.merge(self, self.adapter_state, names, safe_merge, progressbar)
+            merging.settle(self)
         return self._unload()
 
     def unload(self) -> PreTrainedModel:

@@ -76,13 +76,18 @@ class AdaptedSite(Adapted):
         values = super().folded(names)
         present = [name for name in names if name in self.adapters]
         if present:
-            site = self.site(names)
-            weight = cast(FrozenWeight, site.weight)
-            folded, bias = fold_linear(self.composed(present, site), _wide(weight), site.bias)
-            values["weight"] = self.stored(folded).to(weight.dense().dtype)
-            if bias is not None and bias is not site.bias:
+            folded, bias = self.folded_weight(names)
+            values["weight"] = self.stored(folded).to(cast(FrozenWeight, self.site(names).weight).dense().dtype)
+            if bias is not None:
                 values["bias"] = bias.to(values["weight"].dtype)
         return values
+
+    def folded_weight(self, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """W (o, i) with these adapters folded in, in at least float32, and the bias where they change it."""
+        site = self.site(names)
+        present = [name for name in names if name in self.adapters]
+        folded, bias = fold_linear(self.composed(present, site), wide(cast(FrozenWeight, site.weight)), site.bias)
+        return folded, None if bias is site.bias else bias
 
     def stored(self, weight: Tensor) -> Tensor:
         """A matrix W (o, i) in the layout of the module's own parameter."""
@@ -92,7 +97,7 @@ class AdaptedSite(Adapted):
         """Squared row norms of the weight, computed once. `forget` drops them where the weight changes."""
         cached = self.__dict__.get("_row_sq_cache")
         if cached is None or "weight" in type(self).swapped:
-            cached = self.__dict__["_row_sq_cache"] = _wide(cast(FrozenWeight, self.site().weight)).square().sum(dim=1)
+            cached = self.__dict__["_row_sq_cache"] = wide(cast(FrozenWeight, self.site().weight)).square().sum(dim=1)
         return cast(Tensor, cached)
 
     def forget(self) -> None:
@@ -185,7 +190,7 @@ class AdaptedLinear(AdaptedSite):
         return y
 
 
-def _wide(weight: FrozenWeight) -> Tensor:
+def wide(weight: FrozenWeight) -> Tensor:
     """The weight as a matrix in at least float32."""
     return weight.dense(torch.promote_types(weight.dense().dtype, torch.float32))
 

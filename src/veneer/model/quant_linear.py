@@ -80,9 +80,12 @@ class QuantLinear(nn.Module):
         for name in spec.part_layout():
             self.register_buffer(name, parts[name])
 
-    def to_dense(self, dtype: torch.dtype | None = None) -> nn.Module:
-        """The layer that this one stands for, with the weight that the codes mean; None keeps the dtype before."""
-        weight = self.frozen_format().dense(dtype)
+    def to_dense(self, dtype: torch.dtype | None = None, weight: Tensor | None = None) -> nn.Module:
+        """The layer that this one stands for, with the weight that the codes mean; None keeps the dtype before.
+
+        ``weight`` (o, i) stands in for the layer's own.
+        """
+        weight = self.frozen_format().dense(dtype) if weight is None else weight
         size = (self.out_features, self.in_features) if self.is_transposed else (self.in_features, self.out_features)
         with torch.device("meta"):
             dense = Conv1D(*size) if self.is_transposed else nn.Linear(*size, bias=self.bias is not None)

@@ -1,0 +1,115 @@
+"""Merging into a quantized base that stays quantized, and what that does to the update."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from veneer.adapters import merging
+from veneer.errors import ConfigError
+from veneer.model.linear import AdaptedLinear, AdaptedSite, wide
+from veneer.model.quant_linear import QuantLinear
+from veneer.model.state import AdapterState
+
+
+@dataclass(frozen=True, slots=True)
+class Survival:
+    """What quantizing a merged weight left of an update.
+
+    ``relative_size`` is the update's Frobenius norm over the weight's. ``share`` is the cosine between the update and
+    what really changed: 1 where it came through whole, 0 where nothing did. ``gain`` is the length of what changed
+    along the update over the update's own: below 1 it acts more weakly than it was trained to.
+    """
+
+    path: str
+    relative_size: float
+    share: float
+    gain: float
+
+
+def survival(
+    path: str, before: Float[Tensor, "o i"], wanted: Float[Tensor, "o i"], after: Float[Tensor, "o i"]
+) -> Survival:
+    """How much of ``wanted - before`` is in ``after - before``; an update of zero survives whole."""
+    update, change = wanted - before, after - before
+    square, dot = update.square().sum(), (update * change).sum()
+    if square == 0:
+        return Survival(path, 0.0, 1.0, 1.0)
+    length = change.norm()
+    share = float(dot / (square.sqrt() * length)) if length > 0 else 0.0
+    return Survival(path, float(square.sqrt() / before.norm()), share, float(dot / square))
+
+
+@torch.no_grad()
+def merge_requantized(
+    model: nn.Module, state: AdapterState, names: tuple[str, ...], check_finite: bool = False
+) -> list[Survival]:
+    """Fold adapters into the base and quantize what was quantized again, in the same format; for good.
+
+    Nothing is changed where it fails. Raises what `merging.merge` raises, NonFiniteError where a merged weight cannot
+    be quantized, and ConfigError where no merged layer is quantized.
+    """
+    merging.require_foldable(model, state, names)
+    before, wanted = state.merged, tuple(dict.fromkeys((*state.merged, *names)))
+    merging.unmerge(model, state)
+    try:
+        made = _new_codes(model, wanted)
+        for path, module in merging.holding(model, wanted):
+            values = module.folded(wanted)
+            if path in made:
+                del values["weight"]
+            if check_finite:
+                merging.require_finite(path, values, wanted)
+            module.replace(values)
+    except BaseException:
+        merging.put_back_all(model)
+        if before:
+            merging.merge(model, state, before)
+        raise
+    state.merged = wanted
+    merging.untie(model, state)
+    for path, (parts, _) in made.items():
+        layer = cast(QuantLinear, model.get_submodule(path))
+        layer.fill(layer.spec, parts)
+    return [found for _, found in made.values()]
+
+
+def describe(report: Sequence[Survival]) -> str:
+    """The report in words: the middle, the worst, and what to do about it."""
+    middle = statistics.median(s.share for s in report)
+    worst = min(report, key=lambda s: s.share)
+    size = statistics.median(s.relative_size for s in report)
+    text = (
+        f"re-quantized {len(report)} layers after merging an update of {size:.2%} of their weights (median): "
+        f"{middle:.0%} of it survives (median cosine between the update and the change), "
+        f"{worst.share:.0%} in {worst.path}"
+    )
+    if middle < 0.9:
+        text += ". Without requantize=True the result is 16-bit and loses next to nothing"
+    return text
+
+
+def _new_codes(model: nn.Module, names: tuple[str, ...]) -> dict[str, tuple[dict[str, Tensor], Survival]]:
+    """For each quantized layer that the adapters change, its new tensors, and what they keep of the update."""
+    layers = {
+        path: m
+        for path, m in merging.holding(model, names)
+        if isinstance(m, AdaptedLinear) and m.has_codes and any(name in m.adapters for name in names)
+    }
+    if not layers:
+        raise ConfigError("requantize=True, but no layer that the adapters change is quantized: leave it out")
+    return {path: _merged_codes(path, layer, names) for path, layer in layers.items()}
+
+
+def _merged_codes(path: str, layer: AdaptedSite, names: tuple[str, ...]) -> tuple[dict[str, Tensor], Survival]:
+    """Quantized from the sum as it is before any rounding to 16 bits."""
+    coded = cast(QuantLinear, layer)
+    wanted, _ = layer.folded_weight(names)
+    parts = coded.spec.quantize(wanted)
+    return parts, survival(path, wide(coded.frozen_format()), wanted, wide(coded.spec.bind(parts)))
