@@ -1,0 +1,192 @@
+"""Fusing the blocks of a model in place, and back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from veneer.model.adapted import Adapted
+from veneer.model.fused.block import CACHES, BlockShape, FusedBlock, attention_of, block_shape, mlp_of
+from veneer.model.fused.layout import LayoutMask, layout_mask
+from veneer.model.inplace import InPlace, change_class, restore_class
+from veneer.model.structure import evaluation
+from veneer.ops.dispatch import backends
+
+log = logging.getLogger(__name__)
+
+# Relative error that rounding explains in what one block adds to the stream.
+TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 4e-2, torch.float16: 1e-2}
+KERNELS = {"cpu": "cpu", "cuda": "triton"}
+SPECIAL = (*CACHES, "token_type_ids", "output_attentions")
+
+
+class FusedDecoder(InPlace, nn.Module):
+    """Mixed in front of the class of the module that holds the blocks: it tells them which tokens see one another."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        mask = self._layout(args, kwargs)
+        if mask is not None:
+            kwargs = {**kwargs, "attention_mask": mask, "use_cache": False}
+        return super().forward(*args, **kwargs)
+
+    def _layout(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayoutMask | None:
+        """None where a cache, a mask of the caller's own, or a wish for attention weights is in play.
+
+        A training step that says nothing of a cache gets none.
+        """
+        tokens = kwargs.get("input_ids", args[0] if args else None)
+        tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+        config = cast(Any, self).config
+        caches = kwargs.get("use_cache")
+        if caches is None:
+            caches = config.use_cache and not (self.training and torch.is_grad_enabled())
+        weights = kwargs.get("output_attentions", getattr(config, "output_attentions", False))
+        if (
+            tokens is None
+            or len(args) > 1
+            or caches
+            or weights
+            or any(kwargs.get(name) is not None for name in SPECIAL)
+        ):
+            return None
+        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        if not all(given is None or isinstance(given, Tensor) for given in (mask, positions)):
+            return None
+        return layout_mask((tokens.shape[0], tokens.shape[1]), mask, positions)
+
+
+def fuse(model: PreTrainedModel) -> bool:
+    """Let the blocks of a model run fused, in place; whether they do. A model already fused stays so.
+
+    A block is recognised by the names of its parts, then by its values: what it adds to the stream of a short batch
+    must be what the model's own code adds, to rounding. A model that does not fit runs as it is, and the log says why.
+    """
+    if is_fused(model):
+        return True
+    reason = _fuse(model)
+    if reason is not None:
+        log.warning("%s runs the general path, not the fused one: %s", type(model).__name__, reason)
+        unfuse(model)
+    return reason is None
+
+
+def unfuse(model: nn.Module) -> None:
+    """Undo `fuse`."""
+    for module in model.modules():
+        if isinstance(module, (FusedBlock, FusedDecoder)):
+            restore_class(module)
+            module.__dict__.pop("fused_shape", None)
+        module.__dict__.pop("_fused_kind", None)
+
+
+def is_fused(model: nn.Module) -> bool:
+    """Whether `fuse` took."""
+    return any(isinstance(module, FusedDecoder) for module in model.modules())
+
+
+@contextmanager
+def fused(model: PreTrainedModel) -> Iterator[bool]:
+    """For a while a model runs fused where it can; afterwards it is as it was before."""
+    before = is_fused(model)
+    try:
+        yield fuse(model)
+    finally:
+        if not before:
+            unfuse(model)
+
+
+def _fuse(model: PreTrainedModel) -> str | None:
+    """Fuse, or say why not."""
+    decoder = model.base_model
+    layers = getattr(decoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not len(layers):
+        return "it has no list of layers"
+    if KERNELS.get(model.device.type) not in backends("attention.attention_forward"):
+        return f"there are no kernels for {model.device.type}"
+    shapes = [block_shape(block) for block in layers]
+    problem = next((shape for shape in shapes if isinstance(shape, str)), None)
+    if problem is not None:
+        return f"a block does not fit: {problem}"
+    for block, shape in zip(layers, shapes, strict=True):
+        change_class(block, FusedBlock)
+        cast(FusedBlock, block).fused_shape = cast(BlockShape, shape)
+    change_class(decoder, FusedDecoder)
+    blocks = [cast(FusedBlock, block) for block in layers]
+    with evaluation(model), _base_alone(model), torch.no_grad():
+        error = _largest_error(model, blocks)
+    if all(block.fused_shape.attention is None and block.fused_shape.activation is None for block in blocks):
+        return "every part of its blocks is hooked, trained, or computes in another dtype than the stream"
+    tolerance = TOLERANCES.get(model.dtype, 1e-3)
+    return None if error <= tolerance else f"a block differs by {error:.1e} from the model's own code"
+
+
+@contextmanager
+def _base_alone(model: nn.Module) -> Iterator[None]:
+    """For a while no adapter acts and every weight counts as frozen."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    states = {id(m.adapter_state): m.adapter_state for m in model.modules() if isinstance(m, Adapted)}
+    with ExitStack() as stack:
+        for state in states.values():
+            stack.enter_context(state.base_alone())
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
+
+
+def _largest_error(model: PreTrainedModel, blocks: list[FusedBlock]) -> float:
+    """The largest relative difference of what a block adds to the stream, fused and not, over two short sequences.
+
+    A half that cannot be compared now is never fused.
+    """
+    embeddings = cast(Tensor, cast(Any, model).get_input_embeddings().weight)
+    ids = ((torch.arange(22).view(2, 11) * 7 + 3) % embeddings.shape[0]).to(model.device)
+    mask = cast(LayoutMask, layout_mask((2, 11), None, None))
+    calls = _calls(model, blocks, ids)
+    if len(calls) != len(blocks):
+        return float("inf")
+    errors = []
+    for block, (x, kwargs, y) in zip(blocks, calls, strict=True):
+        shape = block.fused_shape
+        block.fused_shape = replace(
+            shape,
+            attention=None if attention_of(block, x.dtype) is None else shape.attention,
+            activation=None if mlp_of(block, x.dtype) is None else shape.activation,
+        )
+        fresh = {key: value for key, value in kwargs.items() if key not in (*CACHES, "use_cache")}
+        own = _first(block(x, **{**fresh, "attention_mask": mask})).double()
+        change = (y.double() - x.double()).norm()
+        errors.append(float((own - y.double()).norm() / change.clamp_min(1e-30)))
+    return max(errors)
+
+
+def _calls(
+    model: PreTrainedModel, blocks: list[FusedBlock], ids: Tensor
+) -> list[tuple[Tensor, dict[str, Any], Tensor]]:
+    """What each block takes and gives when it runs the model's own code: that is what a cache makes it do."""
+    calls: list[tuple[Tensor, dict[str, Any], Tensor]] = []
+
+    def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        calls.append((args[0] if args else kwargs.pop("hidden_states"), kwargs, _first(output)))
+
+    handles = [block.register_forward_hook(keep, with_kwargs=True) for block in blocks]
+    try:
+        model.base_model(input_ids=ids, use_cache=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _first(output: Any) -> Tensor:
+    return cast(Tensor, output[0] if isinstance(output, tuple) else output)

@@ -1,0 +1,75 @@
+"""Which tokens of a batch see one another, as sequence bounds: what a dense mask says, without the mask.
+
+The decoder makes a `LayoutMask` from what it was given and passes it to its blocks in place of the mask. transformers
+hands a 4-d mask on as it is, also through gradient checkpointing; a block that needs the real mask asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+
+class LayoutMask(Tensor):
+    """Stands in for an attention mask. ``cu_seqlens`` bounds the sequences in the flattened batch (b * t tokens)."""
+
+    cu_seqlens: Int[Tensor, " n_sequences_plus_1"]
+    given: Mapping[str, Any]
+    dense: dict[int | None, Tensor | None]
+
+    def dense_for(self, module: Any, hidden: Tensor, window: int | None) -> Tensor | None:
+        """The mask that transformers makes of the same arguments, for a module that runs its own attention."""
+        if window not in self.dense:
+            make = create_causal_mask if window is None else create_sliding_window_causal_mask
+            positions = self.given["position_ids"]
+            if positions is None:
+                positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+            self.dense[window] = make(
+                config=module.config,
+                inputs_embeds=hidden,
+                attention_mask=self.given["attention_mask"],
+                cache=None,
+                position_ids=positions,
+            )
+        return self.dense[window]
+
+
+def layout_mask(size: tuple[int, int], attention_mask: Tensor | None, position_ids: Tensor | None) -> LayoutMask | None:
+    """The layout of a batch (b, t); None where it is not made of runs of tokens.
+
+    As in transformers, positions that restart mark packed sequences where there is no mask, and a mask marks padding.
+    Padding is a sequence of its own: no token sees it, and what is computed there means nothing.
+    """
+    starts = _starts(size, attention_mask, position_ids)
+    if starts is None:
+        return None
+    flat = starts.flatten().nonzero()[:, 0]
+    end = flat.new_full((1,), size[0] * size[1])
+    mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=starts.device).as_subclass(LayoutMask)
+    mask.cu_seqlens = torch.cat([flat, end])
+    mask.given, mask.dense = {"attention_mask": attention_mask, "position_ids": position_ids}, {}
+    return mask
+
+
+def _starts(size: tuple[int, int], attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor | None:
+    """Where a sequence starts, (b, t)."""
+    if attention_mask is not None:
+        if attention_mask.ndim != 2 or tuple(attention_mask.shape) != size:
+            return None
+        changed = attention_mask.bool().diff(dim=1)
+        first_real = attention_mask[:, :1].bool()
+        if bool((changed.sum(dim=1) > 2 - first_real[:, 0].long()).any()):  # real tokens on both sides of padding
+            return None
+        return torch.cat([torch.ones_like(first_real), changed], dim=1)
+    if position_ids is None:
+        position_ids = torch.arange(size[1])[None]
+    if position_ids.ndim != 2 or position_ids.shape[1] != size[1] or position_ids.shape[0] not in (1, size[0]):
+        return None
+    starts = torch.ones(position_ids.shape, dtype=torch.bool, device=position_ids.device)
+    starts[:, 1:] = position_ids.diff(dim=1) != 1
+    return starts.expand(size)

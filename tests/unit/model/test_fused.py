@@ -1,0 +1,299 @@
+"""Fused blocks against the model's own code: logits, loss and every adapter gradient, and where they stand aside."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from veneer import BottleneckConfig, IA3Config, LoraConfig, PrefixTuningConfig, get_peft_model
+from veneer.core.method import MethodConfig
+from veneer.model.fused.attention import attention_half
+from veneer.model.fused.block import FusedBlock
+from veneer.model.fused.decoder import fuse, fused, is_fused, unfuse
+from veneer.model.fused.mlp import mlp_half
+from veneer.model.quant_linear import QuantLinear
+from veneer.ops.four_bit import FourBitLayout
+from veneer.quant.four_bit import FourBitSpec
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 42, "intermediate_size": 58, "num_hidden_layers": 2, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "head_dim": 14, "vocab_size": 97, "max_position_embeddings": 64,
+}  # fmt: skip
+FAMILIES = {
+    "llama": LlamaConfig(**SIZES),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen3": Qwen3Config(**SIZES),
+    "mistral": MistralConfig(sliding_window=5, **SIZES),
+    "gemma2": Gemma2Config(sliding_window=7, query_pre_attn_scalar=11, attn_logit_softcapping=3.0, **SIZES),
+    "gemma3": Gemma3TextConfig(sliding_window=7, **SIZES),
+}
+LORA = LoraConfig(r=5, lora_alpha=7, target_modules="all-linear")
+IDS = (torch.arange(3 * 17).view(3, 17) * 31 + 5) % 97
+PADDING = torch.ones(3, 17, dtype=torch.long)
+PADDING[1, 12:], PADDING[2, :5] = 0, 0
+PACKED = torch.cat([torch.arange(4), torch.arange(13)])[None].expand(3, -1)
+BATCHES: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "packed": {"position_ids": PACKED},
+    "padded": {"attention_mask": PADDING},
+}
+Result = tuple[Tensor, float, dict[str, Tensor]]
+
+
+def base(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A small model of which no weight is neutral."""
+    torch.manual_seed(3)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[family]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter += 0.3 * torch.randn_like(parameter)
+            else:
+                parameter.copy_(torch.randn_like(parameter) * (1.0 if "embed" in name else 0.25))
+    return model.to(dtype)
+
+
+def adapted(model: PreTrainedModel, config: MethodConfig = LORA) -> PreTrainedModel:
+    """With an adapter whose every tensor is away from its start."""
+    get_peft_model(model, config)
+    stir(model)
+    return model.train()
+
+
+def stir(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.2 * torch.randn(parameter.shape, generator=generator).to(parameter)
+
+
+def quantized(model: PreTrainedModel, quant_type: str) -> PreTrainedModel:
+    for name, module in list(model.model.layers.named_modules()):
+        if isinstance(module, nn.Linear):
+            layout = FourBitLayout(tuple(module.weight.shape), quant_type, 64, module.weight.dtype)
+            model.model.layers.set_submodule(
+                name, QuantLinear.from_dense(module, FourBitSpec(layout, double_quant=True))
+            )
+    return model
+
+
+def step(model: PreTrainedModel, batch: dict[str, Any]) -> Result:
+    """Logits of real tokens, the loss over them, and all gradients."""
+    model.zero_grad()
+    real = batch.get("attention_mask", torch.ones_like(IDS))
+    real = real.bool() if real.ndim == 2 else torch.ones_like(IDS, dtype=torch.bool)
+    torch.manual_seed(5)
+    logits = model(input_ids=IDS, **{"use_cache": False, **batch}).logits[:, -17:][real].double()
+    loss = nn.functional.cross_entropy(logits[:-1], IDS[real][1:])
+    loss.backward()
+    grads = {n: p.grad.double().clone() for n, p in model.named_parameters() if p.grad is not None}
+    return logits.detach(), loss.item(), grads
+
+
+def error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    assert found.keys() == expected.keys()
+    apart = sum((found[k] - expected[k]).square().sum() for k in expected)
+    return float((apart / sum(v.square().sum() for v in expected.values())).sqrt())
+
+
+def assert_same(model: PreTrainedModel, batch: dict[str, Any] | None = None, tolerance: float = 2e-5) -> None:
+    expected = step(model, batch or {})
+    with fused(model) as takes:
+        assert takes
+        found = step(model, batch or {})
+    assert not is_fused(model)
+    assert (found[0] - expected[0]).norm() <= tolerance * expected[0].norm()
+    assert found[1] == pytest.approx(expected[1], rel=tolerance)
+    for name in expected[2]:
+        assert (found[2][name] - expected[2][name]).norm() <= tolerance * expected[2][name].norm(), name
+    assert found[2].keys() == expected[2].keys()
+
+
+@pytest.fixture
+def halves(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which halves ran fused."""
+    ran: list[str] = []
+    for name, half in (("attention", attention_half), ("mlp", mlp_half)):
+
+        def spied(*args: Any, name: str = name, half: Any = half) -> Tensor:
+            ran.append(name)
+            result: Tensor = half(*args)
+            return result
+
+        monkeypatch.setattr(f"veneer.model.fused.block.{name}_half", spied)
+    return ran
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_the_general_path(family: str, batch: str, halves: list[str]) -> None:
+    assert_same(adapted(base(family)), BATCHES[batch])
+    assert halves.count("attention") == halves.count("mlp") >= 4
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("batch", BATCHES)
+def test_on_a_base_in_four_bits(quant_type: str, batch: str, halves: list[str]) -> None:
+    assert_same(adapted(quantized(base("llama"), quant_type)), BATCHES[batch])
+    assert halves.count("attention") == halves.count("mlp") >= 4
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_in_bfloat16_errs_no_more_than_twice_the_general_path(family: str) -> None:
+    model = adapted(base(family, torch.bfloat16))
+    exact = step(copy.deepcopy(model).double(), BATCHES["packed"])
+    general = step(model, BATCHES["packed"])
+    with fused(model):
+        found = step(model, BATCHES["packed"])
+    assert (found[0] - exact[0]).norm() <= 2 * (general[0] - exact[0]).norm()
+    assert error(found[2], exact[2]) <= 2 * error(general[2], exact[2])
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_under_gradient_checkpointing(reentrant: bool, halves: list[str]) -> None:
+    model = adapted(base("qwen3"))
+    expected = step(model, BATCHES["packed"])
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    with fused(model):
+        found = step(model, BATCHES["packed"])
+    assert error(found[2], expected[2]) <= 2e-5
+    assert halves.count("mlp") == 2 + 2 * 2  # once to recognise, once forward, once again backward
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (LoraConfig(r=5, target_modules=["q_proj", "down_proj"], use_dora=True), set()),
+        (LoraConfig(r=5, target_modules=["q_proj"], use_dora=True), {"mlp"}),
+        (LoraConfig(r=5, target_modules=["gate_proj"], lora_dropout=0.4), {"attention"}),
+        (LoraConfig(r=5, target_modules=["up_proj", "k_proj"], lora_bias=True), set()),
+        (LoraConfig(r=5, target_modules=["v_proj"], modules_to_save=["input_layernorm"]), {"mlp"}),
+        (LoraConfig(r=5, target_modules=["v_proj"], init_lora_weights="pissa"), {"attention", "mlp"}),
+        (LoraConfig(r=5, target_modules=["o_proj"], layers_to_transform=[1]), {"attention", "mlp"}),
+        (IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]), set()),
+        (BottleneckConfig(after_attention=True, after_mlp=False, reduction_factor=7), {"mlp"}),
+        (PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), set()),
+    ],
+)
+def test_what_does_not_fit_runs_the_general_path(config: MethodConfig, expected: set[str], halves: list[str]) -> None:
+    model = adapted(base("llama"), config)
+    before = step(model, {})
+    with fused(model):
+        halves.clear()
+        found = step(model, {})
+    assert set(halves) == expected
+    assert error(found[2], before[2]) <= 2e-5
+
+
+def test_several_active_adapters(halves: list[str]) -> None:
+    model: Any = adapted(base("llama"))
+    model.add_adapter("second", LoraConfig(r=3, target_modules=["q_proj"]))
+    model.set_adapter(["default", "second"])
+    model.set_requires_grad("second")
+    stir(model)
+    before = step(model, {})
+    with fused(model):
+        halves.clear()
+        found = step(model, {})
+    assert set(halves) == {"mlp"}
+    assert error(found[2], before[2]) <= 2e-5
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {"output_attentions": True},
+        {"use_cache": True},
+        {"attention_mask": torch.eye(17, dtype=torch.bool)[None, None].expand(3, 1, 17, 17)},
+        {"attention_mask": torch.tensor([[1, 0, 1] + [1] * 14] * 3)},
+    ],
+    ids=["attentions", "cache", "own mask", "padding inside"],
+)  # fmt: skip
+def test_stands_aside_where_the_caller_asks_for_more(batch: dict[str, Any], halves: list[str]) -> None:
+    model = adapted(base("llama"))
+    model.set_attn_implementation("eager")
+    with fused(model):
+        halves.clear()
+        step(model, batch)
+    assert not halves
+
+
+def test_hooks_on_parts_are_called(halves: list[str]) -> None:
+    model = adapted(base("llama"))
+    calls: list[str] = []
+    model.model.layers[0].mlp.register_forward_hook(lambda m, a, y: calls.append("hook"))
+    with fused(model):
+        halves.clear(), calls.clear()
+        step(model, {})
+    assert calls == ["hook"]
+    assert halves == ["attention", "attention", "mlp"]
+
+
+def test_generation_is_the_same() -> None:
+    model = adapted(base("mistral")).eval()
+    expected = model.generate(IDS[:1], max_new_tokens=9, do_sample=False)
+    with fused(model):
+        assert torch.equal(model.generate(IDS[:1], max_new_tokens=9, do_sample=False), expected)
+
+
+def test_frozen_adapters_and_copies() -> None:
+    model = adapted(base("llama"))
+    classes = [type(m) for m in model.modules()]
+    assert fuse(model)
+    assert fuse(model)
+    assert [type(m).__name__ for m in model.modules()] == [c.__name__ for c in classes]
+    twin = copy.deepcopy(model)
+    assert is_fused(twin)
+    assert torch.equal(twin(IDS).logits, model(IDS).logits)
+    unfuse(model)
+    assert [type(m) for m in model.modules()] == classes
+    assert not any(isinstance(m, FusedBlock) for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (GraniteConfig(residual_multiplier=0.3, attention_multiplier=0.2, **SIZES), "differs by"),
+        (GPT2Config(n_embd=42, n_layer=2, n_head=3, vocab_size=97), "no list of layers"),
+    ],
+)
+def test_a_model_that_fits_no_pattern_is_left_alone(config: Any, reason: str, caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(config)
+    classes = [type(m) for m in model.modules()]
+    with caplog.at_level(logging.WARNING, logger="veneer"):
+        assert not fuse(model)
+    assert [type(m) for m in model.modules()] == classes
+    assert len(caplog.messages) == 1
+    assert "general path" in caplog.text
+    assert reason in caplog.text
+
+
+def test_weights_that_train_are_left_to_autograd(halves: list[str]) -> None:
+    model = base("llama").train()
+    expected = step(model, {})
+    with fused(model) as takes:
+        halves.clear()
+        found = step(model, {})
+    assert takes
+    assert not halves
+    assert error(found[2], expected[2]) <= 2e-5
