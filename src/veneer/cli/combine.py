@@ -45,7 +45,7 @@ def combine(
 
     if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
         raise ConfigError(f"{output} exists and is not empty: choose another folder, nothing is overwritten")
-    numbers = _numbers(weights, len(adapters))
+    numbers = weights_of(weights, len(adapters))
     plan = Combination(how=how, rank=rank, density=density, seed=seed)  # type: ignore[arg-type]
     report = (
         _without_base(adapters, numbers, plan, output)
@@ -55,7 +55,7 @@ def combine(
     _show(report, output)
 
 
-def _numbers(weights: str | None, n: int) -> list[float]:
+def weights_of(weights: str | None, n: int) -> list[float]:
     from veneer.errors import ConfigError
 
     given = [1.0] * n if weights is None else weights.replace(",", " ").split()
@@ -64,7 +64,7 @@ def _numbers(weights: str | None, n: int) -> list[float]:
     except ValueError as error:
         raise ConfigError(f"--weights {weights!r} must be numbers separated by spaces or commas") from error
     if len(numbers) != n:
-        raise ConfigError(f"--weights has {len(numbers)} numbers for {n} adapters: give one for each")
+        raise ConfigError(f"--weights has {len(numbers)} numbers for {n} inputs: give one for each")
     return numbers
 
 

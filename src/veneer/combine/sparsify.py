@@ -13,7 +13,7 @@ def largest(update: Float[Tensor, "*shape"], density: float) -> Float[Tensor, "*
     """
     kept = int(density * update.numel())
     flat = torch.zeros_like(update).flatten()
-    index = update.abs().flatten().topk(kept).indices
+    index = update.abs().flatten().topk(kept, sorted=False).indices
     flat[index] = update.flatten()[index]
     return flat.view_as(update)
 

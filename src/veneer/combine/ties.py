@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 Vote = Literal["total", "frequency"]
-Divisor = Literal["count", "weights"]
+Divisor = Literal["count", "weights", "none"]
 
 
 def elect_and_merge(
@@ -26,17 +26,17 @@ def elect_and_merge(
     ``vote``: the sign of the sum of values ("total", the paper's) or of the sum of signs ("frequency").
     ``divisor``: "count" is the paper's mean over those that agree, each times its weight, with the vote on
     unweighted values. "weights" lets the weights vote as well and divides by the weights of those that agree, so
-    that they do not set the size. With all weights at one both are the same.
+    that they do not set the size. With all weights at one both are the same. "none" lets the weights vote and divides
+    by nothing.
     """
-    stacked = torch.stack(list(updates))
-    w = torch.tensor(list(weights), dtype=stacked.dtype, device=stacked.device).view(-1, *[1] * (stacked.dim() - 1))
-    weighted = stacked * w
-    ballot = weighted if divisor == "weights" else stacked
-    votes = ballot.sign() if vote == "frequency" else ballot
-    sign = torch.where(votes.sum(dim=0) >= 0, 1.0, -1.0).to(stacked.dtype)
-    agrees = (ballot.sign() == sign) & (ballot != 0)
-    merged = (weighted * agrees).sum(dim=0)
-    if divisor == "count":
-        return merged / agrees.sum(dim=0).clamp_min(1)
-    share = (w * agrees).sum(dim=0)
-    return torch.where(share != 0, merged / torch.where(share != 0, share, 1.0), 0.0)
+    ballots = updates if divisor == "count" else [u * w for u, w in zip(updates, weights, strict=True)]
+    votes = torch.zeros_like(updates[0])
+    for ballot in ballots:
+        votes += ballot.sign() if vote == "frequency" else ballot
+    positive = votes >= 0
+    merged, share = torch.zeros_like(votes), torch.zeros_like(votes)
+    for update, ballot, weight in zip(updates, ballots, weights, strict=True):
+        agrees = torch.where(positive, ballot > 0, ballot < 0)
+        merged.add_(update * agrees, alpha=weight)
+        share.add_(agrees, alpha=1.0 if divisor == "count" else weight)
+    return merged if divisor == "none" else merged / torch.where(share != 0, share, 1.0)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,8 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from veneer.core.method import LinearMethod
-from veneer.errors import CompositionError, ConfigError
+from veneer.errors import CompositionError
 from veneer.export.base_weights import BaseWeights
+from veneer.export.model_folder import copy_companions, local_folder
 from veneer.model.adapted import Adapted
 from veneer.model.attach import adapted_modules, attach, live_parameters
 from veneer.model.linear import AdaptedSite
@@ -29,11 +29,9 @@ from veneer.model.state import AdapterState
 from veneer.store.adapter import assign, read_config
 from veneer.store.adapter_files import WEIGHTS_FILE, read_tensors
 from veneer.store.checkpoint_writer import DEFAULT_SHARD_BYTES, CheckpointWriter
-from veneer.store.source import parse_dtype, resolve
+from veneer.store.source import parse_dtype
 
 NAME = "merged"
-_COMPANIONS = (".json", ".jinja", ".model", ".txt", ".py")
-_NOT_COPIED = ("config.json", "model.safetensors.index.json", "veneer.json", "adapter_config.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +67,7 @@ def merge_checkpoint(
     be folded, and FormatError where ``output`` holds something and is not to be overwritten. Then nothing is written.
     """
     options = options or MergeOptions()
-    folder = _local(base)
+    folder = local_folder(base)
     skeleton, state = _skeleton(folder), AdapterState()
     weights = BaseWeights(folder, skeleton)
     _attach(skeleton, state, adapter, weights)
@@ -81,7 +79,7 @@ def merge_checkpoint(
         for done, (name, tensor) in enumerate(_results(weights, changed, plan)):
             writer.write(name, tensor.to(plan.specs[name][0]))
             on_progress(done + 1, len(plan.specs))
-        _copy_companions(folder, adapter, writer.staging)
+        copy_companions([folder, adapter], writer.staging)
         _write_config(folder, writer.staging, plan)
     n_bytes = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in plan.specs.values())
     return MergeReport(n_modules=len(changed), n_tensors=len(plan.specs), n_bytes=n_bytes, untied=plan.untied)
@@ -95,18 +93,6 @@ class _Plan:
     owners: dict[str, tuple[str, str]]
     untied: bool
     dtype: torch.dtype | None
-
-
-def _local(base: str | os.PathLike[str]) -> Path:
-    place = resolve(base)
-    if isinstance(place, Path):
-        return place
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(place, allow_patterns=["*.safetensors", *(f"*{end}" for end in _COMPANIONS)]))
-    except OSError as error:
-        raise ConfigError(f"the base {place!r} cannot be downloaded: {error}") from error
 
 
 def _wanted(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -202,14 +188,6 @@ def _filled(modules: list[tuple[str, nn.Module]], weights: BaseWeights) -> Itera
             module._parameters.update(parameters)
             if isinstance(module, AdaptedSite):
                 module.forget()
-
-
-def _copy_companions(base: Path, adapter: Path, into: Path) -> None:
-    """Tokenizer, chat template, generation settings: the adapter's where it brought its own, else the base's."""
-    for folder in (base, adapter):
-        for file in folder.iterdir():
-            if file.is_file() and file.suffix in _COMPANIONS and file.name not in _NOT_COPIED:
-                shutil.copyfile(file, into / file.name)
 
 
 def _write_config(base: Path, into: Path, plan: _Plan) -> None:

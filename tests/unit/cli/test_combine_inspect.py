@@ -80,7 +80,7 @@ def test_ties_writes_an_adapter_that_loads(veneer, model_folder, adapter_folder,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--weights", "0.5"], "1 numbers for 2 adapters"),
+        (["--weights", "0.5"], "1 numbers for 2 inputs"),
         (["--weights", "a b"], "must be numbers"),
         (["--how", "ties"], "needs a density"),
         (["--how", "slerp"], "must be one of"),

@@ -1,0 +1,103 @@
+"""Task vectors: what fine-tuning changed in a weight, added to the base's again in some combination (Ilharco et al.
+2023, arXiv:2212.04089), plain or by TIES or DARE."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from veneer.combine.sparsify import drop_and_rescale, largest
+from veneer.combine.ties import Vote, elect_and_merge
+from veneer.errors import CompositionError
+
+How = Literal["task_arithmetic", "ties", "dare_linear", "dare_ties"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskVectors:
+    """How task vectors become one.
+
+    ``how``: "task_arithmetic" adds them up with their weights; "ties" keeps the largest entries and those that agree
+    with the elected sign; "dare_linear" and "dare_ties" keep a random draw instead.
+    ``density``: the share of entries kept; without meaning for "task_arithmetic".
+    ``normalize``: whether to divide by the weights that took part; None means yes for "ties" alone, as mergekit does.
+    ``vote``: the sign of the sum of weighted values ("total") or of their signs ("frequency").
+    ``scale`` multiplies the result (λ of TIES). ``seed`` is that of DARE's draw.
+    """
+
+    how: How = "task_arithmetic"
+    density: float | None = None
+    normalize: bool | None = None
+    vote: Vote = "total"
+    scale: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.how not in get_args(How):
+            problems.append(f"how={self.how!r} must be one of {list(get_args(How))}")
+        if (self.density is None) != (self.how == "task_arithmetic"):
+            need = "has no meaning for" if self.how == "task_arithmetic" else "in (0, 1] is needed by"
+            problems.append(f"density {need} how={self.how!r}")
+        if self.density is not None and not 0 < self.density <= 1:
+            problems.append(f"density={self.density} must lie in (0, 1]")
+        if self.vote not in get_args(Vote):
+            problems.append(f"vote={self.vote!r} must be one of {list(get_args(Vote))}")
+        if not math.isfinite(self.scale):
+            problems.append(f"scale={self.scale} must be a finite number")
+        if problems:
+            raise CompositionError("; ".join(problems))
+
+    @property
+    def divides(self) -> bool:
+        """Whether the result is divided by the weights that took part."""
+        return self.how == "ties" if self.normalize is None else self.normalize
+
+
+def merge_task_vectors(
+    base: Float[Tensor, "*shape"],
+    tuned: Sequence[Float[Tensor, "*shape"]],
+    weights: Sequence[float],
+    plan: TaskVectors,
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, "*shape"]:
+    """The base's weight with the task vectors ``tuned - base`` added as the plan says, in the dtype of ``base``.
+
+    Computed in at least float32 and rounded once. The order is mergekit's: difference, sparsify, weigh, elect a sign
+    on the weighted values, sum, divide. Departs: DARE divides by the density, as its paper does (section 3.1), where
+    mergekit brings the sum of magnitudes back to what it was.
+    """
+    wide = torch.promote_types(base.dtype, torch.float32)
+    vectors = [_sparsified(t.to(wide) - base.to(wide), plan, generator) for t in tuned]
+    if plan.how in ("ties", "dare_ties"):
+        change = elect_and_merge(vectors, weights, plan.vote, "weights" if plan.divides else "none")
+    else:
+        change = torch.zeros_like(vectors[0])
+        for weight, vector in zip(weights, vectors, strict=True):
+            change.add_(vector, alpha=weight)
+        if plan.divides:
+            change /= _divisor(weights)
+    return (base.to(wide) + change * plan.scale).to(base.dtype)
+
+
+def _sparsified(vector: Tensor, plan: TaskVectors, generator: torch.Generator | None) -> Tensor:
+    if plan.density is None or plan.density == 1:
+        return vector
+    if plan.how == "ties":
+        return largest(vector, plan.density)
+    return drop_and_rescale(vector, plan.density, generator)
+
+
+def _divisor(weights: Sequence[float]) -> float:
+    total = math.fsum(weights)
+    if abs(total) < 1e-8:
+        raise CompositionError(
+            f"the weights {list(weights)} add up to zero, so they cannot be normalized: turn that off"
+        )
+    return total
