@@ -32,15 +32,16 @@ class Task:
     title: str
     n_train: int
     n_eval: int
+    batch: int
     metric: Sequence[str]
     higher_is_better: bool = True
 
 
 TASKS = {
-    "sst2": Task("SST-2, accuracy", 1200, 500, ("labels",)),
-    "agnews": Task("AG News, accuracy", 1000, 400, ("labels",)),
-    "e2e": Task("E2E, perplexity of the text", 500, 300, ("perplexity",), higher_is_better=False),
-    "gsm8k": Task("GSM8K, perplexity of the solution", 300, 200, ("perplexity",), higher_is_better=False),
+    "sst2": Task("SST-2, accuracy", 400, 300, 16, ("labels",)),
+    "agnews": Task("AG News, accuracy", 400, 240, 16, ("labels",)),
+    "e2e": Task("E2E, perplexity of the text", 160, 120, 8, ("perplexity",), higher_is_better=False),
+    "gsm8k": Task("GSM8K, perplexity of the solution", 96, 80, 8, ("perplexity",), higher_is_better=False),
 }
 METHODS: dict[str, dict[str, object]] = {
     "lora": {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"},
@@ -101,7 +102,7 @@ def recipe_for(name: str, method: str, folder: Path, options: argparse.Namespace
         "training": {
             "learning_rate": LEARNING_RATES[method],
             "num_train_epochs": 1,
-            "per_device_train_batch_size": 8,
+            "per_device_train_batch_size": TASKS[name].batch,
             "max_length": 512,
             "max_grad_norm": 1.0,
             "bf16": True,

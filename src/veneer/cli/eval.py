@@ -90,6 +90,9 @@ def eval_(
         int | None,
         typer.Option(min=1, show_default=False, help="perplexity: from window to window. [default: context/2]"),
     ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Ask prompts as turns of a chat, as data.chat does in a recipe.")
+    ] = False,
     whole_rows: Annotated[
         bool | None, typer.Option("--whole-rows", show_default=False, help="perplexity: of prompts too.")
     ] = None,
@@ -119,6 +122,7 @@ def eval_(
         whole_rows=whole_rows,
     )
     run = _Run(metric, options, data, limit, batch_size)
+    run.read_as_trained(chat)
     run.check(predictions)
     loaded = loading.load(model, adapter, four_bit=load_in_4bit, dtype=dtype)
     started = time.perf_counter()
@@ -140,6 +144,16 @@ class _Run:
         self.metric, self.options, self.batch_size = metric, options, batch_size
         self.rows: Sequence[Mapping[str, Any]] = read_rows(data)[:limit]
         self.questions: list[Question] = []
+
+    def read_as_trained(self, chat: bool) -> None:
+        """Bring the rows into the forms of training. Raises ConfigError where a template makes the prompts already."""
+        from veneer.errors import ConfigError
+        from veneer.train.questions import as_trained
+
+        if self.options.prompt is None:
+            self.rows = as_trained(self.rows, chat=chat)
+        elif chat:
+            raise ConfigError("--prompt makes plain text of each row, and --chat makes turns of its fields: give one")
 
     def check(self, predictions: Path | None) -> None:
         """Raise ConfigError for options that this metric does not read, or lacks."""

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from veneer.errors import ConfigError, DataError
 from veneer.train.chat import common_prefix, render
+from veneer.train.data import RowReader
 
 Row = Mapping[str, Any]
 
@@ -132,6 +133,24 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         if not isinstance(row, dict):
             raise DataError(f"{path}: row {number} is not an object but a {type(row).__name__}")
     return rows
+
+
+def as_trained(rows: Sequence[Row], *, chat: bool) -> list[dict[str, Any]]:
+    """The rows in the forms that training reads, so that a model is asked as it was taught; other fields are kept.
+
+    ``chat`` makes turns of user and assistant out of prompts and completions, as ``data.chat`` does in a recipe. Raises
+    DataError that names the row.
+    """
+    reader = RowReader(chat=chat)
+    replaced = {"prompt", "completion", "instruction", "input", "output", "response", "conversations"}
+    read = []
+    for number, row in enumerate(rows, 1):
+        try:
+            final = reader.read(row, reader.form(row))
+        except DataError as error:
+            raise DataError(f"row {number}: {error}") from error
+        read.append({**{key: value for key, value in row.items() if key not in replaced}, **final})
+    return read
 
 
 def _parsed(text: str, where: str) -> Any:

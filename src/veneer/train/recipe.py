@@ -51,7 +51,7 @@ class DataPart(_Part):
     eval_fraction: float = Field(default=0.0, ge=0, lt=1)
     prompt: str | None = None
     completion: str | None = None
-    chat: bool | None = None
+    chat: bool = False
     system: str | None = None
     train_on: Literal["answers", "everything"] = "answers"
     limit: int | None = Field(default=None, ge=1)

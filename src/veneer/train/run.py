@@ -35,10 +35,9 @@ class Rows:
     eval: Dataset | None
 
 
-def read_data(part: DataPart, tokenizer: PreTrainedTokenizerBase, seed: int) -> Rows:
+def read_data(part: DataPart, seed: int) -> Rows:
     """The rows that a recipe names. Raises DataError and ConfigError as `load_rows` and `split_off` do."""
-    chat = tokenizer.chat_template is not None if part.chat is None else part.chat
-    reader = RowReader(prompt=part.prompt, completion=part.completion, chat=chat, system=part.system)
+    reader = RowReader(prompt=part.prompt, completion=part.completion, chat=part.chat, system=part.system)
     train = load_rows(part.train, reader, part.limit)
     if part.eval is not None:
         return Rows(train, load_rows(part.eval, reader, part.eval_limit))
@@ -48,7 +47,7 @@ def read_data(part: DataPart, tokenizer: PreTrainedTokenizerBase, seed: int) -> 
 def make_trainer(recipe: Recipe) -> SFTTrainer:
     """The trainer of a recipe, its model loaded and its data encoded; nothing is trained yet."""
     tokenizer = load_tokenizer(recipe.model.source)
-    rows = read_data(recipe.data, tokenizer, recipe.seed)
+    rows = read_data(recipe.data, recipe.seed)
     answers = recipe.data.train_on == "answers"
     chats = "messages" in rows.train.column_names
     args = recipe.sft_config(assistant_only_loss=answers and chats, completion_only_loss=answers and not chats)
@@ -65,7 +64,7 @@ def make_trainer(recipe: Recipe) -> SFTTrainer:
 def sample_of(recipe: Recipe) -> tuple[dict[str, list[int]], PreTrainedTokenizerBase]:
     """The first training row as it is trained on, and the tokenizer that reads it."""
     tokenizer = load_tokenizer(recipe.model.source)
-    rows = read_data(recipe.data, tokenizer, recipe.seed)
+    rows = read_data(recipe.data, recipe.seed)
     kind = kind_of(rows.train.column_names, "text")
     answers = recipe.data.train_on == "answers"
     encoder = Encoder(

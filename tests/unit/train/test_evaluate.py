@@ -23,7 +23,7 @@ from veneer.train.evaluate import (
     perplexity,
     regex_match,
 )
-from veneer.train.questions import Question, QuestionReader, read_rows
+from veneer.train.questions import Question, QuestionReader, as_trained, read_rows
 from veneer.train.scoring import Answering, Batching, Scored, greedy_answers, log_probabilities
 
 SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>"]
@@ -278,3 +278,14 @@ def test_damaged_data_files_are_named(
         read_rows(tmp_path / name)
     with pytest.raises(ConfigError, match="no such file"):
         read_rows(tmp_path / "nowhere.jsonl")
+
+
+def test_rows_are_asked_in_the_form_that_training_gives_them():
+    rows = [{"prompt": "two and two", "completion": " four", "label": "4"}]
+    assert as_trained(rows, chat=False) == rows
+    turns = [{"role": "user", "content": "two and two"}, {"role": "assistant", "content": " four"}]
+    assert as_trained(rows, chat=True) == [{"label": "4", "messages": turns}]
+    alpaca = [{"instruction": "add", "input": "2 2", "output": "4"}]
+    assert as_trained(alpaca, chat=False) == [{"prompt": "add\n\n2 2", "completion": "4"}]
+    with pytest.raises(DataError, match=r"row 1: .*columns"):
+        as_trained([{"question": "?"}], chat=False)
