@@ -59,7 +59,7 @@ def train(project: Path, *options: str) -> tuple[int, str]:
     return result.exit_code, result.output + result.stderr
 
 
-@pytest.mark.parametrize(("method", "storage"), [("lora", "none"), ("lora", "int8"), ("full", "none")])
+@pytest.mark.parametrize(("method", "storage"), [("lora", "none"), ("lora", "nf4"), ("lora", "int8"), ("full", "none")])
 def test_a_recipe_is_carried_out(project: Path, method: str, storage: str) -> None:
     whole = ["--set", "adapter={method: full}"] if method == "full" else []
     code, output = train(project, "--set", f"model.quantization={storage}", *whole)

@@ -20,7 +20,8 @@ from veneer.model.attach import DISK_PREFIX
 from veneer.model.inplace import InPlace, change_class, restore_class
 from veneer.model.start import Start
 from veneer.model.state import AdapterState
-from veneer.store.adapter import SaveEmbeddings, assign, read_config
+from veneer.store.adapter import SaveEmbeddings, read_config
+from veneer.store.adapter import assign as assign_adapter
 from veneer.store.adapter_source import HubOptions, adapter_folder
 
 ADAPTER_KEYS = (DISK_PREFIX, "prompt_embeddings", "prompt_encoder.")  # what the keys of adapters' files begin with
@@ -256,9 +257,19 @@ class PeftModel(InPlace, nn.Module):
         return saving.push(self, self.adapter_state, repo_id, what, saving.Upload(**hub))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As torch's; keys of an adapter's file (as in a Trainer checkpoint) go to the active adapter, strictly."""
+        """As torch's; what a Trainer checkpoint holds goes to the adapters, strictly.
+
+        That is an adapter's file, which the active one takes, or those of several, by name. Raises AdapterNameError
+        where one of them is not on the model, and FormatError.
+        """
         if state_dict and all(key.startswith(ADAPTER_KEYS) for key in state_dict):
             load_into_active(self, state_dict)
+            return _IncompatibleKeys([], [])
+        parts = saving.divided(state_dict)
+        if parts:
+            merging.require_known(self.adapter_state, tuple(parts))
+            for name, tensors in parts.items():
+                assign_adapter(self, self.adapter_state, name, tensors, "the checkpoint")
             return _IncompatibleKeys([], [])
         return super().load_state_dict(state_dict, strict, assign)
 
@@ -313,7 +324,7 @@ def become_peft_model(model: nn.Module) -> PeftModel:
 
 def load_into_active(model: PeftModel, tensors: Mapping[str, torch.Tensor]) -> None:
     """Give the active adapter the values of a file that has been read."""
-    assign(model, model.adapter_state, model.active_adapter, tensors, "the state dict")
+    assign_adapter(model, model.adapter_state, model.active_adapter, tensors, "the state dict")
 
 
 def hub_options(values: Mapping[str, Any]) -> HubOptions:

@@ -17,10 +17,11 @@ from veneer.adapters.merging import require_known
 from veneer.errors import FormatError
 from veneer.model.state import AdapterState
 from veneer.store.adapter import SaveEmbeddings, adapter_tensors, has_network, save_adapter, save_network
-from veneer.store.adapter_files import NETWORK_FILE, WEIGHTS_FILE, write_atomically
+from veneer.store.adapter_files import NETWORK_FILE, WEIGHTS_FILE, read_tensors, tensors_to_bytes, write_atomically
 
 _TRAINER_CHECKPOINT = re.compile(r"checkpoint-\d+")
 _TRAINER_FILE = "model.safetensors"
+_JOINT = "::"  # in no adapter's name
 
 
 @dataclass(frozen=True)
@@ -87,14 +88,34 @@ def _keep_for_training(model: nn.Module, state: AdapterState, folder: Path, name
     for name in names:
         if has_network(state, name):
             save_network(model, state, name, subfolder(folder, name))
-    active = next((name for name in state.active if name in names), names[0])
-    _let_trainer_find(
-        folder, subfolder(folder, active) / (NETWORK_FILE if has_network(state, active) else WEIGHTS_FILE)
-    )
+    files = {
+        name: subfolder(folder, name) / (NETWORK_FILE if has_network(state, name) else WEIGHTS_FILE) for name in names
+    }
+    if len(files) == 1:
+        _let_trainer_find(folder, files[names[0]])
+    else:
+        parts = {name: read_tensors(file.parent, file.name) for name, file in files.items()}
+        write_atomically(folder / _TRAINER_FILE, tensors_to_bytes(joined(parts)))
+
+
+def joined(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of several adapters in one mapping, each key behind its adapter's name."""
+    return {f"{name}{_JOINT}{key}": value for name, tensors in parts.items() for key, value in tensors.items()}
+
+
+def divided(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The inverse of `joined`; empty where the keys are no adapters' own."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        name, joint, rest = key.partition(_JOINT)
+        if not joint:
+            return {}
+        parts.setdefault(name, {})[rest] = value
+    return parts
 
 
 def _let_trainer_find(folder: Path, source: Path) -> None:
-    """Give a Trainer checkpoint the active adapter's file under the name of a model's as well.
+    """Give a Trainer checkpoint the adapter's file under the name of a model's as well.
 
     transformers' Trainer resumes, and takes the best checkpoint back, from ``model.safetensors`` through
     ``model.load_state_dict``, which here knows an adapter's keys. The second name is a hard link and takes no space.

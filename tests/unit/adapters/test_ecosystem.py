@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, Trainer, TrainingArguments
 
 from veneer import LoraConfig, PeftModel, get_peft_model
+from veneer.errors import AdapterNameError
 
 CONFIG = LoraConfig(r=3, lora_alpha=7, target_modules="all-linear", lora_dropout=0.1, task_type="CAUSAL_LM")
 
@@ -66,6 +67,27 @@ def test_the_plain_trainer_saves_and_resumes(name: str, tiny: Any, tmp_path: Pat
     assert losses(again)[-2:] == losses(whole)[-2:]
     for (key, a), (_, b) in zip(whole.model.named_parameters(), again.model.named_parameters(), strict=True):
         assert torch.equal(a, b), key
+
+
+@pytest.mark.parametrize("active", ["b", ["a", "b"]])
+def test_the_plain_trainer_resumes_several_adapters(active: Any, tiny: Any, tmp_path: Path) -> None:
+    def both() -> PeftModel:
+        model = fresh(tiny, "a")
+        model.add_adapter("b", LoraConfig(r=2, lora_alpha=5, target_modules=["q_proj"], lora_dropout=0.2))
+        model.set_adapter(active)
+        return model
+
+    whole = trainer(both(), tmp_path / "whole", max_steps=4)
+    whole.train()
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    again = trainer(both(), tmp_path / "again", max_steps=4)
+    again.train(resume_from_checkpoint=str(checkpoint))
+    assert losses(again)[-2:] == losses(whole)[-2:]
+    for (key, a), (_, b) in zip(whole.model.named_parameters(), again.model.named_parameters(), strict=True):
+        assert torch.equal(a, b), key
+    other = trainer(fresh(tiny, "c"), tmp_path / "c", max_steps=4)
+    with pytest.raises(AdapterNameError, match="no adapter is named 'a'"):
+        other.train(resume_from_checkpoint=str(checkpoint))
 
 
 def test_the_plain_trainer_takes_the_best_checkpoint_back(tiny: Any, tmp_path: Path) -> None:
