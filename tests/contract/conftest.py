@@ -17,7 +17,7 @@ from veneer.core.method import LinearMethod
 from veneer.errors import ConfigError
 from veneer.methods import all_methods
 
-OTHERS = "down_proj|v_proj"  # these have a rank and an alpha of their own
+OTHERS = "down_proj|v_proj|c_attn"  # these have a rank and an alpha of their own
 BREAK_NEUTRALITY = {
     "total_step": 12,
     "r": 3,

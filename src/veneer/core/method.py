@@ -132,6 +132,10 @@ class LinearMethod(TargetedConfig):
         """The config with what depends on all the layers that it adapts filled in; sites come as shapes."""
         return self
 
+    def unused(self, names: Sequence[str]) -> list[str]:
+        """A sentence for everything in the config that means none of the modules it adapts, given by path."""
+        return []
+
     def shared(self) -> dict[str, Tensor]:
         """What else is on disk, by its whole key: it follows from the config and is never trained."""
         return {}

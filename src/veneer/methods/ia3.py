@@ -6,8 +6,8 @@ one.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -49,6 +49,27 @@ class IA3Config(LinearMethod):
                     "add them there"
                 )
         return found
+
+    def unused(self, names: Sequence[str]) -> list[str]:
+        given = self.feedforward_modules or ()
+        patterns = [(given, given)] if isinstance(given, str) else [(pattern, (pattern,)) for pattern in given]
+        return [
+            f"feedforward_modules {shown!r} matches none of the {len(names)} modules adapted, such as {names[0]!r}"
+            for shown, pattern in patterns
+            if not any(matches_any(name, pattern) for name in names)
+        ]
+
+    def for_sites(self, sites: Sequence[LinearSite]) -> IA3Config:
+        """Chosen layers become whole paths, which PEFT, whose IA3 cannot choose layers, reads the same."""
+        if self.layers_to_transform is None:
+            return self
+        return replace(
+            self,
+            target_modules=tuple(site.name for site in sites),
+            feedforward_modules=tuple(site.name for site in sites if self._scales_input(site)),
+            layers_to_transform=None,
+            layers_pattern=None,
+        )
 
     def shapes(self, site: LinearSite) -> Shapes:
         return {"ia3_l": (1, site.in_features) if self._scales_input(site) else (site.out_features, 1)}

@@ -14,7 +14,7 @@ import importlib
 import math
 import pkgutil
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import ClassVar, TypeVar, cast
@@ -85,6 +85,15 @@ class LoraConfig(LinearMethod):
         for pattern in (*self.rank_pattern, *self.alpha_pattern):
             found += [] if _compiles(pattern) else [f"the pattern {pattern!r} is not a regular expression"]
         return found
+
+    def unused(self, names: Sequence[str]) -> list[str]:
+        patterns = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+        return [
+            f"{field_name} key {key!r} matches none of the {len(names)} modules adapted, such as {names[0]!r}"
+            for field_name, pattern in patterns.items()
+            for key in pattern
+            if not any(_matches(key, name) for name in names)
+        ]
 
     def rank(self, site: LinearSite) -> int:
         """r at this site."""
@@ -191,7 +200,11 @@ def _joined(params: Params) -> tuple[Tensor, Tensor]:
 
 def _override(pattern: Mapping[str, T], name: str, default: T) -> T:
     """The value of the first key that matches the end of the module path, as PEFT matches it."""
-    return next((value for key, value in pattern.items() if re.fullmatch(rf"(.*\.)?({key})", name)), default)
+    return next((value for key, value in pattern.items() if _matches(key, name)), default)
+
+
+def _matches(key: str, name: str) -> bool:
+    return re.fullmatch(rf"(.*\.)?({key})", name) is not None
 
 
 def _is_number(value: object) -> bool:

@@ -65,7 +65,8 @@ def resolved(model: nn.Module, config: MethodConfig) -> MethodConfig:
         changes["base_model_name_or_path"] = base_name
     if isinstance(config, TargetedConfig):
         if config.target_modules is None:
-            changes |= defaults_for(config.peft_type, model_type)
+            defaults = defaults_for(config.peft_type, model_type)
+            changes |= {name: value for name, value in defaults.items() if getattr(config, name) is None}
         elif isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
             changes["target_modules"] = shortest_names(module_index(model), targets_of(model, config))
     heads = [h for h in _HEADS.get(config.task_type or "", ()) if h in dict(model.named_children())]
@@ -99,6 +100,9 @@ def attach(
     config = resolved(model, config)
     targets = targets_of(model, config) if isinstance(config, LinearMethod) else ()
     if isinstance(config, LinearMethod):
+        unused = config.unused(targets) if start.values else []  # a saved adapter is taken as it is
+        if unused:
+            raise TargetError("; ".join(unused))
         config = config.for_sites([shape_of(path, model.get_submodule(path)) for path in targets])
     copied = copied_parameters(model, config, set(targets))
     state.configs[name] = config

@@ -127,6 +127,26 @@ def test_patterns(tiny: Any, ids: Tensor, randomize: Any, tmp_path: Path) -> Non
     ].shape == (2, 40)
 
 
+def test_ia3_on_some_layers_is_read_by_peft_as_it_is_here(
+    tiny: Any, ids: Tensor, randomize: Any, tmp_path: Path
+) -> None:
+    """PEFT's IA3 cannot choose layers: what is written names the modules."""
+    config = IA3Config(
+        target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], layers_to_transform=[1]
+    )
+    ours = get_peft_model(tiny(), config)
+    randomize(ours)
+    ours.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["target_modules"] == ["model.layers.1.self_attn.k_proj", "model.layers.1.mlp.down_proj"]
+    assert written["feedforward_modules"] == ["model.layers.1.mlp.down_proj"]
+    theirs = peft.PeftModel.from_pretrained(tiny(), tmp_path, is_trainable=True).eval()
+    assert not torch.allclose(logits(ours, ids), logits(tiny(), ids), atol=5e-5)
+    close(logits(ours, ids), logits(theirs, ids))
+    same_gradients(ours, theirs, ids)
+    close(logits(PeftModel.from_pretrained(tiny(), tmp_path), ids), logits(theirs, ids))
+
+
 EMBEDDINGS = {
     "llama": ["embed_tokens", "q_proj"],
     "llama-tied": ["embed_tokens", "v_proj"],

@@ -1,0 +1,55 @@
+"""Keys of a config that mean none of the modules that it adapts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from veneer import IA3Config, LoraConfig, PeftModel, get_peft_model
+from veneer.errors import TargetError
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (
+            LoraConfig(rank_pattern={"v_proj": 2, "q_prj": 5}),
+            r"^rank_pattern key 'q_prj' matches none of the 4 modules",
+        ),
+        (LoraConfig(alpha_pattern={"7.self_attn.q_proj": 5.0}), r"^alpha_pattern key '7\.self_attn\.q_proj' matches"),
+        (
+            IA3Config(target_modules=".*proj", feedforward_modules=["up_prj"]),
+            "^feedforward_modules 'up_prj' matches none of the",
+        ),
+        (
+            IA3Config(target_modules=["k_proj"], feedforward_modules=r".*\.fc9"),
+            "^feedforward_modules .* matches none of the",
+        ),
+    ],
+)
+def test_a_key_that_means_no_adapted_module(config: Any, words: str, tiny: Any, tmp_path: Path) -> None:
+    model = tiny()
+    with pytest.raises(TargetError, match=words):
+        get_peft_model(model, config)
+    assert not isinstance(model, PeftModel)
+
+
+def test_feedforward_modules_given_are_kept_beside_default_targets(tiny: Any) -> None:
+    model = get_peft_model(tiny(), IA3Config(feedforward_modules=[]))
+    config = model.peft_config["default"]
+    assert (config.target_modules, config.feedforward_modules) == (("k_proj", "v_proj", "down_proj"), ())
+
+
+def test_a_saved_adapter_may_have_such_a_key(tiny: Any, ids: Tensor, tmp_path: Path) -> None:
+    """PEFT writes what it was given."""
+    saved = get_peft_model(tiny(), LoraConfig(r=3))
+    saved.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"rank_pattern": {"q_prj": 5}}))
+    loaded = PeftModel.from_pretrained(tiny(), tmp_path)
+    assert torch.equal(loaded(ids).logits, saved.eval()(ids).logits)
