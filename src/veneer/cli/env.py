@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -40,7 +39,7 @@ def environment() -> dict[str, str]:
     """Facts about this installation, by name."""
     import torch
 
-    from veneer.ops.dispatch import availability
+    from veneer.ops.dispatch import availability, kernel_build
     from veneer.store.cache import cache_dir
 
     facts = {"veneer": importlib.metadata.version("veneer"), "python": platform.python_version()}
@@ -48,7 +47,7 @@ def environment() -> dict[str, str]:
     facts |= {"system": f"{platform.system()} {platform.release()} {platform.machine()}", "cpu": _cpu_model()}
     facts |= {"cpu features": " ".join(_cpu_features()) or "unknown"}
     facts |= {f"back end {name}": state for name, state in availability().items()}
-    facts |= {"kernel build": _kernel_build(), "cuda": _cuda()}
+    facts |= {"kernel build": kernel_build(), "cuda": _cuda()}
     facts |= {"threads": f"{torch.get_num_threads()} of {os.cpu_count()} processors"}
     return facts | {"cache folder": str(cache_dir())}
 
@@ -78,13 +77,6 @@ def _cpu_features() -> list[str]:
     info = _cpuinfo()
     have = set(f"{info.get('flags', '')} {info.get('features', '')}".split())
     return [flag for flag in _CPU_FLAGS if flag in have]
-
-
-def _kernel_build() -> str:
-    if importlib.util.find_spec("veneer._kernels") is None:
-        return "none: the C++ module was not built"
-    kernels = importlib.import_module("veneer._kernels")
-    return str(kernels.isa()) if hasattr(kernels, "isa") else "generic"
 
 
 def _cuda() -> str:

@@ -24,11 +24,15 @@ class FrozenWeight(Protocol):
         ...
 
     def matmul(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
-        """``W x`` on the last axis, in x's dtype; differentiable in x."""
+        """``W x`` on the last axis; differentiable in x.
+
+        In the dtype that the plain layer would answer in: the weight's own where it is dense (x is converted to it),
+        x's where it is kept in codes, and autocast's under autocast.
+        """
         ...
 
     def matmul_t(self, dy: Float[Tensor, "*batch o"]) -> Float[Tensor, "*batch i"]:
-        """``Wᵀ dy`` on the last axis, in dy's dtype: the gradient of ``matmul`` in x."""
+        """``Wᵀ dy`` on the last axis: the gradient of ``matmul`` in x, in the dtype that ``matmul`` has for dy."""
         ...
 
     def dense(self, dtype: torch.dtype | None = None) -> Float[Tensor, "o i"]:

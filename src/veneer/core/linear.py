@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
@@ -27,14 +26,40 @@ def apply_linear(
     computed in the record's dtype (float32 beside a 16-bit base, unless autocast says otherwise) and rounded once, at
     the end: rounded to 16 bits itself, a scale of 1.005 would act as 1.0078.
     """
-    base_input = scaled(x, delta.in_scale)
+    return _apply(delta, [(delta, lowrank_input)], x, weight, bias)
+
+
+def apply_linear_sum(
+    deltas: Sequence[LinearDelta],
+    x: Float[Tensor, "*batch i"],
+    weight: FrozenWeight,
+    bias: Float[Tensor, " o"] | None,
+    lowrank_inputs: Sequence[Float[Tensor, "*batch i"] | None],
+) -> Float[Tensor, "*batch o"]:
+    """`apply_linear` of what `compose_linear` makes of the records, each with an input of its own in front of its A.
+
+    Raises CompositionError where they cannot act together.
+    """
+    return _apply(compose_linear(deltas, bias), list(zip(deltas, lowrank_inputs, strict=True)), x, weight, bias)
+
+
+def _apply(
+    whole: LinearDelta,
+    parts: Sequence[tuple[LinearDelta, Tensor | None]],
+    x: Tensor,
+    weight: FrozenWeight,
+    bias: Tensor | None,
+) -> Tensor:
+    """The base product with the low-rank parts added and everything else taken from ``whole``, rounded once."""
+    base_input = scaled(x, whole.in_scale)
     y = base = weight.matmul(base_input)
-    if delta.a is not None and delta.b is not None:
-        source = base_input if lowrank_input is None else scaled(lowrank_input, delta.in_scale)
-        y = y + lowrank(source, delta.a, delta.b) * delta.scale
-    if delta.out_scale is not None:
-        y = y * delta.out_scale
-    offset = bias if delta.bias is None else delta.bias
+    for part, own_input in parts:
+        if part.a is not None and part.b is not None:
+            source = base_input if own_input is None else scaled(own_input, whole.in_scale)
+            y = y + lowrank(source, part.a, part.b) * part.scale
+    if whole.out_scale is not None:
+        y = y * whole.out_scale
+    offset = bias if whole.bias is None else whole.bias
     return (y if offset is None else y + offset).to(base.dtype)
 
 
@@ -108,11 +133,6 @@ def compose_linear(deltas: Sequence[LinearDelta], bias: Float[Tensor, " o"] | No
         out_scale=_product([d.out_scale for d in deltas]),
         bias=_sum_of_biases(deltas, bias, multiply=bool(scaled)),
     )
-
-
-def without_lowrank(delta: LinearDelta) -> LinearDelta:
-    """The record less its low-rank part."""
-    return replace(delta, a=None, b=None, scale=1.0)
 
 
 def row_norms(delta: LinearDelta, weight: FrozenWeight, weight_row_sq: Float[Tensor, " o"]) -> Float[Tensor, " o"]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from veneer.core.frozen import FrozenWeight
-from veneer.core.linear import apply_linear, compose_linear, fold_linear, lowrank, without_lowrank
+from veneer.core.linear import apply_linear, apply_linear_sum, compose_linear, fold_linear
 from veneer.core.method import LinearMethod
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
@@ -122,8 +122,9 @@ class AdaptedLinear(AdaptedSite):
             return self._own(x)
         site = self.site()
         weight = cast(FrozenWeight, site.weight)
-        if len(names) > 1 and self.training:
-            return self._sum_in_training(x, site, names)
+        if len(names) > 1 and self.training:  # each has a dropout mask of its own
+            records = [self.record(name, site) for name in names]
+            return apply_linear_sum(records, x, weight, site.bias, [self.dropped(x, name) for name in names])
         delta = self.composed(names, site)
         return apply_linear(delta, x, weight, site.bias, self.dropped(x, names[0]))
 
@@ -176,18 +177,6 @@ class AdaptedLinear(AdaptedSite):
         if merged is None:
             return cast(Tensor, super().forward(x))
         return apply_linear(LinearDelta(), x, DenseWeight(merged), self.effective("bias"))
-
-    def _sum_in_training(self, x: Tensor, site: LinearSite, names: list[str]) -> Tensor:
-        """Several active adapters, each with a dropout mask of its own in front of its A."""
-        whole = self.composed(names, site)  # raises where they cannot act together
-        y = apply_linear(without_lowrank(whole), x, cast(FrozenWeight, site.weight), site.bias)
-        for name in names:
-            record = self.record(name, site)
-            if record.a is not None and record.b is not None:
-                dropped = self.dropped(x, name)
-                part = lowrank(x if dropped is None else dropped, record.a, record.b)
-                y = y + (part * record.scale).to(y.dtype)
-        return y
 
 
 def wide(weight: FrozenWeight) -> Tensor:

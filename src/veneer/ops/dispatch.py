@@ -47,6 +47,13 @@ def availability() -> dict[str, str]:
     return {b: _missing(b) or "available" for b in BACKENDS}
 
 
+def kernel_build() -> str:
+    """The instruction set that the C++ kernels use here and whose threads they run on, in words."""
+    if importlib.util.find_spec("veneer._kernels") is None:
+        return "none: the C++ module was not built"
+    return str(importlib.import_module("veneer.ops.cpu.module").description())
+
+
 def _load(op: str, backend: str) -> Callable[..., Any]:
     if backend not in BACKENDS:
         raise BackendError(f"backend {backend!r} is unknown; there are {list(BACKENDS)}")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
@@ -85,6 +86,12 @@ def test_env_prints_back_ends_and_the_cache_folder(tmp_path: object) -> None:
     assert facts["cache folder"] == str(tmp_path)
     assert facts["back end reference"] == "available"
     assert facts["torch"][0].isdigit()
+    if facts["back end cpu"] == "available":
+        instruction_set, _, threads = facts["kernel build"].partition(", ")
+        assert instruction_set
+        assert threads.startswith(f"{torch.get_num_threads()} threads of ")
+    else:
+        assert facts["kernel build"] == "none: the C++ module was not built"
 
 
 def test_env_as_a_table_has_a_line_for_every_fact() -> None:

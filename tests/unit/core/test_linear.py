@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from veneer.core.frozen import FrozenWeight
-from veneer.core.linear import apply_embedding, apply_linear, compose_linear, fold_linear, row_norms, without_lowrank
+from veneer.core.linear import apply_embedding, apply_linear, apply_linear_sum, compose_linear, fold_linear, row_norms
 from veneer.core.records import LinearDelta
 from veneer.errors import CompositionError
 from veneer.quant.dense import DenseWeight
@@ -40,6 +40,14 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 def test_a_dense_weight_is_a_frozen_weight():
     assert isinstance(DenseWeight(W), FrozenWeight)
+
+
+def test_a_dense_weight_answers_in_its_own_dtype_unless_autocast_says_otherwise():
+    weight = DenseWeight(torch.ones(3, 2))
+    assert weight.matmul(torch.ones(1, 2, dtype=torch.bfloat16)).dtype == torch.float32
+    assert weight.matmul_t(torch.ones(1, 3, dtype=torch.bfloat16)).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert weight.matmul(torch.ones(1, 2)).dtype == torch.bfloat16
 
 
 def test_the_formula_of_the_record():
@@ -146,9 +154,22 @@ def test_row_norms_are_those_of_the_sum():
     close(row_norms(LinearDelta(), DenseWeight(W), W.square().sum(dim=1)), W.norm(dim=1))
 
 
-def test_without_lowrank_keeps_the_rest():
-    delta = LinearDelta(a=normal(1, IN), b=normal(OUT, 1), scale=3.0, out_scale=normal(OUT), bias=normal(OUT))
-    close(apply(without_lowrank(delta)), delta.out_scale * (X @ W.T) + delta.bias)
+def test_a_sum_is_what_its_records_compose_to_with_inputs_of_their_own():
+    parts = [low_rank(2, 0.7), low_rank(3, -1.3), LinearDelta(bias=C + 0.3)]
+    whole = DenseWeight(W)
+    close(apply_linear_sum(parts, X, whole, C, [None] * 3), apply_linear(compose_linear(parts, C), X, whole, C))
+    mine = [X * 2, X - 1.0, None]
+    expected = X @ W.T + 0.7 * mine[0] @ (parts[0].b @ parts[0].a).T - 1.3 * mine[1] @ (parts[1].b @ parts[1].a).T
+    close(apply_linear_sum(parts, X, whole, C, mine), expected + C + 0.3)
+    with pytest.raises(CompositionError):
+        apply_linear_sum([parts[0], scales()], X, whole, C, [None, None])
+
+
+def test_a_sum_is_rounded_once():
+    """Each part is half of bfloat16's spacing above 1: added one by one they would vanish."""
+    one = torch.ones(1, 1, dtype=torch.bfloat16)
+    part = LinearDelta(a=torch.ones(1, 1), b=torch.full((1, 1), 2**-8))
+    assert apply_linear_sum([part, part], one, DenseWeight(one), None, [None, None]).item() == 1.0 + 2**-7
 
 
 def test_an_embedding_is_the_linear_layer_on_one_hot_rows():
