@@ -2,6 +2,7 @@
 // A is row by row. B is row by row in float, and on tiles in pairs of rows: B[k], B[k+1] side by side, column by column.
 #pragma once
 
+#include "core/amx.h"
 #include "core/lanes.h"
 
 namespace veneer {
@@ -48,25 +49,15 @@ struct PlainEngine {
 };
 
 #if defined(__AMX_BF16__)
-struct alignas(64) TileShape {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
 struct TileEngine {
   using Element = bf16;
 
-  static void begin() {
-    const TileShape shape;
-    asm volatile("" : : "r"(&shape) : "memory");  // the intrinsics of some compilers do not say that they read memory
-    _tile_loadconfig(&shape);
-  }
-  static void end() { _tile_release(); }
+  static void begin() { amx_begin(); }
+  static void end() { amx_end(); }
 
   static void product(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* b, int64_t ldb, int64_t m,
                       int64_t n, int64_t k, bool add) {
-    asm volatile("" : : : "memory");
+    amx_fence();
     for (int64_t i = 0; i < m; i += 32)
       for (int64_t j = 0; j < n; j += 32) {
         float* corner = c + i * ldc + j;
@@ -96,6 +87,7 @@ struct TileEngine {
         _tile_stored(2, corner + 16 * ldc, ldc * 4);
         _tile_stored(3, corner + 16 * ldc + 16, ldc * 4);
       }
+    amx_fence();
   }
 
   static void put_b(bf16* b, int64_t ldb, int64_t row, int64_t column, lanes first, lanes second) {

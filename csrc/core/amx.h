@@ -1,18 +1,10 @@
-// Products of bfloat16 tiles on Intel AMX: 16x32 times 32x16, accumulated in float. Used inside the avx512_bf16 build
-// where the CPU has AMX too (amx_ready()); the target attribute keeps its instructions out of everything else.
+// Products of bfloat16 tiles on Intel AMX: 16x32 times 32x16, accumulated in float. For the amx build alone.
 #pragma once
 
 #include <cstdint>
 
-namespace veneer {
-bool amx_ready();  // asks the system once for leave to use the tile registers
-}
-
-#if defined(__AVX512BF16__) && defined(__x86_64__) && defined(VENEER_BUILT_AMX)
-#define VENEER_AMX 1
+#if defined(__AMX_BF16__)
 #include <immintrin.h>
-
-#define VENEER_AMX_TARGET __attribute__((target("amx-tile,amx-bf16")))
 
 namespace veneer {
 namespace {
@@ -20,21 +12,30 @@ namespace {
 constexpr int64_t tile_rows = 16, tile_depth = 32;                // a tile holds 16 rows of 32 bf16, or 16 pairs x 16 x 2
 constexpr int64_t tile_elements = tile_rows * tile_depth;         // 1 KiB
 
-VENEER_AMX_TARGET inline void amx_begin() {
-  struct alignas(64) {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-  } config;
-  _tile_loadconfig(&config);
+// The tile intrinsics of some compilers do not say that they read or write memory: without this, stores made just before
+// may be moved past them, and loads just after before them.
+inline void amx_fence() { asm volatile("" : : : "memory"); }
+
+struct alignas(64) TileShape {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// All eight tiles of this thread become 16 rows of 64 bytes.
+inline void amx_begin() {
+  const TileShape shape;
+  asm volatile("" : : "r"(&shape) : "memory");
+  _tile_loadconfig(&shape);
 }
 
-VENEER_AMX_TARGET inline void amx_end() { _tile_release(); }
+inline void amx_end() { _tile_release(); }
 
 // c (2 x 2 tiles of 16 x 16 floats, one after the other) = sum over depth of a0|a1 (rows) times b0|b1 (columns). Tiles that
 // follow each other in depth are contiguous.
-VENEER_AMX_TARGET inline void amx_2x2(const uint16_t* a0, const uint16_t* a1, const uint16_t* b0, const uint16_t* b1,
+inline void amx_2x2(const uint16_t* a0, const uint16_t* a1, const uint16_t* b0, const uint16_t* b1,
                                       int64_t depth_tiles, float* c) {
+  amx_fence();
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -53,11 +54,13 @@ VENEER_AMX_TARGET inline void amx_2x2(const uint16_t* a0, const uint16_t* a1, co
   _tile_stored(1, c + 256, 64);
   _tile_stored(2, c + 512, 64);
   _tile_stored(3, c + 768, 64);
+  amx_fence();
 }
 
 // c (2 tiles of 16 x 16 floats) = a0|a1 (rows) times b0 (columns).
-VENEER_AMX_TARGET inline void amx_2x1(const uint16_t* a0, const uint16_t* a1, const uint16_t* b0, int64_t depth_tiles,
+inline void amx_2x1(const uint16_t* a0, const uint16_t* a1, const uint16_t* b0, int64_t depth_tiles,
                                       float* c) {
+  amx_fence();
   _tile_zero(0);
   _tile_zero(2);
   for (int64_t k = 0; k < depth_tiles; ++k) {
@@ -69,6 +72,7 @@ VENEER_AMX_TARGET inline void amx_2x1(const uint16_t* a0, const uint16_t* a1, co
   }
   _tile_stored(0, c, 64);
   _tile_stored(2, c + 256, 64);
+  amx_fence();
 }
 
 // ---- packing into tiles ---------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ bool usable(Isa isa) {
 #ifdef VENEER_BUILT_AMX
     case Isa::amx: {
       static const bool tiles = tiles_usable();
-      return usable(Isa::avx512_bf16) && tiles;
+      return usable(Isa::avx512_bf16) && __builtin_cpu_supports("avx512vbmi") && tiles;
     }
 #endif
     default: return false;

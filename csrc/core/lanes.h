@@ -43,6 +43,9 @@ inline void store_some(T* p, lanes x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = from_float<T>(x[i]);
 }
 
+inline lanes load(const fp16* p) { return load_some(p, width); }
+inline void store(fp16* p, lanes x) { store_some(p, x, width); }
+
 // f(lanes in..., ) over a row: load at every sixteenth column, the short end apart.
 template <class F>
 inline void each_sixteen(int64_t n, const F& f) {

@@ -2,7 +2,6 @@
 
 #include <new>
 
-#include "core/amx.h"
 #include "core/workspace.h"
 #include "four_bit/four_bit.h"
 
@@ -64,7 +63,7 @@ void bind_four_bit(nb::module_& m) {
                                       reinterpret_cast<void*>(out));
       },
       release());
-  m.def("four_bit_has_product", [] { return four_bit_kernels().multiply != nullptr && amx_ready(); });
+  m.def("four_bit_has_product", [] { return four_bit_kernels().multiply != nullptr; });
   m.def(
       "four_bit_multiply",
       [](uintptr_t packed, uintptr_t absmax, int64_t block_size, int quant_type, int64_t o, int64_t i, uintptr_t x,

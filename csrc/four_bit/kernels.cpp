@@ -70,7 +70,7 @@ void dequantize(const uint8_t* packed, const float* absmax, int64_t n, int64_t b
   }
 }
 
-#if defined(VENEER_AMX)
+#if defined(__AMX_BF16__)
 void product(const FourBitMatrix& w, const bf16* x, int64_t rows, bool transposed, bf16* out, void* scratch) {
   const uint16_t* from = reinterpret_cast<const uint16_t*>(x);
   uint16_t *to = reinterpret_cast<uint16_t*>(out), *tiles = static_cast<uint16_t*>(scratch);

@@ -5,7 +5,7 @@
 #include "core/parallel.h"
 #include "four_bit/codec.h"
 
-#if defined(VENEER_AMX)
+#if defined(__AMX_BF16__)
 
 namespace veneer {
 namespace {
@@ -93,7 +93,7 @@ inline void pack_columns(const uint16_t* x, int64_t rows, int64_t i, int64_t m0,
 }
 
 // out rows [m0, ...) of m_tiles tiles, columns of the 32 rows of W that `panel` holds.
-VENEER_AMX_TARGET inline void multiply_panel(const uint16_t* panel, const uint16_t* x_tiles, int64_t depth, int64_t m_tiles,
+inline void multiply_panel(const uint16_t* panel, const uint16_t* x_tiles, int64_t depth, int64_t m_tiles,
                                              uint16_t* out, int64_t rows, int64_t stride, int64_t width) {
   alignas(64) float c[4 * 256];
   const int64_t step = depth * tile_elements;
@@ -120,7 +120,7 @@ inline int64_t rows_at_once(int64_t depth_values) {
 }
 
 // scratch: x tiles, then one panel of 32 rows for each thread.
-VENEER_AMX_TARGET inline void multiply(const FourBitMatrix& w, const uint16_t* x, int64_t rows, uint16_t* out,
+inline void multiply(const FourBitMatrix& w, const uint16_t* x, int64_t rows, uint16_t* out,
                                        uint16_t* scratch) {
   const int64_t depth = round_up(w.i, tile_depth) / tile_depth, panels = (w.o + 31) / 32;
   const int64_t at_once = rows_at_once(w.i), step = depth * tile_elements;
@@ -128,7 +128,7 @@ VENEER_AMX_TARGET inline void multiply(const FourBitMatrix& w, const uint16_t* x
     const int64_t left = rows - m0 < at_once ? rows - m0 : at_once, m_tiles = (left + 15) / 16;
     pack_columns(x, rows, w.i, m0, m_tiles, scratch);
     const RowReader reader(w);
-    parallel_for_indexed(panels, [=, &w, &reader](int thread, int64_t begin, int64_t end) VENEER_AMX_TARGET {
+    parallel_for_indexed(panels, [=, &w, &reader](int thread, int64_t begin, int64_t end) {
       uint16_t* panel = scratch + (m_tiles + 2 * thread) * step;
       amx_begin();
       for (int64_t p = begin; p < end; ++p) {
@@ -167,7 +167,7 @@ inline void store_interleaved(const float* low, const float* high, uint16_t* out
   }
 }
 
-VENEER_AMX_TARGET inline void multiply_transposed(const FourBitMatrix& w, const uint16_t* y, int64_t rows, uint16_t* out,
+inline void multiply_transposed(const FourBitMatrix& w, const uint16_t* y, int64_t rows, uint16_t* out,
                                                   uint16_t* scratch) {
   const int64_t depth = round_up(w.o, tile_depth) / tile_depth, panels = (w.i + 31) / 32;
   const int64_t at_once = rows_at_once(w.o), step = depth * tile_elements;
@@ -175,13 +175,13 @@ VENEER_AMX_TARGET inline void multiply_transposed(const FourBitMatrix& w, const 
     const int64_t left = rows - m0 < at_once ? rows - m0 : at_once, m_tiles = (left + 15) / 16, m_pairs = (m_tiles + 1) / 2;
     pack_rows(y, rows, w.o, m0, m_pairs * 2, scratch);
     const RowReader reader(w);
-    parallel_for_indexed(panels, [=, &w, &reader](int thread, int64_t begin, int64_t end) VENEER_AMX_TARGET {
+    parallel_for_indexed(panels, [=, &w, &reader](int thread, int64_t begin, int64_t end) {
       uint16_t* panel = scratch + (m_pairs * 2 + 2 * thread) * step;
       alignas(64) float c[4 * 256];
       amx_begin();
       for (int64_t p = begin; p < end; ++p) {
         for (int64_t r = 0; r < depth * 32; r += 2) {
-          __m512i even, odd;
+          __m512i even{}, odd{};
           reader.read(r, p, p + 1, [&](int64_t, __m512i values) { even = values; });
           reader.read(r + 1, p, p + 1, [&](int64_t, __m512i values) { odd = values; });
           uint16_t* at = panel + (r / 32) * tile_elements + (r % 32) / 2 * 32;
