@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from veneer.cli import chat, combine, env, eval, fetch, generate, info, inspect, merge, merge_models, train
+from veneer.cli import chat, combine, env, eval, fetch, generate, info, inspect, intrinsic, merge, merge_models, train
 from veneer.errors import VeneerError
 
 USER_ERROR = 2
@@ -85,6 +85,7 @@ app.command("inspect")(inspect.inspect)
 app.command("eval")(eval.eval_)
 app.command("merge")(merge.merge)
 app.command("merge-models")(merge_models.merge_models)
+app.command("intrinsic")(intrinsic.intrinsic)
 app.command("env")(env.env)
 
 

@@ -1,0 +1,103 @@
+"""``veneer intrinsic``: how many dimensions a task takes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from veneer.cli import loading
+
+if TYPE_CHECKING:
+    from veneer.train.intrinsic import Curve
+
+
+def intrinsic(
+    model: loading.Model,
+    data: Annotated[Path, typer.Option("--data", "-d", show_default=False, help="Rows of prompt and completion.")],
+    output: Annotated[Path, typer.Option("--output", "-o", show_default=False, help="Folder for the curve.")],
+    dims: Annotated[str, typer.Option(help="Dimensions to try, with commas.")] = "10,30,100,300,1000",
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each point.")] = 100,
+    learning_rate: Annotated[float, typer.Option(help="The same for every dimension.")] = 1e-3,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows in a step.")] = 16,
+    held_out: Annotated[float, typer.Option(min=0.01, max=0.9, help="Share of rows to score on.")] = 0.3,
+    structure_aware: Annotated[
+        bool, typer.Option("--structure-aware", help="One dimension scales each layer.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the subspaces and of the order of rows.")] = 0,
+) -> None:
+    """Train in random subspaces of all weights and find d90: the fewest dimensions that reach 90% of full training.
+
+    The completions are labels; accuracy is how often the right one is the likeliest.
+
+    Example: [bold]veneer intrinsic smollm2-135m-instruct -d sst2.jsonl --dims 100,300,1000 -o runs/d90[/bold]
+    """
+    from veneer.train.intrinsic import Training, dimension_curve, draw_curve
+
+    training = Training(steps=steps, learning_rate=learning_rate, structure_aware=structure_aware, seed=seed)
+    dimensions = _dimensions(dims)
+    loaded = loading.load(model, dtype="float32")
+    batches, score = _task(loaded, data, batch_size, held_out, seed)
+    console = Console(stderr=True)
+
+    def tell(d: int | None, value: float) -> None:
+        console.print(f"d = {'all' if d is None else d}: {value:.1%}")
+
+    with loading.quiet():
+        curve = dimension_curve(loaded.model, batches, score, dimensions, training, tell)
+    output.mkdir(parents=True, exist_ok=True)
+    facts: dict[str, Any] = {"model": model, "data": str(data), "training": asdict(training), **asdict(curve)}
+    (output / "curve.json").write_text(json.dumps({**facts, "d90": curve.d90}, indent=2) + "\n", encoding="utf-8")
+    draw_curve(curve, output / "curve.png")
+    _show(curve, output)
+
+
+def _dimensions(dims: str) -> list[int]:
+    from veneer.errors import ConfigError
+
+    try:
+        return [int(d) for d in dims.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--dims {dims!r} must be whole numbers with commas between them") from error
+
+
+def _task(loaded: loading.Loaded, data: Path, batch_size: int, held_out: float, seed: int) -> tuple[list[Any], Any]:
+    """Batches to train on, and a function that scores a model on the rows held out."""
+    from veneer.train.collate import Collator
+    from veneer.train.data import RowReader, load_rows, split_off
+    from veneer.train.encode import Encoder, kind_of
+    from veneer.train.evaluate import label_accuracy
+    from veneer.train.questions import QuestionReader
+
+    rows, held = split_off(load_rows(data, RowReader()).shuffle(seed=seed), held_out, seed)
+    tokenizer = loaded.tokenizer
+    encoder = Encoder(tokenizer=tokenizer, kind=kind_of(rows.column_names, "text"), completion_only=True)
+    encoded = [encoder(row, number) for number, row in enumerate(rows)]
+    collate = Collator(pad_token_id=tokenizer.pad_token_id or 0)
+    batches = [collate(encoded[i : i + batch_size]) for i in range(0, len(encoded), batch_size)]
+    reader = QuestionReader(tokenizer=tokenizer)
+    questions = reader.read(held)
+    labels = sorted({question.answers[0].strip() for question in [*reader.read(rows), *questions]})
+    return batches, lambda model: label_accuracy(model, tokenizer, questions, labels).value
+
+
+def _show(curve: Curve, output: Path) -> None:
+    table = Table(box=box.SIMPLE)
+    table.add_column("d", justify="right")
+    table.add_column("accuracy", justify="right")
+    table.add_column("of full", justify="right")
+    rows = [
+        ("0", curve.before),
+        *((f"{d:,}", s) for d, s in curve.scores.items()),
+        (f"{curve.n_weights:,}", curve.full),
+    ]
+    for d, score in rows:
+        table.add_row(d, f"{score:.1%}", f"{score / curve.full:.0%}" if curve.full else "-")
+    Console().print(table)
+    typer.echo(f"d90: {'none of these' if curve.d90 is None else f'{curve.d90:,}'}; {output}/curve.json, curve.png")

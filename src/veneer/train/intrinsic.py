@@ -1,0 +1,165 @@
+"""Intrinsic dimension: how many numbers it takes to learn a task (Aghajanyan et al. 2021, arXiv:2012.13255)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from veneer.analyze.subspace import Subspace
+from veneer.errors import ConfigError, TrainingError
+from veneer.train.loss import token_loss
+
+Batch = Mapping[str, Tensor]
+SHARE = 0.9  # the paper's d90: nine tenths of what training all weights reaches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How each point is trained: Adam, ``steps`` batches in turn, a rate that falls linearly to zero."""
+
+    steps: int = 100
+    learning_rate: float = 1e-3
+    structure_aware: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not 0 < self.learning_rate < math.inf:
+            raise ConfigError(f"steps={self.steps} and learning_rate={self.learning_rate} must be above zero")
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Scores by d, of the model as it was, and after training all of its ``n_weights`` weights."""
+
+    scores: dict[int, float]
+    before: float
+    full: float
+    n_weights: int
+
+    @property
+    def d90(self) -> int | None:
+        """The smallest d that reaches nine tenths of the full score; None where none of them does."""
+        return min((d for d, score in self.scores.items() if score >= SHARE * self.full), default=None)
+
+
+class _Whole(nn.Module):
+    """All weights, each trained itself."""
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.names = list(weights)
+        self.values = nn.ParameterList(nn.Parameter(w.detach().clone()) for w in weights.values())
+
+    def weights(self) -> dict[str, Tensor]:
+        return dict(zip(self.names, self.values, strict=True))
+
+
+class _Loss(nn.Module):
+    """The mean loss of a batch as a module, so that its weights can be swapped."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Tensor:
+        found = token_loss(self.model, dict(batch))
+        return found.total / found.n_tokens.clamp_min(1)
+
+
+def dimension_curve(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    score: Callable[[Any], float],
+    dimensions: Sequence[int],
+    training: Training,
+    on_point: Callable[[int | None, float], None] = lambda d, score: None,
+) -> Curve:
+    """Train in random subspaces of several dimensions, and all weights, and score each; the model stays as it was.
+
+    ``score`` is called on the model with the trained weights in place. Raises ConfigError for dimensions that do not
+    fit the model, TrainingError where a loss is not finite.
+    """
+    start = {name: p.detach() for name, p in model.named_parameters()}
+    wanted = sorted(set(dimensions))
+    for d in wanted:
+        _space(start, d, training)  # what does not fit is told before anything is trained
+    before = score(model)
+    scores: dict[int, float] = {}
+    for d in wanted:
+        scores[d] = _scored(model, _space(start, d, training), batches, score, training)
+        on_point(d, scores[d])
+    full = _scored(model, _Whole(start), batches, score, training)
+    on_point(None, full)
+    return Curve(scores, before, full, sum(w.numel() for w in start.values()))
+
+
+def _scored(
+    model: nn.Module,
+    space: Subspace | _Whole,
+    batches: Sequence[Batch],
+    score: Callable[[Any], float],
+    training: Training,
+) -> float:
+    _train(model, space, batches, training)
+    with torch.no_grad(), _weights_in(model, space.weights()):
+        return score(model)
+
+
+def _space(start: Mapping[str, Tensor], d: int, training: Training) -> Subspace:
+    return Subspace(start, d, structure_aware=training.structure_aware, seed=training.seed)
+
+
+def _train(model: nn.Module, space: Subspace | _Whole, batches: Sequence[Batch], training: Training) -> None:
+    loss_of, was_training = _Loss(model), model.training
+    model.train()
+    optimizer = torch.optim.Adam([p for p in space.parameters() if p.requires_grad], lr=training.learning_rate)
+    for step in range(training.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = training.learning_rate * (1 - step / training.steps)
+        weights = {f"model.{name}": value for name, value in space.weights().items()}
+        loss = functional_call(loss_of, weights, (batches[step % len(batches)],))
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise TrainingError(f"the loss is {value} in step {step + 1}: choose a lower learning rate")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.train(was_training)
+
+
+@contextmanager
+def _weights_in(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside the block the model has these weights."""
+    own = {name: (p, p.data) for name, p in model.named_parameters()}
+    for name, (parameter, _) in own.items():
+        parameter.data = weights[name].detach()
+    try:
+        yield
+    finally:
+        for parameter, data in own.values():
+            parameter.data = data
+
+
+def draw_curve(curve: Curve, path: Path) -> None:
+    """The scores over d as a PNG, with the line that d90 has to reach."""
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.semilogx(list(curve.scores), list(curve.scores.values()), "o-", label="in a random subspace")
+    axes.axhline(curve.full, color="black", linewidth=1, label=f"all {curve.n_weights:,} weights")
+    axes.axhline(SHARE * curve.full, color="black", linewidth=1, linestyle="--", label="nine tenths of that")
+    axes.axhline(curve.before, color="gray", linewidth=1, linestyle=":", label="untrained")
+    axes.set_xlabel("dimension d of the subspace")
+    axes.set_ylabel("held-out accuracy")
+    axes.legend(frameon=False)
+    figure.savefig(path)
