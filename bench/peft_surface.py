@@ -1,0 +1,174 @@
+"""PEFT's public names, config fields and arguments beside veneer's: present, departs, or absent.
+
+``python bench/peft_surface.py > docs/peft.md`` (PEFT must be installed). A field is present if veneer's config
+takes PEFT's default for it. Each of PEFT's configs is also saved with its defaults and read by veneer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+
+import veneer
+from veneer.adapters.saving import Upload
+from veneer.errors import VeneerError
+from veneer.store.adapter import read_config
+from veneer.store.adapter_source import HubOptions
+
+CONFIGS = ("LoraConfig", "AdaLoraConfig", "IA3Config", "VeraConfig", "PrefixTuningConfig", "PromptTuningConfig")
+CONFIGS = (*CONFIGS, "PromptEncoderConfig")
+CALLS = ("get_peft_model", "inject_adapter_in_model", "get_peft_model_state_dict", "set_peft_model_state_dict")
+CALLS = (*CALLS, "prepare_model_for_kbit_training", "get_layer_status", "get_model_status")
+METHODS = (
+    "from_pretrained", "save_pretrained", "load_adapter", "add_adapter", "set_adapter", "delete_adapter",
+    "disable_adapter", "set_requires_grad", "add_weighted_adapter", "merge_adapter", "unmerge_adapter",
+    "merge_and_unload", "unload", "get_base_model", "get_layer_status", "get_model_status",
+    "get_nb_trainable_parameters", "print_trainable_parameters", "push_to_hub", "active_adapter", "active_adapters",
+    "peft_config", "generate", "forward", "create_or_update_model_card", "get_prompt", "get_prompt_embedding_to_save",
+    "supports_lora_conversion", "subtract_mutated_init",
+)  # fmt: skip
+EXTRA = ("self", "cls", "kwargs", "args")
+STATES = ("present", "departs", "absent")
+HUB = (*HubOptions.__dataclass_fields__, "low_cpu_mem_usage")
+UPLOAD = (*Upload.__dataclass_fields__, "repo_id")
+BY_KEYWORD = {"from_pretrained": HUB, "load_adapter": HUB, "save_pretrained": UPLOAD, "push_to_hub": UPLOAD}
+Row = tuple[str, str, str]
+
+
+def main() -> None:
+    """Print the page."""
+    print(f"# PEFT {peft.__version__} beside veneer\n")
+    print(
+        "Made by `bench/peft_surface.py`. *Departs* names what PEFT has there and veneer has not; unknown arguments and"
+    )
+    print("fields are errors, never ignored. Numbers and files are compared in the tests, not here.\n")
+    for title, found in {"Functions": functions(), "The adapted model": methods()}.items():
+        rows = list(dict.fromkeys(found))
+        print(f"## {title}: {counted(rows)}\n\n| PEFT | veneer | |\n| --- | --- | --- |")
+        for name, state, note in rows:
+            print(f"| `{name}` | {state} | {note} |")
+        print()
+    print(
+        "## Configs\n\nA field that is absent is read from a file where it has PEFT's default, and refused otherwise.\n"
+    )
+    print("| PEFT | its file with defaults | present | departs | absent |\n| --- | --- | --- | --- | --- |")
+    for config in CONFIGS:
+        print(f"| `{config}` | {read_back(config)} | {' | '.join(listed(fields(config)))} |")
+    print(f"\n## Other names: {counted(list(names()))}\n")
+    for state, found in zip(("Present", "Departs", "Absent"), listed(names()), strict=True):
+        if found:
+            print(f"{state}: {found}.\n")
+
+
+def counted(rows: list[Row]) -> str:
+    """How many rows are in which state."""
+    return ", ".join(f"{n} {state}" for state, n in Counter(row[1] for row in rows).most_common())
+
+
+def listed(rows: Iterable[Row]) -> list[str]:
+    """The names in each state."""
+    found = list(rows)
+    return [
+        ", ".join(f"`{name}`" + (f" ({note})" if note else "") for name, is_, note in found if is_ == state)
+        for state in STATES
+    ]
+
+
+def read_back(config: str) -> str:
+    """Whether veneer reads the file that PEFT writes for a config with its defaults."""
+    given = {"total_step": 100} if config == "AdaLoraConfig" else {}
+    given |= {"num_virtual_tokens": 3} if "Pr" in config else {}
+    with tempfile.TemporaryDirectory() as folder:
+        getattr(peft, config)(**given).save_pretrained(folder)
+        try:
+            read_config(Path(folder))
+        except VeneerError as error:
+            return f"refused: {error}"
+    return "read"
+
+
+def functions() -> Iterator[Row]:
+    """The functions that both should have."""
+    for name in CALLS:
+        yield compared(name, getattr(peft, name), getattr(veneer, name, None))
+
+
+def methods() -> Iterator[Row]:
+    """Methods and properties of ``PeftModel``, and those of LoRA models that it forwards to."""
+    for name in METHODS:
+        theirs = getattr(peft.PeftModel, name, None) or getattr(peft.LoraModel, name, None)
+        theirs = theirs or getattr(peft.tuners.tuners_utils.BaseTuner, name, None)
+        ours = getattr(veneer.PeftModel, name, None)
+        if ours is None and name in ("generate", "forward"):
+            yield name, "present", "the transformers model's own: the model stays that object"
+        elif theirs is not None:
+            yield compared(name, theirs, ours)
+
+
+def compared(name: str, theirs: Any, ours: Any) -> Row:
+    """Whether ours takes what theirs takes."""
+    if ours is None:
+        return name, "absent", ""
+    if not callable(theirs) or not callable(ours):
+        return name, "present", ""
+    taken = {*arguments(ours), *BY_KEYWORD.get(name, ())}
+    lacking = [arg for arg in arguments(theirs) if arg not in taken]
+    return name, *(
+        ("departs", "not taken: " + ", ".join(f"`{arg}`" for arg in lacking)) if lacking else ("present", "")
+    )
+
+
+def arguments(call: Callable[..., Any]) -> list[str]:
+    """The names of a call's arguments."""
+    return [name for name in inspect.signature(call).parameters if name not in EXTRA and not name.endswith("kwargs")]
+
+
+def fields(config: str) -> Iterator[Row]:
+    """Every field of a config of PEFT's, less those that PEFT fills in itself."""
+    for field in dataclasses.fields(getattr(peft, config)):
+        if field.name not in ("peft_type", "auto_mapping", "peft_version"):
+            yield field.name, *state_of(getattr(veneer, config), field)
+
+
+def state_of(ours: Any, field: dataclasses.Field[Any]) -> tuple[str, str]:
+    """Whether our config has a field, and takes PEFT's default."""
+    mine = {f.name: f for f in dataclasses.fields(ours)}.get(field.name)
+    if mine is None:
+        return "absent", ""
+    if default(mine) == default(field) or (empty(default(mine)) and empty(default(field))):
+        return "present", ""
+    try:
+        ours(**{field.name: default(field)})
+    except (VeneerError, TypeError):
+        return "departs", f"{default(field)!r}, the default, is refused alone"
+    return "present", f"default {default(mine)!r}, not {default(field)!r}"
+
+
+def empty(value: Any) -> bool:
+    """Whether a default says nothing."""
+    return value is None or value in ({}, [], ())
+
+
+def default(field: dataclasses.Field[Any]) -> Any:
+    """A field's default."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
+
+
+def names() -> Iterator[Row]:
+    """Everything that PEFT exports besides the above."""
+    for name in sorted(peft.__all__):
+        if name not in CALLS:
+            yield name, "present" if name in veneer.__all__ else "absent", ""
+
+
+if __name__ == "__main__":
+    main()
