@@ -18,6 +18,7 @@ from veneer.core.method import MethodConfig
 from veneer.errors import ConfigError
 from veneer.model.attach import DISK_PREFIX
 from veneer.model.inplace import InPlace, change_class, restore_class
+from veneer.model.mixed import mixed_batch
 from veneer.model.start import Start
 from veneer.model.state import AdapterState
 from veneer.store.adapter import SaveEmbeddings, read_config
@@ -62,6 +63,17 @@ class PeftModel(InPlace, nn.Module):
             raise
         adapted.set_adapter(adapter_name)
         return adapted
+
+    def __call__(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """The model's forward pass. ``adapter_names`` gives each row an adapter of its own, of any method.
+
+        Rows named ``"__base__"`` take none. Raises AdapterNameError for unknown names, ShapeError where there is not
+        one per row, CompositionError where rows of this model cannot differ so.
+        """
+        if adapter_names is None:
+            return super().__call__(*args, **kwargs)
+        with mixed_batch(self, self.adapter_state, adapter_names, (args, kwargs)):
+            return super().__call__(*args, **kwargs)
 
     @property
     def peft_config(self) -> Mapping[str, MethodConfig]:
@@ -283,6 +295,18 @@ class PeftModel(InPlace, nn.Module):
         return cast(PreTrainedModel, self)
 
 
+class GeneratingPeftModel(PeftModel):
+    """A `PeftModel` that generates."""
+
+    def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """transformers' ``generate``. ``adapter_names`` gives each prompt an adapter of its own, as in a forward."""
+        generate = cast(Any, super()).generate
+        if adapter_names is None:
+            return generate(*args, **kwargs)
+        with mixed_batch(self, self.adapter_state, adapter_names, (args, kwargs)):
+            return generate(*args, **kwargs)
+
+
 def get_peft_model(
     model: nn.Module,
     peft_config: MethodConfig,
@@ -314,7 +338,7 @@ def get_peft_model(
 def become_peft_model(model: nn.Module) -> PeftModel:
     """The model with `PeftModel` in front of its class and, if it was plain before, its parameters frozen."""
     if not isinstance(model, PeftModel):
-        change_class(model, PeftModel)
+        change_class(model, GeneratingPeftModel if hasattr(model, "generate") else PeftModel)
         adapted = cast(PeftModel, model)
         adapted.adapter_state = AdapterState()
         adapted._hf_peft_config_loaded = True

@@ -27,8 +27,3 @@ def unflatten_prefix(flat: Float[Tensor, "n width"], sites: Sequence[AttentionSi
 def prefix_width(sites: Sequence[AttentionSite]) -> int:
     """Numbers that one virtual token takes: ``Σ 2 kv_heads head_dim`` over the layers."""
     return sum(2 * site.kv_heads * site.head_dim for site in sites)
-
-
-def batched(x: Float[Tensor, "n heads dim"], n_rows: int) -> Float[Tensor, "rows heads n dim"]:
-    """One layer's keys or values as a cache holds them, the same for every row of the batch."""
-    return x.transpose(0, 1).expand(n_rows, -1, -1, -1)

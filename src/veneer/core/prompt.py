@@ -1,4 +1,4 @@
-"""What a PromptDelta means: rows in front of the embedded input."""
+"""What a PromptDelta means: virtual tokens in front of the embedded input."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from veneer.core.records import PromptDelta
 
-
-def replace_leading(delta: PromptDelta, embedded: Float[Tensor, "rows length d"]) -> Float[Tensor, "rows length d"]:
-    """``embedded`` with its first n positions replaced by the virtual tokens, in its dtype."""
-    n = delta.embeddings.shape[0]
-    tokens = delta.embeddings.to(embedded.dtype).expand(embedded.shape[0], -1, -1)
-    return torch.cat([tokens, embedded[:, n:]], dim=1)
+def replace_leading(
+    tokens: Float[Tensor, "*rows n d"], embedded: Float[Tensor, "rows length d"]
+) -> Float[Tensor, "rows length d"]:
+    """``embedded`` with its first n positions replaced by virtual tokens, the same for all rows or each row's own."""
+    rows = tokens.to(embedded.dtype).expand(embedded.shape[0], -1, -1)
+    return torch.cat([rows, embedded[:, tokens.shape[-2] :]], dim=1)
 
 
 def with_leading(x: Shaped[Tensor, "rows length"], n: int, value: float) -> Shaped[Tensor, "rows n_plus_length"]:

@@ -47,6 +47,14 @@ def apply_linear_rows(
     return (y if offset is None else y + offset).to(base.dtype)
 
 
+def leading_rows(
+    given: Sequence[Float[Tensor, "_ *shape"]], row_index: Int[Tensor, " rows"], n: int
+) -> Float[Tensor, "rows n *shape"]:
+    """Row by row one of ``given``, counted from 1, with zeros in front up to n along its first axis; 0 is all zeros."""
+    filled = [torch.cat([x.new_zeros(n - x.shape[0], *x.shape[1:]), x]) for x in given]
+    return torch.stack([torch.zeros_like(filled[0]), *filled])[row_index.to(filled[0].device)]
+
+
 def _per_row(vectors: Sequence[Tensor | None], row_index: Tensor, x: Tensor, neutral: float) -> Tensor | None:
     """The vector of each row's record, (rows, 1…, features), ``neutral`` where it has none; None where none has one."""
     given = [v for v in vectors if v is not None]

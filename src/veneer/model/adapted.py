@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 
+from veneer.errors import CompositionError
 from veneer.model.inplace import InPlace, change_class, mixin_of, restore_class
+from veneer.model.routing import BASE, Routing
 from veneer.model.state import AdapterState
 
 
@@ -26,12 +29,49 @@ class Adapted(InPlace, nn.Module):
     copies: nn.ModuleDict
     originals: dict[str, Tensor | None]
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        routing = self.adapter_state.routed()
+        names = () if routing is None else tuple(n for n in routing.adapters if n in self.copies)
+        if routing is None or not names:
+            return super().forward(*args, **kwargs)
+        return self.by_rows(routing, names, args, kwargs)
+
+    def by_rows(self, routing: Routing, names: Sequence[str], args: Any, kwargs: Any) -> Tensor:
+        """What the module gives for a mixed batch, computed for the rows of each of these adapters in turn.
+
+        Raises CompositionError where what goes in or comes out is not one tensor with the rows in front.
+        """
+        x = args[0] if args and isinstance(args[0], Tensor) else None
+        groups = [] if x is None else routing.groups(x.shape[0], names, self.site_name, x.device)
+        parts = []
+        for name, rows in groups:
+            with self.adapter_state.only(() if name == BASE else (name,)):
+                # not through __call__: the hooks are around all rows
+                parts.append(type(self).forward(self, cast(Tensor, x)[rows], *args[1:], **kwargs))
+        if x is None or not all(isinstance(part, Tensor) for part in parts):
+            raise CompositionError(
+                f"{self.site_name}, of which {list(names)} train copies, takes or gives more than one tensor: rows of "
+                "one batch cannot take different adapters there. Run the adapters one after another."
+            )
+        order = torch.cat([rows for _, rows in groups])
+        return torch.cat(parts)[order.argsort()]
+
     def effective(self, parameter: str, names: Sequence[str] | None = None) -> Tensor | None:
         """The module's own parameter, or the copy that one of the adapters (by default those acting) has of it.
 
         A copy may be kept wider than the base (float32 beside bfloat16); it is read in the base's dtype.
+
+        Raises CompositionError where the parameter is read for all rows while rows have copies of their own.
         """
         own = self._parameters.get(parameter)
+        routing = self.adapter_state.routed() if names is None else None
+        if routing is not None and any(
+            hasattr(self.copies[n], parameter) for n in routing.adapters if n in self.copies
+        ):
+            raise CompositionError(
+                f"{self.site_name}.{parameter} is read for all rows at once while adapters among "
+                f"{list(routing.adapters)} have copies of their own of it: run the adapters one after another"
+            )
         for name in self.adapter_state.acting() if names is None else names:
             copy = cast("Tensor | None", getattr(self.copies[name], parameter, None)) if name in self.copies else None
             if copy is not None:

@@ -18,6 +18,10 @@ class AdaptedEmbedding(AdaptedSite):
     """Mixed in front of an embedding's class. What the base returns is kept, with whatever else its forward does."""
 
     def forward(self, token_ids: Tensor) -> Tensor:
+        routing = self.adapter_state.routed()
+        held = [] if routing is None else [name for name in routing.adapters if self.holds(name)]
+        if routing is not None and held:
+            return self.by_rows(routing, held, (token_ids,), {})  # a look-up per row anyway: nothing is read twice
         looked_up = cast(Tensor, super().forward(token_ids))
         names = self.acting_here()
         if not names:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -13,8 +14,10 @@ from veneer.core.frozen import FrozenWeight
 from veneer.core.linear import apply_linear, apply_linear_sum, compose_linear, fold_linear
 from veneer.core.method import LinearMethod
 from veneer.core.records import LinearDelta
+from veneer.core.rows import apply_linear_rows
 from veneer.core.sites import LinearSite
 from veneer.model.adapted import Adapted, tensors_of
+from veneer.model.routing import Routing
 from veneer.quant.dense import DenseWeight
 
 
@@ -97,7 +100,8 @@ class AdaptedSite(Adapted):
         """Squared row norms of the weight, computed once. `forget` drops them where the weight changes."""
         cached = self.__dict__.get("_row_sq_cache")
         if cached is None or "weight" in type(self).swapped:
-            cached = self.__dict__["_row_sq_cache"] = wide(cast(FrozenWeight, self.site().weight)).square().sum(dim=1)
+            weight = cast(FrozenWeight, self.site(self.adapter_state.acting()).weight)
+            cached = self.__dict__["_row_sq_cache"] = wide(weight).square().sum(dim=1)
         return cast(Tensor, cached)
 
     def forget(self) -> None:
@@ -117,6 +121,9 @@ class AdaptedLinear(AdaptedSite):
     """Mixed in front of a linear layer's class: torch's Linear, GPT-2's Conv1D, or one with a ``frozen_format``."""
 
     def forward(self, x: Tensor) -> Tensor:
+        routing = self.adapter_state.routed()
+        if routing is not None:
+            return self._mixed(x, routing)
         names = self.acting_here()
         if not names:
             return self._own(x)
@@ -177,6 +184,35 @@ class AdaptedLinear(AdaptedSite):
         if merged is None:
             return cast(Tensor, super().forward(x))
         return apply_linear(LinearDelta(), x, DenseWeight(merged), self.effective("bias"))
+
+    def _mixed(self, x: Tensor, routing: Routing) -> Tensor:
+        """A mixed batch: one pass over the weight for all rows, unless rows have whole weights of their own."""
+        names = [name for name in routing.adapters if self.holds(name)]
+        if any(hasattr(self.copies[name], "weight") for name in names if name in self.copies):
+            return self.by_rows(routing, names, (x,), {})
+        if not names:
+            return self._own(x)
+        deltas = [LinearDelta(), *(self._record_with_bias(name) for name in names)]
+        index = routing.index(x.shape[0], names, self.site_name)
+        weight = cast(FrozenWeight, self.site(()).weight)
+        return apply_linear_rows(
+            deltas, index, x, weight, self._parameters.get("bias"), lowrank_input=self._dropped_rows(x, names, index)
+        )
+
+    def _record_with_bias(self, name: str) -> LinearDelta:
+        """The record of one adapter; a bias that it trains is in it."""
+        site = self.site((name,))
+        record = self.record(name, site) if name in self.adapters else LinearDelta()
+        return replace(record, bias=site.bias) if name in self.copies and record.bias is None else record
+
+    def _dropped_rows(self, x: Tensor, names: Sequence[str], index: Tensor) -> Tensor | None:
+        """The input of each row's A under its adapter's dropout; None where nothing is dropped."""
+        rates = [0.0, *(self.method(n).dropout if n in self.adapters else 0.0 for n in names)]
+        if not self.training or not any(rates):
+            return None
+        kept = (1 - torch.tensor(rates, device=x.device, dtype=x.dtype))[index.to(x.device)]
+        kept = kept.view(-1, *[1] * (x.dim() - 1))
+        return x * torch.bernoulli(kept.expand_as(x)) / kept
 
 
 def wide(weight: FrozenWeight) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -12,10 +12,10 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from veneer.core.method import PrefixMethod
-from veneer.core.prefix import batched
 from veneer.core.records import PrefixDelta
 from veneer.core.sites import AttentionSite
 from veneer.errors import TargetError
+from veneer.model.front import Front
 from veneer.model.start import Start
 from veneer.model.state import AdapterState
 from veneer.model.structure import evaluation, example_inputs
@@ -34,6 +34,8 @@ CHILD = "prefix_adapter"
 
 class PrefixAdapters(VirtualTokens):
     """The prefixes of a model by adapter name."""
+
+    runs_the_model = False
 
     def __init__(self, state: AdapterState, model: PreTrainedModel, sites: tuple[AttentionSite, ...]) -> None:
         super().__init__(state, model)
@@ -54,17 +56,19 @@ class PrefixAdapters(VirtualTokens):
     def stored(self, name: str, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return cast(PrefixMethod, self.method(name)).stored(self.sites, params)
 
-    def started(self, model: PreTrainedModel, given: Arguments, cache: Cache | None, name: str) -> Arguments:
-        refuse_packing(given, self.method(name))
+    def started(self, model: PreTrainedModel, given: Arguments, cache: Cache | None, front: Front) -> Arguments:
+        refuse_packing(given, self.method(front.names[0]))
         tokens = given.get("input_ids", given.get("inputs_embeds"))
         filled = self.empty_cache() if cache is None else cache
-        self.fill(model, filled, name, cast(Tensor, tokens).shape[0])
-        return given | {cast(str, self.cache_name): filled} | shifted(given, self.method(name).num_virtual_tokens)
+        self.fill(model, filled, front, cast(Tensor, tokens).shape[0])
+        return given | {cast(str, self.cache_name): filled} | shifted(given, front)
 
-    def fill(self, model: PreTrainedModel, cache: Cache, name: str, n_rows: int) -> None:
-        for site, record in zip(self.sites, self.records(name), strict=True):
-            put_prefix(cache, record, site.layer, n_rows, _compute_dtype(model.device.type, model.dtype))
-        setattr(cache, MARK, name)
+    def fill(self, model: PreTrainedModel, cache: Cache, front: Front, n_rows: int) -> None:
+        dtype = _compute_dtype(model.device.type, model.dtype)
+        each = [self.records(name) for name in front.names]
+        for site, records in zip(self.sites, zip(*each, strict=True), strict=True):
+            put_prefix(cache, site.layer, rows_of(front, records, n_rows), dtype)
+        setattr(cache, MARK, front.mark)
 
     def after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Where no cache was asked for, the one that brought the prefix in does not come back."""
@@ -88,15 +92,20 @@ class _Recomputed:
         self.holder, self.index, self.argument = holder, index, argument
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        name = self.holder.acting()
-        if name is None or kwargs.get(self.argument) is not None or self.index not in self.holder.layers:
+        front = self.holder.acting()
+        if front is None or kwargs.get(self.argument) is not None or self.index not in self.holder.layers:
             return None
         hidden = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
-        method, place = cast(PrefixMethod, self.holder.method(name)), self.holder.layers.index(self.index)
-        record = method.lower_one(self.holder.sites, self.holder.parameters_of(name), place)
+        records = [self.record(name) for name in front.names]
         cache = self.holder.empty_cache()
-        put_prefix(cache, record, self.index, hidden.shape[0], _compute_dtype(hidden.device.type, hidden.dtype))
+        rows = rows_of(front, records, hidden.shape[0])
+        put_prefix(cache, self.index, rows, _compute_dtype(hidden.device.type, hidden.dtype))
         return args, {**kwargs, self.argument: cache}
+
+    def record(self, name: str) -> PrefixDelta:
+        """What adapter ``name`` means in this layer alone."""
+        method, place = cast(PrefixMethod, self.holder.method(name)), self.holder.layers.index(self.index)
+        return method.lower_one(self.holder.sites, self.holder.parameters_of(name), place)
 
 
 def attach_prefix(
@@ -143,9 +152,15 @@ def attention_sites(model: PreTrainedModel) -> tuple[AttentionSite, ...]:
     return tuple(found)
 
 
-def put_prefix(cache: Cache, record: PrefixDelta, layer: int, n_rows: int, dtype: torch.dtype) -> None:
-    """Write one layer's prefix into a cache, the same for every row."""
-    cache.update(batched(record.k, n_rows).to(dtype), batched(record.v, n_rows).to(dtype), layer)
+def rows_of(front: Front, records: Sequence[PrefixDelta], n_rows: int) -> tuple[Tensor, Tensor]:
+    """One layer's keys and values for every row, (rows, n, kv_heads, head_dim), from one record for each adapter."""
+    return front.rows([r.k for r in records], n_rows), front.rows([r.v for r in records], n_rows)
+
+
+def put_prefix(cache: Cache, layer: int, rows: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
+    """Write one layer's prefix into a cache, which holds heads in front of positions."""
+    keys, values = (x.transpose(1, 2).to(dtype) for x in rows)
+    cache.update(keys, values, layer)
 
 
 def _compute_dtype(device: str, dtype: torch.dtype) -> torch.dtype:

@@ -18,9 +18,19 @@ from veneer.core.records import PromptDelta
 from veneer.core.sites import InputSite
 from veneer.errors import TargetError
 from veneer.methods.prompt import PromptTuningConfig
+from veneer.model.front import Front
 from veneer.model.start import Start
 from veneer.model.state import AdapterState
-from veneer.model.virtual_tokens import MARK, Arguments, VirtualTokens, inner_model, refuse_packing
+from veneer.model.virtual_tokens import (
+    MARK,
+    Arguments,
+    VirtualTokens,
+    inner_model,
+    refuse_packing,
+    shifted,
+    takes_positions,
+    with_positions,
+)
 
 CHILD = "prompt_adapter"
 PER_TOKEN = ("logits", "start_logits", "end_logits", "last_hidden_state", "hidden_states")
@@ -30,15 +40,18 @@ class PromptAdapters(VirtualTokens):
     """The prompts of a model by adapter name.
 
     The whole model, head included, sees the virtual positions (the last of them predicts the first token); what comes
-    back leaves them out. While a pass runs, ``outermost`` is the module that it began with, ``name`` the adapter in it,
+    back leaves them out. While a pass runs, ``outermost`` is the module that it began with, ``front`` what is in front,
     ``length`` that of its rows; ``to_embed`` is whether the embeddings are still to be replaced.
     """
+
+    runs_the_model = True
 
     def __init__(self, state: AdapterState, model: PreTrainedModel) -> None:
         super().__init__(state, model)
         self.site = input_site(model)
         self.outermost: nn.Module | None = None
-        self.name, self.length, self.to_embed, self.filling = "", 0, False, False
+        self.front: Front | None = None
+        self.length, self.to_embed, self.filling = 0, False, False
         inner = inner_model(model)
         if inner is not model:
             self.handles.append(model.register_forward_pre_hook(self.before_forward, with_kwargs=True))
@@ -49,6 +62,10 @@ class PromptAdapters(VirtualTokens):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "outermost": None}
+
+    def tokens(self, front: Front, n_rows: int) -> Tensor:
+        """The virtual tokens of every row, (rows, n, d)."""
+        return front.rows([self.record(name).embeddings for name in front.names], n_rows)
 
     def record(self, name: str) -> PromptDelta:
         """What adapter ``name`` means."""
@@ -62,70 +79,80 @@ class PromptAdapters(VirtualTokens):
             return None
         changed = super().before_forward(model, args, kwargs)
         if changed is not None:
-            self.outermost, self.name = model, cast(str, self.acting())
+            self.outermost, self.front = model, self.acting()
         return changed
 
-    def started(self, model: PreTrainedModel, given: Arguments, cache: Cache | None, name: str) -> Arguments:
-        refuse_packing(given, self.method(name))
-        n, changed = self.method(name).num_virtual_tokens, dict(given)
+    def started(self, model: PreTrainedModel, given: Arguments, cache: Cache | None, front: Front) -> Arguments:
+        refuse_packing(given, self.method(front.names[0]))
+        n, changed = front.width, dict(given)
         if "input_ids" in given:
             changed["input_ids"] = with_leading(given["input_ids"], n, _filler(model))
             self.to_embed, self.length = True, changed["input_ids"].shape[1]
         else:
             embedded = given["inputs_embeds"]
             room = embedded.new_zeros(embedded.shape[0], n, embedded.shape[2])
-            changed["inputs_embeds"] = replace_leading(self.record(name), torch.cat([room, embedded], dim=1))
+            changed["inputs_embeds"] = replace_leading(
+                self.tokens(front, embedded.shape[0]), torch.cat([room, embedded], dim=1)
+            )
             self.length = changed["inputs_embeds"].shape[1]
-        for key, value in (("attention_mask", 1), ("token_type_ids", 0), ("labels", -100)):
+        if "attention_mask" in given:
+            changed["attention_mask"] = shifted({"attention_mask": given["attention_mask"]}, front)["attention_mask"]
+        for key, value in (("token_type_ids", 0), ("labels", -100)):
             if key in given and given[key].ndim == 2 and given[key].shape[1] == self.length - n:
                 changed[key] = with_leading(given[key], n, value)
         if "position_ids" in given:
-            shifted, first = given["position_ids"] + n, torch.arange(n, device=given["position_ids"].device)
-            changed["position_ids"] = torch.cat([first.expand(*shifted.shape[:-1], n), shifted], dim=-1)
+            rest = front.shift(given["position_ids"])
+            first = front.positions(rest.shape[-2], rest.device)
+            changed["position_ids"] = torch.cat([first.expand(*rest.shape[:-1], n), rest], dim=-1)
         for key in ("start_positions", "end_positions"):
             if key in given:
                 changed[key] = given[key] + n
         if cache is not None:
-            setattr(cache, MARK, name)
+            setattr(cache, MARK, front.mark)
         return changed
 
     def after_embedding(self, module: nn.Module, args: Any, embedded: Tensor) -> Tensor | None:
         """The embedded input with the virtual tokens in their places; only once, where ids are looked up again."""
-        if not self.to_embed or embedded.shape[1] != self.length:
+        if not self.to_embed or self.front is None or embedded.shape[1] != self.length:
             return None
         self.to_embed = False
-        return replace_leading(self.record(self.name), embedded)
+        return replace_leading(self.tokens(self.front, embedded.shape[0]), embedded)
 
     def after_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
         """What the pass gives, without the virtual positions; called too where it fails."""
         if module is not self.outermost:
             return None
-        name, length, unread = self.name, self.length, self.to_embed
-        self.outermost, self.name, self.length, self.to_embed = None, "", 0, False
-        if output is None:  # the pass has failed
+        front, length, unread = self.front, self.length, self.to_embed
+        self.outermost, self.front, self.length, self.to_embed = None, None, 0, False
+        if output is None or front is None:  # the pass has failed
             return None
         if unread:
             raise TargetError(
                 f"{type(module).__name__} did not look its ids up in its embeddings: a prompt has no place in it"
             )
-        method = cast(PromptMethod, self.method(name))
-        n = 0 if method.keep_virtual_logits or not length else method.num_virtual_tokens
+        kept = any(cast(PromptMethod, self.method(name)).keep_virtual_logits for name in front.names)
+        n = 0 if kept or not length else front.width
         if not isinstance(output, ModelOutput):
             return _without_leading(output, n, length, n_axes=3)
         cache = output.get(self.cache_name) if self.cache_name else None
         if cache is not None:
-            setattr(cache, MARK, name)
+            setattr(cache, MARK, front.mark)
         for key in (key for key in PER_TOKEN if key in output):
             output[key] = _without_leading(output[key], n, length)
         return output
 
     @torch.no_grad()
-    def fill(self, model: PreTrainedModel, cache: Cache, name: str, n_rows: int) -> None:
+    def fill(self, model: PreTrainedModel, cache: Cache, front: Front, n_rows: int) -> None:
         """Run the virtual tokens alone through the model: what they leave in the cache does not depend on the rest."""
-        tokens = self.record(name).embeddings.to(model.dtype).expand(n_rows, -1, -1)
+        inner, places = inner_model(model), {}
+        if not front.is_even:
+            places["attention_mask"] = front.mask(n_rows, model.device).long()
+            if takes_positions(inner):
+                places["position_ids"] = front.positions(n_rows, model.device)
+        tokens = self.tokens(front, n_rows).to(model.dtype)
         self.filling = True
         try:
-            inner_model(model)(inputs_embeds=tokens, **{cast(str, self.cache_name): cache}, use_cache=True)
+            inner(inputs_embeds=tokens, **places, **{cast(str, self.cache_name): cache}, use_cache=True)
         finally:
             self.filling = False
 
@@ -138,26 +165,31 @@ class EncoderPromptAdapters(PromptAdapters):
         self.handles.append(reader(model).register_forward_pre_hook(self.before_encoder, with_kwargs=True))
 
     def before_forward(self, model: PreTrainedModel, args: Any, kwargs: Any) -> Any:
-        name = self.acting()
-        if name is None or self.outermost is not None:
+        front = self.acting()
+        if front is None or self.outermost is not None:
             return None
-        self.outermost, self.name, self.length = model, name, 0
+        self.outermost, self.front, self.length = model, front, 0
         given = self.named(model, args, kwargs)
+        if not front.is_even and "attention_mask" not in given and "input_ids" in given:
+            given["attention_mask"] = torch.ones_like(given["input_ids"])
         if "attention_mask" in given:
-            given["attention_mask"] = with_leading(given["attention_mask"], self.method(name).num_virtual_tokens, 1)
+            given |= shifted({"attention_mask": given["attention_mask"]}, front)
         return (), given
 
     def before_encoder(self, encoder: nn.Module, args: Any, kwargs: Any) -> Any:
         """The encoder's arguments with the virtual tokens in front; its mask may have them already."""
-        name = self.acting()
-        if name is None:
+        front = self.acting()
+        if front is None:
             return None
         given = self.named(cast(PreTrainedModel, encoder), args, kwargs)
-        tokens, mask = given.get("input_ids", given.get("inputs_embeds")), given.pop("attention_mask", None)
-        if mask is not None and mask.shape[1] == cast(Tensor, tokens).shape[1]:
-            mask = with_leading(mask, self.method(name).num_virtual_tokens, 1)
-        self.name = name
-        changed = self.started(cast(PreTrainedModel, encoder), given, None, name)
+        tokens = cast(Tensor, given.get("input_ids", given.get("inputs_embeds")))
+        mask = given.pop("attention_mask", None)
+        given = with_positions(cast(PreTrainedModel, encoder), given, front)
+        mask = given.pop("attention_mask", None) if mask is None else mask
+        if mask is not None and mask.shape[1] == tokens.shape[1]:
+            mask = shifted({"attention_mask": mask}, front)["attention_mask"]
+        self.front = front
+        changed = self.started(cast(PreTrainedModel, encoder), given, None, front)
         return (), changed if mask is None else changed | {"attention_mask": mask}
 
     def after_forward(self, module: nn.Module, args: Any, output: Any) -> Any:

@@ -14,6 +14,7 @@ from veneer.core.records import ResidualDelta
 from veneer.core.residual import residual_change
 from veneer.core.sites import ResidualSite
 from veneer.errors import TargetError
+from veneer.model.routing import BASE
 from veneer.model.start import Start
 from veneer.model.state import AdapterState
 from veneer.model.structure import Sublayer, sublayers
@@ -51,7 +52,10 @@ class ResidualAdapters(nn.Module):
         return cast(ResidualMethod, self.adapter_state.configs[name])
 
     def _acting(self) -> list[str]:
-        return [name for name in self.adapter_state.acting() if name in self.adapters]
+        """The adapters that act now, on all rows or on some."""
+        routing = self.adapter_state.routed()
+        names = self.adapter_state.acting() if routing is None else routing.adapters
+        return [name for name in names if name in self.adapters]
 
     def _keep_input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self._acting():
@@ -64,12 +68,24 @@ class ResidualAdapters(nn.Module):
             return None
         hidden = output[0] if isinstance(output, tuple) else output
         x, self._input = self._input, None
-        for name in names:
-            record = self.record(name)
-            change = residual_change(record, hidden if record.where == "serial" or x is None else x)
-            dropped = nn.functional.dropout(change, self._method(name).dropout, training=self.training)
-            hidden = hidden + dropped.to(hidden.dtype)
+        routing = self.adapter_state.routed()
+        if routing is None:
+            for name in names:
+                hidden = hidden + self._change(name, hidden, x)
+        else:
+            changes = torch.zeros_like(hidden)
+            for name, rows in routing.groups(hidden.shape[0], names, self.site.name, hidden.device):
+                if name != BASE:
+                    change = self._change(name, hidden[rows], None if x is None else x[rows])
+                    changes = changes.index_copy(0, rows, change)
+            hidden = hidden + changes
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    def _change(self, name: str, hidden: Tensor, x: Tensor | None) -> Tensor:
+        """What one bottleneck adds to a sub-layer's output ``hidden``, given the sub-layer's input."""
+        record = self.record(name)
+        change = residual_change(record, hidden if record.where == "serial" or x is None else x)
+        return nn.functional.dropout(change, self._method(name).dropout, training=self.training).to(hidden.dtype)
 
 
 def attach_residual(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch.utils.hooks import RemovableHandle
 
 from veneer.core.method import MethodConfig
+from veneer.model.routing import Routing
 
 
 @dataclass
@@ -16,7 +17,7 @@ class AdapterState:
     """``configs`` by name, the ``active`` names in order, whether all are ``disabled``, and the names ``merged``.
 
     ``untied``: merging made the input embeddings and the head differ, so that the config no longer ties them.
-    ``watch``: the hook that watches training steps.
+    ``watch``: the hook that watches training steps. ``routing``: which adapter each row takes, in a mixed batch.
     """
 
     configs: dict[str, MethodConfig] = field(default_factory=dict)
@@ -25,10 +26,15 @@ class AdapterState:
     merged: tuple[str, ...] = ()
     untied: bool = False
     watch: RemovableHandle | None = None
+    routing: Routing | None = None
 
     def acting(self) -> tuple[str, ...]:
-        """The names whose records change the forward pass now."""
-        return () if self.disabled or self.merged else self.active
+        """The names whose records change the forward pass now, on all rows alike; none in a mixed batch."""
+        return () if self.disabled or self.merged or self.routing else self.active
+
+    def routed(self) -> Routing | None:
+        """Which adapter each row takes now; None where all rows take the acting ones."""
+        return None if self.disabled else self.routing
 
     @contextmanager
     def base_alone(self) -> Iterator[None]:
@@ -38,3 +44,23 @@ class AdapterState:
             yield
         finally:
             self.disabled = before
+
+    @contextmanager
+    def route(self, routing: Routing | None) -> Iterator[None]:
+        """For a while each row takes the adapter that it names; None: all rows take the active ones."""
+        before, self.routing = self.routing, routing
+        try:
+            yield
+        finally:
+            self.routing = before
+
+    @contextmanager
+    def only(self, names: tuple[str, ...]) -> Iterator[None]:
+        """For a while these adapters act, on all rows alike."""
+        before = self.active
+        with self.route(None):
+            self.active = names
+            try:
+                yield
+            finally:
+                self.active = before

@@ -5,15 +5,16 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from veneer.core.method import VirtualTokenMethod
-from veneer.core.prompt import with_leading
 from veneer.errors import CompositionError, ConfigError
+from veneer.model.front import Front
+from veneer.model.routing import Routing
 from veneer.model.state import AdapterState
 
 CACHE_NAMES = ("cache", "past_key_values", "layer_past", "past_key_value")
@@ -35,9 +36,13 @@ def inner_model(model: PreTrainedModel) -> PreTrainedModel:
 class VirtualTokens(nn.Module):
     """The adapters of one kind by name, and the hooks that put them in front of every sequence.
 
+    ``runs_the_model``: whether filling a cache takes a pass through the model, which finds there what needs none.
+
     A child of the model, so that it moves and copies with it. The hook is on the inner model, without the head, so that
     those who call that directly (a chunked loss) get the same.
     """
+
+    runs_the_model: ClassVar[bool]
 
     def __init__(self, state: AdapterState, model: PreTrainedModel) -> None:
         super().__init__()
@@ -48,13 +53,14 @@ class VirtualTokens(nn.Module):
         self.handles = [inner.register_forward_pre_hook(self.before_forward, with_kwargs=True)]
         if hasattr(model, "_prepare_cache_for_generation"):
             # an attribute of this one object, in front of its class's; `remove` uncovers that again
-            model._prepare_cache_for_generation = functools.partial(self.prepare_generation, model)
+            model._prepare_cache_for_generation = functools.partial(prepare_generation, model)
 
     def remove(self, model: PreTrainedModel) -> None:
         """Take the hooks off."""
         for handle in self.handles:
             handle.remove()
-        model.__dict__.pop("_prepare_cache_for_generation", None)
+        if list(virtual_tokens(model).values()) == [self]:
+            model.__dict__.pop("_prepare_cache_for_generation", None)
 
     def parameters_of(self, name: str) -> dict[str, Tensor]:
         """The trained parameters of one adapter."""
@@ -77,74 +83,65 @@ class VirtualTokens(nn.Module):
         """The config of adapter ``name``."""
         return cast(VirtualTokenMethod, self.adapter_state.configs[name])
 
-    def acting(self) -> str | None:
-        """The adapter that acts now. Raises CompositionError where there are several."""
-        names = [name for name in self.adapter_state.acting() if name in self.adapters]
+    def acting(self) -> Front | None:
+        """What stands in front of the rows now. Raises CompositionError where several adapters act on one row."""
+        routing = self.adapter_state.routed()
+        acting = self.adapter_state.acting() if routing is None else routing.adapters
+        names = [name for name in acting if name in self.adapters]
+        counts = {name: self.method(name).num_virtual_tokens for name in names}
+        if routing is not None:
+            return Front(counts, routing) if names else None
         if len(names) > 1:
             raise CompositionError(
                 f"the adapters {names} all put virtual tokens in front of the sequence: activate one of them at a time"
             )
-        return names[0] if names else None
+        return Front(counts) if names else None
 
     def before_forward(self, model: PreTrainedModel, args: Any, kwargs: Any) -> Any:
         """The arguments of the model's forward pass, changed so that the virtual tokens are in front."""
-        name = self.acting()
-        if name is None:
+        front = self.acting()
+        if front is None:
             return None
         given = self.named(model, args, kwargs)
         cache = given.get(self.cache_name) if self.cache_name else None
         if cache is not None and cache.get_seq_length() > 0:
-            return (), self.continued(given, cache, name)
-        return (), self.started(model, given, cache, name)
+            return (), self.continued(model, given, cache, front)
+        return (), self.started(model, with_positions(model, given, front), cache, front)
 
-    def started(self, model: PreTrainedModel, given: Arguments, cache: Cache | None, name: str) -> Arguments:
+    def started(self, model: PreTrainedModel, given: Arguments, cache: Cache | None, front: Front) -> Arguments:
         """The arguments for a sequence that starts here."""
         raise NotImplementedError
 
-    def fill(self, model: PreTrainedModel, cache: Cache, name: str, n_rows: int) -> None:
+    def fill(self, model: PreTrainedModel, cache: Cache, front: Front, n_rows: int) -> None:
         """Put the virtual tokens into an empty cache."""
         raise NotImplementedError
 
-    def continued(self, given: Arguments, cache: Cache, name: str) -> Arguments:
+    def continued(self, model: PreTrainedModel, given: Arguments, cache: Cache, front: Front) -> Arguments:
         """The arguments for a sequence whose start is in the cache. What already counts the virtual tokens is kept."""
-        if getattr(cache, MARK, None) != name:
+        if getattr(cache, MARK, None) != front.mark:
             raise ConfigError(
-                f"the cache given was filled without the virtual tokens of adapter {name!r}: start from an empty cache"
+                f"the cache given was filled without the virtual tokens of {' and '.join(map(repr, front.names))}, or "
+                "with others: start from an empty cache"
             )
         mask = given.get("attention_mask")
         whole = _length(given) + cache.get_seq_length()
         counted = isinstance(mask, Tensor) and (mask.ndim > 2 or mask.shape[1] >= whole)
         if counted or isinstance(mask, dict):  # as generate() prepares it
             return given
-        return given | shifted(given, self.method(name).num_virtual_tokens)
-
-    def prepare_generation(
-        self, model: PreTrainedModel, generation_config: Any, model_kwargs: Arguments, *rest: Any
-    ) -> None:
-        """In place of transformers' own, before `generate` runs: its cache starts with the virtual tokens."""
-        mode, batch_size, max_cache_length = rest
-        name = self.acting()
-        n = self.method(name).num_virtual_tokens if name else 0
-        prepare = type(model)._prepare_cache_for_generation
-        in_cache = n if name and self.in_decoder(model) else 0
-        prepare(model, generation_config, model_kwargs, mode, batch_size, max_cache_length + in_cache)
-        cache = model_kwargs.get(self.cache_name or "")
-        if not in_cache or cache is None or name is None:
-            return
-        if cache.get_seq_length() > 0:
+        if not front.is_even and (mask is None or (takes_positions(model) and "position_ids" not in given)):
             raise ConfigError(
-                "generate() starts from an empty cache where virtual tokens are active: pass the whole text"
+                f"rows have different numbers of virtual tokens ({dict(front.counts)}): give attention_mask and "
+                "position_ids where a forward pass goes on from a cache, or use generate()"
             )
-        n_rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
-        self.fill(model, cache, name, n_rows)
-        setattr(cache, MARK, name)
-        mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
-        if mask is None:  # dropped by generate() because it was all ones
-            length = generation_config._mask_length
-            mask = torch.ones(n_rows, length, dtype=torch.long, device=model.device)
-        model_kwargs["attention_mask"] = with_leading(mask, n, 1)
+        return given | shifted(given, front)
+
+    def counted(self, front: Front, n_rows: int, model_kwargs: Arguments) -> None:
+        """Count what is in the cache in the mask and the positions with which `generate` starts."""
+        positions = model_kwargs.get("position_ids")
+        model_kwargs["attention_mask"] = _with_mask(model_kwargs["attention_mask"], front)
         if positions is not None:
-            model_kwargs["position_ids"] = positions + n
+            rows = positions.expand(n_rows, -1) if positions.shape[0] == 1 else positions
+            model_kwargs["position_ids"] = front.shift(rows)
 
     def in_decoder(self, model: PreTrainedModel) -> bool:
         """Whether the virtual tokens are in front of what is generated."""
@@ -174,14 +171,58 @@ def detach_virtual_tokens(model: PreTrainedModel, name: str) -> None:
             delattr(model, child)
 
 
-def shifted(given: Arguments, n: int) -> Arguments:
-    """Mask and positions with n virtual tokens counted in front of those given."""
+def prepare_generation(
+    model: PreTrainedModel, generation_config: Any, model_kwargs: Arguments, mode: Any, batch_size: int, length: int
+) -> None:
+    """In place of transformers' own, before `generate` runs: its cache starts with the virtual tokens."""
+    found = sorted(virtual_tokens(model).values(), key=lambda holder: holder.runs_the_model)
+    fronts = [(h, front) for h in found if h.in_decoder(model) and (front := h.acting())]
+    prepare = type(model)._prepare_cache_for_generation
+    width = sum(front.width for _, front in fronts)
+    prepare(model, generation_config, model_kwargs, mode, batch_size, length + width)
+    cache = model_kwargs.get(fronts[0][0].cache_name or "") if fronts else None
+    if cache is None:
+        return
+    if cache.get_seq_length() > 0:
+        raise ConfigError("generate() starts from an empty cache where virtual tokens are active: pass the whole text")
+    n_rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+    if model_kwargs.get("attention_mask") is None:  # dropped by generate() because it was all ones
+        ones = torch.ones(n_rows, generation_config._mask_length, dtype=torch.long, device=model.device)
+        model_kwargs["attention_mask"] = ones
+    for holder, front in fronts:
+        holder.fill(model, cache, front, n_rows)
+        setattr(cache, MARK, front.mark)
+    for holder, front in reversed(fronts):  # the last to be filled in stands right in front of the text
+        holder.counted(front, n_rows, model_kwargs)
+
+
+def with_positions(model: PreTrainedModel, given: Arguments, front: Front) -> Arguments:
+    """The arguments with the mask and positions written out where rows have different numbers of virtual tokens."""
+    if front.is_even:
+        return given
+    n_rows, length = cast(Tensor, given.get("input_ids", given.get("inputs_embeds"))).shape[:2]
+    written: Arguments = {"attention_mask": torch.ones(n_rows, length, dtype=torch.long, device=model.device)}
+    if takes_positions(model):
+        written["position_ids"] = torch.arange(length, device=model.device).expand(n_rows, -1)
+    return written | given
+
+
+def takes_positions(model: nn.Module) -> bool:
+    """Whether a model has to be told positions that do not follow from its mask (as OPT's do) or from distances."""
+    tables = (m for m in model.modules() if isinstance(m, nn.Embedding))
+    if any("attention_mask" in inspect.signature(table.forward).parameters for table in tables):
+        return False
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def shifted(given: Arguments, front: Front) -> Arguments:
+    """Mask and positions with the virtual tokens counted in front of those given."""
     changed: Arguments = {}
     mask, positions = given.get("attention_mask"), given.get("position_ids")
     if mask is not None:
-        changed["attention_mask"] = with_leading(mask, n, 1) if mask.ndim == 2 else _wider(mask, n)
+        changed["attention_mask"] = _with_mask(mask, front)
     if positions is not None:
-        changed["position_ids"] = positions + n
+        changed["position_ids"] = front.shift(positions)
     return changed
 
 
@@ -197,12 +238,58 @@ def refuse_packing(given: Arguments, method: VirtualTokenMethod) -> None:
         )
 
 
-def _wider(mask: Tensor, n: int) -> Tensor:
-    """A mask over (queries, keys) in which every query sees n more keys in front."""
-    seen = mask.new_ones((*mask.shape[:-1], n)) if mask.dtype == torch.bool else mask.new_zeros((*mask.shape[:-1], n))
-    return torch.cat([seen, mask], dim=-1)
+def _with_mask(mask: Tensor, front: Front) -> Tensor:
+    """A mask over (rows, keys) or (rows, heads, queries, keys) with the places in front, seen by all that may."""
+    seen = front.mask(mask.shape[0], mask.device)
+    if mask.ndim == 2:
+        return torch.cat([seen.to(mask.dtype), mask], dim=1)
+    if mask.dtype != torch.bool:  # what is added to the scores
+        seen = mask.new_zeros(seen.shape).masked_fill(~seen, torch.finfo(mask.dtype).min)
+    return torch.cat([seen[:, None, None].expand(*mask.shape[:-1], -1), mask], dim=-1)
 
 
 def _length(given: Arguments) -> int:
     tokens = given.get("input_ids", given.get("inputs_embeds"))
     return cast(Tensor, tokens).shape[1]
+
+
+def require_mixable(model: PreTrainedModel, routing: Routing) -> None:
+    """Raise CompositionError where rows of this model cannot have different virtual tokens in front."""
+    with next(iter(virtual_tokens(model).values())).adapter_state.route(routing):
+        fronts = [front for holder in virtual_tokens(model).values() if (front := holder.acting())]
+    uneven = [front for front in fronts if not front.is_even]
+    kept = [n for f in fronts for n in f.names if getattr(_config(model, n), "keep_virtual_logits", False)]
+    problems = (
+        [f"{kept} ask for keep_virtual_logits, and rows have different numbers of them"] if kept and uneven else []
+    )
+    if uneven and not _is_causal(model):
+        problems.append(f"{type(model).__name__} is no causal decoder and reads its result at the first position")
+    if uneven and _counts_by_itself(model):
+        problems.append(f"{type(model).__name__} counts positions itself and takes no position_ids")
+    if len(fronts) > 1 and getattr(model.config.get_text_config(), "sliding_window", None):
+        problems.append("prefixes and prompts together would stand at the wrong distance in a sliding window")
+    if problems:
+        counts = {name: n for front in fronts for name, n in front.counts.items()}
+        raise CompositionError(
+            f"rows with different virtual tokens in front ({counts}) do not go together: " + "; ".join(problems) + ". "
+            "Run them one after another."
+        )
+
+
+def _config(model: nn.Module, name: str) -> object:
+    return next(h.method(name) for h in virtual_tokens(model).values() if name in h.adapters)
+
+
+def _is_causal(model: PreTrainedModel) -> bool:
+    """Whether no position sees those after it, so that places in front of a row can be left out."""
+    if model.config.is_encoder_decoder or model.can_generate():
+        return True
+    return any(getattr(module, "is_causal", False) for module in model.modules())
+
+
+def _counts_by_itself(model: PreTrainedModel) -> bool:
+    reading = model.get_encoder() if model.config.is_encoder_decoder else inner_model(model)
+    if "position_ids" in inspect.signature(reading.forward).parameters:
+        return False
+    tables = [name for name, m in reading.named_modules() if isinstance(m, nn.Embedding)]
+    return any("position" in name.rpartition(".")[2] for name in tables)

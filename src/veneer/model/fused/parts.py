@@ -69,8 +69,10 @@ def epsilon_of(module: nn.Module) -> float | None:
 
 def norm_of(module: nn.Module, offset: float, dtype: torch.dtype) -> RmsNorm | None:
     """The norm as the kernels take it; None where it is trained, hooked, or kept in another dtype than x."""
+    if not is_plain(module) or isinstance(module, InPlace):  # reading a weight that rows have copies of raises
+        return None
     weight = cast(Tensor, module.weight)
-    if not is_plain(module) or isinstance(module, InPlace) or weight.requires_grad or weight.dtype != dtype:
+    if weight.requires_grad or weight.dtype != dtype:
         return None
     return RmsNorm(weight, cast(float, epsilon_of(module)), offset)
 
@@ -104,6 +106,9 @@ def projection_of(module: nn.Module, dtype: torch.dtype) -> Projection | None:
 
 def _delta_of(module: AdaptedLinear) -> LinearDelta | None:
     """The record that acts on an adapted layer, where it is nothing but a low-rank pair, or nothing at all."""
+    routing = module.adapter_state.routed()
+    if routing is not None:  # rows take adapters of their own: the kernels know one pair for all rows
+        return None if any(map(module.holds, routing.adapters)) else LinearDelta()
     names = module.acting_here()
     copied = any(name in module.copies for name in module.adapter_state.acting())
     if len(names) > 1 or copied or "merged_weight" in vars(module):

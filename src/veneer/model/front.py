@@ -1,0 +1,70 @@
+"""What stands in front of every row: the virtual tokens of one adapter, or those of the adapter that the row names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from veneer.core.rows import leading_rows
+from veneer.model.routing import Routing
+
+
+@dataclass(frozen=True)
+class Front:
+    """``counts`` are the virtual tokens of each adapter that acts; ``routing`` is None where one acts on all rows.
+
+    Every row has ``width`` places in front. Where its adapter has fewer virtual tokens, or none, they are the last of
+    these places, and the others are masked.
+    """
+
+    counts: Mapping[str, int]
+    routing: Routing | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters that act."""
+        return tuple(self.counts)
+
+    @property
+    def width(self) -> int:
+        """Places in front of every row."""
+        return max(self.counts.values())
+
+    @property
+    def mark(self) -> object:
+        """What a cache that starts with these virtual tokens is marked with."""
+        return self.names[0] if self.routing is None else self.routing
+
+    @property
+    def is_even(self) -> bool:
+        """Whether every row uses all places."""
+        return self.routing is None or all(self.counts.get(n, 0) == self.width for n in self.routing.names)
+
+    def used(self, n_rows: int, device: torch.device) -> Tensor:
+        """How many virtual tokens each row has, (rows, 1)."""
+        names = self.names * n_rows if self.routing is None else self.routing.rows(n_rows, "the model")
+        return torch.tensor([self.counts.get(name, 0) for name in names], device=device)[:, None]
+
+    def shift(self, positions: Tensor) -> Tensor:
+        """Positions (rows or 1, length) of tokens that have these in front."""
+        if self.routing is None:
+            return positions + self.width
+        return positions + self.used(max(positions.shape[-2], len(self.routing.names)), positions.device)
+
+    def mask(self, n_rows: int, device: torch.device) -> Tensor:
+        """Which places each row uses, (rows, width)."""
+        return torch.arange(self.width, device=device) >= self.width - self.used(n_rows, device)
+
+    def positions(self, n_rows: int, device: torch.device) -> Tensor:
+        """The positions of the places, (rows, width): 0 for the first virtual token of a row, and in front of it."""
+        first = self.width - self.used(n_rows, device)
+        return (torch.arange(self.width, device=device) - first).clamp_min(0)
+
+    def rows(self, given: Sequence[Tensor], n_rows: int) -> Tensor:
+        """What each row has in its places, (rows, width, …), from what the adapters in ``names`` have, (n, …)."""
+        if self.routing is None:
+            return given[0].expand(n_rows, *given[0].shape)
+        return leading_rows(given, self.routing.index(n_rows, self.names, "the model"), self.width)

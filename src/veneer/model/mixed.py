@@ -1,0 +1,90 @@
+"""A mixed batch on a model: every row takes the adapter that it names, for one forward pass or one generation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from veneer.errors import AdapterNameError, CompositionError, ConfigError, ShapeError
+from veneer.model.adapted import Adapted
+from veneer.model.routing import BASE, Routing
+from veneer.model.state import AdapterState
+from veneer.model.virtual_tokens import require_mixable, virtual_tokens
+
+_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
+
+
+@contextmanager
+def mixed_batch(
+    model: nn.Module, state: AdapterState, names: Sequence[str], inputs: tuple[Sequence[Any], Mapping[str, Any]]
+) -> Iterator[None]:
+    """Inside the block row n of the batch takes the adapter ``names[n]``; ``"__base__"`` takes none.
+
+    ``inputs`` are the arguments of the call. What is checkpointed inside is computed again with the same rows, also
+    after the block. Raises AdapterNameError, ConfigError, ShapeError and CompositionError where that cannot be.
+    """
+    routing = checked(model, state, names, inputs)
+    kept = {module: module._gradient_checkpointing_func for module in _checkpointing(model)}
+    for module, checkpoint in kept.items():
+        module._gradient_checkpointing_func = _routed(checkpoint, state, routing)
+    try:
+        with state.route(routing):
+            yield
+    finally:
+        for module, checkpoint in kept.items():
+            module._gradient_checkpointing_func = checkpoint
+
+
+def checked(
+    model: nn.Module, state: AdapterState, names: Sequence[str], inputs: tuple[Sequence[Any], Mapping[str, Any]]
+) -> Routing:
+    """The routing that these names mean."""
+    if isinstance(names, str) or not names:
+        raise ConfigError(f"adapter_names={names!r} must be a list with one adapter name for each row of the batch")
+    routing = Routing(tuple(names))
+    unknown = sorted({str(name) for name in routing.adapters if name not in state.configs})
+    if unknown:
+        raise AdapterNameError(
+            f"adapter_names holds {unknown}, which are not loaded; loaded: {sorted(state.configs)}, and {BASE!r} for "
+            "rows that no adapter changes"
+        )
+    if state.merged:
+        raise CompositionError(
+            f"{list(state.merged)} are merged into the weights, which all rows share: call unmerge_adapter() before "
+            "rows take adapters of their own"
+        )
+    args, kwargs = inputs
+    n_rows = next((x.shape[0] for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim > 1), len(names))
+    if n_rows != len(names):
+        raise ShapeError(f"adapter_names holds {len(names)} names for a batch of {n_rows} rows: give one for each row")
+    for path, module in model.named_modules():
+        if isinstance(module, Adapted) and _EXPERT.search(f"{path}.") and any(map(module.holds, routing.adapters)):
+            raise CompositionError(
+                f"{path} belongs to one of several experts, which see single tokens of any row: adapters there cannot "
+                "differ by row. Run the adapters one after another."
+            )
+    if virtual_tokens(model):
+        require_mixable(cast(PreTrainedModel, model), routing)
+    return routing
+
+
+def _checkpointing(model: nn.Module) -> list[Any]:
+    return [m for m in model.modules() if "_gradient_checkpointing_func" in vars(m)]
+
+
+def _routed(checkpoint: Callable[..., Any], state: AdapterState, routing: Routing) -> Callable[..., Any]:
+    """``checkpoint`` for functions that, whenever they run, run with these rows."""
+
+    def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def again(*inner: Any, **named: Any) -> Any:
+            with state.route(routing):
+                return function(*inner, **named)
+
+        return checkpoint(again, *args, **kwargs)
+
+    return run

@@ -1,0 +1,50 @@
+"""Mixed batches: which adapter each row of a batch takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from veneer.errors import ShapeError
+
+BASE = "__base__"  # PEFT's name for a row that no adapter changes
+
+
+@dataclass(frozen=True)
+class Routing:
+    """``names`` holds one adapter name, or ``"__base__"``, for each row of the batch."""
+
+    names: tuple[str, ...]
+
+    @cached_property
+    def adapters(self) -> tuple[str, ...]:
+        """The adapters that occur, each once."""
+        return tuple(name for name in dict.fromkeys(self.names) if name != BASE)
+
+    def rows(self, n_rows: int, what: str) -> tuple[str, ...]:
+        """The name for each of ``n_rows`` rows. Beam search and flattened tokens repeat every row k times in a row.
+
+        Raises ShapeError where ``what`` sees a number of rows that is no multiple of the batch.
+        """
+        times, left = divmod(n_rows, len(self.names))
+        if left or not times:
+            raise ShapeError(
+                f"{what} sees {n_rows} rows and adapter_names names {len(self.names)}: it does not see the rows of the "
+                "batch one by one, so that they cannot take different adapters there"
+            )
+        return tuple(name for name in self.names for _ in range(times))
+
+    def index(self, n_rows: int, known: Sequence[str], what: str) -> Tensor:
+        """For each row the place of its adapter in ``known``, counted from 1; 0 where it is not among them."""
+        places = {name: place for place, name in enumerate(known, start=1)}
+        return torch.tensor([places.get(name, 0) for name in self.rows(n_rows, what)])
+
+    def groups(self, n_rows: int, known: Sequence[str], what: str, device: torch.device) -> list[tuple[str, Tensor]]:
+        """The rows of each name in ``known``, and last, under ``"__base__"``, those of all others; none is empty."""
+        index = self.index(n_rows, known, what).to(device)
+        found = [(name, (index == place).nonzero().squeeze(1)) for place, name in enumerate((BASE, *known))]
+        return [(name, rows) for name, rows in (*found[1:], found[0]) if rows.numel()]
