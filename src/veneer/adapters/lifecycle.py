@@ -12,7 +12,7 @@ from veneer.adapters.training import let_gradients_through_checkpoints, require_
 from veneer.core.method import MethodConfig, VirtualTokenMethod
 from veneer.errors import AdapterNameError, CompositionError
 from veneer.model.adapted import Adapted, tensors_of
-from veneer.model.attach import adapted_modules, adapted_places, attach, detach
+from veneer.model.attach import adapted_modules, adapted_places, attach, check_name, detach
 from veneer.model.linear import AdaptedSite
 from veneer.model.start import Start
 from veneer.model.state import AdapterState
@@ -83,6 +83,19 @@ def delete(model: nn.Module, state: AdapterState, name: str) -> None:
     detach(model, state, name)
     if not state.active and state.configs:
         state.active = (next(iter(state.configs)),)
+
+
+def rename(model: nn.Module, state: AdapterState, old: str, new: str) -> None:
+    """Give an adapter another name, wherever it is held; its parameters stay the very ones that they were."""
+    require_known(state, (old,))
+    check_name(new, state)
+    for place in adapted_places(model).values():
+        for held in (place.adapters, place.copies) if isinstance(place, Adapted) else (place.adapters,):
+            if old in held:
+                held[new] = held.pop(old)
+    state.configs = {new if name == old else name: config for name, config in state.configs.items()}
+    state.active = tuple(new if name == old else name for name in state.active)
+    state.merged = tuple(new if name == old else name for name in state.merged)
 
 
 def set_requires_grad(model: nn.Module, names: tuple[str, ...], requires_grad: bool) -> None:

@@ -123,6 +123,10 @@ class PeftModel(InPlace, nn.Module):
         """Take an adapter off for good; if it was active, another takes its place. A merged one is refused."""
         lifecycle.delete(self, self.adapter_state, adapter_name)
 
+    def rename_adapter(self, old: str, new: str) -> None:
+        """Give an adapter another name; active or merged, it stays so. Raises AdapterNameError."""
+        lifecycle.rename(self, self.adapter_state, old, new)
+
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
         """Make the parameters of adapters trainable, or freeze them."""
         merging.require_known(self.adapter_state, _names(adapter_names))

@@ -428,3 +428,19 @@ def test_a_module_that_does_not_see_the_rows_is_refused():
     model = get_peft_model(model, LoraConfig(target_modules=["wpe"]))
     with pytest.raises(ShapeError, match=r"transformer\.wpe sees 1 rows and adapter_names names 2"):
         model(input_ids=batch(2)["input_ids"], adapter_names=["default", "__base__"])
+
+
+def test_a_renamed_adapter_is_the_same_adapter():
+    names, inputs = ["lora", "prefix", "bottleneck", "saved"], batch(4)
+    model = mixed_model(names)
+    model.set_adapter("lora")
+    want, held = model(**inputs, adapter_names=names).logits, {id(p) for p in model.parameters()}
+    for name in names:
+        model.rename_adapter(name, f"new-{name}")
+    assert model.active_adapter == "new-lora"
+    assert list(model.peft_config) == [f"new-{name}" for name in names]
+    assert torch.equal(model(**inputs, adapter_names=[f"new-{name}" for name in names]).logits, want)
+    assert {id(p) for p in model.parameters()} == held
+    for old, new, words in (("lora", "x", "no adapter is named 'lora'"), ("new-lora", "new-saved", "is there already")):
+        with pytest.raises(AdapterNameError, match=words):
+            model.rename_adapter(old, new)
