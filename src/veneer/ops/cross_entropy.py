@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class HeadOptions:
     softcap: float | None = None
     num_items: Tensor | float | None = None
     chunk_bytes: int = CHUNK_BYTES
+    count_hits: bool = False
     backend: str | None = None
 
 
@@ -57,8 +58,22 @@ def linear_cross_entropy(
             "Flatten the batch and shift the labels first."
         )
     tensor = weight if isinstance(weight, Tensor) else None
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, tensor, weight, labels, bias, options)  # type: ignore[no-untyped-call]
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, tensor, weight, labels, bias, options)[0]  # type: ignore[no-untyped-call]
     return loss
+
+
+def linear_cross_entropy_and_hits(
+    hidden: Float[Tensor, "n d"],
+    weight: Float[Tensor, "v d"] | FrozenWeight,
+    labels: Int[Tensor, " n"],
+    bias: Float[Tensor, " v"] | None = None,
+    options: HeadOptions = HeadOptions(),
+) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
+    """`linear_cross_entropy` with a frozen head, and how many of the counted rows have their label on top."""
+    weight = weight.detach() if isinstance(weight, Tensor) else weight
+    options = replace(options, count_hits=True)
+    loss, hits = _LinearCrossEntropy.apply(hidden, None, weight, labels, bias, options)  # type: ignore[no-untyped-call]
+    return loss, hits
 
 
 def softmax_cross_entropy(
@@ -90,21 +105,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         bias: Tensor | None,
         options: HeadOptions,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         rows = (labels != options.ignore_index).nonzero()[:, 0]
         whole = len(rows) == len(labels)
         counted = (hidden, labels) if whole else (hidden[rows], labels[rows])
         wanted = ctx.needs_input_grad[:2]
-        total, dhidden, dweight = _chunked(counted, weight, bias, options, wanted)
+        (total, hits), dhidden, dweight = _chunked(counted, weight, bias, options, wanted)
         n_items = len(rows) if options.num_items is None else options.num_items
         if dhidden is not None and not whole:
             dhidden = torch.zeros_like(hidden).index_copy_(0, rows, dhidden)
         ctx.grads = (dhidden, dweight)
         ctx.n_items = n_items
-        return total / n_items
+        ctx.mark_non_differentiable(hits)
+        return total / n_items, hits
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dloss: Tensor, dhits: Tensor) -> tuple[Tensor | None, ...]:
         factor = dloss / ctx.n_items
         dhidden, dweight = (None if g is None else g * factor.to(g.dtype) for g in ctx.grads)
         return dhidden, dweight, None, None, None, None
@@ -116,8 +132,8 @@ def _chunked(
     bias: Tensor | None,
     options: HeadOptions,
     wanted: tuple[bool, bool],
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The sum of the losses, and its gradients in hidden and weight where wanted."""
+) -> tuple[tuple[Tensor, Tensor], Tensor | None, Tensor | None]:
+    """The sum of the losses, how many rows have their label on top (where asked for), and the gradients of the sum."""
     hidden, labels = counted
     n, out_features = hidden.shape[0], weight.shape[0]
     wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -125,10 +141,12 @@ def _chunked(
     dweight = hidden.new_zeros(tuple(weight.shape), dtype=wide) if wanted[1] else None
     chunk = max(1, min(n, options.chunk_bytes // (out_features * hidden.element_size())))
     buffer = hidden.new_empty(chunk, out_features)
-    total = hidden.new_zeros((), dtype=wide)
+    total, hits = hidden.new_zeros((), dtype=wide), labels.new_zeros(())
     for start in range(0, n, chunk):
         rows = slice(start, min(n, start + chunk))
         logits = _logits(hidden[rows], weight, bias, buffer)
+        if options.count_hits:
+            hits += (logits.argmax(dim=-1) == labels[rows]).sum()
         total += softmax_cross_entropy(
             logits, labels[rows], options.softcap, write_grad=any(wanted), backend=options.backend
         ).sum()
@@ -136,7 +154,7 @@ def _chunked(
             _project_back(logits, weight, dhidden[rows])
         if dweight is not None:
             dweight += logits.T @ hidden[rows]
-    return total, dhidden, None if dweight is None else dweight.to(hidden.dtype)
+    return (total, hits), dhidden, None if dweight is None else dweight.to(hidden.dtype)
 
 
 def _logits(hidden: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None, buffer: Tensor) -> Tensor:

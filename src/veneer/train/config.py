@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import trl
@@ -14,7 +15,12 @@ from veneer.errors import ConfigError
 
 @dataclass
 class SFTConfig(trl.SFTConfig):  # type: ignore[misc]
-    """TRL's ``SFTConfig``. Raises ConfigError with all that does not go together."""
+    """TRL's ``SFTConfig``. Raises ConfigError with all that does not go together.
+
+    ``fused``: "auto" trains on veneer's kernels where the model fits them (`model.fused`), "off" never.
+    """
+
+    fused: Literal["auto", "off", False] = "auto"
 
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():
@@ -35,6 +41,10 @@ class SFTConfig(trl.SFTConfig):  # type: ignore[misc]
             problems.append(f"max_length={self.max_length} leaves nothing to predict: use 2 or more")
         if self.loss_type not in ("nll", "dft"):
             problems.append(f"loss_type={self.loss_type!r} must be 'nll' or 'dft'")
+        if self.fused is False:
+            self.fused = "off"  # what YAML makes of an unquoted off
+        if self.fused not in ("auto", "off"):
+            problems.append(f"fused={self.fused!r} must be 'auto' or 'off'")
         if problems:
             raise ConfigError("SFTConfig: " + "; ".join(problems))
 

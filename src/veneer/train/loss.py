@@ -12,6 +12,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from veneer.model.fused.decoder import fused_head
+from veneer.model.fused.head import Head, hidden_as_logits
+from veneer.ops.cross_entropy import HeadOptions, linear_cross_entropy_and_hits
 from veneer.train.encode import IGNORED
 
 
@@ -35,6 +38,9 @@ def token_loss(
     (Wu et al. 2025, arXiv:2508.05629, eq. 9).
     """
     labels: Tensor = inputs["labels"][:, 1:]
+    head = None if label_smoothing or weigh_by_probability or model_of(model) is not model else fused_head(model)
+    if head is not None:
+        return _loss_in_chunks(model, head, inputs)
     inputs = {key: value for key, value in inputs.items() if key != "labels"}
     kept = (labels != IGNORED).any(dim=0).nonzero().flatten()
     if _keeps_logits(cast(Hashable, type(model_of(model)))):
@@ -52,6 +58,20 @@ def token_loss(
         each = each * torch.exp(-each.detach())
     n_right = (scores.detach().argmax(dim=-1) == targets).logical_and(trained).sum()
     return TokenLoss(each.sum(), trained.sum(), n_right, aux)
+
+
+def _loss_in_chunks(model: nn.Module, head: Head, inputs: dict[str, Any]) -> TokenLoss:
+    """The same loss of a fused model, without the logits of all tokens in memory."""
+    labels: Tensor = inputs["labels"][:, 1:].flatten()
+    rest = {key: value for key, value in inputs.items() if key != "labels"}
+    with hidden_as_logits(model):
+        out = model(**rest, use_cache=False)
+    hidden = out.logits[:, :-1].flatten(0, 1)
+    dtype = head.weight.dtype if isinstance(head.weight, Tensor) else hidden.dtype
+    total, hits = linear_cross_entropy_and_hits(
+        hidden.to(dtype), head.weight, labels.to(hidden.device), head.bias, HeadOptions(num_items=1.0)
+    )
+    return TokenLoss(total, (labels != IGNORED).sum(), hits, getattr(out, "aux_loss", None))
 
 
 def model_of(model: nn.Module) -> nn.Module:

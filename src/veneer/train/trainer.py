@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -26,6 +26,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from veneer.adapters.peft_model import PeftModel, get_peft_model
 from veneer.core.method import MethodConfig
 from veneer.errors import ConfigError, TrainingError
+from veneer.model.fused.decoder import fused
 from veneer.train.collate import Collator
 from veneer.train.config import SFTConfig, as_sft_config
 from veneer.train.describe import describe_trained, require_trainable
@@ -126,8 +127,10 @@ class SFTTrainer(ResumableTrainer):
         if _reentrant(self.args):
             # Reentrant checkpointing gives no gradient to a block whose input needs none: all of them, under adapters.
             self.model.enable_input_require_grads()
+        fusing = fused(self.model) if self.args.fused == "auto" else nullcontext()
         try:
-            output = super().train(resume_from_checkpoint=self.resolve_resume(resume_from_checkpoint), **options)
+            with fusing:
+                output = super().train(resume_from_checkpoint=self.resolve_resume(resume_from_checkpoint), **options)
         finally:
             self._unwrap_forward()
         return TrainOutput(output.global_step, output.metrics["train_loss"], output.metrics)

@@ -5,7 +5,12 @@ import torch
 from torch.nn import functional
 
 from veneer.errors import ShapeError
-from veneer.ops.cross_entropy import HeadOptions, linear_cross_entropy, softmax_cross_entropy
+from veneer.ops.cross_entropy import (
+    HeadOptions,
+    linear_cross_entropy,
+    linear_cross_entropy_and_hits,
+    softmax_cross_entropy,
+)
 from veneer.quant.dense import DenseWeight
 
 OP = "cross_entropy.softmax_cross_entropy"
@@ -113,3 +118,16 @@ def test_shapes_that_do_not_fit():
         linear_cross_entropy(torch.zeros(2, 3, 5), torch.zeros(7, 5), torch.zeros(2, 3, dtype=torch.long))
     with pytest.raises(ShapeError, match="labels"):
         softmax_cross_entropy(torch.zeros(3, 5), torch.zeros(2, dtype=torch.long))
+
+
+@pytest.mark.parametrize("chunk_bytes", [211 * 4 * 5, 1 << 20])
+def test_hits_are_the_rows_whose_label_is_on_top(chunk_bytes):
+    hidden, weight, bias, labels = draw()
+    labels = torch.where(torch.arange(len(labels)) % 3 == 0, (hidden @ weight.T + bias).argmax(-1), labels)
+    counted = labels != -100
+    options = HeadOptions(chunk_bytes=chunk_bytes)
+    loss, hits = linear_cross_entropy_and_hits(hidden, weight, labels, bias, options)
+    expected = ((hidden @ weight.T + bias).argmax(-1) == labels)[counted].sum()
+    assert hits == expected
+    assert 0 < hits < counted.sum()
+    torch.testing.assert_close(loss, linear_cross_entropy(hidden, weight, labels, bias, options))

@@ -8,6 +8,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from veneer import LoraConfig, get_peft_model
 from veneer.errors import ConfigError, DataError, TrainingError
+from veneer.train import loss
 from veneer.train.config import SFTConfig
 from veneer.train.trainer import SFTTrainer
 
@@ -305,3 +306,37 @@ def test_streamed_data_cannot_be_packed(tmp_path, tokenizer, make_model):
 def test_unknown_columns(tmp_path, tokenizer, make_model):
     with pytest.raises(DataError, match=r"\['answer'\]"):
         trainer_of(make_model(), tokenizer, config(tmp_path), Dataset.from_list([{"answer": "a"}]))
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_fused_path_trains_as_the_general_one(tmp_path, tokenizer, make_model, packing, monkeypatch):
+    chunked = []
+    own = loss.linear_cross_entropy_and_hits
+    monkeypatch.setattr(loss, "linear_cross_entropy_and_hits", lambda *a: chunked.append(a) or own(*a))
+    runs = {}
+    for choice in ("auto", "off"):
+        keep = KeepGradients()
+        args = config(
+            tmp_path, fused=choice, packing=packing, max_length=60, per_device_train_batch_size=4,
+            train_sampling_strategy="sequential",
+        )  # fmt: skip
+        trainer = trainer_of(make_model("llama", "sdpa"), tokenizer, args, callbacks=[keep])
+        classes = [type(m) for m in trainer.model.modules()]
+        trainer.train()
+        assert [type(m) for m in trainer.model.modules()] == classes
+        runs[choice] = logged(trainer), logged(trainer, "mean_token_accuracy"), keep.kept
+        assert len(chunked) == 3  # each step of the fused run, none of the other
+    assert runs["auto"][0] == pytest.approx(runs["off"][0], rel=1e-5)
+    assert runs["auto"][1] == pytest.approx(runs["off"][1])
+    for ours, expected in zip(runs["auto"][2], runs["off"][2], strict=True):
+        for name, gradient in expected.items():
+            torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_an_unknown_choice_of_path_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="fused='fast' must be 'auto' or 'off'"):
+        config(tmp_path, fused="fast")
+
+
+def test_an_unquoted_off_in_yaml_means_off(tmp_path):
+    assert config(tmp_path, fused=False).fused == "off"

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from veneer.model.adapted import Adapted
 from veneer.model.fused.block import CACHES, BlockShape, FusedBlock, attention_of, block_shape, mlp_of
+from veneer.model.fused.head import Head, ends_with_head, head_of
 from veneer.model.fused.layout import LayoutMask, layout_mask
 from veneer.model.inplace import InPlace, change_class, restore_class
 from veneer.model.structure import evaluation
@@ -28,7 +29,12 @@ SPECIAL = (*CACHES, "token_type_ids", "output_attentions")
 
 
 class FusedDecoder(InPlace, nn.Module):
-    """Mixed in front of the class of the module that holds the blocks: it tells them which tokens see one another."""
+    """Mixed in front of the class of the module that holds the blocks: it tells them which tokens see one another.
+
+    ``ends_with_head``: the model's logits are what its head gives out, as it is.
+    """
+
+    ends_with_head: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         mask = self._layout(args, kwargs)
@@ -83,12 +89,19 @@ def unfuse(model: nn.Module) -> None:
         if isinstance(module, (FusedBlock, FusedDecoder)):
             restore_class(module)
             module.__dict__.pop("fused_shape", None)
+            module.__dict__.pop("ends_with_head", None)
         module.__dict__.pop("_fused_kind", None)
 
 
 def is_fused(model: nn.Module) -> bool:
     """Whether `fuse` took."""
     return any(isinstance(module, FusedDecoder) for module in model.modules())
+
+
+def fused_head(model: nn.Module) -> Head | None:
+    """The head, where a fused model's loss can be computed from hidden states; None elsewhere."""
+    decoder = getattr(model, "base_model", None)
+    return head_of(model) if isinstance(decoder, FusedDecoder) and decoder.ends_with_head else None
 
 
 @contextmanager
@@ -118,9 +131,11 @@ def _fuse(model: PreTrainedModel) -> str | None:
         change_class(block, FusedBlock)
         cast(FusedBlock, block).fused_shape = cast(BlockShape, shape)
     change_class(decoder, FusedDecoder)
+    cast(FusedDecoder, decoder).ends_with_head = False
     blocks = [cast(FusedBlock, block) for block in layers]
     with evaluation(model), _base_alone(model), torch.no_grad():
         error = _largest_error(model, blocks)
+        cast(FusedDecoder, decoder).ends_with_head = ends_with_head(model, torch.arange(3, device=model.device)[None])
     if all(block.fused_shape.attention is None and block.fused_shape.activation is None for block in blocks):
         return "every part of its blocks is hooked, trained, or computes in another dtype than the stream"
     tolerance = TOLERANCES.get(model.dtype, 1e-3)

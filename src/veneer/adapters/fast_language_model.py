@@ -1,0 +1,108 @@
+"""Unsloth's front door: a model and its tokenizer in one call, LoRA in another, trained on fused blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, Literal, cast
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from veneer.adapters.peft_model import PeftModel, get_peft_model
+from veneer.errors import ConfigError
+from veneer.methods.lora import LoraConfig
+from veneer.model.fused.decoder import fuse, unfuse
+from veneer.store.quantization import BitsAndBytesConfig
+from veneer.store.source import load_model, load_tokenizer
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class FastLanguageModel:
+    """Unsloth's names and defaults. What comes back goes into Trainer and TRL unchanged."""
+
+    @staticmethod
+    def from_pretrained(
+        model_name: str,
+        max_seq_length: int | None = None,
+        dtype: torch.dtype | str | None = None,
+        load_in_4bit: bool = True,
+        load_in_8bit: bool = False,
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """A base model and its tokenizer, which cuts at ``max_seq_length`` tokens (None: the model's own limit).
+
+        ``model_name`` is a folder, a fetched model, or a hub id; dtype None takes the dtype on disk.
+        Raises ConfigError.
+        """
+        if load_in_4bit and load_in_8bit:
+            raise ConfigError("load_in_4bit and load_in_8bit exclude each other: set one of them to False")
+        quantization = None
+        if load_in_4bit:
+            quantization = BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+            )
+        elif load_in_8bit:
+            quantization = BitsAndBytesConfig(load_in_8bit=True)
+        model = load_model(model_name, dtype="auto" if dtype is None else dtype, quantization=quantization)
+        tokenizer = load_tokenizer(model_name)
+        limit = int(model.config.get_text_config().max_position_embeddings)
+        if max_seq_length is not None and not 1 <= max_seq_length <= limit:
+            raise ConfigError(f"max_seq_length={max_seq_length} must lie between 1 and the model's {limit} positions")
+        tokenizer.model_max_length = max_seq_length or limit
+        return model, tokenizer
+
+    @staticmethod
+    def get_peft_model(
+        model: PreTrainedModel,
+        r: int = 16,
+        target_modules: Collection[str] | str = TARGETS,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        bias: Literal["none", "all", "lora_only"] = "none",
+        layers_to_transform: Collection[int] | None = None,
+        layers_pattern: str | None = None,
+        use_gradient_checkpointing: bool | Literal["unsloth"] = "unsloth",
+        random_state: int = 3407,
+        use_rslora: bool = False,
+        modules_to_save: Collection[str] | None = None,
+        init_lora_weights: bool | str = True,
+    ) -> PeftModel:
+        """LoRA on a model, drawn from ``random_state``, its blocks fused where they fit, ready to train.
+
+        ``use_gradient_checkpointing``: True or "unsloth" recomputes blocks in the backward pass.
+        """
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=r,
+            target_modules=target_modules,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            bias=bias,
+            layers_to_transform=layers_to_transform,
+            layers_pattern=layers_pattern,
+            use_rslora=use_rslora,
+            modules_to_save=modules_to_save,
+            init_lora_weights=init_lora_weights,
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(random_state)
+            adapted = get_peft_model(model, config)
+        if use_gradient_checkpointing:
+            own = cast(Any, adapted)  # transformers renames the switch in version 6
+            enable = getattr(own, "activation_checkpointing_enable", None) or own.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        return cast(PeftModel, FastLanguageModel.for_training(cast(PreTrainedModel, adapted)))
+
+    @staticmethod
+    def for_training(model: PreTrainedModel) -> PreTrainedModel:
+        """The model in training mode, fused where it fits."""
+        fuse(model)
+        model.train()
+        return model
+
+    @staticmethod
+    def for_inference(model: PreTrainedModel) -> PreTrainedModel:
+        """The model in evaluation mode, running its own code."""
+        unfuse(model)
+        model.eval()
+        return model

@@ -1,0 +1,72 @@
+"""The output head taken out of a forward pass, so that the loss is computed from hidden states, chunk by chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from veneer.core.frozen import FrozenWeight
+from veneer.model.fused.parts import is_plain
+from veneer.model.inplace import InPlace, change_class, restore_class
+from veneer.model.linear import frozen_weight
+from veneer.model.quant_linear import QuantLinear
+from veneer.quant.dense import DenseWeight
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A frozen head without an adapter: the layer's weight as W (v, d), and its bias."""
+
+    weight: Tensor | FrozenWeight
+    bias: Tensor | None
+
+
+class _Passing(InPlace, nn.Module):
+    """Mixed in front of the head's class for one forward pass: hidden states come out where logits would."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+
+def head_of(model: nn.Module) -> Head | None:
+    """The head of a model whose logits are its output as it is; None where it is adapted, trained, hooked, or more."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    if type(head) not in (nn.Linear, QuantLinear) or not is_plain(cast(nn.Module, head)):
+        return None
+    module = cast(Any, head)
+    weight, bias = frozen_weight(module), module.bias
+    if any(t is not None and t.requires_grad for t in (bias, getattr(weight, "tensor", None))):
+        return None
+    return Head(weight.tensor if isinstance(weight, DenseWeight) else weight, bias)
+
+
+@contextmanager
+def hidden_as_logits(model: nn.Module) -> Iterator[None]:
+    """For a while ``logits`` of the model's output are the hidden states in front of its head."""
+    head = cast(PreTrainedModel, model).get_output_embeddings()
+    change_class(head, _Passing)
+    try:
+        yield
+    finally:
+        restore_class(head)
+
+
+@torch.no_grad()
+def ends_with_head(model: PreTrainedModel, ids: Tensor) -> bool:
+    """Whether the logits are what the head gives out and nothing else: no cap, no scale."""
+    if head_of(model) is None:
+        return False
+    kept: list[Tensor] = []
+    with hidden_as_logits(model):
+        hook = cast(nn.Module, model.get_output_embeddings()).register_forward_hook(lambda m, a, y: kept.append(y))
+        try:
+            logits = model(input_ids=ids, use_cache=False).logits
+        finally:
+            hook.remove()
+    return len(kept) == 1 and kept[0].shape == logits.shape and bool((kept[0] == logits).all())
