@@ -13,7 +13,7 @@ help:
 	@echo "make check   lint, types, layers"
 	@echo "make format  rewrite the code in the house's format"
 
-$(VENV)/.ready: pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+$(VENV)/.ready: pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "veneer needs Python 3.11 or newer, this is " + sys.version.split()[0])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -37,4 +37,4 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build runs demo
+	rm -rf $(VENV) build

@@ -66,8 +66,9 @@ def add_weighted(
         acting = [(n, w) for n, w in zip(names, weights, strict=True) if n in layer.adapters]
         if acting:
             updates = [Update(layer.record(n), layer.site((n,)).weight) for n, _ in acting]
-            records[path], errors[path] = combine(updates, [w for _, w in acting], plan)
-            records[path] = replace(records[path], bias=_bias_offset(layer, updates, [w for _, w in acting]))
+            records[path], errors[path] = combine(updates, [w for _, w in acting], plan, path)
+            if records[path].rank:
+                records[path] = replace(records[path], bias=_bias_offset(layer, updates, [w for _, w in acting]))
     if not records:
         raise CompositionError(f"none of the adapters {list(names)} acts on linear layers: only such can be combined")
     config = config_of(records, shortest_names(module_index(model, embeddings=True), tuple(records)))
@@ -81,12 +82,12 @@ def add_weighted(
 
 
 def _bias_offset(layer: AdaptedSite, updates: Sequence[Update], weights: Sequence[float]) -> Tensor | None:
-    """``Σ w_i (bias_i - own)`` over low-rank parts that change the bias; a rescaled bias follows from the scale."""
+    """``Σ w_i (bias_i - own)`` over the parts that change the bias."""
     own = layer.site(()).bias
     changes = [
         w * (u.record.bias - (0 if own is None else own))
         for u, w in zip(updates, weights, strict=True)
-        if u.record.bias is not None and u.record.rank
+        if u.record.bias is not None
     ]
     return sum(changes[1:], changes[0]) if changes else None
 
@@ -112,7 +113,7 @@ def combine_folders(folders: Sequence[Path], weights: Sequence[float], plan: Com
     errors: dict[str, float] = {}
     for path in sites:
         acting = [(a.records[path], w) for a, w in zip(stored, weights, strict=True) if path in a.records]
-        records[path], errors[path] = combine([Update(r) for r, _ in acting], [w for _, w in acting], plan)
+        records[path], errors[path] = combine([Update(r) for r, _ in acting], [w for _, w in acting], plan, path)
         changes = [r.bias * w for r, w in acting if r.bias is not None]
         records[path] = replace(records[path], bias=sum(changes[1:], changes[0]) if changes else None)
     config = replace(config_of(records, tuple(records)), base_model_name_or_path=_common_base(stored))

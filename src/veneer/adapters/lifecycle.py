@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from torch import nn
@@ -10,13 +10,16 @@ from torch import nn
 from veneer.adapters.merging import require_known
 from veneer.adapters.training import let_gradients_through_checkpoints, require_something_to_train
 from veneer.core.method import MethodConfig, VirtualTokenMethod
-from veneer.errors import AdapterNameError, CompositionError
+from veneer.errors import AdapterNameError, CompositionError, ConfigError
 from veneer.model.adapted import Adapted, tensors_of
 from veneer.model.attach import adapted_modules, adapted_places, attach, check_name, detach
 from veneer.model.linear import AdaptedSite
 from veneer.model.start import Start
 from veneer.model.state import AdapterState
 from veneer.store.adapter import holds_network, load_weights
+
+# The settings under which the same tensors mean another update.
+_MEANING = ("lora_alpha", "alpha_pattern", "use_rslora", "use_dora", "feedforward_modules", "activation", "scaling")
 
 
 @dataclass(frozen=True)
@@ -48,14 +51,19 @@ def add(model: nn.Module, state: AdapterState, name: str, config: MethodConfig, 
 
 
 def load(model: nn.Module, state: AdapterState, folder: Path, name: str, options: Loading) -> None:
-    """Attach a saved adapter, or give the values of the files to the adapter that has this name already."""
+    """Attach a saved adapter, or give the values of the files to the adapter that has this name already.
+
+    Raises ConfigError where that one has other settings than the files.
+    """
+    _require_unmerged(state, f"load {name!r}")
     if name in state.configs:
+        _require_same_settings(state.configs[name], options.config, name)
         load_weights(model, state, name, folder)
+        set_requires_grad(model, (name,), options.is_trainable)
         return
     config = replace(options.config, inference_mode=not options.is_trainable)
     if isinstance(config, VirtualTokenMethod) and config.has_network and not holds_network(folder):
         config = config.plain()  # what the network made is on disk, not the network: it is trained directly from here
-    _require_unmerged(state, f"load {name!r}")
     attach(model, config, name, state, start=Start(values=False, widen=options.widen))
     try:
         load_weights(model, state, name, folder)
@@ -113,6 +121,22 @@ def remove_all(model: nn.Module, state: AdapterState) -> None:
         detach(model, state, name)
     if state.watch is not None:
         state.watch.remove()
+
+
+def _require_same_settings(own: MethodConfig, stored: MethodConfig, name: str) -> None:
+    """Raise ConfigError where the values of ``stored`` would mean something else under ``own``."""
+    if type(own) is not type(stored):
+        raise ConfigError(
+            f"adapter {name!r} is a {own.peft_type}, the files hold a {stored.peft_type}: load them by another name"
+        )
+    differ = [
+        spec.name
+        for spec in fields(own)
+        if spec.name in _MEANING and getattr(own, spec.name) != getattr(stored, spec.name)
+    ]
+    if differ:
+        given = ", ".join(f"{key}={getattr(stored, key)!r} instead of {getattr(own, key)!r}" for key in differ)
+        raise ConfigError(f"adapter {name!r} is there already and the files hold {given}: load them under another name")
 
 
 def _require_unmerged(state: AdapterState, what: str) -> None:

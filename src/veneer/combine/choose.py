@@ -11,8 +11,8 @@ from torch import Tensor
 
 from veneer.combine.factorwise import factorwise
 from veneer.combine.scales import combined_scales, only_scales
-from veneer.combine.sparsify import drop_and_rescale, largest
-from veneer.combine.ties import Divisor, Vote, elect_and_merge
+from veneer.combine.sparsify import draw_of, drop_and_rescale, largest
+from veneer.combine.ties import Vote, elect_and_merge
 from veneer.combine.truncate import truncate_dense, truncate_factors
 from veneer.combine.update import Update, concatenated
 from veneer.core.records import LinearDelta
@@ -39,13 +39,14 @@ class Combination:
     rank: int | None = None
     density: float | None = None
     vote: Vote = "total"
-    divisor: Divisor = "count"
     seed: int = 0
 
     def __post_init__(self) -> None:
         problems = []
         if self.how not in WAYS:
             problems.append(f"how={self.how!r} must be one of {list(WAYS)}")
+        if self.vote not in get_args(Vote):
+            problems.append(f"vote={self.vote!r} must be one of {list(get_args(Vote))}")
         if self.how in _SPARSE and self.density is None:
             problems.append(f"how={self.how!r} needs a density in (0, 1]")
         if self.how not in _SPARSE and self.density is not None:
@@ -61,11 +62,14 @@ class Combination:
             raise CompositionError("; ".join(problems))
 
 
-def combine(updates: Sequence[Update], weights: Sequence[float], plan: Combination) -> tuple[LinearDelta, float]:
+def combine(
+    updates: Sequence[Update], weights: Sequence[float], plan: Combination, name: str = ""
+) -> tuple[LinearDelta, float]:
     """One record that changes the layer as the plan says, and the relative Frobenius error that bringing it to a
     rank made.
 
-    Weights may be negative. Biases that records carry are left to the caller.
+    ``name`` of the layer gives DARE's draw there, so that layers of one shape are not thinned alike. Weights may be
+    negative. Biases that records carry are left to the caller.
     """
     if len(updates) != len(weights) or not updates:
         raise CompositionError(
@@ -82,7 +86,7 @@ def combine(updates: Sequence[Update], weights: Sequence[float], plan: Combinati
         )
     if plan.how in ("linear", "cat", "svd") and lowrank:
         return _exact_sum(updates, weights, plan)
-    return _bring_to_rank(_merged(updates, weights, plan), updates, plan)
+    return _bring_to_rank(_merged(updates, weights, plan, name), updates, plan)
 
 
 def _exact_sum(updates: Sequence[Update], weights: Sequence[float], plan: Combination) -> tuple[LinearDelta, float]:
@@ -91,17 +95,17 @@ def _exact_sum(updates: Sequence[Update], weights: Sequence[float], plan: Combin
     return (record, 0.0) if rank is None or rank >= record.rank else truncate_factors(record, rank)
 
 
-def _merged(updates: Sequence[Update], weights: Sequence[float], plan: Combination) -> Tensor:
+def _merged(updates: Sequence[Update], weights: Sequence[float], plan: Combination, name: str) -> Tensor:
     """The combined update as a matrix."""
     dense = [u.dense() for u in updates]
     density = plan.density or 1.0
     if plan.how in ("ties", "magnitude_prune"):
         dense = [largest(d, density) for d in dense]
     elif plan.how in ("dare_linear", "dare_ties"):
-        generator = torch.Generator().manual_seed(plan.seed)
+        generator = draw_of(plan.seed, name)
         dense = [drop_and_rescale(d, density, generator) for d in dense]
     if plan.how in ("ties", "dare_ties"):
-        return elect_and_merge(dense, weights, plan.vote, plan.divisor)
+        return elect_and_merge(dense, weights, plan.vote)
     return sum((w * d for w, d in zip(weights, dense, strict=True)), torch.zeros_like(dense[0]))
 
 

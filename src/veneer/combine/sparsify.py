@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -16,6 +18,11 @@ def largest(update: Float[Tensor, "*shape"], density: float) -> Float[Tensor, "*
     index = update.abs().flatten().topk(kept, sorted=False).indices
     flat[index] = update.flatten()[index]
     return flat.view_as(update)
+
+
+def draw_of(seed: int, name: str) -> torch.Generator:
+    """The random numbers of one layer or tensor, from the seed and its name."""
+    return torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ seed)
 
 
 def drop_and_rescale(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from veneer.combine.sparsify import draw_of
 from veneer.combine.task_vectors import TaskVectors, merge_task_vectors
 from veneer.errors import CompositionError, FormatError
 from veneer.export.model_folder import copy_companions, local_folder
@@ -70,7 +70,7 @@ def _combined(
         return base
     if not base.is_floating_point():
         raise FormatError(f"tensor {name!r} is {base.dtype} and differs between the models: combine dense weights")
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ plan.seed)
+    generator = draw_of(plan.seed, name)
     return merge_task_vectors(base, others, weights, plan, generator)
 
 

@@ -82,7 +82,7 @@ class IA3Config(LinearMethod):
         vector = params["ia3_l"].flatten()
         if self._scales_input(site):
             return LinearDelta(in_scale=vector)
-        return LinearDelta(out_scale=vector, bias=None if site.bias is None else site.bias * vector.to(site.bias.dtype))
+        return LinearDelta(out_scale=vector, bias=None if site.bias is None else site.bias * vector)
 
     def _scales_input(self, site: LinearSite) -> bool:
         patterns = self.default_feedforward if self.feedforward_modules is None else self.feedforward_modules

@@ -26,9 +26,10 @@ def write_atomically(path: Path, content: bytes) -> None:
 
     Raises FormatError where the content cannot be written.
     """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    temporary = Path(name)
+    temporary = None
     try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        temporary = Path(name)
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
@@ -36,8 +37,9 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
         raise FormatError(
             f"{path} could not be written ({error.strerror}); what was there before is untouched"
         ) from error
@@ -75,7 +77,7 @@ def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def _umask() -> int:
-    mask = os.umask(0)
+    mask = os.umask(0o077)  # while it is read, other threads make files that are too closed, not too open
     os.umask(mask)
     return mask
 

@@ -154,7 +154,7 @@ def label_accuracy(
     sums = [float(values.double().sum()) for values in found]
     rows = [sums[i : i + len(words)] for i in range(0, len(sums), len(words))]
     predictions = [words[row.index(max(row))].strip() for row in rows]
-    right = [p == q.answers[0].strip() for p, q in zip(predictions, questions, strict=True)]
+    right = [p in {answer.strip() for answer in q.answers} for p, q in zip(predictions, questions, strict=True)]
     return Accuracy.of(predictions, right)
 
 
@@ -195,7 +195,7 @@ def _folded(text: str) -> str:
 
 def _label_words(questions: Sequence[Question], labels: Sequence[str]) -> list[str]:
     """The labels as completions: with the white space in front that the data's own answers have."""
-    answers = {question.answers[0] for question in questions}
+    answers = {answer for question in questions for answer in question.answers}
     lead = min(answer[: len(answer) - len(answer.lstrip())] for answer in answers)
     plain = any(question.text is not None for question in questions) and not any(a != a.lstrip() for a in answers)
     lead = " " if plain and all(q.text is None or not q.text[-1:].isspace() for q in questions) else lead

@@ -7,7 +7,7 @@ from peft.utils.merge_utils import magnitude_prune as peft_magnitude_prune
 from peft.utils.merge_utils import ties as peft_ties
 
 from veneer.combine import Combination, combine
-from veneer.combine.sparsify import drop_and_rescale, largest
+from veneer.combine.sparsify import draw_of, drop_and_rescale, largest
 from veneer.combine.ties import elect_and_merge
 from veneer.combine.update import Update
 from veneer.core.linear import fold_linear
@@ -127,11 +127,34 @@ def test_sparse_ways_come_back_to_the_largest_rank(how):
     assert 0 < error < 1
 
 
-def test_dare_is_reproducible_by_its_seed():
-    plans = [Combination(how="dare_linear", density=0.5, seed=s) for s in (3, 3, 4)]
-    first, same, other = (matrix(combine(UPDATES, WEIGHTS, p)[0]) for p in plans)
-    torch.testing.assert_close(first, same)
-    assert not torch.allclose(first, other)
+def test_dare_is_reproducible_by_seed_and_layer():
+    def drawn(seed: int, name: str) -> torch.Tensor:
+        plan = Combination(how="dare_linear", density=0.5, seed=seed)
+        return matrix(combine(UPDATES, WEIGHTS, plan, name)[0])
+
+    first = drawn(3, "layers.0.q_proj")
+    torch.testing.assert_close(first, drawn(3, "layers.0.q_proj"))
+    assert not torch.allclose(first, drawn(4, "layers.0.q_proj"))
+    assert not torch.allclose(first, drawn(3, "layers.1.q_proj"))
+
+
+@pytest.mark.parametrize("vote", ["total", "frequency"])
+def test_the_sparse_ways_hold_what_their_operators_say(vote):
+    """At full rank nothing is lost, so the values can be compared."""
+    kept = [largest(d, 0.43) for d in DENSE]
+    thinned = [drop_and_rescale(d, 0.43, g) for g in [draw_of(5, "here")] for d in DENSE]
+    weighted = [sum(w * d for w, d in zip(WEIGHTS, parts, strict=True)) for parts in (kept, thinned)]
+    expected = {
+        "ties": elect_and_merge(kept, WEIGHTS, vote),
+        "dare_ties": elect_and_merge(thinned, WEIGHTS, vote),
+        "magnitude_prune": weighted[0],
+        "dare_linear": weighted[1],
+    }
+    for how, update in expected.items():
+        plan = Combination(how=how, density=0.43, rank=min(O, I), vote=vote, seed=5)
+        record, error = combine(UPDATES, WEIGHTS, plan, "here")
+        assert error == 0
+        torch.testing.assert_close(matrix(record), update)
 
 
 @pytest.mark.parametrize(
@@ -141,6 +164,7 @@ def test_dare_is_reproducible_by_its_seed():
         ({"how": "ties"}, "needs a density"),
         ({"how": "linear", "density": 0.5}, "has no meaning"),
         ({"how": "ties", "density": 1.5}, r"must lie in \(0, 1\]"),
+        ({"how": "ties", "density": 0.5, "vote": "loudest"}, "vote='loudest' must be one of"),
         ({"how": "cat", "rank": 3}, "sets it itself"),
         ({"how": "svd", "rank": 0}, "at least 1"),
     ],
