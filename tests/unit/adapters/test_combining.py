@@ -153,7 +153,7 @@ def test_values_are_not_loaded_into_an_adapter_of_other_settings(tmp_path):
     before = model(IDS).logits
     with pytest.raises(ConfigError, match=r"lora_alpha=5 instead of 7"):
         model.load_adapter(tmp_path / "plain", "plain")
+    get_peft_model(llama(), IA3Config()).save_pretrained(tmp_path / "ia3")
     with pytest.raises(ConfigError, match="is a LORA, the files hold a IA3"):
-        get_peft_model(llama(), IA3Config()).save_pretrained(tmp_path / "ia3")
         model.load_adapter(tmp_path / "ia3", "plain")
     torch.testing.assert_close(model(IDS).logits, before)
