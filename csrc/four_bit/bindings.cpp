@@ -34,6 +34,11 @@ FourBitMatrix matrix(uintptr_t packed, uintptr_t absmax, int64_t block_size, int
           shift, o, i};
 }
 
+bool is_few(int64_t rows, int64_t i, int64_t block_size, bool transposed) {
+  const int64_t most = four_bit_kernels().multiply != nullptr ? 2 : 4;  // from three rows on tiles are faster
+  return four_bit_kernels().multiply_few != nullptr && !transposed && rows > 0 && rows <= most && i % 64 == 0 && block_size >= 64;
+}
+
 }  // namespace
 
 const FourBitCode& four_bit_code(int quant_type) {
@@ -63,12 +68,19 @@ void bind_four_bit(nb::module_& m) {
                                       reinterpret_cast<void*>(out));
       },
       release());
-  m.def("four_bit_has_product", [] { return four_bit_kernels().multiply != nullptr; });
+  m.def("four_bit_has_product", [](int64_t rows, int64_t i, int64_t block_size, bool transposed) {
+    return four_bit_kernels().multiply != nullptr || is_few(rows, i, block_size, transposed);
+  });
   m.def(
       "four_bit_multiply",
       [](uintptr_t packed, uintptr_t absmax, int64_t block_size, int quant_type, int64_t o, int64_t i, uintptr_t x,
          int64_t rows, bool transposed, uintptr_t out) {
         const FourBitMatrix w = matrix(packed, absmax, block_size, quant_type, o, i);
+        if (is_few(rows, i, block_size, transposed)) {
+          void* split = workspace(rows * i * 2);
+          if (split == nullptr) throw std::bad_alloc();
+          return four_bit_kernels().multiply_few(w, reinterpret_cast<const bf16*>(x), rows, reinterpret_cast<bf16*>(out), split);
+        }
         void* scratch = workspace(four_bit_kernels().product_scratch(w, rows, transposed));
         if (scratch == nullptr) throw std::bad_alloc();
         four_bit_kernels().multiply(w, reinterpret_cast<const bf16*>(x), rows, transposed, reinterpret_cast<bf16*>(out),

@@ -1,5 +1,6 @@
 #include "core/parallel.h"
 #include "four_bit/codec.h"
+#include "four_bit/few.h"
 #include "four_bit/product.h"
 
 namespace veneer {
@@ -87,9 +88,15 @@ constexpr decltype(FourBitKernels::multiply) product = nullptr;
 constexpr decltype(FourBitKernels::product_scratch) scratch_size = nullptr;
 #endif
 
+#if defined(__AVX512BF16__)
+constexpr decltype(FourBitKernels::multiply_few) few = multiply_few;
+#else
+constexpr decltype(FourBitKernels::multiply_few) few = nullptr;
+#endif
+
 }  // namespace
 
-const FourBitKernels four_bit = {quantize, dequantize, product, scratch_size};
+const FourBitKernels four_bit = {quantize, dequantize, product, scratch_size, few};
 
 }  // namespace VENEER_ISA
 }  // namespace veneer

@@ -49,7 +49,7 @@ def matmul_4bit(
     absmax: Float32[Tensor, " blocks"],
     layout: FourBitLayout,
 ) -> Float[Tensor, "rows o"]:
-    if _has_product(x):
+    if _has_product(x, layout, False):
         return _multiply(x, packed, absmax, layout, False)
     return x @ dequantize_4bit(packed, absmax, layout, x.dtype).view(layout.shape).T
 
@@ -60,14 +60,16 @@ def matmul_t_4bit(
     absmax: Float32[Tensor, " blocks"],
     layout: FourBitLayout,
 ) -> Float[Tensor, "rows i"]:
-    if _has_product(dy):
+    if _has_product(dy, layout, True):
         return _multiply(dy, packed, absmax, layout, True)
     return dy @ dequantize_4bit(packed, absmax, layout, dy.dtype).view(layout.shape)
 
 
-def _has_product(x: Tensor) -> bool:
-    """Whether a kernel multiplies in this dtype; else the weight is decoded whole and torch multiplies."""
-    return x.dtype == torch.bfloat16 and bool(kernels().four_bit_has_product())
+def _has_product(x: Tensor, layout: FourBitLayout, transposed: bool) -> bool:
+    """Whether a kernel multiplies so many rows in this dtype; else the weight is decoded whole and torch multiplies."""
+    if x.dtype != torch.bfloat16:
+        return False
+    return bool(kernels().four_bit_has_product(len(x), layout.shape[1], layout.block_size, transposed))
 
 
 def _multiply(x: Tensor, packed: Tensor, absmax: Tensor, layout: FourBitLayout, transposed: bool) -> Tensor:
