@@ -43,7 +43,9 @@ def project(tmp_path: Path) -> Path:
     recipe = {
         "model": {"source": "base"},
         "adapter": {"method": "lora", "r": 3, "lora_alpha": 5},
-        "data": {"train": "rows.jsonl", "eval_fraction": 0.2, "prompt": "{question}", "completion": "{answer}"},
+        "data": {
+            "train": "rows.jsonl", "eval_fraction": 0.2, "prompt": "{question}", "completion": "{answer}", "chat": True,
+        },
         "training": {
             "max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 0.05, "logging_steps": 2,
             "eval_steps": 3, "save_steps": 3, "bf16": False, "disable_tqdm": True,
