@@ -53,13 +53,14 @@ def add(model: nn.Module, state: AdapterState, name: str, config: MethodConfig, 
 def load(model: nn.Module, state: AdapterState, folder: Path, name: str, options: Loading) -> None:
     """Attach a saved adapter, or give the values of the files to the adapter that has this name already.
 
-    Raises ConfigError where that one has other settings than the files.
+    That one trains on if it did. Raises ConfigError where it has other settings than the files.
     """
     _require_unmerged(state, f"load {name!r}")
     if name in state.configs:
-        _require_same_settings(state.configs[name], options.config, name)
+        _require_same_settings(state.configs[name].packed(), options.config, name)
         load_weights(model, state, name, folder)
-        set_requires_grad(model, (name,), options.is_trainable)
+        if options.is_trainable:
+            set_requires_grad(model, (name,), True)
         return
     config = replace(options.config, inference_mode=not options.is_trainable)
     if isinstance(config, VirtualTokenMethod) and config.has_network and not holds_network(folder):
