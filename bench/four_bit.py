@@ -1,6 +1,6 @@
 """4-bit kernels against bitsandbytes on the CPU, in one run: equality first, then A B A B, medians.
 
-python bench/kernels.py [--rows 1536] [--columns 576] [--repeats 15] [--threads 2]
+python bench/four_bit.py [--rows 1536] [--columns 576] [--repeats 15] [--threads 2]
 """
 
 from __future__ import annotations
