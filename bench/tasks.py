@@ -49,6 +49,7 @@ METHODS: dict[str, dict[str, object]] = {
     "ia3": {},
     "full": {},
 }
+LABELS = {"lora": (5, 4), "dora": (5, -12), "ia3": (5, 4), "full": (-12, 7)}  # in points from the dot; two lie close
 LEARNING_RATES = {"lora": 5e-4, "dora": 5e-4, "ia3": 1e-2, "full": 5e-5}
 
 
@@ -155,8 +156,11 @@ def draw(found: dict[str, dict[str, float]], names: Sequence[str], path: Path) -
         for method in METHODS:
             result = found[f"{name}/{method}"]
             panel.scatter(result["parameters"], result["value"], s=45, label=method)
-            panel.annotate(method, (result["parameters"], result["value"]), xytext=(5, 4), textcoords="offset points")
+            panel.annotate(
+                method, (result["parameters"], result["value"]), xytext=LABELS[method], textcoords="offset points"
+            )
         panel.set_xscale("log")
+        panel.margins(y=0.15)
         panel.set_xlim(1e4, 1e9)
         panel.set_title(TASKS[name].title, fontsize=9)
         panel.set_xlabel("trained parameters (dashed: the base)", fontsize=8)
