@@ -49,7 +49,7 @@ METHODS: dict[str, dict[str, object]] = {
     "ia3": {},
     "full": {},
 }
-LABELS = {"lora": (5, 4), "dora": (5, -12), "ia3": (5, 4), "full": (-12, 7)}  # in points from the dot; two lie close
+LABELS = {"lora": (6, -4), "dora": (-36, -4), "ia3": (5, 4), "full": (-12, 7)}  # in points from the dot; two lie close
 LEARNING_RATES = {"lora": 5e-4, "dora": 5e-4, "ia3": 1e-2, "full": 5e-5}
 
 
