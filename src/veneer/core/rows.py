@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -13,6 +14,20 @@ from veneer.core.linear import lowrank, scaled
 from veneer.core.records import LinearDelta
 from veneer.errors import ShapeError
 
+AddLowrank = Callable[[Tensor, Tensor, Sequence[LinearDelta], Tensor], Tensor]
+"""``(y, x, deltas, row_index)`` to y with ``scale B A x`` of each row's record added, in y's dtype or a wider one."""
+
+
+def add_lowrank(y: Tensor, x: Tensor, deltas: Sequence[LinearDelta], row_index: Tensor) -> Tensor:
+    """The low-rank parts one record after the other, each on its rows together."""
+    for index, delta in enumerate(deltas):
+        rows = (row_index == index).nonzero().squeeze(1)
+        if delta.a is not None and delta.b is not None and rows.numel():
+            part = lowrank(x[rows], delta.a, delta.b) * delta.scale
+            wide = torch.promote_types(y.dtype, part.dtype)
+            y = y.to(wide).index_add(0, rows, part.to(wide))
+    return y
+
 
 def apply_linear_rows(
     deltas: Sequence[LinearDelta],
@@ -22,29 +37,35 @@ def apply_linear_rows(
     bias: Float[Tensor, " o"] | None = None,
     *,
     lowrank_input: Float[Tensor, "rows *batch i"] | None = None,
+    add: AddLowrank = add_lowrank,
 ) -> Float[Tensor, "rows *batch o"]:
     """`core.linear.apply_linear` with record ``deltas[row_index[n]]`` on row n of x; ``LinearDelta()`` is the base.
 
-    The frozen weight is read once for all rows; the low-rank parts run once per record, on its rows together.
-    ``lowrank_input`` stands in for x in front of A alone, where dropout acts.
+    The frozen weight is read once for all rows; ``add`` adds the low-rank parts. ``lowrank_input`` stands in for x in
+    front of A alone, where dropout acts.
 
     Raises ShapeError where ``row_index`` has not one entry per row, or names no record.
     """
     row_index = _checked(row_index, len(deltas), x)
     in_scale = _per_row([d.in_scale for d in deltas], row_index, x, neutral=1.0)
     base_input = scaled(x, in_scale)
-    y = base = weight.matmul(base_input)
+    base = weight.matmul(base_input)
     source = base_input if lowrank_input is None else scaled(lowrank_input, in_scale)
-    for index, delta in enumerate(deltas):
-        rows = (row_index == index).nonzero().squeeze(1)
-        if delta.a is not None and delta.b is not None and rows.numel():
-            part = lowrank(source[rows], delta.a, delta.b) * delta.scale
-            wide = torch.promote_types(y.dtype, part.dtype)
-            y = y.to(wide).index_add(0, rows, part.to(wide))
+    y = add(base if bias is None and _only_lowrank(deltas) else _widened(base, deltas), source, deltas, row_index)
     out_scale = _per_row([d.out_scale for d in deltas], row_index, x, neutral=1.0)
     y = y if out_scale is None else y * out_scale
     offset = _per_row([bias if d.bias is None else d.bias for d in deltas], row_index, x, neutral=0.0)
     return (y if offset is None else y + offset).to(base.dtype)
+
+
+def _only_lowrank(deltas: Sequence[LinearDelta]) -> bool:
+    """Whether nothing follows the low-rank parts, so that they may be rounded as they are added."""
+    return all(d.out_scale is None and d.bias is None for d in deltas)
+
+
+def _widened(y: Tensor, deltas: Sequence[LinearDelta]) -> Tensor:
+    dtypes = [d.a.dtype for d in deltas if d.a is not None]
+    return y.to(functools.reduce(torch.promote_types, dtypes, y.dtype))
 
 
 def leading_rows(

@@ -17,6 +17,7 @@ from veneer.core.records import LinearDelta
 from veneer.core.rows import apply_linear_rows
 from veneer.core.sites import LinearSite
 from veneer.model.adapted import Adapted, tensors_of
+from veneer.model.grouped import add_grouped
 from veneer.model.routing import Routing
 from veneer.quant.dense import DenseWeight
 
@@ -195,9 +196,9 @@ class AdaptedLinear(AdaptedSite):
         deltas = [LinearDelta(), *(self._record_with_bias(name) for name in names)]
         index = routing.index(x.shape[0], names, self.site_name)
         weight = cast(FrozenWeight, self.site(()).weight)
-        return apply_linear_rows(
-            deltas, index, x, weight, self._parameters.get("bias"), lowrank_input=self._dropped_rows(x, names, index)
-        )
+        dropped = self._dropped_rows(x, names, index)
+        bias = self._parameters.get("bias")
+        return apply_linear_rows(deltas, index, x, weight, bias, lowrank_input=dropped, add=add_grouped)
 
     def _record_with_bias(self, name: str) -> LinearDelta:
         """The record of one adapter; a bias that it trains is in it."""

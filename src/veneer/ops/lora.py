@@ -12,12 +12,11 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from veneer.core.frozen import FrozenWeight
 from veneer.errors import ShapeError
-from veneer.ops.dispatch import implementation
 
 Weight = Float[Tensor, "o i"] | FrozenWeight
 
@@ -109,25 +108,6 @@ def lora_backward(
     return LoraGradients(dx, das, tuple(dbs))
 
 
-def grouped_lora(
-    x: Float[Tensor, "n i"],
-    a_list: Sequence[Float[Tensor, "_ i"]],
-    b_list: Sequence[Float[Tensor, "o _"]],
-    scales: Sequence[float],
-    row_to_adapter: Int[Tensor, " n"],
-    *,
-    backend: str | None = None,
-) -> Float[Tensor, "n o"]:
-    """``scale * B A x`` with each row's own adapter, ranks mixed (the SGMV of Chen et al. 2023, arXiv 2310.18547).
-
-    ``row_to_adapter`` indexes the lists; a row with -1 has no adapter and gets zeros. The gradient flows to x and to
-    every a and b; products are in x's dtype. Raises ShapeError where something does not fit.
-    """
-    _check_group(x, a_list, b_list, scales, row_to_adapter)
-    out: Tensor = _GroupedLora.apply(x, row_to_adapter, tuple(scales), backend, *a_list, *b_list)  # type: ignore[no-untyped-call]
-    return out
-
-
 class _LoraLinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, projections: tuple[Projection, ...], *pairs: Tensor | None) -> tuple[Tensor, ...]:
@@ -141,33 +121,6 @@ class _LoraLinears(torch.autograd.Function):
         x, u = ctx.saved_tensors
         grads = lora_backward(dys, x, u, ctx.projections, input_grad=ctx.needs_input_grad[0])
         return grads.x, None, *(g for pair in zip(grads.a, grads.b, strict=True) for g in pair)
-
-
-class _GroupedLora(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, row_to_adapter: Tensor, scales: tuple[float, ...], backend: str | None, *pairs: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(x, row_to_adapter, *pairs)
-        ctx.scales, ctx.backend = scales, backend
-        a_list, b_list = _pairs_in(pairs, x.dtype)
-        kernel = implementation("lora.grouped_forward", x.device, backend)
-        out: Tensor = kernel(x, a_list, b_list, scales, row_to_adapter)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, row_to_adapter, *pairs = ctx.saved_tensors
-        a_list, b_list = _pairs_in(pairs, x.dtype)
-        kernel = implementation("lora.grouped_backward", x.device, ctx.backend)
-        dx, das, dbs = kernel(dy, x, a_list, b_list, ctx.scales, row_to_adapter)
-        grads = (g.to(p.dtype) for g, p in zip((*das, *dbs), pairs, strict=True))
-        return dx, None, None, None, *grads
-
-
-def _pairs_in(pairs: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-    cast = [t.to(dtype) for t in pairs]
-    return cast[: len(cast) // 2], cast[len(cast) // 2 :]
 
 
 def _joined_a(projections: Sequence[Projection], dtype: torch.dtype) -> Tensor | None:
@@ -208,25 +161,3 @@ def _check(x: Tensor, projections: Sequence[Projection]) -> None:
                 problems.append(f"a and b of projection {index} are {tuple(p.a.shape)} and {tuple(p.b.shape)}")
     if problems or not projections:
         raise ShapeError(f"x has {x.shape[-1]} features: " + ("; ".join(problems) or "no projection was given"))
-
-
-def _check_group(
-    x: Tensor, a_list: Sequence[Tensor], b_list: Sequence[Tensor], scales: Sequence[float], row_to_adapter: Tensor
-) -> None:
-    if not len(a_list) == len(b_list) == len(scales) or not a_list:
-        raise ShapeError(
-            f"grouped_lora takes one a, b and scale per adapter, and at least one adapter; given {len(a_list)}, "
-            f"{len(b_list)} and {len(scales)}"
-        )
-    wrong = [
-        f"adapter {j}: a {tuple(a.shape)}, b {tuple(b.shape)}"
-        for j, (a, b) in enumerate(zip(a_list, b_list, strict=True))
-        if a.shape[1] != x.shape[1] or b.shape != (b_list[0].shape[0], a.shape[0])
-    ]
-    if wrong or row_to_adapter.shape != x.shape[:1]:
-        raise ShapeError(
-            f"x is {tuple(x.shape)} and row_to_adapter {tuple(row_to_adapter.shape)}; a (r, {x.shape[1]}) goes with "
-            f"b ({b_list[0].shape[0]}, r). " + "; ".join(wrong)
-        )
-    if len(row_to_adapter) and not (int(row_to_adapter.min()) >= -1 and int(row_to_adapter.max()) < len(a_list)):
-        raise ShapeError(f"row_to_adapter holds indices below -1 or above the {len(a_list)} adapters")

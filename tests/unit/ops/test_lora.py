@@ -6,10 +6,9 @@ import torch
 from veneer.core.linear import apply_linear
 from veneer.core.records import LinearDelta
 from veneer.errors import ShapeError
-from veneer.ops.lora import Projection, grouped_lora, lora_linear, lora_linears
+from veneer.ops.lora import Projection, lora_linear, lora_linears
 from veneer.quant.dense import DenseWeight
 
-OP = "lora.grouped_forward"
 DTYPES = [torch.float32, torch.bfloat16]
 OUTS, RANKS, SCALES = (31, 17, 23), (5, 0, 3), (1.7, 1.0, 0.3)  # the middle layer has no adapter
 
@@ -95,60 +94,3 @@ def test_projection_that_does_not_fit():
     ):
         with pytest.raises(ShapeError, match="x has 5 features"):
             lora_linears(x, wrong)
-
-
-def draw_group(dtype, ranks=(2, 7, 1, 4), n=19):
-    generator = torch.Generator().manual_seed(5)
-    x, dy = torch.randn(n, 29, generator=generator), torch.randn(n, 31, generator=generator)
-    a_list = [torch.randn(r, 29, generator=generator) for r in ranks]
-    b_list = [torch.randn(31, r, generator=generator) for r in ranks]
-    rows = torch.randint(-1, len(ranks) - 1, (n,), generator=generator)  # nobody asks for the last adapter
-    cast = [[t.to(dtype) for t in ts] for ts in (a_list, b_list)]
-    return x.to(dtype), *cast, [0.3 + j for j in range(len(ranks))], rows, dy.to(dtype)
-
-
-def row_by_row(x, a_list, b_list, scales, rows):
-    zero = x.new_zeros(b_list[0].shape[0])
-    return torch.stack([zero if j < 0 else scales[j] * (b_list[j] @ (a_list[j] @ x[i])) for i, j in enumerate(rows)])
-
-
-def group_results(function, group, dtype):
-    x, a_list, b_list, scales, rows, dy = group
-    leaves = [t.to(dtype).requires_grad_() for t in (x, *a_list, *b_list)]
-    n = len(a_list)
-    y = function(leaves[0], leaves[1 : n + 1], leaves[n + 1 :], scales, rows)
-    return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(dtype), materialize_grads=True)]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n", [1, 19, 83])
-def test_rows_with_their_own_adapters(n, dtype, backend):
-    group = draw_group(dtype, n=n)
-    ours = group_results(lambda *g: grouped_lora(*g, backend=backend), group, dtype)
-    plain = group_results(row_by_row, group, dtype)
-    exact = group_results(row_by_row, group, torch.float64)
-    for index, (got, theirs, truth) in enumerate(zip(ours, plain, exact, strict=True)):
-        allowed = 2 * (theirs.double() - truth).abs().max() + 2e-6 * truth.abs().max()
-        assert (got.double() - truth).abs().max() <= allowed, index
-
-
-def test_group_gradcheck(backend):
-    x, a_list, b_list, scales, rows, _ = draw_group(torch.float64, ranks=(2, 3), n=4)
-    leaves = [t.requires_grad_() for t in (x, *a_list, *b_list)]
-    assert torch.autograd.gradcheck(
-        lambda x, a0, a1, b0, b1: grouped_lora(x, [a0, a1], [b0, b1], scales, rows, backend=backend), leaves
-    )
-
-
-@pytest.mark.usefixtures("own_checks")
-def test_group_that_does_not_fit():
-    x, a, b, rows = torch.zeros(3, 5), torch.zeros(2, 5), torch.zeros(7, 2), torch.zeros(3, dtype=torch.long)
-    for args, message in (
-        (([], [], [], rows), "at least one adapter"),
-        (([a], [b, b], [1.0], rows), "given 1, 2 and 1"),
-        (([a, a[:1]], [b, b], [1.0, 2.0], rows), "adapter 1"),
-        (([a], [b], [1.0], rows[:2]), "row_to_adapter"),
-        (([a], [b], [1.0], rows + 1), "above the 1 adapters"),
-    ):
-        with pytest.raises(ShapeError, match=message):
-            grouped_lora(x, *args)
