@@ -93,6 +93,9 @@ def eval_(
     chat: Annotated[
         bool, typer.Option("--chat", help="Ask prompts as turns of a chat, as data.chat does in a recipe.")
     ] = False,
+    system: Annotated[
+        str | None, typer.Option(show_default=False, help="A system message before each chat, as data.system.")
+    ] = None,
     whole_rows: Annotated[
         bool | None, typer.Option("--whole-rows", show_default=False, help="perplexity: of prompts too.")
     ] = None,
@@ -122,7 +125,7 @@ def eval_(
         whole_rows=whole_rows,
     )
     run = _Run(metric, options, data, limit, batch_size)
-    run.read_as_trained(chat)
+    run.read_as_trained(chat, system)
     run.check(predictions)
     loaded = loading.load(model, adapter, four_bit=load_in_4bit, dtype=dtype)
     started = time.perf_counter()
@@ -145,15 +148,16 @@ class _Run:
         self.rows: Sequence[Mapping[str, Any]] = read_rows(data)[:limit]
         self.questions: list[Question] = []
 
-    def read_as_trained(self, chat: bool) -> None:
+    def read_as_trained(self, chat: bool, system: str | None) -> None:
         """Bring the rows into the forms of training. Raises ConfigError where a template makes the prompts already."""
         from veneer.errors import ConfigError
         from veneer.train.questions import as_trained
 
         if self.options.prompt is None:
-            self.rows = as_trained(self.rows, chat=chat)
-        elif chat:
-            raise ConfigError("--prompt makes plain text of each row, and --chat makes turns of its fields: give one")
+            self.rows = as_trained(self.rows, chat=chat, system=system)
+        elif chat or system is not None:
+            option = "--chat makes turns of its fields" if chat else "--system belongs to turns"
+            raise ConfigError(f"--prompt makes plain text of each row, and {option}: give one")
 
     def check(self, predictions: Path | None) -> None:
         """Raise ConfigError for options that this metric does not read, or lacks."""

@@ -91,7 +91,10 @@ class BaseWeights:
         parts["weight"] = self._tensors.read(stored)
         o, i = shape
         spec = FourBitSpec(FourBitLayout((o, i), "nf4", 64, self._half)) if kind == "4bit" else Int8Spec((o, i))
-        bound, tensors = spec.from_disk(parts)
+        try:
+            bound, tensors = spec.from_disk(parts)
+        except FormatError as error:
+            raise FormatError(f"{self._tensors.tensors[stored].path}: {stored}: {error}") from error
         return bound.bind(tensors).dense(torch.float32)
 
     def _format(self, stored: str) -> str:

@@ -8,6 +8,8 @@ per block of 64) are themselves quantized to 8 bits in blocks of 256, their mean
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,15 +17,32 @@ import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
-from veneer.errors import FormatError
+from veneer.errors import ConfigError, FormatError
 from veneer.ops.blockwise import dynamic_map
 from veneer.ops.double_quant import BLOCK_SIZE as NESTED_BLOCK_SIZE
 from veneer.ops.double_quant import CompressedAbsmax, compress_absmax, expand_absmax
 from veneer.ops.four_bit import FourBitLayout, code_table, dequantize_4bit, matmul_4bit, matmul_t_4bit, quantize_4bit
 from veneer.quant.product import product
-from veneer.quant.spec import Parts
+from veneer.quant.spec import Parts, part_problems
 
 STATE_KEY = "weight.quant_state.bitsandbytes__"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+_STATE_TYPES: dict[str, Callable[[Any], bool]] = {
+    "quant_type": lambda value: isinstance(value, str),
+    "blocksize": _is_whole,
+    "dtype": lambda value: isinstance(value, str),
+    "shape": lambda value: isinstance(value, list) and all(map(_is_whole, value)),
+}
+_NESTED: dict[str, Callable[[Any], bool]] = {"nested_offset": _is_number, "nested_blocksize": _is_whole}
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,20 +170,17 @@ class FourBitSpec:
         stored = _read_state(tensors)
         layout, double_quant, problems = _layout_of(stored, self.shape)
         spec = replace(self, layout=layout, double_quant=double_quant)
-        parts = {"weight": _as_bytes(tensors["weight"]), "absmax": tensors.get("weight.absmax")}
+        parts = {"weight": _as_bytes(tensors.get("weight")), "absmax": tensors.get("weight.absmax")}
         if double_quant:
             parts["nested_absmax"] = tensors.get("weight.nested_absmax")
-            parts["nested_offset"] = torch.tensor(float(stored["nested_offset"]), device=tensors["weight"].device)
+            parts["nested_offset"] = torch.tensor(stored["nested_offset"], dtype=torch.float32)
             problems += _map_problems("weight.nested_quant_map", tensors, dynamic_map())
         problems += _map_problems("weight.quant_map", tensors, code_table(layout.quant_type))
-        for name, (dtype, shape) in spec.part_layout().items():
-            part = parts[name]
-            if part is None or part.dtype != dtype or tuple(part.shape) != shape:
-                found = "is missing" if part is None else f"is {part.dtype} {tuple(part.shape)}"
-                problems.append(f"{name} {found}, it should be {dtype} {shape}")
+        problems += part_problems(parts, spec.part_layout())
         if problems:
             raise FormatError(f"a 4-bit weight of shape {self.shape} cannot be read: {'; '.join(problems)}")
-        return spec, {name: part.contiguous() for name, part in parts.items() if part is not None}
+        device = tensors["weight"].device
+        return spec, {name: part.to(device).contiguous() for name, part in parts.items() if part is not None}
 
 
 def quantize(
@@ -185,20 +201,29 @@ def _read_state(tensors: Parts) -> dict[str, Any]:
     keys = [key for key in tensors if key.startswith(STATE_KEY)]
     if len(keys) != 1:
         raise FormatError(f"a 4-bit weight needs exactly one tensor named {STATE_KEY}…, found {keys}")
+    text = tensors[keys[0]]
+    if text.dtype != torch.uint8 or text.dim() != 1:
+        raise FormatError(f"{keys[0]} is {text.dtype} {tuple(text.shape)}, it should be the bytes of a JSON text")
     try:
-        state = json.loads(bytes(tensors[keys[0]].tolist()))
-    except ValueError as error:
+        state = json.loads(bytes(text.tolist()))
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{keys[0]} is not JSON ({error})") from error
-    needed = {"quant_type", "blocksize", "dtype", "shape"}
-    if not isinstance(state, dict) or not needed <= state.keys():
-        raise FormatError(f"{keys[0]} must hold {sorted(needed)}, it holds {state!r}")
+    if not isinstance(state, dict) or not _STATE_TYPES.keys() <= state.keys():
+        raise FormatError(f"{keys[0]} must hold {sorted(_STATE_TYPES)}, it holds {state!r:.200}")
+    wrong = [
+        f"{key} is {state[key]!r:.60}"
+        for key, fits in (_STATE_TYPES | _NESTED).items()
+        if key in state and not fits(state[key])
+    ]
+    if wrong:
+        raise FormatError(f"{keys[0]} cannot be read: {'; '.join(wrong)}")
     return state
 
 
 def _layout_of(state: dict[str, Any], shape: tuple[int, int]) -> tuple[FourBitLayout, bool, list[str]]:
     """The layout that a quant_state describes, whether absmax is quantized too, and what cannot be read here."""
     problems = []
-    dtype = getattr(torch, str(state["dtype"]), None)
+    dtype = getattr(torch, state["dtype"], None)
     if not isinstance(dtype, torch.dtype):
         raise FormatError(f"the quant_state names dtype {state['dtype']!r}, which is none of torch's")
     if tuple(state["shape"]) != shape:
@@ -206,12 +231,15 @@ def _layout_of(state: dict[str, Any], shape: tuple[int, int]) -> tuple[FourBitLa
     double_quant = "nested_offset" in state
     if double_quant and state.get("nested_blocksize") != NESTED_BLOCK_SIZE:
         problems.append(f"nested_blocksize is {state.get('nested_blocksize')!r}, only {NESTED_BLOCK_SIZE} is in use")
-    return FourBitLayout(shape, state["quant_type"], state["blocksize"], dtype), double_quant, problems
+    try:
+        return FourBitLayout(shape, state["quant_type"], state["blocksize"], dtype), double_quant, problems
+    except ConfigError as error:
+        raise FormatError(f"the quant_state describes a {error}") from error
 
 
-def _as_bytes(packed: Tensor) -> Tensor:
+def _as_bytes(packed: Tensor | None) -> Tensor | None:
     """The packed codes as uint8, whatever dtype the container was given (``bnb_4bit_quant_storage``)."""
-    return packed.contiguous().view(torch.uint8).view(-1, 1)
+    return None if packed is None else packed.reshape(-1).contiguous().view(torch.uint8).view(-1, 1)
 
 
 def _map_problems(key: str, tensors: Parts, expected: Tensor) -> list[str]:

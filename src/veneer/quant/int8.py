@@ -15,7 +15,7 @@ from torch import Tensor
 from veneer.errors import FormatError
 from veneer.ops.int8 import dequantize_int8, matmul_int8, matmul_t_int8, quantize_int8
 from veneer.quant.product import product
-from veneer.quant.spec import Parts
+from veneer.quant.spec import Parts, part_problems
 
 NAME = "int8"
 # Rows are independent: quantizing some at a time bounds the float32 copies that it takes.
@@ -86,15 +86,10 @@ class Int8Spec:
         return {"weight": parts["weight"], "SCB": parts["SCB"], "weight_format": torch.tensor(0, dtype=torch.uint8)}
 
     def from_disk(self, tensors: Parts) -> tuple[Int8Spec, dict[str, Tensor]]:
-        problems = []
-        for name, (dtype, shape) in self.part_layout().items():
-            part = tensors.get(name)
-            if part is None or part.dtype != dtype or tuple(part.shape) != shape:
-                found = "is missing" if part is None else f"is {part.dtype} {tuple(part.shape)}"
-                problems.append(f"{name} {found}, it should be {dtype} {shape}")
+        problems = part_problems(tensors, self.part_layout())
         order = tensors.get("weight_format")
-        if order is not None and int(order) != 0:
-            problems.append(f"weight_format is {int(order)}: only 0 (rows one after the other) can be read")
+        if order is not None and order.tolist() not in (0, [0]):
+            problems.append(f"weight_format is {order.tolist()}: only 0 (rows one after the other) can be read")
         if problems:
             raise FormatError(f"an int8 weight of shape {self.shape} cannot be read: {'; '.join(problems)}")
         return self, {name: tensors[name].contiguous() for name in self.part_layout()}

@@ -51,3 +51,19 @@ class StorageSpec(Protocol):
     def from_disk(self, tensors: Parts) -> tuple[StorageSpec, dict[str, Tensor]]:
         """The inverse of `to_disk` for a weight of this shape. Raises FormatError, listing all that does not fit."""
         ...
+
+
+def part_problems(
+    parts: Mapping[str, Tensor | None], layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+) -> list[str]:
+    """What is wrong with the tensors that were read for a weight: missing, of another dtype or shape, not finite."""
+    problems = []
+    for name, (dtype, shape) in layout.items():
+        part = parts.get(name)
+        if part is None:
+            problems.append(f"{name} is missing, it should be {dtype} {shape}")
+        elif part.dtype != dtype or tuple(part.shape) != shape:
+            problems.append(f"{name} is {part.dtype} {tuple(part.shape)}, it should be {dtype} {shape}")
+        elif part.is_floating_point() and not bool(part.isfinite().all()):
+            problems.append(f"{name} holds NaN or infinity")
+    return problems

@@ -150,6 +150,7 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
             if self.is_stored:
                 if key not in self.stored_parts:
                     raise FormatError("it has no quantized tensors in the checkpoint")
+                name = f"{self.stored_parts[key]['weight'].path}: {name}"
                 spec, parts = layer.spec.from_disk({k: t.read() for k, t in self.stored_parts[key].items()})
                 layer.fill(spec, {part: tensor.to(value.device) for part, tensor in parts.items()})
             else:

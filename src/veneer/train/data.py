@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import string
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.lib
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
 from veneer.errors import ConfigError, DataError
+from veneer.train.row_files import SUFFIXES, Row, fill_template, numbered_rows, raise_all, require_one_form
 
-Row = dict[str, Any]
-SHOWN_PROBLEMS = 5
 FORMS = ("messages", "prompt-completion", "text", "alpaca", "template")
 _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -56,7 +53,10 @@ class RowReader:
         )
 
     def read(self, row: Mapping[str, Any], form: str) -> Row:
-        """One row in its final form. Raises DataError where a value is missing or of the wrong kind."""
+        """One row in its final form. Raises DataError where a value is missing or of the wrong kind.
+
+        Raises ConfigError where ``chat`` or ``system`` is given and the row is no conversation.
+        """
         readers: dict[str, Callable[[Mapping[str, Any]], Row]] = {
             "messages": self._messages,
             "prompt-completion": self._prompt_completion,
@@ -64,7 +64,16 @@ class RowReader:
             "text": lambda row: {"text": _text(row, "text")},
             "template": self._template,
         }
-        return readers[form](row)
+        return self._checked(readers[form](row))
+
+    def _checked(self, row: Row) -> Row:
+        """The row. Raises ConfigError where it is no chat and a setting was given that only chats have."""
+        given = [name for name, value in (("chat", self.chat), ("system", self.system)) if value]
+        if given and "messages" not in row:
+            found = "plain text, which has no turns" if "text" in row else "prompt and completion"
+            advice = "leave it out" if "text" in row else "set chat to make turns of them, or leave system out"
+            raise ConfigError(f"{' and '.join(given)} is for conversations, and these rows are {found}: {advice}")
+        return row
 
     def _messages(self, row: Mapping[str, Any]) -> Row:
         turns = row.get("messages", row.get("conversations"))
@@ -85,7 +94,7 @@ class RowReader:
         return self._pair(prompt, _text(row, "output" if "output" in row else "response"))
 
     def _template(self, row: Mapping[str, Any]) -> Row:
-        return self._pair(_filled(self.prompt or "", row), _filled(self.completion or "", row))
+        return self._pair(fill_template(self.prompt or "", row), fill_template(self.completion or "", row))
 
     def _pair(self, prompt: str, completion: str) -> Row:
         if not self.chat:
@@ -99,6 +108,11 @@ class RowReader:
         return [{"role": "system", "content": self.system}, *turns]
 
 
+def form_of(row: Mapping[str, Any]) -> str:
+    """The final form that a row has: messages, prompt-completion or text."""
+    return "messages" if "messages" in row else "text" if "text" in row else "prompt-completion"
+
+
 def load_rows(source: str | Path, reader: RowReader, limit: int | None = None) -> Dataset:
     """All rows of a source (or the first ``limit``), read.
 
@@ -108,17 +122,18 @@ def load_rows(source: str | Path, reader: RowReader, limit: int | None = None) -
     rows: list[Row] = []
     problems: list[str] = []
     form = None
+    forms: list[tuple[int, str]] = []
     for number, row in _numbered(source, problems):
         if limit is not None and len(rows) >= limit:
             break
         form = form or reader.form(row)
         try:
             rows.append(reader.read(row, form))
+            forms.append((number, form_of(rows[-1])))
         except DataError as error:
             problems.append(f"row {number}: {error}")
-    if problems:
-        more = f"; and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
-        raise DataError(f"{source}: " + "; ".join(problems[:SHOWN_PROBLEMS]) + more)
+    raise_all(source, problems)
+    require_one_form(forms)
     if not rows:
         raise DataError(f"{source} holds no rows")
     return Dataset.from_list(rows)
@@ -135,53 +150,10 @@ def split_off(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Datas
 
 def _numbered(source: str | Path, problems: list[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
     path = Path(source)
-    if path.suffix in (".jsonl", ".json", ".parquet") or path.exists():
-        if not path.is_file():
-            raise DataError(f"there is no file {path}")
-        readers = {".jsonl": _json_lines, ".json": _json_list, ".parquet": _parquet}
-        if path.suffix not in readers:
-            raise DataError(f"{path} must end in .jsonl, .json or .parquet")
-        yield from readers[path.suffix](path, problems)
+    if path.suffix in SUFFIXES or path.exists():
+        yield from numbered_rows(path, problems)
     else:
         yield from enumerate(_from_hub(str(source)), start=1)
-
-
-def _json_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, Row]]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                problems.append(f"row {number}: not JSON ({error})")
-                continue
-            if isinstance(row, dict):
-                yield number, row
-            else:
-                problems.append(f"row {number}: must be an object, not {type(row).__name__}")
-
-
-def _json_list(path: Path, problems: list[str]) -> Iterator[tuple[int, Row]]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error}); for one object a line, name it .jsonl") from error
-    if not isinstance(rows, list):
-        raise DataError(f"{path} must hold a list of objects, not {type(rows).__name__}")
-    for number, row in enumerate(rows, start=1):
-        if isinstance(row, dict):
-            yield number, row
-        else:
-            problems.append(f"row {number}: must be an object, not {type(row).__name__}")
-
-
-def _parquet(path: Path, problems: list[str]) -> Iterator[tuple[int, Row]]:
-    try:
-        rows = Dataset.from_parquet(str(path), keep_in_memory=True)
-    except (pyarrow.lib.ArrowException, ValueError) as error:
-        raise DataError(f"{path} is not a parquet file: {error}") from error
-    yield from enumerate(rows, start=1)
 
 
 def _from_hub(source: str) -> Dataset:
@@ -212,13 +184,3 @@ def _text(row: Mapping[str, Any], column: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"{column!r} must be a string, not {'missing' if value is None else type(value).__name__}")
     return value
-
-
-def _filled(template: str, row: Mapping[str, Any]) -> str:
-    try:
-        return string.Formatter().vformat(template, (), row)
-    except (KeyError, IndexError, ValueError, AttributeError) as error:
-        raise ConfigError(
-            f"the template {template!r} does not fit the columns {sorted(row)} ({type(error).__name__}: {error}); "
-            "write {{ and }} for braces that are meant as such"
-        ) from error

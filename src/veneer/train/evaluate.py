@@ -11,6 +11,7 @@ from typing import Any
 from veneer.errors import ConfigError, DataError
 from veneer.train.encode import IGNORED, Encoder, kind_of
 from veneer.train.questions import Question, continuation
+from veneer.train.row_files import require_one_form
 from veneer.train.scoring import (
     Answering,
     Batching,
@@ -212,6 +213,7 @@ def _tokens(tokenizer: Any, rows: Sequence[Mapping[str, Any]], whole_rows: bool)
     """Token ids of each row, and which of them are scored."""
     if not rows:
         raise DataError("the data has no rows")
+    require_one_form((number, kind_of(list(row), "text")) for number, row in enumerate(rows, 1))
     kind = kind_of(list(rows[0]), "text")
     if kind == "text":  # bare: no end token is put behind it, which the text does not hold
         plain = [list(tokenizer(str(row["text"]), verbose=False)["input_ids"]) for row in rows]

@@ -6,12 +6,12 @@ import hashlib
 import itertools
 import logging
 from array import array
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 from datasets import Dataset, IterableDataset
 
 from veneer.errors import ConfigError, DataError
-from veneer.train.encode import IGNORED, Encoder
+from veneer.train.encode import IGNORED, Encoder, Kind
 from veneer.train.packing import pack
 
 log = logging.getLogger(__name__)
@@ -83,3 +83,22 @@ def _all_masked(encoder: Encoder, name: str, columns: list[str], n_rows: int) ->
         f"every label of the {n_rows} rows of the {name} data is masked: nothing would be learned. Looked for "
         f"{looked_for}{limit}; the columns are {sorted(columns)}"
     )
+
+
+def require_answers(kind: Kind, rows: Dataset, name: str, *, assistant: bool, completion: bool) -> None:
+    """Raise ConfigError where ``assistant_only_loss`` or ``completion_only_loss`` has nothing in these rows to find."""
+    columns = columns_of(rows)
+    if assistant and (kind == "text" or (kind == "prompt-completion" and isinstance(_first(rows)["prompt"], str))):
+        raise ConfigError(
+            f"assistant_only_loss=True needs conversations (a column messages); the {name} data has {columns}"
+            + ("; for these, completion_only_loss=True" if kind == "prompt-completion" else "")
+        )
+    if completion and kind in ("text", "messages"):
+        raise ConfigError(
+            f"completion_only_loss=True needs the columns prompt and completion; the {name} data has {columns}"
+            + ("; for conversations, assistant_only_loss=True" if kind == "messages" else "; leave it out")
+        )
+
+
+def _first(rows: Dataset) -> dict[str, Any]:
+    return cast("dict[str, Any]", next(iter(rows), {"prompt": None}))

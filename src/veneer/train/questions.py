@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from veneer.errors import ConfigError, DataError
 from veneer.train.chat import common_prefix, render
-from veneer.train.data import RowReader
+from veneer.train.data import RowReader, form_of
+from veneer.train.row_files import fill_template, numbered_rows, raise_all, require_one_form
 
 Row = Mapping[str, Any]
 
@@ -60,7 +60,7 @@ class QuestionReader:
     def _prompt(self, row: Row) -> tuple[list[int], str | None, str | None]:
         """Token ids, the answer that the row itself holds, and the plain text if it is that."""
         if self.prompt is not None:
-            text = _filled(self.prompt, row)
+            text = fill_template(self.prompt, row)
             return self._plain(text), None, text
         if "prompt" in row and "completion" in row:
             prompt, completion = row["prompt"], row["completion"]
@@ -108,67 +108,41 @@ def continuation(tokenizer: PreTrainedTokenizerBase, question: Question, answer:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a .jsonl or .json file, or a .txt file as one row ``{"text": …}``.
+    """The rows of a .jsonl, .json or .parquet file, or a .txt file as one row ``{"text": …}``.
 
-    Raises ConfigError where there is no such file, DataError that names the line for what is not an object.
+    Raises DataError where there is no such file, or it holds what is not an object, named by its number.
     """
-    if not path.is_file():
-        raise ConfigError(f"no data {str(path)!r}: there is no such file")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not text in UTF-8: {error}") from error
-    if path.suffix == ".txt":
-        return [{"text": text}]
-    if path.suffix == ".json":
-        rows = _parsed(text, f"{path}")
-        if not isinstance(rows, list):
-            raise DataError(f"{path} must hold a list of objects, not a {type(rows).__name__}")
-    elif path.suffix == ".jsonl":
-        lines = enumerate(text.split("\n"), 1)  # not splitlines: a JSON string may hold other line separators
-        rows = [_parsed(line, f"{path}, line {number}") for number, line in lines if line.strip()]
-    else:
-        raise ConfigError(f"{path} has the ending {path.suffix!r}; allowed: .jsonl, .json, .txt")
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise DataError(f"{path}: row {number} is not an object but a {type(row).__name__}")
+    if path.suffix == ".txt" and path.is_file():
+        try:
+            return [{"text": path.read_text(encoding="utf-8")}]
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is not text in UTF-8: {error}") from error
+    problems: list[str] = []
+    rows = [row for _, row in numbered_rows(path, problems)]
+    raise_all(path, problems)
     return rows
 
 
-def as_trained(rows: Sequence[Row], *, chat: bool) -> list[dict[str, Any]]:
+def as_trained(rows: Sequence[Row], *, chat: bool, system: str | None = None) -> list[dict[str, Any]]:
     """The rows in the forms that training reads, so that a model is asked as it was taught; other fields are kept.
 
-    ``chat`` makes turns of user and assistant out of prompts and completions, as ``data.chat`` does in a recipe. Raises
-    DataError that names the row.
+    ``chat`` makes turns of user and assistant out of prompts and completions, as ``data.chat`` does in a recipe, and
+    ``system`` puts a message in front, as ``data.system`` does. Raises DataError that names the row, and ConfigError
+    where the rows are no conversations.
     """
-    reader = RowReader(chat=chat)
+    reader = RowReader(chat=chat, system=system)
     replaced = {"prompt", "completion", "instruction", "input", "output", "response", "conversations"}
-    read = []
+    read: list[dict[str, Any]] = []
+    form = None
     for number, row in enumerate(rows, 1):
         try:
-            final = reader.read(row, reader.form(row))
+            form = form or reader.form(row)
+            final = reader.read(row, form)
         except DataError as error:
             raise DataError(f"row {number}: {error}") from error
         read.append({**{key: value for key, value in row.items() if key not in replaced}, **final})
+    require_one_form((number, form_of(row)) for number, row in enumerate(read, 1))
     return read
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where} is not JSON: {error}") from error
-
-
-def _filled(template: str, row: Row) -> str:
-    try:
-        return template.format_map(dict(row))
-    except KeyError as error:
-        raise DataError(f"the prompt template asks for the field {error}; it has {sorted(row)}") from error
-    except (ValueError, IndexError) as error:
-        raise ConfigError(
-            f"the prompt template {template!r} cannot be filled: {error}; write {{{{ for a brace"
-        ) from error
 
 
 def _content(turns: object) -> str:

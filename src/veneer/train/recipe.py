@@ -26,7 +26,12 @@ _CONFIGS: dict[str, tuple[type[MethodConfig], dict[str, Any]]] = {
     "dora": (LoraConfig, {"use_dora": True}),
     "ia3": (IA3Config, {}),
 }
-_ELSEWHERE = {"output_dir": "output", "seed": "seed"}
+_ELSEWHERE = {
+    "output_dir": "at the top, as output",
+    "seed": "at the top, as seed",
+    "assistant_only_loss": "as data.train_on (answers or everything)",
+    "completion_only_loss": "as data.train_on (answers or everything)",
+}
 
 
 class _Part(BaseModel):
@@ -121,7 +126,7 @@ def parse_recipe(values: Mapping[str, Any], name: str = "recipe") -> Recipe:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         problems += [_told(dict(e)) for e in error.errors()]
-    for check in (_adapter_problems, _training_problems, _data_problems):
+    for check in (_model_problems, _adapter_problems, _training_problems, _data_problems):
         problems += check(values)
     if recipe is None or problems:
         raise ConfigError(f"{name}: " + "; ".join(problems))
@@ -138,6 +143,14 @@ def parse_recipe(values: Mapping[str, Any], name: str = "recipe") -> Recipe:
 def _section(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     section = values.get(name)
     return section if isinstance(section, dict) else {}
+
+
+def _model_problems(values: Mapping[str, Any]) -> list[str]:
+    model = _section(values, "model")
+    quantization = model.get("quantization", "none")
+    if "double_quantization" not in model or quantization in ("nf4", "fp4"):
+        return []
+    return [f"model.double_quantization: read for nf4 and fp4 alone, and model.quantization is {quantization}; drop it"]
 
 
 def _adapter_problems(values: Mapping[str, Any]) -> list[str]:
@@ -159,7 +172,7 @@ def _adapter_problems(values: Mapping[str, Any]) -> list[str]:
 
 def _training_problems(values: Mapping[str, Any]) -> list[str]:
     given = _section(values, "training")
-    found = [f"training.{key}: say it at the top, as {top}" for key, top in _ELSEWHERE.items() if key in given]
+    found = [f"training.{key}: say it {where}" for key, where in _ELSEWHERE.items() if key in given]
     _typed(SFTConfig, {key: value for key, value in given.items() if key not in _ELSEWHERE}, found, "training.")
     return found
 
@@ -171,6 +184,8 @@ def _data_problems(values: Mapping[str, Any]) -> list[str]:
         found.append("data: prompt and completion are templates that belong together; give both or neither")
     if data.get("eval") is not None and data.get("eval_fraction"):
         found.append("data: give eval (a file) or eval_fraction (a part of train), not both")
+    if data.get("eval_limit") is not None and data.get("eval") is None:
+        found.append("data.eval_limit: limits the rows of data.eval (a file), and there is none; drop it")
     return found
 
 

@@ -49,8 +49,9 @@ def make_trainer(recipe: Recipe) -> SFTTrainer:
     tokenizer = load_tokenizer(recipe.model.source)
     rows = read_data(recipe.data, recipe.seed)
     answers = recipe.data.train_on == "answers"
-    chats = "messages" in rows.train.column_names
-    args = recipe.sft_config(assistant_only_loss=answers and chats, completion_only_loss=answers and not chats)
+    columns = rows.train.column_names
+    chats, pairs = "messages" in columns, "prompt" in columns
+    args = recipe.sft_config(assistant_only_loss=answers and chats, completion_only_loss=answers and pairs)
     return SFTTrainer(
         load_base(recipe.model),
         args,

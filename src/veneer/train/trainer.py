@@ -35,7 +35,7 @@ from veneer.train.exact import packing_layout
 from veneer.train.guards import FiniteGradients, require_finite
 from veneer.train.loss import TokenLoss, token_loss
 from veneer.train.optimizer import Choice, choose_optimizer
-from veneer.train.prepare import columns_of, digest, encode_all, pack_all
+from veneer.train.prepare import columns_of, digest, encode_all, pack_all, require_answers
 from veneer.train.progress import Progress
 from veneer.train.resume import ResumableTrainer, random_state_kept
 from veneer.train.sampler import EpochSampler
@@ -227,10 +227,7 @@ class SFTTrainer(ResumableTrainer):
             dataset = dataset.select_columns([args.dataset_text_field])
         columns = columns_of(dataset)
         kind = kind_of(columns, args.dataset_text_field)
-        if self._assistant_only and kind == "text":
-            raise ConfigError(
-                f"assistant_only_loss=True needs conversations (a column messages); the {name} data has {columns}"
-            )
+        require_answers(kind, dataset, name, assistant=self._assistant_only, completion=bool(args.completion_only_loss))
         split = packing and args.packing_strategy == "bfd_split"
         encoder = Encoder(
             tokenizer=self._tokenizer,

@@ -66,6 +66,8 @@ def test_answers_by_regex_as_a_table(veneer: Veneer, model_folder: Path, data: P
         (("-m", "perplexity", "--context", "8", "--stride", "8"), "less than the context"),
         (("-m", "regex", "--pattern", "("), "not a regular expression"),
         (("-m", "accuracy"), "'accuracy' is not one of"),
+        (("-m", "labels", "--system", "be brief"), "system is for conversations"),
+        (("-m", "labels", "--prompt", "{prompt}", "--system", "be brief"), "--system belongs to turns"),
     ],
 )
 def test_options_that_do_not_fit_are_errors(
@@ -78,7 +80,7 @@ def test_options_that_do_not_fit_are_errors(
 
 def test_missing_data_and_models(veneer: Veneer, model_folder: Path, data: Path, other_adapter: Path) -> None:
     cases = {
-        (model_folder, "-d", "nowhere.jsonl"): "no such file",
+        (model_folder, "-d", "nowhere.jsonl"): "there is no file",
         ("./nowhere", "-d", data): "no such folder or file",
         (model_folder, "-a", other_adapter, "-d", data): "does not fit the model",
     }

@@ -117,6 +117,18 @@ STATE = (
         (state_key(STATE.replace(b"[13, 64]", b"[64, 13]")), r"stored for shape \(64, 13\)"),
         (state_key(STATE.replace(b"256", b"128")), "nested_blocksize is 128"),
         (state_key(STATE.replace(b"bfloat16", b"float7")), "float7"),
+        (state_key(STATE.replace(b"bfloat16", b"float64")), "dtype is torch.float64"),
+        (state_key(STATE.replace(b'"nf4"', b'"nf5"')), "quant_type is 'nf5'"),
+        (state_key(STATE.replace(b'"nf4"', b"4")), "quant_type is 4"),
+        (state_key(STATE.replace(b"64,", b"65,", 1)), "block_size is 65"),
+        (state_key(STATE.replace(b"64,", b"64.0,", 1)), "blocksize is 64.0"),
+        (state_key(STATE.replace(b"[13, 64]", b"832")), "shape is 832"),
+        (state_key(STATE.replace(b"0.1", b"NaN")), "nested_offset is nan"),
+        (state_key(STATE.replace(b"0.1", b'"0.1"')), "nested_offset is '0.1'"),
+        (state_key(STATE[:40]), "not JSON"),
+        ({"weight.quant_state.bitsandbytes__nf4": torch.ones(5)}, "should be the bytes of a JSON text"),
+        ({"weight": None}, "weight is missing"),
+        ({"weight.nested_absmax": torch.tensor([float("nan")])}, "nested_absmax holds NaN or infinity"),
     ],
 )
 def test_damage_is_named(changes: dict[str, Tensor | None], message: str) -> None:
@@ -131,3 +143,6 @@ def test_damage_of_int8_is_named() -> None:
     disk = spec.to_disk(spec.quantize(weight((7, 5), torch.float32)))
     with pytest.raises(FormatError, match=r"SCB is missing.*weight_format is 2"):
         spec.from_disk({"weight": disk["weight"], "weight_format": torch.tensor(2)})
+    disk["SCB"][3] = float("inf")
+    with pytest.raises(FormatError, match=r"SCB holds NaN or infinity.*weight_format is \[1, 2\]"):
+        spec.from_disk(disk | {"weight_format": torch.tensor([1, 2])})

@@ -244,6 +244,15 @@ def test_a_damaged_quantized_checkpoint(dense_folders: dict[str, Path], tmp_path
         load(tmp_path, NF4)
 
 
+def test_a_lying_header_names_the_tensor_and_the_file(dense_folders: dict[str, Path], tmp_path: Path) -> None:
+    load(dense_folders["llama"], NF4).save_pretrained(tmp_path)
+    path = "model.layers.1.mlp.up_proj.weight"
+    text = torch.tensor(list(b'{"quant_type": "nf5", "blocksize": 64, "dtype": "float32", "shape": [3, 5]}'))
+    damage(tmp_path, **{f"{path}.quant_state.bitsandbytes__nf4": text.to(torch.uint8)})
+    with pytest.raises(FormatError, match=rf"model\.safetensors: {path}: .*quant_type is 'nf5'"):
+        load(tmp_path, NF4)
+
+
 def test_a_weight_that_is_missing(dense_folders: dict[str, Path], tmp_path: Path) -> None:
     load_theirs(dense_folders["llama"]).save_pretrained(tmp_path)
     damage(tmp_path, remove="model.layers.1.mlp.up_proj.weight")

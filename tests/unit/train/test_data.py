@@ -99,8 +99,10 @@ def test_unknown_columns_say_what_there_is(jsonl):
 
 
 def test_a_template_that_does_not_fit(jsonl):
-    with pytest.raises(ConfigError, match=r"'\{nothing\}' does not fit the columns \['q'\]"):
+    with pytest.raises(DataError, match=r"row 1: the template '\{nothing\}' asks for the field 'nothing', .*\['q'\]"):
         load_rows(jsonl({"q": "a"}), RowReader(prompt="{nothing}", completion="{q}"))
+    with pytest.raises(ConfigError, match=r"'\{q' does not fit"):
+        load_rows(jsonl({"q": "a"}), RowReader(prompt="{q", completion="{q}"))
 
 
 def test_braces_of_a_template(jsonl):
@@ -137,3 +139,23 @@ def test_limit_and_split(jsonl):
     assert split_off(rows, 0.3, seed=2)[1]["text"] == held_out["text"] != split_off(rows, 0.3, seed=3)[1]["text"]
     with pytest.raises(DataError, match="leaves nothing"):
         split_off(rows, 0.01, seed=2)
+
+
+@pytest.mark.parametrize(
+    ("row", "reader", "told"),
+    [
+        ({"prompt": "a", "completion": "b"}, RowReader(system="be brief"), "system .* set chat to make turns"),
+        ({"text": "a"}, RowReader(system="be brief", chat=True), "chat and system .* plain text"),
+        ({"text": "a"}, RowReader(chat=True), "chat is for conversations"),
+    ],
+)
+def test_settings_of_chats_are_refused_for_rows_that_are_none(jsonl, row, reader, told):
+    with pytest.raises(ConfigError, match=told):
+        load_rows(jsonl(row), reader)
+
+
+def test_rows_of_two_forms_are_refused_by_number(jsonl):
+    turns = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
+    mixed = [{"prompt": "a", "completion": "b"}, {"prompt": turns[0], "completion": turns[1]}]
+    with pytest.raises(DataError, match="row 2 is of the form messages, and row 1 of the form prompt-completion"):
+        load_rows(jsonl(*mixed), RowReader())

@@ -216,7 +216,7 @@ def test_prompts_from_fields_and_lists_of_answers(tokenizer: Any) -> None:
     [
         ({}, {"text": "x", "label": "y"}, r"row 1: it has the fields \['label', 'text'\]"),
         ({"prompt": "{z}", "answer_field": "a"}, {"a": "x"}, "asks for the field 'z'"),
-        ({"prompt": "{", "answer_field": "a"}, {"a": "x"}, "cannot be filled"),
+        ({"prompt": "{", "answer_field": "a"}, {"a": "x"}, "does not fit the columns"),
         ({"prompt": "q"}, {"a": "x"}, "--answer-field"),
         ({"prompt": "q", "answer_field": "b"}, {"a": "x"}, "no field 'b'"),
         ({}, {"messages": [{"role": "user", "content": "x"}]}, "not the assistant's"),
@@ -263,11 +263,11 @@ def test_data_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "error", "message"),
     [
-        ("a.jsonl", b'{"a": 1}\n{"a":', DataError, "line 2 is not JSON"),
-        ("a.jsonl", b"[1]", DataError, "row 1 is not an object but a list"),
+        ("a.jsonl", b'{"a": 1}\n{"a":', DataError, "row 2: not JSON"),
+        ("a.jsonl", b"[1]", DataError, "row 1: must be an object, not list"),
         ("a.json", b'{"a": 1}', DataError, "must hold a list"),
         ("a.jsonl", b"\xff\xfe", DataError, "UTF-8"),
-        ("a.csv", b"a,b", ConfigError, r"allowed: \.jsonl, \.json, \.txt"),
+        ("a.csv", b"a,b", DataError, r"must end in \.jsonl, \.json or \.parquet"),
     ],
 )
 def test_damaged_data_files_are_named(
@@ -276,7 +276,7 @@ def test_damaged_data_files_are_named(
     (tmp_path / name).write_bytes(content)
     with pytest.raises(error, match=message):
         read_rows(tmp_path / name)
-    with pytest.raises(ConfigError, match="no such file"):
+    with pytest.raises(DataError, match="there is no file"):
         read_rows(tmp_path / "nowhere.jsonl")
 
 
@@ -289,3 +289,11 @@ def test_rows_are_asked_in_the_form_that_training_gives_them():
     assert as_trained(alpaca, chat=False) == [{"prompt": "add\n\n2 2", "completion": "4"}]
     with pytest.raises(DataError, match=r"row 1: .*columns"):
         as_trained([{"question": "?"}], chat=False)
+    with pytest.raises(DataError, match="row 2: 'prompt' must be a string, not missing"):
+        as_trained([rows[0], {"text": "plain"}], chat=False)
+    assert as_trained(rows, chat=True, system="be brief")[0]["messages"][0] == {"role": "system", "content": "be brief"}
+
+
+def test_rows_of_two_forms_have_no_perplexity(tokenizer):
+    with pytest.raises(DataError, match="row 3 is of the form text, and row 1 of the form prompt-completion"):
+        perplexity(None, tokenizer, [{"prompt": "two", "completion": " four"}] * 2 + [{"text": "plain"}])

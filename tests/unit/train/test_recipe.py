@@ -130,3 +130,22 @@ def test_files_that_are_no_recipe(written, content, message):
 def test_a_recipe_that_is_not_there(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         load_recipe(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"training": {"completion_only_loss": True}}, "training.completion_only_loss: say it as data.train_on"),
+        ({"training": {"assistant_only_loss": False}}, "training.assistant_only_loss: say it as data.train_on"),
+        ({"data": {"train": "x", "eval_limit": 3}}, "data.eval_limit: limits the rows of data.eval"),
+        ({"data": {"train": "x", "eval_limit": 3, "eval_fraction": 0.2}}, "data.eval_limit: limits the rows"),
+        ({"model": {"source": "x", "double_quantization": True}}, "model.quantization is none"),
+        (
+            {"model": {"source": "x", "quantization": "int8", "double_quantization": False}},
+            "model.double_quantization: read for nf4 and fp4 alone, and model.quantization is int8",
+        ),
+    ],
+)
+def test_a_key_that_cannot_take_effect_is_refused(changes, told):
+    with pytest.raises(ConfigError, match=told):
+        parse_recipe(values(**changes))

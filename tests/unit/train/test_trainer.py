@@ -136,6 +136,22 @@ def test_assistant_only_loss_on_plain_text_is_refused(tmp_path, tokenizer, make_
         trainer_of(make_model(), tokenizer, config(tmp_path, assistant_only_loss=True))
 
 
+@pytest.mark.parametrize(
+    ("option", "row"),
+    [
+        ("assistant_only_loss", {"prompt": "what", "completion": " yes"}),
+        ("completion_only_loss", {"text": "yes"}),
+        (
+            "completion_only_loss",
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        ),
+    ],
+)
+def test_a_loss_of_answers_on_rows_without_them_is_refused(tmp_path, tokenizer, make_model, option, row):
+    with pytest.raises(ConfigError, match=f"{option}=True needs"):
+        trainer_of(make_model(), tokenizer, config(tmp_path, **{option: True}), Dataset.from_list([row]))
+
+
 def test_a_formatting_function_gives_the_text(tmp_path, tokenizer, make_model):
     data = Dataset.from_list([{"q": "what", "a": "yes"}])
     trainer = trainer_of(

@@ -1,0 +1,105 @@
+"""Rows of a file, numbered from one: JSON lines (counted by lines), a JSON list, parquet; and templates over a row."""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow.lib
+from datasets import Dataset
+
+from veneer.errors import ConfigError, DataError
+
+Row = dict[str, Any]
+SUFFIXES = (".jsonl", ".json", ".parquet")
+_SHOWN_PROBLEMS = 5
+
+
+def numbered_rows(path: Path, problems: list[str]) -> Iterator[tuple[int, Row]]:
+    """The objects of a file with their numbers; what is no object is put down in ``problems`` and left out.
+
+    Raises DataError where the file is missing, has another ending, or cannot be read as a whole.
+    """
+    readers = {".jsonl": _json_lines, ".json": _json_list, ".parquet": _parquet}
+    if not path.is_file():
+        raise DataError(f"there is no file {path}")
+    if path.suffix not in readers:
+        raise DataError(f"{path} must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
+    try:
+        for number, row in readers[path.suffix](path, problems):
+            if isinstance(row, dict):
+                yield number, row
+            else:
+                problems.append(f"row {number}: must be an object, not {type(row).__name__}")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not text in UTF-8: {error}") from error
+
+
+def raise_all(source: object, problems: list[str]) -> None:
+    """Raise one DataError for these problems, where there are any: the first few, and how many more."""
+    if problems:
+        more = f"; and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
+        raise DataError(f"{source}: " + "; ".join(problems[:_SHOWN_PROBLEMS]) + more)
+
+
+def require_one_form(forms: Iterable[tuple[int, str]]) -> None:
+    """Raise DataError that names the first row whose form is not that of the rows before it."""
+    before: tuple[int, str] | None = None
+    for number, form in forms:
+        before = before or (number, form)
+        if form != before[1]:
+            raise DataError(
+                f"row {number} is of the form {form}, and row {before[0]} of the form {before[1]}: bring all rows into "
+                "one form, or put them into files of their own"
+            )
+
+
+def fill_template(template: str, row: Mapping[str, Any]) -> str:
+    """``"Review: {text}"`` over the columns of a row.
+
+    Raises DataError where the row lacks a column, ConfigError where the template itself cannot be read.
+    """
+    try:
+        return string.Formatter().vformat(template, (), row)
+    except KeyError as error:
+        raise DataError(f"the template {template!r} asks for the field {error}, and there are {sorted(row)}") from error
+    except (IndexError, ValueError, AttributeError, TypeError) as error:
+        raise ConfigError(
+            f"the template {template!r} does not fit the columns {sorted(row)} ({type(error).__name__}: {error}); "
+            "write {{ and }} for braces that are meant as such"
+        ) from error
+
+
+def _json_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, Any]]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                problems.append(f"row {number}: not JSON ({error})")
+                continue
+            yield number, row
+
+
+def _json_list(path: Path, problems: list[str]) -> Iterator[tuple[int, Any]]:
+    text = path.read_text(encoding="utf-8")
+    try:
+        rows = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}); for one object a line, name it .jsonl") from error
+    if not isinstance(rows, list):
+        raise DataError(f"{path} must hold a list of objects, not {type(rows).__name__}")
+    yield from enumerate(rows, start=1)
+
+
+def _parquet(path: Path, problems: list[str]) -> Iterator[tuple[int, Any]]:
+    try:
+        rows = Dataset.from_parquet(str(path), keep_in_memory=True)
+    except (pyarrow.lib.ArrowException, ValueError) as error:
+        raise DataError(f"{path} is not a parquet file: {error}") from error
+    yield from enumerate(rows, start=1)
