@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from matplotlib.figure import Figure
@@ -26,22 +27,37 @@ MODEL = "smollm2-135m-instruct"
 
 
 @dataclass(frozen=True)
-class Task:
-    """A set, how much of it is used, and what is measured on its held-out part."""
+class Measure:
+    """One column of the table: what `veneer eval` is asked for on the first ``n_rows`` held-out rows."""
 
     title: str
-    n_train: int
-    n_eval: int
-    batch: int
+    n_rows: int
     metric: Sequence[str]
     higher_is_better: bool = True
 
 
+@dataclass(frozen=True)
+class Task:
+    """A set, how many of its rows are trained on, and what is measured on its held-out part; the first is drawn."""
+
+    n_train: int
+    batch: int
+    measures: Sequence[Measure]
+
+
+ANSWER = ("regex", "--pattern", r"####\s*(-?[\d,.]+)", "--max-new-tokens", "200")
 TASKS = {
-    "sst2": Task("SST-2, accuracy", 400, 300, 16, ("labels",)),
-    "agnews": Task("AG News, accuracy", 400, 240, 16, ("labels",)),
-    "e2e": Task("E2E, perplexity of the text", 160, 120, 8, ("perplexity",), higher_is_better=False),
-    "gsm8k": Task("GSM8K, perplexity of the solution", 96, 80, 8, ("perplexity",), higher_is_better=False),
+    "sst2": Task(1000, 16, [Measure("SST-2, accuracy", 800, ("labels",))]),
+    "agnews": Task(800, 16, [Measure("AG News, accuracy", 600, ("labels",))]),
+    "e2e": Task(600, 8, [Measure("E2E, perplexity of the text", 300, ("perplexity",), False)]),
+    "gsm8k": Task(
+        600,
+        8,
+        [
+            Measure("GSM8K, perplexity of the solution", 200, ("perplexity",), False),
+            Measure("GSM8K, right answers", 200, ANSWER),
+        ],
+    ),
 }
 METHODS: dict[str, dict[str, object]] = {
     "lora": {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"},
@@ -50,13 +66,14 @@ METHODS: dict[str, dict[str, object]] = {
     "full": {},
 }
 LABELS = {"lora": (6, -4), "dora": (-36, -4), "ia3": (5, 4), "full": (-12, 7)}  # in points from the dot; two lie close
+Results = dict[str, dict[str, Any]]  # "sst2/lora": parameters, seconds, values (one a measure)
 LEARNING_RATES = {"lora": 5e-4, "dora": 5e-4, "ia3": 1e-2, "full": 5e-5}
 
 
 def main() -> None:
     options = arguments()
     results = options.output / "results.json"
-    found: dict[str, dict[str, float]] = json.loads(results.read_text()) if results.exists() else {}
+    found: Results = json.loads(results.read_text()) if results.exists() else {}
     for name in options.only or TASKS:
         for method in ("base", *METHODS):
             key = f"{name}/{method}"
@@ -76,11 +93,11 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(name: str, method: str, options: argparse.Namespace) -> dict[str, float]:
-    """Train (but for the base itself) and evaluate; trained parameters, seconds of training and the metric."""
+def run(name: str, method: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Train (but for the base itself) and evaluate; trained parameters, seconds of training and the values."""
     folder = options.output / name / method
     if method == "base":
-        return {"parameters": 0, "seconds": 0.0, "value": evaluate(name, [MODEL], options)}
+        return {"parameters": 0, "seconds": 0.0, "values": evaluate(name, [MODEL], options)}
     folder.mkdir(parents=True, exist_ok=True)
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(recipe_for(name, method, folder, options)))
@@ -91,7 +108,7 @@ def run(name: str, method: str, options: argparse.Namespace) -> dict[str, float]
     return {
         "parameters": int(record["trained"].split()[1].replace(",", "")),  # "trains 4,884,480 of …"
         "seconds": record["results"]["seconds"],
-        "value": evaluate(name, model, options),
+        "values": evaluate(name, model, options),
     }
 
 
@@ -115,11 +132,13 @@ def recipe_for(name: str, method: str, folder: Path, options: argparse.Namespace
     }
 
 
-def evaluate(name: str, model: Sequence[str], options: argparse.Namespace) -> float:
-    task, data = TASKS[name], str(options.data / name / "eval.pc.jsonl")
-    limit = ("--limit", str(task.n_eval))
-    told = veneer("eval", *model, "--data", data, "--metric", *task.metric, *limit, "--dtype", "bfloat16", "--json")
-    return float(json.loads(told)["value"])
+def evaluate(name: str, model: Sequence[str], options: argparse.Namespace) -> list[float]:
+    data, values = str(options.data / name / "eval.pc.jsonl"), []
+    for measure in TASKS[name].measures:
+        limit = ("--limit", str(measure.n_rows), "--dtype", "bfloat16", "--json")
+        told = veneer("eval", *model, "--data", data, "--metric", *measure.metric, *limit)
+        values.append(float(json.loads(told)["value"]))
+    return values
 
 
 def veneer(*arguments: str) -> str:
@@ -127,42 +146,42 @@ def veneer(*arguments: str) -> str:
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def show(found: dict[str, dict[str, float]], output: Path) -> None:
+def show(found: Results, output: Path) -> None:
     """The table, as text and Markdown, and the picture."""
     names = [n for n in TASKS if f"{n}/full" in found]
-    rows = [[m, *(cells(found[f"{n}/{m}"], TASKS[n]) for n in names)] for m in ("base", *METHODS)]
-    table = Table(title="on held-out rows; in brackets seconds of training")
-    for title in ("method", *(TASKS[n].title for n in names)):
+    titles = ["method", *(measure.title for n in names for measure in TASKS[n].measures)]
+    rows = [[m, *(cell for n in names for cell in cells(found[f"{n}/{m}"], TASKS[n]))] for m in ("base", *METHODS)]
+    table = Table(title="on held-out rows")
+    for title in titles:
         table.add_column(title, justify="left" if title == "method" else "right")
     for row in rows:
         table.add_row(*row)
     Console().print(table)
-    lines = [["method", *(TASKS[n].title for n in names)], ["---"] + ["---:"] * len(names), *rows]
+    lines = [titles, ["---"] + ["---:"] * (len(titles) - 1), *rows]
     (output / "tasks.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
     draw(found, names, output / "tasks.png")
 
 
-def cells(result: dict[str, float], task: Task) -> str:
-    value = f"{result['value']:.1%}" if task.higher_is_better else f"{result['value']:.3f}"
-    return f"{value} ({result['seconds']:.0f})" if result["seconds"] else value
+def cells(result: dict[str, Any], task: Task) -> list[str]:
+    pairs = zip(result["values"], task.measures, strict=True)
+    return [f"{value:.1%}" if measure.higher_is_better else f"{value:.3f}" for value, measure in pairs]
 
 
-def draw(found: dict[str, dict[str, float]], names: Sequence[str], path: Path) -> None:
-    """Quality against trained parameters, one panel a set."""
+def draw(found: Results, names: Sequence[str], path: Path) -> None:
+    """Quality (the first measure) against trained parameters, one panel a set."""
     figure = Figure(figsize=(3.1 * len(names), 3.2), layout="constrained")
     panels = figure.subplots(1, len(names), squeeze=False)[0]
     for panel, name in zip(panels, names, strict=True):
-        panel.axhline(found[f"{name}/base"]["value"], color="0.6", linestyle="--", linewidth=1)
+        panel.axhline(found[f"{name}/base"]["values"][0], color="0.6", linestyle="--", linewidth=1)
         for method in METHODS:
             result = found[f"{name}/{method}"]
-            panel.scatter(result["parameters"], result["value"], s=45, label=method)
-            panel.annotate(
-                method, (result["parameters"], result["value"]), xytext=LABELS[method], textcoords="offset points"
-            )
+            dot = (result["parameters"], result["values"][0])
+            panel.scatter(*dot, s=45, label=method)
+            panel.annotate(method, dot, xytext=LABELS[method], textcoords="offset points")
         panel.set_xscale("log")
         panel.margins(y=0.15)
         panel.set_xlim(1e4, 1e9)
-        panel.set_title(TASKS[name].title, fontsize=9)
+        panel.set_title(TASKS[name].measures[0].title, fontsize=9)
         panel.set_xlabel("trained parameters (dashed: the base)", fontsize=8)
     figure.savefig(path, dpi=140)
 
