@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from importlib import resources
 from pathlib import Path
 from typing import Annotated
 
@@ -33,7 +32,9 @@ def train(
     Example: [bold]veneer train --print-recipe > recipe.yaml && veneer train recipe.yaml[/bold]
     """
     if print_recipe:
-        typer.echo((resources.files("veneer.train") / "recipe.yaml").read_text(encoding="utf-8"), nl=False)
+        from veneer.train.commented_recipe import commented_recipe
+
+        typer.echo(commented_recipe(), nl=False)
         return
     if recipe is None:
         raise ConfigError("veneer train needs a recipe: `veneer train --print-recipe > recipe.yaml` writes one to edit")

@@ -39,6 +39,7 @@ class MethodConfig(ABC):
 
     peft_type: ClassVar[str]
     identity_at_start: ClassVar[bool] = True
+    usual_learning_rate: ClassVar[float] = 2e-4  # of AdamW, where a recipe gives none
 
     task_type: str | None = None
     base_model_name_or_path: str | None = None
@@ -214,6 +215,8 @@ class VirtualTokenMethod(MethodConfig):
     ``token_dim``, ``num_attention_heads``, ``num_layers``, ``num_transformer_submodules`` describe the base model and
     are filled in when the config is attached.
     """
+
+    usual_learning_rate: ClassVar[float] = 1e-2
 
     num_virtual_tokens: int
     token_dim: int | None = None

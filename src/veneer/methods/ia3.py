@@ -27,6 +27,7 @@ class IA3Config(LinearMethod):
     """
 
     peft_type: ClassVar[str] = "IA3"
+    usual_learning_rate: ClassVar[float] = 5e-3
     default_feedforward: ClassVar[tuple[str, ...]] = (
         "down_proj", "fc2", "output.dense", "wo", "dense_4h_to_h", "mlp.c_proj", "w2",
     )  # fmt: skip

@@ -228,3 +228,8 @@ def _find_variants() -> tuple[ModuleType, ...]:
 
 
 _VARIANTS = _find_variants()  # once, here: torch.compile cannot follow an import in the forward pass
+
+
+def variant_switches() -> dict[str, str]:
+    """The field of `LoraConfig` that turns each variant on, by the name of the variant's file."""
+    return {v.__name__.rpartition(".")[2]: v.SWITCH for v in _VARIANTS}

@@ -30,6 +30,7 @@ class VeraConfig(LinearMethod):
     """
 
     peft_type: ClassVar[str] = "VERA"
+    usual_learning_rate: ClassVar[float] = 5e-3
 
     r: int = 256
     projection_prng_key: int = 0

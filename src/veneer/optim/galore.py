@@ -4,7 +4,7 @@ algorithm 2).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from veneer.errors import ConfigError
 from veneer.ops.adamw import BLOCK_SIZE, AdamWStep
@@ -51,7 +50,7 @@ class GaLoreAdamW(Optimizer):
 
     A matrix (m, n) keeps moments of r·max(m, n) entries and a basis of r·min(m, n) instead of 2·m·n. Moments are
     kept as they are when the basis changes, as in the authors' code. With ``eight_bit`` they are stored in 8 bits.
-    Weight decay acts on the full weight. Vectors and small matrices take plain AdamW.
+    Weight decay acts on the full weight. Vectors, small matrices, and groups with ``projected`` False take plain AdamW.
 
     Departs: eps is added to the bias-corrected root, as Adam's paper has it; the authors' code adds it before the
     correction.
@@ -70,7 +69,8 @@ class GaLoreAdamW(Optimizer):
     ) -> None:
         check_adam_settings(lr, betas, eps, weight_decay)
         self.projection, self.eight_bit = projection or Projection(), eight_bit
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "projected": True}
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -104,7 +104,7 @@ class GaLoreAdamW(Optimizer):
         state, grad = self.state[param], cast(Tensor, param.grad).float()
         state["step"] = state.get("step", 0) + 1
         hyper = AdamWStep(group["lr"], group["betas"], group["eps"], group["weight_decay"], state["step"])
-        projected = param.ndim == 2 and min(param.shape) > self.projection.rank
+        projected = group["projected"] and param.ndim == 2 and min(param.shape) > self.projection.rank
         right = projected and self.projection.goes_right(param.shape)
         if projected and (state["step"] - 1) % self.projection.gap == 0:
             state["basis"] = basis(grad, self.projection.rank, right)
@@ -150,23 +150,6 @@ def project_back(low: Float[Tensor, "p q"], base: Float[Tensor, "k r"], right: b
     """``N Vᵀ`` or ``U N``."""
     full: Tensor = low @ base.T if right else base @ low
     return full
-
-
-def step_in_backward(
-    params: Iterable[Tensor], make: Callable[[list[Tensor]], Optimizer]
-) -> tuple[dict[Tensor, Optimizer], list[RemovableHandle]]:
-    """One optimizer a parameter, stepped as soon as its gradient is there, which is then freed: full gradients never
-    coexist.
-
-    Clipping by the norm of all gradients and accumulation over several backward passes are impossible this way.
-    """
-    optimizers = {p: make([p]) for p in params if p.requires_grad}
-
-    def update(param: Tensor) -> None:
-        optimizers[param].step()
-        param.grad = None
-
-    return optimizers, [p.register_post_accumulate_grad_hook(update) for p in optimizers]  # type: ignore[no-untyped-call]
 
 
 def _read(state: dict[str, Any], key: str, like: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import trl
 from transformers import TrainingArguments
 
 from veneer.errors import ConfigError
+from veneer.train.optimizer import optimizer_problems
 
 
 @dataclass
@@ -18,9 +19,11 @@ class SFTConfig(trl.SFTConfig):  # type: ignore[misc]
     """TRL's ``SFTConfig``. Raises ConfigError with all that does not go together.
 
     ``fused``: "auto" trains on veneer's kernels where the model fits them (`model.fused`), "off" never.
+    ``lora_plus``: how many times faster the factor B learns than A (LoRA+); None is one rate for both.
     """
 
     fused: Literal["auto", "off", False] = "auto"
+    lora_plus: float | None = None
 
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():
@@ -45,6 +48,9 @@ class SFTConfig(trl.SFTConfig):  # type: ignore[misc]
             self.fused = "off"  # what YAML makes of an unquoted off
         if self.fused not in ("auto", "off"):
             problems.append(f"fused={self.fused!r} must be 'auto' or 'off'")
+        if self.lora_plus is not None and not self.lora_plus > 0:
+            problems.append(f"lora_plus={self.lora_plus!r} must be above 0")
+        problems += optimizer_problems(self)
         if problems:
             raise ConfigError("SFTConfig: " + "; ".join(problems))
 

@@ -7,19 +7,31 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
+from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import check_target_module_exists
 
 from veneer.errors import ConfigError
-from veneer.optim import AdamW8bit, PagedAdamW8bit
+from veneer.model.attach import module_index
+from veneer.optim import AdamW8bit, GaLoreAdamW, LayerwiseGaLoreAdamW, PagedAdamW8bit, lora_plus_groups
+from veneer.optim.galore import Projection
+from veneer.train.keys import nearest
 
 Choice = tuple[type[torch.optim.Optimizer], dict[str, Any]]
-Factory = Callable[[TrainingArguments], Choice]
+Factory = Callable[[TrainingArguments, "nn.Module | None"], Choice]
+
+# The names that GaLore's settings have in ``optim_args``: ours, and transformers' for the same.
+_GALORE_KEYS = {"rank": "rank", "gap": "gap", "update_proj_gap": "gap", "scale": "scale", "side": "side"}
 
 
 def _adamw(optimizer: type[torch.optim.Optimizer]) -> Factory:
-    def choose(args: TrainingArguments) -> Choice:
-        betas = (args.adam_beta1, args.adam_beta2)
-        return optimizer, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
+    return lambda args, model: (optimizer, _adam_settings(args))
+
+
+def _galore(optimizer: type[GaLoreAdamW], eight_bit: bool = False) -> Factory:
+    def choose(args: TrainingArguments, model: nn.Module | None) -> Choice:
+        settings = {**_adam_settings(args), "projection": galore_projection(args.optim_args), "eight_bit": eight_bit}
+        return optimizer, settings if model is None else {"params": galore_groups(args, model), **settings}
 
     return choose
 
@@ -29,23 +41,115 @@ FACTORIES: Mapping[str, Factory] = {
     "adamw_8bit": _adamw(AdamW8bit),
     "adamw_bnb_8bit": _adamw(AdamW8bit),
     "paged_adamw_8bit": _adamw(PagedAdamW8bit),
+    "galore_adamw": _galore(GaLoreAdamW),
+    "galore_adamw_8bit": _galore(GaLoreAdamW, eight_bit=True),
+    "galore_adamw_layerwise": _galore(LayerwiseGaLoreAdamW),
+    "galore_adamw_8bit_layerwise": _galore(LayerwiseGaLoreAdamW, eight_bit=True),
 }
 
 # Names that transformers serves through bitsandbytes alone.
 _BITSANDBYTES = ("paged_", "lion_8bit", "lion_32bit", "ademamix", "rmsprop_bnb")
 
 
-def choose_optimizer(args: TrainingArguments, model: torch.nn.Module | None) -> Choice:
+def choose_optimizer(args: TrainingArguments, model: nn.Module | None) -> Choice:
     """The class and the arguments of the optimizer that ``args.optim`` names.
 
     Raises ConfigError for a name that needs a package which is not installed.
     """
-    name = str(getattr(args.optim, "value", args.optim))
+    name = _name(args.optim)
     if name in FACTORIES:
-        return FACTORIES[name](args)
+        return FACTORIES[name](args, model)
     if any(part in name for part in _BITSANDBYTES) and importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
             f"optim={name!r} is served by bitsandbytes, which is not installed. Use one that veneer serves itself "
             f"({', '.join(sorted(FACTORIES))}) or one of torch's (adamw_torch), or install bitsandbytes"
         )
     return cast(Choice, Trainer.get_optimizer_cls_and_kwargs(args, model))
+
+
+def lora_plus_optimizer(args: TrainingArguments, model: nn.Module, ratio: float, choice: Choice) -> Any:
+    """The chosen optimizer over LoRA+'s groups. Raises ConfigError where it brings groups of its own."""
+    optimizer, settings = choice
+    if {"params", "model", "optimizer_dict"} & settings.keys():
+        raise ConfigError(
+            f"lora_plus={ratio} groups the factors of adapters, and optim={_name(args.optim)!r} has groups of its own: "
+            "use another optimizer, or leave lora_plus out"
+        )
+    groups = lora_plus_groups(model.named_parameters(), args.learning_rate, ratio, args.weight_decay)
+    return optimizer(groups, **settings)
+
+
+def galore_groups(args: TrainingArguments, model: nn.Module) -> list[dict[str, Any]]:
+    """Trained matrices of the layers that GaLore projects, other matrices, and vectors, which do not decay.
+
+    ``args.optim_target_modules`` chooses layers as in transformers (parts of their paths, or regular expressions);
+    None and "all-linear" are all linear layers but the output head. Raises ConfigError where it chooses none.
+    """
+    wanted, linear = args.optim_target_modules, module_index(model).all_linear
+    if wanted not in (None, "all-linear"):
+        linear = tuple(path for path in linear if check_target_module_exists(wanted, path))
+        if not linear:
+            raise ConfigError(f"optim_target_modules={wanted!r} matches no linear layer of the model")
+    groups: dict[tuple[bool, float], list[Tensor]] = {}
+    weights = {f"{path}.weight" for path in linear}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            key = name in weights, args.weight_decay if parameter.ndim > 1 else 0.0
+            groups.setdefault(key, []).append(parameter)
+    return [{"params": ps, "projected": on, "weight_decay": decay} for (on, decay), ps in groups.items()]
+
+
+def galore_projection(optim_args: str | None) -> Projection:
+    """What ``optim_args`` says, such as ``"rank=64, update_proj_gap=100, scale=0.25"``. Raises ConfigError."""
+    given: dict[str, Any] = {}
+    for part in (optim_args or "").replace(" ", "").split(","):
+        key, equals, text = part.partition("=")
+        if not part:
+            continue
+        if not equals or key not in _GALORE_KEYS:
+            allowed = ", ".join(f"{name}=…" for name in _GALORE_KEYS)
+            raise ConfigError(f"optim_args: {part!r} is not one of GaLore's {allowed}{nearest(key, _GALORE_KEYS)}")
+        try:
+            given[_GALORE_KEYS[key]] = text if key == "side" else float(text) if key == "scale" else int(text)
+        except ValueError as error:
+            raise ConfigError(f"optim_args: {key}={text!r} must be a number") from error
+    return Projection(**given)
+
+
+def steps_in_backward(optim: Any) -> bool:
+    """Whether the optimizer of this name updates weights within the backward pass."""
+    return _name(optim) in FACTORIES and _name(optim).endswith("_layerwise")
+
+
+def optimizer_problems(args: TrainingArguments) -> list[str]:
+    """What in the arguments does not go with the optimizer that they name."""
+    name, found = _name(args.optim), list[str]()
+    if "galore" in name and name in FACTORIES:
+        try:
+            galore_projection(args.optim_args)
+        except ConfigError as error:
+            found.append(str(error))
+    elif name in FACTORIES and args.optim_args:
+        found.append(f"optim_args={args.optim_args!r} means nothing to optim={name!r}: leave it out")
+    if steps_in_backward(name):
+        settings = {
+            "max_grad_norm": (args.max_grad_norm, 0),
+            "gradient_accumulation_steps": (args.gradient_accumulation_steps, 1),
+            "fp16": (args.fp16, False),
+            "the number of processes": (args.world_size, 1),
+        }
+        found += [
+            f"optim={name!r} updates weights within the backward pass, where {what}={value!r} cannot be: it must be "
+            f"{only!r}"
+            for what, (value, only) in settings.items()
+            if value != only and value is not None
+        ]
+    return found
+
+
+def _adam_settings(args: TrainingArguments) -> dict[str, Any]:
+    return {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+
+
+def _name(optim: Any) -> str:
+    return str(getattr(optim, "value", optim))

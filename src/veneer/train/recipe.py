@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
-import typing
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.errors import PydanticSchemaGenerationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from veneer.core.method import MethodConfig
 from veneer.errors import ConfigError
-from veneer.methods.ia3 import IA3Config
-from veneer.methods.lora import LoraConfig
+from veneer.train.adapter_part import FULL, adapter_config, adapter_problems, method_of, usual_learning_rate
 from veneer.train.config import SFTConfig
+from veneer.train.keys import nearest, typed
+from veneer.train.optimizer import steps_in_backward
 
-Method = Literal["lora", "rslora", "dora", "ia3", "full"]
-_CONFIGS: dict[str, tuple[type[MethodConfig], dict[str, Any]]] = {
-    "lora": (LoraConfig, {}),
-    "rslora": (LoraConfig, {"use_rslora": True}),
-    "dora": (LoraConfig, {"use_dora": True}),
-    "ia3": (IA3Config, {}),
-}
 _ELSEWHERE = {
     "output_dir": "at the top, as output",
     "seed": "at the top, as seed",
@@ -74,25 +64,18 @@ class Recipe(_Part):
     seed: int = 0
 
     @property
-    def method(self) -> Method:
+    def method(self) -> str:
         """The name of the method."""
-        return typing.cast(Method, self.adapter.get("method", "lora"))
+        return method_of(self.adapter)
 
     def adapter_config(self) -> MethodConfig | None:
         """The config of the adapter; None where the whole model is trained."""
-        if self.method == "full":
-            return None
-        cls, switches = _CONFIGS[self.method]
-        given = {"target_modules": "all-linear"} if cls is LoraConfig else {}
-        return cls(**{**given, **_typed(cls, self._adapter_fields(), []), **switches})
+        return adapter_config(self.adapter)
 
     def sft_config(self, **changes: Any) -> SFTConfig:
         """The settings of the trainer, the recipe's defaults filled in."""
-        given = _typed(SFTConfig, self.training, [])
+        given = typed(SFTConfig, self.training, [])
         return SFTConfig(output_dir=self.output, seed=self.seed, **{**_defaults(self), **given, **changes})
-
-    def _adapter_fields(self) -> dict[str, Any]:
-        return {key: value for key, value in self.adapter.items() if key != "method"}
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -155,17 +138,9 @@ def _model_problems(values: Mapping[str, Any]) -> list[str]:
 
 def _adapter_problems(values: Mapping[str, Any]) -> list[str]:
     given = _section(values, "adapter")
-    method, rest = given.get("method", "lora"), {key: value for key, value in given.items() if key != "method"}
-    methods = typing.get_args(Method)
-    if method not in methods:
-        return [f"adapter.method: {method!r} must be one of {', '.join(methods)}{_nearest(str(method), methods)}"]
-    found: list[str] = []
-    if method != "full":
-        _typed(_CONFIGS[method][0], rest, found, "adapter.")
-        return found
-    found += [f"adapter.{key}: method full trains the whole model and has no settings" for key in rest]
+    found = adapter_problems(given)
     quantization = _section(values, "model").get("quantization", "none")
-    if quantization != "none":
+    if method_of(given) == FULL and quantization != "none":
         found.append(f"model.quantization: {quantization} weights are frozen, and method full trains them; use none")
     return found
 
@@ -173,7 +148,7 @@ def _adapter_problems(values: Mapping[str, Any]) -> list[str]:
 def _training_problems(values: Mapping[str, Any]) -> list[str]:
     given = _section(values, "training")
     found = [f"training.{key}: say it {where}" for key, where in _ELSEWHERE.items() if key in given]
-    _typed(SFTConfig, {key: value for key, value in given.items() if key not in _ELSEWHERE}, found, "training.")
+    typed(SFTConfig, {key: value for key, value in given.items() if key not in _ELSEWHERE}, found, "training.")
     return found
 
 
@@ -192,10 +167,10 @@ def _data_problems(values: Mapping[str, Any]) -> list[str]:
 def _defaults(recipe: Recipe) -> dict[str, Any]:
     evaluates = recipe.data.eval is not None or recipe.data.eval_fraction > 0
     return {
-        "learning_rate": {"ia3": 5e-3, "full": 2e-5}.get(recipe.method, 2e-4),
+        "learning_rate": usual_learning_rate(recipe.adapter),
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.03,
-        "max_grad_norm": 0.3,
+        "max_grad_norm": 0.0 if steps_in_backward(recipe.training.get("optim")) else 0.3,
         "num_train_epochs": 1.0,
         "per_device_train_batch_size": 8,
         "logging_steps": 10,
@@ -208,38 +183,15 @@ def _defaults(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _typed(cls: type, given: Mapping[str, Any], problems: list[str], prefix: str = "") -> dict[str, Any]:
-    """Values converted to the types of a dataclass's fields; what cannot be, and unknown keys, become problems."""
-    hints = typing.get_type_hints(cls)
-    known = {f.name for f in fields(cls) if f.init}
-    typed: dict[str, Any] = {}
-    for key, value in given.items():
-        if key not in known:
-            problems.append(f"{prefix}{key}: unknown key{_nearest(key, known)}")
-            continue
-        try:
-            typed[key] = TypeAdapter(hints[key]).validate_python(value)
-        except ValidationError as error:
-            problems.append(f"{prefix}{key}: {value!r} does not fit ({error.errors()[0]['msg']})")
-        except PydanticSchemaGenerationError:
-            typed[key] = value  # a type that pydantic does not know; the config checks it itself
-    return typed
-
-
 def _told(error: dict[str, Any]) -> str:
     path = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         parts: dict[str, type[_Part]] = {"model": ModelPart, "data": DataPart}
         known = Recipe.model_fields if len(error["loc"]) == 1 else parts[str(error["loc"][0])].model_fields
-        return f"{path}: unknown key{_nearest(str(error['loc'][-1]), known)}"
+        return f"{path}: unknown key{nearest(str(error['loc'][-1]), known)}"
     if error["type"] == "missing":
         return f"{path}: is missing"
     return f"{path}: {error['input']!r} does not fit ({error['msg']})"
-
-
-def _nearest(key: str, known: Iterable[str]) -> str:
-    found = difflib.get_close_matches(key, list(known), n=1, cutoff=0.3)
-    return f"; the nearest is {found[0]!r}" if found else ""
 
 
 def _override(values: dict[str, Any], override: str) -> None:

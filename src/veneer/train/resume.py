@@ -39,6 +39,7 @@ class ResumableTrainer(TrlTrainer):  # type: ignore[misc]
     schedule, the random states and the counters: no weight of the base.
     """
 
+    optimizer: Any
     progress: Progress
     data_digest: str | None
 

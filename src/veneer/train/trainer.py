@@ -27,6 +27,7 @@ from veneer.adapters.peft_model import PeftModel, get_peft_model
 from veneer.core.method import MethodConfig
 from veneer.errors import ConfigError, TrainingError
 from veneer.model.fused.decoder import fused
+from veneer.optim import LayerwiseGaLoreAdamW
 from veneer.train.collate import Collator
 from veneer.train.config import SFTConfig, as_sft_config
 from veneer.train.describe import describe_trained, require_trainable
@@ -34,7 +35,7 @@ from veneer.train.encode import Encoder, kind_of
 from veneer.train.exact import packing_layout
 from veneer.train.guards import FiniteGradients, require_finite
 from veneer.train.loss import TokenLoss, token_loss
-from veneer.train.optimizer import Choice, choose_optimizer
+from veneer.train.optimizer import Choice, choose_optimizer, lora_plus_optimizer
 from veneer.train.prepare import columns_of, digest, encode_all, pack_all, require_answers
 from veneer.train.progress import Progress
 from veneer.train.resume import ResumableTrainer, random_state_kept
@@ -133,6 +134,7 @@ class SFTTrainer(ResumableTrainer):
                 output = super().train(resume_from_checkpoint=self.resolve_resume(resume_from_checkpoint), **options)
         finally:
             self._unwrap_forward()
+            self._stop_updates()
         return TrainOutput(output.global_step, output.metrics["train_loss"], output.metrics)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
@@ -214,6 +216,14 @@ class SFTTrainer(ResumableTrainer):
             logs["train_loss"] = self.progress.loss / max(self.state.global_step, 1)
         super().log(logs, start_time)
 
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """The optimizer, over LoRA+'s groups where ``lora_plus`` is set."""
+        if self.optimizer is None and self.args.lora_plus is not None:
+            trained = self.model if model is None else model
+            choice = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, trained)
+            self.optimizer = lora_plus_optimizer(self.args, trained, self.args.lora_plus, choice)
+        return super().create_optimizer(model)
+
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None = None) -> Choice:
         """The optimizer that ``args.optim`` names, from `train.optimizer`."""
@@ -263,6 +273,12 @@ class SFTTrainer(ResumableTrainer):
                 if getattr(original, "__func__", None) is not type(self.model).forward:
                     self.model.forward = original
             self.accelerator.free_memory()
+
+    def _stop_updates(self) -> None:
+        """After training no backward pass moves a weight."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper around it
+        if isinstance(optimizer, LayerwiseGaLoreAdamW):
+            optimizer.close()
 
     def _send_telemetry(self) -> None:
         """Nothing is sent."""

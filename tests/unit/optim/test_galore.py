@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from veneer.errors import ConfigError
-from veneer.optim.galore import GaLoreAdamW, Projection, step_in_backward
+from veneer.errors import ConfigError, TrainingError
+from veneer.optim.galore import GaLoreAdamW, Projection
+from veneer.optim.layerwise import LayerwiseGaLoreAdamW
 
 TALL, WIDE, SQUARE = (23, 11), (7, 19), (13, 13)
 
@@ -99,26 +100,57 @@ def test_resume_is_bit_exact(eight_bit, tmp_path):
     assert torch.equal(straight, resumed)
 
 
-def test_stepping_in_backward_gives_the_same_weights_and_frees_gradients():
-    def model():
-        torch.manual_seed(5)
-        return torch.nn.Sequential(torch.nn.Linear(9, 31), torch.nn.Tanh(), torch.nn.Linear(31, 13))
+def two_layers():
+    torch.manual_seed(5)
+    return torch.nn.Sequential(torch.nn.Linear(9, 31), torch.nn.Tanh(), torch.nn.Linear(31, 13))
 
-    def make(params):
-        return GaLoreAdamW(params, lr=0.03, projection=Projection(rank=4, gap=2))
 
+def test_the_layerwise_form_gives_the_same_weights_and_frees_gradients():
+    options = {"lr": 0.03, "projection": Projection(rank=4, gap=2)}
     x = torch.randn(6, 9)
-    plain, layerwise = model(), model()
-    optimizer = make(plain.parameters())
-    step_in_backward(layerwise.parameters(), make)
-    for _ in range(3):
+    plain, layerwise = two_layers(), two_layers()
+    optimizer = GaLoreAdamW(plain.parameters(), **options)
+    inside = LayerwiseGaLoreAdamW([{"params": [p]} for p in layerwise.parameters()], **options)
+    for step in range(4):
+        if step == 2:
+            inside.load_state_dict(inside.state_dict())  # replaces the groups
+            inside.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"] = 0.05
+            for group in inside.param_groups[1:]:
+                group["lr"] = 0.05
         plain(x).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         layerwise(x).square().mean().backward()
         assert all(p.grad is None for p in layerwise.parameters())
+        inside.step()
     for p, q in zip(plain.parameters(), layerwise.parameters(), strict=True):
-        torch.testing.assert_close(p, q)
+        assert torch.equal(p, q)
+    before = layerwise[0].weight.clone()
+    inside.close()
+    layerwise(x).square().mean().backward()
+    assert torch.equal(layerwise[0].weight, before)
+    inside.step()
+    assert not torch.equal(layerwise[0].weight, before)
+
+
+def test_the_layerwise_form_stops_before_a_weight_takes_a_gradient_that_is_not_finite():
+    model = two_layers()
+    before = model[2].weight.clone()
+    LayerwiseGaLoreAdamW(model.parameters(), projection=Projection(rank=4))
+    with pytest.raises(TrainingError, match="NaN or infinite"):
+        (model(torch.ones(2, 9)).sum() * float("nan")).backward()
+    assert torch.equal(model[2].weight, before)
+
+
+def test_a_group_that_is_not_projected_takes_plain_adamw():
+    param, twin = (torch.nn.Parameter(torch.ones(7, 5)) for _ in range(2))
+    ours = GaLoreAdamW([{"params": [param], "projected": False}], lr=0.1, projection=Projection(rank=2))
+    theirs = torch.optim.AdamW([twin], lr=0.1, eps=1e-6, weight_decay=0.0)
+    for p in (param, twin):
+        p.grad = torch.linspace(-1, 1, 35).view(7, 5)
+    ours.step()
+    theirs.step()
+    torch.testing.assert_close(param, twin)
 
 
 def test_settings_are_checked():

@@ -1,15 +1,25 @@
+import sys
+
 import pytest
 import yaml
 
+import veneer.methods
 from veneer.errors import ConfigError
+from veneer.methods import all_methods
 from veneer.methods.ia3 import IA3Config
 from veneer.methods.lora import LoraConfig
+from veneer.train.adapter_part import method_names
+from veneer.train.commented_recipe import commented_recipe
 from veneer.train.recipe import load_recipe, parse_recipe
 
 
 def values(**changes):
     base = {"model": {"source": "somewhere"}, "data": {"train": "rows.jsonl"}, "output": "runs/x"}
     return {**base, **changes}
+
+
+def recipe_with(**changes):
+    return parse_recipe(values(**changes))
 
 
 @pytest.fixture
@@ -23,20 +33,19 @@ def written(tmp_path):
 
 
 def test_the_commented_recipe_is_valid_and_names_only_keys_that_do_something(written):
-    from importlib import resources
-
-    text = (resources.files("veneer.train") / "recipe.yaml").read_text()
+    text = commented_recipe()
     recipe = load_recipe(written(text))
     assert recipe.adapter_config() == LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear")
     assert recipe.sft_config().learning_rate == 2e-4
     optional = [line.strip()[2:] for line in text.splitlines() if line.strip().startswith("# ") and ": " in line]
+    keys = {"attention", "eval", "prompt", "completion", "chat", "system", "limit", "optim_args", "lora_plus"}
+    found = {line.split(":")[0]: line.partition(": ")[2] for line in optional if line.split(":")[0] in keys}
+    assert found.keys() == keys
     assert (
-        sum(
-            line.split(":")[0] in ("attention", "eval", "prompt", "completion", "chat", "system", "limit")
-            for line in optional
-        )
-        == 7
+        recipe_with(training={key: yaml.safe_load(found[key]) for key in ("lora_plus",)}).sft_config().lora_plus == 16
     )
+    assert "METHODS" not in text
+    assert all(f" {name} |" in text or f"| {name}" in text for name in method_names())
 
 
 def test_every_problem_is_told_at_once_with_the_nearest_key():
@@ -71,6 +80,16 @@ def test_every_problem_is_told_at_once_with_the_nearest_key():
         ({"data": {"train": "a", "eval": "b", "eval_fraction": 0.1}}, "not both"),
         ({"data": {"train": "a", "eval_fraction": 1.5}}, "data.eval_fraction: 1.5 does not fit"),
         ({"data": {}}, "data.train: is missing"),
+        ({"adapter": {"method": "prompt_tuning"}}, "adapter.num_virtual_tokens: is missing"),
+        ({"adapter": {"method": "dora", "use_dora": False}}, "use_dora: False contradicts method dora"),
+        ({"training": {"lora_plus": 0}}, "lora_plus=0.* must be above 0"),
+        ({"training": {"optim": "galore_adamw", "optim_args": "rnk=3"}}, "'rnk=3' is not one of .*nearest is 'rank'"),
+        ({"training": {"optim": "galore_adamw", "optim_args": "rank=x"}}, "rank='x' must be a number"),
+        ({"training": {"optim": "adamw_8bit", "optim_args": "rank=3"}}, "means nothing to optim='adamw_8bit'"),
+        (
+            {"training": {"optim": "galore_adamw_layerwise", "max_grad_norm": 1, "gradient_accumulation_steps": 2}},
+            "where max_grad_norm=1.0 cannot be: it must be 0; .*gradient_accumulation_steps=2 cannot be: it must be 1",
+        ),
         ({"adapter": {"r": 0}}, "r=0 must be a whole number"),
         ({"training": {"packing": True, "max_length": None}}, "packing=True needs max_length"),
     ],
@@ -86,12 +105,43 @@ def test_what_is_wrong_is_told(changes, message):
         ("lora", LoraConfig(target_modules="all-linear")),
         ("rslora", LoraConfig(target_modules="all-linear", use_rslora=True)),
         ("dora", LoraConfig(target_modules="all-linear", use_dora=True)),
+        ("lora_bias", LoraConfig(target_modules="all-linear", lora_bias=True)),
         ("ia3", IA3Config()),
         ("full", None),
     ],
 )
 def test_methods(method, expected):
-    assert parse_recipe(values(adapter={"method": method})).adapter_config() == expected
+    assert recipe_with(adapter={"method": method}).adapter_config() == expected
+
+
+def test_every_method_of_the_registry_has_a_name():
+    needed = {"num_virtual_tokens": 3, "total_step": 7, "oft_block_size": 4}
+    for peft_type, cls in all_methods().items():
+        own = {k: v for k, v in needed.items() if k in cls.__dataclass_fields__}
+        recipe = recipe_with(adapter={"method": peft_type.lower(), **own})
+        assert type(recipe.adapter_config()) is cls
+        assert recipe.sft_config().learning_rate == cls.usual_learning_rate
+
+
+def test_a_method_dropped_into_the_folder_is_known(tmp_path, monkeypatch):
+    (tmp_path / "toy.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from veneer.methods.ia3 import IA3Config\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class ToyConfig(IA3Config):\n"
+        "    peft_type = 'TOY'\n"
+        "    loudness: float\n"
+    )
+    monkeypatch.setattr(veneer.methods, "__path__", [*veneer.methods.__path__, str(tmp_path)])
+    all_methods.cache_clear()
+    try:
+        assert recipe_with(adapter={"method": "toy", "loudness": "1e-2"}).adapter_config().loudness == 0.01
+        with pytest.raises(ConfigError, match=r"loudnes: unknown key; the nearest is 'loudness'.*loudness: is missing"):
+            recipe_with(adapter={"method": "toy", "loudnes": 3})
+        assert "| toy |" in commented_recipe()
+    finally:
+        sys.modules.pop("veneer.methods.toy", None)
+        all_methods.cache_clear()
 
 
 def test_numbers_that_yaml_reads_as_text_are_numbers(written):

@@ -6,7 +6,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from veneer import LoraConfig
-from veneer.errors import TrainingError
+from veneer.errors import ConfigError, TrainingError
 from veneer.train.checkpoint import checkpoints, drop_old, latest_checkpoint, read_progress, written_whole
 from veneer.train.config import SFTConfig
 from veneer.train.sampler import EpochSampler
@@ -73,6 +73,52 @@ def test_a_resumed_run_logs_and_ends_as_the_whole_one(tmp_path, start, whole):
             again.model.named_parameters(), first.model.named_parameters(), strict=True
         ):
             assert torch.equal(ours, expected), (step, name)
+
+
+OPTIMIZERS = {
+    "adamw_8bit": {},
+    "paged_adamw_8bit": {"lora_plus": 5.0},
+    "adamw_torch_fused": {"lora_plus": 3.0},
+    "galore_adamw_8bit": {"whole": True, "optim_args": "rank=3, gap=2"},
+    "galore_adamw_layerwise": {"whole": True, "optim_args": "rank=3, update_proj_gap=2", "max_grad_norm": 0.0},
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_run_with_any_optimizer_resumes_bit_for_bit(tmp_path, start, name):
+    options = {"optim": name, "max_steps": 5, "learning_rate": 2e-3, **OPTIMIZERS[name]}
+    first = start(**options)
+    first.train()
+    shutil.copytree(tmp_path / "run" / "checkpoint-3", tmp_path / "from3" / "checkpoint-3")
+    again = start("from3", **options)
+    again.train(resume_from_checkpoint=True)
+    assert logged(again) == logged(first)
+    before = start("before", **options).model.state_dict()
+    for key, expected in first.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[key], expected)
+    assert any(not torch.equal(before[key], value) for key, value in first.model.state_dict().items())
+
+
+def test_galore_projects_linear_layers_and_frees_gradients_as_it_goes(start):
+    trainer = start(optim="galore_adamw_layerwise", whole=True, max_steps=1, optim_args="rank=3", max_grad_norm=0.0)
+    projected = {id(p) for g in trainer.create_optimizer().param_groups if g["projected"] for p in g["params"]}
+    named = {name: id(p) in projected for name, p in trainer.model.named_parameters()}
+    assert {name for name, on in named.items() if on} == {n for n in named if "_proj.weight" in n}
+    trainer.train()
+    assert all(p.grad is None for p in trainer.model.parameters())
+    some = next(trainer.model.parameters())
+    before = some.clone()
+    (some.sum() * 3).backward()  # after training, a backward pass is a backward pass
+    assert torch.equal(some, before)
+    with pytest.raises(ConfigError, match="matches no linear layer"):
+        start(optim="galore_adamw", whole=True, optim_target_modules=["qproj"]).create_optimizer()
+
+
+def test_lora_plus_lets_b_learn_faster_and_refuses_groups_of_others(start):
+    groups = start(lora_plus=7.0).create_optimizer().param_groups
+    assert {g["lr"] for g in groups} == {0.02, 0.02 * 7}
+    with pytest.raises(ConfigError, match="has groups of its own"):
+        start(lora_plus=7.0, optim="galore_adamw").create_optimizer()
 
 
 def test_an_evaluation_after_the_last_save_of_an_epoch_changes_nothing(tmp_path, start):

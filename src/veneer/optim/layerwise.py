@@ -1,0 +1,53 @@
+"""GaLore with the update inside the backward pass (Zhao et al. 2024, arXiv:2403.03507, section 5.3 "per-layer weight
+updates", after Lv et al. 2023, arXiv:2306.09782): full gradients never coexist.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from veneer.errors import TrainingError
+from veneer.optim.galore import GaLoreAdamW
+
+
+class LayerwiseGaLoreAdamW(GaLoreAdamW):
+    """`GaLoreAdamW` that updates each parameter as soon as its gradient is there, and then frees that gradient.
+
+    `step` finds nothing left to do. One backward pass is one step, with the learning rate that stands at that time:
+    accumulating over several passes, and clipping by the norm of all gradients, are impossible this way.
+
+    The backward pass raises TrainingError for a gradient that is not finite, before a weight takes it.
+    """
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, and watch its parameters."""
+        super().add_param_group(param_group)
+        index = len(self.param_groups) - 1
+        for param in self.param_groups[index]["params"]:
+            self._watched().append(param.register_post_accumulate_grad_hook(self._updater(index)))
+
+    def close(self) -> None:
+        """Stop updating in backward passes; from here on `step` updates, as `GaLoreAdamW`'s does."""
+        while self._watched():
+            self._watched().pop().remove()
+
+    def _watched(self) -> list[RemovableHandle]:
+        """The hooks. Groups are added before a subclass's ``__init__`` could make the list."""
+        return cast("list[RemovableHandle]", self.__dict__.setdefault("_hooks", []))
+
+    def _updater(self, index: int) -> Any:
+        @torch.no_grad()
+        def update(param: Tensor) -> None:
+            if not torch.isfinite(cast(Tensor, param.grad)).all():
+                raise TrainingError(
+                    "a gradient is NaN or infinite: training stops before it reaches its weight, and the checkpoints "
+                    "written before are as they were. Lower the learning rate, or use bf16 or fp32"
+                )
+            self._update(param, self.param_groups[index])  # loading a state replaces the groups
+            param.grad = None
+
+        return update

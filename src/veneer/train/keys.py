@@ -1,0 +1,42 @@
+"""Keys of a file checked against the fields of a dataclass: unknown ones, missing ones, values of another type."""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, fields
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic.errors import PydanticSchemaGenerationError
+
+
+def typed(cls: type, given: Mapping[str, Any], problems: list[str], prefix: str = "") -> dict[str, Any]:
+    """Values converted to the types of a dataclass's fields; what cannot be, and unknown keys, become problems."""
+    hints = typing.get_type_hints(cls)
+    known = {f.name for f in fields(cls) if f.init}
+    found: dict[str, Any] = {}
+    for key, value in given.items():
+        if key not in known:
+            problems.append(f"{prefix}{key}: unknown key{nearest(key, known)}")
+            continue
+        try:
+            found[key] = TypeAdapter(hints[key]).validate_python(value)
+        except ValidationError as error:
+            problems.append(f"{prefix}{key}: {value!r} does not fit ({error.errors()[0]['msg']})")
+        except PydanticSchemaGenerationError:
+            found[key] = value  # a type that pydantic does not know; the config checks it itself
+    return found
+
+
+def missing(cls: type, given: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """A problem for every field without a default that is not given."""
+    needed = [f for f in fields(cls) if f.init and f.default is MISSING and f.default_factory is MISSING]
+    return [f"{prefix}{f.name}: is missing" for f in needed if f.name not in given]
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    """The end of a message that names the key which was perhaps meant."""
+    found = difflib.get_close_matches(key, list(known), n=1, cutoff=0.3)
+    return f"; the nearest is {found[0]!r}" if found else ""
