@@ -5,7 +5,17 @@ Configs are left out: what a user may pass is checked by the configs themselves,
 
 from jaxtyping import install_import_hook
 
-CHECKED = ["core.frozen", "core.linear", "core.records", "core.rows", "core.sites", "core.targets", "ops", "quant"]
+CHECKED = [
+    "core.frozen",
+    "core.linear",
+    "core.records",
+    "core.rows",
+    "core.sites",
+    "core.targets",
+    "core.token_rows",
+    "ops",
+    "quant",
+]
 
 install_import_hook(
     [f"veneer.{name}" for name in CHECKED],

@@ -96,8 +96,8 @@ def _require_no_whole_parameters(model: nn.Module, names: Sequence[str]) -> None
     held = sorted({path for path, module in adapted_modules(model).items() for n in names if n in module.copies})
     if held:
         raise CompositionError(
-            f"the adapters {list(names)} train whole parameters (modules_to_save or biases) of {', '.join(held[:3])}: "
-            "those have no sum in an adapter; combine merged checkpoints instead"
+            f"the adapters {list(names)} train whole parameters (modules_to_save, biases) or rows of "
+            f"{', '.join(held[:3])}: those have no sum in an adapter; combine merged checkpoints instead"
         )
 
 

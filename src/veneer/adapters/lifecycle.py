@@ -11,11 +11,12 @@ from veneer.adapters.merging import require_known
 from veneer.adapters.training import let_gradients_through_checkpoints, require_something_to_train
 from veneer.core.method import MethodConfig, VirtualTokenMethod
 from veneer.errors import AdapterNameError, CompositionError, ConfigError
-from veneer.model.adapted import Adapted, tensors_of
+from veneer.model.adapted import Adapted, own_tensors
 from veneer.model.attach import adapted_modules, adapted_places, attach, check_name, detach
 from veneer.model.linear import AdaptedSite
 from veneer.model.start import Start
 from veneer.model.state import AdapterState
+from veneer.model.token_rows import require_rows_agree
 from veneer.store.adapter import holds_network, load_weights
 
 # The settings under which the same tensors mean another update.
@@ -148,7 +149,8 @@ def _require_unmerged(state: AdapterState, what: str) -> None:
 def _require_composable(model: nn.Module, names: tuple[str, ...]) -> None:
     """Raise CompositionError now, rather than in the forward pass, where adapters cannot act together."""
     for path, module in adapted_modules(model).items():
-        owned = [key for name in names if name in module.copies for key in tensors_of(module.copies[name])]
+        require_rows_agree(path, module, names)
+        owned = [key for name in names if name in module.copies for key, _ in own_tensors(module.copies[name])]
         twice = sorted({key for key in owned if owned.count(key) > 1})
         if twice:
             raise CompositionError(

@@ -13,6 +13,7 @@ from veneer.model.adapted import Adapted
 from veneer.model.attach import adapted_modules, adapted_places
 from veneer.model.quant_linear import QuantLinear
 from veneer.model.state import AdapterState
+from veneer.model.token_rows import require_rows_agree
 
 
 @torch.no_grad()
@@ -29,7 +30,10 @@ def merge(
     unmerge(model, state)
     try:
         for path, module in track(holding(model, wanted), "merging", disable=not progressbar):
+            require_rows_agree(path, module, wanted)
             values = module.folded(wanted)
+            if module.token_rows(wanted):
+                values |= _folded_already(model, module, wanted)
             if check_finite:
                 require_finite(path, values, wanted)
             module.replace(values)
@@ -72,6 +76,13 @@ def require_foldable(model: nn.Module, state: AdapterState, names: tuple[str, ..
                 f"adapter {stuck[0]!r} ({state.configs[stuck[0]].peft_type}) changes the residual stream and cannot be "
                 "folded into a weight: keep it beside the model, or save it with save_pretrained"
             )
+
+
+def _folded_already(model: nn.Module, module: Adapted, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """The weight that the table has got by now whose rows this module sees, if any: a tied head goes on sharing it."""
+    own, rows = module._parameters["weight"], module.token_rows(names)
+    done = (m for m in adapted_modules(model).values() if m.originals.get("weight") is own)
+    return next(({"weight": cast(Tensor, m._parameters["weight"])} for m in done if m.token_rows(names) == rows), {})
 
 
 def holding(model: nn.Module, names: tuple[str, ...]) -> list[tuple[str, Adapted]]:

@@ -170,6 +170,11 @@ class LinearMethod(TargetedConfig):
         """Which biases of the base the adapter trains: "none", "all", or those of the adapted layers ("lora_only")."""
         return "none"
 
+    @property
+    def trained_rows(self) -> Mapping[str | None, tuple[int, ...]]:
+        """Rows of tables that the adapter trains, by the end of the module's path; None is the input embeddings."""
+        return {}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ResidualMethod(MethodConfig):

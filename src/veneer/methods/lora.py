@@ -14,7 +14,7 @@ import importlib
 import math
 import pkgutil
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import ClassVar, TypeVar, cast
@@ -39,6 +39,8 @@ class LoraConfig(LinearMethod):
     ``bias``: which biases of the base are trained too: "none", "all", or those of the adapted layers ("lora_only").
     ``init_lora_weights`` names a start in `veneer.inits`: True (Kaiming A, zero B), "gaussian", "pissa", …; False makes
     both random, so that the start changes the model.
+    ``trainable_token_indices``: rows of the input embeddings (or of tables, by module name) that are trained, each in
+    the place of the base's; a head tied to the embeddings sees them too. They alone are on disk.
     ``fan_in_fan_out`` is read for compatibility; a layer that stores Wᵀ is recognised by its type.
     """
 
@@ -56,6 +58,7 @@ class LoraConfig(LinearMethod):
     use_rslora: bool = False
     use_dora: bool = False
     lora_bias: bool = False
+    trainable_token_indices: Collection[int] | Mapping[str, Collection[int]] | None = None
 
     def problems(self) -> list[str]:
         found = super().problems() + self._problems_of_sizes()
@@ -65,7 +68,7 @@ class LoraConfig(LinearMethod):
             found.append(f"init_lora_weights={self.init_lora_weights!r} must be one of {', '.join(start_names())}")
         if self.lora_bias is True and self.use_dora is True:
             found.append("lora_bias and use_dora exclude each other, as in PEFT: drop one of them")
-        return found
+        return found + _problems_of_rows(self.trainable_token_indices)
 
     def _problems_of_sizes(self) -> list[str]:
         ranks = {"r": self.r} | {f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}
@@ -178,6 +181,13 @@ class LoraConfig(LinearMethod):
         return self.bias
 
     @property
+    def trained_rows(self) -> Mapping[str | None, tuple[int, ...]]:
+        given = self.trainable_token_indices
+        if isinstance(given, Mapping):
+            return {name: tuple(rows) for name, rows in given.items()}
+        return {None: tuple(given)} if given else {}
+
+    @property
     def _start(self) -> Start:
         return cast(Start, find_start(self.init_lora_weights))  # problems() has seen to it
 
@@ -205,6 +215,20 @@ def _override(pattern: Mapping[str, T], name: str, default: T) -> T:
 
 def _matches(key: str, name: str) -> bool:
     return re.fullmatch(rf"(.*\.)?({key})", name) is not None
+
+
+def _problems_of_rows(given: Collection[int] | Mapping[str, Collection[int]] | None) -> list[str]:
+    if given is None:
+        return []
+    found = []
+    for name, rows in (given if isinstance(given, Mapping) else {"": given}).items():
+        where = f"trainable_token_indices[{name!r}]" if name else "trainable_token_indices"
+        whole = not isinstance(rows, str) and isinstance(rows, Collection) and all(type(row) is int for row in rows)
+        if not whole or not rows or min(rows) < 0:
+            found.append(f"{where}={rows!r} must hold whole numbers of at least 0, and at least one")
+        elif len(set(rows)) < len(rows):
+            found.append(f"{where} holds {sorted({row for row in rows if list(rows).count(row) > 1})} more than once")
+    return found
 
 
 def _is_number(value: object) -> bool:

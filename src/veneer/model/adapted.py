@@ -8,10 +8,27 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from veneer.core.token_rows import put_rows
 from veneer.errors import CompositionError
 from veneer.model.inplace import InPlace, change_class, mixin_of, restore_class
 from veneer.model.routing import BASE, Routing
 from veneer.model.state import AdapterState
+
+
+class TokenRows(nn.Module):
+    """Trained rows (n, d) in the places ``indices`` of a table, under the names that PEFT gives them on disk."""
+
+    def __init__(self, indices: tuple[int, ...], values: Tensor) -> None:
+        super().__init__()
+        self.indices = indices
+        self.trainable_tokens_delta = nn.Parameter(values)
+
+    def index(self, device: torch.device) -> Tensor:
+        """The places on a device."""
+        kept = cast("Tensor | None", vars(self).get("_index"))
+        if kept is None or kept.device != device:
+            kept = vars(self)["_index"] = torch.tensor(self.indices, device=device)
+        return kept
 
 
 class Adapted(InPlace, nn.Module):
@@ -63,31 +80,51 @@ class Adapted(InPlace, nn.Module):
 
         Raises CompositionError where the parameter is read for all rows while rows have copies of their own.
         """
-        own = self._parameters.get(parameter)
         routing = self.adapter_state.routed() if names is None else None
-        if routing is not None and any(
-            hasattr(self.copies[n], parameter) for n in routing.adapters if n in self.copies
-        ):
+        if routing is not None and any(self.has_own(n, parameter) for n in routing.adapters):
             raise CompositionError(
                 f"{self.site_name}.{parameter} is read for all rows at once while adapters among "
                 f"{list(routing.adapters)} have copies of their own of it: run the adapters one after another"
             )
-        for name in self.adapter_state.acting() if names is None else names:
+        acting = self.adapter_state.acting() if names is None else names
+        value = self.whole(parameter, acting)
+        if parameter != "weight" or value is None:
+            return value
+        for rows in self.token_rows(acting):
+            value = put_rows(value, rows.index(value.device), rows.trainable_tokens_delta)
+        return value
+
+    def whole(self, parameter: str, names: Sequence[str]) -> Tensor | None:
+        """As `effective`, without single rows that adapters train."""
+        own = self._parameters.get(parameter)
+        for name in names:
             copy = cast("Tensor | None", getattr(self.copies[name], parameter, None)) if name in self.copies else None
             if copy is not None:
                 return copy if own is None or not own.is_floating_point() else copy.to(own.dtype)
         return own
 
+    def token_rows(self, names: Sequence[str]) -> list[TokenRows]:
+        """The single rows of this table that these adapters train, here or in the table that it is tied to."""
+        found = [getattr(self.copies[name], "token_adapter", None) for name in names if name in self.copies]
+        return [rows for rows in found if rows is not None]
+
+    def has_own(self, name: str, parameter: str) -> bool:
+        """Whether an adapter has a copy of one of the module's parameters, or rows of its own in it."""
+        copied = name in self.copies and hasattr(self.copies[name], parameter)
+        return copied or (parameter == "weight" and bool(self.token_rows((name,))))
+
     def folded(self, names: Sequence[str]) -> dict[str, Tensor]:
         """The module's parameters with these adapters folded in: only those that change."""
-        held = {key for name in names if name in self.copies for key in tensors_of(self.copies[name])}
+        held = {key for name in names if name in self.copies for key, _ in own_tensors(self.copies[name])}
+        held |= {"weight"} if self.token_rows(names) else set()
         return {key: cast(Tensor, self.effective(key, names)) for key in sorted(held)}
 
     def replace(self, values: dict[str, Tensor]) -> None:
         """Put folded values in the place of the module's own parameters, which are kept for `put_back`."""
         self.originals = {key: self._parameters.get(key) for key in values}
         for key, value in values.items():
-            self._parameters[key] = nn.Parameter(value, requires_grad=False)
+            shared = isinstance(value, nn.Parameter) and not value.requires_grad  # what a tied module has already
+            self._parameters[key] = cast(nn.Parameter, value) if shared else nn.Parameter(value, requires_grad=False)
 
     def put_back(self) -> None:
         """Undo `replace`: the very parameters that were there, on the device where the module is now."""
@@ -135,7 +172,17 @@ def add_copy(module: Adapted, name: str, parameter: str, value: Tensor, frozen: 
         module.copies[name].register_buffer(parameter, value)
     else:
         module.copies[name].register_parameter(parameter, nn.Parameter(value))
+    swap_reading(module, parameter)
+
+
+def swap_reading(module: Adapted, parameter: str) -> None:
+    """Let whoever reads a parameter of the module see what the acting adapters make of it."""
     change_class(module, mixin_of(type(module)), (parameter,))
+
+
+def own_tensors(holder: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers that a holder has itself."""
+    return [*holder.named_parameters(recurse=False), *holder.named_buffers(recurse=False)]
 
 
 def tensors_of(holder: nn.Module) -> dict[str, Tensor]:

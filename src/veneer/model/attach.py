@@ -24,6 +24,7 @@ from veneer.model.prompt import PromptAdapters, attach_prompt
 from veneer.model.residual import ResidualAdapters, attach_residual, detach_residual
 from veneer.model.start import Start as Start  # from here for those who attach
 from veneer.model.state import AdapterState
+from veneer.model.token_rows import add_rows, row_places
 from veneer.model.virtual_tokens import VirtualTokens, detach_virtual_tokens, virtual_tokens
 
 DISK_PREFIX = "base_model.model."  # what PEFT's wrapper puts in front of every module path
@@ -105,11 +106,16 @@ def attach(
             raise TargetError("; ".join(unused))
         config = config.for_sites([shape_of(path, model.get_submodule(path)) for path in targets])
     copied = copied_parameters(model, config, set(targets))
+    rows = row_places(
+        cast(PreTrainedModel, model), config, {*targets, *(p for p, k in copied.items() if "weight" in k)}
+    )
     state.configs[name] = config
     try:
-        for path in {**dict.fromkeys(targets), **dict.fromkeys(copied)}:
+        with_rows = [path for place in rows for path in (place.path, *place.followers)]
+        for path in dict.fromkeys([*targets, *copied, *with_rows]):
             adapt_path(model, path, state)
         add_copies(model, name, copied, start.widen)
+        add_rows(model, name, rows, values=start.values, widen=start.widen)
         for path in targets:
             _add_parameters(cast(AdaptedSite, model.get_submodule(path)), name, generator, start)
         if isinstance(config, ResidualMethod):

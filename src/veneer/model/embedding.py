@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from veneer.core.linear import apply_embedding
 from veneer.core.sites import LinearSite
+from veneer.core.token_rows import look_up_rows
 from veneer.model.linear import AdaptedSite
 from veneer.quant.dense import DenseWeight
 
@@ -23,12 +24,15 @@ class AdaptedEmbedding(AdaptedSite):
         if routing is not None and held:
             return self.by_rows(routing, held, (token_ids,), {})  # a look-up per row anyway: nothing is read twice
         looked_up = cast(Tensor, super().forward(token_ids))
+        multiplier = float(getattr(self, "scalar_embed_scale", getattr(self, "embed_scale", 1.0)))  # Gemma's table
+        for rows in self.token_rows(self.adapter_state.acting()):
+            index, values = rows.index(token_ids.device), rows.trainable_tokens_delta.to(looked_up.dtype) * multiplier
+            looked_up = look_up_rows(token_ids, looked_up, index, values, cast(Any, self).padding_idx)
         names = self.acting_here()
         if not names:
             return looked_up
         delta = self.composed(names, self.site())
-        multiplier = getattr(self, "scalar_embed_scale", getattr(self, "embed_scale", 1.0))  # Gemma scales its table
-        return apply_embedding(replace(delta, scale=delta.scale * float(multiplier)), token_ids, looked_up)
+        return apply_embedding(replace(delta, scale=delta.scale * multiplier), token_ids, looked_up)
 
     def site(self, names: Sequence[str] | None = None) -> LinearSite:
         weight = cast(Tensor, self.effective("weight", names))

@@ -16,6 +16,7 @@ from veneer.core.method import LinearMethod
 from veneer.core.records import LinearDelta
 from veneer.core.rows import apply_linear_rows
 from veneer.core.sites import LinearSite
+from veneer.core.token_rows import project_rows
 from veneer.model.adapted import Adapted, tensors_of
 from veneer.model.grouped import add_grouped
 from veneer.model.routing import Routing
@@ -182,14 +183,22 @@ class AdaptedLinear(AdaptedSite):
     def _own(self, x: Tensor) -> Tensor:
         """What the layer computes by itself: the base's product, or, merged into a quantized base, a dense one."""
         merged = cast("Tensor | None", self.__dict__.get("merged_weight"))
-        if merged is None:
+        if merged is not None:
+            return apply_linear(LinearDelta(), x, DenseWeight(merged), self.effective("bias"))
+        acting = self.adapter_state.acting()
+        rows = self.token_rows(acting)
+        if not rows:
             return cast(Tensor, super().forward(x))
-        return apply_linear(LinearDelta(), x, DenseWeight(merged), self.effective("bias"))
+        bias = self.effective("bias")
+        y = apply_linear(LinearDelta(), x, DenseWeight(cast(Tensor, self.whole("weight", acting))), bias)
+        for each in rows:
+            y = project_rows(x, y, each.index(x.device), each.trainable_tokens_delta, bias)
+        return y
 
     def _mixed(self, x: Tensor, routing: Routing) -> Tensor:
         """A mixed batch: one pass over the weight for all rows, unless rows have whole weights of their own."""
         names = [name for name in routing.adapters if self.holds(name)]
-        if any(hasattr(self.copies[name], "weight") for name in names if name in self.copies):
+        if any(self.has_own(name, "weight") for name in names):
             return self.by_rows(routing, names, (x,), {})
         if not names:
             return self._own(x)

@@ -127,7 +127,7 @@ def assign(model: nn.Module, state: AdapterState, name: str, tensors: Mapping[st
     shapes = {key: tuple(value.shape) for key, value in parameters.items()}
     shapes |= {key: tuple(cast(Tensor, m._parameters[p]).shape) for key, (m, p) in carried.items() if key in tensors}
     problems = [f"missing: {key}" for key in parameters if key not in tensors]
-    problems += [f"unexpected: {key}" for key in tensors if key not in shapes]
+    problems += [f"unexpected: {key}" for key in tensors if key not in shapes and key not in _repeated(model, name)]
     problems += [
         f"shape {tuple(tensors[key].shape)} where the model needs {shape}: {key}{_advice(key, carried, tensors)}"
         for key, shape in shapes.items()
@@ -159,6 +159,7 @@ def _carry(
     value = value.to(own.device, own.dtype)
     if not torch.equal(own, value):
         path = key.removeprefix(DISK_PREFIX).removesuffix(f".{parameter}").removesuffix(".base_layer")
+        path = path.removesuffix(".token_adapter")
         add_copy(adapt_path(model, path, state), name, parameter, value, frozen=True)
 
 
@@ -171,15 +172,24 @@ def _embeddings(model: nn.Module, name: str) -> dict[str, tuple[nn.Module, str]]
     for path, module in model.named_modules():
         if any(module is end for end in ends) and module._parameters.get("weight") is not None:
             inner = "base_layer." if isinstance(module, Adapted) and name in module.adapters else ""
+            inner = "token_adapter.base_layer." if isinstance(module, Adapted) and module.token_rows((name,)) else inner
             found[f"{DISK_PREFIX}{path}.{inner}weight"] = (module, "weight")
     return found
+
+
+def _repeated(model: nn.Module, name: str) -> set[str]:
+    """Keys under which PEFT writes rows of the embeddings once more, for the modules tied to them."""
+    seeing = (p for p, m in model.named_modules() if isinstance(m, Adapted) and m.token_rows((name,)))
+    return {f"{DISK_PREFIX}{path}.token_adapter.trainable_tokens_delta" for path in seeing}
 
 
 def _saves_embedding(model: nn.Module, config: MethodConfig, key: str, wanted: SaveEmbeddings) -> bool:
     """PEFT's rule: "auto" saves what is targeted under a known name, and all where the vocabulary was resized."""
     if wanted != "auto":
         return wanted
-    targeted = ".base_layer." in key and any(f".{end}." in key for end in _EMBEDDING_NAMES)
+    targeted = (
+        ".base_layer." in key and ".token_adapter." not in key and any(f".{end}." in key for end in _EMBEDDING_NAMES)
+    )
     return targeted or _was_resized(model, config)
 
 

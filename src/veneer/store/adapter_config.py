@@ -35,7 +35,6 @@ _NEUTRAL: dict[str, dict[str, Any]] = {
         "monteclora_config": None,
         "qalora_group_size": 16,
         "target_parameters": None,
-        "trainable_token_indices": None,
         "use_bdlora": None,
         "use_qalora": False,
         "velora_config": None,
@@ -48,6 +47,7 @@ _NEUTRAL["ADALORA"] = _NEUTRAL["LORA"] | {
     "lora_bias": False,
     "r": 8,
     "rank_pattern": None,
+    "trainable_token_indices": None,
     "use_dora": False,
     "use_rslora": False,
 }

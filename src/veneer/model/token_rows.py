@@ -1,0 +1,128 @@
+"""Rows of embeddings that an adapter trains (``trainable_token_indices``): where they are, and who sees them too."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from veneer.core.method import LinearMethod, MethodConfig
+from veneer.core.targets import nearest
+from veneer.errors import CompositionError, TargetError
+from veneer.model.adapted import Adapted, TokenRows, swap_reading
+
+
+@dataclass(frozen=True, slots=True)
+class RowPlace:
+    """One table: its path, the rows that are trained, and the modules that read the same tensor (a tied head)."""
+
+    path: str
+    indices: tuple[int, ...]
+    followers: tuple[str, ...] = ()
+
+
+def row_places(model: PreTrainedModel, config: MethodConfig, taken: Collection[str]) -> tuple[RowPlace, ...]:
+    """The tables of which a config trains rows. ``taken``: modules that it adapts or trains whole.
+
+    Modules tied to the input embeddings see the embeddings' rows, unless they are given other rows: PEFT's rule.
+    Raises TargetError where a name matches nothing, something that is no table, or something taken, and where an index
+    is outside of the table.
+    """
+    wanted = config.trained_rows if isinstance(config, LinearMethod) else {}
+    if not wanted:
+        return ()
+    modules = {path: m for path, m in model.named_modules() if path and ".adapters" not in path}
+    source = next((path for path, m in modules.items() if m is model.get_input_embeddings()), None)
+    indices: dict[str, tuple[int, ...]] = {}
+    for name, rows in wanted.items():
+        for path in _meant(name, modules, source):
+            _require_rows(path, modules[path], rows, taken)
+            indices[path] = rows
+    tied = [path for path, m in modules.items() if source in indices and _shares(m, modules[cast(str, source)])]
+    if len({indices[path] for path in tied if path in indices}) != 1:
+        return tuple(RowPlace(path, rows) for path, rows in indices.items())
+    followers = tuple(path for path in tied if path != source)
+    return tuple(
+        RowPlace(path, rows, followers if path == source else ())
+        for path, rows in indices.items()
+        if path not in followers
+    )
+
+
+def add_rows(model: nn.Module, name: str, places: Sequence[RowPlace], values: bool, widen: bool) -> None:
+    """Give an adapter its rows, started at the table's own; ``values`` False leaves them empty. Modules are adapted."""
+    for place in places:
+        table = cast(Adapted, model.get_submodule(place.path))
+        weight = cast(Tensor, table._parameters["weight"]).detach()
+        dtype = torch.promote_types(weight.dtype, torch.float32) if widen else weight.dtype
+        index = torch.tensor(place.indices, device=weight.device)
+        start = weight[index] if values else weight.new_empty(len(place.indices), weight.shape[1])
+        rows = TokenRows(place.indices, start.to(dtype))
+        _holder(table, name).token_adapter = rows
+        for path in place.followers:  # not registered there: it is trained, moved and saved in one place
+            vars(_holder(cast(Adapted, model.get_submodule(path)), name))["token_adapter"] = rows
+        for path in (place.path, *place.followers):
+            module = cast(Adapted, model.get_submodule(path))
+            if not isinstance(module, nn.Embedding):  # who reads the weight of a head past its forward sees the rows
+                swap_reading(module, "weight")
+
+
+def require_rows_agree(path: str, module: Adapted, names: Sequence[str]) -> None:
+    """Raise CompositionError where adapters cannot act together on a table of which one of them trains rows."""
+    rows = module.token_rows(names)
+    indices = [index for each in rows for index in each.indices]
+    twice = sorted({index for index in indices if indices.count(index) > 1})
+    if twice:
+        raise CompositionError(
+            f"adapters {list(names)} each train row {twice[0]} of {path}: activate one of them at a time"
+        )
+    adapting = [name for name in names if name in module.adapters]
+    if rows and adapting:
+        raise CompositionError(
+            f"adapter {adapting[0]!r} adapts {path}, of which another trains single rows: activate one at a time"
+        )
+
+
+def _holder(module: Adapted, name: str) -> nn.Module:
+    if name not in module.copies:
+        module.copies[name] = nn.Module()
+    return module.copies[name]
+
+
+def _meant(name: str | None, modules: Mapping[str, nn.Module], source: str | None) -> list[str]:
+    found = [source] if name is None else [path for path in modules if path.endswith(name)]
+    if not found or found == [None]:
+        hints = nearest(str(name).rpartition(".")[2], (path.rpartition(".")[2] for path in modules))
+        raise TargetError(
+            f"trainable_token_indices names {name or 'the input embeddings'!r}, which the model does not have"
+            + (f" (nearest: {', '.join(hints)})" if hints else "")
+        )
+    return cast("list[str]", found)
+
+
+def _require_rows(path: str, module: nn.Module, rows: tuple[int, ...], taken: Collection[str]) -> None:
+    weight = module._parameters.get("weight")
+    if not isinstance(module, (nn.Embedding, nn.Linear)) or weight is None or hasattr(module, "frozen_format"):
+        raise TargetError(
+            f"trainable_token_indices names {path!r}, a {type(module).__name__}: rows can be trained of an embedding "
+            "or of a linear output head that is not quantized"
+        )
+    if path in taken:
+        raise TargetError(
+            f"trainable_token_indices names {path!r}, which target_modules or modules_to_save takes too: drop one"
+        )
+    beyond = [index for index in rows if index >= weight.shape[0]]
+    if beyond:
+        raise TargetError(
+            f"trainable_token_indices holds {beyond[:5]} for {path!r}, which has rows 0 to {weight.shape[0] - 1}"
+            ": call resize_token_embeddings before attaching, where these are new tokens"
+        )
+
+
+def _shares(module: nn.Module, other: nn.Module) -> bool:
+    own = module._parameters.get("weight")
+    return own is not None and own is other._parameters.get("weight")
