@@ -3,6 +3,9 @@
 Configs are left out: what a user may pass is checked by the configs themselves, and tested as such.
 """
 
+import sys
+
+import pytest
 from jaxtyping import install_import_hook
 
 CHECKED = [
@@ -21,3 +24,24 @@ install_import_hook(
     [f"veneer.{name}" for name in CHECKED],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",  # an int is a float too
 )
+
+
+@pytest.fixture
+def dropped_method(tmp_path, monkeypatch):
+    """Drop a file into the folder of methods for the time of a test: name and source to the method's config."""
+    from veneer import methods
+
+    names = []
+
+    def drop(name, source):
+        (tmp_path / f"{name}.py").write_text(source, encoding="utf-8")
+        monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
+        methods.all_methods.cache_clear()
+        names.append(f"veneer.methods.{name}")
+        return methods.all_methods()[name.upper()]
+
+    yield drop
+    monkeypatch.undo()
+    methods.all_methods.cache_clear()
+    for name in names:
+        sys.modules.pop(name, None)

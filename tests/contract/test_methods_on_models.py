@@ -11,7 +11,6 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 import veneer
-import veneer.methods as folder
 from veneer.model.attach import adapted_layers, live_parameters
 
 LLAMA = LlamaConfig(
@@ -113,15 +112,10 @@ CONTRIBUTING = Path(__file__).parents[2] / "CONTRIBUTING.md"
 
 
 @pytest.fixture
-def toy(tmp_path, monkeypatch):
+def toy(dropped_method):
     """The method of CONTRIBUTING.md dropped into the folder, and nothing else."""
     (source,) = re.findall(r"```python\n(.*?)```", CONTRIBUTING.read_text(encoding="utf-8"), flags=re.DOTALL)
-    (tmp_path / "toy.py").write_text(source, encoding="utf-8")
-    monkeypatch.setattr(folder, "__path__", [*folder.__path__, str(tmp_path)])
-    folder.all_methods.cache_clear()
-    yield folder.all_methods()["TOY"]
-    monkeypatch.undo()
-    folder.all_methods.cache_clear()
+    return dropped_method("toy", source)
 
 
 @every_base

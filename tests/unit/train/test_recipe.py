@@ -1,9 +1,6 @@
-import sys
-
 import pytest
 import yaml
 
-import veneer.methods
 from veneer.errors import ConfigError
 from veneer.methods import all_methods
 from veneer.methods.ia3 import IA3Config
@@ -123,25 +120,20 @@ def test_every_method_of_the_registry_has_a_name():
         assert recipe.sft_config().learning_rate == cls.usual_learning_rate
 
 
-def test_a_method_dropped_into_the_folder_is_known(tmp_path, monkeypatch):
-    (tmp_path / "toy.py").write_text(
+def test_a_method_dropped_into_the_folder_is_known(dropped_method):
+    dropped_method(
+        "loud",
         "from dataclasses import dataclass\n"
         "from veneer.methods.ia3 import IA3Config\n"
         "@dataclass(frozen=True, kw_only=True)\n"
-        "class ToyConfig(IA3Config):\n"
-        "    peft_type = 'TOY'\n"
-        "    loudness: float\n"
+        "class LoudConfig(IA3Config):\n"
+        "    peft_type = 'LOUD'\n"
+        "    loudness: float\n",
     )
-    monkeypatch.setattr(veneer.methods, "__path__", [*veneer.methods.__path__, str(tmp_path)])
-    all_methods.cache_clear()
-    try:
-        assert recipe_with(adapter={"method": "toy", "loudness": "1e-2"}).adapter_config().loudness == 0.01
-        with pytest.raises(ConfigError, match=r"loudnes: unknown key; the nearest is 'loudness'.*loudness: is missing"):
-            recipe_with(adapter={"method": "toy", "loudnes": 3})
-        assert "| toy |" in commented_recipe()
-    finally:
-        sys.modules.pop("veneer.methods.toy", None)
-        all_methods.cache_clear()
+    assert recipe_with(adapter={"method": "loud", "loudness": "1e-2"}).adapter_config().loudness == 0.01
+    with pytest.raises(ConfigError, match=r"loudnes: unknown key; the nearest is 'loudness'.*loudness: is missing"):
+        recipe_with(adapter={"method": "loud", "loudnes": 3})
+    assert "| loud |" in commented_recipe()
 
 
 def test_numbers_that_yaml_reads_as_text_are_numbers(written):
