@@ -64,15 +64,20 @@ def _apply(
 
 
 def apply_embedding(
-    delta: LinearDelta, token_ids: Int[Tensor, "*batch"], looked_up: Float[Tensor, "*batch o"]
+    delta: LinearDelta,
+    token_ids: Int[Tensor, "*batch"],
+    looked_up: Float[Tensor, "*batch o"],
+    padding_idx: int | None = None,
 ) -> Float[Tensor, "*batch o"]:
     """The adapted embedding's output, given what the frozen table returned: `apply_linear` on one-hot rows, by look-up.
 
-    A table that multiplies what it looks up (Gemma's) needs a record whose ``scale`` is multiplied likewise.
+    A table that multiplies what it looks up (Gemma's) needs a record whose ``scale`` is multiplied likewise. As in
+    torch's embedding, the column of A of the token ``padding_idx`` gets no gradient.
     """
     y = looked_up
     if delta.a is not None and delta.b is not None:
-        y = y + torch.nn.functional.linear(delta.a.T[token_ids], delta.b) * delta.scale
+        columns = torch.nn.functional.embedding(token_ids, delta.a.T, padding_idx)
+        y = y + torch.nn.functional.linear(columns, delta.b) * delta.scale
     if delta.in_scale is not None:
         y = y * delta.in_scale[token_ids][..., None]
     if delta.out_scale is not None:

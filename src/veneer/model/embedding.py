@@ -32,7 +32,8 @@ class AdaptedEmbedding(AdaptedSite):
         if not names:
             return looked_up
         delta = self.composed(names, self.site())
-        return apply_embedding(replace(delta, scale=delta.scale * multiplier), token_ids, looked_up)
+        delta = replace(delta, scale=delta.scale * multiplier)
+        return apply_embedding(delta, token_ids, looked_up, cast(Any, self).padding_idx)
 
     def site(self, names: Sequence[str] | None = None) -> LinearSite:
         weight = cast(Tensor, self.effective("weight", names))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from veneer.core.method import LinearMethod, MethodConfig, VirtualTokenMethod
-from veneer.errors import FormatError
+from veneer.errors import DiskError, FormatError
 from veneer.model.adapted import Adapted, add_copy
 from veneer.model.attach import (
     DISK_PREFIX,
@@ -47,12 +47,12 @@ def save_adapter(
 ) -> None:
     """Write ``adapter_model.safetensors`` and then ``adapter_config.json``, each atomically.
 
-    ``tensors`` by their keys on disk; by default those of `adapter_tensors`. Raises FormatError where writing fails.
+    ``tensors`` by their keys on disk; by default those of `adapter_tensors`. Raises DiskError where writing fails.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FormatError(f"{folder} cannot be made a folder: {error.strerror}") from error
+        raise DiskError(f"{folder} cannot be made a folder: {error.strerror}") from error
     base = base_of(type(model)) if isinstance(model, InPlace) else type(model)
     mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
     values = adapter_tensors(model, state, name) if tensors is None else tensors

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from veneer.errors import FormatError
+from veneer.errors import DiskError, FormatError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 NETWORK_FILE = "prompt_encoder.safetensors"  # in a checkpoint: the network that makes what WEIGHTS_FILE holds
@@ -24,7 +24,7 @@ PICKLE_FILE = "adapter_model.bin"
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace a file by new content: a crash or a full disk on the way leaves the old file as it was.
 
-    Raises FormatError where the content cannot be written.
+    Raises DiskError where the content cannot be written.
     """
     temporary = None
     try:
@@ -40,7 +40,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 temporary.unlink()
-        raise FormatError(
+        raise DiskError(
             f"{path} could not be written ({error.strerror}); what was there before is untouched"
         ) from error
     _sync_folder(path.parent)

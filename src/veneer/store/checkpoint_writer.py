@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from veneer.errors import DiskError, FormatError
 from veneer.store.checkpoint import INDEX_NAME, SINGLE_NAME
+from veneer.store.folder import new_folder
 from veneer.store.safetensors_file import header_bytes
 
 Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -47,22 +48,20 @@ class CheckpointWriter:
         self._shards = plan_shards(specs, max_shard_bytes)
         self._shard_of = {name: shard for shard, names in self._shards.items() for name in names}
         self._missing = set(specs)
-
-    def __enter__(self) -> Self:
-        try:
-            self.target.parent.mkdir(parents=True, exist_ok=True)
-            self.staging = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.", dir=self.target.parent))
-            self.staging.chmod(0o755)  # mkdtemp makes it private; the result should be as readable as any folder
-        except OSError as error:
-            raise DiskError(f"cannot write beside {self.target}: {error}") from error
         self._files: dict[str, FileIO] = {}
         self._starts: dict[str, int] = {}
-        try:
-            for shard in self._shards:
-                self._allocate(shard)
-        except OSError as error:
-            self._discard()
-            raise self._disk_error(error) from error
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            try:
+                self.staging = stack.enter_context(new_folder(self.target))
+            except OSError as error:
+                raise DiskError(f"cannot write beside {self.target}: {error}") from error
+            stack.callback(self._close)
+            with self._disk_errors_told():
+                for shard in self._shards:
+                    self._allocate(shard)
+            self._closing = stack.pop_all()
         return self
 
     def write(self, name: str, tensor: Tensor) -> None:
@@ -76,29 +75,23 @@ class CheckpointWriter:
                 f"tensor {name!r} was announced as {dtype} {shape} and is {tensor.dtype} {tuple(tensor.shape)}"
             )
         file = self._files[self._shard_of[name]]
-        try:
+        with self._disk_errors_told():
             file.seek(self._starts[name])
             _write_all(file, tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        except OSError as error:
-            raise self._disk_error(error) from error
         self._missing.discard(name)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None:
-            self._discard()
+            self._closing.__exit__(kind, error, trace)
             return
-        if self._missing:
-            self._discard()
-            raise FormatError(
-                f"{len(self._missing)} tensors were announced and not written: {sorted(self._missing)[:20]}"
-            )
-        try:
-            self._commit()
-        except OSError as problem:
-            self._discard()
-            raise self._disk_error(problem) from problem
+        with self._disk_errors_told(), self._closing:
+            if self._missing:
+                raise FormatError(
+                    f"{len(self._missing)} tensors were announced and not written: {sorted(self._missing)[:20]}"
+                )
+            self._write_index()
 
     def _allocate(self, shard: str) -> None:
         """Make the file with its header and all its room, so that a full disk shows before any work is done."""
@@ -114,33 +107,27 @@ class CheckpointWriter:
         _write_all(file, memoryview(header))
         self._starts |= {name: len(header) + offset for name, offset in offsets.items()}
 
-    def _commit(self) -> None:
-        for file in self._files.values():
-            os.fsync(file.fileno())
-            file.close()
+    def _write_index(self) -> None:
         if len(self._shards) > 1:
             total = sum(_nbytes(spec) for spec in self._specs.values())
             index = {"metadata": {"total_size": total}, "weight_map": self._shard_of}
-            with (self.staging / INDEX_NAME).open("w", encoding="utf-8") as text:
-                json.dump(index, text, indent=2, sort_keys=True)
-                text.flush()
-                os.fsync(text.fileno())
-        _sync_folder(self.staging)
-        _replace_folder(self.staging, self.target)
-        _sync_folder(self.target.parent)
+            (self.staging / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True), encoding="utf-8")
 
-    def _discard(self) -> None:
+    def _close(self) -> None:
         for file in self._files.values():
             file.close()
-        shutil.rmtree(self.staging, ignore_errors=True)
 
-    def _disk_error(self, error: OSError) -> DiskError:
-        total = sum(_nbytes(spec) for spec in self._specs.values())
-        free = shutil.disk_usage(self.target.parent).free
-        return DiskError(
-            f"writing {total / 1e9:.2f} GB to {self.target} failed: {error.strerror or error} "
-            f"({free / 1e9:.2f} GB free). Nothing was changed: make room or choose another disk, and run it again."
-        )
+    @contextmanager
+    def _disk_errors_told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            total = sum(_nbytes(spec) for spec in self._specs.values())
+            free = shutil.disk_usage(self.target.parent).free
+            raise DiskError(
+                f"writing {total / 1e9:.2f} GB to {self.target} failed: {error.strerror or error} "
+                f"({free / 1e9:.2f} GB free). Nothing was changed: make room or choose another disk, and run it again."
+            ) from error
 
 
 def plan_shards(specs: Specs, max_shard_bytes: int) -> dict[str, list[str]]:
@@ -166,29 +153,3 @@ def _nbytes(spec: tuple[torch.dtype, tuple[int, ...]]) -> int:
 def _write_all(file: FileIO, data: memoryview) -> None:
     while data:
         data = data[file.write(data) :]
-
-
-def _replace_folder(new: Path, target: Path) -> None:
-    """Give ``new`` the name of ``target``; what was there before goes only when the new one is in place."""
-    old = None
-    if target.exists():
-        old = new.with_name(new.name + ".old")
-        target.rename(old)
-    try:
-        new.rename(target)
-    except OSError:
-        if old is not None:
-            old.rename(target)
-        raise
-    if old is not None:
-        shutil.rmtree(old)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,27 +11,30 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from veneer.errors import ConfigError
-
 _PARTIAL = ".partial-"
 
 
 @contextmanager
-def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A scratch folder beside ``target`` to write into; on leaving without an error it becomes ``target``.
+def new_folder(target: Path) -> Iterator[Path]:
+    """A scratch folder beside ``target`` to write into; on leaving without an error it takes the place of ``target``.
 
-    Raises ConfigError where the target exists and is not to be overwritten; then, and on any error, nothing changes.
+    On any error nothing changes. Raises OSError where the disk refuses.
     """
-    if target.exists() and not overwrite:
-        raise ConfigError(f"{target} exists already; choose another folder or allow overwriting (--force)")
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = _scratch(target)
+    scratch = target.parent / f".{target.name}{_PARTIAL}{os.getpid()}-{secrets.token_hex(4)}"
+    scratch.mkdir()
     try:
         yield scratch
         _flush(scratch)
         _put_in_place(scratch, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def drop_leftovers(parent: Path, name: str) -> None:
+    """Clear away what processes that died left of a folder of this name (a pattern) in ``parent``."""
+    for leftover in parent.glob(f".{name}{_PARTIAL}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def build_once(target: Path, is_whole: Callable[[Path], bool], build: Callable[[Path], None]) -> Path:
@@ -45,39 +48,40 @@ def build_once(target: Path, is_whole: Callable[[Path], bool], build: Callable[[
     with FileLock(target.parent / f".{target.name}.lock"):
         if is_whole(target):
             return target
-        for leftover in target.parent.glob(f".{target.name}{_PARTIAL}*"):
-            shutil.rmtree(leftover)
-        with new_folder(target, overwrite=True) as scratch:
+        drop_leftovers(target.parent, target.name)
+        with new_folder(target) as scratch:
             build(scratch)
     return target
 
 
-def _scratch(target: Path) -> Path:
-    folder = target.parent / f".{target.name}{_PARTIAL}{os.getpid()}-{secrets.token_hex(4)}"
-    folder.mkdir()
-    return folder
-
-
 def _put_in_place(scratch: Path, target: Path) -> None:
-    if target.is_dir():
-        retired = _scratch(target)
-        target.rename(retired / "old")
+    """What was there before goes only when the new folder is in its place, and comes back where that fails."""
+    retired = scratch.with_name(f"{scratch.name}.old") if target.exists() else None
+    if retired is not None:
+        target.rename(retired)
+    try:
         scratch.rename(target)
-        shutil.rmtree(retired)
-    else:
-        scratch.rename(target)
+    except OSError:
+        if retired is not None:
+            retired.rename(target)
+        raise
     _fsync(target.parent)
+    if retired is not None:
+        shutil.rmtree(retired, ignore_errors=True)
 
 
 def _flush(folder: Path) -> None:
     """Everything on disk, and as readable as the folder is (safetensors makes its files private)."""
-    for path in folder.rglob("*"):
+    mode = folder.stat().st_mode & 0o666
+    for path in [*folder.rglob("*"), folder]:
         if path.is_file():
-            path.chmod(folder.stat().st_mode & 0o666)
-            _fsync(path)
+            path.chmod(mode)
+        _fsync(path)
 
 
 def _fsync(path: Path) -> None:
+    if path.is_dir() and os.name != "posix":  # other systems open no folders
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from veneer.errors import TrainingError
+from veneer.store.adapter_files import write_atomically
+from veneer.store.folder import drop_leftovers
 
 TRAINED_FILE = "trained.safetensors"
 STATE_FILE = "trainer_state.json"
@@ -40,29 +39,9 @@ def latest_checkpoint(run: Path) -> Path:
     return found[-1]
 
 
-@contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the name ``target`` once the block ends well and its files are on disk."""
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    for path in [*partial.rglob("*"), partial]:
-        _sync(path)
-    replaced = target.with_name(f".{target.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if target.exists():
-        target.rename(replaced)
-    partial.rename(target)
-    _sync(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
 def drop_partial(run: Path) -> None:
     """Clear away what a run that died left half-written."""
-    for path in run.glob(".checkpoint-*"):
-        if path.name.endswith((".partial", ".replaced")):
-            shutil.rmtree(path, ignore_errors=True)
+    drop_leftovers(run, "checkpoint-*")
 
 
 def drop_old(run: Path, keep: int | None, best: Path | None) -> None:
@@ -108,11 +87,8 @@ def load_trained(model: nn.Module, folder: Path) -> None:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write JSON in one go: the old file or the new one is there, never half of it."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-    _sync(partial)
-    partial.replace(path)
+    """Write JSON in one go: the old file or the new one is there, never half of it. Raises DiskError."""
+    write_atomically(path, (json.dumps(values, indent=2, sort_keys=True) + "\n").encode())
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
@@ -127,11 +103,3 @@ def _readable(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return True
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

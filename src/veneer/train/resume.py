@@ -16,6 +16,7 @@ from trl import SFTTrainer as TrlTrainer
 
 from veneer.adapters.peft_model import PeftModel
 from veneer.errors import TrainingError
+from veneer.store.folder import new_folder
 from veneer.train.checkpoint import (
     PROGRESS_FILE,
     STATE_FILE,
@@ -27,7 +28,6 @@ from veneer.train.checkpoint import (
     read_progress,
     save_trained,
     write_json,
-    written_whole,
 )
 from veneer.train.progress import Progress
 
@@ -72,7 +72,7 @@ class ResumableTrainer(TrlTrainer):  # type: ignore[misc]
             best = run / f"checkpoint-{self.state.best_global_step}"
             if best == target or best.exists():
                 self.state.best_model_checkpoint = str(best)
-        with written_whole(target) as folder:
+        with new_folder(target) as folder:
             self.save_model(str(folder), _internal_call=True)
             self._save_state(folder)
         if self.args.push_to_hub:

@@ -172,6 +172,20 @@ def test_lora_on_embeddings(name: str, use_dora: bool, tiny: Any, ids: Tensor, r
     torch.testing.assert_close(logits(back, ids), logits(ours.eval(), ids), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_the_padding_token_of_an_embedding_gets_no_gradient(
+    use_dora: bool, tiny: Any, ids: Tensor, randomize: Any, tmp_path: Path
+) -> None:
+    padded = ids.clone()
+    padded[0, 3] = padded[1, 7] = tiny("opt").get_input_embeddings().padding_idx
+    targets = ["embed_tokens", "fc2"]
+    ours = get_peft_model(tiny("opt"), LoraConfig(**lora(target_modules=targets, use_dora=use_dora)))
+    randomize(ours)
+    ours.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(tiny("opt"), tmp_path, is_trainable=True)
+    same_gradients(ours, theirs, padded)
+
+
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2"])
 def test_lora_on_the_head(name: str, tiny: Any, ids: Tensor, randomize: Any, tmp_path: Path) -> None:
     ours = get_peft_model(tiny(name), LoraConfig(**lora(target_modules=["lm_head"])))

@@ -26,7 +26,7 @@ from veneer import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from veneer.errors import AdapterNameError, ConfigError, FormatError
+from veneer.errors import AdapterNameError, ConfigError, DiskError, FormatError
 from veneer.store import adapter_source
 
 KEY = "base_model.model.model.layers.{}.self_attn.{}.lora_{}.weight"
@@ -285,7 +285,7 @@ def test_a_full_disk_leaves_the_old_adapter(folder: Path, monkeypatch: pytest.Mo
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(FormatError, match=r"could not be written \(No space left on device\)"):
+    with pytest.raises(DiskError, match=r"could not be written \(No space left on device\)"):
         model.save_pretrained(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
@@ -309,7 +309,7 @@ def test_saving_over_a_file(tmp_path: Path) -> None:
     model = get_peft_model(base(), LoraConfig())
     with pytest.raises(FormatError, match="is a file"):
         model.save_pretrained(tmp_path / "file")
-    with pytest.raises(FormatError, match="cannot be made a folder"):
+    with pytest.raises(DiskError, match="cannot be made a folder"):
         model.save_pretrained(tmp_path / "file" / "below")
     with pytest.raises(AdapterNameError, match="'x'"):
         model.save_pretrained(tmp_path / "z", selected_adapters=["x"])

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from veneer.errors import ConfigError
 from veneer.store.folder import build_once, new_folder
 
 RACER = """
@@ -43,17 +42,32 @@ def test_an_error_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_existing_folder_is_kept_unless_overwriting_is_allowed(tmp_path: Path) -> None:
+def test_an_existing_folder_gives_way_to_the_whole_new_one(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("kept")
-    with pytest.raises(ConfigError, match="exists already"), new_folder(tmp_path / "out"):
-        pass
-    with pytest.raises(RuntimeError), new_folder(tmp_path / "out", overwrite=True):
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "out"):
         raise RuntimeError
     assert (tmp_path / "out" / "old").read_text() == "kept"
-    with new_folder(tmp_path / "out", overwrite=True) as scratch:
+    with new_folder(tmp_path / "out") as scratch:
         (scratch / "new").write_text("1")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["new"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_old_folder_comes_back_where_the_swap_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("kept")
+    rename = Path.rename
+
+    def refuse(self: Path, target: Path) -> Path:
+        if self.name.startswith(".out") and not self.name.endswith(".old"):
+            raise OSError("the disk went away")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OSError, match="went away"), new_folder(tmp_path / "out") as scratch:
+        (scratch / "new").write_text("1")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["old"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from veneer import LoraConfig
 from veneer.errors import ConfigError, TrainingError
-from veneer.train.checkpoint import checkpoints, drop_old, latest_checkpoint, read_progress, written_whole
+from veneer.train.checkpoint import checkpoints, drop_old, latest_checkpoint, read_progress
 from veneer.train.config import SFTConfig
 from veneer.train.sampler import EpochSampler
 from veneer.train.trainer import SFTTrainer
@@ -201,25 +201,6 @@ def test_only_whole_checkpoints_count(tmp_path):
         (tmp_path / name / "trainer_state.json").write_text(state)
     (tmp_path / "checkpoint-30").mkdir()
     assert latest_checkpoint(tmp_path).name == "checkpoint-12"
-
-
-def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path):
-    target = tmp_path / "checkpoint-5"
-    with written_whole(target) as folder:
-        (folder / "a").write_text("old")
-
-    def fail():
-        with written_whole(target) as folder:
-            (folder / "a").write_text("new")
-            raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        fail()
-    assert (target / "a").read_text() == "old"
-    with written_whole(target) as folder:
-        (folder / "a").write_text("new")
-    assert (target / "a").read_text() == "new"
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
 
 
 @pytest.mark.parametrize(
