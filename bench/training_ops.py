@@ -1,23 +1,15 @@
-"""Each training op against torch in bfloat16 at the sizes of a LoRA step of SmolLM2-135M (4 x 512 tokens).
-
-Checks that both sides compute the same, then times them A B A B and prints medians and ratios.
-
-    python bench/kernels_train.py [--rounds 7]
-"""
+"""Each training op beside torch in bfloat16 at the sizes of a LoRA step of SmolLM2-135M (4 x 512 tokens)."""
 
 from __future__ import annotations
 
-import argparse
-import statistics
-import time
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from paired import Pair
 from veneer.ops.attention import AttentionOptions, attention
-from veneer.ops.cpu.module import description
 from veneer.ops.cross_entropy import linear_cross_entropy
 from veneer.ops.glu import glu
 from veneer.ops.lora import Projection, lora_linears
@@ -25,8 +17,26 @@ from veneer.ops.norm import rms_norm
 from veneer.ops.rotary import rotary
 
 BATCH, T, D, INNER, VOCAB, HEADS, KV_HEADS, HEAD_DIM, RANK = 4, 512, 576, 1536, 49152, 9, 3, 64, 16
+# Products alone: half of attention's scores, which are causal (forward two products, backward four at the least); the
+# head and two frozen weights, which get no gradient; the factors, which do.
+FLOPS = {
+    "attention": 6 * BATCH * HEADS * T * T * HEAD_DIM,
+    "head and loss": 2 * 2 * BATCH * T * D * VOCAB,
+    "lora gate, up": 2 * BATCH * T * (2 * 2 * D * INNER + 3 * 2 * RANK * (D + INNER)),
+}
 Outputs = tuple[Tensor, ...]
 Step = Callable[[], Outputs]
+
+
+def training_pairs() -> Iterator[Pair]:
+    """Forward and backward of each op; stops where a result differs from torch's."""
+    for name, ours, peer, inputs in _ops():
+        seed = torch.get_rng_state()
+        a = both_ways(ours, inputs)
+        torch.set_rng_state(seed)  # the same output gradients on both sides
+        b = both_ways(peer, inputs)
+        require_equal(name, a(), b())
+        yield Pair(name, b, a, _moved(a(), inputs), FLOPS.get(name, 0))
 
 
 def leaves(*shapes: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
@@ -47,7 +57,7 @@ def both_ways(function: Callable[..., Tensor | Outputs], inputs: list[Tensor]) -
     return step
 
 
-def pairs() -> Iterator[tuple[str, Callable[..., Tensor | Outputs], Callable[..., Tensor | Outputs], list[Tensor]]]:
+def _ops() -> Iterator[tuple[str, Callable[..., Tensor | Outputs], Callable[..., Tensor | Outputs], list[Tensor]]]:
     weight = torch.randn(D).bfloat16()
     x = leaves((BATCH * T, D))
     yield "rms_norm", lambda x: rms_norm(x, weight, 1e-5), lambda x: _llama_norm(x, weight), x
@@ -89,6 +99,13 @@ def _lora_pair() -> tuple[Callable[..., Outputs], Callable[..., Outputs], list[T
     return ours, peer, [*leaves((BATCH * T, D)), *factors]
 
 
+def _moved(results: Outputs, inputs: list[Tensor]) -> int:
+    """Bytes of inputs and results, each once, and of the output gradients."""
+    n_grads = len(inputs)
+    outs = results[:-n_grads]
+    return sum(t.nbytes for t in (*inputs, *results, *outs))
+
+
 def _llama_norm(x: Tensor, weight: Tensor) -> Tensor:
     wide = x.float()
     return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
@@ -112,31 +129,3 @@ def require_equal(name: str, ours: Outputs, peers: Outputs) -> None:
         error = (a.float() - b.float()).norm() / b.float().norm()
         if not error < 0.02:
             raise SystemExit(f"{name}: result {index} differs from torch's by {error:.3g} of its norm")
-
-
-def timed(step: Step) -> float:
-    start = time.perf_counter()
-    step()
-    return (time.perf_counter() - start) * 1e3
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7, help="A B pairs per op; at least 5")
-    rounds = parser.parse_args().rounds
-    torch.manual_seed(0)
-    print(f"kernels: {description()}; torch {torch.__version__}, {torch.get_num_threads()} threads")
-    print(f"{'forward + backward':20}{'veneer ms':>12}{'torch ms':>12}{'ratio':>8}")
-    for name, ours, peer, inputs in pairs():
-        seed = torch.get_rng_state()
-        a = both_ways(ours, inputs)
-        torch.set_rng_state(seed)  # the same output gradients on both sides
-        b = both_ways(peer, inputs)
-        require_equal(name, a(), b())
-        times = [(timed(a), timed(b)) for _ in range(max(5, rounds))]
-        mine, theirs = (statistics.median(t) for t in zip(*times, strict=True))
-        print(f"{name:20}{mine:12.2f}{theirs:12.2f}{theirs / mine:8.2f}", flush=True)
-
-
-if __name__ == "__main__":
-    main()
