@@ -14,12 +14,18 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    OPTConfig,
+    Phi3Config,
+    PhiConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    StableLmConfig,
+    Starcoder2Config,
 )
 
 from veneer import BottleneckConfig, IA3Config, LoraConfig, PrefixTuningConfig, get_peft_model
@@ -37,6 +43,11 @@ SIZES: dict[str, Any] = {
     "hidden_size": 42, "intermediate_size": 58, "num_hidden_layers": 2, "num_attention_heads": 6,
     "num_key_value_heads": 2, "head_dim": 14, "vocab_size": 97, "max_position_embeddings": 64,
 }  # fmt: skip
+WIDE = {**SIZES, "hidden_size": 84}
+PARTIAL: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.3}}
+NEOX: dict[str, Any] = {
+    **{k: v for k, v in WIDE.items() if k not in ("num_key_value_heads", "head_dim")}, **PARTIAL, "hidden_act": "gelu",
+}  # fmt: skip
 FAMILIES = {
     "llama": LlamaConfig(**SIZES),
     "qwen2": Qwen2Config(**SIZES),
@@ -44,6 +55,16 @@ FAMILIES = {
     "mistral": MistralConfig(sliding_window=5, **SIZES),
     "gemma2": Gemma2Config(sliding_window=7, query_pre_attn_scalar=11, attn_logit_softcapping=3.0, **SIZES),
     "gemma3": Gemma3TextConfig(sliding_window=7, **SIZES),
+    "phi": PhiConfig(**WIDE, **PARTIAL),
+    "phi normed heads": PhiConfig(qk_layernorm=True, **WIDE, **PARTIAL),
+    "phi3": Phi3Config(sliding_window=5, pad_token_id=0, **WIDE, **PARTIAL),
+    "neox": GPTNeoXConfig(use_parallel_residual=True, **NEOX),
+    "neox serial": GPTNeoXConfig(use_parallel_residual=False, **NEOX),
+    "gpt2": GPT2Config(
+        n_embd=42, n_layer=2, n_head=3, n_inner=58, vocab_size=97, resid_pdrop=0, attn_pdrop=0, embd_pdrop=0
+    ),
+    "stablelm": StableLmConfig(**WIDE, **PARTIAL),
+    "starcoder2": Starcoder2Config(sliding_window=5, **WIDE),
 }
 LORA = LoraConfig(r=5, lora_alpha=7, target_modules="all-linear")
 IDS = (torch.arange(3 * 17).view(3, 17) * 31 + 5) % 97
@@ -157,7 +178,7 @@ def test_on_a_base_in_four_bits(quant_type: str, batch: str, halves: list[str]) 
     assert halves.count("attention") == halves.count("mlp") >= 4
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi", "phi3", "neox", "gpt2"])
 def test_in_bfloat16_errs_no_more_than_twice_the_general_path(family: str) -> None:
     model = adapted(base(family, torch.bfloat16))
     exact = step(copy.deepcopy(model).double(), BATCHES["packed"])
@@ -204,6 +225,68 @@ def test_what_does_not_fit_runs_the_general_path(config: MethodConfig, expected:
         found = step(model, {})
     assert set(halves) == expected
     assert error(found[2], before[2]) <= 2e-5
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "expected"),
+    [
+        ("gpt2", LoraConfig(r=5, target_modules=["c_attn"], use_dora=True), {"mlp"}),
+        ("gpt2", LoraConfig(r=5, target_modules=["c_fc"], lora_dropout=0.4), {"attention"}),
+        ("neox", LoraConfig(r=5, target_modules=["dense"], lora_bias=True), {"mlp"}),
+        ("neox", LoraConfig(r=5, target_modules=["dense_4h_to_h"], use_dora=True), {"attention"}),
+        ("phi", LoraConfig(r=5, target_modules=["q_proj"], modules_to_save=["input_layernorm"]), set()),
+        ("phi", IA3Config(target_modules=["k_proj", "fc2"], feedforward_modules=["fc2"]), set()),
+        ("phi3", LoraConfig(r=5, target_modules=["gate_up_proj"], use_dora=True), {"attention"}),
+        ("phi3", LoraConfig(r=5, target_modules=["qkv_proj"]), {"attention", "mlp"}),
+    ],
+)
+def test_halves_of_other_kinds_that_do_not_fit(
+    family: str, config: MethodConfig, expected: set[str], halves: list[str]
+) -> None:
+    model = adapted(base(family), config)
+    for batch in BATCHES.values():
+        before = step(model, batch)
+        with fused(model):
+            halves.clear()
+            found = step(model, batch)
+        assert set(halves) == expected
+        assert error(found[2], before[2]) <= 2e-5
+
+
+@pytest.mark.parametrize(
+    ("family", "module", "expected"),
+    [
+        ("gpt2", "attn.attn_dropout", {"mlp"}),
+        ("gpt2", "mlp.dropout", {"attention"}),
+        ("phi", "resid_dropout", set()),
+        ("neox", "post_mlp_dropout", set()),
+    ],
+)
+def test_dropout_of_the_model_itself(family: str, module: str, expected: set[str], halves: list[str]) -> None:
+    model = adapted(base(family))
+    for name, part in model.named_modules():
+        if name.endswith(module):
+            part.p = 0.3
+    before = step(model, {})
+    with fused(model):
+        halves.clear()
+        found = step(model, {})
+        assert set(halves) == expected
+        halves.clear()
+        step(model.eval(), {})
+    assert set(halves) == {"attention", "mlp"}
+    assert error(found[2], before[2]) <= 2e-5
+
+
+def test_a_block_of_zeros_is_told_by_the_others() -> None:
+    model = base("neox serial")
+    with torch.no_grad():
+        for parameter in model.base_model.layers[0].parameters():
+            if parameter.ndim == 2:
+                parameter.zero_()
+        model.base_model.layers[0].attention.dense.bias.zero_()
+        model.base_model.layers[0].mlp.dense_4h_to_h.bias.zero_()
+    assert_same(adapted(model))
 
 
 def test_several_active_adapters(halves: list[str]) -> None:
@@ -275,7 +358,10 @@ def test_frozen_adapters_and_copies() -> None:
     ("config", "reason"),
     [
         (GraniteConfig(residual_multiplier=0.3, attention_multiplier=0.2, **SIZES), "differs by"),
-        (GPT2Config(n_embd=42, n_layer=2, n_head=3, vocab_size=97), "no list of layers"),
+        (
+            OPTConfig(hidden_size=42, ffn_dim=58, num_hidden_layers=2, num_attention_heads=3, vocab_size=97),
+            "lists of layers",
+        ),
     ],
 )
 def test_a_model_that_fits_no_pattern_is_left_alone(config: Any, reason: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,7 +1,7 @@
 """The attention half of a block: ``x + post_norm(O attend(rotate(norm(Q n)), rotate(norm(K n)), V n))``, n = norm(x).
 
 One autograd node with a hand-written backward. Kept for it: x, q, k, v, attention's output and the A-products; the
-normed x is made again.
+normed x is made again, and q, k and v too where the half ``recomputes``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from veneer.model.fused.parts import RmsNorm
+from veneer.model.fused.heads import HeadLayout
+from veneer.model.fused.parts import Norm
 from veneer.ops.attention import AttentionOptions, attention_backward, attention_forward
 from veneer.ops.lora import Projection, lora_backward, lora_forward
 from veneer.ops.rotary import rotate
@@ -23,14 +24,15 @@ from veneer.ops.rotary import rotate
 class AttentionHalf:
     """The parts of one half as they act now. ``q_norm`` and ``k_norm`` act on each head, before it is rotated."""
 
-    norm: RmsNorm
-    qkv: tuple[Projection, Projection, Projection]
+    norm: Norm
+    qkv: tuple[Projection, ...]
     out: Projection
-    head_dim: int
+    heads: HeadLayout
     options: AttentionOptions
-    q_norm: RmsNorm | None = None
-    k_norm: RmsNorm | None = None
-    post_norm: RmsNorm | None = None
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    post_norm: Norm | None = None
+    recomputes: bool = False
 
     @property
     def pairs(self) -> tuple[Tensor | None, ...]:
@@ -40,10 +42,11 @@ class AttentionHalf:
 
 @dataclass(frozen=True, slots=True)
 class Positions:
-    """Half tables of the rotation, (b or 1, t, half), and the bounds of the sequences in the flattened batch."""
+    """Half tables of the rotation, (b or 1, t, half), None where nothing rotates; and the bounds of the sequences in
+    the flattened batch."""
 
-    cos: Float[Tensor, "#b t half"]
-    sin: Float[Tensor, "#b t half"]
+    cos: Float[Tensor, "#b t half"] | None
+    sin: Float[Tensor, "#b t half"] | None
     cu_seqlens: Int[Tensor, " n_sequences_plus_1"]
 
 
@@ -58,64 +61,90 @@ class _AttentionHalf(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, half: AttentionHalf, positions: Positions, *pairs: Tensor | None) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             flat = x.reshape(-1, x.shape[-1])
-            normed, rstd = half.norm.forward(flat)
-            raw, u = lora_forward(normed, half.qkv)
+            normed, statistics = half.norm.forward(flat)
+            heads, u = _heads(normed, half, x.shape, positions)
             del normed
-            q, k, v = (t.view(t.shape[0], -1, half.head_dim) for t in raw)
-            q, q_kept = _turned(q, half.q_norm, x.shape, positions)
-            k, k_kept = _turned(k, half.k_norm, x.shape, positions)
-            attended, lse = attention_forward(q, k, v, positions.cu_seqlens, half.options)
+            attended, lse = attention_forward(*heads.qkv, positions.cu_seqlens, half.options)
             (out,), u_out = lora_forward(attended.view(attended.shape[0], -1), [half.out])
             kept_out: tuple[Tensor, ...] = ()
             if half.post_norm is not None:
-                normed_out, rstd_out = half.post_norm.forward(out)
-                kept_out, out = (out, rstd_out), normed_out
+                normed_out, statistics_out = half.post_norm.forward(out)
+                kept_out, out = (out, statistics_out), normed_out
             out.add_(flat)
         ctx.half, ctx.positions = half, positions
-        ctx.counts = len(q_kept), len(k_kept), len(kept_out)
-        ctx.save_for_backward(x, rstd, u, q, k, v, attended, lse, u_out, *q_kept, *k_kept, *kept_out)
+        kept_heads = () if half.recomputes else (*heads.qkv, *heads.q_kept, *heads.k_kept)
+        ctx.n_q_kept, ctx.n_heads_kept = len(heads.q_kept), len(kept_heads)
+        ctx.save_for_backward(x, statistics, u, attended, lse, u_out, *kept_heads, *kept_out)
         return out.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        half, positions = ctx.half, ctx.positions
-        x, rstd, u, q, k, v, attended, lse, u_out, *kept = ctx.saved_tensors
-        n_q, n_k, _ = ctx.counts
-        wanted = ctx.needs_input_grad[0] or any(ctx.needs_input_grad[3:9])
+        half, positions, n_pairs = ctx.half, ctx.positions, 2 * len(ctx.half.qkv)
+        x, statistics, u, attended, lse, u_out, *kept = ctx.saved_tensors
+        n_q, n_heads = ctx.n_q_kept, ctx.n_heads_kept
+        wanted = ctx.needs_input_grad[0] or any(ctx.needs_input_grad[3 : 3 + n_pairs])
         with torch.autocast(x.device.type, enabled=False):
             flat, dy = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, x.shape[-1])
-            dout = dy if half.post_norm is None else half.post_norm.backward(dy, *kept[n_q + n_k :])
+            dout = dy if half.post_norm is None else half.post_norm.backward(dy, *kept[n_heads:])
             out_grads = lora_backward([dout], attended.view(len(flat), -1), u_out, [half.out], input_grad=wanted)
             if not wanted or out_grads.x is None:
-                return None, None, None, *(None,) * 6, *out_grads.a, *out_grads.b
+                return None, None, None, *(None,) * n_pairs, *out_grads.a, *out_grads.b
             dattended = out_grads.x.view(attended.shape)
-            dq, dk, dv = attention_backward(dattended, (q, k, v), (attended, lse), positions.cu_seqlens, half.options)
-            dq = _turned_back(dq, half.q_norm, kept[:n_q], x.shape, positions)
-            dk = _turned_back(dk, half.k_norm, kept[n_q : n_q + n_k], x.shape, positions)
+            if half.recomputes:
+                heads, _ = _heads(half.norm.forward(flat)[0], half, x.shape, positions)
+            else:
+                heads = _Heads((kept[0], kept[1], kept[2]), tuple(kept[3 : 3 + n_q]), tuple(kept[3 + n_q : n_heads]))
+            dqkv = attention_backward(dattended, heads.qkv, (attended, lse), positions.cu_seqlens, half.options)
+            dq = _turned_back(dqkv[0], half.q_norm, heads.q_kept, x.shape, positions)
+            dk = _turned_back(dqkv[1], half.k_norm, heads.k_kept, x.shape, positions)
+            del heads
             normed, _ = half.norm.forward(flat)
-            dqkv = [g.view(len(flat), -1) for g in (dq, dk, dv)]
-            found = lora_backward(dqkv, normed, u, half.qkv, input_grad=ctx.needs_input_grad[0])
-            dx = None if found.x is None else half.norm.backward(found.x, flat, rstd).add_(dy).view(x.shape)
+            joined = half.heads.join((dq, dk, dqkv[2]))
+            found = lora_backward(joined, normed, u, half.qkv, input_grad=ctx.needs_input_grad[0])
+            dx = None if found.x is None else half.norm.backward(found.x, flat, statistics).add_(dy).view(x.shape)
         pairs = (g for pair in zip((*found.a, *out_grads.a), (*found.b, *out_grads.b), strict=True) for g in pair)
         return dx, None, None, *pairs
 
 
+@dataclass(frozen=True, slots=True)
+class _Heads:
+    """q, k and v as attention reads them, and what the way back through their norms needs."""
+
+    qkv: tuple[Tensor, Tensor, Tensor]
+    q_kept: tuple[Tensor, ...]
+    k_kept: tuple[Tensor, ...]
+
+
+def _heads(normed: Tensor, half: AttentionHalf, size: torch.Size, positions: Positions) -> tuple[_Heads, Tensor | None]:
+    """Projected, normed and rotated; and the A-products."""
+    raw, u = lora_forward(normed, half.qkv)
+    q, k, v = half.heads.split(raw)
+    q, q_kept = _turned(q, half.q_norm, size, positions)
+    k, k_kept = _turned(k, half.k_norm, size, positions)
+    return _Heads((q, k, v), q_kept, k_kept), u
+
+
 def _turned(
-    heads: Tensor, norm: RmsNorm | None, size: torch.Size, positions: Positions
+    heads: Tensor, norm: Norm | None, size: torch.Size, positions: Positions
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Heads (n, heads, d) normed and rotated, and what the way back needs. Without a norm they are overwritten."""
     kept: tuple[Tensor, ...] = ()
     if norm is not None:
-        normed, rstd = norm.forward(heads)
-        kept, heads = (heads, rstd), normed
-    view = heads.view(size[0], size[1], *heads.shape[1:]).transpose(1, 2)
-    rotate(view, positions.cos, positions.sin, in_place=True)
+        normed, statistics = norm.forward(heads)
+        kept, heads = (heads, statistics), normed
+    _rotate(heads, size, positions)
     return heads, kept
 
 
 def _turned_back(
-    grad: Tensor, norm: RmsNorm | None, kept: list[Tensor], size: torch.Size, positions: Positions
+    grad: Tensor, norm: Norm | None, kept: tuple[Tensor, ...], size: torch.Size, positions: Positions
 ) -> Tensor:
-    view = grad.view(size[0], size[1], *grad.shape[1:]).transpose(1, 2)
-    rotate(view, positions.cos, positions.sin, inverse=True, in_place=True)
+    _rotate(grad, size, positions, inverse=True)
     return grad if norm is None else norm.backward(grad, *kept)
+
+
+def _rotate(heads: Tensor, size: torch.Size, positions: Positions, *, inverse: bool = False) -> None:
+    """In place."""
+    if positions.cos is not None and positions.sin is not None:
+        view = heads.view(size[0], size[1], *heads.shape[1:]).transpose(1, 2)
+        rotate(view, positions.cos, positions.sin, inverse=inverse, in_place=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import functools
+import inspect
+from collections.abc import Hashable
 from typing import Any, cast
 
 import torch
@@ -11,27 +13,13 @@ from torch import Tensor, nn
 from veneer.model.fused.attention import AttentionHalf, Positions, attention_half
 from veneer.model.fused.layout import LayoutMask
 from veneer.model.fused.mlp import MlpHalf, mlp_half
-from veneer.model.fused.parts import RmsNorm, is_plain, norm_of, norm_offset, projection_of
-from veneer.model.inplace import InPlace
-from veneer.ops.attention import AttentionOptions
+from veneer.model.fused.parts import Norm, is_plain, norm_of, projection_of
+from veneer.model.fused.shape import BlockShape, window_of
+from veneer.model.inplace import InPlace, base_of
+from veneer.ops.lora import Projection
 
 CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlockShape:
-    """What was recognised in a block: names of its norms (with their offsets), and what its halves are made of.
-
-    ``attention`` and ``activation`` are None where that half is of another kind and runs as the model wrote it.
-    """
-
-    attention_norm: str
-    mlp_norm: str
-    attention_post_norm: str | None
-    mlp_post_norm: str | None
-    offset: float
-    attention: AttentionOptions | None
-    activation: str | None
+SPECIAL = (*CACHES, "encoder_hidden_states")
 
 
 class FusedBlock(InPlace, nn.Module):
@@ -40,85 +28,52 @@ class FusedBlock(InPlace, nn.Module):
     fused_shape: BlockShape
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            kwargs = {**dict(zip(_names(cast(Hashable, base_of(type(self)))), args, strict=False)), **kwargs}
         mask = kwargs.get("attention_mask")
         if not isinstance(mask, LayoutMask):
-            return super().forward(hidden_states, *args, **kwargs)
-        return _run(self, hidden_states, mask, args, kwargs)
+            return super().forward(hidden_states, **kwargs)
+        return _run(self, hidden_states, mask, kwargs)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _run(block: FusedBlock, x: Tensor, mask: LayoutMask, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    shape, tables = block.fused_shape, kwargs.get("position_embeddings")
-    runs = not args and all(kwargs.get(name) is None for name in CACHES) and _computes_in(x.dtype)
-    attention = attention_of(block, x.dtype) if runs and isinstance(tables, tuple) else None
+def _run(block: FusedBlock, x: Tensor, mask: LayoutMask, kwargs: dict[str, Any]) -> Any:
+    shape = block.fused_shape
+    runs = all(kwargs.get(name) is None for name in SPECIAL) and _computes_in(x.dtype) and not _drops(block)
+    attention = attention_of(block, x.dtype) if runs else None
     mlp = mlp_of(block, x.dtype) if runs else None
     if attention is None:
-        attention_module = cast(Any, block).self_attn
+        attention_module = getattr(block, shape.attention_name)
         kwargs = {**kwargs, "attention_mask": mask.dense_for(attention_module, x, window_of(attention_module))}
         if mlp is None:
-            return super(FusedBlock, block).forward(x, *args, **kwargs)
-        normed = getattr(block, shape.attention_norm)(x)
-        change = attention_module(hidden_states=normed, **kwargs)[0]
-        h = x + _through(block, shape.attention_post_norm, change)
+            return super(FusedBlock, block).forward(x, **kwargs)
+        change = attention_module(hidden_states=getattr(block, shape.norms.attention)(x), **kwargs)[0]
+        h = x + _through(block, shape.norms.attention_post, change)
     else:
-        h = attention_half(x, attention, _positions(cast("tuple[Tensor, Tensor]", tables), mask))
+        h = attention_half(x, attention, _positions(kwargs.get("position_embeddings"), mask))
     if mlp is not None:
-        return mlp_half(h, mlp)
-    change = cast(Any, block).mlp(getattr(block, shape.mlp_norm)(h))
-    return h + _through(block, shape.mlp_post_norm, change)
-
-
-def block_shape(block: nn.Module) -> BlockShape | str:
-    """The structure of a block, by the names of its parts; or in words what does not fit."""
-    attention, mlp = getattr(block, "self_attn", None), getattr(block, "mlp", None)
-    if not (isinstance(attention, nn.Module) and isinstance(mlp, nn.Module)):
-        return "no self_attn and mlp in it"
-    four = hasattr(block, "pre_feedforward_layernorm")
-    names = ["input_layernorm", "pre_feedforward_layernorm" if four else "post_attention_layernorm"]
-    after = ["post_attention_layernorm", "post_feedforward_layernorm"] if four else []
-    if not all(isinstance(getattr(block, name, None), nn.Module) for name in names + after):
-        return f"no {' and '.join(names + after)} in it"
-    offsets = {norm_offset(getattr(block, name)) for name in names + after}
-    if len(offsets) > 1 or None in offsets:
-        return "its norms are not RMSNorms of one kind"
-    shape = BlockShape(
-        attention_norm=names[0],
-        mlp_norm=names[1],
-        attention_post_norm=after[0] if four else None,
-        mlp_post_norm=after[1] if four else None,
-        offset=cast(float, offsets.pop()),
-        attention=_attention_options(attention),
-        activation=_activation(mlp),
-    )
-    if shape.attention is None and shape.activation is None:
-        return "neither q, k, v and o projections nor a gated feed-forward part in it"
-    return shape
-
-
-def window_of(attention: nn.Module) -> int | None:
-    """The sliding window of an attention module."""
-    if hasattr(attention, "sliding_window"):
-        return cast("int | None", attention.sliding_window)
-    return cast("int | None", getattr(attention.config, "sliding_window", None))
+        return mlp_half(x, mlp, h) if shape.parallel else mlp_half(h, mlp)
+    change = cast(Any, block).mlp(getattr(block, shape.norms.mlp)(x if shape.parallel else h))
+    return h + _through(block, shape.norms.mlp_post, change)
 
 
 def attention_of(block: FusedBlock, dtype: torch.dtype) -> AttentionHalf | None:
     """The attention half as it acts now; None where something in it cannot run fused."""
-    shape, module = block.fused_shape, cast(Any, block).self_attn
-    if shape.attention is None or not is_plain(module) or (block.training and module.attention_dropout):
+    shape, parts = block.fused_shape, block.fused_shape.attention
+    module = getattr(block, shape.attention_name)
+    if parts is None or not is_plain(module) or _drops_within(module):
         return None
-    parts = [projection_of(getattr(module, name), dtype) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
-    norms = _norms(block, shape.attention_norm, shape.attention_post_norm, dtype)
-    head_norms = _head_norms(module, shape.offset, dtype)
-    if norms is None or head_norms is None or any(p is None for p in parts):
+    projections = _projections(module, (*parts.qkv, parts.out), dtype)
+    norms = _norms(block, [shape.norms.attention, shape.norms.attention_post], shape, dtype)
+    head_norms = _norms(module, parts.head_norms or (None, None), shape, dtype)
+    if norms is None or norms[0] is None or head_norms is None or projections is None:
         return None
-    q, k, v, o = cast("list[Any]", parts)
     return AttentionHalf(
         norm=norms[0],
-        qkv=(q, k, v),
-        out=o,
-        head_dim=module.head_dim,
-        options=shape.attention,
+        qkv=projections[:-1],
+        out=projections[-1],
+        heads=parts.heads,
+        options=parts.options,
         q_norm=head_norms[0],
         k_norm=head_norms[1],
         post_norm=norms[1],
@@ -127,70 +82,54 @@ def attention_of(block: FusedBlock, dtype: torch.dtype) -> AttentionHalf | None:
 
 def mlp_of(block: FusedBlock, dtype: torch.dtype) -> MlpHalf | None:
     """The feed-forward half as it acts now; None where something in it cannot run fused."""
-    shape, module = block.fused_shape, cast(Any, block).mlp
-    if shape.activation is None or not is_plain(module) or not is_plain(module.act_fn):
+    shape, parts, module = block.fused_shape, block.fused_shape.mlp, cast(Any, block).mlp
+    if parts is None or not is_plain(module) or not is_plain(getattr(module, parts.act)) or _drops_within(module):
         return None
-    parts = [projection_of(getattr(module, name), dtype) for name in ("gate_proj", "up_proj", "down_proj")]
-    norms = _norms(block, shape.mlp_norm, shape.mlp_post_norm, dtype)
-    if norms is None or any(p is None for p in parts):
+    projections = _projections(module, (*parts.gate_up, parts.down), dtype)
+    norms = _norms(block, [shape.norms.mlp, shape.norms.mlp_post], shape, dtype)
+    if norms is None or norms[0] is None or projections is None:
         return None
-    gate, up, down = cast("list[Any]", parts)
-    return MlpHalf(norm=norms[0], gate_up=(gate, up), down=down, activation=shape.activation, post_norm=norms[1])
-
-
-def _norms(
-    block: FusedBlock, name: str, post_name: str | None, dtype: torch.dtype
-) -> tuple[RmsNorm, RmsNorm | None] | None:
-    offset = block.fused_shape.offset
-    norm = norm_of(getattr(block, name), offset, dtype)
-    post = None if post_name is None else norm_of(getattr(block, post_name), offset, dtype)
-    return None if norm is None or (post_name is not None and post is None) else (norm, post)
-
-
-def _head_norms(module: nn.Module, offset: float, dtype: torch.dtype) -> tuple[RmsNorm | None, RmsNorm | None] | None:
-    """The norms of queries and keys, where there are any; None where they cannot run fused."""
-    if not hasattr(module, "q_norm"):
-        return None, None
-    q, k = (
-        norm_of(cast(nn.Module, module.q_norm), offset, dtype),
-        norm_of(cast(nn.Module, module.k_norm), offset, dtype),
+    return MlpHalf(
+        norm=norms[0],
+        gate_up=projections[:-1],
+        down=projections[-1],
+        activation=parts.activation,
+        gated=parts.gated,
+        post_norm=norms[1],
     )
-    return None if q is None or k is None else (q, k)
 
 
-def _attention_options(module: nn.Module) -> AttentionOptions | None:
-    wanted = ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling", "attention_dropout", "config")
-    if not all(hasattr(module, name) for name in wanted):
-        return None
-    for name in ("q_norm", "k_norm"):
-        if isinstance(norm := getattr(module, name, None), nn.Module) and norm.weight.shape != (module.head_dim,):
-            return None  # over all heads at once (OLMo 2)
-    options = AttentionOptions(scale=float(cast(float, module.scaling)), window=window_of(module))
-    softcap = getattr(module, "attn_logit_softcapping", None)
-    return options if softcap is None else replace(options, softcap=float(softcap))
+def _projections(module: nn.Module, names: tuple[str, ...], dtype: torch.dtype) -> tuple[Projection, ...] | None:
+    """None where one of them cannot run fused."""
+    found = [projection_of(getattr(module, name), dtype) for name in names]
+    return None if any(p is None for p in found) else cast("tuple[Projection, ...]", tuple(found))
 
 
-def _activation(module: nn.Module) -> str | None:
-    """Which gated unit a feed-forward part is, found by the values of its activation."""
-    if not all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
-        return None
-    x = torch.linspace(-4, 4, 33, dtype=torch.float64)
-    functional = nn.functional
-    known = {
-        "silu": functional.silu(x),
-        "gelu": functional.gelu(x),
-        "gelu_tanh": functional.gelu(x, approximate="tanh"),
-    }
-    given = cast(Any, module).act_fn(x)
-    return next((name for name, y in known.items() if torch.allclose(given, y, atol=1e-7)), None)
+def _norms(owner: nn.Module, names: Any, shape: BlockShape, dtype: torch.dtype) -> list[Norm | None] | None:
+    """The norms of these names, None for no name; None where one of them cannot run fused."""
+    found = [None if name is None else norm_of(getattr(owner, name), shape.kind, dtype) for name in names]
+    return None if any(n is None for n, name in zip(found, names, strict=True) if name is not None) else found
+
+
+def _drops(block: nn.Module) -> bool:
+    """Whether the block itself drops some of what its halves give out."""
+    return block.training and any(isinstance(part, nn.Dropout) and part.p > 0 for part in block.children())
+
+
+def _drops_within(module: nn.Module) -> bool:
+    """Whether a half drops something on its way."""
+    dropouts = any(isinstance(part, nn.Dropout) and part.p > 0 for part in module.modules())
+    return module.training and (dropouts or bool(getattr(module, "attention_dropout", 0)))
 
 
 def _through(block: nn.Module, norm: str | None, change: Tensor) -> Tensor:
     return change if norm is None else cast(Tensor, getattr(block, norm)(change))
 
 
-def _positions(tables: tuple[Tensor, Tensor], mask: LayoutMask) -> Positions:
-    """transformers' tables hold every angle twice."""
+def _positions(tables: tuple[Tensor, Tensor] | None, mask: LayoutMask) -> Positions:
+    """transformers' tables hold every angle twice; a model whose embeddings hold the positions has none."""
+    if tables is None:
+        return Positions(None, None, mask.cu_seqlens)
     cos, sin = (t[..., : t.shape[-1] // 2] for t in tables)
     return Positions(cos, sin, mask.cu_seqlens)
 
@@ -198,3 +137,9 @@ def _positions(tables: tuple[Tensor, Tensor], mask: LayoutMask) -> Positions:
 def _computes_in(dtype: torch.dtype) -> bool:
     """Whether the layers compute in the stream's own dtype: autocast may say otherwise."""
     return not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") == dtype
+
+
+@functools.cache
+def _names(cls: Hashable) -> list[str]:
+    """What a block's positional arguments after the stream are called."""
+    return list(inspect.signature(cast("type[nn.Module]", cls).forward).parameters)[2:]

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from veneer.model.adapted import Adapted
-from veneer.model.fused.block import CACHES, BlockShape, FusedBlock, attention_of, block_shape, mlp_of
+from veneer.model.fused.block import CACHES, SPECIAL, FusedBlock, attention_of, mlp_of
 from veneer.model.fused.head import Head, ends_with_head, head_of
 from veneer.model.fused.layout import LayoutMask, layout_mask
+from veneer.model.fused.shape import BlockShape, block_shapes
 from veneer.model.inplace import InPlace, change_class, restore_class
 from veneer.model.structure import evaluation
 from veneer.ops.dispatch import backends
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 # Relative error that rounding explains in what one block adds to the stream.
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 KERNELS = {"cpu": "cpu", "cuda": "triton"}
-SPECIAL = (*CACHES, "token_type_ids", "output_attentions")
+EXTRAS = (*SPECIAL, "token_type_ids", "output_attentions")
 
 
 class FusedDecoder(InPlace, nn.Module):
@@ -54,13 +55,7 @@ class FusedDecoder(InPlace, nn.Module):
         if caches is None:
             caches = config.use_cache and not (self.training and torch.is_grad_enabled())
         weights = kwargs.get("output_attentions", getattr(config, "output_attentions", False))
-        if (
-            tokens is None
-            or len(args) > 1
-            or caches
-            or weights
-            or any(kwargs.get(name) is not None for name in SPECIAL)
-        ):
+        if tokens is None or len(args) > 1 or caches or weights or any(kwargs.get(name) is not None for name in EXTRAS):
             return None
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
         if not all(given is None or isinstance(given, Tensor) for given in (mask, positions)):
@@ -72,7 +67,8 @@ def fuse(model: PreTrainedModel) -> bool:
     """Let the blocks of a model run fused, in place; whether they do. A model already fused stays so.
 
     A block is recognised by the names of its parts, then by its values: what it adds to the stream of a short batch
-    must be what the model's own code adds, to rounding. A model that does not fit runs as it is, and the log says why.
+    must be what the model's own code adds, to rounding.
+    What names leave open is settled the same way. A model that does not fit runs as it is, and the log says why.
     """
     if is_fused(model):
         return True
@@ -118,25 +114,26 @@ def fused(model: PreTrainedModel) -> Iterator[bool]:
 def _fuse(model: PreTrainedModel) -> str | None:
     """Fuse, or say why not."""
     decoder = model.base_model
-    layers = getattr(decoder, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not len(layers):
-        return "it has no list of layers"
+    lists = [part for part in decoder.children() if isinstance(part, nn.ModuleList) and len(part)]
+    if len(lists) != 1:
+        return f"it has {len(lists)} lists of layers, where one is expected"
     if KERNELS.get(model.device.type) not in backends("attention.attention_forward"):
         return f"there are no kernels for {model.device.type}"
-    shapes = [block_shape(block) for block in layers]
+    layers = lists[0]
+    shapes = [block_shapes(block) for block in layers]
     problem = next((shape for shape in shapes if isinstance(shape, str)), None)
     if problem is not None:
         return f"a block does not fit: {problem}"
-    for block, shape in zip(layers, shapes, strict=True):
+    for block, known in zip(layers, shapes, strict=True):
         change_class(block, FusedBlock)
-        cast(FusedBlock, block).fused_shape = cast(BlockShape, shape)
+        cast(FusedBlock, block).fused_shape = cast("list[BlockShape]", known)[0]
     change_class(decoder, FusedDecoder)
     cast(FusedDecoder, decoder).ends_with_head = False
     blocks = [cast(FusedBlock, block) for block in layers]
     with evaluation(model), _base_alone(model), torch.no_grad():
-        error = _largest_error(model, blocks)
+        error = _settle(model, blocks, cast("list[list[BlockShape]]", shapes))
         cast(FusedDecoder, decoder).ends_with_head = ends_with_head(model, torch.arange(3, device=model.device)[None])
-    if all(block.fused_shape.attention is None and block.fused_shape.activation is None for block in blocks):
+    if all(block.fused_shape.attention is None and block.fused_shape.mlp is None for block in blocks):
         return "every part of its blocks is hooked, trained, or computes in another dtype than the stream"
     tolerance = TOLERANCES.get(model.dtype, 1e-3)
     return None if error <= tolerance else f"a block differs by {error:.1e} from the model's own code"
@@ -159,30 +156,46 @@ def _base_alone(model: nn.Module) -> Iterator[None]:
                 parameter.requires_grad_(True)
 
 
-def _largest_error(model: PreTrainedModel, blocks: list[FusedBlock]) -> float:
-    """The largest relative difference of what a block adds to the stream, fused and not, over two short sequences.
+def _settle(model: PreTrainedModel, blocks: list[FusedBlock], shapes: list[list[BlockShape]]) -> float:
+    """Give every block the shape of its own that computes what it computes; the largest relative error left.
 
-    A half that cannot be compared now is never fused.
+    Compared is what a block adds to the stream, fused and not, over two short sequences.
     """
     embeddings = cast(Tensor, cast(Any, model).get_input_embeddings().weight)
     ids = ((torch.arange(22).view(2, 11) * 7 + 3) % embeddings.shape[0]).to(model.device)
-    mask = cast(LayoutMask, layout_mask((2, 11), None, None))
     calls = _calls(model, blocks, ids)
     if len(calls) != len(blocks):
         return float("inf")
-    errors = []
-    for block, (x, kwargs, y) in zip(blocks, calls, strict=True):
-        shape = block.fused_shape
-        block.fused_shape = replace(
-            shape,
-            attention=None if attention_of(block, x.dtype) is None else shape.attention,
-            activation=None if mlp_of(block, x.dtype) is None else shape.activation,
-        )
-        fresh = {key: value for key, value in kwargs.items() if key not in (*CACHES, "use_cache")}
-        own = _first(block(x, **{**fresh, "attention_mask": mask})).double()
-        change = (y.double() - x.double()).norm()
-        errors.append(float((own - y.double()).norm() / change.clamp_min(1e-30)))
-    return max(errors)
+    errors = [
+        {shape: _error(block, shape, call) for shape in known}
+        for block, known, call in zip(blocks, shapes, calls, strict=True)
+    ]
+    # Blocks of one model are built alike: one whose weights are zero fits every shape, and is told by the others.
+    worst: dict[Any, float] = {}
+    for found in errors:
+        for shape, error in found.items():
+            worst[shape.variant] = max(worst.get(shape.variant, 0.0), error)
+    chosen = [min(found, key=lambda shape: worst[shape.variant]) for found in errors]
+    for block, shape, call in zip(blocks, chosen, calls, strict=True):
+        _take(block, shape, call[0].dtype)
+    return max(found[shape] for found, shape in zip(errors, chosen, strict=True))
+
+
+def _error(block: FusedBlock, shape: BlockShape, call: tuple[Tensor, dict[str, Any], Tensor]) -> float:
+    x, kwargs, y = call
+    _take(block, shape, x.dtype)
+    fresh = {key: value for key, value in kwargs.items() if key not in (*CACHES, "use_cache")}
+    mask = cast(LayoutMask, layout_mask((2, 11), None, None))
+    own = _first(block(x, **{**fresh, "attention_mask": mask})).double()
+    change = (y.double() - x.double()).norm()
+    return float((own - y.double()).norm() / change.clamp_min(1e-30))
+
+
+def _take(block: FusedBlock, shape: BlockShape, dtype: torch.dtype) -> None:
+    """A half that cannot be compared now is never fused."""
+    block.fused_shape = shape
+    attention = None if attention_of(block, dtype) is None else shape.attention
+    block.fused_shape = replace(shape, attention=attention, mlp=None if mlp_of(block, dtype) is None else shape.mlp)
 
 
 def _calls(

@@ -1,11 +1,12 @@
-"""The feed-forward half of a block, ``x + post_norm(Down(act(Gate n) * Up n))`` with n = norm(x).
+"""The feed-forward half of a block, ``x + post_norm(Down(act(Gate n) * Up n))`` with n = norm(x), gated or not.
 
 One autograd node with a hand-written backward. Kept for it: x, gate, up and the A-products; the normed x and the gated
-product are made again.
+product are made again, and gate and up too where the half ``recomputes``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,68 +14,96 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from veneer.model.fused.parts import RmsNorm
+from veneer.model.fused.parts import Norm
+from veneer.ops.activation import activation_backward, activation_forward
 from veneer.ops.glu import glu_backward, glu_forward
 from veneer.ops.lora import Projection, lora_backward, lora_forward
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MlpHalf:
-    """The parts of one half as they act now; ``activation`` is one of `veneer.ops.glu.ACTIVATIONS`."""
+    """The parts of one half as they act now.
 
-    norm: RmsNorm
-    gate_up: tuple[Projection, Projection]
+    ``gate_up``: gate and up, or one projection that gives both behind one another, or up alone where not ``gated``.
+    ``activation`` is one of `veneer.ops.glu.ACTIVATIONS`; without a gate, of `veneer.ops.activation.KINDS`.
+    """
+
+    norm: Norm
+    gate_up: tuple[Projection, ...]
     down: Projection
     activation: str
-    post_norm: RmsNorm | None = None
+    gated: bool = True
+    post_norm: Norm | None = None
+    recomputes: bool = False
 
     @property
     def pairs(self) -> tuple[Tensor | None, ...]:
         """The low-rank factors, which gradients flow to."""
         return tuple(t for p in (*self.gate_up, self.down) for t in (p.a, p.b))
 
+    def hidden(self, inner: Sequence[Tensor]) -> Tensor:
+        """What the down projection reads, from the outputs of ``gate_up``."""
+        if not self.gated:
+            return activation_forward(inner[0], self.activation)
+        return glu_forward(*_gate_and_up(inner), self.activation)
 
-def mlp_half(x: Float[Tensor, "b t d"], half: MlpHalf) -> Float[Tensor, "b t d"]:
-    """The stream after the feed-forward half."""
-    y: Tensor = _MlpHalf.apply(x, half, *half.pairs)  # type: ignore[no-untyped-call]
+    def inner_grads(self, dhidden: Tensor, inner: Sequence[Tensor]) -> list[Tensor]:
+        """The gradients in the outputs of ``gate_up``."""
+        if not self.gated:
+            return [activation_backward(dhidden, inner[0], self.activation)]
+        dgate, dup, _ = glu_backward(dhidden, *_gate_and_up(inner), self.activation)
+        return [dgate, dup] if len(inner) == 2 else [torch.cat([dgate, dup], dim=-1)]
+
+
+def mlp_half(x: Float[Tensor, "b t d"], half: MlpHalf, stream: Tensor | None = None) -> Float[Tensor, "b t d"]:
+    """The stream after the feed-forward half. ``stream``: what its output is added to, where that is not x."""
+    y: Tensor = _MlpHalf.apply(x, stream, half, *half.pairs)  # type: ignore[no-untyped-call]
     return y
 
 
 class _MlpHalf(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, half: MlpHalf, *pairs: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, stream: Tensor | None, half: MlpHalf, *pairs: Tensor | None) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             flat = x.reshape(-1, x.shape[-1])
-            normed, rstd = half.norm.forward(flat)
-            (gate, up), u = lora_forward(normed, half.gate_up)
+            normed, statistics = half.norm.forward(flat)
+            inner, u = lora_forward(normed, half.gate_up)
             del normed
-            hidden = glu_forward(gate, up, half.activation)
-            (out,), u_down = lora_forward(hidden, [half.down])
+            (out,), u_down = lora_forward(half.hidden(inner), [half.down])
             kept_out: tuple[Tensor, ...] = ()
             if half.post_norm is not None:
-                normed_out, rstd_out = half.post_norm.forward(out)
-                kept_out, out = (out, rstd_out), normed_out
-            out.add_(flat)
-        ctx.half = half
-        ctx.save_for_backward(x, rstd, u, gate, up, u_down, *kept_out)
+                normed_out, statistics_out = half.post_norm.forward(out)
+                kept_out, out = (out, statistics_out), normed_out
+            out.add_(flat if stream is None else stream.reshape(flat.shape))
+        inner = () if half.recomputes else inner
+        ctx.half, ctx.adds, ctx.n_inner = half, stream is None, len(inner)
+        ctx.save_for_backward(x, statistics, u, u_down, *inner, *kept_out)
         return out.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        half = ctx.half
-        x, rstd, u, gate, up, u_down, *kept_out = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[0] or any(ctx.needs_input_grad[2:6])
+        half, n_pairs = ctx.half, 2 * len(ctx.half.gate_up)
+        x, statistics, u, u_down, *kept = ctx.saved_tensors
+        inner, kept_out = kept[: ctx.n_inner], kept[ctx.n_inner :]
+        dstream = None if ctx.adds else grads[0]
+        wanted = ctx.needs_input_grad[0] or any(ctx.needs_input_grad[3 : 3 + n_pairs])
         with torch.autocast(x.device.type, enabled=False):
             flat, dy = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, x.shape[-1])
+            if half.recomputes:
+                inner, _ = lora_forward(half.norm.forward(flat)[0], half.gate_up)
             dout = dy if half.post_norm is None else half.post_norm.backward(dy, *kept_out)
-            hidden = glu_forward(gate, up, half.activation)
-            down = lora_backward([dout], hidden, u_down, [half.down], input_grad=wanted)
+            down = lora_backward([dout], half.hidden(inner), u_down, [half.down], input_grad=wanted)
             if not wanted or down.x is None:
-                return None, None, *(None,) * 4, *down.a, *down.b
-            dgate, dup, _ = glu_backward(down.x, gate, up, half.activation)
-            del hidden
+                return None, dstream, None, *(None,) * n_pairs, *down.a, *down.b
+            inner = half.inner_grads(down.x, inner)
             normed, _ = half.norm.forward(flat)
-            found = lora_backward([dgate, dup], normed, u, half.gate_up, input_grad=ctx.needs_input_grad[0])
-            dx = None if found.x is None else half.norm.backward(found.x, flat, rstd).add_(dy).view(x.shape)
+            found = lora_backward(inner, normed, u, half.gate_up, input_grad=ctx.needs_input_grad[0])
+            dx = None if found.x is None else half.norm.backward(found.x, flat, statistics)
+            dx = None if dx is None else (dx.add_(dy) if ctx.adds else dx).view(x.shape)
         pairs = (g for pair in zip((*found.a, *down.a), (*found.b, *down.b), strict=True) for g in pair)
-        return dx, None, *pairs
+        return dx, dstream, None, *pairs
+
+
+def _gate_and_up(inner: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    gate, up = inner if len(inner) == 2 else inner[0].chunk(2, dim=-1)
+    return gate, up

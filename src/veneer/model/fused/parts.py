@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,12 @@ from veneer.model.inplace import InPlace, base_of
 from veneer.model.linear import AdaptedLinear, frozen_weight
 from veneer.model.quant_linear import QuantLinear
 from veneer.ops.lora import Projection
-from veneer.ops.norm import rms_norm_backward, rms_norm_forward
+from veneer.ops.norm import layer_norm_backward, layer_norm_forward, rms_norm_backward, rms_norm_forward
 from veneer.quant.dense import DenseWeight
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 EPSILONS = ("variance_epsilon", "eps")
+NormKind = Literal["rms", "rms plus one", "layer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,28 +39,49 @@ class RmsNorm:
         return rms_norm_backward(dy, x, self.weight, rstd, self.offset)[0]
 
 
+@dataclass(frozen=True, slots=True)
+class LayerNorm:
+    """A LayerNorm of the model: weight, bias, epsilon."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The output, and mean and reciprocal deviation of each row, (2, n), that `backward` reads."""
+        y, mean, rstd = layer_norm_forward(x, self.weight, self.bias, self.eps)
+        return y, torch.stack([mean, rstd])
+
+    def backward(self, dy: Tensor, x: Tensor, statistics: Tensor) -> Tensor:
+        """The gradient in x."""
+        return layer_norm_backward(dy, x, self.weight, statistics[0], statistics[1])[0]
+
+
+Norm = RmsNorm | LayerNorm
+
+
 def is_plain(module: nn.Module) -> bool:
     """Whether calling the module does nothing but run its class's forward."""
     return not any(getattr(module, hooks) for hooks in HOOKS) and "forward" not in vars(module)
 
 
-def norm_offset(module: nn.Module) -> float | None:
-    """0 or 1 where the module is an RMSNorm that multiplies by its weight plus that; None where it is neither.
+def norm_kind(module: nn.Module) -> NormKind | None:
+    """RMSNorm ("plus one": it multiplies by its weight plus 1) or LayerNorm; None where the module is neither.
 
-    Found by its values: families disagree on it under the same names.
+    Found by its values: families disagree under the same names.
     """
-    weight, eps = getattr(module, "weight", None), epsilon_of(module)
-    if not isinstance(weight, Tensor) or weight.ndim != 1 or eps is None or getattr(module, "bias", None) is not None:
+    weight, eps, bias = getattr(module, "weight", None), epsilon_of(module), getattr(module, "bias", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 1 or eps is None:
         return None
     x = torch.linspace(-1.5, 2.5, weight.shape[0], device=weight.device).to(weight.dtype)[None]
     with torch.no_grad():
-        given = module(x).double()
-        wide = x.double()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        for offset in (0.0, 1.0):
-            if (given - wide * (weight.double() + offset)).norm() <= 1e-2 * given.norm():
-                return offset
-    return None
+        given, wide, w = module(x).double(), x.double(), weight.double()
+        centred = wide - wide.mean(-1, keepdim=True)
+        root, deviation = (torch.rsqrt(t.square().mean(-1, keepdim=True) + eps) for t in (wide, centred))
+        expected: dict[NormKind, Tensor] = {"layer": centred * deviation * w + (0 if bias is None else bias.double())}
+        if bias is None:
+            expected |= {"rms": wide * root * w, "rms plus one": wide * root * (w + 1)}
+    return next((kind for kind, y in expected.items() if (given - y).norm() <= 1e-2 * given.norm()), None)
 
 
 def epsilon_of(module: nn.Module) -> float | None:
@@ -67,14 +89,29 @@ def epsilon_of(module: nn.Module) -> float | None:
     return next((float(getattr(module, name)) for name in EPSILONS if hasattr(module, name)), None)
 
 
-def norm_of(module: nn.Module, offset: float, dtype: torch.dtype) -> RmsNorm | None:
+def norm_of(module: nn.Module, kind: NormKind, dtype: torch.dtype) -> Norm | None:
     """The norm as the kernels take it; None where it is trained, hooked, or kept in another dtype than x."""
     if not is_plain(module) or isinstance(module, InPlace):  # reading a weight that rows have copies of raises
         return None
-    weight = cast(Tensor, module.weight)
-    if weight.requires_grad or weight.dtype != dtype:
+    weight, bias = cast(Tensor, module.weight), cast("Tensor | None", getattr(module, "bias", None))
+    if any(t is not None and (t.requires_grad or t.dtype != dtype) for t in (weight, bias)):
         return None
-    return RmsNorm(weight, cast(float, epsilon_of(module)), offset)
+    eps = cast(float, epsilon_of(module))
+    if kind == "layer":
+        return LayerNorm(weight, torch.zeros_like(weight) if bias is None else bias, eps)
+    return RmsNorm(weight, eps, 1.0 if kind == "rms plus one" else 0.0)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer of a known class, adapted or not."""
+    own = base_of(type(module)) if isinstance(module, AdaptedLinear) else type(module)
+    return own in (nn.Linear, Conv1D, QuantLinear)
+
+
+def size_of(module: nn.Module) -> tuple[int, int]:
+    """Outputs and inputs of a linear layer."""
+    n_out, n_in = frozen_weight(module).shape
+    return int(n_out), int(n_in)
 
 
 def projection_of(module: nn.Module, dtype: torch.dtype) -> Projection | None:
@@ -82,8 +119,7 @@ def projection_of(module: nn.Module, dtype: torch.dtype) -> Projection | None:
 
     Anything else: other records (DoRA, IA3, biases), several adapters, dropout, trained or copied weights, hooks.
     """
-    own = base_of(type(module)) if isinstance(module, AdaptedLinear) else type(module)
-    if own not in (nn.Linear, Conv1D, QuantLinear) or not is_plain(module):
+    if not is_linear(module) or not is_plain(module):
         return None
     delta = _delta_of(module) if isinstance(module, AdaptedLinear) else LinearDelta()
     bias = cast("Tensor | None", module._parameters.get("bias"))

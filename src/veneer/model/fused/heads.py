@@ -1,0 +1,42 @@
+"""Where queries, keys and values lie in the outputs of their projections, and their gradients put back there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+HeadOrder = Literal["apart", "joined", "by head"]
+
+
+@dataclass(frozen=True, slots=True)
+class HeadLayout:
+    """``order``: three projections "apart"; or one, whose output is all of q, then k, then v ("joined": Phi-3, GPT-2),
+    or q, k and v of one head after the other ("by head": GPT-NeoX). ``n_heads`` counts query heads."""
+
+    order: HeadOrder
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+
+    def split(self, outputs: Sequence[Float[Tensor, "n _"]]) -> tuple[Tensor, Tensor, Tensor]:
+        """q (n, heads, d), k and v (n, kv_heads, d): views of the projections' outputs."""
+        if self.order == "apart":
+            q, k, v = (t.view(t.shape[0], -1, self.head_dim) for t in outputs)
+        elif self.order == "by head":
+            q, k, v = outputs[0].view(len(outputs[0]), self.n_heads, 3, self.head_dim).unbind(dim=2)
+        else:
+            sizes = [self.n_heads, self.n_kv_heads, self.n_kv_heads]
+            q, k, v = torch.split(outputs[0].view(len(outputs[0]), -1, self.head_dim), sizes, dim=1)
+        return q, k, v
+
+    def join(self, qkv: Sequence[Tensor]) -> list[Float[Tensor, "n _"]]:
+        """The way back: what `split` gave, laid as the projections' outputs."""
+        if self.order == "apart":
+            return [t.view(len(t), -1) for t in qkv]
+        joined = torch.stack(list(qkv), dim=2) if self.order == "by head" else torch.cat(list(qkv), dim=1)
+        return [joined.view(len(joined), -1)]
