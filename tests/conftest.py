@@ -1,13 +1,20 @@
 """Array shapes and dtypes that the core and the kernel boundary declare are checked while the tests run.
 
 Configs are left out: what a user may pass is checked by the configs themselves, and tested as such.
+Triton's kernels are left out too: Triton reads their source, and no other decorator may stand between.
+They run in Triton's interpreter, on any machine.
 """
 
+import os
 import sys
+from pathlib import Path
 
 import pytest
 from jaxtyping import install_import_hook
 
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
+
+OPS = Path(__file__).parents[1] / "src" / "veneer" / "ops"
 CHECKED = [
     "core.frozen",
     "core.linear",
@@ -16,7 +23,7 @@ CHECKED = [
     "core.sites",
     "core.targets",
     "core.token_rows",
-    "ops",
+    *(f"ops.{path.stem}" for path in sorted(OPS.iterdir()) if path.stem not in ("__init__", "triton")),
     "quant",
 ]
 

@@ -27,14 +27,14 @@ def implementation(op: str, device: torch.device, backend: str | None = None) ->
     kernel, that is logged once with the reason.
     """
     if backend is not None:
-        return _load(op, backend)
+        return _load(op, backend, device)
     kernel = next((b for b, kind in _DEVICES.items() if kind == device.type), None)
     if kernel is not None:
         found, reason = _find(op, kernel)
         if found is not None:
             return found
         _log_fallback(op, kernel, reason)
-    return _load(op, "reference")
+    return _load(op, "reference", device)
 
 
 def backends(op: str) -> tuple[str, ...]:
@@ -54,12 +54,20 @@ def kernel_build() -> str:
     return str(importlib.import_module("veneer.ops.cpu.module").description())
 
 
-def _load(op: str, backend: str) -> Callable[..., Any]:
+def interprets_triton() -> bool:
+    """Whether Triton was told to run its kernels in its interpreter, on tensors of any device."""
+    return bool(importlib.import_module("triton").knobs.runtime.interpret)
+
+
+def _load(op: str, backend: str, device: torch.device) -> Callable[..., Any]:
     if backend not in BACKENDS:
         raise BackendError(f"backend {backend!r} is unknown; there are {list(BACKENDS)}")
     found, reason = _find(op, backend)
     if found is None:
         raise BackendError(f"backend {backend!r} cannot compute {op}: {reason}; available: {list(backends(op))}")
+    reads = _DEVICES.get(backend, device.type)
+    if reads != device.type and not (backend == "triton" and interprets_triton()):
+        raise BackendError(f"backend {backend!r} computes {op} on {reads} tensors; given tensors on {device.type}")
     return found
 
 
@@ -85,6 +93,8 @@ def _missing(backend: str) -> str:
         return "the C++ module was not built (no C++ compiler when veneer was installed)"
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
+    if backend == "triton" and not (torch.cuda.is_available() or interprets_triton()):
+        return "there is no CUDA device (with TRITON_INTERPRET=1 Triton's interpreter runs the kernels, slowly)"
     return ""
 
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from veneer.ops.cpu.module import DTYPES, kernels
-from veneer.ops.cpu.rows import is_served, same_dtype
+from veneer.ops.cpu.rows import is_served
 from veneer.ops.reference import attention as reference
+from veneer.ops.rows import same_dtype
 
 
 def attention_forward(

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from veneer.ops.cpu.module import DTYPES, kernels
-from veneer.ops.cpu.rows import is_served, same_dtype, with_rows
+from veneer.ops.cpu.rows import is_served
 from veneer.ops.glu import ACTIVATIONS
 from veneer.ops.reference import glu as reference
+from veneer.ops.rows import same_dtype, with_rows
 
 
 def glu_forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:

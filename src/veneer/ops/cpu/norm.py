@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from veneer.ops.cpu.module import DTYPES, kernels
-from veneer.ops.cpu.rows import is_served, same_dtype, with_rows
+from veneer.ops.cpu.rows import is_served
 from veneer.ops.reference import norm as reference
+from veneer.ops.rows import same_dtype, with_rows
 
 
 def rms_norm_forward(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:

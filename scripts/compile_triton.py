@@ -1,0 +1,165 @@
+"""Compile every Triton kernel for NVIDIA GPUs, down to machine code, on a machine that needs no GPU.
+
+The interpreter, in which the tests compute, accepts what a compiler refuses: shapes that are no powers of two, tiles
+that do not fit shared memory, mixed types. Prints registers, spills and shared memory of each kernel, and fails where
+one needs more shared memory than the smallest cards since Ampere have.
+
+    python scripts/compile_triton.py [--capability 80 90] [--quick]
+
+--quick: one form of each kernel, in bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from veneer.ops.four_bit import FourBitLayout
+from veneer.ops.triton import attention, cross_entropy, four_bit, glu, int8, norm, rotary
+
+SHARED_BYTES = 99 * 1024  # of one program on compute capability 8.6 and 8.9
+Case = tuple[str, Callable[[], Any]]
+
+
+class NoDevice:
+    """As much of a Triton driver as compiling asks for."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def cases(dtype: torch.dtype, quick: bool) -> Iterator[Case]:
+    yield from _norm_cases(dtype, quick)
+    yield from _elementwise_cases(dtype, quick)
+    yield from _attention_cases(dtype, quick)
+    yield from _weight_cases(dtype, quick)
+
+
+def _norm_cases(dtype: torch.dtype, quick: bool) -> Iterator[Case]:
+    x, weight, rstd = torch.empty(64, 576, dtype=dtype), torch.empty(576, dtype=dtype), torch.empty(64)
+    yield "rms_norm", lambda: norm.rms_norm_forward(x, weight, 1e-5, 0.0)
+    yield "rms_norm backward", lambda: norm.rms_norm_backward(x, x, weight, rstd, 0.0, False)
+    yield "layer_norm", lambda: norm.layer_norm_forward(x, weight, weight, 1e-5)
+    yield "layer_norm backward", lambda: norm.layer_norm_backward(x, x, weight, rstd, rstd, True)
+    if not quick:
+        wide, weight_wide = torch.empty(4, 16384, dtype=dtype), torch.empty(16384, dtype=dtype)
+        yield "rms_norm, wide", lambda: norm.rms_norm_backward(wide, wide, weight_wide, rstd, 0.0, True)
+
+
+def _elementwise_cases(dtype: torch.dtype, quick: bool) -> Iterator[Case]:
+    x = torch.empty(64, 1536, dtype=dtype)
+    for activation in ("gelu_tanh",) if quick else ("silu", "gelu", "gelu_tanh"):
+        yield f"glu {activation}", lambda a=activation: glu.glu_forward(x, x, a)
+        yield f"glu {activation} backward", lambda a=activation: glu.glu_backward(x, x, x, a, False)
+    heads, tables = torch.empty(2, 9, 32, 80, dtype=dtype), torch.empty(1, 32, 16)
+    for interleaved in (False,) if quick else (False, True):
+        yield f"rotary {interleaved=}", lambda i=interleaved: rotary.rotate(heads, tables, tables, i, False)
+    logits, labels = torch.empty(8, 49152, dtype=dtype), torch.empty(8, dtype=torch.int64)
+    for softcap in (30.0,) if quick else (None, 30.0):
+        yield (
+            f"cross_entropy {softcap=}",
+            lambda c=softcap: cross_entropy.softmax_cross_entropy(logits, labels, c, True),
+        )
+
+
+def _attention_cases(dtype: torch.dtype, quick: bool) -> Iterator[Case]:
+    bounds = torch.tensor([0, 100, 256])
+    for features in (64,) if quick else (16, 64, 80, 128, 256):
+        q, kv = torch.empty(256, 9, features, dtype=dtype), torch.empty(256, 3, features, dtype=dtype)
+        lse = torch.empty(9, 256)
+        for window, softcap in ((128, 30.0),) if quick else ((0, 0.0), (128, 30.0)):
+            numbers = bounds, 0.125, window, softcap
+            yield f"attention {features} {numbers[2:]}", lambda a=(q, kv, kv, *numbers): attention.attention_forward(*a)
+            back = q, q, kv, kv, q, lse, *numbers
+            yield f"attention {features} {numbers[2:]} backward", lambda a=back: attention.attention_backward(*a)
+
+
+def _weight_cases(dtype: torch.dtype, quick: bool) -> Iterator[Case]:
+    w, x, dy = torch.empty(96, 576, dtype=dtype), torch.empty(3, 576, dtype=dtype), torch.empty(3, 96, dtype=dtype)
+    for block_size in (64,) if quick else (32, 64, 4096):
+        layout = FourBitLayout((96, 576), "nf4", block_size, dtype)
+        codes = torch.empty(layout.n_bytes, dtype=torch.uint8), torch.empty(layout.n_blocks), layout
+        yield f"4-bit quantize {block_size}", lambda lay=layout: four_bit.quantize_4bit(w.flatten(), lay)
+        yield f"4-bit dequantize {block_size}", lambda c=codes: four_bit.dequantize_4bit(*c, dtype)
+        yield f"4-bit product {block_size}", lambda c=codes: four_bit.matmul_4bit(x, *c)
+        yield f"4-bit transposed product {block_size}", lambda c=codes: four_bit.matmul_t_4bit(dy, *c)
+    rows = torch.empty(96, 576, dtype=torch.int8), torch.empty(96)
+    yield "int8 quantize", lambda: int8.quantize_int8(w)
+    yield "int8 dequantize", lambda: int8.dequantize_int8(*rows, dtype)
+    yield "int8 product", lambda: int8.matmul_int8(x, *rows)
+    yield "int8 transposed product", lambda: int8.matmul_t_int8(dy, *rows)
+
+
+def compile_all(capability: int, dtypes: list[torch.dtype], quick: bool) -> list[str]:
+    """Compile all cases; returns what is wrong."""
+    triton.runtime.driver.set_active(NoDevice(capability))
+    compiled: dict[int, Any] = {}
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        compiled[id(kernel)] = kernel
+
+    JITFunction.run = compile_only
+    problems = []
+    for dtype in dtypes:
+        for name, call in cases(dtype, quick):
+            compiled.clear()
+            call()
+            for kernel in compiled.values():
+                title = f"sm{capability} {str(dtype).removeprefix('torch.')} {name}: {kernel.metadata.name}"
+                print(f"{title}: {_resources(kernel)}", flush=True)
+                if kernel.metadata.shared > SHARED_BYTES:
+                    problems.append(f"{title} needs {kernel.metadata.shared} bytes of shared memory")
+    JITFunction.run = run
+    return problems
+
+
+def _resources(kernel: Any) -> str:
+    """Registers, bytes spilled and shared memory of a compiled kernel, as NVIDIA's tool reads them from it."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+)", said), re.search(r"STACK:(\d+)", said)
+    if registers is None or stack is None:
+        raise RuntimeError(f"{tool} said nothing of registers: {said}")
+    return f"{registers[1]} registers, {stack[1]} bytes spilled, {kernel.metadata.shared} bytes shared"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--capability", type=int, nargs="+", default=[80, 90])
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args()
+    dtypes = [torch.bfloat16] if args.quick else [torch.bfloat16, torch.float32, torch.float16]
+    problems = [p for c in args.capability for p in compile_all(c, dtypes, args.quick)]
+    sys.exit("\n".join(problems) or 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,16 @@
+"""How tensors are laid before the kernels: rows, a fixed number of values apart."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def with_rows(x: Tensor) -> Tensor:
+    """x as (n, d) with a contiguous last axis: a view wherever one exists."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
+
+
+def same_dtype(gradient: Tensor, like: Tensor) -> Tensor:
+    """A gradient in the dtype of what it belongs to."""
+    return gradient if gradient.dtype == like.dtype else gradient.to(like.dtype)

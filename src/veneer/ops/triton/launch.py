@@ -1,0 +1,46 @@
+"""How Triton kernels are started, and what they take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+SERVED = (torch.float32, torch.bfloat16, torch.float16)
+LONGEST_ROW = 65536  # a row is held in one program's registers
+
+
+def is_served(*tensors: Tensor) -> bool:
+    """Whether the training kernels have a form for these element types; the reference computes others."""
+    return all(t.dtype in SERVED for t in tensors)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Run a kernel on the device of its first argument, a tensor; an empty grid runs nothing."""
+    if 0 in grid:
+        return
+    options.setdefault("enable_fp_fusion", True)
+    with torch.cuda.device_of(args[0]):
+        kernel[grid](*args, **options)
+
+
+def launch_exact(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """`launch` with products and sums kept apart, so that a codec rounds as the reference does."""
+    launch(kernel, grid, *args, enable_fp_fusion=False, **options)
+
+
+def block(n: int, least: int = 1, most: int = 1 << 20) -> int:
+    """The power of two that holds n values, within bounds."""
+    return max(least, min(most, int(triton.next_power_of_2(n))))
+
+
+def warps(block_size: int) -> int:
+    """Warps for a program that holds so many values: eight values a thread, up to 16 warps."""
+    return max(1, min(16, block_size // 256))
+
+
+def processors(x: Tensor) -> int:
+    """Multiprocessors of x's device; 2 in the interpreter, so that sums over programs are exercised there too."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
