@@ -19,7 +19,7 @@ from veneer.combine.update import Update
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.errors import CompositionError
-from veneer.model.adapted import tensors_of
+from veneer.model.adapted import Adapted, tensors_of
 from veneer.model.attach import adapted_layers, adapted_modules, module_index, shortest_names
 from veneer.model.linear import AdaptedSite
 from veneer.model.start import Start
@@ -93,12 +93,17 @@ def _bias_offset(layer: AdaptedSite, updates: Sequence[Update], weights: Sequenc
 
 
 def _require_no_whole_parameters(model: nn.Module, names: Sequence[str]) -> None:
-    held = sorted({path for path, module in adapted_modules(model).items() for n in names if n in module.copies})
+    held = sorted({path for path, module in adapted_modules(model).items() for n in names if _is_no_update(module, n)})
     if held:
         raise CompositionError(
-            f"the adapters {list(names)} train whole parameters (modules_to_save, biases) or rows of "
-            f"{', '.join(held[:3])}: those have no sum in an adapter; combine merged checkpoints instead"
+            f"the adapters {list(names)} train whole parameters (modules_to_save, biases), rows, or experts "
+            f"of {', '.join(held[:3])}: those have no sum in an adapter; combine merged checkpoints instead"
         )
+
+
+def _is_no_update(module: Adapted, name: str) -> bool:
+    """Whether an adapter holds something here that is no update of one linear layer."""
+    return name in module.copies or (name in module.adapters and not isinstance(module, AdaptedSite))
 
 
 def combine_folders(folders: Sequence[Path], weights: Sequence[float], plan: Combination, output: Path) -> Report:

@@ -98,8 +98,8 @@ def scaled(x: Float[Tensor, "*batch i"], scale: Float[Tensor, "*#batch i"] | Non
 
 
 def fold_linear(
-    delta: LinearDelta, weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"] | None = None
-) -> tuple[Float[Tensor, "o i"], Float[Tensor, " o"] | None]:
+    delta: LinearDelta, weight: Float[Tensor, "*experts o i"], bias: Float[Tensor, " o"] | None = None
+) -> tuple[Float[Tensor, "*experts o i"], Float[Tensor, " o"] | None]:
     """``diag(out_scale) (W + scale B A) diag(in_scale)`` and the bias, in W's dtype, computed in at least float32."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     folded = weight.to(wide)
@@ -132,8 +132,8 @@ def compose_linear(deltas: Sequence[LinearDelta], bias: Float[Tensor, " o"] | No
         )
     lowrank_parts = [d for d in deltas if d.rank]
     return LinearDelta(
-        a=torch.cat([d.a for d in lowrank_parts if d.a is not None]) if lowrank_parts else None,
-        b=torch.cat([d.b * d.scale for d in lowrank_parts if d.b is not None], dim=1) if lowrank_parts else None,
+        a=torch.cat([d.a for d in lowrank_parts if d.a is not None], dim=-2) if lowrank_parts else None,
+        b=torch.cat([d.b * d.scale for d in lowrank_parts if d.b is not None], dim=-1) if lowrank_parts else None,
         in_scale=_product([d.in_scale for d in deltas]),
         out_scale=_product([d.out_scale for d in deltas]),
         bias=_sum_of_biases(deltas, bias, multiply=bool(scaled)),

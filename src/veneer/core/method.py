@@ -171,6 +171,11 @@ class LinearMethod(TargetedConfig):
         return "none"
 
     @property
+    def adapted_parameters(self) -> tuple[str, ...]:
+        """Parameters adapted by name where no linear layer holds them: experts stacked in one tensor, a router."""
+        return ()
+
+    @property
     def trained_rows(self) -> Mapping[str | None, tuple[int, ...]]:
         """Rows of tables that the adapter trains, by the end of the module's path; None is the input embeddings."""
         return {}

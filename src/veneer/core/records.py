@@ -18,10 +18,12 @@ class LinearDelta:
     A field that is None is neutral: no low-rank part, scales of one, and the layer's own ``c`` as bias.
     ``bias`` *replaces* the layer's own, so IA3 scales it and ``lora_bias`` adds to it before the record is made.
     An embedding is the linear layer ``(d, n_tokens)`` applied to one-hot rows; a convolution is one applied to patches.
+    Experts stacked in one tensor have one ``a`` and ``b`` each, stacked likewise; then there is nothing but a low-rank
+    part.
     """
 
-    a: Float[Tensor, "r i"] | None = None
-    b: Float[Tensor, "o r"] | None = None
+    a: Float[Tensor, "*experts r i"] | None = None
+    b: Float[Tensor, "*experts o r"] | None = None
     scale: float = 1.0
     in_scale: Float[Tensor, " i"] | None = None
     out_scale: Float[Tensor, " o"] | None = None
@@ -30,7 +32,7 @@ class LinearDelta:
     @property
     def rank(self) -> int:
         """Rank of the low-rank part; 0 where there is none."""
-        return 0 if self.a is None else self.a.shape[0]
+        return 0 if self.a is None else self.a.shape[-2]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

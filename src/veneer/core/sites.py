@@ -18,6 +18,8 @@ class LinearSite:
 
     ``kind`` tells how the input is read: ``"linear"`` takes vectors, ``"embedding"`` takes token ids (in_features is
     the size of the vocabulary). ``weight`` and ``bias`` are None while planning, when nothing has been loaded.
+    ``experts`` such maps may lie stacked in one tensor (experts, o, i); the record then has that dimension in front of
+    ``a`` and ``b``, and ``weight`` is None.
     ``row_sq`` gives the squared norms of the rows of the weight; who holds the site computes them once.
     """
 
@@ -29,6 +31,7 @@ class LinearSite:
     weight: FrozenWeight | None = None
     bias: Float[Tensor, " o"] | None = None
     row_sq: Callable[[], Float[Tensor, " o"]] | None = None
+    experts: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -47,6 +47,11 @@ def start_names() -> list[str]:
 
 def dense_weight(site: LinearSite, r: int, who: str) -> Float[Tensor, "o i"]:
     """The frozen weight in float32. Raises ConfigError where it is not loaded or has no r directions to start from."""
+    if site.experts > 1:
+        raise ConfigError(
+            f"{who} at {site.name} starts from one matrix; these are {site.experts} experts' in one tensor: "
+            "leave init_lora_weights at True"
+        )
     if site.weight is None:
         raise ConfigError(f"{who} at {site.name} starts from the frozen weight: load the base model before attaching")
     if r > min(site.weight.shape):

@@ -25,6 +25,7 @@ from torch import Tensor
 from veneer.core.method import LinearMethod, Params, Shapes
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
+from veneer.core.stacks import stack, unstack
 from veneer.inits import Start, find_start, start_names
 
 T = TypeVar("T")
@@ -41,6 +42,8 @@ class LoraConfig(LinearMethod):
     both random, so that the start changes the model.
     ``trainable_token_indices``: rows of the input embeddings (or of tables, by module name) that are trained, each in
     the place of the base's; a head tied to the embeddings sees them too. They alone are on disk.
+    ``target_parameters``: parameters that no linear layer holds, by the ends of their paths, such as
+    "experts.gate_up_proj": matrices (o, i), or experts' stacked (E, o, i), each expert with factors of its own.
     ``fan_in_fan_out`` is read for compatibility; a layer that stores Wᵀ is recognised by its type.
     """
 
@@ -59,6 +62,7 @@ class LoraConfig(LinearMethod):
     use_dora: bool = False
     lora_bias: bool = False
     trainable_token_indices: Collection[int] | Mapping[str, Collection[int]] | None = None
+    target_parameters: Collection[str] | None = None
 
     def problems(self) -> list[str]:
         found = super().problems() + self._problems_of_sizes()
@@ -68,7 +72,20 @@ class LoraConfig(LinearMethod):
             found.append(f"init_lora_weights={self.init_lora_weights!r} must be one of {', '.join(start_names())}")
         if self.lora_bias is True and self.use_dora is True:
             found.append("lora_bias and use_dora exclude each other, as in PEFT: drop one of them")
-        return found + _problems_of_rows(self.trainable_token_indices)
+        return found + _problems_of_rows(self.trainable_token_indices) + self._problems_of_parameters()
+
+    def _problems_of_parameters(self) -> list[str]:
+        given = self.target_parameters
+        if given is None:
+            return []
+        if isinstance(given, str) or not all(isinstance(name, str) for name in given):
+            return [f"target_parameters={given!r} must be a list of names"]
+        others = ("lora_dropout", "lora_bias", "use_dora")
+        return [
+            f"{name}={getattr(self, name)!r} does not go with target_parameters, which change a weight where it is read"
+            for name in others
+            if given and getattr(self, name)
+        ]
 
     def _problems_of_sizes(self) -> list[str]:
         ranks = {"r": self.r} | {f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}
@@ -112,7 +129,8 @@ class LoraConfig(LinearMethod):
 
     def shapes(self, site: LinearSite) -> Shapes:
         r = self.rank(site)
-        shapes: Shapes = {"lora_A": (r, site.in_features), "lora_B": (site.out_features, r)}
+        rows = r * site.experts
+        shapes: Shapes = {"lora_A": (rows, site.in_features), "lora_B": (site.out_features, rows)}
         if self._taken_off:
             shapes |= {"lora_A_start": shapes["lora_A"], "lora_B_start": shapes["lora_B"]}
         for variant in self._variants("shapes"):
@@ -124,7 +142,8 @@ class LoraConfig(LinearMethod):
 
     def init(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         start = self._start
-        a, b = start.factors(site, self.rank(site), self.scale(site), generator)
+        drawn = [start.factors(site, self.rank(site), self.scale(site), generator) for _ in range(site.experts)]
+        a, b = drawn[0] if site.experts == 1 else stack(drawn)
         params = {"lora_A": a, "lora_B": b}
         if start.taken_off:
             params |= {"lora_A_start": a.clone(), "lora_B_start": b.clone()}
@@ -134,6 +153,8 @@ class LoraConfig(LinearMethod):
 
     def lower(self, site: LinearSite, params: Params) -> LinearDelta:
         a, b = _joined(params)
+        if site.experts > 1:
+            a, b = unstack(a, b, site.experts)
         record = LinearDelta(a=a, b=b, scale=self.scale(site))
         for variant in self._variants("lower"):
             record = variant.lower(self, site, params, record)
@@ -179,6 +200,10 @@ class LoraConfig(LinearMethod):
     @property
     def trained_biases(self) -> str:
         return self.bias
+
+    @property
+    def adapted_parameters(self) -> tuple[str, ...]:
+        return tuple(self.target_parameters or ())
 
     @property
     def trained_rows(self) -> Mapping[str | None, tuple[int, ...]]:

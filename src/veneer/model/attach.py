@@ -19,6 +19,7 @@ from veneer.model.copies import CLASSIFIERS, add_copies, copied_parameters, is_o
 from veneer.model.default_targets import defaults_for
 from veneer.model.embedding import AdaptedEmbedding, is_embedding
 from veneer.model.linear import AdaptedLinear, AdaptedSite, frozen_weight, is_linear
+from veneer.model.parameters import AdaptedParameters, add_parameters, parameter_places
 from veneer.model.prefix import PrefixAdapters, attach_prefix
 from veneer.model.prompt import PromptAdapters, attach_prompt
 from veneer.model.residual import ResidualAdapters, attach_residual, detach_residual
@@ -53,6 +54,8 @@ def targets_of(model: nn.Module, config: MethodConfig) -> tuple[str, ...]:
     """The module paths that a linear method's config means in this model."""
     if not isinstance(config, LinearMethod):
         raise TargetError(f"{type(config).__name__} does not target modules by name")
+    if config.adapted_parameters and not config.target_modules:
+        return ()
     return select_targets(config, module_index(model, config.adapts_embeddings), config.default_targets)
 
 
@@ -65,7 +68,7 @@ def resolved(model: nn.Module, config: MethodConfig) -> MethodConfig:
     if config.base_model_name_or_path is None and base_name:
         changes["base_model_name_or_path"] = base_name
     if isinstance(config, TargetedConfig):
-        if config.target_modules is None:
+        if config.target_modules is None and not (isinstance(config, LinearMethod) and config.adapted_parameters):
             defaults = defaults_for(config.peft_type, model_type)
             changes |= {name: value for name, value in defaults.items() if getattr(config, name) is None}
         elif isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
@@ -100,24 +103,28 @@ def attach(
     start = start or Start()
     config = resolved(model, config)
     targets = targets_of(model, config) if isinstance(config, LinearMethod) else ()
+    copied = copied_parameters(cast(PreTrainedModel, model), config, set(targets))
+    places, layers = parameter_places(model, config, {*targets, *copied})
+    targets = (*targets, *layers)
     if isinstance(config, LinearMethod):
-        unused = config.unused(targets) if start.values else []  # a saved adapter is taken as it is
+        names = [*targets, *(f"{path}.{key}" for path, keys in places.items() for key in keys)]
+        unused = config.unused(names) if start.values else []  # a saved adapter is taken as it is
         if unused:
             raise TargetError("; ".join(unused))
         config = config.for_sites([shape_of(path, model.get_submodule(path)) for path in targets])
-    copied = copied_parameters(model, config, set(targets))
     rows = row_places(
         cast(PreTrainedModel, model), config, {*targets, *(p for p, k in copied.items() if "weight" in k)}
     )
     state.configs[name] = config
     try:
         with_rows = [path for place in rows for path in (place.path, *place.followers)]
-        for path in dict.fromkeys([*targets, *copied, *with_rows]):
+        for path in dict.fromkeys([*targets, *places, *copied, *with_rows]):
             adapt_path(model, path, state)
         add_copies(model, name, copied, start.widen)
         add_rows(model, name, rows, values=start.values, widen=start.widen)
         for path in targets:
             _add_parameters(cast(AdaptedSite, model.get_submodule(path)), name, generator, start)
+        add_parameters(model, name, places, start, generator)
         if isinstance(config, ResidualMethod):
             attach_residual(cast(PreTrainedModel, model), name, state, start, generator)
         elif isinstance(config, PrefixMethod):
@@ -143,7 +150,7 @@ def shape_of(path: str, module: nn.Module) -> LinearSite:
 def adapt_path(model: nn.Module, path: str, state: AdapterState) -> Adapted:
     """The module at a path, made adapted in the way that its type asks for."""
     module = model.get_submodule(path)
-    mixin: type[Adapted] = Adapted
+    mixin: type[Adapted] = AdaptedParameters
     if is_linear(module):
         mixin = AdaptedLinear
     elif is_embedding(module):

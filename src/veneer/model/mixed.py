@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from veneer.errors import AdapterNameError, CompositionError, ConfigError, ShapeError
 from veneer.model.adapted import Adapted
+from veneer.model.parameters import AdaptedParameters
 from veneer.model.routing import BASE, Routing
 from veneer.model.state import AdapterState
 from veneer.model.virtual_tokens import require_mixable, virtual_tokens
@@ -63,7 +64,7 @@ def checked(
     if n_rows != len(names):
         raise ShapeError(f"adapter_names holds {len(names)} names for a batch of {n_rows} rows: give one for each row")
     for path, module in model.named_modules():
-        if isinstance(module, Adapted) and _EXPERT.search(f"{path}.") and any(map(module.holds, routing.adapters)):
+        if isinstance(module, Adapted) and _is_of_experts(path, module) and any(map(module.holds, routing.adapters)):
             raise CompositionError(
                 f"{path} belongs to one of several experts, which see single tokens of any row: adapters there cannot "
                 "differ by row. Run the adapters one after another."
@@ -71,6 +72,10 @@ def checked(
     if virtual_tokens(model):
         require_mixable(cast(PreTrainedModel, model), routing)
     return routing
+
+
+def _is_of_experts(path: str, module: Adapted) -> bool:
+    return _EXPERT.search(f"{path}.") is not None or (isinstance(module, AdaptedParameters) and bool(module.adapters))
 
 
 def _checkpointing(model: nn.Module) -> list[Any]:

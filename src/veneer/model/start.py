@@ -29,5 +29,5 @@ class Start:
     ) -> nn.ParameterDict:
         """Fresh parameters of these shapes on a device; ``dtype`` is the base's, used where they are not widened."""
         values = init() if self.values else {name: torch.empty(shape) for name, shape in shapes.items()}
-        kept = torch.float32 if self.widen else dtype
+        kept = torch.promote_types(dtype, torch.float32) if self.widen else dtype
         return nn.ParameterDict({name: nn.Parameter(value.to(device, kept)) for name, value in values.items()})

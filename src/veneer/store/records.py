@@ -44,6 +44,11 @@ def read_records(folder: Path) -> StoredAdapter:
     config = read_config(folder)
     if not isinstance(config, LoraConfig) or needs_base(config):
         raise CompositionError(f"the adapter {folder} scales the weights of its base (DoRA, IA3): give the base too")
+    if config.adapted_parameters:
+        raise CompositionError(
+            f"the adapter {folder} changes parameters {list(config.adapted_parameters)}, experts' among them: it can "
+            "only be read with its base, and is no sum of layers"
+        )
     tensors = read_tensors(folder)
     broken = non_finite(tensors)
     if broken:

@@ -1,0 +1,205 @@
+"""Parameters that an adapter changes by name (``target_parameters``): experts stacked in one tensor, routers.
+
+No linear layer holds them, so they are changed where the module's own code reads them. Experts that run by
+transformers' convention are run here instead, expert by expert: no updated copy of the stack is made, and the update is
+rounded once, at the output.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from veneer.core.frozen import FrozenWeight
+from veneer.core.linear import apply_linear, compose_linear, fold_linear
+from veneer.core.method import LinearMethod, MethodConfig
+from veneer.core.records import LinearDelta
+from veneer.core.sites import LinearSite
+from veneer.core.targets import matches_any, nearest
+from veneer.errors import CompositionError, TargetError
+from veneer.model.adapted import Adapted, swap_reading, tensors_of
+from veneer.model.embedding import is_embedding
+from veneer.model.linear import is_linear
+from veneer.model.start import Start
+from veneer.quant.dense import DenseWeight
+
+
+class AdaptedParameters(Adapted):
+    """Mixed in front of a module whose own parameters adapters change; ``adapters[name][parameter]`` are theirs."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        routing = self.adapter_state.routed()
+        if routing is not None and any(name in self.adapters for name in routing.adapters):
+            raise CompositionError(
+                f"{self.site_name} is one weight for all rows: rows of one batch cannot take different adapters there. "
+                "Run the adapters one after another."
+            )
+        if not self.acting_here():
+            return super().forward(*args, **kwargs)
+        if runs_by_convention(self) and not kwargs and len(args) == 3:
+            return self.run_experts(*args)
+        self.__dict__["read_already"] = {}  # the module's code may read a parameter once for each expert
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            del self.__dict__["read_already"]
+
+    def acting_here(self) -> list[str]:
+        """The adapters that change parameters here now."""
+        return [name for name in self.adapter_state.acting() if name in self.adapters]
+
+    def changed(self, name: str) -> tuple[str, ...]:
+        """The parameters that an adapter changes, in the module's order."""
+        return tuple(cast(nn.ModuleDict, self.adapters[name])) if name in self.adapters else ()
+
+    def site(self, parameter: str) -> LinearSite:
+        """One of the module's parameters, described."""
+        return site_of(f"{self.site_name}.{parameter}", self, cast(Tensor, self._parameters[parameter]))
+
+    def record(self, parameter: str, names: Sequence[str]) -> LinearDelta | None:
+        """What these adapters make of a parameter together; None where they leave it alone."""
+        records = [
+            cast(LinearMethod, self.adapter_state.configs[name]).lower(
+                self.site(parameter), tensors_of(cast(nn.ModuleDict, self.adapters[name])[parameter])
+            )
+            for name in names
+            if parameter in self.changed(name)
+        ]
+        return compose_linear(records) if records else None
+
+    def effective(self, parameter: str, names: Sequence[str] | None = None) -> Tensor | None:
+        read = self.__dict__.get("read_already") if names is None else None
+        if read is not None and parameter in read:
+            return cast(Tensor, read[parameter])
+        value = super().effective(parameter, names)
+        record = self.record(parameter, self.adapter_state.acting() if names is None else names)
+        if record is not None and value is not None:
+            folded, _ = fold_linear(record, self.as_maps(value))
+            value = self.as_maps(folded)
+        if read is not None:
+            read[parameter] = value
+        return value
+
+    def as_maps(self, value: Tensor) -> Tensor:
+        """A parameter as (…, o, i), and back: transposed where the module keeps it as (…, i, o)."""
+        return value.mT if value.ndim == 3 and getattr(self, "is_transposed", False) else value
+
+    def folded(self, names: Sequence[str]) -> dict[str, Tensor]:
+        values = super().folded(names)
+        for parameter in dict.fromkeys(parameter for name in names for parameter in self.changed(name)):
+            values[parameter] = cast(Tensor, self.effective(parameter, names)).contiguous()
+        return values
+
+    def disk_keys(self, name: str, path: str) -> dict[str, str]:
+        """PEFT wraps a module once for each parameter: all but the last have ``base_layer.`` in front."""
+        config, changed = cast(LinearMethod, self.adapter_state.configs[name]), self.changed(name)
+        return {
+            f"{parameter}.{own}": f"base_model.model.{path}.{'base_layer.' * (len(changed) - 1 - depth)}{end}"
+            for depth, parameter in enumerate(changed)
+            for own, end in config.disk_names(self.site(parameter)).items()
+        }
+
+    def run_experts(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """The experts' output for tokens x (n, d), expert ids ``chosen`` (n, k) and their ``weights`` (n, k)."""
+        module = cast(Any, self)
+        up = "gate_up_proj" if module.has_gate else "up_proj"
+        records = {p: self.record(p, self.adapter_state.acting()) or LinearDelta() for p in (up, "down_proj")}
+        y = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, weights.dtype))
+        for expert in torch.unique(chosen).tolist():
+            token, place = torch.where(chosen == expert)
+            hidden = self._project(up, x[token], expert, records[up])
+            hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
+            out = self._project("down_proj", hidden, expert, records["down_proj"])
+            out = module.post_expert_norm(out) if module.has_post_expert_norm else out
+            y = y.index_add(0, token, (out * weights[token, place, None]).to(y.dtype))
+        return y.to(x.dtype)
+
+    def _project(self, parameter: str, x: Tensor, expert: int, record: LinearDelta) -> Tensor:
+        """One expert's map of its tokens."""
+        stacked, bias = cast(Tensor, self._parameters[parameter]), self._parameters.get(f"{parameter}_bias")
+        weight = cast(FrozenWeight, DenseWeight(self.as_maps(stacked)[expert]))
+        if record.a is not None and record.b is not None:
+            record = replace(record, a=record.a[expert], b=record.b[expert])
+        return apply_linear(record, x, weight, None if bias is None else bias[expert])
+
+
+def runs_by_convention(module: nn.Module) -> bool:
+    """Whether these are experts whose forward transformers itself replaces by a general one."""
+    described = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
+    return all(hasattr(module, name) for name in described) and not getattr(module, "_is_expert_parallel", True)
+
+
+def site_of(path: str, module: nn.Module, value: Tensor) -> LinearSite:
+    """A parameter (o, i), or experts' (E, o, i), described by its shape; transposed where the module says so."""
+    experts = value.shape[0] if value.ndim == 3 else 1
+    o, i = value.shape[-2:]
+    if value.ndim == 3 and getattr(module, "is_transposed", False):
+        o, i = i, o
+    return LinearSite(name=path, in_features=i, out_features=o, experts=experts)
+
+
+def parameter_places(
+    model: nn.Module, config: MethodConfig, taken: Collection[str]
+) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
+    """The parameters that a config adapts by name: by module path, and the linear layers whose weight it means.
+
+    ``taken``: modules that it adapts or trains whole. Raises TargetError with everything that is wrong.
+    """
+    wanted = config.adapted_parameters if isinstance(config, LinearMethod) else ()
+    modules = {p: m for p, m in model.named_modules() if p and ".adapters" not in p and ".copies" not in p}
+    known = {f"{path}.{key}": (path, key) for path, m in modules.items() for key in m._parameters}
+    found = {name: place for name, place in known.items() if any(matches_any(name, (w,)) for w in wanted)}
+    problems = [_unknown(w, known) for w in wanted if not any(matches_any(name, (w,)) for name in found)]
+    problems += [p for n, (path, key) in found.items() if (p := _refusal(n, modules[path], key, path in taken))]
+    if problems:
+        raise TargetError("; ".join(problems))
+    layers = tuple(path for path, _ in found.values() if is_linear(modules[path]))
+    places: dict[str, tuple[str, ...]] = {}
+    for path, key in found.values():
+        if path not in layers:
+            places[path] = (*places.get(path, ()), key)
+    return places, layers
+
+
+def add_parameters(
+    model: nn.Module, name: str, places: Mapping[str, Sequence[str]], start: Start, generator: torch.Generator | None
+) -> None:
+    """Give an adapter its parameters at these places; the modules are adapted."""
+    for path, parameters in places.items():
+        module = cast(AdaptedParameters, model.get_submodule(path))
+        method = cast(LinearMethod, module.adapter_state.configs[name])
+        module.adapters[name] = nn.ModuleDict()
+        for parameter in parameters:
+            own, site = cast(Tensor, module._parameters[parameter]), module.site(parameter)
+            draw = functools.partial(method.init, site, generator)
+            values = start.parameters(method.shapes(site), draw, own.device, own.dtype)
+            cast(nn.ModuleDict, module.adapters[name])[parameter] = values
+            swap_reading(module, parameter)
+
+
+def _unknown(name: str, known: Mapping[str, object]) -> str:
+    hints = nearest(name.rpartition(".")[2], (n.rpartition(".")[2] for n in known))
+    return f"target_parameters names {name!r}, which is no parameter of the model" + (
+        f" (nearest: {', '.join(hints)})" if hints else ""
+    )
+
+
+def _refusal(name: str, module: nn.Module, key: str, taken: bool) -> str | None:
+    """Why a parameter cannot be adapted by its name, if so."""
+    value = module._parameters[key]
+    if taken:
+        return f"target_parameters names {name!r}, whose module target_modules or modules_to_save takes too: drop one"
+    if is_embedding(module) or (is_linear(module) and (not isinstance(module, nn.Linear) or key != "weight")):
+        return f"target_parameters names {name!r} of a {type(module).__name__}: name the module in target_modules"
+    if value is None or value.ndim not in (2, 3) or not value.is_floating_point():
+        shape = None if value is None else tuple(value.shape)
+        return (
+            f"target_parameters names {name!r} of shape {shape}: it must be a matrix (o, i), or (experts, o, i), of "
+            "floating-point numbers"
+        )
+    return None
