@@ -1,12 +1,15 @@
-"""A LoRA training step (r = 16 on all linear layers, 4 x 512 tokens, bfloat16) against PEFT, in turns in one process.
+"""A LoRA training step (r = 16 on all linear layers, 4 x 512 tokens, bfloat16) against the peers, in turns.
 
-Both sides start from the same factors. First both are trained on the same rows for some steps and their losses are
-compared; only then the step (forward, backward, AdamW) is timed. Seconds are of the wall and of the process's CPU,
-which other work on the machine disturbs less.
+Four rows: a loop of its own over a dense and over an NF4 base, and ``trainer.train()`` on packed rows without and with
+gradient checkpointing. For each row, both sides first train on the same rows for --steps steps and their losses are
+compared; only where they agree are times given. Between the timed steps the machine's rate of bf16 products is taken,
+and with it the time that the products of one step need at least. Memory is the high-water mark of a process of its own
+that loads the model and trains two steps.
 
-    python bench/train.py --data FILE.jsonl [--model smollm2-135m-instruct] [--base dense|nf4] [--rounds 5] [--steps 10]
+    python bench/train.py --data shared/data/gsm8k/train.jsonl [--rows dense nf4 trainer checkpointing]
+        [--model smollm2-135m-instruct] [--steps 100] [--check-length 128] [--rounds 5]
 
-FILE holds one JSON object a line; all its string values are trained on. peft, and for nf4 bitsandbytes, must be there.
+The file holds one chat a line ({"messages": [...]}). peft, trl and, for nf4, bitsandbytes must be there.
 """
 
 from __future__ import annotations
@@ -16,150 +19,155 @@ import json
 import os
 import resource
 import statistics
-import time
-from collections.abc import Callable
+import subprocess
+import sys
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import transformers
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from datasets import Dataset
+from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
-import veneer
-from veneer.model.fused.decoder import fuse
+from train_sides import BATCH, ROWS, SIDES, Row, Side, Timing, cycled, packed_rows, products_of, same_start, side_of
 from veneer.store.source import resolve
-from veneer.train.loss import token_loss
 
-ROWS, LENGTH, TOLERANCE = 4, 512, 0.02
-Step = Callable[[Tensor], float]
+LENGTH, TOLERANCE = 512, 0.02
 
 
-def read_rows(data: Path, tokenizer: Any, n_steps: int) -> list[Tensor]:
-    """Batches (4, 512) of the file's text, end to end."""
-    wanted, ids = n_steps * ROWS * LENGTH, []
-    for line in data.read_text(encoding="utf-8").splitlines():
-        text = "\n".join(value for value in json.loads(line).values() if isinstance(value, str))
-        ids += [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
-        if len(ids) >= wanted:
-            break
-    if len(ids) < wanted:
-        raise SystemExit(f"{data} holds {len(ids)} tokens, {wanted} are needed: give a longer file or fewer --steps")
-    return list(torch.tensor(ids[:wanted]).view(n_steps, ROWS, LENGTH))
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """Megabytes of resident memory: of a whole process that trains, and over the loaded model."""
 
-
-def base_of(place: str, base: str, library: Any) -> Any:
-    options: dict[str, Any] = {"dtype": torch.bfloat16}
-    if base == "nf4":
-        options["quantization_config"] = library.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-        )
-    return AutoModelForCausalLM.from_pretrained(place, attn_implementation="sdpa", **options)
-
-
-def lora(library: Any) -> Any:
-    return library.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-
-
-def peer_side(place: str, base: str) -> tuple[Any, Step]:
-    import peft
-
-    model = peft.get_peft_model(base_of(place, base, transformers), lora(peft)).train()
-    return model, _step(model, lambda ids: model(input_ids=ids, labels=ids, use_cache=False).loss)
-
-
-def our_side(place: str, base: str) -> tuple[Any, Step]:
-    model: Any = veneer.get_peft_model(base_of(place, base, veneer), lora(veneer)).train()
-    if not fuse(model):
-        raise SystemExit("the model runs the general path, see the log: there is nothing to compare")
-
-    def loss(ids: Tensor) -> Tensor:
-        counted = token_loss(model, {"input_ids": ids, "labels": ids})
-        return counted.total / counted.n_tokens
-
-    return model, _step(model, loss)
-
-
-def _step(model: Any, loss_of: Callable[[Tensor], Tensor]) -> Step:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
-
-    def step(ids: Tensor) -> float:
-        optimizer.zero_grad()
-        loss = loss_of(ids)
-        loss.backward()
-        optimizer.step()
-        return loss.item()
-
-    return step
-
-
-def same_start(ours: Any, peer: Any) -> None:
-    """Copy the peer's factors."""
-    from peft import get_peft_model_state_dict
-
-    veneer.set_peft_model_state_dict(ours, get_peft_model_state_dict(peer))
-
-
-def timed(step: Step, ids: Tensor) -> tuple[float, float]:
-    wall, cpu = time.perf_counter(), time.process_time()
-    step(ids)
-    return time.perf_counter() - wall, time.process_time() - cpu
-
-
-def peak_of(side: Callable[[str, str], tuple[Any, Step]], place: str, base: str, ids: Tensor) -> float:
-    """Megabytes by which two steps raise the high-water mark of a process of their own, over the loaded model."""
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        torch.set_num_threads(1)  # the pool of the parent's threads did not come along
-        _, step = side(place, base)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        step(ids), step(ids)
-        os.write(write, str((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024).encode())
-        os._exit(0)
-    os.close(write)
-    os.waitpid(child, 0)
-    return float(os.read(read, 64).decode())
+    whole: float
+    over_model: float
 
 
 def main() -> None:
+    args = arguments()
+    warnings.filterwarnings("ignore")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    place = str(resolve(args.model))
+    texts = read_chats(args.data, place)
+    rows = packed_rows(texts, LENGTH)
+    if args.peak:
+        name, side = args.peak
+        print(json.dumps(peak_here(side, ROWS[name], place, rows)))
+        return
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {args.model}, load {os.getloadavg()[0]:.1f}")
+    for name in args.rows:
+        measure(name, place, (packed_rows(texts, args.check_length), rows), args)
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--base", choices=["dense", "nf4"], default="dense")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=10)
-    args = parser.parse_args()
-    place = str(resolve(args.model))
-    batches = read_rows(args.data, AutoTokenizer.from_pretrained(place), args.steps)
-    peaks = {name: peak_of(side, place, args.base, batches[0]) for name, side in SIDES.items()}
-    (peer, peer_step), (ours, our_step) = (side(place, args.base) for side in SIDES.values())
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--steps", type=int, default=100, help="steps whose losses are compared")
+    parser.add_argument("--check-length", type=int, default=128, help="tokens in each of their four rows")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps a side")
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)  # the command's own: a process to measure memory in
+    return parser.parse_args()
+
+
+def read_chats(data: Path, place: str) -> list[list[int]]:
+    """Token ids of every chat of a file, through the model's template."""
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    chats = [json.loads(line)["messages"] for line in data.read_text(encoding="utf-8").splitlines()]
+    return [tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"] for chat in chats]
+
+
+def measure(name: str, place: str, rows: tuple[Dataset, Dataset], args: argparse.Namespace) -> None:
+    """One row of the table: losses, then memory, then times."""
+    row, (check, full) = ROWS[name], rows
+    print(f"\n{name}: veneer against {row.peer}", flush=True)
+    peer, ours = (side_of(side, row, place) for side in SIDES)
     same_start(ours, peer)
-    worst = 0.0
-    for number, ids in enumerate(batches):
-        theirs, own = peer_step(ids), our_step(ids)
-        worst = max(worst, abs(theirs - own))
-        print(f"step {number}: loss {theirs:.4f} (peer) {own:.4f} (veneer)", flush=True)
-    if worst > TOLERANCE:
-        raise SystemExit(f"the losses part by {worst:.4f}: no times are given")
-    times: dict[str, list[tuple[float, float]]] = {"peer": [], "veneer": []}
-    for round_number in range(args.rounds):
-        ids = batches[round_number % len(batches)]
-        times["peer"].append(timed(peer_step, ids))
-        times["veneer"].append(timed(our_step, ids))
-    report(times, peaks, worst)
+    compare_losses(peer, ours, cycled(check, args.steps * BATCH))
+    peaks = {side: peak_of(name, side) for side in SIDES}
+    times: dict[str, list[Timing]] = {side: [] for side in SIDES}
+    products = [product_time()]
+    for number in range(args.rounds + 1):  # the first round warms up
+        batch = full.select(range(2 * BATCH * number, 2 * BATCH * (number + 1)))
+        for side_name, side in zip(SIDES, (peer, ours), strict=True):
+            times[side_name].append(side.timed(batch))
+        products.append(product_time())
+    n_products = products_of(row, ours.model, full.select(range(BATCH)))
+    report({side: taken[1:] for side, taken in times.items()}, peaks, n_products, products)
 
 
-def report(times: dict[str, list[tuple[float, float]]], peaks: dict[str, float], worst: float) -> None:
-    medians = {name: [statistics.median(column) for column in zip(*rows, strict=True)] for name, rows in times.items()}
-    print(f"losses agree within {worst:.4f}; {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
-    for name, (wall, cpu) in medians.items():
-        print(f"{name:8} {wall:7.2f} s wall {cpu:7.2f} s CPU {peaks[name]:7.0f} MB above the loaded model")
-    wall, cpu = (theirs / own for theirs, own in zip(medians["peer"], medians["veneer"], strict=True))
-    print(f"ratio    {wall:7.2f}x wall {cpu:7.2f}x CPU {peaks['veneer'] / peaks['peer']:7.2f}x memory")
+def compare_losses(peer: Side, ours: Side, rows: Dataset) -> None:
+    """Train both on the same rows; SystemExit where their losses part by more than bfloat16 rounds."""
+    theirs, own = peer.losses(rows), ours.losses(rows)
+    apart = [abs(a - b) for a, b in zip(theirs, own, strict=True)]
+    print(
+        f"losses of {len(own)} steps: {theirs[0]:.4f} to {theirs[-1]:.4f} (peer), {own[0]:.4f} to {own[-1]:.4f} "
+        f"(veneer); apart by {statistics.mean(apart):.4f} in the mean, {max(apart):.4f} at most",
+        flush=True,
+    )
+    if not max(apart) <= TOLERANCE:
+        raise SystemExit(f"the losses part by more than {TOLERANCE}: no times are given")
 
 
-SIDES: dict[str, Callable[[str, str], tuple[Any, Step]]] = {"peer": peer_side, "veneer": our_side}
+def product_time() -> Timing:
+    """Of one floating-point operation in a bf16 product of 2048 x 2048 matrices by torch."""
+    a, b = torch.randn(2, 2048, 2048).bfloat16()
+    a @ b
+    start, times, n_operations = Timing.now(), 3, 2 * 2048**3
+    for _ in range(times):
+        a @ b
+    taken = Timing.now().since(start)
+    return Timing(taken.wall / (times * n_operations), taken.cpu / (times * n_operations))
+
+
+def peak_of(name: str, side: str) -> Peak:
+    """Of a fresh process that runs this script for one side."""
+    command = [sys.executable, *sys.argv, "--peak", name, side]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return Peak(*json.loads(done.stdout.splitlines()[-1]))
+
+
+def peak_here(side: str, row: Row, place: str, rows: Dataset) -> tuple[float, float]:
+    built = side_of(side, row, place)
+    loaded = high_water()
+    built.losses(rows.select(range(2 * BATCH)))
+    return high_water(), high_water() - loaded
+
+
+def high_water() -> float:
+    """Of this process's resident memory, in megabytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def report(times: dict[str, list[Timing]], peaks: dict[str, Peak], n_products: float, products: list[Timing]) -> None:
+    peer, ours = (median(times[side]) for side in SIDES)
+    for side, taken in zip(SIDES, (peer, ours), strict=True):
+        print(
+            f"{side:7} {taken.wall:7.2f} s wall, {taken.cpu:7.2f} s CPU; peak memory {peaks[side].whole:6.0f} MB, "
+            f"{peaks[side].over_model:6.0f} MB over the loaded model"
+        )
+    print(
+        f"ratio   {peer.wall / ours.wall:7.2f}x wall, {peer.cpu / ours.cpu:7.2f}x CPU; "
+        f"memory {peaks['veneer'].whole / peaks['peer'].whole:.2f}x, "
+        f"{peaks['veneer'].over_model / peaks['peer'].over_model:.2f}x over the loaded model"
+    )
+    one = median(products)
+    least = Timing(one.wall * n_products, one.cpu * n_products)
+    shares = [f"{least.wall / side.wall:.0%} ({least.cpu / side.cpu:.0%} by CPU)" for side in (ours, peer)]
+    print(
+        f"bound   {least.wall:7.2f} s wall, {least.cpu:7.2f} s CPU for {n_products / 1e12:.2f} TFLOP of products at "
+        f"{1e-12 / one.wall:.2f} TFLOP/s; of it veneer reaches {shares[0]}, the peer {shares[1]}; "
+        f"load {os.getloadavg()[0]:.1f}",
+        flush=True,
+    )
+
+
+def median(timings: list[Timing]) -> Timing:
+    return Timing(statistics.median(t.wall for t in timings), statistics.median(t.cpu for t in timings))
+
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,11 @@
-// Small dense products C (m, n) = or += A (m, k) B (k, n), in float or on AMX tiles. Every size is a multiple of 32.
-// A is row by row. B is row by row in float, and on tiles in pairs of rows: B[k], B[k+1] side by side, column by column.
+// Small dense products C (m, n) = or += A (m, k) B (k, n): in float, by dot products of bfloat16 pairs, or on AMX tiles.
+// Every size is a multiple of 32. A is row by row. B is row by row in float, and in bfloat16 in pairs of rows: B[k], B[k+1]
+// side by side, column by column.
 #pragma once
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 #include "core/amx.h"
 #include "core/lanes.h"
@@ -35,7 +40,8 @@ struct PlainEngine {
       }
   }
 
-  // Two neighbouring rows of B, sixteen columns.
+  // Sixteen columns of a row of A, and of two neighbouring rows of B.
+  static void put_a(float* a, lanes values) { store(a, values); }
   static void put_b(float* b, int64_t ldb, int64_t row, int64_t column, lanes first, lanes second) {
     store(b + row * ldb + column, first);
     store(b + (row + 1) * ldb + column, second);
@@ -48,10 +54,71 @@ struct PlainEngine {
   }
 };
 
-#if defined(__AMX_BF16__)
-struct TileEngine {
+#if defined(__AVX512BF16__)
+struct PairLayout {
   using Element = bf16;
 
+  static void put_a(bf16* a, lanes values) {
+    const __m256i rounded = (__m256i)_mm512_cvtneps_pbh((__m512)values);
+    std::memcpy(static_cast<void*>(a), &rounded, sizeof rounded);
+  }
+  static void put_b(bf16* b, int64_t ldb, int64_t row, int64_t column, lanes first, lanes second) {
+    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)first));
+    const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)second));
+    _mm512_storeu_si512(b + row * ldb + 2 * column, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+  static void pack_rows(bf16* b, const bf16* rows, int64_t d) {
+    for (int64_t t = 0; t < block; t += 2)
+      for (int64_t c = 0; c < d; c += width) {
+        const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(rows + t * d + c)));
+        const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(rows + (t + 1) * d + c)));
+        _mm512_storeu_si512(b + t * d + 2 * c, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+      }
+  }
+  static void pack_columns(bf16* b, const bf16* rows, int64_t d) {
+    for (int64_t t = 0; t < block; ++t)
+      for (int64_t c = 0; c < d; c += 2) std::memcpy(b + c * block + 2 * t, rows + t * d + c, 4);
+  }
+};
+
+struct PairEngine : PairLayout {
+  static void begin() {}
+  static void end() {}
+
+  static void product(float* c, int64_t ldc, const bf16* a, int64_t lda, const bf16* b, int64_t ldb, int64_t m,
+                      int64_t n, int64_t k, bool add) {
+    constexpr int64_t rows = 8;  // 16 sums hide the latency of a dot product, and leave registers for the operands
+    for (int64_t i = 0; i < m; i += rows)
+      for (int64_t j = 0; j < n; j += 2 * width) {
+        __m512 left[rows], right[rows];
+        for (int64_t r = 0; r < rows; ++r) {
+          float* corner = c + (i + r) * ldc + j;
+          left[r] = add ? _mm512_loadu_ps(corner) : _mm512_setzero_ps();
+          right[r] = add ? _mm512_loadu_ps(corner + width) : _mm512_setzero_ps();
+        }
+        for (int64_t l = 0; l < k; l += 2) {
+          const __m512bh b_left = (__m512bh)_mm512_loadu_si512(b + l * ldb + 2 * j);
+          const __m512bh b_right = (__m512bh)_mm512_loadu_si512(b + l * ldb + 2 * j + 2 * width);
+          for (int64_t r = 0; r < rows; ++r) {
+            int32_t pair;
+            std::memcpy(&pair, a + (i + r) * lda + l, sizeof pair);
+            const __m512bh spread = (__m512bh)_mm512_set1_epi32(pair);
+            left[r] = _mm512_dpbf16_ps(left[r], spread, b_left);
+            right[r] = _mm512_dpbf16_ps(right[r], spread, b_right);
+          }
+        }
+        for (int64_t r = 0; r < rows; ++r) {
+          float* corner = c + (i + r) * ldc + j;
+          _mm512_storeu_ps(corner, left[r]);
+          _mm512_storeu_ps(corner + width, right[r]);
+        }
+      }
+  }
+};
+#endif
+
+#if defined(__AMX_BF16__)
+struct TileEngine : PairLayout {
   static void begin() { amx_begin(); }
   static void end() { amx_end(); }
 
@@ -88,24 +155,6 @@ struct TileEngine {
         _tile_stored(3, corner + 16 * ldc + 16, ldc * 4);
       }
     amx_fence();
-  }
-
-  static void put_b(bf16* b, int64_t ldb, int64_t row, int64_t column, lanes first, lanes second) {
-    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)first));
-    const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)second));
-    _mm512_storeu_si512(b + row * ldb + 2 * column, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-  }
-  static void pack_rows(bf16* b, const bf16* rows, int64_t d) {
-    for (int64_t t = 0; t < block; t += 2)
-      for (int64_t c = 0; c < d; c += width) {
-        const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(rows + t * d + c)));
-        const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(rows + (t + 1) * d + c)));
-        _mm512_storeu_si512(b + t * d + 2 * c, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-      }
-  }
-  static void pack_columns(bf16* b, const bf16* rows, int64_t d) {
-    for (int64_t t = 0; t < block; ++t)
-      for (int64_t c = 0; c < d; c += 2) std::memcpy(b + c * block + 2 * t, rows + t * d + c, 4);
   }
 };
 #endif

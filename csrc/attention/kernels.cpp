@@ -214,8 +214,8 @@ void gradient_block(const Span& span, const AttentionOptions& options, const Bac
         if (masked) s = span.sees(key + i, column) ? s : splat(-INFINITY);
         const lanes probability = exp(s - lse);
         slope[i] = probability * (load(at.dp + place) - delta) * cap_slope;
-        store(p + place, probability);
-        store(ds + place, slope[i]);
+        Engine::put_a(p + place, probability);
+        Engine::put_a(ds + place, slope[i]);
       }
       Engine::put_b(ds_b, block, key, column, slope[0], slope[1]);
     }
@@ -342,6 +342,8 @@ void run_tasks(const AttentionSizes& sizes, const AttentionOptions& options, con
 
 #if defined(__AMX_BF16__)
 using HalfEngine = TileEngine;
+#elif defined(__AVX512BF16__)
+using HalfEngine = PairEngine;
 #else
 using HalfEngine = PlainEngine;
 #endif

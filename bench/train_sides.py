@@ -1,0 +1,210 @@
+"""Veneer and its peer as `train.py` runs them: one model, the same factors, rows and settings, one small interface."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from datasets import Dataset
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
+
+import veneer
+from veneer.model.fused.decoder import fuse
+from veneer.train.loss import token_loss
+
+BATCH, RATE = 4, 2e-4
+SIDES = ("peer", "veneer")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One row of the table: the base's storage, whether a Trainer drives the steps, whether blocks are checkpointed."""
+
+    base: str
+    trainer: bool
+    checkpointing: bool = False
+    peer: str
+
+
+ROWS = {
+    "dense": Row(base="dense", trainer=False, peer="PEFT + transformers"),
+    "nf4": Row(base="nf4", trainer=False, peer="PEFT + bitsandbytes"),
+    "trainer": Row(base="dense", trainer=True, peer="TRL's SFTTrainer + PEFT"),
+    "checkpointing": Row(base="dense", trainer=True, checkpointing=True, peer="TRL's SFTTrainer + PEFT"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds of one step: of the wall, and of the process's CPU, which other work on the machine disturbs less."""
+
+    wall: float
+    cpu: float
+
+    @classmethod
+    def now(cls) -> Timing:
+        return cls(time.perf_counter(), time.process_time())
+
+    def since(self, start: Timing) -> Timing:
+        return Timing(self.wall - start.wall, self.cpu - start.cpu)
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """``losses`` trains over rows of a packed set, one loss a step; ``timed`` runs one warm step over some of them."""
+
+    model: Any
+    losses: Callable[[Dataset], list[float]]
+    timed: Callable[[Dataset], Timing]
+
+
+def side_of(name: str, row: Row, place: str) -> Side:
+    """One side of a row, its adapter at the start that `same_start` can copy."""
+    model = _adapted(name, row, place)
+    return _trainer_side(name, row, model, place) if row.trainer else _step_side(name, model)
+
+
+def same_start(ours: Side, peer: Side) -> None:
+    """Copy the peer's factors."""
+    from peft import get_peft_model_state_dict
+
+    veneer.set_peft_model_state_dict(ours.model, get_peft_model_state_dict(peer.model))
+
+
+def _adapted(name: str, row: Row, place: str) -> Any:
+    import peft
+
+    library, loader = (veneer, veneer) if name == "veneer" else (peft, transformers)
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "attn_implementation": "sdpa"}
+    if row.base == "nf4":
+        options["quantization_config"] = loader.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
+    base = AutoModelForCausalLM.from_pretrained(place, **options)
+    config = library.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    return library.get_peft_model(base, config).train()
+
+
+def _step_side(name: str, model: Any) -> Side:
+    """A loop of its own: forward, backward, AdamW, over whole rows."""
+    if name == "veneer" and not fuse(model):
+        raise SystemExit("the model runs the general path, see the log: there is nothing to compare")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE)
+
+    def loss_of(ids: Tensor) -> Tensor:
+        if name == "peer":
+            loss: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
+            return loss
+        counted = token_loss(model, {"input_ids": ids, "labels": ids})
+        return counted.total / counted.n_tokens
+
+    def step(ids: Tensor) -> float:
+        optimizer.zero_grad()
+        loss = loss_of(ids)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    def timed(rows: Dataset) -> Timing:
+        start = Timing.now()
+        step(_batches(rows)[-1])
+        return Timing.now().since(start)
+
+    return Side(model, lambda rows: [step(ids) for ids in _batches(rows)], timed)
+
+
+def _batches(rows: Dataset) -> list[Tensor]:
+    """The tokens of a packed set end to end, cut into whole batches."""
+    length = max(len(ids) for ids in rows["input_ids"])
+    flat = torch.tensor([token for ids in rows["input_ids"] for token in ids])
+    return list(flat[: len(flat) // (BATCH * length) * BATCH * length].view(-1, BATCH, length))
+
+
+class _Watch(TrainerCallback):
+    """The time at the end of each step, and every loss that is logged."""
+
+    def __init__(self) -> None:
+        self.ends: list[Timing] = []
+        self.losses: list[float] = []
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.ends.append(Timing.now())
+
+    def on_log(self, *args: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.losses.append(float(logs["loss"]))
+
+
+def _trainer_side(name: str, row: Row, model: Any, place: str) -> Side:
+    """``trainer.train()`` over the same packed rows in the same order; a step runs from one step's end to the next."""
+    import trl
+
+    library = veneer if name == "veneer" else trl
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place)
+
+    def run(rows: Dataset) -> _Watch:
+        watch = _Watch()
+        with tempfile.TemporaryDirectory() as folder:
+            settings = library.SFTConfig(
+                output_dir=folder, max_steps=len(rows) // BATCH, per_device_train_batch_size=BATCH, learning_rate=RATE,
+                lr_scheduler_type="constant", packing=True, max_length=512,
+                dataset_kwargs={"skip_prepare_dataset": True}, train_sampling_strategy="sequential",
+                gradient_checkpointing=row.checkpointing, bf16=True, use_cpu=True,
+                logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
+            )  # fmt: skip
+            trainer = library.SFTTrainer(
+                model=model, args=settings, train_dataset=rows, processing_class=tokenizer, callbacks=[watch]
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+        return watch
+
+    def timed(rows: Dataset) -> Timing:
+        first, second = run(rows).ends[-2:]
+        return second.since(first)
+
+    return Side(model, lambda rows: run(rows).losses, timed)
+
+
+def products_of(row: Row, model: Any, rows: Dataset) -> float:
+    """Floating-point operations in the products with weights of one step over ``rows``, counted from their shapes.
+
+    A frozen layer W (o, i) costs 2 n o i each way (q, k, v of the first block have no way back: nothing below them
+    trains), a factor three times that; the head counts rows that predict a trained token. Attention is left out. With
+    checkpointing the blocks run forward twice.
+    """
+    n = sum(map(len, rows["input_ids"]))
+    n_predicting = n - (sum(map(len, rows["seq_lengths"])) if row.trainer else len(rows))
+    head = model.get_output_embeddings()
+    total = 4.0 * n_predicting * head.in_features * head.out_features
+    passes = 2 if row.checkpointing else 1
+    first = {"q_proj", "k_proj", "v_proj"}
+    for name, module in model.named_modules():
+        if module is head or not hasattr(module, "in_features") or not isinstance(module.in_features, int):
+            continue
+        if ".lora_" in name:  # of PEFT's model; ours holds the factors in the layer itself
+            continue
+        size = module.in_features * module.out_features
+        back = 0 if ".layers.0." in name and name.rsplit(".", 1)[-1] in first else 1
+        total += 2.0 * n * (size * (passes + back) + 16 * (module.in_features + module.out_features) * (passes + 2))
+    return total
+
+
+def packed_rows(texts: list[list[int]], length: int) -> Dataset:
+    """Token ids packed by TRL into rows of ``length``, in the columns that both trainers read."""
+    from trl import pack_dataset
+
+    fitting = Dataset.from_list([{"input_ids": ids[:length]} for ids in texts])
+    packed = pack_dataset(fitting.with_format("arrow"), length, "bfd")
+    return packed.with_format(None)
+
+
+def cycled(rows: Dataset, n: int) -> Dataset:
+    """The first n rows, from the start again where there are fewer."""
+    return rows.select([i % len(rows) for i in range(n)])
