@@ -1,8 +1,8 @@
 """Compile every Triton kernel for NVIDIA GPUs, down to machine code, on a machine that needs no GPU.
 
 The interpreter, in which the tests compute, accepts what a compiler refuses: shapes that are no powers of two, tiles
-that do not fit shared memory, mixed types. Prints registers, spills and shared memory of each kernel, and fails where
-one needs more shared memory than the smallest cards since Ampere have.
+that do not fit shared memory, mixed types. Prints registers, stack (where spilled registers go) and shared memory of
+each kernel, and fails where one needs more shared memory than the smallest cards since Ampere have.
 
     python scripts/compile_triton.py [--capability 80 90] [--quick]
 
@@ -28,8 +28,21 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from veneer.ops.adamw import AdamWStep, Moment8bit
 from veneer.ops.four_bit import FourBitLayout
-from veneer.ops.triton import attention, cross_entropy, four_bit, glu, int8, norm, rotary
+from veneer.ops.grouped_low_rank import LowRankGroup
+from veneer.ops.triton import (
+    adamw,
+    attention,
+    blockwise,
+    cross_entropy,
+    four_bit,
+    glu,
+    grouped_low_rank,
+    int8,
+    norm,
+    rotary,
+)
 
 SHARED_BYTES = 99 * 1024  # of one program on compute capability 8.6 and 8.9
 Case = tuple[str, Callable[[], Any]]
@@ -56,6 +69,8 @@ def cases(dtype: torch.dtype, quick: bool) -> Iterator[Case]:
     yield from _elementwise_cases(dtype, quick)
     yield from _attention_cases(dtype, quick)
     yield from _weight_cases(dtype, quick)
+    yield from _optimizer_cases(dtype, quick)
+    yield from _grouped_cases(dtype, quick)
 
 
 def _norm_cases(dtype: torch.dtype, quick: bool) -> Iterator[Case]:
@@ -113,6 +128,28 @@ def _weight_cases(dtype: torch.dtype, quick: bool) -> Iterator[Case]:
     yield "int8 transposed product", lambda: int8.matmul_t_int8(dy, *rows)
 
 
+def _optimizer_cases(dtype: torch.dtype, quick: bool) -> Iterator[Case]:
+    x, codes, table = torch.zeros(4096, dtype=dtype), torch.zeros(4096, dtype=torch.uint8), torch.empty(256)
+    for block_size in (256,) if quick else (61, 256, 10000):
+        absmax = torch.zeros(-(-4096 // block_size))
+        yield f"blockwise quantize {block_size}", lambda b=block_size: blockwise.quantize_blockwise(x, table, b)
+        yield (
+            f"blockwise dequantize {block_size}",
+            lambda b=block_size, m=absmax: blockwise.dequantize_blockwise(codes, m, table, b, dtype),
+        )
+    moments = Moment8bit(codes, torch.zeros(16)), Moment8bit(codes, torch.zeros(16))
+    yield "8-bit AdamW", lambda: adamw.adamw_8bit_(x, x, moments, AdamWStep(1e-3, (0.9, 0.99), 1e-8, 0.01, 3))
+
+
+def _grouped_cases(dtype: torch.dtype, quick: bool) -> Iterator[Case]:
+    x, onto, owner = torch.empty(512, 576, dtype=dtype), torch.empty(512, 1536, dtype=dtype), torch.zeros(512).long()
+    for ranks in ((8, 16),) if quick else ((8, 16), (4, 200)):
+        a, b = (tuple(torch.empty(r, i) for r in ranks) for i in (576, 1536))
+        group = LowRankGroup(a, tuple(f.T for f in b), (1.5, 2.0), owner)
+        yield f"grouped {ranks}", lambda g=group: grouped_low_rank.forward(x, g, onto)
+        yield f"grouped {ranks} backward", lambda g=group: grouped_low_rank.backward(onto, x, g, True)
+
+
 def compile_all(capability: int, dtypes: list[torch.dtype], quick: bool) -> list[str]:
     """Compile all cases; returns what is wrong."""
     triton.runtime.driver.set_active(NoDevice(capability))
@@ -139,7 +176,7 @@ def compile_all(capability: int, dtypes: list[torch.dtype], quick: bool) -> list
 
 
 def _resources(kernel: Any) -> str:
-    """Registers, bytes spilled and shared memory of a compiled kernel, as NVIDIA's tool reads them from it."""
+    """Registers, stack and shared memory of a compiled kernel, as NVIDIA's tool reads them from it."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -148,7 +185,7 @@ def _resources(kernel: Any) -> str:
     registers, stack = re.search(r"REG:(\d+)", said), re.search(r"STACK:(\d+)", said)
     if registers is None or stack is None:
         raise RuntimeError(f"{tool} said nothing of registers: {said}")
-    return f"{registers[1]} registers, {stack[1]} bytes spilled, {kernel.metadata.shared} bytes shared"
+    return f"{registers[1]} registers, {stack[1]} bytes of stack, {kernel.metadata.shared} bytes shared"
 
 
 def main() -> None:

@@ -15,4 +15,4 @@ def test_every_kernel_compiles_for_ampere():
         [sys.executable, SCRIPT, "--quick", "--capability", "80"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "spilled" in done.stdout
+    assert "registers" in done.stdout

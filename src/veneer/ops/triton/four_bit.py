@@ -57,7 +57,12 @@ def matmul_4bit(
     out = x.new_empty(len(x), o)
     outputs = 16 if x.is_cuda else block(o, least=16, most=64)
     args = x, packed, absmax, _table(layout.quant_type, x.device), out, len(x), o, i
-    forms = {"BLOCK_SIZE": layout.block_size, "ROWS": _FEW_ROWS, "OUTPUTS": outputs, "BYTES": 64}
+    forms = {
+        "BLOCK_SIZE": layout.block_size,
+        "ROWS": _FEW_ROWS,
+        "OUTPUTS": outputs,
+        "BYTES": 32 if x.dtype == torch.float32 else 64,
+    }
     launch(_product_kernel, (triton.cdiv(o, outputs),), *args, **forms)
     return out
 

@@ -37,8 +37,8 @@ def block(n: int, least: int = 1, most: int = 1 << 20) -> int:
 
 
 def warps(block_size: int) -> int:
-    """Warps for a program that holds so many values: eight values a thread, up to 16 warps."""
-    return max(1, min(16, block_size // 256))
+    """Warps for a program that holds so many values: eight values a thread, up to 32 warps."""
+    return max(1, min(32, block_size // 256))
 
 
 def processors(x: Tensor) -> int:
