@@ -103,6 +103,7 @@ def rename(model: nn.Module, state: AdapterState, old: str, new: str) -> None:
         for held in (place.adapters, place.copies) if isinstance(place, Adapted) else (place.adapters,):
             if old in held:
                 held[new] = held.pop(old)
+    state.schedules = {new if name == old else name: kept for name, kept in state.schedules.items()}
     state.configs = {new if name == old else name: config for name, config in state.configs.items()}
     state.active = tuple(new if name == old else name for name in state.active)
     state.merged = tuple(new if name == old else name for name in state.merged)

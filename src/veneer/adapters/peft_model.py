@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PreTrainedModel
 
-from veneer.adapters import combining, lifecycle, merging, requantizing, saving, status
+from veneer.adapters import combining, lifecycle, merging, requantizing, saving, schedules, status
 from veneer.core.method import MethodConfig
 from veneer.errors import ConfigError
 from veneer.model.attach import DISK_PREFIX
@@ -71,7 +71,7 @@ class PeftModel(InPlace, nn.Module):
         one per row, CompositionError where rows of this model cannot differ so.
         """
         if adapter_names is None:
-            return super().__call__(*args, **kwargs)
+            return schedules.with_penalty(self, self.adapter_state, super().__call__(*args, **kwargs))
         with mixed_batch(self, self.adapter_state, adapter_names, (args, kwargs)):
             return super().__call__(*args, **kwargs)
 
@@ -194,6 +194,16 @@ class PeftModel(InPlace, nn.Module):
     def get_model_status(self) -> status.TunerModelStatus:
         """What the model holds."""
         return status.get_model_status(self)
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Let the active adapters' methods act after an optimizer step (AdaLoRA spends its budget).
+
+        Call it between ``optimizer.step()`` and ``zero_grad()`` with the number of the step; `SFTTrainer` does so by
+        itself. Raises ConfigError where no active adapter has something to do.
+        """
+        schedules.begin(self, self.adapter_state)
+        if not schedules.advance(self.adapter_state, global_step):
+            raise ConfigError(f"none of the active adapters {self.active_adapters} has a schedule, as AdaLoRA has")
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Fold the active adapters (or those named) into the weights, until `unmerge_adapter` takes them out."""

@@ -14,7 +14,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import ClassVar, TypeVar
+from typing import ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,19 @@ from veneer.errors import ConfigError
 Shapes = dict[str, tuple[int, ...]]
 Params = Mapping[str, Tensor]
 C = TypeVar("C", bound="MethodConfig")
+
+
+class Schedule(Protocol):
+    """What a method does to its parameters between the steps of a training run."""
+
+    def step(self, step: int) -> None:
+        """Act after the optimizer step of this number, while its gradients are still there."""
+
+    def state(self) -> dict[str, Tensor]:
+        """All that the next step depends on, by name."""
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +172,23 @@ class LinearMethod(TargetedConfig):
     def unpack(self, site: LinearSite, packed: Params) -> dict[str, Tensor]:
         """The inverse of ``pack``, bit for bit, so that training can go on."""
         return dict(packed)
+
+    def for_run(self: C, n_steps: int) -> C:
+        """The config with what depends on the length of a training run filled in."""
+        return self
+
+    @property
+    def penalty_weight(self) -> float:
+        """How much of `penalty` is added to a training loss."""
+        return 0.0
+
+    def penalty(self, layers: Sequence[Params]) -> Tensor:
+        """What keeps the parameters of all layers in shape, for methods with a ``penalty_weight``."""
+        return torch.zeros(())
+
+    def schedule(self, layers: Mapping[str, Params]) -> Schedule | None:
+        """What acts on the parameters of all layers (by path) after each optimizer step; None where nothing does."""
+        return None
 
     @property
     def dropout(self) -> float:

@@ -8,9 +8,9 @@ the smoothed sensitivity of its entries (eq. 8 to 11) and sets the weakest e to 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from veneer.core.method import LinearMethod, Params, Shapes
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
+from veneer.errors import ConfigError
 
 RANK_OFFSET = 1e-5  # PEFT divides by the rank plus this
 
@@ -29,7 +30,9 @@ class AdaLoraConfig(LinearMethod):
     ``init_r``: the rank that every layer starts with; ``target_r``: the mean rank that is left. The budget stays whole
     for ``tinit`` steps, falls with the cube of the time left, every ``deltaT`` steps, and stays at its target for the
     last ``tfinal`` of ``total_step``. ``beta1`` and ``beta2`` smooth sensitivity and its uncertainty.
-    ``orth_reg_weight`` weighs the pull towards orthogonality.
+    ``orth_reg_weight`` weighs the pull towards orthogonality. ``total_step`` None is the length of the run.
+    ``rank_pattern``: as in PEFT's files, which triplets of a layer were kept, by ``<path>.lora_E``; the others are not
+    on disk.
     """
 
     peft_type: ClassVar[str] = "ADALORA"
@@ -42,7 +45,8 @@ class AdaLoraConfig(LinearMethod):
     beta1: float = 0.85
     beta2: float = 0.85
     orth_reg_weight: float = 0.5
-    total_step: int
+    total_step: int | None = None
+    rank_pattern: Mapping[str, Collection[bool]] | None = None
     lora_alpha: float = 8
     lora_dropout: float = 0.0
     fan_in_fan_out: bool = False
@@ -53,6 +57,8 @@ class AdaLoraConfig(LinearMethod):
         found = super().problems()
         for name in ("target_r", "init_r", "deltaT", "total_step"):
             value = getattr(self, name)
+            if (name, value) == ("total_step", None):
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 found.append(f"{name}={value!r} must be a whole number of at least 1")
         found += [
@@ -73,8 +79,13 @@ class AdaLoraConfig(LinearMethod):
             )
         return found
 
+    def rank(self, site: LinearSite) -> int:
+        """The triplets of a site: those that were kept, where the config says which."""
+        kept = (self.rank_pattern or {}).get(f"{site.name}.lora_E")
+        return self.init_r if kept is None else sum(kept)
+
     def shapes(self, site: LinearSite) -> Shapes:
-        r = self.init_r
+        r = self.rank(site)
         return {"lora_A": (r, site.in_features), "lora_B": (site.out_features, r), "lora_E": (r, 1)}
 
     def init(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
@@ -88,6 +99,19 @@ class AdaLoraConfig(LinearMethod):
         scale = self.lora_alpha / (self.init_r + RANK_OFFSET)
         return LinearDelta(a=params["lora_A"] * params["lora_E"], b=params["lora_B"], scale=scale)
 
+    def for_run(self, n_steps: int) -> Self:
+        return self if self.total_step is not None else replace(self, total_step=n_steps)
+
+    @property
+    def penalty_weight(self) -> float:
+        return self.orth_reg_weight
+
+    def penalty(self, layers: Sequence[Params]) -> Tensor:
+        return orthogonality(layers)
+
+    def schedule(self, layers: Mapping[str, Params]) -> Budget:
+        return Budget(self, layers)
+
     @property
     def dropout(self) -> float:
         return self.lora_dropout
@@ -97,7 +121,7 @@ class AdaLoraConfig(LinearMethod):
         return self.bias
 
 
-def orthogonality(layers: list[Params]) -> Tensor:
+def orthogonality(layers: Sequence[Params]) -> Tensor:
     """Mean over all factors of ``|A Aᵀ - I|`` and ``|Bᵀ B - I|`` (Frobenius), to be weighed and added to a loss."""
     grams = [gram for p in layers for gram in (p["lora_A"] @ p["lora_A"].T, p["lora_B"].T @ p["lora_B"])]
     parts = [
@@ -111,12 +135,16 @@ class Budget:
     """Spends the ranks of all adapted layers; ``layers`` are the parameters of each by its path.
 
     After each backward pass and optimizer step, before the gradients are set to zero, call `step` with the number of
-    the step. ``kept`` says which triplets of each layer still count.
+    the step. ``kept`` says which triplets of each layer still count. Raises ConfigError without a ``total_step``.
     """
 
     def __init__(self, config: AdaLoraConfig, layers: Mapping[str, Params]) -> None:
+        if config.total_step is None:
+            raise ConfigError(
+                "AdaLoRA spends its budget over a run: give AdaLoraConfig the number of steps, total_step"
+            )
         self.config, self.layers, self.total_step = config, layers, config.total_step
-        self.start = config.init_r * len(layers)
+        self.start = sum(params["lora_E"].shape[0] for params in layers.values())
         self.target = config.target_r * len(layers)
         self.sensitivity: dict[tuple[str, str], Tensor] = {}
         self.uncertainty: dict[tuple[str, str], Tensor] = {}
@@ -143,6 +171,23 @@ class Budget:
             self._observe()
         if step == last or (step > self.config.tinit and step % self.config.deltaT == 0):
             self._cut(self.ranks(step))
+
+    def state(self) -> dict[str, Tensor]:
+        """Scores, and which triplets are kept, by name."""
+        scores = {"sensitivity": self.sensitivity, "uncertainty": self.uncertainty}
+        found = {f"{what}/{p}/{n}": value for what, of in scores.items() for (p, n), value in of.items()}
+        return found | {f"kept/{path}": value for path, value in self.kept.items()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `state`."""
+        for name, value in state.items():
+            what, _, rest = name.partition("/")
+            path, _, parameter = rest.partition("/")
+            value = value.to(self.layers[path]["lora_E"].device)
+            if what == "kept":
+                self.kept[path] = value
+            else:
+                (self.sensitivity if what == "sensitivity" else self.uncertainty)[path, parameter] = value
 
     def _observe(self) -> None:
         b1, b2 = self.config.beta1, self.config.beta2

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch.utils.hooks import RemovableHandle
 
-from veneer.core.method import MethodConfig
+from veneer.core.method import MethodConfig, Schedule
 from veneer.model.routing import Routing
 
 
@@ -18,6 +18,7 @@ class AdapterState:
 
     ``untied``: merging made the input embeddings and the head differ, so that the config no longer ties them.
     ``watch``: the hook that watches training steps. ``routing``: which adapter each row takes, in a mixed batch.
+    ``schedules``: what acts on adapters after each optimizer step, by name, once training has begun.
     """
 
     configs: dict[str, MethodConfig] = field(default_factory=dict)
@@ -27,6 +28,7 @@ class AdapterState:
     untied: bool = False
     watch: RemovableHandle | None = None
     routing: Routing | None = None
+    schedules: dict[str, Schedule] = field(default_factory=dict)
 
     def acting(self) -> tuple[str, ...]:
         """The names whose records change the forward pass now, on all rows alike; none in a mixed batch."""

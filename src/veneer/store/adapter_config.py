@@ -45,7 +45,6 @@ _NEUTRAL["ADALORA"] = _NEUTRAL["LORA"] | {
     "alpha_pattern": {},
     "lora_bias": False,
     "r": 8,
-    "rank_pattern": None,
     "target_parameters": None,
     "trainable_token_indices": None,
     "use_dora": False,

@@ -30,6 +30,7 @@ from veneer.train.checkpoint import (
     write_json,
 )
 from veneer.train.progress import Progress
+from veneer.train.schedule import AdapterSchedule, save_schedules
 
 
 class ResumableTrainer(TrlTrainer):  # type: ignore[misc]
@@ -42,12 +43,13 @@ class ResumableTrainer(TrlTrainer):  # type: ignore[misc]
     optimizer: Any
     progress: Progress
     data_digest: str | None
+    schedule: AdapterSchedule
 
     def resolve_resume(self, resume: str | bool | None) -> str | None:
         """The checkpoint to resume from: the latest for True. Raises TrainingError where none fits this run."""
         if not resume:
             drop_partial(Path(self.args.output_dir))
-            self.progress = Progress()
+            self.progress, self.schedule.source = Progress(), None
             return None
         folder = latest_checkpoint(Path(self.args.output_dir)) if resume is True else Path(resume)
         if not (folder / STATE_FILE).is_file():
@@ -106,11 +108,13 @@ class ResumableTrainer(TrlTrainer):  # type: ignore[misc]
         model.save_pretrained(str(folder), state_dict=state_dict)
         if isinstance(model, PeftModel) and folder.name.startswith(".checkpoint-"):
             save_trained(model, folder)
+            save_schedules(model, folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(str(folder))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
+        self.schedule.source = folder
         if (folder / TRAINED_FILE).exists() or isinstance(self.model, PeftModel):
             load_trained(self.model, folder)
         else:

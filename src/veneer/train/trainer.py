@@ -24,6 +24,7 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from veneer.adapters.peft_model import PeftModel, get_peft_model
+from veneer.adapters.schedules import penalty
 from veneer.core.method import MethodConfig
 from veneer.errors import ConfigError, TrainingError
 from veneer.model.fused.decoder import fused
@@ -40,6 +41,7 @@ from veneer.train.prepare import columns_of, digest, encode_all, pack_all, requi
 from veneer.train.progress import Progress
 from veneer.train.resume import ResumableTrainer, random_state_kept
 from veneer.train.sampler import EpochSampler
+from veneer.train.schedule import AdapterSchedule
 
 
 class SFTTrainer(ResumableTrainer):
@@ -101,6 +103,8 @@ class SFTTrainer(ResumableTrainer):
         # The loss below is normalized by the tokens of the whole step, whatever the model's own forward accepts.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
+        self.schedule = AdapterSchedule()
+        self.add_callback(self.schedule)
         if not self.args.fp16:
             self.add_callback(FiniteGradients)
         if data_collator is None and not self._is_vision_dataset:
@@ -181,6 +185,10 @@ class SFTTrainer(ResumableTrainer):
         if counted.aux is not None and self.aux_loss_enabled:
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * counted.aux.to(loss.device) / steps
+        if self.model.training and isinstance(self.model, PeftModel):
+            steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+            term = penalty(self.model, self.model.adapter_state)
+            loss = loss if term is None else loss + term.to(loss.device) / steps
         return loss
 
     def _count(self, counted: TokenLoss, inputs: dict[str, Any]) -> None:

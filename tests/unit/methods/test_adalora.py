@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from veneer.adapters.peft_model import PeftModel, get_peft_model
 from veneer.errors import ConfigError
-from veneer.methods.adalora import AdaLoraConfig, Budget, orthogonality
+from veneer.methods.adalora import AdaLoraConfig, orthogonality
+from veneer.methods.lora import LoraConfig
 from veneer.model.attach import adapted_layers, live_parameters
 
 IDS = torch.tensor([[5, 8, 13, 21, 34, 55]])
@@ -49,23 +50,71 @@ def layers_of(model: PeftModel) -> dict[str, dict[str, torch.Tensor]]:
 
 def test_the_budget_cuts_the_same_triplets_as_pefts_at_every_step():
     theirs, ours, by_key = pair()
-    budget = Budget(ours.peft_config["default"], layers_of(ours))
     optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.2) for m in (theirs, ours)]
     for step in range(1, 13):
         expected = theirs(input_ids=IDS, labels=IDS).loss
-        found = ours(input_ids=IDS, labels=IDS).loss + 0.3 * orthogonality(list(layers_of(ours).values()))
+        found = ours.train()(input_ids=IDS, labels=IDS).loss
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
         for loss, optimizer in zip((expected, found), optimizers, strict=True):
             loss.backward()
             optimizer.step()
         theirs.base_model.update_and_allocate(step)
-        budget.step(step)
+        ours.update_and_allocate(step)
         for key, value in live_parameters(ours, ours.adapter_state, "default").items():
             torch.testing.assert_close(value, by_key[key], rtol=1e-4, atol=1e-6)
         for optimizer in optimizers:
             optimizer.zero_grad()
-    assert sum(int(kept.sum()) for kept in budget.kept.values()) == 2 * 4
+    kept = ours.adapter_state.schedules["default"].kept
+    assert sum(int(value.sum()) for value in kept.values()) == 2 * 4
     assert sum(int((p["lora_E"] != 0).sum()) for p in layers_of(ours).values()) == 2 * 4
+
+
+def test_what_peft_cut_is_read_and_trained_on(tmp_path: Path):
+    """PEFT leaves cut triplets out of its file; the scale stays that of the rank at the start."""
+    theirs, _, _ = pair()
+    optimizer = torch.optim.SGD([p for p in theirs.parameters() if p.requires_grad], lr=0.2)
+    for step in range(1, 13):
+        theirs(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        theirs.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = PeftModel.from_pretrained(base(), tmp_path / "theirs", is_trainable=True)
+    sizes = [p["lora_E"].shape[0] for p in layers_of(ours).values()]
+    assert sum(sizes) == 8
+    assert len(set(sizes)) > 1
+    expected = theirs(input_ids=IDS).logits
+    torch.testing.assert_close(ours.eval()(input_ids=IDS).logits, expected, rtol=1e-5, atol=1e-6)
+    ours.save_pretrained(tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(base(), tmp_path / "ours").eval()
+    torch.testing.assert_close(back(input_ids=IDS).logits, expected, rtol=1e-5, atol=1e-6)
+    ours.train()(input_ids=IDS, labels=IDS).loss.backward()
+    ours.update_and_allocate(1)
+    assert ours.adapter_state.schedules["default"].start == 8
+
+
+def test_the_loss_in_evaluation_is_that_of_the_model_alone():
+    """PEFT adds the penalty there too."""
+    _, ours, _ = pair()
+    plain = ours.eval()(input_ids=IDS, labels=IDS).loss
+    pull = 0.3 * orthogonality(list(layers_of(ours).values()))
+    torch.testing.assert_close(ours.train()(input_ids=IDS, labels=IDS).loss, plain + pull)
+
+
+def test_a_budget_needs_a_number_of_steps():
+    fields = {k: v for k, v in FIELDS.items() if k != "total_step"}
+    model = get_peft_model(base(), AdaLoraConfig(**fields))
+    with pytest.raises(ConfigError, match="total_step"):
+        model.update_and_allocate(1)
+    assert AdaLoraConfig(**fields).for_run(31).total_step == 31
+    with pytest.raises(ConfigError, match="leave none of total_step=4"):
+        AdaLoraConfig(**fields).for_run(4)
+
+
+def test_methods_without_a_schedule_say_so():
+    model = get_peft_model(base(), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ConfigError, match="has a schedule, as AdaLoRA has"):
+        model.update_and_allocate(1)
 
 
 def test_outputs_and_file_equal_pefts(tmp_path: Path):

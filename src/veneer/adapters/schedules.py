@@ -1,0 +1,79 @@
+"""What methods do in training besides their forward pass: a term of the loss, and an act after each optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from veneer.core.method import LinearMethod, Params
+from veneer.model.adapted import tensors_of
+from veneer.model.attach import adapted_layers
+from veneer.model.state import AdapterState
+
+_JOINT = "::"  # in no adapter's name
+
+
+def penalty(model: nn.Module, state: AdapterState) -> Tensor | None:
+    """What the acting adapters add to a training loss; None where they add nothing."""
+    terms = [
+        method.penalty(list(layers_of(model, name).values())) * method.penalty_weight
+        for name, method in _acting(state).items()
+        if method.penalty_weight
+    ]
+    return sum(terms[1:], terms[0]) if terms else None
+
+
+def with_penalty(model: nn.Module, state: AdapterState, output: Any) -> Any:
+    """A model's output in training with the penalty added to its loss, as PEFT's AdaLoRA does."""
+    loss = getattr(output, "loss", None)
+    if model.training and isinstance(loss, Tensor):
+        term = penalty(model, state)
+        if term is not None:
+            output.loss = loss + term.to(loss.device)
+    return output
+
+
+def begin(model: nn.Module, state: AdapterState, n_steps: int | None = None) -> None:
+    """Make the schedules of the acting adapters that train; ``n_steps``: the length of the run, for those that ask."""
+    for name, method in _acting(state).items():
+        if name in state.schedules:
+            continue
+        layers = layers_of(model, name)
+        if any(value.requires_grad for params in layers.values() for value in params.values()):
+            method = method if n_steps is None else method.for_run(n_steps)
+            schedule = method.schedule(layers)
+            if schedule is not None:
+                state.configs[name], state.schedules[name] = method, schedule
+
+
+def advance(state: AdapterState, step: int) -> bool:
+    """Let every acting adapter's schedule act after optimizer step ``step``; whether there was one."""
+    present = [schedule for name, schedule in state.schedules.items() if name in state.acting()]
+    for schedule in present:
+        schedule.step(step)
+    return bool(present)
+
+
+def tensors(state: AdapterState) -> dict[str, Tensor]:
+    """All that the schedules' next step depends on."""
+    return {
+        f"{n}{_JOINT}{key}": value for n, schedule in state.schedules.items() for key, value in schedule.state().items()
+    }
+
+
+def restore(state: AdapterState, saved: Mapping[str, Tensor]) -> None:
+    """Give schedules that have begun what `tensors` gave."""
+    for name, schedule in state.schedules.items():
+        prefix = f"{name}{_JOINT}"
+        schedule.restore({key.removeprefix(prefix): value for key, value in saved.items() if key.startswith(prefix)})
+
+
+def layers_of(model: nn.Module, name: str) -> dict[str, Params]:
+    """The parameters of an adapter at each linear layer, by path."""
+    return {p: tensors_of(layer.adapters[name]) for p, layer in adapted_layers(model).items() if name in layer.adapters}
+
+
+def _acting(state: AdapterState) -> dict[str, LinearMethod]:
+    return {n: c for n in state.acting() if isinstance(c := state.configs[n], LinearMethod)}
