@@ -47,5 +47,9 @@ class TrainingError(VeneerError, RuntimeError):
     """A training run would do nothing, or has gone wrong."""
 
 
+class DivergedError(TrainingError):
+    """A loss or a gradient that is not finite."""
+
+
 class NonFiniteError(VeneerError, ValueError):
     """A tensor holds NaN or infinity where a finite number is needed."""

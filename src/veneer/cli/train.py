@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from veneer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from veneer.train.sweep_recipe import Sweep
 
 
 def train(
@@ -27,7 +30,7 @@ def train(
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint, bit for bit.")] = False,
 ) -> None:
-    """Fit an adapter (or the whole model) as a recipe says.
+    """Fit an adapter (or the whole model) as a recipe says; several at once where it has a sweep part.
 
     Example: [bold]veneer train --print-recipe > recipe.yaml && veneer train recipe.yaml[/bold]
     """
@@ -38,9 +41,12 @@ def train(
         return
     if recipe is None:
         raise ConfigError("veneer train needs a recipe: `veneer train --print-recipe > recipe.yaml` writes one to edit")
-    from veneer.train.recipe import load_recipe
+    from veneer.train.recipe import parse_recipe, read_values
+    from veneer.train.sweep_recipe import PART, parse_sweep
 
-    wanted = load_recipe(recipe, overrides or [])
+    values = read_values(recipe, overrides or [])
+    sweep = parse_sweep(values, recipe) if PART in values else None
+    wanted = parse_recipe(values, str(recipe)) if sweep is None else sweep.members[0].recipe
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     from veneer.train.run import run_recipe
 
@@ -51,6 +57,9 @@ def train(
 
         console.print(shown_sample(*sample_of(wanted), marks=not console.is_terminal))
         return
+    if sweep is not None:
+        _train_sweep(sweep, resume, console)
+        return
     record = run_recipe(wanted, resume=resume, tell=lambda line: console.print(line, style="bold", highlight=False))
     results = record["results"]
     told = [f"training loss {results['train_loss']:.4f}"]
@@ -59,3 +68,14 @@ def train(
     console.print(
         f"saved in {record['saved']}; the run is written down in {Path(wanted.output) / 'run.json'}", highlight=False
     )
+
+
+def _train_sweep(sweep: Sweep, resume: bool, console: Console) -> None:
+    from veneer.train.sweep import run_sweep
+    from veneer.train.sweep_report import PAGE, SWEEP_FILE, outcomes, table, write_report
+
+    records = run_sweep(sweep, resume=resume, tell=lambda line: console.print(line, highlight=False))
+    found = outcomes(sweep, records)
+    write_report(sweep, found)
+    console.print(table(found))
+    console.print(f"written down in {sweep.output / SWEEP_FILE}, drawn in {sweep.output / PAGE}", highlight=False)

@@ -205,7 +205,7 @@ class AdaptedLinear(AdaptedSite):
         deltas = [LinearDelta(), *(self._record_with_bias(name) for name in names)]
         index = routing.index(x.shape[0], names, self.site_name)
         weight = cast(FrozenWeight, self.site(()).weight)
-        dropped = self._dropped_rows(x, names, index)
+        dropped = self._dropped_rows(x, names, index, routing)
         bias = self._parameters.get("bias")
         return apply_linear_rows(deltas, index, x, weight, bias, lowrank_input=dropped, add=add_grouped)
 
@@ -215,14 +215,17 @@ class AdaptedLinear(AdaptedSite):
         record = self.record(name, site) if name in self.adapters else LinearDelta()
         return replace(record, bias=site.bias) if name in self.copies and record.bias is None else record
 
-    def _dropped_rows(self, x: Tensor, names: Sequence[str], index: Tensor) -> Tensor | None:
+    def _dropped_rows(self, x: Tensor, names: Sequence[str], index: Tensor, routing: Routing) -> Tensor | None:
         """The input of each row's A under its adapter's dropout; None where nothing is dropped."""
-        rates = [0.0, *(self.method(n).dropout if n in self.adapters else 0.0 for n in names)]
-        if not self.training or not any(rates):
+        rates = {n: self.method(n).dropout for n in names if self.training and n in self.adapters}
+        if not any(rates.values()):
             return None
-        kept = (1 - torch.tensor(rates, device=x.device, dtype=x.dtype))[index.to(x.device)]
-        kept = kept.view(-1, *[1] * (x.dim() - 1))
-        return x * torch.bernoulli(kept.expand_as(x)) / kept
+        dropped = x
+        for place, name in enumerate(names, start=1):
+            if rates.get(name):
+                rows = (index == place).nonzero().squeeze(1).to(x.device)
+                dropped = dropped.index_copy(0, rows, routing.dropout(name, x[rows], rates[name]))
+        return dropped
 
 
 def wide(weight: FrozenWeight) -> Tensor:

@@ -29,7 +29,13 @@ def mixed_batch(
     ``inputs`` are the arguments of the call. What is checkpointed inside is computed again with the same rows, also
     after the block. Raises AdapterNameError, ConfigError, ShapeError and CompositionError where that cannot be.
     """
-    routing = checked(model, state, names, inputs)
+    with routed(model, state, checked(model, state, names, inputs)):
+        yield
+
+
+@contextmanager
+def routed(model: nn.Module, state: AdapterState, routing: Routing) -> Iterator[None]:
+    """`mixed_batch` with a routing that has been checked."""
     kept = {module: module._gradient_checkpointing_func for module in _checkpointing(model)}
     for module, checkpoint in kept.items():
         module._gradient_checkpointing_func = _routed(checkpoint, state, routing)
@@ -86,10 +92,33 @@ def _routed(checkpoint: Callable[..., Any], state: AdapterState, routing: Routin
     """``checkpoint`` for functions that, whenever they run, run with these rows."""
 
     def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        kept: list[dict[str, Tensor]] = []
+
         def again(*inner: Any, **named: Any) -> Any:
-            with state.route(routing):
+            with state.route(routing), _same_draws(routing, kept):
                 return function(*inner, **named)
 
         return checkpoint(again, *args, **kwargs)
 
     return run
+
+
+@contextmanager
+def _same_draws(routing: Routing, kept: list[dict[str, Tensor]]) -> Iterator[None]:
+    """The first time, note in ``kept`` where the adapters' streams of random numbers are; later, draw from there."""
+    now = {name: stream.generator.get_state() for name, stream in routing.dropouts.items()}
+    again = bool(kept)
+    if again:
+        _set_streams(routing, kept[0])
+    else:
+        kept.append(now)
+    try:
+        yield
+    finally:
+        if again:
+            _set_streams(routing, now)
+
+
+def _set_streams(routing: Routing, states: Mapping[str, Tensor]) -> None:
+    for name, state in states.items():
+        routing.dropouts[name].generator.set_state(state)

@@ -14,7 +14,7 @@ from veneer.core.records import ResidualDelta
 from veneer.core.residual import residual_change
 from veneer.core.sites import ResidualSite
 from veneer.errors import TargetError
-from veneer.model.routing import BASE
+from veneer.model.routing import BASE, Routing
 from veneer.model.start import Start
 from veneer.model.state import AdapterState
 from veneer.model.structure import Sublayer, sublayers
@@ -71,21 +71,24 @@ class ResidualAdapters(nn.Module):
         routing = self.adapter_state.routed()
         if routing is None:
             for name in names:
-                hidden = hidden + self._change(name, hidden, x)
+                hidden = hidden + self._change(name, hidden, x, None)
         else:
             changes = torch.zeros_like(hidden)
             for name, rows in routing.groups(hidden.shape[0], names, self.site.name, hidden.device):
                 if name != BASE:
-                    change = self._change(name, hidden[rows], None if x is None else x[rows])
+                    change = self._change(name, hidden[rows], None if x is None else x[rows], routing)
                     changes = changes.index_copy(0, rows, change)
             hidden = hidden + changes
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-    def _change(self, name: str, hidden: Tensor, x: Tensor | None) -> Tensor:
+    def _change(self, name: str, hidden: Tensor, x: Tensor | None, routing: Routing | None) -> Tensor:
         """What one bottleneck adds to a sub-layer's output ``hidden``, given the sub-layer's input."""
         record = self.record(name)
         change = residual_change(record, hidden if record.where == "serial" or x is None else x)
-        return nn.functional.dropout(change, self._method(name).dropout, training=self.training).to(hidden.dtype)
+        p = self._method(name).dropout if self.training else 0.0
+        if p:
+            change = nn.functional.dropout(change, p) if routing is None else routing.dropout(name, change, p)
+        return change.to(hidden.dtype)
 
 
 def attach_residual(

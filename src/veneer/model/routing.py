@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -14,16 +14,42 @@ from veneer.errors import ShapeError
 BASE = "__base__"  # PEFT's name for a row that no adapter changes
 
 
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Random numbers for the rows of one adapter, of which the first ``width`` columns are its own, the rest padding.
+
+    They are drawn as torch's dropout draws them, so that an adapter finds those that it would find alone.
+    """
+
+    generator: torch.Generator
+    width: int
+
+    def dropout(self, x: Tensor, p: float) -> Tensor:
+        """x (rows, columns, features) with values zeroed at the rate p, and the others scaled up."""
+        own = x[:, : self.width]
+        kept = torch.empty_like(own).bernoulli_(1 - p, generator=self.generator).div_(1 - p)
+        return torch.nn.functional.pad(own * kept, (0, 0, 0, x.shape[1] - self.width))
+
+
 @dataclass(frozen=True)
 class Routing:
-    """``names`` holds one adapter name, or ``"__base__"``, for each row of the batch."""
+    """``names`` holds one adapter name, or ``"__base__"``, for each row of the batch.
+
+    ``dropouts`` holds what the dropout of an adapter draws from, where that is a stream of random numbers of its own.
+    """
 
     names: tuple[str, ...]
+    dropouts: Mapping[str, Stream] = field(default_factory=dict)
 
     @cached_property
     def adapters(self) -> tuple[str, ...]:
         """The adapters that occur, each once."""
         return tuple(name for name in dict.fromkeys(self.names) if name != BASE)
+
+    def dropout(self, name: str, x: Tensor, p: float) -> Tensor:
+        """Dropout on rows x of one adapter."""
+        stream = self.dropouts.get(name)
+        return torch.nn.functional.dropout(x, p) if stream is None else stream.dropout(x, p)
 
     def rows(self, n_rows: int, what: str) -> tuple[str, ...]:
         """The name for each of ``n_rows`` rows. Beam search and flattened tokens repeat every row k times in a row.

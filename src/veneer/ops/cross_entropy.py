@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from veneer.core.frozen import FrozenWeight
@@ -76,6 +76,21 @@ def linear_cross_entropy_and_hits(
     return loss, hits
 
 
+def linear_cross_entropy_rows(
+    hidden: Float[Tensor, "n d"],
+    weight: Float[Tensor, "v d"] | FrozenWeight,
+    labels: Int[Tensor, " n"],
+    bias: Float[Tensor, " v"] | None = None,
+    options: HeadOptions = HeadOptions(),
+) -> tuple[Float[Tensor, " n"], Bool[Tensor, " n"]]:
+    """As `linear_cross_entropy` with a frozen head, but the loss of each row, 0 where it does not count, and whether
+    its label is on top. ``num_items`` plays no part."""
+    weight = weight.detach() if isinstance(weight, Tensor) else weight
+    options = replace(options, count_hits=True)
+    losses, hits = _RowCrossEntropy.apply(hidden, weight, labels, bias, options)  # type: ignore[no-untyped-call]
+    return losses, hits
+
+
 def softmax_cross_entropy(
     logits: Float[Tensor, "n v"],
     labels: Int[Tensor, " n"],
@@ -110,7 +125,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         whole = len(rows) == len(labels)
         counted = (hidden, labels) if whole else (hidden[rows], labels[rows])
         wanted = ctx.needs_input_grad[:2]
-        (total, hits), dhidden, dweight = _chunked(counted, weight, bias, options, wanted)
+        (losses, right), dhidden, dweight = _chunked(counted, weight, bias, options, wanted)
+        total, hits = losses.sum(), right.sum()
         n_items = len(rows) if options.num_items is None else options.num_items
         if dhidden is not None and not whole:
             dhidden = torch.zeros_like(hidden).index_copy_(0, rows, dhidden)
@@ -126,6 +142,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return dhidden, dweight, None, None, None, None
 
 
+class _RowCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor | FrozenWeight,
+        labels: Tensor,
+        bias: Tensor | None,
+        options: HeadOptions,
+    ) -> tuple[Tensor, Tensor]:
+        rows = (labels != options.ignore_index).nonzero()[:, 0]
+        wanted = ctx.needs_input_grad[0], False
+        (losses, right), dhidden, _ = _chunked((hidden[rows], labels[rows]), weight, bias, options, wanted)
+        if dhidden is not None:
+            dhidden = torch.zeros_like(hidden).index_copy_(0, rows, dhidden)
+        ctx.dhidden = dhidden
+        hits = torch.zeros_like(labels, dtype=torch.bool).index_copy_(0, rows, right)
+        ctx.mark_non_differentiable(hits)
+        return losses.new_zeros(len(labels)).index_copy_(0, rows, losses), hits
+
+    @staticmethod
+    def backward(ctx: Any, dlosses: Tensor, dhits: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.dhidden * dlosses[:, None].to(ctx.dhidden.dtype), None, None, None, None
+
+
 def _chunked(
     counted: tuple[Tensor, Tensor],
     weight: Tensor | FrozenWeight,
@@ -133,7 +174,7 @@ def _chunked(
     options: HeadOptions,
     wanted: tuple[bool, bool],
 ) -> tuple[tuple[Tensor, Tensor], Tensor | None, Tensor | None]:
-    """The sum of the losses, how many rows have their label on top (where asked for), and the gradients of the sum."""
+    """The losses, which rows have their label on top (none where not asked for), and the gradients of the sum."""
     hidden, labels = counted
     n, out_features = hidden.shape[0], weight.shape[0]
     wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -141,20 +182,20 @@ def _chunked(
     dweight = hidden.new_zeros(tuple(weight.shape), dtype=wide) if wanted[1] else None
     chunk = max(1, min(n, options.chunk_bytes // (out_features * hidden.element_size())))
     buffer = hidden.new_empty(chunk, out_features)
-    total, hits = hidden.new_zeros((), dtype=wide), labels.new_zeros(())
+    losses, hits = hidden.new_empty(n, dtype=wide), torch.zeros_like(labels, dtype=torch.bool)
     for start in range(0, n, chunk):
         rows = slice(start, min(n, start + chunk))
         logits = _logits(hidden[rows], weight, bias, buffer)
         if options.count_hits:
-            hits += (logits.argmax(dim=-1) == labels[rows]).sum()
-        total += softmax_cross_entropy(
+            hits[rows] = logits.argmax(dim=-1) == labels[rows]
+        losses[rows] = softmax_cross_entropy(
             logits, labels[rows], options.softcap, write_grad=any(wanted), backend=options.backend
-        ).sum()
+        )
         if dhidden is not None:
             _project_back(logits, weight, dhidden[rows])
         if dweight is not None:
             dweight += logits.T @ hidden[rows]
-    return (total, hits), dhidden, None if dweight is None else dweight.to(hidden.dtype)
+    return (losses, hits), dhidden, None if dweight is None else dweight.to(hidden.dtype)
 
 
 def _logits(hidden: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None, buffer: Tensor) -> Tensor:

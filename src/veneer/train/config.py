@@ -20,12 +20,18 @@ class SFTConfig(trl.SFTConfig):  # type: ignore[misc]
 
     ``fused``: "auto" trains on veneer's kernels where the model fits them (`model.fused`), "off" never.
     ``lora_plus``: how many times faster the factor B learns than A (LoRA+); None is one rate for both.
+    ``early_stopping_patience``: after how many evaluations without a better ``metric_for_best_model`` (the held-out
+    loss, if not said) training stops; None never stops early.
     """
 
     fused: Literal["auto", "off", False] = "auto"
     lora_plus: float | None = None
+    early_stopping_patience: int | None = None
 
     def __post_init__(self) -> None:
+        if self.early_stopping_patience is not None:
+            self.metric_for_best_model = getattr(self, "metric_for_best_model", None) or "eval_loss"
+            self.restore_callback_states_from_checkpoint = True  # the patience that is left
         if not torch.accelerator.is_available():
             self.use_cpu = True  # else transformers refuses bf16, which a CPU computes as well
         with warnings.catch_warnings():
@@ -50,6 +56,10 @@ class SFTConfig(trl.SFTConfig):  # type: ignore[misc]
             problems.append(f"fused={self.fused!r} must be 'auto' or 'off'")
         if self.lora_plus is not None and not self.lora_plus > 0:
             problems.append(f"lora_plus={self.lora_plus!r} must be above 0")
+        if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
+            problems.append(f"early_stopping_patience={self.early_stopping_patience} must be at least 1")
+        if self.early_stopping_patience is not None and self.eval_strategy == "no":
+            problems.append("early_stopping_patience needs held-out rows and eval_strategy='steps' or 'epoch'")
         problems += optimizer_problems(self)
         if problems:
             raise ConfigError("SFTConfig: " + "; ".join(problems))

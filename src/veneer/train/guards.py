@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from veneer.errors import TrainingError
+from veneer.errors import DivergedError
 
 
 def require_finite(loss: float, step: int) -> None:
-    """Raise TrainingError for a loss that is NaN or infinite, in the step (counted from one) that gave it."""
+    """Raise DivergedError for a loss that is NaN or infinite, in the step (counted from one) that gave it."""
     if not math.isfinite(loss):
-        raise TrainingError(
+        raise DivergedError(
             f"the loss is {loss} in step {step}: training stops here, and the checkpoints written before are as they "
             "were. Lower the learning rate, clip gradients (max_grad_norm), use bf16 in place of fp16, or look at the "
             "rows of that step"
@@ -31,11 +31,11 @@ class FiniteGradients(TrainerCallback):  # type: ignore[misc]
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
     ) -> None:
-        """Raise TrainingError where a gradient is not finite."""
+        """Raise DivergedError where a gradient is not finite."""
         model: nn.Module = context["model"]
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         if gradients and not torch.stack([g.float().norm() for g in gradients]).isfinite().all():
-            raise TrainingError(
+            raise DivergedError(
                 f"a gradient is NaN or infinite in step {state.global_step + 1}: training stops before it reaches the "
                 "weights, and the checkpoints written before are as they were. Lower the learning rate, or use bf16 or "
                 "fp32"

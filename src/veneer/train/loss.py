@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from veneer.model.fused.decoder import fused_head
 from veneer.model.fused.head import Head, hidden_as_logits
-from veneer.ops.cross_entropy import HeadOptions, linear_cross_entropy_and_hits
+from veneer.ops.cross_entropy import HeadOptions, linear_cross_entropy_and_hits, linear_cross_entropy_rows
 from veneer.train.encode import IGNORED
 
 
@@ -41,20 +41,61 @@ def token_loss(
     head = None if label_smoothing or weigh_by_probability or model_of(model) is not model else fused_head(model)
     if head is not None:
         return _loss_in_chunks(model, head, inputs)
-    inputs = {key: value for key, value in inputs.items() if key != "labels"}
     kept = (labels != IGNORED).any(dim=0).nonzero().flatten()
+    logits, aux = _kept_logits(model, inputs, kept)
+    return _scored(logits, labels[:, kept], Scoring(label_smoothing, weigh_by_probability), aux)
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """How tokens are scored, with the meaning that `token_loss` gives the two."""
+
+    label_smoothing: float = 0.0
+    weigh_by_probability: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one member of a mixed batch has in it: some rows, their first ``width`` columns, and how it scores them."""
+
+    rows: slice
+    width: int
+    scoring: Scoring = Scoring()
+
+
+def token_losses(model: nn.Module, inputs: dict[str, Any], shares: Sequence[Share]) -> list[TokenLoss]:
+    """`token_loss` of every share of one batch, from one pass."""
+    labels: Tensor = inputs["labels"][:, 1:]
+    head = None if any(share.scoring != Scoring() for share in shares) else fused_head(model)
+    if head is not None:
+        return _row_losses_in_chunks(model, head, inputs, shares)
+    kept = (labels != IGNORED).any(dim=0).nonzero().flatten()
+    logits, _ = _kept_logits(model, inputs, kept)
+    found = []
+    for share in shares:
+        own = (labels[share.rows] != IGNORED).any(dim=0)[kept]
+        part = logits[share.rows][:, own.to(logits.device)]
+        found.append(_scored(part, labels[share.rows][:, kept[own]], share.scoring, None))
+    return found
+
+
+def _kept_logits(model: nn.Module, inputs: dict[str, Any], kept: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The logits (b, kept, v) of these positions, and the loss of a router."""
+    inputs = {key: value for key, value in inputs.items() if key != "labels"}
     if _keeps_logits(cast(Hashable, type(model_of(model)))):
-        logits = model(**inputs, logits_to_keep=kept, use_cache=False)
-    else:
-        logits = model(**inputs, use_cache=False)
-        logits.logits = logits.logits[:, kept]
-    aux = getattr(logits, "aux_loss", None)
-    scores, targets = logits.logits.flatten(0, 1), labels[:, kept].to(logits.logits.device).flatten()
+        out = model(**inputs, logits_to_keep=kept, use_cache=False)
+        return out.logits, getattr(out, "aux_loss", None)
+    out = model(**inputs, use_cache=False)
+    return out.logits[:, kept], getattr(out, "aux_loss", None)
+
+
+def _scored(logits: Tensor, labels: Tensor, scoring: Scoring, aux: Tensor | None) -> TokenLoss:
+    scores, targets = logits.flatten(0, 1), labels.to(logits.device).flatten()
     trained = targets != IGNORED
     each = nn.functional.cross_entropy(
-        scores.float(), targets, ignore_index=IGNORED, reduction="none", label_smoothing=label_smoothing
+        scores.float(), targets, ignore_index=IGNORED, reduction="none", label_smoothing=scoring.label_smoothing
     )
-    if weigh_by_probability:
+    if scoring.weigh_by_probability:
         each = each * torch.exp(-each.detach())
     n_right = (scores.detach().argmax(dim=-1) == targets).logical_and(trained).sum()
     return TokenLoss(each.sum(), trained.sum(), n_right, aux)
@@ -62,16 +103,31 @@ def token_loss(
 
 def _loss_in_chunks(model: nn.Module, head: Head, inputs: dict[str, Any]) -> TokenLoss:
     """The same loss of a fused model, without the logits of all tokens in memory."""
+    hidden, labels, aux = _hidden(model, head, inputs)
+    options = HeadOptions(num_items=1.0)
+    total, hits = linear_cross_entropy_and_hits(hidden, head.weight, labels, head.bias, options)
+    return TokenLoss(total, (labels != IGNORED).sum(), hits, aux)
+
+
+def _row_losses_in_chunks(
+    model: nn.Module, head: Head, inputs: dict[str, Any], shares: Sequence[Share]
+) -> list[TokenLoss]:
+    hidden, labels, _ = _hidden(model, head, inputs)
+    losses, hits = linear_cross_entropy_rows(hidden, head.weight, labels, head.bias)
+    n_rows = inputs["labels"].shape[0]
+    losses, hits, trained = (t.view(n_rows, -1) for t in (losses, hits, labels != IGNORED))
+    return [TokenLoss(losses[s.rows].sum(), trained[s.rows].sum(), hits[s.rows].sum(), None) for s in shares]
+
+
+def _hidden(model: nn.Module, head: Head, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Hidden states in front of the head (b * (t - 1), d), their labels, and the loss of a router."""
     labels: Tensor = inputs["labels"][:, 1:].flatten()
     rest = {key: value for key, value in inputs.items() if key != "labels"}
     with hidden_as_logits(model):
         out = model(**rest, use_cache=False)
     hidden = out.logits[:, :-1].flatten(0, 1)
     dtype = head.weight.dtype if isinstance(head.weight, Tensor) else hidden.dtype
-    total, hits = linear_cross_entropy_and_hits(
-        hidden.to(dtype), head.weight, labels.to(hidden.device), head.bias, HeadOptions(num_items=1.0)
-    )
-    return TokenLoss(total, (labels != IGNORED).sum(), hits, getattr(out, "aux_loss", None))
+    return hidden.to(dtype), labels.to(hidden.device), getattr(out, "aux_loss", None)
 
 
 def model_of(model: nn.Module) -> nn.Module:

@@ -16,6 +16,7 @@ from veneer.train.config import SFTConfig
 from veneer.train.keys import nearest, typed
 from veneer.train.optimizer import steps_in_backward
 
+PLACES = (("data", "train"), ("data", "eval"), ("model", "source"))  # keys that may name a file
 _ELSEWHERE = {
     "output_dir": "at the top, as output",
     "seed": "at the top, as seed",
@@ -84,6 +85,11 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Files that the recipe names are looked for beside it; files in overrides, and the output, in the working directory.
     Raises ConfigError with all problems at once; an unknown key is one, and names the nearest key that there is.
     """
+    return parse_recipe(read_values(path, overrides), str(path))
+
+
+def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What the file of a recipe holds, with overrides on top, as `load_recipe` reads it; no value is checked yet."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -92,13 +98,18 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ConfigError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold keys and values; `veneer train --print-recipe` shows one")
-    for part, key in (("data", "train"), ("data", "eval"), ("model", "source")):
+    for part, key in PLACES:
         section = values.get(part)
-        if isinstance(section, dict) and isinstance(section.get(key), str) and (path.parent / section[key]).exists():
-            section[key] = str(path.parent / section[key])
+        if isinstance(section, dict) and key in section:
+            section[key] = beside(path, section[key])
     for override in overrides:
         _override(values, override)
-    return parse_recipe(values, str(path))
+    return values
+
+
+def beside(path: Path, value: Any) -> Any:
+    """The name of a file that lies beside the recipe, found from here; anything else as it is."""
+    return str(path.parent / value) if isinstance(value, str) and (path.parent / value).exists() else value
 
 
 def parse_recipe(values: Mapping[str, Any], name: str = "recipe") -> Recipe:
@@ -198,13 +209,20 @@ def _override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"--set {override!r} must have the form key=value, such as training.learning_rate=1e-4")
+    try:
+        put(values, key, yaml.safe_load(text))
+    except ConfigError as error:
+        raise ConfigError(f"--set {override!r}: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not YAML ({error})") from error
+
+
+def put(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set ``part.key`` in the values of a recipe. Raises ConfigError where the part is no part."""
     *parents, last = key.split(".")
     section = values
     for parent in parents:
         section = section.setdefault(parent, {})
         if not isinstance(section, dict):
-            raise ConfigError(f"--set {override!r}: {parent} is a value, not a section")
-    try:
-        section[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override!r}: the value is not YAML ({error})") from error
+            raise ConfigError(f"{parent} is a value, not a section")
+    section[last] = value

@@ -44,16 +44,18 @@ def read_data(part: DataPart, seed: int) -> Rows:
     return Rows(*split_off(train, part.eval_fraction, seed)) if part.eval_fraction else Rows(train, None)
 
 
-def make_trainer(recipe: Recipe) -> SFTTrainer:
-    """The trainer of a recipe, its model loaded and its data encoded; nothing is trained yet."""
+def make_trainer(
+    recipe: Recipe, model: PreTrainedModel | None = None, kind: type[SFTTrainer] = SFTTrainer
+) -> SFTTrainer:
+    """The trainer of a recipe, its data encoded and its model loaded where none is given; nothing is trained yet."""
     tokenizer = load_tokenizer(recipe.model.source)
     rows = read_data(recipe.data, recipe.seed)
     answers = recipe.data.train_on == "answers"
     columns = rows.train.column_names
     chats, pairs = "messages" in columns, "prompt" in columns
     args = recipe.sft_config(assistant_only_loss=answers and chats, completion_only_loss=answers and pairs)
-    return SFTTrainer(
-        load_base(recipe.model),
+    return kind(
+        load_base(recipe.model) if model is None else model,
         args,
         train_dataset=rows.train,
         eval_dataset=rows.eval,
@@ -85,20 +87,36 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, tell: Tell = lambda line
     checkpoints and TensorBoard's files. Raises the errors of its parts; TrainingError also where the output holds a run
     already and ``resume`` is false.
     """
-    output = Path(recipe.output)
+    require_fresh(Path(recipe.output), resume)
+    return carry_out(recipe, make_trainer(recipe), resume=resume, tell=tell)
+
+
+def require_fresh(output: Path, resume: bool) -> None:
+    """Raise ConfigError where a new run would be mixed up with one that is there."""
     if not resume and any(output.glob("checkpoint-*")):
         raise ConfigError(
             f"{output} holds the checkpoints of a run: continue it with --resume, or choose another output "
             "(--set output=…)"
         )
-    trainer = make_trainer(recipe)
+
+
+def carry_out(
+    recipe: Recipe, trainer: SFTTrainer, *, resume: bool = False, tell: Tell = lambda line: None
+) -> dict[str, Any]:
+    """`run_recipe` with a trainer that has been made."""
+    output = Path(recipe.output)
     tell(trainer.describe())
     record = describe_run(recipe, trainer)
     write_json(output / RUN_FILE, {**record, "status": "running"})
     began = time.perf_counter()
     trained = trainer.train(resume_from_checkpoint=resume or None)
     seconds = time.perf_counter() - began
-    results = {"train_loss": trained.training_loss, "steps": trained.global_step, "seconds": seconds}
+    results = {
+        "train_loss": trained.training_loss,
+        "steps": trained.global_step,
+        "stopped_early": trained.global_step < trainer.state.max_steps,
+        "seconds": seconds,
+    }
     if trainer.eval_dataset is not None:
         results |= {key: value for key, value in trainer.evaluate().items() if key.startswith("eval_")}
     saved = output / ("model" if recipe.method == "full" else "adapter")
@@ -139,6 +157,7 @@ def describe_run(recipe: Recipe, trainer: SFTTrainer) -> dict[str, Any]:
         "adapter_config": asdict(config) if is_dataclass(config) else None,
         "training": trainer.args.to_dict(),
         "trained": trainer.describe(),
+        "n_trained": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "data": {
             "train": _described(trainer.train_dataset, trainer.data_digest),
             "eval": None if trainer.eval_dataset is None else _described(trainer.eval_dataset),

@@ -14,6 +14,7 @@ from torch.utils.data import Sampler
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -107,6 +108,8 @@ class SFTTrainer(ResumableTrainer):
         self.add_callback(self.schedule)
         if not self.args.fp16:
             self.add_callback(FiniteGradients)
+        if self.args.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(self.args.early_stopping_patience))
         if data_collator is None and not self._is_vision_dataset:
             packed = self.padding_free or bool(self.args.eval_packing)
             self.data_collator = Collator(
@@ -162,12 +165,7 @@ class SFTTrainer(ResumableTrainer):
         """
         if self.compute_loss_func is not None or "labels" not in inputs:
             return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
-        counted = token_loss(
-            model,
-            {**inputs, **({"output_router_logits": True} if self.aux_loss_enabled else {})},
-            label_smoothing=self.args.label_smoothing_factor,
-            weigh_by_probability=self.args.loss_type == "dft",
-        )
+        counted = self.token_loss(model, inputs)
         loss = self._normalized(counted, num_items_in_batch)
         self._count(counted, inputs)
         if self.model.training and not loss.requires_grad:
@@ -176,6 +174,15 @@ class SFTTrainer(ResumableTrainer):
             return loss
         with torch.no_grad():
             return loss, model(**{key: value for key, value in inputs.items() if key != "labels"}, use_cache=False)
+
+    def token_loss(self, model: nn.Module, inputs: dict[str, Any]) -> TokenLoss:
+        """The loss of a micro-batch before it is normalized."""
+        return token_loss(
+            model,
+            {**inputs, **({"output_router_logits": True} if self.aux_loss_enabled else {})},
+            label_smoothing=self.args.label_smoothing_factor,
+            weigh_by_probability=self.args.loss_type == "dft",
+        )
 
     def _normalized(self, counted: TokenLoss, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
         n_tokens = counted.n_tokens if num_items_in_batch is None else num_items_in_batch
@@ -274,12 +281,7 @@ class SFTTrainer(ResumableTrainer):
     def _unwrap_forward(self) -> None:
         """Take accelerate's autocast off the model's forward: after training the model is what it was before."""
         if self.accelerator.num_processes == 1 and not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
-            # Not by accelerate's own means: they also strip the decorators that transformers puts on forward.
-            original = self.model.__dict__.pop("_original_forward", None)
-            if original is not None:
-                del self.model.forward
-                if getattr(original, "__func__", None) is not type(self.model).forward:
-                    self.model.forward = original
+            unwrap_forward(self.model)
             self.accelerator.free_memory()
 
     def _stop_updates(self) -> None:
@@ -290,6 +292,16 @@ class SFTTrainer(ResumableTrainer):
 
     def _send_telemetry(self) -> None:
         """Nothing is sent."""
+
+
+def unwrap_forward(model: nn.Module) -> None:
+    """Undo what accelerate's ``prepare_model`` did to the forward of a model."""
+    # Not by accelerate's own means: they also strip the decorators that transformers puts on forward.
+    original = model.__dict__.pop("_original_forward", None)
+    if original is not None:
+        del model.forward
+        if getattr(original, "__func__", None) is not type(model).forward:
+            model.forward = original
 
 
 def _reentrant(args: SFTConfig) -> bool:

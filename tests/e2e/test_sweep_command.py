@@ -1,0 +1,114 @@
+"""``veneer train`` of a recipe with a ``sweep`` part, also killed at some moment and continued."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+from veneer.train.checkpoint import checkpoints
+
+WORDS = [f"w{i}" for i in range(23)]
+COMMAND = [sys.executable, "-c", "from veneer.cli.app import main; main()", "train"]
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder with a base model, rows and a recipe of three members."""
+    names = {w: i for i, w in enumerate(["<unk>", "<end>", *WORDS])}
+    words = Tokenizer(models.WordLevel(names, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<end>", pad_token="<end>")
+    tokenizer.save_pretrained(tmp_path / "base")
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        hidden_size=24, intermediate_size=44, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1,
+        vocab_size=len(names), bos_token_id=1, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    rows = [{"text": " ".join(f"w{(i * j) % 23}" for j in range(3 + i % 5))} for i in range(26)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    recipe = {
+        "model": {"source": "base"},
+        "adapter": {"method": "lora", "r": 3, "lora_alpha": 5, "lora_dropout": 0.2},
+        "data": {"train": "rows.jsonl", "eval_fraction": 0.2, "train_on": "everything"},
+        "training": {
+            "max_steps": 29, "per_device_train_batch_size": 2, "learning_rate": 0.02, "logging_steps": 1,
+            "eval_steps": 4, "save_steps": 1, "bf16": False, "report_to": "none",
+        },
+        "sweep": {
+            "members": [
+                {"name": "lora"},
+                {"name": "dora", "adapter.use_dora": True},
+                {"name": "ia3", "adapter": {"method": "ia3"}},
+            ],
+        },
+    }  # fmt: skip
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(recipe))
+    return tmp_path
+
+
+def start(project: Path, output: str, *options: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    command = [*COMMAND, str(project / "sweep.yaml"), "--set", f"output={project / output}", *options]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=250)
+    assert process.returncode == 0, output
+    return output
+
+
+def losses(folder: Path) -> dict[int, tuple[float, ...]]:
+    log: list[dict[str, Any]] = json.loads((folder / "run.json").read_text())["log"]
+    found = {line["step"]: (line["loss"], line["grad_norm"]) for line in log if "loss" in line}
+    return found | {-line["step"]: (line["eval_loss"],) for line in log if "eval_loss" in line}
+
+
+def test_a_sweep_killed_anywhere_and_resumed_is_the_sweep_that_was_not(project: Path) -> None:
+    whole, process = start(project, "whole"), start(project, "broken")
+    while process.poll() is None and len(checkpoints(project / "broken" / "lora")) == 0:
+        time.sleep(0.02)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "the sweep ended before it was killed"
+    shown = finish(start(project, "broken", "--resume"))
+    assert "Traceback" not in shown
+    finish(whole)
+    for name in ("lora", "dora", "ia3"):
+        expected, found = losses(project / "whole" / name), losses(project / "broken" / name)
+        assert found.keys() == expected.keys()
+        for step, values in expected.items():
+            assert found[step] == pytest.approx(values, rel=1e-3), (name, step)
+        assert json.loads((project / "broken" / name / "run.json").read_text())["results"]["steps"] == 29
+
+
+def test_the_table_and_the_files(project: Path) -> None:
+    shown = finish(start(project, "out", "--set", "training.max_steps=3"))
+    lines = [line.split() for line in shown.splitlines()]
+    assert {line[0] for line in lines if line and line[-1] == "*"} <= {"lora", "dora", "ia3"}
+    written = json.loads((project / "out" / "sweep.json").read_text())
+    assert [member["name"] for member in written["members"]] == ["lora", "dora", "ia3"]
+    assert any(member["best"] for member in written["members"])
+    for name in ("pareto.png", "pareto.html", "lora/adapter/adapter_model.safetensors", "ia3/loss.png"):
+        assert (project / "out" / name).is_file(), name
+
+
+def test_a_key_that_is_wrong_is_named(project: Path) -> None:
+    process = start(project, "out", "--set", "sweep.grid={adapter.lora_alpa: [3]}")
+    shown, _ = process.communicate(timeout=100)
+    assert process.returncode == 2
+    assert "lora_alpha" in " ".join(shown.split())
