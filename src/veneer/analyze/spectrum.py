@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from veneer.core.records import LinearDelta
+from veneer.core.svd import svd_of_factors
 from veneer.errors import CompositionError
 
 
@@ -45,7 +46,7 @@ class Spectrum:
 
 
 def spectrum(record: LinearDelta) -> Spectrum:
-    """The spectrum of a low-rank record in at least float32, by QR of both factors: the matrix is never formed.
+    """The spectrum of a low-rank record in at least float32.
 
     Raises CompositionError for a record without a low-rank part, or one that also scales its layer.
     """
@@ -53,11 +54,7 @@ def spectrum(record: LinearDelta) -> Spectrum:
         raise CompositionError(
             "only a plain low-rank update (LoRA, rsLoRA, VeRA) has a spectrum without its base model"
         )
-    wide = torch.promote_types(record.a.dtype, torch.float32)
-    q_b, r_b = torch.linalg.qr(record.b.to(wide))
-    q_a, r_a = torch.linalg.qr(record.a.to(wide).T)
-    u, s, vt = torch.linalg.svd(r_b @ r_a.T * record.scale, full_matrices=False)
-    return Spectrum(q_b @ u, s, vt @ q_a.T)
+    return Spectrum(*svd_of_factors(record))
 
 
 def spectrum_of_dense(update: Float[Tensor, "o i"]) -> Spectrum:

@@ -26,13 +26,13 @@ def chat(
 
     Example: [bold]veneer chat smollm2-135m-instruct --adapter runs/calendar[/bold]
     """
-    from transformers import set_seed
+    import torch
 
     from veneer.cli.answering import Message, encode_chat, stream_answer
 
     loaded = loading.load(model, adapter, four_bit=load_in_4bit, dtype=dtype)
     if seed is not None:
-        set_seed(seed)
+        torch.manual_seed(seed)
     console = Console(highlight=False)
     start: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     encode_chat(loaded, [*start, {"role": "user", "content": "?"}])  # a model that cannot chat says so at once

@@ -30,14 +30,14 @@ def generate(
 
     Example: [bold]veneer generate smollm2-135m-instruct -p "Why is the sky blue?"[/bold]
     """
-    from transformers import set_seed
+    import torch
 
     from veneer.cli.answering import encode_prompt, stream_answer
 
     text = sys.stdin.read() if prompt == "-" else prompt
     loaded = loading.load(model, adapter, four_bit=load_in_4bit, dtype=dtype)
     if seed is not None:
-        set_seed(seed)
+        torch.manual_seed(seed)
     encoded = encode_prompt(loaded, text, system=system, raw=raw)
     with loading.quiet():
         stream_answer(loaded, encoded, loading.sampling(temperature, top_p, top_k, max_new_tokens))

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from veneer.core.records import LinearDelta
+from veneer.core.svd import svd_of_factors
 from veneer.errors import CompositionError
 
 
@@ -18,15 +19,10 @@ def truncate_dense(update: Float[Tensor, "o i"], rank: int) -> tuple[LinearDelta
 
 
 def truncate_factors(record: LinearDelta, rank: int) -> tuple[LinearDelta, float]:
-    """The same for ``scale B A`` without forming it: QR of both factors, then the SVD of an R × R matrix."""
-    if record.a is None or record.b is None:
-        raise CompositionError("the record has no low-rank part to truncate")
-    _check_rank(rank, min(record.rank, record.b.shape[0], record.a.shape[1]))
-    wide = torch.promote_types(record.a.dtype, torch.float32)
-    q_b, r_b = torch.linalg.qr(record.b.to(wide))
-    q_a, r_a = torch.linalg.qr(record.a.to(wide).T)
-    u, s, vt = torch.linalg.svd(r_b @ r_a.T * record.scale, full_matrices=False)
-    return _keep(q_b @ u, s, vt @ q_a.T, rank)
+    """The same for ``scale B A`` without forming it."""
+    u, s, vt = svd_of_factors(record)
+    _check_rank(rank, len(s))
+    return _keep(u, s, vt, rank)
 
 
 def _keep(u: Tensor, s: Tensor, vt: Tensor, rank: int) -> tuple[LinearDelta, float]:

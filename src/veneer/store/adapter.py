@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -194,13 +196,28 @@ def _saves_embedding(model: nn.Module, config: MethodConfig, key: str, wanted: S
 
 
 def _was_resized(model: nn.Module, config: MethodConfig) -> bool:
-    """Whether the vocabulary differs from that of the base model's folder, where that is on this machine."""
-    path = Path(config.base_model_name_or_path or "") / "config.json"
-    if not config.base_model_name_or_path or not path.is_file():
-        return False
+    """Whether the vocabulary differs from that of the base, where its config is on this machine: its folder, or what
+    the hub's client keeps of it.
+    """
     mine: Any = cast(PreTrainedModel, model).config
-    before = type(mine).from_pretrained(config.base_model_name_or_path).get_text_config().vocab_size
+    path = _config_of_base(config.base_model_name_or_path, getattr(mine, "_commit_hash", None) or config.revision)
+    if path is None:
+        return False
+    before = type(mine).from_pretrained(path.parent).get_text_config().vocab_size
     return bool(before != mine.get_text_config().vocab_size)
+
+
+def _config_of_base(base: str | None, revision: str | None) -> Path | None:
+    if not base:
+        return None
+    path = Path(base) / "config.json"
+    if path.is_file():
+        return path
+    try:
+        cached = try_to_load_from_cache(base, "config.json", revision=revision)
+    except HFValidationError:  # a folder that is no longer there
+        return None
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def _advice(key: str, carried: Mapping[str, object], tensors: Mapping[str, Tensor]) -> str:

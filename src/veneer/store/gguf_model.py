@@ -39,6 +39,7 @@ class GgufFacts:
     architecture: str
     dtype: torch.dtype
     context_length: int | None
+    head_dim: int | None
     token_ids: Mapping[str, int]
     has_tokenizer: bool
     pre_tokenizer: str | None
@@ -66,6 +67,7 @@ def read_facts(path: Path) -> GgufFacts:
         architecture=architecture,
         dtype=_dtype({tensor.tensor_type for tensor in reader.tensors}),
         context_length=_value(reader, f"{architecture}.context_length"),
+        head_dim=_value(reader, f"{architecture}.attention.key_length"),
         token_ids={name: value for name, value in ids.items() if value is not None},
         has_tokenizer=reader.get_field("tokenizer.ggml.tokens") is not None,
         pre_tokenizer=_value(reader, "tokenizer.ggml.pre"),
@@ -124,6 +126,8 @@ def _config(path: Path, facts: GgufFacts) -> Any:
     config = AutoConfig.from_pretrained(path.parent, gguf_file=str(path.resolve()))
     if facts.context_length is not None and hasattr(config, "max_position_embeddings"):
         config.max_position_embeddings = facts.context_length
+    if facts.head_dim is not None and hasattr(config, "head_dim"):
+        config.head_dim = facts.head_dim
     for name, value in facts.token_ids.items():
         setattr(config, name, value)
     return config

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
@@ -289,6 +290,25 @@ def test_a_resized_vocabulary_travels_with_the_adapter(
     merged = back.merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
     close(logits(LlamaForCausalLM.from_pretrained(tmp_path / "merged"), long), adapted)
+
+
+def test_a_resized_vocabulary_of_a_base_from_the_hub_travels_too(
+    tiny: Any, ids: Tensor, randomize: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = tmp_path / "hub" / "models--house--tiny"
+    tiny().save_pretrained(cached / "snapshots" / "c0ffee")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("c0ffee")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    keys = {}
+    for size in (101, 107):
+        base = LlamaForCausalLM.from_pretrained(cached / "snapshots" / "c0ffee")
+        base.config._name_or_path = "house/tiny"
+        base.resize_token_embeddings(size)
+        get_peft_model(base, LoraConfig(r=3)).save_pretrained(tmp_path / "adapter")
+        keys[size] = set(load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    ends = {"base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"}
+    assert keys[107] - keys[101] == ends
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])

@@ -10,7 +10,16 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 MERGES = ["1 2", "h e"]
@@ -33,7 +42,17 @@ def tiny_gpt2() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config).eval()
 
 
-MODELS: dict[str, Callable[[], Any]] = {"llama": tiny_llama, "qwen2": tiny_qwen2, "gpt2": tiny_gpt2}
+def tiny_qwen3() -> Qwen3ForCausalLM:
+    """Heads of another width than hidden_size / heads, and than the family's usual one."""
+    return Qwen3ForCausalLM(Qwen3Config(**SIZES, **GROUPED, head_dim=40, bos_token_id=1)).eval()
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": tiny_llama,
+    "qwen2": tiny_qwen2,
+    "qwen3": tiny_qwen3,
+    "gpt2": tiny_gpt2,
+}
 
 
 @pytest.fixture
@@ -83,7 +102,9 @@ def _write_shape(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_key_length(head_dim)
 
 
 def _write_tokenizer(writer: gguf.GGUFWriter, pre: str) -> None:

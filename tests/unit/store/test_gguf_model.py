@@ -19,7 +19,7 @@ from veneer.store.gguf_model import convert_gguf, converted_folder, read_facts
 Make = Callable[..., tuple[Path, Any]]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gpt2"])
 def test_the_converted_folder_computes_the_logits_of_the_model(make_gguf: Make, tmp_path: Path, family: str) -> None:
     path, model = make_gguf(family)
     convert_gguf(path, tmp_path / "folder")

@@ -1,0 +1,26 @@
+"""The singular value decomposition of a low-rank update, from its factors alone."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from veneer.core.records import LinearDelta
+from veneer.errors import CompositionError
+
+
+def svd_of_factors(record: LinearDelta) -> tuple[Float[Tensor, "o r"], Float[Tensor, " r"], Float[Tensor, "r i"]]:
+    """``scale B A = U diag(s) Vᵀ`` as ``(U, s, Vᵀ)`` in at least float32, s falling.
+
+    QR of both factors, then the SVD of an (R, R) matrix: the update itself is never formed.
+
+    Raises CompositionError for a record without a low-rank part.
+    """
+    if record.a is None or record.b is None:
+        raise CompositionError("the record has no low-rank part, so there is nothing to decompose")
+    wide = torch.promote_types(record.a.dtype, torch.float32)
+    q_b, r_b = torch.linalg.qr(record.b.to(wide))
+    q_a, r_a = torch.linalg.qr(record.a.to(wide).T)
+    u, s, vt = torch.linalg.svd(r_b @ r_a.T * record.scale, full_matrices=False)
+    return q_b @ u, s, vt @ q_a.T
