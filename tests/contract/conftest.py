@@ -42,6 +42,8 @@ def linear_configs() -> dict[str, LinearMethod]:
             continue
         accepted = inspect.signature(cls).parameters
         values = {k: v for k, v in BREAK_NEUTRALITY.items() if k in accepted}
+        if "rank_pattern" in values and "bool" in str(accepted["rank_pattern"].annotation):
+            del values["rank_pattern"]  # AdaLoRA's says which triplets are kept, in a file
         switches = [s for s in variant_switches() if s in accepted]
         for on in itertools.chain([()], itertools.combinations(switches, 1), itertools.combinations(switches, 2)):
             try:

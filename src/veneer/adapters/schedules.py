@@ -76,4 +76,5 @@ def layers_of(model: nn.Module, name: str) -> dict[str, Params]:
 
 
 def _acting(state: AdapterState) -> dict[str, LinearMethod]:
-    return {n: c for n in state.acting() if isinstance(c := state.configs[n], LinearMethod)}
+    configs = {name: state.configs[name] for name in state.acting()}
+    return {name: config for name, config in configs.items() if isinstance(config, LinearMethod)}

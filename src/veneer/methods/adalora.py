@@ -72,6 +72,9 @@ class AdaLoraConfig(LinearMethod):
             found.append(f"lora_dropout={self.lora_dropout!r} must lie in [0, 1)")
         if self.bias not in ("none", "all", "lora_only"):
             found.append(f"bias={self.bias!r} must be 'none', 'all' or 'lora_only'")
+        patterns = (self.rank_pattern or {}).values()
+        if any(isinstance(kept, int) or not all(isinstance(k, bool) for k in kept) for kept in patterns):
+            found.append("rank_pattern must hold, for each layer's lora_E, a list that says which triplets are kept")
         if isinstance(self.total_step, int) and self.tinit >= self.total_step - self.tfinal:
             found.append(
                 f"tinit={self.tinit!r} and tfinal={self.tfinal!r} leave none of total_step={self.total_step!r} for the "

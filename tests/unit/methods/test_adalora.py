@@ -133,7 +133,7 @@ def test_all_wrong_values_are_named_at_once():
     with pytest.raises(ConfigError) as caught:
         AdaLoraConfig(
             init_r=0, beta1=1.0, orth_reg_weight=-1, lora_alpha=0, lora_dropout=1, bias="x", tinit=9, tfinal=3,
-            total_step=12,
+            total_step=12, rank_pattern={"q_proj.lora_E": 3},
         )  # fmt: skip
     for word in (
         "init_r=0",
@@ -143,5 +143,6 @@ def test_all_wrong_values_are_named_at_once():
         "lora_dropout=1",
         "'x'",
         "total_step=12",
+        "rank_pattern",
     ):
         assert word in str(caught.value)
