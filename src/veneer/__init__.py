@@ -21,12 +21,14 @@ _HOMES = {
     "SFTTrainer": "veneer.train.trainer",
     "TaskType": "veneer.core.tasks",
     "VeraConfig": "veneer.methods.vera",
+    "get_base_model_state_dict": "veneer.adapters.base_state",
     "get_layer_status": "veneer.adapters.status",
     "get_model_status": "veneer.adapters.status",
     "get_peft_model": "veneer.adapters.peft_model",
     "get_peft_model_state_dict": "veneer.adapters.functional",
     "inject_adapter_in_model": "veneer.adapters.functional",
     "prepare_model_for_kbit_training": "veneer.model.prepare",
+    "set_base_model_state_dict": "veneer.adapters.base_state",
     "set_peft_model_state_dict": "veneer.adapters.functional",
 }
 
@@ -46,12 +48,14 @@ __all__ = [
     "SFTTrainer",
     "TaskType",
     "VeraConfig",
+    "get_base_model_state_dict",
     "get_layer_status",
     "get_model_status",
     "get_peft_model",
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
     "prepare_model_for_kbit_training",
+    "set_base_model_state_dict",
     "set_peft_model_state_dict",
 ]
 

@@ -15,6 +15,7 @@ from veneer.adapters.card import write_card
 from veneer.adapters.merging import require_known
 from veneer.combine import Combination, combine
 from veneer.combine.adapter import config_of, parameters_of
+from veneer.combine.scales import only_scales
 from veneer.combine.update import Update
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
@@ -45,6 +46,12 @@ def plan_of(combination_type: str, rank: int | None, density: float | None, vote
     """A plan from PEFT's words. "ties_svd" and the like name what "ties" is here: whole updates, brought to a rank."""
     how = combination_type.removesuffix(_SVD_SUFFIX) if combination_type != "svd" else combination_type
     return Combination(how=how, rank=rank, density=density, vote=vote, seed=seed)  # type: ignore[arg-type]
+
+
+def usual_way(model: nn.Module, names: Sequence[str]) -> str:
+    """PEFT's default: "svd", or "linear" where all that the adapters hold in linear layers are scales."""
+    held = [(layer, n) for layer in adapted_layers(model).values() for n in names if n in layer.adapters]
+    return "linear" if held and all(only_scales([Update(layer.record(n))]) for layer, n in held) else "svd"
 
 
 @torch.no_grad()

@@ -52,8 +52,14 @@ def get_peft_model_state_dict(
     state_dict: Mapping[str, Tensor] | None = None,
     adapter_name: str = "default",
     save_embedding_layers: SaveEmbeddings = "auto",
+    unwrap_compiled: bool = False,
 ) -> dict[str, Tensor]:
-    """The tensors of an adapter by their keys on disk. ``state_dict`` gives values in the place of the model's own."""
+    """The tensors of an adapter by their keys on disk. ``state_dict`` gives values in the place of the model's own.
+
+    What ``torch.compile`` gave is refused, with AdapterNameError, unless ``unwrap_compiled`` says to look inside.
+    """
+    if unwrap_compiled:
+        model = cast(nn.Module, getattr(model, "_orig_mod", model))
     state = _state(model, adapter_name)
     return adapter_tensors(model, state, adapter_name, save_embedding_layers, state_dict)
 
@@ -72,5 +78,6 @@ def _state(model: nn.Module, name: str) -> AdapterState:
     state = vars(model).get("adapter_state")
     if not isinstance(state, AdapterState) or name not in state.configs:
         loaded = sorted(state.configs) if isinstance(state, AdapterState) else []
-        raise AdapterNameError(f"this {type(model).__name__} has no adapter named {name!r}; loaded: {loaded}")
+        inside = " (it is compiled: pass unwrap_compiled=True, or its _orig_mod)" if hasattr(model, "_orig_mod") else ""
+        raise AdapterNameError(f"this {type(model).__name__} has no adapter named {name!r}; loaded: {loaded}{inside}")
     return state

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from veneer.adapters import combining, lifecycle, merging, requantizing, saving, schedules, status
 from veneer.core.method import MethodConfig
 from veneer.errors import ConfigError
-from veneer.model.attach import DISK_PREFIX
 from veneer.model.inplace import InPlace, change_class, restore_class
 from veneer.model.mixed import mixed_batch
 from veneer.model.start import Start
@@ -25,7 +24,9 @@ from veneer.store.adapter import SaveEmbeddings, read_config
 from veneer.store.adapter import assign as assign_adapter
 from veneer.store.adapter_source import HubOptions, adapter_folder
 
-ADAPTER_KEYS = (DISK_PREFIX, "prompt_embeddings", "prompt_encoder.")  # what the keys of adapters' files begin with
+# PEFT's arguments that say what is so anyway: values go from the file to where the model is, without a copy on the way.
+_AS_IT_IS = ("low_cpu_mem_usage", "torch_device")
+ADAPTER_KEYS = ("base_model.", "prompt_embeddings", "prompt_encoder.")  # what the keys of adapters' files begin with
 
 
 class PeftModel(InPlace, nn.Module):
@@ -94,6 +95,11 @@ class PeftModel(InPlace, nn.Module):
             )
         return self.adapter_state.active[0]
 
+    @property
+    def active_peft_config(self) -> MethodConfig:
+        """The config of the first active adapter. Raises ConfigError where none is active."""
+        return self.peft_config[self.active_adapter]
+
     def add_adapter(self, adapter_name: str, peft_config: MethodConfig, *, autocast_adapter_dtype: bool = True) -> None:
         """Add a fresh adapter beside those there are; it does not become active."""
         lifecycle.add(self, self.adapter_state, adapter_name, peft_config, Start(widen=autocast_adapter_dtype))
@@ -137,7 +143,7 @@ class PeftModel(InPlace, nn.Module):
         adapters: list[str],
         weights: list[float],
         adapter_name: str,
-        combination_type: str = "svd",
+        combination_type: str | None = None,
         svd_rank: int | None = None,
         *,
         density: float | None = None,
@@ -147,10 +153,11 @@ class PeftModel(InPlace, nn.Module):
         """Add a frozen adapter that combines others, weights and all; returns what bringing it to a rank lost.
 
         ``combination_type`` is a way of `veneer.combine.Combination`; PEFT's "…_svd" names mean the same. "linear"
-        is the exact sum here; PEFT's, with its cross terms, is "factorwise". Raises AdapterNameError and
-        CompositionError.
+        is the exact sum here; PEFT's, with its cross terms, is "factorwise". None is PEFT's default: "svd", or, where
+        the adapters only rescale (IA3), "linear". Raises AdapterNameError and CompositionError.
         """
-        plan = combining.plan_of(combination_type, svd_rank, density, majority_sign_method, seed)
+        how = combination_type or combining.usual_way(self, adapters)
+        plan = combining.plan_of(how, svd_rank, density, majority_sign_method, seed)
         if len(adapters) != len(weights):
             raise ConfigError(f"{len(adapters)} adapters and {len(weights)} weights: give one weight for each adapter")
         return combining.add_weighted(
@@ -368,7 +375,7 @@ def load_into_active(model: PeftModel, tensors: Mapping[str, torch.Tensor]) -> N
 def hub_options(values: Mapping[str, Any]) -> HubOptions:
     """`HubOptions` from keyword arguments. Raises ConfigError that names the unknown ones and the allowed ones."""
     allowed = set(HubOptions.__dataclass_fields__)
-    given = {key: value for key, value in values.items() if key != "low_cpu_mem_usage"}  # loading always is
+    given = {key: value for key, value in values.items() if key not in _AS_IT_IS}
     unknown = sorted(set(given) - allowed)
     if unknown:
         raise ConfigError(f"unknown arguments {unknown}; allowed besides the named ones: {sorted(allowed)}")

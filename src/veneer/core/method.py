@@ -81,6 +81,14 @@ class MethodConfig(ABC):
         """The config as it is written: a method that others do not know may be one that they do know, once trained."""
         return self
 
+    def to_dict(self) -> dict[str, object]:
+        """The fields by name, with ``peft_type``, as one logs them: new lists and mappings, no tuples."""
+        values = {spec.name: getattr(self, spec.name) for spec in fields(self)}
+        for name, value in values.items():
+            plain = list(value) if isinstance(value, tuple) else value
+            values[name] = dict(value) if isinstance(value, Mapping) else plain
+        return {"peft_type": self.peft_type, **values}
+
     @classmethod
     def from_dict(cls: type[C], values: Mapping[str, object]) -> C:
         """A config from the fields of an ``adapter_config.json``, ``peft_type`` and the like already taken out."""

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from veneer.core.method import LinearMethod, MethodConfig, PrefixMethod, PromptMethod, ResidualMethod, TargetedConfig
+from veneer.core.method import (
+    LinearMethod,
+    MethodConfig,
+    PrefixMethod,
+    PromptMethod,
+    ResidualMethod,
+    TargetedConfig,
+    VirtualTokenMethod,
+)
 from veneer.core.sites import LinearSite
 from veneer.core.targets import ALL_LINEAR, ModuleIndex, matches_any, select_targets
 from veneer.errors import AdapterNameError, TargetError
@@ -28,7 +36,7 @@ from veneer.model.state import AdapterState
 from veneer.model.token_rows import add_rows, row_places
 from veneer.model.virtual_tokens import VirtualTokens, detach_virtual_tokens, virtual_tokens
 
-DISK_PREFIX = "base_model.model."  # what PEFT's wrapper puts in front of every module path
+DISK_PREFIX = "base_model.model."  # what PEFT's wrappers put in front of every module path; see `disk_prefix`
 _HEADS = {"SEQ_CLS": CLASSIFIERS, "TOKEN_CLS": CLASSIFIERS, "QUESTION_ANS": ("qa_outputs",)}
 
 
@@ -193,6 +201,11 @@ def live_parameters(model: nn.Module, state: AdapterState, name: str) -> dict[st
     return {key: tensor for key, (_, tensor) in named_live_parameters(model, name).items()}
 
 
+def disk_prefix(config: MethodConfig) -> str:
+    """What PEFT's wrappers put in front of a module's path: virtual tokens have one wrapper, others one more."""
+    return "base_model." if isinstance(config, VirtualTokenMethod) else DISK_PREFIX
+
+
 def named_live_parameters(model: nn.Module, name: str) -> dict[str, tuple[str, Tensor]]:
     """As `live_parameters`, each with its name in the model's own ``state_dict``."""
     found: dict[str, tuple[str, Tensor]] = {}
@@ -203,8 +216,9 @@ def named_live_parameters(model: nn.Module, name: str) -> dict[str, tuple[str, T
             found |= {keys[key]: (f"{path}.adapters.{name}.{key}", value) for key, value in held.items()}
         if isinstance(place, Adapted) and name in place.copies:
             inner = "base_layer." if name in place.adapters else ""
+            prefix = disk_prefix(place.adapter_state.configs[name])
             found |= {
-                f"{DISK_PREFIX}{path}.{inner}{key}": (f"{path}.copies.{name}.{key}", value)
+                f"{prefix}{path}.{inner}{key}": (f"{path}.copies.{name}.{key}", value)
                 for key, value in tensors_of(place.copies[name]).items()
             }
     return found

@@ -25,7 +25,7 @@ class RowPlace:
     followers: tuple[str, ...] = ()
 
 
-def row_places(model: PreTrainedModel, config: MethodConfig, taken: Collection[str]) -> tuple[RowPlace, ...]:
+def row_places(model: nn.Module, config: MethodConfig, taken: Collection[str]) -> tuple[RowPlace, ...]:
     """The tables of which a config trains rows. ``taken``: modules that it adapts or trains whole.
 
     Modules tied to the input embeddings see the embeddings' rows, unless they are given other rows: PEFT's rule.
@@ -36,7 +36,8 @@ def row_places(model: PreTrainedModel, config: MethodConfig, taken: Collection[s
     if not wanted:
         return ()
     modules = {path: m for path, m in model.named_modules() if path and ".adapters" not in path}
-    source = next((path for path, m in modules.items() if m is model.get_input_embeddings()), None)
+    table = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    source = next((path for path, m in modules.items() if m is table), None)
     indices: dict[str, tuple[int, ...]] = {}
     for name, rows in wanted.items():
         for path in _meant(name, modules, source):

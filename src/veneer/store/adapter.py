@@ -18,6 +18,7 @@ from veneer.model.adapted import Adapted, add_copy
 from veneer.model.attach import (
     DISK_PREFIX,
     adapt_path,
+    disk_prefix,
     live_parameters,
     named_live_parameters,
     stored_tensors,
@@ -73,7 +74,7 @@ def adapter_tensors(
     values = state_dict or {}
     live = {key: values.get(own, value) for key, (own, value) in named_live_parameters(model, name).items()}
     found = stored_tensors(model, state, name, live)
-    for key, (module, parameter) in _embeddings(model, name).items():
+    for key, (module, parameter) in _embeddings(model, state.configs[name], name).items():
         if key not in found and _saves_embedding(model, state.configs[name], key, save_embedding_layers):
             found[key] = cast(Tensor, module.effective(parameter, (name,)) if isinstance(module, Adapted) else None)
             if found[key] is None:
@@ -125,7 +126,9 @@ def assign(model: nn.Module, state: AdapterState, name: str, tensors: Mapping[st
     """
     expected = live_parameters if has_network(state, name) else stored_tensors
     parameters = expected(model, state, name)
-    carried = {key: place for key, place in _embeddings(model, name).items() if key not in parameters}
+    carried = {
+        key: place for key, place in _embeddings(model, state.configs[name], name).items() if key not in parameters
+    }
     shapes = {key: tuple(value.shape) for key, value in parameters.items()}
     shapes |= {key: tuple(cast(Tensor, m._parameters[p]).shape) for key, (m, p) in carried.items() if key in tensors}
     problems = [f"missing: {key}" for key in parameters if key not in tensors]
@@ -160,12 +163,14 @@ def _carry(
     own = cast(Tensor, module._parameters[parameter])
     value = value.to(own.device, own.dtype)
     if not torch.equal(own, value):
-        path = key.removeprefix(DISK_PREFIX).removesuffix(f".{parameter}").removesuffix(".base_layer")
+        path = (
+            key.removeprefix(disk_prefix(state.configs[name])).removesuffix(f".{parameter}").removesuffix(".base_layer")
+        )
         path = path.removesuffix(".token_adapter")
         add_copy(adapt_path(model, path, state), name, parameter, value, frozen=True)
 
 
-def _embeddings(model: nn.Module, name: str) -> dict[str, tuple[nn.Module, str]]:
+def _embeddings(model: nn.Module, config: MethodConfig, name: str) -> dict[str, tuple[nn.Module, str]]:
     """The keys that whole weights of the input embeddings and the head have, and where those weights are."""
     if not isinstance(model, PreTrainedModel):
         return {}
@@ -175,7 +180,7 @@ def _embeddings(model: nn.Module, name: str) -> dict[str, tuple[nn.Module, str]]
         if any(module is end for end in ends) and module._parameters.get("weight") is not None:
             inner = "base_layer." if isinstance(module, Adapted) and name in module.adapters else ""
             inner = "token_adapter.base_layer." if isinstance(module, Adapted) and module.token_rows((name,)) else inner
-            found[f"{DISK_PREFIX}{path}.{inner}weight"] = (module, "weight")
+            found[f"{disk_prefix(config)}{path}.{inner}weight"] = (module, "weight")
     return found
 
 

@@ -157,3 +157,15 @@ def test_values_are_not_loaded_into_an_adapter_of_other_settings(tmp_path):
     with pytest.raises(ConfigError, match="is a LORA, the files hold a IA3"):
         model.load_adapter(tmp_path / "ia3", "plain")
     torch.testing.assert_close(model(IDS).logits, before)
+
+
+def test_the_default_way_suits_the_adapters():
+    model = get_peft_model(llama(), IA3Config(init_ia3_weights=False), "a")
+    model.add_adapter("b", IA3Config(init_ia3_weights=False))
+    model.add_weighted_adapter(["a", "b"], [0.3, 0.6], "usual")
+    model.add_weighted_adapter(["a", "b"], [0.3, 0.6], "linear", "linear")
+    held = model.model.layers[0].mlp.down_proj.adapters
+    assert torch.equal(held["usual"]["ia3_l"], held["linear"]["ia3_l"])
+    model = with_parts("plain", "stable")
+    assert model.add_weighted_adapter(["plain", "stable"], [1, 1], "usual").worst > 0  # an SVD back to the largest rank
+    assert model.model.layers[0].self_attn.q_proj.adapters["usual"]["lora_A"].shape[0] == 5

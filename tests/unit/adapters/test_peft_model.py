@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from veneer import IA3Config, LoraConfig, PeftModel, get_peft_model
+from veneer import IA3Config, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from veneer.errors import AdapterNameError, CompositionError, ConfigError, TargetError, TrainingError
 
 CONFIG = LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
@@ -485,3 +485,25 @@ def test_a_model_that_is_not_of_transformers() -> None:
     plain = model.merge_and_unload()
     assert type(plain) is nn.Sequential
     torch.testing.assert_close(plain(x), adapted, rtol=1e-12, atol=1e-12)
+
+
+def test_a_compiled_model_is_looked_into_when_asked(tiny: Any) -> None:
+    model = get_peft_model(tiny(), LoraConfig(r=3, target_modules=["q_proj"]))
+    compiled = torch.compile(model, backend="eager")
+    with pytest.raises(AdapterNameError, match="it is compiled: pass unwrap_compiled=True"):
+        get_peft_model_state_dict(compiled)
+    found = get_peft_model_state_dict(compiled, unwrap_compiled=True)
+    assert found.keys() == get_peft_model_state_dict(model).keys()
+
+
+def test_the_active_config_and_its_fields(tiny: Any) -> None:
+    model = get_peft_model(
+        tiny(), LoraConfig(r=3, target_modules=["q_proj"], rank_pattern={"0.self_attn.q_proj": 2}), "a"
+    )
+    model.add_adapter("b", IA3Config())
+    model.set_adapter("b")
+    assert model.active_peft_config is model.peft_config["b"]
+    fields = model.peft_config["a"].to_dict()
+    assert (fields["peft_type"], fields["r"], fields["target_modules"]) == ("LORA", 3, ["q_proj"])
+    fields["rank_pattern"].clear()
+    assert model.peft_config["a"].rank_pattern == {"0.self_attn.q_proj": 2}

@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from veneer import LoraConfig, PeftModel, get_peft_model
@@ -192,7 +192,7 @@ def test_lora_on_the_table_and_rows_of_another_adapter_exclude_each_other(tiny: 
     model.add_adapter("whole", LoraConfig(target_modules=["embed_tokens"]))
     with pytest.raises(CompositionError, match="'whole' adapts model"):
         model.set_adapter(["default", "whole"])
-    with pytest.raises(CompositionError, match="rows of"):
+    with pytest.raises(CompositionError, match="rows, or experts of"):
         model.add_weighted_adapter(["default"], [0.5], "sum", "linear")
 
 
@@ -210,3 +210,29 @@ def test_whole_tables_saved_along_both_ways(name: str, tiny: Any, ids: Tensor, r
     theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=True)
     for folder in ("ours", "theirs"):
         close(logits(PeftModel.from_pretrained(tiny(name), tmp_path / folder), ids), expected)
+
+
+class Tagger(nn.Module):
+    """A model that is not of transformers and says nothing of its embeddings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.head = nn.Embedding(11, 5), nn.Linear(5, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.words(ids))
+
+
+def test_a_model_that_is_not_of_transformers(tmp_path: Path) -> None:
+    ids, rows = torch.tensor([[1, 7, 4]]), {"words": [7, 2]}
+    base = Tagger()(ids)
+    model = get_peft_model(Tagger(), LoraConfig(target_modules=["head"], trainable_token_indices=rows))
+    with torch.no_grad():
+        model.words.copies["default"].token_adapter.trainable_tokens_delta += 1.5
+    changed = (model(ids) != base).any(-1)
+    assert changed.tolist() == [[False, True, False]]
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(Tagger(), tmp_path)(ids), model(ids))
+    with pytest.raises(TargetError, match="names 'the input embeddings', which the model does not have"):
+        get_peft_model(Tagger(), LoraConfig(target_modules=["head"], trainable_token_indices=[7]))
