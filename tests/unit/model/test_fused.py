@@ -30,12 +30,14 @@ from transformers import (
 
 from veneer import BottleneckConfig, IA3Config, LoraConfig, PrefixTuningConfig, get_peft_model
 from veneer.core.method import MethodConfig
+from veneer.model.fused import decoder
 from veneer.model.fused.attention import attention_half
 from veneer.model.fused.block import FusedBlock
 from veneer.model.fused.decoder import fuse, fused, fused_head, is_fused, unfuse
 from veneer.model.fused.head import hidden_as_logits
 from veneer.model.fused.mlp import mlp_half
 from veneer.model.quant_linear import QuantLinear
+from veneer.ops import dispatch
 from veneer.ops.four_bit import FourBitLayout
 from veneer.quant.four_bit import FourBitSpec
 
@@ -175,6 +177,17 @@ def test_equals_the_general_path(family: str, batch: str, halves: list[str]) -> 
 @pytest.mark.parametrize("batch", BATCHES)
 def test_on_a_base_in_four_bits(quant_type: str, batch: str, halves: list[str]) -> None:
     assert_same(adapted(quantized(base("llama"), quant_type)), BATCHES[batch])
+    assert halves.count("attention") == halves.count("mlp") >= 4
+
+
+@pytest.mark.parametrize(("family", "batch"), [("llama", "padded"), ("gpt2", "whole")])
+def test_on_the_kernels_of_cuda(family: str, batch: str, halves: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, but in Triton's interpreter: every op of a step in the layouts that the blocks hand it."""
+    pytest.importorskip("triton", reason="needs the package triton")
+    monkeypatch.setattr(dispatch, "_DEVICES", {"triton": "cpu"})
+    monkeypatch.setattr(decoder, "KERNELS", {"cpu": "triton"})
+    model = base(family)
+    assert_same(adapted(quantized(model, "nf4") if family == "llama" else model), BATCHES[batch])
     assert halves.count("attention") == halves.count("mlp") >= 4
 
 
