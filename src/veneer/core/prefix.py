@@ -24,6 +24,11 @@ def unflatten_prefix(flat: Float[Tensor, "n width"], sites: Sequence[AttentionSi
     )
 
 
+def flatten_prefix(records: Sequence[PrefixDelta]) -> Float[Tensor, "n width"]:
+    """The inverse of `unflatten_prefix`."""
+    return torch.cat([part.flatten(1) for record in records for part in (record.k, record.v)], dim=1)
+
+
 def prefix_width(sites: Sequence[AttentionSite]) -> int:
     """Numbers that one virtual token takes: ``Σ 2 kv_heads head_dim`` over the layers."""
     return sum(2 * site.kv_heads * site.head_dim for site in sites)

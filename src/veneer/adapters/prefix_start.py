@@ -1,0 +1,93 @@
+"""Prefixes that start from text: the keys and values that the base model itself computes for it (Li & Liang 2021,
+arXiv:2101.00190, section 7.4), so that the start acts as if the text stood in front."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PreTrainedTokenizerBase
+
+from veneer.adapters.peft_model import PeftModel
+from veneer.core.method import PrefixMethod
+from veneer.core.prefix import flatten_prefix
+from veneer.core.records import PrefixDelta
+from veneer.errors import ConfigError
+from veneer.model.prefix import PrefixAdapters
+
+
+@torch.no_grad()
+def initialize_kv_prefix_from_text(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    text: str,
+    adapter_name: str | None = None,
+    use_chat_template: bool = True,
+    max_length: int | None = None,
+) -> Tensor:
+    """Start a prefix from the first tokens of a text; returns the matrix (n, width) that a plain save holds.
+
+    ``use_chat_template`` puts the text into a system message where the tokenizer has a template. Raises ConfigError
+    where the adapter is no prefix, an MLP makes it, or the text has fewer tokens than the prefix.
+    """
+    name = model.active_adapter if adapter_name is None else adapter_name
+    holder, config = _prefix(model, name)
+    ids = torch.tensor(_tokens(tokenizer, text, use_chat_template)[:max_length])
+    if len(ids) < config.num_virtual_tokens:
+        raise ConfigError(
+            f"the text has {len(ids)} tokens and the prefix num_virtual_tokens={config.num_virtual_tokens}: give a "
+            "longer text, or a shorter prefix"
+        )
+    device = next(holder.adapters[name].parameters()).device
+    cache, training = DynamicCache(), model.training  # one that keeps every token, also in a sliding window
+    model.eval()
+    with model.disable_adapter():
+        model(input_ids=ids[None, : config.num_virtual_tokens].to(device), past_key_values=cache, use_cache=True)
+    model.train(training)
+    return initialize_kv_prefix_from_past_key_values(model, adapter_name=name, past_key_values=cache)
+
+
+@torch.no_grad()
+def initialize_kv_prefix_from_past_key_values(
+    model: PeftModel, *, past_key_values: Cache, adapter_name: str | None = None
+) -> Tensor:
+    """Start a prefix from the first positions of a cache of one row; returns the matrix that a plain save holds.
+
+    Raises ConfigError where the adapter is no prefix, an MLP makes it, or the cache holds fewer positions.
+    """
+    name = model.active_adapter if adapter_name is None else adapter_name
+    holder, config = _prefix(model, name)
+    n = config.num_virtual_tokens
+    records = []
+    for site in holder.sites:
+        layer = cast(Any, past_key_values.layers[site.layer])
+        if layer.keys.shape[0] != 1 or layer.keys.shape[2] < n:
+            raise ConfigError(
+                f"layer {site.layer} of the cache has {layer.keys.shape[0]} rows and {layer.keys.shape[2]} positions: "
+                f"one row and at least num_virtual_tokens={n} positions are needed"
+            )
+        k, v = (part[0, :, :n].transpose(0, 1) for part in (layer.keys, layer.values))
+        records.append(PrefixDelta(k=k, v=v))
+    flat = flatten_prefix(records)
+    (parameter,) = holder.adapters[name].parameters()
+    parameter.copy_(flat)
+    return flat
+
+
+def _prefix(model: nn.Module, name: str) -> tuple[PrefixAdapters, PrefixMethod]:
+    holder = next((m for m in model.children() if isinstance(m, PrefixAdapters) and name in m.adapters), None)
+    if holder is None:
+        raise ConfigError(f"{name!r} is no prefix adapter of this model: attach one with PrefixTuningConfig first")
+    config = cast(PrefixMethod, holder.method(name))
+    if config.has_network:
+        raise ConfigError(f"an MLP makes the prefix {name!r}: only one without prefix_projection can start from text")
+    return holder, config
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, as_chat: bool) -> list[int]:
+    if not as_chat or not tokenizer.chat_template:
+        return cast("list[int]", tokenizer(text)["input_ids"])
+    messages = [{"role": "system", "content": text}]
+    return cast("list[int]", tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
