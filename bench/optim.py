@@ -1,4 +1,5 @@
-"""8-bit AdamW against torch's fused float32 AdamW and bitsandbytes' AdamW8bit on the CPU, and what each keeps.
+"""8-bit AdamW against torch's fused float32 AdamW and bitsandbytes' AdamW8bit on the CPU, and what each keeps;
+GaLore's memory against full AdamW's, of its state and of whole training steps.
 
 python bench/optim.py [--layers 6] [--hidden 576] [--repeats 9] [--threads 2]
 """
@@ -16,6 +17,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.optim import Optimizer
 
+from training_peak import peaks
 from veneer.ops.cpu.module import description
 from veneer.optim import AdamW8bit, GaLoreAdamW, PagedAdamW8bit
 from veneer.optim.galore import Projection
@@ -41,6 +43,7 @@ def main() -> None:
             table.add_row(name, str(dtype).removeprefix("torch."), f"{times[name]:.2f}", f"{ratio:.2f}x", kept)
     console.print(table)
     console.print(galore_table(args))
+    console.print(peak_table(args))
 
 
 def parse() -> argparse.Namespace:
@@ -134,6 +137,16 @@ def galore_table(args: argparse.Namespace) -> Table:
         optimizer = GaLoreAdamW(parameters(args, torch.float32), projection=projection, eight_bit=eight_bit)
         optimizer.step()
         table.add_row(name, f"{state_bytes(optimizer) / 1e6:.1f}", f"{1 - state_bytes(optimizer) / whole:.1%} less")
+    return table
+
+
+def peak_table(args: argparse.Namespace) -> Table:
+    """How far a few training steps raise a process's memory above its weights."""
+    found = peaks(args.layers, args.hidden, args.rank or args.hidden // 4)
+    whole = found["torch AdamW"]
+    table = Table("training step", "peak above the weights, MB", "against AdamW")
+    for name, taken in found.items():
+        table.add_row(name, f"{taken / 1e6:.0f}", f"{1 - taken / whole:.1%} less")
     return table
 
 

@@ -8,6 +8,15 @@
 
 namespace veneer {
 
+// Codes as a function of the magnitude: straight lines, one a decade of the map. A magnitude's bits >> 24 name one of 16
+// bins, which holds at most one border between lines; entry `bin` is the line up to that edge, entry 16 + bin the one after.
+// slope * magnitude + offset, at most top, is 512 + code + 2^-14: the 14 lowest bits of that float tell how far it is from
+// the next code, and below 4 it is too close to say. For a signed map it is half a code less than the distance from zero's
+// code, to be mirrored and put on 639.5 + 2^-14.
+struct CodeLines {
+  float edge[16], slope[32], offset[32], top[32];
+};
+
 struct AdamWMoment {
   uint8_t* codes;      // one a parameter
   float* absmax;       // one a block of 256
@@ -16,6 +25,7 @@ struct AdamWMoment {
   // bin's smallest magnitude, and one further from zero once the lower 16 bits exceed the threshold. A signed moment has
   // the bins of negative values after those of the positive ones.
   const int32_t* bins;
+  const CodeLines* lines;
 };
 
 struct AdamWStep {

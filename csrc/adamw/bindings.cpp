@@ -9,9 +9,9 @@ namespace nb = nanobind;
 namespace veneer {
 namespace {
 
-AdamWMoment moment(uintptr_t codes, uintptr_t absmax, uintptr_t table, uintptr_t bins) {
+AdamWMoment moment(uintptr_t codes, uintptr_t absmax, uintptr_t table, uintptr_t bins, uintptr_t lines) {
   return {reinterpret_cast<uint8_t*>(codes), reinterpret_cast<float*>(absmax), reinterpret_cast<const float*>(table),
-          reinterpret_cast<const int32_t*>(bins)};
+          reinterpret_cast<const int32_t*>(bins), reinterpret_cast<const CodeLines*>(lines)};
 }
 
 AdamWStep hyper(double lr, double beta1, double beta2, double eps, double weight_decay, int64_t step) {
@@ -27,11 +27,12 @@ void bind_adamw(nb::module_& m) {
   m.def(
       "adamw_8bit",
       [](uintptr_t param, int param_dtype, uintptr_t grad, int grad_dtype, int64_t n, uintptr_t codes1, uintptr_t absmax1,
-         uintptr_t table1, uintptr_t bins1, uintptr_t codes2, uintptr_t absmax2, uintptr_t table2, uintptr_t bins2,
+         uintptr_t table1, uintptr_t bins1, uintptr_t lines1, uintptr_t codes2, uintptr_t absmax2, uintptr_t table2,
+         uintptr_t bins2, uintptr_t lines2,
          double lr, double beta1, double beta2, double eps, double weight_decay, int64_t step) {
         return adamw_kernels().step(
             {reinterpret_cast<void*>(param), reinterpret_cast<const void*>(grad), Dtype(param_dtype), Dtype(grad_dtype), n,
-             moment(codes1, absmax1, table1, bins1), moment(codes2, absmax2, table2, bins2)},
+             moment(codes1, absmax1, table1, bins1, lines1), moment(codes2, absmax2, table2, bins2, lines2)},
             hyper(lr, beta1, beta2, eps, weight_decay, step));
       },
       nb::call_guard<nb::gil_scoped_release>());

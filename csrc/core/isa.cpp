@@ -38,12 +38,14 @@ bool usable(Isa isa) {
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 #endif
 #ifdef VENEER_BUILT_AVX512_BF16
-    case Isa::avx512_bf16: return usable(Isa::avx512) && __builtin_cpu_supports("avx512bf16");
+    // Permutations of bytes (VBMI) came to all CPUs with bf16 products but one, which runs the avx512 build.
+    case Isa::avx512_bf16:
+      return usable(Isa::avx512) && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
 #endif
 #ifdef VENEER_BUILT_AMX
     case Isa::amx: {
       static const bool tiles = tiles_usable();
-      return usable(Isa::avx512_bf16) && __builtin_cpu_supports("avx512vbmi") && tiles;
+      return usable(Isa::avx512_bf16) && tiles;
     }
 #endif
     default: return false;

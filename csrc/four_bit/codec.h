@@ -147,10 +147,14 @@ inline __m512i unpack16(const uint8_t* packed) {
   return _mm512_or_si512(_mm512_srli_epi64(bytes, 4), _mm512_slli_epi64(bytes, 32));
 }
 
-// 16 bytes -> 32 indices in 16-bit lanes; the low four bits count, bit 4 is noise that a doubled table ignores.
+// 16 bytes -> 32 indices in 16-bit lanes; the low four bits count, what is above is noise that a doubled table ignores.
 inline __m512i unpack32(const uint8_t* packed) {
   const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
+#if defined(__AVX512VBMI__) && !defined(__AMX_BF16__)  // CPUs with tiles have one unit for this and all permutations
+  return _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x0020002400000004), bytes);
+#else
   return _mm512_or_si512(_mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(bytes, 16));
+#endif
 }
 
 inline void dequantize_run(const uint8_t* packed, int64_t n, const BlockTable<float>& t, float* out) {
@@ -175,6 +179,39 @@ inline void dequantize_run(const uint8_t* packed, int64_t n, const BlockTable<T>
   dequantize_scalar(packed, n, t, out);
 }
 #endif
+
+#if defined(__AVX512BF16__)
+// The table of a block, twice over, as unpack32's indices need it; made with the CPU's own rounding.
+inline __m512i doubled_table(__m512 table, float absmax) {
+  const __m512 scaled = _mm512_mul_ps(table, _mm512_set1_ps(absmax));
+  return (__m512i)_mm512_cvtne2ps_pbh(scaled, scaled);
+}
+
+// Whether the CPU's own rounding gives the bits of integer rounding for every value of a block: it flushes subnormal
+// numbers, and writes another NaN.
+inline bool rounds_alike(float absmax) { return absmax > 1e-30f && absmax < 1e30f; }
+
+// Whole blocks, a table in a register each.
+inline void dequantize_blocks(const uint8_t* packed, const float* absmax, int64_t blocks, int64_t block_size,
+                              const FourBitCode& code, bf16* out) {
+  const __m512 table = _mm512_loadu_ps(code.table);
+  for (int64_t b = 0; b < blocks; ++b, packed += block_size / 2, out += block_size) {
+    if (__builtin_expect(!rounds_alike(absmax[b]), 0)) {
+      dequantize_run(packed, block_size, block_table<bf16>(code, absmax[b]), out);
+      continue;
+    }
+    const __m512i values = doubled_table(table, absmax[b]);
+    for (int64_t i = 0; i < block_size; i += 32)
+      _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(unpack32(packed + i / 2), values));
+  }
+}
+#endif
+template <class T>
+inline void dequantize_blocks(const uint8_t* packed, const float* absmax, int64_t blocks, int64_t block_size,
+                              const FourBitCode& code, T* out) {
+  for (int64_t b = 0; b < blocks; ++b)
+    dequantize_run(packed + b * block_size / 2, block_size, block_table<T>(code, absmax[b]), out + b * block_size);
+}
 
 }  // namespace
 }  // namespace veneer

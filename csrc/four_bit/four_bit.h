@@ -35,7 +35,7 @@ struct FourBitKernels {
   // multiply. scratch: product_scratch() bytes.
   void (*multiply)(const FourBitMatrix& w, const bf16* x, int64_t rows, bool transposed, bf16* out, void* scratch);
   int64_t (*product_scratch)(const FourBitMatrix& w, int64_t rows, bool transposed);
-  // W x for up to four rows, where a row of W is a multiple of 64 values and a block at least 64; null as above.
+  // W x for a few rows, where a row of W is a multiple of 64 values and a block at least 64; null as above.
   // scratch: rows of w.i values of bf16.
   void (*multiply_few)(const FourBitMatrix& w, const bf16* x, int64_t rows, bf16* out, void* scratch);
 };

@@ -53,13 +53,13 @@ void quantize(const void* x, Dtype dtype, int64_t n, int64_t block_size, const F
 template <class T>
 void dequantize_typed(const uint8_t* packed, const float* absmax, int64_t n, int64_t block_size,
                       const FourBitCode& code, T* out) {
-  const int64_t blocks = (n + block_size - 1) / block_size;
-  parallel_for(blocks, grain_blocks(block_size), [=, &code](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      const int64_t first = b * block_size, size = first + block_size <= n ? block_size : n - first;
-      dequantize_run(packed + first / 2, size, block_table<T>(code, absmax[b]), out + first);
-    }
+  const int64_t full = n / block_size;
+  parallel_for(full, grain_blocks(block_size), [=, &code](int64_t begin, int64_t end) {
+    const int64_t first = begin * block_size;
+    dequantize_blocks(packed + first / 2, absmax + begin, end - begin, block_size, code, out + first);
   });
+  const int64_t done = full * block_size;
+  if (done < n) dequantize_run(packed + done / 2, n - done, block_table<T>(code, absmax[full]), out + done);
 }
 
 void dequantize(const uint8_t* packed, const float* absmax, int64_t n, int64_t block_size, const FourBitCode& code,

@@ -31,12 +31,6 @@ inline void decode_span(const FourBitMatrix& w, int64_t first, int64_t n, T* out
   }
 }
 
-// The table of a block, twice over, as dequantize_run uses it; made with the CPU's own rounding.
-inline __m512i doubled_table(__m512 table, float absmax) {
-  const __m512 scaled = _mm512_mul_ps(table, _mm512_set1_ps(absmax));
-  return (__m512i)_mm512_cvtne2ps_pbh(scaled, scaled);
-}
-
 inline bool whole_tiles(const FourBitMatrix& w) { return w.i % tile_depth == 0 && w.block_shift >= 5; }
 
 // Row `row`, columns [32 k, 32 k + 32) -> one register; columns past the end are zero.

@@ -146,11 +146,7 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(packed, absmax)
         ctx.layout, ctx.how = layout, how
-        transposed, backend = how
-        run = implementation("four_bit.matmul_t_4bit" if transposed else "four_bit.matmul_4bit", x.device, backend)
-        flat = x.reshape(-1, x.shape[-1]).contiguous()
-        out: Tensor = run(flat, packed.reshape(-1), absmax, layout)
-        return out.view(*x.shape[:-1], out.shape[-1])
+        return _unrecorded(x, packed, absmax, layout, how)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
@@ -160,8 +156,20 @@ class _Product(torch.autograd.Function):
 
 
 def _product(x: Tensor, packed: Tensor, absmax: Tensor, layout: FourBitLayout, how: tuple[bool, str | None]) -> Tensor:
+    if not (x.requires_grad and torch.is_grad_enabled()):  # recording takes as long as the product of a row
+        return _unrecorded(x, packed, absmax, layout, how)
     out: Tensor = _Product.apply(x, packed, absmax, layout, how)  # type: ignore[no-untyped-call]
     return out
+
+
+def _unrecorded(
+    x: Tensor, packed: Tensor, absmax: Tensor, layout: FourBitLayout, how: tuple[bool, str | None]
+) -> Tensor:
+    transposed, backend = how
+    run = implementation("four_bit.matmul_t_4bit" if transposed else "four_bit.matmul_4bit", x.device, backend)
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    out: Tensor = run(flat, packed.reshape(-1), absmax, layout)
+    return out.view(*x.shape[:-1], out.shape[-1])
 
 
 def _float(dtype: torch.dtype) -> torch.dtype:

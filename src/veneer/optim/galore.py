@@ -4,20 +4,18 @@ algorithm 2).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.optim import Optimizer
 
 from veneer.errors import ConfigError
-from veneer.ops.adamw import BLOCK_SIZE, AdamWStep
+from veneer.ops.adamw import BLOCK_SIZE
 from veneer.ops.blockwise import dequantize_blockwise, dynamic_map, quantize_blockwise
 from veneer.ops.reference.adamw import adam_direction, adam_moments
-from veneer.optim.adamw_8bit import Params, check_adam_settings
+from veneer.optim.adam import LeanAdamW, Params, next_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +43,7 @@ class Projection:
         return (shape[0] >= shape[1]) == (self.side == "shorter")
 
 
-class GaLoreAdamW(Optimizer):
+class GaLoreAdamW(LeanAdamW):
     """AdamW whose moments live in a rank-r projection of the gradient for every matrix larger than the rank.
 
     A matrix (m, n) keeps moments of r·max(m, n) entries and a basis of r·min(m, n) instead of 2·m·n. Moments are
@@ -67,43 +65,13 @@ class GaLoreAdamW(Optimizer):
         projection: Projection | None = None,
         eight_bit: bool = False,
     ) -> None:
-        check_adam_settings(lr, betas, eps, weight_decay)
         self.projection, self.eight_bit = projection or Projection(), eight_bit
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "projected": True}
         super().__init__(params, defaults)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._update(param, group)
-        return loss
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Bit-exact: torch would cast state to the dtype of a 16-bit parameter."""
-        super().load_state_dict(state_dict)
-        order = [param for group in self.param_groups for param in group["params"]]
-        for index, saved in state_dict["state"].items():
-            device = order[index].device
-            self.state[order[index]] = {
-                k: v.to(device, copy=True) if torch.is_tensor(v) else v for k, v in saved.items()
-            }
-
-    def state_bytes(self) -> int:
-        """Bytes that moments and bases take."""
-        tensors = (v for state in self.state.values() for v in state.values() if torch.is_tensor(v))
-        return sum(t.numel() * t.element_size() for t in tensors)
-
     def _update(self, param: Tensor, group: dict[str, Any]) -> None:
         state, grad = self.state[param], cast(Tensor, param.grad).float()
-        state["step"] = state.get("step", 0) + 1
-        hyper = AdamWStep(group["lr"], group["betas"], group["eps"], group["weight_decay"], state["step"])
+        hyper = next_step(state, group)
         projected = group["projected"] and param.ndim == 2 and min(param.shape) > self.projection.rank
         right = projected and self.projection.goes_right(param.shape)
         if projected and (state["step"] - 1) % self.projection.gap == 0:

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from veneer.errors import TrainingError
-from veneer.optim.adamw_8bit import MIN_8BIT_SIZE, AdamW8bit, Params
+from veneer.optim.adam import Params
+from veneer.optim.adamw_8bit import MIN_8BIT_SIZE, AdamW8bit
 
 PAGED_FROM = 100_000
 """Parameters with fewer entries stay in memory, as in bitsandbytes: their pages would cost more than they free."""

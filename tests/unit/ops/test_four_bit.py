@@ -47,6 +47,18 @@ def test_values_are_table_times_absmax(shape, quant_type, dtype, backend):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_values_at_the_ends_of_what_floats_hold(quant_type, dtype, backend):
+    """Subnormal numbers and infinities are rounded as torch rounds them."""
+    packed = torch.arange(256, dtype=torch.uint8).repeat(2)[: 64 * 13 // 2]
+    absmax = torch.tensor([1e-45, 3e-41, 1e-38, 9e-31, 2e-30, 1e-6, 0.0, 1.0, 7e4, 9e29, 2e30, 3e38, float("inf")])
+    codes = torch.stack([packed >> 4, packed & 15], dim=1).flatten().int()
+    expected = (table(quant_type)[codes].view(13, 64) * absmax[:, None]).to(dtype)
+    ours = dequantize_4bit(packed, absmax, FourBitLayout((13, 64), quant_type, 64, dtype), backend=backend)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_values_are_those_of_bitsandbytes_where_its_own_code_is_right(quant_type, dtype, backend):
     w = weight((37, 192), dtype)
     theirs, state = bnb.quantize_4bit(w, quant_type=quant_type)
@@ -80,7 +92,7 @@ def test_codes_of_an_empty_weight(backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 3, 8, 41])
+@pytest.mark.parametrize("rows", [1, 3, 8, 13, 41])
 @pytest.mark.parametrize(
     ("o", "i", "block_size"), [(1, 1, 64), (33, 97, 64), (37, 96, 64), (67, 128, 32), (131, 192, 128)]
 )

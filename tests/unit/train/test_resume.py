@@ -7,8 +7,10 @@ from safetensors.torch import load_file
 
 from veneer import LoraConfig
 from veneer.errors import ConfigError, TrainingError
+from veneer.optim import AdamW8bit, PagedAdamW8bit
 from veneer.train.checkpoint import checkpoints, drop_old, latest_checkpoint, read_progress
 from veneer.train.config import SFTConfig
+from veneer.train.optimizer import FACTORIES
 from veneer.train.sampler import EpochSampler
 from veneer.train.trainer import SFTTrainer
 
@@ -77,18 +79,37 @@ def test_a_resumed_run_logs_and_ends_as_the_whole_one(tmp_path, start, whole):
 
 OPTIMIZERS = {
     "adamw_8bit": {},
+    "adamw_bnb_8bit": {"whole": True},
     "paged_adamw_8bit": {"lora_plus": 5.0},
     "adamw_torch_fused": {"lora_plus": 3.0},
+    "galore_adamw": {"whole": True, "optim_args": "rank=3, gap=2, side=longer"},
     "galore_adamw_8bit": {"whole": True, "optim_args": "rank=3, gap=2"},
     "galore_adamw_layerwise": {"whole": True, "optim_args": "rank=3, update_proj_gap=2", "max_grad_norm": 0.0},
+    "galore_adamw_8bit_layerwise": {"whole": True, "optim_args": "rank=5, gap=3", "max_grad_norm": 0.0},
 }
 
 
+def test_every_optimizer_by_name_is_resumed_below():
+    assert FACTORIES.keys() <= OPTIMIZERS.keys()
+
+
+@pytest.fixture
+def small_is_large(monkeypatch):
+    """The 8-bit state and its pages, which only larger tensors have, for the tensors of a small model too."""
+    for optimizer in (AdamW8bit, PagedAdamW8bit):
+        sizes = {"min_8bit_size": 32, "paged_from": 64}
+        defaults = optimizer.__init__.__kwdefaults__
+        monkeypatch.setattr(optimizer.__init__, "__kwdefaults__", {k: sizes.get(k, v) for k, v in defaults.items()})
+
+
+@pytest.mark.usefixtures("small_is_large")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_run_with_any_optimizer_resumes_bit_for_bit(tmp_path, start, name):
     options = {"optim": name, "max_steps": 5, "learning_rate": 2e-3, **OPTIMIZERS[name]}
     first = start(**options)
     first.train()
+    kept = first.optimizer.state_dict()["state"].values()
+    assert any("state1" in state for state in kept) == ("8bit" in name)
     shutil.copytree(tmp_path / "run" / "checkpoint-3", tmp_path / "from3" / "checkpoint-3")
     again = start("from3", **options)
     again.train(resume_from_checkpoint=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import torch
-from jaxtyping import Int32
+from jaxtyping import Float32, Int32
 from torch import Tensor
 
 from veneer.errors import NonFiniteError
@@ -16,6 +17,7 @@ from veneer.ops.reference import adamw as reference
 
 _FIRST_BIN, _LAST_BIN = 0x3400, 0x3F80  # the upper 16 bits of 2**-23 and of 1
 _NEVER = 0xFFFF
+_FLOOR = 512  # floats from here to 1024 are 2^-14 apart
 
 
 @torch.no_grad()
@@ -43,9 +45,9 @@ def adamw_8bit_(param: Tensor, grad: Tensor, moments: tuple[Moment8bit, Moment8b
     return None
 
 
-def _places(moment: Moment8bit, signed: bool) -> tuple[int, int, int, int]:
-    tables = dynamic_map(signed), code_bins(signed)
-    return tuple(t.data_ptr() for t in (moment.codes, moment.absmax, *tables))  # type: ignore[return-value]
+def _places(moment: Moment8bit, signed: bool) -> tuple[int, ...]:
+    tables = dynamic_map(signed), code_bins(signed), code_lines(signed)
+    return tuple(t.data_ptr() for t in (moment.codes, moment.absmax, *tables))
 
 
 @cache
@@ -71,3 +73,51 @@ def _bins_of(midpoints: Tensor, sign: int) -> Tensor:
     # Up, a midpoint itself belongs below; down, to the code beyond it: the lower one on a tie.
     threshold = torch.where(here, (bits & 0xFFFF) - int(sign < 0), _NEVER)
     return (threshold << 8) | codes
+
+
+@cache
+def code_lines(signed: bool) -> Float32[Tensor, "112"]:
+    """How a kernel finds the nearest code without a table in memory: csrc/adamw/adamw.h's CodeLines.
+
+    Within a decade codes are equally far apart, so that the code is a linear function of the magnitude.
+    """
+    code = dynamic_map(signed).double()
+    zero = int((code == 0).nonzero())
+    middles = (dynamic_map(signed)[:-1] + dynamic_map(signed)[1:]) / 2
+    lines = _decades(code, zero, 2 if signed else 1)
+    start = -zero - 0.5 if signed else _FLOOR
+    firsts = [first for first, _, _ in lines]
+    borders = [float(middles[first - 1]) for first in firsts[1:]]
+    bins = [int(torch.tensor(b).view(torch.int32)) >> 24 & 15 for b in borders]
+    edge, columns = [math.inf] * 16, [[0.0] * 32 for _ in range(3)]
+    for number in range(16):
+        before = sum(b < number for b in bins)
+        after = sum(b <= number for b in bins)
+        if after > before:
+            edge[number] = borders[before]
+        for place, line in ((number, before), (16 + number, after)):
+            first, last, slope = lines[line]
+            columns[0][place] = slope
+            columns[1][place] = start + _offset(middles, first, last, slope) + (0.0 if signed else 2**-14)
+            columns[2][place] = start + last + 0.5
+    return torch.tensor([*edge, *columns[0], *columns[1], *columns[2]], dtype=torch.float32)
+
+
+def _decades(code: Tensor, zero: int, narrow: int) -> list[tuple[int, int, float]]:
+    """(first code, last code, codes a unit of magnitude) of zero, of each decade, and of one."""
+    lines, first = [(zero, zero, 0.0)], zero + 1
+    while first < len(code) - 1:
+        last = first + 2 ** len(lines) // narrow - 1
+        width = float(code[last] - code[first])
+        lines.append((first, last, (last - first) / width if last > first else 0.0))
+        first = last + 1
+    return [*lines, (first, first, 0.0)]
+
+
+def _offset(middles: Tensor, first: int, last: int, slope: float) -> float:
+    """What puts the midpoints between the codes of a decade onto whole numbers."""
+    if first == last:
+        return first + 0.5
+    whole = torch.arange(first + 1, last + 1, dtype=torch.float64)
+    rounded = float(torch.tensor(slope, dtype=torch.float32))
+    return float((whole - middles[first:last].double() * rounded).mean())
