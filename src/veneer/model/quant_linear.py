@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from veneer.core.frozen import FrozenWeight
 from veneer.errors import FormatError
+from veneer.quant.product import Multiplies
 from veneer.quant.spec import StorageSpec
 
 
@@ -143,6 +144,13 @@ class QuantLinear(nn.Module):
         kept = {name: self._buffers.pop(name) for name in self.spec.part_layout()}
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         self._buffers |= kept
+
+
+def computing_dtypes(model: nn.Module) -> set[torch.dtype]:
+    """What a model computes in: the dtype of its parameters, and what its quantized layers ask for beside that."""
+    weights = [module.frozen_format() for module in model.modules() if isinstance(module, QuantLinear)]
+    asked = {weight.compute_dtype for weight in weights if isinstance(weight, Multiplies)}
+    return {dtype for dtype in (next(model.parameters()).dtype, *asked) if dtype is not None}
 
 
 def _disk_keys(keys: Iterable[str]) -> set[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -103,7 +103,7 @@ def _scored(logits: Tensor, labels: Tensor, scoring: Scoring, aux: Tensor | None
 
 def _loss_in_chunks(model: nn.Module, head: Head, inputs: dict[str, Any]) -> TokenLoss:
     """The same loss of a fused model, without the logits of all tokens in memory."""
-    hidden, labels, aux = _hidden(model, head, inputs)
+    hidden, head, labels, aux = _hidden(model, head, inputs)
     options = HeadOptions(num_items=1.0)
     total, hits = linear_cross_entropy_and_hits(hidden, head.weight, labels, head.bias, options)
     return TokenLoss(total, (labels != IGNORED).sum(), hits, aux)
@@ -112,22 +112,24 @@ def _loss_in_chunks(model: nn.Module, head: Head, inputs: dict[str, Any]) -> Tok
 def _row_losses_in_chunks(
     model: nn.Module, head: Head, inputs: dict[str, Any], shares: Sequence[Share]
 ) -> list[TokenLoss]:
-    hidden, labels, _ = _hidden(model, head, inputs)
+    hidden, head, labels, _ = _hidden(model, head, inputs)
     losses, hits = linear_cross_entropy_rows(hidden, head.weight, labels, head.bias)
     n_rows = inputs["labels"].shape[0]
     losses, hits, trained = (t.view(n_rows, -1) for t in (losses, hits, labels != IGNORED))
     return [TokenLoss(losses[s.rows].sum(), trained[s.rows].sum(), hits[s.rows].sum(), None) for s in shares]
 
 
-def _hidden(model: nn.Module, head: Head, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Hidden states in front of the head (b * (t - 1), d), their labels, and the loss of a router."""
+def _hidden(model: nn.Module, head: Head, inputs: dict[str, Any]) -> tuple[Tensor, Head, Tensor, Tensor | None]:
+    """Hidden states (b * (t - 1), d) and the head in what it computes in, the labels, and the loss of a router."""
     labels: Tensor = inputs["labels"][:, 1:].flatten()
     rest = {key: value for key, value in inputs.items() if key != "labels"}
-    with hidden_as_logits(model):
+    with hidden_as_logits(model) as passed:
         out = model(**rest, use_cache=False)
     hidden = out.logits[:, :-1].flatten(0, 1)
-    dtype = head.weight.dtype if isinstance(head.weight, Tensor) else hidden.dtype
-    return hidden.to(dtype), labels.to(hidden.device), getattr(out, "aux_loss", None)
+    dtype = cast(torch.dtype, passed.dtype)
+    if isinstance(head.weight, Tensor):
+        head = replace(head, weight=head.weight.to(dtype))
+    return hidden.to(dtype), head, labels.to(hidden.device), getattr(out, "aux_loss", None)
 
 
 def model_of(model: nn.Module) -> nn.Module:

@@ -28,7 +28,14 @@ from transformers import (
     Starcoder2Config,
 )
 
-from veneer import BottleneckConfig, IA3Config, LoraConfig, PrefixTuningConfig, get_peft_model
+from veneer import (
+    BottleneckConfig,
+    IA3Config,
+    LoraConfig,
+    PrefixTuningConfig,
+    get_peft_model,
+    prepare_model_for_kbit_training,
+)
 from veneer.core.method import MethodConfig
 from veneer.model.fused import decoder
 from veneer.model.fused.attention import attention_half
@@ -109,12 +116,12 @@ def stir(model: nn.Module) -> None:
                 parameter += 0.2 * torch.randn(parameter.shape, generator=generator).to(parameter)
 
 
-def quantized(model: PreTrainedModel, quant_type: str) -> PreTrainedModel:
+def quantized(model: PreTrainedModel, quant_type: str, compute_dtype: torch.dtype | None = None) -> PreTrainedModel:
     for name, module in list(model.model.layers.named_modules()):
         if isinstance(module, nn.Linear):
             layout = FourBitLayout(tuple(module.weight.shape), quant_type, 64, module.weight.dtype)
             model.model.layers.set_submodule(
-                name, QuantLinear.from_dense(module, FourBitSpec(layout, double_quant=True))
+                name, QuantLinear.from_dense(module, FourBitSpec(layout, True, compute_dtype))
             )
     return model
 
@@ -198,6 +205,24 @@ def test_in_bfloat16_errs_no_more_than_twice_the_general_path(family: str) -> No
     general = step(model, BATCHES["packed"])
     with fused(model):
         found = step(model, BATCHES["packed"])
+    assert (found[0] - exact[0]).norm() <= 2 * (general[0] - exact[0]).norm()
+    assert error(found[2], exact[2]) <= 2 * error(general[2], exact[2])
+
+
+@pytest.mark.parametrize("compute_dtype", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_beside_a_float32_stream_under_autocast(
+    family: str, compute_dtype: torch.dtype | None, halves: list[str]
+) -> None:
+    model = quantized(base(family, torch.bfloat16), "nf4", compute_dtype)
+    model = adapted(prepare_model_for_kbit_training(model, use_gradient_checkpointing=False))
+    exact = step(copy.deepcopy(model).double(), BATCHES["packed"])
+    with torch.autocast("cpu", torch.bfloat16):
+        general = step(model, BATCHES["packed"])
+        with fused(model):
+            halves.clear()
+            found = step(model, BATCHES["packed"])
+    assert len(halves) == 4
     assert (found[0] - exact[0]).norm() <= 2 * (general[0] - exact[0]).norm()
     assert error(found[2], exact[2]) <= 2 * error(general[2], exact[2])
 

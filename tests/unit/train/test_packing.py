@@ -5,6 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from veneer.errors import ConfigError
+from veneer.model.quant_linear import QuantLinear
+from veneer.ops.four_bit import FourBitLayout
+from veneer.quant.four_bit import FourBitSpec
 from veneer.train.collate import Collator
 from veneer.train.encode import IGNORED
 from veneer.train.exact import keeps_packed_apart, packing_layout
@@ -102,6 +105,16 @@ def test_the_model_is_asked_whether_it_keeps_sequences_apart(make_model, family,
 def test_the_question_is_answered_rightly_in_low_precision(make_model, dtype):
     assert keeps_packed_apart(make_model("qwen2").to(dtype))
     assert not keeps_packed_apart(make_model("bloom").to(dtype))
+
+
+@pytest.mark.parametrize(("family", "expected"), [("llama", True), ("bloom", False)])
+def test_the_question_is_answered_rightly_where_a_quantized_model_computes_in_less(make_model, family, expected):
+    model = make_model(family)
+    for name, module in list(model.named_modules()):
+        if type(module) is torch.nn.Linear and name != "lm_head":
+            layout = FourBitLayout(tuple(module.weight.shape), "nf4", 64, torch.float32)
+            model.set_submodule(name, QuantLinear.from_dense(module, FourBitSpec(layout, True, torch.bfloat16)))
+    assert keeps_packed_apart(model) is expected
 
 
 def test_flat_layout_is_one_row_with_restarting_positions():

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from veneer.model.fused.heads import HeadLayout
-from veneer.model.fused.parts import Norm
+from veneer.model.fused.parts import Norm, add_onto
 from veneer.ops.attention import AttentionOptions, attention_backward, attention_forward
 from veneer.ops.lora import Projection, lora_backward, lora_forward
 from veneer.ops.rotary import rotate
@@ -22,8 +22,12 @@ from veneer.ops.rotary import rotate
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionHalf:
-    """The parts of one half as they act now. ``q_norm`` and ``k_norm`` act on each head, before it is rotated."""
+    """The parts of one half as they act now. ``q_norm`` and ``k_norm`` act on each head, before it is rotated.
 
+    ``dtype`` is what lies between the norm and the sum: the stream's, or bfloat16 beside a float32 stream (autocast).
+    """
+
+    dtype: torch.dtype
     norm: Norm
     qkv: tuple[Projection, ...]
     out: Projection
@@ -62,7 +66,7 @@ class _AttentionHalf(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             flat = x.reshape(-1, x.shape[-1])
             normed, statistics = half.norm.forward(flat)
-            heads, u = _heads(normed, half, x.shape, positions)
+            heads, u = _heads(normed.to(half.dtype), half, x.shape, positions)
             del normed
             attended, lse = attention_forward(*heads.qkv, positions.cu_seqlens, half.options)
             (out,), u_out = lora_forward(attended.view(attended.shape[0], -1), [half.out])
@@ -70,7 +74,7 @@ class _AttentionHalf(torch.autograd.Function):
             if half.post_norm is not None:
                 normed_out, statistics_out = half.post_norm.forward(out)
                 kept_out, out = (out, statistics_out), normed_out
-            out.add_(flat)
+            out = add_onto(flat, out)
         ctx.half, ctx.positions = half, positions
         kept_heads = () if half.recomputes else (*heads.qkv, *heads.q_kept, *heads.k_kept)
         ctx.n_q_kept, ctx.n_heads_kept = len(heads.q_kept), len(kept_heads)
@@ -85,20 +89,21 @@ class _AttentionHalf(torch.autograd.Function):
         wanted = ctx.needs_input_grad[0] or any(ctx.needs_input_grad[3 : 3 + n_pairs])
         with torch.autocast(x.device.type, enabled=False):
             flat, dy = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, x.shape[-1])
-            dout = dy if half.post_norm is None else half.post_norm.backward(dy, *kept[n_heads:])
+            dout = dy.to(half.dtype)
+            dout = dout if half.post_norm is None else half.post_norm.backward(dout, *kept[n_heads:])
             out_grads = lora_backward([dout], attended.view(len(flat), -1), u_out, [half.out], input_grad=wanted)
             if not wanted or out_grads.x is None:
                 return None, None, None, *(None,) * n_pairs, *out_grads.a, *out_grads.b
             dattended = out_grads.x.view(attended.shape)
             if half.recomputes:
-                heads, _ = _heads(half.norm.forward(flat)[0], half, x.shape, positions)
+                heads, _ = _heads(half.norm.forward(flat)[0].to(half.dtype), half, x.shape, positions)
             else:
                 heads = _Heads((kept[0], kept[1], kept[2]), tuple(kept[3 : 3 + n_q]), tuple(kept[3 + n_q : n_heads]))
             dqkv = attention_backward(dattended, heads.qkv, (attended, lse), positions.cu_seqlens, half.options)
             dq = _turned_back(dqkv[0], half.q_norm, heads.q_kept, x.shape, positions)
             dk = _turned_back(dqkv[1], half.k_norm, heads.k_kept, x.shape, positions)
             del heads
-            normed, _ = half.norm.forward(flat)
+            normed = half.norm.forward(flat)[0].to(half.dtype)
             joined = half.heads.join((dq, dk, dqkv[2]))
             found = lora_backward(joined, normed, u, half.qkv, input_grad=ctx.needs_input_grad[0])
             dx = None if found.x is None else half.norm.backward(found.x, flat, statistics).add_(dy).view(x.shape)

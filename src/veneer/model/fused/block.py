@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from veneer.model.fused.attention import AttentionHalf, Positions, attention_half
 from veneer.model.fused.layout import LayoutMask
 from veneer.model.fused.mlp import MlpHalf, mlp_half
-from veneer.model.fused.parts import Norm, is_plain, norm_of, projection_of
+from veneer.model.fused.parts import Norm, computed_in, is_plain, norm_of, projection_of
 from veneer.model.fused.shape import BlockShape, window_of
 from veneer.model.inplace import InPlace, base_of
 from veneer.ops.lora import Projection
@@ -39,9 +39,10 @@ class FusedBlock(InPlace, nn.Module):
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _run(block: FusedBlock, x: Tensor, mask: LayoutMask, kwargs: dict[str, Any]) -> Any:
     shape = block.fused_shape
-    runs = all(kwargs.get(name) is None for name in SPECIAL) and _computes_in(x.dtype) and not _drops(block)
-    attention = attention_of(block, x.dtype) if runs else None
-    mlp = mlp_of(block, x.dtype) if runs else None
+    dtype = computed_in(x)
+    runs = all(kwargs.get(name) is None for name in SPECIAL) and not _drops(block)
+    attention = attention_of(block, x.dtype, dtype) if runs and dtype else None
+    mlp = mlp_of(block, x.dtype, dtype) if runs and dtype else None
     if attention is None:
         attention_module = getattr(block, shape.attention_name)
         kwargs = {**kwargs, "attention_mask": mask.dense_for(attention_module, x, window_of(attention_module))}
@@ -57,18 +58,19 @@ def _run(block: FusedBlock, x: Tensor, mask: LayoutMask, kwargs: dict[str, Any])
     return h + _through(block, shape.norms.mlp_post, change)
 
 
-def attention_of(block: FusedBlock, dtype: torch.dtype) -> AttentionHalf | None:
-    """The attention half as it acts now; None where something in it cannot run fused."""
+def attention_of(block: FusedBlock, stream: torch.dtype, dtype: torch.dtype) -> AttentionHalf | None:
+    """The attention half as it acts now, computed in ``dtype`` on a stream of its own; None: not fused."""
     shape, parts = block.fused_shape, block.fused_shape.attention
     module = getattr(block, shape.attention_name)
     if parts is None or not is_plain(module) or _drops_within(module):
         return None
     projections = _projections(module, (*parts.qkv, parts.out), dtype)
-    norms = _norms(block, [shape.norms.attention, shape.norms.attention_post], shape, dtype)
-    head_norms = _norms(module, parts.head_norms or (None, None), shape, dtype)
+    norms = _norms(block, [shape.norms.attention, shape.norms.attention_post], shape, stream)
+    head_norms = _norms(module, parts.head_norms or (None, None), shape, stream)
     if norms is None or norms[0] is None or head_norms is None or projections is None:
         return None
     return AttentionHalf(
+        dtype=dtype,
         norm=norms[0],
         qkv=projections[:-1],
         out=projections[-1],
@@ -80,16 +82,17 @@ def attention_of(block: FusedBlock, dtype: torch.dtype) -> AttentionHalf | None:
     )
 
 
-def mlp_of(block: FusedBlock, dtype: torch.dtype) -> MlpHalf | None:
-    """The feed-forward half as it acts now; None where something in it cannot run fused."""
+def mlp_of(block: FusedBlock, stream: torch.dtype, dtype: torch.dtype) -> MlpHalf | None:
+    """The feed-forward half as it acts now, likewise."""
     shape, parts, module = block.fused_shape, block.fused_shape.mlp, cast(Any, block).mlp
     if parts is None or not is_plain(module) or not is_plain(getattr(module, parts.act)) or _drops_within(module):
         return None
     projections = _projections(module, (*parts.gate_up, parts.down), dtype)
-    norms = _norms(block, [shape.norms.mlp, shape.norms.mlp_post], shape, dtype)
+    norms = _norms(block, [shape.norms.mlp, shape.norms.mlp_post], shape, stream)
     if norms is None or norms[0] is None or projections is None:
         return None
     return MlpHalf(
+        dtype=dtype,
         norm=norms[0],
         gate_up=projections[:-1],
         down=projections[-1],
@@ -132,11 +135,6 @@ def _positions(tables: tuple[Tensor, Tensor] | None, mask: LayoutMask) -> Positi
         return Positions(None, None, mask.cu_seqlens)
     cos, sin = (t[..., : t.shape[-1] // 2] for t in tables)
     return Positions(cos, sin, mask.cu_seqlens)
-
-
-def _computes_in(dtype: torch.dtype) -> bool:
-    """Whether the layers compute in the stream's own dtype: autocast may say otherwise."""
-    return not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") == dtype
 
 
 @functools.cache

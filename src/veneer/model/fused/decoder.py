@@ -18,6 +18,7 @@ from veneer.model.fused.head import Head, ends_with_head, head_of
 from veneer.model.fused.layout import LayoutMask, layout_mask
 from veneer.model.fused.shape import BlockShape, block_shapes
 from veneer.model.inplace import InPlace, change_class, restore_class
+from veneer.model.quant_linear import computing_dtypes
 from veneer.model.structure import evaluation
 from veneer.ops.dispatch import backends
 
@@ -130,12 +131,13 @@ def _fuse(model: PreTrainedModel) -> str | None:
     change_class(decoder, FusedDecoder)
     cast(FusedDecoder, decoder).ends_with_head = False
     blocks = [cast(FusedBlock, block) for block in layers]
-    with evaluation(model), _base_alone(model), torch.no_grad():
+    exact = torch.autocast(model.device.type, enabled=False)
+    with evaluation(model), _base_alone(model), torch.no_grad(), exact:
         error = _settle(model, blocks, cast("list[list[BlockShape]]", shapes))
         cast(FusedDecoder, decoder).ends_with_head = ends_with_head(model, torch.arange(3, device=model.device)[None])
     if all(block.fused_shape.attention is None and block.fused_shape.mlp is None for block in blocks):
         return "every part of its blocks is hooked, trained, or computes in another dtype than the stream"
-    tolerance = TOLERANCES.get(model.dtype, 1e-3)
+    tolerance = max(TOLERANCES.get(dtype, 1e-3) for dtype in computing_dtypes(model))
     return None if error <= tolerance else f"a block differs by {error:.1e} from the model's own code"
 
 
@@ -194,8 +196,10 @@ def _error(block: FusedBlock, shape: BlockShape, call: tuple[Tensor, dict[str, A
 def _take(block: FusedBlock, shape: BlockShape, dtype: torch.dtype) -> None:
     """A half that cannot be compared now is never fused."""
     block.fused_shape = shape
-    attention = None if attention_of(block, dtype) is None else shape.attention
-    block.fused_shape = replace(shape, attention=attention, mlp=None if mlp_of(block, dtype) is None else shape.mlp)
+    attention = None if attention_of(block, dtype, dtype) is None else shape.attention
+    block.fused_shape = replace(
+        shape, attention=attention, mlp=None if mlp_of(block, dtype, dtype) is None else shape.mlp
+    )
 
 
 def _calls(

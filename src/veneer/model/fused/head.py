@@ -27,10 +27,22 @@ class Head:
     bias: Tensor | None
 
 
+@dataclass(slots=True)
+class Passed:
+    """What the head would have computed in, known once it was passed: its weight's own dtype, or autocast's."""
+
+    dtype: torch.dtype | None = None
+
+
 class _Passing(InPlace, nn.Module):
     """Mixed in front of the head's class for one forward pass: hidden states come out where logits would."""
 
+    passed: Passed
+
     def forward(self, hidden: Tensor) -> Tensor:
+        weight, device = cast(Tensor, self.weight), hidden.device.type
+        own = weight.dtype if weight.is_floating_point() else hidden.dtype
+        self.passed.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else own
         return hidden
 
 
@@ -47,14 +59,16 @@ def head_of(model: nn.Module) -> Head | None:
 
 
 @contextmanager
-def hidden_as_logits(model: nn.Module) -> Iterator[None]:
+def hidden_as_logits(model: nn.Module) -> Iterator[Passed]:
     """For a while ``logits`` of the model's output are the hidden states in front of its head."""
     head = cast(PreTrainedModel, model).get_output_embeddings()
     change_class(head, _Passing)
+    passed = cast(_Passing, head).__dict__["passed"] = Passed()
     try:
-        yield
+        yield passed
     finally:
         restore_class(head)
+        del cast(_Passing, head).__dict__["passed"]
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from veneer.model.fused.parts import Norm
+from veneer.model.fused.parts import Norm, add_onto
 from veneer.ops.activation import activation_backward, activation_forward
 from veneer.ops.glu import glu_backward, glu_forward
 from veneer.ops.lora import Projection, lora_backward, lora_forward
@@ -26,8 +26,10 @@ class MlpHalf:
 
     ``gate_up``: gate and up, or one projection that gives both behind one another, or up alone where not ``gated``.
     ``activation`` is one of `veneer.ops.glu.ACTIVATIONS`; without a gate, of `veneer.ops.activation.KINDS`.
+    ``dtype`` is what lies between the norm and the sum: the stream's, or bfloat16 beside a float32 stream (autocast).
     """
 
+    dtype: torch.dtype
     norm: Norm
     gate_up: tuple[Projection, ...]
     down: Projection
@@ -67,14 +69,14 @@ class _MlpHalf(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             flat = x.reshape(-1, x.shape[-1])
             normed, statistics = half.norm.forward(flat)
-            inner, u = lora_forward(normed, half.gate_up)
+            inner, u = lora_forward(normed.to(half.dtype), half.gate_up)
             del normed
             (out,), u_down = lora_forward(half.hidden(inner), [half.down])
             kept_out: tuple[Tensor, ...] = ()
             if half.post_norm is not None:
                 normed_out, statistics_out = half.post_norm.forward(out)
                 kept_out, out = (out, statistics_out), normed_out
-            out.add_(flat if stream is None else stream.reshape(flat.shape))
+            out = add_onto(flat if stream is None else stream.reshape(flat.shape), out)
         inner = () if half.recomputes else inner
         ctx.half, ctx.adds, ctx.n_inner = half, stream is None, len(inner)
         ctx.save_for_backward(x, statistics, u, u_down, *inner, *kept_out)
@@ -90,13 +92,14 @@ class _MlpHalf(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             flat, dy = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, x.shape[-1])
             if half.recomputes:
-                inner, _ = lora_forward(half.norm.forward(flat)[0], half.gate_up)
-            dout = dy if half.post_norm is None else half.post_norm.backward(dy, *kept_out)
+                inner, _ = lora_forward(half.norm.forward(flat)[0].to(half.dtype), half.gate_up)
+            dout = dy.to(half.dtype)
+            dout = dout if half.post_norm is None else half.post_norm.backward(dout, *kept_out)
             down = lora_backward([dout], half.hidden(inner), u_down, [half.down], input_grad=wanted)
             if not wanted or down.x is None:
                 return None, dstream, None, *(None,) * n_pairs, *down.a, *down.b
             inner = half.inner_grads(down.x, inner)
-            normed, _ = half.norm.forward(flat)
+            normed = half.norm.forward(flat)[0].to(half.dtype)
             found = lora_backward(inner, normed, u, half.gate_up, input_grad=ctx.needs_input_grad[0])
             dx = None if found.x is None else half.norm.backward(found.x, flat, statistics)
             dx = None if dx is None else (dx.add_(dy) if ctx.adds else dx).view(x.shape)

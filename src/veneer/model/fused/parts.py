@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -16,6 +16,7 @@ from veneer.model.quant_linear import QuantLinear
 from veneer.ops.lora import Projection
 from veneer.ops.norm import layer_norm_backward, layer_norm_forward, rms_norm_backward, rms_norm_forward
 from veneer.quant.dense import DenseWeight
+from veneer.quant.product import Multiplies
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 EPSILONS = ("variance_epsilon", "eps")
@@ -58,6 +59,20 @@ class LayerNorm:
 
 
 Norm = RmsNorm | LayerNorm
+
+
+def computed_in(x: Tensor) -> torch.dtype | None:
+    """What linear layers compute in: x's dtype, or what autocast makes of a float32 x; None where autocast asks for
+    something else."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x.dtype
+    asked = torch.get_autocast_dtype(x.device.type)
+    return asked if x.dtype in (asked, torch.float32) else None
+
+
+def add_onto(stream: Tensor, change: Tensor) -> Tensor:
+    """Their sum in the stream's dtype; ``change`` is overwritten where it has the same."""
+    return change.add_(stream) if change.dtype == stream.dtype else stream + change
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -115,7 +130,7 @@ def size_of(module: nn.Module) -> tuple[int, int]:
 
 
 def projection_of(module: nn.Module, dtype: torch.dtype) -> Projection | None:
-    """A frozen layer with at most one plain low-rank pair on it; None where anything else acts on it.
+    """A frozen layer to compute in ``dtype`` with at most one plain low-rank pair; None where anything else acts on it.
 
     Anything else: other records (DoRA, IA3, biases), several adapters, dropout, trained or copied weights, hooks.
     """
@@ -131,6 +146,8 @@ def projection_of(module: nn.Module, dtype: torch.dtype) -> Projection | None:
         matrix = weight.tensor
         if matrix.requires_grad or matrix.dtype != dtype:
             return None
+    elif isinstance(weight, Multiplies) and torch.is_autocast_enabled(cast(Tensor, module.weight).device.type):
+        matrix = replace(cast(Any, weight), compute_dtype=None)  # autocast overrules it
     return Projection(
         weight=matrix,
         bias=None if bias is None else bias.to(dtype),
