@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from veneer.adapters.peft_model import PeftModel, get_peft_model
 from veneer.errors import ConfigError
 from veneer.methods.lora import LoraConfig
+from veneer.model.checkpointing import checkpoint_selectively
 from veneer.model.fused.decoder import fuse, unfuse
 from veneer.store.quantization import BitsAndBytesConfig
 from veneer.store.source import load_model, load_tokenizer
@@ -61,7 +62,7 @@ class FastLanguageModel:
         bias: Literal["none", "all", "lora_only"] = "none",
         layers_to_transform: Collection[int] | None = None,
         layers_pattern: str | None = None,
-        use_gradient_checkpointing: bool | Literal["unsloth"] = "unsloth",
+        use_gradient_checkpointing: bool | Literal["unsloth", "selective"] = "unsloth",
         random_state: int = 3407,
         use_rslora: bool = False,
         modules_to_save: Collection[str] | None = None,
@@ -69,7 +70,8 @@ class FastLanguageModel:
     ) -> PeftModel:
         """LoRA on a model, drawn from ``random_state``, its blocks fused where they fit, ready to train.
 
-        ``use_gradient_checkpointing``: True or "unsloth" recomputes blocks in the backward pass.
+        ``use_gradient_checkpointing``: True or "unsloth" recomputes blocks in the backward pass, "selective" what is
+        cheap in them.
         """
         config = LoraConfig(
             task_type="CAUSAL_LM",
@@ -87,7 +89,9 @@ class FastLanguageModel:
         with torch.random.fork_rng():
             torch.manual_seed(random_state)
             adapted = get_peft_model(model, config)
-        if use_gradient_checkpointing:
+        if use_gradient_checkpointing == "selective":
+            checkpoint_selectively(adapted)
+        elif use_gradient_checkpointing:
             own = cast(Any, adapted)  # transformers renames the switch in version 6
             enable = getattr(own, "activation_checkpointing_enable", None) or own.gradient_checkpointing_enable
             enable({"use_reentrant": False})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -91,6 +92,7 @@ def _checkpointing(model: nn.Module) -> list[Any]:
 def _routed(checkpoint: Callable[..., Any], state: AdapterState, routing: Routing) -> Callable[..., Any]:
     """``checkpoint`` for functions that, whenever they run, run with these rows."""
 
+    @functools.wraps(checkpoint)
     def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         kept: list[dict[str, Tensor]] = []
 

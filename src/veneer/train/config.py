@@ -19,6 +19,9 @@ class SFTConfig(trl.SFTConfig):  # type: ignore[misc]
     """TRL's ``SFTConfig``. Raises ConfigError with all that does not go together.
 
     ``fused``: "auto" trains on veneer's kernels where the model fits them (`model.fused`), "off" never.
+    ``gradient_checkpointing``: False, True, or "selective" (`model.checkpointing`; TRL's way to say it, the key
+    "selective" in ``gradient_checkpointing_kwargs``, means the same).
+    ``activation_offloading``: "host" (or True) for CUDA, "disk" for a file in ``output_dir`` (`model.offload`).
     ``lora_plus``: how many times faster the factor B learns than A (LoRA+); None is one rate for both.
     ``early_stopping_patience``: after how many evaluations without a better ``metric_for_best_model`` (the held-out
     loss, if not said) training stops; None never stops early.
@@ -27,6 +30,8 @@ class SFTConfig(trl.SFTConfig):  # type: ignore[misc]
     fused: Literal["auto", "off", False] = "auto"
     lora_plus: float | None = None
     early_stopping_patience: int | None = None
+    gradient_checkpointing: bool | Literal["selective"] | None = True
+    activation_offloading: bool | Literal["host", "disk"] = False
 
     def __post_init__(self) -> None:
         if self.early_stopping_patience is not None:
@@ -38,7 +43,7 @@ class SFTConfig(trl.SFTConfig):  # type: ignore[misc]
             # The setting that everybody knows by this name is called activation_checkpointing from transformers 6 on.
             warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
             super().__post_init__()
-        problems = []
+        problems = [*_checkpointing_problems(self), *optimizer_problems(self)]
         if self.packing and self.packing_strategy == "wrapped":
             problems.append(
                 "packing_strategy='wrapped' cuts sequences anywhere and lets them see one another: use 'bfd', or "
@@ -60,9 +65,33 @@ class SFTConfig(trl.SFTConfig):  # type: ignore[misc]
             problems.append(f"early_stopping_patience={self.early_stopping_patience} must be at least 1")
         if self.early_stopping_patience is not None and self.eval_strategy == "no":
             problems.append("early_stopping_patience needs held-out rows and eval_strategy='steps' or 'epoch'")
-        problems += optimizer_problems(self)
         if problems:
             raise ConfigError("SFTConfig: " + "; ".join(problems))
+
+
+def _checkpointing_problems(args: SFTConfig) -> list[str]:
+    """What does not fit in the settings of activations, of which "selective" and "host" are brought into one form."""
+    problems = []
+    if args.gradient_checkpointing not in (True, False, "selective"):
+        problems.append(f"gradient_checkpointing={args.gradient_checkpointing!r} must be True, False or 'selective'")
+    if args.gradient_checkpointing == "selective":
+        settings = {**(args.gradient_checkpointing_kwargs or {}), "selective": True}
+        args.gradient_checkpointing, args.gradient_checkpointing_kwargs = True, settings
+        if hasattr(args, "activation_checkpointing"):  # its name from transformers 6 on
+            args.activation_checkpointing, args.activation_checkpointing_kwargs = True, settings
+    settings = args.gradient_checkpointing_kwargs or {}
+    beside = {key: value for key, value in settings.items() if key not in ("selective", "every_n_layers") and value}
+    if settings.get("selective") and beside:
+        problems.append(f"selective checkpointing takes every_n_layers and nothing else beside it: leave out {beside}")
+    if settings.get("selective") and not args.gradient_checkpointing:
+        problems.append("gradient_checkpointing_kwargs say selective, but gradient_checkpointing is off: switch it on")
+    if args.activation_offloading is True:
+        args.activation_offloading = "host"
+    if args.activation_offloading not in (False, "host", "disk"):
+        problems.append(f"activation_offloading={args.activation_offloading!r} must be False, 'host' or 'disk'")
+    if args.activation_offloading == "host" and args.device.type == "cpu":
+        problems.append("activation_offloading='host' is where a CPU run keeps activations anyway: use 'disk'")
+    return problems
 
 
 def as_sft_config(args: TrainingArguments | None, default_output: str) -> SFTConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -28,7 +29,9 @@ from veneer.adapters.peft_model import PeftModel, get_peft_model
 from veneer.adapters.schedules import penalty
 from veneer.core.method import MethodConfig
 from veneer.errors import ConfigError, TrainingError
+from veneer.model.checkpointing import checkpoint_selectively
 from veneer.model.fused.decoder import fused
+from veneer.model.offload import ActivationOffload
 from veneer.optim import LayerwiseGaLoreAdamW
 from veneer.train.collate import Collator
 from veneer.train.config import SFTConfig, as_sft_config
@@ -36,7 +39,7 @@ from veneer.train.describe import describe_trained, require_trainable
 from veneer.train.encode import Encoder, kind_of
 from veneer.train.exact import packing_layout
 from veneer.train.guards import FiniteGradients, require_finite
-from veneer.train.loss import TokenLoss, token_loss
+from veneer.train.loss import TokenLoss, model_of, token_loss
 from veneer.train.optimizer import Choice, choose_optimizer, lora_plus_optimizer
 from veneer.train.prepare import columns_of, digest, encode_all, pack_all, require_answers
 from veneer.train.progress import Progress
@@ -83,7 +86,7 @@ class SFTTrainer(ResumableTrainer):
         model = _loaded(model, args, quantization_config)
         model = _adapted(model, peft_config)
         use_cache = getattr(model.config, "use_cache", None)
-        with _weights_as_they_are(model):
+        with _weights_as_they_are(model), _own_activations(args):
             super().__init__(
                 model=model,
                 args=args,
@@ -100,6 +103,13 @@ class SFTTrainer(ResumableTrainer):
                 formatting_func=formatting_func,
             )
         self.args.assistant_only_loss = self._assistant_only
+        if (self.args.gradient_checkpointing_kwargs or {}).get("selective"):
+            self.add_callback(SelectiveCheckpointing)
+        self._offload = None
+        if self.args.activation_offloading:
+            folder = Path(self.args.output_dir)
+            self._offload = ActivationOffload(self.model, self.args.activation_offloading, folder)
+            self.maybe_activation_offload_context = self._offload
         self.model.config.use_cache = use_cache  # switched off by Trainer; here every forward pass says so itself
         # The loss below is normalized by the tokens of the whole step, whatever the model's own forward accepts.
         self.model_accepts_loss_kwargs = True
@@ -142,6 +152,8 @@ class SFTTrainer(ResumableTrainer):
         finally:
             self._unwrap_forward()
             self._stop_updates()
+            if self._offload is not None:
+                self._offload.close()
         return TrainOutput(output.global_step, output.metrics["train_loss"], output.metrics)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
@@ -304,11 +316,34 @@ def unwrap_forward(model: nn.Module) -> None:
             model.forward = original
 
 
+class SelectiveCheckpointing(TrainerCallback):  # type: ignore[misc]
+    """Switches it on where Trainer, at the beginning of `train`, has switched on the full form."""
+
+    def on_train_begin(self, args: SFTConfig, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
+        """Called by Trainer."""
+        checkpoint_selectively(model_of(model), (args.gradient_checkpointing_kwargs or {}).get("every_n_layers", 1))
+
+
 def _reentrant(args: SFTConfig) -> bool:
     """Whether blocks are recomputed the reentrant way, under the setting's old name or its new one."""
     settings = [args.gradient_checkpointing_kwargs, getattr(args, "activation_checkpointing_kwargs", None)]
     on = args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)
     return bool(on) and any((given or {}).get("use_reentrant") for given in settings)
+
+
+@contextmanager
+def _own_activations(args: SFTConfig) -> Iterator[None]:
+    """For a while TRL is told neither of selective checkpointing nor of offload, which it has its own of."""
+    names = [n for n in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs") if hasattr(args, n)]
+    kept = {name: getattr(args, name) for name in (*names, "activation_offloading")}
+    args.activation_offloading = False
+    for name in names:
+        setattr(args, name, {key: v for key, v in (kept[name] or {}).items() if key != "selective"} or None)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(args, name, value)
 
 
 def _loaded(model: str | PreTrainedModel, args: SFTConfig, quantization_config: Any) -> PreTrainedModel:

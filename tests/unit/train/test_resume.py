@@ -77,6 +77,19 @@ def test_a_resumed_run_logs_and_ends_as_the_whole_one(tmp_path, start, whole):
             assert torch.equal(ours, expected), (step, name)
 
 
+@pytest.mark.parametrize("kept", [{"gradient_checkpointing": "selective"}, {"activation_offloading": "disk"}])
+@pytest.mark.parametrize("from_kept", [False, True])
+def test_how_activations_are_kept_does_not_touch_a_resume(tmp_path, start, kept, from_kept):
+    first = start(**(kept if from_kept else {}))
+    first.train()
+    shutil.copytree(tmp_path / "run" / "checkpoint-3", tmp_path / "from3" / "checkpoint-3")
+    again = start("from3", **kept)
+    again.train(resume_from_checkpoint=True)
+    assert logged(again) == logged(first)
+    for key, expected in first.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[key], expected)
+
+
 OPTIMIZERS = {
     "adamw_8bit": {},
     "adamw_bnb_8bit": {"whole": True},

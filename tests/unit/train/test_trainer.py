@@ -1,5 +1,6 @@
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,10 @@ from transformers import TrainerCallback, TrainingArguments
 
 from veneer import LoraConfig, get_peft_model
 from veneer.errors import ConfigError, DataError, TrainingError
+from veneer.model.checkpointing import is_selective
+from veneer.model.offload import ActivationOffload, PageFile
 from veneer.train import loss
+from veneer.train import trainer as trainer_module
 from veneer.train.config import SFTConfig
 from veneer.train.trainer import SFTTrainer
 
@@ -189,6 +193,54 @@ def test_gradient_checkpointing_changes_nothing_and_trains(tmp_path, tokenizer, 
         losses.append(logged(trainer))
     assert losses[0] == losses[1]
     assert losses[0][-1] < losses[0][0]
+
+
+@pytest.mark.parametrize("fused", ["auto", "off"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gradient_checkpointing": "selective"},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"selective": True}},
+        {"activation_offloading": "disk"},
+        {"gradient_checkpointing": "selective", "activation_offloading": "disk"},
+        {"gradient_checkpointing": True, "activation_offloading": "disk"},
+    ],
+)
+def test_activations_kept_otherwise_change_nothing(tmp_path, tokenizer, make_model, changes, fused, monkeypatch):
+    pages, write = [], PageFile.write
+    monkeypatch.setattr(PageFile, "write", lambda file, tensor: (pages.append(tensor.shape), write(file, tensor))[1])
+    monkeypatch.setattr(trainer_module, "ActivationOffload", partial(ActivationOffload, at_least=1))
+    ends = []
+    for settings in ({}, changes):
+        options = {"peft_config": LoraConfig(**{**LORA, "lora_dropout": 0.0 if fused == "auto" else 0.3})}
+        trainer = trainer_of(make_model(), tokenizer, config(tmp_path, fused=fused, **settings), **options)
+        trainer.train()
+        ends.append((logged(trainer), [p.detach().clone() for p in trainer.model.parameters()]))
+    assert ends[0][0] == ends[1][0]
+    assert all(map(torch.equal, ends[0][1], ends[1][1]))
+    block = trainer.model.base_model.layers[0].train()
+    assert is_selective(block) is (trainer.args.gradient_checkpointing_kwargs or {}).get("selective", False)
+    assert bool(pages) is ("activation_offloading" in changes)
+    assert trainer.args.activation_offloading == changes.get("activation_offloading", False)
+    json.dumps(trainer.args.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gradient_checkpointing": "some"}, "must be True, False or 'selective'"),
+        (
+            {"gradient_checkpointing": "selective", "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+            "every_n_layers and nothing else",
+        ),
+        ({"gradient_checkpointing_kwargs": {"selective": True}}, "gradient_checkpointing is off"),
+        ({"activation_offloading": "tape"}, "must be False, 'host' or 'disk'"),
+        ({"activation_offloading": True}, "use 'disk'"),
+    ],
+)
+def test_settings_of_activations_that_do_not_fit(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        config(tmp_path, **changes)
 
 
 def test_bf16_compute_trains_float32_weights(tmp_path, tokenizer, make_model):

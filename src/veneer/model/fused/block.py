@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from veneer.model.checkpointing import is_selective
 from veneer.model.fused.attention import AttentionHalf, Positions, attention_half
 from veneer.model.fused.layout import LayoutMask
 from veneer.model.fused.mlp import MlpHalf, mlp_half
@@ -27,12 +28,21 @@ class FusedBlock(InPlace, nn.Module):
 
     fused_shape: BlockShape
 
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """transformers' switch. Where checkpointing is selective the block sees to it itself."""
+        return bool(vars(self).get("gradient_checkpointing")) and not is_selective(self)
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on: bool) -> None:
+        vars(self)["gradient_checkpointing"] = on
+
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if args:
             kwargs = {**dict(zip(_names(cast(Hashable, base_of(type(self)))), args, strict=False)), **kwargs}
         mask = kwargs.get("attention_mask")
         if not isinstance(mask, LayoutMask):
-            return super().forward(hidden_states, **kwargs)
+            return _again(self, functools.partial(super().forward, **kwargs), hidden_states)
         return _run(self, hidden_states, mask, kwargs)
 
 
@@ -47,15 +57,31 @@ def _run(block: FusedBlock, x: Tensor, mask: LayoutMask, kwargs: dict[str, Any])
         attention_module = getattr(block, shape.attention_name)
         kwargs = {**kwargs, "attention_mask": mask.dense_for(attention_module, x, window_of(attention_module))}
         if mlp is None:
-            return super(FusedBlock, block).forward(x, **kwargs)
-        change = attention_module(hidden_states=getattr(block, shape.norms.attention)(x), **kwargs)[0]
-        h = x + _through(block, shape.norms.attention_post, change)
+            return _again(block, functools.partial(super(FusedBlock, block).forward, **kwargs), x)
+        h = _again(block, functools.partial(_own_attention, block, kwargs), x)
     else:
         h = attention_half(x, attention, _positions(kwargs.get("position_embeddings"), mask))
     if mlp is not None:
         return mlp_half(x, mlp, h) if shape.parallel else mlp_half(h, mlp)
-    change = cast(Any, block).mlp(getattr(block, shape.norms.mlp)(x if shape.parallel else h))
-    return h + _through(block, shape.norms.mlp_post, change)
+    return _again(block, functools.partial(_own_mlp, block), x if shape.parallel else h, h)
+
+
+def _own_attention(block: FusedBlock, kwargs: dict[str, Any], x: Tensor) -> Tensor:
+    """The stream after the attention half as the model wrote it."""
+    names, module = block.fused_shape.norms, getattr(block, block.fused_shape.attention_name)
+    change = module(hidden_states=getattr(block, names.attention)(x), **kwargs)[0]
+    return x + _through(block, names.attention_post, change)
+
+
+def _own_mlp(block: FusedBlock, x: Tensor, stream: Tensor) -> Tensor:
+    """The stream after the feed-forward half as the model wrote it."""
+    names = block.fused_shape.norms
+    return stream + _through(block, names.mlp_post, cast(Any, block).mlp(getattr(block, names.mlp)(x)))
+
+
+def _again(block: FusedBlock, function: Callable[..., Any], *args: Tensor) -> Any:
+    """The model's own code, computed again in the backward pass where the block is checkpointed selectively."""
+    return cast(Any, block)._gradient_checkpointing_func(function, *args) if is_selective(block) else function(*args)
 
 
 def attention_of(block: FusedBlock, stream: torch.dtype, dtype: torch.dtype) -> AttentionHalf | None:
@@ -79,6 +105,7 @@ def attention_of(block: FusedBlock, stream: torch.dtype, dtype: torch.dtype) -> 
         q_norm=head_norms[0],
         k_norm=head_norms[1],
         post_norm=norms[1],
+        recomputes=is_selective(block),
     )
 
 
@@ -99,6 +126,7 @@ def mlp_of(block: FusedBlock, stream: torch.dtype, dtype: torch.dtype) -> MlpHal
         activation=parts.activation,
         gated=parts.gated,
         post_norm=norms[1],
+        recomputes=is_selective(block),
     )
 
 

@@ -1,0 +1,77 @@
+"""Selective activation checkpointing: what is dear to compute is kept, what is cheap is computed again.
+
+Full checkpointing (Chen et al. 2016, arXiv 1604.06174) keeps the input of each block and computes the whole block again
+in the backward pass. Here the block keeps attention's output and its large matrix products (Korthikanti et al. 2022,
+arXiv 2205.05198, section 5, recompute the parts that take much memory and little arithmetic); norms, activations,
+rotation, masks of dropout, casts and low-rank products are computed again. Fused blocks compute most of these again
+anyway: there, the projections of the normed stream are computed again too, and what is kept is attention's output and
+the stream in front of either half.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+DEAR = 256
+"""Multiply-adds for each number that a product gives, above which it is kept: a projection costs as many as the stream
+is wide, the second half of a LoRA pair its rank, attention scores the head's width."""
+
+_aten = torch.ops.aten
+_PRODUCTS = {_aten.mm.default: 1, _aten.bmm.default: 1, _aten.addmm.default: 2, _aten.baddbmm.default: 2}
+_ATTENTION = (
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+)
+
+
+def checkpoint_selectively(model: nn.Module, every_n_layers: int = 1) -> None:
+    """Switch gradient checkpointing on for a transformers model, in the selective form. Its `disable` ends it.
+
+    ``every_n_layers``: only so many blocks are checkpointed, the others keep everything.
+    """
+    own: Any = model  # transformers renames the switch in version 6
+    enable = getattr(own, "activation_checkpointing_enable", None) or own.gradient_checkpointing_enable
+    settings = {"use_reentrant": False, "context_fn": selective_contexts}
+    if every_n_layers == 1:
+        enable(settings)
+    else:  # a newer argument
+        enable(settings, every_n_layers=every_n_layers)
+
+
+def selective_contexts() -> Any:
+    """What ``context_fn`` of `torch.utils.checkpoint.checkpoint` takes for the selective form."""
+    return create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
+
+
+def is_selective(block: nn.Module) -> bool:
+    """Whether a block is checkpointed in the selective form now."""
+    if not (vars(block).get("gradient_checkpointing") and block.training and torch.is_grad_enabled()):
+        return False
+    function: Any = getattr(block, "_gradient_checkpointing_func", None)
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    return isinstance(function, partial) and function.keywords.get("context_fn") is selective_contexts
+
+
+def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    dear = _is_attention(op, args, kwargs)
+    if op in _PRODUCTS:
+        factor: Tensor = args[_PRODUCTS[op]]
+        dear = factor.shape[-2] > DEAR
+    return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _is_attention(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Attention without dropout: with it, keeping the output would leave out the random numbers that it drew."""
+    if op.name().removeprefix("aten::") not in _ATTENTION:
+        return False
+    names = [argument.name for argument in op._schema.arguments]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return not given.get("dropout_p")
