@@ -43,6 +43,7 @@ from veneer.model.fused.block import FusedBlock
 from veneer.model.fused.decoder import fuse, fused, fused_head, is_fused, unfuse
 from veneer.model.fused.head import hidden_as_logits
 from veneer.model.fused.mlp import mlp_half
+from veneer.model.fused.parts import norm_kind
 from veneer.model.quant_linear import QuantLinear
 from veneer.ops import dispatch
 from veneer.ops.four_bit import FourBitLayout
@@ -423,6 +424,15 @@ def test_weights_that_train_are_left_to_autograd(halves: list[str]) -> None:
     assert takes
     assert not halves
     assert error(found[2], expected[2]) <= 2e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("family", "kind"), [("llama", "rms"), ("gemma3", "rms plus one")])
+def test_the_kind_of_a_norm_with_large_weights(family: str, kind: str, dtype: torch.dtype) -> None:
+    model = AutoModelForCausalLM.from_config(FAMILIES[family], dtype=dtype)
+    norm = model.model.layers[0].input_layernorm
+    nn.init.uniform_(norm.weight, 90, 1700, generator=torch.Generator().manual_seed(1))
+    assert norm_kind(norm) == kind
 
 
 @pytest.mark.parametrize(("family", "expected"), [("llama", True), ("gemma2", False)])

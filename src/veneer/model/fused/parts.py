@@ -96,7 +96,10 @@ def norm_kind(module: nn.Module) -> NormKind | None:
         expected: dict[NormKind, Tensor] = {"layer": centred * deviation * w + (0 if bias is None else bias.double())}
         if bias is None:
             expected |= {"rms": wide * root * w, "rms plus one": wide * root * (w + 1)}
-    return next((kind for kind, y in expected.items() if (given - y).norm() <= 1e-2 * given.norm()), None)
+    # the nearest of them: adding one changes little where weights are large (Gemma 3 has some above a thousand)
+    errors = {kind: float((given - y).norm()) for kind, y in expected.items()}
+    kind = min(errors, key=errors.__getitem__)
+    return kind if errors[kind] <= 1e-2 * float(given.norm()) else None
 
 
 def epsilon_of(module: nn.Module) -> float | None:
