@@ -48,7 +48,8 @@ def main() -> None:
     print(
         "Made by `bench/peft_surface.py`. *Departs* names what PEFT has there and veneer has not; unknown arguments and"
     )
-    print("fields are errors, never ignored. Numbers and files are compared in the tests, not here.\n")
+    print("fields are errors, never ignored. Numbers and files are compared in the tests, not here; how many of PEFT's")
+    print("own tests pass is on [a page of its own](peft_tests.md).\n")
     for title, found in {"Functions": functions(), "The adapted model": methods()}.items():
         rows = list(dict.fromkeys(found))
         print(f"## {title}: {counted(rows)}\n\n| PEFT | veneer | |\n| --- | --- | --- |")

@@ -138,6 +138,21 @@ def test_a_method_dropped_into_the_folder_trains_saves_loads_and_merges(base, to
 
 
 @every_base
+def test_a_method_dropped_into_the_folder_mixes_in_a_batch(base, toy):
+    model = trained(base, toy())
+    lora = veneer.LoraConfig(r=3, lora_alpha=5, init_lora_weights=False)
+    model = veneer.get_peft_model(model, lora, "lora").eval()
+    alone = {}
+    for name in ("default", "lora"):
+        model.set_adapter(name)
+        alone[name] = logits(model)
+    mixed = model(TOKENS, adapter_names=["lora", "default"]).logits
+    torch.testing.assert_close(mixed[0], alone["lora"][0], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(mixed[1], alone["default"][1], rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(alone["lora"], alone["default"], atol=1e-3)
+
+
+@every_base
 def test_peft_computes_the_same_from_what_is_saved(base, config, tmp_path):
     """Also from a start that PEFT would bake into the weight: what is written is plain LoRA."""
     if config.peft_type not in peft.PeftType.__members__:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
 
 from veneer.adapters import lifecycle
 from veneer.adapters.peft_model import PeftModel, hub_options
@@ -66,12 +67,14 @@ def get_peft_model_state_dict(
 
 def set_peft_model_state_dict(
     model: nn.Module, peft_model_state_dict: Mapping[str, Tensor], adapter_name: str = "default"
-) -> None:
+) -> _IncompatibleKeys:
     """Give an adapter that is attached these values, all or nothing.
 
-    Departs: strict, where PEFT reports what is missing to a caller who seldom looks. Raises FormatError.
+    Departs: strict, where PEFT reports what is missing to a caller who seldom looks: what is returned is empty.
+    Raises FormatError.
     """
     assign(model, _state(model, adapter_name), adapter_name, peft_model_state_dict, "the state dict")
+    return _IncompatibleKeys([], [])
 
 
 def _state(model: nn.Module, name: str) -> AdapterState:

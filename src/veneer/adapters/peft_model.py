@@ -112,11 +112,15 @@ class PeftModel(InPlace, nn.Module):
         *,
         autocast_adapter_dtype: bool = True,
         **hub: Any,
-    ) -> None:
-        """Load a saved adapter beside those there are, or, under a name that is there, its values. Not activated."""
+    ) -> _IncompatibleKeys:
+        """Load a saved adapter beside those there are, or, under a name that is there, its values. Not activated.
+
+        Returns what was missing and unexpected, as PEFT does; it is empty, for loading is strict. Raises FormatError.
+        """
         folder = adapter_folder(model_id, hub_options(hub))
         options = lifecycle.Loading(is_trainable, autocast_adapter_dtype, read_config(folder))
         lifecycle.load(self, self.adapter_state, folder, adapter_name, options)
+        return _IncompatibleKeys([], [])
 
     def set_adapter(self, adapter_name: str | list[str]) -> None:
         """Make one adapter, or several together, the active ones. What trains and what is frozen stays so.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import importlib.metadata
+import itertools
 from typing import Any
 
 import typer
@@ -26,6 +27,10 @@ _ENVIRONMENT = {errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EROFS, errno.EDQU
 class VerbGroup(TyperGroup):
     """The group of verbs: turns errors that a user can mend into a message and an exit code."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the command line; ``--weights 0.7 -0.3`` needs no quotes."""
+        return super().parse_args(ctx, with_weights_joined(args))
+
     def invoke(self, ctx: Any) -> Any:
         """Run the verb."""
         try:
@@ -39,6 +44,23 @@ class VerbGroup(TyperGroup):
         except KeyboardInterrupt as error:
             Console(stderr=True).print("interrupted", style="red")
             raise typer.Exit(INTERRUPTED) from error
+
+
+def with_weights_joined(args: list[str]) -> list[str]:
+    """The arguments with all numbers that follow ``--weights`` as its one value."""
+    if "--weights" not in args:
+        return args
+    first = args.index("--weights") + 1
+    numbers = list(itertools.takewhile(_is_number, args[first:]))
+    return [*args[:first], *([" ".join(numbers)] if numbers else []), *args[first + len(numbers) :]]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _told(message: str) -> typer.Exit:

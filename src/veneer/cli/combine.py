@@ -20,7 +20,7 @@ def combine(
     output: Annotated[Path, typer.Option("--output", "-o", show_default=False, help="Folder to write.")],
     weights: Annotated[
         str | None,
-        typer.Option(show_default=False, help="One weight for each adapter, such as '0.7 -0.3'. Default: 1 each."),
+        typer.Option(show_default=False, help="One weight for each adapter, such as 0.7 -0.3. Default: 1 each."),
     ] = None,
     how: Annotated[
         str, typer.Option(help="linear, cat, svd, ties, dare_linear, dare_ties, magnitude_prune or factorwise.")
@@ -38,7 +38,7 @@ def combine(
 
     "linear" is the exact weighted sum: ranks add up, or --rank brings them down and the error is told.
 
-    Example: [bold]veneer combine runs/a runs/b --weights "0.7 0.3" --how ties --density 0.5 -o runs/both[/bold]
+    Example: [bold]veneer combine runs/a runs/b --weights 0.7 0.3 --how ties --density 0.5 -o runs/both[/bold]
     """
     from veneer.combine import Combination
     from veneer.errors import ConfigError

@@ -34,7 +34,7 @@ def merge_models(
 ) -> None:
     """Add what several models learned to their base, tensor by tensor: any size fits in memory.
 
-    Example: [bold]veneer merge-models base tuned-a tuned-b --weights "0.7 0.3" --how ties --density 0.3 -o both[/bold]
+    Example: [bold]veneer merge-models base tuned-a tuned-b --weights 0.7 0.3 --how ties --density 0.3 -o both[/bold]
     """
     from veneer.cli.combine import weights_of
     from veneer.combine.task_vectors import TaskVectors

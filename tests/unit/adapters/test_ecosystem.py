@@ -195,3 +195,32 @@ def test_compile_the_whole_graph() -> None:
     """In a process of its own, where the shape checks of the tests, which are not for the compiler, do not act."""
     done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_trls_own_trainer(tiny: Any, tmp_path: Path) -> None:
+    """TRL's trainer, not veneer's: an adapted model is a model to it, of which only the adapter trains and is saved."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from trl import SFTConfig, SFTTrainer
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(101)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1")
+    texts = [{"text": " ".join(f"w{(i + 3 * j) % 97 + 2}" for j in range(11))} for i in range(12)]
+    model = fresh(tiny)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    config = SFTConfig(
+        str(tmp_path), max_steps=4, learning_rate=3e-2, report_to="none", use_cpu=True, bf16=False, disable_tqdm=True,
+        logging_steps=1, save_strategy="no", gradient_checkpointing=False,
+    )  # fmt: skip
+    run = SFTTrainer(model, config, train_dataset=Dataset.from_list(texts), processing_class=tokenizer)
+    run.train()
+    assert losses(run)[-1] < losses(run)[0]
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed
+    assert all(".adapters." in name for name in changed)
+    run.save_model(str(tmp_path / "final"))
+    again = PeftModel.from_pretrained(tiny(), tmp_path / "final")
+    ids = torch.tensor([[3, 5, 7, 11]])
+    torch.testing.assert_close(again(ids).logits, model.eval()(ids).logits)

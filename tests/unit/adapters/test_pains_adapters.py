@@ -110,6 +110,9 @@ def test_pain_04_targets_that_match_nothing_are_an_error_and_those_that_match_ar
     experts = MixtralConfig(vocab_size=31, num_hidden_layers=1, num_local_experts=2, **sizes)
     with pytest.raises(TargetError, match="gate_up_proj"):  # a 3-D parameter of the experts, not a module
         get_peft_model(AutoModelForCausalLM.from_config(experts), LoraConfig(target_modules=["q_proj", "gate_up_proj"]))
+    stacked = LoraConfig(r=3, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"])
+    trained = gradients(get_peft_model(AutoModelForCausalLM.from_config(experts), stacked), torch.tensor([[3, 7, 11]]))
+    assert any("experts" in name and gradient.any() for name, gradient in trained.items())
     get_peft_model(tiny(), CONFIG).print_trainable_parameters()
     shown = capsys.readouterr().out
     assert "q_proj" in shown
@@ -218,12 +221,24 @@ def test_pain_11_prefixes_take_checkpointing_4bit_bases_and_caches(
     assert torch.equal(*answers)
 
 
+@pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_pain_12_gradients_pass_checkpoints_under_a_frozen_input(reentrant: bool, tiny: Make, ids: Tensor) -> None:
-    model = get_peft_model(tiny(), LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False)).train()
-    wanted = gradients(model, ids)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+def test_pain_12_gradients_pass_checkpoints_under_a_frozen_input(
+    reentrant: bool, before: bool, tiny: Make, ids: Tensor
+) -> None:
+    """Also where checkpointing is on before there is an adapter, and transformers lets no gradient through."""
+    base, config = tiny(), LoraConfig(r=3, target_modules=["q_proj"])
+    if before:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model = get_peft_model(base, config).train()
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.fill_(0.1)
+    if not before:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     found = gradients(model, ids)
+    model.gradient_checkpointing_disable()
+    wanted = gradients(model, ids)
     assert len(wanted) == 4
     assert all(torch.allclose(found[name], gradient, atol=1e-6) for name, gradient in wanted.items())
 

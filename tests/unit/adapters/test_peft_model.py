@@ -14,7 +14,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from veneer import IA3Config, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from veneer import (
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from veneer.errors import AdapterNameError, CompositionError, ConfigError, TargetError, TrainingError
 
 CONFIG = LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
@@ -507,3 +514,13 @@ def test_the_active_config_and_its_fields(tiny: Any) -> None:
     assert (fields["peft_type"], fields["r"], fields["target_modules"]) == ("LORA", 3, ["q_proj"])
     fields["rank_pattern"].clear()
     assert model.peft_config["a"].rank_pattern == {"0.self_attn.q_proj": 2}
+
+
+def test_loading_reports_as_pefts_does(tiny: Any, tmp_path: Path) -> None:
+    """Strict loading has nothing to report, but who looks finds the fields."""
+    model = get_peft_model(tiny(), CONFIG)
+    model.save_pretrained(tmp_path)
+    report = model.load_adapter(tmp_path, "again")
+    assert (report.missing_keys, report.unexpected_keys) == ([], [])
+    report = set_peft_model_state_dict(model, get_peft_model_state_dict(model))
+    assert (report.missing_keys, report.unexpected_keys) == ([], [])

@@ -70,6 +70,15 @@ def test_with_the_base_dora_can_be_combined_and_the_error_is_told(
     assert (config["r"], set(config["rank_pattern"].values())) == (3, {4})
 
 
+@pytest.mark.parametrize("weights", [["0.7", "0.3"], ["0.7", "-0.3"], ["0.7 -0.3"]])
+def test_weights_need_no_quotes(veneer, adapter_folder, second, weights, tmp_path):
+    options = ["--how", "ties", "--density", 0.5, "-o", tmp_path / "c"]
+    result = veneer("combine", adapter_folder, second, "--weights", *weights, *options)
+    assert result.exit_code == 0, result.output
+    last = veneer("combine", "--how", "cat", "-o", tmp_path / "d", adapter_folder, second, "--weights", *weights)
+    assert last.exit_code == 0, last.output
+
+
 def test_ties_writes_an_adapter_that_loads(veneer, model_folder, adapter_folder, second, tmp_path):
     result = veneer("combine", adapter_folder, second, "--how", "ties", "--density", 0.5, "-o", tmp_path / "ties")
     assert result.exit_code == 0, result.output
