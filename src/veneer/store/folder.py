@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -11,6 +12,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from veneer.errors import DiskError
+
 _PARTIAL = ".partial-"
 
 
@@ -18,17 +21,43 @@ _PARTIAL = ".partial-"
 def new_folder(target: Path) -> Iterator[Path]:
     """A scratch folder beside ``target`` to write into; on leaving without an error it takes the place of ``target``.
 
-    On any error nothing changes. Raises OSError where the disk refuses.
+    On any error nothing changes. Raises DiskError where the disk is full or read-only, other refusals as OSError.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.parent / f".{target.name}{_PARTIAL}{os.getpid()}-{secrets.token_hex(4)}"
     scratch.mkdir()
     try:
-        yield scratch
-        _flush(scratch)
-        _put_in_place(scratch, target)
+        with disk_errors_told(target):
+            yield scratch
+            _flush(scratch)
+            _put_in_place(scratch, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def disk_errors_told(target: Path) -> Iterator[None]:
+    """Raises DiskError where something inside fails because the disk is full or read-only, in whatever words."""
+    try:
+        yield
+    except BaseException as error:
+        reason = _refusal(error)
+        if reason is None:
+            raise
+        raise DiskError(
+            f"{target} could not be written ({reason}). What was there before is unchanged: make room or choose "
+            "another disk, and run it again."
+        ) from error
+
+
+def _refusal(error: BaseException) -> str | None:
+    """Why the disk refused. Libraries in Rust and C++ tell it in an error of their own, in their text alone."""
+    text = str(error)
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        words = os.strerror(code)
+        if (isinstance(error, OSError) and error.errno == code) or f"(os error {code})" in text or words in text:
+            return words
+    return "the disk took only a part" if "PytorchStreamWriter failed writing" in text else None
 
 
 def drop_leftovers(parent: Path, name: str) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
+from veneer.errors import DiskError
 from veneer.store.folder import build_once, new_folder
 
 RACER = """
@@ -69,6 +72,22 @@ def test_the_old_folder_comes_back_where_the_swap_fails(tmp_path: Path, monkeypa
         (scratch / "new").write_text("1")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["old"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        Exception("No space left on device (os error 28)"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file data/0"),
+    ],
+    ids=["python", "tokenizers", "safetensors", "torch"],
+)
+def test_a_full_disk_is_told_in_whatever_words(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(DiskError, match=r"out could not be written .*make room"), new_folder(tmp_path / "out"):
+        raise error
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_processes_that_race_build_once(tmp_path: Path) -> None:
