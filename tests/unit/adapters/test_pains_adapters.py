@@ -226,10 +226,11 @@ def test_pain_11_prefixes_take_checkpointing_4bit_bases_and_caches(
 def test_pain_12_gradients_pass_checkpoints_under_a_frozen_input(
     reentrant: bool, before: bool, tiny: Make, ids: Tensor
 ) -> None:
-    """Also where checkpointing is on before there is an adapter, and transformers lets no gradient through."""
+    """Also where checkpointing is on before there is an adapter, and nobody lets gradients through the embeddings."""
     base, config = tiny(), LoraConfig(r=3, target_modules=["q_proj"])
     if before:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        base.disable_input_require_grads()  # which new versions of transformers enable along with it
     model = get_peft_model(base, config).train()
     with torch.no_grad():
         for parameter in (p for p in model.parameters() if p.requires_grad):
