@@ -67,6 +67,14 @@ def read_records(folder: Path) -> StoredAdapter:
             "such an adapter can only be read with its base"
         )
     params = {path: {name: tensors[key] for name, key in names.items()} for path, names in keys.items()}
+    wrong = [
+        f"{keys[path][name]} is {tuple(params[path][name].shape)} where the config says {shape}"
+        for path, site in sites.items()
+        for name, shape in config.shapes(site).items()
+        if tuple(params[path][name].shape) != tuple(shape)
+    ]
+    if wrong:
+        raise FormatError(f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE}: {'; '.join(wrong[:3])}")
     return StoredAdapter(config, sites, {path: config.lower(sites[path], params[path]) for path in sites})
 
 

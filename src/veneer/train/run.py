@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, DiskError
 from veneer.model.prepare import prepare_model_for_kbit_training
 from veneer.store.quantization import BitsAndBytesConfig
 from veneer.store.source import load_model, load_tokenizer
@@ -84,15 +84,21 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, tell: Tell = lambda line
     """Carry a recipe out and give back what ``run.json`` holds.
 
     Writes into the recipe's output: ``adapter/`` (``model/`` for a model trained whole), ``run.json``, ``loss.png``,
-    checkpoints and TensorBoard's files. Raises the errors of its parts; TrainingError also where the output holds a run
-    already and ``resume`` is false.
+    checkpoints and TensorBoard's files. Raises the errors of its parts; ConfigError also where the output holds a run
+    already and ``resume`` is false, DiskError where it cannot be made.
     """
     require_fresh(Path(recipe.output), resume)
     return carry_out(recipe, make_trainer(recipe), resume=resume, tell=tell)
 
 
 def require_fresh(output: Path, resume: bool) -> None:
-    """Raise ConfigError where a new run would be mixed up with one that is there."""
+    """Make the folder. Raises ConfigError where a new run would be mixed up with one that is there, DiskError where it
+    cannot be made.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DiskError(f"the output folder {output} cannot be made ({error.strerror}): choose another") from error
     if not resume and any(output.glob("checkpoint-*")):
         raise ConfigError(
             f"{output} holds the checkpoints of a run: continue it with --resume, or choose another output "

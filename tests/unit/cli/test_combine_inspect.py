@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -146,3 +147,13 @@ def test_inspect_tells_norms_and_overlaps_and_draws(veneer, model_folder, adapte
     with_base = veneer("inspect", adapter_folder, "--base", model_folder, "--json")
     other = next(x for x in json.loads(with_base.output)["layers"] if x["path"] == path)
     assert other["norm"] == pytest.approx(first["norm"], rel=1e-4)
+
+
+def test_a_config_that_lies_about_the_rank(veneer, adapter_folder: Path, second: Path, tmp_path: Path) -> None:
+    shutil.copytree(second, tmp_path / "lying")
+    config = json.loads((second / "adapter_config.json").read_text())
+    (tmp_path / "lying" / "adapter_config.json").write_text(json.dumps({**config, "r": 7}))
+    result = veneer("combine", adapter_folder, tmp_path / "lying", "-o", tmp_path / "sum")
+    assert result.exit_code == 2
+    assert "where the config says (7, " in " ".join(result.output.split())
+    assert not (tmp_path / "sum").exists()
