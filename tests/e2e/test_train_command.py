@@ -109,7 +109,7 @@ def test_show_sample_marks_what_is_trained(project: Path) -> None:
         (["--set", "data.train=none.jsonl"], "there is no file none.jsonl"),
         (["--set", "adapter.target_modules=[q_prj]"], "q_proj"),
         (["--set", "training.max_length=2"], "is masked"),
-        (["--set", "output=rows.jsonl/run"], "rows.jsonl/run cannot be made"),
+        (["--set", "output=/dev/null/run"], "/dev/null/run cannot be made"),
     ],
 )
 def test_what_a_user_can_mend_is_one_message(project: Path, options: list[str], message: str) -> None:
