@@ -85,8 +85,8 @@ inline lanes exp(lanes x) {
   p = p * r + 0.49999991059303284f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  const int_lanes power = ((int_lanes)shifted) << 23;
-  const lanes scaled = (lanes)((int_lanes)p + power);
+  const bit_lanes power = ((bit_lanes)shifted) << 23;  // unsigned: far below -87.3 it wraps, and is not used
+  const lanes scaled = (lanes)((bit_lanes)p + power);
   return x < -87.3f ? lanes{} : scaled;
 }
 
