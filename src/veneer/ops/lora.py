@@ -15,25 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from veneer.core.frozen import FrozenWeight
 from veneer.errors import ShapeError
-
-Weight = Float[Tensor, "o i"] | FrozenWeight
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Projection:
-    """A frozen layer ``W (o, i)`` and the low-rank pair on it; ``a`` and ``b`` are both None where it has none.
-
-    ``a (r, i)`` and ``b (o, r)`` may be wider than x (float32 beside bf16): they are rounded to x's dtype for the
-    products, which accumulate in float32, and their gradients come back in their own dtype.
-    """
-
-    weight: Weight
-    bias: Float[Tensor, " o"] | None = None
-    a: Float[Tensor, "r i"] | None = None
-    b: Float[Tensor, "o r"] | None = None
-    scale: float = 1.0
+from veneer.ops.lora_rows import add_low_rank_rows, low_rank_rows_backward
+from veneer.ops.projection import Projection as Projection  # from here for those who use it
+from veneer.ops.projection import Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +52,16 @@ def lora_forward(
     x: Float[Tensor, "n i"], projections: Sequence[Projection]
 ) -> tuple[tuple[Float[Tensor, "n _"], ...], Float[Tensor, "n ranks"] | None]:
     """The outputs, and the joined ``A x`` that `lora_backward` reads (None where no projection has a low-rank pair)."""
+    if any(p.rows is not None for p in projections):
+        outputs = [_product(x, p.weight) for p in projections]
+        by_rows = add_low_rank_rows(x, outputs, projections)
+        biased = (y if p.bias is None else y.add_(p.bias) for y, p in zip(outputs, projections, strict=True))
+        return tuple(biased), by_rows
     joined = _joined_a(projections, x.dtype)
     u = None if joined is None else x @ joined.T
     ys = []
     for p, span in zip(projections, _spans(projections), strict=True):
-        y = x @ p.weight.T if isinstance(p.weight, Tensor) else p.weight.matmul(x)
+        y = _product(x, p.weight)
         if u is not None and p.b is not None:
             y.addmm_(u[:, span], _scaled_b(p, x.dtype).T)
         ys.append(y if p.bias is None else y.add_(p.bias))
@@ -88,24 +78,34 @@ def lora_backward(
 ) -> LoraGradients:
     """Gradients of `lora_forward` from the outputs' gradients, x, and the u that the forward returned."""
     das: tuple[Tensor | None, ...] = (None,) * len(projections)
-    dbs: list[Tensor | None] = [None] * len(projections)
-    joined = _joined_a(projections, x.dtype)
-    dx = None
-    if joined is not None and u is not None:
-        du = torch.empty_like(u)
-        for index, (p, span, dy) in enumerate(zip(projections, _spans(projections), dys, strict=True)):
-            if p.b is not None:
-                torch.mm(dy, _scaled_b(p, x.dtype), out=du[:, span])
-                dbs[index] = (u[:, span].T @ dy).T.to(p.b.dtype).mul_(p.scale)
-        da = du.T @ x
-        das = tuple(
-            None if p.a is None else da[span].to(p.a.dtype)
-            for p, span in zip(projections, _spans(projections), strict=True)
-        )
-        dx = du @ joined if input_grad else None
+    dbs: Sequence[Tensor | None] = (None,) * len(projections)
+    dx: Tensor | None = None
+    if any(p.rows is not None for p in projections) and u is not None:
+        dx, das, dbs = low_rank_rows_backward(dys, x, u, projections, input_grad)
+    elif u is not None:
+        dx, das, dbs = _low_rank_backward(dys, x, u, projections, input_grad)
     for p, dy in zip(projections, dys, strict=True):
         dx = _add_transposed(dx, dy, p.weight) if input_grad else None
     return LoraGradients(dx, das, tuple(dbs))
+
+
+def _low_rank_backward(
+    dys: Sequence[Tensor], x: Tensor, u: Tensor, projections: Sequence[Projection], input_grad: bool
+) -> tuple[Tensor | None, tuple[Tensor | None, ...], list[Tensor | None]]:
+    dbs: list[Tensor | None] = [None] * len(projections)
+    joined = _joined_a(projections, x.dtype)
+    assert joined is not None  # there is a u
+    du = torch.empty_like(u)
+    for index, (p, span, dy) in enumerate(zip(projections, _spans(projections), dys, strict=True)):
+        if p.b is not None:
+            torch.mm(dy, _scaled_b(p, x.dtype), out=du[:, span])
+            dbs[index] = (u[:, span].T @ dy).T.to(p.b.dtype).mul_(p.scale)
+    da = du.T @ x
+    das = tuple(
+        None if p.a is None else da[span].to(p.a.dtype)
+        for p, span in zip(projections, _spans(projections), strict=True)
+    )
+    return du @ joined if input_grad else None, das, dbs
 
 
 class _LoraLinears(torch.autograd.Function):
@@ -121,6 +121,10 @@ class _LoraLinears(torch.autograd.Function):
         x, u = ctx.saved_tensors
         grads = lora_backward(dys, x, u, ctx.projections, input_grad=ctx.needs_input_grad[0])
         return grads.x, None, *(g for pair in zip(grads.a, grads.b, strict=True) for g in pair)
+
+
+def _product(x: Tensor, weight: Weight) -> Tensor:
+    return x @ weight.T if isinstance(weight, Tensor) else weight.matmul(x)
 
 
 def _joined_a(projections: Sequence[Projection], dtype: torch.dtype) -> Tensor | None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from veneer.errors import ConfigError
+from veneer.ops.lora_rows import add_low_rank_rows
 from veneer.train.loss import Scoring
 from veneer.train.recipe import parse_recipe, put
 from veneer.train.run import run_recipe
@@ -94,6 +95,21 @@ def test_every_member_is_the_run_that_it_would_be_on_its_own(values: dict[str, A
     for changes in LISTED:
         assert_same_run(alone(values, changes), shared[changes["name"]], 1e-3)
     assert len({record["results"]["steps"] for record in shared.values()}) > 2  # they leave at different times
+
+
+def test_plain_members_run_on_fused_blocks(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def counted(x: Any, ys: Any, projections: Any) -> Any:
+        calls.append(len(projections))
+        return add_low_rank_rows(x, ys, projections)
+
+    monkeypatch.setattr("veneer.ops.lora.add_low_rank_rows", counted)
+    changes = [LISTED[0], LISTED[1], LISTED[5], {**LISTED[6], "training.gradient_accumulation_steps": 1}]
+    shared = together(values, {"members": changes})
+    assert set(calls) == {1, 2, 3}  # down and o; gate and up; q, k and v
+    for each in changes:
+        assert_same_run(alone(values, each), shared[each["name"]], 1e-3)
 
 
 @pytest.mark.parametrize("adapter", [{"method": "ia3"}, {"method": "lora", "r": 3}])

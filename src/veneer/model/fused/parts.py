@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from veneer.core.records import LinearDelta
+from veneer.model.fused.rows import joined_pairs
 from veneer.model.inplace import InPlace, base_of
 from veneer.model.linear import AdaptedLinear, frozen_weight
 from veneer.model.quant_linear import QuantLinear
-from veneer.ops.lora import Projection
 from veneer.ops.norm import layer_norm_backward, layer_norm_forward, rms_norm_backward, rms_norm_forward
+from veneer.ops.projection import LowRankRows, Projection
 from veneer.quant.dense import DenseWeight
 from veneer.quant.product import Multiplies
 
@@ -133,13 +134,13 @@ def size_of(module: nn.Module) -> tuple[int, int]:
 
 
 def projection_of(module: nn.Module, dtype: torch.dtype) -> Projection | None:
-    """A frozen layer to compute in ``dtype`` with at most one plain low-rank pair; None where anything else acts on it.
+    """A frozen layer to compute in ``dtype``, each row with at most one plain low-rank pair; None where more acts.
 
-    Anything else: other records (DoRA, IA3, biases), several adapters, dropout, trained or copied weights, hooks.
+    More: other records (DoRA, IA3, biases), adapters in a sum, dropout, trained or copied weights, hooks.
     """
     if not is_linear(module) or not is_plain(module):
         return None
-    delta = _delta_of(module) if isinstance(module, AdaptedLinear) else LinearDelta()
+    delta, rows = _pairs_of(module) if isinstance(module, AdaptedLinear) else (LinearDelta(), None)
     bias = cast("Tensor | None", module._parameters.get("bias"))
     weight = frozen_weight(module)
     if delta is None or (bias is not None and bias.requires_grad):
@@ -157,26 +158,34 @@ def projection_of(module: nn.Module, dtype: torch.dtype) -> Projection | None:
         a=delta.a,
         b=delta.b,
         scale=delta.scale,
+        rows=rows,
     )
 
 
-def _delta_of(module: AdaptedLinear) -> LinearDelta | None:
-    """The record that acts on an adapted layer, where it is nothing but a low-rank pair, or nothing at all."""
+def _pairs_of(module: AdaptedLinear) -> tuple[LinearDelta | None, LowRankRows | None]:
+    """The record that acts on an adapted layer, where it is nothing but a low-rank pair, or nothing at all.
+
+    In a mixed batch the pairs of all rows are in it, and beside it stands which rows take which.
+    """
     routing = module.adapter_state.routed()
-    if routing is not None:  # rows take adapters of their own: the kernels know one pair for all rows
-        return None if any(map(module.holds, routing.adapters)) else LinearDelta()
-    names = module.acting_here()
-    copied = any(name in module.copies for name in module.adapter_state.acting())
-    if len(names) > 1 or copied or "merged_weight" in vars(module):
-        return None
-    if not names:
-        return LinearDelta()
-    name = names[0]
+    names = module.acting_here() if routing is None else [n for n in routing.adapters if module.holds(n)]
+    copied = any(name in module.copies for name in (*names, *module.adapter_state.acting()))
+    if (routing is None and len(names) > 1) or copied or "merged_weight" in vars(module):
+        return None, None
+    records = {name: _plain_record(module, name) for name in names}
+    fitting = {name: record for name, record in records.items() if record is not None}
+    if not names or len(fitting) < len(names):
+        return None if names else LinearDelta(), None
+    return (fitting[names[0]], None) if routing is None else joined_pairs(fitting, routing)
+
+
+def _plain_record(module: AdaptedLinear, name: str) -> LinearDelta | None:
+    """The record of one adapter, where it is a low-rank pair alone and nothing is dropped in front of it."""
     config = module.method(name)
-    known = module.__dict__.get("_fused_kind")  # (config, fits): lowering DoRA costs a pass over W
+    known = module.__dict__.setdefault("_fused_kind", {}).get(name)  # (config, fits): lowering DoRA costs a pass over W
     if (known is not None and known[0] is config and not known[1]) or (module.training and config.dropout):
         return None
     record = module.record(name)
     fits = record.rank > 0 and record.in_scale is None and record.out_scale is None and record.bias is None
-    module.__dict__["_fused_kind"] = (config, fits)
+    module.__dict__["_fused_kind"][name] = (config, fits)
     return record if fits else None
