@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset, disable_progress_bars, load_dataset
+from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 import veneer
 from veneer.store.fetch import fetch
@@ -40,6 +44,9 @@ class Score:
 
 def main() -> None:
     options = arguments()
+    transformers_logging.disable_progress_bar()  # the demo draws bars of its own
+    disable_progress_bars()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it is not used here, only found by transformers
     torch.manual_seed(0)
     began = time.perf_counter()
     tokenizer, base = load_in_4bit(fetch("smollm2-135m-instruct"))
@@ -156,12 +163,15 @@ def show(before: Score, after: Score, rows: Dataset) -> None:
         table.add_row(f"right {field}", f"{before.fields[field]:.0%}", f"{after.fields[field]:.0%}")
     table.add_row("[bold]right in every field", f"[bold]{before.exact:.0%}", f"[bold]{after.exact:.0%}")
     console.print(table)
-    sides = Table(title="side by side", show_lines=True)
-    for name in ("request", "base", "adapted", "wanted"):
-        sides.add_column(name, overflow="fold", ratio=1)
+    sides = Table(title="four of them, with real answers", show_header=False, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    sides.add_column(style="bold", no_wrap=True)
+    sides.add_column(overflow="fold")
     for i in range(4):
         request, wanted = rows[i]["messages"][-2]["content"], rows[i]["messages"][-1]["content"]
-        sides.add_row(request, shorten(before.answers[i]), shorten(after.answers[i]), wanted)
+        answers = {"base": before.answers[i], "adapted": after.answers[i], "wanted": wanted}
+        sides.add_row("request", Text(request))
+        for who, answer in answers.items():
+            sides.add_row(who, Text(shorten(answer)), end_section=who == "wanted")
     console.print(sides)
 
 
@@ -170,15 +180,15 @@ def shorten(text: str, longest: int = 220) -> str:
 
 
 def say_what_next(output: Path, same: int, n: int, seconds: float) -> None:
-    console.print(
-        f"The merged model gives the same answer as base + adapter to {same} of {n} requests. {seconds:.0f} s in all."
-    )
-    console.print(
-        "\nNext:\n"
-        f"  veneer chat {output}/merged                      talk to the merged model\n"
-        f"  veneer info {output}/adapter                     what is in the adapter\n"
-        "  veneer train --print-recipe > recipe.yaml       train on data of your own"
-    )
+    console.print(f"The merged model gives the same answer as base + adapter to {same} of {n} requests.")
+    console.print(f"{seconds:.0f} s in all. Next:\n")
+    steps = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    steps.add_column(overflow="fold")
+    steps.add_column(style="dim")
+    steps.add_row(f"veneer chat {output}/merged", "talk to the merged model")
+    steps.add_row(f"veneer info {output}/adapter", "what is in the adapter")
+    steps.add_row("veneer train --print-recipe > recipe.yaml", "train on data of your own")
+    console.print(steps)
 
 
 if __name__ == "__main__":
