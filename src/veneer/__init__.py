@@ -30,6 +30,7 @@ _HOMES = {
     "initialize_kv_prefix_from_text": "veneer.adapters.prefix_start",
     "inject_adapter_in_model": "veneer.adapters.functional",
     "prepare_model_for_kbit_training": "veneer.model.prepare",
+    "replace_lora_weights_loftq": "veneer.adapters.loftq",
     "set_base_model_state_dict": "veneer.adapters.base_state",
     "set_peft_model_state_dict": "veneer.adapters.functional",
 }
@@ -59,6 +60,7 @@ __all__ = [
     "initialize_kv_prefix_from_text",
     "inject_adapter_in_model",
     "prepare_model_for_kbit_training",
+    "replace_lora_weights_loftq",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
 ]

@@ -13,6 +13,7 @@ import math
 import re
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from veneer.core.sites import LinearSite
@@ -35,6 +36,11 @@ def principal(
 ) -> Factors:
     """A and B with ``scale · B A`` the best approximation of W of rank r. Raises ConfigError without a weight."""
     u, s, vt = _triplets(dense_weight(site, r, "PiSSA"), r, n_iterations, generator)
+    return best_factors(u, s, vt, scale)
+
+
+def best_factors(u: Float[Tensor, "o r"], s: Float[Tensor, " r"], vt: Float[Tensor, "r i"], scale: float) -> Factors:
+    """A and B with ``scale · B A = U S Vᵀ``, each with the root of the singular values, on the CPU."""
     root = (s / abs(scale)).sqrt()
     return (root[:, None] * vt).cpu().contiguous(), (u * math.copysign(1.0, scale) * root).cpu().contiguous()
 

@@ -1,0 +1,76 @@
+"""LoftQ on a model: LoRA's factors take over what quantizing the base has lost."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapters.peft_model import PeftModel
+from veneer.core.frozen import FrozenWeight
+from veneer.errors import ConfigError
+from veneer.inits.loftq import lost
+from veneer.methods.lora import LoraConfig
+from veneer.model.adapted import tensors_of
+from veneer.model.attach import adapted_layers
+from veneer.model.linear import AdaptedSite
+from veneer.model.quant_linear import QuantLinear
+from veneer.store.checkpoint import Checkpoint
+
+
+@torch.no_grad()
+def replace_lora_weights_loftq(
+    model: PeftModel,
+    model_path: str | os.PathLike[str] | None = None,
+    adapter_name: str = "default",
+    callback: Callable[[nn.Module, str], bool] | None = None,
+) -> None:
+    """Start an adapter's factors on quantized layers from the weights before quantization, one layer at a time.
+
+    ``model_path``: the folder or file of the base in full precision; None: the folder it was loaded from. ``callback``
+    is called with the model and the path after each layer; where it returns False, that layer's factors are put back.
+    The base is not changed. Raises ConfigError where no layer is quantized or the adapter is not plain LoRA, and
+    FormatError where the files do not hold the weights.
+    """
+    config = model.peft_config.get(adapter_name)
+    if not isinstance(config, LoraConfig) or config.use_dora or config.packed() is not config:
+        raise ConfigError(
+            f"LoftQ starts the factors of plain LoRA; {adapter_name!r} is {type(config).__name__}: {config}"
+        )
+    layers = {
+        p: m for p, m in adapted_layers(model).items() if isinstance(m, QuantLinear) and adapter_name in m.adapters
+    }
+    if not layers:
+        raise ConfigError(
+            f"none of the layers of {adapter_name!r} is quantized, so nothing was lost: load the base with "
+            "BitsAndBytesConfig, or leave LoftQ out"
+        )
+    weights = Checkpoint.open(Path(model_path or config.base_model_name_or_path or ""))
+    for path, layer in layers.items():
+        held, before = tensors_of(layer.adapters[adapter_name]), {}
+        values = _factors(layer, adapter_name, _dense(weights, model, path, layer))
+        for name, value in values.items():
+            before[name] = held[name].clone()
+            held[name].copy_(value)
+        if callback is not None and not callback(model, path):
+            for name, value in before.items():
+                held[name].copy_(value)
+
+
+def _factors(layer: AdaptedSite, name: str, weight: Tensor) -> dict[str, Tensor]:
+    site, config = layer.site((name,)), cast(LoraConfig, layer.method(name))
+    quantized = cast(FrozenWeight, site.weight).dense(torch.float32)
+    a, b = lost(weight, quantized, config.rank(site), config.scale(site))
+    return {"lora_A": a, "lora_B": b}
+
+
+def _dense(weights: Checkpoint, model: PeftModel, path: str, layer: AdaptedSite) -> Tensor:
+    """The weight (o, i) before quantization, under the model's name or without the prefix that some files leave out."""
+    name = f"{path}.weight"
+    short = name.removeprefix(f"{model.get_base_model().base_model_prefix}.")
+    weight = weights.read(short if short in weights.tensors else name)
+    return weight.T if cast(QuantLinear, layer).is_transposed else weight
