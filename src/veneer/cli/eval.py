@@ -78,17 +78,17 @@ def eval_(
         bool | None, typer.Option("--ignore-case", show_default=False, help="Case and white space do not count.")
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, show_default=False, help="Longest answer, in tokens. [default: 256]")
+        int | None, typer.Option(min=1, show_default=False, help="Longest answer, in tokens. \\[default: 256]")
     ] = None,
     stop: Annotated[
         list[str] | None, typer.Option(show_default=False, help="Text that ends an answer; may be given again.")
     ] = None,
     context: Annotated[
-        int | None, typer.Option(min=2, show_default=False, help="perplexity: window in tokens. [default: 1024]")
+        int | None, typer.Option(min=2, show_default=False, help="perplexity: window in tokens. \\[default: 1024]")
     ] = None,
     stride: Annotated[
         int | None,
-        typer.Option(min=1, show_default=False, help="perplexity: from window to window. [default: context/2]"),
+        typer.Option(min=1, show_default=False, help="perplexity: from window to window. \\[default: context/2]"),
     ] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Ask prompts as turns of a chat, as data.chat does in a recipe.")

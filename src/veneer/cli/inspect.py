@@ -70,7 +70,7 @@ def _layers(lines: list[LayerReport], top: int) -> Table:
     """One row a kind of module, over its layers: a table that fits a terminal however deep the model is."""
     table = Table(box=box.SIMPLE, title="updates by module, mean over layers (least to most)")
     for name in ("module", "layers", "norm", "effective rank", "of rank", f"energy in top {top}"):
-        table.add_column(name, justify="left" if name == "module" else "right")
+        table.add_column(name, justify="left" if name == "module" else "right", no_wrap=name == "module")
     for module in dict.fromkeys(line.module for line in lines):
         of = [line for line in lines if line.module == module]
         norms, effective = [x.norm for x in of], [x.effective_rank for x in of]
@@ -85,7 +85,7 @@ def _pairs(pairs: list[PairReport], top: int) -> Table:
 
     table = Table(box=box.SIMPLE, title=f"both adapters, {len(pairs)} shared layers")
     for name in ("module", f"overlap of top {top}", "by chance", "sign conflict"):
-        table.add_column(name, justify="left" if name == "module" else "right")
+        table.add_column(name, justify="left" if name == "module" else "right", no_wrap=name == "module")
     for module in dict.fromkeys(split_path(p.path)[1] for p in pairs):
         of = [p for p in pairs if split_path(p.path)[1] == module]
         chance = sum(p.chance for p in of) / len(of)

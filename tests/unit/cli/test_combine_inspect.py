@@ -157,3 +157,15 @@ def test_a_config_that_lies_about_the_rank(veneer, adapter_folder: Path, second:
     assert result.exit_code == 2
     assert "where the config says (7, " in " ".join(result.output.split())
     assert not (tmp_path / "sum").exists()
+
+
+def test_inspect_keeps_every_name_whole_at_80_columns(
+    veneer, adapter_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert "…" not in veneer("inspect", adapter_folder).output
+
+
+def test_the_help_of_eval_keeps_its_defaults(veneer) -> None:
+    text = " ".join(veneer("eval", "--help").output.replace("│", " ").split())
+    assert all(f"[default: {value}]" in text for value in ("256", "1024", "context/2"))
