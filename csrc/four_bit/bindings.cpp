@@ -36,7 +36,7 @@ FourBitMatrix matrix(uintptr_t packed, uintptr_t absmax, int64_t block_size, int
 
 bool is_few(int64_t rows, int64_t i, int64_t block_size, bool transposed) {
   // From three rows on tiles are faster; without them, decoding W whole for torch pays only with many rows.
-  const int64_t most = four_bit_kernels().multiply != nullptr ? 2 : 32;
+  const int64_t most = four_bit_kernels().multiply != nullptr ? 2 : 24;
   return four_bit_kernels().multiply_few != nullptr && !transposed && rows > 0 && rows <= most && i % 64 == 0 && block_size >= 64;
 }
 
