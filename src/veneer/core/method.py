@@ -158,6 +158,10 @@ class LinearMethod(TargetedConfig):
         """A sentence for everything in the config that means none of the modules it adapts, given by path."""
         return []
 
+    def misfits(self, sites: Sequence[LinearSite]) -> list[str]:
+        """A sentence for everything in the config that no layer it adapts is large enough for; sites come as shapes."""
+        return []
+
     def shared(self) -> dict[str, Tensor]:
         """What else is on disk, by its whole key: it follows from the config and is never trained."""
         return {}

@@ -115,6 +115,17 @@ class LoraConfig(LinearMethod):
             if not any(_matches(key, name) for name in names)
         ]
 
+    def misfits(self, sites: Sequence[LinearSite]) -> list[str]:
+        """A rank above every layer's is a slip; above some layers' it is a choice (grouped keys are narrow)."""
+        largest = max((min(site.in_features, site.out_features) for site in sites), default=0)
+        ranks = [self.rank(site) for site in sites]
+        if not ranks or min(ranks) <= largest:
+            return []
+        return [
+            f"rank {min(ranks)} is above that of every layer adapted, and no update of theirs has a rank above {largest}: "
+            f"give r={largest} or less (a small one, such as 16, is usual)"
+        ]
+
     def rank(self, site: LinearSite) -> int:
         """r at this site."""
         return _override(self.rank_pattern, site.name, self.r)

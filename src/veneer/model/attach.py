@@ -116,10 +116,11 @@ def attach(
     targets = (*targets, *layers)
     if isinstance(config, LinearMethod):
         names = [*targets, *(f"{path}.{key}" for path, keys in places.items() for key in keys)]
-        unused = config.unused(names) if start.values else []  # a saved adapter is taken as it is
-        if unused:
-            raise TargetError("; ".join(unused))
-        config = config.for_sites([shape_of(path, model.get_submodule(path)) for path in targets])
+        sites = [shape_of(path, model.get_submodule(path)) for path in targets]
+        wrong = [*config.unused(names), *config.misfits(sites)] if start.values else []  # a saved one is taken as it is
+        if wrong:
+            raise TargetError("; ".join(wrong))
+        config = config.for_sites(sites)
     rows = row_places(
         cast(PreTrainedModel, model), config, {*targets, *(p for p, k in copied.items() if "weight" in k)}
     )

@@ -1,4 +1,4 @@
-"""Keys of a config that mean none of the modules that it adapts."""
+"""Keys and ranks of a config that mean nothing in the modules that it adapts."""
 
 from __future__ import annotations
 
@@ -53,3 +53,22 @@ def test_a_saved_adapter_may_have_such_a_key(tiny: Any, ids: Tensor, tmp_path: P
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"rank_pattern": {"q_prj": 5}}))
     loaded = PeftModel.from_pretrained(tiny(), tmp_path)
     assert torch.equal(loaded(ids).logits, saved.eval()(ids).logits)
+
+
+def test_a_rank_above_that_of_every_layer(tiny: Any) -> None:
+    model = tiny()
+    with pytest.raises(
+        TargetError, match=r"^rank 4001 is above that of every layer adapted, .* above \d+: give r=\d+ or"
+    ):
+        get_peft_model(model, LoraConfig(r=4001))
+    assert not isinstance(model, PeftModel)
+
+
+def test_a_rank_above_that_of_some_layers_is_taken(tiny: Any) -> None:
+    """Keys and values of grouped heads are narrow."""
+    model = tiny()
+    narrow, wide = (
+        min(model.get_submodule(f"model.layers.0.{n}").weight.shape) for n in ("self_attn.k_proj", "mlp.up_proj")
+    )
+    assert narrow < wide
+    get_peft_model(model, LoraConfig(r=narrow + 1, target_modules=["k_proj", "up_proj"]))
