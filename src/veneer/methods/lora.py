@@ -122,7 +122,7 @@ class LoraConfig(LinearMethod):
         if not ranks or min(ranks) <= largest:
             return []
         return [
-            f"rank {min(ranks)} is above that of every layer adapted, and no update of theirs has a rank above {largest}: "
+            f"rank {min(ranks)} is above that of every layer adapted, and their updates have rank {largest} at most: "
             f"give r={largest} or less (a small one, such as 16, is usual)"
         ]
 
