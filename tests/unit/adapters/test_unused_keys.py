@@ -57,9 +57,7 @@ def test_a_saved_adapter_may_have_such_a_key(tiny: Any, ids: Tensor, tmp_path: P
 
 def test_a_rank_above_that_of_every_layer(tiny: Any) -> None:
     model = tiny()
-    with pytest.raises(
-        TargetError, match=r"^rank 4001 is above that of every layer adapted, .* above \d+: give r=\d+ or"
-    ):
+    with pytest.raises(TargetError, match=r"^rank 4001 is above that of every layer adapted, .*: give r=40 or less"):
         get_peft_model(model, LoraConfig(r=4001))
     assert not isinstance(model, PeftModel)
 
