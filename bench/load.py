@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from resident import high_water_mb
+
 SIDES = ("bitsandbytes", "veneer")
 FIELDS = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 TARGET_TIME, TARGET_MEMORY = 2.0, 0.5
@@ -37,20 +39,14 @@ def load(side: str, folder: Path) -> Any:
     )
 
 
-def high_water_bytes() -> int:
-    """The most memory that this process ever had resident."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
-
-
 def measure(side: str, folder: Path, warm: Path) -> None:
     """Load once in this process and print what it took. A tiny model goes first: imports are not loading."""
     load(side, warm)
-    before = high_water_bytes()
+    before = high_water_mb()
     start = time.perf_counter()
     model = load(side, folder)
     seconds = time.perf_counter() - start
-    grown = high_water_bytes() - before
+    grown = int((high_water_mb() - before) * 2**20)
     tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
     print(json.dumps({"seconds": seconds, "bytes": grown, "kept": sum(t.nbytes for t in tensors.values())}))
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from resident import forget_high_water, high_water_mb
 from train_sides import BATCH, ROWS, SIDES, Row, Side, Timing, cycled, packed_rows, products_of, same_start, side_of
 from veneer.store.source import resolve
 
@@ -131,15 +131,13 @@ def peak_of(name: str, side: str) -> Peak:
 
 
 def peak_here(side: str, row: Row, place: str, rows: Dataset) -> tuple[float, float]:
+    """The whole peak, loading included, and that of two steps over the loaded model."""
     built = side_of(side, row, place)
-    loaded = high_water()
+    loading = high_water_mb()
+    forget_high_water()
+    loaded = high_water_mb()
     built.losses(rows.select(range(2 * BATCH)))
-    return high_water(), high_water() - loaded
-
-
-def high_water() -> float:
-    """Of this process's resident memory, in megabytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return max(loading, high_water_mb()), high_water_mb() - loaded
 
 
 def report(times: dict[str, list[Timing]], peaks: dict[str, Peak], n_products: float, products: list[Timing]) -> None:

@@ -13,12 +13,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch.optim import Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from resident import forget_high_water, high_water_mb
 from veneer.optim import AdamW8bit, GaLoreAdamW, LayerwiseGaLoreAdamW
 from veneer.optim.galore import Projection
 
@@ -72,18 +72,13 @@ def measure(side: str, layers: int, hidden: int, rank: int) -> int:
     model = LlamaForCausalLM(config).train()
     optimizer = sides(rank)[side](model)
     ids = torch.randint(0, VOCAB, (1, TOKENS))
-    before = memory_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the mark starts anew
+    forget_high_water()
+    before = high_water_mb()
     for _ in range(STEPS):
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return memory_bytes("VmHWM") - before
-
-
-def memory_bytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
+    return int((high_water_mb() - before) * 2**20)
 
 
 if __name__ == "__main__":

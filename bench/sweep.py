@@ -1,0 +1,169 @@
+"""Eight LoRA adapters of different ranks trained in one pass, against eight runs one after another, both veneer's.
+
+Each adapter trains on rows of its own. First every adapter is trained for some steps in both ways, from the same start,
+and the losses are compared; only then the steps (forward, backward, AdamW for all eight) are timed, in turns.
+
+    python bench/sweep.py --data FILE.jsonl [--model smollm2-135m-instruct] [--base dense|nf4] [--lengths 64,128,256]
+
+FILE holds one JSON object a line; all its string values are trained on. Ranks are 2 to 64, on all linear layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import veneer
+from veneer.adapters.peft_model import PeftModel
+from veneer.model.fused.decoder import fuse
+from veneer.model.twin import twin
+from veneer.store.source import resolve
+from veneer.train.loss import Scoring, token_loss
+from veneer.train.shared_base import Part, SharedBase
+
+RANKS = (2, 4, 8, 8, 16, 16, 32, 64)
+TOLERANCE = 0.02
+Losses = list[float]
+Step = Callable[[Tensor], Losses]
+
+
+def read_tokens(data: Path, tokenizer: Any, n_tokens: int) -> Tensor:
+    ids: list[int] = []
+    for line in data.read_text(encoding="utf-8").splitlines():
+        text = "\n".join(value for value in json.loads(line).values() if isinstance(value, str))
+        ids += [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+        if len(ids) >= n_tokens:
+            return torch.tensor(ids[:n_tokens])
+    raise SystemExit(f"{data} holds {len(ids)} tokens, {n_tokens} are needed: give a longer file or fewer steps")
+
+
+def base_of(place: str, base: str) -> Any:
+    options: dict[str, Any] = {"dtype": torch.bfloat16}
+    if base == "nf4":
+        options["quantization_config"] = veneer.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
+    return AutoModelForCausalLM.from_pretrained(place, **options)
+
+
+def members(base: Any) -> list[PeftModel]:
+    """A model for each adapter, over the same weights, with the same start in every call."""
+    found = []
+    for rank in RANKS:
+        torch.manual_seed(rank)
+        config = veneer.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+        found.append(veneer.get_peft_model(twin(base), config).train())
+    return found
+
+
+def optimizer_of(member: PeftModel) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in member.parameters() if p.requires_grad], lr=2e-4)
+
+
+def alone(base: Any) -> Step:
+    """Member after member, each with a forward and a backward pass of its own."""
+    models = members(base)
+    if not all(fuse(model) for model in models):
+        raise SystemExit("the model runs the general path, see the log: there is nothing to compare")
+    optimizers = [optimizer_of(model) for model in models]
+
+    def step(rows: Tensor) -> Losses:
+        losses = []
+        for model, optimizer, row in zip(models, optimizers, rows, strict=True):
+            optimizer.zero_grad()
+            counted = token_loss(model, {"input_ids": row[None], "labels": row[None]})
+            loss = counted.total / counted.n_tokens
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    return step
+
+
+def together(base: Any) -> Step:
+    """All members by one pass over the base."""
+    models = members(base)
+    shared = SharedBase(twin(base))
+    names = [f"member{index}" for index in range(len(models))]
+    for name, model in zip(names, models, strict=True):
+        shared.add(name, model)
+    fuse(shared.model)
+    optimizers = [optimizer_of(model) for model in models]
+
+    def step(rows: Tensor) -> Losses:
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        batches = ({"input_ids": row[None], "labels": row[None]} for row in rows)
+        parts = {n: Part(b, Scoring(), torch.Generator()) for n, b in zip(names, batches, strict=True)}
+        losses = [counted.total / counted.n_tokens for counted in shared.losses(parts).values()]
+        torch.autograd.backward(losses)
+        for optimizer in optimizers:
+            optimizer.step()
+        return [loss.item() for loss in losses]
+
+    return step
+
+
+def timed(step: Step, rows: Tensor) -> float:
+    began = time.perf_counter()
+    step(rows)
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--base", choices=["dense", "nf4"], default="dense")
+    parser.add_argument("--lengths", default="64,128,256")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    place, lengths = str(resolve(args.model)), [int(length) for length in args.lengths.split(",")]
+    n_rows = args.steps * len(RANKS)
+    tokens = read_tokens(args.data, AutoTokenizer.from_pretrained(place), n_rows * max(lengths))
+    base = base_of(place, args.base)
+    ways = {"alone": alone(base), "together": together(base)}
+    compare(ways, tokens[: n_rows * lengths[0]].view(args.steps, len(RANKS), lengths[0]))
+    print(f"{args.base} base, ranks {RANKS}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
+    for length in lengths:
+        rows = tokens[: len(RANKS) * length].view(len(RANKS), length)
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(args.rounds):
+            for name, step in ways.items():
+                times[name].append(timed(step, rows))
+        single, joint = (statistics.median(times[name]) for name in ("alone", "together"))
+        print(
+            f"8 x 1 x {length:4} tokens: {single:6.2f} s one after another, {joint:6.2f} s together, "
+            f"{single / joint:5.2f}x, {8 * length / joint:6.0f} tokens/s",
+            flush=True,
+        )
+
+
+def compare(ways: dict[str, Step], batches: Tensor) -> None:
+    """Train both ways on the same rows. Leaves where the losses part."""
+    worst = 0.0
+    for number, rows in enumerate(batches):
+        own, shared = (step(rows) for step in ways.values())
+        worst = max(worst, *(abs(a - b) for a, b in zip(own, shared, strict=True)))
+        print(
+            f"step {number}: losses {own[0]:.4f} … {own[-1]:.4f} (alone) {shared[0]:.4f} … {shared[-1]:.4f} (together)"
+        )
+    if worst > TOLERANCE:
+        raise SystemExit(f"the losses part by {worst:.4f}: no times are given")
+    print(f"losses agree within {worst:.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
