@@ -27,7 +27,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import veneer
-from resident import high_water_mb
+from resident import forget_high_water, high_water_mb
 from veneer.model.checkpointing import checkpoint_selectively
 from veneer.model.fused.decoder import fuse
 from veneer.model.offload import ActivationOffload
