@@ -135,4 +135,5 @@ def _text(value: object) -> str:
 
 
 def _size(n_bytes: int) -> str:
-    return f"{n_bytes / 1e6:,.1f} MB"
+    """In MB; in kB where that would show as nothing."""
+    return f"{n_bytes / 1e6:,.1f} MB" if n_bytes >= 50_000 else f"{n_bytes / 1e3:,.1f} kB"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,20 +16,29 @@ from filelock import FileLock
 
 from veneer.errors import DiskError
 
+try:
+    import fcntl
+except ImportError:  # Windows locks no folders: what a crash leaves there stays
+    fcntl = None  # type: ignore[assignment]
+
 _PARTIAL = ".partial-"
+_OLD = ".old"
+_SETTLED_SECONDS = 2.0  # a scratch folder that is younger may not be locked yet
 
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """A scratch folder beside ``target`` to write into; on leaving without an error it takes the place of ``target``.
 
-    On any error nothing changes. Raises DiskError where the disk is full or read-only, other refusals as OSError.
+    On any error nothing changes. What a killed process left of the same target goes first, and an old ``target`` that
+    it had moved aside comes back. Raises DiskError where the disk is full or read-only, other refusals as OSError.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
+    _recover(target)
     scratch = target.parent / f".{target.name}{_PARTIAL}{os.getpid()}-{secrets.token_hex(4)}"
     scratch.mkdir()
     try:
-        with disk_errors_told(target):
+        with _locked(scratch), disk_errors_told(target):
             yield scratch
             _flush(scratch)
             _put_in_place(scratch, target)
@@ -66,6 +77,50 @@ def drop_leftovers(parent: Path, name: str) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
+def _recover(target: Path) -> None:
+    """Undo what processes that were killed left half done; those that still write hold the lock of their folder."""
+    leftovers = sorted(target.parent.glob(f".{glob.escape(target.name)}{_PARTIAL}*"))
+    for old in (path for path in leftovers if path.suffix == _OLD):
+        owner = old.with_suffix("")
+        if not target.exists() and owner.exists() and _is_abandoned(owner):
+            old.rename(target)
+    for leftover in leftovers:
+        owner = leftover.with_suffix("") if leftover.suffix == _OLD else leftover
+        if not owner.exists() or _is_abandoned(owner):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_abandoned(scratch: Path) -> bool:
+    try:
+        if time.time() - scratch.stat().st_mtime < _SETTLED_SECONDS:
+            return False
+        with _locked(scratch) as mine:
+            return mine
+    except FileNotFoundError:  # its process put it in place meanwhile
+        return False
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Holds a lock that dies with the process; false where another holds it, or the file system has no such locks."""
+    if fcntl is None:
+        yield False
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        yield _lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
 def build_once(target: Path, is_whole: Callable[[Path], bool], build: Callable[[Path], None]) -> Path:
     """``target``, built by ``build(scratch)`` where it is not whole yet.
 
@@ -85,7 +140,7 @@ def build_once(target: Path, is_whole: Callable[[Path], bool], build: Callable[[
 
 def _put_in_place(scratch: Path, target: Path) -> None:
     """What was there before goes only when the new folder is in its place, and comes back where that fails."""
-    retired = scratch.with_name(f"{scratch.name}.old") if target.exists() else None
+    retired = scratch.with_name(f"{scratch.name}{_OLD}") if target.exists() else None
     if retired is not None:
         target.rename(retired)
     try:

@@ -28,7 +28,7 @@ def test_an_adapter(veneer: Veneer, adapter_folder: Path, model_folder: Path) ->
     assert (facts["r"], facts["lora_alpha"]) == ("3", "7")
     assert facts["modules"] == "4 (q_proj, up_proj)"
     assert facts["parameters"] == f"{n_parameters:,}"
-    assert facts["size"] == f"{size / 1e6:.1f} MB (float32)"
+    assert facts["size"] == f"{size / 1e3:.1f} kB (float32)"
     assert facts["base"] == str(model_folder)
 
 

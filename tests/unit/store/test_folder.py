@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import errno
+import glob
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -28,6 +32,16 @@ def build(scratch):
 
 folder = build_once(root / "model", Path.is_dir, build)
 assert (folder / "weights").read_text() == "whole"
+"""
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from veneer.store.folder import new_folder
+
+with new_folder(Path(sys.argv[1])) as scratch:
+    (scratch / "half").touch()
+    time.sleep(60)
 """
 
 
@@ -108,3 +122,44 @@ def test_a_folder_that_is_not_whole_is_built_anew(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     folder = build_once(tmp_path / "model", lambda f: (f / "w").exists(), lambda s: (s / "w").touch())
     assert (folder / "w").exists()
+
+
+def settled_writer(target: Path) -> tuple[subprocess.Popen[bytes], Path]:
+    """A process in the middle of writing ``target``, and its scratch folder, made to look a minute old."""
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, str(target)])
+    while not (found := list(target.parent.glob(f".{glob.escape(target.name)}.partial-*/half"))):
+        assert writer.poll() is None
+        time.sleep(0.02)
+    os.utime(found[0].parent, (time.time() - 60,) * 2)
+    return writer, found[0].parent
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders are locked on POSIX systems only")
+def test_the_next_writer_clears_what_a_killed_one_left_and_nothing_of_a_live_one(tmp_path: Path) -> None:
+    target = tmp_path / "model [v1.5]"
+    writer, scratch = settled_writer(target)
+    try:
+        with new_folder(target):
+            pass
+        assert scratch.exists()
+    finally:
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+    other = tmp_path / ".model.partial-123-abc"
+    other.mkdir()
+    with new_folder(target) as mine:
+        assert {path for path in tmp_path.iterdir() if path.name.startswith(".")} == {mine, other}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders are locked on POSIX systems only")
+def test_an_old_folder_that_a_killed_process_had_moved_aside_comes_back(tmp_path: Path) -> None:
+    target, scratch = tmp_path / "model", tmp_path / ".model.partial-123-abc"
+    scratch.mkdir()
+    os.utime(scratch, (time.time() - 60,) * 2)
+    old = tmp_path / f"{scratch.name}.old"
+    old.mkdir()
+    (old / "weights").write_text("old")
+    with pytest.raises(KeyError), new_folder(target):
+        raise KeyError
+    assert (target / "weights").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
