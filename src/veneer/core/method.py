@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import ClassVar, Protocol, TypeVar
 
 import torch
@@ -85,8 +85,9 @@ class MethodConfig(ABC):
         """The fields by name, with ``peft_type``, as one logs them: new lists and mappings, no tuples."""
         values = {spec.name: getattr(self, spec.name) for spec in fields(self)}
         for name, value in values.items():
-            plain = list(value) if isinstance(value, tuple) else value
-            values[name] = dict(value) if isinstance(value, Mapping) else plain
+            plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+            plain = list(plain) if isinstance(plain, tuple) else plain
+            values[name] = dict(plain) if isinstance(plain, Mapping) else plain
         return {"peft_type": self.peft_type, **values}
 
     @classmethod

@@ -35,7 +35,7 @@ def principal(
     site: LinearSite, r: int, scale: float, generator: torch.Generator | None = None, n_iterations: int | None = None
 ) -> Factors:
     """A and B with ``scale · B A`` the best approximation of W of rank r. Raises ConfigError without a weight."""
-    u, s, vt = _triplets(dense_weight(site, r, "PiSSA"), r, n_iterations, generator)
+    u, s, vt = leading_triplets(dense_weight(site, r, "PiSSA"), r, n_iterations, generator)
     return best_factors(u, s, vt, scale)
 
 
@@ -45,9 +45,10 @@ def best_factors(u: Float[Tensor, "o r"], s: Float[Tensor, " r"], vt: Float[Tens
     return (root[:, None] * vt).cpu().contiguous(), (u * math.copysign(1.0, scale) * root).cpu().contiguous()
 
 
-def _triplets(
-    w: Tensor, r: int, n_iterations: int | None, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def leading_triplets(
+    w: Float[Tensor, "o i"], r: int, n_iterations: int | None, generator: torch.Generator | None
+) -> tuple[Float[Tensor, "o r"], Float[Tensor, " r"], Float[Tensor, "r i"]]:
+    """The r leading singular triplets U, S, Vᵀ: exact, or randomized with that many power iterations."""
     if n_iterations is None:
         u, s, vt = torch.linalg.svd(w, full_matrices=False)
         return u[:, :r], s[:r], vt[:r]

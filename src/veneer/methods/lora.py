@@ -27,6 +27,7 @@ from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.core.stacks import stack, unstack
 from veneer.inits import Start, find_start, start_names
+from veneer.inits.eva import EvaConfig
 
 T = TypeVar("T")
 
@@ -40,6 +41,7 @@ class LoraConfig(LinearMethod):
     ``bias``: which biases of the base are trained too: "none", "all", or those of the adapted layers ("lora_only").
     ``init_lora_weights`` names a start in `veneer.inits`: True (Kaiming A, zero B), "gaussian", "pissa", …; False makes
     both random, so that the start changes the model.
+    ``eva_config``: how "eva" starts, once `initialize_lora_eva_weights` gives it data; None is the defaults.
     ``trainable_token_indices``: rows of the input embeddings (or of tables, by module name) that are trained, each in
     the place of the base's; a head tied to the embeddings sees them too. They alone are on disk.
     ``target_parameters``: parameters that no linear layer holds, by the ends of their paths, such as
@@ -55,6 +57,7 @@ class LoraConfig(LinearMethod):
     lora_dropout: float = 0.0
     bias: str = "none"
     init_lora_weights: bool | str = True
+    eva_config: EvaConfig | Mapping[str, object] | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     fan_in_fan_out: bool = False
@@ -64,12 +67,21 @@ class LoraConfig(LinearMethod):
     trainable_token_indices: Collection[int] | Mapping[str, Collection[int]] | None = None
     target_parameters: Collection[str] | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.eva_config, Mapping):  # as files hold it
+            object.__setattr__(self, "eva_config", EvaConfig.from_dict(self.eva_config))
+
     def problems(self) -> list[str]:
         found = super().problems() + self._problems_of_sizes()
         if self.bias not in ("none", "all", "lora_only"):
             found.append(f"bias={self.bias!r} must be 'none', 'all' or 'lora_only'")
         if not isinstance(self.init_lora_weights, (bool, str)) or find_start(self.init_lora_weights) is None:
             found.append(f"init_lora_weights={self.init_lora_weights!r} must be one of {', '.join(start_names())}")
+        if not isinstance(self.eva_config, (EvaConfig, Mapping, type(None))):
+            found.append(f"eva_config={self.eva_config!r} must be an EvaConfig or its fields")
+        if self.eva_config is not None and self.init_lora_weights != "eva":
+            found.append(f"eva_config has no effect with init_lora_weights={self.init_lora_weights!r}: give 'eva'")
         if self.lora_bias is True and self.use_dora is True:
             found.append("lora_bias and use_dora exclude each other, as in PEFT: drop one of them")
         return found + _problems_of_rows(self.trainable_token_indices) + self._problems_of_parameters()
@@ -85,7 +97,11 @@ class LoraConfig(LinearMethod):
             f"{name}={getattr(self, name)!r} does not go with target_parameters, which change a weight where it is read"
             for name in others
             if given and getattr(self, name)
-        ]
+        ] + (
+            ["init_lora_weights='eva' does not go with target_parameters: EVA starts from what goes into a layer"]
+            if given and self.init_lora_weights == "eva"
+            else []
+        )
 
     def _problems_of_sizes(self) -> list[str]:
         ranks = {"r": self.r} | {f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}
@@ -130,10 +146,14 @@ class LoraConfig(LinearMethod):
         """r at this site."""
         return _override(self.rank_pattern, site.name, self.r)
 
+    def alpha(self, site: LinearSite) -> float:
+        """alpha at this site."""
+        return _override(self.alpha_pattern, site.name, self.lora_alpha)
+
     def scale(self, site: LinearSite) -> float:
         """What B A is multiplied by at this site: alpha / r, or what a variant makes of it."""
         r = self.rank(site)
-        scale = _override(self.alpha_pattern, site.name, self.lora_alpha) / r
+        scale = self.alpha(site) / r
         for variant in self._variants("scale"):
             scale = variant.scale(r, scale)
         return scale
@@ -180,7 +200,9 @@ class LoraConfig(LinearMethod):
         return {name: names.get(name, name) for name in self.shapes(site)}
 
     def packed(self) -> LoraConfig:
-        """Plain LoRA of twice the rank for a start that is taken off: it fits the plain base, for anybody."""
+        """Plain LoRA, of twice the rank for a start that is taken off: it fits the plain base, for anybody."""
+        if self.init_lora_weights == "eva":
+            return replace(self, init_lora_weights=True, eva_config=None)
         if not self._taken_off:
             return self
         grow = math.sqrt(2) if self.use_rslora else 2  # so that the scale stays
@@ -222,6 +244,11 @@ class LoraConfig(LinearMethod):
         if isinstance(given, Mapping):
             return {name: tuple(rows) for name, rows in given.items()}
         return {None: tuple(given)} if given else {}
+
+    @property
+    def eva(self) -> EvaConfig:
+        """How "eva" starts, the defaults filled in."""
+        return cast("EvaConfig | None", self.eva_config) or EvaConfig()
 
     @property
     def _start(self) -> Start:

@@ -25,7 +25,6 @@ _NEUTRAL: dict[str, dict[str, Any]] = {
         "arrow_config": None,
         "corda_config": None,
         "ensure_weight_tying": False,
-        "eva_config": None,
         "kasa_config": None,
         "layer_replication": None,
         "loftq_config": {},
@@ -43,6 +42,7 @@ _NEUTRAL: dict[str, dict[str, Any]] = {
 _EXTRA = {"IA3": ("layers_pattern", "layers_to_transform")}
 _NEUTRAL["ADALORA"] = _NEUTRAL["LORA"] | {
     "alpha_pattern": {},
+    "eva_config": None,
     "lora_bias": False,
     "r": 8,
     "target_parameters": None,

@@ -54,6 +54,11 @@ def adapter_problems(adapter: Mapping[str, Any]) -> list[str]:
     named, found = named_methods()[method], list[str]()
     given = typed(named.config, rest, found, "adapter.")
     found += missing(named.config, rest, "adapter.")
+    if given.get("init_lora_weights") == "eva":
+        found.append(
+            "adapter.init_lora_weights: 'eva' starts from a pass over data, which no recipe makes: call "
+            "initialize_lora_eva_weights in Python"
+        )
     return found + [
         f"adapter.{key}: {given[key]!r} contradicts method {method}, which sets it to {value!r}"
         for key, value in named.switches.items()

@@ -1,0 +1,308 @@
+"""EVA on a model: passes over data give LoRA's factors their directions, and each layer its rank."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapters.merging import require_known
+from veneer.adapters.peft_model import PeftModel
+from veneer.errors import AdapterNameError, ConfigError, DataError, NonFiniteError, ShapeError
+from veneer.inits.eva import Directions, EvaConfig, shared_ranks, updated
+from veneer.methods.lora import LoraConfig
+from veneer.model.adapted import restore
+from veneer.model.attach import adapted_layers, device_of
+from veneer.model.linear import AdaptedLinear
+
+MAX_PASSES = 50
+Batch = Mapping[str, Any]
+Forward = Callable[[nn.Module, Batch], Any]
+See = Callable[[str, Tensor, Tensor | None], object]
+
+
+def _forward(model: nn.Module, batch: Batch) -> Any:
+    return model(**batch)
+
+
+@torch.no_grad()
+def get_eva_state_dict(
+    model: PeftModel,
+    dataloader: Iterable[Batch],
+    adapter_name: str = "default",
+    *,
+    forward_fn: Forward = _forward,
+) -> dict[str, Tensor]:
+    """The factor A (r, i) of each linear layer of an adapter, by path, with the rank that EVA gives it (0 is possible).
+
+    The base model alone sees the batches, in evaluation mode, pass after pass, until the directions have settled. Of a
+    layer's input those rows count that ``attention_mask`` and, under ``use_label_mask``, ``labels`` leave; where an
+    input is not laid out like the mask (routed tokens, an encoder beside a decoder), all of them.
+
+    Raises ConfigError where the adapter does not start from "eva" or `MAX_PASSES` do not settle it, DataError where the
+    loader is empty, gives a layer nothing, or gives it too few rows in every batch, and NonFiniteError for inputs with
+    NaN or infinity.
+    """
+    config = _config(model, adapter_name)
+    eva, layers = config.eva, _layers(model, adapter_name)
+    with model.disable_adapter(), _evaluating(model):
+        passes = _Passes(model, dataloader, eva, forward_fn)
+        groups = passes.groups(layers)
+        ranks = {path: config.rank(layer.site((adapter_name,))) for path, layer in layers.items()}
+        for group in groups:
+            widest = max(round(ranks[path] * eva.rho) for path in group.paths)
+            group.n_directions = min(widest, layers[group.paths[0]].site(()).in_features)
+        given = passes.settle(groups, sum(ranks.values()))
+    of = {path: cast(Directions, group.found) for group in groups for path in group.paths}
+    return {path: of[path].start(given[path], eva.whiten) for path in layers}
+
+
+@torch.no_grad()
+def initialize_lora_eva_weights(
+    model: PeftModel,
+    dataloader: Iterable[Batch] | None = None,
+    eva_state_dict: Mapping[str, Tensor] | None = None,
+    *,
+    forward_fn: Forward = _forward,
+    adapter_name: str = "default",
+) -> None:
+    """Start an adapter with ``init_lora_weights="eva"`` from data: A from `get_eva_state_dict`, B zero.
+
+    ``eva_state_dict`` stands in for the passes over ``dataloader``. Layers that get no rank lose the adapter, and its
+    config says afterwards which layers are left, with which rank and alpha. Layers that are not linear, and those
+    that ``eva_state_dict`` leaves out, keep their start. Call it before an optimizer is made: parameters whose rank
+    changes are new ones. Raises as `get_eva_state_dict` does, AdapterNameError where an adapter is merged, ConfigError
+    without data or where no layer would keep a rank, and ShapeError for factors that fit no layer.
+    """
+    config, layers = _config(model, adapter_name), _layers(model, adapter_name)
+    if eva_state_dict is None:
+        if dataloader is None:
+            raise ConfigError("EVA starts from data: give a dataloader, or an eva_state_dict made from one")
+        eva_state_dict = get_eva_state_dict(model, dataloader, adapter_name, forward_fn=forward_fn)
+    _require_fitting(eva_state_dict, layers)
+    factors = {path: eva_state_dict[path] for path in layers if path in eva_state_dict}
+    started = _with_ranks(model, config, adapter_name, {path: a.shape[0] for path, a in factors.items()})
+    for path, a in factors.items():
+        if a.shape[0]:
+            _put(layers[path].adapters[adapter_name], a)
+        else:
+            _remove(layers[path], adapter_name, with_bias=config.bias == "lora_only")
+    model.adapter_state.configs[adapter_name] = started
+
+
+@dataclass
+class _Group:
+    """Layers that read the same input, of which the first is watched; ``found`` grows batch by batch."""
+
+    paths: list[str]
+    layer: AdaptedLinear
+    n_directions: int = 0
+    found: Directions | None = None
+
+
+@dataclass
+class _Passes:
+    """Passes of a loader's batches through the model."""
+
+    model: nn.Module
+    loader: Iterable[Batch]
+    eva: EvaConfig
+    forward: Forward
+    device: torch.device = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.device = device_of(self.model)
+
+    def groups(self, layers: Mapping[str, AdaptedLinear]) -> list[_Group]:
+        """The layers, joined where the first batch reaches them as the same rows."""
+        first = next(iter(self.loader), None)
+        if first is None:
+            raise DataError("the dataloader gave no batch: EVA starts from the inputs that data gives the layers")
+        seen: dict[str, tuple[torch.Size, str]] = {}
+        self._watch(first, layers, lambda path, x, mask: seen.setdefault(path, _digest(x)))
+        missed = [path for path in layers if path not in seen]
+        if missed:
+            raise DataError(f"the first batch reached none of {missed}: leave them out of target_modules, or give data")
+        same: dict[tuple[torch.Size, str], list[str]] = {}
+        for path in layers:
+            same.setdefault(seen[path], []).append(path)
+        return [_Group(paths, layers[paths[0]]) for paths in same.values()]
+
+    def settle(self, groups: list[_Group], budget: int) -> dict[str, int]:
+        """Go on until the directions that get a rank have settled; the ranks by path."""
+        ranks = {path: group.n_directions for group in groups for path in group.paths}
+        for batch in self._batches(groups):
+            waiting = {group.paths[0]: group for group in groups if not self._has_settled(group, ranks)}
+            if not waiting:
+                return ranks
+            self._watch(batch, {path: group.layer for path, group in waiting.items()}, _adding(waiting))
+            if all(group.found is not None for group in groups):
+                ranks = _ranks(groups, budget)
+        raise ConfigError(
+            f"after {MAX_PASSES} passes over the data the directions of EVA still turn by more than tau={self.eva.tau} "
+            "allows: give a lower tau, or more data"
+        )
+
+    def _batches(self, groups: list[_Group]) -> Iterator[Batch]:
+        for _ in range(MAX_PASSES):
+            n_batches = 0
+            for batch in self.loader:
+                n_batches += 1
+                yield batch
+            short = [g for g in groups if g.found is None]
+            if not n_batches:
+                raise DataError("the dataloader gave batches once only: EVA needs one that can be gone through again")
+            if short:
+                raise DataError(
+                    f"no batch gives {short[0].paths[0]} the {short[0].n_directions} tokens that as many directions "
+                    "need: make batches larger, r or rho smaller, or set use_label_mask=False where labels hide most"
+                )
+
+    def _has_settled(self, group: _Group, ranks: Mapping[str, int]) -> bool:
+        needed = max(ranks[path] for path in group.paths)
+        return group.found is not None and bool(group.found.settled(self.eva.tau)[:needed].all())
+
+    def _watch(self, batch: Batch, layers: Mapping[str, AdaptedLinear], see: See) -> None:
+        """One forward pass; ``see`` gets each layer's path and input, and the mask of the positions that count."""
+        moved = {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        mask = _mask(moved, self.eva)
+
+        def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
+            see(cast(AdaptedLinear, module).site_name, args[0], mask)
+
+        handles = [layer.register_forward_pre_hook(keep) for layer in layers.values()]
+        try:
+            self.forward(self.model, moved)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _adding(groups: Mapping[str, _Group]) -> See:
+    """What adds the rows of a layer to its group, where they are enough."""
+
+    def add(path: str, x: Tensor, mask: Tensor | None) -> None:
+        group, rows = groups[path], _rows(x, mask, path)
+        if rows.shape[0] >= group.n_directions:
+            group.found = updated(group.found, rows, group.n_directions)
+
+    return add
+
+
+def _ranks(groups: list[_Group], budget: int) -> dict[str, int]:
+    """The ranks of all layers: those that share an input with an earlier one come after all the others, as in PEFT."""
+    first = {group.paths[0]: group for group in groups}
+    rest = {path: group for group in groups for path in group.paths[1:]}
+    return shared_ranks({p: cast(Directions, g.found).explained() for p, g in (first | rest).items()}, budget)
+
+
+def _rows(x: Tensor, mask: Tensor | None, path: str) -> Tensor:
+    """The rows (n, i) of a layer's input that count."""
+    rows = x[mask.to(x.device)] if mask is not None and x.shape[:-1] == mask.shape else x.flatten(0, -2)
+    if not torch.isfinite(rows).all():
+        raise NonFiniteError(
+            f"the input of {path} holds NaN or infinity, from which EVA cannot start: look for the batch, or for a "
+            "dtype too narrow for this model"
+        )
+    return rows
+
+
+def _mask(batch: Batch, eva: EvaConfig) -> Tensor | None:
+    """Which positions (n, t) count; None where the batch does not say."""
+    found = [batch["attention_mask"].bool()] if isinstance(batch.get("attention_mask"), Tensor) else []
+    ids, labels = batch.get("input_ids"), batch.get("labels")
+    if eva.use_label_mask and isinstance(labels, Tensor) and isinstance(ids, Tensor) and labels.shape == ids.shape:
+        found.append(labels != eva.label_mask_value)
+    return torch.stack(found).all(dim=0) if found else None
+
+
+def _digest(x: Tensor) -> tuple[torch.Size, str]:
+    """What tells the inputs of layers apart without keeping them."""
+    return x.shape, hashlib.sha256(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _config(model: PeftModel, name: str) -> LoraConfig:
+    require_known(model.adapter_state, (name,))
+    if model.adapter_state.merged:
+        raise AdapterNameError(f"{list(model.adapter_state.merged)} are merged: call unmerge_adapter() before EVA")
+    config = model.peft_config[name]
+    if not isinstance(config, LoraConfig) or config.init_lora_weights != "eva":
+        raise ConfigError(
+            f"{name!r} does not start from EVA: give LoraConfig(init_lora_weights='eva'), not {type(config).__name__} "
+            f"with init_lora_weights={getattr(config, 'init_lora_weights', None)!r}"
+        )
+    return config
+
+
+def _layers(model: PeftModel, name: str) -> dict[str, AdaptedLinear]:
+    found = {p: m for p, m in adapted_layers(model).items() if isinstance(m, AdaptedLinear) and name in m.adapters}
+    if not found:
+        raise ConfigError(f"EVA starts the factors of linear layers; {name!r} adapts none")
+    return found
+
+
+def _require_fitting(factors: Mapping[str, Tensor], layers: Mapping[str, AdaptedLinear]) -> None:
+    unknown = [path for path in factors if path not in layers]
+    widths = {path: layer.site(()).in_features for path, layer in layers.items()}
+    wrong = [
+        f"{path} {tuple(a.shape)} instead of (rank, {widths[path]})"
+        for path, a in factors.items()
+        if path in widths and (a.ndim != 2 or a.shape[1] != widths[path])
+    ]
+    if unknown or wrong:
+        raise ShapeError(f"eva_state_dict does not fit the adapter: no such layers {unknown}; shapes {wrong}")
+
+
+def _with_ranks(model: PeftModel, config: LoraConfig, name: str, ranks: Mapping[str, int]) -> LoraConfig:
+    """The config that says which layers are left, by their whole paths, with which ranks and alphas."""
+    sites = {p: m.site((name,)) for p, m in adapted_layers(model).items() if name in m.adapters}
+    new = {path: ranks.get(path, config.rank(site)) for path, site in sites.items()}
+    left = [path for path in sites if new[path]]
+    if not left:
+        raise ConfigError(f"eva_state_dict leaves none of the layers of {name!r} a rank")
+    patterned = replace(config, rank_pattern={path: new[path] for path in left if new[path] != config.r})
+    alphas = {}
+    for path in left:
+        before = config.alpha(sites[path])
+        # what keeps the scale, whichever power of the rank a variant divides by
+        grown = config.scale(sites[path]) / patterned.scale(sites[path]) if config.eva.adjust_scaling_factors else 1.0
+        alphas[path] = before * grown if new[path] != config.rank(sites[path]) else before
+    targets = config.target_modules if len(left) == len(sites) else left
+    pattern = {path: alpha for path, alpha in alphas.items() if alpha != config.lora_alpha}
+    return replace(patterned, target_modules=targets, alpha_pattern=pattern)
+
+
+def _put(held: nn.Module, a: Tensor) -> None:
+    """A, and a B of zeros of the same rank, into one layer's parameters."""
+    parameters = cast(nn.ParameterDict, held)
+    b = torch.zeros(parameters["lora_B"].shape[0], a.shape[0])
+    for key, value in (("lora_A", a), ("lora_B", b)):
+        old = cast(nn.Parameter, parameters[key])
+        if old.shape == value.shape:
+            old.copy_(value)
+        else:
+            parameters[key] = nn.Parameter(value.to(old, copy=True).contiguous(), requires_grad=old.requires_grad)
+
+
+def _remove(layer: AdaptedLinear, name: str, with_bias: bool) -> None:
+    del layer.adapters[name]
+    if with_bias and name in layer.copies:
+        del layer.copies[name]
+    if not layer.adapters and not layer.copies:
+        restore(layer)

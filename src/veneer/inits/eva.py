@@ -1,0 +1,144 @@
+"""EVA: A starts as the directions in which the inputs of a layer vary most, B as zero (Paischer et al. 2024,
+arXiv:2410.07170, section 3 and algorithm 1), and ranks go where the directions explain most.
+
+The decomposition of all rows seen is brought up to date batch by batch (Ross et al. 2008, "Incremental learning for
+robust visual tracking", section 2.1), with the mean taken off, as the paper's code does.
+
+Departs: the sign of a direction, which means nothing, is left out of the cosine, and a direction in which the rows do
+not vary counts as settled, where the paper's code would wait for it for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from veneer.errors import ConfigError
+from veneer.inits import Start
+from veneer.inits.lowrank import kaiming
+from veneer.inits.pissa import leading_triplets
+
+NAMES = ("'eva'",)
+_POWER_ITERATIONS = 2
+_SEED = 0  # of the randomized decomposition: the same batches give the same factors
+
+
+def find(name: bool | str) -> Start | None:
+    """The start called "eva": plain LoRA's, until a pass over data gives A its directions."""
+    return Start(kaiming) if name == "eva" else None
+
+
+@dataclass(frozen=True)
+class EvaConfig:
+    """How EVA starts, in PEFT's fields.
+
+    ``rho``: no layer gets more than ``rho · r`` ranks; 1 leaves all ranks as they are. ``tau``: a direction has settled
+    where its cosine with the one before the last batch is at least this. ``use_label_mask``: tokens whose label is
+    ``label_mask_value`` are left out. ``whiten``: rows of A are divided by the root of their singular values.
+    ``adjust_scaling_factors``: alpha follows the rank, so that the scale of B A stays.
+    """
+
+    rho: float = 2.0
+    tau: float = 0.99
+    use_label_mask: bool = True
+    label_mask_value: int = -100
+    whiten: bool = False
+    adjust_scaling_factors: bool = True
+
+    def __post_init__(self) -> None:
+        found = [
+            f"{name}={getattr(self, name)!r} must be True or False"
+            for name in ("use_label_mask", "whiten", "adjust_scaling_factors")
+            if not isinstance(getattr(self, name), bool)
+        ]
+        if not _is_number(self.rho) or not 1 <= self.rho < float("inf"):
+            found.append(f"rho={self.rho!r} must be a finite number of at least 1")
+        if not _is_number(self.tau) or not 0 <= self.tau <= 1:
+            found.append(f"tau={self.tau!r} must lie in [0, 1]")
+        if not isinstance(self.label_mask_value, int) or isinstance(self.label_mask_value, bool):
+            found.append(f"label_mask_value={self.label_mask_value!r} must be a whole number")
+        if found:
+            raise ConfigError("EvaConfig: " + "; ".join(found))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object]) -> EvaConfig:
+        """From the fields as files hold them. Raises ConfigError for unknown ones."""
+        known = [spec.name for spec in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ConfigError(f"EvaConfig: unknown keys {unknown}; there are {known}")
+        return cls(**values)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Directions:
+    """The k leading directions of the rows seen so far, and what it takes to go on.
+
+    ``values`` are singular values of the centred rows, ``total`` is the squared length of all of those together, and
+    ``cosines`` compares each direction with the one of its place before the last batch; None after the first.
+    """
+
+    vectors: Float[Tensor, "k i"]
+    values: Float[Tensor, " k"]
+    mean: Float[Tensor, " i"]
+    n_rows: int
+    total: Float[Tensor, ""]
+    cosines: Float[Tensor, " k"] | None
+
+    def explained(self) -> Float[Tensor, " k"]:
+        """The share of the variance that each direction explains."""
+        return self.values.square() / self.total.to(self.values.dtype).clamp_min(torch.finfo(self.values.dtype).tiny)
+
+    def varies(self) -> Bool[Tensor, " k"]:
+        """Whether the rows vary along each direction by more than rounding."""
+        rounding = torch.finfo(self.values.dtype).eps * max(self.vectors.shape)
+        return self.values > rounding * self.values[:1]
+
+    def settled(self, tau: float) -> Bool[Tensor, " k"]:
+        """Which directions the last batch has hardly turned."""
+        if self.cosines is None:
+            return torch.zeros_like(self.values, dtype=torch.bool)
+        return (self.cosines >= tau) | ~self.varies()
+
+    def start(self, r: int, whiten: bool) -> Float[Tensor, "r i"]:
+        """A; where ``whiten``, a direction without variance keeps its length of 1."""
+        length = torch.where(self.varies(), self.values, 1.0).sqrt() if whiten else torch.ones_like(self.values)
+        return (self.vectors / length[:, None])[:r]
+
+
+def updated(before: Directions | None, rows: Float[Tensor, "n i"], k: int) -> Directions:
+    """The directions after another batch, of at least k rows, in float32."""
+    rows, n = rows.to(torch.float32), rows.shape[0]
+    mean = rows.mean(dim=0, dtype=torch.float64)
+    centred = rows - mean.to(rows.dtype)
+    total, n_rows, stacked = centred.square().sum(dtype=torch.float64), n, centred
+    if before is not None:
+        n_rows = before.n_rows + n
+        shift = (before.n_rows * n / n_rows) ** 0.5 * (before.mean - mean)  # between the two means
+        total = before.total + total + shift.square().sum()
+        mean = (before.n_rows * before.mean + n * mean) / n_rows
+        stacked = torch.cat([before.values[:, None] * before.vectors, centred, shift.to(rows.dtype)[None]])
+    _, values, vectors = leading_triplets(stacked, k, _POWER_ITERATIONS, torch.Generator().manual_seed(_SEED))
+    cosines = None if before is None else (vectors * before.vectors).sum(dim=1).abs()
+    return Directions(vectors, values, mean, n_rows, total, cosines)
+
+
+def shared_ranks(explained: Mapping[str, Tensor], budget: int) -> dict[str, int]:
+    """How many ranks each layer gets: the ``budget`` best directions of all layers, by what each explains in its own.
+
+    Of equal ones the earlier layer's goes first.
+    """
+    owners = [path for path, values in explained.items() for _ in range(len(values))]
+    order = torch.cat([values.cpu() for values in explained.values()]).argsort(descending=True, stable=True)
+    ranks = dict.fromkeys(explained, 0)
+    for place in order[:budget].tolist():
+        ranks[owners[place]] += 1
+    return ranks
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
