@@ -80,6 +80,14 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
 NARROW = {"llama": ["q_proj", "k_proj", "o_proj", "gate_proj"], "gpt2": ["c_attn", "attn.c_proj", "mlp.c_fc"]}
 
 
+@pytest.fixture
+def signless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT goes on as long as directions change their sign, which depends on their largest entry: leave that out."""
+    cosine = torch.nn.functional.cosine_similarity
+    monkeypatch.setattr(torch.nn.functional, "cosine_similarity", lambda a, b: cosine(a, b).abs())
+
+
+@pytest.mark.usefixtures("signless")
 @pytest.mark.parametrize(("eva", "lora"), CASES, ids=str)
 @pytest.mark.parametrize("family", NARROW)
 def test_ranks_and_subspaces_are_pefts(tiny: Any, family: str, eva: dict[str, Any], lora: dict[str, Any]) -> None:
@@ -95,6 +103,7 @@ def test_ranks_and_subspaces_are_pefts(tiny: Any, family: str, eva: dict[str, An
     assert sum(a.shape[0] for a in found.values()) == sum(pattern.get(p.split(".")[-1], r) for p in found)
 
 
+@pytest.mark.usefixtures("signless")
 def test_whitened_rows_are_pefts_where_no_input_is_shared(tiny: Any) -> None:
     """PEFT divides once for every layer that shares an input."""
     base, eva = tiny(), {"whiten": True}
