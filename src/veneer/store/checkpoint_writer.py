@@ -42,7 +42,7 @@ class CheckpointWriter:
         self, target: str | Path, specs: Specs, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES, overwrite: bool = False
     ) -> None:
         self.target = Path(target).absolute()
-        if not overwrite and self.target.exists() and any(self.target.iterdir()):
+        if not overwrite and self.target.is_dir() and any(self.target.iterdir()):
             raise FormatError(f"{self.target} is not empty: choose another folder, or ask for it to be overwritten")
         self._specs = dict(specs)
         self._shards = plan_shards(specs, max_shard_bytes)

@@ -31,9 +31,10 @@ def new_folder(target: Path) -> Iterator[Path]:
     """A scratch folder beside ``target`` to write into; on leaving without an error it takes the place of ``target``.
 
     On any error nothing changes. What a killed process left of the same target goes first, and an old ``target`` that
-    it had moved aside comes back. Raises DiskError where the disk is full or read-only, other refusals as OSError.
+    it had moved aside comes back. Raises DiskError where the disk is full or read-only or a file stands in the way,
+    other refusals as OSError.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _make_parent(target)
     _recover(target)
     scratch = target.parent / f".{target.name}{_PARTIAL}{os.getpid()}-{secrets.token_hex(4)}"
     scratch.mkdir()
@@ -44,6 +45,17 @@ def new_folder(target: Path) -> Iterator[Path]:
             _put_in_place(scratch, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _make_parent(target: Path) -> None:
+    """The folder that is to hold ``target``. Raises DiskError where files, or links to nowhere, stand in the way."""
+    in_the_way = [p for p in (target, *target.parents) if (p.exists() or p.is_symlink()) and not p.is_dir()]
+    if in_the_way:
+        what = "a file" if in_the_way[-1].exists() else "a link to nowhere"
+        raise DiskError(
+            f"{target} cannot be made: {in_the_way[-1]} is {what}, not a folder. Choose another place, or move that away."
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager
@@ -128,7 +140,7 @@ def build_once(target: Path, is_whole: Callable[[Path], bool], build: Callable[[
     """
     if is_whole(target):
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _make_parent(target)
     with FileLock(target.parent / f".{target.name}.lock"):
         if is_whole(target):
             return target

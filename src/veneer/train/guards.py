@@ -7,9 +7,23 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl import SFTConfig
 
-from veneer.errors import DivergedError
+from veneer.errors import ConfigError, DivergedError
+
+
+def require_special_tokens(tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> None:
+    """Raise ConfigError where a token that ``args`` name is not in the vocabulary, or nothing can pad."""
+    named = {"eos_token": args.eos_token, "pad_token": args.pad_token}
+    unknown = [f"{key}={token!r}" for key, token in named.items() if token and token not in tokenizer.get_vocab()]
+    if unknown:
+        raise ConfigError(f"{', '.join(unknown)}: not in the vocabulary of the tokenizer; name tokens that it holds")
+    if not any((*named.values(), tokenizer.eos_token, tokenizer.pad_token)):
+        raise ConfigError(
+            "the tokenizer has neither an end nor a padding token: name one of its vocabulary with eos_token in the "
+            "training settings (veneer train --set training.eos_token=...), or set tokenizer.eos_token"
+        )
 
 
 def require_finite(loss: float, step: int) -> None:

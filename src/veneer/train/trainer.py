@@ -38,7 +38,7 @@ from veneer.train.config import SFTConfig, as_sft_config
 from veneer.train.describe import describe_trained, require_trainable
 from veneer.train.encode import Encoder, kind_of
 from veneer.train.exact import packing_layout
-from veneer.train.guards import FiniteGradients, require_finite
+from veneer.train.guards import FiniteGradients, require_finite, require_special_tokens
 from veneer.train.loss import TokenLoss, model_of, token_loss
 from veneer.train.optimizer import Choice, choose_optimizer, lora_plus_optimizer
 from veneer.train.prepare import columns_of, digest, encode_all, pack_all, require_answers
@@ -86,6 +86,8 @@ class SFTTrainer(ResumableTrainer):
         model = _loaded(model, args, quantization_config)
         model = _adapted(model, peft_config)
         use_cache = getattr(model.config, "use_cache", None)
+        processing_class = processing_class or AutoTokenizer.from_pretrained(name)
+        require_special_tokens(getattr(processing_class, "tokenizer", processing_class), args)
         with _weights_as_they_are(model), _own_activations(args):
             super().__init__(
                 model=model,
@@ -93,7 +95,7 @@ class SFTTrainer(ResumableTrainer):
                 data_collator=data_collator,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
-                processing_class=processing_class or AutoTokenizer.from_pretrained(name),
+                processing_class=processing_class,
                 compute_loss_func=compute_loss_func,
                 compute_metrics=compute_metrics,
                 callbacks=callbacks,

@@ -104,7 +104,7 @@ def test_what_loftq_cannot_start_says_why(quantized: Any, tmp_path: Path) -> Non
     model = get_peft_model(coded, lora(targets, use_dora=True))
     with pytest.raises(ConfigError, match="plain LoRA"):
         replace_lora_weights_loftq(model)
-    wide = get_peft_model(model.unload(), lora(targets, r=41))
+    wide = get_peft_model(model.unload(), lora(targets, r=3, rank_pattern={targets[0]: 41}))
     with pytest.raises(ConfigError, match=r"LoftQ: r=41 is more than a weight of shape"):
         replace_lora_weights_loftq(wide)
     plain = get_peft_model(wide.unload(), lora(targets))

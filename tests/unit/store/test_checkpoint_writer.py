@@ -167,7 +167,7 @@ def test_folder_that_cannot_be_renamed_into_place(tmp_path: Path, monkeypatch: p
 
 def test_parent_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DiskError, match="cannot write beside"):
+    with pytest.raises(DiskError, match="file is a file, not a folder"):
         write(tmp_path / "file" / "out", {"t": torch.ones(3)})
 
 

@@ -163,3 +163,20 @@ def test_an_old_folder_that_a_killed_process_had_moved_aside_comes_back(tmp_path
         raise KeyError
     assert (target / "weights").read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("place", ["blocked", "blocked/model", "blocked/deeper/model"])
+@pytest.mark.parametrize("kind", ["a file", "a link to nowhere"])
+def test_what_stands_in_the_way_of_a_folder_is_named_and_stays(tmp_path: Path, place: str, kind: str) -> None:
+    blocked = tmp_path / "blocked"
+    if kind == "a file":
+        blocked.write_text("mine")
+    else:
+        blocked.symlink_to(tmp_path / "nowhere")
+    for enter in (
+        lambda: new_folder(tmp_path / place).__enter__(),
+        lambda: build_once(tmp_path / place, Path.is_dir, print),
+    ):
+        with pytest.raises(DiskError, match=rf"{place} cannot be made: .*blocked is {kind}, not a folder"):
+            enter()
+    assert [path.name for path in tmp_path.iterdir()] == ["blocked"]

@@ -408,3 +408,18 @@ def test_an_unknown_choice_of_path_is_refused(tmp_path):
 
 def test_an_unquoted_off_in_yaml_means_off(tmp_path):
     assert config(tmp_path, fused=False).fused == "off"
+
+
+def test_special_tokens_that_are_not_in_the_vocabulary_are_refused(tmp_path, tokenizer, make_model):
+    args = config(tmp_path, eos_token="<eot>")
+    with pytest.raises(ConfigError, match=r"eos_token='<eot>': not in the vocabulary"):
+        trainer_of(make_model(), tokenizer, args)
+
+
+def test_a_tokenizer_without_special_tokens_needs_one_named(tmp_path, tokenizer, make_model):
+    tokenizer.eos_token = tokenizer.pad_token = None
+    with pytest.raises(ConfigError, match="neither an end nor a padding token"):
+        trainer_of(make_model(), tokenizer, config(tmp_path))
+    trainer = trainer_of(make_model(), tokenizer, config(tmp_path, eos_token="<end>"))
+    trainer.train()
+    assert trainer.data_collator.pad_token_id == tokenizer.convert_tokens_to_ids("<end>")
