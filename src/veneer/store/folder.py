@@ -53,7 +53,7 @@ def _make_parent(target: Path) -> None:
     if in_the_way:
         what = "a file" if in_the_way[-1].exists() else "a link to nowhere"
         raise DiskError(
-            f"{target} cannot be made: {in_the_way[-1]} is {what}, not a folder. Choose another place, or move that away."
+            f"{target} cannot be made: {in_the_way[-1]} is {what}, not a folder. Choose another place, or move it."
         )
     target.parent.mkdir(parents=True, exist_ok=True)
 
