@@ -48,7 +48,7 @@ def test_killed_anywhere_and_resumed_gives_the_same_losses_and_weights(tmp_path:
     process.communicate()
     assert process.returncode == -signal.SIGKILL, f"the run ended before it was killed at {killed_after}"
     # What a crash in the middle of a write leaves behind: under its own name it is never taken for a checkpoint.
-    half = broken / f".checkpoint-{STEPS + 1}.partial"
+    half = broken / f".checkpoint-{STEPS + 1}.partial-4242-0badcafe"
     half.mkdir()
     (half / "trainer_state.json").write_text("{}")
     finish(start(broken, "--resume"))

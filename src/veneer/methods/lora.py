@@ -132,14 +132,14 @@ class LoraConfig(LinearMethod):
         ]
 
     def misfits(self, sites: Sequence[LinearSite]) -> list[str]:
-        """A rank above every layer's is a slip; above some layers' it is a choice (grouped keys are narrow)."""
-        largest = max((min(site.in_features, site.out_features) for site in sites), default=0)
+        """A rank above both widths of every layer is a slip; below that it may be a choice (heads are narrow)."""
         ranks = [self.rank(site) for site in sites]
-        if not ranks or min(ranks) <= largest:
+        if not ranks or min(ranks) <= max(max(site.in_features, site.out_features) for site in sites):
             return []
+        largest = max(min(site.in_features, site.out_features) for site in sites)
         return [
-            f"rank {min(ranks)} is above that of every layer adapted, and their updates have rank {largest} at most: "
-            f"give r={largest} or less (a small one, such as 16, is usual)"
+            f"rank {min(ranks)} is above both widths of every layer adapted, and their updates have rank {largest} at "
+            f"most: give r={largest} or less (a small one, such as 16, is usual)"
         ]
 
     def rank(self, site: LinearSite) -> int:

@@ -227,7 +227,7 @@ class Tagger(nn.Module):
 def test_a_model_that_is_not_of_transformers(tmp_path: Path) -> None:
     ids, rows = torch.tensor([[1, 7, 4]]), {"words": [7, 2]}
     base = Tagger()(ids)
-    model = get_peft_model(Tagger(), LoraConfig(target_modules=["head"], trainable_token_indices=rows))
+    model = get_peft_model(Tagger(), LoraConfig(r=2, target_modules=["head"], trainable_token_indices=rows))
     with torch.no_grad():
         model.words.copies["default"].token_adapter.trainable_tokens_delta += 1.5
     changed = (model(ids) != base).any(-1)
@@ -235,4 +235,4 @@ def test_a_model_that_is_not_of_transformers(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     assert torch.equal(PeftModel.from_pretrained(Tagger(), tmp_path)(ids), model(ids))
     with pytest.raises(TargetError, match="names 'the input embeddings', which the model does not have"):
-        get_peft_model(Tagger(), LoraConfig(target_modules=["head"], trainable_token_indices=[7]))
+        get_peft_model(Tagger(), LoraConfig(r=2, target_modules=["head"], trainable_token_indices=[7]))
