@@ -84,7 +84,7 @@ def add_weighted(
     for path, record in records.items():
         held = tensors_of(cast(AdaptedSite, model.get_submodule(path)).adapters[name])
         for key, value in parameters_of(record, config).items():
-            held[key].copy_(value)
+            held[key].copy_(value.view_as(held[key]))
     return Report(errors)
 
 
@@ -144,7 +144,7 @@ def _require_same_shapes(
 ) -> None:
     for folder, adapter in zip(folders, stored, strict=True):
         for path, own in adapter.sites.items():
-            shape, other = (own.out_features, own.in_features), (sites[path].out_features, sites[path].in_features)
+            shape, other = ((s.out_features, s.in_features, *s.window) for s in (own, sites[path]))
             if shape != other:
                 raise CompositionError(
                     f"{folder} changes {path} as a layer of shape {shape}, another adapter as one of {other}: "

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from veneer.errors import AdapterNameError, CompositionError
 from veneer.model.adapted import Adapted
 from veneer.model.attach import adapted_modules, adapted_places
+from veneer.model.embedding import input_embeddings
 from veneer.model.quant_linear import QuantLinear
 from veneer.model.state import AdapterState
 from veneer.model.token_rows import require_rows_agree
@@ -119,7 +120,7 @@ def untie(model: nn.Module, state: AdapterState) -> None:
 def _ends(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
     if not hasattr(model, "get_output_embeddings"):
         return None, None
-    return cast(Any, model).get_output_embeddings(), cast(Any, model).get_input_embeddings()
+    return cast(Any, model).get_output_embeddings(), input_embeddings(model)
 
 
 def _set_tie(model: nn.Module, tie: bool) -> None:

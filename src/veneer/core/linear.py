@@ -57,10 +57,33 @@ def _apply(
         if part.a is not None and part.b is not None:
             source = base_input if own_input is None else scaled(own_input, whole.in_scale)
             y = y + lowrank(source, part.a, part.b) * part.scale
+    return _finished(whole, y, bias).to(base.dtype)
+
+
+def apply_projected(
+    whole: LinearDelta,
+    parts: Sequence[tuple[LinearDelta, Float[Tensor, "*batch _"]]],
+    base: Float[Tensor, "*batch o"],
+    bias: Float[Tensor, " o"] | None = None,
+) -> Float[Tensor, "*batch o"]:
+    """`apply_linear_sum` where the caller has the products with the input: ``base`` is W x, and beside each record is
+    its A x. That is how a convolution is applied, whose input is patches that are never laid out.
+
+    ``whole`` is what `compose_linear` makes of the records; none of them scales its input.
+    """
+    y = base
+    for part, inner in parts:
+        if part.b is not None:
+            y = y + torch.nn.functional.linear(inner, part.b) * part.scale
+    return _finished(whole, y, bias).to(base.dtype)
+
+
+def _finished(whole: LinearDelta, y: Tensor, bias: Tensor | None) -> Tensor:
+    """The scale of the outputs and then the bias."""
     if whole.out_scale is not None:
         y = y * whole.out_scale
     offset = bias if whole.bias is None else whole.bias
-    return (y if offset is None else y + offset).to(base.dtype)
+    return y if offset is None else y + offset
 
 
 def apply_embedding(

@@ -138,6 +138,7 @@ class LinearMethod(TargetedConfig):
     )  # fmt: skip
 
     adapts_embeddings: ClassVar[bool] = False
+    adapts_convolutions: ClassVar[bool] = False
 
     @abstractmethod
     def shapes(self, site: LinearSite) -> Shapes:

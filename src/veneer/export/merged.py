@@ -23,6 +23,7 @@ from veneer.export.base_weights import BaseWeights
 from veneer.export.model_folder import copy_companions, local_folder
 from veneer.model.adapted import Adapted
 from veneer.model.attach import adapted_modules, attach, live_parameters
+from veneer.model.embedding import input_embeddings
 from veneer.model.linear import AdaptedSite
 from veneer.model.start import Start
 from veneer.model.state import AdapterState
@@ -129,7 +130,7 @@ def _attach(skeleton: PreTrainedModel, state: AdapterState, adapter: Path, weigh
 
 
 def _ends(skeleton: PreTrainedModel) -> list[tuple[str, nn.Module]]:
-    ends = (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())
+    ends = (input_embeddings(skeleton), skeleton.get_output_embeddings())
     return [(path, m) for path, m in skeleton.named_modules() if any(m is end for end in ends)]
 
 

@@ -24,19 +24,20 @@ SWITCH = "use_dora"
 
 
 def shapes(config: LinearMethod, site: LinearSite) -> Shapes:
-    """The magnitude, one per output row."""
-    return {"lora_magnitude_vector": (site.out_features,)}
+    """The magnitude, one per output row; a convolution's has the dimensions of its output."""
+    of_convolution = (1, site.out_features, *[1] * len(site.window))
+    return {"lora_magnitude_vector": of_convolution if site.window else (site.out_features,)}
 
 
 def init(config: LinearMethod, site: LinearSite, factors: Params) -> dict[str, Tensor]:
     """The row norms of the frozen weight with the start of the factors, so that the start changes nothing."""
     start = config.lower(site, {**factors, "lora_magnitude_vector": torch.ones(site.out_features)})
-    return {"lora_magnitude_vector": _norms(site, start).float().cpu()}
+    return {name: _norms(site, start).float().cpu().view(shape) for name, shape in shapes(config, site).items()}
 
 
 def lower(config: LinearMethod, site: LinearSite, params: Params, record: LinearDelta) -> LinearDelta:
     """LoRA's record with ``out_scale = m / norm``."""
-    magnitude = params["lora_magnitude_vector"]
+    magnitude = params["lora_magnitude_vector"].flatten()
     # A row of zeros has no direction and magnitude 0: it stays zero instead of becoming 0 / 0.
     norms = _norms(site, record).to(magnitude.device).clamp_min(torch.finfo(magnitude.dtype).tiny)
     return replace(record, out_scale=magnitude / norms)

@@ -51,6 +51,7 @@ class LoraConfig(LinearMethod):
 
     peft_type: ClassVar[str] = "LORA"
     adapts_embeddings: ClassVar[bool] = True
+    adapts_convolutions: ClassVar[bool] = True
 
     r: int = 8
     lora_alpha: float = 8
@@ -161,7 +162,8 @@ class LoraConfig(LinearMethod):
     def shapes(self, site: LinearSite) -> Shapes:
         r = self.rank(site)
         rows = r * site.experts
-        shapes: Shapes = {"lora_A": (rows, site.in_features), "lora_B": (site.out_features, rows)}
+        channels, point = site.in_features // math.prod(site.window), (1,) * len(site.window)
+        shapes: Shapes = {"lora_A": (rows, channels, *site.window), "lora_B": (site.out_features, rows, *point)}
         if self._taken_off:
             shapes |= {"lora_A_start": shapes["lora_A"], "lora_B_start": shapes["lora_B"]}
         for variant in self._variants("shapes"):
@@ -175,15 +177,16 @@ class LoraConfig(LinearMethod):
         start = self._start
         drawn = [start.factors(site, self.rank(site), self.scale(site), generator) for _ in range(site.experts)]
         a, b = drawn[0] if site.experts == 1 else stack(drawn)
-        params = {"lora_A": a, "lora_B": b}
+        shapes = self.shapes(site)
+        params = {"lora_A": a.reshape(shapes["lora_A"]), "lora_B": b.reshape(shapes["lora_B"])}
         if start.taken_off:
-            params |= {"lora_A_start": a.clone(), "lora_B_start": b.clone()}
+            params |= {"lora_A_start": params["lora_A"].clone(), "lora_B_start": params["lora_B"].clone()}
         for variant in self._variants("init"):
             params |= variant.init(self, site, params)
         return params
 
     def lower(self, site: LinearSite, params: Params) -> LinearDelta:
-        a, b = _joined(params)
+        a, b = (factor.flatten(1) for factor in _joined(params))
         if site.experts > 1:
             a, b = unstack(a, b, site.experts)
         record = LinearDelta(a=a, b=b, scale=self.scale(site))

@@ -23,6 +23,7 @@ from veneer.core.sites import LinearSite
 from veneer.core.targets import ALL_LINEAR, ModuleIndex, matches_any, select_targets
 from veneer.errors import AdapterNameError, TargetError
 from veneer.model.adapted import Adapted, adapt, restore, tensors_of
+from veneer.model.convolution import AdaptedConvolution, is_convolution, shape_of_convolution
 from veneer.model.copies import CLASSIFIERS, add_copies, copied_parameters, is_ours
 from veneer.model.default_targets import defaults_for
 from veneer.model.embedding import AdaptedEmbedding, is_embedding
@@ -43,12 +44,13 @@ _HEADS = {"SEQ_CLS": CLASSIFIERS, "TOKEN_CLS": CLASSIFIERS, "QUESTION_ANS": ("qa
 Place = Adapted | ResidualAdapters | PrefixAdapters | PromptAdapters
 
 
-def module_index(model: nn.Module, embeddings: bool = False) -> ModuleIndex:
-    """The module paths of a model; ``embeddings`` says whether those can be adapted. ``"all-linear"`` leaves the
-    output head out."""
+def module_index(model: nn.Module, embeddings: bool = False, convolutions: bool = False) -> ModuleIndex:
+    """The module paths of a model; the flags say whether those of that kind can be adapted. ``"all-linear"`` leaves
+    them and the output head out."""
     names = {name: module for name, module in model.named_modules() if name and not is_ours(name)}
     linear = tuple(name for name, module in names.items() if is_linear(module))
-    adaptable = tuple(n for n, m in names.items() if is_linear(m) or (embeddings and is_embedding(m)))
+    kinds = [is_linear, *[is_embedding] * embeddings, *[is_convolution] * convolutions]
+    adaptable = tuple(name for name, module in names.items() if any(is_kind(module) for is_kind in kinds))
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     heads = [head, *(m for n, m in names.items() if n in CLASSIFIERS)]
     return ModuleIndex(
@@ -64,7 +66,8 @@ def targets_of(model: nn.Module, config: MethodConfig) -> tuple[str, ...]:
         raise TargetError(f"{type(config).__name__} does not target modules by name")
     if config.adapted_parameters and not config.target_modules:
         return ()
-    return select_targets(config, module_index(model, config.adapts_embeddings), config.default_targets)
+    index = module_index(model, config.adapts_embeddings, config.adapts_convolutions)
+    return select_targets(config, index, config.default_targets)
 
 
 def resolved(model: nn.Module, config: MethodConfig) -> MethodConfig:
@@ -152,6 +155,8 @@ def shape_of(path: str, module: nn.Module) -> LinearSite:
     if is_linear(module):
         o, i = frozen_weight(module).shape
         return LinearSite(name=path, in_features=i, out_features=o)
+    if is_convolution(module):
+        return shape_of_convolution(path, module)
     vocabulary, width = cast(Tensor, module.weight).shape
     return LinearSite(name=path, in_features=vocabulary, out_features=width, kind="embedding")
 
@@ -164,6 +169,8 @@ def adapt_path(model: nn.Module, path: str, state: AdapterState) -> Adapted:
         mixin = AdaptedLinear
     elif is_embedding(module):
         mixin = AdaptedEmbedding
+    elif is_convolution(module):
+        mixin = AdaptedConvolution
     return adapt(path, module, state, mixin)
 
 

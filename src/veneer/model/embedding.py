@@ -51,6 +51,14 @@ class AdaptedEmbedding(AdaptedSite):
         return weight.T.contiguous()
 
 
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """The model's input embeddings; None where it has none: images and sound are not looked up."""
+    try:
+        return cast("nn.Module | None", cast(Any, model).get_input_embeddings())
+    except NotImplementedError:  # transformers' answer for a model without a table
+        return None
+
+
 def is_embedding(module: nn.Module) -> bool:
     """Whether a method that knows embeddings can adapt this module; one that renormalizes its table cannot be."""
     return isinstance(module, nn.Embedding) and module.max_norm is None

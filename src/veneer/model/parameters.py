@@ -23,6 +23,7 @@ from veneer.core.sites import LinearSite
 from veneer.core.targets import matches_any, nearest
 from veneer.errors import CompositionError, TargetError
 from veneer.model.adapted import Adapted, swap_reading, tensors_of
+from veneer.model.convolution import is_convolution
 from veneer.model.embedding import is_embedding
 from veneer.model.linear import is_linear
 from veneer.model.start import Start
@@ -194,7 +195,11 @@ def _refusal(name: str, module: nn.Module, key: str, taken: bool) -> str | None:
     value = module._parameters[key]
     if taken:
         return f"target_parameters names {name!r}, whose module target_modules or modules_to_save takes too: drop one"
-    if is_embedding(module) or (is_linear(module) and (not isinstance(module, nn.Linear) or key != "weight")):
+    if (
+        is_embedding(module)
+        or is_convolution(module)
+        or (is_linear(module) and (not isinstance(module, nn.Linear) or key != "weight"))
+    ):
         return f"target_parameters names {name!r} of a {type(module).__name__}: name the module in target_modules"
     if value is None or value.ndim not in (2, 3) or not value.is_floating_point():
         shape = None if value is None else tuple(value.shape)

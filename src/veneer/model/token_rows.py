@@ -14,6 +14,7 @@ from veneer.core.method import LinearMethod, MethodConfig
 from veneer.core.targets import nearest
 from veneer.errors import CompositionError, TargetError
 from veneer.model.adapted import Adapted, TokenRows, swap_reading
+from veneer.model.embedding import input_embeddings
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ def row_places(model: nn.Module, config: MethodConfig, taken: Collection[str]) -
     if not wanted:
         return ()
     modules = {path: m for path, m in model.named_modules() if path and ".adapters" not in path}
-    table = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    table = input_embeddings(model) if isinstance(model, PreTrainedModel) else None
     source = next((path for path, m in modules.items() if m is table), None)
     indices: dict[str, tuple[int, ...]] = {}
     for name, rows in wanted.items():

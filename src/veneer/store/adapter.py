@@ -24,6 +24,7 @@ from veneer.model.attach import (
     stored_tensors,
     unpacked_tensors,
 )
+from veneer.model.embedding import input_embeddings
 from veneer.model.inplace import InPlace, base_of
 from veneer.model.state import AdapterState
 from veneer.store.adapter_config import CONFIG_FILE, from_json, to_json
@@ -174,7 +175,7 @@ def _embeddings(model: nn.Module, config: MethodConfig, name: str) -> dict[str, 
     """The keys that whole weights of the input embeddings and the head have, and where those weights are."""
     if not isinstance(model, PreTrainedModel):
         return {}
-    ends = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
+    ends = [m for m in (input_embeddings(model), model.get_output_embeddings()) if m is not None]
     found = {}
     for path, module in model.named_modules():
         if any(module is end for end in ends) and module._parameters.get("weight") is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 
@@ -18,7 +19,10 @@ from veneer.store.adapter import read_config
 from veneer.store.adapter_config import CONFIG_FILE, to_json
 from veneer.store.adapter_files import WEIGHTS_FILE, non_finite, read_tensors, tensors_to_bytes, write_atomically
 
-_FACTORS = (("lora_A.weight", "lora_B.weight", "linear"), ("lora_embedding_A", "lora_embedding_B", "embedding"))
+_FACTORS: tuple[tuple[str, str, Literal["linear", "embedding"]], ...] = (
+    ("lora_A.weight", "lora_B.weight", "linear"),
+    ("lora_embedding_A", "lora_embedding_B", "embedding"),
+)
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ def write_records(
 ) -> None:
     """Write an adapter folder from parameters by module path. Raises FormatError where writing fails."""
     tensors = {
-        f"{DISK_PREFIX}{path}.{end}": params[path][name]
+        f"{DISK_PREFIX}{path}.{end}": params[path][name].reshape(config.shapes(site)[name])
         for path, site in sites.items()
         for name, end in config.disk_names(site).items()
     }
@@ -99,5 +103,11 @@ def _sites(tensors: Mapping[str, Tensor]) -> dict[str, LinearSite]:
             path = key.removeprefix(DISK_PREFIX).removesuffix(f".{a_end}")
             b = tensors.get(f"{DISK_PREFIX}{path}.{b_end}")
             if key.endswith(f".{a_end}") and b is not None:
-                found[path] = LinearSite(name=path, in_features=a.shape[1], out_features=b.shape[0], kind=kind)  # type: ignore[arg-type]
+                found[path] = LinearSite(
+                    name=path,
+                    in_features=a[0].numel(),
+                    out_features=b.shape[0],
+                    kind="convolution" if a.ndim > 2 else kind,
+                    window=tuple(a.shape[2:]),
+                )
     return found
