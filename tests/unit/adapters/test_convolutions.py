@@ -342,6 +342,6 @@ def test_adapters_with_kernels_of_other_shapes_are_not_summed(tmp_path: Path) ->
         model = AutoModelForImageClassification.from_config(config)
         get_peft_model(model, LoraConfig(r=2, target_modules=["projection"])).save_pretrained(tmp_path / name)
     with pytest.raises(
-        CompositionError, match=r"shape \(24, 196, 14, 14\), another adapter as one of \(24, 196, 7, 7\)"
+        CompositionError, match=r"shape \(24, 196, 7, 7\), another adapter as one of \(24, 196, 14, 14\)"
     ):
         combine_folders([tmp_path / "a", tmp_path / "b"], [1.0, 1.0], Combination(how="cat"), tmp_path / "sum")
