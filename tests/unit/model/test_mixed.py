@@ -417,7 +417,7 @@ def test_rows_of_routed_experts_are_refused():
         def forward(self, x: Tensor) -> Tensor:
             return torch.cat([self.experts[0](x[:1]), self.experts[1](x[1:])])
 
-    model: Any = get_peft_model(Mixture(), LoraConfig(target_modules=["0", "1"]))
+    model: Any = get_peft_model(Mixture(), LoraConfig(r=3, target_modules=["0", "1"]))
     with pytest.raises(CompositionError, match=r"experts\.0 belongs to one of several experts"):
         model(torch.ones(3, 5), adapter_names=["default", "__base__", "default"])
 
