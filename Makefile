@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
 
 help:
+	@echo "make setup   only set up: $(BIN)/veneer"
 	@echo "make demo    set up, fetch a small model, fine-tune it, show what changed (under ten minutes on two cores)"
 	@echo "make test    set up, then the whole test suite"
 	@echo "make check   lint, types, layers"
@@ -16,9 +17,11 @@ help:
 $(VENV)/.ready: pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "veneer needs Python 3.11 or newer, this is " + sys.version.split()[0])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing veneer and what it needs into $(VENV): some minutes"
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
+	@echo "ready: $(BIN)/veneer (source $(BIN)/activate puts it on the path)"
 
 setup: $(VENV)/.ready
 

@@ -24,7 +24,7 @@ def chat(
 ) -> None:
     """Talk to a model. /new forgets the conversation; Ctrl-D or /exit leaves.
 
-    Example: [bold]veneer chat smollm2-135m-instruct --adapter runs/calendar[/bold]
+    Example: [bold]veneer chat smollm2-135m-instruct --adapter runs/calendar/adapter[/bold]
     """
     import torch
 

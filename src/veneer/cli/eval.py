@@ -110,7 +110,7 @@ def eval_(
 ) -> None:
     """Measure a model, with or without an adapter, on data in a training format (chat, or prompt and completion).
 
-    Example: [bold]veneer eval smollm2-135m-instruct -a runs/calendar -d heldout.jsonl -m exact-match[/bold]
+    Example: [bold]veneer eval smollm2-135m-instruct -a runs/calendar/adapter -d heldout.jsonl -m exact-match[/bold]
     """
     options = Options(
         pattern=pattern,

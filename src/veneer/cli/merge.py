@@ -23,7 +23,7 @@ def merge(
 ) -> None:
     """Fold an adapter into its base and write an ordinary model folder, tensor by tensor: any size fits in memory.
 
-    Example: [bold]veneer merge --base smollm2-135m-instruct --adapter runs/calendar -o merged[/bold]
+    Example: [bold]veneer merge --base smollm2-135m-instruct --adapter runs/calendar/adapter -o merged[/bold]
     """
     from veneer.cli.loading import quiet
     from veneer.errors import ConfigError
