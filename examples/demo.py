@@ -75,7 +75,7 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for the adapter and the merged model")
-    parser.add_argument("--epochs", type=float, default=1, help="passes over the 320 training rows")
+    parser.add_argument("--epochs", type=float, default=2, help="passes over the 320 training rows")
     parser.add_argument("--rank", type=int, default=16, help="rank of the adapter")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     return parser.parse_args()
