@@ -21,6 +21,7 @@ from veneer import (
     get_peft_model,
     prepare_model_for_kbit_training,
 )
+from veneer.train.describe import describe_trained
 
 VOCAB = 47
 ROWS = [[(i + 3 * j) % 43 + 2 for j in range(9)] for i in range(24)]
@@ -94,3 +95,13 @@ def test_trains_saves_and_resumes(kind: str, base: Path) -> None:
     loaded = PeftModel.from_pretrained(quantized(base), base.parent / "adapter")
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, whole.model.eval()(ids).logits)
+
+
+def test_the_description_counts_a_quantized_base_as_the_weights_that_it_stands_for(base: Path) -> None:
+    config = LoraConfig(r=5, lora_alpha=7, target_modules="all-linear")
+    dense = AutoModelForCausalLM.from_pretrained(base)
+    n_base = sum(p.numel() for p in dense.parameters())
+    model = get_peft_model(quantized(base), config)
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert describe_trained(model).startswith(f"trains {n_trained:,} of {n_base + n_trained:,} parameters")
+    assert describe_trained(get_peft_model(dense, config)).startswith(describe_trained(model).partition(" (")[0])

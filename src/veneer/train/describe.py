@@ -7,6 +7,7 @@ from collections import Counter
 
 from torch import nn
 
+from veneer.adapters.status import count_parameters
 from veneer.errors import TrainingError
 
 
@@ -25,7 +26,7 @@ def describe_trained(model: nn.Module) -> str:
     For example: ``trains 3,240 of 61,240 parameters (5.29%, float32) in q_proj ×2, v_proj ×2``.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    n_trained, n_all = sum(p.numel() for p in trained.values()), sum(p.numel() for p in model.parameters())
+    n_trained, n_all = count_parameters(model)
     modules = {re.split(r"\.adapters\.|\.[^.]+$", name, maxsplit=1)[0] for name in trained}
     endings = Counter(name.rpartition(".")[2] for name in modules)
     where = ", ".join(f"{ending} ×{count}" for ending, count in sorted(endings.items()))
