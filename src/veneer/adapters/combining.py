@@ -73,6 +73,7 @@ def add_weighted(
         acting = [(n, w) for n, w in zip(names, weights, strict=True) if n in layer.adapters]
         if acting:
             updates = [Update(layer.record(n), layer.site((n,)).weight) for n, _ in acting]
+            _require_no_groups(layer.site(()), updates)
             records[path], errors[path] = combine(updates, [w for _, w in acting], plan, path)
             if records[path].rank:
                 records[path] = replace(records[path], bias=_bias_offset(layer, updates, [w for _, w in acting]))
@@ -82,8 +83,9 @@ def add_weighted(
     lifecycle.add(model, state, name, config, Start(values=False))
     lifecycle.set_requires_grad(model, (name,), False)
     for path, record in records.items():
-        held = tensors_of(cast(AdaptedSite, model.get_submodule(path)).adapters[name])
-        for key, value in parameters_of(record, config).items():
+        layer = cast(AdaptedSite, model.get_submodule(path))
+        held = tensors_of(layer.adapters[name])
+        for key, value in parameters_of(record, config, layer.site(())).items():
             held[key].copy_(value.view_as(held[key]))
     return Report(errors)
 
@@ -97,6 +99,14 @@ def _bias_offset(layer: AdaptedSite, updates: Sequence[Update], weights: Sequenc
         if u.record.bias is not None
     ]
     return sum(changes[1:], changes[0]) if changes else None
+
+
+def _require_no_groups(site: LinearSite, updates: Sequence[Update]) -> None:
+    if site.groups > 1 and any(update.record.rank for update in updates):
+        raise CompositionError(
+            f"{site.name} is a convolution in {site.groups} groups of channels, whose updates have no sum that an "
+            "adapter of the same form holds: activate the adapters together with set_adapter instead"
+        )
 
 
 def _require_no_whole_parameters(model: nn.Module, names: Sequence[str]) -> None:
@@ -125,11 +135,13 @@ def combine_folders(folders: Sequence[Path], weights: Sequence[float], plan: Com
     errors: dict[str, float] = {}
     for path in sites:
         acting = [(a.records[path], w) for a, w in zip(stored, weights, strict=True) if path in a.records]
-        records[path], errors[path] = combine([Update(r) for r, _ in acting], [w for _, w in acting], plan, path)
+        updates = [Update(r) for r, _ in acting]
+        _require_no_groups(sites[path], updates)
+        records[path], errors[path] = combine(updates, [w for _, w in acting], plan, path)
         changes = [r.bias * w for r, w in acting if r.bias is not None]
         records[path] = replace(records[path], bias=sum(changes[1:], changes[0]) if changes else None)
     config = replace(config_of(records, tuple(records)), base_model_name_or_path=_common_base(stored))
-    write_records(output, config, {path: parameters_of(record, config) for path, record in records.items()}, sites)
+    write_records(output, config, {p: parameters_of(record, config, sites[p]) for p, record in records.items()}, sites)
     write_card(output, config)
     return Report(errors)
 
@@ -145,7 +157,7 @@ def _require_same_shapes(
     for folder, adapter in zip(folders, stored, strict=True):
         for path, own in adapter.sites.items():
             shape, other = ((s.out_features, s.in_features, *s.window) for s in (own, sites[path]))
-            if shape != other:
+            if (shape, own.groups) != (other, sites[path].groups):
                 raise CompositionError(
                     f"{folder} changes {path} as a layer of shape {shape}, another adapter as one of {other}: "
                     "they do not belong to the same base"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from veneer.core.records import LinearDelta
+from veneer.core.sites import LinearSite
 from veneer.errors import CompositionError
 from veneer.methods.ia3 import IA3Config
 from veneer.methods.lora import LoraConfig
@@ -39,13 +41,13 @@ def config_of(records: Mapping[str, LinearDelta], targets: Sequence[str]) -> Lor
     )
 
 
-def parameters_of(record: LinearDelta, config: LoraConfig | IA3Config) -> dict[str, Tensor]:
+def parameters_of(record: LinearDelta, config: LoraConfig | IA3Config, site: LinearSite) -> dict[str, Tensor]:
     """The parameters of one layer under `config_of`. A low-rank record's ``bias`` is what it adds to the layer's
     own.
     """
     if isinstance(config, IA3Config):
-        if record.in_scale is not None:
-            return {"ia3_l": record.in_scale[None, :]}
+        if record.in_scale is not None:  # a channel has one scale for all places of the window
+            return {"ia3_l": record.in_scale[None, :: math.prod(site.window)]}
         return {"ia3_l": _given(record.out_scale)[:, None]}
     a, b = _given(record.a), _given(record.b)
     params = {"lora_A": a, "lora_B": b * record.scale}

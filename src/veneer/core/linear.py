@@ -67,9 +67,10 @@ def apply_projected(
     bias: Float[Tensor, " o"] | None = None,
 ) -> Float[Tensor, "*batch o"]:
     """`apply_linear_sum` where the caller has the products with the input: ``base`` is W x, and beside each record is
-    its A x. That is how a convolution is applied, whose input is patches that are never laid out.
+    its A x, both of the scaled input. That is how a convolution is applied, whose input is patches that are never laid
+    out.
 
-    ``whole`` is what `compose_linear` makes of the records; none of them scales its input.
+    ``whole`` is what `compose_linear` makes of the records.
     """
     y = base
     for part, inner in parts:

@@ -160,6 +160,10 @@ class LinearMethod(TargetedConfig):
         """A sentence for everything in the config that means none of the modules it adapts, given by path."""
         return []
 
+    def refused(self, sites: Sequence[LinearSite]) -> list[str]:
+        """A sentence for every layer that the method cannot act on with this config; sites come as shapes."""
+        return []
+
     def misfits(self, sites: Sequence[LinearSite]) -> list[str]:
         """A sentence for everything in the config that no layer it adapts is large enough for; sites come as shapes."""
         return []

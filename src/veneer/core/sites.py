@@ -18,7 +18,8 @@ class LinearSite:
 
     ``kind`` tells how the input is read: ``"linear"`` takes vectors, ``"embedding"`` takes token ids (in_features is
     the size of the vocabulary), ``"convolution"`` takes patches of ``window`` positions (in_features is channels times
-    positions). ``weight`` and ``bias`` are None while planning, when nothing has been loaded.
+    positions). In ``groups`` of channels, the outputs of a group see that group's inputs alone: W is zero elsewhere.
+    ``weight`` and ``bias`` are None while planning, when nothing has been loaded.
     ``experts`` such maps may lie stacked in one tensor (experts, o, i); the record then has that dimension in front of
     ``a`` and ``b``, and ``weight`` is None.
     ``row_sq`` gives the squared norms of the rows of the weight; who holds the site computes them once.
@@ -30,6 +31,7 @@ class LinearSite:
     has_bias: bool = False
     kind: Literal["linear", "embedding", "convolution"] = "linear"
     window: tuple[int, ...] = ()
+    groups: int = 1
     weight: FrozenWeight | None = None
     bias: Float[Tensor, " o"] | None = None
     row_sq: Callable[[], Float[Tensor, " o"]] | None = None

@@ -1,11 +1,12 @@
 """IA3: vectors rescale keys, values and feed-forward activations (Liu et al. 2022, arXiv:2205.05638, section 3.3).
 
-A vector l multiplies the output of a layer (bias included), or, for ``feedforward_modules``, its input. It starts at
-one.
+A vector l multiplies the output of a layer (bias included), or, for ``feedforward_modules``, its input; of a
+convolution, the channels. It starts at one.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -27,6 +28,7 @@ class IA3Config(LinearMethod):
     """
 
     peft_type: ClassVar[str] = "IA3"
+    adapts_convolutions: ClassVar[bool] = True
     usual_learning_rate: ClassVar[float] = 5e-3
     default_feedforward: ClassVar[tuple[str, ...]] = (
         "down_proj", "fc2", "output.dense", "wo", "dense_4h_to_h", "mlp.c_proj", "w2",
@@ -73,7 +75,11 @@ class IA3Config(LinearMethod):
         )
 
     def shapes(self, site: LinearSite) -> Shapes:
-        return {"ia3_l": (1, site.in_features) if self._scales_input(site) else (site.out_features, 1)}
+        scales_input = self._scales_input(site)
+        if site.kind == "convolution":
+            channels = site.in_features // math.prod(site.window) if scales_input else site.out_features
+            return {"ia3_l": (1, channels, *[1] * len(site.window))}
+        return {"ia3_l": (1, site.in_features) if scales_input else (site.out_features, 1)}
 
     def init(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         (shape,) = self.shapes(site).values()
@@ -82,7 +88,7 @@ class IA3Config(LinearMethod):
     def lower(self, site: LinearSite, params: Params) -> LinearDelta:
         vector = params["ia3_l"].flatten()
         if self._scales_input(site):
-            return LinearDelta(in_scale=vector)
+            return LinearDelta(in_scale=vector.repeat_interleave(math.prod(site.window)))
         return LinearDelta(out_scale=vector, bias=None if site.bias is None else site.bias * vector)
 
     def _scales_input(self, site: LinearSite) -> bool:

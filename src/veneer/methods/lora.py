@@ -22,6 +22,7 @@ from typing import ClassVar, TypeVar, cast
 import torch
 from torch import Tensor
 
+from veneer.core.groups import block_diagonal, diagonal_blocks
 from veneer.core.method import LinearMethod, Params, Shapes
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
@@ -132,6 +133,23 @@ class LoraConfig(LinearMethod):
             if not any(_matches(key, name) for name in names)
         ]
 
+    def refused(self, sites: Sequence[LinearSite]) -> list[str]:
+        """In groups B is made of blocks, and none of the variants and starts from the weight is such a product."""
+        grouped = [site for site in sites if site.groups > 1]
+        found = [
+            f"r={self.rank(site)} at {site.name}, a convolution in {site.groups} groups: a rank that {site.groups} "
+            "divides is needed (rank_pattern sets it for single modules)"
+            for site in grouped
+            if self.rank(site) % site.groups
+        ]
+        switches = {"use_dora": self.use_dora, "init_lora_weights": self._taken_off}
+        return found + [
+            f"{name}={getattr(self, name)!r} does not go with {grouped[0].name}, a convolution in {grouped[0].groups} "
+            "groups: leave it out, or list the layer in exclude_modules"
+            for name, on in switches.items()
+            if on and grouped
+        ]
+
     def misfits(self, sites: Sequence[LinearSite]) -> list[str]:
         """A rank above both widths of every layer is a slip; below that it may be a choice (heads are narrow)."""
         ranks = [self.rank(site) for site in sites]
@@ -163,7 +181,8 @@ class LoraConfig(LinearMethod):
         r = self.rank(site)
         rows = r * site.experts
         channels, point = site.in_features // math.prod(site.window), (1,) * len(site.window)
-        shapes: Shapes = {"lora_A": (rows, channels, *site.window), "lora_B": (site.out_features, rows, *point)}
+        b_shape = (site.out_features, rows // site.groups, *point)
+        shapes: Shapes = {"lora_A": (rows, channels, *site.window), "lora_B": b_shape}
         if self._taken_off:
             shapes |= {"lora_A_start": shapes["lora_A"], "lora_B_start": shapes["lora_B"]}
         for variant in self._variants("shapes"):
@@ -178,6 +197,7 @@ class LoraConfig(LinearMethod):
         drawn = [start.factors(site, self.rank(site), self.scale(site), generator) for _ in range(site.experts)]
         a, b = drawn[0] if site.experts == 1 else stack(drawn)
         shapes = self.shapes(site)
+        b = diagonal_blocks(b, site.groups)
         params = {"lora_A": a.reshape(shapes["lora_A"]), "lora_B": b.reshape(shapes["lora_B"])}
         if start.taken_off:
             params |= {"lora_A_start": params["lora_A"].clone(), "lora_B_start": params["lora_B"].clone()}
@@ -189,6 +209,7 @@ class LoraConfig(LinearMethod):
         a, b = (factor.flatten(1) for factor in _joined(params))
         if site.experts > 1:
             a, b = unstack(a, b, site.experts)
+        b = block_diagonal(b, site.groups)
         record = LinearDelta(a=a, b=b, scale=self.scale(site))
         for variant in self._variants("lower"):
             record = variant.lower(self, site, params, record)

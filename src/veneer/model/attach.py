@@ -120,7 +120,8 @@ def attach(
     if isinstance(config, LinearMethod):
         names = [*targets, *(f"{path}.{key}" for path, keys in places.items() for key in keys)]
         sites = [shape_of(path, model.get_submodule(path)) for path in targets]
-        wrong = [*config.unused(names), *config.misfits(sites)] if start.values else []  # a saved one is taken as it is
+        wrong = config.refused(sites)
+        wrong += [*config.unused(names), *config.misfits(sites)] if start.values else []  # a saved one is as it is
         if wrong:
             raise TargetError("; ".join(wrong))
         config = config.for_sites(sites)

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from veneer.core.linear import apply_projected, compose_linear
+from veneer.core.groups import block_diagonal, column_blocks
+from veneer.core.linear import apply_projected, compose_linear, fold_linear
 from veneer.core.sites import LinearSite
-from veneer.errors import TargetError
+from veneer.errors import CompositionError
 from veneer.model.inplace import InPlace, base_of
 from veneer.model.linear import AdaptedSite
 from veneer.quant.dense import DenseWeight
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CONVOLUTIONS = {nn.Conv1d: nn.functional.conv1d, nn.Conv2d: nn.functional.conv2d, nn.Conv3d: nn.functional.conv3d}
 
 
 class AdaptedConvolution(AdaptedSite):
-    """Mixed in front of a convolution's class. A is a convolution like the layer itself, with r output channels; B
-    acts on channels alone.
+    """Mixed in front of a convolution's class. A is a convolution like the layer itself, with r output channels, which
+    sees all channels also where the layer's are in groups; B acts on channels alone.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -32,27 +37,40 @@ class AdaptedConvolution(AdaptedSite):
             return cast(Tensor, super().forward(x))
         site = self.site()
         records = [self.record(name, site) for name in names]
-        base = self._product(x, cast(Tensor, self.effective("weight")))
+        whole = compose_linear(records, site.bias)
+        base = self._product(x, cast(Tensor, self.effective("weight")).flatten(1), whole.in_scale)
         parts = []
         for name, record in zip(names, records, strict=True):
-            a, dropped = cast(Tensor, record.a), self.dropped(x, name)
-            parts.append((record, self._product((x if dropped is None else dropped).to(a.dtype), a)))
-        y = apply_projected(compose_linear(records, site.bias), parts, base, site.bias)
-        return y.movedim(-1, self._channels)
+            if record.a is not None:
+                dropped = self.dropped(x, name)
+                source = (x if dropped is None else dropped).to(record.a.dtype)
+                parts.append((record, self._product(source, record.a, whole.in_scale)))
+        return apply_projected(whole, parts, base, site.bias).movedim(-1, self._channels)
 
     def site(self, names: Sequence[str] | None = None) -> LinearSite:
         weight, bias = cast(Tensor, self.effective("weight", names)), self.effective("bias", names)
-        return LinearSite(
-            name=self.site_name,
-            in_features=weight[0].numel(),
-            out_features=weight.shape[0],
-            has_bias=bias is not None,
-            kind="convolution",
-            window=tuple(weight.shape[2:]),
-            weight=DenseWeight(weight.flatten(1)),
-            bias=bias,
-            row_sq=self._row_sq,
-        )
+        shape = shape_of_convolution(self.site_name, self)
+        kernel = weight.flatten(1)
+        matrix = DenseWeight(kernel) if shape.groups == 1 else BlockDiagonalWeight(kernel, shape.groups)
+        return replace(shape, has_bias=bias is not None, weight=matrix, bias=bias, row_sq=self._row_sq)
+
+    def folded_weight(self, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        site = self.site(names)
+        if site.groups == 1:
+            return super().folded_weight(names)
+        present = [name for name in names if name in self.adapters]
+        record = self.composed(present, site)
+        if record.rank:
+            raise CompositionError(
+                f"adapter {present[0]!r} mixes the channels of {self.site_name}, a convolution in {site.groups} "
+                "groups: no kernel in groups can take that in. Keep the adapter beside the model."
+            )
+        kernel = cast(Tensor, self.effective("weight", names)).flatten(1)
+        wide = kernel.to(torch.promote_types(kernel.dtype, torch.float32))
+        if record.in_scale is not None:
+            wide = wide * column_blocks(record.in_scale, len(wide), site.groups)
+        folded, bias = fold_linear(replace(record, in_scale=None), wide, site.bias)
+        return folded, None if bias is site.bias else bias
 
     def stored(self, weight: Tensor) -> Tensor:
         return weight.reshape(self._kernel_shape)
@@ -66,10 +84,46 @@ class AdaptedConvolution(AdaptedSite):
         """The dimension of the channels, counted from the end: there may be no batch in front."""
         return 1 - len(self._kernel_shape)
 
-    def _product(self, x: Tensor, matrix: Tensor) -> Tensor:
-        """A matrix (n, channels · window) times every patch of x that the layer's own kernel sees: (…, n)."""
-        kernel = matrix.reshape(-1, *self._kernel_shape[1:])
-        return cast(Tensor, cast(Any, self)._conv_forward(x, kernel, None)).movedim(self._channels, -1)
+    def _product(self, x: Tensor, matrix: Tensor, in_scale: Tensor | None) -> Tensor:
+        """A matrix (n, channels · window), or the kernel's blocks (n, channels / groups · window), times every patch of
+        x that the layer's own kernel sees, the patches scaled: (…, n).
+        """
+        window, groups = self._kernel_shape[2:], cast(Any, self).groups
+        channels = matrix.shape[1] // math.prod(window)
+        in_groups = groups if channels == self._kernel_shape[1] else 1
+        if in_scale is not None:
+            matrix = (matrix * column_blocks(in_scale, len(matrix), in_groups)).to(matrix.dtype)
+        kernel = matrix.reshape(-1, channels, *window)
+        own = groups == in_groups
+        y = cast(Any, self)._conv_forward(x, kernel, None) if own else _without_groups(self, x, kernel)
+        return cast(Tensor, y).movedim(self._channels, -1)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockDiagonalWeight:
+    """The kernel of a convolution in groups as the matrix (o, channels · window) that it is: mostly zeros, and made
+    only where somebody asks for it.
+    """
+
+    blocks: Float[Tensor, "o k"]
+    groups: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.blocks.shape[0], self.blocks.shape[1] * self.groups
+
+    @property
+    def nbytes(self) -> int:
+        return self.blocks.nbytes
+
+    def matmul(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
+        return DenseWeight(self.dense()).matmul(x)
+
+    def matmul_t(self, dy: Float[Tensor, "*batch o"]) -> Float[Tensor, "*batch i"]:
+        return DenseWeight(self.dense()).matmul_t(dy)
+
+    def dense(self, dtype: torch.dtype | None = None) -> Float[Tensor, "o i"]:
+        return block_diagonal(self.blocks if dtype is None else self.blocks.to(dtype), self.groups)
 
 
 def is_convolution(module: nn.Module) -> bool:
@@ -81,17 +135,23 @@ def is_convolution(module: nn.Module) -> bool:
 
 
 def shape_of_convolution(path: str, module: nn.Module) -> LinearSite:
-    """A convolution described by its shape alone. Raises TargetError where its channels are in groups."""
+    """A convolution described by its shape alone."""
     conv = cast(nn.Conv2d, module)
-    if conv.groups > 1:
-        raise TargetError(
-            f"{path} is a convolution in {conv.groups} groups of channels: A would mix the groups, and no kernel could "
-            "take such an update in. List it in exclude_modules, or name the other convolutions alone"
-        )
     return LinearSite(
         name=path,
-        in_features=conv.weight[0].numel(),
-        out_features=conv.weight.shape[0],
+        in_features=conv.in_channels * math.prod(conv.kernel_size),
+        out_features=conv.out_channels,
         kind="convolution",
-        window=tuple(conv.weight.shape[2:]),
+        window=tuple(conv.kernel_size),
+        groups=conv.groups,
     )
+
+
+def _without_groups(module: nn.Module, x: Tensor, kernel: Tensor) -> Tensor:
+    """What the layer's convolution gives with a kernel that sees all channels."""
+    conv = cast(Any, module)
+    convolve = next(function for cls, function in _CONVOLUTIONS.items() if isinstance(module, cls))
+    padding = conv.padding
+    if conv.padding_mode != "zeros":
+        x, padding = nn.functional.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), 0
+    return convolve(x, kernel, None, conv.stride, padding, conv.dilation)

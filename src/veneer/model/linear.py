@@ -82,10 +82,17 @@ class AdaptedSite(Adapted):
         present = [name for name in names if name in self.adapters]
         if present:
             folded, bias = self.folded_weight(names)
-            values["weight"] = self.stored(folded).to(cast(FrozenWeight, self.site(names).weight).dense().dtype)
+            values["weight"] = self.stored(folded).to(self.folded_dtype(names))
             if bias is not None:
                 values["bias"] = bias.to(values["weight"].dtype)
         return values
+
+    def folded_dtype(self, names: Sequence[str]) -> torch.dtype:
+        """The dtype that a folded weight is kept in: the layer's own, or that which its codes stand for."""
+        own = self._parameters.get("weight")
+        if own is not None and own.is_floating_point():
+            return own.dtype
+        return cast(FrozenWeight, self.site(names).weight).dense().dtype
 
     def folded_weight(self, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         """W (o, i) with these adapters folded in, in at least float32, and the bias where they change it."""

@@ -109,5 +109,6 @@ def _sites(tensors: Mapping[str, Tensor]) -> dict[str, LinearSite]:
                     out_features=b.shape[0],
                     kind="convolution" if a.ndim > 2 else kind,
                     window=tuple(a.shape[2:]),
+                    groups=a.shape[0] // b.shape[1] if a.ndim > 2 else 1,
                 )
     return found

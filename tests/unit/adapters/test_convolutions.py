@@ -23,7 +23,7 @@ from transformers import (
     Wav2Vec2Config,
 )
 
-from veneer import IA3Config, LoraConfig, PeftModel, get_peft_model
+from veneer import LoraConfig, PeftModel, get_peft_model
 from veneer.adapters.combining import combine_folders
 from veneer.combine import Combination
 from veneer.errors import CompositionError, TargetError
@@ -321,19 +321,9 @@ def test_all_linear_leaves_convolutions_out_as_peft_does() -> None:
         assert not any(isinstance(m, nn.Conv1d | nn.Conv2d) and p in chosen for p, m in case.model().named_modules())
 
 
-def test_groups_are_refused() -> None:
-    with pytest.raises(TargetError, match="in 11 groups of channels"):
-        get_peft_model(CASES["convnext"].model(), LoraConfig(target_modules=["dwconv"]))
-
-
 def test_a_kernel_that_is_computed_cannot_be_adapted() -> None:
     with pytest.raises(TargetError, match="cannot be adapted"):  # its weight is normalized in every forward pass
         get_peft_model(CASES["wav2vec2"].model(), LoraConfig(target_modules=["pos_conv_embed.conv"]))
-
-
-def test_ia3_says_that_it_does_not_adapt_convolutions() -> None:
-    with pytest.raises(TargetError, match="'projection' matches only modules that cannot be adapted"):
-        get_peft_model(CASES["vit"].model(), IA3Config(target_modules=["projection"], feedforward_modules=[]))
 
 
 def test_adapters_with_kernels_of_other_shapes_are_not_summed(tmp_path: Path) -> None:

@@ -1,0 +1,31 @@
+"""Matrices that are zero but for blocks on their diagonal, as a convolution in groups of channels has them, and the
+blocks alone, one below the other, as they are stored.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def block_diagonal(blocks: Float[Tensor, "o k"], groups: int) -> Float[Tensor, "o gk"]:
+    """The whole matrix (o, groups · k) from its blocks (o / groups, k)."""
+    if groups == 1:
+        return blocks
+    own = torch.eye(groups, dtype=blocks.dtype, device=blocks.device)
+    return torch.einsum("gok,gh->gohk", blocks.view(groups, -1, blocks.shape[1]), own).reshape(blocks.shape[0], -1)
+
+
+def diagonal_blocks(matrix: Float[Tensor, "o gk"], groups: int) -> Float[Tensor, "o k"]:
+    """The blocks of a matrix; what lies beside them is left out."""
+    if groups == 1:
+        return matrix
+    rows, columns = matrix.chunk(groups), matrix.shape[1] // groups
+    return torch.cat([part[:, place * columns : (place + 1) * columns] for place, part in enumerate(rows)])
+
+
+def column_blocks(vector: Float[Tensor, " gk"], rows: int, groups: int) -> Float[Tensor, "o k"]:
+    """The blocks of the matrix each of whose ``rows`` is this vector."""
+    blocks = vector.view(groups, 1, -1)
+    return blocks.expand(groups, rows // groups, -1).reshape(rows, -1)
