@@ -74,9 +74,11 @@ def arguments() -> argparse.Namespace:
 
 
 def read_chats(data: Path, place: str) -> list[list[int]]:
-    """Token ids of every chat of a file, through the model's template."""
+    """Token ids of every chat of a file, through the model's template, or as plain lines where it has none."""
     tokenizer = AutoTokenizer.from_pretrained(place)
     chats = [json.loads(line)["messages"] for line in data.read_text(encoding="utf-8").splitlines()]
+    if tokenizer.chat_template is None:
+        return [tokenizer("\n".join(turn["content"] for turn in chat))["input_ids"] for chat in chats]
     return [tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"] for chat in chats]
 
 
