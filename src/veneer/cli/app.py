@@ -17,6 +17,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from veneer.cli import chat, combine, env, eval, fetch, generate, info, inspect, intrinsic, merge, merge_models, train
+from veneer.cli.help import VerbCommand, first_sentence, print_page
 from veneer.errors import VeneerError
 
 USER_ERROR = 2
@@ -30,6 +31,14 @@ class VerbGroup(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the command line; ``--weights 0.7 -0.3`` needs no quotes."""
         return super().parse_args(ctx, with_weights_joined(args))
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the page of the program: every verb with its first sentence."""
+        print_page(self, ctx, [(name, first_sentence(verb)) for name, verb in self.commands.items()])
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """``COMMAND …``."""
+        return ["COMMAND", "[ARGUMENTS]", "[OPTIONS]"]
 
     def invoke(self, ctx: Any) -> Any:
         """Run the verb."""
@@ -93,22 +102,22 @@ def root(
 ) -> None:
     """Fit thin trained sheets (adapters) to a frozen model: train, evaluate, merge, generate.
 
-    Every command explains itself with an example: [bold]veneer COMMAND --help[/bold].
+    Every command explains itself with an example: veneer COMMAND --help
     """
 
 
-app.command("fetch")(fetch.fetch)
-app.command("train")(train.train)
-app.command("info")(info.info)
-app.command("generate")(generate.generate)
-app.command("chat")(chat.chat)
-app.command("combine")(combine.combine)
-app.command("inspect")(inspect.inspect)
-app.command("eval")(eval.eval_)
-app.command("merge")(merge.merge)
-app.command("merge-models")(merge_models.merge_models)
-app.command("intrinsic")(intrinsic.intrinsic)
-app.command("env")(env.env)
+app.command("fetch", cls=VerbCommand)(fetch.fetch)
+app.command("train", cls=VerbCommand)(train.train)
+app.command("info", cls=VerbCommand)(info.info)
+app.command("generate", cls=VerbCommand)(generate.generate)
+app.command("chat", cls=VerbCommand)(chat.chat)
+app.command("combine", cls=VerbCommand)(combine.combine)
+app.command("inspect", cls=VerbCommand)(inspect.inspect)
+app.command("eval", cls=VerbCommand)(eval.eval_)
+app.command("merge", cls=VerbCommand)(merge.merge)
+app.command("merge-models", cls=VerbCommand)(merge_models.merge_models)
+app.command("intrinsic", cls=VerbCommand)(intrinsic.intrinsic)
+app.command("env", cls=VerbCommand)(env.env)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from veneer.cli import loading
 def chat(
     model: loading.Model,
     adapter: loading.Adapter = None,
-    system: Annotated[str | None, typer.Option(show_default=False, help="A system message.")] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", show_default=False, help="A system message.")] = None,
     max_new_tokens: loading.MaxNewTokens = 512,
     temperature: loading.Temperature = 0.7,
     top_p: loading.TopP = 0.9,
@@ -24,7 +24,7 @@ def chat(
 ) -> None:
     """Talk to a model. /new forgets the conversation; Ctrl-D or /exit leaves.
 
-    Example: [bold]veneer chat smollm2-135m-instruct --adapter runs/calendar/adapter[/bold]
+    Example: veneer chat smollm2-135m-instruct --adapter runs/first/adapter
     """
     import torch
 

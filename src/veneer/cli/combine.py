@@ -17,28 +17,39 @@ if TYPE_CHECKING:
 
 def combine(
     adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", show_default=False, help="Adapter folders.")],
-    output: Annotated[Path, typer.Option("--output", "-o", show_default=False, help="Folder to write.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FOLDER", show_default=False, help="Folder to write.")
+    ],
     weights: Annotated[
         str | None,
-        typer.Option(show_default=False, help="One weight for each adapter, such as 0.7 -0.3. Default: 1 each."),
+        typer.Option(
+            metavar="X...", show_default=False, help="One weight for each adapter, such as 0.7 -0.3. Default: 1 each."
+        ),
     ] = None,
     how: Annotated[
-        str, typer.Option(help="linear, cat, svd, ties, dare_linear, dare_ties, magnitude_prune or factorwise.")
+        str,
+        typer.Option(
+            metavar="NAME", help="linear, cat, svd, ties, dare_linear, dare_ties, magnitude_prune or factorwise."
+        ),
     ] = "linear",
     density: Annotated[
-        float | None, typer.Option(show_default=False, help="Share of entries to keep, for ties, dare_* and pruning.")
+        float | None,
+        typer.Option(metavar="X", show_default=False, help="Share of entries to keep, for ties, dare_* and pruning."),
     ] = None,
-    rank: Annotated[int | None, typer.Option(show_default=False, help="Bring the result to this rank.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the draw that dare_* makes.")] = 0,
+    rank: Annotated[
+        int | None, typer.Option(metavar="N", show_default=False, help="Bring the result to this rank.")
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the draw that dare_* makes.")] = 0,
     base: Annotated[
-        str | None, typer.Option(show_default=False, help="The base model; needed for DoRA and IA3 adapters.")
+        str | None,
+        typer.Option(metavar="MODEL", show_default=False, help="The base model; needed for DoRA and IA3 adapters."),
     ] = None,
 ) -> None:
     """Combine adapters of one base into a new one. The parts stay as they are.
 
     "linear" is the exact weighted sum: ranks add up, or --rank brings them down and the error is told.
 
-    Example: [bold]veneer combine runs/a runs/b --weights 0.7 0.3 --how ties --density 0.5 -o runs/both[/bold]
+    Example: veneer combine runs/a runs/b --weights 0.7 0.3 --rank 16 -o runs/both
     """
     from veneer.combine import Combination
     from veneer.errors import ConfigError

@@ -21,7 +21,7 @@ _CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8", "
 def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False) -> None:
     """Print versions, CPU features, the kernels in use, threads and the cache folder.
 
-    Example: [bold]veneer env[/bold]
+    Example: veneer env
     """
     facts = environment()
     if as_json:

@@ -61,48 +61,66 @@ class Options:
 
 def eval_(
     model: loading.Model,
-    data: Annotated[Path, typer.Option("--data", "-d", show_default=False, help="A .jsonl, .json or .txt file.")],
-    metric: Annotated[Metric, typer.Option("--metric", "-m", show_default=False, help="What to measure.")],
+    data: Annotated[
+        Path, typer.Option("--data", "-d", metavar="FILE", show_default=False, help="A .jsonl, .json or .txt file.")
+    ],
+    metric: Annotated[
+        Metric, typer.Option("--metric", "-m", metavar="NAME", show_default=False, help=f"{', '.join(Metric)}.")
+    ],
     adapter: loading.Adapter = None,
-    pattern: Annotated[str | None, typer.Option(show_default=False, help="regex: what to compare in answers.")] = None,
+    pattern: Annotated[
+        str | None, typer.Option(metavar="REGEX", show_default=False, help="regex: what to compare in answers.")
+    ] = None,
     labels: Annotated[
-        str | None, typer.Option(show_default=False, help="labels: the words, with commas; else those in the data.")
+        str | None,
+        typer.Option(
+            metavar="WORDS", show_default=False, help="labels: the words, with commas; else those in the data."
+        ),
     ] = None,
     prompt: Annotated[
-        str | None, typer.Option(show_default=False, help="Prompt made of a row's fields: 'Review: {text}\\nMood:'.")
+        str | None,
+        typer.Option(
+            metavar="TEXT", show_default=False, help="Prompt made of a row's fields: 'Review: {text}\\nMood:'."
+        ),
     ] = None,
     answer_field: Annotated[
-        str | None, typer.Option(show_default=False, help="Field of the right answer (or of a list of them).")
+        str | None,
+        typer.Option(metavar="FIELD", show_default=False, help="Field of the right answer (or of a list of them)."),
     ] = None,
     ignore_case: Annotated[
         bool | None, typer.Option("--ignore-case", show_default=False, help="Case and white space do not count.")
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, show_default=False, help="Longest answer, in tokens. \\[default: 256]")
+        int | None, typer.Option(metavar="N", min=1, show_default="256", help="Longest answer, in tokens.")
     ] = None,
     stop: Annotated[
-        list[str] | None, typer.Option(show_default=False, help="Text that ends an answer; may be given again.")
+        list[str] | None,
+        typer.Option(metavar="TEXT", show_default=False, help="Text that ends an answer; may be given again."),
     ] = None,
     context: Annotated[
-        int | None, typer.Option(min=2, show_default=False, help="perplexity: window in tokens. \\[default: 1024]")
+        int | None, typer.Option(metavar="N", min=2, show_default="1024", help="perplexity: window in tokens.")
     ] = None,
     stride: Annotated[
         int | None,
-        typer.Option(min=1, show_default=False, help="perplexity: from window to window. \\[default: context/2]"),
+        typer.Option(metavar="N", min=1, show_default="context/2", help="perplexity: from window to window."),
     ] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Ask prompts as turns of a chat, as data.chat does in a recipe.")
     ] = False,
     system: Annotated[
-        str | None, typer.Option(show_default=False, help="A system message before each chat, as data.system.")
+        str | None,
+        typer.Option(metavar="TEXT", show_default=False, help="A system message before each chat, as data.system."),
     ] = None,
     whole_rows: Annotated[
         bool | None, typer.Option("--whole-rows", show_default=False, help="perplexity: of prompts too.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, show_default=False, help="Only the first so many rows.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Most rows in one forward pass.")] = 16,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", min=1, show_default=False, help="Only the first so many rows.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Most rows in one forward pass.")] = 16,
     predictions: Annotated[
-        Path | None, typer.Option(show_default=False, help="Write every answer and whether it is right (.jsonl).")
+        Path | None,
+        typer.Option(metavar="FILE", show_default=False, help="Write every answer and whether it is right (.jsonl)."),
     ] = None,
     load_in_4bit: loading.FourBit = False,
     dtype: loading.Dtype = "auto",
@@ -110,7 +128,7 @@ def eval_(
 ) -> None:
     """Measure a model, with or without an adapter, on data in a training format (chat, or prompt and completion).
 
-    Example: [bold]veneer eval smollm2-135m-instruct -a runs/calendar/adapter -d heldout.jsonl -m exact-match[/bold]
+    Example: veneer eval runs/first/adapter -d heldout.jsonl -m exact-match
     """
     options = Options(
         pattern=pattern,

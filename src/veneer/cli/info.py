@@ -38,7 +38,7 @@ def info(
 ) -> None:
     """Show what an adapter or a model is: method and targets, or architecture and size. No weight is loaded.
 
-    Example: [bold]veneer info runs/calendar/adapter[/bold]
+    Example: veneer info runs/first/adapter
     """
     place, facts = _find(what)
     if as_json:

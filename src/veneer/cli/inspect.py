@@ -20,18 +20,21 @@ if TYPE_CHECKING:
 def inspect(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", show_default=False, help="An adapter folder.")],
     other: Annotated[
-        Path | None, typer.Argument(metavar="[OTHER]", show_default=False, help="Another one, to compare with.")
+        Path | None, typer.Argument(metavar="OTHER", show_default=False, help="Another one, to compare with.")
     ] = None,
     base: Annotated[
-        str | None, typer.Option(show_default=False, help="The base model; needed for DoRA and IA3 adapters.")
+        str | None,
+        typer.Option(metavar="MODEL", show_default=False, help="The base model; needed for DoRA and IA3 adapters."),
     ] = None,
-    top: Annotated[int, typer.Option(min=1, help="How many leading directions to count.")] = 4,
-    png: Annotated[Path | None, typer.Option(show_default=False, help="Write a heat map of the norms here.")] = None,
+    top: Annotated[int, typer.Option(metavar="N", min=1, help="How many leading directions to count.")] = 4,
+    png: Annotated[
+        Path | None, typer.Option(metavar="FILE", show_default=False, help="Write a heat map of the norms here.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show the norm, effective rank and energy of every update; for two adapters, shared directions and sign conflicts.
 
-    Example: [bold]veneer inspect runs/a runs/b --png heat.png[/bold]
+    Example: veneer inspect runs/a runs/b --png heat.png
     """
     from veneer.analyze.report import compare, describe
 

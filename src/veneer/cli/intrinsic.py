@@ -20,23 +20,27 @@ if TYPE_CHECKING:
 
 def intrinsic(
     model: loading.Model,
-    data: Annotated[Path, typer.Option("--data", "-d", show_default=False, help="Rows of prompt and completion.")],
-    output: Annotated[Path, typer.Option("--output", "-o", show_default=False, help="Folder for the curve.")],
-    dims: Annotated[str, typer.Option(help="Dimensions to try, with commas.")] = "10,30,100,300,1000",
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each point.")] = 100,
-    learning_rate: Annotated[float, typer.Option(help="The same for every dimension.")] = 1e-3,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows in a step.")] = 16,
-    held_out: Annotated[float, typer.Option(min=0.01, max=0.9, help="Share of rows to score on.")] = 0.3,
+    data: Annotated[
+        Path, typer.Option("--data", "-d", metavar="FILE", show_default=False, help="Rows of prompt and completion.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FOLDER", show_default=False, help="Folder for the curve.")
+    ],
+    dims: Annotated[str, typer.Option(metavar="N,...", help="Dimensions to try, with commas.")] = "10,30,100,300,1000",
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Optimizer steps of each point.")] = 100,
+    learning_rate: Annotated[float, typer.Option(metavar="X", help="The same for every dimension.")] = 1e-3,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Rows in a step.")] = 16,
+    held_out: Annotated[float, typer.Option(metavar="X", min=0.01, max=0.9, help="Share of rows to score on.")] = 0.3,
     structure_aware: Annotated[
         bool, typer.Option("--structure-aware", help="One dimension scales each layer.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of the subspaces and of the order of rows.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the subspaces and of the order of rows.")] = 0,
 ) -> None:
     """Train in random subspaces of all weights and find d90: the fewest dimensions that reach 90% of full training.
 
     The completions are labels; accuracy is how often the right one is the likeliest.
 
-    Example: [bold]veneer intrinsic smollm2-135m-instruct -d sst2.jsonl --dims 100,300,1000 -o runs/d90[/bold]
+    Example: veneer intrinsic smollm2-135m-instruct -d sst2.jsonl --dims 100,300 -o d90
     """
     from veneer.train.intrinsic import Training, dimension_curve, draw_curve
 

@@ -12,18 +12,23 @@ from rich.progress import Progress
 
 
 def merge(
-    base: Annotated[str, typer.Option(show_default=False, help="A folder, a .gguf file, a fetched name or a hub id.")],
-    adapter: Annotated[Path, typer.Option(show_default=False, help="The folder of the adapter.")],
-    output: Annotated[Path, typer.Option("--output", "-o", show_default=False, help="The folder to write.")],
+    base: Annotated[
+        str,
+        typer.Option(metavar="MODEL", show_default=False, help="A folder, a .gguf file, a fetched name or a hub id."),
+    ],
+    adapter: Annotated[Path, typer.Option(metavar="FOLDER", show_default=False, help="The folder of the adapter.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FOLDER", show_default=False, help="The folder to write.")
+    ],
     dtype: Annotated[
         str | None,
-        typer.Option(show_default=False, help="float32, bfloat16 or float16; by default the base's."),
+        typer.Option(metavar="NAME", show_default=False, help="float32, bfloat16 or float16; by default the base's."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what is in the output folder.")] = False,
 ) -> None:
     """Fold an adapter into its base and write an ordinary model folder, tensor by tensor: any size fits in memory.
 
-    Example: [bold]veneer merge --base smollm2-135m-instruct --adapter runs/calendar/adapter -o merged[/bold]
+    Example: veneer merge --base smollm2-135m-instruct --adapter runs/a -o merged
     """
     from veneer.cli.loading import quiet
     from veneer.errors import ConfigError

@@ -14,27 +14,36 @@ from rich.progress import Progress
 def merge_models(
     base: Annotated[str, typer.Argument(metavar="BASE", help="The model that all were tuned from.")],
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Fine-tuned models: folders or hub ids.")],
-    output: Annotated[Path, typer.Option("--output", "-o", show_default=False, help="The folder to write.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FOLDER", show_default=False, help="The folder to write.")
+    ],
     weights: Annotated[
         str | None,
-        typer.Option(show_default=False, help="One weight for each model, such as '0.7 -0.3'. Default: 1 each."),
+        typer.Option(
+            metavar="X...", show_default=False, help="One weight for each model, such as 0.7 -0.3. Default: 1 each."
+        ),
     ] = None,
-    how: Annotated[str, typer.Option(help="task_arithmetic, ties, dare_linear or dare_ties.")] = "task_arithmetic",
+    how: Annotated[
+        str, typer.Option(metavar="NAME", help="task_arithmetic, ties, dare_linear or dare_ties.")
+    ] = "task_arithmetic",
     density: Annotated[
-        float | None, typer.Option(show_default=False, help="Share of entries to keep, for ties and dare_*.")
+        float | None,
+        typer.Option(metavar="X", show_default=False, help="Share of entries to keep, for ties and dare_*."),
     ] = None,
     normalize: Annotated[
         bool | None,
         typer.Option("--normalize/--no-normalize", show_default=False, help="Divide by the weights (ties: yes)."),
     ] = None,
-    scale: Annotated[float, typer.Option(help="What the combined task vector is multiplied by.")] = 1.0,
-    vote: Annotated[str, typer.Option(help="How a sign is elected: total (by values) or frequency.")] = "total",
-    seed: Annotated[int, typer.Option(help="Of the draw that dare_* makes.")] = 0,
+    scale: Annotated[float, typer.Option(metavar="X", help="What the combined task vector is multiplied by.")] = 1.0,
+    vote: Annotated[
+        str, typer.Option(metavar="NAME", help="How a sign is elected: total (by values) or frequency.")
+    ] = "total",
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the draw that dare_* makes.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace what is in the output folder.")] = False,
 ) -> None:
     """Add what several models learned to their base, tensor by tensor: any size fits in memory.
 
-    Example: [bold]veneer merge-models base tuned-a tuned-b --weights 0.7 0.3 --how ties --density 0.3 -o both[/bold]
+    Example: veneer merge-models base tuned-a tuned-b --weights 0.7 0.3 -o both
     """
     from veneer.cli.combine import weights_of
     from veneer.combine.task_vectors import TaskVectors

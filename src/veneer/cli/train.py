@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 
 def train(
-    recipe: Annotated[Path | None, typer.Argument(metavar="RECIPE", help="A YAML file; see --print-recipe.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Argument(metavar="RECIPE", show_default=False, help="A YAML file; see --print-recipe.")
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change one key, such as training.learning_rate=1e-4."),
@@ -32,7 +34,7 @@ def train(
 ) -> None:
     """Fit an adapter (or the whole model) as a recipe says; several at once where it has a sweep part.
 
-    Example: [bold]veneer train --print-recipe > recipe.yaml && veneer train recipe.yaml[/bold]
+    Example: veneer train --print-recipe > recipe.yaml && veneer train recipe.yaml
     """
     if print_recipe:
         from veneer.train.commented_recipe import commented_recipe
