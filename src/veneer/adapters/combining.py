@@ -23,6 +23,7 @@ from veneer.errors import CompositionError
 from veneer.model.adapted import Adapted, tensors_of
 from veneer.model.attach import adapted_layers, adapted_modules, module_index, shortest_names
 from veneer.model.linear import AdaptedSite
+from veneer.model.multihead import ON_DISK
 from veneer.model.start import Start
 from veneer.model.state import AdapterState
 from veneer.store.records import StoredAdapter, read_records, write_records
@@ -79,13 +80,13 @@ def add_weighted(
                 records[path] = replace(records[path], bias=_bias_offset(layer, updates, [w for _, w in acting]))
     if not records:
         raise CompositionError(f"none of the adapters {list(names)} acts on linear layers: only such can be combined")
-    config = config_of(records, shortest_names(module_index(model, embeddings=True), tuple(records)))
+    config = config_of(records, shortest_names(module_index(model), tuple(records)))
     lifecycle.add(model, state, name, config, Start(values=False))
     lifecycle.set_requires_grad(model, (name,), False)
     for path, record in records.items():
         layer = cast(AdaptedSite, model.get_submodule(path))
         held = tensors_of(layer.adapters[name])
-        for key, value in parameters_of(record, config, layer.site(())).items():
+        for key, value in parameters_of(record, config, layer.site((name,))).items():
             held[key].copy_(value.view_as(held[key]))
     return Report(errors)
 
@@ -140,7 +141,8 @@ def combine_folders(folders: Sequence[Path], weights: Sequence[float], plan: Com
         records[path], errors[path] = combine(updates, [w for _, w in acting], plan, path)
         changes = [r.bias * w for r, w in acting if r.bias is not None]
         records[path] = replace(records[path], bias=sum(changes[1:], changes[0]) if changes else None)
-    config = replace(config_of(records, tuple(records)), base_model_name_or_path=_common_base(stored))
+    targets = {path: record for path, record in records.items() if not path.endswith(ON_DISK)}  # the attention's own
+    config = replace(config_of(targets, tuple(targets)), base_model_name_or_path=_common_base(stored))
     write_records(output, config, {p: parameters_of(record, config, sites[p]) for p, record in records.items()}, sites)
     write_card(output, config)
     return Report(errors)

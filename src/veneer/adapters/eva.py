@@ -19,6 +19,7 @@ from veneer.methods.lora import LoraConfig
 from veneer.model.adapted import restore
 from veneer.model.attach import adapted_layers, device_of
 from veneer.model.linear import AdaptedLinear
+from veneer.model.multihead import AdaptedOutProjection
 
 MAX_PASSES = 50
 Batch = Mapping[str, Any]
@@ -251,7 +252,8 @@ def _config(model: PeftModel, name: str) -> LoraConfig:
 
 
 def _layers(model: PeftModel, name: str) -> dict[str, AdaptedLinear]:
-    found = {p: m for p, m in adapted_layers(model).items() if isinstance(m, AdaptedLinear) and name in m.adapters}
+    linear = {p: m for p, m in adapted_layers(model).items() if isinstance(m, AdaptedLinear) and name in m.adapters}
+    found = {p: m for p, m in linear.items() if not isinstance(m, AdaptedOutProjection)}  # nobody calls those
     if not found:
         raise ConfigError(f"EVA starts the factors of linear layers; {name!r} adapts none")
     return found

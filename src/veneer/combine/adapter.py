@@ -50,9 +50,9 @@ def parameters_of(record: LinearDelta, config: LoraConfig | IA3Config, site: Lin
             return {"ia3_l": record.in_scale[None, :: math.prod(site.window)]}
         return {"ia3_l": _given(record.out_scale)[:, None]}
     a, b = _given(record.a), _given(record.b)
-    params = {"lora_A": a, "lora_B": b * record.scale}
+    params = {"lora_A": a, "lora_B": b * (record.scale / site.repeats)}
     if config.lora_bias:
-        params["lora_B_bias"] = torch.zeros_like(b[:, 0]) if record.bias is None else record.bias
+        params["lora_B_bias"] = torch.zeros_like(b[:, 0]) if record.bias is None else record.bias / site.repeats
     return params
 
 

@@ -139,6 +139,7 @@ class LinearMethod(TargetedConfig):
 
     adapts_embeddings: ClassVar[bool] = False
     adapts_convolutions: ClassVar[bool] = False
+    adapts_attention: ClassVar[bool] = False  # `nn.MultiheadAttention`: both of its maps
 
     @abstractmethod
     def shapes(self, site: LinearSite) -> Shapes:

@@ -22,6 +22,7 @@ class LinearSite:
     ``weight`` and ``bias`` are None while planning, when nothing has been loaded.
     ``experts`` such maps may lie stacked in one tensor (experts, o, i); the record then has that dimension in front of
     ``a`` and ``b``, and ``weight`` is None.
+    ``repeats``: how often a low-rank update is added (twice by PEFT at the output projection of torch's attention).
     ``row_sq`` gives the squared norms of the rows of the weight; who holds the site computes them once.
     """
 
@@ -36,6 +37,7 @@ class LinearSite:
     bias: Float[Tensor, " o"] | None = None
     row_sq: Callable[[], Float[Tensor, " o"]] | None = None
     experts: int = 1
+    repeats: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

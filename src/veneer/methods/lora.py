@@ -53,6 +53,7 @@ class LoraConfig(LinearMethod):
     peft_type: ClassVar[str] = "LORA"
     adapts_embeddings: ClassVar[bool] = True
     adapts_convolutions: ClassVar[bool] = True
+    adapts_attention: ClassVar[bool] = True
 
     r: int = 8
     lora_alpha: float = 8
@@ -170,12 +171,12 @@ class LoraConfig(LinearMethod):
         return _override(self.alpha_pattern, site.name, self.lora_alpha)
 
     def scale(self, site: LinearSite) -> float:
-        """What B A is multiplied by at this site: alpha / r, or what a variant makes of it."""
+        """What B A is multiplied by at this site: alpha / r, or what a variant makes of it, as often as it is added."""
         r = self.rank(site)
         scale = self.alpha(site) / r
         for variant in self._variants("scale"):
             scale = variant.scale(r, scale)
-        return scale
+        return scale * site.repeats
 
     def shapes(self, site: LinearSite) -> Shapes:
         r = self.rank(site)

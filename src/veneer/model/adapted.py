@@ -135,6 +135,10 @@ class Adapted(InPlace, nn.Module):
             self._parameters[key] = cast("nn.Parameter | None", original)
         self.originals = {}
 
+    def disk_path(self, name: str, path: str) -> str:
+        """The path under which PEFT's file keeps what adapter ``name`` has here; ``path`` is the module's own."""
+        return path
+
     def disk_keys(self, name: str, path: str) -> dict[str, str]:
         """For each parameter of adapter ``name``, its key in PEFT's file; whole copies are not among them."""
         return {}
@@ -159,7 +163,7 @@ def restore(module: Adapted) -> None:
     """Give a module its class back and leave nothing of ours in it."""
     for attribute in ("adapters", "copies"):
         delattr(module, attribute)
-    for attribute in ("site_name", "adapter_state", "originals", "merged_weight", "_row_sq_cache"):
+    for attribute in ("site_name", "adapter_state", "originals", "merged_weight", "_row_sq_cache", "attention"):
         module.__dict__.pop(attribute, None)
     restore_class(module)
 

@@ -28,6 +28,14 @@ from veneer.model.copies import CLASSIFIERS, add_copies, copied_parameters, is_o
 from veneer.model.default_targets import defaults_for
 from veneer.model.embedding import AdaptedEmbedding, is_embedding
 from veneer.model.linear import AdaptedLinear, AdaptedSite, frozen_weight, is_linear
+from veneer.model.multihead import (
+    OUT_PROJECTION,
+    adapt_attention,
+    adapt_out_projection,
+    is_attention,
+    is_out_projection,
+    shape_of_attention,
+)
 from veneer.model.parameters import AdaptedParameters, add_parameters, parameter_places
 from veneer.model.prefix import PrefixAdapters, attach_prefix
 from veneer.model.prompt import PromptAdapters, attach_prompt
@@ -44,12 +52,17 @@ _HEADS = {"SEQ_CLS": CLASSIFIERS, "TOKEN_CLS": CLASSIFIERS, "QUESTION_ANS": ("qa
 Place = Adapted | ResidualAdapters | PrefixAdapters | PromptAdapters
 
 
-def module_index(model: nn.Module, embeddings: bool = False, convolutions: bool = False) -> ModuleIndex:
-    """The module paths of a model; the flags say whether those of that kind can be adapted. ``"all-linear"`` leaves
-    them and the output head out."""
+def module_index(model: nn.Module, method: LinearMethod | None = None) -> ModuleIndex:
+    """The module paths of a model, and which of them a method (None: any) can adapt: linear layers, and what else it
+    knows. ``"all-linear"`` takes linear layers alone, without the output head."""
     names = {name: module for name, module in model.named_modules() if name and not is_ours(name)}
     linear = tuple(name for name, module in names.items() if is_linear(module))
-    kinds = [is_linear, *[is_embedding] * embeddings, *[is_convolution] * convolutions]
+    known = {
+        is_embedding: method is None or method.adapts_embeddings,
+        is_convolution: method is None or method.adapts_convolutions,
+        is_attention: method is None or method.adapts_attention,
+    }
+    kinds = [is_linear, *(is_kind for is_kind, can in known.items() if can)]
     adaptable = tuple(name for name, module in names.items() if any(is_kind(module) for is_kind in kinds))
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     heads = [head, *(m for n, m in names.items() if n in CLASSIFIERS)]
@@ -66,7 +79,7 @@ def targets_of(model: nn.Module, config: MethodConfig) -> tuple[str, ...]:
         raise TargetError(f"{type(config).__name__} does not target modules by name")
     if config.adapted_parameters and not config.target_modules:
         return ()
-    index = module_index(model, config.adapts_embeddings, config.adapts_convolutions)
+    index = module_index(model, config)
     return select_targets(config, index, config.default_targets)
 
 
@@ -114,7 +127,8 @@ def attach(
     start = start or Start()
     config = resolved(model, config)
     targets = targets_of(model, config) if isinstance(config, LinearMethod) else ()
-    copied = copied_parameters(cast(PreTrainedModel, model), config, set(targets))
+    outward = [f"{path}{OUT_PROJECTION}" for path in targets if is_attention(model.get_submodule(path))]
+    copied = copied_parameters(cast(PreTrainedModel, model), config, {*targets, *outward})
     places, layers = parameter_places(model, config, {*targets, *copied})
     targets = (*targets, *layers)
     if isinstance(config, LinearMethod):
@@ -125,6 +139,7 @@ def attach(
         if wrong:
             raise TargetError("; ".join(wrong))
         config = config.for_sites(sites)
+    targets = tuple(dict.fromkeys((*targets, *outward)))
     rows = row_places(
         cast(PreTrainedModel, model), config, {*targets, *(p for p, k in copied.items() if "weight" in k)}
     )
@@ -158,6 +173,8 @@ def shape_of(path: str, module: nn.Module) -> LinearSite:
         return LinearSite(name=path, in_features=i, out_features=o)
     if is_convolution(module):
         return shape_of_convolution(path, module)
+    if is_attention(module):
+        return shape_of_attention(path, module)
     vocabulary, width = cast(Tensor, module.weight).shape
     return LinearSite(name=path, in_features=vocabulary, out_features=width, kind="embedding")
 
@@ -166,6 +183,10 @@ def adapt_path(model: nn.Module, path: str, state: AdapterState) -> Adapted:
     """The module at a path, made adapted in the way that its type asks for."""
     module = model.get_submodule(path)
     mixin: type[Adapted] = AdaptedParameters
+    if is_attention(module):
+        return adapt_attention(path, module, state)
+    if is_out_projection(module):
+        return adapt_out_projection(path, module, state)
     if is_linear(module):
         mixin = AdaptedLinear
     elif is_embedding(module):
@@ -225,9 +246,9 @@ def named_live_parameters(model: nn.Module, name: str) -> dict[str, tuple[str, T
             found |= {keys[key]: (f"{path}.adapters.{name}.{key}", value) for key, value in held.items()}
         if isinstance(place, Adapted) and name in place.copies:
             inner = "base_layer." if name in place.adapters else ""
-            prefix = disk_prefix(place.adapter_state.configs[name])
+            start = f"{disk_prefix(place.adapter_state.configs[name])}{place.disk_path(name, path)}"
             found |= {
-                f"{prefix}{path}.{inner}{key}": (f"{path}.copies.{name}.{key}", value)
+                f"{start}.{inner}{key}": (f"{path}.copies.{name}.{key}", value)
                 for key, value in tensors_of(place.copies[name]).items()
             }
     return found

@@ -41,25 +41,31 @@ class AdaptedSite(Adapted):
     def disk_keys(self, name: str, path: str) -> dict[str, str]:
         """For each parameter of adapter ``name``, its key in PEFT's file; ``path`` is this layer's in the model."""
         ends = self.method(name).disk_names(self.site((name,)))
-        return {key: f"base_model.model.{path}.{end}" for key, end in ends.items()}
+        return {key: f"base_model.model.{self.disk_path(name, path)}.{end}" for key, end in ends.items()}
 
     def packed(self, name: str, path: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What is written of adapter ``name``, by its keys on disk, given its tensors by theirs (`disk_keys`)."""
         method, site, keys = self.method(name), self.site((name,)), self.disk_keys(name, path)
         ends = method.packed().disk_names(site)
         packed = method.pack(site, {own: values[key] for own, key in keys.items()})
-        return {f"base_model.model.{path}.{ends[own]}": value for own, value in packed.items()}
+        start = f"base_model.model.{self.disk_path(name, path)}"
+        return {f"{start}.{ends[own]}": value for own, value in packed.items()}
 
     def unpacked(self, name: str, path: str, written: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inverse of `packed`."""
         method, site, keys = self.method(name), self.site((name,)), self.disk_keys(name, path)
         ends = method.packed().disk_names(site)
-        packed = {own: written[f"base_model.model.{path}.{end}"] for own, end in ends.items()}
+        start = f"base_model.model.{self.disk_path(name, path)}"
+        packed = {own: written[f"{start}.{end}"] for own, end in ends.items()}
         return {keys[own]: value for own, value in method.unpack(site, packed).items()}
+
+    def own_weight(self) -> Tensor | None:
+        """The module's own parameter that the map is, if it is one."""
+        return self._parameters.get("weight")
 
     def parameter_dtype(self, widen: bool) -> torch.dtype:
         """The dtype of an adapter's parameters: at least float32 if ``widen``, otherwise the base's."""
-        own = self._parameters.get("weight")
+        own = self.own_weight()
         if own is None or not own.is_floating_point():  # codes: the format knows what it computes in
             return torch.float32 if widen else cast(FrozenWeight, self.site().weight).dense().dtype
         return torch.promote_types(own.dtype, torch.float32) if widen else own.dtype
@@ -89,7 +95,7 @@ class AdaptedSite(Adapted):
 
     def folded_dtype(self, names: Sequence[str]) -> torch.dtype:
         """The dtype that a folded weight is kept in: the layer's own, or that which its codes stand for."""
-        own = self._parameters.get("weight")
+        own = self.own_weight()
         if own is not None and own.is_floating_point():
             return own.dtype
         return cast(FrozenWeight, self.site(names).weight).dense().dtype

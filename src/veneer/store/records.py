@@ -15,6 +15,7 @@ from veneer.core.sites import LinearSite
 from veneer.errors import CompositionError, FormatError
 from veneer.methods.lora import LoraConfig
 from veneer.model.attach import DISK_PREFIX
+from veneer.model.multihead import ON_DISK, REPEATS
 from veneer.store.adapter import read_config
 from veneer.store.adapter_config import CONFIG_FILE, to_json
 from veneer.store.adapter_files import WEIGHTS_FILE, non_finite, read_tensors, tensors_to_bytes, write_atomically
@@ -104,11 +105,12 @@ def _sites(tensors: Mapping[str, Tensor]) -> dict[str, LinearSite]:
             b = tensors.get(f"{DISK_PREFIX}{path}.{b_end}")
             if key.endswith(f".{a_end}") and b is not None:
                 found[path] = LinearSite(
-                    name=path,
+                    name=path.removesuffix(ON_DISK),
                     in_features=a[0].numel(),
                     out_features=b.shape[0],
                     kind="convolution" if a.ndim > 2 else kind,
                     window=tuple(a.shape[2:]),
+                    repeats=REPEATS if path.endswith(ON_DISK) else 1,
                     groups=a.shape[0] // b.shape[1] if a.ndim > 2 else 1,
                 )
     return found
