@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 
 import veneer
 from veneer.model.fused.decoder import fuse
+from veneer.train.display import RunDisplay
 from veneer.train.loss import token_loss
 
 BATCH, RATE = 4, 2e-4
@@ -161,7 +162,8 @@ def _trainer_side(name: str, row: Row, model: Any, place: str) -> Side:
             trainer = library.SFTTrainer(
                 model=model, args=settings, train_dataset=rows, processing_class=tokenizer, callbacks=[watch]
             )
-            trainer.remove_callback(PrinterCallback)
+            for shown in (PrinterCallback, RunDisplay):
+                trainer.remove_callback(shown)
             trainer.train()
         return watch
 

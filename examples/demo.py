@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 import veneer
+from veneer.core.units import duration
 from veneer.store.fetch import fetch
 
 DATA = Path(__file__).parent / "calendar"
@@ -181,7 +182,8 @@ def shorten(text: str, longest: int = 220) -> str:
 
 def say_what_next(output: Path, same: int, n: int, seconds: float) -> None:
     console.print(f"The merged model gives the same answer as base + adapter to {same} of {n} requests.")
-    console.print(f"{seconds:.0f} s in all. Next:\n")
+    console.print(f"That took {duration(seconds)} in all.\n")
+    console.print("What to try next:")
     steps = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     steps.add_column(overflow="fold")
     steps.add_column(style="dim")

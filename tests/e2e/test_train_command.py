@@ -67,6 +67,9 @@ def test_a_recipe_is_carried_out(project: Path, method: str, storage: str) -> No
     code, output = train(project, "--set", f"model.quantization={storage}", *whole)
     assert code == 0, output
     assert "trains" in output
+    assert re.search(r"^step 2/6  loss \d\.\d{4}  lr \d\.\d\de-\d\d  [\d,]+ tokens/s  .* left$", output, re.M)
+    assert re.search(r"^step 3/6  held out: loss \d\.\d{4}  mean token accuracy \d+\.\d%$", output, re.M)
+    assert not re.search(r"\x1b|\r|\{'|examples/s|it/s", output)  # no codes, no dicts, no bars of other libraries
     record = json.loads((project / "run" / "run.json").read_text())
     assert record["status"] == "finished"
     assert record["data"]["train"]["rows"] == 16

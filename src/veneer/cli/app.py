@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno
 import importlib.metadata
 import itertools
+import logging
+import os
 from typing import Any
 
 import typer
@@ -42,6 +44,8 @@ class VerbGroup(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the verb."""
+        # Where it and PEFT are installed, transformers imports it, and it warns of kernels that nothing here uses.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         try:
             return super().invoke(ctx)
         except VeneerError as error:
@@ -122,4 +126,7 @@ app.command("env", cls=VerbCommand)(env.env)
 
 def main() -> None:
     """The console entry point."""
+    # The bars of other libraries come where something takes long, and go when it is done; read when tqdm is imported.
+    os.environ.setdefault("TQDM_DELAY", "2")
+    os.environ.setdefault("TQDM_LEAVE", "")
     app()

@@ -39,6 +39,7 @@ def environment() -> dict[str, str]:
     """Facts about this installation, by name."""
     import torch
 
+    from veneer.core.units import count
     from veneer.ops.dispatch import availability, kernel_build
     from veneer.store.cache import cache_dir
 
@@ -48,7 +49,7 @@ def environment() -> dict[str, str]:
     facts |= {"cpu features": " ".join(_cpu_features()) or "unknown"}
     facts |= {f"back end {name}": state for name, state in availability().items()}
     facts |= {"kernel build": kernel_build(), "cuda": _cuda()}
-    facts |= {"threads": f"{torch.get_num_threads()} of {os.cpu_count()} processors"}
+    facts |= {"threads": f"{count(torch.get_num_threads(), 'thread')} on {count(os.cpu_count() or 1, 'processor')}"}
     return facts | {"cache folder": str(cache_dir())}
 
 

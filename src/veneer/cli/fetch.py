@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from veneer.core.units import size
 from veneer.store.fetch import KNOWN
 from veneer.store.fetch import fetch as fetch_model
 
@@ -56,5 +57,5 @@ class _Bars:
         if stage not in self._tasks:
             self._tasks[stage] = self._progress.add_task(stage, total=None, size="")
         task, is_step = self._tasks[stage], total == 1
-        size = "" if is_step else f"{done / 1e6:.1f} of {total / 1e6:.1f} MB"
-        self._progress.update(task, completed=done, total=None if is_step and not done else total, size=size)
+        shown = "" if is_step else f"{size(done)} of {size(total)}"
+        self._progress.update(task, completed=done, total=None if is_step and not done else total, size=shown)

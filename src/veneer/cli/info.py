@@ -13,6 +13,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from veneer.core.units import size
+
 if TYPE_CHECKING:
     from veneer.core.method import MethodConfig
     from veneer.store.facts import AdapterFacts, ModelFacts
@@ -85,7 +87,7 @@ def _adapter(folder: Path, facts: AdapterFacts) -> Section:
         **_settings(config),
         "modules": f"{len(facts.modules)} ({', '.join(last)})",
         "parameters": f"{facts.n_parameters:,}",
-        "size": f"{_size(facts.n_bytes)} ({', '.join(facts.dtypes)})",
+        "size": f"{size(facts.n_bytes)} ({', '.join(facts.dtypes)})",
         "base": config.base_model_name_or_path or "not recorded",
     }
 
@@ -117,11 +119,11 @@ def _model(folder: Path, facts: ModelFacts) -> Section:
         **shape,
         "parameters": f"{total:,}",
         **kinds,
-        "size": f"{_size(facts.n_bytes)} ({', '.join(facts.dtypes)})",
+        "size": f"{size(facts.n_bytes)} ({', '.join(facts.dtypes)})",
     }
     if facts.nbytes_4bit is None:
         return section | {"quantization": _quantization(config["quantization_config"])}
-    return section | {"size in 4 bits": f"{_size(facts.nbytes_4bit)} (NF4 with double quantization)"}
+    return section | {"size in 4 bits": f"{size(facts.nbytes_4bit)} (NF4 with double quantization)"}
 
 
 def _quantization(config: Mapping[str, Any]) -> str:
@@ -132,8 +134,3 @@ def _text(value: object) -> str:
     if isinstance(value, (tuple, list)):
         return ", ".join(map(str, value))
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-def _size(n_bytes: int) -> str:
-    """In MB; in kB where that would show as nothing."""
-    return f"{n_bytes / 1e6:,.1f} MB" if n_bytes >= 50_000 else f"{n_bytes / 1e3:,.1f} kB"

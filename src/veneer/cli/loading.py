@@ -90,11 +90,22 @@ def quiet() -> Iterator[None]:
 
     level = logging.get_verbosity()
     logging.set_verbosity_error()
+    try:
+        with without_bars():
+            yield
+    finally:
+        logging.set_verbosity(level)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Without transformers' progress bars."""
+    from transformers.utils import logging
+
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
         logging.enable_progress_bar()
 
 

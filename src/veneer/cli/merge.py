@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from veneer.core.units import size
+
 
 def merge(
     base: Annotated[
@@ -46,5 +48,5 @@ def merge(
             lambda done, total: progress.update(task, completed=done, total=total),
         )
     apart = ", tied embeddings written apart" if report.untied else ""
-    size = f"{report.n_tensors} tensors, {report.n_bytes / 1e6:,.1f} MB"
-    typer.echo(f"{output}: {report.n_modules} modules changed, {size}{apart}")
+    written = f"{report.n_tensors} tensors, {size(report.n_bytes)}"
+    typer.echo(f"{output}: {report.n_modules} modules changed, {written}{apart}")

@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from veneer.core.units import size
+
 
 def merge_models(
     base: Annotated[str, typer.Argument(metavar="BASE", help="The model that all were tuned from.")],
@@ -68,4 +70,4 @@ def merge_models(
             CombineOptions(overwrite=force),
             lambda done, total: progress.update(task, completed=done, total=total),
         )
-    typer.echo(f"{output}: {len(models)} models by {how}, {n_bytes / 1e6:,.1f} MB")
+    typer.echo(f"{output}: {len(models)} models by {how}, {size(n_bytes)}")

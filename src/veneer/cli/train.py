@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
+from veneer.core.units import duration
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
+    from veneer.train.recipe import Recipe
     from veneer.train.sweep_recipe import Sweep
 
 
@@ -50,25 +54,54 @@ def train(
     sweep = parse_sweep(values, recipe) if PART in values else None
     wanted = parse_recipe(values, str(recipe)) if sweep is None else sweep.members[0].recipe
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
-    from veneer.train.run import run_recipe
+    from veneer.cli.loading import without_bars
 
     console = Console(soft_wrap=True)
-    if show_sample:
-        from veneer.train.run import sample_of
-        from veneer.train.sample import shown_sample
+    with without_bars(), _rows_counted_in_terminals():
+        if show_sample:
+            _show_sample(wanted, console)
+        elif sweep is not None:
+            _train_sweep(sweep, resume, console)
+        else:
+            _train_one(wanted, resume, console)
 
-        console.print(shown_sample(*sample_of(wanted), marks=not console.is_terminal))
+
+@contextmanager
+def _rows_counted_in_terminals() -> Iterator[None]:
+    """Encoding many rows takes minutes, so a terminal shows the bars of datasets; a file or a pipe does not."""
+    import datasets
+
+    from veneer.train.display import draws_bars
+
+    if datasets.are_progress_bars_disabled() or draws_bars(Console(stderr=True)):
+        yield
         return
-    if sweep is not None:
-        _train_sweep(sweep, resume, console)
-        return
-    record = run_recipe(wanted, resume=resume, tell=lambda line: console.print(line, style="bold", highlight=False))
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
+
+
+def _show_sample(recipe: Recipe, console: Console) -> None:
+    from veneer.train.run import sample_of
+    from veneer.train.sample import shown_sample
+
+    console.print(shown_sample(*sample_of(recipe), marks=not console.is_terminal))
+
+
+def _train_one(recipe: Recipe, resume: bool, console: Console) -> None:
+    from veneer.train.run import run_recipe
+
+    record = run_recipe(recipe, resume=resume, tell=lambda line: console.print(line, style="bold", highlight=False))
     results = record["results"]
     told = [f"training loss {results['train_loss']:.4f}"]
     told += [f"held-out loss {results['eval_loss']:.4f}"] if "eval_loss" in results else []
-    console.print(f"{', '.join(told)} after {results['steps']} steps in {results['seconds']:.0f} s", highlight=False)
     console.print(
-        f"saved in {record['saved']}; the run is written down in {Path(wanted.output) / 'run.json'}", highlight=False
+        f"{', '.join(told)} after {results['steps']} steps in {duration(results['seconds'])}", highlight=False
+    )
+    console.print(
+        f"saved in {record['saved']}; the run is written down in {Path(recipe.output) / 'run.json'}", highlight=False
     )
 
 

@@ -18,6 +18,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from veneer.core.units import size
 from veneer.errors import DiskError, FormatError
 from veneer.store.checkpoint import INDEX_NAME, SINGLE_NAME
 from veneer.store.folder import new_folder
@@ -125,8 +126,8 @@ class CheckpointWriter:
             total = sum(_nbytes(spec) for spec in self._specs.values())
             free = shutil.disk_usage(self.target.parent).free
             raise DiskError(
-                f"writing {total / 1e9:.2f} GB to {self.target} failed: {error.strerror or error} "
-                f"({free / 1e9:.2f} GB free). Nothing was changed: make room or choose another disk, and run it again."
+                f"writing {size(total)} to {self.target} failed: {error.strerror or error} "
+                f"({size(free)} free). Nothing was changed: make room or choose another disk, and run it again."
             ) from error
 
 

@@ -13,13 +13,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from veneer.adapters.peft_model import PeftModel
 from veneer.errors import ConfigError, DivergedError
 from veneer.model.fused.decoder import fused
 from veneer.model.twin import twin
 from veneer.train.checkpoint import checkpoints, write_json
+from veneer.train.display import RunDisplay
 from veneer.train.loss import Scoring, TokenLoss
 from veneer.train.run import RUN_FILE, Tell, carry_out, describe_run, load_base, make_trainer, require_fresh
 from veneer.train.shared_base import Part, SharedBase
@@ -189,8 +189,7 @@ def _run(member: Member, base: PreTrainedModel, resume: bool) -> dict[str, Any]:
         raise ConfigError(
             "the loss of a router is one number for a whole batch, and members share batches: train alone"
         )
-    for shown in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(shown)
+    trainer.remove_callback(RunDisplay)
     ask(trainer)
     try:
         return carry_out(recipe, trainer, resume=resume and bool(checkpoints(output)))

@@ -36,6 +36,7 @@ from veneer.optim import LayerwiseGaLoreAdamW
 from veneer.train.collate import Collator
 from veneer.train.config import SFTConfig, as_sft_config
 from veneer.train.describe import describe_trained, require_trainable
+from veneer.train.display import show_run
 from veneer.train.encode import Encoder, kind_of
 from veneer.train.exact import packing_layout
 from veneer.train.guards import FiniteGradients, require_finite, require_special_tokens
@@ -116,6 +117,7 @@ class SFTTrainer(ResumableTrainer):
         # The loss below is normalized by the tokens of the whole step, whatever the model's own forward accepts.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
+        self._display = show_run(self, lambda: self.progress.n_tokens)
         self.schedule = AdapterSchedule()
         self.add_callback(self.schedule)
         if not self.args.fp16:
@@ -152,6 +154,8 @@ class SFTTrainer(ResumableTrainer):
             with fusing:
                 output = super().train(resume_from_checkpoint=self.resolve_resume(resume_from_checkpoint), **options)
         finally:
+            if self._display is not None:
+                self._display.close()
             self._unwrap_forward()
             self._stop_updates()
             if self._offload is not None:

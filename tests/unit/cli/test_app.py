@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from veneer.cli import app as app_module
 from veneer.cli.app import VerbGroup, app
+from veneer.core.units import count
 from veneer.errors import ConfigError
 
 RUNNER = CliRunner()
@@ -89,7 +90,7 @@ def test_env_prints_back_ends_and_the_cache_folder(tmp_path: object) -> None:
     if facts["back end cpu"] == "available":
         instruction_set, _, threads = facts["kernel build"].partition(", ")
         assert instruction_set
-        assert threads.startswith(f"{torch.get_num_threads()} threads of ")
+        assert threads.startswith(f"{count(torch.get_num_threads(), 'thread')} of ")
     else:
         assert facts["kernel build"] == "none: the C++ module was not built"
 

@@ -28,7 +28,7 @@ def test_the_folder_is_the_output(veneer: Veneer, tmp_path: Path, monkeypatch: p
     result = veneer("fetch", "tiny")
     assert (result.exit_code, result.stdout) == (0, f"{tmp_path / 'tiny'}\n")
     assert "download" in result.stderr
-    assert "2.0 of 2.0 MB" in result.stderr
+    assert "2.0 MB of 2.0 MB" in result.stderr
     assert "convert" in result.stderr
 
 

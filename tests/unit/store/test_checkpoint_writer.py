@@ -189,5 +189,5 @@ except DiskError as error:
     print("refused:", error)
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert "refused: writing 0.00 GB" in result.stdout
+    assert "refused: writing 0.3 MB" in result.stdout
     assert list(tmp_path.iterdir()) == []

@@ -10,6 +10,8 @@ from types import ModuleType
 
 import torch
 
+from veneer.core.units import count
+
 log = logging.getLogger(__name__)
 
 # How csrc/core/numeric.h counts element types.
@@ -37,4 +39,5 @@ def thread_runtime() -> str:
 def description() -> str:
     """One line for people: the instruction set in use and whose threads the kernels run on."""
     runtime = thread_runtime()
-    return f"{kernels().isa()}, {kernels().max_threads()} threads of {Path(runtime).name or 'its own (no OpenMP)'}"
+    threads = count(kernels().max_threads(), "thread")
+    return f"{kernels().isa()}, {threads} of {Path(runtime).name or 'its own (no OpenMP)'}"
