@@ -19,7 +19,7 @@ import peft
 import veneer
 from veneer.adapters.saving import Upload
 from veneer.errors import VeneerError
-from veneer.store.adapter import read_config
+from veneer.store.adapter_config import read_config
 from veneer.store.adapter_source import HubOptions
 
 CONFIGS = ("LoraConfig", "AdaLoraConfig", "IA3Config", "VeraConfig", "PrefixTuningConfig", "PromptTuningConfig")
@@ -36,7 +36,7 @@ METHODS = (
 )  # fmt: skip
 EXTRA = ("self", "cls", "kwargs", "args")
 STATES = ("present", "departs", "absent")
-HUB = (*HubOptions.__dataclass_fields__, "low_cpu_mem_usage")
+HUB = (*HubOptions.__dataclass_fields__, "low_cpu_mem_usage", "torch_device")
 UPLOAD = (*Upload.__dataclass_fields__, "repo_id")
 BY_KEYWORD = {"from_pretrained": HUB, "load_adapter": HUB, "save_pretrained": UPLOAD, "push_to_hub": UPLOAD}
 Row = tuple[str, str, str]

@@ -2,39 +2,37 @@
 
 from __future__ import annotations
 
-from abc import ABC
+import os
 from collections.abc import Mapping
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from veneer.adapters import lifecycle
-from veneer.adapters.peft_model import PeftModel, hub_options
+from veneer.adapters.peft_model import PeftModel
 from veneer.core.method import MethodConfig
 from veneer.errors import AdapterNameError, ConfigError
 from veneer.model.start import Start
 from veneer.model.state import AdapterState
-from veneer.store.adapter import SaveEmbeddings, adapter_tensors, assign, read_config
-from veneer.store.adapter_source import adapter_folder
-
-
-class PeftConfig(ABC):  # noqa: B024 - it is a name for isinstance, and a place to load from
-    """Any config of any method: ``isinstance(config, PeftConfig)`` holds for all of them."""
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, **hub: Any) -> MethodConfig:
-        """The config of a saved adapter, from a folder or a hub id; ``hub`` takes the fields of `HubOptions`."""
-        return read_config(adapter_folder(pretrained_model_name_or_path, hub_options(hub)))
-
-
-PeftConfig.register(MethodConfig)
+from veneer.store.adapter import SaveEmbeddings, adapter_tensors, assign, renamed
+from veneer.store.adapter_files import read_tensors
+from veneer.store.adapter_source import adapter_folder, hub_options
 
 
 def inject_adapter_in_model(
-    peft_config: MethodConfig, model: nn.Module, adapter_name: str = "default", *, autocast_adapter_dtype: bool = True
+    peft_config: MethodConfig,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    *,
+    autocast_adapter_dtype: bool = True,
 ) -> nn.Module:
-    """Put a fresh adapter on any module, in place, without the methods of `PeftModel`; the base is frozen."""
+    """Put a fresh adapter on any module, in place, without the methods of `PeftModel`; the base is frozen.
+
+    ``low_cpu_mem_usage`` is so anyway: parameters are made once, where the model is.
+    """
     if isinstance(model, PeftModel):
         raise ConfigError("this model is a PeftModel already: call its add_adapter instead")
     state = vars(model).get("adapter_state")
@@ -66,15 +64,36 @@ def get_peft_model_state_dict(
 
 
 def set_peft_model_state_dict(
-    model: nn.Module, peft_model_state_dict: Mapping[str, Tensor], adapter_name: str = "default"
+    model: nn.Module,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
 ) -> _IncompatibleKeys:
     """Give an adapter that is attached these values, all or nothing.
 
-    Departs: strict, where PEFT reports what is missing to a caller who seldom looks: what is returned is empty.
+    Departs: strict, where PEFT reports what is missing to a caller who seldom looks. With ``ignore_mismatched_sizes``
+    what has another shape keeps the value that it has, and is returned as missing. ``low_cpu_mem_usage`` is so anyway.
     Raises FormatError.
     """
-    assign(model, _state(model, adapter_name), adapter_name, peft_model_state_dict, "the state dict")
-    return _IncompatibleKeys([], [])
+    state = _state(model, adapter_name)
+    left = assign(model, state, adapter_name, peft_model_state_dict, "the state dict", ignore_mismatched_sizes)
+    return _IncompatibleKeys(left, [])
+
+
+def load_peft_weights(
+    model_id: str | os.PathLike[str],
+    device: str | torch.device | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    **hub: Any,
+) -> dict[str, Tensor]:
+    """The tensors of a saved adapter by their keys on disk, from a folder or a hub id, without a model.
+
+    ``device``: where to put them, by default the CPU. ``key_mapping``: see `renamed`. ``hub`` takes the fields of
+    `HubOptions`. Raises FormatError.
+    """
+    tensors = renamed(read_tensors(adapter_folder(model_id, hub_options(hub))), key_mapping)
+    return {key: value.to(device or "cpu") for key, value in tensors.items()}
 
 
 def _state(model: nn.Module, name: str) -> AdapterState:

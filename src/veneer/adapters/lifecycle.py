@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from torch import nn
@@ -17,7 +17,7 @@ from veneer.model.linear import AdaptedSite
 from veneer.model.start import Start
 from veneer.model.state import AdapterState
 from veneer.model.token_rows import require_rows_agree
-from veneer.store.adapter import holds_network, load_weights
+from veneer.store.adapter import Leniency, holds_network, load_weights
 
 # The settings under which the same tensors mean another update.
 _MEANING = ("lora_alpha", "alpha_pattern", "use_rslora", "use_dora", "feedforward_modules", "activation", "scaling")
@@ -25,11 +25,14 @@ _MEANING = ("lora_alpha", "alpha_pattern", "use_rslora", "use_dora", "feedforwar
 
 @dataclass(frozen=True)
 class Loading:
-    """How a saved adapter comes onto a model: trainable or frozen, float32 beside a 16-bit base or not, its config."""
+    """How a saved adapter comes onto a model: trainable or frozen, float32 beside a 16-bit base or not, its config,
+    what may differ.
+    """
 
     is_trainable: bool
     widen: bool
     config: MethodConfig
+    leniency: Leniency = field(default_factory=Leniency)
 
 
 def noted(config: MethodConfig, revision: str | None) -> MethodConfig:
@@ -51,30 +54,32 @@ def add(model: nn.Module, state: AdapterState, name: str, config: MethodConfig, 
     set_requires_grad(model, (name,), not config.inference_mode)
 
 
-def load(model: nn.Module, state: AdapterState, folder: Path, name: str, options: Loading) -> None:
+def load(model: nn.Module, state: AdapterState, folder: Path, name: str, options: Loading) -> list[str]:
     """Attach a saved adapter, or give the values of the files to the adapter that has this name already.
 
-    That one trains on if it did. Raises ConfigError where it has other settings than the files.
+    Returns the keys of what was left as it started (see `Leniency`). An adapter that is there trains on if it did.
+    Raises ConfigError where it has other settings than the files.
     """
     _require_unmerged(state, f"load {name!r}")
     if name in state.configs:
         _require_same_settings(state.configs[name].packed(), options.config, name)
-        load_weights(model, state, name, folder)
+        left = load_weights(model, state, name, folder, options.leniency)
         if options.is_trainable:
             set_requires_grad(model, (name,), True)
-        return
+        return left
     config = replace(options.config, inference_mode=not options.is_trainable)
     if isinstance(config, VirtualTokenMethod) and config.has_network and not holds_network(folder):
         config = config.plain()  # what the network made is on disk, not the network: it is trained directly from here
-    attach(model, config, name, state, start=Start(values=False, widen=options.widen))
+    attach(model, config, name, state, start=Start(values=options.leniency.mismatched, widen=options.widen))
     try:
-        load_weights(model, state, name, folder)
+        left = load_weights(model, state, name, folder, options.leniency)
     except BaseException:
         detach(model, state, name)
         raise
     set_requires_grad(model, (name,), options.is_trainable)
     if not options.is_trainable:
         model.eval()  # as PEFT does: a frozen adapter is there to be used, without dropout
+    return left
 
 
 def activate(model: nn.Module, state: AdapterState, names: tuple[str, ...]) -> None:
@@ -83,6 +88,12 @@ def activate(model: nn.Module, state: AdapterState, names: tuple[str, ...]) -> N
     if len(names) > 1:
         _require_composable(model, names)
     state.active = names
+
+
+def train_only(model: nn.Module, state: AdapterState, names: tuple[str, ...], requires_grad: bool) -> None:
+    """Let the parameters of these adapters train, or freeze them, and freeze those of all others."""
+    set_requires_grad(model, tuple(state.configs), False)
+    set_requires_grad(model, names, requires_grad)
 
 
 def delete(model: nn.Module, state: AdapterState, name: str) -> None:

@@ -14,18 +14,18 @@ from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PreTrainedModel
 
 from veneer.adapters import combining, lifecycle, merging, requantizing, saving, schedules, status
+from veneer.adapters.placement import DeviceMap, require_same_place
 from veneer.core.method import MethodConfig
 from veneer.errors import ConfigError
 from veneer.model.inplace import InPlace, change_class, restore_class
 from veneer.model.mixed import mixed_batch
 from veneer.model.start import Start
 from veneer.model.state import AdapterState
-from veneer.store.adapter import SaveEmbeddings, read_config
+from veneer.store.adapter import Leniency, SaveEmbeddings
 from veneer.store.adapter import assign as assign_adapter
-from veneer.store.adapter_source import HubOptions, adapter_folder
+from veneer.store.adapter_config import read_config
+from veneer.store.adapter_source import adapter_folder, hub_options
 
-# PEFT's arguments that say what is so anyway: values go from the file to where the model is, without a copy on the way.
-_AS_IT_IS = ("low_cpu_mem_usage", "torch_device")
 ADAPTER_KEYS = ("base_model.", "prompt_embeddings", "prompt_encoder.")  # what the keys of adapters' files begin with
 
 
@@ -45,15 +45,22 @@ class PeftModel(InPlace, nn.Module):
         config: MethodConfig | None = None,
         *,
         autocast_adapter_dtype: bool = True,
+        ignore_mismatched_sizes: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        device_map: DeviceMap = None,
         **hub: Any,
     ) -> PeftModel:
         """Put a saved adapter on a model, in place, and make it the active one. It is frozen unless ``is_trainable``.
 
-        ``model_id`` is a folder or a hub id; ``hub`` takes the fields of `HubOptions`. Raises FormatError where the
+        ``model_id`` is a folder or a hub id; ``hub`` takes the fields of `HubOptions`. ``ignore_mismatched_sizes``:
+        what has another shape than in the files starts as in a fresh adapter. ``key_mapping``: see `renamed`.
+        ``device_map``: an adapter goes where its base is, and another place is refused. Raises FormatError where the
         files are damaged or do not fit the model, which is then as it was.
         """
         folder = adapter_folder(model_id, hub_options(hub))
-        options = lifecycle.Loading(is_trainable, autocast_adapter_dtype, config or read_config(folder))
+        require_same_place(model, device_map)
+        leniency = Leniency(ignore_mismatched_sizes, key_mapping)
+        options = lifecycle.Loading(is_trainable, autocast_adapter_dtype, config or read_config(folder), leniency)
         fresh = not isinstance(model, PeftModel)
         adapted = become_peft_model(model)
         try:
@@ -100,8 +107,15 @@ class PeftModel(InPlace, nn.Module):
         """The config of the first active adapter. Raises ConfigError where none is active."""
         return self.peft_config[self.active_adapter]
 
-    def add_adapter(self, adapter_name: str, peft_config: MethodConfig, *, autocast_adapter_dtype: bool = True) -> None:
-        """Add a fresh adapter beside those there are; it does not become active."""
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: MethodConfig,
+        low_cpu_mem_usage: bool = False,
+        *,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Add a fresh adapter beside those there are; it does not become active. ``low_cpu_mem_usage`` is so anyway."""
         lifecycle.add(self, self.adapter_state, adapter_name, peft_config, Start(widen=autocast_adapter_dtype))
 
     def load_adapter(
@@ -111,23 +125,32 @@ class PeftModel(InPlace, nn.Module):
         is_trainable: bool = False,
         *,
         autocast_adapter_dtype: bool = True,
+        ignore_mismatched_sizes: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        device_map: DeviceMap = None,
         **hub: Any,
     ) -> _IncompatibleKeys:
         """Load a saved adapter beside those there are, or, under a name that is there, its values. Not activated.
 
-        Returns what was missing and unexpected, as PEFT does; it is empty, for loading is strict. Raises FormatError.
+        The arguments are those of `from_pretrained`. Returns what was missing and unexpected, as PEFT does: only
+        what ``ignore_mismatched_sizes`` left as it was, for loading is strict. Raises FormatError.
         """
         folder = adapter_folder(model_id, hub_options(hub))
-        options = lifecycle.Loading(is_trainable, autocast_adapter_dtype, read_config(folder))
-        lifecycle.load(self, self.adapter_state, folder, adapter_name, options)
-        return _IncompatibleKeys([], [])
+        require_same_place(self, device_map)
+        leniency = Leniency(ignore_mismatched_sizes, key_mapping)
+        options = lifecycle.Loading(is_trainable, autocast_adapter_dtype, read_config(folder), leniency)
+        return _IncompatibleKeys(lifecycle.load(self, self.adapter_state, folder, adapter_name, options), [])
 
-    def set_adapter(self, adapter_name: str | list[str]) -> None:
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool | None = None) -> None:
         """Make one adapter, or several together, the active ones. What trains and what is frozen stays so.
 
-        Raises AdapterNameError for an unknown name, CompositionError for adapters that cannot act together.
+        Unless ``inference_mode`` is given: then all others are frozen, and these too if it is True, as by PEFT, whose
+        default is False. Raises AdapterNameError for an unknown name, CompositionError for adapters that cannot act
+        together.
         """
         lifecycle.activate(self, self.adapter_state, _names(adapter_name))
+        if inference_mode is not None:
+            lifecycle.train_only(self, self.adapter_state, _names(adapter_name), not inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter off for good; if it was active, another takes its place. A merged one is refused."""
@@ -339,11 +362,13 @@ def get_peft_model(
     *,
     autocast_adapter_dtype: bool = True,
     revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
 ) -> PeftModel:
     """Put a fresh, active, trainable adapter on a model, in place, and freeze everything else.
 
     Start values are drawn from torch's global generator: ``torch.manual_seed`` makes them repeatable. The adapter is
     float32 beside a 16-bit base unless ``autocast_adapter_dtype`` is False. ``revision`` is noted in the config.
+    ``low_cpu_mem_usage`` is so anyway: parameters are made once, where the model is.
 
     Raises TargetError and AdapterNameError; the model is then as it was.
     """
@@ -374,16 +399,6 @@ def become_peft_model(model: nn.Module) -> PeftModel:
 def load_into_active(model: PeftModel, tensors: Mapping[str, torch.Tensor]) -> None:
     """Give the active adapter the values of a file that has been read."""
     assign_adapter(model, model.adapter_state, model.active_adapter, tensors, "the state dict")
-
-
-def hub_options(values: Mapping[str, Any]) -> HubOptions:
-    """`HubOptions` from keyword arguments. Raises ConfigError that names the unknown ones and the allowed ones."""
-    allowed = set(HubOptions.__dataclass_fields__)
-    given = {key: value for key, value in values.items() if key not in _AS_IT_IS}
-    unknown = sorted(set(given) - allowed)
-    if unknown:
-        raise ConfigError(f"unknown arguments {unknown}; allowed besides the named ones: {sorted(allowed)}")
-    return HubOptions(**given)
 
 
 def _names(given: str | list[str]) -> tuple[str, ...]:

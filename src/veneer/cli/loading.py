@@ -58,8 +58,7 @@ def load(model: str, adapter: Path | None = None, *, four_bit: bool = False, dty
 
 def split(model: str, adapter: Path | None) -> tuple[str, Path | None]:
     """The base and the adapter that are meant: MODEL may itself be an adapter, which names its base."""
-    from veneer.store.adapter import read_config
-    from veneer.store.adapter_config import CONFIG_FILE
+    from veneer.store.adapter_config import CONFIG_FILE, read_config
 
     folder = Path(model).expanduser()
     if not (folder / CONFIG_FILE).is_file() or (folder / "config.json").is_file():

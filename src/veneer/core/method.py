@@ -10,11 +10,13 @@ Laws, run on every method by ``tests/contract``:
 
 from __future__ import annotations
 
+import importlib
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from typing import ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -90,10 +92,31 @@ class MethodConfig(ABC):
             values[name] = dict(plain) if isinstance(plain, Mapping) else plain
         return {"peft_type": self.peft_type, **values}
 
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write ``adapter_config.json`` into a folder, which is made if there is none. Raises DiskError."""
+        _disk().save_config(self, save_directory)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **hub: str | bool | None
+    ) -> MethodConfig:
+        """The config of a saved adapter, of whatever method it is: from a folder or a hub id.
+
+        ``hub``: ``revision``, ``subfolder``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``.
+        Raises FormatError where there is none or it is not understood.
+        """
+        found: MethodConfig = _disk().config_of(pretrained_model_name_or_path, hub)
+        return found
+
     @classmethod
     def from_dict(cls: type[C], values: Mapping[str, object]) -> C:
         """A config from the fields of an ``adapter_config.json``, ``peft_type`` and the like already taken out."""
         return cls(**values)  # type: ignore[arg-type]
+
+
+def _disk() -> Any:
+    """What knows the format on disk; named here and not imported, for it stands above and knows every method."""
+    return importlib.import_module("veneer.store.adapter_config")
 
 
 @dataclass(frozen=True, kw_only=True)

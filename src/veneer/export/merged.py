@@ -27,7 +27,8 @@ from veneer.model.embedding import input_embeddings
 from veneer.model.linear import AdaptedSite
 from veneer.model.start import Start
 from veneer.model.state import AdapterState
-from veneer.store.adapter import assign, read_config
+from veneer.store.adapter import assign
+from veneer.store.adapter_config import read_config
 from veneer.store.adapter_files import WEIGHTS_FILE, read_tensors
 from veneer.store.checkpoint_writer import DEFAULT_SHARD_BYTES, CheckpointWriter
 from veneer.store.source import parse_dtype

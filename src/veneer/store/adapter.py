@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from veneer.core.method import LinearMethod, MethodConfig, VirtualTokenMethod
-from veneer.errors import DiskError, FormatError
+from veneer.errors import FormatError
 from veneer.model.adapted import Adapted, add_copy
 from veneer.model.attach import (
     DISK_PREFIX,
@@ -27,7 +29,7 @@ from veneer.model.attach import (
 from veneer.model.embedding import input_embeddings
 from veneer.model.inplace import InPlace, base_of
 from veneer.model.state import AdapterState
-from veneer.store.adapter_config import CONFIG_FILE, from_json, to_json
+from veneer.store.adapter_config import CONFIG_FILE, for_use, make_folder, to_json
 from veneer.store.adapter_files import (
     NETWORK_FILE,
     WEIGHTS_FILE,
@@ -53,15 +55,12 @@ def save_adapter(
 
     ``tensors`` by their keys on disk; by default those of `adapter_tensors`. Raises DiskError where writing fails.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DiskError(f"{folder} cannot be made a folder: {error.strerror}") from error
+    make_folder(folder)
     base = base_of(type(model)) if isinstance(model, InPlace) else type(model)
     mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
     values = adapter_tensors(model, state, name) if tensors is None else tensors
     write_atomically(folder / WEIGHTS_FILE, tensors_to_bytes(values))
-    write_atomically(folder / CONFIG_FILE, to_json(state.configs[name].packed(), mapping).encode())
+    write_atomically(folder / CONFIG_FILE, to_json(for_use(state.configs[name]), mapping).encode())
 
 
 def adapter_tensors(
@@ -83,21 +82,44 @@ def adapter_tensors(
     return found
 
 
-def read_config(folder: Path) -> MethodConfig:
-    """The config of an adapter folder. Raises FormatError where there is none or it is not understood."""
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise FormatError(f"{folder} holds no {CONFIG_FILE}: it is not the folder of an adapter")
-    try:
-        return from_json(path.read_text(encoding="utf-8"), path)
-    except UnicodeDecodeError as error:
-        raise FormatError(f"{path} is not text in UTF-8: {error}") from error
+@dataclass(frozen=True)
+class Leniency:
+    """What loading may put up with: ``mismatched`` shapes, whose values stay as they are, and other names of modules,
+    which ``key_mapping`` translates (see `renamed`).
+    """
+
+    mismatched: bool = False
+    key_mapping: Mapping[str, str] | None = None
 
 
-def load_weights(model: nn.Module, state: AdapterState, name: str, folder: Path) -> None:
-    """Copy the tensors of an adapter folder into an adapter that is attached, strictly."""
+def load_weights(
+    model: nn.Module, state: AdapterState, name: str, folder: Path, leniency: Leniency | None = None
+) -> list[str]:
+    """Copy the tensors of an adapter folder into an adapter that is attached; returns the keys of those left as they
+    were, which is none unless ``leniency`` says so.
+    """
+    leniency = leniency or Leniency()
     file = NETWORK_FILE if has_network(state, name) else WEIGHTS_FILE
-    assign(model, state, name, read_tensors(folder, file), str(folder / file))
+    tensors = renamed(read_tensors(folder, file), leniency.key_mapping)
+    return assign(model, state, name, tensors, str(folder / file), leniency.mismatched)
+
+
+def renamed(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str] | None) -> dict[str, Tensor]:
+    """The tensors under the keys that ``key_mapping`` gives, regular expressions and what takes their place.
+
+    As in PEFT: a key is matched without the prefix ``base_model.model.`` or ``base_model.``, the first expression that
+    occurs in it counts, and it is replaced wherever it occurs. Raises FormatError where two keys become one.
+    """
+    found: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        prefix = next((p for p in (DISK_PREFIX, "base_model.") if key.startswith(p)), "")
+        rest = key.removeprefix(prefix)
+        changed = (re.sub(old, new, rest) for old, new in (key_mapping or {}).items() if re.search(old, rest))
+        new_key = prefix + next(changed, rest)
+        if new_key in found:
+            raise FormatError(f"key_mapping={dict(key_mapping or {})!r} gives two tensors the key {new_key!r}")
+        found[new_key] = value
+    return found
 
 
 def save_network(model: nn.Module, state: AdapterState, name: str, folder: Path) -> None:
@@ -117,8 +139,17 @@ def holds_network(folder: Path) -> bool:
 
 
 @torch.no_grad()
-def assign(model: nn.Module, state: AdapterState, name: str, tensors: Mapping[str, Tensor], source: str) -> None:
+def assign(
+    model: nn.Module,
+    state: AdapterState,
+    name: str,
+    tensors: Mapping[str, Tensor],
+    source: str,
+    mismatched: bool = False,
+) -> list[str]:
     """Give an adapter that is attached these values, all or nothing.
+
+    With ``mismatched``, what has another shape keeps the value that it has; the keys of that are returned.
 
     An embedding's or a head's whole weight that comes along, and differs from the base's, is kept with the adapter,
     frozen: the base stays as it is.
@@ -131,7 +162,12 @@ def assign(model: nn.Module, state: AdapterState, name: str, tensors: Mapping[st
         key: place for key, place in _embeddings(model, state.configs[name], name).items() if key not in parameters
     }
     shapes = {key: tuple(value.shape) for key, value in parameters.items()}
-    shapes |= {key: tuple(cast(Tensor, m._parameters[p]).shape) for key, (m, p) in carried.items() if key in tensors}
+    left: list[str] = []
+    if mismatched:
+        left = [key for key, value in {**parameters, **_values(carried)}.items() if _differs(value, tensors.get(key))]
+        tensors = {key: value for key, value in tensors.items() if key not in left}
+        tensors |= {key: parameters[key] for key in left if key in parameters}
+    shapes |= {key: tuple(value.shape) for key, value in _values(carried).items() if key in tensors}
     problems = [f"missing: {key}" for key in parameters if key not in tensors]
     problems += [f"unexpected: {key}" for key in tensors if key not in shapes and key not in _repeated(model, name)]
     problems += [
@@ -149,6 +185,15 @@ def assign(model: nn.Module, state: AdapterState, name: str, tensors: Mapping[st
     for key, (module, parameter) in carried.items():
         if key in tensors:
             _carry(model, state, name, key, module, parameter, tensors[key])
+    return left
+
+
+def _values(carried: Mapping[str, tuple[nn.Module, str]]) -> dict[str, Tensor]:
+    return {key: cast(Tensor, module._parameters[parameter]) for key, (module, parameter) in carried.items()}
+
+
+def _differs(own: Tensor, given: Tensor | None) -> bool:
+    return given is not None and given.shape != own.shape
 
 
 def _differing(config: MethodConfig, tensors: Mapping[str, Tensor]) -> list[str]:

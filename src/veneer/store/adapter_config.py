@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from veneer.core.method import MethodConfig
 from veneer.core.targets import nearest
-from veneer.errors import ConfigError, FormatError
+from veneer.errors import ConfigError, DiskError, FormatError
 from veneer.methods import all_methods
+from veneer.store.adapter_files import write_atomically
+from veneer.store.adapter_source import adapter_folder, hub_options
 
 CONFIG_FILE = "adapter_config.json"
 PEFT_VERSION = "0.21.2"
@@ -55,7 +58,7 @@ _INFORMATIVE = ("auto_mapping", "peft_version", "megatron_core", "qalora_group_s
 
 
 def to_json(config: MethodConfig, auto_mapping: Mapping[str, str] | None = None) -> str:
-    """The text of ``adapter_config.json``: keys sorted, indented by 2, ``inference_mode`` true, as PEFT writes it."""
+    """The text of ``adapter_config.json``: keys sorted, indented by 2, as PEFT writes it."""
     values: dict[str, Any] = dict(_NEUTRAL.get(config.peft_type, {}))
     on_disk = [spec.name for spec in fields(config) if spec.metadata.get("on_disk", True)]
     values |= {name: _plain(getattr(config, name)) for name in on_disk}
@@ -63,8 +66,43 @@ def to_json(config: MethodConfig, auto_mapping: Mapping[str, str] | None = None)
         if values[extra] is None:
             del values[extra]
     values |= {"auto_mapping": auto_mapping if config.task_type is None else None}
-    values |= {"peft_type": config.peft_type, "peft_version": PEFT_VERSION, "inference_mode": True}
+    values |= {"peft_type": config.peft_type, "peft_version": PEFT_VERSION}
     return json.dumps(values, indent=2, sort_keys=True)
+
+
+def save_config(config: MethodConfig, folder: str | os.PathLike[str]) -> None:
+    """Write ``adapter_config.json`` alone. Raises DiskError."""
+    make_folder(Path(folder))
+    write_atomically(Path(folder) / CONFIG_FILE, to_json(config).encode())
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, if there is none. Raises DiskError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DiskError(f"{folder} cannot be made a folder: {error.strerror}") from error
+
+
+def for_use(config: MethodConfig) -> MethodConfig:
+    """The config as it is written beside trained values: in the form that others know, and for inference."""
+    return replace(config.packed(), inference_mode=True)
+
+
+def config_of(model_id: str | os.PathLike[str], hub: Mapping[str, Any]) -> MethodConfig:
+    """The config of a saved adapter, from a folder or a hub id; ``hub`` holds the fields of `HubOptions`."""
+    return read_config(adapter_folder(model_id, hub_options(hub)))
+
+
+def read_config(folder: Path) -> MethodConfig:
+    """The config of an adapter folder. Raises FormatError where there is none or it is not understood."""
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise FormatError(f"{folder} holds no {CONFIG_FILE}: it is not the folder of an adapter")
+    try:
+        return from_json(path.read_text(encoding="utf-8"), path)
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path} is not text in UTF-8: {error}") from error
 
 
 def from_json(text: str, source: Path) -> MethodConfig:
@@ -79,6 +117,12 @@ def from_json(text: str, source: Path) -> MethodConfig:
         raise FormatError(f"{source} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise FormatError(f"{source} must hold a JSON object, it holds a {type(values).__name__}")
+    return from_values(values, str(source))
+
+
+def from_values(given: Mapping[str, Any], source: str) -> MethodConfig:
+    """The config that these fields mean, ``peft_type`` among them. Raises FormatError with everything that is wrong."""
+    values = dict(given)
     method = _method(values.pop("peft_type", None), source)
     known = {spec.name for spec in fields(method)}
     neutral = _COMMON | _NEUTRAL.get(method.peft_type, {})
@@ -95,7 +139,7 @@ def from_json(text: str, source: Path) -> MethodConfig:
         raise FormatError(f"{source}: {error}") from error
 
 
-def _method(peft_type: object, source: Path) -> type[MethodConfig]:
+def _method(peft_type: object, source: str) -> type[MethodConfig]:
     methods = all_methods()
     if not isinstance(peft_type, str) or peft_type not in methods:
         raise FormatError(f"{source}: peft_type={peft_type!r} is not a method here; there are {sorted(methods)}")

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from veneer.errors import FormatError
+from veneer.errors import ConfigError, FormatError
 
-_FILES = ("adapter_config.json", "adapter_model.safetensors")
+# PEFT's arguments that say what is so anyway: values go from the file to where the model is, without a copy on the way.
+_AS_IT_IS = ("low_cpu_mem_usage", "torch_device")
+_FILES = ("adapter_config.json", "adapter_model.safetensors", "tokenizer_config.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +28,21 @@ class HubOptions:
     cache_dir: str | Path | None = None
     local_files_only: bool = False
     force_download: bool = False
+
+
+def hub_options(values: Mapping[str, Any]) -> HubOptions:
+    """`HubOptions` from keyword arguments. Raises ConfigError that names the unknown ones and the allowed ones."""
+    allowed = set(HubOptions.__dataclass_fields__)
+    given = {key: value for key, value in values.items() if key not in _AS_IT_IS}
+    unknown = sorted(set(given) - allowed)
+    if unknown:
+        raise ConfigError(f"unknown arguments {unknown}; allowed besides the named ones: {sorted(allowed)}")
+    return HubOptions(**given)
+
+
+def of_hub(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of some keyword arguments that are fields of `HubOptions`."""
+    return {key: value for key, value in values.items() if key in HubOptions.__dataclass_fields__}
 
 
 def adapter_folder(model_id: str | os.PathLike[str], options: HubOptions | None = None) -> Path:

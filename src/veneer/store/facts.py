@@ -12,7 +12,7 @@ from typing import Any
 
 from veneer.core.method import MethodConfig
 from veneer.errors import FormatError
-from veneer.store.adapter import read_config
+from veneer.store.adapter_config import read_config
 from veneer.store.adapter_files import WEIGHTS_FILE
 from veneer.store.checkpoint import Checkpoint
 from veneer.store.safetensors_file import StoredTensor

@@ -16,8 +16,7 @@ from veneer.errors import CompositionError, FormatError
 from veneer.methods.lora import LoraConfig
 from veneer.model.attach import DISK_PREFIX
 from veneer.model.multihead import ON_DISK, REPEATS
-from veneer.store.adapter import read_config
-from veneer.store.adapter_config import CONFIG_FILE, to_json
+from veneer.store.adapter_config import CONFIG_FILE, for_use, read_config, to_json
 from veneer.store.adapter_files import WEIGHTS_FILE, non_finite, read_tensors, tensors_to_bytes, write_atomically
 
 _FACTORS: tuple[tuple[str, str, Literal["linear", "embedding"]], ...] = (
@@ -94,7 +93,7 @@ def write_records(
     }
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / WEIGHTS_FILE, tensors_to_bytes(tensors))
-    write_atomically(folder / CONFIG_FILE, to_json(config, {}).encode())
+    write_atomically(folder / CONFIG_FILE, to_json(for_use(config), {}).encode())
 
 
 def _sites(tensors: Mapping[str, Tensor]) -> dict[str, LinearSite]:

@@ -224,7 +224,8 @@ def test_hub_ids_go_through_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(adapter_source, "snapshot_download", download)
     PeftModel.from_pretrained(base(), "someone/adapters", subfolder="a", revision="v2", token="t")
     assert (asked["repo"], asked["revision"], asked["token"]) == ("someone/adapters", "v2", "t")
-    assert asked["allow_patterns"] == ["a/adapter_config.json", "a/adapter_model.safetensors"]
+    files = ("adapter_config.json", "adapter_model.safetensors", "tokenizer_config.json")
+    assert asked["allow_patterns"] == [f"a/{name}" for name in files]
 
 
 def test_a_hub_that_does_not_have_it(monkeypatch: pytest.MonkeyPatch) -> None:

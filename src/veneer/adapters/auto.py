@@ -1,0 +1,138 @@
+"""A base model and its adapter in one call: ``AutoPeftModelForCausalLM.from_pretrained(adapter)``."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, ClassVar
+
+import transformers
+from transformers import AutoTokenizer
+
+from veneer.adapters.peft_model import PeftModel
+from veneer.core.method import MethodConfig
+from veneer.core.tasks import TaskType
+from veneer.errors import ConfigError
+from veneer.store.adapter_config import CONFIG_FILE, read_config
+from veneer.store.adapter_source import adapter_folder, hub_options, of_hub
+
+_AUTO_CLASSES = {
+    TaskType.CAUSAL_LM: "AutoModelForCausalLM",
+    TaskType.SEQ_2_SEQ_LM: "AutoModelForSeq2SeqLM",
+    TaskType.SEQ_CLS: "AutoModelForSequenceClassification",
+    TaskType.TOKEN_CLS: "AutoModelForTokenClassification",
+    TaskType.QUESTION_ANS: "AutoModelForQuestionAnswering",
+    TaskType.FEATURE_EXTRACTION: "AutoModel",
+}
+_OF_THE_ADAPTER = ("autocast_adapter_dtype", "ignore_mismatched_sizes", "key_mapping")
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+
+
+class AutoPeftModel:
+    """The base that an adapter's config names, of the class that the config names, with the adapter on it."""
+
+    task: ClassVar[TaskType | None] = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: MethodConfig | None = None,
+        revision: str | None = None,
+        **options: Any,
+    ) -> PeftModel:
+        """Load an adapter from a folder or a hub id, on the base that its config names.
+
+        ``revision`` is the adapter's. Of ``options``, ``subfolder``, ``autocast_adapter_dtype``,
+        ``ignore_mismatched_sizes`` and ``key_mapping`` go to the adapter, those of the hub (``token``, ``cache_dir``
+        and the like) to both, all others (``dtype``, ``device_map``, ``quantization_config``) to the base's
+        ``from_pretrained``. Where the adapter's folder holds a tokenizer of more tokens than the base, the base is
+        resized to it first.
+
+        Departs: where the adapter names no task, PEFT imports the library that the file names; here the class is one
+        of transformers or it is refused. `AutoPeftModel` takes adapters of any task.
+
+        Raises ConfigError where the config names no base or no class, or another task; FormatError for the files.
+        """
+        hub = of_hub(options) | {"revision": revision}
+        own = {key: options.pop(key) for key in _OF_THE_ADAPTER if key in options}
+        folder = adapter_folder(pretrained_model_name_or_path, hub_options(hub))
+        stored = config or read_config(folder)
+        if stored.base_model_name_or_path is None:
+            raise ConfigError(f"{folder} does not name its base: load that, and call PeftModel.from_pretrained on it")
+        options.pop("subfolder", None)
+        base = cls._class_of_base(stored, folder).from_pretrained(
+            stored.base_model_name_or_path, revision=stored.revision, **options
+        )
+        if (folder / _TOKENIZER_CONFIG).is_file():
+            where = {"subfolder": "", **{key: value for key, value in hub.items() if value is not None}}
+            _make_room_for(AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **where), base)
+        return PeftModel.from_pretrained(
+            base, pretrained_model_name_or_path, adapter_name, is_trainable, config, **own, **hub
+        )
+
+    @classmethod
+    def _class_of_base(cls, config: MethodConfig, folder: Path) -> Any:
+        task = TaskType(config.task_type) if config.task_type else cls.task
+        if cls.task not in (None, task):
+            raise ConfigError(
+                f"{cls.__name__} is for task_type={cls.task!s}, this adapter for {config.task_type!r}: use "
+                "AutoPeftModel, which takes any, or the class of that task"
+            )
+        return getattr(transformers, _AUTO_CLASSES[task]) if task else _named_class(folder)
+
+
+def _named_class(folder: Path) -> Any:
+    mapping = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("auto_mapping") or {}
+    name, library = str(mapping.get("base_model_class")), str(mapping.get("parent_library"))
+    found = getattr(transformers, name, None) if library.split(".")[0] == "transformers" else None
+    if not hasattr(found, "from_pretrained"):
+        raise ConfigError(
+            f"{folder} names neither a task nor a class of transformers for its base (auto_mapping={mapping}): load "
+            "the base yourself and call PeftModel.from_pretrained on it, or use the class of a task"
+        )
+    return found
+
+
+def _make_room_for(tokenizer: Any, base: Any) -> None:
+    if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
+        base.resize_token_embeddings(len(tokenizer))
+
+
+class AutoPeftModelForCausalLM(AutoPeftModel):
+    """`AutoPeftModel` for ``CAUSAL_LM``."""
+
+    task = TaskType.CAUSAL_LM
+
+
+class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
+    """`AutoPeftModel` for ``SEQ_2_SEQ_LM``."""
+
+    task = TaskType.SEQ_2_SEQ_LM
+
+
+class AutoPeftModelForSequenceClassification(AutoPeftModel):
+    """`AutoPeftModel` for ``SEQ_CLS``."""
+
+    task = TaskType.SEQ_CLS
+
+
+class AutoPeftModelForTokenClassification(AutoPeftModel):
+    """`AutoPeftModel` for ``TOKEN_CLS``."""
+
+    task = TaskType.TOKEN_CLS
+
+
+class AutoPeftModelForQuestionAnswering(AutoPeftModel):
+    """`AutoPeftModel` for ``QUESTION_ANS``."""
+
+    task = TaskType.QUESTION_ANS
+
+
+class AutoPeftModelForFeatureExtraction(AutoPeftModel):
+    """`AutoPeftModel` for ``FEATURE_EXTRACTION``."""
+
+    task = TaskType.FEATURE_EXTRACTION

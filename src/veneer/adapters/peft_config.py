@@ -1,0 +1,40 @@
+"""PEFT's names for configs in general: a class for any of them, the enum of methods, a config from a dict."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Any, cast
+
+from veneer.core.method import MethodConfig
+from veneer.errors import ConfigError, FormatError
+from veneer.methods import all_methods
+from veneer.store.adapter_config import config_of, from_values
+
+# The methods that are here, each under the name that it has on disk; equal to the strings themselves.
+PeftType = cast(Any, StrEnum)("PeftType", {name: name for name in all_methods()})
+
+
+class PeftConfig(ABC):  # noqa: B024 - it is a name for isinstance, and a place to load from
+    """Any config of any method: ``isinstance(config, PeftConfig)`` holds for all of them."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **hub: Any) -> MethodConfig:
+        """The config of a saved adapter, from a folder or a hub id; ``hub`` takes the fields of `HubOptions`."""
+        return config_of(pretrained_model_name_or_path, hub)
+
+
+PeftConfig.register(MethodConfig)
+
+
+def get_peft_config(config_dict: Mapping[str, Any]) -> MethodConfig:
+    """The config that a dict means: the fields of an ``adapter_config.json``, ``peft_type`` among them.
+
+    Raises ConfigError with everything that is wrong.
+    """
+    try:
+        return from_values(config_dict, "the config's dict")
+    except FormatError as error:
+        raise ConfigError(str(error)) from error

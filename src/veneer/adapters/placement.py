@@ -1,0 +1,39 @@
+"""Where an adapter goes: to its base. PEFT's ``device_map`` is taken where it says no more than that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from veneer.errors import ConfigError
+
+Device = str | int | torch.device
+DeviceMap = Device | Mapping[str, Device] | None
+_WHERE_THE_BASE_IS = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+def require_same_place(model: nn.Module, device_map: DeviceMap) -> None:
+    """Raise ConfigError where a ``device_map`` names a device that the base model is not on, or none at all."""
+    if device_map is None or device_map in _WHERE_THE_BASE_IS:
+        return
+    held = {parameter.device for parameter in model.parameters()}
+    for given in device_map.values() if isinstance(device_map, Mapping) else (device_map,):
+        device = _device(given)
+        if device is None or not any(_same(device, own) for own in held):
+            raise ConfigError(
+                f"device_map={device_map!r}: an adapter goes where its base model is, which is on "
+                f"{sorted(map(str, held))}; leave device_map out, or give it to the from_pretrained of the base"
+            )
+
+
+def _device(given: Device) -> torch.device | None:
+    try:
+        return torch.device(given)
+    except RuntimeError:  # "disk", or no device
+        return None
+
+
+def _same(named: torch.device, own: torch.device) -> bool:
+    return named.type == own.type and named.index in (None, own.index)
