@@ -162,6 +162,7 @@ class LinearMethod(TargetedConfig):
 
     adapts_embeddings: ClassVar[bool] = False
     adapts_convolutions: ClassVar[bool] = False
+    shared_from: ClassVar[str] = ""  # the field that `shared` is drawn from
     adapts_attention: ClassVar[bool] = False  # `nn.MultiheadAttention`: both of its maps
 
     @abstractmethod
@@ -193,8 +194,13 @@ class LinearMethod(TargetedConfig):
         return []
 
     def shared(self) -> dict[str, Tensor]:
-        """What else is on disk, by its whole key: it follows from the config and is never trained."""
+        """What else may be on disk, by its whole key: it follows from the config and is never trained."""
         return {}
+
+    @property
+    def saves_shared(self) -> bool:
+        """Whether `shared` is written; where a file holds it, it is checked anyway."""
+        return True
 
     def fixed(self, site: LinearSite) -> tuple[str, ...]:
         """Those names in ``shapes`` that stay as they start: kept with the adapter and never trained."""

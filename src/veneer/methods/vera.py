@@ -25,11 +25,12 @@ from veneer.core.sites import LinearSite
 class VeraConfig(LinearMethod):
     """VeRA in PEFT's fields.
 
-    ``save_projection`` writes A and B too; they are checked against ``projection_prng_key`` on reading.
+    ``save_projection`` writes A and B too; where a file holds them, they are checked against ``projection_prng_key``.
     ``projection_size`` (largest output, largest input of the adapted layers) is filled in when it is attached.
     """
 
     peft_type: ClassVar[str] = "VERA"
+    shared_from: ClassVar[str] = "projection_prng_key"
     usual_learning_rate: ClassVar[float] = 5e-3
 
     r: int = 256
@@ -76,11 +77,15 @@ class VeraConfig(LinearMethod):
         )
 
     def shared(self) -> dict[str, Tensor]:
-        if not self.save_projection or self.projection_size is None:
+        if self.projection_size is None:
             return {}
         size = self.projection_size
         a, b = projections(self.projection_prng_key, self.r, *size, torch.device("cpu"), torch.float32)
         return {"base_model.vera_A": a, "base_model.vera_B": b}
+
+    @property
+    def saves_shared(self) -> bool:
+        return self.save_projection
 
     @property
     def dropout(self) -> float:

@@ -273,7 +273,7 @@ def stored_tensors(
                 del found[key]
             found |= packed
     config = state.configs[name]
-    return found | config.shared() if isinstance(config, LinearMethod) else found
+    return found | config.shared() if isinstance(config, LinearMethod) and config.saves_shared else found
 
 
 def unpacked_tensors(model: nn.Module, name: str, written: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 from veneer.core.method import PrefixMethod
 from veneer.core.records import PrefixDelta
 from veneer.core.sites import AttentionSite
-from veneer.errors import TargetError
+from veneer.errors import ConfigError, TargetError
 from veneer.model.front import Front
 from veneer.model.start import Start
 from veneer.model.state import AdapterState
@@ -64,6 +64,7 @@ class PrefixAdapters(VirtualTokens):
         return given | {cast(str, self.cache_name): filled} | shifted(given, front)
 
     def fill(self, model: PreTrainedModel, cache: Cache, front: Front, n_rows: int) -> None:
+        _require_room(cache)
         dtype = _compute_dtype(model.device.type, model.dtype)
         each = [self.records(name) for name in front.names]
         for site, records in zip(self.sites, zip(*each, strict=True), strict=True):
@@ -161,6 +162,15 @@ def put_prefix(cache: Cache, layer: int, rows: tuple[Tensor, Tensor], dtype: tor
     """Write one layer's prefix into a cache, which holds heads in front of positions."""
     keys, values = (x.transpose(1, 2).to(dtype) for x in rows)
     cache.update(keys, values, layer)
+
+
+def _require_room(cache: Cache) -> None:
+    """Raise ConfigError for a cache in which text behind a prefix would be cut off."""
+    if any(type(layer).__name__ == "Fp8QuantizedLayer" for layer in getattr(cache, "layers", ())):
+        raise ConfigError(
+            "a QuantizedCache of backend 'fp8' takes its scale from what is written first, which is the prefix: larger "
+            "keys and values of the text would be cut off. Use backend 'quanto' or 'hqq', or another cache."
+        )
 
 
 def _compute_dtype(device: str, dtype: torch.dtype) -> torch.dtype:

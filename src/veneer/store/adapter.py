@@ -169,13 +169,19 @@ def assign(
         tensors |= {key: parameters[key] for key in left if key in parameters}
     shapes |= {key: tuple(value.shape) for key, value in _values(carried).items() if key in tensors}
     problems = [f"missing: {key}" for key in parameters if key not in tensors]
-    problems += [f"unexpected: {key}" for key in tensors if key not in shapes and key not in _repeated(model, name)]
+    shared = _shared(state.configs[name])
+    known = shapes.keys() | _repeated(model, name) | shared.keys()
+    problems += [f"unexpected: {key}" for key in tensors if key not in known]
     problems += [
         f"shape {tuple(tensors[key].shape)} where the model needs {shape}: {key}{_advice(key, carried, tensors)}"
         for key, shape in shapes.items()
         if key in tensors and tuple(tensors[key].shape) != shape
     ]
-    problems += [f"differs from what the config draws: {key}" for key in _differing(state.configs[name], tensors)]
+    problems += [
+        f"differs from what {_source(state.configs[name])} draws: {key}"
+        for key in _differing(shared, tensors)
+        if key not in shapes or tuple(tensors[key].shape) == shapes[key]
+    ]
     problems += [f"holds NaN or infinity: {key}" for key in non_finite(tensors)]
     if problems:
         raise FormatError(f"{source} does not fit {type(model).__name__}:\n  " + "\n  ".join(problems))
@@ -196,11 +202,22 @@ def _differs(own: Tensor, given: Tensor | None) -> bool:
     return given is not None and given.shape != own.shape
 
 
-def _differing(config: MethodConfig, tensors: Mapping[str, Tensor]) -> list[str]:
+def _shared(config: MethodConfig) -> dict[str, Tensor]:
+    return config.shared() if isinstance(config, LinearMethod) else {}
+
+
+def _source(config: MethodConfig) -> str:
+    field = cast(LinearMethod, config).shared_from
+    return f"{field}={getattr(config, field)!r}"
+
+
+def _differing(shared: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
     """The keys of what follows from the config, where the file holds something else."""
-    shared = config.shared() if isinstance(config, LinearMethod) else {}
-    same_shape = [key for key, value in shared.items() if key in tensors and tensors[key].shape == value.shape]
-    return [key for key in same_shape if not torch.allclose(tensors[key].float(), shared[key], rtol=1e-5, atol=1e-6)]
+    return [key for key, value in shared.items() if key in tensors and not _is_near(tensors[key], value)]
+
+
+def _is_near(value: Tensor, expected: Tensor) -> bool:
+    return value.shape == expected.shape and torch.allclose(value.float(), expected, rtol=1e-5, atol=1e-6)
 
 
 def _carry(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from veneer.adapters.peft_model import PeftModel, get_peft_model
@@ -73,8 +75,60 @@ def test_matrices_that_the_key_does_not_give_are_an_error(tmp_path: Path):
     tensors = load_file(file)
     tensors["base_model.vera_A"] = tensors["base_model.vera_A"] + 1
     save_file(tensors, file)
-    with pytest.raises(FormatError, match=r"differs from what the config draws: base_model\.vera_A"):
+    with pytest.raises(FormatError, match=r"differs from what projection_prng_key=11 draws: base_model\.vera_A$"):
         PeftModel.from_pretrained(base(), tmp_path)
+    tensors["base_model.vera_A"] = tensors["base_model.vera_A"][:, 1:].contiguous()
+    save_file(tensors, file)
+    with pytest.raises(FormatError, match=r"shape \(7, 36\) where the model needs \(7, 37\): base_model\.vera_A$"):
+        PeftModel.from_pretrained(base(), tmp_path)
+
+
+@pytest.mark.parametrize("change", [lambda a: a + 1, lambda a: a[:, 1:]], ids=["values", "shape"])
+def test_matrices_beside_a_config_that_does_not_keep_them(change: Callable[[Tensor], Tensor], tmp_path: Path):
+    """PEFT warns and takes those that the key gives; so it is here where they are the same. Others are an error."""
+    get_peft_model(base(), VeraConfig(**FIELDS)).save_pretrained(tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(config.read_text().replace('"save_projection": true', '"save_projection": false'))
+    with pytest.warns(UserWarning, match="Specified to not load vera_A"):
+        reference = peft.PeftModel.from_pretrained(base(), tmp_path).eval()
+    model = PeftModel.from_pretrained(base(), tmp_path)
+    torch.testing.assert_close(model(input_ids=IDS).logits, reference(input_ids=IDS).logits)
+    model.save_pretrained(tmp_path / "again")
+    assert not any("vera_A" in key for key in load_file(tmp_path / "again" / "adapter_model.safetensors"))
+
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "base_model.vera_A": change(tensors["base_model.vera_A"]).contiguous()}, file)
+    with pytest.raises(FormatError, match=r"differs from what projection_prng_key=11 draws: base_model\.vera_A$"):
+        PeftModel.from_pretrained(base(), tmp_path)
+
+
+def test_a_file_that_should_hold_the_matrices_and_does_not_is_an_error_as_in_peft(tmp_path: Path):
+    get_peft_model(base(), VeraConfig(**FIELDS, save_projection=False)).save_pretrained(tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(config.read_text().replace('"save_projection": false', '"save_projection": true'))
+    with pytest.raises(ValueError, match="were not present"):
+        peft.PeftModel.from_pretrained(base(), tmp_path)
+    with pytest.raises(FormatError, match=r"missing: base_model\.vera_A\n  missing: base_model\.vera_B$"):
+        PeftModel.from_pretrained(base(), tmp_path)
+
+
+def test_adapters_with_other_keys_act_side_by_side():
+    """PEFT, which keeps one pair of matrices for the model, refuses the second."""
+    other = {**FIELDS, "projection_prng_key": 5}
+    reference = peft.get_peft_model(base(), peft.VeraConfig(**FIELDS))
+    with pytest.raises(ValueError, match="PRNG initialisation key must be the same"):
+        reference.add_adapter("b", peft.VeraConfig(**other))
+    model, alone = (get_peft_model(base(), VeraConfig(**FIELDS)), get_peft_model(base(), VeraConfig(**other), "b"))
+    model.add_adapter("b", VeraConfig(**other))
+    for each in (model, alone):
+        each.set_adapter("b")
+        for layer in each.modules():
+            if hasattr(layer, "adapters"):
+                layer.adapters["b"]["vera_lambda_b"].data.fill_(0.7)
+    assert torch.equal(model(input_ids=IDS).logits, alone(input_ids=IDS).logits)
+    model.set_adapter("default")
+    assert torch.equal(model(input_ids=IDS).logits, base()(input_ids=IDS).logits)
 
 
 def test_all_wrong_values_are_named_at_once():
