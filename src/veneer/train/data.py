@@ -136,7 +136,8 @@ def load_rows(source: str | Path, reader: RowReader, limit: int | None = None) -
     require_one_form(forms)
     if not rows:
         raise DataError(f"{source} holds no rows")
-    return Dataset.from_list(rows)
+    keys = dict.fromkeys(key for row in rows for key in row)  # Dataset reads those of the first row alone
+    return Dataset.from_list([{key: row.get(key) for key in keys} for row in rows])
 
 
 def split_off(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:

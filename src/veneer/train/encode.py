@@ -126,11 +126,21 @@ def _conversation(row: Mapping[str, Any], column: str) -> list[Mapping[str, Any]
     for turn in turns:
         if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str) or "content" not in turn:
             raise DataError(f"column {column!r} must hold messages with a role and a content, not {turn!r:.60}")
-    # A table gives every message the keys of all of them; a template must not see those that are empty.
-    return [{key: value for key, value in turn.items() if value is not None} for turn in turns]
+    return [_own_keys(turn) for turn in turns]
+
+
+def _own_keys(value: Any) -> Any:
+    """The value without keys that hold nothing, at any depth.
+
+    A table gives every message, and the arguments of every call, the keys of all of them; a template must not see
+    those that are empty.
+    """
+    if isinstance(value, Mapping):
+        return {key: _own_keys(held) for key, held in value.items() if held is not None}
+    return [_own_keys(held) for held in value] if isinstance(value, list) else value
 
 
 def _options(row: Mapping[str, Any]) -> dict[str, Any]:
     tools = row.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools
+    tools = json.loads(tools) if isinstance(tools, str) else _own_keys(tools)
     return {"tools": tools, **(row.get("chat_template_kwargs") or {})}

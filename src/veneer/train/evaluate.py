@@ -216,7 +216,10 @@ def _tokens(tokenizer: Any, rows: Sequence[Mapping[str, Any]], whole_rows: bool)
     require_one_form((number, kind_of(list(row), "text")) for number, row in enumerate(rows, 1))
     kind = kind_of(list(rows[0]), "text")
     if kind == "text":  # bare: no end token is put behind it, which the text does not hold
-        plain = [list(tokenizer(str(row["text"]), verbose=False)["input_ids"]) for row in rows]
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row["text"], str):
+                raise DataError(f"row {number}: 'text' must be a string, not {type(row['text']).__name__}")
+        plain = [list(tokenizer(row["text"], verbose=False)["input_ids"]) for row in rows]
         return [(ids, [True] * len(ids)) for ids in plain]
     encoder = Encoder(tokenizer=tokenizer, kind=kind, completion_only=not whole_rows, assistant_only=not whole_rows)
     encoded = [encoder(row, number) for number, row in enumerate(rows, 1)]

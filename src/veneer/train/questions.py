@@ -84,6 +84,8 @@ class QuestionReader:
             raise DataError(f"no field {self.answer_field!r}; it has {sorted(row)}")
         value = row[self.answer_field]
         values = value if isinstance(value, list) else [value]
+        if not values or any(one is None for one in values):
+            raise DataError(f"the field {self.answer_field!r} holds no answer, but {value!r:.60}")
         return tuple(str(one) for one in values)
 
     def _plain(self, text: str) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import string
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +57,23 @@ def require_one_form(forms: Iterable[tuple[int, str]]) -> None:
             )
 
 
+class _Fields(string.Formatter):
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        value, first = super().get_field(field_name, args, kwargs)
+        if value is None:
+            raise DataError(f"the field {field_name!r}, which the template asks for, is empty (null)")
+        return value, first
+
+
 def fill_template(template: str, row: Mapping[str, Any]) -> str:
     """``"Review: {text}"`` over the columns of a row.
 
-    Raises DataError where the row lacks a column, ConfigError where the template itself cannot be read.
+    Raises DataError where the row lacks a column or holds nothing in it, ConfigError where the template itself cannot be read.
     """
     try:
-        return string.Formatter().vformat(template, (), row)
+        return _Fields().vformat(template, (), row)
+    except DataError:  # a ValueError too
+        raise
     except KeyError as error:
         raise DataError(f"the template {template!r} asks for the field {error}, and there are {sorted(row)}") from error
     except (IndexError, ValueError, AttributeError, TypeError) as error:

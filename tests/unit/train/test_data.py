@@ -105,6 +105,19 @@ def test_a_template_that_does_not_fit(jsonl):
         load_rows(jsonl({"q": "a"}), RowReader(prompt="{q", completion="{q}"))
 
 
+def test_a_template_writes_no_null(jsonl):
+    rows = jsonl({"q": "a", "at": {"x": "b"}}, {"q": None, "at": {"x": "b"}}, {"q": "a", "at": {"x": None}})
+    with pytest.raises(DataError, match=r"row 2: the field 'q', .* is empty \(null\); row 3: the field 'at\[x\]'"):
+        load_rows(rows, RowReader(prompt="{q}", completion="{at[x]}"))
+
+
+def test_tools_that_the_first_row_lacks_are_kept(jsonl):
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    rows = load_rows(jsonl(PAIR, {**PAIR, "tools": tools}), RowReader())
+    assert rows[0]["tools"] is None
+    assert json.loads(rows[1]["tools"]) == tools
+
+
 def test_braces_of_a_template(jsonl):
     rows = load_rows(jsonl({"q": "a"}), RowReader(prompt="{{{q}}}", completion="b"))
     assert rows[0]["prompt"] == "{a}"

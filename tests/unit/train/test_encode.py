@@ -122,6 +122,20 @@ def test_message_fields_that_a_table_fills_with_nothing_do_not_reach_the_templat
     assert tokenizer.decode(encoded["input_ids"]) == "no"
 
 
+def test_arguments_that_other_calls_have_do_not_reach_the_template(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% for c in m['tool_calls'] %}{{ c.function.arguments | list | join(' ') }}"
+        "{{ ' ' }}{% endfor %}{% endfor %}{{ tools[0] | list | join(' ') }}"
+    )
+    calls = [{"function": {"arguments": given}} for given in ({"cat": "on"}, {"dog": "under", "bird": None})]
+    rows = Dataset.from_list(
+        [{"messages": [{"role": "x", "content": "", "tool_calls": [c]}], "tools": [{"red": 1, "blue": None}]} for c in calls]
+    )
+    encode = Encoder(tokenizer=tokenizer, kind="messages")
+    texts = [tokenizer.decode(encode(row, 0)["input_ids"]) for row in rows]
+    assert texts == ["cat red", "dog red"]
+
+
 @pytest.mark.parametrize(
     ("columns", "kind"),
     [

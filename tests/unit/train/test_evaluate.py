@@ -219,6 +219,9 @@ def test_prompts_from_fields_and_lists_of_answers(tokenizer: Any) -> None:
         ({"prompt": "{", "answer_field": "a"}, {"a": "x"}, "does not fit the columns"),
         ({"prompt": "q"}, {"a": "x"}, "--answer-field"),
         ({"prompt": "q", "answer_field": "b"}, {"a": "x"}, "no field 'b'"),
+        ({"prompt": "q", "answer_field": "a"}, {"a": None}, "row 1: the field 'a' holds no answer, but None"),
+        ({"prompt": "q", "answer_field": "a"}, {"a": []}, "holds no answer"),
+        ({"prompt": "{a}", "answer_field": "a"}, {"a": None}, "row 1: the field 'a', which the template asks for"),
         ({}, {"messages": [{"role": "user", "content": "x"}]}, "not the assistant's"),
         ({}, {"messages": []}, "not the assistant's"),
         ({}, {"messages": [{"role": "assistant", "content": "x"}]}, "no turn precedes the answer"),
@@ -297,3 +300,8 @@ def test_rows_are_asked_in_the_form_that_training_gives_them():
 def test_rows_of_two_forms_have_no_perplexity(tokenizer):
     with pytest.raises(DataError, match="row 3 is of the form text, and row 1 of the form prompt-completion"):
         perplexity(None, tokenizer, [{"prompt": "two", "completion": " four"}] * 2 + [{"text": "plain"}])
+
+
+def test_text_that_is_none_has_no_perplexity(tokenizer):
+    with pytest.raises(DataError, match="row 2: 'text' must be a string, not NoneType"):
+        perplexity(None, tokenizer, [{"text": "plain"}, {"text": None}])
