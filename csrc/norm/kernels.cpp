@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t grain_values = 1 << 14;
 
-int64_t grain_rows(int64_t d) { return (grain_values + d - 1) / d; }
+int64_t grain_rows(int64_t d) { return d > 0 ? (grain_values + d - 1) / d : grain_values; }
 
 template <class T, class F>
 inline float row_sum(const T* x, int64_t d, const F& f) {

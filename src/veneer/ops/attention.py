@@ -106,7 +106,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> None:
         and k.shape == v.shape
         and q.shape[0] == k.shape[0]
         and q.shape[2] == k.shape[2]
-        and q.shape[1] % max(k.shape[1], 1) == 0
+        and k.shape[1] > 0
+        and q.shape[1] % k.shape[1] == 0
         and q.dtype == k.dtype == v.dtype
     )
     if not fits:

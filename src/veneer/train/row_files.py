@@ -68,7 +68,8 @@ class _Fields(string.Formatter):
 def fill_template(template: str, row: Mapping[str, Any]) -> str:
     """``"Review: {text}"`` over the columns of a row.
 
-    Raises DataError where the row lacks a column or holds nothing in it, ConfigError where the template itself cannot be read.
+    Raises DataError where the row lacks a column or holds nothing in it, ConfigError where the template itself cannot
+    be read.
     """
     try:
         return _Fields().vformat(template, (), row)

@@ -132,6 +132,8 @@ def test_errors():
     q, k = torch.zeros(5, 3, 8), torch.zeros(5, 2, 8)
     with pytest.raises(ShapeError, match="multiple of kv_heads"):
         attention(q, k, k, torch.tensor([0, 5]))
+    with pytest.raises(ShapeError, match="multiple of kv_heads"):
+        attention(q, k[:, :0], k[:, :0], torch.tensor([0, 5]))
     for wrong in ([0, 4], [1, 5], [0, 3, 2, 5], [5]):
         with pytest.raises(ShapeError, match="cu_seqlens"):
             attention(q, q, q, torch.tensor(wrong))

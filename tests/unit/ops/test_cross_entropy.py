@@ -9,6 +9,7 @@ from veneer.ops.cross_entropy import (
     HeadOptions,
     linear_cross_entropy,
     linear_cross_entropy_and_hits,
+    linear_cross_entropy_rows,
     softmax_cross_entropy,
 )
 from veneer.quant.dense import DenseWeight
@@ -118,6 +119,30 @@ def test_shapes_that_do_not_fit():
         linear_cross_entropy(torch.zeros(2, 3, 5), torch.zeros(7, 5), torch.zeros(2, 3, dtype=torch.long))
     with pytest.raises(ShapeError, match="labels"):
         softmax_cross_entropy(torch.zeros(3, 5), torch.zeros(2, dtype=torch.long))
+
+
+@pytest.mark.parametrize("label", [-1, -101, 211, 10**9])
+def test_a_label_that_is_no_class(label):
+    hidden, weight, _, labels = draw()
+    labels[4] = label
+    with pytest.raises(ShapeError, match=rf"between .*{label}.* 211 classes 0 to 210"):
+        linear_cross_entropy(hidden, weight, labels)
+    with pytest.raises(ShapeError, match=rf"{label}.* 211 classes"):
+        softmax_cross_entropy(hidden @ weight.T, labels.where(labels != -100, 3))
+
+
+def test_the_gradient_of_a_sum_over_many_tokens_is_not_off_as_a_whole():
+    hidden, weight, _, labels = draw()
+    hidden = hidden.bfloat16().requires_grad_()
+    wide = hidden.detach().double().requires_grad_()
+    factor = torch.tensor(1 / 1003)  # in bfloat16 it is 0.2% off
+    summed = linear_cross_entropy(hidden, weight.bfloat16(), labels, options=HeadOptions(num_items=1.0))
+    alone, _ = linear_cross_entropy_rows(hidden, weight.bfloat16(), labels)
+    exact = plain(wide, weight.bfloat16().double(), None, labels, None, 1.0)
+    (truth,) = torch.autograd.grad(exact * factor.double(), wide)
+    for loss in (summed, alone.sum()):
+        (got,) = torch.autograd.grad(loss * factor, hidden)
+        assert abs((got.double() * truth).sum() / truth.square().sum() - 1) < 5e-4
 
 
 @pytest.mark.parametrize("chunk_bytes", [211 * 4 * 5, 1 << 20])

@@ -74,6 +74,14 @@ def test_rows_apart_in_memory(backend):
     )
 
 
+def test_no_rows_give_gradients_of_zero(backend):
+    x, weight, bias = torch.zeros(0, 7, requires_grad=True), torch.ones(7, requires_grad=True), torch.ones(7)
+    norm.rms_norm(x, weight, EPS, backend=backend).sum().backward()
+    norm.layer_norm(x, weight, bias, EPS, backend=backend).sum().backward()
+    assert x.grad.shape == (0, 7)
+    assert torch.equal(weight.grad, torch.zeros(7))
+
+
 def test_float64_gradcheck(backend):
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (
