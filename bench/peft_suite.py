@@ -96,6 +96,8 @@ class Shim(types.ModuleType):
             return getattr(veneer, name)
         own = {"PromptLearningConfig": VirtualTokenMethod, "infer_device": lambda: "cpu", "__version__": "0.21.2"}
         own |= {"BaseTunerLayer": Adapted, "_get_submodules": submodules}
+        own |= {"AuxiliaryTrainingWrapper": WithCopies, "ModulesToSaveWrapper": WithCopies}
+        own |= {"TrainableTokensWrapper": WithRows}
         own |= {"is_transformers_ge_v5": True, "SAFETENSORS_WEIGHTS_NAME": "adapter_model.safetensors"}
         own |= {"PromptTuningInit": PromptTuningInit, "CONFIG_NAME": "adapter_config.json"}
         own |= {"PromptEncoderReparameterizationType": PromptEncoderReparameterizationType}
@@ -115,6 +117,27 @@ class Word(str):
         return str(self)
 
 
+class Auxiliary(type):
+    """The type of the classes that stand for PEFT's wrappers around modules that adapters train besides."""
+
+    def __instancecheck__(cls, value: Any) -> bool:
+        from veneer.model.adapted import Adapted
+
+        return isinstance(value, Adapted) and any(cls.counts(copy) for copy in value.copies.values())
+
+    def counts(cls, copy: Any) -> bool:
+        """Whether what one adapter has of a module is meant."""
+        return cls is WithCopies or hasattr(copy, "token_adapter")
+
+
+class WithCopies(metaclass=Auxiliary):
+    """Modules of which adapters train parameters whole, or rows."""
+
+
+class WithRows(metaclass=Auxiliary):
+    """Modules of which adapters train rows."""
+
+
 def submodules(model: Any, key: str) -> tuple[Any, Any, str]:
     """A module's parent, the module, and its name there."""
     parent, _, name = key.rpartition(".")
@@ -122,11 +145,14 @@ def submodules(model: Any, key: str) -> tuple[Any, Any, str]:
 
 
 def translate() -> None:
-    """Let veneer answer to three words from inside PEFT that nearly every test says."""
+    """Let veneer answer to four words from inside PEFT that nearly every test says."""
     from veneer.adapters.peft_model import PeftModel
     from veneer.methods import all_methods
+    from veneer.model.adapted import Adapted
 
     translated: Any = PeftModel
+    wrapped: Any = Adapted
+    wrapped._adapters = property(lambda module: set(module.copies))
     translated.prefix = "adapters."  # what the names of an adapter's parameters have in common
     translated.prepare_model_for_gradient_checkpointing = lambda self, model: model  # nothing is left to do there
     for method in all_methods().values():

@@ -1,5 +1,7 @@
 """One tree of exceptions. Each message says what was given, what is allowed, and what to do."""
 
+from dataclasses import FrozenInstanceError
+
 
 class VeneerError(Exception):
     """Anything that veneer raises on purpose."""
@@ -7,6 +9,10 @@ class VeneerError(Exception):
 
 class ConfigError(VeneerError, ValueError):
     """A config, recipe or argument holds a value that is not allowed."""
+
+
+class FrozenConfigError(ConfigError, FrozenInstanceError):
+    """Somebody sets a field of a config, which stays as it was made."""
 
 
 class TargetError(ConfigError):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from veneer.adapters import lifecycle
 from veneer.adapters.card import write_card
 from veneer.adapters.merging import require_known
-from veneer.combine import Combination, combine
+from veneer.combine import SPARSE, Combination, combine
 from veneer.combine.adapter import config_of, parameters_of
 from veneer.combine.scales import only_scales
 from veneer.combine.update import Update
@@ -44,9 +44,12 @@ class Report:
 
 
 def plan_of(combination_type: str, rank: int | None, density: float | None, vote: str, seed: int = 0) -> Combination:
-    """A plan from PEFT's words. "ties_svd" and the like name what "ties" is here: whole updates, brought to a rank."""
+    """A plan from PEFT's words. "ties_svd" and the like name what "ties" is here: whole updates, brought to a rank.
+
+    As in PEFT, a ``density`` is not looked at by the ways that thin nothing out.
+    """
     how = combination_type.removesuffix(_SVD_SUFFIX) if combination_type != "svd" else combination_type
-    return Combination(how=how, rank=rank, density=density, vote=vote, seed=seed)  # type: ignore[arg-type]
+    return Combination(how=how, rank=rank, density=density if how in SPARSE else None, vote=vote, seed=seed)  # type: ignore[arg-type]
 
 
 def usual_way(model: nn.Module, names: Sequence[str]) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +18,7 @@ from veneer.adapters import combining, lifecycle, merging, requantizing, saving,
 from veneer.adapters.placement import DeviceMap, require_same_place
 from veneer.core.method import MethodConfig
 from veneer.errors import ConfigError
+from veneer.model.attach import adapted_layers
 from veneer.model.inplace import InPlace, change_class, restore_class
 from veneer.model.mixed import mixed_batch
 from veneer.model.start import Start
@@ -82,6 +84,21 @@ class PeftModel(InPlace, nn.Module):
             return schedules.with_penalty(self, self.adapter_state, super().__call__(*args, **kwargs))
         with mixed_batch(self, self.adapter_state, adapter_names, (args, kwargs)):
             return super().__call__(*args, **kwargs)
+
+    @classmethod
+    def own_body(cls, base: type[nn.Module]) -> dict[str, Any]:
+        """``model.forward(…, adapter_names=…)`` as a call of the model; the signature stays that of the base's."""
+        return {"forward": _with_names(base.forward)}
+
+    @property
+    def base_model(self) -> nn.Module:
+        """As in transformers, the part without the head; in a module that has none, this very object."""
+        return cast(nn.Module, getattr(super(), "base_model", self))
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """The paths of the modules that adapters change."""
+        return list(adapted_layers(self))
 
     @property
     def peft_config(self) -> Mapping[str, MethodConfig]:
@@ -205,6 +222,15 @@ class PeftModel(InPlace, nn.Module):
             state.disabled = before
             if merged:
                 merging.merge(self, state, merged)
+
+    def disable_adapter_layers(self) -> None:
+        """Switch all adapters off until `enable_adapter_layers`; merged ones are taken out of the weights."""
+        merging.unmerge(self, self.adapter_state)
+        self.adapter_state.disabled = True
+
+    def enable_adapter_layers(self) -> None:
+        """Switch the active adapters on again."""
+        self.adapter_state.disabled = False
 
     def get_base_model(self) -> PreTrainedModel:
         """The transformers model: this very object."""
@@ -394,6 +420,17 @@ def become_peft_model(model: nn.Module) -> PeftModel:
         adapted._hf_peft_config_loaded = True
         lifecycle.prepare(adapted, adapted.adapter_state)
     return cast(PeftModel, model)
+
+
+def _with_names(plain: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(plain)  # those who ask for the arguments (Trainer, generate) find the model's own
+    def forward(self: PeftModel, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        if adapter_names is None:
+            return plain(self, *args, **kwargs)
+        with mixed_batch(self, self.adapter_state, adapter_names, (args, kwargs)):
+            return plain(self, *args, **kwargs)
+
+    return forward
 
 
 def load_into_active(model: PeftModel, tensors: Mapping[str, torch.Tensor]) -> None:

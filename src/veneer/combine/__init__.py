@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from veneer.combine.choose import WAYS, Combination, combine
+from veneer.combine.choose import SPARSE, WAYS, Combination, combine
 
-__all__ = ["WAYS", "Combination", "combine"]
+__all__ = ["SPARSE", "WAYS", "Combination", "combine"]

@@ -20,7 +20,7 @@ from veneer.errors import CompositionError
 
 Way = Literal["linear", "cat", "svd", "factorwise", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 WAYS: tuple[str, ...] = get_args(Way)
-_SPARSE = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
+SPARSE = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +47,10 @@ class Combination:
             problems.append(f"how={self.how!r} must be one of {list(WAYS)}")
         if self.vote not in get_args(Vote):
             problems.append(f"vote={self.vote!r} must be one of {list(get_args(Vote))}")
-        if self.how in _SPARSE and self.density is None:
+        if self.how in SPARSE and self.density is None:
             problems.append(f"how={self.how!r} needs a density in (0, 1]")
-        if self.how not in _SPARSE and self.density is not None:
-            problems.append(f"density has no meaning for how={self.how!r}; it belongs to {list(_SPARSE)}")
+        if self.how not in SPARSE and self.density is not None:
+            problems.append(f"density has no meaning for how={self.how!r}; it belongs to {list(SPARSE)}")
         if self.density is not None and not 0 < self.density <= 1:
             problems.append(f"density={self.density} must lie in (0, 1]")
         if self.rank is not None and (self.rank < 1 or self.how in ("cat", "factorwise")):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from veneer.core.frozen_config import FrozenConfig
 from veneer.core.records import LinearDelta, PrefixDelta, PromptDelta, ResidualDelta
 from veneer.core.sites import AttentionSite, InputSite, LinearSite, ResidualSite
 from veneer.core.tasks import TaskType
@@ -45,7 +46,7 @@ class Schedule(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodConfig(ABC):
+class MethodConfig(FrozenConfig):
     """What every adapter config holds, in PEFT's names.
 
     ``peft_type`` names the format on disk. ``modules_to_save`` are modules trained whole and kept with the adapter.
@@ -107,6 +108,11 @@ class MethodConfig(ABC):
         """
         found: MethodConfig = _disk().config_of(pretrained_model_name_or_path, hub)
         return found
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Whether the method puts virtual tokens in front of the sequence."""
+        return False
 
     @classmethod
     def from_dict(cls: type[C], values: Mapping[str, object]) -> C:
@@ -321,6 +327,10 @@ class VirtualTokenMethod(MethodConfig):
         if self.num_transformer_submodules not in (None, 1, 2):
             found.append(f"num_transformer_submodules={self.num_transformer_submodules!r} must be None, 1 or 2")
         return found
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        return True
 
     @property
     def has_network(self) -> bool:

@@ -139,6 +139,26 @@ class Adapted(InPlace, nn.Module):
         """The path under which PEFT's file keeps what adapter ``name`` has here; ``path`` is the module's own."""
         return path
 
+    @property
+    def active_adapters(self) -> list[str]:
+        """The active adapters of the model, whether or not they have anything here."""
+        return list(self.adapter_state.active)
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """Those of the merged adapters that have something here."""
+        return [name for name in self.adapter_state.merged if self.holds(name)]
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the adapters of the model are switched off."""
+        return self.adapter_state.disabled
+
+    @property
+    def modules_to_save(self) -> nn.ModuleDict:
+        """What adapters train whole of this module, by adapter and then by the parameter's name."""
+        return self.copies
+
     def disk_keys(self, name: str, path: str) -> dict[str, str]:
         """For each parameter of adapter ``name``, its key in PEFT's file; whole copies are not among them."""
         return {}

@@ -28,6 +28,11 @@ class InPlace:
         """The value of a swapped parameter as the module's forward should see it."""
         raise NotImplementedError
 
+    @classmethod
+    def own_body(cls, base: type[nn.Module]) -> dict[str, Any]:
+        """What a class generated in front of ``base`` has of its own."""
+        return {}
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _blank, (mixin_of(type(self)), base_of(type(self)), type(self).swapped), self.__getstate__()
 
@@ -69,6 +74,7 @@ def mixin_of(cls: type) -> type[InPlace]:
 def _class(mixin: Hashable, base: Hashable, swapped: tuple[str, ...]) -> type[nn.Module]:
     mixin_class, base_class = cast("type[InPlace]", mixin), cast(type, base)
     body: dict[str, Any] = {name: _reading(name) for name in swapped}
+    body |= mixin_class.own_body(base_class)
     body |= {"__module__": base_class.__module__, "__doc__": base_class.__doc__, "swapped": swapped}
     return type(mixin_class.name_prefix + base_class.__name__, (mixin_class, base_class), body)
 

@@ -1,0 +1,27 @@
+"""Why a config cannot be changed, said where somebody tries."""
+
+from __future__ import annotations
+
+from abc import ABCMeta
+from typing import Any
+
+from veneer.errors import FrozenConfigError
+
+
+class FrozenConfigMeta(ABCMeta):
+    """Keeps the ``__setattr__`` of `FrozenConfig` where ``dataclass(frozen=True)`` would put in its own."""
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        if name != "__setattr__":
+            super().__setattr__(name, value)
+
+
+class FrozenConfig(metaclass=FrozenConfigMeta):
+    """What configs derive from."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        kind = type(self).__name__
+        raise FrozenConfigError(
+            f"{kind}.{name} cannot be set: a config stays as it was made, and checked. Make another with "
+            f"dataclasses.replace(config, {name}={value!r}) before it is attached"
+        )
