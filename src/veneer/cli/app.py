@@ -55,7 +55,8 @@ class VerbGroup(TyperGroup):
                 raise
             raise _told(f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)) from error
         except KeyboardInterrupt as error:
-            Console(stderr=True).print("interrupted", style="red")
+            told = f"interrupted: {error}" if error.args else "interrupted"
+            Console(stderr=True, highlight=False).print(told, style="red", soft_wrap=True)
             raise typer.Exit(INTERRUPTED) from error
 
 

@@ -22,7 +22,7 @@ def chat(
     load_in_4bit: loading.FourBit = False,
     dtype: loading.Dtype = "auto",
 ) -> None:
-    """Talk to a model. /new forgets the conversation; Ctrl-D or /exit leaves.
+    """Talk to a model. /new forgets the conversation; Ctrl-C stops an answer; Ctrl-D or /exit leaves.
 
     Example: veneer chat smollm2-135m-instruct --adapter runs/first/adapter
     """
@@ -44,8 +44,12 @@ def chat(
             continue
         messages.append({"role": "user", "content": line})
         encoded = encode_chat(loaded, messages)
-        with loading.quiet():
-            messages.append({"role": "assistant", "content": stream_answer(loaded, encoded, options)})
+        try:
+            with loading.quiet():
+                messages.append({"role": "assistant", "content": stream_answer(loaded, encoded, options)})
+        except KeyboardInterrupt:
+            messages.pop()
+            console.print("\n(stopped; the question is forgotten)", style="dim")
 
 
 def _ask(console: Console) -> str | None:

@@ -36,7 +36,7 @@ class Metric(StrEnum):
 
 
 _READS = {  # which options each metric reads; any other that is given is an error
-    Metric.PERPLEXITY: {"context", "stride", "whole_rows"},
+    Metric.PERPLEXITY: {"prompt", "answer_field", "context", "stride", "whole_rows"},
     Metric.EXACT_MATCH: {"prompt", "answer_field", "ignore_case", "max_new_tokens", "stop"},
     Metric.REGEX: {"prompt", "answer_field", "ignore_case", "max_new_tokens", "stop", "pattern"},
     Metric.LABELS: {"prompt", "answer_field", "labels"},
@@ -60,13 +60,25 @@ class Options:
 
 
 def eval_(
-    model: loading.Model,
-    data: Annotated[
-        Path, typer.Option("--data", "-d", metavar="FILE", show_default=False, help="A .jsonl, .json or .txt file.")
-    ],
     metric: Annotated[
         Metric, typer.Option("--metric", "-m", metavar="NAME", show_default=False, help=f"{', '.join(Metric)}.")
     ],
+    model: loading.MaybeModel = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data", "-d", metavar="FILE", show_default=False, help="A .jsonl, .json, .parquet or .txt file."
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            "--recipe",
+            metavar="FILE",
+            show_default=False,
+            help="In place of MODEL: what this recipe trained, on its held-out rows (or on --data, read as it reads).",
+        ),
+    ] = None,
     adapter: loading.Adapter = None,
     pattern: Annotated[
         str | None, typer.Option(metavar="REGEX", show_default=False, help="regex: what to compare in answers.")
@@ -128,6 +140,8 @@ def eval_(
 ) -> None:
     """Measure a model, with or without an adapter, on data in a training format (chat, or prompt and completion).
 
+    With --recipe all of that is taken from a recipe that was carried out.
+
     Example: veneer eval runs/first/adapter -d heldout.jsonl -m exact-match
     """
     options = Options(
@@ -142,31 +156,73 @@ def eval_(
         stride=stride,
         whole_rows=whole_rows,
     )
-    run = _Run(metric, options, data, limit, batch_size)
-    run.read_as_trained(chat, system)
+    run = _Run(metric, options, batch_size)
     run.check(predictions)
-    loaded = loading.load(model, adapter, four_bit=load_in_4bit, dtype=dtype)
+    facts: dict[str, Any]
+    if recipe is not None:
+        given: dict[str, object] = {"MODEL": model, "--adapter": adapter, "--system": system, "--prompt": prompt}
+        given |= {"--answer-field": answer_field, "--chat": chat, "--load-in-4bit": load_in_4bit}
+        loaded, facts = run.take_recipe(recipe, data, {**given, "--dtype": dtype != "auto"}, limit)
+    else:
+        loaded, facts = run.take_model(model, adapter, data, limit, _Reading(chat, system, load_in_4bit, dtype))
     started = time.perf_counter()
     with loading.quiet(), _Bar(metric) as on_progress:
         result = run.measure(loaded, on_progress)
-    facts: dict[str, Any] = {"model": model, "adapter": None if adapter is None else str(adapter), "data": str(data)}
     facts |= {"metric": str(metric), **_numbers(result), "seconds": round(time.perf_counter() - started, 3)}
     if predictions is not None:
         run.write_predictions(predictions, result)
     typer.echo(json.dumps(facts, indent=2)) if as_json else _show(facts)
 
 
+@dataclass(frozen=True)
+class _Reading:
+    """How rows become questions, and how the model is loaded."""
+
+    chat: bool
+    system: str | None
+    load_in_4bit: bool
+    dtype: str
+
+
 class _Run:
     """One measurement: its rows, its options, what it finds."""
 
-    def __init__(self, metric: Metric, options: Options, data: Path, limit: int | None, batch_size: int) -> None:
-        from veneer.train.questions import read_rows
-
+    def __init__(self, metric: Metric, options: Options, batch_size: int) -> None:
         self.metric, self.options, self.batch_size = metric, options, batch_size
-        self.rows: Sequence[Mapping[str, Any]] = read_rows(data)[:limit]
+        self.rows: Sequence[Mapping[str, Any]] = ()
         self.questions: list[Question] = []
 
-    def read_as_trained(self, chat: bool, system: str | None) -> None:
+    def take_model(
+        self, model: str | None, adapter: Path | None, data: Path | None, limit: int | None, reading: _Reading
+    ) -> tuple[loading.Loaded, dict[str, Any]]:
+        """Read the rows, then load the model; with the facts that are known of both."""
+        from veneer.errors import ConfigError
+        from veneer.train.questions import read_rows
+
+        if model is None or data is None:
+            raise ConfigError("say what to measure: MODEL and --data FILE, or --recipe FILE for what a recipe trained")
+        self.rows = read_rows(data)[:limit]
+        self._read_as_trained(reading.chat, reading.system)
+        loaded = loading.load(model, adapter, four_bit=reading.load_in_4bit, dtype=reading.dtype)
+        return loaded, {"model": model, "adapter": None if adapter is None else str(adapter), "data": str(data)}
+
+    def take_recipe(
+        self, path: Path, data: Path | None, given: Mapping[str, Any], limit: int | None
+    ) -> tuple[loading.Loaded, dict[str, Any]]:
+        """`take_model` for what a recipe trained."""
+        from veneer.cli.eval_recipe import held_out_rows, load_trained, saved_by, trained_recipe
+        from veneer.errors import ConfigError
+
+        beside = [name for name, value in given.items() if value]
+        if beside:
+            raise ConfigError(f"--recipe says it already, so leave out {', '.join(beside)}")
+        recipe = trained_recipe(path)
+        saved = saved_by(recipe)
+        self.rows = held_out_rows(recipe, data)[:limit]
+        named = data or recipe.data.eval or f"{recipe.data.eval_fraction:.3g} of {recipe.data.train}, held out"
+        return load_trained(recipe), {"model": recipe.model.source, "adapter": str(saved), "data": str(named)}
+
+    def _read_as_trained(self, chat: bool, system: str | None) -> None:
         """Bring the rows into the forms of training. Raises ConfigError where a template makes the prompts already."""
         from veneer.errors import ConfigError
         from veneer.train.questions import as_trained
@@ -188,23 +244,28 @@ class _Run:
             problems.append("--metric regex needs --pattern")
         if self.metric is Metric.PERPLEXITY and predictions is not None:
             problems.append("--predictions is not read by --metric perplexity")
+        if self.metric is Metric.PERPLEXITY and self.options.answer_field and self.options.prompt is None:
+            problems.append("--metric perplexity reads --answer-field together with --prompt")
         if problems:
             raise ConfigError("; ".join(problems))
 
     def measure(self, loaded: loading.Loaded, on_progress: OnProgress) -> Perplexity | Accuracy:
         """The result."""
         from veneer.train import evaluate
-        from veneer.train.questions import QuestionReader
+        from veneer.train.questions import QuestionReader, as_templated
         from veneer.train.scoring import Batching
 
         options, batching = self.options, Batching(n_rows=self.batch_size)
         if self.metric is Metric.PERPLEXITY:
+            rows = self.rows
+            if options.prompt is not None:
+                rows = as_templated(rows, _unescaped(options.prompt) or "", options.answer_field)
             context = options.context or evaluate.Windows.context
             windows = evaluate.Windows(context=context, stride=options.stride or max(context // 2, 1))
             return evaluate.perplexity(
                 loaded.model,
                 loaded.tokenizer,
-                self.rows,
+                rows,
                 windows=windows,
                 whole_rows=bool(options.whole_rows),
                 batching=batching,

@@ -24,7 +24,7 @@ class VerbCommand(TyperCommand):
         print_page(self, ctx)
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """``MODEL --data FILE [OPTIONS]``: what must be given, then that there is more."""
+        """``MODEL --prompt TEXT [OPTIONS]``: what must be given, then that there is more."""
         return usage_pieces(self.get_params(ctx))
 
 

@@ -12,14 +12,13 @@ import typer
 
 from veneer.errors import ConfigError, FormatError, TargetError
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        show_default=False,
-        help="A folder, a .gguf file, a fetched name, a hub id, or the folder of an adapter (its base is loaded too).",
-    ),
-]
+_MODEL = typer.Argument(
+    metavar="MODEL",
+    show_default=False,
+    help="A folder, a .gguf file, a fetched name, a hub id, or the folder of an adapter (its base is loaded too).",
+)
+Model = Annotated[str, _MODEL]
+MaybeModel = Annotated[str | None, _MODEL]
 Adapter = Annotated[
     Path | None, typer.Option("--adapter", "-a", metavar="FOLDER", show_default=False, help="An adapter to put on it.")
 ]
@@ -53,7 +52,7 @@ def load(model: str, adapter: Path | None = None, *, four_bit: bool = False, dty
     with quiet():
         tokenizer = load_tokenizer(base)
         loaded = load_model(base, dtype=dtype, quantization=_nf4() if four_bit else None)
-        return Loaded(loaded if adapter is None else _with_adapter(loaded, adapter, base), tokenizer)
+        return Loaded(loaded if adapter is None else with_adapter(loaded, adapter, base), tokenizer)
 
 
 def split(model: str, adapter: Path | None) -> tuple[str, Path | None]:
@@ -108,7 +107,8 @@ def without_bars() -> Iterator[None]:
         logging.enable_progress_bar()
 
 
-def _with_adapter(model: Any, adapter: Path, base: str) -> Any:
+def with_adapter(model: Any, adapter: Path, base: str) -> Any:
+    """The model with the adapter active. Raises ConfigError where there is none, FormatError where it does not fit."""
     from veneer.adapters.peft_model import PeftModel
 
     if not adapter.is_dir():

@@ -93,7 +93,12 @@ def _show_sample(recipe: Recipe, console: Console) -> None:
 def _train_one(recipe: Recipe, resume: bool, console: Console) -> None:
     from veneer.train.run import run_recipe
 
-    record = run_recipe(recipe, resume=resume, tell=lambda line: console.print(line, style="bold", highlight=False))
+    try:
+        record = run_recipe(recipe, resume=resume, tell=lambda line: console.print(line, style="bold", highlight=False))
+    except KeyboardInterrupt as error:
+        if any(Path(recipe.output).glob("checkpoint-*")):
+            raise KeyboardInterrupt("checkpoints are kept, and --resume goes on from the last one") from error
+        raise
     results = record["results"]
     told = [f"training loss {results['train_loss']:.4f}"]
     told += [f"held-out loss {results['eval_loss']:.4f}"] if "eval_loss" in results else []

@@ -80,13 +80,7 @@ class QuestionReader:
             if own is None:
                 raise ConfigError("a prompt template needs the field of the right answer (--answer-field)")
             return (own,)
-        if self.answer_field not in row:
-            raise DataError(f"no field {self.answer_field!r}; it has {sorted(row)}")
-        value = row[self.answer_field]
-        values = value if isinstance(value, list) else [value]
-        if not values or any(one is None for one in values):
-            raise DataError(f"the field {self.answer_field!r} holds no answer, but {value!r:.60}")
-        return tuple(str(one) for one in values)
+        return _answers_in(row, self.answer_field)
 
     def _plain(self, text: str) -> list[int]:
         return list(self.tokenizer(text)["input_ids"])
@@ -145,6 +139,34 @@ def as_trained(rows: Sequence[Row], *, chat: bool, system: str | None = None) ->
         read.append({**{key: value for key, value in row.items() if key not in replaced}, **final})
     require_one_form((number, form_of(row)) for number, row in enumerate(read, 1))
     return read
+
+
+def as_templated(rows: Sequence[Row], prompt: str, answer_field: str | None) -> list[dict[str, str]]:
+    """Rows of any fields as prompt and completion, or as plain text where no field holds an answer.
+
+    Of a list of answers the first is the completion. Raises DataError that names the row, ConfigError for a template
+    that cannot be read.
+    """
+    read = []
+    for number, row in enumerate(rows, 1):
+        try:
+            text = fill_template(prompt, row)
+            answer = None if answer_field is None else _answers_in(row, answer_field)[0]
+        except DataError as error:
+            raise DataError(f"row {number}: {error}") from error
+        read.append({"text": text} if answer is None else {"prompt": text, "completion": answer})
+    return read
+
+
+def _answers_in(row: Row, field: str) -> tuple[str, ...]:
+    """The answers in a field. Raises DataError where there is no such field, or nothing in it."""
+    if field not in row:
+        raise DataError(f"no field {field!r}; it has {sorted(row)}")
+    value = row[field]
+    values = value if isinstance(value, list) else [value]
+    if not values or any(one is None for one in values):
+        raise DataError(f"the field {field!r} holds no answer, but {value!r:.60}")
+    return tuple(str(one) for one in values)
 
 
 def _content(turns: object) -> str:

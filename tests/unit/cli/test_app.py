@@ -6,6 +6,7 @@ import errno
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from veneer.cli import app as app_module
 from veneer.cli.app import VerbGroup, app
 from veneer.core.units import count
 from veneer.errors import ConfigError
+from veneer.train.recipe import Recipe
 
 RUNNER = CliRunner()
 
@@ -45,6 +47,31 @@ def test_an_interrupt_exits_with_130() -> None:
     result = RUNNER.invoke(failing(KeyboardInterrupt()), ["fail"])
     assert result.exit_code == 130
     assert "Traceback" not in result.output
+
+
+def test_an_interrupt_may_say_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(recipe: Recipe, **_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("veneer.train.run.run_recipe", interrupted)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"{{model: {{source: m}}, data: {{train: t.jsonl}}, output: {tmp_path / 'run'}}}")
+    result = RUNNER.invoke(app, ["train", str(recipe)])
+    assert (result.exit_code, result.stderr) == (130, "interrupted\n")
+    (tmp_path / "run" / "checkpoint-5").mkdir(parents=True)
+    result = RUNNER.invoke(app, ["train", str(recipe)])
+    assert result.stderr == "interrupted: checkpoints are kept, and --resume goes on from the last one\n"
+    assert result.exit_code == 130
+
+
+def test_a_closed_pipe_is_no_traceback() -> None:
+    command = [sys.executable, "-c", "from veneer.cli.app import main; main()", "train", "--print-recipe"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
 
 
 def test_no_permission_names_the_path() -> None:

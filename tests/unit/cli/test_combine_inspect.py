@@ -168,4 +168,4 @@ def test_inspect_keeps_every_name_whole_at_80_columns(
 
 def test_the_help_of_eval_keeps_its_defaults(veneer) -> None:
     text = " ".join(veneer("eval", "--help").output.replace("│", " ").split())
-    assert all(f"[default: {value}]" in text for value in ("256", "1024", "context/2"))
+    assert all(f"(default: {value})" in text for value in ("256", "1024", "context/2"))

@@ -127,6 +127,25 @@ def test_chat_keeps_the_conversation_until_new(veneer: Veneer, model_folder: Pat
     assert result.stdout.replace("> ", "") == f"{first}\n{second}\n{fresh}\n"
 
 
+def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(
+    veneer: Veneer, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def stream(loaded: object, encoded: list[str], options: object) -> str:
+        asked.append(encoded)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return "answer"
+
+    monkeypatch.setattr("veneer.cli.answering.encode_chat", lambda loaded, turns: [t["content"] for t in turns])
+    monkeypatch.setattr("veneer.cli.answering.stream_answer", stream)
+    result = veneer("chat", model_folder, input="one\ntwo\nthree\n")
+    assert result.exit_code == 0, result.output
+    assert asked == [["one"], ["one", "answer", "two"], ["one", "answer", "three"]]
+    assert result.stdout.count("stopped") == 1
+
+
 def test_chat_with_a_system_message_ends_at_the_end_of_input(veneer: Veneer, model_folder: Path) -> None:
     result = veneer("chat", model_folder, "--system", "be", "--temperature", 0, "--max-new-tokens", 7, input="hi\n")
     wanted = answer(model_folder, "<|system|>be<|end|><|user|>hi<|end|><|assistant|>", 7)

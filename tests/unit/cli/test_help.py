@@ -40,13 +40,12 @@ def test_every_parameter_has_a_line_and_a_help(verb: str) -> None:
 
 def test_a_page_names_values_defaults_and_what_must_be_given() -> None:
     shown = page("eval")
-    assert shown.startswith("Usage: veneer eval MODEL --data FILE --metric NAME [OPTIONS]\n")
+    assert shown.startswith("Usage: veneer eval [MODEL] --metric NAME [OPTIONS]\n")
     assert "-d, --data FILE " in shown
-    assert "A .jsonl, .json or .txt file. (required)" in shown
+    assert "perplexity, exact-match, regex, labels. (required)" in shown
     assert re.search(r"^      --ignore-case +Case and", shown, re.M)  # a switch takes no value
     assert re.search(r"--batch-size N +Most rows in one forward pass. \(default: 16\)", shown)
     assert "perplexity: window in tokens. (default: 1024)" in shown
-    assert "perplexity, exact-match, regex, labels." in shown
     assert "--normalize / --no-normalize  Divide" in page("merge-models")
     assert page("combine").startswith("Usage: veneer combine ADAPTER... --output FOLDER [OPTIONS]\n")
     assert page("inspect").startswith("Usage: veneer inspect ADAPTER [OTHER] [OPTIONS]\n")
@@ -78,4 +77,4 @@ def test_several_values_of_an_argument_without_a_name_are_shown_by_dots() -> Non
 def test_a_usage_error_shows_the_same_usage() -> None:
     result = CliRunner().invoke(app, ["eval", "model"], env={"COLUMNS": "80"})
     assert result.exit_code == 2
-    assert "veneer eval MODEL --data FILE --metric NAME [OPTIONS]" in result.stderr
+    assert "veneer eval [MODEL] --metric NAME [OPTIONS]" in result.stderr

@@ -1,0 +1,63 @@
+"""What ``veneer eval --recipe`` measures: the model that a recipe trained, on rows read as it trained on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from veneer.cli.loading import Loaded, quiet, with_adapter
+from veneer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from veneer.train.recipe import Recipe
+
+
+def trained_recipe(path: Path) -> Recipe:
+    """The recipe. Raises ConfigError where it is wrong, or one of several runs."""
+    from veneer.train.recipe import parse_recipe, read_values
+    from veneer.train.sweep_recipe import PART
+
+    values = read_values(path)
+    if PART in values:
+        raise ConfigError(
+            f"{path} is a recipe of several runs: measure one of them by its adapter, "
+            f"`veneer eval {values.get('output')}/NAME/adapter --data FILE`"
+        )
+    return parse_recipe(values, str(path))
+
+
+def saved_by(recipe: Recipe) -> Path:
+    """The adapter, or the whole model, that the recipe's run saved. Raises ConfigError where there is none yet."""
+    saved = Path(recipe.output) / ("model" if recipe.method == "full" else "adapter")
+    if not saved.is_dir():
+        raise ConfigError(
+            f"the recipe's run has saved nothing yet: there is no folder {saved}; `veneer train` makes it"
+        )
+    return saved
+
+
+def held_out_rows(recipe: Recipe, data: Path | None) -> Sequence[Mapping[str, Any]]:
+    """The recipe's held-out rows, or those of another file, in the form in which it trains."""
+    from veneer.train.run import read_data
+
+    part = recipe.data
+    if data is not None:
+        part = part.model_copy(update={"eval": str(data), "eval_fraction": 0.0, "eval_limit": None})
+    rows = read_data(part, recipe.seed).eval
+    if rows is None:
+        raise ConfigError("the recipe names no held-out rows (data.eval or data.eval_fraction): give --data FILE")
+    return [dict(row) for row in rows]
+
+
+def load_trained(recipe: Recipe) -> Loaded:
+    """The base as the recipe stores it, with the adapter of its output; the model itself where it was trained whole."""
+    from veneer.store.source import load_model, load_tokenizer
+    from veneer.train.run import load_base
+
+    saved = saved_by(recipe)
+    with quiet():
+        tokenizer = load_tokenizer(recipe.model.source)
+        if recipe.method == "full":
+            return Loaded(load_model(str(saved), dtype=recipe.model.dtype), tokenizer)
+        return Loaded(with_adapter(load_base(recipe.model), saved, recipe.model.source), tokenizer)

@@ -1,0 +1,181 @@
+"""`veneer eval --recipe`, and perplexity of rows whose columns have other names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import Result
+
+from veneer.errors import DataError
+from veneer.train.questions import as_templated
+from veneer.train.recipe import parse_recipe
+from veneer.train.run import read_data
+
+Veneer = Callable[..., Result]
+PERPLEXITY = ("-m", "perplexity", "--json")
+
+
+def measured(result: Result) -> dict[str, Any]:
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def lines(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_perplexity_of_other_columns_is_that_of_the_rows_written_out(
+    veneer: Veneer, model_folder: Path, tmp_path: Path
+) -> None:
+    facts = [("sky", " blue"), ("grass", " green"), ("a", " b")]
+    written = lines(tmp_path / "a.jsonl", [{"prompt": f"Of {q}?\n", "completion": a} for q, a in facts])
+    other = lines(tmp_path / "b.jsonl", [{"thing": q, "colours": [a, " any"]} for q, a in facts])
+    template = ("--prompt", "Of {thing}?\\n", "--answer-field", "colours")
+    for more in ((), ("--whole-rows",)):
+        wanted = measured(veneer("eval", model_folder, "-d", written, *PERPLEXITY, *more))
+        found = measured(veneer("eval", model_folder, "-d", other, *PERPLEXITY, *template, *more))
+        assert {**found, "data": 0, "seconds": 0} == {**wanted, "data": 0, "seconds": 0}
+    texts = lines(tmp_path / "c.jsonl", [{"text": f"Of {q}?\n"} for q, _ in facts])
+    wanted = measured(veneer("eval", model_folder, "-d", texts, *PERPLEXITY))
+    found = measured(veneer("eval", model_folder, "-d", other, *PERPLEXITY, *template[:2]))
+    assert (found["value"], found["n_tokens"]) == (wanted["value"], wanted["n_tokens"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--answer-field", "colours"), "--metric perplexity reads --answer-field together with --prompt"),
+        (("--prompt", "{thing}", "--answer-field", "color"), "row 1: no field 'color'; it has ['colours', 'thing']"),
+        (("--prompt", "{think}"), "row 1: the template '{think}' asks for the field 'think'"),
+        (("--prompt", "{thing", "--answer-field", "colours"), "does not fit the columns"),
+    ],
+)
+def test_templates_that_do_not_fit(
+    veneer: Veneer, model_folder: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    data = lines(tmp_path / "b.jsonl", [{"thing": "sky", "colours": [" blue"]}])
+    result = veneer("eval", model_folder, "-d", data, *PERPLEXITY, *arguments)
+    assert (result.exit_code, message in result.stderr) == (2, True), result.output
+
+
+def test_a_list_without_an_answer_is_named_by_its_row() -> None:
+    with pytest.raises(DataError, match="row 2: the field 'a' holds no answer, but \\[\\]"):
+        as_templated([{"a": ["x"]}, {"a": []}], "p", "a")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, model_folder: Path) -> Path:
+    """A recipe with templates, chat and a system message, whose run is yet to be."""
+    rows = [{"thing": f"t{i}", "colour": f"c{i % 3}"} for i in range(20)]
+    values = {
+        "model": {"source": str(model_folder)},
+        "data": {
+            "train": str(lines(tmp_path / "rows.jsonl", rows)), "eval_fraction": 0.25, "chat": True, "system": "be",
+            "prompt": "Of {thing}", "completion": "{colour}",
+        },
+        "output": str(tmp_path / "run"),
+        "seed": 3,
+    }  # fmt: skip
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def change(recipe: Path, **parts: Any) -> dict[str, Any]:
+    values = yaml.safe_load(recipe.read_text()) | parts
+    recipe.write_text(yaml.safe_dump(values))
+    return values
+
+
+def with_adapter(recipe: Path, adapter: Path) -> None:
+    (recipe.parent / "run").mkdir()
+    (recipe.parent / "run" / "adapter").symlink_to(adapter)
+
+
+def test_a_recipe_names_the_model_the_adapter_the_rows_and_how_they_are_read(
+    veneer: Veneer, model_folder: Path, adapter_folder: Path, recipe: Path, tmp_path: Path
+) -> None:
+    with_adapter(recipe, adapter_folder)
+    found = measured(veneer("eval", "--recipe", recipe, *PERPLEXITY))
+    held_out = read_data(parse_recipe(yaml.safe_load(recipe.read_text())).data, 3).eval
+    assert held_out is not None
+    assert len(held_out) == found["n_rows"] == 5
+    by_hand = lines(tmp_path / "held.jsonl", [dict(row) for row in held_out])
+    wanted = measured(veneer("eval", model_folder, "-a", adapter_folder, "-d", by_hand, *PERPLEXITY))
+    assert (found["value"], found["n_tokens"]) == (wanted["value"], wanted["n_tokens"])
+    assert found["adapter"] == str(tmp_path / "run" / "adapter")
+    assert found["data"] == f"0.25 of {tmp_path / 'rows.jsonl'}, held out"
+    assert found["model"] == str(model_folder)
+
+
+def test_other_rows_are_read_as_the_recipe_reads(
+    veneer: Veneer, model_folder: Path, adapter_folder: Path, recipe: Path, tmp_path: Path
+) -> None:
+    with_adapter(recipe, adapter_folder)
+    other = lines(tmp_path / "other.jsonl", [{"thing": "x", "colour": "y"}, {"thing": "z", "colour": "w"}])
+    turns = [("Of x", "y"), ("Of z", "w")]
+    chats = [
+        {
+            "messages": [
+                {"role": r, "content": c} for r, c in zip(("system", "user", "assistant"), ("be", *t), strict=True)
+            ]
+        }
+        for t in turns
+    ]
+    wanted = measured(veneer("eval", adapter_folder, "-d", lines(tmp_path / "chats.jsonl", chats), *PERPLEXITY))
+    found = measured(veneer("eval", "--recipe", recipe, "-d", other, *PERPLEXITY))
+    assert (found["value"], found["n_rows"], found["data"]) == (wanted["value"], 2, str(other))
+    limited = measured(
+        veneer("eval", "--recipe", recipe, "--limit", 1, "-m", "exact-match", "--max-new-tokens", 2, "--json")
+    )
+    assert limited["n_rows"] == 1
+
+
+def test_a_model_trained_whole_is_taken_itself_and_a_quantized_base_as_it_was(
+    veneer: Veneer, model_folder: Path, adapter_folder: Path, recipe: Path, tmp_path: Path
+) -> None:
+    with_adapter(recipe, adapter_folder)
+    dense = measured(veneer("eval", "--recipe", recipe, *PERPLEXITY))
+    change(recipe, model={"source": str(model_folder), "quantization": "int8"})
+    assert measured(veneer("eval", "--recipe", recipe, *PERPLEXITY))["value"] != dense["value"]
+    (tmp_path / "run" / "model").symlink_to(model_folder)
+    values = change(recipe, model={"source": str(model_folder)}, adapter={"method": "full"})
+    found = measured(veneer("eval", "--recipe", recipe, *PERPLEXITY))
+    assert found["adapter"] == f"{values['output']}/model"
+    assert found["value"] != dense["value"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "say what to measure: MODEL and --data FILE, or --recipe FILE"),
+        (("MODEL",), "say what to measure"),
+        (("MODEL", "--recipe", "RECIPE", "--chat", "--dtype", "float32"), "leave out MODEL, --chat, --dtype"),
+        (("--recipe", "RECIPE", "--prompt", "x", "-a", "y"), "leave out --adapter, --prompt"),
+        (("--recipe", "RECIPE"), "has saved nothing yet"),
+        (("--recipe", "nowhere.yaml"), "cannot be read"),
+    ],
+)
+def test_what_does_not_go_with_a_recipe(
+    veneer: Veneer, model_folder: Path, recipe: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    named = {"MODEL": str(model_folder), "RECIPE": str(recipe)}
+    result = veneer("eval", *(named.get(each, each) for each in arguments), "-m", "perplexity")
+    assert (result.exit_code, message in result.stderr) == (2, True), result.output
+
+
+def test_a_recipe_without_held_out_rows_or_of_several_runs(veneer: Veneer, adapter_folder: Path, recipe: Path) -> None:
+    with_adapter(recipe, adapter_folder)
+    values = yaml.safe_load(recipe.read_text())
+    change(recipe, data={**values["data"], "eval_fraction": 0.0})
+    refused = veneer("eval", "--recipe", recipe, *PERPLEXITY)
+    assert (refused.exit_code, "give --data FILE" in refused.stderr) == (2, True), refused.output
+    change(recipe, sweep={"grid": {"adapter.r": [2, 4]}})
+    refused = veneer("eval", "--recipe", recipe, *PERPLEXITY)
+    assert (refused.exit_code, f"veneer eval {values['output']}/NAME/adapter" in refused.stderr) == (2, True)
