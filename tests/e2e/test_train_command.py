@@ -89,6 +89,16 @@ def test_a_recipe_is_carried_out(project: Path, method: str, storage: str) -> No
         AutoModelForCausalLM.from_pretrained(project / "run" / "model")
 
 
+def test_what_a_run_without_checkpoints_saved_is_not_written_over(project: Path) -> None:
+    short = ("--set", "training.max_steps=1", "--set", "training.save_strategy='no'")
+    assert train(project, *short)[0] == 0
+    saved = (project / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
+    code, output = train(project, *short, "--set", "seed=5")
+    assert code == 2
+    assert "holds the adapter that a run saved" in " ".join(output.split())
+    assert (project / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == saved
+
+
 def test_resuming_and_refusing_to_overwrite(project: Path) -> None:
     assert train(project, "--set", "training.max_steps=3", "--set", "training.lr_scheduler_type=constant")[0] == 0
     code, output = train(project)

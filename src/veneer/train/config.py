@@ -43,7 +43,7 @@ class SFTConfig(trl.SFTConfig):  # type: ignore[misc]
             # The setting that everybody knows by this name is called activation_checkpointing from transformers 6 on.
             warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
             super().__post_init__()
-        problems = [*_checkpointing_problems(self), *optimizer_problems(self)]
+        problems = [*_range_problems(self), *_checkpointing_problems(self), *optimizer_problems(self)]
         if self.packing and self.packing_strategy == "wrapped":
             problems.append(
                 "packing_strategy='wrapped' cuts sequences anywhere and lets them see one another: use 'bfd', or "
@@ -67,6 +67,21 @@ class SFTConfig(trl.SFTConfig):  # type: ignore[misc]
             problems.append("early_stopping_patience needs held-out rows and eval_strategy='steps' or 'epoch'")
         if problems:
             raise ConfigError("SFTConfig: " + "; ".join(problems))
+
+
+def _range_problems(args: SFTConfig) -> list[str]:
+    """Numbers with which nothing, or something else, would be trained."""
+    allowed = {
+        "learning_rate": (args.learning_rate >= 0, "at least 0"),
+        "weight_decay": (args.weight_decay >= 0, "at least 0"),
+        "label_smoothing_factor": (0 <= args.label_smoothing_factor < 1, "at least 0 and below 1"),
+        "num_train_epochs": (args.num_train_epochs >= 0, "at least 0"),
+        "max_steps": (args.max_steps == -1 or args.max_steps >= 1, "at least 1, or -1 to train num_train_epochs"),
+        "per_device_train_batch_size": (args.per_device_train_batch_size >= 1, "at least 1"),
+        "per_device_eval_batch_size": (args.per_device_eval_batch_size >= 1, "at least 1"),
+        "gradient_accumulation_steps": (args.gradient_accumulation_steps >= 1, "at least 1"),
+    }
+    return [f"{name}={getattr(args, name)!r} must be {rule}" for name, (fits, rule) in allowed.items() if not fits]
 
 
 def _checkpointing_problems(args: SFTConfig) -> list[str]:

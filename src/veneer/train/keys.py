@@ -38,5 +38,5 @@ def missing(cls: type, given: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 def nearest(key: str, known: Iterable[str]) -> str:
     """The end of a message that names the key which was perhaps meant."""
-    found = difflib.get_close_matches(key, list(known), n=1, cutoff=0.3)
+    found = difflib.get_close_matches(str(key), list(known), n=1, cutoff=0.3)
     return f"; the nearest is {found[0]!r}" if found else ""

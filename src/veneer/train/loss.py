@@ -96,7 +96,8 @@ def _scored(logits: Tensor, labels: Tensor, scoring: Scoring, aux: Tensor | None
         scores.float(), targets, ignore_index=IGNORED, reduction="none", label_smoothing=scoring.label_smoothing
     )
     if scoring.weigh_by_probability:
-        each = each * torch.exp(-each.detach())
+        plain = nn.functional.cross_entropy(scores.detach().float(), targets, ignore_index=IGNORED, reduction="none")
+        each = each * torch.exp(-plain)
     n_right = (scores.detach().argmax(dim=-1) == targets).logical_and(trained).sum()
     return TokenLoss(each.sum(), trained.sum(), n_right, aux)
 

@@ -47,6 +47,9 @@ FACTORIES: Mapping[str, Factory] = {
     "galore_adamw_8bit_layerwise": _galore(LayerwiseGaLoreAdamW, eight_bit=True),
 }
 
+# Names whose ``optim_args`` transformers does not read.
+_WITHOUT_ARGS = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adafactor")
+
 # Names that transformers serves through bitsandbytes alone.
 _BITSANDBYTES = ("paged_", "lion_8bit", "lion_32bit", "ademamix", "rmsprop_bnb")
 
@@ -129,8 +132,12 @@ def optimizer_problems(args: TrainingArguments) -> list[str]:
             galore_projection(args.optim_args)
         except ConfigError as error:
             found.append(str(error))
-    elif name in FACTORIES and args.optim_args:
+    elif args.optim_args and (name in FACTORIES or name in _WITHOUT_ARGS):
         found.append(f"optim_args={args.optim_args!r} means nothing to optim={name!r}: leave it out")
+    if args.optim_target_modules and not any(part in name for part in ("galore", "apollo")):
+        found.append(
+            f"optim_target_modules={args.optim_target_modules!r} means nothing to optim={name!r}: leave it out"
+        )
     if steps_in_backward(name):
         settings = {
             "max_grad_norm": (args.max_grad_norm, 0),

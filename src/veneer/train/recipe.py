@@ -20,6 +20,7 @@ PLACES = (("data", "train"), ("data", "eval"), ("model", "source"))  # keys that
 _ELSEWHERE = {
     "output_dir": "at the top, as output",
     "seed": "at the top, as seed",
+    "resume_from_checkpoint": "as veneer train --resume, which goes on from the last one",
     "assistant_only_loss": "as data.train_on (answers or everything)",
     "completion_only_loss": "as data.train_on (answers or everything)",
 }
@@ -91,7 +92,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """What the file of a recipe holds, with overrides on top, as `load_recipe` reads it; no value is checked yet."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = _load_yaml(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
         raise ConfigError(f"the recipe {path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -105,6 +106,30 @@ def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     for override in overrides:
         _override(values, override)
     return values
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise ConfigError(
+                    f"{self.name}, line {key.start_mark.line + 1}: the key {key.value} is there twice in one part; "
+                    "keep one of the two"
+                )
+            seen |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
+        return super().construct_mapping(node, deep)
+
+
+def _load_yaml(text: str, name: str) -> Any:
+    loader = _UniqueKeys(text)
+    loader.name = name
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def beside(path: Path, value: Any) -> Any:
@@ -210,7 +235,7 @@ def _override(values: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"--set {override!r} must have the form key=value, such as training.learning_rate=1e-4")
     try:
-        put(values, key, yaml.safe_load(text))
+        put(values, key, _load_yaml(text, "the value"))
     except ConfigError as error:
         raise ConfigError(f"--set {override!r}: {error}") from error
     except yaml.YAMLError as error:

@@ -15,6 +15,7 @@ from veneer.errors import ConfigError, DiskError
 from veneer.model.prepare import prepare_model_for_kbit_training
 from veneer.store.quantization import BitsAndBytesConfig
 from veneer.store.source import load_model, load_tokenizer
+from veneer.train.adapter_part import FULL
 from veneer.train.checkpoint import write_json
 from veneer.train.data import RowReader, load_rows, split_off
 from veneer.train.encode import IGNORED, Encoder, kind_of
@@ -24,6 +25,7 @@ from veneer.train.report import draw_loss, environment
 from veneer.train.trainer import SFTTrainer
 
 RUN_FILE = "run.json"
+ADAPTER, MODEL = "adapter", "model"  # the folders that a run saves
 Tell = Callable[[str], None]
 
 
@@ -92,8 +94,8 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, tell: Tell = lambda line
 
 
 def require_fresh(output: Path, resume: bool) -> None:
-    """Make the folder. Raises ConfigError where a new run would be mixed up with one that is there, DiskError where it
-    cannot be made.
+    """Make the folder. Raises ConfigError where a new run would be mixed up with one that is there, or would write over
+    what it saved, DiskError where it cannot be made.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -103,6 +105,11 @@ def require_fresh(output: Path, resume: bool) -> None:
         raise ConfigError(
             f"{output} holds the checkpoints of a run: continue it with --resume, or choose another output "
             "(--set output=…)"
+        )
+    saved = [name for name in (ADAPTER, MODEL) if (output / name).exists()]
+    if not resume and saved:
+        raise ConfigError(
+            f"{output} holds the {saved[0]} that a run saved: choose another output (--set output=…), or move it away"
         )
 
 
@@ -125,7 +132,7 @@ def carry_out(
     }
     if trainer.eval_dataset is not None:
         results |= {key: value for key, value in trainer.evaluate().items() if key.startswith("eval_")}
-    saved = output / ("model" if recipe.method == "full" else "adapter")
+    saved = output / (MODEL if recipe.method == FULL else ADAPTER)
     trainer.save_model(str(saved))
     history = trainer.state.log_history
     draw_loss(history, output / "loss.png")

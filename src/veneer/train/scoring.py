@@ -131,7 +131,8 @@ def _continued(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], ans
     ids = torch.tensor([[*[pad or 0] * (width - len(p)), *p] for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     stop = {"stop_strings": list(answering.stop), "tokenizer": tokenizer} if answering.stop else {}
-    plain = {"temperature": None, "top_p": None, "top_k": None}  # a checkpoint's own would be warned about
+    # A checkpoint may bring its own: the first three would be warned about, the others choose another answer.
+    plain = {"temperature": None, "top_p": None, "top_k": None, "repetition_penalty": 1.0, "num_beams": 1}
     output = model.generate(
         input_ids=ids,
         attention_mask=mask,

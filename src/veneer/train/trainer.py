@@ -78,6 +78,7 @@ class SFTTrainer(ResumableTrainer):
         formatting_func: Callable[[dict[str, Any]], str] | None = None,
     ) -> None:
         args = copy.copy(as_sft_config(args, "trainer_output"))
+        _require_free_groups(args, optimizers)
         self.progress, self.data_digest = Progress(), None
         self._evaluated: list[torch.Tensor] = []
         # TRL refuses templates without generation markers; here they are told apart by position.
@@ -365,6 +366,14 @@ def _loaded(model: str | PreTrainedModel, args: SFTConfig, quantization_config: 
         options["quantization_config"] = quantization_config
     args.model_init_kwargs = None
     return AutoModelForCausalLM.from_pretrained(model, **options)
+
+
+def _require_free_groups(args: SFTConfig, optimizers: tuple[Any, Any]) -> None:
+    if args.lora_plus is not None and optimizers[0] is not None:
+        raise ConfigError(
+            f"lora_plus={args.lora_plus} groups the parameters of an optimizer that the trainer makes, and optimizers "
+            "brings one: group it with veneer.optim.lora_plus_groups, or leave one of the two out"
+        )
 
 
 def _adapted(model: PreTrainedModel, peft_config: MethodConfig | None) -> PreTrainedModel:

@@ -170,6 +170,19 @@ def test_files_that_are_no_recipe(written, content, message):
         load_recipe(written(content))
 
 
+@pytest.mark.parametrize(
+    ("content", "override"),
+    [
+        ("training: {}\noutput: o\ntraining: {max_steps: 3}", ()),
+        ("training:\n  seed: 1\n  seed: 2", ()),
+        ("{}", ["training={max_steps: 3, max_steps: 4}"]),
+    ],
+)
+def test_a_key_that_is_there_twice(written, content, override):
+    with pytest.raises(ConfigError, match=r"line [13]: the key \w+ is there twice in one part; keep one"):
+        load_recipe(written(content), override)
+
+
 def test_a_recipe_that_is_not_there(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         load_recipe(tmp_path / "none.yaml")
@@ -183,6 +196,13 @@ def test_a_recipe_that_is_not_there(tmp_path):
         ({"data": {"train": "x", "eval_limit": 3}}, "data.eval_limit: limits the rows of data.eval"),
         ({"data": {"train": "x", "eval_limit": 3, "eval_fraction": 0.2}}, "data.eval_limit: limits the rows"),
         ({"model": {"source": "x", "double_quantization": True}}, "model.quantization is none"),
+        (
+            {"training": {"resume_from_checkpoint": "x"}},
+            "training.resume_from_checkpoint: say it as veneer train --res",
+        ),
+        ({"training": {"optim_args": "rank=3"}}, "optim_args='rank=3' means nothing to optim='adamw_torch"),
+        ({"training": {"optim": "adamw_8bit", "optim_target_modules": ["q"]}}, r"optim_target_modules=\['q'\] means"),
+        ({"training": {True: 3}}, "training.True: unknown key"),
         (
             {"model": {"source": "x", "quantization": "int8", "double_quantization": False}},
             "model.double_quantization: read for nf4 and fp4 alone, and model.quantization is int8",

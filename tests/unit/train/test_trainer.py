@@ -313,17 +313,30 @@ def test_an_adapter_on_the_output_head_is_trained(tmp_path, tokenizer, make_mode
     assert logged(trainer)[-1] < logged(trainer)[0]
 
 
-def test_dynamic_fine_tuning_weighs_by_probability(tmp_path, tokenizer, make_model):
+def test_lora_plus_cannot_group_an_optimizer_that_is_given(tmp_path, tokenizer, make_model):
+    model = get_peft_model(make_model(), LoraConfig(**LORA))
+    given = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with pytest.raises(ConfigError, match=r"lora_plus=7 groups .* optimizers brings one"):
+        trainer_of(model, tokenizer, config(tmp_path, lora_plus=7), optimizers=(given, None), peft_config=None)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_dynamic_fine_tuning_weighs_by_probability(tmp_path, tokenizer, make_model, smoothing):
     model = make_model()
-    args = config(tmp_path, loss_type="dft", max_steps=1, train_sampling_strategy="sequential")
+    args = config(
+        tmp_path, loss_type="dft", max_steps=1, train_sampling_strategy="sequential", label_smoothing_factor=smoothing
+    )
     trainer = trainer_of(model, tokenizer, args, text_data(2))
-    logp = []
+    logp, spread = [], []
     with torch.no_grad():
         for text in TEXTS[:2]:
             ids = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
-            logp.append(model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None]).flatten())
+            every = model(ids).logits.log_softmax(-1)[0, :-1]
+            logp.append(every.gather(1, ids[0, 1:, None]).flatten())
+            spread.append(every.mean(dim=-1))
     trainer.train()
-    expected = -(torch.cat(logp) * torch.cat(logp).exp()).mean().item()
+    smoothed = (1 - smoothing) * torch.cat(logp) + smoothing * torch.cat(spread)
+    expected = -(smoothed * torch.cat(logp).exp()).mean().item()
     assert logged(trainer) == [pytest.approx(expected, rel=1e-5)]
 
 
@@ -341,6 +354,14 @@ def test_the_description_names_modules_counts_and_precision(tmp_path, tokenizer,
         ({"packing": True, "max_length": None}, "needs max_length"),
         ({"max_length": 1}, "leaves nothing to predict"),
         ({"loss_type": "mse"}, "must be 'nll' or 'dft'"),
+        ({"max_steps": 0}, "max_steps=0 must be at least 1, or -1"),
+        ({"num_train_epochs": -1}, "num_train_epochs=-1 must be at least 0"),
+        ({"learning_rate": -0.1}, "learning_rate=-0.1 must be at least 0"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1 must be at least 0"),
+        ({"label_smoothing_factor": 1.0}, "label_smoothing_factor=1.0 must be at least 0 and below 1"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0 must be at least 1"),
+        ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size=0 must be at least 1"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0 must be at least 1"),
     ],
 )
 def test_settings_that_do_not_go_together(tmp_path, changes, message):
