@@ -110,6 +110,6 @@ def _new_codes(model: nn.Module, names: tuple[str, ...]) -> dict[str, tuple[dict
 def _merged_codes(path: str, layer: AdaptedSite, names: tuple[str, ...]) -> tuple[dict[str, Tensor], Survival]:
     """Quantized from the sum as it is before any rounding to 16 bits."""
     coded = cast(QuantLinear, layer)
-    wanted, _ = layer.folded_weight(names)
+    wanted, _ = layer.folded_weight(names, torch.float32)
     parts = coded.spec.quantize(wanted)
     return parts, survival(path, wide(coded.frozen_format()), wanted, wide(coded.spec.bind(parts)))

@@ -31,4 +31,4 @@ def drop_and_rescale(
     """Each entry kept with probability ``density`` and divided by it, so that the expectation stays (DARE: Yu et al.
     2024, arXiv:2311.03099, section 3.1, with drop rate p = 1 - density)."""
     mask = torch.rand(update.shape, generator=generator, device="cpu").to(update.device) < density
-    return update * mask / density
+    return (update * mask).div_(density)

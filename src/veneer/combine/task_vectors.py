@@ -74,16 +74,20 @@ def merge_task_vectors(
     mergekit brings the sum of magnitudes back to what it was.
     """
     wide = torch.promote_types(base.dtype, torch.float32)
-    vectors = [_sparsified(t.to(wide) - base.to(wide), plan, generator) for t in tuned]
+    vectors = (_sparsified(_difference(t, base, wide), plan, generator) for t in tuned)
     if plan.how in ("ties", "dare_ties"):
-        change = elect_and_merge(vectors, weights, plan.vote, "weights" if plan.divides else "none")
-    else:
-        change = torch.zeros_like(vectors[0])
-        for weight, vector in zip(weights, vectors, strict=True):
-            change.add_(vector, alpha=weight)
+        change = elect_and_merge(list(vectors), weights, plan.vote, "weights" if plan.divides else "none")
+    else:  # one vector at a time in memory
+        change = torch.zeros_like(base, dtype=wide)
+        for weight in weights:
+            change.add_(next(vectors), alpha=weight)
         if plan.divides:
             change /= _divisor(weights)
-    return (base.to(wide) + change * plan.scale).to(base.dtype)
+    return change.mul_(plan.scale).add_(base).to(base.dtype)
+
+
+def _difference(tuned: Tensor, base: Tensor, dtype: torch.dtype) -> Tensor:
+    return tuned.to(dtype, copy=True).sub_(base)
 
 
 def _sparsified(vector: Tensor, plan: TaskVectors, generator: torch.Generator | None) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 Vote = Literal["total", "frequency"]
 Divisor = Literal["count", "weights", "none"]
+BLOCK_VALUES = 1 << 20  # entries are elected apart: what is computed on the way need not be as large as an update
 
 
 def elect_and_merge(
@@ -29,14 +30,27 @@ def elect_and_merge(
     that they do not set the size. With all weights at one both are the same. "none" lets the weights vote and divides
     by nothing.
     """
-    ballots = updates if divisor == "count" else [u * w for u, w in zip(updates, weights, strict=True)]
+    merged = torch.empty_like(updates[0], memory_format=torch.contiguous_format)
+    flat = [update.flatten() for update in updates]
+    for start in range(0, merged.numel(), BLOCK_VALUES):
+        at = slice(start, start + BLOCK_VALUES)
+        merged.view(-1)[at] = _elect([update[at] for update in flat], weights, vote, divisor)
+    return merged
+
+
+def _elect(updates: Sequence[Tensor], weights: Sequence[float], vote: Vote, divisor: Divisor) -> Tensor:
+    def ballot(update: Tensor, weight: float) -> Tensor:
+        return update if divisor == "count" else update * weight
+
     votes = torch.zeros_like(updates[0])
-    for ballot in ballots:
-        votes += ballot.sign() if vote == "frequency" else ballot
+    for update, weight in zip(updates, weights, strict=True):
+        cast = ballot(update, weight)
+        votes += cast.sign() if vote == "frequency" else cast
     positive = votes >= 0
     merged, share = torch.zeros_like(votes), torch.zeros_like(votes)
-    for update, ballot, weight in zip(updates, ballots, weights, strict=True):
-        agrees = torch.where(positive, ballot > 0, ballot < 0)
+    for update, weight in zip(updates, weights, strict=True):
+        cast = ballot(update, weight)
+        agrees = torch.where(positive, cast > 0, cast < 0)
         merged.add_(update * agrees, alpha=weight)
         share.add_(agrees, alpha=1.0 if divisor == "count" else weight)
     return merged if divisor == "none" else merged / torch.where(share != 0, share, 1.0)

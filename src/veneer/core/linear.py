@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
@@ -11,6 +12,8 @@ from torch import Tensor
 from veneer.core.frozen import FrozenWeight
 from veneer.core.records import LinearDelta
 from veneer.errors import CompositionError
+
+BLOCK_VALUES = 1 << 18
 
 
 def apply_linear(
@@ -122,9 +125,34 @@ def scaled(x: Float[Tensor, "*batch i"], scale: Float[Tensor, "*#batch i"] | Non
 
 
 def fold_linear(
-    delta: LinearDelta, weight: Float[Tensor, "*experts o i"], bias: Float[Tensor, " o"] | None = None
+    delta: LinearDelta,
+    weight: Float[Tensor, "*experts o i"],
+    bias: Float[Tensor, " o"] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Float[Tensor, "*experts o i"], Float[Tensor, " o"] | None]:
-    """``diag(out_scale) (W + scale B A) diag(in_scale)`` and the bias, in W's dtype, computed in at least float32."""
+    """``diag(out_scale) (W + scale B A) diag(in_scale)`` and the bias, in ``dtype`` (None: W's).
+
+    Computed in at least float32, and outside of autograd a block of rows at a time, so that nothing but the result is
+    as large as W.
+    """
+    dtype = dtype or weight.dtype
+    if torch.is_grad_enabled() or weight.numel() <= BLOCK_VALUES:
+        folded = _fold(delta, weight).to(dtype)
+    else:
+        folded = torch.empty_like(weight, dtype=dtype)
+        for rows in row_blocks(weight):
+            folded[rows] = _fold(_of_rows(delta, rows), weight[rows])
+    new_bias = bias if delta.bias is None else delta.bias
+    return folded, None if new_bias is None else new_bias.to(dtype)
+
+
+def row_blocks(weight: Float[Tensor, "n *rest"]) -> list[slice]:
+    """The rows of a weight (its experts, where they are stacked) in blocks of about `BLOCK_VALUES` values."""
+    n_rows = max(1, BLOCK_VALUES // max(1, weight[0].numel()))
+    return [slice(start, start + n_rows) for start in range(0, weight.shape[0], n_rows)]
+
+
+def _fold(delta: LinearDelta, weight: Tensor) -> Tensor:
     wide = torch.promote_types(weight.dtype, torch.float32)
     folded = weight.to(wide)
     if delta.a is not None and delta.b is not None:
@@ -133,8 +161,18 @@ def fold_linear(
         folded = folded * delta.in_scale.to(wide)
     if delta.out_scale is not None:
         folded = folded * delta.out_scale.to(wide)[:, None]
-    new_bias = bias if delta.bias is None else delta.bias
-    return folded.to(weight.dtype), None if new_bias is None else new_bias.to(weight.dtype)
+    return folded
+
+
+def _of_rows(delta: LinearDelta, rows: slice) -> LinearDelta:
+    """What the record is to some rows of the weight, or to some of its experts."""
+    stacked = delta.a is not None and delta.a.ndim > 2
+    return replace(
+        delta,
+        a=delta.a[rows] if delta.a is not None and stacked else delta.a,
+        b=None if delta.b is None else delta.b[rows],
+        out_scale=None if delta.out_scale is None else delta.out_scale[rows],
+    )
 
 
 def compose_linear(deltas: Sequence[LinearDelta], bias: Float[Tensor, " o"] | None = None) -> LinearDelta:

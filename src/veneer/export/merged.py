@@ -78,8 +78,9 @@ def merge_checkpoint(
     with CheckpointWriter(
         output, plan.specs, max_shard_bytes=options.max_shard_bytes, overwrite=options.overwrite
     ) as writer:
-        for done, (name, tensor) in enumerate(_results(weights, changed, plan)):
-            writer.write(name, tensor.to(plan.specs[name][0]))
+        folded: dict[tuple[str, str], Tensor] = {}
+        for done, name in enumerate(plan.specs):  # nothing here may hold on to a tensor while the next one is made
+            writer.write(name, _result(name, weights, changed, plan, folded), convert=True)
             on_progress(done + 1, len(plan.specs))
         copy_companions([folder, adapter], writer.staging)
         _write_config(folder, writer.staging, plan)
@@ -152,17 +153,20 @@ def _plan(weights: BaseWeights, changed: dict[str, Adapted], dtype: torch.dtype 
     return _Plan(specs, placed, untied, dtype)
 
 
-def _results(weights: BaseWeights, changed: dict[str, Adapted], plan: _Plan) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of the result in the order of the plan, one module's at a time in memory."""
-    folded: dict[tuple[str, str], Tensor] = {}
-    for name in plan.specs:
-        if name not in plan.owners:
-            yield name, weights.read_stored(name)
-            continue
-        path, key = plan.owners[name]
-        if (path, key) not in folded:
-            folded |= {(path, k): value for k, value in _fold(path, changed[path], weights).items()}
-        yield name, folded.pop((path, key))
+def _result(
+    name: str,
+    weights: BaseWeights,
+    changed: dict[str, Adapted],
+    plan: _Plan,
+    folded: dict[tuple[str, str], Tensor],
+) -> Tensor:
+    """A tensor of the result; ``folded`` keeps what folding a module made of its other tensors until they are due."""
+    if name not in plan.owners:
+        return weights.read_stored(name)
+    path, key = plan.owners[name]
+    if (path, key) not in folded:
+        folded |= {(path, k): value for k, value in _fold(path, changed[path], weights).items()}
+    return folded.pop((path, key))
 
 
 @torch.no_grad()

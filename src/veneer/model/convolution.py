@@ -54,10 +54,10 @@ class AdaptedConvolution(AdaptedSite):
         matrix = DenseWeight(kernel) if shape.groups == 1 else BlockDiagonalWeight(kernel, shape.groups)
         return replace(shape, has_bias=bias is not None, weight=matrix, bias=bias, row_sq=self._row_sq)
 
-    def folded_weight(self, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+    def folded_weight(self, names: Sequence[str], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         site = self.site(names)
         if site.groups == 1:
-            return super().folded_weight(names)
+            return super().folded_weight(names, dtype)
         present = [name for name in names if name in self.adapters]
         record = self.composed(present, site)
         if record.rank:
@@ -69,8 +69,8 @@ class AdaptedConvolution(AdaptedSite):
         wide = kernel.to(torch.promote_types(kernel.dtype, torch.float32))
         if record.in_scale is not None:
             wide = wide * column_blocks(record.in_scale, len(wide), site.groups)
-        folded, bias = fold_linear(replace(record, in_scale=None), wide, site.bias)
-        return folded, None if bias is site.bias else bias
+        folded, bias = fold_linear(replace(record, in_scale=None), wide, site.bias, dtype)
+        return folded, None if record.bias is None else bias
 
     def stored(self, weight: Tensor) -> Tensor:
         return weight.reshape(self._kernel_shape)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from veneer.core.frozen import FrozenWeight
-from veneer.core.linear import apply_linear, apply_linear_sum, compose_linear, fold_linear
+from veneer.core.linear import apply_linear, apply_linear_sum, compose_linear, fold_linear, row_blocks
 from veneer.core.method import LinearMethod
 from veneer.core.records import LinearDelta
 from veneer.core.rows import apply_linear_rows
@@ -87,8 +87,8 @@ class AdaptedSite(Adapted):
         values = super().folded(names)
         present = [name for name in names if name in self.adapters]
         if present:
-            folded, bias = self.folded_weight(names)
-            values["weight"] = self.stored(folded).to(self.folded_dtype(names))
+            folded, bias = self.folded_weight(names, self.folded_dtype(names))
+            values["weight"] = self.stored(folded)
             if bias is not None:
                 values["bias"] = bias.to(values["weight"].dtype)
         return values
@@ -100,12 +100,13 @@ class AdaptedSite(Adapted):
             return own.dtype
         return cast(FrozenWeight, self.site(names).weight).dense().dtype
 
-    def folded_weight(self, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-        """W (o, i) with these adapters folded in, in at least float32, and the bias where they change it."""
+    def folded_weight(self, names: Sequence[str], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """W (o, i) with these adapters folded in, rounded once to ``dtype``, and the bias where they change it."""
         site = self.site(names)
         present = [name for name in names if name in self.adapters]
-        folded, bias = fold_linear(self.composed(present, site), wide(cast(FrozenWeight, site.weight)), site.bias)
-        return folded, None if bias is site.bias else bias
+        delta = self.composed(present, site)
+        folded, bias = fold_linear(delta, unrounded(cast(FrozenWeight, site.weight)), site.bias, dtype)
+        return folded, None if delta.bias is None else bias
 
     def stored(self, weight: Tensor) -> Tensor:
         """A matrix W (o, i) in the layout of the module's own parameter."""
@@ -116,7 +117,7 @@ class AdaptedSite(Adapted):
         cached = self.__dict__.get("_row_sq_cache")
         if cached is None or "weight" in type(self).swapped:
             weight = cast(FrozenWeight, self.site(self.adapter_state.acting()).weight)
-            cached = self.__dict__["_row_sq_cache"] = wide(weight).square().sum(dim=1)
+            cached = self.__dict__["_row_sq_cache"] = _row_squares(unrounded(weight))
         return cast(Tensor, cached)
 
     def forget(self) -> None:
@@ -244,6 +245,17 @@ class AdaptedLinear(AdaptedSite):
 def wide(weight: FrozenWeight) -> Tensor:
     """The weight as a matrix in at least float32."""
     return weight.dense(torch.promote_types(weight.dense().dtype, torch.float32))
+
+
+def unrounded(weight: FrozenWeight) -> Tensor:
+    """The weight as a matrix that has lost nothing: as it is where it is dense, in at least float32 from codes."""
+    return weight.dense() if isinstance(weight, DenseWeight) else wide(weight)
+
+
+def _row_squares(matrix: Tensor) -> Tensor:
+    """Squared norms of the rows, in at least float32, without a copy of the matrix."""
+    dtype = torch.promote_types(matrix.dtype, torch.float32)
+    return torch.cat([matrix[rows].to(dtype).square().sum(dim=1) for rows in row_blocks(matrix)])
 
 
 def is_linear(module: nn.Module) -> bool:

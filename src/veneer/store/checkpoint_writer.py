@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from io import FileIO
 from pathlib import Path
@@ -26,6 +26,7 @@ from veneer.store.safetensors_file import header_bytes
 
 Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 DEFAULT_SHARD_BYTES = 5_000_000_000
+PIECE_VALUES = 1 << 18
 
 
 class CheckpointWriter:
@@ -65,20 +66,22 @@ class CheckpointWriter:
             self._closing = stack.pop_all()
         return self
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Put one tensor where it belongs."""
+    def write(self, name: str, tensor: Tensor, *, convert: bool = False) -> None:
+        """Put one tensor where it belongs; ``convert`` gives it the dtype announced, without a second one as large."""
         if name not in self._missing:
             what = "was written already" if name in self._specs else "is not among the tensors announced"
             raise FormatError(f"tensor {name!r} {what}")
-        if (tensor.dtype, tuple(tensor.shape)) != self._specs[name]:
-            dtype, shape = self._specs[name]
+        dtype, shape = self._specs[name]
+        if tuple(tensor.shape) != shape or (tensor.dtype != dtype and not convert):
             raise FormatError(
                 f"tensor {name!r} was announced as {dtype} {shape} and is {tensor.dtype} {tuple(tensor.shape)}"
             )
         file = self._files[self._shard_of[name]]
         with self._disk_errors_told():
             file.seek(self._starts[name])
-            _write_all(file, tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            for piece in _pieces(tensor.detach()):
+                values = piece.to("cpu", dtype).contiguous()
+                _write_all(file, values.reshape(-1).view(torch.uint8).numpy().data)
         self._missing.discard(name)
 
     def __exit__(
@@ -149,6 +152,13 @@ def plan_shards(specs: Specs, max_shard_bytes: int) -> dict[str, list[str]]:
 def _nbytes(spec: tuple[torch.dtype, tuple[int, ...]]) -> int:
     dtype, shape = spec
     return torch.Size(shape).numel() * dtype.itemsize
+
+
+def _pieces(tensor: Tensor) -> Sequence[Tensor]:
+    """The tensor in parts of its first dimension that are small enough to be converted or laid out anew."""
+    if tensor.ndim == 0 or tensor.numel() <= PIECE_VALUES:
+        return (tensor,)
+    return torch.split(tensor, max(1, PIECE_VALUES * len(tensor) // tensor.numel()))
 
 
 def _write_all(file: FileIO, data: memoryview) -> None:

@@ -1,8 +1,11 @@
 """Applying, folding and composing linear records, against closed forms."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from veneer.core import linear
 from veneer.core.frozen import FrozenWeight
 from veneer.core.linear import apply_embedding, apply_linear, apply_linear_sum, compose_linear, fold_linear, row_norms
 from veneer.core.records import LinearDelta
@@ -98,6 +101,22 @@ def test_folding_computes_wider_than_it_stores():
     exact = w16.double() + 0.7 * delta.b.double() @ delta.a.double()
     assert torch.equal(folded, exact.float().bfloat16())
     assert torch.equal(bias, C.bfloat16())
+
+
+@pytest.mark.parametrize("n_values", [1, 23, 10**6])
+def test_folding_outside_of_autograd_goes_block_by_block(monkeypatch, n_values):
+    """The rows of a matrix, the experts of a stack: the same result as all at once."""
+    factors = low_rank(2, 1.7)
+    of_rows = replace(factors, in_scale=normal(IN), out_scale=normal(OUT))
+    of_experts = LinearDelta(a=normal(3, 2, IN), b=normal(3, OUT, 2), scale=0.3)
+    for delta, weight in ((of_rows, W), (of_rows, W.T.contiguous().T), (of_experts, torch.stack([W, 3 * W, W - 2]))):
+        whole, _ = fold_linear(delta, weight)
+        with monkeypatch.context() as patch, torch.no_grad():
+            patch.setattr(linear, "BLOCK_VALUES", n_values)
+            close(fold_linear(delta, weight)[0], whole)
+            narrow, bias = fold_linear(delta, weight, C, torch.bfloat16)
+        assert narrow.dtype == bias.dtype == torch.bfloat16
+        assert torch.equal(narrow, whole.bfloat16())
 
 
 def test_folding_gives_a_bias_where_there_was_none():

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from veneer.errors import DiskError, FormatError
+from veneer.store import checkpoint_writer
 from veneer.store.checkpoint import Checkpoint
 from veneer.store.checkpoint_writer import CheckpointWriter, plan_shards
 
@@ -72,6 +73,17 @@ def test_a_transposed_tensor_is_written_as_it_reads(tmp_path: Path) -> None:
     part = torch.arange(35.0).reshape(5, 7).T
     write(tmp_path / "out", {"t": part})
     assert torch.equal(Checkpoint.open(tmp_path / "out").read("t"), part)
+
+
+@pytest.mark.parametrize("part", [torch.arange(77.0).reshape(11, 7).T, torch.tensor(2.5), torch.ones(0, 3)])
+def test_converted_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: torch.Tensor) -> None:
+    monkeypatch.setattr(checkpoint_writer, "PIECE_VALUES", 23)
+    part = part / 3
+    with CheckpointWriter(tmp_path / "out", {"t": (torch.bfloat16, tuple(part.shape))}) as writer:
+        writer.write("t", part, convert=True)
+    read = Checkpoint.open(tmp_path / "out").read("t")
+    assert read.dtype == torch.bfloat16
+    assert torch.equal(read, part.to(torch.bfloat16))
 
 
 def test_files_beside_the_weights(tmp_path: Path) -> None:
