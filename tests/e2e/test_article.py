@@ -112,14 +112,30 @@ def test_2_four_bit_base(base: Path) -> None:
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-def test_3_prefix_tuning(base: Path) -> None:
+def test_3_prefix_tuning(base: Path, tmp_path: Path) -> None:
     prefix_config = PrefixTuningConfig(
         task_type="CAUSAL_LM",
         num_virtual_tokens=20,
         prefix_projection=True,
     )
-    model = get_peft_model(load(base), prefix_config)
-    assert model.generate(IDS, max_new_tokens=2, do_sample=False).shape == (2, 8)
+    model = get_peft_model(load(base, dtype=torch.float32), prefix_config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = model.train()(IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.2
+    assert model.eval().generate(IDS, max_new_tokens=2, do_sample=False).shape == (2, 8)
+    trained = logits(model)
+    model.save_pretrained(tmp_path / "prefix")
+    stored = load_file(tmp_path / "prefix" / "adapter_model.safetensors")
+    assert {name: tuple(t.shape) for name, t in stored.items()} == {"prompt_embeddings": (20, 2 * LAYERS * KV)}
+    theirs = peft.PeftModel.from_pretrained(load(base, dtype=torch.float32), tmp_path / "prefix")
+    torch.testing.assert_close(logits(theirs), trained, rtol=1e-4, atol=1e-4)
+    assert (trained - logits(load(base, dtype=torch.float32))).norm() > 0.1 * trained.norm()
 
 
 def test_4_ia3(base: Path) -> None:

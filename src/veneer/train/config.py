@@ -116,5 +116,5 @@ def as_sft_config(args: TrainingArguments | None, default_output: str) -> SFTCon
     if isinstance(args, SFTConfig):
         return args
     values = args.to_dict()
-    values["hub_token"] = args.hub_token  # to_dict hides it
+    values |= {key: getattr(args, key) for key in values if key.endswith("_token")}  # to_dict hides what may be secret
     return SFTConfig(**values)

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from transformers import TrainerCallback, TrainingArguments
 
@@ -170,6 +171,17 @@ def test_plain_training_arguments_are_accepted(tmp_path, tokenizer, make_model):
     trainer.train()
     assert isinstance(trainer.args, SFTConfig)
     assert trainer.args.max_steps == 1
+
+
+@pytest.mark.parametrize("eos_token", [None, "<end>"])
+def test_settings_of_trl_are_accepted_with_the_tokens_that_they_name(tmp_path, tokenizer, make_model, eos_token):
+    args = trl.SFTConfig(
+        str(tmp_path), max_steps=1, use_cpu=True, report_to="none", save_strategy="no", max_length=29,
+        eos_token=eos_token, hub_token="secret",
+    )  # fmt: skip
+    trainer = trainer_of(make_model(), tokenizer, args)
+    trainer.train()
+    assert (trainer.args.eos_token, trainer.args.hub_token, trainer.args.max_length) == (eos_token, "secret", 29)
 
 
 def test_gradients_are_clipped(tmp_path, tokenizer, make_model):
