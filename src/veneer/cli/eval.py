@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from veneer.cli import loading
+from veneer.train.terminal import draws_bars
 
 if TYPE_CHECKING:
     from veneer.train.evaluate import Accuracy, Perplexity
@@ -325,7 +325,8 @@ class _Bar:
 
     def __init__(self, metric: Metric) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=Console(file=sys.stderr), transient=True)
+        console = Console(stderr=True)
+        self._progress = Progress(*columns, console=console, transient=True, disable=not draws_bars(console))
         self._task = self._progress.add_task(metric, total=None)
 
     def __enter__(self) -> OnProgress:

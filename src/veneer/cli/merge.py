@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from veneer.core.units import size
+from veneer.train.terminal import draws_bars
 
 
 def merge(
@@ -38,7 +38,8 @@ def merge(
 
     if not adapter.is_dir():
         raise ConfigError(f"no adapter {str(adapter)!r}: there is no such folder")
-    with quiet(), Progress(console=Console(file=sys.stderr), transient=True) as progress:
+    console = Console(stderr=True)
+    with quiet(), Progress(console=console, transient=True, disable=not draws_bars(console)) as progress:
         task = progress.add_task("merging", total=None)
         report = merge_checkpoint(
             base,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from veneer.core.units import size
+from veneer.train.terminal import draws_bars
 
 
 def merge_models(
@@ -60,7 +60,8 @@ def merge_models(
         seed=seed,
     )
     pairs = list(zip(models, weights_of(weights, len(models)), strict=True))
-    with Progress(console=Console(file=sys.stderr), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not draws_bars(console)) as progress:
         task = progress.add_task("merging", total=None)
         n_bytes = combine_checkpoints(
             base,

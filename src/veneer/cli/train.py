@@ -14,6 +14,7 @@ from rich.console import Console
 
 from veneer.core.units import duration
 from veneer.errors import ConfigError
+from veneer.train.terminal import draws_bars
 
 if TYPE_CHECKING:
     from veneer.train.recipe import Recipe
@@ -47,10 +48,13 @@ def train(
         return
     if recipe is None:
         raise ConfigError("veneer train needs a recipe: `veneer train --print-recipe > recipe.yaml` writes one to edit")
-    from veneer.train.recipe import parse_recipe, read_values
-    from veneer.train.sweep_recipe import PART, parse_sweep
+    from veneer.train.recipe import parse_recipe, read_values, refuse_early
 
     values = read_values(recipe, overrides or [])
+    if "sweep" not in values:
+        refuse_early(values, str(recipe))
+    from veneer.train.sweep_recipe import PART, parse_sweep
+
     sweep = parse_sweep(values, recipe) if PART in values else None
     wanted = parse_recipe(values, str(recipe)) if sweep is None else sweep.members[0].recipe
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
@@ -70,8 +74,6 @@ def train(
 def _rows_counted_in_terminals() -> Iterator[None]:
     """Encoding many rows takes minutes, so a terminal shows the bars of datasets; a file or a pipe does not."""
     import datasets
-
-    from veneer.train.display import draws_bars
 
     if datasets.are_progress_bars_disabled() or draws_bars(Console(stderr=True)):
         yield

@@ -14,8 +14,8 @@ from veneer.core.method import MethodConfig
 from veneer.methods import all_methods
 from veneer.methods.lora import LoraConfig, variant_switches
 from veneer.train.keys import missing, nearest, typed
+from veneer.train.recipe import FULL, method_of
 
-FULL = "full"
 FULL_LEARNING_RATE = 2e-5
 
 
@@ -36,11 +36,6 @@ def named_methods() -> dict[str, NamedMethod]:
 def method_names() -> list[str]:
     """All that ``adapter.method`` may be: LoRA first, ``full`` last."""
     return ["lora", *sorted(named_methods().keys() - {"lora"}), FULL]
-
-
-def method_of(adapter: Mapping[str, Any]) -> str:
-    """The name of the method in an ``adapter`` part."""
-    return str(adapter.get("method", "lora"))
 
 
 def adapter_problems(adapter: Mapping[str, Any]) -> list[str]:

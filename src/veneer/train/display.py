@@ -13,13 +13,9 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from veneer.core.units import duration
+from veneer.train.terminal import draws_bars
 
 _NOT_SHOWN = ("_runtime", "_per_second", "_preparation_time")
-
-
-def draws_bars(console: Console) -> bool:
-    """Whether the console is a terminal that can redraw a line."""
-    return console.is_terminal and not console.is_dumb_terminal
 
 
 class RunDisplay(TrainerCallback):  # type: ignore[misc]

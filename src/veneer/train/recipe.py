@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from veneer.core.method import MethodConfig
 from veneer.errors import ConfigError
-from veneer.train.adapter_part import FULL, adapter_config, adapter_problems, method_of, usual_learning_rate
-from veneer.train.config import SFTConfig
 from veneer.train.keys import nearest, typed
-from veneer.train.optimizer import steps_in_backward
 
+# What needs torch or transformers is imported where it is used: a wrong recipe is told before seconds of imports.
+if TYPE_CHECKING:
+    from veneer.core.method import MethodConfig
+    from veneer.train.config import SFTConfig
+
+FULL = "full"
 PLACES = (("data", "train"), ("data", "eval"), ("model", "source"))  # keys that may name a file
 _ELSEWHERE = {
     "output_dir": "at the top, as output",
@@ -72,10 +76,14 @@ class Recipe(_Part):
 
     def adapter_config(self) -> MethodConfig | None:
         """The config of the adapter; None where the whole model is trained."""
+        from veneer.train.adapter_part import adapter_config
+
         return adapter_config(self.adapter)
 
     def sft_config(self, **changes: Any) -> SFTConfig:
         """The settings of the trainer, the recipe's defaults filled in."""
+        from veneer.train.config import SFTConfig
+
         given = typed(SFTConfig, self.training, [])
         return SFTConfig(output_dir=self.output, seed=self.seed, **{**_defaults(self), **given, **changes})
 
@@ -139,16 +147,10 @@ def beside(path: Path, value: Any) -> Any:
 
 def parse_recipe(values: Mapping[str, Any], name: str = "recipe") -> Recipe:
     """A recipe from plain values. Raises ConfigError with all problems at once."""
-    problems: list[str] = []
-    recipe = None
-    try:
-        recipe = Recipe.model_validate(values)
-    except ValidationError as error:
-        problems += [_told(dict(e)) for e in error.errors()]
-    for check in (_model_problems, _adapter_problems, _training_problems, _data_problems):
-        problems += check(values)
-    if recipe is None or problems:
+    problems = [*_shape_problems(values), *_adapter_problems(values), *_training_problems(values)]
+    if problems:
         raise ConfigError(f"{name}: " + "; ".join(problems))
+    recipe = Recipe.model_validate(values)
     for build in (recipe.adapter_config, recipe.sft_config):
         try:
             build()
@@ -157,6 +159,42 @@ def parse_recipe(values: Mapping[str, Any], name: str = "recipe") -> Recipe:
     if problems:
         raise ConfigError(f"{name}: " + "; ".join(problems))
     return recipe
+
+
+def refuse_early(values: Mapping[str, Any], name: str = "recipe") -> None:
+    """Raise what `parse_recipe` would, where that can be known without importing torch and transformers.
+
+    Something is wrong outside of ``adapter`` and ``training``, and these hold nothing but keys of the commented recipe
+    with values of its types, so that all problems are known.
+    """
+    problems = _shape_problems(values)
+    if problems and _is_usual(values):
+        raise ConfigError(f"{name}: " + "; ".join(problems))
+
+
+def method_of(adapter: Mapping[str, Any]) -> str:
+    """The name of the method in an ``adapter`` part."""
+    return str(adapter.get("method", "lora"))
+
+
+def _is_usual(values: Mapping[str, Any]) -> bool:
+    text = (resources.files("veneer.train") / "recipe.yaml").read_text(encoding="utf-8")
+    usual = yaml.safe_load(re.sub(r"^( +)# (\w+: )", r"\1\2", text, flags=re.M))  # keys that are commented out too
+    return method_of(_section(values, "adapter")) == "lora" and all(
+        key in usual[part] and type(value) is type(usual[part][key])
+        for part in ("adapter", "training")
+        for key, value in _section(values, part).items()
+    )
+
+
+def _shape_problems(values: Mapping[str, Any]) -> list[str]:
+    """All that is wrong but in ``adapter`` and ``training``."""
+    found = []
+    try:
+        Recipe.model_validate(values)
+    except ValidationError as error:
+        found = [_told(dict(e)) for e in error.errors()]
+    return [*found, *_model_problems(values), *_data_problems(values)]
 
 
 def _section(values: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -173,6 +211,8 @@ def _model_problems(values: Mapping[str, Any]) -> list[str]:
 
 
 def _adapter_problems(values: Mapping[str, Any]) -> list[str]:
+    from veneer.train.adapter_part import adapter_problems
+
     given = _section(values, "adapter")
     found = adapter_problems(given)
     quantization = _section(values, "model").get("quantization", "none")
@@ -182,6 +222,8 @@ def _adapter_problems(values: Mapping[str, Any]) -> list[str]:
 
 
 def _training_problems(values: Mapping[str, Any]) -> list[str]:
+    from veneer.train.config import SFTConfig
+
     given = _section(values, "training")
     found = [f"training.{key}: say it {where}" for key, where in _ELSEWHERE.items() if key in given]
     typed(SFTConfig, {key: value for key, value in given.items() if key not in _ELSEWHERE}, found, "training.")
@@ -201,6 +243,9 @@ def _data_problems(values: Mapping[str, Any]) -> list[str]:
 
 
 def _defaults(recipe: Recipe) -> dict[str, Any]:
+    from veneer.train.adapter_part import usual_learning_rate
+    from veneer.train.optimizer import steps_in_backward
+
     evaluates = recipe.data.eval is not None or recipe.data.eval_fraction > 0
     return {
         "learning_rate": usual_learning_rate(recipe.adapter),

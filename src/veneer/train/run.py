@@ -15,12 +15,11 @@ from veneer.errors import ConfigError, DiskError
 from veneer.model.prepare import prepare_model_for_kbit_training
 from veneer.store.quantization import BitsAndBytesConfig
 from veneer.store.source import load_model, load_tokenizer
-from veneer.train.adapter_part import FULL
 from veneer.train.checkpoint import write_json
 from veneer.train.data import RowReader, load_rows, split_off
 from veneer.train.encode import IGNORED, Encoder, kind_of
 from veneer.train.prepare import digest, encode_all
-from veneer.train.recipe import DataPart, ModelPart, Recipe
+from veneer.train.recipe import FULL, DataPart, ModelPart, Recipe
 from veneer.train.report import draw_loss, environment
 from veneer.train.trainer import SFTTrainer
 

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import ConfigError
-from veneer.train.adapter_part import FULL
 from veneer.train.keys import nearest
 from veneer.train.optimizer import steps_in_backward
-from veneer.train.recipe import PLACES, Recipe, beside, parse_recipe, put
+from veneer.train.recipe import FULL, PLACES, Recipe, beside, parse_recipe, put
 
 PART = "sweep"
 _KEYS = ("members", "grid")

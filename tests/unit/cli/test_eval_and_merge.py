@@ -121,3 +121,16 @@ def test_what_cannot_be_merged_is_one_message(
         result = veneer("merge", "--base", base, "--adapter", adapter, "-o", tmp_path / "out")
         assert (result.exit_code, message in result.stderr) == (2, True), result.output
         assert not (tmp_path / "out").exists()
+
+
+def test_a_pipe_gets_results_alone(
+    veneer: Veneer, model_folder: Path, adapter_folder: Path, tmp_path: Path, data: Path
+) -> None:
+    commands = [
+        ("eval", model_folder, "-d", data, "-m", "labels"),
+        ("merge", "--base", model_folder, "--adapter", adapter_folder, "-o", tmp_path / "merged"),
+        ("merge-models", model_folder, tmp_path / "merged", "-o", tmp_path / "both"),
+    ]
+    for command in commands:
+        result = veneer(*command)
+        assert (result.exit_code, result.stderr) == (0, ""), result.output

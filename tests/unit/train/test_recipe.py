@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import yaml
 
@@ -7,7 +10,7 @@ from veneer.methods.ia3 import IA3Config
 from veneer.methods.lora import LoraConfig
 from veneer.train.adapter_part import method_names
 from veneer.train.commented_recipe import commented_recipe
-from veneer.train.recipe import load_recipe, parse_recipe
+from veneer.train.recipe import load_recipe, parse_recipe, refuse_early
 
 
 def values(**changes):
@@ -212,3 +215,48 @@ def test_a_recipe_that_is_not_there(tmp_path):
 def test_a_key_that_cannot_take_effect_is_refused(changes, told):
     with pytest.raises(ConfigError, match=told):
         parse_recipe(values(**changes))
+
+
+USUAL = {"adapter": {"method": "lora", "r": 4}, "training": {"max_steps": 9, "learning_rate": 1e-4}}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"trianing": {"learning_rate": 1}},
+        {"model": {"source": "x", "quantisation": "nf4", "dtype": "int3"}, "seeds": 3, **USUAL},
+        {"data": {"train": "a", "prompt": "{q}", "eval_fraction": 2}, "output": None},
+        {"model": "x", "adapter": "lora"},
+        {"model": {"source": "x", "double_quantization": True}, **USUAL},
+    ],
+)
+def test_what_is_wrong_outside_of_adapter_and_training_is_told_early_and_whole(changes):
+    with pytest.raises(ConfigError) as whole:
+        parse_recipe(values(**changes))
+    with pytest.raises(ConfigError) as early:
+        refuse_early(values(**changes))
+    assert str(early.value) == str(whole.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        USUAL,
+        {"seeds": 3, "training": {"learning_rat": 1e-4}},
+        {"seeds": 3, "training": {"max_length": "long"}},
+        {"seeds": 3, "adapter": {"rr": 4}},
+        {"seeds": 3, "adapter": {"method": "ia3", "r": 4}},
+    ],
+)
+def test_nothing_is_told_early_where_there_may_be_more_to_tell(changes):
+    refuse_early(values(**changes))
+
+
+def test_a_wrong_recipe_is_told_without_importing_torch(written):
+    path = written({**values(**USUAL), "modle": {}})
+    code = "import sys; from veneer.cli.app import main; sys.argv = ['veneer', 'train', sys.argv[1]]; import atexit; "
+    code += "atexit.register(lambda: print({'torch', 'transformers'} & set(sys.modules))); main()"
+    result = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "set()\n")
+    assert result.stderr == f"error: {path}: modle: unknown key; the nearest is 'model'\n"

@@ -1,0 +1,10 @@
+"""What a stream can show."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+
+def draws_bars(console: Console) -> bool:
+    """Whether the console is a terminal that can redraw a line: no file, no pipe, no dumb terminal."""
+    return console.is_terminal and not console.is_dumb_terminal
