@@ -96,6 +96,11 @@ class PeftModel(InPlace, nn.Module):
         return cast(nn.Module, getattr(super(), "base_model", self))
 
     @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether an adapter is active and adapters are not switched off."""
+        return bool(self.adapter_state.active) and not self.adapter_state.disabled
+
+    @property
     def targeted_module_names(self) -> list[str]:
         """The paths of the modules that adapters change."""
         return list(adapted_layers(self))

@@ -81,6 +81,11 @@ def _prefix(model: nn.Module, name: str) -> tuple[PrefixAdapters, PrefixMethod]:
     if holder is None:
         raise ConfigError(f"{name!r} is no prefix adapter of this model: attach one with PrefixTuningConfig first")
     config = cast(PrefixMethod, holder.method(name))
+    if holder.sites[0].cross:
+        raise ConfigError(
+            f"{type(model).__name__} is an encoder-decoder, whose decoder has no text in front that a prefix could "
+            "start from: leave the start as it is"
+        )
     if config.has_network:
         raise ConfigError(f"an MLP makes the prefix {name!r}: only one without prefix_projection can start from text")
     return holder, config

@@ -52,12 +52,15 @@ class ResidualSite:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionSite:
-    """The key/value heads of one attention layer."""
+    """The key/value heads of one attention layer; ``cross``: it stands beside cross-attention, in the decoder of an
+    encoder-decoder.
+    """
 
     name: str
     layer: int
     kv_heads: int
     head_dim: int
+    cross: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -57,7 +57,7 @@ class PrefixTuningConfig(PrefixMethod):
             token_dim=sites[0].kv_heads * sites[0].head_dim,
             num_attention_heads=sites[0].kv_heads,
             num_layers=len(sites),
-            num_transformer_submodules=1,
+            num_transformer_submodules=2 if sites[0].cross else 1,
         )
 
     def shapes(self, sites: Sequence[AttentionSite]) -> Shapes:
@@ -85,9 +85,11 @@ class PrefixTuningConfig(PrefixMethod):
         return params
 
     def lower(self, sites: Sequence[AttentionSite], params: Params) -> tuple[PrefixDelta, ...]:
-        return unflatten_prefix(self.stored(sites, params)[STORED], sites)
+        found = unflatten_prefix(self.stored(sites, params)[STORED], sites)
+        return tuple(found[_stored_layer(sites, index)] for index in range(len(sites)))
 
     def lower_one(self, sites: Sequence[AttentionSite], params: Params, index: int) -> PrefixDelta:
+        index = _stored_layer(sites, index)
         start, width = prefix_width(sites[:index]), prefix_width(sites[index : index + 1])
         part = slice(start, start + width)
         if not self.has_network:
@@ -111,3 +113,12 @@ class PrefixTuningConfig(PrefixMethod):
 
     def disk_names(self) -> dict[str, str]:
         return NETWORK if self.has_network else {STORED: STORED}
+
+
+def _stored_layer(sites: Sequence[AttentionSite], index: int) -> int:
+    """Which stored layer a layer reads: its own, but beside cross-attention layer i of L reads 2 i mod L, as by PEFT.
+
+    PEFT repeats what is stored, takes four matrices of it for each layer, and drops the two for cross-attention: where
+    L is even, every other stored layer is read by nobody. Its files mean that.
+    """
+    return 2 * index % len(sites) if sites[index].cross else index

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from veneer.core.method import PrefixMethod
@@ -41,13 +41,17 @@ class PrefixAdapters(VirtualTokens):
         super().__init__(state, model)
         self.sites = sites
         self.layers = [site.layer for site in sites]
-        self.text_config = model.config.get_text_config(decoder=True)
-        self.handles.append(inner_model(model).register_forward_hook(self.after_forward, with_kwargs=True))
-        for module in model.modules():
+        stack = self.stack(model)
+        self.text_config = stack.config.get_text_config(decoder=True)
+        self.handles.append(stack.register_forward_hook(self.after_forward, with_kwargs=True))
+        for module in stack.modules():
             index, argument = getattr(module, "layer_idx", None), cache_name(module.forward)
             if index is not None and argument is not None and "attention" in type(module).__name__.lower():
                 hook = module.register_forward_pre_hook(_Recomputed(self, index, argument), with_kwargs=True)
                 self.handles.append(hook)
+
+    def stack(self, model: PreTrainedModel) -> PreTrainedModel:
+        return _stack(model)
 
     def records(self, name: str) -> tuple[PrefixDelta, ...]:
         """What adapter ``name`` means, layer by layer."""
@@ -79,7 +83,8 @@ class PrefixAdapters(VirtualTokens):
 
     def empty_cache(self) -> Cache:
         """A cache that has for each layer what it needs: a sliding window keeps as much as the model's mask expects."""
-        return DynamicCache(config=self.text_config)
+        own = DynamicCache(config=self.text_config)
+        return EncoderDecoderCache(own, DynamicCache(config=self.text_config)) if self.sites[0].cross else own
 
 
 class _Recomputed:
@@ -95,6 +100,8 @@ class _Recomputed:
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         front = self.holder.acting()
         if front is None or kwargs.get(self.argument) is not None or self.index not in self.holder.layers:
+            return None
+        if kwargs.get("key_value_states") is not None:  # cross-attention, whose keys are the encoder's
             return None
         hidden = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
         records = [self.record(name) for name in front.names]
@@ -127,23 +134,29 @@ def attach_prefix(
 def attention_sites(model: PreTrainedModel) -> tuple[AttentionSite, ...]:
     """The attention layers that keep keys and values, found in the cache of one short forward pass.
 
-    Raises TargetError where the model keeps none, keeps them in another form, or is an encoder-decoder.
+    Of an encoder-decoder they are those of the decoder's self-attention. Raises TargetError where the model keeps none
+    or keeps them in another form.
     """
-    argument = cache_name(model.base_model.forward)
-    if model.config.is_encoder_decoder or argument is None:
+    stack, cross = _stack(model), bool(model.config.is_encoder_decoder)
+    argument = None if stack is None else cache_name(stack.forward)
+    if argument is None:
         raise TargetError(
             f"{type(model).__name__} is not a decoder with a cache of keys and values, which a prefix goes into. "
             "Use PromptTuningConfig or LoraConfig on this model."
         )
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    config = stack.config.get_text_config(decoder=True)
+    cache = DynamicCache(config=config)
+    both = EncoderDecoderCache(cache, DynamicCache(config=config)) if cross else cache
     with evaluation(model), torch.no_grad():
-        model.base_model(**example_inputs(model), **{argument: cache}, use_cache=True)
+        model.base_model(**example_inputs(model), **{argument: both}, use_cache=True)
     found = []
     for index, layer in enumerate(cache.layers):
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if keys is not None and values is not None and keys.numel() and keys.ndim == 4 and keys.shape == values.shape:
             found.append(
-                AttentionSite(name=f"layer {index}", layer=index, kv_heads=keys.shape[1], head_dim=keys.shape[3])
+                AttentionSite(
+                    name=f"layer {index}", layer=index, kv_heads=keys.shape[1], head_dim=keys.shape[3], cross=cross
+                )
             )
     if not found or len({(site.kv_heads, site.head_dim) for site in found}) > 1:
         raise TargetError(
@@ -151,6 +164,11 @@ def attention_sites(model: PreTrainedModel) -> tuple[AttentionSite, ...]:
             f"{[(site.kv_heads, site.head_dim) for site in found]}. Use PromptTuningConfig or LoraConfig on this model."
         )
     return tuple(found)
+
+
+def _stack(model: PreTrainedModel) -> Any:
+    """The blocks whose attention takes a prefix: the decoder of an encoder-decoder, else the model without its head."""
+    return model.get_decoder() if model.config.is_encoder_decoder else inner_model(model)
 
 
 def rows_of(front: Front, records: Sequence[PrefixDelta], n_rows: int) -> tuple[Tensor, Tensor]:
@@ -161,11 +179,17 @@ def rows_of(front: Front, records: Sequence[PrefixDelta], n_rows: int) -> tuple[
 def put_prefix(cache: Cache, layer: int, rows: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
     """Write one layer's prefix into a cache, which holds heads in front of positions."""
     keys, values = (x.transpose(1, 2).to(dtype) for x in rows)
-    cache.update(keys, values, layer)
+    own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    own.update(keys, values, layer)
 
 
 def _require_room(cache: Cache) -> None:
-    """Raise ConfigError for a cache in which text behind a prefix would be cut off."""
+    """Raise ConfigError for a cache in which text behind a prefix would be cut off, or masked wrongly."""
+    if isinstance(cache, EncoderDecoderCache) and cache.self_attention_cache.is_compileable:
+        raise ConfigError(
+            "a static cache is laid out before the decoder of an encoder-decoder finds its prefix in it: leave "
+            "cache_implementation out, or use another cache"
+        )
     if any(type(layer).__name__ == "Fp8QuantizedLayer" for layer in getattr(cache, "layers", ())):
         raise ConfigError(
             "a QuantizedCache of backend 'fp8' takes its scale from what is written first, which is the prefix: larger "

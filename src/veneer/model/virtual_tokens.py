@@ -48,12 +48,16 @@ class VirtualTokens(nn.Module):
         super().__init__()
         self.adapter_state = state
         self.adapters = nn.ModuleDict()
-        inner = inner_model(model)
+        inner = self.stack(model)
         self.cache_name = cache_name(inner.forward)
         self.handles = [inner.register_forward_pre_hook(self.before_forward, with_kwargs=True)]
         if hasattr(model, "_prepare_cache_for_generation"):
             # an attribute of this one object, in front of its class's; `remove` uncovers that again
             model._prepare_cache_for_generation = functools.partial(prepare_generation, model)
+
+    def stack(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The part of the model that the virtual tokens are in front of."""
+        return inner_model(model)
 
     def remove(self, model: PreTrainedModel) -> None:
         """Take the hooks off."""
@@ -266,6 +270,8 @@ def require_mixable(model: PreTrainedModel, routing: Routing) -> None:
         problems.append(f"{type(model).__name__} is no causal decoder and reads its result at the first position")
     if uneven and _counts_by_itself(model):
         problems.append(f"{type(model).__name__} counts positions itself and takes no position_ids")
+    if uneven and model.config.is_encoder_decoder and any(not h.runs_the_model for h in virtual_tokens(model).values()):
+        problems.append(f"the decoder of {type(model).__name__} counts positions behind a prefix itself")
     if len(fronts) > 1 and getattr(model.config.get_text_config(), "sliding_window", None):
         problems.append("prefixes and prompts together would stand at the wrong distance in a sliding window")
     if problems:

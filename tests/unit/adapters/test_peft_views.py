@@ -46,7 +46,9 @@ def test_adapters_are_switched_off_and_on(tiny: Any, ids: Tensor) -> None:
     with torch.no_grad():
         adapted = model(ids).logits
         model.merge_adapter()
+        assert model.has_active_enabled_adapter
         model.disable_adapter_layers()
+        assert not model.has_active_enabled_adapter
         assert torch.equal(model(ids).logits, plain(ids).logits)
         model.enable_adapter_layers()
         assert torch.equal(model(ids).logits, adapted)
