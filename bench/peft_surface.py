@@ -32,13 +32,26 @@ METHODS = (
     "merge_and_unload", "unload", "get_base_model", "get_layer_status", "get_model_status",
     "get_nb_trainable_parameters", "print_trainable_parameters", "push_to_hub", "active_adapter", "active_adapters",
     "peft_config", "generate", "forward", "create_or_update_model_card", "get_prompt", "get_prompt_embedding_to_save",
-    "supports_lora_conversion", "subtract_mutated_init",
+    "supports_lora_conversion", "subtract_mutated_init", "disable_adapter_layers", "enable_adapter_layers",
 )  # fmt: skip
 EXTRA = ("self", "cls", "kwargs", "args")
 STATES = ("present", "departs", "absent")
 HUB = (*HubOptions.__dataclass_fields__, "low_cpu_mem_usage", "torch_device")
 UPLOAD = (*Upload.__dataclass_fields__, "repo_id")
 BY_KEYWORD = {"from_pretrained": HUB, "load_adapter": HUB, "save_pretrained": UPLOAD, "push_to_hub": UPLOAD}
+NOTES = """What is spelled in another way, because the model stays the object that it was:
+
+- `named_parameters` says `….q_proj.adapters.default.lora_A`, PEFT `base_model.model.….q_proj.lora_A.default.weight`.
+  `lora_A` is in both; files have PEFT's keys.
+- `model.base_model` is transformers' (the part without the head; in other modules the model itself), and
+  `model.get_base_model()` the model itself. A layer of the base stays where it is: `model.model.layers[0]`, with no
+  `base_model.model` in front and no `base_layer` inside.
+- Configs are frozen. Setting a field says how to make another: `dataclasses.replace(config, r=4)`.
+- `set_adapter` leaves what trains and what is frozen as it is, unless `inference_mode` is given.
+- `PeftModelForCausalLM` and its siblings are for `isinstance`, loading and attaching; no model has them as its class.
+- LoftQ starts with `replace_lora_weights_loftq` on a quantized model; `loftq_config`, which changes the base, is
+  absent.
+"""
 Row = tuple[str, str, str]
 
 
@@ -50,6 +63,7 @@ def main() -> None:
     )
     print("fields are errors, never ignored. Numbers and files are compared in the tests, not here; how many of PEFT's")
     print("own tests pass is on [a page of its own](peft_tests.md).\n")
+    print(NOTES)
     for title, found in {"Functions": functions(), "The adapted model": methods()}.items():
         rows = list(dict.fromkeys(found))
         print(f"## {title}: {counted(rows)}\n\n| PEFT | veneer | |\n| --- | --- | --- |")
