@@ -85,7 +85,7 @@ def add_weighted(
         raise CompositionError(f"none of the adapters {list(names)} acts on linear layers: only such can be combined")
     config = config_of(records, shortest_names(module_index(model), tuple(records)))
     lifecycle.add(model, state, name, config, Start(values=False))
-    lifecycle.set_requires_grad(model, (name,), False)
+    lifecycle.make_trainable(model, state, (name,), False)
     for path, record in records.items():
         layer = cast(AdaptedSite, model.get_submodule(path))
         held = tensors_of(layer.adapters[name])

@@ -48,10 +48,10 @@ def prepare(model: nn.Module, state: AdapterState) -> None:
 
 
 def add(model: nn.Module, state: AdapterState, name: str, config: MethodConfig, start: Start) -> None:
-    """Attach a fresh adapter: trainable, unless its config says ``inference_mode``."""
+    """Attach a fresh adapter. Once active it trains, unless its config says ``inference_mode``."""
     _require_unmerged(state, f"add {name!r}")
     attach(model, config, name, state, start=start)
-    set_requires_grad(model, (name,), not config.inference_mode)
+    _attached(model, state, name, not config.inference_mode)
 
 
 def load(model: nn.Module, state: AdapterState, folder: Path, name: str, options: Loading) -> list[str]:
@@ -65,7 +65,7 @@ def load(model: nn.Module, state: AdapterState, folder: Path, name: str, options
         _require_same_settings(state.configs[name].packed(), options.config, name)
         left = load_weights(model, state, name, folder, options.leniency)
         if options.is_trainable:
-            set_requires_grad(model, (name,), True)
+            make_trainable(model, state, (name,), True)
         return left
     config = replace(options.config, inference_mode=not options.is_trainable)
     if isinstance(config, VirtualTokenMethod) and config.has_network and not holds_network(folder):
@@ -76,24 +76,41 @@ def load(model: nn.Module, state: AdapterState, folder: Path, name: str, options
     except BaseException:
         detach(model, state, name)
         raise
-    set_requires_grad(model, (name,), options.is_trainable)
+    _attached(model, state, name, options.is_trainable)
     if not options.is_trainable:
         model.eval()  # as PEFT does: a frozen adapter is there to be used, without dropout
     return left
 
 
-def activate(model: nn.Module, state: AdapterState, names: tuple[str, ...]) -> None:
-    """Make these the active adapters."""
+def _attached(model: nn.Module, state: AdapterState, name: str, trainable: bool) -> None:
+    set_requires_grad(model, (name,), False)  # until it is active
+    if trainable:
+        state.trainable.add(name)
+
+
+def activate(model: nn.Module, state: AdapterState, names: tuple[str, ...], inference_mode: bool | None = None) -> None:
+    """Make these the active adapters, and freeze all others.
+
+    They train if they are trainable; ``inference_mode`` False makes them so, and True freezes them for this time.
+    """
     require_known(state, names)
     if len(names) > 1:
         _require_composable(model, names)
     state.active = names
+    set_requires_grad(model, tuple(name for name in state.configs if name not in names), False)
+    if inference_mode is False:
+        state.trainable.update(names)
+    for name in names:
+        if inference_mode or name not in state.trainable:
+            set_requires_grad(model, (name,), False)
+        elif not any(p.requires_grad for held in _holders(model, name) for p in held.parameters()):
+            set_requires_grad(model, (name,), True)  # one of which a part was frozen by hand stays so
 
 
-def train_only(model: nn.Module, state: AdapterState, names: tuple[str, ...], requires_grad: bool) -> None:
-    """Let the parameters of these adapters train, or freeze them, and freeze those of all others."""
-    set_requires_grad(model, tuple(state.configs), False)
+def make_trainable(model: nn.Module, state: AdapterState, names: tuple[str, ...], requires_grad: bool) -> None:
+    """Let these adapters train, now and whenever they are active, or freeze them."""
     set_requires_grad(model, names, requires_grad)
+    state.trainable = state.trainable | set(names) if requires_grad else state.trainable - set(names)
 
 
 def delete(model: nn.Module, state: AdapterState, name: str) -> None:
@@ -103,7 +120,7 @@ def delete(model: nn.Module, state: AdapterState, name: str) -> None:
         raise AdapterNameError(f"adapter {name!r} is merged: call unmerge_adapter() first, or merge_and_unload()")
     detach(model, state, name)
     if not state.active and state.configs:
-        state.active = (next(iter(state.configs)),)
+        activate(model, state, (next(iter(state.configs)),))
 
 
 def rename(model: nn.Module, state: AdapterState, old: str, new: str) -> None:
@@ -118,15 +135,24 @@ def rename(model: nn.Module, state: AdapterState, old: str, new: str) -> None:
     state.configs = {new if name == old else name: config for name, config in state.configs.items()}
     state.active = tuple(new if name == old else name for name in state.active)
     state.merged = tuple(new if name == old else name for name in state.merged)
+    state.trainable = {new if name == old else name for name in state.trainable}
 
 
 def set_requires_grad(model: nn.Module, names: tuple[str, ...], requires_grad: bool) -> None:
-    """Let the parameters of these adapters train, or freeze them."""
-    for place in adapted_places(model).values():
-        for held in (place.adapters, place.copies) if isinstance(place, Adapted) else (place.adapters,):
-            for name in names:
-                if name in held:
-                    held[name].requires_grad_(requires_grad)
+    """Let the parameters of these adapters train, or freeze them, for now."""
+    for name in names:
+        for held in _holders(model, name):
+            held.requires_grad_(requires_grad)
+
+
+def _holders(model: nn.Module, name: str) -> list[nn.Module]:
+    """Whatever holds tensors of an adapter."""
+    return [
+        held[name]
+        for place in adapted_places(model).values()
+        for held in ((place.adapters, place.copies) if isinstance(place, Adapted) else (place.adapters,))
+        if name in held
+    ]
 
 
 def remove_all(model: nn.Module, state: AdapterState) -> None:

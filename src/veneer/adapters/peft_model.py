@@ -164,15 +164,13 @@ class PeftModel(InPlace, nn.Module):
         return _IncompatibleKeys(lifecycle.load(self, self.adapter_state, folder, adapter_name, options), [])
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool | None = None) -> None:
-        """Make one adapter, or several together, the active ones. What trains and what is frozen stays so.
+        """Make one adapter, or several together, the active ones, and freeze all others, as PEFT does.
 
-        Unless ``inference_mode`` is given: then all others are frozen, and these too if it is True, as by PEFT, whose
-        default is False. Raises AdapterNameError for an unknown name, CompositionError for adapters that cannot act
-        together.
+        An adapter that was added, or loaded with ``is_trainable``, trains while it is active; one that was loaded
+        frozen stays so, unless ``inference_mode`` is False, PEFT's default. True freezes the active ones. Raises
+        AdapterNameError for an unknown name, CompositionError for adapters that cannot act together.
         """
-        lifecycle.activate(self, self.adapter_state, _names(adapter_name))
-        if inference_mode is not None:
-            lifecycle.train_only(self, self.adapter_state, _names(adapter_name), not inference_mode)
+        lifecycle.activate(self, self.adapter_state, _names(adapter_name), inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter off for good; if it was active, another takes its place. A merged one is refused."""
@@ -183,9 +181,9 @@ class PeftModel(InPlace, nn.Module):
         lifecycle.rename(self, self.adapter_state, old, new)
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
-        """Make the parameters of adapters trainable, or freeze them."""
+        """Let adapters train, now (active or not) and whenever they are active, or freeze them."""
         merging.require_known(self.adapter_state, _names(adapter_names))
-        lifecycle.set_requires_grad(self, _names(adapter_names), requires_grad)
+        lifecycle.make_trainable(self, self.adapter_state, _names(adapter_names), requires_grad)
 
     def add_weighted_adapter(
         self,

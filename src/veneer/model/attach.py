@@ -215,6 +215,7 @@ def detach(model: nn.Module, state: AdapterState, name: str) -> None:
     """Take one adapter off; what it was attached to is then as it was before."""
     del state.configs[name]
     state.schedules.pop(name, None)
+    state.trainable.discard(name)
     state.active = tuple(n for n in state.active if n != name)
     detach_residual(cast(PreTrainedModel, model), name)
     detach_virtual_tokens(model, name)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -66,6 +67,13 @@ def checked(
             f"{list(state.merged)} are merged into the weights, which all rows share: call unmerge_adapter() before "
             "rows take adapters of their own"
         )
+    training = model.training and torch.is_grad_enabled() and inputs[1].get("labels") is not None
+    waiting = [n for n in routing.adapters if training and n in state.trainable and not _trains(model, n)]
+    if waiting:
+        raise ConfigError(
+            f"rows name {waiting}, which are frozen because they are not active: they would learn nothing. Call "
+            f"set_requires_grad({list(routing.adapters)}) before you make the optimizer, or model.eval()"
+        )
     args, kwargs = inputs
     n_rows = next((x.shape[0] for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim > 1), len(names))
     if n_rows != len(names):
@@ -79,6 +87,11 @@ def checked(
     if virtual_tokens(model):
         require_mixable(cast(PreTrainedModel, model), routing)
     return routing
+
+
+def _trains(model: nn.Module, name: str) -> bool:
+    parameters = (p for key, p in model.named_parameters() if f"adapters.{name}." in key or f"copies.{name}." in key)
+    return any(p.requires_grad for p in parameters)
 
 
 def _is_of_experts(path: str, module: Adapted) -> bool:

@@ -18,6 +18,7 @@ class AdapterState:
 
     ``untied``: merging made the input embeddings and the head differ, so that the config no longer ties them.
     ``watch``: the hook that watches training steps. ``routing``: which adapter each row takes, in a mixed batch.
+    ``trainable``: the names of those that train while they are active.
     ``schedules``: what acts on adapters after each optimizer step, by name, once training has begun.
     """
 
@@ -28,6 +29,7 @@ class AdapterState:
     untied: bool = False
     watch: RemovableHandle | None = None
     routing: Routing | None = None
+    trainable: set[str] = field(default_factory=set)
     schedules: dict[str, Schedule] = field(default_factory=dict)
 
     def acting(self) -> tuple[str, ...]:

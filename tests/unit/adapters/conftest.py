@@ -65,11 +65,11 @@ def make_tokens(seed: int = 1) -> torch.Tensor:
 
 
 def make_random(model: torch.nn.Module, seed: int = 2) -> None:
-    """Give everything that trains values that are not neutral."""
+    """Give everything that trains, or belongs to an adapter that is not active, values that are not neutral."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for _, parameter in sorted(model.named_parameters()):
-            if parameter.requires_grad:
+        for name, parameter in sorted(model.named_parameters()):
+            if parameter.requires_grad or ".adapters." in name or ".copies." in name:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
 
 

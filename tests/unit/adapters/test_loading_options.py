@@ -164,7 +164,10 @@ def test_inference_mode_says_what_trains(folder: Path) -> None:
     model = get_peft_model(stack(), CONFIG)
     model.add_adapter("second", CONFIG, low_cpu_mem_usage=True)
     model.set_adapter("second")
-    assert trained(model) == {"default", "second"}
+    assert trained(model) == {"second"}
+    model.set_requires_grad("second", False)
+    model.set_adapter("second")
+    assert trained(model) == set()
     model.set_adapter("second", inference_mode=False)
     assert trained(model) == {"second"}
     model.set_adapter("default", inference_mode=True)

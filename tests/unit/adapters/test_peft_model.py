@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
@@ -22,7 +21,7 @@ from veneer import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from veneer.errors import AdapterNameError, CompositionError, ConfigError, TargetError, TrainingError
+from veneer.errors import AdapterNameError, CompositionError, ConfigError, TargetError
 
 CONFIG = LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
 OTHER = LoraConfig(r=2, lora_alpha=5, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
@@ -62,15 +61,6 @@ def test_the_model_stays_the_object_and_the_class_that_it_was(tiny: Any) -> None
     assert back.model.layers[0].self_attn.q_proj is layer
     assert layer.weight is weight
     assert not any(name in vars(module) for module in back.modules() for name in ("adapter_state", "site_name"))
-
-
-def test_only_the_adapter_trains(tiny: Any, ids: Tensor) -> None:
-    model = get_peft_model(tiny(), CONFIG)
-    model.train()
-    model(ids, labels=ids).loss.backward()
-    trained = {name for name, p in model.named_parameters() if p.grad is not None}
-    assert trained == {name for name in model.state_dict() if ".adapters." in name}
-    assert model.get_nb_trainable_parameters()[0] == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def test_start_values_follow_the_global_seed(tiny: Any) -> None:
@@ -126,196 +116,6 @@ def test_several_adapters(tiny: Any, ids: Tensor, tmp_path: Path) -> None:
     exactly(logits(model, ids), logits(tiny(), ids))
     with pytest.raises(ConfigError, match="no adapter is active"):
         _ = model.active_adapter
-
-
-def test_two_adapters_trained_together_each_drop_their_own_inputs(tiny: Any, ids: Tensor) -> None:
-    model = get_peft_model(tiny(), LoraConfig(r=3, lora_dropout=0.5, init_lora_weights=False))
-    model.add_adapter("b", LoraConfig(r=2, lora_dropout=0.25, init_lora_weights=False))
-    model.set_adapter(["default", "b"])
-    model.train()
-    assert not torch.equal(logits(model, ids), logits(model, ids))
-    model.eval()
-    exactly(logits(model, ids), logits(model, ids))
-
-
-def test_what_trains_is_the_adapters_own_matter(tiny: Any, tmp_path: Path) -> None:
-    def trains(name: str) -> set[bool]:
-        return {p.requires_grad for key, p in model.named_parameters() if f".{name}." in key}
-
-    get_peft_model(tiny(), CONFIG).save_pretrained(tmp_path)
-    model = PeftModel.from_pretrained(tiny(), tmp_path)
-    model.load_adapter(tmp_path, "trained", is_trainable=True)
-    for active in ("default", "trained"):
-        model.set_adapter(active)
-        assert trains("default") == {False}
-        assert trains("trained") == {True}
-    model.set_requires_grad("default")
-    model.set_requires_grad("trained", False)
-    assert trains("default") == {True}
-    assert trains("trained") == {False}
-    model.load_adapter(tmp_path, "default")
-    assert trains("default") == {True}
-
-
-def test_disable_adapter_can_be_nested(tiny: Any, ids: Tensor) -> None:
-    base = logits(tiny(), ids)
-    model = get_peft_model(tiny(), LoraConfig(r=3, init_lora_weights=False, bias="all", modules_to_save=["lm_head"]))
-    with torch.no_grad():
-        model.lm_head.copies["default"].weight.mul_(1.3)
-    adapted = logits(model, ids)
-    with model.disable_adapter():
-        with model.disable_adapter():
-            exactly(logits(model, ids), base)
-        exactly(logits(model, ids), base)
-    exactly(logits(model, ids), adapted)
-    model.merge_adapter()
-    merged = logits(model, ids)
-    with model.disable_adapter():
-        exactly(logits(model, ids), base)
-    exactly(logits(model, ids), merged)
-
-
-@pytest.mark.parametrize(
-    "config",
-    [CONFIG, LoraConfig(r=3, use_dora=True, init_lora_weights=False), IA3Config(init_ia3_weights=False)],
-    ids=["lora", "dora", "ia3"],
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merging_is_exactly_reversible(config: Any, dtype: torch.dtype, tiny: Any, ids: Tensor) -> None:
-    model = get_peft_model(tiny(dtype=dtype), config)
-    weights = {name: (p, p.detach().clone()) for name, p in model.named_parameters()}
-    before = logits(model, ids)
-    model.merge_adapter()
-    model.merge_adapter()  # merging what is merged changes nothing
-    if dtype is torch.float32:
-        close(logits(model, ids), before)
-    model.unmerge_adapter()
-    for name, p in model.named_parameters():
-        assert p is weights[name][0]
-        exactly(p, weights[name][1])
-    exactly(logits(model, ids), before)
-
-
-def test_merging_one_after_the_other_is_merging_both(tiny: Any, ids: Tensor) -> None:
-    model = get_peft_model(tiny(), CONFIG)
-    model.add_adapter("b", OTHER)
-    model.merge_adapter(["default"])
-    model.merge_adapter(["b"])
-    one_by_one = logits(model, ids)
-    model.unmerge_adapter()
-    model.merge_adapter(["default", "b"])
-    exactly(logits(model, ids), one_by_one)
-    with pytest.raises(AdapterNameError, match="'b' is merged"):
-        model.delete_adapter("b")
-    with pytest.raises(AdapterNameError, match="cannot add 'c' while"):
-        model.add_adapter("c", OTHER)
-
-
-def test_merge_and_unload_takes_the_adapters_named(tiny: Any, ids: Tensor, capsys: Any) -> None:
-    model = get_peft_model(tiny(), CONFIG)
-    model.add_adapter("b", OTHER)
-    model.set_adapter("b")
-    wanted = logits(model, ids)
-    model.set_adapter("default")
-    plain = model.merge_and_unload(progressbar=True, safe_merge=True, adapter_names=["b"])
-    assert type(plain) is LlamaForCausalLM
-    assert set(plain.state_dict()) == set(tiny().state_dict())
-    close(logits(plain, ids), wanted)
-
-
-def test_safe_merge_refuses_a_broken_adapter_and_leaves_the_base(tiny: Any, ids: Tensor) -> None:
-    model = get_peft_model(tiny(), CONFIG)
-    model.add_adapter("good", OTHER)
-    model.merge_adapter(["good"])
-    before = logits(model, ids)
-    with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.adapters["default"]["lora_A"][0, 0] = torch.nan
-    with pytest.raises(CompositionError, match=r"NaN or infinity in model\.layers\.1\.mlp\.down_proj"):
-        model.merge_adapter(["default"], safe_merge=True)
-    exactly(logits(model, ids), before)
-    assert model.get_model_status().merged_adapters == ["good"]
-
-
-@pytest.mark.parametrize("targets", [["embed_tokens", "q_proj"], ["lm_head"], ["embed_tokens", "lm_head"]])
-@pytest.mark.parametrize("name", ["llama-tied", "gemma2"])
-def test_tied_embeddings_survive_merging_and_saving(
-    name: str, targets: list[str], tiny: Any, ids: Tensor, tmp_path: Path
-) -> None:
-    from transformers import AutoModelForCausalLM
-
-    config = LoraConfig(r=3, lora_alpha=7, target_modules=targets, init_lora_weights=False)
-    model = get_peft_model(tiny(name), config)
-    tied = model.lm_head.weight is model.model.embed_tokens.weight
-    assert tied
-    adapted = logits(model, ids)
-    model.merge_adapter()
-    close(logits(model, ids), adapted)
-    model.unmerge_adapter()
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert model.config.tie_word_embeddings
-    plain = model.merge_and_unload()
-    close(logits(plain, ids), adapted)
-    plain.save_pretrained(tmp_path)
-    close(logits(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32), ids), adapted)
-
-
-@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"]])
-def test_tied_modules_to_save_survive_merging_and_saving(
-    saved: list[str], tiny: Any, ids: Tensor, randomize: Any, tmp_path: Path
-) -> None:
-    from transformers import AutoModelForCausalLM
-
-    model = get_peft_model(tiny("llama-tied"), LoraConfig(r=3, modules_to_save=saved))
-    randomize(model)
-    adapted = logits(model, ids)
-    plain = model.merge_and_unload()
-    close(logits(plain, ids), adapted)
-    plain.save_pretrained(tmp_path)
-    close(logits(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32), ids), adapted)
-
-
-@pytest.mark.parametrize("name", ["llama", "llama-tied"])
-def test_a_resized_vocabulary_travels_with_the_adapter(
-    name: str, tiny: Any, ids: Tensor, randomize: Any, tmp_path: Path
-) -> None:
-    tiny(name).save_pretrained(tmp_path / "base")
-    base = LlamaForCausalLM.from_pretrained(tmp_path / "base").eval()
-    base.resize_token_embeddings(107)
-    model = get_peft_model(base, LoraConfig(r=3))
-    randomize(model)
-    long = torch.cat([ids, torch.full((2, 1), 105)], dim=1)
-    adapted = logits(model, long)
-    model.save_pretrained(tmp_path / "adapter")
-
-    fresh = LlamaForCausalLM.from_pretrained(tmp_path / "base").eval()
-    with pytest.raises(ValueError, match=r"resize_token_embeddings\(107\)"):
-        PeftModel.from_pretrained(fresh, tmp_path / "adapter")
-    torch.manual_seed(99)  # the new rows start at other values
-    fresh.resize_token_embeddings(107)
-    back = PeftModel.from_pretrained(fresh, tmp_path / "adapter")
-    exactly(logits(back, long), adapted)
-    merged = back.merge_and_unload()
-    merged.save_pretrained(tmp_path / "merged")
-    close(logits(LlamaForCausalLM.from_pretrained(tmp_path / "merged"), long), adapted)
-
-
-def test_a_resized_vocabulary_of_a_base_from_the_hub_travels_too(
-    tiny: Any, ids: Tensor, randomize: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cached = tmp_path / "hub" / "models--house--tiny"
-    tiny().save_pretrained(cached / "snapshots" / "c0ffee")
-    (cached / "refs").mkdir()
-    (cached / "refs" / "main").write_text("c0ffee")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    keys = {}
-    for size in (101, 107):
-        base = LlamaForCausalLM.from_pretrained(cached / "snapshots" / "c0ffee")
-        base.config._name_or_path = "house/tiny"
-        base.resize_token_embeddings(size)
-        get_peft_model(base, LoraConfig(r=3)).save_pretrained(tmp_path / "adapter")
-        keys[size] = set(load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
-    ends = {"base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"}
-    assert keys[107] - keys[101] == ends
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
@@ -398,63 +198,6 @@ def test_adapters_that_cannot_act_together(tiny: Any) -> None:
     with pytest.raises(CompositionError, match="scale its input or output"):
         model.set_adapter(["default", "ia3"])
     assert model.active_adapters == ["default"]
-
-
-def test_adapter_dtype(tiny: Any, tmp_path: Path) -> None:
-    def dtypes(model: Any) -> set[torch.dtype]:
-        return {p.dtype for p in model.parameters() if p.requires_grad}
-
-    config = LoraConfig(r=3, modules_to_save=["lm_head"], bias="lora_only", target_modules=["embed_tokens", "q_proj"])
-    wide = get_peft_model(tiny(dtype=torch.bfloat16), config)
-    assert dtypes(wide) == {torch.float32}
-    wide.save_pretrained(tmp_path)
-    narrow = get_peft_model(tiny(dtype=torch.bfloat16), config, autocast_adapter_dtype=False)
-    assert dtypes(narrow) == {torch.bfloat16}
-    narrow.add_adapter("b", config, autocast_adapter_dtype=False)
-    assert dtypes(narrow) == {torch.bfloat16}
-    loaded = PeftModel.from_pretrained(
-        tiny(dtype=torch.float16), tmp_path, is_trainable=True, autocast_adapter_dtype=False
-    )
-    assert dtypes(loaded) == {torch.float16}
-    assert dtypes(get_peft_model(tiny(dtype=torch.float64), config)) == {torch.float64}
-
-
-def test_a_step_that_would_train_nothing_is_an_error(tiny: Any, ids: Tensor, tmp_path: Path) -> None:
-    get_peft_model(tiny(), CONFIG).save_pretrained(tmp_path)
-    model = PeftModel.from_pretrained(tiny(), tmp_path)
-    assert not model.training
-    model.train()
-    with pytest.raises(TrainingError, match="every parameter of this model is frozen"):
-        model(ids, labels=ids)
-    with torch.no_grad():
-        model(ids, labels=ids)
-    model.set_requires_grad("default")
-    model(ids, labels=ids).loss.backward()
-    base = model.unload()
-    base.train()
-    base(ids, labels=ids)
-
-
-@pytest.mark.parametrize("before", [True, False])
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_gradients_pass_checkpoints(before: bool, reentrant: bool, tiny: Any, ids: Tensor) -> None:
-    def gradients(checkpoint: bool) -> dict[str, Tensor]:
-        base = tiny()
-        options = {"use_reentrant": reentrant}
-        if checkpoint and before:
-            base.gradient_checkpointing_enable(options)
-        torch.manual_seed(4)
-        model = get_peft_model(base, CONFIG)
-        if checkpoint and not before:
-            model.gradient_checkpointing_enable(options)
-        model.train()
-        model(ids, labels=ids).loss.backward()
-        return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-
-    plain, checkpointed = gradients(False), gradients(True)
-    for name, grad in plain.items():
-        close(checkpointed[name], grad)
-        assert grad.abs().max() > 0
 
 
 def test_status(tiny: Any) -> None:

@@ -74,6 +74,7 @@ def mixed_model(names: list[str], **changes: Any) -> PeftModel:
     for name in names:
         if name != "__base__":
             model = get_peft_model(model, METHODS[name](), name)
+    model.set_requires_grad([name for name in names if name != "__base__"])
     with torch.no_grad():
         for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter += 0.2 * torch.randn_like(parameter)
@@ -139,6 +140,7 @@ def test_gradients_are_the_sum_of_the_rows_own(reentrant):
                 torch.nn.functional.cross_entropy(loss[:-1], label[1:], reduction="sum").backward()
 
     want = gradients(one_by_one)
+    model.set_requires_grad([name for name in dict.fromkeys(names) if name != "__base__"])  # also those not active
     if reentrant is not None:
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model.enable_input_require_grads()
@@ -207,6 +209,7 @@ def test_a_classifier_of_each_rows_own():
     base = AutoModelForSequenceClassification.from_config(small, dtype=torch.float64).eval()
     for name in ("one", "two"):
         model: Any = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", init_lora_weights=False), name)
+    model.set_requires_grad(["one", "two"])
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter) if parameter.requires_grad else 0
@@ -295,6 +298,7 @@ def test_other_families_and_caches(family, cache):
     model: Any = AutoModelForCausalLM.from_config(FAMILIES[family], dtype=torch.float64).eval()
     for name in ("prefix", "prompt"):
         model = get_peft_model(model, METHODS[name](), name)
+    model.set_requires_grad(["prefix", "prompt"])
     with torch.no_grad():
         for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter += torch.randn_like(parameter)
