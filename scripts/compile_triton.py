@@ -30,7 +30,7 @@ from triton.runtime.jit import JITFunction
 
 from veneer.ops.adamw import AdamWStep, Moment8bit
 from veneer.ops.four_bit import FourBitLayout
-from veneer.ops.grouped_low_rank import LowRankGroup
+from veneer.ops.grouped_low_rank import AdapterRuns, LowRankGroup, Run
 from veneer.ops.triton import (
     adamw,
     attention,
@@ -142,12 +142,16 @@ def _optimizer_cases(dtype: torch.dtype, quick: bool) -> Iterator[Case]:
 
 
 def _grouped_cases(dtype: torch.dtype, quick: bool) -> Iterator[Case]:
-    x, onto, owner = torch.empty(512, 576, dtype=dtype), torch.empty(512, 1536, dtype=dtype), torch.zeros(512).long()
+    x, y, rows = (
+        torch.empty(512, 576, dtype=dtype),
+        torch.empty(512, 1536, dtype=dtype),
+        AdapterRuns((Run(0, 0, 512),), 512),
+    )
     for ranks in ((8, 16),) if quick else ((8, 16), (4, 200)):
         a, b = (tuple(torch.empty(r, i) for r in ranks) for i in (576, 1536))
-        group = LowRankGroup(a, tuple(f.T for f in b), (1.5, 2.0), owner)
-        yield f"grouped {ranks}", lambda g=group: grouped_low_rank.forward(x, g, onto)
-        yield f"grouped {ranks} backward", lambda g=group: grouped_low_rank.backward(onto, x, g, True)
+        group = LowRankGroup(a, tuple(f.T for f in b), (1.5, 2.0))
+        yield f"grouped {ranks}", lambda g=group: grouped_low_rank.forward(x, [g], rows, [y])
+        yield f"grouped {ranks} backward", lambda g=group: grouped_low_rank.backward([y], x, x, [g], rows, True)
 
 
 def compile_all(capability: int, dtypes: list[torch.dtype], quick: bool) -> list[str]:

@@ -5,26 +5,16 @@
 
 #include <math.h>
 
-#include "attention/engine.h"
+#include "core/engine.h"
 #include "core/parallel.h"
+#include "core/scratch.h"
 
 namespace veneer {
 namespace VENEER_ISA {
 namespace {
 
+constexpr int64_t block = 64;    // queries and keys that are worked on at a time
 constexpr float lowest = -1e30f;  // finite: a query that has seen no key yet must not give infinity - infinity
-
-int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-struct Scratch {
-  char* next;
-  template <class T>
-  T* take(int64_t n) {
-    T* found = reinterpret_cast<T*>(next);
-    next += up_to(n * static_cast<int64_t>(sizeof(T)), 64);
-    return found;
-  }
-};
 
 struct Task {
   int64_t start, length, kv_head;  // tokens start to start + length
@@ -172,7 +162,7 @@ struct ForwardTask {
   void run_queries(int64_t head, int64_t first) {
     const int64_t present = task.length - first < block ? task.length - first : block;
     copy_rows<T>(queries, tensors.q, task.start + first, head, present, block, sizes.d, d_padded);
-    Engine::pack_columns(queries_b, queries, d_padded);
+    Engine::pack_columns(queries_b, queries, block, d_padded);
     for (int64_t t = 0; t < block; ++t) state.top[t] = lowest, state.total[t] = 0.0f;
     std::memset(state.sums, 0, block * d_padded * sizeof(float));
     for (int64_t key = first_block(first, options.window); key <= first; key += block) {
@@ -270,10 +260,10 @@ struct BackwardTask {
     const int64_t token = task.start + first, d = sizes.d;
     copy_rows<T>(queries, tensors.q, token, head, present, block, d, d_padded);
     copy_rows<T>(douts, tensors.dout, token, head, present, block, d, d_padded);
-    Engine::pack_columns(queries_c, queries, d_padded);
-    Engine::pack_rows(queries_r, queries, d_padded);
-    Engine::pack_columns(douts_c, douts, d_padded);
-    Engine::pack_rows(douts_r, douts, d_padded);
+    Engine::pack_columns(queries_c, queries, block, d_padded);
+    Engine::pack_rows(queries_r, queries, block, d_padded);
+    Engine::pack_columns(douts_c, douts, block, d_padded);
+    Engine::pack_rows(douts_r, douts, block, d_padded);
     const float* given = tensors.lse + head * sizes.bounds[sizes.n_sequences] + token;
     for (int64_t t = 0; t < block; ++t) {
       lse[t] = t < present ? given[t] : INFINITY;  // no probability for what is past the end
@@ -318,35 +308,23 @@ int64_t scratch_bytes(const AttentionSizes& sizes, bool backward) {
   return (backward ? 5 * wide + 7 * narrow + 5 * square : 3 * wide + 2 * narrow + 2 * square) + 6 * block * 4 + 24 * line;
 }
 
-// Tasks are taken one by one: sequences differ in length. Who takes which changes no result.
+// Sequences differ in length, so tasks are taken one by one. Who takes which changes no result.
 template <template <class, class> class TaskOf, class T, class Engine, class Tensors>
 void run_tasks(const AttentionSizes& sizes, const AttentionOptions& options, const Tensors& tensors, char* scratch,
                int64_t thread_bytes, int n_threads) {
-  int64_t next = 0;
   const int64_t n_tasks = sizes.n_sequences * sizes.kv_heads;
-  const auto take = [&] { return __atomic_fetch_add(&next, int64_t{1}, __ATOMIC_RELAXED); };
-  parallel_for(n_threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) {
-      Engine::begin();
-      for (int64_t i = take(); i < n_tasks; i = take()) {
-        const int64_t s = i / sizes.kv_heads, start = sizes.bounds[s], length = sizes.bounds[s + 1] - start;
-        TaskOf<T, Engine> task{sizes, options, tensors, {start, length, i % sizes.kv_heads},
-                               up_to(sizes.d, 32), up_to(length, block)};
-        task.lay_out({scratch + thread * thread_bytes});
-        task.run();
-      }
-      Engine::end();
+  parallel_tasks(n_threads, [&](int thread, auto next) {
+    Engine::begin();
+    for (int64_t i = next(); i < n_tasks; i = next()) {
+      const int64_t s = i / sizes.kv_heads, start = sizes.bounds[s], length = sizes.bounds[s + 1] - start;
+      TaskOf<T, Engine> task{sizes, options, tensors, {start, length, i % sizes.kv_heads},
+                             up_to(sizes.d, 32), up_to(length, block)};
+      task.lay_out({scratch + thread * thread_bytes});
+      task.run();
     }
+    Engine::end();
   });
 }
-
-#if defined(__AMX_BF16__)
-using HalfEngine = TileEngine;
-#elif defined(__AVX512BF16__)
-using HalfEngine = PairEngine;
-#else
-using HalfEngine = PlainEngine;
-#endif
 
 void forward(const AttentionSizes& sizes, const AttentionOptions& options, const AttentionForward& tensors,
              char* scratch, int n_threads) {

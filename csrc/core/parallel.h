@@ -62,4 +62,15 @@ void parallel_for_indexed(int64_t n, const F& f) {
       &job, threads);
 }
 
+// Calls f(thread, next) on n_threads threads: next() gives 0, 1, 2, … , each number to one thread, for work that is to be
+// taken piece by piece because pieces differ in size. Who takes which must not change a result.
+template <class F>
+void parallel_tasks(int n_threads, const F& f) {
+  int64_t taken = 0;
+  const auto next = [&taken] { return __atomic_fetch_add(&taken, int64_t{1}, __ATOMIC_RELAXED); };
+  parallel_for(n_threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) f(static_cast<int>(thread), next);
+  });
+}
+
 }  // namespace veneer

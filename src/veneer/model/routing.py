@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from veneer.errors import ShapeError
+from veneer.ops.grouped_low_rank import AdapterRuns, Run
 
 BASE = "__base__"  # PEFT's name for a row that no adapter changes
 
@@ -45,6 +47,18 @@ class Routing:
     def adapters(self) -> tuple[str, ...]:
         """The adapters that occur, each once."""
         return tuple(name for name in dict.fromkeys(self.names) if name != BASE)
+
+    @cached_property
+    def runs(self) -> AdapterRuns:
+        """Which rows take which of `adapters`."""
+        places = {name: place for place, name in enumerate(self.adapters)}
+        found, start = [], 0
+        for name, rows in groupby(self.names):
+            stop = start + len(list(rows))
+            if name in places:
+                found.append(Run(places[name], start, stop))
+            start = stop
+        return AdapterRuns(tuple(found), len(self.names))
 
     def dropout(self, name: str, x: Tensor, p: float) -> Tensor:
         """Dropout on rows x of one adapter."""

@@ -1,14 +1,14 @@
 """The low-rank product of a mixed batch: every row has an adapter of its own, or none; ranks differ.
 
 ``y[n] = onto[n] + scale_k B_k A_k x[n]`` with ``k = row_to_adapter[n]``: the SGMV of Chen et al. 2023 (arXiv
-2310.18547), with gradients.
+2310.18547), with gradients. Layers that share their input (q, k, v; gate and up) are one call, which reads x once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -18,18 +18,56 @@ from veneer.errors import ShapeError
 from veneer.ops.dispatch import implementation
 
 
+class Run(NamedTuple):
+    """Rows from ``start`` to ``stop`` that take the pairs of one adapter."""
+
+    adapter: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRuns:
+    """Which rows of a batch of ``n_rows`` take which adapter: runs without overlap; other rows take none."""
+
+    runs: tuple[Run, ...]
+    n_rows: int
+
+    @classmethod
+    def of(cls, row_to_adapter: Int[Tensor, " n"]) -> AdapterRuns:
+        """From the adapter of each row, -1 for none."""
+        n_rows = len(row_to_adapter)
+        changes = (row_to_adapter[1:] != row_to_adapter[:-1]).nonzero()[:, 0] + 1
+        bounds = [0, *changes.tolist(), n_rows] if n_rows else [0]
+        owners = row_to_adapter[bounds[:-1]].tolist()
+        runs = zip(owners, bounds[:-1], bounds[1:], strict=True)
+        return cls(tuple(Run(*run) for run in runs if run[0] >= 0), n_rows)
+
+    def times(self, n: int) -> AdapterRuns:
+        """Where every row is ``n`` rows: tokens, say."""
+        if n == 1:
+            return self
+        return AdapterRuns(tuple(Run(k, start * n, stop * n) for k, start, stop in self.runs), self.n_rows * n)
+
+    def row_to_adapter(self, device: torch.device) -> Int[Tensor, " n"]:
+        """The adapter of each row, -1 for none."""
+        found = torch.full((self.n_rows,), -1)
+        for adapter, start, stop in self.runs:
+            found[start:stop] = adapter
+        return found.to(device)
+
+
 @dataclass(frozen=True, slots=True)
 class LowRankGroup:
-    """What a back end sees: pairs ``a[k] (r_k, i)``, ``b[k] (o, r_k)``, scales, and the pair of each row (-1: none)."""
+    """The pairs of all adapters on one layer: ``a[k] (r_k, i)``, ``b[k] (o, r_k)`` and their scales; None, None where
+    adapter k has none there."""
 
-    a: tuple[Tensor, ...]
-    b: tuple[Tensor, ...]
+    a: tuple[Tensor | None, ...]
+    b: tuple[Tensor | None, ...]
     scales: tuple[float, ...]
-    row_to_adapter: Int[Tensor, " n"]
 
-    @property
-    def out_features(self) -> int:
-        return self.b[0].shape[0]
+
+Gradients = tuple[Tensor | None, ...]
 
 
 def grouped_low_rank(
@@ -45,42 +83,76 @@ def grouped_low_rank(
     """``onto + scale * B A x`` with each row's own adapter, in onto's dtype; without ``onto`` that part alone, in x's.
 
     ``row_to_adapter`` indexes the lists, in any order; a row with -1 has no adapter and an adapter may have no rows.
-    Factors may be wider than x (float32 beside bf16): where the CPU multiplies bf16 tiles, they are rounded to it for
-    the product with a bf16 x. Sums are float32 and rounded once. The gradient flows to x, onto, every a and every b,
-    each in its own dtype. Raises ShapeError where something does not fit.
+    Factors may be wider than x (float32 beside bf16): the kernels round them to it for the product with a bf16 x.
+    Sums are float32 and rounded once. The gradient flows to x, onto, every a and every b, each in its own dtype.
+    Raises ShapeError where something does not fit.
     """
     _check(x, a_list, b_list, scales, row_to_adapter)
     if onto is not None and onto.shape != (x.shape[0], b_list[0].shape[0]):
         raise ShapeError(f"onto is {tuple(onto.shape)}; the product is {(x.shape[0], b_list[0].shape[0])}")
-    how = (tuple(scales), row_to_adapter, backend)
+    how = (tuple(scales), AdapterRuns.of(row_to_adapter), backend)
     out: Tensor = _GroupedLowRank.apply(x, onto, how, *a_list, *b_list)  # type: ignore[no-untyped-call]
     return out
+
+
+def add_grouped_low_rank(
+    x: Float[Tensor, "n i"],
+    groups: Sequence[LowRankGroup],
+    rows: AdapterRuns,
+    ys: Sequence[Float[Tensor, "n _"]],
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Add ``scale * B A x`` to the outputs of layers that share their input, in place; what comes back is what
+    `grouped_low_rank_backward` of the same back end reads beside x."""
+    u: Tensor = implementation("grouped_low_rank.forward", x.device, backend)(x, groups, rows, ys)
+    return u
+
+
+def grouped_low_rank_backward(
+    dys: Sequence[Float[Tensor, "n _"]],
+    x: Float[Tensor, "n i"],
+    u: Tensor,
+    groups: Sequence[LowRankGroup],
+    rows: AdapterRuns,
+    *,
+    input_grad: bool = True,
+    backend: str | None = None,
+) -> tuple[Float[Tensor, "n i"] | None, list[Gradients], list[Gradients]]:
+    """Gradients of what was added: in x (None where not asked for) and, group by group, in every a and every b, in at
+    least float32."""
+    kernel = implementation("grouped_low_rank.backward", x.device, backend)
+    dx, das, dbs = kernel(dys, x, u, groups, rows, input_grad)
+    return dx, das, dbs
 
 
 class _GroupedLowRank(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, onto: Tensor | None, how: tuple[tuple[float, ...], Tensor, str | None], *pairs: Tensor
+        ctx: Any, x: Tensor, onto: Tensor | None, how: tuple[tuple[float, ...], AdapterRuns, str | None], *pairs: Tensor
     ) -> Tensor:
-        scales, row_to_adapter, backend = how
-        ctx.save_for_backward(x, row_to_adapter, *pairs)
-        ctx.scales, ctx.backend, ctx.onto_dtype = scales, backend, None if onto is None else onto.dtype
-        group = _group(pairs, scales, row_to_adapter)
-        out: Tensor = implementation("grouped_low_rank.forward", x.device, backend)(x, group, onto)
-        return out
+        scales, rows, backend = how
+        group = _group(pairs, scales)
+        y = x.new_zeros(x.shape[0], pairs[-1].shape[0]) if onto is None else onto.clone()
+        u = add_grouped_low_rank(x, [group], rows, [y], backend=backend)
+        ctx.save_for_backward(x, u, *pairs)
+        ctx.how, ctx.adds = how, onto is not None
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, row_to_adapter, *pairs = ctx.saved_tensors
-        kernel = implementation("grouped_low_rank.backward", x.device, ctx.backend)
-        dx, das, dbs = kernel(dy, x, _group(pairs, ctx.scales, row_to_adapter), ctx.needs_input_grad[0])
-        grads = (g.to(p.dtype) for g, p in zip((*das, *dbs), pairs, strict=True))
-        return dx, None if ctx.onto_dtype is None else dy, None, *grads
+        x, u, *pairs = ctx.saved_tensors
+        scales, rows, backend = ctx.how
+        dx, (das,), (dbs,) = grouped_low_rank_backward(
+            [dy], x, u, [_group(pairs, scales)], rows, input_grad=ctx.needs_input_grad[0], backend=backend
+        )
+        grads = (None if g is None else g.to(p.dtype) for g, p in zip((*das, *dbs), pairs, strict=True))
+        return dx, dy if ctx.adds else None, None, *grads
 
 
-def _group(pairs: Sequence[Tensor], scales: tuple[float, ...], row_to_adapter: Tensor) -> LowRankGroup:
+def _group(pairs: Sequence[Tensor], scales: tuple[float, ...]) -> LowRankGroup:
     half = len(scales)
-    return LowRankGroup(tuple(pairs[:half]), tuple(pairs[half:]), scales, row_to_adapter)
+    return LowRankGroup(tuple(pairs[:half]), tuple(pairs[half:]), scales)
 
 
 def _check(

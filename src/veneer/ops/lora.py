@@ -18,16 +18,15 @@ from torch import Tensor
 from veneer.errors import ShapeError
 from veneer.ops.lora_rows import add_low_rank_rows, low_rank_rows_backward
 from veneer.ops.projection import Projection as Projection  # from here for those who use it
-from veneer.ops.projection import Weight
+from veneer.ops.projection import Weight, factors_of
 
 
 @dataclass(frozen=True, slots=True)
 class LoraGradients:
-    """Gradients of `lora_forward`: in x (None where not asked for), and in a and b of every projection with a pair."""
+    """Gradients of `lora_forward`: in x (None where not asked for), and in the factors as `factors_of` lists them."""
 
     x: Tensor | None
-    a: tuple[Tensor | None, ...]
-    b: tuple[Tensor | None, ...]
+    factors: tuple[Tensor | None, ...]
 
 
 def lora_linear(x: Float[Tensor, "*batch i"], projection: Projection) -> Float[Tensor, "*batch o"]:
@@ -43,14 +42,14 @@ def lora_linears(
     Raises ShapeError where a projection does not fit x.
     """
     _check(x, projections)
-    pairs = [t for p in projections for t in (p.a, p.b)]
-    ys: tuple[Tensor, ...] = _LoraLinears.apply(x.reshape(-1, x.shape[-1]), tuple(projections), *pairs)  # type: ignore[no-untyped-call]
+    factors = factors_of(projections)
+    ys: tuple[Tensor, ...] = _LoraLinears.apply(x.reshape(-1, x.shape[-1]), tuple(projections), *factors)  # type: ignore[no-untyped-call]
     return tuple(y.reshape(*x.shape[:-1], -1) for y in ys)
 
 
 def lora_forward(
     x: Float[Tensor, "n i"], projections: Sequence[Projection]
-) -> tuple[tuple[Float[Tensor, "n _"], ...], Float[Tensor, "n ranks"] | None]:
+) -> tuple[tuple[Float[Tensor, "n _"], ...], Tensor | None]:
     """The outputs, and the joined ``A x`` that `lora_backward` reads (None where no projection has a low-rank pair)."""
     if any(p.rows is not None for p in projections):
         outputs = [_product(x, p.weight) for p in projections]
@@ -71,27 +70,26 @@ def lora_forward(
 def lora_backward(
     dys: Sequence[Float[Tensor, "n _"]],
     x: Float[Tensor, "n i"],
-    u: Float[Tensor, "n ranks"] | None,
+    u: Tensor | None,
     projections: Sequence[Projection],
     *,
     input_grad: bool = True,
 ) -> LoraGradients:
     """Gradients of `lora_forward` from the outputs' gradients, x, and the u that the forward returned."""
-    das: tuple[Tensor | None, ...] = (None,) * len(projections)
-    dbs: Sequence[Tensor | None] = (None,) * len(projections)
     dx: Tensor | None = None
+    factors: tuple[Tensor | None, ...] = (None,) * len(factors_of(projections))
     if any(p.rows is not None for p in projections) and u is not None:
-        dx, das, dbs = low_rank_rows_backward(dys, x, u, projections, input_grad)
+        dx, factors = low_rank_rows_backward(dys, x, u, projections, input_grad)
     elif u is not None:
-        dx, das, dbs = _low_rank_backward(dys, x, u, projections, input_grad)
+        dx, factors = _low_rank_backward(dys, x, u, projections, input_grad)
     for p, dy in zip(projections, dys, strict=True):
         dx = _add_transposed(dx, dy, p.weight) if input_grad else None
-    return LoraGradients(dx, das, tuple(dbs))
+    return LoraGradients(dx, factors)
 
 
 def _low_rank_backward(
     dys: Sequence[Tensor], x: Tensor, u: Tensor, projections: Sequence[Projection], input_grad: bool
-) -> tuple[Tensor | None, tuple[Tensor | None, ...], list[Tensor | None]]:
+) -> tuple[Tensor | None, tuple[Tensor | None, ...]]:
     dbs: list[Tensor | None] = [None] * len(projections)
     joined = _joined_a(projections, x.dtype)
     assert joined is not None  # there is a u
@@ -101,16 +99,19 @@ def _low_rank_backward(
             torch.mm(dy, _scaled_b(p, x.dtype), out=du[:, span])
             dbs[index] = (u[:, span].T @ dy).T.to(p.b.dtype).mul_(p.scale)
     da = du.T @ x
-    das = tuple(
+    das = (
         None if p.a is None else da[span].to(p.a.dtype)
         for p, span in zip(projections, _spans(projections), strict=True)
     )
-    return du @ joined if input_grad else None, das, dbs
+    factors = tuple(factor for pair in zip(das, dbs, strict=True) for factor in pair)
+    return du @ joined if input_grad else None, factors
 
 
 class _LoraLinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, projections: tuple[Projection, ...], *pairs: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, projections: tuple[Projection, ...], *factors: Tensor | None
+    ) -> tuple[Tensor, ...]:
         ys, u = lora_forward(x, projections)
         ctx.save_for_backward(x, u)
         ctx.projections = projections
@@ -120,7 +121,7 @@ class _LoraLinears(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         x, u = ctx.saved_tensors
         grads = lora_backward(dys, x, u, ctx.projections, input_grad=ctx.needs_input_grad[0])
-        return grads.x, None, *(g for pair in zip(grads.a, grads.b, strict=True) for g in pair)
+        return grads.x, None, *grads.factors
 
 
 def _product(x: Tensor, weight: Weight) -> Tensor:

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor
 
 from veneer.core.frozen import FrozenWeight
+from veneer.ops.grouped_low_rank import AdapterRuns, LowRankGroup
 
 Weight = Float[Tensor, "o i"] | FrozenWeight
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """Rows of the batch from ``start`` to ``stop`` that take ``ranks`` of the layer's pairs, times ``scale``."""
-
-    start: int
-    stop: int
-    ranks: slice
-    scale: float
-
-
-@dataclass(frozen=True, slots=True)
 class LowRankRows:
-    """Runs of a batch of ``n_rows`` rows, in order; rows in none of them take no pair. A row may be many tokens."""
+    """The pairs of several adapters on one layer, and which rows of the batch take which. A row may be many tokens."""
 
-    runs: tuple[Run, ...]
-    n_rows: int
+    group: LowRankGroup
+    runs: AdapterRuns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +27,8 @@ class Projection:
     """A frozen layer ``W (o, i)`` and the low-rank pair on it; ``a`` and ``b`` are both None where it has none.
 
     ``a (r, i)`` and ``b (o, r)`` may be wider than x (float32 beside bf16): they are rounded to x's dtype for the
-    products, which accumulate in float32, and their gradients come back in their own dtype. ``rows``: a and b hold the
-    pairs of several adapters behind one another, and each run of rows takes one, with a scale of its own.
+    products, which accumulate in float32, and their gradients come back in their own dtype. ``rows`` stands in place of
+    the pair where rows take pairs of their own; layers that share their input have the same runs.
     """
 
     weight: Weight
@@ -45,3 +37,10 @@ class Projection:
     b: Float[Tensor, "o r"] | None = None
     scale: float = 1.0
     rows: LowRankRows | None = None
+
+
+def factors_of(projections: Iterable[Projection]) -> tuple[Tensor | None, ...]:
+    """The factors that gradients flow to, layer by layer: a and b, or all a and then all b of those of its rows."""
+    return tuple(
+        factor for p in projections for factor in ((p.a, p.b) if p.rows is None else (*p.rows.group.a, *p.rows.group.b))
+    )

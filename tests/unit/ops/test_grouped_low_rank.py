@@ -4,11 +4,22 @@ import pytest
 import torch
 
 from veneer.errors import ShapeError
-from veneer.ops.grouped_low_rank import grouped_low_rank
+from veneer.ops.dispatch import backends
+from veneer.ops.grouped_low_rank import (
+    AdapterRuns,
+    LowRankGroup,
+    Run,
+    add_grouped_low_rank,
+    grouped_low_rank,
+    grouped_low_rank_backward,
+)
 
 OP = "grouped_low_rank.forward"
 DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)]
 SIZES = [(1, 5, 3, (1,)), (19, 29, 31, (2, 7, 1, 4)), (83, 131, 67, (16, 3, 37, 8, 33))]  # rows, i, o, ranks
+OUTS = (67, 160, 1)  # of layers that share their input
+LAYER_RANKS = ((17, 3, 64, 5), (1, 0, 33, 2), (0, 0, 0, 7))  # of four adapters on each; 0: none there
+RUNS = AdapterRuns((Run(2, 3, 131), Run(0, 131, 132), Run(1, 140, 227), Run(0, 230, 262)), 263)  # and none of adapter 3
 
 
 def draw(size, x_dtype, dtype):
@@ -94,6 +105,103 @@ def test_gradcheck(backend):
     tensors, scales, rows, _ = draw((4, 29, 31, (2, 3)), torch.float64, torch.float64)
     leaves = [t.requires_grad_() for t in tensors]
     assert torch.autograd.gradcheck(lambda *leaves: grouped(backend)(leaves, scales, rows), leaves)
+
+
+def draw_layers(dtype, i):
+    generator = torch.Generator().manual_seed(7)
+    x, *dys = (torch.randn(RUNS.n_rows, 2 * d, generator=generator)[:, :d].to(dtype) for d in (i, *OUTS))
+    ys = [torch.randn(RUNS.n_rows, o + 3, generator=generator).to(dtype)[:, :o] for o in OUTS]
+    pairs = [
+        [tuple(torch.randn(s, generator=generator) if r else None for s in ((r, i), (o, r))) for r in ranks]
+        for o, ranks in zip(OUTS, LAYER_RANKS, strict=True)
+    ]
+    groups = [
+        LowRankGroup(tuple(a for a, _ in layer), tuple(b for _, b in layer), (1.7, 0.3, 2.1, 0.9)) for layer in pairs
+    ]
+    return x, groups, ys, dys
+
+
+def in_dtype(groups, dtype):
+    to = lambda factors: tuple(None if f is None else f.to(dtype, copy=True) for f in factors)  # noqa: E731
+    return [LowRankGroup(to(g.a), to(g.b), g.scales) for g in groups]
+
+
+def layers_by_run(x, groups, ys):
+    """The formula, run by run, under autograd."""
+    parts = []
+    for y, group in zip(ys, groups, strict=True):
+        total = y.clone()
+        for k, start, stop in RUNS.runs:
+            if group.a[k] is not None:
+                total[start:stop] += group.scales[k] * ((x[start:stop] @ group.a[k].T) @ group.b[k].T)
+        parts.append(total)
+    return parts
+
+
+def layer_gradients(x, groups, ys, dys):
+    x = x.detach().requires_grad_()
+    factors = [f.requires_grad_() for g in groups for f in (*g.a, *g.b) if f is not None]
+    outs = layers_by_run(x, groups, ys)
+    used = [(y, dy) for y, dy in zip(outs, dys, strict=True) if y.requires_grad]  # nobody's rows reach the last layer
+    grads = torch.autograd.grad([y for y, _ in used], [x, *factors], [dy for _, dy in used], materialize_grads=True)
+    return [*(y.detach() for y in outs), *grads]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("i", [96, 77])
+def test_layers_that_share_their_input(dtype, i, backend):
+    x, groups, ys, dys = draw_layers(dtype, i)
+    double = [[t.double() for t in tensors] for tensors in (ys, dys)]
+    exact = layer_gradients(x.double(), in_dtype(groups, torch.float64), *double)
+    plain = layer_gradients(x, in_dtype(groups, dtype), ys, dys)
+    outs = [torch.empty(RUNS.n_rows, 2 * y.shape[1], dtype=dtype)[:, : y.shape[1]].copy_(y) for y in ys]
+    u = add_grouped_low_rank(x, groups, RUNS, outs, backend=backend)
+    dx, das, dbs = grouped_low_rank_backward(dys, x, u, groups, RUNS, backend=backend)
+    pairs = zip(das, dbs, strict=True)
+    ours = [*outs, dx, *(f for layer in pairs for factors in layer for f in factors if f is not None)]
+    for index, (got, theirs, truth) in enumerate(zip(ours, plain, exact, strict=True)):
+        allowed = 2 * (theirs.double() - truth).abs().max() + 2e-6 * truth.abs().max()
+        assert (got.double() - truth).abs().max() <= allowed, index
+    assert torch.equal(outs[0][132:140], ys[0][132:140])  # rows of no adapter
+    assert not dx[132:140].any()
+    assert not das[0][3].any()  # an adapter without rows
+    assert not dbs[2][3].any()
+    without = grouped_low_rank_backward(dys, x, u, groups, RUNS, input_grad=False, backend=backend)
+    assert without[0] is None
+    assert torch.equal(without[1][0][2], das[0][2])
+
+
+def test_rows_of_an_adapter_without_pairs_here_have_no_gradient(backend):
+    x, a, b = torch.ones(70, 5), torch.ones(2, 5), torch.ones(7, 2)
+    group, rows = LowRankGroup((None, a), (None, b), (1.0, 0.5)), AdapterRuns((Run(0, 0, 3), Run(1, 3, 70)), 70)
+    y = torch.zeros(70, 7)
+    u = add_grouped_low_rank(x, [group], rows, [y], backend=backend)
+    dx, _, _ = grouped_low_rank_backward([torch.ones(70, 7)], x, u, [group], rows, backend=backend)
+    assert torch.equal(dx, torch.tensor([0.0] * 3 + [7.0] * 67)[:, None].expand(70, 5))
+    assert torch.equal(y, torch.tensor([0.0] * 3 + [5.0] * 67)[:, None].expand(70, 7))
+
+
+@pytest.mark.skipif("cpu" not in backends(OP), reason="the C++ module was not built")
+def test_the_number_of_threads_changes_no_bit():
+    x, groups, ys, dys = draw_layers(torch.bfloat16, 96)
+    found, before = [], torch.get_num_threads()
+    try:
+        for n_threads in (1, 3):
+            torch.set_num_threads(n_threads)
+            outs = [y.clone() for y in ys]
+            u = add_grouped_low_rank(x, groups, RUNS, outs, backend="cpu")
+            dx, das, dbs = grouped_low_rank_backward(dys, x, u, groups, RUNS, backend="cpu")
+            found.append([*outs, dx, *(f for layer in (*das, *dbs) for f in layer if f is not None)])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, three) for one, three in zip(*found, strict=True))
+
+
+def test_runs_of_rows_are_found():
+    runs = AdapterRuns.of(torch.tensor([-1, 2, 2, 0, -1, -1, 2]))
+    assert runs == AdapterRuns((Run(2, 1, 3), Run(0, 3, 4), Run(2, 6, 7)), 7)
+    assert runs.times(3).runs[1] == Run(0, 9, 12)
+    assert runs.row_to_adapter(torch.device("cpu")).tolist() == [-1, 2, 2, 0, -1, -1, 2]
 
 
 @pytest.mark.usefixtures("own_checks")

@@ -8,15 +8,16 @@ from torch import Tensor
 
 from veneer.core.linear import apply_linear
 from veneer.core.records import LinearDelta
+from veneer.ops.grouped_low_rank import AdapterRuns, LowRankGroup, Run
 from veneer.ops.lora import lora_linears
-from veneer.ops.projection import LowRankRows, Projection, Run
+from veneer.ops.projection import LowRankRows, Projection
 from veneer.quant.dense import DenseWeight
 
 OUTS = (31, 17, 23)
 RANKS = ((5, 0, 3), (0, 0, 0), (2, 7, 0))  # of three adapters on each layer; the middle layer has none
 SCALES = (1.7, 0.3, 2.1)
 ADAPTER_OF_ROW = (1, 1, 0, None, 2, 0)  # adapter 0 has two runs, one row has no adapter
-RUNS = ((0, 2, 1), (2, 3, 0), (4, 5, 2), (5, 6, 0))
+RUNS = AdapterRuns((Run(1, 0, 2), Run(0, 2, 3), Run(2, 4, 5), Run(0, 5, 6)), len(ADAPTER_OF_ROW))
 LENGTH = 7
 
 
@@ -35,10 +36,8 @@ def draw(dtype: torch.dtype) -> tuple[Tensor, list[Tensor], list[list[list[Tenso
 def projection(weight: Tensor, pairs: list[list[Tensor]], ranks: tuple[int, ...]) -> Projection:
     if not any(ranks):
         return Projection(weight=weight)
-    ends = [sum(ranks[: k + 1]) for k in range(len(ranks))]
-    runs = [Run(s, e, slice(ends[k] - ranks[k], ends[k]), SCALES[k]) for s, e, k in RUNS if ranks[k]]
-    a, b = torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1)
-    return Projection(weight=weight, a=a, b=b, rows=LowRankRows(tuple(runs), len(ADAPTER_OF_ROW)))
+    a, b = (tuple(pair[i] if r else None for pair, r in zip(pairs, ranks, strict=True)) for i in (0, 1))
+    return Projection(weight=weight, rows=LowRankRows(LowRankGroup(a, b, SCALES), RUNS))
 
 
 def together(x: Tensor, weights: list[Tensor], pairs: list[list[list[Tensor]]]) -> list[Tensor]:

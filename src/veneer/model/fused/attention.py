@@ -16,7 +16,8 @@ from torch import Tensor
 from veneer.model.fused.heads import HeadLayout
 from veneer.model.fused.parts import Norm, add_onto
 from veneer.ops.attention import AttentionOptions, attention_backward, attention_forward
-from veneer.ops.lora import Projection, lora_backward, lora_forward
+from veneer.ops.lora import lora_backward, lora_forward
+from veneer.ops.projection import Projection, factors_of
 from veneer.ops.rotary import rotate
 
 
@@ -39,9 +40,9 @@ class AttentionHalf:
     recomputes: bool = False
 
     @property
-    def pairs(self) -> tuple[Tensor | None, ...]:
+    def factors(self) -> tuple[Tensor | None, ...]:
         """The low-rank factors, which gradients flow to."""
-        return tuple(t for p in (*self.qkv, self.out) for t in (p.a, p.b))
+        return factors_of((*self.qkv, self.out))
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +57,13 @@ class Positions:
 
 def attention_half(x: Float[Tensor, "b t d"], half: AttentionHalf, positions: Positions) -> Float[Tensor, "b t d"]:
     """The stream after the attention half."""
-    y: Tensor = _AttentionHalf.apply(x, half, positions, *half.pairs)  # type: ignore[no-untyped-call]
+    y: Tensor = _AttentionHalf.apply(x, half, positions, *half.factors)  # type: ignore[no-untyped-call]
     return y
 
 
 class _AttentionHalf(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, half: AttentionHalf, positions: Positions, *pairs: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, half: AttentionHalf, positions: Positions, *factors: Tensor | None) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             flat = x.reshape(-1, x.shape[-1])
             normed, statistics = half.norm.forward(flat)
@@ -83,17 +84,17 @@ class _AttentionHalf(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        half, positions, n_pairs = ctx.half, ctx.positions, 2 * len(ctx.half.qkv)
+        half, positions, n_inner_factors = ctx.half, ctx.positions, len(factors_of(ctx.half.qkv))
         x, statistics, u, attended, lse, u_out, *kept = ctx.saved_tensors
         n_q, n_heads = ctx.n_q_kept, ctx.n_heads_kept
-        wanted = ctx.needs_input_grad[0] or any(ctx.needs_input_grad[3 : 3 + n_pairs])
+        wanted = ctx.needs_input_grad[0] or any(ctx.needs_input_grad[3 : 3 + n_inner_factors])
         with torch.autocast(x.device.type, enabled=False):
             flat, dy = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, x.shape[-1])
             dout = dy.to(half.dtype)
             dout = dout if half.post_norm is None else half.post_norm.backward(dout, *kept[n_heads:])
             out_grads = lora_backward([dout], attended.view(len(flat), -1), u_out, [half.out], input_grad=wanted)
             if not wanted or out_grads.x is None:
-                return None, None, None, *(None,) * n_pairs, *out_grads.a, *out_grads.b
+                return None, None, None, *(None,) * n_inner_factors, *out_grads.factors
             dattended = out_grads.x.view(attended.shape)
             if half.recomputes:
                 heads, _ = _heads(half.norm.forward(flat)[0].to(half.dtype), half, x.shape, positions)
@@ -107,8 +108,7 @@ class _AttentionHalf(torch.autograd.Function):
             joined = half.heads.join((dq, dk, dqkv[2]))
             found = lora_backward(joined, normed, u, half.qkv, input_grad=ctx.needs_input_grad[0])
             dx = None if found.x is None else half.norm.backward(found.x, flat, statistics).add_(dy).view(x.shape)
-        pairs = (g for pair in zip((*found.a, *out_grads.a), (*found.b, *out_grads.b), strict=True) for g in pair)
-        return dx, None, None, *pairs
+        return dx, None, None, *found.factors, *out_grads.factors
 
 
 @dataclass(frozen=True, slots=True)

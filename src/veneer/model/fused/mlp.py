@@ -17,7 +17,8 @@ from torch import Tensor
 from veneer.model.fused.parts import Norm, add_onto
 from veneer.ops.activation import activation_backward, activation_forward
 from veneer.ops.glu import glu_backward, glu_forward
-from veneer.ops.lora import Projection, lora_backward, lora_forward
+from veneer.ops.lora import lora_backward, lora_forward
+from veneer.ops.projection import Projection, factors_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,9 +40,9 @@ class MlpHalf:
     recomputes: bool = False
 
     @property
-    def pairs(self) -> tuple[Tensor | None, ...]:
+    def factors(self) -> tuple[Tensor | None, ...]:
         """The low-rank factors, which gradients flow to."""
-        return tuple(t for p in (*self.gate_up, self.down) for t in (p.a, p.b))
+        return factors_of((*self.gate_up, self.down))
 
     def hidden(self, inner: Sequence[Tensor]) -> Tensor:
         """What the down projection reads, from the outputs of ``gate_up``."""
@@ -59,13 +60,13 @@ class MlpHalf:
 
 def mlp_half(x: Float[Tensor, "b t d"], half: MlpHalf, stream: Tensor | None = None) -> Float[Tensor, "b t d"]:
     """The stream after the feed-forward half. ``stream``: what its output is added to, where that is not x."""
-    y: Tensor = _MlpHalf.apply(x, stream, half, *half.pairs)  # type: ignore[no-untyped-call]
+    y: Tensor = _MlpHalf.apply(x, stream, half, *half.factors)  # type: ignore[no-untyped-call]
     return y
 
 
 class _MlpHalf(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, stream: Tensor | None, half: MlpHalf, *pairs: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, stream: Tensor | None, half: MlpHalf, *factors: Tensor | None) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             flat = x.reshape(-1, x.shape[-1])
             normed, statistics = half.norm.forward(flat)
@@ -84,11 +85,11 @@ class _MlpHalf(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        half, n_pairs = ctx.half, 2 * len(ctx.half.gate_up)
+        half, n_inner_factors = ctx.half, len(factors_of(ctx.half.gate_up))
         x, statistics, u, u_down, *kept = ctx.saved_tensors
         inner, kept_out = kept[: ctx.n_inner], kept[ctx.n_inner :]
         dstream = None if ctx.adds else grads[0]
-        wanted = ctx.needs_input_grad[0] or any(ctx.needs_input_grad[3 : 3 + n_pairs])
+        wanted = ctx.needs_input_grad[0] or any(ctx.needs_input_grad[3 : 3 + n_inner_factors])
         with torch.autocast(x.device.type, enabled=False):
             flat, dy = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, x.shape[-1])
             if half.recomputes:
@@ -97,14 +98,13 @@ class _MlpHalf(torch.autograd.Function):
             dout = dout if half.post_norm is None else half.post_norm.backward(dout, *kept_out)
             down = lora_backward([dout], half.hidden(inner), u_down, [half.down], input_grad=wanted)
             if not wanted or down.x is None:
-                return None, dstream, None, *(None,) * n_pairs, *down.a, *down.b
+                return None, dstream, None, *(None,) * n_inner_factors, *down.factors
             inner = half.inner_grads(down.x, inner)
             normed = half.norm.forward(flat)[0].to(half.dtype)
             found = lora_backward(inner, normed, u, half.gate_up, input_grad=ctx.needs_input_grad[0])
             dx = None if found.x is None else half.norm.backward(found.x, flat, statistics)
             dx = None if dx is None else (dx.add_(dy) if ctx.adds else dx).view(x.shape)
-        pairs = (g for pair in zip((*found.a, *down.a), (*found.b, *down.b), strict=True) for g in pair)
-        return dx, dstream, None, *pairs
+        return dx, dstream, None, *found.factors, *down.factors
 
 
 def _gate_and_up(inner: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from veneer.core.records import LinearDelta
-from veneer.model.fused.rows import joined_pairs
+from veneer.model.fused.rows import pairs_of_rows
 from veneer.model.inplace import InPlace, base_of
 from veneer.model.linear import AdaptedLinear, frozen_weight
 from veneer.model.quant_linear import QuantLinear
@@ -165,7 +165,7 @@ def projection_of(module: nn.Module, dtype: torch.dtype) -> Projection | None:
 def _pairs_of(module: AdaptedLinear) -> tuple[LinearDelta | None, LowRankRows | None]:
     """The record that acts on an adapted layer, where it is nothing but a low-rank pair, or nothing at all.
 
-    In a mixed batch the pairs of all rows are in it, and beside it stands which rows take which.
+    In a mixed batch the record is empty, and beside it stand the pairs of all rows.
     """
     routing = module.adapter_state.routed()
     names = module.acting_here() if routing is None else [n for n in routing.adapters if module.holds(n)]
@@ -176,7 +176,7 @@ def _pairs_of(module: AdaptedLinear) -> tuple[LinearDelta | None, LowRankRows | 
     fitting = {name: record for name, record in records.items() if record is not None}
     if not names or len(fitting) < len(names):
         return None if names else LinearDelta(), None
-    return (fitting[names[0]], None) if routing is None else joined_pairs(fitting, routing)
+    return (fitting[names[0]], None) if routing is None else (LinearDelta(), pairs_of_rows(fitting, routing))
 
 
 def _plain_record(module: AdaptedLinear, name: str) -> LinearDelta | None:

@@ -2,42 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from veneer.ops.grouped_low_rank import LowRankGroup
+from veneer.ops.grouped_low_rank import AdapterRuns, Gradients, LowRankGroup
 
 
-def forward(x: Tensor, group: LowRankGroup, onto: Tensor | None) -> Tensor:
-    """``onto`` (None is zero, in x's dtype) plus each row's product."""
-    y = x.new_zeros(x.shape[0], group.out_features) if onto is None else onto.clone()
-    for rows, a, b, _ in _parts(x, group):
-        part = x[rows].to(a.dtype) @ a.T @ b.T
-        y[rows] = (y[rows] + part).to(y.dtype)
-    return y
+def forward(x: Tensor, groups: Sequence[LowRankGroup], rows: AdapterRuns, ys: Sequence[Tensor]) -> Tensor:
+    """Adds each row's product to the output of each layer. Nothing is kept for the backward."""
+    for group, y in zip(groups, ys, strict=True):
+        for _, own, a, b, _ in _parts(x, group, rows):
+            y[own] = (y[own] + x[own].to(a.dtype) @ a.T @ b.T).to(y.dtype)
+    return x.new_empty(0)
 
 
 def backward(
-    dy: Tensor, x: Tensor, group: LowRankGroup, input_grad: bool
-) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+    dys: Sequence[Tensor], x: Tensor, u: Tensor, groups: Sequence[LowRankGroup], rows: AdapterRuns, input_grad: bool
+) -> tuple[Tensor | None, list[Gradients], list[Gradients]]:
     """Gradients in x (None where not asked for), and in every a and b in at least float32."""
-    dx = torch.zeros_like(x) if input_grad else None
+    dx = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if input_grad else None
     das, dbs = [], []
-    for rows, a, b, scale in _parts(x, group):
-        own_x, own_dy = x[rows].to(a.dtype), dy[rows].to(a.dtype)
-        du = own_dy @ b
-        das.append(du.T @ own_x)
-        dbs.append(scale * (own_dy.T @ (own_x @ a.T)))
-        if dx is not None:
-            dx[rows] = (du @ a).to(dx.dtype)
-    return dx, das, dbs
+    for group, dy in zip(groups, dys, strict=True):
+        da, db = ([None if f is None else _zeros(x, f) for f in factors] for factors in (group.a, group.b))
+        for k, own, a, b, scale in _parts(x, group, rows):
+            own_x, own_dy = x[own].to(a.dtype), dy[own].to(a.dtype)
+            du = own_dy @ b
+            da[k], db[k] = _sum(da[k], du.T @ own_x), _sum(db[k], scale * (own_dy.T @ (own_x @ a.T)))
+            if dx is not None:
+                dx[own] += du @ a
+        das.append(tuple(da))
+        dbs.append(tuple(db))
+    return None if dx is None else dx.to(x.dtype), das, dbs
 
 
-def _parts(x: Tensor, group: LowRankGroup) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
-    """Of each adapter: its rows, a and scale * b in at least float32, and scale."""
-    for index, (a, b, scale) in enumerate(zip(group.a, group.b, group.scales, strict=True)):
-        wide = torch.promote_types(torch.promote_types(x.dtype, a.dtype), torch.float32)
-        rows = (group.row_to_adapter == index).nonzero()[:, 0]
-        yield rows, a.to(wide), b.to(wide) * scale, scale
+def _zeros(x: Tensor, factor: Tensor) -> Tensor:
+    return torch.zeros_like(factor, dtype=_wide(x, factor))
+
+
+def _sum(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total + part
+
+
+def _wide(x: Tensor, factor: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(x.dtype, factor.dtype), torch.float32)
+
+
+def _parts(x: Tensor, group: LowRankGroup, rows: AdapterRuns) -> Iterator[tuple[int, slice, Tensor, Tensor, float]]:
+    """Of each run: its adapter, its rows, a and scale * b in at least float32, and scale."""
+    for adapter, start, stop in rows.runs:
+        a, b, scale = group.a[adapter], group.b[adapter], group.scales[adapter]
+        if a is not None and b is not None:
+            wide = _wide(x, a)
+            yield adapter, slice(start, stop), a.to(wide), b.to(wide) * scale, scale

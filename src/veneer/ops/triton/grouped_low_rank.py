@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from veneer.ops.grouped_low_rank import LowRankGroup
+from veneer.ops.grouped_low_rank import AdapterRuns, Gradients, LowRankGroup
 from veneer.ops.reference import grouped_low_rank as reference
 from veneer.ops.rows import same_dtype, with_rows
 from veneer.ops.triton.launch import block, is_served, launch
@@ -21,41 +21,57 @@ from veneer.ops.triton.launch import block, is_served, launch
 _WIDTH = 64
 
 
-def forward(x: Tensor, group: LowRankGroup, onto: Tensor | None) -> Tensor:
-    if not is_served(x, *group.a, *group.b, *([] if onto is None else [onto])):
-        return reference.forward(x, group, onto)
-    x, owner = with_rows(x), group.row_to_adapter.contiguous()
-    a, b = _stacked(group.a, x), _scaled_b(group, x)
-    return _expand(_shrink(x, a, owner), b, owner, onto)
+def forward(x: Tensor, groups: Sequence[LowRankGroup], rows: AdapterRuns, ys: Sequence[Tensor]) -> Tensor:
+    if not _serves(x, groups) or not is_served(*ys) or any(y.stride(1) != 1 for y in ys):
+        return reference.forward(x, groups, rows, ys)
+    x, owner = with_rows(x), rows.row_to_adapter(x.device)
+    for group, y in zip(groups, ys, strict=True):
+        _expand(_shrink(x, _stacked(group.a, x), owner), _scaled_b(group, x), owner, y)
+    return x.new_empty(0)
 
 
 def backward(
-    dy: Tensor, x: Tensor, group: LowRankGroup, input_grad: bool
-) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
-    if not is_served(x, *group.a, *group.b):
-        return reference.backward(dy, x, group, input_grad)
-    x, dy, owner = with_rows(x), with_rows(same_dtype(dy, x)), group.row_to_adapter.contiguous()
-    a, b = _stacked(group.a, x), _scaled_b(group, x)
-    u, du = _shrink(x, a, owner), _shrink(dy, b, owner)
-    dx = _expand(du, a, owner, None) if input_grad else None
-    da, db = _outer(du, x, owner, len(group.a)), _outer(u, dy, owner, len(group.a))
-    ranks = [pair.shape[0] for pair in group.a]
-    das = [da[k, :r] for k, r in enumerate(ranks)]
-    dbs = [(db[k, :r].T * scale).contiguous() for k, (r, scale) in enumerate(zip(ranks, group.scales, strict=True))]
-    return dx, das, dbs
+    dys: Sequence[Tensor], x: Tensor, u: Tensor, groups: Sequence[LowRankGroup], rows: AdapterRuns, input_grad: bool
+) -> tuple[Tensor | None, list[Gradients], list[Gradients]]:
+    if not _serves(x, groups):
+        return reference.backward(dys, x, u, groups, rows, input_grad)
+    x, owner = with_rows(x), rows.row_to_adapter(x.device)
+    dx = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if input_grad else None
+    das, dbs = [], []
+    for group, given in zip(groups, dys, strict=True):
+        dy = with_rows(same_dtype(given, x))
+        a, b = _stacked(group.a, x), _scaled_b(group, x)
+        own_u, du = _shrink(x, a, owner), _shrink(dy, b, owner)
+        if dx is not None:
+            _expand(du, a, owner, dx)
+        da, db = _outer(du, x, owner, len(group.a)), _outer(own_u, dy, owner, len(group.a))
+        das.append(tuple(None if f is None else da[k, : f.shape[0]] for k, f in enumerate(group.a)))
+        dbs.append(
+            tuple(
+                None if f is None else (db[k, : f.shape[1]].T * scale).contiguous()
+                for k, (f, scale) in enumerate(zip(group.b, group.scales, strict=True))
+            )
+        )
+    return None if dx is None else dx.to(x.dtype), das, dbs
 
 
-def _stacked(factors: Sequence[Tensor], x: Tensor) -> Tensor:
-    """Factors (r, width) as one (adapters, rank, width) in x's dtype."""
-    rank = block(max(f.shape[0] for f in factors), least=16)
-    out = x.new_zeros(len(factors), rank, factors[0].shape[1])
+def _serves(x: Tensor, groups: Sequence[LowRankGroup]) -> bool:
+    return is_served(x, *(f for group in groups for f in (*group.a, *group.b) if f is not None))
+
+
+def _stacked(factors: Sequence[Tensor | None], x: Tensor) -> Tensor:
+    """Factors (r, width) as one (adapters, rank, width) in x's dtype; zeros where one is None."""
+    given = [f for f in factors if f is not None]
+    rank = block(max(f.shape[0] for f in given), least=16)
+    out = x.new_zeros(len(factors), rank, given[0].shape[1])
     for place, factor in zip(out, factors, strict=True):
-        place[: factor.shape[0]] = factor
+        if factor is not None:
+            place[: factor.shape[0]] = factor
     return out
 
 
 def _scaled_b(group: LowRankGroup, x: Tensor) -> Tensor:
-    return _stacked([(b * scale).T for b, scale in zip(group.b, group.scales, strict=True)], x)
+    return _stacked([None if b is None else (b * scale).T for b, scale in zip(group.b, group.scales, strict=True)], x)
 
 
 def _tiles(n: int, rank: int) -> tuple[int, dict[str, int]]:
@@ -74,16 +90,13 @@ def _shrink(x: Tensor, factors: Tensor, owner: Tensor) -> Tensor:
     return out
 
 
-def _expand(u: Tensor, factors: Tensor, owner: Tensor, onto: Tensor | None) -> Tensor:
-    """``onto`` plus each row of u times its adapter's factor transposed, (n, width)."""
+def _expand(u: Tensor, factors: Tensor, owner: Tensor, out: Tensor) -> None:
+    """Each row of u times its adapter's factor transposed, added to out (n, width)."""
     adapters, rank, width = factors.shape
-    out = u.new_empty(len(u), width, dtype=u.dtype if onto is None else onto.dtype)
-    base = out if onto is None else with_rows(onto)
     n_tiles, sizes = _tiles(len(u), rank)
     grid = n_tiles, triton.cdiv(width, _WIDTH)
-    args = u, factors, owner, base, base.stride(0), out, len(u), adapters, rank, width
-    launch(_expand_kernel, grid, *args, ONTO=onto is not None, **sizes)
-    return out
+    args = u, factors, owner, out, out.stride(0), len(u), adapters, rank, width
+    launch(_expand_kernel, grid, *args, **sizes)
 
 
 def _outer(u: Tensor, x: Tensor, owner: Tensor, adapters: int) -> Tensor:
@@ -132,14 +145,12 @@ def _expand_kernel(
     u,
     factors,
     owner,
-    onto,
-    onto_row,
     out,
+    out_row,
     n,
     adapters,
     rank,
     width,
-    ONTO: tl.constexpr,
     ROWS: tl.constexpr,
     RANKS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -158,9 +169,8 @@ def _expand_kernel(
                 factor = factors + (tl.cast(adapter, tl.int64) * rank + ranks[:, None]) * width
                 weight = tl.load(factor + columns[None, :], mask=(columns < width)[None, :], other=0.0)
                 total = tl.dot(tile, weight, total, input_precision="ieee")
-    if ONTO:
-        total += tl.load(onto + rows[:, None] * onto_row + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-    place = out + rows[:, None] * width + columns[None, :]
+    place = out + rows[:, None] * out_row + columns[None, :]
+    total += tl.load(place, mask=inside, other=0.0).to(tl.float32)
     tl.store(place, total.to(out.dtype.element_ty), mask=inside)
 
 

@@ -1,0 +1,341 @@
+// Three products, each for 64 rows of one adapter: x Aᵀ for all layers that share x at once, its A's side by side; that
+// times (scale B)ᵀ onto the output of each layer; and, for gradients, a factor's ranks times rows summed over the rows.
+// Factors are packed first, once a call; what a block or a piece of a gradient holds does not depend on who computes it.
+#include "grouped_low_rank/grouped_low_rank.h"
+
+#include "core/engine.h"
+#include "core/parallel.h"
+#include "core/scratch.h"
+
+namespace veneer {
+namespace VENEER_ISA {
+namespace {
+
+constexpr int64_t block = low_rank_block;
+constexpr int64_t outer_columns = low_rank_outer_columns;
+constexpr int64_t tile = 64;  // columns of an output at a time: their sums stay in the first-level cache
+
+// ---- factors as right operands B (depth, columns): everything past (k, n) is zero -------------------------------------
+
+// B = scale * f, with f (k, n).
+template <class Engine, class F>
+void pack_rows(typename Engine::Element* b, int64_t ldb, const F* f, int64_t k, int64_t n, int64_t depth, float scale) {
+  for (int64_t row = 0; row < depth; row += 2)
+    for (int64_t c = 0; c < ldb; c += width) {
+      lanes two[2];
+      for (int64_t i = 0; i < 2; ++i) {
+        const int64_t left = row + i < k ? n - c : 0;
+        const F* from = f + (row + i) * n + c;
+        two[i] = left >= width ? load(from) * scale : left > 0 ? load_some(from, left) * scale : lanes{};
+      }
+      if (Engine::depth_unit == 1 && row + 1 == depth) {
+        Engine::put_a(b + row * ldb + c, two[0]);
+      } else {
+        Engine::put_b(b, ldb, row, c, two[0], two[1]);
+      }
+    }
+}
+
+// Element (k, n) of B, where k may be odd.
+template <class Engine>
+int64_t place(int64_t ldb, int64_t k, int64_t n) {
+  return Engine::depth_unit == 1 ? k * ldb + n : (k - k % 2) * ldb + 2 * n + k % 2;
+}
+
+// Columns [0, columns) of B = scale * fᵀ, with f (n, k).
+template <class Engine, class F>
+void pack_columns(typename Engine::Element* b, int64_t ldb, const F* f, int64_t n, int64_t k, int64_t columns,
+                  int64_t depth, float scale) {
+  using E = typename Engine::Element;
+  for (int64_t c = 0; c < columns; ++c) {
+    const F* row = f + c * k;
+    const int64_t present = c < n ? k : 0;
+    for (int64_t l = 0; l < depth; l += width) {
+      const int64_t left = present - l, count = depth - l < width ? depth - l : width;
+      E values[width];
+      Engine::put_a(values, left >= width ? load(row + l) * scale : left > 0 ? load_some(row + l, left) * scale : lanes{});
+      if (Engine::depth_unit == 1) {
+        for (int64_t i = 0; i < count; ++i) b[(l + i) * ldb + c] = values[i];
+      } else {  // l and count are even
+        for (int64_t i = 0; i < count; i += 2) std::memcpy(static_cast<void*>(b + (l + i) * ldb + 2 * c), values + i, 2 * sizeof(E));
+      }
+    }
+  }
+}
+
+// ---- rows as operands -------------------------------------------------------------------------------------------------
+
+template <class A, class B>
+struct Same { static constexpr bool value = false; };
+template <class A>
+struct Same<A, A> { static constexpr bool value = true; };
+
+// Sixteen or fewer values rounded to T, by the engine where it has an instruction for that.
+template <class T, class Engine>
+inline void put_rounded(T* to, lanes values, int64_t n) {
+  if constexpr (Same<T, typename Engine::Element>::value) {
+    if (n == width) return Engine::put_a(to, values);
+  }
+  put(to, values, n);
+}
+
+template <class T>
+inline const T* row_of(const RowsView& view, int64_t row) {
+  return reinterpret_cast<const T*>(view.data) + row * view.stride;
+}
+
+template <class E>
+struct Operand {
+  const E* data;
+  int64_t stride;
+};
+
+// The rows of a block as a left operand: where they lie if nothing has to be padded, else copied.
+template <class T, class Engine>
+Operand<typename Engine::Element> left(const RowsView& view, int64_t features, const LowRankBlock& at,
+                                       typename Engine::Element* copy) {
+  using E = typename Engine::Element;
+  if constexpr (Same<T, E>::value) {
+    if (at.together && at.n_rows % Engine::row_unit == 0 && features % Engine::depth_unit == 0)
+      return {row_of<T>(view, at.rows[0]), view.stride};
+  }
+  const int64_t stride = up_to(features, Engine::depth_unit > width ? Engine::depth_unit : width);
+  for (int64_t t = 0; t < up_to(at.n_rows, Engine::row_unit); ++t)
+    for (int64_t c = 0; c < stride; c += width) {
+      const int64_t present = t < at.n_rows ? features - c : 0;
+      const lanes values = present > 0 ? take(row_of<T>(view, at.rows[t]) + c, present < width ? present : width) : lanes{};
+      Engine::put_a(copy + t * stride + c, values);
+    }
+  return {copy, stride};
+}
+
+// `columns` columns of the rows of a block as a right operand, the rows its depth.
+template <class T, class Engine>
+void right(const RowsView& view, int64_t first, int64_t features, const LowRankBlock& at, int64_t columns, int64_t depth,
+           typename Engine::Element* b) {
+  for (int64_t t = 0; t < depth; t += 2)
+    for (int64_t c = 0; c < columns; c += width) {
+      lanes two[2];
+      for (int64_t i = 0; i < 2; ++i) {
+        const int64_t present = t + i < at.n_rows ? features - first - c : 0;
+        two[i] = present > 0 ? take(row_of<T>(view, at.rows[t + i]) + first + c, present < width ? present : width) : lanes{};
+      }
+      if (Engine::depth_unit == 1 && t + 1 == depth) {
+        Engine::put_a(b + t * columns + c, two[0]);
+      } else {
+        Engine::put_b(b, columns, t, c, two[0], two[1]);
+      }
+    }
+}
+
+// ---- the passes -------------------------------------------------------------------------------------------------------
+
+template <class T, class Engine>
+struct Pass {
+  using E = typename Engine::Element;
+  const LowRankCall& call;
+
+  static E* elements(char* p) { return reinterpret_cast<E*>(p); }
+  const LowRankPair& pair(int64_t layer, int64_t adapter) const { return call.pairs[layer * call.n_adapters + adapter]; }
+  static int64_t depth_of(int64_t n) { return up_to(n, Engine::depth_unit); }
+  static int64_t columns_of(int64_t n) { return up_to(n, Engine::column_unit); }
+
+  struct Local {  // what one thread works in
+    E *rows, *du;
+    float* sums;
+  };
+  Local local(int thread) const {
+    Scratch scratch{call.scratch + thread * call.thread_bytes};
+    int64_t widest = call.in_features;
+    for (int64_t s = 0; s < call.n_layers; ++s) widest = call.out_features[s] > widest ? call.out_features[s] : widest;
+    widest = widest > outer_columns ? widest : outer_columns;
+    E* rows = scratch.take<E>(block * up_to(widest, 32));
+    E* du = scratch.take<E>(block * (call.u_columns + 32));
+    return {rows, du, scratch.take<float>(outer_columns * (call.u_columns + tile))};
+  }
+
+  template <class F>
+  void each(int64_t n, const F& f) const {
+    parallel_tasks(call.n_threads, [&](int thread, auto next) {
+      Engine::begin();
+      for (int64_t i = next(); i < n; i = next()) f(thread, i);
+      Engine::end();
+    });
+  }
+
+  template <class F>
+  void pack(int64_t index, bool backward) const {
+    const int64_t layer = index / call.n_adapters, i = call.in_features, o = call.out_features[layer];
+    const LowRankAdapter& adapter = call.adapters[index % call.n_adapters];
+    const LowRankPair& p = call.pairs[index];
+    if (p.rank == 0 || adapter.n_blocks == 0) return;
+    const F *a = static_cast<const F*>(p.a), *b = static_cast<const F*>(p.b);
+    E *joined = elements(adapter.joined), *packed = elements(p.packed);
+    const int64_t depth = depth_of(p.rank);
+    if (backward) {
+      pack_rows<Engine>(joined + p.first * columns_of(i), columns_of(i), a, p.rank, i, depth, 1.0f);
+      pack_rows<Engine>(packed, columns_of(p.rank), b, o, p.rank, depth_of(o), p.scale);
+    } else {
+      const int64_t wide = columns_of(adapter.columns), end = p.first + depth;
+      const int64_t columns = end == adapter.columns ? wide - p.first : depth;
+      pack_columns<Engine>(Engine::column(joined, p.first), wide, a, p.rank, i, columns, depth_of(i), 1.0f);
+      pack_columns<Engine>(packed, columns_of(o), b, o, p.rank, columns_of(o), depth, p.scale);
+    }
+  }
+  void pack_all(bool backward) const {
+    each(call.n_layers * call.n_adapters, [&](int, int64_t index) {
+      call.factor_dtype == Dtype::float32 ? pack<float>(index, backward) : pack<bf16>(index, backward);
+    });
+  }
+
+  // ---- forward
+
+  void forward() const {
+    pack_all(false);
+    each(call.n_blocks, [&](int thread, int64_t index) { forward_block(index, local(thread)); });
+  }
+
+  void forward_block(int64_t index, const Local& own) const {
+    const LowRankBlock& at = call.blocks[index];
+    const LowRankAdapter& adapter = call.adapters[at.adapter];
+    const int64_t rows = up_to(at.n_rows, Engine::row_unit), wide = columns_of(adapter.columns), ldu = call.u_columns;
+    const auto x = left<T, Engine>(call.x, call.in_features, at, own.rows);
+    Engine::product(own.sums, wide, x.data, x.stride, elements(adapter.joined), wide, rows, wide,
+                    depth_of(call.in_features), false);
+    E* u = elements(call.u) + index * block * ldu;
+    for (int64_t t = 0; t < rows; ++t)
+      for (int64_t c = 0; c < wide; c += width) Engine::put_a(u + t * ldu + c, load(own.sums + t * wide + c));
+    for (int64_t layer = 0; layer < call.n_layers; ++layer) {
+      const LowRankPair& p = pair(layer, at.adapter);
+      if (p.rank == 0) continue;
+      const int64_t o = call.out_features[layer];
+      each_tile(o, [&](int64_t first, int64_t columns) {
+        Engine::product(own.sums, tile, u + p.first, ldu, Engine::column(elements(p.packed), first), columns_of(o), rows,
+                        columns, depth_of(p.rank), false);
+        const int64_t present = o - first < columns ? o - first : columns;
+        call.y_dtype == Dtype::float32 ? add<float>(call.ys[layer], at, first, present, own.sums)
+                                       : add<bf16>(call.ys[layer], at, first, present, own.sums);
+      });
+    }
+  }
+
+  template <class F>
+  static void each_tile(int64_t n, const F& f) {
+    for (int64_t first = 0; first < n; first += tile) f(first, n - first < tile ? columns_of(n - first) : tile);
+  }
+
+  template <class Y>
+  static void add(const RowsView& y, const LowRankBlock& at, int64_t first, int64_t columns, const float* sums) {
+    for (int64_t t = 0; t < at.n_rows; ++t) {
+      Y* row = const_cast<Y*>(row_of<Y>(y, at.rows[t])) + first;
+      each_sixteen(columns, [=](int64_t c, int64_t n) {
+        put_rounded<Y, Engine>(row + c, take(row + c, n) + load(sums + t * tile + c), n);
+      });
+    }
+  }
+
+  // ---- backward
+
+  void backward() const {
+    pack_all(true);
+    each(call.n_blocks, [&](int thread, int64_t index) { backward_block(index, local(thread)); });
+    each(call.n_outers, [&](int thread, int64_t index) { outer(call.outers[index], local(thread)); });
+  }
+
+  // The gradient in x, and u and its gradient lying as `outer` reads them.
+  void backward_block(int64_t index, const Local& own) const {
+    const LowRankBlock& at = call.blocks[index];
+    const LowRankAdapter& adapter = call.adapters[at.adapter];
+    const int64_t rows = up_to(at.n_rows, Engine::row_unit), ldu = call.u_columns + 32;
+    for (int64_t layer = 0; layer < call.n_layers; ++layer) {
+      const LowRankPair& p = pair(layer, at.adapter);
+      if (p.rank == 0) continue;
+      const int64_t o = call.out_features[layer], wide = columns_of(p.rank);
+      const auto dy = left<T, Engine>(call.ys[layer], o, at, own.rows);
+      Engine::product(own.sums, wide, dy.data, dy.stride, elements(p.packed), wide, rows, wide, depth_of(o), false);
+      for (int64_t t = 0; t < rows; ++t)  // what goes past its own columns is written over by the next layer
+        for (int64_t c = 0; c < wide; c += width)
+          Engine::put_a(own.du + t * ldu + p.first + c, load(own.sums + t * wide + c));
+    }
+    const int64_t stride = adapter.n_blocks * block, place = (index - adapter.first_block) * block;
+    const E* u = elements(call.u) + index * block * call.u_columns;
+    turn(elements(adapter.du_t) + place, stride, own.du, ldu, rows, adapter.columns);
+    turn(elements(adapter.u_t) + place, stride, u, call.u_columns, rows, adapter.columns);
+    if (call.dx.data == nullptr) return;
+    const int64_t i = call.in_features;
+    each_tile(i, [&](int64_t first, int64_t columns) {
+      Engine::product(own.sums, tile, own.du, ldu, Engine::column(elements(adapter.joined), first), columns_of(i), rows,
+                      columns, adapter.columns, false);
+      const int64_t present = i - first < columns ? i - first : columns;
+      for (int64_t t = 0; t < at.n_rows; ++t) {
+        T* row = const_cast<T*>(row_of<T>(call.dx, at.rows[t])) + first;
+        each_sixteen(present, [=](int64_t c, int64_t n) {
+          put_rounded<T, Engine>(row + c, load(own.sums + t * tile + c), n);
+        });
+      }
+    });
+  }
+
+  // Rows become columns; what pads the rows of the block is zero.
+  static void turn(E* to, int64_t stride, const E* from, int64_t ld, int64_t rows, int64_t columns) {
+    for (int64_t c = 0; c < columns; ++c) {
+      for (int64_t t = 0; t < rows; ++t) to[c * stride + t] = from[t * ld + c];
+      if (rows < block) std::memset(static_cast<void*>(to + c * stride + rows), 0, (block - rows) * sizeof(E));
+    }
+  }
+
+  void outer(const LowRankOuter& piece, const Local& own) const {
+    const LowRankAdapter& adapter = call.adapters[piece.adapter];
+    const bool of_a = piece.layer < 0;
+    const RowsView& view = of_a ? call.x : call.ys[piece.layer];
+    const int64_t features = of_a ? call.in_features : call.out_features[piece.layer], left_over = features - piece.column;
+    const int64_t columns = left_over < outer_columns ? columns_of(left_over) : outer_columns;
+    const int64_t stride = adapter.n_blocks * block, first = of_a ? 0 : pair(piece.layer, piece.adapter).first;
+    const int64_t ranks = up_to(of_a ? adapter.columns : pair(piece.layer, piece.adapter).rank, Engine::row_unit);
+    const E* turned = elements(of_a ? adapter.du_t : adapter.u_t) + first * stride;
+    if (adapter.n_blocks == 0) std::memset(own.sums, 0, ranks * columns * sizeof(float));
+    for (int64_t index = 0; index < adapter.n_blocks; ++index) {
+      const LowRankBlock& at = call.blocks[adapter.first_block + index];
+      const int64_t depth = depth_of(at.n_rows);
+      right<T, Engine>(view, piece.column, features, at, columns, depth, own.rows);
+      Engine::product(own.sums, columns, turned + index * block, stride, own.rows, columns, ranks, columns, depth, index > 0);
+    }
+    const int64_t present = left_over < columns ? left_over : columns;
+    if (!of_a) return write_db(pair(piece.layer, piece.adapter), piece.column, present, own.sums, columns);
+    for (int64_t layer = 0; layer < call.n_layers; ++layer) {
+      const LowRankPair& p = pair(layer, piece.adapter);
+      for (int64_t r = 0; r < p.rank; ++r)
+        std::memcpy(p.da + r * features + piece.column, own.sums + (p.first + r) * columns, present * sizeof(float));
+    }
+  }
+
+  static void write_db(const LowRankPair& p, int64_t first, int64_t present, const float* sums, int64_t columns) {
+    float* db = p.db + first * p.rank;
+    for (int64_t c = 0; c < present; ++c)
+      for (int64_t r = 0; r < p.rank; ++r) db[c * p.rank + r] = p.scale * sums[r * columns + c];
+  }
+};
+
+template <class Engine>
+LowRankUnits units_of() {
+  return {Engine::row_unit, Engine::column_unit, Engine::depth_unit, sizeof(typename Engine::Element)};
+}
+
+LowRankUnits units(Dtype dtype) { return dtype == Dtype::float32 ? units_of<PlainEngine>() : units_of<HalfEngine>(); }
+
+void forward(const LowRankCall& call) {
+  if (call.dtype == Dtype::float32) return Pass<float, PlainEngine>{call}.forward();
+  Pass<bf16, HalfEngine>{call}.forward();
+}
+
+void backward(const LowRankCall& call) {
+  if (call.dtype == Dtype::float32) return Pass<float, PlainEngine>{call}.backward();
+  Pass<bf16, HalfEngine>{call}.backward();
+}
+
+}  // namespace
+
+const GroupedLowRankKernels grouped_low_rank = {units, forward, backward};
+
+}  // namespace VENEER_ISA
+}  // namespace veneer

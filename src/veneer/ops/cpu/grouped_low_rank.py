@@ -1,0 +1,96 @@
+"""The grouped low-rank product by csrc/grouped_low_rank, in float32 and bfloat16; else the reference computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.ops.cpu.module import DTYPES, kernels
+from veneer.ops.cpu.rows import is_served
+from veneer.ops.grouped_low_rank import AdapterRuns, Gradients, LowRankGroup
+from veneer.ops.reference import grouped_low_rank as reference
+from veneer.ops.rows import same_dtype, with_rows
+
+
+def forward(x: Tensor, groups: Sequence[LowRankGroup], rows: AdapterRuns, ys: Sequence[Tensor]) -> Tensor:
+    factors = _factors(groups)
+    one_dtype = _one_dtype(factors)
+    if not is_served(x, *ys, *one_dtype) or len(one_dtype) != 1 or not _in_rows(ys):
+        return reference.forward(x, groups, rows, ys)
+    x = with_rows(x)
+    given = _given(x, groups, factors, rows, ys)
+    u = torch.empty(kernels().grouped_low_rank_u_bytes(*given), dtype=torch.uint8)
+    kernels().grouped_low_rank_forward(*given, x.data_ptr(), x.stride(0), _places(ys), u.data_ptr())
+    return u
+
+
+def backward(
+    dys: Sequence[Tensor], x: Tensor, u: Tensor, groups: Sequence[LowRankGroup], rows: AdapterRuns, input_grad: bool
+) -> tuple[Tensor | None, list[Gradients], list[Gradients]]:
+    if u.dtype != torch.uint8:
+        return reference.backward(dys, x, u, groups, rows, input_grad)
+    x, dys = with_rows(x), [with_rows(same_dtype(dy, x)) for dy in dys]
+    factors = _factors(groups)
+    fresh = torch.empty if _reach_all(groups, rows) else torch.zeros
+    dx = fresh(x.shape, dtype=x.dtype) if input_grad else None
+    grads = [None if f is None else torch.empty(f.shape, dtype=torch.float32) for f in factors]
+    kernels().grouped_low_rank_backward(
+        *_given(x, groups, factors, rows, dys),
+        x.data_ptr(),
+        x.stride(0),
+        _places(dys),
+        u.data_ptr(),
+        0 if dx is None else dx.data_ptr(),
+        [0 if g is None else g.data_ptr() for g in grads],
+    )
+    das, dbs = iter(grads[0::2]), iter(grads[1::2])
+    sizes = [len(group.scales) for group in groups]
+    return dx, [tuple(next(das) for _ in range(n)) for n in sizes], [tuple(next(dbs) for _ in range(n)) for n in sizes]
+
+
+def _factors(groups: Sequence[LowRankGroup]) -> list[Tensor | None]:
+    """a and b of every adapter on every layer, each contiguous."""
+    pairs = (pair for group in groups for pair in zip(group.a, group.b, strict=True))
+    return [None if f is None else f.contiguous() for pair in pairs for f in pair]
+
+
+def _reach_all(groups: Sequence[LowRankGroup], rows: AdapterRuns) -> bool:
+    """Whether every row has an adapter with a pair on one of the layers."""
+    reached = [any(group.a[k] is not None for group in groups) for k in range(len(groups[0].a))]
+    return sum(stop - start for k, start, stop in rows.runs if reached[k]) == rows.n_rows
+
+
+def _one_dtype(factors: Sequence[Tensor | None]) -> list[Tensor]:
+    """One factor of each dtype."""
+    return list({f.dtype: f for f in factors if f is not None}.values())
+
+
+def _in_rows(ys: Sequence[Tensor]) -> bool:
+    """Whether the outputs can be written as rows of one dtype."""
+    return all(y.stride(1) == 1 and y.dtype == ys[0].dtype for y in ys)
+
+
+def _given(
+    x: Tensor, groups: Sequence[LowRankGroup], factors: Sequence[Tensor | None], rows: AdapterRuns, ys: Sequence[Tensor]
+) -> tuple[Any, ...]:
+    """What csrc/grouped_low_rank/bindings.cpp calls Given."""
+    dtype = next((f.dtype for f in factors if f is not None), x.dtype)
+    pairs: list[int] = []
+    for a, b in zip(factors[0::2], factors[1::2], strict=True):
+        pairs += (0, 0, 0) if a is None or b is None else (a.data_ptr(), b.data_ptr(), a.shape[0])
+    return (
+        [DTYPES[x.dtype], DTYPES[dtype], DTYPES[ys[0].dtype]],
+        x.shape[1],
+        [y.shape[1] for y in ys],
+        pairs,
+        [scale for group in groups for scale in group.scales],
+        [number for run in sorted(rows.runs) for number in run],
+    )
+
+
+def _places(ys: Sequence[Tensor]) -> list[int]:
+    """Where each lies, and how far its rows are apart."""
+    return [number for y in ys for number in (y.data_ptr(), y.stride(0))]
