@@ -67,7 +67,7 @@ def members(base: Any) -> list[PeftModel]:
 
 
 def optimizer_of(member: PeftModel) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in member.parameters() if p.requires_grad], lr=2e-4)
+    return torch.optim.AdamW([p for p in member.parameters() if p.requires_grad], lr=2e-4, fused=True)
 
 
 def alone(base: Any) -> Step:

@@ -68,7 +68,7 @@ struct Plan {
       LowRankAdapter& adapter = adapters[k];
       if (adapter.n_blocks == 0) continue;
       const int64_t i = call.in_features, columns = padded(adapter.columns, units.columns);
-      adapter.joined = take(units.element * (backward ? adapter.columns * padded(i, units.columns) : columns * padded(i, units.depth)));
+      adapter.joined = take(units.element * (backward ? adapter.columns * padded(i, low_rank_tile) : columns * padded(i, units.depth)));
       const int64_t turned = (adapter.columns + units.rows) * adapter.n_blocks * low_rank_block * units.element;
       adapter.u_t = backward ? take(turned) : nullptr;
       adapter.du_t = backward ? take(turned) : nullptr;
@@ -76,7 +76,7 @@ struct Plan {
         LowRankPair& p = pairs[layer * call.n_adapters + k];
         const int64_t o = call.out_features[layer], r = p.rank;
         p.packed = take(units.element * (backward ? padded(o, units.depth) * padded(r, units.columns)
-                                                  : padded(r, units.depth) * padded(o, units.columns)));
+                                                  : padded(r, units.depth) * padded(o, low_rank_tile)));
       }
     }
     call.thread_bytes = thread_bytes();

@@ -8,7 +8,9 @@
 
 namespace veneer {
 
-constexpr int64_t low_rank_block = 64;  // rows of one adapter that are worked on at a time
+constexpr int64_t low_rank_block = 64;          // rows of one adapter that are worked on at a time
+constexpr int64_t low_rank_tile = 64;           // columns of an output at a time: their sums stay in the first-level cache
+constexpr int64_t low_rank_outer_columns = 128; // columns of a factor's gradient at a time
 
 struct LowRankUnits {  // what sizes are padded to, and the bytes of an element, in the products of one element type
   int64_t rows, columns, depth, element;
@@ -64,7 +66,6 @@ struct LowRankCall {
   int n_threads;
 };
 
-constexpr int64_t low_rank_outer_columns = 128;
 
 struct GroupedLowRankKernels {
   LowRankUnits (*units)(Dtype dtype);

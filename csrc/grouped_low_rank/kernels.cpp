@@ -13,51 +13,58 @@ namespace {
 
 constexpr int64_t block = low_rank_block;
 constexpr int64_t outer_columns = low_rank_outer_columns;
-constexpr int64_t tile = 64;  // columns of an output at a time: their sums stay in the first-level cache
+constexpr int64_t tile = low_rank_tile;
 
 // ---- factors as right operands B (depth, columns): everything past (k, n) is zero -------------------------------------
+// Where B is wide its tiles of columns lie one after the other: rows of B far apart would share lines of the cache.
 
-// B = scale * f, with f (k, n).
+// Sixteen columns of rows t and t + 1 of a right operand that is `depth` deep.
+template <class Engine>
+void put_rows(typename Engine::Element* b, int64_t ldb, int64_t t, int64_t c, int64_t depth, const lanes (&two)[2]) {
+  if (Engine::depth_unit == 1 && t + 1 == depth) return Engine::put_a(b + t * ldb + c, two[0]);
+  Engine::put_b(b, ldb, t, c, two[0], two[1]);
+}
+
+// n values from p on, times scale, where n may be more or less than sixteen.
+template <class F>
+lanes scaled(const F* p, int64_t n, float scale) {
+  return n >= width ? load(p) * scale : n > 0 ? load_some(p, n) * scale : lanes{};
+}
+#if defined(__AVX512F__)
+inline lanes scaled(const float* p, int64_t n, float scale) {  // most factors are narrow: one load each
+  const __mmask16 present = n >= width ? 0xffff : n > 0 ? static_cast<__mmask16>((1u << n) - 1u) : 0;
+  return (lanes)_mm512_maskz_loadu_ps(present, p) * scale;
+}
+#endif
+
+// B (depth, ldb) = scale * f, with f (k, n), its rows `stride` apart.
 template <class Engine, class F>
-void pack_rows(typename Engine::Element* b, int64_t ldb, const F* f, int64_t k, int64_t n, int64_t depth, float scale) {
+void pack_rows(typename Engine::Element* b, int64_t ldb, const F* f, int64_t stride, int64_t k, int64_t n, int64_t depth,
+               float scale) {
   for (int64_t row = 0; row < depth; row += 2)
     for (int64_t c = 0; c < ldb; c += width) {
       lanes two[2];
-      for (int64_t i = 0; i < 2; ++i) {
-        const int64_t left = row + i < k ? n - c : 0;
-        const F* from = f + (row + i) * n + c;
-        two[i] = left >= width ? load(from) * scale : left > 0 ? load_some(from, left) * scale : lanes{};
-      }
-      if (Engine::depth_unit == 1 && row + 1 == depth) {
-        Engine::put_a(b + row * ldb + c, two[0]);
-      } else {
-        Engine::put_b(b, ldb, row, c, two[0], two[1]);
-      }
+      for (int64_t i = 0; i < 2; ++i) two[i] = row + i < k ? scaled(f + (row + i) * stride + c, n - c, scale) : lanes{};
+      put_rows<Engine>(b, ldb, row, c, depth, two);
     }
 }
 
-// Element (k, n) of B, where k may be odd.
-template <class Engine>
-int64_t place(int64_t ldb, int64_t k, int64_t n) {
-  return Engine::depth_unit == 1 ? k * ldb + n : (k - k % 2) * ldb + 2 * n + k % 2;
-}
-
-// Columns [0, columns) of B = scale * fᵀ, with f (n, k).
+// Columns [0, columns) of B (depth, ldb) = scale * fᵀ, with f (n, k).
 template <class Engine, class F>
 void pack_columns(typename Engine::Element* b, int64_t ldb, const F* f, int64_t n, int64_t k, int64_t columns,
                   int64_t depth, float scale) {
   using E = typename Engine::Element;
-  for (int64_t c = 0; c < columns; ++c) {
-    const F* row = f + c * k;
-    const int64_t present = c < n ? k : 0;
+  constexpr int64_t unit = Engine::depth_unit == 1 ? 1 : 2;  // values of a column that lie side by side
+  for (int64_t c = 0; c < columns; c += width) {
+    const int64_t count = columns - c < width ? columns - c : width;
     for (int64_t l = 0; l < depth; l += width) {
-      const int64_t left = present - l, count = depth - l < width ? depth - l : width;
-      E values[width];
-      Engine::put_a(values, left >= width ? load(row + l) * scale : left > 0 ? load_some(row + l, left) * scale : lanes{});
-      if (Engine::depth_unit == 1) {
-        for (int64_t i = 0; i < count; ++i) b[(l + i) * ldb + c] = values[i];
-      } else {  // l and count are even
-        for (int64_t i = 0; i < count; i += 2) std::memcpy(static_cast<void*>(b + (l + i) * ldb + 2 * c), values + i, 2 * sizeof(E));
+      const int64_t deep = depth - l < width ? depth - l : width;
+      E rows[width][width];
+      for (int64_t i = 0; i < count; ++i)
+        Engine::put_a(rows[i], c + i < n ? scaled(f + (c + i) * k + l, k - l, scale) : lanes{});
+      for (int64_t j = 0; j < deep; j += unit) {
+        E* to = Engine::column(b + (l + j) * ldb, c);
+        for (int64_t i = 0; i < count; ++i) std::memcpy(static_cast<void*>(to + unit * i), rows[i] + j, unit * sizeof(E));
       }
     }
   }
@@ -102,30 +109,47 @@ Operand<typename Engine::Element> left(const RowsView& view, int64_t features, c
   const int64_t stride = up_to(features, Engine::depth_unit > width ? Engine::depth_unit : width);
   for (int64_t t = 0; t < up_to(at.n_rows, Engine::row_unit); ++t)
     for (int64_t c = 0; c < stride; c += width) {
-      const int64_t present = t < at.n_rows ? features - c : 0;
-      const lanes values = present > 0 ? take(row_of<T>(view, at.rows[t]) + c, present < width ? present : width) : lanes{};
-      Engine::put_a(copy + t * stride + c, values);
+      Engine::put_a(copy + t * stride + c, t < at.n_rows ? scaled(row_of<T>(view, at.rows[t]) + c, features - c, 1.0f) : lanes{});
     }
   return {copy, stride};
 }
+
+#if defined(__AVX512BF16__)
+// Two rows of 32 values, value by value side by side.
+inline void interleave(const bf16* first, const bf16* second, bf16* to) {
+  alignas(64) static constexpr uint16_t order[64] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                     8,  40, 9,  41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47,
+                                                     16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
+                                                     24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
+  const __m512i one = _mm512_loadu_si512(first), two = _mm512_loadu_si512(second);
+  _mm512_storeu_si512(to, _mm512_permutex2var_epi16(one, _mm512_load_si512(order), two));
+  _mm512_storeu_si512(to + 32, _mm512_permutex2var_epi16(one, _mm512_load_si512(order + 32), two));
+}
+#endif
 
 // `columns` columns of the rows of a block as a right operand, the rows its depth.
 template <class T, class Engine>
 void right(const RowsView& view, int64_t first, int64_t features, const LowRankBlock& at, int64_t columns, int64_t depth,
            typename Engine::Element* b) {
-  for (int64_t t = 0; t < depth; t += 2)
-    for (int64_t c = 0; c < columns; c += width) {
-      lanes two[2];
-      for (int64_t i = 0; i < 2; ++i) {
-        const int64_t present = t + i < at.n_rows ? features - first - c : 0;
-        two[i] = present > 0 ? take(row_of<T>(view, at.rows[t + i]) + first + c, present < width ? present : width) : lanes{};
-      }
-      if (Engine::depth_unit == 1 && t + 1 == depth) {
-        Engine::put_a(b + t * columns + c, two[0]);
-      } else {
-        Engine::put_b(b, columns, t, c, two[0], two[1]);
+  for (int64_t t = 0; t < depth; t += 2) {
+    int64_t c = 0;
+#if defined(__AVX512BF16__)
+    if constexpr (Same<T, bf16>::value) {
+      if (t + 1 < at.n_rows) {
+        const T *one = row_of<T>(view, at.rows[t]) + first, *two = row_of<T>(view, at.rows[t + 1]) + first;
+        for (; c + 32 <= columns && c + 32 <= features - first; c += 32) interleave(one + c, two + c, b + t * columns + 2 * c);
       }
     }
+#endif
+    for (; c < columns; c += width) {
+      lanes two[2];
+      for (int64_t i = 0; i < 2; ++i) {
+        const bool there = t + i < at.n_rows;
+        two[i] = there ? scaled(row_of<T>(view, at.rows[t + i]) + first + c, features - first - c, 1.0f) : lanes{};
+      }
+      put_rows<Engine>(b, columns, t, c, depth, two);
+    }
+  }
 }
 
 // ---- the passes -------------------------------------------------------------------------------------------------------
@@ -173,13 +197,15 @@ struct Pass {
     E *joined = elements(adapter.joined), *packed = elements(p.packed);
     const int64_t depth = depth_of(p.rank);
     if (backward) {
-      pack_rows<Engine>(joined + p.first * columns_of(i), columns_of(i), a, p.rank, i, depth, 1.0f);
-      pack_rows<Engine>(packed, columns_of(p.rank), b, o, p.rank, depth_of(o), p.scale);
+      for (int64_t c = 0; c < i; c += tile)
+        pack_rows<Engine>(joined + c * adapter.columns + p.first * tile, tile, a + c, i, p.rank, i - c, depth, 1.0f);
+      pack_rows<Engine>(packed, columns_of(p.rank), b, p.rank, o, p.rank, depth_of(o), p.scale);
     } else {
       const int64_t wide = columns_of(adapter.columns), end = p.first + depth;
       const int64_t columns = end == adapter.columns ? wide - p.first : depth;
       pack_columns<Engine>(Engine::column(joined, p.first), wide, a, p.rank, i, columns, depth_of(i), 1.0f);
-      pack_columns<Engine>(packed, columns_of(o), b, o, p.rank, columns_of(o), depth, p.scale);
+      for (int64_t c = 0; c < o; c += tile)
+        pack_columns<Engine>(packed + c * depth, tile, b + c * p.rank, o - c, p.rank, tile, depth, p.scale);
     }
   }
   void pack_all(bool backward) const {
@@ -210,8 +236,9 @@ struct Pass {
       if (p.rank == 0) continue;
       const int64_t o = call.out_features[layer];
       each_tile(o, [&](int64_t first, int64_t columns) {
-        Engine::product(own.sums, tile, u + p.first, ldu, Engine::column(elements(p.packed), first), columns_of(o), rows,
-                        columns, depth_of(p.rank), false);
+        const int64_t depth = depth_of(p.rank);
+        Engine::product(own.sums, tile, u + p.first, ldu, elements(p.packed) + first * depth, tile, rows, columns, depth,
+                        false);
         const int64_t present = o - first < columns ? o - first : columns;
         call.y_dtype == Dtype::float32 ? add<float>(call.ys[layer], at, first, present, own.sums)
                                        : add<bf16>(call.ys[layer], at, first, present, own.sums);
@@ -264,8 +291,8 @@ struct Pass {
     if (call.dx.data == nullptr) return;
     const int64_t i = call.in_features;
     each_tile(i, [&](int64_t first, int64_t columns) {
-      Engine::product(own.sums, tile, own.du, ldu, Engine::column(elements(adapter.joined), first), columns_of(i), rows,
-                      columns, adapter.columns, false);
+      Engine::product(own.sums, tile, own.du, ldu, elements(adapter.joined) + first * adapter.columns, tile, rows, columns,
+                      adapter.columns, false);
       const int64_t present = i - first < columns ? i - first : columns;
       for (int64_t t = 0; t < at.n_rows; ++t) {
         T* row = const_cast<T*>(row_of<T>(call.dx, at.rows[t])) + first;

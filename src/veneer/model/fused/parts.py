@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from veneer.core.method import LinearMethod
 from veneer.core.records import LinearDelta
 from veneer.model.fused.rows import pairs_of_rows
 from veneer.model.inplace import InPlace, base_of
@@ -180,12 +181,42 @@ def _pairs_of(module: AdaptedLinear) -> tuple[LinearDelta | None, LowRankRows | 
 
 
 def _plain_record(module: AdaptedLinear, name: str) -> LinearDelta | None:
-    """The record of one adapter, where it is a low-rank pair alone and nothing is dropped in front of it."""
-    config = module.method(name)
-    known = module.__dict__.setdefault("_fused_kind", {}).get(name)  # (config, fits): lowering DoRA costs a pass over W
-    if (known is not None and known[0] is config and not known[1]) or (module.training and config.dropout):
+    """The record of one adapter, where it is a low-rank pair alone and nothing is dropped in front of it.
+
+    What lowering found is kept: it costs a pass over W for DoRA, and for plain LoRA more than a small layer's products.
+    """
+    config, kept = module.method(name), module.__dict__.setdefault("_fused_records", {})
+    known = cast("_Known | None", kept.get(name))
+    if module.training and config.dropout:
         return None
-    record = module.record(name)
-    fits = record.rank > 0 and record.in_scale is None and record.out_scale is None and record.bias is None
-    module.__dict__["_fused_kind"][name] = (config, fits)
-    return record if fits else None
+    if known is None or known.config is not config or not known.holds(module.adapters[name]):
+        record = module.record(name)
+        fits = record.rank > 0 and record.in_scale is None and record.out_scale is None and record.bias is None
+        known = kept[name] = _Known(config, record if fits else None, _names_of_pair(module.adapters[name], record))
+        return known.record
+    return known.record if known.record is None or known.names else module.record(name)
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What an adapter's record on a layer is as long as its config is this one; None: not a pair alone.
+
+    ``names`` are those of the parameters that are the record's pair themselves; empty where it is computed from them.
+    """
+
+    config: LinearMethod
+    record: LinearDelta | None
+    names: tuple[str, ...]
+
+    def holds(self, holder: nn.Module) -> bool:
+        """Whether the pair is still the holder's."""
+        if self.record is None or not self.names:
+            return True
+        a, b = (holder._parameters.get(name) for name in self.names)
+        return a is self.record.a and b is self.record.b
+
+
+def _names_of_pair(holder: nn.Module, record: LinearDelta) -> tuple[str, ...]:
+    names = {id(parameter): name for name, parameter in holder._parameters.items()}
+    found = tuple(names[id(factor)] for factor in (record.a, record.b) if id(factor) in names)
+    return found if len(found) == 2 else ()
