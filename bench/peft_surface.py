@@ -47,7 +47,8 @@ NOTES = """What is spelled in another way, because the model stays the object th
   `model.get_base_model()` the model itself. A layer of the base stays where it is: `model.model.layers[0]`, with no
   `base_model.model` in front and no `base_layer` inside.
 - Configs are frozen. Setting a field says how to make another: `dataclasses.replace(config, r=4)`.
-- `set_adapter` leaves what trains and what is frozen as it is, unless `inference_mode` is given.
+- `set_adapter` freezes the other adapters, as PEFT does; one that was loaded frozen stays so unless `inference_mode` is
+  False, PEFT's default.
 - `PeftModelForCausalLM` and its siblings are for `isinstance`, loading and attaching; no model has them as its class.
 - LoftQ starts with `replace_lora_weights_loftq` on a quantized model; `loftq_config`, which changes the base, is
   absent.
