@@ -79,13 +79,12 @@ class RowReader:
         turns = row.get("messages", row.get("conversations"))
         if not isinstance(turns, list) or not turns:
             raise DataError("messages must be a list that is not empty")
-        read = {"messages": self._with_system([_turn(turn) for turn in turns])}
-        return read | ({"tools": json.dumps(row["tools"])} if row.get("tools") else {})
+        return {"messages": self._with_system([_turn(turn) for turn in turns])} | _template_options(row)
 
     def _prompt_completion(self, row: Mapping[str, Any]) -> Row:
         prompt, completion = row.get("prompt"), row.get("completion")
         if isinstance(prompt, list) and isinstance(completion, list):
-            return {"messages": self._with_system([_turn(turn) for turn in [*prompt, *completion]])}
+            return self._messages({**row, "messages": [*prompt, *completion]})
         return self._pair(_text(row, "prompt"), _text(row, "completion"))
 
     def _alpaca(self, row: Mapping[str, Any]) -> Row:
@@ -178,6 +177,15 @@ def _turn(turn: Any) -> Row:
     if turn.get("content") is None and "tool_calls" in turn:
         return dict(turn)
     return {**turn, "content": _text(turn, "content")}
+
+
+def _template_options(row: Mapping[str, Any]) -> Row:
+    """What a row gives its chat template, as JSON: a table would give every row the keys of all of them."""
+    return {
+        key: given if isinstance(given, str) else json.dumps(given)
+        for key in ("tools", "chat_template_kwargs")
+        if (given := row.get(key))
+    }
 
 
 def _text(row: Mapping[str, Any], column: str) -> str:

@@ -37,9 +37,10 @@ def kind_of(columns: Sequence[str], text_field: str) -> Kind:
 class Encoder:
     """Reads rows of one kind; called with a row and its number, so that it can be mapped over a data set.
 
-    ``completion_only`` trains the completion alone, ``assistant_only`` the assistant's turns alone, else every token.
-    The first label of a row is always ignored: nothing precedes it that could predict it. ``max_length`` cuts the end
-    off, or the start with ``keep_end``.
+    ``completion_only`` trains the completion alone, ``assistant_only`` the assistant's turns alone, else every token. A
+    column ``labels`` beside ``input_ids`` is taken as it stands, whatever tokens it names. The first label of a row is
+    always ignored: nothing precedes it that could predict it. ``max_length`` cuts the end off, or the start with
+    ``keep_end``.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -56,7 +57,8 @@ class Encoder:
             ids, trained = self._read(row)
         except DataError as error:
             raise DataError(f"row {index}: {error}") from error
-        labels = [token if on else IGNORED for token, on in zip(ids, trained, strict=True)]
+        targets = _targets(row) if self.kind == "tokens" else ids
+        labels = [target if on else IGNORED for target, on in zip(targets, trained, strict=True)]
         if self.max_length is not None:
             part = slice(-self.max_length, None) if self.keep_end else slice(self.max_length)
             ids, labels = ids[part], labels[part]
@@ -73,7 +75,7 @@ class Encoder:
 
     def _tokens(self, row: Mapping[str, Any]) -> tuple[list[int], list[bool]]:
         ids = list(row["input_ids"])
-        trained = [label != IGNORED for label in row.get("labels") or ids]
+        trained = [label != IGNORED for label in _targets(row)]
         masks = [row.get("assistant_masks"), row.get("completion_mask") if self.completion_only else None]
         if any(other is not None and len(other) != len(ids) for other in [trained, *masks]):
             raise DataError(f"labels and masks must be as long as input_ids ({len(ids)})")
@@ -112,6 +114,11 @@ class Encoder:
         return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
 
 
+def _targets(row: Mapping[str, Any]) -> list[int]:
+    """The labels of a row of tokens before masks: its own, or the tokens themselves."""
+    return list(row["input_ids"] if row.get("labels") is None else row["labels"])
+
+
 def _string(row: Mapping[str, Any], column: str) -> str:
     value = row[column]
     if not isinstance(value, str):
@@ -141,6 +148,16 @@ def _own_keys(value: Any) -> Any:
 
 
 def _options(row: Mapping[str, Any]) -> dict[str, Any]:
-    tools = row.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else _own_keys(tools)
-    return {"tools": tools, **(row.get("chat_template_kwargs") or {})}
+    settings = _held(row, "chat_template_kwargs") or {}
+    if not isinstance(settings, Mapping):
+        raise DataError(f"column 'chat_template_kwargs' must hold names and values, not {settings!r:.60}")
+    return {"tools": _held(row, "tools"), **settings}
+
+
+def _held(row: Mapping[str, Any], column: str) -> Any:
+    """What a column holds, which may be written as JSON, so that rows need not have the same keys."""
+    value = row.get(column)
+    try:
+        return _own_keys(json.loads(value) if isinstance(value, str) else value)
+    except ValueError as error:
+        raise DataError(f"column {column!r} is a string that is not JSON: {value!r:.60}") from error

@@ -4,7 +4,9 @@ import pytest
 from datasets import Dataset
 
 from veneer.errors import ConfigError, DataError
+from veneer.train.chat import render
 from veneer.train.data import RowReader, load_rows, split_off
+from veneer.train.encode import Encoder
 
 PAIR = {"messages": [{"role": "user", "content": "what"}, {"role": "assistant", "content": "yes"}]}
 
@@ -116,6 +118,20 @@ def test_tools_that_the_first_row_lacks_are_kept(jsonl):
     rows = load_rows(jsonl(PAIR, {**PAIR, "tools": tools}), RowReader())
     assert rows[0]["tools"] is None
     assert json.loads(rows[1]["tools"]) == tools
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+def test_what_rows_give_their_templates_is_kept(jsonl, tokenizer, conversational):
+    tokenizer.chat_template = "{% if say %}{{ say }}{% else %}no{% endif %}{{ ' ' }}{{ tools | length }}"
+    turns = PAIR["messages"]
+    chat = {"prompt": turns[:1], "completion": turns[1:]} if conversational else PAIR
+    settings = [{"say": "cat"}, {"loud": 7, "say": None}, {"say": ["a", "dog"]}]  # no table has a type for all three
+    given = [
+        {**chat, "chat_template_kwargs": each, "tools": '[{"name": "look"}, {"name": "see"}]'} for each in settings
+    ]
+    encode = Encoder(tokenizer=tokenizer, kind="messages")
+    rows = [encode(row, 0)["input_ids"] for row in load_rows(jsonl(*given), RowReader())]
+    assert rows == [render(tokenizer, turns, {**each, "tools": [{}, {}]}) for each in settings]
 
 
 def test_braces_of_a_template(jsonl):

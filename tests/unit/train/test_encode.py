@@ -94,6 +94,9 @@ def test_a_conversation_that_opens_with_the_assistant(tokenizer):
         ("messages", {"messages": [{"content": "a"}]}, "a role and a content"),
         ("prompt-completion", {"prompt": CHAT, "completion": "a"}, "column 'completion' must be a list"),
         ("tokens", {"input_ids": [4, 5, 6], "labels": [4, 5]}, r"as long as input_ids \(3\)"),
+        ("tokens", {"input_ids": [4, 5, 6], "labels": []}, r"as long as input_ids \(3\)"),
+        ("messages", {"messages": CHAT, "tools": "look"}, "row 2: column 'tools' is a string that is not JSON: 'look'"),
+        ("messages", {"messages": CHAT, "chat_template_kwargs": "[3]"}, "must hold names and values, not .3."),
     ],
 )
 def test_rows_that_do_not_fit(tokenizer, kind, row, message):
@@ -106,6 +109,14 @@ def test_tokens_with_masks(tokenizer):
     encode = Encoder(tokenizer=tokenizer, kind="tokens", completion_only=True)
     assert encode(row, 0)["labels"] == [IGNORED, IGNORED, 6, 7]
     assert Encoder(tokenizer=tokenizer, kind="tokens")(row, 0)["labels"] == [IGNORED, 5, 6, 7]
+
+
+def test_labels_that_are_given_stay_as_they_are(tokenizer):
+    row = {"input_ids": [4, 5, 6, 7, 8], "labels": [3, IGNORED, 9, 7, 11], "assistant_masks": [1, 1, 1, 0, 1]}
+    encode = Encoder(tokenizer=tokenizer, kind="tokens", max_length=3, keep_end=True)
+    assert encode(row, 0) == {"input_ids": [6, 7, 8], "labels": [IGNORED, IGNORED, 11]}
+    assert Encoder(tokenizer=tokenizer, kind="tokens")(row, 0)["labels"] == [IGNORED, IGNORED, 9, IGNORED, 11]
+    assert encode({"input_ids": [4, 5], "labels": None}, 0)["labels"] == [IGNORED, 5]
 
 
 @pytest.mark.parametrize(("keep_end", "expected"), [(False, [5, 6, 7]), (True, [7, 8, 9])])
