@@ -47,7 +47,8 @@ def linear_cross_entropy(
     A gradient in weight is given where weight is a tensor that requires it; bias is frozen. Without a row that counts
     and without ``num_items`` the loss is nan, as torch's is.
 
-    Raises ShapeError where shapes do not fit, or a label that counts is no class.
+    Raises ShapeError where shapes do not fit, or a label that counts is no class (on CUDA, where to look at it would
+    wait for the device, a failed assertion of the device, as in torch).
     """
     out_features, in_features = weight.shape
     if hidden.ndim != 2 or labels.shape != hidden.shape[:1] or hidden.shape[1] != in_features:
@@ -101,7 +102,8 @@ def softmax_cross_entropy(
 ) -> Float[Tensor, " n"]:
     """The losses of all rows (float32); logits are overwritten with each row's gradient where ``write_grad`` says so.
 
-    Raises ShapeError where labels do not fit or one is no class, ``0`` to ``v - 1``.
+    Raises ShapeError where labels do not fit or one is no class, ``0`` to ``v - 1``; on CUDA such a label is a failed
+    assertion of the device, as in torch.
     """
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise ShapeError(f"logits (n, v) go with labels (n,); given {tuple(logits.shape)} and {tuple(labels.shape)}")
@@ -112,6 +114,10 @@ def softmax_cross_entropy(
 
 def _check_classes(labels: Tensor, n_classes: int) -> None:
     if not len(labels):
+        return
+    if labels.device.type == "cuda":
+        inside = ((labels >= 0) & (labels < n_classes)).all()
+        torch._assert_async(inside, f"a label that counts is none of the classes 0 to {n_classes - 1}")
         return
     low, high = (int(bound) for bound in torch.aminmax(labels))
     if low < 0 or high >= n_classes:

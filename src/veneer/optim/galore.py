@@ -4,6 +4,7 @@ algorithm 2).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -33,6 +34,8 @@ class Projection:
 
     def __post_init__(self) -> None:
         problems = [f"{n}={getattr(self, n)} must be at least 1" for n in ("rank", "gap") if getattr(self, n) < 1]
+        if not 0 < self.scale < math.inf:
+            problems.append(f"scale={self.scale} must be a number above 0")
         if self.side not in ("shorter", "longer"):
             problems.append(f"side={self.side!r} must be 'shorter' or 'longer'")
         if problems:
@@ -69,10 +72,43 @@ class GaLoreAdamW(LeanAdamW):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "projected": True}
         super().__init__(params, defaults)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As `LeanAdamW`. Raises ConfigError where the state is that of another rank or side, or of moments stored
+        otherwise; then this optimizer stays as it was.
+        """
+        flags = [group["projected"] for group in state_dict["param_groups"] for _ in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for index, saved in state_dict["state"].items():
+            self._check_state(params[index], flags[index], saved)
+        super().load_state_dict(state_dict)
+
+    def _check_state(self, param: Tensor, flag: bool, saved: dict[str, Any]) -> None:
+        wanted, kept = self._basis_shape(param, flag), tuple(saved["basis"].shape) if "basis" in saved else None
+        if wanted != kept:
+            raise ConfigError(
+                f"GaLore: the saved state of a matrix {tuple(param.shape)} has "
+                f"{'no basis' if kept is None else f'a basis {kept}'}, and rank={self.projection.rank}, "
+                f"side={self.projection.side!r} make {'none' if wanted is None else wanted}: "
+                "use the projection that it was trained with, or start a new run"
+            )
+        if ("state1" in saved) != self.eight_bit:
+            raise ConfigError(
+                f"GaLore: the saved moments are {'8-bit' if 'state1' in saved else 'float32'}, and this optimizer has "
+                f"eight_bit={self.eight_bit}: use the form that it was trained with, or start a new run"
+            )
+
+    def _is_projected(self, param: Tensor, flag: bool) -> bool:
+        return flag and param.ndim == 2 and min(param.shape) > self.projection.rank
+
+    def _basis_shape(self, param: Tensor, flag: bool) -> tuple[int, int] | None:
+        if not self._is_projected(param, flag):
+            return None
+        return param.shape[1 if self.projection.goes_right(param.shape) else 0], self.projection.rank
+
     def _update(self, param: Tensor, group: dict[str, Any]) -> None:
         state, grad = self.state[param], cast(Tensor, param.grad).float()
         hyper = next_step(state, group)
-        projected = group["projected"] and param.ndim == 2 and min(param.shape) > self.projection.rank
+        projected = self._is_projected(param, group["projected"])
         right = projected and self.projection.goes_right(param.shape)
         if projected and (state["step"] - 1) % self.projection.gap == 0:
             state["basis"] = basis(grad, self.projection.rank, right)

@@ -57,6 +57,12 @@ class PagedAdamW8bit(AdamW8bit):
         self._next = dict(itertools.pairwise(params))
         return super().step(closure)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state, whole: what a step still copies to host memory is waited for."""
+        for device in {param.device for param in self.state if param.device.type == "cuda"}:
+            torch.cuda.synchronize(device)
+        return super().state_dict()
+
     def _update(self, param: Tensor, group: dict[str, Any]) -> None:
         for pages in self._pages.get(self._next.get(param, param), ()):
             pages.madvise(mmap.MADV_WILLNEED)

@@ -48,7 +48,8 @@ class FiniteGradients(TrainerCallback):  # type: ignore[misc]
         """Raise DivergedError where a gradient is not finite."""
         model: nn.Module = context["model"]
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        if gradients and not torch.stack([g.float().norm() for g in gradients]).isfinite().all():
+        # The largest magnitude, which NaN and infinity alone can make infinite; gradients may lie on several devices.
+        if not torch.nn.utils.get_total_norm(gradients, norm_type=math.inf).isfinite():
             raise DivergedError(
                 f"a gradient is NaN or infinite in step {state.global_step + 1}: training stops before it reaches the "
                 "weights, and the checkpoints written before are as they were. Lower the learning rate, or use bf16 or "

@@ -120,8 +120,15 @@ def _space(start: Mapping[str, Tensor], d: int, training: Training) -> Subspace:
 
 
 def _train(model: nn.Module, space: Subspace | _Whole, batches: Sequence[Batch], training: Training) -> None:
-    loss_of, was_training = _Loss(model), model.training
+    was_training = model.training
     model.train()
+    try:
+        _train_steps(_Loss(model), space, batches, training)
+    finally:
+        model.train(was_training)
+
+
+def _train_steps(loss_of: _Loss, space: Subspace | _Whole, batches: Sequence[Batch], training: Training) -> None:
     optimizer = torch.optim.Adam([p for p in space.parameters() if p.requires_grad], lr=training.learning_rate)
     for step in range(training.steps):
         for group in optimizer.param_groups:
@@ -134,7 +141,6 @@ def _train(model: nn.Module, space: Subspace | _Whole, batches: Sequence[Batch],
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    model.train(was_training)
 
 
 @contextmanager

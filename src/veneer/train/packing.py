@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from datasets import Dataset
 
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, DataError
 from veneer.train.encode import IGNORED
 
 
@@ -34,12 +34,18 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 def pack(dataset: Dataset, capacity: int, *, split: bool = False) -> Dataset:
     """Rows of up to ``capacity`` tokens made of whole sequences, with their ``seq_lengths``.
 
-    ``split`` cuts sequences that are too long into several; without it they must fit already.
+    ``split`` cuts sequences that are too long into several; without it they must fit already. Raises DataError where
+    no trained token is left: the first of each sequence, and of each piece, has nothing before it that predicts it.
     """
     rows = [(row["input_ids"], row["labels"]) for row in dataset]
     if split:
         rows = [piece for row in rows for piece in _pieces(*row, capacity)]
     rows = [row for row in rows if any(label != IGNORED for label in row[1])]
+    if not rows:
+        raise DataError(
+            f"no trained token is left in rows of {capacity} tokens, and nothing would be learned"
+            + (": the few that there are open a piece of a sequence that was cut; raise max_length" if split else "")
+        )
     bins = best_fit([len(ids) for ids, _ in rows], capacity)
     return Dataset.from_list(
         [

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from veneer.errors import ConfigError, DiskError
+from veneer.errors import ConfigError, DiskError, DivergedError, VeneerError
 from veneer.model.prepare import prepare_model_for_kbit_training
 from veneer.store.quantization import BitsAndBytesConfig
 from veneer.store.source import load_model, load_tokenizer
 from veneer.train.checkpoint import write_json
 from veneer.train.data import RowReader, load_rows, split_off
-from veneer.train.encode import IGNORED, Encoder, kind_of
+from veneer.train.encode import IGNORED, Encoder, Kind, kind_of
 from veneer.train.prepare import digest, encode_all
 from veneer.train.recipe import FULL, DataPart, ModelPart, Recipe
 from veneer.train.report import draw_loss, environment
 from veneer.train.trainer import SFTTrainer
+
+log = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
 ADAPTER, MODEL = "adapter", "model"  # the folders that a run saves
@@ -45,16 +49,34 @@ def read_data(part: DataPart, seed: int) -> Rows:
     return Rows(*split_off(train, part.eval_fraction, seed)) if part.eval_fraction else Rows(train, None)
 
 
+class _Only(NamedTuple):
+    """Whether the completions alone, or the assistant's turns alone, are trained."""
+
+    completion: bool
+    assistant: bool
+
+
+def _answers_only(part: DataPart, kind: Kind) -> _Only:
+    """What ``data.train_on`` means for rows of a kind. Raises ConfigError where it is given and finds no answers."""
+    if part.train_on == "answers" and kind == "text":
+        if "train_on" in part.model_fields_set:
+            raise ConfigError(
+                "data.train_on: answers, and the rows are plain text, in which nothing tells answers apart: set it to "
+                "everything, or give rows with messages, or with prompt and completion"
+            )
+        log.warning("the rows are plain text, so every token is trained; data.train_on: everything says so")
+    answers = part.train_on == "answers"
+    return _Only(answers and kind == "prompt-completion", answers and kind == "messages")
+
+
 def make_trainer(
     recipe: Recipe, model: PreTrainedModel | None = None, kind: type[SFTTrainer] = SFTTrainer
 ) -> SFTTrainer:
     """The trainer of a recipe, its data encoded and its model loaded where none is given; nothing is trained yet."""
     tokenizer = load_tokenizer(recipe.model.source)
     rows = read_data(recipe.data, recipe.seed)
-    answers = recipe.data.train_on == "answers"
-    columns = rows.train.column_names
-    chats, pairs = "messages" in columns, "prompt" in columns
-    args = recipe.sft_config(assistant_only_loss=answers and chats, completion_only_loss=answers and pairs)
+    only = _answers_only(recipe.data, kind_of(rows.train.column_names, "text"))
+    args = recipe.sft_config(assistant_only_loss=only.assistant, completion_only_loss=only.completion)
     return kind(
         load_base(recipe.model) if model is None else model,
         args,
@@ -70,12 +92,12 @@ def sample_of(recipe: Recipe) -> tuple[dict[str, list[int]], PreTrainedTokenizer
     tokenizer = load_tokenizer(recipe.model.source)
     rows = read_data(recipe.data, recipe.seed)
     kind = kind_of(rows.train.column_names, "text")
-    answers = recipe.data.train_on == "answers"
+    only = _answers_only(recipe.data, kind)
     encoder = Encoder(
         tokenizer=tokenizer,
         kind=kind,
-        completion_only=answers and kind == "prompt-completion",
-        assistant_only=answers and kind == "messages",
+        completion_only=only.completion,
+        assistant_only=only.assistant,
         max_length=recipe.sft_config().max_length,
     )
     return dict(encode_all(rows.train.select(range(1)), encoder, "train")[0]), tokenizer
@@ -115,11 +137,26 @@ def require_fresh(output: Path, resume: bool) -> None:
 def carry_out(
     recipe: Recipe, trainer: SFTTrainer, *, resume: bool = False, tell: Tell = lambda line: None
 ) -> dict[str, Any]:
-    """`run_recipe` with a trainer that has been made."""
-    output = Path(recipe.output)
+    """`run_recipe` with a trainer that has been made. A run that breaks off leaves in ``run.json`` how it ended, why
+    (``reason``) and its log.
+    """
     tell(trainer.describe())
-    record = describe_run(recipe, trainer)
-    write_json(output / RUN_FILE, {**record, "status": "running"})
+    record, path = describe_run(recipe, trainer), Path(recipe.output) / RUN_FILE
+    write_json(path, {**record, "status": "running"})
+    try:
+        record |= _trained(recipe, trainer, resume)
+    except BaseException as error:
+        ended = {"status": _ending(error), "reason": _reason(error), "log": trainer.state.log_history}
+        with suppress(DiskError):  # where the disk is full, the error that says so is the one to tell
+            write_json(path, {**record, **ended})
+        raise
+    write_json(path, record)
+    return record
+
+
+def _trained(recipe: Recipe, trainer: SFTTrainer, resume: bool) -> dict[str, Any]:
+    """Train, evaluate and save; what ``run.json`` holds of that."""
+    output = Path(recipe.output)
     began = time.perf_counter()
     trained = trainer.train(resume_from_checkpoint=resume or None)
     seconds = time.perf_counter() - began
@@ -135,9 +172,19 @@ def carry_out(
     trainer.save_model(str(saved))
     history = trainer.state.log_history
     draw_loss(history, output / "loss.png")
-    record |= {"status": "finished", "results": results, "saved": str(saved), "log": history}
-    write_json(output / RUN_FILE, record)
-    return record
+    return {"status": "finished", "results": results, "saved": str(saved), "log": history}
+
+
+def _ending(error: BaseException) -> str:
+    if isinstance(error, DivergedError):
+        return "diverged"
+    return "failed" if isinstance(error, Exception) else "interrupted"
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, VeneerError):
+        return str(error)
+    return ": ".join(filter(None, (type(error).__name__, str(error))))
 
 
 def load_base(part: ModelPart) -> PreTrainedModel:

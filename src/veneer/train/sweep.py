@@ -18,10 +18,10 @@ from veneer.adapters.peft_model import PeftModel
 from veneer.errors import ConfigError, DivergedError
 from veneer.model.fused.decoder import fused
 from veneer.model.twin import twin
-from veneer.train.checkpoint import checkpoints, write_json
+from veneer.train.checkpoint import checkpoints
 from veneer.train.display import RunDisplay
 from veneer.train.loss import Scoring, TokenLoss
-from veneer.train.run import RUN_FILE, Tell, carry_out, describe_run, load_base, make_trainer, require_fresh
+from veneer.train.run import RUN_FILE, Tell, carry_out, load_base, make_trainer, require_fresh
 from veneer.train.shared_base import Part, SharedBase
 from veneer.train.sweep_recipe import Member, Sweep
 from veneer.train.trainer import SFTTrainer, unwrap_forward
@@ -193,11 +193,8 @@ def _run(member: Member, base: PreTrainedModel, resume: bool) -> dict[str, Any]:
     ask(trainer)
     try:
         return carry_out(recipe, trainer, resume=resume and bool(checkpoints(output)))
-    except DivergedError as error:
-        record = describe_run(recipe, trainer)
-        record |= {"status": "diverged", "reason": str(error), "log": trainer.state.log_history}
-        write_json(output / RUN_FILE, record)
-        return record
+    except DivergedError:
+        return cast("dict[str, Any]", _record_of(output))  # where it is written down
 
 
 def _record_of(output: Path) -> dict[str, Any] | None:

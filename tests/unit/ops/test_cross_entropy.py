@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 from veneer.errors import ShapeError
@@ -156,3 +157,10 @@ def test_hits_are_the_rows_whose_label_is_on_top(chunk_bytes):
     assert hits == expected
     assert 0 < hits < counted.sum()
     torch.testing.assert_close(loss, linear_cross_entropy(hidden, weight, labels, bias, options))
+
+
+def test_labels_on_cuda_are_not_waited_for(monkeypatch):
+    monkeypatch.setattr("veneer.ops.cross_entropy.implementation", lambda *_: lambda logits, *_: logits.new_empty(7))
+    with FakeTensorMode():  # raises where the value of a tensor is asked for
+        logits, labels = torch.empty(7, 11, device="cuda"), torch.empty(7, dtype=torch.long, device="cuda")
+        assert softmax_cross_entropy(logits, labels).device.type == "cuda"

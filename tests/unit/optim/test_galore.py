@@ -156,3 +156,27 @@ def test_a_group_that_is_not_projected_takes_plain_adamw():
 def test_settings_are_checked():
     with pytest.raises(ConfigError, match=r"rank=0.*gap=0.*side='up'"):
         Projection(rank=0, gap=0, side="up")
+    for scale in (0.0, -0.25, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match=f"scale={scale} must be a number above 0"):
+            Projection(scale=scale)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"projection": Projection(rank=5)}, r"matrix \(29, 17\) has a basis \(17, 4\), and rank=5.* make \(17, 5\)"),
+        ({"projection": Projection(rank=4, side="longer")}, r"a basis \(17, 4\), and .*side='longer' make \(29, 4\)"),
+        ({"projection": Projection(rank=17)}, r"a basis \(17, 4\), and rank=17, .* make none"),
+        ({"projection": Projection(rank=4), "eight_bit": True}, "moments are float32, and .* eight_bit=True"),
+    ],
+)
+def test_a_state_of_another_projection_is_refused_and_nothing_is_changed(changes, message):
+    param, twin = (torch.nn.Parameter(torch.ones(29, 17)) for _ in range(2))
+    before = GaLoreAdamW([param], lr=0.1, projection=Projection(rank=4))
+    param.grad = torch.linspace(-1, 1, 29 * 17).view(29, 17)
+    before.step()
+    other = GaLoreAdamW([twin], lr=0.3, **changes)
+    with pytest.raises(ConfigError, match=message):
+        other.load_state_dict(before.state_dict())
+    assert not other.state
+    assert other.param_groups[0]["lr"] == 0.3

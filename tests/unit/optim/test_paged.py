@@ -6,9 +6,10 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from veneer.errors import TrainingError
-from veneer.optim.paged import map_tensor
+from veneer.optim.paged import PagedAdamW8bit, map_tensor
 
 LIMIT_MIB = 125
 SCRIPT = """
@@ -65,3 +66,14 @@ def test_a_mapped_tensor_reads_back_what_was_written(tmp_path):
 def test_no_room_for_pages_is_a_clear_error():
     with pytest.raises(TrainingError, match="give PagedAdamW8bit a folder on a larger disk"):
         map_tensor((2**50,), torch.uint8, None)
+
+
+def test_a_state_that_is_still_on_its_way_to_the_host_is_waited_for(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    with FakeTensorMode():
+        optimizer = PagedAdamW8bit([torch.nn.Parameter(torch.empty(7, device=f"cuda:{i}")) for i in (0, 1)], lr=0.1)
+        for param in optimizer.param_groups[0]["params"]:
+            optimizer.state[param] = {"step": 3}
+        optimizer.state_dict()
+    assert sorted(map(str, waited)) == ["cuda:0", "cuda:1"]

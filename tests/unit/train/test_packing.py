@@ -4,7 +4,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, DataError
 from veneer.model.quant_linear import QuantLinear
 from veneer.ops.four_bit import FourBitLayout
 from veneer.quant.four_bit import FourBitSpec
@@ -29,6 +29,13 @@ def rows_of(lengths):
     torch.manual_seed(5)
     ids = [torch.randint(2, 61, (n,)).tolist() for n in lengths]
     return [{"input_ids": row, "labels": [IGNORED, *row[1:]]} for row in ids]
+
+
+def test_a_trained_token_that_opens_a_piece_leaves_nothing():
+    row = {"input_ids": [5, 6, 7, 8, 9], "labels": [IGNORED, IGNORED, IGNORED, 8, IGNORED]}
+    with pytest.raises(DataError, match=r"no trained token is left in rows of 3 tokens.*raise max_length"):
+        pack(Dataset.from_list([row]), 3, split=True)
+    assert len(pack(Dataset.from_list([row]), 4, split=True)) == 1
 
 
 @given(st.lists(st.integers(1, 17), max_size=40))

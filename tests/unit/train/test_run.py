@@ -1,0 +1,70 @@
+"""What a run leaves in ``run.json`` when it breaks off, and what ``train_on`` means for rows."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from veneer.errors import ConfigError, DataError, DivergedError
+from veneer.train.recipe import parse_recipe
+from veneer.train.run import carry_out, make_trainer, sample_of
+
+
+@pytest.fixture
+def values(tmp_path, make_model, tokenizer):
+    make_model().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": f"the cat sat {n}"}) for n in ("one", "two")))
+    return {
+        "model": {"source": str(tmp_path / "base")},
+        "adapter": {"method": "lora", "r": 3},
+        "data": {"train": str(tmp_path / "rows.jsonl"), "train_on": "everything"},
+        "training": {
+            "max_steps": 2, "logging_steps": 1, "save_strategy": "no", "bf16": False, "report_to": "none",
+            "disable_tqdm": True,
+        },
+        "output": str(tmp_path / "run"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "reason"),
+    [
+        (DivergedError("the loss is nan in step 2"), "diverged", "the loss is nan in step 2"),
+        (DataError("row 7: no"), "failed", "row 7: no"),
+        (RuntimeError("out of memory"), "failed", "RuntimeError: out of memory"),
+        (KeyboardInterrupt(), "interrupted", "KeyboardInterrupt"),
+    ],
+)
+def test_a_run_that_breaks_off_says_how_and_why(values, monkeypatch, error, status, reason):
+    recipe = parse_recipe(values)
+    trainer = make_trainer(recipe)
+    step = trainer.training_step
+
+    def second_fails(*args, **options):
+        if trainer.state.global_step == 1:
+            raise error
+        return step(*args, **options)
+
+    monkeypatch.setattr(trainer, "training_step", second_fails)
+    with pytest.raises(type(error)):
+        carry_out(recipe, trainer)
+    record = json.loads((Path(values["output"]) / "run.json").read_text())
+    assert (record["status"], record["reason"]) == (status, reason)
+    assert record["log"][0]["step"] == 1
+    assert record["recipe"]["output"] == values["output"]
+
+
+def test_answers_of_plain_text_are_refused_where_asked_for_and_told_else(values, caplog):
+    values["data"]["train_on"] = "answers"
+    for use in (make_trainer, sample_of):
+        with pytest.raises(ConfigError, match=r"data.train_on: answers, and the rows are plain text.*set it to every"):
+            use(parse_recipe(values))
+    del values["data"]["train_on"]
+    row, _ = sample_of(parse_recipe(values))
+    assert row["labels"][1:] == row["input_ids"][1:]
+    assert caplog.text.count("plain text, so every token is trained") == 1
+    caplog.clear()
+    values["data"]["train_on"] = "everything"
+    sample_of(parse_recipe(values))
+    assert "plain text" not in caplog.text
