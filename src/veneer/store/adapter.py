@@ -29,7 +29,7 @@ from veneer.model.attach import (
 from veneer.model.embedding import input_embeddings
 from veneer.model.inplace import InPlace, base_of
 from veneer.model.state import AdapterState
-from veneer.store.adapter_config import CONFIG_FILE, for_use, make_folder, to_json
+from veneer.store.adapter_config import CONFIG_FILE, for_use, to_json
 from veneer.store.adapter_files import (
     NETWORK_FILE,
     WEIGHTS_FILE,
@@ -37,6 +37,7 @@ from veneer.store.adapter_files import (
     read_tensors,
     tensors_to_bytes,
     write_atomically,
+    write_together,
 )
 
 SaveEmbeddings = bool | Literal["auto"]
@@ -51,16 +52,15 @@ def save_adapter(
     folder: Path,
     tensors: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write ``adapter_model.safetensors`` and then ``adapter_config.json``, each atomically.
+    """Write ``adapter_model.safetensors`` and ``adapter_config.json``, both or neither.
 
     ``tensors`` by their keys on disk; by default those of `adapter_tensors`. Raises DiskError where writing fails.
     """
-    make_folder(folder)
     base = base_of(type(model)) if isinstance(model, InPlace) else type(model)
     mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
     values = adapter_tensors(model, state, name) if tensors is None else tensors
-    write_atomically(folder / WEIGHTS_FILE, tensors_to_bytes(values))
-    write_atomically(folder / CONFIG_FILE, to_json(for_use(state.configs[name]), mapping).encode())
+    config = to_json(for_use(state.configs[name]), mapping).encode()
+    write_together(folder, {WEIGHTS_FILE: tensors_to_bytes(values), CONFIG_FILE: config})
 
 
 def adapter_tensors(

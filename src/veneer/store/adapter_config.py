@@ -11,7 +11,7 @@ from typing import Any
 
 from veneer.core.method import MethodConfig
 from veneer.core.targets import nearest
-from veneer.errors import ConfigError, DiskError, FormatError
+from veneer.errors import ConfigError, FormatError
 from veneer.methods import all_methods
 from veneer.store.adapter_files import write_atomically
 from veneer.store.adapter_source import adapter_folder, hub_options
@@ -72,16 +72,7 @@ def to_json(config: MethodConfig, auto_mapping: Mapping[str, str] | None = None)
 
 def save_config(config: MethodConfig, folder: str | os.PathLike[str]) -> None:
     """Write ``adapter_config.json`` alone. Raises DiskError."""
-    make_folder(Path(folder))
     write_atomically(Path(folder) / CONFIG_FILE, to_json(config).encode())
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder, and those above it, if there is none. Raises DiskError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DiskError(f"{folder} cannot be made a folder: {error.strerror}") from error
 
 
 def for_use(config: MethodConfig) -> MethodConfig:

@@ -26,24 +26,58 @@ def write_atomically(path: Path, content: bytes) -> None:
 
     Raises DiskError where the content cannot be written.
     """
-    temporary = None
+    write_together(path.parent, {path.name: content})
+
+
+def write_together(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Write files of a folder by name: all are on disk before the first takes its place.
+
+    Where one cannot be written, the old files are as they were, and folders that were made for them go again. Raises
+    DiskError.
+    """
+    made = make_folder(folder)
+    temporary: dict[str, Path] = {}
+    name = ""
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        temporary = Path(name)
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    except OSError as error:
-        if temporary is not None:
+        for name, content in contents.items():
+            temporary[name] = _beside(folder / name)
+            _write_through(temporary[name], content)
+        for name, path in temporary.items():
+            path.replace(folder / name)
+    except BaseException as error:
+        for path in (*temporary.values(), *made):
             with contextlib.suppress(OSError):
-                temporary.unlink()
+                path.rmdir() if path in made else path.unlink()
+        if not isinstance(error, OSError):
+            raise
         raise DiskError(
-            f"{path} could not be written ({error.strerror}); what was there before is untouched"
+            f"{folder / name} could not be written ({error.strerror}); what was there before is untouched"
         ) from error
-    _sync_folder(path.parent)
+    _sync_folder(folder)
+
+
+def make_folder(folder: Path) -> list[Path]:
+    """Make a folder, and those above it, if there is none; returns those made, innermost first. Raises DiskError."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DiskError(f"{folder} cannot be made a folder: {error.strerror}") from error
+    return made
+
+
+def _beside(path: Path) -> Path:
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    return Path(name)
+
+
+def _write_through(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    path.chmod(0o666 & ~_umask())
 
 
 def tensors_to_bytes(tensors: Mapping[str, Tensor]) -> bytes:

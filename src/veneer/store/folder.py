@@ -63,6 +63,8 @@ def disk_errors_told(target: Path) -> Iterator[None]:
     """Raises DiskError where something inside fails because the disk is full or read-only, in whatever words."""
     try:
         yield
+    except DiskError:
+        raise
     except BaseException as error:
         reason = _refusal(error)
         if reason is None:

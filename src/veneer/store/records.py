@@ -17,7 +17,7 @@ from veneer.methods.lora import LoraConfig
 from veneer.model.attach import DISK_PREFIX
 from veneer.model.multihead import ON_DISK, REPEATS
 from veneer.store.adapter_config import CONFIG_FILE, for_use, read_config, to_json
-from veneer.store.adapter_files import WEIGHTS_FILE, non_finite, read_tensors, tensors_to_bytes, write_atomically
+from veneer.store.adapter_files import WEIGHTS_FILE, non_finite, read_tensors, tensors_to_bytes, write_together
 
 _FACTORS: tuple[tuple[str, str, Literal["linear", "embedding"]], ...] = (
     ("lora_A.weight", "lora_B.weight", "linear"),
@@ -85,15 +85,14 @@ def read_records(folder: Path) -> StoredAdapter:
 def write_records(
     folder: Path, config: LinearMethod, params: Mapping[str, Mapping[str, Tensor]], sites: Mapping[str, LinearSite]
 ) -> None:
-    """Write an adapter folder from parameters by module path. Raises FormatError where writing fails."""
+    """Write an adapter folder from parameters by module path. Raises DiskError where writing fails."""
     tensors = {
         f"{DISK_PREFIX}{path}.{end}": params[path][name].reshape(config.shapes(site)[name])
         for path, site in sites.items()
         for name, end in config.disk_names(site).items()
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / WEIGHTS_FILE, tensors_to_bytes(tensors))
-    write_atomically(folder / CONFIG_FILE, to_json(for_use(config), {}).encode())
+    written = to_json(for_use(config), {}).encode()
+    write_together(folder, {WEIGHTS_FILE: tensors_to_bytes(tensors), CONFIG_FILE: written})
 
 
 def _sites(tensors: Mapping[str, Tensor]) -> dict[str, LinearSite]:

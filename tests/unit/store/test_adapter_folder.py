@@ -291,6 +291,29 @@ def test_a_full_disk_leaves_the_old_adapter(folder: Path, monkeypatch: pytest.Mo
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+@pytest.mark.parametrize("n_written", [0, 1])
+def test_a_full_disk_leaves_neither_a_folder_nor_one_of_two_files(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_written: int
+) -> None:
+    """The weights fit, the config does not: without both, nothing is replaced."""
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    model = get_peft_model(base(), LoraConfig(r=5, init_lora_weights=False))
+    written = []
+
+    def full(descriptor: int) -> None:
+        written.append(descriptor)
+        if len(written) > n_written:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    for target in (folder, tmp_path / "new" / "adapter"):
+        written.clear()
+        with pytest.raises(DiskError, match=r"could not be written \(No space left on device\)"):
+            model.save_pretrained(target)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_crash_before_the_rename_leaves_the_old_adapter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = PeftModel.from_pretrained(base(), folder)
     before = (folder / "adapter_model.safetensors").read_bytes()

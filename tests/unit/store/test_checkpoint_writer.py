@@ -156,7 +156,7 @@ def test_full_disk(tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch) -
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, call, full, raising=False)
-    with pytest.raises(DiskError, match=r"No space left on device.*(Nothing was|is un)changed"):
+    with pytest.raises(DiskError, match=r"No space left on device.*(Nothing was |is un)changed"):
         write(tmp_path / "out", tensors(), overwrite=True)
     assert list(Checkpoint.open(tmp_path / "out").tensors) == ["old"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
