@@ -108,6 +108,40 @@ def test_resuming_and_refusing_to_overwrite(project: Path) -> None:
     assert json.loads((project / "run" / "run.json").read_text())["results"]["steps"] == 6
 
 
+def files_of(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("steps", [3, 4])  # epochs have four: one ends within an epoch
+def test_resuming_a_finished_run_changes_nothing(project: Path, steps: int) -> None:
+    options = ("--set", f"training.max_steps={steps}", "--set", "training.save_steps=1")
+    assert train(project, *options)[0] == 0
+    before = files_of(project / "run")
+    code, output = train(project, *options, "--resume")
+    assert code == 0, output
+    assert "already finished" in output
+    assert files_of(project / "run") == before
+
+
+def test_a_run_killed_after_its_last_checkpoint_takes_no_further_step(project: Path) -> None:
+    options = ("--set", "training.max_steps=3", "--set", "training.save_steps=1")
+    assert train(project, *options)[0] == 0
+    path = project / "run" / "run.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "status": "running"}))
+    saved = project / "run" / "adapter" / "adapter_model.safetensors"
+    weights = saved.read_bytes()
+    saved.unlink()
+    code, output = train(project, *options, "--resume")
+    assert code == 0, output
+    resumed = json.loads(path.read_text())
+    assert resumed["status"] == "finished"
+    for key in ("train_loss", "eval_loss", "steps"):
+        assert resumed["results"][key] == record["results"][key]
+    assert saved.read_bytes() == weights
+    assert not (project / "run" / "checkpoint-4").exists()
+
+
 def test_show_sample_marks_what_is_trained(project: Path) -> None:
     code, output = train(project, "--show-sample")
     assert code == 0, output

@@ -15,6 +15,7 @@ from veneer.adapters.card import write_card
 from veneer.adapters.merging import require_known
 from veneer.combine import SPARSE, Combination, combine
 from veneer.combine.adapter import config_of, parameters_of
+from veneer.combine.choose import rank_needed
 from veneer.combine.scales import only_scales
 from veneer.combine.update import Update
 from veneer.core.records import LinearDelta
@@ -60,11 +61,17 @@ def usual_way(model: nn.Module, names: Sequence[str]) -> str:
 
 @torch.no_grad()
 def add_weighted(
-    model: nn.Module, state: AdapterState, parts: Sequence[tuple[str, float]], name: str, plan: Combination
+    model: nn.Module,
+    state: AdapterState,
+    parts: Sequence[tuple[str, float]],
+    name: str,
+    plan: Combination,
+    most_lost: float | None = None,
 ) -> Report:
     """Add adapter ``name``, frozen, that acts as the weighted parts do together.
 
-    A layer that a part leaves alone counts as unchanged by it.
+    A layer that a part leaves alone counts as unchanged by it. ``most_lost`` is the largest relative error that a
+    linear sum may have on a layer where the plan names no rank.
 
     Raises AdapterNameError, and CompositionError where the parts cannot be combined; nothing is added then.
     """
@@ -83,6 +90,8 @@ def add_weighted(
                 records[path] = replace(records[path], bias=_bias_offset(layer, updates, [w for _, w in acting]))
     if not records:
         raise CompositionError(f"none of the adapters {list(names)} acts on linear layers: only such can be combined")
+    if most_lost is not None and plan.how == "linear" and plan.rank is None:
+        _require_little_lost(model, parts, plan, errors, most_lost)
     config = config_of(records, shortest_names(module_index(model), tuple(records)))
     lifecycle.add(model, state, name, config, Start(values=False))
     lifecycle.make_trainable(model, state, (name,), False)
@@ -92,6 +101,28 @@ def add_weighted(
         for key, value in parameters_of(record, config, layer.site((name,))).items():
             held[key].copy_(value.view_as(held[key]))
     return Report(errors)
+
+
+def _require_little_lost(
+    model: nn.Module, parts: Sequence[tuple[str, float]], plan: Combination, errors: Mapping[str, float], most: float
+) -> None:
+    worst = max(errors, key=lambda path: errors[path])
+    if errors[worst] <= most:
+        return
+    needed, sides = 0, []
+    for path in (path for path, error in errors.items() if error > 0):
+        layer = adapted_layers(model)[path]
+        acting = [(n, w) for n, w in parts if n in layer.adapters]
+        updates = [Update(layer.record(n), layer.site((n,)).weight) for n, _ in acting]
+        needed = max(needed, rank_needed(updates, [w for _, w in acting], plan, path, most))
+        sides.append(min(layer.site(()).in_features, layer.site(()).out_features))
+    possible = needed <= min(sides)
+    advice = f"give rank {needed}, which loses at most {most:.0%}; or " if possible else ""
+    raise CompositionError(
+        f"a part scales its layers (DoRA), so the sum has full rank, and the rank of its parts would lose "
+        f"{errors[worst]:.1%} of it on {worst}: {advice}merge each adapter into the base and add the models up "
+        "(veneer merge, veneer merge-models), which loses nothing; or give a rank of your choice"
+    )
 
 
 def _bias_offset(layer: AdaptedSite, updates: Sequence[Update], weights: Sequence[float]) -> Tensor | None:

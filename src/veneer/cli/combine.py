@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from veneer.adapters.combining import Report
     from veneer.combine import Combination
 
+_MOST_LOST = 0.1  # of a layer's update, where nobody chose a rank
+
 
 def combine(
     adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", show_default=False, help="Adapter folders.")],
@@ -47,7 +49,8 @@ def combine(
 ) -> None:
     """Combine adapters of one base into a new one. The parts stay as they are.
 
-    "linear" is the exact weighted sum: ranks add up, or --rank brings them down and the error is told.
+    "linear" is the weighted sum: exact for LoRA, ranks add up, or --rank brings them down and the error is told. With
+    DoRA the sum has full rank: without --rank, losing more than 10% is an error that names the rank to give.
 
     Example: veneer combine runs/a runs/b --weights 0.7 0.3 --rank 16 -o runs/both
     """
@@ -96,7 +99,8 @@ def _on_base(adapters: list[Path], weights: list[float], plan: Combination, outp
     adapted = PeftModel.from_pretrained(model, adapters[0], names[0])
     for name, folder in zip(names[1:], adapters[1:], strict=True):
         adapted.load_adapter(folder, name)
-    report = add_weighted(adapted, adapted.adapter_state, list(zip(names, weights, strict=True)), "default", plan)
+    parts = list(zip(names, weights, strict=True))
+    report = add_weighted(adapted, adapted.adapter_state, parts, "default", plan, _MOST_LOST)
     adapted.save_pretrained(output, selected_adapters=["default"])
     return report
 

@@ -18,7 +18,10 @@ def generate(
     adapter: loading.Adapter = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", show_default=False, help="A system message.")] = None,
     raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the prompt as plain text, without chat template.")
+        bool,
+        typer.Option(
+            "--raw", help="Continue the prompt as plain text: for a model trained on plain prompts (data.chat: false)."
+        ),
     ] = False,
     max_new_tokens: loading.MaxNewTokens = 256,
     temperature: loading.Temperature = 0.0,
@@ -28,7 +31,7 @@ def generate(
     load_in_4bit: loading.FourBit = False,
     dtype: loading.Dtype = "auto",
 ) -> None:
-    """Answer one prompt, word by word, on stdout.
+    """Answer one prompt, word by word, on stdout. A model with a chat template is asked in a chat turn, see --raw.
 
     Example: veneer generate smollm2-135m-instruct -p "Why is the sky blue?"
     """
@@ -42,4 +45,9 @@ def generate(
         torch.manual_seed(seed)
     encoded = encode_prompt(loaded, text, system=system, raw=raw)
     with loading.quiet():
-        stream_answer(loaded, encoded, loading.sampling(temperature, top_p, top_k, max_new_tokens))
+        answer = stream_answer(loaded, encoded, loading.sampling(temperature, top_p, top_k, max_new_tokens))
+    if not answer.strip() and not raw and loaded.tokenizer.chat_template is not None:
+        typer.echo(
+            "the answer is empty; the prompt was asked as a chat turn: for a model trained on plain prompts use --raw",
+            err=True,
+        )

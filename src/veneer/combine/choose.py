@@ -13,7 +13,7 @@ from veneer.combine.factorwise import factorwise
 from veneer.combine.scales import combined_scales, only_scales
 from veneer.combine.sparsify import draw_of, drop_and_rescale, largest
 from veneer.combine.ties import Vote, elect_and_merge
-from veneer.combine.truncate import truncate_dense, truncate_factors
+from veneer.combine.truncate import rank_within, truncate_dense, truncate_factors
 from veneer.combine.update import Update, concatenated
 from veneer.core.records import LinearDelta
 from veneer.errors import CompositionError
@@ -27,10 +27,10 @@ SPARSE = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 class Combination:
     """How to combine.
 
-    ``how``: "linear" is the exact weighted sum, with ranks added up or, with ``rank``, truncated; "cat" is the same
-    and never truncated; "svd" truncates to ``rank`` or to the largest rank that goes in; "factorwise" adds A to A
-    and B to B, which leaves cross terms; the others work on whole updates and come back to ``rank`` (default: the
-    largest that goes in).
+    ``how``: "linear" is the weighted sum: exact, with ranks added up, where all updates are low-rank and no ``rank``
+    is given, else truncated (a DoRA update has full rank); "cat" is the exact sum and never truncated; "svd" truncates
+    to ``rank`` or to the largest rank that goes in; "factorwise" adds A to A and B to B, which leaves cross terms; the
+    others work on whole updates and come back to ``rank`` (default: the largest that goes in).
     ``density``: the share of entries that "ties", "magnitude_prune" and "dare_…" keep.
     ``seed`` is that of DARE's draw.
     """
@@ -87,6 +87,11 @@ def combine(
     if plan.how in ("linear", "cat", "svd") and lowrank:
         return _exact_sum(updates, weights, plan)
     return _bring_to_rank(_merged(updates, weights, plan, name), updates, plan)
+
+
+def rank_needed(updates: Sequence[Update], weights: Sequence[float], plan: Combination, name: str, error: float) -> int:
+    """The smallest rank that brings this layer's combination to at most this relative error."""
+    return rank_within(_merged(updates, weights, plan, name), error)
 
 
 def _exact_sum(updates: Sequence[Update], weights: Sequence[float], plan: Combination) -> tuple[LinearDelta, float]:

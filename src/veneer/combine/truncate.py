@@ -25,6 +25,13 @@ def truncate_factors(record: LinearDelta, rank: int) -> tuple[LinearDelta, float
     return _keep(u, s, vt, rank)
 
 
+def rank_within(update: Float[Tensor, "o i"], error: float) -> int:
+    """The smallest rank (at least 1) whose best factors lose at most this relative Frobenius error."""
+    energy = torch.linalg.svdvals(update).double().square()
+    lost = energy.flip(0).cumsum(0).flip(0)  # lost[r]: what rank r leaves out
+    return max(int((lost > error**2 * lost[0]).sum()), 1)
+
+
 def _keep(u: Tensor, s: Tensor, vt: Tensor, rank: int) -> tuple[LinearDelta, float]:
     total = float(s.square().sum())
     lost = float(s[rank:].square().sum())

@@ -40,7 +40,7 @@ class Update:
         if self.weight is None:
             raise CompositionError(
                 "an adapter scales the weight itself (DoRA, IA3), so its update depends on the base model: "
-                "give the base too"
+                "give the base too (--base MODEL)"
             )
         base = self.weight.dense(torch.float32)
         return fold_linear(self.record, base)[0] - base

@@ -89,7 +89,9 @@ def read_config(folder: Path) -> MethodConfig:
     """The config of an adapter folder. Raises FormatError where there is none or it is not understood."""
     path = folder / CONFIG_FILE
     if not path.is_file():
-        raise FormatError(f"{folder} holds no {CONFIG_FILE}: it is not the folder of an adapter")
+        inside = folder / "adapter"  # where a training run saves it
+        advice = f"; {inside} holds one, give that folder" if (inside / CONFIG_FILE).is_file() else ""
+        raise FormatError(f"{folder} holds no {CONFIG_FILE}: it is not the folder of an adapter{advice}")
     try:
         return from_json(path.read_text(encoding="utf-8"), path)
     except UnicodeDecodeError as error:

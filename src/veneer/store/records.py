@@ -47,7 +47,9 @@ def read_records(folder: Path) -> StoredAdapter:
     """
     config = read_config(folder)
     if not isinstance(config, LoraConfig) or needs_base(config):
-        raise CompositionError(f"the adapter {folder} scales the weights of its base (DoRA, IA3): give the base too")
+        raise CompositionError(
+            f"the adapter {folder} scales the weights of its base (DoRA, IA3): give the base too (--base MODEL)"
+        )
     if config.adapted_parameters:
         raise CompositionError(
             f"the adapter {folder} changes parameters {list(config.adapted_parameters)}, experts' among them: it can "

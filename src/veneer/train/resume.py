@@ -66,6 +66,13 @@ class ResumableTrainer(TrlTrainer):  # type: ignore[misc]
         self.progress = Progress.from_dict(counted)
         return str(folder)
 
+    def _run_epoch(self, **options: Any) -> None:
+        """Nothing where a checkpoint from within an epoch holds the run's last step: Trainer would take one more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**options)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.store_flos()
         run = Path(self._get_output_dir(trial=trial))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -108,9 +109,14 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, tell: Tell = lambda line
 
     Writes into the recipe's output: ``adapter/`` (``model/`` for a model trained whole), ``run.json``, ``loss.png``,
     checkpoints and TensorBoard's files. Raises the errors of its parts; ConfigError also where the output holds a run
-    already and ``resume`` is false, DiskError where it cannot be made.
+    already and ``resume`` is false, DiskError where it cannot be made. Resuming a run of the same recipe that is
+    finished changes nothing.
     """
     require_fresh(Path(recipe.output), resume)
+    before = record_of(Path(recipe.output)) if resume else None
+    if before is not None and before["status"] == "finished" and before["recipe"] == recipe.model_dump():
+        tell(f"{recipe.output} holds this run, already finished: nothing is changed")
+        return before
     return carry_out(recipe, make_trainer(recipe), resume=resume, tell=tell)
 
 
@@ -185,6 +191,12 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, VeneerError):
         return str(error)
     return ": ".join(filter(None, (type(error).__name__, str(error))))
+
+
+def record_of(output: Path) -> dict[str, Any] | None:
+    """What a run wrote down in its output; None where it wrote nothing."""
+    path = output / RUN_FILE
+    return cast("dict[str, Any]", json.loads(path.read_text())) if path.exists() else None
 
 
 def load_base(part: ModelPart) -> PreTrainedModel:

@@ -3,7 +3,6 @@ computed for all of them at once, by routing the rows of one batch."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from veneer.model.twin import twin
 from veneer.train.checkpoint import checkpoints
 from veneer.train.display import RunDisplay
 from veneer.train.loss import Scoring, TokenLoss
-from veneer.train.run import RUN_FILE, Tell, carry_out, load_base, make_trainer, require_fresh
+from veneer.train.run import Tell, carry_out, load_base, make_trainer, record_of, require_fresh
 from veneer.train.shared_base import Part, SharedBase
 from veneer.train.sweep_recipe import Member, Sweep
 from veneer.train.trainer import SFTTrainer, unwrap_forward
@@ -153,7 +152,7 @@ def run_sweep(sweep: Sweep, *, resume: bool = False, tell: Tell = lambda line: N
     for member in sweep.members:
         output = Path(member.recipe.output)
         require_fresh(output, resume)
-        before = _record_of(output) if resume else None
+        before = record_of(output) if resume else None
         if before is not None and before["status"] in OVER:
             records[member.name] = before
             tell(f"{member.name}: {told(before)}, before")
@@ -194,9 +193,4 @@ def _run(member: Member, base: PreTrainedModel, resume: bool) -> dict[str, Any]:
     try:
         return carry_out(recipe, trainer, resume=resume and bool(checkpoints(output)))
     except DivergedError:
-        return cast("dict[str, Any]", _record_of(output))  # where it is written down
-
-
-def _record_of(output: Path) -> dict[str, Any] | None:
-    path = output / RUN_FILE
-    return cast("dict[str, Any]", json.loads(path.read_text())) if path.exists() else None
+        return cast("dict[str, Any]", record_of(output))  # where it is written down

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -71,6 +72,26 @@ def test_with_the_base_dora_can_be_combined_and_the_error_is_told(
     assert (config["r"], set(config["rank_pattern"].values())) == (3, {4})
 
 
+def test_a_sum_that_would_lose_much_is_refused_and_names_the_rank_that_does(
+    veneer, model_folder, adapter_folder, decomposed, tmp_path
+):
+    shutil.copytree(decomposed, tmp_path / "rescaled")
+    tensors = load_file(decomposed / "adapter_model.safetensors")
+    spread = {k: v * torch.linspace(0.5, 2, len(v)) if "magnitude" in k else v for k, v in tensors.items()}
+    save_file(spread, tmp_path / "rescaled" / "adapter_model.safetensors")
+    arguments = ["combine", adapter_folder, tmp_path / "rescaled", "-o", tmp_path / "sum", "--base", model_folder]
+    refused = veneer(*arguments)
+    assert refused.exit_code == 2
+    told = re.search(r"give rank (\d+), which loses at most 10%.*merge-models", " ".join(refused.output.split()))
+    assert told, refused.output
+    assert not (tmp_path / "sum").exists()
+    for rank, within in ((int(told[1]), True), (int(told[1]) - 1, False)):
+        result = veneer(*arguments[:4], tmp_path / str(rank), *arguments[5:], "--rank", rank)
+        assert result.exit_code == 0, result.output
+        worst = float(re.search(r"q_proj +([\d.]+)%", result.output)[1])
+        assert (worst <= 10) == within
+
+
 @pytest.mark.parametrize("weights", [["0.7", "0.3"], ["0.7", "-0.3"], ["0.7 -0.3"]])
 def test_weights_need_no_quotes(veneer, adapter_folder, second, weights, tmp_path):
     options = ["--how", "ties", "--density", 0.5, "-o", tmp_path / "c"]
@@ -112,7 +133,7 @@ def test_nothing_is_overwritten_and_what_needs_its_base_says_so(
     assert kept.read_bytes() == before
     for needy in (decomposed, other_adapter):
         assert "give the base too" in veneer("combine", adapter_folder, needy, "-o", tmp_path / "x").output
-        assert "give the base too" in veneer("inspect", needy).output
+        assert "give the base too (--base MODEL)" in veneer("inspect", needy).output
 
 
 def test_damaged_and_strange_tensors_are_told(veneer, adapter_folder, tmp_path):

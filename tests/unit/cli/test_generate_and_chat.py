@@ -46,6 +46,19 @@ def test_raw_and_system_prompts(veneer: Veneer, model_folder: Path) -> None:
     assert (refused.exit_code, "needs a chat template" in refused.stderr) == (2, True)
 
 
+def test_an_empty_answer_hints_at_raw(veneer: Veneer, model_folder: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # all tokens are as likely: the end, the first of them, is taken
+    shutil.copytree(model_folder, tmp_path / "silent")
+    model.save_pretrained(tmp_path / "silent")
+    asked = veneer("generate", tmp_path / "silent", "-p", "hi", "--max-new-tokens", 9)
+    assert (asked.exit_code, asked.stdout.strip()) == (0, "")
+    assert asked.stderr.count("--raw") == 1
+    assert "--raw" not in veneer("generate", tmp_path / "silent", "-p", "hi", "--raw", "--max-new-tokens", 9).stderr
+    assert "--raw" not in veneer("generate", model_folder, "-p", "hi", "--max-new-tokens", 9).stderr
+
+
 def test_an_adapter_changes_the_answer_and_may_stand_for_the_model(
     veneer: Veneer, model_folder: Path, adapter_folder: Path
 ) -> None:
@@ -165,7 +178,7 @@ def test_a_base_in_4_bits_answers_like_its_dequantized_weights(
     veneer: Veneer, model_folder: Path, adapter_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[torch.nn.Module] = []
-    monkeypatch.setattr("veneer.cli.answering.stream_answer", lambda loaded, *rest: seen.append(loaded.model))
+    monkeypatch.setattr("veneer.cli.answering.stream_answer", lambda loaded, *rest: seen.append(loaded.model) or "said")
     result = veneer("generate", model_folder, "-a", adapter_folder, "-p", "hi", "--load-in-4bit")
     assert result.exit_code == 0, result.output
     layer = seen[0].get_submodule("model.layers.0.mlp.down_proj")

@@ -6,6 +6,7 @@ import copy
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,12 @@ def test_a_subfolder(folder: Path) -> None:
 def test_unknown_arguments_are_named(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"\['revison'\]; allowed.*revision"):
         PeftModel.from_pretrained(base(), folder, revison="x")
+
+
+def test_the_folder_of_a_run_points_at_the_adapter_in_it(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "run" / "adapter")
+    with pytest.raises(FormatError, match=r"run holds no adapter_config.json.*run/adapter holds one, give that folder"):
+        PeftModel.from_pretrained(base(), tmp_path / "run")
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
