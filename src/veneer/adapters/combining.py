@@ -22,7 +22,7 @@ from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.errors import CompositionError
 from veneer.model.adapted import Adapted, tensors_of
-from veneer.model.attach import adapted_layers, adapted_modules, module_index, shortest_names
+from veneer.model.attach import adapted_layers, adapted_places, module_index, shortest_names
 from veneer.model.linear import AdaptedSite
 from veneer.model.multihead import ON_DISK
 from veneer.model.start import Start
@@ -77,7 +77,7 @@ def add_weighted(
     """
     names, weights = tuple(part for part, _ in parts), [weight for _, weight in parts]
     require_known(state, names)
-    _require_no_whole_parameters(model, names)
+    _require_layers_alone(model, state, names)
     records: dict[str, LinearDelta] = {}
     errors: dict[str, float] = {}
     for path, layer in adapted_layers(model).items():
@@ -144,12 +144,23 @@ def _require_no_groups(site: LinearSite, updates: Sequence[Update]) -> None:
         )
 
 
-def _require_no_whole_parameters(model: nn.Module, names: Sequence[str]) -> None:
-    held = sorted({path for path, module in adapted_modules(model).items() for n in names if _is_no_update(module, n)})
+def _require_layers_alone(model: nn.Module, state: AdapterState, names: Sequence[str]) -> None:
+    """Raise CompositionError where a part holds something that a sum over layers would leave out."""
+    held = []
+    for path, place in adapted_places(model).items():
+        if not isinstance(place, Adapted):
+            beside = [name for name in names if name in place.adapters]
+            if beside:
+                raise CompositionError(
+                    f"adapter {beside[0]!r} ({state.configs[beside[0]].peft_type}) is no update of linear layers, so "
+                    "it has no sum with others in an adapter: combine the others, and keep this one beside them"
+                )
+        elif any(_is_no_update(place, name) for name in names):
+            held.append(path)
     if held:
         raise CompositionError(
             f"the adapters {list(names)} train whole parameters (modules_to_save, biases), rows, or experts "
-            f"of {', '.join(held[:3])}: those have no sum in an adapter; combine merged checkpoints instead"
+            f"of {', '.join(sorted(held)[:3])}: those have no sum in an adapter; combine merged checkpoints instead"
         )
 
 

@@ -20,7 +20,11 @@ from veneer.model.token_rows import require_rows_agree
 from veneer.store.adapter import Leniency, holds_network, load_weights
 
 # The settings under which the same tensors mean another update.
-_MEANING = ("lora_alpha", "alpha_pattern", "use_rslora", "use_dora", "feedforward_modules", "activation", "scaling")
+_MEANING = (
+    *("lora_alpha", "alpha_pattern", "use_rslora", "use_dora", "trainable_token_indices"),
+    *("feedforward_modules", "projection_prng_key"),
+    *("placement", "non_linearity", "scaling"),
+)
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,12 @@ def activate(model: nn.Module, state: AdapterState, names: tuple[str, ...], infe
     They train if they are trainable; ``inference_mode`` False makes them so, and True freezes them for this time.
     """
     require_known(state, names)
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise AdapterNameError(
+            f"{list(names)} names {twice} more than once: give each adapter once, and for a stronger one make it with "
+            "add_weighted_adapter"
+        )
     if len(names) > 1:
         _require_composable(model, names)
     state.active = names

@@ -268,7 +268,7 @@ class PeftModel(InPlace, nn.Module):
         if not schedules.advance(self.adapter_state, global_step):
             raise ConfigError(f"none of the active adapters {self.active_adapters} has a schedule, as AdaLoRA has")
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+    def merge_adapter(self, adapter_names: str | list[str] | None = None, safe_merge: bool = False) -> None:
         """Fold the active adapters (or those named) into the weights, until `unmerge_adapter` takes them out."""
         merging.merge(self, self.adapter_state, self._to_merge(adapter_names), safe_merge)
 
@@ -280,7 +280,7 @@ class PeftModel(InPlace, nn.Module):
         self,
         progressbar: bool = False,
         safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
+        adapter_names: str | list[str] | None = None,
         *,
         requantize: bool = False,
     ) -> PreTrainedModel:
@@ -308,7 +308,7 @@ class PeftModel(InPlace, nn.Module):
         self,
         save_directory: str | os.PathLike[str],
         safe_serialization: bool = True,
-        selected_adapters: list[str] | None = None,
+        selected_adapters: str | list[str] | None = None,
         save_embedding_layers: SaveEmbeddings = "auto",
         is_main_process: bool = True,
         *,
@@ -325,7 +325,7 @@ class PeftModel(InPlace, nn.Module):
             raise ConfigError("safe_serialization=False asks for a pickle; adapters are written as safetensors only")
         if not is_main_process:
             return
-        names = tuple(selected_adapters) if selected_adapters is not None else tuple(self.peft_config)
+        names = _names(selected_adapters) if selected_adapters is not None else tuple(self.peft_config)
         what = saving.Selection(names, save_embedding_layers, state_dict)
         saving.save(self, self.adapter_state, Path(save_directory), what)
         if push_to_hub:
@@ -336,12 +336,12 @@ class PeftModel(InPlace, nn.Module):
         self,
         repo_id: str,
         *,
-        selected_adapters: list[str] | None = None,
+        selected_adapters: str | list[str] | None = None,
         save_embedding_layers: SaveEmbeddings = "auto",
         **hub: Any,
     ) -> str:
         """Upload the adapters and a model card; returns the commit's address. ``hub`` takes the fields of `Upload`."""
-        names = tuple(selected_adapters) if selected_adapters is not None else tuple(self.peft_config)
+        names = _names(selected_adapters) if selected_adapters is not None else tuple(self.peft_config)
         what = saving.Selection(names, save_embedding_layers, None)
         return saving.push(self, self.adapter_state, repo_id, what, saving.Upload(**hub))
 
@@ -362,8 +362,8 @@ class PeftModel(InPlace, nn.Module):
             return _IncompatibleKeys([], [])
         return super().load_state_dict(state_dict, strict, assign)
 
-    def _to_merge(self, adapter_names: list[str] | None) -> tuple[str, ...]:
-        return tuple(adapter_names) if adapter_names is not None else self.adapter_state.active
+    def _to_merge(self, adapter_names: str | list[str] | None) -> tuple[str, ...]:
+        return _names(adapter_names) if adapter_names is not None else self.adapter_state.active
 
     def _unload(self) -> PreTrainedModel:
         lifecycle.remove_all(self, self.adapter_state)

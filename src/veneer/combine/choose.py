@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -75,6 +76,8 @@ def combine(
         raise CompositionError(
             f"{len(updates)} updates and {len(weights)} weights: give one weight for each of at least one adapter"
         )
+    if not all(isinstance(w, int | float) and math.isfinite(w) for w in weights):
+        raise CompositionError(f"weights={list(weights)!r} must be finite numbers")
     if only_scales(updates):
         return combined_scales(updates, weights, plan.how), 0.0
     if plan.how == "factorwise":

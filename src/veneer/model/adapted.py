@@ -126,6 +126,10 @@ class Adapted(InPlace, nn.Module):
             shared = isinstance(value, nn.Parameter) and not value.requires_grad  # what a tied module has already
             self._parameters[key] = cast(nn.Parameter, value) if shared else nn.Parameter(value, requires_grad=False)
 
+    def unmerged(self, parameter: str) -> Tensor | None:
+        """The module's own parameter, also while a folded one is in its place."""
+        return self.originals.get(parameter, self._parameters.get(parameter))
+
     def put_back(self) -> None:
         """Undo `replace`: the very parameters that were there, on the device where the module is now."""
         for key, original in self.originals.items():

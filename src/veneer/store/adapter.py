@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from veneer.core.method import LinearMethod, MethodConfig, VirtualTokenMethod
-from veneer.errors import FormatError
+from veneer.errors import ConfigError, FormatError
 from veneer.model.adapted import Adapted, add_copy
 from veneer.model.attach import (
     DISK_PREFIX,
@@ -76,9 +76,8 @@ def adapter_tensors(
     found = stored_tensors(model, state, name, live)
     for key, (module, parameter) in _embeddings(model, state.configs[name], name).items():
         if key not in found and _saves_embedding(model, state.configs[name], key, save_embedding_layers):
-            found[key] = cast(Tensor, module.effective(parameter, (name,)) if isinstance(module, Adapted) else None)
-            if found[key] is None:
-                found[key] = cast(Tensor, module._parameters[parameter])
+            own = module.unmerged(parameter) if isinstance(module, Adapted) else module._parameters[parameter]
+            found[key] = cast(Tensor, own)
     return found
 
 
@@ -108,14 +107,20 @@ def renamed(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str] | None
     """The tensors under the keys that ``key_mapping`` gives, regular expressions and what takes their place.
 
     As in PEFT: a key is matched without the prefix ``base_model.model.`` or ``base_model.``, the first expression that
-    occurs in it counts, and it is replaced wherever it occurs. Raises FormatError where two keys become one.
+    occurs in it counts, and it is replaced wherever it occurs. Raises FormatError where two keys become one, and
+    ConfigError for what is no regular expression.
     """
     found: dict[str, Tensor] = {}
     for key, value in tensors.items():
         prefix = next((p for p in (DISK_PREFIX, "base_model.") if key.startswith(p)), "")
         rest = key.removeprefix(prefix)
         changed = (re.sub(old, new, rest) for old, new in (key_mapping or {}).items() if re.search(old, rest))
-        new_key = prefix + next(changed, rest)
+        try:
+            new_key = prefix + next(changed, rest)
+        except re.error as error:
+            raise ConfigError(
+                f"key_mapping={dict(key_mapping or {})!r} must map regular expressions: {error}"
+            ) from error
         if new_key in found:
             raise FormatError(f"key_mapping={dict(key_mapping or {})!r} gives two tensors the key {new_key!r}")
         found[new_key] = value

@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from veneer import IA3Config, LoraConfig, get_peft_model
+from veneer import BottleneckConfig, IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from veneer.adapters.peft_model import PeftModel
+from veneer.core.method import MethodConfig
 from veneer.errors import AdapterNameError, CompositionError, ConfigError
 
 IDS = torch.randint(0, 101, (2, 11), generator=torch.Generator().manual_seed(5))
@@ -169,3 +170,20 @@ def test_the_default_way_suits_the_adapters():
     model = with_parts("plain", "stable")
     assert model.add_weighted_adapter(["plain", "stable"], [1, 1], "usual").worst > 0  # an SVD back to the largest rank
     assert model.model.layers[0].self_attn.q_proj.adapters["usual"]["lora_A"].shape[0] == 5
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), "0.5", None])
+def test_weights_that_are_no_finite_numbers_are_refused(weight: object) -> None:
+    model = with_parts("plain", "stable")
+    with pytest.raises(CompositionError, match=r"weights=\[.*\] must be finite numbers"):
+        model.add_weighted_adapter(["plain", "stable"], [0.7, weight], "sum", "linear")  # type: ignore[list-item]
+    assert "sum" not in model.peft_config
+
+
+@pytest.mark.parametrize("config", [BottleneckConfig(), PromptTuningConfig(num_virtual_tokens=3)])
+def test_a_part_that_is_no_update_of_layers_is_not_left_out_in_silence(config: MethodConfig) -> None:
+    model = with_parts("plain")
+    model.add_adapter("beside", config)
+    with pytest.raises(CompositionError, match=f"'beside' \\({config.peft_type}\\) is no update of linear layers"):
+        model.add_weighted_adapter(["plain", "beside"], [0.7, 1.3], "sum", "linear")
+    assert "sum" not in model.peft_config
