@@ -99,7 +99,7 @@ def rank_needed(updates: Sequence[Update], weights: Sequence[float], plan: Combi
 
 def _exact_sum(updates: Sequence[Update], weights: Sequence[float], plan: Combination) -> tuple[LinearDelta, float]:
     record = concatenated(updates, weights)
-    rank = plan.rank or (_largest_rank(updates) if plan.how == "svd" else None)
+    rank = plan.rank or (_default_rank(updates) if plan.how == "svd" else None)
     return (record, 0.0) if rank is None or rank >= record.rank else truncate_factors(record, rank)
 
 
@@ -118,11 +118,13 @@ def _merged(updates: Sequence[Update], weights: Sequence[float], plan: Combinati
 
 
 def _bring_to_rank(update: Tensor, updates: Sequence[Update], plan: Combination) -> tuple[LinearDelta, float]:
-    rank = plan.rank or _largest_rank(updates)
+    rank = plan.rank or _default_rank(updates)
     if rank == 0:
         raise CompositionError("none of the adapters has a rank: give the rank of the result")
-    return truncate_dense(update, min(rank, *update.shape) if plan.rank is None else rank)
+    return truncate_dense(update, rank)
 
 
-def _largest_rank(updates: Sequence[Update]) -> int:
-    return max(u.record.rank for u in updates)
+def _default_rank(updates: Sequence[Update]) -> int:
+    """The largest rank that goes in, as far as the layer has it: a narrow head may have fewer outputs than ranks."""
+    factors = [(u.record.a, u.record.b) for u in updates]
+    return max((min(len(a), a.shape[1], len(b)) for a, b in factors if a is not None and b is not None), default=0)

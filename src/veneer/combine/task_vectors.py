@@ -72,7 +72,11 @@ def merge_task_vectors(
     Computed in at least float32 and rounded once. The order is mergekit's: difference, sparsify, weigh, elect a sign
     on the weighted values, sum, divide. Departs: DARE divides by the density, as its paper does (section 3.1), where
     mergekit brings the sum of magnitudes back to what it was.
+
+    Raises CompositionError where there is not one finite weight for each of ``tuned``.
     """
+    if len(tuned) != len(weights) or not all(map(math.isfinite, weights)):
+        raise CompositionError(f"{len(tuned)} tuned weights with weights {list(weights)}: give each one finite number")
     wide = torch.promote_types(base.dtype, torch.float32)
     vectors = (_sparsified(_difference(t, base, wide), plan, generator) for t in tuned)
     if plan.how in ("ties", "dare_ties"):

@@ -102,11 +102,13 @@ def projections(
 ) -> tuple[Tensor, Tensor]:
     """A (r, in_features), B (out_features, r): Kaiming uniform with gain √2, drawn on the CPU in float32 from ``key``.
 
-    Kept while in use, one copy for all layers. Do not write.
+    One copy for all layers; those of the last eight configs and devices are kept. Do not write.
     """
     generator = torch.Generator().manual_seed(key)
     drawn = []
-    for shape in ((r, in_features), (out_features, r)):
-        bound = math.sqrt(6 / shape[1])
-        drawn.append(torch.empty(shape).uniform_(-bound, bound, generator=generator).to(device, dtype))
+    with torch.inference_mode(False):  # they outlive the pass that asks first, and training must be able to keep them
+        for shape in ((r, in_features), (out_features, r)):
+            bound = math.sqrt(6 / shape[1])
+            empty = torch.empty(shape, dtype=torch.float32, device="cpu")
+            drawn.append(empty.uniform_(-bound, bound, generator=generator).to(device, dtype))
     return drawn[0], drawn[1]

@@ -193,3 +193,12 @@ def test_what_cannot_be_combined_says_why():
         combine([scale, inputs], (1, 1), Combination())
     with pytest.raises(CompositionError, match="how='linear'"):
         combine([scale], (1,), Combination(how="ties", density=0.2))
+
+
+@pytest.mark.parametrize("how", ["svd", "dare_linear"])
+def test_a_layer_with_fewer_outputs_than_ranks_goes_in_gets_as_many_as_it_has(how):
+    g = torch.Generator().manual_seed(7)
+    narrow = [Update(LinearDelta(a=torch.randn(5, I, generator=g), b=torch.randn(3, 5, generator=g))) for _ in "ab"]
+    record, error = combine(narrow, (0.7, -0.4), Combination(how=how, density=1 if how == "dare_linear" else None))
+    assert (record.rank, error) == (3, 0)
+    torch.testing.assert_close(matrix(record), 0.7 * narrow[0].dense() - 0.4 * narrow[1].dense())

@@ -81,3 +81,9 @@ def test_a_plan_that_makes_no_sense_is_refused(plan, message):
 def test_weights_that_cancel_cannot_be_normalized():
     with pytest.raises(CompositionError, match="add up to zero"):
         merge_task_vectors(BASE, TUNED, (0.5, -0.5), TaskVectors(normalize=True))
+
+
+@pytest.mark.parametrize("weights", [(0.5,), (0.5, 2.0, 1.0), (0.5, float("nan"))])
+def test_one_finite_weight_is_needed_for_each_tuned_model(weights):
+    with pytest.raises(CompositionError, match="2 tuned weights with weights .*: give each one finite number"):
+        merge_task_vectors(BASE, TUNED, weights, TaskVectors())

@@ -134,3 +134,11 @@ def test_adapters_with_other_keys_act_side_by_side():
 def test_all_wrong_values_are_named_at_once():
     with pytest.raises(ConfigError, match=r"r=0 .*vera_dropout=1.*d_initial=0.*bias='some'"):
         VeraConfig(r=0, vera_dropout=1, d_initial=0, bias="some")
+
+
+def test_a_first_pass_in_inference_mode_leaves_training_possible():
+    model = get_peft_model(base(), VeraConfig(**FIELDS | {"projection_prng_key": 29}))
+    with torch.inference_mode():
+        model(input_ids=IDS)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "vera_lambda_b" in name)
