@@ -77,6 +77,10 @@ class MethodConfig(FrozenConfig):
         """Everything that is wrong with the values, one sentence each. Subclasses extend the list."""
         tasks = [task.value for task in TaskType]
         found = [] if self.task_type in (None, *tasks) else [f"task_type={self.task_type!r} must be one of {tasks}"]
+        if isinstance(self.modules_to_save, str):  # each of its letters would be taken for the end of a name
+            found.append(
+                f"modules_to_save={self.modules_to_save!r} must be a list of names: ['{self.modules_to_save}']"
+            )
         flags = {spec.name: getattr(self, spec.name) for spec in fields(self) if spec.type in ("bool", bool)}
         return found + [f"{k}={v!r} must be True or False" for k, v in flags.items() if not isinstance(v, bool)]
 

@@ -77,6 +77,7 @@ def test_a_config_keeps_its_own_copy_of_a_pattern():
     ("values", "words"),
     [
         ({"r": 0}, "r=0 must be a whole number of at least 1"),
+        ({"modules_to_save": "mlp"}, "modules_to_save='mlp' must be a list of names"),
         ({"r": 8.0}, "r=8.0 must be"),
         ({"r": True}, "r=True must be"),
         ({"rank_pattern": {"q": -1}}, "rank_pattern['q']=-1 must be"),
