@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from veneer.adapters import schedules
 from veneer.adapters.peft_model import PeftModel
+from veneer.errors import TrainingError
 from veneer.store.adapter_files import tensors_to_bytes, write_atomically
 
 SCHEDULE_FILE = "schedule.safetensors"
@@ -19,7 +20,7 @@ SCHEDULE_FILE = "schedule.safetensors"
 class AdapterSchedule(TrainerCallback):  # type: ignore[misc]
     """Installed by `SFTTrainer`; give it to any other Trainer in ``callbacks``. It does nothing to other methods.
 
-    ``source``: the checkpoint that the run goes on from, if any.
+    ``source``: the checkpoint that the run goes on from, if any; None is that of the run's own folder.
     """
 
     def __init__(self, source: Path | None = None) -> None:
@@ -28,13 +29,29 @@ class AdapterSchedule(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
     ) -> None:
-        """Make the schedules for a run of this length, or those of the checkpoint."""
+        """Make the schedules for a run of this length, or those of the checkpoint.
+
+        Raises TrainingError where a run goes on whose scores are nowhere.
+        """
         model: nn.Module = context["model"]
         if isinstance(model, PeftModel):
             model.adapter_state.schedules.clear()
             schedules.begin(model, model.adapter_state, state.max_steps)
-            if self.source is not None and (self.source / SCHEDULE_FILE).is_file():
-                schedules.restore(model.adapter_state, load_file(self.source / SCHEDULE_FILE))
+            file = (self.source or _checkpoint(args, state)) / SCHEDULE_FILE
+            if file.is_file() and (self.source is not None or state.global_step):
+                schedules.restore(model.adapter_state, load_file(file))
+            elif state.global_step and model.adapter_state.schedules:
+                raise TrainingError(
+                    f"the run goes on from step {state.global_step}, and {file}, with the scores that its adapter's "
+                    "schedule needs, is not there: train with AdapterSchedule from the start, and resume in the same "
+                    "output_dir or give AdapterSchedule the checkpoint"
+                )
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any) -> None:
+        """Leave what the next step depends on in the checkpoint, for trainers that do not."""
+        model, folder = context["model"], _checkpoint(args, state)
+        if isinstance(model, PeftModel) and folder.is_dir() and not (folder / SCHEDULE_FILE).is_file():
+            save_schedules(model, folder)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
@@ -43,6 +60,10 @@ class AdapterSchedule(TrainerCallback):  # type: ignore[misc]
         model: nn.Module = context["model"]
         if isinstance(model, PeftModel):
             schedules.advance(model.adapter_state, state.global_step + 1)
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
 def save_schedules(model: PeftModel, folder: Path) -> None:

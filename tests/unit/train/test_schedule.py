@@ -12,6 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 from veneer import AdaLoraConfig, SFTConfig, SFTTrainer, get_peft_model
 from veneer.adapters.schedules import layers_of
+from veneer.errors import TrainingError
 from veneer.train.schedule import AdapterSchedule
 
 STEPS = 9
@@ -100,3 +101,24 @@ def test_transformers_own_trainer_takes_the_callback(tmp_path, make_model):
     arguments = TrainingArguments(str(tmp_path), **ARGUMENTS)
     Trainer(model, arguments, train_dataset=rows, callbacks=[AdapterSchedule()]).train()
     assert n_left(model) == 4
+
+
+def test_transformers_own_trainer_resumes_where_the_scores_are(tmp_path, make_model):
+    rows = [{"input_ids": [5 + i, 9, 11, 3], "labels": [5 + i, 9, 11, 3]} for i in range(6)]
+
+    def run(folder, resume=None):
+        torch.manual_seed(3)
+        model = get_peft_model(make_model(), AdaLoraConfig(**FIELDS))
+        arguments = TrainingArguments(str(folder), **ARGUMENTS)
+        Trainer(model, arguments, train_dataset=rows, callbacks=[AdapterSchedule()]).train(
+            resume_from_checkpoint=resume
+        )
+        return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    whole = run(tmp_path / "run")
+    checkpoint = tmp_path / "run" / f"checkpoint-{STEPS - 4}"
+    resumed = run(tmp_path / "run", str(checkpoint))
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+    (checkpoint / "schedule.safetensors").unlink()
+    with pytest.raises(TrainingError, match=r"the scores that its adapter's schedule needs, is not there"):
+        run(tmp_path / "run", str(checkpoint))
