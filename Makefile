@@ -16,10 +16,12 @@ help:
 
 $(VENV)/.ready: pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "veneer needs Python 3.11 or newer, this is " + sys.version.split()[0])'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing veneer and what it needs into $(VENV): some minutes"
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@echo "1 of 3: an environment in $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "2 of 3: pip, in its newest version"
+	@$(BIN)/python -m pip install --quiet --upgrade pip
+	@echo "3 of 3: torch and the other packages, then veneer and its kernels: some minutes"
+	@test -t 1 || quiet=--quiet; $(BIN)/python -m pip install $$quiet --editable '.[dev]'
 	@touch $@
 	@echo "ready: $(BIN)/veneer (source $(BIN)/activate puts it on the path)"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -98,6 +99,7 @@ def test_a_sweep_killed_anywhere_and_resumed_is_the_sweep_that_was_not(project: 
 
 def test_the_table_and_the_files(project: Path) -> None:
     shown = finish(start(project, "out", "--set", "training.max_steps=3"))
+    assert re.search(r"^dora: step 3/3  held out: loss \d", shown, re.M), shown
     lines = [line.split() for line in shown.splitlines()]
     assert {line[0] for line in lines if line and line[-1] == "*"} <= {"lora", "dora", "ia3"}
     written = json.loads((project / "out" / "sweep.json").read_text())

@@ -155,6 +155,7 @@ def test_show_sample_marks_what_is_trained(project: Path) -> None:
         (["--set", "adapter.rr=3"], "adapter.rr: unknown key; the nearest is 'r'"),
         (["--set", "data.train=none.jsonl"], "there is no file none.jsonl"),
         (["--set", "adapter.target_modules=[q_prj]"], "q_proj"),
+        (["--set", "adapter.target_modules=[query]"], "nearest: q_proj"),
         (["--set", "training.max_length=2"], "is masked"),
         (["--set", "output=/dev/null/run"], "/dev/null/run cannot be made"),
     ],

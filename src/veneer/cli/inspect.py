@@ -71,9 +71,11 @@ def _spectra(folder: Path, base: str | None) -> dict[str, Spectrum]:
 
 def _layers(lines: list[LayerReport], top: int) -> Table:
     """One row a kind of module, over its layers: a table that fits a terminal however deep the model is."""
-    table = Table(box=box.SIMPLE, title="updates by module, mean over layers (least to most)")
+    title = "updates by module, mean over layers (least-most)"
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), title=title)
+    whole = ("module", "norm", "effective rank")  # the headings of the others may break
     for name in ("module", "layers", "norm", "effective rank", "of rank", f"energy in top {top}"):
-        table.add_column(name, justify="left" if name == "module" else "right", no_wrap=name == "module")
+        table.add_column(name, justify="left" if name == "module" else "right", no_wrap=name in whole)
     for module in dict.fromkeys(line.module for line in lines):
         of = [line for line in lines if line.module == module]
         norms, effective = [x.norm for x in of], [x.effective_rank for x in of]
@@ -97,4 +99,5 @@ def _pairs(pairs: list[PairReport], top: int) -> Table:
 
 
 def _span(values: list[float], digits: int) -> str:
-    return f"{sum(values) / len(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    digits = max(digits + 1 - len(str(int(max(values)))), 0)  # as wide for large numbers as for small ones
+    return f"{sum(values) / len(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"

@@ -63,7 +63,12 @@ def select_targets(config: TargetedConfig, index: ModuleIndex, default: Collecti
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
     """The known names that look most like one that was not found."""
-    return difflib.get_close_matches(name, sorted(set(known)), n=n, cutoff=0.4)
+    names = sorted(set(known))
+    near = difflib.get_close_matches(name, names, n=n, cutoff=0.4)
+    meant = f"{name[:1]}_proj"  # "query" shares little with "q_proj"
+    if name in ("query", "key", "value", "output") and meant in names:
+        near = [meant, *(each for each in near if each != meant)][:n]
+    return near
 
 
 def _patterns(config: TargetedConfig, index: ModuleIndex, default: Collection[str]) -> Collection[str] | str:

@@ -41,6 +41,7 @@ from veneer.store.adapter_files import (
 )
 
 SaveEmbeddings = bool | Literal["auto"]
+_SHOWN = 5  # of the tensors of one kind that do not fit
 # The names that PEFT knows an embedding or a head by: where one is targeted, its whole weight is saved too.
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 
@@ -159,7 +160,8 @@ def assign(
     An embedding's or a head's whole weight that comes along, and differs from the base's, is kept with the adapter,
     frozen: the base stays as it is.
 
-    Raises FormatError that lists every missing, unexpected, wrong-shaped and non-finite tensor.
+    Raises FormatError that counts all missing, unexpected, wrong-shaped and non-finite tensors and names the first of
+    each kind.
     """
     expected = live_parameters if has_network(state, name) else stored_tensors
     parameters = expected(model, state, name)
@@ -189,7 +191,9 @@ def assign(
     ]
     problems += [f"holds NaN or infinity: {key}" for key in non_finite(tensors)]
     if problems:
-        raise FormatError(f"{source} does not fit {type(model).__name__}:\n  " + "\n  ".join(problems))
+        wrong = _other_size(tensors, parameters)
+        told = "\n  ".join(_shortened(problems))
+        raise FormatError(f"{source} does not fit {type(model).__name__}{wrong}:\n  {told}")
     values = unpacked_tensors(model, name, tensors)
     for key, value in live_parameters(model, state, name).items():
         value.copy_(values[key])
@@ -197,6 +201,35 @@ def assign(
         if key in tensors:
             _carry(model, state, name, key, module, parameter, tensors[key])
     return left
+
+
+def _shortened(problems: list[str]) -> list[str]:
+    """The first few of each kind, and how many more."""
+    kinds: dict[str, list[str]] = {}
+    for problem in problems:
+        kinds.setdefault(problem.split(maxsplit=1)[0], []).append(problem)
+    told = []
+    for of in kinds.values():
+        told += of[:_SHOWN] + ([f"and {len(of) - _SHOWN} more of these"] if len(of) > _SHOWN else [])
+    return told
+
+
+def _other_size(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """Where an adapter was trained for a model of another size: what the two sizes are."""
+    (layers, width), (own_layers, own_width) = _size(given), _size(expected)
+    if not (layers and own_layers and width and own_width) or (layers, width) == (own_layers, own_width):
+        return ""
+    return (
+        f": it was trained for {layers} layers of width {width}, this model has {own_layers} of {own_width}; "
+        "give the base that it was trained on"
+    )
+
+
+def _size(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    """How many blocks these tensors of LoRA reach, and the commonest input width; 0 where that cannot be known."""
+    numbers = [int(found[1]) for key in tensors if (found := re.search(r"\.(\d+)\.", key))]
+    widths = [value.shape[1] for key, value in tensors.items() if ".lora_A." in key and value.dim() == 2]
+    return max(numbers, default=-1) + 1, max(sorted(set(widths)), key=widths.count, default=0)
 
 
 def _values(carried: Mapping[str, tuple[nn.Module, str]]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
 from veneer.errors import ConfigError, DataError
-from veneer.train.row_files import SUFFIXES, Row, fill_template, numbered_rows, raise_all, require_one_form
+from veneer.train.row_files import Row, fill_template, names_a_file, numbered_rows, raise_all, require_one_form
 
 FORMS = ("messages", "prompt-completion", "text", "alpaca", "template")
 _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -150,7 +150,7 @@ def split_off(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Datas
 
 def _numbered(source: str | Path, problems: list[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
     path = Path(source)
-    if path.suffix in SUFFIXES or path.exists():
+    if names_a_file(source):
         yield from numbered_rows(path, problems)
     else:
         yield from enumerate(_from_hub(str(source)), start=1)

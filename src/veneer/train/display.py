@@ -23,11 +23,13 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
 
     The bar belongs to a terminal; where stderr is a file or a pipe, where the terminal is a dumb one, and where
     ``bar`` is false, each log step is one line without escape codes. Tokens a second are those of the optimizer steps:
-    evaluating and saving do not count.
+    evaluating and saving do not count. ``name`` of one run among several stands before its lines.
     """
 
-    def __init__(self, n_tokens: Callable[[], int], *, bar: bool = True, console: Console | None = None) -> None:
-        self._n_tokens = n_tokens
+    def __init__(
+        self, n_tokens: Callable[[], int], *, bar: bool = True, console: Console | None = None, name: str = ""
+    ) -> None:
+        self._n_tokens, self._prefix = n_tokens, f"{name}: " if name else ""
         self._console = console or Console(stderr=True, highlight=False)
         self._draws = bar and draws_bars(self._console)
         self._bar: Progress | None = None
@@ -135,7 +137,7 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
             self._bar = None
 
     def _say(self, line: str) -> None:
-        self._console.print(line, soft_wrap=True, markup=False)
+        self._console.print(self._prefix + line, soft_wrap=True, markup=False)
 
     def _rate(self) -> float:
         """Tokens a second since the last line."""

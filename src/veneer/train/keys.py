@@ -36,7 +36,19 @@ def missing(cls: type, given: Mapping[str, Any], prefix: str = "") -> list[str]:
     return [f"{prefix}{f.name}: is missing" for f in needed if f.name not in given]
 
 
+# What the field calls some fields elsewhere.
+_OTHER_WORDS = {
+    "rank": "r",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+}
+
+
 def nearest(key: str, known: Iterable[str]) -> str:
     """The end of a message that names the key which was perhaps meant."""
-    found = difflib.get_close_matches(str(key), list(known), n=1, cutoff=0.3)
+    names, meant = list(known), _OTHER_WORDS.get(str(key))
+    found = [meant] if meant in names else difflib.get_close_matches(str(key), names, n=1, cutoff=0.3)
     return f"; the nearest is {found[0]!r}" if found else ""

@@ -280,11 +280,20 @@ def _override(values: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"--set {override!r} must have the form key=value, such as training.learning_rate=1e-4")
     try:
-        put(values, key, _load_yaml(text, "the value"))
+        put(values, key, text if _is_text(key, text) else _load_yaml(text, "the value"))
     except ConfigError as error:
         raise ConfigError(f"--set {override!r}: {error}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override!r}: the value is not YAML ({error})") from error
+
+
+def _is_text(key: str, text: str) -> bool:
+    """Whether a value is taken as it stands: a key whose type is text, and neither quotes nor null around it."""
+    part, _, name = key.rpartition(".")
+    parts: dict[str, type[_Part]] = {"": Recipe, "model": ModelPart, "data": DataPart}
+    field = parts[part].model_fields.get(name) if part in parts else None
+    is_yaml = re.match(r"\s*(['\"]|(null|~)?\s*$)", text)
+    return field is not None and field.annotation in (str, str | None) and not is_yaml
 
 
 def put(values: dict[str, Any], key: str, value: Any) -> None:

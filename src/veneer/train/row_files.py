@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import string
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ def numbered_rows(path: Path, problems: list[str]) -> Iterator[tuple[int, Row]]:
     """
     readers = {".jsonl": _json_lines, ".json": _json_list, ".parquet": _parquet}
     if not path.is_file():
-        raise DataError(f"there is no file {path}")
+        raise DataError(f"there is no file {path}{_nearest_file(path)}")
     if path.suffix not in readers:
         raise DataError(f"{path} must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
     try:
@@ -38,11 +39,39 @@ def numbered_rows(path: Path, problems: list[str]) -> Iterator[tuple[int, Row]]:
         raise DataError(f"{path} is not text in UTF-8: {error}") from error
 
 
+def names_a_file(source: str | Path) -> bool:
+    """Whether a source is meant as a file, whether it is there or not, and not as a data set of the hub."""
+    path = Path(source)
+    in_folder = path.parent.is_dir() and (path.suffix != "" or path.parent != Path())
+    return in_folder or path.exists() or path.suffix in SUFFIXES or str(source).startswith(("/", ".", "~"))
+
+
+def _nearest_file(path: Path) -> str:
+    names = [each.name for each in path.parent.iterdir() if each.is_file()] if path.parent.is_dir() else []
+    found = difflib.get_close_matches(path.name, names, n=1)
+    return f"; the nearest is {path.parent / found[0]}" if found else ""
+
+
 def raise_all(source: object, problems: list[str]) -> None:
-    """Raise one DataError for these problems, where there are any: the first few, and how many more."""
+    """Raise one DataError for these problems, where there are any: the first few, and how many more.
+
+    What several rows have in common is said once, with their numbers.
+    """
+    rows: dict[str, list[str]] = {}
+    for problem in problems:
+        row, _, what = problem.partition(": ")
+        rows.setdefault(what, []).append(row.removeprefix("row "))
+    told = [f"{_numbers(of)}: {what}" for what, of in rows.items()]
     if problems:
-        more = f"; and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
-        raise DataError(f"{source}: " + "; ".join(problems[:_SHOWN_PROBLEMS]) + more)
+        left = sum(len(of) for of in list(rows.values())[_SHOWN_PROBLEMS:])
+        raise DataError(f"{source}: " + "; ".join(told[:_SHOWN_PROBLEMS]) + (f"; and {left} more" if left else ""))
+
+
+def _numbers(rows: list[str]) -> str:
+    if len(rows) == 1:
+        return f"row {rows[0]}"
+    more = len(rows) - _SHOWN_PROBLEMS
+    return f"rows {', '.join(rows[:_SHOWN_PROBLEMS])}" + (f" and {more} more" if more > 0 else "")
 
 
 def require_one_form(forms: Iterable[tuple[int, str]]) -> None:

@@ -189,6 +189,7 @@ def _run(member: Member, base: PreTrainedModel, resume: bool) -> dict[str, Any]:
             "the loss of a router is one number for a whole batch, and members share batches: train alone"
         )
     trainer.remove_callback(RunDisplay)
+    trainer.add_callback(RunDisplay(lambda: trainer.progress.n_tokens, bar=False, name=member.name))
     ask(trainer)
     try:
         return carry_out(recipe, trainer, resume=resume and bool(checkpoints(output)))

@@ -10,6 +10,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 from rich.table import Table
 
 from veneer.train.checkpoint import write_json
@@ -119,11 +120,16 @@ def _figure(found: Sequence[Outcome]) -> Figure:
         if each.loss is not None:
             axes.annotate(each.name, (each.n_trained, each.loss), xytext=(5, 4), textcoords="offset points", fontsize=7)
     axes.set_xscale("log")
+    sizes = [each.n_trained for each in found]
+    near = max(sizes) < 10 * min(sizes)
+    axes.xaxis.set_major_locator(MaxNLocator(5) if near else LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("trained parameters")
     axes.set_ylabel(quality(found))
     axes.grid(alpha=0.3)
     if front:
-        axes.legend(frameon=False)
+        figure.legend(loc="outside upper right", ncols=2, frameon=False)  # covers no point
     return figure
 
 

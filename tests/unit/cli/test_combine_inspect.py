@@ -184,7 +184,9 @@ def test_inspect_keeps_every_name_whole_at_80_columns(
     veneer, adapter_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    assert "…" not in veneer("inspect", adapter_folder).output
+    told = veneer("inspect", adapter_folder).output
+    assert "…" not in told
+    assert re.search(r"self_attn\.q_proj +2 +[\d.]+ \([\d.]+-[\d.]+\) +[\d.]+ \([\d.]+-[\d.]+\) +3 +\d+%", told), told
 
 
 def test_the_help_of_eval_keeps_its_defaults(veneer) -> None:

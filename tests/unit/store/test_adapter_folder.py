@@ -93,6 +93,18 @@ def test_a_base_that_does_not_fit(folder: Path) -> None:
         PeftModel.from_pretrained(base(num_hidden_layers=3), folder)
 
 
+def test_an_adapter_of_a_larger_model_is_told_by_size_and_a_few_names(tmp_path: Path) -> None:
+    made = get_peft_model(base(num_hidden_layers=7), LoraConfig(r=3))
+    made.save_pretrained(tmp_path)
+    told = refused(tmp_path)
+    first, *lines = told.splitlines()
+    assert "trained for 7 layers of width 20, this model has 2 of 20" in first
+    assert len([line for line in lines if "unexpected: " in line]) == 5
+    assert lines[-1] == "  and 15 more of these"  # of five more blocks with two modules of two factors
+    with pytest.raises(FormatError, match="for 7 layers of width 20, this model has 2 of 12"):
+        PeftModel.from_pretrained(base(hidden_size=12), tmp_path)
+
+
 def test_a_failed_reload_leaves_the_adapter(folder: Path) -> None:
     model = PeftModel.from_pretrained(base(), folder)
     before = get_peft_model_state_dict(copy.deepcopy(model))

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
@@ -76,8 +77,30 @@ def test_bad_rows_are_gathered_by_number(jsonl):
 
 
 def test_many_bad_rows_are_counted(jsonl):
+    rows = ({"prompt": "a", f"column{i}": "b"} for i in range(9))
     with pytest.raises(DataError, match=r"row 5: .*; and 4 more$"):
-        load_rows(jsonl(*["{"] * 9), RowReader())
+        load_rows(jsonl(*rows), RowReader(prompt="{x}", completion="b"))
+
+
+def test_what_rows_have_in_common_is_said_once(jsonl):
+    rows = [*[{"q": "a"}] * 9, "{"]
+    with pytest.raises(DataError) as error:
+        load_rows(jsonl(*rows), RowReader(prompt="{x}", completion="b"))
+    assert str(error.value).count("asks for the field") == 1
+    assert "rows 1, 2, 3, 4, 5 and 4 more: the template" in str(error.value)
+    assert "; row 10: not JSON" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["rows.jsnl", "folder/rows.jsonll", "rows.jsonl"])
+def test_a_misspelt_file_is_told_at_once_with_the_nearest(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("veneer.train.data.load_dataset", lambda *_, **__: pytest.fail("the hub was asked"))
+    (tmp_path / "folder").mkdir()
+    for place in (tmp_path / "rows1.jsonl", tmp_path / "folder" / "rows1.jsonl"):
+        place.write_text("{}")
+    nearest = Path(name).parent / "rows1.jsonl"
+    with pytest.raises(DataError, match=rf"there is no file {name}; the nearest is {nearest}"):
+        load_rows(name, RowReader())
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,38 @@ def test_overrides_that_cannot_be_read(written, override, message):
 
 
 @pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("Message: {txt}", "Message: {txt}"),
+        ("{txt}", "{txt}"),
+        ("[a] # b", "[a] # b"),
+        ("17", "17"),
+        ("'quoted: {txt}'", "quoted: {txt}"),
+    ],
+)
+def test_text_in_an_override_is_taken_as_it_stands(written, text, read):
+    recipe = load_recipe(written(values()), [f"data.prompt={text}", "data.completion={label}"])
+    assert recipe.data.prompt == read
+    assert load_recipe(written(values()), ["data.system=null"]).data.system is None
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("adapter.rank", "r"),
+        ("adapter.alpha", "lora_alpha"),
+        ("adapter.dropout", "lora_dropout"),
+        ("training.lr", "learning_rate"),
+        ("training.epochs", "num_train_epochs"),
+        ("training.batch_size", "per_device_train_batch_size"),
+    ],
+)
+def test_other_words_of_the_field_are_known(written, key, meant):
+    with pytest.raises(ConfigError, match=f"{key}: unknown key; the nearest is '{meant}'"):
+        load_recipe(written(values()), [f"{key}=1"])
+
+
+@pytest.mark.parametrize(
     ("content", "message"), [("a: [1", "is not YAML"), ("- 1", "must hold keys and values"), ("", "must hold keys")]
 )
 def test_files_that_are_no_recipe(written, content, message):
