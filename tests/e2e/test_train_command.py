@@ -142,6 +142,18 @@ def test_a_run_killed_after_its_last_checkpoint_takes_no_further_step(project: P
     assert not (project / "run" / "checkpoint-4").exists()
 
 
+def test_a_run_that_cannot_begin_leaves_no_folder_and_tells_all_that_is_wrong(project: Path) -> None:
+    assert train(project, "--set", "data.train=none.jsonl")[0] == 2
+    assert not (project / "run").exists()
+    (project / "run" / "checkpoint-3").mkdir(parents=True)
+    files = ("--set", "data.train=none.jsonl", "--set", "data.eval=away.jsonl", "--set", "data.eval_fraction=0")
+    code, output = train(project, *files)
+    assert code == 2
+    told = " ".join(output.split())
+    assert all(part in told for part in ("holds the checkpoints", "no file none.jsonl", "no file away.jsonl"))
+    assert (project / "run").exists()
+
+
 def test_show_sample_marks_what_is_trained(project: Path) -> None:
     code, output = train(project, "--show-sample")
     assert code == 0, output

@@ -24,6 +24,7 @@ from veneer.train.encode import IGNORED, Encoder, Kind, kind_of
 from veneer.train.prepare import digest, encode_all
 from veneer.train.recipe import FULL, DataPart, ModelPart, Recipe
 from veneer.train.report import draw_loss, environment
+from veneer.train.row_files import names_a_file
 from veneer.train.trainer import SFTTrainer
 
 log = logging.getLogger(__name__)
@@ -112,12 +113,32 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, tell: Tell = lambda line
     already and ``resume`` is false, DiskError where it cannot be made. Resuming a run of the same recipe that is
     finished changes nothing.
     """
-    require_fresh(Path(recipe.output), resume)
+    made = not Path(recipe.output).exists()
+    try:
+        require_fresh(Path(recipe.output), resume)
+    except ConfigError as error:
+        raise ConfigError("; ".join([str(error), *_missing_files(recipe.data)])) from error
     before = record_of(Path(recipe.output)) if resume else None
     if before is not None and before["status"] == "finished" and before["recipe"] == recipe.model_dump():
         tell(f"{recipe.output} holds this run, already finished: nothing is changed")
         return before
-    return carry_out(recipe, make_trainer(recipe), resume=resume, tell=tell)
+    try:
+        trainer = make_trainer(recipe)
+    except BaseException:
+        if made:
+            with suppress(OSError):  # something was put into it
+                Path(recipe.output).rmdir()
+        raise
+    return carry_out(recipe, trainer, resume=resume, tell=tell)
+
+
+def _missing_files(part: DataPart) -> list[str]:
+    given = {"data.train": part.train, "data.eval": part.eval}
+    return [
+        f"{key}: there is no file {source}"
+        for key, source in given.items()
+        if source is not None and names_a_file(source) and not Path(source).exists()
+    ]
 
 
 def require_fresh(output: Path, resume: bool) -> None:
