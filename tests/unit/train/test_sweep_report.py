@@ -32,6 +32,7 @@ def test_what_is_written(tmp_path: Path) -> None:
     assert (tmp_path / "pareto.png").read_bytes()[:4] == b"\x89PNG"
     page = (tmp_path / "pareto.html").read_text()
     assert "<svg" in page
+    assert "<!-- 1,000 -->" in page  # as a number is drawn: plain
     assert "a&lt;b" in page
     assert "adapter.r=3" in page
     assert "src=" not in page
