@@ -20,6 +20,7 @@ from torch import Tensor
 
 from veneer.core.units import size
 from veneer.errors import DiskError, FormatError
+from veneer.store.adapter_config import CONFIG_FILE
 from veneer.store.checkpoint import INDEX_NAME, SINGLE_NAME
 from veneer.store.folder import new_folder
 from veneer.store.safetensors_file import header_bytes
@@ -37,15 +38,15 @@ class CheckpointWriter:
     the folder in its place; with one, nothing is left and what was there before is untouched.
 
     Raises FormatError for a tensor that does not fit its spec or was never written, and where the target holds files
-    already and ``overwrite`` is false; DiskError where the disk is full or cannot be written to.
+    already and ``overwrite`` is false or they are not those of a model alone; DiskError where the disk is full or
+    cannot be written to.
     """
 
     def __init__(
         self, target: str | Path, specs: Specs, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES, overwrite: bool = False
     ) -> None:
         self.target = Path(target).absolute()
-        if not overwrite and self.target.is_dir() and any(self.target.iterdir()):
-            raise FormatError(f"{self.target} is not empty: choose another folder, or ask for it to be overwritten")
+        _require_replaceable(self.target, overwrite)
         self._specs = dict(specs)
         self._shards = plan_shards(specs, max_shard_bytes)
         self._shard_of = {name: shard for shard, names in self._shards.items() for name in names}
@@ -164,3 +165,17 @@ def _pieces(tensor: Tensor) -> Sequence[Tensor]:
 def _write_all(file: FileIO, data: memoryview) -> None:
     while data:
         data = data[file.write(data) :]
+
+
+def _require_replaceable(target: Path, overwrite: bool) -> None:
+    held = {path.name: path for path in sorted(target.iterdir())} if target.is_dir() else {}
+    if held and not overwrite:
+        raise FormatError(f"{target} is not empty: choose another folder, or ask for it to be overwritten")
+    foreign = [name for name, path in held.items() if path.is_dir() or name == CONFIG_FILE]
+    if not any(name == "config.json" or name.endswith(".safetensors") for name in held):
+        foreign = list(held)
+    if foreign:
+        raise FormatError(
+            f"{target} holds {foreign[0]!r}: only the folder of a model and nothing else is overwritten. "
+            "Choose another folder."
+        )

@@ -31,10 +31,12 @@ def new_folder(target: Path) -> Iterator[Path]:
     """A scratch folder beside ``target`` to write into; on leaving without an error it takes the place of ``target``.
 
     On any error nothing changes. What a killed process left of the same target goes first, and an old ``target`` that
-    it had moved aside comes back. Raises DiskError where the disk is full or read-only or a file stands in the way,
-    other refusals as OSError.
+    it had moved aside comes back. A ``target`` that is a link stays one: what it leads to is replaced. Raises DiskError
+    where the disk is full or read-only or a file stands in the way, other refusals as OSError.
     """
     _make_parent(target)
+    if target.is_symlink():
+        target = target.resolve()
     _recover(target)
     scratch = target.parent / f".{target.name}{_PARTIAL}{os.getpid()}-{secrets.token_hex(4)}"
     scratch.mkdir()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -150,9 +150,8 @@ class SFTTrainer(ResumableTrainer):
         if _reentrant(self.args):
             # Reentrant checkpointing gives no gradient to a block whose input needs none: all of them, under adapters.
             self.model.enable_input_require_grads()
-        fusing = fused(self.model) if self.args.fused == "auto" else nullcontext()
         try:
-            with fusing:
+            with self._fusing():
                 output = super().train(resume_from_checkpoint=self.resolve_resume(resume_from_checkpoint), **options)
         finally:
             if self._display is not None:
@@ -226,9 +225,16 @@ class SFTTrainer(ResumableTrainer):
             self._evaluated.append(sums.double().cpu())
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **options: Any) -> EvalLoopOutput:
-        """Evaluate; the loss is the mean over all trained tokens, and no random number of the training is used up."""
+        """Evaluate; the loss is the mean over all trained tokens, and no random number of the training is used up.
+
+        After training the arithmetic is that of an evaluation within it: the fused path, under autocast.
+        """
         self._evaluated = []
-        with random_state_kept():
+        with ExitStack() as stack:
+            stack.enter_context(random_state_kept())
+            if not self.is_in_train:
+                stack.enter_context(self._fusing())
+                stack.enter_context(self.accelerator.autocast())
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **options)
         if self._evaluated:
             sums = torch.stack(self._evaluated).sum(dim=0)
@@ -296,6 +302,9 @@ class SFTTrainer(ResumableTrainer):
         lengths = [len(ids) for ids in data["input_ids"]] if strategy == "group_by_length" else [1] * len(data)
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return EpochSampler(lengths, seed, step if strategy == "group_by_length" else None)
+
+    def _fusing(self) -> AbstractContextManager[object]:
+        return fused(self.model) if self.args.fused == "auto" else nullcontext()
 
     def _unwrap_forward(self) -> None:
         """Take accelerate's autocast off the model's forward: after training the model is what it was before."""

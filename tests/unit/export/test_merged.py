@@ -197,12 +197,12 @@ def test_an_output_that_holds_something_is_kept_unless_overwriting_is_asked_for(
     base = save_base(llama(), tmp_path / "base")
     adapter = save_adapter(base, LORA, tmp_path / "adapter")
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "precious").write_text("x")
+    (tmp_path / "out" / "older.safetensors").write_text("x")
     with pytest.raises(FormatError, match="is not empty"):
         merge_checkpoint(base, adapter, tmp_path / "out")
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["precious"]
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["older.safetensors"]
     merge_checkpoint(base, adapter, tmp_path / "out", MergeOptions(overwrite=True))
-    assert not (tmp_path / "out" / "precious").exists()
+    assert not (tmp_path / "out" / "older.safetensors").exists()
 
 
 def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path: Path) -> None:

@@ -203,3 +203,20 @@ except DiskError as error:
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert "refused: writing 0.3 MB" in result.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        (["config.json", "model.safetensors", "adapter/adapter_config.json"], "adapter"),
+        (["adapter_config.json", "adapter_model.safetensors"], "adapter_config.json"),
+        (["notes.txt"], "notes.txt"),
+    ],
+)
+def test_only_the_folder_of_a_model_is_overwritten(tmp_path: Path, files: list[str], named: str) -> None:
+    for name in files:
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_text("kept")
+    with pytest.raises(FormatError, match=f"holds '{named}'.*Choose another folder"):
+        write(tmp_path / "run", tensors(), overwrite=True)
+    assert all((tmp_path / "run" / name).read_text() == "kept" for name in files)

@@ -180,3 +180,15 @@ def test_what_stands_in_the_way_of_a_folder_is_named_and_stays(tmp_path: Path, p
         with pytest.raises(DiskError, match=rf"{place} cannot be made: .*blocked is {kind}, not a folder"):
             enter()
     assert [path.name for path in tmp_path.iterdir()] == ["blocked"]
+
+
+def test_what_a_link_leads_to_is_replaced_and_the_link_stays(tmp_path):
+    (tmp_path / "disk" / "real").mkdir(parents=True)
+    (tmp_path / "disk" / "real" / "old").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "real")
+    with new_folder(tmp_path / "link") as scratch:
+        (scratch / "new").write_text("new")
+    assert (tmp_path / "link").is_symlink()
+    assert [p.name for p in (tmp_path / "disk" / "real").iterdir()] == ["new"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["disk", "link"]
+    assert [p.name for p in (tmp_path / "disk").iterdir()] == ["real"]

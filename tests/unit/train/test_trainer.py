@@ -126,6 +126,14 @@ def test_evaluation_is_over_tokens_and_leaves_the_random_numbers_alone(tmp_path,
     assert torch.equal(torch.rand(1), following)
 
 
+def test_evaluation_after_training_computes_as_within_it(tmp_path, tokenizer, make_model):
+    args = config(tmp_path, bf16=True, eval_strategy="steps", eval_steps=3)
+    trainer = trainer_of(make_model(), tokenizer, args, eval_dataset=text_data(5))
+    trainer.train()
+    within = logged(trainer, "eval_loss")[-1]
+    assert trainer.evaluate()["eval_loss"] == within
+
+
 def test_assistant_only_loss_works_on_a_template_without_markers(tmp_path, tokenizer, make_model):
     rows = [[{"role": "user", "content": text}, {"role": "assistant", "content": "yes please"}] for text in TEXTS]
     args = config(tmp_path, assistant_only_loss=True)
