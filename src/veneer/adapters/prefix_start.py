@@ -15,6 +15,7 @@ from veneer.core.prefix import flatten_prefix
 from veneer.core.records import PrefixDelta
 from veneer.errors import ConfigError
 from veneer.model.prefix import PrefixAdapters
+from veneer.model.virtual_tokens import cache_name
 
 
 @torch.no_grad()
@@ -42,9 +43,10 @@ def initialize_kv_prefix_from_text(
         )
     device = next(holder.adapters[name].parameters()).device
     cache, training = DynamicCache(), model.training  # one that keeps every token, also in a sliding window
+    named = {cast(str, cache_name(model.forward)): cache}
     model.eval()
     with model.disable_adapter():
-        model(input_ids=ids[None, : config.num_virtual_tokens].to(device), past_key_values=cache, use_cache=True)
+        model(input_ids=ids[None, : config.num_virtual_tokens].to(device), **named, use_cache=True)
     model.train(training)
     return initialize_kv_prefix_from_past_key_values(model, adapter_name=name, past_key_values=cache)
 

@@ -18,6 +18,7 @@ from veneer import (
     initialize_kv_prefix_from_text,
 )
 from veneer.errors import ConfigError
+from veneer.model.virtual_tokens import cache_name
 
 N, TEXT = 5, "red green blue one two three four"
 DECODERS = ["llama", "qwen2", "gpt2", "gemma2"]
@@ -45,7 +46,8 @@ def test_it_acts_as_the_text_in_front(family: str, tiny: Any, ids: Any, tokenize
     with torch.no_grad():
         torch.testing.assert_close(model(short).logits, wanted, rtol=2e-5, atol=2e-6)
         for cache in (DynamicCache(), StaticCache(model.config, max_cache_len=29), DynamicCache(config=model.config)):
-            got = model(short, past_key_values=cache, use_cache=True).logits
+            named = {cache_name(model.forward): cache}
+            got = model(short, **named, use_cache=True).logits
             torch.testing.assert_close(got, wanted, rtol=2e-5, atol=2e-6)
 
 
