@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Float32, UInt8
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from veneer.errors import ConfigError, NonFiniteError, ShapeError
 from veneer.ops.dispatch import implementation
+from veneer.ops.product import recorded_product
 from veneer.ops.reference.four_bit import table
 
 QUANT_TYPES = ("nf4", "fp4")
@@ -137,39 +137,17 @@ def matmul_t_4bit(
     return _product(dy, packed, absmax, layout, (True, backend))
 
 
-class _Product(torch.autograd.Function):
-    """``W x`` or ``Wᵀ x``; each is the other's derivative."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, packed: Tensor, absmax: Tensor, layout: FourBitLayout, how: tuple[bool, str | None]
-    ) -> Tensor:
-        ctx.save_for_backward(packed, absmax)
-        ctx.layout, ctx.how = layout, how
-        return _unrecorded(x, packed, absmax, layout, how)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        packed, absmax = ctx.saved_tensors
-        transposed, backend = ctx.how
-        return _product(grads[0], packed, absmax, ctx.layout, (not transposed, backend)), None, None, None, None
-
-
 def _product(x: Tensor, packed: Tensor, absmax: Tensor, layout: FourBitLayout, how: tuple[bool, str | None]) -> Tensor:
-    if not (x.requires_grad and torch.is_grad_enabled()):  # recording takes as long as the product of a row
-        return _unrecorded(x, packed, absmax, layout, how)
-    out: Tensor = _Product.apply(x, packed, absmax, layout, how)  # type: ignore[no-untyped-call]
-    return out
-
-
-def _unrecorded(
-    x: Tensor, packed: Tensor, absmax: Tensor, layout: FourBitLayout, how: tuple[bool, str | None]
-) -> Tensor:
     transposed, backend = how
-    run = implementation("four_bit.matmul_t_4bit" if transposed else "four_bit.matmul_4bit", x.device, backend)
-    flat = x.reshape(-1, x.shape[-1]).contiguous()
-    out: Tensor = run(flat, packed.reshape(-1), absmax, layout)
-    return out.view(*x.shape[:-1], out.shape[-1])
+
+    def multiply(x: Tensor, transposed: bool) -> Tensor:
+        run = implementation("four_bit.matmul_t_4bit" if transposed else "four_bit.matmul_4bit", x.device, backend)
+        out: Tensor = run(x.reshape(-1, x.shape[-1]).contiguous(), packed.reshape(-1), absmax, layout)
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+    if not (x.requires_grad and torch.is_grad_enabled()):  # recording takes as long as the product of a row
+        return multiply(x, transposed)
+    return recorded_product(x, multiply, transposed)
 
 
 def _float(dtype: torch.dtype) -> torch.dtype:

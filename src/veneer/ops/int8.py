@@ -7,14 +7,13 @@ Departs: activations stay in their dtype (the paper quantizes them too and keeps
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from jaxtyping import Float, Float32, Int8
 from torch import Tensor
 
 from veneer.errors import NonFiniteError, ShapeError
 from veneer.ops.dispatch import implementation
+from veneer.ops.product import recorded_product
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -77,27 +76,13 @@ def matmul_t_int8(
     return _product(dy, codes, absmax, True, backend)
 
 
-class _Product(torch.autograd.Function):
-    """``W x`` or ``Wᵀ x``; each is the other's derivative."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, codes: Tensor, absmax: Tensor, transposed: bool, backend: str | None) -> Tensor:
-        ctx.save_for_backward(codes, absmax)
-        ctx.how = transposed, backend
+def _product(x: Tensor, codes: Tensor, absmax: Tensor, transposed: bool, backend: str | None) -> Tensor:
+    def multiply(x: Tensor, transposed: bool) -> Tensor:
         run = implementation("int8.matmul_t_int8" if transposed else "int8.matmul_int8", x.device, backend)
         out: Tensor = run(x.reshape(-1, x.shape[-1]).contiguous(), codes, absmax)
         return out.view(*x.shape[:-1], out.shape[-1])
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        codes, absmax = ctx.saved_tensors
-        transposed, backend = ctx.how
-        return _product(grads[0], codes, absmax, not transposed, backend), None, None, None, None
-
-
-def _product(x: Tensor, codes: Tensor, absmax: Tensor, transposed: bool, backend: str | None) -> Tensor:
-    out: Tensor = _Product.apply(x, codes, absmax, transposed, backend)  # type: ignore[no-untyped-call]
-    return out
+    return recorded_product(x, multiply, transposed)
 
 
 def _check(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> None:

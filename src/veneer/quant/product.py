@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from veneer.ops.product import recorded_product
 
 
 @runtime_checkable
@@ -37,18 +39,4 @@ def product(weight: Multiplies, x: Tensor, transposed: bool = False) -> Tensor:
 # The kernels are opaque to the compiler: a compiled model calls them between its graphs.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _record(x: Tensor, weight: Multiplies, transposed: bool) -> Tensor:
-    y: Tensor = _Product.apply(x, weight, transposed)  # type: ignore[no-untyped-call]
-    return y
-
-
-class _Product(torch.autograd.Function):
-    """``W x`` or ``Wᵀ x``: each is the derivative of the other."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Multiplies, transposed: bool) -> Tensor:
-        ctx.weight, ctx.transposed = weight, transposed
-        return weight.multiply(x, transposed)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _record(grads[0], ctx.weight, not ctx.transposed), None, None
+    return recorded_product(x, weight.multiply, transposed)
