@@ -32,7 +32,6 @@ def make_site(place: str = "self_attn.q_proj", has_bias: bool = True, kind: str 
         name=f"model.layers.1.{place}",
         in_features=IN,
         out_features=OUT,
-        has_bias=has_bias,
         kind=kind,
         weight=DenseWeight(weight),
         bias=bias,
@@ -88,7 +87,7 @@ def test_init_is_a_function_of_the_generator(config):
 @every_place
 def test_shapes_are_known_before_any_weight_is(config, place):
     site = make_site(place)
-    bare = LinearSite(name=site.name, in_features=IN, out_features=OUT, has_bias=True)
+    bare = LinearSite(name=site.name, in_features=IN, out_features=OUT)
     assert config.shapes(bare) == config.shapes(site)
 
 

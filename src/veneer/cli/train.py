@@ -93,12 +93,13 @@ def _show_sample(recipe: Recipe, console: Console) -> None:
 
 
 def _train_one(recipe: Recipe, resume: bool, console: Console) -> None:
+    from veneer.train.checkpoint import holds_checkpoints
     from veneer.train.run import run_recipe
 
     try:
         record = run_recipe(recipe, resume=resume, tell=lambda line: console.print(line, style="bold", highlight=False))
     except KeyboardInterrupt as error:
-        if any(Path(recipe.output).glob("checkpoint-*")):
+        if holds_checkpoints(Path(recipe.output)):
             raise KeyboardInterrupt("checkpoints are kept, and --resume goes on from the last one") from error
         raise
     results = record["results"]

@@ -30,6 +30,8 @@ from veneer.errors import ConfigError
 Shapes = dict[str, tuple[int, ...]]
 Params = Mapping[str, Tensor]
 C = TypeVar("C", bound="MethodConfig")
+WRAPPER = "base_model."  # what PEFT's wrapper of a model puts in front of the keys on disk
+DISK_PREFIX = "base_model.model."  # and what its two wrappers put in front of a module's path
 
 
 class Schedule(Protocol):

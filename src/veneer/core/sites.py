@@ -29,7 +29,6 @@ class LinearSite:
     name: str
     in_features: int
     out_features: int
-    has_bias: bool = False
     kind: Literal["linear", "embedding", "convolution"] = "linear"
     window: tuple[int, ...] = ()
     groups: int = 1

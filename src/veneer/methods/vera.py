@@ -16,7 +16,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from veneer.core.method import LinearMethod, Params, Shapes
+from veneer.core.method import WRAPPER, LinearMethod, Params, Shapes
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 
@@ -81,7 +81,7 @@ class VeraConfig(LinearMethod):
             return {}
         size = self.projection_size
         a, b = projections(self.projection_prng_key, self.r, *size, torch.device("cpu"), torch.float32)
-        return {"base_model.vera_A": a, "base_model.vera_B": b}
+        return {f"{WRAPPER}vera_A": a, f"{WRAPPER}vera_B": b}
 
     @property
     def saves_shared(self) -> bool:

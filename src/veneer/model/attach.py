@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from veneer.core.method import (
+    DISK_PREFIX,
+    WRAPPER,
     LinearMethod,
     MethodConfig,
     PrefixMethod,
@@ -45,7 +47,6 @@ from veneer.model.state import AdapterState
 from veneer.model.token_rows import add_rows, row_places
 from veneer.model.virtual_tokens import VirtualTokens, detach_virtual_tokens, virtual_tokens
 
-DISK_PREFIX = "base_model.model."  # what PEFT's wrappers put in front of every module path; see `disk_prefix`
 _HEADS = {"SEQ_CLS": CLASSIFIERS, "TOKEN_CLS": CLASSIFIERS, "QUESTION_ANS": ("qa_outputs",)}
 
 
@@ -234,7 +235,7 @@ def live_parameters(model: nn.Module, state: AdapterState, name: str) -> dict[st
 
 def disk_prefix(config: MethodConfig) -> str:
     """What PEFT's wrappers put in front of a module's path: virtual tokens have one wrapper, others one more."""
-    return "base_model." if isinstance(config, VirtualTokenMethod) else DISK_PREFIX
+    return WRAPPER if isinstance(config, VirtualTokenMethod) else DISK_PREFIX
 
 
 def named_live_parameters(model: nn.Module, name: str) -> dict[str, tuple[str, Tensor]]:
@@ -308,14 +309,8 @@ def device_of(module: nn.Module) -> torch.device:
 
 def _add_parameters(layer: AdaptedSite, name: str, generator: torch.Generator | None, start: Start) -> None:
     method, site = layer.method(name), layer.site((name,))
-    if start.values:
-        values = method.init(site, generator)
-    else:
-        values = {key: torch.empty(shape) for key, shape in method.shapes(site).items()}
-    device, dtype = device_of(layer), layer.parameter_dtype(start.widen)
-    placed = {key: value.to(device, dtype) for key, value in values.items()}
-    fixed = method.fixed(site)
-    holder = nn.ParameterDict({key: nn.Parameter(value) for key, value in placed.items() if key not in fixed})
-    for key in fixed:  # a buffer: it moves and is saved with the adapter, and no optimizer sees it
-        holder.register_buffer(key, placed[key])
+    dtype = layer.parameter_dtype(start.widen)
+    holder = start.parameters(method.shapes(site), lambda: method.init(site, generator), device_of(layer), dtype)
+    for key in method.fixed(site):  # a buffer: it moves and is saved with the adapter, and no optimizer sees it
+        holder.register_buffer(key, holder.pop(key).detach())
     layer.adapters[name] = holder

@@ -52,7 +52,7 @@ class AdaptedConvolution(AdaptedSite):
         shape = shape_of_convolution(self.site_name, self)
         kernel = weight.flatten(1)
         matrix = DenseWeight(kernel) if shape.groups == 1 else BlockDiagonalWeight(kernel, shape.groups)
-        return replace(shape, has_bias=bias is not None, weight=matrix, bias=bias, row_sq=self._row_sq)
+        return replace(shape, weight=matrix, bias=bias, row_sq=self._row_sq)
 
     def folded_weight(self, names: Sequence[str], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         site = self.site(names)

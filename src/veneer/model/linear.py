@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from veneer.core.frozen import FrozenWeight
 from veneer.core.linear import apply_linear, apply_linear_sum, compose_linear, fold_linear, row_blocks
-from veneer.core.method import LinearMethod
+from veneer.core.method import DISK_PREFIX, LinearMethod
 from veneer.core.records import LinearDelta
 from veneer.core.rows import apply_linear_rows
 from veneer.core.sites import LinearSite
@@ -41,21 +41,21 @@ class AdaptedSite(Adapted):
     def disk_keys(self, name: str, path: str) -> dict[str, str]:
         """For each parameter of adapter ``name``, its key in PEFT's file; ``path`` is this layer's in the model."""
         ends = self.method(name).disk_names(self.site((name,)))
-        return {key: f"base_model.model.{self.disk_path(name, path)}.{end}" for key, end in ends.items()}
+        return {key: f"{DISK_PREFIX}{self.disk_path(name, path)}.{end}" for key, end in ends.items()}
 
     def packed(self, name: str, path: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What is written of adapter ``name``, by its keys on disk, given its tensors by theirs (`disk_keys`)."""
         method, site, keys = self.method(name), self.site((name,)), self.disk_keys(name, path)
         ends = method.packed().disk_names(site)
         packed = method.pack(site, {own: values[key] for own, key in keys.items()})
-        start = f"base_model.model.{self.disk_path(name, path)}"
+        start = f"{DISK_PREFIX}{self.disk_path(name, path)}"
         return {f"{start}.{ends[own]}": value for own, value in packed.items()}
 
     def unpacked(self, name: str, path: str, written: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inverse of `packed`."""
         method, site, keys = self.method(name), self.site((name,)), self.disk_keys(name, path)
         ends = method.packed().disk_names(site)
-        start = f"base_model.model.{self.disk_path(name, path)}"
+        start = f"{DISK_PREFIX}{self.disk_path(name, path)}"
         packed = {own: written[f"{start}.{end}"] for own, end in ends.items()}
         return {keys[own]: value for own, value in method.unpack(site, packed).items()}
 
@@ -159,7 +159,6 @@ class AdaptedLinear(AdaptedSite):
             name=self.site_name,
             in_features=i,
             out_features=o,
-            has_bias=bias is not None,
             weight=weight,
             bias=bias,
             row_sq=self._row_sq,

@@ -89,7 +89,6 @@ class AdaptedAttention(_Folding):
             name=self.site_name,
             in_features=weight.shape[1],
             out_features=weight.shape[0],
-            has_bias=bias is not None,
             weight=DenseWeight(weight),
             bias=bias,
             row_sq=self._row_sq,

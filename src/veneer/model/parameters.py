@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from veneer.core.frozen import FrozenWeight
 from veneer.core.linear import apply_linear, compose_linear, fold_linear
-from veneer.core.method import LinearMethod, MethodConfig
+from veneer.core.method import DISK_PREFIX, LinearMethod, MethodConfig
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.core.targets import matches_any, nearest
@@ -100,7 +100,7 @@ class AdaptedParameters(Adapted):
         """PEFT wraps a module once for each parameter: all but the last have ``base_layer.`` in front."""
         config, changed = cast(LinearMethod, self.adapter_state.configs[name]), self.changed(name)
         return {
-            f"{parameter}.{own}": f"base_model.model.{path}.{'base_layer.' * (len(changed) - 1 - depth)}{end}"
+            f"{parameter}.{own}": f"{DISK_PREFIX}{path}.{'base_layer.' * (len(changed) - 1 - depth)}{end}"
             for depth, parameter in enumerate(changed)
             for own, end in config.disk_names(self.site(parameter)).items()
         }

@@ -14,11 +14,10 @@ from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from veneer.core.method import LinearMethod, MethodConfig, VirtualTokenMethod
+from veneer.core.method import DISK_PREFIX, WRAPPER, LinearMethod, MethodConfig, VirtualTokenMethod
 from veneer.errors import ConfigError, FormatError
 from veneer.model.adapted import Adapted, add_copy
 from veneer.model.attach import (
-    DISK_PREFIX,
     adapt_path,
     disk_prefix,
     live_parameters,
@@ -113,7 +112,7 @@ def renamed(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str] | None
     """
     found: dict[str, Tensor] = {}
     for key, value in tensors.items():
-        prefix = next((p for p in (DISK_PREFIX, "base_model.") if key.startswith(p)), "")
+        prefix = next((p for p in (DISK_PREFIX, WRAPPER) if key.startswith(p)), "")
         rest = key.removeprefix(prefix)
         changed = (re.sub(old, new, rest) for old, new in (key_mapping or {}).items() if re.search(old, rest))
         try:

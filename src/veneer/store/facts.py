@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from veneer.core.method import MethodConfig
+from veneer.core.method import DISK_PREFIX, WRAPPER, MethodConfig
 from veneer.errors import FormatError
 from veneer.store.adapter_config import read_config
 from veneer.store.adapter_files import WEIGHTS_FILE
@@ -56,7 +56,8 @@ def adapter_facts(folder: Path) -> AdapterFacts:
     if not file.is_file():
         raise FormatError(f"{folder} holds no {WEIGHTS_FILE}: it is not an adapter, or it was not saved to the end")
     tensors = Checkpoint.open(file).tensors
-    modules = sorted({_module(key) for key in tensors})
+    # VeRA's projections, shared by its modules, lie at the wrapper itself.
+    modules = sorted({_module(key) for key in tensors} - {WRAPPER.rstrip(".")})
     return AdapterFacts(
         config=config,
         n_parameters=_count(tensors.values()),
@@ -98,7 +99,7 @@ def _bytes_4bit(tensor: StoredTensor) -> int:
 
 def _module(key: str) -> str:
     """The path of the module that a key of an adapter belongs to."""
-    path = key.removeprefix("base_model.model.")
+    path = key.removeprefix(DISK_PREFIX)
     return re.split(r"\.(?:lora_|ia3_|vera_|adapter_|token_adapter|base_layer)|\.(?:weight|bias)$", path)[0]
 
 

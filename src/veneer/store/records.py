@@ -9,12 +9,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from veneer.core.method import LinearMethod, MethodConfig
+from veneer.core.method import DISK_PREFIX, LinearMethod, MethodConfig
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.errors import CompositionError, FormatError
 from veneer.methods.lora import LoraConfig
-from veneer.model.attach import DISK_PREFIX
 from veneer.model.multihead import ON_DISK, REPEATS
 from veneer.store.adapter_config import CONFIG_FILE, for_use, read_config, to_json
 from veneer.store.adapter_files import WEIGHTS_FILE, non_finite, read_tensors, tensors_to_bytes, write_together

@@ -21,13 +21,24 @@ TRAINED_FILE = "trained.safetensors"
 STATE_FILE = "trainer_state.json"
 PROGRESS_FILE = "veneer_progress.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
+_ANY = "checkpoint-*"
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies, under the name that Trainer gives it."""
+    return run / f"checkpoint-{step}"
+
+
+def holds_checkpoints(run: Path) -> bool:
+    """Whether there are any, complete or not."""
+    return any(run.glob(_ANY))
 
 
 def checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest step first. One that was being written when a run died is not among
     them: it has another name until all of it is on disk.
     """
-    found = [(int(match[1]), path) for path in run.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
+    found = [(int(match[1]), path) for path in run.glob(_ANY) if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found) if _readable(path / STATE_FILE)]
 
 
@@ -41,7 +52,7 @@ def latest_checkpoint(run: Path) -> Path:
 
 def drop_partial(run: Path) -> None:
     """Clear away what a run that died left half-written."""
-    drop_leftovers(run, "checkpoint-*")
+    drop_leftovers(run, _ANY)
 
 
 def drop_old(run: Path, keep: int | None, best: Path | None) -> None:

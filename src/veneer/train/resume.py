@@ -21,6 +21,7 @@ from veneer.train.checkpoint import (
     PROGRESS_FILE,
     STATE_FILE,
     TRAINED_FILE,
+    checkpoint_folder,
     drop_old,
     drop_partial,
     latest_checkpoint,
@@ -76,18 +77,26 @@ class ResumableTrainer(TrlTrainer):  # type: ignore[misc]
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.store_flos()
         run = Path(self._get_output_dir(trial=trial))
-        target = run / f"checkpoint-{self.state.global_step}"
+        target = checkpoint_folder(run, self.state.global_step)
         if self.state.best_global_step:
-            best = run / f"checkpoint-{self.state.best_global_step}"
+            best = checkpoint_folder(run, self.state.best_global_step)
             if best == target or best.exists():
                 self.state.best_model_checkpoint = str(best)
         with new_folder(target) as folder:
             self.save_model(str(folder), _internal_call=True)
+            self._save_trained(folder)
             self._save_state(folder)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(target))
         best_path = Path(self.state.best_model_checkpoint) if self.state.best_model_checkpoint else None
         drop_old(run, self.args.save_total_limit, best_path)
+
+    def _save_trained(self, folder: Path) -> None:
+        """What the next step of an adapter depends on and its files do not hold."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if self.args.should_save and isinstance(model, PeftModel):
+            save_trained(model, folder)
+            save_schedules(model, folder)
 
     def _save_state(self, folder: Path) -> None:
         """Everything but the weights."""
@@ -113,9 +122,6 @@ class ResumableTrainer(TrlTrainer):  # type: ignore[misc]
         folder.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         model.save_pretrained(str(folder), state_dict=state_dict)
-        if isinstance(model, PeftModel) and folder.name.startswith(".checkpoint-"):
-            save_trained(model, folder)
-            save_schedules(model, folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(str(folder))
 

@@ -18,7 +18,7 @@ from veneer.errors import ConfigError, DiskError, DivergedError, VeneerError
 from veneer.model.prepare import prepare_model_for_kbit_training
 from veneer.store.quantization import BitsAndBytesConfig
 from veneer.store.source import load_model, load_tokenizer
-from veneer.train.checkpoint import write_json
+from veneer.train.checkpoint import holds_checkpoints, write_json
 from veneer.train.data import RowReader, load_rows, split_off
 from veneer.train.encode import IGNORED, Encoder, Kind, kind_of
 from veneer.train.prepare import digest, encode_all
@@ -149,7 +149,7 @@ def require_fresh(output: Path, resume: bool) -> None:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DiskError(f"the output folder {output} cannot be made ({error.strerror}): choose another") from error
-    if not resume and any(output.glob("checkpoint-*")):
+    if not resume and holds_checkpoints(output):
         raise ConfigError(
             f"{output} holds the checkpoints of a run: continue it with --resume, or choose another output "
             "(--set output=…)"

@@ -13,6 +13,7 @@ from veneer.adapters import schedules
 from veneer.adapters.peft_model import PeftModel
 from veneer.errors import TrainingError
 from veneer.store.adapter_files import tensors_to_bytes, write_atomically
+from veneer.train.checkpoint import checkpoint_folder
 
 SCHEDULE_FILE = "schedule.safetensors"
 
@@ -63,7 +64,7 @@ class AdapterSchedule(TrainerCallback):  # type: ignore[misc]
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    return checkpoint_folder(Path(args.output_dir), state.global_step)
 
 
 def save_schedules(model: PeftModel, folder: Path) -> None:

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import LlamaForCausalLM
 from typer.testing import Result
 
+from veneer import VeraConfig, get_peft_model
 from veneer.store.facts import kind_of
 
 Veneer = Callable[..., Result]
@@ -30,6 +32,14 @@ def test_an_adapter(veneer: Veneer, adapter_folder: Path, model_folder: Path) ->
     assert facts["parameters"] == f"{n_parameters:,}"
     assert facts["size"] == f"{size / 1e3:.1f} kB (float32)"
     assert facts["base"] == str(model_folder)
+
+
+def test_what_modules_share_is_no_module(veneer: Veneer, model_folder: Path, tmp_path: Path) -> None:
+    config = VeraConfig(r=3, target_modules=["q_proj", "k_proj"], save_projection=True)
+    get_peft_model(LlamaForCausalLM.from_pretrained(model_folder), config).save_pretrained(tmp_path / "vera")
+    facts = section(veneer("info", tmp_path / "vera"))
+    assert facts["modules"] == "4 (k_proj, q_proj)"
+    assert facts["parameters"] == f"{2 * (48 + 16 + 2 * 3) + 2 * 3 * 48:,}"
 
 
 def test_a_model(veneer: Veneer, model_folder: Path) -> None:

@@ -12,7 +12,7 @@ W, C = torch.linspace(-1, 1, 35).reshape(7, 5), torch.linspace(0.5, 2, 7)
 
 
 def site(name: str, bias: torch.Tensor | None = C) -> LinearSite:
-    return LinearSite(name=name, in_features=5, out_features=7, has_bias=bias is not None, bias=bias)
+    return LinearSite(name=name, in_features=5, out_features=7, bias=bias)
 
 
 def test_an_output_is_scaled_with_its_bias():

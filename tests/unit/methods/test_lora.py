@@ -15,7 +15,7 @@ W, C = torch.linspace(-1, 1, 35).reshape(7, 5), torch.linspace(0.5, 2, 7)
 
 
 def site(name: str = "model.layers.1.self_attn.q_proj", bias: torch.Tensor | None = None) -> LinearSite:
-    return LinearSite(name=name, in_features=5, out_features=7, has_bias=bias is not None, bias=bias)
+    return LinearSite(name=name, in_features=5, out_features=7, bias=bias)
 
 
 def test_lora_adds_alpha_over_r_times_b_a():
