@@ -1,0 +1,204 @@
+"""What ``veneer eval`` measures: a model, the rows that it is asked about, and what is counted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from veneer.cli import loading
+
+if TYPE_CHECKING:
+    from veneer.train.evaluate import Accuracy, Perplexity
+    from veneer.train.questions import Question
+
+OnProgress = Callable[[int, int], None]
+
+
+class Metric(StrEnum):
+    """What is measured."""
+
+    PERPLEXITY = "perplexity"
+    EXACT_MATCH = "exact-match"
+    REGEX = "regex"
+    LABELS = "labels"
+
+
+_READS = {  # which options each metric reads; any other that is given is an error
+    Metric.PERPLEXITY: {"prompt", "answer_field", "context", "stride", "whole_rows"},
+    Metric.EXACT_MATCH: {"prompt", "answer_field", "ignore_case", "max_new_tokens", "stop"},
+    Metric.REGEX: {"prompt", "answer_field", "ignore_case", "max_new_tokens", "stop", "pattern"},
+    Metric.LABELS: {"prompt", "answer_field", "labels"},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options that only some metrics read; None where not given."""
+
+    pattern: str | None
+    labels: str | None
+    prompt: str | None
+    answer_field: str | None
+    ignore_case: bool | None
+    max_new_tokens: int | None
+    stop: list[str] | None
+    context: int | None
+    stride: int | None
+    whole_rows: bool | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """Which model is measured on which rows, and how they are read; None and False where not given."""
+
+    model: str | None
+    adapter: Path | None
+    recipe: Path | None
+    data: Path | None
+    limit: int | None
+    chat: bool
+    system: str | None
+    load_in_4bit: bool
+    dtype: str
+
+
+class Measurement:
+    """One measurement: its rows, its options, what it finds."""
+
+    def __init__(self, metric: Metric, options: Options, batch_size: int) -> None:
+        self.metric, self.options, self.batch_size = metric, options, batch_size
+        self.rows: Sequence[Mapping[str, Any]] = ()
+        self.questions: list[Question] = []
+
+    def take(self, subject: Subject) -> tuple[loading.Loaded, dict[str, Any]]:
+        """Read the rows, then load the model; with the facts that are known of both."""
+        return self._take_model(subject) if subject.recipe is None else self._take_recipe(subject, subject.recipe)
+
+    def _take_model(self, subject: Subject) -> tuple[loading.Loaded, dict[str, Any]]:
+        from veneer.errors import ConfigError
+        from veneer.train.questions import read_rows
+
+        model, adapter, data = subject.model, subject.adapter, subject.data
+        if model is None or data is None:
+            raise ConfigError("say what to measure: MODEL and --data FILE, or --recipe FILE for what a recipe trained")
+        self.rows = read_rows(data)[: subject.limit]
+        self._read_as_trained(subject.chat, subject.system)
+        loaded = loading.load(model, adapter, four_bit=subject.load_in_4bit, dtype=subject.dtype)
+        return loaded, {"model": model, "adapter": None if adapter is None else str(adapter), "data": str(data)}
+
+    def _take_recipe(self, subject: Subject, path: Path) -> tuple[loading.Loaded, dict[str, Any]]:
+        from veneer.cli.eval_recipe import held_out_rows, load_trained, saved_by, trained_recipe
+        from veneer.errors import ConfigError
+
+        beside = self._said_by_recipes(subject)
+        if beside:
+            raise ConfigError(f"--recipe says it already, so leave out {', '.join(beside)}")
+        recipe = trained_recipe(path)
+        saved = saved_by(recipe)
+        self.rows = held_out_rows(recipe, subject.data)[: subject.limit]
+        named = subject.data or recipe.data.eval or f"{recipe.data.eval_fraction:.3g} of {recipe.data.train}, held out"
+        return load_trained(recipe), {"model": recipe.model.source, "adapter": str(saved), "data": str(named)}
+
+    def _said_by_recipes(self, subject: Subject) -> list[str]:
+        """What was given of that which a recipe settles."""
+        given: dict[str, object] = {"MODEL": subject.model, "--adapter": subject.adapter, "--system": subject.system}
+        given |= {"--prompt": self.options.prompt, "--answer-field": self.options.answer_field}
+        given |= {"--chat": subject.chat, "--load-in-4bit": subject.load_in_4bit, "--dtype": subject.dtype != "auto"}
+        return [name for name, value in given.items() if value]
+
+    def _read_as_trained(self, chat: bool, system: str | None) -> None:
+        """Bring the rows into the forms of training. Raises ConfigError where a template makes the prompts already."""
+        from veneer.errors import ConfigError
+        from veneer.train.questions import as_trained
+
+        if self.options.prompt is None:
+            self.rows = as_trained(self.rows, chat=chat, system=system)
+        elif chat or system is not None:
+            option = "--chat makes turns of its fields" if chat else "--system belongs to turns"
+            raise ConfigError(f"--prompt makes plain text of each row, and {option}: give one")
+
+    def check(self, predictions: Path | None) -> None:
+        """Raise ConfigError for options that this metric does not read, or lacks."""
+        from veneer.errors import ConfigError
+
+        given = {name for name, value in vars(self.options).items() if value is not None}
+        foreign = sorted(given - _READS[self.metric])
+        problems = [f"--{name.replace('_', '-')} is not read by --metric {self.metric}" for name in foreign]
+        if self.metric is Metric.REGEX and self.options.pattern is None:
+            problems.append("--metric regex needs --pattern")
+        if self.metric is Metric.PERPLEXITY and predictions is not None:
+            problems.append("--predictions is not read by --metric perplexity")
+        if self.metric is Metric.PERPLEXITY and self.options.answer_field and self.options.prompt is None:
+            problems.append("--metric perplexity reads --answer-field together with --prompt")
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    def measure(self, loaded: loading.Loaded, on_progress: OnProgress) -> Perplexity | Accuracy:
+        """The result."""
+        from veneer.train import evaluate
+        from veneer.train.questions import QuestionReader, as_templated
+        from veneer.train.scoring import Batching
+
+        options, batching = self.options, Batching(n_rows=self.batch_size)
+        if self.metric is Metric.PERPLEXITY:
+            rows = self.rows
+            if options.prompt is not None:
+                rows = as_templated(rows, _unescaped(options.prompt) or "", options.answer_field)
+            context = options.context or evaluate.Windows.context
+            windows = evaluate.Windows(context=context, stride=options.stride or max(context // 2, 1))
+            return evaluate.perplexity(
+                loaded.model,
+                loaded.tokenizer,
+                rows,
+                windows=windows,
+                whole_rows=bool(options.whole_rows),
+                batching=batching,
+                on_progress=on_progress,
+            )
+        reader = QuestionReader(
+            tokenizer=loaded.tokenizer, prompt=_unescaped(options.prompt), answer_field=options.answer_field
+        )
+        self.questions = reader.read(self.rows)
+        if self.metric is Metric.LABELS:
+            words = options.labels.split(",") if options.labels is not None else ()
+            return evaluate.label_accuracy(
+                loaded.model, loaded.tokenizer, self.questions, words, batching=batching, on_progress=on_progress
+            )
+        return evaluate.answer_accuracy(
+            loaded.model,
+            loaded.tokenizer,
+            self.questions,
+            self._judge(),
+            answering=self._answering(),
+            batching=batching,
+            on_progress=on_progress,
+        )
+
+    def write_predictions(self, path: Path, result: Any) -> None:
+        """One JSON object a row: the answers that are right, the prediction, whether it is one of them."""
+        with path.open("w", encoding="utf-8") as file:
+            for question, given, right in zip(self.questions, result.predictions, result.right, strict=True):
+                row = {"answers": question.answers, "prediction": given, "right": right}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def _judge(self) -> Callable[[str, Sequence[str]], bool]:
+        from veneer.train.evaluate import exact_match, regex_match
+
+        fold = bool(self.options.ignore_case)
+        pattern = self.options.pattern
+        return exact_match(fold=fold) if pattern is None else regex_match(pattern, fold=fold)
+
+    def _answering(self) -> Any:
+        from veneer.train.scoring import Answering
+
+        stop = tuple(text for text in map(_unescaped, self.options.stop or ()) if text)
+        return Answering(max_new_tokens=self.options.max_new_tokens or Answering.max_new_tokens, stop=stop)
+
+
+def _unescaped(text: str | None) -> str | None:
+    r"""A shell passes \n on as two characters; in a prompt or a stop text they mean the line break."""
+    return None if text is None else text.replace("\\n", "\n").replace("\\t", "\t")
