@@ -107,34 +107,35 @@ class SFTTrainer(ResumableTrainer):
                 formatting_func=formatting_func,
             )
         self.args.assistant_only_loss = self._assistant_only
-        if (self.args.gradient_checkpointing_kwargs or {}).get("selective"):
-            self.add_callback(SelectiveCheckpointing)
-        self._offload = None
-        if self.args.activation_offloading:
-            folder = Path(self.args.output_dir)
-            self._offload = ActivationOffload(self.model, self.args.activation_offloading, folder)
-            self.maybe_activation_offload_context = self._offload
         self.model.config.use_cache = use_cache  # switched off by Trainer; here every forward pass says so itself
         # The loss below is normalized by the tokens of the whole step, whatever the model's own forward accepts.
-        self.model_accepts_loss_kwargs = True
-        self.loss_is_scaled_for_ga = True
+        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
+        self._offload = self._offloading()
         self._display = show_run(self, lambda: self.progress.n_tokens)
         self.schedule = AdapterSchedule()
-        self.add_callback(self.schedule)
-        if not self.args.fp16:
-            self.add_callback(FiniteGradients)
-        if self.args.early_stopping_patience is not None:
-            self.add_callback(EarlyStoppingCallback(self.args.early_stopping_patience))
+        for callback in (self.schedule, *_asked_for(self.args)):
+            self.add_callback(callback)
         if data_collator is None and not self._is_vision_dataset:
-            packed = self.padding_free or bool(self.args.eval_packing)
-            self.data_collator = Collator(
-                pad_token_id=self._tokenizer.pad_token_id,
-                layout=packing_layout(self.model) if packed else "rows",
-                padding_free=self.padding_free and not self.args.packing,
-                pad_to_multiple_of=self.args.pad_to_multiple_of,
-            )
+            self.data_collator = self._collator()
         if isinstance(self.train_dataset, Dataset) and "labels" in self.train_dataset.column_names:
             self.data_digest = digest(self.train_dataset)
+
+    def _offloading(self) -> ActivationOffload | None:
+        """What TRL enters around each forward pass, where activations are to wait elsewhere."""
+        if not self.args.activation_offloading:
+            return None
+        offload = ActivationOffload(self.model, self.args.activation_offloading, Path(self.args.output_dir))
+        self.maybe_activation_offload_context = offload
+        return offload
+
+    def _collator(self) -> Collator:
+        packed = self.padding_free or bool(self.args.eval_packing)
+        return Collator(
+            pad_token_id=self._tokenizer.pad_token_id,
+            layout=packing_layout(self.model) if packed else "rows",
+            padding_free=self.padding_free and not self.args.packing,
+            pad_to_multiple_of=self.args.pad_to_multiple_of,
+        )
 
     def describe(self) -> str:
         """What this run trains, in one line."""
@@ -338,6 +339,16 @@ class SelectiveCheckpointing(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: SFTConfig, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
         """Called by Trainer."""
         checkpoint_selectively(model_of(model), (args.gradient_checkpointing_kwargs or {}).get("every_n_layers", 1))
+
+
+def _asked_for(args: SFTConfig) -> Iterator[TrainerCallback | type[TrainerCallback]]:
+    """The callbacks that the settings ask for."""
+    if (args.gradient_checkpointing_kwargs or {}).get("selective"):
+        yield SelectiveCheckpointing
+    if not args.fp16:
+        yield FiniteGradients
+    if args.early_stopping_patience is not None:
+        yield EarlyStoppingCallback(args.early_stopping_patience)
 
 
 def _reentrant(args: SFTConfig) -> bool:
