@@ -25,7 +25,7 @@ def write_card(folder: Path, config: MethodConfig) -> None:
 
 def _data(config: MethodConfig, data: Any) -> ModelCardData:
     values = data.to_dict() if data is not None else {}
-    base = config.base_model_name_or_path
+    base = _id_of(config.base_model_name_or_path)
     tags = {*(values.get("tags") or []), "transformers", "veneer", config.peft_type.lower()}
     if base:
         tags.add(f"base_model:adapter:{base}")
@@ -36,14 +36,22 @@ def _data(config: MethodConfig, data: Any) -> ModelCardData:
     return ModelCardData(**values)
 
 
+def _id_of(base: str | None) -> str | None:
+    """The base as others can find it: not a folder of this machine, which the hub's check of a card refuses."""
+    if base is None or Path(base).is_absolute() or Path(base).is_dir():
+        return None
+    return base
+
+
 def _text(config: MethodConfig) -> str:
-    base = config.base_model_name_or_path or "BASE_MODEL"
+    name = config.base_model_name_or_path
+    base = _id_of(name) or "BASE_MODEL"
     known = {spec.name: getattr(config, spec.name) for spec in fields(config)}
     rows = [f"| {name} | `{known[name]}` |" for name in _SHOWN if name in known]
     return "\n".join(
         [
             "---\nlibrary_name: peft\n---\n",
-            f"# {config.peft_type} adapter of {base}\n",
+            f"# {config.peft_type} adapter of {Path(name).name if name and base != name else base}\n",
             "The files are in PEFT's format: PEFT, vLLM and veneer load them.\n",
             "```python",
             "from transformers import AutoModelForCausalLM",

@@ -11,6 +11,8 @@ import importlib.metadata
 import itertools
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import typer
@@ -46,18 +48,30 @@ class VerbGroup(TyperGroup):
         """Run the verb."""
         # Where it and PEFT are installed, transformers imports it, and it warns of kernels that nothing here uses.
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-        try:
+        with _messages():
             return super().invoke(ctx)
-        except VeneerError as error:
-            raise _told(str(error)) from error
-        except OSError as error:
-            if error.errno not in _ENVIRONMENT:
-                raise
-            raise _told(f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)) from error
-        except KeyboardInterrupt as error:
-            told = f"interrupted: {error}" if error.args else "interrupted"
-            Console(stderr=True, highlight=False).print(told, style="red", soft_wrap=True)
-            raise typer.Exit(INTERRUPTED) from error
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        """Read the options of the program itself; the pages that some of them print may meet a full disk."""
+        with _messages():
+            return super().make_context(*args, **options)
+
+
+@contextmanager
+def _messages() -> Iterator[None]:
+    """Inside the block, what a user can mend ends in a message and an exit code."""
+    try:
+        yield
+    except VeneerError as error:
+        raise _told(str(error)) from error
+    except OSError as error:
+        if error.errno not in _ENVIRONMENT:
+            raise
+        raise _told(f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)) from error
+    except KeyboardInterrupt as error:
+        told = f"interrupted: {error}" if error.args else "interrupted"
+        Console(stderr=True, highlight=False).print(told, style="red", soft_wrap=True)
+        raise typer.Exit(INTERRUPTED) from error
 
 
 def with_weights_joined(args: list[str]) -> list[str]:

@@ -56,7 +56,7 @@ def select_targets(config: TargetedConfig, index: ModuleIndex, default: Collecti
     if not chosen:
         raise TargetError(
             f"layers_to_transform={config.layers_to_transform!r} (layers_pattern={config.layers_pattern!r}) matches no "
-            f"layer of the {len(kept)} target modules, such as {kept[0]!r}"
+            f"layer of the {len(kept)} target modules, such as {kept[0]!r}: {_layers(kept)}"
         )
     return chosen
 
@@ -90,22 +90,30 @@ def _unmatched(role: str, patterns: Collection[str] | str, allowed: Sequence[str
     """A sentence for each pattern that matches none of the allowed names."""
     tests = [(patterns, patterns)] if isinstance(patterns, str) and patterns else [(p, (p,)) for p in patterns]
     return [
-        _no_match(role, shown, next((n for n in index.all_names if matches_any(n, test)), None), index)
+        _no_match(role, shown, test, allowed, index)
         for shown, test in tests
         if not any(matches_any(n, test) for n in allowed)
     ]
 
 
-def _no_match(role: str, pattern: str, other: str | None, index: ModuleIndex) -> str:
+def _no_match(role: str, pattern: str, test: Collection[str] | str, allowed: Sequence[str], index: ModuleIndex) -> str:
+    other = next((n for n in index.all_names if matches_any(n, test)), None)
     if other is not None:
         return (
             f"{role} module {pattern!r} matches only modules that cannot be adapted, such as {other!r}. "
             f"{_endings(index.adaptable)}"
         )
-    hints = nearest(pattern.rpartition(".")[2], (n.rpartition(".")[2] for n in index.all_names))
-    return f"{role} module {pattern!r} matches no module of the model" + (
-        f" (nearest: {', '.join(hints)})" if hints else ""
-    )
+    hints = _nearest_modules(pattern, allowed)
+    near = f" (nearest: {', '.join(hints)})" if hints else f". {_endings(index.adaptable)}"
+    rule = ". A string is a regular expression for whole paths: names go into a list" if test == pattern else ""
+    return f"{role} module {pattern!r} matches no module of the model{near}{rule}"
+
+
+def _nearest_modules(pattern: str, paths: Sequence[str]) -> list[str]:
+    """The nearest last names, or whole paths where the last name is one that exists."""
+    last = pattern.rpartition(".")[2]
+    same = [path for path in paths if path.rpartition(".")[2] == last]
+    return (nearest(pattern, same) or same[:1]) if same else nearest(last, (p.rpartition(".")[2] for p in paths))
 
 
 def _excluded(name: str, config: TargetedConfig) -> bool:
@@ -123,6 +131,15 @@ def _in_layers(name: str, config: TargetedConfig, patterns: Collection[str] | st
     found = (re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", name) for p in ((given,) if isinstance(given, str) else given))
     index = next((int(match.group(1)) for match in found if match), None)
     return index in ((wanted,) if isinstance(wanted, int) else wanted)
+
+
+def _layers(names: Iterable[str]) -> str:
+    """Where modules lie, such as ``they lie in layers.0 to layers.11``."""
+    found: dict[str, set[int]] = {}
+    for match in filter(None, (re.match(r"(?:^|.*?\.)([^.]*)\.(\d+)\.", name) for name in names)):
+        found.setdefault(match.group(1), set()).add(int(match.group(2)))
+    ranges = (f"{each}.{min(indices)} to {each}.{max(indices)}" for each, indices in found.items())
+    return "they lie in " + (", ".join(ranges) or "no list of layers")
 
 
 def _show(patterns: object) -> str:

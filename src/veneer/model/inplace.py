@@ -40,8 +40,13 @@ class InPlace:
 def change_class(module: nn.Module, mixin: type[InPlace], swapped: tuple[str, ...] = ()) -> None:
     """Put ``mixin`` in front of the module's own class; on a module that has it already, add to what is swapped.
 
-    Raises TargetError where another library has replaced the module's forward, which would pass the mixin by.
+    Raises TargetError where the module is torch.compile's around another, and where another library has replaced its
+    forward: both would pass the mixin by.
     """
+    if "_orig_mod" in module._modules:
+        raise TargetError(
+            "this model is compiled, and adapters would be passed by: attach them first, then torch.compile"
+        )
     if "forward" in vars(module) and "_old_forward" not in vars(module):
         raise TargetError(
             f"the forward of this {type(module).__name__} was replaced on the module itself (by a patching library); "

@@ -237,6 +237,11 @@ def test_a_model_that_is_not_of_transformers() -> None:
     torch.testing.assert_close(plain(x), adapted, rtol=1e-12, atol=1e-12)
 
 
+def test_a_compiled_model_takes_no_adapter(tiny: Any) -> None:
+    with pytest.raises(TargetError, match=r"is compiled.*attach them first"):
+        get_peft_model(torch.compile(tiny(), backend="eager"), LoraConfig())
+
+
 def test_a_compiled_model_is_looked_into_when_asked(tiny: Any) -> None:
     model = get_peft_model(tiny(), LoraConfig(r=3, target_modules=["q_proj"]))
     compiled = torch.compile(model, backend="eager")

@@ -74,6 +74,15 @@ def test_a_closed_pipe_is_no_traceback() -> None:
     assert process.returncode == 1
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the platform has no /dev/full")
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["merge", "--help"], ["train", "--print-recipe"]])
+def test_a_full_disk_under_the_output_is_a_message(words: list[str]) -> None:
+    command = [sys.executable, "-c", "from veneer.cli.app import main; main()", *words]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: No space left on device\n")
+
+
 def test_no_permission_names_the_path() -> None:
     result = RUNNER.invoke(failing(PermissionError(errno.EACCES, "Permission denied", "/x/y")), ["fail"])
     assert (result.exit_code, result.stderr) == (2, "error: Permission denied: /x/y\n")

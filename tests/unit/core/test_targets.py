@@ -104,13 +104,20 @@ def test_an_unknown_name_is_an_error_that_repeats_it(name):
         ({"target_modules": ["qproj", "v_proj", "upproj"]}, ["'qproj'", "nearest: q_proj", "'upproj'", "up_proj"]),
         ({"target_modules": ["q_proj"], "exclude_modules": ["vproj"]}, ["excluded module 'vproj'", "v_proj"]),
         ({"target_modules": ["zzz"], "exclude_modules": ["yyy"]}, ["'zzz'", "'yyy'"]),
-        ({"target_modules": r".*\.k_proj"}, [r"'.*\\.k_proj' matches no module"]),
+        ({"target_modules": r".*\.k_proj"}, [r"'.*\\.k_proj' matches no module", "nearest: v_proj, q_proj"]),
+        ({"target_modules": "up_proj"}, ["nearest: model.layers.", "for whole paths: names go into a list"]),
+        (
+            {"target_modules": ["layers.7.attn.up_proj"]},
+            ["'layers.7.attn.up_proj' matches no", "layers.1.attn.up_proj"],
+        ),
+        ({"target_modules": ["zzz"]}, ["of the model. Linear layers of this model end with: lm_head, q_proj"]),
         (
             {"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]},
             ["leave nothing", "exclude_modules=['q_proj']"],
         ),
         ({"target_modules": ["lm_head"], "modules_to_save": ["lm_head"]}, ["leave nothing", "modules_to_save"]),
         ({"target_modules": ["v_proj"], "layers_to_transform": 7}, ["layers_to_transform=7", "no layer of the"]),
+        ({"target_modules": ["v_proj"], "layers_to_transform": 7}, ["they lie in layers.0 to layers.11, h.0 to h.11"]),
         ({"target_modules": []}, ["target_modules is empty", "q_proj"]),
         ({}, ["Config has no default target_modules", "['c_attn']", "up_proj"]),
     ],
@@ -126,6 +133,18 @@ def test_a_name_that_only_meets_other_modules_says_what_can_be_adapted():
     index = ModuleIndex(all_names=("m.norm", "m.q"), adaptable=("m.q",), all_linear=("m.q",))
     with pytest.raises(TargetError, match=r"only modules that cannot be adapted, such as 'm.norm'.*end with: q"):
         select_targets(Config(target_modules=["norm", "q"]), index, ())
+
+
+def test_only_what_can_be_adapted_is_offered_as_a_target():
+    index = ModuleIndex(all_names=("m.act_fn", "m.c_fc"), adaptable=("m.c_fc",), all_linear=("m.c_fc",))
+    with pytest.raises(TargetError, match=r"'act_fc' matches no module of the model \(nearest: c_fc\)$"):
+        select_targets(Config(target_modules=["act_fc"]), index, ())
+
+
+def test_layers_of_modules_that_lie_in_no_list_are_told_so():
+    index = ModuleIndex(all_names=("m.q",), adaptable=("m.q",), all_linear=())
+    with pytest.raises(TargetError, match="they lie in no list of layers"):
+        select_targets(Config(target_modules=["q"], layers_to_transform=0), index, ())
 
 
 @pytest.mark.parametrize(

@@ -294,6 +294,17 @@ def test_the_model_card_keeps_what_was_written(tmp_path: Path) -> None:
     assert "My own words." in (tmp_path / "README.md").read_text()
 
 
+def test_the_model_card_names_no_folder_of_this_machine(tmp_path: Path) -> None:
+    base().save_pretrained(tmp_path / "my-base")
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(tmp_path / "my-base"), LoraConfig(r=3))
+    model.save_pretrained(tmp_path / "adapter")
+    text = (tmp_path / "adapter" / "README.md").read_text()
+    assert "# LORA adapter of my-base\n" in text
+    assert 'from_pretrained("BASE_MODEL")' in text
+    assert str(tmp_path) not in text
+    assert "base_model" not in text
+
+
 def test_a_full_disk_leaves_the_old_adapter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = PeftModel.from_pretrained(base(), folder, is_trainable=True)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
