@@ -33,7 +33,7 @@ def merge(
         for path, module in track(holding(model, wanted), "merging", disable=not progressbar):
             require_rows_agree(path, module, wanted)
             values = module.folded(wanted)
-            if module.token_rows(wanted):
+            if "weight" in values:
                 values |= _folded_already(model, module, wanted)
             if check_finite:
                 require_finite(path, values, wanted)
@@ -80,10 +80,10 @@ def require_foldable(model: nn.Module, state: AdapterState, names: tuple[str, ..
 
 
 def _folded_already(model: nn.Module, module: Adapted, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """The weight that the table has got by now whose rows this module sees, if any: a tied head goes on sharing it."""
-    own, rows = module._parameters["weight"], module.token_rows(names)
-    done = (m for m in adapted_modules(model).values() if m.originals.get("weight") is own)
-    return next(({"weight": cast(Tensor, m._parameters["weight"])} for m in done if m.token_rows(names) == rows), {})
+    """The weight that a module has got by now that shared this one's and is changed alike, if any: a tie stays."""
+    own = module._parameters.get("weight")
+    done = (m for m in adapted_modules(model).values() if own is not None and m.originals.get("weight") is own)
+    return next(({"weight": cast(Tensor, m._parameters["weight"])} for m in done if m.changes_as(module, names)), {})
 
 
 def holding(model: nn.Module, names: tuple[str, ...]) -> list[tuple[str, Adapted]]:

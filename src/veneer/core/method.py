@@ -86,6 +86,11 @@ class MethodConfig(FrozenConfig):
         flags = {spec.name: getattr(self, spec.name) for spec in fields(self) if spec.type in ("bool", bool)}
         return found + [f"{k}={v!r} must be True or False" for k, v in flags.items() if not isinstance(v, bool)]
 
+    @property
+    def keeps_tie(self) -> bool:
+        """Whether modules that share the input embeddings' weight are changed alike, so that they go on sharing it."""
+        return False
+
     def packed(self) -> MethodConfig:
         """The config as it is written: a method that others do not know may be one that they do know, once trained."""
         return self
@@ -203,6 +208,10 @@ class LinearMethod(TargetedConfig):
 
     def misfits(self, sites: Sequence[LinearSite]) -> list[str]:
         """A sentence for everything in the config that no layer it adapts is large enough for; sites come as shapes."""
+        return []
+
+    def torn(self, tied: Sequence[LinearSite]) -> list[str]:
+        """A sentence for everything in the config that is not the same for these layers, which are to stay one."""
         return []
 
     def shared(self) -> dict[str, Tensor]:

@@ -137,13 +137,14 @@ def _ends(skeleton: PreTrainedModel) -> list[tuple[str, nn.Module]]:
 
 
 def _plan(weights: BaseWeights, changed: dict[str, Adapted], dtype: torch.dtype | None) -> _Plan:
-    """A tied tensor of which one name changes is written under each of its names."""
+    """A tied tensor of which one name changes, or its names change in different ways, is written under each of them."""
     owners = {f"{path}.{key}": (path, key) for path, m in changed.items() for key in weights.own(m)}
     specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     placed: dict[str, tuple[str, str]] = {}
     untied = False
     for names in weights.groups():
-        apart = len(names) > 1 and any(name in owners for name in names)
+        modules = [changed[owners[name][0]] for name in names if name in owners]
+        apart = len(names) > 1 and not _stay_one(modules, len(names))
         untied |= apart
         for name in names if apart else names[:1]:
             stored = weights.stored_name(name, own=not apart)
@@ -151,6 +152,12 @@ def _plan(weights: BaseWeights, changed: dict[str, Adapted], dtype: torch.dtype 
             placed |= {stored: owners[name]} if name in owners else {}
     specs |= {name: weights.passed_spec(name, dtype) for name in weights.others()}
     return _Plan(specs, placed, untied, dtype)
+
+
+def _stay_one(changed: list[Adapted], n_names: int) -> bool:
+    """Whether a tensor of so many names stays one, given the modules among them that the adapter changes."""
+    alike = (len(changed) == n_names) and all(module.changes_as(changed[0], (NAME,)) for module in changed)
+    return not changed or alike
 
 
 def _result(

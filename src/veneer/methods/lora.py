@@ -47,6 +47,8 @@ class LoraConfig(LinearMethod):
     the place of the base's; a head tied to the embeddings sees them too. They alone are on disk.
     ``target_parameters``: parameters that no linear layer holds, by the ends of their paths, such as
     "experts.gate_up_proj": matrices (o, i), or experts' stacked (E, o, i), each expert with factors of its own.
+    ``ensure_weight_tying``: where modules share the input embeddings' weight (a tied head) and one of them is adapted
+    or trained whole, all of them share one adapter or one copy: ΔW at the embeddings, ΔWᵀ at the head.
     ``fan_in_fan_out`` is read for compatibility; a layer that stores Wᵀ is recognised by its type.
     """
 
@@ -69,6 +71,7 @@ class LoraConfig(LinearMethod):
     lora_bias: bool = False
     trainable_token_indices: Collection[int] | Mapping[str, Collection[int]] | None = None
     target_parameters: Collection[str] | None = None
+    ensure_weight_tying: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,7 +90,16 @@ class LoraConfig(LinearMethod):
             found.append(f"eva_config has no effect with init_lora_weights={self.init_lora_weights!r}: give 'eva'")
         if self.lora_bias is True and self.use_dora is True:
             found.append("lora_bias and use_dora exclude each other, as in PEFT: drop one of them")
+        if self.ensure_weight_tying is True:
+            found += self._problems_of_ties()
         return found + _problems_of_rows(self.trainable_token_indices) + self._problems_of_parameters()
+
+    def _problems_of_ties(self) -> list[str]:
+        """Tied modules share A and B, one of them transposed: what is made for one side of a weight has no place."""
+        start = self.init_lora_weights
+        given = {name: getattr(self, name) for name in ("use_dora", "lora_bias")}
+        given |= {"init_lora_weights": start if start == "eva" or getattr(find_start(start), "taken_off", False) else 0}
+        return [f"{name}={value!r} does not go with ensure_weight_tying" for name, value in given.items() if value]
 
     def _problems_of_parameters(self) -> list[str]:
         given = self.target_parameters
@@ -161,6 +173,13 @@ class LoraConfig(LinearMethod):
             f"rank {min(ranks)} is above both widths of every layer adapted, and their updates have rank {largest} at "
             f"most: give r={largest} or less (a small one, such as 16, is usual)"
         ]
+
+    def torn(self, tied: Sequence[LinearSite]) -> list[str]:
+        values = {site.name: (self.rank(site), self.alpha(site)) for site in tied}
+        if len(set(values.values())) <= 1:
+            return []
+        told = ", ".join(f"{name} r={r} and alpha={alpha}" for name, (r, alpha) in values.items())
+        return [f"ensure_weight_tying=True, but rank_pattern and alpha_pattern give {told}: name all of them alike"]
 
     def rank(self, site: LinearSite) -> int:
         """r at this site."""
@@ -258,6 +277,10 @@ class LoraConfig(LinearMethod):
     @property
     def trained_biases(self) -> str:
         return self.bias
+
+    @property
+    def keeps_tie(self) -> bool:
+        return self.ensure_weight_tying
 
     @property
     def adapted_parameters(self) -> tuple[str, ...]:

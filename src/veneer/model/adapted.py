@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -29,6 +29,24 @@ class TokenRows(nn.Module):
         if kept is None or kept.device != device:
             kept = vars(self)["_index"] = torch.tensor(self.indices, device=device)
         return kept
+
+
+class TiedFactors(nn.Module):
+    """What a module has of an adapter that it shares with ``source``, the embeddings whose weight it shares too.
+
+    It registers nothing: the factors are trained, moved and saved where they are. A head (``turned``) reads the table
+    the other way round, and (B A)ᵀ is Aᵀ Bᵀ.
+    """
+
+    def __init__(self, factors: nn.Module, source: str, turned: bool) -> None:
+        super().__init__()
+        self.source, self.turned = source, turned
+        vars(self)["factors"] = factors
+
+    def seen(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The source's factors as this module reads them: views."""
+        a, b = factors["lora_A"], factors["lora_B"]
+        return {"lora_A": b.T, "lora_B": a.T} if self.turned else {"lora_A": a, "lora_B": b}
 
 
 class Adapted(InPlace, nn.Module):
@@ -119,6 +137,18 @@ class Adapted(InPlace, nn.Module):
         held |= {"weight"} if self.token_rows(names) else set()
         return {key: cast(Tensor, self.effective(key, names)) for key in sorted(held)}
 
+    def changes_as(self, other: Adapted, names: Sequence[str]) -> bool:
+        """Whether these adapters make the same of a weight that this module shares with another."""
+        return all(
+            self.adapter_state.configs[n].keeps_tie
+            or (self.token_rows((n,)) == other.token_rows((n,)) and not (self._is_own(n) or other._is_own(n)))
+            for n in names
+        )
+
+    def _is_own(self, name: str) -> bool:
+        """Whether an adapter changes the weight by more than single rows."""
+        return name in self.adapters or (name in self.copies and "weight" in dict(own_tensors(self.copies[name])))
+
     def replace(self, values: dict[str, Tensor]) -> None:
         """Put folded values in the place of the module's own parameters, which are kept for `put_back`."""
         self.originals = {key: self._parameters.get(key) for key in values}
@@ -199,7 +229,8 @@ def add_copy(module: Adapted, name: str, parameter: str, value: Tensor, frozen: 
     if frozen:
         module.copies[name].register_buffer(parameter, value)
     else:
-        module.copies[name].register_parameter(parameter, nn.Parameter(value))
+        one = value if isinstance(value, nn.Parameter) else nn.Parameter(value)  # tied modules share one
+        module.copies[name].register_parameter(parameter, one)
     swap_reading(module, parameter)
 
 
@@ -211,6 +242,11 @@ def swap_reading(module: Adapted, parameter: str) -> None:
 def own_tensors(holder: nn.Module) -> list[tuple[str, Tensor]]:
     """Parameters and buffers that a holder has itself."""
     return [*holder.named_parameters(recurse=False), *holder.named_buffers(recurse=False)]
+
+
+def factors_of(holder: nn.Module) -> dict[str, Tensor]:
+    """What an adapter acts with at one module: the holder's tensors, or those that it shares."""
+    return holder.seen(tensors_of(vars(holder)["factors"])) if isinstance(holder, TiedFactors) else tensors_of(holder)
 
 
 def tensors_of(holder: nn.Module) -> dict[str, Tensor]:

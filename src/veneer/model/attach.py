@@ -24,7 +24,7 @@ from veneer.core.method import (
 from veneer.core.sites import LinearSite
 from veneer.core.targets import ALL_LINEAR, ModuleIndex, matches_any, select_targets
 from veneer.errors import AdapterNameError, TargetError
-from veneer.model.adapted import Adapted, adapt, restore, tensors_of
+from veneer.model.adapted import Adapted, TiedFactors, adapt, restore, tensors_of
 from veneer.model.convolution import AdaptedConvolution, is_convolution, shape_of_convolution
 from veneer.model.copies import CLASSIFIERS, add_copies, copied_parameters, is_ours
 from veneer.model.default_targets import defaults_for
@@ -45,6 +45,7 @@ from veneer.model.residual import ResidualAdapters, attach_residual, detach_resi
 from veneer.model.start import Start as Start  # from here for those who attach
 from veneer.model.state import AdapterState
 from veneer.model.token_rows import add_rows, row_places
+from veneer.model.tying import follow, followers_of, tied_modules, unused_tie
 from veneer.model.virtual_tokens import VirtualTokens, detach_virtual_tokens, virtual_tokens
 
 _HEADS = {"SEQ_CLS": CLASSIFIERS, "TOKEN_CLS": CLASSIFIERS, "QUESTION_ANS": ("qa_outputs",)}
@@ -128,31 +129,33 @@ def attach(
     start = start or Start()
     config = resolved(model, config)
     targets = targets_of(model, config) if isinstance(config, LinearMethod) else ()
+    targets, followers = followers_of(model, config, targets)
     outward = [f"{path}{OUT_PROJECTION}" for path in targets if is_attention(model.get_submodule(path))]
     copied = copied_parameters(cast(PreTrainedModel, model), config, {*targets, *outward})
     places, layers = parameter_places(model, config, {*targets, *copied})
     targets = (*targets, *layers)
     if isinstance(config, LinearMethod):
-        names = [*targets, *(f"{path}.{key}" for path, keys in places.items() for key in keys)]
+        names = [*targets, *followers, *(f"{path}.{key}" for path, keys in places.items() for key in keys)]
         sites = [shape_of(path, model.get_submodule(path)) for path in targets]
         wrong = config.refused(sites)
+        wrong += config.torn([shape_of(p, model.get_submodule(p)) for p in tied_modules(model)]) if followers else []
+        wrong += unused_tie(model, config, {*targets, *copied}) if start.values else []
         wrong += [*config.unused(names), *config.misfits(sites)] if start.values else []  # a saved one is as it is
         if wrong:
             raise TargetError("; ".join(wrong))
         config = config.for_sites(sites)
     targets = tuple(dict.fromkeys((*targets, *outward)))
-    rows = row_places(
-        cast(PreTrainedModel, model), config, {*targets, *(p for p, k in copied.items() if "weight" in k)}
-    )
+    rows = row_places(model, config, {*targets, *followers, *(p for p, k in copied.items() if "weight" in k)})
     state.configs[name] = config
     try:
         with_rows = [path for place in rows for path in (place.path, *place.followers)]
-        for path in dict.fromkeys([*targets, *places, *copied, *with_rows]):
+        for path in dict.fromkeys([*targets, *followers, *places, *copied, *with_rows]):
             adapt_path(model, path, state)
         add_copies(model, name, copied, start.widen)
         add_rows(model, name, rows, values=start.values, widen=start.widen)
         for path in targets:
             _add_parameters(cast(AdaptedSite, model.get_submodule(path)), name, generator, start)
+        follow(model, name, followers)
         add_parameters(model, name, places, start, generator)
         if isinstance(config, ResidualMethod):
             attach_residual(cast(PreTrainedModel, model), name, state, start, generator)
@@ -265,7 +268,7 @@ def stored_tensors(
     """
     found = live_parameters(model, state, name) if values is None else dict(values)
     places: list[tuple[str, AdaptedSite | VirtualTokens]] = [
-        *adapted_layers(model).items(),
+        *_with_own(model, name).items(),
         *virtual_tokens(model).items(),
     ]
     for path, layer in places:
@@ -274,6 +277,7 @@ def stored_tensors(
             for key in layer.disk_keys(name, path).values():
                 del found[key]
             found |= packed
+    found |= repeated_tensors(model, name, found)
     config = state.configs[name]
     return found | config.shared() if isinstance(config, LinearMethod) and config.saves_shared else found
 
@@ -281,9 +285,22 @@ def stored_tensors(
 def unpacked_tensors(model: nn.Module, name: str, written: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `stored_tensors`: a value for each of `live_parameters`."""
     found = dict(written)
+    for path, layer in _with_own(model, name).items():
+        found |= layer.unpacked(name, path, written)
+    return found
+
+
+def repeated_tensors(model: nn.Module, name: str, written: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What PEFT writes once more for modules that share an adapter with the embeddings, from what it writes there."""
+    found: dict[str, Tensor] = {}
     for path, layer in adapted_layers(model).items():
-        if name in layer.adapters:
-            found |= layer.unpacked(name, path, written)
+        held = dict(layer.adapters.items()).get(name)
+        if isinstance(held, TiedFactors):
+            source = cast(AdaptedSite, model.get_submodule(held.source))
+            keys, theirs = layer.disk_keys(name, path), source.disk_keys(name, held.source)
+            if all(key in written for key in theirs.values()):
+                seen = held.seen({own: written[key] for own, key in theirs.items()})
+                found |= {keys[own]: value for own, value in seen.items()}
     return found
 
 
@@ -300,6 +317,12 @@ def adapted_modules(model: nn.Module) -> dict[str, Adapted]:
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedSite]:
     """The modules that methods act on, by path."""
     return {name: m for name, m in adapted_modules(model).items() if isinstance(m, AdaptedSite) and m.adapters}
+
+
+def _with_own(model: nn.Module, name: str) -> dict[str, AdaptedSite]:
+    """The modules at which an adapter has parameters that no other module shares with it, by path."""
+    held = {path: layer for path, layer in adapted_layers(model).items() if name in layer.adapters}
+    return {path: layer for path, layer in held.items() if not isinstance(layer.adapters[name], TiedFactors)}
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -12,6 +12,7 @@ from veneer.core.method import LinearMethod, MethodConfig
 from veneer.core.targets import nearest
 from veneer.errors import TargetError
 from veneer.model.adapted import Adapted, add_copy
+from veneer.model.tying import tied_modules
 
 # Classification heads that PEFT lists together, whichever of them the model has.
 CLASSIFIERS = ("classifier", "score")
@@ -31,21 +32,28 @@ def copied_parameters(model: PreTrainedModel, config: MethodConfig, adapted: set
         wanted = biases == "all" or (biases == "lora_only" and path in adapted)
         if wanted and path not in found and dict(own_parameters(module)).get("bias") is not None:
             found[path] = ["bias"]
+    tied = tied_modules(model) if config.keeps_tie else ()
+    if any("weight" in found.get(path, ()) for path in tied):
+        for path in tied:
+            found[path] = list(dict.fromkeys((*found.get(path, ()), "weight")))
     return found
 
 
 def add_copies(model: PreTrainedModel, name: str, wanted: dict[str, list[str]], widen: bool) -> None:
     """Give an adapter trained copies of parameters, started at the base's values; 16-bit ones in float32 if ``widen``.
 
-    The modules must be adapted already.
+    The modules must be adapted already. Where the config keeps a tie, parameters that were one have one copy.
     """
+    one: dict[int, nn.Parameter] = {}
     for path, parameters in wanted.items():
         module = model.get_submodule(path)
         for key in parameters:
             value = module._parameters[key]
             if isinstance(module, Adapted) and value is not None:
                 wide = torch.promote_types(value.dtype, torch.float32) if widen else value.dtype
-                add_copy(module, name, key, value.detach().to(wide, copy=True), frozen=False)
+                shared = one.get(id(value)) if module.adapter_state.configs[name].keeps_tie else None
+                one[id(value)] = shared if shared is not None else nn.Parameter(value.detach().to(wide, copy=True))
+                add_copy(module, name, key, one[id(value)], frozen=False)
 
 
 def own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter | None]]:

@@ -17,7 +17,7 @@ from veneer.core.records import LinearDelta
 from veneer.core.rows import apply_linear_rows
 from veneer.core.sites import LinearSite
 from veneer.core.token_rows import project_rows
-from veneer.model.adapted import Adapted, tensors_of
+from veneer.model.adapted import Adapted, factors_of
 from veneer.model.grouped import add_grouped
 from veneer.model.routing import Routing
 from veneer.quant.dense import DenseWeight
@@ -32,7 +32,7 @@ class AdaptedSite(Adapted):
 
     def record(self, name: str, site: LinearSite | None = None) -> LinearDelta:
         """What adapter ``name`` means here."""
-        return self.method(name).lower(site or self.site((name,)), tensors_of(self.adapters[name]))
+        return self.method(name).lower(site or self.site((name,)), factors_of(self.adapters[name]))
 
     def method(self, name: str) -> LinearMethod:
         """The config of an adapter."""

@@ -8,13 +8,12 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from veneer.core.method import LinearMethod, MethodConfig
 from veneer.core.targets import nearest
 from veneer.errors import CompositionError, TargetError
 from veneer.model.adapted import Adapted, TokenRows, swap_reading
-from veneer.model.embedding import input_embeddings
+from veneer.model.tying import tied_modules
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +36,19 @@ def row_places(model: nn.Module, config: MethodConfig, taken: Collection[str]) -
     if not wanted:
         return ()
     modules = {path: m for path, m in model.named_modules() if path and ".adapters" not in path}
-    table = input_embeddings(model) if isinstance(model, PreTrainedModel) else None
-    source = next((path for path, m in modules.items() if m is table), None)
+    ends = tied_modules(model)
+    source = ends[0] if ends else None
     indices: dict[str, tuple[int, ...]] = {}
     for name, rows in wanted.items():
         for path in _meant(name, modules, source):
             _require_rows(path, modules[path], rows, taken)
             indices[path] = rows
-    tied = [path for path, m in modules.items() if source in indices and _shares(m, modules[cast(str, source)])]
+    if config.keeps_tie and any(indices.get(path) != indices.get(ends[0]) for path in ends if path in indices):
+        raise TargetError(
+            f"ensure_weight_tying=True, but trainable_token_indices gives { {p: indices.get(p) for p in ends} } to "
+            f"modules that share one weight: give {ends[0]} alone, or all of them the same"
+        )
+    tied = ends if source in indices else ()
     if len({indices[path] for path in tied if path in indices}) != 1:
         return tuple(RowPlace(path, rows) for path, rows in indices.items())
     followers = tuple(path for path in tied if path != source)
@@ -123,8 +127,3 @@ def _require_rows(path: str, module: nn.Module, rows: tuple[int, ...], taken: Co
             f"trainable_token_indices holds {beyond[:5]} for {path!r}, which has rows 0 to {weight.shape[0] - 1}"
             ": call resize_token_embeddings before attaching, where these are new tokens"
         )
-
-
-def _shares(module: nn.Module, other: nn.Module) -> bool:
-    own = module._parameters.get("weight")
-    return own is not None and own is other._parameters.get("weight")

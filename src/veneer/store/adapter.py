@@ -22,6 +22,7 @@ from veneer.model.attach import (
     disk_prefix,
     live_parameters,
     named_live_parameters,
+    repeated_tensors,
     stored_tensors,
     unpacked_tensors,
 )
@@ -188,6 +189,7 @@ def assign(
         for key in _differing(shared, tensors)
         if key not in shapes or tuple(tensors[key].shape) == shapes[key]
     ]
+    problems += [f"differs from the embeddings' that it is tied to: {key}" for key in _torn(model, name, tensors)]
     problems += [f"holds NaN or infinity: {key}" for key in non_finite(tensors)]
     if problems:
         wrong = _other_size(tensors, parameters)
@@ -251,6 +253,16 @@ def _source(config: MethodConfig) -> str:
 def _differing(shared: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
     """The keys of what follows from the config, where the file holds something else."""
     return [key for key, value in shared.items() if key in tensors and not _is_near(tensors[key], value)]
+
+
+def _torn(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> list[str]:
+    """The keys of what the adapter shares between tied modules, where the file holds other values than at the first."""
+    expected = repeated_tensors(model, name, tensors)
+    first: dict[int, str] = {}
+    for key, (_, value) in named_live_parameters(model, name).items():
+        shared = first.setdefault(id(value), key)
+        expected |= {key: tensors[shared]} if shared != key and shared in tensors else {}
+    return [key for key, value in expected.items() if key in tensors and not torch.equal(tensors[key], value)]
 
 
 def _is_near(value: Tensor, expected: Tensor) -> bool:

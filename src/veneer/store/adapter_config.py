@@ -27,7 +27,6 @@ _NEUTRAL: dict[str, dict[str, Any]] = {
         "alora_invocation_tokens": None,
         "arrow_config": None,
         "corda_config": None,
-        "ensure_weight_tying": False,
         "kasa_config": None,
         "layer_replication": None,
         "loftq_config": {},
@@ -45,6 +44,7 @@ _NEUTRAL: dict[str, dict[str, Any]] = {
 _EXTRA = {"IA3": ("layers_pattern", "layers_to_transform")}
 _NEUTRAL["ADALORA"] = _NEUTRAL["LORA"] | {
     "alpha_pattern": {},
+    "ensure_weight_tying": False,
     "eva_config": None,
     "lora_bias": False,
     "r": 8,

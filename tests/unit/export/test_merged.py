@@ -101,6 +101,9 @@ CASES: dict[str, tuple[Any, MethodConfig]] = {
     "tied, head adapted": (qwen2, LoraConfig(r=3, lora_alpha=7, target_modules=["lm_head", "q_proj"])),
     "tied, embeddings adapted": (qwen2, LoraConfig(r=3, lora_alpha=7, target_modules=["embed_tokens"])),
     "tied, nothing of it adapted": (qwen2, LORA),
+    "tie kept": (qwen2, LoraConfig(r=3, target_modules=["lm_head", "q_proj"], ensure_weight_tying=True)),
+    "tie kept, saved whole": (qwen2, LoraConfig(r=3, modules_to_save=["embed_tokens"], ensure_weight_tying=True)),
+    "tie kept, rows": (qwen2, LoraConfig(r=3, trainable_token_indices=[2, 5])),
 }
 
 
