@@ -122,6 +122,12 @@ def test_shapes_that_do_not_fit():
         softmax_cross_entropy(torch.zeros(3, 5), torch.zeros(2, dtype=torch.long))
 
 
+@pytest.mark.parametrize("n_classes", [0, 7])
+def test_no_rows(backend, n_classes):
+    logits, labels = torch.empty(0, n_classes), torch.empty(0, dtype=torch.long)
+    assert softmax_cross_entropy(logits, labels, backend=backend).shape == (0,)
+
+
 @pytest.mark.parametrize("label", [-1, -101, 211, 10**9])
 def test_a_label_that_is_no_class(label):
     hidden, weight, _, labels = draw()

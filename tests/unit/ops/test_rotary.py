@@ -68,6 +68,12 @@ def test_transposed_view_in_place_and_shared_tables(backend):
     assert torch.allclose(rows.transpose(1, 2), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(2, 0, 5, 8), (0, 3, 5, 8), (2, 3, 0, 8)])
+def test_nothing_to_turn(backend, shape):
+    tables = torch.ones(1, shape[2], 4)
+    assert rotate(torch.empty(shape), tables, tables, backend=backend).shape == shape
+
+
 @pytest.mark.parametrize(
     ("x", "table"),
     [((2, 3, 5, 8), (2, 5, 5)), ((2, 3, 5, 8), (3, 5, 4)), ((2, 3, 5, 8), (1, 4, 4)), ((3, 5, 8), (1, 5, 4))],

@@ -11,7 +11,7 @@ from veneer.ops.reference import cross_entropy as reference
 
 
 def softmax_cross_entropy(logits: Tensor, labels: Tensor, softcap: float | None, write_grad: bool) -> Tensor:
-    if not is_served(logits) or logits.stride(1) != 1:
+    if not is_served(logits) or logits.stride(1) != 1 or not logits.numel():
         return reference.softmax_cross_entropy(logits, labels, softcap, write_grad)
     labels = labels.to(torch.int64).contiguous()
     losses = torch.empty(labels.shape, dtype=torch.float32)

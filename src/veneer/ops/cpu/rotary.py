@@ -11,7 +11,7 @@ from veneer.ops.reference import rotary as reference
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, in_place: bool) -> Tensor:
-    if not is_served(x) or x.stride(-1) != 1:
+    if not is_served(x) or x.stride(-1) != 1 or not x.numel():
         return reference.rotate(x, cos, sin, interleaved, in_place)
     out = x if in_place else torch.empty_like(x)
     cos, sin = cos.float().contiguous(), sin.float().contiguous()

@@ -8,6 +8,8 @@ from torch import Tensor
 
 def softmax_cross_entropy(logits: Tensor, labels: Tensor, softcap: float | None, write_grad: bool) -> Tensor:
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if not logits.numel():
+        return wide.new_zeros(len(labels))
     capped = wide if softcap is None else softcap * torch.tanh(wide / softcap)
     shifted = capped - capped.amax(-1, keepdim=True)
     log_z = torch.log(torch.exp(shifted).sum(-1))
