@@ -7,7 +7,7 @@ import pytest
 
 from veneer.errors import ConfigError, DataError, DivergedError
 from veneer.train.recipe import parse_recipe
-from veneer.train.run import carry_out, make_trainer, sample_of
+from veneer.train.run import carry_out, make_trainer, require_fresh, sample_of
 
 
 @pytest.fixture
@@ -25,6 +25,14 @@ def values(tmp_path, make_model, tokenizer):
         },
         "output": str(tmp_path / "run"),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("saved", ["adapter", "model"])
+def test_what_a_run_saved_is_not_written_over(tmp_path, saved):
+    (tmp_path / "run" / saved).mkdir(parents=True)
+    with pytest.raises(ConfigError, match=rf"holds the {saved} that a run saved"):
+        require_fresh(tmp_path / "run", resume=False)
+    require_fresh(tmp_path / "run", resume=True)
 
 
 @pytest.mark.parametrize(
