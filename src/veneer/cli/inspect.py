@@ -12,6 +12,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from veneer.cli.outputs import require_file
+
 if TYPE_CHECKING:
     from veneer.analyze.report import LayerReport, PairReport
     from veneer.analyze.spectrum import Spectrum
@@ -38,6 +40,8 @@ def inspect(
     """
     from veneer.analyze.report import compare, describe
 
+    if png is not None:
+        require_file("--png", png, ".png")
     first = _spectra(adapter, base)
     lines = describe(first, top)
     pairs = [] if other is None else compare(first, _spectra(other, base), top)

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from veneer.cli import loading
+from veneer.cli.outputs import require_folder
 
 if TYPE_CHECKING:
     from veneer.train.intrinsic import Curve
@@ -46,6 +47,7 @@ def intrinsic(
 
     training = Training(steps=steps, learning_rate=learning_rate, structure_aware=structure_aware, seed=seed)
     dimensions = _dimensions(dims)
+    require_folder("--output", output)
     loaded = loading.load(model, dtype="float32")
     batches, score = _task(loaded, data, batch_size, held_out, seed)
     console = Console(stderr=True)

@@ -73,11 +73,12 @@ def split(model: str, adapter: Path | None) -> tuple[str, Path | None]:
 
 
 def sampling(temperature: float, top_p: float, top_k: int, max_new_tokens: int) -> dict[str, Any]:
-    """The options as `generate` takes them."""
+    """The options as `generate` takes them. A checkpoint's own beams are left out: answers appear word by word."""
+    from veneer.train.scoring import greedy
+
     if temperature == 0:
-        plain = {"temperature": None, "top_p": None, "top_k": None}  # a checkpoint's own would be warned about
-        return {"do_sample": False, "max_new_tokens": max_new_tokens, **plain}
-    chosen = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+        return {"max_new_tokens": max_new_tokens, **greedy()}
+    chosen = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "num_beams": 1}
     return {"do_sample": True, "max_new_tokens": max_new_tokens, **chosen}
 
 

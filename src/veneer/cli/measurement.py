@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.cli import loading
+from veneer.cli.outputs import require_file
 
 if TYPE_CHECKING:
     from veneer.train.evaluate import Accuracy, Perplexity
@@ -122,7 +123,7 @@ class Measurement:
             raise ConfigError(f"--prompt makes plain text of each row, and {option}: give one")
 
     def check(self, predictions: Path | None) -> None:
-        """Raise ConfigError for options that this metric does not read, or lacks."""
+        """Raise ConfigError for options that this metric does not read or lacks, and answers with no place to go."""
         from veneer.errors import ConfigError
 
         given = {name for name, value in vars(self.options).items() if value is not None}
@@ -136,6 +137,8 @@ class Measurement:
             problems.append("--metric perplexity reads --answer-field together with --prompt")
         if problems:
             raise ConfigError("; ".join(problems))
+        if predictions is not None:
+            require_file("--predictions", predictions)
 
     def measure(self, loaded: loading.Loaded, on_progress: OnProgress) -> Perplexity | Accuracy:
         """The result."""

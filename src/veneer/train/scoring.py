@@ -131,18 +131,22 @@ def _continued(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], ans
     ids = torch.tensor([[*[pad or 0] * (width - len(p)), *p] for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     stop = {"stop_strings": list(answering.stop), "tokenizer": tokenizer} if answering.stop else {}
-    # A checkpoint may bring its own: the first three would be warned about, the others choose another answer.
-    plain = {"temperature": None, "top_p": None, "top_k": None, "repetition_penalty": 1.0, "num_beams": 1}
     output = model.generate(
         input_ids=ids,
         attention_mask=mask,
-        do_sample=False,
         max_new_tokens=answering.max_new_tokens,
         pad_token_id=pad or 0,
-        **plain,
+        **greedy(),
         **stop,
     )
     return [str(tokenizer.decode(row[width:], skip_special_tokens=True)) for row in output]
+
+
+def greedy() -> dict[str, Any]:
+    """The options of `generate` that take the likeliest token every time, whatever a checkpoint's own settings say."""
+    # The first three would be warned about, the others choose another answer.
+    plain = {"temperature": None, "top_p": None, "top_k": None, "repetition_penalty": 1.0, "num_beams": 1}
+    return {"do_sample": False, **plain}
 
 
 def _cut(text: str, stop: Sequence[str]) -> str:

@@ -165,6 +165,9 @@ def test_inspect_tells_norms_and_overlaps_and_draws(veneer, model_folder, adapte
     assert (tmp_path / "heat.png").read_bytes().startswith(b"\x89PNG")
     table = veneer("inspect", adapter_folder, second)
     assert "sign conflict" in table.output
+    for place, message in (("heat.foo", "must end in .png"), ("no/heat.png", "there is no folder")):
+        wrong = veneer("inspect", adapter_folder, "--png", tmp_path / place)
+        assert (wrong.exit_code, message in wrong.stderr) == (2, True), wrong.output
     with_base = veneer("inspect", adapter_folder, "--base", model_folder, "--json")
     other = next(x for x in json.loads(with_base.output)["layers"] if x["path"] == path)
     assert other["norm"] == pytest.approx(first["norm"], rel=1e-4)

@@ -65,6 +65,8 @@ def test_answers_by_regex_as_a_table(veneer: Veneer, model_folder: Path, data: P
         (("-m", "perplexity", "--predictions", "p.jsonl"), "--predictions is not read"),
         (("-m", "perplexity", "--context", "8", "--stride", "8"), "less than the context"),
         (("-m", "regex", "--pattern", "("), "not a regular expression"),
+        (("-m", "labels", "--predictions", "nowhere/p.jsonl"), "there is no folder nowhere"),
+        (("-m", "labels", "--predictions", "."), "is a folder: give the file"),
         (("-m", "accuracy"), "'accuracy' is not one of"),
         (("-m", "labels", "--system", "be brief"), "system is for conversations"),
         (("-m", "labels", "--prompt", "{prompt}", "--system", "be brief"), "--system belongs to turns"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,18 @@ def test_greedy_generation_is_that_of_transformers(veneer: Veneer, model_folder:
     wanted = answer(model_folder, "<|user|>hi<|end|><|assistant|>", 13)
     assert generated(veneer("generate", model_folder, "-p", "hi", "--max-new-tokens", 13)) == wanted
     assert generated(veneer("generate", model_folder, "-p", "-", "--max-new-tokens", 13, input="hi")) == wanted
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_what_a_checkpoint_says_of_searching_does_not_count(
+    veneer: Veneer, model_folder: Path, tmp_path: Path, temperature: float
+) -> None:
+    shutil.copytree(model_folder, tmp_path / "beams")
+    settings = {"num_beams": 3, "repetition_penalty": 1.7 if temperature == 0 else 1.0}
+    (tmp_path / "beams" / "generation_config.json").write_text(json.dumps(settings))
+    command = ("-p", "hi", "--raw", "--max-new-tokens", 15, "--temperature", temperature, "--seed", 3)
+    wanted = generated(veneer("generate", model_folder, *command))
+    assert generated(veneer("generate", tmp_path / "beams", *command)) == wanted
 
 
 def test_raw_and_system_prompts(veneer: Veneer, model_folder: Path) -> None:

@@ -22,3 +22,5 @@ def test_the_curve_is_written(veneer: Callable[..., Result], model_folder: Path,
     assert "d90: " in result.stdout
     wrong = veneer(*command, "--dims", "7,many")
     assert (wrong.exit_code, "must be whole numbers" in wrong.stderr) == (2, True)
+    taken = veneer(*command, "-o", tmp_path / "data.jsonl" / "out")
+    assert (taken.exit_code, "data.jsonl is a file, not a folder" in taken.stderr) == (2, True)

@@ -1,0 +1,24 @@
+"""The places that a verb writes to when its work is done, looked at before it begins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from veneer.errors import ConfigError
+
+
+def require_file(option: str, path: Path, ending: str = "") -> None:
+    """Raise ConfigError where no file can be written at ``path``, or where it lacks the ending."""
+    if path.suffix != ending and ending:
+        raise ConfigError(f"{option} {path} must end in {ending}")
+    if path.is_dir():
+        raise ConfigError(f"{option} {path} is a folder: give the file to write")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{option} {path}: there is no folder {path.parent}; make it, or choose another place")
+
+
+def require_folder(option: str, path: Path) -> None:
+    """Raise ConfigError where ``path`` can become no folder because a file stands in its way."""
+    for part in (path, *path.parents):
+        if part.exists() and not part.is_dir():
+            raise ConfigError(f"{option} {path}: {part} is a file, not a folder; choose another place")
