@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import cast
 
@@ -23,10 +24,13 @@ _INT8_PARTS = ("SCB", "weight_format")
 class BaseWeights:
     """Reads a checkpoint for a model without storage. Quantized weights come out dense, in float32.
 
+    The parameters ``resized`` are cut to the model's rows, or have zeros below their own.
+
     Raises FormatError where a parameter of the model is not in the files under any name that it may have.
     """
 
-    def __init__(self, folder: Path, model: PreTrainedModel) -> None:
+    def __init__(self, folder: Path, model: PreTrainedModel, resized: Collection[str] = ()) -> None:
+        self._resized = frozenset(resized)
         self._tensors = Checkpoint.open(folder)
         self._shapes = {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)}
         self._groups = _tied(model)
@@ -62,11 +66,12 @@ class BaseWeights:
         stored = self._tensors.tensors[self._stored[name]]
         if self._format(stored.name) != "dense":
             return dtype or self._half, self._shapes[name]
-        if stored.shape != self._shapes[name]:
+        same = slice(1 if name in self._resized else 0, None)
+        if stored.shape[same] != self._shapes[name][same]:
             raise FormatError(
                 f"{stored.name} has the shape {stored.shape} in the files, the model needs {self._shapes[name]}"
             )
-        return dtype if dtype and stored.dtype.is_floating_point else stored.dtype, stored.shape
+        return dtype if dtype and stored.dtype.is_floating_point else stored.dtype, self._shapes[name]
 
     def passed_spec(self, stored: str, dtype: torch.dtype | None) -> Spec:
         """dtype and shape of a tensor that is passed on."""
@@ -75,7 +80,11 @@ class BaseWeights:
 
     def read(self, name: str) -> Tensor:
         """A parameter by the model's name."""
-        return self._read(self._stored[name], self._shapes[name])
+        value, shape = self._read(self._stored[name], self._shapes[name]), self._shapes[name]
+        if name not in self._resized or value.shape == shape:
+            return value
+        n_kept = min(len(value), shape[0])
+        return torch.cat([value[:n_kept], value.new_zeros(shape[0] - n_kept, *shape[1:])])
 
     def read_stored(self, stored: str) -> Tensor:
         """A tensor by its name in the result."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from veneer.core.method import LinearMethod
+from veneer.core.method import DISK_PREFIX, LinearMethod
 from veneer.errors import CompositionError
 from veneer.export.base_weights import BaseWeights
 from veneer.export.model_folder import copy_companions, local_folder
@@ -65,14 +65,16 @@ def merge_checkpoint(
     """Fold an adapter into a base checkpoint and write the result as a model folder, tokenizer included.
 
     The values are those of ``merge_and_unload`` on the base in its own dtype, rounded to ``options.dtype`` at the end.
+    An adapter that brings the embeddings and the head of a resized vocabulary whole gives the result that vocabulary.
     Raises FormatError where the files are damaged or do not fit each other, CompositionError for adapters that cannot
     be folded, and FormatError where ``output`` holds something and is not to be overwritten. Then nothing is written.
     """
     options = options or MergeOptions()
-    folder = local_folder(base)
-    skeleton, state = _skeleton(folder), AdapterState()
-    weights = BaseWeights(folder, skeleton)
-    _attach(skeleton, state, adapter, weights)
+    folder, state = local_folder(base), AdapterState()
+    config, tensors = _foldable(adapter), read_tensors(adapter)
+    skeleton, n_rows = _skeleton(folder, tensors)
+    weights = BaseWeights(folder, skeleton, [f"{path}.weight" for path, _ in _ends(skeleton)] if n_rows else [])
+    _attach(skeleton, state, config, tensors, str(adapter / WEIGHTS_FILE), weights)
     changed = {path: m for path, m in adapted_modules(skeleton).items() if m.holds(NAME)}
     plan = _plan(weights, changed, _wanted(options.dtype))
     with CheckpointWriter(
@@ -83,7 +85,7 @@ def merge_checkpoint(
             writer.write(name, _result(name, weights, changed, plan, folded), convert=True)
             on_progress(done + 1, len(plan.specs))
         copy_companions([folder, adapter], writer.staging)
-        _write_config(folder, writer.staging, plan)
+        _write_config(folder, writer.staging, plan, n_rows)
     n_bytes = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in plan.specs.values())
     return MergeReport(n_modules=len(changed), n_tensors=len(plan.specs), n_bytes=n_bytes, untied=plan.untied)
 
@@ -103,32 +105,62 @@ def _wanted(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return None if isinstance(parsed, str) else parsed
 
 
-def _skeleton(folder: Path) -> PreTrainedModel:
-    """The model of a folder without storage, as if it were not quantized."""
-    config = AutoConfig.from_pretrained(folder)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config)).eval()
-
-
-def _attach(skeleton: PreTrainedModel, state: AdapterState, adapter: Path, weights: BaseWeights) -> None:
-    """The adapter on the skeleton: its own tensors are real."""
+def _foldable(adapter: Path) -> LinearMethod:
     config = read_config(adapter)
     if not isinstance(config, LinearMethod):
         raise CompositionError(
             f"the adapter {adapter} ({config.peft_type}) does not change weights, so it cannot be folded into them: "
             "keep it beside the model"
         )
+    return config
+
+
+def _skeleton(folder: Path, tensors: Mapping[str, Tensor]) -> tuple[PreTrainedModel, int | None]:
+    """The model of a folder without storage, as if it were not quantized, and the size of the adapter's vocabulary,
+    which it gets, where that is another.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = _without_storage(config)
+    n_rows = _vocabulary(model, tensors)
+    if n_rows in (None, config.get_text_config().vocab_size):
+        return model, None
+    config.get_text_config().vocab_size = n_rows
+    return _without_storage(config), n_rows
+
+
+def _without_storage(config: Any) -> PreTrainedModel:
+    with torch.device("meta"):
+        return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config)).eval()
+
+
+def _vocabulary(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> int | None:
+    """The rows of the embeddings and of the head, where an adapter brings both whole."""
+    found = set()
+    for path, _ in _ends(model):
+        keys = (f"{DISK_PREFIX}{path}.{inner}weight" for inner in ("", "base_layer.", "token_adapter.base_layer."))
+        found.add(next((tensors[key].shape[0] for key in keys if key in tensors), None))
+    return found.pop() if len(found) == 1 else None
+
+
+def _attach(
+    skeleton: PreTrainedModel,
+    state: AdapterState,
+    config: LinearMethod,
+    tensors: Mapping[str, Tensor],
+    source: str,
+    weights: BaseWeights,
+) -> None:
+    """The adapter on the skeleton: its own tensors are real."""
     attach(skeleton, config, NAME, state, start=Start(values=False))
     for module in adapted_modules(skeleton).values():
         for held in (module.adapters, module.copies):
             if NAME in held:
                 held[NAME].to_empty(device="cpu")
-    tensors = read_tensors(adapter)
     ends = _ends(skeleton) if set(tensors) - set(live_parameters(skeleton, state, NAME)) else []
     with _filled(ends, weights):  # whole embeddings that came along are compared with the base's
-        assign(skeleton, state, NAME, tensors, str(adapter / WEIGHTS_FILE))
+        assign(skeleton, state, NAME, tensors, source)
 
 
 def _ends(skeleton: PreTrainedModel) -> list[tuple[str, nn.Module]]:
@@ -203,10 +235,12 @@ def _filled(modules: list[tuple[str, nn.Module]], weights: BaseWeights) -> Itera
                 module.forget()
 
 
-def _write_config(base: Path, into: Path, plan: _Plan) -> None:
+def _write_config(base: Path, into: Path, plan: _Plan, n_rows: int | None) -> None:
     text = (base / "config.json").read_text(encoding="utf-8")
     config: dict[str, Any] = json.loads(text)
     config.pop("quantization_config", None)
+    if n_rows:
+        config.get("text_config", config)["vocab_size"] = n_rows
     floating = {dtype for dtype, _ in plan.specs.values() if dtype.is_floating_point}
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         if plan.untied and "tie_word_embeddings" in part:

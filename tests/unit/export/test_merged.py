@@ -89,6 +89,47 @@ def assert_same_weights(output: Path, wanted: nn.Module) -> nn.Module:
     return got
 
 
+@pytest.mark.parametrize("n_rows", [71, 61])
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [5, 60]},
+    ],
+)
+def test_a_resized_vocabulary_comes_with_the_adapter(
+    how: dict[str, Any], tie: bool, n_rows: int, tmp_path: Path
+) -> None:
+    base = save_base(llama(tie), tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(n_rows)
+    model = get_peft_model(model, LoraConfig(r=3, init_lora_weights=False, **how))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    model.save_pretrained(tmp_path / "adapter")
+    merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
+    got = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.tensor([[3, 17, n_rows - 1, 60, 29]])
+    assert got.config.vocab_size == n_rows
+    torch.testing.assert_close(got(ids).logits, model.merge_and_unload().eval()(ids).logits, rtol=0, atol=0)
+
+
+def test_half_a_resized_vocabulary_is_refused(tmp_path: Path) -> None:
+    base = save_base(llama(), tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(71)
+    model = get_peft_model(model, LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["embed_tokens"]))
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    with pytest.raises(FormatError, match=r"shape \(71, 24\) where the model needs \(67, 24\)"):
+        merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
+
+
 LORA = LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "down_proj"])
 CASES: dict[str, tuple[Any, MethodConfig]] = {
     "lora": (llama, LORA),
