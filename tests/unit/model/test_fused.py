@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from typing import Any
 
@@ -33,6 +34,8 @@ from veneer import (
     IA3Config,
     LoraConfig,
     PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
     get_peft_model,
     prepare_model_for_kbit_training,
 )
@@ -254,6 +257,7 @@ def test_under_gradient_checkpointing(reentrant: bool, halves: list[str]) -> Non
         (IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]), set()),
         (BottleneckConfig(after_attention=True, after_mlp=False, reduction_factor=7), {"mlp"}),
         (PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), set()),
+        (PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), {"attention", "mlp"}),
     ],
 )
 def test_what_does_not_fit_runs_the_general_path(config: MethodConfig, expected: set[str], halves: list[str]) -> None:
@@ -264,6 +268,28 @@ def test_what_does_not_fit_runs_the_general_path(config: MethodConfig, expected:
         found = step(model, {})
     assert set(halves) == expected
     assert error(found[2], before[2]) <= 2e-5
+
+
+@pytest.mark.parametrize("config", [PrefixTuningConfig, PromptTuningConfig, PromptEncoderConfig])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_virtual_tokens_go_with_every_family(
+    family: str, config: type[MethodConfig], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = adapted(base(family), config(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    before = step(model, BATCHES["padded"])
+    with caplog.at_level(logging.WARNING), fused(model) as is_now:
+        found = step(model, BATCHES["padded"])
+    assert is_now
+    assert not caplog.records
+    assert (found[0] - before[0]).norm() <= 2e-5 * before[0].norm()
+    assert error(found[2], before[2]) <= 2e-5
+
+
+def test_a_fused_decoder_takes_the_arguments_of_the_models_own() -> None:
+    model = base("neox")
+    own = inspect.signature(model.base_model.forward)
+    with fused(model):
+        assert inspect.signature(model.base_model.forward) == own
 
 
 @pytest.mark.parametrize(

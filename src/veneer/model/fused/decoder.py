@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -20,6 +21,7 @@ from veneer.model.fused.shape import BlockShape, block_shapes
 from veneer.model.inplace import InPlace, change_class, restore_class
 from veneer.model.quant_linear import computing_dtypes
 from veneer.model.structure import evaluation
+from veneer.model.virtual_tokens import VirtualTokens
 from veneer.ops.dispatch import backends
 
 log = logging.getLogger(__name__)
@@ -38,13 +40,11 @@ class FusedDecoder(InPlace, nn.Module):
 
     ends_with_head: bool
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        mask = self._layout(args, kwargs)
-        if mask is not None:
-            kwargs = {**kwargs, "attention_mask": mask, "use_cache": False}
-        return super().forward(*args, **kwargs)
+    @classmethod
+    def own_body(cls, base: type[nn.Module]) -> dict[str, Any]:
+        return {"forward": _with_layout(base.forward)}
 
-    def _layout(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayoutMask | None:
+    def layout(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayoutMask | None:
         """None where a cache, a mask of the caller's own, or a wish for attention weights is in play.
 
         A training step that says nothing of a cache gets none.
@@ -62,6 +62,17 @@ class FusedDecoder(InPlace, nn.Module):
         if not all(given is None or isinstance(given, Tensor) for given in (mask, positions)):
             return None
         return layout_mask((tokens.shape[0], tokens.shape[1]), mask, positions)
+
+
+def _with_layout(plain: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(plain)  # those who ask for the arguments (virtual tokens, generate) find the model's own
+    def forward(self: FusedDecoder, *args: Any, **kwargs: Any) -> Any:
+        mask = self.layout(args, kwargs)
+        if mask is not None:
+            kwargs = {**kwargs, "attention_mask": mask, "use_cache": False}
+        return plain(self, *args, **kwargs)
+
+    return forward
 
 
 def fuse(model: PreTrainedModel) -> bool:
@@ -145,7 +156,8 @@ def _fuse(model: PreTrainedModel) -> str | None:
 def _base_alone(model: nn.Module) -> Iterator[None]:
     """For a while no adapter acts and every weight counts as frozen."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    states = {id(m.adapter_state): m.adapter_state for m in model.modules() if isinstance(m, Adapted)}
+    holders = (m for m in model.modules() if isinstance(m, Adapted | VirtualTokens))
+    states = {id(m.adapter_state): m.adapter_state for m in holders}
     with ExitStack() as stack:
         for state in states.values():
             stack.enter_context(state.base_alone())
