@@ -15,6 +15,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PreTrainedModel
 
 from veneer.adapters import combining, lifecycle, merging, requantizing, saving, schedules, status
+from veneer.adapters.card import write_card
 from veneer.adapters.placement import DeviceMap, require_same_place
 from veneer.core.method import MethodConfig
 from veneer.errors import ConfigError
@@ -344,6 +345,10 @@ class PeftModel(InPlace, nn.Module):
         names = _names(selected_adapters) if selected_adapters is not None else tuple(self.peft_config)
         what = saving.Selection(names, save_embedding_layers, None)
         return saving.push(self, self.adapter_state, repo_id, what, saving.Upload(**hub))
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
+        """Write the model card of the adapter that was added first; a Trainer that pushes to the hub asks for it."""
+        write_card(Path(output_dir), next(iter(self.peft_config.values())))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As torch's; what a Trainer checkpoint holds goes to the adapters, strictly.

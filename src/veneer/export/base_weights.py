@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 from veneer.errors import FormatError
 from veneer.ops.four_bit import FourBitLayout
@@ -35,6 +37,7 @@ class BaseWeights:
         self._shapes = {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)}
         self._groups = _tied(model)
         self._prefix = f"{model.base_model_prefix}."
+        self._renamed = _renamed(model, self._tensors.tensors)
         self._half = _half_of(folder)
         self._stored = {name: self._find(names) for names in self._groups for name in names}
         self._parts = {part for name in set(self._stored.values()) for part in self._parts_of(name)}
@@ -130,11 +133,13 @@ class BaseWeights:
         return self._four_bit
 
     def _find(self, names: list[str]) -> str:
-        """The name in the files: the model's, or without the prefix of the inner model."""
+        """The name in the files: the model's, without the inner model's prefix, or one that transformers renames."""
         for name in names:
             for candidate in (name, name.removeprefix(self._prefix), f"{self._prefix}{name}"):
                 if candidate in self._tensors.tensors:
                     return candidate
+            if name in self._renamed:
+                return self._renamed[name]
         raise FormatError(
             f"the base's files have no tensor {names[0]!r}: they are not whole, or name their tensors otherwise than "
             "the model does. Load the base with from_pretrained and use merge_and_unload() instead."
@@ -146,6 +151,18 @@ def _tied(model: PreTrainedModel) -> list[list[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
     return list(groups.values())
+
+
+def _renamed(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
+    """The names in the files by those that transformers gives them when it loads, such as GPT-NeoX's ``embed_out``."""
+    renamings = [each for each in get_model_conversion_mapping(model) if type(each) is WeightRenaming]
+    found = {}
+    for name in stored:
+        new = name
+        for renaming in renamings:
+            new, _ = renaming.rename_source_key(new)
+        found[new] = name
+    return found
 
 
 def _half_of(folder: Path) -> torch.dtype:

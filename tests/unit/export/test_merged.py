@@ -16,6 +16,8 @@ from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
@@ -87,6 +89,16 @@ def assert_same_weights(output: Path, wanted: nn.Module) -> nn.Module:
         assert value.dtype == expected[name].dtype
         assert torch.equal(value, expected[name]), name
     return got
+
+
+def test_tensors_that_transformers_renames_are_found(tmp_path: Path) -> None:
+    """GPT-NeoX's head is ``embed_out`` in the files and ``lm_head`` in the model."""
+    sizes = {"vocab_size": 67, "hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 2}
+    base = save_base(GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, num_attention_heads=3)), tmp_path / "base")
+    adapter = save_adapter(base, LoraConfig(r=3, target_modules=["query_key_value", "lm_head"]), tmp_path / "adapter")
+    merge_checkpoint(base, adapter, tmp_path / "out")
+    assert "embed_out.weight" in load_file(tmp_path / "out" / "model.safetensors")
+    assert_same_model(tmp_path / "out", merged_in_memory(base, adapter))
 
 
 @pytest.mark.parametrize("n_rows", [71, 61])

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from veneer import (
     LoraConfig,
@@ -292,6 +292,24 @@ def test_the_model_card_keeps_what_was_written(tmp_path: Path) -> None:
     card.save(tmp_path / "README.md")
     model.save_pretrained(tmp_path)
     assert "My own words." in (tmp_path / "README.md").read_text()
+
+
+def test_a_trainer_that_pushes_gets_its_card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sent: list[str] = []
+
+    def upload(self: Any, **options: Any) -> None:
+        sent.extend(path.name for path in Path(options["folder_path"]).iterdir() if path.is_file())
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda *_, **__: huggingface_hub.RepoUrl("someone/x"))
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload)
+    model = get_peft_model(base(), LoraConfig(r=3, base_model_name_or_path="someone/base"))
+    options = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, hub_model_id="someone/x")
+    trainer = Trainer(model, options)
+    trainer.init_hf_repo()
+    trainer.push_to_hub()
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors"} <= set(sent)
+    assert "model.safetensors" not in sent
+    assert huggingface_hub.ModelCard.load(tmp_path / "README.md").data.base_model == "someone/base"
 
 
 def test_the_model_card_names_no_folder_of_this_machine(tmp_path: Path) -> None:
