@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from veneer.core.method import DISK_PREFIX, LinearMethod
-from veneer.errors import CompositionError
+from veneer.errors import CompositionError, FormatError
 from veneer.export.base_weights import BaseWeights
 from veneer.export.model_folder import copy_companions, local_folder
 from veneer.model.adapted import Adapted
@@ -131,8 +132,19 @@ def _skeleton(folder: Path, tensors: Mapping[str, Tensor]) -> tuple[PreTrainedMo
 
 
 def _without_storage(config: Any) -> PreTrainedModel:
+    """A model of the class that the config names, on no device. Raises FormatError for an unknown class."""
+    named = (config.architectures or [""])[0]
+    is_bare = not named or named.endswith("Model")  # a head may have been put on it, which the files need not hold
     with torch.device("meta"):
-        return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config)).eval()
+        if is_bare and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+            return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config)).eval()
+        architecture = getattr(transformers, named, None) if named else None
+        if not (isinstance(architecture, type) and issubclass(architecture, PreTrainedModel)):
+            raise FormatError(
+                f"the base's config.json names {named or 'no class'!r} under architectures, which is no model of "
+                "transformers: load the base yourself, and use merge_and_unload()"
+            )
+        return architecture(config).eval()
 
 
 def _vocabulary(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> int | None:

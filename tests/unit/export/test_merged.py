@@ -20,8 +20,13 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     Qwen2Config,
     Qwen2ForCausalLM,
+    SiglipConfig,
+    SiglipForImageClassification,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from veneer import IA3Config, LoraConfig, PeftModel, get_peft_model
@@ -352,3 +357,64 @@ def test_the_peak_of_memory_is_below_one_shard(tmp_path: Path, three_large_layer
     command = [sys.executable, "-c", MEASURE, str(tmp_path), str(large), dtype, str(LARGE_SHARD)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert 0 < int(done.stdout.split()[-1]) < LARGE_SHARD
+
+
+def siglip() -> SiglipForImageClassification:
+    sizes = {"hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 1, "num_attention_heads": 3}
+    images = {**sizes, "image_size": 12, "patch_size": 4}
+    return SiglipForImageClassification(SiglipConfig(text_config={**sizes, "vocab_size": 67}, vision_config=images))
+
+
+def t5() -> T5ForConditionalGeneration:
+    return T5ForConditionalGeneration(T5Config(vocab_size=67, d_model=24, d_kv=8, d_ff=37, num_layers=2, num_heads=3))
+
+
+def classifier() -> LlamaForSequenceClassification:
+    return LlamaForSequenceClassification(LlamaConfig(**SIZES, **HEADS, num_labels=3))
+
+
+OTHER_HEADS: dict[str, tuple[Any, MethodConfig]] = {
+    "a convolution": (siglip, LoraConfig(r=3, lora_alpha=7, target_modules=["patch_embedding", "q_proj"])),
+    "torch's attention": (siglip, LoraConfig(r=3, lora_alpha=7, target_modules=["head.attention", "q_proj"])),
+    "an encoder-decoder": (t5, LoraConfig(r=3, target_modules=["lm_head", "q"], ensure_weight_tying=True)),
+    "a classifier": (classifier, LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["score"])),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_HEADS)
+def test_models_of_other_tasks(tmp_path: Path, case: str) -> None:
+    make, config = OTHER_HEADS[case]
+    base = save_base(make(), tmp_path / "base")
+    own = type(make())
+    model = get_peft_model(own.from_pretrained(base), config)
+    torch.manual_seed(6)
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    model.save_pretrained(tmp_path / "adapter")
+    merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
+    got = own.from_pretrained(tmp_path / "out").state_dict()
+    before, wanted = own.from_pretrained(base).state_dict(), model.merge_and_unload().state_dict()
+    assert got.keys() == wanted.keys()
+    assert all(torch.equal(value, wanted[name]) for name, value in got.items())
+    assert any(not torch.equal(value, before[name]) for name, value in got.items())
+
+
+@pytest.mark.parametrize("named", [["NoSuchModelForVision"], None])
+def test_a_class_that_transformers_has_not_is_told(tmp_path: Path, named: list[str] | None) -> None:
+    base = save_base(siglip(), tmp_path / "base")
+    get_peft_model(siglip(), LoraConfig(r=3, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "architectures": named}))
+    with pytest.raises(FormatError, match="which is no model of transformers: load the base yourself"):
+        merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
+
+
+def test_a_bare_base_gets_the_head_that_its_adapter_had(tmp_path: Path) -> None:
+    base = save_base(qwen2(), tmp_path / "base")
+    adapter = save_adapter(base, LORA, tmp_path / "adapter")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "architectures": ["Qwen2Model"]}))
+    wanted = merged_in_memory(base, adapter)
+    merge_checkpoint(base, adapter, tmp_path / "out")
+    assert_same_model(tmp_path / "out", wanted)
