@@ -101,6 +101,19 @@ def test_no_rows_at_all(backend):
     assert not a.grad.any()
 
 
+def test_a_layer_on_which_no_adapter_has_a_pair(backend):
+    x, a, b, rows = torch.ones(3, 5), torch.ones(1, 5), torch.ones(7, 1), AdapterRuns((Run(0, 0, 3),), 3)
+    groups = [LowRankGroup((None,), (None,), (1.0,)), LowRankGroup((a,), (b,), (0.5,))]
+    ys = [torch.ones(3, 4), torch.zeros(3, 7)]
+    u = add_grouped_low_rank(x, groups, rows, ys, backend=backend)
+    assert torch.equal(ys[0], torch.ones(3, 4))
+    assert torch.equal(ys[1], torch.full((3, 7), 2.5))
+    dys = [torch.ones(3, 4), torch.ones(3, 7)]
+    dx, das, dbs = grouped_low_rank_backward(dys, x, u, groups, rows, backend=backend)
+    assert torch.equal(dx, torch.full((3, 5), 3.5))
+    assert (das[0], dbs[0]) == ((None,), (None,))
+
+
 def test_gradcheck(backend):
     tensors, scales, rows, _ = draw((4, 29, 31, (2, 3)), torch.float64, torch.float64)
     leaves = [t.requires_grad_() for t in tensors]

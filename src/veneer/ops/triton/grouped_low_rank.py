@@ -26,7 +26,8 @@ def forward(x: Tensor, groups: Sequence[LowRankGroup], rows: AdapterRuns, ys: Se
         return reference.forward(x, groups, rows, ys)
     x, owner = with_rows(x), rows.row_to_adapter(x.device)
     for group, y in zip(groups, ys, strict=True):
-        _expand(_shrink(x, _stacked(group.a, x), owner), _scaled_b(group, x), owner, y)
+        if not _is_empty(group):
+            _expand(_shrink(x, _stacked(group.a, x), owner), _scaled_b(group, x), owner, y)
     return x.new_empty(0)
 
 
@@ -39,6 +40,10 @@ def backward(
     dx = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if input_grad else None
     das, dbs = [], []
     for group, given in zip(groups, dys, strict=True):
+        if _is_empty(group):
+            das.append(group.a)
+            dbs.append(group.b)
+            continue
         dy = with_rows(same_dtype(given, x))
         a, b = _stacked(group.a, x), _scaled_b(group, x)
         own_u, du = _shrink(x, a, owner), _shrink(dy, b, owner)
@@ -57,6 +62,11 @@ def backward(
 
 def _serves(x: Tensor, groups: Sequence[LowRankGroup]) -> bool:
     return is_served(x, *(f for group in groups for f in (*group.a, *group.b) if f is not None))
+
+
+def _is_empty(group: LowRankGroup) -> bool:
+    """Whether no adapter has a pair on a layer."""
+    return all(a is None for a in group.a)
 
 
 def _stacked(factors: Sequence[Tensor | None], x: Tensor) -> Tensor:
