@@ -58,11 +58,13 @@ def stream_answer(loaded: Loaded, encoded: Any, options: dict[str, Any]) -> str:
 
 def _room(model: Any, n_prompt: int) -> int | None:
     """How many tokens fit behind the prompt; None where the model has no limit."""
-    limit = getattr(model.config, "max_position_embeddings", None)
+    from veneer.train.scoring import context_length
+
+    limit = context_length(model)
     if limit is None:
         return None
     if n_prompt == 0:
         raise ConfigError("the prompt is empty: nothing to continue")
     if n_prompt >= limit:
         raise ConfigError(f"the prompt has {n_prompt} tokens and the model's context holds {limit}: shorten it")
-    return int(limit) - n_prompt
+    return limit - n_prompt

@@ -12,6 +12,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from veneer.errors import ConfigError
+from veneer.model.virtual_tokens import virtual_tokens
 
 OnProgress = Callable[[int, int], None]
 
@@ -98,17 +99,40 @@ def greedy_answers(
     batching: Batching | None = None,
     on_progress: OnProgress = ignore_progress,
 ) -> list[str]:
-    """The likeliest continuation of every prompt as text. Padding is on the left and masked."""
+    """The likeliest continuation of every prompt as text, to the end of the model's context at most. Padding is on the
+    left and masked. Raises ConfigError for prompts that are empty or fill the context.
+    """
     answering = answering or Answering()
     answers: dict[int, str] = {}
+    limit = context_length(model)
     if any(not prompt for prompt in prompts):
         raise ConfigError("a prompt is empty: there is nothing to continue")
+    if limit is not None and any(len(prompt) >= limit for prompt in prompts):
+        raise ConfigError(
+            f"a prompt has {max(map(len, prompts))} tokens and the model's context holds {limit}: shorten it"
+        )
     with _evaluating(model):
-        for batch in (batching or Batching()).split([len(p) + answering.max_new_tokens for p in prompts]):
+        for batch in _batches([len(p) + answering.max_new_tokens for p in prompts], batching or Batching(), limit):
             texts = _continued(model, tokenizer, [prompts[i] for i in batch], answering)
             answers |= {i: _cut(text, answering.stop) for i, text in zip(batch, texts, strict=True)}
             on_progress(len(answers), len(prompts))
     return [answers[i] for i in range(len(prompts))]
+
+
+def context_length(model: Any) -> int | None:
+    """How many tokens fit into the context, beside the virtual tokens of the active adapter; None without a limit."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    fronts = [holder.acting() for holder in virtual_tokens(model).values()]
+    return None if limit is None else int(limit) - sum(front.width for front in fronts if front is not None)
+
+
+def _batches(lengths: Sequence[int], batching: Batching, limit: int | None) -> Iterator[list[int]]:
+    """Batches of answers. One that may reach the end of the context comes alone: others would be cut off with it."""
+    for batch in batching.split(lengths):
+        cut = [i for i in batch if limit is not None and lengths[i] > limit]
+        yield from ([i] for i in cut)
+        if len(cut) < len(batch):
+            yield [i for i in batch if i not in cut]
 
 
 def _forward(model: Any, sequences: Sequence[Sequence[int]]) -> Tensor:
@@ -126,7 +150,7 @@ def _gathered(logits: Tensor, item: Scored) -> Float32[Tensor, " n"]:
 
 
 def _continued(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], answering: Answering) -> list[str]:
-    width = max(len(p) for p in prompts)
+    width, limit = max(len(p) for p in prompts), context_length(model)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     ids = torch.tensor([[*[pad or 0] * (width - len(p)), *p] for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
@@ -134,7 +158,7 @@ def _continued(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], ans
     output = model.generate(
         input_ids=ids,
         attention_mask=mask,
-        max_new_tokens=answering.max_new_tokens,
+        max_new_tokens=answering.max_new_tokens if limit is None else min(answering.max_new_tokens, limit - width),
         pad_token_id=pad or 0,
         **greedy(),
         **stop,

@@ -6,13 +6,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from typer.testing import Result
 
-from veneer import PeftModel
+from veneer import PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
 Veneer = Callable[..., Result]
 
@@ -100,6 +101,22 @@ def test_the_answer_stops_at_the_end_of_the_context(veneer: Veneer, model_folder
     assert generated(result) == answer(model_folder, prompt, 11)
     too_long = veneer("generate", model_folder, "-p", "x" * 131, "--raw")
     assert (too_long.exit_code, "131 tokens and the model's context holds 131" in too_long.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig])
+def test_virtual_tokens_take_room_in_the_context(
+    veneer: Veneer, model_folder: Path, tmp_path: Path, config: Any
+) -> None:
+    sizes = {"vocab_size": 260, "n_embd": 48, "n_layer": 1, "n_head": 3, "n_positions": 31}
+    base = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=0, pad_token_id=0))
+    base.save_pretrained(tmp_path / "gpt2")
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path / "gpt2")
+    model = get_peft_model(base, config(task_type="CAUSAL_LM", num_virtual_tokens=7))
+    model.save_pretrained(tmp_path / "front")
+    command = ("generate", tmp_path / "gpt2", "-a", tmp_path / "front", "--raw", "--max-new-tokens", 500)
+    assert veneer(*command, "-p", "x" * 20).exit_code == 0
+    too_long = veneer(*command, "-p", "x" * 24)
+    assert (too_long.exit_code, "24 tokens and the model's context holds 24" in too_long.stderr) == (2, True)
 
 
 def test_an_empty_prompt_is_refused(veneer: Veneer, model_folder: Path) -> None:

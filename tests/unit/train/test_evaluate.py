@@ -258,6 +258,20 @@ def test_spans_batches_and_windows_are_checked(model: Any, tokenizer: Any) -> No
         greedy_answers(model, tokenizer, [[]])
 
 
+def test_answers_end_with_the_context_and_short_prompts_are_not_cut_with_long_ones(tokenizer: Any) -> None:
+    torch.manual_seed(5)
+    sizes = {"vocab_size": 259, "n_embd": 24, "n_layer": 1, "n_head": 3, "n_positions": 19, "initializer_range": 0.3}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)).eval()
+    prompts = [[5, 9, 11], [7] * 16, [3, 4] * 6]
+    wanted = []
+    for prompt, n in zip(prompts, (9, 3, 7), strict=True):
+        output = model.generate(torch.tensor([prompt]), max_new_tokens=n, do_sample=False, pad_token_id=0)
+        wanted.append(tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True))
+    assert greedy_answers(model, tokenizer, prompts, Answering(max_new_tokens=9)) == wanted
+    with pytest.raises(ConfigError, match="a prompt has 19 tokens and the model's context holds 19"):
+        greedy_answers(model, tokenizer, [[7] * 19])
+
+
 def test_data_files(tmp_path: Path) -> None:
     rows = [{"text": "a\u2028b"}, {"text": "c"}]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in rows) + "\n\n")
