@@ -21,11 +21,11 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from veneer.core.field_types import check
 from veneer.core.frozen_config import FrozenConfig
 from veneer.core.records import LinearDelta, PrefixDelta, PromptDelta, ResidualDelta
 from veneer.core.sites import AttentionSite, InputSite, LinearSite, ResidualSite
 from veneer.core.tasks import TaskType
-from veneer.errors import ConfigError
 
 Shapes = dict[str, tuple[int, ...]]
 Params = Mapping[str, Tensor]
@@ -52,7 +52,8 @@ class MethodConfig(FrozenConfig):
     """What every adapter config holds, in PEFT's names.
 
     ``peft_type`` names the format on disk. ``modules_to_save`` are modules trained whole and kept with the adapter.
-    Lists and sets are kept as tuples (sets sorted), mappings as copies, so that no config changes behind one's back.
+    Values are checked against the types of the fields, see `core.field_types`. Lists and sets are kept as tuples (sets
+    sorted), mappings as copies, so that no config changes behind one's back.
     """
 
     peft_type: ClassVar[str]
@@ -66,25 +67,12 @@ class MethodConfig(FrozenConfig):
     modules_to_save: Collection[str] | None = None
 
     def __post_init__(self) -> None:
-        for spec in fields(self):  # a frozen config holds no mutable sequence, whatever it was given
-            value = getattr(self, spec.name)
-            if isinstance(value, (list, set, frozenset)):
-                value = tuple(sorted(value) if isinstance(value, (set, frozenset)) else value)
-            object.__setattr__(self, spec.name, dict(value) if isinstance(value, Mapping) else value)
-        problems = self.problems()
-        if problems:
-            raise ConfigError(f"{type(self).__name__}: " + "; ".join(problems))
+        check(self, lambda: self.problems())
 
     def problems(self) -> list[str]:
-        """Everything that is wrong with the values, one sentence each. Subclasses extend the list."""
+        """What is wrong with values of the right types, one sentence each. Subclasses extend the list."""
         tasks = [task.value for task in TaskType]
-        found = [] if self.task_type in (None, *tasks) else [f"task_type={self.task_type!r} must be one of {tasks}"]
-        if isinstance(self.modules_to_save, str):  # each of its letters would be taken for the end of a name
-            found.append(
-                f"modules_to_save={self.modules_to_save!r} must be a list of names: ['{self.modules_to_save}']"
-            )
-        flags = {spec.name: getattr(self, spec.name) for spec in fields(self) if spec.type in ("bool", bool)}
-        return found + [f"{k}={v!r} must be True or False" for k, v in flags.items() if not isinstance(v, bool)]
+        return [] if self.task_type in (None, *tasks) else [f"task_type={self.task_type!r} must be one of {tasks}"]
 
     @property
     def keeps_tie(self) -> bool:
@@ -337,7 +325,7 @@ class VirtualTokenMethod(MethodConfig):
         found = super().problems()
         for name in ("num_virtual_tokens", "encoder_hidden_size", "encoder_num_layers"):
             value = getattr(self, name, None)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            if value is not None and value < 1:
                 found.append(f"{name}={value!r} must be a whole number of at least 1")
         if self.num_transformer_submodules not in (None, 1, 2):
             found.append(f"num_transformer_submodules={self.num_transformer_submodules!r} must be None, 1 or 2")

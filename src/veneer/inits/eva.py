@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from veneer.core.field_types import check
 from veneer.errors import ConfigError
 from veneer.inits import Start
 from veneer.inits.lowrank import kaiming
@@ -50,19 +51,11 @@ class EvaConfig:
     adjust_scaling_factors: bool = True
 
     def __post_init__(self) -> None:
-        found = [
-            f"{name}={getattr(self, name)!r} must be True or False"
-            for name in ("use_label_mask", "whiten", "adjust_scaling_factors")
-            if not isinstance(getattr(self, name), bool)
-        ]
-        if not _is_number(self.rho) or not 1 <= self.rho < float("inf"):
-            found.append(f"rho={self.rho!r} must be a finite number of at least 1")
-        if not _is_number(self.tau) or not 0 <= self.tau <= 1:
-            found.append(f"tau={self.tau!r} must lie in [0, 1]")
-        if not isinstance(self.label_mask_value, int) or isinstance(self.label_mask_value, bool):
-            found.append(f"label_mask_value={self.label_mask_value!r} must be a whole number")
-        if found:
-            raise ConfigError("EvaConfig: " + "; ".join(found))
+        check(self, self._problems)
+
+    def _problems(self) -> list[str]:
+        found = [] if self.rho >= 1 else [f"rho={self.rho!r} must be a finite number of at least 1"]
+        return found if 0 <= self.tau <= 1 else [*found, f"tau={self.tau!r} must lie in [0, 1]"]
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> EvaConfig:
@@ -138,7 +131,3 @@ def shared_ranks(explained: Mapping[str, Tensor], budget: int) -> dict[str, int]
     for place in order[:budget].tolist():
         ranks[owners[place]] += 1
     return ranks
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

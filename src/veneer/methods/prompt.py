@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ from veneer.core.sites import InputSite
 from veneer.errors import ConfigError
 
 STORED = "prompt_embeddings"
-STARTS = ("RANDOM", "SAMPLE_VOCAB", "TEXT")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,15 +32,13 @@ class PromptTuningConfig(PromptMethod):
     peft_type: ClassVar[str] = "PROMPT_TUNING"
     identity_at_start: ClassVar[bool] = False
 
-    prompt_tuning_init: str = "RANDOM"
+    prompt_tuning_init: Literal["RANDOM", "SAMPLE_VOCAB", "TEXT"] = "RANDOM"
     prompt_tuning_init_text: str | None = None
     tokenizer_name_or_path: str | None = None
     tokenizer_kwargs: Mapping[str, object] | None = None
 
     def problems(self) -> list[str]:
         found = super().problems()
-        if self.prompt_tuning_init not in STARTS:
-            found.append(f"prompt_tuning_init={self.prompt_tuning_init!r} must be one of {list(STARTS)}")
         if self.prompt_tuning_init == "TEXT":
             for name in ("prompt_tuning_init_text", "tokenizer_name_or_path"):
                 if not getattr(self, name):

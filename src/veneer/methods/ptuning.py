@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,17 +34,13 @@ class PromptEncoderConfig(PromptMethod):
     peft_type: ClassVar[str] = "P_TUNING"
     identity_at_start: ClassVar[bool] = False
 
-    encoder_reparameterization_type: str = "MLP"
+    encoder_reparameterization_type: Literal["MLP", "LSTM"] = "MLP"
     encoder_hidden_size: int | None = None
     encoder_num_layers: int = 2
     encoder_dropout: float = 0.0
 
     def problems(self) -> list[str]:
         found = super().problems()
-        if self.encoder_reparameterization_type not in ("MLP", "LSTM"):
-            found.append(
-                f"encoder_reparameterization_type={self.encoder_reparameterization_type!r} must be 'MLP' or 'LSTM'"
-            )
         if self.encoder_dropout != 0:
             found.append(f"encoder_dropout={self.encoder_dropout!r} must be 0")
         return found

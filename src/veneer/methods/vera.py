@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -39,20 +39,18 @@ class VeraConfig(LinearMethod):
     vera_dropout: float = 0.0
     d_initial: float = 0.1
     fan_in_fan_out: bool = False
-    bias: str = "none"
+    bias: Literal["none", "all", "vera_only"] = "none"
     init_weights: bool = True
     projection_size: tuple[int, int] | None = field(default=None, metadata={"on_disk": False})
 
     def problems(self) -> list[str]:
         found = super().problems()
-        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
+        if self.r < 1:
             found.append(f"r={self.r!r} must be a whole number of at least 1")
         if not 0 <= self.vera_dropout < 1:
             found.append(f"vera_dropout={self.vera_dropout!r} must lie in [0, 1)")
-        if not math.isfinite(self.d_initial) or self.d_initial == 0:
+        if self.d_initial == 0:
             found.append(f"d_initial={self.d_initial!r} must be a finite number other than 0")
-        if self.bias not in ("none", "all", "vera_only"):
-            found.append(f"bias={self.bias!r} must be 'none', 'all' or 'vera_only'")
         return found
 
     def for_sites(self, sites: Sequence[LinearSite]) -> Self:

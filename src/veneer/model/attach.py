@@ -92,7 +92,7 @@ def resolved(model: nn.Module, config: MethodConfig) -> MethodConfig:
     base: Any = getattr(model, "config", None)
     model_type, base_name = str(getattr(base, "model_type", "")), getattr(base, "name_or_path", "")
     if config.base_model_name_or_path is None and base_name:
-        changes["base_model_name_or_path"] = base_name
+        changes["base_model_name_or_path"] = str(base_name)
     if isinstance(config, TargetedConfig):
         if config.target_modules is None and not (isinstance(config, LinearMethod) and config.adapted_parameters):
             defaults = defaults_for(config.peft_type, model_type)

@@ -77,7 +77,7 @@ def test_a_config_keeps_its_own_copy_of_a_pattern():
     ("values", "words"),
     [
         ({"r": 0}, "r=0 must be a whole number of at least 1"),
-        ({"modules_to_save": "mlp"}, "modules_to_save='mlp' must be a list of names"),
+        ({"modules_to_save": "mlp"}, "modules_to_save='mlp' must be a list of strings or None"),
         ({"r": 8.0}, "r=8.0 must be"),
         ({"r": True}, "r=True must be"),
         ({"rank_pattern": {"q": -1}}, "rank_pattern['q']=-1 must be"),
@@ -88,7 +88,7 @@ def test_a_config_keeps_its_own_copy_of_a_pattern():
         ({"lora_dropout": 1.0}, "lora_dropout=1.0 must lie in [0, 1)"),
         ({"bias": "some"}, "bias='some' must be 'none', 'all' or 'lora_only'"),
         ({"init_lora_weights": "pisa"}, "init_lora_weights='pisa' must be one of"),
-        ({"init_lora_weights": 1}, "init_lora_weights=1 must be one of"),
+        ({"init_lora_weights": 1}, "init_lora_weights=1 must be True, False or a string"),
         ({"use_dora": "yes"}, "use_dora='yes' must be True or False"),
         ({"use_dora": True, "lora_bias": True}, "lora_bias and use_dora exclude each other"),
     ],
