@@ -277,9 +277,10 @@ class ResidualMethod(MethodConfig):
     def sublayers(self) -> tuple[str, ...]:
         """Which of ``"attention"``, ``"cross_attention"`` and ``"mlp"`` get a bottleneck."""
 
-    def takes_layer(self, layer: int) -> bool:
-        """Whether the block of this index (from 0, through the whole model) gets bottlenecks."""
-        return True
+    @property
+    def layers(self) -> tuple[int, ...] | None:
+        """The indices of the blocks that get bottlenecks (from 0, through the whole model); None is all of them."""
+        return None
 
     @property
     def dropout(self) -> float:

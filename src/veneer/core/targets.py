@@ -61,6 +61,15 @@ def select_targets(config: TargetedConfig, index: ModuleIndex, default: Collecti
     return chosen
 
 
+def absent_layers(config: TargetedConfig, index: ModuleIndex) -> list[str]:
+    """A sentence where ``layers_to_transform`` holds layers that the model does not have, whatever lies in them."""
+    wanted = config.layers_to_transform
+    asked = set() if wanted is None else {wanted} if isinstance(wanted, int) else set(wanted)
+    absent = sorted(asked - {_layer(name, config) for name in index.all_names})
+    there = _layers(index.all_names)
+    return [f"layers_to_transform holds {absent}, and no modules of the model lie there: {there}"] if absent else []
+
+
 def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
     """The known names that look most like one that was not found."""
     names = sorted(set(known))
@@ -126,11 +135,14 @@ def _in_layers(name: str, config: TargetedConfig, patterns: Collection[str] | st
     wanted = config.layers_to_transform
     if wanted is None or wanted == () or (not isinstance(patterns, str) and name in patterns):
         return True
+    return _layer(name, config) in ((wanted,) if isinstance(wanted, int) else wanted)
+
+
+def _layer(name: str, config: TargetedConfig) -> int | None:
+    """The layer that a module lies in: the first index on its path, for later ones count experts and the like."""
     given = config.layers_pattern or (r"[^.]*",)
-    # the first index on the path is the layer's: later ones count experts and the like
     found = (re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", name) for p in ((given,) if isinstance(given, str) else given))
-    index = next((int(match.group(1)) for match in found if match), None)
-    return index in ((wanted,) if isinstance(wanted, int) else wanted)
+    return next((int(match.group(1)) for match in found if match), None)
 
 
 def _layers(names: Iterable[str]) -> str:

@@ -94,9 +94,10 @@ class BottleneckConfig(ResidualMethod):
         }
         return tuple(name for name, wanted in places.items() if wanted)
 
-    def takes_layer(self, layer: int) -> bool:
+    @property
+    def layers(self) -> tuple[int, ...] | None:
         wanted = self.layers_to_transform
-        return wanted is None or layer in ((wanted,) if isinstance(wanted, int) else wanted)
+        return (wanted,) if isinstance(wanted, int) else None if wanted is None else tuple(wanted)
 
     def width(self, site: ResidualSite) -> int:
         """r at this site."""

@@ -22,7 +22,7 @@ from veneer.core.method import (
     VirtualTokenMethod,
 )
 from veneer.core.sites import LinearSite
-from veneer.core.targets import ALL_LINEAR, ModuleIndex, matches_any, select_targets
+from veneer.core.targets import ALL_LINEAR, ModuleIndex, absent_layers, matches_any, select_targets
 from veneer.errors import AdapterNameError, TargetError
 from veneer.model.adapted import Adapted, TiedFactors, adapt, restore, tensors_of
 from veneer.model.convolution import AdaptedConvolution, is_convolution, shape_of_convolution
@@ -139,8 +139,9 @@ def attach(
         sites = [shape_of(path, model.get_submodule(path)) for path in targets]
         wrong = config.refused(sites)
         wrong += config.torn([shape_of(p, model.get_submodule(p)) for p in tied_modules(model)]) if followers else []
-        wrong += unused_tie(model, config, {*targets, *copied}) if start.values else []
-        wrong += [*config.unused(names), *config.misfits(sites)] if start.values else []  # a saved one is as it is
+        if start.values:  # a saved one is as it is
+            wrong += [*unused_tie(model, config, {*targets, *copied}), *config.unused(names), *config.misfits(sites)]
+            wrong += absent_layers(config, module_index(model))
         if wrong:
             raise TargetError("; ".join(wrong))
         config = config.for_sites(sites)

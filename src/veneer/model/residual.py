@@ -125,19 +125,21 @@ def residual_adapters(model: nn.Module) -> dict[str, ResidualAdapters]:
 def places_of(model: PreTrainedModel, config: ResidualMethod) -> tuple[Sublayer, ...]:
     """The sub-layers that a config means in this model.
 
-    Raises TargetError where the model has none of them.
+    Raises TargetError where the model has none of them, or lacks one of the layers named.
     """
     found = sublayers(model)
-    kept = tuple(place for place in found if place.kind in config.sublayers and config.takes_layer(place.layer))
+    there = {place.layer for place in found}
+    layers = there if config.layers is None else set(config.layers)
+    kept = tuple(place for place in found if place.kind in config.sublayers and place.layer in layers)
     absent = [kind for kind in config.sublayers if all(place.kind != kind for place in found)]
     if absent:
         raise TargetError(
             f"{type(model).__name__} has no {', '.join(absent)} sub-layers; it has {sorted({p.kind for p in found})}"
         )
-    if not kept:
+    if not kept or layers - there:
         raise TargetError(
-            f"{type(config).__name__} keeps none of the {len({p.layer for p in found})} layers (counted from 0) of "
-            f"{type(model).__name__}: give layers_to_transform among them"
+            f"{type(config).__name__} wants layers {sorted(layers)} of {type(model).__name__}, which has {min(there)} "
+            f"to {max(there)}: give layers_to_transform among them"
         )
     return kept
 

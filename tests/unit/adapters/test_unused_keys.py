@@ -23,6 +23,10 @@ from veneer.errors import TargetError
         ),
         (LoraConfig(alpha_pattern={"7.self_attn.q_proj": 5.0}), r"^alpha_pattern key '7\.self_attn\.q_proj' matches"),
         (
+            LoraConfig(layers_to_transform=[0, 99]),
+            r"^layers_to_transform holds \[99\], and no modules of the model lie there: they lie in layers.0 to layers.1$",
+        ),
+        (
             IA3Config(target_modules=".*proj", feedforward_modules=["up_prj"]),
             "^feedforward_modules 'up_prj' matches none of the",
         ),
@@ -50,7 +54,8 @@ def test_a_saved_adapter_may_have_such_a_key(tiny: Any, ids: Tensor, tmp_path: P
     saved = get_peft_model(tiny(), LoraConfig(r=3))
     saved.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"rank_pattern": {"q_prj": 5}}))
+    unused = {"rank_pattern": {"q_prj": 5}, "layers_to_transform": [0, 1, 99]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | unused))
     loaded = PeftModel.from_pretrained(tiny(), tmp_path)
     assert torch.equal(loaded(ids).logits, saved.eval()(ids).logits)
 

@@ -10,7 +10,7 @@ from peft import LoraConfig as PeftLoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 
 from veneer.core.method import TargetedConfig
-from veneer.core.targets import ModuleIndex, nearest, select_targets
+from veneer.core.targets import ModuleIndex, absent_layers, nearest, select_targets
 from veneer.errors import ConfigError, TargetError
 
 LEAVES = ("q_proj", "v_proj", "up_proj", "xq_proj")
@@ -23,6 +23,7 @@ LAYER_NAMES = [
     for leaf in LEAVES
 ]
 NAMES = (*LAYER_NAMES, "model.lm_head", "q_proj")
+THERE = "they lie in layers.0 to layers.11, h.0 to h.11"
 INDEX = ModuleIndex(all_names=NAMES, adaptable=NAMES, all_linear=NAMES[:-2])
 
 
@@ -71,6 +72,30 @@ def test_the_first_index_on_the_path_is_the_layers_even_at_the_root():
     names = ("h.0.experts.1.w", "h.1.experts.0.w")
     index = ModuleIndex(all_names=names, adaptable=names, all_linear=names)
     assert select_targets(Config(target_modules=["w"], layers_to_transform=0), index, ()) == names[:1]
+
+
+@pytest.mark.parametrize(
+    ("layers", "pattern", "said"),
+    [
+        ([0, 11], None, []),
+        ([], None, []),
+        (None, None, []),
+        ([0, 99, -1], None, ["layers_to_transform holds [-1, 99], and no modules of the model lie there: " + THERE]),
+        (7, "h", ["layers_to_transform holds [7], and no modules of the model lie there: " + THERE]),
+        ([0, 2], "experts", ["layers_to_transform holds [0, 2], and no modules of the model lie there: " + THERE]),
+    ],
+)
+def test_layers_that_the_model_does_not_have_are_named(layers, pattern, said):
+    config = Config(target_modules=["q_proj"], layers_to_transform=layers, layers_pattern=pattern if layers else None)
+    assert absent_layers(config, INDEX) == said
+
+
+def test_layers_without_a_target_are_no_error():
+    """Such as the dense layers before those with experts."""
+    names = ("h.0.mlp", "h.1.experts.w", "h.2.experts.w")
+    index = ModuleIndex(all_names=names, adaptable=names, all_linear=names)
+    assert absent_layers(Config(target_modules=["w"], layers_to_transform=[0, 1]), index) == []
+    assert "they lie in h.0 to h.2" in absent_layers(Config(layers_to_transform=3), index)[0]
 
 
 def test_no_layer_indices_are_no_restriction():

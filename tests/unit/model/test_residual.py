@@ -243,8 +243,9 @@ def test_a_model_without_attention_is_an_error_that_says_so():
 def test_absent_sublayers_and_layers_are_errors():
     with pytest.raises(TargetError, match="no cross_attention"):
         get_peft_model(base("llama"), BottleneckConfig(after_cross_attention=True))
-    with pytest.raises(TargetError, match="none of the 2 layers"):
-        get_peft_model(base("llama"), BottleneckConfig(layers_to_transform=[7]))
+    for layers in (7, [7], [0, 7], []):
+        with pytest.raises(TargetError, match=r"wants layers \[.*\] of LlamaModel, which has 0 to 1: give"):
+            get_peft_model(base("llama"), BottleneckConfig(layers_to_transform=layers))
 
 
 def test_all_wrong_values_are_named_at_once():
