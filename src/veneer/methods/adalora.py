@@ -131,13 +131,20 @@ class Budget:
     """Spends the ranks of all adapted layers; ``layers`` are the parameters of each by its path.
 
     After each backward pass and optimizer step, before the gradients are set to zero, call `step` with the number of
-    the step. ``kept`` says which triplets of each layer still count. Raises ConfigError without a ``total_step``.
+    the step. ``kept`` says which triplets of each layer still count. Raises ConfigError without a
+    ``total_step``, and where there is nothing to cut.
     """
 
     def __init__(self, config: AdaLoraConfig, layers: Mapping[str, Params]) -> None:
         if config.total_step is None:
             raise ConfigError(
                 "AdaLoRA spends its budget over a run: give AdaLoraConfig the number of steps, total_step"
+            )
+        if config.init_r <= config.target_r:
+            raise ConfigError(
+                f"init_r={config.init_r} must be above target_r={config.target_r}: AdaLoRA starts with more ranks than "
+                "it keeps and cuts the weakest, and here it would cut none. Give a larger init_r (half as much again "
+                "as target_r is usual), or LoraConfig for ranks that stay"
             )
         self.config, self.layers, self.total_step = config, layers, config.total_step
         self.start = sum(params["lora_E"].shape[0] for params in layers.values())

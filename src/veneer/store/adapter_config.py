@@ -47,7 +47,7 @@ _NEUTRAL["ADALORA"] = _NEUTRAL["LORA"] | {
     "ensure_weight_tying": False,
     "eva_config": None,
     "lora_bias": False,
-    "r": 8,
+    "r": 8,  # written beside init_r and target_r, and read by nobody
     "target_parameters": None,
     "trainable_token_indices": None,
     "use_dora": False,
@@ -55,6 +55,7 @@ _NEUTRAL["ADALORA"] = _NEUTRAL["LORA"] | {
 }
 # Values that change nothing on reading, whatever they are.
 _INFORMATIVE = ("auto_mapping", "peft_version", "megatron_core", "qalora_group_size", "runtime_config")
+_UNREAD = {"ADALORA": ("r",)}  # the same, for one method
 
 
 def to_json(config: MethodConfig, auto_mapping: Mapping[str, str] | None = None) -> str:
@@ -119,10 +120,11 @@ def from_values(given: Mapping[str, Any], source: str) -> MethodConfig:
     method = _method(values.pop("peft_type", None), source)
     known = {spec.name for spec in fields(method)}
     neutral = _COMMON | _NEUTRAL.get(method.peft_type, {})
+    unread = (*_INFORMATIVE, *_UNREAD.get(method.peft_type, ()))
     problems = [
         _problem(key, value, known, neutral)
         for key, value in values.items()
-        if key not in known and key not in _INFORMATIVE and not (key in neutral and _is_neutral(value, neutral[key]))
+        if key not in known and key not in unread and not (key in neutral and _is_neutral(value, neutral[key]))
     ]
     if problems:
         raise FormatError(f"{source}: " + "; ".join(problems))

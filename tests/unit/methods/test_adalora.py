@@ -146,3 +146,32 @@ def test_all_wrong_values_are_named_at_once():
         "rank_pattern",
     ):
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("init_r", [2, 1])
+def test_a_budget_that_cuts_nothing_is_refused_where_it_would_begin(init_r: int, tmp_path: Path) -> None:
+    """PEFT stops there too, with torch's words; an adapter of these settings can be used."""
+    settings = FIELDS | {"init_r": init_r}
+    model = get_peft_model(base(), AdaLoraConfig(**settings)).train()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    with pytest.raises(ConfigError, match=rf"init_r={init_r} must be above target_r=2: .* cut none"):
+        model.update_and_allocate(3)
+    theirs = peft.get_peft_model(base(), peft.AdaLoraConfig(**settings)).train()
+    theirs(input_ids=IDS, labels=IDS).loss.backward()
+    with pytest.raises(RuntimeError, match="out of range"):
+        theirs.base_model.update_and_allocate(4)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(base(), tmp_path)(IDS).logits, model.eval()(IDS).logits)
+
+
+def test_a_file_of_peft_that_holds_lora_s_own_rank_is_read(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="`r` is not used in AdaLora"):
+        theirs = peft.get_peft_model(base(), peft.AdaLoraConfig(**FIELDS, r=16)).eval()
+    with torch.no_grad():
+        for name, value in theirs.named_parameters():
+            if "lora_" in name:
+                value.normal_(std=0.3)
+    theirs.save_pretrained(tmp_path)
+    assert '"r": 16' in (tmp_path / "adapter_config.json").read_text()
+    loaded = PeftModel.from_pretrained(base(), tmp_path)
+    torch.testing.assert_close(loaded(IDS).logits, theirs(IDS).logits)
