@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -43,11 +43,22 @@ class PromptTuningConfig(PromptMethod):
             for name in ("prompt_tuning_init_text", "tokenizer_name_or_path"):
                 if not getattr(self, name):
                     found.append(f"prompt_tuning_init='TEXT' needs {name}")
-        elif self.tokenizer_kwargs:
-            found.append("tokenizer_kwargs are given without prompt_tuning_init='TEXT'")
+        else:
+            given = [name for name in ("prompt_tuning_init_text", "tokenizer_kwargs") if getattr(self, name)]
+            found += [
+                f"{name} has no effect with prompt_tuning_init={self.prompt_tuning_init!r}: give 'TEXT' or drop it"
+                for name in given
+            ]
         if "trust_remote_code" in (self.tokenizer_kwargs or {}):
             found.append("tokenizer_kwargs must not hold trust_remote_code: an adapter's config must not run code")
         return found
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object]) -> Self:
+        """Of a saved prompt a text that it did not start from is left out: PEFT writes what it was given."""
+        unread = values.get("inference_mode") and values.get("prompt_tuning_init") != "TEXT"
+        left = ("prompt_tuning_init_text",) if unread else ()
+        return super().from_dict({name: value for name, value in values.items() if name not in left})
 
     @property
     def start_text(self) -> str | None:

@@ -366,6 +366,17 @@ def test_a_file_that_does_not_fit_is_an_error(tmp_path: Path):
         PeftModel.from_pretrained(base("gpt2"), tmp_path)
 
 
+def test_a_saved_prompt_may_name_a_text_that_it_did_not_start_from(tmp_path):
+    """PEFT writes what it was given."""
+    theirs = peft.PromptTuningConfig(num_virtual_tokens=N, prompt_tuning_init_text="a", inference_mode=True)
+    theirs.save_pretrained(tmp_path)
+    assert PromptTuningConfig.from_pretrained(tmp_path) == PromptTuningConfig(num_virtual_tokens=N, inference_mode=True)
+    theirs.inference_mode = False
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(FormatError, match="prompt_tuning_init_text has no effect"):
+        PromptTuningConfig.from_pretrained(tmp_path)
+
+
 def test_all_wrong_values_are_named_at_once():
     with pytest.raises(ConfigError, match=r"init_weights='x' .*; num_virtual_tokens=0"):
         PrefixTuningConfig(num_virtual_tokens=0, init_weights="x")
@@ -373,6 +384,8 @@ def test_all_wrong_values_are_named_at_once():
         PromptTuningConfig(num_virtual_tokens=N, prompt_tuning_init="NOISE")
     with pytest.raises(ConfigError, match=r"needs prompt_tuning_init_text; .*needs tokenizer_name_or_path"):
         PromptTuningConfig(num_virtual_tokens=N, prompt_tuning_init="TEXT")
+    with pytest.raises(ConfigError, match=r"init_text has no effect with prompt_tuning_init='RANDOM'.*; tokenizer_kw"):
+        PromptTuningConfig(num_virtual_tokens=N, prompt_tuning_init_text="a", tokenizer_kwargs={"use_fast": False})
     with pytest.raises(ConfigError, match="trust_remote_code"):
         PromptTuningConfig(
             num_virtual_tokens=N, prompt_tuning_init="TEXT", prompt_tuning_init_text="a", tokenizer_name_or_path="b",
