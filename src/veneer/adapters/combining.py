@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from veneer.combine.adapter import config_of, parameters_of
 from veneer.combine.choose import rank_needed
 from veneer.combine.scales import only_scales
 from veneer.combine.update import Update
+from veneer.core.field_types import fits, misfits
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.errors import CompositionError
@@ -42,6 +43,25 @@ class Report:
     def worst(self) -> float:
         """The largest error of a layer; 0 where the combination is exact."""
         return max(self.errors.values(), default=0.0)
+
+
+_ARGUMENTS: Mapping[str, Any] = {
+    "adapters": Collection[str],
+    "weights": Collection[float],
+    "combination_type": str | None,
+    "svd_rank": int | None,
+    "density": float | None,
+    "seed": int,
+}
+
+
+def require_types(**given: object) -> None:
+    """Raise CompositionError that names every argument of another type than `PeftModel.add_weighted_adapter` takes."""
+    wrong = {name: value for name, value in given.items() if not fits(value, _ARGUMENTS[name])}
+    if wrong:
+        raise CompositionError(
+            "; ".join(said for name, value in wrong.items() for said in misfits(name, value, _ARGUMENTS[name]))
+        )
 
 
 def plan_of(combination_type: str, rank: int | None, density: float | None, vote: str, seed: int = 0) -> Combination:

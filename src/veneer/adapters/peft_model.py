@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from veneer.adapters import combining, lifecycle, merging, requantizing, saving, schedules, status
 from veneer.adapters.card import write_card
 from veneer.adapters.placement import DeviceMap, require_same_place
+from veneer.core.field_types import plain
 from veneer.core.method import MethodConfig
 from veneer.errors import ConfigError
 from veneer.model.attach import adapted_layers
@@ -204,6 +205,11 @@ class PeftModel(InPlace, nn.Module):
         is the exact sum here; PEFT's, with its cross terms, is "factorwise". None is PEFT's default: "svd", or, where
         the adapters only rescale (IA3), "linear". Raises AdapterNameError and CompositionError.
         """
+        weights = plain(weights)
+        combining.require_types(
+            adapters=adapters, weights=weights, combination_type=combination_type, svd_rank=svd_rank, density=density,
+            seed=seed,
+        )  # fmt: skip
         how = combination_type or combining.usual_way(self, adapters)
         plan = combining.plan_of(how, svd_rank, density, majority_sign_method, seed)
         if len(adapters) != len(weights):

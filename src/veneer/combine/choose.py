@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -16,6 +15,7 @@ from veneer.combine.sparsify import draw_of, drop_and_rescale, largest
 from veneer.combine.ties import Vote, elect_and_merge
 from veneer.combine.truncate import rank_within, truncate_dense, truncate_factors
 from veneer.combine.update import Update, concatenated
+from veneer.core.field_types import check, fits
 from veneer.core.records import LinearDelta
 from veneer.errors import CompositionError
 
@@ -43,11 +43,10 @@ class Combination:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check(self, self._problems, CompositionError)
+
+    def _problems(self) -> list[str]:
         problems = []
-        if self.how not in WAYS:
-            problems.append(f"how={self.how!r} must be one of {list(WAYS)}")
-        if self.vote not in get_args(Vote):
-            problems.append(f"vote={self.vote!r} must be one of {list(get_args(Vote))}")
         if self.how in SPARSE and self.density is None:
             problems.append(f"how={self.how!r} needs a density in (0, 1]")
         if self.how not in SPARSE and self.density is not None:
@@ -59,8 +58,7 @@ class Combination:
                 f"rank={self.rank} must be at least 1, and how={self.how!r} "
                 + ("sets it itself" if self.rank >= 1 else "too")
             )
-        if problems:
-            raise CompositionError("; ".join(problems))
+        return problems
 
 
 def combine(
@@ -76,7 +74,7 @@ def combine(
         raise CompositionError(
             f"{len(updates)} updates and {len(weights)} weights: give one weight for each of at least one adapter"
         )
-    if not all(isinstance(w, int | float) and math.isfinite(w) for w in weights):
+    if not all(fits(w, float) for w in weights):
         raise CompositionError(f"weights={list(weights)!r} must be finite numbers")
     if only_scales(updates):
         return combined_scales(updates, weights, plan.how), 0.0

@@ -1,7 +1,9 @@
 """Combining adapters on a model: the result acts as the weighted sum of updates, whatever the methods of the parts."""
 
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
@@ -175,9 +177,34 @@ def test_the_default_way_suits_the_adapters():
 @pytest.mark.parametrize("weight", [float("nan"), float("inf"), "0.5", None])
 def test_weights_that_are_no_finite_numbers_are_refused(weight: object) -> None:
     model = with_parts("plain", "stable")
-    with pytest.raises(CompositionError, match=r"weights=\[.*\] must be finite numbers"):
+    with pytest.raises(CompositionError, match=r"weights=\[.*\] must be a list of finite numbers"):
         model.add_weighted_adapter(["plain", "stable"], [0.7, weight], "sum", "linear")  # type: ignore[list-item]
     assert "sum" not in model.peft_config
+
+
+def test_arguments_of_other_types_are_named_in_one_error() -> None:
+    model = with_parts("plain", "stable")
+    wrong: Any = {"combination_type": 5, "svd_rank": 2.5, "density": "0.5", "seed": None}
+    with pytest.raises(CompositionError) as caught:
+        model.add_weighted_adapter("plain", 0.5, "sum", **wrong)  # type: ignore[arg-type]
+    assert str(caught.value).split("; ") == [
+        "adapters='plain' must be a list of strings",
+        "weights=0.5 must be a list of finite numbers",
+        "combination_type=5 must be a string or None",
+        "svd_rank=2.5 must be a whole number or None",
+        "density='0.5' must be a finite number or None",
+        "seed=None must be a whole number",
+    ]
+    assert "sum" not in model.peft_config
+
+
+@pytest.mark.parametrize("weights", [np.array([0.5, -2]), torch.tensor([0.5, -2]), (np.float32(0.5), np.int64(-2))])
+def test_weights_may_be_numpy_s_or_torch_s(weights: Any) -> None:
+    model = with_parts("plain", "stable")
+    model.add_weighted_adapter(["plain", "stable"], weights, "sum", "linear")
+    model.add_weighted_adapter(["plain", "stable"], [0.5, -2], "expected", "linear")
+    held = model.model.layers[0].self_attn.q_proj.adapters
+    assert all(torch.equal(held["sum"][key], held["expected"][key]) for key in ("lora_A", "lora_B"))
 
 
 @pytest.mark.parametrize("config", [BottleneckConfig(), PromptTuningConfig(num_virtual_tokens=3)])

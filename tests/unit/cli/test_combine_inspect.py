@@ -114,7 +114,7 @@ def test_ties_writes_an_adapter_that_loads(veneer, model_folder, adapter_folder,
         (["--weights", "0.5"], "1 numbers for 2 inputs"),
         (["--weights", "a b"], "must be numbers"),
         (["--how", "ties"], "needs a density"),
-        (["--how", "slerp"], "must be one of"),
+        (["--how", "slerp"], "how='slerp' must be 'linear', 'cat'"),
     ],
 )
 def test_bad_combinations_are_told_and_write_nothing(veneer, adapter_folder, second, tmp_path, arguments, message):

@@ -160,11 +160,14 @@ def test_the_sparse_ways_hold_what_their_operators_say(vote):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"how": "slerp"}, "how='slerp' must be one of"),
+        ({"how": "slerp"}, "how='slerp' must be 'linear', 'cat', "),
+        ({"how": "svd", "rank": 2.5}, "rank=2.5 must be a whole number or None"),
+        ({"how": "ties", "density": "0.5"}, "density='0.5' must be a finite number or None"),
+        ({"how": "dare_ties", "density": 0.5, "seed": "a"}, "seed='a' must be a whole number"),
         ({"how": "ties"}, "needs a density"),
         ({"how": "linear", "density": 0.5}, "has no meaning"),
         ({"how": "ties", "density": 1.5}, r"must lie in \(0, 1\]"),
-        ({"how": "ties", "density": 0.5, "vote": "loudest"}, "vote='loudest' must be one of"),
+        ({"how": "ties", "density": 0.5, "vote": "loudest"}, "vote='loudest' must be 'total' or 'frequency'"),
         ({"how": "cat", "rank": 3}, "sets it itself"),
         ({"how": "svd", "rank": 0}, "at least 1"),
     ],
