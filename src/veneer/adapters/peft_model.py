@@ -325,9 +325,11 @@ class PeftModel(InPlace, nn.Module):
     ) -> None:
         """Write adapters in PEFT's format: ``default`` into the folder, any other into a folder of its name there.
 
-        Raises ConfigError where pickles are asked for, AdapterNameError for an unknown adapter, FormatError where
-        writing fails: what was there before is then untouched.
+        ``hub`` takes ``repo_id`` and the fields of `Upload`. Raises ConfigError where pickles are asked for and for an
+        unknown argument, AdapterNameError for an unknown adapter, FormatError where writing fails: what was there
+        before is then untouched.
         """
+        repo_id, how = str(hub.pop("repo_id", Path(save_directory).name)), saving.upload_of(hub)
         if not safe_serialization:
             raise ConfigError("safe_serialization=False asks for a pickle; adapters are written as safetensors only")
         if not is_main_process:
@@ -336,8 +338,7 @@ class PeftModel(InPlace, nn.Module):
         what = saving.Selection(names, save_embedding_layers, state_dict)
         saving.save(self, self.adapter_state, Path(save_directory), what)
         if push_to_hub:
-            repo_id = str(hub.pop("repo_id", Path(save_directory).name))
-            saving.upload(Path(save_directory), repo_id, saving.Upload(**hub))
+            saving.upload(Path(save_directory), repo_id, how)
 
     def push_to_hub(
         self,
@@ -350,7 +351,7 @@ class PeftModel(InPlace, nn.Module):
         """Upload the adapters and a model card; returns the commit's address. ``hub`` takes the fields of `Upload`."""
         names = _names(selected_adapters) if selected_adapters is not None else tuple(self.peft_config)
         what = saving.Selection(names, save_embedding_layers, None)
-        return saving.push(self, self.adapter_state, repo_id, what, saving.Upload(**hub))
+        return saving.push(self, self.adapter_state, repo_id, what, saving.upload_of(hub))
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
         """Write the model card of the adapter that was added first; a Trainer that pushes to the hub asks for it."""

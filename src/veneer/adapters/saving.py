@@ -8,13 +8,14 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi
 from torch import Tensor, nn
 
 from veneer.adapters.card import write_card
 from veneer.adapters.merging import require_known
-from veneer.errors import FormatError
+from veneer.errors import ConfigError, FormatError
 from veneer.model.state import AdapterState
 from veneer.store.adapter import SaveEmbeddings, adapter_tensors, has_network, save_adapter, save_network
 from veneer.store.adapter_files import NETWORK_FILE, WEIGHTS_FILE, read_tensors, tensors_to_bytes, write_atomically
@@ -22,6 +23,14 @@ from veneer.store.adapter_files import NETWORK_FILE, WEIGHTS_FILE, read_tensors,
 _TRAINER_CHECKPOINT = re.compile(r"checkpoint-\d+")
 _TRAINER_FILE = "model.safetensors"
 _JOINT = "::"  # in no adapter's name
+
+
+# Arguments of transformers and PEFT that ask for what is so anyway: one safetensors file in PEFT's format, and starts
+# from the weight written as plain LoRA.
+_AS_IT_IS = (
+    *("max_shard_size", "variant", "save_peft_format", "save_original_format", "distributed_checkpoint"),
+    *("save_function", "path_initial_model_for_weight_conversion"),
+)
 
 
 @dataclass(frozen=True)
@@ -38,10 +47,21 @@ class Upload:
     """How to upload, in the hub's own words."""
 
     commit_message: str = "Upload adapter"
+    commit_description: str | None = None
     private: bool | None = None
     token: str | bool | None = None
     revision: str | None = None
     create_pr: bool = False
+
+
+def upload_of(values: Mapping[str, Any]) -> Upload:
+    """`Upload` from keyword arguments. Raises ConfigError that names the unknown ones and the allowed ones."""
+    allowed = set(Upload.__dataclass_fields__)
+    given = {key: value for key, value in values.items() if key not in _AS_IT_IS}
+    unknown = sorted(set(given) - allowed)
+    if unknown:
+        raise ConfigError(f"unknown arguments {unknown}; allowed besides the named ones: {sorted(allowed)}")
+    return Upload(**given)
 
 
 def save(model: nn.Module, state: AdapterState, folder: Path, what: Selection) -> None:
@@ -70,6 +90,7 @@ def upload(folder: Path, repo_id: str, how: Upload) -> str:
         repo_id=repo,
         folder_path=folder,
         commit_message=how.commit_message,
+        commit_description=how.commit_description,
         revision=how.revision,
         create_pr=how.create_pr,
     )

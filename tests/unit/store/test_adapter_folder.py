@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import inspect
 import json
 import os
 import shutil
@@ -12,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 from veneer import (
     LoraConfig,
@@ -276,6 +278,8 @@ def test_pushing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert sent["files"] == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     model.save_pretrained(tmp_path / "y", push_to_hub=True, repo_id="someone/y")
     assert sent["repo_id"] == "someone/y"
+    model.push_to_hub("someone/x", commit_description="why")
+    assert sent["commit_description"] == "why"
 
 
 def test_the_model_card_keeps_what_was_written(tmp_path: Path) -> None:
@@ -374,6 +378,26 @@ def test_a_crash_before_the_rename_leaves_the_old_adapter(folder: Path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         model.save_pretrained(folder)
     assert (folder / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_unknown_arguments_of_saving_are_named_and_nothing_is_written(tmp_path: Path) -> None:
+    model = get_peft_model(base(), LoraConfig())
+    with pytest.raises(ConfigError, match=r"unknown arguments \['some_typo'\]; allowed .*'commit_message'"):
+        model.save_pretrained(tmp_path / "a", some_typo=True)
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(ConfigError, match=r"unknown arguments \['comit_message'\]"):
+        model.push_to_hub("someone/x", comit_message="m")
+
+
+def test_arguments_that_transformers_and_peft_take_when_saving_are_taken(tmp_path: Path) -> None:
+    """All of both, as their own signatures have them today."""
+    model = get_peft_model(base(), LoraConfig())
+    theirs = (inspect.signature(of.save_pretrained).parameters for of in (PreTrainedModel, peft.PeftModel))
+    parameters = {name: spec for each in theirs for name, spec in each.items()}
+    given = {name: spec.default for name, spec in parameters.items() if spec.default is not inspect.Parameter.empty}
+    assert len(given) > 8
+    model.save_pretrained(tmp_path / "a", **given)
+    assert (tmp_path / "a/adapter_model.safetensors").is_file()
 
 
 def test_saving_over_a_file(tmp_path: Path) -> None:
