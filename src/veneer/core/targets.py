@@ -67,7 +67,7 @@ def absent_layers(config: TargetedConfig, index: ModuleIndex) -> list[str]:
     asked = set() if wanted is None else {wanted} if isinstance(wanted, int) else set(wanted)
     absent = sorted(asked - {_layer(name, config) for name in index.all_names})
     there = _layers(index.all_names)
-    return [f"layers_to_transform holds {absent}, and no modules of the model lie there: {there}"] if absent else []
+    return [f"layers_to_transform holds {absent}, where the model has no modules: {there}"] if absent else []
 
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
