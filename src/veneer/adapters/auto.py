@@ -26,7 +26,7 @@ _AUTO_CLASSES = {
     TaskType.FEATURE_EXTRACTION: "AutoModel",
 }
 _OF_THE_ADAPTER = ("autocast_adapter_dtype", "ignore_mismatched_sizes", "key_mapping")
-_TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 class AutoPeftModel:
@@ -67,9 +67,9 @@ class AutoPeftModel:
         base = cls._class_of_base(stored, folder).from_pretrained(
             stored.base_model_name_or_path, revision=stored.revision, **options
         )
-        if (folder / _TOKENIZER_CONFIG).is_file():
+        if (folder / TOKENIZER_CONFIG).is_file():
             where = {"subfolder": "", **{key: value for key, value in hub.items() if value is not None}}
-            _make_room_for(AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **where), base)
+            make_room_for(AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **where), base)
         return PeftModel.from_pretrained(
             base, pretrained_model_name_or_path, adapter_name, is_trainable, config, **own, **hub
         )
@@ -97,7 +97,8 @@ def _named_class(folder: Path) -> Any:
     return found
 
 
-def _make_room_for(tokenizer: Any, base: Any) -> None:
+def make_room_for(tokenizer: Any, base: Any) -> None:
+    """Resize the vocabulary of a base to a tokenizer that has more tokens than it."""
     if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
         base.resize_token_embeddings(len(tokenizer))
 

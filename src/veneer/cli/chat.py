@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from veneer.cli import loading
+from veneer.errors import ConfigError
 
 
 def chat(
@@ -50,6 +51,9 @@ def chat(
         except KeyboardInterrupt:
             messages.pop()
             console.print("\n(stopped; the question is forgotten)", style="dim")
+        except ConfigError as error:  # the context is full
+            messages.pop()
+            console.print(f"{error}, or /new forgets the conversation (the question is forgotten)", style="yellow")
 
 
 def _ask(console: Console) -> str | None:

@@ -60,7 +60,8 @@ _Stop = Annotated[
     typer.Option(metavar="TEXT", show_default=False, help="Text that ends an answer; may be given again."),
 ]
 _Context = Annotated[
-    int | None, typer.Option(metavar="N", min=2, show_default="1024", help="perplexity: window in tokens.")
+    int | None,
+    typer.Option(metavar="N", min=2, show_default="1024 or the model's", help="perplexity: window in tokens."),
 ]
 _Stride = Annotated[
     int | None,

@@ -44,15 +44,24 @@ class Loaded:
 def load(model: str, adapter: Path | None = None, *, four_bit: bool = False, dtype: str = "auto") -> Loaded:
     """The model and tokenizer that the arguments name, with the adapter active.
 
-    The tokenizer is the base's. Raises the errors of `load_model`, and FormatError where the adapter does not fit.
+    The tokenizer is the base's, or, where it has more tokens, the adapter's, to which the base is resized. Raises the
+    errors of `load_model`, and FormatError where the adapter does not fit.
     """
+    from transformers import AutoTokenizer
+
+    from veneer.adapters.auto import TOKENIZER_CONFIG, make_room_for
     from veneer.store.source import load_model, load_tokenizer
 
     base, adapter = split(model, adapter)
     with quiet():
         tokenizer = load_tokenizer(base)
         loaded = load_model(base, dtype=dtype, quantization=_nf4() if four_bit else None)
-        return Loaded(loaded if adapter is None else with_adapter(loaded, adapter, base), tokenizer)
+        if adapter is None:
+            return Loaded(loaded, tokenizer)
+        if (adapter / TOKENIZER_CONFIG).is_file():
+            tokenizer = max(tokenizer, AutoTokenizer.from_pretrained(adapter), key=len)
+            make_room_for(tokenizer, loaded)
+        return Loaded(with_adapter(loaded, adapter, base), tokenizer)
 
 
 def split(model: str, adapter: Path | None) -> tuple[str, Path | None]:

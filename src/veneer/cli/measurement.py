@@ -144,15 +144,15 @@ class Measurement:
         """The result."""
         from veneer.train import evaluate
         from veneer.train.questions import QuestionReader, as_templated
-        from veneer.train.scoring import Batching
+        from veneer.train.scoring import Batching, context_length
 
         options, batching = self.options, Batching(n_rows=self.batch_size)
         if self.metric is Metric.PERPLEXITY:
             rows = self.rows
             if options.prompt is not None:
                 rows = as_templated(rows, _unescaped(options.prompt) or "", options.answer_field)
-            context = options.context or evaluate.Windows.context
-            windows = evaluate.Windows(context=context, stride=options.stride or max(context // 2, 1))
+            limit = context_length(loaded.model)
+            windows = evaluate.Windows.within(limit, options.context, options.stride)
             return evaluate.perplexity(
                 loaded.model,
                 loaded.tokenizer,

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from veneer.core.frozen import FrozenWeight
-from veneer.errors import ShapeError
+from veneer.errors import ConfigError, ShapeError
 from veneer.ops.dispatch import implementation
 
 _OP = "cross_entropy.softmax_cross_entropy"
@@ -29,6 +29,10 @@ class HeadOptions:
     chunk_bytes: int = CHUNK_BYTES
     count_hits: bool = False
     backend: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.softcap is not None and self.softcap <= 0:
+            raise ConfigError(f"softcap={self.softcap} must be positive, or None for no cap")
 
 
 def linear_cross_entropy(

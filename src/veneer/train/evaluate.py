@@ -17,6 +17,7 @@ from veneer.train.scoring import (
     Batching,
     OnProgress,
     Scored,
+    context_length,
     greedy_answers,
     ignore_progress,
     log_probabilities,
@@ -77,6 +78,12 @@ class Windows:
                 f"stride must be 1 or more and less than the context, not {self.stride} of {self.context}"
             )
 
+    @classmethod
+    def within(cls, limit: int | None, context: int | None = None, stride: int | None = None) -> Windows:
+        """Windows for a context of ``limit`` tokens; by default each begins half a window after the last."""
+        size = min(cls.context, limit or cls.context) if context is None else context
+        return cls(context=size, stride=max(size // 2, 1) if stride is None else stride)
+
     def spans(self, n_tokens: int) -> list[tuple[int, int, int]]:
         """(begin, first scored, end) of each window over a sequence; the first token is never scored."""
         spans, begin, scored = [], 0, 1
@@ -101,9 +108,10 @@ def perplexity(
 
     ``whole_rows`` scores the prompts too. Raises DataError for rows of no known form or without a token to score.
     """
-    windows = windows or Windows()
+    texts = _tokens(tokenizer, rows, whole_rows)
+    windows = windows or Windows.within(context_length(model))
     items: list[Scored] = []
-    for ids, scored in _tokens(tokenizer, rows, whole_rows):
+    for ids, scored in texts:
         for begin, start, end in windows.spans(len(ids)):
             for first, last in _runs(scored[start:end], start):
                 items.append(Scored(tuple(ids[begin:end]), first - begin, last - begin))

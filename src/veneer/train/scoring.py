@@ -61,9 +61,12 @@ def log_probabilities(
     """For each item the natural log-probabilities of its span's tokens, each given all that precede it.
 
     Items that differ in their last token alone share a forward pass. Padding is on the right, where causal attention
-    does not see it.
+    does not see it. Raises ConfigError for spans outside their sequence and sequences longer than the model's context.
     """
     inputs: dict[tuple[int, ...], list[int]] = {}
+    limit, longest = context_length(model), max((len(item.ids) for item in items), default=0)
+    if limit is not None and longest > limit:
+        raise ConfigError(f"a text has {longest} tokens and the model's context holds {limit}: shorten it")
     for at, item in enumerate(items):
         if not 1 <= item.start <= item.end <= len(item.ids):
             raise ConfigError(

@@ -13,7 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from typer.testing import Result
 
-from veneer import PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from veneer import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from veneer.errors import ConfigError
 
 Veneer = Callable[..., Result]
 
@@ -80,6 +81,25 @@ def test_an_adapter_changes_the_answer_and_may_stand_for_the_model(
     assert wanted != answer(model_folder, "<|user|>hi<|end|><|assistant|>", 13)
     for arguments in ([model_folder, "--adapter", adapter_folder], [adapter_folder]):
         assert generated(veneer("generate", *arguments, "-p", "hi", "--max-new-tokens", 13)) == wanted
+
+
+def test_an_adapter_of_a_larger_vocabulary_brings_its_tokenizer(
+    veneer: Veneer, model_folder: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(7)
+    base, tokenizer = AutoModelForCausalLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
+    tokenizer.add_tokens(["<red>", "<blue>"])
+    base.resize_token_embeddings(len(tokenizer))
+    model = get_peft_model(base, LoraConfig(r=3, modules_to_save=["embed_tokens", "lm_head"]))
+    with torch.no_grad():
+        model.lm_head.weight += torch.randn_like(model.lm_head.weight)  # so that the new tokens are said
+    model.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    ids = tokenizer("hi <red>", return_tensors="pt").input_ids
+    output = model.eval().generate(ids, max_new_tokens=13, do_sample=False)
+    wanted = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    command = ("-p", "hi <red>", "--raw", "--max-new-tokens", 13)
+    assert generated(veneer("generate", model_folder, "-a", tmp_path / "adapter", *command)) == wanted
 
 
 def test_sampling_follows_the_seed(veneer: Veneer, model_folder: Path) -> None:
@@ -187,6 +207,25 @@ def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(
     assert result.exit_code == 0, result.output
     assert asked == [["one"], ["one", "answer", "two"], ["one", "answer", "three"]]
     assert result.stdout.count("stopped") == 1
+
+
+def test_a_full_context_does_not_end_the_conversation(
+    veneer: Veneer, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def stream(loaded: object, encoded: list[str], options: object) -> str:
+        asked.append(encoded)
+        if len(asked) == 2:
+            raise ConfigError("the prompt has 31 tokens and the model's context holds 29: shorten it")
+        return "answer"
+
+    monkeypatch.setattr("veneer.cli.answering.encode_chat", lambda loaded, turns: [t["content"] for t in turns])
+    monkeypatch.setattr("veneer.cli.answering.stream_answer", stream)
+    result = veneer("chat", model_folder, input="one\ntwo\n/new\nthree\n")
+    assert result.exit_code == 0, result.output
+    assert asked == [["one"], ["one", "answer", "two"], ["three"]]
+    assert "shorten it, or /new forgets the conversation" in result.stdout
 
 
 def test_chat_with_a_system_message_ends_at_the_end_of_input(veneer: Veneer, model_folder: Path) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
-from veneer.errors import ShapeError
+from veneer.errors import ConfigError, ShapeError
 from veneer.ops.cross_entropy import (
     HeadOptions,
     linear_cross_entropy,
@@ -170,3 +170,8 @@ def test_labels_on_cuda_are_not_waited_for(monkeypatch):
     with FakeTensorMode():  # raises where the value of a tensor is asked for
         logits, labels = torch.empty(7, 11, device="cuda"), torch.empty(7, dtype=torch.long, device="cuda")
         assert softmax_cross_entropy(logits, labels).device.type == "cuda"
+
+
+def test_a_cap_that_is_not_positive_is_refused() -> None:
+    with pytest.raises(ConfigError, match="softcap=0"):
+        HeadOptions(softcap=0.0)

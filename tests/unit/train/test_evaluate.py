@@ -272,6 +272,19 @@ def test_answers_end_with_the_context_and_short_prompts_are_not_cut_with_long_on
         greedy_answers(model, tokenizer, [[7] * 19])
 
 
+def test_long_texts_are_read_in_windows_that_the_model_holds(tokenizer: Any) -> None:
+    sizes = {"vocab_size": 259, "n_embd": 24, "n_layer": 1, "n_head": 3, "n_positions": 19, "initializer_range": 0.3}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)).eval()
+    rows = [{"text": "a text of more tokens than this model's context has"}]
+    found = perplexity(model, tokenizer, rows)
+    assert found == perplexity(model, tokenizer, rows, windows=Windows(context=19, stride=9))
+    assert Windows.within(4096) == Windows.within(None) == Windows()
+    with pytest.raises(ConfigError, match="a text has 20 tokens and the model's context holds 19"):
+        perplexity(model, tokenizer, rows, windows=Windows(context=20, stride=9))
+    with pytest.raises(ConfigError, match="a text has 23 tokens"):
+        label_accuracy(model, tokenizer, [Question(tuple(range(3, 25)), ("a",))], ("a", "b"))
+
+
 def test_data_files(tmp_path: Path) -> None:
     rows = [{"text": "a\u2028b"}, {"text": "c"}]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in rows) + "\n\n")
