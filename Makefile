@@ -32,7 +32,7 @@ demo: setup
 
 test: setup
 	$(BIN)/veneer fetch smollm2-135m-instruct
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile  # threads that wait do not spin beside the other process
 
 check: setup
 	VENV=$(VENV) scripts/check

@@ -61,7 +61,7 @@ _Stop = Annotated[
 ]
 _Context = Annotated[
     int | None,
-    typer.Option(metavar="N", min=2, show_default="1024 or the model's", help="perplexity: window in tokens."),
+    typer.Option(metavar="N", min=2, show_default="1024", help="perplexity: window in tokens."),
 ]
 _Stride = Annotated[
     int | None,
