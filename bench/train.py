@@ -2,9 +2,9 @@
 
 Four rows: a loop of its own over a dense and over an NF4 base, and ``trainer.train()`` on packed rows without and with
 gradient checkpointing. For each row, both sides first train on the same rows for --steps steps and their losses are
-compared; only where they agree are times given. Between the timed steps the machine's rate of bf16 products is taken,
-and with it the time that the products of one step need at least. Memory is the high-water mark of a process of its own
-that loads the model and trains two steps.
+compared; only where they agree are times given. Between the timed steps the machine's rate of products is taken (bf16
+or float32, the faster), and with it the time that the products of one step need at least. Memory is the high-water mark
+of a process of its own that loads the model and trains two steps.
 
     python bench/train.py --data shared/data/gsm8k/train.jsonl [--rows dense nf4 trainer checkpointing]
         [--model smollm2-135m-instruct] [--steps 100] [--check-length 128] [--rounds 5]
@@ -115,8 +115,12 @@ def compare_losses(peer: Side, ours: Side, rows: Dataset) -> None:
 
 
 def product_time() -> Timing:
-    """Of one floating-point operation in a bf16 product of 2048 x 2048 matrices by torch."""
-    a, b = torch.randn(2, 2048, 2048).bfloat16()
+    """Of one floating-point operation in a product of 2048 x 2048 matrices by torch, in bf16 or float32: the faster."""
+    wide = torch.randn(2, 2048, 2048)
+    return min((_product_time(*pair) for pair in (wide, wide.bfloat16())), key=lambda timing: timing.wall)
+
+
+def _product_time(a: torch.Tensor, b: torch.Tensor) -> Timing:
     a @ b
     start, times, n_operations = Timing.now(), 3, 2 * 2048**3
     for _ in range(times):

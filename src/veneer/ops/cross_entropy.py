@@ -12,6 +12,7 @@ from torch import Tensor
 from veneer.core.frozen import FrozenWeight
 from veneer.errors import ConfigError, ShapeError
 from veneer.ops.dispatch import implementation
+from veneer.ops.matmul import matmul, operand
 
 _OP = "cross_entropy.softmax_cross_entropy"
 # Of logits at a time: rows enough for the products to run at full rate, few enough to stay in cache.
@@ -213,23 +214,24 @@ def _chunked(
     buffer = hidden.new_empty(chunk, out_features)
     losses, hits = hidden.new_empty(n, dtype=wide), torch.zeros_like(labels, dtype=torch.bool)
     kernel = implementation(_OP, hidden.device, options.backend)
+    read = operand(weight) if isinstance(weight, Tensor) else weight  # once for all chunks
     for start in range(0, n, chunk):
         rows = slice(start, min(n, start + chunk))
-        logits = _logits(hidden[rows], weight, bias, buffer)
+        logits = _logits(hidden[rows], read, bias, buffer)
         if options.count_hits:
             hits[rows] = logits.argmax(dim=-1) == labels[rows]
         losses[rows] = kernel(logits, labels[rows], options.softcap, any(wanted))
         if dhidden is not None:
-            _project_back(logits, weight, dhidden[rows])
+            _project_back(logits, read, dhidden[rows])
         if dweight is not None:
-            dweight += logits.T @ hidden[rows]
+            dweight += matmul(logits.T, hidden[rows], wide)
     return (losses, hits), dhidden, dweight
 
 
 def _logits(hidden: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None, buffer: Tensor) -> Tensor:
     """One chunk of logits, in the buffer where the weight is a tensor: fresh pages for each chunk would cost more."""
     if isinstance(weight, Tensor):
-        logits = torch.mm(hidden, weight.T, out=buffer[: hidden.shape[0]])
+        logits = matmul(hidden, weight.T, hidden.dtype, out=buffer[: hidden.shape[0]])
     else:
         logits = weight.matmul(hidden)
     return logits if bias is None else logits.add_(bias)
@@ -237,6 +239,6 @@ def _logits(hidden: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None, 
 
 def _project_back(dlogits: Tensor, weight: Tensor | FrozenWeight, out: Tensor) -> None:
     if isinstance(weight, Tensor):
-        torch.mm(dlogits, weight, out=out)
+        matmul(dlogits, weight, out.dtype, out=out)
     else:
         out.copy_(weight.matmul_t(dlogits))

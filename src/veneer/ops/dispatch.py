@@ -54,6 +54,13 @@ def kernel_build() -> str:
     return str(importlib.import_module("veneer.ops.cpu.module").description())
 
 
+def kernel_isa() -> str:
+    """The instruction set that the C++ kernels use here; empty where they were not built."""
+    if importlib.util.find_spec("veneer._kernels") is None:
+        return ""
+    return str(importlib.import_module("veneer._kernels").isa())
+
+
 def interprets_triton() -> bool:
     """Whether Triton was told to run its kernels in its interpreter, on tensors of any device."""
     return bool(importlib.import_module("triton").knobs.runtime.interpret)

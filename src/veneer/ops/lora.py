@@ -17,6 +17,7 @@ from torch import Tensor
 
 from veneer.errors import ShapeError
 from veneer.ops.lora_rows import add_low_rank_rows, low_rank_rows_backward
+from veneer.ops.matmul import add_matmul, matmul, operand
 from veneer.ops.projection import Projection as Projection  # from here for those who use it
 from veneer.ops.projection import Weight, factors_of
 
@@ -52,17 +53,17 @@ def lora_forward(
 ) -> tuple[tuple[Float[Tensor, "n _"], ...], Tensor | None]:
     """The outputs, and the joined ``A x`` that `lora_backward` reads (None where no projection has a low-rank pair)."""
     if any(p.rows is not None for p in projections):
-        outputs = [_product(x, p.weight) for p in projections]
+        outputs = [_product(x, operand(x), p.weight) for p in projections]
         by_rows = add_low_rank_rows(x, outputs, projections)
         biased = (y if p.bias is None else y.add_(p.bias) for y, p in zip(outputs, projections, strict=True))
         return tuple(biased), by_rows
-    joined = _joined_a(projections, x.dtype)
-    u = None if joined is None else x @ joined.T
+    joined, read = _joined_a(projections, x.dtype), operand(x)
+    u = None if joined is None else matmul(read, joined.T, x.dtype)
     ys = []
     for p, span in zip(projections, _spans(projections), strict=True):
-        y = _product(x, p.weight)
+        y = _product(x, read, p.weight)
         if u is not None and p.b is not None:
-            y.addmm_(u[:, span], _scaled_b(p, x.dtype).T)
+            add_matmul(y, u[:, span], _scaled_b(p, x.dtype).T)
         ys.append(y if p.bias is None else y.add_(p.bias))
     return tuple(ys), u
 
@@ -80,10 +81,11 @@ def lora_backward(
     factors: tuple[Tensor | None, ...] = (None,) * len(factors_of(projections))
     if any(p.rows is not None for p in projections) and u is not None:
         dx, factors = low_rank_rows_backward(dys, x, u, projections, input_grad)
-    elif u is not None:
-        dx, factors = _low_rank_backward(dys, x, u, projections, input_grad)
-    for p, dy in zip(projections, dys, strict=True):
-        dx = _add_transposed(dx, dy, p.weight) if input_grad else None
+    read = [operand(dy) for dy in dys]
+    if u is not None and all(p.rows is None for p in projections):
+        dx, factors = _low_rank_backward(read, x, u, projections, input_grad)
+    for p, dy, wide in zip(projections, dys, read, strict=True):
+        dx = _add_transposed(dx, dy, wide, p.weight) if input_grad else None
     return LoraGradients(dx, factors)
 
 
@@ -96,15 +98,15 @@ def _low_rank_backward(
     du = torch.empty_like(u)
     for index, (p, span, dy) in enumerate(zip(projections, _spans(projections), dys, strict=True)):
         if p.b is not None:
-            torch.mm(dy, _scaled_b(p, x.dtype), out=du[:, span])
-            dbs[index] = (u[:, span].T @ dy).T.to(p.b.dtype).mul_(p.scale)
-    da = du.T @ x
+            matmul(dy, _scaled_b(p, x.dtype), x.dtype, out=du[:, span])
+            dbs[index] = matmul(u[:, span].T, dy, x.dtype).T.to(p.b.dtype).mul_(p.scale)
+    da = matmul(du.T, x, x.dtype)
     das = (
         None if p.a is None else da[span].to(p.a.dtype)
         for p, span in zip(projections, _spans(projections), strict=True)
     )
     factors = tuple(factor for pair in zip(das, dbs, strict=True) for factor in pair)
-    return du @ joined if input_grad else None, factors
+    return matmul(du, joined, x.dtype) if input_grad else None, factors
 
 
 class _LoraLinears(torch.autograd.Function):
@@ -124,8 +126,8 @@ class _LoraLinears(torch.autograd.Function):
         return grads.x, None, *grads.factors
 
 
-def _product(x: Tensor, weight: Weight) -> Tensor:
-    return x @ weight.T if isinstance(weight, Tensor) else weight.matmul(x)
+def _product(x: Tensor, read: Tensor, weight: Weight) -> Tensor:
+    return matmul(read, weight.T, x.dtype) if isinstance(weight, Tensor) else weight.matmul(x)
 
 
 def _joined_a(projections: Sequence[Projection], dtype: torch.dtype) -> Tensor | None:
@@ -145,10 +147,10 @@ def _scaled_b(projection: Projection, dtype: torch.dtype) -> Tensor:
     return (projection.b * projection.scale).to(dtype)
 
 
-def _add_transposed(dx: Tensor | None, dy: Tensor, weight: Weight) -> Tensor:
+def _add_transposed(dx: Tensor | None, dy: Tensor, read: Tensor, weight: Weight) -> Tensor:
     """``dx + Wᵀ dy``; a dense weight adds inside its product."""
     if isinstance(weight, Tensor):
-        return dy @ weight if dx is None else dx.addmm_(dy, weight)
+        return matmul(read, weight, dy.dtype) if dx is None else add_matmul(dx, read, weight)
     return weight.matmul_t(dy) if dx is None else dx.add_(weight.matmul_t(dy))
 
 

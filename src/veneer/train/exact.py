@@ -42,10 +42,10 @@ def keeps_packed_apart(model: nn.Module) -> bool:
     try:
         vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
         second = (torch.arange(SECOND) * 3 + 2) % vocabulary
-        alone = _logits(model, second)
-        packed, other = (
-            _logits(model, (torch.arange(FIRST) * step + 1) % vocabulary, second)[FIRST:] for step in (2, 5)
-        )
+        first, another = ((torch.arange(FIRST) * step + 1) % vocabulary for step in (2, 5))
+        packed, other = (_logits(model, before, second)[FIRST:] for before in (first, another))
+        # In front of a row of the same length, for products of other sizes round otherwise.
+        alone = _logits(model, second, first)[:SECOND]
     except (TypeError, RuntimeError, ValueError) as error:
         log.info("%s takes no restarting positions: %s", type(model).__name__, error)
         return False

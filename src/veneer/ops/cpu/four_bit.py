@@ -8,6 +8,7 @@ from torch import Tensor
 
 from veneer.ops.cpu.module import DTYPES, kernels
 from veneer.ops.four_bit import QUANT_TYPES, FourBitLayout
+from veneer.ops.matmul import matmul
 
 
 def quantize_4bit(
@@ -51,7 +52,7 @@ def matmul_4bit(
 ) -> Float[Tensor, "rows o"]:
     if _has_product(x, layout, False):
         return _multiply(x, packed, absmax, layout, False)
-    return x @ dequantize_4bit(packed, absmax, layout, x.dtype).view(layout.shape).T
+    return matmul(x, dequantize_4bit(packed, absmax, layout, x.dtype).view(layout.shape).T, x.dtype)
 
 
 def matmul_t_4bit(
@@ -62,7 +63,7 @@ def matmul_t_4bit(
 ) -> Float[Tensor, "rows i"]:
     if _has_product(dy, layout, True):
         return _multiply(dy, packed, absmax, layout, True)
-    return dy @ dequantize_4bit(packed, absmax, layout, dy.dtype).view(layout.shape)
+    return matmul(dy, dequantize_4bit(packed, absmax, layout, dy.dtype).view(layout.shape), dy.dtype)
 
 
 def _has_product(x: Tensor, layout: FourBitLayout, transposed: bool) -> bool:

@@ -7,6 +7,7 @@ from jaxtyping import Float, Float32, Int8
 from torch import Tensor
 
 from veneer.ops.cpu.module import DTYPES, kernels
+from veneer.ops.matmul import matmul
 
 
 def quantize_int8(w: Float[Tensor, "o i"]) -> tuple[Int8[Tensor, "o i"], Float32[Tensor, " o"]]:
@@ -28,10 +29,10 @@ def dequantize_int8(
 def matmul_int8(
     x: Float[Tensor, "rows i"], codes: Int8[Tensor, "o i"], absmax: Float32[Tensor, " o"]
 ) -> Float[Tensor, "rows o"]:
-    return x @ dequantize_int8(codes, absmax, x.dtype).T
+    return matmul(x, dequantize_int8(codes, absmax, x.dtype).T, x.dtype)
 
 
 def matmul_t_int8(
     dy: Float[Tensor, "rows o"], codes: Int8[Tensor, "o i"], absmax: Float32[Tensor, " o"]
 ) -> Float[Tensor, "rows i"]:
-    return dy @ dequantize_int8(codes, absmax, dy.dtype)
+    return matmul(dy, dequantize_int8(codes, absmax, dy.dtype), dy.dtype)
