@@ -123,21 +123,25 @@ def _skeleton(folder: Path, tensors: Mapping[str, Tensor]) -> tuple[PreTrainedMo
     config = AutoConfig.from_pretrained(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model = _without_storage(config)
+    model = _without_storage(config, tensors)
     n_rows = _vocabulary(model, tensors)
     if n_rows in (None, config.get_text_config().vocab_size):
         return model, None
     config.get_text_config().vocab_size = n_rows
-    return _without_storage(config), n_rows
+    return _without_storage(config, tensors), n_rows
 
 
-def _without_storage(config: Any) -> PreTrainedModel:
-    """A model of the class that the config names, on no device. Raises FormatError for an unknown class."""
+def _without_storage(config: Any, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
+    """A model of the class that the config names, on no device. A bare model gets the head of a causal language model
+    where the adapter's keys lead through one. Raises FormatError for an unknown class.
+    """
     named = (config.architectures or [""])[0]
-    is_bare = not named or named.endswith("Model")  # a head may have been put on it, which the files need not hold
     with torch.device("meta"):
-        if is_bare and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-            return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config)).eval()
+        if (not named or named.endswith("Model")) and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+            headed = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config)).eval()
+            adapted = {key.removeprefix(DISK_PREFIX).partition(".")[0] for key in tensors}
+            if not named or adapted & dict(headed.named_children()).keys():
+                return headed
         architecture = getattr(transformers, named, None) if named else None
         if not (isinstance(architecture, type) and issubclass(architecture, PreTrainedModel)):
             raise FormatError(

@@ -14,8 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
     GPT2Config,
     GPT2LMHeadModel,
+    GPT2Model,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
@@ -373,11 +376,21 @@ def classifier() -> LlamaForSequenceClassification:
     return LlamaForSequenceClassification(LlamaConfig(**SIZES, **HEADS, num_labels=3))
 
 
+def encoder() -> BertModel:
+    return BertModel(BertConfig(**SIZES, num_attention_heads=3, max_position_embeddings=31))
+
+
+def bare_gpt2() -> GPT2Model:
+    return GPT2Model(GPT2Config(vocab_size=67, n_embd=24, n_layer=2, n_head=3, n_positions=31))
+
+
 OTHER_HEADS: dict[str, tuple[Any, MethodConfig]] = {
     "a convolution": (siglip, LoraConfig(r=3, lora_alpha=7, target_modules=["patch_embedding", "q_proj"])),
     "torch's attention": (siglip, LoraConfig(r=3, lora_alpha=7, target_modules=["head.attention", "q_proj"])),
     "an encoder-decoder": (t5, LoraConfig(r=3, target_modules=["lm_head", "q"], ensure_weight_tying=True)),
     "a classifier": (classifier, LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["score"])),
+    "an encoder without a head": (encoder, LoraConfig(r=3, target_modules=["query", "word_embeddings"])),
+    "a decoder without a head": (bare_gpt2, LoraConfig(r=3, target_modules=["c_attn"])),
 }
 
 
