@@ -80,8 +80,16 @@ class Windows:
 
     @classmethod
     def within(cls, limit: int | None, context: int | None = None, stride: int | None = None) -> Windows:
-        """Windows for a context of ``limit`` tokens; by default each begins half a window after the last."""
-        size = min(cls.context, limit or cls.context) if context is None else context
+        """Windows for a context of ``limit`` tokens; by default each begins half a window after the last.
+
+        Raises ConfigError where the model's context holds less than a window, of two tokens at the least.
+        """
+        if limit is not None and (context or 2) > limit:
+            raise ConfigError(
+                f"a window of {context or 2} tokens is more than the {limit} that the model's context holds beside the "
+                "adapter's virtual tokens: ask for a smaller context"
+            )
+        size = context or (cls.context if limit is None else min(cls.context, limit))
         return cls(context=size, stride=max(size // 2, 1) if stride is None else stride)
 
     def spans(self, n_tokens: int) -> list[tuple[int, int, int]]:

@@ -279,6 +279,9 @@ def test_long_texts_are_read_in_windows_that_the_model_holds(tokenizer: Any) -> 
     found = perplexity(model, tokenizer, rows)
     assert found == perplexity(model, tokenizer, rows, windows=Windows(context=19, stride=9))
     assert Windows.within(4096) == Windows.within(None) == Windows()
+    for limit, given in ((19, {"context": 20}), (1, {}), (0, {}), (-3, {})):
+        with pytest.raises(ConfigError, match=f"more than the {limit} that the model's context holds"):
+            Windows.within(limit, **given)
     with pytest.raises(ConfigError, match="a text has 20 tokens and the model's context holds 19"):
         perplexity(model, tokenizer, rows, windows=Windows(context=20, stride=9))
     with pytest.raises(ConfigError, match="a text has 23 tokens"):
