@@ -51,11 +51,11 @@ TASKS = {
     "agnews": Task(800, 16, [Measure("AG News, accuracy", 600, ("labels",))]),
     "e2e": Task(600, 8, [Measure("E2E, perplexity of the text", 300, ("perplexity",), False)]),
     "gsm8k": Task(
-        600,
+        320,
         8,
         [
-            Measure("GSM8K, perplexity of the solution", 200, ("perplexity",), False),
-            Measure("GSM8K, right answers", 200, ANSWER),
+            Measure("GSM8K, perplexity of the solution", 100, ("perplexity",), False),
+            Measure("GSM8K, right answers", 100, ANSWER),
         ],
     ),
 }

@@ -51,7 +51,8 @@ def keeps_packed_apart(model: nn.Module) -> bool:
         return False
     finally:
         model.train(training)
-    leak, drift = ((packed - y).abs().max() / alone.std() for y in (other, alone))
+    leak = (packed - other).abs().max() / alone.std()
+    drift = (packed - alone).norm() / alone.norm()  # not the largest: in bfloat16 some logit of many is far off
     exact = computing_dtypes(model) <= {torch.float32, torch.float64}
     return bool(leak <= (1e-4 if exact else 2e-2)) and bool(drift <= (1e-3 if exact else 1e-1))
 
