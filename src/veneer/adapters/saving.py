@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from veneer.adapters.card import write_card
 from veneer.adapters.merging import require_known
-from veneer.errors import ConfigError, FormatError
+from veneer.errors import FormatError
 from veneer.model.state import AdapterState
 from veneer.store.adapter import SaveEmbeddings, adapter_tensors, has_network, save_adapter, save_network
 from veneer.store.adapter_files import NETWORK_FILE, WEIGHTS_FILE, read_tensors, tensors_to_bytes, write_atomically
+from veneer.store.adapter_source import from_keywords
 
 _TRAINER_CHECKPOINT = re.compile(r"checkpoint-\d+")
 _TRAINER_FILE = "model.safetensors"
@@ -56,12 +57,7 @@ class Upload:
 
 def upload_of(values: Mapping[str, Any]) -> Upload:
     """`Upload` from keyword arguments. Raises ConfigError that names the unknown ones and the allowed ones."""
-    allowed = set(Upload.__dataclass_fields__)
-    given = {key: value for key, value in values.items() if key not in _AS_IT_IS}
-    unknown = sorted(set(given) - allowed)
-    if unknown:
-        raise ConfigError(f"unknown arguments {unknown}; allowed besides the named ones: {sorted(allowed)}")
-    return Upload(**given)
+    return from_keywords(Upload, values, _AS_IT_IS)
 
 
 def save(model: nn.Module, state: AdapterState, folder: Path, what: Selection) -> None:

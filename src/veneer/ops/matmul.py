@@ -37,7 +37,8 @@ def matmul(
 
     Nothing is recorded for a backward pass, and autocast changes nothing.
     """
-    product = _product(a, b, out if out is not None and operand(a).dtype == dtype else None)
+    a = operand(a)
+    product = _product(a, b, out if out is not None and out.dtype == a.dtype else None)
     return product.to(dtype) if out is None or product is out else out.copy_(product)
 
 
@@ -48,6 +49,5 @@ def add_matmul(y: Float[Tensor, "n m"], a: Float[Tensor, "n k"], b: Float[Tensor
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor | None) -> Tensor:
-    a = operand(a)
     place = a.new_empty(a.shape[0], b.shape[1]) if out is None else out
     return torch.mm(a, b.to(a.dtype), out=place)  # autocast passes by what is given a place

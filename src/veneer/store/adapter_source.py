@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -15,6 +16,7 @@ from veneer.errors import ConfigError, FormatError
 
 # PEFT's arguments that say what is so anyway: values go from the file to where the model is, without a copy on the way.
 _AS_IT_IS = ("low_cpu_mem_usage", "torch_device")
+Options = TypeVar("Options")
 _FILES = ("adapter_config.json", "adapter_model.safetensors", "tokenizer_config.json")
 
 
@@ -32,12 +34,17 @@ class HubOptions:
 
 def hub_options(values: Mapping[str, Any]) -> HubOptions:
     """`HubOptions` from keyword arguments. Raises ConfigError that names the unknown ones and the allowed ones."""
-    allowed = set(HubOptions.__dataclass_fields__)
-    given = {key: value for key, value in values.items() if key not in _AS_IT_IS}
+    return from_keywords(HubOptions, values, _AS_IT_IS)
+
+
+def from_keywords(kind: Callable[..., Options], values: Mapping[str, Any], as_it_is: Sequence[str]) -> Options:
+    """A dataclass from keyword arguments, without those that say what is so anyway. Raises ConfigError."""
+    allowed = set(inspect.signature(kind).parameters)
+    given = {key: value for key, value in values.items() if key not in as_it_is}
     unknown = sorted(set(given) - allowed)
     if unknown:
         raise ConfigError(f"unknown arguments {unknown}; allowed besides the named ones: {sorted(allowed)}")
-    return HubOptions(**given)
+    return kind(**given)
 
 
 def of_hub(values: Mapping[str, Any]) -> dict[str, Any]:

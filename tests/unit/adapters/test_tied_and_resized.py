@@ -17,9 +17,6 @@ from veneer import (
     get_peft_model,
 )
 
-CONFIG = LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-OTHER = LoraConfig(r=2, lora_alpha=5, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-
 
 def logits(model: Any, ids: Tensor) -> Tensor:
     with torch.no_grad():
