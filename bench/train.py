@@ -7,7 +7,9 @@ or float32, the faster), and with it the time that the products of one step need
 of a process of its own that loads the model and trains two steps.
 
     python bench/train.py --data shared/data/gsm8k/train.jsonl [--rows dense nf4 trainer checkpointing]
-        [--model smollm2-135m-instruct] [--steps 100] [--check-length 128] [--rounds 5]
+        [--model smollm2-135m-instruct] [--dtype bfloat16] [--steps 100] [--check-length 128] [--rounds 5]
+
+Both sides compute in --dtype: float32 is the choice of those whose CPU has no bf16 products.
 
 The file holds one chat a line ({"messages": [...]}). peft, trl and, for nf4, bitsandbytes must be there.
 """
@@ -21,7 +23,7 @@ import statistics
 import subprocess
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -54,9 +56,10 @@ def main() -> None:
     rows = packed_rows(texts, LENGTH)
     if args.peak:
         name, side = args.peak
-        print(json.dumps(peak_here(side, ROWS[name], place, rows)))
+        print(json.dumps(peak_here(side, row_of(name, args), place, rows)))
         return
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {args.model}, load {os.getloadavg()[0]:.1f}")
+    threads, load = torch.get_num_threads(), os.getloadavg()[0]
+    print(f"{threads} threads, torch {torch.__version__}, {args.model} in {args.dtype}, load {load:.1f}")
     for name in args.rows:
         measure(name, place, (packed_rows(texts, args.check_length), rows), args)
 
@@ -66,11 +69,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of both sides")
     parser.add_argument("--steps", type=int, default=100, help="steps whose losses are compared")
     parser.add_argument("--check-length", type=int, default=128, help="tokens in each of their four rows")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps a side")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)  # the command's own: a process to measure memory in
     return parser.parse_args()
+
+
+def row_of(name: str, args: argparse.Namespace) -> Row:
+    return replace(ROWS[name], dtype=getattr(torch, args.dtype))
 
 
 def read_chats(data: Path, place: str) -> list[list[int]]:
@@ -84,7 +92,7 @@ def read_chats(data: Path, place: str) -> list[list[int]]:
 
 def measure(name: str, place: str, rows: tuple[Dataset, Dataset], args: argparse.Namespace) -> None:
     """One row of the table: losses, then memory, then times."""
-    row, (check, full) = ROWS[name], rows
+    row, (check, full) = row_of(name, args), rows
     print(f"\n{name}: veneer against {row.peer}", flush=True)
     peer, ours = (side_of(side, row, place) for side in SIDES)
     same_start(ours, peer)
@@ -115,14 +123,18 @@ def compare_losses(peer: Side, ours: Side, rows: Dataset) -> None:
 
 
 def product_time() -> Timing:
-    """Of one floating-point operation in a product of 2048 x 2048 matrices by torch, in bf16 or float32: the faster."""
-    wide = torch.randn(2, 2048, 2048)
-    return min((_product_time(*pair) for pair in (wide, wide.bfloat16())), key=lambda timing: timing.wall)
+    """Of one floating-point operation in a product of 2048 x 2048 matrices by torch, in bf16 or float32: the faster.
+
+    Which that is small matrices tell: on some CPUs bf16 takes minutes.
+    """
+    dtype = min((torch.float32, torch.bfloat16), key=lambda dtype: _product_time(256, dtype).wall)
+    return _product_time(2048, dtype)
 
 
-def _product_time(a: torch.Tensor, b: torch.Tensor) -> Timing:
+def _product_time(size: int, dtype: torch.dtype) -> Timing:
+    a, b = torch.randn(2, size, size).to(dtype)
     a @ b
-    start, times, n_operations = Timing.now(), 3, 2 * 2048**3
+    start, times, n_operations = Timing.now(), 3, 2 * size**3
     for _ in range(times):
         a @ b
     taken = Timing.now().since(start)

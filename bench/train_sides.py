@@ -25,12 +25,16 @@ SIDES = ("peer", "veneer")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One row of the table: the base's storage, whether a Trainer drives the steps, whether blocks are checkpointed."""
+    """One row of the table: the base's storage, whether a Trainer drives the steps, whether blocks are checkpointed.
+
+    ``dtype`` is that of the base (or of what its codes are computed in) and of the stream of both sides.
+    """
 
     base: str
     trainer: bool
     checkpointing: bool = False
     peer: str
+    dtype: torch.dtype = torch.bfloat16
 
 
 ROWS = {
@@ -82,10 +86,10 @@ def _adapted(name: str, row: Row, place: str) -> Any:
     import peft
 
     library, loader = (veneer, veneer) if name == "veneer" else (peft, transformers)
-    options: dict[str, Any] = {"dtype": torch.bfloat16, "attn_implementation": "sdpa"}
+    options: dict[str, Any] = {"dtype": row.dtype, "attn_implementation": "sdpa"}
     if row.base == "nf4":
         options["quantization_config"] = loader.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=row.dtype
         )
     base = AutoModelForCausalLM.from_pretrained(place, **options)
     config = library.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -156,7 +160,7 @@ def _trainer_side(name: str, row: Row, model: Any, place: str) -> Side:
                 output_dir=folder, max_steps=len(rows) // BATCH, per_device_train_batch_size=BATCH, learning_rate=RATE,
                 lr_scheduler_type="constant", packing=True, max_length=512,
                 dataset_kwargs={"skip_prepare_dataset": True}, train_sampling_strategy="sequential",
-                gradient_checkpointing=row.checkpointing, bf16=True, use_cpu=True,
+                gradient_checkpointing=row.checkpointing, bf16=row.dtype == torch.bfloat16, use_cpu=True,
                 logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
             )  # fmt: skip
             trainer = library.SFTTrainer(
