@@ -86,7 +86,11 @@ inline void move(lanes (&param)[k], const lanes (&m)[k], const lanes (&v)[k], co
 #else
   for (int i = 0; i < k; ++i) {
     lanes root = v[i];
+#if defined(__AVX2__)
+    root = (lanes)_mm256_sqrt_ps((__m256)root);
+#else
     for (int64_t j = 0; j < width; ++j) root[j] = __builtin_sqrtf(root[j]);
+#endif
     param[i] = param[i] * hyper.keep - hyper.rate * (m[i] / (root * hyper.root_scale + hyper.eps));
   }
 #endif
@@ -103,6 +107,8 @@ inline int_lanes encode(lanes x, const int32_t* bins) {
   if (is_signed) bin += negative & n_bins;
 #if defined(__AVX512F__)
   const int_lanes found = (int_lanes)_mm512_i32gather_epi32((__m512i)bin, bins, 4);
+#elif defined(__AVX2__)
+  const int_lanes found = (int_lanes)_mm256_i32gather_epi32(bins, (__m256i)bin, 4);
 #else
   int_lanes found;
   for (int64_t i = 0; i < width; ++i) found[i] = bins[bin[i]];
@@ -201,7 +207,7 @@ struct Encoder {
   explicit Encoder(const AdamWMoment& m) : bins(m.bins) {}
 
   void run(const float* values, float scale, int64_t n, uint8_t* codes) const {
-    each_sixteen(n, [=](int64_t c, int64_t present) {
+    each_register(n, [=](int64_t c, int64_t present) {
       const int_lanes code = encode_moment<is_signed>(load(values + c), scale, bins);
       for (int64_t i = 0; i < present; ++i) codes[c + i] = static_cast<uint8_t>(code[i]);
     });

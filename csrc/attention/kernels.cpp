@@ -62,7 +62,7 @@ template <class T>
 void write_rows(const HeadsView& view, const Task& task, int64_t d, int64_t d_padded, const float* sums) {
   for (int64_t t = 0; t < task.length; ++t) {
     T* row = row_at<T>(view, task.start + t, task.kv_head);
-    each_sixteen(d, [=](int64_t c, int64_t n) { put(row + c, take(sums + t * d_padded + c, n), n); });
+    each_register(d, [=](int64_t c, int64_t n) { put(row + c, take(sums + t * d_padded + c, n), n); });
   }
 }
 
@@ -71,9 +71,10 @@ struct Span {  // one block of keys seen from one block of queries
   bool masked() const {
     return first_key + block - 1 > first_query || (window && first_query + block - 1 - first_key >= window);
   }
-  // Which of sixteen queries see a key.
+  // Which queries of a register see a key.
   int_lanes sees(int64_t key, int64_t column) const {
-    const int_lanes step = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    int_lanes step;
+    for (int32_t i = 0; i < width; ++i) step[i] = i;
     const int_lanes ahead = step + static_cast<int32_t>(first_query + column - first_key - key);
     const int_lanes seen = ahead >= 0;
     return window && window < INT32_MAX ? seen & (ahead < static_cast<int32_t>(window)) : seen;
@@ -270,7 +271,7 @@ struct BackwardTask {
       lanes along{};
       if (t < present) {
         const T *o = row_at<const T>(tensors.out, token + t, head), *g = row_at<const T>(tensors.dout, token + t, head);
-        each_sixteen(d, [&](int64_t c, int64_t n) { along += take(o + c, n) * take(g + c, n); });
+        each_register(d, [&](int64_t c, int64_t n) { along += take(o + c, n) * take(g + c, n); });
       }
       delta[t] = sum(along);
     }

@@ -44,7 +44,7 @@ struct PlainEngine {
 
   // Where column j of B starts.
   static float* column(float* b, int64_t j) { return b + j; }
-  // Sixteen columns of a row of A, and of two neighbouring rows of B.
+  // A register of columns of a row of A, and of two neighbouring rows of B.
   static void put_a(float* a, lanes values) { store(a, values); }
   static void put_b(float* b, int64_t ldb, int64_t row, int64_t column, lanes first, lanes second) {
     store(b + row * ldb + column, first);

@@ -1,4 +1,5 @@
-// Sixteen floats at a time, in the compiler's own vector types: one register with AVX-512, two with AVX2, four with NEON.
+// As many floats at a time as a register holds, in the compiler's own vector types. (Wider ones would be legal, but GCC
+// keeps them in memory: with two AVX2 registers to a vector, attention took many times as long.)
 // Internal to each kernels.cpp, for the reason that numeric.h gives.
 #pragma once
 
@@ -7,12 +8,18 @@
 namespace veneer {
 namespace {
 
-typedef float lanes __attribute__((vector_size(64)));
-typedef int32_t int_lanes __attribute__((vector_size(64)));
-typedef uint32_t bit_lanes __attribute__((vector_size(64)));
-typedef uint16_t half_lanes __attribute__((vector_size(32)));
-
+#if defined(__AVX512F__)
 constexpr int64_t width = 16;
+#elif defined(__AVX__)
+constexpr int64_t width = 8;
+#else
+constexpr int64_t width = 4;
+#endif
+
+typedef float lanes __attribute__((vector_size(width * 4)));
+typedef int32_t int_lanes __attribute__((vector_size(width * 4)));
+typedef uint32_t bit_lanes __attribute__((vector_size(width * 4)));
+typedef uint16_t half_lanes __attribute__((vector_size(width * 2)));
 
 inline lanes splat(float x) { return lanes{} + x; }
 
@@ -31,7 +38,7 @@ inline void store(bf16* p, lanes x) {  // round to nearest, ties to even; NaN st
   std::memcpy(p, &out, sizeof out);
 }
 
-// The first n of sixteen; the rest reads as `fill`.
+// The first n of a register; the rest reads as `fill`.
 template <class T>
 inline lanes load_some(const T* p, int64_t n, float fill = 0.0f) {
   float wide[width];
@@ -46,9 +53,9 @@ inline void store_some(T* p, lanes x, int64_t n) {
 inline lanes load(const fp16* p) { return load_some(p, width); }
 inline void store(fp16* p, lanes x) { store_some(p, x, width); }
 
-// f(lanes in..., ) over a row: load at every sixteenth column, the short end apart.
+// f(column, n) for every register of a row; n is less than `width` at its short end.
 template <class F>
-inline void each_sixteen(int64_t n, const F& f) {
+inline void each_register(int64_t n, const F& f) {
   int64_t c = 0;
   for (; c + width <= n; c += width) f(c, width);
   if (c < n) f(c, n - c);

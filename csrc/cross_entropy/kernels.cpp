@@ -10,6 +10,7 @@ namespace VENEER_ISA {
 namespace {
 
 constexpr int64_t grain_values = 1 << 14;
+constexpr int64_t stretch = 16 * width;  // columns that are summed in float; their sums in double
 constexpr float lowest = -INFINITY;
 
 template <class T, bool capped>
@@ -30,19 +31,23 @@ inline lanes exp_some(lanes x, int64_t n) {
 template <class T, bool capped>
 float row_loss(T* row, int64_t v, int64_t label, float cap, bool write_grad) {
   lanes tops = splat(lowest);
-  each_sixteen(v, [&](int64_t c, int64_t n) { tops = larger(tops, logits_at<T, capped>(row + c, n, cap)); });
+  each_register(v, [&](int64_t c, int64_t n) { tops = larger(tops, logits_at<T, capped>(row + c, n, cap)); });
   const float top = largest(tops);
-  lanes totals{};
-  each_sixteen(v, [&](int64_t c, int64_t n) {
-    totals += exp_some<capped>(logits_at<T, capped>(row + c, n, cap) - top, n);
-  });
-  const float log_z = logf(sum(totals));
+  double total = 0.0;
+  for (int64_t start = 0; start < v; start += stretch) {
+    lanes totals{};
+    each_register(v - start < stretch ? v - start : stretch, [&](int64_t c, int64_t n) {
+      totals += exp_some<capped>(logits_at<T, capped>(row + start + c, n, cap) - top, n);
+    });
+    total += sum(totals);
+  }
+  const float log_z = logf(static_cast<float>(total));
   float chosen = to_float(row[label]);
   if (capped) chosen = cap * tanhf(chosen / cap);
   const float loss = log_z - (chosen - top);
   if (!write_grad) return loss;
   const float chosen_grad = (expf(-loss) - 1.0f) * (capped ? 1.0f - (chosen / cap) * (chosen / cap) : 1.0f);
-  each_sixteen(v, [=](int64_t c, int64_t n) {
+  each_register(v, [=](int64_t c, int64_t n) {
     const lanes x = logits_at<T, capped>(row + c, n, cap);
     const lanes p = exp((x - top) - log_z);
     put(row + c, capped ? p * (1.0f - (x / cap) * (x / cap)) : p, n);

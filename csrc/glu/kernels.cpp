@@ -46,7 +46,7 @@ void forward_typed(const GluSizes& sizes, const GluRows& gate, const GluRows& up
     for (int64_t r = begin; r < end; ++r) {
       const T *g = row_of<const T>(gate, r), *u = row_of<const T>(up, r);
       T* out = row_of<T>(h, r);
-      each_sixteen(sizes.d, [=](int64_t c, int64_t n) { put(out + c, Act::at(take(g + c, n)).value * take(u + c, n), n); });
+      each_register(sizes.d, [=](int64_t c, int64_t n) { put(out + c, Act::at(take(g + c, n)).value * take(u + c, n), n); });
     }
   });
 }
@@ -58,7 +58,7 @@ void backward_typed(const GluSizes& sizes, const GluRows& dh, const GluRows& gat
     for (int64_t r = begin; r < end; ++r) {
       const T *dout = row_of<const T>(dh, r), *g = row_of<const T>(gate, r), *u = row_of<const T>(up, r);
       T *dg = row_of<T>(dgate, r), *du = row_of<T>(dup, r), *out = row_of<T>(h, r);
-      each_sixteen(sizes.d, [=](int64_t c, int64_t n) {
+      each_register(sizes.d, [=](int64_t c, int64_t n) {
         const lanes gradient = take(dout + c, n), upper = take(u + c, n);
         const ValueAndSlope act = Act::at(take(g + c, n));
         put(dg + c, gradient * upper * act.slope, n);

@@ -18,14 +18,14 @@ constexpr int64_t tile = low_rank_tile;
 // ---- factors as right operands B (depth, columns): everything past (k, n) is zero -------------------------------------
 // Where B is wide its tiles of columns lie one after the other: rows of B far apart would share lines of the cache.
 
-// Sixteen columns of rows t and t + 1 of a right operand that is `depth` deep.
+// A register of columns of rows t and t + 1 of a right operand that is `depth` deep.
 template <class Engine>
 void put_rows(typename Engine::Element* b, int64_t ldb, int64_t t, int64_t c, int64_t depth, const lanes (&two)[2]) {
   if (Engine::depth_unit == 1 && t + 1 == depth) return Engine::put_a(b + t * ldb + c, two[0]);
   Engine::put_b(b, ldb, t, c, two[0], two[1]);
 }
 
-// n values from p on, times scale, where n may be more or less than sixteen.
+// n values from p on, times scale, where n may be more or less than `width`.
 template <class F>
 lanes scaled(const F* p, int64_t n, float scale) {
   return n >= width ? load(p) * scale : n > 0 ? load_some(p, n) * scale : lanes{};
@@ -255,7 +255,7 @@ struct Pass {
   static void add(const RowsView& y, const LowRankBlock& at, int64_t first, int64_t columns, const float* sums) {
     for (int64_t t = 0; t < at.n_rows; ++t) {
       Y* row = const_cast<Y*>(row_of<Y>(y, at.rows[t])) + first;
-      each_sixteen(columns, [=](int64_t c, int64_t n) {
+      each_register(columns, [=](int64_t c, int64_t n) {
         put_rounded<Y, Engine>(row + c, take(row + c, n) + load(sums + t * tile + c), n);
       });
     }
@@ -296,7 +296,7 @@ struct Pass {
       const int64_t present = i - first < columns ? i - first : columns;
       for (int64_t t = 0; t < at.n_rows; ++t) {
         T* row = const_cast<T*>(row_of<T>(call.dx, at.rows[t])) + first;
-        each_sixteen(present, [=](int64_t c, int64_t n) {
+        each_register(present, [=](int64_t c, int64_t n) {
           put_rounded<T, Engine>(row + c, load(own.sums + t * tile + c), n);
         });
       }

@@ -16,7 +16,7 @@ int64_t grain_rows(int64_t d) { return d > 0 ? (grain_values + d - 1) / d : grai
 template <class T, class F>
 inline float row_sum(const T* x, int64_t d, const F& f) {
   lanes total{};
-  each_sixteen(d, [&](int64_t c, int64_t n) { total += f(c, n); });
+  each_register(d, [&](int64_t c, int64_t n) { total += f(c, n); });
   return sum(total);
 }
 
@@ -36,7 +36,7 @@ void forward_row(const T* x, int64_t d, const float* weight, const float* bias, 
     return off * off;
   });
   const float scale = 1.0f / sqrtf(square / d + eps);
-  each_sixteen(d, [=](int64_t c, int64_t n) {
+  each_register(d, [=](int64_t c, int64_t n) {
     const lanes normed = (take(x + c, n) - centre) * scale * take(weight + c, n);
     put(y + c, bias ? normed + take(bias + c, n) : normed, n);
   });
@@ -57,13 +57,13 @@ template <class T>
 void backward_row(const T* dy, const T* x, int64_t d, const float* weight, const float* mean, float rstd, T* dx) {
   const float centre = mean ? *mean : 0.0f;
   lanes along{}, level{};
-  each_sixteen(d, [&](int64_t c, int64_t n) {
+  each_register(d, [&](int64_t c, int64_t n) {
     const lanes dnormed = take(dy + c, n) * take(weight + c, n);
     along += dnormed * (take(x + c, n) - centre);
     level += dnormed;
   });
   const float slope = sum(along) * rstd * rstd / d, shift = mean ? sum(level) / d : 0.0f;
-  each_sixteen(d, [=](int64_t c, int64_t n) {
+  each_register(d, [=](int64_t c, int64_t n) {
     const lanes dnormed = take(dy + c, n) * take(weight + c, n);
     put(dx + c, (dnormed - shift - (take(x + c, n) - centre) * slope) * rstd, n);
   });

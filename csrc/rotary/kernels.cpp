@@ -11,7 +11,7 @@ constexpr int64_t grain_values = 1 << 14;
 
 template <class T>
 void turn_halves(const T* x, T* out, const float* cos, const float* sin, int64_t half) {
-  each_sixteen(half, [=](int64_t c, int64_t n) {
+  each_register(half, [=](int64_t c, int64_t n) {
     const lanes first = take(x + c, n), second = take(x + half + c, n), co = take(cos + c, n), si = take(sin + c, n);
     put(out + c, first * co - second * si, n);
     put(out + half + c, second * co + first * si, n);

@@ -83,7 +83,8 @@ def test_output_and_gradients(case, dtype, backend):
 def test_large_scores_do_not_overflow(dtype, backend):
     tensors = draw([0, 50], 2, 1, 32)
     tensors[0] *= 40
-    compare(tensors, [0, 50], AttentionOptions(backend=backend), dtype, slack=200)
+    # e^s errs by the rounding of s, and scores go up to 399
+    compare(tensors, [0, 50], AttentionOptions(backend=backend), dtype, slack=400)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
