@@ -14,7 +14,7 @@ from torch import Tensor
 
 from veneer.ops.dispatch import kernel_isa
 
-FEW_ROWS = 8  # so few that widening the other matrix takes longer than the product
+FEW_ROWS = 4  # with fewer, widening the other matrix takes longer than the product
 NARROW = (torch.bfloat16, torch.float16)
 
 
@@ -24,10 +24,15 @@ def float32_is_faster() -> bool:
     return kernel_isa() in ("avx2", "avx512")
 
 
+def widens(x: Float[Tensor, "*batch k"], dtype: torch.dtype) -> bool:
+    """Whether `matmul` computes in float32 where x is given in this dtype."""
+    narrow = dtype in NARROW and x.device.type == "cpu" and float32_is_faster()
+    return narrow and x.numel() >= FEW_ROWS * x.shape[-1]
+
+
 def operand(x: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
     """x in the dtype in which `matmul` computes here: for a matrix that takes part in several products."""
-    widens = x.dtype in NARROW and x.device.type == "cpu" and float32_is_faster()
-    return x.float() if widens and x.shape[0] >= FEW_ROWS else x
+    return x.float() if widens(x, x.dtype) else x
 
 
 def matmul(
@@ -37,17 +42,20 @@ def matmul(
 
     Nothing is recorded for a backward pass, and autocast changes nothing.
     """
-    a = operand(a)
-    product = _product(a, b, out if out is not None and out.dtype == a.dtype else None)
+    a, b = _alike(a, b)
+    place = out if out is not None and out.dtype == a.dtype else a.new_empty(a.shape[0], b.shape[1])
+    product = torch.mm(a, b, out=place)  # autocast passes by what is given a place
     return product.to(dtype) if out is None or product is out else out.copy_(product)
 
 
 def add_matmul(y: Float[Tensor, "n m"], a: Float[Tensor, "n k"], b: Float[Tensor, "k m"]) -> Float[Tensor, "n m"]:
     """``y + a b``, written into y."""
+    a, b = _alike(a, b)
+    return y.addmm_(a, b) if a.dtype == y.dtype else y.add_(matmul(a, b, a.dtype))
+
+
+def _alike(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the dtype to compute in: that of `operand`, or what b was widened to before."""
     a = operand(a)
-    return y.addmm_(a, b.to(a.dtype)) if a.dtype == y.dtype else y.add_(_product(a, b, None))
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor | None) -> Tensor:
-    place = a.new_empty(a.shape[0], b.shape[1]) if out is None else out
-    return torch.mm(a, b.to(a.dtype), out=place)  # autocast passes by what is given a place
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    return a.to(dtype), b.to(dtype)

@@ -8,6 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from veneer.ops.matmul import matmul, widens
+from veneer.ops.product import recorded_product
+
 
 @dataclass(frozen=True, slots=True)
 class DenseWeight:
@@ -24,15 +27,24 @@ class DenseWeight:
         return self.tensor.numel() * self.tensor.element_size()
 
     def matmul(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
-        return torch.nn.functional.linear(_compute(x, self.tensor), self.tensor)
+        return self._product(x, transposed=False)
 
     def matmul_t(self, dy: Float[Tensor, "*batch o"]) -> Float[Tensor, "*batch i"]:
-        return _compute(dy, self.tensor) @ self.tensor
+        return self._product(dy, transposed=True)
 
     def dense(self, dtype: torch.dtype | None = None) -> Float[Tensor, "o i"]:
         return self.tensor if dtype is None else self.tensor.to(dtype)
 
+    def _product(self, x: Tensor, transposed: bool) -> Tensor:
+        """In the weight's dtype, but for autocast, which chooses for itself."""
+        autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else self.tensor.dtype
+        if widens(x, dtype) and not self.tensor.requires_grad and not torch.compiler.is_compiling():
+            return recorded_product(x.to(dtype), self._multiply, transposed)
+        weight = self.tensor.T if transposed else self.tensor
+        return torch.nn.functional.linear(x if autocast else x.to(dtype), weight)
 
-def _compute(x: Tensor, weight: Tensor) -> Tensor:
-    """x in the weight's dtype, but for autocast, which chooses for itself."""
-    return x if torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
+    def _multiply(self, x: Tensor, transposed: bool) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        y = matmul(rows, self.tensor if transposed else self.tensor.T, x.dtype)
+        return y.reshape(*x.shape[:-1], -1)

@@ -44,6 +44,12 @@ def test_a_product_is_rounded_once(dtype: torch.dtype, widened: bool) -> None:
     assert matmul(a, b, torch.float32).dtype == torch.float32
 
 
+def test_what_was_widened_is_not_narrowed_again(widened: bool) -> None:
+    few, b, _ = matrices(torch.bfloat16, n=FEW_ROWS - 1)
+    exact = few.double() @ b.double()
+    assert error(matmul(few, b.float(), torch.float32), exact) < 1e-6
+
+
 @pytest.mark.parametrize("dtype", [*NARROW, torch.float32])
 def test_it_goes_where_it_is_told(dtype: torch.dtype, widened: bool) -> None:
     a, b, _ = matrices(dtype)

@@ -170,3 +170,31 @@ def test_double_quantization_takes_4_127_bits_a_parameter(quantize: Quantize) ->
 def test_bytes_without_double_quantization() -> None:
     assert 8 * nf4.quantize(torch.randn(512, 1024), double_quant=False).nbytes / (512 * 1024) == 4.5
     assert int8.quantize(torch.randn(7, 13)).nbytes == 7 * 13 + 4 * 7
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_dense_weight_multiplies_in_float32_where_16_bits_are_slow(
+    dtype: torch.dtype, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same product within rounding, its gradient too, and nothing wide is kept for the backward pass."""
+    frozen = DenseWeight(weight(19, 37, torch.float32 if autocast else dtype))
+    exact, kept = frozen.dense(torch.float64), []
+
+    def products() -> list[Tensor]:
+        x = inputs(37, dtype).requires_grad_()
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            y = frozen.matmul(x)
+        (dx,) = torch.autograd.grad(y, x, dy)
+        return [y.detach(), dx, frozen.matmul_t(dy)]
+
+    dy = inputs(19, dtype)
+    wanted = [inputs(37, dtype).double() @ exact.T, dy.double() @ exact, dy.double() @ exact]
+    plain = products()
+    monkeypatch.setattr("veneer.ops.matmul.float32_is_faster", lambda: True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        found = products()
+    assert not kept
+    for got, own, right in zip(found, plain, wanted, strict=True):
+        assert got.dtype == own.dtype
+        assert error(got, right) <= max(2 * error(own, right), torch.finfo(dtype).eps)
