@@ -17,10 +17,10 @@ from typing import Any
 import peft
 
 import veneer
-from veneer.adapters.saving import Upload
+from veneer.adapters import saving
 from veneer.errors import VeneerError
+from veneer.store import adapter_source
 from veneer.store.adapter_config import read_config
-from veneer.store.adapter_source import HubOptions
 
 CONFIGS = ("LoraConfig", "AdaLoraConfig", "IA3Config", "VeraConfig", "PrefixTuningConfig", "PromptTuningConfig")
 CONFIGS = (*CONFIGS, "PromptEncoderConfig")
@@ -36,9 +36,16 @@ METHODS = (
 )  # fmt: skip
 EXTRA = ("self", "cls", "kwargs", "args")
 STATES = ("present", "departs", "absent")
-HUB = (*HubOptions.__dataclass_fields__, "low_cpu_mem_usage", "torch_device")
-UPLOAD = (*Upload.__dataclass_fields__, "repo_id")
+HUB = (*adapter_source.HubOptions.__dataclass_fields__, *adapter_source.AS_IT_IS)
+UPLOAD = (*saving.Upload.__dataclass_fields__, *saving.AS_IT_IS, "repo_id")
 BY_KEYWORD = {"from_pretrained": HUB, "load_adapter": HUB, "save_pretrained": UPLOAD, "push_to_hub": UPLOAD}
+INTRODUCTION = """Made by `bench/peft_surface.py`. *Departs* names what PEFT has there and veneer has not. Numbers
+and files are compared in the tests, not here; how many of PEFT's own tests pass is on
+[a page of its own](peft_tests.md).
+
+Unknown arguments and fields are errors. A few arguments are taken and change nothing, whatever their value, because
+what they ask for is so anyway, or has no meaning for an adapter's one file of safetensors:
+"""
 NOTES = """What is spelled in another way, because the model stays the object that it was:
 
 - `named_parameters` says `….q_proj.adapters.default.lora_A`, PEFT `base_model.model.….q_proj.lora_A.default.weight`.
@@ -59,12 +66,10 @@ Row = tuple[str, str, str]
 def main() -> None:
     """Print the page."""
     print(f"# PEFT {peft.__version__} beside veneer\n")
-    print(
-        "Made by `bench/peft_surface.py`. *Departs* names what PEFT has there and veneer has not; unknown arguments and"
-    )
-    print("fields are errors, never ignored. Numbers and files are compared in the tests, not here; how many of PEFT's")
-    print("own tests pass is on [a page of its own](peft_tests.md).\n")
-    print(NOTES)
+    print(INTRODUCTION)
+    for what, ignored in {"Loading": adapter_source.AS_IT_IS, "Saving": saving.AS_IT_IS}.items():
+        print(f"- {what}: {', '.join(f'`{argument}`' for argument in ignored)}.")
+    print(f"\n{NOTES}")
     for title, found in {"Functions": functions(), "The adapted model": methods()}.items():
         rows = list(dict.fromkeys(found))
         print(f"## {title}: {counted(rows)}\n\n| PEFT | veneer | |\n| --- | --- | --- |")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,18 @@ _SHOWN = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "use_dora", "
 _PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification"}
 
 
-def write_card(folder: Path, config: MethodConfig) -> None:
-    """Write ``README.md`` with the metadata that the hub reads; one that is there keeps its text and metadata."""
+def write_card(folder: Path, config: MethodConfig, tags: Sequence[str] = ()) -> None:
+    """Write ``README.md`` with the metadata that the hub reads, ``tags`` among it; one that is there keeps its own."""
     path = folder / "README.md"
     card = ModelCard.load(path) if path.is_file() else ModelCard(_text(config))
-    card.data = _data(config, card.data)
+    card.data = _data(config, card.data, tags)
     write_atomically(path, str(card).encode())
 
 
-def _data(config: MethodConfig, data: Any) -> ModelCardData:
+def _data(config: MethodConfig, data: Any, more_tags: Sequence[str]) -> ModelCardData:
     values = data.to_dict() if data is not None else {}
     base = _id_of(config.base_model_name_or_path)
-    tags = {*(values.get("tags") or []), "transformers", "veneer", config.peft_type.lower()}
+    tags = {*(values.get("tags") or []), *more_tags, "transformers", "veneer", config.peft_type.lower()}
     if base:
         tags.add(f"base_model:adapter:{base}")
         values["base_model"] = base

@@ -321,21 +321,21 @@ class PeftModel(InPlace, nn.Module):
         *,
         state_dict: Mapping[str, torch.Tensor] | None = None,
         push_to_hub: bool = False,
+        tags: str | list[str] | None = None,
         **hub: Any,
     ) -> None:
         """Write adapters in PEFT's format: ``default`` into the folder, any other into a folder of its name there.
 
-        ``hub`` takes ``repo_id`` and the fields of `Upload`. Raises ConfigError where pickles are asked for and for an
-        unknown argument, AdapterNameError for an unknown adapter, FormatError where writing fails: what was there
-        before is then untouched.
+        ``tags`` go into the model card; ``hub`` takes ``repo_id`` and the fields of `Upload`. Raises ConfigError where
+        pickles are asked for and for an unknown argument, AdapterNameError for an unknown adapter, FormatError where
+        writing fails: what was there before is then untouched.
         """
         repo_id, how = str(hub.pop("repo_id", Path(save_directory).name)), saving.upload_of(hub)
-        if not safe_serialization:
-            raise ConfigError("safe_serialization=False asks for a pickle; adapters are written as safetensors only")
+        saving.require_safetensors(safe_serialization)
         if not is_main_process:
             return
         names = _names(selected_adapters) if selected_adapters is not None else tuple(self.peft_config)
-        what = saving.Selection(names, save_embedding_layers, state_dict)
+        what = saving.Selection(names, save_embedding_layers, state_dict, _names(tags or []))
         saving.save(self, self.adapter_state, Path(save_directory), what)
         if push_to_hub:
             saving.upload(Path(save_directory), repo_id, how)
@@ -346,11 +346,17 @@ class PeftModel(InPlace, nn.Module):
         *,
         selected_adapters: str | list[str] | None = None,
         save_embedding_layers: SaveEmbeddings = "auto",
+        safe_serialization: bool = True,
+        tags: str | list[str] | None = None,
         **hub: Any,
     ) -> str:
-        """Upload the adapters and a model card; returns the commit's address. ``hub`` takes the fields of `Upload`."""
+        """Upload the adapters and a model card, which gets ``tags`` besides its own; returns the commit's address.
+
+        ``hub`` takes the fields of `Upload`. Raises as `save_pretrained` does.
+        """
+        saving.require_safetensors(safe_serialization)
         names = _names(selected_adapters) if selected_adapters is not None else tuple(self.peft_config)
-        what = saving.Selection(names, save_embedding_layers, None)
+        what = saving.Selection(names, save_embedding_layers, None, _names(tags or []))
         return saving.push(self, self.adapter_state, repo_id, what, saving.upload_of(hub))
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from veneer.adapters.card import write_card
 from veneer.adapters.merging import require_known
-from veneer.errors import FormatError
+from veneer.errors import ConfigError, FormatError
 from veneer.model.state import AdapterState
 from veneer.store.adapter import SaveEmbeddings, adapter_tensors, has_network, save_adapter, save_network
 from veneer.store.adapter_files import NETWORK_FILE, WEIGHTS_FILE, read_tensors, tensors_to_bytes, write_atomically
@@ -25,10 +25,9 @@ _TRAINER_CHECKPOINT = re.compile(r"checkpoint-\d+")
 _TRAINER_FILE = "model.safetensors"
 _JOINT = "::"  # in no adapter's name
 
-
 # Arguments of transformers and PEFT that ask for what is so anyway: one safetensors file in PEFT's format, and starts
 # from the weight written as plain LoRA.
-_AS_IT_IS = (
+AS_IT_IS = (
     *("max_shard_size", "variant", "save_peft_format", "save_original_format", "distributed_checkpoint"),
     *("save_function", "path_initial_model_for_weight_conversion"),
 )
@@ -36,11 +35,14 @@ _AS_IT_IS = (
 
 @dataclass(frozen=True)
 class Selection:
-    """What to save: which adapters, whether whole embeddings too, and values that stand in for the model's own."""
+    """What to save: which adapters, whether whole embeddings too, values that stand in for the model's own, and tags
+    that the model card gets besides its own.
+    """
 
     names: tuple[str, ...]
     save_embedding_layers: SaveEmbeddings = "auto"
     state_dict: Mapping[str, Tensor] | None = None
+    tags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,13 @@ class Upload:
 
 def upload_of(values: Mapping[str, Any]) -> Upload:
     """`Upload` from keyword arguments. Raises ConfigError that names the unknown ones and the allowed ones."""
-    return from_keywords(Upload, values, _AS_IT_IS)
+    return from_keywords(Upload, values, AS_IT_IS)
+
+
+def require_safetensors(safe_serialization: bool) -> None:
+    """Raise ConfigError where a pickle is asked for."""
+    if not safe_serialization:
+        raise ConfigError("safe_serialization=False asks for a pickle; adapters are written as safetensors only")
 
 
 def save(model: nn.Module, state: AdapterState, folder: Path, what: Selection) -> None:
@@ -68,7 +76,7 @@ def save(model: nn.Module, state: AdapterState, folder: Path, what: Selection) -
     for name in what.names:
         tensors = adapter_tensors(model, state, name, what.save_embedding_layers, what.state_dict)
         save_adapter(model, state, name, subfolder(folder, name), tensors)
-    write_card(folder, state.configs[what.names[0]])
+    write_card(folder, state.configs[what.names[0]], what.tags)
     if _TRAINER_CHECKPOINT.fullmatch(folder.name):
         _keep_for_training(model, state, folder, what.names)
 

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from veneer.errors import ConfigError, FormatError
 
 # PEFT's arguments that say what is so anyway: values go from the file to where the model is, without a copy on the way.
-_AS_IT_IS = ("low_cpu_mem_usage", "torch_device")
+AS_IT_IS = ("low_cpu_mem_usage", "torch_device")
 Options = TypeVar("Options")
 _FILES = ("adapter_config.json", "adapter_model.safetensors", "tokenizer_config.json")
 
@@ -34,7 +34,7 @@ class HubOptions:
 
 def hub_options(values: Mapping[str, Any]) -> HubOptions:
     """`HubOptions` from keyword arguments. Raises ConfigError that names the unknown ones and the allowed ones."""
-    return from_keywords(HubOptions, values, _AS_IT_IS)
+    return from_keywords(HubOptions, values, AS_IT_IS)
 
 
 def from_keywords(kind: Callable[..., Options], values: Mapping[str, Any], as_it_is: Sequence[str]) -> Options:

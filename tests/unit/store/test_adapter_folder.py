@@ -268,7 +268,9 @@ def test_pushing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
             return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
 
         def upload_folder(self, **options: Any) -> str:
-            sent.update(options, files=sorted(p.name for p in Path(options["folder_path"]).iterdir()))
+            folder = Path(options["folder_path"])
+            sent.update(options, files=sorted(p.name for p in folder.iterdir()))
+            sent["tags"] = huggingface_hub.ModelCard.load(folder / "README.md").data.tags
             return "https://huggingface.co/someone/x/commit/1"
 
     monkeypatch.setattr("veneer.adapters.saving.HfApi", Api)
@@ -280,6 +282,15 @@ def test_pushing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert sent["repo_id"] == "someone/y"
     model.push_to_hub("someone/x", commit_description="why")
     assert sent["commit_description"] == "why"
+    model.push_to_hub("someone/x", tags=["mine", "sums"], safe_serialization=True, max_shard_size="5GB")
+    assert sent["tags"] == ["lora", "mine", "sums", "transformers", "veneer"]
+    model.save_pretrained(tmp_path / "z", tags="mine")
+    tags = huggingface_hub.ModelCard.load(tmp_path / "z/README.md").data.tags
+    assert tags == ["lora", "mine", "transformers", "veneer"]
+    sent.clear()
+    with pytest.raises(ConfigError, match="safe_serialization=False asks for a pickle"):
+        model.push_to_hub("someone/x", safe_serialization=False)
+    assert not sent
 
 
 def test_the_model_card_keeps_what_was_written(tmp_path: Path) -> None:
