@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -44,7 +44,7 @@ from veneer.model.prompt import PromptAdapters, attach_prompt
 from veneer.model.residual import ResidualAdapters, attach_residual, detach_residual
 from veneer.model.start import Start as Start  # from here for those who attach
 from veneer.model.state import AdapterState
-from veneer.model.token_rows import add_rows, row_places
+from veneer.model.token_rows import RowPlace, add_rows, row_places
 from veneer.model.tying import follow, followers_of, tied_modules, unused_tie
 from veneer.model.virtual_tokens import VirtualTokens, detach_virtual_tokens, virtual_tokens
 
@@ -113,62 +113,104 @@ def shortest_names(index: ModuleIndex, chosen: tuple[str, ...]) -> tuple[str, ..
     return endings if meant == set(chosen) else chosen
 
 
-def attach(
-    model: nn.Module,
-    config: MethodConfig,
-    name: str,
-    state: AdapterState,
-    generator: torch.Generator | None = None,
-    start: Start | None = None,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class _Places:
+    """Where one adapter goes.
+
+    ``targets``: the layers that its config means, by path; ``outward``: the output projections of the attentions among
+    them; ``followers``: the modules that share a target's factors. ``parameters``: those that are adapted by name, and
+    ``copied``: those that are trained whole, by module path; ``rows``: the tables of which rows are trained.
+    """
+
+    targets: tuple[str, ...]
+    outward: tuple[str, ...]
+    followers: tuple[str, ...]
+    parameters: dict[str, tuple[str, ...]]
+    copied: dict[str, list[str]]
+    rows: tuple[RowPlace, ...] = ()
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layers that get factors of their own."""
+        return tuple(dict.fromkeys((*self.targets, *self.outward)))
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Every module that the adapter touches."""
+        with_rows = [path for place in self.rows for path in (place.path, *place.followers)]
+        return tuple(dict.fromkeys([*self.layers, *self.followers, *self.parameters, *self.copied, *with_rows]))
+
+
+def attach(model: nn.Module, config: MethodConfig, name: str, state: AdapterState, start: Start | None = None) -> None:
     """Add one adapter's parameters wherever its config means, all or nothing.
 
-    They are drawn from ``generator``, or from torch's global one. Raises AdapterNameError and TargetError.
+    They are drawn from torch's global generator. Raises AdapterNameError and TargetError.
     """
     check_name(name, state)
     start = start or Start()
-    config = resolved(model, config)
-    targets = targets_of(model, config) if isinstance(config, LinearMethod) else ()
-    targets, followers = followers_of(model, config, targets)
-    outward = [f"{path}{OUT_PROJECTION}" for path in targets if is_attention(model.get_submodule(path))]
-    copied = copied_parameters(cast(PreTrainedModel, model), config, {*targets, *outward})
-    places, layers = parameter_places(model, config, {*targets, *copied})
-    targets = (*targets, *layers)
-    if isinstance(config, LinearMethod):
-        names = [*targets, *followers, *(f"{path}.{key}" for path, keys in places.items() for key in keys)]
-        sites = [shape_of(path, model.get_submodule(path)) for path in targets]
-        wrong = config.refused(sites)
-        wrong += config.torn([shape_of(p, model.get_submodule(p)) for p in tied_modules(model)]) if followers else []
-        if start.values:  # a saved one is as it is
-            wrong += [*unused_tie(model, config, {*targets, *copied}), *config.unused(names), *config.misfits(sites)]
-            wrong += absent_layers(config, module_index(model))
-        if wrong:
-            raise TargetError("; ".join(wrong))
-        config = config.for_sites(sites)
-    targets = tuple(dict.fromkeys((*targets, *outward)))
-    rows = row_places(model, config, {*targets, *followers, *(p for p, k in copied.items() if "weight" in k)})
-    state.configs[name] = config
+    state.configs[name], places = _placed(model, resolved(model, config), start)
     try:
-        with_rows = [path for place in rows for path in (place.path, *place.followers)]
-        for path in dict.fromkeys([*targets, *followers, *places, *copied, *with_rows]):
-            adapt_path(model, path, state)
-        add_copies(model, name, copied, start.widen)
-        add_rows(model, name, rows, values=start.values, widen=start.widen)
-        for path in targets:
-            _add_parameters(cast(AdaptedSite, model.get_submodule(path)), name, generator, start)
-        follow(model, name, followers)
-        add_parameters(model, name, places, start, generator)
-        if isinstance(config, ResidualMethod):
-            attach_residual(cast(PreTrainedModel, model), name, state, start, generator)
-        elif isinstance(config, PrefixMethod):
-            attach_prefix(cast(PreTrainedModel, model), name, state, start, generator)
-        elif isinstance(config, PromptMethod):
-            attach_prompt(cast(PreTrainedModel, model), name, state, start, generator)
-        elif not isinstance(config, LinearMethod):
-            raise TargetError(f"{type(config).__name__} is none of the kinds of method that a model can take")
+        _put_on(model, name, state, places, start)
     except BaseException:
         detach(model, state, name)
         raise
+
+
+def _placed(model: nn.Module, config: MethodConfig, start: Start) -> tuple[MethodConfig, _Places]:
+    """The config for this model, and its places there. Raises TargetError with what is wrong."""
+    targets = targets_of(model, config) if isinstance(config, LinearMethod) else ()
+    targets, followers = followers_of(model, config, targets)
+    outward = tuple(f"{path}{OUT_PROJECTION}" for path in targets if is_attention(model.get_submodule(path)))
+    copied = copied_parameters(cast(PreTrainedModel, model), config, {*targets, *outward})
+    parameters, by_weight = parameter_places(model, config, {*targets, *copied})
+    places = _Places(
+        targets=(*targets, *by_weight), outward=outward, followers=followers, parameters=parameters, copied=copied
+    )
+    if isinstance(config, LinearMethod):
+        sites = _sites(model, places.targets)
+        wrong = [*config.refused(sites), *(config.torn(_sites(model, tied_modules(model))) if followers else [])]
+        if start.values:  # a saved one is as it is
+            wrong += _without_effect(model, config, places, sites)
+        if wrong:
+            raise TargetError("; ".join(wrong))
+        config = config.for_sites(sites)
+    whole = (path for path, keys in copied.items() if "weight" in keys)
+    return config, replace(places, rows=row_places(model, config, {*places.layers, *followers, *whole}))
+
+
+def _without_effect(model: nn.Module, config: LinearMethod, places: _Places, sites: Sequence[LinearSite]) -> list[str]:
+    """A sentence for everything in the config that changes nothing at these places."""
+    named = [f"{path}.{key}" for path, keys in places.parameters.items() for key in keys]
+    return [
+        *unused_tie(model, config, {*places.targets, *places.copied}),
+        *config.unused([*places.targets, *places.followers, *named]),
+        *config.misfits(sites),
+        *absent_layers(config, module_index(model)),
+    ]
+
+
+def _put_on(model: nn.Module, name: str, state: AdapterState, places: _Places, start: Start) -> None:
+    for path in places.modules:
+        adapt_path(model, path, state)
+    whole, config = cast(PreTrainedModel, model), state.configs[name]
+    add_copies(whole, name, places.copied, start.widen)
+    add_rows(model, name, places.rows, values=start.values, widen=start.widen)
+    for path in places.layers:
+        _add_parameters(cast(AdaptedSite, model.get_submodule(path)), name, start)
+    follow(model, name, places.followers)
+    add_parameters(model, name, places.parameters, start)
+    if isinstance(config, ResidualMethod):
+        attach_residual(whole, name, state, start)
+    elif isinstance(config, PrefixMethod):
+        attach_prefix(whole, name, state, start)
+    elif isinstance(config, PromptMethod):
+        attach_prompt(whole, name, state, start)
+    elif not isinstance(config, LinearMethod):
+        raise TargetError(f"{type(config).__name__} is none of the kinds of method that a model can take")
+
+
+def _sites(model: nn.Module, paths: Sequence[str]) -> list[LinearSite]:
+    return [shape_of(path, model.get_submodule(path)) for path in paths]
 
 
 def shape_of(path: str, module: nn.Module) -> LinearSite:
@@ -331,10 +373,10 @@ def device_of(module: nn.Module) -> torch.device:
     return next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
 
 
-def _add_parameters(layer: AdaptedSite, name: str, generator: torch.Generator | None, start: Start) -> None:
+def _add_parameters(layer: AdaptedSite, name: str, start: Start) -> None:
     method, site = layer.method(name), layer.site((name,))
     dtype = layer.parameter_dtype(start.widen)
-    holder = start.parameters(method.shapes(site), lambda: method.init(site, generator), device_of(layer), dtype)
+    holder = start.parameters(method.shapes(site), lambda: method.init(site), device_of(layer), dtype)
     for key in method.fixed(site):  # a buffer: it moves and is saved with the adapter, and no optimizer sees it
         holder.register_buffer(key, holder.pop(key).detach())
     layer.adapters[name] = holder

@@ -167,9 +167,7 @@ def parameter_places(
     return places, layers
 
 
-def add_parameters(
-    model: nn.Module, name: str, places: Mapping[str, Sequence[str]], start: Start, generator: torch.Generator | None
-) -> None:
+def add_parameters(model: nn.Module, name: str, places: Mapping[str, Sequence[str]], start: Start) -> None:
     """Give an adapter its parameters at these places; the modules are adapted."""
     for path, parameters in places.items():
         module = cast(AdaptedParameters, model.get_submodule(path))
@@ -177,7 +175,7 @@ def add_parameters(
         module.adapters[name] = nn.ModuleDict()
         for parameter in parameters:
             own, site = cast(Tensor, module._parameters[parameter]), module.site(parameter)
-            draw = functools.partial(method.init, site, generator)
+            draw = functools.partial(method.init, site)
             values = start.parameters(method.shapes(site), draw, own.device, own.dtype)
             cast(nn.ModuleDict, module.adapters[name])[parameter] = values
             swap_reading(module, parameter)

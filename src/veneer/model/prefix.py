@@ -116,9 +116,7 @@ class _Recomputed:
         return method.lower_one(self.holder.sites, self.holder.parameters_of(name), place)
 
 
-def attach_prefix(
-    model: PreTrainedModel, name: str, state: AdapterState, start: Start, generator: torch.Generator | None = None
-) -> None:
+def attach_prefix(model: PreTrainedModel, name: str, state: AdapterState, start: Start) -> None:
     """Put the prefix of adapter ``name`` on the model."""
     if not hasattr(model, CHILD):
         with state.base_alone():
@@ -127,7 +125,7 @@ def attach_prefix(
     holder = cast(PrefixAdapters, getattr(model, CHILD))
     config = cast(PrefixMethod, state.configs[name]).for_model(holder.sites)
     state.configs[name] = config
-    init = functools.partial(config.init, holder.sites, generator)
+    init = functools.partial(config.init, holder.sites)
     holder.adapters[name] = start.parameters(config.shapes(holder.sites), init, model.device, model.dtype)
 
 

@@ -197,14 +197,12 @@ class EncoderPromptAdapters(PromptAdapters):
         return super().after_forward(module, args, output)
 
 
-def attach_prompt(
-    model: PreTrainedModel, name: str, state: AdapterState, start: Start, generator: torch.Generator | None = None
-) -> None:
+def attach_prompt(model: PreTrainedModel, name: str, state: AdapterState, start: Start) -> None:
     """Put the virtual tokens of adapter ``name`` on the model."""
     config = for_model(model, cast(PromptMethod, state.configs[name]))
     state.configs[name] = config
     site = _site_to_start_from(model, config) if start.values else input_site(model)
-    init = functools.partial(config.init, site, generator)
+    init = functools.partial(config.init, site)
     if not hasattr(model, CHILD):
         kind = EncoderPromptAdapters if model.config.is_encoder_decoder else PromptAdapters
         model.add_module(CHILD, kind(state, model))

@@ -91,9 +91,7 @@ class ResidualAdapters(nn.Module):
         return change.to(hidden.dtype)
 
 
-def attach_residual(
-    model: PreTrainedModel, name: str, state: AdapterState, start: Start, generator: torch.Generator | None = None
-) -> None:
+def attach_residual(model: PreTrainedModel, name: str, state: AdapterState, start: Start) -> None:
     """Put the bottlenecks of adapter ``name`` after the sub-layers that its config names."""
     config = cast(ResidualMethod, state.configs[name])
     with state.base_alone():
@@ -101,7 +99,7 @@ def attach_residual(
     for place in places:
         site = residual_site(place)
         device = next(model.get_submodule(place.block_path).parameters()).device
-        init = functools.partial(config.init, site, generator)
+        init = functools.partial(config.init, site)
         holder = _holder(model, place, state)
         holder.adapters[name] = start.parameters(config.shapes(site), init, device, model.dtype)
 
