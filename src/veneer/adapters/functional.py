@@ -77,7 +77,14 @@ def set_peft_model_state_dict(
     Raises FormatError.
     """
     state = _state(model, adapter_name)
-    left = assign(model, state, adapter_name, peft_model_state_dict, "the state dict", ignore_mismatched_sizes)
+    left = assign(
+        model,
+        state,
+        adapter_name,
+        peft_model_state_dict,
+        source="the state dict",
+        mismatched=ignore_mismatched_sizes,
+    )
     return _IncompatibleKeys(left, [])
 
 

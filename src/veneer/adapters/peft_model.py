@@ -376,7 +376,7 @@ class PeftModel(InPlace, nn.Module):
         if parts:
             merging.require_known(self.adapter_state, tuple(parts))
             for name, tensors in parts.items():
-                assign_adapter(self, self.adapter_state, name, tensors, "the checkpoint")
+                assign_adapter(self, self.adapter_state, name, tensors, source="the checkpoint")
             return _IncompatibleKeys([], [])
         return super().load_state_dict(state_dict, strict, assign)
 
@@ -456,7 +456,7 @@ def _with_names(plain: Callable[..., Any]) -> Callable[..., Any]:
 
 def load_into_active(model: PeftModel, tensors: Mapping[str, torch.Tensor]) -> None:
     """Give the active adapter the values of a file that has been read."""
-    assign_adapter(model, model.adapter_state, model.active_adapter, tensors, "the state dict")
+    assign_adapter(model, model.adapter_state, model.active_adapter, tensors, source="the state dict")
 
 
 def _names(given: str | list[str]) -> tuple[str, ...]:

@@ -75,7 +75,7 @@ def merge_checkpoint(
     config, tensors = _foldable(adapter), read_tensors(adapter)
     skeleton, n_rows = _skeleton(folder, tensors)
     weights = BaseWeights(folder, skeleton, [f"{path}.weight" for path, _ in _ends(skeleton)] if n_rows else [])
-    _attach(skeleton, state, config, tensors, str(adapter / WEIGHTS_FILE), weights)
+    _attach(skeleton, state, config, tensors, source=str(adapter / WEIGHTS_FILE), weights=weights)
     changed = {path: m for path, m in adapted_modules(skeleton).items() if m.holds(NAME)}
     plan = _plan(weights, changed, _wanted(options.dtype))
     with CheckpointWriter(
@@ -165,6 +165,7 @@ def _attach(
     state: AdapterState,
     config: LinearMethod,
     tensors: Mapping[str, Tensor],
+    *,
     source: str,
     weights: BaseWeights,
 ) -> None:
@@ -176,7 +177,7 @@ def _attach(
                 held[NAME].to_empty(device="cpu")
     ends = _ends(skeleton) if set(tensors) - set(live_parameters(skeleton, state, NAME)) else []
     with _filled(ends, weights):  # whole embeddings that came along are compared with the base's
-        assign(skeleton, state, NAME, tensors, source)
+        assign(skeleton, state, NAME, tensors, source=source)
 
 
 def _ends(skeleton: PreTrainedModel) -> list[tuple[str, nn.Module]]:

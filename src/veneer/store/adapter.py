@@ -44,6 +44,7 @@ SaveEmbeddings = bool | Literal["auto"]
 _SHOWN = 5  # of the tensors of one kind that do not fit
 # The names that PEFT knows an embedding or a head by: where one is targeted, its whole weight is saved too.
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
+_Place = tuple[nn.Module, str]  # a module and the name of its parameter
 
 
 def save_adapter(
@@ -101,7 +102,7 @@ def load_weights(
     leniency = leniency or Leniency()
     file = NETWORK_FILE if has_network(state, name) else WEIGHTS_FILE
     tensors = renamed(read_tensors(folder, file), leniency.key_mapping)
-    return assign(model, state, name, tensors, str(folder / file), leniency.mismatched)
+    return assign(model, state, name, tensors, source=str(folder / file), mismatched=leniency.mismatched)
 
 
 def renamed(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str] | None) -> dict[str, Tensor]:
@@ -144,16 +145,31 @@ def holds_network(folder: Path) -> bool:
     return (folder / NETWORK_FILE).is_file()
 
 
+@dataclass(frozen=True)
+class _Expected:
+    """What a file holds of an adapter, by key: its ``parameters`` and, at will, the whole weights at ``places``."""
+
+    parameters: dict[str, Tensor]
+    places: dict[str, _Place]
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """What the model has under every key."""
+        whole = {key: cast(Tensor, module._parameters[parameter]) for key, (module, parameter) in self.places.items()}
+        return self.parameters | whole
+
+
 @torch.no_grad()
 def assign(
     model: nn.Module,
     state: AdapterState,
     name: str,
     tensors: Mapping[str, Tensor],
+    *,
     source: str,
     mismatched: bool = False,
 ) -> list[str]:
-    """Give an adapter that is attached these values, all or nothing.
+    """Give an adapter that is attached these values, all or nothing. ``source`` is what errors call them.
 
     With ``mismatched``, what has another shape keeps the value that it has; the keys of that are returned.
 
@@ -163,45 +179,56 @@ def assign(
     Raises FormatError that counts all missing, unexpected, wrong-shaped and non-finite tensors and names the first of
     each kind.
     """
-    expected = live_parameters if has_network(state, name) else stored_tensors
-    parameters = expected(model, state, name)
-    carried = {
-        key: place for key, place in _embeddings(model, state.configs[name], name).items() if key not in parameters
-    }
-    shapes = {key: tuple(value.shape) for key, value in parameters.items()}
+    expected = _expected(model, state, name)
     left: list[str] = []
     if mismatched:
-        left = [key for key, value in {**parameters, **_values(carried)}.items() if _differs(value, tensors.get(key))]
+        left = [key for key, own in expected.values.items() if key in tensors and tensors[key].shape != own.shape]
         tensors = {key: value for key, value in tensors.items() if key not in left}
-        tensors |= {key: parameters[key] for key in left if key in parameters}
-    shapes |= {key: tuple(value.shape) for key, value in _values(carried).items() if key in tensors}
-    problems = [f"missing: {key}" for key in parameters if key not in tensors]
-    shared = _shared(state.configs[name])
-    known = shapes.keys() | _repeated(model, name) | shared.keys()
-    problems += [f"unexpected: {key}" for key in tensors if key not in known]
-    problems += [
-        f"shape {tuple(tensors[key].shape)} where the model needs {shape}: {key}{_advice(key, carried, tensors)}"
-        for key, shape in shapes.items()
-        if key in tensors and tuple(tensors[key].shape) != shape
-    ]
-    problems += [
-        f"differs from what {_source(state.configs[name])} draws: {key}"
-        for key in _differing(shared, tensors)
-        if key not in shapes or tuple(tensors[key].shape) == shapes[key]
-    ]
-    problems += [f"differs from the embeddings' that it is tied to: {key}" for key in _torn(model, name, tensors)]
-    problems += [f"holds NaN or infinity: {key}" for key in non_finite(tensors)]
+        tensors |= {key: expected.parameters[key] for key in left if key in expected.parameters}
+    problems = _problems(model, state, name, tensors, expected)
     if problems:
-        wrong = _other_size(tensors, parameters)
+        wrong = _other_size(tensors, expected.parameters)
         told = "\n  ".join(_shortened(problems))
         raise FormatError(f"{source} does not fit {type(model).__name__}{wrong}:\n  {told}")
     values = unpacked_tensors(model, name, tensors)
     for key, value in live_parameters(model, state, name).items():
         value.copy_(values[key])
-    for key, (module, parameter) in carried.items():
+    for key, place in expected.places.items():
         if key in tensors:
-            _carry(model, state, name, key, module, parameter, tensors[key])
+            _carry(model, state, name, place, key=key, value=tensors[key])
     return left
+
+
+def _expected(model: nn.Module, state: AdapterState, name: str) -> _Expected:
+    held = live_parameters if has_network(state, name) else stored_tensors
+    parameters, ends = held(model, state, name), _embeddings(model, state.configs[name], name)
+    return _Expected(parameters, {key: place for key, place in ends.items() if key not in parameters})
+
+
+def _problems(
+    model: nn.Module, state: AdapterState, name: str, tensors: Mapping[str, Tensor], expected: _Expected
+) -> list[str]:
+    """Everything that keeps these tensors from being the adapter's."""
+    config, shared = state.configs[name], _shared(state.configs[name])
+    shapes = {key: tuple(value.shape) for key, value in expected.values.items()}
+    misshapen = [key for key, shape in shapes.items() if key in tensors and tuple(tensors[key].shape) != shape]
+    known = shapes.keys() | _repeated(model, name) | shared.keys()
+    return [
+        *(f"missing: {key}" for key in expected.parameters if key not in tensors),
+        *(f"unexpected: {key}" for key in tensors if key not in known),
+        *(
+            f"shape {tuple(tensors[key].shape)} where the model needs {shapes[key]}: {key}"
+            f"{_advice(tensors[key]) if key in expected.places else ''}"
+            for key in misshapen
+        ),
+        *(
+            f"differs from what {_source(config)} draws: {key}"
+            for key in _differing(shared, tensors)
+            if key not in misshapen
+        ),
+        *(f"differs from the embeddings' that it is tied to: {key}" for key in _torn(model, name, tensors)),
+        *(f"holds NaN or infinity: {key}" for key in non_finite(tensors)),
+    ]
 
 
 def _shortened(problems: list[str]) -> list[str]:
@@ -233,14 +260,6 @@ def _size(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
     return max(numbers, default=-1) + 1, max(sorted(set(widths)), key=widths.count, default=0)
 
 
-def _values(carried: Mapping[str, tuple[nn.Module, str]]) -> dict[str, Tensor]:
-    return {key: cast(Tensor, module._parameters[parameter]) for key, (module, parameter) in carried.items()}
-
-
-def _differs(own: Tensor, given: Tensor | None) -> bool:
-    return given is not None and given.shape != own.shape
-
-
 def _shared(config: MethodConfig) -> dict[str, Tensor]:
     return config.shared() if isinstance(config, LinearMethod) else {}
 
@@ -269,9 +288,8 @@ def _is_near(value: Tensor, expected: Tensor) -> bool:
     return value.shape == expected.shape and torch.allclose(value.float(), expected, rtol=1e-5, atol=1e-6)
 
 
-def _carry(
-    model: nn.Module, state: AdapterState, name: str, key: str, module: nn.Module, parameter: str, value: Tensor
-) -> None:
+def _carry(model: nn.Module, state: AdapterState, name: str, place: _Place, *, key: str, value: Tensor) -> None:
+    module, parameter = place
     own = cast(Tensor, module._parameters[parameter])
     value = value.to(own.device, own.dtype)
     if not torch.equal(own, value):
@@ -282,7 +300,7 @@ def _carry(
         add_copy(adapt_path(model, path, state), name, parameter, value, frozen=True)
 
 
-def _embeddings(model: nn.Module, config: MethodConfig, name: str) -> dict[str, tuple[nn.Module, str]]:
+def _embeddings(model: nn.Module, config: MethodConfig, name: str) -> dict[str, _Place]:
     """The keys that whole weights of the input embeddings and the head have, and where those weights are."""
     if not isinstance(model, PreTrainedModel):
         return {}
@@ -337,7 +355,5 @@ def _config_of_base(base: str | None, revision: str | None) -> Path | None:
     return Path(cached) if isinstance(cached, str) else None
 
 
-def _advice(key: str, carried: Mapping[str, object], tensors: Mapping[str, Tensor]) -> str:
-    if key not in carried:
-        return ""
-    return f" (the vocabulary differs: call model.resize_token_embeddings({tensors[key].shape[0]}) on the base first)"
+def _advice(vocabulary: Tensor) -> str:
+    return f" (the vocabulary differs: call model.resize_token_embeddings({vocabulary.shape[0]}) on the base first)"
