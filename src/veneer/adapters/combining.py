@@ -86,6 +86,7 @@ def add_weighted(
     parts: Sequence[tuple[str, float]],
     name: str,
     plan: Combination,
+    *,
     most_lost: float | None = None,
 ) -> Report:
     """Add adapter ``name``, frozen, that acts as the weighted parts do together.

@@ -10,6 +10,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from veneer.cli.weights import weights_of
+from veneer.errors import ConfigError
+
 if TYPE_CHECKING:
     from veneer.adapters.combining import Report
     from veneer.combine import Combination
@@ -17,35 +20,39 @@ if TYPE_CHECKING:
 _MOST_LOST = 0.1  # of a layer's update, where nobody chose a rank
 
 
+_Adapters = Annotated[list[Path], typer.Argument(metavar="ADAPTER...", show_default=False, help="Adapter folders.")]
+_Output = Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", show_default=False, help="Folder to write.")]
+_Weights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="X...", show_default=False, help="One weight for each adapter, such as 0.7 -0.3. Default: 1 each."
+    ),
+]
+_How = Annotated[
+    str,
+    typer.Option(metavar="NAME", help="linear, cat, svd, ties, dare_linear, dare_ties, magnitude_prune or factorwise."),
+]
+_Density = Annotated[
+    float | None,
+    typer.Option(metavar="X", show_default=False, help="Share of entries to keep, for ties, dare_* and pruning."),
+]
+_Rank = Annotated[int | None, typer.Option(metavar="N", show_default=False, help="Bring the result to this rank.")]
+_Seed = Annotated[int, typer.Option(metavar="N", help="Of the draw that dare_* makes.")]
+_Base = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL", show_default=False, help="The base model; needed for DoRA and IA3 adapters."),
+]
+
+
 def combine(
-    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", show_default=False, help="Adapter folders.")],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FOLDER", show_default=False, help="Folder to write.")
-    ],
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            metavar="X...", show_default=False, help="One weight for each adapter, such as 0.7 -0.3. Default: 1 each."
-        ),
-    ] = None,
-    how: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME", help="linear, cat, svd, ties, dare_linear, dare_ties, magnitude_prune or factorwise."
-        ),
-    ] = "linear",
-    density: Annotated[
-        float | None,
-        typer.Option(metavar="X", show_default=False, help="Share of entries to keep, for ties, dare_* and pruning."),
-    ] = None,
-    rank: Annotated[
-        int | None, typer.Option(metavar="N", show_default=False, help="Bring the result to this rank.")
-    ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the draw that dare_* makes.")] = 0,
-    base: Annotated[
-        str | None,
-        typer.Option(metavar="MODEL", show_default=False, help="The base model; needed for DoRA and IA3 adapters."),
-    ] = None,
+    adapters: _Adapters,
+    output: _Output,
+    weights: _Weights = None,
+    how: _How = "linear",
+    density: _Density = None,
+    rank: _Rank = None,
+    seed: _Seed = 0,
+    base: _Base = None,
 ) -> None:
     """Combine adapters of one base into a new one. The parts stay as they are.
 
@@ -55,7 +62,6 @@ def combine(
     Example: veneer combine runs/a runs/b --weights 0.7 0.3 --rank 16 -o runs/both
     """
     from veneer.combine import Combination
-    from veneer.errors import ConfigError
 
     if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
         raise ConfigError(f"{output} exists and is not empty: choose another folder, nothing is overwritten")
@@ -67,19 +73,6 @@ def combine(
         else _on_base(adapters, numbers, plan, output, base)
     )
     _show(report, output)
-
-
-def weights_of(weights: str | None, n: int) -> list[float]:
-    from veneer.errors import ConfigError
-
-    given = [1.0] * n if weights is None else weights.replace(",", " ").split()
-    try:
-        numbers = [float(w) for w in given]
-    except ValueError as error:
-        raise ConfigError(f"--weights {weights!r} must be numbers separated by spaces or commas") from error
-    if len(numbers) != n:
-        raise ConfigError(f"--weights has {len(numbers)} numbers for {n} inputs: give one for each")
-    return numbers
 
 
 def _without_base(adapters: list[Path], weights: list[float], plan: Combination, output: Path) -> Report:
@@ -100,7 +93,7 @@ def _on_base(adapters: list[Path], weights: list[float], plan: Combination, outp
     for name, folder in zip(names[1:], adapters[1:], strict=True):
         adapted.load_adapter(folder, name)
     parts = list(zip(names, weights, strict=True))
-    report = add_weighted(adapted, adapted.adapter_state, parts, "default", plan, _MOST_LOST)
+    report = add_weighted(adapted, adapted.adapter_state, parts, "default", plan, most_lost=_MOST_LOST)
     adapted.save_pretrained(output, selected_adapters=["default"])
     return report
 

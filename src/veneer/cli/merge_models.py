@@ -9,45 +9,53 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from veneer.cli.weights import weights_of
 from veneer.core.units import size
 from veneer.train.terminal import draws_bars
 
+_Base = Annotated[str, typer.Argument(metavar="BASE", help="The model that all were tuned from.")]
+_Models = Annotated[list[str], typer.Argument(metavar="MODEL...", help="Fine-tuned models: folders or hub ids.")]
+_Output = Annotated[
+    Path, typer.Option("--output", "-o", metavar="FOLDER", show_default=False, help="The folder to write.")
+]
+_Weights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="X...", show_default=False, help="One weight for each model, such as 0.7 -0.3. Default: 1 each."
+    ),
+]
+_How = Annotated[str, typer.Option(metavar="NAME", help="task_arithmetic, ties, dare_linear or dare_ties.")]
+_Density = Annotated[
+    float | None,
+    typer.Option(metavar="X", show_default=False, help="Share of entries to keep, for ties and dare_*."),
+]
+_Normalize = Annotated[
+    bool | None,
+    typer.Option("--normalize/--no-normalize", show_default=False, help="Divide by the weights (ties: yes)."),
+]
+_Scale = Annotated[float, typer.Option(metavar="X", help="What the combined task vector is multiplied by.")]
+_Vote = Annotated[str, typer.Option(metavar="NAME", help="How a sign is elected: total (by values) or frequency.")]
+_Seed = Annotated[int, typer.Option(metavar="N", help="Of the draw that dare_* makes.")]
+_Force = Annotated[bool, typer.Option("--force", help="Replace what is in the output folder.")]
+
 
 def merge_models(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="The model that all were tuned from.")],
-    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Fine-tuned models: folders or hub ids.")],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FOLDER", show_default=False, help="The folder to write.")
-    ],
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            metavar="X...", show_default=False, help="One weight for each model, such as 0.7 -0.3. Default: 1 each."
-        ),
-    ] = None,
-    how: Annotated[
-        str, typer.Option(metavar="NAME", help="task_arithmetic, ties, dare_linear or dare_ties.")
-    ] = "task_arithmetic",
-    density: Annotated[
-        float | None,
-        typer.Option(metavar="X", show_default=False, help="Share of entries to keep, for ties and dare_*."),
-    ] = None,
-    normalize: Annotated[
-        bool | None,
-        typer.Option("--normalize/--no-normalize", show_default=False, help="Divide by the weights (ties: yes)."),
-    ] = None,
-    scale: Annotated[float, typer.Option(metavar="X", help="What the combined task vector is multiplied by.")] = 1.0,
-    vote: Annotated[
-        str, typer.Option(metavar="NAME", help="How a sign is elected: total (by values) or frequency.")
-    ] = "total",
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the draw that dare_* makes.")] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Replace what is in the output folder.")] = False,
+    base: _Base,
+    models: _Models,
+    output: _Output,
+    weights: _Weights = None,
+    how: _How = "task_arithmetic",
+    density: _Density = None,
+    normalize: _Normalize = None,
+    scale: _Scale = 1.0,
+    vote: _Vote = "total",
+    seed: _Seed = 0,
+    force: _Force = False,
 ) -> None:
     """Add what several models learned to their base, tensor by tensor: any size fits in memory.
 
     Example: veneer merge-models base tuned-a tuned-b --weights 0.7 0.3 -o both
     """
-    from veneer.cli.combine import weights_of
     from veneer.combine.task_vectors import TaskVectors
     from veneer.export.combined import CombineOptions, combine_checkpoints
 
@@ -68,7 +76,7 @@ def merge_models(
             pairs,
             output,
             plan,
-            CombineOptions(overwrite=force),
-            lambda done, total: progress.update(task, completed=done, total=total),
+            options=CombineOptions(overwrite=force),
+            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     typer.echo(f"{output}: {len(models)} models by {how}, {size(n_bytes)}")

@@ -21,21 +21,26 @@ if TYPE_CHECKING:
     from veneer.train.sweep_recipe import Sweep
 
 
+_Recipe = Annotated[
+    Path | None, typer.Argument(metavar="RECIPE", show_default=False, help="A YAML file; see --print-recipe.")
+]
+_Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one key, such as training.learning_rate=1e-4."),
+]
+_PrintRecipe = Annotated[bool, typer.Option("--print-recipe", help="Print a recipe with comments and leave.")]
+_ShowSample = Annotated[
+    bool, typer.Option("--show-sample", help="Print one row with its trained tokens coloured and leave.")
+]
+_Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint, bit for bit.")]
+
+
 def train(
-    recipe: Annotated[
-        Path | None, typer.Argument(metavar="RECIPE", show_default=False, help="A YAML file; see --print-recipe.")
-    ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change one key, such as training.learning_rate=1e-4."),
-    ] = None,
-    print_recipe: Annotated[
-        bool, typer.Option("--print-recipe", help="Print a recipe with comments and leave.")
-    ] = False,
-    show_sample: Annotated[
-        bool, typer.Option("--show-sample", help="Print one row with its trained tokens coloured and leave.")
-    ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint, bit for bit.")] = False,
+    recipe: _Recipe = None,
+    overrides: _Overrides = None,
+    print_recipe: _PrintRecipe = False,
+    show_sample: _ShowSample = False,
+    resume: _Resume = False,
 ) -> None:
     """Fit an adapter (or the whole model) as a recipe says; several at once where it has a sweep part.
 
@@ -48,26 +53,31 @@ def train(
         return
     if recipe is None:
         raise ConfigError("veneer train needs a recipe: `veneer train --print-recipe > recipe.yaml` writes one to edit")
-    from veneer.train.recipe import parse_recipe, read_values, refuse_early
-
-    values = read_values(recipe, overrides or [])
-    if "sweep" not in values:
-        refuse_early(values, str(recipe))
-    from veneer.train.sweep_recipe import PART, parse_sweep
-
-    sweep = parse_sweep(values, recipe) if PART in values else None
-    wanted = parse_recipe(values, str(recipe)) if sweep is None else sweep.members[0].recipe
+    wanted = _read(recipe, overrides or [])
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     from veneer.cli.loading import without_bars
+    from veneer.train.recipe import Recipe
 
     console = Console(soft_wrap=True)
     with without_bars(), _rows_counted_in_terminals():
         if show_sample:
-            _show_sample(wanted, console)
-        elif sweep is not None:
-            _train_sweep(sweep, resume, console)
-        else:
+            _show_sample(wanted if isinstance(wanted, Recipe) else wanted.members[0].recipe, console)
+        elif isinstance(wanted, Recipe):
             _train_one(wanted, resume, console)
+        else:
+            _train_sweep(wanted, resume, console)
+
+
+def _read(recipe: Path, overrides: list[str]) -> Recipe | Sweep:
+    """What the file asks for, checked as a whole."""
+    from veneer.train.recipe import parse_recipe, read_values, refuse_early
+
+    values = read_values(recipe, overrides)
+    if "sweep" not in values:
+        refuse_early(values, str(recipe))  # before torch is imported
+    from veneer.train.sweep_recipe import PART, parse_sweep
+
+    return parse_sweep(values, recipe) if PART in values else parse_recipe(values, str(recipe))
 
 
 @contextmanager

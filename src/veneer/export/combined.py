@@ -32,6 +32,7 @@ def combine_checkpoints(
     models: Mapping[str | os.PathLike[str], float] | Sequence[tuple[str | os.PathLike[str], float]],
     output: Path,
     plan: TaskVectors,
+    *,
     options: CombineOptions | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:

@@ -69,7 +69,7 @@ class VeraConfig(LinearMethod):
     def lower(self, site: LinearSite, params: Params) -> LinearDelta:
         b, d = params["vera_lambda_b"], params["vera_lambda_d"]
         rows, columns = self.projection_size or (site.out_features, site.in_features)
-        big_a, big_b = projections(self.projection_prng_key, self.r, rows, columns, d.device, d.dtype)
+        big_a, big_b = projections(self.projection_prng_key, self.r, rows, columns, device=d.device, dtype=d.dtype)
         return LinearDelta(
             a=d[:, None] * big_a[:, : site.in_features], b=b[:, None] * big_b[: site.out_features], scale=1.0
         )
@@ -78,7 +78,7 @@ class VeraConfig(LinearMethod):
         if self.projection_size is None:
             return {}
         size = self.projection_size
-        a, b = projections(self.projection_prng_key, self.r, *size, torch.device("cpu"), torch.float32)
+        a, b = projections(self.projection_prng_key, self.r, *size, device=torch.device("cpu"), dtype=torch.float32)
         return {f"{WRAPPER}vera_A": a, f"{WRAPPER}vera_B": b}
 
     @property
@@ -96,7 +96,7 @@ class VeraConfig(LinearMethod):
 
 @functools.lru_cache(maxsize=8)
 def projections(
-    key: int, r: int, out_features: int, in_features: int, device: torch.device, dtype: torch.dtype
+    key: int, r: int, out_features: int, in_features: int, *, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """A (r, in_features), B (out_features, r): Kaiming uniform with gain √2, drawn on the CPU in float32 from ``key``.
 

@@ -73,7 +73,12 @@ def test_companions_are_the_bases_and_shards_are_as_asked(folders: dict[str, Pat
     told: list[tuple[int, int]] = []
     options = CombineOptions(max_shard_bytes=2_000)
     combine_checkpoints(
-        folders["base"], pairs(folders), tmp_path / "out", TaskVectors(), options, lambda *event: told.append(event)
+        folders["base"],
+        pairs(folders),
+        tmp_path / "out",
+        TaskVectors(),
+        options=options,
+        on_progress=lambda *event: told.append(event),
     )
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "base"
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
@@ -84,9 +89,8 @@ def test_a_draw_depends_on_the_seed_and_not_on_the_shards(folders: dict[str, Pat
     found = {}
     for name, seed, size in (("one", 3, 2_000), ("same", 3, 9_999_999), ("other", 4, 2_000)):
         plan = TaskVectors(how="dare_linear", density=0.5, seed=seed)
-        combine_checkpoints(
-            folders["base"], pairs(folders), tmp_path / name, plan, CombineOptions(max_shard_bytes=size)
-        )
+        options = CombineOptions(max_shard_bytes=size)
+        combine_checkpoints(folders["base"], pairs(folders), tmp_path / name, plan, options=options)
         found[name] = AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict()
     assert all(torch.equal(found["same"][name], value) for name, value in found["one"].items())
     assert not all(torch.equal(found["other"][name], value) for name, value in found["one"].items())
