@@ -56,7 +56,7 @@ def intrinsic(
         console.print(f"d = {'all' if d is None else d}: {value:.1%}")
 
     with loading.quiet():
-        curve = dimension_curve(loaded.model, batches, score, dimensions, training, tell)
+        curve = dimension_curve(loaded.model, batches, score, dimensions, training, on_point=tell)
     output.mkdir(parents=True, exist_ok=True)
     facts: dict[str, Any] = {"model": model, "data": str(data), "training": asdict(training), **asdict(curve)}
     (output / "curve.json").write_text(json.dumps({**facts, "d90": curve.d90}, indent=2) + "\n", encoding="utf-8")

@@ -144,7 +144,7 @@ def answer_accuracy(
 ) -> Accuracy:
     """How many greedily generated answers the judge takes for right."""
     prompts = [question.prompt for question in questions]
-    predictions = greedy_answers(model, tokenizer, prompts, answering, batching, on_progress)
+    predictions = greedy_answers(model, tokenizer, prompts, answering, batching, on_progress=on_progress)
     return Accuracy.of(predictions, [judge(p, q.answers) for p, q in zip(predictions, questions, strict=True)])
 
 

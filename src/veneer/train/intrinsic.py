@@ -82,6 +82,7 @@ def dimension_curve(
     score: Callable[[Any], float],
     dimensions: Sequence[int],
     training: Training,
+    *,
     on_point: Callable[[int | None, float], None] = lambda d, score: None,
 ) -> Curve:
     """Train in random subspaces of several dimensions, and all weights, and score each; the model stays as it was.

@@ -100,6 +100,7 @@ def greedy_answers(
     prompts: Sequence[Sequence[int]],
     answering: Answering | None = None,
     batching: Batching | None = None,
+    *,
     on_progress: OnProgress = ignore_progress,
 ) -> list[str]:
     """The likeliest continuation of every prompt as text, to the end of the model's context at most. Padding is on the

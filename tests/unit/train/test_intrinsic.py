@@ -26,7 +26,7 @@ def test_more_dimensions_learn_what_one_cannot_and_the_model_stays(make_model):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     told = []
     training = Training(steps=25, learning_rate=0.02, seed=1)
-    curve = dimension_curve(model, batches(), right, [200, 1], training, lambda d, s: told.append((d, s)))
+    curve = dimension_curve(model, batches(), right, [200, 1], training, on_point=lambda d, s: told.append((d, s)))
     assert curve.full == 1.0
     assert curve.scores[200] == 1.0
     assert curve.scores[1] < 0.9
