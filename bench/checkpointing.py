@@ -24,15 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
-import veneer
+from lora_step import adapted, base_of, loss_of, optimizer_of, require_fused
 from resident import forget_high_water, high_water_mb
 from veneer.model.checkpointing import checkpoint_selectively
-from veneer.model.fused.decoder import fuse
 from veneer.model.offload import ActivationOffload
 from veneer.store.source import resolve
-from veneer.train.loss import token_loss
 
 WAYS = ("none", "full", "selective", "offload to disk", "selective and disk")
 
@@ -40,26 +37,23 @@ WAYS = ("none", "full", "selective", "offload to disk", "selective and disk")
 def worker(pipe: Connection, way: str, place: str, path: str, folder: Path) -> None:
     """For every message a step; answered are its loss, its wall and CPU seconds, and the memory above the model."""
     torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_pretrained(place, dtype=torch.bfloat16, attn_implementation="sdpa")
-    config = veneer.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", init_lora_weights=False)
-    model: Any = veneer.get_peft_model(base, config).train()
-    if path == "fused" and not fuse(model):
-        raise SystemExit("the model runs the general path, see the log")
+    model = adapted("veneer", base_of("veneer", "dense", place), init_lora_weights=False)
+    if path == "fused":
+        require_fused(model)
     if way == "full":
         model.gradient_checkpointing_enable({"use_reentrant": False})
     elif "selective" in way:
         checkpoint_selectively(model)
     context: Any = ActivationOffload(model, "disk", folder) if "disk" in way else nullcontext()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
-    ids = torch.randint(0, base.config.vocab_size, (4, 512), generator=torch.Generator().manual_seed(1))
+    optimizer = optimizer_of(model)
+    ids = torch.randint(0, model.config.vocab_size, (4, 512), generator=torch.Generator().manual_seed(1))
     forget_high_water()
     loaded = high_water_mb()
     while pipe.recv():
         wall, cpu = time.perf_counter(), time.process_time()
         optimizer.zero_grad()
         with context:
-            counted = token_loss(model, {"input_ids": ids, "labels": ids})
-            loss = counted.total / counted.n_tokens
+            loss = loss_of("veneer", model, ids)
         loss.backward()
         optimizer.step()
         seconds = time.perf_counter() - wall, time.process_time() - cpu

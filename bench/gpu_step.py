@@ -17,9 +17,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import veneer
-from veneer.model.fused.decoder import fuse
+from lora_step import SIDES, adapted, base_of, optimizer_of, require_fused, step
 from veneer.optim import AdamW8bit
-from veneer.train.loss import token_loss
 
 TOLERANCE = 0.02  # between the losses of both sides, in any step
 
@@ -57,55 +56,31 @@ def compare(base: str, place: Path, device: torch.device, tiny: bool) -> dict[st
     rows = batches(place, device, tiny)
     start = None
     results = {}
-    for side in ("peer", "veneer"):
-        model = _adapted(side, base, place, device)
+    for side in SIDES:
+        loaded = base_of(side, base, str(place), device_map={"": device})
+        torch.manual_seed(2)
+        model = adapted(side, loaded)
         if start is None:
             start = {k: v.clone() for k, v in peft.get_peft_model_state_dict(model).items()}
         else:
             veneer.set_peft_model_state_dict(model, start)
-            if not fuse(model):
-                raise SystemExit("the model runs the general path, see the log: there is nothing to compare")
+            require_fused(model)
         results[side] = _train(side, model, rows)
-        del model
+        del model, loaded
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return results
 
 
-def _adapted(side: str, base: str, place: Path, device: torch.device) -> Any:
-    library, loader = (veneer, veneer) if side == "veneer" else (peft, transformers)
-    options: dict[str, Any] = {"dtype": torch.bfloat16, "attn_implementation": "sdpa", "device_map": {"": device}}
-    if base == "nf4":
-        options["quantization_config"] = loader.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-        )
-    model = AutoModelForCausalLM.from_pretrained(place, **options)
-    config = library.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    torch.manual_seed(2)
-    return library.get_peft_model(model, config).train()
-
-
 def _train(side: str, model: Any, rows: list[Tensor]) -> Result:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
+    optimizer = optimizer_of(model)
     losses, times = [], []
     with peak_bytes(rows[0].device) as peak:
         for ids in rows:
             start = time.perf_counter()
-            optimizer.zero_grad()
-            loss = _loss(side, model, ids)
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())  # waits for the device
+            losses.append(step(side, model, optimizer, ids))
             times.append(time.perf_counter() - start)
     return Result(losses, statistics.median(times[len(times) // 4 :]), peak())
-
-
-def _loss(side: str, model: Any, ids: Tensor) -> Tensor:
-    if side == "peer":
-        loss: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
-        return loss
-    counted = token_loss(model, {"input_ids": ids, "labels": ids})
-    return counted.total / counted.n_tokens
 
 
 @contextmanager

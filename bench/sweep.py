@@ -21,14 +21,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-import veneer
+from lora_step import adapted, base_of, optimizer_of, require_fused, step
 from veneer.adapters.peft_model import PeftModel
 from veneer.model.fused.decoder import fuse
 from veneer.model.twin import twin
 from veneer.store.source import resolve
-from veneer.train.loss import Scoring, token_loss
+from veneer.train.loss import Scoring
 from veneer.train.shared_base import Part, SharedBase
 
 RANKS = (2, 4, 8, 8, 16, 16, 32, 64)
@@ -47,48 +47,27 @@ def read_tokens(data: Path, tokenizer: Any, n_tokens: int) -> Tensor:
     raise SystemExit(f"{data} holds {len(ids)} tokens, {n_tokens} are needed: give a longer file or fewer steps")
 
 
-def base_of(place: str, base: str) -> Any:
-    options: dict[str, Any] = {"dtype": torch.bfloat16}
-    if base == "nf4":
-        options["quantization_config"] = veneer.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-        )
-    return AutoModelForCausalLM.from_pretrained(place, **options)
-
-
 def members(base: Any) -> list[PeftModel]:
     """A model for each adapter, over the same weights, with the same start in every call."""
     found = []
     for rank in RANKS:
         torch.manual_seed(rank)
-        config = veneer.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-        found.append(veneer.get_peft_model(twin(base), config).train())
+        found.append(adapted("veneer", twin(base), r=rank, lora_alpha=2 * rank))
     return found
-
-
-def optimizer_of(member: PeftModel) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in member.parameters() if p.requires_grad], lr=2e-4, fused=True)
 
 
 def alone(base: Any) -> Step:
     """Member after member, each with a forward and a backward pass of its own."""
     models = members(base)
-    if not all(fuse(model) for model in models):
-        raise SystemExit("the model runs the general path, see the log: there is nothing to compare")
-    optimizers = [optimizer_of(model) for model in models]
+    for model in models:
+        require_fused(model)
+    optimizers = [optimizer_of(model, fused=True) for model in models]
 
-    def step(rows: Tensor) -> Losses:
-        losses = []
-        for model, optimizer, row in zip(models, optimizers, rows, strict=True):
-            optimizer.zero_grad()
-            counted = token_loss(model, {"input_ids": row[None], "labels": row[None]})
-            loss = counted.total / counted.n_tokens
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        return losses
+    def one_by_one(rows: Tensor) -> Losses:
+        turns = zip(models, optimizers, rows, strict=True)
+        return [step("veneer", model, optimizer, row[None]) for model, optimizer, row in turns]
 
-    return step
+    return one_by_one
 
 
 def together(base: Any) -> Step:
@@ -99,9 +78,9 @@ def together(base: Any) -> Step:
     for name, model in zip(names, models, strict=True):
         shared.add(name, model)
     fuse(shared.model)
-    optimizers = [optimizer_of(model) for model in models]
+    optimizers = [optimizer_of(model, fused=True) for model in models]
 
-    def step(rows: Tensor) -> Losses:
+    def at_once(rows: Tensor) -> Losses:
         for optimizer in optimizers:
             optimizer.zero_grad()
         batches = ({"input_ids": row[None], "labels": row[None]} for row in rows)
@@ -112,12 +91,12 @@ def together(base: Any) -> Step:
             optimizer.step()
         return [loss.item() for loss in losses]
 
-    return step
+    return at_once
 
 
-def timed(step: Step, rows: Tensor) -> float:
+def timed(way: Step, rows: Tensor) -> float:
     began = time.perf_counter()
-    step(rows)
+    way(rows)
     return time.perf_counter() - began
 
 
@@ -133,7 +112,7 @@ def main() -> None:
     place, lengths = str(resolve(args.model)), [int(length) for length in args.lengths.split(",")]
     n_rows = args.steps * len(RANKS)
     tokens = read_tokens(args.data, AutoTokenizer.from_pretrained(place), n_rows * max(lengths))
-    base = base_of(place, args.base)
+    base = base_of("veneer", args.base, place)
     ways = {"alone": alone(base), "together": together(base)}
     compare(ways, tokens[: n_rows * lengths[0]].view(args.steps, len(RANKS), lengths[0]))
     print(f"{args.base} base, ranks {RANKS}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
@@ -141,8 +120,8 @@ def main() -> None:
         rows = tokens[: len(RANKS) * length].view(len(RANKS), length)
         times: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(args.rounds):
-            for name, step in ways.items():
-                times[name].append(timed(step, rows))
+            for name, way in ways.items():
+                times[name].append(timed(way, rows))
         single, joint = (statistics.median(times[name]) for name in ("alone", "together"))
         print(
             f"8 x 1 x {length:4} tokens: {single:6.2f} s one after another, {joint:6.2f} s together, "
@@ -155,7 +134,7 @@ def compare(ways: dict[str, Step], batches: Tensor) -> None:
     """Train both ways on the same rows. Leaves where the losses part."""
     worst = 0.0
     for number, rows in enumerate(batches):
-        own, shared = (step(rows) for step in ways.values())
+        own, shared = (way(rows) for way in ways.values())
         worst = max(worst, *(abs(a - b) for a, b in zip(own, shared, strict=True)))
         print(
             f"step {number}: losses {own[0]:.4f} … {own[-1]:.4f} (alone) {shared[0]:.4f} … {shared[-1]:.4f} (together)"

@@ -31,8 +31,9 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from lora_step import SIDES
 from resident import forget_high_water, high_water_mb
-from train_sides import BATCH, ROWS, SIDES, Row, Side, Timing, cycled, packed_rows, products_of, same_start, side_of
+from train_sides import BATCH, ROWS, Row, Side, Timing, cycled, packed_rows, products_of, same_start, side_of
 from veneer.store.source import resolve
 
 LENGTH, TOLERANCE = 512, 0.02
@@ -100,12 +101,14 @@ def measure(name: str, place: str, rows: tuple[Dataset, Dataset], args: argparse
     peaks = {side: peak_of(name, side) for side in SIDES}
     times: dict[str, list[Timing]] = {side: [] for side in SIDES}
     products = [product_time()]
-    for number in range(args.rounds + 1):  # the first round warms up
-        batch = full.select(range(2 * BATCH * number, 2 * BATCH * (number + 1)))
+    size = 2 * BATCH
+    batches = [full.select(range(size * number, size * (number + 1))) for number in range(args.rounds + 1)]
+    for batch in batches:
         for side_name, side in zip(SIDES, (peer, ours), strict=True):
             times[side_name].append(side.timed(batch))
         products.append(product_time())
-    n_products = products_of(row, ours.model, full.select(range(BATCH)))
+    # The first round warms up.
+    n_products = statistics.median(products_of(row, ours.model, batch) for batch in batches[1:])
     report({side: taken[1:] for side, taken in times.items()}, peaks, n_products, products)
 
 

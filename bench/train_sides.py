@@ -12,15 +12,13 @@ import torch
 import transformers
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 import veneer
-from veneer.model.fused.decoder import fuse
+from lora_step import RATE, adapted, base_of, optimizer_of, require_fused, step
 from veneer.train.display import RunDisplay
-from veneer.train.loss import token_loss
 
-BATCH, RATE = 4, 2e-4
-SIDES = ("peer", "veneer")
+BATCH = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +69,7 @@ class Side:
 
 def side_of(name: str, row: Row, place: str) -> Side:
     """One side of a row, its adapter at the start that `same_start` can copy."""
-    model = _adapted(name, row, place)
+    model = adapted(name, base_of(name, row.base, place, row.dtype))
     return _trainer_side(name, row, model, place) if row.trainer else _step_side(name, model)
 
 
@@ -82,46 +80,18 @@ def same_start(ours: Side, peer: Side) -> None:
     veneer.set_peft_model_state_dict(ours.model, get_peft_model_state_dict(peer.model))
 
 
-def _adapted(name: str, row: Row, place: str) -> Any:
-    import peft
-
-    library, loader = (veneer, veneer) if name == "veneer" else (peft, transformers)
-    options: dict[str, Any] = {"dtype": row.dtype, "attn_implementation": "sdpa"}
-    if row.base == "nf4":
-        options["quantization_config"] = loader.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=row.dtype
-        )
-    base = AutoModelForCausalLM.from_pretrained(place, **options)
-    config = library.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    return library.get_peft_model(base, config).train()
-
-
 def _step_side(name: str, model: Any) -> Side:
     """A loop of its own: forward, backward, AdamW, over whole rows."""
-    if name == "veneer" and not fuse(model):
-        raise SystemExit("the model runs the general path, see the log: there is nothing to compare")
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE)
-
-    def loss_of(ids: Tensor) -> Tensor:
-        if name == "peer":
-            loss: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
-            return loss
-        counted = token_loss(model, {"input_ids": ids, "labels": ids})
-        return counted.total / counted.n_tokens
-
-    def step(ids: Tensor) -> float:
-        optimizer.zero_grad()
-        loss = loss_of(ids)
-        loss.backward()
-        optimizer.step()
-        return loss.item()
+    if name == "veneer":
+        require_fused(model)
+    optimizer = optimizer_of(model)
 
     def timed(rows: Dataset) -> Timing:
         start = Timing.now()
-        step(_batches(rows)[-1])
+        step(name, model, optimizer, _batches(rows)[-1])
         return Timing.now().since(start)
 
-    return Side(model, lambda rows: [step(ids) for ids in _batches(rows)], timed)
+    return Side(model, lambda rows: [step(name, model, optimizer, ids) for ids in _batches(rows)], timed)
 
 
 def _batches(rows: Dataset) -> list[Tensor]:
@@ -178,15 +148,24 @@ def _trainer_side(name: str, row: Row, model: Any, place: str) -> Side:
     return Side(model, lambda rows: run(rows).losses, timed)
 
 
-def products_of(row: Row, model: Any, rows: Dataset) -> float:
-    """Floating-point operations in the products with weights of one step over ``rows``, counted from their shapes.
+def timed_tokens(row: Row, rows: Dataset) -> tuple[int, int]:
+    """Tokens of the step that `Side.timed` times over ``rows``, and how many of them predict a trained token."""
+    if not row.trainer:
+        batch = _batches(rows)[-1]
+        return batch.numel(), batch.numel() - len(batch)
+    second = rows.select(range(BATCH, 2 * BATCH))
+    n = sum(map(len, second["input_ids"]))
+    return n, n - sum(map(len, second["seq_lengths"]))
 
-    A frozen layer W (o, i) costs 2 n o i each way (q, k, v of the first block have no way back: nothing below them
-    trains), a factor three times that; the head counts rows that predict a trained token. Attention is left out. With
-    checkpointing the blocks run forward twice.
+
+def products_of(row: Row, model: Any, rows: Dataset) -> float:
+    """Floating-point operations in the products with weights of the step that `Side.timed` times over ``rows``.
+
+    They are counted from shapes. A frozen layer W (o, i) costs 2 n o i each way (q, k, v of the first block have no way
+    back: nothing below them trains), a factor three times that; the head counts rows that predict a trained token.
+    Attention is left out. With checkpointing the blocks run forward twice.
     """
-    n = sum(map(len, rows["input_ids"]))
-    n_predicting = n - (sum(map(len, rows["seq_lengths"])) if row.trainer else len(rows))
+    n, n_predicting = timed_tokens(row, rows)
     head = model.get_output_embeddings()
     total = 4.0 * n_predicting * head.in_features * head.out_features
     passes = 2 if row.checkpointing else 1

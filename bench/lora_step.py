@@ -1,0 +1,66 @@
+"""The LoRA training step that other scripts time: a model of PEFT's or of veneer's, its loss, and AdamW."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import veneer
+from veneer.model.fused.decoder import fuse
+from veneer.train.loss import token_loss
+
+RATE = 2e-4
+SIDES = ("peer", "veneer")
+
+
+def base_of(side: str, base: str, place: str, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Any:
+    """A "dense" or an "nf4" base, the latter loaded by bitsandbytes for the peer and by veneer for itself."""
+    if base == "nf4":
+        loader: Any = veneer if side == "veneer" else transformers
+        options["quantization_config"] = loader.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+    return AutoModelForCausalLM.from_pretrained(place, dtype=dtype, attn_implementation="sdpa", **options)
+
+
+def adapted(side: str, base: Any, **settings: Any) -> Any:
+    """The base with LoRA of rank 16 on all linear layers, or with what ``settings`` say, ready to train."""
+    if side == "veneer":
+        library: Any = veneer
+    else:
+        import peft as library  # not above: scripts without a peer do without it
+    settings = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | settings
+    return library.get_peft_model(base, library.LoraConfig(**settings)).train()
+
+
+def require_fused(model: Any) -> None:
+    """SystemExit where veneer's kernels do not take the model."""
+    if not fuse(model):
+        raise SystemExit("the model runs the general path, see the log: there is nothing to compare")
+
+
+def optimizer_of(model: Any, **options: Any) -> torch.optim.Optimizer:
+    """torch's AdamW over what trains."""
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE, **options)
+
+
+def loss_of(side: str, model: Any, ids: Tensor) -> Tensor:
+    """The mean cross-entropy of every token of ``ids`` (rows, length) but the first of each row."""
+    if side == "peer":
+        loss: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
+        return loss
+    counted = token_loss(model, {"input_ids": ids, "labels": ids})
+    return counted.total / counted.n_tokens
+
+
+def step(side: str, model: Any, optimizer: torch.optim.Optimizer, ids: Tensor) -> float:
+    """Forward, backward, AdamW; returns the loss, and so waits for the device."""
+    optimizer.zero_grad()
+    loss = loss_of(side, model, ids)
+    loss.backward()
+    optimizer.step()
+    return loss.item()
