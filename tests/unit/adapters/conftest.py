@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -71,6 +73,21 @@ def make_random(model: torch.nn.Module, seed: int = 2) -> None:
         for name, parameter in sorted(model.named_parameters()):
             if parameter.requires_grad or ".adapters." in name or ".copies." in name:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+
+
+def logits(model: Any, ids: Tensor) -> Tensor:
+    """What the model says to these tokens; no gradient is kept."""
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def exactly(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    """Equal to the rounding of float32."""
+    torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
 
 
 @pytest.fixture

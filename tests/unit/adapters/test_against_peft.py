@@ -16,7 +16,7 @@ from torch import Tensor
 from veneer import IA3Config, LoraConfig, PeftModel, get_peft_model
 from veneer.model.attach import live_parameters
 
-TIGHT = {"rtol": 2e-5, "atol": 2e-6}
+from .conftest import close, logits
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -31,15 +31,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def lora(**settings: Any) -> dict[str, Any]:
     return {"r": 3, "lora_alpha": 7, **settings}
-
-
-def logits(model: Any, ids: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(ids).logits
-
-
-def close(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, **TIGHT)
 
 
 def same_gradients(ours: PeftModel, theirs: Any, ids: Tensor) -> None:

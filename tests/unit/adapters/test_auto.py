@@ -26,7 +26,7 @@ from veneer import (
 from veneer.errors import ConfigError
 from veneer.methods import all_methods
 
-from .conftest import VOCAB
+from .conftest import VOCAB, logits
 
 
 def config(**changes: Any) -> LoraConfig:
@@ -41,11 +41,6 @@ def saved(tiny: Any, folder: Path, **changes: Any) -> tuple[Path, Any]:
     model = get_peft_model(base, config(**changes))
     model.save_pretrained(folder / "adapter")
     return folder / "adapter", model.eval()
-
-
-def logits(model: Any, ids: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(ids).logits
 
 
 @pytest.mark.parametrize("auto", [AutoPeftModelForCausalLM, AutoPeftModel])

@@ -16,21 +16,10 @@ from veneer import (
 )
 from veneer.errors import AdapterNameError, CompositionError
 
+from .conftest import close, exactly, logits
+
 CONFIG = LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
 OTHER = LoraConfig(r=2, lora_alpha=5, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-
-
-def logits(model: Any, ids: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(ids).logits
-
-
-def exactly(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=0, atol=0)
-
-
-def close(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
 
 
 def test_disable_adapter_can_be_nested(tiny: Any, ids: Tensor) -> None:

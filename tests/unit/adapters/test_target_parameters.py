@@ -27,6 +27,8 @@ from veneer.errors import CompositionError, ConfigError, TargetError
 from veneer.model.attach import live_parameters
 from veneer.model.parameters import AdaptedParameters, runs_by_convention
 
+from .conftest import close
+
 SIZES: dict[str, Any] = {
     "vocab_size": 67,
     "hidden_size": 20,
@@ -92,10 +94,6 @@ def ours_by_key(model: PeftModel) -> dict[str, Tensor]:
 
 def theirs_by_key(model: Any) -> dict[str, Tensor]:
     return peft.get_peft_model_state_dict(model, {n: p.grad for n, p in model.named_parameters() if p.requires_grad})
-
-
-def close(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("family", CONFIGS)

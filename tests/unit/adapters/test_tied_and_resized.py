@@ -17,18 +17,7 @@ from veneer import (
     get_peft_model,
 )
 
-
-def logits(model: Any, ids: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(ids).logits
-
-
-def exactly(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=0, atol=0)
-
-
-def close(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+from .conftest import close, exactly, logits
 
 
 @pytest.mark.parametrize("targets", [["embed_tokens", "q_proj"], ["lm_head"], ["embed_tokens", "lm_head"]])

@@ -17,6 +17,8 @@ from veneer import LoraConfig, PeftModel, get_peft_model
 from veneer.errors import CompositionError, ConfigError, TargetError
 from veneer.model.attach import live_parameters
 
+from .conftest import close, logits
+
 ROWS = [89, 3, 54]
 KEY = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
 
@@ -29,15 +31,6 @@ def ids() -> Tensor:
 
 def config(**settings: Any) -> LoraConfig:
     return LoraConfig(**{"r": 3, "lora_alpha": 7, "trainable_token_indices": ROWS, **settings})
-
-
-def logits(model: Any, ids: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(ids).logits
-
-
-def close(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("given", [ROWS, {"embed_tokens": ROWS[1:]}], ids=["list", "dict"])

@@ -18,21 +18,14 @@ from veneer import LoraConfig, PeftModel, get_peft_model
 from veneer.errors import ConfigError, FormatError, TargetError
 from veneer.model.attach import live_parameters
 
+from .conftest import close, logits
+
 EMBEDDINGS = {"llama-tied": "embed_tokens", "gemma2": "embed_tokens", "opt": "embed_tokens", "gpt2": "wte"}
 WEIGHTS = "adapter_model.safetensors"
 
 
 def config(*targets: str, **settings: Any) -> LoraConfig:
     return LoraConfig(**{"r": 3, "lora_alpha": 7, "target_modules": targets, "ensure_weight_tying": True, **settings})
-
-
-def logits(model: Any, ids: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(ids).logits
-
-
-def close(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
 
 
 def ends(model: Any) -> tuple[Any, Any]:
