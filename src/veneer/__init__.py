@@ -1,4 +1,4 @@
-"""veneer: parameter-efficient fine-tuning, from planning to serving."""
+"""veneer: parameter-efficient fine-tuning of transformers models."""
 
 from __future__ import annotations
 
