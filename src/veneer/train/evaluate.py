@@ -159,14 +159,19 @@ def label_accuracy(
 ) -> Accuracy:
     """How often the right label has the greatest log-probability, summed over its tokens, of all labels.
 
-    ``labels`` default to the answers that occur. Raises DataError where a right answer is not among them.
+    ``labels`` default to the answers that occur. Raises DataError where a right answer is not among them, ConfigError
+    where nothing precedes a label.
     """
     words = _label_words(questions, labels)
     items = []
     for question in questions:
         for word in words:
             ids, start = continuation(tokenizer, question, word)
-            items.append(Scored(tuple(ids), max(start, 1), len(ids)))
+            if not start:  # the first token of a text has no probability
+                raise ConfigError(
+                    f"a prompt is empty, or its first token merges with {word!r}: there is nothing to continue"
+                )
+            items.append(Scored(tuple(ids), start, len(ids)))
     found = log_probabilities(model, items, batching, on_progress)
     sums = [float(values.double().sum()) for values in found]
     rows = [sums[i : i + len(words)] for i in range(0, len(sums), len(words))]
@@ -194,7 +199,8 @@ def regex_match(pattern: str, *, fold: bool = False) -> Judge:
 
     def judge(given: str, answers: Sequence[str]) -> bool:
         found = _last(compiled, given)
-        return found is not None and same(found, [_last(compiled, answer) or answer for answer in answers])
+        right = ((_last(compiled, answer), answer) for answer in answers)
+        return found is not None and same(found, [whole if part is None else part for part, whole in right])
 
     return judge
 

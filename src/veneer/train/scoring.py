@@ -125,7 +125,7 @@ def greedy_answers(
 
 def context_length(model: Any) -> int | None:
     """How many tokens fit into the context, beside the virtual tokens of the active adapter; None without a limit."""
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     fronts = [holder.acting() for holder in virtual_tokens(model).values()]
     return None if limit is None else int(limit) - sum(front.width for front in fronts if front is not None)
 

@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from veneer.errors import ConfigError, DataError
@@ -24,7 +32,7 @@ from veneer.train.evaluate import (
     regex_match,
 )
 from veneer.train.questions import Question, QuestionReader, as_trained, read_rows
-from veneer.train.scoring import Answering, Batching, Scored, greedy_answers, log_probabilities
+from veneer.train.scoring import Answering, Batching, Scored, context_length, greedy_answers, log_probabilities
 
 SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>"]
 TEMPLATE = (
@@ -180,6 +188,12 @@ def test_a_third_label_takes_part_and_an_unknown_answer_is_refused(model: Any, t
         label_accuracy(model, tokenizer, questions)
 
 
+def test_a_label_that_nothing_precedes_is_refused(model: Any, tokenizer: Any) -> None:
+    questions = QuestionReader(tokenizer=tokenizer).read([{"prompt": "", "completion": c} for c in ("a", "bc")])
+    with pytest.raises(ConfigError, match=r"prompt is empty.*nothing to continue"):
+        label_accuracy(model, tokenizer, questions)
+
+
 def test_answers_are_judged_row_by_row(model: Any, tokenizer: Any) -> None:
     rows = [{"messages": [{"role": "user", "content": c}, {"role": "assistant", "content": "?"}]} for c in "abc"]
     questions = QuestionReader(tokenizer=tokenizer).read(rows)
@@ -200,6 +214,7 @@ def test_judges() -> None:
     assert number("#### 3 no, #### 4", ["4"])
     assert not number("4", ["4"])
     assert regex_match(r"\d+")("it is 12", ["12"])
+    assert regex_match("x(.*)")("x", ["its x"])
     with pytest.raises(ConfigError, match="not a regular expression"):
         regex_match("(")
 
@@ -270,6 +285,15 @@ def test_answers_end_with_the_context_and_short_prompts_are_not_cut_with_long_on
     assert greedy_answers(model, tokenizer, prompts, Answering(max_new_tokens=9)) == wanted
     with pytest.raises(ConfigError, match="a prompt has 19 tokens and the model's context holds 19"):
         greedy_answers(model, tokenizer, [[7] * 19])
+
+
+def test_the_context_of_a_composite_model_is_that_of_its_text() -> None:
+    sizes = {"hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 1, "num_attention_heads": 3}
+    text = {**sizes, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 59, "max_position_embeddings": 19}
+    vision = {**sizes, "image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    with torch.device("meta"):
+        assert context_length(Gemma3ForConditionalGeneration(config)) == 19
 
 
 def test_long_texts_are_read_in_windows_that_the_model_holds(tokenizer: Any) -> None:
