@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -20,6 +19,7 @@ from veneer.model.adapted import restore
 from veneer.model.attach import adapted_layers, device_of
 from veneer.model.linear import AdaptedLinear
 from veneer.model.multihead import AdaptedOutProjection
+from veneer.model.structure import evaluation
 
 MAX_PASSES = 50
 Batch = Mapping[str, Any]
@@ -51,7 +51,7 @@ def get_eva_state_dict(
     """
     config = _config(model, adapter_name)
     eva, layers = config.eva, _layers(model, adapter_name)
-    with model.disable_adapter(), _evaluating(model):
+    with model.disable_adapter(), evaluation(model):
         passes = _Passes(model, dataloader, eva, forward_fn)
         groups = passes.groups(layers)
         ranks = {path: config.rank(layer.site((adapter_name,))) for path, layer in layers.items()}
@@ -225,17 +225,6 @@ def _mask(batch: Batch, eva: EvaConfig) -> Tensor | None:
 def _digest(x: Tensor) -> tuple[torch.Size, str]:
     """What tells the inputs of layers apart without keeping them."""
     return x.shape, hashlib.sha256(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _config(model: PeftModel, name: str) -> LoraConfig:

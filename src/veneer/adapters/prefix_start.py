@@ -15,6 +15,7 @@ from veneer.core.prefix import flatten_prefix
 from veneer.core.records import PrefixDelta
 from veneer.errors import ConfigError
 from veneer.model.prefix import PrefixAdapters
+from veneer.model.structure import evaluation
 from veneer.model.virtual_tokens import cache_name
 
 
@@ -42,12 +43,10 @@ def initialize_kv_prefix_from_text(
             "longer text, or a shorter prefix"
         )
     device = next(holder.adapters[name].parameters()).device
-    cache, training = DynamicCache(), model.training  # one that keeps every token, also in a sliding window
+    cache = DynamicCache()  # one that keeps every token, also in a sliding window
     named = {cast(str, cache_name(model.forward)): cache}
-    model.eval()
-    with model.disable_adapter():
+    with evaluation(model), model.disable_adapter():
         model(input_ids=ids[None, : config.num_virtual_tokens].to(device), **named, use_cache=True)
-    model.train(training)
     return initialize_kv_prefix_from_past_key_values(model, adapter_name=name, past_key_values=cache)
 
 

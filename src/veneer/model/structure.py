@@ -124,8 +124,15 @@ def _ancestors(path: str) -> list[str]:
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
     """Every module in evaluation mode for a while: no dropout, no checkpointing, no random numbers drawn."""
+    with modes_kept(model):
+        model.eval()
+        yield
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Each module has the mode afterwards that it had before, whatever the block sets: a caller may mix them."""
     modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
         yield
     finally:

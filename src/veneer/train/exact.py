@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.model.quant_linear import computing_dtypes
+from veneer.model.structure import evaluation
 from veneer.train.collate import Layout
 
 log = logging.getLogger(__name__)
@@ -37,20 +38,17 @@ def packing_layout(model: nn.Module) -> Layout:
 @torch.no_grad()
 def keeps_packed_apart(model: nn.Module) -> bool:
     """Whether the second of two packed sequences has the logits that it has alone, whatever the first one is."""
-    training = model.training
-    model.eval()
     try:
-        vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-        second = (torch.arange(SECOND) * 3 + 2) % vocabulary
-        first, another = ((torch.arange(FIRST) * step + 1) % vocabulary for step in (2, 5))
-        packed, other = (_logits(model, before, second)[FIRST:] for before in (first, another))
-        # In front of a row of the same length, for products of other sizes round otherwise.
-        alone = _logits(model, second, first)[:SECOND]
+        with evaluation(model):
+            vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+            second = (torch.arange(SECOND) * 3 + 2) % vocabulary
+            first, another = ((torch.arange(FIRST) * step + 1) % vocabulary for step in (2, 5))
+            packed, other = (_logits(model, before, second)[FIRST:] for before in (first, another))
+            # In front of a row of the same length, for products of other sizes round otherwise.
+            alone = _logits(model, second, first)[:SECOND]
     except (TypeError, RuntimeError, ValueError) as error:
         log.info("%s takes no restarting positions: %s", type(model).__name__, error)
         return False
-    finally:
-        model.train(training)
     leak = (packed - other).abs().max() / alone.std()
     drift = (packed - alone).norm() / alone.norm()  # not the largest: in bfloat16 some logit of many is far off
     exact = computing_dtypes(model) <= {torch.float32, torch.float64}

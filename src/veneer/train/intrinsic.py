@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from veneer.analyze.subspace import Subspace
 from veneer.errors import ConfigError, TrainingError
+from veneer.model.structure import modes_kept
 from veneer.train.loss import token_loss
 
 Batch = Mapping[str, Tensor]
@@ -121,12 +122,9 @@ def _space(start: Mapping[str, Tensor], d: int, training: Training) -> Subspace:
 
 
 def _train(model: nn.Module, space: Subspace | _Whole, batches: Sequence[Batch], training: Training) -> None:
-    was_training = model.training
-    model.train()
-    try:
+    with modes_kept(model):
+        model.train()
         _train_steps(_Loss(model), space, batches, training)
-    finally:
-        model.train(was_training)
 
 
 def _train_steps(loss_of: _Loss, space: Subspace | _Whole, batches: Sequence[Batch], training: Training) -> None:

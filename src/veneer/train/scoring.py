@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from veneer.errors import ConfigError
+from veneer.model.structure import evaluation
 from veneer.model.virtual_tokens import virtual_tokens
 
 OnProgress = Callable[[int, int], None]
@@ -76,7 +76,7 @@ def log_probabilities(
         inputs.setdefault(item.ids[: item.end - 1], []).append(at)
     sequences = list(inputs)
     found: dict[int, Tensor] = {}
-    with _evaluating(model):
+    with evaluation(model):
         for batch in (batching or Batching()).split([len(s) for s in sequences]):
             logits = _forward(model, [sequences[i] for i in batch])
             for row, i in enumerate(batch):
@@ -115,7 +115,7 @@ def greedy_answers(
         raise ConfigError(
             f"a prompt has {max(map(len, prompts))} tokens and the model's context holds {limit}: shorten it"
         )
-    with _evaluating(model):
+    with evaluation(model):
         for batch in _batches([len(p) + answering.max_new_tokens for p in prompts], batching or Batching(), limit):
             texts = _continued(model, tokenizer, [prompts[i] for i in batch], answering)
             answers |= {i: _cut(text, answering.stop) for i, text in zip(batch, texts, strict=True)}
@@ -180,13 +180,3 @@ def greedy() -> dict[str, Any]:
 def _cut(text: str, stop: Sequence[str]) -> str:
     ends = [at for at in (text.find(s) for s in stop) if at >= 0]
     return text[: min(ends)] if ends else text
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -95,3 +95,16 @@ def test_what_cannot_start_from_text_says_why(tiny: Any, ids: Any, tokenizer: An
         initialize_kv_prefix_from_text(prefixed(tiny(), prefix_projection=True), tokenizer, text=TEXT)
     with pytest.raises(ConfigError, match="no prefix adapter"):
         initialize_kv_prefix_from_text(get_peft_model(tiny(), LoraConfig()), tokenizer, text=TEXT)
+
+
+def test_the_mode_of_each_module_is_put_back_where_the_model_fails(tiny: Any, tokenizer: Any) -> None:
+    model = prefixed(tiny()).train()
+    model.base_model.eval()
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("broken off")
+
+    model.get_input_embeddings().register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="broken off"):
+        initialize_kv_prefix_from_text(model, tokenizer, text=TEXT)
+    assert (model.training, model.base_model.training) == (True, False)

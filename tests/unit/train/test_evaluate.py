@@ -113,10 +113,10 @@ def test_batched_answers_are_those_of_each_prompt_alone(
     assert cut == whole[: whole.index(whole[3])]
 
 
-def test_the_mode_of_the_model_is_put_back(model: Any) -> None:
-    model.train()
+def test_the_mode_of_each_module_is_put_back(model: Any) -> None:
+    model.train().base_model.eval()
     log_probabilities(model, [Scored((1, 2), 1, 2)])
-    assert model.training
+    assert (model.training, model.base_model.training) == (True, False)
     model.eval()
 
 

@@ -54,7 +54,8 @@ def test_d90_is_the_smallest_that_reaches_nine_tenths_of_full(tmp_path):
 def test_what_cannot_be_trained_is_told(make_model):
     with pytest.raises(ConfigError, match="must be above zero"):
         Training(steps=0)
-    model = make_model().eval()
+    model = make_model().train()
+    model.base_model.eval()
     with pytest.raises(TrainingError, match="choose a lower learning rate"):
         dimension_curve(model, batches(), right, [50], Training(steps=30, learning_rate=1e30))
-    assert not model.training
+    assert (model.training, model.base_model.training) == (True, False)

@@ -104,8 +104,9 @@ def test_packed_logits_equal_those_of_single_sequences(make_model, family, atten
 @pytest.mark.parametrize(("family", "expected"), [*((f, True) for f in APART), ("opt", False), ("bloom", False)])
 def test_the_model_is_asked_whether_it_keeps_sequences_apart(make_model, family, expected):
     model = make_model(family).train()
+    model.base_model.eval()
     assert keeps_packed_apart(model) is expected
-    assert model.training
+    assert (model.training, model.base_model.training) == (True, False)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
