@@ -30,16 +30,6 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def apply_residual(
-    delta: ResidualDelta, hidden: Float[Tensor, "*batch d"], x: Float[Tensor, "*batch d"] | None = None
-) -> Float[Tensor, "*batch d"]:
-    """``hidden`` with the bottleneck's output added, in hidden's dtype.
-
-    ``x`` is what a parallel bottleneck reads; a serial one reads ``hidden``.
-    """
-    return hidden + residual_change(delta, hidden if x is None else x).to(hidden.dtype)
-
-
 def residual_change(delta: ResidualDelta, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
     """``scale * (up act(down x + down_bias) + up_bias)`` in the bottleneck's own dtype."""
     inner = functional.linear(x.to(delta.down.dtype), delta.down, delta.down_bias)
