@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from veneer.core.frozen import FrozenWeight
 from veneer.errors import FormatError
-from veneer.quant.product import Multiplies
+from veneer.quant.product import CodedWeight
 from veneer.quant.spec import StorageSpec
 
 
@@ -149,7 +149,7 @@ class QuantLinear(nn.Module):
 def computing_dtypes(model: nn.Module) -> set[torch.dtype]:
     """What a model computes in: the dtype of its parameters, and what its quantized layers ask for beside that."""
     weights = [module.frozen_format() for module in model.modules() if isinstance(module, QuantLinear)]
-    asked = {weight.compute_dtype for weight in weights if isinstance(weight, Multiplies)}
+    asked = {weight.compute_dtype for weight in weights if isinstance(weight, CodedWeight)}
     return {dtype for dtype in (next(model.parameters()).dtype, *asked) if dtype is not None}
 
 

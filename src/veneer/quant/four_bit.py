@@ -22,7 +22,7 @@ from veneer.ops.blockwise import dynamic_map
 from veneer.ops.double_quant import BLOCK_SIZE as NESTED_BLOCK_SIZE
 from veneer.ops.double_quant import CompressedAbsmax, compress_absmax, expand_absmax
 from veneer.ops.four_bit import FourBitLayout, code_table, dequantize_4bit, matmul_4bit, matmul_t_4bit, quantize_4bit
-from veneer.quant.product import product
+from veneer.quant.product import CodedWeight
 from veneer.quant.spec import Parts, part_problems
 
 STATE_KEY = "weight.quant_state.bitsandbytes__"
@@ -46,7 +46,7 @@ _NESTED: dict[str, Callable[[Any], bool]] = {"nested_offset": _is_number, "neste
 
 
 @dataclass(frozen=True, slots=True)
-class FourBitWeight:
+class FourBitWeight(CodedWeight):
     """``W (o, i)`` in packed 4-bit codes.
 
     ``absmax`` is float32, or uint8 codes that ``nested_absmax`` and ``nested_offset`` scale and shift.
@@ -70,14 +70,7 @@ class FourBitWeight:
         tensors = (self.packed, self.absmax, self.nested_absmax, self.nested_offset)
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
-    def matmul(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
-        return product(self, x)
-
-    def matmul_t(self, dy: Float[Tensor, "*batch o"]) -> Float[Tensor, "*batch i"]:
-        return product(self, dy, transposed=True)
-
     def multiply(self, x: Tensor, transposed: bool) -> Tensor:
-        """``W x`` or ``Wᵀ x`` in x's dtype, nothing recorded."""
         if x.dtype == torch.float64:  # exact arithmetic for checks; the kernels stop at float32
             dense = self.dense(torch.float64)
             return x @ (dense if transposed else dense.T)

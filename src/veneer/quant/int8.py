@@ -14,7 +14,7 @@ from torch import Tensor
 
 from veneer.errors import FormatError
 from veneer.ops.int8 import dequantize_int8, matmul_int8, matmul_t_int8, quantize_int8
-from veneer.quant.product import product
+from veneer.quant.product import CodedWeight
 from veneer.quant.spec import Parts, part_problems
 
 NAME = "int8"
@@ -23,7 +23,7 @@ CHUNK_VALUES = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
-class Int8Weight:
+class Int8Weight(CodedWeight):
     """``W (o, i) = codes * absmax / 127``. ``compute_dtype`` None computes in the dtype of the input."""
 
     codes: Int8[Tensor, "o i"]
@@ -39,14 +39,7 @@ class Int8Weight:
     def nbytes(self) -> int:
         return self.codes.numel() + self.absmax.numel() * self.absmax.element_size()
 
-    def matmul(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
-        return product(self, x)
-
-    def matmul_t(self, dy: Float[Tensor, "*batch o"]) -> Float[Tensor, "*batch i"]:
-        return product(self, dy, transposed=True)
-
     def multiply(self, x: Tensor, transposed: bool) -> Tensor:
-        """``W x`` or ``Wᵀ x`` in x's dtype, nothing recorded."""
         if x.dtype == torch.float64:  # exact arithmetic for checks; the kernels stop at float32
             dense = self.dense(torch.float64)
             return x @ (dense if transposed else dense.T)

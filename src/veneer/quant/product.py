@@ -2,41 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Protocol, cast, runtime_checkable
+from abc import ABC, abstractmethod
+from typing import cast
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from veneer.ops.product import recorded_product
 
 
-@runtime_checkable
-class Multiplies(Protocol):
-    """A weight that can multiply in x's own dtype, without recording anything."""
-
-    @property
-    def compute_dtype(self) -> torch.dtype | None:
-        """What to compute in; None: the dtype of the input."""
-        ...
-
-    def multiply(self, x: Tensor, transposed: bool) -> Tensor:
-        """``W x``, or ``Wᵀ x``, on the last axis."""
-        ...
-
-
-def product(weight: Multiplies, x: Tensor, transposed: bool = False) -> Tensor:
-    """``W x`` (or ``Wᵀ x``) computed in the weight's compute dtype (None: that of x) and returned in x's dtype.
-
-    Autocast overrules both, as it does for a dense layer.
+class CodedWeight(ABC):
+    """A frozen weight ``W (o, i)`` in codes. Its products are computed in ``compute_dtype`` (None: that of the input)
+    and returned in the input's dtype; autocast overrules both, as it does for a dense layer.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        autocast_dtype = torch.get_autocast_dtype(x.device.type)
-        return cast(Tensor, _record(x.to(autocast_dtype), weight, transposed))
-    y = _record(x if weight.compute_dtype is None else x.to(weight.compute_dtype), weight, transposed)
-    return cast(Tensor, y.to(x.dtype))
+
+    __slots__ = ()
+    compute_dtype: torch.dtype | None
+
+    @abstractmethod
+    def multiply(self, x: Tensor, transposed: bool) -> Tensor:
+        """``W x``, or ``Wᵀ x``, on the last axis in x's own dtype, nothing recorded."""
+
+    def matmul(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
+        return self._product(x, False)
+
+    def matmul_t(self, dy: Float[Tensor, "*batch o"]) -> Float[Tensor, "*batch i"]:
+        return self._product(dy, True)
+
+    def _product(self, x: Tensor, transposed: bool) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            autocast_dtype = torch.get_autocast_dtype(x.device.type)
+            return cast(Tensor, _record(x.to(autocast_dtype), self, transposed))
+        y = _record(x if self.compute_dtype is None else x.to(self.compute_dtype), self, transposed)
+        return cast(Tensor, y.to(x.dtype))
 
 
 # The kernels are opaque to the compiler: a compiled model calls them between its graphs.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _record(x: Tensor, weight: Multiplies, transposed: bool) -> Tensor:
+def _record(x: Tensor, weight: CodedWeight, transposed: bool) -> Tensor:
     return recorded_product(x, weight.multiply, transposed)

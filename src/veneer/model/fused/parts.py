@@ -18,7 +18,7 @@ from veneer.model.quant_linear import QuantLinear
 from veneer.ops.norm import layer_norm_backward, layer_norm_forward, rms_norm_backward, rms_norm_forward
 from veneer.ops.projection import LowRankRows, Projection
 from veneer.quant.dense import DenseWeight
-from veneer.quant.product import Multiplies
+from veneer.quant.product import CodedWeight
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 EPSILONS = ("variance_epsilon", "eps")
@@ -151,7 +151,7 @@ def projection_of(module: nn.Module, dtype: torch.dtype) -> Projection | None:
         matrix = weight.tensor
         if matrix.requires_grad or matrix.dtype != dtype:
             return None
-    elif isinstance(weight, Multiplies) and torch.is_autocast_enabled(cast(Tensor, module.weight).device.type):
+    elif isinstance(weight, CodedWeight) and torch.is_autocast_enabled(cast(Tensor, module.weight).device.type):
         matrix = replace(cast(Any, weight), compute_dtype=None)  # autocast overrules it
     return Projection(
         weight=matrix,
