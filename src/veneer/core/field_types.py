@@ -18,6 +18,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from veneer.errors import ConfigError, VeneerError
 
+_QUOTED = re.compile(r"""(?<!\w)(['"])(\\.|(?!\1)[^\\])*\1""")  # a value: what stands in it is no field's name
 _ONE_AND_MANY = {
     int: ("a whole number", "whole numbers"),
     float: ("a finite number", "finite numbers"),
@@ -31,7 +32,7 @@ def check(config: Any, problems: Callable[[], list[str]], error: type[VeneerErro
     """Bring the fields of a new dataclass to the form in which they are kept, and raise with all that is wrong.
 
     ``problems`` says what else is wrong. It runs while a field of another type stands at its default, so that nothing
-    is compared that cannot be; what it says of such a field is left out.
+    is compared that cannot be; sentences that name such a field are left out, for they may be about the default.
     """
     kind: type = type(config)
     hints, wrong = _hints(kind), dict[str, list[str]]()
@@ -41,7 +42,7 @@ def check(config: Any, problems: Callable[[], list[str]], error: type[VeneerErro
             wrong[spec.name] = misfits(spec.name, value, hint)
             value = _default(spec)
         object.__setattr__(config, spec.name, kept(value, hint) if fits(value, hint) else value)
-    others = [said for said in problems() if not any(re.search(rf"\b{name}\b", said) for name in wrong)]
+    others = [said for said in problems() if not wrong.keys() & set(re.findall(r"\w+", _QUOTED.sub("", said)))]
     found = [*(said for each in wrong.values() for said in each), *others]
     if found:
         raise error(f"{kind.__name__}: " + "; ".join(found))

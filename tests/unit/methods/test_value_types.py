@@ -108,6 +108,25 @@ def test_types_and_values_are_told_in_one_error() -> None:
 
 
 @pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"target_modules": "r("}, "is not a regular expression"),
+        ({"target_modules": """it's r's "r" and \\'r ("""}, "is not a regular expression"),
+        ({"rank_pattern": {"a r(": 3}}, "is not a regular expression"),
+        ({"init_lora_weights": "bias r"}, "init_lora_weights='bias r' must be one of"),
+        ({"layers_pattern": "r", "layers_to_transform": 1.5, "lora_dropout": 3}, "lora_dropout=3 must lie in"),
+    ],
+)
+def test_only_sentences_about_a_field_of_another_type_are_left_out(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        LoraConfig(r="8", bias=0, **values)
+    types, others = str(caught.value).split("bias=0 must be 'none', 'all' or 'lora_only'; ")
+    assert "r='8' must be a whole number" in types
+    assert words in others
+    assert ";" not in others
+
+
+@pytest.mark.parametrize(
     ("method", "given", "expected"),
     [
         (LoraConfig, {"r": np.int64(5), "lora_alpha": np.float32(2.5)}, {"r": 5, "lora_alpha": 2.5}),
