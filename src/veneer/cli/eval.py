@@ -18,6 +18,12 @@ from veneer.cli import loading
 from veneer.cli.measurement import Measurement, Metric, OnProgress, Options, Subject
 from veneer.train.terminal import draws_bars
 
+
+def _unescaped(text: str) -> str:
+    r"""A shell passes \n on as two characters; in a prompt or a stop text they mean the line break."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
+
+
 _Metric = Annotated[
     Metric, typer.Option("--metric", "-m", metavar="NAME", show_default=False, help=f"{', '.join(Metric)}.")
 ]
@@ -43,21 +49,28 @@ _Labels = Annotated[
 ]
 _Prompt = Annotated[
     str | None,
-    typer.Option(metavar="TEXT", show_default=False, help="Prompt made of a row's fields: 'Review: {text}\\nMood:'."),
+    typer.Option(
+        metavar="TEXT",
+        parser=_unescaped,
+        show_default=False,
+        help="Prompt made of a row's fields: 'Review: {text}\\nMood:'.",
+    ),
 ]
 _AnswerField = Annotated[
     str | None,
     typer.Option(metavar="FIELD", show_default=False, help="Field of the right answer (or of a list of them)."),
 ]
 _IgnoreCase = Annotated[
-    bool | None, typer.Option("--ignore-case", show_default=False, help="Case and white space do not count.")
+    bool, typer.Option("--ignore-case", show_default=False, help="Case and white space do not count.")
 ]
 _MaxNewTokens = Annotated[
     int | None, typer.Option(metavar="N", min=1, show_default="256", help="Longest answer, in tokens.")
 ]
 _Stop = Annotated[
     list[str] | None,
-    typer.Option(metavar="TEXT", show_default=False, help="Text that ends an answer; may be given again."),
+    typer.Option(
+        metavar="TEXT", parser=_unescaped, show_default=False, help="Text that ends an answer; may be given again."
+    ),
 ]
 _Context = Annotated[
     int | None,
@@ -72,9 +85,7 @@ _System = Annotated[
     str | None,
     typer.Option(metavar="TEXT", show_default=False, help="A system message before each chat, as data.system."),
 ]
-_WholeRows = Annotated[
-    bool | None, typer.Option("--whole-rows", show_default=False, help="perplexity: of prompts too.")
-]
+_WholeRows = Annotated[bool, typer.Option("--whole-rows", show_default=False, help="perplexity: of prompts too.")]
 _Limit = Annotated[
     int | None, typer.Option(metavar="N", min=1, show_default=False, help="Only the first so many rows.")
 ]
@@ -96,14 +107,14 @@ def eval_(
     labels: _Labels = None,
     prompt: _Prompt = None,
     answer_field: _AnswerField = None,
-    ignore_case: _IgnoreCase = None,
+    ignore_case: _IgnoreCase = False,
     max_new_tokens: _MaxNewTokens = None,
     stop: _Stop = None,
     context: _Context = None,
     stride: _Stride = None,
     chat: _Chat = False,
     system: _System = None,
-    whole_rows: _WholeRows = None,
+    whole_rows: _WholeRows = False,
     limit: _Limit = None,
     batch_size: _BatchSize = 16,
     predictions: _Predictions = None,

@@ -13,8 +13,9 @@ from veneer.cli import loading
 from veneer.cli.outputs import require_file
 
 if TYPE_CHECKING:
-    from veneer.train.evaluate import Accuracy, Perplexity
+    from veneer.train.evaluate import Accuracy, Judge, Perplexity, Windows
     from veneer.train.questions import Question
+    from veneer.train.scoring import Answering
 
 OnProgress = Callable[[int, int], None]
 
@@ -38,18 +39,49 @@ _READS = {  # which options each metric reads; any other that is given is an err
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The options that only some metrics read; None where not given."""
+    """The options that only some metrics read, None or False where not given; and what they mean to each metric."""
 
     pattern: str | None
     labels: str | None
     prompt: str | None
     answer_field: str | None
-    ignore_case: bool | None
+    ignore_case: bool
     max_new_tokens: int | None
     stop: list[str] | None
     context: int | None
     stride: int | None
-    whole_rows: bool | None
+    whole_rows: bool
+
+    def given(self) -> set[str]:
+        """The names of those that were given."""
+        return {name for name, value in vars(self).items() if value is not None and value is not False}
+
+    def windows(self, limit: int | None) -> Windows:
+        """How long texts are read, where the model's context holds ``limit`` tokens."""
+        from veneer.train.evaluate import Windows
+
+        return Windows.within(limit, self.context, self.stride)
+
+    @property
+    def words(self) -> Sequence[str]:
+        """The labels to choose from; none: those in the data."""
+        return () if self.labels is None else self.labels.split(",")
+
+    @property
+    def judge(self) -> Judge:
+        """Whether an answer is right."""
+        from veneer.train.evaluate import exact_match, regex_match
+
+        fold = self.ignore_case
+        return exact_match(fold=fold) if self.pattern is None else regex_match(self.pattern, fold=fold)
+
+    @property
+    def answering(self) -> Answering:
+        """How answers are generated."""
+        from veneer.train.scoring import Answering
+
+        stop = tuple(text for text in self.stop or () if text)
+        return Answering(max_new_tokens=self.max_new_tokens or Answering.max_new_tokens, stop=stop)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +158,7 @@ class Measurement:
         """Raise ConfigError for options that this metric does not read or lacks, and answers with no place to go."""
         from veneer.errors import ConfigError
 
-        given = {name for name, value in vars(self.options).items() if value is not None}
-        foreign = sorted(given - _READS[self.metric])
+        foreign = sorted(self.options.given() - _READS[self.metric])
         problems = [f"--{name.replace('_', '-')} is not read by --metric {self.metric}" for name in foreign]
         if self.metric is Metric.REGEX and self.options.pattern is None:
             problems.append("--metric regex needs --pattern")
@@ -146,40 +177,20 @@ class Measurement:
         from veneer.train.questions import QuestionReader, as_templated
         from veneer.train.scoring import Batching, context_length
 
-        options, batching = self.options, Batching(n_rows=self.batch_size)
+        options, model, tokenizer = self.options, loaded.model, loaded.tokenizer
+        how: dict[str, Any] = {"batching": Batching(n_rows=self.batch_size), "on_progress": on_progress}
         if self.metric is Metric.PERPLEXITY:
             rows = self.rows
             if options.prompt is not None:
-                rows = as_templated(rows, _unescaped(options.prompt) or "", options.answer_field)
-            limit = context_length(loaded.model)
-            windows = evaluate.Windows.within(limit, options.context, options.stride)
-            return evaluate.perplexity(
-                loaded.model,
-                loaded.tokenizer,
-                rows,
-                windows=windows,
-                whole_rows=bool(options.whole_rows),
-                batching=batching,
-                on_progress=on_progress,
-            )
-        reader = QuestionReader(
-            tokenizer=loaded.tokenizer, prompt=_unescaped(options.prompt), answer_field=options.answer_field
-        )
+                rows = as_templated(rows, options.prompt, options.answer_field)
+            how |= {"windows": options.windows(context_length(model)), "whole_rows": options.whole_rows}
+            return evaluate.perplexity(model, tokenizer, rows, **how)
+        reader = QuestionReader(tokenizer=tokenizer, prompt=options.prompt, answer_field=options.answer_field)
         self.questions = reader.read(self.rows)
         if self.metric is Metric.LABELS:
-            words = options.labels.split(",") if options.labels is not None else ()
-            return evaluate.label_accuracy(
-                loaded.model, loaded.tokenizer, self.questions, words, batching=batching, on_progress=on_progress
-            )
-        return evaluate.answer_accuracy(
-            loaded.model,
-            loaded.tokenizer,
-            self.questions,
-            self._judge(),
-            answering=self._answering(),
-            batching=batching,
-            on_progress=on_progress,
-        )
+            return evaluate.label_accuracy(model, tokenizer, self.questions, options.words, **how)
+        how |= {"answering": options.answering}
+        return evaluate.answer_accuracy(model, tokenizer, self.questions, options.judge, **how)
 
     def write_predictions(self, path: Path, result: Any) -> None:
         """One JSON object a row: the answers that are right, the prediction, whether it is one of them."""
@@ -187,21 +198,3 @@ class Measurement:
             for question, given, right in zip(self.questions, result.predictions, result.right, strict=True):
                 row = {"answers": question.answers, "prediction": given, "right": right}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-    def _judge(self) -> Callable[[str, Sequence[str]], bool]:
-        from veneer.train.evaluate import exact_match, regex_match
-
-        fold = bool(self.options.ignore_case)
-        pattern = self.options.pattern
-        return exact_match(fold=fold) if pattern is None else regex_match(pattern, fold=fold)
-
-    def _answering(self) -> Any:
-        from veneer.train.scoring import Answering
-
-        stop = tuple(text for text in map(_unescaped, self.options.stop or ()) if text)
-        return Answering(max_new_tokens=self.options.max_new_tokens or Answering.max_new_tokens, stop=stop)
-
-
-def _unescaped(text: str | None) -> str | None:
-    r"""A shell passes \n on as two characters; in a prompt or a stop text they mean the line break."""
-    return None if text is None else text.replace("\\n", "\n").replace("\\t", "\t")

@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import Result
 
 from veneer import PeftModel
+from veneer.train import evaluate
+from veneer.train.scoring import Answering
 
 Veneer = Callable[..., Result]
 
@@ -53,6 +55,16 @@ def test_answers_by_regex_as_a_table(veneer: Veneer, model_folder: Path, data: P
     assert found.exit_code == 0, found.output
     assert "accuracy (regex)" in found.stdout
     assert "±" in found.stdout
+
+
+def test_a_text_that_ends_answers_may_be_a_line_break(
+    veneer: Veneer, model_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, own = [], evaluate.answer_accuracy
+    monkeypatch.setattr(evaluate, "answer_accuracy", lambda *a, **k: asked.append(k["answering"]) or own(*a, **k))
+    command = ("eval", model_folder, "-d", data, "-m", "exact-match", "--json", "--max-new-tokens", 2)
+    measured(veneer(*command, "--stop", "\\n", "--stop", "a\\tb"))
+    assert asked == [Answering(max_new_tokens=2, stop=("\n", "a\tb"))]
 
 
 @pytest.mark.parametrize(
