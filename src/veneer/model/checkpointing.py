@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from veneer.ops.product import NAMESPACE
+
 DEAR = 256
 """Multiply-adds for each number that a product gives, above which it is kept: a projection costs as many as the stream
 is wide, the second half of a LoRA pair its rank, attention scores the head's width."""
 
 _aten = torch.ops.aten
-_PRODUCTS = {_aten.mm.default: 1, _aten.bmm.default: 1, _aten.addmm.default: 2, _aten.baddbmm.default: 2}
+_PRODUCTS = {_aten.mm.default: 0, _aten.bmm.default: 0, _aten.addmm.default: 1, _aten.baddbmm.default: 1}
 _ATTENTION = (
     "_scaled_dot_product_flash_attention_for_cpu",
     "_scaled_dot_product_flash_attention",
@@ -62,9 +64,10 @@ def is_selective(block: nn.Module) -> bool:
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     dear = _is_attention(op, args, kwargs)
-    if op in _PRODUCTS:
-        factor: Tensor = args[_PRODUCTS[op]]
-        dear = factor.shape[-2] > DEAR
+    place = 0 if op.namespace == NAMESPACE else _PRODUCTS.get(op)
+    if place is not None:
+        factor: Tensor = args[place]
+        dear = factor.shape[-1] > DEAR
     return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
 
 

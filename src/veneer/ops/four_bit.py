@@ -11,6 +11,7 @@ values equal those of bitsandbytes on the CPU, for every shape.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from veneer.errors import ConfigError, NonFiniteError, ShapeError
 from veneer.ops.dispatch import implementation
-from veneer.ops.product import recorded_product
+from veneer.ops.product import recorded_product, visible
 from veneer.ops.reference.four_bit import table
 
 QUANT_TYPES = ("nf4", "fp4")
@@ -141,13 +142,33 @@ def _product(x: Tensor, packed: Tensor, absmax: Tensor, layout: FourBitLayout, h
     transposed, backend = how
 
     def multiply(x: Tensor, transposed: bool) -> Tensor:
-        run = implementation("four_bit.matmul_t_4bit" if transposed else "four_bit.matmul_4bit", x.device, backend)
-        out: Tensor = run(x.reshape(-1, x.shape[-1]).contiguous(), packed.reshape(-1), absmax, layout)
-        return out.view(*x.shape[:-1], out.shape[-1])
+        form = (layout.shape, layout.quant_type, layout.block_size)
+        return product_4bit(x, packed, absmax, *form, transposed, backend)
 
     if not (x.requires_grad and torch.is_grad_enabled()):  # recording takes as long as the product of a row
         return multiply(x, transposed)
     return recorded_product(x, multiply, transposed)
+
+
+@visible(
+    "product_4bit(Tensor x, Tensor packed, Tensor absmax, int[] shape, str quant_type, int block_size, "
+    "bool transposed, str? backend) -> Tensor"
+)
+def product_4bit(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    shape: Sequence[int],
+    quant_type: str,
+    block_size: int,
+    transposed: bool,
+    backend: str | None,
+) -> Tensor:
+    """``W x`` or ``Wᵀ x`` on the last axis of arguments that were checked, nothing recorded."""
+    run = implementation("four_bit.matmul_t_4bit" if transposed else "four_bit.matmul_4bit", x.device, backend)
+    layout = FourBitLayout(tuple(shape), quant_type, block_size)
+    out: Tensor = run(x.reshape(-1, x.shape[-1]).contiguous(), packed.reshape(-1), absmax, layout)
+    return out.view(*x.shape[:-1], out.shape[-1])
 
 
 def _float(dtype: torch.dtype) -> torch.dtype:

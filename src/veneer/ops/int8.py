@@ -13,7 +13,7 @@ from torch import Tensor
 
 from veneer.errors import NonFiniteError, ShapeError
 from veneer.ops.dispatch import implementation
-from veneer.ops.product import recorded_product
+from veneer.ops.product import recorded_product, visible
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -78,11 +78,17 @@ def matmul_t_int8(
 
 def _product(x: Tensor, codes: Tensor, absmax: Tensor, transposed: bool, backend: str | None) -> Tensor:
     def multiply(x: Tensor, transposed: bool) -> Tensor:
-        run = implementation("int8.matmul_t_int8" if transposed else "int8.matmul_int8", x.device, backend)
-        out: Tensor = run(x.reshape(-1, x.shape[-1]).contiguous(), codes, absmax)
-        return out.view(*x.shape[:-1], out.shape[-1])
+        return product_int8(x, codes, absmax, transposed, backend)
 
     return recorded_product(x, multiply, transposed)
+
+
+@visible("product_int8(Tensor x, Tensor codes, Tensor absmax, bool transposed, str? backend) -> Tensor")
+def product_int8(x: Tensor, codes: Tensor, absmax: Tensor, transposed: bool, backend: str | None) -> Tensor:
+    """``W x`` or ``Wᵀ x`` on the last axis of arguments that were checked, nothing recorded."""
+    run = implementation("int8.matmul_t_int8" if transposed else "int8.matmul_int8", x.device, backend)
+    out: Tensor = run(x.reshape(-1, x.shape[-1]).contiguous(), codes, absmax)
+    return out.view(*x.shape[:-1], out.shape[-1])
 
 
 def _check(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> None:

@@ -2,14 +2,42 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 Multiply = Callable[[Tensor, bool], Tensor]
 """``W x``, or where the second argument is True ``Wᵀ x``, on the last axis."""
+
+NAMESPACE = "veneer"
+P = ParamSpec("P")
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def visible(schema: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
+    """Makes a product an op of torch for those who watch torch's dispatcher; its first argument is what is multiplied.
+
+    That is how selective checkpointing keeps it: of a kernel it sees nothing, and what is written into a given place it
+    cannot keep. Where no one watches the function is called itself: the dispatcher takes time, and transforms that no
+    rule is known for would pass through it without an error.
+    """
+
+    def register(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+        _LIBRARY.define(schema)  # type: ignore[no-untyped-call]
+        _LIBRARY.impl(function.__name__, function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+        op: Callable[P, Tensor] = getattr(torch.ops.veneer, function.__name__).default
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+            return (op if _get_current_dispatch_mode() else function)(*args, **kwargs)
+
+        return call
+
+    return register
 
 
 def recorded_product(x: Tensor, multiply: Multiply, transposed: bool) -> Tensor:

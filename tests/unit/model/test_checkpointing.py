@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTrainedModel, Qwen3Config
 
-from veneer import LoraConfig, get_peft_model
+from veneer import BitsAndBytesConfig, LoraConfig, get_peft_model
 from veneer.core.method import MethodConfig
 from veneer.model import checkpointing
 from veneer.model.checkpointing import checkpoint_selectively, is_selective
 from veneer.model.fused.decoder import fused
+from veneer.model.quant_linear import QuantLinear
+from veneer.ops import four_bit, int8
 
 WIDTH, INNER, RANK = 42, 58, 5
 SIZES: dict[str, Any] = {
@@ -33,9 +35,13 @@ PACKED = torch.cat([torch.arange(4), torch.arange(13)])[None].expand(3, -1)
 LORA = LoraConfig(r=RANK, lora_alpha=7, target_modules="all-linear")
 
 
-def adapted(name: str, config: MethodConfig = LORA) -> PreTrainedModel:
+def adapted(name: str, config: MethodConfig = LORA, quantization: BitsAndBytesConfig | None = None) -> PreTrainedModel:
     torch.manual_seed(3)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(MODELS[name]))
+    for path, module in list(model.model.named_modules()) if quantization else ():
+        if isinstance(module, nn.Linear):
+            spec = quantization.spec(tuple(module.weight.shape), module.weight.dtype)
+            model.model.set_submodule(path, QuantLinear.from_dense(module, spec))
     get_peft_model(model, config)
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
@@ -107,6 +113,37 @@ def test_large_products_are_not_computed_again(monkeypatch: pytest.MonkeyPatch) 
     assert kept.count(second) == again.count(second) > once.count(second)
     monkeypatch.setattr(checkpointing, "DEAR", WIDTH)
     assert products(model).count(up) == again.count(up)
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {"load_in_4bit": True, "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.bfloat16},
+        {"load_in_8bit": True},
+    ],
+    ids=["4 bits", "int8"],
+)
+def test_products_with_quantized_weights_are_not_computed_again(
+    quantization: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpointing, "DEAR", 10)
+    model = adapted("llama", quantization=BitsAndBytesConfig(**quantization))
+    asked: list[str] = []
+    for ops in (four_bit, int8):
+        own = ops.implementation
+        monkeypatch.setattr(ops, "implementation", lambda op, *args, own=own: asked.append(op) or own(op, *args))
+
+    def counted() -> tuple[dict[str, Tensor], int]:
+        asked.clear()
+        return gradients(model), sum("matmul" in op for op in asked)
+
+    expected = gradients(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    _, again = counted()
+    checkpoint_selectively(model)
+    found, kept = counted()
+    assert_equal(found, expected)
+    assert kept == again - 2 * 7
 
 
 @pytest.mark.parametrize("name", MODELS)
