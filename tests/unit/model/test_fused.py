@@ -387,6 +387,20 @@ def test_stands_aside_where_the_caller_asks_for_more(batch: dict[str, Any], halv
     assert not halves
 
 
+@pytest.mark.parametrize("asked", [False, None])
+def test_attention_weights_that_nobody_wants_leave_it_fused(asked: bool | None, halves: list[str]) -> None:
+    model = adapted(base("llama"))
+    model.set_attn_implementation("eager")
+    with fused(model):
+        halves.clear()
+        step(model, {"output_attentions": asked})
+        assert halves
+        model.config.output_attentions = True
+        halves.clear()
+        step(model, {"output_attentions": asked})
+    assert bool(halves) is (asked is False)
+
+
 def test_hooks_on_parts_are_called(halves: list[str]) -> None:
     model = adapted(base("llama"))
     calls: list[str] = []

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 # Relative error that rounding explains in what one block adds to the stream.
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 KERNELS = {"cpu": "cpu", "cuda": "triton"}
-EXTRAS = (*SPECIAL, "token_type_ids", "output_attentions")
+EXTRAS = (*SPECIAL, "token_type_ids")
 
 
 class FusedDecoder(InPlace, nn.Module):
@@ -55,7 +55,9 @@ class FusedDecoder(InPlace, nn.Module):
         caches = kwargs.get("use_cache")
         if caches is None:
             caches = config.use_cache and not (self.training and torch.is_grad_enabled())
-        weights = kwargs.get("output_attentions", getattr(config, "output_attentions", False))
+        weights = kwargs.get("output_attentions")
+        if weights is None:
+            weights = getattr(config, "output_attentions", False)
         if tokens is None or len(args) > 1 or caches or weights or any(kwargs.get(name) is not None for name in EXTRAS):
             return None
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
