@@ -20,11 +20,14 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     OPTConfig,
+    PersimmonConfig,
     Phi3Config,
     PhiConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    SeedOssConfig,
     StableLmConfig,
     Starcoder2Config,
 )
@@ -78,6 +81,7 @@ FAMILIES = {
     ),
     "stablelm": StableLmConfig(**WIDE, **PARTIAL),
     "starcoder2": Starcoder2Config(sliding_window=5, **WIDE),
+    "persimmon": PersimmonConfig(attention_dropout=0.0, **WIDE, **PARTIAL),
 }
 LORA = LoraConfig(r=5, lora_alpha=7, target_modules="all-linear")
 IDS = (torch.arange(3 * 17).view(3, 17) * 31 + 5) % 97
@@ -92,10 +96,11 @@ BATCHES: dict[str, dict[str, Any]] = {
 Result = tuple[Tensor, float, dict[str, Tensor]]
 
 
-def base(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def base(family: str | PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A small model of which no weight is neutral."""
     torch.manual_seed(3)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[family]))
+    config = FAMILIES[family] if isinstance(family, str) else family
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
@@ -338,6 +343,18 @@ def test_dropout_of_the_model_itself(family: str, module: str, expected: set[str
         found = step(model, {})
         assert set(halves) == expected
         halves.clear()
+        step(model.eval(), {})
+    assert set(halves) == {"attention", "mlp"}
+    assert error(found[2], before[2]) <= 2e-5
+
+
+def test_a_dropout_that_a_half_computes_itself(halves: list[str]) -> None:
+    model = adapted(base(SeedOssConfig(residual_dropout=0.4, **SIZES)))
+    before = step(model, {})
+    with fused(model):
+        halves.clear()
+        found = step(model, {})
+        assert not halves
         step(model.eval(), {})
     assert set(halves) == {"attention", "mlp"}
     assert error(found[2], before[2]) <= 2e-5

@@ -144,13 +144,21 @@ def _norms(owner: nn.Module, names: Any, shape: BlockShape, dtype: torch.dtype) 
 
 def _drops(block: nn.Module) -> bool:
     """Whether the block itself drops some of what its halves give out."""
-    return block.training and any(isinstance(part, nn.Dropout) and part.p > 0 for part in block.children())
+    return block.training and (_has_rate(block) or any(_is_dropout(part) for part in block.children()))
 
 
 def _drops_within(module: nn.Module) -> bool:
     """Whether a half drops something on its way."""
-    dropouts = any(isinstance(part, nn.Dropout) and part.p > 0 for part in module.modules())
-    return module.training and (dropouts or bool(getattr(module, "attention_dropout", 0)))
+    return module.training and (_has_rate(module) or any(_is_dropout(part) for part in module.modules()))
+
+
+def _is_dropout(part: nn.Module) -> bool:
+    return isinstance(part, nn.Dropout) and part.p > 0
+
+
+def _has_rate(module: nn.Module) -> bool:
+    """Whether a module holds the rate of a dropout that it computes itself: ``attention_dropout`` and the like."""
+    return any("drop" in name and isinstance(rate, float) and rate > 0 for name, rate in vars(module).items())
 
 
 def _through(block: nn.Module, norm: str | None, change: Tensor) -> Tensor:
