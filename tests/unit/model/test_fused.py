@@ -16,9 +16,13 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GPTNeoXJapaneseConfig,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
+    Ministral3Config,
     MistralConfig,
+    MoshiConfig,
     OPTConfig,
     PersimmonConfig,
     Phi3Config,
@@ -26,6 +30,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
     SeedOssConfig,
     StableLmConfig,
@@ -83,6 +88,10 @@ FAMILIES = {
     "starcoder2": Starcoder2Config(sliding_window=5, **WIDE),
     "persimmon": PersimmonConfig(attention_dropout=0.0, **WIDE, **PARTIAL),
 }
+MOE: dict[str, Any] = {
+    **WIDE, "num_experts": 5, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 28, "shared_expert_intermediate_size": 20,
+}  # fmt: skip
 LORA = LoraConfig(r=5, lora_alpha=7, target_modules="all-linear")
 IDS = (torch.arange(3 * 17).view(3, 17) * 31 + 5) % 97
 PADDING = torch.ones(3, 17, dtype=torch.long)
@@ -187,6 +196,62 @@ def halves(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_equals_the_general_path(family: str, batch: str, halves: list[str]) -> None:
     assert_same(adapted(base(family)), BATCHES[batch])
     assert halves.count("attention") == halves.count("mlp") >= 4
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        (LoraConfig(r=5, target_modules=["k_proj", "o_proj"]), {"attention"}),
+        (IA3Config(target_modules=["k_proj"]), set()),
+    ],
+)
+@pytest.mark.parametrize("sliding", [True, False])
+def test_layers_that_slide_beside_layers_that_do_not(
+    sliding: bool, method: MethodConfig, expected: set[str], batch: str, halves: list[str]
+) -> None:
+    model = adapted(base(Qwen2MoeConfig(use_sliding_window=sliding, sliding_window=13, **MOE)), method)
+    before = step(model, BATCHES[batch])
+    with fused(model) as takes:
+        halves.clear()
+        found = step(model, BATCHES[batch])
+    assert takes
+    assert set(halves) == expected
+    assert (found[0] - before[0]).norm() <= 2e-5 * before[0].norm()
+    assert error(found[2], before[2]) <= 2e-5
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_window_longer_than_the_check_is_seen(known: bool, caplog: pytest.LogCaptureFixture) -> None:
+    model = base(Qwen3Config(use_sliding_window=known, sliding_window=41, max_window_layers=1, **SIZES))
+    lying = model.model.layers[1].self_attn
+    lying.config, lying.sliding_window = copy.copy(lying.config), None if known else 41
+    lying.config.layer_types = None
+    with caplog.at_level(logging.WARNING, logger="veneer"):
+        assert not fuse(model)
+    assert "differs by" in caplog.text
+    assert (model.config.sliding_window, lying.sliding_window) == ((41, None) if known else (None, 41))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale", "reason"),
+    [(torch.float32, 0.25, "differs by"), (torch.bfloat16, 0.02, "more with positions than to rotate")],
+)
+def test_queries_scaled_by_position_run_the_general_path(
+    dtype: torch.dtype, scale: float, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """1 in the first 32 positions; small weights hide the rest in bfloat16's rounding."""
+    rope = {
+        "llama_4_scaling_beta": 0.3,
+        "original_max_position_embeddings": 32,
+        "rope_theta": 1e4,
+        "rope_type": "default",
+    }
+    torch.manual_seed(3)
+    config = Ministral3Config(initializer_range=scale, rope_parameters=rope, pad_token_id=0, **SIZES)
+    with caplog.at_level(logging.WARNING, logger="veneer"):
+        assert not fuse(AutoModelForCausalLM.from_config(config, dtype=dtype))
+    assert reason in caplog.text
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
@@ -454,6 +519,15 @@ def test_frozen_adapters_and_copies() -> None:
     ("config", "reason"),
     [
         (GraniteConfig(residual_multiplier=0.3, attention_multiplier=0.2, **SIZES), "differs by"),
+        (GPTNeoXJapaneseConfig(intermediate_multiple_size=1, **NEOX), "has no attribute 'config'"),
+        (
+            GptOssConfig(
+                num_local_experts=3, num_experts_per_tok=2, pad_token_id=0, **{**WIDE, "intermediate_size": 60}
+            ),
+            "TypeError",
+        ),
+        (MoshiConfig(ffn_dim=58, audio_vocab_size=89, pad_token_id=0, **SIZES), "feed-forward part of known form"),
+        (Qwen3Config(layer_types=["full_attention", "chunked_attention"], **SIZES), "of type chunked_attention"),
         (
             OPTConfig(hidden_size=42, ffn_dim=58, num_hidden_layers=2, num_attention_heads=3, vocab_size=97),
             "lists of layers",
@@ -469,6 +543,26 @@ def test_a_model_that_fits_no_pattern_is_left_alone(config: Any, reason: str, ca
     assert [type(m) for m in model.modules()] == classes
     assert len(caplog.messages) == 1
     assert "general path" in caplog.text
+    assert reason in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("family", "spoil", "reason"),
+    [
+        ("llama", lambda model: setattr(model.model.layers[1].mlp, "up_proj", nn.Linear(13, 58)), "RuntimeError"),
+        ("qwen3", lambda model: model.config.layer_types.pop(), "IndexError"),
+        ("gemma2", lambda model: setattr(model.model.layers[1].self_attn, "attn_logit_softcapping", -3), "softcap=-3"),
+    ],
+)
+def test_a_model_that_cannot_be_looked_at_is_left_alone(
+    family: str, spoil: Any, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = base(family)
+    spoil(model)
+    classes = [type(m) for m in model.modules()]
+    with caplog.at_level(logging.WARNING, logger="veneer"):
+        assert not fuse(model)
+    assert [type(m) for m in model.modules()] == classes
     assert reason in caplog.text
 
 

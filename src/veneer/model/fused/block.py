@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -58,7 +59,7 @@ def _run(block: FusedBlock, x: Tensor, mask: LayoutMask, kwargs: dict[str, Any])
         kwargs = {**kwargs, "attention_mask": mask.dense_for(attention_module, x, window_of(attention_module))}
         if mlp is None:
             return _again(block, functools.partial(super(FusedBlock, block).forward, **kwargs), x)
-        h = _again(block, functools.partial(_own_attention, block, kwargs), x)
+        h = _again(block, functools.partial(own_attention, block, kwargs), x)
     else:
         h = attention_half(x, attention, _positions(kwargs.get("position_embeddings"), mask))
     if mlp is not None:
@@ -66,7 +67,7 @@ def _run(block: FusedBlock, x: Tensor, mask: LayoutMask, kwargs: dict[str, Any])
     return _again(block, functools.partial(_own_mlp, block), x if shape.parallel else h, h)
 
 
-def _own_attention(block: FusedBlock, kwargs: dict[str, Any], x: Tensor) -> Tensor:
+def own_attention(block: FusedBlock, kwargs: dict[str, Any], x: Tensor) -> Tensor:
     """The stream after the attention half as the model wrote it."""
     names, module = block.fused_shape.norms, getattr(block, block.fused_shape.attention_name)
     change = module(hidden_states=getattr(block, names.attention)(x), **kwargs)[0]
@@ -101,7 +102,7 @@ def attention_of(block: FusedBlock, stream: torch.dtype, dtype: torch.dtype) -> 
         qkv=projections[:-1],
         out=projections[-1],
         heads=parts.heads,
-        options=parts.options,
+        options=replace(parts.options, window=window_of(module)),
         q_norm=head_norms[0],
         k_norm=head_norms[1],
         post_norm=norms[1],

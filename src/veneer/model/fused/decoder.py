@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -11,10 +13,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from veneer.model.adapted import Adapted
-from veneer.model.fused.block import CACHES, SPECIAL, FusedBlock, attention_of, mlp_of
+from veneer.model.fused.block import CACHES, SPECIAL, FusedBlock, attention_of, mlp_of, own_attention
 from veneer.model.fused.head import Head, ends_with_head, head_of
 from veneer.model.fused.layout import LayoutMask, layout_mask
 from veneer.model.fused.shape import BlockShape, block_shapes
@@ -30,6 +32,10 @@ log = logging.getLogger(__name__)
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 KERNELS = {"cpu": "cpu", "cuda": "triton"}
 EXTRAS = (*SPECIAL, "token_type_ids")
+SIZE = (2, 11)  # sequences and tokens that a block is checked with
+SHORT_WINDOW = 5  # tokens: what a sliding window hides then shows
+# What parts of familiar names and another shape, type or use make Python, torch (RuntimeError) and the kernels raise.
+STRANGE = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class FusedDecoder(InPlace, nn.Module):
@@ -86,7 +92,10 @@ def fuse(model: PreTrainedModel) -> bool:
     """
     if is_fused(model):
         return True
-    reason = _fuse(model)
+    try:
+        reason = _fuse(model)
+    except STRANGE as error:
+        reason = f"its blocks look familiar and are not: {type(error).__name__}: {error}"
     if reason is not None:
         log.warning("%s runs the general path, not the fused one: %s", type(model).__name__, reason)
         unfuse(model)
@@ -145,13 +154,12 @@ def _fuse(model: PreTrainedModel) -> str | None:
     cast(FusedDecoder, decoder).ends_with_head = False
     blocks = [cast(FusedBlock, block) for block in layers]
     exact = torch.autocast(model.device.type, enabled=False)
-    with evaluation(model), _base_alone(model), torch.no_grad(), exact:
-        error = _settle(model, blocks, cast("list[list[BlockShape]]", shapes))
+    with evaluation(model), _base_alone(model), _short_windows(model), torch.no_grad(), exact:
+        problem = _settle(model, blocks, cast("list[list[BlockShape]]", shapes))
         cast(FusedDecoder, decoder).ends_with_head = ends_with_head(model, torch.arange(3, device=model.device)[None])
     if all(block.fused_shape.attention is None and block.fused_shape.mlp is None for block in blocks):
         return "every part of its blocks is hooked, trained, or computes in another dtype than the stream"
-    tolerance = max(TOLERANCES.get(dtype, 1e-3) for dtype in computing_dtypes(model))
-    return None if error <= tolerance else f"a block differs by {error:.1e} from the model's own code"
+    return problem
 
 
 @contextmanager
@@ -172,16 +180,37 @@ def _base_alone(model: nn.Module) -> Iterator[None]:
                 parameter.requires_grad_(True)
 
 
-def _settle(model: PreTrainedModel, blocks: list[FusedBlock], shapes: list[list[BlockShape]]) -> float:
-    """Give every block the shape of its own that computes what it computes; the largest relative error left.
+@contextmanager
+def _short_windows(model: nn.Module) -> Iterator[None]:
+    """For a while sliding windows are short, in the configs that the model makes its masks from and in its modules."""
+    owners = {
+        id(owner): owner
+        for module in model.modules()
+        for owner in (module, getattr(module, "config", None))
+        if isinstance(owner, nn.Module | PreTrainedConfig)
+    }
+    windows = [(cast(Any, owner), vars(owner).get("sliding_window")) for owner in owners.values()]
+    long = [(owner, window) for owner, window in windows if isinstance(window, int) and window > SHORT_WINDOW]
+    try:
+        for owner, _ in long:
+            owner.sliding_window = SHORT_WINDOW
+        yield
+    finally:
+        for owner, window in long:
+            owner.sliding_window = window
 
-    Compared is what a block adds to the stream, fused and not, over two short sequences.
+
+def _settle(model: PreTrainedModel, blocks: list[FusedBlock], shapes: list[list[BlockShape]]) -> str | None:
+    """Give every block the shape of its own that computes what it computes; in words what is wrong with the best.
+
+    Compared is what a block adds to the stream, fused and not, over two short sequences: one at the start of the
+    model's context and one at its end.
     """
     embeddings = cast(Tensor, cast(Any, model).get_input_embeddings().weight)
-    ids = ((torch.arange(22).view(2, 11) * 7 + 3) % embeddings.shape[0]).to(model.device)
+    ids = ((torch.arange(math.prod(SIZE)).view(SIZE) * 7 + 3) % embeddings.shape[0]).to(model.device)
     calls = _calls(model, blocks, ids)
     if len(calls) != len(blocks):
-        return float("inf")
+        return f"its {len(blocks)} blocks are called {len(calls)} times in one pass"
     errors = [
         {shape: _error(block, shape, call) for shape in known}
         for block, known, call in zip(blocks, shapes, calls, strict=True)
@@ -194,15 +223,33 @@ def _settle(model: PreTrainedModel, blocks: list[FusedBlock], shapes: list[list[
     chosen = [min(found, key=lambda shape: worst[shape.variant]) for found in errors]
     for block, shape, call in zip(blocks, chosen, calls, strict=True):
         _take(block, shape, call[0].dtype)
-    return max(found[shape] for found, shape in zip(errors, chosen, strict=True))
+    error = max(found[shape] for found, shape in zip(errors, chosen, strict=True))
+    if not error <= max(TOLERANCES.get(dtype, 1e-3) for dtype in computing_dtypes(model)):
+        return f"a block differs by {error:.1e} from the model's own code"
+    minds = any(_minds_positions(block, call) for block, call in zip(blocks, calls, strict=True))
+    return "its attention does more with positions than to rotate by them" if minds else None
+
+
+def _minds_positions(block: FusedBlock, call: tuple[Tensor, dict[str, Any], Tensor]) -> bool:
+    """Whether attention scales something by position (Llama 4's temperatures), however little it does to the stream."""
+    x, kwargs, _ = call
+    given = kwargs.get("position_ids")
+    if given is None or block.fused_shape.attention is None:
+        return False
+    own, moved = (own_attention(block, {**_fresh(kwargs), "position_ids": ids}, x) for ids in (given, given.flip(0)))
+    return not torch.equal(own, moved)
+
+
+def _fresh(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A block's arguments without the cache."""
+    return {key: value for key, value in kwargs.items() if key not in (*CACHES, "use_cache")}
 
 
 def _error(block: FusedBlock, shape: BlockShape, call: tuple[Tensor, dict[str, Any], Tensor]) -> float:
     x, kwargs, y = call
     _take(block, shape, x.dtype)
-    fresh = {key: value for key, value in kwargs.items() if key not in (*CACHES, "use_cache")}
-    mask = cast(LayoutMask, layout_mask((2, 11), None, None))
-    own = _first(block(x, **{**fresh, "attention_mask": mask})).double()
+    mask = cast(LayoutMask, layout_mask(SIZE, None, None))
+    own = _first(block(x, **{**_fresh(kwargs), "attention_mask": mask})).double()
     change = (y.double() - x.double()).norm()
     return float((own - y.double()).norm() / change.clamp_min(1e-30))
 
@@ -227,11 +274,21 @@ def _calls(
 
     handles = [block.register_forward_hook(keep, with_kwargs=True) for block in blocks]
     try:
-        model.base_model(input_ids=ids, use_cache=True)
+        model.base_model(input_ids=ids, use_cache=True, **_positions(model))
     finally:
         for handle in handles:
             handle.remove()
     return calls
+
+
+def _positions(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Positions at both ends of the context, where the model takes positions and has such an end."""
+    decoder, (_, n_tokens) = model.base_model, SIZE
+    end = getattr(decoder.config, "max_position_embeddings", None)
+    if end is None or "position_ids" not in inspect.signature(decoder.forward).parameters:
+        return {}
+    starts = torch.tensor([0, max(end - n_tokens, 0)], device=model.device)
+    return {"position_ids": starts[:, None] + torch.arange(n_tokens, device=model.device)}
 
 
 def _first(output: Any) -> Tensor:

@@ -21,6 +21,7 @@ from veneer.ops.attention import AttentionOptions
 from veneer.ops.glu import ACTIVATIONS
 
 ATTENTION = ("self_attn", "attention", "attn")
+FULL, SLIDING = "full_attention", "sliding_attention"  # transformers' names in `config.layer_types`
 QKV = (("q_proj", "k_proj", "v_proj"), ("qkv_proj",), ("query_key_value",), ("c_attn",))
 OUT = ("o_proj", "dense", "c_proj")
 HEAD_NORMS = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"))
@@ -37,7 +38,7 @@ MLP = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionParts:
-    """Names within the attention module, and what they amount to."""
+    """Names within the attention module, and what they amount to. ``options`` lack the window: see `window_of`."""
 
     qkv: tuple[str, ...]
     out: str
@@ -111,6 +112,9 @@ def block_shapes(block: nn.Module) -> list[BlockShape] | str:
     attention_name = next((name for name in ATTENTION if isinstance(getattr(block, name, None), nn.Module)), None)
     if attention_name is None or not isinstance(getattr(block, "mlp", None), nn.Module):
         return f"no mlp and one of {', '.join(ATTENTION)} in it"
+    layer_type = _layer_type(getattr(block, attention_name))
+    if layer_type not in (None, FULL, SLIDING):
+        return f"it is of type {layer_type}, where {FULL} and {SLIDING} are known"
     norms = next((norms for norms in NORMS if all(hasattr(block, name) for name in norms.all)), None)
     if norms is None:
         return f"no {', or '.join(' and '.join(norms.all) for norms in NORMS)} in it"
@@ -133,10 +137,19 @@ def block_shapes(block: nn.Module) -> list[BlockShape] | str:
 
 
 def window_of(attention: nn.Module) -> int | None:
-    """The sliding window of an attention module."""
-    if hasattr(attention, "sliding_window"):
-        return cast("int | None", attention.sliding_window)
-    return cast("int | None", getattr(attention.config, "sliding_window", None))
+    """The sliding window of an attention module; None where its layer sees all that came before."""
+    config = getattr(attention, "config", None)
+    if _layer_type(attention) == FULL:
+        return None
+    window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
+    return cast("int | None", window) or None  # configs say 0 for none
+
+
+def _layer_type(attention: nn.Module) -> str | None:
+    """What the config calls the layer of an attention module; None where all layers are of one type."""
+    types = getattr(getattr(attention, "config", None), "layer_types", None)
+    index = getattr(attention, "layer_idx", None)
+    return None if types is None or index is None else cast(str, types[index])
 
 
 def _attention_parts(module: nn.Module, kind: NormKind) -> list[AttentionParts]:
@@ -153,7 +166,7 @@ def _attention_parts(module: nn.Module, kind: NormKind) -> list[AttentionParts]:
         norm = cast(nn.Module, getattr(module, name))
         if tuple(getattr(getattr(norm, "weight", None), "shape", ())) != (size,) or norm_kind(norm) != kind:
             return []  # over all heads at once (OLMo 2), or one for each
-    options = AttentionOptions(scale=float(cast(float, module.scaling)), window=window_of(module))
+    options = AttentionOptions(scale=float(cast(float, module.scaling)))
     softcap = getattr(module, "attn_logit_softcapping", None)
     if softcap is not None:
         options = replace(options, softcap=float(softcap))
@@ -181,6 +194,9 @@ def _mlp_parts(module: nn.Module) -> MlpParts | None:
     if act is None or found is None or not all(is_linear(getattr(module, name)) for name in (*found[0], found[1])):
         return None
     gate_up, down, gated = found
+    n_inner = size_of(getattr(module, down))[1]
+    if sum(size_of(getattr(module, name))[0] for name in gate_up) != (2 * n_inner if gated else n_inner):
+        return None  # fc1 may hold a gate (Moshi)
     activation = _activation(cast(Any, module), act, ACTIVATIONS if gated else KINDS)
     if activation is None:
         return None
