@@ -9,7 +9,7 @@ from torch import Tensor
 
 from veneer.ops.adamw import BLOCK_SIZE, AdamWStep, Moment8bit, adamw_8bit_
 from veneer.ops.blockwise import dynamic_map
-from veneer.ops.reference.adamw import adam_direction, adam_moments
+from veneer.ops.reference.adamw import adam_moments, adamw_update
 from veneer.optim.adam import LeanAdamW, Params, next_step
 
 MIN_8BIT_SIZE = 4096
@@ -73,8 +73,7 @@ def _step_float32(param: Tensor, grad: Tensor, state: dict[str, Any], hyper: Ada
     m, v = adam_moments(grad.float(), state["exp_avg"], state["exp_avg_sq"], hyper.betas)
     state["exp_avg"].copy_(m)
     state["exp_avg_sq"].copy_(v)
-    decayed = param.float() * (1 - hyper.lr * hyper.weight_decay)
-    param.copy_(decayed - hyper.lr * adam_direction(m, v, hyper))
+    param.copy_(adamw_update(param, m, v, hyper))
 
 
 def _code_of_zero(signed: bool) -> int:

@@ -1,5 +1,5 @@
-"""AdamW in plain torch. `adam_moments` and `adam_direction` are the one Adam of the house, whatever keeps the
-moments.
+"""AdamW in plain torch. `adam_moments`, `adam_direction` and `adamw_update` are the one Adam of the house, whatever
+keeps the moments.
 """
 
 from __future__ import annotations
@@ -24,12 +24,16 @@ def adam_direction(m: Tensor, v: Tensor, hyper: AdamWStep) -> Tensor:
     return (m / (1 - beta1**hyper.step)) / (root + hyper.eps)
 
 
+def adamw_update(param: Tensor, m: Tensor, v: Tensor, hyper: AdamWStep) -> Tensor:
+    """The parameter in float32 after decay and one step (Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2)."""
+    return param.float() * (1 - hyper.lr * hyper.weight_decay) - hyper.lr * adam_direction(m, v, hyper)
+
+
 @torch.no_grad()
 def adamw_8bit_(param: Tensor, grad: Tensor, moments: tuple[Moment8bit, Moment8bit], hyper: AdamWStep) -> None:
     m, v = (_read(moment, signed) for moment, signed in zip(moments, (True, False), strict=True))
     m, v = adam_moments(grad.float().flatten(), m, v, hyper.betas)
-    decayed = param.float().flatten() * (1 - hyper.lr * hyper.weight_decay)
-    param.copy_((decayed - hyper.lr * adam_direction(m, v, hyper)).view_as(param))
+    param.copy_(adamw_update(param.flatten(), m, v, hyper).view_as(param))
     for moment, value, signed in zip(moments, (m, v), (True, False), strict=True):
         codes, absmax = quantize_blockwise(value, dynamic_map(signed).to(value.device), BLOCK_SIZE)
         if not signed:
