@@ -63,6 +63,11 @@ class PagedAdamW8bit(AdamW8bit):
             torch.cuda.synchronize(device)
         return super().state_dict()
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As `LeanAdamW`; the pages of the state that was there are given back."""
+        self._pages.clear()
+        super().load_state_dict(state_dict)
+
     def _update(self, param: Tensor, group: dict[str, Any]) -> None:
         for pages in self._pages.get(self._next.get(param, param), ()):
             pages.madvise(mmap.MADV_WILLNEED)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,6 +62,19 @@ def test_a_mapped_tensor_reads_back_what_was_written(tmp_path):
     pages.flush()
     assert torch.equal(tensor, torch.arange(13 * 17, dtype=torch.float32).view(13, 17))
     assert list(tmp_path.iterdir()) == []  # unnamed: nothing is left behind, even after a crash
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_loading_a_state_gives_back_the_pages_of_the_one_before(tmp_path):
+    param = torch.nn.Parameter(torch.zeros(4099))
+    optimizer = PagedAdamW8bit([param], min_8bit_size=2, paged_from=2, folder=tmp_path)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    for _ in range(3):
+        optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step()
+    mappings = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+    assert len(mappings) == 4  # codes and maxima of two moments
 
 
 def test_no_room_for_pages_is_a_clear_error():
