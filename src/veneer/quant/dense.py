@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from veneer.ops.matmul import matmul, widens
-from veneer.ops.product import recorded_product
+from veneer.ops.product import recorded_product, visible
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,10 @@ class DenseWeight:
         return torch.nn.functional.linear(x if autocast else x.to(dtype), weight)
 
     def _multiply(self, x: Tensor, transposed: bool) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        y = matmul(rows, self.tensor if transposed else self.tensor.T, x.dtype)
-        return y.reshape(*x.shape[:-1], -1)
+        return multiply_dense(x, self.tensor if transposed else self.tensor.T)
+
+
+@visible("multiply_dense(Tensor x, Tensor matrix) -> Tensor")
+def multiply_dense(x: Float[Tensor, "*batch k"], matrix: Float[Tensor, "k m"]) -> Float[Tensor, "*batch m"]:
+    """Their product in x's dtype, computed in what the CPU is fastest in; nothing is recorded."""
+    return matmul(x.reshape(-1, x.shape[-1]), matrix, x.dtype).reshape(*x.shape[:-1], -1)
