@@ -200,6 +200,8 @@ struct Encoder {
   }
 };
 #else
+typedef uint8_t byte_lanes __attribute__((vector_size(width)));
+
 template <bool is_signed>
 struct Encoder {
   const int32_t* bins;
@@ -209,7 +211,8 @@ struct Encoder {
   void run(const float* values, float scale, int64_t n, uint8_t* codes) const {
     each_register(n, [=](int64_t c, int64_t present) {
       const int_lanes code = encode_moment<is_signed>(load(values + c), scale, bins);
-      for (int64_t i = 0; i < present; ++i) codes[c + i] = static_cast<uint8_t>(code[i]);
+      const byte_lanes narrow = __builtin_convertvector(code, byte_lanes);
+      std::memcpy(codes + c, &narrow, present);
     });
   }
 };
