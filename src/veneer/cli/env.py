@@ -41,6 +41,7 @@ def environment() -> dict[str, str]:
 
     from veneer.core.units import count
     from veneer.ops.dispatch import availability, kernel_build
+    from veneer.ops.matmul import float32_is_faster
     from veneer.store.cache import cache_dir
 
     facts = {"veneer": importlib.metadata.version("veneer"), "python": platform.python_version()}
@@ -49,6 +50,7 @@ def environment() -> dict[str, str]:
     facts |= {"cpu features": " ".join(_cpu_features()) or "unknown"}
     facts |= {f"back end {name}": state for name, state in availability().items()}
     facts |= {"kernel build": kernel_build(), "cuda": _cuda()}
+    facts |= {"16-bit products": "in float32, then rounded" if float32_is_faster() else "as torch computes them"}
     facts |= {"threads": f"{count(torch.get_num_threads(), 'thread')} on {count(os.cpu_count() or 1, 'processor')}"}
     return facts | {"cache folder": str(cache_dir())}
 

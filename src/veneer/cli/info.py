@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from veneer.store.facts import AdapterFacts, ModelFacts
 
 Section = dict[str, str]
+_SHOWN = 12  # of the values of a list
 _MODEL_FIELDS = {
     "hidden_size": "width",
     "num_hidden_layers": "layers",
@@ -132,5 +133,6 @@ def _quantization(config: Mapping[str, Any]) -> str:
 
 def _text(value: object) -> str:
     if isinstance(value, (tuple, list)):
-        return ", ".join(map(str, value))
+        more = len(value) - _SHOWN
+        return ", ".join(map(str, value[:_SHOWN])) + (f" and {more} more" if more > 0 else "")
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

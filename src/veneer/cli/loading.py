@@ -56,12 +56,22 @@ def load(model: str, adapter: Path | None = None, *, four_bit: bool = False, dty
     with quiet():
         tokenizer = load_tokenizer(base)
         loaded = load_model(base, dtype=dtype, quantization=_nf4() if four_bit else None)
+        if dtype == "auto" and not four_bit:
+            _tell_of_float32(loaded)
         if adapter is None:
             return Loaded(loaded, tokenizer)
         if (adapter / TOKENIZER_CONFIG).is_file():
             tokenizer = max(tokenizer, AutoTokenizer.from_pretrained(adapter), key=len)
             make_room_for(tokenizer, loaded)
         return Loaded(with_adapter(loaded, adapter, base), tokenizer)
+
+
+def _tell_of_float32(model: Any) -> None:
+    """Say on stderr that float32 would be faster, where the CPU lacks products in the dtype that nobody chose."""
+    from veneer.ops.matmul import NARROW, float32_is_faster
+
+    if model.dtype in NARROW and model.device.type == "cpu" and float32_is_faster():
+        typer.echo("note: this CPU is faster with --dtype float32, which takes twice the memory", err=True)
 
 
 def split(model: str, adapter: Path | None) -> tuple[str, Path | None]:

@@ -77,6 +77,8 @@ class RowReader:
 
     def _messages(self, row: Mapping[str, Any]) -> Row:
         turns = row.get("messages", row.get("conversations"))
+        if turns is None:
+            raise DataError(f"messages are missing; the row has the fields {sorted(row)}")
         if not isinstance(turns, list) or not turns:
             raise DataError("messages must be a list that is not empty")
         return {"messages": self._with_system([_turn(turn) for turn in turns])} | _template_options(row)

@@ -248,6 +248,7 @@ def _defaults(recipe: Recipe) -> dict[str, Any]:
 
     evaluates = recipe.data.eval is not None or recipe.data.eval_fraction > 0
     return {
+        "bf16": False if recipe.model.dtype == "float32" else None,  # None: under autocast, as TRL trains
         "learning_rate": usual_learning_rate(recipe.adapter),
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.03,

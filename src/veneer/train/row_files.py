@@ -119,9 +119,12 @@ def _json_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, Any]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except ValueError as error:
-                problems.append(f"row {number}: not JSON ({error})")
+                row = json.loads(line.rstrip("\n"))
+            except json.JSONDecodeError as error:
+                problems.append(f"row {number}: not JSON ({error.msg} at character {error.pos + 1} of {line[:60]!r})")
+                continue
+            except ValueError as error:  # a number with thousands of digits
+                problems.append(f"row {number}: cannot be read ({error})")
                 continue
             yield number, row
 

@@ -34,6 +34,18 @@ def generated(result: Result) -> str:
     return result.stdout.removesuffix("\n")
 
 
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float32"])
+def test_float32_is_pointed_out_where_16_bits_are_slow(
+    veneer: Veneer, model_folder: Path, tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("veneer.ops.matmul.float32_is_faster", lambda: True)
+    shutil.copytree(model_folder, tmp_path / "narrow")
+    AutoModelForCausalLM.from_pretrained(model_folder).bfloat16().save_pretrained(tmp_path / "narrow")
+    said = veneer("generate", tmp_path / "narrow", "-p", "hi", "--max-new-tokens", 2, "--dtype", dtype)
+    assert said.exit_code == 0, said.output
+    assert ("--dtype float32" in said.stderr) == (dtype == "auto")
+
+
 def test_greedy_generation_is_that_of_transformers(veneer: Veneer, model_folder: Path) -> None:
     wanted = answer(model_folder, "<|user|>hi<|end|><|assistant|>", 13)
     assert generated(veneer("generate", model_folder, "-p", "hi", "--max-new-tokens", 13)) == wanted

@@ -10,10 +10,13 @@ import pytest
 from transformers import LlamaForCausalLM
 from typer.testing import Result
 
-from veneer import VeraConfig, get_peft_model
+from veneer import LoraConfig, VeraConfig, get_peft_model
 from veneer.store.facts import kind_of
 
 Veneer = Callable[..., Result]
+
+
+PLACES = [("self_attn", name) for name in "qkvo"] + [("mlp", name) for name in ("gate", "up", "down")]
 
 
 def section(result: Result) -> dict[str, str]:
@@ -32,6 +35,13 @@ def test_an_adapter(veneer: Veneer, adapter_folder: Path, model_folder: Path) ->
     assert facts["parameters"] == f"{n_parameters:,}"
     assert facts["size"] == f"{size / 1e3:.1f} kB (float32)"
     assert facts["base"] == str(model_folder)
+
+
+def test_a_long_list_is_cut(veneer: Veneer, model_folder: Path, tmp_path: Path) -> None:
+    names = [f"layers.{i}.{half}.{name}_proj" for i in (0, 1) for half, name in PLACES]
+    base = LlamaForCausalLM.from_pretrained(model_folder)
+    get_peft_model(base, LoraConfig(r=1, target_modules=names)).save_pretrained(tmp_path / "long")
+    assert section(veneer("info", tmp_path / "long"))["target_modules"].endswith(" and 2 more")
 
 
 def test_what_modules_share_is_no_module(veneer: Veneer, model_folder: Path, tmp_path: Path) -> None:

@@ -76,6 +76,17 @@ def test_bad_rows_are_gathered_by_number(jsonl):
     assert "row 1:" not in told
 
 
+def test_a_row_that_is_cut_off_or_of_another_form_is_shown(jsonl):
+    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    with pytest.raises(DataError) as error:
+        load_rows(jsonl(chat, '{"messages": [{"role": "us', {"question": "a", "answer": "b"}), RowReader())
+    told = str(error.value)
+    assert (
+        """row 2: not JSON (Unterminated string starting at at character 24 of '{"messages": [{"role": "us')""" in told
+    )
+    assert "row 3: messages are missing; the row has the fields ['answer', 'question']" in told
+
+
 def test_many_bad_rows_are_counted(jsonl):
     rows = ({"prompt": "a", f"column{i}": "b"} for i in range(9))
     with pytest.raises(DataError, match=r"row 5: .*; and 4 more$"):

@@ -140,6 +140,16 @@ def test_a_method_dropped_into_the_folder_is_known(dropped_method):
     assert "| loud |" in commented_recipe()
 
 
+def test_float32_is_float32_unless_autocast_is_asked_for(written):
+    for override, autocast in (
+        ("model.dtype=auto", True),
+        ("model.dtype=float32", False),
+        ("training.bf16=true", True),
+    ):
+        recipe = load_recipe(written(values(model={"source": "somewhere", "dtype": "float32"})), [override])
+        assert recipe.sft_config().bf16 is autocast
+
+
 def test_numbers_that_yaml_reads_as_text_are_numbers(written):
     recipe = load_recipe(written(values()), ["training.learning_rate=3e-4", "adapter.target_modules=[q_proj]"])
     assert recipe.sft_config().learning_rate == 3e-4
