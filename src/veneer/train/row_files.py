@@ -115,11 +115,11 @@ def fill_template(template: str, row: Mapping[str, Any]) -> str:
 
 def _json_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, Any]]:
     with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate((each.rstrip("\n") for each in lines), start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.rstrip("\n"))
+                row = json.loads(line)
             except json.JSONDecodeError as error:
                 problems.append(f"row {number}: not JSON ({error.msg} at character {error.pos + 1} of {line[:60]!r})")
                 continue

@@ -41,7 +41,8 @@ def test_a_long_list_is_cut(veneer: Veneer, model_folder: Path, tmp_path: Path) 
     names = [f"layers.{i}.{half}.{name}_proj" for i in (0, 1) for half, name in PLACES]
     base = LlamaForCausalLM.from_pretrained(model_folder)
     get_peft_model(base, LoraConfig(r=1, target_modules=names)).save_pretrained(tmp_path / "long")
-    assert section(veneer("info", tmp_path / "long"))["target_modules"].endswith(" and 2 more")
+    told = veneer("info", tmp_path / "long").stdout
+    assert "and 2 more" in " ".join(told.split())
 
 
 def test_what_modules_share_is_no_module(veneer: Veneer, model_folder: Path, tmp_path: Path) -> None:
