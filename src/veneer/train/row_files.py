@@ -121,7 +121,7 @@ def _json_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, Any]]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                problems.append(f"row {number}: not JSON ({error.msg} at character {error.pos + 1} of {line[:60]!r})")
+                problems.append(f"row {number}: not JSON ({error.msg}, character {error.pos + 1} of {line[:60]!r})")
                 continue
             except ValueError as error:  # a number with thousands of digits
                 problems.append(f"row {number}: cannot be read ({error})")

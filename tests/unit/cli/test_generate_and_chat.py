@@ -202,42 +202,47 @@ def test_chat_keeps_the_conversation_until_new(veneer: Veneer, model_folder: Pat
     assert result.stdout.replace("> ", "") == f"{first}\n{second}\n{fresh}\n"
 
 
-def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(
-    veneer: Veneer, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("raised", "typed", "encoded", "told"),
+    [
+        (
+            KeyboardInterrupt(),
+            "one\ntwo\nthree\n",
+            [["one"], ["one", "answer", "two"], ["one", "answer", "three"]],
+            "stopped",
+        ),
+        (
+            ConfigError("the prompt has 31 tokens and the model's context holds 29: shorten it"),
+            "one\ntwo\n/new\nthree\n",
+            [["one"], ["one", "answer", "two"], ["three"]],
+            "shorten it, or /new forgets the conversation",
+        ),
+    ],
+    ids=["Ctrl-C", "a full context"],
+)
+def test_an_answer_that_breaks_off_does_not_end_the_conversation(
+    raised: BaseException,
+    typed: str,
+    encoded: list[list[str]],
+    told: str,
+    veneer: Veneer,
+    model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[list[str]] = []
 
-    def stream(loaded: object, encoded: list[str], options: object) -> str:
-        asked.append(encoded)
+    def stream(loaded: object, turns: list[str], options: object) -> str:
+        asked.append(turns)
         if len(asked) == 2:
-            raise KeyboardInterrupt
+            raise raised
         return "answer"
 
     monkeypatch.setattr("veneer.cli.answering.encode_chat", lambda loaded, turns: [t["content"] for t in turns])
     monkeypatch.setattr("veneer.cli.answering.stream_answer", stream)
-    result = veneer("chat", model_folder, input="one\ntwo\nthree\n")
+    result = veneer("chat", model_folder, input=typed)
     assert result.exit_code == 0, result.output
-    assert asked == [["one"], ["one", "answer", "two"], ["one", "answer", "three"]]
-    assert result.stdout.count("stopped") == 1
-
-
-def test_a_full_context_does_not_end_the_conversation(
-    veneer: Veneer, model_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[list[str]] = []
-
-    def stream(loaded: object, encoded: list[str], options: object) -> str:
-        asked.append(encoded)
-        if len(asked) == 2:
-            raise ConfigError("the prompt has 31 tokens and the model's context holds 29: shorten it")
-        return "answer"
-
-    monkeypatch.setattr("veneer.cli.answering.encode_chat", lambda loaded, turns: [t["content"] for t in turns])
-    monkeypatch.setattr("veneer.cli.answering.stream_answer", stream)
-    result = veneer("chat", model_folder, input="one\ntwo\n/new\nthree\n")
-    assert result.exit_code == 0, result.output
-    assert asked == [["one"], ["one", "answer", "two"], ["three"]]
-    assert "shorten it, or /new forgets the conversation" in result.stdout
+    assert asked == encoded
+    assert result.stdout.count(told) == 1
 
 
 def test_chat_with_a_system_message_ends_at_the_end_of_input(veneer: Veneer, model_folder: Path) -> None:

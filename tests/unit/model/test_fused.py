@@ -11,30 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPTNeoXConfig,
-    GPTNeoXJapaneseConfig,
-    GptOssConfig,
-    GraniteConfig,
-    LlamaConfig,
-    Ministral3Config,
-    MistralConfig,
-    MoshiConfig,
-    OPTConfig,
-    PersimmonConfig,
-    Phi3Config,
-    PhiConfig,
-    PreTrainedConfig,
     PreTrainedModel,
-    Qwen2Config,
     Qwen2MoeConfig,
-    Qwen3Config,
     SeedOssConfig,
-    StableLmConfig,
-    Starcoder2Config,
 )
 
 from veneer import (
@@ -54,40 +33,13 @@ from veneer.model.fused.block import FusedBlock
 from veneer.model.fused.decoder import fuse, fused, fused_head, is_fused, unfuse
 from veneer.model.fused.head import hidden_as_logits
 from veneer.model.fused.mlp import mlp_half
-from veneer.model.fused.parts import norm_kind
 from veneer.model.quant_linear import QuantLinear
 from veneer.ops import dispatch
 from veneer.ops.four_bit import FourBitLayout
 from veneer.quant.four_bit import FourBitSpec
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 42, "intermediate_size": 58, "num_hidden_layers": 2, "num_attention_heads": 6,
-    "num_key_value_heads": 2, "head_dim": 14, "vocab_size": 97, "max_position_embeddings": 64,
-}  # fmt: skip
-WIDE = {**SIZES, "hidden_size": 84}
-PARTIAL: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.3}}
-NEOX: dict[str, Any] = {
-    **{k: v for k, v in WIDE.items() if k not in ("num_key_value_heads", "head_dim")}, **PARTIAL, "hidden_act": "gelu",
-}  # fmt: skip
-FAMILIES = {
-    "llama": LlamaConfig(**SIZES),
-    "qwen2": Qwen2Config(**SIZES),
-    "qwen3": Qwen3Config(**SIZES),
-    "mistral": MistralConfig(sliding_window=5, **SIZES),
-    "gemma2": Gemma2Config(sliding_window=7, query_pre_attn_scalar=11, attn_logit_softcapping=3.0, **SIZES),
-    "gemma3": Gemma3TextConfig(sliding_window=7, **SIZES),
-    "phi": PhiConfig(**WIDE, **PARTIAL),
-    "phi normed heads": PhiConfig(qk_layernorm=True, **WIDE, **PARTIAL),
-    "phi3": Phi3Config(sliding_window=5, pad_token_id=0, **WIDE, **PARTIAL),
-    "neox": GPTNeoXConfig(use_parallel_residual=True, **NEOX),
-    "neox serial": GPTNeoXConfig(use_parallel_residual=False, **NEOX),
-    "gpt2": GPT2Config(
-        n_embd=42, n_layer=2, n_head=3, n_inner=58, vocab_size=97, resid_pdrop=0, attn_pdrop=0, embd_pdrop=0
-    ),
-    "stablelm": StableLmConfig(**WIDE, **PARTIAL),
-    "starcoder2": Starcoder2Config(sliding_window=5, **WIDE),
-    "persimmon": PersimmonConfig(attention_dropout=0.0, **WIDE, **PARTIAL),
-}
+from .conftest import FAMILIES, SIZES, WIDE, base
+
 MOE: dict[str, Any] = {
     **WIDE, "num_experts": 5, "num_experts_per_tok": 2,
     "moe_intermediate_size": 28, "shared_expert_intermediate_size": 20,
@@ -103,20 +55,6 @@ BATCHES: dict[str, dict[str, Any]] = {
     "padded": {"attention_mask": PADDING},
 }
 Result = tuple[Tensor, float, dict[str, Tensor]]
-
-
-def base(family: str | PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A small model of which no weight is neutral."""
-    torch.manual_seed(3)
-    config = FAMILIES[family] if isinstance(family, str) else family
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                parameter += 0.3 * torch.randn_like(parameter)
-            else:
-                parameter.copy_(torch.randn_like(parameter) * (1.0 if "embed" in name else 0.25))
-    return model.to(dtype)
 
 
 def adapted(model: PreTrainedModel, config: MethodConfig = LORA) -> PreTrainedModel:
@@ -219,39 +157,6 @@ def test_layers_that_slide_beside_layers_that_do_not(
     assert set(halves) == expected
     assert (found[0] - before[0]).norm() <= 2e-5 * before[0].norm()
     assert error(found[2], before[2]) <= 2e-5
-
-
-@pytest.mark.parametrize("known", [True, False])
-def test_a_window_longer_than_the_check_is_seen(known: bool, caplog: pytest.LogCaptureFixture) -> None:
-    model = base(Qwen3Config(use_sliding_window=known, sliding_window=41, max_window_layers=1, **SIZES))
-    lying = model.model.layers[1].self_attn
-    lying.config, lying.sliding_window = copy.copy(lying.config), None if known else 41
-    lying.config.layer_types = None
-    with caplog.at_level(logging.WARNING, logger="veneer"):
-        assert not fuse(model)
-    assert "differs by" in caplog.text
-    assert (model.config.sliding_window, lying.sliding_window) == ((41, None) if known else (None, 41))
-
-
-@pytest.mark.parametrize(
-    ("dtype", "scale", "reason"),
-    [(torch.float32, 0.25, "differs by"), (torch.bfloat16, 0.02, "more with positions than to rotate")],
-)
-def test_queries_scaled_by_position_run_the_general_path(
-    dtype: torch.dtype, scale: float, reason: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    """1 in the first 32 positions; small weights hide the rest in bfloat16's rounding."""
-    rope = {
-        "llama_4_scaling_beta": 0.3,
-        "original_max_position_embeddings": 32,
-        "rope_theta": 1e4,
-        "rope_type": "default",
-    }
-    torch.manual_seed(3)
-    config = Ministral3Config(initializer_range=scale, rope_parameters=rope, pad_token_id=0, **SIZES)
-    with caplog.at_level(logging.WARNING, logger="veneer"):
-        assert not fuse(AutoModelForCausalLM.from_config(config, dtype=dtype))
-    assert reason in caplog.text
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
@@ -515,57 +420,6 @@ def test_frozen_adapters_and_copies() -> None:
     assert not any(isinstance(m, FusedBlock) for m in model.modules())
 
 
-@pytest.mark.parametrize(
-    ("config", "reason"),
-    [
-        (GraniteConfig(residual_multiplier=0.3, attention_multiplier=0.2, **SIZES), "differs by"),
-        (GPTNeoXJapaneseConfig(intermediate_multiple_size=1, **NEOX), "has no attribute 'config'"),
-        (
-            GptOssConfig(
-                num_local_experts=3, num_experts_per_tok=2, pad_token_id=0, **{**WIDE, "intermediate_size": 60}
-            ),
-            "TypeError",
-        ),
-        (MoshiConfig(ffn_dim=58, audio_vocab_size=89, pad_token_id=0, **SIZES), "feed-forward part of known form"),
-        (Qwen3Config(layer_types=["full_attention", "chunked_attention"], **SIZES), "of type chunked_attention"),
-        (
-            OPTConfig(hidden_size=42, ffn_dim=58, num_hidden_layers=2, num_attention_heads=3, vocab_size=97),
-            "lists of layers",
-        ),
-    ],
-)
-def test_a_model_that_fits_no_pattern_is_left_alone(config: Any, reason: str, caplog: pytest.LogCaptureFixture) -> None:
-    torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_config(config)
-    classes = [type(m) for m in model.modules()]
-    with caplog.at_level(logging.WARNING, logger="veneer"):
-        assert not fuse(model)
-    assert [type(m) for m in model.modules()] == classes
-    assert len(caplog.messages) == 1
-    assert "general path" in caplog.text
-    assert reason in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("family", "spoil", "reason"),
-    [
-        ("llama", lambda model: setattr(model.model.layers[1].mlp, "up_proj", nn.Linear(13, 58)), "RuntimeError"),
-        ("qwen3", lambda model: model.config.layer_types.pop(), "IndexError"),
-        ("gemma2", lambda model: setattr(model.model.layers[1].self_attn, "attn_logit_softcapping", -3), "softcap=-3"),
-    ],
-)
-def test_a_model_that_cannot_be_looked_at_is_left_alone(
-    family: str, spoil: Any, reason: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    model = base(family)
-    spoil(model)
-    classes = [type(m) for m in model.modules()]
-    with caplog.at_level(logging.WARNING, logger="veneer"):
-        assert not fuse(model)
-    assert [type(m) for m in model.modules()] == classes
-    assert reason in caplog.text
-
-
 def test_weights_that_train_are_left_to_autograd(halves: list[str]) -> None:
     model = base("llama").train()
     expected = step(model, {})
@@ -575,15 +429,6 @@ def test_weights_that_train_are_left_to_autograd(halves: list[str]) -> None:
     assert takes
     assert not halves
     assert error(found[2], expected[2]) <= 2e-5
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("family", "kind"), [("llama", "rms"), ("gemma3", "rms plus one")])
-def test_the_kind_of_a_norm_with_large_weights(family: str, kind: str, dtype: torch.dtype) -> None:
-    model = AutoModelForCausalLM.from_config(FAMILIES[family], dtype=dtype)
-    norm = model.model.layers[0].input_layernorm
-    nn.init.uniform_(norm.weight, 90, 1700, generator=torch.Generator().manual_seed(1))
-    assert norm_kind(norm) == kind
 
 
 @pytest.mark.parametrize(("family", "expected"), [("llama", True), ("gemma2", False)])

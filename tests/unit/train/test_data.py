@@ -81,9 +81,7 @@ def test_a_row_that_is_cut_off_or_of_another_form_is_shown(jsonl):
     with pytest.raises(DataError) as error:
         load_rows(jsonl(chat, '{"messages": [{"role": "us', {"question": "a", "answer": "b"}), RowReader())
     told = str(error.value)
-    assert (
-        """row 2: not JSON (Unterminated string starting at at character 24 of '{"messages": [{"role": "us')""" in told
-    )
+    assert """row 2: not JSON (Unterminated string starting at, character 24 of '{"messages": [{"role": "us')""" in told
     assert "row 3: messages are missing; the row has the fields ['answer', 'question']" in told
 
 

@@ -1,0 +1,119 @@
+"""Which models `fuse` takes, and that it leaves the others alone and says why."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    GPTNeoXJapaneseConfig,
+    GptOssConfig,
+    GraniteConfig,
+    Ministral3Config,
+    MoshiConfig,
+    OPTConfig,
+    Qwen3Config,
+)
+
+from veneer.model.fused.decoder import fuse
+from veneer.model.fused.parts import norm_kind
+
+from .conftest import FAMILIES, NEOX, SIZES, WIDE, base
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_window_longer_than_the_check_is_seen(known: bool, caplog: pytest.LogCaptureFixture) -> None:
+    model = base(Qwen3Config(use_sliding_window=known, sliding_window=41, max_window_layers=1, **SIZES))
+    lying = model.model.layers[1].self_attn
+    lying.config, lying.sliding_window = copy.copy(lying.config), None if known else 41
+    lying.config.layer_types = None
+    with caplog.at_level(logging.WARNING, logger="veneer"):
+        assert not fuse(model)
+    assert "differs by" in caplog.text
+    assert (model.config.sliding_window, lying.sliding_window) == ((41, None) if known else (None, 41))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale", "reason"),
+    [(torch.float32, 0.25, "differs by"), (torch.bfloat16, 0.02, "more with positions than to rotate")],
+)
+def test_queries_scaled_by_position_run_the_general_path(
+    dtype: torch.dtype, scale: float, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """1 in the first 32 positions; small weights hide the rest in bfloat16's rounding."""
+    rope = {
+        "llama_4_scaling_beta": 0.3,
+        "original_max_position_embeddings": 32,
+        "rope_theta": 1e4,
+        "rope_type": "default",
+    }
+    torch.manual_seed(3)
+    config = Ministral3Config(initializer_range=scale, rope_parameters=rope, pad_token_id=0, **SIZES)
+    with caplog.at_level(logging.WARNING, logger="veneer"):
+        assert not fuse(AutoModelForCausalLM.from_config(config, dtype=dtype))
+    assert reason in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (GraniteConfig(residual_multiplier=0.3, attention_multiplier=0.2, **SIZES), "differs by"),
+        (GPTNeoXJapaneseConfig(intermediate_multiple_size=1, **NEOX), "has no attribute 'config'"),
+        (
+            GptOssConfig(
+                num_local_experts=3, num_experts_per_tok=2, pad_token_id=0, **{**WIDE, "intermediate_size": 60}
+            ),
+            "TypeError",
+        ),
+        (MoshiConfig(ffn_dim=58, audio_vocab_size=89, pad_token_id=0, **SIZES), "feed-forward part of known form"),
+        (Qwen3Config(layer_types=["full_attention", "chunked_attention"], **SIZES), "of type chunked_attention"),
+        (
+            OPTConfig(hidden_size=42, ffn_dim=58, num_hidden_layers=2, num_attention_heads=3, vocab_size=97),
+            "lists of layers",
+        ),
+    ],
+)
+def test_a_model_that_fits_no_pattern_is_left_alone(config: Any, reason: str, caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(config)
+    classes = [type(m) for m in model.modules()]
+    with caplog.at_level(logging.WARNING, logger="veneer"):
+        assert not fuse(model)
+    assert [type(m) for m in model.modules()] == classes
+    assert len(caplog.messages) == 1
+    assert "general path" in caplog.text
+    assert reason in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("family", "spoil", "reason"),
+    [
+        ("llama", lambda model: setattr(model.model.layers[1].mlp, "up_proj", nn.Linear(13, 58)), "RuntimeError"),
+        ("qwen3", lambda model: model.config.layer_types.pop(), "IndexError"),
+        ("gemma2", lambda model: setattr(model.model.layers[1].self_attn, "attn_logit_softcapping", -3), "softcap=-3"),
+    ],
+)
+def test_a_model_that_cannot_be_looked_at_is_left_alone(
+    family: str, spoil: Any, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = base(family)
+    spoil(model)
+    classes = [type(m) for m in model.modules()]
+    with caplog.at_level(logging.WARNING, logger="veneer"):
+        assert not fuse(model)
+    assert [type(m) for m in model.modules()] == classes
+    assert reason in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("family", "kind"), [("llama", "rms"), ("gemma3", "rms plus one")])
+def test_the_kind_of_a_norm_with_large_weights(family: str, kind: str, dtype: torch.dtype) -> None:
+    model = AutoModelForCausalLM.from_config(FAMILIES[family], dtype=dtype)
+    norm = model.model.layers[0].input_layernorm
+    nn.init.uniform_(norm.weight, 90, 1700, generator=torch.Generator().manual_seed(1))
+    assert norm_kind(norm) == kind
