@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 
 help:
 	@echo "make setup   only set up: $(BIN)/veneer"
-	@echo "make demo    set up, fetch a small model, fine-tune it, show what changed (5 to 12 minutes on two cores)"
+	@echo "make demo    set up, fetch a small model, fine-tune it, show what changed (under ten minutes on two cores)"
 	@echo "make test    set up, then the whole test suite"
 	@echo "make check   lint, types, layers"
 	@echo "make format  rewrite the code in the house's format"

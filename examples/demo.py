@@ -76,7 +76,7 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for the adapter and the merged model")
-    parser.add_argument("--epochs", type=float, default=2, help="passes over the 320 training rows")
+    parser.add_argument("--epochs", type=float, default=1, help="passes over the 320 training rows")
     parser.add_argument("--rank", type=int, default=16, help="rank of the adapter")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     return parser.parse_args()
@@ -103,7 +103,7 @@ def fit(
     settings = veneer.SFTConfig(
         output_dir=str(options.output / "run"),
         num_train_epochs=options.epochs,
-        per_device_train_batch_size=4,
+        per_device_train_batch_size=2,
         learning_rate=options.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=5,
