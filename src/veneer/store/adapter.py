@@ -33,9 +33,9 @@ from veneer.store.adapter_config import CONFIG_FILE, for_use, to_json
 from veneer.store.adapter_files import (
     NETWORK_FILE,
     WEIGHTS_FILE,
-    non_finite,
     read_tensors,
     tensors_to_bytes,
+    unusable,
     write_atomically,
     write_together,
 )
@@ -44,6 +44,7 @@ SaveEmbeddings = bool | Literal["auto"]
 _SHOWN = 5  # of the tensors of one kind that do not fit
 # The names that PEFT knows an embedding or a head by: where one is targeted, its whole weight is saved too.
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
+_WRAPPED = re.compile(r"(?P<path>.+)\.(?P<inner>modules_to_save|original_module)\.(?P<end>.+)")
 _Place = tuple[nn.Module, str]  # a module and the name of its parameter
 
 
@@ -129,6 +130,24 @@ def renamed(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str] | None
     return found
 
 
+def once_each(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without what PEFT writes again of modules trained whole: with ``bias="all"`` their biases are there
+    once more by the names of its wrapper, as trained (``modules_to_save``) and as the base has them
+    (``original_module``).
+    """
+    return {key: value for key, value in tensors.items() if not _is_written_again(key, tensors)}
+
+
+def _is_written_again(key: str, tensors: Mapping[str, Tensor]) -> bool:
+    wrapped = _WRAPPED.fullmatch(key)
+    if wrapped is None:
+        return False
+    path, inner, end = wrapped["path"], wrapped["inner"], wrapped["end"]
+    # of a part of the module the name of the adapter stays in the key
+    own = next((k for k in (f"{path}.{end}", f"{path}.{end.partition('.')[2]}") if k in tensors), None)
+    return own is not None and (inner == "original_module" or torch.equal(tensors[own], tensors[key]))
+
+
 def save_network(model: nn.Module, state: AdapterState, name: str, folder: Path) -> None:
     """Write what training needs to go on, where a network makes what a plain save holds."""
     write_atomically(folder / NETWORK_FILE, tensors_to_bytes(live_parameters(model, state, name)))
@@ -179,6 +198,7 @@ def assign(
     Raises FormatError that counts all missing, unexpected, wrong-shaped and non-finite tensors and names the first of
     each kind.
     """
+    tensors = once_each(tensors)
     expected = _expected(model, state, name)
     left: list[str] = []
     if mismatched:
@@ -227,7 +247,7 @@ def _problems(
             if key not in misshapen
         ),
         *(f"differs from the embeddings' that it is tied to: {key}" for key in _torn(model, name, tensors)),
-        *(f"holds NaN or infinity: {key}" for key in non_finite(tensors)),
+        *(f"{why}: {key}" for key, why in unusable(tensors).items()),
     ]
 
 

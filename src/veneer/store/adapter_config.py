@@ -109,6 +109,8 @@ def from_json(text: str, source: Path) -> MethodConfig:
         values = json.loads(text)
     except json.JSONDecodeError as error:
         raise FormatError(f"{source} is not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise FormatError(f"{source} is nested too deeply to be read: it is damaged, or no config") from error
     if not isinstance(values, dict):
         raise FormatError(f"{source} must hold a JSON object, it holds a {type(values).__name__}")
     return from_values(values, str(source))

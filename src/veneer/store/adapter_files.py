@@ -19,6 +19,7 @@ from veneer.errors import DiskError, FormatError
 WEIGHTS_FILE = "adapter_model.safetensors"
 NETWORK_FILE = "prompt_encoder.safetensors"  # in a checkpoint: the network that makes what WEIGHTS_FILE holds
 PICKLE_FILE = "adapter_model.bin"
+VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # those that adapters are trained in
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -106,9 +107,20 @@ def read_tensors(folder: Path, file: str = WEIGHTS_FILE) -> dict[str, Tensor]:
         raise FormatError(f"{path} is damaged or was cut off ({error}); save or download it again") from error
 
 
-def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The keys whose tensors hold a NaN or an infinity."""
-    return [key for key, value in tensors.items() if value.is_floating_point() and not torch.isfinite(value).all()]
+def unusable(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Why tensors cannot be an adapter's values, by key: they are of another dtype, or hold a NaN or an infinity."""
+    found = {}
+    for key, value in tensors.items():
+        if value.dtype not in VALUE_DTYPES:
+            allowed = ", ".join(_name(dtype) for dtype in VALUE_DTYPES)
+            found[key] = f"dtype {_name(value.dtype)} where an adapter's values are in one of {allowed}"
+        elif not torch.isfinite(value).all():
+            found[key] = "holds NaN or infinity"
+    return found
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _umask() -> int:

@@ -16,7 +16,7 @@ from veneer.errors import CompositionError, FormatError
 from veneer.methods.lora import LoraConfig
 from veneer.model.multihead import ON_DISK, REPEATS
 from veneer.store.adapter_config import CONFIG_FILE, for_use, read_config, to_json
-from veneer.store.adapter_files import WEIGHTS_FILE, non_finite, read_tensors, tensors_to_bytes, write_together
+from veneer.store.adapter_files import WEIGHTS_FILE, read_tensors, tensors_to_bytes, unusable, write_together
 
 _FACTORS: tuple[tuple[str, str, Literal["linear", "embedding"]], ...] = (
     ("lora_A.weight", "lora_B.weight", "linear"),
@@ -55,9 +55,9 @@ def read_records(folder: Path) -> StoredAdapter:
             "only be read with its base, and is no sum of layers"
         )
     tensors = read_tensors(folder)
-    broken = non_finite(tensors)
+    broken = [f"{why}: {key}" for key, why in unusable(tensors).items()]
     if broken:
-        raise FormatError(f"{folder / WEIGHTS_FILE} holds NaN or infinity in {', '.join(broken[:3])}")
+        raise FormatError(f"{folder / WEIGHTS_FILE}: {'; '.join(broken[:3])}")
     sites = _sites(tensors)
     keys = {
         path: {n: f"{DISK_PREFIX}{path}.{end}" for n, end in config.disk_names(s).items()} for path, s in sites.items()

@@ -9,11 +9,12 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import veneer
 from veneer import PeftModel, get_peft_model
+from veneer.errors import FormatError
 from veneer.model.attach import live_parameters
 from veneer.model.inplace import InPlace
 
@@ -228,3 +229,30 @@ def test_merged_is_a_plain_model_that_answers_the_same(head: str, method: str, t
     close(outputs(plain, batch), adapted)
     plain.save_pretrained(tmp_path)
     close(outputs(type(plain).from_pretrained(tmp_path).eval(), batch), adapted)
+
+
+@pytest.mark.parametrize("head", ["bert-sequence", "roberta-sequence", "bert-token"])
+def test_biases_that_peft_writes_three_times_are_read_as_trained(head: str, tmp_path: Path) -> None:
+    """With bias="all" PEFT's file holds those of a head by the names of its wrapper too."""
+    settings = {"r": 3, "lora_alpha": 7, "bias": "all", "task_type": HEADS[head][2]}
+    theirs, batch = peft.get_peft_model(fresh(head), peft.LoraConfig(**settings)), inputs(head)
+    randomize(theirs)
+    theirs.eval().save_pretrained(tmp_path)
+    keys = load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert any(".modules_to_save." in key for key in keys)
+    assert any(".original_module." in key for key in keys)
+    ours = PeftModel.from_pretrained(fresh(head), tmp_path)
+    close(outputs(ours, batch), outputs(theirs, batch))
+    plain, expected = ours.unload().state_dict(), fresh(head).state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in plain.items())
+
+
+def test_a_head_whose_two_forms_differ_is_refused(tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(fresh("bert-sequence"), peft.LoraConfig(bias="all", task_type="SEQ_CLS"))
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors["base_model.model.classifier.modules_to_save.bias"] += 1
+    save_file(tensors, path)
+    with pytest.raises(FormatError, match=r"unexpected: base_model.model.classifier.modules_to_save.bias"):
+        PeftModel.from_pretrained(fresh("bert-sequence"), tmp_path)

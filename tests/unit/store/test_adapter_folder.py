@@ -209,6 +209,21 @@ def test_a_config_that_is_no_json_object(folder: Path, text: str) -> None:
     assert "not the folder of an adapter" in refused(folder)
 
 
+@pytest.mark.parametrize("opening", ["[", '{"a": '], ids=["lists", "objects"])
+def test_a_config_nested_too_deeply(folder: Path, opening: str) -> None:
+    (folder / "adapter_config.json").write_text('{"target_modules": ' + opening * 100_000)
+    assert "nested too deeply to be read" in refused(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int32, torch.complex64])
+def test_values_in_a_dtype_that_no_adapter_is_trained_in(folder: Path, dtype: torch.dtype) -> None:
+    key = KEY.format(1, "v_proj", "B")
+    change_tensors(folder, lambda tensors: tensors.update({key: tensors[key].to(dtype)}))
+    said = refused(folder)
+    assert f"dtype {str(dtype).removeprefix('torch.')} where an adapter's values are in one of float32, " in said
+    assert said.endswith(key)
+
+
 @pytest.mark.parametrize("subfolder", ["..", "x/../..", "/etc"])
 def test_a_subfolder_does_not_leave_the_folder(folder: Path, subfolder: str) -> None:
     assert "leads out of the adapter's folder" in refused(folder, subfolder=subfolder)
