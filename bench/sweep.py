@@ -29,7 +29,7 @@ from veneer.model.fused.decoder import fuse
 from veneer.model.twin import twin
 from veneer.store.source import resolve
 from veneer.train.loss import Scoring
-from veneer.train.shared_base import Part, SharedBase
+from veneer.train.sweep.shared_base import Part, SharedBase
 
 RANKS = (2, 4, 8, 8, 16, 16, 32, 64)
 TOLERANCE = 0.02

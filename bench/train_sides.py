@@ -16,7 +16,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 import veneer
 from lora_step import RATE, adapted, base_of, optimizer_of, require_fused, step
-from veneer.train.display import RunDisplay
+from veneer.train.show.display import RunDisplay
 
 BATCH = 4
 

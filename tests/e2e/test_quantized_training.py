@@ -21,7 +21,7 @@ from veneer import (
     get_peft_model,
     prepare_model_for_kbit_training,
 )
-from veneer.train.describe import describe_trained
+from veneer.train.show.trained import describe_trained
 
 VOCAB = 47
 ROWS = [[(i + 3 * j) % 43 + 2 for j in range(9)] for i in range(24)]

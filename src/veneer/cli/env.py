@@ -40,9 +40,9 @@ def environment() -> dict[str, str]:
     import torch
 
     from veneer.core.units import count
+    from veneer.disk.cache import cache_dir
     from veneer.ops.dispatch import availability, kernel_build
     from veneer.ops.matmul import float32_is_faster
-    from veneer.store.cache import cache_dir
 
     facts = {"veneer": importlib.metadata.version("veneer"), "python": platform.python_version()}
     facts |= {package: _version(package) for package in PACKAGES}

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from veneer.cli import loading
 from veneer.cli.measurement import Measurement, Metric, OnProgress, Options, Subject
-from veneer.train.terminal import draws_bars
+from veneer.train.show.terminal import draws_bars
 
 
 def _unescaped(text: str) -> str:

@@ -10,13 +10,13 @@ from veneer.cli.loading import Loaded, quiet, with_adapter
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
-    from veneer.train.recipe import Recipe
+    from veneer.train.recipe.recipe import Recipe
 
 
 def trained_recipe(path: Path) -> Recipe:
     """The recipe. Raises ConfigError where it is wrong, or one of several runs."""
-    from veneer.train.recipe import parse_recipe, read_values
-    from veneer.train.sweep_recipe import PART
+    from veneer.train.recipe.recipe import parse_recipe, read_values
+    from veneer.train.sweep.recipe import PART
 
     values = read_values(path)
     if PART in values:

@@ -75,11 +75,11 @@ def _dimensions(dims: str) -> list[int]:
 
 def _task(loaded: loading.Loaded, data: Path, batch_size: int, held_out: float, seed: int) -> tuple[list[Any], Any]:
     """Batches to train on, and a function that scores a model on the rows held out."""
-    from veneer.train.collate import Collator
-    from veneer.train.data import RowReader, load_rows, split_off
-    from veneer.train.encode import Encoder, kind_of
-    from veneer.train.evaluate import label_accuracy
-    from veneer.train.questions import QuestionReader
+    from veneer.data.collating import Collator
+    from veneer.data.encoding import Encoder, kind_of
+    from veneer.data.rows import RowReader, load_rows, split_off
+    from veneer.evaluate.metrics import label_accuracy
+    from veneer.evaluate.questions import QuestionReader
 
     rows, held = split_off(load_rows(data, RowReader()).shuffle(seed=seed), held_out, seed)
     tokenizer = loaded.tokenizer

@@ -93,7 +93,7 @@ def split(model: str, adapter: Path | None) -> tuple[str, Path | None]:
 
 def sampling(temperature: float, top_p: float, top_k: int, max_new_tokens: int) -> dict[str, Any]:
     """The options as `generate` takes them. A checkpoint's own beams are left out: answers appear word by word."""
-    from veneer.train.scoring import greedy
+    from veneer.evaluate.scoring import greedy
 
     if temperature == 0:
         return {"max_new_tokens": max_new_tokens, **greedy()}

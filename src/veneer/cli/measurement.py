@@ -13,9 +13,9 @@ from veneer.cli import loading
 from veneer.cli.outputs import require_file
 
 if TYPE_CHECKING:
-    from veneer.train.evaluate import Accuracy, Judge, Perplexity, Windows
-    from veneer.train.questions import Question
-    from veneer.train.scoring import Answering
+    from veneer.evaluate.metrics import Accuracy, Judge, Perplexity, Windows
+    from veneer.evaluate.questions import Question
+    from veneer.evaluate.scoring import Answering
 
 OnProgress = Callable[[int, int], None]
 
@@ -58,7 +58,7 @@ class Options:
 
     def windows(self, limit: int | None) -> Windows:
         """How long texts are read, where the model's context holds ``limit`` tokens."""
-        from veneer.train.evaluate import Windows
+        from veneer.evaluate.metrics import Windows
 
         return Windows.within(limit, self.context, self.stride)
 
@@ -70,7 +70,7 @@ class Options:
     @property
     def judge(self) -> Judge:
         """Whether an answer is right."""
-        from veneer.train.evaluate import exact_match, regex_match
+        from veneer.evaluate.metrics import exact_match, regex_match
 
         fold = self.ignore_case
         return exact_match(fold=fold) if self.pattern is None else regex_match(self.pattern, fold=fold)
@@ -78,7 +78,7 @@ class Options:
     @property
     def answering(self) -> Answering:
         """How answers are generated."""
-        from veneer.train.scoring import Answering
+        from veneer.evaluate.scoring import Answering
 
         stop = tuple(text for text in self.stop or () if text)
         return Answering(max_new_tokens=self.max_new_tokens or Answering.max_new_tokens, stop=stop)
@@ -113,7 +113,7 @@ class Measurement:
 
     def _take_model(self, subject: Subject) -> tuple[loading.Loaded, dict[str, Any]]:
         from veneer.errors import ConfigError
-        from veneer.train.questions import read_rows
+        from veneer.evaluate.questions import read_rows
 
         model, adapter, data = subject.model, subject.adapter, subject.data
         if model is None or data is None:
@@ -146,7 +146,7 @@ class Measurement:
     def _read_as_trained(self, chat: bool, system: str | None) -> None:
         """Bring the rows into the forms of training. Raises ConfigError where a template makes the prompts already."""
         from veneer.errors import ConfigError
-        from veneer.train.questions import as_trained
+        from veneer.evaluate.questions import as_trained
 
         if self.options.prompt is None:
             self.rows = as_trained(self.rows, chat=chat, system=system)
@@ -173,9 +173,9 @@ class Measurement:
 
     def measure(self, loaded: loading.Loaded, on_progress: OnProgress) -> Perplexity | Accuracy:
         """The result."""
-        from veneer.train import evaluate
-        from veneer.train.questions import QuestionReader, as_templated
-        from veneer.train.scoring import Batching, context_length
+        from veneer.evaluate import metrics as evaluate
+        from veneer.evaluate.questions import QuestionReader, as_templated
+        from veneer.evaluate.scoring import Batching, context_length
 
         options, model, tokenizer = self.options, loaded.model, loaded.tokenizer
         how: dict[str, Any] = {"batching": Batching(n_rows=self.batch_size), "on_progress": on_progress}

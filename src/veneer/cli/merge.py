@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from veneer.core.units import size
-from veneer.train.terminal import draws_bars
+from veneer.train.show.terminal import draws_bars
 
 
 def merge(

@@ -11,7 +11,7 @@ from rich.progress import Progress
 
 from veneer.cli.weights import weights_of
 from veneer.core.units import size
-from veneer.train.terminal import draws_bars
+from veneer.train.show.terminal import draws_bars
 
 _Base = Annotated[str, typer.Argument(metavar="BASE", help="The model that all were tuned from.")]
 _Models = Annotated[list[str], typer.Argument(metavar="MODEL...", help="Fine-tuned models: folders or hub ids.")]

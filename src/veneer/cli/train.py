@@ -14,11 +14,11 @@ from rich.console import Console
 
 from veneer.core.units import duration
 from veneer.errors import ConfigError
-from veneer.train.terminal import draws_bars
+from veneer.train.show.terminal import draws_bars
 
 if TYPE_CHECKING:
-    from veneer.train.recipe import Recipe
-    from veneer.train.sweep_recipe import Sweep
+    from veneer.train.recipe.recipe import Recipe
+    from veneer.train.sweep.recipe import Sweep
 
 
 _Recipe = Annotated[
@@ -47,7 +47,7 @@ def train(
     Example: veneer train --print-recipe > recipe.yaml && veneer train recipe.yaml
     """
     if print_recipe:
-        from veneer.train.commented_recipe import commented_recipe
+        from veneer.train.recipe.commented import commented_recipe
 
         typer.echo(commented_recipe(), nl=False)
         return
@@ -56,7 +56,7 @@ def train(
     wanted = _read(recipe, overrides or [])
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     from veneer.cli.loading import without_bars
-    from veneer.train.recipe import Recipe
+    from veneer.train.recipe.recipe import Recipe
 
     console = Console(soft_wrap=True)
     with without_bars(), _rows_counted_in_terminals():
@@ -70,12 +70,12 @@ def train(
 
 def _read(recipe: Path, overrides: list[str]) -> Recipe | Sweep:
     """What the file asks for, checked as a whole."""
-    from veneer.train.recipe import parse_recipe, read_values, refuse_early
+    from veneer.train.recipe.recipe import parse_recipe, read_values, refuse_early
 
     values = read_values(recipe, overrides)
     if "sweep" not in values:
         refuse_early(values, str(recipe))  # before torch is imported
-    from veneer.train.sweep_recipe import PART, parse_sweep
+    from veneer.train.sweep.recipe import PART, parse_sweep
 
     return parse_sweep(values, recipe) if PART in values else parse_recipe(values, str(recipe))
 
@@ -97,7 +97,7 @@ def _rows_counted_in_terminals() -> Iterator[None]:
 
 def _show_sample(recipe: Recipe, console: Console) -> None:
     from veneer.train.run import sample_of
-    from veneer.train.sample import shown_sample
+    from veneer.train.show.sample import shown_sample
 
     console.print(shown_sample(*sample_of(recipe), marks=not console.is_terminal))
 
@@ -124,8 +124,8 @@ def _train_one(recipe: Recipe, resume: bool, console: Console) -> None:
 
 
 def _train_sweep(sweep: Sweep, resume: bool, console: Console) -> None:
-    from veneer.train.sweep import run_sweep
-    from veneer.train.sweep_report import PAGE, SWEEP_FILE, outcomes, table, write_report
+    from veneer.train.sweep.report import PAGE, SWEEP_FILE, outcomes, table, write_report
+    from veneer.train.sweep.sweep import run_sweep
 
     records = run_sweep(sweep, resume=resume, tell=lambda line: console.print(line, highlight=False))
     found = outcomes(sweep, records)

@@ -14,8 +14,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from veneer.disk.safetensors import StoredTensor, read_header
 from veneer.errors import FormatError
-from veneer.store.safetensors_file import StoredTensor, read_header
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

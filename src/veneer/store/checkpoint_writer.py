@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from veneer.core.units import size
+from veneer.disk.folder import new_folder
+from veneer.disk.safetensors import header_bytes
 from veneer.errors import DiskError, FormatError
 from veneer.store.adapter_config import CONFIG_FILE
 from veneer.store.checkpoint import INDEX_NAME, SINGLE_NAME
-from veneer.store.folder import new_folder
-from veneer.store.safetensors_file import header_bytes
 
 Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 DEFAULT_SHARD_BYTES = 5_000_000_000

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from veneer.core.method import DISK_PREFIX, WRAPPER, MethodConfig
+from veneer.disk.safetensors import StoredTensor
 from veneer.errors import FormatError
 from veneer.store.adapter_config import read_config
 from veneer.store.adapter_files import WEIGHTS_FILE
 from veneer.store.checkpoint import Checkpoint
-from veneer.store.safetensors_file import StoredTensor
 
 NF4_BITS = 4.127  # Dettmers et al. 2023 (arXiv:2305.14314): 4 + 8/64 + 32/(64·256) bits with double quantization
 _KINDS = (

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+from veneer.disk.cache import cache_dir
+from veneer.disk.folder import build_once
 from veneer.errors import ConfigError, FormatError
-from veneer.store.cache import cache_dir
-from veneer.store.folder import build_once
 
 Progress = Callable[[str, int, int], None]
 _MANIFEST = "veneer.json"

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from gguf import GGMLQuantizationType, GGUFReader
 
+from veneer.disk.cache import cache_dir
+from veneer.disk.folder import build_once
 from veneer.errors import FormatError
-from veneer.store.cache import cache_dir
-from veneer.store.folder import build_once
 
 _PLAIN = {
     GGMLQuantizationType.F32: torch.float32,

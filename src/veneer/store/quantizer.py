@@ -20,12 +20,12 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from veneer.disk.safetensors import DTYPE_NAMES, StoredTensor
 from veneer.errors import CompositionError, ConfigError, FormatError, NonFiniteError
 from veneer.model.linear import AdaptedLinear
 from veneer.model.quant_linear import QuantLinear
 from veneer.store.checkpoint import Checkpoint, is_finite
 from veneer.store.quantization import METHOD, ON_DISK, BitsAndBytesConfig
-from veneer.store.safetensors_file import DTYPE_NAMES, StoredTensor
 
 # what bitsandbytes stores beside a weight
 COMPANION = re.compile(r"(?P<layer>.+)\.(weight\.(absmax|quant_map|nested_\w+|quant_state\.\w+)|SCB|weight_format)")

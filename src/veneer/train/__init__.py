@@ -1,1 +1,1 @@
-"""Supervised fine-tuning: recipes, data, the trainer, evaluation."""
+"""Supervised fine-tuning: the trainer, recipes, sweeps."""

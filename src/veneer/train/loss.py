@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from veneer.data.encoding import IGNORED
 from veneer.model.fused.decoder import fused_head
 from veneer.model.fused.head import Head, hidden_as_logits
 from veneer.ops.cross_entropy import HeadOptions, linear_cross_entropy_and_hits, linear_cross_entropy_rows
-from veneer.train.encode import IGNORED
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from transformers.trainer_callback import ExportableState
 from trl import SFTTrainer as TrlTrainer
 
 from veneer.adapters.peft_model import PeftModel
+from veneer.disk.folder import new_folder
 from veneer.errors import TrainingError
-from veneer.store.folder import new_folder
 from veneer.train.checkpoint import (
     PROGRESS_FILE,
     STATE_FILE,

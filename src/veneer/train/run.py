@@ -14,17 +14,17 @@ from typing import Any, NamedTuple, cast
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from veneer.data.dataset import digest, encode_all
+from veneer.data.encoding import IGNORED, Encoder, Kind, kind_of
+from veneer.data.files import names_a_file
+from veneer.data.rows import RowReader, load_rows, split_off
 from veneer.errors import ConfigError, DiskError, DivergedError, VeneerError
 from veneer.model.prepare import prepare_model_for_kbit_training
 from veneer.store.quantization import BitsAndBytesConfig
 from veneer.store.source import load_model, load_tokenizer
 from veneer.train.checkpoint import holds_checkpoints, write_json
-from veneer.train.data import RowReader, load_rows, split_off
-from veneer.train.encode import IGNORED, Encoder, Kind, kind_of
-from veneer.train.prepare import digest, encode_all
-from veneer.train.recipe import FULL, DataPart, ModelPart, Recipe
-from veneer.train.report import draw_loss, environment
-from veneer.train.row_files import names_a_file
+from veneer.train.recipe.recipe import FULL, DataPart, ModelPart, Recipe
+from veneer.train.show.report import draw_loss, environment
 from veneer.train.trainer import SFTTrainer
 
 log = logging.getLogger(__name__)

@@ -28,25 +28,25 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from veneer.adapters.peft_model import PeftModel, get_peft_model
 from veneer.adapters.schedules import penalty
 from veneer.core.method import MethodConfig
+from veneer.data.collating import Collator
+from veneer.data.dataset import columns_of, digest, encode_all, pack_all, require_answers
+from veneer.data.encoding import Encoder, kind_of
+from veneer.data.sampler import EpochSampler
 from veneer.errors import ConfigError, TrainingError
 from veneer.model.checkpointing import checkpoint_selectively
 from veneer.model.fused.decoder import fused
 from veneer.model.offload import ActivationOffload
 from veneer.optim import LayerwiseGaLoreAdamW
-from veneer.train.collate import Collator
 from veneer.train.config import SFTConfig, as_sft_config
-from veneer.train.describe import describe_trained, require_trainable
-from veneer.train.display import show_run
-from veneer.train.encode import Encoder, kind_of
-from veneer.train.exact import packing_layout
 from veneer.train.guards import FiniteGradients, require_finite, require_special_tokens
 from veneer.train.loss import TokenLoss, model_of, token_loss
 from veneer.train.optimizer import Choice, choose_optimizer, lora_plus_optimizer
-from veneer.train.prepare import columns_of, digest, encode_all, pack_all, require_answers
+from veneer.train.packing_layout import packing_layout
 from veneer.train.progress import Progress
 from veneer.train.resume import ResumableTrainer, random_state_kept
-from veneer.train.sampler import EpochSampler
 from veneer.train.schedule import AdapterSchedule
+from veneer.train.show.display import show_run
+from veneer.train.show.trained import describe_trained, require_trainable
 
 
 class SFTTrainer(ResumableTrainer):

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import Result
 
 from veneer import PeftModel
-from veneer.train import evaluate
-from veneer.train.scoring import Answering
+from veneer.evaluate import metrics as evaluate
+from veneer.evaluate.scoring import Answering
 
 Veneer = Callable[..., Result]
 

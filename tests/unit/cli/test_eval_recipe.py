@@ -12,8 +12,8 @@ import yaml
 from typer.testing import Result
 
 from veneer.errors import DataError
-from veneer.train.questions import as_templated
-from veneer.train.recipe import parse_recipe
+from veneer.evaluate.questions import as_templated
+from veneer.train.recipe.recipe import parse_recipe
 from veneer.train.run import read_data
 
 Veneer = Callable[..., Result]

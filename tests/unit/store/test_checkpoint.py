@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from veneer.disk.safetensors import DTYPES
 from veneer.errors import FormatError
 from veneer.store.checkpoint import Checkpoint, is_finite
-from veneer.store.safetensors_file import DTYPES
 
 
 def tensors() -> dict[str, torch.Tensor]:

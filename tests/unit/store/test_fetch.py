@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
+from veneer.disk import cache
 from veneer.errors import ConfigError, FormatError
-from veneer.store import cache
 from veneer.store import fetch as fetch_module
 from veneer.store.fetch import KnownModel, fetch, is_fetched, model_folder
 

@@ -6,12 +6,12 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from veneer import LoraConfig
+from veneer.data.sampler import EpochSampler
 from veneer.errors import ConfigError, TrainingError
 from veneer.optim import AdamW8bit, PagedAdamW8bit
 from veneer.train.checkpoint import checkpoints, drop_old, latest_checkpoint, read_progress
 from veneer.train.config import SFTConfig
 from veneer.train.optimizer import FACTORIES
-from veneer.train.sampler import EpochSampler
 from veneer.train.trainer import SFTTrainer
 
 STEPS = 8

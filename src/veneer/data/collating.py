@@ -1,0 +1,98 @@
+"""Batches of token ids: padded rows, or packed rows in the layout that the model computes exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from veneer.data.encoding import IGNORED
+
+Layout = Literal["positions", "flat", "rows"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collator:
+    """Makes a batch of examples with ``input_ids``, ``labels`` and, where packed, ``seq_lengths``.
+
+    ``layout`` is how packed rows reach the model: ``"positions"`` keeps each row and restarts its positions at every
+    sequence, from which transformers derives a mask that is block-diagonal; ``"flat"`` lays all rows end to end, as the
+    variable-length flash kernels want it; ``"rows"`` unpacks them into padded rows. ``padding_free`` packs the examples
+    of a batch that were not packed before. The attention mask is left out of packed batches: its absence is what makes
+    transformers read the positions.
+    """
+
+    pad_token_id: int
+    layout: Layout = "positions"
+    padding_free: bool = False
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """``input_ids``, ``labels`` (-100 where nothing is trained), ``attention_mask`` or ``position_ids``, (b, n)."""
+        packed = "seq_lengths" in examples[0] or self.padding_free
+        rows = [_Row.of(example) for example in examples]
+        if packed and self.layout != "rows":
+            together = self.layout == "flat" or self.padding_free
+            return self._packed([_Row.joined(rows)] if together else rows)
+        return self._padded([piece for row in rows for piece in row.pieces()] if packed else rows)
+
+    def _padded(self, rows: Sequence[_Row]) -> dict[str, Tensor]:
+        batch = self._tokens(rows)
+        lengths = torch.tensor([len(row.ids) for row in rows])
+        mask = torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]
+        return {**batch, "attention_mask": mask.long()}
+
+    def _packed(self, rows: Sequence[_Row]) -> dict[str, Tensor]:
+        batch = self._tokens(rows)
+        width = batch["input_ids"].shape[1]
+        # Padding counts as one more sequence: it sees itself only, and no softmax runs over nothing.
+        lengths = [[*row.lengths, width - len(row.ids)] for row in rows]
+        positions = [torch.cat([torch.arange(n) for n in row]) for row in lengths]
+        return {**batch, "position_ids": torch.stack(positions)}
+
+    def _tokens(self, rows: Sequence[_Row]) -> dict[str, Tensor]:
+        width = max(len(row.ids) for row in rows)
+        multiple = self.pad_to_multiple_of or 1
+        width = -(-width // multiple) * multiple
+        ids = [row.ids + [self.pad_token_id] * (width - len(row.ids)) for row in rows]
+        labels = [row.first_ignored() + [IGNORED] * (width - len(row.ids)) for row in rows]
+        return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
+
+
+@dataclass(frozen=True)
+class _Row:
+    ids: list[int]
+    labels: list[int]
+    lengths: list[int]
+
+    @classmethod
+    def of(cls, example: Mapping[str, Any]) -> _Row:
+        ids = list(example["input_ids"])
+        return cls(ids, list(example.get("labels", ids)), list(example.get("seq_lengths", [len(ids)])))
+
+    @classmethod
+    def joined(cls, rows: Sequence[_Row]) -> _Row:
+        return cls(
+            [token for row in rows for token in row.ids],
+            [label for row in rows for label in row.labels],
+            [length for row in rows for length in row.lengths],
+        )
+
+    def pieces(self) -> list[_Row]:
+        starts = [sum(self.lengths[:i]) for i in range(len(self.lengths))]
+        return [
+            _Row(self.ids[s : s + n], self.labels[s : s + n], [n]) for s, n in zip(starts, self.lengths, strict=True)
+        ]
+
+    def first_ignored(self) -> list[int]:
+        """The labels, with the first of each sequence ignored: nothing in its own sequence precedes it."""
+        labels = list(self.labels)
+        start = 0
+        for length in self.lengths:
+            if length:
+                labels[start] = IGNORED
+            start += length
+        return labels

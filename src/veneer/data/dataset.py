@@ -1,0 +1,104 @@
+"""A data set made ready for training: encoded, rows without a trained token dropped, packed."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+from array import array
+from typing import Any, TypeVar, cast
+
+from datasets import Dataset, IterableDataset
+
+from veneer.data.encoding import IGNORED, Encoder, Kind
+from veneer.data.packing import pack
+from veneer.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
+AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
+
+
+def encode_all(dataset: AnyDataset, encoder: Encoder, name: str, n_processes: int | None = None) -> AnyDataset:
+    """Every row encoded; rows without a trained token are left out, and their number is logged.
+
+    Raises DataError where no row is left, with what was looked for.
+    """
+    columns = columns_of(dataset)
+    if isinstance(dataset, IterableDataset):
+        encoded = dataset.map(encoder, with_indices=True, remove_columns=columns)
+        return encoded.filter(has_trained_token)
+    if not len(dataset):
+        raise DataError(f"the {name} data has no rows")
+    encoded = dataset.map(
+        encoder, with_indices=True, remove_columns=columns, num_proc=n_processes, desc=f"Encoding {name}"
+    )
+    kept = encoded.filter(has_trained_token, num_proc=n_processes, desc=f"Checking {name}")
+    if not len(kept):
+        raise DataError(_all_masked(encoder, name, columns, len(dataset)))
+    if len(kept) < len(encoded):
+        log.warning(
+            "%s data: %d of %d rows hold no trained token (cut off by max_length=%s, or empty) and are left out",
+            name, len(encoded) - len(kept), len(encoded), encoder.max_length,
+        )  # fmt: skip
+    return kept
+
+
+def pack_all(dataset: AnyDataset, capacity: int, *, split: bool) -> Dataset:
+    """The rows packed. Raises ConfigError for a streamed data set, whose rows are not known beforehand."""
+    if isinstance(dataset, IterableDataset):
+        raise ConfigError("packing=True needs a data set that is not streamed: load it whole, or set packing=False")
+    return pack(dataset, capacity, split=split)
+
+
+def digest(dataset: Dataset) -> str:
+    """A hash of the token ids and labels of all rows, in order: two runs on equal data have equal ones."""
+    state = hashlib.blake2b(digest_size=16)
+    for row in dataset:
+        state.update(array("q", [len(row["input_ids"])]).tobytes())
+        state.update(array("q", itertools.chain(row["input_ids"], row["labels"], row.get("seq_lengths", ()))).tobytes())
+    return state.hexdigest()
+
+
+def columns_of(dataset: Dataset | IterableDataset) -> list[str]:
+    """The names of the columns, streamed or not."""
+    return list(dataset.column_names or next(iter(dataset)))
+
+
+def has_trained_token(row: dict[str, list[int]]) -> bool:
+    """Whether any token of a row is trained."""
+    return any(label != IGNORED for label in row["labels"])
+
+
+def _all_masked(encoder: Encoder, name: str, columns: list[str], n_rows: int) -> str:
+    looked_for = {
+        "tokens": "labels other than -100, minus assistant_masks and completion_mask",
+        "prompt-completion": "the text of the column 'completion' after the prompt",
+        "messages": "the turns with role 'assistant' in the column 'messages'"
+        if encoder.assistant_only
+        else "any token of the column 'messages'",
+        "text": f"any token of the column {encoder.text_field!r}",
+    }[encoder.kind]
+    limit = f" within max_length={encoder.max_length}" if encoder.max_length else ""
+    return (
+        f"every label of the {n_rows} rows of the {name} data is masked: nothing would be learned. Looked for "
+        f"{looked_for}{limit}; the columns are {sorted(columns)}"
+    )
+
+
+def require_answers(kind: Kind, rows: Dataset, name: str, *, assistant: bool, completion: bool) -> None:
+    """Raise ConfigError where ``assistant_only_loss`` or ``completion_only_loss`` has nothing in these rows to find."""
+    columns = columns_of(rows)
+    if assistant and (kind == "text" or (kind == "prompt-completion" and isinstance(_first(rows)["prompt"], str))):
+        raise ConfigError(
+            f"assistant_only_loss=True needs conversations (a column messages); the {name} data has {columns}"
+            + ("; for these, completion_only_loss=True" if kind == "prompt-completion" else "")
+        )
+    if completion and kind in ("text", "messages"):
+        raise ConfigError(
+            f"completion_only_loss=True needs the columns prompt and completion; the {name} data has {columns}"
+            + ("; for conversations, assistant_only_loss=True" if kind == "messages" else "; leave it out")
+        )
+
+
+def _first(rows: Dataset) -> dict[str, Any]:
+    return cast("dict[str, Any]", next(iter(rows), {"prompt": None}))

@@ -1,0 +1,163 @@
+"""From a row of data to token ids and labels. What is trained is told by position, never by a token's id."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from veneer.data.chat import assistant_mask, common_prefix, render
+from veneer.errors import DataError
+
+IGNORED = -100
+Kind = Literal["tokens", "prompt-completion", "messages", "text"]
+Encoded = dict[str, list[int]]
+
+
+def kind_of(columns: Sequence[str], text_field: str) -> Kind:
+    """How rows with these columns are read. Raises DataError where none of the known forms fits."""
+    if "input_ids" in columns:
+        return "tokens"
+    if "prompt" in columns and "completion" in columns:
+        return "prompt-completion"
+    if "messages" in columns:
+        return "messages"
+    if text_field in columns:
+        return "text"
+    raise DataError(
+        f"the data has the columns {sorted(columns)}, none of the forms that can be trained on: messages (a chat), "
+        f"prompt and completion, {text_field} (plain text; dataset_text_field names the column), or input_ids"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """Reads rows of one kind; called with a row and its number, so that it can be mapped over a data set.
+
+    ``completion_only`` trains the completion alone, ``assistant_only`` the assistant's turns alone, else every token. A
+    column ``labels`` beside ``input_ids`` is taken as it stands, whatever tokens it names. The first label of a row is
+    always ignored: nothing precedes it that could predict it. ``max_length`` cuts the end off, or the start with
+    ``keep_end``.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    kind: Kind
+    text_field: str = "text"
+    completion_only: bool = False
+    assistant_only: bool = False
+    max_length: int | None = None
+    keep_end: bool = False
+
+    def __call__(self, row: Mapping[str, Any], index: int) -> Encoded:
+        """``input_ids`` and ``labels`` of one row. Raises DataError, naming the row, where it does not fit the kind."""
+        try:
+            ids, trained = self._read(row)
+        except DataError as error:
+            raise DataError(f"row {index}: {error}") from error
+        targets = _targets(row) if self.kind == "tokens" else ids
+        labels = [target if on else IGNORED for target, on in zip(targets, trained, strict=True)]
+        if self.max_length is not None:
+            part = slice(-self.max_length, None) if self.keep_end else slice(self.max_length)
+            ids, labels = ids[part], labels[part]
+        return {"input_ids": ids, "labels": [IGNORED, *labels[1:]] if labels else []}
+
+    def _read(self, row: Mapping[str, Any]) -> tuple[list[int], list[bool]]:
+        readers: dict[Kind, Callable[[Mapping[str, Any]], tuple[list[int], list[bool]]]] = {
+            "tokens": self._tokens,
+            "prompt-completion": self._prompt_completion,
+            "messages": self._messages,
+            "text": self._text,
+        }
+        return readers[self.kind](row)
+
+    def _tokens(self, row: Mapping[str, Any]) -> tuple[list[int], list[bool]]:
+        ids = list(row["input_ids"])
+        trained = [label != IGNORED for label in _targets(row)]
+        masks = [row.get("assistant_masks"), row.get("completion_mask") if self.completion_only else None]
+        if any(other is not None and len(other) != len(ids) for other in [trained, *masks]):
+            raise DataError(f"labels and masks must be as long as input_ids ({len(ids)})")
+        for mask in masks:
+            trained = trained if mask is None else [a and bool(b) for a, b in zip(trained, mask, strict=True)]
+        return ids, trained
+
+    def _text(self, row: Mapping[str, Any]) -> tuple[list[int], list[bool]]:
+        ids = self._with_end(self._plain(_string(row, self.text_field)))
+        return ids, [True] * len(ids)
+
+    def _messages(self, row: Mapping[str, Any]) -> tuple[list[int], list[bool]]:
+        messages, options = _conversation(row, "messages"), _options(row)
+        if self.assistant_only:
+            return assistant_mask(self.tokenizer, messages, options)
+        ids = render(self.tokenizer, messages, options)
+        return ids, [True] * len(ids)
+
+    def _prompt_completion(self, row: Mapping[str, Any]) -> tuple[list[int], list[bool]]:
+        if isinstance(row["prompt"], str) and isinstance(row["completion"], str):
+            prompt = self._plain(row["prompt"])
+            ids = self._with_end(self._plain(row["prompt"] + row["completion"]))
+            trained = [True] * len(ids)
+        else:
+            turns, answer, options = _conversation(row, "prompt"), _conversation(row, "completion"), _options(row)
+            prompt = render(self.tokenizer, turns, {**options, "add_generation_prompt": True})
+            ids, trained = self._messages({**row, "messages": [*turns, *answer]})
+        start = common_prefix(prompt, ids) if self.completion_only else 0
+        return ids, [on and at >= start for at, on in enumerate(trained)]
+
+    def _plain(self, text: str) -> list[int]:
+        return list(self.tokenizer(text)["input_ids"])
+
+    def _with_end(self, ids: list[int]) -> list[int]:
+        end = self.tokenizer.eos_token_id
+        return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
+
+
+def _targets(row: Mapping[str, Any]) -> list[int]:
+    """The labels of a row of tokens before masks: its own, or the tokens themselves."""
+    return list(row["input_ids"] if row.get("labels") is None else row["labels"])
+
+
+def _string(row: Mapping[str, Any], column: str) -> str:
+    value = row[column]
+    if not isinstance(value, str):
+        raise DataError(f"column {column!r} must be a string, not {type(value).__name__}")
+    return value
+
+
+def _conversation(row: Mapping[str, Any], column: str) -> list[Mapping[str, Any]]:
+    turns = row[column]
+    if not isinstance(turns, list) or not turns:
+        raise DataError(f"column {column!r} must be a list of messages that is not empty, not {turns!r:.60}")
+    for turn in turns:
+        if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str) or "content" not in turn:
+            raise DataError(f"column {column!r} must hold messages with a role and a content, not {turn!r:.60}")
+    return [_own_keys(turn) for turn in turns]
+
+
+def _own_keys(value: Any) -> Any:
+    """The value without keys that hold nothing, at any depth.
+
+    A table gives every message, and the arguments of every call, the keys of all of them; a template must not see
+    those that are empty.
+    """
+    if isinstance(value, Mapping):
+        return {key: _own_keys(held) for key, held in value.items() if held is not None}
+    return [_own_keys(held) for held in value] if isinstance(value, list) else value
+
+
+def _options(row: Mapping[str, Any]) -> dict[str, Any]:
+    settings = _held(row, "chat_template_kwargs") or {}
+    if not isinstance(settings, Mapping):
+        raise DataError(f"column 'chat_template_kwargs' must hold names and values, not {settings!r:.60}")
+    return {"tools": _held(row, "tools"), **settings}
+
+
+def _held(row: Mapping[str, Any], column: str) -> Any:
+    """What a column holds, which may be written as JSON, so that rows need not have the same keys."""
+    value = row.get(column)
+    try:
+        return _own_keys(json.loads(value) if isinstance(value, str) else value)
+    except ValueError as error:
+        raise DataError(f"column {column!r} is a string that is not JSON: {value!r:.60}") from error

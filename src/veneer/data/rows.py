@@ -1,0 +1,197 @@
+"""Rows of data from a file or the hub, brought into one of the forms that can be trained on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetNotFoundError
+
+from veneer.data.files import Row, fill_template, names_a_file, numbered_rows, raise_all, require_one_form
+from veneer.errors import ConfigError, DataError
+
+FORMS = ("messages", "prompt-completion", "text", "alpaca", "template")
+_SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowReader:
+    """How the rows of a source become messages, prompt and completion, or text.
+
+    ``prompt`` and ``completion`` are templates such as ``"Translate: {source}"`` over the columns. ``chat`` makes turns
+    of user and assistant out of prompts and completions; ``system`` is a message put before each conversation.
+    """
+
+    prompt: str | None = None
+    completion: str | None = None
+    chat: bool = False
+    system: str | None = None
+
+    def form(self, columns: Iterable[str]) -> str:
+        """The form that these columns have. Raises DataError where none fits."""
+        names = set(columns)
+        if self.prompt is not None and self.completion is not None:
+            return "template"
+        for form, needed in (
+            ("messages", {"messages"}),
+            ("messages", {"conversations"}),
+            ("prompt-completion", {"prompt", "completion"}),
+            ("alpaca", {"instruction", "output"}),
+            ("alpaca", {"instruction", "response"}),
+            ("text", {"text"}),
+        ):
+            if needed <= names:
+                return form
+        raise DataError(
+            f"rows have the columns {sorted(names)}, none of the forms that can be trained on: messages (or "
+            "conversations), prompt and completion, instruction and output (with or without input), text. For others, "
+            'say how to read them: data.prompt and data.completion, such as "Question: {question}" and "{answer}"'
+        )
+
+    def read(self, row: Mapping[str, Any], form: str) -> Row:
+        """One row in its final form. Raises DataError where a value is missing or of the wrong kind.
+
+        Raises ConfigError where ``chat`` or ``system`` is given and the row is no conversation.
+        """
+        readers: dict[str, Callable[[Mapping[str, Any]], Row]] = {
+            "messages": self._messages,
+            "prompt-completion": self._prompt_completion,
+            "alpaca": self._alpaca,
+            "text": lambda row: {"text": _text(row, "text")},
+            "template": self._template,
+        }
+        return self._checked(readers[form](row))
+
+    def _checked(self, row: Row) -> Row:
+        """The row. Raises ConfigError where it is no chat and a setting was given that only chats have."""
+        given = [name for name, value in (("chat", self.chat), ("system", self.system)) if value]
+        if given and "messages" not in row:
+            found = "plain text, which has no turns" if "text" in row else "prompt and completion"
+            advice = "leave it out" if "text" in row else "set chat to make turns of them, or leave system out"
+            raise ConfigError(f"{' and '.join(given)} is for conversations, and these rows are {found}: {advice}")
+        return row
+
+    def _messages(self, row: Mapping[str, Any]) -> Row:
+        turns = row.get("messages", row.get("conversations"))
+        if turns is None:
+            raise DataError(f"messages are missing; the row has the fields {sorted(row)}")
+        if not isinstance(turns, list) or not turns:
+            raise DataError("messages must be a list that is not empty")
+        return {"messages": self._with_system([_turn(turn) for turn in turns])} | _template_options(row)
+
+    def _prompt_completion(self, row: Mapping[str, Any]) -> Row:
+        prompt, completion = row.get("prompt"), row.get("completion")
+        if isinstance(prompt, list) and isinstance(completion, list):
+            return self._messages({**row, "messages": [*prompt, *completion]})
+        return self._pair(_text(row, "prompt"), _text(row, "completion"))
+
+    def _alpaca(self, row: Mapping[str, Any]) -> Row:
+        more = row.get("input")
+        prompt = _text(row, "instruction") + (f"\n\n{_text(row, 'input')}" if more else "")
+        return self._pair(prompt, _text(row, "output" if "output" in row else "response"))
+
+    def _template(self, row: Mapping[str, Any]) -> Row:
+        return self._pair(fill_template(self.prompt or "", row), fill_template(self.completion or "", row))
+
+    def _pair(self, prompt: str, completion: str) -> Row:
+        if not self.chat:
+            return {"prompt": prompt, "completion": completion}
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+        return {"messages": self._with_system(turns)}
+
+    def _with_system(self, turns: list[Row]) -> list[Row]:
+        if self.system is None or turns[0]["role"] == "system":
+            return turns
+        return [{"role": "system", "content": self.system}, *turns]
+
+
+def form_of(row: Mapping[str, Any]) -> str:
+    """The final form that a row has: messages, prompt-completion or text."""
+    return "messages" if "messages" in row else "text" if "text" in row else "prompt-completion"
+
+
+def load_rows(source: str | Path, reader: RowReader, limit: int | None = None) -> Dataset:
+    """All rows of a source (or the first ``limit``), read.
+
+    ``source``: a .jsonl, .json (a list of objects) or .parquet file, or a hub id, ``name`` or ``name:split``.
+    Raises DataError that gathers the rows which do not fit, by number, counted from one.
+    """
+    rows: list[Row] = []
+    problems: list[str] = []
+    form = None
+    forms: list[tuple[int, str]] = []
+    for number, row in _numbered(source, problems):
+        if limit is not None and len(rows) >= limit:
+            break
+        form = form or reader.form(row)
+        try:
+            rows.append(reader.read(row, form))
+            forms.append((number, form_of(rows[-1])))
+        except DataError as error:
+            problems.append(f"row {number}: {error}")
+    raise_all(source, problems)
+    require_one_form(forms)
+    if not rows:
+        raise DataError(f"{source} holds no rows")
+    keys = dict.fromkeys(key for row in rows for key in row)  # Dataset reads those of the first row alone
+    return Dataset.from_list([{key: row.get(key) for key in keys} for row in rows])
+
+
+def split_off(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Training rows and held-out rows, drawn by seed. Raises DataError where one of the two would be empty."""
+    n_held_out = round(fraction * len(rows))
+    if not 0 < n_held_out < len(rows):
+        raise DataError(f"a fraction of {fraction} of {len(rows)} rows leaves nothing to train on or to evaluate on")
+    parts = rows.train_test_split(test_size=n_held_out, seed=seed)
+    return parts["train"], parts["test"]
+
+
+def _numbered(source: str | Path, problems: list[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    path = Path(source)
+    if names_a_file(source):
+        yield from numbered_rows(path, problems)
+    else:
+        yield from enumerate(_from_hub(str(source)), start=1)
+
+
+def _from_hub(source: str) -> Dataset:
+    name, _, split = source.partition(":")
+    try:
+        return load_dataset(name, split=split or "train")
+    except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError) as error:
+        raise DataError(f"{source!r} is no file, and as a data set of the hub it cannot be loaded: {error}") from error
+
+
+def _turn(turn: Any) -> Row:
+    if not isinstance(turn, Mapping):
+        raise DataError(f"a message must be an object with role and content, not {turn!r:.60}")
+    if "from" in turn and "value" in turn:
+        role = _SHAREGPT_ROLES.get(turn["from"])
+        if role is None:
+            raise DataError(f"a message is from {turn['from']!r}; known: {sorted(_SHAREGPT_ROLES)}")
+        return {"role": role, "content": _text(turn, "value")}
+    if not isinstance(turn.get("role"), str):
+        raise DataError(f"a message has no role: {dict(turn)!r:.60}")
+    if turn.get("content") is None and "tool_calls" in turn:
+        return dict(turn)
+    return {**turn, "content": _text(turn, "content")}
+
+
+def _template_options(row: Mapping[str, Any]) -> Row:
+    """What a row gives its chat template, as JSON: a table would give every row the keys of all of them."""
+    return {
+        key: given if isinstance(given, str) else json.dumps(given)
+        for key in ("tools", "chat_template_kwargs")
+        if (given := row.get(key))
+    }
+
+
+def _text(row: Mapping[str, Any], column: str) -> str:
+    value = row.get(column)
+    if not isinstance(value, str):
+        raise DataError(f"{column!r} must be a string, not {'missing' if value is None else type(value).__name__}")
+    return value

@@ -1,0 +1,1 @@
+"""Evaluation: perplexity, accuracy of answers and of labels."""

@@ -1,0 +1,177 @@
+"""Rows of data read as questions with their right answers, for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from veneer.data.chat import common_prefix, render
+from veneer.data.files import fill_template, numbered_rows, raise_all, require_one_form
+from veneer.data.rows import RowReader, form_of
+from veneer.errors import ConfigError, DataError
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """``prompt`` as token ids; ``text`` is what a completion continues as plain text, None for a chat.
+
+    Any of ``answers`` is right; the first is the one that data for training would hold, white space included.
+    """
+
+    prompt: tuple[int, ...]
+    answers: tuple[str, ...]
+    text: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionReader:
+    """Reads rows in the forms of training data: messages (the last turn is the answer), or prompt and completion.
+
+    ``prompt`` makes a plain-text prompt out of the fields of any row (``"Review: {text}\\nSentiment:"``).
+    ``answer_field`` names the field that holds the right answer, or a list of them; by default the row's own answer.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    prompt: str | None = None
+    answer_field: str | None = None
+
+    def read(self, rows: Iterable[Row]) -> list[Question]:
+        """The questions. Raises DataError that names the row."""
+        questions = []
+        for number, row in enumerate(rows, 1):
+            try:
+                questions.append(self._question(row))
+            except (DataError, ConfigError) as error:
+                raise DataError(f"row {number}: {error}") from error
+        if not questions:
+            raise DataError("the data has no rows")
+        return questions
+
+    def _question(self, row: Row) -> Question:
+        prompt, own, text = self._prompt(row)
+        return Question(tuple(prompt), self._answers(row, own), text)
+
+    def _prompt(self, row: Row) -> tuple[list[int], str | None, str | None]:
+        """Token ids, the answer that the row itself holds, and the plain text if it is that."""
+        if self.prompt is not None:
+            text = fill_template(self.prompt, row)
+            return self._plain(text), None, text
+        if "prompt" in row and "completion" in row:
+            prompt, completion = row["prompt"], row["completion"]
+            if isinstance(prompt, str) and isinstance(completion, str):
+                return self._plain(prompt), completion, prompt
+            return self._chat(prompt), _content(completion), None
+        if "messages" in row:
+            answer = _content(row["messages"])
+            return self._chat(row["messages"][:-1]), answer, None
+        raise DataError(
+            f"it has the fields {sorted(row)}; needed are messages, or prompt and completion, or a prompt template "
+            "(--prompt) with an answer field (--answer-field)"
+        )
+
+    def _answers(self, row: Row, own: str | None) -> tuple[str, ...]:
+        if self.answer_field is None:
+            if own is None:
+                raise ConfigError("a prompt template needs the field of the right answer (--answer-field)")
+            return (own,)
+        return _answers_in(row, self.answer_field)
+
+    def _plain(self, text: str) -> list[int]:
+        return list(self.tokenizer(text)["input_ids"])
+
+    def _chat(self, turns: Sequence[Mapping[str, Any]]) -> list[int]:
+        if not turns:
+            raise DataError("no turn precedes the answer, so there is no question")
+        return render(self.tokenizer, turns, {"add_generation_prompt": True})
+
+
+def continuation(tokenizer: PreTrainedTokenizerBase, question: Question, answer: str) -> tuple[list[int], int]:
+    """Token ids of a question with an answer, and where the answer begins.
+
+    A plain text is tokenized together with its answer, as in training: the token at the seam may differ.
+    """
+    if question.text is None:
+        ids = [*question.prompt, *tokenizer(answer, add_special_tokens=False)["input_ids"]]
+        return ids, len(question.prompt)
+    ids = list(tokenizer(question.text + answer)["input_ids"])
+    return ids, common_prefix(list(question.prompt), ids)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a .jsonl, .json or .parquet file, or a .txt file as one row ``{"text": …}``.
+
+    Raises DataError where there is no such file, or it holds what is not an object, named by its number.
+    """
+    if path.suffix == ".txt" and path.is_file():
+        try:
+            return [{"text": path.read_text(encoding="utf-8")}]
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is not text in UTF-8: {error}") from error
+    problems: list[str] = []
+    rows = [row for _, row in numbered_rows(path, problems)]
+    raise_all(path, problems)
+    return rows
+
+
+def as_trained(rows: Sequence[Row], *, chat: bool, system: str | None = None) -> list[dict[str, Any]]:
+    """The rows in the forms that training reads, so that a model is asked as it was taught; other fields are kept.
+
+    ``chat`` makes turns of user and assistant out of prompts and completions, as ``data.chat`` does in a recipe, and
+    ``system`` puts a message in front, as ``data.system`` does. Raises DataError that names the row, and ConfigError
+    where the rows are no conversations.
+    """
+    reader = RowReader(chat=chat, system=system)
+    replaced = {"prompt", "completion", "instruction", "input", "output", "response", "conversations"}
+    read: list[dict[str, Any]] = []
+    form = None
+    for number, row in enumerate(rows, 1):
+        try:
+            form = form or reader.form(row)
+            final = reader.read(row, form)
+        except DataError as error:
+            raise DataError(f"row {number}: {error}") from error
+        read.append({**{key: value for key, value in row.items() if key not in replaced}, **final})
+    require_one_form((number, form_of(row)) for number, row in enumerate(read, 1))
+    return read
+
+
+def as_templated(rows: Sequence[Row], prompt: str, answer_field: str | None) -> list[dict[str, str]]:
+    """Rows of any fields as prompt and completion, or as plain text where no field holds an answer.
+
+    Of a list of answers the first is the completion. Raises DataError that names the row, ConfigError for a template
+    that cannot be read.
+    """
+    read = []
+    for number, row in enumerate(rows, 1):
+        try:
+            text = fill_template(prompt, row)
+            answer = None if answer_field is None else _answers_in(row, answer_field)[0]
+        except DataError as error:
+            raise DataError(f"row {number}: {error}") from error
+        read.append({"text": text} if answer is None else {"prompt": text, "completion": answer})
+    return read
+
+
+def _answers_in(row: Row, field: str) -> tuple[str, ...]:
+    """The answers in a field. Raises DataError where there is no such field, or nothing in it."""
+    if field not in row:
+        raise DataError(f"no field {field!r}; it has {sorted(row)}")
+    value = row[field]
+    values = value if isinstance(value, list) else [value]
+    if not values or any(one is None for one in values):
+        raise DataError(f"the field {field!r} holds no answer, but {value!r:.60}")
+    return tuple(str(one) for one in values)
+
+
+def _content(turns: object) -> str:
+    """The text of the last turn, which must be the assistant's."""
+    last = turns[-1] if isinstance(turns, list) and turns else None
+    if not isinstance(last, Mapping) or last.get("role") != "assistant" or not isinstance(last.get("content"), str):
+        raise DataError("its last turn is not the assistant's with a text, so there is no answer to compare with")
+    return str(last["content"])

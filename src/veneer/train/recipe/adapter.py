@@ -1,0 +1,83 @@
+"""The ``adapter`` part of a recipe: a method by its name, and the fields of that method's config as keys.
+
+The names are found, not listed: every method in `veneer.methods` by its ``peft_type`` in small letters, every variant
+of LoRA by its file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from veneer.core.method import MethodConfig
+from veneer.methods import all_methods
+from veneer.methods.lora import LoraConfig, variant_switches
+from veneer.train.recipe.keys import missing, nearest, typed
+from veneer.train.recipe.recipe import FULL, method_of
+
+FULL_LEARNING_RATE = 2e-5
+
+
+@dataclass(frozen=True)
+class NamedMethod:
+    """A config class, and the fields that the name itself sets."""
+
+    config: type[MethodConfig]
+    switches: Mapping[str, bool]
+
+
+def named_methods() -> dict[str, NamedMethod]:
+    """Every method by the name that a recipe gives it; a model trained whole (``full``) is not among them."""
+    found = {name.lower(): NamedMethod(cls, {}) for name, cls in all_methods().items()}
+    return found | {name: NamedMethod(LoraConfig, {switch: True}) for name, switch in variant_switches().items()}
+
+
+def method_names() -> list[str]:
+    """All that ``adapter.method`` may be: LoRA first, ``full`` last."""
+    return ["lora", *sorted(named_methods().keys() - {"lora"}), FULL]
+
+
+def adapter_problems(adapter: Mapping[str, Any]) -> list[str]:
+    """Everything that is wrong with an ``adapter`` part but the values that the config checks itself."""
+    method, names = method_of(adapter), method_names()
+    if method not in names:
+        return [f"adapter.method: {method!r} must be one of {', '.join(names)}{nearest(method, names)}"]
+    rest = _fields(adapter)
+    if method == FULL:
+        return [f"adapter.{key}: method full trains the whole model and has no settings" for key in rest]
+    named, found = named_methods()[method], list[str]()
+    given = typed(named.config, rest, found, "adapter.")
+    found += missing(named.config, rest, "adapter.")
+    if given.get("init_lora_weights") == "eva":
+        found.append(
+            "adapter.init_lora_weights: 'eva' starts from a pass over data, which no recipe makes: call "
+            "initialize_lora_eva_weights in Python"
+        )
+    return found + [
+        f"adapter.{key}: {given[key]!r} contradicts method {method}, which sets it to {value!r}"
+        for key, value in named.switches.items()
+        if key in given and given[key] != value
+    ]
+
+
+def adapter_config(adapter: Mapping[str, Any]) -> MethodConfig | None:
+    """The config that a part without problems means; None where the whole model is trained.
+
+    LoRA and its variants act on every linear layer where the part does not say otherwise.
+    """
+    if method_of(adapter) == FULL:
+        return None
+    named = named_methods()[method_of(adapter)]
+    given = {"target_modules": "all-linear"} if named.config is LoraConfig else {}
+    return named.config(**{**given, **typed(named.config, _fields(adapter), []), **named.switches})
+
+
+def usual_learning_rate(adapter: Mapping[str, Any]) -> float:
+    """The learning rate where a recipe gives none."""
+    method = method_of(adapter)
+    return FULL_LEARNING_RATE if method == FULL else named_methods()[method].config.usual_learning_rate
+
+
+def _fields(adapter: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in adapter.items() if key != "method"}

@@ -1,0 +1,308 @@
+"""A training run written down: a YAML file, checked as a whole before anything is loaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from veneer.errors import ConfigError
+from veneer.train.recipe.keys import nearest, typed
+
+# What needs torch or transformers is imported where it is used: a wrong recipe is told before seconds of imports.
+if TYPE_CHECKING:
+    from veneer.core.method import MethodConfig
+    from veneer.train.config import SFTConfig
+
+FULL = "full"
+PLACES = (("data", "train"), ("data", "eval"), ("model", "source"))  # keys that may name a file
+_ELSEWHERE = {
+    "output_dir": "at the top, as output",
+    "seed": "at the top, as seed",
+    "resume_from_checkpoint": "as veneer train --resume, which goes on from the last one",
+    "assistant_only_loss": "as data.train_on (answers or everything)",
+    "completion_only_loss": "as data.train_on (answers or everything)",
+}
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelPart(_Part):
+    """Which base, and how its frozen weights are stored."""
+
+    source: str
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["none", "nf4", "fp4", "int8"] = "none"
+    double_quantization: bool = True
+    attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None
+
+
+class DataPart(_Part):
+    """Which rows, how they are read, and what of them is trained."""
+
+    train: str
+    eval: str | None = None
+    eval_fraction: float = Field(default=0.0, ge=0, lt=1)
+    prompt: str | None = None
+    completion: str | None = None
+    chat: bool = False
+    system: str | None = None
+    train_on: Literal["answers", "everything"] = "answers"
+    limit: int | None = Field(default=None, ge=1)
+    eval_limit: int | None = Field(default=None, ge=1)
+
+
+class Recipe(_Part):
+    """All of a run. ``adapter`` holds ``method`` and fields of its config, ``training`` fields of `SFTConfig`."""
+
+    model: ModelPart
+    data: DataPart
+    adapter: dict[str, Any] = {"method": "lora"}
+    training: dict[str, Any] = {}
+    output: str
+    seed: int = 0
+
+    @property
+    def method(self) -> str:
+        """The name of the method."""
+        return method_of(self.adapter)
+
+    def adapter_config(self) -> MethodConfig | None:
+        """The config of the adapter; None where the whole model is trained."""
+        from veneer.train.recipe.adapter import adapter_config
+
+        return adapter_config(self.adapter)
+
+    def sft_config(self, **changes: Any) -> SFTConfig:
+        """The settings of the trainer, the recipe's defaults filled in."""
+        from veneer.train.config import SFTConfig
+
+        given = typed(SFTConfig, self.training, [])
+        return SFTConfig(output_dir=self.output, seed=self.seed, **{**_defaults(self), **given, **changes})
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from YAML, with ``key.key=value`` overrides on top.
+
+    Files that the recipe names are looked for beside it; files in overrides, and the output, in the working directory.
+    Raises ConfigError with all problems at once; an unknown key is one, and names the nearest key that there is.
+    """
+    return parse_recipe(read_values(path, overrides), str(path))
+
+
+def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What the file of a recipe holds, with overrides on top, as `load_recipe` reads it; no value is checked yet."""
+    try:
+        values = _load_yaml(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise ConfigError(f"the recipe {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold keys and values; `veneer train --print-recipe` shows one")
+    for part, key in PLACES:
+        section = values.get(part)
+        if isinstance(section, dict) and key in section:
+            section[key] = beside(path, section[key])
+    for override in overrides:
+        _override(values, override)
+    return values
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise ConfigError(
+                    f"{self.name}, line {key.start_mark.line + 1}: the key {key.value} is there twice in one part; "
+                    "keep one of the two"
+                )
+            seen |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
+        return super().construct_mapping(node, deep)
+
+
+def _load_yaml(text: str, name: str) -> Any:
+    loader = _UniqueKeys(text)
+    loader.name = name
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
+def beside(path: Path, value: Any) -> Any:
+    """The name of a file that lies beside the recipe, found from here; anything else as it is."""
+    return str(path.parent / value) if isinstance(value, str) and (path.parent / value).exists() else value
+
+
+def parse_recipe(values: Mapping[str, Any], name: str = "recipe") -> Recipe:
+    """A recipe from plain values. Raises ConfigError with all problems at once."""
+    problems = [*_shape_problems(values), *_adapter_problems(values), *_training_problems(values)]
+    if problems:
+        raise ConfigError(f"{name}: " + "; ".join(problems))
+    recipe = Recipe.model_validate(values)
+    for build in (recipe.adapter_config, recipe.sft_config):
+        try:
+            build()
+        except (ValueError, TypeError) as error:  # ConfigError is a ValueError, and what Trainer raises is one too
+            problems.append(str(error))
+    if problems:
+        raise ConfigError(f"{name}: " + "; ".join(problems))
+    return recipe
+
+
+def refuse_early(values: Mapping[str, Any], name: str = "recipe") -> None:
+    """Raise what `parse_recipe` would, where that can be known without importing torch and transformers.
+
+    Something is wrong outside of ``adapter`` and ``training``, and these hold nothing but keys of the commented recipe
+    with values of its types, so that all problems are known.
+    """
+    problems = _shape_problems(values)
+    if problems and _is_usual(values):
+        raise ConfigError(f"{name}: " + "; ".join(problems))
+
+
+def method_of(adapter: Mapping[str, Any]) -> str:
+    """The name of the method in an ``adapter`` part."""
+    return str(adapter.get("method", "lora"))
+
+
+def _is_usual(values: Mapping[str, Any]) -> bool:
+    text = (resources.files("veneer.train.recipe") / "recipe.yaml").read_text(encoding="utf-8")
+    usual = yaml.safe_load(re.sub(r"^( +)# (\w+: )", r"\1\2", text, flags=re.M))  # keys that are commented out too
+    return method_of(_section(values, "adapter")) == "lora" and all(
+        key in usual[part] and type(value) is type(usual[part][key])
+        for part in ("adapter", "training")
+        for key, value in _section(values, part).items()
+    )
+
+
+def _shape_problems(values: Mapping[str, Any]) -> list[str]:
+    """All that is wrong but in ``adapter`` and ``training``."""
+    found = []
+    try:
+        Recipe.model_validate(values)
+    except ValidationError as error:
+        found = [_told(dict(e)) for e in error.errors()]
+    return [*found, *_model_problems(values), *_data_problems(values)]
+
+
+def _section(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    section = values.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def _model_problems(values: Mapping[str, Any]) -> list[str]:
+    model = _section(values, "model")
+    quantization = model.get("quantization", "none")
+    if "double_quantization" not in model or quantization in ("nf4", "fp4"):
+        return []
+    return [f"model.double_quantization: read for nf4 and fp4 alone, and model.quantization is {quantization}; drop it"]
+
+
+def _adapter_problems(values: Mapping[str, Any]) -> list[str]:
+    from veneer.train.recipe.adapter import adapter_problems
+
+    given = _section(values, "adapter")
+    found = adapter_problems(given)
+    quantization = _section(values, "model").get("quantization", "none")
+    if method_of(given) == FULL and quantization != "none":
+        found.append(f"model.quantization: {quantization} weights are frozen, and method full trains them; use none")
+    return found
+
+
+def _training_problems(values: Mapping[str, Any]) -> list[str]:
+    from veneer.train.config import SFTConfig
+
+    given = _section(values, "training")
+    found = [f"training.{key}: say it {where}" for key, where in _ELSEWHERE.items() if key in given]
+    typed(SFTConfig, {key: value for key, value in given.items() if key not in _ELSEWHERE}, found, "training.")
+    return found
+
+
+def _data_problems(values: Mapping[str, Any]) -> list[str]:
+    data = _section(values, "data")
+    found = []
+    if (data.get("prompt") is None) != (data.get("completion") is None):
+        found.append("data: prompt and completion are templates that belong together; give both or neither")
+    if data.get("eval") is not None and data.get("eval_fraction"):
+        found.append("data: give eval (a file) or eval_fraction (a part of train), not both")
+    if data.get("eval_limit") is not None and data.get("eval") is None:
+        found.append("data.eval_limit: limits the rows of data.eval (a file), and there is none; drop it")
+    return found
+
+
+def _defaults(recipe: Recipe) -> dict[str, Any]:
+    from veneer.train.optimizer import steps_in_backward
+    from veneer.train.recipe.adapter import usual_learning_rate
+
+    evaluates = recipe.data.eval is not None or recipe.data.eval_fraction > 0
+    return {
+        "bf16": False if recipe.model.dtype == "float32" else None,  # None: under autocast, as TRL trains
+        "learning_rate": usual_learning_rate(recipe.adapter),
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.03,
+        "max_grad_norm": 0.0 if steps_in_backward(recipe.training.get("optim")) else 0.3,
+        "num_train_epochs": 1.0,
+        "per_device_train_batch_size": 8,
+        "logging_steps": 10,
+        "save_steps": 200,
+        "save_total_limit": 2,
+        "eval_strategy": "steps" if evaluates else "no",
+        "eval_steps": 200 if evaluates else None,
+        "gradient_checkpointing": False,
+        "report_to": ["tensorboard"],
+    }
+
+
+def _told(error: dict[str, Any]) -> str:
+    path = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        parts: dict[str, type[_Part]] = {"model": ModelPart, "data": DataPart}
+        known = Recipe.model_fields if len(error["loc"]) == 1 else parts[str(error["loc"][0])].model_fields
+        return f"{path}: unknown key{nearest(str(error['loc'][-1]), known)}"
+    if error["type"] == "missing":
+        return f"{path}: is missing"
+    return f"{path}: {error['input']!r} does not fit ({error['msg']})"
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override!r} must have the form key=value, such as training.learning_rate=1e-4")
+    try:
+        put(values, key, text if _is_text(key, text) else _load_yaml(text, "the value"))
+    except ConfigError as error:
+        raise ConfigError(f"--set {override!r}: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not YAML ({error})") from error
+
+
+def _is_text(key: str, text: str) -> bool:
+    """Whether a value is taken as it stands: a key whose type is text, and neither quotes nor null around it."""
+    part, _, name = key.rpartition(".")
+    parts: dict[str, type[_Part]] = {"": Recipe, "model": ModelPart, "data": DataPart}
+    field = parts[part].model_fields.get(name) if part in parts else None
+    is_yaml = re.match(r"\s*(['\"]|(null|~)?\s*$)", text)
+    return field is not None and field.annotation in (str, str | None) and not is_yaml
+
+
+def put(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set ``part.key`` in the values of a recipe. Raises ConfigError where the part is no part."""
+    *parents, last = key.split(".")
+    section = values
+    for parent in parents:
+        section = section.setdefault(parent, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"{parent} is a value, not a section")
+    section[last] = value

@@ -1,0 +1,171 @@
+"""What a person sees of a run on stderr: in a terminal one bar with the latest values, elsewhere plain lines."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from veneer.core.units import duration
+from veneer.train.show.terminal import draws_bars
+
+_NOT_SHOWN = ("_runtime", "_per_second", "_preparation_time")
+
+
+class RunDisplay(TrainerCallback):  # type: ignore[misc]
+    """Shows the steps of a trainer. ``n_tokens`` says how many tokens it has read so far.
+
+    The bar belongs to a terminal; where stderr is a file or a pipe, where the terminal is a dumb one, and where
+    ``bar`` is false, each log step is one line without escape codes. Tokens a second are those of the optimizer steps:
+    evaluating and saving do not count. ``name`` of one run among several stands before its lines.
+    """
+
+    def __init__(
+        self, n_tokens: Callable[[], int], *, bar: bool = True, console: Console | None = None, name: str = ""
+    ) -> None:
+        self._n_tokens, self._prefix = n_tokens, f"{name}: " if name else ""
+        self._console = console or Console(stderr=True, highlight=False)
+        self._draws = bar and draws_bars(self._console)
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._trains = False
+        self._step_began = self._busy = 0.0
+        self._counted: int | None = None
+        self._predicted = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Called by Trainer."""
+        self._trains, self._busy, self._counted = True, 0.0, None
+        self._began, self._first_step = time.perf_counter(), state.global_step
+        if state.is_world_process_zero:
+            self._open("training", state.max_steps, state.global_step)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Called by Trainer."""
+        self._step_began = time.perf_counter()
+        if self._counted is None:
+            self._counted = self._n_tokens()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Called by Trainer."""
+        self._busy += time.perf_counter() - self._step_began
+        if self._bar is not None:
+            self._bar.update(self._task, completed=state.global_step)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any) -> None:
+        """Called by Trainer."""
+        self._predicted += 1
+        total = len(eval_dataloader) if hasattr(eval_dataloader, "__len__") else None
+        if self._trains and self._bar is not None:
+            self._bar.update(self._task, description=f"held out {self._predicted}/{total or '?'}", refresh=True)
+        elif state.is_world_process_zero:
+            if self._bar is None:
+                self._open("held out", total, 0)
+            if self._bar is not None:
+                self._bar.update(self._task, completed=self._predicted)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Called by Trainer."""
+        self._evaluated()
+
+    def on_predict(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
+        """Called by Trainer."""
+        self._evaluated()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
+        """Called by Trainer."""
+        if logs is None or not state.is_world_process_zero:
+            return
+        if "loss" in logs:
+            values = f"loss {logs['loss']:.4f}  lr {logs.get('learning_rate', 0):.2e}  {self._rate():,.0f} tokens/s"
+            if self._bar is not None:
+                self._bar.update(self._task, values=values)
+            else:
+                self._say(f"step {state.global_step}/{state.max_steps}  {values}  {self._left(state)} left")
+        held_out = _held_out(logs)
+        if held_out:
+            at = f"step {state.global_step}/{state.max_steps}" if self._trains else "after training"
+            self._say(f"{at}  held out: {held_out}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Called by Trainer."""
+        self.close()
+
+    def close(self) -> None:
+        """Leave the terminal as it was, whatever ended the run."""
+        self._trains = False
+        self._evaluated()
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _open(self, title: str, total: int | None, done: int) -> None:
+        if not self._draws:
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[values]}"),
+            TimeRemainingColumn(compact=True),
+        )
+        # What is printed to a stdout that is not this terminal must not come out here.
+        self._bar = Progress(
+            *columns,
+            console=self._console,
+            expand=True,
+            transient=not self._trains,
+            redirect_stdout=sys.stdout.isatty(),
+        )
+        self._task = self._bar.add_task(title, total=total, completed=done, values="")
+        self._bar.start()
+
+    def _evaluated(self) -> None:
+        self._predicted = 0
+        if self._bar is None:
+            return
+        if self._trains:
+            self._bar.update(self._task, description="training")
+        else:
+            self._bar.stop()
+            self._bar = None
+
+    def _say(self, line: str) -> None:
+        self._console.print(self._prefix + line, soft_wrap=True, markup=False)
+
+    def _rate(self) -> float:
+        """Tokens a second since the last line."""
+        counted, self._counted = self._counted or 0, self._n_tokens()
+        busy, self._busy = self._busy, 0.0
+        return (self._counted - counted) / busy if busy else 0.0
+
+    def _left(self, state: Any) -> str:
+        done = max(state.global_step - self._first_step, 1)
+        return duration((time.perf_counter() - self._began) / done * (state.max_steps - state.global_step))
+
+
+def show_run(trainer: Trainer, n_tokens: Callable[[], int]) -> RunDisplay | None:
+    """Put a `RunDisplay` in place of transformers' bars and dicts; in a notebook, which has its own table, nothing."""
+    shown = [kind for kind in (ProgressCallback, PrinterCallback) if trainer.pop_callback(kind) is not None]
+    if not shown:
+        return None
+    display = RunDisplay(n_tokens, bar=shown[0] is ProgressCallback)  # PrinterCallback stands for disable_tqdm
+    trainer.add_callback(display)
+    return display
+
+
+def _held_out(logs: Mapping[str, Any]) -> str:
+    """``loss 1.2345  mean token accuracy 72.7%`` for the values of an evaluation; empty where there are none."""
+    found = []
+    for key, value in logs.items():
+        if key.startswith("eval_") and isinstance(value, (int, float)) and not key.endswith(_NOT_SHOWN):
+            name = key.removeprefix("eval_").replace("_", " ")
+            shown = f"{value:.1%}" if name.endswith("accuracy") else f"{value:.4f}"
+            found.append(f"{name} {shown}")
+    return "  ".join(found)

@@ -1,0 +1,28 @@
+"""One row as the model sees it, with the tokens that are trained told apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from veneer.data.encoding import IGNORED
+
+TRAINED, CONTEXT = "bold green", "dim"
+
+
+def shown_sample(row: Mapping[str, Sequence[int]], tokenizer: PreTrainedTokenizerBase, *, marks: bool = False) -> Text:
+    """The text of an encoded row, trained stretches in green (and, with ``marks``, in 【】, for where no colour shows).
+
+    A count of trained tokens follows.
+    """
+    shown = Text()
+    pairs = zip(row["input_ids"], row["labels"], strict=True)
+    for trained, stretch in groupby(pairs, key=lambda pair: pair[1] != IGNORED):
+        text = tokenizer.decode([token for token, _ in stretch])
+        shown.append(f"【{text}】" if marks and trained else text, style=TRAINED if trained else CONTEXT)
+    n_trained = sum(label != IGNORED for label in row["labels"])
+    shown.append(f"\n\n{n_trained} of {len(row['labels'])} tokens are trained", style="italic")
+    return shown

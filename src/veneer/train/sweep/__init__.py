@@ -1,0 +1,1 @@
+"""Several training runs over one base, in one pass."""

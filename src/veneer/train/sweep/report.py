@@ -1,0 +1,167 @@
+"""What a sweep leaves behind for people: a table, ``sweep.json``, and a picture of quality against parameters."""
+
+from __future__ import annotations
+
+import html
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+from rich.table import Table
+
+from veneer.train.checkpoint import write_json
+from veneer.train.sweep.recipe import Sweep
+
+SWEEP_FILE, PICTURE, PAGE = "sweep.json", "pareto.png", "pareto.html"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One member as it ended. ``loss`` is held out where there are held-out rows; None for one that diverged."""
+
+    name: str
+    changes: Mapping[str, Any]
+    status: str
+    steps: int | None
+    train_loss: float | None
+    eval_loss: float | None
+    n_trained: int
+    best: bool
+    saved: str | None
+
+    @property
+    def loss(self) -> float | None:
+        """What members are compared by."""
+        return self.train_loss if self.eval_loss is None else self.eval_loss
+
+
+def outcomes(sweep: Sweep, records: Sequence[Mapping[str, Any]]) -> list[Outcome]:
+    """The members in their order; ``best`` are those that no other beats with as few trained parameters."""
+    found = [_outcome(member.name, member.changes, r) for member, r in zip(sweep.members, records, strict=True)]
+    front = pareto_front([(each.n_trained, each.loss) for each in found])
+    return [Outcome(**{**asdict(each), "best": best}) for each, best in zip(found, front, strict=True)]
+
+
+def pareto_front(points: Sequence[tuple[int, float | None]]) -> list[bool]:
+    """Whether nothing has both at most a point's size and at most its loss, and less of one."""
+    known = [(size, loss) for size, loss in points if loss is not None]
+    return [
+        loss is not None and not any(s <= size and other <= loss and (s < size or other < loss) for s, other in known)
+        for size, loss in points
+    ]
+
+
+def write_report(sweep: Sweep, found: Sequence[Outcome]) -> None:
+    """``sweep.json``, ``pareto.png`` and ``pareto.html`` in the sweep's output."""
+    write_json(
+        sweep.output / SWEEP_FILE, {"format": 1, "compared_by": quality(found), "members": list(map(asdict, found))}
+    )
+    figure = _figure(found)
+    figure.savefig(sweep.output / PICTURE)
+    (sweep.output / PAGE).write_text(_page(figure, found), encoding="utf-8")
+
+
+def quality(found: Sequence[Outcome]) -> str:
+    """What the losses are."""
+    held_out = all(each.eval_loss is not None for each in found if each.status == "finished")
+    return "held-out loss" if held_out else "training loss (no held-out rows for all)"
+
+
+def table(found: Sequence[Outcome]) -> Table:
+    """For the terminal; a star marks the members of the Pareto front."""
+    shown = Table(*_HEADINGS, box=None, pad_edge=False)
+    for column in shown.columns[1:-1]:
+        column.justify = "right"
+    for each in sorted(found, key=lambda o: (o.loss is None, o.loss)):
+        shown.add_row(*_cells(each), style="bold" if each.best else None)
+    return shown
+
+
+_HEADINGS = ("member", "parameters", "steps", "training loss", "held-out loss", "")
+
+
+def _cells(each: Outcome) -> tuple[str, ...]:
+    losses = ("" if loss is None else f"{loss:.4f}" for loss in (each.train_loss, each.eval_loss))
+    note = each.status if each.status != "finished" else "*" if each.best else ""
+    return each.name, f"{each.n_trained:,}", "" if each.steps is None else str(each.steps), *losses, note
+
+
+def _outcome(name: str, changes: Mapping[str, Any], record: Mapping[str, Any]) -> Outcome:
+    results = record.get("results", {})
+    return Outcome(
+        name=name,
+        changes=dict(changes),
+        status="stopped early" if results.get("stopped_early") else record["status"],
+        steps=results.get("steps"),
+        train_loss=results.get("train_loss"),
+        eval_loss=results.get("eval_loss"),
+        n_trained=record["n_trained"],
+        best=False,
+        saved=record.get("saved"),
+    )
+
+
+def _figure(found: Sequence[Outcome]) -> Figure:
+    """Loss over trained parameters: the front in one colour, joined; the rest in another; every point with its name."""
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    front = sorted((each.n_trained, each.loss) for each in found if each.best and each.loss is not None)
+    rest = [(each.n_trained, each.loss) for each in found if not each.best and each.loss is not None]
+    if front:
+        axes.plot(*zip(*front, strict=True), "o-", color="tab:blue", label="Pareto front", drawstyle="steps-post")
+    if rest:
+        axes.plot(*zip(*rest, strict=True), "o", color="tab:gray", label="beaten")
+    for each in found:
+        if each.loss is not None:
+            axes.annotate(each.name, (each.n_trained, each.loss), xytext=(5, 4), textcoords="offset points", fontsize=7)
+    axes.set_xscale("log")
+    sizes = [each.n_trained for each in found]
+    near = max(sizes) < 10 * min(sizes)
+    axes.xaxis.set_major_locator(MaxNLocator(5) if near else LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("trained parameters")
+    axes.set_ylabel(quality(found))
+    axes.grid(alpha=0.3)
+    if front:
+        figure.legend(loc="outside upper right", ncols=2, frameon=False)  # covers no point
+    return figure
+
+
+def _page(figure: Figure, found: Sequence[Outcome]) -> str:
+    """One page that needs nothing else: the picture as SVG, and the table."""
+    picture = io.StringIO()
+    figure.savefig(picture, format="svg")
+    svg = picture.getvalue()
+    rows = "".join(
+        f"<tr{' class=best' if each.best else ''}>"
+        + "".join(f"<td>{html.escape(cell)}</td>" for cell in (*_cells(each), _told(each.changes)))
+        + "</tr>\n"
+        for each in sorted(found, key=lambda o: (o.loss is None, o.loss))
+    )
+    heads = "".join(f"<th>{heading}</th>" for heading in (*_HEADINGS, "changes"))
+    return _PAGE.format(svg=svg[svg.index("<svg") :], heads=heads, rows=rows)
+
+
+def _told(changes: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in changes.items())
+
+
+_PAGE = """<!doctype html>
+<meta charset="utf-8"><title>Sweep</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; }}
+svg {{ max-width: 100%; height: auto; }}
+table {{ border-collapse: collapse; }} td, th {{ padding: .2em .8em; text-align: right; }}
+td:first-child, th:first-child, td:last-child, th:last-child {{ text-align: left; }} .best {{ font-weight: bold; }}
+</style>
+<h1>Quality against trained parameters</h1>
+{svg}
+<table><tr>{heads}</tr>
+{rows}</table>
+"""

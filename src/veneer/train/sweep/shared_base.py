@@ -1,0 +1,128 @@
+"""One pass over a base for the batches of several members, each with an adapter of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from veneer.adapters.peft_model import PeftModel, become_peft_model
+from veneer.data.encoding import IGNORED
+from veneer.errors import ConfigError
+from veneer.model.adapted import Adapted
+from veneer.model.attach import adapted_places, attach, detach
+from veneer.model.mixed import checked, routed
+from veneer.model.routing import Stream
+from veneer.model.start import Start
+from veneer.train.loss import Scoring, Share, TokenLoss, token_losses
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The micro-batch of one member, how it is scored, and what its dropout draws from."""
+
+    inputs: Batch
+    scoring: Scoring
+    generator: torch.Generator
+
+
+class SharedBase:
+    """A base model that carries the very adapters that the members' own models carry, by the members' names."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model: PeftModel = become_peft_model(model)
+        self.state = self.model.adapter_state
+
+    def add(self, name: str, member: PeftModel) -> None:
+        """Carry the adapter of a member's model: the same parameters, so that gradients reach them."""
+        (own,) = member.adapter_state.configs
+        model = cast(PreTrainedModel, self.model)
+        attach(model, member.adapter_state.configs[own], name, self.state, start=Start(values=False))
+        places = adapted_places(self.model)
+        for path, place in adapted_places(member).items():
+            held = ("adapters", "copies") if isinstance(place, Adapted) else ("adapters",)
+            for kind in held:
+                theirs, ours = getattr(place, kind), getattr(places[path], kind)
+                if own in theirs:
+                    ours[name] = theirs[own]
+
+    def remove(self, name: str) -> None:
+        """Carry it no longer."""
+        detach(self.model, self.state, name)
+
+    def checkpoint(self, options: dict[str, Any]) -> None:
+        """Compute activations again in the backward pass."""
+        model = cast(PreTrainedModel, self.model)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        model.enable_input_require_grads()
+
+    def losses(self, parts: Mapping[str, Part]) -> dict[str, TokenLoss]:
+        """The loss of each member's micro-batch, from one pass. All members train: dropout acts."""
+        self.model.train()
+        inputs, shares = joined(parts)
+        names = tuple(name for name, share in shares.items() for _ in range(share.rows.stop - share.rows.start))
+        streams = {name: Stream(part.generator, shares[name].width) for name, part in parts.items()}
+        routing = replace(checked(self.model, self.state, names, ((), inputs)), dropouts=streams)
+        with routed(self.model, self.state, routing):
+            found = token_losses(self.model, inputs, list(shares.values()))
+        return dict(zip(parts, found, strict=True))
+
+
+def joined(parts: Mapping[str, Part]) -> tuple[Batch, dict[str, Share]]:
+    """All rows below one another, padded to the widest, and where each member's are.
+
+    Rows that say by positions where their sequences start keep to that; beside them, rows with a mask are written so
+    too. Raises ConfigError for inputs that rows of one batch cannot have together.
+    """
+    batches = {name: part.inputs for name, part in parts.items()}
+    unknown = {key for batch in batches.values() for key in batch} - {
+        "input_ids", "labels", "attention_mask", "position_ids",
+    }  # fmt: skip
+    if unknown:
+        raise ConfigError(
+            f"members of a sweep share batches of tokens, and one brings {sorted(unknown)}: train it alone"
+        )
+    width = max(batch["input_ids"].shape[1] for batch in batches.values())
+    by_position = any("position_ids" in batch for batch in batches.values())
+    shares, start = {}, 0
+    for name, batch in batches.items():
+        n_rows, own_width = batch["input_ids"].shape
+        shares[name] = Share(slice(start, start + n_rows), own_width, parts[name].scoring)
+        start += n_rows
+    rows = [_widened(_positioned(batch) if by_position else batch, width) for batch in batches.values()]
+    return {key: torch.cat([row[key] for row in rows]) for key in rows[0]}, shares
+
+
+def _positioned(batch: Batch) -> Batch:
+    """A batch whose padding counts as a sequence of its own, as the collator writes packed rows."""
+    if "position_ids" in batch:
+        return batch
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    n_real = torch.full_like(ids[:, :1], ids.shape[1]) if mask is None else mask.sum(dim=1, keepdim=True)
+    columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    rest = {key: value for key, value in batch.items() if key != "attention_mask"}
+    return {**rest, "position_ids": torch.where(columns < n_real, columns, columns - n_real)}
+
+
+def _widened(batch: Batch, width: int) -> Batch:
+    """The rows with padding at their ends."""
+    more = width - batch["input_ids"].shape[1]
+    if not more:
+        return batch
+    fill = {"input_ids": 0, "labels": IGNORED, "attention_mask": 0}
+    found = {key: _filled(value, more, fill[key]) for key, value in batch.items() if key in fill}
+    if "position_ids" in batch:
+        positions = batch["position_ids"]
+        new = torch.arange(more, device=positions.device).expand(positions.shape[0], more)
+        found["position_ids"] = torch.cat([positions, new], dim=1)
+    return found
+
+
+def _filled(rows: Tensor, more: int, value: int) -> Tensor:
+    return torch.nn.functional.pad(rows, (0, more), value=value)

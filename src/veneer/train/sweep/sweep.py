@@ -1,0 +1,197 @@
+"""Several runs over one base, trained together: each is a trainer of its own, whose forward and backward passes are
+computed for all of them at once, by routing the rows of one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from veneer.adapters.peft_model import PeftModel
+from veneer.errors import ConfigError, DivergedError
+from veneer.model.fused.decoder import fused
+from veneer.model.twin import twin
+from veneer.train.checkpoint import checkpoints
+from veneer.train.loss import Scoring, TokenLoss
+from veneer.train.run import Tell, carry_out, load_base, make_trainer, record_of, require_fresh
+from veneer.train.show.display import RunDisplay
+from veneer.train.sweep.coroutines import Turn, ask
+from veneer.train.sweep.recipe import Member, Sweep
+from veneer.train.sweep.shared_base import Part, SharedBase
+from veneer.train.trainer import SFTTrainer, unwrap_forward
+
+OVER = ("finished", "diverged")
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """A member asks for the loss of a micro-batch."""
+
+    inputs: dict[str, Tensor]
+    scoring: Scoring
+
+
+@dataclass(frozen=True, slots=True)
+class Backward:
+    """A member asks for the gradients of its parameters, given that of its loss."""
+
+    grad: Tensor
+
+
+class MemberTrainer(SFTTrainer):
+    """A trainer that asks those who run it for the loss and the gradients of each of its micro-batches."""
+
+    _shared: TokenLoss | None = None
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        inputs = self._prepare_inputs(inputs)
+        scoring = Scoring(self.args.label_smoothing_factor, self.args.loss_type == "dft")
+        counted: TokenLoss = ask(Forward(inputs, scoring))
+        self._shared = counted
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            self._shared = None
+        ask(Backward(cast(Tensor, counted.total.grad)))
+        return loss
+
+    def token_loss(self, model: nn.Module, inputs: dict[str, Any]) -> TokenLoss:
+        return super().token_loss(model, inputs) if self._shared is None else self._shared
+
+
+class Together:
+    """Members that take turns, and the base that they share."""
+
+    def __init__(self, base: PreTrainedModel, tell: Tell) -> None:
+        self.base, self.tell = base, tell
+        self.turns: dict[str, Turn[dict[str, Any]]] = {}
+        self.trainers: dict[str, MemberTrainer] = {}
+        self.records: dict[str, dict[str, Any]] = {}
+
+    def start(self, name: str, member: Member, resume: bool) -> None:
+        """Let a member make its trainer, with its own random numbers."""
+        turn = Turn(lambda: _run(member, self.base, resume))
+        self.turns[name], self.trainers[name] = turn, turn.go_on()
+
+    def train(self) -> None:
+        """Train all members to their ends."""
+        args = next(iter(self.trainers.values())).args
+        accelerator = next(iter(self.trainers.values())).accelerator
+        shared = SharedBase(self.base)
+        with ExitStack() as stack:
+            stack.callback(self._abandon)
+            for name, trainer in self.trainers.items():
+                shared.add(name, cast(PeftModel, trainer.model))
+            if args.gradient_checkpointing:
+                shared.checkpoint(args.gradient_checkpointing_kwargs or {"use_reentrant": False})
+            stack.enter_context(fused(cast(PreTrainedModel, shared.model)) if args.fused == "auto" else nullcontext())
+            accelerator.prepare_model(shared.model, evaluation_mode=True)
+            stack.callback(unwrap_forward, shared.model)
+            self._in_step(shared)
+
+    def _abandon(self) -> None:
+        for turn in self.turns.values():
+            turn.abandon()
+
+    def _in_step(self, shared: SharedBase) -> None:
+        """One micro-batch of every member after the other, until the last has left."""
+        asked = self._go_on(shared, dict.fromkeys(self.turns))
+        while asked:
+            totals, answers = self._losses(shared, asked)
+            asked = self._go_on(shared, answers)
+            grads = {name: question.grad for name, question in asked.items()}
+            if grads:
+                torch.autograd.backward([totals[name] for name in grads], list(grads.values()))
+            del totals
+            asked = self._go_on(shared, dict.fromkeys(asked))
+
+    def _losses(
+        self, shared: SharedBase, asked: Mapping[str, Forward]
+    ) -> tuple[dict[str, Tensor], dict[str, TokenLoss]]:
+        """The members' losses, and each as a leaf for the member to go on from."""
+        parts = {}
+        for name, question in asked.items():
+            generator = self.turns[name].surroundings.generator(question.inputs["input_ids"].device)
+            parts[name] = Part(question.inputs, question.scoring, generator)
+        found = shared.losses(parts)
+        for name, part in parts.items():
+            turn = self.turns[name]
+            turn.surroundings = turn.surroundings.drawn(part.generator)
+        leaves = {n: replace(loss, total=loss.total.detach().requires_grad_()) for n, loss in found.items()}
+        return {name: loss.total for name, loss in found.items()}, leaves
+
+    def _go_on(self, shared: SharedBase, answers: Mapping[str, Any]) -> dict[str, Any]:
+        """Give each member its answer, and take what it asks next; one that has ended leaves."""
+        asked = {}
+        for name, answer in answers.items():
+            question = self.turns[name].go_on(answer)
+            if self.turns[name].ended:
+                self.records[name] = question
+                shared.remove(name)
+                del self.turns[name]
+                self.tell(f"{Path(question['recipe']['output']).name}: {told(question)}")
+            else:
+                asked[name] = question
+        return asked
+
+
+def run_sweep(sweep: Sweep, *, resume: bool = False, tell: Tell = lambda line: None) -> list[dict[str, Any]]:
+    """Train all members and give back what each one's ``run.json`` holds, in their order.
+
+    Each member writes into a folder of its name what a run of its own would write. One whose loss is not finite leaves
+    with the status ``diverged``, one that stops early or comes to its end leaves too; the others train on. With
+    ``resume`` those that were over stay as they are, and the others go on from their last checkpoints.
+    """
+    records: dict[str, dict[str, Any]] = {}
+    for member in sweep.members:
+        output = Path(member.recipe.output)
+        require_fresh(output, resume)
+        before = record_of(output) if resume else None
+        if before is not None and before["status"] in OVER:
+            records[member.name] = before
+            tell(f"{member.name}: {told(before)}, before")
+    left = [member for member in sweep.members if member.name not in records]
+    if left:
+        first = left[0].recipe
+        together = Together(load_base(first.model).to(first.sft_config().device), tell)
+        names = {f"member{index}": member for index, member in enumerate(left)}
+        for name, member in names.items():
+            together.start(name, member, resume)
+        tell(f"{len(left)} members train together")
+        together.train()
+        records |= {member.name: together.records[name] for name, member in names.items()}
+    return [records[member.name] for member in sweep.members]
+
+
+def told(record: Mapping[str, Any]) -> str:
+    """How a member ended, in a few words."""
+    if record["status"] == "diverged":
+        return f"diverged ({record['reason'].partition(':')[0]})"
+    results = record["results"]
+    loss = (
+        f"held-out loss {results['eval_loss']:.4f}" if "eval_loss" in results else f"loss {results['train_loss']:.4f}"
+    )
+    return f"{'stopped early' if results['stopped_early'] else 'finished'} after {results['steps']} steps, {loss}"
+
+
+def _run(member: Member, base: PreTrainedModel, resume: bool) -> dict[str, Any]:
+    """The whole run of one member."""
+    recipe, output = member.recipe, Path(member.recipe.output)
+    trainer = cast(MemberTrainer, make_trainer(recipe, twin(base), MemberTrainer))
+    if trainer.aux_loss_enabled:
+        raise ConfigError(
+            "the loss of a router is one number for a whole batch, and members share batches: train alone"
+        )
+    trainer.remove_callback(RunDisplay)
+    trainer.add_callback(RunDisplay(lambda: trainer.progress.n_tokens, bar=False, name=member.name))
+    ask(trainer)
+    try:
+        return carry_out(recipe, trainer, resume=resume and bool(checkpoints(output)))
+    except DivergedError:
+        return cast("dict[str, Any]", record_of(output))  # where it is written down

@@ -1,0 +1,304 @@
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from veneer.errors import ConfigError
+from veneer.methods import all_methods
+from veneer.methods.ia3 import IA3Config
+from veneer.methods.lora import LoraConfig
+from veneer.train.recipe.adapter import method_names
+from veneer.train.recipe.commented import commented_recipe
+from veneer.train.recipe.recipe import load_recipe, parse_recipe, refuse_early
+
+
+def values(**changes):
+    base = {"model": {"source": "somewhere"}, "data": {"train": "rows.jsonl"}, "output": "runs/x"}
+    return {**base, **changes}
+
+
+def recipe_with(**changes):
+    return parse_recipe(values(**changes))
+
+
+@pytest.fixture
+def written(tmp_path):
+    def write(content):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+        return path
+
+    return write
+
+
+def test_the_commented_recipe_is_valid_and_names_only_keys_that_do_something(written):
+    text = commented_recipe()
+    recipe = load_recipe(written(text))
+    assert recipe.adapter_config() == LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear")
+    assert recipe.sft_config().learning_rate == 2e-4
+    optional = [line.strip()[2:] for line in text.splitlines() if line.strip().startswith("# ") and ": " in line]
+    keys = {"attention", "eval", "prompt", "completion", "chat", "system", "limit", "optim_args", "lora_plus"}
+    found = {line.split(":")[0]: line.partition(": ")[2] for line in optional if line.split(":")[0] in keys}
+    assert found.keys() == keys
+    assert (
+        recipe_with(training={key: yaml.safe_load(found[key]) for key in ("lora_plus",)}).sft_config().lora_plus == 16
+    )
+    assert "METHODS" not in text
+    assert all(f" {name} |" in text or f"| {name}" in text for name in method_names())
+
+
+def test_every_problem_is_told_at_once_with_the_nearest_key():
+    wrong = values(
+        model={"source": "x", "quantisation": "nf4"},
+        adapter={"method": "lora", "lora_aplha": 3, "r": "many"},
+        training={"learning_rat": 1, "max_length": "long", "output_dir": "y"},
+        seeds=3,
+    )
+    with pytest.raises(ConfigError) as error:
+        parse_recipe(wrong)
+    told = str(error.value)
+    for expected in (
+        "model.quantisation: unknown key; the nearest is 'quantization'",
+        "adapter.lora_aplha: unknown key; the nearest is 'lora_alpha'",
+        "adapter.r: 'many' does not fit",
+        "training.learning_rat: unknown key; the nearest is 'learning_rate'",
+        "training.max_length: 'long' does not fit",
+        "training.output_dir: say it at the top, as output",
+        "seeds: unknown key; the nearest is 'seed'",
+    ):
+        assert expected in told
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"adapter": {"method": "lora_"}}, "adapter.method: 'lora_' must be one of lora, .*the nearest is 'lora'"),
+        ({"adapter": {"method": "full", "r": 3}}, "adapter.r: method full trains the whole model"),
+        ({"adapter": {"method": "full"}, "model": {"source": "x", "quantization": "nf4"}}, "weights are frozen"),
+        ({"data": {"train": "a", "prompt": "{q}"}}, "belong together"),
+        ({"data": {"train": "a", "eval": "b", "eval_fraction": 0.1}}, "not both"),
+        ({"data": {"train": "a", "eval_fraction": 1.5}}, "data.eval_fraction: 1.5 does not fit"),
+        ({"adapter": {"init_lora_weights": "eva"}}, "adapter.init_lora_weights: 'eva' starts from a pass over data"),
+        ({"data": {}}, "data.train: is missing"),
+        ({"adapter": {"method": "prompt_tuning"}}, "adapter.num_virtual_tokens: is missing"),
+        ({"adapter": {"method": "dora", "use_dora": False}}, "use_dora: False contradicts method dora"),
+        ({"training": {"lora_plus": 0}}, "lora_plus=0.* must be above 0"),
+        ({"training": {"optim": "galore_adamw", "optim_args": "rnk=3"}}, "'rnk=3' is not one of .*nearest is 'rank'"),
+        ({"training": {"optim": "galore_adamw", "optim_args": "rank=x"}}, "rank='x' must be a number"),
+        ({"training": {"optim": "adamw_8bit", "optim_args": "rank=3"}}, "means nothing to optim='adamw_8bit'"),
+        (
+            {"training": {"optim": "galore_adamw_layerwise", "max_grad_norm": 1, "gradient_accumulation_steps": 2}},
+            "where max_grad_norm=1.0 cannot be: it must be 0; .*gradient_accumulation_steps=2 cannot be: it must be 1",
+        ),
+        ({"adapter": {"r": 0}}, "r=0 must be a whole number"),
+        ({"training": {"packing": True, "max_length": None}}, "packing=True needs max_length"),
+    ],
+)
+def test_what_is_wrong_is_told(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_recipe(values(**changes))
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("lora", LoraConfig(target_modules="all-linear")),
+        ("rslora", LoraConfig(target_modules="all-linear", use_rslora=True)),
+        ("dora", LoraConfig(target_modules="all-linear", use_dora=True)),
+        ("lora_bias", LoraConfig(target_modules="all-linear", lora_bias=True)),
+        ("ia3", IA3Config()),
+        ("full", None),
+    ],
+)
+def test_methods(method, expected):
+    assert recipe_with(adapter={"method": method}).adapter_config() == expected
+
+
+def test_every_method_of_the_registry_has_a_name():
+    needed = {"num_virtual_tokens": 3, "total_step": 7, "oft_block_size": 4}
+    for peft_type, cls in all_methods().items():
+        own = {k: v for k, v in needed.items() if k in cls.__dataclass_fields__}
+        recipe = recipe_with(adapter={"method": peft_type.lower(), **own})
+        assert type(recipe.adapter_config()) is cls
+        assert recipe.sft_config().learning_rate == cls.usual_learning_rate
+
+
+def test_a_method_dropped_into_the_folder_is_known(dropped_method):
+    dropped_method(
+        "loud",
+        "from dataclasses import dataclass\n"
+        "from veneer.methods.ia3 import IA3Config\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class LoudConfig(IA3Config):\n"
+        "    peft_type = 'LOUD'\n"
+        "    loudness: float\n",
+    )
+    assert recipe_with(adapter={"method": "loud", "loudness": "1e-2"}).adapter_config().loudness == 0.01
+    with pytest.raises(ConfigError, match=r"loudnes: unknown key; the nearest is 'loudness'.*loudness: is missing"):
+        recipe_with(adapter={"method": "loud", "loudnes": 3})
+    assert "| loud |" in commented_recipe()
+
+
+def test_float32_is_float32_unless_autocast_is_asked_for(written):
+    for override, autocast in (
+        ("model.dtype=auto", True),
+        ("model.dtype=float32", False),
+        ("training.bf16=true", True),
+    ):
+        recipe = load_recipe(written(values(model={"source": "somewhere", "dtype": "float32"})), [override])
+        assert recipe.sft_config().bf16 is autocast
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers(written):
+    recipe = load_recipe(written(values()), ["training.learning_rate=3e-4", "adapter.target_modules=[q_proj]"])
+    assert recipe.sft_config().learning_rate == 3e-4
+    assert recipe.adapter_config().target_modules == ("q_proj",)
+
+
+def test_files_beside_the_recipe_are_found_and_overrides_are_taken_as_given(written, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{}")
+    assert load_recipe(written(values())).data.train == str(tmp_path / "rows.jsonl")
+    assert load_recipe(written(values()), ["data.train=rows.jsonl"]).data.train == "rows.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("output", "must have the form key=value"),
+        ("output.x=1", "output is a value, not a section"),
+        ("seed=[1", "the value is not YAML"),
+    ],
+)
+def test_overrides_that_cannot_be_read(written, override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(written(values()), [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("Message: {txt}", "Message: {txt}"),
+        ("{txt}", "{txt}"),
+        ("[a] # b", "[a] # b"),
+        ("17", "17"),
+        ("'quoted: {txt}'", "quoted: {txt}"),
+    ],
+)
+def test_text_in_an_override_is_taken_as_it_stands(written, text, read):
+    recipe = load_recipe(written(values()), [f"data.prompt={text}", "data.completion={label}"])
+    assert recipe.data.prompt == read
+    assert load_recipe(written(values()), ["data.system=null"]).data.system is None
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("adapter.rank", "r"),
+        ("adapter.alpha", "lora_alpha"),
+        ("adapter.dropout", "lora_dropout"),
+        ("training.lr", "learning_rate"),
+        ("training.epochs", "num_train_epochs"),
+        ("training.batch_size", "per_device_train_batch_size"),
+    ],
+)
+def test_other_words_of_the_field_are_known(written, key, meant):
+    with pytest.raises(ConfigError, match=f"{key}: unknown key; the nearest is '{meant}'"):
+        load_recipe(written(values()), [f"{key}=1"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("a: [1", "is not YAML"), ("- 1", "must hold keys and values"), ("", "must hold keys")]
+)
+def test_files_that_are_no_recipe(written, content, message):
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(written(content))
+
+
+@pytest.mark.parametrize(
+    ("content", "override"),
+    [
+        ("training: {}\noutput: o\ntraining: {max_steps: 3}", ()),
+        ("training:\n  seed: 1\n  seed: 2", ()),
+        ("{}", ["training={max_steps: 3, max_steps: 4}"]),
+    ],
+)
+def test_a_key_that_is_there_twice(written, content, override):
+    with pytest.raises(ConfigError, match=r"line [13]: the key \w+ is there twice in one part; keep one"):
+        load_recipe(written(content), override)
+
+
+def test_a_recipe_that_is_not_there(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"training": {"completion_only_loss": True}}, "training.completion_only_loss: say it as data.train_on"),
+        ({"training": {"assistant_only_loss": False}}, "training.assistant_only_loss: say it as data.train_on"),
+        ({"data": {"train": "x", "eval_limit": 3}}, "data.eval_limit: limits the rows of data.eval"),
+        ({"data": {"train": "x", "eval_limit": 3, "eval_fraction": 0.2}}, "data.eval_limit: limits the rows"),
+        ({"model": {"source": "x", "double_quantization": True}}, "model.quantization is none"),
+        (
+            {"training": {"resume_from_checkpoint": "x"}},
+            "training.resume_from_checkpoint: say it as veneer train --res",
+        ),
+        ({"training": {"optim_args": "rank=3"}}, "optim_args='rank=3' means nothing to optim='adamw_torch"),
+        ({"training": {"optim": "adamw_8bit", "optim_target_modules": ["q"]}}, r"optim_target_modules=\['q'\] means"),
+        ({"training": {True: 3}}, "training.True: unknown key"),
+        (
+            {"model": {"source": "x", "quantization": "int8", "double_quantization": False}},
+            "model.double_quantization: read for nf4 and fp4 alone, and model.quantization is int8",
+        ),
+    ],
+)
+def test_a_key_that_cannot_take_effect_is_refused(changes, told):
+    with pytest.raises(ConfigError, match=told):
+        parse_recipe(values(**changes))
+
+
+USUAL = {"adapter": {"method": "lora", "r": 4}, "training": {"max_steps": 9, "learning_rate": 1e-4}}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"trianing": {"learning_rate": 1}},
+        {"model": {"source": "x", "quantisation": "nf4", "dtype": "int3"}, "seeds": 3, **USUAL},
+        {"data": {"train": "a", "prompt": "{q}", "eval_fraction": 2}, "output": None},
+        {"model": "x", "adapter": "lora"},
+        {"model": {"source": "x", "double_quantization": True}, **USUAL},
+    ],
+)
+def test_what_is_wrong_outside_of_adapter_and_training_is_told_early_and_whole(changes):
+    with pytest.raises(ConfigError) as whole:
+        parse_recipe(values(**changes))
+    with pytest.raises(ConfigError) as early:
+        refuse_early(values(**changes))
+    assert str(early.value) == str(whole.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        USUAL,
+        {"seeds": 3, "training": {"learning_rat": 1e-4}},
+        {"seeds": 3, "training": {"max_length": "long"}},
+        {"seeds": 3, "adapter": {"rr": 4}},
+        {"seeds": 3, "adapter": {"method": "ia3", "r": 4}},
+    ],
+)
+def test_nothing_is_told_early_where_there_may_be_more_to_tell(changes):
+    refuse_early(values(**changes))
+
+
+def test_a_wrong_recipe_is_told_without_importing_torch(written):
+    path = written({**values(**USUAL), "modle": {}})
+    code = "import sys; from veneer.cli.app import main; sys.argv = ['veneer', 'train', sys.argv[1]]; import atexit; "
+    code += "atexit.register(lambda: print({'torch', 'transformers'} & set(sys.modules))); main()"
+    result = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "set()\n")
+    assert result.stderr == f"error: {path}: modle: unknown key; the nearest is 'model'\n"

@@ -1,0 +1,156 @@
+"""What a person sees of a run: plain lines in a file, one bar in a terminal."""
+
+from __future__ import annotations
+
+import io
+import re
+import types
+from typing import Any
+
+import pytest
+from rich.console import Console
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from veneer.train.show.display import RunDisplay, show_run
+
+ARGS: Any = None
+
+
+class Run:
+    """A trainer of seven steps, as callbacks see it."""
+
+    def __init__(self, display: RunDisplay, state: Any) -> None:
+        self.display, self.state, self.n_tokens = display, state, 0
+
+    def steps(self, n: int, tokens: int) -> None:
+        for _ in range(n):
+            self.display.on_step_begin(ARGS, self.state, ARGS)
+            self.state.global_step += 1
+            self.n_tokens += tokens
+            self.display.on_step_end(ARGS, self.state, ARGS)
+
+    def log(self, **logs: float) -> None:
+        self.display.on_log(ARGS, self.state, ARGS, logs=logs)
+
+    def evaluate(self, n_batches: int, **logs: float) -> None:
+        for _ in range(n_batches):
+            self.display.on_prediction_step(ARGS, self.state, ARGS, eval_dataloader=range(n_batches))
+        self.log(**logs)
+        self.display.on_evaluate(ARGS, self.state, ARGS)
+
+    def whole(self) -> None:
+        self.display.on_train_begin(ARGS, self.state, ARGS)
+        self.steps(3, 11)
+        self.log(loss=2.34567, learning_rate=3e-4, num_tokens=33.0)
+        self.evaluate(5, eval_loss=1.98769, eval_mean_token_accuracy=0.4567, eval_runtime=3.0, eval_bleu=0.25)
+        self.steps(4, 11)
+        self.log(loss=1.25, learning_rate=1e-5)
+        self.log(train_runtime=9.0, train_loss=1.5)
+        self.display.on_train_end(ARGS, self.state, ARGS)
+        self.evaluate(5, eval_loss=0.5)
+
+
+def run_on(console: Console, *, bar: bool = True, step: int = 0, main: bool = True) -> Run:
+    state = types.SimpleNamespace(global_step=step, max_steps=step + 7, is_world_process_zero=main)
+    run = Run.__new__(Run)
+    run.__init__(RunDisplay(lambda: run.n_tokens, bar=bar, console=console), state)  # type: ignore[misc]
+    return run
+
+
+def terminal(**options: Any) -> tuple[Console, io.StringIO]:
+    file = io.StringIO()
+    return Console(file=file, force_terminal=True, width=80, highlight=False, **options), file
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a second goes by between two looks at the clock."""
+    ticks = iter(range(1000))
+    monkeypatch.setattr("veneer.train.show.display.time.perf_counter", lambda: next(ticks) / 2)
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_file_gets_plain_lines() -> None:
+    file = io.StringIO()
+    run_on(Console(file=file, width=20)).whole()
+    lines = file.getvalue().splitlines()
+    assert lines == [
+        "step 3/7  loss 2.3457  lr 3.00e-04  22 tokens/s  5 s left",  # 33 tokens in 3 steps of half a second
+        "step 3/7  held out: loss 1.9877  mean token accuracy 45.7%  bleu 0.2500",
+        "step 7/7  loss 1.2500  lr 1.00e-05  22 tokens/s  0 s left",
+        "after training  held out: loss 0.5000",
+    ]
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_resumed_run_counts_from_where_it_goes_on() -> None:
+    file = io.StringIO()
+    run = run_on(Console(file=file, width=200), step=100)
+    run.n_tokens = 1000
+    run.whole()
+    assert file.getvalue().startswith("step 103/107  loss 2.3457  lr 3.00e-04  22 tokens/s  5 s left\n")
+
+
+def test_a_terminal_gets_one_bar_of_its_width() -> None:
+    console, file = terminal()
+    run_on(console).whole()
+    text = file.getvalue()
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
+    lines = [line.rstrip() for line in re.split(r"[\r\n]+", plain) if line.strip()]
+    assert max(map(len, lines)) <= 80
+    assert [line for line in lines if not re.match(r"training|held out \d?/?\d? ?━?|held out ", line)] == [
+        "step 3/7  held out: loss 1.9877  mean token accuracy 45.7%  bleu 0.2500",
+        "after training  held out: loss 0.5000",
+    ]
+    assert re.search(r"training ━+ +7/7 loss 1.2500  lr 1.00e-05  [\d,]+ tokens/s", plain)
+    assert re.search(r"held out 5/5 [━╺╸]+ +3/7 loss 2.3457", plain)
+    assert re.search(r"held out ━+ +5/5 ", plain)
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 2  # the cursor comes back after both bars
+
+
+def test_an_interrupted_run_leaves_the_cursor_visible() -> None:
+    console, file = terminal()
+    run = run_on(console)
+    run.display.on_train_begin(ARGS, run.state, ARGS)
+    run.steps(2, 5)
+    run.display.close()
+    run.display.close()
+    assert file.getvalue().count("\x1b[?25h") == 1
+
+
+def test_without_colour_the_bar_has_none() -> None:
+    console, file = terminal(no_color=True)
+    run_on(console).whole()
+    assert not re.search(r"\x1b\[[0-9;]*3\dm", file.getvalue())
+    assert "━" in file.getvalue()
+
+
+@pytest.mark.parametrize(("bar", "term"), [(False, "xterm"), (True, "dumb")])
+def test_a_dumb_terminal_and_disable_tqdm_get_lines(bar: bool, term: str) -> None:
+    console, file = terminal(_environ={"TERM": term})
+    run_on(console, bar=bar).whole()
+    assert "\x1b" not in file.getvalue()
+    assert len(file.getvalue().splitlines()) == 4
+
+
+def test_other_processes_are_silent() -> None:
+    file = io.StringIO()
+    run_on(Console(file=file), main=False).whole()
+    assert file.getvalue() == ""
+
+
+@pytest.mark.parametrize(("theirs", "bar"), [(ProgressCallback, True), (PrinterCallback, False)])
+def test_it_takes_the_place_of_transformers_display(theirs: type, bar: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[bool] = []
+    monkeypatch.setattr("veneer.train.show.display.RunDisplay", lambda n_tokens, *, bar: made.append(bar) or "display")
+    trainer: Any = types.SimpleNamespace(
+        pop_callback=lambda kind: object() if kind is theirs else None,
+        add_callback=lambda callback: made.append(callback),
+    )
+    assert show_run(trainer, lambda: 0) == "display"
+    assert made == [bar, "display"]
+
+
+def test_a_notebook_keeps_its_table() -> None:
+    trainer: Any = types.SimpleNamespace(pop_callback=lambda kind: None)
+    assert show_run(trainer, lambda: 0) is None

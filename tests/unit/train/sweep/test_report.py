@@ -1,0 +1,52 @@
+"""The front of a sweep, and what is written of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from veneer.train.sweep.recipe import Sweep
+from veneer.train.sweep.report import Outcome, pareto_front, quality, table, write_report
+
+
+def outcome(name: str, n_trained: int, loss: float | None, best: bool = False, held_out: bool = True) -> Outcome:
+    status = "finished" if loss is not None else "diverged"
+    return Outcome(name, {"adapter.r": 3}, status, 5, 2.5, loss if held_out else None, n_trained, best, None)
+
+
+def test_the_front_holds_what_nothing_beats() -> None:
+    points = [(10, 3.0), (20, 2.0), (20, 2.5), (30, 2.0), (40, None), (50, 1.0), (10, 3.0)]
+    assert pareto_front(points) == [True, True, False, False, False, True, True]
+
+
+def test_what_is_written(tmp_path: Path) -> None:
+    found = [outcome("a<b", 10, 3.0, best=True), outcome("large", 1000, 3.5)]
+    write_report(Sweep((), tmp_path), found)
+    written = json.loads((tmp_path / "sweep.json").read_text())
+    assert written["compared_by"] == "held-out loss"
+    assert [member["best"] for member in written["members"]] == [True, False]
+    assert written["members"][1]["n_trained"] == 1000
+    assert (tmp_path / "pareto.png").read_bytes()[:4] == b"\x89PNG"
+    page = (tmp_path / "pareto.html").read_text()
+    assert "<svg" in page
+    assert "<!-- 1,000 -->" in page  # as a number is drawn: plain
+    assert "a&lt;b" in page
+    assert "adapter.r=3" in page
+    assert "src=" not in page
+    assert "<link" not in page
+
+
+@pytest.mark.parametrize(("held_out", "said"), [(True, "held-out loss"), (False, "training loss")])
+def test_the_table_is_sorted_by_what_members_are_compared_by(held_out: bool, said: str) -> None:
+    found = [outcome("worse", 10, 3.0, held_out=held_out), outcome("better", 20, 2.25, best=True)]
+    assert quality(found).startswith(said)
+    console = Console(width=120, record=True)
+    console.print(table([*found, Outcome("gone", {}, "diverged", None, None, None, 5, False, None)]))
+    lines = [line.split() for line in console.export_text().splitlines()]
+    names = [line[0] for line in lines[1:]]
+    assert names == ["better", "worse", "gone"] if held_out else ["better", "worse", "gone"]
+    assert lines[1][-1] == "*"
+    assert lines[3][-1] == "diverged"
