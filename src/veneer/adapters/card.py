@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from veneer.core.method import MethodConfig
-from veneer.store.adapter_files import write_atomically
+from veneer.disk.atomic import write_atomically
 
 _SHOWN = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "use_dora", "target_modules", "modules_to_save")
 _PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification"}

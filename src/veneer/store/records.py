@@ -12,11 +12,13 @@ from torch import Tensor
 from veneer.core.method import DISK_PREFIX, LinearMethod, MethodConfig
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
+from veneer.disk.atomic import write_together
+from veneer.disk.safetensors import tensors_to_bytes
 from veneer.errors import CompositionError, FormatError
 from veneer.methods.lora import LoraConfig
 from veneer.model.multihead import ON_DISK, REPEATS
 from veneer.store.adapter_config import CONFIG_FILE, for_use, read_config, to_json
-from veneer.store.adapter_files import WEIGHTS_FILE, read_tensors, tensors_to_bytes, unusable, write_together
+from veneer.store.adapter_files import WEIGHTS_FILE, read_tensors, unusable
 
 _FACTORS: tuple[tuple[str, str, Literal["linear", "embedding"]], ...] = (
     ("lora_A.weight", "lora_B.weight", "linear"),

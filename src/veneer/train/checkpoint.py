@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from veneer.disk.atomic import write_atomically
 from veneer.disk.folder import drop_leftovers
 from veneer.errors import TrainingError
-from veneer.store.adapter_files import write_atomically
 
 TRAINED_FILE = "trained.safetensors"
 STATE_FILE = "trainer_state.json"

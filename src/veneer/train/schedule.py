@@ -11,8 +11,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from veneer.adapters import schedules
 from veneer.adapters.peft_model import PeftModel
+from veneer.disk.atomic import write_atomically
+from veneer.disk.safetensors import tensors_to_bytes
 from veneer.errors import TrainingError
-from veneer.store.adapter_files import tensors_to_bytes, write_atomically
 from veneer.train.checkpoint import checkpoint_folder
 
 SCHEDULE_FILE = "schedule.safetensors"

