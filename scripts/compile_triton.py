@@ -36,6 +36,7 @@ from veneer.ops.triton import (
     attention,
     blockwise,
     cross_entropy,
+    dropout,
     four_bit,
     glu,
     grouped_low_rank,
@@ -89,6 +90,10 @@ def _elementwise_cases(dtype: torch.dtype, quick: bool) -> Iterator[Case]:
     for activation in ("gelu_tanh",) if quick else ("silu", "gelu", "gelu_tanh"):
         yield f"glu {activation}", lambda a=activation: glu.glu_forward(x, x, a)
         yield f"glu {activation} backward", lambda a=activation: glu.glu_backward(x, x, x, a, False)
+    first_row: tuple[int | torch.Tensor, ...] = (2**40,) if quick else (0, 2**40, torch.zeros(64, dtype=torch.int64))
+    for rows in first_row:
+        yield f"dropout {type(rows).__name__}", lambda r=rows: dropout.drop(x, 3277, 2**63 + 5, r)
+        yield f"dropout {type(rows).__name__}, added", lambda r=rows: dropout.add_dropped(x, x, 3277, 5, r)
     heads, tables = torch.empty(2, 9, 32, 80, dtype=dtype), torch.empty(1, 32, 16)
     for interleaved in (False,) if quick else (False, True):
         yield f"rotary {interleaved=}", lambda i=interleaved: rotary.rotate(heads, tables, tables, i, False)

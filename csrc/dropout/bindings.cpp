@@ -1,0 +1,39 @@
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/tuple.h>
+
+#include "dropout/dropout.h"
+
+namespace nb = nanobind;
+
+namespace veneer {
+namespace {
+
+using Mask = std::tuple<uint64_t, uint32_t, uintptr_t, int64_t>;
+
+DropoutMask mask_of(const Mask& m) {
+  return {std::get<0>(m), std::get<1>(m), reinterpret_cast<const int64_t*>(std::get<2>(m)), std::get<3>(m)};
+}
+
+DropoutRows rows_at(uintptr_t data, int64_t stride) { return {reinterpret_cast<void*>(data), stride}; }
+
+}  // namespace
+
+void bind_dropout(nb::module_& m) {
+  using release = nb::call_guard<nb::gil_scoped_release>;
+  m.def(
+      "dropout_drop",
+      [](int64_t n, int64_t d, int dtype, Mask mask, uintptr_t x, int64_t x_stride, uintptr_t y, int64_t y_stride) {
+        dropout_kernels().drop({n, d, Dtype(dtype)}, mask_of(mask), rows_at(x, x_stride), rows_at(y, y_stride));
+      },
+      release());
+  m.def(
+      "dropout_add_dropped",
+      [](int64_t n, int64_t d, int dtype, Mask mask, uintptr_t g, int64_t g_stride, uintptr_t onto,
+         int64_t onto_stride) {
+        dropout_kernels().add_dropped({n, d, Dtype(dtype)}, mask_of(mask), rows_at(g, g_stride),
+                                      rows_at(onto, onto_stride));
+      },
+      release());
+}
+
+}  // namespace veneer

@@ -1,0 +1,91 @@
+"""Dropout (Srivastava et al. 2014) with masks that are functions of a key, the row's id and the column: none is kept.
+
+Forward, backward and a recomputed forward draw the same mask; a row draws the same alone and in any batch, on every
+back end and any number of threads. Values are kept or dropped, never scaled: multiply by `keep_scale` where a factor is
+multiplied anyway. How a draw is made is told in ``reference/dropout.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from veneer.errors import ConfigError, ShapeError
+from veneer.ops.dispatch import implementation
+
+_DRAWS = 1 << 16
+Rows = int | Int64[Tensor, "*batch"]
+
+
+def keep_scale(p: float) -> float:
+    """``1 / (1 - p)``, by which values that were kept are scaled; 0 where p is 1 and none is.
+
+    p is the probability that is drawn, a whole number of 65536ths. Raises ConfigError where p is outside [0, 1].
+    """
+    kept = _DRAWS - _threshold(p)
+    return _DRAWS / kept if kept else 0.0
+
+
+def drop(
+    x: Float[Tensor, "*batch i"], p: float, key: int, rows: Rows = 0, *, backend: str | None = None
+) -> Float[Tensor, "*batch i"]:
+    """x with each element set to 0 with probability p (to the nearest 65536th), the rest as it was: a new tensor.
+
+    key: any number of 64 bits without sign; use one for each place and step. rows: the id of each row of x, (*batch) of
+    int64, or the id of the first where they count up. A dropped NaN or infinity is 0 too. Departs: no ``1 / (1 - p)``.
+    Raises ConfigError where p or key is out of range, ShapeError where rows does not fit x.
+    """
+    threshold = _threshold(p)
+    _check(x, key, rows)
+    if threshold == _DRAWS or not x.numel():
+        return torch.zeros_like(x)
+    y: Tensor = implementation("dropout.drop", x.device, backend)(x, threshold, key, rows)
+    return y
+
+
+def add_dropped(
+    onto: Float[Tensor, "*batch i"],
+    g: Float[Tensor, "*batch i"],
+    p: float,
+    key: int,
+    rows: Rows = 0,
+    *,
+    backend: str | None = None,
+) -> Float[Tensor, "*batch i"]:
+    """``onto += drop(g, p, key, rows)`` in place, in one pass; returns onto. What is dropped leaves onto untouched.
+
+    Raises as `drop` does, and ShapeError where onto and g differ in shape or dtype.
+    """
+    threshold = _threshold(p)
+    _check(g, key, rows)
+    if onto.shape != g.shape or onto.dtype != g.dtype:
+        raise ShapeError(
+            f"add_dropped adds tensors of one shape and dtype; given onto {tuple(onto.shape)} {onto.dtype} and g "
+            f"{tuple(g.shape)} {g.dtype}"
+        )
+    if threshold == _DRAWS or not g.numel():
+        return onto
+    out: Tensor = implementation("dropout.add_dropped", onto.device, backend)(onto, g, threshold, key, rows)
+    return out
+
+
+def _threshold(p: float) -> int:
+    """Draws below it, of 65536, drop."""
+    if not 0 <= p <= 1:
+        raise ConfigError(f"the probability of dropout is between 0 and 1; given {p}")
+    return round(p * _DRAWS)
+
+
+def _check(x: Tensor, key: int, rows: Rows) -> None:
+    if not 0 <= key < 1 << 64:
+        raise ConfigError(f"the key of a mask is a whole number from 0 to 2^64 - 1; given {key}")
+    if isinstance(rows, int):
+        n_rows = x.shape[:-1].numel()
+        if not 0 <= rows < (1 << 63) - n_rows:
+            raise ConfigError(f"ids of rows are whole numbers from 0 to 2^63 - 1; given {n_rows} from {rows} on")
+    elif rows.shape != x.shape[:-1] or rows.dtype != torch.int64 or rows.device != x.device:
+        raise ShapeError(
+            f"x is {tuple(x.shape)} on {x.device}, so rows must be {tuple(x.shape[:-1])} of int64 there; given "
+            f"{tuple(rows.shape)} {rows.dtype} on {rows.device}"
+        )
