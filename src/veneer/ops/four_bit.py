@@ -20,10 +20,9 @@ from torch import Tensor
 
 from veneer.errors import ConfigError, NonFiniteError, ShapeError
 from veneer.ops.dispatch import implementation
+from veneer.ops.four_bit_codes import QUANT_TYPES
 from veneer.ops.product import recorded_product, visible
-from veneer.ops.reference.four_bit import table
 
-QUANT_TYPES = ("nf4", "fp4")
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -100,13 +99,6 @@ def dequantize_4bit(
     run = implementation("four_bit.dequantize_4bit", packed.device, backend)
     out: Tensor = run(packed.reshape(-1), absmax, layout, dtype)
     return out.view(layout.shape)
-
-
-def code_table(quant_type: str) -> Float32[Tensor, "16"]:
-    """The value that each of the 16 codes stands for. Shared: do not write into it. Raises ConfigError."""
-    if quant_type not in QUANT_TYPES:
-        raise ConfigError(f"quant_type is {quant_type!r}; allowed: {list(QUANT_TYPES)}")
-    return table(quant_type)
 
 
 def matmul_4bit(

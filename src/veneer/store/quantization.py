@@ -10,13 +10,13 @@ import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from veneer.errors import ConfigError
-from veneer.ops.four_bit import QUANT_TYPES, FourBitLayout
+from veneer.ops.four_bit import FourBitLayout
+from veneer.ops.four_bit_codes import QUANT_TYPES
 from veneer.quant.four_bit import FourBitSpec
 from veneer.quant.int8 import Int8Spec
 from veneer.quant.spec import StorageSpec
+from veneer.store.quantizer import METHOD, ON_DISK, register
 
-METHOD = "veneer"
-ON_DISK = "bitsandbytes"
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # said twice, or about the container of the bytes, which each tensor tells itself
 IGNORED_ON_DISK = ("quant_method", "_load_in_4bit", "_load_in_8bit", "bnb_4bit_quant_storage")
@@ -59,9 +59,7 @@ class BitsAndBytesConfig(QuantizationConfigMixin):  # type: ignore[misc]
         problems = self._problems()
         if problems:
             raise ConfigError("BitsAndBytesConfig: " + "; ".join(problems))
-        from veneer.store.quantizer import register  # the quantizer needs this class
-
-        register()
+        register(BitsAndBytesConfig)
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, Any], asked: BitsAndBytesConfig | None = None) -> Self:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +24,26 @@ from veneer.disk.safetensors import DTYPE_NAMES, StoredTensor
 from veneer.errors import CompositionError, ConfigError, FormatError, NonFiniteError
 from veneer.model.linear import AdaptedLinear
 from veneer.model.quant_linear import QuantLinear
+from veneer.quant.spec import StorageSpec
 from veneer.store.checkpoint import Checkpoint, is_finite
-from veneer.store.quantization import METHOD, ON_DISK, BitsAndBytesConfig
 
+METHOD = "veneer"
+ON_DISK = "bitsandbytes"
 # what bitsandbytes stores beside a weight
 COMPANION = re.compile(r"(?P<layer>.+)\.(weight\.(absmax|quant_map|nested_\w+|quant_state\.\w+)|SCB|weight_format)")
+
+
+class QuantizationConfig(Protocol):
+    """The part of a quantization config that loading reads."""
+
+    llm_int8_skip_modules: list[str] | None
+
+    def spec(self, shape: tuple[int, int], dtype: torch.dtype) -> StorageSpec:
+        """How a weight of this shape (o, i) and dtype is stored."""
+
+    @classmethod
+    def from_stored(cls, stored: Mapping[str, Any], asked: Self | None = None) -> Self:
+        """The config of a checkpoint that is quantized already, from its ``config.json``."""
 
 
 class Deferred:
@@ -81,10 +96,10 @@ class Quantize(ConversionOps):  # type: ignore[misc]
 class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
     """Loads a model in 4 or 8 bits, from a dense checkpoint or from one that bitsandbytes or veneer saved quantized."""
 
-    quantization_config: BitsAndBytesConfig
+    quantization_config: QuantizationConfig
     requires_calibration = False
 
-    def __init__(self, quantization_config: BitsAndBytesConfig, **kwargs: Any) -> None:
+    def __init__(self, quantization_config: QuantizationConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.is_stored = bool(kwargs["pre_quantized"])
         # transformers' path for checkpoints that are quantized already would cast codes to the model's dtype
@@ -192,7 +207,7 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-def _empty_layer(module: nn.Module, config: BitsAndBytesConfig) -> QuantLinear:
+def _empty_layer(module: nn.Module, config: QuantizationConfig) -> QuantLinear:
     weight = cast(Tensor, module.weight)
     rows, columns = weight.shape
     shape = (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
@@ -200,20 +215,20 @@ def _empty_layer(module: nn.Module, config: BitsAndBytesConfig) -> QuantLinear:
 
 
 @functools.cache
-def register() -> None:
-    """Make transformers know the config and load through here; done once, when the first config is made.
+def register(config: type[QuantizationConfig]) -> None:
+    """Make transformers know this class of config and load through here; done once, when the first one is made.
 
     Two of its functions are wrapped because they offer no hook: the one that decides what happens when a checkpoint is
     quantized already and a config is given, and the one that opens the checkpoint. Both act only on our config.
     """
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = BitsAndBytesConfig
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = config
     auto.AUTO_QUANTIZER_MAPPING[METHOD] = VeneerQuantizer
     merge = auto.AutoHfQuantizer.merge_quantization_configs
     load = PreTrainedModel._load_pretrained_model
 
     @functools.wraps(merge)
     def merge_configs(stored: Any, asked: Any) -> Any:
-        if not isinstance(asked, BitsAndBytesConfig):
+        if not isinstance(asked, config):
             return merge(stored, asked)
         values = stored if isinstance(stored, dict) else stored.to_dict()
         if str(values.get("quant_method", ON_DISK)) not in (ON_DISK, METHOD):
@@ -221,7 +236,7 @@ def register() -> None:
                 f"the checkpoint is quantized with {values['quant_method']!r}, which is not the format of "
                 "bitsandbytes: leave quantization_config out"
             )
-        return BitsAndBytesConfig.from_stored(values, asked)
+        return config.from_stored(values, asked)
 
     @functools.wraps(load)
     def load_pretrained(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *rest: Any) -> Any:

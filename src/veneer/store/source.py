@@ -21,7 +21,8 @@ from veneer.store.adapter_config import CONFIG_FILE as ADAPTER_CONFIG
 from veneer.store.checkpoint import Checkpoint
 from veneer.store.fetch import KNOWN, is_fetched, model_folder
 from veneer.store.gguf_model import converted_folder
-from veneer.store.quantization import ON_DISK, BitsAndBytesConfig
+from veneer.store.quantization import BitsAndBytesConfig
+from veneer.store.quantizer import ON_DISK
 
 DTYPES = {
     "float32": torch.float32,

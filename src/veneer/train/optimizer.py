@@ -15,7 +15,7 @@ from veneer.errors import ConfigError
 from veneer.model.attach import module_index
 from veneer.optim import AdamW8bit, GaLoreAdamW, LayerwiseGaLoreAdamW, PagedAdamW8bit, lora_plus_groups
 from veneer.optim.galore import Projection
-from veneer.train.recipe.keys import nearest
+from veneer.train.keys import nearest
 
 Choice = tuple[type[torch.optim.Optimizer], dict[str, Any]]
 Factory = Callable[[TrainingArguments, "nn.Module | None"], Choice]

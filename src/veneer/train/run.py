@@ -23,7 +23,8 @@ from veneer.model.prepare import prepare_model_for_kbit_training
 from veneer.store.quantization import BitsAndBytesConfig
 from veneer.store.source import load_model, load_tokenizer
 from veneer.train.checkpoint import holds_checkpoints, write_json
-from veneer.train.recipe.recipe import FULL, DataPart, ModelPart, Recipe
+from veneer.train.recipe.adapter import FULL
+from veneer.train.recipe.recipe import DataPart, ModelPart, Recipe
 from veneer.train.show.report import draw_loss, environment
 from veneer.train.trainer import SFTTrainer
 

@@ -6,7 +6,7 @@ import torch
 
 from veneer.errors import ConfigError, NonFiniteError, ShapeError
 from veneer.ops.four_bit import FourBitLayout, dequantize_4bit, matmul_4bit, matmul_t_4bit, quantize_4bit
-from veneer.ops.reference.four_bit import table
+from veneer.ops.four_bit_codes import code_table
 
 OP = "four_bit.dequantize_4bit"
 SHAPES = [(1, 1), (13,), (5, 33), (7, 96), (2, 3, 5), (64, 64), (61, 67), (3, 4099)]
@@ -41,7 +41,7 @@ def test_values_are_table_times_absmax(shape, quant_type, dtype, backend):
     layout = FourBitLayout(shape, quant_type, 64, dtype)
     n = w.numel()
     codes = [int(packed[k // 2]) >> (0 if k % 2 else 4) & 15 for k in range(n)]
-    expected = (table(quant_type)[torch.tensor(codes)] * absmax[torch.arange(n) // 64]).to(dtype).view(shape)
+    expected = (code_table(quant_type)[torch.tensor(codes)] * absmax[torch.arange(n) // 64]).to(dtype).view(shape)
     assert torch.equal(dequantize_4bit(packed, absmax, layout, backend=backend), expected)
 
 
@@ -52,7 +52,7 @@ def test_values_at_the_ends_of_what_floats_hold(quant_type, dtype, backend):
     packed = torch.arange(256, dtype=torch.uint8).repeat(2)[: 64 * 13 // 2]
     absmax = torch.tensor([1e-45, 3e-41, 1e-38, 9e-31, 2e-30, 1e-6, 0.0, 1.0, 7e4, 9e29, 2e30, 3e38, float("inf")])
     codes = torch.stack([packed >> 4, packed & 15], dim=1).flatten().int()
-    expected = (table(quant_type)[codes].view(13, 64) * absmax[:, None]).to(dtype)
+    expected = (code_table(quant_type)[codes].view(13, 64) * absmax[:, None]).to(dtype)
     ours = dequantize_4bit(packed, absmax, FourBitLayout((13, 64), quant_type, 64, dtype), backend=backend)
     torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
 
@@ -70,7 +70,7 @@ def test_values_are_those_of_bitsandbytes_where_its_own_code_is_right(quant_type
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_a_value_on_a_midpoint_takes_the_lower_neighbour(quant_type, backend):
-    ranked = table(quant_type).unique()
+    ranked = code_table(quant_type).unique()
     midpoints = (ranked[:-1] + ranked[1:]) / 2
     w = torch.cat([midpoints, torch.ones(64 - len(midpoints))])
     packed, absmax = quantize_4bit(w, quant_type, 64, backend=backend)

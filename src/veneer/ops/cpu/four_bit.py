@@ -7,7 +7,8 @@ from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
 from veneer.ops.cpu.module import DTYPES, kernels
-from veneer.ops.four_bit import QUANT_TYPES, FourBitLayout
+from veneer.ops.four_bit import FourBitLayout
+from veneer.ops.four_bit_codes import QUANT_TYPES
 from veneer.ops.matmul import matmul
 
 

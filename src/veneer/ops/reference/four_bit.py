@@ -9,47 +9,19 @@ import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
+from veneer.ops.four_bit_codes import code_table
+
 if TYPE_CHECKING:
     from veneer.ops.four_bit import FourBitLayout
 
-# NF4: quantiles of a standard normal, scaled to [-1, 1] with an exact zero (Dettmers et al. 2023, appendix E).
-NF4 = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
-# FP4: one sign, two exponent and one mantissa bit; twelfths, indexed by the bit pattern without the sign.
-FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 # Keeps 1 / absmax finite; bitsandbytes' constant.
 SMALLEST_ABSMAX = 1e-38
 
 
 @cache
-def table(quant_type: str) -> Float32[Tensor, "16"]:
-    """The value of each of the 16 codes."""
-    if quant_type == "nf4":
-        return torch.tensor(NF4)
-    magnitudes = torch.tensor(FP4_TWELFTHS) / 12.0
-    return torch.cat([magnitudes, -magnitudes])
-
-
-@cache
 def thresholds(quant_type: str) -> tuple[Float32[Tensor, "15"], UInt8[Tensor, "16"]]:
     """The midpoints between neighbouring table values, and the code of each interval between them."""
-    values = table(quant_type)
+    values = code_table(quant_type)
     order = torch.argsort(values)
     ranked = values[order]
     return (ranked[:-1] + ranked[1:]) / 2, order.to(torch.uint8)
@@ -90,7 +62,7 @@ def dequantize_4bit(
 ) -> Float[Tensor, " n"]:
     """``table[code] * absmax`` in float32, then rounded to dtype."""
     codes = torch.stack([packed >> 4, packed & 15], dim=1).reshape(-1)[: layout.numel]
-    values = table(layout.quant_type).to(packed.device)[codes.int()]
+    values = code_table(layout.quant_type).to(packed.device)[codes.int()]
     scale = absmax.repeat_interleave(layout.block_size)[: layout.numel]
     return (values * scale).to(dtype)
 

@@ -15,7 +15,8 @@ from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
 from veneer.ops.four_bit import FourBitLayout
-from veneer.ops.reference.four_bit import SMALLEST_ABSMAX, table, thresholds
+from veneer.ops.four_bit_codes import code_table
+from veneer.ops.reference.four_bit import SMALLEST_ABSMAX, thresholds
 from veneer.ops.triton.launch import block, launch, launch_exact
 
 _TILE = 4096
@@ -90,7 +91,7 @@ def _is_few(x: Tensor, layout: FourBitLayout) -> bool:
 
 @cache
 def _table(quant_type: str, device: torch.device) -> Float32[Tensor, "16"]:
-    return table(quant_type).to(device)
+    return code_table(quant_type).to(device)
 
 
 @cache

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from veneer.core.method import MethodConfig
-from veneer.methods import all_methods
-from veneer.methods.lora import LoraConfig, variant_switches
-from veneer.train.recipe.keys import missing, nearest, typed
-from veneer.train.recipe.recipe import FULL, method_of
+from veneer.train.keys import missing, nearest, typed
 
+# What needs torch is imported where it is used: a wrong recipe is told before seconds of imports.
+if TYPE_CHECKING:
+    from veneer.core.method import MethodConfig
+
+FULL = "full"
 FULL_LEARNING_RATE = 2e-5
 
 
@@ -27,8 +28,16 @@ class NamedMethod:
     switches: Mapping[str, bool]
 
 
+def method_of(adapter: Mapping[str, Any]) -> str:
+    """The name of the method in an ``adapter`` part."""
+    return str(adapter.get("method", "lora"))
+
+
 def named_methods() -> dict[str, NamedMethod]:
     """Every method by the name that a recipe gives it; a model trained whole (``full``) is not among them."""
+    from veneer.methods import all_methods
+    from veneer.methods.lora import LoraConfig, variant_switches
+
     found = {name.lower(): NamedMethod(cls, {}) for name, cls in all_methods().items()}
     return found | {name: NamedMethod(LoraConfig, {switch: True}) for name, switch in variant_switches().items()}
 
@@ -66,6 +75,8 @@ def adapter_config(adapter: Mapping[str, Any]) -> MethodConfig | None:
 
     LoRA and its variants act on every linear layer where the part does not say otherwise.
     """
+    from veneer.methods.lora import LoraConfig
+
     if method_of(adapter) == FULL:
         return None
     named = named_methods()[method_of(adapter)]

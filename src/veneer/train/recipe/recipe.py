@@ -12,14 +12,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from veneer.errors import ConfigError
-from veneer.train.recipe.keys import nearest, typed
+from veneer.train.keys import nearest, typed
+from veneer.train.recipe.adapter import FULL, adapter_config, adapter_problems, method_of, usual_learning_rate
 
 # What needs torch or transformers is imported where it is used: a wrong recipe is told before seconds of imports.
 if TYPE_CHECKING:
     from veneer.core.method import MethodConfig
     from veneer.train.config import SFTConfig
 
-FULL = "full"
 PLACES = (("data", "train"), ("data", "eval"), ("model", "source"))  # keys that may name a file
 _ELSEWHERE = {
     "output_dir": "at the top, as output",
@@ -76,8 +76,6 @@ class Recipe(_Part):
 
     def adapter_config(self) -> MethodConfig | None:
         """The config of the adapter; None where the whole model is trained."""
-        from veneer.train.recipe.adapter import adapter_config
-
         return adapter_config(self.adapter)
 
     def sft_config(self, **changes: Any) -> SFTConfig:
@@ -172,11 +170,6 @@ def refuse_early(values: Mapping[str, Any], name: str = "recipe") -> None:
         raise ConfigError(f"{name}: " + "; ".join(problems))
 
 
-def method_of(adapter: Mapping[str, Any]) -> str:
-    """The name of the method in an ``adapter`` part."""
-    return str(adapter.get("method", "lora"))
-
-
 def _is_usual(values: Mapping[str, Any]) -> bool:
     text = (resources.files("veneer.train.recipe") / "recipe.yaml").read_text(encoding="utf-8")
     usual = yaml.safe_load(re.sub(r"^( +)# (\w+: )", r"\1\2", text, flags=re.M))  # keys that are commented out too
@@ -211,8 +204,6 @@ def _model_problems(values: Mapping[str, Any]) -> list[str]:
 
 
 def _adapter_problems(values: Mapping[str, Any]) -> list[str]:
-    from veneer.train.recipe.adapter import adapter_problems
-
     given = _section(values, "adapter")
     found = adapter_problems(given)
     quantization = _section(values, "model").get("quantization", "none")
@@ -244,7 +235,6 @@ def _data_problems(values: Mapping[str, Any]) -> list[str]:
 
 def _defaults(recipe: Recipe) -> dict[str, Any]:
     from veneer.train.optimizer import steps_in_backward
-    from veneer.train.recipe.adapter import usual_learning_rate
 
     evaluates = recipe.data.eval is not None or recipe.data.eval_fraction > 0
     return {

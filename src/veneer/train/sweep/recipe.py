@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import ConfigError
+from veneer.train.keys import nearest
 from veneer.train.optimizer import steps_in_backward
-from veneer.train.recipe.keys import nearest
-from veneer.train.recipe.recipe import FULL, PLACES, Recipe, beside, parse_recipe, put
+from veneer.train.recipe.adapter import FULL
+from veneer.train.recipe.recipe import PLACES, Recipe, beside, parse_recipe, put
 
 PART = "sweep"
 _KEYS = ("members", "grid")
