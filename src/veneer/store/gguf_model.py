@@ -13,10 +13,13 @@ from typing import Any
 
 import torch
 from gguf import GGMLQuantizationType, GGUFReader
+from huggingface_hub.errors import StrictDataclassError
 
 from veneer.disk.cache import cache_dir
 from veneer.disk.folder import build_once
 from veneer.errors import FormatError
+from veneer.store.gguf_config import GgufContents, mended_config, unplaced_tensors
+from veneer.store.gguf_keys import FACTOR_TENSORS
 
 _PLAIN = {
     GGMLQuantizationType.F32: torch.float32,
@@ -25,6 +28,8 @@ _PLAIN = {
 }
 # These vocabularies were learned with every digit apart, in front of GPT-2's pattern.
 _DIGITS_APART = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
+CONVERSION = 2
+"""Goes up when files are converted in another way: folders of an earlier one are left alone."""
 _TOKEN_IDS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
 
 
@@ -36,10 +41,8 @@ class GgufFacts:
     special tokens by transformers' names.
     """
 
-    architecture: str
+    contents: GgufContents
     dtype: torch.dtype
-    context_length: int | None
-    head_dim: int | None
     token_ids: Mapping[str, int]
     has_tokenizer: bool
     pre_tokenizer: str | None
@@ -64,10 +67,8 @@ def read_facts(path: Path) -> GgufFacts:
         )
     ids = {name: _value(reader, f"tokenizer.ggml.{field}") for name, field in _TOKEN_IDS.items()}
     return GgufFacts(
-        architecture=architecture,
+        contents=_contents(reader, architecture),
         dtype=_dtype({tensor.tensor_type for tensor in reader.tensors}),
-        context_length=_value(reader, f"{architecture}.context_length"),
-        head_dim=_value(reader, f"{architecture}.attention.key_length"),
         token_ids={name: value for name, value in ids.items() if value is not None},
         has_tokenizer=reader.get_field("tokenizer.ggml.tokens") is not None,
         pre_tokenizer=_value(reader, "tokenizer.ggml.pre"),
@@ -77,7 +78,7 @@ def read_facts(path: Path) -> GgufFacts:
 def converted_folder(path: Path) -> Path:
     """The cached folder of a GGUF file, converted where that has not been done; a changed file is converted anew."""
     stat = path.stat()
-    identity = f"{path.resolve()}\n{stat.st_size}\n{stat.st_mtime_ns}"
+    identity = f"{path.resolve()}\n{stat.st_size}\n{stat.st_mtime_ns}\n{CONVERSION}"
     name = f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     return build_once(cache_dir() / "gguf" / name, Path.is_dir, lambda folder: convert_gguf(path, folder))
 
@@ -85,7 +86,8 @@ def converted_folder(path: Path) -> Path:
 def convert_gguf(path: Path, folder: Path) -> None:
     """Write the model of a GGUF file, its tokenizer and chat template into ``folder``, as transformers would.
 
-    Raises FormatError for damaged files, families that transformers cannot read, and files that lack tensors.
+    Raises FormatError for damaged files, families that transformers cannot read, files that lack tensors, and files
+    whose model would not compute what they say.
     """
     facts = read_facts(path)
     with _quiet_progress():
@@ -103,31 +105,34 @@ def _load(path: Path, facts: GgufFacts) -> Any:
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     file = str(path.resolve())
     try:
-        config = _config(path, facts)
+        config = mended_config(_config(path, facts), facts.contents)
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=file, config=config, dtype=facts.dtype, output_loading_info=True, **options
         )
-    except (ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+    except FormatError as error:
+        raise FormatError(f"{path}: {error}. Take the model's own folder of safetensors instead") from error
+    except (ValueError, KeyError, RuntimeError, NotImplementedError, StrictDataclassError) as error:
         raise FormatError(
-            f"{path} holds a model of the family {facts.architecture!r} that transformers "
+            f"{path} holds a model of the family {facts.contents.architecture!r} that transformers "
             f"{transformers.__version__} cannot read: {error}"
         ) from error
     if report["missing_keys"]:
         raise FormatError(f"{path} lacks the tensors of {sorted(report['missing_keys'])}; it is not a whole model")
+    if unplaced := unplaced_tensors(model, facts.contents):
+        raise FormatError(
+            f"{path} holds the tensors {unplaced}, for which transformers' {type(model).__name__} has no place: it "
+            "would compute another model. Take the model's own folder of safetensors instead"
+        )
     for leftover in ("quantization_config", "_model_name_or_path"):  # they speak of the file
         model.config.__dict__.pop(leftover, None)
     return model
 
 
 def _config(path: Path, facts: GgufFacts) -> Any:
-    """The config that transformers makes of the file, with what it leaves at a default in some families."""
+    """The config that transformers makes of the file, with the ids of the special tokens."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(path.parent, gguf_file=str(path.resolve()))
-    if facts.context_length is not None and hasattr(config, "max_position_embeddings"):
-        config.max_position_embeddings = facts.context_length
-    if facts.head_dim is not None and hasattr(config, "head_dim"):
-        config.head_dim = facts.head_dim
     for name, value in facts.token_ids.items():
         setattr(config, name, value)
     return config
@@ -144,6 +149,24 @@ def _tokenizer(path: Path, facts: GgufFacts, config: Any) -> Any:
         )
     tokenizer.model_max_length = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
     return tokenizer
+
+
+def _contents(reader: GGUFReader, architecture: str) -> GgufContents:
+    prefix = f"{architecture}."
+    return GgufContents(
+        architecture=architecture,
+        pairs={
+            name.removeprefix(prefix): field.contents()
+            for name, field in reader.fields.items()
+            if name.startswith(prefix)
+        },
+        shapes={tensor.name: tuple(map(int, reversed(tensor.shape))) for tensor in reader.tensors},
+        factors={
+            tensor.name: torch.tensor(tensor.data, dtype=torch.float32)
+            for tensor in reader.tensors
+            if tensor.name in FACTOR_TENSORS
+        },
+    )
 
 
 def _value(reader: GGUFReader, name: str) -> Any:

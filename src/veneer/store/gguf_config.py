@@ -1,0 +1,197 @@
+"""The config of a GGUF file's model: what transformers makes of the file, mended by what the file says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import gguf
+import torch
+from torch import Tensor
+
+from veneer.errors import FormatError
+from veneer.store import gguf_rope
+from veneer.store.gguf_keys import (
+    FACTOR_TENSORS,
+    FAMILIES,
+    NEUTRAL,
+    ROTARY_WIDTH,
+    SCALING,
+    SILENT,
+    WINDOW_PATTERN,
+    Family,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufContents:
+    """A file's own words on its model.
+
+    ``pairs``: values by their keys behind the architecture's name; ``shapes``: of the tensors, as torch has them;
+    ``factors``: float32 tensors of factors of rotary frequencies by their names.
+    """
+
+    architecture: str
+    pairs: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    factors: Mapping[str, Tensor]
+
+
+def mended_config(config: Any, contents: GgufContents) -> Any:
+    """A config that computes what the file says, made of the one that transformers reads from it.
+
+    Raises FormatError, with every key at once, where the file asks for what the family's code does not compute.
+    """
+    family = FAMILIES.get(contents.architecture)
+    if family is None:
+        _raise(contents, list(_unknown_scaling(contents)))
+        return config
+    _raise(contents, list(_problems(family, contents)))
+    values = config.to_dict()
+    _fill(values, _renamed(family, type(config).attribute_map), contents)
+    return type(config).from_dict(values)
+
+
+def unplaced_tensors(model: Any, contents: GgufContents) -> list[str]:
+    """Tensors of the file that no parameter of the model is read from; [] for architectures that no table describes."""
+    family = FAMILIES.get(contents.architecture)
+    if family is None:
+        return []
+    architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == contents.architecture)
+    names = gguf.get_tensor_name_map(architecture, model.config.num_hidden_layers)
+    prefix = f"{model.base_model_prefix}."
+    placed = {
+        names.get_name(form, (".weight", ".bias")) for name in model.state_dict()
+        for form in (name, name.removeprefix(prefix))
+    }  # fmt: skip
+    return sorted(
+        name
+        for name in contents.shapes
+        if name not in placed and name not in FACTOR_TENSORS and _leaf(name) not in family.experts
+    )
+
+
+def _renamed(family: Family, names: Mapping[str, str]) -> Family:
+    """The family with the names that the config's file has for its paths (``n_embd`` for ``hidden_size``)."""
+    return replace(
+        family, fields=tuple(replace(entry, path=names.get(entry.path, entry.path)) for entry in family.fields)
+    )
+
+
+def _raise(contents: GgufContents, problems: list[str]) -> None:
+    if problems:
+        raise FormatError(
+            f"this {contents.architecture} file says what its model in transformers would not compute: "
+            + "; ".join(problems)
+        )
+
+
+def _unknown_scaling(contents: GgufContents) -> Iterator[str]:
+    """For an architecture without a table: what is known to change the computation and to be left out."""
+    kind = contents.pairs.get(SCALING + "type", "none")
+    if kind != "none" or contents.pairs.get(SCALING + "factor", 1.0) != 1.0:
+        yield f"{SCALING}type {kind!r}, factor {contents.pairs.get(SCALING + 'factor')}"
+    yield from (f"the tensor {name}" for name in contents.factors)
+
+
+def _problems(family: Family, contents: GgufContents) -> Iterator[str]:
+    pairs = contents.pairs
+    for key, value in pairs.items():
+        if key in family.fixed:
+            if value != family.fixed[key]:
+                yield f"{key} {value} (only {family.fixed[key]} is known)"
+        elif key in (ROTARY_WIDTH, "attention.key_length", "attention.value_length"):
+            yield from _width_problems(key, value, family, pairs)
+        elif not (_is_told(key, family) or value in NEUTRAL.get(key, ())):
+            yield f"{key} {value}"
+    if family.rotary is None:
+        yield from (f"the tensor {name}" for name in contents.factors)
+
+
+def _is_told(key: str, family: Family) -> bool:
+    """Whether the config tells what the key does, or nothing depends on it."""
+    told = SILENT | family.silent | {entry.key for entry in family.fields}
+    if family.rotary is not None:
+        told |= gguf_rope.KEYS
+    return key in told or (key == WINDOW_PATTERN and family.windows)
+
+
+def _width_problems(key: str, value: Any, family: Family, pairs: Mapping[str, Any]) -> Iterator[str]:
+    head = _head_dim(pairs, family)
+    partial = key == ROTARY_WIDTH and family.partial_rotary and isinstance(value, int) and value < head
+    if value != head and not partial:
+        yield f"{key} {value}, where a head is {head} wide"
+
+
+def _head_dim(pairs: Mapping[str, Any], family: Family) -> int:
+    own = "head_dim" in {entry.path for entry in family.fields}
+    usual: int = pairs["embedding_length"] // pairs["attention.head_count"]
+    if not own:
+        return usual
+    widths = (pairs.get("attention.key_length"), None if family.partial_rotary else pairs.get(ROTARY_WIDTH))
+    return next((width for width in widths if width is not None), usual)
+
+
+def _fill(values: dict[str, Any], family: Family, contents: GgufContents) -> None:
+    pairs = contents.pairs
+    for entry in family.fields:
+        if entry.key in pairs:
+            _set(values, entry.path, None if pairs[entry.key] == entry.off else pairs[entry.key])
+    values["vocab_size"] = n_tokens = contents.shapes["token_embd.weight"][0]
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # the class's own, where the file names none
+        if isinstance(values.get(name), int) and values[name] >= n_tokens:
+            values[name] = None
+    leaves = {_leaf(name) for name in contents.shapes}
+    values |= {switch: leaf in leaves for leaf, switch in family.biases.items()}
+    if family.query_width_layers is not None:
+        whole = pairs["block_count"] == family.query_width_layers
+        values["query_pre_attn_scalar"] = (
+            pairs["embedding_length"] // pairs["attention.head_count"] if whole else _head_dim(pairs, family)
+        )
+    if WINDOW_PATTERN in pairs:
+        values["layer_types"] = _layer_types(pairs[WINDOW_PATTERN], pairs["block_count"])
+    if family.rotary is not None:
+        _fill_rotary(values, family, contents)
+
+
+def _fill_rotary(values: dict[str, Any], family: Family, contents: GgufContents) -> None:
+    pairs = contents.pairs
+    head = _head_dim(pairs, family)
+    width = pairs.get(ROTARY_WIDTH, head)
+    parameters = _at(values, str(family.rotary))
+    if family.partial_rotary:
+        parameters["partial_rotary_factor"] = _share(width, head)
+    frequencies = parameters["rope_theta"] ** -(torch.arange(0, width, 2).float() / width)
+    parameters |= gguf_rope.rotary_scaling(pairs, contents.factors, frequencies, values["max_position_embeddings"])
+
+
+def _share(width: int, head: int) -> float:
+    """The fraction of a head that transformers rounds down to this width."""
+    share = width / head
+    return share if int(head * share) == width else math.nextafter(share, 2)
+
+
+def _layer_types(pattern: int | list[bool], n_layers: int) -> list[str]:
+    """The last of every ``pattern`` layers sees everything, or the layers that are False in a list."""
+    slides = pattern if isinstance(pattern, list) else [(layer + 1) % pattern != 0 for layer in range(n_layers)]
+    return ["sliding_attention" if slide else "full_attention" for slide in slides]
+
+
+def _at(values: dict[str, Any], path: str) -> dict[str, Any]:
+    """The dict at a path, made where there is none."""
+    for part in path.split("."):
+        values[part] = dict(values.get(part) or {})
+        values = values[part]
+    return values
+
+
+def _set(values: dict[str, Any], path: str, value: Any) -> None:
+    folder, _, name = path.rpartition(".")
+    (_at(values, folder) if folder else values)[name] = value
+
+
+def _leaf(name: str) -> str:
+    """A tensor's name behind its layer's."""
+    return name.split(".", 2)[-1]

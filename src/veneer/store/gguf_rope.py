@@ -1,0 +1,143 @@
+"""Rotary scalings as GGUF files say them, and as transformers' ``rope_parameters`` do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.errors import FormatError
+from veneer.store.gguf_keys import FREQUENCY_FACTORS, LONG_FACTORS, ORIGINAL_LENGTH, SCALING, SHORT_FACTORS
+
+KEYS = frozenset(
+    SCALING + name
+    for name in (
+        "type", "factor", "original_context_length", "attn_factor",
+        "yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow",
+    )
+)  # fmt: skip
+_YARN = {"yarn_attn_factor": "attention_factor", "yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
+
+
+def rotary_scaling(
+    pairs: Mapping[str, Any], factors: Mapping[str, Tensor], frequencies: Tensor, max_positions: int
+) -> dict[str, Any]:
+    """What ``rope_parameters`` hold beside the base; nothing for files without scaling.
+
+    ``pairs`` are the file's values by their keys behind the architecture's name, ``factors`` its tensors of factors by
+    name, ``frequencies`` (rotary width / 2) those of the base in radians a position. Raises FormatError for scalings
+    that transformers does not know.
+    """
+    named = "longrope" if SHORT_FACTORS in factors or LONG_FACTORS in factors else "linear"
+    kind = pairs.get(SCALING + "type", named)
+    if kind not in ("none", "linear", "yarn", "longrope"):
+        raise FormatError(f"{SCALING}type {kind!r} is none of the rotary scalings that transformers computes")
+    if kind != "longrope" and pairs.get(SCALING + "attn_factor", 1.0) != 1.0:
+        raise FormatError(
+            f"{SCALING}attn_factor {pairs[SCALING + 'attn_factor']} goes with {SCALING}type 'longrope', not {kind!r}"
+        )
+    if FREQUENCY_FACTORS in factors:
+        if pairs.get(SCALING + "factor", 1.0) != 1.0:
+            raise FormatError(f"{FREQUENCY_FACTORS} and {SCALING}factor scale twice; transformers scales once")
+        return _by_frequency(factors[FREQUENCY_FACTORS], frequencies, max_positions)
+    if kind == "longrope" or named == "longrope":
+        return _longrope(pairs, factors, max_positions)
+    factor = pairs.get(SCALING + "factor", 1.0)
+    if kind == "none" or factor == 1.0:
+        return {}
+    return _yarn(pairs, factor) if kind == "yarn" else {"rope_type": "linear", "factor": factor}
+
+
+def _yarn(pairs: Mapping[str, Any], factor: float) -> dict[str, Any]:
+    """YaRN (Peng et al. 2023, arXiv 2309.00071). Files hold the whole attention factor, as the configs do."""
+    if ORIGINAL_LENGTH not in pairs:
+        raise FormatError(f"{ORIGINAL_LENGTH} is missing beside {SCALING}type 'yarn'")
+    if pairs.get(SCALING + "yarn_ext_factor", 1.0) not in (1.0, -1.0):  # -1: the runtime's default, which is 1
+        raise FormatError(
+            f"{SCALING}yarn_ext_factor {pairs[SCALING + 'yarn_ext_factor']} is not 1, the only one that transformers "
+            "computes"
+        )
+    given = {name: pairs[SCALING + key] for key, name in _YARN.items() if SCALING + key in pairs}
+    return {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": pairs[ORIGINAL_LENGTH],
+        **given,
+    }
+
+
+def _longrope(pairs: Mapping[str, Any], factors: Mapping[str, Tensor], max_positions: int) -> dict[str, Any]:
+    """LongRoPE (Ding et al. 2024, arXiv 2402.13753), the factor of attention left out where it follows from lengths."""
+    if missing := [name for name in (SHORT_FACTORS, LONG_FACTORS) if name not in factors]:
+        raise FormatError(f"the tensors {' and '.join(missing)} are missing, which LongRoPE divides frequencies by")
+    if ORIGINAL_LENGTH not in pairs:
+        raise FormatError(f"{ORIGINAL_LENGTH} is missing beside {SHORT_FACTORS} and {LONG_FACTORS}")
+    original = pairs[ORIGINAL_LENGTH]
+    found = {
+        "rope_type": "longrope",
+        "short_factor": factors[SHORT_FACTORS].tolist(),
+        "long_factor": factors[LONG_FACTORS].tolist(),
+        "original_max_position_embeddings": original,
+    }
+    longer = max_positions / original
+    usual = math.sqrt(1 + math.log(longer) / math.log(original)) if longer > 1 else 1.0
+    attention = pairs.get(SCALING + "attn_factor", 1.0)
+    return found if math.isclose(attention, usual, rel_tol=1e-6) else {**found, "attention_factor": attention}
+
+
+def _by_frequency(factors: Tensor, frequencies: Tensor, max_positions: int) -> dict[str, Any]:
+    """Llama 3's scaling where it explains the factors, otherwise the factors themselves as LongRoPE's of any length."""
+    if len(factors) != len(frequencies):
+        raise FormatError(
+            f"{FREQUENCY_FACTORS} holds {len(factors)} factors for {len(frequencies)} frequencies of a head"
+        )
+    if (factors == 1).all():
+        return {}
+    found = _llama3(factors.double(), frequencies.double())
+    if found is not None:
+        return found
+    return {
+        "rope_type": "longrope",
+        "short_factor": factors.tolist(),
+        "long_factor": factors.tolist(),
+        "original_max_position_embeddings": max_positions,
+        "attention_factor": 1.0,
+    }
+
+
+def llama3_factors(frequencies: Tensor, factor: float, high: float, length: float) -> Tensor:
+    """By how much Llama 3.1 divides each frequency (n,); low_freq_factor is 1. After transformers' ``llama3``."""
+    turns = frequencies * length / (2 * math.pi)  # of a frequency in the original length
+    share = ((turns - 1) / (high - 1)).clamp(0, 1)
+    return 1 / ((1 - share) / factor + share)
+
+
+def _llama3(factors: Tensor, frequencies: Tensor) -> dict[str, Any] | None:
+    """The parameters that give these factors, or None.
+
+    Between the slow frequencies, divided by ``factor``, and the fast ones, which stay, the share s of the frequency
+    that stays is a straight line in its turns: s = (f L / 2 pi - low) / (high - low). Only the ratios of L, low and
+    high matter, so low is 1, as it is in every Llama.
+    """
+    factor = factors.max().item()
+    between = (factors > 1) & (factors < factor)
+    if between.sum() < 2:
+        return None
+    share = (1 / factors[between] - 1 / factor) / (1 - 1 / factor)
+    line = torch.stack([frequencies[between] / (2 * math.pi), torch.ones_like(share)], dim=1)
+    slope, offset = torch.linalg.lstsq(line, share[:, None]).solution.flatten().tolist()
+    if offset >= 0:
+        return None
+    high, length = round(1 - 1 / offset, 3), round(-slope / offset)
+    if not torch.allclose(llama3_factors(frequencies, factor, high, length), factors, rtol=1e-5, atol=0):
+        return None
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": length,
+    }
