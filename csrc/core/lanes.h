@@ -31,10 +31,13 @@ inline lanes load(const bf16* p) {
 }
 
 inline void store(float* p, lanes x) { std::memcpy(p, &x, sizeof x); }
-inline void store(bf16* p, lanes x) {  // round to nearest, ties to even; NaN stays NaN
+inline bit_lanes bf16_bits(lanes x) {  // in the low half; round to nearest, ties to even; NaN stays NaN
   const bit_lanes bits = (bit_lanes)x;
   const bit_lanes rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const half_lanes out = __builtin_convertvector(x == x ? rounded : bit_lanes{} + 0x7fc0u, half_lanes);
+  return x == x ? rounded : bit_lanes{} + 0x7fc0u;
+}
+inline void store(bf16* p, lanes x) {
+  const half_lanes out = __builtin_convertvector(bf16_bits(x), half_lanes);
   std::memcpy(p, &out, sizeof out);
 }
 
