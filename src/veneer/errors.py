@@ -19,6 +19,10 @@ class TargetError(ConfigError):
     """A target pattern matches no module, or one that a method cannot adapt."""
 
 
+class DescriptionError(VeneerError, ValueError):
+    """A model is no decoder that can be described."""
+
+
 class AdapterNameError(ConfigError, KeyError):
     """An adapter name is unknown, already taken, or not allowed in the state that the model is in."""
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from veneer.model.fused.heads import HeadLayout
+from veneer.model.blueprint.heads import HeadLayout
 from veneer.model.fused.parts import Norm, add_onto
 from veneer.ops.attention import AttentionOptions, attention_backward, attention_forward
 from veneer.ops.lora import lora_backward, lora_forward

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from veneer.model.fused.heads import HeadLayout, HeadOrder
+from veneer.model.blueprint.heads import HeadLayout, HeadOrder
 from veneer.model.fused.parts import NormKind, is_linear, norm_kind, size_of
 from veneer.ops.activation import KINDS, activation_forward
 from veneer.ops.attention import AttentionOptions

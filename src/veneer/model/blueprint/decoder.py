@@ -1,0 +1,147 @@
+"""A decoder described: embeddings, blocks, final norm and head, all of them by role.
+
+``h = embed(ids)``; each block adds its halves to h; ``logits = head(norm(h))``. What a planner counts, a GGUF file
+names and a serving engine runs is in here; the tests hold a plain interpreter that computes a model's logits from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from veneer.model.blueprint.parts import Attention, Experts, FeedForward, Linear, Norm, Strange
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Positions:
+    """A table of learned positions, (rows, width): position p is row p + ``offset`` (OPT: 2)."""
+
+    path: str
+    rows: int
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Embedding:
+    """``norm(multiplier · table[ids] + positions)``; the table is (n_tokens, width)."""
+
+    path: str
+    n_tokens: int
+    width: int
+    multiplier: float = 1.0
+    positions: Positions | None = None
+    norm: Norm | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockNorms:
+    """The norms around the halves: in front of one, and behind it, before its output joins the stream."""
+
+    attention: Norm | None
+    feed_forward: Norm | None
+    attention_post: Norm | None = None
+    feed_forward_post: Norm | None = None
+
+    @property
+    def all(self) -> tuple[Norm, ...]:
+        """Each norm once; both halves of a parallel block may read the same."""
+        norms = (self.attention, self.feed_forward, self.attention_post, self.feed_forward_post)
+        return tuple(dict.fromkeys(norm for norm in norms if norm is not None))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sublayer:
+    """Where the residual adapter of one half sits.
+
+    ``input_path`` is the module whose first input is the half's input, behind the norm in front of it; ``output_path``
+    the module whose first output is added to the stream, a norm behind the half included.
+    """
+
+    input_path: str
+    output_path: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """``h += m · post(attention(norm(h)))``, then ``h += m · post(feed_forward(norm(h)))``.
+
+    m is ``residual_multiplier``. ``parallel``: the feed-forward half reads what the attention half read.
+    """
+
+    path: str
+    attention: Attention | Strange
+    feed_forward: FeedForward | Experts | Strange
+    norms: BlockNorms
+    parallel: bool
+    residual_multiplier: float
+    attention_sublayer: Sublayer | None
+    feed_forward_sublayer: Sublayer | None
+    other: tuple[Strange, ...] = ()
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Every linear layer in it, in the order in which they act."""
+        halves = (half for half in (self.attention, self.feed_forward) if not isinstance(half, Strange))
+        return tuple(linear for half in halves for linear in half.linears)
+
+    @property
+    def strange(self) -> tuple[Strange, ...]:
+        """What is not described."""
+        halves = (half for half in (self.attention, self.feed_forward) if isinstance(half, Strange))
+        return tuple(dict.fromkeys((*halves, *self.other)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """``softcap(scale · linear(x))``. ``tied``: its weight is the embeddings' table."""
+
+    linear: Linear
+    tied: bool
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoder:
+    """A decoder. ``listed``: its model type has been checked by values in the tests of this package; the description of
+    another follows the convention of names, and whoever computes by it checks it first.
+
+    ``head`` is None where the model is made for another task. ``other`` is what stands outside the blocks and is not
+    described.
+    """
+
+    model_type: str
+    listed: bool
+    embedding: Embedding
+    blocks: tuple[Block, ...]
+    norm: Norm | None
+    head: Head | None
+    other: tuple[Strange, ...] = ()
+
+    @property
+    def linears(self) -> Iterator[Linear]:
+        """Every linear layer, the head last. Experts' stacks are none."""
+        for block in self.blocks:
+            yield from block.linears
+        if self.head is not None:
+            yield self.head.linear
+
+    @property
+    def norms(self) -> Iterator[Norm]:
+        """Every norm."""
+        ends = (self.embedding.norm, *(n for b in self.blocks for n in (*b.norms.all, *_head_norms(b))), self.norm)
+        return (norm for norm in ends if norm is not None)
+
+    @property
+    def attentions(self) -> tuple[Attention, ...]:
+        """The attention of every block where it is described."""
+        return tuple(block.attention for block in self.blocks if isinstance(block.attention, Attention))
+
+    @property
+    def strange(self) -> tuple[Strange, ...]:
+        """What is not described, anywhere; empty where the description is whole."""
+        return (*self.other, *(part for block in self.blocks for part in block.strange))
+
+
+def _head_norms(block: Block) -> tuple[Norm, ...]:
+    return block.attention.norms if isinstance(block.attention, Attention) else ()

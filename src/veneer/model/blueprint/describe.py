@@ -1,0 +1,119 @@
+"""Describing a decoder: from a model, whose values are not read, or from a config, with no weight in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from veneer.errors import DescriptionError
+from veneer.model.blueprint.decoder import Decoder, Embedding, Head, Positions
+from veneer.model.blueprint.linears import is_linear, read_linear
+from veneer.model.blueprint.norms import read_norm
+from veneer.model.blueprint.parts import Strange
+from veneer.model.blueprint.read_block import read_block
+from veneer.model.blueprint.source import Source, first, undescribed
+
+
+def describe_config(config: PreTrainedConfig) -> Decoder:
+    """The decoder that a config makes, built on the meta device. Raises DescriptionError as `describe` does."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return describe(model)
+
+
+def describe(model: PreTrainedModel) -> Decoder:
+    """The description of a decoder, adapted or not, on any device; its `Decoder.strange` says what is missing in it.
+
+    Raises DescriptionError where the model is no decoder of one list of blocks between embeddings and a head.
+    """
+    holder, layers = blocks_of(model)
+    source = Source.of(model)
+    embeddings = model.get_input_embeddings()
+    if not isinstance(embeddings, nn.Embedding):
+        raise DescriptionError(f"{type(model).__name__} has no table of input embeddings")
+    head = model.get_output_embeddings()
+    final = first(holder, source.names.final_norm)
+    norm_module = None if final is None else cast(nn.Module, getattr(holder, final))
+    norm = read_norm(source, norm_module)
+    positions, embedding_norm = _beside_embeddings(source, holder)
+    embedding = _embedding(source, embeddings, positions, embedding_norm)
+    known = [layers, embeddings, head, positions, embedding_norm, norm_module]
+    return Decoder(
+        model_type=source.config.model_type,
+        listed=source.listed,
+        embedding=embedding,
+        blocks=tuple(read_block(source, block, layer) for layer, block in enumerate(layers)),
+        norm=norm,
+        head=_head(source, head, embeddings),
+        other=tuple(_strange(source, holder, known, norm, norm_module)),
+    )
+
+
+def blocks_of(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
+    """The module that holds a decoder's blocks, and the list of them. Raises DescriptionError where that is not one."""
+    base = model.base_model
+    holders = [base, *(part for name, part in base.named_children() if name == "decoder")]
+    lists = [(h, part) for h in holders for part in h.children() if isinstance(part, nn.ModuleList) and len(part)]
+    if len(lists) != 1 or model.config.is_encoder_decoder:
+        raise DescriptionError(f"it has {len(lists)} lists of layers, where one is expected")
+    return lists[0]
+
+
+def _beside_embeddings(source: Source, holder: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    """The table of positions and the norm behind the embeddings."""
+    found = (first(holder, names) for names in (source.names.positions, source.names.embedding_norm))
+    positions, norm = (None if name is None else cast(nn.Module, getattr(holder, name)) for name in found)
+    return positions, norm
+
+
+def _embedding(source: Source, table: Any, positions: Any, norm: nn.Module | None) -> Embedding:
+    n_tokens, width = table._parameters["weight"].shape
+    own = getattr(table, "scalar_embed_scale", 1.0)
+    multiplier = float(own) * float(getattr(source.config, "embedding_multiplier", 1.0))
+    return Embedding(
+        path=source.path(table),
+        n_tokens=n_tokens,
+        width=width,
+        multiplier=multiplier,
+        positions=None
+        if positions is None
+        else Positions(
+            path=source.path(positions), rows=positions.weight.shape[0], offset=int(getattr(positions, "offset", 0))
+        ),
+        norm=read_norm(source, norm),
+    )
+
+
+def _head(source: Source, head: nn.Module | None, table: nn.Module) -> Head | None:
+    if head is None or not is_linear(head):
+        return None
+    config: Any = source.config
+    cap = getattr(config, "final_logit_softcapping", None)
+    weights = (cast(Any, module)._parameters.get("weight") for module in (head, table))
+    own, embedded = weights
+    return Head(
+        linear=read_linear(source, head, "head"),
+        tied=own is embedded,
+        scale=float(getattr(config, "logit_scale", None) or 1.0)
+        / float(getattr(config, "logits_scaling", None) or 1.0),
+        softcap=None if cap is None else float(cap),
+    )
+
+
+def _strange(
+    source: Source, holder: nn.Module, known: list[nn.Module | None], norm: Any, norm_module: nn.Module | None
+) -> Iterator[Strange]:
+    """What stands outside the blocks and is not described."""
+    reason = source.family.strange(source.config)
+    if reason is not None:
+        yield Strange(path=source.path(holder), reason=reason)
+    if norm_module is not None and norm is None:
+        yield Strange(path=source.path(norm_module), reason="it is no RMSNorm or LayerNorm")
+    head = source.model.get_output_embeddings()
+    if head is not None and not is_linear(head):
+        yield Strange(path=source.path(head), reason="the head is no plain linear layer")
+    yield from undescribed(source, source.model, known)

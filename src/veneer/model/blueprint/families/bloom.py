@@ -1,0 +1,14 @@
+"""BLOOM: positions are a bias of attention, and the halves add to the stream themselves."""
+
+from typing import Any
+
+from veneer.model.blueprint.family import Family
+
+
+def _strange(config: Any) -> str | None:
+    if config.apply_residual_connection_post_layernorm:
+        return "the stream goes on from its norms (apply_residual_connection_post_layernorm)"
+    return None
+
+
+FAMILY = Family(model_types=("bloom",), alibi=True, adds_inside=True, strange=_strange)

@@ -1,0 +1,5 @@
+"""Cohere's Command R: q and k turn in neighbouring pairs."""
+
+from veneer.model.blueprint.family import Family
+
+FAMILY = Family(model_types=("cohere",), interleaved=True)

@@ -1,0 +1,9 @@
+"""Cohere's Command R7B: as Command R, with layers that see everything and do not rotate."""
+
+from veneer.model.blueprint.family import Family
+
+FAMILY = Family(
+    model_types=("cohere2",),
+    interleaved=True,
+    rotates=lambda config, layer: config.layer_types[layer] == "sliding_attention",
+)

@@ -1,0 +1,8 @@
+"""EXAONE 4: where some layers have windows, the others do not rotate."""
+
+from veneer.model.blueprint.family import Family
+
+FAMILY = Family(
+    model_types=("exaone4",),
+    rotates=lambda config, layer: not config.sliding_window or config.layer_types[layer] == "sliding_attention",
+)

@@ -1,0 +1,5 @@
+"""GLM and GLM-4: half of each head turns, in neighbouring pairs; GLM-4 has norms behind its halves too."""
+
+from veneer.model.blueprint.family import Family
+
+FAMILY = Family(model_types=("glm", "glm4"), interleaved=True)

@@ -1,0 +1,5 @@
+"""GPT-J: one norm for both halves, the first numbers of each head turned in neighbouring pairs."""
+
+from veneer.model.blueprint.family import Family
+
+FAMILY = Family(model_types=("gptj",), interleaved=True)

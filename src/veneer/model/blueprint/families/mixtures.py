@@ -1,0 +1,5 @@
+"""Mixtures of experts that a softmax over the router's scores chooses and weights: Mixtral, Qwen, OLMoE."""
+
+from veneer.model.blueprint.family import Family
+
+FAMILY = Family(model_types=("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"), softmax_experts=True)

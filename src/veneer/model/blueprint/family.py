@@ -1,0 +1,46 @@
+"""What a family does otherwise than the convention, as data; the convention is Llama's. `families` holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from veneer.model.blueprint.names import COMMON, Names
+
+
+def _always(config: Any, layer: int) -> bool:
+    return True
+
+
+def _nothing(config: Any) -> str | None:
+    return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """Model types whose descriptions are tested by values, and what names and config keys leave open about them.
+
+    - ``names``: other names of parts than `names.COMMON` has.
+    - ``interleaved``: q and k are rotated in neighbouring pairs. ``rotates``: whether a layer does so at all.
+    - ``alibi``: attention has a bias that falls with distance.
+    - ``norm_eps``: the epsilon of norms that hold none themselves.
+    - ``softmax_experts``: experts are chosen and weighted by the softmax of the router's scores.
+    - ``scales_queries``: queries grow with position as ``llama_4_scaling_beta`` says.
+    - ``adds_inside``: the halves add to the stream themselves, so that residual adapters sit at their last layer.
+    - ``strange``: why a config of the family cannot be described, None where it can.
+    """
+
+    model_types: tuple[str, ...]
+    names: Names = COMMON
+    interleaved: bool = False
+    rotates: Callable[[Any, int], bool] = _always
+    alibi: bool = False
+    norm_eps: float | None = None
+    softmax_experts: bool = False
+    scales_queries: bool = False
+    adds_inside: bool = False
+    strange: Callable[[Any], str | None] = _nothing
+
+
+CONVENTION = Family(model_types=())

@@ -1,0 +1,36 @@
+"""Reading a linear layer: its role, shape and bias."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from veneer.model.blueprint.parts import Linear, Role
+from veneer.model.blueprint.source import Source
+from veneer.model.inplace import base_of
+from veneer.model.linear import AdaptedLinear, frozen_weight
+from veneer.model.quant_linear import QuantLinear
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer of a known class, adapted or not."""
+    return _own_class(module) in (nn.Linear, Conv1D, QuantLinear)
+
+
+def read_linear(source: Source, module: nn.Module, role: Role) -> Linear:
+    """The description of a module for which `is_linear` holds."""
+    n_out, n_in = frozen_weight(module).shape
+    return Linear(
+        role=role,
+        path=source.path(module),
+        out_features=int(n_out),
+        in_features=int(n_in),
+        bias=cast("Tensor | None", module._parameters.get("bias")) is not None,
+        transposed=_own_class(module) is Conv1D,
+    )
+
+
+def _own_class(module: nn.Module) -> type[nn.Module]:
+    return base_of(type(module)) if isinstance(module, AdaptedLinear) else type(module)

@@ -1,0 +1,116 @@
+"""The names that transformers' models give to their parts: a short list of alternatives for each, the first that fits.
+
+This is the only place of the house where such names stand, with `families` for what one family alone has, and
+`peft_targets` for PEFT's choices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from veneer.model.blueprint.heads import HeadOrder
+from veneer.model.blueprint.parts import Role
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NormNames:
+    """The norms in front of the halves and those behind them. ``feed_forward`` may be ``attention``: one for both."""
+
+    attention: str | None
+    feed_forward: str | None
+    attention_post: str | None = None
+    feed_forward_post: str | None = None
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        """Each name once."""
+        names = (self.attention, self.feed_forward, self.attention_post, self.feed_forward_post)
+        return tuple(dict.fromkeys(name for name in names if name is not None))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InnerNames:
+    """The layers of a feed-forward part: those whose outputs are gate and up (or up alone), and the one behind them."""
+
+    inner: tuple[tuple[Role, str], ...]
+    down: str
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        """Every name."""
+        return (*(name for _, name in self.inner), self.down)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Names:
+    """Alternatives for every part, as children of what holds them; the first that a model has counts.
+
+    ``joined`` gives for each name of a layer with all of q, k and v in what order heads come where k and v have as many
+    as q; with fewer they always come q first, then k, then v.
+    """
+
+    positions: tuple[str, ...] = ("wpe", "embed_positions")
+    embedding_norm: tuple[str, ...] = ("word_embeddings_layernorm",)
+    final_norm: tuple[str, ...] = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
+    attention: tuple[str, ...] = ("self_attn", "attention", "attn", "self_attention")
+    q_k_v: tuple[tuple[str, str, str], ...] = (("q_proj", "k_proj", "v_proj"),)
+    joined: tuple[tuple[str, HeadOrder], ...] = (
+        ("qkv_proj", "joined"),
+        ("query_key_value", "by head"),
+        ("c_attn", "joined"),
+    )
+    out: tuple[str, ...] = ("o_proj", "dense", "c_proj", "out_proj")
+    head_norms: tuple[tuple[str, str], ...] = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"))
+    head_dim: tuple[str, ...] = ("head_dim", "head_size")
+    norms: tuple[NormNames, ...] = (
+        NormNames(
+            attention="input_layernorm",
+            feed_forward="pre_feedforward_layernorm",
+            attention_post="post_attention_layernorm",
+            feed_forward_post="post_feedforward_layernorm",
+        ),
+        NormNames(
+            attention="input_layernorm",
+            feed_forward="post_attention_layernorm",
+            attention_post="post_self_attn_layernorm",
+            feed_forward_post="post_mlp_layernorm",
+        ),
+        NormNames(
+            attention=None,
+            feed_forward=None,
+            attention_post="post_attention_layernorm",
+            feed_forward_post="post_feedforward_layernorm",
+        ),
+        NormNames(attention="input_layernorm", feed_forward="post_attention_layernorm"),
+        NormNames(attention="ln_1", feed_forward="ln_2"),
+        NormNames(attention="self_attn_layer_norm", feed_forward="final_layer_norm"),
+        NormNames(attention="input_layernorm", feed_forward="input_layernorm"),
+        NormNames(attention="ln_1", feed_forward="ln_1"),
+    )
+    feed_forward: tuple[str, ...] = ("mlp",)
+    inner: tuple[InnerNames, ...] = (
+        InnerNames(inner=(("gate", "gate_proj"), ("up", "up_proj")), down="down_proj"),
+        InnerNames(inner=(("gate_up", "gate_up_proj"),), down="down_proj"),
+        InnerNames(inner=(("up", "up_proj"),), down="down_proj"),
+        InnerNames(inner=(("up", "fc1"),), down="fc2"),
+        InnerNames(inner=(("up", "dense_h_to_4h"),), down="dense_4h_to_h"),
+        InnerNames(inner=(("up", "c_fc"),), down="c_proj"),
+        InnerNames(inner=(("up", "fc_in"),), down="fc_out"),
+    )
+    activation: tuple[str, ...] = ("act_fn", "activation_fn", "act", "gelu_impl")
+    dropouts: tuple[tuple[str, str], ...] = (("post_attention_dropout", "post_mlp_dropout"),)
+
+
+COMMON = Names()
+EXPERTS = ("experts", "gate")  # the stacks of a mixture and its router, as children of the feed-forward part
+STACKS = ("gate_up_proj", "down_proj")
+SHARED = ("shared_expert", "shared_expert_gate")
+
+# What a role is called in models that have no description here, encoders and encoder-decoders among them.
+ELSEWHERE: dict[str, tuple[str, ...]] = {
+    "q": ("q_proj", "query", "q", "query_proj"),
+    "k": ("k_proj", "key", "k", "key_proj"),
+    "v": ("v_proj", "value", "v", "value_proj"),
+    "qkv": ("query_key_value", "c_attn", "qkv_proj", "Wqkv"),
+    "down": ("down_proj", "fc2", "output.dense", "wo", "dense_4h_to_h", "mlp.c_proj", "w2"),
+}

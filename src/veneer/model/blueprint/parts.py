@@ -1,0 +1,166 @@
+"""The parts that decoders are put together from: linear layers by role, norms, attention, feed-forward parts, experts.
+
+Everything here is plain data. Paths lead from the model's root, shapes are as in torch, nothing holds a tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from veneer.model.blueprint.alibi import Alibi
+from veneer.model.blueprint.heads import HeadLayout
+from veneer.model.blueprint.rotary import Rotary
+
+Role = Literal["q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "router", "shared_gate", "head"]
+NormKind = Literal["rms", "layer"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Strange:
+    """A part of the model that the description has no words for, and why."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Linear:
+    """A linear layer. ``transposed``: its weight is stored (in, out), as GPT-2's are; otherwise (out, in)."""
+
+    role: Role
+    path: str
+    out_features: int
+    in_features: int
+    bias: bool
+    transposed: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stack:
+    """One linear layer of every expert, in one parameter (experts, out, in) without biases."""
+
+    role: Role
+    path: str
+    shape: tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Norm:
+    """An RMSNorm or a LayerNorm over the last axes, of this ``shape``; it multiplies by its weight plus ``offset``.
+
+    ``weight`` and ``bias`` say whether there is one.
+    """
+
+    path: str
+    kind: NormKind
+    shape: tuple[int, ...]
+    eps: float
+    offset: float
+    weight: bool
+    bias: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Temperature:
+    """Rotated queries times 1 + beta · ln(1 + ⌊position / original_max_positions⌋) (Llama 4, Ministral 3)."""
+
+    beta: float
+    original_max_positions: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attention:
+    """Causal self-attention: softmax(softcap(scale · q kᵀ) + alibi) v over the last ``window`` tokens (None: all).
+
+    ``qkv``: the layers of roles q, k, v, or one of role qkv that gives all three, laid out as ``heads`` says.
+    ``q_norm`` and ``k_norm`` act before the rotation. Their shape tells over what: (head_dim,) on each head with one
+    weight for all, (heads, head_dim) on each head with a weight of its own, (heads · head_dim,) on all heads at once.
+    ``clip``: the bound of what q, k and v may be, as they leave their layers.
+    """
+
+    path: str
+    qkv: tuple[Linear, ...]
+    out: Linear
+    heads: HeadLayout
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    rotary: Rotary | None = None
+    alibi: Alibi | None = None
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    clip: float | None = None
+    temperature: Temperature | None = None
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Every linear layer in it."""
+        return (*self.qkv, self.out)
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        """Every norm in it."""
+        return tuple(norm for norm in (self.q_norm, self.k_norm) if norm is not None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeedForward:
+    """``down(activation(gate x) · up x)`` where there is a gate, otherwise ``down(activation(up x))``.
+
+    ``inner``: the layers of roles gate and up, one of role gate_up that gives gate, then up, or up alone.
+    ``activation`` is one of `veneer.ops.activation.KINDS`, ``act`` the path of the module that computes it.
+    ``path`` is the block's own where the layers lie in the block itself (OPT).
+    """
+
+    path: str
+    inner: tuple[Linear, ...]
+    down: Linear
+    activation: str
+    act: str
+
+    @property
+    def gated(self) -> bool:
+        """Whether one half of what ``inner`` gives is a gate."""
+        return self.inner[0].role != "up"
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Every linear layer in it."""
+        return (*self.inner, self.down)
+
+    @property
+    def width(self) -> int:
+        """How many numbers ``down`` reads."""
+        return self.down.in_features
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experts:
+    """The ``top_k`` gated feed-forward parts that a router's softmax rates highest, in the sum of their ratings.
+
+    ``normalized``: the ratings of the chosen are divided by their sum. ``shared`` runs on every token beside them,
+    times the sigmoid of ``shared_gate`` where there is one.
+    """
+
+    path: str
+    router: Linear
+    n_experts: int
+    top_k: int
+    normalized: bool
+    gate_up: Stack
+    down: Stack
+    activation: str
+    shared: FeedForward | None = None
+    shared_gate: Linear | None = None
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Every linear layer in it but the stacks."""
+        gate = () if self.shared_gate is None else (self.shared_gate,)
+        return (self.router, *gate, *(self.shared.linears if self.shared else ()))
+
+    @property
+    def width(self) -> int:
+        """How many numbers one expert's ``down`` reads."""
+        return self.down.shape[2]

@@ -1,0 +1,129 @@
+"""Reading a block: its halves, the norms around them, and how they join the stream."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import nn
+
+from veneer.model.blueprint.decoder import Block, BlockNorms, Sublayer
+from veneer.model.blueprint.names import NormNames
+from veneer.model.blueprint.norms import read_norm
+from veneer.model.blueprint.parts import Attention, Experts, FeedForward, Norm, Strange
+from veneer.model.blueprint.read_attention import FULL, SLIDING, layer_type_of, read_attention
+from veneer.model.blueprint.read_feed_forward import read_feed_forward
+from veneer.model.blueprint.source import Source, first, has_all, undescribed
+
+PARALLEL = ("use_parallel_residual", "parallel_attn")  # config keys
+UNKNOWN = BlockNorms(attention=None, feed_forward=None)
+
+
+def read_block(source: Source, block: nn.Module, layer: int) -> Block:
+    """The description of block number ``layer``; what does not fit is in its ``strange``."""
+    path, names = source.path(block), source.names
+    attention_name, holder_name = first(block, names.attention), first(block, names.feed_forward)
+    in_block = holder_name is None and any(has_all(block, inner.all) for inner in names.inner)
+    if attention_name is None or not (holder_name or in_block):
+        tried = f"no {', '.join(names.feed_forward)} and one of {', '.join(names.attention)} in it"
+        return _unknown(path, tried)
+    attention_module = cast(nn.Module, getattr(block, attention_name))
+    layer_type = layer_type_of(attention_module)
+    if layer_type not in (None, FULL, SLIDING):
+        return _unknown(path, f"it is of type {layer_type}, where {FULL} and {SLIDING} are known")
+    norm_names = next((each for each in names.norms if _fits(block, each)), None)
+    if norm_names is None:
+        return _unknown(path, f"no {', or '.join(' and '.join(each.all) for each in names.norms)} in it")
+    norms = _norms(source, block, norm_names)
+    if norms is None:
+        return _unknown(path, "its norms are not RMSNorms or LayerNorms")
+    holder = block if holder_name is None else cast(nn.Module, getattr(block, holder_name))
+    attention = read_attention(source, attention_module, layer)
+    feed_forward = read_feed_forward(source, holder, in_block=in_block)
+    known = [attention_module, *(getattr(block, name) for name in norm_names.all)]
+    known += [holder] if holder_name else [m for inner in names.inner for m in _children(block, inner.all)]
+    return Block(
+        path=path,
+        attention=attention,
+        feed_forward=feed_forward,
+        norms=norms,
+        parallel=_parallel(source, norms),
+        residual_multiplier=float(getattr(source.config, "residual_multiplier", 1.0)),
+        attention_sublayer=_attention_sublayer(source, block, attention, norms),
+        feed_forward_sublayer=_feed_forward_sublayer(source, block, feed_forward, norms, in_block),
+        other=tuple(undescribed(source, block, known)),
+    )
+
+
+def _fits(block: nn.Module, names: NormNames) -> bool:
+    """Whether a block has these norms."""
+    return bool(names.all) and has_all(block, names.all)
+
+
+def _norms(source: Source, block: Any, names: NormNames) -> BlockNorms | None:
+    """The norms under these names; None where one of them is something else."""
+    found = {name: read_norm(source, getattr(block, name)) for name in names.all}
+    if any(norm is None for norm in found.values()):
+        return None
+
+    def of(name: str | None) -> Norm | None:
+        return None if name is None else found[name]
+
+    return BlockNorms(
+        attention=of(names.attention),
+        feed_forward=of(names.feed_forward),
+        attention_post=of(names.attention_post),
+        feed_forward_post=of(names.feed_forward_post),
+    )
+
+
+def _children(block: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
+    return [getattr(block, name) for name in names if hasattr(block, name)]
+
+
+def _parallel(source: Source, norms: BlockNorms) -> bool:
+    """One norm in front of both halves, or the config says so."""
+    one = norms.attention is not None and norms.attention == norms.feed_forward
+    return one or any(bool(getattr(source.config, key, False)) for key in PARALLEL)
+
+
+def _attention_sublayer(
+    source: Source, block: nn.Module, attention: Attention | Strange, norms: BlockNorms
+) -> Sublayer | None:
+    if isinstance(attention, Strange):
+        return None
+    if source.family.adds_inside:
+        return Sublayer(input_path=attention.qkv[0].path, output_path=attention.out.path)
+    dropout = _dropout(source, block, 0)
+    post = norms.attention_post.path if norms.attention_post else None
+    return Sublayer(input_path=attention.path, output_path=dropout or post or attention.path)
+
+
+def _feed_forward_sublayer(
+    source: Source, block: nn.Module, part: FeedForward | Experts | Strange, norms: BlockNorms, in_block: bool
+) -> Sublayer | None:
+    if isinstance(part, Strange):
+        return None
+    if isinstance(part, FeedForward) and (in_block or source.family.adds_inside):
+        return Sublayer(input_path=part.inner[0].path, output_path=part.down.path)
+    post = norms.feed_forward_post.path if norms.feed_forward_post else None
+    return Sublayer(input_path=part.path, output_path=_dropout(source, block, 1) or post or part.path)
+
+
+def _dropout(source: Source, block: nn.Module, half: int) -> str | None:
+    """The path of the dropout behind a half, where it is a module of that half's own."""
+    pairs = (pair for pair in source.names.dropouts if has_all(block, pair))
+    return next((source.path(getattr(block, pair[half])) for pair in pairs), None)
+
+
+def _unknown(path: str, reason: str) -> Block:
+    part = Strange(path=path, reason=reason)
+    return Block(
+        path=path,
+        attention=part,
+        feed_forward=part,
+        norms=UNKNOWN,
+        parallel=False,
+        residual_multiplier=1.0,
+        attention_sublayer=None,
+        feed_forward_sublayer=None,
+    )

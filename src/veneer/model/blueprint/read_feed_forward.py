@@ -1,0 +1,115 @@
+"""Reading a block's feed-forward part: its layers by role and its activation, or its experts."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from veneer.model.blueprint.linears import is_linear, read_linear
+from veneer.model.blueprint.names import EXPERTS, SHARED, STACKS, InnerNames
+from veneer.model.blueprint.parts import Experts, FeedForward, Linear, Role, Stack, Strange
+from veneer.model.blueprint.source import Source, first, has_all, undescribed
+from veneer.ops.activation import KINDS, activation_forward
+
+
+def read_feed_forward(source: Source, module: nn.Module, *, in_block: bool = False) -> FeedForward | Experts | Strange:
+    """The feed-forward part that ``module`` is; ``in_block``: its layers are children of the block, which it is."""
+    path = source.path(module)
+    if has_all(module, EXPERTS):
+        return _experts(source, module)
+    names = next((names for names in source.names.inner if has_all(module, names.all)), None)
+    if names is None:
+        return Strange(path=path, reason="no feed-forward part of known form in it")
+    found = _plain(source, module, names)
+    if isinstance(found, str):
+        return Strange(path=path, reason=found)
+    known = [getattr(module, name) for name in names.all]
+    rest = None if in_block else next(undescribed(source, module, known), None)
+    return rest or found
+
+
+def _plain(source: Source, module: nn.Module, names: InnerNames) -> FeedForward | str:
+    act = first(module, source.names.activation)
+    if not all(is_linear(getattr(module, name)) for name in names.all):
+        return "its layers are no plain linear layers"
+    inner = tuple(read_linear(source, getattr(module, name), role) for role, name in names.inner)
+    down = read_linear(source, getattr(module, names.down), "down")
+    widths = 1 if inner[0].role == "up" else 2
+    if sum(linear.out_features for linear in inner) != widths * down.in_features:
+        return "no feed-forward part of known form in it: its widths do not fit together"  # fc1 may hold a gate (Moshi)
+    activation = None if act is None else activation_of(getattr(module, act))
+    if activation is None:
+        return f"its activation is none of {', '.join(KINDS)}"
+    path = source.path(module)
+    return FeedForward(path=path, inner=inner, down=down, activation=activation, act=f"{path}.{act}")
+
+
+def activation_of(act: Any) -> str | None:
+    """Which of `veneer.ops.activation.KINDS` a module without weights computes, found by its values."""
+    x = torch.linspace(-4, 4, 33, dtype=torch.float64)
+    if isinstance(act, nn.Module) and next(act.parameters(), None) is not None:
+        return None
+    try:
+        given = act(x)
+    except (TypeError, RuntimeError):  # one that takes more than a tensor
+        return None
+    return next((kind for kind in KINDS if torch.allclose(given, activation_forward(x, kind), atol=1e-6)), None)
+
+
+def _experts(source: Source, module: nn.Module) -> Experts | Strange:
+    path = source.path(module)
+    experts, router = (getattr(module, name) for name in EXPERTS)
+    stacks = _stacks(source, experts)
+    activation, shared = activation_of(getattr(experts, "act_fn", None)), _shared(source, module)
+    score = cast("Tensor | None", router._parameters.get("weight"))
+    if not source.family.softmax_experts:
+        return Strange(path=path, reason="how its experts are chosen and weighted is not known for this family")
+    if stacks is None or score is None or activation is None:
+        return Strange(path=path, reason="its experts or their router are of another form than Mixtral's")
+    if isinstance(shared, Strange):
+        return shared
+    n_experts, width = score.shape
+    rest = next(undescribed(source, module, [experts, router, *_modules(module, SHARED)]), None)
+    return rest or Experts(
+        path=path,
+        router=Linear(role="router", path=source.path(router), out_features=n_experts, in_features=width, bias=False),
+        n_experts=n_experts,
+        top_k=int(router.top_k),
+        normalized=bool(getattr(router, "norm_topk_prob", True)),
+        gate_up=stacks[0],
+        down=stacks[1],
+        activation=activation,
+        shared=shared,
+        shared_gate=_shared_gate(source, module),
+    )
+
+
+def _stacks(source: Source, experts: nn.Module) -> tuple[Stack, Stack] | None:
+    """Gate and up of all experts, and what lies behind; None where they are not stacked in one parameter each."""
+    found = [experts._parameters.get(name) for name in STACKS]
+    if any(weight is None or weight.ndim != 3 for weight in found):
+        return None
+    shapes = [cast("tuple[int, int, int]", tuple(cast(Tensor, weight).shape)) for weight in found]
+    paths = [f"{source.path(experts)}.{name}" for name in STACKS]
+    roles: tuple[Role, Role] = ("gate_up", "down")
+    gate_up, down = (Stack(role=r, path=p, shape=s) for r, p, s in zip(roles, paths, shapes, strict=True))
+    return gate_up, down
+
+
+def _modules(module: nn.Module, names: tuple[str, ...]) -> list[nn.Module | None]:
+    return [getattr(module, name, None) for name in names]
+
+
+def _shared(source: Source, module: nn.Module) -> FeedForward | Strange | None:
+    shared = getattr(module, SHARED[0], None)
+    if shared is None:
+        return None
+    found = read_feed_forward(source, shared)
+    return found if not isinstance(found, Experts) else Strange(path=found.path, reason="experts within experts")
+
+
+def _shared_gate(source: Source, module: nn.Module) -> Linear | None:
+    gate = getattr(module, SHARED[1], None)
+    return None if gate is None else read_linear(source, gate, "shared_gate")

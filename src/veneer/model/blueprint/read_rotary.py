@@ -1,0 +1,154 @@
+"""Reading how a layer rotates queries and keys, from transformers' ``rope_parameters``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from veneer.model.blueprint.parts import Temperature
+from veneer.model.blueprint.rotary import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    Rotary,
+    Scaling,
+    YarnScaling,
+)
+from veneer.model.blueprint.source import Source
+
+KNOWN = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": (
+        "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate", "attention_factor",
+        "mscale", "mscale_all_dim",
+    ),
+    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings", "attention_factor", "factor"),
+}  # fmt: skip
+EVERYWHERE = ("rope_theta", "rope_type", "type", "partial_rotary_factor", "max_position_embeddings")
+TEMPERATURE = "llama_4_scaling_beta"
+
+
+def read_rotary(source: Source, layer_type: str | None, head_dim: int) -> Rotary | str | None:
+    """The rotation of a layer of this type; None where positions turn nothing, or in words what is not known."""
+    config = source.config
+    given = getattr(config, "rope_parameters", None)
+    if given is None:
+        return _from_rotary_dim(source, head_dim)
+    if layer_type is not None and layer_type in given:
+        given = given[layer_type]
+        if given is None:
+            return None
+    if not isinstance(given, Mapping) or not given.get("rope_theta"):
+        return f"its rope_parameters are {given!r}, with no rope_theta"
+    kind = str(given.get("rope_type") or "default")
+    if kind not in KNOWN:
+        return f"its rotation is of type {kind}, where {', '.join(KNOWN)} are known"
+    known = {*EVERYWHERE, *(_ANY if kind == "default" else KNOWN[kind])}
+    known |= {TEMPERATURE} if source.family.scales_queries else set()
+    stray = [key for key, value in given.items() if key not in known and value is not None]
+    if stray:
+        return f"its rope_parameters hold {', '.join(stray)}, which rotation of type {kind} does not know"
+    turning = int(head_dim * float(given.get("partial_rotary_factor") or 1.0))
+    if turning % 2:
+        return f"its partial_rotary_factor={given.get('partial_rotary_factor')} turns {turning} of {head_dim} numbers"
+    return Rotary(
+        dim=_dim(source, layer_type) or turning,
+        theta=float(given["rope_theta"]),
+        max_positions=int(config.max_position_embeddings),
+        interleaved=source.family.interleaved,
+        scaling=_scaling(kind, given, int(config.max_position_embeddings)),
+    )
+
+
+_ANY = {key for keys in KNOWN.values() for key in keys}  # what the type default leaves unused
+
+
+def _from_rotary_dim(source: Source, head_dim: int) -> Rotary | None:
+    """GPT-J's way: no parameters but the number of rotated dimensions, of all where it is None."""
+    if not hasattr(source.config, "rotary_dim"):
+        return None
+    return Rotary(
+        dim=source.config.rotary_dim or head_dim,
+        theta=10000.0,
+        max_positions=int(source.config.max_position_embeddings),
+        interleaved=source.family.interleaved,
+    )
+
+
+def _dim(source: Source, layer_type: str | None) -> int | None:
+    """How many dimensions turn, by the shape of the model's own table of frequencies."""
+    for module in source.model.base_model.modules():
+        if "rotary" in type(module).__name__.lower():
+            names = ("inv_freq", f"{layer_type}_inv_freq")
+            found = next((getattr(module, name) for name in names if hasattr(module, name)), None)
+            if found is not None:
+                return 2 * int(found.shape[0])
+    return None
+
+
+def _scaling(kind: str, given: Mapping[str, Any], max_positions: int) -> Scaling | None:
+    if kind == "default":
+        return None
+    if kind == "linear":
+        return LinearScaling(factor=float(given["factor"]))
+    if kind == "dynamic":
+        return DynamicScaling(factor=float(given["factor"]))
+    original = int(given["original_max_position_embeddings"])
+    factor = float(given.get("factor") or max_positions / original)
+    if kind == "llama3":
+        return Llama3Scaling(
+            factor=factor,
+            low_freq_factor=float(given["low_freq_factor"]),
+            high_freq_factor=float(given["high_freq_factor"]),
+            original_max_positions=original,
+        )
+    if kind == "yarn":
+        return YarnScaling(
+            factor=factor,
+            original_max_positions=original,
+            beta_fast=float(given.get("beta_fast") or 32),
+            beta_slow=float(given.get("beta_slow") or 1),
+            truncate=bool(given.get("truncate", True)),
+            attention_factor=_yarn_factor(given, factor),
+        )
+    long_factor = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return LongRopeScaling(
+        short=tuple(map(float, given["short_factor"])),
+        long=tuple(map(float, given["long_factor"])),
+        original_max_positions=original,
+        attention_factor=float(long_factor if given.get("attention_factor") is None else given["attention_factor"]),
+    )
+
+
+def _yarn_factor(given: Mapping[str, Any], factor: float) -> float:
+    """What cos and sin are multiplied by: given, or from the logarithm of the factor."""
+    if given.get("attention_factor") is not None:
+        return float(given["attention_factor"])
+    own, all_dim = given.get("mscale"), given.get("mscale_all_dim")
+    return _mscale(factor, own) / _mscale(factor, all_dim) if own and all_dim else _mscale(factor, 1.0)
+
+
+def _mscale(factor: float, mscale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def read_temperature(source: Source) -> Temperature | None:
+    """How queries grow with position, in families where they do."""
+    given = getattr(source.config, "rope_parameters", None) or {}
+    if not source.family.scales_queries or not given.get(TEMPERATURE):
+        return None
+    return Temperature(
+        beta=float(given[TEMPERATURE]), original_max_positions=int(given["original_max_position_embeddings"])
+    )
+
+
+def rotates(source: Source, attention: nn.Module, layer: int) -> bool:
+    """Whether a layer rotates at all: some leave it out in every fourth one (SmolLM3)."""
+    return bool(getattr(attention, "use_rope", True)) and source.family.rotates(source.config, layer)

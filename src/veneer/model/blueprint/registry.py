@@ -1,0 +1,28 @@
+"""The families that there are, found by walking `families`."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Mapping
+
+from veneer.model.blueprint import families
+from veneer.model.blueprint.family import CONVENTION, Family
+
+
+def family_of(model_type: str) -> Family:
+    """The family of a model type; `CONVENTION` for one that no file lists."""
+    return _families().get(model_type, CONVENTION)
+
+
+def listed() -> tuple[str, ...]:
+    """Every model type whose description is tested by values, sorted."""
+    return tuple(sorted(_families()))
+
+
+@functools.cache
+def _families() -> Mapping[str, Family]:
+    names = (module.name for module in pkgutil.iter_modules(families.__path__))
+    found = (importlib.import_module(f"{families.__name__}.{name}").FAMILY for name in names)
+    return {model_type: family for family in found for model_type in family.model_types}

@@ -1,0 +1,74 @@
+"""The model that is described: its modules by path, its config and its family."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from veneer.model.blueprint.family import CONVENTION, Family
+from veneer.model.blueprint.names import Names
+from veneer.model.blueprint.parts import Strange
+from veneer.model.blueprint.registry import family_of
+
+OURS = (".adapters.", ".copies.")  # what adapters bring is no part of the model
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A transformers model, on any device: values are never read, meta tensors will do."""
+
+    model: PreTrainedModel
+    config: Any
+    family: Family
+    paths: dict[int, str]
+    norm_forms: dict[Any, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Source:
+        """The model, looked at."""
+        config = model.config.get_text_config(decoder=True)
+        paths = {id(module): path for path, module in model.named_modules()}
+        return cls(model, config, family_of(config.model_type), paths)
+
+    @property
+    def names(self) -> Names:
+        """What this family calls its parts."""
+        return self.family.names
+
+    @property
+    def listed(self) -> bool:
+        """Whether descriptions of this model type are tested by values."""
+        return self.family is not CONVENTION
+
+    def path(self, module: nn.Module) -> str:
+        """Where a module is, from the model's root."""
+        return self.paths[id(module)]
+
+
+def first(module: nn.Module, names: Collection[str]) -> str | None:
+    """The first of these names under which a module holds something."""
+    return next((name for name in names if getattr(module, name, None) is not None), None)
+
+
+def has_all(module: nn.Module, names: Collection[str]) -> bool:
+    """Whether a module holds modules of all these names."""
+    return all(isinstance(getattr(module, name, None), nn.Module) for name in names)
+
+
+def undescribed(source: Source, module: nn.Module, known: Collection[nn.Module | None]) -> Iterator[Strange]:
+    """What ``module`` holds parameters for beside the ``known`` modules within it, if anything."""
+    inside = {path for path, part in module.named_modules() if any(part is each for each in known)}
+    rest = sorted(
+        {
+            name.rpartition(".")[0] or name
+            for name, _ in module.named_parameters()
+            if not any(mark in f".{name}" for mark in OURS) and not any(name.startswith(f"{path}.") for path in inside)
+        }
+    )
+    if rest:
+        shown = ", ".join(rest[:3]) + (f" and {len(rest) - 3} more" if len(rest) > 3 else "")
+        yield Strange(path=source.path(module), reason=f"it holds {shown}, which the description has no words for")
