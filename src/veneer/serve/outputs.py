@@ -1,0 +1,58 @@
+"""What a request gives back, in vLLM's names. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from veneer.serve.lora_request import LoRARequest
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """A token's natural log-probability, its rank among all tokens (1 is the likeliest), and its text."""
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+TokenLogprobs = dict[int, Logprob]
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One answer. ``stop_reason`` is the string or id that ended it, None where that was the end token or its length.
+
+    ``logprobs`` holds, for each token, those of the chosen one and of the likeliest, by id.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    lora_request: LoRARequest | None = None
+
+    def finished(self) -> bool:
+        """Whether nothing more comes."""
+        return self.finish_reason is not None
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """A prompt with its answers. ``error`` says why a request ended with the finish reason "error"."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    prompt_logprobs: list[TokenLogprobs | None] | None
+    outputs: list[CompletionOutput] = field(default_factory=list)
+    finished: bool = False
+    lora_request: LoRARequest | None = None
+    num_cached_tokens: int = 0
+    error: Exception | None = None

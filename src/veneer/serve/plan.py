@@ -1,0 +1,56 @@
+"""What a step computes, and what comes of it: numbers alone. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from veneer.serve.outputs import TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedSequence:
+    """A stretch of one request's tokens.
+
+    ``tokens`` are the ids to compute, at the positions ``start``, ``start + 1``, …; the ``n_front`` positions before
+    the first token of a sequence hold the adapter's virtual tokens, which are put there with ``start == n_front``.
+    ``pages`` hold the positions, ``block`` in each. ``samples``: a token is drawn behind the last one. The
+    log-probabilities of ``targets`` are asked for, which follow the tokens from ``first_scored`` on.
+    """
+
+    request_id: str
+    version: str | None
+    tokens: tuple[int, ...]
+    start: int
+    n_front: int
+    pages: tuple[int, ...]
+    samples: bool
+    first_scored: int = 0
+    targets: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The sequences of a step, those of one adapter version side by side and the base's first."""
+
+    sequences: tuple[PlannedSequence, ...] = ()
+
+    @property
+    def n_tokens(self) -> int:
+        """Rows of the step."""
+        return sum(len(sequence.tokens) for sequence in self.sequences)
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A token that was drawn, with the log-probabilities that were asked for, the chosen one's first."""
+
+    token: int
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What a step gave, by request: the token drawn, and the log-probabilities of prompt tokens."""
+
+    drawn: dict[str, Drawn] = field(default_factory=dict)
+    prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)

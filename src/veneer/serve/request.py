@@ -1,0 +1,93 @@
+"""One answer on its way: what it has computed, what it has drawn, and when it ends. No torch."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from veneer.serve.outputs import FinishReason
+
+
+class Status(enum.Enum):
+    """Where a request is: not begun (or preempted), in the batch, or ended."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    DONE = "done"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopRule:
+    """When an answer ends: at one of ``eos_ids`` or ``stop_ids``, once it has ``min_tokens``, or at ``max_tokens``."""
+
+    max_tokens: int
+    min_tokens: int = 0
+    eos_ids: frozenset[int] = frozenset()
+    stop_ids: frozenset[int] = frozenset()
+
+    def ends(self, n_tokens: int, token: int) -> FinishReason | None:
+        """Why an answer of ``n_tokens`` ends with ``token``; None where it goes on."""
+        if n_tokens >= self.min_tokens and token in self.eos_ids | self.stop_ids:
+            return "stop"
+        return "length" if n_tokens >= self.max_tokens else None
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class Request:
+    """The state of one answer.
+
+    ``version`` is the adapter's, ``n_front`` the virtual tokens that it puts in front. ``n_computed`` counts the tokens
+    whose keys and values lie in pages. ``scores_prompt``: log-probabilities of the prompt are asked for, of which
+    ``n_scored`` are there.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    rule: StopRule
+    version: str | None = None
+    n_front: int = 0
+    scores_prompt: bool = False
+    output: list[int] = field(default_factory=list)
+    n_computed: int = 0
+    n_scored: int = 0
+    n_preempted: int = 0
+    arrival: int = 0
+    status: Status = Status.WAITING
+    finish_reason: FinishReason | None = None
+    stop_token: int | None = None
+    error: Exception | None = None
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens known so far: the prompt's and the drawn ones."""
+        return len(self.prompt) + len(self.output)
+
+    @property
+    def n_left(self) -> int:
+        """Tokens whose keys and values are still to be computed; 1 while it decodes."""
+        return self.n_tokens - self.n_computed
+
+    def stretch(self, n: int) -> tuple[int, ...]:
+        """The next ``n`` tokens to compute."""
+        first, last, n_prompt = self.n_computed, self.n_computed + n, len(self.prompt)
+        return self.prompt[first:last] + tuple(self.output[max(0, first - n_prompt) : max(0, last - n_prompt)])
+
+    def unscored(self, n: int) -> tuple[int, tuple[int, ...]]:
+        """Of the next ``n`` tokens, the first whose follower lacks its log-probability, and all such followers."""
+        skipped = max(0, self.n_scored - self.n_computed)
+        if not self.scores_prompt:
+            return 0, ()
+        return skipped, self.prompt[self.n_computed + 1 + skipped : self.n_computed + 1 + n]
+
+    def draw(self, token: int) -> None:
+        """Take a drawn token in, and end where that ends the answer."""
+        self.output.append(token)
+        reason = self.rule.ends(len(self.output), token)
+        if reason == "stop" and token not in self.rule.eos_ids:
+            self.stop_token = token
+        if reason is not None:
+            self.end(reason)
+
+    def end(self, reason: FinishReason, error: Exception | None = None) -> None:
+        """No more tokens."""
+        self.status, self.finish_reason, self.error = Status.DONE, reason, error

@@ -1,0 +1,202 @@
+"""Who computes what in the next step: continuous batching with chunked prefill and preemption. No torch.
+
+A request waits until there are a seat, pages, and its adapter; it then computes its tokens, at most a step's budget at
+a time, draws one token a step, and ends. Where pages lack, the newest in the batch gives its own back and is computed
+again later.
+
+Laws: a plan has each request at most once and at most the budget's tokens; rows of one version stand side by side; the
+oldest in the batch is never preempted, so that something always ends; a request that has ended holds nothing; the plan
+is a function of the state.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from dataclasses import dataclass
+
+from veneer.errors import ConfigError
+from veneer.serve.adapter_pool import AdapterPool
+from veneer.serve.outputs import FinishReason
+from veneer.serve.pages import Pages
+from veneer.serve.plan import Plan, PlannedSequence, Sampled
+from veneer.serve.request import Request, Status
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """At most ``max_seqs`` requests in a batch, ``max_batched_tokens`` tokens in a step, ``max_model_len`` positions in
+    a sequence.
+    """
+
+    max_seqs: int = 128
+    max_batched_tokens: int = 512
+    max_model_len: int = 2048
+
+    def __post_init__(self) -> None:
+        wrong = [f"{name}={value}" for name, value in vars(self).items() if value < 1]
+        if wrong:
+            raise ConfigError(f"{', '.join(wrong)} must be at least 1")
+
+
+class Scheduler:
+    """The requests that wait, oldest first, and those in the batch, in the order in which they came in."""
+
+    def __init__(self, pages: Pages, pool: AdapterPool, limits: Limits) -> None:
+        if pages.n_pages * pages.block < limits.max_model_len:
+            raise ConfigError(
+                f"memory for keys and values holds {pages.n_pages * pages.block} positions, fewer than "
+                f"max_model_len={limits.max_model_len}: lower max_model_len, or raise kv_cache_memory_bytes"
+            )
+        self.pages, self.pool, self.limits = pages, pool, limits
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        self._arrivals = itertools.count()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request is on its way."""
+        return bool(self.waiting or self.running)
+
+    def add(self, request: Request) -> None:
+        """Take a request in. Raises ConfigError where it could never be run."""
+        self._require_room(request)
+        request.arrival = next(self._arrivals)
+        self.waiting.append(request)
+        if request.version is not None:
+            self.pool.enter(request.version)
+
+    def end(self, request: Request, reason: FinishReason, error: Exception | None = None) -> None:
+        """End a request before its time (or for its text's sake); it holds nothing from here on."""
+        if request.status is not Status.DONE:
+            request.end(reason, error)
+        self._drop(request)
+
+    def fail(self, version: str, error: Exception) -> list[Request]:
+        """End the requests that wait for a version, which cannot be loaded."""
+        found = [request for request in self.waiting if request.version == version]
+        for request in found:
+            self.end(request, "error", error)
+        return found
+
+    def wanted(self) -> list[str]:
+        """The versions that waiting requests need, that of the oldest first."""
+        return list(dict.fromkeys(r.version for r in self.waiting if r.version is not None))
+
+    def plan(self) -> Plan:
+        """What the next step computes; admits and preempts."""
+        planned: dict[Request, int] = {}
+        budget = self.limits.max_batched_tokens
+        at_first = sorted(self.running, key=lambda r: r.n_left > 1)  # decoding first, each kind oldest first
+        for request in at_first:
+            n = min(request.n_left, budget - sum(planned.values()))
+            if n and request.status is Status.RUNNING and self._reserve(request, n, planned):
+                planned[request] = n
+        if all(request.status is Status.RUNNING for request in at_first):  # pages just given back are not for others
+            self._admit(planned)
+        order = sorted(planned, key=lambda r: (r.version is not None, r.version or ""))
+        return Plan(tuple(self._laid_out(request, planned[request]) for request in order))
+
+    def commit(self, plan: Plan, sampled: Sampled) -> list[Request]:
+        """Take in what the step gave; the requests that got a token, or prompt scores, or ended."""
+        by_id = {request.id: request for request in self.running}
+        touched = []
+        for sequence in plan.sequences:
+            request = by_id[sequence.request_id]
+            request.n_computed += len(sequence.tokens)
+            request.n_scored += len(sequence.targets)
+            if sequence.samples:
+                request.draw(sampled.drawn[request.id].token)
+            if sequence.samples or sequence.targets:
+                touched.append(request)
+            if request.status is Status.DONE:
+                self._drop(request)
+        return touched
+
+    def _require_room(self, request: Request) -> None:
+        most, given = self.limits.max_model_len, len(request.prompt)
+        front = f" behind {request.n_front} virtual tokens" if request.n_front else ""
+        if not given:
+            raise ConfigError("the prompt is empty: give at least one token")
+        if request.n_front + given >= most:
+            raise ConfigError(
+                f"this model's maximum context length is {most} tokens and the prompt has {given}{front}, which leaves "
+                "none for the answer: shorten it"
+            )
+
+    def _reserve(self, request: Request, n: int, planned: dict[Request, int]) -> bool:
+        """Pages for the next n tokens, others preempted for them; False where the request itself had to go."""
+        while not self.pages.grow(request.id, request.n_front + request.n_computed + n):
+            newest = self.running[-1]
+            planned.pop(newest, None)
+            self._preempt(newest)
+            if newest is request:
+                return False
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        self.running.remove(request)
+        self.pages.release(request.id)
+        if request.version is not None:
+            self.pool.release(request.version)
+        request.status, request.n_computed = Status.WAITING, 0
+        request.n_preempted += 1
+        bisect.insort(self.waiting, request, key=lambda r: r.arrival)
+
+    def _admit(self, planned: dict[Request, int]) -> None:
+        drains = False
+        for request in list(self.waiting):
+            budget = self.limits.max_batched_tokens - sum(planned.values())
+            if not budget or len(self.running) >= self.limits.max_seqs:
+                return
+            version = request.version
+            if version is not None and (drains or not self._may_enter(version)):
+                # An older request has no place for its adapter: younger ones must not keep the places in use for ever.
+                drains = drains or not self._will_load(version)
+                continue
+            n = min(request.n_left, budget)
+            if self.pages.n_free < self.pages.needed(request.n_front + request.n_left):
+                return  # its turn comes first when pages are free
+            self.pages.grow(request.id, request.n_front + n)
+            planned[request] = n
+            self._enter(request)
+
+    def _may_enter(self, version: str) -> bool:
+        return self.pool.is_resident(version) and self.pool.may_act(version)
+
+    def _will_load(self, version: str) -> bool:
+        """Whether a version that is not loaded can be without somebody leaving the batch first."""
+        return not self.pool.is_resident(version) and self.pool.next_load([version])[0] is not None
+
+    def _enter(self, request: Request) -> None:
+        self.waiting.remove(request)
+        self.running.append(request)
+        request.status = Status.RUNNING
+        if request.version is not None:
+            self.pool.acquire(request.version)
+
+    def _laid_out(self, request: Request, n: int) -> PlannedSequence:
+        first, targets = request.unscored(n)
+        return PlannedSequence(
+            request_id=request.id,
+            version=request.version,
+            tokens=request.stretch(n),
+            start=request.n_front + request.n_computed,
+            n_front=request.n_front,
+            pages=self.pages.table(request.id),
+            samples=n == request.n_left,
+            first_scored=first,
+            targets=targets,
+        )
+
+    def _drop(self, request: Request) -> None:
+        self.pages.release(request.id)
+        if request in self.running:
+            self.running.remove(request)
+            if request.version is not None:
+                self.pool.release(request.version)
+                self.pool.leave(request.version)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+            if request.version is not None:
+                self.pool.leave(request.version)
