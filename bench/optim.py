@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from training_peak import peaks
 from veneer.ops.cpu.module import description
 from veneer.optim import AdamW8bit, GaLoreAdamW, PagedAdamW8bit
-from veneer.optim.galore import Projection
+from veneer.optim.galore import GaLoreProjection
 
 SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 
@@ -127,7 +127,7 @@ def state_bytes(optimizer: Optimizer) -> int:
 def galore_table(args: argparse.Namespace) -> Table:
     """What GaLore keeps for the same parameters, measured after one step."""
     rank = args.rank or args.hidden // 4
-    projection = Projection(rank=rank)
+    projection = GaLoreProjection(rank=rank)
     full = torch.optim.AdamW(parameters(args, torch.float32), **SETTINGS)
     full.step()
     whole = state_bytes(full)

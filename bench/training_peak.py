@@ -20,13 +20,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from resident import forget_high_water, high_water_mb
 from veneer.optim import AdamW8bit, GaLoreAdamW, LayerwiseGaLoreAdamW
-from veneer.optim.galore import Projection
+from veneer.optim.galore import GaLoreProjection
 
 STEPS, TOKENS, VOCAB = 3, 128, 2048
 
 
 def sides(rank: int) -> dict[str, Callable[[LlamaForCausalLM], Optimizer]]:
-    galore = {"lr": 1e-3, "projection": Projection(rank=rank)}
+    galore = {"lr": 1e-3, "projection": GaLoreProjection(rank=rank)}
     return {
         "torch AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True),
         "AdamW8bit": lambda model: AdamW8bit(model.parameters(), lr=1e-3),

@@ -1,1 +1,1 @@
-"""What an adapter learned: spectra of updates, and how two adapters overlap or conflict."""
+"""Analysis of adapters: spectra of updates, and the overlap and conflict of two adapters."""

@@ -1,4 +1,4 @@
-"""How two adapters relate at one layer: shared directions, and entries that pull apart."""
+"""Two adapters compared at one layer: shared directions, and entries that pull apart."""
 
 from __future__ import annotations
 

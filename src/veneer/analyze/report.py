@@ -12,7 +12,7 @@ from veneer.analyze.spectrum import Spectrum
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:
-    """One module: its path split into block number and name, and what its update looks like."""
+    """One module: its path split into block number and name, and the figures of its update."""
 
     path: str
     layer: int | None

@@ -1,4 +1,4 @@
-"""The singular values of an update, from its factors, and what they say."""
+"""The singular values of an update, from its factors: norm, effective rank, energy."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def stream_answer(loaded: Loaded, encoded: Any, options: dict[str, Any]) -> str:
 
 
 def _room(model: Any, n_prompt: int) -> int | None:
-    """How many tokens fit behind the prompt; None where the model has no limit."""
+    """The number of tokens that fit behind the prompt; None where the model has no limit."""
     from veneer.evaluate.scoring import context_length
 
     limit = context_length(model)

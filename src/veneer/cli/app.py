@@ -1,4 +1,4 @@
-"""``veneer``: the commands under one program, and what a user sees when something is wrong.
+"""``veneer``: the commands under one program, and its messages when something is wrong.
 
 Exit codes: 0 done, 2 something the user can mend (with one message on stderr, no traceback), 130 interrupted.
 Anything else is a defect of veneer and keeps its traceback.
@@ -59,7 +59,7 @@ class VerbGroup(TyperGroup):
 
 @contextmanager
 def _messages() -> Iterator[None]:
-    """Inside the block, what a user can mend ends in a message and an exit code."""
+    """Turn errors that the user can mend into a message and an exit code."""
     try:
         yield
     except VeneerError as error:

@@ -1,4 +1,4 @@
-"""``veneer env``: what is installed and what computes."""
+"""``veneer env``: the installation, the hardware and the kernels in use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``veneer eval``: how good a model is on data."""
+"""``veneer eval``: the quality of a model on data."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def eval_(
 
 
 def _measured(measurement: Measurement, subject: Subject, predictions: Path | None) -> dict[str, Any]:
-    """What is shown: the model, the data, the result; the answers are written to ``predictions``."""
+    """Measure; return the model, the data and the result, and write the answers to ``predictions``."""
     measurement.check(predictions)
     loaded, facts = measurement.take(subject)
     started = time.perf_counter()

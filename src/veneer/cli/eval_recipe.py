@@ -1,4 +1,4 @@
-"""What ``veneer eval --recipe`` measures: the model that a recipe trained, on rows read as it trained on them."""
+"""``veneer eval --recipe``: the model that a recipe trained, on rows read as it trained on them."""
 
 from __future__ import annotations
 

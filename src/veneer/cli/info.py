@@ -1,4 +1,4 @@
-"""``veneer info``: what an adapter or a model is, from its headers."""
+"""``veneer info``: facts about an adapter or a model, from its headers."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def info(
 
 
 def _find(what: str) -> tuple[Path, AdapterFacts | ModelFacts]:
-    """The folder that is meant and what is in it."""
+    """Find the folder that is meant, and read the facts in it."""
     from veneer.cli.loading import quiet
     from veneer.errors import ConfigError
     from veneer.store.adapter_config import CONFIG_FILE

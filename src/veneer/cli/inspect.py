@@ -1,4 +1,4 @@
-"""``veneer inspect``: what an adapter learned, layer by layer, and how two adapters relate."""
+"""``veneer inspect``: the updates of an adapter, layer by layer, and how two adapters relate."""
 
 from __future__ import annotations
 

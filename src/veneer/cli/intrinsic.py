@@ -1,4 +1,4 @@
-"""``veneer intrinsic``: how many dimensions a task takes."""
+"""``veneer intrinsic``: the intrinsic dimension of a task."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _task(loaded: loading.Loaded, data: Path, batch_size: int, held_out: float, 
     from veneer.data.collating import Collator
     from veneer.data.encoding import Encoder, kind_of
     from veneer.data.rows import RowReader, load_rows, split_off
-    from veneer.evaluate.metrics import label_accuracy
+    from veneer.evaluate.accuracy import label_accuracy
     from veneer.evaluate.questions import QuestionReader
 
     rows, held = split_off(load_rows(data, RowReader()).shuffle(seed=seed), held_out, seed)

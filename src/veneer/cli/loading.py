@@ -1,4 +1,4 @@
-"""What several verbs share: a model with its adapter and tokenizer, as the arguments name them."""
+"""Loading shared by several verbs: a model with its adapter and tokenizer, as the arguments name them."""
 
 from __future__ import annotations
 

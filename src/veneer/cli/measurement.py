@@ -1,4 +1,4 @@
-"""What ``veneer eval`` measures: a model, the rows that it is asked about, and what is counted."""
+"""One measurement of ``veneer eval``: a model, the rows that it is asked about, and the metric."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from veneer.cli import loading
 from veneer.cli.outputs import require_file
 
 if TYPE_CHECKING:
-    from veneer.evaluate.metrics import Accuracy, Judge, Perplexity, Windows
+    from veneer.evaluate.accuracy import Accuracy, Judge
+    from veneer.evaluate.perplexity import Perplexity, Windows
     from veneer.evaluate.questions import Question
     from veneer.evaluate.scoring import Answering
 
@@ -21,7 +22,7 @@ OnProgress = Callable[[int, int], None]
 
 
 class Metric(StrEnum):
-    """What is measured."""
+    """The metrics of ``veneer eval``."""
 
     PERPLEXITY = "perplexity"
     EXACT_MATCH = "exact-match"
@@ -39,7 +40,7 @@ _READS = {  # which options each metric reads; any other that is given is an err
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The options that only some metrics read, None or False where not given; and what they mean to each metric."""
+    """The options that only some metrics read, None or False where not given."""
 
     pattern: str | None
     labels: str | None
@@ -57,8 +58,8 @@ class Options:
         return {name for name, value in vars(self).items() if value is not None and value is not False}
 
     def windows(self, limit: int | None) -> Windows:
-        """How long texts are read, where the model's context holds ``limit`` tokens."""
-        from veneer.evaluate.metrics import Windows
+        """The windows that long texts are read in, where the model's context holds ``limit`` tokens."""
+        from veneer.evaluate.perplexity import Windows
 
         return Windows.within(limit, self.context, self.stride)
 
@@ -69,15 +70,15 @@ class Options:
 
     @property
     def judge(self) -> Judge:
-        """Whether an answer is right."""
-        from veneer.evaluate.metrics import exact_match, regex_match
+        """The judge of answers."""
+        from veneer.evaluate.accuracy import exact_match, regex_match
 
         fold = self.ignore_case
         return exact_match(fold=fold) if self.pattern is None else regex_match(self.pattern, fold=fold)
 
     @property
     def answering(self) -> Answering:
-        """How answers are generated."""
+        """The settings of generated answers."""
         from veneer.evaluate.scoring import Answering
 
         stop = tuple(text for text in self.stop or () if text)
@@ -86,7 +87,7 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """Which model is measured on which rows, and how they are read; None and False where not given."""
+    """The model that is measured and the rows that it is measured on; None and False where not given."""
 
     model: str | None
     adapter: Path | None
@@ -100,7 +101,7 @@ class Subject:
 
 
 class Measurement:
-    """One measurement: its rows, its options, what it finds."""
+    """One measurement: its rows, its options, its questions."""
 
     def __init__(self, metric: Metric, options: Options, batch_size: int) -> None:
         self.metric, self.options, self.batch_size = metric, options, batch_size
@@ -108,7 +109,7 @@ class Measurement:
         self.questions: list[Question] = []
 
     def take(self, subject: Subject) -> tuple[loading.Loaded, dict[str, Any]]:
-        """Read the rows, then load the model; with the facts that are known of both."""
+        """Read the rows, then load the model; the facts known of both come with it."""
         return self._take_model(subject) if subject.recipe is None else self._take_recipe(subject, subject.recipe)
 
     def _take_model(self, subject: Subject) -> tuple[loading.Loaded, dict[str, Any]]:
@@ -137,7 +138,7 @@ class Measurement:
         return load_trained(recipe), {"model": recipe.model.source, "adapter": str(saved), "data": str(named)}
 
     def _said_by_recipes(self, subject: Subject) -> list[str]:
-        """What was given of that which a recipe settles."""
+        """The options given that a recipe settles already."""
         given: dict[str, object] = {"MODEL": subject.model, "--adapter": subject.adapter, "--system": subject.system}
         given |= {"--prompt": self.options.prompt, "--answer-field": self.options.answer_field}
         given |= {"--chat": subject.chat, "--load-in-4bit": subject.load_in_4bit, "--dtype": subject.dtype != "auto"}
@@ -173,7 +174,8 @@ class Measurement:
 
     def measure(self, loaded: loading.Loaded, on_progress: OnProgress) -> Perplexity | Accuracy:
         """The result."""
-        from veneer.evaluate import metrics as evaluate
+        from veneer.evaluate import accuracy
+        from veneer.evaluate.perplexity import perplexity
         from veneer.evaluate.questions import QuestionReader, as_templated
         from veneer.evaluate.scoring import Batching, context_length
 
@@ -184,16 +186,16 @@ class Measurement:
             if options.prompt is not None:
                 rows = as_templated(rows, options.prompt, options.answer_field)
             how |= {"windows": options.windows(context_length(model)), "whole_rows": options.whole_rows}
-            return evaluate.perplexity(model, tokenizer, rows, **how)
+            return perplexity(model, tokenizer, rows, **how)
         reader = QuestionReader(tokenizer=tokenizer, prompt=options.prompt, answer_field=options.answer_field)
         self.questions = reader.read(self.rows)
         if self.metric is Metric.LABELS:
-            return evaluate.label_accuracy(model, tokenizer, self.questions, options.words, **how)
+            return accuracy.label_accuracy(model, tokenizer, self.questions, options.words, **how)
         how |= {"answering": options.answering}
-        return evaluate.answer_accuracy(model, tokenizer, self.questions, options.judge, **how)
+        return accuracy.answer_accuracy(model, tokenizer, self.questions, options.judge, **how)
 
     def write_predictions(self, path: Path, result: Any) -> None:
-        """One JSON object a row: the answers that are right, the prediction, whether it is one of them."""
+        """Write one JSON object a row: the right answers, the prediction, and True where it is one of them."""
         with path.open("w", encoding="utf-8") as file:
             for question, given, right in zip(self.questions, result.predictions, result.right, strict=True):
                 row = {"answers": question.answers, "prediction": given, "right": right}

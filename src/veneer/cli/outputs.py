@@ -1,4 +1,4 @@
-"""The places that a verb writes to when its work is done, looked at before it begins."""
+"""Check output paths before the work starts."""
 
 from __future__ import annotations
 

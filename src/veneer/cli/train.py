@@ -1,4 +1,4 @@
-"""``veneer train``: a recipe carried out."""
+"""``veneer train``: train as a recipe says."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def train(
 
 
 def _read(recipe: Path, overrides: list[str]) -> Recipe | Sweep:
-    """What the file asks for, checked as a whole."""
+    """Read the recipe, or the sweep, and check it as a whole."""
     from veneer.train.recipe.recipe import parse_recipe, read_values, refuse_early
 
     values = read_values(recipe, overrides)

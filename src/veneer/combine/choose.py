@@ -26,7 +26,7 @@ SPARSE = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 
 @dataclass(frozen=True, kw_only=True)
 class Combination:
-    """How to combine.
+    """A way to combine updates, and its settings.
 
     ``how``: "linear" is the weighted sum: exact, with ranks added up, where all updates are low-rank and no ``rank``
     is given, else truncated (a DoRA update has full rank); "cat" is the exact sum and never truncated; "svd" truncates

@@ -14,7 +14,7 @@ from veneer.errors import CompositionError
 
 
 def only_scales(updates: Sequence[Update]) -> bool:
-    """Whether every update is a pure rescaling."""
+    """Return True if every update is a pure rescaling."""
     return all(u.record.rank == 0 for u in updates)
 
 

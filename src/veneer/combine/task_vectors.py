@@ -1,5 +1,5 @@
-"""Task vectors: what fine-tuning changed in a weight, added to the base's again in some combination (Ilharco et al.
-2023, arXiv:2212.04089), plain or by TIES or DARE."""
+"""Task vectors: the changes that fine-tuning made to a weight, combined and added to the base's (Ilharco et al. 2023,
+arXiv:2212.04089), plain or by TIES or DARE."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ How = Literal["task_arithmetic", "ties", "dare_linear", "dare_ties"]
 
 @dataclass(frozen=True, kw_only=True)
 class TaskVectors:
-    """How task vectors become one.
+    """A way to combine task vectors, and its settings.
 
     ``how``: "task_arithmetic" adds them up with their weights; "ties" keeps the largest entries and those that agree
     with the elected sign; "dare_linear" and "dare_ties" keep a random draw instead.
@@ -56,7 +56,7 @@ class TaskVectors:
 
     @property
     def divides(self) -> bool:
-        """Whether the result is divided by the weights that took part."""
+        """True where the result is divided by the weights that took part."""
         return self.how == "ties" if self.normalize is None else self.normalize
 
 

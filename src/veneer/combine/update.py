@@ -1,4 +1,4 @@
-"""What an adapter changes at one layer: a record with the weight that it changes, as a matrix where one is needed."""
+"""The update of an adapter at one layer: a record with the weight that it changes, as a matrix where needed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Update:
 
     @property
     def is_lowrank(self) -> bool:
-        """Whether the update is ``scale B A`` and nothing else, so that it can be added exactly as factors."""
+        """True where the update is ``scale B A`` and nothing else, so that it can be added exactly as factors."""
         return self.record.in_scale is None and self.record.out_scale is None
 
     def dense(self) -> Float[Tensor, "o i"]:

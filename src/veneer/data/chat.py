@@ -1,4 +1,4 @@
-"""Which tokens of a rendered conversation are the assistant's: by the template's markers, else by position."""
+"""Chat templates: rendering a conversation, and finding the tokens that the assistant wrote."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def assistant_mask(
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many leading values two sequences share."""
+    """The number of leading values that two sequences share."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 

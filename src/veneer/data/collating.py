@@ -11,7 +11,7 @@ from torch import Tensor
 
 from veneer.data.encoding import IGNORED
 
-Layout = Literal["positions", "flat", "rows"]
+Layout = Literal["positions", "flat", "padded"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +20,8 @@ class Collator:
 
     ``layout`` is how packed rows reach the model: ``"positions"`` keeps each row and restarts its positions at every
     sequence, from which transformers derives a mask that is block-diagonal; ``"flat"`` lays all rows end to end, as the
-    variable-length flash kernels want it; ``"rows"`` unpacks them into padded rows. ``padding_free`` packs the examples
-    of a batch that were not packed before. The attention mask is left out of packed batches: its absence is what makes
+    variable-length flash kernels want it; ``"padded"`` unpacks them into padded rows. ``padding_free`` packs the
+    examples of a batch that were not packed before. The attention mask is left out of packed batches: its absence makes
     transformers read the positions.
     """
 
@@ -34,7 +34,7 @@ class Collator:
         """``input_ids``, ``labels`` (-100 where nothing is trained), ``attention_mask`` or ``position_ids``, (b, n)."""
         packed = "seq_lengths" in examples[0] or self.padding_free
         rows = [_Row.of(example) for example in examples]
-        if packed and self.layout != "rows":
+        if packed and self.layout != "padded":
             together = self.layout == "flat" or self.padding_free
             return self._packed([_Row.joined(rows)] if together else rows)
         return self._padded([piece for row in rows for piece in row.pieces()] if packed else rows)

@@ -19,7 +19,7 @@ AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
 
 
 def encode_all(dataset: AnyDataset, encoder: Encoder, name: str, n_processes: int | None = None) -> AnyDataset:
-    """Every row encoded; rows without a trained token are left out, and their number is logged.
+    """Encode every row; rows without a trained token are left out, and their number is logged.
 
     Raises DataError where no row is left, with what was looked for.
     """
@@ -44,7 +44,7 @@ def encode_all(dataset: AnyDataset, encoder: Encoder, name: str, n_processes: in
 
 
 def pack_all(dataset: AnyDataset, capacity: int, *, split: bool) -> Dataset:
-    """The rows packed. Raises ConfigError for a streamed data set, whose rows are not known beforehand."""
+    """Pack the rows. Raises ConfigError for a streamed data set, whose rows are not known beforehand."""
     if isinstance(dataset, IterableDataset):
         raise ConfigError("packing=True needs a data set that is not streamed: load it whole, or set packing=False")
     return pack(dataset, capacity, split=split)
@@ -65,7 +65,7 @@ def columns_of(dataset: Dataset | IterableDataset) -> list[str]:
 
 
 def has_trained_token(row: dict[str, list[int]]) -> bool:
-    """Whether any token of a row is trained."""
+    """Return True if any token of the row is trained."""
     return any(label != IGNORED for label in row["labels"])
 
 

@@ -1,4 +1,4 @@
-"""From a row of data to token ids and labels. What is trained is told by position, never by a token's id."""
+"""From a row of data to token ids and labels. Trained tokens are found by position, never by their id."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Encoded = dict[str, list[int]]
 
 
 def kind_of(columns: Sequence[str], text_field: str) -> Kind:
-    """How rows with these columns are read. Raises DataError where none of the known forms fits."""
+    """The kind of rows with these columns. Raises DataError where none of the known forms fits."""
     if "input_ids" in columns:
         return "tokens"
     if "prompt" in columns and "completion" in columns:
@@ -137,7 +137,7 @@ def _conversation(row: Mapping[str, Any], column: str) -> list[Mapping[str, Any]
 
 
 def _own_keys(value: Any) -> Any:
-    """The value without keys that hold nothing, at any depth.
+    """Drop the keys that hold None, at any depth.
 
     A table gives every message, and the arguments of every call, the keys of all of them; a template must not see
     those that are empty.
@@ -155,7 +155,7 @@ def _options(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _held(row: Mapping[str, Any], column: str) -> Any:
-    """What a column holds, which may be written as JSON, so that rows need not have the same keys."""
+    """The value of a column, which may be written as JSON, so that rows need not have the same keys."""
     value = row.get(column)
     try:
         return _own_keys(json.loads(value) if isinstance(value, str) else value)

@@ -1,18 +1,17 @@
-"""Rows of a file, numbered from one: JSON lines (counted by lines), a JSON list, parquet; and templates over a row."""
+"""Rows of a file, numbered from one: JSON lines (counted by lines), a JSON list, parquet."""
 
 from __future__ import annotations
 
 import difflib
 import json
-import string
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow.lib
 from datasets import Dataset
 
-from veneer.errors import ConfigError, DataError
+from veneer.errors import DataError
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -20,7 +19,7 @@ _SHOWN_PROBLEMS = 5
 
 
 def numbered_rows(path: Path, problems: list[str]) -> Iterator[tuple[int, Row]]:
-    """The objects of a file with their numbers; what is no object is put down in ``problems`` and left out.
+    """The objects of a file with their numbers; anything else is noted in ``problems`` and left out.
 
     Raises DataError where the file is missing, has another ending, or cannot be read as a whole.
     """
@@ -40,7 +39,7 @@ def numbered_rows(path: Path, problems: list[str]) -> Iterator[tuple[int, Row]]:
 
 
 def names_a_file(source: str | Path) -> bool:
-    """Whether a source is meant as a file, whether it is there or not, and not as a data set of the hub."""
+    """Return True if a source is meant as a file (it need not exist) and not as a data set of the hub."""
     path = Path(source)
     in_folder = path.parent.is_dir() and (path.suffix != "" or path.parent != Path())
     return in_folder or path.exists() or path.suffix in SUFFIXES or str(source).startswith(("/", ".", "~"))
@@ -55,7 +54,7 @@ def _nearest_file(path: Path) -> str:
 def raise_all(source: object, problems: list[str]) -> None:
     """Raise one DataError for these problems, where there are any: the first few, and how many more.
 
-    What several rows have in common is said once, with their numbers.
+    A problem that several rows share is told once, with their numbers.
     """
     rows: dict[str, list[str]] = {}
     for problem in problems:
@@ -84,33 +83,6 @@ def require_one_form(forms: Iterable[tuple[int, str]]) -> None:
                 f"row {number} is of the form {form}, and row {before[0]} of the form {before[1]}: bring all rows into "
                 "one form, or put them into files of their own"
             )
-
-
-class _Fields(string.Formatter):
-    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        value, first = super().get_field(field_name, args, kwargs)
-        if value is None:
-            raise DataError(f"the field {field_name!r}, which the template asks for, is empty (null)")
-        return value, first
-
-
-def fill_template(template: str, row: Mapping[str, Any]) -> str:
-    """``"Review: {text}"`` over the columns of a row.
-
-    Raises DataError where the row lacks a column or holds nothing in it, ConfigError where the template itself cannot
-    be read.
-    """
-    try:
-        return _Fields().vformat(template, (), row)
-    except DataError:  # a ValueError too
-        raise
-    except KeyError as error:
-        raise DataError(f"the template {template!r} asks for the field {error}, and there are {sorted(row)}") from error
-    except (IndexError, ValueError, AttributeError, TypeError) as error:
-        raise ConfigError(
-            f"the template {template!r} does not fit the columns {sorted(row)} ({type(error).__name__}: {error}); "
-            "write {{ and }} for braces that are meant as such"
-        ) from error
 
 
 def _json_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, Any]]:

@@ -11,7 +11,8 @@ from typing import Any
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
-from veneer.data.files import Row, fill_template, names_a_file, numbered_rows, raise_all, require_one_form
+from veneer.data.files import Row, names_a_file, numbered_rows, raise_all, require_one_form
+from veneer.data.templates import fill_template
 from veneer.errors import ConfigError, DataError
 
 FORMS = ("messages", "prompt-completion", "text", "alpaca", "template")
@@ -20,7 +21,7 @@ _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assista
 
 @dataclass(frozen=True, kw_only=True)
 class RowReader:
-    """How the rows of a source become messages, prompt and completion, or text.
+    """Reads the rows of a source as messages, prompt and completion, or text.
 
     ``prompt`` and ``completion`` are templates such as ``"Translate: {source}"`` over the columns. ``chat`` makes turns
     of user and assistant out of prompts and completions; ``system`` is a message put before each conversation.
@@ -182,7 +183,7 @@ def _turn(turn: Any) -> Row:
 
 
 def _template_options(row: Mapping[str, Any]) -> Row:
-    """What a row gives its chat template, as JSON: a table would give every row the keys of all of them."""
+    """The options of a row for its chat template, as JSON: a table would give every row the keys of all of them."""
     return {
         key: given if isinstance(given, str) else json.dumps(given)
         for key in ("tools", "chat_template_kwargs")

@@ -1,4 +1,4 @@
-"""Where veneer keeps models that it fetched or converted."""
+"""The cache folder, where fetched and converted models are kept."""
 
 from __future__ import annotations
 

@@ -30,9 +30,10 @@ _SETTLED_SECONDS = 2.0  # a scratch folder that is younger may not be locked yet
 def new_folder(target: Path) -> Iterator[Path]:
     """A scratch folder beside ``target`` to write into; on leaving without an error it takes the place of ``target``.
 
-    On any error nothing changes. What a killed process left of the same target goes first, and an old ``target`` that
-    it had moved aside comes back. A ``target`` that is a link stays one: what it leads to is replaced. Raises DiskError
-    where the disk is full or read-only or a file stands in the way, other refusals as OSError.
+    On any error nothing changes. Leftovers of a killed process for the same target are removed first, and an old
+    ``target`` that it had moved aside comes back. A ``target`` that is a link stays one: the folder it leads to is
+    replaced. Raises DiskError where the disk is full or read-only or a file stands in the way, other refusals as
+    OSError.
     """
     _make_parent(target)
     if target.is_symlink():
@@ -62,7 +63,7 @@ def _make_parent(target: Path) -> None:
 
 @contextmanager
 def disk_errors_told(target: Path) -> Iterator[None]:
-    """Raises DiskError where something inside fails because the disk is full or read-only, in whatever words."""
+    """Raise DiskError where the block fails because the disk is full or read-only, in whatever words."""
     try:
         yield
     except DiskError:
@@ -88,7 +89,7 @@ def _refusal(error: BaseException) -> str | None:
 
 
 def drop_leftovers(parent: Path, name: str) -> None:
-    """Clear away what processes that died left of a folder of this name (a pattern) in ``parent``."""
+    """Remove the leftovers of dead processes for a folder of this name (a pattern) in ``parent``."""
     for leftover in parent.glob(f".{name}{_PARTIAL}*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -140,7 +141,7 @@ def _lock(descriptor: int) -> bool:
 def build_once(target: Path, is_whole: Callable[[Path], bool], build: Callable[[Path], None]) -> Path:
     """``target``, built by ``build(scratch)`` where it is not whole yet.
 
-    Processes that race wait for the first and use its result. What a crashed one left behind is removed.
+    Processes that race wait for the first and use its result. Leftovers of a crashed one are removed.
     """
     if is_whole(target):
         return target
@@ -155,7 +156,7 @@ def build_once(target: Path, is_whole: Callable[[Path], bool], build: Callable[[
 
 
 def _put_in_place(scratch: Path, target: Path) -> None:
-    """What was there before goes only when the new folder is in its place, and comes back where that fails."""
+    """Replace the old folder; it is removed only once the new one is in its place, and restored if that fails."""
     retired = scratch.with_name(f"{scratch.name}{_OLD}") if target.exists() else None
     if retired is not None:
         target.rename(retired)

@@ -46,7 +46,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where one tensor lies on disk. ``start`` counts bytes from the beginning of the file."""
+    """The place of one tensor on disk. ``start`` counts bytes from the beginning of the file."""
 
     name: str
     path: Path

@@ -1,4 +1,4 @@
-"""What a model makes of token sequences, many at a time: log-probabilities of given tokens, and greedy answers."""
+"""Log-probabilities of given tokens, and greedy answers, many sequences at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OnProgress = Callable[[int, int], None]
 
 
 def ignore_progress(done: int, total: int) -> None:
-    """No one is told."""
+    """Report to no one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ def log_probabilities(
 
 @dataclass(frozen=True, kw_only=True)
 class Answering:
-    """How answers are generated: greedily, at most so many tokens, cut at the first of the ``stop`` strings."""
+    """Settings of generated answers: greedy, at most ``max_new_tokens``, cut at the first of the ``stop`` strings."""
 
     max_new_tokens: int = 256
     stop: tuple[str, ...] = ()
@@ -124,7 +124,7 @@ def greedy_answers(
 
 
 def context_length(model: Any) -> int | None:
-    """How many tokens fit into the context, beside the virtual tokens of the active adapter; None without a limit."""
+    """The tokens that fit into the context beside the active adapter's virtual tokens; None without a limit."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     fronts = [holder.acting() for holder in virtual_tokens(model).values()]
     return None if limit is None else int(limit) - sum(front.width for front in fronts if front is not None)

@@ -21,7 +21,7 @@ from veneer.store.checkpoint_writer import DEFAULT_SHARD_BYTES, CheckpointWriter
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CombineOptions:
-    """How the result is written."""
+    """Settings of the files that are written."""
 
     overwrite: bool = False
     max_shard_bytes: int = DEFAULT_SHARD_BYTES

@@ -48,7 +48,7 @@ class MergeOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeReport:
-    """What was done: modules changed, tensors and bytes written, whether tied embeddings had to be written apart."""
+    """The result of a merge: modules changed, tensors and bytes written, and True where tied embeddings were split."""
 
     n_modules: int
     n_tensors: int
@@ -204,7 +204,7 @@ def _plan(weights: BaseWeights, changed: dict[str, Adapted], dtype: torch.dtype 
 
 
 def _stay_one(changed: list[Adapted], n_names: int) -> bool:
-    """Whether a tensor of so many names stays one, given the modules among them that the adapter changes."""
+    """Return True if a tensor under several names stays one, given the modules among them that the adapter changes."""
     alike = (len(changed) == n_names) and all(module.changes_as(changed[0], (NAME,)) for module in changed)
     return not changed or alike
 

@@ -1,4 +1,4 @@
-"""How parameters start. The starts of low-rank factors are one file each, found by name.
+"""Starts of trained parameters. The starts of low-rank factors are one file each, found by name.
 
 Such a file offers ``find(name)``: the `Start` that a value of ``init_lora_weights`` means, or None where it is not its
 own, and ``NAMES`` for messages.
@@ -41,7 +41,7 @@ def find_start(name: bool | str) -> Start | None:
 
 
 def start_names() -> list[str]:
-    """What ``init_lora_weights`` may be, for messages."""
+    """The values that ``init_lora_weights`` may have, for messages."""
     return [name for module in _modules() for name in module.NAMES]
 
 

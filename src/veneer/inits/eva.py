@@ -35,7 +35,7 @@ def find(name: bool | str) -> Start | None:
 
 @dataclass(frozen=True)
 class EvaConfig:
-    """How EVA starts, in PEFT's fields.
+    """Settings of EVA, in PEFT's fields.
 
     ``rho``: no layer gets more than ``rho · r`` ranks; 1 leaves all ranks as they are. ``tau``: a direction has settled
     where its cosine with the one before the last batch is at least this. ``use_label_mask``: tokens whose label is
@@ -87,12 +87,12 @@ class Directions:
         return self.values.square() / self.total.to(self.values.dtype).clamp_min(torch.finfo(self.values.dtype).tiny)
 
     def varies(self) -> Bool[Tensor, " k"]:
-        """Whether the rows vary along each direction by more than rounding."""
+        """True for each direction along which the rows vary by more than rounding."""
         rounding = torch.finfo(self.values.dtype).eps * max(self.vectors.shape)
         return self.values > rounding * self.values[:1]
 
     def settled(self, tau: float) -> Bool[Tensor, " k"]:
-        """Which directions the last batch has hardly turned."""
+        """True for each direction that the last batch has hardly turned."""
         if self.cosines is None:
             return torch.zeros_like(self.values, dtype=torch.bool)
         return (self.cosines >= tau) | ~self.varies()
@@ -121,7 +121,7 @@ def updated(before: Directions | None, rows: Float[Tensor, "n i"], k: int) -> Di
 
 
 def shared_ranks(explained: Mapping[str, Tensor], budget: int) -> dict[str, int]:
-    """How many ranks each layer gets: the ``budget`` best directions of all layers, by what each explains in its own.
+    """The rank of each layer: the ``budget`` best directions of all layers, by the variance each explains in its own.
 
     Of equal ones the earlier layer's goes first.
     """

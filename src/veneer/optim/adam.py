@@ -1,4 +1,4 @@
-"""What the lean forms of AdamW share: settings, the walk over parameters, and state that is restored bit for bit."""
+"""The common base of the lean forms of AdamW: settings, the walk over parameters, state restored bit for bit."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from veneer.optim.adam import LeanAdamW, Params, next_step
 
 
 @dataclass(frozen=True, kw_only=True)
-class Projection:
+class GaLoreProjection:
     """``rank``: of the subspace. ``gap``: steps between new bases (one SVD each). ``scale``: of the update, the
     paper's alpha.
 
@@ -42,7 +42,7 @@ class Projection:
             raise ConfigError("GaLore: " + "; ".join(problems))
 
     def goes_right(self, shape: torch.Size) -> bool:
-        """Whether a matrix is multiplied by a basis from the right (``G V``): where that is the side to project."""
+        """Return True if a matrix is projected from the right (``G V``), False for ``Uᵀ G``."""
         return (shape[0] >= shape[1]) == (self.side == "shorter")
 
 
@@ -65,10 +65,10 @@ class GaLoreAdamW(LeanAdamW):
         eps: float = 1e-6,
         weight_decay: float = 0.0,
         *,
-        projection: Projection | None = None,
+        projection: GaLoreProjection | None = None,
         eight_bit: bool = False,
     ) -> None:
-        self.projection, self.eight_bit = projection or Projection(), eight_bit
+        self.projection, self.eight_bit = projection or GaLoreProjection(), eight_bit
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "projected": True}
         super().__init__(params, defaults)
 

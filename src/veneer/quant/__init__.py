@@ -1,1 +1,1 @@
-"""How a frozen weight is stored: one file per format, each a `core.frozen.FrozenWeight`."""
+"""Storage formats of a frozen weight: one file per format, each a `core.frozen.FrozenWeight`."""

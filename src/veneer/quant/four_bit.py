@@ -237,7 +237,7 @@ def _as_bytes(packed: Tensor | None) -> Tensor | None:
 
 
 def _map_problems(key: str, tensors: Parts, expected: Tensor) -> list[str]:
-    """Whether a table of codes on disk is the one that this format means."""
+    """The problems of a table of codes on disk, which must be the one of this format."""
     found = tensors.get(key)
     if found is None:
         return [f"{key} is missing"]

@@ -1,4 +1,4 @@
-"""What a module has to know about a storage format: the tensors it keeps, how to make them, their names on disk."""
+"""A storage format, described: the tensors that a module keeps, how to make them, their names on disk."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class StorageSpec(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What ``dense()`` gives back."""
+        """The dtype of ``dense()``."""
         ...
 
     def part_layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -56,7 +56,7 @@ class StorageSpec(Protocol):
 def part_problems(
     parts: Mapping[str, Tensor | None], layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 ) -> list[str]:
-    """What is wrong with the tensors that were read for a weight: missing, of another dtype or shape, not finite."""
+    """The problems of the tensors read for a weight: missing, of another dtype or shape, not finite."""
     problems = []
     for name, (dtype, shape) in layout.items():
         part = parts.get(name)

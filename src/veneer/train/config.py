@@ -85,7 +85,7 @@ def _range_problems(args: SFTConfig) -> list[str]:
 
 
 def _checkpointing_problems(args: SFTConfig) -> list[str]:
-    """What does not fit in the settings of activations, of which "selective" and "host" are brought into one form."""
+    """Normalize the checkpointing and offload settings; return what is inconsistent."""
     problems = []
     if args.gradient_checkpointing not in (True, False, "selective"):
         problems.append(f"gradient_checkpointing={args.gradient_checkpointing!r} must be True, False or 'selective'")

@@ -1,4 +1,4 @@
-"""What stops a run that has gone wrong before anything is written over a good checkpoint."""
+"""Checks that stop a run gone wrong before anything is written over a good checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Intrinsic dimension: how many numbers it takes to learn a task (Aghajanyan et al. 2021, arXiv:2012.13255)."""
+"""Intrinsic dimension: the numbers that it takes to learn a task (Aghajanyan et al. 2021, arXiv:2012.13255)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHARE = 0.9  # the paper's d90: nine tenths of what training all weights reaches
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How each point is trained: Adam, ``steps`` batches in turn, a rate that falls linearly to zero."""
+    """The training of each point: Adam, ``steps`` batches in turn, a rate that falls linearly to zero."""
 
     steps: int = 100
     learning_rate: float = 1e-3
@@ -144,7 +144,7 @@ def _train_steps(loss_of: _Loss, space: Subspace | _Whole, batches: Sequence[Bat
 
 @contextmanager
 def _weights_in(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside the block the model has these weights."""
+    """Give the model these weights inside the block."""
     own = {name: (p, p.data) for name, p in model.named_parameters()}
     for name, (parameter, _) in own.items():
         parameter.data = weights[name].detach()

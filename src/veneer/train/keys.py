@@ -36,7 +36,7 @@ def missing(cls: type, given: Mapping[str, Any], prefix: str = "") -> list[str]:
     return [f"{prefix}{f.name}: is missing" for f in needed if f.name not in given]
 
 
-# What the field calls some fields elsewhere.
+# Names that other libraries give to these fields.
 _OTHER_WORDS = {
     "rank": "r",
     "alpha": "lora_alpha",

@@ -1,4 +1,4 @@
-"""The loss of next-token prediction over the trained tokens of a batch, and what is counted on the way."""
+"""The loss of next-token prediction over the trained tokens of a batch, and the counts of them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def token_loss(
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
-    """How tokens are scored, with the meaning that `token_loss` gives the two."""
+    """The scoring of tokens; the two settings are those of `token_loss`."""
 
     label_smoothing: float = 0.0
     weigh_by_probability: bool = False
@@ -56,7 +56,7 @@ class Scoring:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What one member of a mixed batch has in it: some rows, their first ``width`` columns, and how it scores them."""
+    """The share of one member in a mixed batch: its rows, their first ``width`` columns, and its scoring."""
 
     rows: slice
     width: int

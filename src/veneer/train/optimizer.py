@@ -14,7 +14,7 @@ from transformers.trainer_utils import check_target_module_exists
 from veneer.errors import ConfigError
 from veneer.model.attach import module_index
 from veneer.optim import AdamW8bit, GaLoreAdamW, LayerwiseGaLoreAdamW, PagedAdamW8bit, lora_plus_groups
-from veneer.optim.galore import Projection
+from veneer.optim.galore import GaLoreProjection
 from veneer.train.keys import nearest
 
 Choice = tuple[type[torch.optim.Optimizer], dict[str, Any]]
@@ -102,8 +102,8 @@ def galore_groups(args: TrainingArguments, model: nn.Module) -> list[dict[str, A
     return [{"params": ps, "projected": on, "weight_decay": decay} for (on, decay), ps in groups.items()]
 
 
-def galore_projection(optim_args: str | None) -> Projection:
-    """What ``optim_args`` says, such as ``"rank=64, update_proj_gap=100, scale=0.25"``. Raises ConfigError."""
+def galore_projection(optim_args: str | None) -> GaLoreProjection:
+    """Parse ``optim_args``, such as ``"rank=64, update_proj_gap=100, scale=0.25"``. Raises ConfigError."""
     given: dict[str, Any] = {}
     for part in (optim_args or "").replace(" ", "").split(","):
         key, equals, text = part.partition("=")
@@ -116,16 +116,16 @@ def galore_projection(optim_args: str | None) -> Projection:
             given[_GALORE_KEYS[key]] = text if key == "side" else float(text) if key == "scale" else int(text)
         except ValueError as error:
             raise ConfigError(f"optim_args: {key}={text!r} must be a number") from error
-    return Projection(**given)
+    return GaLoreProjection(**given)
 
 
 def steps_in_backward(optim: Any) -> bool:
-    """Whether the optimizer of this name updates weights within the backward pass."""
+    """Return True if the optimizer of this name updates weights within the backward pass."""
     return _name(optim) in FACTORIES and _name(optim).endswith("_layerwise")
 
 
 def optimizer_problems(args: TrainingArguments) -> list[str]:
-    """What in the arguments does not go with the optimizer that they name."""
+    """The problems of the arguments with the optimizer that they name."""
     name, found = _name(args.optim), list[str]()
     if "galore" in name and name in FACTORIES:
         try:

@@ -1,4 +1,4 @@
-"""Whether a model keeps packed sequences apart, found out by asking it."""
+"""The layout of packed rows that a model computes exactly, found out by a trial."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def packing_layout(model: nn.Module) -> Layout:
         "%s does not keep packed sequences apart: packed rows are unpacked into padded ones before the forward pass",
         type(model).__name__,
     )
-    return "rows"
+    return "padded"
 
 
 @torch.no_grad()
 def keeps_packed_apart(model: nn.Module) -> bool:
-    """Whether the second of two packed sequences has the logits that it has alone, whatever the first one is."""
+    """Return True if the second of two packed sequences has the logits that it has alone, whatever the first is."""
     try:
         with evaluation(model):
             vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""What a run has counted so far: it goes into every checkpoint, so that a resumed run logs the same numbers."""
+"""The counters of a run; every checkpoint holds them, so that a resumed run logs the same numbers."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class AdapterSchedule(TrainerCallback):  # type: ignore[misc]
                 )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any) -> None:
-        """Leave what the next step depends on in the checkpoint, for trainers that do not."""
+        """Write the state of the schedules into the checkpoint, for trainers that do not."""
         model, folder = context["model"], _checkpoint(args, state)
         if isinstance(model, PeftModel) and folder.is_dir() and not (folder / SCHEDULE_FILE).is_file():
             save_schedules(model, folder)
@@ -69,7 +69,7 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 def save_schedules(model: PeftModel, folder: Path) -> None:
-    """Write what the next step depends on, where there are schedules."""
+    """Write the state of the schedules, where there are any."""
     found = schedules.tensors(model.adapter_state)
     if found:
         write_atomically(folder / SCHEDULE_FILE, tensors_to_bytes(found))

@@ -132,7 +132,7 @@ class SFTTrainer(ResumableTrainer):
         packed = self.padding_free or bool(self.args.eval_packing)
         return Collator(
             pad_token_id=self._tokenizer.pad_token_id,
-            layout=packing_layout(self.model) if packed else "rows",
+            layout=packing_layout(self.model) if packed else "padded",
             padding_free=self.padding_free and not self.args.packing,
             pad_to_multiple_of=self.args.pad_to_multiple_of,
         )

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import Result
 
 from veneer import PeftModel
-from veneer.evaluate import metrics as evaluate
+from veneer.evaluate import accuracy
 from veneer.evaluate.scoring import Answering
 
 Veneer = Callable[..., Result]
@@ -60,8 +60,8 @@ def test_answers_by_regex_as_a_table(veneer: Veneer, model_folder: Path, data: P
 def test_a_text_that_ends_answers_may_be_a_line_break(
     veneer: Veneer, model_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked, own = [], evaluate.answer_accuracy
-    monkeypatch.setattr(evaluate, "answer_accuracy", lambda *a, **k: asked.append(k["answering"]) or own(*a, **k))
+    asked, own = [], accuracy.answer_accuracy
+    monkeypatch.setattr(accuracy, "answer_accuracy", lambda *a, **k: asked.append(k["answering"]) or own(*a, **k))
     command = ("eval", model_folder, "-d", data, "-m", "exact-match", "--json", "--max-new-tokens", 2)
     measured(veneer(*command, "--stop", "\\n", "--stop", "a\\tb"))
     assert asked == [Answering(max_new_tokens=2, stop=("\n", "a\tb"))]

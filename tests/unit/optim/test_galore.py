@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from veneer.errors import ConfigError, TrainingError
-from veneer.optim.galore import GaLoreAdamW, Projection
+from veneer.optim.galore import GaLoreAdamW, GaLoreProjection
 from veneer.optim.layerwise import LayerwiseGaLoreAdamW
 
 TALL, WIDE, SQUARE = (23, 11), (7, 19), (13, 13)
@@ -45,7 +45,7 @@ def test_equals_the_paper(shape, side, right):
         lr=0.02,
         betas=(0.8, 0.95),
         weight_decay=0.1,
-        projection=Projection(rank=3, gap=2, scale=0.7, side=side),
+        projection=GaLoreProjection(rank=3, gap=2, scale=0.7, side=side),
     )
     for grad in grads:
         param.grad = grad.clone()
@@ -56,7 +56,7 @@ def test_equals_the_paper(shape, side, right):
 def test_vectors_and_small_matrices_take_plain_adamw():
     params = [torch.nn.Parameter(torch.ones(5)), torch.nn.Parameter(torch.ones(2, 9))]
     twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
-    ours = GaLoreAdamW(params, lr=0.1, eps=1e-6, projection=Projection(rank=3))
+    ours = GaLoreAdamW(params, lr=0.1, eps=1e-6, projection=GaLoreProjection(rank=3))
     theirs = torch.optim.AdamW(twins, lr=0.1, eps=1e-6, weight_decay=0.0)
     for step in range(4):
         for p, q in zip(params, twins, strict=True):
@@ -71,7 +71,7 @@ def test_vectors_and_small_matrices_take_plain_adamw():
 @pytest.mark.parametrize(("eight_bit", "most"), [(False, 0.22), (True, 0.12)])
 def test_state_is_a_fraction_of_adamw(eight_bit, most):
     param = torch.nn.Parameter(torch.randn(331, 257))
-    optimizer = GaLoreAdamW([param], projection=Projection(rank=32), eight_bit=eight_bit)
+    optimizer = GaLoreAdamW([param], projection=GaLoreProjection(rank=32), eight_bit=eight_bit)
     param.grad = torch.randn_like(param)
     optimizer.step()
     assert optimizer.state_bytes() / (8 * param.numel()) < most
@@ -86,7 +86,7 @@ def test_resume_is_bit_exact(eight_bit, tmp_path):
 
     def make(value):
         param = torch.nn.Parameter(value.clone())
-        return param, GaLoreAdamW([param], lr=0.01, projection=Projection(rank=4, gap=3), eight_bit=eight_bit)
+        return param, GaLoreAdamW([param], lr=0.01, projection=GaLoreProjection(rank=4, gap=3), eight_bit=eight_bit)
 
     start = torch.randn(29, 17).bfloat16()
     straight, optimizer = make(start)
@@ -106,7 +106,7 @@ def two_layers():
 
 
 def test_the_layerwise_form_gives_the_same_weights_and_frees_gradients():
-    options = {"lr": 0.03, "projection": Projection(rank=4, gap=2)}
+    options = {"lr": 0.03, "projection": GaLoreProjection(rank=4, gap=2)}
     x = torch.randn(6, 9)
     plain, layerwise = two_layers(), two_layers()
     optimizer = GaLoreAdamW(plain.parameters(), **options)
@@ -136,7 +136,7 @@ def test_the_layerwise_form_gives_the_same_weights_and_frees_gradients():
 def test_the_layerwise_form_stops_before_a_weight_takes_a_gradient_that_is_not_finite():
     model = two_layers()
     before = model[2].weight.clone()
-    LayerwiseGaLoreAdamW(model.parameters(), projection=Projection(rank=4))
+    LayerwiseGaLoreAdamW(model.parameters(), projection=GaLoreProjection(rank=4))
     with pytest.raises(TrainingError, match="NaN or infinite"):
         (model(torch.ones(2, 9)).sum() * float("nan")).backward()
     assert torch.equal(model[2].weight, before)
@@ -144,7 +144,7 @@ def test_the_layerwise_form_stops_before_a_weight_takes_a_gradient_that_is_not_f
 
 def test_a_group_that_is_not_projected_takes_plain_adamw():
     param, twin = (torch.nn.Parameter(torch.ones(7, 5)) for _ in range(2))
-    ours = GaLoreAdamW([{"params": [param], "projected": False}], lr=0.1, projection=Projection(rank=2))
+    ours = GaLoreAdamW([{"params": [param], "projected": False}], lr=0.1, projection=GaLoreProjection(rank=2))
     theirs = torch.optim.AdamW([twin], lr=0.1, eps=1e-6, weight_decay=0.0)
     for p in (param, twin):
         p.grad = torch.linspace(-1, 1, 35).view(7, 5)
@@ -155,24 +155,30 @@ def test_a_group_that_is_not_projected_takes_plain_adamw():
 
 def test_settings_are_checked():
     with pytest.raises(ConfigError, match=r"rank=0.*gap=0.*side='up'"):
-        Projection(rank=0, gap=0, side="up")
+        GaLoreProjection(rank=0, gap=0, side="up")
     for scale in (0.0, -0.25, float("nan"), float("inf")):
         with pytest.raises(ConfigError, match=f"scale={scale} must be a number above 0"):
-            Projection(scale=scale)
+            GaLoreProjection(scale=scale)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"projection": Projection(rank=5)}, r"matrix \(29, 17\) has a basis \(17, 4\), and rank=5.* make \(17, 5\)"),
-        ({"projection": Projection(rank=4, side="longer")}, r"a basis \(17, 4\), and .*side='longer' make \(29, 4\)"),
-        ({"projection": Projection(rank=17)}, r"a basis \(17, 4\), and rank=17, .* make none"),
-        ({"projection": Projection(rank=4), "eight_bit": True}, "moments are float32, and .* eight_bit=True"),
+        (
+            {"projection": GaLoreProjection(rank=5)},
+            r"matrix \(29, 17\) has a basis \(17, 4\), and rank=5.* make \(17, 5\)",
+        ),
+        (
+            {"projection": GaLoreProjection(rank=4, side="longer")},
+            r"a basis \(17, 4\), and .*side='longer' make \(29, 4\)",
+        ),
+        ({"projection": GaLoreProjection(rank=17)}, r"a basis \(17, 4\), and rank=17, .* make none"),
+        ({"projection": GaLoreProjection(rank=4), "eight_bit": True}, "moments are float32, and .* eight_bit=True"),
     ],
 )
 def test_a_state_of_another_projection_is_refused_and_nothing_is_changed(changes, message):
     param, twin = (torch.nn.Parameter(torch.ones(29, 17)) for _ in range(2))
-    before = GaLoreAdamW([param], lr=0.1, projection=Projection(rank=4))
+    before = GaLoreAdamW([param], lr=0.1, projection=GaLoreProjection(rank=4))
     param.grad = torch.linspace(-1, 1, 29 * 17).view(29, 17)
     before.step()
     other = GaLoreAdamW([twin], lr=0.3, **changes)

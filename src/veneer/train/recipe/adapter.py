@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.train.keys import missing, nearest, typed
 
-# What needs torch is imported where it is used: a wrong recipe is told before seconds of imports.
+# Modules that need torch are imported where they are used: a wrong recipe is told before seconds of imports.
 if TYPE_CHECKING:
     from veneer.core.method import MethodConfig
 

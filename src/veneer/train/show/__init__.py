@@ -1,1 +1,1 @@
-"""What a person sees of a run: progress, a sample, a report."""
+"""The display of a run: progress, a sample of the data, trained modules, a report."""

@@ -1,4 +1,4 @@
-"""What a person sees of a run on stderr: in a terminal one bar with the latest values, elsewhere plain lines."""
+"""Progress of a run on stderr: in a terminal one bar with the latest values, elsewhere plain lines."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
             TextColumn("{task.fields[values]}"),
             TimeRemainingColumn(compact=True),
         )
-        # What is printed to a stdout that is not this terminal must not come out here.
+        # Text printed to a stdout that is not this terminal must not come out here.
         self._bar = Progress(
             *columns,
             console=self._console,

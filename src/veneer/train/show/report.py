@@ -1,4 +1,4 @@
-"""What a run leaves behind for people: ``run.json`` and a picture of the loss."""
+"""The report of a run: the environment for ``run.json``, and a picture of the loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model trains, in one line."""
+"""The trained parameters of a model, in one line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def require_trainable(model: nn.Module) -> None:
 
 
 def describe_trained(model: nn.Module) -> str:
-    """Which modules are trained, how many parameters that is and in which precision.
+    """Describe the trained modules, the number of their parameters and their precision.
 
     For example: ``trains 3,240 of 61,240 parameters (5.29%, float32) in q_proj ×2, v_proj ×2``.
     """

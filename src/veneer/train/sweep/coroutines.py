@@ -1,4 +1,4 @@
-"""Runs that take turns in one thread, each with its own random numbers and its own place in accelerate's steps."""
+"""Runs as coroutines of one thread, each with its own random numbers and its own place in accelerate's steps."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What a run finds in the process as it left it: random states, and where accelerate is within a step."""
+class ProcessState:
+    """The state of the process that a run finds as it left it: random states, and accelerate's place within a step."""
 
     python: tuple[Any, ...]
     numpy: Any
@@ -27,26 +27,26 @@ class Surroundings:
     steps: dict[str, Any]
 
     @classmethod
-    def now(cls) -> Surroundings:
-        """As they are."""
+    def now(cls) -> ProcessState:
+        """The state as it is."""
         cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
         steps = dict(GradientState._shared_state)
         return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda, steps)
 
     def generator(self, device: torch.device) -> torch.Generator:
-        """One that goes on where the random numbers of this device are."""
+        """A generator that continues the random numbers of this device."""
         generator = torch.Generator(device)
         generator.set_state(cast(Tensor, self.cuda if device.type == "cuda" else self.cpu))
         return generator
 
-    def drawn(self, generator: torch.Generator) -> Surroundings:
-        """These, with the random numbers where a `generator` of theirs has come to."""
+    def after(self, generator: torch.Generator) -> ProcessState:
+        """The same state, with the random numbers as far as a `generator` of it has drawn."""
         if generator.device.type == "cuda":
             return replace(self, cuda=generator.get_state())
         return replace(self, cpu=generator.get_state())
 
     def restore(self) -> None:
-        """Bring them back."""
+        """Make it the state of the process."""
         random.setstate(self.python)
         np.random.set_state(self.numpy)
         torch.set_rng_state(self.cpu)
@@ -56,39 +56,39 @@ class Surroundings:
         GradientState._shared_state.update(self.steps)
 
 
-class Turn(Generic[T]):
-    """One run, as a function that may `ask` for something in the middle and goes on when it is answered."""
+class Coroutine(Generic[T]):
+    """A run as a function that may `ask` for something in the middle and goes on when it is answered."""
 
     def __init__(self, run: Callable[[], T]) -> None:
         self._greenlet = greenlet.greenlet(run)
-        self.surroundings = Surroundings.now()
+        self.state = ProcessState.now()
 
-    def go_on(self, answer: Any = None) -> Any:
-        """Let the run go on until it asks for something, which is returned, or ends: then what it gives back.
+    def resume(self, answer: Any = None) -> Any:
+        """Run to the next question, or to the end; return the question, or the result.
 
-        What the run raises is raised here.
+        An error of the run is raised here.
         """
-        outside = Surroundings.now()
-        self.surroundings.restore()
+        outside = ProcessState.now()
+        self.state.restore()
         try:
             return self._greenlet.switch() if not self._greenlet else self._greenlet.switch(answer)
         finally:
-            self.surroundings = Surroundings.now()
+            self.state = ProcessState.now()
             outside.restore()
 
     @property
     def ended(self) -> bool:
-        """Whether the run is over."""
+        """True once the run is over."""
         return bool(self._greenlet.dead)
 
-    def abandon(self) -> None:
-        """End a run where it is; its ``finally`` blocks run."""
+    def close(self) -> None:
+        """End the run where it is; its ``finally`` blocks run."""
         if self._greenlet and not self.ended:
             self._greenlet.throw()
 
 
 def ask(question: Any) -> Any:
-    """Within a run: hand the turn over with a question, and come back with the answer."""
+    """Suspend the run with a question, from within it; return the answer that it is resumed with."""
     outside = greenlet.getcurrent().parent
     assert outside is not None  # only a run asks
     return outside.switch(question)

@@ -1,4 +1,4 @@
-"""The ``sweep`` part of a recipe: what its members change in the rest, checked as a whole."""
+"""The ``sweep`` part of a recipe: its members and their changes to the rest, checked as a whole."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from veneer.train.recipe.recipe import PLACES, Recipe, beside, parse_recipe, put
 PART = "sweep"
 _KEYS = ("members", "grid")
 _NAME = re.compile(r"[\w.+-]+")
-# What the one pass over the base runs with.
+# Settings of the one pass over the base.
 _SHARED_TRAINING = (
     "bf16", "fp16", "tf32", "use_cpu", "fused", "gradient_checkpointing", "gradient_checkpointing_kwargs",
 )  # fmt: skip
-# What acts on a whole model of its own.
+# Settings that act on a whole model of its own.
 _UNSHARED = ("torch_compile", "deepspeed", "fsdp", "neftune_noise_alpha", "activation_offloading", "push_to_hub")
 _WHY_SHARED = "cannot vary: all members share one pass over one base. Set it for all, outside of sweep"
 
@@ -86,7 +86,7 @@ def _part_problems(part: Any) -> list[str]:
 
 
 def _changes(part: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What each member changes: the list, times the grid."""
+    """The changes of each member: the list, times the grid."""
     grid: Mapping[str, Sequence[Any]] = part.get("grid", {})
     points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     found = []
@@ -142,7 +142,7 @@ def _name_problems(names: Sequence[str]) -> list[str]:
 
 
 def _recipe(base: Mapping[str, Any], name: str, changes: Mapping[str, Any], problems: list[str]) -> Recipe | None:
-    """The recipe of a member; what is wrong with it goes into ``problems``."""
+    """The recipe of a member; its problems are added to ``problems``."""
     values = copy.deepcopy(dict(base))
     try:
         for key, value in changes.items():

@@ -1,4 +1,4 @@
-"""What a sweep leaves behind for people: a table, ``sweep.json``, and a picture of quality against parameters."""
+"""The report of a sweep: a table, ``sweep.json``, and a picture of quality against parameters."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Outcome:
 
     @property
     def loss(self) -> float | None:
-        """What members are compared by."""
+        """The value that members are compared by."""
         return self.train_loss if self.eval_loss is None else self.eval_loss
 
 
@@ -47,7 +47,7 @@ def outcomes(sweep: Sweep, records: Sequence[Mapping[str, Any]]) -> list[Outcome
 
 
 def pareto_front(points: Sequence[tuple[int, float | None]]) -> list[bool]:
-    """Whether nothing has both at most a point's size and at most its loss, and less of one."""
+    """True for each point that no other beats: none has at most its size and its loss, and less of one."""
     known = [(size, loss) for size, loss in points if loss is not None]
     return [
         loss is not None and not any(s <= size and other <= loss and (s < size or other < loss) for s, other in known)
@@ -66,13 +66,13 @@ def write_report(sweep: Sweep, found: Sequence[Outcome]) -> None:
 
 
 def quality(found: Sequence[Outcome]) -> str:
-    """What the losses are."""
+    """The name of the loss that is shown."""
     held_out = all(each.eval_loss is not None for each in found if each.status == "finished")
     return "held-out loss" if held_out else "training loss (no held-out rows for all)"
 
 
 def table(found: Sequence[Outcome]) -> Table:
-    """For the terminal; a star marks the members of the Pareto front."""
+    """The table for the terminal; a star marks the members of the Pareto front."""
     shown = Table(*_HEADINGS, box=None, pad_edge=False)
     for column in shown.columns[1:-1]:
         column.justify = "right"

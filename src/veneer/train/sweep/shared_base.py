@@ -25,7 +25,7 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The micro-batch of one member, how it is scored, and what its dropout draws from."""
+    """The micro-batch of one member, its scoring, and the generator of its dropout."""
 
     inputs: Batch
     scoring: Scoring
@@ -53,7 +53,7 @@ class SharedBase:
                     ours[name] = theirs[own]
 
     def remove(self, name: str) -> None:
-        """Carry it no longer."""
+        """Drop the adapter of a member."""
         detach(self.model, self.state, name)
 
     def checkpoint(self, options: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from veneer.train.checkpoint import checkpoints
 from veneer.train.loss import Scoring, TokenLoss
 from veneer.train.run import Tell, carry_out, load_base, make_trainer, record_of, require_fresh
 from veneer.train.show.display import RunDisplay
-from veneer.train.sweep.coroutines import Turn, ask
+from veneer.train.sweep.coroutines import Coroutine, ask
 from veneer.train.sweep.recipe import Member, Sweep
 from veneer.train.sweep.shared_base import Part, SharedBase
 from veneer.train.trainer import SFTTrainer, unwrap_forward
@@ -45,7 +45,7 @@ class Backward:
 
 
 class MemberTrainer(SFTTrainer):
-    """A trainer that asks those who run it for the loss and the gradients of each of its micro-batches."""
+    """A trainer that asks the sweep for the loss and the gradients of each of its micro-batches."""
 
     _shared: TokenLoss | None = None
 
@@ -66,18 +66,18 @@ class MemberTrainer(SFTTrainer):
 
 
 class Together:
-    """Members that take turns, and the base that they share."""
+    """Members that run in alternation, and the base that they share."""
 
     def __init__(self, base: PreTrainedModel, tell: Tell) -> None:
         self.base, self.tell = base, tell
-        self.turns: dict[str, Turn[dict[str, Any]]] = {}
+        self.runs: dict[str, Coroutine[dict[str, Any]]] = {}
         self.trainers: dict[str, MemberTrainer] = {}
         self.records: dict[str, dict[str, Any]] = {}
 
     def start(self, name: str, member: Member, resume: bool) -> None:
         """Let a member make its trainer, with its own random numbers."""
-        turn = Turn(lambda: _run(member, self.base, resume))
-        self.turns[name], self.trainers[name] = turn, turn.go_on()
+        run = Coroutine(lambda: _run(member, self.base, resume))
+        self.runs[name], self.trainers[name] = run, run.resume()
 
     def train(self) -> None:
         """Train all members to their ends."""
@@ -85,7 +85,7 @@ class Together:
         accelerator = next(iter(self.trainers.values())).accelerator
         shared = SharedBase(self.base)
         with ExitStack() as stack:
-            stack.callback(self._abandon)
+            stack.callback(self._close)
             for name, trainer in self.trainers.items():
                 shared.add(name, cast(PeftModel, trainer.model))
             if args.gradient_checkpointing:
@@ -95,21 +95,21 @@ class Together:
             stack.callback(unwrap_forward, shared.model)
             self._in_step(shared)
 
-    def _abandon(self) -> None:
-        for turn in self.turns.values():
-            turn.abandon()
+    def _close(self) -> None:
+        for run in self.runs.values():
+            run.close()
 
     def _in_step(self, shared: SharedBase) -> None:
         """One micro-batch of every member after the other, until the last has left."""
-        asked = self._go_on(shared, dict.fromkeys(self.turns))
+        asked = self._resume(shared, dict.fromkeys(self.runs))
         while asked:
             totals, answers = self._losses(shared, asked)
-            asked = self._go_on(shared, answers)
+            asked = self._resume(shared, answers)
             grads = {name: question.grad for name, question in asked.items()}
             if grads:
                 torch.autograd.backward([totals[name] for name in grads], list(grads.values()))
             del totals
-            asked = self._go_on(shared, dict.fromkeys(asked))
+            asked = self._resume(shared, dict.fromkeys(asked))
 
     def _losses(
         self, shared: SharedBase, asked: Mapping[str, Forward]
@@ -117,24 +117,24 @@ class Together:
         """The members' losses, and each as a leaf for the member to go on from."""
         parts = {}
         for name, question in asked.items():
-            generator = self.turns[name].surroundings.generator(question.inputs["input_ids"].device)
+            generator = self.runs[name].state.generator(question.inputs["input_ids"].device)
             parts[name] = Part(question.inputs, question.scoring, generator)
         found = shared.losses(parts)
         for name, part in parts.items():
-            turn = self.turns[name]
-            turn.surroundings = turn.surroundings.drawn(part.generator)
+            run = self.runs[name]
+            run.state = run.state.after(part.generator)
         leaves = {n: replace(loss, total=loss.total.detach().requires_grad_()) for n, loss in found.items()}
         return {name: loss.total for name, loss in found.items()}, leaves
 
-    def _go_on(self, shared: SharedBase, answers: Mapping[str, Any]) -> dict[str, Any]:
+    def _resume(self, shared: SharedBase, answers: Mapping[str, Any]) -> dict[str, Any]:
         """Give each member its answer, and take what it asks next; one that has ended leaves."""
         asked = {}
         for name, answer in answers.items():
-            question = self.turns[name].go_on(answer)
-            if self.turns[name].ended:
+            question = self.runs[name].resume(answer)
+            if self.runs[name].ended:
                 self.records[name] = question
                 shared.remove(name)
-                del self.turns[name]
+                del self.runs[name]
                 self.tell(f"{Path(question['recipe']['output']).name}: {told(question)}")
             else:
                 asked[name] = question
@@ -170,7 +170,7 @@ def run_sweep(sweep: Sweep, *, resume: bool = False, tell: Tell = lambda line: N
 
 
 def told(record: Mapping[str, Any]) -> str:
-    """How a member ended, in a few words."""
+    """The end of a member's run, in a few words."""
     if record["status"] == "diverged":
         return f"diverged ({record['reason'].partition(':')[0]})"
     results = record["results"]

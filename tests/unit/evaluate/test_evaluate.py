@@ -22,15 +22,8 @@ from transformers import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from veneer.errors import ConfigError, DataError
-from veneer.evaluate.metrics import (
-    Accuracy,
-    Windows,
-    answer_accuracy,
-    exact_match,
-    label_accuracy,
-    perplexity,
-    regex_match,
-)
+from veneer.evaluate.accuracy import Accuracy, answer_accuracy, exact_match, label_accuracy, regex_match
+from veneer.evaluate.perplexity import Windows, perplexity
 from veneer.evaluate.questions import Question, QuestionReader, as_trained, read_rows
 from veneer.evaluate.scoring import Answering, Batching, Scored, context_length, greedy_answers, log_probabilities
 

@@ -1,0 +1,36 @@
+"""Templates over the columns of a row, such as ``"Review: {text}"``."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from veneer.errors import ConfigError, DataError
+
+
+class _Fields(string.Formatter):
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        value, first = super().get_field(field_name, args, kwargs)
+        if value is None:
+            raise DataError(f"the field {field_name!r}, which the template asks for, is empty (null)")
+        return value, first
+
+
+def fill_template(template: str, row: Mapping[str, Any]) -> str:
+    """Fill a template such as ``"Review: {text}"`` with the columns of a row.
+
+    Raises DataError where the row lacks a column or holds nothing in it, ConfigError where the template itself cannot
+    be read.
+    """
+    try:
+        return _Fields().vformat(template, (), row)
+    except DataError:  # a ValueError too
+        raise
+    except KeyError as error:
+        raise DataError(f"the template {template!r} asks for the field {error}, and there are {sorted(row)}") from error
+    except (IndexError, ValueError, AttributeError, TypeError) as error:
+        raise ConfigError(
+            f"the template {template!r} does not fit the columns {sorted(row)} ({type(error).__name__}: {error}); "
+            "write {{ and }} for braces that are meant as such"
+        ) from error

@@ -1,0 +1,151 @@
+"""Accuracy: generated answers judged against the right ones, and choices among labels."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from veneer.errors import ConfigError, DataError
+from veneer.evaluate.questions import Question, continuation
+from veneer.evaluate.scoring import (
+    Answering,
+    Batching,
+    OnProgress,
+    Scored,
+    greedy_answers,
+    ignore_progress,
+    log_probabilities,
+)
+
+Judge = Callable[[str, Sequence[str]], bool]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accuracy:
+    """Share of right answers; ``predictions`` and ``right`` row by row."""
+
+    value: float
+    standard_error: float
+    n_right: int
+    n_rows: int
+    predictions: tuple[str, ...]
+    right: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, predictions: Sequence[str], right: Sequence[bool]) -> Accuracy:
+        """The accuracy of these answers; the standard error is that of a binomial share."""
+        n = len(right)
+        share = sum(right) / n
+        return cls(
+            value=share,
+            standard_error=math.sqrt(share * (1 - share) / n),
+            n_right=sum(right),
+            n_rows=n,
+            predictions=tuple(predictions),
+            right=tuple(right),
+        )
+
+
+def answer_accuracy(
+    model: Any,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    judge: Judge,
+    *,
+    answering: Answering | None = None,
+    batching: Batching | None = None,
+    on_progress: OnProgress = ignore_progress,
+) -> Accuracy:
+    """The share of greedily generated answers that the judge takes for right."""
+    prompts = [question.prompt for question in questions]
+    predictions = greedy_answers(model, tokenizer, prompts, answering, batching, on_progress=on_progress)
+    return Accuracy.of(predictions, [judge(p, q.answers) for p, q in zip(predictions, questions, strict=True)])
+
+
+def label_accuracy(
+    model: Any,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    labels: Sequence[str] = (),
+    *,
+    batching: Batching | None = None,
+    on_progress: OnProgress = ignore_progress,
+) -> Accuracy:
+    """The share of questions whose right label has the greatest log-probability, summed over its tokens.
+
+    ``labels`` default to the answers that occur. Raises DataError where a right answer is not among them, ConfigError
+    where nothing precedes a label.
+    """
+    words = _label_words(questions, labels)
+    items = []
+    for question in questions:
+        for word in words:
+            ids, start = continuation(tokenizer, question, word)
+            if not start:  # the first token of a text has no probability
+                raise ConfigError(
+                    f"a prompt is empty, or its first token merges with {word!r}: there is nothing to continue"
+                )
+            items.append(Scored(tuple(ids), start, len(ids)))
+    found = log_probabilities(model, items, batching, on_progress)
+    sums = [float(values.double().sum()) for values in found]
+    rows = [sums[i : i + len(words)] for i in range(0, len(sums), len(words))]
+    predictions = [words[row.index(max(row))].strip() for row in rows]
+    right = [p in {answer.strip() for answer in q.answers} for p, q in zip(predictions, questions, strict=True)]
+    return Accuracy.of(predictions, right)
+
+
+def exact_match(*, fold: bool = False) -> Judge:
+    """Compare the answer with the right ones, white space around it aside.
+
+    ``fold``: case and runs of white space do not count either.
+    """
+    clean = _folded if fold else str.strip
+    return lambda given, answers: any(clean(given) == clean(answer) for answer in answers)
+
+
+def regex_match(pattern: str, *, fold: bool = False) -> Judge:
+    """Compare the last match of the pattern (group 1 if there is one) in the answer and in the right one.
+
+    A right answer without a match is compared whole. Raises ConfigError for a bad pattern.
+    """
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"pattern {pattern!r} is not a regular expression: {error}") from error
+    same = exact_match(fold=fold)
+
+    def judge(given: str, answers: Sequence[str]) -> bool:
+        found = _last(compiled, given)
+        right = ((_last(compiled, answer), answer) for answer in answers)
+        return found is not None and same(found, [whole if part is None else part for part, whole in right])
+
+    return judge
+
+
+def _last(pattern: re.Pattern[str], text: str) -> str | None:
+    matches = list(pattern.finditer(text))
+    if not matches:
+        return None
+    return matches[-1].group(1 if pattern.groups else 0)
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.split()).casefold()
+
+
+def _label_words(questions: Sequence[Question], labels: Sequence[str]) -> list[str]:
+    """The labels as completions: with the white space in front that the data's own answers have."""
+    answers = {answer for question in questions for answer in question.answers}
+    lead = min(answer[: len(answer) - len(answer.lstrip())] for answer in answers)
+    plain = any(question.text is not None for question in questions) and not any(a != a.lstrip() for a in answers)
+    lead = " " if plain and all(q.text is None or not q.text[-1:].isspace() for q in questions) else lead
+    words = sorted({answer.strip() for answer in answers}) if not labels else [label.strip() for label in labels]
+    unknown = sorted({answer.strip() for answer in answers} - set(words))
+    if unknown:
+        raise DataError(f"the data holds answers that are none of the labels {words}: {unknown[:5]}")
+    if len(words) < 2 or len(set(words)) < len(words) or not all(words):
+        raise ConfigError(f"labels must be two or more different words, not {words}")
+    return [lead + word for word in words]

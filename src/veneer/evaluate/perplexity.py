@@ -1,0 +1,123 @@
+"""Perplexity of texts and of answers, read in windows that fit the model's context."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from veneer.data.encoding import IGNORED, Encoder, kind_of
+from veneer.data.files import require_one_form
+from veneer.errors import ConfigError, DataError
+from veneer.evaluate.scoring import (
+    Batching,
+    OnProgress,
+    Scored,
+    context_length,
+    ignore_progress,
+    log_probabilities,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Perplexity:
+    """``value`` = exp(mean negative log-likelihood of a token), every token of all rows weighing the same."""
+
+    value: float
+    nats_per_token: float
+    n_tokens: int
+    n_rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windows:
+    """Windows over texts longer than ``context`` tokens, which begin ``stride`` tokens apart.
+
+    A token is scored once, in the first window that holds it; the smaller the stride, the more it sees before it.
+    """
+
+    context: int = 1024
+    stride: int = 512
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.stride < self.context:
+            raise ConfigError(
+                f"stride must be 1 or more and less than the context, not {self.stride} of {self.context}"
+            )
+
+    @classmethod
+    def within(cls, limit: int | None, context: int | None = None, stride: int | None = None) -> Windows:
+        """Windows for a context of ``limit`` tokens; by default each begins half a window after the last.
+
+        Raises ConfigError where the model's context holds less than a window, of two tokens at the least.
+        """
+        if limit is not None and (context or 2) > limit:
+            raise ConfigError(
+                f"a window of {context or 2} tokens is more than the {limit} that the model's context holds beside the "
+                "adapter's virtual tokens: ask for a smaller context"
+            )
+        size = context or (cls.context if limit is None else min(cls.context, limit))
+        return cls(context=size, stride=max(size // 2, 1) if stride is None else stride)
+
+    def spans(self, n_tokens: int) -> list[tuple[int, int, int]]:
+        """(begin, first scored, end) of each window over a sequence; the first token is never scored."""
+        spans, begin, scored = [], 0, 1
+        while scored < n_tokens:
+            end = min(begin + self.context, n_tokens)
+            spans.append((begin, scored, end))
+            begin, scored = begin + self.stride, end
+        return spans
+
+
+def perplexity(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    windows: Windows | None = None,
+    whole_rows: bool = False,
+    batching: Batching | None = None,
+    on_progress: OnProgress = ignore_progress,
+) -> Perplexity:
+    """Perplexity of the answers (completions, assistant turns), or of all text where a row is plain text.
+
+    ``whole_rows`` scores the prompts too. Raises DataError for rows of no known form or without a token to score.
+    """
+    texts = _tokens(tokenizer, rows, whole_rows)
+    windows = windows or Windows.within(context_length(model))
+    items: list[Scored] = []
+    for ids, scored in texts:
+        for begin, start, end in windows.spans(len(ids)):
+            for first, last in _runs(scored[start:end], start):
+                items.append(Scored(tuple(ids[begin:end]), first - begin, last - begin))
+    if not items:
+        raise DataError("no row holds a token that could be scored: each needs two tokens or more")
+    found = log_probabilities(model, items, batching, on_progress)
+    n_tokens = sum(len(values) for values in found)
+    nats = -math.fsum(float(values.double().sum()) for values in found) / n_tokens
+    value = math.exp(nats) if nats < 700 else math.inf
+    return Perplexity(value=value, nats_per_token=nats, n_tokens=n_tokens, n_rows=len(rows))
+
+
+def _tokens(tokenizer: Any, rows: Sequence[Mapping[str, Any]], whole_rows: bool) -> list[tuple[list[int], list[bool]]]:
+    """Token ids of each row, and which of them are scored."""
+    if not rows:
+        raise DataError("the data has no rows")
+    require_one_form((number, kind_of(list(row), "text")) for number, row in enumerate(rows, 1))
+    kind = kind_of(list(rows[0]), "text")
+    if kind == "text":  # bare: no end token is put behind it, which the text does not hold
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row["text"], str):
+                raise DataError(f"row {number}: 'text' must be a string, not {type(row['text']).__name__}")
+        plain = [list(tokenizer(row["text"], verbose=False)["input_ids"]) for row in rows]
+        return [(ids, [True] * len(ids)) for ids in plain]
+    encoder = Encoder(tokenizer=tokenizer, kind=kind, completion_only=not whole_rows, assistant_only=not whole_rows)
+    encoded = [encoder(row, number) for number, row in enumerate(rows, 1)]
+    return [(row["input_ids"], [label != IGNORED for label in row["labels"]]) for row in encoded]
+
+
+def _runs(scored: Sequence[bool], offset: int) -> list[tuple[int, int]]:
+    """The spans of True, as positions counted from ``offset`` on."""
+    edges = [i for i in range(len(scored) + 1) if (i > 0 and scored[i - 1]) != (i < len(scored) and scored[i])]
+    return [(a + offset, b + offset) for a, b in zip(edges[::2], edges[1::2], strict=True)]
