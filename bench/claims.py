@@ -28,7 +28,7 @@ TOLERANCE = 0.05  # a rounded figure counts as right within this share
 
 @dataclass(frozen=True)
 class Claim:
-    """What is said and what it comes to, in the same unit."""
+    """A claim: the value that is said and the value counted, in the same unit."""
 
     text: str
     said: float

@@ -86,7 +86,10 @@ def kernels(device: torch.device, args: argparse.Namespace) -> list[str]:
 
 
 def check(case: Case) -> tuple[bool, tuple[str, str]]:
-    """Whether a case holds, and both sides' largest error against float64, relative to the largest value."""
+    """Check a case; return True where it holds, and both sides' largest errors against float64.
+
+    The errors are relative to the largest value.
+    """
     if case.exact is not None:
         ours = run(case.ours, case.inputs)
         same = [torch.equal(a.cpu(), b) for a, b in zip(ours, case.exact(), strict=True)]

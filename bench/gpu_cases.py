@@ -1,4 +1,4 @@
-"""What `gpu.py` checks and times: each op of ours, the peer's way to the same values, and inputs."""
+"""The cases of `gpu.py`: each op of ours, the peer's way to the same values, and inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `bench/kernels.py` prints."""
+"""The tables that `bench/kernels.py` prints."""
 
 from __future__ import annotations
 

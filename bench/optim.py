@@ -125,7 +125,7 @@ def state_bytes(optimizer: Optimizer) -> int:
 
 
 def galore_table(args: argparse.Namespace) -> Table:
-    """What GaLore keeps for the same parameters, measured after one step."""
+    """The state that GaLore keeps for the same parameters, measured after one step."""
     rank = args.rank or args.hidden // 4
     projection = GaLoreProjection(rank=rank)
     full = torch.optim.AdamW(parameters(args, torch.float32), **SETTINGS)

@@ -126,7 +126,7 @@ class Auxiliary(type):
         return isinstance(value, Adapted) and any(cls.counts(copy) for copy in value.copies.values())
 
     def counts(cls, copy: Any) -> bool:
-        """Whether what one adapter has of a module is meant."""
+        """True where one adapter's part of a module is meant."""
         return cls is WithCopies or hasattr(copy, "token_adapter")
 
 
@@ -220,12 +220,12 @@ class Known(dict[str, int]):
 
 
 def foreign(callspec: Any) -> bool:
-    """Whether a test's parameters hold a class that stands for another method."""
+    """Return True if a test's parameters hold a class that stands for another method."""
     return callspec is not None and any(stands_in(value) for value in callspec.params.values())
 
 
 def stands_in(value: Any) -> bool:
-    """Whether a value is, or holds, a stand-in."""
+    """Return True if a value is, or holds, a stand-in."""
     if isinstance(value, (list, tuple)):
         return any(stands_in(part) for part in value)
     return AbsentType in (type(value), type(type(value)))

@@ -103,7 +103,7 @@ def listed(rows: Iterable[Row]) -> list[str]:
 
 
 def read_back(config: str) -> str:
-    """Whether veneer reads the file that PEFT writes for a config with its defaults."""
+    """Return True if veneer reads the file that PEFT writes for a config with its defaults."""
     given = {"total_step": 100} if config == "AdaLoraConfig" else {}
     given |= {"num_virtual_tokens": 3} if "Pr" in config else {}
     with tempfile.TemporaryDirectory() as folder:
@@ -134,7 +134,7 @@ def methods() -> Iterator[Row]:
 
 
 def compared(name: str, theirs: Any, ours: Any) -> Row:
-    """Whether ours takes what theirs takes."""
+    """Return True if ours takes every argument of theirs."""
     if ours is None:
         return name, "absent", ""
     if not callable(theirs) or not callable(ours):
@@ -159,7 +159,7 @@ def fields(config: str) -> Iterator[Row]:
 
 
 def state_of(ours: Any, field: dataclasses.Field[Any]) -> tuple[str, str]:
-    """Whether our config has a field, and takes PEFT's default."""
+    """Return True if our config has the field and takes PEFT's default."""
     mine = {f.name: f for f in dataclasses.fields(ours)}.get(field.name)
     if mine is None:
         return "absent", ""
@@ -173,7 +173,7 @@ def state_of(ours: Any, field: dataclasses.Field[Any]) -> tuple[str, str]:
 
 
 def empty(value: Any) -> bool:
-    """Whether a default says nothing."""
+    """Return True if a default says nothing."""
     return value is None or value in ({}, [], ())
 
 

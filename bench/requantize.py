@@ -36,12 +36,12 @@ def nf4(weight: Tensor) -> FourBitWeight:
 
 
 def sixteen_bits(base: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """What merge_and_unload() gives."""
+    """The result of merge_and_unload()."""
     return (base + b @ a).bfloat16().float()
 
 
 def requantized(base: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """What merge_and_unload(requantize=True) gives."""
+    """The result of merge_and_unload(requantize=True)."""
     return nf4(base + b @ a).dense(torch.float32)
 
 

@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from veneer.cli.weights import weights_of
+from veneer.cli.arguments import weights_of
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:

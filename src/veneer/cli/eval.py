@@ -11,12 +11,12 @@ from typing import Annotated, Any
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from veneer.cli import loading
-from veneer.cli.measurement import Measurement, Metric, OnProgress, Options, Subject
-from veneer.train.show.terminal import draws_bars
+from veneer.cli.measurement import Measurement, Metric, Options, Subject
+from veneer.train.show.terminal import progress_bar
 
 
 def _unescaped(text: str) -> str:
@@ -159,8 +159,9 @@ def _measured(measurement: Measurement, subject: Subject, predictions: Path | No
     """Measure; return the model, the data and the result, and write the answers to ``predictions``."""
     measurement.check(predictions)
     loaded, facts = measurement.take(subject)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     started = time.perf_counter()
-    with loading.quiet(), _Bar(measurement.metric) as on_progress:
+    with loading.quiet(), progress_bar(measurement.metric, *columns) as on_progress:
         result = measurement.measure(loaded, on_progress)
     seconds = round(time.perf_counter() - started, 3)
     if predictions is not None:
@@ -170,23 +171,6 @@ def _measured(measurement: Measurement, subject: Subject, predictions: Path | No
 
 def _numbers(result: Any) -> dict[str, float | int]:
     return {k: getattr(result, k) for k in result.__slots__ if k not in ("predictions", "right")}
-
-
-class _Bar:
-    """A progress bar on stderr while something is measured."""
-
-    def __init__(self, metric: Metric) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        console = Console(stderr=True)
-        self._progress = Progress(*columns, console=console, transient=True, disable=not draws_bars(console))
-        self._task = self._progress.add_task(metric, total=None)
-
-    def __enter__(self) -> OnProgress:
-        self._progress.start()
-        return lambda done, total: self._progress.update(self._task, completed=done, total=total)
-
-    def __exit__(self, *unused: object) -> None:
-        self._progress.stop()
 
 
 _TITLES = {

@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from veneer.cli.outputs import require_file
+from veneer.cli.arguments import require_file
 
 if TYPE_CHECKING:
     from veneer.analyze.report import LayerReport, PairReport

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from veneer.cli import loading
-from veneer.cli.outputs import require_folder
+from veneer.cli.arguments import require_folder
 
 if TYPE_CHECKING:
     from veneer.train.intrinsic import Curve

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.cli import loading
-from veneer.cli.outputs import require_file
+from veneer.cli.arguments import require_file
 
 if TYPE_CHECKING:
     from veneer.evaluate.accuracy import Accuracy, Judge

@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
 from veneer.core.units import size
-from veneer.train.show.terminal import draws_bars
+from veneer.train.show.terminal import progress_bar
 
 
 def merge(
@@ -38,16 +36,8 @@ def merge(
 
     if not adapter.is_dir():
         raise ConfigError(f"no adapter {str(adapter)!r}: there is no such folder")
-    console = Console(stderr=True)
-    with quiet(), Progress(console=console, transient=True, disable=not draws_bars(console)) as progress:
-        task = progress.add_task("merging", total=None)
-        report = merge_checkpoint(
-            base,
-            adapter,
-            output,
-            MergeOptions(dtype=dtype, overwrite=force),
-            lambda done, total: progress.update(task, completed=done, total=total),
-        )
+    with quiet(), progress_bar("merging") as on_progress:
+        report = merge_checkpoint(base, adapter, output, MergeOptions(dtype=dtype, overwrite=force), on_progress)
     apart = ", tied embeddings written apart" if report.untied else ""
     written = f"{report.n_tensors} tensors, {size(report.n_bytes)}"
     typer.echo(f"{output}: {report.n_modules} modules changed, {written}{apart}")

@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
-from veneer.cli.weights import weights_of
+from veneer.cli.arguments import weights_of
 from veneer.core.units import size
-from veneer.train.show.terminal import draws_bars
+from veneer.train.show.terminal import progress_bar
 
 _Base = Annotated[str, typer.Argument(metavar="BASE", help="The model that all were tuned from.")]
 _Models = Annotated[list[str], typer.Argument(metavar="MODEL...", help="Fine-tuned models: folders or hub ids.")]
@@ -68,15 +66,7 @@ def merge_models(
         seed=seed,
     )
     pairs = list(zip(models, weights_of(weights, len(models)), strict=True))
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not draws_bars(console)) as progress:
-        task = progress.add_task("merging", total=None)
-        n_bytes = combine_checkpoints(
-            base,
-            pairs,
-            output,
-            plan,
-            options=CombineOptions(overwrite=force),
-            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
-        )
+    with progress_bar("merging") as on_progress:
+        options = CombineOptions(overwrite=force)
+        n_bytes = combine_checkpoints(base, pairs, output, plan, options=options, on_progress=on_progress)
     typer.echo(f"{output}: {len(models)} models by {how}, {size(n_bytes)}")

@@ -76,7 +76,7 @@ def make_random(model: torch.nn.Module, seed: int = 2) -> None:
 
 
 def logits(model: Any, ids: Tensor) -> Tensor:
-    """What the model says to these tokens; no gradient is kept."""
+    """The logits of the model for these tokens; no gradient is kept."""
     with torch.no_grad():
         return model(ids).logits
 

@@ -1,4 +1,4 @@
-"""What loading may be told besides: other shapes, other names, a device; and configs on disk alone."""
+"""Options of loading: other shapes, other names, a device; and configs on disk alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What users of such libraries complain of most (docs/pains.md), as far as adapters, merging and the disk go."""
+"""The most common complaints of users (docs/pains.md), as far as adapters, merging and the disk go."""
 
 from __future__ import annotations
 

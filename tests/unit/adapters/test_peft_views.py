@@ -1,4 +1,4 @@
-"""What PEFT's users read of an adapted model and its modules, and set on a config."""
+"""Attributes that PEFT's users read of an adapted model and its modules, and set on a config."""
 
 from __future__ import annotations
 

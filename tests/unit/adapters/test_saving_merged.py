@@ -1,4 +1,4 @@
-"""What is saved of an adapter while it is merged: the base's own table, not the one that it was folded into."""
+"""Saving an adapter while it is merged: the base's own table is kept, not the one that it was folded into."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which parameters train, in which dtype, and that gradients reach them."""
+"""The parameters that train and their dtypes; gradients reach them."""
 
 from __future__ import annotations
 

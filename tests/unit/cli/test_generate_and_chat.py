@@ -20,7 +20,7 @@ Veneer = Callable[..., Result]
 
 
 def answer(folder: Path, text: str, n: int, adapter: Path | None = None) -> str:
-    """What the model says, by transformers alone."""
+    """The answer of the model, by transformers alone."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter)

@@ -1,4 +1,4 @@
-"""What `veneer info` says about adapters and models."""
+"""`veneer info` on adapters and models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which models `fuse` takes, and that it leaves the others alone and says why."""
+"""The models that `fuse` takes; it leaves the others alone and says why."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def assert_same(model: PreTrainedModel, batch: dict[str, Any] | None = None, tol
 
 @pytest.fixture
 def halves(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Which halves ran fused."""
+    """The halves that ran fused."""
     ran: list[str] = []
     for name, half in (("attention", attention_half), ("mlp", mlp_half)):
 

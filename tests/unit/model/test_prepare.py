@@ -1,4 +1,4 @@
-"""What `prepare_model_for_kbit_training` changes, and that a model prepared by it trains."""
+"""The changes of `prepare_model_for_kbit_training`, and that a model prepared by it trains."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def spec_of(w: Tensor, quant_type: str, double_quant: bool) -> FourBitSpec:
 
 
 def values_of(packed: Tensor, state: QuantState) -> Tensor:
-    """What the codes mean: ``table[code] * absmax``. (bitsandbytes' CPU code fails at widths such as 32.)"""
+    """The values of the codes: ``table[code] * absmax``. (bitsandbytes' CPU code fails at widths such as 32.)"""
     absmax = state.absmax
     if state.nested:
         absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset

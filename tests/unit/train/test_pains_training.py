@@ -1,4 +1,4 @@
-"""What users of such libraries complain of most (docs/pains.md), as far as training goes."""
+"""The most common complaints of users (docs/pains.md), as far as training goes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run leaves in ``run.json`` when it breaks off, and what ``train_on`` means for rows."""
+"""The ``run.json`` of a run that breaks off, and the meaning of ``train_on`` for rows."""
 
 import json
 from pathlib import Path

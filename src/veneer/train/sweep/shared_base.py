@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -30,6 +31,15 @@ class Part:
     inputs: Batch
     scoring: Scoring
     generator: torch.Generator
+
+
+def twin(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of modules of its own that hold the parameters and buffers of ``model`` themselves, not copies.
+
+    So each member's model can carry an adapter of its own over the very same weights.
+    """
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, dict(shared))
 
 
 class SharedBase:

@@ -16,14 +16,13 @@ from transformers import PreTrainedModel
 from veneer.adapters.peft_model import PeftModel
 from veneer.errors import ConfigError, DivergedError
 from veneer.model.fused.decoder import fused
-from veneer.model.twin import twin
 from veneer.train.checkpoint import checkpoints
 from veneer.train.loss import Scoring, TokenLoss
 from veneer.train.run import Tell, carry_out, load_base, make_trainer, record_of, require_fresh
 from veneer.train.show.display import RunDisplay
 from veneer.train.sweep.coroutines import Coroutine, ask
 from veneer.train.sweep.recipe import Member, Sweep
-from veneer.train.sweep.shared_base import Part, SharedBase
+from veneer.train.sweep.shared_base import Part, SharedBase, twin
 from veneer.train.trainer import SFTTrainer, unwrap_forward
 
 OVER = ("finished", "diverged")

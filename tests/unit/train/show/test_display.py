@@ -1,4 +1,4 @@
-"""What a person sees of a run: plain lines in a file, one bar in a terminal."""
+"""Progress of a run: plain lines in a file, one bar in a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Check output paths before the work starts."""
+"""Checks of arguments that several verbs take, made before the work starts: output paths, weights."""
 
 from __future__ import annotations
 
@@ -22,3 +22,15 @@ def require_folder(option: str, path: Path) -> None:
     for part in (path, *path.parents):
         if part.exists() and not part.is_dir():
             raise ConfigError(f"{option} {path}: {part} is a file, not a folder; choose another place")
+
+
+def weights_of(weights: str | None, n: int) -> list[float]:
+    """The numbers of ``--weights``, all 1 where not given. Raises ConfigError unless there is one for each input."""
+    given = [1.0] * n if weights is None else weights.replace(",", " ").split()
+    try:
+        numbers = [float(w) for w in given]
+    except ValueError as error:
+        raise ConfigError(f"--weights {weights!r} must be numbers separated by spaces or commas") from error
+    if len(numbers) != n:
+        raise ConfigError(f"--weights has {len(numbers)} numbers for {n} inputs: give one for each")
+    return numbers
