@@ -26,10 +26,9 @@ from transformers import AutoTokenizer
 from lora_step import adapted, base_of, optimizer_of, require_fused, step
 from veneer.adapters.peft_model import PeftModel
 from veneer.model.fused.decoder import fuse
-from veneer.model.twin import twin
 from veneer.store.source import resolve
 from veneer.train.loss import Scoring
-from veneer.train.sweep.shared_base import Part, SharedBase
+from veneer.train.sweep.shared_base import Part, SharedBase, twin
 
 RANKS = (2, 4, 8, 8, 16, 16, 32, 64)
 TOLERANCE = 0.02

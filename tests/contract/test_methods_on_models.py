@@ -8,21 +8,14 @@ import peft
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 import veneer
+from models import gpt2_config, llama_config
 from veneer.model.attach import adapted_layers, live_parameters
 
-LLAMA = LlamaConfig(
-    vocab_size=67,
-    hidden_size=28,
-    intermediate_size=37,
-    num_hidden_layers=2,
-    num_attention_heads=7,
-    num_key_value_heads=1,
-    attention_bias=True,
-)
-GPT2 = GPT2Config(vocab_size=67, n_embd=28, n_layer=2, n_head=7, n_positions=32)  # its layers store Wᵀ
+LLAMA = llama_config(hidden_size=28, num_attention_heads=7, attention_bias=True)
+GPT2 = gpt2_config(n_embd=28, n_head=7, n_positions=32)  # its layers store Wᵀ
 BASES = {"llama": LLAMA, "gpt2": GPT2}
 every_base = pytest.mark.parametrize("base", BASES.values(), ids=BASES.keys())
 TOKENS = torch.tensor([[5, 61, 2, 33, 17], [8, 8, 40, 1, 66]])

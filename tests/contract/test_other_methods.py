@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import veneer
+from models import gpt2_config
 from veneer.core.method import LinearMethod, MethodConfig, PrefixMethod, VirtualTokenMethod
 from veneer.errors import CompositionError
 from veneer.methods import all_methods
@@ -31,9 +32,7 @@ NEEDED = {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM", "reduction_factor":
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 37, "num_hidden_layers": 2, "vocab_size": 67}
 BASES: dict[str, Any] = {
     "llama": LlamaConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2),
-    "gpt2": GPT2Config(
-        vocab_size=67, n_embd=64, n_layer=2, n_head=4, n_positions=32, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0
-    ),
+    "gpt2": gpt2_config(n_embd=64, n_head=4, n_positions=32, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0),
 }
 TOKENS = torch.tensor([[5, 61, 2, 33, 17], [8, 8, 40, 1, 66]])
 

@@ -10,8 +10,9 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
+from models import llama_config
 from veneer import (
     BitsAndBytesConfig,
     LoraConfig,
@@ -30,10 +31,7 @@ ROWS = [[(i + 3 * j) % 43 + 2 for j in range(9)] for i in range(24)]
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     torch.manual_seed(3)
-    config = LlamaConfig(
-        hidden_size=24, intermediate_size=44, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1,
-        vocab_size=VOCAB, bos_token_id=1, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
+    config = llama_config(intermediate_size=44, vocab_size=VOCAB, bos_token_id=1, eos_token_id=1, pad_token_id=1)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
     return tmp_path / "base"
 

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
+from models import llama_config, word_tokenizer
 from veneer.train.checkpoint import checkpoints
 
 WORDS = [f"w{i}" for i in range(23)]
@@ -27,16 +27,12 @@ COMMAND = [sys.executable, "-c", "from veneer.cli.app import main; main()", "tra
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A folder with a base model, rows and a recipe of three members."""
-    names = {w: i for i, w in enumerate(["<unk>", "<end>", *WORDS])}
-    words = Tokenizer(models.WordLevel(names, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<end>", pad_token="<end>")
+    tokenizer = word_tokenizer(WORDS)
     tokenizer.save_pretrained(tmp_path / "base")
     torch.manual_seed(3)
-    config = LlamaConfig(
-        hidden_size=24, intermediate_size=44, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1,
-        vocab_size=len(names), bos_token_id=1, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
+    config = llama_config(
+        intermediate_size=44, vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=1, pad_token_id=1
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     rows = [{"text": " ".join(f"w{(i * j) % 23}" for j in range(3 + i % 5))} for i in range(26)]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from models import llama_config, word_tokenizer
 from veneer import PeftModel
 from veneer.cli.app import app
 from veneer.store.fetch import is_fetched, model_folder
@@ -23,19 +23,15 @@ WORDS = [f"w{i}" for i in range(23)]
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A folder with a base model, rows and a recipe."""
-    names = {w: i for i, w in enumerate(["<unk>", "<end>", "<user>", "<assistant>", *WORDS])}
-    words = Tokenizer(models.WordLevel(names, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<end>", pad_token="<end>")
+    tokenizer = word_tokenizer(WORDS, ("<unk>", "<end>", "<user>", "<assistant>"))
     tokenizer.chat_template = (
         "{% for m in messages %}{{ '<' + m['role'] + '> ' + m['content'] + ' <end> ' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
     )
     torch.manual_seed(3)
-    config = LlamaConfig(
-        hidden_size=24, intermediate_size=44, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1,
-        vocab_size=len(names), bos_token_id=1, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
+    config = llama_config(
+        intermediate_size=44, vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=1, pad_token_id=1
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     rows = [{"question": f"w{i} w{i + 1}", "answer": f"w{i + 2}"} for i in range(20)]

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from models import word_tokenizer
 
 WORDS = (
     "the", "a", "cat", "dog", "bird", "sat", "ran", "flew", "on", "under", "over", "mat", "tree", "house", "and",
@@ -48,10 +49,7 @@ CONFIGS = {
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
     """One id for each word; the pad token is the end token."""
-    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<end>", pad_token="<end>")
+    made = word_tokenizer(WORDS, SPECIAL)
     made.chat_template = TEMPLATE
     return made
 

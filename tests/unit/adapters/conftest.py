@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
-    GPT2Config,
     LlamaConfig,
     OPTConfig,
     PreTrainedModel,
@@ -33,7 +32,7 @@ CONFIGS: dict[str, Callable[[], object]] = {
     "llama-tied": lambda: LlamaConfig(**{**_GROUPED, "tie_word_embeddings": True}),
     "qwen2": lambda: Qwen2Config(**_GROUPED),
     "gemma2": lambda: Gemma2Config(**{**_GROUPED, "tie_word_embeddings": True}, head_dim=6, sliding_window=8),
-    "gpt2": lambda: GPT2Config(vocab_size=VOCAB, n_embd=40, n_inner=53, n_layer=2, n_head=4, n_positions=37),
+    "gpt2": lambda: gpt2_config(vocab_size=VOCAB, n_embd=40, n_inner=53, n_head=4, n_positions=37),
     "opt": lambda: OPTConfig(
         vocab_size=VOCAB,
         hidden_size=40,

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from models import llama_config
 from veneer import IA3Config, LoraConfig, PeftModel, get_peft_model
 from veneer.model.attach import live_parameters
 
@@ -226,14 +227,19 @@ def test_sixteen_bit_base(tiny: Any, ids: Tensor, randomize: Any, tmp_path: Path
 
 
 def test_sequence_classification_trains_and_saves_its_head(ids: Tensor, randomize: Any, tmp_path: Path) -> None:
-    from transformers import AutoModelForSequenceClassification, LlamaConfig
+    from transformers import AutoModelForSequenceClassification
 
     def classifier() -> Any:
         torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=101, hidden_size=40, intermediate_size=53, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, num_labels=5, pad_token_id=0,
-        )  # fmt: skip
+        config = llama_config(
+            vocab_size=101,
+            hidden_size=40,
+            intermediate_size=53,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_labels=5,
+            pad_token_id=0,
+        )
         return AutoModelForSequenceClassification.from_config(config).eval()
 
     ours = get_peft_model(classifier(), LoraConfig(**lora(task_type="SEQ_CLS")))

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM
 
+from models import gpt2_config, llama_config
 from veneer import BottleneckConfig, IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from veneer.adapters.peft_model import PeftModel
 from veneer.core.method import MethodConfig
@@ -27,11 +28,10 @@ PARTS = {
 
 def llama() -> torch.nn.Module:
     torch.manual_seed(3)
-    config = LlamaConfig(
+    config = llama_config(
         vocab_size=101,
         hidden_size=40,
         intermediate_size=53,
-        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         attention_bias=True,
@@ -123,7 +123,7 @@ def test_ia3_adapters_combine_to_ia3():
 def test_conv1d_and_ties():
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(
-        GPT2Config(vocab_size=101, n_embd=40, n_layer=1, n_head=4, n_positions=37)
+        gpt2_config(vocab_size=101, n_embd=40, n_layer=1, n_head=4, n_positions=37)
     ).eval()
     config = LoraConfig(r=3, lora_alpha=5, target_modules=["c_attn"], init_lora_weights=False)
     model = get_peft_model(base, config, "a")

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from models import llama_config
 from veneer import FastLanguageModel, LoraConfig
 from veneer.errors import ConfigError
 from veneer.model.fused.decoder import is_fused, unfuse
@@ -22,10 +23,15 @@ IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("model")
     torch.manual_seed(2)
-    config = LlamaConfig(
-        hidden_size=42, intermediate_size=58, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
-        head_dim=14, vocab_size=23, max_position_embeddings=37,
-    )  # fmt: skip
+    config = llama_config(
+        hidden_size=42,
+        intermediate_size=58,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=14,
+        vocab_size=23,
+        max_position_embeddings=37,
+    )
     AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(place)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(23)}, unk_token="w0"))
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w1").save_pretrained(place)

@@ -12,9 +12,10 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from models import gpt2_config, llama_config
 from veneer import (
     BitsAndBytesConfig,
     IA3Config,
@@ -32,20 +33,32 @@ VOCAB = 101
 # multiples of 64: elsewhere the CPU code of bitsandbytes is wrong
 FAMILIES: dict[str, tuple[Any, list[str]]] = {
     "llama": (
-        LlamaConfig(
-            vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, attention_bias=True,
+        llama_config(
+            vocab_size=VOCAB,
+            hidden_size=64,
+            intermediate_size=128,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            attention_bias=True,
         ),
         ["q_proj", "up_proj", "down_proj"],
     ),
     "gpt2": (
-        GPT2Config(
-            vocab_size=VOCAB, n_embd=64, n_inner=128, n_layer=2, n_head=4, n_positions=37,
-            attn_pdrop=0, embd_pdrop=0, resid_pdrop=0, bos_token_id=1, eos_token_id=1,
+        gpt2_config(
+            vocab_size=VOCAB,
+            n_embd=64,
+            n_inner=128,
+            n_head=4,
+            n_positions=37,
+            attn_pdrop=0,
+            embd_pdrop=0,
+            resid_pdrop=0,
+            bos_token_id=1,
+            eos_token_id=1,
         ),
         ["c_attn", "c_fc", "mlp.c_proj"],
     ),
-}  # fmt: skip
+}
 NF4: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 METHODS: dict[str, Any] = {
     "lora": lambda targets: LoraConfig(r=3, lora_alpha=7, target_modules=targets),

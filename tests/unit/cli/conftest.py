@@ -7,41 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers import LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
+from models import byte_tokenizer, llama_config
 from veneer import IA3Config, LoraConfig, get_peft_model
 from veneer.cli.app import app
-
-SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *bytes_to_unicode().values()])}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", pad_token="<|end|>")
-    made.add_special_tokens({"additional_special_tokens": SPECIAL[1:]})
-    made.chat_template = TEMPLATE
-    return made
 
 
 def tiny_model(seed: int = 7, hidden: int = 48) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    config = llama_config(
         vocab_size=260,
         hidden_size=hidden,
         intermediate_size=61,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        num_key_value_heads=1,
         max_position_embeddings=131,
         eos_token_id=0,
         bos_token_id=None,
@@ -55,7 +34,7 @@ def tiny_model(seed: int = 7, hidden: int = 48) -> LlamaForCausalLM:
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "base"
     tiny_model().save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
     return folder
 
 

@@ -9,52 +9,40 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
-    GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from models import ROLES, byte_tokenizer, gpt2_config, llama_config
 from veneer.errors import ConfigError, DataError
 from veneer.evaluate.accuracy import Accuracy, answer_accuracy, exact_match, label_accuracy, regex_match
 from veneer.evaluate.perplexity import Windows, perplexity
 from veneer.evaluate.questions import Question, QuestionReader, as_trained, read_rows
 from veneer.evaluate.scoring import Answering, Batching, Scored, context_length, greedy_answers, log_probabilities
 
-SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>"]
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *bytes_to_unicode().values()])}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", pad_token="<|end|>")
-    made.add_special_tokens({"additional_special_tokens": SPECIAL[1:]})
-    made.chat_template = TEMPLATE
-    return made
+    return byte_tokenizer(ROLES[:2])
 
 
 def llama() -> LlamaForCausalLM:
-    sizes = {"vocab_size": 259, "hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 3, "num_key_value_heads": 1, "initializer_range": 0.3}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, eos_token_id=0, bos_token_id=None))
+    return LlamaForCausalLM(llama_config(vocab_size=259, initializer_range=0.3, eos_token_id=0, bos_token_id=None))
 
 
 def gpt2() -> GPT2LMHeadModel:
-    config = GPT2Config(vocab_size=259, n_embd=24, n_layer=2, n_head=3, n_positions=97, initializer_range=0.3)
+    config = gpt2_config(vocab_size=259, n_positions=97, initializer_range=0.3)
     return GPT2LMHeadModel(config)
+
+
+def short_gpt2() -> GPT2LMHeadModel:
+    """A model of one layer and a context of 19 tokens."""
+    sizes = {"vocab_size": 259, "n_layer": 1, "n_positions": 19, "initializer_range": 0.3}
+    return GPT2LMHeadModel(gpt2_config(**sizes, bos_token_id=None, eos_token_id=None)).eval()
 
 
 @pytest.fixture(scope="module", params=[llama, gpt2], ids=["llama", "gpt2"])
@@ -268,8 +256,7 @@ def test_spans_batches_and_windows_are_checked(model: Any, tokenizer: Any) -> No
 
 def test_answers_end_with_the_context_and_short_prompts_are_not_cut_with_long_ones(tokenizer: Any) -> None:
     torch.manual_seed(5)
-    sizes = {"vocab_size": 259, "n_embd": 24, "n_layer": 1, "n_head": 3, "n_positions": 19, "initializer_range": 0.3}
-    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)).eval()
+    model = short_gpt2()
     prompts = [[5, 9, 11], [7] * 16, [3, 4] * 6]
     wanted = []
     for prompt, n in zip(prompts, (9, 3, 7), strict=True):
@@ -290,8 +277,7 @@ def test_the_context_of_a_composite_model_is_that_of_its_text() -> None:
 
 
 def test_long_texts_are_read_in_windows_that_the_model_holds(tokenizer: Any) -> None:
-    sizes = {"vocab_size": 259, "n_embd": 24, "n_layer": 1, "n_head": 3, "n_positions": 19, "initializer_range": 0.3}
-    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)).eval()
+    model = short_gpt2()
     rows = [{"text": "a text of more tokens than this model's context has"}]
     found = perplexity(model, tokenizer, rows)
     assert found == perplexity(model, tokenizer, rows, windows=Windows(context=19, stride=9))

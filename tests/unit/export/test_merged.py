@@ -16,12 +16,10 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertModel,
-    GPT2Config,
     GPT2LMHeadModel,
     GPT2Model,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
-    LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     Qwen2Config,
@@ -32,6 +30,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from models import gpt2_config, llama_config
 from veneer import IA3Config, LoraConfig, PeftModel, get_peft_model
 from veneer.core.method import MethodConfig
 from veneer.errors import CompositionError, ConfigError, FormatError
@@ -42,19 +41,20 @@ from veneer.quant.four_bit import FourBitSpec
 from veneer.quant.int8 import Int8Spec
 
 SIZES = {"vocab_size": 67, "hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 2}
-HEADS = {"num_attention_heads": 3, "num_key_value_heads": 1}
 
 
 def llama(tie: bool = False) -> LlamaForCausalLM:
-    return LlamaForCausalLM(LlamaConfig(**SIZES, **HEADS, tie_word_embeddings=tie))
+    return LlamaForCausalLM(llama_config(tie_word_embeddings=tie))
 
 
 def qwen2() -> Qwen2ForCausalLM:
-    return Qwen2ForCausalLM(Qwen2Config(**SIZES, **HEADS, tie_word_embeddings=True))
+    return Qwen2ForCausalLM(
+        Qwen2Config(**SIZES, num_attention_heads=3, num_key_value_heads=1, tie_word_embeddings=True)
+    )
 
 
 def gpt2() -> GPT2LMHeadModel:
-    return GPT2LMHeadModel(GPT2Config(vocab_size=67, n_embd=24, n_layer=2, n_head=3, n_positions=31))
+    return GPT2LMHeadModel(gpt2_config())
 
 
 def save_base(model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
@@ -275,7 +275,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path: Path) -> 
     adapter = save_adapter(base, LORA, tmp_path / "adapter")
     with pytest.raises(ConfigError, match="q_proj"):
         merge_checkpoint(other, adapter, tmp_path / "out")
-    wider = LlamaForCausalLM(LlamaConfig(**{**SIZES, "hidden_size": 48}, **HEADS))
+    wider = LlamaForCausalLM(llama_config(hidden_size=48))
     with pytest.raises(FormatError, match="shape"):
         merge_checkpoint(save_base(wider, tmp_path / "wider"), adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -329,8 +329,13 @@ print(high_water() - before)
 def three_large_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bfloat16 base in shards of one layer each (34 MB), and an adapter of all its matrices."""
     folder = tmp_path_factory.mktemp("large")
-    config = LlamaConfig(
-        vocab_size=97, hidden_size=1024, intermediate_size=4096, num_hidden_layers=3, num_attention_heads=8
+    config = llama_config(
+        vocab_size=97,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=8,
     )
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
@@ -373,7 +378,7 @@ def t5() -> T5ForConditionalGeneration:
 
 
 def classifier() -> LlamaForSequenceClassification:
-    return LlamaForSequenceClassification(LlamaConfig(**SIZES, **HEADS, num_labels=3))
+    return LlamaForSequenceClassification(llama_config(num_labels=3))
 
 
 def encoder() -> BertModel:
@@ -381,7 +386,7 @@ def encoder() -> BertModel:
 
 
 def bare_gpt2() -> GPT2Model:
-    return GPT2Model(GPT2Config(vocab_size=67, n_embd=24, n_layer=2, n_head=3, n_positions=31))
+    return GPT2Model(gpt2_config())
 
 
 OTHER_HEADS: dict[str, tuple[Any, MethodConfig]] = {

@@ -7,8 +7,9 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from models import llama_config
 from veneer.adapters.peft_model import PeftModel, get_peft_model
 from veneer.errors import ConfigError
 from veneer.methods.adalora import AdaLoraConfig, orthogonality
@@ -24,9 +25,7 @@ FIELDS = {
 
 def base() -> PreTrainedModel:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=67, hidden_size=24, intermediate_size=37, num_hidden_layers=2, num_attention_heads=3
-    )
+    config = llama_config(num_key_value_heads=3)
     return AutoModelForCausalLM.from_config(config).eval()
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from models import llama_config
 from veneer.adapters.peft_model import PeftModel, get_peft_model
 from veneer.errors import ConfigError, FormatError
 from veneer.methods.vera import VeraConfig
@@ -23,10 +24,7 @@ FIELDS = {"r": 7, "d_initial": 0.3, "projection_prng_key": 11, "target_modules":
 
 def base() -> PreTrainedModel:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=67, hidden_size=24, intermediate_size=37, num_hidden_layers=2, num_attention_heads=3,
-        num_key_value_heads=1,
-    )  # fmt: skip
+    config = llama_config()
     return AutoModelForCausalLM.from_config(config).eval()
 
 

@@ -15,14 +15,13 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     DynamicCache,
-    GPT2Config,
-    LlamaConfig,
     MistralConfig,
     OPTConfig,
     T5Config,
     T5ForConditionalGeneration,
 )
 
+from models import gpt2_config, llama_config
 from veneer.adapters.peft_model import PeftModel, get_peft_model
 from veneer.errors import AdapterNameError, CompositionError, ConfigError, ShapeError
 from veneer.methods.bottleneck import BottleneckConfig
@@ -36,15 +35,7 @@ from veneer.model.fused.decoder import fuse
 from veneer.model.routing import Routing
 
 VOCAB = 67
-LLAMA = LlamaConfig(
-    vocab_size=VOCAB,
-    hidden_size=24,
-    intermediate_size=37,
-    num_hidden_layers=2,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    attention_bias=True,
-)
+LLAMA = llama_config(vocab_size=VOCAB, num_attention_heads=6, num_key_value_heads=2, attention_bias=True)
 Q, ALL = ["q_proj", "down_proj"], "all-linear"
 METHODS: dict[str, Any] = {
     "lora": lambda: LoraConfig(r=3, lora_alpha=5, target_modules=Q),
@@ -283,7 +274,7 @@ def test_reading_a_weight_for_all_rows_that_rows_have_copies_of_is_refused(every
 
 
 FAMILIES = {
-    "gpt2": GPT2Config(vocab_size=VOCAB, n_embd=24, n_layer=2, n_head=3, n_positions=40),
+    "gpt2": gpt2_config(vocab_size=VOCAB, n_positions=40),
     "opt": OPTConfig(
         vocab_size=VOCAB, hidden_size=24, word_embed_proj_dim=24, ffn_dim=37, num_hidden_layers=2, num_attention_heads=3
     ),

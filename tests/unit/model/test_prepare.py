@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
+from models import llama_config
 from veneer.adapters.peft_model import get_peft_model
 from veneer.methods.lora import LoraConfig
 from veneer.model.prepare import prepare_model_for_kbit_training
@@ -18,10 +19,7 @@ from veneer.quant.four_bit import FourBitSpec
 
 def model() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=53, hidden_size=28, intermediate_size=37, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, tie_word_embeddings=True,
-    )  # fmt: skip
+    config = llama_config(vocab_size=53, hidden_size=28, num_attention_heads=2, tie_word_embeddings=True)
     base = LlamaForCausalLM(config).to(torch.bfloat16)
     for layer in base.model.layers:
         for name in ("gate_proj", "up_proj", "down_proj"):

@@ -8,20 +8,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig, QuantizedCache
+from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedConfig, QuantizedCache
 from transformers.cache_utils import QuantizedLayer
 
+from models import llama_config
 from veneer import PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from veneer.errors import ConfigError
 
 N, VOCAB, D = 5, 67, 24
 FAMILIES: dict[str, PreTrainedConfig] = {
-    "llama": LlamaConfig(
-        vocab_size=VOCAB, hidden_size=D, intermediate_size=37, num_hidden_layers=3, num_attention_heads=6,
-        num_key_value_heads=2, head_dim=4,
+    "llama": llama_config(
+        vocab_size=VOCAB, hidden_size=D, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2, head_dim=4
     ),
     "gpt2": GPT2Config(vocab_size=VOCAB, n_embd=D, n_layer=3, n_head=3, bos_token_id=1, eos_token_id=2),
-}  # fmt: skip
+}
 METHODS = {"prefix": PrefixTuningConfig, "prompt": PromptTuningConfig}
 BACKENDS = {
     "quanto": ("optimum.quanto", {"nbits": 4, "q_group_size": 8, "residual_length": 4}),

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
-    GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
@@ -38,7 +37,7 @@ def tiny_qwen2() -> Qwen2ForCausalLM:
 
 
 def tiny_gpt2() -> GPT2LMHeadModel:
-    config = GPT2Config(vocab_size=len(TOKENS), n_embd=96, n_layer=2, n_head=3, n_positions=37, eos_token_id=0)
+    config = gpt2_config(vocab_size=len(TOKENS), n_embd=96, n_positions=37, eos_token_id=0)
     return GPT2LMHeadModel(config).eval()
 
 

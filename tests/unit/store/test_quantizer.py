@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    GPT2Config,
-    LlamaConfig,
     OPTConfig,
     PreTrainedModel,
     Trainer,
@@ -26,6 +24,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from models import gpt2_config, llama_config
 from veneer.adapters.peft_model import get_peft_model
 from veneer.errors import CompositionError, ConfigError, FormatError
 from veneer.methods.lora import LoraConfig
@@ -34,20 +33,33 @@ from veneer.store.quantization import BitsAndBytesConfig
 from veneer.store.source import load_model
 
 CONFIGS: dict[str, Any] = {
-    "llama": LlamaConfig(
-        vocab_size=101, hidden_size=56, intermediate_size=67, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=False,
+    "llama": llama_config(
+        vocab_size=101,
+        hidden_size=56,
+        intermediate_size=67,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
     ),
-    "llama tied": LlamaConfig(
-        vocab_size=101, hidden_size=56, intermediate_size=67, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True,
+    "llama tied": llama_config(
+        vocab_size=101,
+        hidden_size=56,
+        intermediate_size=67,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
     ),
-    "gpt2": GPT2Config(vocab_size=97, n_embd=64, n_layer=2, n_head=4, n_positions=32),
+    "gpt2": gpt2_config(vocab_size=97, n_embd=64, n_head=4, n_positions=32),
     "opt": OPTConfig(
-        vocab_size=89, hidden_size=36, ffn_dim=53, num_hidden_layers=2, num_attention_heads=3,
-        max_position_embeddings=32, word_embed_proj_dim=36,
+        vocab_size=89,
+        hidden_size=36,
+        ffn_dim=53,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        max_position_embeddings=32,
+        word_embed_proj_dim=36,
     ),
-}  # fmt: skip
+}
 FORMATS: dict[str, dict[str, Any]] = {
     "nf4 double": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     "fp4": {"load_in_4bit": True},
@@ -341,10 +353,15 @@ def test_real_bitsandbytes_is_left_alone(dense_folders: dict[str, Path]) -> None
 @pytest.mark.parametrize("fields", [NF4, FORMATS["int8"]], ids=["nf4", "int8"])
 def test_peak_memory(tmp_path: Path, fields: dict[str, Any]) -> None:
     """The high-water mark of resident memory grows by the quantized size and at most twice the largest tensor."""
-    config = LlamaConfig(
-        vocab_size=4001, hidden_size=640, intermediate_size=1801, num_hidden_layers=8, num_attention_heads=8,
-        num_key_value_heads=4, tie_word_embeddings=True,
-    )  # fmt: skip
+    config = llama_config(
+        vocab_size=4001,
+        hidden_size=640,
+        intermediate_size=1801,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        tie_word_embeddings=True,
+    )
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "big")
     CONFIGS["llama tied"].save_pretrained(tmp_path / "small")
     AutoModelForCausalLM.from_config(CONFIGS["llama tied"], dtype=torch.bfloat16).save_pretrained(tmp_path / "small")
