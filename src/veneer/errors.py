@@ -37,6 +37,10 @@ class ShapeError(VeneerError, ValueError):
     """A tensor has a shape or dtype that does not fit."""
 
 
+class TensorError(VeneerError, TypeError):
+    """A tensor has no plain values in memory, which is all that a kernel can read."""
+
+
 class FormatError(VeneerError, ValueError):
     """A file or folder is damaged, lies about itself, or does not fit the model."""
 

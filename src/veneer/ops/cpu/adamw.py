@@ -13,6 +13,7 @@ from veneer.errors import NonFiniteError
 from veneer.ops.adamw import AdamWStep, Moment8bit
 from veneer.ops.blockwise import dynamic_map
 from veneer.ops.cpu.module import DTYPES, kernels
+from veneer.ops.memory import address
 from veneer.ops.reference import adamw as reference
 
 _FIRST_BIN, _LAST_BIN = 0x3400, 0x3F80  # the upper 16 bits of 2**-23 and of 1
@@ -27,9 +28,9 @@ def adamw_8bit_(param: Tensor, grad: Tensor, moments: tuple[Moment8bit, Moment8b
         return reference.adamw_8bit_(param, grad, moments, hyper)
     grad = grad.contiguous()
     finite = kernels().adamw_8bit(
-        param.data_ptr(),
+        address(param),
         DTYPES[param.dtype],
-        grad.data_ptr(),
+        address(grad),
         DTYPES[grad.dtype],
         param.numel(),
         *_places(moments[0], signed=True),
@@ -47,7 +48,7 @@ def adamw_8bit_(param: Tensor, grad: Tensor, moments: tuple[Moment8bit, Moment8b
 
 def _places(moment: Moment8bit, signed: bool) -> tuple[int, ...]:
     tables = dynamic_map(signed), code_bins(signed), code_lines(signed)
-    return tuple(t.data_ptr() for t in (moment.codes, moment.absmax, *tables))
+    return tuple(address(t) for t in (moment.codes, moment.absmax, *tables))
 
 
 @cache

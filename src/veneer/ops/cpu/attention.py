@@ -7,6 +7,7 @@ from torch import Tensor
 
 from veneer.ops.cpu.module import DTYPES, kernels
 from veneer.ops.cpu.rows import is_served
+from veneer.ops.memory import address
 from veneer.ops.reference import attention as reference
 from veneer.ops.rows import same_dtype
 
@@ -22,7 +23,7 @@ def attention_forward(
     places = [_place(x) for x in _with_features_together(q, k, v, out)]
     scratch, n_threads = _scratch(sizes, backward=False)
     kernels().attention_forward(
-        *sizes, scale, window, softcap, [p[1] for p in places], lse.data_ptr(), scratch.data_ptr(), n_threads
+        *sizes, scale, window, softcap, [p[1] for p in places], address(lse), address(scratch), n_threads
     )
     return out, lse
 
@@ -46,7 +47,7 @@ def attention_backward(
     places = [_place(x) for x in _with_features_together(q, k, v, out, same_dtype(dout, q), dq, dk, dv)]
     scratch, n_threads = _scratch(sizes, backward=True)
     kernels().attention_backward(
-        *sizes, scale, window, softcap, [p[1] for p in places], lse.data_ptr(), scratch.data_ptr(), n_threads
+        *sizes, scale, window, softcap, [p[1] for p in places], address(lse), address(scratch), n_threads
     )
     return dq, dk, dv
 
@@ -61,7 +62,7 @@ def _with_features_together(*tensors: Tensor) -> list[Tensor]:
 
 def _place(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     """The tensor, so that it lives as long as the address, and where its heads lie."""
-    return x, (x.data_ptr(), x.stride(0), x.stride(1))
+    return x, (address(x), x.stride(0), x.stride(1))
 
 
 def _scratch(sizes: tuple[list[int], int, int, int, int], backward: bool) -> tuple[Tensor, int]:

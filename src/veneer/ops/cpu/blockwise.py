@@ -7,6 +7,7 @@ from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
 from veneer.ops.cpu.module import DTYPES, kernels
+from veneer.ops.memory import address
 
 
 def quantize_blockwise(
@@ -16,7 +17,7 @@ def quantize_blockwise(
     codes = torch.empty(n, dtype=torch.uint8)
     absmax = torch.empty(-(-n // block_size), dtype=torch.float32)
     kernels().blockwise_quantize(
-        flat.data_ptr(), DTYPES[flat.dtype], n, block_size, code.data_ptr(), codes.data_ptr(), absmax.data_ptr()
+        address(flat), DTYPES[flat.dtype], n, block_size, address(code), address(codes), address(absmax)
     )
     return codes, absmax
 
@@ -30,6 +31,6 @@ def dequantize_blockwise(
 ) -> Float[Tensor, " n"]:
     out = torch.empty(len(codes), dtype=dtype)
     kernels().blockwise_dequantize(
-        codes.data_ptr(), absmax.data_ptr(), len(codes), block_size, code.data_ptr(), DTYPES[dtype], out.data_ptr()
+        address(codes), address(absmax), len(codes), block_size, address(code), DTYPES[dtype], address(out)
     )
     return out

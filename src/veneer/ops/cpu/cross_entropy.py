@@ -7,6 +7,7 @@ from torch import Tensor
 
 from veneer.ops.cpu.module import DTYPES, kernels
 from veneer.ops.cpu.rows import is_served
+from veneer.ops.memory import address
 from veneer.ops.reference import cross_entropy as reference
 
 
@@ -16,13 +17,13 @@ def softmax_cross_entropy(logits: Tensor, labels: Tensor, softcap: float | None,
     labels = labels.to(torch.int64).contiguous()
     losses = torch.empty(labels.shape, dtype=torch.float32)
     kernels().softmax_cross_entropy(
-        logits.data_ptr(),
+        address(logits),
         logits.stride(0),
         *logits.shape,
         DTYPES[logits.dtype],
-        labels.data_ptr(),
+        address(labels),
         softcap or 0.0,
         write_grad,
-        losses.data_ptr(),
+        address(losses),
     )
     return losses

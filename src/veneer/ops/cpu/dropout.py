@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from veneer.ops.cpu.module import DTYPES, kernels
+from veneer.ops.memory import address
 from veneer.ops.reference import dropout as reference
 from veneer.ops.rows import with_rows
 
@@ -36,10 +37,10 @@ def _run(kernel: Callable[..., None], tensors: tuple[Tensor, Tensor], mask: tupl
     source, target = (with_rows(t) for t in tensors)
     threshold, key, rows = mask
     ids, first = (0, rows) if isinstance(rows, int) else (rows.contiguous(), 0)
-    place = ids if isinstance(ids, int) else ids.data_ptr()
+    place = ids if isinstance(ids, int) else address(ids)
     kernel(
         *source.shape,
         DTYPES[source.dtype],
         (key, threshold, place, first),
-        *(number for t in (source, target) for number in (t.data_ptr(), t.stride(0))),
+        *(number for t in (source, target) for number in (address(t), t.stride(0))),
     )

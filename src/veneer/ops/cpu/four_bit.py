@@ -10,6 +10,7 @@ from veneer.ops.cpu.module import DTYPES, kernels
 from veneer.ops.four_bit import FourBitLayout
 from veneer.ops.four_bit_codes import QUANT_TYPES
 from veneer.ops.matmul import matmul
+from veneer.ops.memory import address
 
 
 def quantize_4bit(
@@ -18,13 +19,13 @@ def quantize_4bit(
     packed = torch.empty(layout.n_bytes, dtype=torch.uint8)
     absmax = torch.empty(layout.n_blocks, dtype=torch.float32)
     kernels().four_bit_quantize(
-        flat.data_ptr(),
+        address(flat),
         DTYPES[flat.dtype],
         layout.numel,
         layout.block_size,
         QUANT_TYPES.index(layout.quant_type),
-        packed.data_ptr(),
-        absmax.data_ptr(),
+        address(packed),
+        address(absmax),
     )
     return packed, absmax
 
@@ -34,13 +35,13 @@ def dequantize_4bit(
 ) -> Float[Tensor, " n"]:
     out = torch.empty(layout.numel, dtype=dtype)
     kernels().four_bit_dequantize(
-        packed.data_ptr(),
-        absmax.data_ptr(),
+        address(packed),
+        address(absmax),
         layout.numel,
         layout.block_size,
         QUANT_TYPES.index(layout.quant_type),
         DTYPES[dtype],
-        out.data_ptr(),
+        address(out),
     )
     return out
 
@@ -78,15 +79,15 @@ def _multiply(x: Tensor, packed: Tensor, absmax: Tensor, layout: FourBitLayout, 
     o, i = layout.shape
     out = x.new_empty(len(x), i if transposed else o)
     kernels().four_bit_multiply(
-        packed.data_ptr(),
-        absmax.data_ptr(),
+        address(packed),
+        address(absmax),
         layout.block_size,
         QUANT_TYPES.index(layout.quant_type),
         o,
         i,
-        x.data_ptr(),
+        address(x),
         len(x),
         transposed,
-        out.data_ptr(),
+        address(out),
     )
     return out

@@ -8,6 +8,7 @@ from torch import Tensor
 from veneer.ops.cpu.module import DTYPES, kernels
 from veneer.ops.cpu.rows import is_served
 from veneer.ops.glu import ACTIVATIONS
+from veneer.ops.memory import address
 from veneer.ops.reference import glu as reference
 from veneer.ops.rows import same_dtype, with_rows
 
@@ -42,4 +43,4 @@ def _sizes(rows: Tensor, activation: str) -> tuple[int, int, int, int]:
 
 
 def _places(rows: list[Tensor]) -> list[int]:
-    return [number for row in rows for number in (row.data_ptr(), row.stride(0))]
+    return [number for row in rows for number in (address(row), row.stride(0))]

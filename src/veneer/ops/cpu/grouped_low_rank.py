@@ -11,6 +11,7 @@ from torch import Tensor
 from veneer.ops.cpu.module import DTYPES, kernels
 from veneer.ops.cpu.rows import is_served
 from veneer.ops.grouped_low_rank import AdapterRuns, Gradients, LowRankGroup
+from veneer.ops.memory import address
 from veneer.ops.reference import grouped_low_rank as reference
 from veneer.ops.rows import same_dtype, with_rows
 
@@ -23,7 +24,7 @@ def forward(x: Tensor, groups: Sequence[LowRankGroup], rows: AdapterRuns, ys: Se
     x = with_rows(x)
     given = _given(x, groups, factors, rows, ys)
     u = torch.empty(kernels().grouped_low_rank_u_bytes(*given), dtype=torch.uint8)
-    kernels().grouped_low_rank_forward(*given, x.data_ptr(), x.stride(0), _places(ys), u.data_ptr())
+    kernels().grouped_low_rank_forward(*given, address(x), x.stride(0), _places(ys), address(u))
     return u
 
 
@@ -39,12 +40,12 @@ def backward(
     grads = [None if f is None else torch.empty(f.shape, dtype=torch.float32) for f in factors]
     kernels().grouped_low_rank_backward(
         *_given(x, groups, factors, rows, dys),
-        x.data_ptr(),
+        address(x),
         x.stride(0),
         _places(dys),
-        u.data_ptr(),
-        0 if dx is None else dx.data_ptr(),
-        [0 if g is None else g.data_ptr() for g in grads],
+        address(u),
+        0 if dx is None else address(dx),
+        [0 if g is None else address(g) for g in grads],
     )
     das, dbs = iter(grads[0::2]), iter(grads[1::2])
     sizes = [len(group.scales) for group in groups]
@@ -80,7 +81,7 @@ def _given(
     dtype = next((f.dtype for f in factors if f is not None), x.dtype)
     pairs: list[int] = []
     for a, b in zip(factors[0::2], factors[1::2], strict=True):
-        pairs += (0, 0, 0) if a is None or b is None else (a.data_ptr(), b.data_ptr(), a.shape[0])
+        pairs += (0, 0, 0) if a is None or b is None else (address(a), address(b), a.shape[0])
     return (
         [DTYPES[x.dtype], DTYPES[dtype], DTYPES[ys[0].dtype]],
         x.shape[1],
@@ -93,4 +94,4 @@ def _given(
 
 def _places(ys: Sequence[Tensor]) -> list[int]:
     """Where each lies, and how far its rows are apart."""
-    return [number for y in ys for number in (y.data_ptr(), y.stride(0))]
+    return [number for y in ys for number in (address(y), y.stride(0))]

@@ -8,13 +8,14 @@ from torch import Tensor
 
 from veneer.ops.cpu.module import DTYPES, kernels
 from veneer.ops.matmul import matmul
+from veneer.ops.memory import address
 
 
 def quantize_int8(w: Float[Tensor, "o i"]) -> tuple[Int8[Tensor, "o i"], Float32[Tensor, " o"]]:
     o, i = w.shape
     codes = torch.empty(o, i, dtype=torch.int8)
     absmax = torch.empty(o, dtype=torch.float32)
-    kernels().int8_quantize(w.data_ptr(), DTYPES[w.dtype], o, i, codes.data_ptr(), absmax.data_ptr())
+    kernels().int8_quantize(address(w), DTYPES[w.dtype], o, i, address(codes), address(absmax))
     return codes, absmax
 
 
@@ -22,7 +23,7 @@ def dequantize_int8(
     codes: Int8[Tensor, "o i"], absmax: Float32[Tensor, " o"], dtype: torch.dtype
 ) -> Float[Tensor, "o i"]:
     out = torch.empty(codes.shape, dtype=dtype)
-    kernels().int8_dequantize(codes.data_ptr(), absmax.data_ptr(), *codes.shape, DTYPES[dtype], out.data_ptr())
+    kernels().int8_dequantize(address(codes), address(absmax), *codes.shape, DTYPES[dtype], address(out))
     return out
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from veneer.ops.cpu.module import DTYPES, kernels
 from veneer.ops.cpu.rows import is_served
+from veneer.ops.memory import address
 from veneer.ops.reference import norm as reference
 from veneer.ops.rows import same_dtype, with_rows
 
@@ -52,18 +53,18 @@ def _forward(
     mean = bias_and_mean[1] if bias_and_mean else rstd
     y = torch.empty(x.shape, dtype=x.dtype)
     kernels().norm_forward(
-        rows.data_ptr(),
+        address(rows),
         rows.stride(0),
         *rows.shape,
         DTYPES[x.dtype],
-        mean.data_ptr() if bias_and_mean else 0,
-        rstd.data_ptr(),
-        weight.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
+        address(mean) if bias_and_mean else 0,
+        address(rstd),
+        address(weight),
+        0 if bias is None else address(bias),
         DTYPES[weight.dtype],
         offset,
         eps,
-        y.data_ptr(),
+        address(y),
     )
     return y, mean, rstd
 
@@ -80,17 +81,17 @@ def _backward(
     mean, rstd = statistics
     dx = torch.empty(x.shape, dtype=x.dtype)
     given = (
-        rows.data_ptr(),
+        address(rows),
         rows.stride(0),
         *rows.shape,
         DTYPES[x.dtype],
-        0 if mean is None else mean.data_ptr(),
-        rstd.data_ptr(),
+        0 if mean is None else address(mean),
+        address(rstd),
     )
-    gradient = dy_rows.data_ptr(), dy_rows.stride(0)
-    kernels().norm_backward(*given, weight.data_ptr(), DTYPES[weight.dtype], offset, *gradient, dx.data_ptr())
+    gradient = address(dy_rows), dy_rows.stride(0)
+    kernels().norm_backward(*given, address(weight), DTYPES[weight.dtype], offset, *gradient, address(dx))
     if not weight_grad:
         return dx, None, None
     dweight, dbias = torch.empty(2, weight.shape[0], dtype=torch.float32)
-    kernels().norm_weight_grad(*given, *gradient, dweight.data_ptr(), 0 if mean is None else dbias.data_ptr())
+    kernels().norm_weight_grad(*given, *gradient, address(dweight), 0 if mean is None else address(dbias))
     return dx, dweight.to(weight.dtype), dbias.to(weight.dtype)

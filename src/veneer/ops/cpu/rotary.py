@@ -7,6 +7,7 @@ from torch import Tensor
 
 from veneer.ops.cpu.module import DTYPES, kernels
 from veneer.ops.cpu.rows import is_served
+from veneer.ops.memory import address
 from veneer.ops.reference import rotary as reference
 
 
@@ -18,13 +19,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, in_place: boo
     if out.stride(-1) != 1:  # empty_like does not keep the strides of an overlapping view
         out = torch.empty(x.shape, dtype=x.dtype)
     kernels().rotary_rotate(
-        x.data_ptr(),
+        address(x),
         x.stride()[:3],
-        out.data_ptr(),
+        address(out),
         out.stride()[:3],
         *x.shape,
-        cos.data_ptr(),
-        sin.data_ptr(),
+        address(cos),
+        address(sin),
         0 if cos.shape[0] == 1 else cos.stride(0),
         cos.shape[2],
         DTYPES[x.dtype],

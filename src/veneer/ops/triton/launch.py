@@ -8,6 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
+from veneer.ops.memory import address
+
 SERVED = (torch.float32, torch.bfloat16, torch.float16)
 LONGEST_ROW = 65536  # a row is held in one program's registers
 
@@ -18,9 +20,16 @@ def is_served(*tensors: Tensor) -> bool:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Run a kernel on the device of its first argument, a tensor; an empty grid runs nothing."""
+    """Run a kernel on the device of its first argument, a tensor; an empty grid runs nothing.
+
+    Raises TensorError where an argument is a tensor without plain values in that device's memory.
+    """
     if 0 in grid:
         return
+    device = "cuda" if args[0].is_cuda else "cpu"
+    for x in args:
+        if isinstance(x, Tensor):
+            address(x, device)
     options.setdefault("enable_fp_fusion", True)
     with torch.cuda.device_of(args[0]):
         kernel[grid](*args, **options)

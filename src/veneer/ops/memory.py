@@ -1,0 +1,36 @@
+"""Where a tensor's values lie: the one place in which a kernel's address comes from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from veneer.errors import TensorError
+
+
+def address(x: Tensor, device: str = "cpu") -> int:
+    """The address of x's first value, for a kernel that reads memory of a device ("cpu" or "cuda"); 0 where x is empty.
+
+    Any strided tensor has one that owns values or shares them: parameters, views, subclasses. Raises TensorError for
+    others, among them FakeTensor, DTensor, what a transform such as vmap wraps, sparse, meta and freed tensors.
+    """
+    try:
+        place = x.data_ptr()
+    except RuntimeError:  # torch's word for a tensor without storage
+        place = 0
+    if (place or not x.numel()) and (x.is_cpu if device == "cpu" else x.is_cuda) and not x.is_neg():
+        return place
+    raise TensorError(f"kernels read plain tensors in memory; given {_told(x, device)}")
+
+
+def _told(x: Tensor, device: str) -> str:
+    """What a tensor without an address is, and how to come by one with it."""
+    if x.layout != torch.strided:
+        return f"a tensor laid out as {x.layout}; call to_dense() on it"
+    if x.device.type != device:
+        return f"a tensor on {x.device}; the kernels here read memory of {device}: move all to one device with to()"
+    if x.is_neg():
+        return "a tensor whose values are read with the other sign; call resolve_neg() on it"
+    if type(x) not in (Tensor, torch.nn.Parameter):
+        return f"a {type(x).__name__}, which holds no values itself; pass the tensor within (of a DTensor, to_local())"
+    return "a tensor without memory: it was freed (sharded training does so), or a transform such as vmap wraps it"

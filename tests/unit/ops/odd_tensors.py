@@ -1,0 +1,133 @@
+"""Every CPU kernel, with each tensor that it takes replaced by one that has no plain values in memory.
+
+And one Triton kernel, since all are started in one place. Prints a line of JSON for each: back end, op, index of the
+argument, kind of tensor, and the message of the TensorError, or "no error". Any other error ends the script.
+"""
+
+import json
+import os
+import warnings
+from dataclasses import replace
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils import _pytree as tree
+
+from veneer.errors import TensorError
+from veneer.ops.adamw import AdamWStep, Moment8bit
+from veneer.ops.blockwise import dynamic_map
+from veneer.ops.cpu.module import kernels
+from veneer.ops.dispatch import backends, implementation
+from veneer.ops.four_bit import FourBitLayout, quantize_4bit
+from veneer.ops.grouped_low_rank import AdapterRuns, LowRankGroup, Run
+from veneer.ops.int8 import quantize_int8
+
+N, D, OUT, R, HEADS = 6, 64, 128, 2, 2
+
+
+def cases():
+    """Op, and what it takes: tensors may lie in tuples and in the two classes below."""
+    x, y, wide, w = torch.randn(N, D), torch.randn(N, D), torch.randn(N, OUT), torch.randn(D)
+    rows = torch.arange(N)
+    yield "adamw.adamw_8bit_", (x, y, (moment(x), moment(x)), AdamWStep(1e-3, (0.9, 0.99), 1e-8, 0.01, 3))
+    heads, lse, bounds = torch.randn(N, HEADS, 8), torch.randn(HEADS, N), torch.tensor([0, 2, N])
+    numbers = (0.3, 0, 0.0)
+    yield "attention.attention_forward", (heads, heads.clone(), heads.clone(), Plain(bounds), *numbers)
+    given = [heads.clone() for _ in range(4)]
+    yield "attention.attention_backward", (heads, *given, lse, Plain(bounds), *numbers)
+    flat, codes, absmax = torch.randn(N * D), torch.zeros(N * D, dtype=torch.uint8), torch.ones(6)
+    yield "blockwise.quantize_blockwise", (flat, dynamic_map().clone(), 64)
+    yield "blockwise.dequantize_blockwise", (codes, absmax, dynamic_map().clone(), 64, torch.float32)
+    yield "cross_entropy.softmax_cross_entropy", (x, rows, None, True)
+    yield "dropout.drop", (x, 30000, 7, rows)
+    yield "dropout.add_dropped", (x, y, 30000, 7, rows)
+    layout = FourBitLayout((OUT, D), "nf4", 64, torch.float32)
+    packed = quantize_4bit(torch.randn(OUT, D), "nf4")
+    yield "four_bit.quantize_4bit", (torch.randn(OUT * D), layout)
+    yield "four_bit.dequantize_4bit", (*packed, layout, torch.float32)
+    for op, rows_of_16_bits in (("matmul_4bit", x.bfloat16()), ("matmul_t_4bit", wide.bfloat16())):
+        in_kernel = kernels().four_bit_has_product(N, D, 64, op == "matmul_t_4bit")
+        yield f"four_bit.{op}", (rows_of_16_bits if in_kernel else Plain(rows_of_16_bits), *packed, layout)
+    yield "glu.glu_forward", (x, y, "silu")
+    yield "glu.glu_backward", (x, y, x.clone(), "silu", True)
+    group = LowRankGroup((torch.randn(R, D),), (torch.randn(OUT, R),), (0.5,))
+    runs = AdapterRuns((Run(0, 0, N),), N)
+    yield "grouped_low_rank.forward", (x, [group], runs, [wide])
+    u = implementation("grouped_low_rank.forward", x.device, "cpu")(x, [group], runs, [wide])
+    yield "grouped_low_rank.backward", ([wide], x, u, [group], runs, True)
+    yield "int8.quantize_int8", (torch.randn(OUT, D),)
+    yield "int8.dequantize_int8", (*quantize_int8(torch.randn(OUT, D)), torch.float32)
+    yield "norm.rms_norm_forward", (x, w, 1e-5, 0.5)
+    yield "norm.layer_norm_forward", (x, w, w.clone(), 1e-5)
+    rstd = torch.ones(N)
+    yield "norm.rms_norm_backward", (x, y, w, rstd, 0.5, True)
+    yield "norm.layer_norm_backward", (x, y, w, rstd, rstd.clone(), True)
+    angles = torch.randn(1, N, 4)
+    yield "rotary.rotate", (torch.randn(2, HEADS, N, 8), angles, angles.clone(), False, True)
+
+
+class Plain:
+    """A tensor that torch reads and no kernel does."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+def moment(x):
+    return Moment8bit(torch.zeros(x.numel(), dtype=torch.uint8), torch.zeros(-(-x.numel() // 256)))
+
+
+tree.register_pytree_node(Moment8bit, lambda m: ([m.codes, m.absmax], None), lambda parts, _: Moment8bit(*parts))
+tree.register_pytree_node(LowRankGroup, lambda g: ([*g.a, *g.b], g), lambda ab, g: replace(g, a=(ab[0],), b=(ab[1],)))
+
+
+def odd_tensors(x):
+    """Kind and tensor: as x to whoever asks for shape, dtype and device, but for "meta"."""
+    yield "fake", FakeTensorMode().from_tensor(x)
+    yield "distributed", DTensor.from_local(x.clone(), init_device_mesh("cpu", (1,)), [Replicate()])
+    yield "wrapped", TwoTensor(x.clone(), x.clone())
+    yield "functional", torch._to_functional_tensor(x.clone())
+    freed = x.clone()
+    freed.untyped_storage().resize_(0)
+    yield "freed", freed
+    level = torch._C._functorch._vmap_increment_nesting(3, "error")
+    yield "batched", torch._C._functorch._add_batch_dim(torch.stack([x] * 3), 0, level)
+    torch._C._functorch._vmap_decrement_nesting()
+    if x.dtype.is_floating_point:
+        yield "negated", torch._neg_view(x.clone())
+    yield "meta", x.to("meta")
+
+
+def main():
+    warnings.filterwarnings("ignore")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    for op, args in cases():
+        for backend in ("cpu", "triton") if op == "glu.glu_forward" and "triton" in backends(op) else ("cpu",):
+            ask(backend, op, args)
+    dist.destroy_process_group()
+
+
+def ask(backend, op, args):
+    leaves, shape = tree.tree_flatten(args)
+    for place, leaf in enumerate(leaves):
+        if isinstance(leaf, torch.Tensor):
+            for kind, odd in odd_tensors(leaf):
+                given = tree.tree_unflatten([*leaves[:place], odd, *leaves[place + 1 :]], shape)
+                given = tree.tree_map(lambda t: t.tensor if isinstance(t, Plain) else t, given)
+                print(json.dumps([backend, op, place, kind, outcome(backend, op, given)]), flush=True)
+
+
+def outcome(backend, op, args):
+    try:
+        implementation(op, torch.device("cpu"), backend)(*args)
+    except TensorError as error:
+        return str(error)
+    return "no error"
+
+
+main()
