@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from veneer.adapters.peft_model import PeftModel, get_peft_model
 from veneer.errors import ConfigError
 from veneer.methods.lora import LoraConfig
-from veneer.model.checkpointing import checkpoint_selectively
+from veneer.model.activation_memory import checkpoint_as_needed
+from veneer.model.checkpointing import checkpoint_fully, checkpoint_selectively
 from veneer.model.fused.decoder import fuse, unfuse
 from veneer.store.quantization import BitsAndBytesConfig
 from veneer.store.source import load_model, load_tokenizer
@@ -70,8 +71,9 @@ class FastLanguageModel:
     ) -> PeftModel:
         """LoRA on a model, drawn from ``random_state``, its blocks fused where they fit, ready to train.
 
-        ``use_gradient_checkpointing``: True or "unsloth" recomputes blocks in the backward pass, "selective" what is
-        cheap in them.
+        ``use_gradient_checkpointing``: "unsloth" keeps the activations of a pass where memory is plenty and saves it
+        where it is not (`model.activation_memory`), True always computes blocks again in the backward pass,
+        "selective" what is cheap in them, False keeps everything.
         """
         config = LoraConfig(
             task_type="CAUSAL_LM",
@@ -89,12 +91,12 @@ class FastLanguageModel:
         with torch.random.fork_rng():
             torch.manual_seed(random_state)
             adapted = get_peft_model(model, config)
-        if use_gradient_checkpointing == "selective":
+        if use_gradient_checkpointing == "unsloth":
+            checkpoint_as_needed(adapted)
+        elif use_gradient_checkpointing == "selective":
             checkpoint_selectively(adapted)
         elif use_gradient_checkpointing:
-            own = cast(Any, adapted)  # transformers renames the switch in version 6
-            enable = getattr(own, "activation_checkpointing_enable", None) or own.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+            checkpoint_fully(adapted)
         return cast(PeftModel, FastLanguageModel.for_training(cast(PreTrainedModel, adapted)))
 
     @staticmethod

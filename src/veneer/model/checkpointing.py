@@ -10,6 +10,7 @@ the stream in front of either half.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -38,13 +39,25 @@ def checkpoint_selectively(model: nn.Module, every_n_layers: int = 1) -> None:
 
     ``every_n_layers``: only so many blocks are checkpointed, the others keep everything.
     """
-    own: Any = model  # transformers renames the switch in version 6
-    enable = getattr(own, "activation_checkpointing_enable", None) or own.gradient_checkpointing_enable
     settings = {"use_reentrant": False, "context_fn": selective_contexts}
     if every_n_layers == 1:
-        enable(settings)
+        _switch(model)(settings)
     else:  # a newer argument
-        enable(settings, every_n_layers=every_n_layers)
+        _switch(model)(settings, every_n_layers=every_n_layers)
+
+
+def checkpoint_fully(model: nn.Module) -> None:
+    """Switch gradient checkpointing on for a transformers model, not reentrant: whole blocks are computed again."""
+    _switch(model)({"use_reentrant": False})
+
+
+def _switch(model: nn.Module) -> Callable[..., None]:
+    """transformers' own, which is renamed in version 6."""
+    own: Any = model
+    found: Callable[..., None] = (
+        getattr(own, "activation_checkpointing_enable", None) or own.gradient_checkpointing_enable
+    )
+    return found
 
 
 def selective_contexts() -> Any:
@@ -59,7 +72,9 @@ def is_selective(block: nn.Module) -> bool:
     function: Any = getattr(block, "_gradient_checkpointing_func", None)
     while hasattr(function, "__wrapped__"):
         function = function.__wrapped__
-    return isinstance(function, partial) and function.keywords.get("context_fn") is selective_contexts
+    if isinstance(function, partial):
+        return function.keywords.get("context_fn") is selective_contexts
+    return bool(getattr(function, "is_selective", False))  # decided anew for each pass (`model.activation_memory`)
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from models import llama_config
 from veneer import FastLanguageModel, LoraConfig
 from veneer.errors import ConfigError
+from veneer.model.activation_memory import BlockActivations
+from veneer.model.checkpointing import is_selective
 from veneer.model.fused.decoder import is_fused, unfuse
 from veneer.model.quant_linear import QuantLinear
 
@@ -89,6 +91,22 @@ def test_trains_fused(folder: Path, load_in_4bit: bool, checkpointing: Any) -> N
     torch.testing.assert_close(losses[0][1], losses[1][1], rtol=1e-3, atol=1e-6)
     assert not is_fused(FastLanguageModel.for_inference(FastLanguageModel.for_training(model)))
     assert not model.training
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind"), [("unsloth", "as needed"), (True, "full"), ("selective", "selective"), (False, None)]
+)
+def test_what_is_said_of_checkpointing_holds(folder: Path, asked: Any, kind: str | None) -> None:
+    base, _ = FastLanguageModel.from_pretrained(str(folder), load_in_4bit=False)
+    model: Any = FastLanguageModel.get_peft_model(base, use_gradient_checkpointing=asked)
+    function = getattr(model.model.layers[0], "_gradient_checkpointing_func", None)
+    found = {
+        None: function is None,
+        "as needed": isinstance(function, BlockActivations),
+        "full": getattr(function, "keywords", None) == {"use_reentrant": False},
+        "selective": is_selective(model.model.layers[1]),
+    }
+    assert [name for name, holds in found.items() if holds] == [kind]
 
 
 def test_the_seed_draws_the_adapter_and_nothing_else(folder: Path) -> None:

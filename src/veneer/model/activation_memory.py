@@ -1,0 +1,149 @@
+"""Activations kept where memory is plenty, computed again where it is not: decided before every forward pass.
+
+What blocks keep for the backward pass is measured on the second block of the first pass. On a CPU there are three ways:
+all is kept; checkpointed selectively; each block computed again. On a GPU two: all is kept; each block is computed
+again from an input that waits in the host's memory (the idea of Unsloth's "unsloth" checkpointing). No way changes a
+gradient.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from veneer.model.checkpointing import checkpoint_fully, selective_contexts
+from veneer.model.memory import available_bytes
+from veneer.model.offload import ActivationOffload
+
+log = logging.getLogger(__name__)
+
+Way = Literal["kept", "selective", "recomputed"]
+SHARE = 0.5
+"""Of the memory that is free, what activations may take: the rest is for what else a step needs, and for others."""
+SELECTIVE_SHARE = 0.5
+"""Of what blocks keep, what selective checkpointing keeps at most (0.49 on fused blocks, bench/checkpointing.py)."""
+_REASONS: dict[Way, str] = {
+    "kept": "are kept",
+    "selective": "are checkpointed selectively",
+    "recomputed": "are computed again, block by block",
+}
+
+
+def checkpoint_as_needed(model: nn.Module) -> None:
+    """Switch gradient checkpointing on for a transformers model, in a form that keeps what there is memory for.
+
+    The model's own `gradient_checkpointing_disable` ends it. What is chosen is logged whenever it changes.
+    """
+    checkpoint_fully(model)
+    blocks: list[Any] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    config = getattr(model, "config", None)
+    vocabulary = getattr(config, "vocab_size", None) or 0
+    plan = ActivationPlan(len(blocks), vocabulary)
+    for index, block in enumerate(blocks):
+        block._gradient_checkpointing_func = BlockActivations(plan, block, index)
+
+
+class ActivationPlan:
+    """The way that activations of the pass now running are kept, one for all blocks of a model.
+
+    ``n_logits`` is the size of the vocabulary: float32 logits and their gradients are held beside the activations.
+    """
+
+    def __init__(self, n_blocks: int, n_logits: int) -> None:
+        self.n_blocks, self.n_logits = n_blocks, n_logits
+        self.way: Way = "kept"
+        self.block_bytes: float | None = None  # a token, of one block
+        self._logged: Way | None = None
+        self._most_kept = 0  # tokens of the largest pass that was kept
+
+    def begin(self, hidden: Tensor) -> None:
+        """Choose for a pass over hidden states (…, width). All is kept until a block has been measured."""
+        if self.block_bytes is None:
+            return
+        n_tokens = hidden.numel() // hidden.shape[-1]
+        blocks = n_tokens * self.block_bytes * self.n_blocks
+        logits = n_tokens * self.n_logits * 2.0 * torch.float32.itemsize
+        free = available_bytes(hidden.device)
+        # Part of a pass that was kept the allocator may hold already: it is not free, and need not be.
+        room = free if n_tokens <= self._most_kept else SHARE * free
+        if blocks + logits <= room:
+            self.way, self._most_kept = "kept", max(n_tokens, self._most_kept)
+        else:
+            halved = hidden.device.type == "cpu" and SELECTIVE_SHARE * blocks + logits <= room
+            self.way, self._most_kept = "selective" if halved else "recomputed", 0
+        if self.way != self._logged:
+            log.info(
+                "activations %s: a pass of %s tokens would keep about %.2f GB, and %.2f GB are free",
+                _REASONS[self.way], f"{n_tokens:,}", (blocks + logits) / 1e9, free / 1e9,
+            )  # fmt: skip
+            self._logged = self.way
+
+    @contextmanager
+    def measuring(self, block: nn.Module, hidden: Tensor) -> Iterator[None]:
+        """Within it a block runs, and what it keeps beside its weights is counted."""
+        found: dict[int, int] = {}
+
+        def count(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with saved_tensors_hooks(count, lambda tensor: tensor):
+            yield
+        for weight in (*block.parameters(), *block.buffers()):
+            found.pop(weight.untyped_storage().data_ptr(), None)
+        self.block_bytes = sum(found.values()) * hidden.shape[-1] / hidden.numel()
+        self.begin(hidden)
+
+
+class BlockActivations:
+    """What transformers calls in place of `torch.utils.checkpoint.checkpoint` for one block."""
+
+    def __init__(self, plan: ActivationPlan, block: nn.Module, index: int) -> None:
+        self.plan, self.block, self.index = plan, block, index
+        self._again = False
+
+    @property
+    def is_selective(self) -> bool:
+        """Whether the block checkpoints itself selectively now. The first one does not: it is where a pass begins."""
+        return self.plan.way == "selective" and self.index > 0 and not self._again
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The block's output, its activations kept or not as the plan says."""
+        if torch.compiler.is_compiling():  # a graph holds one way
+            return checkpoint(function, *args, use_reentrant=False, **kwargs)
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        if self.index == 0:
+            self.plan.begin(hidden)
+        if self.plan.block_bytes is None:
+            with self.plan.measuring(self.block, hidden) if self.index == 1 else nullcontext():
+                return function(*args, **kwargs)
+        if self.plan.way == "kept":
+            return function(*args, **kwargs)
+        if self.is_selective:
+            return checkpoint(function, *args, use_reentrant=False, context_fn=selective_contexts, **kwargs)
+        place: Any = ActivationOffload(nn.Module(), "host") if hidden.is_cuda else nullcontext()
+        with place:
+            return checkpoint(self._recomputed(function), *args, use_reentrant=False, **kwargs)
+
+    def _recomputed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, which finds the block as it is now when it runs again, whatever a later pass has chosen."""
+
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            before, self._again = self._again, True
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._again = before
+
+        return run

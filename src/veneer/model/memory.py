@@ -1,0 +1,64 @@
+"""Memory that a process may still take: the machine's, its control group's, or a GPU's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import torch
+
+PROC, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+
+
+def available_bytes(device: torch.device) -> int:
+    """Bytes of memory that may still be taken on a device; what the system holds for files counts as free.
+
+    On a GPU that is what the driver has left and what torch's allocator holds without use. On a CPU no control group
+    may come to its limit (containers have one).
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min([int(psutil.virtual_memory().available), *group_rooms(PROC, CGROUPS)])
+
+
+class _Names(NamedTuple):
+    """How a version of control groups calls its files, and the line of its reclaimable pages."""
+
+    limit: str
+    used: str
+    reclaimable: str
+
+
+_V1 = _Names("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_V2 = _Names("memory.max", "memory.current", "inactive_file")
+
+
+def group_rooms(membership: Path, root: Path) -> Iterator[int]:
+    """Bytes under the limit of each control group that a process is in, from its own up.
+
+    ``membership`` is a file as /proc/self/cgroup, ``root`` where the groups lie; nothing where there are none.
+    """
+    if not membership.exists():
+        return
+    for line in membership.read_text(encoding="utf-8").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "" or "memory" in controllers.split(","):
+            top, names = (root, _V2) if controllers == "" else (root / "memory", _V1)
+            own = top / path.strip("/")
+            for folder in (own, *own.parents):
+                if folder.is_relative_to(top):
+                    yield from _room(folder, names)
+
+
+def _room(folder: Path, names: _Names) -> Iterator[int]:
+    """Of one group; a container does not see those above its own, and the topmost has no limit."""
+    try:
+        limit, used = ((folder / name).read_text(encoding="utf-8").strip() for name in names[:2])
+        pages = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines())
+    except OSError:
+        return
+    if limit != "max":
+        yield max(0, int(limit) - int(used) + int(pages.get(names.reclaimable, 0)))
