@@ -185,7 +185,7 @@ class _Passes:
 
 
 def _adding(groups: Mapping[str, _Group]) -> See:
-    """What adds the rows of a layer to its group, where they are enough."""
+    """A function that adds the rows of a layer to its group, where they are enough."""
 
     def add(path: str, x: Tensor, mask: Tensor | None) -> None:
         group, rows = groups[path], _rows(x, mask, path)
@@ -214,7 +214,7 @@ def _rows(x: Tensor, mask: Tensor | None, path: str) -> Tensor:
 
 
 def _mask(batch: Batch, eva: EvaConfig) -> Tensor | None:
-    """Which positions (n, t) count; None where the batch does not say."""
+    """The positions (n, t) that count; None where the batch does not say."""
     found = [batch["attention_mask"].bool()] if isinstance(batch.get("attention_mask"), Tensor) else []
     ids, labels = batch.get("input_ids"), batch.get("labels")
     if eva.use_label_mask and isinstance(labels, Tensor) and isinstance(ids, Tensor) and labels.shape == ids.shape:
@@ -223,7 +223,7 @@ def _mask(batch: Batch, eva: EvaConfig) -> Tensor | None:
 
 
 def _digest(x: Tensor) -> tuple[torch.Size, str]:
-    """What tells the inputs of layers apart without keeping them."""
+    """A fingerprint that tells the inputs of layers apart without keeping them."""
     return x.shape, hashlib.sha256(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 

@@ -20,7 +20,7 @@ from veneer.model.state import AdapterState
 
 @dataclass(frozen=True, slots=True)
 class Survival:
-    """What quantizing a merged weight left of an update.
+    """The part of an update that survives quantizing the merged weight.
 
     ``relative_size`` is the update's Frobenius norm over the weight's. ``share`` is the cosine between the update and
     what really changed: 1 where it came through whole, 0 where nothing did. ``gain`` is the length of what changed

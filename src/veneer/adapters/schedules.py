@@ -1,4 +1,4 @@
-"""What methods do in training besides their forward pass: a term of the loss, and an act after each optimizer step."""
+"""Training beside the forward pass, for methods that ask for it: a penalty in the loss, an act after each step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _JOINT = "::"  # in no adapter's name
 
 
 def penalty(model: nn.Module, state: AdapterState) -> Tensor | None:
-    """What the acting adapters add to a training loss; None where they add nothing."""
+    """The penalty that the acting adapters add to a training loss; None for none."""
     terms = [
         method.penalty(list(layers_of(model, name).values())) * method.penalty_weight
         for name, method in _acting(state).items()

@@ -1,4 +1,4 @@
-"""What a model holds: its adapters by layer, what is active, what trains."""
+"""The status of a model: its adapters by layer, those active, those that train."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What training needs of an adapted model: something that trains, and gradients that reach it."""
+"""Checks that an adapted model can train: something trains, and gradients reach it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the values of a dataclass are of the types that its fields declare, and how they are kept.
+"""Checks that the values of a dataclass are of the types that its fields declare, and keeps them as plain values.
 
 ``int`` is any whole number and ``float`` any finite one, numpy's too, and neither is True or False; ``str`` is also a
 path; ``Collection`` is any sequence or set but a string, whose letters would be taken for its elements.
@@ -54,7 +54,7 @@ def plain(value: Any) -> Any:
 
 
 def fits(value: object, hint: Any) -> bool:
-    """Whether a value is of a type, as this module reads it."""
+    """Return True if a value is of a type, as this module reads it."""
     origin, inner = get_origin(hint) or hint, get_args(hint)
     if origin in (Union, UnionType):
         return any(fits(value, each) for each in inner)
@@ -86,7 +86,7 @@ def kept(value: Any, hint: Any) -> Any:
 
 
 def misfits(name: str, value: object, hint: Any) -> list[str]:
-    """What is wrong with a value that does not fit, one sentence each: the values of a mapping are named one by one."""
+    """The problems of a value that does not fit, one sentence each: the values of a mapping are named one by one."""
     inner = next((get_args(each) for each in (hint, *get_args(hint)) if get_origin(each) is Mapping), None)
     if inner and isinstance(value, Mapping) and all(fits(key, inner[0]) for key in value):
         wrong = {f"{name}[{key!r}]": each for key, each in value.items() if not fits(each, inner[1])}
@@ -95,7 +95,7 @@ def misfits(name: str, value: object, hint: Any) -> list[str]:
 
 
 def _words(hint: Any, many: bool = False) -> str:
-    """What a value, or many of them, may be, in the words of a message."""
+    """The values allowed, in the words of a message."""
     *most, last = _alternatives(hint, many)
     return f"{', '.join(most)} or {last}" if most else last
 

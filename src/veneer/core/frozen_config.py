@@ -17,7 +17,7 @@ class FrozenConfigMeta(ABCMeta):
 
 
 class FrozenConfig(metaclass=FrozenConfigMeta):
-    """What configs derive from."""
+    """The base class of configs."""
 
     def __setattr__(self, name: str, value: object) -> None:
         kind = type(self).__name__

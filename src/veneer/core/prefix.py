@@ -1,4 +1,4 @@
-"""What PrefixDeltas mean, one for each attention layer, and their form on disk."""
+"""The formula of PrefixDeltas, one for each attention layer, and their form on disk."""
 
 from __future__ import annotations
 

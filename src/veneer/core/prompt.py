@@ -1,4 +1,4 @@
-"""What a PromptDelta means: virtual tokens in front of the embedded input."""
+"""The formula of a PromptDelta: virtual tokens in front of the embedded input."""
 
 from __future__ import annotations
 

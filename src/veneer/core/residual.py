@@ -1,4 +1,4 @@
-"""What a ResidualDelta means: the one formula of `records.ResidualDelta`, applied."""
+"""The one formula of `records.ResidualDelta`, applied."""
 
 from __future__ import annotations
 

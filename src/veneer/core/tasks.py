@@ -1,4 +1,4 @@
-"""What an adapter is trained for, in PEFT's words."""
+"""The tasks that an adapter may be trained for, in PEFT's words."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def look_up_rows(
     rows: Float[Tensor, "n d"],
     padding_id: int | None = None,
 ) -> Float[Tensor, "*batch d"]:
-    """What a look-up in `put_rows` gives, from what the table itself gave; the table is not copied.
+    """The look-up in `put_rows`, from the look-up in the table itself; the table is not copied.
 
     The row of ``padding_id`` gets no gradient, as in torch's embedding.
     """
@@ -44,7 +44,7 @@ def project_rows(
     rows: Float[Tensor, "n d"],
     bias: Float[Tensor, " n_tokens"] | None = None,
 ) -> Float[Tensor, "*batch n_tokens"]:
-    """What a head whose weight is `put_rows` gives, from what its own weight gave.
+    """The output of a head whose weight is `put_rows`, from the output with its own weight.
 
     The gradient of the rows is a product of their own size; that of the whole table is never formed.
     """

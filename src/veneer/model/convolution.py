@@ -127,8 +127,10 @@ class BlockDiagonalWeight:
 
 
 def is_convolution(module: nn.Module) -> bool:
-    """Whether a module is a convolution of torch with a kernel of its own; a class with a forward of its own (one that
-    standardizes the kernel, say) is another map."""
+    """Return True if a module is a convolution of torch with a kernel of its own.
+
+    A class with a forward of its own (one that standardizes the kernel, say) is another map.
+    """
     own = base_of(type(module)) if isinstance(module, InPlace) else type(module)
     plain = any(issubclass(own, cls) and own.forward is cls.forward for cls in _CONVOLUTIONS)
     return plain and module._parameters.get("weight") is not None
@@ -148,7 +150,7 @@ def shape_of_convolution(path: str, module: nn.Module) -> LinearSite:
 
 
 def _without_groups(module: nn.Module, x: Tensor, kernel: Tensor) -> Tensor:
-    """What the layer's convolution gives with a kernel that sees all channels."""
+    """The output of the layer's convolution with a kernel that sees all channels."""
     conv = cast(Any, module)
     convolve = next(function for cls, function in _CONVOLUTIONS.items() if isinstance(module, cls))
     padding = conv.padding

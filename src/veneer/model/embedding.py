@@ -60,5 +60,5 @@ def input_embeddings(model: nn.Module) -> nn.Module | None:
 
 
 def is_embedding(module: nn.Module) -> bool:
-    """Whether a method that knows embeddings can adapt this module; one that renormalizes its table cannot be."""
+    """Return True if a module is an embedding that can be adapted; one that renormalizes its table cannot."""
     return isinstance(module, nn.Embedding) and module.max_norm is None

@@ -16,7 +16,7 @@ from veneer.errors import TargetError
 
 
 class InPlace:
-    """What every mixin of this kind derives from. It makes a class that no Python module holds copy and pickle.
+    """The base class of every mixin of this kind. It makes a class that no Python module holds copy and pickle.
 
     ``swapped`` names the parameters that reading goes through ``effective`` for, so that an adapter can offer its own.
     """
@@ -30,7 +30,7 @@ class InPlace:
 
     @classmethod
     def own_body(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """What a class generated in front of ``base`` has of its own."""
+        """The own attributes of a class generated in front of ``base``."""
         return {}
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:

@@ -54,7 +54,7 @@ class PrefixAdapters(VirtualTokens):
         return _stack(model)
 
     def records(self, name: str) -> tuple[PrefixDelta, ...]:
-        """What adapter ``name`` means, layer by layer."""
+        """The records of adapter ``name``, layer by layer."""
         return cast(PrefixMethod, self.method(name)).lower(self.sites, self.parameters_of(name))
 
     def stored(self, name: str, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -111,7 +111,7 @@ class _Recomputed:
         return args, {**kwargs, self.argument: cache}
 
     def record(self, name: str) -> PrefixDelta:
-        """What adapter ``name`` means in this layer alone."""
+        """The record of adapter ``name`` in this layer alone."""
         method, place = cast(PrefixMethod, self.holder.method(name)), self.holder.layers.index(self.index)
         return method.lower_one(self.holder.sites, self.holder.parameters_of(name), place)
 

@@ -68,7 +68,7 @@ class PromptAdapters(VirtualTokens):
         return front.rows([self.record(name).embeddings for name in front.names], n_rows)
 
     def record(self, name: str) -> PromptDelta:
-        """What adapter ``name`` means."""
+        """The record of adapter ``name``."""
         return cast(PromptMethod, self.method(name)).lower(self.site, self.parameters_of(name))
 
     def stored(self, name: str, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -119,7 +119,7 @@ class PromptAdapters(VirtualTokens):
         return replace_leading(self.tokens(self.front, embedded.shape[0]), embedded)
 
     def after_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """What the pass gives, without the virtual positions; called too where it fails."""
+        """Remove the virtual positions from the output; called too where the pass fails."""
         if module is not self.outermost:
             return None
         front, length, unread = self.front, self.length, self.to_embed

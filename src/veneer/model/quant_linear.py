@@ -48,12 +48,12 @@ class QuantLinear(nn.Module):
 
     @property
     def is_transposed(self) -> bool:
-        """Whether the layer that this one stands for stores Wᵀ."""
+        """True where the layer that this one stands for stores Wᵀ."""
         return issubclass(self.source, Conv1D)
 
     @property
     def is_filled(self) -> bool:
-        """Whether the weight is there."""
+        """True where the weight is there."""
         return not self.weight.is_meta
 
     def forward(self, x: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ class QuantLinear(nn.Module):
 
 
 def computing_dtypes(model: nn.Module) -> set[torch.dtype]:
-    """What a model computes in: the dtype of its parameters, and what its quantized layers ask for beside that."""
+    """The dtypes that a model computes in: those of its parameters, and of its quantized layers."""
     weights = [module.frozen_format() for module in model.modules() if isinstance(module, QuantLinear)]
     asked = {weight.compute_dtype for weight in weights if isinstance(weight, CodedWeight)}
     return {dtype for dtype in (next(model.parameters()).dtype, *asked) if dtype is not None}

@@ -1,4 +1,4 @@
-"""Which adapters of a model exist and which are active: one object, shared by every adapted module of the model."""
+"""The adapters of a model and those that are active: one object, shared by every adapted module of the model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class AdapterState:
         return () if self.disabled or self.merged or self.routing else self.active
 
     def routed(self) -> Routing | None:
-        """Which adapter each row takes now; None where all rows take the acting ones."""
+        """The adapter of each row now; None where all rows take the acting ones."""
         return None if self.disabled else self.routing
 
     @contextmanager

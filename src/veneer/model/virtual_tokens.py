@@ -1,4 +1,4 @@
-"""What prefix and prompt adapters share on a model: masks, positions and caches with n virtual tokens in front."""
+"""Virtual tokens on a model, for prefix and prompt adapters: masks, positions and caches with n tokens in front."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Arguments = dict[str, Any]
 
 
 def cache_name(forward: Callable[..., object]) -> str | None:
-    """What a forward function calls its cache, if it takes one."""
+    """The name of a forward function's argument for the cache, if it takes one."""
     known = inspect.signature(forward).parameters
     return next((name for name in CACHE_NAMES if name in known), None)
 
@@ -75,12 +75,12 @@ class VirtualTokens(nn.Module):
         return self.method(name).disk_names()
 
     def packed(self, name: str, path: str, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What a plain save holds of adapter ``name``, from its parameters by their keys on disk."""
+        """The tensors of a plain save of adapter ``name``, from its parameters by their keys on disk."""
         keys = self.disk_keys(name, path)
         return {k: v.detach() for k, v in self.stored(name, {key: found[keys[key]] for key in keys}).items()}
 
     def stored(self, name: str, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What a plain save holds, from parameters by their names."""
+        """The tensors of a plain save, from parameters by their names."""
         raise NotImplementedError
 
     def method(self, name: str) -> VirtualTokenMethod:
@@ -88,7 +88,7 @@ class VirtualTokens(nn.Module):
         return cast(VirtualTokenMethod, self.adapter_state.configs[name])
 
     def acting(self) -> Front | None:
-        """What stands in front of the rows now. Raises CompositionError where several adapters act on one row."""
+        """The virtual tokens in front of the rows. Raises CompositionError where several adapters act on one row."""
         routing = self.adapter_state.routed()
         acting = self.adapter_state.acting() if routing is None else routing.adapters
         names = [name for name in acting if name in self.adapters]
@@ -148,7 +148,7 @@ class VirtualTokens(nn.Module):
             model_kwargs["position_ids"] = front.shift(rows)
 
     def in_decoder(self, model: PreTrainedModel) -> bool:
-        """Whether the virtual tokens are in front of what is generated."""
+        """Return True if the virtual tokens are in front of what is generated."""
         return not model.config.is_encoder_decoder
 
     def named(self, model: PreTrainedModel, args: Any, kwargs: Any) -> Arguments:
@@ -212,7 +212,7 @@ def with_positions(model: PreTrainedModel, given: Arguments, front: Front) -> Ar
 
 
 def takes_positions(model: nn.Module) -> bool:
-    """Whether a model has to be told positions that do not follow from its mask (as OPT's do) or from distances."""
+    """Return True if a model needs position ids: they follow neither from its mask (as OPT's do) nor from distances."""
     tables = (m for m in model.modules() if isinstance(m, nn.Embedding))
     if any("attention_mask" in inspect.signature(table.forward).parameters for table in tables):
         return False
@@ -287,7 +287,7 @@ def _config(model: nn.Module, name: str) -> object:
 
 
 def _is_causal(model: PreTrainedModel) -> bool:
-    """Whether no position sees those after it, so that places in front of a row can be left out."""
+    """Return True if no position sees those after it, so that places in front of a row can be left out."""
     if model.config.is_encoder_decoder or model.can_generate():
         return True
     return any(getattr(module, "is_causal", False) for module in model.modules())

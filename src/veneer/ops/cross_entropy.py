@@ -21,7 +21,7 @@ CHUNK_BYTES = 32 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadOptions:
-    """What turns logits into a loss: rows with ``ignore_index`` do not count, ``softcap`` is Gemma 2's c of
+    """The settings that turn logits into a loss: rows with ``ignore_index`` do not count, ``softcap`` is Gemma 2's c of
     ``c * tanh(logits / c)``, ``num_items`` divides the sum (None: the number of rows that count)."""
 
     ignore_index: int = -100

@@ -62,7 +62,7 @@ def kernel_isa() -> str:
 
 
 def interprets_triton() -> bool:
-    """Whether Triton was told to run its kernels in its interpreter, on tensors of any device."""
+    """Return True if Triton was told to run its kernels in its interpreter, on tensors of any device."""
     return bool(importlib.import_module("triton").knobs.runtime.interpret)
 
 

@@ -20,12 +20,12 @@ NARROW = (torch.bfloat16, torch.float16)
 
 @functools.cache
 def float32_is_faster() -> bool:
-    """Whether this CPU multiplies float32 faster than 16 bits."""
+    """Return True if this CPU multiplies float32 faster than 16 bits."""
     return kernel_isa() in ("avx2", "avx512")
 
 
 def widens(x: Float[Tensor, "*batch k"], dtype: torch.dtype) -> bool:
-    """Whether `matmul` computes in float32 where x is given in this dtype."""
+    """Return True if `matmul` computes in float32 where x is given in this dtype."""
     narrow = dtype in NARROW and x.device.type == "cpu" and float32_is_faster()
     return narrow and x.numel() >= FEW_ROWS * x.shape[-1]
 

@@ -1,1 +1,1 @@
-"""What lies on disk: adapters, base checkpoints, model sources, the model cache."""
+"""Adapters, base checkpoints and model sources on disk."""

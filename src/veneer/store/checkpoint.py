@@ -103,7 +103,7 @@ class Checkpoint:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether every value is a number. A sum tells in one pass without a mask or copy as large as the tensor."""
+    """Return True if every value is a number. A sum tells in one pass without a mask or copy as large as the tensor."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
     if tensor.dtype.itemsize > 1 and bool(tensor.sum().isfinite()):
@@ -142,7 +142,7 @@ def _read_index(index: Path) -> tuple[dict[str, str], list[str]]:
 
 
 def _is_inside(file: str) -> bool:
-    """Whether a file name from an index stays in the folder. Links are followed: the hub's cache is made of them."""
+    """Return True if a file name from an index stays in the folder. Links are followed: the hub's cache has them."""
     parts = PurePosixPath(file.replace("\\", "/"))
     return not parts.is_absolute() and ".." not in parts.parts and ":" not in file
 

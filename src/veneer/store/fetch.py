@@ -45,7 +45,7 @@ def model_folder(name: str) -> Path:
 
 
 def is_fetched(name: str) -> bool:
-    """Whether the model is there, with every file in its full length."""
+    """Return True if the model is there, with every file in its full length."""
     return _is_whole(model_folder(name))
 
 

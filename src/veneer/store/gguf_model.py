@@ -35,7 +35,7 @@ _TOKEN_IDS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "p
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufFacts:
-    """What a GGUF file says about itself.
+    """The facts in the header of a GGUF file.
 
     ``dtype`` is that of the matrices where nothing is quantized, bfloat16 otherwise. ``token_ids`` are the ids of the
     special tokens by transformers' names.

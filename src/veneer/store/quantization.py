@@ -25,7 +25,7 @@ IGNORED_ON_DISK = ("quant_method", "_load_in_4bit", "_load_in_8bit", "bnb_4bit_q
 # not frozen: transformers' mixin is a dataclass that is not
 @dataclass(init=False, repr=False, eq=False)
 class BitsAndBytesConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """What ``from_pretrained(…, quantization_config=…)`` takes to load a model in 4 or 8 bits.
+    """The ``quantization_config`` of ``from_pretrained`` that loads a model in 4 or 8 bits.
 
     ``load_in_4bit`` with ``bnb_4bit_quant_type`` ("fp4", or "nf4" as in QLoRA) and ``bnb_4bit_use_double_quant``; or
     ``load_in_8bit``. ``bnb_4bit_compute_dtype`` is what products are computed in; None takes the dtype of the input.

@@ -85,7 +85,7 @@ def matmul_t_4bit(
 
 
 def _is_few(x: Tensor, layout: FourBitLayout) -> bool:
-    """Whether a kernel multiplies so many rows straight from the codes: rows of the weight must start with a byte."""
+    """Return True if a kernel multiplies so many rows straight from the codes: the weight's rows start with a byte."""
     return 0 < len(x) <= _FEW_ROWS and layout.shape[1] % 2 == 0
 
 

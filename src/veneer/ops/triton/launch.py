@@ -15,7 +15,7 @@ LONGEST_ROW = 65536  # a row is held in one program's registers
 
 
 def is_served(*tensors: Tensor) -> bool:
-    """Whether the training kernels have a form for these element types; the reference computes others."""
+    """Return True if the training kernels have a form for these element types; the reference computes others."""
     return all(t.dtype in SERVED for t in tensors)
 
 
