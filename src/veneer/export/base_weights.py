@@ -141,7 +141,7 @@ class BaseWeights:
             if name in self._renamed:
                 return self._renamed[name]
         raise FormatError(
-            f"the base's files have no tensor {names[0]!r}: they are not whole, or name their tensors otherwise than "
+            f"the base's files have no tensor {names[0]!r}: they are incomplete, or name their tensors otherwise than "
             "the model does. Load the base with from_pretrained and use merge_and_unload() instead."
         )
 

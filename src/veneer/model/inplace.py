@@ -45,12 +45,12 @@ def change_class(module: nn.Module, mixin: type[InPlace], swapped: tuple[str, ..
     """
     if "_orig_mod" in module._modules:
         raise TargetError(
-            "this model is compiled, and adapters would be passed by: attach them first, then torch.compile"
+            "this model is compiled, and adapters would have no effect: attach them first, then torch.compile"
         )
     if "forward" in vars(module) and "_old_forward" not in vars(module):
         raise TargetError(
             f"the forward of this {type(module).__name__} was replaced on the module itself (by a patching library); "
-            "an adapter would be passed by in silence. Attach adapters first, or do without the patch."
+            "the adapter would have no effect. Attach adapters before patching, or remove the patch."
         )
     own = type(module)
     base = base_of(own) if issubclass(own, mixin) else own
