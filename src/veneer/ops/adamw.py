@@ -15,7 +15,7 @@ BLOCK_SIZE = 256
 
 @dataclass(frozen=True, slots=True)
 class AdamWStep:
-    """What one step needs besides tensors. ``step`` counts from 1; ``eps`` is added to the corrected root of the
+    """The settings of one step. ``step`` counts from 1; ``eps`` is added to the corrected root of the
     second moment.
     """
 

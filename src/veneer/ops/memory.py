@@ -24,7 +24,7 @@ def address(x: Tensor, device: str = "cpu") -> int:
 
 
 def _told(x: Tensor, device: str) -> str:
-    """What a tensor without an address is, and how to come by one with it."""
+    """Describe a tensor without an address, and the way to one that has it."""
     if x.layout != torch.strided:
         return f"a tensor laid out as {x.layout}; call to_dense() on it"
     if x.device.type != device:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from veneer.ops.cpu.dtypes import is_served
 from veneer.ops.cpu.module import DTYPES, kernels
-from veneer.ops.cpu.rows import is_served
 from veneer.ops.memory import address
 from veneer.ops.reference import attention as reference
 from veneer.ops.rows import same_dtype

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from veneer.ops.cpu.dtypes import is_served
 from veneer.ops.cpu.module import DTYPES, kernels
-from veneer.ops.cpu.rows import is_served
 from veneer.ops.grouped_low_rank import AdapterRuns, Gradients, LowRankGroup
 from veneer.ops.memory import address
 from veneer.ops.reference import grouped_low_rank as reference
@@ -59,7 +59,7 @@ def _factors(groups: Sequence[LowRankGroup]) -> list[Tensor | None]:
 
 
 def _reach_all(groups: Sequence[LowRankGroup], rows: AdapterRuns) -> bool:
-    """Whether every row has an adapter with a pair on one of the layers."""
+    """Return True if every row has an adapter with a pair on one of the layers."""
     reached = [any(group.a[k] is not None for group in groups) for k in range(len(groups[0].a))]
     return sum(stop - start for k, start, stop in rows.runs if reached[k]) == rows.n_rows
 
@@ -70,14 +70,14 @@ def _one_dtype(factors: Sequence[Tensor | None]) -> list[Tensor]:
 
 
 def _in_rows(ys: Sequence[Tensor]) -> bool:
-    """Whether the outputs can be written as rows of one dtype."""
+    """Return True if the outputs can be written as rows of one dtype."""
     return all(y.stride(1) == 1 and y.dtype == ys[0].dtype for y in ys)
 
 
 def _given(
     x: Tensor, groups: Sequence[LowRankGroup], factors: Sequence[Tensor | None], rows: AdapterRuns, ys: Sequence[Tensor]
 ) -> tuple[Any, ...]:
-    """What csrc/grouped_low_rank/bindings.cpp calls Given."""
+    """The struct ``Given`` of csrc/grouped_low_rank/bindings.cpp."""
     dtype = next((f.dtype for f in factors if f is not None), x.dtype)
     pairs: list[int] = []
     for a, b in zip(factors[0::2], factors[1::2], strict=True):

@@ -65,7 +65,7 @@ def _serves(x: Tensor, groups: Sequence[LowRankGroup]) -> bool:
 
 
 def _is_empty(group: LowRankGroup) -> bool:
-    """Whether no adapter has a pair on a layer."""
+    """Return True if no adapter has a pair on a layer."""
     return all(a is None for a in group.a)
 
 

@@ -1,4 +1,4 @@
-"""Which element types the training kernels take."""
+"""The element types that the training kernels take."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ SERVED = (torch.float32, torch.bfloat16)
 
 
 def is_served(*tensors: Tensor) -> bool:
-    """Whether the training kernels have a form for these element types."""
+    """Return True if the training kernels have a form for these element types."""
     return all(t.dtype in SERVED for t in tensors)
