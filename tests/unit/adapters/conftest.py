@@ -17,6 +17,8 @@ from transformers import (
     Qwen2Config,
 )
 
+from models import gpt2_config
+
 VOCAB = 101
 _GROUPED = {
     "vocab_size": VOCAB,

@@ -21,6 +21,8 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from models import gpt2_config
+
 MERGES = ["1 2", "h e"]
 SPECIAL = ["<|end|>", "<|start|>"]
 TOKENS = [*SPECIAL, *bytes_to_unicode().values(), "12", "he"]
