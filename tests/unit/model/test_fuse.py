@@ -11,19 +11,25 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
+    CohereConfig,
+    Glm4MoeLiteConfig,
     GPTNeoXJapaneseConfig,
     GptOssConfig,
     GraniteConfig,
     Ministral3Config,
     MoshiConfig,
+    Olmo2Config,
+    OlmoConfig,
+    OlmoeConfig,
     OPTConfig,
     Qwen3Config,
+    StableLmConfig,
 )
 
 from veneer.model.fused.decoder import fuse
-from veneer.model.fused.parts import norm_kind
 
-from .conftest import FAMILIES, NEOX, SIZES, WIDE, base
+from .conftest import NEOX, PARTIAL, SIZES, WIDE, base
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -38,40 +44,59 @@ def test_a_window_longer_than_the_check_is_seen(known: bool, caplog: pytest.LogC
     assert (model.config.sliding_window, lying.sliding_window) == ((41, None) if known else (None, 41))
 
 
+@pytest.mark.parametrize("described", [True, False])
 @pytest.mark.parametrize(
-    ("dtype", "scale", "reason"),
-    [(torch.float32, 0.25, "differs by"), (torch.bfloat16, 0.02, "more with positions than to rotate")],
+    ("dtype", "scale", "reason"), [(torch.float32, 0.25, "differs by"), (torch.bfloat16, 0.02, "more with positions")]
 )
 def test_queries_scaled_by_position_run_the_general_path(
-    dtype: torch.dtype, scale: float, reason: str, caplog: pytest.LogCaptureFixture
+    dtype: torch.dtype,
+    scale: float,
+    reason: str,
+    described: bool,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """1 in the first 32 positions; small weights hide the rest in bfloat16's rounding."""
-    rope = {
-        "llama_4_scaling_beta": 0.3,
-        "original_max_position_embeddings": 32,
-        "rope_theta": 1e4,
-        "rope_type": "default",
-    }
-    torch.manual_seed(3)
-    config = Ministral3Config(initializer_range=scale, rope_parameters=rope, pad_token_id=0, **SIZES)
+    if not described:  # values see it too
+        monkeypatch.setattr("veneer.model.blueprint.read_attention.read_temperature", lambda source: None)
     with caplog.at_level(logging.WARNING, logger="veneer"):
-        assert not fuse(AutoModelForCausalLM.from_config(config, dtype=dtype))
-    assert reason in caplog.text
+        assert not fuse(ministral(32, dtype, scale))
+    assert ("more with positions than to rotate" if described else reason) in caplog.text
+
+
+def test_queries_that_grow_beyond_the_context_alone_are_fused() -> None:
+    assert fuse(ministral(SIZES["max_position_embeddings"], torch.float32, 0.25))
+
+
+def ministral(original: int, dtype: torch.dtype, scale: float) -> Any:
+    rope = {"llama_4_scaling_beta": 0.3, "original_max_position_embeddings": original, "rope_type": "default"}
+    torch.manual_seed(3)
+    config = Ministral3Config(
+        initializer_range=scale, rope_parameters={"rope_theta": 1e4, **rope}, pad_token_id=0, **SIZES
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (GraniteConfig(residual_multiplier=0.3, attention_multiplier=0.2, **SIZES), "differs by"),
+        (GraniteConfig(residual_multiplier=0.3, attention_multiplier=0.2, **SIZES), "residual_multiplier=0.3"),
         (GPTNeoXJapaneseConfig(intermediate_multiple_size=1, **NEOX), "has no attribute 'config'"),
         (
             GptOssConfig(
                 num_local_experts=3, num_experts_per_tok=2, pad_token_id=0, **{**WIDE, "intermediate_size": 60}
             ),
-            "TypeError",
+            "it holds sinks",
         ),
         (MoshiConfig(ffn_dim=58, audio_vocab_size=89, pad_token_id=0, **SIZES), "feed-forward part of known form"),
         (Qwen3Config(layer_types=["full_attention", "chunked_attention"], **SIZES), "of type chunked_attention"),
+        (OlmoConfig(**WIDE), "of one kind"),
+        (OlmoeConfig(num_experts=3, num_experts_per_tok=2, **WIDE), "of kinds that the kernels do not know"),
+        (StableLmConfig(clip_qkv=0.7, **WIDE, **PARTIAL), "clips queries, keys and values"),
+        (Olmo2Config(**WIDE), "no norms in front of them"),
+        (CohereConfig(**WIDE), "rotates neighbouring numbers"),
+        (BloomConfig(hidden_size=42, n_layer=2, n_head=3, vocab_size=97), "falls with distance (ALiBi)"),
+        (Glm4MoeLiteConfig(**{**WIDE, "q_lora_rank": 21}), "no q, k, v and o projections"),
         (
             OPTConfig(hidden_size=42, ffn_dim=58, num_hidden_layers=2, num_attention_heads=3, vocab_size=97),
             "lists of layers",
@@ -108,12 +133,3 @@ def test_a_model_that_cannot_be_looked_at_is_left_alone(
         assert not fuse(model)
     assert [type(m) for m in model.modules()] == classes
     assert reason in caplog.text
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("family", "kind"), [("llama", "rms"), ("gemma3", "rms plus one")])
-def test_the_kind_of_a_norm_with_large_weights(family: str, kind: str, dtype: torch.dtype) -> None:
-    model = AutoModelForCausalLM.from_config(FAMILIES[family], dtype=dtype)
-    norm = model.model.layers[0].input_layernorm
-    nn.init.uniform_(norm.weight, 90, 1700, generator=torch.Generator().manual_seed(1))
-    assert norm_kind(norm) == kind

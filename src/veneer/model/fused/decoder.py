@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from veneer.errors import DescriptionError
 from veneer.model.adapted import Adapted
+from veneer.model.blueprint.describe import blocks_of, describe
 from veneer.model.fused.block import CACHES, SPECIAL, FusedBlock, attention_of, mlp_of, own_attention
-from veneer.model.fused.head import Head, ends_with_head, head_of
+from veneer.model.fused.head import Head, ends_with_head, head_of, is_plain_head
 from veneer.model.fused.layout import LayoutMask, layout_mask
-from veneer.model.fused.shape import BlockShape, block_shapes
+from veneer.model.fused.shape import BlockShape, block_shape
 from veneer.model.inplace import InPlace, change_class, restore_class
 from veneer.model.quant_linear import computing_dtypes
 from veneer.model.structure import evaluation
@@ -86,9 +88,9 @@ def _with_layout(plain: Callable[..., Any]) -> Callable[..., Any]:
 def fuse(model: PreTrainedModel) -> bool:
     """Let the blocks of a model run fused, in place; whether they do. A model already fused stays so.
 
-    A block is recognised by the names of its parts, then by its values: what it adds to the stream of a short batch
-    must be what the model's own code adds, to rounding.
-    What names leave open is settled the same way. A model that does not fit runs as it is, and the log says why.
+    What a block is made of says the model's description; its values then verify that: what it adds to the stream of a
+    short batch must be what the model's own code adds, to rounding. A model that does not fit runs as it is, and the
+    log says why.
     """
     if is_fused(model):
         return True
@@ -137,26 +139,30 @@ def fused(model: PreTrainedModel) -> Iterator[bool]:
 def _fuse(model: PreTrainedModel) -> str | None:
     """Fuse, or say why not."""
     decoder = model.base_model
-    lists = [part for part in decoder.children() if isinstance(part, nn.ModuleList) and len(part)]
-    if len(lists) != 1:
-        return f"it has {len(lists)} lists of layers, where one is expected"
+    try:
+        holder, layers = blocks_of(model)
+        described = describe(model)
+    except DescriptionError as error:
+        return str(error)
+    if holder is not decoder:
+        return f"it has 0 lists of layers in its {type(decoder).__name__} itself, where one is expected"
     if KERNELS.get(model.device.type) not in backends("attention.attention_forward"):
         return f"there are no kernels for {model.device.type}"
-    layers = lists[0]
-    shapes = [block_shapes(block) for block in layers]
+    shapes = [block_shape(block) for block in described.blocks]
     problem = next((shape for shape in shapes if isinstance(shape, str)), None)
     if problem is not None:
         return f"a block does not fit: {problem}"
-    for block, known in zip(layers, shapes, strict=True):
+    for block, shape in zip(layers, shapes, strict=True):
         change_class(block, FusedBlock)
-        cast(FusedBlock, block).fused_shape = cast("list[BlockShape]", known)[0]
+        cast(FusedBlock, block).fused_shape = cast(BlockShape, shape)
     change_class(decoder, FusedDecoder)
     cast(FusedDecoder, decoder).ends_with_head = False
     blocks = [cast(FusedBlock, block) for block in layers]
     exact = torch.autocast(model.device.type, enabled=False)
     with evaluation(model), _base_alone(model), _short_windows(model), torch.no_grad(), exact:
-        problem = _settle(model, blocks, cast("list[list[BlockShape]]", shapes))
-        cast(FusedDecoder, decoder).ends_with_head = ends_with_head(model, torch.arange(3, device=model.device)[None])
+        problem = _differing(model, blocks)
+        ids = torch.arange(3, device=model.device)[None]
+        cast(FusedDecoder, decoder).ends_with_head = is_plain_head(described.head) and ends_with_head(model, ids)
     if all(block.fused_shape.attention is None and block.fused_shape.mlp is None for block in blocks):
         return "every part of its blocks is hooked, trained, or computes in another dtype than the stream"
     return problem
@@ -200,8 +206,8 @@ def _short_windows(model: nn.Module) -> Iterator[None]:
             owner.sliding_window = window
 
 
-def _settle(model: PreTrainedModel, blocks: list[FusedBlock], shapes: list[list[BlockShape]]) -> str | None:
-    """Give every block the shape of its own that computes what it computes; in words what is wrong with the best.
+def _differing(model: PreTrainedModel, blocks: list[FusedBlock]) -> str | None:
+    """In words what the blocks compute otherwise than the model's own code; None where they compute the same.
 
     Compared is what a block adds to the stream, fused and not, over two short sequences: one at the start of the
     model's context and one at its end.
@@ -211,19 +217,8 @@ def _settle(model: PreTrainedModel, blocks: list[FusedBlock], shapes: list[list[
     calls = _calls(model, blocks, ids)
     if len(calls) != len(blocks):
         return f"its {len(blocks)} blocks are called {len(calls)} times in one pass"
-    errors = [
-        {shape: _error(block, shape, call) for shape in known}
-        for block, known, call in zip(blocks, shapes, calls, strict=True)
-    ]
-    # Blocks of one model are built alike: one whose weights are zero fits every shape, and is told by the others.
-    worst: dict[Any, float] = {}
-    for found in errors:
-        for shape, error in found.items():
-            worst[shape.variant] = max(worst.get(shape.variant, 0.0), error)
-    chosen = [min(found, key=lambda shape: worst[shape.variant]) for found in errors]
-    for block, shape, call in zip(blocks, chosen, calls, strict=True):
-        _take(block, shape, call[0].dtype)
-    error = max(found[shape] for found, shape in zip(errors, chosen, strict=True))
+    errors = [_error(block, call) for block, call in zip(blocks, calls, strict=True)]
+    error = float(torch.tensor(errors).max())  # NaN, where one of them is
     if not error <= max(TOLERANCES.get(dtype, 1e-3) for dtype in computing_dtypes(model)):
         return f"a block differs by {error:.1e} from the model's own code"
     minds = any(_minds_positions(block, call) for block, call in zip(blocks, calls, strict=True))
@@ -245,22 +240,19 @@ def _fresh(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in kwargs.items() if key not in (*CACHES, "use_cache")}
 
 
-def _error(block: FusedBlock, shape: BlockShape, call: tuple[Tensor, dict[str, Any], Tensor]) -> float:
+def _error(block: FusedBlock, call: tuple[Tensor, dict[str, Any], Tensor]) -> float:
+    """How far what a block adds is from the model's own code; halves that cannot be compared are not fused from now."""
     x, kwargs, y = call
-    _take(block, shape, x.dtype)
+    shape, dtype = block.fused_shape, x.dtype
+    block.fused_shape = replace(
+        shape,
+        attention=None if attention_of(block, dtype, dtype) is None else shape.attention,
+        mlp=None if mlp_of(block, dtype, dtype) is None else shape.mlp,
+    )
     mask = cast(LayoutMask, layout_mask(SIZE, None, None))
     own = _first(block(x, **{**_fresh(kwargs), "attention_mask": mask})).double()
     change = (y.double() - x.double()).norm()
     return float((own - y.double()).norm() / change.clamp_min(1e-30))
-
-
-def _take(block: FusedBlock, shape: BlockShape, dtype: torch.dtype) -> None:
-    """A half that cannot be compared now is never fused."""
-    block.fused_shape = shape
-    attention = None if attention_of(block, dtype, dtype) is None else shape.attention
-    block.fused_shape = replace(
-        shape, attention=attention, mlp=None if mlp_of(block, dtype, dtype) is None else shape.mlp
-    )
 
 
 def _calls(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from veneer.core.frozen import FrozenWeight
+from veneer.model.blueprint import decoder as blueprint
 from veneer.model.fused.parts import is_plain
 from veneer.model.inplace import InPlace, change_class, restore_class
 from veneer.model.linear import frozen_weight
@@ -56,6 +57,11 @@ def head_of(model: nn.Module) -> Head | None:
     if any(t is not None and t.requires_grad for t in (bias, getattr(weight, "tensor", None))):
         return None
     return Head(weight.tensor if isinstance(weight, DenseWeight) else weight, bias)
+
+
+def is_plain_head(head: blueprint.Head | None) -> bool:
+    """Whether the description of a head has no cap and no scale."""
+    return head is not None and head.softcap is None and head.scale == 1
 
 
 @contextmanager

@@ -7,21 +7,20 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from veneer.core.method import LinearMethod
 from veneer.core.records import LinearDelta
+from veneer.model.blueprint.linears import is_linear
+from veneer.model.blueprint.norms import epsilon_of
 from veneer.model.fused.rows import pairs_of_rows
-from veneer.model.inplace import InPlace, base_of
+from veneer.model.inplace import InPlace
 from veneer.model.linear import AdaptedLinear, frozen_weight
-from veneer.model.quant_linear import QuantLinear
 from veneer.ops.norm import layer_norm_backward, layer_norm_forward, rms_norm_backward, rms_norm_forward
 from veneer.ops.projection import LowRankRows, Projection
 from veneer.quant.dense import DenseWeight
 from veneer.quant.product import CodedWeight
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-EPSILONS = ("variance_epsilon", "eps")
 NormKind = Literal["rms", "rms plus one", "layer"]
 
 
@@ -82,33 +81,6 @@ def is_plain(module: nn.Module) -> bool:
     return not any(getattr(module, hooks) for hooks in HOOKS) and "forward" not in vars(module)
 
 
-def norm_kind(module: nn.Module) -> NormKind | None:
-    """RMSNorm ("plus one": it multiplies by its weight plus 1) or LayerNorm; None where the module is neither.
-
-    Found by its values: families disagree under the same names.
-    """
-    weight, eps, bias = getattr(module, "weight", None), epsilon_of(module), getattr(module, "bias", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 1 or eps is None:
-        return None
-    x = torch.linspace(-1.5, 2.5, weight.shape[0], device=weight.device).to(weight.dtype)[None]
-    with torch.no_grad():
-        given, wide, w = module(x).double(), x.double(), weight.double()
-        centred = wide - wide.mean(-1, keepdim=True)
-        root, deviation = (torch.rsqrt(t.square().mean(-1, keepdim=True) + eps) for t in (wide, centred))
-        expected: dict[NormKind, Tensor] = {"layer": centred * deviation * w + (0 if bias is None else bias.double())}
-        if bias is None:
-            expected |= {"rms": wide * root * w, "rms plus one": wide * root * (w + 1)}
-    # the nearest of them: adding one changes little where weights are large (Gemma 3 has some above a thousand)
-    errors = {kind: float((given - y).norm()) for kind, y in expected.items()}
-    kind = min(errors, key=errors.__getitem__)
-    return kind if errors[kind] <= 1e-2 * float(given.norm()) else None
-
-
-def epsilon_of(module: nn.Module) -> float | None:
-    """The epsilon of a norm, by the names that families give it."""
-    return next((float(getattr(module, name)) for name in EPSILONS if hasattr(module, name)), None)
-
-
 def norm_of(module: nn.Module, kind: NormKind, dtype: torch.dtype) -> Norm | None:
     """The norm as the kernels take it; None where it is trained, hooked, or kept in another dtype than x."""
     if not is_plain(module) or isinstance(module, InPlace):  # reading a weight that rows have copies of raises
@@ -120,18 +92,6 @@ def norm_of(module: nn.Module, kind: NormKind, dtype: torch.dtype) -> Norm | Non
     if kind == "layer":
         return LayerNorm(weight, torch.zeros_like(weight) if bias is None else bias, eps)
     return RmsNorm(weight, eps, 1.0 if kind == "rms plus one" else 0.0)
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer of a known class, adapted or not."""
-    own = base_of(type(module)) if isinstance(module, AdaptedLinear) else type(module)
-    return own in (nn.Linear, Conv1D, QuantLinear)
-
-
-def size_of(module: nn.Module) -> tuple[int, int]:
-    """Outputs and inputs of a linear layer."""
-    n_out, n_in = frozen_weight(module).shape
-    return int(n_out), int(n_in)
 
 
 def projection_of(module: nn.Module, dtype: torch.dtype) -> Projection | None:

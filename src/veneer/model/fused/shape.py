@@ -1,39 +1,16 @@
-"""What a block is made of, by the names of its parts and by their values.
-
-Names find the parts. What names do not say is left open: whether both halves read the same stream, and in which order a
-joined projection gives heads. Every possibility is a `BlockShape`; the one that computes what the model's own code
-computes is found by trying them.
-"""
+"""What the kernels of fused blocks can run of a block that is described: its parts by their names within the block."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from itertools import product
-from typing import Any, cast
+from dataclasses import dataclass
 
-import torch
-from torch import nn
-
-from veneer.model.blueprint.heads import HeadLayout, HeadOrder
-from veneer.model.fused.parts import NormKind, is_linear, norm_kind, size_of
-from veneer.ops.activation import KINDS, activation_forward
+from veneer.model.blueprint.decoder import Block
+from veneer.model.blueprint.heads import HeadLayout
+from veneer.model.blueprint.parts import Attention, Experts, FeedForward, Norm, Strange
+from veneer.model.blueprint.read_attention import window_of as window_of  # as the modules have it now
+from veneer.model.fused.parts import NormKind
 from veneer.ops.attention import AttentionOptions
 from veneer.ops.glu import ACTIVATIONS
-
-ATTENTION = ("self_attn", "attention", "attn")
-FULL, SLIDING = "full_attention", "sliding_attention"  # transformers' names in `config.layer_types`
-QKV = (("q_proj", "k_proj", "v_proj"), ("qkv_proj",), ("query_key_value",), ("c_attn",))
-OUT = ("o_proj", "dense", "c_proj")
-HEAD_NORMS = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"))
-HEAD_DIM = ("head_dim", "head_size")
-ACT = ("act_fn", "activation_fn", "act")
-MLP = (
-    (("gate_proj", "up_proj"), "down_proj", True),
-    (("gate_up_proj",), "down_proj", True),
-    (("fc1",), "fc2", False),
-    (("dense_h_to_4h",), "dense_4h_to_h", False),
-    (("c_fc",), "c_proj", False),
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,29 +44,10 @@ class NormNames:
     attention_post: str | None = None
     mlp_post: str | None = None
 
-    @property
-    def all(self) -> list[str]:
-        """Each norm once."""
-        names = (self.attention, self.mlp, self.attention_post, self.mlp_post)
-        return list(dict.fromkeys(name for name in names if name is not None))
-
-
-NORMS = (
-    NormNames(
-        attention="input_layernorm",
-        mlp="pre_feedforward_layernorm",
-        attention_post="post_attention_layernorm",
-        mlp_post="post_feedforward_layernorm",
-    ),
-    NormNames(attention="input_layernorm", mlp="post_attention_layernorm"),
-    NormNames(attention="ln_1", mlp="ln_2"),
-    NormNames(attention="input_layernorm", mlp="input_layernorm"),
-)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockShape:
-    """What was recognised in a block. ``parallel``: the feed-forward half reads what the attention half reads.
+    """What runs fused in a block. ``parallel``: the feed-forward half reads what the attention half reads.
 
     ``attention`` and ``mlp`` are None where that half is of another kind and runs as the model wrote it.
     """
@@ -101,114 +59,102 @@ class BlockShape:
     attention: AttentionParts | None
     mlp: MlpParts | None
 
-    @property
-    def variant(self) -> tuple[bool, HeadOrder | None]:
-        """What names do not say."""
-        return self.parallel, self.attention.heads.order if self.attention else None
 
-
-def block_shapes(block: nn.Module) -> list[BlockShape] | str:
-    """What the block may be, by the names of its parts; or in words what does not fit."""
-    attention_name = next((name for name in ATTENTION if isinstance(getattr(block, name, None), nn.Module)), None)
-    if attention_name is None or not isinstance(getattr(block, "mlp", None), nn.Module):
-        return f"no mlp and one of {', '.join(ATTENTION)} in it"
-    layer_type = _layer_type(getattr(block, attention_name))
-    if layer_type not in (None, FULL, SLIDING):
-        return f"it is of type {layer_type}, where {FULL} and {SLIDING} are known"
-    norms = next((norms for norms in NORMS if all(hasattr(block, name) for name in norms.all)), None)
-    if norms is None:
-        return f"no {', or '.join(' and '.join(norms.all) for norms in NORMS)} in it"
-    kinds = {norm_kind(getattr(block, name)) for name in norms.all}
+def block_shape(block: Block) -> BlockShape | str:
+    """What the kernels can run of a block; or in words why they run nothing of it."""
+    norms, before = block.norms, len(block.path) + 1
+    kinds = {_kind(norm) for norm in norms.all}
+    attention, mlp = _attention_parts(block.attention, kinds), _mlp_parts(block.feed_forward, f"{block.path}.mlp")
+    reason = _unfit(block)
+    if reason is not None:
+        return reason
+    if norms.attention is None or norms.feed_forward is None:
+        return "its halves have no norms in front of them"
     kind = kinds.pop()
     if kinds or kind is None:
         return "its norms are not RMSNorms or LayerNorms of one kind"
-    mlp = _mlp_parts(cast(nn.Module, block.mlp))
-    attentions: list[AttentionParts | None] = [*_attention_parts(getattr(block, attention_name), kind)]
-    if mlp is None and not attentions:
-        return "neither q, k, v and o projections nor a feed-forward part of known form in it"
-    both = (False, True)
-    flows = (True,) if norms.attention == norms.mlp else both[:1] if norms.attention_post else both
-    return [
-        BlockShape(
-            attention_name=attention_name, norms=norms, kind=kind, parallel=parallel, attention=attention, mlp=mlp
+    if attention is None and mlp is None:
+        return _reasons(block) or "its halves are of kinds that the kernels do not know"
+    return BlockShape(
+        attention_name=block.attention.path[before:],
+        norms=NormNames(
+            attention=norms.attention.path[before:],
+            mlp=norms.feed_forward.path[before:],
+            attention_post=norms.attention_post.path[before:] if norms.attention_post else None,
+            mlp_post=norms.feed_forward_post.path[before:] if norms.feed_forward_post else None,
+        ),
+        kind=kind,
+        parallel=block.parallel,
+        attention=attention,
+        mlp=mlp,
+    )
+
+
+def _unfit(block: Block) -> str | None:
+    """What no half of a block may do."""
+    attention = block.attention
+    if block.other or attention.path == block.path:  # what is strange is the block itself
+        return _reasons(block)
+    if block.residual_multiplier != 1:
+        return (
+            f"what its halves give is multiplied before it is added (residual_multiplier={block.residual_multiplier})"
         )
-        for attention, parallel in product(attentions or [None], flows)
-    ]
-
-
-def window_of(attention: nn.Module) -> int | None:
-    """The sliding window of an attention module; None where its layer sees all that came before."""
-    config = getattr(attention, "config", None)
-    if _layer_type(attention) == FULL:
+    if isinstance(attention, Strange):
         return None
-    window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
-    return cast("int | None", window) or None  # configs say 0 for none
+    special = {
+        "has a bias that falls with distance (ALiBi)": attention.alibi is not None,
+        "rotates neighbouring numbers": attention.rotary is not None and attention.rotary.interleaved,
+        "clips queries, keys and values": attention.clip is not None,
+        "does more with positions than to rotate by them": _grows(attention),
+    }
+    return next((f"its attention {what}" for what, is_so in special.items() if is_so), None)
 
 
-def _layer_type(attention: nn.Module) -> str | None:
-    """What the config calls the layer of an attention module; None where all layers are of one type."""
-    types = getattr(getattr(attention, "config", None), "layer_types", None)
-    index = getattr(attention, "layer_idx", None)
-    return None if types is None or index is None else cast(str, types[index])
+def _grows(attention: Attention) -> bool:
+    """Whether queries grow with position within the context."""
+    rotary, temperature = attention.rotary, attention.temperature
+    return temperature is not None and (rotary is None or rotary.max_positions > temperature.original_max_positions)
 
 
-def _attention_parts(module: nn.Module, kind: NormKind) -> list[AttentionParts]:
-    """One for each order that heads may come in; empty where a part is missing or of another form."""
-    qkv = next((names for names in QKV if all(hasattr(module, name) for name in names)), None)
-    out, head_dim = _first(module, OUT), _first(module, HEAD_DIM)
-    if qkv is None or out is None or head_dim is None or not all(hasattr(module, n) for n in ("scaling", "config")):
-        return []
-    if not all(is_linear(getattr(module, name)) for name in (*qkv, out)):
-        return []
-    head_norms = next((names for names in HEAD_NORMS if getattr(module, names[0], None) is not None), None)
-    size = int(getattr(module, head_dim))
-    for name in head_norms or ():
-        norm = cast(nn.Module, getattr(module, name))
-        if tuple(getattr(getattr(norm, "weight", None), "shape", ())) != (size,) or norm_kind(norm) != kind:
-            return []  # over all heads at once (OLMo 2), or one for each
-    options = AttentionOptions(scale=float(cast(float, module.scaling)))
-    softcap = getattr(module, "attn_logit_softcapping", None)
-    if softcap is not None:
-        options = replace(options, softcap=float(softcap))
-    return [
-        AttentionParts(qkv=qkv, out=out, heads=heads, options=options, head_norms=head_norms)
-        for heads in _layouts([getattr(module, name) for name in qkv], getattr(module, out), size)
-    ]
+def _reasons(block: Block) -> str:
+    return "; ".join(dict.fromkeys(part.reason for part in block.strange))
 
 
-def _layouts(qkv: list[nn.Module], out: nn.Module, head_dim: int) -> list[HeadLayout]:
-    n_heads, rest = divmod(size_of(out)[1], head_dim)
-    n_all, rest_all = divmod(sum(size_of(module)[0] for module in qkv), head_dim)
-    n_kv_heads = (n_all - n_heads) // 2
-    if rest or rest_all or n_heads < 1 or n_kv_heads < 1 or n_all != n_heads + 2 * n_kv_heads:
-        return []
-    orders: list[HeadOrder] = ["apart"] if len(qkv) == 3 else ["joined"]
-    if len(qkv) == 1 and n_heads == n_kv_heads:
-        orders.append("by head")
-    return [HeadLayout(order, n_heads, n_kv_heads, head_dim) for order in orders]
-
-
-def _mlp_parts(module: nn.Module) -> MlpParts | None:
-    act = _first(module, ACT)
-    found = next((form for form in MLP if all(hasattr(module, name) for name in (*form[0], form[1]))), None)
-    if act is None or found is None or not all(is_linear(getattr(module, name)) for name in (*found[0], found[1])):
+def _kind(norm: Norm) -> NormKind | None:
+    """What the kernels call a norm; None where they have none like it."""
+    if not norm.weight or len(norm.shape) != 1 or (norm.kind, norm.offset) == ("layer", 1.0):
         return None
-    gate_up, down, gated = found
-    n_inner = size_of(getattr(module, down))[1]
-    if sum(size_of(getattr(module, name))[0] for name in gate_up) != (2 * n_inner if gated else n_inner):
-        return None  # fc1 may hold a gate (Moshi)
-    activation = _activation(cast(Any, module), act, ACTIVATIONS if gated else KINDS)
-    if activation is None:
+    return "layer" if norm.kind == "layer" else "rms plus one" if norm.offset else "rms"
+
+
+def _attention_parts(attention: Attention | Strange, kinds: set[NormKind | None]) -> AttentionParts | None:
+    """None where the half runs as the model wrote it."""
+    if isinstance(attention, Strange):
         return None
-    return MlpParts(gate_up=gate_up, down=down, act=act, activation=activation, gated=gated)
+    if any(norm.shape != (attention.heads.head_dim,) or {_kind(norm)} != kinds for norm in attention.norms):
+        return None  # over all heads at once (OLMo 2), or of another kind than the block's
+    before = len(attention.path) + 1
+    q_norm, k_norm = attention.q_norm, attention.k_norm
+    return AttentionParts(
+        qkv=tuple(linear.path[before:] for linear in attention.qkv),
+        out=attention.out.path[before:],
+        heads=attention.heads,
+        options=AttentionOptions(scale=attention.scale, softcap=attention.softcap),
+        head_norms=(q_norm.path[before:], k_norm.path[before:]) if q_norm and k_norm else None,
+    )
 
 
-def _activation(module: Any, act: str, known: tuple[str, ...]) -> str | None:
-    """Which activation a module has, found by its values."""
-    x = torch.linspace(-4, 4, 33, dtype=torch.float64)
-    given = getattr(module, act)(x)
-    return next((name for name in known if torch.allclose(given, activation_forward(x, name), atol=1e-7)), None)
-
-
-def _first(module: nn.Module, names: tuple[str, ...]) -> str | None:
-    return next((name for name in names if getattr(module, name, None) is not None), None)
+def _mlp_parts(part: FeedForward | Experts | Strange, path: str) -> MlpParts | None:
+    """None where the half runs as the model wrote it."""
+    if not isinstance(part, FeedForward) or part.path != path:
+        return None
+    if part.gated and part.activation not in ACTIVATIONS:
+        return None
+    before = len(path) + 1
+    return MlpParts(
+        gate_up=tuple(linear.path[before:] for linear in part.inner),
+        down=part.down.path[before:],
+        act=part.act[before:],
+        activation=part.activation,
+        gated=part.gated,
+    )
