@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from veneer.errors import VeneerError
 from veneer.serve.outputs import TokenLogprobs
 
 
@@ -50,7 +51,8 @@ class Drawn:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """What a step gave, by request: the token drawn, and the log-probabilities of prompt tokens."""
+    """What a step gave, by request: the token drawn, or why none was, and log-probabilities of prompt tokens."""
 
     drawn: dict[str, Drawn] = field(default_factory=dict)
     prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
+    failed: dict[str, VeneerError] = field(default_factory=dict)

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 import enum
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from veneer.core.field_types import check
 from veneer.errors import ConfigError
+from veneer.serve.keywords import Keywords
 
 GREEDY_BELOW = 1e-5  # a temperature under it takes the likeliest token, as in vLLM
 MAX_LOGPROBS = 20
 _BIAS = 100.0
-# Fields of vLLM's that this engine does not offer: they are named, so that nobody believes they act.
-_NOT_OFFERED = (
-    *("extra_args", "skip_reading_prefix_cache", "repetition_detection", "thinking_token_budget", "stream_interval"),
-    *("logprob_token_ids", "skip_clone", "flat_logprobs", "best_of", "use_beam_search"),
-)
 
 
 class RequestOutputKind(enum.Enum):
@@ -29,27 +24,8 @@ class RequestOutputKind(enum.Enum):
     FINAL_ONLY = 2
 
 
-class _Keywords(type):
-    """Makes an unknown keyword one error of the house's kind, which names the nearest known one."""
-
-    def __call__(cls, **given: Any) -> Any:
-        known = [spec.name for spec in fields(cls)]  # type: ignore[arg-type]
-        unknown = [name for name in given if name not in known]
-        if unknown:
-            raise ConfigError("; ".join(_unknown(cls.__name__, name, known) for name in unknown))
-        return super().__call__(**given)
-
-
-def _unknown(kind: str, name: str, known: list[str]) -> str:
-    if name in _NOT_OFFERED:
-        return f"{kind}: {name} is not offered by this engine: leave it out"
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"known: {known}"
-    return f"{kind} has no field {name!r}; {hint}"
-
-
 @dataclass(frozen=True, kw_only=True)
-class StructuredOutputsParams(metaclass=_Keywords):
+class StructuredOutputsParams(metaclass=Keywords):
     """A form that the text of an answer must have: exactly one of a JSON schema (a dict, or its text), a regular
     expression, a list of choices, a grammar (Lark, or GBNF), or any JSON object.
     """
@@ -73,12 +49,17 @@ class StructuredOutputsParams(metaclass=_Keywords):
 
 
 @dataclass(kw_only=True)
-class SamplingParams(metaclass=_Keywords):
+class SamplingParams(metaclass=Keywords):
     """How the tokens of an answer are chosen; fields, defaults and order of effects are vLLM's.
 
     Checked when made and again when a request is made of it, since its fields may be set in between. Raises
     ConfigError with everything that is wrong.
     """
+
+    not_offered: ClassVar[tuple[str, ...]] = (
+        *("extra_args", "skip_reading_prefix_cache", "repetition_detection", "thinking_token_budget"),
+        *("stream_interval", "logprob_token_ids", "skip_clone", "flat_logprobs", "best_of", "use_beam_search"),
+    )
 
     n: int = 1
     presence_penalty: float = 0.0

@@ -60,11 +60,24 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Take a request in. Raises ConfigError where it could never be run."""
-        self._require_room(request)
+        self.require_room(len(request.prompt), request.n_front)
         request.arrival = next(self._arrivals)
         self.waiting.append(request)
         if request.version is not None:
             self.pool.enter(request.version)
+
+    def require_room(self, n_prompt: int, n_front: int) -> int:
+        """Tokens that an answer may have behind a prompt. Raises ConfigError where there is room for none."""
+        most = self.limits.max_model_len
+        front = f" behind {n_front} virtual tokens" if n_front else ""
+        if not n_prompt:
+            raise ConfigError("the prompt is empty: give at least one token")
+        if n_front + n_prompt >= most:
+            raise ConfigError(
+                f"this model's maximum context length is {most} tokens and the prompt has {n_prompt}{front}, which "
+                "leaves none for the answer: shorten it"
+            )
+        return most - n_front - n_prompt
 
     def end(self, request: Request, reason: FinishReason, error: Exception | None = None) -> None:
         """End a request before its time (or for its text's sake); it holds nothing from here on."""
@@ -105,24 +118,15 @@ class Scheduler:
             request = by_id[sequence.request_id]
             request.n_computed += len(sequence.tokens)
             request.n_scored += len(sequence.targets)
-            if sequence.samples:
+            if request.id in sampled.failed:
+                request.end("error", sampled.failed[request.id])
+            elif sequence.samples:
                 request.draw(sampled.drawn[request.id].token)
-            if sequence.samples or sequence.targets:
-                touched.append(request)
             if request.status is Status.DONE:
                 self._drop(request)
+            if sequence.samples or sequence.targets:
+                touched.append(request)
         return touched
-
-    def _require_room(self, request: Request) -> None:
-        most, given = self.limits.max_model_len, len(request.prompt)
-        front = f" behind {request.n_front} virtual tokens" if request.n_front else ""
-        if not given:
-            raise ConfigError("the prompt is empty: give at least one token")
-        if request.n_front + given >= most:
-            raise ConfigError(
-                f"this model's maximum context length is {most} tokens and the prompt has {given}{front}, which leaves "
-                "none for the answer: shorten it"
-            )
 
     def _reserve(self, request: Request, n: int, planned: dict[Request, int]) -> bool:
         """Pages for the next n tokens, others preempted for them; False where the request itself had to go."""

@@ -1,0 +1,82 @@
+"""The text of an answer while its tokens come: stop strings, log-probabilities, and what is shown of it when."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from veneer.serve.detokenizer import Detokenizer
+from veneer.serve.lora_request import LoRARequest
+from veneer.serve.outputs import CompletionOutput, Logprob, TokenLogprobs
+from veneer.serve.plan import Drawn
+from veneer.serve.request import Request, Status
+from veneer.serve.sampling_params import RequestOutputKind, SamplingParams
+
+
+class Answer:
+    """One of the answers to a prompt. ``request`` is what computes it."""
+
+    def __init__(self, request: Request, index: int, params: SamplingParams, tokenizer: Any) -> None:
+        self.request, self.index, self.params = request, index, params
+        self.text = ""
+        self.stop_string: str | None = None
+        self.logprobs: list[TokenLogprobs] = []
+        self.cumulative_logprob = 0.0
+        self._tokenizer = tokenizer
+        self._reader = Detokenizer(tokenizer, request.prompt, params.skip_special_tokens) if params.detokenize else None
+        self._shown_tokens, self._shown_text, self._shown_end = 0, 0, False
+
+    def take(self, drawn: Drawn) -> bool:
+        """Take a token in, which the request has already; whether it completes a stop string."""
+        if drawn.logprobs is not None:
+            self.logprobs.append(decoded(drawn.logprobs, self._tokenizer))
+            self.cumulative_logprob += drawn.logprobs[drawn.token].logprob
+        if self._reader is None:
+            return False
+        start = len(self.text)
+        hidden = self.request.finish_reason == "stop" and not self.params.include_stop_str_in_output
+        self.text += "" if hidden else self._reader.add(drawn.token)
+        if self.request.finish_reason is not None:
+            self.text += self._reader.finish()
+        return len(self.request.output) > self.params.min_tokens and self._stops(start)
+
+    def output(self, kind: RequestOutputKind, lora_request: LoRARequest | None) -> CompletionOutput | None:
+        """What is to be shown now; None where there is nothing new to a kind that shows news."""
+        done = self.request.status is Status.DONE
+        end = len(self.text) if done else max(self._shown_text, len(self.text) - self._held_back)
+        delta = kind is RequestOutputKind.DELTA
+        first_token, first_char = (self._shown_tokens, self._shown_text) if delta else (0, 0)
+        tokens = self.request.output[first_token:]
+        if delta and (self._shown_end or not (done or tokens)):
+            return None
+        self._shown_tokens, self._shown_text, self._shown_end = len(self.request.output), end, done
+        asked = self.params.logprobs is not None
+        return CompletionOutput(
+            index=self.index,
+            text=self.text[first_char:end],
+            token_ids=list(tokens),
+            cumulative_logprob=self.cumulative_logprob if asked else None,
+            logprobs=self.logprobs[first_token:] if asked else None,
+            finish_reason=self.request.finish_reason,
+            stop_reason=self.stop_string if self.stop_string is not None else self.request.stop_token,
+            lora_request=lora_request,
+        )
+
+    @property
+    def _held_back(self) -> int:
+        """Characters that may be the beginning of a stop string."""
+        return max((len(stop) - 1 for stop in self.params.stop_strings), default=0)
+
+    def _stops(self, start: int) -> bool:
+        """Look for stop strings that end in the text from ``start`` on; cut the text at the first."""
+        places = [(self.text.find(s, max(0, start - len(s) + 1)), s) for s in self.params.stop_strings]
+        found = min((place for place in places if place[0] >= 0), default=None)
+        if found is None:
+            return False
+        at, self.stop_string = found
+        self.text = self.text[: at + len(self.stop_string) * self.params.include_stop_str_in_output]
+        return True
+
+
+def decoded(logprobs: TokenLogprobs, tokenizer: Any) -> TokenLogprobs:
+    """Log-probabilities with the texts of their tokens."""
+    return {i: Logprob(p.logprob, p.rank, str(tokenizer.decode([i]))) for i, p in logprobs.items()}

@@ -1,0 +1,44 @@
+"""Conversations as prompts: a chat template, and contents of one text or several."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+
+from veneer.errors import ConfigError
+
+Conversation = Sequence[Mapping[str, Any]]
+
+
+def chat_prompt(tokenizer: Any, messages: Conversation, how: Mapping[str, Any]) -> dict[str, Any]:
+    """The prompt (text and ids) that a chat template makes of messages; ``how`` are the arguments of
+    `apply_chat_template`.
+
+    Raises ConfigError where there is no template, it refuses the messages, or a content is no text.
+    """
+    if tokenizer.chat_template is None and how.get("chat_template") is None:
+        raise ConfigError("this model has no chat template: give chat_template, or a prompt that is plain text")
+    turns = [_turn(number, message) for number, message in enumerate(messages)]
+    if not turns:
+        raise ConfigError("messages is empty: give at least one, as {'role': 'user', 'content': '…'}")
+    if how.get("add_generation_prompt") and how.get("continue_final_message"):
+        raise ConfigError("add_generation_prompt and continue_final_message exclude each other: set one to False")
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, **how)
+    except (TemplateError, ValueError, TypeError) as error:
+        raise ConfigError(f"the chat template refuses the messages: {error}") from error
+    return {"prompt": text, "prompt_token_ids": tokenizer(text, add_special_tokens=False)["input_ids"]}
+
+
+def _turn(number: int, message: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise ConfigError(f"messages[{number}]={message!r} must be a mapping with a role and a content")
+    content = message.get("content")
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        wrong = [part for part in content if not isinstance(part, Mapping) or not isinstance(part.get("text"), str)]
+        if wrong:
+            raise ConfigError(f"messages[{number}]: only parts of the type text are read, not {wrong[0]!r}")
+        content = "\n".join(part["text"] for part in content)
+    return {**message, "content": content}

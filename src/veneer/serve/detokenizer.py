@@ -1,0 +1,38 @@
+"""Text from tokens as they come: what is certain is given out, and a character of several tokens comes whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+_CONTEXT = 6  # tokens of the prompt that the first of the answer is read behind
+_UNFINISHED = "\ufffd"
+
+
+class Detokenizer:
+    """The text of an answer, read behind the prompt, so that a space between the two is the answer's."""
+
+    def __init__(self, tokenizer: Any, prompt: Sequence[int], skip_special_tokens: bool) -> None:
+        self._tokenizer, self._skips = tokenizer, skip_special_tokens
+        self._ids = list(prompt[-_CONTEXT:])
+        self._start, self._read = 0, len(self._ids)
+
+    def add(self, token: int) -> str:
+        """The text that is certain with one token more; empty within a character."""
+        self._ids.append(token)
+        return self._next(final=False)
+
+    def finish(self) -> str:
+        """What was held back."""
+        return self._next(final=True)
+
+    def _next(self, final: bool) -> str:
+        before = self._decode(self._ids[self._start : self._read])
+        now = self._decode(self._ids[self._start :])
+        if len(now) <= len(before) or (now.endswith(_UNFINISHED) and not final):
+            return ""
+        self._start, self._read = self._read, len(self._ids)
+        return now[len(before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=self._skips, clean_up_tokenization_spaces=False))

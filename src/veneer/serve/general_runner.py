@@ -1,0 +1,184 @@
+"""Runs plans through transformers' own forward pass: every model whose attention can be paged, every method.
+
+One token is one batch row, and a row takes the adapter that it names. The exact runner, not the fast one: what the fast
+ones give is checked against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from veneer.adapters.peft_model import become_peft_model
+from veneer.core.method import VirtualTokenMethod
+from veneer.errors import CompositionError, VeneerError
+from veneer.model.mixed import checked, routed
+from veneer.model.paged import KeysValues, PagedModel, PagedStep, PagedStore, Stretch, require_pageable
+from veneer.model.prefix import PrefixAdapters
+from veneer.model.prompt import PromptAdapters
+from veneer.model.routing import BASE, Routing
+from veneer.model.virtual_tokens import inner_model, virtual_tokens
+from veneer.serve.plan import Plan, PlannedSequence, Sampled
+from veneer.serve.sampler import DrawRule, Sampler
+
+Front = dict[int, KeysValues]  # keys and values of virtual tokens by layer, (n, kv_heads, width) each
+
+
+class Runner(Protocol):
+    """What computes plans. Adapters are loaded and unloaded between plans, under the ids of their versions."""
+
+    def load(self, version: str, folder: Path) -> None:
+        """Take an adapter in. Raises VeneerError where it does not fit, and is then as before."""
+
+    def unload(self, version: str) -> None:
+        """Let an adapter go."""
+
+    def begin(self, request_id: str, rule: DrawRule) -> None:
+        """A request comes, whose tokens are drawn by a rule."""
+
+    def end(self, request_id: str) -> None:
+        """A request goes."""
+
+    def run(self, plan: Plan) -> Sampled:
+        """Compute a plan, and draw."""
+
+
+class GeneralRunner:
+    """A `Runner` on the model itself, which becomes a `PeftModel`; between plans its attention is its own."""
+
+    def __init__(self, model: PreTrainedModel, n_pages: int, block: int) -> None:
+        self.model = become_peft_model(model.eval())
+        self.paged, self.store = PagedModel(model), PagedStore(n_pages, block)
+        self.sampler = Sampler()
+        self.fronts: dict[str, Front] = {}
+
+    @staticmethod
+    def bytes_per_position(model: PreTrainedModel) -> int:
+        """What a position takes. Raises TargetError for a model that cannot be run so."""
+        return require_pageable(model)
+
+    def load(self, version: str, folder: Path) -> None:
+        self.model.load_adapter(folder, version)
+        try:
+            checked(self.model, self.model.adapter_state, (version,), ((), {}))
+            front = self._front(version)
+        except VeneerError:
+            self.model.delete_adapter(version)
+            raise
+        if front:
+            self.fronts[version] = front
+
+    def unload(self, version: str) -> None:
+        self.model.delete_adapter(version)
+        self.fronts.pop(version, None)
+
+    def begin(self, request_id: str, rule: DrawRule) -> None:
+        self.sampler.begin(request_id, rule)
+
+    def end(self, request_id: str) -> None:
+        self.sampler.end(request_id)
+
+    def run(self, plan: Plan) -> Sampled:
+        logits = self._logits(plan)
+        sampled, at = Sampled(), 0
+        for sequence in plan.sequences:
+            id, n = sequence.request_id, len(sequence.targets)
+            try:
+                if n:
+                    sampled.prompt_logprobs[id] = self.sampler.score(id, logits[at : at + n], sequence.targets)
+                if sequence.samples:
+                    sampled.drawn[id] = self.sampler.draw(id, logits[at + n])
+            except VeneerError as error:
+                sampled.failed[id] = error
+            at += n + sequence.samples
+        return sampled
+
+    def _logits(self, plan: Plan) -> Tensor:
+        """Logits behind the tokens whose followers are asked for or drawn, in the plan's order."""
+        device, sequences = self.base.device, plan.sequences
+        for sequence in sequences:
+            if sequence.start == sequence.n_front:
+                self._put_front(sequence)
+        step = PagedStep(self.store, [Stretch(s.pages, s.start, len(s.tokens)) for s in sequences], device)
+        ids = torch.tensor([token for s in sequences for token in s.tokens], device=device)
+        names = [self._route(s.version) for s in sequences for _ in s.tokens]
+        kept = torch.tensor(_kept_rows(sequences), dtype=torch.long, device=device)
+        with self._routed(names), self._head_for(kept, names):
+            return cast(Tensor, self.paged.run(step, ids).logits[:, 0])
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The model as transformers' own."""
+        return cast(PreTrainedModel, self.model)
+
+    def _route(self, version: str | None) -> str:
+        """The name that a version's rows take: virtual tokens come from pages, their rows are the base's."""
+        return BASE if version is None or version in self.fronts else version
+
+    @contextmanager
+    def _routed(self, names: Sequence[str]) -> Iterator[None]:
+        with routed(self.model, self.model.adapter_state, Routing(tuple(names))):
+            yield
+
+    @contextmanager
+    def _head_for(self, rows: Tensor, names: Sequence[str]) -> Iterator[None]:
+        """Inside the block the head sees these rows alone; where there are none, the first."""
+        rows = rows if len(rows) else rows.new_zeros(1)
+        state, inner = self.model.adapter_state, inner_model(self.base)
+
+        def narrow(module: Any, args: Any, output: Any) -> Any:
+            output.last_hidden_state = output.last_hidden_state[rows]
+            state.routing = Routing(tuple(names[row] for row in rows.tolist()))
+            return output
+
+        handle = inner.register_forward_hook(narrow)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _put_front(self, sequence: PlannedSequence) -> None:
+        slots = torch.tensor(self.store.slots(sequence.pages, 0, sequence.n_front), device=self.base.device)
+        for layer, (keys, values) in self.fronts.get(sequence.version or "", {}).items():
+            self.store.write(layer, slots, keys, values)
+
+    @torch.no_grad()
+    def _front(self, version: str) -> Front:
+        """The keys and values of an adapter's virtual tokens: a prefix's own, or what a prompt leaves in the base."""
+        config = self.model.peft_config[version]
+        if not isinstance(config, VirtualTokenMethod):
+            return {}
+        if config.modules_to_save:
+            raise CompositionError(
+                f"an adapter of virtual tokens with modules_to_save={list(config.modules_to_save)} cannot be served"
+            )
+        holder = next(h for h in virtual_tokens(self.model).values() if version in h.adapters)
+        if isinstance(holder, PrefixAdapters):
+            records = zip(holder.sites, holder.records(version), strict=True)
+            return {site.layer: (r.k.to(self.base.dtype), r.v.to(self.base.dtype)) for site, r in records}
+        return self._front_of_prompt(cast(PromptAdapters, holder).record(version).embeddings)
+
+    def _front_of_prompt(self, embeddings: Tensor) -> Front:
+        n = len(embeddings)
+        store = PagedStore(1, n)
+        step = PagedStep(store, [Stretch((0,), 0, n)], self.base.device)
+        with self._routed([BASE] * n):
+            self.paged.run(step, embeddings.to(self.base.dtype))
+        return store.layers
+
+
+def _kept_rows(sequences: Sequence[PlannedSequence]) -> list[int]:
+    found: list[int] = []
+    first = 0
+    for sequence in sequences:
+        scored = first + sequence.first_scored
+        found.extend(range(scored, scored + len(sequence.targets)))
+        first += len(sequence.tokens)
+        found.extend([first - 1] * sequence.samples)
+    return found

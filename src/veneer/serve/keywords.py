@@ -1,0 +1,33 @@
+"""What an unknown keyword of a dataclass is told. No torch."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import fields
+from typing import Any, ClassVar
+
+from veneer.errors import ConfigError
+
+
+class Keywords(type):
+    """Makes unknown keywords one error of the house's kind, which names the nearest known one.
+
+    A class may list in ``not_offered`` what others have under these names and it has not, so that nobody believes that
+    it acts.
+    """
+
+    not_offered: ClassVar[tuple[str, ...]] = ()
+
+    def __call__(cls, **given: Any) -> Any:
+        known = [spec.name for spec in fields(cls)]  # type: ignore[arg-type]
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise ConfigError("; ".join(cls._said(name, known) for name in unknown))
+        return super().__call__(**given)
+
+    def _said(cls, name: str, known: list[str]) -> str:
+        if name in cls.not_offered:
+            return f"{cls.__name__}: {name} is not offered by this engine: leave it out"
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known: {known}"
+        return f"{cls.__name__} has no field {name!r}; {hint}"

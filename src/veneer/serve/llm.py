@@ -1,0 +1,214 @@
+"""`LLM`: vLLM's offline face, in the caller's thread."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from veneer.errors import ConfigError, VeneerError
+from veneer.serve.conversation import Conversation, chat_prompt
+from veneer.serve.engine import Asked, Engine
+from veneer.serve.lora_request import LoRARequest
+from veneer.serve.outputs import RequestOutput
+from veneer.serve.sampling_params import RequestOutputKind, SamplingParams
+from veneer.serve.start import EngineOptions, start_engine
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+One = TypeVar("One")
+
+
+class LLM:
+    """A model that answers many prompts at once, each with the adapter that it names, of any method.
+
+    ``options`` are vLLM's, see `EngineOptions`. Raises ConfigError, FormatError, and TargetError for a model that
+    cannot be served.
+    """
+
+    def __init__(self, model: str | os.PathLike[str] | PreTrainedModel, **options: Any) -> None:
+        self.options: EngineOptions = EngineOptions(**options)
+        self.engine = start_engine(model, self.options)
+        self.llm_engine = Adapters(self.engine)
+        self._waiting: list[str] = []
+        self._done: dict[str, RequestOutput] = {}
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+    ) -> list[RequestOutput]:
+        """Answers to prompts, in their order. A prompt is text, token ids, or a mapping with ``prompt`` or
+        ``prompt_token_ids``; parameters and adapters are one for all, or one for each.
+
+        Raises ConfigError for what is wrong with a prompt before any is run, and the reason (FormatError, …) where an
+        adapter turns out not to fit: the engine stays as it was.
+        """
+        return self._complete(self._asked(_listed(prompts), sampling_params, lora_request), use_tqdm)
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """The next turns of conversations, under the model's chat template or the one given. Raises as `generate`."""
+        many = bool(messages) and not isinstance(messages[0], Mapping)
+        how = {
+            "chat_template": chat_template, "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message, "tools": tools, **(chat_template_kwargs or {}),
+        }  # fmt: skip
+        prompts = [chat_prompt(self.get_tokenizer(), each, how) for each in (messages if many else [messages])]  # type: ignore[arg-type]
+        return self._complete(self._asked(prompts, sampling_params, lora_request), use_tqdm)
+
+    def enqueue(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+    ) -> list[str]:
+        """Take prompts in without running them; their ids. `wait_for_completion` gives the answers."""
+        asked = self._asked(_listed(prompts), sampling_params, lora_request)
+        for each in asked:
+            self.engine.submit(each)
+        self._waiting += [each.id for each in asked]
+        return [each.id for each in asked]
+
+    def wait_for_completion(self, *, use_tqdm: bool = True) -> list[RequestOutput]:
+        """Run all that was enqueued; the answers in that order. One that failed has the finish reason "error"."""
+        ids, self._waiting = self._waiting, []
+        return self._run(ids, use_tqdm)
+
+    def get_tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self.engine.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What `generate` takes where no parameters are given: those of the model's generation_config.json."""
+        stored = self.engine.generation_defaults if self.options.generation_config == "auto" else {}
+        return SamplingParams(**stored)
+
+    def _asked(self, prompts: Sequence[Prompt], params: Any, adapters: Any) -> list[Asked]:
+        each_params = _for_each(params or self.get_default_sampling_params(), len(prompts), "sampling_params")
+        each_adapter = _for_each(adapters, len(prompts), "lora_request")
+        found = []
+        for number, given in enumerate(zip(prompts, each_params, each_adapter, strict=True)):
+            try:
+                found.append(self._one(*given))
+            except VeneerError as error:
+                where = f"prompt {number}: " if len(prompts) > 1 else ""
+                raise type(error)(f"{where}{error}") from error
+        return found
+
+    def _one(self, prompt: Prompt, params: SamplingParams, adapter: LoRARequest | None) -> Asked:
+        if not isinstance(params, SamplingParams):
+            raise ConfigError(f"sampling_params={params!r} must be a SamplingParams")
+        if adapter is not None and not isinstance(adapter, LoRARequest):
+            raise ConfigError(f"lora_request={adapter!r} must be a LoRARequest(name, number, folder), or None")
+        if adapter is not None and not self.options.enable_lora:
+            raise ConfigError(f"adapter {adapter.name!r} is asked for and enable_lora is False: leave it out of LLM(…)")
+        text, ids = read_prompt(self.get_tokenizer(), prompt)
+        asked = self.engine.asked(text, ids, params, adapter)
+        asked.params.output_kind = RequestOutputKind.FINAL_ONLY
+        return asked
+
+    def _complete(self, asked: Sequence[Asked], use_tqdm: bool) -> list[RequestOutput]:
+        for each in asked:
+            self.engine.submit(each)
+        outputs = self._run([each.id for each in asked], use_tqdm)
+        for output in outputs:
+            if output.error is not None:
+                raise output.error
+        return outputs
+
+    def _run(self, ids: Sequence[str], use_tqdm: bool) -> list[RequestOutput]:
+        left = set(ids) - set(self._done)
+        try:
+            with tqdm(total=len(ids), initial=len(ids) - len(left), desc="prompts", disable=not use_tqdm) as bar:
+                while left:
+                    for output in self.engine.step():
+                        self._done[output.request_id] = output
+                        bar.update(output.request_id in left)
+                        left.discard(output.request_id)
+        except BaseException:
+            self.engine.drop(ids)
+            raise
+        return [self._done.pop(id) for id in ids]
+
+
+class Adapters:
+    """The adapters of an `LLM` by name and number, as vLLM's ``llm.llm_engine`` has them."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Load an adapter now. Raises FormatError, TargetError or ConfigError where it does not fit."""
+        self._engine.add_adapter(lora_request)
+        return True
+
+    def remove_lora(self, lora_id: int) -> bool:
+        """Drop an adapter; requests in flight keep it. False where there is none of this number."""
+        if lora_id not in self.list_loras():
+            return False
+        self._engine.remove_adapter(lora_id)
+        return True
+
+    def list_loras(self) -> set[int]:
+        """The numbers of the adapters that are known."""
+        return {request.adapter_id for request in self._engine.adapters}
+
+    def pin_lora(self, lora_id: int) -> bool:
+        """Keep an adapter loaded. Raises AdapterNameError where there is none of this number."""
+        self._engine.pin_adapter(lora_id)
+        return True
+
+
+def read_prompt(tokenizer: Any, prompt: Prompt) -> tuple[str | None, list[int]]:
+    """A prompt's text, where it has one, and its ids. Raises ConfigError for what is no prompt."""
+    if isinstance(prompt, Mapping):
+        known = {"prompt", "prompt_token_ids"}
+        if not prompt or set(prompt) - known:
+            raise ConfigError(f"a prompt that is a mapping has {sorted(known)}, not {sorted(prompt)}")
+        if "prompt_token_ids" in prompt:
+            return prompt.get("prompt"), read_prompt(tokenizer, prompt["prompt_token_ids"])[1]
+        return read_prompt(tokenizer, prompt["prompt"])
+    if isinstance(prompt, str):
+        return prompt, list(tokenizer(prompt)["input_ids"])
+    if isinstance(prompt, Sequence) and all(isinstance(i, int) for i in prompt):
+        return None, [int(id) for id in prompt]
+    raise ConfigError(f"{prompt!r} is no prompt: give text, a list of token ids, or a mapping with one of them")
+
+
+def _listed(prompts: Any) -> list[Prompt]:
+    """The prompts as a list; a list of numbers is one prompt."""
+    if isinstance(prompts, (str, Mapping)) or (isinstance(prompts, Sequence) and _all_numbers(prompts)):
+        return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise ConfigError(f"prompts={prompts!r} must be a prompt or a list of prompts")
+    return list(prompts)
+
+
+def _all_numbers(given: Sequence[Any]) -> bool:
+    return bool(given) and all(isinstance(each, int) for each in given)
+
+
+def _for_each(given: Any, n: int, name: str) -> list[Any]:
+    if not isinstance(given, (list, tuple)):
+        return [given] * n
+    if len(given) != n:
+        raise ConfigError(f"{len(given)} {name} for {n} prompts: give one for all, or one for each")
+    return list(given)

@@ -1,0 +1,162 @@
+"""Tokens from logits, one request at a time, so that a draw does not depend on the batch.
+
+The order is vLLM's: what is allowed, words and ends that are banned, bias, penalties; then the likeliest, or
+temperature, min_p, top_k, top_p and a draw. Log-probabilities are those of the model, before any of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from veneer.errors import ConfigError, NonFiniteError
+from veneer.serve.outputs import Logprob, TokenLogprobs
+from veneer.serve.plan import Drawn
+from veneer.serve.sampling_params import SamplingParams
+
+_NEVER = float("-inf")
+
+
+class Form(Protocol):
+    """A form that the text must have."""
+
+    def allowed(self) -> Tensor:
+        """Which tokens may come next, (vocabulary,) booleans."""
+
+    def take(self, token: int) -> None:
+        """A token has come."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawRule:
+    """How the tokens of one answer are drawn.
+
+    ``key`` (two whole numbers) and a token's place in the answer give its random number. ``ending`` ids are banned
+    before ``min_tokens``; ``bad_words`` are sequences of ids that may not be completed.
+    """
+
+    params: SamplingParams
+    prompt: tuple[int, ...]
+    key: tuple[int, int]
+    ending: frozenset[int] = frozenset()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    form: Form | None = None
+
+
+@dataclass(slots=True)
+class _State:
+    rule: DrawRule
+    output: list[int] = field(default_factory=list)
+
+
+class Sampler:
+    """Draws the tokens of the requests that have begun."""
+
+    def __init__(self) -> None:
+        self._states: dict[str, _State] = {}
+
+    def begin(self, request_id: str, rule: DrawRule) -> None:
+        """A request comes."""
+        self._states[request_id] = _State(rule)
+
+    def end(self, request_id: str) -> None:
+        """A request goes."""
+        self._states.pop(request_id, None)
+
+    def draw(self, request_id: str, logits: Tensor) -> Drawn:
+        """The next token of a request, from the model's logits (vocabulary,). Raises NonFiniteError and ConfigError."""
+        state = self._states[request_id]
+        rule, params, raw = state.rule, state.rule.params, logits.float()
+        if not bool(torch.isfinite(raw).any()) or bool(torch.isnan(raw).any()):
+            raise NonFiniteError("the model's logits are not finite: its weights or an adapter's are damaged")
+        changed = penalized(forbidden(raw.clone(), rule, state.output), rule, state.output)
+        if float(changed.max()) == _NEVER:
+            raise ConfigError("no token is allowed here: what the request asks for excludes every token")
+        token = (
+            int(changed.argmax()) if params.greedy else drawn(narrowed(changed, params), rule.key, len(state.output))
+        )
+        state.output.append(token)
+        if rule.form is not None:
+            rule.form.take(token)
+        return Drawn(token, None if params.logprobs is None else logprobs_of(raw, token, params.logprobs))
+
+    def score(self, request_id: str, logits: Tensor, targets: tuple[int, ...]) -> list[TokenLogprobs]:
+        """The log-probabilities of prompt tokens, from the logits (n, vocabulary) in front of them."""
+        count = self._states[request_id].rule.params.prompt_logprobs or 0
+        return [logprobs_of(row.float(), token, count) for row, token in zip(logits, targets, strict=True)]
+
+
+def forbidden(logits: Tensor, rule: DrawRule, output: list[int]) -> Tensor:
+    """Logits in which what may not come is minus infinity, and the bias is added. Changes what is given."""
+    params = rule.params
+    if rule.form is not None:
+        logits[~rule.form.allowed().to(logits.device)] = _NEVER
+    if params.allowed_token_ids is not None:
+        kept = torch.full_like(logits, _NEVER)
+        allowed = torch.tensor(list(params.allowed_token_ids), device=logits.device)
+        logits = kept.index_copy(0, allowed, logits[allowed])
+    for word in rule.bad_words:
+        if len(word) == 1 or output[1 - len(word) :] == list(word[:-1]):
+            logits[word[-1]] = _NEVER
+    if len(output) < params.min_tokens:
+        logits[list(rule.ending)] = _NEVER
+    for token, bias in (params.logit_bias or {}).items():
+        logits[token] += bias
+    return logits
+
+
+def penalized(logits: Tensor, rule: DrawRule, output: list[int]) -> Tensor:
+    """Logits less the penalties: of repetition over prompt and output, of frequency and presence over output."""
+    params = rule.params
+    if params.repetition_penalty != 1:
+        seen = torch.tensor(sorted({*rule.prompt, *output}), device=logits.device)
+        there = logits[seen]
+        rate = params.repetition_penalty
+        logits = logits.index_copy(0, seen, torch.where(there > 0, there / rate, there * rate))
+    if output and (params.frequency_penalty or params.presence_penalty):
+        counts = torch.bincount(torch.tensor(output, device=logits.device), minlength=len(logits))
+        logits = logits - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)
+    return logits
+
+
+def narrowed(logits: Tensor, params: SamplingParams) -> Tensor:
+    """Logits divided by the temperature, with those that min_p, top_k and top_p leave out at minus infinity."""
+    logits = logits / params.temperature
+    if params.min_p > 0:
+        likely = torch.softmax(logits, dim=-1)
+        logits = logits.masked_fill(likely < params.min_p * likely.max(), _NEVER)
+    if 0 < params.top_k < len(logits):
+        logits = logits.masked_fill(logits < logits.topk(params.top_k).values[-1], _NEVER)
+    if params.top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        before = torch.softmax(ordered, dim=-1).cumsum(dim=-1) - torch.softmax(ordered, dim=-1)
+        logits = logits.masked_fill(
+            torch.zeros_like(logits, dtype=torch.bool).index_copy(0, order, before >= params.top_p), _NEVER
+        )
+    return logits
+
+
+def drawn(logits: Tensor, key: tuple[int, int], place: int) -> int:
+    """A token drawn by the softmax of logits, with the random number that belongs to the key and the place.
+
+    Philox is a function of a key and a counter (Salmon et al. 2011), so that no state has to be kept or restored.
+    """
+    bits = np.random.Philox(key=np.array([part % 2**64 for part in key], dtype=np.uint64), counter=[place, 0, 0, 0])
+    sums = torch.softmax(logits.double(), dim=-1).cumsum(dim=-1)
+    at = float(np.random.Generator(bits).random()) * sums[-1]
+    return int(torch.searchsorted(sums, at, right=True).clamp_max(int(torch.isfinite(logits).nonzero()[-1])))
+
+
+def logprobs_of(logits: Tensor, token: int, count: int) -> TokenLogprobs:
+    """Natural log-probabilities: the token's first, then those of the ``count`` likeliest (-1: all), by id."""
+    values = torch.log_softmax(logits, dim=-1)
+    own = float(values[token])
+    found = {token: Logprob(own, int((values >= own).sum()))}
+    best = values.topk(len(values) if count == -1 else count)
+    for rank, (value, id) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True), start=1):
+        found.setdefault(id, Logprob(value, rank))
+    return found

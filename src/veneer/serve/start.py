@@ -1,0 +1,210 @@
+"""An engine on a model, as its options say: the model loaded, memory shared out, limits set."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import psutil
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from veneer.core.field_types import check
+from veneer.errors import ConfigError
+from veneer.evaluate.scoring import context_length
+from veneer.serve.adapter_pool import AdapterPool
+from veneer.serve.engine import Engine
+from veneer.serve.general_runner import GeneralRunner
+from veneer.serve.keywords import Keywords
+from veneer.serve.pages import Pages
+from veneer.serve.scheduler import Limits, Scheduler
+from veneer.serve.versions import Versions
+from veneer.store.quantization import BitsAndBytesConfig
+from veneer.store.source import load_model, load_tokenizer
+
+_ONE_PROCESS = "this engine is one process on one device"
+# vLLM's arguments that this engine takes at these values alone, and why.
+_ONLY: dict[str, tuple[Collection[object], str]] = {
+    "tokenizer_mode": (("auto",), "there is one way to read a tokenizer"),
+    "skip_tokenizer_init": ((False,), "answers are text"),
+    "trust_remote_code": ((False,), "no code is run that lies beside a model"),
+    "tensor_parallel_size": ((1,), _ONE_PROCESS),
+    "pipeline_parallel_size": ((1,), _ONE_PROCESS),
+    "quantization": (
+        (None, "bitsandbytes"),
+        "a dense base is loaded in NF4 by 'bitsandbytes', a quantized one as it is",
+    ),
+    "revision": ((None,), "fetch the revision and give its folder"),
+    "tokenizer_revision": ((None,), "fetch the revision and give its folder"),
+    "hf_token": ((None,), "log in with `hf auth login`"),
+    "hf_overrides": ((None,), "change config.json of a copy instead"),
+    "enable_prefix_caching": ((None, False), "there is no prefix cache yet"),
+    "kv_cache_dtype": (("auto",), "keys and values are kept in the model's dtype"),
+    "generation_config": (("auto", "vllm"), "the model's own defaults, or none"),
+    "logprobs_mode": (("raw_logprobs",), "log-probabilities are the model's own"),
+    "max_logprobs": ((20,), "20 of them can be asked for"),
+    "disable_log_stats": ((True,), "there are no statistics yet"),
+    "scheduling_policy": (("fcfs",), "first come, first served"),
+    "lora_dtype": (("auto",), "an adapter is kept in the dtype that training keeps it in"),
+    "fully_sharded_loras": ((False,), _ONE_PROCESS),
+}
+
+_COUNTS = (
+    *("kv_cache_memory_bytes", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"),
+    *("max_loras", "max_lora_rank"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions(metaclass=Keywords):
+    """vLLM's arguments of `LLM`, beside the model. Raises ConfigError for those that cannot be honoured, with reasons.
+
+    ``max_loras``: adapters that act in one step, and, without ``max_cpu_loras``, that are kept loaded; None is no
+    limit. ``max_lora_rank`` refuses larger ranks; None takes any, for nothing is padded. ``enforce_eager`` means
+    nothing here. Departs: ``enable_lora`` is on, since it costs nothing.
+    """
+
+    not_offered: ClassVar[tuple[str, ...]] = ("swap_space", "cpu_offload_gb", "speculative_config", "device", "runner")
+
+    tokenizer: str | PreTrainedTokenizerBase | None = None
+    tokenizer_mode: str = "auto"
+    skip_tokenizer_init: bool = False
+    trust_remote_code: bool = False
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    dtype: str | torch.dtype = "auto"
+    quantization: str | None = None
+    revision: str | None = None
+    tokenizer_revision: str | None = None
+    chat_template: str | None = None
+    seed: int = 0
+    gpu_memory_utilization: float = 0.92
+    kv_cache_memory_bytes: int | None = None
+    enforce_eager: bool = False
+    hf_token: str | bool | None = None
+    hf_overrides: object = None
+    max_model_len: int | None = None
+    max_num_seqs: int = 128
+    max_num_batched_tokens: int = 512
+    enable_prefix_caching: bool | None = None
+    block_size: int = 16
+    kv_cache_dtype: str = "auto"
+    served_model_name: str | Collection[str] | None = None
+    generation_config: str = "auto"
+    max_logprobs: int = 20
+    logprobs_mode: str = "raw_logprobs"
+    disable_log_stats: bool = True
+    scheduling_policy: str = "fcfs"
+    enable_lora: bool = True
+    max_loras: int | None = None
+    max_lora_rank: int | None = None
+    max_cpu_loras: int | None = None
+    lora_dtype: str = "auto"
+    fully_sharded_loras: bool = False
+
+    def __post_init__(self) -> None:
+        check(self, self._problems)
+
+    def _problems(self) -> list[str]:
+        said = [
+            f"{name}={getattr(self, name)!r} cannot be honoured, only {list(allowed)}: {reason}"
+            for name, (allowed, reason) in _ONLY.items()
+            if getattr(self, name) not in allowed
+        ]
+        if not 0 < self.gpu_memory_utilization <= 1:
+            said.append(f"gpu_memory_utilization={self.gpu_memory_utilization} must be above 0 and at most 1")
+        if self.max_cpu_loras is not None and self.max_cpu_loras < (self.max_loras or 1):
+            said.append(f"max_cpu_loras={self.max_cpu_loras} must be at least max_loras={self.max_loras or 1}")
+        for name in _COUNTS:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                said.append(f"{name}={value} must be at least 1")
+        return said
+
+
+def start_engine(model: str | os.PathLike[str] | PreTrainedModel, options: EngineOptions) -> Engine:
+    """An engine that answers. ``model`` is what `load_model` takes, or a model that is there, with its tokenizer given.
+
+    Raises ConfigError, FormatError, and TargetError for a model that cannot be served.
+    """
+    loaded, tokenizer = _load(model, options)
+    limit = context_length(loaded)
+    position_bytes = GeneralRunner.bytes_per_position(loaded)
+    longest = options.max_model_len or limit or 2048
+    if limit is not None and longest > limit:
+        raise ConfigError(f"max_model_len={longest} is more than the model's context of {limit} tokens")
+    pages = _pages(loaded, options, position_bytes, longest)
+    if options.max_model_len is None:
+        longest = min(longest, pages.n_pages * pages.block)
+    limits = Limits(
+        max_seqs=options.max_num_seqs, max_batched_tokens=options.max_num_batched_tokens, max_model_len=longest
+    )
+    pool = AdapterPool(options.max_cpu_loras or options.max_loras, options.max_loras)
+    scheduler = Scheduler(pages, pool, limits)
+    runner = GeneralRunner(loaded, pages.n_pages, pages.block)
+    engine = Engine(runner, scheduler, tokenizer, ending_ids(loaded, tokenizer), vocabulary_of(loaded))
+    engine.versions, engine.seed = Versions(options.max_lora_rank), options.seed
+    engine.generation_defaults = generation_defaults(loaded)
+    return engine
+
+
+def generation_defaults(model: PreTrainedModel) -> dict[str, Any]:
+    """What the model's generation config says of sampling, under the names of `SamplingParams`."""
+    names = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
+    names |= {"repetition_penalty": "repetition_penalty", "max_new_tokens": "max_tokens"}
+    stored = {new: getattr(model.generation_config, old, None) for old, new in names.items()}
+    return {name: value for name, value in stored.items() if value is not None}
+
+
+def ending_ids(model: PreTrainedModel, tokenizer: Any) -> list[int]:
+    """The ids that end an answer: those of the model's generation config and the tokenizer's."""
+    stored = getattr(model.generation_config, "eos_token_id", None)
+    own = stored if isinstance(stored, list) else [stored]
+    return sorted({int(id) for id in (*own, tokenizer.eos_token_id) if id is not None})
+
+
+def vocabulary_of(model: PreTrainedModel) -> int:
+    """How many ids the model knows."""
+    return int(model.config.get_text_config().vocab_size)
+
+
+def _load(model: Any, options: EngineOptions) -> tuple[PreTrainedModel, Any]:
+    named = options.tokenizer
+    if isinstance(model, PreTrainedModel):
+        if not isinstance(named, PreTrainedTokenizerBase):
+            raise ConfigError("a model that is loaded already needs its tokenizer: give tokenizer=…")
+        return model, named
+    quantization = _nf4() if options.quantization == "bitsandbytes" else None
+    device = "cuda" if torch.cuda.is_available() else None
+    loaded = load_model(model, dtype=options.dtype, quantization=quantization, device=device)
+    tokenizer = named if isinstance(named, PreTrainedTokenizerBase) else load_tokenizer(named or model)
+    if options.chat_template is not None:
+        tokenizer.chat_template = options.chat_template
+    return loaded, tokenizer
+
+
+def _nf4() -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+
+
+def _pages(model: PreTrainedModel, options: EngineOptions, position_bytes: int, longest: int) -> Pages:
+    """As many pages as the requests can need, where memory has room for them; they take memory when they are used."""
+    page_bytes = position_bytes * options.block_size
+    wanted = options.max_num_seqs * -(-longest // options.block_size)
+    room = options.kv_cache_memory_bytes or int(options.gpu_memory_utilization * free_memory(model.device))
+    n_pages = min(wanted, room // page_bytes)
+    if n_pages < 1:
+        raise ConfigError(
+            f"{room} bytes for keys and values hold no page of {options.block_size} positions, {page_bytes} bytes: "
+            "give more kv_cache_memory_bytes"
+        )
+    return Pages(n_pages, options.block_size)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

@@ -1,0 +1,86 @@
+"""Adapters as their files are: what a folder holds now, named by its content."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import cast
+
+from veneer.core.method import MethodConfig, VirtualTokenMethod
+from veneer.errors import ConfigError, FormatError
+from veneer.serve.adapter_pool import AdapterVersion
+from veneer.serve.lora_request import LoRARequest
+from veneer.store.adapter_config import CONFIG_FILE, read_config
+from veneer.store.adapter_files import WEIGHTS_FILE
+from veneer.store.adapter_source import adapter_folder
+
+_Stamp = tuple[tuple[int, ...], ...]
+
+
+class Versions:
+    """Looks at folders; what has not changed since (by device, inode, time and size) is not read again.
+
+    ``max_rank`` refuses adapters of a higher rank; None takes any.
+    """
+
+    def __init__(self, max_rank: int | None = None) -> None:
+        self._max_rank = max_rank
+        self._seen: dict[str, tuple[_Stamp, AdapterVersion]] = {}
+
+    def of(self, request: LoRARequest) -> AdapterVersion:
+        """What lies where a request says. Raises FormatError where that is none, ConfigError for too high a rank."""
+        folder = adapter_folder(request.lora_path)
+        version = self._read(folder)
+        if self._max_rank is not None and version.rank > self._max_rank:
+            raise ConfigError(
+                f"adapter {request.lora_name!r} has rank {version.rank} and max_lora_rank is {self._max_rank}: raise "
+                "it, or leave it out, for ranks need no limit here"
+            )
+        return version
+
+    def require_unchanged(self, version: AdapterVersion) -> None:
+        """Raise FormatError where the files are no longer what the version was made of."""
+        if self._read(Path(version.folder)).id != version.id:
+            raise FormatError(f"the adapter in {version.folder} was replaced while it was waited for: ask again")
+
+    def _read(self, folder: Path) -> AdapterVersion:
+        stamp, key = _stamp(folder), str(folder)
+        known = self._seen.get(key)
+        if known is not None and known[0] == stamp:
+            return known[1]
+        digest = hashlib.sha256()
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            with (folder / name).open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        config = read_config(folder)
+        version = AdapterVersion(
+            id=f"v{digest.hexdigest()[:32]}",
+            folder=key,
+            kind=config.peft_type,
+            rank=_rank(config),
+            n_front=_front(config),
+        )
+        self._seen[key] = (stamp, version)
+        return version
+
+
+def _stamp(folder: Path) -> _Stamp:
+    found = []
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        try:
+            stat = (folder / name).stat()
+        except OSError as error:
+            raise FormatError(
+                f"{folder} holds no {name}, so it is not an adapter: give the folder it was saved to"
+            ) from error
+        found.append((stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size))
+    return tuple(found)
+
+
+def _rank(config: MethodConfig) -> int:
+    ranks = [getattr(config, "r", 0), *(getattr(config, "rank_pattern", None) or {}).values()]
+    return max(int(cast(int, rank)) for rank in ranks)
+
+
+def _front(config: MethodConfig) -> int:
+    return config.num_virtual_tokens if isinstance(config, VirtualTokenMethod) else 0

@@ -1,0 +1,52 @@
+"""Text that comes token by token is the text of the whole, and no character comes in halves."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from veneer.serve.detokenizer import Detokenizer
+
+TEXTS = ["a plain one", "über größe", "日本語 text", "🙂🙃 and 🏳️‍🌈", "e\u0301 combined", ""]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("prompt", ["", "x", "a longer prompt, über"])
+def test_bytes(tokenizer, text, prompt):
+    reader = Detokenizer(tokenizer, tokenizer(prompt)["input_ids"], True)
+    parts = [reader.add(token) for token in tokenizer(text)["input_ids"]]
+    assert all("\ufffd" not in part for part in parts)
+    assert "".join(parts) + reader.finish() == text
+
+
+def test_what_stays_unfinished_comes_at_the_end(tokenizer):
+    reader = Detokenizer(tokenizer, [], True)
+    parts = [reader.add(token) for token in [*b"ab", *"ü".encode()[:1]]]
+    assert parts == ["a", "b", ""]
+    assert (reader.finish(), reader.finish()) == ("\ufffd", "")
+
+
+def test_random_bytes(tokenizer):
+    draw = random.Random(3)
+    for _ in range(50):
+        ids = [draw.randrange(256) for _ in range(23)]
+        reader = Detokenizer(tokenizer, [], True)
+        found = "".join(reader.add(token) for token in ids) + reader.finish()
+        assert found.replace("\ufffd", "") == tokenizer.decode(ids).replace("\ufffd", "")
+
+
+def test_special_tokens(tokenizer):
+    for skips, text in ((True, "ab"), (False, "a<end>b")):
+        reader = Detokenizer(tokenizer, [], skips)
+        assert "".join(reader.add(token) for token in [97, tokenizer.eos_token_id, 98]) == text
+
+
+def test_a_space_between_prompt_and_answer_is_the_answers():
+    words = Tokenizer(models.WordLevel({"the": 0, "cat": 1, "sat": 2}, unk_token="the"))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.WhitespaceSplit(), decoders.WordPiece()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    reader = Detokenizer(tokenizer, [0], True)
+    assert reader.add(1) + reader.add(2) == " cat sat"
