@@ -89,7 +89,7 @@ class Shim(types.ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         import veneer
-        from veneer.core.method import VirtualTokenMethod
+        from veneer.contract import VirtualTokenMethod
         from veneer.model.adapted import Adapted
 
         if name in veneer.__all__:

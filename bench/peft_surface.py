@@ -18,9 +18,9 @@ import peft
 
 import veneer
 from veneer.adapters import saving
+from veneer.contract import source as adapter_source
 from veneer.errors import VeneerError
-from veneer.store import adapter_source
-from veneer.store.adapter_config import read_config
+from veneer.store.adapter.config import read_config
 
 CONFIGS = ("LoraConfig", "AdaLoraConfig", "IA3Config", "VeraConfig", "PrefixTuningConfig", "PromptTuningConfig")
 CONFIGS = (*CONFIGS, "PromptEncoderConfig")

@@ -6,6 +6,7 @@ They run in Triton's interpreter, on any machine.
 """
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -21,7 +22,6 @@ CHECKED = [
     "core.records",
     "core.rows",
     "core.sites",
-    "core.targets",
     "core.token_rows",
     *(f"ops.{path.stem}" for path in sorted(OPS.iterdir()) if path.stem not in ("__init__", "triton")),
     "quant",
@@ -31,6 +31,14 @@ install_import_hook(
     [f"veneer.{name}" for name in CHECKED],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",  # an int is a float too
 )
+
+
+@pytest.fixture
+def toy(dropped_method):
+    """The method of CONTRIBUTING.md dropped into the folder of methods, and nothing else."""
+    page = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (source,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    return dropped_method("toy", source)
 
 
 @pytest.fixture

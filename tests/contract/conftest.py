@@ -10,12 +10,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-import veneer.methods
 import veneer.quant
+from veneer.contract import LinearMethod
 from veneer.core.frozen import FrozenWeight
-from veneer.core.method import LinearMethod
 from veneer.errors import ConfigError
 from veneer.methods import all_methods
+from veneer.methods.variants import all_variants
 
 OTHERS = "down_proj|v_proj|c_attn"  # these have a rank and an alpha of their own
 BREAK_NEUTRALITY = {
@@ -29,9 +29,7 @@ STARTS_FROM_THE_WEIGHT = ("pissa", "pissa_niter_2", "olora")
 
 
 def variant_switches() -> list[str]:
-    path = veneer.methods.__path__
-    modules = [importlib.import_module(f"veneer.methods.{info.name}") for info in pkgutil.iter_modules(path)]
-    return [module.SWITCH for module in modules if hasattr(module, "SWITCH")]
+    return [module.SWITCH for module in all_variants()]
 
 
 def linear_configs() -> dict[str, LinearMethod]:

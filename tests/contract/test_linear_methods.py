@@ -1,4 +1,4 @@
-"""The laws of `core.method`, on every linear method in the folder and on every variant of LoRA, alone and in pairs.
+"""The laws of `veneer.contract`, on every linear method in the folder and on every variant of LoRA, alone and in pairs.
 
 A method that is dropped into ``methods/`` is found and tested here with no other edit.
 """
@@ -9,13 +9,13 @@ import functools
 import pytest
 import torch
 
+from veneer.contract import LinearMethod
 from veneer.core.frozen import FrozenWeight
 from veneer.core.linear import apply_embedding, apply_linear, fold_linear
-from veneer.core.method import LinearMethod
 from veneer.core.records import LinearDelta
 from veneer.core.rows import apply_linear_rows
 from veneer.core.sites import LinearSite
-from veneer.methods import dora
+from veneer.methods.variants import dora
 from veneer.quant.dense import DenseWeight
 
 OUT, IN, TOKENS = 7, 5, 3
@@ -45,13 +45,13 @@ def trained(config: LinearMethod, site: LinearSite, seed: int = 5) -> dict[str, 
     moves = {
         name: torch.randn(shape, generator=generator, dtype=torch.float64)
         for name, shape in config.shapes(site).items()
-        if name not in config.fixed(site)
+        if name not in config.packing.fixed
     }
     return {name: start.double() + 0.4 * moves.get(name, 0) for name, start in config.init(site, generator).items()}
 
 
 def leaves_of(config: LinearMethod, site: LinearSite, params: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    return [value.requires_grad_() for name, value in params.items() if name not in config.fixed(site)]
+    return [value.requires_grad_() for name, value in params.items() if name not in config.packing.fixed]
 
 
 def inputs(*shape: int, seed: int = 2) -> torch.Tensor:
@@ -186,7 +186,7 @@ def test_gradients_are_those_of_the_forward_pass(config, place, monkeypatch):
         norms = params["lora_magnitude_vector"] / record.out_scale
         monkeypatch.setattr(dora, "_norms", lambda *_: norms)
     leaves = leaves_of(config, site, params)
-    names = [name for name in params if name not in config.fixed(site)]
+    names = [name for name in params if name not in config.packing.fixed]
 
     def forward(x: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
         record = config.lower(site, params | dict(zip(names, values, strict=True)))
@@ -199,13 +199,13 @@ def test_gradients_are_those_of_the_forward_pass(config, place, monkeypatch):
 def test_what_is_packed_has_the_same_effect_and_unpacks_to_the_same_bits(config, place):
     site = make_site(place)
     params = trained(config, site)
-    packed, written = config.pack(site, params), config.packed()
+    packed, written = config.packing.pack(params), config.packed()
     assert {name: tuple(value.shape) for name, value in packed.items()} == written.shapes(site)
-    assert written.fixed(site) == ()
+    assert written.packing.fixed == ()
     x = inputs(TOKENS, IN)
     plain = apply_linear(config.lower(site, params), x, weight_of(site), site.bias)
     close(apply_linear(written.lower(site, packed), x, weight_of(site), site.bias), plain)
-    again = config.unpack(site, packed)
+    again = config.packing.unpack(packed)
     assert again.keys() == params.keys()
     assert all(torch.equal(again[name], value) for name, value in params.items())
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import veneer
 from models import gpt2_config
-from veneer.core.method import LinearMethod, MethodConfig, PrefixMethod, VirtualTokenMethod
+from veneer.contract import LinearMethod, MethodConfig, PrefixMethod, VirtualTokenMethod
 from veneer.errors import CompositionError
 from veneer.methods import all_methods
 from veneer.model.attach import live_parameters, stored_tensors

@@ -11,11 +11,12 @@ import transformers
 from transformers import AutoTokenizer
 
 from veneer.adapters.peft_model import PeftModel
-from veneer.core.method import MethodConfig
+from veneer.contract import MethodConfig
+from veneer.contract.file import CONFIG_FILE
+from veneer.contract.source import adapter_folder, hub_options, of_hub
 from veneer.core.tasks import TaskType
 from veneer.errors import ConfigError
-from veneer.store.adapter_config import CONFIG_FILE, read_config
-from veneer.store.adapter_source import adapter_folder, hub_options, of_hub
+from veneer.store.adapter.config import read_config
 
 _AUTO_CLASSES = {
     TaskType.CAUSAL_LM: "AutoModelForCausalLM",

@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from veneer.core.method import MethodConfig
+from veneer.contract import MethodConfig
 from veneer.disk.atomic import write_atomically
 
 _SHOWN = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "use_dora", "target_modules", "modules_to_save")

@@ -14,21 +14,23 @@ from veneer.adapters import lifecycle
 from veneer.adapters.card import write_card
 from veneer.adapters.merging import require_known
 from veneer.combine import SPARSE, Combination, combine
-from veneer.combine.adapter import config_of, parameters_of
+from veneer.combine.adapter import config_of
 from veneer.combine.choose import rank_needed
 from veneer.combine.scales import only_scales
 from veneer.combine.update import Update
+from veneer.contract.places import placed_linear
 from veneer.core.field_types import fits, misfits
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.errors import CompositionError
 from veneer.model.adapted import Adapted, tensors_of
-from veneer.model.attach import adapted_layers, adapted_places, module_index, shortest_names
+from veneer.model.attach import adapted_layers, adapted_places, module_index
 from veneer.model.linear import AdaptedSite
-from veneer.model.multihead import ON_DISK
+from veneer.model.snapshot import shortest_names
 from veneer.model.start import Start
 from veneer.model.state import AdapterState
-from veneer.store.records import StoredAdapter, read_records, write_records
+from veneer.store.adapter.records import StoredAdapter, read_updates, write_records
+from veneer.store.adapter.skeleton import places_in_base
 
 _SVD_SUFFIX = "_svd"
 
@@ -107,7 +109,7 @@ def add_weighted(
             updates = [Update(layer.record(n), layer.site((n,)).weight) for n, _ in acting]
             _require_no_groups(layer.site(()), updates)
             records[path], errors[path] = combine(updates, [w for _, w in acting], plan, path)
-            if records[path].rank:
+            if records[path].in_scale is None and records[path].out_scale is None:
                 records[path] = replace(records[path], bias=_bias_offset(layer, updates, [w for _, w in acting]))
     if not records:
         raise CompositionError(f"none of the adapters {list(names)} acts on linear layers: only such can be combined")
@@ -119,7 +121,7 @@ def add_weighted(
     for path, record in records.items():
         layer = cast(AdaptedSite, model.get_submodule(path))
         held = tensors_of(layer.adapters[name])
-        for key, value in parameters_of(record, config, layer.site((name,))).items():
+        for key, value in config.raised(layer.site((name,)), record).items():
             held[key].copy_(value.view_as(held[key]))
     return Report(errors)
 
@@ -191,25 +193,30 @@ def _is_no_update(module: Adapted, name: str) -> bool:
 
 
 def combine_folders(folders: Sequence[Path], weights: Sequence[float], plan: Combination, output: Path) -> Report:
-    """Combine low-rank adapters on disk without their base and write the result as an adapter folder.
+    """Combine adapters on disk without their base and write the result as an adapter folder.
 
+    Where a file does not tell the sizes of its layers (VeRA's), the config of its base does, if it is on this machine.
     Raises FormatError for a damaged folder, CompositionError for adapters that need their base or cannot be combined.
     """
-    stored = [read_records(folder) for folder in folders]
-    sites = {path: site for adapter in stored for path, site in adapter.sites.items()}
+    stored = [read_updates(folder, places_in_base(folder)) for folder in folders]
+    places = {path: placed for adapter in stored for path, placed in adapter.places.items()}
+    sites = {path: cast(LinearSite, placed.sites[0]) for path, placed in places.items()}
     _require_same_shapes(folders, stored, sites)
     records: dict[str, LinearDelta] = {}
     errors: dict[str, float] = {}
     for path in sites:
-        acting = [(a.records[path], w) for a, w in zip(stored, weights, strict=True) if path in a.records]
+        held = zip(stored, weights, strict=True)
+        acting = [(a.updates[path], w) for a, w in held if path in a.updates]
         updates = [Update(r) for r, _ in acting]
         _require_no_groups(sites[path], updates)
         records[path], errors[path] = combine(updates, [w for _, w in acting], plan, path)
         changes = [r.bias * w for r, w in acting if r.bias is not None]
         records[path] = replace(records[path], bias=sum(changes[1:], changes[0]) if changes else None)
-    targets = {path: record for path, record in records.items() if not path.endswith(ON_DISK)}  # the attention's own
-    config = replace(config_of(targets, tuple(targets)), base_model_name_or_path=_common_base(stored))
-    write_records(output, config, {p: parameters_of(record, config, sites[p]) for p, record in records.items()}, sites)
+    # an attention's output projection goes by the attention
+    targets = tuple(path for path, site in sites.items() if site.repeats == 1)
+    config = replace(config_of(records, targets), base_model_name_or_path=_common_base(stored))
+    written = {path: placed_linear(config, sites[path], places[path].path) for path in records}
+    write_records(output, config, {p: config.raised(sites[p], record) for p, record in records.items()}, written)
     write_card(output, config)
     return Report(errors)
 
@@ -223,7 +230,8 @@ def _require_same_shapes(
     folders: Sequence[Path], stored: Sequence[StoredAdapter], sites: Mapping[str, LinearSite]
 ) -> None:
     for folder, adapter in zip(folders, stored, strict=True):
-        for path, own in adapter.sites.items():
+        for path, placed in adapter.places.items():
+            own = cast(LinearSite, placed.sites[0])
             shape, other = ((s.out_features, s.in_features, *s.window) for s in (own, sites[path]))
             if (shape, own.groups) != (other, sites[path].groups):
                 raise CompositionError(

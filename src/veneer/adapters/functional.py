@@ -12,13 +12,13 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from veneer.adapters import lifecycle
 from veneer.adapters.peft_model import PeftModel
-from veneer.core.method import MethodConfig
+from veneer.contract import MethodConfig
+from veneer.contract.source import adapter_folder, hub_options
 from veneer.errors import AdapterNameError, ConfigError
 from veneer.model.start import Start
 from veneer.model.state import AdapterState
-from veneer.store.adapter import SaveEmbeddings, adapter_tensors, assign, renamed
-from veneer.store.adapter_files import read_tensors
-from veneer.store.adapter_source import adapter_folder, hub_options
+from veneer.store.adapter.files import read_tensors
+from veneer.store.adapter.tensors import SaveEmbeddings, adapter_tensors, assign, renamed
 
 
 def inject_adapter_in_model(

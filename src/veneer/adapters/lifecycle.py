@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import nn
 
 from veneer.adapters.merging import require_known
 from veneer.adapters.training import let_gradients_through_checkpoints, require_something_to_train
-from veneer.core.method import MethodConfig, VirtualTokenMethod
+from veneer.contract import MethodConfig, VirtualTokenMethod
 from veneer.errors import AdapterNameError, CompositionError, ConfigError
 from veneer.model.adapted import Adapted, own_tensors
 from veneer.model.attach import adapted_modules, adapted_places, attach, check_name, detach
@@ -17,14 +17,7 @@ from veneer.model.linear import AdaptedSite
 from veneer.model.start import Start
 from veneer.model.state import AdapterState
 from veneer.model.token_rows import require_rows_agree
-from veneer.store.adapter import Leniency, holds_network, load_weights
-
-# The settings under which the same tensors mean another update.
-_MEANING = (
-    *("lora_alpha", "alpha_pattern", "use_rslora", "use_dora", "trainable_token_indices"),
-    *("feedforward_modules", "projection_prng_key"),
-    *("placement", "non_linearity", "scaling"),
-)
+from veneer.store.adapter.tensors import Leniency, holds_network, load_weights
 
 
 @dataclass(frozen=True)
@@ -179,11 +172,7 @@ def _require_same_settings(own: MethodConfig, stored: MethodConfig, name: str) -
         raise ConfigError(
             f"adapter {name!r} is a {own.peft_type}, the files hold a {stored.peft_type}: load them by another name"
         )
-    differ = [
-        spec.name
-        for spec in fields(own)
-        if spec.name in _MEANING and getattr(own, spec.name) != getattr(stored, spec.name)
-    ]
+    differ = own.differing(stored)
     if differ:
         given = ", ".join(f"{key}={getattr(stored, key)!r} instead of {getattr(own, key)!r}" for key in differ)
         raise ConfigError(f"adapter {name!r} is there already and the files hold {given}: load them under another name")

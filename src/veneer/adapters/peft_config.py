@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any, cast
 
-from veneer.core.method import MethodConfig
+from veneer.contract import MethodConfig
+from veneer.contract.config import from_values
 from veneer.errors import ConfigError, FormatError
 from veneer.methods import all_methods
-from veneer.store.adapter_config import config_of, from_values
 
 # The methods that are here, each under the name that it has on disk; equal to the strings themselves.
 PeftType = cast(Any, StrEnum)("PeftType", {name: name for name in all_methods()})
@@ -23,7 +23,7 @@ class PeftConfig(ABC):  # noqa: B024 - it is a name for isinstance, and a place 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **hub: Any) -> MethodConfig:
         """The config of a saved adapter, from a folder or a hub id; ``hub`` takes the fields of `HubOptions`."""
-        return config_of(pretrained_model_name_or_path, hub)
+        return MethodConfig.from_pretrained(pretrained_model_name_or_path, **hub)
 
 
 PeftConfig.register(MethodConfig)

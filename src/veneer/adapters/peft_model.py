@@ -17,20 +17,19 @@ from transformers import PreTrainedModel
 from veneer.adapters import combining, lifecycle, merging, requantizing, saving, schedules, status
 from veneer.adapters.card import write_card
 from veneer.adapters.placement import DeviceMap, require_same_place
+from veneer.contract import MethodConfig
+from veneer.contract.keys import is_adapters
+from veneer.contract.source import adapter_folder, hub_options
 from veneer.core.field_types import plain
-from veneer.core.method import MethodConfig
 from veneer.errors import ConfigError
 from veneer.model.attach import adapted_layers
 from veneer.model.inplace import InPlace, change_class, restore_class
 from veneer.model.mixed import mixed_batch
 from veneer.model.start import Start
 from veneer.model.state import AdapterState
-from veneer.store.adapter import Leniency, SaveEmbeddings
-from veneer.store.adapter import assign as assign_adapter
-from veneer.store.adapter_config import read_config
-from veneer.store.adapter_source import adapter_folder, hub_options
-
-ADAPTER_KEYS = ("base_model.", "prompt_embeddings", "prompt_encoder.")  # what the keys of adapters' files begin with
+from veneer.store.adapter.config import read_config
+from veneer.store.adapter.tensors import Leniency, SaveEmbeddings
+from veneer.store.adapter.tensors import assign as assign_adapter
 
 
 class PeftModel(InPlace, nn.Module):
@@ -369,7 +368,7 @@ class PeftModel(InPlace, nn.Module):
         That is an adapter's file, which the active one takes, or those of several, by name. Raises AdapterNameError
         where one of them is not on the model, and FormatError.
         """
-        if state_dict and all(key.startswith(ADAPTER_KEYS) for key in state_dict):
+        if state_dict and all(is_adapters(key) for key in state_dict):
             load_into_active(self, state_dict)
             return _IncompatibleKeys([], [])
         parts = saving.divided(state_dict)

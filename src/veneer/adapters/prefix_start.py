@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedTokenizerBase
 
 from veneer.adapters.peft_model import PeftModel
-from veneer.core.method import PrefixMethod
+from veneer.contract import PrefixMethod
 from veneer.core.prefix import flatten_prefix
 from veneer.core.records import PrefixDelta
 from veneer.errors import ConfigError

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from veneer.adapters.card import write_card
 from veneer.adapters.merging import require_known
+from veneer.contract.file import WEIGHTS_FILE
+from veneer.contract.source import from_keywords
 from veneer.disk.atomic import write_atomically
 from veneer.disk.safetensors import tensors_to_bytes
 from veneer.errors import ConfigError, FormatError
 from veneer.model.state import AdapterState
-from veneer.store.adapter import SaveEmbeddings, adapter_tensors, has_network, save_adapter, save_network
-from veneer.store.adapter_files import NETWORK_FILE, WEIGHTS_FILE, read_tensors
-from veneer.store.adapter_source import from_keywords
+from veneer.store.adapter.files import NETWORK_FILE, read_tensors
+from veneer.store.adapter.tensors import SaveEmbeddings, adapter_tensors, has_network, save_adapter, save_network
 
 _TRAINER_CHECKPOINT = re.compile(r"checkpoint-\d+")
 _TRAINER_FILE = "model.safetensors"

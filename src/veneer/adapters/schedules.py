@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 from torch import Tensor, nn
 
-from veneer.core.method import LinearMethod, Params
+from veneer.contract import Params
+from veneer.contract.training import Training
 from veneer.model.adapted import tensors_of
 from veneer.model.attach import adapted_layers
 from veneer.model.state import AdapterState
@@ -17,11 +19,8 @@ _JOINT = "::"  # in no adapter's name
 
 def penalty(model: nn.Module, state: AdapterState) -> Tensor | None:
     """The penalty that the acting adapters add to a training loss; None for none."""
-    terms = [
-        method.penalty(list(layers_of(model, name).values())) * method.penalty_weight
-        for name, method in _acting(state).items()
-        if method.penalty_weight
-    ]
+    found = (training.penalty(list(layers_of(model, name).values())) for name, training in _acting(state).items())
+    terms = [term for term in found if term is not None]
     return sum(terms[1:], terms[0]) if terms else None
 
 
@@ -37,15 +36,17 @@ def with_penalty(model: nn.Module, state: AdapterState, output: Any) -> Any:
 
 def begin(model: nn.Module, state: AdapterState, n_steps: int | None = None) -> None:
     """Make the schedules of the acting adapters that train; ``n_steps``: the length of the run, for those that ask."""
-    for name, method in _acting(state).items():
+    for name, training in _acting(state).items():
         if name in state.schedules:
             continue
         layers = layers_of(model, name)
         if any(value.requires_grad for params in layers.values() for value in params.values()):
-            method = method if n_steps is None else method.for_run(n_steps)
-            schedule = method.schedule(layers)
+            config = state.configs[name]
+            changed = {} if n_steps is None else training.fields_for(n_steps)
+            config = replace(config, **changed) if changed else config  # type: ignore[arg-type]
+            schedule = cast(Training, config.training).schedule(layers)
             if schedule is not None:
-                state.configs[name], state.schedules[name] = method, schedule
+                state.configs[name], state.schedules[name] = config, schedule
 
 
 def advance(state: AdapterState, step: int) -> bool:
@@ -75,6 +76,6 @@ def layers_of(model: nn.Module, name: str) -> dict[str, Params]:
     return {p: tensors_of(layer.adapters[name]) for p, layer in adapted_layers(model).items() if name in layer.adapters}
 
 
-def _acting(state: AdapterState) -> dict[str, LinearMethod]:
-    configs = {name: state.configs[name] for name in state.acting()}
-    return {name: config for name, config in configs.items() if isinstance(config, LinearMethod)}
+def _acting(state: AdapterState) -> dict[str, Training]:
+    found = {name: state.configs[name].training for name in state.acting()}
+    return {name: training for name, training in found.items() if training is not None}

@@ -12,11 +12,10 @@ from typing import Any, ClassVar
 from torch import nn
 
 from veneer.adapters.peft_model import PeftModel, get_peft_model
-from veneer.core.method import MethodConfig
+from veneer.contract import MethodConfig
+from veneer.contract.source import of_hub
 from veneer.core.tasks import TaskType
 from veneer.errors import ConfigError
-from veneer.store.adapter_config import config_of
-from veneer.store.adapter_source import of_hub
 
 
 class ByTask(type):
@@ -50,7 +49,7 @@ class TaskModel(PeftModel):
         **options: Any,
     ) -> PeftModel:
         """As `PeftModel.from_pretrained`; raises ConfigError for an adapter of another task."""
-        config = _for_task(cls, config or config_of(model_id, of_hub(options)))
+        config = _for_task(cls, config or MethodConfig.from_pretrained(model_id, **of_hub(options)))
         return PeftModel.from_pretrained(model, model_id, adapter_name, is_trainable, config, **options)
 
 

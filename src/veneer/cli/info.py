@@ -16,7 +16,7 @@ from rich.table import Table
 from veneer.core.units import size
 
 if TYPE_CHECKING:
-    from veneer.core.method import MethodConfig
+    from veneer.contract import MethodConfig
     from veneer.store.facts import AdapterFacts, ModelFacts
 
 Section = dict[str, str]
@@ -58,8 +58,8 @@ def info(
 def _find(what: str) -> tuple[Path, AdapterFacts | ModelFacts]:
     """Find the folder that is meant, and read the facts in it."""
     from veneer.cli.loading import quiet
+    from veneer.contract.file import CONFIG_FILE
     from veneer.errors import ConfigError
-    from veneer.store.adapter_config import CONFIG_FILE
     from veneer.store.facts import adapter_facts, model_facts
     from veneer.store.source import resolve
 
@@ -86,7 +86,7 @@ def _adapter(folder: Path, facts: AdapterFacts) -> Section:
         "adapter": str(folder),
         "method": config.peft_type,
         **_settings(config),
-        "modules": f"{len(facts.modules)} ({', '.join(last)})",
+        **({"modules": f"{len(facts.modules)} ({', '.join(last)})"} if last else {}),
         "parameters": f"{facts.n_parameters:,}",
         "size": f"{size(facts.n_bytes)} ({', '.join(facts.dtypes)})",
         "base": config.base_model_name_or_path or "not recorded",

@@ -61,10 +61,11 @@ def inspect(
 def _spectra(folder: Path, base: str | None) -> dict[str, Spectrum]:
     from veneer.analyze.spectrum import spectrum, spectrum_of_dense
     from veneer.combine.update import Update
-    from veneer.store.records import read_records
+    from veneer.store.adapter.records import read_updates
+    from veneer.store.adapter.skeleton import places_in_base
 
     if base is None:
-        return {path: spectrum(record) for path, record in read_records(folder).records.items()}
+        return {path: spectrum(record) for path, record in read_updates(folder, places_in_base(folder)).updates.items()}
     from veneer.cli.loading import load
     from veneer.model.attach import adapted_layers
 

@@ -76,7 +76,8 @@ def _tell_of_float32(model: Any) -> None:
 
 def split(model: str, adapter: Path | None) -> tuple[str, Path | None]:
     """The base and the adapter that are meant: MODEL may itself be an adapter, which names its base."""
-    from veneer.store.adapter_config import CONFIG_FILE, read_config
+    from veneer.contract.file import CONFIG_FILE
+    from veneer.store.adapter.config import read_config
 
     folder = Path(model).expanduser()
     if not (folder / CONFIG_FILE).is_file() or (folder / "config.json").is_file():

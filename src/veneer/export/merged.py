@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
-from veneer.core.method import DISK_PREFIX, LinearMethod
-from veneer.errors import CompositionError, FormatError
+from veneer.contract import LinearMethod
+from veneer.contract.file import WEIGHTS_FILE
+from veneer.contract.keys import weight_keys
+from veneer.errors import CompositionError
 from veneer.export.base_weights import BaseWeights
 from veneer.export.model_folder import copy_companions, local_folder
 from veneer.model.adapted import Adapted
@@ -28,9 +29,10 @@ from veneer.model.embedding import input_embeddings
 from veneer.model.linear import AdaptedSite
 from veneer.model.start import Start
 from veneer.model.state import AdapterState
-from veneer.store.adapter import assign
-from veneer.store.adapter_config import read_config
-from veneer.store.adapter_files import WEIGHTS_FILE, read_tensors
+from veneer.store.adapter.config import read_config
+from veneer.store.adapter.files import read_tensors
+from veneer.store.adapter.skeleton import without_storage
+from veneer.store.adapter.tensors import assign
 from veneer.store.checkpoint_writer import DEFAULT_SHARD_BYTES, CheckpointWriter
 from veneer.store.source import parse_dtype
 
@@ -121,42 +123,19 @@ def _skeleton(folder: Path, tensors: Mapping[str, Tensor]) -> tuple[PreTrainedMo
     which it gets, where that is another.
     """
     config = AutoConfig.from_pretrained(folder)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    model = _without_storage(config, tensors)
+    model = without_storage(config, tensors)
     n_rows = _vocabulary(model, tensors)
     if n_rows in (None, config.get_text_config().vocab_size):
         return model, None
     config.get_text_config().vocab_size = n_rows
-    return _without_storage(config, tensors), n_rows
-
-
-def _without_storage(config: Any, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
-    """A model of the class that the config names, on no device. A bare model gets the head of a causal language model
-    where the adapter's keys lead through one. Raises FormatError for an unknown class.
-    """
-    named = (config.architectures or [""])[0]
-    with torch.device("meta"):
-        if (not named or named.endswith("Model")) and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-            headed = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config)).eval()
-            adapted = {key.removeprefix(DISK_PREFIX).partition(".")[0] for key in tensors}
-            if not named or adapted & dict(headed.named_children()).keys():
-                return headed
-        architecture = getattr(transformers, named, None) if named else None
-        if not (isinstance(architecture, type) and issubclass(architecture, PreTrainedModel)):
-            raise FormatError(
-                f"the base's config.json names {named or 'no class'!r} under architectures, which is no model of "
-                "transformers: load the base yourself, and use merge_and_unload()"
-            )
-        return architecture(config).eval()
+    return without_storage(config, tensors), n_rows
 
 
 def _vocabulary(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> int | None:
     """The rows of the embeddings and of the head, where an adapter brings both whole."""
     found = set()
     for path, _ in _ends(model):
-        keys = (f"{DISK_PREFIX}{path}.{inner}weight" for inner in ("", "base_layer.", "token_adapter.base_layer."))
-        found.add(next((tensors[key].shape[0] for key in keys if key in tensors), None))
+        found.add(next((tensors[key].shape[0] for key in weight_keys(path) if key in tensors), None))
     return found.pop() if len(found) == 1 else None
 
 

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from veneer.core.method import LinearMethod, Params, Shapes
+from veneer.contract import LinearMethod, Params, Shapes
+from veneer.contract.extras import Extras
+from veneer.contract.family_targets import query_and_value
+from veneer.contract.peft_fields import OF_LORA, PeftFields
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.errors import ConfigError
@@ -36,6 +39,26 @@ class AdaLoraConfig(LinearMethod):
     """
 
     peft_type: ClassVar[str] = "ADALORA"
+    outward: ClassVar[frozenset[str]] = frozenset({"lora_B"})
+    inert: ClassVar[frozenset[str]] = frozenset(
+        {"target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step", "rank_pattern"}
+        | {"lora_dropout", "fan_in_fan_out", "bias", "init_lora_weights"}
+    )
+    peft_fields: ClassVar[PeftFields] = PeftFields(
+        neutral={
+            **OF_LORA.neutral,
+            "alpha_pattern": {},
+            "ensure_weight_tying": False,
+            "eva_config": None,
+            "lora_bias": False,
+            "r": 8,  # written beside init_r and target_r, and read by nobody
+            "target_parameters": None,
+            "trainable_token_indices": None,
+            "use_dora": False,
+            "use_rslora": False,
+        },
+        unread=(*OF_LORA.unread, "r"),
+    )
 
     target_r: int = 8
     init_r: int = 12
@@ -95,26 +118,41 @@ class AdaLoraConfig(LinearMethod):
         scale = self.lora_alpha / (self.init_r + RANK_OFFSET)
         return LinearDelta(a=params["lora_A"] * params["lora_E"], b=params["lora_B"], scale=scale)
 
-    def for_run(self, n_steps: int) -> Self:
-        return self if self.total_step is not None else replace(self, total_step=n_steps)
+    def site_of(self, site: LinearSite, shapes: Mapping[str, tuple[int, ...]]) -> LinearSite:
+        return replace(site, in_features=shapes["lora_A"][1], out_features=shapes["lora_B"][0])
+
+    @classmethod
+    def fields_for(cls, model_type: str) -> Mapping[str, object]:
+        return query_and_value(model_type)
 
     @property
-    def penalty_weight(self) -> float:
-        return self.orth_reg_weight
-
-    def penalty(self, layers: Sequence[Params]) -> Tensor:
-        return orthogonality(layers)
-
-    def schedule(self, layers: Mapping[str, Params]) -> Budget:
-        return Budget(self, layers)
+    def training(self) -> BudgetedTraining:
+        return BudgetedTraining(self)
 
     @property
     def dropout(self) -> float:
         return self.lora_dropout
 
     @property
-    def trained_biases(self) -> str:
-        return self.bias
+    def extras(self) -> Extras:
+        return replace(super().extras, biases="adapted" if self.bias == "lora_only" else self.bias)
+
+
+@dataclass(frozen=True)
+class BudgetedTraining:
+    """AdaLoRA's part in a run: the pull towards orthogonality, and a budget that falls."""
+
+    config: AdaLoraConfig
+
+    def fields_for(self, n_steps: int) -> Mapping[str, object]:
+        return {} if self.config.total_step is not None else {"total_step": n_steps}
+
+    def penalty(self, layers: Sequence[Params]) -> Tensor | None:
+        weight = self.config.orth_reg_weight
+        return orthogonality(layers) * weight if weight else None
+
+    def schedule(self, layers: Mapping[str, Params]) -> Budget:
+        return Budget(self.config, layers)
 
 
 def orthogonality(layers: Sequence[Params]) -> Tensor:

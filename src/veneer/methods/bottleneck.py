@@ -9,14 +9,14 @@ Three placements of one formula, ``2 d r + r + d`` parameters each:
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
-from veneer.core.method import Params, ResidualMethod, Shapes
+from veneer.contract import Params, ResidualMethod, Shapes
 from veneer.core.records import ResidualDelta
 from veneer.core.residual import ACTIVATIONS, bottleneck_width
 from veneer.core.sites import ResidualSite
@@ -38,6 +38,10 @@ class BottleneckConfig(ResidualMethod):
 
     peft_type: ClassVar[str] = "BOTTLENECK"
     identity_at_start: ClassVar[bool] = False
+    inert: ClassVar[frozenset[str]] = frozenset(
+        {"after_attention", "after_mlp", "after_cross_attention", "size", "reduction_factor", "init_weights", "dropout"}
+        | {"layers_to_transform"}
+    )
 
     after_attention: bool = False
     after_mlp: bool = True
@@ -125,3 +129,6 @@ class BottleneckConfig(ResidualMethod):
 
     def disk_names(self, site: ResidualSite) -> dict[str, str]:
         return {"down": "down.weight", "down_bias": "down.bias", "up": "up.weight", "up_bias": "up.bias"}
+
+    def features(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        return shapes["down"][1]

@@ -1,35 +1,35 @@
 """LoRA: ``W + (alpha / r) B A`` with A (r, i) and B (o, r) trained (Hu et al. 2021, arXiv:2106.09685, eq. 3).
 
-LoRA's variants (rsLoRA, DoRA, …) are functions on its record. Each is a module beside this one with ``SWITCH``, the
-field of `LoraConfig` that turns it on, and any of
-
-- ``scale(r, scale_so_far)``: another scale;
-- ``shapes(config, site)``, ``init(config, site, factors)`` and ``DISK_NAMES`` for parameters that it adds;
-- ``lower(config, site, params, record)``: the record after the variant.
+Its variants (rsLoRA, DoRA, …) are functions on its record, see `methods.variants`.
 """
 
 from __future__ import annotations
 
-import importlib
 import math
-import pkgutil
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import ModuleType
-from typing import ClassVar, Literal, TypeVar, cast
+from typing import ClassVar, Literal, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from veneer.contract import LinearMethod, Params, Shapes
+from veneer.contract.checks import Checks
+from veneer.contract.extras import Extras
+from veneer.contract.family_targets import query_and_value
+from veneer.contract.packing import Packing
+from veneer.contract.peft_fields import OF_LORA, PeftFields
 from veneer.core.groups import block_diagonal, diagonal_blocks
-from veneer.core.method import LinearMethod, Params, Shapes
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.core.stacks import stack, unstack
 from veneer.inits import Start, find_start, start_names
 from veneer.inits.eva import EvaConfig
+from veneer.methods.variants import all_variants
 
+_VARIANTS = all_variants()  # once, here: torch.compile cannot follow an import in the forward pass
 T = TypeVar("T")
 
 
@@ -53,9 +53,14 @@ class LoraConfig(LinearMethod):
     """
 
     peft_type: ClassVar[str] = "LORA"
-    adapts_embeddings: ClassVar[bool] = True
-    adapts_convolutions: ClassVar[bool] = True
-    adapts_attention: ClassVar[bool] = True
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "convolution", "attention"})
+    outward: ClassVar[frozenset[str]] = frozenset({"lora_B"}.union(*(getattr(v, "OUTWARD", ()) for v in _VARIANTS)))
+    inert: ClassVar[frozenset[str]] = frozenset(
+        {"r", "rank_pattern", "lora_dropout", "bias", "init_lora_weights", "eva_config", "fan_in_fan_out", "lora_bias"}
+        | {"target_parameters", "ensure_weight_tying"}
+    )
+    peft_fields: ClassVar[PeftFields] = OF_LORA
+    usual_fields: ClassVar[Mapping[str, object]] = {"target_modules": "all-linear"}
 
     r: int = 8
     lora_alpha: float = 8
@@ -125,50 +130,6 @@ class LoraConfig(LinearMethod):
             found += [] if _compiles(pattern) else [f"the pattern {pattern!r} is not a regular expression"]
         return found
 
-    def unused(self, names: Sequence[str]) -> list[str]:
-        patterns = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
-        return [
-            f"{field_name} key {key!r} matches none of the {len(names)} modules adapted, such as {names[0]!r}"
-            for field_name, pattern in patterns.items()
-            for key in pattern
-            if not any(_matches(key, name) for name in names)
-        ]
-
-    def refused(self, sites: Sequence[LinearSite]) -> list[str]:
-        """In groups B is made of blocks, and none of the variants and starts from the weight is such a product."""
-        grouped = [site for site in sites if site.groups > 1]
-        found = [
-            f"r={self.rank(site)} at {site.name}, a convolution in {site.groups} groups: a rank that {site.groups} "
-            "divides is needed (rank_pattern sets it for single modules)"
-            for site in grouped
-            if self.rank(site) % site.groups
-        ]
-        switches = {"use_dora": self.use_dora, "init_lora_weights": self._taken_off}
-        return found + [
-            f"{name}={getattr(self, name)!r} does not go with {grouped[0].name}, a convolution in {grouped[0].groups} "
-            "groups: leave it out, or list the layer in exclude_modules"
-            for name, on in switches.items()
-            if on and grouped
-        ]
-
-    def misfits(self, sites: Sequence[LinearSite]) -> list[str]:
-        """A rank above both widths of every layer is a slip; below that it may be a choice (heads are narrow)."""
-        ranks = [self.rank(site) for site in sites]
-        if not ranks or min(ranks) <= max(max(site.in_features, site.out_features) for site in sites):
-            return []
-        largest = max(min(site.in_features, site.out_features) for site in sites)
-        return [
-            f"rank {min(ranks)} is above both widths of every layer adapted, and their updates have rank {largest} at "
-            f"most: give r={largest} or less (a small one, such as 16, is usual)"
-        ]
-
-    def torn(self, tied: Sequence[LinearSite]) -> list[str]:
-        values = {site.name: (self.rank(site), self.alpha(site)) for site in tied}
-        if len(set(values.values())) <= 1:
-            return []
-        told = ", ".join(f"{name} r={r} and alpha={alpha}" for name, (r, alpha) in values.items())
-        return [f"ensure_weight_tying=True, but rank_pattern and alpha_pattern give {told}: name all of them alike"]
-
     def rank(self, site: LinearSite) -> int:
         """r at this site."""
         return _override(self.rank_pattern, site.name, self.r)
@@ -196,9 +157,6 @@ class LoraConfig(LinearMethod):
         for variant in self._variants("shapes"):
             shapes |= variant.shapes(self, site)
         return shapes
-
-    def fixed(self, site: LinearSite) -> tuple[str, ...]:
-        return ("lora_A_start", "lora_B_start") if self._taken_off else ()
 
     def init(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         start = self._start
@@ -231,55 +189,96 @@ class LoraConfig(LinearMethod):
             names |= variant.DISK_NAMES
         return {name: names.get(name, name) for name in self.shapes(site)}
 
-    def packed(self) -> LoraConfig:
+    @property
+    def packing(self) -> Packing:
         """Plain LoRA, of twice the rank for a start that is taken off: it fits the plain base, for anybody."""
         if self.init_lora_weights == "eva":
-            return replace(self, init_lora_weights=True, eva_config=None)
+            return Packing({"init_lora_weights": True, "eva_config": None})
         if not self._taken_off:
-            return self
+            return Packing()
         grow = math.sqrt(2) if self.use_rslora else 2  # so that the scale stays
-        return replace(
-            self,
-            init_lora_weights=True,
-            r=2 * self.r,
-            lora_alpha=grow * self.lora_alpha,
-            rank_pattern={key: 2 * r for key, r in self.rank_pattern.items()},
-            alpha_pattern={key: grow * alpha for key, alpha in self.alpha_pattern.items()},
+        return _TakenOff(
+            fields={
+                "init_lora_weights": True,
+                "r": 2 * self.r,
+                "lora_alpha": grow * self.lora_alpha,
+                "rank_pattern": {key: 2 * r for key, r in self.rank_pattern.items()},
+                "alpha_pattern": {key: grow * alpha for key, alpha in self.alpha_pattern.items()},
+            },
+            fixed=("lora_A_start", "lora_B_start"),
         )
 
-    def pack(self, site: LinearSite, params: Params) -> dict[str, Tensor]:
-        a, b = _joined(params)
-        rest = {name: value for name, value in params.items() if name not in self.fixed(site)}
-        return {**rest, "lora_A": a, "lora_B": b}
+    @property
+    def checks(self) -> Checks:
+        return _Checks(self)
 
-    def unpack(self, site: LinearSite, packed: Params) -> dict[str, Tensor]:
-        if not self._taken_off:
-            return dict(packed)
-        (a, a_start), (b, b_start) = packed["lora_A"].chunk(2), packed["lora_B"].chunk(2, dim=1)
-        return {**packed, "lora_A": a, "lora_B": b, "lora_A_start": a_start, "lora_B_start": -b_start}
+    @property
+    def extras(self) -> Extras:
+        given = self.trainable_token_indices
+        rows: dict[str | None, tuple[int, ...]] = {}
+        if isinstance(given, Mapping):
+            rows |= {name: tuple(indices) for name, indices in given.items()}
+        elif given:
+            rows[None] = tuple(given)
+        return replace(
+            super().extras,
+            biases="adapted" if self.bias == "lora_only" else self.bias,
+            parameters=tuple(self.target_parameters or ()),
+            rows=rows,
+            keeps_tie=self.ensure_weight_tying,
+        )
+
+    @property
+    def reads_weight(self) -> bool:
+        return bool(self._variants("READS_WEIGHT"))
+
+    def site_of(self, site: LinearSite, shapes: Mapping[str, tuple[int, ...]]) -> LinearSite:
+        a, b = shapes["lora_A"], shapes["lora_B"]
+        site = replace(site, in_features=math.prod(a[1:]), out_features=b[0])
+        return site if len(a) == 2 else replace(site, kind="convolution", window=a[2:], groups=a[0] // b[1])
+
+    def turned(self, params: Params) -> dict[str, Tensor]:
+        """(B A)ᵀ is Aᵀ Bᵀ."""
+        return {"lora_A": params["lora_B"].T, "lora_B": params["lora_A"].T}
+
+    @classmethod
+    def fields_for(cls, model_type: str) -> Mapping[str, object]:
+        return query_and_value(model_type)
+
+    @classmethod
+    def variants(cls) -> Mapping[str, str]:
+        return {v.__name__.rpartition(".")[2]: v.SWITCH for v in _VARIANTS}
+
+    @classmethod
+    def of_records(cls, records: Mapping[str, LinearDelta], targets: Sequence[str]) -> Self | None:
+        """Plain LoRA with a scale of one; where only biases change, the factors are zero."""
+        if any(r.in_scale is not None or r.out_scale is not None for r in records.values()):
+            return None
+        ranks = {path: max(record.rank, 1) for path, record in records.items()}
+        commonest = max(set(ranks.values()), key=list(ranks.values()).count)
+        special = {path.replace(".", r"\."): rank for path, rank in ranks.items() if rank != commonest}
+        return cls(
+            r=commonest,
+            lora_alpha=commonest,
+            target_modules=tuple(targets),
+            rank_pattern=special,
+            alpha_pattern=dict(special),
+            lora_bias=any(record.bias is not None for record in records.values()),
+        )
+
+    def raised(self, site: LinearSite, record: LinearDelta) -> dict[str, Tensor]:
+        like = next(t for t in (record.a, record.bias) if t is not None)
+        a = like.new_zeros(1, site.in_features) if record.a is None else record.a
+        b = like.new_zeros(site.out_features, 1) if record.b is None else record.b
+        params = {"lora_A": a, "lora_B": b * (record.scale / site.repeats)}
+        if self.lora_bias:
+            zero = torch.zeros_like(b[:, 0])
+            params["lora_B_bias"] = zero if record.bias is None else record.bias / site.repeats
+        return params
 
     @property
     def dropout(self) -> float:
         return self.lora_dropout
-
-    @property
-    def trained_biases(self) -> str:
-        return self.bias
-
-    @property
-    def keeps_tie(self) -> bool:
-        return self.ensure_weight_tying
-
-    @property
-    def adapted_parameters(self) -> tuple[str, ...]:
-        return tuple(self.target_parameters or ())
-
-    @property
-    def trained_rows(self) -> Mapping[str | None, tuple[int, ...]]:
-        given = self.trainable_token_indices
-        if isinstance(given, Mapping):
-            return {name: tuple(rows) for name, rows in given.items()}
-        return {None: tuple(given)} if given else {}
 
     @property
     def eva(self) -> EvaConfig:
@@ -337,17 +336,69 @@ def _compiles(pattern: str) -> bool:
     return True
 
 
-def _find_variants() -> tuple[ModuleType, ...]:
-    """The modules beside this one that declare a SWITCH."""
-    package = __name__.rpartition(".")[0]
-    path = importlib.import_module(package).__path__
-    modules = [importlib.import_module(f"{package}.{info.name}") for info in pkgutil.iter_modules(path)]
-    return tuple(m for m in modules if hasattr(m, "SWITCH"))
+@dataclass(frozen=True)
+class _TakenOff(Packing):
+    """The start that is taken off, ``- B₀ A₀``, as more rows of A and columns of B."""
+
+    def pack(self, params: Params) -> dict[str, Tensor]:
+        a, b = _joined(params)
+        rest = {name: value for name, value in params.items() if name not in self.fixed}
+        return {**rest, "lora_A": a, "lora_B": b}
+
+    def unpack(self, packed: Params) -> dict[str, Tensor]:
+        (a, a_start), (b, b_start) = packed["lora_A"].chunk(2), packed["lora_B"].chunk(2, dim=1)
+        return {**packed, "lora_A": a, "lora_B": b, "lora_A_start": a_start, "lora_B_start": -b_start}
 
 
-_VARIANTS = _find_variants()  # once, here: torch.compile cannot follow an import in the forward pass
+@dataclass(frozen=True)
+class _Checks(Checks):
+    """What LoRA refuses: ranks and settings that no layer has a place for."""
 
+    config: LoraConfig
 
-def variant_switches() -> dict[str, str]:
-    """The field of `LoraConfig` that turns each variant on, by the name of the variant's file."""
-    return {v.__name__.rpartition(".")[2]: v.SWITCH for v in _VARIANTS}
+    def effect(self, names: Sequence[str], sites: Sequence[LinearSite]) -> list[str]:
+        return self._unused(names) + self._too_large(sites)
+
+    def _unused(self, names: Sequence[str]) -> list[str]:
+        patterns = {"rank_pattern": self.config.rank_pattern, "alpha_pattern": self.config.alpha_pattern}
+        return [
+            f"{field_name} key {key!r} matches none of the {len(names)} modules adapted, such as {names[0]!r}"
+            for field_name, pattern in patterns.items()
+            for key in pattern
+            if not any(_matches(key, name) for name in names)
+        ]
+
+    def layers(self, sites: Sequence[LinearSite]) -> list[str]:
+        """In groups B is made of blocks, and none of the variants and starts from the weight is such a product."""
+        grouped = [site for site in sites if site.groups > 1]
+        found = [
+            f"r={self.config.rank(site)} at {site.name}, a convolution in {site.groups} groups: a rank that "
+            f"{site.groups} divides is needed (rank_pattern sets it for single modules)"
+            for site in grouped
+            if self.config.rank(site) % site.groups
+        ]
+        switches = {"use_dora": self.config.use_dora, "init_lora_weights": self.config.packing.fixed}
+        return found + [
+            f"{name}={getattr(self.config, name)!r} does not go with {grouped[0].name}, a convolution in "
+            f"{grouped[0].groups} groups: leave it out, or list the layer in exclude_modules"
+            for name, on in switches.items()
+            if on and grouped
+        ]
+
+    def _too_large(self, sites: Sequence[LinearSite]) -> list[str]:
+        """A rank above both widths of every layer is a slip; below that it may be a choice (heads are narrow)."""
+        ranks = [self.config.rank(site) for site in sites]
+        if not ranks or min(ranks) <= max(max(site.in_features, site.out_features) for site in sites):
+            return []
+        largest = max(min(site.in_features, site.out_features) for site in sites)
+        return [
+            f"rank {min(ranks)} is above both widths of every layer adapted, and their updates have rank {largest} at "
+            f"most: give r={largest} or less (a small one, such as 16, is usual)"
+        ]
+
+    def tied(self, tied: Sequence[LinearSite]) -> list[str]:
+        values = {site.name: (self.config.rank(site), self.config.alpha(site)) for site in tied}
+        if len(set(values.values())) <= 1:
+            return []
+        told = ", ".join(f"{name} r={r} and alpha={alpha}" for name, (r, alpha) in values.items())
+        return [f"ensure_weight_tying=True, but rank_pattern and alpha_pattern give {told}: name all of them alike"]

@@ -15,7 +15,7 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from veneer.core.method import Params, PrefixMethod, Shapes
+from veneer.contract import Params, PrefixMethod, Shapes
 from veneer.core.prefix import prefix_width, unflatten_prefix
 from veneer.core.records import PrefixDelta
 from veneer.core.sites import AttentionSite
@@ -40,6 +40,7 @@ class PrefixTuningConfig(PrefixMethod):
 
     peft_type: ClassVar[str] = "PREFIX_TUNING"
     identity_at_start: ClassVar[bool] = False
+    inert: ClassVar[frozenset[str]] = frozenset({"prefix_projection", "encoder_hidden_size", "init_weights"})
 
     prefix_projection: bool = False
     encoder_hidden_size: int | None = None

@@ -13,7 +13,8 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from veneer.core.method import Params, PromptMethod, Shapes
+from veneer.contract import Params, PromptMethod, Shapes
+from veneer.contract.virtual_tokens import StartText
 from veneer.core.records import PromptDelta
 from veneer.core.sites import InputSite
 from veneer.errors import ConfigError
@@ -31,6 +32,9 @@ class PromptTuningConfig(PromptMethod):
 
     peft_type: ClassVar[str] = "PROMPT_TUNING"
     identity_at_start: ClassVar[bool] = False
+    inert: ClassVar[frozenset[str]] = frozenset(
+        {"prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"}
+    )
 
     prompt_tuning_init: Literal["RANDOM", "SAMPLE_VOCAB", "TEXT"] = "RANDOM"
     prompt_tuning_init_text: str | None = None
@@ -61,8 +65,11 @@ class PromptTuningConfig(PromptMethod):
         return super().from_dict({name: value for name, value in values.items() if name not in left})
 
     @property
-    def start_text(self) -> str | None:
-        return self.prompt_tuning_init_text if self.prompt_tuning_init == "TEXT" else None
+    def start_text(self) -> StartText | None:
+        text, tokenizer = self.prompt_tuning_init_text, self.tokenizer_name_or_path
+        if self.prompt_tuning_init != "TEXT" or text is None or tokenizer is None:
+            return None
+        return StartText(text, tokenizer, self.tokenizer_kwargs or {})
 
     def shapes(self, site: InputSite) -> Shapes:
         return {STORED: (self.n_rows, site.features)}

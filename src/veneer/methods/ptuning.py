@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from veneer.core.method import Params, PromptMethod, Shapes
+from veneer.contract import Params, PromptMethod, Shapes
 from veneer.core.records import PromptDelta
 from veneer.core.sites import InputSite
 
@@ -33,6 +33,9 @@ class PromptEncoderConfig(PromptMethod):
 
     peft_type: ClassVar[str] = "P_TUNING"
     identity_at_start: ClassVar[bool] = False
+    inert: ClassVar[frozenset[str]] = frozenset(
+        {"encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout"}
+    )
 
     encoder_reparameterization_type: Literal["MLP", "LSTM"] = "MLP"
     encoder_hidden_size: int | None = None

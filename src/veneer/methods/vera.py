@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
-from veneer.core.method import WRAPPER, LinearMethod, Params, Shapes
+from veneer.contract import LinearMethod, Params, Shapes
+from veneer.contract.extras import Extras
+from veneer.contract.family_targets import query_and_value
+from veneer.contract.shared import Shared
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 
@@ -30,8 +33,11 @@ class VeraConfig(LinearMethod):
     """
 
     peft_type: ClassVar[str] = "VERA"
-    shared_from: ClassVar[str] = "projection_prng_key"
     usual_learning_rate: ClassVar[float] = 5e-3
+    inert: ClassVar[frozenset[str]] = frozenset(
+        {"r", "save_projection", "vera_dropout", "d_initial", "fan_in_fan_out", "bias", "init_weights"}
+        | {"projection_size"}  # follows from the layers
+    )
 
     r: int = 256
     projection_prng_key: int = 0
@@ -52,6 +58,10 @@ class VeraConfig(LinearMethod):
         if self.d_initial == 0:
             found.append(f"d_initial={self.d_initial!r} must be a finite number other than 0")
         return found
+
+    @classmethod
+    def fields_for(cls, model_type: str) -> Mapping[str, object]:
+        return query_and_value(model_type)
 
     def for_sites(self, sites: Sequence[LinearSite]) -> Self:
         largest = max(site.out_features for site in sites), max(site.in_features for site in sites)
@@ -74,24 +84,25 @@ class VeraConfig(LinearMethod):
             a=d[:, None] * big_a[:, : site.in_features], b=b[:, None] * big_b[: site.out_features], scale=1.0
         )
 
-    def shared(self) -> dict[str, Tensor]:
+    @property
+    def shared(self) -> Shared | None:
+        source = f"projection_prng_key={self.projection_prng_key!r}"
+        return Shared(names=("vera_A", "vera_B"), draw=self._projections, source=source, is_saved=self.save_projection)
+
+    def _projections(self) -> dict[str, Tensor]:
         if self.projection_size is None:
             return {}
         size = self.projection_size
         a, b = projections(self.projection_prng_key, self.r, *size, device=torch.device("cpu"), dtype=torch.float32)
-        return {f"{WRAPPER}vera_A": a, f"{WRAPPER}vera_B": b}
-
-    @property
-    def saves_shared(self) -> bool:
-        return self.save_projection
+        return {"vera_A": a, "vera_B": b}
 
     @property
     def dropout(self) -> float:
         return self.vera_dropout
 
     @property
-    def trained_biases(self) -> str:
-        return "lora_only" if self.bias == "vera_only" else self.bias
+    def extras(self) -> Extras:
+        return replace(super().extras, biases="adapted" if self.bias == "vera_only" else self.bias)
 
 
 @functools.lru_cache(maxsize=8)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -34,19 +34,20 @@ class TokenRows(nn.Module):
 class TiedFactors(nn.Module):
     """What a module has of an adapter that it shares with ``source``, the embeddings whose weight it shares too.
 
-    It registers nothing: the factors are trained, moved and saved where they are. A head (``turned``) reads the table
-    the other way round, and (B A)ᵀ is Aᵀ Bᵀ.
+    It registers nothing: the factors are trained, moved and saved where they are. A head reads the table the other way
+    round: ``turned`` gives the factors of the transposed update.
     """
 
-    def __init__(self, factors: nn.Module, source: str, turned: bool) -> None:
+    def __init__(
+        self, factors: nn.Module, source: str, turned: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None
+    ) -> None:
         super().__init__()
         self.source, self.turned = source, turned
         vars(self)["factors"] = factors
 
     def seen(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The source's factors as this module reads them: views."""
-        a, b = factors["lora_A"], factors["lora_B"]
-        return {"lora_A": b.T, "lora_B": a.T} if self.turned else {"lora_A": a, "lora_B": b}
+        return dict(factors) if self.turned is None else self.turned(factors)
 
 
 class Adapted(InPlace, nn.Module):
@@ -140,7 +141,7 @@ class Adapted(InPlace, nn.Module):
     def changes_as(self, other: Adapted, names: Sequence[str]) -> bool:
         """Whether these adapters make the same of a weight that this module shares with another."""
         return all(
-            self.adapter_state.configs[n].keeps_tie
+            self.adapter_state.configs[n].extras.keeps_tie
             or (self.token_rows((n,)) == other.token_rows((n,)) and not (self._is_own(n) or other._is_own(n)))
             for n in names
         )

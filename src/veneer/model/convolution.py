@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from veneer.core.frozen import FrozenWeight
 from veneer.core.groups import block_diagonal, column_blocks
 from veneer.core.linear import apply_projected, compose_linear, fold_linear
 from veneer.core.sites import LinearSite
@@ -50,9 +51,7 @@ class AdaptedConvolution(AdaptedSite):
     def site(self, names: Sequence[str] | None = None) -> LinearSite:
         weight, bias = cast(Tensor, self.effective("weight", names)), self.effective("bias", names)
         shape = shape_of_convolution(self.site_name, self)
-        kernel = weight.flatten(1)
-        matrix = DenseWeight(kernel) if shape.groups == 1 else BlockDiagonalWeight(kernel, shape.groups)
-        return replace(shape, weight=matrix, bias=bias, row_sq=self._row_sq)
+        return replace(shape, weight=_as_matrix(weight, shape.groups), bias=bias, row_sq=self._row_sq)
 
     def folded_weight(self, names: Sequence[str], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         site = self.site(names)
@@ -147,6 +146,16 @@ def shape_of_convolution(path: str, module: nn.Module) -> LinearSite:
         window=tuple(conv.kernel_size),
         groups=conv.groups,
     )
+
+
+def weight_of_convolution(module: nn.Module) -> FrozenWeight:
+    """The kernel as the matrix (o, channels · window)."""
+    return _as_matrix(cast(Tensor, module._parameters["weight"]), cast(Any, module).groups)
+
+
+def _as_matrix(weight: Tensor, groups: int) -> FrozenWeight:
+    kernel = weight.flatten(1)
+    return DenseWeight(kernel) if groups == 1 else BlockDiagonalWeight(kernel, groups)
 
 
 def _without_groups(module: nn.Module, x: Tensor, kernel: Tensor) -> Tensor:

@@ -2,44 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
-from veneer.core.method import LinearMethod, MethodConfig
-from veneer.core.targets import nearest
+from veneer.contract import MethodConfig
+from veneer.core.nearest import nearest
 from veneer.errors import TargetError
 from veneer.model.adapted import Adapted, add_copy
-from veneer.model.tying import tied_modules
 
 # Classification heads that PEFT lists together, whichever of them the model has.
 CLASSIFIERS = ("classifier", "score")
 
 
-def copied_parameters(model: PreTrainedModel, config: MethodConfig, adapted: set[str]) -> dict[str, list[str]]:
+def copied_parameters(
+    modules: Mapping[str, nn.Module], tied: Sequence[str], config: MethodConfig, adapted: set[str]
+) -> dict[str, list[str]]:
     """The parameters that a config trains whole, by module path. ``adapted``: the paths that the method adapts.
 
     Raises TargetError where ``modules_to_save`` names no module, or one that cannot be trained.
     """
     found: dict[str, list[str]] = {}
-    for path, module in _saved_modules(model, config):
+    for path, module in _saved_modules(modules, config):
         _require_trainable(path, module)
         found[path] = [name for name, value in own_parameters(module) if value is not None]
-    biases = config.trained_biases if isinstance(config, LinearMethod) else "none"
-    for path, module in _modules(model):
-        wanted = biases == "all" or (biases == "lora_only" and path in adapted)
+    biases = config.extras.biases
+    for path, module in modules.items():
+        wanted = biases == "all" or (biases == "adapted" and path in adapted)
         if wanted and path not in found and dict(own_parameters(module)).get("bias") is not None:
             found[path] = ["bias"]
-    tied = tied_modules(model) if config.keeps_tie else ()
-    if any("weight" in found.get(path, ()) for path in tied):
+    if config.extras.keeps_tie and any("weight" in found.get(path, ()) for path in tied):
         for path in tied:
             found[path] = list(dict.fromkeys((*found.get(path, ()), "weight")))
     return found
 
 
-def add_copies(model: PreTrainedModel, name: str, wanted: dict[str, list[str]], widen: bool) -> None:
+def add_copies(model: nn.Module, name: str, wanted: Mapping[str, list[str]], widen: bool) -> None:
     """Give an adapter trained copies of parameters, started at the base's values; 16-bit ones in float32 if ``widen``.
 
     The modules must be adapted already. Where the config keeps a tie, parameters that were one have one copy.
@@ -51,7 +50,7 @@ def add_copies(model: PreTrainedModel, name: str, wanted: dict[str, list[str]], 
             value = module._parameters[key]
             if isinstance(module, Adapted) and value is not None:
                 wide = torch.promote_types(value.dtype, torch.float32) if widen else value.dtype
-                shared = one.get(id(value)) if module.adapter_state.configs[name].keeps_tie else None
+                shared = one.get(id(value)) if module.adapter_state.configs[name].extras.keeps_tie else None
                 one[id(value)] = shared if shared is not None else nn.Parameter(value.detach().to(wide, copy=True))
                 add_copy(module, name, key, one[id(value)], frozen=False)
 
@@ -61,9 +60,8 @@ def own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter | None]]:
     return list(module._parameters.items())
 
 
-def _saved_modules(model: PreTrainedModel, config: MethodConfig) -> Iterator[tuple[str, nn.Module]]:
-    modules = dict(_modules(model))
-    wanted = tuple(config.modules_to_save or ())
+def _saved_modules(modules: Mapping[str, nn.Module], config: MethodConfig) -> Iterator[tuple[str, nn.Module]]:
+    wanted = config.extras.modules
     present = [name for name in CLASSIFIERS if any(_is(path, name) for path in modules)]
     for name in wanted:
         if name in CLASSIFIERS and name not in present and present:
@@ -84,16 +82,6 @@ def _saved_modules(model: PreTrainedModel, config: MethodConfig) -> Iterator[tup
 def _is(path: str, name: str) -> bool:
     """PEFT's rule, which its files rely on: the end of the path, also within a name ("norm" takes "ln_norm")."""
     return path.endswith(name)
-
-
-def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of the base, without those that adapters brought."""
-    return ((path, m) for path, m in model.named_modules() if path and not is_ours(path))
-
-
-def is_ours(path: str) -> bool:
-    """Whether a module path leads into what adapters brought."""
-    return ".adapters" in path or ".copies" in path
 
 
 def _require_trainable(path: str, module: nn.Module) -> None:

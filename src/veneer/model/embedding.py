@@ -59,6 +59,11 @@ def input_embeddings(model: nn.Module) -> nn.Module | None:
         return None
 
 
+def weight_of_embedding(module: nn.Module) -> DenseWeight:
+    """The table as the matrix (d, n_tokens)."""
+    return DenseWeight(cast(Tensor, module._parameters["weight"]).T)
+
+
 def is_embedding(module: nn.Module) -> bool:
     """Return True if a module is an embedding that can be adapted; one that renormalizes its table cannot."""
     return isinstance(module, nn.Embedding) and module.max_norm is None

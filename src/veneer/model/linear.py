@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from veneer.contract import LinearMethod
+from veneer.contract.keys import parameter_key
 from veneer.core.frozen import FrozenWeight
 from veneer.core.linear import apply_linear, apply_linear_sum, compose_linear, fold_linear, row_blocks
-from veneer.core.method import DISK_PREFIX, LinearMethod
 from veneer.core.records import LinearDelta
 from veneer.core.rows import apply_linear_rows
 from veneer.core.sites import LinearSite
@@ -41,23 +42,21 @@ class AdaptedSite(Adapted):
     def disk_keys(self, name: str, path: str) -> dict[str, str]:
         """For each parameter of adapter ``name``, its key in PEFT's file; ``path`` is this layer's in the model."""
         ends = self.method(name).disk_names(self.site((name,)))
-        return {key: f"{DISK_PREFIX}{self.disk_path(name, path)}.{end}" for key, end in ends.items()}
+        return {key: parameter_key(self.disk_path(name, path), end) for key, end in ends.items()}
 
     def packed(self, name: str, path: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What is written of adapter ``name``, by its keys on disk, given its tensors by theirs (`disk_keys`)."""
         method, site, keys = self.method(name), self.site((name,)), self.disk_keys(name, path)
         ends = method.packed().disk_names(site)
-        packed = method.pack(site, {own: values[key] for own, key in keys.items()})
-        start = f"{DISK_PREFIX}{self.disk_path(name, path)}"
-        return {f"{start}.{ends[own]}": value for own, value in packed.items()}
+        packed = method.packing.pack({own: values[key] for own, key in keys.items()})
+        return {parameter_key(self.disk_path(name, path), ends[own]): value for own, value in packed.items()}
 
     def unpacked(self, name: str, path: str, written: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inverse of `packed`."""
         method, site, keys = self.method(name), self.site((name,)), self.disk_keys(name, path)
         ends = method.packed().disk_names(site)
-        start = f"{DISK_PREFIX}{self.disk_path(name, path)}"
-        packed = {own: written[f"{start}.{end}"] for own, end in ends.items()}
-        return {keys[own]: value for own, value in method.unpack(site, packed).items()}
+        packed = {own: written[parameter_key(self.disk_path(name, path), end)] for own, end in ends.items()}
+        return {keys[own]: value for own, value in method.packing.unpack(packed).items()}
 
     def own_weight(self) -> Tensor | None:
         """The module's own parameter that the map is, if it is one."""
@@ -117,7 +116,7 @@ class AdaptedSite(Adapted):
         cached = self.__dict__.get("_row_sq_cache")
         if cached is None or "weight" in type(self).swapped:
             weight = cast(FrozenWeight, self.site(self.adapter_state.acting()).weight)
-            cached = self.__dict__["_row_sq_cache"] = _row_squares(unrounded(weight))
+            cached = self.__dict__["_row_sq_cache"] = row_squares(unrounded(weight))
         return cast(Tensor, cached)
 
     def forget(self) -> None:
@@ -251,7 +250,7 @@ def unrounded(weight: FrozenWeight) -> Tensor:
     return weight.dense() if isinstance(weight, DenseWeight) else wide(weight)
 
 
-def _row_squares(matrix: Tensor) -> Tensor:
+def row_squares(matrix: Tensor) -> Tensor:
     """Squared norms of the rows, in at least float32, without a copy of the matrix."""
     dtype = torch.promote_types(matrix.dtype, torch.float32)
     return torch.cat([matrix[rows].to(dtype).square().sum(dim=1) for rows in row_blocks(matrix)])

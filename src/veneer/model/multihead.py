@@ -14,6 +14,8 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from veneer.contract.keys import OUT_PROJECTION, attention_path
+from veneer.contract.places import REPEATS
 from veneer.core.linear import fold_linear
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
@@ -22,10 +24,6 @@ from veneer.model.adapted import Adapted, adapt, swap_reading
 from veneer.model.linear import AdaptedLinear, AdaptedSite
 from veneer.model.state import AdapterState
 from veneer.quant.dense import DenseWeight
-
-OUT_PROJECTION = ".out_proj"  # the path of that projection in an attention
-ON_DISK = f".base_layer{OUT_PROJECTION}"  # and in PEFT's file
-REPEATS = 2
 
 
 class _Folding(AdaptedSite):
@@ -122,7 +120,7 @@ class AdaptedOutProjection(_Folding, AdaptedLinear):
         return super().record(name, self._as_seen_by(name, site or self.site((name,))))
 
     def disk_path(self, name: str, path: str) -> str:
-        return f"{path.removesuffix(OUT_PROJECTION)}{ON_DISK}" if self._by_attention(name) else path
+        return attention_path(path) if self._by_attention(name) else path
 
     def _weight(self, names: Sequence[str] | None) -> DenseWeight:
         return DenseWeight(cast(Tensor, self.own("weight", names)))
@@ -133,13 +131,13 @@ class AdaptedOutProjection(_Folding, AdaptedLinear):
     def _as_seen_by(self, name: str, site: LinearSite) -> LinearSite:
         if not self._by_attention(name):
             return replace(site, name=self.site_name, repeats=1)
-        return replace(site, name=self.site_name.removesuffix(OUT_PROJECTION), repeats=REPEATS)
+        return replace(site, name=self.site_name.removesuffix(f".{OUT_PROJECTION}"), repeats=REPEATS)
 
 
 def adapt_attention(path: str, module: nn.Module, state: AdapterState) -> Adapted:
     """Make an attention, and its output projection, adapted in place."""
     adapted = adapt(path, module, state, AdaptedAttention)
-    projection = adapt_out_projection(f"{path}{OUT_PROJECTION}", cast(Any, module).out_proj, state)
+    projection = adapt_out_projection(f"{path}.{OUT_PROJECTION}", cast(Any, module).out_proj, state)
     vars(projection)["attention"] = adapted  # not registered: it is no part of its own child
     for parameter in (AdaptedAttention.weight_name, AdaptedAttention.bias_name):
         swap_reading(adapted, parameter)
@@ -168,3 +166,8 @@ def shape_of_attention(path: str, module: nn.Module) -> LinearSite:
     """The joined input projection of an attention, described by its shape alone."""
     d = cast(nn.MultiheadAttention, module).embed_dim
     return LinearSite(name=path, in_features=d, out_features=3 * d)
+
+
+def weight_of_attention(module: nn.Module) -> DenseWeight:
+    """The joined input projection's matrix (3 d, d)."""
+    return DenseWeight(cast(Tensor, module._parameters["in_proj_weight"]))

@@ -15,12 +15,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from veneer.contract import LinearMethod, MethodConfig
+from veneer.contract.keys import parameter_key
+from veneer.contract.targets import matches_any
 from veneer.core.frozen import FrozenWeight
 from veneer.core.linear import apply_linear, compose_linear, fold_linear
-from veneer.core.method import DISK_PREFIX, LinearMethod, MethodConfig
+from veneer.core.nearest import nearest
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
-from veneer.core.targets import matches_any, nearest
 from veneer.errors import CompositionError, TargetError
 from veneer.model.adapted import Adapted, swap_reading, tensors_of
 from veneer.model.convolution import is_convolution
@@ -97,11 +99,11 @@ class AdaptedParameters(Adapted):
         return values
 
     def disk_keys(self, name: str, path: str) -> dict[str, str]:
-        """PEFT wraps a module once for each parameter: all but the last have ``base_layer.`` in front."""
+        """PEFT wraps a module once for each parameter: the last one's wrapper is the outermost."""
         config, changed = cast(LinearMethod, self.adapter_state.configs[name]), self.changed(name)
         return {
-            f"{parameter}.{own}": f"{DISK_PREFIX}{path}.{'base_layer.' * (len(changed) - 1 - depth)}{end}"
-            for depth, parameter in enumerate(changed)
+            f"{parameter}.{own}": parameter_key(path, end, len(changed) - 1 - place)
+            for place, parameter in enumerate(changed)
             for own, end in config.disk_names(self.site(parameter)).items()
         }
 
@@ -145,14 +147,13 @@ def site_of(path: str, module: nn.Module, value: Tensor) -> LinearSite:
 
 
 def parameter_places(
-    model: nn.Module, config: MethodConfig, taken: Collection[str]
+    modules: Mapping[str, nn.Module], config: MethodConfig, taken: Collection[str]
 ) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
     """The parameters that a config adapts by name: by module path, and the linear layers whose weight it means.
 
     ``taken``: modules that it adapts or trains whole. Raises TargetError with everything that is wrong.
     """
-    wanted = config.adapted_parameters if isinstance(config, LinearMethod) else ()
-    modules = {p: m for p, m in model.named_modules() if p and ".adapters" not in p and ".copies" not in p}
+    wanted = config.extras.parameters
     known = {f"{path}.{key}": (path, key) for path, m in modules.items() for key in m._parameters}
     found = {name: place for name, place in known.items() if any(matches_any(name, (w,)) for w in wanted)}
     problems = [_unknown(w, known) for w in wanted if not any(matches_any(name, (w,)) for name in found)]

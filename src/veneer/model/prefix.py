@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from veneer.core.method import PrefixMethod
+from veneer.contract import PrefixMethod
 from veneer.core.records import PrefixDelta
 from veneer.core.sites import AttentionSite
 from veneer.errors import ConfigError, TargetError

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from veneer.core.method import PromptMethod
+from veneer.contract import PromptMethod
 from veneer.core.prompt import replace_leading, with_leading
 from veneer.core.records import PromptDelta
 from veneer.core.sites import InputSite
 from veneer.errors import TargetError
-from veneer.methods.prompt import PromptTuningConfig
 from veneer.model.front import Front
 from veneer.model.start import Start
 from veneer.model.state import AdapterState
@@ -242,9 +241,10 @@ def _site_to_start_from(model: PreTrainedModel, config: PromptMethod) -> InputSi
         return cast(Tensor, embedding(ids.to(embedding.weight.device))).float().cpu()
 
     text_ids: tuple[int, ...] = ()
-    if config.start_text is not None and isinstance(config, PromptTuningConfig):
-        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **(config.tokenizer_kwargs or {}))
-        text_ids = tuple(tokenizer(config.start_text)["input_ids"])
+    start = config.start_text
+    if start is not None:
+        tokenizer = AutoTokenizer.from_pretrained(start.tokenizer, **start.options)
+        text_ids = tuple(tokenizer(start.text)["input_ids"])
     return replace(input_site(model), embed=embed, text_ids=text_ids)
 
 

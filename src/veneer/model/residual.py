@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from veneer.core.method import DISK_PREFIX, ResidualMethod
+from veneer.contract import ResidualMethod
+from veneer.contract.keys import parameter_key
 from veneer.core.records import ResidualDelta
 from veneer.core.residual import residual_change
 from veneer.core.sites import ResidualSite
@@ -46,7 +47,7 @@ class ResidualAdapters(nn.Module):
 
     def disk_keys(self, name: str, path: str) -> dict[str, str]:
         """For each parameter of adapter ``name``, its key on disk; ``path`` is this holder's in the model."""
-        return {key: f"{DISK_PREFIX}{path}.{end}" for key, end in self._method(name).disk_names(self.site).items()}
+        return {key: parameter_key(path, end) for key, end in self._method(name).disk_names(self.site).items()}
 
     def _method(self, name: str) -> ResidualMethod:
         return cast(ResidualMethod, self.adapter_state.configs[name])

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 from torch.utils.hooks import RemovableHandle
 
-from veneer.core.method import MethodConfig, Schedule
+from veneer.contract import MethodConfig
+from veneer.contract.training import Schedule
 from veneer.model.routing import Routing
 
 

@@ -9,11 +9,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from veneer.core.method import LinearMethod, MethodConfig
-from veneer.core.targets import nearest
+from veneer.contract import MethodConfig
+from veneer.core.nearest import nearest
 from veneer.errors import CompositionError, TargetError
 from veneer.model.adapted import Adapted, TokenRows, swap_reading
-from veneer.model.tying import tied_modules
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,25 +24,26 @@ class RowPlace:
     followers: tuple[str, ...] = ()
 
 
-def row_places(model: nn.Module, config: MethodConfig, taken: Collection[str]) -> tuple[RowPlace, ...]:
-    """The tables of which a config trains rows. ``taken``: modules that it adapts or trains whole.
+def row_places(
+    modules: Mapping[str, nn.Module], ends: Sequence[str], config: MethodConfig, taken: Collection[str]
+) -> tuple[RowPlace, ...]:
+    """The tables of which a config trains rows. ``ends``: the input embeddings and what is tied to them. ``taken``:
+    modules that it adapts or trains whole.
 
     Modules tied to the input embeddings see the embeddings' rows, unless they are given other rows: PEFT's rule.
     Raises TargetError where a name matches nothing, something that is no table, or something taken, and where an index
     is outside of the table.
     """
-    wanted = config.trained_rows if isinstance(config, LinearMethod) else {}
+    wanted = config.extras.rows
     if not wanted:
         return ()
-    modules = {path: m for path, m in model.named_modules() if path and ".adapters" not in path}
-    ends = tied_modules(model)
     source = ends[0] if ends else None
     indices: dict[str, tuple[int, ...]] = {}
     for name, rows in wanted.items():
         for path in _meant(name, modules, source):
             _require_rows(path, modules[path], rows, taken)
             indices[path] = rows
-    if config.keeps_tie and any(indices.get(path) != indices.get(ends[0]) for path in ends if path in indices):
+    if config.extras.keeps_tie and any(indices.get(path) != indices.get(ends[0]) for path in ends if path in indices):
         raise TargetError(
             f"ensure_weight_tying=True, but trainable_token_indices gives { {p: indices.get(p) for p in ends} } to "
             f"modules that share one weight: give {ends[0]} alone, or all of them the same"

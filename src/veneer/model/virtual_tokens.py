@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from veneer.core.method import VirtualTokenMethod
+from veneer.contract import VirtualTokenMethod
 from veneer.errors import CompositionError, ConfigError
 from veneer.model.front import Front
 from veneer.model.routing import Routing

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import Tensor
@@ -18,12 +18,15 @@ def lora_plus_groups(
     ratio: float = 16.0,
     weight_decay: float = 0.0,
     embedding_lr: float = EMBEDDING_LR,
+    *,
+    outward: Collection[str] = ("lora_B", "lora_B_bias"),
 ) -> list[dict[str, Any]]:
     """Optimizer groups over the trainable parameters: A and everything else at ``lr``, B at ``lr * ratio``.
 
-    The factors of embeddings (``lora_embedding``'s, recognised by an "embed" in the module path) learn at
-    ``embedding_lr``. Biases, norms and magnitudes are one-dimensional and not decayed. The paper advises a ratio of
-    2⁴ and more.
+    ``outward``: the parameters that are B, by their whole names or the last parts of these; `outward_parameters` gives
+    those of a model's adapters, of whatever method. The factors of embeddings (an "embed" or "wte" is in the path of
+    the module) learn at ``embedding_lr``. Biases, norms and magnitudes are one-dimensional and not decayed. The paper
+    advises a ratio of 2⁴ and more.
 
     Departs: PEFT gives every one-dimensional parameter (DoRA's magnitude, biases) B's rate; here only B has it.
 
@@ -32,21 +35,20 @@ def lora_plus_groups(
     if ratio <= 0 or lr < 0:
         raise ConfigError(f"loraplus ratio={ratio} must be above 0 and lr={lr} at least 0")
     trainable = [(name, p) for name, p in named_params if p.requires_grad]
-    if not any(_is_b(name) for name, _ in trainable):
+    factors = {name for name, _ in trainable if name in outward or name.rpartition(".")[2] in outward}
+    if not factors:
         raise ConfigError(
-            f"LoRA+ needs a trainable LoRA factor B; none of the {len(trainable)} trainable parameters is one"
+            f"LoRA+ needs a trainable LoRA factor B, or what another method has in its place; none of the "
+            f"{len(trainable)} trainable parameters is one"
         )
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, p in trainable:
-        rate = embedding_lr if _in_embedding(name) else lr * ratio if _is_b(name) else lr
+        rate = embedding_lr if _in_embedding(name) else lr * ratio if name in factors else lr
         groups.setdefault((rate, weight_decay if p.ndim > 1 else 0.0), []).append(p)
     return [{"params": ps, "lr": rate, "weight_decay": decay} for (rate, decay), ps in groups.items()]
 
 
-def _is_b(name: str) -> bool:
-    return name.rpartition(".")[2].startswith("lora_B")
-
-
 def _in_embedding(name: str) -> bool:
-    parts = name.split(".")
-    return parts[-1].startswith("lora_") and any("embed" in part or part == "wte" for part in parts[:-3])
+    """Whether a parameter is an adapter's at an embedding: ``<path>.adapters.<adapter>.<parameter>``."""
+    path, held, _ = name.partition(".adapters.")
+    return bool(held) and any("embed" in part or part == "wte" for part in path.split("."))

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from veneer.adapters.peft_model import become_peft_model
-from veneer.core.method import VirtualTokenMethod
+from veneer.contract import VirtualTokenMethod
 from veneer.errors import CompositionError, VeneerError
 from veneer.model.mixed import checked, routed
 from veneer.model.paged import KeysValues, PagedModel, PagedStep, PagedStore, Stretch, require_pageable

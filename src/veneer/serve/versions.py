@@ -6,13 +6,13 @@ import hashlib
 from pathlib import Path
 from typing import cast
 
-from veneer.core.method import MethodConfig, VirtualTokenMethod
+from veneer.contract import MethodConfig, VirtualTokenMethod
+from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
+from veneer.contract.source import adapter_folder
 from veneer.errors import ConfigError, FormatError
 from veneer.serve.adapter_pool import AdapterVersion
 from veneer.serve.lora_request import LoRARequest
-from veneer.store.adapter_config import CONFIG_FILE, read_config
-from veneer.store.adapter_files import WEIGHTS_FILE
-from veneer.store.adapter_source import adapter_folder
+from veneer.store.adapter.config import read_config
 
 _Stamp = tuple[tuple[int, ...], ...]
 

@@ -18,11 +18,11 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from veneer.contract.file import CONFIG_FILE
 from veneer.core.units import size
 from veneer.disk.folder import new_folder
 from veneer.disk.safetensors import header_bytes
 from veneer.errors import DiskError, FormatError
-from veneer.store.adapter_config import CONFIG_FILE
 from veneer.store.checkpoint import INDEX_NAME, SINGLE_NAME
 
 Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from veneer.core.method import DISK_PREFIX, WRAPPER, MethodConfig
+from veneer.contract import MethodConfig
+from veneer.contract.file import WEIGHTS_FILE
+from veneer.contract.places import modules_in
 from veneer.disk.safetensors import StoredTensor
 from veneer.errors import FormatError
-from veneer.store.adapter_config import read_config
-from veneer.store.adapter_files import WEIGHTS_FILE
+from veneer.store.adapter.config import read_config
 from veneer.store.checkpoint import Checkpoint
 
 NF4_BITS = 4.127  # Dettmers et al. 2023 (arXiv:2305.14314): 4 + 8/64 + 32/(64·256) bits with double quantization
@@ -56,14 +57,12 @@ def adapter_facts(folder: Path) -> AdapterFacts:
     if not file.is_file():
         raise FormatError(f"{folder} holds no {WEIGHTS_FILE}: it is not an adapter, or it was not saved to the end")
     tensors = Checkpoint.open(file).tensors
-    # VeRA's projections, shared by its modules, lie at the wrapper itself.
-    modules = sorted({_module(key) for key in tensors} - {WRAPPER.rstrip(".")})
     return AdapterFacts(
         config=config,
         n_parameters=_count(tensors.values()),
         n_bytes=file.stat().st_size,
         dtypes=_dtypes(tensors.values()),
-        modules=tuple(modules),
+        modules=tuple(modules_in(config, tensors)),
     )
 
 
@@ -95,12 +94,6 @@ def kind_of(name: str) -> str:
 def _bytes_4bit(tensor: StoredTensor) -> int:
     in_4bit = len(tensor.shape) == 2 and kind_of(tensor.name) in ("attention", "feed-forward", "other")
     return round(_count([tensor]) * NF4_BITS / 8) if in_4bit else 2 * _count([tensor])
-
-
-def _module(key: str) -> str:
-    """The path of the module that a key of an adapter belongs to."""
-    path = key.removeprefix(DISK_PREFIX)
-    return re.split(r"\.(?:lora_|ia3_|vera_|adapter_|token_adapter|base_layer)|\.(?:weight|bias)$", path)[0]
 
 
 def _count(tensors: Iterable[StoredTensor]) -> int:

@@ -16,8 +16,8 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.constants import ENDPOINT
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from veneer.contract.file import CONFIG_FILE as ADAPTER_CONFIG
 from veneer.errors import ConfigError, FormatError
-from veneer.store.adapter_config import CONFIG_FILE as ADAPTER_CONFIG
 from veneer.store.checkpoint import Checkpoint
 from veneer.store.fetch import KNOWN, is_fetched, model_folder
 from veneer.store.gguf_model import converted_folder

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import check_target_module_exists
 
 from veneer.errors import ConfigError
-from veneer.model.attach import module_index
+from veneer.model.attach import module_index, outward_parameters
 from veneer.optim import AdamW8bit, GaLoreAdamW, LayerwiseGaLoreAdamW, PagedAdamW8bit, lora_plus_groups
 from veneer.optim.galore import GaLoreProjection
 from veneer.train.keys import nearest
@@ -78,7 +78,9 @@ def lora_plus_optimizer(args: TrainingArguments, model: nn.Module, ratio: float,
             f"lora_plus={ratio} groups the factors of adapters, and optim={_name(args.optim)!r} has groups of its own: "
             "use another optimizer, or leave lora_plus out"
         )
-    groups = lora_plus_groups(model.named_parameters(), args.learning_rate, ratio, args.weight_decay)
+    groups = lora_plus_groups(
+        model.named_parameters(), args.learning_rate, ratio, args.weight_decay, outward=outward_parameters(model)
+    )
     return optimizer(groups, **settings)
 
 

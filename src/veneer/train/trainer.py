@@ -27,7 +27,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from veneer.adapters.peft_model import PeftModel, get_peft_model
 from veneer.adapters.schedules import penalty
-from veneer.core.method import MethodConfig
+from veneer.contract import MethodConfig
 from veneer.data.collating import Collator
 from veneer.data.dataset import columns_of, digest, encode_all, pack_all, require_answers
 from veneer.data.encoding import Encoder, kind_of

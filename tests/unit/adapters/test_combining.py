@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from models import gpt2_config, llama_config
 from veneer import BottleneckConfig, IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from veneer.adapters.peft_model import PeftModel
-from veneer.core.method import MethodConfig
+from veneer.contract import MethodConfig
 from veneer.errors import AdapterNameError, CompositionError, ConfigError
 
 IDS = torch.randint(0, 101, (2, 11), generator=torch.Generator().manual_seed(5))

@@ -17,7 +17,7 @@ from veneer.adapters.combining import combine_folders
 from veneer.combine import Combination
 from veneer.errors import CompositionError, TargetError
 from veneer.model.attach import live_parameters
-from veneer.store.records import read_records
+from veneer.store.adapter.records import read_records
 
 SIZES = {1: (31,), 2: (13, 11), 3: (7, 5, 6)}
 LAYERS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

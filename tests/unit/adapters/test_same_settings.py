@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from veneer import BottleneckConfig, LoraConfig, VeraConfig, get_peft_model
-from veneer.adapters.lifecycle import _MEANING
-from veneer.core.method import MethodConfig
+from veneer import AdaLoraConfig, BottleneckConfig, IA3Config, LoraConfig, VeraConfig, get_peft_model
+from veneer.contract import MethodConfig
 from veneer.errors import AdapterNameError, ConfigError
 from veneer.methods import all_methods
 
@@ -26,8 +25,10 @@ VERA = VeraConfig(r=5, target_modules=["q_proj"], projection_prng_key=2, save_pr
         (VERA, {"projection_prng_key": 3}),
         (BottleneckConfig(), {"non_linearity": "tanh"}),
         (BottleneckConfig(), {"placement": "parallel"}),
+        (LoraConfig(r=3, target_modules=["q_proj"]), {"lora_alpha": 5}),
+        (IA3Config(target_modules=["k_proj", "up_proj"], feedforward_modules=[]), {"feedforward_modules": ["up_proj"]}),
     ],
-    ids=["rows", "draw", "non-linearity", "placement"],
+    ids=["rows", "draw", "non-linearity", "placement", "alpha", "side"],
 )
 def test_other_settings_under_the_same_name_are_refused(
     stored: MethodConfig, changes: dict[str, object], tmp_path: Path
@@ -40,8 +41,36 @@ def test_other_settings_under_the_same_name_are_refused(
     same.load_adapter(tmp_path, "default")
 
 
-def test_every_setting_that_is_compared_is_one_of_a_method() -> None:
-    assert set(_MEANING) <= {spec.name for method in all_methods().values() for spec in fields(method)}
+def test_another_strength_of_a_method_that_nobody_listed_is_refused(toy: type[MethodConfig], tmp_path: Path) -> None:
+    get_peft_model(make_tiny(), toy(strength=3.0)).save_pretrained(tmp_path)
+    model = get_peft_model(make_tiny(), toy(strength=0.5))
+    with pytest.raises(ConfigError, match=r"the files hold strength=3\.0 instead of 0\.5"):
+        model.load_adapter(tmp_path, "default")
+
+
+@pytest.mark.parametrize("method", all_methods().values(), ids=all_methods())
+def test_every_field_that_is_not_compared_is_one_of_the_method(method: type[MethodConfig]) -> None:
+    names = {spec.name for spec in fields(method)}
+    inert = [vars(cls)["inert"] for cls in method.__mro__ if "inert" in vars(cls)]
+    assert frozenset().union(*inert) <= names
+
+
+@pytest.mark.parametrize(
+    ("stored", "changes"),
+    [
+        (ROWS, {"lora_dropout": 0.3, "base_model_name_or_path": "x", "revision": "y"}),
+        (VERA, {"vera_dropout": 0.3, "d_initial": 0.7}),
+        (BottleneckConfig(), {"dropout": 0.2, "init_weights": "mam_adapter"}),
+        (AdaLoraConfig(target_modules=["q_proj"], init_r=5, target_r=2), {"beta1": 0.5, "total_step": 31}),
+    ],
+    ids=["rows", "vera", "bottleneck", "adalora"],
+)
+def test_settings_that_act_in_training_alone_may_differ(
+    stored: MethodConfig, changes: dict[str, object], tmp_path: Path
+) -> None:
+    get_peft_model(make_tiny(), stored).save_pretrained(tmp_path)
+    model = get_peft_model(make_tiny(), replace(stored, **changes))  # type: ignore[arg-type]
+    model.load_adapter(tmp_path, "default")
 
 
 def test_one_name_may_be_given_as_it_is_and_no_name_twice(tmp_path: Path) -> None:

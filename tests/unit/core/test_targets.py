@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from peft import LoraConfig as PeftLoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 
-from veneer.core.method import TargetedConfig
-from veneer.core.targets import ModuleIndex, absent_layers, nearest, select_targets
+from veneer.contract import TargetedConfig
+from veneer.contract.targets import ModuleIndex, absent_layers, select_targets
+from veneer.core.nearest import nearest
 from veneer.errors import ConfigError, TargetError
 
 LEAVES = ("q_proj", "v_proj", "up_proj", "xq_proj")

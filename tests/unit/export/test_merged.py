@@ -32,7 +32,7 @@ from transformers import (
 
 from models import gpt2_config, llama_config
 from veneer import IA3Config, LoraConfig, PeftModel, get_peft_model
-from veneer.core.method import MethodConfig
+from veneer.contract import MethodConfig
 from veneer.errors import CompositionError, ConfigError, FormatError
 from veneer.export.merged import MergeOptions, merge_checkpoint
 from veneer.methods.bottleneck import BottleneckConfig

@@ -80,7 +80,7 @@ def test_trained_from_a_weight_it_is_plain_lora_on_the_plain_base(start, use_rsl
     assert (written.init_lora_weights, written.r, written.rank(SITE)) == (True, 2 * R, 4)
     x = torch.ones(2, IN, dtype=torch.float64)
     expected = x @ (rest + scale * params["lora_B"] @ params["lora_A"]).T
-    got = apply_linear(written.lower(SITE, config.pack(SITE, params)), x, DenseWeight(W))
+    got = apply_linear(written.lower(SITE, config.packing.pack(params)), x, DenseWeight(W))
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 

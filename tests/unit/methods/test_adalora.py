@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from models import llama_config
+from veneer.adapters import schedules
 from veneer.adapters.peft_model import PeftModel, get_peft_model
 from veneer.errors import ConfigError
 from veneer.methods.adalora import AdaLoraConfig, orthogonality
@@ -105,9 +106,9 @@ def test_a_budget_needs_a_number_of_steps():
     model = get_peft_model(base(), AdaLoraConfig(**fields))
     with pytest.raises(ConfigError, match="total_step"):
         model.update_and_allocate(1)
-    assert AdaLoraConfig(**fields).for_run(31).total_step == 31
+    assert AdaLoraConfig(**fields).training.fields_for(31) == {"total_step": 31}
     with pytest.raises(ConfigError, match="leave none of total_step=4"):
-        AdaLoraConfig(**fields).for_run(4)
+        schedules.begin(model, model.adapter_state, n_steps=4)
 
 
 def test_methods_without_a_schedule_say_so():

@@ -21,7 +21,7 @@ from veneer import (
     PromptTuningConfig,
     VeraConfig,
 )
-from veneer.core.method import MethodConfig
+from veneer.contract import MethodConfig
 from veneer.errors import ConfigError
 from veneer.inits.eva import EvaConfig
 from veneer.methods import all_methods

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTrainedModel, Qwen3Config
 
 from veneer import BitsAndBytesConfig, LoraConfig, get_peft_model
-from veneer.core.method import MethodConfig
+from veneer.contract import MethodConfig
 from veneer.model import checkpointing
 from veneer.model.checkpointing import checkpoint_selectively, is_selective
 from veneer.model.fused.decoder import fused

@@ -26,7 +26,7 @@ from veneer import (
     get_peft_model,
     prepare_model_for_kbit_training,
 )
-from veneer.core.method import MethodConfig
+from veneer.contract import MethodConfig
 from veneer.model.fused import decoder
 from veneer.model.fused.attention import attention_half
 from veneer.model.fused.block import FusedBlock

@@ -29,8 +29,8 @@ from veneer import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from veneer.contract import source as adapter_source
 from veneer.errors import AdapterNameError, ConfigError, DiskError, FormatError
-from veneer.store import adapter_source
 
 KEY = "base_model.model.model.layers.{}.self_attn.{}.lora_{}.weight"
 

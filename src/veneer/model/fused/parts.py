@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from veneer.core.method import LinearMethod
+from veneer.contract import LinearMethod
 from veneer.core.records import LinearDelta
 from veneer.model.blueprint.linears import is_linear
 from veneer.model.blueprint.norms import epsilon_of

@@ -14,7 +14,7 @@ from veneer.train.keys import missing, nearest, typed
 
 # Modules that need torch are imported where they are used: a wrong recipe is told before seconds of imports.
 if TYPE_CHECKING:
-    from veneer.core.method import MethodConfig
+    from veneer.contract import MethodConfig
 
 FULL = "full"
 FULL_LEARNING_RATE = 2e-5
@@ -36,10 +36,13 @@ def method_of(adapter: Mapping[str, Any]) -> str:
 def named_methods() -> dict[str, NamedMethod]:
     """Every method by the name that a recipe gives it; a model trained whole (``full``) is not among them."""
     from veneer.methods import all_methods
-    from veneer.methods.lora import LoraConfig, variant_switches
 
     found = {name.lower(): NamedMethod(cls, {}) for name, cls in all_methods().items()}
-    return found | {name: NamedMethod(LoraConfig, {switch: True}) for name, switch in variant_switches().items()}
+    return found | {
+        name: NamedMethod(cls, {switch: True})
+        for cls in all_methods().values()
+        for name, switch in cls.variants().items()
+    }
 
 
 def method_names() -> list[str]:
@@ -75,13 +78,11 @@ def adapter_config(adapter: Mapping[str, Any]) -> MethodConfig | None:
 
     LoRA and its variants act on every linear layer where the part does not say otherwise.
     """
-    from veneer.methods.lora import LoraConfig
-
     if method_of(adapter) == FULL:
         return None
     named = named_methods()[method_of(adapter)]
-    given = {"target_modules": "all-linear"} if named.config is LoraConfig else {}
-    return named.config(**{**given, **typed(named.config, _fields(adapter), []), **named.switches})
+    given = typed(named.config, _fields(adapter), [])
+    return named.config(**{**named.config.usual_fields, **given, **named.switches})
 
 
 def usual_learning_rate(adapter: Mapping[str, Any]) -> float:

@@ -17,7 +17,7 @@ from veneer.train.recipe.adapter import FULL, adapter_config, adapter_problems, 
 
 # What needs torch or transformers is imported where it is used: a wrong recipe is told before seconds of imports.
 if TYPE_CHECKING:
-    from veneer.core.method import MethodConfig
+    from veneer.contract import MethodConfig
     from veneer.train.config import SFTConfig
 
 PLACES = (("data", "train"), ("data", "eval"), ("model", "source"))  # keys that may name a file

@@ -11,9 +11,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from veneer.contract.file import WEIGHTS_FILE
 from veneer.errors import FormatError
 
-WEIGHTS_FILE = "adapter_model.safetensors"
 NETWORK_FILE = "prompt_encoder.safetensors"  # in a checkpoint: the network that makes what WEIGHTS_FILE holds
 PICKLE_FILE = "adapter_model.bin"
 VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # those that adapters are trained in

@@ -9,36 +9,45 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from veneer.core.method import DISK_PREFIX, WRAPPER, LinearMethod, MethodConfig, VirtualTokenMethod
+from veneer.contract import MethodConfig, VirtualTokenMethod
+from veneer.contract.config import for_use
+from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
+from veneer.contract.keys import (
+    copies_of,
+    divided,
+    is_bases_own,
+    is_of_wrapped,
+    place_of,
+    rows_key,
+    weight_key,
+)
+from veneer.contract.shared import Shared
 from veneer.disk.atomic import write_atomically, write_together
 from veneer.disk.safetensors import tensors_to_bytes
 from veneer.errors import ConfigError, FormatError
 from veneer.model.adapted import Adapted, add_copy
 from veneer.model.attach import (
     adapt_path,
-    disk_prefix,
     live_parameters,
     named_live_parameters,
     repeated_tensors,
+    shared_tensors,
     stored_tensors,
     unpacked_tensors,
 )
 from veneer.model.embedding import input_embeddings
 from veneer.model.inplace import InPlace, base_of
 from veneer.model.state import AdapterState
-from veneer.store.adapter_config import CONFIG_FILE, for_use, to_json
-from veneer.store.adapter_files import NETWORK_FILE, WEIGHTS_FILE, read_tensors, unusable
+from veneer.store.adapter.files import NETWORK_FILE, read_tensors, unusable
+from veneer.store.adapter.skeleton import config_of_base
 
 SaveEmbeddings = bool | Literal["auto"]
 _SHOWN = 5  # of the tensors of one kind that do not fit
 # The names that PEFT knows an embedding or a head by: where one is targeted, its whole weight is saved too.
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
-_WRAPPED = re.compile(r"(?P<path>.+)\.(?P<inner>modules_to_save|original_module)\.(?P<end>.+)")
 _Place = tuple[nn.Module, str]  # a module and the name of its parameter
 
 
@@ -56,7 +65,7 @@ def save_adapter(
     base = base_of(type(model)) if isinstance(model, InPlace) else type(model)
     mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
     values = adapter_tensors(model, state, name) if tensors is None else tensors
-    config = to_json(for_use(state.configs[name]), mapping).encode()
+    config = for_use(state.configs[name]).to_json(mapping).encode()
     write_together(folder, {WEIGHTS_FILE: tensors_to_bytes(values), CONFIG_FILE: config})
 
 
@@ -109,8 +118,7 @@ def renamed(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str] | None
     """
     found: dict[str, Tensor] = {}
     for key, value in tensors.items():
-        prefix = next((p for p in (DISK_PREFIX, WRAPPER) if key.startswith(p)), "")
-        rest = key.removeprefix(prefix)
+        prefix, rest = divided(key)
         changed = (re.sub(old, new, rest) for old, new in (key_mapping or {}).items() if re.search(old, rest))
         try:
             new_key = prefix + next(changed, rest)
@@ -133,13 +141,8 @@ def once_each(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _is_written_again(key: str, tensors: Mapping[str, Tensor]) -> bool:
-    wrapped = _WRAPPED.fullmatch(key)
-    if wrapped is None:
-        return False
-    path, inner, end = wrapped["path"], wrapped["inner"], wrapped["end"]
-    # of a part of the module the name of the adapter stays in the key
-    own = next((k for k in (f"{path}.{end}", f"{path}.{end.partition('.')[2]}") if k in tensors), None)
-    return own is not None and (inner == "original_module" or torch.equal(tensors[own], tensors[key]))
+    own = next((each for each in copies_of(key) if each in tensors), None)
+    return own is not None and (is_bases_own(key) or torch.equal(tensors[own], tensors[key]))
 
 
 def save_network(model: nn.Module, state: AdapterState, name: str, folder: Path) -> None:
@@ -223,7 +226,8 @@ def _problems(
     model: nn.Module, state: AdapterState, name: str, tensors: Mapping[str, Tensor], expected: _Expected
 ) -> list[str]:
     """Everything that keeps these tensors from being the adapter's."""
-    config, shared = state.configs[name], _shared(state.configs[name])
+    config = state.configs[name]
+    shared = shared_tensors(config)
     shapes = {key: tuple(value.shape) for key, value in expected.values.items()}
     misshapen = [key for key, shape in shapes.items() if key in tensors and tuple(tensors[key].shape) != shape]
     known = shapes.keys() | _repeated(model, name) | shared.keys()
@@ -236,7 +240,7 @@ def _problems(
             for key in misshapen
         ),
         *(
-            f"differs from what {_source(config)} draws: {key}"
+            f"differs from what {cast(Shared, config.shared).source} draws: {key}"
             for key in _differing(shared, tensors)
             if key not in misshapen
         ),
@@ -268,19 +272,10 @@ def _other_size(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
 
 
 def _size(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
-    """How many blocks these tensors of LoRA reach, and the commonest input width; 0 where that cannot be known."""
+    """How many blocks these tensors reach, and the commonest width of matrices; 0 where that cannot be known."""
     numbers = [int(found[1]) for key in tensors if (found := re.search(r"\.(\d+)\.", key))]
-    widths = [value.shape[1] for key, value in tensors.items() if ".lora_A." in key and value.dim() == 2]
+    widths = [max(value.shape) for value in tensors.values() if value.dim() == 2]
     return max(numbers, default=-1) + 1, max(sorted(set(widths)), key=widths.count, default=0)
-
-
-def _shared(config: MethodConfig) -> dict[str, Tensor]:
-    return config.shared() if isinstance(config, LinearMethod) else {}
-
-
-def _source(config: MethodConfig) -> str:
-    field = cast(LinearMethod, config).shared_from
-    return f"{field}={getattr(config, field)!r}"
 
 
 def _differing(shared: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
@@ -307,11 +302,7 @@ def _carry(model: nn.Module, state: AdapterState, name: str, place: _Place, *, k
     own = cast(Tensor, module._parameters[parameter])
     value = value.to(own.device, own.dtype)
     if not torch.equal(own, value):
-        path = (
-            key.removeprefix(disk_prefix(state.configs[name])).removesuffix(f".{parameter}").removesuffix(".base_layer")
-        )
-        path = path.removesuffix(".token_adapter")
-        add_copy(adapt_path(model, path, state), name, parameter, value, frozen=True)
+        add_copy(adapt_path(model, place_of(key, ()).path, state), name, parameter, value, frozen=True)
 
 
 def _embeddings(model: nn.Module, config: MethodConfig, name: str) -> dict[str, _Place]:
@@ -322,25 +313,24 @@ def _embeddings(model: nn.Module, config: MethodConfig, name: str) -> dict[str, 
     found = {}
     for path, module in model.named_modules():
         if any(module is end for end in ends) and module._parameters.get("weight") is not None:
-            inner = "base_layer." if isinstance(module, Adapted) and name in module.adapters else ""
-            inner = "token_adapter.base_layer." if isinstance(module, Adapted) and module.token_rows((name,)) else inner
-            found[f"{disk_prefix(config)}{path}.{inner}weight"] = (module, "weight")
+            adapted = isinstance(module, Adapted) and name in module.adapters
+            with_rows = isinstance(module, Adapted) and bool(module.token_rows((name,)))
+            key = weight_key(path, adapted=adapted, with_rows=with_rows, virtual=config.is_prompt_learning)
+            found[key] = (module, "weight")
     return found
 
 
 def _repeated(model: nn.Module, name: str) -> set[str]:
     """Keys under which PEFT writes rows of the embeddings once more, for the modules tied to them."""
     seeing = (p for p, m in model.named_modules() if isinstance(m, Adapted) and m.token_rows((name,)))
-    return {f"{DISK_PREFIX}{path}.token_adapter.trainable_tokens_delta" for path in seeing}
+    return {rows_key(path) for path in seeing}
 
 
 def _saves_embedding(model: nn.Module, config: MethodConfig, key: str, wanted: SaveEmbeddings) -> bool:
     """PEFT's rule: "auto" saves what is targeted under a known name, and all where the vocabulary was resized."""
     if wanted != "auto":
         return wanted
-    targeted = (
-        ".base_layer." in key and ".token_adapter." not in key and any(f".{end}." in key for end in _EMBEDDING_NAMES)
-    )
+    targeted = is_of_wrapped(key) and any(f".{end}." in key for end in _EMBEDDING_NAMES)
     return targeted or _was_resized(model, config)
 
 
@@ -349,24 +339,11 @@ def _was_resized(model: nn.Module, config: MethodConfig) -> bool:
     the hub's client keeps of it.
     """
     mine: Any = cast(PreTrainedModel, model).config
-    path = _config_of_base(config.base_model_name_or_path, getattr(mine, "_commit_hash", None) or config.revision)
+    path = config_of_base(config.base_model_name_or_path, getattr(mine, "_commit_hash", None) or config.revision)
     if path is None:
         return False
     before = type(mine).from_pretrained(path.parent).get_text_config().vocab_size
     return bool(before != mine.get_text_config().vocab_size)
-
-
-def _config_of_base(base: str | None, revision: str | None) -> Path | None:
-    if not base:
-        return None
-    path = Path(base) / "config.json"
-    if path.is_file():
-        return path
-    try:
-        cached = try_to_load_from_cache(base, "config.json", revision=revision)
-    except HFValidationError:  # a folder that is no longer there
-        return None
-    return Path(cached) if isinstance(cached, str) else None
 
 
 def _advice(vocabulary: Tensor) -> str:

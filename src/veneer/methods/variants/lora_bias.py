@@ -10,12 +10,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from veneer.core.method import LinearMethod, Params, Shapes
+from veneer.contract import LinearMethod, Params, Shapes
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 
 SWITCH = "lora_bias"
 DISK_NAMES = {"lora_B_bias": "lora_B.bias"}
+OUTWARD = ("lora_B_bias",)
 
 
 def shapes(config: LinearMethod, site: LinearSite) -> Shapes:

@@ -14,13 +14,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from veneer.contract import LinearMethod, Params, Shapes
 from veneer.core.linear import row_norms
-from veneer.core.method import LinearMethod, Params, Shapes
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.errors import ConfigError
 
 SWITCH = "use_dora"
+READS_WEIGHT = True
 
 
 def shapes(config: LinearMethod, site: LinearSite) -> Shapes:

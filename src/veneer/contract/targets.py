@@ -1,16 +1,58 @@
-"""Which modules a config means: pure matching on module paths, with PEFT's rules."""
+"""Which modules a config means: names, suffixes and expressions on module paths, with PEFT's rules."""
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
-from veneer.core.method import TargetedConfig
+from veneer.contract.config import MethodConfig
+from veneer.core.nearest import nearest
 from veneer.errors import TargetError
 
 ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetedConfig(MethodConfig):
+    """A config that picks modules by name.
+
+    ``target_modules``: a tuple of names or suffixes, a regular expression that must match the whole module path, or
+    ``"all-linear"`` (every linear layer but the output head); None takes those of the method's ``default_targets`` that
+    the model has. A method that fills its fields in by the type of the model says so in `fields_for`.
+    ``layers_to_transform`` keeps only those layer indices, found by ``layers_pattern`` (name of the list of layers).
+    """
+
+    inert: ClassVar[frozenset[str]] = frozenset(
+        {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+    )
+    default_targets: ClassVar[tuple[str, ...]] = ()  # names, and roles of a decoder's layers such as "q", "v", "down"
+
+    target_modules: Collection[str] | str | None = None
+    exclude_modules: Collection[str] | str | None = None
+    layers_to_transform: Collection[int] | int | None = None
+    layers_pattern: Collection[str] | str | None = None
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        for name in ("target_modules", "exclude_modules"):
+            pattern = getattr(self, name)
+            if isinstance(pattern, str) and pattern != "all-linear":
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    found.append(f"{name}={pattern!r} is not a regular expression ({error})")
+        if self.layers_pattern and self.layers_to_transform is None:
+            found.append(
+                "layers_pattern is given without layers_to_transform: give the indices too, or drop the pattern"
+            )
+        return found
+
+    @classmethod
+    def fields_for(cls, model_type: str) -> Mapping[str, object]:
+        """Fields that a config without ``target_modules`` has on a model of this type of transformers."""
+        return {}
 
 
 def matches_any(name: str, patterns: Collection[str] | str) -> bool:
@@ -68,16 +110,6 @@ def absent_layers(config: TargetedConfig, index: ModuleIndex) -> list[str]:
     absent = sorted(asked - {_layer(name, config) for name in index.all_names})
     there = _layers(index.all_names)
     return [f"layers_to_transform holds {absent}, where the model has no modules: {there}"] if absent else []
-
-
-def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
-    """The known names that look most like one that was not found."""
-    names = sorted(set(known))
-    near = difflib.get_close_matches(name, names, n=n, cutoff=0.4)
-    meant = f"{name[:1]}_proj"  # "query" shares little with "q_proj"
-    if name in ("query", "key", "value", "output") and meant in names:
-        near = [meant, *(each for each in near if each != meant)][:n]
-    return near
 
 
 def _patterns(config: TargetedConfig, index: ModuleIndex, default: Collection[str]) -> Collection[str] | str:

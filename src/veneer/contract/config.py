@@ -1,0 +1,167 @@
+"""What every adapter config holds: fields in PEFT's names, checked once, never changed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import ClassVar, Self
+
+from veneer.contract.discovery import concrete
+from veneer.contract.extras import Extras
+from veneer.contract.file import CONFIG_FILE, problems_of, read_fields, text_of
+from veneer.contract.packing import Packing
+from veneer.contract.peft_fields import PeftFields
+from veneer.contract.shared import Shared
+from veneer.contract.source import adapter_folder, hub_options
+from veneer.contract.training import Training
+from veneer.core.field_types import check
+from veneer.core.frozen_config import FrozenConfig
+from veneer.core.tasks import TaskType
+from veneer.disk.atomic import write_atomically
+from veneer.errors import ConfigError, FormatError
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig(FrozenConfig):
+    """What every adapter config holds, in PEFT's names.
+
+    ``peft_type`` names the format on disk. ``modules_to_save`` are modules trained whole and kept with the adapter.
+    Values are checked against the types of the fields, see `core.field_types`. Lists and sets are kept as tuples (sets
+    sorted), mappings as copies, so that no config changes behind one's back.
+
+    ``inert`` names fields under which the same tensors mean the same update: they act in training alone, or the keys
+    and shapes of the tensors tell them. Those of base classes count too; every other field means something.
+    """
+
+    peft_type: ClassVar[str]
+    identity_at_start: ClassVar[bool] = True
+    usual_learning_rate: ClassVar[float] = 2e-4  # of AdamW, where a recipe gives none
+    usual_fields: ClassVar[Mapping[str, object]] = {}  # of a recipe that does not give them
+    peft_fields: ClassVar[PeftFields] = PeftFields()
+    inert: ClassVar[frozenset[str]] = frozenset(
+        {"task_type", "base_model_name_or_path", "revision", "inference_mode", "modules_to_save"}
+    )
+
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+    modules_to_save: Collection[str] | None = None
+
+    def __post_init__(self) -> None:
+        check(self, lambda: self.problems())
+
+    def problems(self) -> list[str]:
+        """What is wrong with values of the right types, one sentence each. Subclasses extend the list."""
+        tasks = [task.value for task in TaskType]
+        return [] if self.task_type in (None, *tasks) else [f"task_type={self.task_type!r} must be one of {tasks}"]
+
+    @property
+    def extras(self) -> Extras:
+        """What else the adapter trains."""
+        return Extras(modules=tuple(self.modules_to_save or ()))
+
+    @property
+    def packing(self) -> Packing:
+        """How the adapter is written."""
+        return Packing()
+
+    @property
+    def training(self) -> Training | None:
+        """The method's part in a training run, where it has one besides its forward pass."""
+        return None
+
+    @property
+    def shared(self) -> Shared | None:
+        """Tensors that the layers share, where there are some."""
+        return None
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Whether the method puts virtual tokens in front of the sequence."""
+        return False
+
+    def packed(self) -> Self:
+        """The config as it is written: a method that others do not know may be one that they do know, once trained."""
+        changed = self.packing.fields
+        return replace(self, **changed) if changed else self  # type: ignore[arg-type]
+
+    def differing(self, other: MethodConfig) -> list[str]:
+        """The fields under which the same tensors would mean another update in a config of the same class."""
+        inert = frozenset().union(*(vars(cls).get("inert", ()) for cls in type(self).__mro__))
+        names = (spec.name for spec in fields(self) if spec.name not in inert)
+        return [name for name in names if getattr(self, name) != getattr(other, name)]
+
+    def to_dict(self) -> dict[str, object]:
+        """The fields by name, with ``peft_type``, as one logs them: new lists and mappings, no tuples."""
+        values = {spec.name: getattr(self, spec.name) for spec in fields(self)}
+        for name, value in values.items():
+            plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+            plain = list(plain) if isinstance(plain, tuple) else plain
+            values[name] = dict(plain) if isinstance(plain, Mapping) else plain
+        return {"peft_type": self.peft_type, **values}
+
+    def to_json(self, auto_mapping: Mapping[str, str] | None = None) -> str:
+        """The text of ``adapter_config.json``. ``auto_mapping`` tells the base's class where no task does."""
+        on_disk = [spec.name for spec in fields(self) if spec.metadata.get("on_disk", True)]
+        values: dict[str, object] = {name: getattr(self, name) for name in on_disk}
+        values |= {"peft_type": self.peft_type, "auto_mapping": auto_mapping if self.task_type is None else None}
+        return text_of(values, self.peft_fields)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write ``adapter_config.json`` into a folder, which is made if there is none. Raises DiskError."""
+        write_atomically(Path(save_directory) / CONFIG_FILE, self.to_json().encode())
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **hub: str | bool | None
+    ) -> MethodConfig:
+        """The config of a saved adapter, of whatever method it is: from a folder or a hub id.
+
+        ``hub``: ``revision``, ``subfolder``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``.
+        Raises FormatError where there is none or it is not understood.
+        """
+        return config_in(adapter_folder(pretrained_model_name_or_path, hub_options(hub)))
+
+    @classmethod
+    def variants(cls) -> Mapping[str, str]:
+        """The switches among the fields that go by names of their own in recipes: field by name."""
+        return {}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object]) -> Self:
+        """A config from the fields of an ``adapter_config.json``, ``peft_type`` and the like already taken out."""
+        return cls(**values)  # type: ignore[arg-type]
+
+
+def for_use(config: MethodConfig) -> MethodConfig:
+    """The config as it is written beside trained values: in the form that others know, and for inference."""
+    return replace(config.packed(), inference_mode=True)
+
+
+def config_in(folder: Path) -> MethodConfig:
+    """The config of an adapter folder. Raises FormatError where there is none or it is not understood."""
+    return from_values(read_fields(folder), str(folder / CONFIG_FILE))
+
+
+def from_values(given: Mapping[str, object], source: str) -> MethodConfig:
+    """The config that these fields mean, ``peft_type`` among them. Raises FormatError with everything that is wrong."""
+    values = dict(given)
+    method = _method(values.pop("peft_type", None), source)
+    known = {spec.name for spec in fields(method)}
+    problems = problems_of(values, known, method.peft_fields)
+    if problems:
+        raise FormatError(f"{source}: " + "; ".join(problems))
+    try:
+        return method.from_dict({key: value for key, value in values.items() if key in known})
+    except (ConfigError, TypeError, AttributeError) as error:  # a value of a type that the checks cannot even compare
+        raise FormatError(f"{source}: {error}") from error
+
+
+def _method(peft_type: object, source: str) -> type[MethodConfig]:
+    methods = concrete(MethodConfig)
+    if not isinstance(peft_type, str) or peft_type not in methods:
+        raise FormatError(f"{source}: peft_type={peft_type!r} is not a method here; there are {sorted(methods)}")
+    return methods[peft_type]

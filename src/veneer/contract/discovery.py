@@ -1,0 +1,29 @@
+"""Which methods there are: the concrete configs that have been defined, whatever file they are in."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from typing import TypeVar
+
+C = TypeVar("C")
+
+
+def concrete(base: type[C]) -> dict[str, type[C]]:
+    """The subclasses of a contract that are methods, by ``peft_type``.
+
+    A method has a format of its own and nothing abstract, and its module still holds it.
+    """
+    return {vars(cls)["peft_type"]: cls for cls in _subclasses(base) if _is_method(cls)}
+
+
+def _subclasses(cls: type[C]) -> Iterator[type[C]]:
+    for each in cls.__subclasses__():
+        yield each
+        yield from _subclasses(each)
+
+
+def _is_method(cls: type) -> bool:
+    there = getattr(sys.modules.get(cls.__module__), cls.__name__, None) is cls
+    return there and "peft_type" in vars(cls) and not inspect.isabstract(cls)

@@ -1,0 +1,24 @@
+"""What an adapter trains of the base, besides parameters of its own at the modules that it targets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extras:
+    """``modules`` are trained whole, named by the ends of their paths.
+
+    ``biases``: which biases of the base train too: "none", "all", or those of the layers that are "adapted".
+    ``parameters``: adapted by name where no linear layer holds them: experts stacked in one tensor, a router.
+    ``rows``: single rows of tables, by the end of the module's path; None is the input embeddings.
+    ``keeps_tie``: modules that share the input embeddings' weight are changed alike, so that they go on sharing it.
+    """
+
+    modules: tuple[str, ...] = ()
+    biases: Literal["none", "all", "adapted"] = "none"
+    parameters: tuple[str, ...] = ()
+    rows: Mapping[str | None, tuple[int, ...]] = field(default_factory=dict)
+    keeps_tie: bool = False

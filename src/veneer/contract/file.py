@@ -1,0 +1,78 @@
+"""``adapter_config.json``: PEFT's fields as values, written and read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from veneer.contract.peft_fields import COMMON, PeftFields
+from veneer.core.nearest import nearest
+from veneer.errors import FormatError
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"  # beside it
+PEFT_VERSION = "0.21.2"
+
+
+def text_of(values: Mapping[str, object], peft_fields: PeftFields) -> str:
+    """The text of the file as PEFT writes it: sorted, indented by 2, with fields of PEFT that are not used here."""
+    written = {**COMMON.neutral, **peft_fields.neutral, **{key: _plain(value) for key, value in values.items()}}
+    for key in peft_fields.quiet:
+        if written.get(key) is None:
+            written.pop(key, None)
+    return json.dumps(written | {"peft_version": PEFT_VERSION}, indent=2, sort_keys=True)
+
+
+def read_fields(folder: Path) -> dict[str, Any]:
+    """What the file in an adapter's folder holds. Raises FormatError where there is none or it is damaged."""
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        inside = folder / "adapter"  # where a training run saves it
+        advice = f"; {inside} holds one, give that folder" if (inside / CONFIG_FILE).is_file() else ""
+        raise FormatError(f"{folder} holds no {CONFIG_FILE}: it is not the folder of an adapter{advice}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path} is not text in UTF-8: {error}") from error
+    except ValueError as error:  # no JSON, or a number of more digits than Python reads
+        raise FormatError(f"{path} is not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise FormatError(f"{path} is nested too deeply to be read: it is damaged, or no config") from error
+    if not isinstance(values, dict):
+        raise FormatError(f"{path} must hold a JSON object, it holds a {type(values).__name__}")
+    return values
+
+
+def problems_of(values: Mapping[str, object], known: Collection[str], peft_fields: PeftFields) -> list[str]:
+    """A sentence for every key that is none of the ``known`` ones: one that nobody knows (naming the nearest), or that
+    asks for a feature which is not supported.
+    """
+    neutral = {**COMMON.neutral, **peft_fields.neutral}
+    unread = (*COMMON.unread, *peft_fields.unread)
+    return [
+        _problem(key, value, known, neutral)
+        for key, value in values.items()
+        if key not in known and key not in unread and not (key in neutral and _is_neutral(value, neutral[key]))
+    ]
+
+
+def _problem(key: str, value: object, known: Collection[str], neutral: Mapping[str, object]) -> str:
+    if key in neutral:
+        return f"{key}={value!r} asks for a feature of PEFT that is not supported here (allowed: {neutral[key]!r})"
+    close = nearest(key, {*known, *neutral}, n=1)
+    return f"unknown key {key!r}" + (f" (nearest: {close[0]!r})" if close else "")
+
+
+def _is_neutral(value: object, neutral: object) -> bool:
+    return value == neutral or (not value and not neutral)
+
+
+def _plain(value: object) -> object:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, tuple):
+        return list(value)
+    return dict(value) if isinstance(value, Mapping) else value

@@ -1,0 +1,131 @@
+"""PEFT's keys: which tensor of an adapter has which key in its file, and back.
+
+A key is the path of a module behind the names of PEFT's two wrappers of a model, then what PEFT wraps the module in,
+then the end: what the method calls its parameter there, or the module's own parameter where that is trained whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+_MODEL = "base_model."  # PEFT's wrapper of a model; what its layers share, and virtual tokens, stand behind it
+_TUNER = "base_model.model."  # with the second one, that all other methods have
+_BASE = "base_layer"  # the module itself, where a method wraps it
+_ROWS = "token_adapter"  # the wrapper of a table of which rows are trained
+_DELTA = "trainable_tokens_delta"
+_WHOLE = ("modules_to_save", "original_module")  # the copy and the base's own of a module that is trained whole
+_WRAPPERS = (_BASE, _ROWS, *_WHOLE)
+_OF_VIRTUAL_TOKENS = ("prompt_embeddings", "prompt_encoder.")
+OUT_PROJECTION = "out_proj"  # of torch's attention, which PEFT wraps as a whole
+
+
+def is_adapters(key: str) -> bool:
+    """Whether a key is of an adapter's file."""
+    return key.startswith((_MODEL, *_OF_VIRTUAL_TOKENS))
+
+
+def parameter_key(path: str, end: str, depth: int = 0) -> str:
+    """The key of a method's parameter. PEFT wraps a module once for each of its parameters that is adapted by name:
+    ``depth`` wrappers stand outside of this one's.
+    """
+    return f"{_TUNER}{path}.{f'{_BASE}.' * depth}{end}"
+
+
+def attention_path(path: str) -> str:
+    """The path in keys of an attention's output projection that is adapted with the attention."""
+    return f"{path.removesuffix(f'.{OUT_PROJECTION}')}.{_BASE}.{OUT_PROJECTION}"
+
+
+def shared_key(name: str) -> str:
+    """The key of a tensor that all layers share."""
+    return f"{_MODEL}{name}"
+
+
+def is_shared(key: str, names: Collection[str]) -> bool:
+    """Whether a key is of one of the tensors of these names that all layers share."""
+    return key in {shared_key(name) for name in names}
+
+
+def rows_key(path: str) -> str:
+    """The key of single rows that are trained of a table."""
+    return f"{_TUNER}{path}.{_ROWS}.{_DELTA}"
+
+
+def copy_key(path: str, parameter: str, *, adapted: bool, virtual: bool = False) -> str:
+    """The key of what an adapter trains whole of a module: a ``parameter``, or its rows.
+
+    ``adapted``: the method adapts the module too. ``virtual``: it is one of virtual tokens, which has one wrapper less.
+    """
+    inner = f"{_BASE}." if adapted else ""
+    return f"{_MODEL if virtual else _TUNER}{path}.{inner}{parameter}"
+
+
+def weight_key(path: str, *, adapted: bool, with_rows: bool, virtual: bool = False) -> str:
+    """The key of the whole weight of an embedding or a head that is written along."""
+    inner = f"{_ROWS}.{_BASE}." if with_rows else f"{_BASE}." if adapted else ""
+    return f"{_MODEL if virtual else _TUNER}{path}.{inner}weight"
+
+
+def weight_keys(path: str) -> tuple[str, ...]:
+    """Every key that the whole weight of a module may have."""
+    settings = ((False, False), (True, False), (False, True))
+    return tuple(weight_key(path, adapted=adapted, with_rows=rows) for adapted, rows in settings)
+
+
+def is_of_wrapped(key: str) -> bool:
+    """Whether a key is of the weight of a module that the method adapts."""
+    return f".{_BASE}." in key and f".{_ROWS}." not in key
+
+
+def divided(key: str) -> tuple[str, str]:
+    """The names of PEFT's wrappers in front of a key, if any, and the rest."""
+    prefix = next((each for each in (_TUNER, _MODEL) if key.startswith(each)), "")
+    return prefix, key.removeprefix(prefix)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a key says: the module's ``path`` in the model, the ``end``, and how many wrappers stand between.
+
+    ``of_attention``: the module is an attention's output projection, adapted with the attention.
+    """
+
+    path: str
+    end: str
+    depth: int = 0
+    of_attention: bool = False
+
+
+def place_of(key: str, ends: Collection[str]) -> Place:
+    """What a key says, given the ``ends`` that the method's parameters have.
+
+    What is none of those is a parameter of the module itself. The path is empty for what no module holds.
+    """
+    rest = divided(key)[1]
+    own = (end for end in ends if rest == end or rest.endswith(f".{end}"))
+    end = max((*own, *([f"{_ROWS}.{_DELTA}"] if rest.endswith(_DELTA) else [])), key=len, default="")
+    end = end or rest.rpartition(".")[2]
+    path = rest.removesuffix(end).removesuffix(".")
+    depth = 0
+    while path.rpartition(".")[2] in _WRAPPERS:
+        path, depth = path.rpartition(".")[0], depth + 1
+    inner = f".{_BASE}.{OUT_PROJECTION}"
+    return Place(path.replace(inner, f".{OUT_PROJECTION}"), end, depth, path.endswith(inner))
+
+
+def copies_of(key: str) -> tuple[str, ...]:
+    """The keys that hold the same of a module trained whole, where PEFT writes it once more by its wrapper's names.
+
+    They are two: of a part of the module the name of the adapter stays in the key.
+    """
+    for wrapper in _WHOLE:
+        path, found, end = key.partition(f".{wrapper}.")
+        if found:
+            return f"{path}.{end}", f"{path}.{end.partition('.')[2]}"
+    return ()
+
+
+def is_bases_own(key: str) -> bool:
+    """Whether a key is of what the base has where a module is trained whole: nobody trains that."""
+    return f".{_WHOLE[1]}." in key

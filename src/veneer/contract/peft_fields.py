@@ -1,0 +1,43 @@
+"""Fields of PEFT's configs that the methods here do not have, so that its files are read and written whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftFields:
+    """``neutral``: fields that are not here, with the value that means "not used". That is written and accepted; any
+    other asks for something that is not supported.
+
+    ``unread``: those among them whose value changes nothing, whatever it is. ``quiet``: fields that are here and not
+    there, written only where they say something.
+    """
+
+    neutral: Mapping[str, Any] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
+    quiet: tuple[str, ...] = ()
+
+
+COMMON = PeftFields(neutral={"auto_mapping": None}, unread=("auto_mapping", "peft_version", "runtime_config"))
+OF_LORA = PeftFields(  # PEFT's config of AdaLoRA has them too
+    neutral={
+        "alora_invocation_tokens": None,
+        "arrow_config": None,
+        "corda_config": None,
+        "kasa_config": None,
+        "layer_replication": None,
+        "loftq_config": {},
+        "lora_ga_config": None,
+        "megatron_config": None,
+        "megatron_core": "megatron.core",
+        "monteclora_config": None,
+        "qalora_group_size": 16,
+        "use_bdlora": None,
+        "use_qalora": False,
+        "velora_config": None,
+    },
+    unread=("megatron_core", "qalora_group_size"),
+)

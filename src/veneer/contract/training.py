@@ -1,0 +1,36 @@
+"""What a method does while a run trains it, besides its forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from veneer.contract.parameters import Params
+
+
+class Schedule(Protocol):
+    """What a method does to its parameters between the steps of a training run."""
+
+    def step(self, step: int) -> None:
+        """Act after the optimizer step of this number, while its gradients are still there."""
+
+    def state(self) -> dict[str, Tensor]:
+        """All that the next step depends on, by name."""
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave."""
+
+
+class Training(Protocol):
+    """A method's part in a training run."""
+
+    def fields_for(self, n_steps: int) -> Mapping[str, object]:
+        """The fields of the config that follow from the length of the run."""
+
+    def penalty(self, layers: Sequence[Params]) -> Tensor | None:
+        """A term of the loss, weighed, from the parameters of all layers; None for none."""
+
+    def schedule(self, layers: Mapping[str, Params]) -> Schedule | None:
+        """What acts on the parameters of all layers (by path) after each optimizer step; None for nothing."""

@@ -1,0 +1,128 @@
+"""Where one adapter goes on a model: a plan from its config and one look at the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from veneer.contract import LinearMethod, MethodConfig, TargetedConfig
+from veneer.contract.keys import OUT_PROJECTION
+from veneer.contract.targets import ALL_LINEAR, absent_layers, select_targets
+from veneer.core.sites import LinearSite
+from veneer.errors import TargetError
+from veneer.model.copies import CLASSIFIERS, copied_parameters
+from veneer.model.parameters import parameter_places
+from veneer.model.snapshot import Snapshot, shortest_names
+from veneer.model.token_rows import RowPlace, row_places
+from veneer.model.tying import followers_of, unused_tie
+
+_HEADS = {"SEQ_CLS": CLASSIFIERS, "TOKEN_CLS": CLASSIFIERS, "QUESTION_ANS": ("qa_outputs",)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The ``config`` for this model, and where its adapter goes.
+
+    ``targets``: the layers that it means, by path; ``outward``: the output projections of the attentions among them;
+    ``followers``: the modules that share the factors of the ``embeddings``. ``parameters``: those that are adapted by
+    name, and ``copied``: those that are trained whole, by module path; ``rows``: the tables of which rows are trained.
+    """
+
+    config: MethodConfig
+    targets: tuple[str, ...] = ()
+    outward: tuple[str, ...] = ()
+    followers: tuple[str, ...] = ()
+    embeddings: str = ""
+    parameters: Mapping[str, tuple[str, ...]]
+    copied: Mapping[str, list[str]]
+    rows: tuple[RowPlace, ...] = ()
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layers that get factors of their own."""
+        return tuple(dict.fromkeys((*self.targets, *self.outward)))
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Every module that the adapter touches."""
+        with_rows = [path for place in self.rows for path in (place.path, *place.followers)]
+        return tuple(dict.fromkeys([*self.layers, *self.followers, *self.parameters, *self.copied, *with_rows]))
+
+
+def plan_of(snapshot: Snapshot, config: MethodConfig, fresh: bool) -> Plan:
+    """The plan of a config on a model.
+
+    ``fresh``: the adapter is new, and every setting must have an effect; a saved one is as it is. Raises TargetError
+    with what is wrong.
+    """
+    config = resolved(snapshot, config)
+    modules, tied = snapshot.modules, snapshot.tied
+    targets = targets_of(snapshot, config) if isinstance(config, LinearMethod) else ()
+    targets, followers = followers_of(tied, config, targets)
+    outward = tuple(f"{path}.{OUT_PROJECTION}" for path in targets if snapshot.kinds[path].name == "attention")
+    copied = copied_parameters(modules, tied, config, {*targets, *outward})
+    parameters, by_weight = parameter_places(modules, config, {*targets, *copied})
+    plan = Plan(
+        config=config,
+        targets=(*targets, *by_weight),
+        outward=outward,
+        followers=followers,
+        embeddings=tied[0] if tied else "",
+        parameters=parameters,
+        copied=copied,
+    )
+    if isinstance(config, LinearMethod):
+        sites = snapshot.sites(plan.targets)
+        _require_accepted(snapshot, config, plan, sites, fresh)
+        plan = replace(plan, config=config.for_sites(sites))
+    whole = (path for path, keys in copied.items() if "weight" in keys)
+    return replace(plan, rows=row_places(modules, tied, plan.config, {*plan.layers, *followers, *whole}))
+
+
+def resolved(snapshot: Snapshot, config: MethodConfig) -> MethodConfig:
+    """The config with what it leaves to the model filled in: default targets, ``"all-linear"`` as names, the head that
+    a classification task trains, the name of the base.
+    """
+    changes: dict[str, object] = {}
+    if config.base_model_name_or_path is None and snapshot.base_name:
+        changes["base_model_name_or_path"] = snapshot.base_name
+    if isinstance(config, TargetedConfig):
+        if config.target_modules is None and not config.extras.parameters:
+            defaults = config.fields_for(snapshot.model_type)
+            changes |= {name: value for name, value in defaults.items() if getattr(config, name) is None}
+        elif isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
+            changes["target_modules"] = shortest_names(snapshot.index(), targets_of(snapshot, config))
+    heads = [head for head in _HEADS.get(config.task_type or "", ()) if head in snapshot.modules]
+    missing = [head for head in heads if head not in (config.modules_to_save or ())]
+    if missing:
+        changes["modules_to_save"] = (*(config.modules_to_save or ()), *missing)
+    return replace(config, **changes)  # type: ignore[arg-type]
+
+
+def targets_of(snapshot: Snapshot, config: MethodConfig) -> tuple[str, ...]:
+    """The module paths that a linear method's config means in this model."""
+    if not isinstance(config, LinearMethod):
+        raise TargetError(f"{type(config).__name__} does not target modules by name")
+    if config.extras.parameters and not config.target_modules:
+        return ()
+    default = config.default_targets
+    if config.target_modules is None:
+        default = (*default, *snapshot.named_by_role(default))
+    return select_targets(config, snapshot.index(config), default)
+
+
+def _require_accepted(
+    snapshot: Snapshot, config: LinearMethod, plan: Plan, sites: list[LinearSite], fresh: bool
+) -> None:
+    """Raise TargetError with all that the method, or the model, refuses of this plan."""
+    tied = snapshot.sites(snapshot.tied) if plan.followers else []
+    wrong = [*config.checks.layers(sites), *config.checks.tied(tied)]
+    if fresh:
+        named = [f"{path}.{key}" for path, keys in plan.parameters.items() for key in keys]
+        wrong += [
+            *unused_tie(snapshot.tied, config, {*plan.targets, *plan.copied}),
+            *config.checks.effect([*plan.targets, *plan.followers, *named], sites),
+            *absent_layers(config, snapshot.index(config)),
+        ]
+    if wrong:
+        raise TargetError("; ".join(wrong))

@@ -1,0 +1,104 @@
+"""A model looked at once: its modules by path, what kinds they are, and which of them share one weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from veneer.contract import LinearMethod
+from veneer.contract.targets import ModuleIndex, matches_any
+from veneer.core.sites import LinearSite
+from veneer.errors import DescriptionError
+from veneer.model.adapted import Adapted
+from veneer.model.blueprint.describe import describe
+from veneer.model.copies import CLASSIFIERS
+from veneer.model.embedding import input_embeddings
+from veneer.model.kinds import Kind, kind_of
+
+_HOLDERS = {"adapters", "copies"}
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The ``model``, and what was seen of it.
+
+    ``modules`` of the base by path, without those that adapters brought; ``kinds`` of those that can be adapted.
+    ``tied``: the input embeddings and, behind them, the modules that share their weight. ``heads``: the output head and
+    classification heads. ``model_type`` is that of transformers, ``base_name`` where the model was loaded from.
+    """
+
+    model: nn.Module
+    modules: Mapping[str, nn.Module]
+    kinds: Mapping[str, Kind]
+    tied: tuple[str, ...]
+    heads: tuple[str, ...]
+    model_type: str
+    base_name: str
+
+    def named_by_role(self, roles: Sequence[str]) -> tuple[str, ...]:
+        """The paths of the linear layers that have these roles in a decoder, such as "q", "v", "down"; none where the
+        model is no decoder that can be described.
+        """
+        if not isinstance(self.model, PreTrainedModel):
+            return ()
+        try:
+            decoder = describe(self.model)
+        except DescriptionError:
+            return ()
+        return tuple(linear.path for linear in decoder.linears if linear.role in roles)
+
+    def sites(self, paths: Sequence[str]) -> list[LinearSite]:
+        """Modules that can be adapted, described by their shapes alone."""
+        return [self.kinds[path].site(path, self.modules[path]) for path in paths]
+
+    def index(self, method: LinearMethod | None = None) -> ModuleIndex:
+        """The module paths, and which of them a method (None: any) can adapt."""
+        known = {path for path, kind in self.kinds.items() if method is None or kind.name in method.kinds}
+        linear = (path for path, kind in self.kinds.items() if kind.name == "linear")
+        return ModuleIndex(
+            all_names=tuple(self.modules),
+            adaptable=tuple(path for path in self.modules if path in known),
+            all_linear=tuple(path for path in linear if path not in self.heads),
+        )
+
+
+def look_at(model: nn.Module) -> Snapshot:
+    """A snapshot of a model, with or without adapters on it."""
+    modules = {path: m for path, m in model.named_modules() if path and not _HOLDERS & set(path.split(".")[1:])}
+    kinds = {path: kind for path, module in modules.items() if (kind := kind_of(module)) is not None}
+    whole = model if isinstance(model, PreTrainedModel) else None
+    head = None if whole is None else whole.get_output_embeddings()
+    config: Any = getattr(model, "config", None)
+    return Snapshot(
+        model=model,
+        modules=modules,
+        kinds=kinds,
+        tied=() if whole is None else _tied(modules, input_embeddings(whole)),
+        heads=tuple(path for path, module in modules.items() if module is head or path in CLASSIFIERS),
+        model_type=str(getattr(config, "model_type", "")),
+        base_name=str(getattr(config, "name_or_path", "")),
+    )
+
+
+def shortest_names(index: ModuleIndex, chosen: tuple[str, ...]) -> tuple[str, ...]:
+    """The last parts of the paths where they mean exactly these modules, otherwise the paths."""
+    endings = tuple(sorted({path.rpartition(".")[2] for path in chosen}))
+    meant = {name for name in index.all_names if matches_any(name, endings)}
+    return endings if meant == set(chosen) else chosen
+
+
+def _tied(modules: Mapping[str, nn.Module], table: nn.Module | None) -> tuple[str, ...]:
+    if table is None:
+        return ()
+    weight = _own_weight(table)
+    first = (path for path, module in modules.items() if module is table)
+    sharing = (path for path, module in modules.items() if weight is not None and _own_weight(module) is weight)
+    return tuple(dict.fromkeys((*first, *sharing)))
+
+
+def _own_weight(module: nn.Module) -> Tensor | None:
+    return module.unmerged("weight") if isinstance(module, Adapted) else module._parameters.get("weight")

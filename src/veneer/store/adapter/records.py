@@ -1,0 +1,164 @@
+"""What an adapter folder means, place by place, without a model: records from its tensors and the sites alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from torch import Tensor
+
+from veneer.contract import LinearMethod, MethodConfig, PrefixMethod, PromptMethod, ResidualMethod
+from veneer.contract.config import for_use
+from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
+from veneer.contract.keys import is_shared
+from veneer.contract.places import Placed, places_in
+from veneer.core.records import LinearDelta, PrefixDelta, PromptDelta, ResidualDelta
+from veneer.core.sites import AttentionSite, InputSite, LinearSite, ResidualSite
+from veneer.disk.atomic import write_together
+from veneer.disk.safetensors import tensors_to_bytes
+from veneer.errors import CompositionError, FormatError
+from veneer.store.adapter.config import read_config
+from veneer.store.adapter.files import read_tensors, unusable
+from veneer.store.adapter.tensors import once_each
+
+Record = LinearDelta | ResidualDelta | PromptDelta | tuple[PrefixDelta, ...]
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter's config and, by module path, its places and records.
+
+    ``others`` are the keys of what it holds besides: whole parameters and rows.
+    """
+
+    config: MethodConfig
+    places: Mapping[str, Placed]
+    records: Mapping[str, Record]
+    others: tuple[str, ...] = ()
+
+    @property
+    def updates(self) -> dict[str, LinearDelta]:
+        """The records of linear layers."""
+        return {path: record for path, record in self.records.items() if isinstance(record, LinearDelta)}
+
+
+def read_records(folder: Path, places: Mapping[str, Placed] | None = None) -> StoredAdapter:
+    """The records of a saved adapter, those that it has on its model.
+
+    ``places`` are where it goes in its base, whose weights the sites have where the method reads them (see
+    `model.places.placed_on`); None: what the file tells of them. There a record carries in ``bias`` what it adds to the
+    layer's own.
+
+    Raises CompositionError where the places are not given and the file does not tell them, or where a weight is
+    needed, and FormatError for a damaged folder.
+    """
+    config, tensors = read_config(folder), once_each(read_tensors(folder))
+    broken = [f"{why}: {key}" for key, why in unusable(tensors).items()]
+    if broken:
+        raise FormatError(f"{folder / WEIGHTS_FILE}: {'; '.join(broken[:3])}")
+    if places is None:
+        places = _told_places(folder, config, tensors)
+    if isinstance(config, LinearMethod):
+        config = config.for_sites([cast(LinearSite, placed.sites[0]) for placed in places.values()])
+    params = {path: _parameters(folder, tensors, placed) for path, placed in places.items()}
+    _require_shapes(folder, config, places, params)
+    shared = () if config.shared is None else config.shared.names
+    taken = {key for placed in places.values() for key in placed.keys.values()}
+    others = tuple(sorted(key for key in tensors if key not in taken and not is_shared(key, shared)))
+    records = {path: _lower(config, placed, params[path]) for path, placed in places.items()}
+    return StoredAdapter(config, places, records, others)
+
+
+def read_updates(folder: Path, places: Mapping[str, Placed] | None = None) -> StoredAdapter:
+    """The records of an adapter that is nothing but updates of linear layers which mean the same on any base.
+
+    Raises CompositionError for any other, and what `read_records` raises.
+    """
+    config = read_config(folder)
+    if isinstance(config, LinearMethod) and config.reads_weight:
+        raise _needs_base(folder)
+    if not isinstance(config, LinearMethod):
+        raise CompositionError(
+            f"the adapter {folder} ({config.peft_type}) is no update of linear layers: it has no spectrum, and no sum "
+            "with others in an adapter"
+        )
+    stored = read_records(folder, places)
+    if stored.others:
+        raise CompositionError(
+            f"the adapter {folder} holds {stored.others[0]} and {len(stored.others) - 1} more that are not low-rank "
+            "factors or a method's like of them: such an adapter can only be read with its base"
+        )
+    if any(record.in_scale is not None or record.out_scale is not None for record in stored.updates.values()):
+        raise _needs_base(folder)
+    return stored
+
+
+def write_records(
+    folder: Path, config: LinearMethod, params: Mapping[str, Mapping[str, Tensor]], places: Mapping[str, Placed]
+) -> None:
+    """Write an adapter folder from parameters by module path. Raises DiskError where writing fails."""
+    tensors = {
+        key: params[path][name].reshape(config.shapes(cast(LinearSite, placed.sites[0]))[name])
+        for path, placed in places.items()
+        for name, key in placed.keys.items()
+    }
+    written = for_use(config).to_json({}).encode()
+    write_together(folder, {WEIGHTS_FILE: tensors_to_bytes(tensors), CONFIG_FILE: written})
+
+
+def _needs_base(folder: Path) -> CompositionError:
+    return CompositionError(
+        f"the adapter {folder} scales the weights of its base (DoRA, IA3): give the base too (--base MODEL)"
+    )
+
+
+def _told_places(folder: Path, config: MethodConfig, tensors: Mapping[str, Tensor]) -> dict[str, Placed]:
+    places = places_in(config, {key: tuple(value.shape) for key, value in tensors.items()})
+    if places is None:
+        raise CompositionError(
+            f"the file of the adapter {folder} ({config.peft_type}) does not tell the sizes of the layers that it "
+            "changes: give the base too (--base MODEL)"
+        )
+    return places
+
+
+def _parameters(folder: Path, tensors: Mapping[str, Tensor], placed: Placed) -> dict[str, Tensor]:
+    missing = [key for key in placed.keys.values() if key not in tensors]
+    if missing:
+        raise FormatError(f"{folder / WEIGHTS_FILE} lacks {', '.join(missing[:3])}")
+    return {name: tensors[key] for name, key in placed.keys.items()}
+
+
+def _require_shapes(
+    folder: Path, config: MethodConfig, places: Mapping[str, Placed], params: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    wrong = [
+        f"{placed.keys[name]} is {tuple(params[path][name].shape)} where the config says {shape}"
+        for path, placed in places.items()
+        for name, shape in _shapes(config, placed).items()
+        if tuple(params[path][name].shape) != tuple(shape)
+    ]
+    if wrong:
+        raise FormatError(f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE}: {'; '.join(wrong[:3])}")
+
+
+def _shapes(config: MethodConfig, placed: Placed) -> dict[str, tuple[int, ...]]:
+    if isinstance(config, LinearMethod):
+        return config.shapes(cast(LinearSite, placed.sites[0]))
+    if isinstance(config, ResidualMethod):
+        return config.shapes(cast(ResidualSite, placed.sites[0]))
+    if isinstance(config, PrefixMethod):
+        return config.shapes(cast("tuple[AttentionSite, ...]", placed.sites))
+    return cast(PromptMethod, config).shapes(cast(InputSite, placed.sites[0]))
+
+
+def _lower(config: MethodConfig, placed: Placed, params: Mapping[str, Tensor]) -> Record:
+    if isinstance(config, LinearMethod):
+        return config.lower(cast(LinearSite, placed.sites[0]), params)
+    if isinstance(config, ResidualMethod):
+        return config.lower(cast(ResidualSite, placed.sites[0]), params)
+    if isinstance(config, PrefixMethod):
+        return config.lower(cast("tuple[AttentionSite, ...]", placed.sites), params)
+    return cast(PromptMethod, config).lower(cast(InputSite, placed.sites[0]), params)

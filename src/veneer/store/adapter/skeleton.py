@@ -1,0 +1,74 @@
+"""A base model without storage, made from its config: the shapes of its layers are all that there is of it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from veneer.contract import LinearMethod
+from veneer.contract.file import WEIGHTS_FILE
+from veneer.contract.keys import divided
+from veneer.contract.places import Placed, places_in
+from veneer.disk.safetensors import read_header
+from veneer.errors import FormatError
+from veneer.model.places import placed_on
+from veneer.store.adapter.config import read_config
+
+
+def without_storage(config: Any, keys: Collection[str]) -> PreTrainedModel:
+    """A model of the class that the config names, on no device, as if it were not quantized.
+
+    A bare model gets the head of a causal language model where the ``keys`` of an adapter lead through one. Raises
+    FormatError for an unknown class.
+    """
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    named = (config.architectures or [""])[0]
+    with torch.device("meta"):
+        if (not named or named.endswith("Model")) and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+            headed = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config)).eval()
+            adapted = {divided(key)[1].partition(".")[0] for key in keys}
+            if not named or adapted & dict(headed.named_children()).keys():
+                return headed
+        architecture = getattr(transformers, named, None) if named else None
+        if not (isinstance(architecture, type) and issubclass(architecture, PreTrainedModel)):
+            raise FormatError(
+                f"the base's config.json names {named or 'no class'!r} under architectures, which is no model of "
+                "transformers: load the base yourself, and use merge_and_unload()"
+            )
+        return architecture(config).eval()
+
+
+def config_of_base(base: str | None, revision: str | None) -> Path | None:
+    """The ``config.json`` of a base where it is on this machine: in its folder, or in what the hub's client keeps."""
+    if not base:
+        return None
+    path = Path(base) / "config.json"
+    if path.is_file():
+        return path
+    try:
+        cached = try_to_load_from_cache(base, "config.json", revision=revision)
+    except HFValidationError:  # a folder that is no longer there
+        return None
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def places_in_base(folder: Path) -> dict[str, Placed] | None:
+    """Where an adapter goes in the base that its config names; None where its own file tells that, or nobody does."""
+    config, file = read_config(folder), folder / WEIGHTS_FILE
+    base = config_of_base(config.base_model_name_or_path, config.revision)
+    if base is None or not file.is_file() or not isinstance(config, LinearMethod) or config.reads_weight:
+        return None
+    tensors, problems = read_header(file)
+    if problems:  # whoever reads the tensors tells them
+        return None
+    if places_in(config, {key: stored.shape for key, stored in tensors.items()}) is not None:
+        return None
+    return placed_on(without_storage(AutoConfig.from_pretrained(base.parent), tensors), config)
