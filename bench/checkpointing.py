@@ -27,11 +27,12 @@ import torch
 
 from lora_step import adapted, base_of, loss_of, optimizer_of, require_fused
 from resident import forget_high_water, high_water_mb
+from veneer.model.activation_memory import checkpoint_as_needed
 from veneer.model.checkpointing import checkpoint_selectively
 from veneer.model.offload import ActivationOffload
 from veneer.store.source import resolve
 
-WAYS = ("none", "full", "selective", "offload to disk", "selective and disk")
+WAYS = ("none", "full", "selective", "as needed", "offload to disk", "selective and disk")
 
 
 def worker(pipe: Connection, way: str, place: str, path: str, folder: Path) -> None:
@@ -42,6 +43,8 @@ def worker(pipe: Connection, way: str, place: str, path: str, folder: Path) -> N
         require_fused(model)
     if way == "full":
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    elif way == "as needed":  # FastLanguageModel's default: on a machine with memory to spare, as "none"
+        checkpoint_as_needed(model)
     elif "selective" in way:
         checkpoint_selectively(model)
     context: Any = ActivationOffload(model, "disk", folder) if "disk" in way else nullcontext()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,24 +18,31 @@ RATE = 2e-4
 SIDES = ("peer", "veneer")
 
 
-def base_of(side: str, base: str, place: str, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Any:
+def base_of(
+    side: str, base: str, place: str, dtype: torch.dtype = torch.bfloat16, double_quant: bool = False, **options: Any
+) -> Any:
     """A "dense" or an "nf4" base, the latter loaded by bitsandbytes for the peer and by veneer for itself."""
     if base == "nf4":
         loader: Any = veneer if side == "veneer" else transformers
         options["quantization_config"] = loader.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-        )
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_use_double_quant=double_quant,
+        )  # fmt: skip
     return AutoModelForCausalLM.from_pretrained(place, dtype=dtype, attn_implementation="sdpa", **options)
 
 
 def adapted(side: str, base: Any, **settings: Any) -> Any:
     """The base with LoRA of rank 16 on all linear layers, or with what ``settings`` say, ready to train."""
+    return adapted_by(side, base, "LoraConfig", {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"} | settings)
+
+
+def adapted_by(side: str, base: Any, config: str, settings: Mapping[str, Any]) -> Any:
+    """The base with a method, given by the name of its config and the config's fields, ready to train."""
     if side == "veneer":
         library: Any = veneer
     else:
         import peft as library  # not above: scripts without a peer do without it
-    settings = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | settings
-    return library.get_peft_model(base, library.LoraConfig(**settings)).train()
+    return library.get_peft_model(base, getattr(library, config)(task_type="CAUSAL_LM", **settings)).train()
 
 
 def require_fused(model: Any) -> None:
@@ -43,9 +51,9 @@ def require_fused(model: Any) -> None:
         raise SystemExit("the model runs the general path, see the log: there is nothing to compare")
 
 
-def optimizer_of(model: Any, **options: Any) -> torch.optim.Optimizer:
+def optimizer_of(model: Any, rate: float = RATE, **options: Any) -> torch.optim.Optimizer:
     """torch's AdamW over what trains."""
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE, **options)
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, **options)
 
 
 def loss_of(side: str, model: Any, ids: Tensor) -> Tensor:

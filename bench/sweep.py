@@ -15,7 +15,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ RANKS = (2, 4, 8, 8, 16, 16, 32, 64)
 TOLERANCE = 0.02
 Losses = list[float]
 Step = Callable[[Tensor], Losses]
+Make = Callable[[Any], PeftModel]
+"""An adapter on a base."""
 
 
 def read_tokens(data: Path, tokenizer: Any, n_tokens: int) -> Tensor:
@@ -46,18 +48,23 @@ def read_tokens(data: Path, tokenizer: Any, n_tokens: int) -> Tensor:
     raise SystemExit(f"{data} holds {len(ids)} tokens, {n_tokens} are needed: give a longer file or fewer steps")
 
 
-def members(base: Any) -> list[PeftModel]:
+def lora(rank: int) -> Make:
+    """LoRA on all linear layers."""
+    return lambda base: adapted("veneer", base, r=rank, lora_alpha=2 * rank)
+
+
+def members(base: Any, makes: Sequence[Make]) -> list[PeftModel]:
     """A model for each adapter, over the same weights, with the same start in every call."""
     found = []
-    for rank in RANKS:
-        torch.manual_seed(rank)
-        found.append(adapted("veneer", twin(base), r=rank, lora_alpha=2 * rank))
+    for number, make in enumerate(makes):
+        torch.manual_seed(number)
+        found.append(make(twin(base)))
     return found
 
 
-def alone(base: Any) -> Step:
+def alone(base: Any, makes: Sequence[Make]) -> Step:
     """Member after member, each with a forward and a backward pass of its own."""
-    models = members(base)
+    models = members(base, makes)
     for model in models:
         require_fused(model)
     optimizers = [optimizer_of(model, fused=True) for model in models]
@@ -69,9 +76,9 @@ def alone(base: Any) -> Step:
     return one_by_one
 
 
-def together(base: Any) -> Step:
+def together(base: Any, makes: Sequence[Make]) -> Step:
     """All members by one pass over the base."""
-    models = members(base)
+    models = members(base, makes)
     shared = SharedBase(twin(base))
     names = [f"member{index}" for index in range(len(models))]
     for name, model in zip(names, models, strict=True):
@@ -112,7 +119,8 @@ def main() -> None:
     n_rows = args.steps * len(RANKS)
     tokens = read_tokens(args.data, AutoTokenizer.from_pretrained(place), n_rows * max(lengths))
     base = base_of("veneer", args.base, place)
-    ways = {"alone": alone(base), "together": together(base)}
+    makes = [lora(rank) for rank in RANKS]
+    ways = {"alone": alone(base, makes), "together": together(base, makes)}
     compare(ways, tokens[: n_rows * lengths[0]].view(args.steps, len(RANKS), lengths[0]))
     print(f"{args.base} base, ranks {RANKS}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
     for length in lengths:

@@ -33,7 +33,8 @@ from transformers.utils import logging as transformers_logging
 
 from lora_step import SIDES
 from resident import forget_high_water, high_water_mb
-from train_sides import BATCH, ROWS, Row, Side, Timing, cycled, packed_rows, products_of, same_start, side_of
+from train_sides import BATCH, ROWS, Row, Side, cycled, packed_rows, products_of, same_start, side_of
+from turns import Timing, faster_dtype, median, product_time
 from veneer.store.source import resolve
 
 LENGTH, TOLERANCE = 512, 0.02
@@ -96,17 +97,17 @@ def measure(name: str, place: str, rows: tuple[Dataset, Dataset], args: argparse
     row, (check, full) = row_of(name, args), rows
     print(f"\n{name}: veneer against {row.peer}", flush=True)
     peer, ours = (side_of(side, row, place) for side in SIDES)
-    same_start(ours, peer)
+    same_start(ours.model, peer.model)
     compare_losses(peer, ours, cycled(check, args.steps * BATCH))
     peaks = {side: peak_of(name, side) for side in SIDES}
     times: dict[str, list[Timing]] = {side: [] for side in SIDES}
-    products = [product_time()]
+    products = [product_time(2048, faster_dtype())]
     size = 2 * BATCH
     batches = [full.select(range(size * number, size * (number + 1))) for number in range(args.rounds + 1)]
     for batch in batches:
         for side_name, side in zip(SIDES, (peer, ours), strict=True):
             times[side_name].append(side.timed(batch))
-        products.append(product_time())
+        products.append(product_time(2048, faster_dtype()))
     # The first round warms up.
     n_products = statistics.median(products_of(row, ours.model, batch) for batch in batches[1:])
     report({side: taken[1:] for side, taken in times.items()}, peaks, n_products, products)
@@ -123,25 +124,6 @@ def compare_losses(peer: Side, ours: Side, rows: Dataset) -> None:
     )
     if not max(apart) <= TOLERANCE:
         raise SystemExit(f"the losses part by more than {TOLERANCE}: no times are given")
-
-
-def product_time() -> Timing:
-    """Of one floating-point operation in a product of 2048 x 2048 matrices by torch, in bf16 or float32: the faster.
-
-    Which that is small matrices tell: on some CPUs bf16 takes minutes.
-    """
-    dtype = min((torch.float32, torch.bfloat16), key=lambda dtype: _product_time(256, dtype).wall)
-    return _product_time(2048, dtype)
-
-
-def _product_time(size: int, dtype: torch.dtype) -> Timing:
-    a, b = torch.randn(2, size, size).to(dtype)
-    a @ b
-    start, times, n_operations = Timing.now(), 3, 2 * size**3
-    for _ in range(times):
-        a @ b
-    taken = Timing.now().since(start)
-    return Timing(taken.wall / (times * n_operations), taken.cpu / (times * n_operations))
 
 
 def peak_of(name: str, side: str) -> Peak:
@@ -182,10 +164,6 @@ def report(times: dict[str, list[Timing]], peaks: dict[str, Peak], n_products: f
         f"load {os.getloadavg()[0]:.1f}",
         flush=True,
     )
-
-
-def median(timings: list[Timing]) -> Timing:
-    return Timing(statistics.median(t.wall for t in timings), statistics.median(t.cpu for t in timings))
 
 
 if __name__ == "__main__":

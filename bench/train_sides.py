@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 import veneer
 from lora_step import RATE, adapted, base_of, optimizer_of, require_fused, step
+from turns import Timing, timed
 from veneer.train.show.display import RunDisplay
 
 BATCH = 4
@@ -25,7 +25,8 @@ BATCH = 4
 class Row:
     """One row of the table: the base's storage, whether a Trainer drives the steps, whether blocks are checkpointed.
 
-    ``dtype`` is that of the base (or of what its codes are computed in) and of the stream of both sides.
+    ``dtype`` is that of the base (or of what its codes are computed in) and of the stream of both sides; ``settings``
+    are LoRA's where they are not those of `adapted`.
     """
 
     base: str
@@ -33,6 +34,7 @@ class Row:
     checkpointing: bool = False
     peer: str
     dtype: torch.dtype = torch.bfloat16
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 ROWS = {
@@ -41,21 +43,6 @@ ROWS = {
     "trainer": Row(base="dense", trainer=True, peer="TRL's SFTTrainer + PEFT"),
     "checkpointing": Row(base="dense", trainer=True, checkpointing=True, peer="TRL's SFTTrainer + PEFT"),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """Seconds of one step: of the wall, and of the process's CPU, which other work on the machine disturbs less."""
-
-    wall: float
-    cpu: float
-
-    @classmethod
-    def now(cls) -> Timing:
-        return cls(time.perf_counter(), time.process_time())
-
-    def since(self, start: Timing) -> Timing:
-        return Timing(self.wall - start.wall, self.cpu - start.cpu)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,15 +56,15 @@ class Side:
 
 def side_of(name: str, row: Row, place: str) -> Side:
     """One side of a row, its adapter at the start that `same_start` can copy."""
-    model = adapted(name, base_of(name, row.base, place, row.dtype))
+    model = adapted(name, base_of(name, row.base, place, row.dtype), **row.settings)
     return _trainer_side(name, row, model, place) if row.trainer else _step_side(name, model)
 
 
-def same_start(ours: Side, peer: Side) -> None:
-    """Copy the peer's factors."""
+def same_start(ours: Any, peer: Any) -> None:
+    """Copy what the peer's model trains."""
     from peft import get_peft_model_state_dict
 
-    veneer.set_peft_model_state_dict(ours.model, get_peft_model_state_dict(peer.model))
+    veneer.set_peft_model_state_dict(ours, get_peft_model_state_dict(peer))
 
 
 def _step_side(name: str, model: Any) -> Side:
@@ -86,12 +73,10 @@ def _step_side(name: str, model: Any) -> Side:
         require_fused(model)
     optimizer = optimizer_of(model)
 
-    def timed(rows: Dataset) -> Timing:
-        start = Timing.now()
-        step(name, model, optimizer, _batches(rows)[-1])
-        return Timing.now().since(start)
+    def last(rows: Dataset) -> Timing:
+        return timed(lambda: step(name, model, optimizer, _batches(rows)[-1]))
 
-    return Side(model, lambda rows: [step(name, model, optimizer, ids) for ids in _batches(rows)], timed)
+    return Side(model, lambda rows: [step(name, model, optimizer, ids) for ids in _batches(rows)], last)
 
 
 def _batches(rows: Dataset) -> list[Tensor]:
@@ -141,11 +126,11 @@ def _trainer_side(name: str, row: Row, model: Any, place: str) -> Side:
             trainer.train()
         return watch
 
-    def timed(rows: Dataset) -> Timing:
-        first, second = run(rows).ends[-2:]
-        return second.since(first)
+    def second(rows: Dataset) -> Timing:
+        ends = run(rows).ends[-2:]
+        return ends[1].since(ends[0])
 
-    return Side(model, lambda rows: run(rows).losses, timed)
+    return Side(model, lambda rows: run(rows).losses, second)
 
 
 def timed_tokens(row: Row, rows: Dataset) -> tuple[int, int]:
