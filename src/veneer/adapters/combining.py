@@ -37,7 +37,7 @@ _SVD_SUFFIX = "_svd"
 
 @dataclass(frozen=True)
 class Report:
-    """What combining lost: for each layer the relative Frobenius error of bringing the result to its rank."""
+    """The loss of combining: for each layer the relative Frobenius error of bringing the result to its rank."""
 
     errors: Mapping[str, float]
 
@@ -188,7 +188,7 @@ def _require_layers_alone(model: nn.Module, state: AdapterState, names: Sequence
 
 
 def _is_no_update(module: Adapted, name: str) -> bool:
-    """Whether an adapter holds something here that is no update of one linear layer."""
+    """Return True if an adapter holds something here that is no update of one linear layer."""
     return name in module.copies or (name in module.adapters and not isinstance(module, AdaptedSite))
 
 

@@ -33,7 +33,7 @@ from veneer.store.adapter.tensors import assign as assign_adapter
 
 
 class PeftModel(InPlace, nn.Module):
-    """What `get_peft_model` adds to a transformers model. The model stays the object that it was."""
+    """The methods that `get_peft_model` adds to a transformers model. The model stays the object that it was."""
 
     adapter_state: AdapterState
     _hf_peft_config_loaded: bool
@@ -98,7 +98,7 @@ class PeftModel(InPlace, nn.Module):
 
     @property
     def has_active_enabled_adapter(self) -> bool:
-        """Whether an adapter is active and adapters are not switched off."""
+        """True where an adapter is active and adapters are not switched off."""
         return bool(self.adapter_state.active) and not self.adapter_state.disabled
 
     @property
@@ -257,11 +257,11 @@ class PeftModel(InPlace, nn.Module):
         print(status.describe_targets(self, self.adapter_state))
 
     def get_layer_status(self) -> list[status.TunerLayerStatus]:
-        """What each adapted module holds."""
+        """The status of each adapted module."""
         return status.get_layer_status(self)
 
     def get_model_status(self) -> status.TunerModelStatus:
-        """What the model holds."""
+        """The status of the model."""
         return status.get_model_status(self)
 
     def update_and_allocate(self, global_step: int) -> None:

@@ -38,7 +38,7 @@ AS_IT_IS = (
 
 @dataclass(frozen=True)
 class Selection:
-    """What to save: which adapters, whether whole embeddings too, values that stand in for the model's own, and tags
+    """The choices of a save: the adapters, whole embeddings or not, values that stand in for the model's own, and tags
     that the model card gets besides its own.
     """
 
@@ -112,7 +112,7 @@ def push(model: nn.Module, state: AdapterState, repo_id: str, what: Selection, h
 
 
 def _keep_for_training(model: nn.Module, state: AdapterState, folder: Path, names: tuple[str, ...]) -> None:
-    """What a Trainer needs besides to go on from its checkpoint."""
+    """The further files that a Trainer needs to go on from its checkpoint."""
     for name in names:
         if has_network(state, name):
             save_network(model, state, name, subfolder(folder, name))

@@ -34,7 +34,7 @@ class ByTask(type):
 
 
 class TaskModel(PeftModel):
-    """What the names below have in common."""
+    """The common base of the classes below."""
 
     task: ClassVar[TaskType]
 

@@ -1,4 +1,4 @@
-"""What a method is: a frozen config with pure functions from parameters to a record. A config *is* its method.
+"""The contract of a method: a frozen config with pure functions from parameters to a record. A config *is* its method.
 
 Every method offers ``shapes``, ``init``, ``lower``, ``disk_names`` and ``dropout``. There is one contract for each kind
 of place: `LinearMethod`, `ResidualMethod`, `PrefixMethod`, `PromptMethod`. All else is a capability that a config may

@@ -1,4 +1,4 @@
-"""What a method refuses of the layers that its config means. Each answer is a list of sentences; none is assent."""
+"""Checks of a config against the layers that it means. Each returns a list of problems; an empty one is assent."""
 
 from __future__ import annotations
 
@@ -15,11 +15,9 @@ class Checks:
         return []
 
     def tied(self, sites: Sequence[LinearSite]) -> list[str]:
-        """What in the config is not the same for these layers, which are to stay one."""
+        """The settings that differ between these layers, which must stay tied."""
         return []
 
     def effect(self, names: Sequence[str], sites: Sequence[LinearSite]) -> list[str]:
-        """What in the config of a new adapter means none of the modules adapted (by path), or no layer is large enough
-        for.
-        """
+        """The settings of a new adapter that mean none of the modules adapted (by path), or that need larger layers."""
         return []

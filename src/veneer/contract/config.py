@@ -1,4 +1,4 @@
-"""What every adapter config holds: fields in PEFT's names, checked once, never changed."""
+"""The base of every adapter config: fields in PEFT's names, checked once, never changed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from veneer.errors import ConfigError, FormatError
 
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig(FrozenConfig):
-    """What every adapter config holds, in PEFT's names.
+    """The fields of every adapter config, in PEFT's names.
 
     ``peft_type`` names the format on disk. ``modules_to_save`` are modules trained whole and kept with the adapter.
     Values are checked against the types of the fields, see `core.field_types`. Lists and sets are kept as tuples (sets
@@ -54,13 +54,13 @@ class MethodConfig(FrozenConfig):
         check(self, lambda: self.problems())
 
     def problems(self) -> list[str]:
-        """What is wrong with values of the right types, one sentence each. Subclasses extend the list."""
+        """The problems of values of the right types, one sentence each. Subclasses extend the list."""
         tasks = [task.value for task in TaskType]
         return [] if self.task_type in (None, *tasks) else [f"task_type={self.task_type!r} must be one of {tasks}"]
 
     @property
     def extras(self) -> Extras:
-        """What else the adapter trains."""
+        """The parts of the base that the adapter trains too."""
         return Extras(modules=tuple(self.modules_to_save or ()))
 
     @property
@@ -80,7 +80,7 @@ class MethodConfig(FrozenConfig):
 
     @property
     def is_prompt_learning(self) -> bool:
-        """Whether the method puts virtual tokens in front of the sequence."""
+        """True where the method puts virtual tokens in front of the sequence."""
         return False
 
     def packed(self) -> Self:

@@ -1,4 +1,4 @@
-"""Which methods there are: the concrete configs that have been defined, whatever file they are in."""
+"""The methods that there are: concrete configs that have been defined, whatever file they are in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an adapter trains of the base, besides parameters of its own at the modules that it targets."""
+"""Parts of the base that an adapter trains, beside parameters of its own at its targets."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ OUT_PROJECTION = "out_proj"  # of torch's attention, which PEFT wraps as a whole
 
 
 def is_adapters(key: str) -> bool:
-    """Whether a key is of an adapter's file."""
+    """Return True if a key is of an adapter's file."""
     return key.startswith((_MODEL, *_OF_VIRTUAL_TOKENS))
 
 
@@ -43,7 +43,7 @@ def shared_key(name: str) -> str:
 
 
 def is_shared(key: str, names: Collection[str]) -> bool:
-    """Whether a key is of one of the tensors of these names that all layers share."""
+    """Return True if a key is of one of the tensors of these names that all layers share."""
     return key in {shared_key(name) for name in names}
 
 
@@ -74,7 +74,7 @@ def weight_keys(path: str) -> tuple[str, ...]:
 
 
 def is_of_wrapped(key: str) -> bool:
-    """Whether a key is of the weight of a module that the method adapts."""
+    """Return True if a key is of the weight of a module that the method adapts."""
     return f".{_BASE}." in key and f".{_ROWS}." not in key
 
 
@@ -86,7 +86,7 @@ def divided(key: str) -> tuple[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What a key says: the module's ``path`` in the model, the ``end``, and how many wrappers stand between.
+    """A key, parsed: the module's ``path`` in the model, the ``end``, and how many wrappers stand between.
 
     ``of_attention``: the module is an attention's output projection, adapted with the attention.
     """
@@ -98,7 +98,7 @@ class Place:
 
 
 def place_of(key: str, ends: Collection[str]) -> Place:
-    """What a key says, given the ``ends`` that the method's parameters have.
+    """Parse a key, given the ``ends`` that the method's parameters have.
 
     What is none of those is a parameter of the module itself. The path is empty for what no module holds.
     """
@@ -127,5 +127,5 @@ def copies_of(key: str) -> tuple[str, ...]:
 
 
 def is_bases_own(key: str) -> bool:
-    """Whether a key is of what the base has where a module is trained whole: nobody trains that."""
+    """Return True if a key is of what the base has where a module is trained whole: nobody trains that."""
     return f".{_WHOLE[1]}." in key

@@ -57,7 +57,7 @@ class LinearMethod(TargetedConfig):
 
     @property
     def checks(self) -> Checks:
-        """What the method refuses of the layers that it is to adapt."""
+        """The checks of the method on the layers that it is to adapt."""
         return Checks()
 
     def for_sites(self, sites: Sequence[LinearSite]) -> Self:
@@ -66,7 +66,7 @@ class LinearMethod(TargetedConfig):
 
     @property
     def reads_weight(self) -> bool:
-        """Whether ``lower`` needs the frozen weight of the site, and not its shape alone."""
+        """True where ``lower`` needs the frozen weight of the site, and not its shape alone."""
         return False
 
     def site_of(self, site: LinearSite, shapes: Mapping[str, tuple[int, ...]]) -> LinearSite | None:
@@ -76,7 +76,7 @@ class LinearMethod(TargetedConfig):
         return None
 
     def ends(self) -> Mapping[str, str]:
-        """What may follow a module's path in the keys of this config's file, and the kind of module that it tells."""
+        """The endings of keys in this config's file behind a module's path, and the kind of module that each tells."""
         sites = [
             LinearSite(name="", in_features=1, out_features=1),
             LinearSite(name="", in_features=1, out_features=1, kind="embedding"),

@@ -22,7 +22,7 @@ class ResidualMethod(MethodConfig):
     @property
     @abstractmethod
     def sublayers(self) -> tuple[str, ...]:
-        """Which of ``"attention"``, ``"cross_attention"`` and ``"mlp"`` get a bottleneck."""
+        """The sub-layers that get a bottleneck: of ``"attention"``, ``"cross_attention"`` and ``"mlp"``."""
 
     @property
     def layers(self) -> tuple[int, ...] | None:

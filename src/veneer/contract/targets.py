@@ -1,4 +1,4 @@
-"""Which modules a config means: names, suffixes and expressions on module paths, with PEFT's rules."""
+"""Target matching: names, suffixes and expressions on module paths, with PEFT's rules."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class TargetedConfig(MethodConfig):
 
 
 def matches_any(name: str, patterns: Collection[str] | str) -> bool:
-    """Whether a module path is meant: by a regular expression (a string, matched whole), or by names or suffixes."""
+    """Return True if a module path matches a regular expression (a string, matched whole), or a name or suffix."""
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
     return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)

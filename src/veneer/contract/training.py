@@ -1,4 +1,4 @@
-"""What a method does while a run trains it, besides its forward pass."""
+"""Training capabilities of a method, beside its forward pass."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from veneer.contract.parameters import Params
 
 
 class Schedule(Protocol):
-    """What a method does to its parameters between the steps of a training run."""
+    """The actions of a method on its parameters between the steps of a training run."""
 
     def step(self, step: int) -> None:
         """Act after the optimizer step of this number, while its gradients are still there."""
@@ -33,4 +33,4 @@ class Training(Protocol):
         """A term of the loss, weighed, from the parameters of all layers; None for none."""
 
     def schedule(self, layers: Mapping[str, Params]) -> Schedule | None:
-        """What acts on the parameters of all layers (by path) after each optimizer step; None for nothing."""
+        """The schedule that acts on the parameters of all layers (by path) after each optimizer step; None for none."""

@@ -18,7 +18,7 @@ from veneer.core.sites import AttentionSite, InputSite
 
 @dataclass(frozen=True, kw_only=True)
 class VirtualTokenMethod(MethodConfig):
-    """What prefix and prompt methods share: n virtual tokens in front, one set of parameters for the model.
+    """The common base of prefix and prompt methods: n virtual tokens in front, one set of parameters for the model.
 
     A network may make the tokens in training; a plain save holds what it makes. ``inference_mode`` says, as in PEFT,
     that the network is gone and what it made is trained or used as it is.
@@ -53,7 +53,7 @@ class VirtualTokenMethod(MethodConfig):
 
     @property
     def has_network(self) -> bool:
-        """Whether a network makes the virtual tokens."""
+        """True where a network makes the virtual tokens."""
         return False
 
     def plain(self) -> Self:
@@ -91,7 +91,7 @@ class PrefixMethod(VirtualTokenMethod):
 
     @abstractmethod
     def stored(self, sites: Sequence[AttentionSite], params: Params) -> dict[str, Tensor]:
-        """What a plain save holds, by its key on disk."""
+        """The tensors of a plain save, by their keys on disk."""
 
 
 @dataclass(frozen=True)
@@ -143,4 +143,4 @@ class PromptMethod(VirtualTokenMethod):
 
     @abstractmethod
     def stored(self, site: InputSite, params: Params) -> dict[str, Tensor]:
-        """What a plain save holds, by its key on disk."""
+        """The tensors of a plain save, by their keys on disk."""

@@ -139,7 +139,7 @@ class LoraConfig(LinearMethod):
         return _override(self.alpha_pattern, site.name, self.lora_alpha)
 
     def scale(self, site: LinearSite) -> float:
-        """What B A is multiplied by at this site: alpha / r, or what a variant makes of it, as often as it is added."""
+        """The factor of B A at this site: alpha / r, or a variant's form of it, as often as it is added."""
         r = self.rank(site)
         scale = self.alpha(site) / r
         for variant in self._variants("scale"):
@@ -352,7 +352,7 @@ class _TakenOff(Packing):
 
 @dataclass(frozen=True)
 class _Checks(Checks):
-    """What LoRA refuses: ranks and settings that no layer has a place for."""
+    """Checks of LoRA: ranks and settings that no layer has a place for."""
 
     config: LoraConfig
 

@@ -111,7 +111,7 @@ class PrefixTuningConfig(PrefixMethod):
 
 
 def _stored_layer(sites: Sequence[AttentionSite], index: int) -> int:
-    """Which stored layer a layer reads: its own, but beside cross-attention layer i of L reads 2 i mod L, as by PEFT.
+    """The stored layer that a layer reads: its own; beside cross-attention layer i of L reads 2 i mod L, as in PEFT.
 
     PEFT repeats what is stored, takes four matrices of it for each layer, and drops the two for cross-attention: where
     L is even, every other stored layer is read by nobody. Its files mean that.

@@ -49,6 +49,6 @@ def lora_plus_groups(
 
 
 def _in_embedding(name: str) -> bool:
-    """Whether a parameter is an adapter's at an embedding: ``<path>.adapters.<adapter>.<parameter>``."""
+    """Return True if a parameter is an adapter's at an embedding: ``<path>.adapters.<adapter>.<parameter>``."""
     path, held, _ = name.partition(".adapters.")
     return bool(held) and any("embed" in part or part == "wte" for part in path.split("."))

@@ -87,7 +87,7 @@ def model_facts(folder: Path) -> ModelFacts:
 
 
 def kind_of(name: str) -> str:
-    """Which part of a decoder or encoder a tensor belongs to, by its name."""
+    """The part of a decoder or encoder that a tensor belongs to, by its name."""
     return next((kind for kind, pattern in _KINDS if re.search(pattern, name)), "other")
 
 

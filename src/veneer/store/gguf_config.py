@@ -111,7 +111,7 @@ def _problems(family: Family, contents: GgufContents) -> Iterator[str]:
 
 
 def _is_told(key: str, family: Family) -> bool:
-    """Whether the config tells what the key does, or nothing depends on it."""
+    """Return True if the config tells what the key does, or nothing depends on it."""
     told = SILENT | family.silent | {entry.key for entry in family.fields}
     if family.rotary is not None:
         told |= gguf_rope.KEYS

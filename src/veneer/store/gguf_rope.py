@@ -25,7 +25,7 @@ _YARN = {"yarn_attn_factor": "attention_factor", "yarn_beta_fast": "beta_fast", 
 def rotary_scaling(
     pairs: Mapping[str, Any], factors: Mapping[str, Tensor], frequencies: Tensor, max_positions: int
 ) -> dict[str, Any]:
-    """What ``rope_parameters`` hold beside the base; nothing for files without scaling.
+    """The ``rope_parameters`` beside the base; empty for files without scaling.
 
     ``pairs`` are the file's values by their keys behind the architecture's name, ``factors`` its tensors of factors by
     name, ``frequencies`` (rotary width / 2) those of the base in radians a position. Raises FormatError for scalings

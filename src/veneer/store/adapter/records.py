@@ -1,4 +1,4 @@
-"""What an adapter folder means, place by place, without a model: records from its tensors and the sites alone."""
+"""The records of an adapter folder, place by place, from its tensors and the sites alone, without a model."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def adapter_tensors(
     save_embedding_layers: SaveEmbeddings = "auto",
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """What is saved of an adapter, by key. ``state_dict`` gives the values, where the model's are sharded or stale."""
+    """The tensors saved of an adapter, by key; ``state_dict`` has the values where the model's are sharded or stale."""
     values = state_dict or {}
     live = {key: values.get(own, value) for key, (own, value) in named_live_parameters(model, name).items()}
     found = stored_tensors(model, state, name, live)
@@ -89,8 +89,8 @@ def adapter_tensors(
 
 @dataclass(frozen=True)
 class Leniency:
-    """What loading may put up with: ``mismatched`` shapes, whose values stay as they are, and other names of modules,
-    which ``key_mapping`` translates (see `renamed`).
+    """The differences that loading tolerates: ``mismatched`` shapes, whose values stay as they are, and other names of
+    modules, which ``key_mapping`` translates (see `renamed`).
     """
 
     mismatched: bool = False
@@ -151,26 +151,26 @@ def save_network(model: nn.Module, state: AdapterState, name: str, folder: Path)
 
 
 def has_network(state: AdapterState, name: str) -> bool:
-    """Whether a network makes what a plain save of this adapter holds."""
+    """Return True if a network makes the tensors of a plain save of this adapter."""
     config = state.configs[name]
     return isinstance(config, VirtualTokenMethod) and config.has_network
 
 
 def holds_network(folder: Path) -> bool:
-    """Whether an adapter's folder holds that network: a training checkpoint's does."""
+    """Return True if an adapter's folder holds that network: a training checkpoint's does."""
     return (folder / NETWORK_FILE).is_file()
 
 
 @dataclass(frozen=True)
 class _Expected:
-    """What a file holds of an adapter, by key: its ``parameters`` and, at will, the whole weights at ``places``."""
+    """The tensors of an adapter in a file, by key: its ``parameters`` and, at will, the whole weights at ``places``."""
 
     parameters: dict[str, Tensor]
     places: dict[str, _Place]
 
     @property
     def values(self) -> dict[str, Tensor]:
-        """What the model has under every key."""
+        """The model's tensors under every key."""
         whole = {key: cast(Tensor, module._parameters[parameter]) for key, (module, parameter) in self.places.items()}
         return self.parameters | whole
 
@@ -335,8 +335,8 @@ def _saves_embedding(model: nn.Module, config: MethodConfig, key: str, wanted: S
 
 
 def _was_resized(model: nn.Module, config: MethodConfig) -> bool:
-    """Whether the vocabulary differs from that of the base, where its config is on this machine: its folder, or what
-    the hub's client keeps of it.
+    """Return True if the vocabulary differs from that of the base, where its config is on this machine (its folder, or
+    the hub's cache).
     """
     mine: Any = cast(PreTrainedModel, model).config
     path = config_of_base(config.base_model_name_or_path, getattr(mine, "_commit_hash", None) or config.revision)
