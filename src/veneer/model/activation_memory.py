@@ -106,7 +106,7 @@ class ActivationPlan:
 
 
 class BlockActivations:
-    """What transformers calls in place of `torch.utils.checkpoint.checkpoint` for one block."""
+    """The function that transformers calls in place of `torch.utils.checkpoint.checkpoint` for one block."""
 
     def __init__(self, plan: ActivationPlan, block: nn.Module, index: int) -> None:
         self.plan, self.block, self.index = plan, block, index
@@ -114,7 +114,7 @@ class BlockActivations:
 
     @property
     def is_selective(self) -> bool:
-        """Whether the block checkpoints itself selectively now. The first one does not: it is where a pass begins."""
+        """True where the block checkpoints itself selectively now. The first one does not: a pass begins there."""
         return self.plan.way == "selective" and self.index > 0 and not self._again
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What every adapted module has: parameters of adapters, copies of its own parameters that adapters train, merging."""
+"""The common part of adapted modules: parameters of adapters, trained copies of own parameters, merging."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class TokenRows(nn.Module):
 
 
 class TiedFactors(nn.Module):
-    """What a module has of an adapter that it shares with ``source``, the embeddings whose weight it shares too.
+    """An adapter held by the tied embeddings (``source``), as seen by this module.
 
     It registers nothing: the factors are trained, moved and saved where they are. A head reads the table the other way
     round: ``turned`` gives the factors of the transposed update.
@@ -73,7 +73,7 @@ class Adapted(InPlace, nn.Module):
         return self.by_rows(routing, names, args, kwargs)
 
     def by_rows(self, routing: Routing, names: Sequence[str], args: Any, kwargs: Any) -> Tensor:
-        """What the module gives for a mixed batch, computed for the rows of each of these adapters in turn.
+        """The output for a mixed batch, computed for the rows of each of these adapters one after the other.
 
         Raises CompositionError where what goes in or comes out is not one tensor with the rows in front.
         """
@@ -128,7 +128,7 @@ class Adapted(InPlace, nn.Module):
         return [rows for rows in found if rows is not None]
 
     def has_own(self, name: str, parameter: str) -> bool:
-        """Whether an adapter has a copy of one of the module's parameters, or rows of its own in it."""
+        """Return True if an adapter has a copy of one of the module's parameters, or rows of its own in it."""
         copied = name in self.copies and hasattr(self.copies[name], parameter)
         return copied or (parameter == "weight" and bool(self.token_rows((name,))))
 
@@ -139,7 +139,7 @@ class Adapted(InPlace, nn.Module):
         return {key: cast(Tensor, self.effective(key, names)) for key in sorted(held)}
 
     def changes_as(self, other: Adapted, names: Sequence[str]) -> bool:
-        """Whether these adapters make the same of a weight that this module shares with another."""
+        """Return True if these adapters change a weight shared with another module alike."""
         return all(
             self.adapter_state.configs[n].extras.keeps_tie
             or (self.token_rows((n,)) == other.token_rows((n,)) and not (self._is_own(n) or other._is_own(n)))
@@ -147,7 +147,7 @@ class Adapted(InPlace, nn.Module):
         )
 
     def _is_own(self, name: str) -> bool:
-        """Whether an adapter changes the weight by more than single rows."""
+        """Return True if an adapter changes the weight by more than single rows."""
         return name in self.adapters or (name in self.copies and "weight" in dict(own_tensors(self.copies[name])))
 
     def replace(self, values: dict[str, Tensor]) -> None:
@@ -186,12 +186,12 @@ class Adapted(InPlace, nn.Module):
 
     @property
     def disable_adapters(self) -> bool:
-        """Whether the adapters of the model are switched off."""
+        """True where the adapters of the model are switched off."""
         return self.adapter_state.disabled
 
     @property
     def modules_to_save(self) -> nn.ModuleDict:
-        """What adapters train whole of this module, by adapter and then by the parameter's name."""
+        """The copies of own parameters that adapters train, by adapter and then by the parameter's name."""
         return self.copies
 
     def disk_keys(self, name: str, path: str) -> dict[str, str]:
@@ -199,7 +199,7 @@ class Adapted(InPlace, nn.Module):
         return {}
 
     def holds(self, name: str) -> bool:
-        """Whether an adapter has anything here."""
+        """Return True if an adapter has parameters or copies here."""
         return name in self.adapters or name in self.copies
 
 
@@ -246,7 +246,7 @@ def own_tensors(holder: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def factors_of(holder: nn.Module) -> dict[str, Tensor]:
-    """What an adapter acts with at one module: the holder's tensors, or those that it shares."""
+    """The tensors that an adapter acts with at one module: the holder's own, or those that it shares."""
     return holder.seen(tensors_of(vars(holder)["factors"])) if isinstance(holder, TiedFactors) else tensors_of(holder)
 
 

@@ -69,7 +69,7 @@ def _put_on(model: nn.Module, name: str, state: AdapterState, plan: Plan, start:
 
 
 def _put_beside(model: PreTrainedModel, name: str, state: AdapterState, start: Start) -> None:
-    """What is no linear map: bottlenecks in the residual stream, virtual tokens in front."""
+    """The places that are no linear maps: bottlenecks in the residual stream, virtual tokens in front."""
     config = state.configs[name]
     if isinstance(config, ResidualMethod):
         attach_residual(model, name, state, start)
@@ -143,7 +143,7 @@ def named_live_parameters(model: nn.Module, name: str) -> dict[str, tuple[str, T
 def stored_tensors(
     model: nn.Module, state: AdapterState, name: str, values: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """What a plain save of one adapter holds, by its key on disk: the parameters, or what the method packs them into.
+    """The tensors of a plain save of one adapter, by their keys on disk: its parameters, packed where the method packs.
 
     ``values`` stand in for `live_parameters`.
     """
@@ -164,7 +164,7 @@ def stored_tensors(
 
 
 def shared_tensors(config: MethodConfig) -> dict[str, Tensor]:
-    """What the layers of an adapter share, by its key on disk; empty where nothing is."""
+    """The tensors that the layers of an adapter share, by their keys on disk; empty for none."""
     return {} if config.shared is None else {shared_key(key): value for key, value in config.shared.draw().items()}
 
 
@@ -177,7 +177,7 @@ def unpacked_tensors(model: nn.Module, name: str, written: Mapping[str, Tensor])
 
 
 def repeated_tensors(model: nn.Module, name: str, written: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What PEFT writes once more for modules that share an adapter with the embeddings, from what it writes there."""
+    """The tensors that PEFT writes once more for modules that share an adapter with the embeddings."""
     found: dict[str, Tensor] = {}
     for path, layer in adapted_layers(model).items():
         held = dict(layer.adapters.items()).get(name)

@@ -61,12 +61,12 @@ def _switch(model: nn.Module) -> Callable[..., None]:
 
 
 def selective_contexts() -> Any:
-    """What ``context_fn`` of `torch.utils.checkpoint.checkpoint` takes for the selective form."""
+    """The ``context_fn`` of `torch.utils.checkpoint.checkpoint` for the selective form."""
     return create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
 
 
 def is_selective(block: nn.Module) -> bool:
-    """Whether a block is checkpointed in the selective form now."""
+    """Return True if a block is checkpointed in the selective form now."""
     if not (vars(block).get("gradient_checkpointing") and block.training and torch.is_grad_enabled()):
         return False
     function: Any = getattr(block, "_gradient_checkpointing_func", None)

@@ -153,12 +153,12 @@ def adapt_out_projection(path: str, module: nn.Module, state: AdapterState) -> A
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether a module is torch's attention with one matrix for queries, keys and values."""
+    """Return True if a module is torch's attention with one matrix for queries, keys and values."""
     return isinstance(module, nn.MultiheadAttention) and module._parameters.get("in_proj_weight") is not None
 
 
 def is_out_projection(module: nn.Module) -> bool:
-    """Whether a module is the output projection of `nn.MultiheadAttention`."""
+    """Return True if a module is the output projection of `nn.MultiheadAttention`."""
     return isinstance(module, NonDynamicallyQuantizableLinear)
 
 

@@ -37,7 +37,7 @@ class PagedStore:
 
     @property
     def bytes_per_position(self) -> int:
-        """What one position takes, over all layers that have been written to."""
+        """The bytes of one position, over all layers that have been written to."""
         return sum(x[0].nbytes for pair in self.layers.values() for x in pair)
 
     def slots(self, pages: Sequence[int], start: int, stop: int) -> list[int]:
@@ -114,7 +114,7 @@ class PagedStep:
 
 @dataclass(frozen=True)
 class SeenKeys:
-    """Which keys a token sees, as transformers' mask function for a kind of layer says."""
+    """The keys that a token sees, by transformers' mask function for a kind of layer."""
 
     mask_function: Callable[..., Any]
     _of: dict[int, Tensor] = field(default_factory=dict)

@@ -65,7 +65,7 @@ class AdaptedParameters(Adapted):
         return site_of(f"{self.site_name}.{parameter}", self, cast(Tensor, self._parameters[parameter]))
 
     def record(self, parameter: str, names: Sequence[str]) -> LinearDelta | None:
-        """What these adapters make of a parameter together; None where they leave it alone."""
+        """The parameter as these adapters change it together; None where they leave it alone."""
         records = [
             cast(LinearMethod, self.adapter_state.configs[name]).lower(
                 self.site(parameter), tensors_of(cast(nn.ModuleDict, self.adapters[name])[parameter])
@@ -132,7 +132,7 @@ class AdaptedParameters(Adapted):
 
 
 def runs_by_convention(module: nn.Module) -> bool:
-    """Whether these are experts whose forward transformers itself replaces by a general one."""
+    """Return True if these are experts whose forward transformers itself replaces by a general one."""
     described = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
     return all(hasattr(module, name) for name in described) and not getattr(module, "_is_expert_parallel", True)
 

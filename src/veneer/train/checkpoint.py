@@ -30,7 +30,7 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 
 def holds_checkpoints(run: Path) -> bool:
-    """Whether there are any, complete or not."""
+    """Return True if there are any checkpoints, complete or not."""
     return any(run.glob(_ANY))
 
 
@@ -103,7 +103,7 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
-    """What `veneer.SFTTrainer` counted up to a checkpoint; empty for one that another trainer wrote."""
+    """The counters of `veneer.SFTTrainer` in a checkpoint; empty for one that another trainer wrote."""
     path = folder / PROGRESS_FILE
     return json.loads(path.read_text()) if path.exists() else {}
 

@@ -86,7 +86,7 @@ class Block:
 
     @property
     def strange(self) -> tuple[Strange, ...]:
-        """What is not described."""
+        """The parts that are not described."""
         halves = (half for half in (self.attention, self.feed_forward) if isinstance(half, Strange))
         return tuple(dict.fromkeys((*halves, *self.other)))
 
@@ -139,7 +139,7 @@ class Decoder:
 
     @property
     def strange(self) -> tuple[Strange, ...]:
-        """What is not described, anywhere; empty where the description is whole."""
+        """The parts that are not described, anywhere; empty where the description is whole."""
         return (*self.other, *(part for block in self.blocks for part in block.strange))
 
 

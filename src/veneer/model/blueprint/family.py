@@ -1,4 +1,4 @@
-"""What a family does otherwise than the convention, as data; the convention is Llama's. `families` holds them."""
+"""The differences of a family from the convention, as data; the convention is Llama's. `families` holds them."""
 
 from __future__ import annotations
 

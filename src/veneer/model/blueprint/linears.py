@@ -15,7 +15,7 @@ from veneer.model.quant_linear import QuantLinear
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer of a known class, adapted or not."""
+    """Return True if a module is a linear layer of a known class, adapted or not."""
     return _own_class(module) in (nn.Linear, Conv1D, QuantLinear)
 
 

@@ -28,7 +28,7 @@ def window_of(attention: nn.Module) -> int | None:
 
 
 def layer_type_of(attention: nn.Module) -> str | None:
-    """What the config calls the layer of an attention module; None where all layers are of one type."""
+    """The type of an attention layer in the config; None where all layers are of one type."""
     types = getattr(getattr(attention, "config", None), "layer_types", None)
     index = getattr(attention, "layer_idx", None)
     return None if types is None or index is None else cast(str, types[index])
@@ -141,6 +141,6 @@ def _head_norms(source: Source, module: nn.Module, heads: HeadLayout) -> tuple[N
 
 
 def _scale(module: Any) -> float | None:
-    """What scores are multiplied by; families keep it, or its inverse."""
+    """The factor of the scores; families keep it, or its inverse."""
     scale = getattr(module, "scaling", getattr(module, "inv_norm_factor", None))
     return float(scale) if isinstance(scale, int | float) else None

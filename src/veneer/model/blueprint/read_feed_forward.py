@@ -47,7 +47,7 @@ def _plain(source: Source, module: nn.Module, names: InnerNames) -> FeedForward 
 
 
 def activation_of(act: Any) -> str | None:
-    """Which of `veneer.ops.activation.KINDS` a module without weights computes, found by its values."""
+    """The one of `veneer.ops.activation.KINDS` that a module without weights computes, found by its values."""
     x = torch.linspace(-4, 4, 33, dtype=torch.float64)
     if isinstance(act, nn.Module) and next(act.parameters(), None) is not None:
         return None

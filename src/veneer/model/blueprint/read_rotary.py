@@ -128,7 +128,7 @@ def _scaling(kind: str, given: Mapping[str, Any], max_positions: int) -> Scaling
 
 
 def _yarn_factor(given: Mapping[str, Any], factor: float) -> float:
-    """What cos and sin are multiplied by: given, or from the logarithm of the factor."""
+    """The factor of cos and sin: given, or from the logarithm of the factor."""
     if given.get("attention_factor") is not None:
         return float(given["attention_factor"])
     own, all_dim = given.get("mscale"), given.get("mscale_all_dim")
@@ -150,5 +150,5 @@ def read_temperature(source: Source) -> Temperature | None:
 
 
 def rotates(source: Source, attention: nn.Module, layer: int) -> bool:
-    """Whether a layer rotates at all: some leave it out in every fourth one (SmolLM3)."""
+    """Return True if a layer rotates at all: some leave it out in every fourth one (SmolLM3)."""
     return bool(getattr(attention, "use_rope", True)) and source.family.rotates(source.config, layer)

@@ -82,7 +82,7 @@ class Rotary:
 
     @property
     def attention_factor(self) -> float:
-        """What cos and sin are multiplied by."""
+        """The factor of cos and sin."""
         return self.scaling.attention_factor if isinstance(self.scaling, YarnScaling | LongRopeScaling) else 1.0
 
     def frequencies(self, n_tokens: int = 0) -> Float[Tensor, " half"]:

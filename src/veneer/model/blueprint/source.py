@@ -36,12 +36,12 @@ class Source:
 
     @property
     def names(self) -> Names:
-        """What this family calls its parts."""
+        """The names of this family for its parts."""
         return self.family.names
 
     @property
     def listed(self) -> bool:
-        """Whether descriptions of this model type are tested by values."""
+        """True where descriptions of this model type are tested by values."""
         return self.family is not CONVENTION
 
     def path(self, module: nn.Module) -> str:
@@ -55,12 +55,12 @@ def first(module: nn.Module, names: Collection[str]) -> str | None:
 
 
 def has_all(module: nn.Module, names: Collection[str]) -> bool:
-    """Whether a module holds modules of all these names."""
+    """Return True if a module holds modules of all these names."""
     return all(isinstance(getattr(module, name, None), nn.Module) for name in names)
 
 
 def undescribed(source: Source, module: nn.Module, known: Collection[nn.Module | None]) -> Iterator[Strange]:
-    """What ``module`` holds parameters for beside the ``known`` modules within it, if anything."""
+    """The further parameters of ``module`` beside its ``known`` modules, if any."""
     inside = {path for path, part in module.named_modules() if any(part is each for each in known)}
     rest = sorted(
         {

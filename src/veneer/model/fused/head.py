@@ -30,7 +30,7 @@ class Head:
 
 @dataclass(slots=True)
 class Passed:
-    """What the head would have computed in, known once it was passed: its weight's own dtype, or autocast's."""
+    """The dtype that the head would have computed in, known once it was passed: its weight's, or autocast's."""
 
     dtype: torch.dtype | None = None
 
@@ -60,7 +60,7 @@ def head_of(model: nn.Module) -> Head | None:
 
 
 def is_plain_head(head: blueprint.Head | None) -> bool:
-    """Whether the description of a head has no cap and no scale."""
+    """Return True if the description of a head has no cap and no scale."""
     return head is not None and head.softcap is None and head.scale == 1
 
 
@@ -79,7 +79,7 @@ def hidden_as_logits(model: nn.Module) -> Iterator[Passed]:
 
 @torch.no_grad()
 def ends_with_head(model: PreTrainedModel, ids: Tensor) -> bool:
-    """Whether the logits are what the head gives out and nothing else: no cap, no scale."""
+    """Return True if the logits are the output of the head and nothing else: no cap, no scale."""
     if head_of(model) is None:
         return False
     kept: list[Tensor] = []

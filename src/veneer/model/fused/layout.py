@@ -1,4 +1,4 @@
-"""Which tokens of a batch see one another, as sequence bounds: what a dense mask says, without the mask.
+"""The tokens of a batch that see one another, as sequence bounds in place of a dense mask.
 
 The decoder makes a `LayoutMask` from what it was given and passes it to its blocks in place of the mask. transformers
 hands a 4-d mask on as it is, also through gradient checkpointing; a block that needs the real mask asks for it.

@@ -1,4 +1,4 @@
-"""What the kernels of fused blocks can run of a block that is described: its parts by their names within the block."""
+"""The part of a described block that fused kernels can run: its modules by their names within the block."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class NormNames:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockShape:
-    """What runs fused in a block. ``parallel``: the feed-forward half reads what the attention half reads.
+    """The fused parts of a block. ``parallel``: the feed-forward half reads what the attention half reads.
 
     ``attention`` and ``mlp`` are None where that half is of another kind and runs as the model wrote it.
     """
@@ -61,7 +61,7 @@ class BlockShape:
 
 
 def block_shape(block: Block) -> BlockShape | str:
-    """What the kernels can run of a block; or in words why they run nothing of it."""
+    """The parts of a block that the kernels can run; or, in words, the reason that they run none of it."""
     norms, before = block.norms, len(block.path) + 1
     kinds = {_kind(norm) for norm in norms.all}
     attention, mlp = _attention_parts(block.attention, kinds), _mlp_parts(block.feed_forward, f"{block.path}.mlp")
@@ -91,7 +91,7 @@ def block_shape(block: Block) -> BlockShape | str:
 
 
 def _unfit(block: Block) -> str | None:
-    """What no half of a block may do."""
+    """Features that no fused half of a block may have."""
     attention = block.attention
     if block.other or attention.path == block.path:  # what is strange is the block itself
         return _reasons(block)
@@ -111,7 +111,7 @@ def _unfit(block: Block) -> str | None:
 
 
 def _grows(attention: Attention) -> bool:
-    """Whether queries grow with position within the context."""
+    """Return True if queries grow with position within the context."""
     rotary, temperature = attention.rotary, attention.temperature
     return temperature is not None and (rotary is None or rotary.max_positions > temperature.original_max_positions)
 
@@ -121,7 +121,7 @@ def _reasons(block: Block) -> str:
 
 
 def _kind(norm: Norm) -> NormKind | None:
-    """What the kernels call a norm; None where they have none like it."""
+    """The name of a norm in the kernels; None where they have none like it."""
     if not norm.weight or len(norm.shape) != 1 or (norm.kind, norm.offset) == ("layer", 1.0):
         return None
     return "layer" if norm.kind == "layer" else "rms plus one" if norm.offset else "rms"

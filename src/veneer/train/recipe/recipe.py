@@ -35,7 +35,7 @@ class _Part(BaseModel):
 
 
 class ModelPart(_Part):
-    """Which base, and how its frozen weights are stored."""
+    """The base, and the storage of its frozen weights."""
 
     source: str
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -45,7 +45,7 @@ class ModelPart(_Part):
 
 
 class DataPart(_Part):
-    """Which rows, how they are read, and what of them is trained."""
+    """The rows: their source, their reading, and the part of them that is trained."""
 
     train: str
     eval: str | None = None
@@ -96,7 +96,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """What the file of a recipe holds, with overrides on top, as `load_recipe` reads it; no value is checked yet."""
+    """The values of a recipe's file, with overrides on top, as `load_recipe` reads it; no value is checked yet."""
     try:
         values = _load_yaml(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
@@ -279,7 +279,7 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 
 def _is_text(key: str, text: str) -> bool:
-    """Whether a value is taken as it stands: a key whose type is text, and neither quotes nor null around it."""
+    """Return True if a value is taken as it stands: a key whose type is text, and neither quotes nor null around it."""
     part, _, name = key.rpartition(".")
     parts: dict[str, type[_Part]] = {"": Recipe, "model": ModelPart, "data": DataPart}
     field = parts[part].model_fields.get(name) if part in parts else None
