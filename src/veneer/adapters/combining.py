@@ -24,10 +24,10 @@ from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.errors import CompositionError
 from veneer.model.adapted import Adapted, tensors_of
+from veneer.model.allocation import Allocation
 from veneer.model.attach import adapted_layers, adapted_places, module_index
 from veneer.model.linear import AdaptedSite
 from veneer.model.snapshot import shortest_names
-from veneer.model.start import Start
 from veneer.model.state import AdapterState
 from veneer.store.adapter.records import StoredAdapter, read_updates, write_records
 from veneer.store.adapter.skeleton import places_in_base
@@ -116,7 +116,7 @@ def add_weighted(
     if most_lost is not None and plan.how == "linear" and plan.rank is None:
         _require_little_lost(model, parts, plan, errors, most_lost)
     config = config_of(records, shortest_names(module_index(model), tuple(records)))
-    lifecycle.add(model, state, name, config, Start(values=False))
+    lifecycle.add(model, state, name, config, Allocation(values=False))
     lifecycle.make_trainable(model, state, (name,), False)
     for path, record in records.items():
         layer = cast(AdaptedSite, model.get_submodule(path))

@@ -15,7 +15,7 @@ from veneer.adapters.peft_model import PeftModel
 from veneer.contract import MethodConfig
 from veneer.contract.source import adapter_folder, hub_options
 from veneer.errors import AdapterNameError, ConfigError
-from veneer.model.start import Start
+from veneer.model.allocation import Allocation
 from veneer.model.state import AdapterState
 from veneer.store.adapter.files import read_tensors
 from veneer.store.adapter.tensors import SaveEmbeddings, adapter_tensors, assign, renamed
@@ -41,7 +41,7 @@ def inject_adapter_in_model(
         model.requires_grad_(False)
         bare = cast(Any, model)
         bare.adapter_state, bare.peft_config, bare._hf_peft_config_loaded = state, state.configs, True
-    lifecycle.add(model, state, adapter_name, peft_config, Start(widen=autocast_adapter_dtype))
+    lifecycle.add(model, state, adapter_name, peft_config, Allocation(widen=autocast_adapter_dtype))
     lifecycle.activate(model, state, (adapter_name,))
     return model
 

@@ -12,9 +12,9 @@ from veneer.adapters.training import let_gradients_through_checkpoints, require_
 from veneer.contract import MethodConfig, VirtualTokenMethod
 from veneer.errors import AdapterNameError, CompositionError, ConfigError
 from veneer.model.adapted import Adapted, own_tensors
+from veneer.model.allocation import Allocation
 from veneer.model.attach import adapted_modules, adapted_places, attach, check_name, detach
 from veneer.model.linear import AdaptedSite
-from veneer.model.start import Start
 from veneer.model.state import AdapterState
 from veneer.model.token_rows import require_rows_agree
 from veneer.store.adapter.tensors import Leniency, holds_network, load_weights
@@ -44,10 +44,10 @@ def prepare(model: nn.Module, state: AdapterState) -> None:
     let_gradients_through_checkpoints(model)
 
 
-def add(model: nn.Module, state: AdapterState, name: str, config: MethodConfig, start: Start) -> None:
+def add(model: nn.Module, state: AdapterState, name: str, config: MethodConfig, allocation: Allocation) -> None:
     """Attach a fresh adapter. Once active it trains, unless its config says ``inference_mode``."""
     _require_unmerged(state, f"add {name!r}")
-    attach(model, config, name, state, start=start)
+    attach(model, config, name, state, allocation=allocation)
     _attached(model, state, name, not config.inference_mode)
 
 
@@ -67,7 +67,7 @@ def load(model: nn.Module, state: AdapterState, folder: Path, name: str, options
     config = replace(options.config, inference_mode=not options.is_trainable)
     if isinstance(config, VirtualTokenMethod) and config.has_network and not holds_network(folder):
         config = config.plain()  # what the network made is on disk, not the network: it is trained directly from here
-    attach(model, config, name, state, start=Start(values=options.leniency.mismatched, widen=options.widen))
+    attach(model, config, name, state, allocation=Allocation(values=options.leniency.mismatched, widen=options.widen))
     try:
         left = load_weights(model, state, name, folder, options.leniency)
     except BaseException:

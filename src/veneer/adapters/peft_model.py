@@ -22,10 +22,10 @@ from veneer.contract.keys import is_adapters
 from veneer.contract.source import adapter_folder, hub_options
 from veneer.core.field_types import plain
 from veneer.errors import ConfigError
+from veneer.model.allocation import Allocation
 from veneer.model.attach import adapted_layers
 from veneer.model.inplace import InPlace, change_class, restore_class
 from veneer.model.mixed import mixed_batch
-from veneer.model.start import Start
 from veneer.model.state import AdapterState
 from veneer.store.adapter.config import read_config
 from veneer.store.adapter.tensors import Leniency, SaveEmbeddings
@@ -139,7 +139,7 @@ class PeftModel(InPlace, nn.Module):
         autocast_adapter_dtype: bool = True,
     ) -> None:
         """Add a fresh adapter beside those there are; it does not become active. ``low_cpu_mem_usage`` is so anyway."""
-        lifecycle.add(self, self.adapter_state, adapter_name, peft_config, Start(widen=autocast_adapter_dtype))
+        lifecycle.add(self, self.adapter_state, adapter_name, peft_config, Allocation(widen=autocast_adapter_dtype))
 
     def load_adapter(
         self,
@@ -420,9 +420,9 @@ def get_peft_model(
     """
     fresh = not isinstance(model, PeftModel)
     adapted = become_peft_model(model)
-    start = Start(widen=autocast_adapter_dtype)
+    allocation = Allocation(widen=autocast_adapter_dtype)
     try:
-        lifecycle.add(adapted, adapted.adapter_state, adapter_name, lifecycle.noted(peft_config, revision), start)
+        lifecycle.add(adapted, adapted.adapter_state, adapter_name, lifecycle.noted(peft_config, revision), allocation)
     except BaseException:
         if fresh:
             adapted.unload()

@@ -24,10 +24,10 @@ from veneer.errors import CompositionError
 from veneer.export.base_weights import BaseWeights
 from veneer.export.model_folder import copy_companions, local_folder
 from veneer.model.adapted import Adapted
+from veneer.model.allocation import Allocation
 from veneer.model.attach import adapted_modules, attach, live_parameters
 from veneer.model.embedding import input_embeddings
 from veneer.model.linear import AdaptedSite
-from veneer.model.start import Start
 from veneer.model.state import AdapterState
 from veneer.store.adapter.config import read_config
 from veneer.store.adapter.files import read_tensors
@@ -149,7 +149,7 @@ def _attach(
     weights: BaseWeights,
 ) -> None:
     """The adapter on the skeleton: its own tensors are real."""
-    attach(skeleton, config, NAME, state, start=Start(values=False))
+    attach(skeleton, config, NAME, state, allocation=Allocation(values=False))
     for module in adapted_modules(skeleton).values():
         for held in (module.adapters, module.copies):
             if NAME in held:

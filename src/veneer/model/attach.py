@@ -14,6 +14,7 @@ from veneer.contract.keys import copy_key, shared_key
 from veneer.contract.targets import ModuleIndex
 from veneer.errors import AdapterNameError, TargetError
 from veneer.model.adapted import Adapted, TiedFactors, restore, tensors_of
+from veneer.model.allocation import Allocation
 from veneer.model.copies import add_copies
 from veneer.model.kinds import adapt_module
 from veneer.model.linear import AdaptedSite
@@ -23,7 +24,6 @@ from veneer.model.prefix import PrefixAdapters, attach_prefix
 from veneer.model.prompt import PromptAdapters, attach_prompt
 from veneer.model.residual import ResidualAdapters, attach_residual, detach_residual
 from veneer.model.snapshot import look_at
-from veneer.model.start import Start as Start  # from here for those who attach
 from veneer.model.state import AdapterState
 from veneer.model.token_rows import add_rows
 from veneer.model.tying import follow
@@ -38,45 +38,47 @@ def module_index(model: nn.Module, method: LinearMethod | None = None) -> Module
     return look_at(model).index(method)
 
 
-def attach(model: nn.Module, config: MethodConfig, name: str, state: AdapterState, start: Start | None = None) -> None:
+def attach(
+    model: nn.Module, config: MethodConfig, name: str, state: AdapterState, allocation: Allocation | None = None
+) -> None:
     """Add one adapter's parameters wherever its config means, all or nothing.
 
     They are drawn from torch's global generator. Raises AdapterNameError and TargetError.
     """
     check_name(name, state)
-    start = start or Start()
+    allocation = allocation or Allocation()
     snapshot = look_at(model)
-    plan = plan_of(snapshot, config, fresh=start.values)
+    plan = plan_of(snapshot, config, fresh=allocation.values)
     state.configs[name] = plan.config
     try:
-        _put_on(model, name, state, plan, start)
+        _put_on(model, name, state, plan, allocation)
     except BaseException:
         detach(model, state, name)
         raise
 
 
-def _put_on(model: nn.Module, name: str, state: AdapterState, plan: Plan, start: Start) -> None:
+def _put_on(model: nn.Module, name: str, state: AdapterState, plan: Plan, allocation: Allocation) -> None:
     for path in plan.modules:
         adapt_path(model, path, state)
-    add_copies(model, name, plan.copied, start.widen)
-    add_rows(model, name, plan.rows, values=start.values, widen=start.widen)
+    add_copies(model, name, plan.copied, allocation.widen)
+    add_rows(model, name, plan.rows, values=allocation.values, widen=allocation.widen)
     for path in plan.layers:
-        _add_parameters(cast(AdaptedSite, model.get_submodule(path)), name, start)
+        _add_parameters(cast(AdaptedSite, model.get_submodule(path)), name, allocation)
     if plan.followers:
         follow(model, name, plan.embeddings, plan.followers)
-    add_parameters(model, name, plan.parameters, start)
-    _put_beside(cast(PreTrainedModel, model), name, state, start)
+    add_parameters(model, name, plan.parameters, allocation)
+    _put_beside(cast(PreTrainedModel, model), name, state, allocation)
 
 
-def _put_beside(model: PreTrainedModel, name: str, state: AdapterState, start: Start) -> None:
+def _put_beside(model: PreTrainedModel, name: str, state: AdapterState, allocation: Allocation) -> None:
     """The places that are no linear maps: bottlenecks in the residual stream, virtual tokens in front."""
     config = state.configs[name]
     if isinstance(config, ResidualMethod):
-        attach_residual(model, name, state, start)
+        attach_residual(model, name, state, allocation)
     elif isinstance(config, PrefixMethod):
-        attach_prefix(model, name, state, start)
+        attach_prefix(model, name, state, allocation)
     elif isinstance(config, PromptMethod):
-        attach_prompt(model, name, state, start)
+        attach_prompt(model, name, state, allocation)
     elif not isinstance(config, LinearMethod):
         raise TargetError(f"{type(config).__name__} is none of the kinds of method that a model can take")
 
@@ -227,10 +229,10 @@ def device_of(module: nn.Module) -> torch.device:
     return next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
 
 
-def _add_parameters(layer: AdaptedSite, name: str, start: Start) -> None:
+def _add_parameters(layer: AdaptedSite, name: str, allocation: Allocation) -> None:
     method, site = layer.method(name), layer.site((name,))
-    dtype = layer.parameter_dtype(start.widen)
-    holder = start.parameters(method.shapes(site), lambda: method.init(site), device_of(layer), dtype)
+    dtype = layer.parameter_dtype(allocation.widen)
+    holder = allocation.parameters(method.shapes(site), lambda: method.init(site), device_of(layer), dtype)
     for key in method.packing.fixed:  # a buffer: it moves and is saved with the adapter, and no optimizer sees it
         holder.register_buffer(key, holder.pop(key).detach())
     layer.adapters[name] = holder

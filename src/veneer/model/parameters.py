@@ -25,10 +25,10 @@ from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.errors import CompositionError, TargetError
 from veneer.model.adapted import Adapted, swap_reading, tensors_of
+from veneer.model.allocation import Allocation
 from veneer.model.convolution import is_convolution
 from veneer.model.embedding import is_embedding
 from veneer.model.linear import is_linear
-from veneer.model.start import Start
 from veneer.quant.dense import DenseWeight
 
 
@@ -168,7 +168,7 @@ def parameter_places(
     return places, layers
 
 
-def add_parameters(model: nn.Module, name: str, places: Mapping[str, Sequence[str]], start: Start) -> None:
+def add_parameters(model: nn.Module, name: str, places: Mapping[str, Sequence[str]], allocation: Allocation) -> None:
     """Give an adapter its parameters at these places; the modules are adapted."""
     for path, parameters in places.items():
         module = cast(AdaptedParameters, model.get_submodule(path))
@@ -177,7 +177,7 @@ def add_parameters(model: nn.Module, name: str, places: Mapping[str, Sequence[st
         for parameter in parameters:
             own, site = cast(Tensor, module._parameters[parameter]), module.site(parameter)
             draw = functools.partial(method.init, site)
-            values = start.parameters(method.shapes(site), draw, own.device, own.dtype)
+            values = allocation.parameters(method.shapes(site), draw, own.device, own.dtype)
             cast(nn.ModuleDict, module.adapters[name])[parameter] = values
             swap_reading(module, parameter)
 

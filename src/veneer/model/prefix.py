@@ -15,8 +15,8 @@ from veneer.contract import PrefixMethod
 from veneer.core.records import PrefixDelta
 from veneer.core.sites import AttentionSite
 from veneer.errors import ConfigError, TargetError
+from veneer.model.allocation import Allocation
 from veneer.model.front import Front
-from veneer.model.start import Start
 from veneer.model.state import AdapterState
 from veneer.model.structure import evaluation, example_inputs
 from veneer.model.virtual_tokens import (
@@ -116,7 +116,7 @@ class _Recomputed:
         return method.lower_one(self.holder.sites, self.holder.parameters_of(name), place)
 
 
-def attach_prefix(model: PreTrainedModel, name: str, state: AdapterState, start: Start) -> None:
+def attach_prefix(model: PreTrainedModel, name: str, state: AdapterState, allocation: Allocation) -> None:
     """Put the prefix of adapter ``name`` on the model."""
     if not hasattr(model, CHILD):
         with state.base_alone():
@@ -126,7 +126,7 @@ def attach_prefix(model: PreTrainedModel, name: str, state: AdapterState, start:
     config = cast(PrefixMethod, state.configs[name]).for_model(holder.sites)
     state.configs[name] = config
     init = functools.partial(config.init, holder.sites)
-    holder.adapters[name] = start.parameters(config.shapes(holder.sites), init, model.device, model.dtype)
+    holder.adapters[name] = allocation.parameters(config.shapes(holder.sites), init, model.device, model.dtype)
 
 
 def attention_sites(model: PreTrainedModel) -> tuple[AttentionSite, ...]:

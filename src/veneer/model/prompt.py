@@ -17,8 +17,8 @@ from veneer.core.prompt import replace_leading, with_leading
 from veneer.core.records import PromptDelta
 from veneer.core.sites import InputSite
 from veneer.errors import TargetError
+from veneer.model.allocation import Allocation
 from veneer.model.front import Front
-from veneer.model.start import Start
 from veneer.model.state import AdapterState
 from veneer.model.virtual_tokens import (
     MARK,
@@ -196,17 +196,17 @@ class EncoderPromptAdapters(PromptAdapters):
         return super().after_forward(module, args, output)
 
 
-def attach_prompt(model: PreTrainedModel, name: str, state: AdapterState, start: Start) -> None:
+def attach_prompt(model: PreTrainedModel, name: str, state: AdapterState, allocation: Allocation) -> None:
     """Put the virtual tokens of adapter ``name`` on the model."""
     config = for_model(model, cast(PromptMethod, state.configs[name]))
     state.configs[name] = config
-    site = _site_to_start_from(model, config) if start.values else input_site(model)
+    site = _site_to_start_from(model, config) if allocation.values else input_site(model)
     init = functools.partial(config.init, site)
     if not hasattr(model, CHILD):
         kind = EncoderPromptAdapters if model.config.is_encoder_decoder else PromptAdapters
         model.add_module(CHILD, kind(state, model))
     holder = cast(PromptAdapters, getattr(model, CHILD))
-    holder.adapters[name] = start.parameters(config.shapes(site), init, model.device, model.dtype)
+    holder.adapters[name] = allocation.parameters(config.shapes(site), init, model.device, model.dtype)
 
 
 def for_model(model: PreTrainedModel, config: PromptMethod) -> PromptMethod:

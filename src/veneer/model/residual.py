@@ -15,8 +15,8 @@ from veneer.core.records import ResidualDelta
 from veneer.core.residual import residual_change
 from veneer.core.sites import ResidualSite
 from veneer.errors import TargetError
+from veneer.model.allocation import Allocation
 from veneer.model.routing import BASE, Routing
-from veneer.model.start import Start
 from veneer.model.state import AdapterState
 from veneer.model.structure import Sublayer, sublayers
 
@@ -92,7 +92,7 @@ class ResidualAdapters(nn.Module):
         return change.to(hidden.dtype)
 
 
-def attach_residual(model: PreTrainedModel, name: str, state: AdapterState, start: Start) -> None:
+def attach_residual(model: PreTrainedModel, name: str, state: AdapterState, allocation: Allocation) -> None:
     """Put the bottlenecks of adapter ``name`` after the sub-layers that its config names."""
     config = cast(ResidualMethod, state.configs[name])
     with state.base_alone():
@@ -102,7 +102,7 @@ def attach_residual(model: PreTrainedModel, name: str, state: AdapterState, star
         device = next(model.get_submodule(place.block_path).parameters()).device
         init = functools.partial(config.init, site)
         holder = _holder(model, place, state)
-        holder.adapters[name] = start.parameters(config.shapes(site), init, device, model.dtype)
+        holder.adapters[name] = allocation.parameters(config.shapes(site), init, device, model.dtype)
 
 
 def detach_residual(model: PreTrainedModel, name: str) -> None:

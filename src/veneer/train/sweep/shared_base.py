@@ -15,10 +15,10 @@ from veneer.adapters.peft_model import PeftModel, become_peft_model
 from veneer.data.encoding import IGNORED
 from veneer.errors import ConfigError
 from veneer.model.adapted import Adapted
+from veneer.model.allocation import Allocation
 from veneer.model.attach import adapted_places, attach, detach
 from veneer.model.mixed import checked, routed
 from veneer.model.routing import Stream
-from veneer.model.start import Start
 from veneer.train.loss import Scoring, Share, TokenLoss, token_losses
 
 Batch = dict[str, Tensor]
@@ -53,7 +53,7 @@ class SharedBase:
         """Carry the adapter of a member's model: the same parameters, so that gradients reach them."""
         (own,) = member.adapter_state.configs
         model = cast(PreTrainedModel, self.model)
-        attach(model, member.adapter_state.configs[own], name, self.state, start=Start(values=False))
+        attach(model, member.adapter_state.configs[own], name, self.state, allocation=Allocation(values=False))
         places = adapted_places(self.model)
         for path, place in adapted_places(member).items():
             held = ("adapters", "copies") if isinstance(place, Adapted) else ("adapters",)

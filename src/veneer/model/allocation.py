@@ -1,4 +1,4 @@
-"""How the parameters of a new adapter begin."""
+"""The making of a new adapter's parameters."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Start:
-    """How the parameters of a new adapter begin.
+class Allocation:
+    """The way in which the parameters of a new adapter are made.
 
     ``values``: the method's start values; otherwise they are left empty, to be loaded. ``widen``: float32 beside a
     16-bit base, otherwise the base's dtype.
