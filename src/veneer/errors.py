@@ -67,3 +67,7 @@ class DivergedError(TrainingError):
 
 class NonFiniteError(VeneerError, ValueError):
     """A tensor holds NaN or infinity where a finite number is needed."""
+
+
+class ServingError(VeneerError, RuntimeError):
+    """The engine that answers requests has broken down, or was stopped while one was on its way."""

@@ -21,11 +21,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from models import llama_config
 from veneer import (
+    LLM,
     BitsAndBytesConfig,
     IA3Config,
     LoraConfig,
+    LoRARequest,
     PeftModel,
     PrefixTuningConfig,
+    SamplingParams,
     SFTConfig,
     SFTTrainer,
     get_peft_model,
@@ -265,3 +268,28 @@ def test_flash_attention_on_a_cpu_is_refused_by_name(base: Path) -> None:
     """transformers says so itself, before anything is loaded."""
     with pytest.raises(ImportError, match=r"FlashAttention2 .* cannot be used"):
         load(base, quantization_config=nf4(), attn_implementation="flash_attention_2")
+
+
+def test_8_many_adapters_on_one_base(base: Path, tmp_path: Path) -> None:
+    for name, config in {"legal-lora": LoraConfig(r=64, target_modules=SEVEN), "other": IA3Config()}.items():
+        adapted = get_peft_model(load(base), config)
+        randomize(adapted)
+        adapted.save_pretrained(tmp_path / name)
+    llm = LLM(
+        model=str(base),
+        enable_lora=True,
+        max_loras=16,  # Number of adapters loaded simultaneously
+        max_lora_rank=64,  # Maximum rank across all adapters
+    )
+    # Each request can target a different adapter
+    output = llm.generate(
+        "w1 w2 w3 w4 w5",
+        SamplingParams(temperature=0.1, max_tokens=512),
+        lora_request=LoRARequest("legal-adapter", 1, str(tmp_path / "legal-lora")),
+    )
+    assert output[0].finished
+    assert output[0].outputs[0].token_ids
+    greedy = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    asked = [LoRARequest("other", 2, str(tmp_path / "other")), None, LoRARequest("x", 3, str(tmp_path / "legal-lora"))]
+    together = [o.outputs[0].token_ids for o in llm.generate(["w1 w2 w3"] * 3, greedy, lora_request=asked)]
+    assert len({tuple(answer) for answer in together}) == 3

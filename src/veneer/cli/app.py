@@ -20,7 +20,21 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from veneer.cli import chat, combine, env, eval, fetch, generate, info, inspect, intrinsic, merge, merge_models, train
+from veneer.cli import (
+    chat,
+    combine,
+    env,
+    eval,
+    fetch,
+    generate,
+    info,
+    inspect,
+    intrinsic,
+    merge,
+    merge_models,
+    serve,
+    train,
+)
 from veneer.cli.help import VerbCommand, first_sentence, print_page
 from veneer.errors import VeneerError
 
@@ -130,6 +144,7 @@ app.command("train", cls=VerbCommand)(train.train)
 app.command("info", cls=VerbCommand)(info.info)
 app.command("generate", cls=VerbCommand)(generate.generate)
 app.command("chat", cls=VerbCommand)(chat.chat)
+app.command("serve", cls=VerbCommand)(serve.serve)
 app.command("combine", cls=VerbCommand)(combine.combine)
 app.command("inspect", cls=VerbCommand)(inspect.inspect)
 app.command("eval", cls=VerbCommand)(eval.eval_)

@@ -46,6 +46,11 @@ class _Abort:
     id: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Forget:
+    name: str
+
+
 @dataclass(eq=False, slots=True)
 class _Group:
     """The answers to one prompt."""
@@ -70,7 +75,7 @@ class Engine:
         self.forms = Forms(tokenizer, vocabulary, ending)
         self.seed = 0
         self.generation_defaults: dict[str, Any] = {}
-        self._inbox: Inbox[Asked | _Abort] = Inbox()
+        self._inbox: Inbox[Asked | _Abort | _Forget] = Inbox()
         self._groups: dict[str, _Group] = {}
         self._answers: dict[str, tuple[_Group, Answer]] = {}
         self._numbers, self._keys = itertools.count(), itertools.count()
@@ -117,6 +122,10 @@ class Engine:
     def abort(self, request_id: str) -> None:
         """End a request with the next step; one that is not there is none to end. From any thread."""
         self._inbox.put(_Abort(request_id))
+
+    def forget(self, name: str) -> None:
+        """Drop an adapter's name with the next step, where there is one of it. From any thread."""
+        self._inbox.put(_Forget(name))
 
     def drop(self, request_ids: Sequence[str]) -> None:
         """End requests now, of which nothing is told any more. Between steps."""
@@ -187,13 +196,17 @@ class Engine:
         if wrong:
             raise ConfigError(f"{what} holds {wrong[:5]}, which are no token ids: those are 0 to {self.vocabulary - 1}")
 
-    def _take_in(self, message: Asked | _Abort, touched: dict[str, _Group]) -> None:
+    def _take_in(self, message: Asked | _Abort | _Forget, touched: dict[str, _Group]) -> None:
         if isinstance(message, _Abort):
             group = self._groups.get(message.id)
             for answer in group.answers if group else ():
                 self._end(answer.request, "abort")
             if group:
                 touched[message.id] = group
+            return
+        if isinstance(message, _Forget):
+            if self._adapters.pop(message.name, None) is not None:
+                self.pool.forget(message.name)
             return
         if message.version is not None and message.lora_request is not None:
             self._bind(message.lora_request, message.version)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -14,11 +14,9 @@ from veneer.serve.conversation import Conversation, chat_prompt
 from veneer.serve.engine import Asked, Engine
 from veneer.serve.lora_request import LoRARequest
 from veneer.serve.outputs import RequestOutput
+from veneer.serve.prompts import Prompt, read_prompt
 from veneer.serve.sampling_params import RequestOutputKind, SamplingParams
 from veneer.serve.start import EngineOptions, start_engine
-
-Prompt = str | Sequence[int] | Mapping[str, Any]
-One = TypeVar("One")
 
 
 class LLM:
@@ -175,22 +173,6 @@ class Adapters:
         """Keep an adapter loaded. Raises AdapterNameError where there is none of this number."""
         self._engine.pin_adapter(lora_id)
         return True
-
-
-def read_prompt(tokenizer: Any, prompt: Prompt) -> tuple[str | None, list[int]]:
-    """A prompt's text, where it has one, and its ids. Raises ConfigError for what is no prompt."""
-    if isinstance(prompt, Mapping):
-        known = {"prompt", "prompt_token_ids"}
-        if not prompt or set(prompt) - known:
-            raise ConfigError(f"a prompt that is a mapping has {sorted(known)}, not {sorted(prompt)}")
-        if "prompt_token_ids" in prompt:
-            return prompt.get("prompt"), read_prompt(tokenizer, prompt["prompt_token_ids"])[1]
-        return read_prompt(tokenizer, prompt["prompt"])
-    if isinstance(prompt, str):
-        return prompt, list(tokenizer(prompt)["input_ids"])
-    if isinstance(prompt, Sequence) and all(isinstance(i, int) for i in prompt):
-        return None, [int(id) for id in prompt]
-    raise ConfigError(f"{prompt!r} is no prompt: give text, a list of token ids, or a mapping with one of them")
 
 
 def _listed(prompts: Any) -> list[Prompt]:

@@ -1,0 +1,79 @@
+"""``veneer serve``: a server of a base and its adapters."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from veneer.cli import loading
+from veneer.errors import ConfigError
+
+
+def serve(
+    model: loading.Model,
+    adapters: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", show_default=False, help="Serve each adapter in this folder, by its folder's name."
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="The port there.")] = 8000,
+    open_: Annotated[
+        bool, typer.Option("--open", help="Let other machines in: there are no keys yet, anybody may ask.")
+    ] = False,
+    served_model_name: Annotated[
+        str | None, typer.Option(metavar="NAME", show_default=False, help="The base's name; by default MODEL.")
+    ] = None,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, show_default=False, help="Longest prompt with its answer, in tokens."),
+    ] = None,
+    max_loras: Annotated[
+        int | None, typer.Option(metavar="N", min=1, show_default=False, help="Adapters kept loaded at most.")
+    ] = None,
+    kv_gib: Annotated[
+        float | None, typer.Option(metavar="X", show_default=False, help="Memory for keys and values, in GiB.")
+    ] = None,
+    load_in_4bit: loading.FourBit = False,
+    dtype: loading.Dtype = "auto",
+    seed: Annotated[int, typer.Option(metavar="N", help="Of requests that bring no seed.")] = 0,
+) -> None:
+    """Answer OpenAI's API for a base and many adapters of every method, all in one batch.
+
+    Example: veneer serve smollm2-135m-instruct --adapters runs/adapters
+    """
+    import uvicorn
+
+    from veneer.serve.http.app import make_app
+    from veneer.serve.http.models import Catalogue
+    from veneer.serve.start import EngineOptions, start_engine
+
+    require_closed(host, open_)
+    if adapters is not None and not adapters.is_dir():
+        raise ConfigError(f"--adapters {adapters} is no folder: make it, adapters may come later")
+    options = EngineOptions(
+        dtype=dtype, quantization="bitsandbytes" if load_in_4bit else None, max_model_len=max_model_len, seed=seed,
+        max_loras=max_loras, kv_cache_memory_bytes=None if kv_gib is None else int(kv_gib * 2**30),
+    )  # fmt: skip
+    with loading.quiet():
+        engine = start_engine(model, options)
+    catalogue = Catalogue(engine, [served_model_name or model], model, adapters)
+    names = ", ".join(catalogue.adapters()) or "none yet"
+    typer.echo(f"base {catalogue.base}; adapters: {names}; http://{host}:{port}/v1", err=True)
+    uvicorn.run(make_app(engine, catalogue), host=host, port=port, log_level="warning", timeout_graceful_shutdown=3)
+
+
+def require_closed(host: str, open_: bool) -> None:
+    """Raise ConfigError for an address that others reach, unless that is meant."""
+    try:
+        near = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        near = False
+    if not near and not open_:
+        raise ConfigError(
+            f"--host {host} lets other machines in, and there are no keys yet: add --open if that is meant"
+        )

@@ -1,0 +1,95 @@
+"""The engine on a thread of its own, for an asyncio loop: outputs come to it once a step, aborts go back."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import threading
+from collections.abc import AsyncGenerator, Callable, Sequence
+
+from veneer.errors import ServingError
+from veneer.serve.engine import Asked, Engine
+from veneer.serve.outputs import RequestOutput
+
+_Outputs = asyncio.Queue[RequestOutput]
+_IDLE_SECONDS = 0.5  # how soon a stop is noticed while there is nothing to do
+
+
+class AsyncEngine:
+    """Steps while there is something to do. `start` and `stop` belong to the loop that asks."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.failure: BaseException | None = None
+        self._queues: dict[str, _Outputs] = {}
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._steps, name="veneer engine", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def start(self) -> None:
+        """Begin to step; answers come to the loop that runs now."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Step no more, and wait until the last step is done."""
+        self._stopping.set()
+        self._thread.join()
+
+    async def outputs(self, asked: Sequence[Asked]) -> AsyncGenerator[RequestOutput, None]:
+        """What becomes of requests, as it comes; those that are left when nobody listens any more are aborted.
+
+        Raises ServingError where the engine has broken down.
+        """
+        queue: _Outputs = asyncio.Queue()
+        left = {each.id for each in asked}
+        self._queues |= dict.fromkeys(left, queue)
+        try:
+            for each in asked:
+                self.engine.submit(each)
+            while left:
+                self._require_whole()
+                output = await queue.get()
+                self._require_whole()
+                if output.finished:
+                    left.discard(output.request_id)
+                yield output
+        finally:
+            for id in left:
+                self.engine.abort(id)
+            for each in asked:
+                self._queues.pop(each.id, None)
+
+    def _require_whole(self) -> None:
+        if self.failure is not None:
+            raise ServingError(f"the engine has broken down: {self.failure!r}") from self.failure
+
+    def _steps(self) -> None:
+        try:
+            while not self._stopping.is_set():
+                if self.engine.has_work or self.engine.wait(_IDLE_SECONDS):
+                    self._tell(self.engine.step())
+        except BaseException as error:
+            self.failure = error
+            self._call(self._wake_all)
+            raise
+
+    def _tell(self, outputs: Sequence[RequestOutput]) -> None:
+        """One wake-up of the loop a step, however many requests have news."""
+        if outputs:
+            self._call(functools.partial(self._deliver, outputs))
+
+    def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
+        for output in outputs:
+            queue = self._queues.get(output.request_id)
+            if queue is not None:
+                queue.put_nowait(output)
+
+    def _wake_all(self) -> None:
+        """Let everybody who waits see that the engine has failed."""
+        for queue in self._queues.values():
+            queue.put_nowait(RequestOutput("", None, [], None))
+
+    def _call(self, tell: Callable[[], None]) -> None:
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(tell)

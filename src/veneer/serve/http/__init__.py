@@ -1,0 +1,1 @@
+"""The server: OpenAI's routes over the engine."""

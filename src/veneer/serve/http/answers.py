@@ -1,0 +1,146 @@
+"""From a checked request to its whole answer, or to a stream of it; a client that goes away ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import Response, StreamingResponse
+
+from veneer.errors import VeneerError
+from veneer.serve.async_engine import AsyncEngine
+from veneer.serve.engine import Asked
+from veneer.serve.http.errors import error_body
+from veneer.serve.http.protocol import StreamOptions
+from veneer.serve.outputs import CompletionOutput, RequestOutput
+
+GONE = 499  # nobody reads it: the client has closed the connection
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """How a route writes: the beginning of ids, the objects' names, a choice whole, and one in a stream, from an answer
+    and its index; ``opening`` is what a stream begins with for each choice.
+    """
+
+    id: str
+    whole: str
+    chunk: str
+    choice: Callable[[CompletionOutput, int, Asked], dict[str, Any]]
+    delta: Callable[[CompletionOutput, int, Asked], dict[str, Any]]
+    opening: Callable[[int, Asked], dict[str, Any] | None]
+
+
+@dataclass(frozen=True)
+class Answering:
+    """Requests that belong to one call, the name of their model, and the shape of what goes back."""
+
+    asked: Sequence[Asked]
+    model: str
+    shape: Shape
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def head(self, kind: str) -> dict[str, Any]:
+        """What every object of this call begins with."""
+        return {"id": f"{self.shape.id}-{self.id}", "object": kind, "created": self.created, "model": self.model}
+
+    def index(self, output: RequestOutput, answer: CompletionOutput) -> int:
+        """The place of an answer among the choices: the prompts' one after the other."""
+        place = next(i for i, asked in enumerate(self.asked) if asked.id == output.request_id)
+        return place * self.asked[0].params.n + answer.index
+
+    def usage(self, n_answered: int) -> dict[str, Any]:
+        """Tokens read and written."""
+        n_prompt = sum(len(asked.prompt_ids) for asked in self.asked)
+        return {"prompt_tokens": n_prompt, "completion_tokens": n_answered, "total_tokens": n_prompt + n_answered}
+
+
+async def whole_answer(engine: AsyncEngine, request: Request, answering: Answering) -> Response:
+    """All choices at once; where the client goes away first, its requests end. Raises what a request ended with."""
+    finding = asyncio.ensure_future(_choices(engine, answering))
+    leaving = asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait({finding, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not finding.done():
+            return Response(status_code=GONE)
+        return Response(json.dumps(finding.result(), ensure_ascii=False), media_type="application/json")
+    finally:
+        leaving.cancel()
+        finding.cancel()
+        await asyncio.gather(finding, leaving, return_exceptions=True)
+
+
+def stream_of(engine: AsyncEngine, answering: Answering, options: StreamOptions) -> StreamingResponse:
+    """The choices as server-sent events; where the client goes away, its requests end."""
+    return StreamingResponse(_events(engine, answering, options), media_type="text/event-stream")
+
+
+async def _choices(engine: AsyncEngine, answering: Answering) -> dict[str, Any]:
+    choices, n_answered = {}, 0
+    by_id = {asked.id: asked for asked in answering.asked}
+    async with aclosing(engine.outputs(answering.asked)) as outputs:
+        async for output in outputs:
+            if output.error is not None:
+                raise output.error
+            for answer in output.outputs:
+                index = answering.index(output, answer)
+                choices[index] = answering.shape.choice(answer, index, by_id[output.request_id])
+                n_answered += len(answer.token_ids)
+            scores = output.prompt_logprobs
+            if scores is not None:
+                choices[answering.index(output, output.outputs[0])]["prompt_logprobs"] = _plain(scores)
+    found = [choices[index] for index in sorted(choices)]
+    return answering.head(answering.shape.whole) | {"choices": found, "usage": answering.usage(n_answered)}
+
+
+async def _events(engine: AsyncEngine, answering: Answering, options: StreamOptions) -> AsyncIterator[bytes]:
+    head, shape = answering.head(answering.shape.chunk), answering.shape
+    by_id, n_answered = {asked.id: asked for asked in answering.asked}, 0
+
+    def event(choices: list[dict[str, Any]], usage: bool = False) -> bytes:
+        told = {"usage": answering.usage(n_answered)} if usage else {}
+        return b"data: " + json.dumps(head | {"choices": choices} | told, ensure_ascii=False).encode() + b"\n\n"
+
+    for place, asked in enumerate(answering.asked):
+        for index in range(place * asked.params.n, (place + 1) * asked.params.n):
+            opening = shape.opening(index, asked)
+            if opening is not None:
+                yield event([opening])
+    try:
+        async with aclosing(engine.outputs(answering.asked)) as outputs:
+            async for output in outputs:
+                if output.error is not None:
+                    raise output.error
+                n_answered += sum(len(answer.token_ids) for answer in output.outputs)
+                for answer in output.outputs:
+                    choice = shape.delta(answer, answering.index(output, answer), by_id[output.request_id])
+                    yield event([choice], options.continuous_usage_stats)
+        if options.include_usage:
+            yield event([], usage=True)
+    except VeneerError as error:
+        yield b"data: " + json.dumps(error_body(error)).encode() + b"\n\n"
+    yield b"data: [DONE]\n\n"
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _plain(scores: Sequence[Any]) -> list[Any]:
+    """Log-probabilities of a prompt as JSON has them, by id."""
+    return [
+        each
+        and {
+            str(id): {"logprob": p.logprob, "rank": p.rank, "decoded_token": p.decoded_token} for id, p in each.items()
+        }
+        for each in scores
+    ]

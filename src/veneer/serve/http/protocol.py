@@ -1,0 +1,159 @@
+"""What the routes read: OpenAI's fields, and vLLM's beside them. Unknown ones are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError, ValidationError
+
+from veneer.errors import ConfigError
+from veneer.serve.sampling_params import MAX_LOGPROBS, RequestOutputKind, SamplingParams, StructuredOutputsParams
+
+# What SamplingParams has under the same name.
+_SAME = (
+    *("n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"),
+    *("seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens", "skip_special_tokens", "prompt_logprobs"),
+    *("include_stop_str_in_output", "logit_bias", "allowed_token_ids", "bad_words"),
+)
+
+
+class Strict(BaseModel):
+    """A body whose unknown fields are errors that know what the known ones are."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, given: Any) -> Any:
+        unknown = [name for name in given if name not in cls.model_fields] if isinstance(given, Mapping) else []
+        if unknown:
+            raise ValidationError.from_exception_data(
+                cls.__name__, [_extra(name, list(cls.model_fields)) for name in unknown]
+            )
+        return given
+
+
+def _extra(name: str, known: list[str]) -> InitErrorDetails:
+    error = PydanticCustomError("extra_forbidden", "unknown field", {"known": known})
+    return InitErrorDetails(type=error, loc=(name,), input=None)
+
+
+class StreamOptions(Strict):
+    """What a stream holds besides the answer."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class Body(Strict):
+    """What both routes read. ``user``, ``metadata``, ``store`` and ``service_tier`` are accepted and mean nothing."""
+
+    model: str | None = None
+    n: int = 1
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    max_tokens: int | None = None
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    prompt_logprobs: int | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+
+    def params(self, defaults: Mapping[str, Any], max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+        """How to answer; what the body leaves out is the model's default. Raises ConfigError."""
+        given = {name: value for name in _SAME if (value := getattr(self, name)) is not None}
+        kind = RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY
+        return SamplingParams(
+            **{**defaults, **given}
+            | {"max_tokens": max_tokens, "logprobs": logprobs, "output_kind": kind, "structured_outputs": self._form()}
+        )
+
+    def _form(self) -> StructuredOutputsParams | None:
+        asked = self.response_format or {}
+        kind = asked.get("type", "text")
+        if kind not in ("text", "json_object", "json_schema"):
+            raise ConfigError(f"response_format.type={kind!r} must be one of text, json_object, json_schema")
+        if self.structured_outputs is not None:
+            return StructuredOutputsParams(**self.structured_outputs)
+        if kind == "json_object":
+            return StructuredOutputsParams(json_object=True)
+        if kind == "text":
+            return None
+        schema = asked.get("json_schema")
+        if not isinstance(schema, Mapping) or not isinstance(schema.get("schema"), Mapping):
+            raise ConfigError("response_format of the type json_schema needs json_schema.schema, a mapping")
+        return StructuredOutputsParams(json=schema["schema"])
+
+
+class CompletionBody(Body):
+    """The body of ``/v1/completions``. ``logprobs`` is how many are listed beside the chosen one's."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: int | None = 16
+    logprobs: int | None = None
+    echo: bool = False
+
+    def prompts(self) -> list[Any]:
+        """The prompts, one or many."""
+        one = isinstance(self.prompt, str) or (bool(self.prompt) and isinstance(self.prompt[0], int))
+        return [self.prompt] if one else list(self.prompt)
+
+    def to_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        """How to answer. Raises ConfigError."""
+        if self.echo and self.logprobs is not None:
+            raise ConfigError("echo together with logprobs is not offered: ask for prompt_logprobs")
+        return self.params(defaults, self.max_tokens, self.logprobs)
+
+
+class ChatBody(Body):
+    """The body of ``/v1/chat/completions``. ``max_tokens`` is the old name of ``max_completion_tokens``."""
+
+    messages: list[dict[str, Any]]
+    max_completion_tokens: int | None = None
+    logprobs: bool = False
+    top_logprobs: int | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def to_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        """How to answer. Raises ConfigError."""
+        if self.top_logprobs is not None and not (self.logprobs and 0 <= self.top_logprobs <= MAX_LOGPROBS):
+            raise ConfigError(
+                f"top_logprobs={self.top_logprobs} needs logprobs=true and lies between 0 and {MAX_LOGPROBS}"
+            )
+        given = self.max_completion_tokens
+        longest = self.max_tokens if given is None else given
+        return self.params(defaults, longest, (self.top_logprobs or 0) if self.logprobs else None)
+
+    def template(self) -> dict[str, Any]:
+        """The arguments of the chat template."""
+        tools = None if self.tool_choice == "none" else self.tools
+        return {
+            "chat_template": self.chat_template, "add_generation_prompt": self.add_generation_prompt,
+            "continue_final_message": self.continue_final_message, "tools": tools, **(self.chat_template_kwargs or {}),
+        }  # fmt: skip

@@ -1,0 +1,120 @@
+"""Serving on SmolLM2-135M-Instruct: `LLM`, and `veneer serve` as a process that the openai client asks."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import openai
+import pytest
+import torch
+
+from veneer import (
+    LLM,
+    BottleneckConfig,
+    IA3Config,
+    LoraConfig,
+    LoRARequest,
+    PeftModel,
+    PrefixTuningConfig,
+    SamplingParams,
+    StructuredOutputsParams,
+    get_peft_model,
+)
+from veneer.store.fetch import model_folder
+from veneer.store.source import load_model
+
+pytestmark = pytest.mark.model
+NAME = "smollm2-135m-instruct"
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+CONFIGS = {
+    "lora": lambda: LoraConfig(r=5, lora_alpha=7, target_modules=["q_proj", "down_proj"]),
+    "dora": lambda: LoraConfig(r=3, use_dora=True, target_modules=["v_proj", "o_proj"]),
+    "ia3": lambda: IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "bottleneck": lambda: BottleneckConfig(reduction_factor=16),
+    "prefix": lambda: PrefixTuningConfig(num_virtual_tokens=3),
+}
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapters")
+    for seed, (name, config) in enumerate(CONFIGS.items()):
+        model = get_peft_model(load_model(NAME, dtype="float32"), config())
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in (p for p in model.parameters() if p.requires_grad):
+                parameter += 0.03 * torch.randn_like(parameter)
+        model.save_pretrained(folder / name)
+    return folder
+
+
+def test_each_answer_is_what_generate_gives(adapters: Path) -> None:
+    llm = LLM(model_folder(NAME), dtype="float32", enable_lora=True, max_loras=16, max_lora_rank=64)
+    model = load_model(NAME, dtype="float32")
+    for name in CONFIGS:
+        model = PeftModel.from_pretrained(model, adapters / name, adapter_name=name)
+    tokenizer, n = llm.get_tokenizer(), 6
+    prompts = ["The capital of France is", "Once upon a time", "def fib(n):", "1, 2, 3,", "Dear Sir,", "The sky"]
+    names = ["__base__", *CONFIGS]
+    requests = [None, *(LoRARequest(name, i, str(adapters / name)) for i, name in enumerate(CONFIGS, start=1))]
+    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=n), lora_request=requests, use_tqdm=False)
+    for prompt, name, output in zip(prompts, names, outputs, strict=True):
+        given = tokenizer(prompt, return_tensors="pt")
+        with torch.no_grad():
+            expected = model.generate(
+                **given, max_new_tokens=n, do_sample=False, adapter_names=[name], pad_token_id=tokenizer.eos_token_id
+            )
+        assert output.outputs[0].token_ids == expected[0, given.input_ids.shape[1] :].tolist(), name
+
+
+def test_chat_and_a_form() -> None:
+    llm = LLM(model_folder(NAME))
+    [answer] = llm.chat(QUESTION, SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)
+    assert answer.outputs[0].text == "The capital of France is Paris."
+    assert (answer.outputs[0].finish_reason, answer.outputs[0].stop_reason) == ("stop", None)
+    form = StructuredOutputsParams(choice=["London", "Paris", "Rome"])
+    [picked] = llm.chat(QUESTION, SamplingParams(temperature=0, structured_outputs=form), use_tqdm=False)
+    assert (picked.outputs[0].text, picked.outputs[0].finish_reason) == ("Paris", "stop")
+
+
+def test_the_command_serves_the_openai_client(adapters: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    main = "from veneer.cli.app import main; main()"
+    command = [sys.executable, "-c", main, "serve", NAME, "--adapters", str(adapters), "--port", str(port)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        _wait_for(f"http://127.0.0.1:{port}/health", process)
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+        assert [card.id for card in client.models.list().data] == [NAME, *sorted(CONFIGS)]
+        answer = client.chat.completions.create(model=NAME, messages=QUESTION, temperature=0, max_tokens=12)
+        assert answer.choices[0].message.content == "The capital of France is Paris."
+        stream = client.chat.completions.create(
+            model=NAME, messages=QUESTION, temperature=0, max_tokens=12, stream=True
+        )
+        assert "".join(part.choices[0].delta.content or "" for part in stream) == "The capital of France is Paris."
+        adapted = client.completions.create(model="dora", prompt="Dear", temperature=0, max_tokens=3)
+        assert adapted.usage is not None
+        assert adapted.usage.completion_tokens == 3
+    finally:
+        process.send_signal(signal.SIGINT)
+        errors = process.communicate(timeout=60)[1]
+    assert "Traceback" not in errors
+
+
+def _wait_for(url: str, process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 200
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            urllib.request.urlopen(url, timeout=5).close()
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.3)
+    raise AssertionError("the server did not come up")
