@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
 from veneer.serve.engine import Engine
 from veneer.serve.http.errors import ModelNotFoundError
 from veneer.serve.lora_request import LoRARequest
-from veneer.store.adapter_config import CONFIG_FILE
-from veneer.store.adapter_files import WEIGHTS_FILE
 
 
 class Catalogue:
