@@ -1,4 +1,7 @@
-"""The residual sub-layers of a model, found by watching one short forward pass, not from a list of families.
+"""The residual sub-layers of a model: from its description, or found by watching one short forward pass.
+
+The description of a decoder says where they are. Of other models, encoders and image models among them, one pass is
+watched.
 
 A residual add is an addition of the stream (what enters a block, the result of an earlier residual add, or a norm of
 either) and something else. That something is the output of a sub-layer: it is traced back to the module that gave it
@@ -16,7 +19,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from veneer.errors import TargetError
+from veneer.errors import DescriptionError, TargetError
+from veneer.model.blueprint.decoder import Block
+from veneer.model.blueprint.decoder import Sublayer as Place
+from veneer.model.blueprint.describe import describe
 from veneer.model.trace import Addition, trace_additions
 
 SublayerKind = Literal["attention", "cross_attention", "mlp"]
@@ -43,6 +49,31 @@ def sublayers(model: PreTrainedModel) -> tuple[Sublayer, ...]:
 
     Raises TargetError where the model has no blocks of attention and feed-forward parts, or a block holds others too.
     """
+    described = described_sublayers(model)
+    return watched_sublayers(model) if described is None else described
+
+
+def described_sublayers(model: PreTrainedModel) -> tuple[Sublayer, ...] | None:
+    """Those of a decoder whose description is tested by values; None for any other model."""
+    try:
+        decoder = describe(model)
+    except DescriptionError:
+        return None
+    if not decoder.listed or any(block.strange for block in decoder.blocks):
+        return None
+    places: list[tuple[int, Block, SublayerKind, Place | None]] = []
+    for layer, block in enumerate(decoder.blocks):
+        places.append((layer, block, "attention", block.attention_sublayer))
+        places.append((layer, block, "mlp", block.feed_forward_sublayer))
+    return tuple(
+        Sublayer(block.path, layer, kind, place.input_path, place.output_path, decoder.embedding.width)
+        for layer, block, kind, place in places
+        if place is not None
+    )
+
+
+def watched_sublayers(model: PreTrainedModel) -> tuple[Sublayer, ...]:
+    """Those that one short forward pass shows. Raises TargetError as `sublayers` does."""
     with evaluation(model):
         additions = trace_additions(model, example_inputs(model))
     blocks = _blocks(model, additions)

@@ -98,7 +98,8 @@ class Names:
         InnerNames(inner=(("up", "fc_in"),), down="fc_out"),
     )
     activation: tuple[str, ...] = ("act_fn", "activation_fn", "act", "gelu_impl")
-    dropouts: tuple[tuple[str, str], ...] = (("post_attention_dropout", "post_mlp_dropout"),)
+    attention_dropout: tuple[str, ...] = ("post_attention_dropout", "resid_attn_dropout")
+    feed_forward_dropout: tuple[str, ...] = ("post_mlp_dropout", "resid_mlp_dropout", "dropout")
 
 
 COMMON = Names()
@@ -106,11 +107,31 @@ EXPERTS = ("experts", "gate")  # the stacks of a mixture and its router, as chil
 STACKS = ("gate_up_proj", "down_proj")
 SHARED = ("shared_expert", "shared_expert_gate")
 
-# What a role is called in models that have no description here, encoders and encoder-decoders among them.
+JOINED: dict[str, tuple[str, ...]] = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
+_QKV = ("query_key_value", "c_attn", "qkv_proj", "Wqkv")
+# What a role is called in models that have no description, encoders and encoder-decoders among them.
 ELSEWHERE: dict[str, tuple[str, ...]] = {
-    "q": ("q_proj", "query", "q", "query_proj"),
-    "k": ("k_proj", "key", "k", "key_proj"),
-    "v": ("v_proj", "value", "v", "value_proj"),
-    "qkv": ("query_key_value", "c_attn", "qkv_proj", "Wqkv"),
+    "q": ("q_proj", "query", "q", "query_proj", *_QKV),
+    "k": ("k_proj", "key", "k", "key_proj", *_QKV),
+    "v": ("v_proj", "value", "v", "value_proj", *_QKV),
+    "o": ("o_proj", "out_proj"),
+    "gate": ("gate_proj", "gate_up_proj"),
+    "up": ("up_proj", "gate_up_proj", "fc1"),
     "down": ("down_proj", "fc2", "output.dense", "wo", "dense_4h_to_h", "mlp.c_proj", "w2"),
 }
+
+# PEFT's own lists, which its files rely on: the names that it knows a head of a task and the ends of a model by.
+CLASSIFIERS = ("classifier", "score")
+TASK_HEADS = {"SEQ_CLS": CLASSIFIERS, "TOKEN_CLS": CLASSIFIERS, "QUESTION_ANS": ("qa_outputs",)}
+MODEL_ENDS = ("embed_tokens", "lm_head")
+# Unsloth's default targets: every layer of a block of Llama's.
+LLAMA_LAYERS = (*COMMON.q_k_v[0], COMMON.out[0], *COMMON.inner[0].all)
+
+# Which part of a model a tensor is of, by its name, where there is no description: the first pattern that is found.
+KINDS = (
+    ("output head", r"(^|\.)(lm_head|embed_out|score|classifier)\."),
+    ("embeddings", r"(^|\.)(embed|wte|wpe|word_embeddings|embed_tokens|tok_embeddings)"),
+    ("norms", r"(norm|(^|\.)ln_?\w*)\.?\w*\.(weight|bias)$"),
+    ("attention", r"attn|attention"),
+    ("feed-forward", r"mlp|feed_forward|ffn|experts|fc[12]\."),
+)

@@ -93,7 +93,7 @@ def _attention_sublayer(
         return None
     if source.family.adds_inside:
         return Sublayer(input_path=attention.qkv[0].path, output_path=attention.out.path)
-    dropout = _dropout(source, block, 0)
+    dropout = _dropout(source, block, source.names.attention_dropout)
     post = norms.attention_post.path if norms.attention_post else None
     return Sublayer(input_path=attention.path, output_path=dropout or post or attention.path)
 
@@ -106,13 +106,14 @@ def _feed_forward_sublayer(
     if isinstance(part, FeedForward) and (in_block or source.family.adds_inside):
         return Sublayer(input_path=part.inner[0].path, output_path=part.down.path)
     post = norms.feed_forward_post.path if norms.feed_forward_post else None
-    return Sublayer(input_path=part.path, output_path=_dropout(source, block, 1) or post or part.path)
+    dropout = _dropout(source, block, source.names.feed_forward_dropout)
+    return Sublayer(input_path=part.path, output_path=dropout or post or part.path)
 
 
-def _dropout(source: Source, block: nn.Module, half: int) -> str | None:
+def _dropout(source: Source, block: nn.Module, names: tuple[str, ...]) -> str | None:
     """The path of the dropout behind a half, where it is a module of that half's own."""
-    pairs = (pair for pair in source.names.dropouts if has_all(block, pair))
-    return next((source.path(getattr(block, pair[half])) for pair in pairs), None)
+    found = (getattr(block, name) for name in names if has_all(block, (name,)))
+    return next((source.path(module) for module in found), None)
 
 
 def _unknown(path: str, reason: str) -> Block:

@@ -1,0 +1,57 @@
+"""Layers by role: what "attention's q and v" are called in a model, for targets of adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from transformers import PreTrainedModel
+
+from veneer.errors import DescriptionError
+from veneer.model.blueprint.decoder import Decoder
+from veneer.model.blueprint.describe import describe
+from veneer.model.blueprint.names import ELSEWHERE, JOINED
+from veneer.model.blueprint.parts import Linear
+
+
+def names_for(model: object, targets: Iterable[str]) -> tuple[str, ...]:
+    """The targets with names in place of roles: those of the layers that have the role in this model.
+
+    A joined layer has the roles of all that it gives. Where the model has no description, a role means every name that
+    it has in any of transformers' models; what is no role stays as it is.
+    """
+    wanted = tuple(targets)
+    decoder = _described(model) if any(target in ELSEWHERE for target in wanted) else None
+    found: list[str] = []
+    for target in wanted:
+        if target not in ELSEWHERE:
+            found.append(target)
+        else:
+            found += ELSEWHERE[target] if decoder is None else role_names(decoder, target)
+    return tuple(dict.fromkeys(found))
+
+
+def role_names(decoder: Decoder, role: str) -> tuple[str, ...]:
+    """The ends of paths that mean the layers of a role within the blocks of a decoder, and no other layer of them."""
+    meant = [(block.path, linear) for block in decoder.blocks for linear in block.linears if has_role(linear, role)]
+    others = {_last(o.path) for block in decoder.blocks for o in block.linears if not has_role(o, role)}
+    return tuple(
+        dict.fromkeys(_last(x.path) if _last(x.path) not in others else x.path[len(block) + 1 :] for block, x in meant)
+    )
+
+
+def has_role(linear: Linear, role: str) -> bool:
+    """Whether a layer gives what a role stands for, alone or joined with others."""
+    return linear.role == role or role in JOINED.get(linear.role, ())
+
+
+def _last(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def _described(model: object) -> Decoder | None:
+    """The description of a decoder whose blocks are known as a whole."""
+    try:
+        decoder = describe(model) if isinstance(model, PreTrainedModel) else None
+    except DescriptionError:
+        return None
+    return None if decoder is None or any(block.strange for block in decoder.blocks) else decoder
