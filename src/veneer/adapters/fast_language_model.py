@@ -12,12 +12,13 @@ from veneer.adapters.peft_model import PeftModel, get_peft_model
 from veneer.errors import ConfigError
 from veneer.methods.lora import LoraConfig
 from veneer.model.activation_memory import checkpoint_as_needed
+from veneer.model.blueprint.names import LLAMA_LAYERS
 from veneer.model.checkpointing import checkpoint_fully, checkpoint_selectively
 from veneer.model.fused.decoder import fuse, unfuse
 from veneer.store.quantization import BitsAndBytesConfig
 from veneer.store.source import load_model, load_tokenizer
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TARGETS = LLAMA_LAYERS
 
 
 class FastLanguageModel:

@@ -118,6 +118,7 @@ def _model(folder: Path, facts: ModelFacts) -> Section:
         "model": str(folder),
         "architecture": ", ".join(config.get("architectures") or [str(config.get("model_type"))]),
         **shape,
+        **facts.described,
         "parameters": f"{total:,}",
         **kinds,
         "size": f"{size(facts.n_bytes)} ({', '.join(facts.dtypes)})",

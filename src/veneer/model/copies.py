@@ -11,9 +11,7 @@ from veneer.contract import MethodConfig
 from veneer.core.nearest import nearest
 from veneer.errors import TargetError
 from veneer.model.adapted import Adapted, add_copy
-
-# Classification heads that PEFT lists together, whichever of them the model has.
-CLASSIFIERS = ("classifier", "score")
+from veneer.model.blueprint.names import CLASSIFIERS
 
 
 def copied_parameters(

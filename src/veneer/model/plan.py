@@ -10,13 +10,12 @@ from veneer.contract.keys import OUT_PROJECTION
 from veneer.contract.targets import ALL_LINEAR, absent_layers, select_targets
 from veneer.core.sites import LinearSite
 from veneer.errors import TargetError
-from veneer.model.copies import CLASSIFIERS, copied_parameters
+from veneer.model.blueprint.names import TASK_HEADS
+from veneer.model.copies import copied_parameters
 from veneer.model.parameters import parameter_places
 from veneer.model.snapshot import Snapshot, shortest_names
 from veneer.model.token_rows import RowPlace, row_places
 from veneer.model.tying import followers_of, unused_tie
-
-_HEADS = {"SEQ_CLS": CLASSIFIERS, "TOKEN_CLS": CLASSIFIERS, "QUESTION_ANS": ("qa_outputs",)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +91,7 @@ def resolved(snapshot: Snapshot, config: MethodConfig) -> MethodConfig:
             changes |= {name: value for name, value in defaults.items() if getattr(config, name) is None}
         elif isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
             changes["target_modules"] = shortest_names(snapshot.index(), targets_of(snapshot, config))
-    heads = [head for head in _HEADS.get(config.task_type or "", ()) if head in snapshot.modules]
+    heads = [head for head in TASK_HEADS.get(config.task_type or "", ()) if head in snapshot.modules]
     missing = [head for head in heads if head not in (config.modules_to_save or ())]
     if missing:
         changes["modules_to_save"] = (*(config.modules_to_save or ()), *missing)

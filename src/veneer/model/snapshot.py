@@ -15,7 +15,7 @@ from veneer.core.sites import LinearSite
 from veneer.errors import DescriptionError
 from veneer.model.adapted import Adapted
 from veneer.model.blueprint.describe import describe
-from veneer.model.copies import CLASSIFIERS
+from veneer.model.blueprint.names import CLASSIFIERS
 from veneer.model.embedding import input_embeddings
 from veneer.model.kinds import Kind, kind_of
 

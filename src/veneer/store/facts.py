@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,18 +13,15 @@ from veneer.contract import MethodConfig
 from veneer.contract.file import WEIGHTS_FILE
 from veneer.contract.places import modules_in
 from veneer.disk.safetensors import StoredTensor
-from veneer.errors import FormatError
+from veneer.errors import DescriptionError, FormatError
+from veneer.model.blueprint.decoder import Decoder
+from veneer.model.blueprint.parts import TensorPart
+from veneer.model.blueprint.summary import summary
+from veneer.model.blueprint.tensor_parts import part_of
 from veneer.store.adapter.config import read_config
 from veneer.store.checkpoint import Checkpoint
 
 NF4_BITS = 4.127  # Dettmers et al. 2023 (arXiv:2305.14314): 4 + 8/64 + 32/(64·256) bits with double quantization
-_KINDS = (
-    ("output head", r"(^|\.)(lm_head|embed_out|score|classifier)\."),
-    ("embeddings", r"(^|\.)(embed|wte|wpe|word_embeddings|embed_tokens|tok_embeddings)"),
-    ("norms", r"(norm|(^|\.)ln_?\w*)\.?\w*\.(weight|bias)$"),
-    ("attention", r"attn|attention"),
-    ("feed-forward", r"mlp|feed_forward|ffn|experts|fc[12]\."),
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,9 +37,13 @@ class AdapterFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
-    """A model: its config as a mapping, and parameters by kind. ``nbytes_4bit`` is its size with NF4 linear layers."""
+    """A model: its config as a mapping, what its description says, and parameters by part.
+
+    ``nbytes_4bit`` is its size with NF4 linear layers. ``described`` is empty where there is no description.
+    """
 
     config: Mapping[str, Any]
+    described: Mapping[str, str]
     parameters: Mapping[str, int]
     n_bytes: int
     nbytes_4bit: int | None
@@ -73,26 +73,35 @@ def model_facts(folder: Path) -> ModelFacts:
     checkpoint = Checkpoint.open(folder)
     tensors = checkpoint.tensors
     counts: Counter[str] = Counter()
+    made_from = AutoConfig.from_pretrained(folder)
+    decoder = _described(made_from)
+    parts = {name: part_of(name, decoder) for name in tensors}
     for name, tensor in tensors.items():
-        counts[kind_of(name)] += _count([tensor])
-    config = AutoConfig.from_pretrained(folder).to_dict()
+        counts[parts[name]] += _count([tensor])
+    config = made_from.to_dict()
     is_dense = config.get("quantization_config") is None
     return ModelFacts(
         config=config,
+        described=summary(decoder) if decoder else {},
         parameters=dict(counts.most_common()),
         n_bytes=checkpoint.nbytes,
-        nbytes_4bit=sum(_bytes_4bit(tensor) for tensor in tensors.values()) if is_dense else None,
+        nbytes_4bit=sum(_bytes_4bit(t, parts[name]) for name, t in tensors.items()) if is_dense else None,
         dtypes=_dtypes(tensors.values()),
     )
 
 
-def kind_of(name: str) -> str:
-    """The part of a decoder or encoder that a tensor belongs to, by its name."""
-    return next((kind for kind, pattern in _KINDS if re.search(pattern, name)), "other")
+def _described(config: Any) -> Decoder | None:
+    """The decoder that a config makes, without its weights; None where it makes something else."""
+    from veneer.model.blueprint.describe import describe_config
+
+    try:
+        return describe_config(config)
+    except DescriptionError:
+        return None
 
 
-def _bytes_4bit(tensor: StoredTensor) -> int:
-    in_4bit = len(tensor.shape) == 2 and kind_of(tensor.name) in ("attention", "feed-forward", "other")
+def _bytes_4bit(tensor: StoredTensor, part: TensorPart) -> int:
+    in_4bit = len(tensor.shape) == 2 and part in ("attention", "feed-forward", "other")
     return round(_count([tensor]) * NF4_BITS / 8) if in_4bit else 2 * _count([tensor])
 
 

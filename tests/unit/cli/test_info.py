@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 from typer.testing import Result
 
 from veneer import LoraConfig, VeraConfig, get_peft_model
-from veneer.store.facts import kind_of
+from veneer.model.blueprint.tensor_parts import part_of
 
 Veneer = Callable[..., Result]
 
@@ -61,6 +61,9 @@ def test_a_model(veneer: Veneer, model_folder: Path) -> None:
     norms = 5 * 48
     total = attention + feed_forward + 2 * embeddings + norms
     assert facts["architecture"] == "LlamaForCausalLM"
+    assert (facts["attention heads"], facts["key/value heads"], facts["head width"]) == ("3", "1", "16")
+    assert facts["rotary"] == "theta 10,000"
+    assert "window" not in facts
     assert facts["parameters"] == f"{total:,}"
     assert facts["attention"] == f"{attention:,} ({attention / total:.1%})"
     assert facts["feed-forward"] == f"{feed_forward:,} ({feed_forward / total:.1%})"
@@ -95,7 +98,7 @@ def test_json_holds_numbers(veneer: Veneer, model_folder: Path, adapter_folder: 
     ],
 )
 def test_kinds_by_name(name: str, kind: str) -> None:
-    assert kind_of(name) == kind
+    assert part_of(name) == kind
 
 
 def test_what_is_wrong_is_one_message(veneer: Veneer, tmp_path: Path, adapter_folder: Path, model_folder: Path) -> None:

@@ -19,9 +19,15 @@ from veneer.model.blueprint.source import Source, first, undescribed
 
 
 def describe_config(config: PreTrainedConfig) -> Decoder:
-    """The decoder that a config makes, built on the meta device. Raises DescriptionError as `describe` does."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    """The decoder that a config makes, built on the meta device.
+
+    Raises DescriptionError as `describe` does, and where transformers makes no decoder of the config.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (ImportError, ValueError) as error:
+        raise DescriptionError(f"transformers makes no decoder of a {type(config).__name__}: {error}") from error
     return describe(model)
 
 

@@ -1,7 +1,6 @@
 """The names that transformers' models give to their parts: a short list of alternatives for each, the first that fits.
 
-This is the only place of the house where such names stand, with `families` for what one family alone has, and
-`peft_targets` for PEFT's choices.
+This is the only place of the house where such names stand, with `families` for what one family alone has.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from veneer.model.blueprint.heads import HeadOrder
-from veneer.model.blueprint.parts import Role
+from veneer.model.blueprint.parts import Role, TensorPart
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +119,8 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "down": ("down_proj", "fc2", "output.dense", "wo", "dense_4h_to_h", "mlp.c_proj", "w2"),
 }
 
-# PEFT's own lists, which its files rely on: the names that it knows a head of a task and the ends of a model by.
+# PEFT's own lists, which its files rely on: the names that it knows a task's head by, whichever of them a model has,
+# and those of embeddings and head, whose whole weight is saved where they are targeted.
 CLASSIFIERS = ("classifier", "score")
 TASK_HEADS = {"SEQ_CLS": CLASSIFIERS, "TOKEN_CLS": CLASSIFIERS, "QUESTION_ANS": ("qa_outputs",)}
 MODEL_ENDS = ("embed_tokens", "lm_head")
@@ -128,7 +128,7 @@ MODEL_ENDS = ("embed_tokens", "lm_head")
 LLAMA_LAYERS = (*COMMON.q_k_v[0], COMMON.out[0], *COMMON.inner[0].all)
 
 # Which part of a model a tensor is of, by its name, where there is no description: the first pattern that is found.
-KINDS = (
+KINDS: tuple[tuple[TensorPart, str], ...] = (
     ("output head", r"(^|\.)(lm_head|embed_out|score|classifier)\."),
     ("embeddings", r"(^|\.)(embed|wte|wpe|word_embeddings|embed_tokens|tok_embeddings)"),
     ("norms", r"(norm|(^|\.)ln_?\w*)\.?\w*\.(weight|bias)$"),

@@ -38,6 +38,7 @@ from veneer.model.attach import (
     stored_tensors,
     unpacked_tensors,
 )
+from veneer.model.blueprint.names import MODEL_ENDS
 from veneer.model.embedding import input_embeddings
 from veneer.model.inplace import InPlace, base_of
 from veneer.model.state import AdapterState
@@ -46,8 +47,6 @@ from veneer.store.adapter.skeleton import config_of_base
 
 SaveEmbeddings = bool | Literal["auto"]
 _SHOWN = 5  # of the tensors of one kind that do not fit
-# The names that PEFT knows an embedding or a head by: where one is targeted, its whole weight is saved too.
-_EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 _Place = tuple[nn.Module, str]  # a module and the name of its parameter
 
 
@@ -330,7 +329,7 @@ def _saves_embedding(model: nn.Module, config: MethodConfig, key: str, wanted: S
     """PEFT's rule: "auto" saves what is targeted under a known name, and all where the vocabulary was resized."""
     if wanted != "auto":
         return wanted
-    targeted = is_of_wrapped(key) and any(f".{end}." in key for end in _EMBEDDING_NAMES)
+    targeted = is_of_wrapped(key) and any(f".{end}." in key for end in MODEL_ENDS)
     return targeted or _was_resized(model, config)
 
 

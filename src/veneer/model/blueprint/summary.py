@@ -1,0 +1,56 @@
+"""A decoder in a few lines, for people."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Iterable
+
+from veneer.model.blueprint.decoder import Decoder
+from veneer.model.blueprint.parts import Experts
+from veneer.model.blueprint.rotary import LongRopeScaling, Rotary
+
+_SHOWN = 3  # of the parts that are not described
+
+
+def summary(decoder: Decoder) -> dict[str, str]:
+    """What a decoder is made of, by title: layers, heads, window, rotary embedding, experts, and what is unknown."""
+    attentions = decoder.attentions
+    experts = [block.feed_forward for block in decoder.blocks if isinstance(block.feed_forward, Experts)]
+    lines = {
+        "layers": f"{len(decoder.blocks)}",
+        "attention heads": _counted(part.heads.n_heads for part in attentions),
+        "key/value heads": _counted(part.heads.n_kv_heads for part in attentions),
+        "head width": _counted(part.heads.head_dim for part in attentions),
+        "window": _in_layers((part.window for part in attentions), "tokens"),
+        "rotary": _in_layers(_told(part.rotary, part.heads.head_dim) for part in attentions),
+        "experts": _in_layers(f"{part.top_k} of {part.n_experts}" for part in experts),
+        "not described": "; ".join(dict.fromkeys(part.reason for part in decoder.strange[:_SHOWN])),
+    }
+    return {title: line for title, line in lines.items() if line}
+
+
+def _told(rotary: Rotary | None, head_dim: int) -> str | None:
+    if rotary is None:
+        return None
+    share = "" if rotary.dim == head_dim else f", {rotary.dim} of {head_dim} numbers"
+    return f"theta {rotary.theta:,g}{share}{_scaling(rotary)}{', neighbouring pairs' if rotary.interleaved else ''}"
+
+
+def _scaling(rotary: Rotary) -> str:
+    scaling = rotary.scaling
+    if scaling is None:
+        return ""
+    kind = type(scaling).__name__.removesuffix("Scaling")
+    return f", {kind}" if isinstance(scaling, LongRopeScaling) else f", {kind} ×{scaling.factor:g}"
+
+
+def _counted(values: Iterable[int]) -> str:
+    return ", ".join(f"{value:,}" for value in dict.fromkeys(values))
+
+
+def _in_layers(values: Iterable[Hashable | None], unit: str = "") -> str:
+    """Each value that is not None, and in how many layers it holds where that is not all of them."""
+    counts = Counter(values)
+    total = sum(counts.values())
+    held = {f"{value} {unit}".strip(): n for value, n in counts.items() if value is not None}
+    return "; ".join(f"{what} in {n} of {total} layers" if n < total else what for what, n in held.items())
