@@ -15,6 +15,7 @@ import veneer
 from veneer.cli.app import app
 from veneer.model.attach import outward_parameters
 from veneer.optim import lora_plus_groups
+from veneer.train.recipe.adapter import adapter_config, adapter_problems
 
 SIZES: dict[str, Any] = {"hidden_size": 28, "intermediate_size": 37, "num_hidden_layers": 2, "vocab_size": 67}
 BASES: dict[str, PreTrainedConfig] = {
@@ -100,6 +101,12 @@ def test_info_tells_its_modules(toy, tmp_path):
     facts = json.loads(result.stdout)
     layers = [f"model.layers.{i}" for i in range(2)]
     assert facts["modules"] == [path for each in layers for path in (f"{each}.mlp.up_proj", f"{each}.self_attn.k_proj")]
+
+
+def test_recipes_know_it_by_name(toy):
+    assert adapter_problems({"method": "toy", "strength": 3.0}) == []
+    assert adapter_config({"method": "toy", "strength": 3.0}) == toy(strength=3.0)
+    assert "adapter.strenght" in adapter_problems({"method": "toy", "strenght": 3.0})[0]
 
 
 def test_lora_plus_lets_what_is_outward_learn_faster(toy):

@@ -40,7 +40,11 @@ _Rank = Annotated[int | None, typer.Option(metavar="N", show_default=False, help
 _Seed = Annotated[int, typer.Option(metavar="N", help="Of the draw that dare_* makes.")]
 _Base = Annotated[
     str | None,
-    typer.Option(metavar="MODEL", show_default=False, help="The base model; needed for DoRA and IA3 adapters."),
+    typer.Option(
+        metavar="MODEL",
+        show_default=False,
+        help="The base model; needed for DoRA and IA3 adapters, for others where their base is not here.",
+    ),
 ]
 
 

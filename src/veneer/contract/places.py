@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from veneer.contract.config import MethodConfig
-from veneer.contract.keys import Place, attention_path, is_shared, parameter_key, place_of
+from veneer.contract.keys import SUBLAYER, Place, attention_path, copies_of, is_shared, parameter_key, place_of
 from veneer.contract.linear import LinearMethod
 from veneer.contract.residual import ResidualMethod
 from veneer.contract.virtual_tokens import PrefixMethod, PromptMethod
@@ -16,7 +16,7 @@ from veneer.core.sites import AttentionSite, InputSite, LinearSite, ResidualSite
 
 REPEATS = 2  # how often PEFT adds the update of an attention's output projection that is adapted with the attention
 INPUT = "input"  # the name of the one place of virtual tokens
-_SUBLAYER = re.compile(r"(?:.*\.)?(\d+)\.adapter_(attention|cross_attention|mlp)")
+_SUBLAYER = re.compile(rf"(?:.*\.)?(\d+)\.{SUBLAYER}(attention|cross_attention|mlp)")
 ShapesByKey = Mapping[str, tuple[int, ...]]
 
 
@@ -78,7 +78,9 @@ def modules_in(config: MethodConfig, keys: Collection[str]) -> list[str]:
     elif isinstance(config, ResidualMethod):
         ends = tuple(config.disk_names(_any_sublayer()).values())
     shared = () if config.shared is None else config.shared.names
-    return sorted({place_of(key, ends).path for key in keys if not is_shared(key, shared)} - {""})
+    written_again = {key for key in keys if any(own in keys for own in copies_of(key))}
+    own = (key for key in keys if key not in written_again and not is_shared(key, shared))
+    return sorted({place_of(key, ends).path for key in own} - {""})
 
 
 def _linear_places(config: LinearMethod, shapes: ShapesByKey) -> dict[str, Placed] | None:

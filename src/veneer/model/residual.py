@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from veneer.contract import ResidualMethod
-from veneer.contract.keys import parameter_key
+from veneer.contract.keys import SUBLAYER, parameter_key
 from veneer.core.records import ResidualDelta
 from veneer.core.residual import residual_change
 from veneer.core.sites import ResidualSite
@@ -19,8 +19,6 @@ from veneer.model.allocation import Allocation
 from veneer.model.routing import BASE, Routing
 from veneer.model.state import AdapterState
 from veneer.model.structure import Sublayer, sublayers
-
-PREFIX = "adapter_"  # the place of attention's bottleneck in a block is named "adapter_attention"
 
 
 class ResidualAdapters(nn.Module):
@@ -146,12 +144,15 @@ def places_of(model: PreTrainedModel, config: ResidualMethod) -> tuple[Sublayer,
 def residual_site(place: Sublayer) -> ResidualSite:
     """A sub-layer described by shapes."""
     return ResidualSite(
-        name=f"{place.block_path}.{PREFIX}{place.kind}", layer=place.layer, sublayer=place.kind, features=place.features
+        name=f"{place.block_path}.{SUBLAYER}{place.kind}",
+        layer=place.layer,
+        sublayer=place.kind,
+        features=place.features,
     )
 
 
 def _holder(model: nn.Module, place: Sublayer, state: AdapterState) -> ResidualAdapters:
-    block, child = model.get_submodule(place.block_path), f"{PREFIX}{place.kind}"
+    block, child = model.get_submodule(place.block_path), f"{SUBLAYER}{place.kind}"
     if not hasattr(block, child):
         block.add_module(child, ResidualAdapters(residual_site(place), state, model, place))
     return cast(ResidualAdapters, getattr(block, child))

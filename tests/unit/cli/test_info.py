@@ -6,8 +6,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import peft
 import pytest
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, RobertaConfig, RobertaForSequenceClassification
 from typer.testing import Result
 
 from veneer import LoraConfig, VeraConfig, get_peft_model
@@ -51,6 +52,17 @@ def test_what_modules_share_is_no_module(veneer: Veneer, model_folder: Path, tmp
     facts = section(veneer("info", tmp_path / "vera"))
     assert facts["modules"] == "4 (k_proj, q_proj)"
     assert facts["parameters"] == f"{2 * (48 + 16 + 2 * 3) + 2 * 3 * 48:,}"
+
+
+def test_biases_that_peft_writes_by_its_wrappers_names_are_no_more_modules(veneer: Veneer, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 37}
+    base = RobertaForSequenceClassification(RobertaConfig(vocab_size=67, max_position_embeddings=29, **sizes))
+    config = peft.LoraConfig(r=3, bias="all", task_type="SEQ_CLS")
+    peft.get_peft_model(base, config).save_pretrained(tmp_path)
+    facts = json.loads(veneer("info", tmp_path, "--json").stdout)
+    theirs = [path for path in facts["modules"] if path.startswith("classifier")]
+    assert theirs == ["classifier.dense", "classifier.out_proj"]
+    assert not any(wrapper in path for path in facts["modules"] for wrapper in ("modules_to_save", "original_module"))
 
 
 def test_a_model(veneer: Veneer, model_folder: Path) -> None:
