@@ -305,8 +305,10 @@ class Engine:
                 group.prompt_logprobs = group.prompt_logprobs or [None]
                 group.prompt_logprobs += [decoded(each, self.tokenizer) for each in scored]
             drawn = sampled.drawn.get(request.id)
-            if drawn is not None and answer.take(drawn):
-                self._end(request, "stop")
+            if drawn is not None:
+                self.runner.take(request.id, drawn.token)
+                if answer.take(drawn):
+                    self._end(request, "stop")
 
     def _end(self, request: Request, reason: Any) -> None:
         if request.status is not Status.DONE:

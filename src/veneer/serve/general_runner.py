@@ -46,7 +46,10 @@ class Runner(Protocol):
         """A request goes."""
 
     def run(self, plan: Plan) -> Sampled:
-        """Compute a plan, and draw."""
+        """Compute a plan, and draw; run again, a plan gives the same."""
+
+    def take(self, request_id: str, token: int) -> None:
+        """A token that was drawn is the answer's next."""
 
 
 class GeneralRunner:
@@ -83,6 +86,9 @@ class GeneralRunner:
 
     def end(self, request_id: str) -> None:
         self.sampler.end(request_id)
+
+    def take(self, request_id: str, token: int) -> None:
+        self.sampler.take(request_id, token)
 
     def run(self, plan: Plan) -> Sampled:
         logits = self._logits(plan)

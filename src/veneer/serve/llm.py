@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -57,12 +57,18 @@ class LLM:
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         *,
         chat_template: str | None = None,
+        chat_template_content_format: Literal["auto", "string"] = "auto",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """The next turns of conversations, under the model's chat template or the one given. Raises as `generate`."""
+        """The next turns of conversations, under the model's chat template or the one given. Raises as `generate`.
+
+        Contents in several parts come to the template as one text, whatever it would make of parts.
+        """
+        if chat_template_content_format not in ("auto", "string"):
+            raise ConfigError(f"chat_template_content_format={chat_template_content_format!r} must be auto or string")
         many = bool(messages) and not isinstance(messages[0], Mapping)
         how = {
             "chat_template": chat_template, "add_generation_prompt": add_generation_prompt,

@@ -45,7 +45,10 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """A prompt with its answers. ``error`` says why a request ended with the finish reason "error"."""
+    """A prompt with its answers. ``error`` says why a request ended with the finish reason "error".
+
+    There is no prefix cache and there are no statistics yet: ``num_cached_tokens`` is 0, ``metrics`` None.
+    """
 
     request_id: str
     prompt: str | None
@@ -55,4 +58,5 @@ class RequestOutput:
     finished: bool = False
     lora_request: LoRARequest | None = None
     num_cached_tokens: int = 0
+    metrics: None = None
     error: Exception | None = None

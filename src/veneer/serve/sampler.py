@@ -79,10 +79,14 @@ class Sampler:
         token = (
             int(changed.argmax()) if params.greedy else drawn(narrowed(changed, params), rule.key, len(state.output))
         )
-        state.output.append(token)
-        if rule.form is not None:
-            rule.form.take(token)
         return Drawn(token, None if params.logprobs is None else logprobs_of(raw, token, params.logprobs))
+
+    def take(self, request_id: str, token: int) -> None:
+        """The token that was drawn is the answer's next: until then, the same one would be drawn again."""
+        state = self._states[request_id]
+        state.output.append(token)
+        if state.rule.form is not None:
+            state.rule.form.take(token)
 
     def score(self, request_id: str, logits: Tensor, targets: tuple[int, ...]) -> list[TokenLogprobs]:
         """The log-probabilities of prompt tokens, from the logits (n, vocabulary) in front of them."""

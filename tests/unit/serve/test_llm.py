@@ -250,6 +250,8 @@ def test_chat_needs_a_template_and_one_way_to_go_on(llm, base_folder):
     turn = [{"role": "user", "content": "x"}]
     with pytest.raises(ConfigError, match="exclude each other"):
         llm.chat(turn, continue_final_message=True, use_tqdm=False)
+    with pytest.raises(ConfigError, match="must be auto or string"):
+        llm.chat(turn, chat_template_content_format="openai", use_tqdm=False)
     bare = LLM(base_folder)
     bare.get_tokenizer().chat_template = None
     with pytest.raises(ConfigError, match="no chat template"):
@@ -498,6 +500,28 @@ def test_an_interrupted_call_leaves_nothing(llm, monkeypatch):
     assert not llm.engine.has_work
     assert llm.engine.scheduler.pages.n_free == llm.engine.scheduler.pages.n_pages
     assert len(one(llm).outputs[0].token_ids) == 7
+
+
+def test_requests_beside_an_interrupted_call_go_on(llm, monkeypatch):
+    """Also where the interrupt comes between the draws and their being taken in."""
+    form = StructuredOutputsParams(regex="[a-z]{9}")
+    asked = SamplingParams(temperature=1.1, seed=7, max_tokens=9, repetition_penalty=1.3, structured_outputs=form)
+    [alone] = llm.generate([PROMPT], asked, use_tqdm=False)
+    llm.enqueue([PROMPT], asked)
+    runs, run = [], llm.engine.runner.run
+
+    def interrupted(plan):
+        sampled = run(plan)
+        runs.append(1)
+        if len(runs) == 4:
+            raise KeyboardInterrupt
+        return sampled
+
+    monkeypatch.setattr(llm.engine.runner, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([PROMPT] * 3, GREEDY, use_tqdm=False)
+    [output] = llm.wait_for_completion(use_tqdm=False)
+    assert output.outputs[0].token_ids == alone.outputs[0].token_ids
 
 
 @pytest.mark.parametrize(
