@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from veneer.model.fused.decoder import fuse
 from veneer.train.loss import token_loss
 
 RATE = 2e-4
+TOLERANCE = 0.005
 SIDES = ("peer", "veneer")
 
 
@@ -72,3 +73,12 @@ def step(side: str, model: Any, optimizer: torch.optim.Optimizer, ids: Tensor) -
     loss.backward()
     optimizer.step()
     return loss.item()
+
+
+def agree(what: str, theirs: Sequence[float], own: Sequence[float]) -> None:
+    """Print losses of both sides. SystemExit where they part by more than bfloat16 rounds them."""
+    apart = max(abs(a - b) / abs(b) for a, b in zip(own, theirs, strict=True))
+    shown = (" ".join(f"{loss:.4f}" for loss in losses) for losses in (theirs, own))
+    print("{}: {} and {}; apart by {:.3%}".format(what, *shown, apart), flush=True)
+    if not apart <= TOLERANCE:
+        raise SystemExit(f"they part by more than {TOLERANCE:.1%}: no times are given")
