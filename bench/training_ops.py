@@ -9,11 +9,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from paired import Pair
+from veneer.core.records import LinearDelta
 from veneer.ops.attention import AttentionOptions, attention
 from veneer.ops.cross_entropy import linear_cross_entropy
 from veneer.ops.dropout import add_dropped, drop, keep_scale
 from veneer.ops.glu import glu
-from veneer.ops.lora import Projection, lora_linears
+from veneer.ops.linear.layer import LinearLayer
+from veneer.ops.linear.op import linears
 from veneer.ops.norm import rms_norm
 from veneer.ops.rotary import rotary
 
@@ -108,9 +110,8 @@ def _lora_pair() -> tuple[Callable[..., Outputs], Callable[..., Outputs], list[T
     factors = [f for _ in range(2) for f in leaves((RANK, D), (INNER, RANK), dtype=torch.float32)]
 
     def ours(x: Tensor, *f: Tensor) -> Outputs:
-        return lora_linears(
-            x, [Projection(weight=w, a=f[2 * i], b=f[2 * i + 1], scale=2.0) for i, w in enumerate(frozen)]
-        )
+        records = [LinearDelta(a=f[2 * i], b=f[2 * i + 1], scale=2.0) for i in range(len(frozen))]
+        return linears(x, [LinearLayer(weight=w, records=(r,)) for w, r in zip(frozen, records, strict=True)])
 
     def peer(x: Tensor, *f: Tensor) -> Outputs:
         return tuple(

@@ -20,7 +20,6 @@ CHECKED = [
     "core.frozen",
     "core.linear",
     "core.records",
-    "core.rows",
     "core.sites",
     "core.token_rows",
     *(f"ops.{path.stem}" for path in sorted(OPS.iterdir()) if path.stem not in ("__init__", "triton")),

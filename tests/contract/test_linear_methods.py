@@ -13,9 +13,11 @@ from veneer.contract import LinearMethod
 from veneer.core.frozen import FrozenWeight
 from veneer.core.linear import apply_embedding, apply_linear, fold_linear
 from veneer.core.records import LinearDelta
-from veneer.core.rows import apply_linear_rows
 from veneer.core.sites import LinearSite
 from veneer.methods.variants import dora
+from veneer.ops.grouped_low_rank import AdapterRuns
+from veneer.ops.linear.layer import LinearLayer
+from veneer.ops.linear.op import linear
 from veneer.quant.dense import DenseWeight
 
 OUT, IN, TOKENS = 7, 5, 3
@@ -61,6 +63,12 @@ def inputs(*shape: int, seed: int = 2) -> torch.Tensor:
 def weight_of(site: LinearSite) -> FrozenWeight:
     assert site.weight is not None
     return site.weight
+
+
+def by_rows(records: list[LinearDelta], row_index: torch.Tensor, x: torch.Tensor, site: LinearSite) -> torch.Tensor:
+    """One pass of the op, each row with the record that it names."""
+    runs = AdapterRuns.of(row_index)
+    return linear(x, LinearLayer(weight=weight_of(site), bias=site.bias, records=tuple(records), runs=runs))
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -145,7 +153,7 @@ def test_a_row_of_a_mixed_batch_equals_the_row_alone(every_config, place, has_bi
     records = [LinearDelta(), *(c.lower(site, trained(c, site, seed)) for seed, c in enumerate(every_config))]
     row_index = torch.tensor([*range(len(records)), 1, 0, 2, 1])
     x = inputs(len(row_index), TOKENS, IN)
-    mixed = apply_linear_rows(records, row_index, x, weight_of(site), site.bias)
+    mixed = by_rows(records, row_index, x, site)
     for row, index in enumerate(row_index.tolist()):
         close(mixed[row], apply_linear(records[index], x[row], weight_of(site), site.bias))
 
@@ -155,7 +163,7 @@ def test_a_mixed_batch_has_the_gradients_of_its_rows(config):
     params = trained(config, site)
     x, row_index = inputs(4, TOKENS, IN).requires_grad_(), torch.tensor([1, 0, 1, 0])
     leaves = [x, *leaves_of(config, site, params)]
-    mixed = apply_linear_rows([LinearDelta(), config.lower(site, params)], row_index, x, weight_of(site), site.bias)
+    mixed = by_rows([LinearDelta(), config.lower(site, params)], row_index, x, site)
     got = torch.autograd.grad(mixed.square().sum(), leaves)
     alone = apply_linear(config.lower(site, params), x[[0, 2]], weight_of(site), site.bias)
     plain = apply_linear(LinearDelta(), x[[1, 3]], weight_of(site), site.bias)

@@ -10,17 +10,23 @@ from jaxtyping import Float
 from torch import Tensor
 
 from veneer.core.frozen import FrozenWeight
-from veneer.core.linear import fold_linear
+from veneer.core.linear import fold_linear, plain
 from veneer.core.records import LinearDelta
 from veneer.errors import CompositionError
 
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """One adapter's record at one layer. ``weight`` is needed only by records that scale it (DoRA, IA3)."""
+    """One adapter's record at one layer, brought to a plain pair.
+
+    ``weight`` is needed only by records that scale it (DoRA, IA3).
+    """
 
     record: LinearDelta
     weight: FrozenWeight | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "record", plain(self.record))
 
     @property
     def is_lowrank(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
@@ -59,7 +60,7 @@ def _apply(
     for part, own_input in parts:
         if part.a is not None and part.b is not None:
             source = base_input if own_input is None else scaled(own_input, whole.in_scale)
-            y = y + lowrank(source, part.a, part.b) * part.scale
+            y = y + behind_a(torch.nn.functional.linear(source.to(part.a.dtype), part.a), part)
     return _finished(whole, y, bias).to(base.dtype)
 
 
@@ -78,7 +79,7 @@ def apply_projected(
     y = base
     for part, inner in parts:
         if part.b is not None:
-            y = y + torch.nn.functional.linear(inner, part.b) * part.scale
+            y = y + behind_a(inner, part)
     return _finished(whole, y, bias).to(base.dtype)
 
 
@@ -104,7 +105,7 @@ def apply_embedding(
     y = looked_up
     if delta.a is not None and delta.b is not None:
         columns = torch.nn.functional.embedding(token_ids, delta.a.T, padding_idx)
-        y = y + torch.nn.functional.linear(columns, delta.b) * delta.scale
+        y = y + behind_a(columns, delta)
     if delta.in_scale is not None:
         y = y * delta.in_scale[token_ids][..., None]
     if delta.out_scale is not None:
@@ -112,11 +113,30 @@ def apply_embedding(
     return (y if delta.bias is None else y + delta.bias).to(looked_up.dtype)
 
 
-def lowrank(
-    x: Float[Tensor, "*batch i"], a: Float[Tensor, "r i"], b: Float[Tensor, "o r"]
-) -> Float[Tensor, "*batch o"]:
-    """``B A x`` in A's dtype, rank first: the matrix ``B A`` is never formed."""
-    return torch.nn.functional.linear(torch.nn.functional.linear(x.to(a.dtype), a), b)
+def behind_a(inner: Float[Tensor, "*batch r"], delta: LinearDelta) -> Float[Tensor, "*batch o"]:
+    """``scale * b_scale * B (core * inner)`` of a record that has a low-rank part, ``inner`` being its A x.
+
+    Rank first: the matrix ``B A`` is never formed.
+    """
+    scaled_inner = inner if delta.core is None else inner * delta.core
+    y = torch.nn.functional.linear(scaled_inner, cast(Tensor, delta.b)) * delta.scale
+    return y if delta.b_scale is None else y * delta.b_scale
+
+
+def plain_b(delta: LinearDelta) -> Float[Tensor, "*experts o r"] | None:
+    """``diag(b_scale) B diag(core)``: the B of a plain low-rank pair that does the same."""
+    b = delta.b
+    if b is None:
+        return None
+    b = b if delta.core is None else b * delta.core
+    return b if delta.b_scale is None else b * delta.b_scale[:, None]
+
+
+def plain(delta: LinearDelta) -> LinearDelta:
+    """The same record without core and b_scale, which are multiplied into b."""
+    if delta.core is None and delta.b_scale is None:
+        return delta
+    return replace(delta, b=plain_b(delta), core=None, b_scale=None)
 
 
 def scaled(x: Float[Tensor, "*batch i"], scale: Float[Tensor, "*#batch i"] | None) -> Float[Tensor, "*batch i"]:
@@ -155,8 +175,9 @@ def row_blocks(weight: Float[Tensor, "n *rest"]) -> list[slice]:
 def _fold(delta: LinearDelta, weight: Tensor) -> Tensor:
     wide = torch.promote_types(weight.dtype, torch.float32)
     folded = weight.to(wide)
-    if delta.a is not None and delta.b is not None:
-        folded = folded + (delta.b.to(wide) @ delta.a.to(wide)) * delta.scale
+    b = plain_b(delta)
+    if delta.a is not None and b is not None:
+        folded = folded + (b.to(wide) @ delta.a.to(wide)) * delta.scale
     if delta.in_scale is not None:
         folded = folded * delta.in_scale.to(wide)
     if delta.out_scale is not None:
@@ -171,6 +192,7 @@ def _of_rows(delta: LinearDelta, rows: slice) -> LinearDelta:
         delta,
         a=delta.a[rows] if delta.a is not None and stacked else delta.a,
         b=None if delta.b is None else delta.b[rows],
+        b_scale=None if delta.b_scale is None else delta.b_scale[rows],
         out_scale=None if delta.out_scale is None else delta.out_scale[rows],
     )
 
@@ -192,7 +214,7 @@ def compose_linear(deltas: Sequence[LinearDelta], bias: Float[Tensor, " o"] | No
             "(DoRA, IA3); such an update cannot be added to one that adds a low-rank part or a bias. Activate one of "
             "them at a time, merge one first, or combine them with add_weighted_adapter."
         )
-    lowrank_parts = [d for d in deltas if d.rank]
+    lowrank_parts = [plain(d) for d in deltas if d.rank]
     return LinearDelta(
         a=torch.cat([d.a for d in lowrank_parts if d.a is not None], dim=-2) if lowrank_parts else None,
         b=torch.cat([d.b * d.scale for d in lowrank_parts if d.b is not None], dim=-1) if lowrank_parts else None,
@@ -208,9 +230,9 @@ def row_norms(delta: LinearDelta, weight: FrozenWeight, weight_row_sq: Float[Ten
     ``|w + s b A|² = |w|² + 2 s b·(A w) + s² b (A Aᵀ) bᵀ`` for each row w of W and b of B: a product of W with r rows
     and one of size (o, r, r).
     """
-    if delta.a is None or delta.b is None:
+    a, b = delta.a, plain_b(delta)
+    if a is None or b is None:
         return weight_row_sq.sqrt()
-    a, b = delta.a, delta.b
     cross = (weight.matmul(a).to(b.dtype).T * b).sum(dim=1)
     square = ((b @ (a @ a.T)) * b).sum(dim=1)
     total = weight_row_sq.to(b.dtype) + 2 * delta.scale * cross + delta.scale**2 * square

@@ -13,9 +13,10 @@ from torch import Tensor
 class LinearDelta:
     """A change to a linear layer ``y = W x + c`` with ``W (o, i)``:
 
-    ``y = out_scale * (W (in_scale * x) + scale * B A (in_scale * x)) + bias``
+    ``y = out_scale * (W (in_scale * x) + scale * b_scale * B (core * A (in_scale * x))) + bias``
 
-    A field that is None is neutral: no low-rank part, scales of one, and the layer's own ``c`` as bias.
+    A field that is None is neutral: no low-rank part, scales of one, and the layer's own ``c`` as bias. ``core`` and
+    ``b_scale``, vectors between A and B and behind B, let layers share one A and B (VeRA).
     ``bias`` *replaces* the layer's own, so IA3 scales it and ``lora_bias`` adds to it before the record is made.
     An embedding is the linear layer ``(d, n_tokens)`` applied to one-hot rows; a convolution is one applied to patches.
     Experts stacked in one tensor have one ``a`` and ``b`` each, stacked likewise; then there is nothing but a low-rank
@@ -25,6 +26,8 @@ class LinearDelta:
     a: Float[Tensor, "*experts r i"] | None = None
     b: Float[Tensor, "*experts o r"] | None = None
     scale: float = 1.0
+    core: Float[Tensor, " r"] | None = None
+    b_scale: Float[Tensor, " o"] | None = None
     in_scale: Float[Tensor, " i"] | None = None
     out_scale: Float[Tensor, " o"] | None = None
     bias: Float[Tensor, " o"] | None = None

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from veneer.core.rows import leading_rows
 from veneer.model.routing import Routing
 
 
@@ -68,3 +68,11 @@ class Front:
         if self.routing is None:
             return given[0].expand(n_rows, *given[0].shape)
         return leading_rows(given, self.routing.index(n_rows, self.names, "the model"), self.width)
+
+
+def leading_rows(
+    given: Sequence[Float[Tensor, "_ *shape"]], row_index: Int[Tensor, " rows"], n: int
+) -> Float[Tensor, "rows n *shape"]:
+    """Row by row one of ``given``, counted from 1, with zeros in front up to n along its first axis; 0 is all zeros."""
+    filled = [torch.cat([x.new_zeros(n - x.shape[0], *x.shape[1:]), x]) for x in given]
+    return torch.stack([torch.zeros_like(filled[0]), *filled])[row_index.to(filled[0].device)]

@@ -15,13 +15,17 @@ from veneer.contract.keys import parameter_key
 from veneer.core.frozen import FrozenWeight
 from veneer.core.linear import apply_linear, apply_linear_sum, compose_linear, fold_linear, row_blocks
 from veneer.core.records import LinearDelta
-from veneer.core.rows import apply_linear_rows
 from veneer.core.sites import LinearSite
 from veneer.core.token_rows import project_rows
 from veneer.model.adapted import Adapted, factors_of
-from veneer.model.grouped import add_grouped
-from veneer.model.routing import Routing
+from veneer.model.lowered import lowered
+from veneer.model.masks import masks_of
+from veneer.ops.grouped_low_rank import AdapterRuns
+from veneer.ops.linear.layer import LinearLayer
+from veneer.ops.linear.masks import Mask, dropout
+from veneer.ops.linear.op import linear
 from veneer.quant.dense import DenseWeight
+from veneer.quant.product import CodedWeight
 
 
 class AdaptedSite(Adapted):
@@ -79,8 +83,8 @@ class AdaptedSite(Adapted):
 
     def dropped(self, x: Tensor, name: str) -> Tensor | None:
         """The input of A under this adapter's dropout; None where nothing is dropped."""
-        p = self.method(name).dropout if self.training else 0.0
-        return nn.functional.dropout(x, p, training=True) if p else None
+        masks = masks_of([self.method(name).dropout if self.training else 0.0], x.shape, x.device, None)
+        return dropout(x, cast(Mask, masks[0])) if masks else None
 
     def folded(self, names: Sequence[str]) -> dict[str, Tensor]:
         values = super().folded(names)
@@ -137,18 +141,74 @@ class AdaptedLinear(AdaptedSite):
 
     def forward(self, x: Tensor) -> Tensor:
         routing = self.adapter_state.routed()
-        if routing is not None:
-            return self._mixed(x, routing)
-        names = self.acting_here()
+        names = self.acting_here() if routing is None else [n for n in routing.adapters if self.holds(n)]
         if not names:
             return self._own(x)
-        site = self.site()
+        weight = None if routing is not None and self._differs(names) else self._weight(None)
+        if weight is None or torch.compiler.is_compiling() or _trains(weight) or self.drops_apart():
+            return self._by_formula(x) if routing is None else self.by_rows(routing, names, (x,), {})
+        if routing is not None:
+            routing.rows(x.shape[0], self.site_name)
+        records, runs = self.acting_records()
+        bias, masks = self._parameters.get("bias"), self.masks(x)
+        return _computed(x, LinearLayer(weight=weight, bias=bias, records=records, runs=runs, masks=masks))
+
+    def acting_records(self) -> tuple[tuple[LinearDelta, ...], AdapterRuns | None]:
+        """What acts now as `LinearLayer` takes it: at most one record, or those of a mixed batch with their runs.
+
+        A bias that an adapter trains is in its record. Raises CompositionError for adapters that have no sum.
+        """
+        routing = self.adapter_state.routed()
+        if routing is None:
+            record = self._together([name for name in self.adapter_state.acting() if self.holds(name)])
+            return (() if record is None else (record,)), None
+        records = (self._together([name]) if self.holds(name) else None for name in routing.adapters)
+        return tuple(LinearDelta() if record is None else record for record in records), routing.runs
+
+    def kept_record(self, name: str) -> LinearDelta:
+        """`record`, kept with the adapter's tensors while it is those tensors themselves."""
+        return lowered(self.adapters[name], self.method(name), lambda: self.record(name))
+
+    def _together(self, names: Sequence[str]) -> LinearDelta | None:
+        """The record of these adapters, a bias that they train in it; None where they change nothing."""
+        held = [name for name in names if name in self.adapters]
+        bias = self.effective("bias", names)
+        trained = bias if bias is not self._parameters.get("bias") else None
+        if not held:
+            return None if trained is None else LinearDelta(bias=trained)
+        record = self.kept_record(held[0]) if len(held) == 1 else self.composed(held, self.site(names))
+        return record if trained is None or record.bias is not None else replace(record, bias=trained)
+
+    def replaces_weight(self) -> bool:
+        """Whether another weight than the layer's own acts, on all rows or on some."""
+        routing = self.adapter_state.routed()
+        names = self.adapter_state.acting() if routing is None else routing.adapters
+        return "merged_weight" in vars(self) or self._differs(names)
+
+    def masks(self, x: Tensor) -> tuple[Mask | None, ...]:
+        """What dropout hides of x (rows, …, features) from each record of `acting_records`; drawn anew at each call."""
+        if not self.training:
+            return ()
+        routing = self.adapter_state.routed()
+        names = self.acting_here() if routing is None else routing.adapters
+        rates = [self.method(name).dropout if name in self.adapters else 0.0 for name in names]
+        return masks_of(rates, x.shape, x.device, routing)
+
+    def drops_apart(self) -> bool:
+        """Whether several adapters act as one record, and each drops what it reads by itself."""
+        names = () if self.adapter_state.routed() is not None else self.acting_here()
+        return self.training and len(names) > 1 and any(self.method(name).dropout for name in names)
+
+    def _differs(self, names: Sequence[str]) -> bool:
+        """Whether rows have whole weights of their own."""
+        return any(self.has_own(name, "weight") for name in names)
+
+    def _by_formula(self, x: Tensor) -> Tensor:
+        """The record applied under autograd: for a compiler to follow, or where the weight is trained as well."""
+        names, site = self.acting_here(), self.site()
         weight = cast(FrozenWeight, site.weight)
-        if len(names) > 1 and self.training:  # each has a dropout mask of its own
-            records = [self.record(name, site) for name in names]
-            return apply_linear_sum(records, x, weight, site.bias, [self.dropped(x, name) for name in names])
-        delta = self.composed(names, site)
-        return apply_linear(delta, x, weight, site.bias, self.dropped(x, names[0]))
+        records = [self.record(name, site) for name in names]
+        return apply_linear_sum(records, x, weight, site.bias, [self.dropped(x, name) for name in names])
 
     def site(self, names: Sequence[str] | None = None) -> LinearSite:
         weight = self._weight(names)
@@ -207,37 +267,21 @@ class AdaptedLinear(AdaptedSite):
             y = project_rows(x, y, each.index(x.device), each.trainable_tokens_delta, bias)
         return y
 
-    def _mixed(self, x: Tensor, routing: Routing) -> Tensor:
-        """A mixed batch: one pass over the weight for all rows, unless rows have whole weights of their own."""
-        names = [name for name in routing.adapters if self.holds(name)]
-        if any(self.has_own(name, "weight") for name in names):
-            return self.by_rows(routing, names, (x,), {})
-        if not names:
-            return self._own(x)
-        deltas = [LinearDelta(), *(self._record_with_bias(name) for name in names)]
-        index = routing.index(x.shape[0], names, self.site_name)
-        weight = cast(FrozenWeight, self.site(()).weight)
-        dropped = self._dropped_rows(x, names, index, routing)
-        bias = self._parameters.get("bias")
-        return apply_linear_rows(deltas, index, x, weight, bias, lowrank_input=dropped, add=add_grouped)
 
-    def _record_with_bias(self, name: str) -> LinearDelta:
-        """The record of one adapter; a bias that it trains is in it."""
-        site = self.site((name,))
-        record = self.record(name, site) if name in self.adapters else LinearDelta()
-        return replace(record, bias=site.bias) if name in self.copies and record.bias is None else record
+def _trains(weight: FrozenWeight) -> bool:
+    return isinstance(weight, DenseWeight) and weight.tensor.requires_grad
 
-    def _dropped_rows(self, x: Tensor, names: Sequence[str], index: Tensor, routing: Routing) -> Tensor | None:
-        """The input of each row's A under its adapter's dropout; None where nothing is dropped."""
-        rates = {n: self.method(n).dropout for n in names if self.training and n in self.adapters}
-        if not any(rates.values()):
-            return None
-        dropped = x
-        for place, name in enumerate(names, start=1):
-            if rates.get(name):
-                rows = (index == place).nonzero().squeeze(1).to(x.device)
-                dropped = dropped.index_copy(0, rows, routing.dropout(name, x[rows], rates[name]))
-        return dropped
+
+def _computed(x: Tensor, layer: LinearLayer) -> Tensor:
+    """The op in the dtype that the plain layer would answer in, which is autocast's where that is on."""
+    weight, device = layer.weight, x.device.type
+    if not torch.is_autocast_enabled(device):
+        return linear(x.to(weight.tensor.dtype) if isinstance(weight, DenseWeight) else x, layer)
+    dtype = torch.get_autocast_dtype(device)
+    if isinstance(weight, DenseWeight | CodedWeight):  # autocast overrules what they compute in
+        layer = replace(layer, weight=replace(cast(Any, weight), compute_dtype=dtype))
+    with torch.autocast(device, enabled=False):
+        return linear(x.to(dtype), layer)
 
 
 def wide(weight: FrozenWeight) -> Tensor:

@@ -121,7 +121,7 @@ def _routed(checkpoint: Callable[..., Any], state: AdapterState, routing: Routin
 @contextmanager
 def _same_draws(routing: Routing, kept: list[dict[str, Tensor]]) -> Iterator[None]:
     """The first time, note in ``kept`` where the adapters' streams of random numbers are; later, draw from there."""
-    now = {name: stream.generator.get_state() for name, stream in routing.dropouts.items()}
+    now = {name: generator.get_state() for name, generator in routing.generators.items()}
     again = bool(kept)
     if again:
         _set_streams(routing, kept[0])
@@ -136,4 +136,4 @@ def _same_draws(routing: Routing, kept: list[dict[str, Tensor]]) -> Iterator[Non
 
 def _set_streams(routing: Routing, states: Mapping[str, Tensor]) -> None:
     for name, state in states.items():
-        routing.dropouts[name].generator.set_state(state)
+        routing.generators[name].set_state(state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -16,9 +17,11 @@ from veneer.core.residual import residual_change
 from veneer.core.sites import ResidualSite
 from veneer.errors import TargetError
 from veneer.model.allocation import Allocation
+from veneer.model.masks import masks_of
 from veneer.model.routing import BASE, Routing
 from veneer.model.state import AdapterState
 from veneer.model.structure import Sublayer, sublayers
+from veneer.ops.linear.masks import Mask, dropout
 
 
 class ResidualAdapters(nn.Module):
@@ -86,7 +89,9 @@ class ResidualAdapters(nn.Module):
         change = residual_change(record, hidden if record.where == "serial" or x is None else x)
         p = self._method(name).dropout if self.training else 0.0
         if p:
-            change = nn.functional.dropout(change, p) if routing is None else routing.dropout(name, change, p)
+            own = None if routing is None else replace(routing, names=(name,) * change.shape[0])
+            (mask,) = masks_of([p], change.shape, change.device, own)
+            change = dropout(change, cast(Mask, mask))
         return change.to(hidden.dtype)
 
 

@@ -16,32 +16,16 @@ from veneer.ops.grouped_low_rank import AdapterRuns, Run
 BASE = "__base__"  # PEFT's name for a row that no adapter changes
 
 
-@dataclass(frozen=True, slots=True)
-class Stream:
-    """Random numbers for the rows of one adapter, of which the first ``width`` columns are its own, the rest padding.
-
-    They are drawn as torch's dropout draws them, so that an adapter finds those that it would find alone.
-    """
-
-    generator: torch.Generator
-    width: int
-
-    def dropout(self, x: Tensor, p: float) -> Tensor:
-        """x (rows, columns, features) with values zeroed at the rate p, and the others scaled up."""
-        own = x[:, : self.width]
-        kept = torch.empty_like(own).bernoulli_(1 - p, generator=self.generator).div_(1 - p)
-        return torch.nn.functional.pad(own * kept, (0, 0, 0, x.shape[1] - self.width))
-
-
 @dataclass(frozen=True)
 class Routing:
     """``names`` holds one adapter name, or ``"__base__"``, for each row of the batch.
 
-    ``dropouts`` holds what the dropout of an adapter draws from, where that is a stream of random numbers of its own.
+    ``generators``: what adapters draw the keys of their dropout from, where they have random numbers (on the CPU) of
+    their own.
     """
 
     names: tuple[str, ...]
-    dropouts: Mapping[str, Stream] = field(default_factory=dict)
+    generators: Mapping[str, torch.Generator] = field(default_factory=dict)
 
     @cached_property
     def adapters(self) -> tuple[str, ...]:
@@ -59,11 +43,6 @@ class Routing:
                 found.append(Run(places[name], start, stop))
             start = stop
         return AdapterRuns(tuple(found), len(self.names))
-
-    def dropout(self, name: str, x: Tensor, p: float) -> Tensor:
-        """Dropout on rows x of one adapter."""
-        stream = self.dropouts.get(name)
-        return torch.nn.functional.dropout(x, p) if stream is None else stream.dropout(x, p)
 
     def rows(self, n_rows: int, what: str) -> tuple[str, ...]:
         """The name for each of ``n_rows`` rows. Beam search and flattened tokens repeat every row k times in a row.

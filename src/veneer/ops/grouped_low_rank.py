@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -48,6 +48,17 @@ class AdapterRuns:
         if n == 1:
             return self
         return AdapterRuns(tuple(Run(k, start * n, stop * n) for k, start, stop in self.runs), self.n_rows * n)
+
+    def with_gaps(self) -> Iterator[Run]:
+        """The runs in their order, and between them, as adapter -1, the rows that take none."""
+        reached = 0
+        for run in sorted(self.runs, key=lambda run: run.start):
+            if run.start > reached:
+                yield Run(-1, reached, run.start)
+            yield run
+            reached = run.stop
+        if reached < self.n_rows:
+            yield Run(-1, reached, self.n_rows)
 
     def row_to_adapter(self, device: torch.device) -> Int[Tensor, " n"]:
         """The adapter of each row, -1 for none."""

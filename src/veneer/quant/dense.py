@@ -14,9 +14,13 @@ from veneer.ops.product import recorded_product, visible
 
 @dataclass(frozen=True, slots=True)
 class DenseWeight:
-    """``W (o, i)`` as one tensor. A layer that stores Wᵀ (GPT-2's Conv1D) passes a transposed view."""
+    """``W (o, i)`` as one tensor. A layer that stores Wᵀ (GPT-2's Conv1D) passes a transposed view.
+
+    Its products are computed in ``compute_dtype`` (None: that of the tensor), and under autocast in what that asks for.
+    """
 
     tensor: Float[Tensor, "o i"]
+    compute_dtype: torch.dtype | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -36,13 +40,13 @@ class DenseWeight:
         return self.tensor if dtype is None else self.tensor.to(dtype)
 
     def _product(self, x: Tensor, transposed: bool) -> Tensor:
-        """In the weight's dtype, but for autocast, which chooses for itself."""
+        """In the weight's dtype or the one asked for, but for autocast, which chooses for itself."""
         autocast = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else self.tensor.dtype
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else self.compute_dtype or self.tensor.dtype
         if widens(x, dtype) and not self.tensor.requires_grad and not torch.compiler.is_compiling():
             return recorded_product(x.to(dtype), self._multiply, transposed)
         weight = self.tensor.T if transposed else self.tensor
-        return torch.nn.functional.linear(x if autocast else x.to(dtype), weight)
+        return torch.nn.functional.linear(*((x, weight) if autocast else (x.to(dtype), weight.to(dtype))))
 
     def _multiply(self, x: Tensor, transposed: bool) -> Tensor:
         return multiply_dense(x, self.tensor if transposed else self.tensor.T)

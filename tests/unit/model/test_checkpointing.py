@@ -66,6 +66,14 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert torch.equal(found[name], expected[name]), name
 
 
+PRODUCTS = (
+    torch.ops.aten.mm.default,
+    torch.ops.aten.mm.out,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.addmm_.default,
+)
+
+
 class Products(TorchDispatchMode):
     """The sizes of the products that are computed."""
 
@@ -74,7 +82,7 @@ class Products(TorchDispatchMode):
         self.seen: list[tuple[int, ...]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+        if func in PRODUCTS:
             self.seen.append(tuple(args[-1].shape))
         return func(*args, **(kwargs or {}))
 
@@ -183,9 +191,11 @@ def test_fused_halves_run_once_and_keep_less() -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        LoraConfig(r=RANK, target_modules=["q_proj"], use_dora=True),
-        LoraConfig(r=RANK, target_modules=["gate_proj"], lora_dropout=0.4),
-        LoraConfig(r=RANK, target_modules=["up_proj", "k_proj"], use_dora=True),
+        LoraConfig(r=RANK, target_modules=["q_proj"], modules_to_save=["o_proj"]),
+        LoraConfig(r=RANK, target_modules=["gate_proj"], lora_dropout=0.4, modules_to_save=["up_proj"]),
+        LoraConfig(
+            r=RANK, target_modules=["up_proj", "k_proj"], use_dora=True, modules_to_save=["v_proj", "down_proj"]
+        ),
     ],
 )
 def test_blocks_of_which_a_half_is_the_models_own(config: MethodConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import logging
 from typing import Any
@@ -17,12 +18,14 @@ from transformers import (
 )
 
 from veneer import (
+    AdaLoraConfig,
     BottleneckConfig,
     IA3Config,
     LoraConfig,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
+    VeraConfig,
     get_peft_model,
     prepare_model_for_kbit_training,
 )
@@ -136,12 +139,41 @@ def test_equals_the_general_path(family: str, batch: str, halves: list[str]) -> 
     assert halves.count("attention") == halves.count("mlp") >= 4
 
 
+RECORDS: dict[str, MethodConfig] = {
+    "dora": LoraConfig(r=5, lora_alpha=7, target_modules="all-linear", use_dora=True),
+    "rslora": LoraConfig(r=5, lora_alpha=7, target_modules="all-linear", use_rslora=True),
+    "lora_bias": LoraConfig(r=5, lora_alpha=7, target_modules="all-linear", lora_bias=True),
+    "biases": LoraConfig(r=5, lora_alpha=7, target_modules="all-linear", bias="lora_only"),
+    "pissa": LoraConfig(r=5, lora_alpha=7, target_modules="all-linear", init_lora_weights="pissa"),
+    "ia3": IA3Config(),
+    "vera": VeraConfig(r=11, target_modules="all-linear"),
+    "adalora": AdaLoraConfig(init_r=5, target_r=3, lora_alpha=7, target_modules="all-linear", total_step=50),
+    "dropout": LoraConfig(r=5, lora_alpha=7, target_modules="all-linear", lora_dropout=0.3),
+    "dora and dropout": LoraConfig(r=5, lora_alpha=7, target_modules="all-linear", use_dora=True, lora_dropout=0.3),
+    "vera and dropout": VeraConfig(r=11, target_modules="all-linear", vera_dropout=0.3),
+}
+
+
+@pytest.mark.parametrize("method", RECORDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_record_runs_fused(family: str, method: str, halves: list[str]) -> None:
+    assert_same(adapted(base(family), RECORDS[method]), BATCHES["packed"])
+    assert halves.count("attention") == halves.count("mlp") >= 4
+
+
+@pytest.mark.parametrize("method", RECORDS)
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_every_record_on_a_base_in_four_bits(quant_type: str, method: str, halves: list[str]) -> None:
+    assert_same(adapted(quantized(base("llama"), quant_type), RECORDS[method]), BATCHES["padded"])
+    assert halves.count("attention") == halves.count("mlp") >= 4
+
+
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize(
     ("method", "expected"),
     [
         (LoraConfig(r=5, target_modules=["k_proj", "o_proj"]), {"attention"}),
-        (IA3Config(target_modules=["k_proj"]), set()),
+        (IA3Config(target_modules=["k_proj"]), {"attention"}),
     ],
 )
 @pytest.mark.parametrize("sliding", [True, False])
@@ -222,14 +254,10 @@ def test_under_gradient_checkpointing(reentrant: bool, halves: list[str]) -> Non
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        (LoraConfig(r=5, target_modules=["q_proj", "down_proj"], use_dora=True), set()),
-        (LoraConfig(r=5, target_modules=["q_proj"], use_dora=True), {"mlp"}),
-        (LoraConfig(r=5, target_modules=["gate_proj"], lora_dropout=0.4), {"attention"}),
-        (LoraConfig(r=5, target_modules=["up_proj", "k_proj"], lora_bias=True), set()),
+        (LoraConfig(r=5, target_modules=["q_proj"], modules_to_save=["gate_proj"]), {"attention"}),
         (LoraConfig(r=5, target_modules=["v_proj"], modules_to_save=["input_layernorm"]), {"mlp"}),
         (LoraConfig(r=5, target_modules=["v_proj"], init_lora_weights="pissa"), {"attention", "mlp"}),
         (LoraConfig(r=5, target_modules=["o_proj"], layers_to_transform=[1]), {"attention", "mlp"}),
-        (IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]), set()),
         (BottleneckConfig(after_attention=True, after_mlp=False, reduction_factor=7), {"mlp"}),
         (PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), set()),
         (PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), {"attention", "mlp"}),
@@ -270,13 +298,9 @@ def test_a_fused_decoder_takes_the_arguments_of_the_models_own() -> None:
 @pytest.mark.parametrize(
     ("family", "config", "expected"),
     [
-        ("gpt2", LoraConfig(r=5, target_modules=["c_attn"], use_dora=True), {"mlp"}),
-        ("gpt2", LoraConfig(r=5, target_modules=["c_fc"], lora_dropout=0.4), {"attention"}),
-        ("neox", LoraConfig(r=5, target_modules=["dense"], lora_bias=True), {"mlp"}),
-        ("neox", LoraConfig(r=5, target_modules=["dense_4h_to_h"], use_dora=True), {"attention"}),
+        ("gpt2", LoraConfig(r=5, target_modules=["c_attn"], modules_to_save=["c_fc"]), {"attention"}),
+        ("neox", LoraConfig(r=5, target_modules=["dense"], modules_to_save=["dense_4h_to_h"]), {"attention"}),
         ("phi", LoraConfig(r=5, target_modules=["q_proj"], modules_to_save=["input_layernorm"]), set()),
-        ("phi", IA3Config(target_modules=["k_proj", "fc2"], feedforward_modules=["fc2"]), set()),
-        ("phi3", LoraConfig(r=5, target_modules=["gate_up_proj"], use_dora=True), {"attention"}),
         ("phi3", LoraConfig(r=5, target_modules=["qkv_proj"]), {"attention", "mlp"}),
     ],
 )
@@ -344,6 +368,20 @@ def test_a_block_of_zeros_is_told_by_the_others() -> None:
 def test_several_active_adapters(halves: list[str]) -> None:
     model: Any = adapted(base("llama"))
     model.add_adapter("second", LoraConfig(r=3, target_modules=["q_proj"]))
+    model.set_adapter(["default", "second"])
+    model.set_requires_grad("second")
+    stir(model)
+    before = step(model, {})
+    with fused(model):
+        halves.clear()
+        found = step(model, {})
+    assert set(halves) == {"attention", "mlp"}
+    assert error(found[2], before[2]) <= 2e-5
+
+
+def test_several_active_adapters_that_drop_values_each_for_itself(halves: list[str]) -> None:
+    model: Any = adapted(base("llama"), dataclasses.replace(LORA, lora_dropout=0.3))
+    model.add_adapter("second", LoraConfig(r=3, target_modules=["q_proj"], lora_dropout=0.2))
     model.set_adapter(["default", "second"])
     model.set_requires_grad("second")
     stir(model)

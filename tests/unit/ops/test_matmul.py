@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from veneer.core.records import LinearDelta
 from veneer.ops import matmul as ops
 from veneer.ops.cross_entropy import HeadOptions, linear_cross_entropy
 from veneer.ops.dispatch import kernel_isa
-from veneer.ops.lora import Projection, lora_linears
+from veneer.ops.linear.layer import LinearLayer
+from veneer.ops.linear.op import linears
 from veneer.ops.matmul import FEW_ROWS, add_matmul, matmul, operand
 
 NARROW = [torch.bfloat16, torch.float16]
@@ -81,25 +83,27 @@ def test_adapted_layers_and_the_head_are_as_near_to_float64(widened: bool) -> No
     torch.manual_seed(7)
     x = torch.randn(31, 43, dtype=torch.bfloat16, requires_grad=True)
     layers = [
-        Projection(
+        LinearLayer(
             weight=torch.randn(o, 43).bfloat16() / 7,
-            a=torch.randn(r, 43, requires_grad=True),
-            b=torch.randn(o, r, requires_grad=True),
-            scale=0.3,
+            records=(
+                LinearDelta(
+                    a=torch.randn(r, 43, requires_grad=True), b=torch.randn(o, r, requires_grad=True), scale=0.3
+                ),
+            ),
         )
         for o, r in ((59, 5), (19, 3))
     ]
     head, labels = torch.randn(61, 59).bfloat16() / 7, torch.randint(0, 61, (31,))
-    leaves = [x, *(leaf for p in layers for leaf in (p.a, p.b))]
+    leaves = [x, *(leaf for p in layers for leaf in (p.record.a, p.record.b))]
 
     def gradients(wide: bool) -> list[Tensor]:
         if not wide:
-            y, z = lora_linears(x, layers)
+            y, z = linears(x, layers)
             loss = linear_cross_entropy(y, head, labels, options=HeadOptions(chunk_bytes=13 * 61 * 2))
             return [*torch.autograd.grad(loss + z.float().square().mean(), leaves)]
         wanted = [leaf.detach().double().requires_grad_() for leaf in leaves]
         y, z = (
-            wanted[0] @ (p.weight.double() + p.scale * b @ a).T
+            wanted[0] @ (p.weight.double() + p.record.scale * b @ a).T
             for p, a, b in zip(layers, wanted[1::2], wanted[2::2], strict=True)
         )
         loss = torch.nn.functional.cross_entropy(y @ head.double().T, labels) + z.square().mean()

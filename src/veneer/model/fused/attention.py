@@ -6,7 +6,7 @@ normed x is made again, and q, k and v too where the half ``recomputes``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,10 +14,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from veneer.model.blueprint.heads import HeadLayout
-from veneer.model.fused.parts import Norm, add_onto
+from veneer.model.fused.parts import Norm, add_onto, parted
 from veneer.ops.attention import AttentionOptions, attention_backward, attention_forward
-from veneer.ops.lora import lora_backward, lora_forward
-from veneer.ops.projection import Projection, factors_of
+from veneer.ops.linear import op
+from veneer.ops.linear.layer import LinearLayer, tensors_of
 from veneer.ops.rotary import rotate
 
 
@@ -30,8 +30,8 @@ class AttentionHalf:
 
     dtype: torch.dtype
     norm: Norm
-    qkv: tuple[Projection, ...]
-    out: Projection
+    qkv: tuple[LinearLayer, ...]
+    out: LinearLayer
     heads: HeadLayout
     options: AttentionOptions
     q_norm: Norm | None = None
@@ -40,9 +40,9 @@ class AttentionHalf:
     recomputes: bool = False
 
     @property
-    def factors(self) -> tuple[Tensor | None, ...]:
-        """The low-rank factors, which gradients flow to."""
-        return factors_of((*self.qkv, self.out))
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The records' tensors, which gradients flow to."""
+        return tensors_of((*self.qkv, self.out))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,58 +57,62 @@ class Positions:
 
 def attention_half(x: Float[Tensor, "b t d"], half: AttentionHalf, positions: Positions) -> Float[Tensor, "b t d"]:
     """The stream after the attention half."""
-    y: Tensor = _AttentionHalf.apply(x, half, positions, *half.factors)  # type: ignore[no-untyped-call]
+    y: Tensor = _AttentionHalf.apply(x, half, positions, *half.tensors)  # type: ignore[no-untyped-call]
     return y
 
 
 class _AttentionHalf(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, half: AttentionHalf, positions: Positions, *factors: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, half: AttentionHalf, positions: Positions, *tensors: Tensor | None) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             flat = x.reshape(-1, x.shape[-1])
             normed, statistics = half.norm.forward(flat)
-            heads, u = _heads(normed.to(half.dtype), half, x.shape, positions)
+            heads, kept_qkv = _heads(normed.to(half.dtype), half, x.shape, positions)
             del normed
             attended, lse = attention_forward(*heads.qkv, positions.cu_seqlens, half.options)
-            (out,), u_out = lora_forward(attended.view(attended.shape[0], -1), [half.out])
+            (out,), of_out = op.forward(attended.view(attended.shape[0], -1), [half.out])
             kept_out: tuple[Tensor, ...] = ()
             if half.post_norm is not None:
                 normed_out, statistics_out = half.post_norm.forward(out)
                 kept_out, out = (out, statistics_out), normed_out
             out = add_onto(flat, out)
         ctx.half, ctx.positions = half, positions
-        kept_heads = () if half.recomputes else (*heads.qkv, *heads.q_kept, *heads.k_kept)
-        ctx.n_q_kept, ctx.n_heads_kept = len(heads.q_kept), len(kept_heads)
-        ctx.save_for_backward(x, statistics, u, attended, lse, u_out, *kept_heads, *kept_out)
+        kept_qkv = kept_qkv.without_products() if half.recomputes else kept_qkv
+        kept_heads = () if half.recomputes else (heads.qkv, heads.q_kept, heads.k_kept)
+        kept = (kept_qkv.tensors, of_out.tensors, *kept_heads)
+        ctx.sizes = [len(t) for t in kept]
+        ctx.save_for_backward(x, statistics, attended, lse, *(t for part in kept for t in part), *kept_out)
         return out.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        half, positions, n_inner_factors = ctx.half, ctx.positions, len(factors_of(ctx.half.qkv))
-        x, statistics, u, attended, lse, u_out, *kept = ctx.saved_tensors
-        n_q, n_heads = ctx.n_q_kept, ctx.n_heads_kept
-        wanted = ctx.needs_input_grad[0] or any(ctx.needs_input_grad[3 : 3 + n_inner_factors])
+        half, positions, n_inner_tensors = ctx.half, ctx.positions, len(tensors_of(ctx.half.qkv))
+        x, statistics, attended, lse, *rest = ctx.saved_tensors
+        of_qkv, of_out, *kept_heads, kept_out = parted(rest, ctx.sizes)
+        kept_qkv, kept_attended = op.Kept.of(of_qkv, half.qkv), op.Kept.of(of_out, [half.out])
+        wanted = ctx.needs_input_grad[0] or any(ctx.needs_input_grad[3 : 3 + n_inner_tensors])
         with torch.autocast(x.device.type, enabled=False):
             flat, dy = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, x.shape[-1])
             dout = dy.to(half.dtype)
-            dout = dout if half.post_norm is None else half.post_norm.backward(dout, *kept[n_heads:])
-            out_grads = lora_backward([dout], attended.view(len(flat), -1), u_out, [half.out], input_grad=wanted)
+            dout = dout if half.post_norm is None else half.post_norm.backward(dout, *kept_out)
+            out_grads = op.backward([dout], attended.view(len(flat), -1), kept_attended, [half.out], input_grad=wanted)
             if not wanted or out_grads.x is None:
-                return None, None, None, *(None,) * n_inner_factors, *out_grads.factors
+                return None, None, None, *(None,) * n_inner_tensors, *out_grads.records
             dattended = out_grads.x.view(attended.shape)
             if half.recomputes:
-                heads, _ = _heads(half.norm.forward(flat)[0].to(half.dtype), half, x.shape, positions)
+                heads, again = _heads(half.norm.forward(flat)[0].to(half.dtype), half, x.shape, positions)
+                kept_qkv = replace(kept_qkv, products=again.products)
             else:
-                heads = _Heads((kept[0], kept[1], kept[2]), tuple(kept[3 : 3 + n_q]), tuple(kept[3 + n_q : n_heads]))
+                heads = _Heads(*kept_heads)
             dqkv = attention_backward(dattended, heads.qkv, (attended, lse), positions.cu_seqlens, half.options)
             dq = _turned_back(dqkv[0], half.q_norm, heads.q_kept, x.shape, positions)
             dk = _turned_back(dqkv[1], half.k_norm, heads.k_kept, x.shape, positions)
             del heads
             normed = half.norm.forward(flat)[0].to(half.dtype)
             joined = half.heads.join((dq, dk, dqkv[2]))
-            found = lora_backward(joined, normed, u, half.qkv, input_grad=ctx.needs_input_grad[0])
+            found = op.backward(joined, normed, kept_qkv, half.qkv, input_grad=ctx.needs_input_grad[0])
             dx = None if found.x is None else half.norm.backward(found.x, flat, statistics).add_(dy).view(x.shape)
-        return dx, None, None, *found.factors, *out_grads.factors
+        return dx, None, None, *found.records, *out_grads.records
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,13 +124,13 @@ class _Heads:
     k_kept: tuple[Tensor, ...]
 
 
-def _heads(normed: Tensor, half: AttentionHalf, size: torch.Size, positions: Positions) -> tuple[_Heads, Tensor | None]:
-    """Projected, normed and rotated; and the A-products."""
-    raw, u = lora_forward(normed, half.qkv)
+def _heads(normed: Tensor, half: AttentionHalf, size: torch.Size, positions: Positions) -> tuple[_Heads, op.Kept]:
+    """Projected, normed and rotated; and what the way back through the projections needs."""
+    raw, kept = op.forward(normed, half.qkv)
     q, k, v = half.heads.split(raw)
     q, q_kept = _turned(q, half.q_norm, size, positions)
     k, k_kept = _turned(k, half.k_norm, size, positions)
-    return _Heads((q, k, v), q_kept, k_kept), u
+    return _Heads((q, k, v), q_kept, k_kept), kept
 
 
 def _turned(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -15,10 +15,10 @@ from veneer.model.checkpointing import is_selective
 from veneer.model.fused.attention import AttentionHalf, Positions, attention_half
 from veneer.model.fused.layout import LayoutMask
 from veneer.model.fused.mlp import MlpHalf, mlp_half
-from veneer.model.fused.parts import Norm, computed_in, is_plain, norm_of, projection_of
-from veneer.model.fused.shape import BlockShape, window_of
+from veneer.model.fused.parts import Norm, computed_in, is_plain, layer_of, norm_of, with_masks
+from veneer.model.fused.shape import AttentionParts, BlockShape, MlpParts, window_of
 from veneer.model.inplace import InPlace, base_of
-from veneer.ops.lora import Projection
+from veneer.ops.linear.layer import LinearLayer
 
 CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
 SPECIAL = (*CACHES, "encoder_hidden_states")
@@ -61,8 +61,11 @@ def _run(block: FusedBlock, x: Tensor, mask: LayoutMask, kwargs: dict[str, Any])
             return _again(block, functools.partial(super(FusedBlock, block).forward, **kwargs), x)
         h = _again(block, functools.partial(own_attention, block, kwargs), x)
     else:
-        h = attention_half(x, attention, _positions(kwargs.get("position_embeddings"), mask))
+        h = attention_half(
+            x, _masked_attention(block, attention, x), _positions(kwargs.get("position_embeddings"), mask)
+        )
     if mlp is not None:
+        mlp = _masked_mlp(block, mlp, x)
         return mlp_half(x, mlp, h) if shape.parallel else mlp_half(h, mlp)
     return _again(block, functools.partial(_own_mlp, block), x if shape.parallel else h, h)
 
@@ -91,16 +94,16 @@ def attention_of(block: FusedBlock, stream: torch.dtype, dtype: torch.dtype) -> 
     module = getattr(block, shape.attention_name)
     if parts is None or not is_plain(module) or _drops_within(module):
         return None
-    projections = _projections(module, (*parts.qkv, parts.out), dtype)
+    layers = _layers(module, (*parts.qkv, parts.out), dtype)
     norms = _norms(block, [shape.norms.attention, shape.norms.attention_post], shape, stream)
     head_norms = _norms(module, parts.head_norms or (None, None), shape, stream)
-    if norms is None or norms[0] is None or head_norms is None or projections is None:
+    if norms is None or norms[0] is None or head_norms is None or layers is None:
         return None
     return AttentionHalf(
         dtype=dtype,
         norm=norms[0],
-        qkv=projections[:-1],
-        out=projections[-1],
+        qkv=layers[:-1],
+        out=layers[-1],
         heads=parts.heads,
         options=replace(parts.options, window=window_of(module)),
         q_norm=head_norms[0],
@@ -115,15 +118,15 @@ def mlp_of(block: FusedBlock, stream: torch.dtype, dtype: torch.dtype) -> MlpHal
     shape, parts, module = block.fused_shape, block.fused_shape.mlp, cast(Any, block).mlp
     if parts is None or not is_plain(module) or not is_plain(getattr(module, parts.act)) or _drops_within(module):
         return None
-    projections = _projections(module, (*parts.gate_up, parts.down), dtype)
+    layers = _layers(module, (*parts.gate_up, parts.down), dtype)
     norms = _norms(block, [shape.norms.mlp, shape.norms.mlp_post], shape, stream)
-    if norms is None or norms[0] is None or projections is None:
+    if norms is None or norms[0] is None or layers is None:
         return None
     return MlpHalf(
         dtype=dtype,
         norm=norms[0],
-        gate_up=projections[:-1],
-        down=projections[-1],
+        gate_up=layers[:-1],
+        down=layers[-1],
         activation=parts.activation,
         gated=parts.gated,
         post_norm=norms[1],
@@ -131,10 +134,27 @@ def mlp_of(block: FusedBlock, stream: torch.dtype, dtype: torch.dtype) -> MlpHal
     )
 
 
-def _projections(module: nn.Module, names: tuple[str, ...], dtype: torch.dtype) -> tuple[Projection, ...] | None:
+def _masked_attention(block: FusedBlock, half: AttentionHalf, x: Tensor) -> AttentionHalf:
+    """With the masks of its dropout drawn, in the order in which the model's own code would draw them."""
+    module, parts = getattr(block, block.fused_shape.attention_name), cast(AttentionParts, block.fused_shape.attention)
+    *qkv, out = _with_masks(module, (*parts.qkv, parts.out), (*half.qkv, half.out), x)
+    return replace(half, qkv=tuple(qkv), out=out)
+
+
+def _masked_mlp(block: FusedBlock, half: MlpHalf, x: Tensor) -> MlpHalf:
+    module, parts = cast(Any, block).mlp, cast(MlpParts, block.fused_shape.mlp)
+    *gate_up, down = _with_masks(module, (*parts.gate_up, parts.down), (*half.gate_up, half.down), x)
+    return replace(half, gate_up=tuple(gate_up), down=down)
+
+
+def _with_masks(module: nn.Module, names: Sequence[str], layers: Sequence[LinearLayer], x: Tensor) -> list[LinearLayer]:
+    return [with_masks(getattr(module, name), layer, x) for name, layer in zip(names, layers, strict=True)]
+
+
+def _layers(module: nn.Module, names: tuple[str, ...], dtype: torch.dtype) -> tuple[LinearLayer, ...] | None:
     """None where one of them cannot run fused."""
-    found = [projection_of(getattr(module, name), dtype) for name in names]
-    return None if any(p is None for p in found) else cast("tuple[Projection, ...]", tuple(found))
+    found = [layer_of(getattr(module, name), dtype) for name in names]
+    return None if any(layer is None for layer in found) else cast("tuple[LinearLayer, ...]", tuple(found))
 
 
 def _norms(owner: nn.Module, names: Any, shape: BlockShape, dtype: torch.dtype) -> list[Norm | None] | None:

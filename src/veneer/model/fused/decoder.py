@@ -111,7 +111,6 @@ def unfuse(model: nn.Module) -> None:
             restore_class(module)
             module.__dict__.pop("fused_shape", None)
             module.__dict__.pop("ends_with_head", None)
-        module.__dict__.pop("_fused_records", None)
 
 
 def is_fused(model: nn.Module) -> bool:

@@ -7,42 +7,42 @@ product are made again, and gate and up too where the half ``recomputes``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from veneer.model.fused.parts import Norm, add_onto
+from veneer.model.fused.parts import Norm, add_onto, parted
 from veneer.ops.activation import activation_backward, activation_forward
 from veneer.ops.glu import glu_backward, glu_forward
-from veneer.ops.lora import lora_backward, lora_forward
-from veneer.ops.projection import Projection, factors_of
+from veneer.ops.linear import op
+from veneer.ops.linear.layer import LinearLayer, tensors_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MlpHalf:
     """The parts of one half as they act now.
 
-    ``gate_up``: gate and up, or one projection that gives both behind one another, or up alone where not ``gated``.
+    ``gate_up``: gate and up, or one layer that gives both behind one another, or up alone where not ``gated``.
     ``activation`` is one of `veneer.ops.glu.ACTIVATIONS`; without a gate, of `veneer.ops.activation.KINDS`.
     ``dtype`` is what lies between the norm and the sum: the stream's, or bfloat16 beside a float32 stream (autocast).
     """
 
     dtype: torch.dtype
     norm: Norm
-    gate_up: tuple[Projection, ...]
-    down: Projection
+    gate_up: tuple[LinearLayer, ...]
+    down: LinearLayer
     activation: str
     gated: bool = True
     post_norm: Norm | None = None
     recomputes: bool = False
 
     @property
-    def factors(self) -> tuple[Tensor | None, ...]:
-        """The low-rank factors, which gradients flow to."""
-        return factors_of((*self.gate_up, self.down))
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The records' tensors, which gradients flow to."""
+        return tensors_of((*self.gate_up, self.down))
 
     def hidden(self, inner: Sequence[Tensor]) -> Tensor:
         """What the down projection reads, from the outputs of ``gate_up``."""
@@ -60,51 +60,59 @@ class MlpHalf:
 
 def mlp_half(x: Float[Tensor, "b t d"], half: MlpHalf, stream: Tensor | None = None) -> Float[Tensor, "b t d"]:
     """The stream after the feed-forward half. ``stream``: what its output is added to, where that is not x."""
-    y: Tensor = _MlpHalf.apply(x, stream, half, *half.factors)  # type: ignore[no-untyped-call]
+    y: Tensor = _MlpHalf.apply(x, stream, half, *half.tensors)  # type: ignore[no-untyped-call]
     return y
 
 
 class _MlpHalf(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, stream: Tensor | None, half: MlpHalf, *factors: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, stream: Tensor | None, half: MlpHalf, *tensors: Tensor | None) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             flat = x.reshape(-1, x.shape[-1])
             normed, statistics = half.norm.forward(flat)
-            inner, u = lora_forward(normed.to(half.dtype), half.gate_up)
+            inner, kept_inner = op.forward(normed.to(half.dtype), half.gate_up)
             del normed
-            (out,), u_down = lora_forward(half.hidden(inner), [half.down])
+            (out,), kept_down = op.forward(half.hidden(inner), [half.down])
             kept_out: tuple[Tensor, ...] = ()
             if half.post_norm is not None:
                 normed_out, statistics_out = half.post_norm.forward(out)
                 kept_out, out = (out, statistics_out), normed_out
             out = add_onto(flat if stream is None else stream.reshape(flat.shape), out)
-        inner = () if half.recomputes else inner
-        ctx.half, ctx.adds, ctx.n_inner = half, stream is None, len(inner)
-        ctx.save_for_backward(x, statistics, u, u_down, *inner, *kept_out)
+        if half.recomputes:
+            kept_inner = kept_inner.without_products()
+        made_again = [half.recomputes or z is not None for z in kept_inner.products]
+        kept_ys = tuple(None if again else y for y, again in zip(inner, made_again, strict=True))
+        ctx.half, ctx.adds = half, stream is None
+        ctx.sizes = [len(t) for t in (kept_inner.tensors, kept_down.tensors, kept_ys)]
+        ctx.save_for_backward(x, statistics, *kept_inner.tensors, *kept_down.tensors, *kept_ys, *kept_out)
         return out.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        half, n_inner_factors = ctx.half, len(factors_of(ctx.half.gate_up))
-        x, statistics, u, u_down, *kept = ctx.saved_tensors
-        inner, kept_out = kept[: ctx.n_inner], kept[ctx.n_inner :]
+        half, n_inner_tensors = ctx.half, len(tensors_of(ctx.half.gate_up))
+        x, statistics, *rest = ctx.saved_tensors
+        of_inner, of_down, inner, kept_out = parted(rest, ctx.sizes)
+        kept_inner, kept_down = op.Kept.of(of_inner, half.gate_up), op.Kept.of(of_down, [half.down])
         dstream = None if ctx.adds else grads[0]
-        wanted = ctx.needs_input_grad[0] or any(ctx.needs_input_grad[3 : 3 + n_inner_factors])
+        wanted = ctx.needs_input_grad[0] or any(ctx.needs_input_grad[3 : 3 + n_inner_tensors])
         with torch.autocast(x.device.type, enabled=False):
             flat, dy = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, x.shape[-1])
             if half.recomputes:
-                inner, _ = lora_forward(half.norm.forward(flat)[0].to(half.dtype), half.gate_up)
+                inner, again = op.forward(half.norm.forward(flat)[0].to(half.dtype), half.gate_up)
+                kept_inner = replace(kept_inner, products=again.products)
+            else:
+                inner = op.outputs(inner, kept_inner, half.gate_up)
             dout = dy.to(half.dtype)
             dout = dout if half.post_norm is None else half.post_norm.backward(dout, *kept_out)
-            down = lora_backward([dout], half.hidden(inner), u_down, [half.down], input_grad=wanted)
+            down = op.backward([dout], half.hidden(inner), kept_down, [half.down], input_grad=wanted)
             if not wanted or down.x is None:
-                return None, dstream, None, *(None,) * n_inner_factors, *down.factors
+                return None, dstream, None, *(None,) * n_inner_tensors, *down.records
             inner = half.inner_grads(down.x, inner)
             normed = half.norm.forward(flat)[0].to(half.dtype)
-            found = lora_backward(inner, normed, u, half.gate_up, input_grad=ctx.needs_input_grad[0])
+            found = op.backward(inner, normed, kept_inner, half.gate_up, input_grad=ctx.needs_input_grad[0])
             dx = None if found.x is None else half.norm.backward(found.x, flat, statistics)
             dx = None if dx is None else (dx.add_(dy) if ctx.adds else dx).view(x.shape)
-        return dx, dstream, None, *found.factors, *down.factors
+        return dx, dstream, None, *found.records, *down.records
 
 
 def _gate_and_up(inner: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from veneer.contract import LinearMethod
-from veneer.core.records import LinearDelta
 from veneer.model.blueprint.linears import is_linear
 from veneer.model.blueprint.norms import epsilon_of
-from veneer.model.fused.rows import pairs_of_rows
 from veneer.model.inplace import InPlace
 from veneer.model.linear import AdaptedLinear, frozen_weight
+from veneer.ops.linear.layer import LinearLayer
 from veneer.ops.norm import layer_norm_backward, layer_norm_forward, rms_norm_backward, rms_norm_forward
-from veneer.ops.projection import LowRankRows, Projection
 from veneer.quant.dense import DenseWeight
 from veneer.quant.product import CodedWeight
 
@@ -76,6 +76,13 @@ def add_onto(stream: Tensor, change: Tensor) -> Tensor:
     return change.add_(stream) if change.dtype == stream.dtype else stream + change
 
 
+def parted(tensors: Sequence[Any], sizes: Sequence[int]) -> list[Any]:
+    """Tensors that were kept one after another, each part as a tuple; the last is what is left."""
+    ends = list(accumulate(sizes, initial=0))
+    parts = [tuple(tensors[start:end]) for start, end in itertools.pairwise(ends)]
+    return [*parts, tuple(tensors[ends[-1] :])]
+
+
 def is_plain(module: nn.Module) -> bool:
     """Whether calling the module does nothing but run its class's forward."""
     return not any(getattr(module, hooks) for hooks in HOOKS) and "forward" not in vars(module)
@@ -94,17 +101,16 @@ def norm_of(module: nn.Module, kind: NormKind, dtype: torch.dtype) -> Norm | Non
     return RmsNorm(weight, eps, 1.0 if kind == "rms plus one" else 0.0)
 
 
-def projection_of(module: nn.Module, dtype: torch.dtype) -> Projection | None:
-    """A frozen layer to compute in ``dtype``, each row with at most one plain low-rank pair; None where more acts.
+def layer_of(module: nn.Module, dtype: torch.dtype) -> LinearLayer | None:
+    """A frozen layer to compute in ``dtype``, with what acts on its rows; None where more acts.
 
-    More: other records (DoRA, IA3, biases), adapters in a sum, dropout, trained or copied weights, hooks.
+    More: adapters in a sum with dropout, trained or copied weights, hooks. Masks are drawn when it runs (`with_masks`).
     """
     if not is_linear(module) or not is_plain(module):
         return None
-    delta, rows = _pairs_of(module) if isinstance(module, AdaptedLinear) else (LinearDelta(), None)
     bias = cast("Tensor | None", module._parameters.get("bias"))
     weight = frozen_weight(module)
-    if delta is None or (bias is not None and bias.requires_grad):
+    if bias is not None and bias.requires_grad:
         return None
     matrix: Any = weight
     if isinstance(weight, DenseWeight):
@@ -113,70 +119,16 @@ def projection_of(module: nn.Module, dtype: torch.dtype) -> Projection | None:
             return None
     elif isinstance(weight, CodedWeight) and torch.is_autocast_enabled(cast(Tensor, module.weight).device.type):
         matrix = replace(cast(Any, weight), compute_dtype=None)  # autocast overrules it
-    return Projection(
-        weight=matrix,
-        bias=None if bias is None else bias.to(dtype),
-        a=delta.a,
-        b=delta.b,
-        scale=delta.scale,
-        rows=rows,
-    )
-
-
-def _pairs_of(module: AdaptedLinear) -> tuple[LinearDelta | None, LowRankRows | None]:
-    """The record that acts on an adapted layer, where it is nothing but a low-rank pair, or nothing at all.
-
-    In a mixed batch the record is empty, and beside it stand the pairs of all rows.
-    """
-    routing = module.adapter_state.routed()
-    names = module.acting_here() if routing is None else [n for n in routing.adapters if module.holds(n)]
-    copied = any(name in module.copies for name in (*names, *module.adapter_state.acting()))
-    if (routing is None and len(names) > 1) or copied or "merged_weight" in vars(module):
-        return None, None
-    records = {name: _plain_record(module, name) for name in names}
-    fitting = {name: record for name, record in records.items() if record is not None}
-    if not names or len(fitting) < len(names):
-        return None if names else LinearDelta(), None
-    return (fitting[names[0]], None) if routing is None else (LinearDelta(), pairs_of_rows(fitting, routing))
-
-
-def _plain_record(module: AdaptedLinear, name: str) -> LinearDelta | None:
-    """The record of one adapter, where it is a low-rank pair alone and nothing is dropped in front of it.
-
-    What lowering found is kept: it costs a pass over W for DoRA, and for plain LoRA more than a small layer's products.
-    """
-    config, kept = module.method(name), module.__dict__.setdefault("_fused_records", {})
-    known = cast("_Known | None", kept.get(name))
-    if module.training and config.dropout:
+    plain = LinearLayer(weight=matrix, bias=None if bias is None else bias.to(dtype))
+    if not isinstance(module, AdaptedLinear):
+        return plain
+    if module.replaces_weight() or module.drops_apart():
         return None
-    if known is None or known.config is not config or not known.holds(module.adapters[name]):
-        record = module.record(name)
-        fits = record.rank > 0 and record.in_scale is None and record.out_scale is None and record.bias is None
-        known = kept[name] = _Known(config, record if fits else None, _names_of_pair(module.adapters[name], record))
-        return known.record
-    return known.record if known.record is None or known.names else module.record(name)
+    records, runs = module.acting_records()
+    return replace(plain, records=records, runs=runs)
 
 
-@dataclass(frozen=True, slots=True)
-class _Known:
-    """What an adapter's record on a layer is as long as its config is this one; None: not a pair alone.
-
-    ``names`` are those of the parameters that are the record's pair themselves; empty where it is computed from them.
-    """
-
-    config: LinearMethod
-    record: LinearDelta | None
-    names: tuple[str, ...]
-
-    def holds(self, holder: nn.Module) -> bool:
-        """Whether the pair is still the holder's."""
-        if self.record is None or not self.names:
-            return True
-        a, b = (holder._parameters.get(name) for name in self.names)
-        return a is self.record.a and b is self.record.b
-
-
-def _names_of_pair(holder: nn.Module, record: LinearDelta) -> tuple[str, ...]:
-    names = {id(parameter): name for name, parameter in holder._parameters.items()}
-    found = tuple(names[id(factor)] for factor in (record.a, record.b) if id(factor) in names)
-    return found if len(found) == 2 else ()
+def with_masks(module: nn.Module, layer: LinearLayer, x: Tensor) -> LinearLayer:
+    """The layer with what dropout hides of its input, which has the rows and positions of x, from its records."""
+    masks = module.masks(x) if isinstance(module, AdaptedLinear) else ()
+    return replace(layer, masks=masks) if masks else layer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
 import greenlet
 import numpy as np
@@ -33,16 +33,14 @@ class ProcessState:
         steps = dict(GradientState._shared_state)
         return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda, steps)
 
-    def generator(self, device: torch.device) -> torch.Generator:
-        """A generator that continues the random numbers of this device."""
-        generator = torch.Generator(device)
-        generator.set_state(cast(Tensor, self.cuda if device.type == "cuda" else self.cpu))
+    def generator(self) -> torch.Generator:
+        """A generator that continues the random numbers of the CPU."""
+        generator = torch.Generator()
+        generator.set_state(self.cpu)
         return generator
 
     def after(self, generator: torch.Generator) -> ProcessState:
-        """The same state, with the random numbers as far as a `generator` of it has drawn."""
-        if generator.device.type == "cuda":
-            return replace(self, cuda=generator.get_state())
+        """The same state, with the random numbers of the CPU as far as a `generator` of it has drawn."""
         return replace(self, cpu=generator.get_state())
 
     def restore(self) -> None:

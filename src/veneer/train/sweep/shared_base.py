@@ -18,7 +18,6 @@ from veneer.model.adapted import Adapted
 from veneer.model.allocation import Allocation
 from veneer.model.attach import adapted_places, attach, detach
 from veneer.model.mixed import checked, routed
-from veneer.model.routing import Stream
 from veneer.train.loss import Scoring, Share, TokenLoss, token_losses
 
 Batch = dict[str, Tensor]
@@ -77,8 +76,8 @@ class SharedBase:
         self.model.train()
         inputs, shares = joined(parts)
         names = tuple(name for name, share in shares.items() for _ in range(share.rows.stop - share.rows.start))
-        streams = {name: Stream(part.generator, shares[name].width) for name, part in parts.items()}
-        routing = replace(checked(self.model, self.state, names, ((), inputs)), dropouts=streams)
+        generators = {name: part.generator for name, part in parts.items()}
+        routing = replace(checked(self.model, self.state, names, ((), inputs)), generators=generators)
         with routed(self.model, self.state, routing):
             found = token_losses(self.model, inputs, list(shares.values()))
         return dict(zip(parts, found, strict=True))

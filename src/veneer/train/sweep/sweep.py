@@ -116,7 +116,7 @@ class Together:
         """The members' losses, and each as a leaf for the member to go on from."""
         parts = {}
         for name, question in asked.items():
-            generator = self.runs[name].state.generator(question.inputs["input_ids"].device)
+            generator = self.runs[name].state.generator()
             parts[name] = Part(question.inputs, question.scoring, generator)
         found = shared.losses(parts)
         for name, part in parts.items():

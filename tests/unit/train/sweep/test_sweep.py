@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from veneer.errors import ConfigError
-from veneer.ops.lora_rows import add_low_rank_rows
+from veneer.ops.grouped_low_rank import add_grouped_low_rank
 from veneer.train.loss import Scoring
 from veneer.train.recipe.recipe import parse_recipe, put
 from veneer.train.run import run_recipe
@@ -101,11 +101,11 @@ def test_every_member_is_the_run_that_it_would_be_on_its_own(values: dict[str, A
 def test_plain_members_run_on_fused_blocks(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
 
-    def counted(x: Any, ys: Any, projections: Any) -> Any:
-        calls.append(len(projections))
-        return add_low_rank_rows(x, ys, projections)
+    def counted(x: Any, groups: Any, runs: Any, ys: Any) -> Any:
+        calls.append(len(groups))
+        return add_grouped_low_rank(x, groups, runs, ys)
 
-    monkeypatch.setattr("veneer.ops.lora.add_low_rank_rows", counted)
+    monkeypatch.setattr("veneer.ops.linear.low_rank.add_grouped_low_rank", counted)
     changes = [LISTED[0], LISTED[1], LISTED[5], {**LISTED[6], "training.gradient_accumulation_steps": 1}]
     shared = together(values, {"members": changes})
     assert set(calls) == {1, 2, 3}  # down and o; gate and up; q, k and v
@@ -174,8 +174,9 @@ def test_a_sweep_that_was_broken_off_goes_on_where_it_was(values: dict[str, Any]
         assert_same_run(record, resumed[name], 1e-6)
 
 
-def test_gradient_checkpointing_and_dropout_draw_the_same_numbers_again(values: dict[str, Any]) -> None:
-    values["training"] |= {"gradient_checkpointing": True, "fused": "off"}
+@pytest.mark.parametrize("fused", ["off", "auto"])
+def test_gradient_checkpointing_and_dropout_draw_the_same_numbers_again(values: dict[str, Any], fused: str) -> None:
+    values["training"] |= {"gradient_checkpointing": True, "fused": fused}
     changes = [{"name": "a", "adapter.lora_dropout": 0.3}, {"name": "b", "adapter.lora_dropout": 0.2, "seed": 4}]
     shared = together(values, {"members": changes})
     for each in changes:

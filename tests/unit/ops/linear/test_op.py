@@ -1,4 +1,4 @@
-"""LoRA layers: autograd through the record's formula in float64, errors at most twice plain torch's."""
+"""Layers with a low-rank pair: autograd through the record's formula in float64, errors at most twice plain torch's."""
 
 import pytest
 import torch
@@ -6,8 +6,15 @@ import torch
 from veneer.core.linear import apply_linear
 from veneer.core.records import LinearDelta
 from veneer.errors import ShapeError
-from veneer.ops.lora import Projection, lora_linear, lora_linears
+from veneer.ops.grouped_low_rank import AdapterRuns
+from veneer.ops.linear.layer import LinearLayer
+from veneer.ops.linear.op import linear, linears
 from veneer.quant.dense import DenseWeight
+
+
+def of(**fields):
+    return LinearLayer(weight=torch.zeros(7, 5), records=(LinearDelta(**fields),))
+
 
 DTYPES = [torch.float32, torch.bfloat16]
 OUTS, RANKS, SCALES = (31, 17, 23), (5, 0, 3), (1.7, 1.0, 0.3)  # the middle layer has no adapter
@@ -35,10 +42,10 @@ def gradients(forward, x, layers, dys, dtype, adapter_dtype):
 
 def fused(wrap):
     def forward(x, frozen, pairs):
-        return lora_linears(
+        return linears(
             x,
             [
-                Projection(weight=wrap(w), bias=bias, scale=s, **({"a": a, "b": b} if r else {}))
+                LinearLayer(weight=wrap(w), bias=bias, records=(LinearDelta(scale=s, a=a, b=b),) if r else ())
                 for (w, bias), (a, b), s, r in zip(frozen, pairs, SCALES, RANKS, strict=True)
             ],
         )
@@ -71,7 +78,7 @@ def test_float64_gradcheck_of_one_layer():
     w, bias, a, b = (t.double() for t in layers[0])
     leaves = [t.detach().requires_grad_() for t in (x[0, :3].double(), a, b)]
     assert torch.autograd.gradcheck(
-        lambda x, a, b: lora_linear(x, Projection(weight=w, bias=bias, a=a, b=b, scale=1.7)), leaves
+        lambda x, a, b: linear(x, LinearLayer(weight=w, bias=bias, records=(LinearDelta(a=a, b=b, scale=1.7),))), leaves
     )
 
 
@@ -79,18 +86,29 @@ def test_input_without_gradient():
     x, layers, dys = draw(torch.float32)
     w, bias, a, b = layers[0]
     a.requires_grad_()
-    lora_linear(x, Projection(weight=w, bias=bias, a=a, b=b, scale=1.7)).backward(dys[0])
+    linear(x, LinearLayer(weight=w, bias=bias, records=(LinearDelta(a=a, b=b, scale=1.7),))).backward(dys[0])
     assert torch.allclose(a.grad, 1.7 * (dys[0] @ b).flatten(0, 1).T @ x.flatten(0, 1), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("own_checks")
-def test_projection_that_does_not_fit():
-    x, a, b = torch.zeros(3, 5), torch.zeros(2, 5), torch.zeros(7, 2)
-    for wrong in (
-        [],
-        [Projection(weight=torch.zeros(7, 6))],
-        [Projection(weight=torch.zeros(7, 5), a=a)],
-        [Projection(weight=torch.zeros(7, 5), a=a, b=b.T)],
-    ):
-        with pytest.raises(ShapeError, match="x has 5 features"):
-            lora_linears(x, wrong)
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        (lambda: [], "no layer was given"),
+        (lambda: [LinearLayer(weight=torch.zeros(7, 6))], "weight 0 is (7, 6)"),
+        (lambda: [of(a=torch.zeros(2, 5))], "a record of layer 0 has one of a and b"),
+        (lambda: [of(a=torch.zeros(2, 5), b=torch.zeros(2, 7))], "b of layer 0 is (2, 7): (7, 2) would fit"),
+        (lambda: [of(a=torch.zeros(2, 5), b=torch.zeros(7, 2), core=torch.zeros(3))], "core of layer 0 is (3,)"),
+        (lambda: [of(out_scale=torch.zeros(5))], "out_scale of layer 0 is (5,): (7,) would fit"),
+        (lambda: [of(in_scale=torch.zeros(7))], "in_scale of layer 0 is (7,)"),
+        (
+            lambda: [LinearLayer(weight=torch.zeros(7, 5), records=(LinearDelta(),) * 2)],
+            "layer 0 has 2 records and no runs",
+        ),
+        (lambda: [LinearLayer(weight=torch.zeros(7, 5), runs=AdapterRuns((), 2))], "the runs of layer 0 are of 2 rows"),
+    ],
+)
+def test_layer_that_does_not_fit(layers, words):
+    with pytest.raises(ShapeError, match="x has 5 features") as caught:
+        linears(torch.zeros(3, 5), layers())
+    assert words in str(caught.value)

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from veneer.core.linear import apply_linear
 from veneer.core.records import LinearDelta
-from veneer.ops.grouped_low_rank import AdapterRuns, LowRankGroup, Run
-from veneer.ops.lora import lora_linears
-from veneer.ops.projection import LowRankRows, Projection
+from veneer.ops.grouped_low_rank import AdapterRuns, Run
+from veneer.ops.linear.layer import LinearLayer
+from veneer.ops.linear.op import linears
 from veneer.quant.dense import DenseWeight
 
 OUTS = (31, 17, 23)
@@ -33,16 +33,17 @@ def draw(dtype: torch.dtype) -> tuple[Tensor, list[Tensor], list[list[list[Tenso
     return x.to(dtype), [w.to(dtype) for w in weights], pairs, dys
 
 
-def projection(weight: Tensor, pairs: list[list[Tensor]], ranks: tuple[int, ...]) -> Projection:
-    if not any(ranks):
-        return Projection(weight=weight)
-    a, b = (tuple(pair[i] if r else None for pair, r in zip(pairs, ranks, strict=True)) for i in (0, 1))
-    return Projection(weight=weight, rows=LowRankRows(LowRankGroup(a, b, SCALES), RUNS))
+def layer_of(weight: Tensor, pairs: list[list[Tensor]], ranks: tuple[int, ...]) -> LinearLayer:
+    records = tuple(
+        LinearDelta(a=a, b=b, scale=scale) if r else LinearDelta()
+        for (a, b), r, scale in zip(pairs, ranks, SCALES, strict=True)
+    )
+    return LinearLayer(weight=weight, records=records, runs=RUNS)
 
 
 def together(x: Tensor, weights: list[Tensor], pairs: list[list[list[Tensor]]]) -> list[Tensor]:
-    layers = [projection(w, p, r) for w, p, r in zip(weights, pairs, RANKS, strict=True)]
-    return list(lora_linears(x, layers))
+    layers = [layer_of(w, p, r) for w, p, r in zip(weights, pairs, RANKS, strict=True)]
+    return list(linears(x, layers))
 
 
 def row_by_row(x: Tensor, weights: list[Tensor], pairs: list[list[list[Tensor]]]) -> list[Tensor]:

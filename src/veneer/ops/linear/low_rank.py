@@ -1,0 +1,181 @@
+"""The low-rank parts of layers that share their input: one record for all rows, or runs of rows with one each.
+
+``core`` and ``b_scale`` are multiplied into B as B is rounded for the product: o r multiplications, where on the
+activations they would be n r and n o.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from veneer.core.linear import plain_b
+from veneer.core.records import LinearDelta
+from veneer.ops.grouped_low_rank import LowRankGroup, add_grouped_low_rank, grouped_low_rank_backward
+from veneer.ops.linear.layer import LinearLayer
+from veneer.ops.linear.masks import Mask
+from veneer.ops.matmul import add_matmul, matmul
+
+FactorGradients = dict[str, Tensor | None]
+"""In the fields of one record."""
+
+
+@dataclass(frozen=True, slots=True)
+class LowRankGradients:
+    """In what goes into A (None where not asked for), and of each layer in a, core, b and b_scale of each record."""
+
+    x: Tensor | None
+    factors: list[list[FactorGradients]]
+
+
+def add_low_rank(
+    x: Float[Tensor, "n i"],
+    read: Float[Tensor, "n i"],
+    zs: Sequence[Float[Tensor, "n _"]],
+    layers: Sequence[LinearLayer],
+) -> Tensor:
+    """Add ``scale * b_scale * B (core * A x)`` to the outputs of layers, in place; what comes back is for
+    `low_rank_backward`.
+
+    ``read`` is x as `ops.matmul.operand` gives it. All layers have runs of rows, or none has; one with masks is alone.
+    """
+    own = through_masks(x, layers[0])
+    if layers[0].runs is not None:
+        return add_grouped_low_rank(own, [_group(layer) for layer in layers], layers[0].runs_of(len(x)), zs)
+    u = matmul(read if own is x else own, _joined_a(layers, x.dtype).T, x.dtype)
+    for z, layer, span in zip(zs, layers, _spans(layers), strict=True):
+        add_matmul(z, u[:, span], _scaled_b(layer, x.dtype).T)
+    return u
+
+
+def low_rank_backward(
+    dzs: Sequence[tuple[Float[Tensor, "n _"], Float[Tensor, "n _"]]],
+    x: Float[Tensor, "n i"],
+    u: Tensor,
+    layers: Sequence[LinearLayer],
+    input_grad: bool,
+) -> LowRankGradients:
+    """Gradients of `add_low_rank` from the u that it gave; ``dzs``: of each layer the gradient in its output, and the
+    same as `ops.matmul.operand` gives it.
+
+    That in x is in what the masks let through: `add_through_masks` takes it on.
+    """
+    trains_a = any(r.a is not None and r.a.requires_grad for layer in layers for r in layer.records)
+    own = through_masks(x, layers[0]) if trains_a else x
+    if layers[0].runs is not None:
+        return _of_rows([dz for dz, _ in dzs], own, u, layers, input_grad)
+    du = torch.empty_like(u)
+    for layer, span, (_, read) in zip(layers, _spans(layers), dzs, strict=True):
+        matmul(read, _scaled_b(layer, x.dtype), x.dtype, out=du[:, span])
+    das = _a_gradients(du, own, layers) if trains_a else [None] * len(layers)
+    factors = []
+    for layer, span, da, (_, read) in zip(layers, _spans(layers), das, dzs, strict=True):
+        found: FactorGradients = {"a": da}
+        if _trains_b(layer.record):
+            db = matmul(u[:, span].T, read, x.dtype).T.to(cast(Tensor, layer.record.b).dtype).mul_(_scale_of(layer, 0))
+            found |= _parted(db, layer.record)
+        factors.append([found])
+    return LowRankGradients(matmul(du, _joined_a(layers, x.dtype), x.dtype) if input_grad else None, factors)
+
+
+def through_masks(x: Float[Tensor, "n i"], layer: LinearLayer) -> Float[Tensor, "n i"]:
+    """What goes into the A's of a layer: x without what its masks drop. What is kept is scaled at B."""
+    if not layer.masks:
+        return x
+    if layer.runs is None:
+        return cast(Mask, layer.masks[0]).drop(x)
+    own = x.clone()
+    for k, rows in layer.spans(len(x)):
+        mask = layer.masks[k]
+        if mask is not None:
+            own[rows] = mask.drop(x[rows], rows)
+    return own
+
+
+def add_through_masks(dx: Float[Tensor, "n i"], g: Float[Tensor, "n i"], layer: LinearLayer) -> None:
+    """Add the gradient in x to dx in place, given that in what the masks let through."""
+    for k, rows in layer.spans(len(dx)):
+        mask = layer.masks[k]
+        if mask is None:
+            dx[rows] += g[rows]
+        else:
+            mask.add_to(dx[rows], g[rows], rows)
+
+
+def _a_gradients(du: Tensor, x: Tensor, layers: Sequence[LinearLayer]) -> list[Tensor | None]:
+    da = matmul(du.T, x, x.dtype)
+    factors = [cast(Tensor, layer.record.a) for layer in layers]
+    spans = _spans(layers)
+    return [da[span].to(a.dtype) if a.requires_grad else None for a, span in zip(factors, spans, strict=True)]
+
+
+def _of_rows(
+    dzs: Sequence[Tensor], x: Tensor, u: Tensor, layers: Sequence[LinearLayer], input_grad: bool
+) -> LowRankGradients:
+    groups = [_group(layer) for layer in layers]
+    dx, das, dbs = grouped_low_rank_backward(dzs, x, u, groups, layers[0].runs_of(len(x)), input_grad=input_grad)
+    factors = [
+        [_of_record(da, db, record) for da, db, record in zip(own_das, own_dbs, layer.records, strict=True)]
+        for own_das, own_dbs, layer in zip(das, dbs, layers, strict=True)
+    ]
+    return LowRankGradients(dx, factors)
+
+
+def _of_record(da: Tensor | None, db: Tensor | None, record: LinearDelta) -> FactorGradients:
+    if record.a is None or record.b is None or da is None or db is None:
+        return {}
+    found: FactorGradients = {"a": da.to(record.a.dtype) if record.a.requires_grad else None}
+    return found | _parted(db.to(record.b.dtype), record) if _trains_b(record) else found
+
+
+def _trains_b(record: LinearDelta) -> bool:
+    """Whether something behind A is trained."""
+    return any(t is not None and t.requires_grad for t in (record.core, record.b, record.b_scale))
+
+
+def _parted(gradient: Float[Tensor, "o r"], record: LinearDelta) -> FactorGradients:
+    """Gradients in core, b and b_scale, given that in ``diag(b_scale) B diag(core)``."""
+    b = cast(Tensor, record.b)
+    if record.core is None and record.b_scale is None:
+        return {"b": gradient}
+    found: FactorGradients = {}
+    rows = gradient if record.b_scale is None else gradient * record.b_scale[:, None]
+    if record.core is not None and record.core.requires_grad:
+        found["core"] = (rows * b).sum(dim=0)
+    if record.b_scale is not None and record.b_scale.requires_grad:
+        found["b_scale"] = ((gradient if record.core is None else gradient * record.core) * b).sum(dim=1)
+    if b.requires_grad:
+        found["b"] = rows if record.core is None else rows * record.core
+    return found
+
+
+def _group(layer: LinearLayer) -> LowRankGroup:
+    records = layer.records
+    scales = tuple(_scale_of(layer, k) for k in range(len(records)))
+    return LowRankGroup(tuple(r.a for r in records), tuple(plain_b(r) for r in records), scales)
+
+
+def _joined_a(layers: Sequence[LinearLayer], dtype: torch.dtype) -> Tensor:
+    return torch.cat([cast(Tensor, layer.record.a).to(dtype) for layer in layers])
+
+
+def _spans(layers: Sequence[LinearLayer]) -> list[slice]:
+    """The columns of u that belong to each layer."""
+    ranks = [layer.record.rank for layer in layers]
+    return [slice(end - rank, end) for rank, end in zip(ranks, accumulate(ranks), strict=True)]
+
+
+def _scaled_b(layer: LinearLayer, dtype: torch.dtype) -> Tensor:
+    return (cast(Tensor, plain_b(layer.record)) * _scale_of(layer, 0)).to(dtype)
+
+
+def _scale_of(layer: LinearLayer, k: int) -> float:
+    """The scale of a record, with that of what its mask keeps."""
+    mask = layer.masks[k] if layer.masks else None
+    return layer.records[k].scale * (1.0 if mask is None else mask.scale)

@@ -1,0 +1,219 @@
+"""The record's formula on frozen layers, forward and backward: ``y = out_scale * (W x' + scale * b_scale * B (core * A
+drop(x'))) + bias`` with ``x' = in_scale * x``.
+
+The kernel side of `core.linear`, which is its specification. Layers that read the same x (q, k, v; gate and up) go
+through one call: their A's are joined, so x is read once. Kept for the backward pass are x, the ``A x`` of all of them,
+and, where a scale of outputs is trained, the product in front of it: making it again would cost the largest product of
+the layer once more. Masks and scaled inputs are made again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from veneer.ops.linear.layer import FIELDS, LinearLayer, Weight, require_fit, tensors_of
+from veneer.ops.linear.low_rank import FactorGradients, add_low_rank, add_through_masks, low_rank_backward
+from veneer.ops.linear.scales import (
+    added,
+    finished,
+    finished_backward,
+    keeps_product,
+    scaled_input,
+    scaled_input_backward,
+)
+from veneer.ops.matmul import add_matmul, matmul, operand
+
+WHOLE = -1
+"""In place of a layer: the x that layers share."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What `backward` reads beside x: the A-products, and of each layer the product in front of a trained scale."""
+
+    us: tuple[Tensor, ...]
+    products: tuple[Tensor | None, ...]
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All of them, for autograd to keep."""
+        return (*self.us, *self.products)
+
+    def without_products(self) -> Kept:
+        """Where the products are made again."""
+        return Kept(self.us, (None,) * len(self.products))
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor | None], layers: Sequence[LinearLayer]) -> Kept:
+        """From what `tensors` gave for these layers."""
+        n_us = len(tensors) - len(layers)
+        return cls(tuple(cast("Sequence[Tensor]", tensors[:n_us])), tuple(tensors[n_us:]))
+
+
+@dataclass(frozen=True, slots=True)
+class LinearGradients:
+    """Gradients of `forward`: in x (None where not asked for), and in the records as `tensors_of` lists them."""
+
+    x: Tensor | None
+    records: tuple[Tensor | None, ...]
+
+
+def linear(x: Float[Tensor, "*batch i"], layer: LinearLayer) -> Float[Tensor, "*batch o"]:
+    """One layer under autograd: gradients flow to x and to every tensor of its records."""
+    return linears(x, [layer])[0]
+
+
+def linears(x: Float[Tensor, "*batch i"], layers: Sequence[LinearLayer]) -> tuple[Float[Tensor, "*batch _"], ...]:
+    """The outputs of layers that share their input, under autograd.
+
+    Raises ShapeError where a layer does not fit x.
+    """
+    require_fit(x, layers)
+    ys: tuple[Tensor, ...] = _Linears.apply(  # type: ignore[no-untyped-call]
+        x.reshape(-1, x.shape[-1]), tuple(layers), *tensors_of(layers)
+    )
+    return tuple(y.reshape(*x.shape[:-1], -1) for y in ys)
+
+
+def forward(x: Float[Tensor, "n i"], layers: Sequence[LinearLayer]) -> tuple[tuple[Float[Tensor, "n _"], ...], Kept]:
+    """The outputs, and what `backward` reads."""
+    inputs = [scaled_input(x, layer) for layer in layers]
+    reads = _operands(inputs)
+    zs = [_product(own, read, layer.weight) for own, read, layer in zip(inputs, reads, layers, strict=True)]
+    us = tuple(
+        add_low_rank(inputs[places[0]], reads[places[0]], [zs[i] for i in places], [layers[i] for i in places])
+        for places in _together(layers)
+    )
+    kept = Kept(us, tuple(z if keeps_product(layer) else None for z, layer in zip(zs, layers, strict=True)))
+    return tuple(finished(z, layer) for z, layer in zip(zs, layers, strict=True)), kept
+
+
+def outputs(
+    kept_ys: Sequence[Tensor | None], kept: Kept, layers: Sequence[LinearLayer]
+) -> tuple[Float[Tensor, "n _"], ...]:
+    """The outputs, of which only those were kept whose product was not."""
+    return tuple(
+        cast(Tensor, y) if z is None else finished(z, layer)
+        for y, z, layer in zip(kept_ys, kept.products, layers, strict=True)
+    )
+
+
+def backward(
+    dys: Sequence[Float[Tensor, "n _"]],
+    x: Float[Tensor, "n i"],
+    kept: Kept,
+    layers: Sequence[LinearLayer],
+    *,
+    input_grad: bool = True,
+) -> LinearGradients:
+    """Gradients of `forward` from the outputs' gradients, x, and what it kept."""
+    found = _Found(layers)
+    dzs = [found.finish(place, dy, z) for place, (dy, z) in enumerate(zip(dys, kept.products, strict=True))]
+    reads = [operand(dz) for dz in dzs]
+    inputs = [scaled_input(x, layer) for layer in layers]
+    into = [place if layer.scales_input else WHOLE for place, layer in enumerate(layers)]
+    totals: dict[int, Tensor | None] = {}
+    masked: list[tuple[int, Tensor]] = []
+    for places, u in zip(_together(layers), kept.us, strict=True):
+        first = places[0]
+        wanted = input_grad or into[first] != WHOLE
+        own = [(dzs[i], reads[i]) for i in places]
+        got = low_rank_backward(own, inputs[first], u, [layers[i] for i in places], wanted)
+        found.add_factors(places, got.factors)
+        if got.x is not None and layers[first].masks:
+            masked.append((first, got.x))
+        elif got.x is not None:
+            totals[into[first]] = added(totals.get(into[first]), got.x)
+    for place, (layer, dz, read) in enumerate(zip(layers, dzs, reads, strict=True)):
+        if input_grad or into[place] != WHOLE:
+            totals[into[place]] = _add_transposed(totals.get(into[place]), dz, read, layer.weight)
+    for place, dx in masked:
+        add_through_masks(cast(Tensor, totals[into[place]]), dx, layers[place])
+    for place in (place for place in into if place != WHOLE):
+        dx, scales = scaled_input_backward(cast(Tensor, totals[place]), x, layers[place])
+        found.add(place, in_scale=scales)
+        if input_grad:
+            totals[WHOLE] = added(totals.get(WHOLE), dx)
+    return LinearGradients(totals.get(WHOLE), found.listed())
+
+
+class _Found:
+    """The gradients in the tensors of records, as they are found."""
+
+    def __init__(self, layers: Sequence[LinearLayer]) -> None:
+        self.layers = layers
+        self.values: list[list[FactorGradients]] = [[dict.fromkeys(FIELDS) for _ in layer.records] for layer in layers]
+
+    def add(self, place: int, **fields: Sequence[Tensor | None]) -> None:
+        """Of one layer, each field's in every record."""
+        for field, gradients in fields.items():
+            for values, gradient in zip(self.values[place], gradients, strict=True):
+                values[field] = gradient
+
+    def finish(self, place: int, dy: Tensor, z: Tensor | None) -> Tensor:
+        """The gradient in the product of a layer; those in the scales and biases behind it are taken down."""
+        dz, scales, biases = finished_backward(dy, z, self.layers[place])
+        self.add(place, out_scale=scales, bias=biases)
+        return dz
+
+    def add_factors(self, places: Sequence[int], factors: Sequence[Sequence[FactorGradients]]) -> None:
+        """Of some layers those in the low-rank part of every record."""
+        for place, records in zip(places, factors, strict=True):
+            for values, gradients in zip(self.values[place], records, strict=True):
+                values |= gradients
+
+    def listed(self) -> tuple[Tensor | None, ...]:
+        """As `tensors_of` lists them."""
+        return tuple(values[field] for layer in self.values for values in layer for field in FIELDS)
+
+
+class _Linears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layers: tuple[LinearLayer, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        ys, kept = forward(x, layers)
+        ctx.save_for_backward(x, *kept.tensors)
+        ctx.layers = layers
+        return ys
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        x, *tensors = ctx.saved_tensors
+        kept = Kept.of(tensors, ctx.layers)
+        found = backward(dys, x, kept, ctx.layers, input_grad=ctx.needs_input_grad[0])
+        return found.x, None, *found.records
+
+
+def _together(layers: Sequence[LinearLayer]) -> list[list[int]]:
+    """The layers whose low-rank parts are one call: those that read x itself. One that scales or drops it is alone."""
+    adapted = [i for i, layer in enumerate(layers) if layer.is_lowrank]
+    whole = [i for i in adapted if layers[i].reads_x and layers[i].runs is None]
+    by_rows = [i for i in adapted if layers[i].reads_x and layers[i].runs is not None]
+    return [group for group in (whole, by_rows) if group] + [[i] for i in adapted if not layers[i].reads_x]
+
+
+def _operands(inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Each as `matmul` reads it, widened once where it is the same."""
+    read = {id(x): operand(x) for x in inputs}
+    return [read[id(x)] for x in inputs]
+
+
+def _product(x: Tensor, read: Tensor, weight: Weight) -> Tensor:
+    if isinstance(weight, Tensor):
+        return matmul(read, weight.T, x.dtype)
+    y = weight.matmul(x)
+    # who watches (selective checkpointing) keeps what it sees, and this is written into
+    return y.clone() if _get_current_dispatch_mode() else y
+
+
+def _add_transposed(dx: Tensor | None, dy: Tensor, read: Tensor, weight: Weight) -> Tensor:
+    """``dx + Wᵀ dy``; a dense weight adds inside its product."""
+    if isinstance(weight, Tensor):
+        return matmul(read, weight, dy.dtype) if dx is None else add_matmul(dx, read, weight)
+    return weight.matmul_t(dy) if dx is None else dx.add_(weight.matmul_t(dy))

@@ -1,0 +1,224 @@
+"""The op of every kind of record, and of rows of several, against the record's formula applied row by row."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from veneer.core.linear import apply_linear
+from veneer.core.records import LinearDelta
+from veneer.ops.dropout import keep_scale
+from veneer.ops.grouped_low_rank import AdapterRuns, Run
+from veneer.ops.linear import op
+from veneer.ops.linear.layer import FIELDS, LinearLayer, tensors_of
+from veneer.ops.linear.masks import Mask, dropout
+from veneer.quant import int8, nf4
+from veneer.quant.dense import DenseWeight
+
+OUT, IN, LENGTH = 23, 29, 7
+KINDS: dict[str, tuple[str, ...]] = {
+    "nothing": (),
+    "pair": ("a", "b"),
+    "core": ("a", "b", "core", "b_scale"),
+    "in": ("in_scale",),
+    "out": ("out_scale", "bias"),
+    "out alone": ("out_scale",),
+    "bias": ("bias",),
+    "pair and bias": ("a", "b", "bias"),
+    "pair and out": ("a", "b", "out_scale"),
+    "all": FIELDS,
+}
+ADAPTER_OF_ROW = (1, 1, 0, None, 2, 0, 3)
+RUNS = AdapterRuns((Run(1, 0, 2), Run(0, 2, 3), Run(2, 4, 5), Run(0, 5, 6), Run(3, 6, 7)), 7)
+MIXES = [("pair", "all", "in", "out"), ("bias", "nothing", "core", "pair and out"), ("in", "out alone", "out", "bias")]
+
+
+def record_of(kind: str, seed: int, dtype: torch.dtype) -> LinearDelta:
+    generator = torch.Generator().manual_seed(seed)
+    r = 3 + seed % 4
+    shapes = {"a": (r, IN), "b": (OUT, r), "core": (r,), "in_scale": (IN,)}
+    shapes |= dict.fromkeys(("b_scale", "out_scale", "bias"), (OUT,))
+    drawn = {field: 0.6 * torch.randn(shapes[field], generator=generator) + 0.1 for field in FIELDS}
+    fields = {field: drawn[field].to(dtype).requires_grad_() for field in KINDS[kind]}
+    return LinearDelta(scale=0.7 + seed / 10, **fields)
+
+
+def drawn(*shape: int, seed: int = 3, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def masks_of(n_records: int) -> tuple[Mask | None, ...]:
+    ids = torch.arange(len(ADAPTER_OF_ROW) * LENGTH) * 3 + 1
+    return tuple(Mask(0.3, 11 + k, ids) if k != 1 else None for k in range(n_records))
+
+
+def by_formula(x: Tensor, layer: LinearLayer) -> Tensor:
+    """Row by row; x (rows, LENGTH, IN)."""
+    whole = AdapterRuns((Run(0, 0, len(x)),) if layer.records else (), len(x))
+    owners = (layer.runs or whole).row_to_adapter(x.device).tolist()
+    weight = layer.weight if not isinstance(layer.weight, Tensor) else DenseWeight(layer.weight)
+    rows = []
+    for n, k in enumerate(owners):
+        record = LinearDelta() if k < 0 else layer.records[k]
+        mask = layer.masks[k] if layer.masks and k >= 0 else None
+        own = None
+        if mask is not None and record.rank:
+            ids = mask.ids.view(len(x), LENGTH)[n]
+            own = dropout(x[n], dataclasses.replace(mask, ids=ids))
+        rows.append(apply_linear(record, x[n], weight, layer.bias, own))
+    return torch.stack(rows)
+
+
+def results(function, x: Tensor, layers: list[LinearLayer], dys: list[Tensor]) -> list[Tensor]:
+    x = x.detach().requires_grad_()
+    leaves = [x, *(t for t in tensors_of(layers) if t is not None)]
+    ys = function(x, layers)
+    return [*(y.detach() for y in ys), *torch.autograd.grad(ys, leaves, dys)]
+
+
+def formulas(x: Tensor, layers: list[LinearLayer]) -> list[Tensor]:
+    return [by_formula(x, layer) for layer in layers]
+
+
+def cast(layer: LinearLayer, dtype: torch.dtype, record_dtype: torch.dtype) -> LinearLayer:
+    def fields(record: LinearDelta) -> LinearDelta:
+        given = {f: getattr(record, f) for f in FIELDS if getattr(record, f) is not None}
+        return dataclasses.replace(
+            record, **{f: t.detach().to(record_dtype).requires_grad_() for f, t in given.items()}
+        )
+
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    return dataclasses.replace(
+        layer, weight=layer.weight.to(dtype), bias=bias, records=tuple(fields(r) for r in layer.records)
+    )
+
+
+def layers_of(names: tuple[str, ...], *, has_bias: bool, masked: bool, by_rows: bool) -> list[LinearLayer]:
+    """Two layers that share their input, their records in another order, and a third without any."""
+    found = []
+    for place in range(2):
+        kinds = names if by_rows else (names[place % len(names)],)
+        kinds = kinds[place:] + kinds[:place]
+        records = tuple(record_of(kind, 5 * place + k, torch.float64) for k, kind in enumerate(kinds))
+        found.append(
+            LinearLayer(
+                weight=drawn(OUT, IN, seed=place) / 3,
+                bias=drawn(OUT, seed=7 + place) if has_bias else None,
+                records=records,
+                runs=RUNS if by_rows else None,
+                masks=masks_of(len(records)) if masked else (),
+            )
+        )
+    return [*found, LinearLayer(weight=drawn(OUT, IN, seed=9), bias=drawn(OUT, seed=10) if has_bias else None)]
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "dropout"])
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("names", [*itertools.pairwise([*KINDS, "pair"])], ids=str)
+def test_each_kind_on_all_rows(names: tuple[str, str], has_bias: bool, masked: bool) -> None:
+    layers = layers_of(names, has_bias=has_bias, masked=masked, by_rows=False)
+    x, dys = drawn(5, LENGTH, IN), [drawn(5, LENGTH, OUT, seed=20 + i) for i in range(3)]
+    if masked:
+        ids = torch.arange(5 * LENGTH) * 3 + 1
+        layers = [
+            dataclasses.replace(y, masks=tuple(m and dataclasses.replace(m, ids=ids) for m in y.masks)) for y in layers
+        ]
+    for got, expected in zip(results(op.linears, x, layers, dys), results(formulas, x, layers, dys), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "dropout"])
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("names", MIXES, ids=str)
+def test_rows_of_several_records(names: tuple[str, ...], has_bias: bool, masked: bool) -> None:
+    """In float32, since the grouped kernels sum in it."""
+    layers = layers_of(names, has_bias=has_bias, masked=masked, by_rows=True)
+    x, dys = drawn(7, LENGTH, IN), [drawn(7, LENGTH, OUT, seed=20 + i) for i in range(3)]
+    for got, expected in zip(results(op.linears, x, layers, dys), results(formulas, x, layers, dys), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("names", [*MIXES, ("all",), ("pair and out",), ("core",), ("out",)], ids=str)
+def test_errs_no_more_than_twice_plain_torch(names: tuple[str, ...], dtype: torch.dtype) -> None:
+    by_rows, masked = len(names) > 1, len(names) > 1
+    exact = layers_of(names, has_bias=True, masked=masked, by_rows=by_rows)
+    x, dys = drawn(7, LENGTH, IN, dtype=dtype), [drawn(7, LENGTH, OUT, seed=20 + i, dtype=dtype) for i in range(3)]
+    exact = [cast(cast(layer, dtype, dtype), torch.float64, torch.float64) for layer in exact]
+    truth = results(formulas, x.double(), exact, [dy.double() for dy in dys])
+    plain = results(formulas, x, [cast(layer, dtype, dtype) for layer in exact], dys)
+    ours = results(op.linears, x, [cast(layer, dtype, torch.float32) for layer in exact], dys)
+    for got, torchs, true in zip(ours, plain, truth, strict=True):
+        error = (got.double() - true).norm()
+        assert error <= 2 * (torchs.double() - true).norm() + 1e-6 * true.norm()
+
+
+@pytest.mark.parametrize("store", [nf4.quantize, int8.quantize], ids=["nf4", "int8"])
+def test_on_a_coded_weight(store) -> None:
+    weight = store(drawn(64, 64).float())
+    shapes = {"a": (5, 64), "b": (64, 5), "in_scale": (64,), "out_scale": (64,), "bias": (64,)}
+    fields = {field: drawn(*shape, seed=i).requires_grad_() for i, (field, shape) in enumerate(shapes.items())}
+    layers = [LinearLayer(weight=weight, records=(LinearDelta(scale=1.3, **fields),))]
+    x, dy = drawn(3, LENGTH, 64), drawn(3, LENGTH, 64, seed=6)
+    expected = results(formulas, x, layers, [dy])
+    for got, wanted in zip(results(op.linears, x, layers, [dy]), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "dropout"])
+def test_gradients_are_those_of_the_forward_pass(masked: bool) -> None:
+    layer = layers_of(("all",), has_bias=True, masked=masked, by_rows=False)[0]
+    x = drawn(3, IN).requires_grad_()
+    if masked:
+        layer = dataclasses.replace(layer, masks=(Mask(0.3, 5, torch.tensor([4, 9, 2])),))
+
+    def forward(x: Tensor, *fields: Tensor) -> Tensor:
+        record = dataclasses.replace(layer.record, **dict(zip(FIELDS, fields, strict=True)))
+        return op.linear(x, dataclasses.replace(layer, records=(record,)))
+
+    assert torch.autograd.gradcheck(forward, (x, *(getattr(layer.record, field) for field in FIELDS)))
+
+
+def test_a_frozen_pair_gets_no_gradient() -> None:
+    record = record_of("core", 3, torch.float64)
+    record = dataclasses.replace(record, a=record.a.detach(), b=record.b.detach())
+    layer = LinearLayer(weight=drawn(OUT, IN), records=(record,))
+    x = drawn(2, LENGTH, IN).requires_grad_()
+    y = op.linear(x, layer)
+    got = torch.autograd.grad(y.square().sum(), (x, record.core, record.b_scale))
+    expected = torch.autograd.grad(by_formula(x, layer).square().sum(), (x, record.core, record.b_scale))
+    for actual, wanted in zip(got, expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-11, atol=1e-11)
+
+
+def test_a_scale_in_float32_is_not_rounded_to_bfloat16() -> None:
+    """1.005 is 1.0078 in bfloat16."""
+    x = torch.full((2, 4, 8), 64.0, dtype=torch.bfloat16)
+    layer = LinearLayer(
+        weight=torch.eye(8, dtype=torch.bfloat16), records=(LinearDelta(out_scale=torch.full((8,), 1.005)),)
+    )
+    assert torch.equal(op.linear(x, layer), torch.full_like(x, 64 * 1.005))
+    assert 64 * float(torch.tensor(1.005).bfloat16()) != (64 * 1.005)
+
+
+def test_a_bias_in_float32_beside_a_16_bit_one() -> None:
+    bias, trained = torch.ones(3, dtype=torch.bfloat16), torch.full((3,), 2.5)
+    layer = LinearLayer(
+        weight=torch.eye(3, dtype=torch.bfloat16), bias=bias,
+        records=(LinearDelta(bias=trained),), runs=AdapterRuns((Run(0, 1, 2),), 2),
+    )  # fmt: skip
+    mixed = op.linear(torch.zeros(2, 3, dtype=torch.bfloat16), layer)
+    assert mixed.dtype == torch.bfloat16
+    assert mixed[:, 0].tolist() == [1.0, 2.5]
+
+
+def test_what_is_kept_of_dropout_is_scaled_up() -> None:
+    mask = Mask(0.25, 7, torch.arange(1000))
+    y = dropout(torch.full((1000, 67), 3.0), mask)
+    assert set(y.unique().tolist()) == {0.0, 3 * keep_scale(0.25)}
+    assert float(y.mean()) == pytest.approx(3.0, rel=0.01)
+    assert float((y == 0).float().mean()) == pytest.approx(0.25, abs=0.01)
