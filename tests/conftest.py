@@ -36,7 +36,7 @@ install_import_hook(
 def toy(dropped_method):
     """The method of CONTRIBUTING.md dropped into the folder of methods, and nothing else."""
     page = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    (source,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    source, *_ = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)  # behind it stands a family of decoders
     return dropped_method("toy", source)
 
 

@@ -26,11 +26,7 @@ class LinearMethod(TargetedConfig):
     faster.
     """
 
-    # the query and value projections (Hu et al. 2021, section 4.2) by the names that families give them
-    default_targets: ClassVar[tuple[str, ...]] = (
-        "q_proj", "v_proj", "query", "value", "q", "v", "query_proj", "value_proj", "query_key_value", "c_attn",
-        "qkv_proj", "Wqkv",
-    )  # fmt: skip
+    default_targets: ClassVar[tuple[str, ...]] = ("q", "v")  # as roles (Hu et al. 2021, section 4.2)
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     outward: ClassVar[frozenset[str]] = frozenset()
 

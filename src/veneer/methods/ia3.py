@@ -62,10 +62,7 @@ class IA3Config(LinearMethod):
     default_feedforward: ClassVar[tuple[str, ...]] = (
         "down_proj", "fc2", "output.dense", "wo", "dense_4h_to_h", "mlp.c_proj", "w2",
     )  # fmt: skip
-    default_targets: ClassVar[tuple[str, ...]] = (
-        "k_proj", "v_proj", "key", "value", "k", "v", "key_proj", "value_proj", "query_key_value", "c_attn",
-        *default_feedforward,
-    )  # fmt: skip
+    default_targets: ClassVar[tuple[str, ...]] = ("k", "v", *default_feedforward)
 
     inert: ClassVar[frozenset[str]] = frozenset({"fan_in_fan_out", "init_ia3_weights"})
     peft_fields: ClassVar[PeftFields] = PeftFields(quiet=("layers_pattern", "layers_to_transform"))

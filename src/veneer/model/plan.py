@@ -11,6 +11,7 @@ from veneer.contract.targets import ALL_LINEAR, absent_layers, select_targets
 from veneer.core.sites import LinearSite
 from veneer.errors import TargetError
 from veneer.model.blueprint.names import TASK_HEADS
+from veneer.model.blueprint.roles import names_for
 from veneer.model.copies import copied_parameters
 from veneer.model.parameters import parameter_places
 from veneer.model.snapshot import Snapshot, shortest_names
@@ -104,9 +105,7 @@ def targets_of(snapshot: Snapshot, config: MethodConfig) -> tuple[str, ...]:
         raise TargetError(f"{type(config).__name__} does not target modules by name")
     if config.extras.parameters and not config.target_modules:
         return ()
-    default = config.default_targets
-    if config.target_modules is None:
-        default = (*default, *snapshot.named_by_role(default))
+    default = names_for(snapshot.model, config.default_targets) if config.target_modules is None else ()
     return select_targets(config, snapshot.index(config), default)
 
 

@@ -12,9 +12,7 @@ from transformers import PreTrainedModel
 from veneer.contract import LinearMethod
 from veneer.contract.targets import ModuleIndex, matches_any
 from veneer.core.sites import LinearSite
-from veneer.errors import DescriptionError
 from veneer.model.adapted import Adapted
-from veneer.model.blueprint.describe import describe
 from veneer.model.blueprint.names import CLASSIFIERS
 from veneer.model.embedding import input_embeddings
 from veneer.model.kinds import Kind, kind_of
@@ -38,18 +36,6 @@ class Snapshot:
     heads: tuple[str, ...]
     model_type: str
     base_name: str
-
-    def named_by_role(self, roles: Sequence[str]) -> tuple[str, ...]:
-        """The paths of the linear layers that have these roles in a decoder, such as "q", "v", "down"; none where the
-        model is no decoder that can be described.
-        """
-        if not isinstance(self.model, PreTrainedModel):
-            return ()
-        try:
-            decoder = describe(self.model)
-        except DescriptionError:
-            return ()
-        return tuple(linear.path for linear in decoder.linears if linear.role in roles)
 
     def sites(self, paths: Sequence[str]) -> list[LinearSite]:
         """Modules that can be adapted, described by their shapes alone."""

@@ -113,6 +113,7 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "q": ("q_proj", "query", "q", "query_proj", *_QKV),
     "k": ("k_proj", "key", "k", "key_proj", *_QKV),
     "v": ("v_proj", "value", "v", "value_proj", *_QKV),
+    "qkv": _QKV,
     "o": ("o_proj", "out_proj"),
     "gate": ("gate_proj", "gate_up_proj"),
     "up": ("up_proj", "gate_up_proj", "fc1"),
