@@ -19,12 +19,12 @@ constexpr int64_t least_work = 1 << 21;  // multiplications; less is not worth w
 int64_t padded(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 // What Python says of a call, as numbers: element types of x, factors and y; the widths of input and outputs; of each
-// layer, adapter by adapter, the addresses of a and b and the rank; of each run of rows its adapter, start and stop,
-// ordered by adapter.
+// layer, adapter by adapter, the addresses of a and b and the rank, and of the mask the key, the threshold (0: there is
+// none) and the address of the rows' ids; of each run of rows its adapter, start and stop, ordered by adapter.
 struct Given {
   std::vector<int> dtypes;
   int64_t in_features;
-  Numbers out_features, pairs;
+  Numbers out_features, pairs, masks;
   std::vector<float> scales;
   Numbers runs;
 };
@@ -110,6 +110,10 @@ struct Plan {
         p.b = reinterpret_cast<const void*>(given.pairs.at(3 * at + 1));
         p.rank = given.pairs.at(3 * at + 2);
         p.scale = given.scales.at(at);
+        p.key = static_cast<uint64_t>(given.masks.at(3 * at));
+        p.threshold = static_cast<uint32_t>(given.masks.at(3 * at + 1));
+        p.ids = reinterpret_cast<const int64_t*>(given.masks.at(3 * at + 2));
+        adapters[k].masked |= p.rank > 0 && p.threshold > 0;
         p.first = adapters[k].columns;
         adapters[k].columns += padded(p.rank, units.depth);
       }
@@ -136,20 +140,29 @@ struct Plan {
       blocks.push_back({k, end - first, rows.data() + first, together});
     }
     call.n_blocks = static_cast<int64_t>(blocks.size());
-    for (int64_t k = 0; k < call.n_adapters; ++k)
-      for (int64_t layer = -1; layer < call.n_layers; ++layer) {
-        const bool none = layer < 0 ? adapters[k].columns == 0 : pairs[layer * call.n_adapters + k].rank == 0;
-        const int64_t features = none ? 0 : layer < 0 ? call.in_features : call.out_features[layer];
-        for (int64_t c = 0; c < features; c += low_rank_outer_columns) outers.push_back({k, layer, c});
+    for (int64_t k = 0; k < call.n_adapters; ++k) {
+      if (!adapters[k].masked && adapters[k].columns > 0) lay_out_outers(k, -1, true);
+      for (int64_t layer = 0; layer < call.n_layers; ++layer) {
+        if (pairs[layer * call.n_adapters + k].rank == 0) continue;
+        if (adapters[k].masked) lay_out_outers(k, layer, true);
+        lay_out_outers(k, layer, false);
       }
+    }
     call.n_outers = static_cast<int64_t>(outers.size());
+  }
+
+  void lay_out_outers(int64_t adapter, int64_t layer, bool of_a) {
+    const int64_t features = of_a ? call.in_features : call.out_features[layer];
+    for (int64_t c = 0; c < features; c += low_rank_outer_columns) outers.push_back({adapter, layer, c, of_a});
   }
 
   int64_t thread_bytes() const {
     int64_t widest = call.in_features > low_rank_outer_columns ? call.in_features : low_rank_outer_columns;
     for (int64_t o : given.out_features) widest = o > widest ? o : widest;
     const int64_t row_values = low_rank_block * (padded(widest, 32) + call.u_columns + 32);
-    return padded(row_values * units.element, 64) + low_rank_outer_columns * (call.u_columns + low_rank_block) * 4 + 192;
+    const int64_t masked_values = low_rank_block * padded(widest, low_rank_tile);
+    return padded(row_values * units.element, 64) + masked_values * 4 +
+           low_rank_outer_columns * (call.u_columns + low_rank_block) * 4 + 256;
   }
 
   int64_t work() const {
@@ -159,9 +172,10 @@ struct Plan {
   }
 };
 
-Given given_of(std::vector<int> dtypes, int64_t in_features, Numbers outs, Numbers pairs, std::vector<float> scales,
-               Numbers runs) {
-  return {std::move(dtypes), in_features, std::move(outs), std::move(pairs), std::move(scales), std::move(runs)};
+Given given_of(std::vector<int> dtypes, int64_t in_features, Numbers outs, Numbers pairs, Numbers masks,
+               std::vector<float> scales, Numbers runs) {
+  return {std::move(dtypes), in_features,       std::move(outs), std::move(pairs),
+          std::move(masks),  std::move(scales), std::move(runs)};
 }
 
 }  // namespace
@@ -169,16 +183,16 @@ Given given_of(std::vector<int> dtypes, int64_t in_features, Numbers outs, Numbe
 void bind_grouped_low_rank(nb::module_& m) {
   using release = nb::call_guard<nb::gil_scoped_release>;
   m.def("grouped_low_rank_u_bytes",
-        [](std::vector<int> dtypes, int64_t in_features, Numbers outs, Numbers pairs, std::vector<float> scales,
-           Numbers runs) {
-          const Given given = given_of(dtypes, in_features, outs, pairs, scales, runs);
+        [](std::vector<int> dtypes, int64_t in_features, Numbers outs, Numbers pairs, Numbers masks,
+           std::vector<float> scales, Numbers runs) {
+          const Given given = given_of(dtypes, in_features, outs, pairs, masks, scales, runs);
           return Plan(given).u_bytes();
         });
   m.def(
       "grouped_low_rank_forward",
-      [](std::vector<int> dtypes, int64_t in_features, Numbers outs, Numbers pairs, std::vector<float> scales,
-         Numbers runs, uintptr_t x, int64_t x_stride, Numbers ys, uintptr_t u) {
-        const Given given = given_of(dtypes, in_features, outs, pairs, scales, runs);
+      [](std::vector<int> dtypes, int64_t in_features, Numbers outs, Numbers pairs, Numbers masks,
+         std::vector<float> scales, Numbers runs, uintptr_t x, int64_t x_stride, Numbers ys, uintptr_t u) {
+        const Given given = given_of(dtypes, in_features, outs, pairs, masks, scales, runs);
         Plan plan(given);
         plan.place(false);
         plan.read_ys(ys);
@@ -189,9 +203,9 @@ void bind_grouped_low_rank(nb::module_& m) {
       release());
   m.def(
       "grouped_low_rank_backward",
-      [](std::vector<int> dtypes, int64_t in_features, Numbers outs, Numbers pairs, std::vector<float> scales,
-         Numbers runs, uintptr_t x, int64_t x_stride, Numbers dys, uintptr_t u, uintptr_t dx, Numbers gradients) {
-        const Given given = given_of(dtypes, in_features, outs, pairs, scales, runs);
+      [](std::vector<int> dtypes, int64_t in_features, Numbers outs, Numbers pairs, Numbers masks,
+         std::vector<float> scales, Numbers runs, uintptr_t x, int64_t x_stride, Numbers dys, uintptr_t u, uintptr_t dx, Numbers gradients) {
+        const Given given = given_of(dtypes, in_features, outs, pairs, masks, scales, runs);
         Plan plan(given);
         plan.place(true);
         plan.read_ys(dys);

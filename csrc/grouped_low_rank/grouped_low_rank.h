@@ -29,6 +29,9 @@ struct LowRankPair {
   float scale;
   int64_t first;          // its first column among those of the adapter
   char* packed;     // forward: scale * bᵀ, backward: scale * b
+  uint64_t key;     // of the mask of x in front of a; see csrc/core/philox.h
+  uint32_t threshold;  // 0: there is none
+  const int64_t* ids;  // of the mask's rows
 };
 
 struct LowRankAdapter {
@@ -36,6 +39,7 @@ struct LowRankAdapter {
   int64_t columns;  // the ranks of all layers, each padded to units.depth
   char* joined;     // packed: forward aᵀ of all layers side by side, backward a of all below one another
   char *u_t, *du_t; // backward: (columns, n_blocks * low_rank_block), and what a unit of rows reads past it
+  bool masked;      // on one layer at least
 };
 
 struct LowRankBlock {
@@ -44,8 +48,9 @@ struct LowRankBlock {
   bool together;  // its rows follow each other
 };
 
-struct LowRankOuter {  // some columns of the gradient in all a of an adapter (layer -1), or in b of one layer
+struct LowRankOuter {  // some columns of the gradient in a, of one layer or (-1) of all whose x is the same, or in b
   int64_t adapter, layer, column;
+  bool of_a;
 };
 
 struct LowRankCall {

@@ -1,10 +1,12 @@
 // Three products, each for 64 rows of one adapter: x Aᵀ for all layers that share x at once, its A's side by side; that
 // times (scale B)ᵀ onto the output of each layer; and, for gradients, a factor's ranks times rows summed over the rows.
+// Where masks lie in front of the A's of an adapter, each layer has an x of its own and a product of its own with it.
 // Factors are packed first, once a call; what a block or a piece of a gradient holds does not depend on who computes it.
 #include "grouped_low_rank/grouped_low_rank.h"
 
 #include "core/engine.h"
 #include "core/parallel.h"
+#include "core/philox.h"
 #include "core/scratch.h"
 
 namespace veneer {
@@ -152,6 +154,45 @@ void right(const RowsView& view, int64_t first, int64_t features, const LowRankB
   }
 }
 
+// ---- masks -----------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct Bits { using type = uint16_t; };
+template <>
+struct Bits<float> { using type = float; };
+
+constexpr int64_t in_order[block] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
+                                     22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43,
+                                     44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
+
+// f(t, column, draws) for the rows of a block and each 64 of some columns, the first of them a multiple of 64.
+template <class F>
+void each_draw(const LowRankPair& pair, const LowRankBlock& at, int64_t first, int64_t columns, const F& f) {
+  const PhiloxKeys keys(pair.key);
+  RowPart rows[block];
+  for (int64_t t = 0; t < at.n_rows; ++t) rows[t] = RowPart(pair.ids[at.rows[t]], keys);
+  for (int64_t c = 0; c < columns; c += draw_group) {
+    const ColumnPart column(first + c, keys);
+    for (int64_t t = 0; t < at.n_rows; ++t) {
+      alignas(64) uint16_t draws[draw_group];
+      draw(column, rows[t], keys, draws);
+      f(t, c, draws);
+    }
+  }
+}
+
+// Some columns of the rows of a block through a pair's mask, the rows `stride` apart.
+template <class T>
+void masked_rows(const RowsView& view, const LowRankPair& pair, const LowRankBlock& at, int64_t first, int64_t columns,
+                 T* to, int64_t stride) {
+  using B = typename Bits<T>::type;
+  each_draw(pair, at, first, columns, [&](int64_t t, int64_t c, const uint16_t* draws) {
+    const int64_t left_over = columns - c;
+    drop_some(reinterpret_cast<const B*>(row_of<T>(view, at.rows[t])) + first + c, reinterpret_cast<B*>(to) + t * stride + c,
+              draws, pair.threshold, left_over < draw_group ? left_over : draw_group);
+  });
+}
+
 // ---- the passes -------------------------------------------------------------------------------------------------------
 
 template <class T, class Engine>
@@ -166,6 +207,7 @@ struct Pass {
 
   struct Local {  // what one thread works in
     E *rows, *du;
+    T* masked;
     float* sums;
   };
   Local local(int thread) const {
@@ -175,7 +217,8 @@ struct Pass {
     widest = widest > outer_columns ? widest : outer_columns;
     E* rows = scratch.take<E>(block * up_to(widest, 32));
     E* du = scratch.take<E>(block * (call.u_columns + 32));
-    return {rows, du, scratch.take<float>(outer_columns * (call.u_columns + tile))};
+    T* masked = scratch.take<T>(block * up_to(widest, tile));
+    return {rows, du, masked, scratch.take<float>(outer_columns * (call.u_columns + tile))};
   }
 
   template <class F>
@@ -225,9 +268,13 @@ struct Pass {
     const LowRankBlock& at = call.blocks[index];
     const LowRankAdapter& adapter = call.adapters[at.adapter];
     const int64_t rows = up_to(at.n_rows, Engine::row_unit), wide = columns_of(adapter.columns), ldu = call.u_columns;
-    const auto x = left<T, Engine>(call.x, call.in_features, at, own.rows);
-    Engine::product(own.sums, wide, x.data, x.stride, elements(adapter.joined), wide, rows, wide,
-                    depth_of(call.in_features), false);
+    if (adapter.masked) {
+      for (int64_t layer = 0; layer < call.n_layers; ++layer) project_masked(layer, at, own);
+    } else {
+      const auto x = left<T, Engine>(call.x, call.in_features, at, own.rows);
+      Engine::product(own.sums, wide, x.data, x.stride, elements(adapter.joined), wide, rows, wide,
+                      depth_of(call.in_features), false);
+    }
     E* u = elements(call.u) + index * block * ldu;
     for (int64_t t = 0; t < rows; ++t)
       for (int64_t c = 0; c < wide; c += width) Engine::put_a(u + t * ldu + c, load(own.sums + t * wide + c));
@@ -244,6 +291,29 @@ struct Pass {
                                        : add<bf16>(call.ys[layer], at, first, present, own.sums);
       });
     }
+  }
+
+  // x of one layer times its a, into its columns of the sums.
+  void project_masked(int64_t layer, const LowRankBlock& at, const Local& own) const {
+    const LowRankPair& p = pair(layer, at.adapter);
+    if (p.rank == 0) return;
+    const LowRankAdapter& adapter = call.adapters[at.adapter];
+    const int64_t i = call.in_features, wide = columns_of(adapter.columns), columns = columns_of(p.rank);
+    const auto x = own_x(p, at, own);
+    float* sums = own.sums + block * wide;  // with what a unit of columns takes of the next layer
+    const int64_t rows = up_to(at.n_rows, Engine::row_unit);
+    Engine::product(sums, columns, x.data, x.stride, Engine::column(elements(adapter.joined), p.first), wide, rows, columns,
+                    depth_of(i), false);
+    for (int64_t t = 0; t < rows; ++t)
+      std::memcpy(own.sums + t * wide + p.first, sums + t * columns, depth_of(p.rank) * sizeof(float));
+  }
+
+  // The rows of a block as a pair sees them, as a left operand.
+  Operand<E> own_x(const LowRankPair& p, const LowRankBlock& at, const Local& own) const {
+    const int64_t i = call.in_features;
+    if (p.threshold == 0) return left<T, Engine>(call.x, i, at, own.rows);
+    masked_rows<T>(call.x, p, at, 0, i, own.masked, i);
+    return left<T, Engine>({reinterpret_cast<char*>(own.masked), i}, i, {at.adapter, at.n_rows, in_order, true}, own.rows);
   }
 
   template <class F>
@@ -291,8 +361,11 @@ struct Pass {
     if (call.dx.data == nullptr) return;
     const int64_t i = call.in_features;
     each_tile(i, [&](int64_t first, int64_t columns) {
-      Engine::product(own.sums, tile, own.du, ldu, elements(adapter.joined) + first * adapter.columns, tile, rows, columns,
-                      adapter.columns, false);
+      if (adapter.masked)
+        project_back_masked(at, own, first, columns);
+      else
+        Engine::product(own.sums, tile, own.du, ldu, elements(adapter.joined) + first * adapter.columns, tile, rows, columns,
+                        adapter.columns, false);
       const int64_t present = i - first < columns ? i - first : columns;
       for (int64_t t = 0; t < at.n_rows; ++t) {
         T* row = const_cast<T*>(row_of<T>(call.dx, at.rows[t])) + first;
@@ -301,6 +374,31 @@ struct Pass {
         });
       }
     });
+  }
+
+  // A tile of the gradient in x: of each layer what its mask lets through.
+  void project_back_masked(const LowRankBlock& at, const Local& own, int64_t first, int64_t columns) const {
+    const LowRankAdapter& adapter = call.adapters[at.adapter];
+    const int64_t rows = up_to(at.n_rows, Engine::row_unit), ldu = call.u_columns + 32;
+    float* part = own.sums + block * tile;
+    std::memset(own.sums, 0, block * tile * sizeof(float));
+    for (int64_t layer = 0; layer < call.n_layers; ++layer) {
+      const LowRankPair& p = pair(layer, at.adapter);
+      if (p.rank == 0) continue;
+      const E* a = elements(adapter.joined) + first * adapter.columns + p.first * tile;
+      Engine::product(part, tile, own.du + p.first, ldu, a, tile, rows, columns, depth_of(p.rank), false);
+      if (p.threshold == 0) {
+        for (int64_t c = 0; c < at.n_rows * tile; c += width) store(own.sums + c, load(own.sums + c) + load(part + c));
+        continue;
+      }
+      each_draw(p, at, first, tile, [&](int64_t t, int64_t, const uint16_t* draws) {
+        float* total = own.sums + t * tile;
+        for (int64_t c = 0; c < tile; c += width) {
+          const lanes more = load(part + t * tile + c), before = load(total + c);
+          store(total + c, draws_at(draws + c) >= p.threshold ? before + more : before);
+        }
+      });
+    }
   }
 
   // Rows become columns; what pads the rows of the block is zero.
@@ -313,26 +411,32 @@ struct Pass {
 
   void outer(const LowRankOuter& piece, const Local& own) const {
     const LowRankAdapter& adapter = call.adapters[piece.adapter];
-    const bool of_a = piece.layer < 0;
+    const bool of_a = piece.of_a, alone = piece.layer >= 0;
     const RowsView& view = of_a ? call.x : call.ys[piece.layer];
     const int64_t features = of_a ? call.in_features : call.out_features[piece.layer], left_over = features - piece.column;
     const int64_t columns = left_over < outer_columns ? columns_of(left_over) : outer_columns;
-    const int64_t stride = adapter.n_blocks * block, first = of_a ? 0 : pair(piece.layer, piece.adapter).first;
-    const int64_t ranks = up_to(of_a ? adapter.columns : pair(piece.layer, piece.adapter).rank, Engine::row_unit);
+    const int64_t present = left_over < columns ? left_over : columns;
+    const int64_t stride = adapter.n_blocks * block, first = alone ? pair(piece.layer, piece.adapter).first : 0;
+    const int64_t ranks = up_to(alone ? pair(piece.layer, piece.adapter).rank : adapter.columns, Engine::row_unit);
     const E* turned = elements(of_a ? adapter.du_t : adapter.u_t) + first * stride;
     if (adapter.n_blocks == 0) std::memset(own.sums, 0, ranks * columns * sizeof(float));
     for (int64_t index = 0; index < adapter.n_blocks; ++index) {
       const LowRankBlock& at = call.blocks[adapter.first_block + index];
       const int64_t depth = depth_of(at.n_rows);
-      right<T, Engine>(view, piece.column, features, at, columns, depth, own.rows);
+      if (of_a && alone && pair(piece.layer, piece.adapter).threshold > 0) {
+        masked_rows<T>(view, pair(piece.layer, piece.adapter), at, piece.column, present, own.masked, outer_columns);
+        right<T, Engine>({reinterpret_cast<char*>(own.masked), outer_columns}, 0, present,
+                         {at.adapter, at.n_rows, in_order, true}, columns, depth, own.rows);
+      } else {
+        right<T, Engine>(view, piece.column, features, at, columns, depth, own.rows);
+      }
       Engine::product(own.sums, columns, turned + index * block, stride, own.rows, columns, ranks, columns, depth, index > 0);
     }
-    const int64_t present = left_over < columns ? left_over : columns;
     if (!of_a) return write_db(pair(piece.layer, piece.adapter), piece.column, present, own.sums, columns);
-    for (int64_t layer = 0; layer < call.n_layers; ++layer) {
+    for (int64_t layer = alone ? piece.layer : 0; layer < (alone ? piece.layer + 1 : call.n_layers); ++layer) {
       const LowRankPair& p = pair(layer, piece.adapter);
       for (int64_t r = 0; r < p.rank; ++r)
-        std::memcpy(p.da + r * features + piece.column, own.sums + (p.first + r) * columns, present * sizeof(float));
+        std::memcpy(p.da + r * features + piece.column, own.sums + (p.first - first + r) * columns, present * sizeof(float));
     }
   }
 

@@ -7,6 +7,8 @@ multiplied anyway. How a draw is made is told in ``reference/dropout.py``.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -16,6 +18,42 @@ from veneer.ops.dispatch import implementation
 
 _DRAWS = 1 << 16
 Rows = int | Int64[Tensor, "*batch"]
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """Drops values of x (n, i) with probability ``p``; which ones, ``key``, a row's id and the column tell alone."""
+
+    p: float
+    key: int
+    ids: Int64[Tensor, " n"]
+
+    @property
+    def scale(self) -> float:
+        """By which what is kept is multiplied: `keep_scale`."""
+        return keep_scale(self.p)
+
+    @property
+    def threshold(self) -> int:
+        """Draws of 16 bits below it drop. Raises ConfigError where p is outside [0, 1]."""
+        return _threshold(self.p)
+
+    def drop(
+        self, x: Float[Tensor, "m i"], rows: slice = slice(None), *, backend: str | None = None
+    ) -> Float[Tensor, "m i"]:
+        """These rows of x as `drop` leaves them."""
+        return drop(x, self.p, self.key, self.ids[rows], backend=backend)
+
+    def add_to(
+        self,
+        onto: Float[Tensor, "m i"],
+        g: Float[Tensor, "m i"],
+        rows: slice = slice(None),
+        *,
+        backend: str | None = None,
+    ) -> None:
+        """Add to onto, in place, what is kept of g, both of these rows."""
+        add_dropped(onto, g, self.p, self.key, self.ids[rows], backend=backend)
 
 
 def keep_scale(p: float) -> float:
@@ -37,7 +75,7 @@ def drop(
     Raises ConfigError where p or key is out of range, ShapeError where rows does not fit x.
     """
     threshold = _threshold(p)
-    _check(x, key, rows)
+    require_fit(x, key, rows)
     if threshold == _DRAWS or not x.numel():
         return torch.zeros_like(x)
     y: Tensor = implementation("dropout.drop", x.device, backend)(x, threshold, key, rows)
@@ -58,7 +96,7 @@ def add_dropped(
     Raises as `drop` does, and ShapeError where onto and g differ in shape or dtype.
     """
     threshold = _threshold(p)
-    _check(g, key, rows)
+    require_fit(g, key, rows)
     if onto.shape != g.shape or onto.dtype != g.dtype:
         raise ShapeError(
             f"add_dropped adds tensors of one shape and dtype; given onto {tuple(onto.shape)} {onto.dtype} and g "
@@ -77,7 +115,8 @@ def _threshold(p: float) -> int:
     return round(p * _DRAWS)
 
 
-def _check(x: Tensor, key: int, rows: Rows) -> None:
+def require_fit(x: Tensor, key: int, rows: Rows) -> None:
+    """Raise ConfigError where a key or the first row's id is out of range, ShapeError where ids do not fit x."""
     if not 0 <= key < 1 << 64:
         raise ConfigError(f"the key of a mask is a whole number from 0 to 2^64 - 1; given {key}")
     if isinstance(rows, int):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from veneer.errors import ShapeError
 from veneer.ops.dispatch import implementation
+from veneer.ops.dropout import Mask, require_fit
 
 
 class Run(NamedTuple):
@@ -71,11 +72,16 @@ class AdapterRuns:
 @dataclass(frozen=True, slots=True)
 class LowRankGroup:
     """The pairs of all adapters on one layer: ``a[k] (r_k, i)``, ``b[k] (o, r_k)`` and their scales; None, None where
-    adapter k has none there."""
+    adapter k has none there. ``masks[k]`` drops values of the x that a[k] reads; without masks nothing is dropped."""
 
     a: tuple[Tensor | None, ...]
     b: tuple[Tensor | None, ...]
     scales: tuple[float, ...]
+    masks: tuple[Mask | None, ...] = ()
+
+    def mask_of(self, adapter: int) -> Mask | None:
+        """In front of the a of one adapter, if there is any."""
+        return self.masks[adapter] if self.masks else None
 
 
 Gradients = tuple[Tensor | None, ...]
@@ -114,8 +120,12 @@ def add_grouped_low_rank(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """Add ``scale * B A x`` to the outputs of layers that share their input, in place; what comes back is what
-    `grouped_low_rank_backward` of the same back end reads beside x."""
+    """Add ``scale * B A drop(x)`` to the outputs of layers that share their input, in place; what comes back is what
+    `grouped_low_rank_backward` of the same back end reads beside x.
+
+    Raises ShapeError where the ids of a mask are not those of x's rows."""
+    for mask in (mask for group in groups for mask in group.masks if mask is not None):
+        require_fit(x, mask.key, mask.ids)
     u: Tensor = implementation("grouped_low_rank.forward", x.device, backend)(x, groups, rows, ys)
     return u
 

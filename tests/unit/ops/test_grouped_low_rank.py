@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from veneer.errors import ShapeError
+from veneer.errors import ConfigError, ShapeError
 from veneer.ops.dispatch import backends
+from veneer.ops.dropout import Mask
 from veneer.ops.grouped_low_rank import (
     AdapterRuns,
     LowRankGroup,
@@ -136,7 +137,15 @@ def draw_layers(dtype, i):
 
 def in_dtype(groups, dtype):
     to = lambda factors: tuple(None if f is None else f.to(dtype, copy=True) for f in factors)  # noqa: E731
-    return [LowRankGroup(to(g.a), to(g.b), g.scales) for g in groups]
+    return [LowRankGroup(to(g.a), to(g.b), g.scales, g.masks) for g in groups]
+
+
+def with_masks(groups):
+    """Of two layers all adapters, of one none; one adapter's drops all."""
+    ids = torch.randint(-(2**63), 2**63 - 1, (RUNS.n_rows,), generator=torch.Generator().manual_seed(11))
+    masks = (Mask(0.3, 2**63 + 17, ids), None, Mask(0.6, 41, ids), None)
+    of_layer = masks, (), (*masks[1:], Mask(1.0, 5, ids))
+    return [LowRankGroup(g.a, g.b, g.scales, own) for g, own in zip(groups, of_layer, strict=True)]
 
 
 def layers_by_run(x, groups, ys):
@@ -146,7 +155,10 @@ def layers_by_run(x, groups, ys):
         total = y.clone()
         for k, start, stop in RUNS.runs:
             if group.a[k] is not None:
-                total[start:stop] += group.scales[k] * ((x[start:stop] @ group.a[k].T) @ group.b[k].T)
+                own = x[start:stop]
+                if group.mask_of(k) is not None:
+                    own = own * group.masks[k].drop(torch.ones_like(own), slice(start, stop), backend="reference")
+                total[start:stop] += group.scales[k] * ((own @ group.a[k].T) @ group.b[k].T)
         parts.append(total)
     return parts
 
@@ -161,9 +173,10 @@ def layer_gradients(x, groups, ys, dys):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("i", [96, 77])
-def test_layers_that_share_their_input(dtype, i, backend):
+@pytest.mark.parametrize(("i", "masked"), [(96, False), (77, False), (192, True), (141, True)])
+def test_layers_that_share_their_input(dtype, i, masked, backend):
     x, groups, ys, dys = draw_layers(dtype, i)
+    groups = with_masks(groups) if masked else groups
     double = [[t.double() for t in tensors] for tensors in (ys, dys)]
     exact = layer_gradients(x.double(), in_dtype(groups, torch.float64), *double)
     plain = layer_gradients(x, in_dtype(groups, dtype), ys, dys)
@@ -194,9 +207,35 @@ def test_rows_of_an_adapter_without_pairs_here_have_no_gradient(backend):
     assert torch.equal(y, torch.tensor([0.0] * 3 + [5.0] * 67)[:, None].expand(70, 7))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_on_all_rows_of_one_adapter(dtype, backend):
+    """Whole blocks of rows, in place: the form that a training step has."""
+    generator = torch.Generator().manual_seed(13)
+    n, i, outs, rank, ids = 192, 128, (64, 96), 16, torch.arange(192) + 2**32 - 7
+    x, *dys = (torch.randn(n, d, generator=generator).to(dtype) for d in (i, *outs))
+    pairs = [[torch.randn(s, generator=generator) for s in ((rank, i), (o, rank))] for o in outs]
+    masks = [Mask(0.25, 3 + 2**40 * layer, ids) for layer in range(2)]
+    groups = [LowRankGroup((a,), (b,), (0.7,), (mask,)) for (a, b), mask in zip(pairs, masks, strict=True)]
+    rows, ys = AdapterRuns((Run(0, 0, n),), n), [torch.zeros(n, o, dtype=dtype) for o in outs]
+    u = add_grouped_low_rank(x, groups, rows, ys, backend=backend)
+    dx, das, dbs = grouped_low_rank_backward(dys, x, u, groups, rows, backend=backend)
+    wide, total = x.double().requires_grad_(), 0
+    for y, dy, (a, b), mask, da, db in zip(ys, dys, pairs, masks, das, dbs, strict=True):
+        kept = mask.drop(torch.ones(n, i, dtype=torch.float64), backend="reference")
+        leaves = [wide, *(t.double().requires_grad_() for t in (a, b))]
+        truth = 0.7 * ((wide * kept) @ leaves[1].T @ leaves[2].T)
+        grads = torch.autograd.grad(truth, leaves, dy.double())
+        total = total + grads[0]
+        for got, wanted in ((y, truth), (da[0], grads[1]), (db[0], grads[2])):
+            assert (got - wanted).abs().max() <= (2e-6 if dtype == torch.float32 else 0.012) * wanted.abs().max()
+    assert (dx - total).abs().max() <= (2e-6 if dtype == torch.float32 else 0.012) * total.abs().max()
+
+
 @pytest.mark.skipif("cpu" not in backends(OP), reason="the C++ module was not built")
-def test_the_number_of_threads_changes_no_bit():
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_number_of_threads_changes_no_bit(masked):
     x, groups, ys, dys = draw_layers(torch.bfloat16, 96)
+    groups = with_masks(groups) if masked else groups
     found, before = [], torch.get_num_threads()
     try:
         for n_threads in (1, 3):
@@ -229,5 +268,13 @@ def test_group_that_does_not_fit():
     ):
         with pytest.raises(ShapeError, match=message):
             grouped_low_rank(x, *args)
+    for mask, error, message in (
+        (Mask(0.1, 3, rows[:2]), ShapeError, r"rows must be \(3,\)"),
+        (Mask(0.1, -3, rows), ConfigError, "given -3"),
+    ):
+        with pytest.raises(error, match=message):
+            add_grouped_low_rank(
+                x, [LowRankGroup((a,), (b,), (1.0,), (mask,))], AdapterRuns((), 3), [torch.zeros(3, 7)]
+            )
     with pytest.raises(ShapeError, match=r"onto is \(3, 6\)"):
         grouped_low_rank(x, [a], [b], [1.0], rows, onto=torch.zeros(3, 6))

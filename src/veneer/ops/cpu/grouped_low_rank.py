@@ -10,6 +10,7 @@ from torch import Tensor
 
 from veneer.ops.cpu.dtypes import is_served
 from veneer.ops.cpu.module import DTYPES, kernels
+from veneer.ops.dropout import Mask
 from veneer.ops.grouped_low_rank import AdapterRuns, Gradients, LowRankGroup
 from veneer.ops.memory import address
 from veneer.ops.reference import grouped_low_rank as reference
@@ -19,7 +20,7 @@ from veneer.ops.rows import same_dtype, with_rows
 def forward(x: Tensor, groups: Sequence[LowRankGroup], rows: AdapterRuns, ys: Sequence[Tensor]) -> Tensor:
     factors = _factors(groups)
     one_dtype = _one_dtype(factors)
-    if not is_served(x, *ys, *one_dtype) or len(one_dtype) != 1 or not _in_rows(ys):
+    if not is_served(x, *ys, *one_dtype) or len(one_dtype) != 1 or not _in_rows(ys) or not _ids_lie_together(groups):
         return reference.forward(x, groups, rows, ys)
     x = with_rows(x)
     given = _given(x, groups, factors, rows, ys)
@@ -74,6 +75,11 @@ def _in_rows(ys: Sequence[Tensor]) -> bool:
     return all(y.stride(1) == 1 and y.dtype == ys[0].dtype for y in ys)
 
 
+def _ids_lie_together(groups: Sequence[LowRankGroup]) -> bool:
+    """Return True if the ids of every mask can be read one after another."""
+    return all(mask.ids.is_contiguous() for group in groups for mask in group.masks if mask is not None)
+
+
 def _given(
     x: Tensor, groups: Sequence[LowRankGroup], factors: Sequence[Tensor | None], rows: AdapterRuns, ys: Sequence[Tensor]
 ) -> tuple[Any, ...]:
@@ -87,9 +93,17 @@ def _given(
         x.shape[1],
         [y.shape[1] for y in ys],
         pairs,
+        [number for group in groups for k in range(len(group.scales)) for number in _mask(group.mask_of(k))],
         [scale for group in groups for scale in group.scales],
         [number for run in sorted(rows.runs) for number in run],
     )
+
+
+def _mask(mask: Mask | None) -> tuple[int, int, int]:
+    """Key, as a number of 64 bits with a sign, threshold (0: nothing is dropped), and where the ids lie."""
+    if mask is None:
+        return 0, 0, 0
+    return mask.key - (mask.key >> 63 << 64), mask.threshold, address(mask.ids)
 
 
 def _places(ys: Sequence[Tensor]) -> list[int]:

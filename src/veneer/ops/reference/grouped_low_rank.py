@@ -7,14 +7,15 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from veneer.ops.dropout import Mask
 from veneer.ops.grouped_low_rank import AdapterRuns, Gradients, LowRankGroup
 
 
 def forward(x: Tensor, groups: Sequence[LowRankGroup], rows: AdapterRuns, ys: Sequence[Tensor]) -> Tensor:
     """Adds each row's product to the output of each layer. Nothing is kept for the backward."""
     for group, y in zip(groups, ys, strict=True):
-        for _, own, a, b, _ in _parts(x, group, rows):
-            y[own] = (y[own] + x[own].to(a.dtype) @ a.T @ b.T).to(y.dtype)
+        for k, own, a, b, _ in _parts(x, group, rows):
+            y[own] = (y[own] + _dropped(x[own], own, group.mask_of(k)).to(a.dtype) @ a.T @ b.T).to(y.dtype)
     return x.new_empty(0)
 
 
@@ -27,14 +28,19 @@ def backward(
     for group, dy in zip(groups, dys, strict=True):
         da, db = ([None if f is None else _zeros(x, f) for f in factors] for factors in (group.a, group.b))
         for k, own, a, b, scale in _parts(x, group, rows):
-            own_x, own_dy = x[own].to(a.dtype), dy[own].to(a.dtype)
+            own_x, own_dy = _dropped(x[own], own, group.mask_of(k)).to(a.dtype), dy[own].to(a.dtype)
             du = own_dy @ b
             da[k], db[k] = _sum(da[k], du.T @ own_x), _sum(db[k], scale * (own_dy.T @ (own_x @ a.T)))
             if dx is not None:
-                dx[own] += du @ a
+                dx[own] += _dropped(du @ a, own, group.mask_of(k))
         das.append(tuple(da))
         dbs.append(tuple(db))
     return None if dx is None else dx.to(x.dtype), das, dbs
+
+
+def _dropped(part: Tensor, own: slice, mask: Mask | None) -> Tensor:
+    """What a mask of all rows leaves of some."""
+    return part if mask is None else mask.drop(part, own, backend="reference")
 
 
 def _zeros(x: Tensor, factor: Tensor) -> Tensor:

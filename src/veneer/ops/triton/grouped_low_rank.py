@@ -27,7 +27,8 @@ def forward(x: Tensor, groups: Sequence[LowRankGroup], rows: AdapterRuns, ys: Se
     x, owner = with_rows(x), rows.row_to_adapter(x.device)
     for group, y in zip(groups, ys, strict=True):
         if not _is_empty(group):
-            _expand(_shrink(x, _stacked(group.a, x), owner), _scaled_b(group, x), owner, y)
+            own = _dropped(x, group, rows)
+            _expand(_shrink(own, _stacked(group.a, x), owner), _scaled_b(group, x), owner, y)
     return x.new_empty(0)
 
 
@@ -46,10 +47,13 @@ def backward(
             continue
         dy = with_rows(same_dtype(given, x))
         a, b = _stacked(group.a, x), _scaled_b(group, x)
-        own_u, du = _shrink(x, a, owner), _shrink(dy, b, owner)
+        own = _dropped(x, group, rows)
+        own_u, du = _shrink(own, a, owner), _shrink(dy, b, owner)
         if dx is not None:
-            _expand(du, a, owner, dx)
-        da, db = _outer(du, x, owner, len(group.a)), _outer(own_u, dy, owner, len(group.a))
+            part = torch.zeros_like(dx) if group.masks else dx
+            _expand(du, a, owner, part)
+            _add_dropped(dx, part, group, rows)
+        da, db = _outer(du, own, owner, len(group.a)), _outer(own_u, dy, owner, len(group.a))
         das.append(tuple(None if f is None else da[k, : f.shape[0]] for k, f in enumerate(group.a)))
         dbs.append(
             tuple(
@@ -58,6 +62,30 @@ def backward(
             )
         )
     return None if dx is None else dx.to(x.dtype), das, dbs
+
+
+def _dropped(x: Tensor, group: LowRankGroup, rows: AdapterRuns) -> Tensor:
+    """What the a's of a layer read of x."""
+    if not group.masks:
+        return x
+    own = x.clone()
+    for k, start, stop in rows.runs:
+        mask, run = group.masks[k], slice(start, stop)
+        if mask is not None:
+            own[run] = mask.drop(x[run], run, backend="triton")
+    return own
+
+
+def _add_dropped(dx: Tensor, part: Tensor, group: LowRankGroup, rows: AdapterRuns) -> None:
+    """Add the gradient in what the a's of a layer read to that in x, where they are not the same tensor."""
+    if part is dx:
+        return
+    for k, start, stop in rows.runs:
+        mask, run = group.masks[k], slice(start, stop)
+        if mask is None:
+            dx[run] += part[run]
+        else:
+            mask.add_to(dx[run], part[run], run, backend="triton")
 
 
 def _serves(x: Tensor, groups: Sequence[LowRankGroup]) -> bool:
