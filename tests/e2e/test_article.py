@@ -7,6 +7,7 @@ Argument names are today's: ``eval_strategy``, ``warmup_steps`` (a share below o
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -275,8 +276,12 @@ def test_8_many_adapters_on_one_base(base: Path, tmp_path: Path) -> None:
         adapted = get_peft_model(load(base), config)
         randomize(adapted)
         adapted.save_pretrained(tmp_path / name)
+    short = tmp_path / "short"  # a context of 40 tokens, so that 512 of them are not made
+    shutil.copytree(base, short)
+    settings = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 40}))
     llm = LLM(
-        model=str(base),
+        model=str(short),
         enable_lora=True,
         max_loras=16,  # Number of adapters loaded simultaneously
         max_lora_rank=64,  # Maximum rank across all adapters
