@@ -71,3 +71,16 @@ class NonFiniteError(VeneerError, ValueError):
 
 class ServingError(VeneerError, RuntimeError):
     """The engine that answers requests has broken down, or was stopped while one was on its way."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked a run to stop. Like KeyboardInterrupt it is no error; ``exit_code`` is what a shell expects."""
+
+    def __init__(self, number: int, *told: str) -> None:
+        super().__init__(*told)
+        self.number = number
+
+    @property
+    def exit_code(self) -> int:
+        """143 for SIGTERM, 130 for SIGINT."""
+        return 128 + self.number

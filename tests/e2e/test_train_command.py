@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -100,7 +101,8 @@ def test_resuming_and_refusing_to_overwrite(project: Path) -> None:
     code, output = train(project)
     assert code == 2
     assert "--resume" in output
-    assert train(project, "--resume", "--set", "training.lr_scheduler_type=constant")[0] == 0
+    code, output = train(project, "--resume", "--set", "training.lr_scheduler_type=constant")
+    assert code == 0, output
     assert json.loads((project / "run" / "run.json").read_text())["results"]["steps"] == 6
 
 
@@ -148,6 +150,85 @@ def test_a_run_that_cannot_begin_leaves_no_folder_and_tells_all_that_is_wrong(pr
     told = " ".join(output.split())
     assert all(part in told for part in ("holds the checkpoints", "no file none.jsonl", "no file away.jsonl"))
     assert (project / "run").exists()
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was_and_tells_all_that_differs(project: Path) -> None:
+    assert train(project)[0] == 0
+    before = files_of(project / "run")
+    rows = (project / "rows.jsonl").read_text()
+    (project / "rows.jsonl").write_text(rows.replace("w2 w3", "w2 w5"))
+    other = ("adapter.r=4", "training.learning_rate=0.02", "seed=5", "model.quantization=nf4", "training.max_length=31")
+    code, output = train(project, "--resume", *(part for each in other for part in ("--set", each)))
+    assert code == 2, output
+    told = " ".join(output.split())
+    for part in (
+        "adapter.r: 3 before, 4 now", "training.learning_rate: 0.05 before, 0.02 now", "seed: 0 before, 5 now",
+        "model.quantization: none before, nf4 now", "training.max_length: 1024 before, 31 now",
+        "data.train: a file with the hash", "--allow-changes",
+    ):  # fmt: skip
+        assert part in told
+    assert files_of(project / "run") == before
+    code, output = train(
+        project, "--resume", "--allow-changes", "--set", "adapter.r=4", "--set", "training.max_steps=9"
+    )
+    assert code == 2, output
+    assert "holds another adapter than this run trains" in output
+    assert files_of(project / "run") == before
+
+
+def test_other_rows_under_the_same_name_are_no_resume(project: Path) -> None:
+    options = ("--set", "training.lr_scheduler_type=constant", "--set", "training.save_steps=1")
+    assert train(project, *options)[0] == 0
+    before = files_of(project / "run")
+    longer = (*options, "--set", "training.max_steps=7", "--resume")
+    rows = (project / "rows.jsonl").read_text()
+    (project / "rows.jsonl").write_text("\n".join(reversed(rows.splitlines())))
+    code, output = train(project, *longer)
+    assert code == 2, output
+    assert re.search(r"data.train: 16 rows with the hash \w+ before, 16 rows with the hash \w+ now", output)
+    assert files_of(project / "run") == before
+    (project / "rows.jsonl").write_text(rows.replace(": ", ":   "))  # the same rows, written otherwise
+    assert train(project, *longer)[0] == 0
+    assert json.loads((project / "run" / "run.json").read_text())["results"]["steps"] == 7
+
+
+def test_what_does_not_touch_the_weights_may_change(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert train(project)[0] == 0
+    before = files_of(project / "run")
+    harmless = (
+        "training.logging_steps=1", "training.report_to=none", "training.save_steps=2", "training.eval_steps=2",
+        "training.gradient_checkpointing=selective", "training.per_device_eval_batch_size=3", "training.run_name=x",
+    )  # fmt: skip
+    code, output = train(project, "--resume", *(part for each in harmless for part in ("--set", each)))
+    assert code == 0, output
+    assert "already finished" in output
+    assert files_of(project / "run") == before
+    monkeypatch.chdir(project / "base")  # the same files, named from elsewhere
+    result = CliRunner().invoke(app, ["train", "../recipe.yaml", "--resume"])
+    assert result.exit_code == 0, result.output + result.stderr
+
+
+def test_changes_that_are_allowed_act_and_are_written_down(project: Path) -> None:
+    assert train(project, "--set", "training.max_steps=3")[0] == 0
+    longer = ("--resume", "--set", "training.max_steps=6", "--set", "training.learning_rate=0.002")
+    assert train(project, *longer)[0] == 2
+    code, output = train(project, *longer, "--allow-changes", "--set", "training.logging_steps=1")
+    assert code == 0, output
+    record = json.loads((project / "run" / "run.json").read_text())
+    assert record["changes"] == [
+        {"step": 3, "key": "training.learning_rate", "before": 0.05, "now": 0.002},
+        {"step": 3, "key": "training.max_steps", "before": 3, "now": 6},
+    ]
+    rates = {line["step"]: line["learning_rate"] for line in record["log"] if "loss" in line}
+    # 0.002 after one step of warm-up, along a cosine of six steps; "learning_rate" of a line is that of its step
+    for step in (4, 5, 6):
+        assert rates[step] == pytest.approx(0.002 * (1 + math.cos(math.pi * (step - 1 - 1) / (6 - 1))) / 2)
+    after = files_of(project / "run")
+    assert train(project, *longer)[0] == 0  # they are the run's settings from here on
+    assert files_of(project / "run") == after
+    code, output = train(project, "--allow-changes")
+    assert code == 2
+    assert "it needs --resume" in output
 
 
 def test_show_sample_marks_what_is_trained(project: Path) -> None:

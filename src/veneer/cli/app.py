@@ -1,7 +1,7 @@
 """``veneer``: the commands under one program, and its messages when something is wrong.
 
-Exit codes: 0 done, 2 something the user can mend (with one message on stderr, no traceback), 130 interrupted.
-Anything else is a defect of veneer and keeps its traceback.
+Exit codes: 0 done, 2 something the user can mend (with one message on stderr, no traceback), 130 interrupted, 143 asked
+to end by SIGTERM. Anything else is a defect of veneer and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from veneer.cli import (
     train,
 )
 from veneer.cli.help import VerbCommand, first_sentence, print_page
-from veneer.errors import VeneerError
+from veneer.errors import Interrupted, VeneerError
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -85,7 +85,7 @@ def _messages() -> Iterator[None]:
     except KeyboardInterrupt as error:
         told = f"interrupted: {error}" if error.args else "interrupted"
         Console(stderr=True, highlight=False).print(told, style="red", soft_wrap=True)
-        raise typer.Exit(INTERRUPTED) from error
+        raise typer.Exit(error.exit_code if isinstance(error, Interrupted) else INTERRUPTED) from error
 
 
 def with_weights_joined(args: list[str]) -> list[str]:

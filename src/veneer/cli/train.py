@@ -33,6 +33,10 @@ _ShowSample = Annotated[
     bool, typer.Option("--show-sample", help="Print one row with its trained tokens coloured and leave.")
 ]
 _Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint, bit for bit.")]
+_AllowChanges = Annotated[
+    bool,
+    typer.Option("--allow-changes", help="With --resume: go on with other settings, and write down what changed."),
+]
 
 
 def train(
@@ -41,6 +45,7 @@ def train(
     print_recipe: _PrintRecipe = False,
     show_sample: _ShowSample = False,
     resume: _Resume = False,
+    allow_changes: _AllowChanges = False,
 ) -> None:
     """Fit an adapter (or the whole model) as a recipe says; several at once where it has a sweep part.
 
@@ -53,6 +58,8 @@ def train(
         return
     if recipe is None:
         raise ConfigError("veneer train needs a recipe: `veneer train --print-recipe > recipe.yaml` writes one to edit")
+    if allow_changes and not resume:
+        raise ConfigError("--allow-changes says how a run goes on, so it needs --resume beside it")
     wanted = _read(recipe, overrides or [])
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     from veneer.cli.loading import without_bars
@@ -63,9 +70,9 @@ def train(
         if show_sample:
             _show_sample(wanted if isinstance(wanted, Recipe) else wanted.members[0].recipe, console)
         elif isinstance(wanted, Recipe):
-            _train_one(wanted, resume, console)
+            _train_one(wanted, resume, allow_changes, console)
         else:
-            _train_sweep(wanted, resume, console)
+            _train_sweep(wanted, resume, allow_changes, console)
 
 
 def _read(recipe: Path, overrides: list[str]) -> Recipe | Sweep:
@@ -102,15 +109,20 @@ def _show_sample(recipe: Recipe, console: Console) -> None:
     console.print(shown_sample(*sample_of(recipe), marks=not console.is_terminal))
 
 
-def _train_one(recipe: Recipe, resume: bool, console: Console) -> None:
+def _train_one(recipe: Recipe, resume: bool, allow_changes: bool, console: Console) -> None:
     from veneer.train.checkpoint import holds_checkpoints
     from veneer.train.run import run_recipe
 
     try:
-        record = run_recipe(recipe, resume=resume, tell=lambda line: console.print(line, style="bold", highlight=False))
+        record = run_recipe(
+            recipe,
+            resume=resume,
+            allow_changes=allow_changes,
+            tell=lambda line: console.print(line, style="bold", highlight=False),
+        )
     except KeyboardInterrupt as error:
-        if holds_checkpoints(Path(recipe.output)):
-            raise KeyboardInterrupt("checkpoints are kept, and --resume goes on from the last one") from error
+        if not error.args and holds_checkpoints(Path(recipe.output)):
+            error.args = ("checkpoints are kept, and --resume goes on from the last one",)
         raise
     results = record["results"]
     told = [f"training loss {results['train_loss']:.4f}"]
@@ -123,11 +135,16 @@ def _train_one(recipe: Recipe, resume: bool, console: Console) -> None:
     )
 
 
-def _train_sweep(sweep: Sweep, resume: bool, console: Console) -> None:
+def _train_sweep(sweep: Sweep, resume: bool, allow_changes: bool, console: Console) -> None:
     from veneer.train.sweep.report import PAGE, SWEEP_FILE, outcomes, table, write_report
     from veneer.train.sweep.sweep import run_sweep
 
-    records = run_sweep(sweep, resume=resume, tell=lambda line: console.print(line, highlight=False))
+    records = run_sweep(
+        sweep,
+        resume=resume,
+        allow_changes=allow_changes,
+        tell=lambda line: console.print(line, highlight=False),
+    )
     found = outcomes(sweep, records)
     write_report(sweep, found)
     console.print(table(found))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_callback import ExportableState
 from trl import SFTTrainer as TrlTrainer
 
@@ -30,6 +31,7 @@ from veneer.train.checkpoint import (
     save_trained,
     write_json,
 )
+from veneer.train.processes import by_main
 from veneer.train.progress import Progress
 from veneer.train.schedule import AdapterSchedule, save_schedules
 
@@ -45,27 +47,49 @@ class ResumableTrainer(TrlTrainer):  # type: ignore[misc]
     progress: Progress
     data_digest: str | None
     schedule: AdapterSchedule
+    other_data: bool = False  # whether a checkpoint may have been trained on other data
+    other_settings: bool = False  # whether it was trained with other settings, which count from here on
 
     def resolve_resume(self, resume: str | bool | None) -> str | None:
         """The checkpoint to resume from: the latest for True. Raises TrainingError where none fits this run."""
+        run = Path(self.args.output_dir)
         if not resume:
-            drop_partial(Path(self.args.output_dir))
+            by_main(lambda: drop_partial(run))
             self.progress, self.schedule.source = Progress(), None
             return None
-        folder = latest_checkpoint(Path(self.args.output_dir)) if resume is True else Path(resume)
+        folder = by_main(lambda: latest_checkpoint(run)) if resume is True else Path(resume)
         if not (folder / STATE_FILE).is_file():
             raise TrainingError(f"{folder} is not a complete checkpoint: it holds no {STATE_FILE}")
         counted = read_progress(folder)
         before = counted.get("data_digest")
-        if before is not None and before != self.data_digest:
+        if before is not None and before != self.data_digest and not self.other_data:
             raise TrainingError(
                 f"{folder} was trained on other data (or another tokenizer, max_length or packing) than this run has, "
                 f"so the run cannot continue as if nothing had happened: give it the same data, or start a new run "
                 f"from the adapter in that folder"
             )
-        drop_partial(Path(self.args.output_dir))
+        by_main(lambda: drop_partial(run))
         self.progress = Progress.from_dict(counted)
         return str(folder)
+
+    def _init_training_state(self, max_steps: int, *args: Any, **options: Any) -> Any:
+        """The checkpoint's counters; how often to log, evaluate and save is for this run to say."""
+        found = super()._init_training_state(max_steps, *args, **options)
+        self.state.compute_steps(self.args, max_steps)
+        return found
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Their state; rates and the like are this run's own where they have changed, not the checkpoint's."""
+        own = [{key: value for key, value in g.items() if key != "params"} for g in self.optimizer.param_groups]
+        base = list(getattr(self.lr_scheduler, "base_lrs", ()))
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if not self.other_settings or not isinstance(self.lr_scheduler, LambdaLR):
+            return
+        scheduler = self.lr_scheduler
+        rates = [rate * factor(scheduler.last_epoch) for rate, factor in zip(base, scheduler.lr_lambdas, strict=True)]
+        scheduler.base_lrs, scheduler._last_lr = base, rates
+        for group, kept, rate in zip(self.optimizer.param_groups, own, rates, strict=True):
+            group.update({**kept, "lr": rate})
 
     def _run_epoch(self, **options: Any) -> None:
         """Nothing where a checkpoint from within an epoch holds the run's last step: Trainer would take one more."""

@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from veneer.data.dataset import digest, encode_all
 from veneer.data.encoding import IGNORED, Encoder, Kind, kind_of
 from veneer.data.files import names_a_file
 from veneer.data.rows import RowReader, load_rows, split_off
-from veneer.errors import ConfigError, DiskError, DivergedError, VeneerError
+from veneer.errors import ConfigError, DiskError, DivergedError, Interrupted, VeneerError
 from veneer.model.prepare import prepare_model_for_kbit_training
 from veneer.store.quantization import BitsAndBytesConfig
 from veneer.store.source import load_model, load_tokenizer
-from veneer.train.checkpoint import holds_checkpoints, write_json
+from veneer.train.checkpoint import checkpoint_folder, holds_checkpoints
+from veneer.train.going_on import GoingOn, changes_since, files_of, is_complete, with_data
+from veneer.train.interrupt import Stop, StopAfterStep, listening
+from veneer.train.processes import by_main, is_main, n_processes
 from veneer.train.recipe.adapter import FULL
+from veneer.train.recipe.changes import places_of
 from veneer.train.recipe.recipe import DataPart, ModelPart, Recipe
+from veneer.train.record import Written, life_of, record_of, require_over, this_process, told_life
 from veneer.train.show.report import draw_loss, environment
 from veneer.train.trainer import SFTTrainer
 
 log = logging.getLogger(__name__)
 
-RUN_FILE = "run.json"
 ADAPTER, MODEL = "adapter", "model"  # the folders that a run saves
 Tell = Callable[[str], None]
 
@@ -106,31 +110,45 @@ def sample_of(recipe: Recipe) -> tuple[dict[str, list[int]], PreTrainedTokenizer
     return dict(encode_all(rows.train.select(range(1)), encoder, "train")[0]), tokenizer
 
 
-def run_recipe(recipe: Recipe, *, resume: bool = False, tell: Tell = lambda line: None) -> dict[str, Any]:
+def run_recipe(
+    recipe: Recipe, *, resume: bool = False, allow_changes: bool = False, tell: Tell = lambda line: None
+) -> dict[str, Any]:
     """Carry a recipe out and give back what ``run.json`` holds.
 
     Writes into the recipe's output: ``adapter/`` (``model/`` for a model trained whole), ``run.json``, ``loss.png``,
     checkpoints and TensorBoard's files. Raises the errors of its parts; ConfigError also where the output holds a run
-    already and ``resume`` is false, DiskError where it cannot be made. Resuming a run of the same recipe that is
-    finished changes nothing.
+    already and ``resume`` is false, where a process trains in it, and where a run would go on with other settings or
+    data than it was begun with (``allow_changes`` takes them, and writes down what changed at which step); DiskError
+    where it cannot be made. A resume that is refused leaves the run as it was, and one of a run that is finished
+    changes nothing. SIGTERM and SIGINT end the step in progress and write a checkpoint: Interrupted.
     """
-    made = not Path(recipe.output).exists()
+    output = Path(recipe.output)
+    with listening() as stop:
+        made = by_main(lambda: not output.exists())
+        by_main(lambda: _require_free(recipe, resume))
+        before = by_main(lambda: record_of(output)) if resume else None
+        found = changes_since(before, recipe, allow_changes) if before is not None else []
+        if before is not None and is_complete(before, recipe):
+            tell(f"{output} holds this run, already finished: nothing is changed")
+            return before
+        if before is not None and life_of(before) != "over":
+            tell(f"{output}: {told_life(before)}; going on from its last checkpoint")
+        try:
+            trainer = make_trainer(recipe)
+        except BaseException:
+            if made and is_main():
+                with suppress(OSError):  # something was put into it
+                    output.rmdir()
+            raise
+        going_on = GoingOn(before, found, allow_changes) if resume else None
+        return carry_out(recipe, trainer, going_on=going_on, stop=stop, tell=tell)
+
+
+def _require_free(recipe: Recipe, resume: bool) -> None:
     try:
         require_fresh(Path(recipe.output), resume)
     except ConfigError as error:
         raise ConfigError("; ".join([str(error), *_missing_files(recipe.data)])) from error
-    before = record_of(Path(recipe.output)) if resume else None
-    if before is not None and before["status"] == "finished" and before["recipe"] == recipe.model_dump():
-        tell(f"{recipe.output} holds this run, already finished: nothing is changed")
-        return before
-    try:
-        trainer = make_trainer(recipe)
-    except BaseException:
-        if made:
-            with suppress(OSError):  # something was put into it
-                Path(recipe.output).rmdir()
-        raise
-    return carry_out(recipe, trainer, resume=resume, tell=tell)
 
 
 def _missing_files(part: DataPart) -> list[str]:
@@ -143,13 +161,16 @@ def _missing_files(part: DataPart) -> list[str]:
 
 
 def require_fresh(output: Path, resume: bool) -> None:
-    """Make the folder. Raises ConfigError where a new run would be mixed up with one that is there, or would write over
-    what it saved, DiskError where it cannot be made.
+    """Make the folder. Raises ConfigError where a process trains in it, where a new run would be mixed up with one that
+    is there, or would write over what it saved, DiskError where it cannot be made.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DiskError(f"the output folder {output} cannot be made ({error.strerror}): choose another") from error
+    record = record_of(output)
+    if record is not None:
+        require_over(record, output)
     if not resume and holds_checkpoints(output):
         raise ConfigError(
             f"{output} holds the checkpoints of a run: continue it with --resume, or choose another output "
@@ -162,45 +183,87 @@ def require_fresh(output: Path, resume: bool) -> None:
         )
 
 
+class Begun(TrainerCallback):  # type: ignore[misc]
+    """Says at which step training begins, when all that a checkpoint could be refused for lies behind it."""
+
+    def __init__(self, begin: Callable[[int], None]) -> None:
+        self._begin = begin
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Called by Trainer."""
+        self._begin(state.global_step)
+
+
 def carry_out(
-    recipe: Recipe, trainer: SFTTrainer, *, resume: bool = False, tell: Tell = lambda line: None
+    recipe: Recipe,
+    trainer: SFTTrainer,
+    *,
+    going_on: GoingOn | None = None,
+    stop: Stop | None = None,
+    tell: Tell = lambda line: None,
 ) -> dict[str, Any]:
-    """`run_recipe` with a trainer that has been made. A run that breaks off leaves in ``run.json`` how it ended, why
-    (``reason``) and its log.
+    """`run_recipe` with a trainer that has been made. A run that breaks off leaves in ``run.json`` how it ended, after
+    which step, why (``reason``) and its log; one that is refused before it trains leaves there what it found.
     """
     tell(trainer.describe())
-    record, path = describe_run(recipe, trainer), Path(recipe.output) / RUN_FILE
-    write_json(path, {**record, "status": "running"})
+    record = describe_run(recipe, trainer)
+    if going_on is not None:
+        going_on = with_data(going_on, record)
+        trainer.other_data = going_on.allow_changes
+        trainer.other_settings = bool(going_on.changes)
+    written = Written(Path(recipe.output), record, None if going_on is None else going_on.recorded)
+    if going_on is None:
+        written.begin(0)
+    else:
+        trainer.add_callback(Begun(written.begin))
     try:
-        record |= _trained(recipe, trainer, resume)
+        results = _trained(recipe, trainer, going_on is not None, stop or Stop())
     except BaseException as error:
-        ended = {"status": _ending(error), "reason": _reason(error), "log": trainer.state.log_history}
-        with suppress(DiskError):  # where the disk is full, the error that says so is the one to tell
-            write_json(path, {**record, **ended})
+        _explain(error, trainer, Path(recipe.output))
+        written.end(
+            {
+                "status": _ending(error),
+                "reason": _reason(error),
+                "step": trainer.state.global_step,
+                "log": trainer.state.log_history,
+            }
+        )
         raise
-    write_json(path, record)
-    return record
+    written.finish(results)
+    return written.record
 
 
-def _trained(recipe: Recipe, trainer: SFTTrainer, resume: bool) -> dict[str, Any]:
-    """Train, evaluate and save; what ``run.json`` holds of that."""
+def _trained(recipe: Recipe, trainer: SFTTrainer, resume: bool, stop: Stop) -> dict[str, Any]:
+    """Train, save and evaluate; what ``run.json`` holds of that."""
     output = Path(recipe.output)
+    saved = output / (MODEL if recipe.method == FULL else ADAPTER)
+    trainer.add_callback(StopAfterStep(stop))
     began = time.perf_counter()
-    trained = trainer.train(resume_from_checkpoint=resume or None)
-    seconds = time.perf_counter() - began
+    with stop.deferred():
+        trained = trainer.train(resume_from_checkpoint=resume or None)
+        seconds = time.perf_counter() - began
+        trainer.save_model(str(saved))
     results = {
         "train_loss": trained.training_loss,
         "steps": trained.global_step,
         "stopped_early": trained.global_step < trainer.state.max_steps,
         "seconds": seconds,
     }
+    stop.check()
     if trainer.eval_dataset is not None:
         results |= {key: value for key, value in trainer.evaluate().items() if key.startswith("eval_")}
-    saved = output / (MODEL if recipe.method == FULL else ADAPTER)
-    trainer.save_model(str(saved))
     history = trainer.state.log_history
-    draw_loss(history, output / "loss.png")
+    if is_main():
+        draw_loss(history, output / "loss.png")
     return {"status": "finished", "results": results, "saved": str(saved), "log": history}
+
+
+def _explain(error: BaseException, trainer: SFTTrainer, output: Path) -> None:
+    """Put into an interrupt what is left of the run."""
+    step = trainer.state.global_step
+    if isinstance(error, Interrupted) and not error.args and checkpoint_folder(output, step).exists():
+        name = signal.Signals(error.number).name
+        error.args = (f"{name} after step {step}: its checkpoint is written, and --resume goes on from it",)
 
 
 def _ending(error: BaseException) -> str:
@@ -210,15 +273,11 @@ def _ending(error: BaseException) -> str:
 
 
 def _reason(error: BaseException) -> str:
+    if isinstance(error, Interrupted):
+        return signal.Signals(error.number).name
     if isinstance(error, VeneerError):
         return str(error)
     return ": ".join(filter(None, (type(error).__name__, str(error))))
-
-
-def record_of(output: Path) -> dict[str, Any] | None:
-    """What a run wrote down in its output; None where it wrote nothing."""
-    path = output / RUN_FILE
-    return cast("dict[str, Any]", json.loads(path.read_text())) if path.exists() else None
 
 
 def load_base(part: ModelPart) -> PreTrainedModel:
@@ -247,6 +306,10 @@ def describe_run(recipe: Recipe, trainer: SFTTrainer) -> dict[str, Any]:
     return {
         "format": 1,
         "recipe": recipe.model_dump(),
+        "places": places_of(recipe),
+        "files": files_of(recipe.data),
+        "process": this_process(),
+        "n_processes": n_processes(),
         "adapter_config": asdict(config) if is_dataclass(config) else None,
         "training": trainer.args.to_dict(),
         "trained": trainer.describe(),

@@ -14,18 +14,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from veneer.adapters.peft_model import PeftModel
-from veneer.errors import ConfigError, DivergedError
+from veneer.errors import ConfigError, DivergedError, Interrupted
 from veneer.model.fused.decoder import fused
 from veneer.train.checkpoint import checkpoints
+from veneer.train.going_on import GoingOn, changes_since, is_complete
+from veneer.train.interrupt import Stop, listening
 from veneer.train.loss import Scoring, TokenLoss
-from veneer.train.run import Tell, carry_out, load_base, make_trainer, record_of, require_fresh
+from veneer.train.processes import n_processes
+from veneer.train.record import record_of
+from veneer.train.run import Tell, carry_out, load_base, make_trainer, require_fresh
 from veneer.train.show.display import RunDisplay
 from veneer.train.sweep.coroutines import Coroutine, ask
 from veneer.train.sweep.recipe import Member, Sweep
 from veneer.train.sweep.shared_base import Part, SharedBase, twin
 from veneer.train.trainer import SFTTrainer, unwrap_forward
-
-OVER = ("finished", "diverged")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,15 +69,15 @@ class MemberTrainer(SFTTrainer):
 class Together:
     """Members that run in alternation, and the base that they share."""
 
-    def __init__(self, base: PreTrainedModel, tell: Tell) -> None:
-        self.base, self.tell = base, tell
+    def __init__(self, base: PreTrainedModel, tell: Tell, stop: Stop) -> None:
+        self.base, self.tell, self.stop = base, tell, stop
         self.runs: dict[str, Coroutine[dict[str, Any]]] = {}
         self.trainers: dict[str, MemberTrainer] = {}
         self.records: dict[str, dict[str, Any]] = {}
 
-    def start(self, name: str, member: Member, resume: bool) -> None:
+    def start(self, name: str, member: Member, going_on: GoingOn | None) -> None:
         """Let a member make its trainer, with its own random numbers."""
-        run = Coroutine(lambda: _run(member, self.base, resume))
+        run = Coroutine(lambda: _run(member, self.base, going_on, self.stop))
         self.runs[name], self.trainers[name] = run, run.resume()
 
     def train(self) -> None:
@@ -140,36 +142,57 @@ class Together:
         return asked
 
 
-def run_sweep(sweep: Sweep, *, resume: bool = False, tell: Tell = lambda line: None) -> list[dict[str, Any]]:
+def run_sweep(
+    sweep: Sweep, *, resume: bool = False, allow_changes: bool = False, tell: Tell = lambda line: None
+) -> list[dict[str, Any]]:
     """Train all members and give back what each one's ``run.json`` holds, in their order.
 
     Each member writes into a folder of its name what a run of its own would write. One whose loss is not finite leaves
     with the status ``diverged``, one that stops early or comes to its end leaves too; the others train on. With
-    ``resume`` those that were over stay as they are, and the others go on from their last checkpoints.
+    ``resume`` those that were over stay as they are, and the others go on from their last checkpoints, with the
+    settings that they were begun with or, with ``allow_changes``, with others. SIGTERM and SIGINT end each member after
+    its step in progress, with a checkpoint: Interrupted. Raises ConfigError where several processes were started.
     """
+    if n_processes() > 1:
+        raise ConfigError("the members of a sweep share one process: start it with `veneer train`, without torchrun")
     records: dict[str, dict[str, Any]] = {}
+    left: list[tuple[Member, GoingOn | None]] = []
     for member in sweep.members:
-        output = Path(member.recipe.output)
-        require_fresh(output, resume)
-        before = record_of(output) if resume else None
-        if before is not None and before["status"] in OVER:
+        before, going_on = _as_it_was(member, resume, allow_changes)
+        if before is None:
+            left.append((member, going_on))
+        else:
             records[member.name] = before
             tell(f"{member.name}: {told(before)}, before")
-    left = [member for member in sweep.members if member.name not in records]
     if left:
-        first = left[0].recipe
-        together = Together(load_base(first.model).to(first.sft_config().device), tell)
-        names = {f"member{index}": member for index, member in enumerate(left)}
-        for name, member in names.items():
-            together.start(name, member, resume)
-        tell(f"{len(left)} members train together")
-        together.train()
-        records |= {member.name: together.records[name] for name, member in names.items()}
+        with listening() as stop:
+            first = left[0][0].recipe
+            together = Together(load_base(first.model).to(first.sft_config().device), tell, stop)
+            for index, (member, going_on) in enumerate(left):
+                together.start(f"member{index}", member, going_on)
+            tell(f"{len(left)} members train together")
+            with stop.deferred():
+                together.train()
+            records |= {member.name: together.records[f"member{i}"] for i, (member, _) in enumerate(left)}
+            stop.check()
     return [records[member.name] for member in sweep.members]
+
+
+def _as_it_was(member: Member, resume: bool, allow_changes: bool) -> tuple[dict[str, Any] | None, GoingOn | None]:
+    """The record of a member that is over; else None, and what it goes on from, if anything."""
+    recipe, output = member.recipe, Path(member.recipe.output)
+    require_fresh(output, resume)
+    before = record_of(output) if resume else None
+    found = changes_since(before, recipe, allow_changes) if before is not None else []
+    if before is not None and (is_complete(before, recipe) or (before["status"] == "diverged" and not found)):
+        return before, None
+    return None, GoingOn(before, found, allow_changes) if resume and checkpoints(output) else None
 
 
 def told(record: Mapping[str, Any]) -> str:
     """The end of a member's run, in a few words."""
+    if record["status"] == "interrupted":
+        return f"interrupted after step {record['step']}"
     if record["status"] == "diverged":
         return f"diverged ({record['reason'].partition(':')[0]})"
     results = record["results"]
@@ -179,7 +202,7 @@ def told(record: Mapping[str, Any]) -> str:
     return f"{'stopped early' if results['stopped_early'] else 'finished'} after {results['steps']} steps, {loss}"
 
 
-def _run(member: Member, base: PreTrainedModel, resume: bool) -> dict[str, Any]:
+def _run(member: Member, base: PreTrainedModel, going_on: GoingOn | None, stop: Stop) -> dict[str, Any]:
     """The whole run of one member."""
     recipe, output = member.recipe, Path(member.recipe.output)
     trainer = cast(MemberTrainer, make_trainer(recipe, twin(base), MemberTrainer))
@@ -191,6 +214,6 @@ def _run(member: Member, base: PreTrainedModel, resume: bool) -> dict[str, Any]:
     trainer.add_callback(RunDisplay(lambda: trainer.progress.n_tokens, bar=False, name=member.name))
     ask(trainer)
     try:
-        return carry_out(recipe, trainer, resume=resume and bool(checkpoints(output)))
-    except DivergedError:
+        return carry_out(recipe, trainer, going_on=going_on, stop=stop)
+    except (DivergedError, Interrupted):
         return cast("dict[str, Any]", record_of(output))  # where it is written down

@@ -1,0 +1,89 @@
+"""A run that goes on: what has changed since it was begun, and whether that is allowed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from veneer.errors import ConfigError
+from veneer.train.processes import n_processes
+from veneer.train.recipe.changes import Change, changes, is_longer, refuse
+from veneer.train.recipe.recipe import DataPart, Recipe
+from veneer.train.record import RUN_FILE
+
+
+@dataclass(frozen=True, slots=True)
+class GoingOn:
+    """A run that is resumed: what it wrote down, which settings have changed since, and whether they may."""
+
+    before: Mapping[str, Any] | None = None
+    changes: Sequence[Change] = ()
+    allow_changes: bool = False
+
+    def recorded(self, step: int) -> list[dict[str, Any]]:
+        """What has changed at which step of the run, if it goes on after ``step``."""
+        earlier = list((self.before or {}).get("changes", []))
+        return [*earlier, *({"step": step, **asdict(each)} for each in self.changes)]
+
+
+def changes_since(before: Mapping[str, Any], recipe: Recipe, allow: bool) -> list[Change]:
+    """The settings that are others than a record's. Raises ConfigError with all of them where they may not be."""
+    path = Path(recipe.output) / RUN_FILE
+    try:
+        found = changes(Recipe.model_validate(before["recipe"]), recipe, before.get("places"))
+    except ValueError as error:  # of pydantic, or a ConfigError
+        raise ConfigError(
+            f"the recipe in {path} is not one that this version reads, so that nobody can say what has changed since "
+            f"({error}): start a new run in another output (--set output=…)"
+        ) from error
+    count = before.get("n_processes", 1)
+    if count != n_processes():
+        found.append(Change("processes", count, n_processes()))
+    if not allow and found:
+        refuse([*found, *_other_files(before, recipe)], Path(recipe.output))
+    return found
+
+
+def is_complete(before: Mapping[str, Any], recipe: Recipe) -> bool:
+    """Whether a run is finished and is not to become longer."""
+    return before["status"] == "finished" and not is_longer(Recipe.model_validate(before["recipe"]), recipe)
+
+
+def with_data(going_on: GoingOn, record: Mapping[str, Any]) -> GoingOn:
+    """With rows that are others than they were. Raises ConfigError with them where they may not be."""
+    old, new = (going_on.before or {}).get("data"), record["data"]
+    if old is None:
+        return going_on
+    found = [
+        Change(f"data.{part}", _told_rows(old[part]), _told_rows(new[part]))
+        for part in ("train", "eval")
+        if (old[part] or {}).get("blake2b") != (new[part] or {}).get("blake2b")
+    ]
+    if not going_on.allow_changes:
+        refuse(found, Path(record["recipe"]["output"]))
+    return replace(going_on, changes=[*going_on.changes, *found])
+
+
+def _told_rows(rows: Mapping[str, Any] | None) -> str:
+    return "no rows" if rows is None else f"{rows['rows']:,} rows with the hash {rows['blake2b']}"
+
+
+def _other_files(before: Mapping[str, Any], recipe: Recipe) -> list[Change]:
+    """Files of rows that hold something else than they did."""
+    old, new = before.get("files", {}), files_of(recipe.data)
+    return [Change(key, old[key], new[key]) for key in sorted(old.keys() & new.keys()) if old[key] != new[key]]
+
+
+def files_of(part: DataPart) -> dict[str, str]:
+    """The sources that are files, with a hash of what they hold."""
+    named = {"data.train": part.train, "data.eval": part.eval}
+    found = {key: Path(name) for key, name in named.items() if name is not None and Path(name).is_file()}
+    return {key: f"a file with the hash {_hash_of(path)}" for key, path in found.items()}
+
+
+def _hash_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

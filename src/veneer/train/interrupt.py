@@ -1,0 +1,112 @@
+"""Signals that ask a run to stop: the step in progress ends, a checkpoint is written, and the run says so."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from veneer.errors import Interrupted
+from veneer.train.processes import is_main, largest, n_processes
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+PASSED_ON_SECONDS = 5.0  # within these a launcher of processes passes on what they have heard themselves
+_SHOW_CURSOR = b"\x1b[?25h"
+
+
+class Stop:
+    """What signals have asked for. The first stops the run where it can be continued from, the second at once.
+
+    ``signal``: the first that came, if any. Outside of `deferred` blocks it raises Interrupted right away.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._waits = 0
+        self._heard_at = 0.0
+        self._process = os.getpid()
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Inside, a signal is only remembered: the block asks for it where it can stop."""
+        self._waits += 1
+        try:
+            yield
+        finally:
+            self._waits -= 1
+
+    def hear(self, number: int, frame: FrameType | None = None) -> None:
+        """The handler of a signal."""
+        if os.getpid() != self._process:  # a worker that was forked from the run
+            os._exit(128 + number)
+        if self.signal is not None:
+            if n_processes() == 1 or time.monotonic() - self._heard_at > PASSED_ON_SECONDS:
+                _leave_terminal()
+                os._exit(128 + number)
+            return
+        self.signal, self._heard_at = number, time.monotonic()
+        if not self._waits:
+            raise Interrupted(number)
+        if is_main():  # not through a stream, which the signal may have come in the middle of
+            name = signal.Signals(number).name
+            os.write(2, f"\n{name}: the run stops after this step, with a checkpoint; once more ends it now\n".encode())
+
+    def check(self) -> None:
+        """Raise Interrupted where a signal has come."""
+        if self.signal is not None:
+            raise Interrupted(self.signal)
+
+
+@contextmanager
+def listening() -> Iterator[Stop]:
+    """For a while SIGTERM and SIGINT are heard by a `Stop`. Signals that are ignored stay so, and in a thread other
+    than the main one, where Python hears none, nothing changes.
+    """
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, stop.hear) for number in heard}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class StopAfterStep(TrainerCallback):  # type: ignore[misc]
+    """Ends training after the step in which a signal came, with a checkpoint of that step; all processes together."""
+
+    def __init__(self, stop: Stop) -> None:
+        self._stop, self._number = stop, 0
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Called by Trainer."""
+        self._ask(args.device, control)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Called by Trainer, after an evaluation and before the checkpoint of its step."""
+        self._ask(args.device, control)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Called by Trainer. Raises Interrupted, past what an epoch's end would log and evaluate."""
+        if self._number:
+            raise Interrupted(self._number)
+
+    def _ask(self, device: torch.device, control: TrainerControl) -> None:
+        self._number = self._number or largest(self._stop.signal or 0, device)
+        control.should_save = control.should_save or bool(self._number)
+
+
+def _leave_terminal() -> None:
+    if os.isatty(2):
+        os.write(2, _SHOW_CURSOR)

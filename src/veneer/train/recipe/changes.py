@@ -1,0 +1,138 @@
+"""What differs between the recipe that a run was begun with and the one that it would go on with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from veneer.core.method import LinearMethod
+from veneer.errors import ConfigError
+from veneer.train.recipe.recipe import PLACES, Recipe
+
+# The one place that says which keys no weight depends on. A key that is not listed counts as one that the weights
+# depend on, a new key too.
+HARMLESS = frozenset(
+    {
+        "output",
+        "data.train",  # where the rows are; their content is compared by its hash
+        "data.eval",
+        *(
+            f"training.{key}"
+            for key in (
+                # what is logged, shown, reported and sent
+                "disable_tqdm", "include_num_input_tokens_seen", "log_level", "log_level_replica", "log_on_each_node",
+                "logging_first_step", "logging_steps", "logging_strategy", "project", "report_to", "run_name",
+                "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id",
+                "hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy", "hub_token",
+                "push_to_hub",
+                # time and memory: same numbers, bit for bit
+                "activation_checkpointing", "activation_checkpointing_kwargs", "activation_offloading",
+                "gradient_checkpointing", "gradient_checkpointing_kwargs",
+                "dataloader_multiprocessing_context", "dataloader_num_workers", "dataloader_persistent_workers",
+                "dataloader_pin_memory", "dataloader_prefetch_factor", "dataset_num_proc", "ddp_timeout",
+                "eval_accumulation_steps", "per_device_eval_batch_size", "skip_memory_metrics",
+                "torch_empty_cache_steps",
+            )
+        ),
+    }
+)  # fmt: skip
+# When it is evaluated and saved: harmless as long as no evaluation decides when training stops or what it keeps.
+WITHOUT_CHOICE = frozenset(
+    f"training.{key}"
+    for key in (
+        "do_eval", "eval_delay", "eval_on_start", "eval_steps", "eval_strategy", "save_on_each_node", "save_only_model",
+        "save_steps", "save_strategy", "save_total_limit",
+    )
+)  # fmt: skip
+# How long: harmless where the rate of no step, and nothing else, depends on the number of all steps.
+LENGTH = frozenset({"training.max_steps", "training.num_train_epochs"})
+
+_SAID_ELSEWHERE = ("output_dir", "seed", "local_rank", "resume_from_checkpoint")
+_HIDDEN = ("eos_token", "pad_token")  # `to_dict` hides what may be secret
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One setting that is another than it was."""
+
+    key: str
+    before: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.before} before, {self.now} now"
+
+
+def changes(before: Recipe, now: Recipe, places: Mapping[str, str] | None = None) -> list[Change]:
+    """Every setting that differs and that the weights depend on, defaults filled in.
+
+    ``places``: where the sources of ``before`` lay, as `places_of` told when it ran; the same place under another name
+    is no change.
+    """
+    old, new = settings(before), settings(now)
+    if places is not None:
+        old, new = {**old, **places}, {**new, **places_of(now)}
+    harmless = HARMLESS | (frozenset() if _chooses(old) or _chooses(new) else WITHOUT_CHOICE)
+    harmless |= LENGTH if _any_length(before, old) and _any_length(now, new) else frozenset()
+    return [
+        Change(key, old.get(key), new.get(key))
+        for key in sorted({*old, *new} - harmless)
+        if old.get(key) != new.get(key)
+    ]
+
+
+def is_longer(before: Recipe, now: Recipe) -> bool:
+    """Whether the run is to have another length than it had."""
+    old, new = settings(before), settings(now)
+    return any(old[key] != new[key] for key in LENGTH)
+
+
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """All settings of a run by the keys of a recipe, ``training.learning_rate``, whether they were given or not."""
+    config, args = recipe.adapter_config(), recipe.sft_config()
+    training = {**args.to_dict(), **{key: getattr(args, key) for key in _HIDDEN}}
+    parts = {
+        "model": recipe.model.model_dump(),
+        "data": recipe.data.model_dump(),
+        "adapter": {"method": recipe.method, **(asdict(config) if is_dataclass(config) else {})},
+        "training": {key: value for key, value in training.items() if key not in _SAID_ELSEWHERE},
+    }
+    flat = {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}
+    return {**flat, "seed": recipe.seed, "output": recipe.output}
+
+
+def places_of(recipe: Recipe) -> dict[str, str]:
+    """Where each source lies, whatever folder a command is typed in; a name of the hub stays as it is."""
+    values = recipe.model_dump()
+    named = {f"{part}.{key}": values[part][key] for part, key in PLACES}
+    return {key: str(Path(name).resolve()) if Path(name).exists() else name for key, name in named.items() if name}
+
+
+def refuse(found: Iterable[Change], output: Path) -> None:
+    """Raise ConfigError with all changes, where there are any."""
+    told = "; ".join(map(str, found))
+    if told:
+        raise ConfigError(
+            f"the run in {output} was begun with other settings than it would go on with: {told}. Take the old ones, "
+            "start a new run in another output (--set output=…), or go on with the new ones with --allow-changes, "
+            "which writes down what changed at which step"
+        )
+
+
+def _chooses(values: Mapping[str, Any]) -> bool:
+    """Whether an evaluation decides when training stops or which weights it keeps."""
+    return bool(
+        values["training.load_best_model_at_end"]
+        or values["training.early_stopping_patience"]
+        or values["training.lr_scheduler_type"] in ("reduce_lr_on_plateau", "greedy")
+        or values["training.save_strategy"] == "best"
+    )
+
+
+def _any_length(recipe: Recipe, values: Mapping[str, Any]) -> bool:
+    """Whether a longer run begins with the very steps of a shorter one."""
+    config = recipe.adapter_config()
+    asks = isinstance(config, LinearMethod) and type(config).for_run is not LinearMethod.for_run
+    return not asks and values["training.lr_scheduler_type"] == "constant"

@@ -1,0 +1,116 @@
+"""``run.json``: what a run writes down of itself, and what can be told from it while it trains and after."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from veneer.errors import ConfigError, DiskError, FormatError
+from veneer.train.checkpoint import write_json
+from veneer.train.processes import is_main
+
+RUN_FILE = "run.json"
+_CLOCK_SECONDS = 2.0  # how far two readings of one start time may lie apart
+Life = Literal["over", "runs", "gone", "elsewhere"]
+
+
+def record_of(output: Path) -> dict[str, Any] | None:
+    """What a run wrote down in its output; None where it wrote nothing. Raises FormatError for what is no record."""
+    path = output / RUN_FILE
+    if not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{path} cannot be read ({error}): restore it, or move it away") from error
+    if not isinstance(record, dict) or not {"status", "recipe"} <= record.keys():
+        raise FormatError(f"{path} is not what a run writes down: it holds no status and recipe. Move it away")
+    return record
+
+
+def this_process() -> dict[str, Any]:
+    """The process that writes a record, in what tells it from all others."""
+    process = psutil.Process()
+    return {"host": socket.gethostname(), "pid": process.pid, "started": process.create_time()}
+
+
+def life_of(record: Mapping[str, Any]) -> Life:
+    """Whether a run is over, runs, or is gone without a word (killed, or the machine went down).
+
+    ``elsewhere``: it says that it is running, on another machine or without its process, and cannot be asked from here.
+    """
+    if record["status"] != "running":
+        return "over"
+    process = record.get("process")
+    if process is None or process["host"] != socket.gethostname():
+        return "elsewhere"
+    if process["pid"] == os.getpid():
+        return "gone"  # an earlier process with the number of this one
+    try:
+        started = psutil.Process(process["pid"]).create_time()
+    except psutil.Error:
+        return "gone"
+    return "runs" if abs(started - process["started"]) <= _CLOCK_SECONDS else "gone"
+
+
+def require_over(record: Mapping[str, Any], output: Path) -> None:
+    """Raise ConfigError where a process is training in this output right now."""
+    if life_of(record) == "runs":
+        raise ConfigError(
+            f"process {record['process']['pid']} is training in {output} right now: wait for it, end it "
+            f"(kill {record['process']['pid']} lets it write a checkpoint), or choose another output (--set output=…)"
+        )
+
+
+def told_life(record: Mapping[str, Any]) -> str:
+    """How a run stands, in a few words: its status, and for a ``running`` whether that is still so."""
+    process = record.get("process") or {}
+    where = f"process {process.get('pid')} on {process.get('host')}" if process else "a process that it does not name"
+    return {
+        "over": str(record["status"]),
+        "runs": f"running ({where})",
+        "gone": f"broken off without a word: it says running, but {where} is gone",
+        "elsewhere": f"running, as it says, by {where}; from here that cannot be seen",
+    }[life_of(record)]
+
+
+class Written:
+    """The record of a run in its ``run.json``, which the main process alone writes.
+
+    ``changed``: for a run that goes on, what has changed at which step, given the one that it goes on from.
+    """
+
+    def __init__(
+        self, output: Path, record: dict[str, Any], changed: Callable[[int], list[dict[str, Any]]] | None = None
+    ) -> None:
+        self.record, self._path, self._changed, self._begun = record, output / RUN_FILE, changed, False
+
+    def begin(self, step: int) -> None:
+        """Training begins after ``step``: from here on the file tells of this run."""
+        found = [] if self._changed is None else self._changed(step)
+        if found:
+            self.record["changes"] = found
+        self._begun = True
+        self._write({**self.record, "status": "running"})
+
+    def finish(self, results: Mapping[str, Any]) -> None:
+        """The run is over as it should be."""
+        self.record |= results
+        self._write(self.record)
+
+    def end(self, how: Mapping[str, Any]) -> None:
+        """The run has broken off; one that never began says nothing."""
+        if self._begun:
+            with suppress(DiskError):  # where the disk is full, the error that says so is the one to tell
+                self._write({**self.record, **how})
+
+    def _write(self, values: Mapping[str, Any]) -> None:
+        if is_main():
+            write_json(self._path, values)

@@ -1,0 +1,71 @@
+"""Signals that ask a run to stop."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from veneer.errors import Interrupted
+from veneer.train.interrupt import listening
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_the_first_signal_ends_what_can_be_ended_and_waits_for_what_cannot(number, code):
+    before = signal.getsignal(number)
+    with listening() as stop, pytest.raises(Interrupted) as caught:
+        os.kill(os.getpid(), number)
+    assert caught.value.exit_code == code
+    assert isinstance(caught.value, KeyboardInterrupt)
+    assert signal.getsignal(number) is before
+    with listening() as stop:
+        with stop.deferred():
+            os.kill(os.getpid(), number)
+            assert stop.signal == number
+        with pytest.raises(Interrupted):
+            stop.check()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_the_second_signal_ends_the_process_at_once(number, code):
+    script = (
+        "import time\nfrom veneer.train.interrupt import listening\n"
+        "with listening() as stop, stop.deferred():\n"
+        "    print('ready', flush=True)\n"
+        "    while True: time.sleep(0.01)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(number)
+        told = process.stderr.readline() + process.stderr.readline()
+        assert b"the run stops after this step, with a checkpoint; once more ends it now" in told
+        assert process.poll() is None
+        process.send_signal(number)
+        assert process.wait(60) == code
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with listening() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.signal is None
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_in_another_thread_nothing_is_heard():
+    before, found = signal.getsignal(signal.SIGTERM), []
+
+    def listen():
+        with listening() as stop:
+            found.append((stop.signal, signal.getsignal(signal.SIGTERM)))
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    thread.join()
+    assert found == [(None, before)]
