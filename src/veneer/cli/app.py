@@ -84,7 +84,7 @@ def _messages() -> Iterator[None]:
         raise _told(f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)) from error
     except KeyboardInterrupt as error:
         told = f"interrupted: {error}" if error.args else "interrupted"
-        Console(stderr=True, highlight=False).print(told, style="red", soft_wrap=True)
+        _main_stderr().print(told, style="red", highlight=False, soft_wrap=True)
         raise typer.Exit(error.exit_code if isinstance(error, Interrupted) else INTERRUPTED) from error
 
 
@@ -105,9 +105,13 @@ def _is_number(text: str) -> bool:
     return True
 
 
+def _main_stderr() -> Console:
+    return Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
+
+
 def _told(message: str) -> typer.Exit:
-    """Print the message and give the exit to raise."""
-    Console(stderr=True).print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+    """Print the message and give the exit to raise. Of several processes, which torchrun numbers, the first prints."""
+    _main_stderr().print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
     return typer.Exit(USER_ERROR)
 
 

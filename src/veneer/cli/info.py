@@ -35,24 +35,38 @@ _MODEL_FIELDS = {
 
 def info(
     what: Annotated[
-        str, typer.Argument(metavar="ADAPTER|MODEL", show_default=False, help="A folder, a .gguf file or a name.")
+        str, typer.Argument(metavar="ADAPTER|MODEL|RUN", show_default=False, help="A folder, a .gguf file or a name.")
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Show what an adapter or a model is: method and targets, or architecture and size. No weight is loaded.
+    """Show what an adapter or a model is, and how a run stands: method and targets, or architecture and size, or status
+    and losses. No weight is loaded.
 
     Example: veneer info runs/first/adapter
     """
-    place, facts = _find(what)
+    facts, section = _facts(what)
     if as_json:
-        typer.echo(json.dumps(asdict(facts), indent=2, default=str))
+        typer.echo(json.dumps(facts, indent=2, default=str))
         return
     table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, value in _section(place, facts).items():
+    for name, value in section.items():
         table.add_row(name, value)
     Console().print(table)
+
+
+def _facts(what: str) -> tuple[dict[str, Any], Section]:
+    """All that is known of what is meant, and the rows of the table."""
+    folder = Path(what).expanduser()
+    if (folder / "run.json").is_file():
+        from veneer.cli.info_run import run_section
+        from veneer.train.record import life_of, record_of
+
+        record = record_of(folder) or {}
+        return {**record, "life": life_of(record)}, {"run": str(folder), **run_section(record)}
+    place, facts = _find(what)
+    return asdict(facts), _section(place, facts)
 
 
 def _find(what: str) -> tuple[Path, AdapterFacts | ModelFacts]:

@@ -61,11 +61,14 @@ def train(
     if allow_changes and not resume:
         raise ConfigError("--allow-changes says how a run goes on, so it needs --resume beside it")
     wanted = _read(recipe, overrides or [])
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    from veneer.train.processes import is_main, part
+
+    level = logging.WARNING if is_main() else logging.ERROR  # what the others would say is the same
+    logging.basicConfig(level=level, format="%(levelname)s: %(message)s", stream=sys.stderr)
     from veneer.cli.loading import without_bars
     from veneer.train.recipe.recipe import Recipe
 
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, quiet=not is_main())
     with without_bars(), _rows_counted_in_terminals():
         if show_sample:
             _show_sample(wanted if isinstance(wanted, Recipe) else wanted.members[0].recipe, console)
@@ -73,6 +76,7 @@ def train(
             _train_one(wanted, resume, allow_changes, console)
         else:
             _train_sweep(wanted, resume, allow_changes, console)
+    part()
 
 
 def _read(recipe: Path, overrides: list[str]) -> Recipe | Sweep:
@@ -92,7 +96,9 @@ def _rows_counted_in_terminals() -> Iterator[None]:
     """Encoding many rows takes minutes, so a terminal shows the bars of datasets; a file or a pipe does not."""
     import datasets
 
-    if datasets.are_progress_bars_disabled() or draws_bars(Console(stderr=True)):
+    from veneer.train.processes import is_main
+
+    if datasets.are_progress_bars_disabled() or (is_main() and draws_bars(Console(stderr=True))):
         yield
         return
     datasets.disable_progress_bars()

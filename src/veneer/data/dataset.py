@@ -8,7 +8,7 @@ import logging
 from array import array
 from typing import Any, TypeVar, cast
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, concatenate_datasets
 
 from veneer.data.encoding import IGNORED, Encoder, Kind
 from veneer.data.packing import pack
@@ -48,6 +48,19 @@ def pack_all(dataset: AnyDataset, capacity: int, *, split: bool) -> Dataset:
     if isinstance(dataset, IterableDataset):
         raise ConfigError("packing=True needs a data set that is not streamed: load it whole, or set packing=False")
     return pack(dataset, capacity, split=split)
+
+
+def filled(dataset: Dataset, n_rows: int) -> Dataset:
+    """The rows with ``n_rows`` more at their end, in which no token is trained: nothing that is summed over trained
+    tokens changes.
+    """
+    if not n_rows:
+        return dataset
+    first = dataset[0]
+    # Two tokens, since nothing predicts the first one and a batch of such rows must have something to predict.
+    tokens = {"input_ids": [first["input_ids"][0]] * 2, "labels": [IGNORED] * 2}
+    row = {**first, **tokens, **({"seq_lengths": [2]} if "seq_lengths" in first else {})}
+    return concatenate_datasets([dataset, Dataset.from_list([row] * n_rows, features=dataset.features)])
 
 
 def digest(dataset: Dataset) -> str:

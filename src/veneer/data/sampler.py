@@ -33,3 +33,22 @@ class EpochSampler(Sampler[int]):
         if self.group is None:
             return iter(torch.randperm(len(self.lengths), generator=generator).tolist())
         return iter(get_length_grouped_indices(self.lengths, self.group, generator=generator))
+
+
+class FilledSampler(Sampler[int]):
+    """Another sampler's indices, then those from ``start`` to ``stop``, in every epoch."""
+
+    def __init__(self, sampler: Sampler[int], start: int, stop: int) -> None:
+        self.sampler, self.rest = sampler, range(start, stop)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the other sampler, where it has any."""
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.sampler) + len(self.rest)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.sampler
+        yield from self.rest

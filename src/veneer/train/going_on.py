@@ -17,14 +17,14 @@ from veneer.train.record import RUN_FILE
 
 @dataclass(frozen=True, slots=True)
 class GoingOn:
-    """A run that is resumed: what it wrote down, which settings have changed since, and whether they may."""
+    """A resumed run: what it wrote down, which settings have changed since, and whether they may."""
 
     before: Mapping[str, Any] | None = None
     changes: Sequence[Change] = ()
     allow_changes: bool = False
 
     def recorded(self, step: int) -> list[dict[str, Any]]:
-        """What has changed at which step of the run, if it goes on after ``step``."""
+        """All changes of the run with their steps, if it goes on after ``step``."""
         earlier = list((self.before or {}).get("changes", []))
         return [*earlier, *({"step": step, **asdict(each)} for each in self.changes)]
 
@@ -48,12 +48,12 @@ def changes_since(before: Mapping[str, Any], recipe: Recipe, allow: bool) -> lis
 
 
 def is_complete(before: Mapping[str, Any], recipe: Recipe) -> bool:
-    """Whether a run is finished and is not to become longer."""
+    """True for a run that is finished and is not to become longer."""
     return before["status"] == "finished" and not is_longer(Recipe.model_validate(before["recipe"]), recipe)
 
 
 def with_data(going_on: GoingOn, record: Mapping[str, Any]) -> GoingOn:
-    """With rows that are others than they were. Raises ConfigError with them where they may not be."""
+    """The same with changed rows among the changes. Raises ConfigError with them where they may not change."""
     old, new = (going_on.before or {}).get("data"), record["data"]
     if old is None:
         return going_on

@@ -23,7 +23,7 @@ _SHOW_CURSOR = b"\x1b[?25h"
 
 
 class Stop:
-    """What signals have asked for. The first stops the run where it can be continued from, the second at once.
+    """A wish to stop, told by signals: the first stops the run where it can be continued from, the second at once.
 
     ``signal``: the first that came, if any. Outside of `deferred` blocks it raises Interrupted right away.
     """

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from veneer.data.encoding import IGNORED
 from veneer.model.fused.decoder import fused_head
@@ -38,7 +39,7 @@ def token_loss(
     (Wu et al. 2025, arXiv:2508.05629, eq. 9).
     """
     labels: Tensor = inputs["labels"][:, 1:]
-    head = None if label_smoothing or weigh_by_probability or model_of(model) is not model else fused_head(model)
+    head = None if label_smoothing or weigh_by_probability else _head_of(model)
     if head is not None:
         return _loss_in_chunks(model, head, inputs)
     kept = (labels != IGNORED).any(dim=0).nonzero().flatten()
@@ -124,13 +125,21 @@ def _hidden(model: nn.Module, head: Head, inputs: dict[str, Any]) -> tuple[Tenso
     """Hidden states (b * (t - 1), d) and the head in what it computes in, the labels, and the loss of a router."""
     labels: Tensor = inputs["labels"][:, 1:].flatten()
     rest = {key: value for key, value in inputs.items() if key != "labels"}
-    with hidden_as_logits(model) as passed:
+    with hidden_as_logits(model_of(model)) as passed:
         out = model(**rest, use_cache=False)
     hidden = out.logits[:, :-1].flatten(0, 1)
     dtype = cast(torch.dtype, passed.dtype)
     if isinstance(head.weight, Tensor):
         head = replace(head, weight=head.weight.to(dtype))
     return hidden.to(dtype), head, labels.to(hidden.device), getattr(out, "aux_loss", None)
+
+
+def _head_of(model: nn.Module) -> Head | None:
+    """The head of a fused model, alone or in the wrapper that joins the gradients of processes; no other wrapper's
+    forward pass runs the very modules that it holds.
+    """
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    return fused_head(inner) if model_of(inner) is inner else None
 
 
 def model_of(model: nn.Module) -> nn.Module:

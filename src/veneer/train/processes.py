@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, distributed
+from torch import distributed
 
 from veneer.errors import TrainingError, VeneerError
 
@@ -15,17 +15,23 @@ T = TypeVar("T")
 
 
 def n_processes() -> int:
-    """How many processes train together."""
+    """The number of processes that train together."""
     return distributed.get_world_size() if _together() else 1
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes and prints; known before the processes have met, too."""
+    """True in the process that writes and prints; known before the processes have met, too."""
     return (distributed.get_rank() if _together() else int(os.environ.get("RANK", "0"))) == 0
 
 
+def part() -> None:
+    """Leave the processes that trained together; a process that trained alone has nothing to leave."""
+    if _together():
+        distributed.destroy_process_group()
+
+
 def by_main(act: Callable[[], T]) -> T:
-    """What ``act`` gives back in the main process, in all of them; the others wait.
+    """The result of ``act`` in the main process, given to all of them; the others wait.
 
     What it raises there is raised in all: a VeneerError as it is, anything else as a TrainingError in the others.
     """
@@ -46,16 +52,22 @@ def by_main(act: Callable[[], T]) -> T:
     return value
 
 
-def summed(values: Tensor) -> Tensor:
-    """The sum over the processes, on this one's device."""
-    return _reduced(values, distributed.ReduceOp.SUM)
+def summed(values: Sequence[float], device: torch.device) -> list[float]:
+    """The sums of numbers over the processes."""
+    if n_processes() == 1:
+        return list(values)
+    found = torch.tensor(values, dtype=torch.float64, device=device)
+    distributed.all_reduce(found, distributed.ReduceOp.SUM)
+    return cast("list[float]", found.tolist())
 
 
 def largest(value: int, device: torch.device) -> int:
-    """The largest of the processes' values."""
+    """The largest of the processes' numbers."""
     if n_processes() == 1:
         return value
-    return int(_reduced(torch.tensor(value, device=device), distributed.ReduceOp.MAX))
+    found = torch.tensor(value, device=device)
+    distributed.all_reduce(found, distributed.ReduceOp.MAX)
+    return int(found)
 
 
 def gathered(value: T) -> list[T]:
@@ -75,10 +87,3 @@ def _told(outcome: tuple[Any, BaseException | None] | None) -> tuple[Any, BaseEx
     box = [outcome]
     distributed.broadcast_object_list(box)
     return cast("tuple[Any, BaseException | None]", box[0])
-
-
-def _reduced(values: Tensor, how: Any) -> Tensor:
-    if n_processes() > 1:
-        values = values.clone()
-        distributed.all_reduce(values, how)
-    return values

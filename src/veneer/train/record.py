@@ -22,7 +22,7 @@ Life = Literal["over", "runs", "gone", "elsewhere"]
 
 
 def record_of(output: Path) -> dict[str, Any] | None:
-    """What a run wrote down in its output; None where it wrote nothing. Raises FormatError for what is no record."""
+    """The record of the run in an output folder; None where there is none. Raises FormatError for what is no record."""
     path = output / RUN_FILE
     if not path.exists():
         return None
@@ -36,13 +36,13 @@ def record_of(output: Path) -> dict[str, Any] | None:
 
 
 def this_process() -> dict[str, Any]:
-    """The process that writes a record, in what tells it from all others."""
+    """Machine, number and start of this process, which together tell it from all others."""
     process = psutil.Process()
     return {"host": socket.gethostname(), "pid": process.pid, "started": process.create_time()}
 
 
 def life_of(record: Mapping[str, Any]) -> Life:
-    """Whether a run is over, runs, or is gone without a word (killed, or the machine went down).
+    """The life of a run: over, running, or gone without a word (killed, or the machine went down).
 
     ``elsewhere``: it says that it is running, on another machine or without its process, and cannot be asked from here.
     """
@@ -70,7 +70,7 @@ def require_over(record: Mapping[str, Any], output: Path) -> None:
 
 
 def told_life(record: Mapping[str, Any]) -> str:
-    """How a run stands, in a few words: its status, and for a ``running`` whether that is still so."""
+    """The state of a run in a few words: its status, and for a ``running`` whether that is still so."""
     process = record.get("process") or {}
     where = f"process {process.get('pid')} on {process.get('host')}" if process else "a process that it does not name"
     return {

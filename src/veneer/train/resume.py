@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from veneer.train.checkpoint import (
     save_trained,
     write_json,
 )
-from veneer.train.processes import by_main
+from veneer.train.processes import by_main, gathered
 from veneer.train.progress import Progress
 from veneer.train.schedule import AdapterSchedule, save_schedules
 
@@ -104,16 +105,29 @@ class ResumableTrainer(TrlTrainer):  # type: ignore[misc]
         target = checkpoint_folder(run, self.state.global_step)
         if self.state.best_global_step:
             best = checkpoint_folder(run, self.state.best_global_step)
-            if best == target or best.exists():
+            if best == target or by_main(best.exists):
                 self.state.best_model_checkpoint = str(best)
+        states = [] if self.args.save_only_model else gathered(self._random_state())
+        by_main(lambda: self._write_checkpoint(run, target, states))
+
+    def _write_checkpoint(self, run: Path, target: Path, random_states: Sequence[tuple[str, bytes]]) -> None:
         with new_folder(target) as folder:
             self.save_model(str(folder), _internal_call=True)
             self._save_trained(folder)
             self._save_state(folder)
+            for name, content in random_states:
+                (folder / name).write_bytes(content)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(target))
         best_path = Path(self.state.best_model_checkpoint) if self.state.best_model_checkpoint else None
         drop_old(run, self.args.save_total_limit, best_path)
+
+    def _random_state(self) -> tuple[str, bytes]:
+        """Name and content of the file that holds this process's random state in a checkpoint."""
+        with TemporaryDirectory() as folder:
+            self._save_rng_state(folder)
+            (file,) = Path(folder).iterdir()
+            return file.name, file.read_bytes()
 
     def _save_trained(self, folder: Path) -> None:
         """What the next step of an adapter depends on and its files do not hold."""
@@ -127,7 +141,6 @@ class ResumableTrainer(TrlTrainer):  # type: ignore[misc]
         if not self.args.save_only_model:
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
-            self._save_rng_state(str(folder))
         write_json(folder / PROGRESS_FILE, {**self.progress.as_dict(), "data_digest": self.data_digest})
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):

@@ -123,6 +123,7 @@ def run_recipe(
     changes nothing. SIGTERM and SIGINT end the step in progress and write a checkpoint: Interrupted.
     """
     output = Path(recipe.output)
+    _ = recipe.sft_config().device  # several processes meet here
     with listening() as stop:
         made = by_main(lambda: not output.exists())
         by_main(lambda: _require_free(recipe, resume))

@@ -29,9 +29,9 @@ from veneer.adapters.peft_model import PeftModel, get_peft_model
 from veneer.adapters.schedules import penalty
 from veneer.contract import MethodConfig
 from veneer.data.collating import Collator
-from veneer.data.dataset import columns_of, digest, encode_all, pack_all, require_answers
-from veneer.data.encoding import Encoder, kind_of
-from veneer.data.sampler import EpochSampler
+from veneer.data.dataset import columns_of, digest, encode_all, filled, pack_all, require_answers
+from veneer.data.encoding import IGNORED, Encoder, kind_of
+from veneer.data.sampler import EpochSampler, FilledSampler
 from veneer.errors import ConfigError, TrainingError
 from veneer.model.checkpointing import checkpoint_selectively
 from veneer.model.fused.decoder import fused
@@ -42,6 +42,7 @@ from veneer.train.guards import FiniteGradients, require_finite, require_special
 from veneer.train.loss import TokenLoss, model_of, token_loss
 from veneer.train.optimizer import Choice, choose_optimizer, lora_plus_optimizer
 from veneer.train.packing_layout import packing_layout
+from veneer.train.processes import n_processes, summed
 from veneer.train.progress import Progress
 from veneer.train.resume import ResumableTrainer, random_state_kept
 from veneer.train.schedule import AdapterSchedule
@@ -79,8 +80,11 @@ class SFTTrainer(ResumableTrainer):
     ) -> None:
         args = copy.copy(as_sft_config(args, "trainer_output"))
         _require_free_groups(args, optimizers)
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False  # all that is trained takes part in every step
         self.progress, self.data_digest = Progress(), None
         self._evaluated: list[torch.Tensor] = []
+        self._trained = (0, 0, 0)  # tokens of the last micro-batch: all but padding, trained, predicted right
         # TRL refuses templates without generation markers; here they are told apart by position.
         self._assistant_only, args.assistant_only_loss = args.assistant_only_loss, False
         set_seed(args.seed)
@@ -106,6 +110,7 @@ class SFTTrainer(ResumableTrainer):
                 preprocess_logits_for_metrics=preprocess_logits_for_metrics,
                 formatting_func=formatting_func,
             )
+        _require_whole_models(self)
         self.args.assistant_only_loss = self._assistant_only
         self.model.config.use_cache = use_cache  # switched off by Trainer; here every forward pass says so itself
         # The loss below is normalized by the tokens of the whole step, whatever the model's own forward accepts.
@@ -165,10 +170,13 @@ class SFTTrainer(ResumableTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of one micro-batch. Raises TrainingError for a loss that is not finite."""
+        self._trained = (0, 0, 0)
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
-        value = loss.item()
+        value, *counts = summed([loss.item(), *self._trained], self.args.device)
+        value /= n_processes()  # their gradients are averaged
         require_finite(value, self.state.global_step + 1)
         self.progress.add_loss(value)
+        self.progress.add_tokens(*map(int, counts))
         return loss
 
     def compute_loss(
@@ -219,8 +227,10 @@ class SFTTrainer(ResumableTrainer):
 
     def _count(self, counted: TokenLoss, inputs: dict[str, Any]) -> None:
         if self.model.training:
-            n_all = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
-            self.progress.add_tokens(int(n_all), int(counted.n_tokens), int(counted.n_right))
+            real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+            if n_processes() > 1:  # rows that only make the processes' batches equally many
+                real = real[(inputs["labels"] != IGNORED).any(dim=1)]
+            self._trained = (int(real.sum()), int(counted.n_tokens), int(counted.n_right))
         else:
             sums = torch.stack([counted.total, counted.n_tokens, counted.n_right])
             self._evaluated.append(sums.double().cpu())
@@ -239,7 +249,7 @@ class SFTTrainer(ResumableTrainer):
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **options)
         if self._evaluated:
             sums = torch.stack(self._evaluated).sum(dim=0)
-            total, n_tokens, n_right = self.accelerator.reduce(sums.float().to(self.args.device), "sum").tolist()
+            total, n_tokens, n_right = summed(sums.tolist(), self.args.device)
             output.metrics[f"{metric_key_prefix}_loss"] = total / max(n_tokens, 1)
             output.metrics[f"{metric_key_prefix}_mean_token_accuracy"] = n_right / max(n_tokens, 1)
         if not self.is_in_train:
@@ -249,11 +259,8 @@ class SFTTrainer(ResumableTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log a line; losses come from counters that a checkpoint holds, so that a resumed run logs the same ones."""
         if "loss" in logs and self.model.training:
-            own = self.progress.close_window(self.state.global_step)
-            if self.accelerator.num_processes > 1:
-                own.pop("loss")  # gathered over the processes by Trainer
-            logs.update(own)
-        if "train_loss" in logs and self.accelerator.num_processes == 1:
+            logs.update(self.progress.close_window(self.state.global_step))
+        if "train_loss" in logs:
             logs["train_loss"] = self.progress.loss / max(self.state.global_step, 1)
         super().log(logs, start_time)
 
@@ -301,8 +308,20 @@ class SFTTrainer(ResumableTrainer):
             return cast("Sampler[int] | None", super()._get_train_sampler(train_dataset))
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         lengths = [len(ids) for ids in data["input_ids"]] if strategy == "group_by_length" else [1] * len(data)
-        step = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * n_processes()
         return EpochSampler(lengths, seed, step if strategy == "group_by_length" else None)
+
+    def _get_dataloader(
+        self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None, *args: Any, **options: Any
+    ) -> Any:
+        """Trainer's, over as many rows as give every process as many batches: accelerate would repeat rows."""
+        total = batch_size * n_processes()
+        if n_processes() > 1 and isinstance(dataset, Dataset) and "labels" in dataset.column_names:
+            own, sampler_of = dataset, sampler_fn
+            dataset = filled(own, -len(own) % total)
+            sampler = None if sampler_of is None else sampler_of(own)
+            sampler_fn = None if sampler is None else lambda _: FilledSampler(sampler, len(own), len(dataset))
+        return super()._get_dataloader(dataset, description, batch_size, sampler_fn, *args, **options)
 
     def _fusing(self) -> AbstractContextManager[object]:
         return fused(self.model) if self.args.fused == "auto" else nullcontext()
@@ -393,6 +412,14 @@ def _require_free_groups(args: SFTConfig, optimizers: tuple[Any, Any]) -> None:
         raise ConfigError(
             f"lora_plus={args.lora_plus} groups the parameters of an optimizer that the trainer makes, and optimizers "
             "brings one: group it with veneer.optim.lora_plus_groups, or leave one of the two out"
+        )
+
+
+def _require_whole_models(trainer: Trainer) -> None:
+    if n_processes() > 1 and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise ConfigError(
+            "several processes train with a whole model each (torchrun without more settings); checkpoints of models "
+            "that FSDP or DeepSpeed has split are not written: leave fsdp and deepspeed out"
         )
 
 

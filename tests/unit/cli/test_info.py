@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -132,3 +133,28 @@ def test_a_hub_id_is_not_downloaded(veneer: Veneer, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("veneer.store.source._hub_answers", lambda: True)
     result = veneer("info", "org/model")
     assert (result.exit_code, "download it first" in result.stderr) == (2, True)
+
+
+def test_a_run(veneer: Veneer, tmp_path: Path) -> None:
+    change = {"step": 30, "key": "seed", "before": 0, "now": 5}
+    record = {
+        "status": "interrupted",
+        "reason": "SIGTERM",
+        "step": 1234,
+        "recipe": {"model": {"source": "base"}, "data": {"train": "rows.jsonl"}, "adapter": {"method": "dora"}},
+        "changes": [change],
+    }
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    facts = section(veneer("info", tmp_path))
+    assert (facts["status"], facts["reason"], facts["steps"]) == ("interrupted", "SIGTERM", "1,234")
+    assert (facts["method"], facts["model"], facts["data"]) == ("dora", "base", "rows.jsonl")
+    assert facts["changed"] == "after step 30 seed from 0 to 5"
+    results = {"steps": 7, "train_loss": 1.23456, "eval_loss": 2.0}
+    (tmp_path / "run.json").write_text(json.dumps({**record, "status": "finished", "results": results}))
+    facts = section(veneer("info", tmp_path))
+    assert (facts["steps"], facts["training loss"], facts["held-out loss"]) == ("7", "1.2346", "2.0000")
+    process = {"host": socket.gethostname(), "pid": 2**22 - 1, "started": 5.0}
+    (tmp_path / "run.json").write_text(json.dumps({**record, "status": "running", "process": process}))
+    assert "broken off without a word" in section(veneer("info", tmp_path))["status"]
+    told = json.loads(veneer("info", tmp_path, "--json").stdout)
+    assert (told["life"], told["changes"]) == ("gone", [change])

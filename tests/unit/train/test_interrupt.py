@@ -39,13 +39,16 @@ def test_the_second_signal_ends_the_process_at_once(number, code):
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None
-        assert process.stdout.readline() == b"ready\n"
-        process.send_signal(number)
-        told = process.stderr.readline() + process.stderr.readline()
-        assert b"the run stops after this step, with a checkpoint; once more ends it now" in told
-        assert process.poll() is None
-        process.send_signal(number)
-        assert process.wait(60) == code
+        try:
+            assert process.stdout.readline() == b"ready\n"
+            process.send_signal(number)
+            told = next(line for line in process.stderr if line.startswith(signal.Signals(number).name.encode()))
+            assert b"the run stops after this step, with a checkpoint; once more ends it now" in told
+            assert process.poll() is None
+            process.send_signal(number)
+            assert process.wait(60) == code
+        finally:
+            process.kill()
 
 
 def test_a_signal_that_is_ignored_stays_ignored():

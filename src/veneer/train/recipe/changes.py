@@ -84,7 +84,7 @@ def changes(before: Recipe, now: Recipe, places: Mapping[str, str] | None = None
 
 
 def is_longer(before: Recipe, now: Recipe) -> bool:
-    """Whether the run is to have another length than it had."""
+    """True where the run is to have another length than it had."""
     old, new = settings(before), settings(now)
     return any(old[key] != new[key] for key in LENGTH)
 
@@ -104,7 +104,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def places_of(recipe: Recipe) -> dict[str, str]:
-    """Where each source lies, whatever folder a command is typed in; a name of the hub stays as it is."""
+    """The place of each source, whatever folder a command is typed in; a name of the hub stays as it is."""
     values = recipe.model_dump()
     named = {f"{part}.{key}": values[part][key] for part, key in PLACES}
     return {key: str(Path(name).resolve()) if Path(name).exists() else name for key, name in named.items() if name}

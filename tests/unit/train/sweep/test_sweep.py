@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, Interrupted
 from veneer.ops.grouped_low_rank import add_grouped_low_rank
 from veneer.train.loss import Scoring
 from veneer.train.recipe.recipe import parse_recipe, put
@@ -172,6 +174,54 @@ def test_a_sweep_that_was_broken_off_goes_on_where_it_was(values: dict[str, Any]
     assert any("before" in line for line in lines)
     for name, record in whole.items():
         assert_same_run(record, resumed[name], 1e-6)
+
+
+def test_a_signal_ends_every_member_after_its_step_and_all_go_on(values: dict[str, Any], monkeypatch: Any) -> None:
+    part = {"members": [{"name": "one"}, {"name": "two", "training.gradient_accumulation_steps": 2}]}
+    values["training"]["save_strategy"] = "no"
+    whole = together(values, part)
+    values["output"] = str(Path(values["output"]).with_name("stopped"))
+    steps = iter(range(3, -1, -1))
+    original = SharedBase.losses
+
+    def heard(shared: SharedBase, parts: Any) -> Any:
+        if next(steps, -1) == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(shared, parts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SharedBase, "losses", heard)
+        with pytest.raises(Interrupted):
+            together(values, part)
+    found = {name: json.loads((Path(values["output"]) / name / "run.json").read_text()) for name in whole}
+    assert {name: (record["status"], record["step"]) for name, record in found.items()} == {
+        "one": ("interrupted", 4),
+        "two": ("interrupted", 2),
+    }
+    resumed = together(values, part, resume=True)
+    for name, record in whole.items():
+        assert_same_run(record, resumed[name], 1e-6)
+
+
+def test_members_go_on_with_their_settings_or_say_what_changed(values: dict[str, Any]) -> None:
+    part = {"members": [{"name": "one", "training.max_steps": 2}]}
+    first = together(values, part)["one"]
+    values["training"]["learning_rate"] = 0.02
+    with pytest.raises(ConfigError, match=r"learning_rate: 0\.05 before, 0\.02 now"):
+        together(values, part, resume=True)
+    assert together(values, part, resume=True, allow_changes=True)["one"] == first  # it was over
+    part["members"][0]["training.max_steps"] = 3
+    changes = together(values, part, resume=True, allow_changes=True)["one"]["changes"]
+    assert [(change["step"], change["key"]) for change in changes] == [
+        (2, "training.learning_rate"),
+        (2, "training.max_steps"),
+    ]
+
+
+def test_several_processes_share_no_sweep(values: dict[str, Any], monkeypatch: Any) -> None:
+    monkeypatch.setattr("veneer.train.sweep.sweep.n_processes", lambda: 2)
+    with pytest.raises(ConfigError, match="without torchrun"):
+        together(values, {"members": [{"name": "one"}]})
 
 
 @pytest.mark.parametrize("fused", ["off", "auto"])

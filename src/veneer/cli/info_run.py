@@ -1,0 +1,33 @@
+"""``veneer info`` of a run's output: how it stands, from its ``run.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from veneer.train.record import told_life
+
+
+def run_section(record: Mapping[str, Any]) -> dict[str, str]:
+    """The rows of the table for a run: status, last step, losses, what was saved, what changed on the way."""
+    recipe, results = record["recipe"], record.get("results", {})
+    step = results.get("steps", record.get("step"))
+    found = {
+        "status": told_life(record),
+        "reason": record.get("reason"),
+        "steps": None if step is None else f"{step:,}",
+        **{name: f"{results[key]:.4f}" for key, name in _LOSSES.items() if key in results},
+        "method": recipe.get("adapter", {}).get("method", "lora"),
+        "model": recipe.get("model", {}).get("source"),
+        "data": recipe.get("data", {}).get("train"),
+        "saved": record.get("saved"),
+        "changed": "; ".join(_change(each) for each in record.get("changes", ())) or None,
+    }
+    return {name: str(value) for name, value in found.items() if value is not None}
+
+
+_LOSSES = {"train_loss": "training loss", "eval_loss": "held-out loss"}
+
+
+def _change(change: Mapping[str, Any]) -> str:
+    return f"after step {change['step']} {change['key']} from {change['before']} to {change['now']}"

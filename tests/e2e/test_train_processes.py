@@ -1,0 +1,99 @@
+"""Two processes on one run give what one process gives with the same global batch, and one of them writes."""
+
+from __future__ import annotations
+
+import re
+import signal
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+if TYPE_CHECKING:
+    from conftest import TinyProject
+
+# Neither 19 rows in global batches of 6 nor 4 held-out ones in batches of 6 come out even.
+COMMON = (
+    "adapter.lora_dropout=0", "training.max_steps=9", "training.logging_steps=1", "training.eval_strategy=steps",
+    "training.eval_steps=3", "training.save_strategy=steps", "training.save_steps=3", "training.save_total_limit=2",
+    "training.gradient_accumulation_steps=2", "training.report_to=tensorboard",
+)  # fmt: skip
+
+
+def options(*values: str) -> list[str]:
+    return [part for value in (*COMMON, *values) for part in ("--set", value)]
+
+
+def sized(size: int) -> list[str]:
+    return [f"training.per_device_train_batch_size={size}", f"training.per_device_eval_batch_size={size}"]
+
+
+@pytest.mark.parametrize("sampling", ["random", "group_by_length"])
+def test_two_processes_train_as_one_with_the_same_global_batch(tiny_project: TinyProject, sampling: str) -> None:
+    strategy = f"training.train_sampling_strategy={sampling}"
+    told = tiny_project.run(*options(*sized(3), strategy), n_processes=2)
+    tiny_project.run(*options(*sized(6), strategy, f"output={tiny_project.folder / 'one'}"))
+    assert len(re.findall(r"^trains ", told, re.M)) == 1
+    assert len(re.findall(r"^step 3/9  loss", told, re.M)) == 1
+    assert len(re.findall(r"^saved in ", told, re.M)) == 1
+    events = [len(list((tiny_project.folder / name / "runs").rglob("events.*"))) for name in ("run", "one")]
+    assert events[0] == events[1] > 0
+    two, one = tiny_project.log(), tiny_project.log("one")
+    assert len(two) == len(one) > 9
+    for ours, expected in zip(two, one, strict=True):
+        assert ours.keys() == expected.keys()
+        for key in ours.keys() - {"total_flos", "train_loss"}:
+            assert ours[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-7), (key, ours, expected)
+    adapters = [load_file(tiny_project.weights(name)) for name in ("run", "one")]
+    for name, tensor in adapters[0].items():
+        torch.testing.assert_close(tensor, adapters[1][name], rtol=1e-5, atol=1e-5)
+    results = [tiny_project.record(name)["results"] for name in ("run", "one")]
+    for key in ("eval_loss", "train_loss", "steps"):
+        assert results[0][key] == pytest.approx(results[1][key], rel=1e-5)
+    kept = sorted(path.name for path in (tiny_project.folder / "run").glob("checkpoint-*"))
+    assert kept == ["checkpoint-6", "checkpoint-9"]
+    names = {path.name for path in (tiny_project.folder / "run" / "checkpoint-9").iterdir()}
+    assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt", "trained.safetensors"} <= names
+
+
+def test_a_run_whose_process_was_killed_goes_on_bit_for_bit(tiny_project: TinyProject) -> None:
+    given = [*options("adapter.lora_dropout=0.3"), "--set", "training.save_steps=1"]
+    broken = tiny_project.start(*given, n_processes=2, slow=True)
+    assert broken.stderr is not None
+    for line in broken.stderr:
+        if line.startswith("step 4/"):
+            one_of_two = sorted(psutil.Process(broken.pid).children(), key=lambda child: child.pid)[1]
+            one_of_two.send_signal(signal.SIGKILL)
+            break
+    broken.communicate(timeout=200)
+    assert broken.returncode != 0
+    assert tiny_project.record()["status"] in ("running", "failed", "interrupted")
+    tiny_project.run(*given, "--resume", n_processes=2)
+    tiny_project.run(*given, "--set", f"output={tiny_project.folder / 'whole'}", n_processes=2)
+    assert tiny_project.weights().read_bytes() == tiny_project.weights("whole").read_bytes()
+    assert tiny_project.log() == tiny_project.log("whole")
+
+
+def test_a_signal_stops_both_processes_with_one_checkpoint(tiny_project: TinyProject) -> None:
+    stopped = tiny_project.start(*options(), n_processes=2, slow=True)
+    assert stopped.stderr is not None
+    for line in stopped.stderr:
+        if line.startswith("step 4/"):
+            stopped.send_signal(signal.SIGTERM)  # which torchrun passes on
+            break
+    stopped.communicate(timeout=200)
+    found = tiny_project.record()
+    assert (found["status"], found["reason"]) == ("interrupted", "SIGTERM")
+    assert (tiny_project.folder / "run" / f"checkpoint-{found['step']}").is_dir()
+
+
+def test_what_is_refused_is_told_once_and_other_numbers_of_processes_are(tiny_project: TinyProject) -> None:
+    tiny_project.run(*options("training.max_steps=1"))
+    refused = tiny_project.start(*options("training.max_steps=1"), "--resume", n_processes=2)
+    _, told = refused.communicate(timeout=200)
+    assert refused.returncode != 0
+    assert told.count("error: ") == 1
+    assert "processes: 1 before, 2 now" in told
+    assert tiny_project.record()["status"] == "finished"

@@ -1,0 +1,85 @@
+"""Several processes on one run: who decides, what is summed, and which loss is computed."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+
+from veneer.errors import ConfigError, TrainingError
+from veneer.model.fused.decoder import fused
+from veneer.train import loss, processes, trainer
+from veneer.train.loss import token_loss
+from veneer.train.processes import by_main, gathered, is_main, largest, n_processes, summed
+
+
+@pytest.fixture
+def group(tmp_path):
+    """A group of one process."""
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def test_alone_nothing_is_asked_of_others(monkeypatch):
+    device = torch.device("cpu")
+    assert (n_processes(), is_main(), by_main(lambda: 7), gathered("a")) == (1, True, 7, ["a"])
+    assert (summed([0.1, 3], device), largest(5, device)) == ([0.1, 3], 5)
+    monkeypatch.setenv("RANK", "1")
+    assert not is_main()
+
+
+def test_what_the_main_process_raises_is_raised_in_the_others(monkeypatch):
+    sent = []
+    monkeypatch.setattr(processes, "n_processes", lambda: 2)
+    monkeypatch.setattr(processes, "_told", lambda outcome: sent.append(outcome) or outcome)
+    for error, told in (
+        (ConfigError("no"), ConfigError("no")),
+        (OSError("gone"), TrainingError("the main process ended: OSError: gone")),
+    ):
+
+        def fail(error=error):
+            raise error
+
+        monkeypatch.setattr(processes, "is_main", lambda: True)
+        with pytest.raises(type(error), match=str(error)):
+            by_main(fail)
+        value, passed = sent.pop()
+        assert (value, type(passed), str(passed)) == (None, type(told), str(told))
+        monkeypatch.setattr(processes, "is_main", lambda: False)
+        monkeypatch.setattr(processes, "_told", lambda _, passed=passed: (None, passed))
+        with pytest.raises(type(told), match=str(told)):
+            by_main(lambda: pytest.fail("not here"))
+        monkeypatch.setattr(processes, "_told", lambda outcome: sent.append(outcome) or outcome)
+
+
+@pytest.mark.usefixtures("group")
+def test_joined_gradients_keep_the_fused_loss(make_model, monkeypatch):
+    model = make_model().train()
+    model.lm_head.requires_grad_(False)
+    ids = torch.randint(0, model.config.vocab_size, (3, 7), generator=torch.Generator().manual_seed(5))
+    inputs, calls = {"input_ids": ids, "labels": ids}, []
+    chunked = loss._loss_in_chunks
+    monkeypatch.setattr(loss, "_loss_in_chunks", lambda *args: calls.append(args) or chunked(*args))
+    with fused(model) as took:
+        assert took
+        expected = token_loss(model, inputs)
+        expected.total.backward()
+        before = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        found = token_loss(DistributedDataParallel(model), inputs)
+        found.total.backward()
+    assert len(calls) == 2
+    assert torch.equal(found.total, expected.total)
+    assert before
+    for name, gradient in before.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient)
+
+
+def test_split_models_are_refused(monkeypatch):
+    split = SimpleNamespace(is_fsdp_enabled=True, is_deepspeed_enabled=False)
+    trainer._require_whole_models(split)
+    monkeypatch.setattr(trainer, "n_processes", lambda: 2)
+    with pytest.raises(ConfigError, match="FSDP or DeepSpeed"):
+        trainer._require_whole_models(split)
