@@ -60,7 +60,7 @@ class TinyProject:
     def log(self, name: str = "run") -> list[dict[str, Any]]:
         """The lines of the log without what a clock measures."""
         return [
-            {key: value for key, value in line.items() if not key.endswith(("_second", "runtime"))}
+            {key: value for key, value in line.items() if not key.endswith(("_second", "runtime", "_time"))}
             for line in self.record(name)["log"]
         ]
 

@@ -143,6 +143,10 @@ def test_a_run_killed_after_its_last_checkpoint_takes_no_further_step(project: P
 def test_a_run_that_cannot_begin_leaves_no_folder_and_tells_all_that_is_wrong(project: Path) -> None:
     assert train(project, "--set", "data.train=none.jsonl")[0] == 2
     assert not (project / "run").exists()
+    code, output = train(project, "--resume")
+    assert code == 2
+    assert "nothing to resume" in output
+    assert not (project / "run").exists()
     (project / "run" / "checkpoint-3").mkdir(parents=True)
     files = ("--set", "data.train=none.jsonl", "--set", "data.eval=away.jsonl", "--set", "data.eval_fraction=0")
     code, output = train(project, *files)

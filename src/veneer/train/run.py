@@ -22,7 +22,7 @@ from veneer.errors import ConfigError, DiskError, DivergedError, Interrupted, Ve
 from veneer.model.prepare import prepare_model_for_kbit_training
 from veneer.store.quantization import BitsAndBytesConfig
 from veneer.store.source import load_model, load_tokenizer
-from veneer.train.checkpoint import checkpoint_folder, holds_checkpoints
+from veneer.train.checkpoint import checkpoint_folder, holds_checkpoints, latest_checkpoint
 from veneer.train.going_on import GoingOn, changes_since, files_of, is_complete, with_data
 from veneer.train.interrupt import Stop, StopAfterStep, listening
 from veneer.train.processes import by_main, is_main, n_processes
@@ -135,6 +135,8 @@ def run_recipe(
         if before is not None and life_of(before) != "over":
             tell(f"{output}: {told_life(before)}; going on from its last checkpoint")
         try:
+            if resume:
+                by_main(lambda: latest_checkpoint(output))  # told before a model is loaded
             trainer = make_trainer(recipe)
         except BaseException:
             if made and is_main():
