@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,34 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from launch import forked
 from models import llama_config, word_tokenizer
 
 WORDS = [f"w{i}" for i in range(53)]
-COMMAND = "from veneer.cli.app import main\nmain()\n"
-SLOW = (  # leaves time for a signal in every micro-batch
-    "import time\nfrom veneer.train.progress import Progress\n"
-    "counted = Progress.add_tokens\n"
-    "def slowly(*args):\n    time.sleep(0.1)\n    counted(*args)\n"
-    "Progress.add_tokens = slowly\n"
-)
+
+
+class Run:
+    """A recipe that is being carried out by one or several processes."""
+
+    def __init__(self, processes: list[Any], log: Path) -> None:
+        self.processes, self._log = processes, log
+
+    @property
+    def told(self) -> str:
+        """What has been printed so far on stdout and stderr."""
+        return self._log.read_text() if self._log.exists() else ""
+
+    def wait_for(self, text: str) -> None:
+        """Come back when ``text`` was printed."""
+        while text not in self.told:
+            assert self.processes[0].is_alive(), self.told
+            time.sleep(0.01)
+
+    def ended(self) -> list[int]:
+        """Wait for all processes; their exit codes."""
+        for process in self.processes:
+            process.join(250)
+        return [process.exitcode for process in self.processes]
 
 
 @dataclass(frozen=True)
@@ -33,25 +50,20 @@ class TinyProject:
 
     folder: Path
 
-    def start(self, *options: str, n_processes: int = 1, slow: bool = False) -> subprocess.Popen[str]:
-        script = self.folder / ("slow.py" if slow else "fast.py")
-        script.write_text((SLOW if slow else "") + COMMAND)
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_processes}"]
-        command = [sys.executable, *(launch if n_processes > 1 else []), str(script)]
-        return subprocess.Popen(
-            [*command, "train", str(self.folder / "recipe.yaml"), *options],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    def start(self, *options: str, n_processes: int = 1, slow: bool = False) -> Run:
+        log = self.folder / f"{len(list(self.folder.glob('*.log')))}.log"
+        arguments = ["train", str(self.folder / "recipe.yaml"), *options]
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(n_processes)}
+        environments: list[dict[str, str]] = [
+            {**meeting, "RANK": str(i), "LOCAL_RANK": str(i)} if n_processes > 1 else {} for i in range(n_processes)
+        ]
+        return Run([forked(arguments, log, each, slow=slow) for each in environments], log)
 
     def run(self, *options: str, n_processes: int = 1) -> str:
         """Carry the recipe out to its end; what was printed on stdout and stderr."""
-        process = self.start(*options, n_processes=n_processes)
-        told, errors = process.communicate(timeout=250)
-        assert process.returncode == 0, errors
-        return told + errors
+        started = self.start(*options, n_processes=n_processes)
+        assert started.ended() == [0] * n_processes, started.told
+        return started.told
 
     def record(self, name: str = "run") -> dict[str, Any]:
         found: dict[str, Any] = json.loads((self.folder / name / "run.json").read_text())
@@ -87,9 +99,16 @@ def tiny_project(tmp_path: Path) -> TinyProject:
         "training": {
             "max_steps": 23, "per_device_train_batch_size": 2, "learning_rate": 0.02, "logging_steps": 5,
             "eval_strategy": "epoch", "save_strategy": "no", "bf16": False, "report_to": "none",
-            "early_stopping_patience": 9,
+            "early_stopping_patience": 9, "disable_tqdm": True,
         },
         "output": str(tmp_path / "run"),
     }  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return TinyProject(tmp_path)
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -30,10 +32,24 @@ def sized(size: int) -> list[str]:
     return [f"training.per_device_train_batch_size={size}", f"training.per_device_eval_batch_size={size}"]
 
 
-@pytest.mark.parametrize("sampling", ["random", "group_by_length"])
-def test_two_processes_train_as_one_with_the_same_global_batch(tiny_project: TinyProject, sampling: str) -> None:
+def with_torchrun(project: TinyProject, given: list[str]) -> str:
+    script = project.folder / "train.py"
+    script.write_text("from veneer.cli.app import main\nmain()\n")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*launch, "train", str(project.folder / "recipe.yaml"), *given]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250, check=False)
+    assert process.returncode == 0, process.stderr
+    return process.stdout + process.stderr
+
+
+@pytest.mark.parametrize(("sampling", "launcher"), [("random", "torchrun"), ("group_by_length", "none")])
+def test_two_processes_train_as_one_with_the_same_global_batch(
+    tiny_project: TinyProject, sampling: str, launcher: str
+) -> None:
     strategy = f"training.train_sampling_strategy={sampling}"
-    told = tiny_project.run(*options(*sized(3), strategy), n_processes=2)
+    given = options(*sized(3), strategy)
+    told = with_torchrun(tiny_project, given) if launcher == "torchrun" else tiny_project.run(*given, n_processes=2)
     tiny_project.run(*options(*sized(6), strategy, f"output={tiny_project.folder / 'one'}"))
     assert len(re.findall(r"^trains ", told, re.M)) == 1
     assert len(re.findall(r"^step 3/9  loss", told, re.M)) == 1
@@ -61,14 +77,9 @@ def test_two_processes_train_as_one_with_the_same_global_batch(tiny_project: Tin
 def test_a_run_whose_process_was_killed_goes_on_bit_for_bit(tiny_project: TinyProject) -> None:
     given = [*options("adapter.lora_dropout=0.3"), "--set", "training.save_steps=1"]
     broken = tiny_project.start(*given, n_processes=2, slow=True)
-    assert broken.stderr is not None
-    for line in broken.stderr:
-        if line.startswith("step 4/"):
-            one_of_two = sorted(psutil.Process(broken.pid).children(), key=lambda child: child.pid)[1]
-            one_of_two.send_signal(signal.SIGKILL)
-            break
-    broken.communicate(timeout=200)
-    assert broken.returncode != 0
+    broken.wait_for("step 4/")
+    broken.processes[1].kill()
+    assert all(broken.ended())
     assert tiny_project.record()["status"] in ("running", "failed", "interrupted")
     tiny_project.run(*given, "--resume", n_processes=2)
     tiny_project.run(*given, "--set", f"output={tiny_project.folder / 'whole'}", n_processes=2)
@@ -76,14 +87,11 @@ def test_a_run_whose_process_was_killed_goes_on_bit_for_bit(tiny_project: TinyPr
     assert tiny_project.log() == tiny_project.log("whole")
 
 
-def test_a_signal_stops_both_processes_with_one_checkpoint(tiny_project: TinyProject) -> None:
+def test_a_signal_to_one_process_stops_both_after_the_same_step(tiny_project: TinyProject) -> None:
     stopped = tiny_project.start(*options(), n_processes=2, slow=True)
-    assert stopped.stderr is not None
-    for line in stopped.stderr:
-        if line.startswith("step 4/"):
-            stopped.send_signal(signal.SIGTERM)  # which torchrun passes on
-            break
-    stopped.communicate(timeout=200)
+    stopped.wait_for("step 4/")
+    os.kill(stopped.processes[1].pid, signal.SIGTERM)
+    assert stopped.ended() == [143, 143], stopped.told
     found = tiny_project.record()
     assert (found["status"], found["reason"]) == ("interrupted", "SIGTERM")
     assert (tiny_project.folder / "run" / f"checkpoint-{found['step']}").is_dir()
@@ -92,8 +100,7 @@ def test_a_signal_stops_both_processes_with_one_checkpoint(tiny_project: TinyPro
 def test_what_is_refused_is_told_once_and_other_numbers_of_processes_are(tiny_project: TinyProject) -> None:
     tiny_project.run(*options("training.max_steps=1"))
     refused = tiny_project.start(*options("training.max_steps=1"), "--resume", n_processes=2)
-    _, told = refused.communicate(timeout=200)
-    assert refused.returncode != 0
-    assert told.count("error: ") == 1
-    assert "processes: 1 before, 2 now" in told
+    assert refused.ended() == [2, 2]
+    assert refused.told.count("error: ") == 1
+    assert "processes: 1 before, 2 now" in refused.told
     assert tiny_project.record()["status"] == "finished"
