@@ -17,6 +17,7 @@ from transformers.trainer_callback import ExportableState
 from trl import SFTTrainer as TrlTrainer
 
 from veneer.adapters.peft_model import PeftModel
+from veneer.data.sampler import EpochSampler
 from veneer.disk.folder import new_folder
 from veneer.errors import TrainingError
 from veneer.train.checkpoint import (
@@ -48,6 +49,7 @@ class ResumableTrainer(TrlTrainer):  # type: ignore[misc]
     progress: Progress
     data_digest: str | None
     schedule: AdapterSchedule
+    order: EpochSampler | None = None  # of the training rows
     other_data: bool = False  # whether a checkpoint may have been trained on other data
     other_settings: bool = False  # whether it was trained with other settings, which count from here on
 
@@ -94,6 +96,8 @@ class ResumableTrainer(TrlTrainer):  # type: ignore[misc]
 
     def _run_epoch(self, **options: Any) -> None:
         """Nothing where a checkpoint from within an epoch holds the run's last step: Trainer would take one more."""
+        if self.order is not None:  # accelerate does not reach it within an epoch that several processes go on with
+            self.order.set_epoch(options["epoch"])
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:

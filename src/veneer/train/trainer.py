@@ -309,7 +309,8 @@ class SFTTrainer(ResumableTrainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         lengths = [len(ids) for ids in data["input_ids"]] if strategy == "group_by_length" else [1] * len(data)
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * n_processes()
-        return EpochSampler(lengths, seed, step if strategy == "group_by_length" else None)
+        self.order = EpochSampler(lengths, seed, step if strategy == "group_by_length" else None)
+        return self.order
 
     def _get_dataloader(
         self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None, *args: Any, **options: Any
