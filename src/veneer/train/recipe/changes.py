@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from veneer.core.method import LinearMethod
+from veneer.contract.linear import LinearMethod
 from veneer.errors import ConfigError
 from veneer.train.recipe.recipe import PLACES, Recipe
 
