@@ -1,4 +1,4 @@
-"""What differs between the recipe that a run was begun with and the one that it would go on with."""
+"""Differences between the recipe that a run was begun with and the one that it would go on with."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from veneer.contract.linear import LinearMethod
+from veneer.contract.config import MethodConfig
 from veneer.errors import ConfigError
 from veneer.train.recipe.recipe import PLACES, Recipe
 
@@ -122,7 +122,7 @@ def refuse(found: Iterable[Change], output: Path) -> None:
 
 
 def _chooses(values: Mapping[str, Any]) -> bool:
-    """Whether an evaluation decides when training stops or which weights it keeps."""
+    """Return True where an evaluation decides when training stops or which weights it keeps."""
     return bool(
         values["training.load_best_model_at_end"]
         or values["training.early_stopping_patience"]
@@ -132,7 +132,8 @@ def _chooses(values: Mapping[str, Any]) -> bool:
 
 
 def _any_length(recipe: Recipe, values: Mapping[str, Any]) -> bool:
-    """Whether a longer run begins with the very steps of a shorter one."""
+    """Return True where a longer run begins with the very steps of a shorter one."""
     config = recipe.adapter_config()
-    asks = isinstance(config, LinearMethod) and type(config).for_run is not LinearMethod.for_run
-    return not asks and values["training.lr_scheduler_type"] == "constant"
+    training = config.training if isinstance(config, MethodConfig) else None
+    minds_length = training is not None and bool(training.fields_for(1))
+    return not minds_length and values["training.lr_scheduler_type"] == "constant"
