@@ -295,7 +295,10 @@ def test_dropout_touches_only_what_feeds_a() -> None:
     torch.manual_seed(5)
     y = conv(x)
     torch.manual_seed(5)
-    dropped = nn.functional.dropout(x, 0.5)
+    dropped = conv.dropped(x, "default")
+    kept = dropped != 0
+    assert 0.4 < kept.double().mean() < 0.6
+    torch.testing.assert_close(dropped[kept], 2 * x[kept])
     factors = conv.adapters["default"]
     inner = nn.functional.conv2d(dropped, factors.lora_A)
     expected = nn.functional.conv2d(x, conv.weight, conv.bias) + 3.5 * nn.functional.conv2d(inner, factors.lora_B)

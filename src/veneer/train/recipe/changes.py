@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from veneer.contract.config import MethodConfig
 from veneer.errors import ConfigError
 from veneer.train.recipe.recipe import PLACES, Recipe
 
@@ -134,6 +133,5 @@ def _chooses(values: Mapping[str, Any]) -> bool:
 def _any_length(recipe: Recipe, values: Mapping[str, Any]) -> bool:
     """Return True where a longer run begins with the very steps of a shorter one."""
     config = recipe.adapter_config()
-    training = config.training if isinstance(config, MethodConfig) else None
-    minds_length = training is not None and bool(training.fields_for(1))
+    minds_length = config is not None and config.training is not None
     return not minds_length and values["training.lr_scheduler_type"] == "constant"
