@@ -157,8 +157,9 @@ RECORDS: dict[str, MethodConfig] = {
 @pytest.mark.parametrize("method", RECORDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_record_runs_fused(family: str, method: str, halves: list[str]) -> None:
-    # rsLoRA on Phi-3 is off by 1.9e-5 on the general path and by 3.3e-5 on the fused one, both against float64
-    assert_same(adapted(base(family), RECORDS[method]), BATCHES["packed"], tolerance=5e-5)
+    # rsLoRA on Phi-3: against float64 the general path is off by 1.9e-5 and the fused one by 3.3e-5
+    tolerance = 5e-5 if (family, method) == ("phi3", "rslora") else 2e-5
+    assert_same(adapted(base(family), RECORDS[method]), BATCHES["packed"], tolerance)
     assert halves.count("attention") == halves.count("mlp") >= 4
 
 
