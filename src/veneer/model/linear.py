@@ -20,9 +20,9 @@ from veneer.core.token_rows import project_rows
 from veneer.model.adapted import Adapted, factors_of
 from veneer.model.lowered import lowered
 from veneer.model.masks import masks_of
+from veneer.ops.dropout import Mask, dropout
 from veneer.ops.grouped_low_rank import AdapterRuns
 from veneer.ops.linear.layer import LinearLayer
-from veneer.ops.linear.masks import Mask, dropout
 from veneer.ops.linear.op import linear
 from veneer.quant.dense import DenseWeight
 from veneer.quant.product import CodedWeight

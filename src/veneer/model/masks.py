@@ -15,7 +15,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from veneer.model.routing import Routing
-from veneer.ops.linear.masks import Mask
+from veneer.ops.dropout import Mask
 
 _POSITION_BITS = 32
 

@@ -21,7 +21,7 @@ from veneer.model.masks import masks_of
 from veneer.model.routing import BASE, Routing
 from veneer.model.state import AdapterState
 from veneer.model.structure import Sublayer, sublayers
-from veneer.ops.linear.masks import Mask, dropout
+from veneer.ops.dropout import Mask, dropout
 
 
 class ResidualAdapters(nn.Module):

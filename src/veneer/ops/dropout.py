@@ -8,6 +8,7 @@ multiplied anyway. How a draw is made is told in ``reference/dropout.py``.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -22,7 +23,10 @@ Rows = int | Int64[Tensor, "*batch"]
 
 @dataclass(frozen=True, slots=True)
 class Mask:
-    """Drops values of x (n, i) with probability ``p``; which ones, ``key``, a row's id and the column tell alone."""
+    """Drops values of x (n, i) with probability ``p``; which ones, ``key``, a row's id and the column tell alone.
+
+    ``ids`` are those of all n rows, also of rows that are left as they are.
+    """
 
     p: float
     key: int
@@ -106,6 +110,23 @@ def add_dropped(
         return onto
     out: Tensor = implementation("dropout.add_dropped", onto.device, backend)(onto, g, threshold, key, rows)
     return out
+
+
+def dropout(x: Float[Tensor, "*batch i"], mask: Mask) -> Float[Tensor, "*batch i"]:
+    """Dropout on x under autograd, what is kept scaled up. The mask is drawn again in the backward pass."""
+    y: Tensor = _Dropout.apply(x.reshape(-1, x.shape[-1]), mask)  # type: ignore[no-untyped-call]
+    return y.view(x.shape)
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Mask) -> Tensor:
+        ctx.mask = mask
+        return mask.drop(x).mul_(mask.scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return dropout(grads[0], ctx.mask), None
 
 
 def _threshold(p: float) -> int:

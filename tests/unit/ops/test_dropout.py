@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from veneer.errors import ConfigError, ShapeError
-from veneer.ops.dropout import add_dropped, drop, keep_scale
+from veneer.ops.dropout import Mask, add_dropped, drop, dropout, keep_scale
 from veneer.ops.reference.dropout import draws, philox
 
 OP = "dropout.drop"
@@ -151,6 +151,19 @@ def test_scale_keeps_the_mean():
     assert abs(y.mean() - 3) <= 4 * 3 * math.sqrt(0.37 / 0.63 / x.numel())
     assert keep_scale(0.37) == 65536 / (65536 - 24248)
     assert (keep_scale(0), keep_scale(0.25), keep_scale(0.5), keep_scale(1)) == (1, 4 / 3, 2, 0)
+
+
+def test_under_autograd():
+    """Forward and backward are one linear map, ``diag(mask) / (1 - p)``: so is its derivative's derivative."""
+    ids = torch.arange(719) * 3 + 1
+    mask = Mask(0.37, KEY, ids)
+    x = draw(719, 577, dtype=torch.float64).requires_grad_()
+    y = dropout(x, mask)
+    assert torch.equal(y, drop(x.detach(), 0.37, KEY, ids) * keep_scale(0.37))
+    g = draw(719, 577, dtype=torch.float64, seed=5).requires_grad_()
+    (dx,) = torch.autograd.grad(y, x, g, create_graph=True)
+    assert torch.equal(dx, torch.where(y != 0, g * keep_scale(0.37), 0.0))
+    assert torch.equal(torch.autograd.grad(dx, g, x.detach())[0], y)
 
 
 def test_nothing_and_all(backend):

@@ -11,8 +11,8 @@ from torch import Tensor
 from veneer.core.frozen import FrozenWeight
 from veneer.core.records import LinearDelta
 from veneer.errors import ShapeError
+from veneer.ops.dropout import Mask
 from veneer.ops.grouped_low_rank import AdapterRuns, Run
-from veneer.ops.linear.masks import Mask
 
 Weight = Float[Tensor, "o i"] | FrozenWeight
 FIELDS = ("a", "core", "b", "b_scale", "in_scale", "out_scale", "bias")

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from veneer.core.linear import plain_b
 from veneer.core.records import LinearDelta
+from veneer.ops.dropout import Mask
 from veneer.ops.grouped_low_rank import LowRankGroup, add_grouped_low_rank, grouped_low_rank_backward
 from veneer.ops.linear.layer import LinearLayer
-from veneer.ops.linear.masks import Mask
 from veneer.ops.matmul import add_matmul, matmul
 
 FactorGradients = dict[str, Tensor | None]
