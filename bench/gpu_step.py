@@ -85,7 +85,7 @@ def _train(side: str, model: Any, rows: list[Tensor]) -> Result:
 
 @contextmanager
 def peak_bytes(device: torch.device) -> Iterator[Callable[[], int]]:
-    """How many bytes more than at the start were held at most; 0 where the device does not count them."""
+    """The number of bytes held at most above those at the start; 0 where the device does not count them."""
     if device.type != "cuda":
         yield lambda: 0
         return

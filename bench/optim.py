@@ -141,7 +141,7 @@ def galore_table(args: argparse.Namespace) -> Table:
 
 
 def peak_table(args: argparse.Namespace) -> Table:
-    """How far a few training steps raise a process's memory above its weights."""
+    """The rise of a process's memory above its weights in a few training steps, by optimizer."""
     found = peaks(args.layers, args.hidden, args.rank or args.hidden // 4)
     whole = found["torch AdamW"]
     table = Table("training step", "peak above the weights, MB", "against AdamW")

@@ -248,7 +248,7 @@ def run_inside(given: argparse.Namespace) -> None:
 
 
 def run_apart(given: argparse.Namespace, under: str, folder: Path, *more: str) -> dict[str, tuple[str, str]]:
-    """How every test ended, by its name, in a process of its own."""
+    """The outcome of every test, by its name, from a run in a process of its own."""
     result = folder / f"{under}.json"
     command = [sys.executable, __file__, "--tests", str(given.tests), "--under", under, "--result", str(result)]
     command += ["--cache", str(given.cache or folder / "hub"), *more, "--only", *given.only, "--pytest", *given.pytest]

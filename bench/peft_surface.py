@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def counted(rows: list[Row]) -> str:
-    """How many rows are in which state."""
+    """The number of rows in each state, in words."""
     return ", ".join(f"{n} {state}" for state, n in Counter(row[1] for row in rows).most_common())
 
 

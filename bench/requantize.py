@@ -1,4 +1,4 @@
-"""How much of an update survives a merge into a 4-bit base: ``python bench/requantize.py MODEL_FOLDER``.
+"""The share of an update that survives a merge into a 4-bit base: ``python bench/requantize.py MODEL_FOLDER``.
 
 Weights of the model are quantized to NF4 with double quantization: the base B. A random update D of rank 8 is scaled to
 a share of B's Frobenius norm and merged in five ways; the table gives the cosine between D and what really changed.

@@ -91,7 +91,7 @@ def measure(place: str, args: argparse.Namespace) -> None:
 
 
 def double(base: str) -> dict[str, Any]:
-    """What the snippet's 4-bit loading means beside `base_of`'s: the scales quantized too."""
+    """The options of `base_of` that match the snippet's 4-bit loading: the scales quantized too."""
     return {"double_quant": True} if base == "nf4" else {}
 
 

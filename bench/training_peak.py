@@ -1,4 +1,4 @@
-"""How far training raises a process's memory above the weights, with each optimizer; `bench/optim.py` prints it.
+"""The peak of a process's memory in training, above the weights, with each optimizer; `bench/optim.py` prints it.
 
     python bench/training_peak.py SIDE [--layers 6] [--hidden 576] [--rank 144]
 

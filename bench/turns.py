@@ -31,7 +31,7 @@ def median(timings: list[Timing]) -> Timing:
 
 
 def timed(run: Callable[[], object]) -> Timing:
-    """What one call takes."""
+    """The time of one call."""
     start = Timing.now()
     run()
     return Timing.now().since(start)

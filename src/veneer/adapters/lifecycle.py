@@ -22,8 +22,8 @@ from veneer.store.adapter.tensors import Leniency, holds_network, load_weights
 
 @dataclass(frozen=True)
 class Loading:
-    """How a saved adapter comes onto a model: trainable or frozen, float32 beside a 16-bit base or not, its config,
-    what may differ.
+    """Options with which a saved adapter is put onto a model: trainable or frozen, float32 beside a 16-bit base or not,
+    its config, and what may differ.
     """
 
     is_trainable: bool

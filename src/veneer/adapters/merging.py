@@ -108,7 +108,7 @@ def put_back_all(model: nn.Module) -> None:
 
 
 def untie(model: nn.Module, state: AdapterState) -> None:
-    """Where the head no longer is the embeddings' own tensor, the config must not tie them on the next load."""
+    """Stop the config from tying head and embeddings on the next load where they are no longer one tensor."""
     head, table = _ends(model)
     if head is None or table is None or not getattr(cast(Any, model).config, "tie_word_embeddings", False):
         return

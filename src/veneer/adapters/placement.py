@@ -1,4 +1,4 @@
-"""Where an adapter goes: to its base. PEFT's ``device_map`` is taken where it says no more than that."""
+"""Placement of an adapter: on its base's device. PEFT's ``device_map`` is taken where it says just that."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class Survival:
 def survival(
     path: str, before: Float[Tensor, "o i"], wanted: Float[Tensor, "o i"], after: Float[Tensor, "o i"]
 ) -> Survival:
-    """How much of ``wanted - before`` is in ``after - before``; an update of zero survives whole."""
+    """The share of the update ``wanted - before`` that is in ``after - before``; an update of zero survives whole."""
     update, change = wanted - before, after - before
     square, dot = update.square().sum(), (update * change).sum()
     if square == 0:

@@ -50,7 +50,7 @@ class Selection:
 
 @dataclass(frozen=True, kw_only=True)
 class Upload:
-    """How to upload, in the hub's own words."""
+    """Options of an upload, in the hub's own words."""
 
     commit_message: str = "Upload adapter"
     commit_description: str | None = None
@@ -85,7 +85,7 @@ def save(model: nn.Module, state: AdapterState, folder: Path, what: Selection) -
 
 
 def subfolder(folder: Path, name: str) -> Path:
-    """Where an adapter of this name is kept: ``default`` in the folder itself."""
+    """The folder in which an adapter of this name is kept: ``default`` lies in ``folder`` itself."""
     return folder if name == "default" else folder / name
 
 

@@ -25,7 +25,7 @@ def require_something_to_train(model: nn.Module, args: tuple[Any, ...], kwargs: 
 
 
 def let_gradients_through_checkpoints(model: Any) -> None:
-    """Where activations are checkpointed, make the embeddings' output require a gradient.
+    """Make the embeddings' output require a gradient where activations are checkpointed.
 
     The re-entrant kind of checkpoint hands on no gradient where no input of the block asks for one, and with a frozen
     base none does.

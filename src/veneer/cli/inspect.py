@@ -28,7 +28,7 @@ def inspect(
         str | None,
         typer.Option(metavar="MODEL", show_default=False, help="The base model; needed for DoRA and IA3 adapters."),
     ] = None,
-    top: Annotated[int, typer.Option(metavar="N", min=1, help="How many leading directions to count.")] = 4,
+    top: Annotated[int, typer.Option(metavar="N", min=1, help="The number of leading directions to count.")] = 4,
     png: Annotated[
         Path | None, typer.Option(metavar="FILE", show_default=False, help="Write a heat map of the norms here.")
     ] = None,

@@ -31,8 +31,8 @@ _Normalize = Annotated[
     bool | None,
     typer.Option("--normalize/--no-normalize", show_default=False, help="Divide by the weights (ties: yes)."),
 ]
-_Scale = Annotated[float, typer.Option(metavar="X", help="What the combined task vector is multiplied by.")]
-_Vote = Annotated[str, typer.Option(metavar="NAME", help="How a sign is elected: total (by values) or frequency.")]
+_Scale = Annotated[float, typer.Option(metavar="X", help="The factor of the combined task vector.")]
+_Vote = Annotated[str, typer.Option(metavar="NAME", help="The election of a sign: total (by values) or frequency.")]
 _Seed = Annotated[int, typer.Option(metavar="N", help="Of the draw that dare_* makes.")]
 _Force = Annotated[bool, typer.Option("--force", help="Replace what is in the output folder.")]
 

@@ -20,7 +20,7 @@ def serve(
             metavar="FOLDER", show_default=False, help="Serve each adapter in this folder, by its folder's name."
         ),
     ] = None,
-    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="The port there.")] = 8000,
     open_: Annotated[
         bool, typer.Option("--open", help="Let other machines in: there are no keys yet, anybody may ask.")

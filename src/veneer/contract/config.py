@@ -65,7 +65,7 @@ class MethodConfig(FrozenConfig):
 
     @property
     def packing(self) -> Packing:
-        """How the adapter is written."""
+        """The form in which the adapter is written."""
         return Packing()
 
     @property

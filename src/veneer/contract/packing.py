@@ -1,4 +1,4 @@
-"""How a method is written to a file: as it is trained, or in a form that others know."""
+"""Packings: the form in which a method is written to a file, as it is trained or as others know it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where an adapter has parameters: a site, and the key that each of them has in the adapter's file."""
+"""The places where an adapter has parameters: a site, and the key that each of them has in the adapter's file."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def placed_prompt(config: PromptMethod, site: InputSite) -> Placed:
 
 
 def places_in(config: MethodConfig, shapes: ShapesByKey) -> dict[str, Placed] | None:
-    """Where an adapter goes, by path, as its file tells it; None where that does not tell the sizes of all sites.
+    """The places of an adapter by path, read from its file; None where that does not tell the sizes of all sites.
 
     ``config`` is that of the file. Layers of which a part is missing are left out.
     """

@@ -1,4 +1,4 @@
-"""Where an adapter comes from: a local folder, or an id on the Hugging Face hub."""
+"""The source of an adapter: a local folder, or an id on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FILES = ("adapter_config.json", "adapter_model.safetensors", "tokenizer_config.
 
 @dataclass(frozen=True, kw_only=True)
 class HubOptions:
-    """How to fetch from the hub, in the hub's own words. ``subfolder`` also holds for a local folder."""
+    """Options of a download from the hub, in the hub's own words. ``subfolder`` also holds for a local folder."""
 
     subfolder: str | None = None
     revision: str | None = None

@@ -178,7 +178,7 @@ def _layer(name: str, config: TargetedConfig) -> int | None:
 
 
 def _layers(names: Iterable[str]) -> str:
-    """Where modules lie, such as ``they lie in layers.0 to layers.11``."""
+    """The blocks in which modules lie, in words such as ``they lie in layers.0 to layers.11``."""
     found: dict[str, set[int]] = {}
     for match in filter(None, (re.match(r"(?:^|.*?\.)([^.]*)\.(\d+)\.", name) for name in names)):
         found.setdefault(match.group(1), set()).add(int(match.group(2)))

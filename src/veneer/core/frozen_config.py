@@ -1,4 +1,4 @@
-"""Why a config cannot be changed, said where somebody tries."""
+"""Configs that refuse to be changed, with the way out in the error."""
 
 from __future__ import annotations
 

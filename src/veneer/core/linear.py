@@ -1,4 +1,4 @@
-"""What a LinearDelta means: the one formula of `records.LinearDelta`, applied, folded and composed."""
+"""The one formula of `records.LinearDelta`: applied, folded and composed."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def _fold(delta: LinearDelta, weight: Tensor) -> Tensor:
 
 
 def _of_rows(delta: LinearDelta, rows: slice) -> LinearDelta:
-    """What the record is to some rows of the weight, or to some of its experts."""
+    """The part of a record that acts on some rows of the weight, or on some of its experts."""
     stacked = delta.a is not None and delta.a.ndim > 2
     return replace(
         delta,

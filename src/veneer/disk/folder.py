@@ -79,7 +79,9 @@ def disk_errors_told(target: Path) -> Iterator[None]:
 
 
 def _refusal(error: BaseException) -> str | None:
-    """Why the disk refused. Libraries in Rust and C++ tell it in an error of their own, in their text alone."""
+    """The reason for which the disk refused, or None. Libraries in Rust and C++ tell it in an error of their own, in
+    their text alone.
+    """
     text = str(error)
     for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         words = os.strerror(code)

@@ -282,7 +282,7 @@ class LoraConfig(LinearMethod):
 
     @property
     def eva(self) -> EvaConfig:
-        """How "eva" starts, the defaults filled in."""
+        """The settings of the start "eva", the defaults filled in."""
         return cast("EvaConfig | None", self.eva_config) or EvaConfig()
 
     @property

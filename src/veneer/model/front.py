@@ -1,4 +1,4 @@
-"""What stands in front of every row: the virtual tokens of one adapter, or those of the adapter that the row names."""
+"""The virtual tokens in front of every row: those of one adapter, or of the adapter that the row names."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ class Front:
 
     @property
     def mark(self) -> object:
-        """What a cache that starts with these virtual tokens is marked with."""
+        """The mark of a cache that starts with these virtual tokens."""
         return self.names[0] if self.routing is None else self.routing
 
     @property
     def is_even(self) -> bool:
-        """Whether every row uses all places."""
+        """True where every row uses all places."""
         return self.routing is None or all(self.counts.get(n, 0) == self.width for n in self.routing.names)
 
     def used(self, n_rows: int, device: torch.device) -> Tensor:
-        """How many virtual tokens each row has, (rows, 1)."""
+        """The number of virtual tokens of each row, (rows, 1)."""
         names = self.names * n_rows if self.routing is None else self.routing.rows(n_rows, "the model")
         return torch.tensor([self.counts.get(name, 0) for name in names], device=device)[:, None]
 
@@ -55,7 +55,7 @@ class Front:
         return positions + self.used(max(positions.shape[-2], len(self.routing.names)), positions.device)
 
     def mask(self, n_rows: int, device: torch.device) -> Tensor:
-        """Which places each row uses, (rows, width)."""
+        """The places that each row uses, (rows, width) booleans."""
         return torch.arange(self.width, device=device) >= self.width - self.used(n_rows, device)
 
     def positions(self, n_rows: int, device: torch.device) -> Tensor:
@@ -64,7 +64,7 @@ class Front:
         return (torch.arange(self.width, device=device) - first).clamp_min(0)
 
     def rows(self, given: Sequence[Tensor], n_rows: int) -> Tensor:
-        """What each row has in its places, (rows, width, …), from what the adapters in ``names`` have, (n, …)."""
+        """The values of each row in its places, (rows, width, …), from those of the adapters in ``names``, (n, …)."""
         if self.routing is None:
             return given[0].expand(n_rows, *given[0].shape)
         return leading_rows(given, self.routing.index(n_rows, self.names, "the model"), self.width)

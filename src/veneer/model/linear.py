@@ -36,7 +36,7 @@ class AdaptedSite(Adapted):
         raise NotImplementedError
 
     def record(self, name: str, site: LinearSite | None = None) -> LinearDelta:
-        """What adapter ``name`` means here."""
+        """The record of adapter ``name`` at this layer."""
         return self.method(name).lower(site or self.site((name,)), factors_of(self.adapters[name]))
 
     def method(self, name: str) -> LinearMethod:
@@ -49,7 +49,7 @@ class AdaptedSite(Adapted):
         return {key: parameter_key(self.disk_path(name, path), end) for key, end in ends.items()}
 
     def packed(self, name: str, path: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What is written of adapter ``name``, by its keys on disk, given its tensors by theirs (`disk_keys`)."""
+        """The tensors of adapter ``name`` as written, by their keys on disk, from its own by theirs (`disk_keys`)."""
         method, site, keys = self.method(name), self.site((name,)), self.disk_keys(name, path)
         ends = method.packed().disk_names(site)
         packed = method.packing.pack({own: values[key] for own, key in keys.items()})
@@ -154,7 +154,7 @@ class AdaptedLinear(AdaptedSite):
         return _computed(x, LinearLayer(weight=weight, bias=bias, records=records, runs=runs, masks=masks))
 
     def acting_records(self) -> tuple[tuple[LinearDelta, ...], AdapterRuns | None]:
-        """What acts now as `LinearLayer` takes it: at most one record, or those of a mixed batch with their runs.
+        """The records that act now, as `LinearLayer` takes them: at most one, or a mixed batch's with their runs.
 
         A bias that an adapter trains is in its record. Raises CompositionError for adapters that have no sum.
         """
@@ -180,13 +180,13 @@ class AdaptedLinear(AdaptedSite):
         return record if trained is None or record.bias is not None else replace(record, bias=trained)
 
     def replaces_weight(self) -> bool:
-        """Whether another weight than the layer's own acts, on all rows or on some."""
+        """Return True if another weight than the layer's own acts, on all rows or on some."""
         routing = self.adapter_state.routed()
         names = self.adapter_state.acting() if routing is None else routing.adapters
         return "merged_weight" in vars(self) or self._differs(names)
 
     def masks(self, x: Tensor) -> tuple[Mask | None, ...]:
-        """What dropout hides of x (rows, …, features) from each record of `acting_records`; drawn anew at each call."""
+        """The dropout masks of x (rows, …, features), one a record of `acting_records`; drawn anew at each call."""
         if not self.training:
             return ()
         routing = self.adapter_state.routed()
@@ -195,12 +195,12 @@ class AdaptedLinear(AdaptedSite):
         return masks_of(rates, x.shape, x.device, routing)
 
     def drops_apart(self) -> bool:
-        """Whether several adapters act as one record, and each drops what it reads by itself."""
+        """Return True if several adapters act as one record and each drops what it reads by itself."""
         names = () if self.adapter_state.routed() is not None else self.acting_here()
         return self.training and len(names) > 1 and any(self.method(name).dropout for name in names)
 
     def _differs(self, names: Sequence[str]) -> bool:
-        """Whether rows have whole weights of their own."""
+        """Return True if rows have whole weights of their own."""
         return any(self.has_own(name, "weight") for name in names)
 
     def _by_formula(self, x: Tensor) -> Tensor:
@@ -243,7 +243,7 @@ class AdaptedLinear(AdaptedSite):
 
     @property
     def has_codes(self) -> bool:
-        """Whether the layer's weight is kept in a quantized format."""
+        """True where the layer's weight is kept in a quantized format."""
         return hasattr(self, "frozen_format")
 
     def _weight(self, names: Sequence[str] | None) -> FrozenWeight:
@@ -253,7 +253,7 @@ class AdaptedLinear(AdaptedSite):
         return DenseWeight(weight.T if isinstance(self, Conv1D) else weight)
 
     def _own(self, x: Tensor) -> Tensor:
-        """What the layer computes by itself: the base's product, or, merged into a quantized base, a dense one."""
+        """The product of the layer alone: with the base's weight or, merged into a quantized base, with a dense one."""
         merged = cast("Tensor | None", self.__dict__.get("merged_weight"))
         if merged is not None:
             return apply_linear(LinearDelta(), x, DenseWeight(merged), self.effective("bias"))
@@ -301,7 +301,7 @@ def row_squares(matrix: Tensor) -> Tensor:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a method for linear layers can adapt this module."""
+    """Return True if a method for linear layers can adapt this module."""
     return isinstance(module, (nn.Linear, Conv1D)) or hasattr(module, "frozen_format")
 
 

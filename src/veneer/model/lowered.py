@@ -24,12 +24,12 @@ class _Lowered:
     names: dict[str, str]
 
     def is_of(self, holder: nn.Module) -> bool:
-        """Whether the holder's parameters are still those of the record."""
+        """Return True if the holder's parameters are still those of the record."""
         return all(holder._parameters.get(name) is getattr(self.record, field) for field, name in self.names.items())
 
 
 def lowered(holder: nn.Module, config: LinearMethod, lower: Callable[[], LinearDelta]) -> LinearDelta:
-    """What ``lower`` makes of a holder's tensors, not computed again while config and parameters are the same ones.
+    """The record that ``lower`` makes of a holder's tensors, kept while config and parameters are the same ones.
 
     Lowering plain LoRA takes longer than a small layer's products. A record that is computed from parameters (DoRA's
     scales) is computed each time.

@@ -1,4 +1,4 @@
-"""Where the masks of adapters' dropout come from: a key for each call of an adapted layer, and an id for each row.
+"""The keys and ids of adapters' dropout masks: a key for each call of an adapted layer, and an id for each row.
 
 The key is drawn from torch's random numbers on the CPU (in a sweep, from the member's own), so that a seed, a resumed
 state and a recomputed block lead to the same one. The id of a row counts the rows of its adapter, and the positions in

@@ -25,7 +25,7 @@ def available_bytes(device: torch.device) -> int:
 
 
 class _Names(NamedTuple):
-    """How a version of control groups calls its files, and the line of its reclaimable pages."""
+    """The names of control groups' files in one of their versions, and the line of its reclaimable pages."""
 
     limit: str
     used: str

@@ -190,7 +190,7 @@ def _unknown(name: str, known: Mapping[str, object]) -> str:
 
 
 def _refusal(name: str, module: nn.Module, key: str, taken: bool) -> str | None:
-    """Why a parameter cannot be adapted by its name, if so."""
+    """The reason for which a parameter cannot be adapted by its name, or None."""
     value = module._parameters[key]
     if taken:
         return f"target_parameters names {name!r}, whose module target_modules or modules_to_save takes too: drop one"

@@ -1,4 +1,4 @@
-"""Where an adapter goes on a model, place by place: the site, with its weight where that is loaded, and the keys."""
+"""The places of an adapter on a model: of each the site, with its weight where that is loaded, and the keys."""
 
 from __future__ import annotations
 

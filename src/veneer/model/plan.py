@@ -1,4 +1,4 @@
-"""Where one adapter goes on a model: a plan from its config and one look at the model."""
+"""The plan of one adapter on a model, made from its config and one look at the model."""
 
 from __future__ import annotations
 

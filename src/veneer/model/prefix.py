@@ -76,7 +76,7 @@ class PrefixAdapters(VirtualTokens):
         setattr(cache, MARK, front.mark)
 
     def after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """Where no cache was asked for, the one that brought the prefix in does not come back."""
+        """Take the cache that brought the prefix in out of the output where no cache was asked for."""
         if self.acting() and kwargs.get("use_cache") is False and isinstance(output, ModelOutput):
             output[cast(str, self.cache_name)] = None
         return output

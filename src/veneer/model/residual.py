@@ -43,7 +43,7 @@ class ResidualAdapters(nn.Module):
             handle.remove()
 
     def record(self, name: str) -> ResidualDelta:
-        """What adapter ``name`` means here."""
+        """The record of adapter ``name`` at this sub-layer."""
         return self._method(name).lower(self.site, dict(self.adapters[name].named_parameters()))
 
     def disk_keys(self, name: str, path: str) -> dict[str, str]:
@@ -84,7 +84,7 @@ class ResidualAdapters(nn.Module):
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def _change(self, name: str, hidden: Tensor, x: Tensor | None, routing: Routing | None) -> Tensor:
-        """What one bottleneck adds to a sub-layer's output ``hidden``, given the sub-layer's input."""
+        """The change that one bottleneck makes to a sub-layer's output ``hidden``, given the sub-layer's input."""
         record = self.record(name)
         change = residual_change(record, hidden if record.where == "serial" or x is None else x)
         p = self._method(name).dropout if self.training else 0.0

@@ -34,7 +34,7 @@ class Routing:
 
     @cached_property
     def runs(self) -> AdapterRuns:
-        """Which rows take which of `adapters`."""
+        """The runs of rows that take each of `adapters`."""
         places = {name: place for place, name in enumerate(self.adapters)}
         found, start = [], 0
         for name, rows in groupby(self.names):

@@ -38,7 +38,7 @@ class _Call:
 
 @dataclass(frozen=True, slots=True)
 class _Origin:
-    """Where a tensor comes from: ``makers`` gave it out (innermost first), ``sources`` read the stream for it."""
+    """The origin of a tensor: ``makers`` gave it out (innermost first), ``sources`` read the stream for it."""
 
     stream: bool = False
     makers: tuple[_Call, ...] = ()

@@ -1,4 +1,4 @@
-"""Who computes an op: picked by the tensors' device and by what is built, never by an environment variable."""
+"""The choice of an op's back end: by the tensors' device and by what is built, never by an environment variable."""
 
 from __future__ import annotations
 

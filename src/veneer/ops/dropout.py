@@ -34,7 +34,7 @@ class Mask:
 
     @property
     def scale(self) -> float:
-        """By which what is kept is multiplied: `keep_scale`."""
+        """The factor of what is kept: `keep_scale`."""
         return keep_scale(self.p)
 
     @property

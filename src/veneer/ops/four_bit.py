@@ -29,7 +29,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, slots=True)
 class FourBitLayout:
-    """How a weight lies in its packed bytes: all that reading it back needs besides the bytes and ``absmax``.
+    """The layout of a weight in its packed bytes: all that reading it back needs besides the bytes and ``absmax``.
 
     shape: of the weight. dtype: that it had, and that `dequantize_4bit` gives back.
     """

@@ -29,7 +29,7 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class AdapterRuns:
-    """Which rows of a batch of ``n_rows`` take which adapter: runs without overlap; other rows take none."""
+    """The runs of a batch of ``n_rows`` rows that take an adapter each, without overlap; other rows take none."""
 
     runs: tuple[Run, ...]
     n_rows: int
@@ -45,7 +45,7 @@ class AdapterRuns:
         return cls(tuple(Run(*run) for run in runs if run[0] >= 0), n_rows)
 
     def times(self, n: int) -> AdapterRuns:
-        """Where every row is ``n`` rows: tokens, say."""
+        """The runs where every row is ``n`` rows: tokens, say."""
         if n == 1:
             return self
         return AdapterRuns(tuple(Run(k, start * n, stop * n) for k, start, stop in self.runs), self.n_rows * n)

@@ -1,4 +1,4 @@
-"""Where a tensor's values lie: the one place in which a kernel's address comes from."""
+"""The memory of tensors: the one place in which a kernel's address comes from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How tensors are laid before the kernels: rows, a fixed number of values apart."""
+"""Rows for the kernels: tensors laid out with a fixed number of values between one row and the next."""
 
 from __future__ import annotations
 

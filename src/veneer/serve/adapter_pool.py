@@ -1,4 +1,4 @@
-"""Which adapters are known by which names, which are loaded, and which go out for others. No torch."""
+"""The pool of adapters: versions known by name, those loaded, and those that go out for others. No torch."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class AdapterPool:
 
     @property
     def names(self) -> dict[str, AdapterVersion]:
-        """What is known by which name."""
+        """The known versions by name."""
         return {name: self._entries[version].version for name, version in self._names.items()}
 
     @property
@@ -104,11 +104,11 @@ class AdapterPool:
         entry.waiting, entry.running = entry.waiting + 1, entry.running - 1
 
     def is_resident(self, id: str) -> bool:
-        """Whether a version is loaded."""
+        """Return True if a version is loaded."""
         return self._entries[id].resident
 
     def may_act(self, id: str) -> bool:
-        """Whether a request of this version may enter the batch beside the versions that are in it."""
+        """Return True if a request of this version may enter the batch beside the versions that are in it."""
         acting = {key for key, entry in self._entries.items() if entry.running}
         return id in acting or self.n_acting is None or len(acting) < self.n_acting
 

@@ -40,7 +40,7 @@ class Answer:
         return len(self.request.output) > self.params.min_tokens and self._stops(start)
 
     def output(self, kind: RequestOutputKind, lora_request: LoRARequest | None) -> CompletionOutput | None:
-        """What is to be shown now; None where there is nothing new to a kind that shows news."""
+        """The part of the answer to be shown now; None where there is nothing new to a kind that shows news."""
         done = self.request.status is Status.DONE
         end = len(self.text) if done else max(self._shown_text, len(self.text) - self._held_back)
         delta = kind is RequestOutputKind.DELTA

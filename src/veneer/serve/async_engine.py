@@ -37,7 +37,7 @@ class AsyncEngine:
         self._thread.join()
 
     async def outputs(self, asked: Sequence[Asked]) -> AsyncGenerator[RequestOutput, None]:
-        """What becomes of requests, as it comes; those that are left when nobody listens any more are aborted.
+        """The outputs of requests, as they come; requests that are left when nobody listens any more are aborted.
 
         Raises ServingError where the engine has broken down.
         """

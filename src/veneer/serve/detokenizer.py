@@ -23,7 +23,7 @@ class Detokenizer:
         return self._next(final=False)
 
     def finish(self) -> str:
-        """What was held back."""
+        """The text that was held back."""
         return self._next(final=True)
 
     def _next(self, final: bool) -> str:

@@ -83,7 +83,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would do something."""
+        """True where a step would do something."""
         return self.scheduler.has_work or self._inbox.wait(0)
 
     def wait(self, seconds: float | None = None) -> bool:

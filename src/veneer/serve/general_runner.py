@@ -31,7 +31,7 @@ Front = dict[int, KeysValues]  # keys and values of virtual tokens by layer, (n,
 
 
 class Runner(Protocol):
-    """What computes plans. Adapters are loaded and unloaded between plans, under the ids of their versions."""
+    """The computation of plans. Adapters are loaded and unloaded between plans, under the ids of their versions."""
 
     def load(self, version: str, folder: Path) -> None:
         """Take an adapter in. Raises VeneerError where it does not fit, and is then as before."""
@@ -63,7 +63,7 @@ class GeneralRunner:
 
     @staticmethod
     def bytes_per_position(model: PreTrainedModel) -> int:
-        """What a position takes. Raises TargetError for a model that cannot be run so."""
+        """The bytes of one position's keys and values. Raises TargetError for a model that cannot be run so."""
         return require_pageable(model)
 
     def load(self, version: str, folder: Path) -> None:

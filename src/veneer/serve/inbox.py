@@ -1,4 +1,4 @@
-"""What other threads ask of the engine: kept in order until its next step. No torch."""
+"""Calls of other threads to the engine, kept in order until its next step. No torch."""
 
 from __future__ import annotations
 

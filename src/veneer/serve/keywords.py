@@ -1,4 +1,4 @@
-"""What an unknown keyword of a dataclass is told. No torch."""
+"""Unknown keywords of a dataclass: the error that names the nearest known one. No torch."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ class LLM:
         return self.engine.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What `generate` takes where no parameters are given: those of the model's generation_config.json."""
+        """The parameters that `generate` takes where none are given: those of the model's generation_config.json."""
         stored = self.engine.generation_defaults if self.options.generation_config == "auto" else {}
         return SamplingParams(**stored)
 

@@ -1,4 +1,4 @@
-"""Which adapter a request takes. The name is vLLM's; the adapter may be of any method. No torch."""
+"""The adapter that a request takes. The name is vLLM's; the adapter may be of any method. No torch."""
 
 from __future__ import annotations
 

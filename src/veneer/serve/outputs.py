@@ -1,4 +1,4 @@
-"""What a request gives back, in vLLM's names. No torch."""
+"""The outputs of a request, in vLLM's names. No torch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class CompletionOutput:
     lora_request: LoRARequest | None = None
 
     def finished(self) -> bool:
-        """Whether nothing more comes."""
+        """True where nothing more comes."""
         return self.finish_reason is not None
 
 

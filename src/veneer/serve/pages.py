@@ -1,4 +1,4 @@
-"""Who holds which page of keys and values. No torch: the pages are numbers, their bytes lie with the runner."""
+"""The pages of keys and values, and who holds them. No torch: pages are numbers, their bytes lie with the runner."""
 
 from __future__ import annotations
 

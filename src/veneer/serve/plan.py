@@ -1,4 +1,4 @@
-"""What a step computes, and what comes of it: numbers alone. No torch."""
+"""The plan of a step, and its results: numbers alone. No torch."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Drawn:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """What a step gave, by request: the token drawn, or why none was, and log-probabilities of prompt tokens."""
+    """The results of a step, by request: the token drawn, or why none was, and log-probabilities of prompt tokens."""
 
     drawn: dict[str, Drawn] = field(default_factory=dict)
     prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)

@@ -9,7 +9,7 @@ from veneer.serve.outputs import FinishReason
 
 
 class Status(enum.Enum):
-    """Where a request is: not begun (or preempted), in the batch, or ended."""
+    """The state of a request: not begun (or preempted), in the batch, or ended."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -18,7 +18,7 @@ class Status(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StopRule:
-    """When an answer ends: at one of ``eos_ids`` or ``stop_ids``, once it has ``min_tokens``, or at ``max_tokens``."""
+    """The end of an answer: at one of ``eos_ids`` or ``stop_ids``, once it has ``min_tokens``, or at ``max_tokens``."""
 
     max_tokens: int
     min_tokens: int = 0
@@ -26,7 +26,7 @@ class StopRule:
     stop_ids: frozenset[int] = frozenset()
 
     def ends(self, n_tokens: int, token: int) -> FinishReason | None:
-        """Why an answer of ``n_tokens`` ends with ``token``; None where it goes on."""
+        """The reason for which an answer of ``n_tokens`` ends with ``token``; None where it goes on."""
         if n_tokens >= self.min_tokens and token in self.eos_ids | self.stop_ids:
             return "stop"
         return "length" if n_tokens >= self.max_tokens else None

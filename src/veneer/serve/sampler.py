@@ -25,7 +25,7 @@ class Form(Protocol):
     """A form that the text must have."""
 
     def allowed(self) -> Tensor:
-        """Which tokens may come next, (vocabulary,) booleans."""
+        """The tokens that may come next, (vocabulary,) booleans."""
 
     def take(self, token: int) -> None:
         """A token has come."""
@@ -33,7 +33,7 @@ class Form(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class DrawRule:
-    """How the tokens of one answer are drawn.
+    """The rule by which the tokens of one answer are drawn.
 
     ``key`` (two whole numbers) and a token's place in the answer give its random number. ``ending`` ids are banned
     before ``min_tokens``; ``bad_words`` are sequences of ids that may not be completed.

@@ -1,4 +1,4 @@
-"""How the tokens of an answer are chosen and when it ends, in vLLM's names and meanings. No torch."""
+"""The choice of an answer's tokens and the end of the answer, in vLLM's names and meanings. No torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BIAS = 100.0
 
 
 class RequestOutputKind(enum.Enum):
-    """What each output of a request holds: all that there is so far, what is new, or all, once at the end."""
+    """The contents of each output of a request: all that there is so far, what is new, or all, once at the end."""
 
     CUMULATIVE = 0
     DELTA = 1
@@ -50,7 +50,7 @@ class StructuredOutputsParams(metaclass=Keywords):
 
 @dataclass(kw_only=True)
 class SamplingParams(metaclass=Keywords):
-    """How the tokens of an answer are chosen; fields, defaults and order of effects are vLLM's.
+    """The choice of an answer's tokens and its end; fields, defaults and order of effects are vLLM's.
 
     Checked when made and again when a request is made of it, since its fields may be set in between. Raises
     ConfigError with everything that is wrong.
@@ -94,7 +94,7 @@ class SamplingParams(metaclass=Keywords):
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is taken every time."""
+        """True where the likeliest token is taken every time."""
         return self.temperature < GREEDY_BELOW
 
     @property

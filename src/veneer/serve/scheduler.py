@@ -1,4 +1,4 @@
-"""Who computes what in the next step: continuous batching with chunked prefill and preemption. No torch.
+"""The scheduler: continuous batching with chunked prefill and preemption. No torch.
 
 A request waits until there are a seat, pages, and its adapter; it then computes its tokens, at most a step's budget at
 a time, draws one token a step, and ends. Where pages lack, the newest in the batch gives its own back and is computed
@@ -55,7 +55,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether a request is on its way."""
+        """True where a request is on its way."""
         return bool(self.waiting or self.running)
 
     def add(self, request: Request) -> None:
@@ -97,7 +97,7 @@ class Scheduler:
         return list(dict.fromkeys(r.version for r in self.waiting if r.version is not None))
 
     def plan(self) -> Plan:
-        """What the next step computes; admits and preempts."""
+        """The plan of the next step; admits and preempts."""
         planned: dict[Request, int] = {}
         budget = self.limits.max_batched_tokens
         at_first = sorted(self.running, key=lambda r: r.n_left > 1)  # decoding first, each kind oldest first
@@ -169,7 +169,7 @@ class Scheduler:
         return self.pool.is_resident(version) and self.pool.may_act(version)
 
     def _will_load(self, version: str) -> bool:
-        """Whether a version that is not loaded can be without somebody leaving the batch first."""
+        """Return True if a version that is not loaded can be without somebody leaving the batch first."""
         return not self.pool.is_resident(version) and self.pool.next_load([version])[0] is not None
 
     def _enter(self, request: Request) -> None:

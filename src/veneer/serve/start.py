@@ -151,7 +151,7 @@ def start_engine(model: str | os.PathLike[str] | PreTrainedModel, options: Engin
 
 
 def generation_defaults(model: PreTrainedModel) -> dict[str, Any]:
-    """What the model's generation config says of sampling, under the names of `SamplingParams`."""
+    """The settings of sampling in the model's generation config, under the names of `SamplingParams`."""
     names = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
     names |= {"repetition_penalty": "repetition_penalty", "max_new_tokens": "max_tokens"}
     stored = {new: getattr(model.generation_config, old, None) for old, new in names.items()}
@@ -166,7 +166,7 @@ def ending_ids(model: PreTrainedModel, tokenizer: Any) -> list[int]:
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:
-    """How many ids the model knows."""
+    """The number of ids that the model knows."""
     return int(model.config.get_text_config().vocab_size)
 
 

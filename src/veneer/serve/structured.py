@@ -38,13 +38,13 @@ class Forms:
 
 
 class TextForm:
-    """How far a text has come in its form."""
+    """The state of one text in its form: the tokens that may come next."""
 
     def __init__(self, matcher: LLMatcher, vocabulary: int, ending: Sequence[int]) -> None:
         self._matcher, self._vocabulary, self._ending = matcher, vocabulary, list(ending)
 
     def allowed(self) -> Tensor:
-        """Which tokens may come next, (vocabulary,) booleans; the end tokens where the text may, or must, end."""
+        """The tokens that may come next, (vocabulary,) booleans; the end tokens where the text may, or must, end."""
         found = torch.zeros(self._vocabulary, dtype=torch.bool)
         if self._matcher.is_stopped():
             found[self._ending] = True
@@ -60,7 +60,7 @@ class TextForm:
 
 
 def grammar_of(asked: StructuredOutputsParams) -> str:
-    """What is asked, as llguidance's grammar. Raises ConfigError for text that is no JSON."""
+    """The grammar of what is asked, in llguidance's form. Raises ConfigError for text that is no JSON."""
     if asked.choice is not None:
         return str(LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(each) for each in asked.choice)))
     if asked.regex is not None:

@@ -28,7 +28,7 @@ class Versions:
         self._seen: dict[str, tuple[_Stamp, AdapterVersion]] = {}
 
     def of(self, request: LoRARequest) -> AdapterVersion:
-        """What lies where a request says. Raises FormatError where that is none, ConfigError for too high a rank."""
+        """The version at a request's path. Raises FormatError where there is none, ConfigError for too high a rank."""
         folder = adapter_folder(request.lora_path)
         version = self._read(folder)
         if self._max_rank is not None and version.rank > self._max_rank:

@@ -40,7 +40,7 @@ KNOWN = MappingProxyType(
 
 
 def model_folder(name: str) -> Path:
-    """Where a fetched model lies, or will."""
+    """The folder in which a fetched model lies, or will."""
     return cache_dir() / "models" / name
 
 

@@ -22,7 +22,7 @@ class Field:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """How the files of one architecture (``general.architecture``) say what the config of the model says.
+    """The keys in which the files of one architecture (``general.architecture``) say what the config of the model says.
 
     ``rotary`` is the path of the dict that ``rope.scaling`` fills, None where positions do not rotate;
     ``partial_rotary``: ``rope.dimension_count`` may be less than a head. ``biases`` are the config's switches by the

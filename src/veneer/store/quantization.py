@@ -1,4 +1,4 @@
-"""How a base model is quantized when it is loaded: the fields of bitsandbytes' config in transformers, checked."""
+"""The quantization of a base model at loading: the fields of bitsandbytes' config in transformers, checked."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class BitsAndBytesConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return config
 
     def spec(self, shape: tuple[int, int], dtype: torch.dtype) -> StorageSpec:
-        """How a weight of this shape (o, i) and dtype is stored."""
+        """The storage format of a weight of this shape (o, i) and dtype."""
         if self.load_in_8bit:
             return Int8Spec(shape, dtype)
         layout = FourBitLayout(shape, self.bnb_4bit_quant_type, dtype=dtype)

@@ -39,7 +39,7 @@ class QuantizationConfig(Protocol):
     llm_int8_skip_modules: list[str] | None
 
     def spec(self, shape: tuple[int, int], dtype: torch.dtype) -> StorageSpec:
-        """How a weight of this shape (o, i) and dtype is stored."""
+        """The storage format of a weight of this shape (o, i) and dtype."""
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, Any], asked: Self | None = None) -> Self:

@@ -1,4 +1,4 @@
-"""Where a model comes from: a folder, a GGUF file, a fetched name, or the hub."""
+"""The source of a model: a folder, a GGUF file, a fetched name, or the hub."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ _ANY = "checkpoint-*"
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies, under the name that Trainer gives it."""
+    """The folder of the checkpoint of a step, under the name that Trainer gives it."""
     return run / f"checkpoint-{step}"
 
 

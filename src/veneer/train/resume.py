@@ -134,7 +134,7 @@ class ResumableTrainer(TrlTrainer):  # type: ignore[misc]
             return file.name, file.read_bytes()
 
     def _save_trained(self, folder: Path) -> None:
-        """What the next step of an adapter depends on and its files do not hold."""
+        """Write what the next step of an adapter depends on and its files do not hold."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if self.args.should_save and isinstance(model, PeftModel):
             save_trained(model, folder)

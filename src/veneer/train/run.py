@@ -57,14 +57,14 @@ def read_data(part: DataPart, seed: int) -> Rows:
 
 
 class _Only(NamedTuple):
-    """Whether the completions alone, or the assistant's turns alone, are trained."""
+    """The parts that alone are trained: the completions, or the assistant's turns."""
 
     completion: bool
     assistant: bool
 
 
 def _answers_only(part: DataPart, kind: Kind) -> _Only:
-    """What ``data.train_on`` means for rows of a kind. Raises ConfigError where it is given and finds no answers."""
+    """Meaning of ``data.train_on`` for a kind of rows. Raises ConfigError where it is given and there are no answers."""
     if part.train_on == "answers" and kind == "text":
         if "train_on" in part.model_fields_set:
             raise ConfigError(
@@ -304,7 +304,7 @@ def load_base(part: ModelPart) -> PreTrainedModel:
 
 
 def describe_run(recipe: Recipe, trainer: SFTTrainer) -> dict[str, Any]:
-    """What is known of a run before it begins."""
+    """The facts of a run before it begins."""
     config = recipe.adapter_config()
     return {
         "format": 1,

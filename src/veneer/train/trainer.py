@@ -126,7 +126,7 @@ class SFTTrainer(ResumableTrainer):
             self.data_digest = digest(self.train_dataset)
 
     def _offloading(self) -> ActivationOffload | None:
-        """What TRL enters around each forward pass, where activations are to wait elsewhere."""
+        """The context that TRL enters around each forward pass, where activations are to wait elsewhere."""
         if not self.args.activation_offloading:
             return None
         offload = ActivationOffload(self.model, self.args.activation_offloading, Path(self.args.output_dir))
@@ -143,7 +143,7 @@ class SFTTrainer(ResumableTrainer):
         )
 
     def describe(self) -> str:
-        """What this run trains, in one line."""
+        """One line on what this run trains."""
         return describe_trained(self.model)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> TrainOutput:
@@ -372,7 +372,7 @@ def _asked_for(args: SFTConfig) -> Iterator[TrainerCallback | type[TrainerCallba
 
 
 def _reentrant(args: SFTConfig) -> bool:
-    """Whether blocks are recomputed the reentrant way, under the setting's old name or its new one."""
+    """Return True if blocks are recomputed the reentrant way, under the setting's old name or its new one."""
     settings = [args.gradient_checkpointing_kwargs, getattr(args, "activation_checkpointing_kwargs", None)]
     on = args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)
     return bool(on) and any((given or {}).get("use_reentrant") for given in settings)

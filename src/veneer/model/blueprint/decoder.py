@@ -51,7 +51,7 @@ class BlockNorms:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sublayer:
-    """Where the residual adapter of one half sits.
+    """The place of the residual adapter of one half.
 
     ``input_path`` is the module whose first input is the half's input, behind the norm in front of it; ``output_path``
     the module whose first output is added to the stream, a norm behind the half included.

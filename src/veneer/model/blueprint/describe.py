@@ -113,7 +113,7 @@ def _head(source: Source, head: nn.Module | None, table: nn.Module) -> Head | No
 def _strange(
     source: Source, holder: nn.Module, known: list[nn.Module | None], norm: Any, norm_module: nn.Module | None
 ) -> Iterator[Strange]:
-    """What stands outside the blocks and is not described."""
+    """The modules outside the blocks that are not described."""
     reason = source.family.strange(source.config)
     if reason is not None:
         yield Strange(path=source.path(holder), reason=reason)

@@ -1,4 +1,4 @@
-"""Where queries, keys and values lie in the outputs of their projections, and their gradients put back there."""
+"""Heads in the outputs of joined projections: queries, keys and values taken out, and their gradients put back."""
 
 from __future__ import annotations
 

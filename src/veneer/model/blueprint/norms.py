@@ -103,5 +103,5 @@ def _twin(module: nn.Module, values: dict[str, Tensor]) -> nn.Module:
 
 
 def width(norm: Norm) -> int:
-    """How many numbers its weight holds."""
+    """The number of values in its weight."""
     return math.prod(norm.shape)

@@ -122,7 +122,7 @@ class FeedForward:
 
     @property
     def gated(self) -> bool:
-        """Whether one half of what ``inner`` gives is a gate."""
+        """True where one half of what ``inner`` gives is a gate."""
         return self.inner[0].role != "up"
 
     @property
@@ -132,7 +132,7 @@ class FeedForward:
 
     @property
     def width(self) -> int:
-        """How many numbers ``down`` reads."""
+        """The number of features that ``down`` reads."""
         return self.down.in_features
 
 
@@ -163,5 +163,5 @@ class Experts:
 
     @property
     def width(self) -> int:
-        """How many numbers one expert's ``down`` reads."""
+        """The number of features that one expert's ``down`` reads."""
         return self.down.shape[2]

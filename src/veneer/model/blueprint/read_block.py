@@ -55,7 +55,7 @@ def read_block(source: Source, block: nn.Module, layer: int) -> Block:
 
 
 def _fits(block: nn.Module, names: NormNames) -> bool:
-    """Whether a block has these norms."""
+    """Return True if a block has these norms."""
     return bool(names.all) and has_all(block, names.all)
 
 

@@ -83,7 +83,7 @@ def _from_rotary_dim(source: Source, head_dim: int) -> Rotary | None:
 
 
 def _dim(source: Source, layer_type: str | None) -> int | None:
-    """How many dimensions turn, by the shape of the model's own table of frequencies."""
+    """The number of dimensions that turn, by the shape of the model's own table of frequencies."""
     for module in source.model.base_model.modules():
         if "rotary" in type(module).__name__.lower():
             names = ("inv_freq", f"{layer_type}_inv_freq")
@@ -140,7 +140,7 @@ def _mscale(factor: float, mscale: float) -> float:
 
 
 def read_temperature(source: Source) -> Temperature | None:
-    """How queries grow with position, in families where they do."""
+    """The growth of queries with position, None in families that have none."""
     given = getattr(source.config, "rope_parameters", None) or {}
     if not source.family.scales_queries or not given.get(TEMPERATURE):
         return None

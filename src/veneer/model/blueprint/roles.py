@@ -40,7 +40,7 @@ def role_names(decoder: Decoder, role: str) -> tuple[str, ...]:
 
 
 def has_role(linear: Linear, role: str) -> bool:
-    """Whether a layer gives what a role stands for, alone or joined with others."""
+    """Return True if a layer gives what a role stands for, alone or joined with others."""
     return linear.role == role or role in JOINED.get(linear.role, ())
 
 

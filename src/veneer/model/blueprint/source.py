@@ -45,7 +45,7 @@ class Source:
         return self.family is not CONVENTION
 
     def path(self, module: nn.Module) -> str:
-        """Where a module is, from the model's root."""
+        """The path of a module from the model's root."""
         return self.paths[id(module)]
 
 

@@ -13,7 +13,7 @@ _SHOWN = 3  # of the parts that are not described
 
 
 def summary(decoder: Decoder) -> dict[str, str]:
-    """What a decoder is made of, by title: layers, heads, window, rotary embedding, experts, and what is unknown."""
+    """The parts of a decoder, in words and by title: layers, heads, window, rotary embedding, experts, unknown ones."""
     attentions = decoder.attentions
     experts = [block.feed_forward for block in decoder.blocks if isinstance(block.feed_forward, Experts)]
     lines = {

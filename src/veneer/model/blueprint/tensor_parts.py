@@ -1,4 +1,4 @@
-"""Which part of a model a tensor of a checkpoint belongs to."""
+"""The part of a model to which a tensor of a checkpoint belongs."""
 
 from __future__ import annotations
 

@@ -164,12 +164,12 @@ def _norms(owner: nn.Module, names: Any, shape: BlockShape, dtype: torch.dtype) 
 
 
 def _drops(block: nn.Module) -> bool:
-    """Whether the block itself drops some of what its halves give out."""
+    """Return True if the block itself drops some of what its halves give out."""
     return block.training and (_has_rate(block) or any(_is_dropout(part) for part in block.children()))
 
 
 def _drops_within(module: nn.Module) -> bool:
-    """Whether a half drops something on its way."""
+    """Return True if a half drops something on its way."""
     return module.training and (_has_rate(module) or any(_is_dropout(part) for part in module.modules()))
 
 
@@ -178,7 +178,7 @@ def _is_dropout(part: nn.Module) -> bool:
 
 
 def _has_rate(module: nn.Module) -> bool:
-    """Whether a module holds the rate of a dropout that it computes itself: ``attention_dropout`` and the like."""
+    """Return True if a module holds the rate of a dropout that it computes itself, such as ``attention_dropout``."""
     return any("drop" in name and isinstance(rate, float) and rate > 0 for name, rate in vars(module).items())
 
 
@@ -196,5 +196,5 @@ def _positions(tables: tuple[Tensor, Tensor] | None, mask: LayoutMask) -> Positi
 
 @functools.cache
 def _names(cls: Hashable) -> list[str]:
-    """What a block's positional arguments after the stream are called."""
+    """The names of a block's positional arguments after the stream."""
     return list(inspect.signature(cast("type[nn.Module]", cls).forward).parameters)[2:]

@@ -114,7 +114,7 @@ def unfuse(model: nn.Module) -> None:
 
 
 def is_fused(model: nn.Module) -> bool:
-    """Whether `fuse` took."""
+    """Return True if `fuse` has replaced the model's blocks."""
     return any(isinstance(module, FusedDecoder) for module in model.modules())
 
 
@@ -225,7 +225,7 @@ def _differing(model: PreTrainedModel, blocks: list[FusedBlock]) -> str | None:
 
 
 def _minds_positions(block: FusedBlock, call: tuple[Tensor, dict[str, Any], Tensor]) -> bool:
-    """Whether attention scales something by position (Llama 4's temperatures), however little it does to the stream."""
+    """Return True if attention scales by position (Llama 4's temperatures), however little that does to the stream."""
     x, kwargs, _ = call
     given = kwargs.get("position_ids")
     if given is None or block.fused_shape.attention is None:
@@ -240,7 +240,9 @@ def _fresh(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _error(block: FusedBlock, call: tuple[Tensor, dict[str, Any], Tensor]) -> float:
-    """How far what a block adds is from the model's own code; halves that cannot be compared are not fused from now."""
+    """The relative error of a block's change of the stream against the model's own code. Halves that cannot be compared
+    are not fused from now on.
+    """
     x, kwargs, y = call
     shape, dtype = block.fused_shape, x.dtype
     block.fused_shape = replace(
@@ -257,7 +259,7 @@ def _error(block: FusedBlock, call: tuple[Tensor, dict[str, Any], Tensor]) -> fl
 def _calls(
     model: PreTrainedModel, blocks: list[FusedBlock], ids: Tensor
 ) -> list[tuple[Tensor, dict[str, Any], Tensor]]:
-    """What each block takes and gives when it runs the model's own code: that is what a cache makes it do."""
+    """The input, arguments and output of each block running the model's own code, which is what a cache makes it do."""
     calls: list[tuple[Tensor, dict[str, Any], Tensor]] = []
 
     def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

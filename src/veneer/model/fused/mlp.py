@@ -45,7 +45,7 @@ class MlpHalf:
         return tensors_of((*self.gate_up, self.down))
 
     def hidden(self, inner: Sequence[Tensor]) -> Tensor:
-        """What the down projection reads, from the outputs of ``gate_up``."""
+        """The input of the down projection, from the outputs of ``gate_up``."""
         if not self.gated:
             return activation_forward(inner[0], self.activation)
         return glu_forward(*_gate_and_up(inner), self.activation)

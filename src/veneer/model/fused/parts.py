@@ -63,8 +63,9 @@ Norm = RmsNorm | LayerNorm
 
 
 def computed_in(x: Tensor) -> torch.dtype | None:
-    """What linear layers compute in: x's dtype, or what autocast makes of a float32 x; None where autocast asks for
-    something else."""
+    """The dtype in which linear layers compute: x's, or what autocast makes of a float32 x; None where autocast asks
+    for something else.
+    """
     if not torch.is_autocast_enabled(x.device.type):
         return x.dtype
     asked = torch.get_autocast_dtype(x.device.type)
@@ -84,7 +85,7 @@ def parted(tensors: Sequence[Any], sizes: Sequence[int]) -> list[Any]:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether calling the module does nothing but run its class's forward."""
+    """Return True if calling the module does nothing but run its class's forward."""
     return not any(getattr(module, hooks) for hooks in HOOKS) and "forward" not in vars(module)
 
 

@@ -107,5 +107,5 @@ def _mask(mask: Mask | None) -> tuple[int, int, int]:
 
 
 def _places(ys: Sequence[Tensor]) -> list[int]:
-    """Where each lies, and how far its rows are apart."""
+    """The address of each tensor, and the distance of its rows."""
     return [number for y in ys for number in (address(y), y.stride(0))]

@@ -46,21 +46,21 @@ class LinearLayer:
 
     @property
     def scales_input(self) -> bool:
-        """Whether a record scales the input, so that the layer does not read x itself."""
+        """True where a record scales the input, so that the layer does not read x itself."""
         return any(record.in_scale is not None for record in self.records)
 
     @property
     def reads_x(self) -> bool:
-        """Whether x itself goes into A: nothing scales it or drops some of it."""
+        """True where x itself goes into A: nothing scales it or drops some of it."""
         return not self.masks and not self.scales_input
 
     @property
     def is_lowrank(self) -> bool:
-        """Whether there is a low-rank part."""
+        """True where there is a low-rank part."""
         return any(record.rank for record in self.records)
 
     def runs_of(self, n_rows: int) -> AdapterRuns:
-        """Which of ``n_rows`` rows, tokens say, take which record."""
+        """The runs of ``n_rows`` rows, tokens say, by the record that they take."""
         if self.runs is None:
             return AdapterRuns((Run(0, 0, n_rows),) if self.records else (), n_rows)
         return self.runs.times(n_rows // self.runs.n_rows)

@@ -28,7 +28,7 @@ FactorGradients = dict[str, Tensor | None]
 
 @dataclass(frozen=True, slots=True)
 class LowRankGradients:
-    """In what goes into A (None where not asked for), and of each layer in a, core, b and b_scale of each record."""
+    """Gradients in A's input (None where not asked for), and of each layer in a, core, b and b_scale of each record."""
 
     x: Tensor | None
     factors: list[list[FactorGradients]]
@@ -85,7 +85,7 @@ def low_rank_backward(
 
 
 def through_masks(x: Float[Tensor, "n i"], layer: LinearLayer) -> Float[Tensor, "n i"]:
-    """What goes into the A's of a layer: x without what its masks drop. What is kept is scaled at B."""
+    """The input of a layer's A's: x without what its masks drop. What is kept is scaled at B."""
     if not layer.masks:
         return x
     if layer.runs is None:
@@ -135,7 +135,7 @@ def _of_record(da: Tensor | None, db: Tensor | None, record: LinearDelta) -> Fac
 
 
 def _trains_b(record: LinearDelta) -> bool:
-    """Whether something behind A is trained."""
+    """Return True if something behind A is trained."""
     return any(t is not None and t.requires_grad for t in (record.core, record.b, record.b_scale))
 
 

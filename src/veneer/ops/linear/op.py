@@ -36,7 +36,7 @@ WHOLE = -1
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What `backward` reads beside x: the A-products, and of each layer the product in front of a trained scale."""
+    """The tensors that `backward` reads beside x: A-products, and each layer's product in front of a trained scale."""
 
     us: tuple[Tensor, ...]
     products: tuple[Tensor | None, ...]
@@ -47,12 +47,12 @@ class Kept:
         return (*self.us, *self.products)
 
     def without_products(self) -> Kept:
-        """Where the products are made again."""
+        """The same without the products, which are then made again."""
         return Kept(self.us, (None,) * len(self.products))
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor | None], layers: Sequence[LinearLayer]) -> Kept:
-        """From what `tensors` gave for these layers."""
+        """The inverse of `tensors`, for these layers."""
         n_us = len(tensors) - len(layers)
         return cls(tuple(cast("Sequence[Tensor]", tensors[:n_us])), tuple(tensors[n_us:]))
 

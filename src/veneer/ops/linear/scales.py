@@ -1,4 +1,4 @@
-"""What a record does around the products, elementwise: it scales the input, scales the output, and adds a bias.
+"""The elementwise part of a record, around the products: it scales the input, scales the output, and adds a bias.
 
 Scales and biases are never rounded to the dtype of what they act on: each result is computed in the wider of the two
 and rounded once. In 16 bits that goes some rows at a time, so that no wide copy is as large as the activations.
@@ -49,7 +49,7 @@ def scaled_input_backward(
 
 
 def keeps_product(layer: LinearLayer) -> bool:
-    """Whether the backward pass needs what `finished` was given: where a scale of outputs is trained."""
+    """Return True if the backward pass needs what `finished` was given: where a scale of outputs is trained."""
     return any(r.out_scale is not None and r.out_scale.requires_grad for r in layer.records)
 
 

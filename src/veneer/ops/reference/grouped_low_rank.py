@@ -39,7 +39,7 @@ def backward(
 
 
 def _dropped(part: Tensor, own: slice, mask: Mask | None) -> Tensor:
-    """What a mask of all rows leaves of some."""
+    """The rows ``own`` of a batch without what a mask of all rows drops."""
     return part if mask is None else mask.drop(part, own, backend="reference")
 
 

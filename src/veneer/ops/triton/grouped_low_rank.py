@@ -65,7 +65,7 @@ def backward(
 
 
 def _dropped(x: Tensor, group: LowRankGroup, rows: AdapterRuns) -> Tensor:
-    """What the a's of a layer read of x."""
+    """The part of x that the a's of a layer read."""
     if not group.masks:
         return x
     own = x.clone()
@@ -113,7 +113,7 @@ def _scaled_b(group: LowRankGroup, x: Tensor) -> Tensor:
 
 
 def _tiles(n: int, rank: int) -> tuple[int, dict[str, int]]:
-    """How many tiles the rows make, and their sizes."""
+    """The number of tiles that the rows make, and their sizes."""
     rows = block(n, least=16, most=64)
     return triton.cdiv(n, rows), {"ROWS": rows, "RANKS": min(rank, 64), "WIDTH": _WIDTH, "num_stages": 2}
 

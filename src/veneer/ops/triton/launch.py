@@ -1,4 +1,4 @@
-"""How Triton kernels are started, and what they take."""
+"""The launch of Triton kernels, and the tensors that they take."""
 
 from __future__ import annotations
 

@@ -26,8 +26,8 @@ GONE = 499  # nobody reads it: the client has closed the connection
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """How a route writes: the beginning of ids, the objects' names, a choice whole, and one in a stream, from an answer
-    and its index; ``opening`` is what a stream begins with for each choice.
+    """The shape of a route's answers: the beginning of ids, the objects' names, and functions from an answer and its
+    index to a choice, whole or in a stream; ``opening`` makes what a stream begins with for each choice.
     """
 
     id: str
@@ -49,7 +49,7 @@ class Answering:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def head(self, kind: str) -> dict[str, Any]:
-        """What every object of this call begins with."""
+        """The fields with which every object of this call begins."""
         return {"id": f"{self.shape.id}-{self.id}", "object": kind, "created": self.created, "model": self.model}
 
     def index(self, output: RequestOutput, answer: CompletionOutput) -> int:

@@ -1,4 +1,4 @@
-"""How ``/v1/chat/completions`` writes its choices."""
+"""The choices of ``/v1/chat/completions``, as they are written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How ``/v1/completions`` writes its choices."""
+"""The choices of ``/v1/completions``, as they are written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a client is told: every error as OpenAI's JSON, with the status that says whose it is."""
+"""Errors as a client gets them: each as OpenAI's JSON, with the status that says whose it is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which models there are: the base, and each folder of the adapters' folder, as it is now."""
+"""The models that are served: the base, and each folder of the adapters' folder, as it is now."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Catalogue:
         return self._names[0]
 
     def cards(self) -> dict[str, Any]:
-        """What ``/v1/models`` lists."""
+        """The answer of ``/v1/models``."""
         longest = self._engine.scheduler.limits.max_model_len
         cards = [self._card(name, self._root, None, longest) for name in self._names]
         cards += [self._card(r.name, r.path, self.base, None) for r in self.adapters().values()]

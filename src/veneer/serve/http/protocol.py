@@ -1,4 +1,4 @@
-"""What the routes read: OpenAI's fields, and vLLM's beside them. Unknown ones are refused."""
+"""The bodies of requests: OpenAI's fields, and vLLM's beside them. Unknown ones are refused."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def _extra(name: str, known: list[str]) -> InitErrorDetails:
 
 
 class StreamOptions(Strict):
-    """What a stream holds besides the answer."""
+    """Options of a stream: what it holds besides the answer."""
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
 
 
 class Body(Strict):
-    """What both routes read. ``user``, ``metadata``, ``store`` and ``service_tier`` are accepted and mean nothing."""
+    """The fields of both routes. ``user``, ``metadata``, ``store`` and ``service_tier`` are accepted, without meaning."""
 
     model: str | None = None
     n: int = 1
@@ -81,7 +81,7 @@ class Body(Strict):
     service_tier: str | None = None
 
     def params(self, defaults: Mapping[str, Any], max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-        """How to answer; what the body leaves out is the model's default. Raises ConfigError."""
+        """The sampling parameters of the body; what it leaves out is the model's default. Raises ConfigError."""
         given = {name: value for name in _SAME if (value := getattr(self, name)) is not None}
         kind = RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY
         return SamplingParams(
@@ -120,7 +120,7 @@ class CompletionBody(Body):
         return [self.prompt] if one else list(self.prompt)
 
     def to_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
-        """How to answer. Raises ConfigError."""
+        """The sampling parameters of the body. Raises ConfigError."""
         if self.echo and self.logprobs is not None:
             raise ConfigError("echo together with logprobs is not offered: ask for prompt_logprobs")
         return self.params(defaults, self.max_tokens, self.logprobs)
@@ -141,7 +141,7 @@ class ChatBody(Body):
     chat_template_kwargs: dict[str, Any] | None = None
 
     def to_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
-        """How to answer. Raises ConfigError."""
+        """The sampling parameters of the body. Raises ConfigError."""
         if self.top_logprobs is not None and not (self.logprobs and 0 <= self.top_logprobs <= MAX_LOGPROBS):
             raise ConfigError(
                 f"top_logprobs={self.top_logprobs} needs logprobs=true and lies between 0 and {MAX_LOGPROBS}"

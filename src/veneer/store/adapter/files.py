@@ -39,7 +39,7 @@ def read_tensors(folder: Path, file: str = WEIGHTS_FILE) -> dict[str, Tensor]:
 
 
 def unusable(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Why tensors cannot be an adapter's values, by key: they are of another dtype, or hold a NaN or an infinity."""
+    """The reasons for which tensors cannot be an adapter's values, by key: another dtype, a NaN or an infinity."""
     found = {}
     for key, value in tensors.items():
         if value.dtype not in VALUE_DTYPES:

@@ -61,7 +61,7 @@ def config_of_base(base: str | None, revision: str | None) -> Path | None:
 
 
 def places_in_base(folder: Path) -> dict[str, Placed] | None:
-    """Where an adapter goes in the base that its config names; None where its own file tells that, or nobody does."""
+    """The places of an adapter in the base that its config names; None where its own file tells them, or none does."""
     config, file = read_config(folder), folder / WEIGHTS_FILE
     base = config_of_base(config.base_model_name_or_path, config.revision)
     if base is None or not file.is_file() or not isinstance(config, LinearMethod) or config.reads_weight:

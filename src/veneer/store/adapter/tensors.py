@@ -260,7 +260,7 @@ def _shortened(problems: list[str]) -> list[str]:
 
 
 def _other_size(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    """Where an adapter was trained for a model of another size: what the two sizes are."""
+    """The two sizes, in words, where an adapter was trained for a model of another size; empty otherwise."""
     (layers, width), (own_layers, own_width) = _size(given), _size(expected)
     if not (layers and own_layers and width and own_width) or (layers, width) == (own_layers, own_width):
         return ""
@@ -271,7 +271,7 @@ def _other_size(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
 
 
 def _size(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
-    """How many blocks these tensors reach, and the commonest width of matrices; 0 where that cannot be known."""
+    """The number of blocks that these tensors reach, and the commonest width of matrices; 0 where unknown."""
     numbers = [int(found[1]) for key in tensors if (found := re.search(r"\.(\d+)\.", key))]
     widths = [max(value.shape) for value in tensors.values() if value.dim() == 2]
     return max(numbers, default=-1) + 1, max(sorted(set(widths)), key=widths.count, default=0)
