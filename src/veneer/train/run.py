@@ -64,7 +64,7 @@ class _Only(NamedTuple):
 
 
 def _answers_only(part: DataPart, kind: Kind) -> _Only:
-    """Meaning of ``data.train_on`` for a kind of rows. Raises ConfigError where it is given and there are no answers."""
+    """The meaning of ``data.train_on`` for rows of a kind. Raises ConfigError if it is given and finds no answers."""
     if part.train_on == "answers" and kind == "text":
         if "train_on" in part.model_fields_set:
             raise ConfigError(

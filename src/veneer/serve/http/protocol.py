@@ -48,7 +48,7 @@ class StreamOptions(Strict):
 
 
 class Body(Strict):
-    """The fields of both routes. ``user``, ``metadata``, ``store`` and ``service_tier`` are accepted, without meaning."""
+    """Fields of both routes. ``user``, ``metadata``, ``store`` and ``service_tier`` are accepted and mean nothing."""
 
     model: str | None = None
     n: int = 1
