@@ -43,6 +43,7 @@ from veneer.ops.triton import (
     int8,
     norm,
     rotary,
+    scale,
 )
 
 SHARED_BYTES = 99 * 1024  # of one program on compute capability 8.6 and 8.9
@@ -94,6 +95,9 @@ def _elementwise_cases(dtype: torch.dtype, quick: bool) -> Iterator[Case]:
     for rows in first_row:
         yield f"dropout {type(rows).__name__}", lambda r=rows: dropout.drop(x, 3277, 2**63 + 5, r)
         yield f"dropout {type(rows).__name__}, added", lambda r=rows: dropout.add_dropped(x, x, 3277, 5, r)
+    vector = torch.empty(1536)
+    yield "scale", lambda: scale.forward(x, vector, vector, x)
+    yield "scale backward", lambda: scale.backward(x, x, vector, x, True)
     heads, tables = torch.empty(2, 9, 32, 80, dtype=dtype), torch.empty(1, 32, 16)
     for interleaved in (False,) if quick else (False, True):
         yield f"rotary {interleaved=}", lambda i=interleaved: rotary.rotate(heads, tables, tables, i, False)

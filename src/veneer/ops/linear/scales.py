@@ -1,21 +1,16 @@
 """The elementwise part of a record, around the products: it scales the input, scales the output, and adds a bias.
 
-Scales and biases are never rounded to the dtype of what they act on: each result is computed in the wider of the two
-and rounded once. In 16 bits that goes some rows at a time, so that no wide copy is as large as the activations.
+Scales and biases are never rounded to the dtype of what they act on (`ops.scale`).
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from veneer.ops.linear.layer import LinearLayer
-
-BLOCK_VALUES = 1 << 16
-"""Values that are held in a wide copy at once."""
+from veneer.ops.scale import scale_columns, scale_columns_backward
 
 
 def scaled_input(x: Float[Tensor, "n i"], layer: LinearLayer) -> Float[Tensor, "n i"]:
@@ -28,7 +23,7 @@ def scaled_input(x: Float[Tensor, "n i"], layer: LinearLayer) -> Float[Tensor, "
         if scale is None:
             scaled[rows] = x[rows]
         else:
-            _scale(x[rows], scale, None, scaled[rows])
+            scale_columns(x[rows], scale, None, scaled[rows])
     return scaled
 
 
@@ -43,7 +38,7 @@ def scaled_input_backward(
         if scale is None:
             dx[rows] = dy[rows]
         else:
-            dscale, _ = _scale_backward(dy[rows], x[rows], scale, dx[rows])
+            dscale, _ = scale_columns_backward(dy[rows], x[rows], scale, dx[rows])
             found[k] = added(found[k], dscale)
     return dx, found
 
@@ -62,7 +57,7 @@ def finished(z: Float[Tensor, "n o"], layer: LinearLayer) -> Float[Tensor, "n o"
         record = None if k < 0 else layer.records[k]
         scale = None if record is None else record.out_scale
         bias = layer.bias if record is None or record.bias is None else record.bias
-        _scale(z[start:stop], scale, bias, y[start:stop])
+        scale_columns(z[start:stop], scale, bias, y[start:stop])
     return y
 
 
@@ -81,10 +76,10 @@ def finished_backward(
             if scaled:
                 dz[rows] = dy[rows]
             if trains_bias:
-                biases[k] = added(biases[k], _sum(dy[rows]))
+                biases[k] = added(biases[k], scale_columns_backward(dy[rows], None, None, None, with_bias=True)[1])
             continue
         own_z = z[rows] if z is not None and record.out_scale.requires_grad else None
-        dscale, dbias = _scale_backward(dy[rows], own_z, record.out_scale, dz[rows], trains_bias)
+        dscale, dbias = scale_columns_backward(dy[rows], own_z, record.out_scale, dz[rows], with_bias=trains_bias)
         scales[k], biases[k] = added(scales[k], dscale), added(biases[k], dbias)
     return dz, scales, biases
 
@@ -96,51 +91,3 @@ def added(total: Tensor | None, part: Tensor | None) -> Tensor | None:
 
 def _reaches_all(layer: LinearLayer, n_rows: int) -> bool:
     return n_rows == sum(stop - start for _, start, stop in layer.runs_of(n_rows).runs)
-
-
-def _scale(z: Tensor, scale: Tensor | None, bias: Tensor | None, y: Tensor) -> None:
-    """``y = scale * z + bias``."""
-    for own_z, own_y in _blocks(z, y, wide=_widens(z, scale, bias)):
-        if scale is None:
-            own_y.copy_(own_z if bias is None else own_z + bias)
-        elif own_z.dtype != scale.dtype:
-            product = own_z * scale
-            own_y.copy_(product if bias is None else product.add_(bias))
-        else:
-            torch.mul(own_z, scale, out=own_y)
-            if bias is not None:
-                own_y.add_(bias)
-
-
-def _scale_backward(
-    dy: Tensor, z: Tensor | None, scale: Tensor, dz: Tensor, with_bias: bool = False
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of `_scale`: that in z is written into dz, those in scale (where there is a z) and bias come back."""
-    dscale: Tensor | None = None
-    dbias: Tensor | None = None
-    given = (dy, dz) if z is None else (dy, dz, z)
-    for own_dy, own_dz, *own_z in _blocks(*given, wide=_widens(dy, scale, None)):
-        wide = own_dy.to(scale.dtype)
-        if own_z:
-            dscale = added(dscale, (wide * own_z[0]).sum(dim=0))
-        if with_bias:
-            dbias = added(dbias, wide.sum(dim=0))
-        if wide is own_dy:
-            torch.mul(wide, scale, out=own_dz)
-        else:
-            own_dz.copy_(wide.mul_(scale))
-    return dscale, dbias
-
-
-def _sum(dy: Tensor) -> Tensor:
-    return dy.sum(dim=0, dtype=torch.promote_types(dy.dtype, torch.float32))
-
-
-def _widens(z: Tensor, *others: Tensor | None) -> bool:
-    return not all(t is None or t.dtype == z.dtype for t in others)
-
-
-def _blocks(*tensors: Tensor, wide: bool) -> Iterator[tuple[Tensor, ...]]:
-    """The same rows of each, all at once or some at a time."""
-    n_rows = max(1, BLOCK_VALUES // max(1, tensors[0].shape[1])) if wide else max(1, len(tensors[0]))
-    return zip(*(torch.split(t, n_rows) for t in tensors), strict=True)

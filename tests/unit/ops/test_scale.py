@@ -1,0 +1,109 @@
+"""Columns scaled and shifted: float64's values, rounded once; the same for any layout and number of threads."""
+
+import pytest
+import torch
+
+from veneer.errors import ShapeError
+from veneer.ops.scale import scale_columns, scale_columns_backward
+
+OP = "scale.forward"
+SHAPES = [(1, 1), (3, 17), (70, 131), (257, 64), (5, 1536)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+PARTS = [(True, True), (True, False), (False, True)]
+
+
+def draw(n, d, dtype):
+    generator = torch.Generator().manual_seed(n * d)
+    z, dy = torch.randn(2, n, d, generator=generator).to(dtype)
+    scale, bias = 1 + torch.randn(2, d, generator=generator) / 3
+    return z, dy, scale, bias
+
+
+@pytest.mark.parametrize(("scaled", "shifted"), PARTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "d"), SHAPES)
+def test_forward(n, d, dtype, scaled, shifted, backend):
+    z, _, scale, bias = draw(n, d, dtype)
+    scale, bias = scale if scaled else None, bias if shifted else None
+    got = scale_columns(z, scale, bias, backend=backend)
+    wide = z.float() * (1 if scale is None else scale) + (0 if bias is None else bias)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, wide.to(dtype), rtol=1e-6 if backend == "triton" else 0, atol=0)
+
+
+@pytest.mark.parametrize(("scaled", "with_z", "with_bias"), [(1, 1, 1), (1, 1, 0), (1, 0, 1), (1, 0, 0), (0, 0, 1)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "d"), SHAPES)
+def test_backward(n, d, dtype, scaled, with_z, with_bias, backend):
+    z, dy, scale, _ = draw(n, d, dtype)
+    dz = torch.full_like(dy, torch.nan) if scaled else None
+    given = scale if scaled else None
+    dscale, dbias = scale_columns_backward(
+        dy, z if with_z else None, given, dz, with_bias=bool(with_bias), backend=backend
+    )
+    if scaled:
+        assert torch.equal(dz, (dy.float() * scale).to(dtype))
+    for got, exact, asked in ((dscale, dy.double() * z.double(), with_z), (dbias, dy.double(), with_bias)):
+        assert (got is not None) == bool(asked)
+        if asked:
+            assert got.dtype == torch.float32
+            assert ((got - exact.sum(0)).abs() <= 4e-7 * exact.abs().sum(0)).all()
+
+
+def test_in_place_and_between_other_columns(backend):
+    z, dy, scale, bias = draw(33, 75, torch.bfloat16)
+    expected = scale_columns(z, scale, bias, backend="reference")
+    wide = torch.full((33, 100), 7.0, dtype=torch.bfloat16)
+    part = wide[:, 3:78]
+    part.copy_(z)
+    assert scale_columns(part, scale, bias, part, backend=backend) is part
+    assert torch.equal(part, expected)
+    assert (wide[:, :3] == 7).all()
+    assert (wide[:, 78:] == 7).all()
+    dz = dy.clone()
+    dscale, _ = scale_columns_backward(dz, z, scale, dz, backend=backend)
+    assert torch.equal(dz, (dy.float() * scale).bfloat16())
+    assert torch.allclose(dscale.double(), (dy.double() * z.double()).sum(0), atol=1e-4)
+    turned = z.T.contiguous().T  # its columns lie together, its rows do not
+    assert torch.equal(scale_columns(turned, scale, bias, turned, backend=backend), expected)
+
+
+def test_wider_vectors_and_float64(backend):
+    z, dy, scale, bias = draw(7, 13, torch.float32)
+    got = scale_columns(z, scale.double(), bias.double(), backend=backend)
+    assert torch.equal(got, (z.double() * scale.double() + bias.double()).float())
+    dz = torch.empty(7, 13, dtype=torch.float64)
+    dscale, dbias = scale_columns_backward(dy.double(), z.double(), scale, dz, with_bias=True, backend=backend)
+    assert dscale.dtype == dbias.dtype == torch.float64
+    assert torch.equal(dz, dy.double() * scale)
+
+
+def test_any_number_of_threads(backend):
+    z, dy, scale, _ = draw(517, 300, torch.bfloat16)
+    found = []
+    before = torch.get_num_threads()
+    for n_threads in (1, 3):
+        torch.set_num_threads(n_threads)
+        found.append(scale_columns_backward(dy, z, scale, dy.clone(), with_bias=True, backend=backend))
+    torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.usefixtures("own_checks")
+def test_errors():
+    z = torch.zeros(3, 5)
+    with pytest.raises(ShapeError, match=r"scale of 5 columns.*\(4,\)"):
+        scale_columns(z, torch.ones(4), None)
+    with pytest.raises(ShapeError, match=r"\(3, 5\).*\(5, 3\)"):
+        scale_columns(z, None, None, torch.zeros(5, 3))
+    with pytest.raises(ShapeError, match="go with a scale"):
+        scale_columns_backward(z, z, None, None)
+    with pytest.raises(ShapeError, match="must be alike"):
+        scale_columns_backward(z, z.double(), torch.ones(5), z.clone())
+
+
+def test_nothing():
+    empty = torch.zeros(0, 5)
+    assert scale_columns(empty, torch.ones(5), None).shape == (0, 5)
+    dscale, dbias = scale_columns_backward(empty, empty, torch.ones(5), empty.clone(), with_bias=True)
+    assert dscale.tolist() == dbias.tolist() == [0] * 5
