@@ -99,6 +99,25 @@ def test_shapes_are_known_before_any_weight_is(config, place):
     assert config.shapes(bare) == config.shapes(site)
 
 
+def test_the_written_config_tells_the_largest_rank(config):
+    places = [make_site("self_attn.q_proj"), make_site("mlp.down_proj")]
+    ranks = [config.lower(site, trained(config, site)).rank for site in places]
+    assert config.packed().largest_rank == max(ranks)
+
+
+def test_factors_that_may_start_again_have_the_ranks_and_scales_of_the_record(every_config):
+    site, starts = make_site(), [(config, config.late_start) for config in every_config if config.late_start]
+    assert any(start.is_product for _, start in starts)
+    for config, start in starts:
+        params, shapes, before = trained(config, site), config.shapes(site), weight_of(site).dense(torch.float64)
+        record = config.lower(site, params)
+        assert (shapes[start.a], shapes[start.b]) == ((start.rank(site), IN), (OUT, start.rank(site)))
+        assert start.scale(site) == record.scale
+        change = fold_linear(record, before)[0] - before
+        product = start.scale(site) * params[start.b] @ params[start.a]
+        assert start.is_product == torch.allclose(change, product, rtol=1e-12, atol=1e-12)
+
+
 def test_each_parameter_has_a_name_of_its_own_on_disk(config):
     names = config.disk_names(make_site())
     assert names.keys() == config.shapes(make_site()).keys()

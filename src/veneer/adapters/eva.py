@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from veneer.adapters.merging import require_known
 from veneer.adapters.peft_model import PeftModel
+from veneer.contract import LinearMethod
+from veneer.contract.late_start import LateStart
 from veneer.errors import AdapterNameError, ConfigError, DataError, NonFiniteError, ShapeError
 from veneer.inits.eva import Directions, EvaConfig, shared_ranks, updated
-from veneer.methods.lora import LoraConfig
 from veneer.model.adapted import restore
 from veneer.model.attach import adapted_layers, device_of
 from veneer.model.linear import AdaptedLinear
@@ -49,12 +50,11 @@ def get_eva_state_dict(
     loader is empty, gives a layer nothing, or gives it too few rows in every batch, and NonFiniteError for inputs with
     NaN or infinity.
     """
-    config = _config(model, adapter_name)
-    eva, layers = config.eva, _layers(model, adapter_name)
+    (start, eva), layers = _start(model, adapter_name), _layers(model, adapter_name)
     with model.disable_adapter(), evaluation(model):
         passes = _Passes(model, dataloader, eva, forward_fn)
         groups = passes.groups(layers)
-        ranks = {path: config.rank(layer.site((adapter_name,))) for path, layer in layers.items()}
+        ranks = {path: start.rank(layer.site((adapter_name,))) for path, layer in layers.items()}
         for group in groups:
             widest = max(round(ranks[path] * eva.rho) for path in group.paths)
             group.n_directions = min(widest, layers[group.paths[0]].site(()).in_features)
@@ -80,19 +80,23 @@ def initialize_lora_eva_weights(
     changes are new ones. Raises as `get_eva_state_dict` does, AdapterNameError where an adapter is merged, ConfigError
     without data or where no layer would keep a rank, and ShapeError for factors that fit no layer.
     """
-    config, layers = _config(model, adapter_name), _layers(model, adapter_name)
+    (start, eva), layers = _start(model, adapter_name), _layers(model, adapter_name)
     if eva_state_dict is None:
         if dataloader is None:
             raise ConfigError("EVA starts from data: give a dataloader, or an eva_state_dict made from one")
         eva_state_dict = get_eva_state_dict(model, dataloader, adapter_name, forward_fn=forward_fn)
     _require_fitting(eva_state_dict, layers)
     factors = {path: eva_state_dict[path] for path in layers if path in eva_state_dict}
-    started = _with_ranks(model, config, adapter_name, {path: a.shape[0] for path, a in factors.items()})
+    sites = {p: m.site((adapter_name,)) for p, m in adapted_layers(model).items() if adapter_name in m.adapters}
+    ranks = {path: factors[path].shape[0] if path in factors else start.rank(site) for path, site in sites.items()}
+    if not any(ranks.values()):
+        raise ConfigError(f"eva_state_dict leaves none of the layers of {adapter_name!r} a rank")
+    started = start.with_ranks(sites, ranks, keep_scale=eva.adjust_scaling_factors)
     for path, a in factors.items():
         if a.shape[0]:
-            _put(layers[path].adapters[adapter_name], a)
+            _put(layers[path].adapters[adapter_name], start, a)
         else:
-            _remove(layers[path], adapter_name, with_bias=config.bias == "lora_only")
+            _remove(layers[path], adapter_name, with_bias=started.extras.biases == "adapted")
     model.adapter_state.configs[adapter_name] = started
 
 
@@ -227,17 +231,18 @@ def _digest(x: Tensor) -> tuple[torch.Size, str]:
     return x.shape, hashlib.sha256(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-def _config(model: PeftModel, name: str) -> LoraConfig:
+def _start(model: PeftModel, name: str) -> tuple[LateStart, EvaConfig]:
     require_known(model.adapter_state, (name,))
     if model.adapter_state.merged:
         raise AdapterNameError(f"{list(model.adapter_state.merged)} are merged: call unmerge_adapter() before EVA")
     config = model.peft_config[name]
-    if not isinstance(config, LoraConfig) or config.init_lora_weights != "eva":
+    start = config.late_start if isinstance(config, LinearMethod) else None
+    if start is None or not isinstance(start.settings, EvaConfig):
         raise ConfigError(
             f"{name!r} does not start from EVA: give LoraConfig(init_lora_weights='eva'), not {type(config).__name__} "
             f"with init_lora_weights={getattr(config, 'init_lora_weights', None)!r}"
         )
-    return config
+    return start, start.settings
 
 
 def _layers(model: PeftModel, name: str) -> dict[str, AdaptedLinear]:
@@ -260,30 +265,11 @@ def _require_fitting(factors: Mapping[str, Tensor], layers: Mapping[str, Adapted
         raise ShapeError(f"eva_state_dict does not fit the adapter: no such layers {unknown}; shapes {wrong}")
 
 
-def _with_ranks(model: PeftModel, config: LoraConfig, name: str, ranks: Mapping[str, int]) -> LoraConfig:
-    """The config that says which layers are left, by their whole paths, with which ranks and alphas."""
-    sites = {p: m.site((name,)) for p, m in adapted_layers(model).items() if name in m.adapters}
-    new = {path: ranks.get(path, config.rank(site)) for path, site in sites.items()}
-    left = [path for path in sites if new[path]]
-    if not left:
-        raise ConfigError(f"eva_state_dict leaves none of the layers of {name!r} a rank")
-    patterned = replace(config, rank_pattern={path: new[path] for path in left if new[path] != config.r})
-    alphas = {}
-    for path in left:
-        before = config.alpha(sites[path])
-        # what keeps the scale, whichever power of the rank a variant divides by
-        grown = config.scale(sites[path]) / patterned.scale(sites[path]) if config.eva.adjust_scaling_factors else 1.0
-        alphas[path] = before * grown if new[path] != config.rank(sites[path]) else before
-    targets = config.target_modules if len(left) == len(sites) else left
-    pattern = {path: alpha for path, alpha in alphas.items() if alpha != config.lora_alpha}
-    return replace(patterned, target_modules=targets, alpha_pattern=pattern)
-
-
-def _put(held: nn.Module, a: Tensor) -> None:
+def _put(held: nn.Module, start: LateStart, a: Tensor) -> None:
     """A, and a B of zeros of the same rank, into one layer's parameters."""
     parameters = cast(nn.ParameterDict, held)
-    b = torch.zeros(parameters["lora_B"].shape[0], a.shape[0])
-    for key, value in (("lora_A", a), ("lora_B", b)):
+    b = torch.zeros(parameters[start.b].shape[0], a.shape[0])
+    for key, value in ((start.a, a), (start.b, b)):
         old = cast(nn.Parameter, parameters[key])
         if old.shape == value.shape:
             old.copy_(value)

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapters.peft_model import PeftModel
+from veneer.contract import LinearMethod
+from veneer.contract.late_start import LateStart
 from veneer.core.frozen import FrozenWeight
+from veneer.core.sites import LinearSite
 from veneer.errors import ConfigError
 from veneer.inits.loftq import lost
-from veneer.methods.lora import LoraConfig
 from veneer.model.adapted import tensors_of
 from veneer.model.attach import adapted_layers
 from veneer.model.linear import AdaptedSite
@@ -37,7 +39,8 @@ def replace_lora_weights_loftq(
     FormatError where the files do not hold the weights.
     """
     config = model.peft_config.get(adapter_name)
-    if not isinstance(config, LoraConfig) or config.use_dora or config.packed() is not config:
+    start = config.late_start if isinstance(config, LinearMethod) else None
+    if config is None or start is None or not start.is_product or start.settings is not None:
         raise ConfigError(
             f"LoftQ starts the factors of plain LoRA; {adapter_name!r} is {type(config).__name__}: {config}"
         )
@@ -52,7 +55,7 @@ def replace_lora_weights_loftq(
     weights = Checkpoint.open(Path(model_path or config.base_model_name_or_path or ""))
     for path, layer in layers.items():
         held, before = tensors_of(layer.adapters[adapter_name]), {}
-        values = _factors(layer, adapter_name, _dense(weights, model, path, layer))
+        values = _factors(start, layer.site((adapter_name,)), _dense(weights, model, path, layer))
         for name, value in values.items():
             before[name] = held[name].clone()
             held[name].copy_(value)
@@ -61,11 +64,10 @@ def replace_lora_weights_loftq(
                 held[name].copy_(value)
 
 
-def _factors(layer: AdaptedSite, name: str, weight: Tensor) -> dict[str, Tensor]:
-    site, config = layer.site((name,)), cast(LoraConfig, layer.method(name))
+def _factors(start: LateStart, site: LinearSite, weight: Tensor) -> dict[str, Tensor]:
     quantized = cast(FrozenWeight, site.weight).dense(torch.float32)
-    a, b = lost(weight, quantized, config.rank(site), config.scale(site))
-    return {"lora_A": a, "lora_B": b}
+    a, b = lost(weight, quantized, start.rank(site), start.scale(site))
+    return {start.a: a, start.b: b}
 
 
 def _dense(weights: Checkpoint, model: PeftModel, path: str, layer: AdaptedSite) -> Tensor:

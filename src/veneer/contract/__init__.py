@@ -8,7 +8,8 @@ return:
 - ``training``: what it does while a run trains it (length of the run, a penalty, a schedule);
 - ``packing``: how it is written, where others do not know the form that is trained;
 - ``shared``: tensors that its layers share;
-- ``checks``: what it refuses of a model's layers.
+- ``checks``: what it refuses of a model's layers;
+- ``late_start``: factors that may start again on the model, from data or from what quantizing has lost.
 
 Laws, run on every method by ``tests/contract``:
 

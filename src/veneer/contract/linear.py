@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from veneer.contract.checks import Checks
+from veneer.contract.late_start import LateStart
 from veneer.contract.parameters import Params, Shapes
 from veneer.contract.targets import TargetedConfig
 from veneer.core.records import LinearDelta
@@ -52,9 +53,19 @@ class LinearMethod(TargetedConfig):
         return 0.0
 
     @property
+    def largest_rank(self) -> int:
+        """The largest rank of an update, as the written config tells it; 0 for a method that has none."""
+        return 0
+
+    @property
     def checks(self) -> Checks:
         """The checks of the method on the layers that it is to adapt."""
         return Checks()
+
+    @property
+    def late_start(self) -> LateStart | None:
+        """The low-rank factors that may be started again on the model, where there are such."""
+        return None
 
     def for_sites(self, sites: Sequence[LinearSite]) -> Self:
         """The config with what depends on all the layers that it adapts filled in; sites come as shapes."""

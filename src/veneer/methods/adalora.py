@@ -103,6 +103,11 @@ class AdaLoraConfig(LinearMethod):
         kept = (self.rank_pattern or {}).get(f"{site.name}.lora_E")
         return self.init_r if kept is None else sum(kept)
 
+    @property
+    def largest_rank(self) -> int:
+        kept = (self.rank_pattern or {}).values()
+        return max(map(sum, kept)) if kept else self.init_r
+
     def shapes(self, site: LinearSite) -> Shapes:
         r = self.rank(site)
         return {"lora_A": (r, site.in_features), "lora_B": (site.out_features, r), "lora_E": (r, 1)}

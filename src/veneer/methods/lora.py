@@ -19,6 +19,7 @@ from veneer.contract import LinearMethod, Params, Shapes
 from veneer.contract.checks import Checks
 from veneer.contract.extras import Extras
 from veneer.contract.family_targets import query_and_value
+from veneer.contract.late_start import LateStart
 from veneer.contract.packing import Packing
 from veneer.contract.peft_fields import OF_LORA, PeftFields
 from veneer.core.groups import block_diagonal, diagonal_blocks
@@ -133,6 +134,10 @@ class LoraConfig(LinearMethod):
     def rank(self, site: LinearSite) -> int:
         """r at this site."""
         return _override(self.rank_pattern, site.name, self.r)
+
+    @property
+    def largest_rank(self) -> int:
+        return max((self.r, *self.rank_pattern.values()))
 
     def alpha(self, site: LinearSite) -> float:
         """alpha at this site."""
@@ -281,9 +286,14 @@ class LoraConfig(LinearMethod):
         return self.lora_dropout
 
     @property
-    def eva(self) -> EvaConfig:
-        """The settings of the start "eva", the defaults filled in."""
-        return cast("EvaConfig | None", self.eva_config) or EvaConfig()
+    def late_start(self) -> LateStart:
+        return _LateStart(
+            config=self,
+            a="lora_A",
+            b="lora_B",
+            settings=(self.eva_config or EvaConfig()) if self.init_lora_weights == "eva" else None,
+            is_product=not (self.reads_weight or self._taken_off),
+        )
 
     @property
     def _start(self) -> Start:
@@ -402,3 +412,28 @@ class _Checks(Checks):
             return []
         told = ", ".join(f"{name} r={r} and alpha={alpha}" for name, (r, alpha) in values.items())
         return [f"ensure_weight_tying=True, but rank_pattern and alpha_pattern give {told}: name all of them alike"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LateStart(LateStart):
+    config: LoraConfig
+
+    def rank(self, site: LinearSite) -> int:
+        return self.config.rank(site)
+
+    def scale(self, site: LinearSite) -> float:
+        return self.config.scale(site)
+
+    def with_ranks(self, sites: Mapping[str, LinearSite], ranks: Mapping[str, int], keep_scale: bool) -> LoraConfig:
+        """The layers that are left by their whole paths, with ranks and alphas of their own."""
+        config, left = self.config, [path for path in sites if ranks[path]]
+        patterned = replace(config, rank_pattern={path: ranks[path] for path in left if ranks[path] != config.r})
+        alphas = {}
+        for path in left:
+            before = config.alpha(sites[path])
+            # what keeps the scale, whichever power of the rank a variant divides by
+            grown = config.scale(sites[path]) / patterned.scale(sites[path]) if keep_scale else 1.0
+            alphas[path] = before * grown if ranks[path] != config.rank(sites[path]) else before
+        targets = config.target_modules if len(left) == len(sites) else left
+        pattern = {path: alpha for path, alpha in alphas.items() if alpha != config.lora_alpha}
+        return replace(patterned, target_modules=targets, alpha_pattern=pattern)

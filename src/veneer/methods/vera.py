@@ -63,6 +63,10 @@ class VeraConfig(LinearMethod):
     def fields_for(cls, model_type: str) -> Mapping[str, object]:
         return query_and_value(model_type)
 
+    @property
+    def largest_rank(self) -> int:
+        return self.r
+
     def for_sites(self, sites: Sequence[LinearSite]) -> Self:
         largest = max(site.out_features for site in sites), max(site.in_features for site in sites)
         return replace(self, projection_size=largest)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import cast
 
-from veneer.contract import MethodConfig, VirtualTokenMethod
+from veneer.contract import LinearMethod, MethodConfig, VirtualTokenMethod
 from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
 from veneer.contract.source import adapter_folder
 from veneer.errors import ConfigError, FormatError
@@ -57,7 +56,7 @@ class Versions:
             id=f"v{digest.hexdigest()[:32]}",
             folder=key,
             kind=config.peft_type,
-            rank=_rank(config),
+            rank=config.largest_rank if isinstance(config, LinearMethod) else 0,
             n_front=_front(config),
         )
         self._seen[key] = (stamp, version)
@@ -75,11 +74,6 @@ def _stamp(folder: Path) -> _Stamp:
             ) from error
         found.append((stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size))
     return tuple(found)
-
-
-def _rank(config: MethodConfig) -> int:
-    ranks = [getattr(config, "r", 0), *(getattr(config, "rank_pattern", None) or {}).values()]
-    return max(int(cast(int, rank)) for rank in ranks)
 
 
 def _front(config: MethodConfig) -> int:

@@ -150,7 +150,7 @@ def test_a_start_of_pefts_is_read(case: Any, ids: Tensor, tmp_path: Path) -> Non
     peft.initialize_lora_eva_weights(reference, batches(), show_progress_bar=False)
     reference.save_pretrained(tmp_path)
     model = PeftModel.from_pretrained(base, tmp_path)
-    assert model.peft_config["default"].eva.tau == 0.95
+    assert model.peft_config["default"].late_start.settings.tau == 0.95
     assert model.peft_config["default"].to_dict()["eva_config"]["tau"] == 0.95
     torch.testing.assert_close(model(ids).logits, reference(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
 

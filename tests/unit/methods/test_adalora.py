@@ -111,6 +111,12 @@ def test_a_budget_needs_a_number_of_steps():
         schedules.begin(model, model.adapter_state, n_steps=4)
 
 
+def test_the_largest_rank_is_that_of_the_triplets_kept():
+    kept = {"model.layers.0.self_attn.q_proj.lora_E": [True, False, True, True], "b.lora_E": [False, True, False, True]}
+    assert AdaLoraConfig(**FIELDS).largest_rank == FIELDS["init_r"]
+    assert AdaLoraConfig(**FIELDS, rank_pattern=kept).largest_rank == 3
+
+
 def test_methods_without_a_schedule_say_so():
     model = get_peft_model(base(), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ConfigError, match="has a schedule, as AdaLoRA has"):

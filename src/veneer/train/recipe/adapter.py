@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from veneer.errors import ConfigError
 from veneer.train.keys import missing, nearest, typed
 
 # Modules that need torch are imported where they are used: a wrong recipe is told before seconds of imports.
@@ -61,11 +62,6 @@ def adapter_problems(adapter: Mapping[str, Any]) -> list[str]:
     named, found = named_methods()[method], list[str]()
     given = typed(named.config, rest, found, "adapter.")
     found += missing(named.config, rest, "adapter.")
-    if given.get("init_lora_weights") == "eva":
-        found.append(
-            "adapter.init_lora_weights: 'eva' starts from a pass over data, which no recipe makes: call "
-            "initialize_lora_eva_weights in Python"
-        )
     return found + [
         f"adapter.{key}: {given[key]!r} contradicts method {method}, which sets it to {value!r}"
         for key, value in named.switches.items()
@@ -76,13 +72,23 @@ def adapter_problems(adapter: Mapping[str, Any]) -> list[str]:
 def adapter_config(adapter: Mapping[str, Any]) -> MethodConfig | None:
     """The config that a part without problems means; None where the whole model is trained.
 
-    LoRA and its variants act on every linear layer where the part does not say otherwise.
+    LoRA and its variants act on every linear layer where the part does not say otherwise. Raises ConfigError for
+    settings that the config refuses, and for those that no recipe carries out.
     """
+    from veneer.contract import LinearMethod
+
     if method_of(adapter) == FULL:
         return None
     named = named_methods()[method_of(adapter)]
     given = typed(named.config, _fields(adapter), [])
-    return named.config(**{**named.config.usual_fields, **given, **named.switches})
+    config = named.config(**{**named.config.usual_fields, **given, **named.switches})
+    start = config.late_start if isinstance(config, LinearMethod) else None
+    if start is not None and start.settings is not None:
+        raise ConfigError(
+            f"adapter: {config.peft_type} with {type(start.settings).__name__} starts from a pass over data, which no "
+            "recipe makes: take another start, or call initialize_lora_eva_weights in Python"
+        )
+    return config
 
 
 def usual_learning_rate(adapter: Mapping[str, Any]) -> float:

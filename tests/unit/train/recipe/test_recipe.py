@@ -79,7 +79,7 @@ def test_every_problem_is_told_at_once_with_the_nearest_key():
         ({"data": {"train": "a", "prompt": "{q}"}}, "belong together"),
         ({"data": {"train": "a", "eval": "b", "eval_fraction": 0.1}}, "not both"),
         ({"data": {"train": "a", "eval_fraction": 1.5}}, "data.eval_fraction: 1.5 does not fit"),
-        ({"adapter": {"init_lora_weights": "eva"}}, "adapter.init_lora_weights: 'eva' starts from a pass over data"),
+        ({"adapter": {"init_lora_weights": "eva"}}, "adapter: LORA with EvaConfig starts from a pass over data"),
         ({"data": {}}, "data.train: is missing"),
         ({"adapter": {"method": "prompt_tuning"}}, "adapter.num_virtual_tokens: is missing"),
         ({"adapter": {"method": "dora", "use_dora": False}}, "use_dora: False contradicts method dora"),

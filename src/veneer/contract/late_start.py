@@ -1,0 +1,40 @@
+"""Starts of low-rank factors that need the model: from its data (EVA), or from what quantizing it has lost (LoftQ)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from veneer.contract.config import MethodConfig
+from veneer.core.sites import LinearSite
+
+
+@dataclass(frozen=True, kw_only=True)
+class LateStart(ABC):
+    """Low-rank factors that may be started again once their adapter is on a model.
+
+    ``a`` and ``b`` name A (r, i) and B (o, r) among the method's parameters. ``settings`` are those of the start from
+    data that the config asks for, such as `inits.eva.EvaConfig`; None where it asks for none. ``is_product``: the
+    update is `scale` B A as it stands, whatever the factors are, so that they may start as any product.
+    """
+
+    a: str
+    b: str
+    settings: object | None
+    is_product: bool
+
+    @abstractmethod
+    def rank(self, site: LinearSite) -> int:
+        """The rank r at this site."""
+
+    @abstractmethod
+    def scale(self, site: LinearSite) -> float:
+        """The factor of B A at this site."""
+
+    @abstractmethod
+    def with_ranks(self, sites: Mapping[str, LinearSite], ranks: Mapping[str, int], keep_scale: bool) -> MethodConfig:
+        """The config with these ranks at these sites, both by path; a site of rank 0 is no longer adapted.
+
+        ``keep_scale``: `scale` stays what it was; otherwise it follows from the new rank.
+        """
