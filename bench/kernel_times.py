@@ -1,4 +1,10 @@
-"""The tables that `bench/kernels.py` prints."""
+"""Every kernel against its peer in one run: 4-bit codec and products against bitsandbytes, training ops against torch.
+
+Both sides are compared before they are timed, A B A B, medians. The bound of an op is the larger of what its bytes take
+at the rate of a copy and its products at the rate of torch's matrix product, both measured in the same run.
+
+    python bench/kernel_times.py [--threads 2] [--rows 1536] [--columns 576] [--repeats 9] [--only 4-bit|training]
+"""
 
 from __future__ import annotations
 
@@ -17,8 +23,8 @@ from veneer.ops.cpu.module import description
 MIN_REPEATS = 5
 
 
-def main(about: str) -> None:
-    args = parse(about)
+def main() -> None:
+    args = parse()
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     console = Console(width=120)
@@ -35,8 +41,8 @@ def main(about: str) -> None:
         console.print(table_of(title, "torch", training_pairs(), rates, (args.repeats, 1)))
 
 
-def parse(about: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1536)
     parser.add_argument("--columns", type=int, default=576)
     parser.add_argument("--repeats", type=int, default=9, help=f"A B pairs per op; at least {MIN_REPEATS}")
@@ -54,3 +60,7 @@ def table_of(title: str, peer: str, pairs: Iterable[Pair], rates: Rates, turns: 
         numbers = (f"{theirs:.3f}", f"{ours:.3f}", f"{theirs / ours:.2f}x", f"{rates.bound_ms(pair):.3f}")
         table.add_row(pair.name, *numbers)
     return table
+
+
+if __name__ == "__main__":
+    main()
