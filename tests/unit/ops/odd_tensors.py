@@ -26,6 +26,7 @@ from veneer.ops.dispatch import backends, implementation
 from veneer.ops.four_bit import FourBitLayout, quantize_4bit
 from veneer.ops.grouped_low_rank import AdapterRuns, LowRankGroup, Run
 from veneer.ops.int8 import quantize_int8
+from veneer.ops.packed import PackedWeight
 
 N, D, OUT, R, HEADS = 6, 64, 128, 2, 2
 
@@ -67,6 +68,10 @@ def cases():
     rstd = torch.ones(N)
     yield "norm.rms_norm_backward", (x, y, w, rstd, 0.5, True)
     yield "norm.layer_norm_backward", (x, y, w, rstd, rstd.clone(), True)
+    flat_panels = PackedWeight.pack(torch.randn(OUT, D)).panels
+    yield "packed.pack", (torch.randn(OUT, D),)
+    yield "packed.unpack", (flat_panels, Plain((OUT, D)))
+    yield "packed.matmul", (PackedWeight(flat_panels, (OUT, D)), x, wide, wide.clone())
     angles = torch.randn(1, N, 4)
     yield "scale.forward", (x, w, w.clone(), y)
     yield "scale.backward", (x, y, w, x.clone(), True)
@@ -84,6 +89,7 @@ def moment(x):
     return Moment8bit(torch.zeros(x.numel(), dtype=torch.uint8), torch.zeros(-(-x.numel() // 256)))
 
 
+tree.register_pytree_node(PackedWeight, lambda p: ([p.panels], p.shape), lambda t, shape: PackedWeight(t[0], shape))
 tree.register_pytree_node(Moment8bit, lambda m: ([m.codes, m.absmax], None), lambda parts, _: Moment8bit(*parts))
 tree.register_pytree_node(LowRankGroup, lambda g: ([*g.a, *g.b], g), lambda ab, g: replace(g, a=(ab[0],), b=(ab[1],)))
 

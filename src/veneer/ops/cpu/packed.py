@@ -1,0 +1,47 @@
+"""Packed weights by csrc/packed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from veneer.ops.cpu.module import DTYPES, kernels
+from veneer.ops.memory import address
+from veneer.ops.packed import BLOCK, PackedWeight, packed_depth
+
+
+def pack(weight: Tensor) -> Tensor:
+    o, i = weight.shape
+    rows = _rows(weight)
+    panels = torch.empty((o + -o % BLOCK) * packed_depth(i, weight.dtype), dtype=weight.dtype)
+    kernels().packed_pack(DTYPES[weight.dtype], o, i, address(rows), rows.stride(0), address(panels))
+    return panels
+
+
+def unpack(panels: Tensor, shape: tuple[int, int]) -> Tensor:
+    rows = torch.empty(shape, dtype=panels.dtype)
+    kernels().packed_unpack(DTYPES[panels.dtype], *shape, address(panels), address(rows))
+    return rows
+
+
+def matmul(weight: PackedWeight, x: Tensor, onto: Tensor | None, out: Tensor) -> None:
+    panels, x = weight.panels, _rows(x)
+    kernels().packed_matmul(
+        DTYPES[panels.dtype],
+        *weight.shape,
+        address(panels),
+        x.shape[0],
+        address(x),
+        x.stride(0),
+        DTYPES[x.dtype],
+        address(out),
+        out.stride(0),
+        DTYPES[out.dtype],
+        0 if onto is None else address(onto),
+        0 if onto is None else onto.stride(0),
+    )
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x with its last axis contiguous."""
+    return x if x.stride(1) == 1 else x.contiguous()

@@ -1,0 +1,98 @@
+"""A frozen weight in the layout that its product reads in one pass: packed once, for one row and for a thousand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from veneer.errors import ShapeError
+from veneer.ops.dispatch import implementation
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+ROWS = (torch.float32, torch.bfloat16)
+BLOCK, BLOCKS, DEPTH_UNIT = 16, 4, 32
+
+
+def packed_depth(i: int, dtype: torch.dtype) -> int:
+    """Values of each output in a packed weight: i, in bfloat16 filled up with zeros to a multiple of 32."""
+    return -(-i // DEPTH_UNIT) * DEPTH_UNIT if dtype == torch.bfloat16 else i
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedWeight:
+    """``W (o, i)`` in panels of 64 outputs, one after the other in ``panels``, which is flat and of W's dtype.
+
+    Of a panel the values of one input are neighbours (in bfloat16, of two inputs); the last panel is a multiple of 16
+    outputs wide, and what W lacks there is zero. csrc/packed/packed.h tells the layout.
+    """
+
+    panels: Tensor
+    shape: tuple[int, int]
+
+    @classmethod
+    def pack(cls, weight: Float[Tensor, "o i"], *, backend: str | None = None) -> PackedWeight:
+        """A copy of ``weight``, of float32, bfloat16 or float16. Raises ShapeError."""
+        if weight.ndim != 2 or weight.dtype not in FLOATS:
+            raise ShapeError(
+                f"a packed weight is made from a matrix of {_names(FLOATS)}; given {weight.dtype} {tuple(weight.shape)}"
+            )
+        o, i = weight.shape
+        panels: Tensor = implementation("packed.pack", weight.device, backend)(weight.detach())
+        return cls(panels, (o, i))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weight's."""
+        return self.panels.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the panels, with what fills them up."""
+        return self.panels.nbytes
+
+    def dense(self, *, backend: str | None = None) -> Float[Tensor, "o i"]:
+        """The weight that was packed, to the bit."""
+        out: Tensor = implementation("packed.unpack", self.panels.device, backend)(self.panels, self.shape)
+        return out
+
+    def matmul(
+        self,
+        x: Float[Tensor, "n i"],
+        *,
+        onto: Float[Tensor, "n o"] | None = None,
+        out: Float[Tensor, "n o"] | None = None,
+        backend: str | None = None,
+    ) -> Float[Tensor, "n o"]:
+        """``onto + W x`` for rows of float32 or bfloat16, written into ``out`` where it is given. For inference alone.
+
+        Products and sums are float32 (x is never rounded) and rounded once, to the dtype of out, of onto, or of x.
+        Each sum runs over the inputs in an order that the weight alone sets: a row's result is the same, bit for bit,
+        whatever rows and however many are beside it. ``onto`` may be ``out``. Only last axes must be contiguous.
+        Raises ShapeError.
+        """
+        _check(self, x, onto, out)
+        if out is None:
+            out = x.new_empty(x.shape[0], self.shape[0], dtype=x.dtype if onto is None else onto.dtype)
+        implementation("packed.matmul", x.device, backend)(self, x, onto, out)
+        return out
+
+
+def _check(weight: PackedWeight, x: Tensor, onto: Tensor | None, out: Tensor | None) -> None:
+    o, i = weight.shape
+    if x.ndim != 2 or x.shape[1] != i or x.dtype not in ROWS:
+        raise ShapeError(f"x must be (n, {i}) of {_names(ROWS)}; given {tuple(x.shape)} {x.dtype}")
+    for name, y in (("onto", onto), ("out", out)):
+        if y is not None and (y.shape != (x.shape[0], o) or y.dtype not in ROWS or (o > 1 and y.stride(1) != 1)):
+            raise ShapeError(
+                f"{name} must be ({x.shape[0]}, {o}) of {_names(ROWS)}, its last axis contiguous; given "
+                f"{tuple(y.shape)} {y.dtype}, strides {y.stride()}"
+            )
+    if onto is not None and out is not None and onto.dtype != out.dtype:
+        raise ShapeError(f"onto and out must be of one dtype; given {onto.dtype} and {out.dtype}")
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

@@ -1,0 +1,43 @@
+"""Packed weights in plain torch: the specification of the layout, and of the product."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from veneer.ops.packed import BLOCK, BLOCKS, PackedWeight, packed_depth
+
+
+def pack(weight: Float[Tensor, "o i"]) -> Tensor:
+    o, i = weight.shape
+    depth, pair = packed_depth(i, weight.dtype), _pair(weight.dtype)
+    filled = functional.pad(weight, (0, depth - i, 0, -o % BLOCK))
+    panels = [
+        p.reshape(len(p), depth // pair, pair).transpose(0, 1).flatten() for p in torch.split(filled, BLOCKS * BLOCK)
+    ]
+    return torch.cat(panels)
+
+
+def unpack(panels: Tensor, shape: tuple[int, int]) -> Float[Tensor, "o i"]:
+    o, i = shape
+    depth, pair, filled = packed_depth(i, panels.dtype), _pair(panels.dtype), o + -o % BLOCK
+    widths = [min(BLOCKS * BLOCK, filled - first) for first in range(0, filled, BLOCKS * BLOCK)]
+    parts = torch.split(panels, [width * depth for width in widths])
+    rows = [
+        p.view(depth // pair, width, pair).transpose(0, 1).reshape(width, depth)
+        for p, width in zip(parts, widths, strict=True)
+    ]
+    return torch.cat([*rows, panels.new_empty(0, depth)])[:o, :i].contiguous()
+
+
+def matmul(weight: PackedWeight, x: Float[Tensor, "n i"], onto: Tensor | None, out: Tensor) -> None:
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    sums = x.to(wide) @ unpack(weight.panels, weight.shape).to(wide).T
+    out.copy_(sums if onto is None else onto.to(wide) + sums)
+
+
+def _pair(dtype: torch.dtype) -> int:
+    """Inputs whose values are neighbours."""
+    return 2 if dtype == torch.bfloat16 else 1
