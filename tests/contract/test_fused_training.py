@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import veneer
+from veneer import PeftModel
 from veneer.contract import LinearMethod
 from veneer.model.fused import block
 from veneer.model.fused.decoder import fused
+from veneer.model.routing import BASE, Routing
 
 N_LAYERS = 2
 LLAMA = LlamaConfig(
@@ -37,14 +39,20 @@ def halves(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ran
 
 
-def adapted(config: LinearMethod) -> PreTrainedModel:
-    """With an adapter on every linear layer, all of it away from its start."""
+def make_base() -> Any:
     torch.manual_seed(41)
-    model: Any = AutoModelForCausalLM.from_config(LLAMA)
+    model = AutoModelForCausalLM.from_config(LLAMA)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += (0.3 if parameter.ndim == 1 else 0.15) * torch.randn_like(parameter)
-    model = veneer.get_peft_model(model, config)
+    return model
+
+
+def adapted(model: Any, configs: dict[str, LinearMethod]) -> PeftModel:
+    """With these adapters, all of them away from their start."""
+    for name, config in configs.items():
+        model = veneer.get_peft_model(model, config, name)
+    model.set_requires_grad(list(configs))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -52,41 +60,83 @@ def adapted(config: LinearMethod) -> PreTrainedModel:
     return model.train()
 
 
-def step(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def everywhere(config: LinearMethod, rate: float) -> LinearMethod:
+    """The method on every linear layer, with dropout where it has some."""
+    rates = [field.name for field in dataclasses.fields(config) if field.name.endswith("dropout")]
+    return dataclasses.replace(config, **{"target_modules": "all-linear"}, **dict.fromkeys(rates, rate))
+
+
+def step(model: PeftModel, tokens: Tensor = TOKENS) -> dict[str, Tensor]:
     """Loss, logits and gradients of one pass."""
     model.zero_grad()
     torch.manual_seed(5)  # dropout draws the same keys on both paths
-    logits = model(input_ids=TOKENS, use_cache=False).logits
-    loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
+    logits = model(input_ids=tokens, use_cache=False).logits
+    loss = row_losses(logits, tokens).sum()
     loss.backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return {"loss": loss.detach(), "logits": logits.detach(), **gradients}
+    return {"loss": loss.detach(), "logits": logits.detach(), **gradients(model)}
 
 
-def assert_trains_fused(config: LinearMethod, halves: list[str]) -> None:
-    model = adapted(config)
+def row_losses(logits: Tensor, tokens: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits[:, :-1].mT, tokens[:, 1:], reduction="none").mean(1)
+
+
+def gradients(model: PeftModel) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_near(found: Tensor, expected: Tensor, name: str) -> None:
+    assert (found - expected).norm() <= 5e-5 * expected.norm(), name
+
+
+def assert_trains_fused(model: PeftModel, halves: list[str]) -> None:
+    halves.clear()
     expected = step(model)
     assert not halves
     with fused(model):
-        halves.clear()  # of the check before
+        halves.clear()  # of the check that fusing makes
         found = step(model)
     assert halves == ["attention_half", "mlp_half"] * N_LAYERS
     assert found.keys() == expected.keys()
     assert any(value.abs().max() > 1e-4 for name, value in found.items() if name not in ("loss", "logits"))
     for name, value in expected.items():
-        assert (found[name] - value).norm() <= 5e-5 * value.norm(), name
+        assert_near(found[name], value, name)
 
 
 def test_every_method(config: LinearMethod, halves: list[str]) -> None:
-    config = dataclasses.replace(config, **{"target_modules": "all-linear"})
-    assert_trains_fused(config, halves)
-    rates = [field.name for field in dataclasses.fields(config) if field.name.endswith("dropout")]
-    if rates:
-        halves.clear()
-        dropping = dataclasses.replace(config, **dict.fromkeys(rates, 0.3))
-        assert dropping.dropout == 0.3
-        assert_trains_fused(dropping, halves)
+    for rate in {0.0, everywhere(config, 0.3).dropout}:
+        assert_trains_fused(adapted(make_base(), {"default": everywhere(config, rate)}), halves)
 
 
 def test_a_method_dropped_into_the_folder(toy: Any, halves: list[str]) -> None:
-    assert_trains_fused(toy(strength=3.0), halves)
+    assert_trains_fused(adapted(make_base(), {"default": toy(strength=3.0)}), halves)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_rows_of_every_method_in_one_batch(every_config: list[LinearMethod], rate: float, halves: list[str]) -> None:
+    """Each row's loss and gradients are those of its adapter alone on the general path; one row is the base's."""
+    configs = {f"row{i}": everywhere(config, rate) for i, config in enumerate(every_config)}
+    model = adapted(make_base(), configs)
+    tokens = torch.arange((len(configs) + 1) * 17).view(-1, 17) * 31 % 97
+    alone = {}
+    for row, name in enumerate(configs):
+        model.set_adapter(name)
+        alone[name] = step(model, tokens[row : row + 1])
+    with model.disable_adapter(), torch.no_grad():
+        of_base = row_losses(model(tokens[-1:], use_cache=False).logits, tokens[-1:])
+    model.set_requires_grad(list(configs))
+    model.zero_grad()
+    generators = {name: torch.Generator().manual_seed(5) for name in configs}
+    with fused(model), model.adapter_state.route(Routing((*configs, BASE), generators)):
+        halves.clear()
+        losses = row_losses(model(input_ids=tokens, use_cache=False).logits, tokens)
+        losses.sum().backward()
+    assert halves == ["attention_half", "mlp_half"] * N_LAYERS
+    found = gradients(model)
+    for loss, (name, expected) in zip(losses, alone.items(), strict=False):
+        assert_near(loss, expected.pop("loss"), name)
+        del expected["logits"]
+        assert expected
+        for key, value in expected.items():
+            assert_near(found.pop(key), value, key)
+    assert not found
+    assert_near(losses[-1:], of_base, "base")
