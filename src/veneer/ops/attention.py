@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from veneer.errors import ConfigError, ShapeError
 from veneer.ops.dispatch import implementation
@@ -88,6 +89,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
         dq, dk, dv = attention_backward(dout, (q, k, v), (out, lse), cu_seqlens, ctx.options)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from veneer.core.frozen import FrozenWeight
 from veneer.errors import ConfigError, ShapeError
@@ -158,6 +159,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total / n_items, hits
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dloss: Tensor, dhits: Tensor) -> tuple[Tensor | None, ...]:
         factor = dloss / ctx.n_items
         dhidden, dweight = (None if g is None else _times(g, factor, ctx.dtype) for g in ctx.grads)
@@ -185,6 +187,7 @@ class _RowCrossEntropy(torch.autograd.Function):
         return losses.new_zeros(len(labels)).index_copy_(0, rows, losses), hits
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dlosses: Tensor, dhits: Tensor) -> tuple[Tensor | None, ...]:
         return _times(ctx.dhidden, dlosses[:, None], ctx.dhidden.dtype), None, None, None, None
 

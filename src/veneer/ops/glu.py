@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from veneer.errors import ConfigError, ShapeError
 from veneer.ops.dispatch import implementation
@@ -62,6 +63,7 @@ class _Glu(torch.autograd.Function):
         return glu_forward(gate, up, activation, backend=backend)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         dgate, dup, _ = glu_backward(dh, gate, up, ctx.activation, backend=ctx.backend)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from veneer.errors import ShapeError
 from veneer.ops.dispatch import implementation
@@ -161,6 +162,7 @@ class _GroupedLowRank(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, u, *pairs = ctx.saved_tensors
         scales, rows, backend = ctx.how

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from veneer.errors import ShapeError
 from veneer.ops.dispatch import implementation
@@ -59,6 +60,7 @@ class _Rotary(torch.autograd.Function):
         return rotate(x, cos, sin, interleaved=interleaved, backend=backend)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         dx = rotate(dy, cos, sin, interleaved=ctx.interleaved, inverse=True, backend=ctx.backend)

@@ -40,6 +40,8 @@ from veneer.model.quant_linear import QuantLinear
 from veneer.ops import dispatch
 from veneer.ops.four_bit import FourBitLayout
 from veneer.quant.four_bit import FourBitSpec
+from veneer.quant.int8 import Int8Spec
+from veneer.quant.spec import StorageSpec
 
 from .conftest import FAMILIES, SIZES, WIDE, base
 
@@ -78,10 +80,11 @@ def stir(model: nn.Module) -> None:
 def quantized(model: PreTrainedModel, quant_type: str, compute_dtype: torch.dtype | None = None) -> PreTrainedModel:
     for name, module in list(model.model.layers.named_modules()):
         if isinstance(module, nn.Linear):
-            layout = FourBitLayout(tuple(module.weight.shape), quant_type, 64, module.weight.dtype)
-            model.model.layers.set_submodule(
-                name, QuantLinear.from_dense(module, FourBitSpec(layout, True, compute_dtype))
-            )
+            shape, dtype = tuple(module.weight.shape), module.weight.dtype
+            spec: StorageSpec = Int8Spec(shape, dtype, compute_dtype)
+            if quant_type != "int8":
+                spec = FourBitSpec(FourBitLayout(shape, quant_type, 64, dtype), True, compute_dtype)
+            model.model.layers.set_submodule(name, QuantLinear.from_dense(module, spec))
     return model
 
 
@@ -164,8 +167,8 @@ def test_every_record_runs_fused(family: str, method: str, halves: list[str]) ->
 
 
 @pytest.mark.parametrize("method", RECORDS)
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-def test_every_record_on_a_base_in_four_bits(quant_type: str, method: str, halves: list[str]) -> None:
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int8"])
+def test_every_record_on_a_quantized_base(quant_type: str, method: str, halves: list[str]) -> None:
     assert_same(adapted(quantized(base("llama"), quant_type), RECORDS[method]), BATCHES["padded"])
     assert halves.count("attention") == halves.count("mlp") >= 4
 
@@ -193,9 +196,9 @@ def test_layers_that_slide_beside_layers_that_do_not(
     assert error(found[2], before[2]) <= 2e-5
 
 
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int8"])
 @pytest.mark.parametrize("batch", BATCHES)
-def test_on_a_base_in_four_bits(quant_type: str, batch: str, halves: list[str]) -> None:
+def test_on_a_quantized_base(quant_type: str, batch: str, halves: list[str]) -> None:
     assert_same(adapted(quantized(base("llama"), quant_type)), BATCHES[batch])
     assert halves.count("attention") == halves.count("mlp") >= 4
 

@@ -169,7 +169,7 @@ def test_generation_gives_each_row_what_it_gives_alone(everything, beams):
     )
 
 
-def test_fused_blocks_leave_mixed_batches_to_the_general_path():
+def test_fused_blocks_give_each_row_what_the_general_path_gives():
     names, inputs = ["lora", "__base__", "ia3"], batch(3)
     model = mixed_model(names).float()
     with torch.no_grad():

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from veneer.model.blueprint.heads import HeadLayout
 from veneer.model.fused.parts import Norm, add_onto, parted
@@ -85,6 +86,7 @@ class _AttentionHalf(torch.autograd.Function):
         return out.view(x.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         half, positions, n_inner_tensors = ctx.half, ctx.positions, len(tensors_of(ctx.half.qkv))
         x, statistics, attended, lse, *rest = ctx.saved_tensors

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from veneer.model.fused.parts import Norm, add_onto, parted
 from veneer.ops.activation import activation_backward, activation_forward
@@ -88,6 +89,7 @@ class _MlpHalf(torch.autograd.Function):
         return out.view(x.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         half, n_inner_tensors = ctx.half, len(tensors_of(ctx.half.gate_up))
         x, statistics, *rest = ctx.saved_tensors

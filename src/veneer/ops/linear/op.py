@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from veneer.ops.linear.layer import FIELDS, LinearLayer, Weight, require_fit, tensors_of
@@ -183,6 +184,7 @@ class _Linears(torch.autograd.Function):
         return ys
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         x, *tensors = ctx.saved_tensors
         kept = Kept.of(tensors, ctx.layers)
