@@ -137,10 +137,11 @@ def settle(model: nn.Module) -> None:
     beside the codes (norms, embeddings, head) gets the model's dtype back.
     """
     layers = {path: m for path, m in model.named_modules() if isinstance(m, QuantLinear)}
-    if not any("merged_weight" in vars(layer) for layer in layers.values()):
+    merged = {p: m.kept.merged_weight for p, m in layers.items() if isinstance(m, Adapted)}
+    if not any(weight is not None for weight in merged.values()):
         return
     for path, layer in layers.items():
-        cast(Any, model).set_submodule(path, layer.to_dense(weight=vars(layer).get("merged_weight")))
+        cast(Any, model).set_submodule(path, layer.to_dense(weight=merged.get(path)))
     _narrow(model, next(iter(layers.values())).spec.dtype)
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:

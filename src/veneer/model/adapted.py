@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
@@ -50,6 +52,30 @@ class TiedFactors(nn.Module):
         return dict(factors) if self.turned is None else self.turned(factors)
 
 
+@dataclass
+class Kept:
+    """All that is computed at one adapted module and kept there: unloading the last adapter drops it as a whole.
+
+    ``row_sq``: squared norms of the weight's rows, (o,). ``merged_weight``: the weight with adapters folded in, beside
+    codes that cannot hold it. ``read``: the parameters as one forward pass reads them; None outside of a pass.
+    ``attention``: the attention whose output projection the module is. None of it is registered in the module.
+    """
+
+    row_sq: Tensor | None = None
+    merged_weight: Tensor | None = None
+    read: dict[str, Tensor | None] | None = None
+    attention: nn.Module | None = None
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Inside the block, one forward pass, what is read is made once however often the module's code looks at it."""
+        before, self.read = self.read, {}
+        try:
+            yield
+        finally:
+            self.read = before
+
+
 class Adapted(InPlace, nn.Module):
     """Mixed in front of the class of a module, in place.
 
@@ -64,6 +90,7 @@ class Adapted(InPlace, nn.Module):
     adapters: nn.ModuleDict
     copies: nn.ModuleDict
     originals: dict[str, Tensor | None]
+    kept: Kept
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         routing = self.adapter_state.routed()
@@ -211,15 +238,14 @@ def adapt(path: str, module: nn.Module, state: AdapterState, mixin: type[Adapted
     adapted = cast(Adapted, module)
     adapted.site_name, adapted.adapter_state = path, state
     adapted.adapters, adapted.copies, adapted.originals = nn.ModuleDict(), nn.ModuleDict(), {}
+    adapted.kept = Kept()
     return adapted
 
 
 def restore(module: Adapted) -> None:
     """Give a module its class back and leave nothing of ours in it."""
-    for attribute in ("adapters", "copies"):
+    for attribute in ("adapters", "copies", "site_name", "adapter_state", "originals", "kept"):
         delattr(module, attribute)
-    for attribute in ("site_name", "adapter_state", "originals", "merged_weight", "_row_sq_cache", "attention"):
-        module.__dict__.pop(attribute, None)
     restore_class(module)
 
 

@@ -117,15 +117,14 @@ class AdaptedSite(Adapted):
 
     def _row_sq(self) -> Tensor:
         """Squared row norms of the weight, computed once. `forget` drops them where the weight changes."""
-        cached = self.__dict__.get("_row_sq_cache")
-        if cached is None or "weight" in type(self).swapped:
+        if self.kept.row_sq is None or "weight" in type(self).swapped:
             weight = cast(FrozenWeight, self.site(self.adapter_state.acting()).weight)
-            cached = self.__dict__["_row_sq_cache"] = row_squares(unrounded(weight))
-        return cast(Tensor, cached)
+            self.kept.row_sq = row_squares(unrounded(weight))
+        return self.kept.row_sq
 
     def forget(self) -> None:
         """Drop what was computed from the weight."""
-        self.__dict__.pop("_row_sq_cache", None)
+        self.kept.row_sq = None
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self.forget()
@@ -183,7 +182,7 @@ class AdaptedLinear(AdaptedSite):
         """Return True if another weight than the layer's own acts, on all rows or on some."""
         routing = self.adapter_state.routed()
         names = self.adapter_state.acting() if routing is None else routing.adapters
-        return "merged_weight" in vars(self) or self._differs(names)
+        return self.kept.merged_weight is not None or self._differs(names)
 
     def masks(self, x: Tensor) -> tuple[Mask | None, ...]:
         """The dropout masks of x (rows, …, features), one a record of `acting_records`; drawn anew at each call."""
@@ -233,12 +232,12 @@ class AdaptedLinear(AdaptedSite):
     def replace(self, values: dict[str, Tensor]) -> None:
         # a quantized layer has no parameter to put a dense weight into: it is kept beside the codes
         if self.has_codes and "weight" in values:
-            self.__dict__["merged_weight"] = values["weight"]
+            self.kept.merged_weight = values["weight"]
             values = {key: value for key, value in values.items() if key != "weight"}
         super().replace(values)
 
     def put_back(self) -> None:
-        self.__dict__.pop("merged_weight", None)
+        self.kept.merged_weight = None
         super().put_back()
 
     @property
@@ -254,9 +253,8 @@ class AdaptedLinear(AdaptedSite):
 
     def _own(self, x: Tensor) -> Tensor:
         """The product of the layer alone: with the base's weight or, merged into a quantized base, with a dense one."""
-        merged = cast("Tensor | None", self.__dict__.get("merged_weight"))
-        if merged is not None:
-            return apply_linear(LinearDelta(), x, DenseWeight(merged), self.effective("bias"))
+        if self.kept.merged_weight is not None:
+            return apply_linear(LinearDelta(), x, DenseWeight(self.kept.merged_weight), self.effective("bias"))
         acting = self.adapter_state.acting()
         rows = self.token_rows(acting)
         if not rows:

@@ -6,8 +6,8 @@ So the weight that is read is the one with the update folded in. No input stands
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, cast
 
@@ -36,7 +36,7 @@ class _Folding(AdaptedSite):
         if names is not None or parameter not in (self.weight_name, self.bias_name):
             return Adapted.effective(self, parameter, names)
         self.require_one_for_all_rows()
-        read: dict[str, Tensor | None] = self.__dict__.get("read_already", {})
+        read = {} if self.kept.read is None else self.kept.read
         if not read:
             weight, bias = (cast(Tensor, self.own(name, None)) for name in (self.weight_name, self.bias_name))
             acting = self.acting_here()
@@ -44,15 +44,6 @@ class _Folding(AdaptedSite):
             folded = fold_linear(record, weight, bias) if acting else (weight, bias)
             read |= dict(zip((self.weight_name, self.bias_name), folded, strict=True))
         return read[parameter]
-
-    @contextmanager
-    def read_once(self) -> Iterator[None]:
-        """Inside the block, one forward pass, what is read is made once however often torch looks at it."""
-        self.__dict__["read_already"] = {}
-        try:
-            yield
-        finally:
-            del self.__dict__["read_already"]
 
     def own(self, parameter: str, names: Sequence[str] | None) -> Tensor | None:
         """A parameter without what is folded in."""
@@ -76,8 +67,8 @@ class AdaptedAttention(_Folding):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.require_one_for_all_rows()
         out_projection = cast(Any, self).out_proj
-        inner = out_projection.read_once() if isinstance(out_projection, AdaptedOutProjection) else nullcontext()
-        with self.read_once(), inner:
+        inner = out_projection.kept.reading() if isinstance(out_projection, AdaptedOutProjection) else nullcontext()
+        with self.kept.reading(), inner:
             return Adapted.forward(self, *args, **kwargs)
 
     def site(self, names: Sequence[str] | None = None) -> LinearSite:
@@ -109,7 +100,6 @@ class AdaptedOutProjection(_Folding, AdaptedLinear):
     """
 
     weight_name, bias_name = "weight", "bias"
-    attention: nn.Module | None = None
 
     def site(self, names: Sequence[str] | None = None) -> LinearSite:
         names = self.adapter_state.acting() if names is None else names
@@ -126,7 +116,8 @@ class AdaptedOutProjection(_Folding, AdaptedLinear):
         return DenseWeight(cast(Tensor, self.own("weight", names)))
 
     def _by_attention(self, name: str) -> bool:
-        return isinstance(self.attention, AdaptedAttention) and name in self.attention.adapters
+        attention = self.kept.attention
+        return isinstance(attention, AdaptedAttention) and name in attention.adapters
 
     def _as_seen_by(self, name: str, site: LinearSite) -> LinearSite:
         if not self._by_attention(name):
@@ -138,7 +129,7 @@ def adapt_attention(path: str, module: nn.Module, state: AdapterState) -> Adapte
     """Make an attention, and its output projection, adapted in place."""
     adapted = adapt(path, module, state, AdaptedAttention)
     projection = adapt_out_projection(f"{path}.{OUT_PROJECTION}", cast(Any, module).out_proj, state)
-    vars(projection)["attention"] = adapted  # not registered: it is no part of its own child
+    projection.kept.attention = adapted
     for parameter in (AdaptedAttention.weight_name, AdaptedAttention.bias_name):
         swap_reading(adapted, parameter)
     return adapted

@@ -26,6 +26,7 @@ from veneer.core.sites import LinearSite
 from veneer.errors import CompositionError, TargetError
 from veneer.model.adapted import Adapted, swap_reading, tensors_of
 from veneer.model.allocation import Allocation
+from veneer.model.blueprint.names import STACKS, UNGATED_STACKS
 from veneer.model.convolution import is_convolution
 from veneer.model.embedding import is_embedding
 from veneer.model.linear import is_linear
@@ -46,11 +47,8 @@ class AdaptedParameters(Adapted):
             return super().forward(*args, **kwargs)
         if runs_by_convention(self) and not kwargs and len(args) == 3:
             return self.run_experts(*args)
-        self.__dict__["read_already"] = {}  # the module's code may read a parameter once for each expert
-        try:
+        with self.kept.reading():  # the module's code may read a parameter once for each expert
             return super().forward(*args, **kwargs)
-        finally:
-            del self.__dict__["read_already"]
 
     def acting_here(self) -> list[str]:
         """The adapters that change parameters here now."""
@@ -76,9 +74,9 @@ class AdaptedParameters(Adapted):
         return compose_linear(records) if records else None
 
     def effective(self, parameter: str, names: Sequence[str] | None = None) -> Tensor | None:
-        read = self.__dict__.get("read_already") if names is None else None
+        read = self.kept.read if names is None else None
         if read is not None and parameter in read:
-            return cast(Tensor, read[parameter])
+            return read[parameter]
         value = super().effective(parameter, names)
         record = self.record(parameter, self.adapter_state.acting() if names is None else names)
         if record is not None and value is not None:
@@ -110,14 +108,14 @@ class AdaptedParameters(Adapted):
     def run_experts(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """The experts' output for tokens x (n, d), expert ids ``chosen`` (n, k) and their ``weights`` (n, k)."""
         module = cast(Any, self)
-        up = "gate_up_proj" if module.has_gate else "up_proj"
-        records = {p: self.record(p, self.adapter_state.acting()) or LinearDelta() for p in (up, "down_proj")}
+        inner, down = STACKS if module.has_gate else UNGATED_STACKS
+        records = {p: self.record(p, self.adapter_state.acting()) or LinearDelta() for p in (inner, down)}
         y = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, weights.dtype))
         for expert in torch.unique(chosen).tolist():
             token, place = torch.where(chosen == expert)
-            hidden = self._project(up, x[token], expert, records[up])
+            hidden = self._project(inner, x[token], expert, records[inner])
             hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
-            out = self._project("down_proj", hidden, expert, records["down_proj"])
+            out = self._project(down, hidden, expert, records[down])
             out = module.post_expert_norm(out) if module.has_post_expert_norm else out
             y = y.index_add(0, token, (out * weights[token, place, None]).to(y.dtype))
         return y.to(x.dtype)

@@ -43,6 +43,17 @@ def test_nothing_is_left_of_an_adapter_unloaded_from_a_fused_model() -> None:
         assert {path: names - before[path] for path, names in after.items() if names - before[path]} == {}
 
 
+def test_what_is_computed_at_a_layer_is_kept_in_one_place() -> None:
+    """So that unloading cannot forget a part of it."""
+    before = held(base("llama"))
+    model = adapted(LoraConfig(r=5, target_modules="all-linear", use_dora=True, lora_dropout=0.3)).train()
+    model(IDS, use_cache=False).logits.sum().backward()
+    model.merge_adapter()
+    ours = {"site_name", "adapter_state", "originals", "kept"}
+    assert all(names - before[path] in (ours, set()) for path, names in held(model).items())
+    assert all(names == before[path] for path, names in held(model.unload()).items())
+
+
 def test_a_record_of_parameters_is_kept_until_one_is_replaced() -> None:
     model = adapted(CONFIGS[0])
     layer = cast(AdaptedLinear, model.model.layers[0].self_attn.q_proj)

@@ -104,6 +104,7 @@ class Names:
 COMMON = Names()
 EXPERTS = ("experts", "gate")  # the stacks of a mixture and its router, as children of the feed-forward part
 STACKS = ("gate_up_proj", "down_proj")
+UNGATED_STACKS = ("up_proj", "down_proj")
 SHARED = ("shared_expert", "shared_expert_gate")
 
 JOINED: dict[str, tuple[str, ...]] = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
