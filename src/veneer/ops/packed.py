@@ -26,7 +26,7 @@ class PackedWeight:
     """``W (o, i)`` in panels of 64 outputs, one after the other in ``panels``, which is flat and of W's dtype.
 
     Of a panel the values of one input are neighbours (in bfloat16, of two inputs); the last panel is a multiple of 16
-    outputs wide, and what W lacks there is zero. csrc/packed/packed.h tells the layout.
+    outputs wide, and what W lacks there is zero. csrc/core/panels.h tells the layout.
     """
 
     panels: Tensor
@@ -40,7 +40,9 @@ class PackedWeight:
                 f"a packed weight is made from a matrix of {_names(FLOATS)}; given {weight.dtype} {tuple(weight.shape)}"
             )
         o, i = weight.shape
-        panels: Tensor = implementation("packed.pack", weight.device, backend)(weight.detach())
+        panels: Tensor = implementation("packed.pack", weight.device, backend)(
+            weight.detach(), packed_depth(i, weight.dtype)
+        )
         return cls(panels, (o, i))
 
     @property
@@ -49,13 +51,19 @@ class PackedWeight:
         return self.panels.dtype
 
     @property
+    def depth(self) -> int:
+        """Values of each output in the panels."""
+        return packed_depth(self.shape[1], self.dtype)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the panels, with what fills them up."""
         return self.panels.nbytes
 
     def dense(self, *, backend: str | None = None) -> Float[Tensor, "o i"]:
         """The weight that was packed, to the bit."""
-        out: Tensor = implementation("packed.unpack", self.panels.device, backend)(self.panels, self.shape)
+        unpack = implementation("packed.unpack", self.panels.device, backend)
+        out: Tensor = unpack(self.panels, self.shape, self.depth)
         return out
 
     def matmul(

@@ -27,6 +27,8 @@ from veneer.ops.four_bit import FourBitLayout, quantize_4bit
 from veneer.ops.grouped_low_rank import AdapterRuns, LowRankGroup, Run
 from veneer.ops.int8 import quantize_int8
 from veneer.ops.packed import PackedWeight
+from veneer.ops.paged_attention import PagedRows, PagedStore, SequenceRows
+from veneer.ops.pairs import PackedPairs, Pair, Segment
 
 N, D, OUT, R, HEADS = 6, 64, 128, 2, 2
 
@@ -69,9 +71,15 @@ def cases():
     yield "norm.rms_norm_backward", (x, y, w, rstd, 0.5, True)
     yield "norm.layer_norm_backward", (x, y, w, rstd, rstd.clone(), True)
     flat_panels = PackedWeight.pack(torch.randn(OUT, D)).panels
-    yield "packed.pack", (torch.randn(OUT, D),)
-    yield "packed.unpack", (flat_panels, Plain((OUT, D)))
+    yield "packed.pack", (torch.randn(OUT, D), D)
+    yield "packed.unpack", (flat_panels, Plain((OUT, D)), D)
     yield "packed.matmul", (PackedWeight(flat_panels, (OUT, D)), x, wide, wide.clone())
+    store = PagedStore.zeros(2, 16, (1, HEADS, 8), dtype=torch.float32)
+    step = PagedRows.of([SequenceRows([1], 3, N)], store)
+    yield "paged_attention.append", (store, 0, heads, heads.clone(), Plain(step))
+    yield "paged_attention.attend", (store, 0, heads, Plain(step), *numbers)
+    pairs = PackedPairs.pack([Pair(torch.randn(R, D), torch.randn(OUT, R), 0.5)], [OUT], dtype=torch.float32)
+    yield "pairs.add", (x, [Plain(Segment(pairs, 0, N))], [wide])
     angles = torch.randn(1, N, 4)
     yield "scale.forward", (x, w, w.clone(), y)
     yield "scale.backward", (x, y, w, x.clone(), True)
@@ -79,7 +87,7 @@ def cases():
 
 
 class Plain:
-    """A tensor that torch reads and no kernel does."""
+    """What torch reads and no kernel does, or what is made by its owner out of tensors of its own."""
 
     def __init__(self, tensor):
         self.tensor = tensor
@@ -90,6 +98,7 @@ def moment(x):
 
 
 tree.register_pytree_node(PackedWeight, lambda p: ([p.panels], p.shape), lambda t, shape: PackedWeight(t[0], shape))
+tree.register_pytree_node(PagedStore, lambda s: ([s.data], s), lambda t, s: replace(s, data=t[0]))
 tree.register_pytree_node(Moment8bit, lambda m: ([m.codes, m.absmax], None), lambda parts, _: Moment8bit(*parts))
 tree.register_pytree_node(LowRankGroup, lambda g: ([*g.a, *g.b], g), lambda ab, g: replace(g, a=(ab[0],), b=(ab[1],)))
 

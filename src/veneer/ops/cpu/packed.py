@@ -7,20 +7,20 @@ from torch import Tensor
 
 from veneer.ops.cpu.module import DTYPES, kernels
 from veneer.ops.memory import address
-from veneer.ops.packed import BLOCK, PackedWeight, packed_depth
+from veneer.ops.packed import BLOCK, PackedWeight
 
 
-def pack(weight: Tensor) -> Tensor:
+def pack(weight: Tensor, depth: int) -> Tensor:
     o, i = weight.shape
     rows = _rows(weight)
-    panels = torch.empty((o + -o % BLOCK) * packed_depth(i, weight.dtype), dtype=weight.dtype)
-    kernels().packed_pack(DTYPES[weight.dtype], o, i, address(rows), rows.stride(0), address(panels))
+    panels = torch.empty((o + -o % BLOCK) * depth, dtype=weight.dtype)
+    kernels().packed_pack(DTYPES[weight.dtype], o, i, depth, address(rows), rows.stride(0), address(panels))
     return panels
 
 
-def unpack(panels: Tensor, shape: tuple[int, int]) -> Tensor:
+def unpack(panels: Tensor, shape: tuple[int, int], depth: int) -> Tensor:
     rows = torch.empty(shape, dtype=panels.dtype)
-    kernels().packed_unpack(DTYPES[panels.dtype], *shape, address(panels), address(rows))
+    kernels().packed_unpack(DTYPES[panels.dtype], *shape, depth, address(panels), address(rows))
     return rows
 
 
@@ -29,6 +29,7 @@ def matmul(weight: PackedWeight, x: Tensor, onto: Tensor | None, out: Tensor) ->
     kernels().packed_matmul(
         DTYPES[panels.dtype],
         *weight.shape,
+        weight.depth,
         address(panels),
         x.shape[0],
         address(x),

@@ -7,22 +7,19 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from veneer.ops.packed import BLOCK, BLOCKS, PackedWeight, packed_depth
+from veneer.ops.packed import BLOCK, BLOCKS, PackedWeight
 
 
-def pack(weight: Float[Tensor, "o i"]) -> Tensor:
-    o, i = weight.shape
-    depth, pair = packed_depth(i, weight.dtype), _pair(weight.dtype)
-    filled = functional.pad(weight, (0, depth - i, 0, -o % BLOCK))
-    panels = [
-        p.reshape(len(p), depth // pair, pair).transpose(0, 1).flatten() for p in torch.split(filled, BLOCKS * BLOCK)
-    ]
-    return torch.cat(panels)
+def pack(weight: Float[Tensor, "o i"], depth: int) -> Tensor:
+    pair = _pair(weight.dtype)
+    filled = functional.pad(weight, (0, depth - weight.shape[1], 0, -len(weight) % BLOCK))
+    panels = torch.split(filled, BLOCKS * BLOCK)
+    return torch.cat([p.reshape(len(p), depth // pair, pair).transpose(0, 1).flatten() for p in panels])
 
 
-def unpack(panels: Tensor, shape: tuple[int, int]) -> Float[Tensor, "o i"]:
+def unpack(panels: Tensor, shape: tuple[int, int], depth: int) -> Float[Tensor, "o i"]:
     o, i = shape
-    depth, pair, filled = packed_depth(i, panels.dtype), _pair(panels.dtype), o + -o % BLOCK
+    pair, filled = _pair(panels.dtype), o + -o % BLOCK
     widths = [min(BLOCKS * BLOCK, filled - first) for first in range(0, filled, BLOCKS * BLOCK)]
     parts = torch.split(panels, [width * depth for width in widths])
     rows = [
@@ -33,9 +30,8 @@ def unpack(panels: Tensor, shape: tuple[int, int]) -> Float[Tensor, "o i"]:
 
 
 def matmul(weight: PackedWeight, x: Float[Tensor, "n i"], onto: Tensor | None, out: Tensor) -> None:
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    sums = x.to(wide) @ unpack(weight.panels, weight.shape).to(wide).T
-    out.copy_(sums if onto is None else onto.to(wide) + sums)
+    sums = x.float() @ unpack(weight.panels, weight.shape, weight.depth).float().T
+    out.copy_(sums if onto is None else onto.float() + sums)
 
 
 def _pair(dtype: torch.dtype) -> int:

@@ -1,0 +1,57 @@
+// Keys and values in pages, and attention to them. The specification is veneer/ops/reference/paged_attention.py.
+#pragma once
+
+#include <cstdint>
+
+#include "core/isa.h"
+#include "core/numeric.h"
+
+namespace veneer {
+
+// Pages lie one after the other, and in a page [layer][key head][K, V]. The K of `block` tokens is [d][block], their V
+// [block][d]; in bfloat16 [d / 2][block][2] and [block / 2][d][2], pairs side by side: right operands of the products
+// with queries and with probabilities. d is filled up with zeros to a multiple of 16; block is such a multiple.
+struct PagedStore {
+  char* data;
+  Dtype dtype;  // float32 or bfloat16
+  int64_t block, layers, kv_heads, head_dim;
+};
+
+// Rows of a step, sequence by sequence: of sequence s rows [first_row[s], first_row[s + 1]), which follow each other from
+// position[s] on, and its pages [first_page[s], …) in `pages`.
+struct PagedBatch {
+  int64_t n_sequences;
+  const int64_t *pages, *first_page, *first_row, *position;
+};
+
+struct PagedRows {  // (n, heads, head_dim), the last axis contiguous, of the store's dtype
+  char* data;
+  int64_t row_stride, head_stride;  // in values
+};
+
+struct PagedOptions {
+  float scale;
+  int64_t window;  // 0: none
+  float softcap;   // 0: none
+};
+
+struct PagedCall {
+  PagedStore store;
+  int64_t layer;
+  PagedBatch batch;
+  int64_t q_heads;
+  PagedRows q, out;
+  PagedOptions options;
+  char* scratch;
+  int n_threads;
+};
+
+struct PagedAttentionKernels {
+  void (*append)(const PagedStore& store, int64_t layer, const PagedBatch& batch, const PagedRows& k, const PagedRows& v);
+  int64_t (*scratch_bytes)(const PagedCall& call);
+  void (*attend)(const PagedCall& call);
+};
+
+VENEER_KERNELS(PagedAttentionKernels, paged_attention)
+
+}  // namespace veneer

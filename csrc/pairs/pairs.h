@@ -1,0 +1,44 @@
+// Low-rank pairs of many adapters, packed once. The specification is veneer/ops/reference/pairs.py.
+#pragma once
+
+#include <cstdint>
+
+#include "core/isa.h"
+#include "core/panels.h"
+
+namespace veneer {
+
+// Rows [start, stop) take the pairs of one adapter at layers that share their input. `factors` holds first the a of all
+// layers below one another, a matrix in panels, then of each layer scale * b, one too. Ranks and depths are even in
+// bfloat16, where what is missing is zero; the inputs of a are filled up to an even number alike. Rank 0: no pair there.
+struct PairsSegment {
+  const char* factors;
+  const int64_t* ranks;
+  int64_t start, stop;
+};
+
+struct PairsRows {  // the last axis contiguous
+  char* data;
+  int64_t stride;  // in values
+};
+
+struct PairsCall {
+  Dtype dtype, x_dtype, y_dtype;  // of the factors, of x, of the outputs; float32 or bfloat16
+  int64_t in_features, n_layers, n_segments;
+  const int64_t* out_features;
+  const PairsSegment* segments;
+  PairsRows x;
+  const PairsRows* ys;   // added to
+  int64_t rows_at_once;  // of a segment
+  char* scratch;
+  int n_threads;
+};
+
+struct PairsKernels {
+  int64_t (*scratch_bytes)(const PairsCall& call);
+  void (*add)(const PairsCall& call);
+};
+
+VENEER_KERNELS(PairsKernels, pairs)
+
+}  // namespace veneer

@@ -1,0 +1,38 @@
+"""Paged attention by csrc/paged_attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from veneer.ops.cpu.module import DTYPES, kernels
+from veneer.ops.memory import address
+from veneer.ops.paged_attention import PagedRows, PagedStore
+
+
+def append(store: PagedStore, layer: int, k: Tensor, v: Tensor, rows: PagedRows) -> None:
+    kernels().paged_attention_append(*_store(store), layer, *_rows(rows), *_heads(k), *_heads(v))
+
+
+def attend(
+    store: PagedStore, layer: int, q: Tensor, rows: PagedRows, scale: float, window: int, softcap: float
+) -> Tensor:
+    out = torch.empty(q.shape, dtype=q.dtype)
+    kernels().paged_attention_attend(
+        *_store(store), layer, *_rows(rows), q.shape[1], *_heads(q), *_heads(out), scale, window, softcap
+    )
+    return out
+
+
+def _store(store: PagedStore) -> tuple[int, ...]:
+    data = store.data
+    return address(data), DTYPES[data.dtype], store.block, store.n_layers, store.kv_heads, store.head_dim
+
+
+def _rows(rows: PagedRows) -> tuple[int, ...]:
+    numbers = (rows.pages, rows.first_page, rows.first_row, rows.position)
+    return len(rows.position), *(address(t) for t in numbers)
+
+
+def _heads(x: Tensor) -> tuple[int, int, int]:
+    return address(x), x.stride(0), x.stride(1)

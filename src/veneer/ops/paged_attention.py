@@ -1,0 +1,186 @@
+"""Attention to keys and values in pages, for serving (Kwon et al. 2023, arXiv 2309.06180): prompts, chunks, decoding.
+
+The pages of all layers lie in one `PagedStore`. A sequence is a table of pages; page j of the table holds its positions
+from ``j * block`` on. `PagedRows` says which rows of a step belong to which sequence; then, layer by layer, `append`
+puts their keys and values into the pages and `paged_attention` lets their queries see them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from veneer.errors import ConfigError, ShapeError
+from veneer.ops.attention import AttentionOptions
+from veneer.ops.dispatch import implementation
+
+DTYPES = (torch.float32, torch.bfloat16)
+PLAIN = AttentionOptions()
+UNIT = 16  # tokens of a page, and values of a head, come in multiples of it
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PagedStore:
+    """Pages of ``block`` tokens of keys and values of all layers, in ``data (n_pages, values of a page)``.
+
+    csrc/paged_attention/paged_attention.h tells the layout. Queries are of the same dtype.
+    """
+
+    data: Tensor
+    block: int
+    n_layers: int
+    kv_heads: int
+    head_dim: int
+
+    @classmethod
+    def zeros(
+        cls,
+        n_pages: int,
+        block: int,
+        heads: tuple[int, int, int],
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> PagedStore:
+        """Empty pages for ``heads = (n_layers, kv_heads, head_dim)``; memory is taken when a page is first written.
+
+        Raises ConfigError on sizes or a dtype that cannot be.
+        """
+        if min(n_pages, block, *heads) < 1 or block % UNIT or dtype not in DTYPES:
+            raise ConfigError(
+                f"{n_pages} pages of {block} tokens in {dtype} for {heads} layers, key heads and values of a head: all "
+                f"must be positive, the tokens a multiple of {UNIT}, the dtype float32 or bfloat16"
+            )
+        n_layers, kv_heads, head_dim = heads
+        values = n_layers * kv_heads * 2 * block * padded(head_dim)
+        return cls(torch.zeros(n_pages, values, dtype=dtype, device=device), block, *heads)
+
+    @property
+    def n_pages(self) -> int:
+        """Pages of the store."""
+        return self.data.shape[0]
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page: of ``block`` tokens at all layers."""
+        return self.data.shape[1] * self.data.element_size()
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Make one page hold what another does."""
+        self.data[target].copy_(self.data[source])
+
+
+def padded(head_dim: int) -> int:
+    """Values of a head in a page."""
+    return -(-head_dim // UNIT) * UNIT
+
+
+class SequenceRows(NamedTuple):
+    """``n_rows`` rows of a step, of one sequence, from ``position`` on; its pages must reach to their end.
+
+    Pages that a window has left behind may be any number: they are not read.
+    """
+
+    pages: Sequence[int]
+    position: int
+    n_rows: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PagedRows:
+    """The rows of a step, sequence by sequence: the same for all layers."""
+
+    pages: Int[Tensor, " n_page_entries"]
+    first_page: Int[Tensor, " n_sequences_plus_1"]
+    first_row: Int[Tensor, " n_sequences_plus_1"]
+    position: Int[Tensor, " n_sequences"]
+    n_rows: int
+
+    @classmethod
+    def of(cls, sequences: Iterable[SequenceRows], store: PagedStore) -> PagedRows:
+        """Raises ShapeError where a sequence has no row or too few pages, or writes a page that is not in the store."""
+        sequences = list(sequences)
+        for number, (pages, position, n_rows) in enumerate(sequences):
+            written = pages[max(position, 0) // store.block : -(-(position + n_rows) // store.block)]
+            if position < 0 or n_rows < 1 or len(pages) * store.block < position + n_rows:
+                raise ShapeError(
+                    f"sequence {number}: {n_rows} rows from position {position} on need at least one row and pages up "
+                    f"to their end; given {len(pages)} pages of {store.block}"
+                )
+            if min(written) < 0 or max(pages) >= store.n_pages:
+                raise ShapeError(
+                    f"sequence {number}: pages {list(pages)} are not all among the {store.n_pages} there are"
+                )
+        row_bounds = [0, *accumulate(s.n_rows for s in sequences)]
+        return cls(
+            torch.tensor([page for s in sequences for page in s.pages], dtype=torch.int64),
+            torch.tensor([0, *accumulate(len(s.pages) for s in sequences)]),
+            torch.tensor(row_bounds),
+            torch.tensor([s.position for s in sequences], dtype=torch.int64),
+            row_bounds[-1],
+        )
+
+    def sequences(self) -> Iterator[tuple[list[int], int, int, int]]:
+        """Pages, position, first row and the row behind the last of each sequence."""
+        page_bounds, row_bounds = self.first_page.tolist(), self.first_row.tolist()
+        pages = self.pages.tolist()
+        for s, position in enumerate(self.position.tolist()):
+            yield pages[page_bounds[s] : page_bounds[s + 1]], position, row_bounds[s], row_bounds[s + 1]
+
+
+def append(
+    store: PagedStore,
+    layer: int,
+    k: Float[Tensor, "n kv_heads head_dim"],
+    v: Float[Tensor, "n kv_heads head_dim"],
+    rows: PagedRows,
+    *,
+    backend: str | None = None,
+) -> None:
+    """Put the keys and values of a step's rows into their places in one layer of the pages.
+
+    A sequence's positions are written in their order; nothing behind the last one is kept. Raises ShapeError.
+    """
+    shape = (rows.n_rows, store.kv_heads, store.head_dim)
+    _check(store, layer, {"k": (k, shape), "v": (v, shape)})
+    implementation("paged_attention.append", k.device, backend)(store, layer, k, v, rows)
+
+
+def paged_attention(
+    store: PagedStore,
+    layer: int,
+    q: Float[Tensor, "n q_heads head_dim"],
+    rows: PagedRows,
+    options: AttentionOptions = PLAIN,
+) -> Float[Tensor, "n q_heads head_dim"]:
+    """Softmax attention of each row's queries to all that its sequence holds up to the row itself, in one layer.
+
+    Query head h reads key head ``h // (q_heads // kv_heads)``. Softmax and sums are float32; where the CPU multiplies
+    bfloat16, probabilities are rounded to it. A row's result depends on its own sequence alone, bit for bit: not on the
+    batch, nor on how a prompt is cut into chunks, nor on the number of threads. Raises ShapeError.
+    """
+    _check(store, layer, {"q": (q, (rows.n_rows, q.shape[1] if q.ndim == 3 else 0, store.head_dim))})
+    if q.shape[1] == 0 or q.shape[1] % store.kv_heads:
+        raise ShapeError(f"{q.shape[1]} query heads cannot be shared out among {store.kv_heads} key heads")
+    scale = store.head_dim**-0.5 if options.scale is None else options.scale
+    numbers = (scale, options.window or 0, options.softcap or 0.0)
+    attend = implementation("paged_attention.attend", q.device, options.backend)
+    out: Tensor = attend(store, layer, q, rows, *numbers)
+    return out
+
+
+def _check(store: PagedStore, layer: int, given: dict[str, tuple[Tensor, tuple[int, int, int]]]) -> None:
+    if not 0 <= layer < store.n_layers:
+        raise ShapeError(f"layer {layer} is not among the {store.n_layers} of the pages")
+    for name, (x, shape) in given.items():
+        if tuple(x.shape) != shape or x.dtype != store.data.dtype or x.stride(2) != 1:
+            raise ShapeError(
+                f"{name} must be {shape} {store.data.dtype}, its last axis contiguous; given {tuple(x.shape)} "
+                f"{x.dtype}, strides {x.stride()}"
+            )

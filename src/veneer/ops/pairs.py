@@ -1,0 +1,151 @@
+"""Low-rank adapters of many versions in one batch, for serving: factors packed once, each at its own rank.
+
+``y[n] += scale_k B_k A_k x[n]`` for the rows of version k: the product of a mixed batch (SGMV, Chen et al. 2023, arXiv
+2310.18547) as `veneer.ops.grouped_low_rank` has it for training, where factors change and are packed on every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from veneer.errors import ShapeError
+from veneer.ops.dispatch import implementation
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Pair(NamedTuple):
+    """``scale * b @ a`` with a (r, i) and b (o, r)."""
+
+    a: Float[Tensor, "r i"]
+    b: Float[Tensor, "o r"]
+    scale: float
+
+
+def filled(n: int, dtype: torch.dtype) -> int:
+    """A rank, or the inputs of a, as they are packed: in bfloat16 filled up with zeros to an even number."""
+    return n + n % 2 if dtype == torch.bfloat16 else n
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedPairs:
+    """The pairs of one version at layers that share their input, in the dtype in which they are multiplied.
+
+    ``factors`` is flat: the a of all layers below one another, then of each layer ``scale * b``, each in the panels of
+    `veneer.ops.packed`. A layer of rank 0 has no pair.
+    """
+
+    factors: Tensor
+    in_features: int
+    out_features: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+    @classmethod
+    def pack(
+        cls,
+        pairs: Sequence[Pair | None],
+        out_features: Sequence[int],
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        backend: str | None = None,
+    ) -> PackedPairs:
+        """Pack a pair a layer, or None where the version has none; ``scale * b`` is rounded once, to ``dtype``.
+
+        Raises ShapeError where pairs and layers do not fit, or there is no pair at all.
+        """
+        _check_pairs(pairs, out_features, dtype)
+        in_features = next(pair.a.shape[1] for pair in pairs if pair is not None)
+        ranks = tuple(0 if pair is None else pair.a.shape[0] for pair in pairs)
+        device = next(pair.a.device for pair in pairs if pair is not None)
+        pack = implementation("packed.pack", device, backend)
+        present = [pair for pair in pairs if pair is not None and len(pair.a)]
+        a = torch.cat([_filled_rows(pair.a.detach().to(dtype)) for pair in present] or [_nothing(in_features, dtype)])
+        bs = [(pair.b.detach().float() * pair.scale).to(dtype) for pair in present]
+        parts = [pack(m, filled(m.shape[1], dtype)) for m in (a, *bs)]
+        return cls(torch.cat(parts), in_features, tuple(out_features), ranks)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The factors'."""
+        return self.factors.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the factors, with what fills them up."""
+        return self.factors.nbytes
+
+
+class Segment(NamedTuple):
+    """Rows from ``start`` to ``stop`` that take the pairs of one version."""
+
+    pairs: PackedPairs
+    start: int
+    stop: int
+
+
+def add_pairs(
+    x: Float[Tensor, "n i"],
+    segments: Sequence[Segment],
+    ys: Sequence[Float[Tensor, "n _"]],
+    *,
+    backend: str | None = None,
+) -> None:
+    """Add ``scale * B A x`` to the outputs ``ys`` of layers that share x, in place. For inference alone.
+
+    A row lies in one segment or in none, which adds nothing. Sums are float32; between the two products they are
+    rounded to bfloat16 where x and the factors are that and the CPU multiplies it, at the end to the dtype of ys. A
+    row's result does not depend on the other rows, bit for bit. Only last axes must be contiguous.
+    Raises ShapeError.
+    """
+    _check(x, segments, ys)
+    if segments:
+        implementation("pairs.add", x.device, backend)(x, segments, ys)
+
+
+def _filled_rows(a: Tensor) -> Tensor:
+    """a with as many rows as its rank takes when packed."""
+    return torch.nn.functional.pad(a, (0, 0, 0, filled(len(a), a.dtype) - len(a)))
+
+
+def _nothing(in_features: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(0, in_features, dtype=dtype)
+
+
+def _check_pairs(pairs: Sequence[Pair | None], out_features: Sequence[int], dtype: torch.dtype) -> None:
+    given = [None if pair is None else (tuple(pair.a.shape), tuple(pair.b.shape)) for pair in pairs]
+    widths = {a[1] for a, _ in filter(None, given) if len(a) == 2}
+    fits = len(pairs) == len(out_features) and len(widths) == 1
+    for shapes, o in zip(given, out_features, strict=False):
+        fits &= shapes is None or (len(shapes[0]) == 2 and shapes[1] == (o, shapes[0][0]))
+    if not fits or dtype not in DTYPES:
+        raise ShapeError(
+            f"packed pairs are a (r, i) and b (o, r), one pair or None a layer and one i for all, in float32 or "
+            f"bfloat16; given {given} for layers of {list(out_features)} outputs, and {dtype}"
+        )
+
+
+def _check(x: Tensor, segments: Sequence[Segment], ys: Sequence[Tensor]) -> None:
+    n = x.shape[0]
+    if x.ndim != 2 or x.dtype not in DTYPES:
+        raise ShapeError(f"x must be (n, i) of float32 or bfloat16; given {tuple(x.shape)} {x.dtype}")
+    outs = tuple(y.shape[-1] for y in ys)
+    for y in ys:
+        if y.shape != (n, y.shape[-1]) or y.dtype not in DTYPES or y.dtype != ys[0].dtype or y.stride(1) != 1:
+            raise ShapeError(
+                f"outputs must be ({n}, o) of one dtype, float32 or bfloat16, their last axis contiguous; given "
+                f"{tuple(y.shape)} {y.dtype}, strides {y.stride()}"
+            )
+    for pairs, start, stop in segments:
+        if pairs.in_features != x.shape[1] or pairs.out_features != outs or not 0 <= start <= stop <= n:
+            raise ShapeError(
+                f"rows {start} to {stop} of {n} take pairs from {pairs.in_features} to {pairs.out_features} features; "
+                f"x has {x.shape[1]}, the outputs {outs}"
+            )
+        if pairs.dtype != segments[0].pairs.dtype:
+            raise ShapeError(f"pairs of one call are of one dtype; given {pairs.dtype} and {segments[0].pairs.dtype}")

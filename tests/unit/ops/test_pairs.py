@@ -1,0 +1,147 @@
+"""Pairs of many versions in one batch: against float64, and rows that do not depend on their companions."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from veneer.errors import ShapeError
+from veneer.ops.pairs import PackedPairs, Pair, Segment, add_pairs
+from veneer.ops.reference.pairs import unpacked
+
+OP = "pairs.add"
+OUTS = (83, 5, 131)
+RANKS = [(3, 8, 5), (16, 0, 1), (0, 0, 7), (33, 2, 64), (1, 1, 1)]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape) + seed))
+
+
+def versions(i, dtype, outs=OUTS):
+    """Factors as their owner has them, and packed."""
+    plain = [
+        [Pair(draw(r, i, seed=k), draw(o, r, seed=k), 0.3 + k) if r else None for r, o in zip(ranks, outs, strict=True)]
+        for k, ranks in enumerate(RANKS)
+    ]
+    return plain, [PackedPairs.pack(pairs, outs, dtype=dtype) for pairs in plain]
+
+
+def segments_of(packed, sizes, gap=2):
+    """Runs of rows of one version after the other, rows without one between them."""
+    found, at = [], 1
+    for k, n in enumerate(sizes):
+        found.append(Segment(packed[k % len(packed)], at, at + n))
+        at += n + (gap if k % 3 == 0 else 0)
+    return found, at + 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("i", [64, 67])
+def test_factors_are_kept_to_their_rounding(i, dtype, backend):
+    plain, _ = versions(i, dtype)
+    for pairs, ranks in zip(plain, RANKS, strict=True):
+        packed = PackedPairs.pack(pairs, OUTS, dtype=dtype, backend=backend)
+        assert (packed.ranks, packed.out_features, packed.in_features) == (ranks, OUTS, i)
+        for pair, (a, b) in zip(pairs, unpacked(packed), strict=True):
+            if pair is not None:
+                assert torch.equal(a, pair.a.to(dtype).float())
+                assert torch.equal(b, (pair.scale * pair.b).to(dtype).float())
+
+
+def test_a_version_takes_the_bytes_of_its_own_ranks():
+    narrow, wide = (PackedPairs.pack([Pair(draw(r, 64), draw(160, r), 1.0)], [160]) for r in (16, 64))
+    assert (narrow.nbytes, wide.nbytes) == (2 * 16 * (64 + 160), 2 * 64 * (64 + 160))
+
+
+@pytest.mark.parametrize("y_dtype", DTYPES)
+@pytest.mark.parametrize("x_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [(1,), (1, 2, 1, 3, 2), (7, 33, 1, 8, 16), (130, 64)])
+@pytest.mark.parametrize("i", [64, 67])
+def test_what_is_added_is_exact_to_its_roundings(i, sizes, dtype, x_dtype, y_dtype, backend):
+    _, packed = versions(i, dtype)
+    segments, n = segments_of(packed, sizes)
+    x, ys = draw(n, i).to(x_dtype), [draw(n, o).to(y_dtype) for o in OUTS]
+    exact = [y.double() for y in ys]
+    allowed = [y.abs() * 2.0**-20 for y in exact]
+    for pairs, start, stop in segments:
+        rows = slice(start, stop)
+        for y, slack, (a, b) in zip(exact, allowed, unpacked(pairs), strict=True):
+            u = x[rows].double() @ a.double().T
+            y[rows] += u @ b.double().T
+            rounding = 2.0**-8 if torch.bfloat16 == x_dtype == dtype else 0.0
+            terms = x[rows].double().abs() @ a.double().abs().T
+            slack[rows] += (rounding * u.abs() + 2.0**-20 * terms) @ b.double().abs().T
+    places = [
+        torch.full((n, 400), 7.0, dtype=y_dtype)[:, 100 : 100 + o].copy_(y) for o, y in zip(OUTS, ys, strict=True)
+    ]
+    add_pairs(x, segments, places, backend=backend)
+    for got, truth, slack in zip(places, exact, allowed, strict=True):
+        slack += truth.abs() * (2.0**-8 if y_dtype == torch.bfloat16 else 2.0**-22)
+        assert ((got.double() - truth).abs() <= slack).all()
+        whole = got._base
+        assert (whole[:, :100] == 7).all()
+        assert (whole[:, 100 + got.shape[1] :] == 7).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_row_does_not_depend_on_its_companions(dtype, threads, backend):
+    outs = (640, 192, 131)
+    _, packed = versions(301, dtype, outs)
+    segments, n = segments_of(packed, (1, 5, 17, 2, 50, 1, 2, 9))
+    x, before = draw(n, 301).to(dtype), [draw(n, o).to(dtype) for o in outs]
+    same = torch.equal if backend == "cpu" else partial(torch.allclose, rtol=0.01, atol=0.01)
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        together = [y.clone() for y in before]
+        add_pairs(x, segments, together, backend=backend)
+    finally:
+        torch.set_num_threads(threads_before)
+    alone = [y.clone() for y in before]
+    for pairs, start, stop in segments:
+        for row in range(start, stop):
+            ys = [y[row : row + 1] for y in alone]
+            add_pairs(x[row : row + 1], [Segment(pairs, 0, 1)], ys, backend=backend)
+    assert all(same(a, b) for a, b in zip(together, alone, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(together, before, strict=True))
+
+
+def test_no_segment_and_an_empty_one_change_nothing(backend):
+    _, packed = versions(64, torch.float32)
+    ys = [draw(3, o) for o in OUTS]
+    expected = [y.clone() for y in ys]
+    add_pairs(draw(3, 64), [], ys, backend=backend)
+    add_pairs(draw(3, 64), [Segment(packed[0], 2, 2)], ys, backend=backend)
+    assert all(map(torch.equal, ys, expected))
+
+
+@pytest.mark.usefixtures("own_checks")
+def test_what_does_not_fit_is_refused():
+    a, b = draw(3, 7), draw(5, 3)
+    for pairs, outs in (
+        ([Pair(a, b, 1.0)], [6]),
+        ([Pair(a, b, 1.0)], [5, 5]),
+        ([None], [5]),
+        ([Pair(a, b.T, 1.0)], [5]),
+    ):
+        with pytest.raises(ShapeError, match=r"packed pairs are a \(r, i\) and b \(o, r\)"):
+            PackedPairs.pack(pairs, outs)
+    with pytest.raises(ShapeError, match="float16"):
+        PackedPairs.pack([Pair(a, b, 1.0)], [5], dtype=torch.float16)
+    packed = PackedPairs.pack([Pair(a, b, 1.0)], [5])
+    x, y = draw(2, 7), draw(2, 5)
+    with pytest.raises(ShapeError, match=r"x must be \(n, i\)"):
+        add_pairs(x.half(), [Segment(packed, 0, 1)], [y])
+    with pytest.raises(ShapeError, match=r"outputs must be \(2, o\)"):
+        add_pairs(x, [Segment(packed, 0, 1)], [y[:1]])
+    with pytest.raises(ShapeError, match=r"rows 1 to 3 of 2"):
+        add_pairs(x, [Segment(packed, 1, 3)], [y])
+    with pytest.raises(ShapeError, match=r"from 7 to \(5,\) features; x has 6"):
+        add_pairs(x[:, 1:], [Segment(packed, 0, 1)], [y])
+    other = PackedPairs.pack([Pair(a, b, 1.0)], [5], dtype=torch.float32)
+    with pytest.raises(ShapeError, match="of one dtype"):
+        add_pairs(x, [Segment(packed, 0, 1), Segment(other, 1, 2)], [y])
