@@ -112,7 +112,7 @@ class _AttentionHalf(torch.autograd.Function):
             del heads
             normed = half.norm.forward(flat)[0].to(half.dtype)
             joined = half.heads.join((dq, dk, dqkv[2]))
-            found = op.backward(joined, normed, kept_qkv, half.qkv, input_grad=ctx.needs_input_grad[0])
+            found = op.backward(joined, normed, kept_qkv, half.qkv, input_grad=ctx.needs_input_grad[0], overwrite=True)
             dx = None if found.x is None else half.norm.backward(found.x, flat, statistics).add_(dy).view(x.shape)
         return dx, None, None, *found.records, *out_grads.records
 

@@ -111,7 +111,9 @@ class _MlpHalf(torch.autograd.Function):
                 return None, dstream, None, *(None,) * n_inner_tensors, *down.records
             inner = half.inner_grads(down.x, inner)
             normed = half.norm.forward(flat)[0].to(half.dtype)
-            found = op.backward(inner, normed, kept_inner, half.gate_up, input_grad=ctx.needs_input_grad[0])
+            found = op.backward(
+                inner, normed, kept_inner, half.gate_up, input_grad=ctx.needs_input_grad[0], overwrite=True
+            )
             dx = None if found.x is None else half.norm.backward(found.x, flat, statistics)
             dx = None if dx is None else (dx.add_(dy) if ctx.adds else dx).view(x.shape)
         return dx, dstream, None, *found.records, *down.records

@@ -113,10 +113,14 @@ def backward(
     layers: Sequence[LinearLayer],
     *,
     input_grad: bool = True,
+    overwrite: bool = False,
 ) -> LinearGradients:
-    """Gradients of `forward` from the outputs' gradients, x, and what it kept."""
+    """Gradients of `forward` from the outputs' gradients, x, and what it kept.
+
+    ``overwrite`` allows the outputs' gradients to be written over: who has no more use for them saves memory.
+    """
     found = _Found(layers)
-    dzs = [found.finish(place, dy, z) for place, (dy, z) in enumerate(zip(dys, kept.products, strict=True))]
+    dzs = [found.finish(place, dy, z, overwrite) for place, (dy, z) in enumerate(zip(dys, kept.products, strict=True))]
     reads = [operand(dz) for dz in dzs]
     inputs = [scaled_input(x, layer) for layer in layers]
     into = [place if layer.scales_input else WHOLE for place, layer in enumerate(layers)]
@@ -158,9 +162,9 @@ class _Found:
             for values, gradient in zip(self.values[place], gradients, strict=True):
                 values[field] = gradient
 
-    def finish(self, place: int, dy: Tensor, z: Tensor | None) -> Tensor:
+    def finish(self, place: int, dy: Tensor, z: Tensor | None, overwrite: bool) -> Tensor:
         """The gradient in the product of a layer; those in the scales and biases behind it are taken down."""
-        dz, scales, biases = finished_backward(dy, z, self.layers[place])
+        dz, scales, biases = finished_backward(dy, z, self.layers[place], overwrite=overwrite)
         self.add(place, out_scale=scales, bias=biases)
         return dz
 

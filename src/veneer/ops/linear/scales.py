@@ -62,18 +62,22 @@ def finished(z: Float[Tensor, "n o"], layer: LinearLayer) -> Float[Tensor, "n o"
 
 
 def finished_backward(
-    dy: Float[Tensor, "n o"], z: Float[Tensor, "n o"] | None, layer: LinearLayer
+    dy: Float[Tensor, "n o"], z: Float[Tensor, "n o"] | None, layer: LinearLayer, *, overwrite: bool = False
 ) -> tuple[Float[Tensor, "n o"], list[Tensor | None], list[Tensor | None]]:
-    """Gradients of `finished` in z, and in each record's ``out_scale`` and ``bias``, from the z that it was given."""
+    """Gradients of `finished` in z, and in each record's ``out_scale`` and ``bias``, from the z that it was given.
+
+    ``overwrite`` writes the one in z into dy.
+    """
     scales: list[Tensor | None] = [None] * len(layer.records)
     biases: list[Tensor | None] = [None] * len(layer.records)
     scaled = any(r.out_scale is not None for r in layer.records)
-    dz = dy if not scaled else torch.empty_like(dy) if _reaches_all(layer, len(dy)) else dy.clone()
+    in_place = overwrite or not scaled
+    dz = dy if in_place else torch.empty_like(dy) if _reaches_all(layer, len(dy)) else dy.clone()
     for k, rows in layer.spans(len(dy)):
         record = layer.records[k]
         trains_bias = record.bias is not None and record.bias.requires_grad
         if record.out_scale is None:
-            if scaled:
+            if not in_place:
                 dz[rows] = dy[rows]
             if trains_bias:
                 biases[k] = added(biases[k], scale_columns_backward(dy[rows], None, None, None, with_bias=True)[1])
