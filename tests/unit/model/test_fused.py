@@ -107,17 +107,22 @@ def error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return float((apart / sum(v.square().sum() for v in expected.values())).sqrt())
 
 
-def assert_same(model: PreTrainedModel, batch: dict[str, Any] | None = None, tolerance: float = 2e-5) -> None:
+def assert_same(model: PreTrainedModel, batch: dict[str, Any] | None = None) -> None:
+    """Fused and general path are alike, or the fused one is off by at most twice as much in float64's eyes."""
     expected = step(model, batch or {})
     with fused(model) as takes:
         assert takes
         found = step(model, batch or {})
     assert not is_fused(model)
-    assert (found[0] - expected[0]).norm() <= tolerance * expected[0].norm()
-    assert found[1] == pytest.approx(expected[1], rel=tolerance)
-    for name in expected[2]:
-        assert (found[2][name] - expected[2][name]).norm() <= tolerance * expected[2][name].norm(), name
+    assert found[1] == pytest.approx(expected[1], rel=2e-5)
+    found[2][""], expected[2][""] = found[0], expected[0]
     assert found[2].keys() == expected[2].keys()
+    apart = [n for n, v in expected[2].items() if (found[2][n] - v).norm() > 2e-5 * v.norm()]
+    if apart:
+        logits, _, exact = step(copy.deepcopy(model).double(), batch or {})
+        exact[""] = logits
+        for name in apart:
+            assert (found[2][name] - exact[name]).norm() <= 2 * (expected[2][name] - exact[name]).norm(), name
 
 
 @pytest.fixture
@@ -160,9 +165,7 @@ RECORDS: dict[str, MethodConfig] = {
 @pytest.mark.parametrize("method", RECORDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_record_runs_fused(family: str, method: str, halves: list[str]) -> None:
-    # rsLoRA on Phi-3: against float64 the general path is off by 1.9e-5 and the fused one by 3.3e-5
-    tolerance = 5e-5 if (family, method) == ("phi3", "rslora") else 2e-5
-    assert_same(adapted(base(family), RECORDS[method]), BATCHES["packed"], tolerance)
+    assert_same(adapted(base(family), RECORDS[method]), BATCHES["packed"])
     assert halves.count("attention") == halves.count("mlp") >= 4
 
 
