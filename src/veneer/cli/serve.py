@@ -38,6 +38,10 @@ def serve(
     kv_gib: Annotated[
         float | None, typer.Option(metavar="X", show_default=False, help="Memory for keys and values, in GiB.")
     ] = None,
+    general_runner: Annotated[
+        bool,
+        typer.Option("--general-runner", help="Compute by transformers' own code: slow, and what all else must equal."),
+    ] = False,
     load_in_4bit: loading.FourBit = False,
     dtype: loading.Dtype = "auto",
     seed: Annotated[int, typer.Option(metavar="N", help="Of requests that bring no seed.")] = 0,
@@ -57,10 +61,13 @@ def serve(
         raise ConfigError(f"--adapters {adapters} is no folder: make it, adapters may come later")
     options = EngineOptions(
         dtype=dtype, quantization="bitsandbytes" if load_in_4bit else None, max_model_len=max_model_len, seed=seed,
-        max_loras=max_loras, kv_cache_memory_bytes=None if kv_gib is None else int(kv_gib * 2**30),
+        max_loras=max_loras, general_runner=general_runner,
+        kv_cache_memory_bytes=None if kv_gib is None else int(kv_gib * 2**30),
     )  # fmt: skip
     with loading.quiet():
         engine = start_engine(model, options)
+    if engine.why_general:
+        typer.echo(f"slow: transformers' own code computes everything ({engine.why_general})", err=True)
     catalogue = Catalogue(engine, [served_model_name or model], model, adapters)
     names = ", ".join(catalogue.adapters()) or "none yet"
     typer.echo(f"base {catalogue.base}; adapters: {names}; http://{host}:{port}/v1", err=True)

@@ -241,7 +241,7 @@ def require_pageable(model: PreTrainedModel, n: int = 13) -> int:
             step = PagedStep(store, [Stretch((0,), start, stop - start)], model.device)
             chunks.append(rows.run(step, ids[start:stop]).logits[:, 0].float())
     error = float((torch.cat(chunks) - own).norm() / own.norm().clamp_min(1e-30))
-    allowed = _TOLERANCE.get(model.dtype, _TOLERANCE[torch.float32])
+    allowed = TOLERANCE.get(model.dtype, TOLERANCE[torch.float32])
     if not store.layers or not error <= allowed:
         raise TargetError(
             f"{kind} cannot be served: one token a row over pages gives logits that are {error:.1e} away from its own "
@@ -250,4 +250,4 @@ def require_pageable(model: PreTrainedModel, n: int = 13) -> int:
     return store.bytes_per_position
 
 
-_TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}

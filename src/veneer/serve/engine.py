@@ -13,12 +13,12 @@ from typing import Any
 from veneer.errors import AdapterNameError, ConfigError, VeneerError
 from veneer.serve.adapter_pool import AdapterVersion
 from veneer.serve.answer import Answer, decoded
-from veneer.serve.general_runner import Runner
 from veneer.serve.inbox import Inbox
 from veneer.serve.lora_request import LoRARequest
 from veneer.serve.outputs import RequestOutput, TokenLogprobs
 from veneer.serve.plan import Plan, Sampled
 from veneer.serve.request import Request, Status, StopRule
+from veneer.serve.runner import Runner
 from veneer.serve.sampler import DrawRule
 from veneer.serve.sampling_params import RequestOutputKind, SamplingParams
 from veneer.serve.scheduler import Scheduler
@@ -74,6 +74,7 @@ class Engine:
         self.versions = Versions()
         self.forms = Forms(tokenizer, vocabulary, ending)
         self.seed = 0
+        self.why_general = ""
         self.generation_defaults: dict[str, Any] = {}
         self._inbox: Inbox[Asked | _Abort | _Forget] = Inbox()
         self._groups: dict[str, _Group] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,52 +19,25 @@ from veneer.adapters.peft_model import become_peft_model
 from veneer.contract import VirtualTokenMethod
 from veneer.errors import CompositionError, VeneerError
 from veneer.model.mixed import checked, routed
-from veneer.model.paged import KeysValues, PagedModel, PagedStep, PagedStore, Stretch, require_pageable
+from veneer.model.paged import KeysValues, PagedModel, PagedStep, PagedStore, Stretch
 from veneer.model.prefix import PrefixAdapters
 from veneer.model.prompt import PromptAdapters
 from veneer.model.routing import BASE, Routing
 from veneer.model.virtual_tokens import inner_model, virtual_tokens
-from veneer.serve.plan import Plan, PlannedSequence, Sampled
-from veneer.serve.sampler import DrawRule, Sampler
+from veneer.serve.plan import Plan, PlannedSequence
+from veneer.serve.runner import DrawingRunner, wanted
 
 Front = dict[int, KeysValues]  # keys and values of virtual tokens by layer, (n, kv_heads, width) each
 
 
-class Runner(Protocol):
-    """The computation of plans. Adapters are loaded and unloaded between plans, under the ids of their versions."""
-
-    def load(self, version: str, folder: Path) -> None:
-        """Take an adapter in. Raises VeneerError where it does not fit, and is then as before."""
-
-    def unload(self, version: str) -> None:
-        """Let an adapter go."""
-
-    def begin(self, request_id: str, rule: DrawRule) -> None:
-        """A request comes, whose tokens are drawn by a rule."""
-
-    def end(self, request_id: str) -> None:
-        """A request goes."""
-
-    def run(self, plan: Plan) -> Sampled:
-        """Compute a plan, and draw; run again, a plan gives the same."""
-
-    def take(self, request_id: str, token: int) -> None:
-        """A token that was drawn is the answer's next."""
-
-
-class GeneralRunner:
+class GeneralRunner(DrawingRunner):
     """A `Runner` on the model itself, which becomes a `PeftModel`; between plans its attention is its own."""
 
-    def __init__(self, model: PreTrainedModel, n_pages: int, block: int) -> None:
+    def __init__(self, model: PreTrainedModel, store: PagedStore) -> None:
+        super().__init__()
         self.model = become_peft_model(model.eval())
-        self.paged, self.store = PagedModel(model), PagedStore(n_pages, block)
-        self.sampler = Sampler()
+        self.paged, self.store = PagedModel(model), store
         self.fronts: dict[str, Front] = {}
-
-    @staticmethod
-    def bytes_per_position(model: PreTrainedModel) -> int:
-        """The bytes of one position's keys and values. Raises TargetError for a model that cannot be run so."""
-        return require_pageable(model)
 
     def load(self, version: str, folder: Path) -> None:
         self.model.load_adapter(folder, version)
@@ -81,32 +54,7 @@ class GeneralRunner:
         self.model.delete_adapter(version)
         self.fronts.pop(version, None)
 
-    def begin(self, request_id: str, rule: DrawRule) -> None:
-        self.sampler.begin(request_id, rule)
-
-    def end(self, request_id: str) -> None:
-        self.sampler.end(request_id)
-
-    def take(self, request_id: str, token: int) -> None:
-        self.sampler.take(request_id, token)
-
-    def run(self, plan: Plan) -> Sampled:
-        logits = self._logits(plan)
-        sampled, at = Sampled(), 0
-        for sequence in plan.sequences:
-            id, n = sequence.request_id, len(sequence.targets)
-            try:
-                if n:
-                    sampled.prompt_logprobs[id] = self.sampler.score(id, logits[at : at + n], sequence.targets)
-                if sequence.samples:
-                    sampled.drawn[id] = self.sampler.draw(id, logits[at + n])
-            except VeneerError as error:
-                sampled.failed[id] = error
-            at += n + sequence.samples
-        return sampled
-
-    def _logits(self, plan: Plan) -> Tensor:
-        """Logits behind the tokens whose followers are asked for or drawn, in the plan's order."""
+    def logits(self, plan: Plan) -> Tensor:
         device, sequences = self.base.device, plan.sequences
         for sequence in sequences:
             if sequence.start == sequence.n_front:
@@ -117,6 +65,10 @@ class GeneralRunner:
         kept = torch.tensor(_kept_rows(sequences), dtype=torch.long, device=device)
         with self._routed(names), self._head_for(kept, names):
             return cast(Tensor, self.paged.run(step, ids).logits[:, 0])
+
+    @property
+    def loaded(self) -> frozenset[str]:
+        return frozenset(self.model.peft_config)
 
     @property
     def base(self) -> PreTrainedModel:
@@ -183,8 +135,6 @@ def _kept_rows(sequences: Sequence[PlannedSequence]) -> list[int]:
     found: list[int] = []
     first = 0
     for sequence in sequences:
-        scored = first + sequence.first_scored
-        found.extend(range(scored, scored + len(sequence.targets)))
+        found.extend(first + at for at in wanted(sequence))
         first += len(sequence.tokens)
-        found.extend([first - 1] * sequence.samples)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -12,18 +13,22 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from veneer.core.field_types import check
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, DescriptionError
 from veneer.evaluate.scoring import context_length
+from veneer.model.paged import PagedStore, require_pageable
 from veneer.serve.adapter_pool import AdapterPool
 from veneer.serve.engine import Engine
 from veneer.serve.general_runner import GeneralRunner
+from veneer.serve.interpreter import Interpreter
 from veneer.serve.keywords import Keywords
 from veneer.serve.pages import Pages
+from veneer.serve.program_runner import ProgramRunner, proved
 from veneer.serve.scheduler import Limits, Scheduler
 from veneer.serve.versions import Versions
 from veneer.store.quantization import BitsAndBytesConfig
 from veneer.store.source import load_model, load_tokenizer
 
+_LOG = logging.getLogger(__name__)
 _ONE_PROCESS = "this engine is one process on one device"
 # vLLM's arguments that this engine takes at these values alone, and why.
 _ONLY: dict[str, tuple[Collection[object], str]] = {
@@ -64,6 +69,9 @@ class EngineOptions(metaclass=Keywords):
     ``max_loras``: adapters that act in one step, and, without ``max_cpu_loras``, that are kept loaded; None is no
     limit. ``max_lora_rank`` refuses larger ranks; None takes any, for nothing is padded. ``enforce_eager`` means
     nothing here. Departs: ``enable_lora`` is on, since it costs nothing.
+
+    ``general_runner`` is not vLLM's: transformers' own forward pass computes everything, token by token. That is slow,
+    and what a model without a program gets anyway.
     """
 
     not_offered: ClassVar[tuple[str, ...]] = ("swap_space", "cpu_offload_gb", "speculative_config", "device", "runner")
@@ -103,6 +111,7 @@ class EngineOptions(metaclass=Keywords):
     max_cpu_loras: int | None = None
     lora_dtype: str = "auto"
     fully_sharded_loras: bool = False
+    general_runner: bool = False
 
     def __post_init__(self) -> None:
         check(self, self._problems)
@@ -131,10 +140,11 @@ def start_engine(model: str | os.PathLike[str] | PreTrainedModel, options: Engin
     """
     loaded, tokenizer = _load(model, options)
     limit = context_length(loaded)
-    position_bytes = GeneralRunner.bytes_per_position(loaded)
     longest = options.max_model_len or limit or 2048
     if limit is not None and longest > limit:
         raise ConfigError(f"max_model_len={longest} is more than the model's context of {limit} tokens")
+    interpreter, why_not = _program(loaded, longest, options.general_runner)
+    position_bytes = require_pageable(loaded) if interpreter is None else _position_bytes(loaded, interpreter)
     pages = _pages(loaded, options, position_bytes, longest)
     if options.max_model_len is None:
         longest = min(longest, pages.n_pages * pages.block)
@@ -143,11 +153,32 @@ def start_engine(model: str | os.PathLike[str] | PreTrainedModel, options: Engin
     )
     pool = AdapterPool(options.max_cpu_loras or options.max_loras, options.max_loras)
     scheduler = Scheduler(pages, pool, limits)
-    runner = GeneralRunner(loaded, pages.n_pages, pages.block)
+    store = PagedStore(pages.n_pages, pages.block)
+    runner = GeneralRunner(loaded, store) if interpreter is None else ProgramRunner(loaded, interpreter, store)
     engine = Engine(runner, scheduler, tokenizer, ending_ids(loaded, tokenizer), vocabulary_of(loaded))
     engine.versions, engine.seed = Versions(options.max_lora_rank), options.seed
+    engine.why_general = why_not
     engine.generation_defaults = generation_defaults(loaded)
     return engine
+
+
+def _program(model: PreTrainedModel, longest: int, switched_off: bool) -> tuple[Interpreter | None, str]:
+    """The model's program, or why there is none."""
+    if switched_off:
+        return None, "general_runner=True"
+    try:
+        return proved(model, longest), ""
+    except DescriptionError as error:
+        _LOG.warning(
+            "%s runs by transformers' own code, slowly, for it has no program: %s", type(model).__name__, error
+        )
+        return None, str(error)
+
+
+def _position_bytes(model: PreTrainedModel, interpreter: Interpreter) -> int:
+    """Bytes of the keys and values of a token."""
+    size: int = model.dtype.itemsize
+    return interpreter.program.numbers_per_position * size
 
 
 def generation_defaults(model: PreTrainedModel) -> dict[str, Any]:

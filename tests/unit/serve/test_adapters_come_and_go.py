@@ -94,12 +94,12 @@ def test_equal_content_is_loaded_once_and_unloading_frees_it(base_folder, adapte
     engine = llm.llm_engine
     assert engine.add_lora(LoRARequest("one", 1, adapters["ia3"].path))
     assert engine.add_lora(LoRARequest("two", 2, str(tmp_path / "copy")))
-    assert (engine.list_loras(), len(llm.engine.runner.model.peft_config)) == ({1, 2}, 1)
+    assert (engine.list_loras(), len(llm.engine.runner.loaded)) == ({1, 2}, 1)
     assert engine.remove_lora(1)
-    assert len(llm.engine.runner.model.peft_config) == 1
+    assert len(llm.engine.runner.loaded) == 1
     assert engine.remove_lora(2)
     assert not engine.remove_lora(2)
-    assert (engine.list_loras(), dict(llm.engine.runner.model.peft_config)) == (set(), {})
+    assert (engine.list_loras(), dict(llm.engine.runner.loaded)) == (set(), {})
     with pytest.raises(AdapterNameError, match="no adapter with the number 2"):
         engine.pin_lora(2)
 
@@ -130,4 +130,4 @@ def test_adapters_on_experts_are_refused(tokenizer, tmp_path):
     llm = LLM(make_model("mixtral"), tokenizer=tokenizer)
     with pytest.raises(CompositionError, match="experts"):
         one(llm, lora_request=LoRARequest("x", 9, str(folder)))
-    assert not llm.engine.runner.model.peft_config
+    assert not llm.engine.runner.loaded

@@ -237,12 +237,12 @@ def test_adapters_come_change_and_go(server, folder, tmp_path):
     shutil.rmtree(folder / "late")
     shutil.copytree(save_adapter(tmp_path / "two", config, seed=22), folder / "late")
     assert text() != first
-    n_loaded = len(server.engine.runner.model.peft_config)
+    n_loaded = len(server.engine.runner.loaded)
     shutil.rmtree(folder / "late")
     with pytest.raises(openai.NotFoundError):
         text()
     server.client.models.list()
-    server.wait(lambda: len(server.engine.runner.model.peft_config) < n_loaded)
+    server.wait(lambda: len(server.engine.runner.loaded) < n_loaded)
 
 
 def test_a_client_that_goes_away_ends_its_request(server):

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from veneer import LLM, LoRARequest, PeftModel, SamplingParams
+from veneer.serve.general_runner import GeneralRunner
+from veneer.serve.program_runner import ProgramRunner
 
 from .conftest import END, FAMILIES, METHODS, make_model
 
@@ -35,6 +37,7 @@ def answers(llm: LLM, prompts: Any, adapters: list[LoRARequest | None] | None = 
         {},
         {"max_num_batched_tokens": 3, "block_size": 4},
         {"max_num_seqs": 2, "max_num_batched_tokens": 7, "block_size": 1},
+        {"general_runner": True, "max_num_batched_tokens": 5, "block_size": 4},
     ],
 )
 def test_greedy_is_generate(family, how, tokenizer):
@@ -42,12 +45,13 @@ def test_greedy_is_generate(family, how, tokenizer):
     expected = [generated(model, prompt) for prompt in PROMPTS]
     assert len({len(set(answer)) for answer in expected}) > 1  # not all alike
     llm = LLM(make_model(family), tokenizer=tokenizer, **how)
+    assert isinstance(llm.engine.runner, GeneralRunner if "general_runner" in how else ProgramRunner)
     assert answers(llm, PROMPTS) == expected
     assert answers(llm, PROMPTS[::-1]) == expected[::-1]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
-def test_preempted_or_not(family, tokenizer):
+@pytest.mark.parametrize(("family", "general"), [("llama", False), ("llama", True), ("gemma3", False), ("gpt2", False)])
+def test_preempted_or_not(family, general, tokenizer):
     """Pages for little more than one request: the newest is put back and computed again, with the same answer."""
     heads = {"llama": 1, "gemma3": 1, "gpt2": 3}[family]
     position_bytes = 2 * 2 * heads * 8 * 4  # keys and values, layers, heads, their width, bytes
@@ -56,6 +60,7 @@ def test_preempted_or_not(family, tokenizer):
         tokenizer=tokenizer,
         block_size=3,
         max_model_len=36,
+        general_runner=general,
         kv_cache_memory_bytes=39 * position_bytes,
     )
     requests = []
@@ -75,9 +80,10 @@ def peft_model(adapters) -> PeftModel:
     return model
 
 
-def test_every_method_in_one_batch(adapters, peft_model, tokenizer):
+@pytest.mark.parametrize("general", [False, True])
+def test_every_method_in_one_batch(adapters, peft_model, tokenizer, general):
     """Base, and one request for each method, in chunks of three tokens: each is what `generate` answers for it."""
-    llm = LLM(make_model(), tokenizer=tokenizer, max_num_batched_tokens=17)
+    llm = LLM(make_model(), tokenizer=tokenizer, max_num_batched_tokens=17, general_runner=general)
     names = ["__base__", *METHODS, "lora", "__base__"]
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(len(names))]
     expected = [generated(peft_model, p, adapter_names=[name]) for p, name in zip(prompts, names, strict=True)]
@@ -87,6 +93,7 @@ def test_every_method_in_one_batch(adapters, peft_model, tokenizer):
     assert together == expected
     for i in range(0, len(names), 3):
         assert answers(llm, [prompts[i]], [asked[i]]) == [expected[i]]
+    assert general or llm.engine.runner.general is None  # the program has a place for all of them
 
 
 def test_with_fewer_places_than_adapters(adapters, peft_model, tokenizer):
@@ -98,7 +105,7 @@ def test_with_fewer_places_than_adapters(adapters, peft_model, tokenizer):
     expected = [generated(peft_model, p, adapter_names=[name]) for p, name in zip(prompts, names, strict=True)]
     assert answers(llm, prompts, asked) == expected
     assert len(llm.engine.pool.resident) == 2
-    assert len(llm.engine.runner.model.peft_config) == 2
+    assert len(llm.engine.runner.loaded) == 2
 
 
 def test_four_bit_base(adapters, base_folder):

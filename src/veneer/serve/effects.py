@@ -1,0 +1,149 @@
+"""The effects of an adapter at the instructions of a program, read from its folder; no model is touched.
+
+The general runner is the one that refuses what is wrong with a folder: where something in it has no place in the
+program, `UnsaidError` says so, and the adapter is that runner's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from veneer.contract import MethodConfig, VirtualTokenMethod
+from veneer.contract.keys import copy_key, rows_key, weight_keys
+from veneer.core.records import LinearDelta, PrefixDelta, PromptDelta, ResidualDelta
+from veneer.errors import VeneerError
+from veneer.model.places import placed_on
+from veneer.model.plan import Plan, plan_of
+from veneer.model.snapshot import look_at
+from veneer.serve.program import Program
+from veneer.store.adapter.config import read_config
+from veneer.store.adapter.files import read_tensors
+from veneer.store.adapter.records import StoredAdapter, read_records
+from veneer.store.adapter.tensors import once_each
+
+TokenRows = tuple[Tensor, Tensor]
+
+
+class UnsaidError(VeneerError):
+    """A program has no words for a part of an adapter."""
+
+
+@dataclass(slots=True)
+class Effects:
+    """An adapter's records by path, ``table`` that of the embeddings, and what it has of its own of the base.
+
+    ``whole`` are parameters by path and name, W (o, i) where they are a layer's weight; ``rows`` are the index (n,) and
+    values (n, width) of single rows of the embeddings and the head. ``front``: a prefix's records, or a prompt's.
+    """
+
+    linear: dict[str, LinearDelta] = field(default_factory=dict)
+    table: LinearDelta | None = None
+    residual: dict[str, ResidualDelta] = field(default_factory=dict)
+    whole: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    rows: dict[str, TokenRows] = field(default_factory=dict)
+    front: tuple[PrefixDelta, ...] | PromptDelta | None = None
+
+
+def read_effects(model: PreTrainedModel, program: Program, folder: Path) -> Effects:
+    """The effects of a saved adapter. Raises FormatError and TargetError as loading does, and `UnsaidError`."""
+    config = read_config(folder)
+    stored = read_records(folder, placed_on(model, config))
+    found = Effects()
+    for path, record in stored.records.items():
+        _put(found, program, path, record)
+    if isinstance(config, VirtualTokenMethod):
+        if stored.others or config.modules_to_save:
+            raise UnsaidError(f"virtual tokens with {', '.join(stored.others[:3]) or config.modules_to_save}")
+        return found
+    plan = plan_of(look_at(model), config, fresh=False)
+    if stored.others or plan.copied or plan.rows:
+        _put_others(found, model, program, stored, _Others(config, plan, once_each(read_tensors(folder))))
+    return found
+
+
+def _put(found: Effects, program: Program, path: str, record: object) -> None:
+    """A record in its place."""
+    if isinstance(record, LinearDelta) and path in program.linears:
+        found.linear[path] = record
+    elif isinstance(record, LinearDelta) and path == program.embedding.path:
+        found.table = record
+    elif isinstance(record, ResidualDelta) and path in program.sites:
+        found.residual[path] = record
+    elif isinstance(record, PromptDelta | tuple):
+        found.front = record
+    else:
+        raise UnsaidError(f"an update of {path}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Others:
+    config: MethodConfig
+    plan: Plan
+    tensors: Mapping[str, Tensor]
+
+
+def _put_others(
+    found: Effects, model: PreTrainedModel, program: Program, stored: StoredAdapter, others: _Others
+) -> None:
+    """Whole parameters and single rows in their places; all of the file must have one."""
+    plan, tensors, left = others.plan, others.tensors, set(stored.others)
+    if others.config.extras.keeps_tie:
+        raise UnsaidError("parameters that stay tied")
+    for path, names in plan.copied.items():
+        for name in names:
+            key = copy_key(path, name, adapted=path in stored.records)
+            _put_whole(found, model, program, (path, name), tensors.get(key))
+            left.discard(key)
+    for place in plan.rows:
+        keys = [rows_key(path) for path in (place.path, *place.followers)]
+        _put_rows(found, program, (place.path, *place.followers), place.indices, tensors.get(keys[0]))
+        left -= set(keys)
+    for path in (program.embedding.path, program.head.linear.path):
+        for key in left & set(weight_keys(path)):
+            own = cast(Tensor, model.get_submodule(path)._parameters.get("weight"))
+            if own is None or tensors[key].shape != own.shape or not torch.equal(tensors[key].to(own.dtype), own):
+                _put_whole(found, model, program, (path, "weight"), tensors[key])
+            left.discard(key)
+    if left:
+        raise UnsaidError(f"{sorted(left)[0]} in its file")
+
+
+def _put_whole(
+    found: Effects, model: PreTrainedModel, program: Program, place: tuple[str, str], value: Tensor | None
+) -> None:
+    """A parameter of the adapter's own. A layer's bias is a record's."""
+    path, name = place
+    module = model.get_submodule(path)
+    own = module._parameters.get(name)
+    known = path in program.linears or path in program.norms or place == (program.embedding.path, "weight")
+    if value is None or own is None or value.shape != own.shape or not known:
+        raise UnsaidError(f"{path}.{name} of its own")
+    value = value.to(own.device, own.dtype)
+    record = found.linear.get(path, LinearDelta())
+    if path in program.linears and name == "bias":
+        if record.bias is not None:
+            raise UnsaidError(f"two changes of the bias of {path}")
+        found.linear[path] = replace(record, bias=value)
+    elif path in program.linears and record.rank:
+        raise UnsaidError(f"an update of {path}, whose weight is its own too")
+    else:
+        found.whole[place] = value.T if isinstance(module, Conv1D) else value
+
+
+def _put_rows(
+    found: Effects, program: Program, paths: tuple[str, ...], indices: tuple[int, ...], values: Tensor | None
+) -> None:
+    known = {program.embedding.path, program.head.linear.path}
+    shape = (len(indices), program.embedding.width)
+    if values is None or not set(paths) <= known or tuple(values.shape) != shape:
+        raise UnsaidError(f"rows of {paths[0]}")
+    for path in paths:
+        found.rows[path] = (torch.tensor(indices), values)

@@ -1,0 +1,157 @@
+"""Runs plans by the model's program: the fast runner. What the program cannot say goes through the general one.
+
+The program is proved on the model when the runner is made. An adapter with a part that has no place in it is loaded
+into the general runner, on the same weights and pages, and its requests take that way, in the same steps.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from veneer.core.records import PromptDelta
+from veneer.errors import DescriptionError
+from veneer.model.blueprint.describe import describe
+from veneer.model.paged import TOLERANCE, KeysValues, PagedStore, Stretch, require_pageable
+from veneer.model.structure import evaluation
+from veneer.serve.effects import Effects, UnsaidError, read_effects
+from veneer.serve.general_runner import GeneralRunner
+from veneer.serve.interpreter import Interpreter
+from veneer.serve.plan import Plan, PlannedSequence
+from veneer.serve.program import compile_program
+from veneer.serve.runner import DrawingRunner, wanted
+from veneer.serve.step import Piece, step_of
+
+_LOG = logging.getLogger(__name__)
+
+
+class ProgramRunner(DrawingRunner):
+    """A `Runner` of a model's program, over a store of pages that it shares with the general runner."""
+
+    def __init__(self, model: PreTrainedModel, interpreter: Interpreter, store: PagedStore) -> None:
+        super().__init__()
+        self.model, self.interpreter, self.store = model.eval(), interpreter, store
+        self.fronts: dict[str, list[KeysValues]] = {}
+        self.general: GeneralRunner | None = None
+
+    @property
+    def loaded(self) -> frozenset[str]:
+        others = frozenset[str]() if self.general is None else self.general.loaded
+        return frozenset(self.interpreter.effects) | others
+
+    def load(self, version: str, folder: Path) -> None:
+        try:
+            effects = read_effects(self.model, self.interpreter.program, folder)
+        except UnsaidError as reason:
+            self._load_general(version, folder, str(reason))
+            return
+        front = self._front(effects)
+        if front:
+            self.fronts[version] = front
+        self.interpreter.effects[version] = effects
+
+    def _load_general(self, version: str, folder: Path, reason: str) -> None:
+        if self.general is None:
+            require_pageable(self.model)
+            self.general = GeneralRunner(self.model, self.store)
+        self.general.load(version, folder)
+        _LOG.info("%s has %s, which the program has no place for: its requests take the general runner", folder, reason)
+
+    def unload(self, version: str) -> None:
+        if self.interpreter.effects.pop(version, None) is None and self.general is not None:
+            self.general.unload(version)
+        self.fronts.pop(version, None)
+
+    def logits(self, plan: Plan) -> Tensor:
+        general = frozenset[str]() if self.general is None else self.general.loaded
+        others = tuple(s for s in plan.sequences if s.version in general)
+        if not others or self.general is None:
+            return self._by_program(plan.sequences)
+        own = tuple(s for s in plan.sequences if s.version not in general)
+        own_logits = self._by_program(own) if own else None
+        given = self.general.logits(Plan(others)).float()
+        out = given.new_empty(sum(len(wanted(s)) for s in plan.sequences), given.shape[-1])
+        bounds, at = [], 0
+        for sequence in plan.sequences:
+            bounds.append(range(at, at + len(wanted(sequence))))
+            at += len(wanted(sequence))
+        mine = [i for s, rows in zip(plan.sequences, bounds, strict=True) if s.version not in general for i in rows]
+        theirs = [i for s, rows in zip(plan.sequences, bounds, strict=True) if s.version in general for i in rows]
+        out[theirs] = given[: len(theirs)]
+        if own_logits is not None:
+            out[mine] = own_logits
+        return out
+
+    def _by_program(self, sequences: Sequence[PlannedSequence]) -> Tensor:
+        for sequence in sequences:
+            if sequence.start == sequence.n_front:
+                self._put_front(sequence)
+        pieces = [Piece(Stretch(s.pages, s.start, len(s.tokens)), s.version, wanted(s)) for s in sequences]
+        step = step_of(pieces, self.store, self.model.device)
+        ids = torch.tensor([token for s in sequences for token in s.tokens], device=self.model.device)
+        return self.interpreter.run(step, ids)
+
+    def _put_front(self, sequence: PlannedSequence) -> None:
+        front = self.fronts.get(sequence.version or "")
+        if front is not None:
+            slots = torch.tensor(self.store.slots(sequence.pages, 0, sequence.n_front), device=self.model.device)
+            for layer, (keys, values) in enumerate(front):
+                self.store.write(layer, slots, keys, values)
+
+    def _front(self, effects: Effects) -> list[KeysValues]:
+        """The keys and values of an adapter's virtual tokens by layer: a prefix's own, or what a prompt leaves."""
+        front, dtype, device = effects.front, self.model.dtype, self.model.device
+        if front is None:
+            return []
+        if not isinstance(front, PromptDelta):
+            return [(record.k.to(device, dtype), record.v.to(device, dtype)) for record in front]
+        store = PagedStore(1, len(front.embeddings))
+        given = front.embeddings.to(device, dtype)
+        step = step_of([Piece(Stretch((0,), 0, len(given)))], store, device)
+        self.interpreter.run(step, given)
+        return [store.layers[layer] for layer in range(len(self.interpreter.program.attentions))]
+
+
+def proved(model: PreTrainedModel, n_positions: int) -> Interpreter:
+    """The program of a model, proved on two short sequences of it, at the start and at the end of the context.
+
+    Each runs whole and in two chunks. Raises DescriptionError with the part that has no instruction, or by how much the
+    logits differ from the model's own.
+    """
+    program = compile_program(describe(model), n_positions)
+    interpreter = Interpreter(model, program)
+    windows = [part.window for part in program.attentions if part.window is not None]
+    n = min(max([13, *(window + 5 for window in windows if window <= _LONGEST_WINDOW)]), n_positions)
+    vocabulary = program.embedding.n_tokens
+    for first in dict.fromkeys((0, n_positions - n)):
+        ids = (torch.arange(n, device=model.device) * 7 + 3 * first) % vocabulary
+        positions = torch.arange(first, first + n, device=model.device)[None]
+        with evaluation(model), torch.no_grad():
+            own = model(input_ids=ids[None], position_ids=positions, use_cache=False).logits[0].float()
+        for cuts in ((n,), (n - 4, 4)):
+            found = _in_chunks(interpreter, ids, cuts, first)
+            error = float((found - own).norm() / own.norm().clamp_min(1e-30))
+            allowed = TOLERANCE.get(model.dtype, TOLERANCE[torch.float32])
+            if not error <= allowed:
+                raise DescriptionError(
+                    f"its logits at positions {first} to {first + n - 1} are {error:.1e} away from the model's own "
+                    f"(allowed {allowed:.0e})"
+                )
+    return interpreter
+
+
+_LONGEST_WINDOW = 512  # that the proof looks beyond: for longer ones it would take too long
+
+
+def _in_chunks(interpreter: Interpreter, ids: Tensor, cuts: Sequence[int], first_position: int) -> Tensor:
+    store, found, at = PagedStore(1, len(ids)), [], 0
+    for n in cuts:
+        piece = Piece(Stretch((0,), at, n), None, range(n))
+        found.append(interpreter.run(step_of([piece], store, ids.device, first_position), ids[at : at + n]))
+        at += n
+    return torch.cat(found)

@@ -1,0 +1,80 @@
+"""The computation of plans: the interface, and what all runners share, the drawing of tokens from logits."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from veneer.errors import VeneerError
+from veneer.serve.plan import Plan, PlannedSequence, Sampled
+from veneer.serve.sampler import DrawRule, Sampler
+
+
+class Runner(Protocol):
+    """The computation of plans. Adapters are loaded and unloaded between plans, under the ids of their versions."""
+
+    def load(self, version: str, folder: Path) -> None:
+        """Take an adapter in. Raises VeneerError where it does not fit, and is then as before."""
+
+    def unload(self, version: str) -> None:
+        """Let an adapter go."""
+
+    @property
+    def loaded(self) -> frozenset[str]:
+        """The versions that are loaded."""
+
+    def begin(self, request_id: str, rule: DrawRule) -> None:
+        """A request comes, whose tokens are drawn by a rule."""
+
+    def end(self, request_id: str) -> None:
+        """A request goes."""
+
+    def run(self, plan: Plan) -> Sampled:
+        """Compute a plan, and draw; run again, a plan gives the same."""
+
+    def take(self, request_id: str, token: int) -> None:
+        """A token that was drawn is the answer's next."""
+
+
+class DrawingRunner(ABC):
+    """The part of a `Runner` that is not the model's."""
+
+    def __init__(self) -> None:
+        self.sampler = Sampler()
+
+    @abstractmethod
+    def logits(self, plan: Plan) -> Tensor:
+        """Logits behind the tokens whose followers are asked for or drawn (`wanted`), in the plan's order."""
+
+    def begin(self, request_id: str, rule: DrawRule) -> None:
+        self.sampler.begin(request_id, rule)
+
+    def end(self, request_id: str) -> None:
+        self.sampler.end(request_id)
+
+    def take(self, request_id: str, token: int) -> None:
+        self.sampler.take(request_id, token)
+
+    def run(self, plan: Plan) -> Sampled:
+        logits = self.logits(plan)
+        sampled, at = Sampled(), 0
+        for sequence in plan.sequences:
+            id, n = sequence.request_id, len(sequence.targets)
+            try:
+                if n:
+                    sampled.prompt_logprobs[id] = self.sampler.score(id, logits[at : at + n], sequence.targets)
+                if sequence.samples:
+                    sampled.drawn[id] = self.sampler.draw(id, logits[at + n])
+            except VeneerError as error:
+                sampled.failed[id] = error
+            at += n + sequence.samples
+        return sampled
+
+
+def wanted(sequence: PlannedSequence) -> list[int]:
+    """The tokens of a sequence, counted from its first in the plan, whose logits are needed."""
+    scored = range(sequence.first_scored, sequence.first_scored + len(sequence.targets))
+    return [*scored, *[len(sequence.tokens) - 1] * sequence.samples]
