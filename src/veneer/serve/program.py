@@ -76,7 +76,7 @@ class Activate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """The place where bottlenecks change the output ``target`` of a half, whose input was ``source``. ``site`` is PEFT's name."""
+    """A place of bottlenecks: they change a half's output ``target``, its input being ``source``."""
 
     site: str
     source: str
