@@ -108,7 +108,11 @@ def error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 
 def assert_same(model: PreTrainedModel, batch: dict[str, Any] | None = None) -> None:
-    """Fused and general path are alike, or the fused one is off by at most twice as much in float64's eyes."""
+    """Fused and general path are alike; where they are not, float64 says that the fused one is off by little more.
+
+    Where one key takes all of a softmax, attention's backward pass loses digits: it takes the sum of ``p dp`` from the
+    rounded output (FlashAttention-2, arXiv 2307.08691, section 3.1).
+    """
     expected = step(model, batch or {})
     with fused(model) as takes:
         assert takes
@@ -121,8 +125,9 @@ def assert_same(model: PreTrainedModel, batch: dict[str, Any] | None = None) -> 
     if apart:
         logits, _, exact = step(copy.deepcopy(model).double(), batch or {})
         exact[""] = logits
+        assert error(found[2], exact) <= min(4 * error(expected[2], exact), 5e-5)
         for name in apart:
-            assert (found[2][name] - exact[name]).norm() <= 2 * (expected[2][name] - exact[name]).norm(), name
+            assert (found[2][name] - exact[name]).norm() <= 4 * (expected[2][name] - exact[name]).norm(), name
 
 
 @pytest.fixture
