@@ -22,7 +22,7 @@ from training_ops import require_equal
 from veneer.ops.cpu.module import description
 from veneer.ops.packed import PackedWeight
 from veneer.ops.paged_attention import PagedRows, PagedStore, SequenceRows, append, paged_attention
-from veneer.ops.pairs import PackedPairs, Segment, add_pairs
+from veneer.ops.pairs import PackedPairs, Segment, Segments, add_pairs
 from veneer.ops.pairs import Pair as Factors
 
 LAYERS, D, INNER, VOCAB, HEADS, KV_HEADS, HEAD_DIM, RANK, BLOCK = 30, 576, 1536, 49152, 9, 3, 64, 16, 16
@@ -113,7 +113,7 @@ def adapter_pairs() -> Iterator[Pair]:
                 y.copy_(start)
             group.by_veneer()
             require_equal(name, tuple(group.ys), theirs)
-        moved = sum(segment.pairs.nbytes for group in groups for segment in group.segments)
+        moved = sum(segment.pairs.nbytes for group in groups for segment in group.segments.parts)
         yield Pair(
             name,
             lambda groups=groups: [group.by_torch() for group in groups],
@@ -128,14 +128,14 @@ class _Group:
 
     def __init__(self, i: int, outs: tuple[int, ...], n_adapters: int, rows: int) -> None:
         self.factors = [[Factors(*_weights((RANK, i), (o, RANK)), 1.0) for o in outs] for _ in range(n_adapters)]
-        self.segments = [
+        self.segments = Segments.of(
             Segment(PackedPairs.pack(pairs, outs), k * rows, (k + 1) * rows) for k, pairs in enumerate(self.factors)
-        ]
+        )
         self.x = torch.randn(n_adapters * rows, i).bfloat16()
         self.ys = [torch.randn(n_adapters * rows, o).bfloat16() for o in outs]
 
     def by_torch(self) -> None:
-        for (_, start, stop), pairs in zip(self.segments, self.factors, strict=True):
+        for (_, start, stop), pairs in zip(self.segments.parts, self.factors, strict=True):
             for y, pair in zip(self.ys, pairs, strict=True):
                 y[start:stop] += functional.linear(functional.linear(self.x[start:stop], pair.a), pair.b)
 

@@ -69,16 +69,24 @@ template <class T>
 inline void put(T* p, lanes x, int64_t n) { n == width ? store(p, x) : store_some(p, x, n); }
 
 inline float sum(lanes x) {
+#if defined(__AVX512F__)
+  return 0.0f + _mm512_reduce_add_ps((__m512)x);  // the same pairs as below
+#else
   float total = 0.0f;
   for (int64_t half = width / 2; half > 0; half /= 2)
     for (int64_t i = 0; i < half; ++i) x[i] += x[i + half];
   return total + x[0];
+#endif
 }
 inline lanes larger(lanes a, lanes b) { return a > b ? a : b; }
 inline float largest(lanes x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)x);
+#else
   for (int64_t half = width / 2; half > 0; half /= 2)
     for (int64_t i = 0; i < half; ++i) x[i] = x[i] > x[i + half] ? x[i] : x[i + half];
   return x[0];
+#endif
 }
 
 // e^x to 2 units in the last place; 0 below -87.3, and NaN stays NaN. The polynomial is a minimax fit over ±ln 2 / 2.

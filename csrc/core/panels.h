@@ -119,6 +119,7 @@ struct FloatEngine {
   };
   static Values values(const float* x) { return {splat(*x)}; }
   static lanes add(lanes sum, Values x, Weights w) { return multiply_add(x.value, w.value, sum); }
+  static void keep(float* x, lanes values) { store(x, values); }
 };
 
 #if defined(__AVX512BF16__)
@@ -142,6 +143,10 @@ struct PairEngine {
     return {(__m512bh)_mm512_set1_epi32(pair)};
   }
   static lanes add(lanes sum, Values x, Weights w) { return (lanes)_mm512_dpbf16_ps((__m512)sum, x.value, w.value); }
+  static void keep(bf16* x, lanes values) {
+    const __m256i rounded = (__m256i)_mm512_cvtneps_pbh((__m512)values);
+    std::memcpy(static_cast<void*>(x), &rounded, sizeof rounded);
+  }
 };
 #endif
 
@@ -182,14 +187,22 @@ void tiles(int64_t row, int64_t stop, int64_t block, int64_t end, const F& f) {
   }
 }
 
+// Lines of memory that a tile fetches beside two steps in depth: where several tiles use a panel so many of the next one,
+// whose turn comes while they compute; else as many of its `own` weights as it reads, so far ahead.
+constexpr int64_t line = 64, far_ahead = 4096;
+constexpr int own = 0;
+
+inline void fetch(const char* memory) { __builtin_prefetch(memory, 0, 2); }
+
 // Tiles of rows of x with a matrix; sink(row, block, sums) takes the sums of one row and one block, `vectors` registers.
 // x has as many values a row as the engine reads: i, or for pairs i filled up with zero to an even number.
-template <class Engine, class Sink>
+template <class Engine, int fetched, class Sink>
 struct PanelProduct {
   const PanelMatrix& m;
   const typename Engine::X* x;
   int64_t stride;
   const Sink& sink;
+  const char* ahead;  // in the next panel
 
   template <int rows, int blocks>
   void tile(int64_t row, int64_t block) const {
@@ -209,8 +222,12 @@ struct PanelProduct {
         for (int s = 0; s < registers; ++s) sums[r][s] = Engine::add(sums[r][s], value, weights[s]);
       }
     };
+    constexpr int64_t own_lines = 2 * unit * blocks * panel_block * sizeof(typename Engine::W) / line;
+    constexpr int64_t lines = fetched == own ? own_lines : fetched;
+    const char* soon = fetched == own ? reinterpret_cast<const char*>(w) + far_ahead : ahead;
     int64_t k = 0;
-    for (; k + 2 * unit <= depth; k += 2 * unit) {
+    for (; k + 2 * unit <= depth; k += 2 * unit, soon += lines * line) {
+      for (int64_t l = 0; l < lines; ++l) fetch(soon + l * line);
       one(k);
       one(k + unit);
     }
@@ -220,14 +237,31 @@ struct PanelProduct {
   }
 };
 
+// Rows of x times blocks [begin, end) of one panel, `fetched` lines a turn of what lies at `ahead` by each tile.
+template <int fetched, class Engine, class Sink>
+void multiply_panel(const PanelMatrix& m, const typename Engine::X* x, int64_t stride, int64_t row, int64_t n, int64_t begin,
+                    int64_t end, const char* ahead, const Sink& sink) {
+  const int64_t heights = (n + most_rows - 1) / most_rows, part = m.depth / Engine::depth_unit / 2 * fetched * line;
+  for (int64_t t = 0; t < heights; ++t) {
+    const int64_t first = row + n * t / heights, last = row + n * (t + 1) / heights;
+    const PanelProduct<Engine, fetched, Sink> product{m, x, stride, sink, ahead + (t * fetched < 8 ? t * part : 0)};
+    tile_height(first, last - first, begin, end, product);
+  }
+}
+
 // Rows [row, stop) of x times blocks [begin, end): panel by panel, which then stays in cache for all the rows.
 template <class Engine, class Sink>
 void multiply_panels(const PanelMatrix& m, const typename Engine::X* x, int64_t stride, int64_t row, int64_t stop,
                      int64_t begin, int64_t end, const Sink& sink) {
-  const PanelProduct<Engine, Sink> product{m, x, stride, sink};
+  const int64_t n = stop - row;
   while (begin < end) {
     const int64_t after = (begin / panel_blocks + 1) * panel_blocks, next = after < end ? after : end;
-    tiles(row, stop, begin, next, product);
+    const auto* following = static_cast<const typename Engine::W*>(m.values) + panel_of(m, next < end ? next : begin).start;
+    const char* ahead = reinterpret_cast<const char*>(following);
+    if (n <= most_rows)
+      multiply_panel<own, Engine>(m, x, stride, row, n, begin, next, ahead, sink);
+    else
+      multiply_panel<2, Engine>(m, x, stride, row, n, begin, next, ahead, sink);
     begin = next;
   }
 }

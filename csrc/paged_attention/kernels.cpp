@@ -134,16 +134,19 @@ int64_t scratch_bytes(const PagedCall& call) {
 
 // ---- products -------------------------------------------------------------------------------------------------------------
 
-// C (rows, 16 blocks) = A (rows, depth) times blocks of keys, each of which lies somewhere.
-template <class Engine, int rows, int blocks>
+// C (rows, 16 blocks) = A (rows, depth) times blocks of keys, each of which lies somewhere. `soon` are as many blocks that
+// are read next: lines of them are fetched at the pace at which those of keys are read, where `fetching`.
+template <class Engine, bool fetching, int rows, int blocks>
 void score_tile(const typename Engine::X* a, int64_t lda, const typename Engine::W* const* keys, int64_t across, int64_t depth,
-                float* c) {
+                float* c, const typename Engine::W* const* soon) {
   constexpr int registers = blocks * vectors;
   lanes sums[rows][registers];
   for (int r = 0; r < rows; ++r)
     for (int s = 0; s < registers; ++s) sums[r][s] = lanes{};
   for (int64_t k = 0; k < depth; k += Engine::depth_unit) {
     typename Engine::Weights weights[registers];
+    if (fetching)
+      for (int b = 0; b < blocks; ++b) fetch(reinterpret_cast<const char*>(soon[b] + k * key_block));
     for (int s = 0; s < registers; ++s) weights[s] = Engine::weights(keys[s / vectors], across, k, s % vectors);
     for (int r = 0; r < rows; ++r) {
       const auto value = Engine::values(a + r * lda + k);
@@ -154,19 +157,21 @@ void score_tile(const typename Engine::X* a, int64_t lda, const typename Engine:
     for (int s = 0; s < registers; ++s) store(c + r * chunk_keys + s * width, sums[r][s]);
 }
 
-// C (rows, 16 blocks) += A (rows, n) times values in blocks of keys, one after the other.
-template <class Engine, int rows, int blocks>
+// C (rows, 16 blocks) += A (rows, n) times values in blocks of keys, one after the other; `soon` as above.
+template <class Engine, bool fetching, int rows, int blocks>
 void value_tile(const typename Engine::X* a, const typename Engine::W* const* values, int64_t across, int64_t n, float* c,
-                int64_t ldc) {
+                int64_t ldc, const typename Engine::W* const* soon) {
   constexpr int registers = blocks * vectors;
   lanes sums[rows][registers];
   for (int r = 0; r < rows; ++r)
     for (int s = 0; s < registers; ++s) sums[r][s] = load(c + r * ldc + s * width);
   for (int64_t first = 0; first < n; first += key_block) {
-    const typename Engine::W* block = *values++;
+    const typename Engine::W *block = *values++, *next = fetching ? *soon++ : block;
     const int64_t present = n - first < key_block ? n - first : key_block;
     for (int64_t k = 0; k < present; k += Engine::depth_unit) {
       typename Engine::Weights weights[registers];
+      if (fetching)
+        for (int b = 0; b < blocks; ++b) fetch(reinterpret_cast<const char*>(next + k * across + b * key_block * Engine::depth_unit));
       for (int s = 0; s < registers; ++s) weights[s] = Engine::weights(block, across, k, s);
       for (int r = 0; r < rows; ++r) {
         const auto value = Engine::values(a + r * chunk_keys + first + k);
@@ -178,32 +183,37 @@ void value_tile(const typename Engine::X* a, const typename Engine::W* const* va
     for (int s = 0; s < registers; ++s) store(c + r * ldc + s * width, sums[r][s]);
 }
 
-template <class Engine>
+template <class Engine, bool fetching>
 struct Scores {
   const typename Engine::X* queries;
   int64_t lda;
   const typename Engine::W* const* keys;
   int64_t across, depth;
   float* scores;
+  const typename Engine::W* const* soon;
   template <int rows, int blocks>
   void tile(int64_t row, int64_t block) const {
-    score_tile<Engine, rows, blocks>(queries + row * lda, lda, keys + block, across, depth,
-                                     scores + row * chunk_keys + block * key_block);
+    score_tile<Engine, fetching, rows, blocks>(queries + row * lda, lda, keys + block, across, depth,
+                                               scores + row * chunk_keys + block * key_block, soon + block);
   }
 };
 
-template <class Engine>
+template <class Engine, bool fetching>
 struct Weighted {
   const typename Engine::X* p;
   const typename Engine::W* const* values;
   int64_t across, n;
   float* sums;
+  const typename Engine::W* const* soon;
   template <int rows, int blocks>
   void tile(int64_t row, int64_t block) const {
-    const typename Engine::W* places[chunk_blocks];
-    for (int64_t b = 0; b * key_block < n; ++b)
+    const typename Engine::W *places[chunk_blocks], *later[chunk_blocks];
+    for (int64_t b = 0; b * key_block < n; ++b) {
       places[b] = values[b] + place<typename Engine::W>(across, 0, block * key_block);
-    value_tile<Engine, rows, blocks>(p + row * chunk_keys, places, across, n, sums + row * across + block * key_block, across);
+      later[b] = fetching ? soon[b] + block * key_block * Engine::depth_unit : nullptr;
+    }
+    value_tile<Engine, fetching, rows, blocks>(p + row * chunk_keys, places, across, n,
+                                               sums + row * across + block * key_block, across, later);
   }
 };
 
@@ -218,8 +228,8 @@ struct Seen {  // keys from `first` to before `end`, counted from the first scor
 };
 
 // Scores [begin, end) of one row, whole registers, become weights relative to the running maximum.
-template <class X, bool masked, bool capped>
-__attribute__((noinline)) void weigh(const PagedOptions& options, float* scores, X* p, int64_t begin, int64_t end, Seen seen,
+template <class Engine, bool masked, bool capped>
+__attribute__((noinline)) void weigh(const PagedOptions& options, float* scores, typename Engine::X* p, int64_t begin, int64_t end, Seen seen,
                                      float* sums, int64_t d, float* top_of_row, float* total) {
   int_lanes step;
   for (int32_t i = 0; i < width; ++i) step[i] = i;
@@ -239,7 +249,7 @@ __attribute__((noinline)) void weigh(const PagedOptions& options, float* scores,
   lanes added{};
   for (int64_t k = begin; k < end; k += width) {
     const lanes weight = exp(load(scores + k) - top);
-    store(p + k, weight);
+    Engine::keep(p + k, weight);
     added += weight;
   }
   if (top != before) {
@@ -260,6 +270,13 @@ __attribute__((noinline)) void merge(float* sums, float& top, float& total, cons
   top = most;
 }
 
+struct Yes {
+  static constexpr bool value = true;
+};
+struct No {
+  static constexpr bool value = false;
+};
+
 // ---- one thread's work ------------------------------------------------------------------------------------------------------
 
 template <class T, class Engine>
@@ -271,6 +288,7 @@ struct Worker {
   X *queries{}, *p{};
   float* scores{};
   State whole{}, part{};
+  const Task* next_task{};
 
   void lay_out(Scratch scratch) {
     queries = scratch.take<X>(layout.rows * layout.d);
@@ -283,7 +301,8 @@ struct Worker {
     }
   }
 
-  void run(const Task& task) {
+  void run(const Task& task, const Task* following) {
+    next_task = following;
     read_queries(task);
     const int64_t first = task.first_key / split_keys, last = (task.end_key - 1) / split_keys;
     if (task.split >= 0) {
@@ -339,14 +358,42 @@ struct Worker {
     const W *keys[chunk_blocks], *values[chunk_blocks];
     for (int64_t b = 0; b < blocks; ++b) find(task, chunk + (first_block + b) * key_block, keys[b], values[b]);
     const int64_t row = first_query * layout.group, n = end_query * layout.group - row, at = row * chunk_keys + first_block * key_block;
-    tiles(0, n, 0, blocks, Scores<Engine>{queries + row * layout.d, layout.d, keys, s.block, s.head_dim, scores + at});
+    const bool few = n <= most_rows;
+    const W* next[chunk_blocks];
+    if (few) find_next(task, chunk, next);
+    const auto score = [&](auto fetching) {
+      tiles(0, n, 0, blocks, Scores<Engine, decltype(fetching)::value>{queries + row * layout.d, layout.d, keys, s.block, s.head_dim,
+                                                                       scores + at, values});
+    };
+    few ? score(Yes{}) : score(No{});
     for (int64_t r = row; r < row + n; ++r) {
       const int64_t here = position + r / layout.group - chunk;  // where the query itself would be
       const Seen seen{window > 0 ? here - window + 1 : 0, here + 1};
       weigh_any(r, first_block * key_block, (first_block + blocks) * key_block, seen, state);
     }
-    tiles(0, n, 0, layout.d / key_block,
-          Weighted<Engine>{p + at, values, layout.d, end - first_block * key_block, state.sums + row * layout.d});
+    const auto add = [&](auto fetching) {
+      tiles(0, n, 0, layout.d / key_block,
+            Weighted<Engine, decltype(fetching)::value>{p + at, values, layout.d, end - first_block * key_block,
+                                                        state.sums + row * layout.d, next});
+    };
+    few ? add(Yes{}) : add(No{});
+  }
+
+  int64_t first_chunk(const Task& task) const {
+    const int64_t split = task.first_key / split_keys + task.split, first = split * split_keys;
+    return (task.split > 0 && first > task.first_key ? first : task.first_key) / chunk_keys * chunk_keys;
+  }
+
+  // The keys of the chunk behind this one, of this task or the next.
+  void find_next(const Task& task, int64_t chunk, const W* (&keys)[chunk_blocks]) const {
+    const bool stays = chunk + chunk_keys < task.end_key && (task.split < 0 || (chunk + chunk_keys) % split_keys != 0);
+    const Task& owner = stays || next_task == nullptr ? task : *next_task;
+    const int64_t first = stays ? chunk + chunk_keys : next_task == nullptr ? chunk : first_chunk(owner);
+    const W* values;
+    for (int64_t b = 0; b < chunk_blocks; ++b) {
+      const int64_t key = first + b * key_block;
+      find(owner, key < owner.end_key && key >= owner.first_key / key_block * key_block ? key : owner.end_key - 1, keys[b], values);
+    }
   }
 
   void find(const Task& task, int64_t key, const W*& keys, const W*& values) const {
@@ -358,7 +405,7 @@ struct Worker {
 
   void weigh_any(int64_t r, int64_t begin, int64_t end, Seen seen, const State& state) {
     const bool masked = seen.first > begin || seen.end < end;
-    const auto run = call.options.softcap != 0.0f ? weigh<X, true, true> : masked ? weigh<X, true, false> : weigh<X, false, false>;
+    const auto run = call.options.softcap != 0.0f ? weigh<Engine, true, true> : masked ? weigh<Engine, true, false> : weigh<Engine, false, false>;
     run(call.options, scores + r * chunk_keys, p + r * chunk_keys, begin, end, seen, state.sums + r * layout.d, layout.d,
         state.top + r, state.total + r * width);
   }
@@ -410,7 +457,10 @@ void attend_typed(const PagedCall& call) {
   parallel_tasks(call.n_threads, [&](int thread, auto next) {
     Worker<T, Engine> worker{call, layout};
     worker.lay_out({own + thread * thread_bytes});
-    for (int64_t i = next(); i < counts.tasks; i = next()) worker.run(tasks[i]);
+    for (int64_t i = next(), following; i < counts.tasks; i = following) {
+      following = next();
+      worker.run(tasks[i], following < counts.tasks ? tasks + following : nullptr);
+    }
   });
   if (counts.parts == 0) return;
   parallel_for(counts.tasks, 16, [&](int64_t begin, int64_t end) {

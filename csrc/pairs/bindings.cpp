@@ -25,17 +25,18 @@ int64_t rows_at_once(int64_t rows, int64_t threads) {
 }  // namespace
 
 void bind_pairs(nb::module_& m) {
-  // Of each segment the address of its factors, start, stop, and the rank at each layer; of each output address and stride.
+  // `table`: of each segment the address of its factors, start, stop, and the rank at each layer. `ys`: of each output
+  // address and stride.
   m.def(
       "pairs_add",
-      [](int dtype, int x_dtype, int y_dtype, int64_t in_features, Numbers out_features, Numbers segments, uintptr_t x,
-         int64_t x_stride, Numbers ys) {
-        const int64_t layers = static_cast<int64_t>(out_features.size()), step = layers + 3;
+      [](int dtype, int x_dtype, int y_dtype, int64_t in_features, Numbers out_features, uintptr_t table,
+         int64_t n_segments, uintptr_t x, int64_t x_stride, Numbers ys) {
+        const int64_t layers = static_cast<int64_t>(out_features.size());
         std::vector<PairsSegment> found;
         std::vector<PairsRows> outs;
         int64_t rows = 0, values = 0;
-        for (size_t at = 0; at < segments.size(); at += step) {
-          const int64_t* s = segments.data() + at;
+        for (int64_t at = 0; at < n_segments; ++at) {
+          const int64_t* s = reinterpret_cast<const int64_t*>(table) + at * (layers + 3);
           found.push_back({reinterpret_cast<const char*>(s[0]), s + 3, s[1], s[2]});
           rows += s[2] - s[1];
           for (int64_t l = 0; l < layers; ++l) values += s[3 + l] * (in_features + out_features[l]);

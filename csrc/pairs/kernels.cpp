@@ -32,12 +32,12 @@ int64_t thread_bytes(const PairsCall& call) {
 
 int64_t scratch_bytes(const PairsCall& call) { return up_to(thread_bytes(call), 64) * call.n_threads; }
 
-template <class X>
+template <class Engine>
 struct Keep {  // u, rounded to what the second product reads
-  X* u;
+  typename Engine::X* u;
   int64_t stride;
   void operator()(int64_t row, int64_t block, const lanes* sums) const {
-    for (int64_t v = 0; v < vectors; ++v) store(u + row * stride + block * panel_block + v * width, sums[v]);
+    for (int64_t v = 0; v < vectors; ++v) Engine::keep(u + row * stride + block * panel_block + v * width, sums[v]);
   }
 };
 
@@ -68,7 +68,7 @@ struct Worker {
     const X* from = read(x, n, stride);
     const int64_t columns = columns_of(call, segment.ranks), u_stride = up_to(columns, panel_block);
     PanelMatrix matrix{columns, call.in_features, even(call, call.in_features), call.dtype, const_cast<char*>(segment.factors)};
-    multiply_panels<Engine>(matrix, from, stride, 0, n, 0, blocks_of(columns), Keep<X>{u, u_stride});
+    multiply_panels<Engine>(matrix, from, stride, 0, n, 0, blocks_of(columns), Keep<Engine>{u, u_stride});
     int64_t first = 0;
     for (int64_t layer = 0; layer < call.n_layers; ++layer) {
       if (segment.ranks[layer] == 0) continue;

@@ -6,16 +6,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from veneer.errors import ShapeError
 from veneer.ops.dispatch import implementation
+from veneer.ops.memory import address
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -89,9 +90,39 @@ class Segment(NamedTuple):
     stop: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Segments:
+    """The segments of a step at layers that share their input, checked once, for all the steps that have these rows.
+
+    ``table (n_segments, 3 + n_layers)`` holds of each where its factors lie, start, stop, and the ranks.
+    """
+
+    parts: tuple[Segment, ...]
+    table: Int64[Tensor, "n_segments numbers"]
+    n_rows: int
+
+    @classmethod
+    def of(cls, segments: Iterable[Segment]) -> Segments:
+        """Raises ShapeError where there is none, or they are not of the same layers and one dtype."""
+        parts = tuple(segments)
+        kinds = {(s.pairs.in_features, s.pairs.out_features, s.pairs.dtype) for s in parts}
+        if len(kinds) != 1 or not all(0 <= s.start <= s.stop for s in parts):
+            raise ShapeError(
+                "segments are one or more, of pairs of the same layers in one dtype, none ending before it starts; "
+                f"given inputs, outputs and dtypes {sorted(kinds, key=str)}, rows {[(s.start, s.stop) for s in parts]}"
+            )
+        numbers = [(address(p.factors, p.factors.device.type), start, stop, *p.ranks) for p, start, stop in parts]
+        return cls(parts, torch.tensor(numbers), max(s.stop for s in parts))
+
+    @property
+    def pairs(self) -> PackedPairs:
+        """Those of the first segment, whose layers and dtype are those of all."""
+        return self.parts[0].pairs
+
+
 def add_pairs(
     x: Float[Tensor, "n i"],
-    segments: Sequence[Segment],
+    segments: Segments | Sequence[Segment],
     ys: Sequence[Float[Tensor, "n _"]],
     *,
     backend: str | None = None,
@@ -103,9 +134,12 @@ def add_pairs(
     row's result does not depend on the other rows, bit for bit. Only last axes must be contiguous.
     Raises ShapeError.
     """
+    if not isinstance(segments, Segments):
+        if not segments:
+            return
+        segments = Segments.of(segments)
     _check(x, segments, ys)
-    if segments:
-        implementation("pairs.add", x.device, backend)(x, segments, ys)
+    implementation("pairs.add", x.device, backend)(x, segments, ys)
 
 
 def _filled_rows(a: Tensor) -> Tensor:
@@ -130,22 +164,17 @@ def _check_pairs(pairs: Sequence[Pair | None], out_features: Sequence[int], dtyp
         )
 
 
-def _check(x: Tensor, segments: Sequence[Segment], ys: Sequence[Tensor]) -> None:
-    n = x.shape[0]
-    if x.ndim != 2 or x.dtype not in DTYPES:
-        raise ShapeError(f"x must be (n, i) of float32 or bfloat16; given {tuple(x.shape)} {x.dtype}")
-    outs = tuple(y.shape[-1] for y in ys)
-    for y in ys:
-        if y.shape != (n, y.shape[-1]) or y.dtype not in DTYPES or y.dtype != ys[0].dtype or y.stride(1) != 1:
-            raise ShapeError(
-                f"outputs must be ({n}, o) of one dtype, float32 or bfloat16, their last axis contiguous; given "
-                f"{tuple(y.shape)} {y.dtype}, strides {y.stride()}"
-            )
-    for pairs, start, stop in segments:
-        if pairs.in_features != x.shape[1] or pairs.out_features != outs or not 0 <= start <= stop <= n:
-            raise ShapeError(
-                f"rows {start} to {stop} of {n} take pairs from {pairs.in_features} to {pairs.out_features} features; "
-                f"x has {x.shape[1]}, the outputs {outs}"
-            )
-        if pairs.dtype != segments[0].pairs.dtype:
-            raise ShapeError(f"pairs of one call are of one dtype; given {pairs.dtype} and {segments[0].pairs.dtype}")
+def _check(x: Tensor, segments: Segments, ys: Sequence[Tensor]) -> None:
+    pairs, n = segments.pairs, x.shape[0]
+    if x.ndim != 2 or x.shape[1] != pairs.in_features or x.dtype not in DTYPES or segments.n_rows > n:
+        raise ShapeError(
+            f"x must be (n, {pairs.in_features}) of float32 or bfloat16, n at least {segments.n_rows}; given "
+            f"{tuple(x.shape)} {x.dtype}"
+        )
+    shapes = [(n, o) for o in pairs.out_features]
+    dtype = ys[0].dtype if ys else None
+    if [y.shape for y in ys] != shapes or any(y.dtype != dtype or y.stride(1) != 1 for y in ys) or dtype not in DTYPES:
+        raise ShapeError(
+            f"outputs must be {shapes} of one dtype, float32 or bfloat16, their last axes contiguous; given "
+            f"{[(tuple(y.shape), y.dtype, y.stride()) for y in ys]}"
+        )

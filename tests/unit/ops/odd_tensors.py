@@ -28,7 +28,7 @@ from veneer.ops.grouped_low_rank import AdapterRuns, LowRankGroup, Run
 from veneer.ops.int8 import quantize_int8
 from veneer.ops.packed import PackedWeight
 from veneer.ops.paged_attention import PagedRows, PagedStore, SequenceRows
-from veneer.ops.pairs import PackedPairs, Pair, Segment
+from veneer.ops.pairs import PackedPairs, Pair, Segment, Segments
 
 N, D, OUT, R, HEADS = 6, 64, 128, 2, 2
 
@@ -79,7 +79,7 @@ def cases():
     yield "paged_attention.append", (store, 0, heads, heads.clone(), Plain(step))
     yield "paged_attention.attend", (store, 0, heads, Plain(step), *numbers)
     pairs = PackedPairs.pack([Pair(torch.randn(R, D), torch.randn(OUT, R), 0.5)], [OUT], dtype=torch.float32)
-    yield "pairs.add", (x, [Plain(Segment(pairs, 0, N))], [wide])
+    yield "pairs.add", (x, Plain(Segments.of([Segment(pairs, 0, N)])), [wide])
     angles = torch.randn(1, N, 4)
     yield "scale.forward", (x, w, w.clone(), y)
     yield "scale.backward", (x, y, w, x.clone(), True)

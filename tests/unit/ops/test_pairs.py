@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from veneer.errors import ShapeError
-from veneer.ops.pairs import PackedPairs, Pair, Segment, add_pairs
+from veneer.ops.pairs import PackedPairs, Pair, Segment, Segments, add_pairs
 from veneer.ops.reference.pairs import unpacked
 
 OP = "pairs.add"
@@ -98,7 +98,7 @@ def test_a_row_does_not_depend_on_its_companions(dtype, threads, backend):
     torch.set_num_threads(threads)
     try:
         together = [y.clone() for y in before]
-        add_pairs(x, segments, together, backend=backend)
+        add_pairs(x, Segments.of(segments), together, backend=backend)
     finally:
         torch.set_num_threads(threads_before)
     alone = [y.clone() for y in before]
@@ -134,14 +134,17 @@ def test_what_does_not_fit_is_refused():
         PackedPairs.pack([Pair(a, b, 1.0)], [5], dtype=torch.float16)
     packed = PackedPairs.pack([Pair(a, b, 1.0)], [5])
     x, y = draw(2, 7), draw(2, 5)
-    with pytest.raises(ShapeError, match=r"x must be \(n, i\)"):
+    with pytest.raises(ShapeError, match=r"x must be \(n, 7\).*float16"):
         add_pairs(x.half(), [Segment(packed, 0, 1)], [y])
-    with pytest.raises(ShapeError, match=r"outputs must be \(2, o\)"):
+    with pytest.raises(ShapeError, match=r"outputs must be \[\(2, 5\)\]"):
         add_pairs(x, [Segment(packed, 0, 1)], [y[:1]])
-    with pytest.raises(ShapeError, match=r"rows 1 to 3 of 2"):
+    with pytest.raises(ShapeError, match="outputs must be"):
+        add_pairs(x, [Segment(packed, 0, 1)], [y, y])
+    with pytest.raises(ShapeError, match=r"n at least 3; given \(2, 7\)"):
         add_pairs(x, [Segment(packed, 1, 3)], [y])
-    with pytest.raises(ShapeError, match=r"from 7 to \(5,\) features; x has 6"):
+    with pytest.raises(ShapeError, match=r"x must be \(n, 7\).*given \(2, 6\)"):
         add_pairs(x[:, 1:], [Segment(packed, 0, 1)], [y])
     other = PackedPairs.pack([Pair(a, b, 1.0)], [5], dtype=torch.float32)
-    with pytest.raises(ShapeError, match="of one dtype"):
-        add_pairs(x, [Segment(packed, 0, 1), Segment(other, 1, 2)], [y])
+    for wrong in ([Segment(packed, 0, 1), Segment(other, 1, 2)], [Segment(packed, 2, 1)], []):
+        with pytest.raises(ShapeError, match="segments are one or more"):
+            Segments.of(wrong)

@@ -8,24 +8,20 @@ from torch import Tensor
 
 from veneer.ops.cpu.module import DTYPES, kernels
 from veneer.ops.memory import address
-from veneer.ops.pairs import Segment
+from veneer.ops.pairs import Segments
 
 
-def add(x: Tensor, segments: Sequence[Segment], ys: Sequence[Tensor]) -> None:
+def add(x: Tensor, segments: Segments, ys: Sequence[Tensor]) -> None:
     x = x if x.stride(1) == 1 else x.contiguous()
-    first = segments[0].pairs
+    pairs, table = segments.pairs, segments.table
     kernels().pairs_add(
-        DTYPES[first.dtype],
+        DTYPES[pairs.dtype],
         DTYPES[x.dtype],
         DTYPES[ys[0].dtype],
-        first.in_features,
-        first.out_features,
-        [
-            number
-            for pairs, start, stop in segments
-            if start < stop
-            for number in (address(pairs.factors), start, stop, *pairs.ranks)
-        ],
+        pairs.in_features,
+        pairs.out_features,
+        address(table),
+        table.shape[0],
         address(x),
         x.stride(0),
         [number for y in ys for number in (address(y), y.stride(0))],

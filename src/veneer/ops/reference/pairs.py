@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from veneer.ops.packed import BLOCK
-from veneer.ops.pairs import PackedPairs, Segment, filled
+from veneer.ops.pairs import PackedPairs, Segments, filled
 from veneer.ops.reference.packed import unpack
 
 
-def add(x: Tensor, segments: Sequence[Segment], ys: Sequence[Tensor]) -> None:
-    for pairs, start, stop in segments:
+def add(x: Tensor, segments: Segments, ys: Sequence[Tensor]) -> None:
+    for pairs, start, stop in segments.parts:
         rows = slice(start, stop)
         for y, (a, b) in zip(ys, unpacked(pairs), strict=True):
             y[rows] = y[rows].float() + x[rows].float() @ a.T @ b.T
