@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from veneer.contract import MethodConfig
 from veneer.core.nearest import nearest
 from veneer.errors import TargetError
 from veneer.model.adapted import Adapted, add_copy
 from veneer.model.blueprint.names import CLASSIFIERS
+from veneer.model.packed_linear import PackedLinear
 
 
 def copied_parameters(
@@ -53,9 +54,10 @@ def add_copies(model: nn.Module, name: str, wanted: Mapping[str, list[str]], wid
                 add_copy(module, name, key, one[id(value)], frozen=False)
 
 
-def own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter | None]]:
+def own_parameters(module: nn.Module) -> list[tuple[str, Tensor | None]]:
     """The parameters that a module holds itself; an adapted one's are those of its base."""
-    return list(module._parameters.items())
+    packed = [("weight", module.like)] if isinstance(module, PackedLinear) else []
+    return [*packed, *module._parameters.items()]
 
 
 def _saved_modules(modules: Mapping[str, nn.Module], config: MethodConfig) -> Iterator[tuple[str, nn.Module]]:
@@ -83,7 +85,7 @@ def _is(path: str, name: str) -> bool:
 
 
 def _require_trainable(path: str, module: nn.Module) -> None:
-    if hasattr(module, "frozen_format"):
+    if hasattr(module, "frozen_format") and not isinstance(module, PackedLinear):
         raise TargetError(
             f"modules_to_save names {path!r}, which is quantized and cannot be trained whole: list it in "
             "llm_int8_skip_modules when you load the model, or adapt it with target_modules"

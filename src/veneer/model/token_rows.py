@@ -13,6 +13,8 @@ from veneer.contract import MethodConfig
 from veneer.core.nearest import nearest
 from veneer.errors import CompositionError, TargetError
 from veneer.model.adapted import Adapted, TokenRows, swap_reading
+from veneer.model.copies import own_parameters
+from veneer.model.packed_linear import PackedLinear
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +113,9 @@ def _meant(name: str | None, modules: Mapping[str, nn.Module], source: str | Non
 
 
 def _require_rows(path: str, module: nn.Module, rows: tuple[int, ...], taken: Collection[str]) -> None:
-    weight = module._parameters.get("weight")
-    if not isinstance(module, (nn.Embedding, nn.Linear)) or weight is None or hasattr(module, "frozen_format"):
+    weight = dict(own_parameters(module)).get("weight")
+    quantized = hasattr(module, "frozen_format") and not isinstance(module, PackedLinear)
+    if not isinstance(module, (nn.Embedding, nn.Linear, PackedLinear)) or weight is None or quantized:
         raise TargetError(
             f"trainable_token_indices names {path!r}, a {type(module).__name__}: rows can be trained of an embedding "
             "or of a linear output head that is not quantized"

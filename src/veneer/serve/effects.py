@@ -20,6 +20,8 @@ from veneer.contract import MethodConfig, VirtualTokenMethod
 from veneer.contract.keys import copy_key, rows_key, weight_keys
 from veneer.core.records import LinearDelta, PrefixDelta, PromptDelta, ResidualDelta
 from veneer.errors import VeneerError
+from veneer.model.copies import own_parameters
+from veneer.model.packed_linear import PackedLinear
 from veneer.model.places import placed_on
 from veneer.model.plan import Plan, plan_of
 from veneer.model.snapshot import look_at
@@ -108,8 +110,8 @@ def _put_others(
         left -= set(keys)
     for path in (program.embedding.path, program.head.linear.path):
         for key in left & set(weight_keys(path)):
-            own = cast(Tensor, model.get_submodule(path)._parameters.get("weight"))
-            if own is None or tensors[key].shape != own.shape or not torch.equal(tensors[key].to(own.dtype), own):
+            own = cast(Tensor, model.get_submodule(path).weight)
+            if tensors[key].shape != own.shape or not torch.equal(tensors[key].to(own.dtype), own):
                 _put_whole(found, model, program, (path, "weight"), tensors[key])
             left.discard(key)
     if left:
@@ -122,11 +124,11 @@ def _put_whole(
     """A parameter of the adapter's own. A layer's bias is a record's."""
     path, name = place
     module = model.get_submodule(path)
-    own = module._parameters.get(name)
+    own = dict(own_parameters(module)).get(name)
     known = path in program.linears or path in program.norms or place == (program.embedding.path, "weight")
     if value is None or own is None or value.shape != own.shape or not known:
         raise UnsaidError(f"{path}.{name} of its own")
-    value = value.to(own.device, own.dtype)
+    value = value.to(model.device, own.dtype)
     record = found.linear.get(path, LinearDelta())
     if path in program.linears and name == "bias":
         if record.bias is not None:
@@ -135,7 +137,8 @@ def _put_whole(
     elif path in program.linears and record.rank:
         raise UnsaidError(f"an update of {path}, whose weight is its own too")
     else:
-        found.whole[place] = value.T if isinstance(module, Conv1D) else value
+        transposed = isinstance(module, Conv1D) or (isinstance(module, PackedLinear) and module.is_transposed)
+        found.whole[place] = value.T if transposed and name == "weight" else value
 
 
 def _put_rows(

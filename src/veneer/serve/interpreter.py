@@ -6,7 +6,7 @@ weight of its own, its rows are computed by themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -15,24 +15,18 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from veneer.core.frozen import FrozenWeight
 from veneer.core.linear import apply_embedding
-from veneer.core.records import LinearDelta
 from veneer.core.residual import residual_change
 from veneer.core.token_rows import look_up_rows, project_rows
 from veneer.model.blueprint.parts import Linear, Norm
-from veneer.model.linear import frozen_weight
 from veneer.ops.activation import activation_forward
 from veneer.ops.glu import ACTIVATIONS as GATED
 from veneer.ops.glu import glu_forward
 from veneer.ops.grouped_low_rank import AdapterRuns
-from veneer.ops.linear.layer import NOTHING, LinearLayer, Weight
-from veneer.ops.linear.op import forward
 from veneer.ops.norm import layer_norm_forward, rms_norm_forward
 from veneer.ops.rotary import rotate
-from veneer.quant.dense import DenseWeight
 from veneer.serve.effects import Effects
-from veneer.serve.kv_cache import append, paged_attention
+from veneer.serve.products import Linears, Packed
 from veneer.serve.program import (
     STREAM,
     Activate,
@@ -56,32 +50,54 @@ Bound = Callable[[Step, Frame], None]
 
 
 class Interpreter:
-    """A program on a model's weights, with the ``effects`` of adapters by version."""
+    """A program on a model's weights, or on ``packed`` ones, with the ``effects`` of adapters by version."""
 
-    def __init__(self, model: PreTrainedModel, program: Program) -> None:
+    def __init__(self, model: PreTrainedModel, program: Program, packed: Packed) -> None:
         self.program = program
         self.effects: dict[str, Effects] = {}
+        self._packed, self._linears = packed, list[Linears]()
         self._rotations = {r: r.tables(torch.arange(program.n_positions).to(model.device)) for r in program.rotaries}
-        self._bound = [self._bind(model, instruction) for instruction in program.instructions]
+        self._bound = [self._bind(model, each) for each in joined(program.instructions)]
+
+    def take(self, version: str, effects: Effects) -> None:
+        """An adapter version comes."""
+        for linears in self._linears:
+            linears.take(version, effects)
+        effects.linear = {}  # they have what they need of it
+        self.effects[version] = effects
+
+    def drop(self, version: str) -> None:
+        """An adapter version goes."""
+        self.effects.pop(version)
+        for linears in self._linears:
+            linears.drop(version)
 
     @torch.no_grad()
     def run(self, step: Step, given: Tensor) -> Tensor:
         """The logits (kept, vocabulary) of the rows that are kept, from ids (n,) or embeddings (n, width)."""
         frame: Frame = {"given": given}
         for rotary, tables in self._rotations.items():
-            step.shared[rotary] = tuple(table[step.positions][None] for table in tables)
+            cos, sin = (table[step.positions][None] for table in tables)
+            step.rotations[rotary] = (cos, sin)
         for instruction in self._bound:
             instruction(step, frame)
         return cast(Tensor, frame["logits"])
 
-    def _bind(self, model: PreTrainedModel, instruction: Instruction) -> Bound:
+    def _linears_of(self, model: PreTrainedModel, linears: tuple[Linear, ...]) -> Linears:
+        found = Linears(model, linears, self._packed)
+        self._linears.append(found)
+        return found
+
+    def _bind(self, model: PreTrainedModel, instruction: Instruction | IntoStream) -> Bound:
         match instruction:
+            case IntoStream():
+                return _IntoStream(self._linears_of(model, instruction.product.linears), instruction, self.effects)
             case Embed():
                 return _Embedding(model, instruction, self.effects)
             case Normalize():
                 return _Normed(_NormOf(model, instruction.norm, self.effects), instruction.source, instruction.target)
             case Product():
-                return _Products(_Linears(model, instruction.linears, self.effects), instruction)
+                return _Products(self._linears_of(model, instruction.linears), instruction)
             case Heads():
                 return _HeadsOf(model, instruction)
             case Attend():
@@ -95,7 +111,7 @@ class Interpreter:
             case Add():
                 return _Added(instruction)
             case Logits():
-                return _LogitsOf(model, instruction, self.effects)
+                return _LogitsOf(model, instruction, self._linears_of(model, (instruction.head.linear,)), self.effects)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,38 +166,9 @@ class _Normed:
         frame[self.target] = self.norm(frame[self.source], step.versions, step.runs)
 
 
-class _Linears:
-    """Linear layers that read the same x, with what versions do to them."""
-
-    def __init__(self, model: PreTrainedModel, linears: tuple[Linear, ...], effects: Mapping[str, Effects]) -> None:
-        self.paths = [linear.path for linear in linears]
-        self.effects = effects
-        modules = [model.get_submodule(path) for path in self.paths]
-        self.weights = [_weight(frozen_weight(module)) for module in modules]
-        self.biases = [module._parameters.get("bias") for module in modules]
-
-    def __call__(self, x: Tensor, versions: tuple[str, ...], runs: AdapterRuns) -> list[Tensor]:
-        ys = list(forward(x, [self._layer(i, versions, runs) for i in range(len(self.paths))])[0])
-        for i, path in enumerate(self.paths):
-            for version, rows in _with_whole(self.effects, versions, runs, path):
-                weight, record = self.effects[version].whole[path, "weight"], self._record(version, path)
-                bias = self.biases[i] if record.bias is None else record.bias
-                ys[i][rows] = functional.linear(x[rows], weight, bias)
-        return ys
-
-    def _layer(self, i: int, versions: tuple[str, ...], runs: AdapterRuns) -> LinearLayer:
-        records = tuple(self._record(version, self.paths[i]) for version in versions)
-        if all(record is NOTHING for record in records):
-            return LinearLayer(weight=self.weights[i], bias=self.biases[i])
-        return LinearLayer(weight=self.weights[i], bias=self.biases[i], records=records, runs=runs)
-
-    def _record(self, version: str, path: str) -> LinearDelta:
-        return self.effects[version].linear.get(path, NOTHING)
-
-
 @dataclass(frozen=True, slots=True)
 class _Products:
-    linears: _Linears
+    linears: Linears
     instruction: Product
 
     def __call__(self, step: Step, frame: Frame) -> None:
@@ -252,12 +239,14 @@ class _HeadsOf:
         q, k, v = part.heads.split(ys)
         q, k = self._normed(self.q_norm, q), self._normed(self.k_norm, k)
         if part.rotary is not None:
-            cos, sin = step.shared[part.rotary]
+            cos, sin = step.rotations[part.rotary]
             q, k = (_rotated(x, cos, sin, part.rotary.interleaved) for x in (q, k))
         if part.temperature is not None:
             turns = torch.floor(step.positions / part.temperature.original_max_positions)
             q = q * (1 + part.temperature.beta * torch.log1p(turns))[:, None, None].to(q.dtype)
-        append(step, self.instruction.layer, k, v)
+        step.cache.append(self.instruction.layer, k, v, step.rows)
+        if step.written is not None:
+            step.written.append((k, v))
         frame[self.instruction.target] = q
 
     def _normed(self, norm: _NormOf | None, heads: Tensor) -> Tensor:
@@ -270,7 +259,7 @@ class _HeadsOf:
 
 
 def _rotated(heads: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    return rotate(heads.transpose(0, 1)[None], cos, sin, interleaved=interleaved)[0].transpose(0, 1)
+    return rotate(heads.transpose(0, 1)[None], cos, sin, interleaved=interleaved, in_place=True)[0].transpose(0, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,7 +268,7 @@ class _Attended:
 
     def __call__(self, step: Step, frame: Frame) -> None:
         i = self.instruction
-        frame[i.target] = paged_attention(step, i.layer, frame[i.source], i.attention)
+        frame[i.target] = step.cache.attend(i.layer, frame[i.source], step.rows, i.attention)
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,6 +302,47 @@ class _Changed:
 
 
 @dataclass(frozen=True, slots=True)
+class IntoStream:
+    """A product whose output goes right into the stream, when nothing changes it on its way."""
+
+    product: Product
+    change: Change
+    add: Add
+
+
+def joined(instructions: Sequence[Instruction]) -> Iterator[Instruction | IntoStream]:
+    """The instructions, those joined that can be done at once."""
+    at = 0
+    while at < len(instructions):
+        match instructions[at : at + 3]:
+            case (Product() as product, Change() as change, Add(multiplier=1.0) as add) if len(product.linears) == 1:
+                yield IntoStream(product, change, add)
+                at += 3
+            case _:
+                yield instructions[at]
+                at += 1
+
+
+class _IntoStream:
+    def __init__(self, linears: Linears, instruction: IntoStream, effects: Mapping[str, Effects]) -> None:
+        self.linears, self.source, self.site = linears, instruction.product.source, instruction.change.site
+        self.effects = effects
+        self.apart = (
+            _Products(linears, instruction.product),
+            _Changed(instruction.change, effects),
+            _Added(instruction.add),
+        )
+
+    def __call__(self, step: Step, frame: Frame) -> None:
+        changed = any(self.site in self.effects[version].residual for version in step.versions)
+        if changed or not self.linears.adds(step.versions):
+            for instruction in self.apart:
+                instruction(step, frame)
+        else:
+            [frame[STREAM]] = self.linears(frame[self.source], step.versions, step.runs, frame[STREAM])
+
+
+@dataclass(frozen=True, slots=True)
 class _ByModule:
     module: Any
     instruction: Own
@@ -334,10 +364,11 @@ class _Added:
 class _LogitsOf:
     """The logits of the rows that are kept, in float32."""
 
-    def __init__(self, model: PreTrainedModel, instruction: Logits, effects: Mapping[str, Effects]) -> None:
-        self.head, self.effects = instruction.head, effects
+    def __init__(
+        self, model: PreTrainedModel, instruction: Logits, linears: Linears, effects: Mapping[str, Effects]
+    ) -> None:
+        self.head, self.linears, self.effects = instruction.head, linears, effects
         self.norm = None if instruction.norm is None else _NormOf(model, instruction.norm, effects)
-        self.linears = _Linears(model, (self.head.linear,), effects)
 
     def __call__(self, step: Step, frame: Frame) -> None:
         x, runs = frame[STREAM][step.kept], step.kept_runs
@@ -352,11 +383,6 @@ class _LogitsOf:
                 y[start:stop] = project_rows(x[start:stop], y[start:stop], *rows, self.linears.biases[0])
         y = y.float() * self.head.scale if self.head.scale != 1 else y.float()
         frame["logits"] = y if self.head.softcap is None else self.head.softcap * torch.tanh(y / self.head.softcap)
-
-
-def _weight(weight: FrozenWeight) -> Weight:
-    """A dense weight as the tensor that it is, the model's own."""
-    return weight.dense() if isinstance(weight, DenseWeight) else weight
 
 
 def _with_whole(

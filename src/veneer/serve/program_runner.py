@@ -15,17 +15,23 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from veneer.core.records import PromptDelta
-from veneer.errors import DescriptionError
+from veneer.errors import DescriptionError, TargetError
 from veneer.model.blueprint.describe import describe
+from veneer.model.packed_linear import PackedGroup, is_packed, pack_group
 from veneer.model.paged import TOLERANCE, KeysValues, PagedStore, Stretch, require_pageable
+from veneer.model.plan import plan_of
+from veneer.model.snapshot import look_at
 from veneer.model.structure import evaluation
+from veneer.ops.paged_attention import UNIT
 from veneer.serve.effects import Effects, UnsaidError, read_effects
 from veneer.serve.general_runner import GeneralRunner
 from veneer.serve.interpreter import Interpreter
+from veneer.serve.kv_cache import make_cache
 from veneer.serve.plan import Plan, PlannedSequence
-from veneer.serve.program import compile_program
+from veneer.serve.program import Product, Program, compile_program
 from veneer.serve.runner import DrawingRunner, wanted
 from veneer.serve.step import Piece, step_of
+from veneer.store.adapter.config import read_config
 
 _LOG = logging.getLogger(__name__)
 
@@ -33,9 +39,11 @@ _LOG = logging.getLogger(__name__)
 class ProgramRunner(DrawingRunner):
     """A `Runner` of a model's program, over a store of pages that it shares with the general runner."""
 
-    def __init__(self, model: PreTrainedModel, interpreter: Interpreter, store: PagedStore) -> None:
+    def __init__(self, model: PreTrainedModel, interpreter: Interpreter, n_pages: int, block: int) -> None:
         super().__init__()
-        self.model, self.interpreter, self.store = model.eval(), interpreter, store
+        self.model, self.interpreter, self.block = model.eval(), interpreter, block
+        self.n_pages = n_pages
+        self.cache = make_cache(interpreter.program, n_pages, block, model.dtype, model.device)
         self.fronts: dict[str, list[KeysValues]] = {}
         self.general: GeneralRunner | None = None
 
@@ -53,17 +61,20 @@ class ProgramRunner(DrawingRunner):
         front = self._front(effects)
         if front:
             self.fronts[version] = front
-        self.interpreter.effects[version] = effects
+        self.interpreter.take(version, effects)
 
     def _load_general(self, version: str, folder: Path, reason: str) -> None:
         if self.general is None:
             require_pageable(self.model)
-            self.general = GeneralRunner(self.model, self.store)
+            self.general = GeneralRunner(self.model, PagedStore(self.n_pages, self.block))
+        _require_weights(self.model, folder)
         self.general.load(version, folder)
         _LOG.info("%s has %s, which the program has no place for: its requests take the general runner", folder, reason)
 
     def unload(self, version: str) -> None:
-        if self.interpreter.effects.pop(version, None) is None and self.general is not None:
+        if version in self.interpreter.effects:
+            self.interpreter.drop(version)
+        elif self.general is not None:
             self.general.unload(version)
         self.fronts.pop(version, None)
 
@@ -92,16 +103,16 @@ class ProgramRunner(DrawingRunner):
             if sequence.start == sequence.n_front:
                 self._put_front(sequence)
         pieces = [Piece(Stretch(s.pages, s.start, len(s.tokens)), s.version, wanted(s)) for s in sequences]
-        step = step_of(pieces, self.store, self.model.device)
+        step = step_of(pieces, self.cache, self.model.device)
         ids = torch.tensor([token for s in sequences for token in s.tokens], device=self.model.device)
         return self.interpreter.run(step, ids)
 
     def _put_front(self, sequence: PlannedSequence) -> None:
         front = self.fronts.get(sequence.version or "")
         if front is not None:
-            slots = torch.tensor(self.store.slots(sequence.pages, 0, sequence.n_front), device=self.model.device)
+            rows = self.cache.rows([Stretch(sequence.pages, 0, sequence.n_front)])
             for layer, (keys, values) in enumerate(front):
-                self.store.write(layer, slots, keys, values)
+                self.cache.append(layer, keys, values, rows)
 
     def _front(self, effects: Effects) -> list[KeysValues]:
         """The keys and values of an adapter's virtual tokens by layer: a prefix's own, or what a prompt leaves."""
@@ -110,33 +121,50 @@ class ProgramRunner(DrawingRunner):
             return []
         if not isinstance(front, PromptDelta):
             return [(record.k.to(device, dtype), record.v.to(device, dtype)) for record in front]
-        store = PagedStore(1, len(front.embeddings))
         given = front.embeddings.to(device, dtype)
-        step = step_of([Piece(Stretch((0,), 0, len(given)))], store, device)
+        cache = make_cache(self.interpreter.program, 1, _page_of(len(given)), dtype, device)
+        step = step_of([Piece(Stretch((0,), 0, len(given)))], cache, device)
+        step.written = []
         self.interpreter.run(step, given)
-        return [store.layers[layer] for layer in range(len(self.interpreter.program.attentions))]
+        return step.written
 
 
-def proved(model: PreTrainedModel, n_positions: int) -> Interpreter:
-    """The program of a model, proved on two short sequences of it, at the start and at the end of the context.
+def _page_of(n: int) -> int:
+    """A size of page that holds n tokens."""
+    return -(-n // UNIT) * UNIT
 
-    Each runs whole and in two chunks. Raises DescriptionError with the part that has no instruction, or by how much the
-    logits differ from the model's own.
+
+def _require_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Raise TargetError for an adapter that trains whole weights which the model has packed alone."""
+    copied = plan_of(look_at(model), read_config(folder), fresh=False).copied
+    gone = [path for path, names in copied.items() if "weight" in names and is_packed(model.get_submodule(path))]
+    if gone:
+        raise TargetError(
+            f"the adapter in {folder} has a weight of its own at {gone[0]}, and other parts that the program of "
+            f"{type(model).__name__} has no place for: start with general_runner=True"
+        )
+
+
+def proved(model: PreTrainedModel, n_positions: int, *, give_up: bool = False) -> Interpreter:
+    """The program of a model, on packed weights, proved on two short sequences: the start and the end of the context.
+
+    Each runs whole and in two chunks. ``give_up``: the model's own weights are given up for the packed ones. Raises
+    DescriptionError with the part that has no instruction, or by how much the logits differ from the model's own.
     """
     program = compile_program(describe(model), n_positions)
-    interpreter = Interpreter(model, program)
     windows = [part.window for part in program.attentions if part.window is not None]
     n = min(max([13, *(window + 5 for window in windows if window <= _LONGEST_WINDOW)]), n_positions)
-    vocabulary = program.embedding.n_tokens
-    for first in dict.fromkeys((0, n_positions - n)):
-        ids = (torch.arange(n, device=model.device) * 7 + 3 * first) % vocabulary
-        positions = torch.arange(first, first + n, device=model.device)[None]
-        with evaluation(model), torch.no_grad():
-            own = model(input_ids=ids[None], position_ids=positions, use_cache=False).logits[0].float()
+    starts = dict.fromkeys((0, n_positions - n))
+    ids = {
+        first: (torch.arange(n, device=model.device) * 7 + 3 * first) % program.embedding.n_tokens for first in starts
+    }
+    own = {first: _own_logits(model, ids[first], first) for first in starts}
+    interpreter = Interpreter(model, program, _packed(model, program, give_up=give_up))
+    allowed = TOLERANCE.get(model.dtype, TOLERANCE[torch.float32])
+    for first in starts:
         for cuts in ((n,), (n - 4, 4)):
-            found = _in_chunks(interpreter, ids, cuts, first)
-            error = float((found - own).norm() / own.norm().clamp_min(1e-30))
-            allowed = TOLERANCE.get(model.dtype, TOLERANCE[torch.float32])
+            found = _in_chunks(interpreter, ids[first], cuts, first, model.dtype)
+            error = float((found - own[first]).norm() / own[first].norm().clamp_min(1e-30))
             if not error <= allowed:
                 raise DescriptionError(
                     f"its logits at positions {first} to {first + n - 1} are {error:.1e} away from the model's own "
@@ -148,10 +176,31 @@ def proved(model: PreTrainedModel, n_positions: int) -> Interpreter:
 _LONGEST_WINDOW = 512  # that the proof looks beyond: for longer ones it would take too long
 
 
-def _in_chunks(interpreter: Interpreter, ids: Tensor, cuts: Sequence[int], first_position: int) -> Tensor:
-    store, found, at = PagedStore(1, len(ids)), [], 0
+def _packed(model: PreTrainedModel, program: Program, *, give_up: bool) -> dict[tuple[str, ...], PackedGroup]:
+    """The weights of every product that can be packed. One group after the other: no second model is in memory."""
+    products = [each.linears for each in program.instructions if isinstance(each, Product)]
+    found = {}
+    for linears in (*products, (program.head.linear,)):
+        paths = tuple(linear.path for linear in linears)
+        group = pack_group(model, paths, give_up=give_up)
+        if group is not None:
+            found[paths] = group
+    return found
+
+
+def _own_logits(model: PreTrainedModel, ids: Tensor, first: int) -> Tensor:
+    positions = torch.arange(first, first + len(ids), device=model.device)[None]
+    with evaluation(model), torch.no_grad():
+        logits: Tensor = model(input_ids=ids[None], position_ids=positions, use_cache=False).logits[0]
+    return logits.float()
+
+
+def _in_chunks(
+    interpreter: Interpreter, ids: Tensor, cuts: Sequence[int], first_position: int, dtype: torch.dtype
+) -> Tensor:
+    cache, found, at = make_cache(interpreter.program, 1, _page_of(len(ids)), dtype, ids.device), [], 0
     for n in cuts:
         piece = Piece(Stretch((0,), at, n), None, range(n))
-        found.append(interpreter.run(step_of([piece], store, ids.device, first_position), ids[at : at + n]))
+        found.append(interpreter.run(step_of([piece], cache, ids.device, first_position), ids[at : at + n]))
         at += n
     return torch.cat(found)

@@ -23,6 +23,7 @@ from veneer.serve.interpreter import Interpreter
 from veneer.serve.keywords import Keywords
 from veneer.serve.pages import Pages
 from veneer.serve.program_runner import ProgramRunner, proved
+from veneer.serve.runner import Runner
 from veneer.serve.scheduler import Limits, Scheduler
 from veneer.serve.versions import Versions
 from veneer.store.quantization import BitsAndBytesConfig
@@ -143,7 +144,8 @@ def start_engine(model: str | os.PathLike[str] | PreTrainedModel, options: Engin
     longest = options.max_model_len or limit or 2048
     if limit is not None and longest > limit:
         raise ConfigError(f"max_model_len={longest} is more than the model's context of {limit} tokens")
-    interpreter, why_not = _program(loaded, longest, options.general_runner)
+    own = not isinstance(model, PreTrainedModel)
+    interpreter, why_not = _program(loaded, longest, give_up=own, switched_off=options.general_runner)
     position_bytes = require_pageable(loaded) if interpreter is None else _position_bytes(loaded, interpreter)
     pages = _pages(loaded, options, position_bytes, longest)
     if options.max_model_len is None:
@@ -153,8 +155,10 @@ def start_engine(model: str | os.PathLike[str] | PreTrainedModel, options: Engin
     )
     pool = AdapterPool(options.max_cpu_loras or options.max_loras, options.max_loras)
     scheduler = Scheduler(pages, pool, limits)
-    store = PagedStore(pages.n_pages, pages.block)
-    runner = GeneralRunner(loaded, store) if interpreter is None else ProgramRunner(loaded, interpreter, store)
+    if interpreter is None:
+        runner: Runner = GeneralRunner(loaded, PagedStore(pages.n_pages, pages.block))
+    else:
+        runner = ProgramRunner(loaded, interpreter, pages.n_pages, pages.block)
     engine = Engine(runner, scheduler, tokenizer, ending_ids(loaded, tokenizer), vocabulary_of(loaded))
     engine.versions, engine.seed = Versions(options.max_lora_rank), options.seed
     engine.why_general = why_not
@@ -162,12 +166,14 @@ def start_engine(model: str | os.PathLike[str] | PreTrainedModel, options: Engin
     return engine
 
 
-def _program(model: PreTrainedModel, longest: int, switched_off: bool) -> tuple[Interpreter | None, str]:
+def _program(
+    model: PreTrainedModel, longest: int, *, give_up: bool, switched_off: bool
+) -> tuple[Interpreter | None, str]:
     """The model's program, or why there is none."""
     if switched_off:
         return None, "general_runner=True"
     try:
-        return proved(model, longest), ""
+        return proved(model, longest, give_up=give_up), ""
     except DescriptionError as error:
         _LOG.warning(
             "%s runs by transformers' own code, slowly, for it has no program: %s", type(model).__name__, error

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from veneer.model.paged import PagedStore, Stretch
+from veneer.model.paged import Stretch
 from veneer.ops.grouped_low_rank import AdapterRuns, Run
+from veneer.serve.kv_cache import KVCache
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """New tokens of one sequence, its version's rows beside each other: where they go, and who takes them.
+    """New tokens of one sequence, those of a version side by side: where they go, and who takes them.
 
     ``version`` is None for the base. ``kept`` are the tokens, counted from the piece's first, whose logits are wanted.
     """
@@ -26,91 +26,55 @@ class Piece:
     kept: Sequence[int] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Sequences with equally many new tokens, g of them with c each, over L slots at most.
-
-    ``rows`` (g, c) of the pass, ``slots`` (g, L) of what they may see, and its place in the sequence, from 0: of the
-    new tokens ``places`` (g, c).
-    """
-
-    rows: Tensor
-    places: Tensor
-    slots: Tensor
-
-
 @dataclass(slots=True)
 class Step:
-    """``positions`` (n,) are what embeddings and rotations go by, ``slots`` (n,) where keys and values go.
+    """``positions`` (n,) are what embeddings and rotations go by; ``rows`` is what the ``cache`` knows of its rows.
 
     ``versions`` are the adapters that occur, ``runs`` the rows that each of them takes; ``kept`` and ``kept_runs`` are
-    the same of the rows whose logits are wanted. ``shared`` is for what instructions compute once a step.
+    the same of the rows whose logits are wanted. ``rotations`` are cos and sin of the rows, by rotation. ``written``
+    takes the keys and values of every layer, where it is a list.
     """
 
-    store: PagedStore
+    cache: KVCache
+    rows: Any
     positions: Tensor
-    slots: Tensor
-    groups: list[Group]
     versions: tuple[str, ...]
     runs: AdapterRuns
     kept: Tensor
     kept_runs: AdapterRuns
-    shared: dict[Any, Any] = field(default_factory=dict)
+    rotations: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    written: list[tuple[Tensor, Tensor]] | None = None
 
 
-def step_of(pieces: Sequence[Piece], store: PagedStore, device: torch.device, first_position: int = 0) -> Step:
+def step_of(pieces: Sequence[Piece], cache: KVCache, device: torch.device, first_position: int = 0) -> Step:
     """The rows of these pieces, one after the other. ``first_position`` is what each sequence begins at."""
-    lengths = [piece.stretch.n for piece in pieces]
-    bounds = np.concatenate([[0], np.cumsum(lengths)])
-    places = np.concatenate([np.arange(p.stretch.start, p.stretch.start + p.stretch.n) for p in pieces])
-    every = [_slots(piece.stretch, store.block) for piece in pieces]
-    slots = np.concatenate([at[piece.stretch.start :] for piece, at in zip(pieces, every, strict=True)])
-    kept = [bound + np.array(p.kept, dtype=np.int64) for bound, p in zip(bounds, pieces, strict=False)]
+    positions, kept, at = list[int](), list[int](), 0
+    for piece in pieces:
+        start = piece.stretch.start + first_position
+        positions.extend(range(start, start + piece.stretch.n))
+        kept.extend(at + row for row in piece.kept)
+        at += piece.stretch.n
     versions = tuple(dict.fromkeys(p.version for p in pieces if p.version is not None))
     return Step(
-        store=store,
-        positions=torch.from_numpy(places + first_position).to(device),
-        slots=torch.from_numpy(slots).to(device),
-        groups=_groups(lengths, bounds, places, every, device),
+        cache=cache,
+        rows=cache.rows([piece.stretch for piece in pieces]),
+        positions=torch.tensor(positions, device=device),
         versions=versions,
         runs=_runs([(p.version, p.stretch.n) for p in pieces], versions),
-        kept=torch.from_numpy(np.concatenate(kept)).to(device),
+        kept=torch.tensor(kept, dtype=torch.long, device=device),
         kept_runs=_runs([(p.version, len(p.kept)) for p in pieces], versions),
     )
 
 
-def _slots(stretch: Stretch, block: int) -> np.ndarray:
-    """The slots of all positions of a sequence."""
-    pages = np.array(stretch.pages, dtype=np.int64)
-    every = (pages[:, None] * block + np.arange(block)).reshape(-1)
-    return every[: stretch.start + stretch.n]
-
-
 def _runs(counts: Sequence[tuple[str | None, int]], versions: tuple[str, ...]) -> AdapterRuns:
     found: list[Run] = []
-    at = 0
+    places, at = {version: place for place, version in enumerate(versions)}, 0
     for version, n in counts:
         if version is not None and n:
-            number = versions.index(version)
             last = found[-1] if found else None
-            if last is not None and (last.adapter, last.stop) == (number, at):
-                found[-1] = Run(number, last.start, at + n)
+            if last is not None and (last.adapter, last.stop) == (places[version], at):
+                found[-1] = Run(last.adapter, last.start, at + n)
             else:
-                found.append(Run(number, at, at + n))
+                found.append(Run(places[version], at, at + n))
         at += n
     return AdapterRuns(tuple(found), at)
-
-
-def _groups(
-    lengths: list[int], bounds: np.ndarray, places: np.ndarray, every: list[np.ndarray], device: torch.device
-) -> list[Group]:
-    found = []
-    for n in dict.fromkeys(lengths):
-        members = [i for i, length in enumerate(lengths) if length == n]
-        rows = bounds[members][:, None] + np.arange(n)
-        slots = np.zeros((len(members), max(len(every[i]) for i in members)), dtype=np.int64)
-        for row, i in zip(slots, members, strict=True):
-            row[: len(every[i])] = every[i]
-            row[len(every[i]) :] = every[i][-1]  # what is hidden must be finite all the same
-        found.append(Group(*(torch.from_numpy(x).to(device) for x in (rows, places[rows], slots))))
-    return found

@@ -11,12 +11,13 @@ from veneer.model.blueprint.parts import Linear, Role
 from veneer.model.blueprint.source import Source
 from veneer.model.inplace import base_of
 from veneer.model.linear import AdaptedLinear, frozen_weight
+from veneer.model.packed_linear import PackedLinear
 from veneer.model.quant_linear import QuantLinear
 
 
 def is_linear(module: nn.Module) -> bool:
     """Return True if a module is a linear layer of a known class, adapted or not."""
-    return _own_class(module) in (nn.Linear, Conv1D, QuantLinear)
+    return _own_class(module) in (nn.Linear, Conv1D, QuantLinear, PackedLinear)
 
 
 def read_linear(source: Source, module: nn.Module, role: Role) -> Linear:
@@ -28,7 +29,7 @@ def read_linear(source: Source, module: nn.Module, role: Role) -> Linear:
         out_features=int(n_out),
         in_features=int(n_in),
         bias=cast("Tensor | None", module._parameters.get("bias")) is not None,
-        transposed=_own_class(module) is Conv1D,
+        transposed=_own_class(module) is Conv1D or bool(getattr(module, "is_transposed", False)),
     )
 
 

@@ -1,0 +1,46 @@
+"""A dense frozen weight in the layout of the kernels that serve it: bfloat16, float16 or float32, exact to the bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from veneer.ops.packed import ROWS, PackedWeight
+from veneer.ops.product import recorded_product
+
+
+@dataclass(frozen=True, slots=True)
+class PackedDense:
+    """``W (o, i)`` in panels. Products sum in float32; the transposed ones, of gradients, unpack the weight."""
+
+    packed: PackedWeight
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.packed.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.packed.nbytes
+
+    def matmul(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
+        return recorded_product(x.to(self.packed.dtype), self._multiply, False)
+
+    def matmul_t(self, dy: Float[Tensor, "*batch o"]) -> Float[Tensor, "*batch i"]:
+        return recorded_product(dy.to(self.packed.dtype), self._multiply, True)
+
+    def dense(self, dtype: torch.dtype | None = None) -> Float[Tensor, "o i"]:
+        weight = self.packed.dense()
+        return weight if dtype is None else weight.to(dtype)
+
+    def _multiply(self, x: Tensor, transposed: bool) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        if transposed or x.dtype not in ROWS:
+            weight = self.packed.dense()
+            y = torch.nn.functional.linear(rows, weight.T if transposed else weight)
+        else:
+            y = self.packed.matmul(rows if rows.stride(-1) == 1 else rows.contiguous())
+        return y.reshape(*x.shape[:-1], -1)
