@@ -30,7 +30,7 @@ class PackedLinear(nn.Module):
     def __init__(self, module: nn.Module, packed: PackedWeight) -> None:
         super().__init__()
         self.like = torch.empty_like(cast(Tensor, module._parameters["weight"]), device="meta")
-        self.bias = cast("nn.Parameter | None", module._parameters.get("bias"))
+        self.bias = module._parameters.get("bias")
         self.source, self.packed = type(module), PackedDense(packed)
         self.out_features, self.in_features = packed.shape
 
@@ -66,7 +66,7 @@ class PackedGroup:
 
 
 def _parts(whole: PackedWeight, heights: Sequence[int]) -> list[PackedWeight]:
-    panels = whole.panels.split([height * whole.depth for height in heights])
+    panels = torch.split(whole.panels, [height * whole.depth for height in heights])
     return [PackedWeight(part, (o, whole.shape[1])) for part, o in zip(panels, heights, strict=True)]
 
 

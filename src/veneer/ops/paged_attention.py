@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -22,6 +23,7 @@ from veneer.ops.dispatch import implementation
 
 DTYPES = (torch.float32, torch.bfloat16)
 PLAIN = AttentionOptions()
+ALIGNMENT = 64
 UNIT = 16  # tokens of a page, and values of a head, come in multiples of it
 
 
@@ -59,7 +61,7 @@ class PagedStore:
             )
         n_layers, kv_heads, head_dim = heads
         values = n_layers * kv_heads * 2 * block * padded(head_dim)
-        return cls(torch.zeros(n_pages, values, dtype=dtype, device=device), block, *heads)
+        return cls(_zeros(n_pages, values, dtype, torch.device(device)), block, *heads)
 
     @property
     def n_pages(self) -> int:
@@ -74,6 +76,16 @@ class PagedStore:
     def copy_page(self, source: int, target: int) -> None:
         """Make one page hold what another does."""
         self.data[target].copy_(self.data[source])
+
+
+def _zeros(n_pages: int, values: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that the system hands out when they are touched, where it does so: torch's own are written at once."""
+    if device.type != "cpu":
+        return torch.zeros(n_pages, values, dtype=dtype, device=device)
+    n_bytes = n_pages * values * dtype.itemsize
+    memory = np.zeros(n_bytes + ALIGNMENT, dtype=np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return torch.from_numpy(memory[start : start + n_bytes]).view(dtype).view(n_pages, values)
 
 
 def padded(head_dim: int) -> int:

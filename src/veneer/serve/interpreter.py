@@ -7,7 +7,7 @@ weight of its own, its rows are computed by themselves.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -16,17 +16,16 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from veneer.core.linear import apply_embedding
-from veneer.core.residual import residual_change
 from veneer.core.token_rows import look_up_rows, project_rows
-from veneer.model.blueprint.parts import Linear, Norm
+from veneer.model.blueprint.parts import Linear
 from veneer.ops.activation import activation_forward
 from veneer.ops.glu import ACTIVATIONS as GATED
 from veneer.ops.glu import glu_forward
-from veneer.ops.grouped_low_rank import AdapterRuns
-from veneer.ops.norm import layer_norm_forward, rms_norm_forward
 from veneer.ops.rotary import rotate
+from veneer.serve.bottleneck import Bottleneck
 from veneer.serve.effects import Effects
-from veneer.serve.products import Linears, Packed
+from veneer.serve.norms import BoundNorm
+from veneer.serve.products import Linears, Packed, divided
 from veneer.serve.program import (
     STREAM,
     Activate,
@@ -55,6 +54,7 @@ class Interpreter:
     def __init__(self, model: PreTrainedModel, program: Program, packed: Packed) -> None:
         self.program = program
         self.effects: dict[str, Effects] = {}
+        self.bottlenecks: dict[str, dict[str, Bottleneck]] = {}
         self._packed, self._linears = packed, list[Linears]()
         self._rotations = {r: r.tables(torch.arange(program.n_positions).to(model.device)) for r in program.rotaries}
         self._bound = [self._bind(model, each) for each in joined(program.instructions)]
@@ -63,12 +63,14 @@ class Interpreter:
         """An adapter version comes."""
         for linears in self._linears:
             linears.take(version, effects)
-        effects.linear = {}  # they have what they need of it
+        self.bottlenecks[version] = {site: Bottleneck(record) for site, record in effects.residual.items()}
+        effects.linear, effects.residual = {}, {}  # who needs them has taken them
         self.effects[version] = effects
 
     def drop(self, version: str) -> None:
         """An adapter version goes."""
         self.effects.pop(version)
+        self.bottlenecks.pop(version)
         for linears in self._linears:
             linears.drop(version)
 
@@ -91,11 +93,11 @@ class Interpreter:
     def _bind(self, model: PreTrainedModel, instruction: Instruction | IntoStream) -> Bound:
         match instruction:
             case IntoStream():
-                return _IntoStream(self._linears_of(model, instruction.product.linears), instruction, self.effects)
+                return _IntoStream(self._linears_of(model, instruction.product.linears), instruction, self.bottlenecks)
             case Embed():
                 return _Embedding(model, instruction, self.effects)
             case Normalize():
-                return _Normed(_NormOf(model, instruction.norm, self.effects), instruction.source, instruction.target)
+                return _Normed(BoundNorm(model, instruction.norm, self.effects), instruction.source, instruction.target)
             case Product():
                 return _Products(self._linears_of(model, instruction.linears), instruction)
             case Heads():
@@ -105,7 +107,7 @@ class Interpreter:
             case Activate():
                 return _Activated(instruction)
             case Change():
-                return _Changed(instruction, self.effects)
+                return _Changed(instruction, self.bottlenecks)
             case Own():
                 return _ByModule(model.get_submodule(instruction.path), instruction)
             case Add():
@@ -115,50 +117,8 @@ class Interpreter:
 
 
 @dataclass(frozen=True, slots=True)
-class _NormOf:
-    """A norm with its weights, and those that versions have instead."""
-
-    model: PreTrainedModel
-    norm: Norm
-    effects: Mapping[str, Effects]
-    own: tuple[Tensor | None, Tensor | None] = field(init=False)
-
-    def __post_init__(self) -> None:
-        held = self.model.get_submodule(self.norm.path)._parameters
-        weight = held["weight"] if self.norm.weight else torch.ones(self.norm.shape, device=self.model.device)
-        bias = held["bias"] if self.norm.bias else None
-        if self.norm.kind == "layer" and bias is None:
-            bias = torch.zeros_like(cast(Tensor, weight))
-        object.__setattr__(self, "own", (weight, bias))
-
-    def __call__(self, x: Tensor, versions: tuple[str, ...], runs: AdapterRuns) -> Tensor:
-        y = self.normed(x, *self.own)
-        for version, rows in _with_whole(self.effects, versions, runs, self.norm.path):
-            whole, weight, bias = self.effects[version].whole, *self.own
-            weight = whole.get((self.norm.path, "weight"), weight)
-            bias = whole.get((self.norm.path, "bias"), bias)
-            y[rows] = self.normed(x[rows], weight, bias)
-        return y
-
-    def normed(self, x: Tensor, weight: Any, bias: Any) -> Tensor:
-        norm = self.norm
-        if len(norm.shape) > 1:  # a weight for each head
-            flat = torch.ones_like(weight[0])
-            y = self._flat(x, flat, torch.zeros_like(flat)) * (weight + norm.offset)
-            return cast(Tensor, (y if bias is None else y + bias).to(x.dtype))
-        return self._flat(x, weight, bias)
-
-    def _flat(self, x: Tensor, weight: Tensor, bias: Any) -> Tensor:
-        norm = self.norm
-        if norm.kind == "layer":
-            return layer_norm_forward(x, weight + norm.offset if norm.offset else weight, bias, norm.eps)[0]
-        y, _ = rms_norm_forward(x, weight, norm.eps, norm.offset if len(norm.shape) == 1 else 0.0)
-        return y
-
-
-@dataclass(frozen=True, slots=True)
 class _Normed:
-    norm: _NormOf
+    norm: BoundNorm
     source: str
     target: str
 
@@ -194,7 +154,7 @@ class _Embedding:
         self.offset = 0 if positions is None else positions.offset
         learned = None if positions is None else model.get_submodule(positions.path)._parameters["weight"]
         self.positions = cast("Tensor | None", learned)
-        self.norm = None if part.norm is None else _NormOf(model, part.norm, effects)
+        self.norm = None if part.norm is None else BoundNorm(model, part.norm, effects)
 
     def __call__(self, step: Step, frame: Frame) -> None:
         given = frame["given"]
@@ -230,7 +190,7 @@ class _HeadsOf:
         part = instruction.attention
         self.instruction, self.part = instruction, part
         norms = (part.q_norm, part.k_norm)
-        self.q_norm, self.k_norm = (None if norm is None else _NormOf(model, norm, {}) for norm in norms)
+        self.q_norm, self.k_norm = (None if norm is None else BoundNorm(model, norm, {}) for norm in norms)
 
     def __call__(self, step: Step, frame: Frame) -> None:
         part, ys = self.part, frame[self.instruction.source]
@@ -249,7 +209,7 @@ class _HeadsOf:
             step.written.append((k, v))
         frame[self.instruction.target] = q
 
-    def _normed(self, norm: _NormOf | None, heads: Tensor) -> Tensor:
+    def _normed(self, norm: BoundNorm | None, heads: Tensor) -> Tensor:
         """(n, heads, d) over each head, or over all of them at once."""
         if norm is None:
             return heads
@@ -289,15 +249,15 @@ class _Activated:
 @dataclass(frozen=True, slots=True)
 class _Changed:
     instruction: Change
-    effects: Mapping[str, Effects]
+    bottlenecks: Mapping[str, Mapping[str, Bottleneck]]
 
     def __call__(self, step: Step, frame: Frame) -> None:
         i = self.instruction
         for number, start, stop in step.runs.runs:
-            record = self.effects[step.versions[number]].residual.get(i.site)
-            if record is not None:
+            bottleneck = self.bottlenecks[step.versions[number]].get(i.site)
+            if bottleneck is not None:
                 rows, y = slice(start, stop), frame[i.target]
-                change = residual_change(record, (y if record.where == "serial" else frame[i.source])[rows])
+                change = bottleneck.change((y if bottleneck.reads_output else frame[i.source])[rows])
                 y[rows] = y[rows] + change.to(y.dtype)
 
 
@@ -324,22 +284,41 @@ def joined(instructions: Sequence[Instruction]) -> Iterator[Instruction | IntoSt
 
 
 class _IntoStream:
-    def __init__(self, linears: Linears, instruction: IntoStream, effects: Mapping[str, Effects]) -> None:
+    def __init__(
+        self, linears: Linears, instruction: IntoStream, bottlenecks: Mapping[str, Mapping[str, Bottleneck]]
+    ) -> None:
         self.linears, self.source, self.site = linears, instruction.product.source, instruction.change.site
-        self.effects = effects
+        self.bottlenecks = bottlenecks
+        self.read = (STREAM, self.source, instruction.change.source)
         self.apart = (
             _Products(linears, instruction.product),
-            _Changed(instruction.change, effects),
+            _Changed(instruction.change, bottlenecks),
             _Added(instruction.add),
         )
 
     def __call__(self, step: Step, frame: Frame) -> None:
-        changed = any(self.site in self.effects[version].residual for version in step.versions)
-        if changed or not self.linears.adds(step.versions):
-            for instruction in self.apart:
-                instruction(step, frame)
-        else:
-            [frame[STREAM]] = self.linears(frame[self.source], step.versions, step.runs, frame[STREAM])
+        if not self.linears.adds():
+            self._apart(step, frame)
+            return
+        apart = tuple(self.site in self.bottlenecks[v] or not self.linears.adds(v) for v in step.versions)
+        h, x = frame[STREAM], frame[self.source]
+        if not any(apart):
+            frame[STREAM] = self.linears.onto(h, x, step.versions, step.runs)
+            return
+        plain, others = divided(step.runs, apart)
+        if not len(plain.rows):
+            self._apart(step, frame)
+            return
+        out = torch.empty_like(h)
+        out[plain.rows] = self.linears.onto(h[plain.rows], x[plain.rows], step.versions, plain.runs)
+        own = {name: value[others.rows] for name, value in frame.items() if name in self.read}
+        self._apart(replace(step, runs=others.runs), own)
+        out[others.rows] = own[STREAM]
+        frame[STREAM] = out
+
+    def _apart(self, step: Step, frame: Frame) -> None:
+        for instruction in self.apart:
+            instruction(step, frame)
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,7 +347,7 @@ class _LogitsOf:
         self, model: PreTrainedModel, instruction: Logits, linears: Linears, effects: Mapping[str, Effects]
     ) -> None:
         self.head, self.linears, self.effects = instruction.head, linears, effects
-        self.norm = None if instruction.norm is None else _NormOf(model, instruction.norm, effects)
+        self.norm = None if instruction.norm is None else BoundNorm(model, instruction.norm, effects)
 
     def __call__(self, step: Step, frame: Frame) -> None:
         x, runs = frame[STREAM][step.kept], step.kept_runs
@@ -383,13 +362,3 @@ class _LogitsOf:
                 y[start:stop] = project_rows(x[start:stop], y[start:stop], *rows, self.linears.biases[0])
         y = y.float() * self.head.scale if self.head.scale != 1 else y.float()
         frame["logits"] = y if self.head.softcap is None else self.head.softcap * torch.tanh(y / self.head.softcap)
-
-
-def _with_whole(
-    effects: Mapping[str, Effects], versions: tuple[str, ...], runs: AdapterRuns, path: str
-) -> Iterator[tuple[str, slice]]:
-    """The versions that have parameters of their own at a path, and their rows."""
-    for number, start, stop in runs.runs:
-        whole = effects[versions[number]].whole
-        if whole and ((path, "weight") in whole or (path, "bias") in whole):
-            yield versions[number], slice(start, stop)

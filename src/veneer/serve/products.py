@@ -6,9 +6,10 @@ themselves.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -21,10 +22,11 @@ from veneer.core.records import LinearDelta
 from veneer.model.blueprint.parts import Linear
 from veneer.model.linear import frozen_weight
 from veneer.model.packed_linear import PackedGroup
-from veneer.ops.grouped_low_rank import AdapterRuns
+from veneer.ops.grouped_low_rank import AdapterRuns, Run
 from veneer.ops.linear.layer import NOTHING, LinearLayer, Weight
 from veneer.ops.linear.op import forward
 from veneer.ops.linear.scales import finished, scaled_input
+from veneer.ops.packed import PackedWeight
 from veneer.ops.pairs import PackedPairs, Pair, Segment, add_pairs
 from veneer.quant.dense import DenseWeight
 from veneer.serve.effects import Effects
@@ -42,7 +44,7 @@ class _Own:
     """
 
     records: tuple[LinearDelta, ...]
-    whole: Mapping[int, Tensor]
+    whole: Mapping[int, Tensor | PackedWeight]
     pairs: PackedPairs | None = None
     apart: tuple[PackedPairs | None, ...] = ()
 
@@ -76,44 +78,57 @@ class Linears:
         """A version goes."""
         self.versions.pop(version, None)
 
-    def __call__(
-        self, x: Tensor, versions: tuple[str, ...], runs: AdapterRuns, onto: Tensor | None = None
-    ) -> list[Tensor]:
-        """What each layer gives, added to ``onto`` where that is given: `adds` must hold then."""
+    def __call__(self, x: Tensor, versions: tuple[str, ...], runs: AdapterRuns) -> list[Tensor]:
+        """What each layer gives."""
         owns = [self.versions.get(version) for version in versions]
         group = self.group
         if group is None:
-            ys = self._by_op(x, owns, runs)
-        elif not any(owns):
-            return self._products(x, group, onto)
-        elif all(own is None or own.only_adds for own in owns):
-            ys = self._products(x, group, onto)
-            add_pairs(x, _segments(owns, runs), ys)
-            return ys
-        else:
-            ys = self._packed_products(x, owns, runs, group)
-        self._put_whole(ys, x, owns, runs)
+            return self._by_op(x, owns, runs)
+        apart = tuple(own is not None and not own.only_adds for own in owns)
+        if not any(apart):
+            return self._sums(x, owns, runs, group)
+        # A row is computed in one way, whatever the others need.
+        plain, others = divided(runs, apart)
+        if not len(plain.rows):
+            return self._by_records(x, owns, runs, group)
+        ys = [x.new_empty(len(x), height) for height in group.heights]
+        for part, compute in ((plain, self._sums), (others, self._by_records)):
+            for y, given in zip(ys, compute(x[part.rows], owns, part.runs, group), strict=True):
+                y[part.rows] = given
         return ys
 
-    def adds(self, versions: tuple[str, ...]) -> bool:
-        """Whether these versions do nothing here that keeps the output from being added to something at once."""
+    def onto(self, h: Tensor, x: Tensor, versions: tuple[str, ...], runs: AdapterRuns) -> Tensor:
+        """``h`` and what the one layer gives, at once. `adds` holds for these versions."""
+        y = cast(PackedGroup, self.group).parts[0].matmul(x, onto=h)
+        segments = _segments([self.versions.get(version) for version in versions], runs)
+        add_pairs(x, segments, [y])
+        return y
+
+    def adds(self, version: str | None = None) -> bool:
+        """Whether the output of a version's rows (None: of the base's) can be added to something at once."""
         if self.group is None or self.bias is not None:
             return False
-        return all(own is None or own.only_adds for own in map(self.versions.get, versions))
+        own = None if version is None else self.versions.get(version)
+        return own is None or own.only_adds
 
-    def _products(self, x: Tensor, group: PackedGroup, onto: Tensor | None) -> list[Tensor]:
+    def _sums(self, x: Tensor, owns: Sequence[_Own | None], runs: AdapterRuns, group: PackedGroup) -> list[Tensor]:
+        """The layers, and low-rank parts added."""
+        ys = self._products(x, group)
+        add_pairs(x, _segments(owns, runs), ys)
+        return ys
+
+    def _products(self, x: Tensor, group: PackedGroup) -> list[Tensor]:
         """The layers alone."""
         if group.whole is None:
-            biases = self.biases if onto is None else [onto]
-            each = zip(group.parts, biases, strict=True)
+            each = zip(group.parts, self.biases, strict=True)
             return [part.matmul(x, onto=_rows(bias, len(x))) for part, bias in each]
         y = group.whole.matmul(x, onto=_rows(self.bias, len(x)))
-        return list(y.split(group.heights, dim=1))
+        return list(torch.split(y, group.heights, dim=1))
 
-    def _packed_products(
+    def _by_records(
         self, x: Tensor, owns: Sequence[_Own | None], runs: AdapterRuns, group: PackedGroup
     ) -> list[Tensor]:
-        """The layers with records that scale, or have biases, or share their factors."""
+        """The layers with records that scale, or have biases, or share their factors, or weights in their place."""
         layers = [self._layer(i, owns, runs) for i in range(len(self.paths))]
         inputs = [scaled_input(x, layer) for layer in layers]
         ys = [part.matmul(own) for part, own in zip(group.parts, inputs, strict=True)]
@@ -122,7 +137,9 @@ class Linears:
             own = owns[place]
             if own is not None:
                 self._add_apart(own, slice(start, stop), inputs, ys)
-        return [finished(y, layer) for y, layer in zip(ys, layers, strict=True)]
+        ys = [finished(y, layer) for y, layer in zip(ys, layers, strict=True)]
+        self._put_whole(ys, x, owns, runs)
+        return ys
 
     def _add_apart(self, own: _Own, rows: slice, inputs: Sequence[Tensor], ys: Sequence[Tensor]) -> None:
         for i, record in enumerate(own.records):
@@ -134,7 +151,9 @@ class Linears:
 
     def _by_op(self, x: Tensor, owns: Sequence[_Own | None], runs: AdapterRuns) -> list[Tensor]:
         """By the op of training: weights in any format."""
-        return list(forward(x, [self._layer(i, owns, runs) for i in range(len(self.paths))])[0])
+        ys = list(forward(x, [self._layer(i, owns, runs) for i in range(len(self.paths))])[0])
+        self._put_whole(ys, x, owns, runs)
+        return ys
 
     def _layer(self, i: int, owns: Sequence[_Own | None], runs: AdapterRuns) -> LinearLayer:
         records = tuple(NOTHING if own is None else own.records[i] for own in owns)
@@ -147,7 +166,11 @@ class Linears:
             own = owns[place]
             for i, weight in own.whole.items() if own is not None else ():
                 bias = self.biases[i] if own is None or own.records[i].bias is None else own.records[i].bias
-                ys[i][start:stop] = functional.linear(x[start:stop], weight, bias)
+                own_x = x[start:stop]
+                if isinstance(weight, PackedWeight):
+                    weight.matmul(own_x, onto=_rows(bias, len(own_x)), out=ys[i][start:stop])
+                else:
+                    ys[i][start:stop] = functional.linear(own_x, weight, bias)
 
     def _packed(self, own: _Own) -> _Own:
         """With its low-rank parts packed; those that share their factors with other layers stay as they are."""
@@ -160,16 +183,40 @@ class Linears:
             _without_pair(record) if is_pair else record for record, is_pair in zip(own.records, taken, strict=True)
         )
         sizes, dtype = [weight.shape[0] for weight in self.weights], self._dtype()
+        own = replace(own, records=left, whole={i: PackedWeight.pack(cast(Tensor, w)) for i, w in own.whole.items()})
         if not any(taken):
-            return replace(own, records=left)
+            return own
         if any(record.in_scale is not None for record in own.records):
             each = zip(pairs, sizes, strict=True)
             apart = tuple(None if pair is None else PackedPairs.pack([pair], [o], dtype=dtype) for pair, o in each)
-            return replace(own, records=left, apart=apart)
-        return replace(own, records=left, pairs=PackedPairs.pack(pairs, sizes, dtype=dtype))
+            return replace(own, apart=apart)
+        return replace(own, pairs=PackedPairs.pack(pairs, sizes, dtype=dtype))
 
     def _dtype(self) -> torch.dtype:
         return cast(PackedGroup, self.group).parts[0].dtype
+
+
+class Part(NamedTuple):
+    """Some rows of a pass, and their runs."""
+
+    rows: Tensor
+    runs: AdapterRuns
+
+
+@functools.lru_cache(maxsize=64)
+def divided(runs: AdapterRuns, apart: tuple[bool, ...]) -> tuple[Part, Part]:
+    """The rows of a pass whose versions are not ``apart``, the base's among them, and those whose versions are."""
+    rows: tuple[list[int], list[int]] = ([], [])
+    found: tuple[list[Run], list[Run]] = ([], [])
+    for place, start, stop in runs.with_gaps():
+        side = int(place >= 0 and apart[place])
+        if place >= 0:
+            found[side].append(Run(place, len(rows[side]), len(rows[side]) + stop - start))
+        rows[side].extend(range(start, stop))
+    plain, others = (
+        Part(torch.tensor(r, dtype=torch.long), AdapterRuns(tuple(f), len(r))) for r, f in zip(rows, found, strict=True)
+    )
+    return plain, others
 
 
 def _is_pair(record: LinearDelta) -> bool:
@@ -192,7 +239,7 @@ def _segments(owns: Sequence[_Own | None], runs: AdapterRuns) -> list[Segment]:
 
 
 def _rows(bias: Tensor | None, n: int) -> Tensor | None:
-    return bias if bias is None or bias.ndim == 2 else bias.expand(n, -1)
+    return None if bias is None else bias.expand(n, -1)
 
 
 def _joined(biases: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor | None:

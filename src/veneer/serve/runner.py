@@ -60,6 +60,7 @@ class DrawingRunner(ABC):
 
     def run(self, plan: Plan) -> Sampled:
         logits = self.logits(plan)
+        likeliest = self.sampler.likeliest(logits)
         sampled, at = Sampled(), 0
         for sequence in plan.sequences:
             id, n = sequence.request_id, len(sequence.targets)
@@ -67,7 +68,7 @@ class DrawingRunner(ABC):
                 if n:
                     sampled.prompt_logprobs[id] = self.sampler.score(id, logits[at : at + n], sequence.targets)
                 if sequence.samples:
-                    sampled.drawn[id] = self.sampler.draw(id, logits[at + n])
+                    sampled.drawn[id] = self.sampler.draw(id, logits[at + n], likeliest[at + n])
             except VeneerError as error:
                 sampled.failed[id] = error
             at += n + sequence.samples

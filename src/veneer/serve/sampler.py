@@ -7,6 +7,7 @@ temperature, min_p, top_k, top_p and a draw. Log-probabilities are those of the 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -46,11 +47,26 @@ class DrawRule:
     bad_words: tuple[tuple[int, ...], ...] = ()
     form: Form | None = None
 
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether nothing but the order of the model's logits counts, once there are ``min_tokens``."""
+        params = self.params
+        changed = (
+            self.form, self.bad_words, params.logit_bias, params.frequency_penalty, params.presence_penalty,
+        )  # fmt: skip
+        free = params.allowed_token_ids is None and params.logprobs is None and params.repetition_penalty == 1
+        return params.greedy and free and not any(changed)
+
 
 @dataclass(slots=True)
 class _State:
     rule: DrawRule
     output: list[int] = field(default_factory=list)
+
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether the next token is the model's likeliest, and nothing else is asked for."""
+        return self.rule.is_plain and len(self.output) >= self.rule.params.min_tokens
 
 
 class Sampler:
@@ -67,9 +83,22 @@ class Sampler:
         """A request goes."""
         self._states.pop(request_id, None)
 
-    def draw(self, request_id: str, logits: Tensor) -> Drawn:
-        """The next token of a request, from the model's logits (vocabulary,). Raises NonFiniteError and ConfigError."""
+    def likeliest(self, logits: Tensor) -> list[int | None]:
+        """The likeliest token of each row of logits (n, vocabulary), in one pass; None where they are not finite."""
+        if not len(logits):
+            return []
+        best = logits.max(dim=-1)
+        sound = torch.isfinite(best.values).tolist()
+        return [token if fine else None for token, fine in zip(best.indices.tolist(), sound, strict=True)]
+
+    def draw(self, request_id: str, logits: Tensor, likeliest: int | None = None) -> Drawn:
+        """The next token of a request, from the model's logits (vocabulary,), of which the likeliest may be known.
+
+        Raises NonFiniteError and ConfigError.
+        """
         state = self._states[request_id]
+        if likeliest is not None and state.takes_likeliest:
+            return Drawn(likeliest)
         rule, params, raw = state.rule, state.rule.params, logits.float()
         if not bool(torch.isfinite(raw).any()) or bool(torch.isnan(raw).any()):
             raise NonFiniteError("the model's logits are not finite: its weights or an adapter's are damaged")

@@ -193,3 +193,34 @@ def test_a_model_without_a_program_is_served_all_the_same(tokenizer, caplog):
     assert isinstance(llm.engine.runner, GeneralRunner)
     assert llm.engine.why_general in caplog.text
     assert answers(llm, PROMPTS) == [generated(model, prompt) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_row_does_not_depend_on_its_companions(dtype, adapters, base_folder):
+    """Log-probabilities of an answer alone and beside fourteen others of all methods, bit for bit."""
+    llm = LLM(base_folder, dtype=dtype)
+    names = [None, *adapters, None, "lora"]
+    asked = SamplingParams(temperature=0, max_tokens=7, logprobs=3)
+    prompts = [PROMPTS[i % 4] for i in range(len(names))]
+    requests = [None if name is None else adapters[name] for name in names]
+    together = llm.generate(prompts, asked, lora_request=requests, use_tqdm=False)
+    for prompt, request, other in zip(prompts, requests, together, strict=True):
+        [alone] = llm.generate([prompt], asked, lora_request=request, use_tqdm=False)
+        assert alone.outputs[0].token_ids == other.outputs[0].token_ids
+        if request is None or request.name != "vera":  # whose shared matrices are not packed
+            assert alone.outputs[0].logprobs == other.outputs[0].logprobs
+
+
+def test_a_model_of_its_own_keeps_one_copy_of_its_weights(base_folder, adapters, tokenizer):
+    """And adapters that read weights, or have some of their own, are loaded all the same."""
+    llm = LLM(base_folder)
+    layer = llm.engine.runner.model.model.layers[0].self_attn.q_proj
+    assert "weight" not in dict(layer.named_parameters())
+    torch.testing.assert_close(layer.weight, make_model().model.layers[0].self_attn.q_proj.weight, rtol=0, atol=0)
+    given = make_model()
+    other = LLM(given, tokenizer=tokenizer)
+    assert "model.layers.0.self_attn.q_proj.weight" in dict(given.named_parameters())
+    for name in ("dora", "ia3", "saved", "head", "lora_bias"):
+        assert answers(llm, PROMPTS, adapters[name]) == answers(other, PROMPTS, adapters[name])
+    general = LLM(base_folder, general_runner=True)
+    assert answers(llm, PROMPTS) == answers(general, PROMPTS)
