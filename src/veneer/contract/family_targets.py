@@ -1,35 +1,37 @@
-"""PEFT's choice of modules for LoRA and its kin where a config names none, by the model type of transformers."""
+"""PEFT's choice of modules where a config names none, by transformers' model type, where roles do not say it.
+
+PEFT lists names for each type. Most of them are those of q and v (for IA3, of k, v and down), which the description of
+a model gives, or its names for roles in models without one. Here stands what PEFT chooses otherwise:
+
+- other roles;
+- names without a role: ``in_proj`` of DeBERTa, ``receptance`` of RWKV, one of the two inner layers of mT5;
+- names that mean fewer layers than the role does: of BLIP-2 without its Q-Former, of Gemma 4 and Llama 4 without their
+  vision, of Nemotron-H without the ``out_proj`` of Mamba;
+- names that attention and feed-forward parts have in common: ``c_proj`` of BTLM, ``key`` and ``value`` of RWKV.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-_QV = ("q_proj", "v_proj")
-_BERT = ("query", "value")
-_FUSED = ("query_key_value",)
+from veneer.contract.targets import Names
 
-QUERY_AND_VALUE: Mapping[str, tuple[str, ...] | str] = {
-    **dict.fromkeys(
-        ("bart", "opt", "gptj", "gpt_neo", "llama", "llama4", "mistral", "mixtral", "stablelm", "gemma", "gemma2"), _QV
-    ),
-    **dict.fromkeys(("gemma3_text", "qwen2", "qwen3"), _QV),
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "layoutlm"), _BERT),
-    **dict.fromkeys(("bloom", "gpt_neox", "chatglm", "RefinedWeb", "RefinedWebModel", "falcon"), _FUSED),
-    **dict.fromkeys(("t5", "mt5"), ("q", "v")),
-    **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn",)),
-    "blip-2": ("q", "v", "q_proj", "v_proj"),
-    "deberta-v2": ("query_proj", "value_proj"),
-    "deberta": ("in_proj",),
-    "mpt": ("Wqkv",),
-    "btlm": ("c_proj", "c_attn"),
-    "codegen": ("qkv_proj",),
-    "phi": ("q_proj", "v_proj", "fc1", "fc2"),
-    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
-    "nemotron_h": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "rwkv": ("key", "value", "receptance", "output"),
+_Q_V_DOWN = {"target_modules": ("q", "v", "down")}
+
+LOW_RANK: Mapping[str, Mapping[str, Names]] = {
+    "phi": {"target_modules": ("q", "v", "up", "down")},
+    "blip-2": {"target_modules": r".*\.(q|v|q_proj|v_proj)"},
+    "deberta": {"target_modules": ("in_proj",)},
+    "btlm": {"target_modules": ("c_proj", "c_attn")},
+    "gemma4": {"target_modules": r".*language_model\..*\.(q_proj|v_proj)"},
+    "nemotron_h": {"target_modules": ("q_proj", "k_proj", "v_proj", "o_proj")},
+    "rwkv": {"target_modules": ("key", "value", "receptance", "output")},
 }
-
-
-def query_and_value(model_type: str) -> Mapping[str, object]:
-    """The fields that PEFT fills in on a model of this type; none where it has no choice."""
-    return {"target_modules": QUERY_AND_VALUE[model_type]} if model_type in QUERY_AND_VALUE else {}
+SCALING: Mapping[str, Mapping[str, Names]] = {
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"), _Q_V_DOWN),
+    **dict.fromkeys(("bart", "phi", "gptj", "gpt_neo"), _Q_V_DOWN),
+    "opt": {"target_modules": ("q", "k", "down")},
+    "mt5": {"target_modules": ("k", "v", "wi_1"), "feedforward_modules": ()},
+    "deberta": {"target_modules": ("in_proj", "down")},
+    "llama4": {"target_modules": ("q_proj", "v_proj", "down_proj"), "feedforward_modules": ("down_proj",)},
+}

@@ -13,7 +13,7 @@ from torch import Tensor
 from veneer.contract.checks import Checks
 from veneer.contract.late_start import LateStart
 from veneer.contract.parameters import Params, Shapes
-from veneer.contract.targets import TargetedConfig
+from veneer.contract.targets import Names, TargetedConfig
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 
@@ -67,8 +67,12 @@ class LinearMethod(TargetedConfig):
         """The low-rank factors that may be started again on the model, where there are such."""
         return None
 
-    def for_sites(self, sites: Sequence[LinearSite]) -> Self:
-        """The config with what depends on all the layers that it adapts filled in; sites come as shapes."""
+    def for_sites(self, sites: Sequence[LinearSite], defaults: Mapping[str, Names]) -> Self:
+        """The config with what depends on all the layers that it adapts filled in; sites come as shapes.
+
+        ``defaults``: of the fields of `fields_for` that are still None, the names that the model has; none where an
+        adapter is read without its base.
+        """
         return self
 
     @property

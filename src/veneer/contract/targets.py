@@ -12,6 +12,7 @@ from veneer.core.nearest import nearest
 from veneer.errors import TargetError
 
 ALL_LINEAR = "all-linear"
+Names = tuple[str, ...] | str  # of modules: names, suffixes and roles, or an expression on whole paths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,8 @@ class TargetedConfig(MethodConfig):
 
     ``target_modules``: a tuple of names or suffixes, a regular expression that must match the whole module path, or
     ``"all-linear"`` (every linear layer but the output head); None takes those of the method's ``default_targets`` that
-    the model has. A method that fills its fields in by the type of the model says so in `fields_for`.
+    the model has. A method with other defaults on some types of models, or with defaults of other fields that name
+    modules, says so in `fields_for`.
     ``layers_to_transform`` keeps only those layer indices, found by ``layers_pattern`` (name of the list of layers).
     """
 
@@ -50,9 +52,12 @@ class TargetedConfig(MethodConfig):
         return found
 
     @classmethod
-    def fields_for(cls, model_type: str) -> Mapping[str, object]:
-        """Fields that a config without ``target_modules`` has on a model of this type of transformers."""
-        return {}
+    def fields_for(cls, model_type: str) -> Mapping[str, Names]:
+        """What fields that name modules are where they are None, on a model of this type of transformers.
+
+        Of names and roles those count that the model has.
+        """
+        return {"target_modules": cls.default_targets}
 
 
 def matches_any(name: str, patterns: Collection[str] | str) -> bool:
@@ -71,16 +76,27 @@ class ModuleIndex:
     all_linear: tuple[str, ...]
 
 
-def select_targets(config: TargetedConfig, index: ModuleIndex, default: Collection[str]) -> tuple[str, ...]:
+def present_targets(config: TargetedConfig, index: ModuleIndex, default: Collection[str]) -> tuple[str, ...]:
+    """Those of the default names that the model has. Raises TargetError where it has none."""
+    present = tuple(p for p in default if any(matches_any(n, (p,)) for n in index.adaptable))
+    if present:
+        return present
+    raise TargetError(
+        f"{type(config).__name__} has no default target_modules for this model, which has none of {list(default)}: "
+        f"name some. {_endings(index.adaptable)}"
+    )
+
+
+def select_targets(config: TargetedConfig, index: ModuleIndex) -> tuple[str, ...]:
     """The module paths that a config adapts, in the model's order.
 
-    Of the ``default`` names, those that the model has are taken. ``layers_to_transform`` does not restrict modules that
-    are named by their whole path, and modules to be saved whole are never adapted: both are PEFT's rules.
+    ``layers_to_transform`` does not restrict modules that are named by their whole path, and modules to be saved whole
+    are never adapted: both are PEFT's rules.
 
     Raises TargetError, with everything that is wrong, where a pattern matches nothing (naming the nearest module names)
     or only modules that cannot be adapted, and where exclusions or layer indices leave nothing.
     """
-    patterns = _patterns(config, index, default)
+    patterns = _patterns(config, index)
     problems = _unmatched("target", patterns, index.adaptable, index) if patterns != ALL_LINEAR else []
     problems += _unmatched("excluded", config.exclude_modules or (), index.all_names, index)
     if problems:
@@ -112,15 +128,7 @@ def absent_layers(config: TargetedConfig, index: ModuleIndex) -> list[str]:
     return [f"layers_to_transform holds {absent}, where the model has no modules: {there}"] if absent else []
 
 
-def _patterns(config: TargetedConfig, index: ModuleIndex, default: Collection[str]) -> Collection[str] | str:
-    if config.target_modules is None:
-        present = tuple(p for p in default if any(matches_any(n, (p,)) for n in index.adaptable))
-        if present:
-            return present
-        raise TargetError(
-            f"{type(config).__name__} has no default target_modules for this model, which has none of {list(default)}: "
-            f"name some. {_endings(index.adaptable)}"
-        )
+def _patterns(config: TargetedConfig, index: ModuleIndex) -> Collection[str] | str:
     if not config.target_modules:
         raise TargetError(f"target_modules is empty: name some. {_endings(index.adaptable)}")
     given = config.target_modules

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from veneer.contract import LinearMethod, Params, Shapes
 from veneer.contract.extras import Extras
-from veneer.contract.family_targets import query_and_value
+from veneer.contract.family_targets import LOW_RANK
 from veneer.contract.peft_fields import OF_LORA, PeftFields
+from veneer.contract.targets import Names
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.errors import ConfigError
@@ -127,8 +128,8 @@ class AdaLoraConfig(LinearMethod):
         return replace(site, in_features=shapes["lora_A"][1], out_features=shapes["lora_B"][0])
 
     @classmethod
-    def fields_for(cls, model_type: str) -> Mapping[str, object]:
-        return query_and_value(model_type)
+    def fields_for(cls, model_type: str) -> Mapping[str, Names]:
+        return {**super().fields_for(model_type), **LOW_RANK.get(model_type, {})}
 
     @property
     def training(self) -> BudgetedTraining:

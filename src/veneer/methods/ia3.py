@@ -16,53 +16,25 @@ from torch import Tensor
 
 from veneer.contract import LinearMethod, Params, Shapes
 from veneer.contract.checks import Checks
+from veneer.contract.family_targets import SCALING
 from veneer.contract.peft_fields import PeftFields
-from veneer.contract.targets import matches_any
+from veneer.contract.targets import Names, matches_any
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.errors import CompositionError
-
-# PEFT's choices by the model type of transformers; the second tuple names the feed-forward modules among the first.
-_QV_DOWN = (("q_proj", "v_proj", "down_proj"), ("down_proj",))
-_KV_DOWN = (("k_proj", "v_proj", "down_proj"), ("down_proj",))
-_FUSED_4H = (("query_key_value", "dense_4h_to_h"), ("dense_4h_to_h",))
-_BERT_IA3 = (("key", "value", "output.dense"), ("output.dense",))
-_C_ATTN = (("c_attn", "mlp.c_proj"), ("mlp.c_proj",))
-
-_FAMILIES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    **dict.fromkeys(("llama", "mistral"), _KV_DOWN),
-    **dict.fromkeys(("llama4", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"), _QV_DOWN),
-    **dict.fromkeys(("gpt_neox", "RefinedWeb", "RefinedWebModel", "falcon"), _FUSED_4H),
-    **dict.fromkeys(("bert", "roberta"), _BERT_IA3),
-    **dict.fromkeys(("gpt2", "gpt_bigcode"), _C_ATTN),
-    "t5": (("k", "v", "wo"), ("wo",)),
-    "mt5": (("k", "v", "wi_1"), ()),
-    "bloom": (("query_key_value", "mlp.dense_4h_to_h"), ("mlp.dense_4h_to_h",)),
-    "opt": (("q_proj", "k_proj", "fc2"), ("fc2",)),
-    "bart": (("q_proj", "v_proj", "fc2"), ("fc2",)),
-    "phi": (("q_proj", "v_proj", "fc2"), ("fc2",)),
-    "gptj": (("q_proj", "v_proj", "fc_out"), ("fc_out",)),
-    "gpt_neo": (("q_proj", "v_proj", "c_proj"), ("c_proj",)),
-    "mixtral": (("k_proj", "v_proj", "w2"), ("w2",)),
-    "deberta-v2": (("key_proj", "value_proj", "output.dense"), ("output.dense",)),
-    "deberta": (("in_proj", "output.dense"), ("output.dense",)),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
 class IA3Config(LinearMethod):
     """IA3 in PEFT's fields. ``feedforward_modules`` must be among ``target_modules``: those scale their input.
 
-    Left out, they are the layers that project back from the feed-forward width, by the names that families give them.
+    Left out, they are the layers among the targets that project back from the feed-forward width: known on a model.
     """
 
     peft_type: ClassVar[str] = "IA3"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "convolution"})
     usual_learning_rate: ClassVar[float] = 5e-3
-    default_feedforward: ClassVar[tuple[str, ...]] = (
-        "down_proj", "fc2", "output.dense", "wo", "dense_4h_to_h", "mlp.c_proj", "w2",
-    )  # fmt: skip
-    default_targets: ClassVar[tuple[str, ...]] = ("k", "v", *default_feedforward)
+    default_targets: ClassVar[tuple[str, ...]] = ("k", "v", "down")
 
     inert: ClassVar[frozenset[str]] = frozenset({"fan_in_fan_out", "init_ia3_weights"})
     peft_fields: ClassVar[PeftFields] = PeftFields(quiet=("layers_pattern", "layers_to_transform"))
@@ -83,24 +55,34 @@ class IA3Config(LinearMethod):
         return found
 
     @classmethod
-    def fields_for(cls, model_type: str) -> Mapping[str, object]:
-        if model_type not in _FAMILIES:
-            return {}
-        targets, feedforward = _FAMILIES[model_type]
-        return {"target_modules": targets, "feedforward_modules": feedforward}
+    def fields_for(cls, model_type: str) -> Mapping[str, Names]:
+        own = {**super().fields_for(model_type), "feedforward_modules": ("down",)}
+        return {**own, **SCALING.get(model_type, {})}
 
     @property
     def checks(self) -> Checks:
         return _Checks(self.feedforward_modules or ())
 
-    def for_sites(self, sites: Sequence[LinearSite]) -> Self:
-        """Chosen layers become whole paths, which PEFT, whose IA3 cannot choose layers, reads the same."""
-        if self.layers_to_transform is None:
+    def for_sites(self, sites: Sequence[LinearSite], defaults: Mapping[str, Names]) -> Self:
+        """The targets that scale their input, said as PEFT takes it: among ``target_modules``, and never left out.
+
+        Whole paths where names do not say it, and for chosen layers: PEFT's IA3 cannot choose any.
+        """
+        paths, inward = [site.name for site in sites], defaults.get("feedforward_modules", self.feedforward_modules)
+        if inward is None:
             return self
+        scaled = [path for path in paths if matches_any(path, inward)]
+        if self.layers_to_transform is None:
+            if self.feedforward_modules is not None:
+                return self
+            targets = self.target_modules if isinstance(self.target_modules, tuple) else tuple(inward)
+            named = tuple(name for name in targets if _means(name, paths) and _means(name, paths) <= set(scaled))
+            if {path for name in named for path in _means(name, paths)} == set(scaled):
+                return replace(self, feedforward_modules=named)
         return replace(
             self,
-            target_modules=tuple(site.name for site in sites),
-            feedforward_modules=tuple(site.name for site in sites if self._scales_input(site)),
+            target_modules=tuple(paths),
+            feedforward_modules=tuple(scaled),
             layers_to_transform=None,
             layers_pattern=None,
         )
@@ -137,8 +119,12 @@ class IA3Config(LinearMethod):
         return {"ia3_l": record.out_scale[:, None]}
 
     def _scales_input(self, site: LinearSite) -> bool:
-        patterns = self.default_feedforward if self.feedforward_modules is None else self.feedforward_modules
-        return matches_any(site.name, patterns)
+        return matches_any(site.name, self.feedforward_modules or ())
+
+
+def _means(name: str, paths: Sequence[str]) -> set[str]:
+    """Those of the paths that a name or suffix matches."""
+    return {path for path in paths if matches_any(path, (name,))}
 
 
 @dataclass(frozen=True)

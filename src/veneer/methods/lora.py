@@ -18,10 +18,11 @@ from torch import Tensor
 from veneer.contract import LinearMethod, Params, Shapes
 from veneer.contract.checks import Checks
 from veneer.contract.extras import Extras
-from veneer.contract.family_targets import query_and_value
+from veneer.contract.family_targets import LOW_RANK
 from veneer.contract.late_start import LateStart
 from veneer.contract.packing import Packing
 from veneer.contract.peft_fields import OF_LORA, PeftFields
+from veneer.contract.targets import Names
 from veneer.core.groups import block_diagonal, diagonal_blocks
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
@@ -247,8 +248,8 @@ class LoraConfig(LinearMethod):
         return {"lora_A": params["lora_B"].T, "lora_B": params["lora_A"].T}
 
     @classmethod
-    def fields_for(cls, model_type: str) -> Mapping[str, object]:
-        return query_and_value(model_type)
+    def fields_for(cls, model_type: str) -> Mapping[str, Names]:
+        return {**super().fields_for(model_type), **LOW_RANK.get(model_type, {})}
 
     @classmethod
     def variants(cls) -> Mapping[str, str]:

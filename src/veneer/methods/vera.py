@@ -18,8 +18,9 @@ from torch import Tensor
 
 from veneer.contract import LinearMethod, Params, Shapes
 from veneer.contract.extras import Extras
-from veneer.contract.family_targets import query_and_value
+from veneer.contract.family_targets import LOW_RANK
 from veneer.contract.shared import Shared
+from veneer.contract.targets import Names
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 
@@ -60,14 +61,14 @@ class VeraConfig(LinearMethod):
         return found
 
     @classmethod
-    def fields_for(cls, model_type: str) -> Mapping[str, object]:
-        return query_and_value(model_type)
+    def fields_for(cls, model_type: str) -> Mapping[str, Names]:
+        return {**super().fields_for(model_type), **LOW_RANK.get(model_type, {})}
 
     @property
     def largest_rank(self) -> int:
         return self.r
 
-    def for_sites(self, sites: Sequence[LinearSite]) -> Self:
+    def for_sites(self, sites: Sequence[LinearSite], defaults: Mapping[str, Names]) -> Self:
         largest = max(site.out_features for site in sites), max(site.in_features for site in sites)
         return replace(self, projection_size=largest)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from veneer.contract import LinearMethod, MethodConfig, TargetedConfig
+from veneer.contract import LinearMethod, MethodConfig
 from veneer.contract.keys import OUT_PROJECTION
-from veneer.contract.targets import ALL_LINEAR, absent_layers, select_targets
+from veneer.contract.targets import ALL_LINEAR, Names, absent_layers, present_targets, select_targets
 from veneer.core.sites import LinearSite
 from veneer.errors import TargetError
 from veneer.model.blueprint.names import TASK_HEADS
@@ -74,7 +74,7 @@ def plan_of(snapshot: Snapshot, config: MethodConfig, fresh: bool) -> Plan:
     if isinstance(config, LinearMethod):
         sites = snapshot.sites(plan.targets)
         _require_accepted(snapshot, config, plan, sites, fresh)
-        plan = replace(plan, config=config.for_sites(sites))
+        plan = replace(plan, config=config.for_sites(sites, left_out(snapshot, config)))
     whole = (path for path, keys in copied.items() if "weight" in keys)
     return replace(plan, rows=row_places(modules, tied, plan.config, {*plan.layers, *followers, *whole}))
 
@@ -86,10 +86,9 @@ def resolved(snapshot: Snapshot, config: MethodConfig) -> MethodConfig:
     changes: dict[str, object] = {}
     if config.base_model_name_or_path is None and snapshot.base_name:
         changes["base_model_name_or_path"] = snapshot.base_name
-    if isinstance(config, TargetedConfig):
+    if isinstance(config, LinearMethod):
         if config.target_modules is None and not config.extras.parameters:
-            defaults = config.fields_for(snapshot.model_type)
-            changes |= {name: value for name, value in defaults.items() if getattr(config, name) is None}
+            changes["target_modules"] = _default_targets(snapshot, config)
         elif isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
             changes["target_modules"] = shortest_names(snapshot.index(), targets_of(snapshot, config))
     heads = [head for head in TASK_HEADS.get(config.task_type or "", ()) if head in snapshot.modules]
@@ -99,14 +98,28 @@ def resolved(snapshot: Snapshot, config: MethodConfig) -> MethodConfig:
     return replace(config, **changes)  # type: ignore[arg-type]
 
 
+def left_out(snapshot: Snapshot, config: LinearMethod) -> dict[str, Names]:
+    """What the fields that are None and name modules mean in this model: names in place of roles."""
+    defaults = config.fields_for(snapshot.model_type)
+    return {
+        name: names if isinstance(names, str) else names_for(snapshot.model, names)
+        for name, names in defaults.items()
+        if getattr(config, name) is None
+    }
+
+
 def targets_of(snapshot: Snapshot, config: MethodConfig) -> tuple[str, ...]:
     """The module paths that a linear method's config means in this model."""
     if not isinstance(config, LinearMethod):
         raise TargetError(f"{type(config).__name__} does not target modules by name")
     if config.extras.parameters and not config.target_modules:
         return ()
-    default = names_for(snapshot.model, config.default_targets) if config.target_modules is None else ()
-    return select_targets(config, snapshot.index(config), default)
+    return select_targets(config, snapshot.index(config))
+
+
+def _default_targets(snapshot: Snapshot, config: LinearMethod) -> Names:
+    names = left_out(snapshot, config)["target_modules"]
+    return names if isinstance(names, str) else present_targets(config, snapshot.index(config), names)
 
 
 def _require_accepted(

@@ -25,7 +25,8 @@ def test_an_output_is_scaled_with_its_bias():
 
 def test_an_input_is_scaled_before_the_bias():
     vector = torch.linspace(0.5, 1.7, 5)
-    record = IA3Config().lower(site("layers.0.mlp.down_proj"), {"ia3_l": vector[None]})
+    config = IA3Config(feedforward_modules=["down_proj"])
+    record = config.lower(site("layers.0.mlp.down_proj"), {"ia3_l": vector[None]})
     weight, bias = fold_linear(record, W, C)
     torch.testing.assert_close(weight, W * vector)
     assert bias is C
@@ -34,9 +35,9 @@ def test_an_input_is_scaled_before_the_bias():
 @pytest.mark.parametrize(
     ("config", "name", "scales_input"),
     [
-        (IA3Config(), "h.0.mlp.c_proj", True),
-        (IA3Config(), "h.0.attn.c_proj", False),
-        (IA3Config(), "encoder.layer.0.output.dense", True),
+        (IA3Config(), "layers.0.mlp.down_proj", False),
+        (IA3Config(feedforward_modules=["mlp.c_proj"]), "h.0.mlp.c_proj", True),
+        (IA3Config(feedforward_modules=["mlp.c_proj"]), "h.0.attn.c_proj", False),
         (IA3Config(target_modules=["fc1"], feedforward_modules=["fc1"]), "layers.0.fc1", True),
         (IA3Config(target_modules=["fc2"], feedforward_modules=[]), "layers.0.fc2", False),
         (IA3Config(feedforward_modules=r".*\.fc\d"), "layers.0.fc3", True),

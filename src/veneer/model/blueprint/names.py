@@ -1,6 +1,7 @@
 """The names that transformers' models give to their parts: a short list of alternatives for each, the first that fits.
 
-This is the only place of the house where such names stand, with `families` for what one family alone has.
+This is the only place of the house where such names stand, with `families` for what one family alone has. PEFT's own
+choices of default targets that no role expresses are in `contract.family_targets`.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def read_records(folder: Path, places: Mapping[str, Placed] | None = None) -> St
     if places is None:
         places = _told_places(folder, config, tensors)
     if isinstance(config, LinearMethod):
-        config = config.for_sites([cast(LinearSite, placed.sites[0]) for placed in places.values()])
+        config = config.for_sites([cast(LinearSite, placed.sites[0]) for placed in places.values()], {})
     params = {path: _parameters(folder, tensors, placed) for path, placed in places.items()}
     _require_shapes(folder, config, places, params)
     shared = () if config.shared is None else config.shared.names
