@@ -12,11 +12,11 @@ import argparse
 from collections.abc import Callable, Iterator
 
 import torch
-from kernel_table import table_of
 from rich.console import Console
 from torch import Tensor
 from torch.nn import functional
 
+from kernel_times import table_of
 from paired import Pair, measure_rates
 from training_ops import require_equal
 from veneer.ops.cpu.module import description

@@ -187,10 +187,10 @@ void tiles(int64_t row, int64_t stop, int64_t block, int64_t end, const F& f) {
   }
 }
 
-// Lines of memory that a tile fetches beside two steps in depth: where several tiles use a panel so many of the next one,
-// whose turn comes while they compute; else as many of its `own` weights as it reads, so far ahead.
+// Lines of memory that a tile fetches with every two steps in depth: of its `own` weights as many as it reads, so far ahead;
+// or so many of the next panel, `beside` its work.
 constexpr int64_t line = 64, far_ahead = 4096;
-constexpr int own = 0;
+constexpr int own = 0, beside = 2;
 
 inline void fetch(const char* memory) { __builtin_prefetch(memory, 0, 2); }
 
@@ -237,31 +237,22 @@ struct PanelProduct {
   }
 };
 
-// Rows of x times blocks [begin, end) of one panel, `fetched` lines a turn of what lies at `ahead` by each tile.
-template <int fetched, class Engine, class Sink>
-void multiply_panel(const PanelMatrix& m, const typename Engine::X* x, int64_t stride, int64_t row, int64_t n, int64_t begin,
-                    int64_t end, const char* ahead, const Sink& sink) {
-  const int64_t heights = (n + most_rows - 1) / most_rows, part = m.depth / Engine::depth_unit / 2 * fetched * line;
-  for (int64_t t = 0; t < heights; ++t) {
-    const int64_t first = row + n * t / heights, last = row + n * (t + 1) / heights;
-    const PanelProduct<Engine, fetched, Sink> product{m, x, stride, sink, ahead + (t * fetched < 8 ? t * part : 0)};
-    tile_height(first, last - first, begin, end, product);
-  }
-}
-
-// Rows [row, stop) of x times blocks [begin, end): panel by panel, which then stays in cache for all the rows.
+// Rows [row, stop) of x times blocks [begin, end): panel by panel, which then stays in cache for all the rows. The first
+// tile streams its panel from memory; while the others compute, each fetches a part of the next one.
 template <class Engine, class Sink>
 void multiply_panels(const PanelMatrix& m, const typename Engine::X* x, int64_t stride, int64_t row, int64_t stop,
                      int64_t begin, int64_t end, const Sink& sink) {
-  const int64_t n = stop - row;
+  const int64_t n = stop - row, heights = (n + most_rows - 1) / most_rows, part = m.depth / Engine::depth_unit / 2 * beside * line;
   while (begin < end) {
     const int64_t after = (begin / panel_blocks + 1) * panel_blocks, next = after < end ? after : end;
     const auto* following = static_cast<const typename Engine::W*>(m.values) + panel_of(m, next < end ? next : begin).start;
     const char* ahead = reinterpret_cast<const char*>(following);
-    if (n <= most_rows)
-      multiply_panel<own, Engine>(m, x, stride, row, n, begin, next, ahead, sink);
-    else
-      multiply_panel<2, Engine>(m, x, stride, row, n, begin, next, ahead, sink);
+    tile_height(row, n / heights, begin, next, PanelProduct<Engine, own, Sink>{m, x, stride, sink, ahead});
+    for (int64_t t = 1; t < heights; ++t) {
+      const int64_t first = row + n * t / heights, last = row + n * (t + 1) / heights;
+      const PanelProduct<Engine, beside, Sink> product{m, x, stride, sink, ahead + (t <= panel_blocks ? t - 1 : 0) * part};
+      tile_height(first, last - first, begin, next, product);
+    }
     begin = next;
   }
 }

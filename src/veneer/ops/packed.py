@@ -78,7 +78,8 @@ class PackedWeight:
 
         Products and sums are float32 (x is never rounded) and rounded once, to the dtype of out, of onto, or of x.
         Each sum runs over the inputs in an order that the weight alone sets: a row's result is the same, bit for bit,
-        whatever rows and however many are beside it. ``onto`` may be ``out``. Only last axes must be contiguous.
+        whatever rows and however many are beside it. ``onto`` may be ``out``, or a bias that was expanded. Only last
+        axes must be contiguous.
         Raises ShapeError.
         """
         _check(self, x, onto, out)

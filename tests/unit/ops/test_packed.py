@@ -78,6 +78,10 @@ def test_added_and_written_where_asked(x_dtype, y_dtype, backend):
     assert torch.equal(place, fresh)
     assert (rows[:, :3] == 7).all()
     assert (rows[:, 48:] == 7).all()
+    bias = onto[:1].expand(9, -1)
+    assert torch.equal(
+        packed.matmul(x, onto=bias, backend=backend), packed.matmul(x, onto=bias.clone(), backend=backend)
+    )
     place.copy_(onto)
     packed.matmul(x, onto=place, out=place, backend=backend)
     assert torch.equal(place, fresh)
