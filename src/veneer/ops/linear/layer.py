@@ -50,9 +50,9 @@ class LinearLayer:
         return any(record.in_scale is not None for record in self.records)
 
     @property
-    def reads_x(self) -> bool:
-        """True where x itself goes into A: nothing scales it or drops some of it."""
-        return not self.masks and not self.scales_input
+    def goes_by_rows(self) -> bool:
+        """True where rows have records or masks of their own: their low-rank part is `ops.grouped_low_rank`."""
+        return self.runs is not None or bool(self.masks)
 
     @property
     def is_lowrank(self) -> bool:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from veneer.core.linear import plain_b
 from veneer.core.records import LinearDelta
-from veneer.ops.dropout import Mask
 from veneer.ops.grouped_low_rank import LowRankGroup, add_grouped_low_rank, grouped_low_rank_backward
 from veneer.ops.linear.layer import LinearLayer
 from veneer.ops.matmul import add_matmul, matmul
@@ -43,12 +42,11 @@ def add_low_rank(
     """Add ``scale * b_scale * B (core * A x)`` to the outputs of layers, in place; what comes back is for
     `low_rank_backward`.
 
-    ``read`` is x as `ops.matmul.operand` gives it. All layers have runs of rows, or none has; one with masks is alone.
+    ``read`` is x as `ops.matmul.operand` gives it. All layers go by rows, or none does.
     """
-    own = through_masks(x, layers[0])
-    if layers[0].runs is not None:
-        return add_grouped_low_rank(own, [_group(layer) for layer in layers], layers[0].runs_of(len(x)), zs)
-    u = matmul(read if own is x else own, _joined_a(layers, x.dtype).T, x.dtype)
+    if layers[0].goes_by_rows:
+        return add_grouped_low_rank(x, [_group(layer) for layer in layers], layers[0].runs_of(len(x)), zs)
+    u = matmul(read, _joined_a(layers, x.dtype).T, x.dtype)
     for z, layer, span in zip(zs, layers, _spans(layers), strict=True):
         add_matmul(z, u[:, span], _scaled_b(layer, x.dtype).T)
     return u
@@ -63,17 +61,14 @@ def low_rank_backward(
 ) -> LowRankGradients:
     """Gradients of `add_low_rank` from the u that it gave; ``dzs``: of each layer the gradient in its output, and the
     same as `ops.matmul.operand` gives it.
-
-    That in x is in what the masks let through: `add_through_masks` takes it on.
     """
-    trains_a = any(r.a is not None and r.a.requires_grad for layer in layers for r in layer.records)
-    own = through_masks(x, layers[0]) if trains_a else x
-    if layers[0].runs is not None:
-        return _of_rows([dz for dz, _ in dzs], own, u, layers, input_grad)
+    if layers[0].goes_by_rows:
+        return _of_rows([dz for dz, _ in dzs], x, u, layers, input_grad)
+    trains_a = any(layer.record.a is not None and layer.record.a.requires_grad for layer in layers)
     du = torch.empty_like(u)
     for layer, span, (_, read) in zip(layers, _spans(layers), dzs, strict=True):
         matmul(read, _scaled_b(layer, x.dtype), x.dtype, out=du[:, span])
-    das = _a_gradients(du, own, layers) if trains_a else [None] * len(layers)
+    das = _a_gradients(du, x, layers) if trains_a else [None] * len(layers)
     factors = []
     for layer, span, da, (_, read) in zip(layers, _spans(layers), das, dzs, strict=True):
         found: FactorGradients = {"a": da}
@@ -82,30 +77,6 @@ def low_rank_backward(
             found |= _parted(db, layer.record)
         factors.append([found])
     return LowRankGradients(matmul(du, _joined_a(layers, x.dtype), x.dtype) if input_grad else None, factors)
-
-
-def through_masks(x: Float[Tensor, "n i"], layer: LinearLayer) -> Float[Tensor, "n i"]:
-    """The input of a layer's A's: x without what its masks drop. What is kept is scaled at B."""
-    if not layer.masks:
-        return x
-    if layer.runs is None:
-        return cast(Mask, layer.masks[0]).drop(x)
-    own = x.clone()
-    for k, rows in layer.spans(len(x)):
-        mask = layer.masks[k]
-        if mask is not None:
-            own[rows] = mask.drop(x[rows], rows)
-    return own
-
-
-def add_through_masks(dx: Float[Tensor, "n i"], g: Float[Tensor, "n i"], layer: LinearLayer) -> None:
-    """Add the gradient in x to dx in place, given that in what the masks let through."""
-    for k, rows in layer.spans(len(dx)):
-        mask = layer.masks[k]
-        if mask is None:
-            dx[rows] += g[rows]
-        else:
-            mask.add_to(dx[rows], g[rows], rows)
 
 
 def _a_gradients(du: Tensor, x: Tensor, layers: Sequence[LinearLayer]) -> list[Tensor | None]:
@@ -158,7 +129,7 @@ def _parted(gradient: Float[Tensor, "o r"], record: LinearDelta) -> FactorGradie
 def _group(layer: LinearLayer) -> LowRankGroup:
     records = layer.records
     scales = tuple(_scale_of(layer, k) for k in range(len(records)))
-    return LowRankGroup(tuple(r.a for r in records), tuple(plain_b(r) for r in records), scales)
+    return LowRankGroup(tuple(r.a for r in records), tuple(plain_b(r) for r in records), scales, layer.masks)
 
 
 def _joined_a(layers: Sequence[LinearLayer], dtype: torch.dtype) -> Tensor:

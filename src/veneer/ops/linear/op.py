@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from veneer.ops.linear.layer import FIELDS, LinearLayer, Weight, require_fit, tensors_of
-from veneer.ops.linear.low_rank import FactorGradients, add_low_rank, add_through_masks, low_rank_backward
+from veneer.ops.linear.low_rank import FactorGradients, add_low_rank, low_rank_backward
 from veneer.ops.linear.scales import (
     added,
     finished,
@@ -125,22 +125,17 @@ def backward(
     inputs = [scaled_input(x, layer) for layer in layers]
     into = [place if layer.scales_input else WHOLE for place, layer in enumerate(layers)]
     totals: dict[int, Tensor | None] = {}
-    masked: list[tuple[int, Tensor]] = []
     for places, u in zip(_together(layers), kept.us, strict=True):
         first = places[0]
         wanted = input_grad or into[first] != WHOLE
         own = [(dzs[i], reads[i]) for i in places]
         got = low_rank_backward(own, inputs[first], u, [layers[i] for i in places], wanted)
         found.add_factors(places, got.factors)
-        if got.x is not None and layers[first].masks:
-            masked.append((first, got.x))
-        elif got.x is not None:
+        if got.x is not None:
             totals[into[first]] = added(totals.get(into[first]), got.x)
     for place, (layer, dz, read) in enumerate(zip(layers, dzs, reads, strict=True)):
         if input_grad or into[place] != WHOLE:
             totals[into[place]] = _add_transposed(totals.get(into[place]), dz, read, layer.weight)
-    for place, dx in masked:
-        add_through_masks(cast(Tensor, totals[into[place]]), dx, layers[place])
     for place in (place for place in into if place != WHOLE):
         dx, scales = scaled_input_backward(cast(Tensor, totals[place]), x, layers[place])
         found.add(place, in_scale=scales)
@@ -197,11 +192,11 @@ class _Linears(torch.autograd.Function):
 
 
 def _together(layers: Sequence[LinearLayer]) -> list[list[int]]:
-    """The layers whose low-rank parts are one call: those that read x itself. One that scales or drops it is alone."""
+    """The layers whose low-rank parts are one call: those that read x itself. One that scales it is alone."""
     adapted = [i for i, layer in enumerate(layers) if layer.is_lowrank]
-    whole = [i for i in adapted if layers[i].reads_x and layers[i].runs is None]
-    by_rows = [i for i in adapted if layers[i].reads_x and layers[i].runs is not None]
-    return [group for group in (whole, by_rows) if group] + [[i] for i in adapted if not layers[i].reads_x]
+    sharing = [i for i in adapted if not layers[i].scales_input]
+    groups = [[i for i in sharing if layers[i].goes_by_rows == by_rows] for by_rows in (False, True)]
+    return [group for group in groups if group] + [[i] for i in adapted if layers[i].scales_input]
 
 
 def _operands(inputs: Sequence[Tensor]) -> list[Tensor]:
