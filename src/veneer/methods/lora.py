@@ -6,11 +6,10 @@ Its variants (rsLoRA, DoRA, …) are functions on its record, see `methods.varia
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import ModuleType
-from typing import ClassVar, Literal, Self, TypeVar, cast
+from typing import ClassVar, Literal, Self, cast
 
 import torch
 from torch import Tensor
@@ -29,10 +28,11 @@ from veneer.core.sites import LinearSite
 from veneer.core.stacks import stack, unstack
 from veneer.inits import Start, find_start, start_names
 from veneer.inits.eva import EvaConfig
+from veneer.methods.lora_parts.patterns import compiles, first_match, matches_end
+from veneer.methods.lora_parts.taken_off import TakenOff, joined
 from veneer.methods.variants import all_variants
 
 _VARIANTS = all_variants()  # once, here: torch.compile cannot follow an import in the forward pass
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,12 +129,12 @@ class LoraConfig(LinearMethod):
         if not 0 <= self.lora_dropout < 1:
             found.append(f"lora_dropout={self.lora_dropout!r} must lie in [0, 1)")
         for pattern in (*self.rank_pattern, *self.alpha_pattern):
-            found += [] if _compiles(pattern) else [f"the pattern {pattern!r} is not a regular expression"]
+            found += [] if compiles(pattern) else [f"the pattern {pattern!r} is not a regular expression"]
         return found
 
     def rank(self, site: LinearSite) -> int:
         """r at this site."""
-        return _override(self.rank_pattern, site.name, self.r)
+        return first_match(self.rank_pattern, site.name, self.r)
 
     @property
     def largest_rank(self) -> int:
@@ -142,7 +142,7 @@ class LoraConfig(LinearMethod):
 
     def alpha(self, site: LinearSite) -> float:
         """alpha at this site."""
-        return _override(self.alpha_pattern, site.name, self.lora_alpha)
+        return first_match(self.alpha_pattern, site.name, self.lora_alpha)
 
     def scale(self, site: LinearSite) -> float:
         """The factor of B A at this site: alpha / r, or a variant's form of it, as often as it is added."""
@@ -178,7 +178,7 @@ class LoraConfig(LinearMethod):
         return params
 
     def lower(self, site: LinearSite, params: Params) -> LinearDelta:
-        a, b = (factor.flatten(1) for factor in _joined(params))
+        a, b = (factor.flatten(1) for factor in joined(params))
         if site.experts > 1:
             a, b = unstack(a, b, site.experts)
         b = block_diagonal(b, site.groups)
@@ -203,7 +203,7 @@ class LoraConfig(LinearMethod):
         if not self._taken_off:
             return Packing()
         grow = math.sqrt(2) if self.use_rslora else 2  # so that the scale stays
-        return _TakenOff(
+        return TakenOff(
             fields={
                 "init_lora_weights": True,
                 "r": 2 * self.r,
@@ -309,23 +309,6 @@ class LoraConfig(LinearMethod):
         return [v for v in _VARIANTS if getattr(self, v.SWITCH) and hasattr(v, what)]
 
 
-def _joined(params: Params) -> tuple[Tensor, Tensor]:
-    """A and B; where the start is taken off, ``[A; A₀]`` and ``[B, -B₀]``, whose product is ``B A - B₀ A₀``."""
-    a, b = params["lora_A"], params["lora_B"]
-    if "lora_A_start" not in params:
-        return a, b
-    return torch.cat([a, params["lora_A_start"]]), torch.cat([b, -params["lora_B_start"]], dim=1)
-
-
-def _override(pattern: Mapping[str, T], name: str, default: T) -> T:
-    """The value of the first key that matches the end of the module path, as PEFT matches it."""
-    return next((value for key, value in pattern.items() if _matches(key, name)), default)
-
-
-def _matches(key: str, name: str) -> bool:
-    return re.fullmatch(rf"(.*\.)?({key})", name) is not None
-
-
 def _problems_of_rows(given: Collection[int] | Mapping[str, Collection[int]] | None) -> list[str]:
     if given is None:
         return []
@@ -337,28 +320,6 @@ def _problems_of_rows(given: Collection[int] | Mapping[str, Collection[int]] | N
         elif len(set(rows)) < len(rows):
             found.append(f"{where} holds {sorted({row for row in rows if list(rows).count(row) > 1})} more than once")
     return found
-
-
-def _compiles(pattern: str) -> bool:
-    try:
-        re.compile(pattern)
-    except re.error:
-        return False
-    return True
-
-
-@dataclass(frozen=True)
-class _TakenOff(Packing):
-    """The start that is taken off, ``- B₀ A₀``, as more rows of A and columns of B."""
-
-    def pack(self, params: Params) -> dict[str, Tensor]:
-        a, b = _joined(params)
-        rest = {name: value for name, value in params.items() if name not in self.fixed}
-        return {**rest, "lora_A": a, "lora_B": b}
-
-    def unpack(self, packed: Params) -> dict[str, Tensor]:
-        (a, a_start), (b, b_start) = packed["lora_A"].chunk(2), packed["lora_B"].chunk(2, dim=1)
-        return {**packed, "lora_A": a, "lora_B": b, "lora_A_start": a_start, "lora_B_start": -b_start}
 
 
 @dataclass(frozen=True)
@@ -376,7 +337,7 @@ class _Checks(Checks):
             f"{field_name} key {key!r} matches none of the {len(names)} modules adapted, such as {names[0]!r}"
             for field_name, pattern in patterns.items()
             for key in pattern
-            if not any(_matches(key, name) for name in names)
+            if not any(matches_end(key, name) for name in names)
         ]
 
     def layers(self, sites: Sequence[LinearSite]) -> list[str]:
