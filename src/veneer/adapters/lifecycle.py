@@ -121,8 +121,9 @@ def delete(model: nn.Module, state: AdapterState, name: str) -> None:
     require_known(state, (name,))
     if name in state.merged:
         raise AdapterNameError(f"adapter {name!r} is merged: call unmerge_adapter() first, or merge_and_unload()")
+    was_active = name in state.active
     detach(model, state, name)
-    if not state.active and state.configs:
+    if was_active and not state.active and state.configs:
         activate(model, state, (next(iter(state.configs)),))
 
 

@@ -21,6 +21,7 @@ from veneer import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from veneer.adapters.peft_model import become_peft_model
 from veneer.errors import AdapterNameError, CompositionError, ConfigError, TargetError
 
 from .conftest import close, exactly, logits
@@ -105,6 +106,17 @@ def test_several_adapters(tiny: Any, ids: Tensor, tmp_path: Path) -> None:
     exactly(logits(model, ids), logits(tiny(), ids))
     with pytest.raises(ConfigError, match="no adapter is active"):
         _ = model.active_adapter
+
+
+def test_deleting_an_adapter_that_is_not_active_activates_none(tiny: Any, ids: Tensor, tmp_path: Path) -> None:
+    config = LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(tiny(), config).save_pretrained(tmp_path)
+    model = become_peft_model(tiny())
+    for name in ("a", "b"):
+        model.load_adapter(tmp_path, name)
+    model.delete_adapter("a")
+    assert model.active_adapters == []
+    exactly(logits(model, ids), logits(tiny(), ids))
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])

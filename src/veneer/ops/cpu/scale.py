@@ -15,9 +15,9 @@ def forward(z: Tensor, scale: Tensor | None, bias: Tensor | None, y: Tensor) -> 
     if not _is_served(z, scale, bias):
         return reference.forward(z, scale, bias, y)
     vectors = [_float(scale), _float(bias)]
-    written = with_rows(y)
+    rows, written = with_rows(z), with_rows(y)  # held until the kernel is done: either may be a copy
     places = (0 if vector is None else address(vector) for vector in vectors)
-    kernels().scale_forward(*z.shape, DTYPES[z.dtype], *_rows(with_rows(z)), *places, *_rows(written))
+    kernels().scale_forward(*z.shape, DTYPES[z.dtype], *_place(rows), *places, *_place(written))
     _put_back(written, y)
     return None
 
@@ -27,16 +27,17 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     if not _is_served(dy, scale):
         return reference.backward(dy, z, scale, dz, with_bias)
-    factor, written = _float(scale), None if dz is None else with_rows(dz)
+    factor = _float(scale)
+    rows, seen, written = (None if given is None else with_rows(given) for given in (dy, z, dz))
     dscale = None if z is None else torch.empty(dy.shape[1], dtype=torch.float32)
     dbias = torch.empty(dy.shape[1], dtype=torch.float32) if with_bias else None
     kernels().scale_backward(
         *dy.shape,
         DTYPES[dy.dtype],
-        *_rows(with_rows(dy)),
-        *_rows(None if z is None else with_rows(z)),
+        *_place(rows),
+        *_place(seen),
         0 if factor is None else address(factor),
-        *_rows(written),
+        *_place(written),
         *(0 if total is None else address(total) for total in (dscale, dbias)),
     )
     if written is not None and dz is not None:
@@ -52,7 +53,7 @@ def _float(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.detach().to(torch.float32).contiguous()
 
 
-def _rows(rows: Tensor | None) -> tuple[int, int]:
+def _place(rows: Tensor | None) -> tuple[int, int]:
     return (0, 0) if rows is None else (address(rows), rows.stride(0))
 
 
