@@ -66,8 +66,8 @@ def serve(
     )  # fmt: skip
     with loading.quiet():
         engine = start_engine(model, options)
-    if engine.why_general:
-        typer.echo(f"slow: transformers' own code computes everything ({engine.why_general})", err=True)
+    if engine.settings.why_general:
+        typer.echo(f"slow: transformers' own code computes everything ({engine.settings.why_general})", err=True)
     catalogue = Catalogue(engine, [served_model_name or model], model, adapters)
     names = ", ".join(catalogue.adapters()) or "none yet"
     typer.echo(f"base {catalogue.base}; adapters: {names}; http://{host}:{port}/v1", err=True)

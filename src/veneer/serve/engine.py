@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,22 @@ from veneer.serve.structured import Forms
 from veneer.serve.versions import Versions
 
 _LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """Of the model: the number of its ids, those that end an answer, its defaults of sampling; of the engine: the seed
+    of draws that have none, and the highest rank of an adapter (None: any).
+
+    ``why_general``: the reason for which transformers' own code computes everything; "" where it does not.
+    """
+
+    vocabulary: int
+    ending: frozenset[int]
+    generation_defaults: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    max_lora_rank: int | None = None
+    why_general: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,18 +82,14 @@ class Engine:
     Where a request goes wrong, it ends with the finish reason "error" and its reason; the others go on.
     """
 
-    def __init__(
-        self, runner: Runner, scheduler: Scheduler, tokenizer: Any, ending: Sequence[int], vocabulary: int
-    ) -> None:
+    def __init__(self, runner: Runner, scheduler: Scheduler, tokenizer: Any, settings: EngineSettings) -> None:
         self.runner, self.scheduler, self.pool = runner, scheduler, scheduler.pool
-        self.tokenizer, self.ending, self.vocabulary = tokenizer, frozenset(ending), vocabulary
-        self.versions = Versions()
-        self.forms = Forms(tokenizer, vocabulary, ending)
-        self.seed = 0
-        self.why_general = ""
-        self.generation_defaults: dict[str, Any] = {}
+        self.tokenizer, self.settings = tokenizer, settings
+        self.versions = Versions(settings.max_lora_rank)
+        self.forms = Forms(tokenizer, settings.vocabulary, sorted(settings.ending))
         self._inbox: Inbox[Asked | _Abort | _Forget] = Inbox()
         self._groups: dict[str, _Group] = {}
+        self._touched: dict[str, _Group] = {}  # of which something is to be told
         self._answers: dict[str, tuple[_Group, Answer]] = {}
         self._numbers, self._keys = itertools.count(), itertools.count()
         self._adapters: dict[str, LoRARequest] = {}
@@ -85,7 +97,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """True where a step would do something."""
-        return self.scheduler.has_work or self._inbox.wait(0)
+        return self.scheduler.has_work or bool(self._touched) or self._inbox.wait(0)
 
     def wait(self, seconds: float | None = None) -> bool:
         """Sleep until something is asked, at most so long; False where nothing was."""
@@ -131,22 +143,23 @@ class Engine:
     def drop(self, request_ids: Sequence[str]) -> None:
         """End requests now, of which nothing is told any more. Between steps."""
         for message in self._inbox.drain():
-            self._take_in(message, {})
+            self._take_in(message)
         for id in request_ids:
-            self._take_in(_Abort(id), {})
+            self._take_in(_Abort(id))
             if id in self._groups:
                 self._forget(self._groups[id])
+            self._touched.pop(id, None)
 
     def step(self) -> list[RequestOutput]:
         """Compute one batch; what is new of the requests, each at most once."""
-        touched: dict[str, _Group] = {}
         for message in self._inbox.drain():
-            self._take_in(message, touched)
-        self._load_one(touched)
+            self._take_in(message)
+        self._load_one()
         plan = self.scheduler.plan()
         if plan.sequences:
-            self._commit(plan, self._run(plan), touched)
+            self._commit(plan, self._run(plan))
         self._unload()
+        touched, self._touched = self._touched, {}  # only now: a step that is interrupted leaves it to the next
         return [output for group in touched.values() if (output := self._output(group)) is not None]
 
     def add_adapter(self, request: LoRARequest) -> None:
@@ -164,8 +177,7 @@ class Engine:
             try:
                 self._load(id, victim)
             except VeneerError:
-                self._adapters.pop(request.name)
-                self.pool.failed(id)
+                self._forget_version(id)
                 raise
 
     def remove_adapter(self, number: int) -> None:
@@ -193,17 +205,21 @@ class Engine:
         )
 
     def _require_ids(self, what: str, ids: Any) -> None:
-        wrong = [i for i in ids if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < self.vocabulary]
+        wrong = [
+            i for i in ids if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < self.settings.vocabulary
+        ]
         if wrong:
-            raise ConfigError(f"{what} holds {wrong[:5]}, which are no token ids: those are 0 to {self.vocabulary - 1}")
+            raise ConfigError(
+                f"{what} holds {wrong[:5]}, which are no token ids: those are 0 to {self.settings.vocabulary - 1}"
+            )
 
-    def _take_in(self, message: Asked | _Abort | _Forget, touched: dict[str, _Group]) -> None:
+    def _take_in(self, message: Asked | _Abort | _Forget) -> None:
         if isinstance(message, _Abort):
             group = self._groups.get(message.id)
             for answer in group.answers if group else ():
                 self._end(answer.request, "abort")
             if group:
-                touched[message.id] = group
+                self._touched[message.id] = group
             return
         if isinstance(message, _Forget):
             if self._adapters.pop(message.name, None) is not None:
@@ -233,7 +249,7 @@ class Engine:
         rule = StopRule(
             max_tokens=min(params.max_tokens or asked.room, asked.room),
             min_tokens=params.min_tokens,
-            eos_ids=frozenset() if params.ignore_eos else self.ending,
+            eos_ids=frozenset() if params.ignore_eos else self.settings.ending,
             stop_ids=frozenset(params.stop_token_ids or ()),
         )
         return Request(
@@ -244,11 +260,15 @@ class Engine:
 
     def _draw_rule(self, asked: Asked, request: Request, number: tuple[int, int]) -> DrawRule:
         params = asked.params
-        key = (self.seed, (number[0] << 32) + number[1] + 1) if params.seed is None else (params.seed, -number[1])
+        key = (
+            (self.settings.seed, (number[0] << 32) + number[1] + 1)
+            if params.seed is None
+            else (params.seed, -number[1])
+        )
         words = [variant for word in params.bad_words or () for variant in self._word_ids(word)]
         form = None if params.structured_outputs is None else self.forms.form(params.structured_outputs)
         return DrawRule(
-            params=params, prompt=asked.prompt_ids, key=key, ending=self.ending | request.rule.stop_ids,
+            params=params, prompt=asked.prompt_ids, key=key, ending=self.settings.ending | request.rule.stop_ids,
             bad_words=tuple(words), form=form,
         )  # fmt: skip
 
@@ -259,7 +279,7 @@ class Engine:
         ]
         return [ids for ids in dict.fromkeys(found) if ids]
 
-    def _load_one(self, touched: dict[str, _Group]) -> None:
+    def _load_one(self) -> None:
         """Load the adapter that the oldest waiting request lacks; everybody waits for it in this runner."""
         id, victim = self.pool.next_load(self.scheduler.wanted())
         if id is None:
@@ -267,12 +287,16 @@ class Engine:
         try:
             self._load(id, victim)
         except VeneerError as error:
-            for name in [n for n, version in self.pool.names.items() if version.id == id]:
-                self._adapters.pop(name, None)
             for request in self.scheduler.fail(id, error):
                 group, _ = self._answers[request.id]
-                touched[group.asked.id] = group
-            self.pool.failed(id)
+                self._touched[group.asked.id] = group
+            self._forget_version(id)
+
+    def _forget_version(self, id: str) -> None:
+        """Drop all names of a version that cannot be loaded."""
+        for name in [n for n, version in self.pool.names.items() if version.id == id]:
+            self._adapters.pop(name, None)
+        self.pool.failed(id)
 
     def _load(self, id: str, victim: str | None) -> None:
         start = time.perf_counter()
@@ -297,10 +321,10 @@ class Engine:
         except VeneerError as error:
             return Sampled(failed={sequence.request_id: error for sequence in plan.sequences})
 
-    def _commit(self, plan: Plan, sampled: Sampled, touched: dict[str, _Group]) -> None:
+    def _commit(self, plan: Plan, sampled: Sampled) -> None:
         for request in self.scheduler.commit(plan, sampled):
             group, answer = self._answers[request.id]
-            touched[group.asked.id] = group
+            self._touched[group.asked.id] = group
             scored = sampled.prompt_logprobs.get(request.id)
             if scored is not None:
                 group.prompt_logprobs = group.prompt_logprobs or [None]

@@ -102,7 +102,7 @@ class LLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """The parameters that `generate` takes where none are given: those of the model's generation_config.json."""
-        stored = self.engine.generation_defaults if self.options.generation_config == "auto" else {}
+        stored = self.engine.settings.generation_defaults if self.options.generation_config == "auto" else {}
         return SamplingParams(**stored)
 
     def _asked(self, prompts: Sequence[Prompt], params: Any, adapters: Any) -> list[Asked]:

@@ -5,8 +5,8 @@ a time, draws one token a step, and ends. Where pages lack, the newest in the ba
 again later.
 
 Laws: a plan has each request at most once and at most the budget's tokens; rows of one version stand side by side; the
-oldest in the batch is never preempted, so that something always ends; a request that has ended holds nothing; the plan
-is a function of the state.
+oldest in the batch is never preempted, so that something always ends; a request that has ended holds nothing, and is
+told once; the plan is a function of the state.
 """
 
 from __future__ import annotations
@@ -122,9 +122,10 @@ class Scheduler:
                 request.end("error", sampled.failed[request.id])
             elif sequence.samples:
                 request.draw(sampled.drawn[request.id].token)
-            if request.status is Status.DONE:
+            ended = request.status is Status.DONE
+            if ended:
                 self._drop(request)
-            if sequence.samples or sequence.targets:
+            if ended or sequence.samples or sequence.targets:
                 touched.append(request)
         return touched
 

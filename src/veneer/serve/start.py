@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Collection
@@ -17,7 +18,7 @@ from veneer.errors import ConfigError, DescriptionError
 from veneer.evaluate.scoring import context_length
 from veneer.model.paged import PagedStore, require_pageable
 from veneer.serve.adapter_pool import AdapterPool
-from veneer.serve.engine import Engine
+from veneer.serve.engine import Engine, EngineSettings
 from veneer.serve.general_runner import GeneralRunner
 from veneer.serve.interpreter import Interpreter
 from veneer.serve.keywords import Keywords
@@ -25,7 +26,6 @@ from veneer.serve.pages import Pages
 from veneer.serve.program_runner import ProgramRunner, proved
 from veneer.serve.runner import Runner
 from veneer.serve.scheduler import Limits, Scheduler
-from veneer.serve.versions import Versions
 from veneer.store.quantization import BitsAndBytesConfig
 from veneer.store.source import load_model, load_tokenizer
 
@@ -159,11 +159,15 @@ def start_engine(model: str | os.PathLike[str] | PreTrainedModel, options: Engin
         runner: Runner = GeneralRunner(loaded, PagedStore(pages.n_pages, pages.block))
     else:
         runner = ProgramRunner(loaded, interpreter, pages.n_pages, pages.block)
-    engine = Engine(runner, scheduler, tokenizer, ending_ids(loaded, tokenizer), vocabulary_of(loaded))
-    engine.versions, engine.seed = Versions(options.max_lora_rank), options.seed
-    engine.why_general = why_not
-    engine.generation_defaults = generation_defaults(loaded)
-    return engine
+    settings = EngineSettings(
+        vocabulary=vocabulary_of(loaded),
+        ending=frozenset(ending_ids(loaded, tokenizer)),
+        generation_defaults=generation_defaults(loaded),
+        seed=options.seed,
+        max_lora_rank=options.max_lora_rank,
+        why_general=why_not,
+    )
+    return Engine(runner, scheduler, tokenizer, settings)
 
 
 def _program(
@@ -210,16 +214,38 @@ def vocabulary_of(model: PreTrainedModel) -> int:
 def _load(model: Any, options: EngineOptions) -> tuple[PreTrainedModel, Any]:
     named = options.tokenizer
     if isinstance(model, PreTrainedModel):
-        if not isinstance(named, PreTrainedTokenizerBase):
-            raise ConfigError("a model that is loaded already needs its tokenizer: give tokenizer=…")
-        return model, named
+        _require_nothing_to_load(options)
+        return model, _with_template(named, options.chat_template)
     quantization = _nf4() if options.quantization == "bitsandbytes" else None
     device = "cuda" if torch.cuda.is_available() else None
     loaded = load_model(model, dtype=options.dtype, quantization=quantization, device=device)
     tokenizer = named if isinstance(named, PreTrainedTokenizerBase) else load_tokenizer(named or model)
-    if options.chat_template is not None:
-        tokenizer.chat_template = options.chat_template
-    return loaded, tokenizer
+    return loaded, _with_template(tokenizer, options.chat_template)
+
+
+def _require_nothing_to_load(options: EngineOptions) -> None:
+    """Raise ConfigError for options that say how a model is loaded, beside one that is."""
+    said = []
+    if not isinstance(options.tokenizer, PreTrainedTokenizerBase):
+        said.append("a model that is loaded already needs its tokenizer: give tokenizer=…")
+    for name, left_out in (("dtype", "auto"), ("quantization", None)):
+        value = getattr(options, name)
+        if value != left_out:
+            said.append(
+                f"{name}={value!r} is for a model that is loaded here, and this one is loaded already: leave it out, "
+                "or give the model's folder"
+            )
+    if said:
+        raise ConfigError("; ".join(said))
+
+
+def _with_template(tokenizer: Any, template: str | None) -> Any:
+    """The tokenizer, or a copy of it with a chat template: the caller's own keeps the one that it has."""
+    if template is None:
+        return tokenizer
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = template
+    return own
 
 
 def _nf4() -> BitsAndBytesConfig:

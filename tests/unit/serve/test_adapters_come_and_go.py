@@ -123,6 +123,18 @@ def test_an_adapter_that_does_not_fit_is_told_when_it_is_added(base_folder, tmp_
     assert llm.llm_engine.list_loras() == set()
 
 
+def test_all_names_of_an_adapter_that_does_not_fit_are_gone(base_folder, tmp_path):
+    llm = LLM(base_folder)
+    other = save_adapter(tmp_path / "other", LoraConfig(r=3, target_modules=["c_attn"]), family="gpt2")
+    shutil.copytree(other, tmp_path / "copy")
+    llm.enqueue([PROMPT], GREEDY, lora_request=LoRARequest("first", 8, str(other)))
+    llm.engine.drop([])  # it is taken in, and has not been looked at
+    with pytest.raises((FormatError, TargetError)):
+        llm.llm_engine.add_lora(LoRARequest("second", 9, str(tmp_path / "copy")))
+    assert (llm.engine.pool.names, llm.llm_engine.list_loras()) == ({}, set())
+    assert [output.outputs[0].finish_reason for output in llm.wait_for_completion(use_tqdm=False)] == ["error"]
+
+
 def test_adapters_on_experts_are_refused(tokenizer, tmp_path):
     """Experts see tokens of any row."""
     config = LoraConfig(r=3, target_parameters=["mlp.experts.down_proj"], target_modules=[])

@@ -11,7 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import openai
 import pytest
@@ -328,3 +328,39 @@ def test_an_engine_that_breaks_down_says_so(base_folder, folder):
     finally:
         threading.excepthook = kept
         server.stop()
+
+
+def test_the_folder_is_looked_at_by_one_thread_at_a_time(adapters, tmp_path):
+    """Two that find an adapter gone, one while the other forgets it."""
+
+    class Forgetting:
+        others: ClassVar[list[threading.Thread]] = []
+
+        def forget(self, name: str) -> None:
+            if not self.others:
+                self.others.append(threading.Thread(target=catalogue.adapters, daemon=True))
+                self.others[0].start()
+                self.others[0].join(0.3)
+
+    engine: Any = Forgetting()
+    catalogue = Catalogue(engine, ["tiny"], "", tmp_path)
+    shutil.copytree(adapters["lora"].path, tmp_path / "gone")
+    assert list(catalogue.adapters()) == ["gone"]
+    shutil.rmtree(tmp_path / "gone")
+    assert catalogue.adapters() == {}
+    engine.others[0].join(9)
+    assert not engine.others[0].is_alive()
+
+
+def test_files_are_not_looked_at_in_the_loop_of_the_server(server, monkeypatch):
+    threads, find = [], Catalogue.find
+
+    def watched(self: Catalogue, name: str | None) -> Any:
+        threads.append(threading.current_thread())
+        return find(self, name)
+
+    monkeypatch.setattr(Catalogue, "find", watched)
+    status, _ = server.post("/v1/completions", {"model": "lora", "prompt": PROMPT, "max_tokens": 1})
+    assert status == 200
+    assert threads
+    assert server.thread not in threads

@@ -413,6 +413,45 @@ def test_requests_beside_an_interrupted_call_go_on(llm, monkeypatch):
     assert output.outputs[0].token_ids == alone.outputs[0].token_ids
 
 
+def test_a_failure_amid_a_prompt_is_told(base_folder, monkeypatch):
+    """The chunk that fails draws nothing and scores nothing."""
+    llm = LLM(base_folder, max_num_batched_tokens=3)
+
+    def fails(plan):
+        raise NonFiniteError("broken on purpose")
+
+    monkeypatch.setattr(llm.engine.runner, "run", fails)
+    llm.engine.submit(asked := llm.engine.asked(None, PROMPT, GREEDY))
+    [output] = llm.engine.step()
+    assert (output.request_id, output.finished, str(output.error)) == (asked.id, True, "broken on purpose")
+    assert not llm.engine.has_work
+
+
+@pytest.mark.parametrize("where", ["in the inbox", "taken in"])
+def test_what_others_abort_is_told_beside_an_interrupted_call(base_folder, monkeypatch, where):
+    llm = LLM(base_folder)
+    engine, run = llm.engine, llm.engine.runner.run
+    engine.submit(other := engine.asked(None, PROMPT, GREEDY))
+
+    def interrupted(plan):
+        if where == "in the inbox":
+            engine.abort(other.id)
+        raise KeyboardInterrupt
+
+    engine.step()
+    if where == "taken in":
+        engine.abort(other.id)
+    monkeypatch.setattr(engine.runner, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        one(llm)
+    monkeypatch.setattr(engine.runner, "run", run)
+    assert engine.has_work
+    [output] = engine.step()
+    assert (output.request_id, output.outputs[0].finish_reason) == (other.id, "abort")
+    assert not engine.has_work
+    assert not engine._groups
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -442,5 +481,16 @@ def test_models_that_cannot_be_served(tokenizer, base_folder):
         LLM(bloom, tokenizer=tokenizer)
     with pytest.raises(ConfigError, match="needs its tokenizer"):
         LLM(make_model())
+    for option in ({"dtype": "bfloat16"}, {"quantization": "bitsandbytes"}):
+        with pytest.raises(ConfigError, match=f"{next(iter(option))}='.*' is for a model that is loaded here"):
+            LLM(make_model(), tokenizer=tokenizer, **option)
     with pytest.raises(FormatError, match="no config"):
         LLM(Path(base_folder).parent)
+
+
+def test_a_chat_template_is_the_engines_alone(tokenizer, base_folder):
+    before = tokenizer.chat_template
+    for model in (make_model(), base_folder):
+        llm = LLM(model, tokenizer=tokenizer, chat_template="{{ messages[0]['content'] }}!")
+        [output] = llm.chat([{"role": "user", "content": "x"}], GREEDY, use_tqdm=False)
+        assert (output.prompt, tokenizer.chat_template) == ("x!", before)

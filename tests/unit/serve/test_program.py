@@ -191,7 +191,7 @@ def test_a_model_without_a_program_is_served_all_the_same(tokenizer, caplog):
     with caplog.at_level("WARNING", logger="veneer.serve"):
         llm = LLM(model, tokenizer=tokenizer)
     assert isinstance(llm.engine.runner, GeneralRunner)
-    assert llm.engine.why_general in caplog.text
+    assert llm.engine.settings.why_general in caplog.text
     assert answers(llm, PROMPTS) == [generated(model, prompt) for prompt in PROMPTS]
 
 

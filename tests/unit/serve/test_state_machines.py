@@ -7,6 +7,8 @@ answer is right only where pages, positions and recomputation are.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
+from dataclasses import replace
 from itertools import groupby
 
 import pytest
@@ -14,7 +16,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from veneer.errors import AdapterNameError, ConfigError, FormatError
+from veneer.errors import AdapterNameError, ConfigError, FormatError, NonFiniteError
 from veneer.serve.adapter_pool import AdapterPool, AdapterVersion
 from veneer.serve.inbox import Inbox
 from veneer.serve.outputs import Logprob
@@ -82,6 +84,8 @@ class Serving(RuleBasedStateMachine):
         self.scheduler, self.arena = Scheduler(self.pages, self.pool, limits), TokenArena(block)
         self.requests: list[Request] = []
         self.broken: set[str] = set()
+        self.failed: set[str] = set()
+        self.told: Counter[str] = Counter()
         self.generation = 0
         for name in FRONTS:
             self.bind(name)
@@ -122,6 +126,7 @@ class Serving(RuleBasedStateMachine):
         request = data.draw(st.sampled_from(self.requests))
         if request.status is not Status.DONE:
             self.scheduler.end(request, "abort")
+            self.told[request.id] += 1  # who asks for it knows
             self.pool.tidy()
 
     @rule(name=st.sampled_from(sorted(FRONTS)))
@@ -145,15 +150,18 @@ class Serving(RuleBasedStateMachine):
         if name in self.pool.names and not self.pool.is_resident(self.pool.names[name].id):
             self.broken.add(self.pool.names[name].id)
 
-    @rule()
-    def step(self):
+    @rule(failing=st.sets(st.integers(0, 5), max_size=2))
+    def step(self, failing=frozenset()):
         self.load_one()
         oldest = self.scheduler.running[0] if self.scheduler.running else None
         plan = self.scheduler.plan()
         self.check(plan, oldest)
         sampled = self.arena.run(plan)
-        for request in self.scheduler.commit(plan, sampled):
+        failed = {s.request_id: NonFiniteError("x") for i, s in enumerate(plan.sequences) if i in failing}
+        self.failed |= failed.keys()
+        for request in self.scheduler.commit(plan, replace(sampled, failed=failed)):
             assert request.n_scored <= len(request.prompt) - 1
+            self.told[request.id] += request.status is Status.DONE
         for version in self.pool.unneeded():
             self.pool.unloaded(version)
         self.pool.tidy()
@@ -167,6 +175,7 @@ class Serving(RuleBasedStateMachine):
             self.pool.failed(version)
             waiting = [r for r in self.scheduler.waiting if r.version == version]
             assert self.scheduler.fail(version, FormatError("broken")) == waiting
+            self.told.update(request.id for request in waiting)
             self.pool.tidy()
         elif version is not None:
             self.pool.loaded(version)
@@ -199,6 +208,11 @@ class Serving(RuleBasedStateMachine):
             assert self.pages.needed(computed) <= len(held) or request.status is Status.DONE
 
     @invariant()
+    def every_ended_request_is_told_once(self):
+        for request in getattr(self, "requests", ()):
+            assert self.told[request.id] == (request.status is Status.DONE)
+
+    @invariant()
     def no_more_adapters_than_there_are_places(self):
         if not hasattr(self, "pool"):
             return
@@ -220,7 +234,7 @@ class Serving(RuleBasedStateMachine):
                 assert request.finish_reason == "length" or request.output[-1] in (EOS, STOP)
                 assert request.n_scored == (len(request.prompt) - 1) * request.scores_prompt
             elif request.finish_reason == "error":
-                assert request.version in self.broken
+                assert request.version in self.broken or request.id in self.failed
             else:
                 assert request.finish_reason == "abort"
         for name in list(self.pool.names):

@@ -38,9 +38,8 @@ def make_app(engine: Engine, catalogue: Catalogue) -> FastAPI:
     app.add_exception_handler(RequestValidationError, on_invalid_body)
 
     async def answer(request: Request, body: Body, prompts: Sequence[Any], params: Any, shape: Shape) -> Response:
-        adapter = catalogue.find(body.model)
-
         def ask() -> list[Asked]:
+            adapter = catalogue.find(body.model)
             read = [read_prompt(engine.tokenizer, prompt) for prompt in prompts]
             return [engine.asked(text, ids, params, adapter) for text, ids in read]
 
@@ -52,13 +51,13 @@ def make_app(engine: Engine, catalogue: Catalogue) -> FastAPI:
     @app.post("/v1/completions")
     async def complete(request: Request, body: CompletionBody) -> Response:
         """Text behind prompts."""
-        params = body.to_params(engine.generation_defaults)
+        params = body.to_params(engine.settings.generation_defaults)
         return await answer(request, body, body.prompts(), params, completions.shape(body.echo))
 
     @app.post("/v1/chat/completions")
     async def converse(request: Request, body: ChatBody) -> Response:
         """The next turn of a conversation."""
-        params = body.to_params(engine.generation_defaults)
+        params = body.to_params(engine.settings.generation_defaults)
         prompt = chat_prompt(engine.tokenizer, body.messages, body.template())
         return await answer(request, body, [prompt], params, chat.SHAPE)
 
