@@ -55,7 +55,7 @@ def linear_configs() -> dict[str, LinearMethod]:
 
 
 def storage_formats() -> dict[str, Callable[[torch.Tensor], FrozenWeight]]:
-    """How a matrix is stored, by each file in ``quant/`` that names a format."""
+    """A matrix as it is stored by each file in ``quant/`` that names a format."""
     path = veneer.quant.__path__
     modules = [importlib.import_module(f"veneer.quant.{info.name}") for info in pkgutil.iter_modules(path)]
     return {module.NAME: module.quantize for module in modules if hasattr(module, "NAME")}

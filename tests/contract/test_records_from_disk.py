@@ -60,7 +60,7 @@ def saved(model: nn.Module, config: MethodConfig, folder: Path) -> Any:
 
 
 def attached_records(model: nn.Module) -> dict[str, Record]:
-    """What the adapter means on the model, by the paths of `placed_on`."""
+    """The adapter's meaning on the model, by the paths of `placed_on`."""
     found: dict[str, Record] = {}
     for path, place in adapted_places(model).items():
         if isinstance(place, AdaptedParameters):

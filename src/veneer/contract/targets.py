@@ -53,7 +53,7 @@ class TargetedConfig(MethodConfig):
 
     @classmethod
     def fields_for(cls, model_type: str) -> Mapping[str, Names]:
-        """What fields that name modules are where they are None, on a model of this type of transformers.
+        """The fields that name modules, for where they are None, on a model of this type of transformers.
 
         Of names and roles those count that the model has.
         """

@@ -99,7 +99,7 @@ def resolved(snapshot: Snapshot, config: MethodConfig) -> MethodConfig:
 
 
 def left_out(snapshot: Snapshot, config: LinearMethod) -> dict[str, Names]:
-    """What the fields that are None and name modules mean in this model: names in place of roles."""
+    """The fields that are None and name modules, as this model means them: names in place of roles."""
     defaults = config.fields_for(snapshot.model_type)
     return {
         name: names if isinstance(names, str) else names_for(snapshot.model, names)

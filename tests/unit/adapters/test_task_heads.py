@@ -188,7 +188,7 @@ def without_what_peft_gets_wrong(head: str, batch: dict[str, Tensor]) -> dict[st
 
 
 def n_virtual(head: str, method: str, mine: list[Tensor], theirs: Any, batch: dict[str, Tensor]) -> int:
-    """How many virtual positions PEFT gives back in front."""
+    """The number of virtual positions that PEFT gives back in front."""
     if method not in ("prompt", "ptuning"):
         return 0
     return outputs(theirs, batch)[-1].shape[1] - mine[-1].shape[1] if mine[-1].ndim > 1 else 0

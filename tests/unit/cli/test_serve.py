@@ -1,4 +1,4 @@
-"""What `veneer serve` refuses before it starts. Its routes are tested in tests/unit/serve."""
+"""`veneer serve`: what it refuses before it starts. Its routes are tested in tests/unit/serve."""
 
 from __future__ import annotations
 

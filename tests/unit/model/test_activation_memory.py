@@ -1,4 +1,4 @@
-"""How much memory a step takes for each way to keep activations, as torch's own record of allocations counts it."""
+"""Memory that a step takes for each way to keep activations, as torch's own record of allocations counts it."""
 
 from __future__ import annotations
 

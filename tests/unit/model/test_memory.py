@@ -1,4 +1,4 @@
-"""What may still be taken of memory: the machine's and that of control groups."""
+"""Memory that may still be taken: the machine's and that of control groups."""
 
 from __future__ import annotations
 

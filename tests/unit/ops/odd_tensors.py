@@ -87,7 +87,7 @@ def cases():
 
 
 class Plain:
-    """What torch reads and no kernel does, or what is made by its owner out of tensors of its own."""
+    """Tensors that torch reads and no kernel does, or what is made by its owner out of tensors of its own."""
 
     def __init__(self, tensor):
         self.tensor = tensor

@@ -1,4 +1,4 @@
-"""Who computes an op, and what is said where nobody can."""
+"""The back end that computes an op, and the message where none can."""
 
 import importlib.util
 

@@ -28,7 +28,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def outcomes():
-    """What every kernel says to every kind of tensor in place of each of its own: (back end, op, place, kind, said)."""
+    """The answers of every kernel to every kind of tensor in each place: (back end, op, place, kind, said)."""
     done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, check=False)
     assert done.returncode == 0, (done.returncode, done.stdout[-300:], done.stderr[-4000:])
     return [json.loads(line) for line in done.stdout.splitlines()]

@@ -1,4 +1,4 @@
-"""What `LLM` gives and refuses."""
+"""`LLM`: the answers that it gives and the requests that it refuses."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ PROMPTS = [[7 * i * i % 251 + 1 for i in range(1, n + 1)] for n in (1, 5, 13, 2,
 
 
 def generated(model: Any, prompt: list[int], **how: Any) -> list[int]:
-    """What `generate` answers."""
+    """The answers of `generate`."""
     ids = torch.tensor([prompt])
     with torch.no_grad():
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=LENGTH, do_sample=False, **how)

@@ -1,4 +1,4 @@
-"""What may be asked of an answer, and what each wrong value is told."""
+"""`SamplingParams`: the values that are allowed, and the message for each wrong one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a model comes from, and what a user is told when it does not come."""
+"""The places that a model comes from, and the message where it does not come."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can be told from ``run.json``: whether a run is over, trains, or is gone without a word."""
+"""A run as ``run.json`` tells it: whether a run is over, trains, or is gone without a word."""
 
 import json
 import os

@@ -3,7 +3,6 @@ same names."""
 
 from __future__ import annotations
 
-import math
 from typing import Any, cast
 
 import torch
@@ -100,8 +99,3 @@ def _twin(module: nn.Module, values: dict[str, Tensor]) -> nn.Module:
     for name in module._parameters:
         twin._parameters[name] = nn.Parameter(values[name], requires_grad=False) if name in values else None
     return cast(nn.Module, twin)
-
-
-def width(norm: Norm) -> int:
-    """The number of values in its weight."""
-    return math.prod(norm.shape)

@@ -10,7 +10,7 @@ from torch import Tensor
 from veneer.ops.cpu.module import DTYPES, kernels
 from veneer.ops.memory import address
 from veneer.ops.reference import dropout as reference
-from veneer.ops.rows import with_rows
+from veneer.ops.rows import put_back, with_rows
 
 Rows = int | Tensor
 
@@ -28,8 +28,7 @@ def add_dropped(onto: Tensor, g: Tensor, threshold: int, key: int, rows: Rows) -
         return reference.add_dropped(onto, g, threshold, key, rows)
     written = with_rows(onto)
     _run(kernels().dropout_add_dropped, (g, written), (threshold, key, rows))
-    if written.data_ptr() != onto.data_ptr():  # rows of this layout exist only as a copy
-        onto.copy_(written.view(onto.shape))
+    put_back(written, onto)
     return onto
 
 

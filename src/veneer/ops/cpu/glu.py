@@ -10,7 +10,7 @@ from veneer.ops.cpu.module import DTYPES, kernels
 from veneer.ops.glu import ACTIVATIONS
 from veneer.ops.memory import address
 from veneer.ops.reference import glu as reference
-from veneer.ops.rows import same_dtype, with_rows
+from veneer.ops.rows import put_back, same_dtype, with_rows
 
 
 def glu_forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
@@ -33,8 +33,7 @@ def glu_backward(
     written = [with_rows(t) for t in results]
     kernels().glu_backward(*_sizes(rows[1], activation), *_places(rows), *_places(written))
     for result, row in zip(results, written, strict=True):
-        if result.data_ptr() != row.data_ptr():  # rows of this layout exist only as a copy
-            result.copy_(row.view(result.shape))
+        put_back(row, result)
     return results[0], results[1], results[2]
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from veneer.ops.cpu.module import DTYPES, kernels
 from veneer.ops.memory import address
 from veneer.ops.reference import scale as reference
-from veneer.ops.rows import with_rows
+from veneer.ops.rows import put_back, with_rows
 
 
 def forward(z: Tensor, scale: Tensor | None, bias: Tensor | None, y: Tensor) -> None:
@@ -18,7 +18,7 @@ def forward(z: Tensor, scale: Tensor | None, bias: Tensor | None, y: Tensor) -> 
     rows, written = with_rows(z), with_rows(y)  # held until the kernel is done: either may be a copy
     places = (0 if vector is None else address(vector) for vector in vectors)
     kernels().scale_forward(*z.shape, DTYPES[z.dtype], *_place(rows), *places, *_place(written))
-    _put_back(written, y)
+    put_back(written, y)
     return None
 
 
@@ -41,7 +41,7 @@ def backward(
         *(0 if total is None else address(total) for total in (dscale, dbias)),
     )
     if written is not None and dz is not None:
-        _put_back(written, dz)
+        put_back(written, dz)
     return dscale, dbias
 
 
@@ -55,8 +55,3 @@ def _float(vector: Tensor | None) -> Tensor | None:
 
 def _place(rows: Tensor | None) -> tuple[int, int]:
     return (0, 0) if rows is None else (address(rows), rows.stride(0))
-
-
-def _put_back(written: Tensor, rows: Tensor) -> None:
-    if written.data_ptr() != rows.data_ptr():  # rows of this layout exist only as a copy
-        rows.copy_(written)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from veneer.ops.reference import dropout as reference
-from veneer.ops.rows import with_rows
+from veneer.ops.rows import put_back, with_rows
 from veneer.ops.triton.launch import block, is_served, launch
 
 _ROUNDS = tl.constexpr(reference.ROUNDS)
@@ -30,8 +30,7 @@ def add_dropped(onto: Tensor, g: Tensor, threshold: int, key: int, rows: Rows) -
         return reference.add_dropped(onto, g, threshold, key, rows)
     written = with_rows(onto)
     _run((with_rows(g), written), (threshold, key, rows), add=True)
-    if written.data_ptr() != onto.data_ptr():  # rows of this layout exist only as a copy
-        onto.copy_(written.view(onto.shape))
+    put_back(written, onto)
     return onto
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from veneer.ops.reference import scale as reference
-from veneer.ops.rows import with_rows
+from veneer.ops.rows import put_back, with_rows
 from veneer.ops.triton.launch import block, is_served, launch
 
 _WIDEST = 1024
@@ -28,7 +28,7 @@ def forward(z: Tensor, scale: Tensor | None, bias: Tensor | None, y: Tensor) -> 
     forms = {"SCALED": scale is not None, "SHIFTED": bias is not None, "BLOCK": size}
     places = (rows, rows.stride(0), *vectors, written, written.stride(0), d)
     launch(_forward_kernel, (n, triton.cdiv(d, size)), *places, **forms)
-    _put_back(written, y)
+    put_back(written, y)
     return None
 
 
@@ -46,17 +46,12 @@ def backward(
     places = (*(part for t in (rows, seen, written) for part in (t, t.stride(0))), factor, dscale, dbias, n, d)
     launch(_backward_kernel, (triton.cdiv(d, _COLUMNS),), *places, **forms, COLUMNS=_COLUMNS, ROWS=_ROWS)
     if dz is not None:
-        _put_back(written, dz)
+        put_back(written, dz)
     return None if z is None else dscale, dbias if with_bias else None
 
 
 def _fits(x: Tensor, *vectors: Tensor | None) -> bool:
     return is_served(x, *(vector for vector in vectors if vector is not None))
-
-
-def _put_back(written: Tensor, rows: Tensor) -> None:
-    if written.data_ptr() != rows.data_ptr():  # rows of this layout exist only as a copy
-        rows.copy_(written)
 
 
 @triton.jit

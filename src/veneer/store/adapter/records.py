@@ -110,7 +110,7 @@ def write_records(
 
 def _needs_base(folder: Path) -> CompositionError:
     return CompositionError(
-        f"the adapter {folder} scales the weights of its base (DoRA, IA3): give the base too (--base MODEL)"
+        f"the adapter {folder} scales or reads the weights of its base: give the base too (--base MODEL)"
     )
 
 

@@ -1,4 +1,4 @@
-"""Which norm a module is, found by running its code."""
+"""The norm that a module is, found by running its code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where residual adapters sit: what descriptions say, and what one watched pass of the model shows."""
+"""The places of residual adapters: what descriptions say, and what one watched pass of the model shows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What people are told of a decoder."""
+"""The summary of a decoder that people are shown."""
 
 from __future__ import annotations
 

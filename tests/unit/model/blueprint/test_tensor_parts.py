@@ -1,4 +1,4 @@
-"""Which part of a model each tensor of a checkpoint is of."""
+"""The part of a model that each tensor of a checkpoint belongs to."""
 
 from __future__ import annotations
 

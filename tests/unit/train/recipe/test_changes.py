@@ -1,4 +1,4 @@
-"""Which settings a run may go on with: what no weight depends on, and nothing else."""
+"""The settings that a run may go on with: what no weight depends on, and nothing else."""
 
 from dataclasses import fields
 from pathlib import Path
