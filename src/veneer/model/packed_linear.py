@@ -21,16 +21,20 @@ PANEL = BLOCK * BLOCKS
 
 
 class PackedLinear(nn.Module):
-    """``y = W x + bias`` with W packed. ``source`` is the class of the layer that it stands for, ``like`` its weight
-    without values.
+    """``y = W x + bias`` with W packed, in the place of a layer that is left without values in its weight.
+
+    ``source`` is that layer's class, ``like`` its weight without values.
     """
 
     bias: nn.Parameter | None
 
     def __init__(self, module: nn.Module, packed: PackedWeight) -> None:
         super().__init__()
-        self.like = torch.empty_like(cast(Tensor, module._parameters["weight"]), device="meta")
+        own = cast(nn.Parameter, module._parameters["weight"])
+        self.like = torch.empty_like(own, device="meta")
         self.bias = module._parameters.get("bias")
+        self._stands_for = (module,)  # in a tuple, for it is no part of the model meanwhile
+        module._parameters["weight"] = nn.Parameter(self.like, requires_grad=own.requires_grad)
         self.source, self.packed = type(module), PackedDense(packed)
         self.out_features, self.in_features = packed.shape
 
@@ -44,6 +48,13 @@ class PackedLinear(nn.Module):
         """The weight in the layout of the layer that this one stands for: unpacked, a copy."""
         dense = self.packed.dense()
         return dense.T if self.is_transposed else dense
+
+    def unpacked(self) -> nn.Module:
+        """The layer that this one stands for, with its values."""
+        [module] = self._stands_for
+        learns = cast(Tensor, module._parameters["weight"]).requires_grad
+        module._parameters["weight"] = nn.Parameter(self.weight.contiguous(), requires_grad=learns)
+        return module
 
     def frozen_format(self) -> FrozenWeight:
         """The layer's weight."""
@@ -88,6 +99,13 @@ def pack_group(model: PreTrainedModel, paths: Sequence[str], *, give_up: bool) -
         if give_up and module._parameters["weight"] is not table:
             model.set_submodule(path, PackedLinear(module, part))
     return group
+
+
+def unpack(model: PreTrainedModel) -> None:
+    """Give the layers of a model that gave their weights up their own again, to the bit."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, PackedLinear):
+            model.set_submodule(path, module.unpacked())
 
 
 def is_packed(module: nn.Module) -> bool:

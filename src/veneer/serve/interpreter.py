@@ -7,6 +7,7 @@ weight of its own, its rows are computed by themselves.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from veneer.adapters.peft_model import PeftModel
 from veneer.core.linear import apply_embedding
 from veneer.core.token_rows import look_up_rows, project_rows
 from veneer.model.blueprint.parts import Linear
@@ -52,7 +54,7 @@ class Interpreter:
     """A program on a model's weights, or on ``packed`` ones, with the ``effects`` of adapters by version."""
 
     def __init__(self, model: PreTrainedModel, program: Program, packed: Packed) -> None:
-        self.program = program
+        self.program, self.dtype = program, model.dtype
         self.effects: dict[str, Effects] = {}
         self.bottlenecks: dict[str, dict[str, Bottleneck]] = {}
         self._packed, self._linears = packed, list[Linears]()
@@ -109,7 +111,7 @@ class Interpreter:
             case Change():
                 return _Changed(instruction, self.bottlenecks)
             case Own():
-                return _ByModule(model.get_submodule(instruction.path), instruction)
+                return _ByModule(model, instruction)
             case Add():
                 return _Added(instruction)
             case Logits():
@@ -321,13 +323,18 @@ class _IntoStream:
             instruction(step, frame)
 
 
-@dataclass(frozen=True, slots=True)
 class _ByModule:
-    module: Any
-    instruction: Own
+    """What the model's own module gives, without the adapters that the model itself has."""
+
+    def __init__(self, model: PreTrainedModel, instruction: Own) -> None:
+        self.model, self.instruction = model, instruction
+        self.module: Any = model.get_submodule(instruction.path)
 
     def __call__(self, step: Step, frame: Frame) -> None:
-        y = self.module(frame[self.instruction.source][None])
+        # The model becomes a PeftModel when the first adapter takes the general runner, or comes as one.
+        alone = self.model.adapter_state.base_alone() if isinstance(self.model, PeftModel) else nullcontext()
+        with alone:
+            y = self.module(frame[self.instruction.source][None])
         frame[self.instruction.target] = (y[0] if isinstance(y, tuple) else y)[0]
 
 

@@ -1,7 +1,8 @@
 """Runs plans by the model's program: the fast runner. What the program cannot say goes through the general one.
 
 The program is proved on the model when the runner is made. An adapter with a part that has no place in it is loaded
-into the general runner, on the same weights and pages, and its requests take that way, in the same steps.
+into the general runner, on the same weights, and its requests take that way, in the same steps. Requests of both hold
+pages out of one number of them; the general runner keeps what is in its own in a store beside the program's.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 from veneer.core.records import PromptDelta
 from veneer.errors import DescriptionError, TargetError
 from veneer.model.blueprint.describe import describe
-from veneer.model.packed_linear import PackedGroup, is_packed, pack_group
+from veneer.model.packed_linear import PackedGroup, is_packed, pack_group, unpack
 from veneer.model.paged import TOLERANCE, KeysValues, PagedStore, Stretch, require_pageable
 from veneer.model.plan import plan_of
 from veneer.model.snapshot import look_at
@@ -37,7 +38,9 @@ _LOG = logging.getLogger(__name__)
 
 
 class ProgramRunner(DrawingRunner):
-    """A `Runner` of a model's program, over a store of pages that it shares with the general runner."""
+    """A `Runner` of a model's program. Its pages and the general runner's are two stores with as many pages each, so
+    that keys and values take up to twice their budget once an adapter takes that way.
+    """
 
     def __init__(self, model: PreTrainedModel, interpreter: Interpreter, n_pages: int, block: int) -> None:
         super().__init__()
@@ -149,7 +152,8 @@ def proved(model: PreTrainedModel, n_positions: int, *, give_up: bool = False) -
     """The program of a model, on packed weights, proved on two short sequences: the start and the end of the context.
 
     Each runs whole and in two chunks. ``give_up``: the model's own weights are given up for the packed ones. Raises
-    DescriptionError with the part that has no instruction, or by how much the logits differ from the model's own.
+    DescriptionError with the part that has no instruction, or by how much the logits differ from the model's own, which
+    has its weights then.
     """
     decoder = describe(model)
     program = compile_program(decoder, n_positions)
@@ -160,20 +164,32 @@ def proved(model: PreTrainedModel, n_positions: int, *, give_up: bool = False) -
         first: (torch.arange(n, device=model.device) * 7 + 3 * first) % program.embedding.n_tokens for first in starts
     }
     own = {first: _own_logits(model, ids[first], first) for first in starts}
-    interpreter = Interpreter(model, program, _packed(model, program, give_up=give_up))
     allowed = TOLERANCE.get(model.dtype, TOLERANCE[torch.float32])
     if decoder.listed and model.dtype.itemsize == 2:
         allowed *= _LISTED  # their descriptions are tested by values; this looks for what is far off
-    for first in starts:
-        for cuts in ((n,), (n - 4, 4)):
-            found = _in_chunks(interpreter, ids[first], cuts, first, model.dtype)
-            error = _difference(found, own[first])
-            if not error <= allowed:
-                raise DescriptionError(
-                    f"its logits at positions {first} to {first + n - 1} are {error:.1e} away from the model's own "
-                    f"(allowed {allowed:.0e})"
-                )
+    # Weights are given up before the proof, so that no second model is in memory.
+    interpreter = Interpreter(model, program, _packed(model, program, give_up=give_up))
+    problem = next(
+        (p for first in starts if (p := _problem(interpreter, ids[first], first, own[first], allowed))), None
+    )
+    if problem is not None:
+        if give_up:
+            unpack(model)
+        raise DescriptionError(problem)
     return interpreter
+
+
+def _problem(interpreter: Interpreter, ids: Tensor, first: int, own: Tensor, allowed: float) -> str | None:
+    """By how much a sequence's logits differ from the model's ``own``; None where they do not."""
+    n = len(ids)
+    for cuts in ((n,), (n - 4, 4)):
+        error = _difference(_in_chunks(interpreter, ids, cuts, first), own)
+        if not error <= allowed:
+            return (
+                f"its logits at positions {first} to {first + n - 1} are {error:.1e} away from the model's own "
+                f"(allowed {allowed:.0e})"
+            )
+    return None
 
 
 _LISTED = 3
@@ -209,10 +225,8 @@ def _own_logits(model: PreTrainedModel, ids: Tensor, first: int) -> Tensor:
     return logits.float()
 
 
-def _in_chunks(
-    interpreter: Interpreter, ids: Tensor, cuts: Sequence[int], first_position: int, dtype: torch.dtype
-) -> Tensor:
-    cache, found, at = make_cache(interpreter.program, 1, _page_of(len(ids)), dtype, ids.device), [], 0
+def _in_chunks(interpreter: Interpreter, ids: Tensor, cuts: Sequence[int], first_position: int) -> Tensor:
+    cache, found, at = make_cache(interpreter.program, 1, _page_of(len(ids)), interpreter.dtype, ids.device), [], 0
     for n in cuts:
         piece = Piece(Stretch((0,), at, n), None, range(n))
         found.append(interpreter.run(step_of([piece], cache, ids.device, first_position), ids[at : at + n]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import transformers
 from veneer import LLM, BottleneckConfig, LoraConfig, LoRARequest, PeftModel, SamplingParams, get_peft_model
 from veneer.errors import DescriptionError
 from veneer.model.blueprint.describe import describe
+from veneer.model.packed_linear import PackedLinear
 from veneer.serve.general_runner import GeneralRunner
 from veneer.serve.program import Change, Product, compile_program
 from veneer.serve.program_runner import ProgramRunner, proved
@@ -224,3 +226,69 @@ def test_a_model_of_its_own_keeps_one_copy_of_its_weights(base_folder, adapters,
         assert answers(llm, PROMPTS, adapters[name]) == answers(other, PROMPTS, adapters[name])
     general = LLM(base_folder, general_runner=True)
     assert answers(llm, PROMPTS) == answers(general, PROMPTS)
+
+
+def test_a_model_that_has_no_program_after_all_keeps_its_weights(base_folder, adapters, monkeypatch):
+    """They were given up for packed ones, and its logits turn out to be others."""
+    kind = transformers.LlamaForCausalLM
+    forward, expected = kind.forward, answers(LLM(base_folder), PROMPTS, adapters["saved"])
+
+    @functools.wraps(forward)
+    def changed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = forward(self, *args, **kwargs)
+        output.logits = output.logits * 1.01
+        return output
+
+    monkeypatch.setattr(kind, "forward", changed)
+    llm = LLM(base_folder)
+    model: Any = llm.engine.runner.model
+    assert isinstance(llm.engine.runner, GeneralRunner)
+    assert not any(isinstance(module, PackedLinear) for module in model.modules())
+    own = dict(make_model().named_parameters())
+    assert {name: p.is_contiguous() for name, p in model.named_parameters()} == dict.fromkeys(own, True)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, own[name], rtol=0, atol=0)
+    assert answers(llm, PROMPTS, adapters["saved"]) == expected
+
+
+def experts_model() -> Any:
+    torch.manual_seed(3)
+    sizes = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 28}
+    config = transformers.Qwen2MoeConfig(**SHAPE, **sizes, shared_expert_intermediate_size=20)
+    model = transformers.Qwen2MoeForCausalLM(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def test_an_adapter_of_a_shared_expert_changes_its_own_rows_alone(tokenizer, tmp_path):
+    """The program runs experts by their module, which has that adapter now."""
+    requests, alone = [], []
+    for number, names in enumerate((["q_proj"], ["shared_expert.down_proj", "shared_expert.up_proj"]), start=1):
+        folder = _saved(tmp_path / str(number), experts_model(), LoraConfig(r=3, target_modules=names), number)
+        requests.append(LoRARequest(str(number), number, str(folder)))
+        adapted = PeftModel.from_pretrained(experts_model(), str(folder))
+        alone.append([generated(adapted, prompt) for prompt in PROMPTS])
+    llm = LLM(experts_model(), tokenizer=tokenizer, max_num_batched_tokens=11)
+    base = answers(llm, PROMPTS)
+    assert answers(llm, PROMPTS, requests[0]) == alone[0]
+    assert llm.engine.runner.general is None
+    everyone = [*[None] * 4, *[requests[0]] * 4, *[requests[1]] * 4]
+    assert answers(llm, PROMPTS * 3, everyone) == [*base, *alone[0], *alone[1]]
+    assert llm.engine.runner.general is not None
+    assert len({str(each) for each in (base, *alone)}) == 3
+
+
+def test_the_base_of_a_model_with_an_adapter_is_the_base(tokenizer):
+    """An adapter that does nothing when the engine starts, and something later."""
+    adapted = get_peft_model(experts_model(), LoraConfig(r=3, target_modules=["shared_expert.down_proj"]))
+    llm = LLM(adapted, tokenizer=tokenizer)
+    assert isinstance(llm.engine.runner, ProgramRunner)
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for parameter in (p for p in adapted.parameters() if p.requires_grad):
+            parameter += 0.3 * torch.randn_like(parameter)
+    model = experts_model()
+    assert answers(llm, PROMPTS) == [generated(model, prompt) for prompt in PROMPTS]
+    assert answers(llm, PROMPTS) != [generated(adapted, prompt) for prompt in PROMPTS]
