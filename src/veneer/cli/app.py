@@ -76,6 +76,9 @@ def _messages() -> Iterator[None]:
     """Turn errors that the user can mend into a message and an exit code."""
     try:
         yield
+    except typer.BadParameter as error:  # typer reads values with pydantic, whose messages begin with their kind
+        error.message = error.message.removeprefix("Value error, ")
+        raise
     except VeneerError as error:
         raise _told(str(error)) from error
     except OSError as error:

@@ -169,7 +169,7 @@ def _measured(measurement: Measurement, subject: Subject, predictions: Path | No
     return {**facts, "metric": str(measurement.metric), **_numbers(result), "seconds": seconds}
 
 
-def _numbers(result: Any) -> dict[str, float | int]:
+def _numbers(result: Any) -> dict[str, float | int | None]:
     return {k: getattr(result, k) for k in result.__slots__ if k not in ("predictions", "right")}
 
 
@@ -191,11 +191,15 @@ def _show(facts: Mapping[str, Any]) -> None:
         if value is None or name in ("metric", "standard_error"):
             continue
         if name == "value":
-            shown = f"{value:.1%} ± {facts['standard_error']:.1%}" if is_share else f"{value:,.4f}"
+            shown = _share(value, facts["standard_error"]) if is_share else f"{value:,.4f}"
             table.add_row(f"accuracy ({facts['metric']})" if is_share else "perplexity", shown)
         else:
             table.add_row(_TITLES.get(name, name), _number(value))
     Console().print(table)
+
+
+def _share(value: float, error: float | None) -> str:
+    return f"{value:.1%}" if error is None else f"{value:.1%} ± {error:.1%}"
 
 
 def _number(value: object) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from veneer.errors import ConfigError, FormatError
 
@@ -86,4 +86,11 @@ def _download(repo: str, subfolder: PurePosixPath, options: HubOptions) -> str:
             allow_patterns=[str(subfolder / name) for name in _FILES],
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise FormatError(f"{repo!r} is neither a local folder nor an adapter on the hub: {error}") from error
+        raise FormatError(f"no adapter {repo!r}: no such folder, and not on the hub: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """The hub's reason in one line: its client's messages go on with addresses and advice about tokens."""
+    if isinstance(error, RepositoryNotFoundError):
+        return "there is no repository of that name, or it is private"
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -45,7 +45,8 @@ def check(config: Any, problems: Callable[[], list[str]], error: type[VeneerErro
     others = [said for said in problems() if not wrong.keys() & set(re.findall(r"\w+", _QUOTED.sub("", said)))]
     found = [*(said for each in wrong.values() for said in each), *others]
     if found:
-        raise error(f"{kind.__name__}: " + "; ".join(found))
+        owner = getattr(kind, "given_to", "") or kind.__name__  # see `serve.keywords`
+        raise error(f"{owner}: " + "; ".join(found))
 
 
 def plain(value: Any) -> Any:

@@ -25,10 +25,13 @@ Judge = Callable[[str, Sequence[str]], bool]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accuracy:
-    """Share of right answers; ``predictions`` and ``right`` row by row."""
+    """Share of right answers; ``predictions`` and ``right`` row by row.
+
+    ``standard_error`` is that of a binomial share; None where all or none are right, of which it would make certainty.
+    """
 
     value: float
-    standard_error: float
+    standard_error: float | None
     n_right: int
     n_rows: int
     predictions: tuple[str, ...]
@@ -36,12 +39,12 @@ class Accuracy:
 
     @classmethod
     def of(cls, predictions: Sequence[str], right: Sequence[bool]) -> Accuracy:
-        """The accuracy of these answers; the standard error is that of a binomial share."""
+        """The accuracy of these answers."""
         n = len(right)
         share = sum(right) / n
         return cls(
             value=share,
-            standard_error=math.sqrt(share * (1 - share) / n),
+            standard_error=math.sqrt(share * (1 - share) / n) if 0 < share < 1 else None,
             n_right=sum(right),
             n_rows=n,
             predictions=tuple(predictions),

@@ -13,10 +13,11 @@ class Keywords(type):
     """Makes unknown keywords one error of the house's kind, which names the nearest known one.
 
     A class may list in ``not_offered`` what others have under these names and it has not, so that nobody believes that
-    it acts.
+    it acts, and in ``given_to`` the name of what users hand these keywords to, where that is another class.
     """
 
     not_offered: ClassVar[tuple[str, ...]] = ()
+    given_to: ClassVar[str] = ""
 
     def __call__(cls, **given: Any) -> Any:
         known = [spec.name for spec in fields(cls)]  # type: ignore[arg-type]
@@ -26,8 +27,9 @@ class Keywords(type):
         return super().__call__(**given)
 
     def _said(cls, name: str, known: list[str]) -> str:
+        owner = cls.given_to or cls.__name__
         if name in cls.not_offered:
-            return f"{cls.__name__}: {name} is not offered by this engine: leave it out"
+            return f"{owner}: {name} is not offered by this engine: leave it out"
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known: {known}"
-        return f"{cls.__name__} has no field {name!r}; {hint}"
+        return f"{owner} has no field {name!r}; {hint}"

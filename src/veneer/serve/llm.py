@@ -141,7 +141,9 @@ class LLM:
     def _run(self, ids: Sequence[str], use_tqdm: bool) -> list[RequestOutput]:
         left = set(ids) - set(self._done)
         try:
-            with tqdm(total=len(ids), initial=len(ids) - len(left), desc="prompts", disable=not use_tqdm) as bar:
+            # None: no bar where stderr is no terminal, since a file would keep every state of it
+            disable = None if use_tqdm else True
+            with tqdm(total=len(ids), initial=len(ids) - len(left), desc="prompts", disable=disable) as bar:
                 while left:
                     for output in self.engine.step():
                         self._done[output.request_id] = output

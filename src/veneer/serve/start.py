@@ -75,6 +75,7 @@ class EngineOptions(metaclass=Keywords):
     and what a model without a program gets anyway.
     """
 
+    given_to: ClassVar[str] = "LLM"
     not_offered: ClassVar[tuple[str, ...]] = ("swap_space", "cpu_offload_gb", "speculative_config", "device", "runner")
 
     tokenizer: str | PreTrainedTokenizerBase | None = None

@@ -79,7 +79,7 @@ def test_a_text_that_ends_answers_may_be_a_line_break(
         (("-m", "regex", "--pattern", "("), "not a regular expression"),
         (("-m", "labels", "--predictions", "nowhere/p.jsonl"), "there is no folder nowhere"),
         (("-m", "labels", "--predictions", "."), "is a folder: give the file"),
-        (("-m", "accuracy"), "'accuracy' is not one of"),
+        (("-m", "accuracy"), "'-m': 'accuracy' is not one of"),
         (("-m", "labels", "--system", "be brief"), "system is for conversations"),
         (("-m", "labels", "--prompt", "{prompt}", "--system", "be brief"), "--system belongs to turns"),
     ],

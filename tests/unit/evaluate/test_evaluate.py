@@ -186,6 +186,12 @@ def test_answers_are_judged_row_by_row(model: Any, tokenizer: Any) -> None:
     assert found.standard_error == pytest.approx(math.sqrt(2 / 3 * 1 / 3 / 3))
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_answers_that_are_all_right_or_all_wrong_have_no_standard_error(share: float) -> None:
+    found = Accuracy.of(["x"] * 5, [bool(share)] * 5)
+    assert (found.value, found.standard_error) == (share, None)
+
+
 def test_judges() -> None:
     assert exact_match()(" yes\n", ["no", "yes"])
     assert not exact_match()("Yes", ["yes"])

@@ -100,6 +100,7 @@ def test_models(server, folder):
     assert [card.id for card in cards] == ["tiny", "alias", "bottleneck", "dora", "lora", "prefix"]
     assert (cards[0].max_model_len, cards[0].parent) == (127, None)
     assert (cards[3].parent, cards[3].root) == ("tiny", str(folder / "dora"))
+    assert cards[3].max_model_len == 127
 
 
 @pytest.mark.parametrize("name", ["tiny", "alias", "lora", "dora", "prefix", "bottleneck"])
@@ -268,7 +269,8 @@ def test_a_client_that_goes_away_ends_its_request(server):
     [
         ("completions", {"prompt": "x", "temprature": 1}, "'temprature'; did you mean 'temperature'", "temprature"),
         ("completions", {}, "prompt: Field required", "prompt"),
-        ("completions", b"{", "JSON", None),
+        ("completions", b"{bad", "the body is not JSON: Expecting property name", None),
+        ("completions", b'{"prompt": ', "at character 11", None),
         ("completions", {"prompt": "x", "temperature": 3}, "temperature=3.0 must be between 0 and 2", None),
         ("completions", {"prompt": ""}, "prompt is empty", None),
         ("completions", {"prompt": "x" * 127}, "maximum context length is 127", None),
@@ -289,8 +291,22 @@ def test_what_is_wrong_is_told(server, route, body, said, param):
     assert status == 400
     assert said in answer["error"]["message"]
     assert (answer["error"]["type"], answer["error"]["code"]) == ("BadRequestError", 400)
-    if param is not None:
-        assert answer["error"]["param"] == param
+    assert param is None or answer["error"]["param"] == param
+    assert not isinstance(body, bytes) or answer["error"]["param"] is None
+
+
+@pytest.mark.parametrize(
+    ("route", "code", "kind"),
+    [("/v1/completionz", 404, "NotFoundError"), ("/v1/models", 405, "MethodNotAllowedError")],
+)
+def test_a_route_that_is_not_there_is_told_with_those_that_are(server, route, code, kind):
+    status, answer = server.post(route, {"prompt": "x"})
+    assert status == code
+    assert (answer["error"]["type"], answer["error"]["code"], answer["error"]["param"]) == (kind, code, None)
+    assert answer["error"]["message"] == (
+        f"no route 'POST {route}'; there are GET /health, POST /v1/chat/completions, POST /v1/completions, "
+        "GET /v1/models"
+    )
 
 
 def test_an_adapter_that_does_not_fit_is_told_to_who_asks_for_it(server, folder, llm):

@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import shutil
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -264,12 +265,26 @@ def test_hub_ids_go_through_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert asked["allow_patterns"] == [f"a/{name}" for name in files]
 
 
-def test_a_hub_that_does_not_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+NO_RESPONSE: Any = types.SimpleNamespace(headers={}, request=None, status_code=404)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (huggingface_hub.errors.LocalEntryNotFoundError("no connection\nTry again."), "no connection"),
+        (
+            huggingface_hub.errors.RepositoryNotFoundError("404.\nRepository Not Found", response=NO_RESPONSE),
+            "there is no repository of that name, or it is private",
+        ),
+    ],
+)
+def test_a_hub_that_does_not_have_it(monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str) -> None:
     def download(repo: str, **options: Any) -> str:
-        raise huggingface_hub.errors.LocalEntryNotFoundError("no connection")
+        raise error
 
     monkeypatch.setattr(adapter_source, "snapshot_download", download)
-    assert "neither a local folder nor an adapter on the hub: no connection" in refused(Path("someone/adapters"))
+    told = f"no adapter 'someone/adapters': no such folder, and not on the hub: {reason}"
+    assert refused(Path("someone/adapters")) == told
 
 
 def test_pushing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

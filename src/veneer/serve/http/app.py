@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
+from starlette.exceptions import HTTPException
 
 from veneer.errors import VeneerError
 from veneer.serve.async_engine import AsyncEngine
@@ -17,7 +18,7 @@ from veneer.serve.conversation import chat_prompt
 from veneer.serve.engine import Asked, Engine
 from veneer.serve.http import chat, completions
 from veneer.serve.http.answers import Answering, Shape, stream_of, whole_answer
-from veneer.serve.http.errors import on_invalid_body, on_veneer_error
+from veneer.serve.http.errors import on_invalid_body, on_unknown_route, on_veneer_error
 from veneer.serve.http.models import Catalogue
 from veneer.serve.http.protocol import Body, ChatBody, CompletionBody, StreamOptions
 from veneer.serve.prompts import read_prompt
@@ -36,6 +37,7 @@ def make_app(engine: Engine, catalogue: Catalogue) -> FastAPI:
     app = FastAPI(title="veneer", lifespan=lifespan)
     app.add_exception_handler(VeneerError, on_veneer_error)
     app.add_exception_handler(RequestValidationError, on_invalid_body)
+    app.add_exception_handler(HTTPException, on_unknown_route)
 
     async def answer(request: Request, body: Body, prompts: Sequence[Any], params: Any, shape: Shape) -> Response:
         def ask() -> list[Asked]:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from fastapi import Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
 
 from veneer.errors import ConfigError, ServingError, VeneerError
 
-_TYPES = {400: "BadRequestError", 404: "NotFoundError", 500: "InternalServerError"}
+_TYPES = {400: "BadRequestError", 404: "NotFoundError", 405: "MethodNotAllowedError", 500: "InternalServerError"}
+_NO_JSON = "json_invalid"
 
 
 class ModelNotFoundError(ConfigError):
@@ -22,7 +25,11 @@ def error_body(error: VeneerError, param: str | None = None) -> dict[str, Any]:
     """An error as OpenAI's clients read it."""
     status = status_of(error)
     param = "model" if isinstance(error, ModelNotFoundError) else param
-    return {"error": {"message": str(error), "type": _TYPES[status], "param": param, "code": status}}
+    return _body(str(error), status, param)
+
+
+def _body(message: str, status: int, param: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": _TYPES.get(status, "Error"), "param": param, "code": status}}
 
 
 def status_of(error: VeneerError) -> int:
@@ -38,18 +45,40 @@ async def on_veneer_error(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse(error_body(found), status_of(found))
 
 
+async def on_unknown_route(request: Request, error: Exception) -> JSONResponse:
+    """The answer to a path that is not there, or a method that its path does not take: those that there are."""
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    asked = f"{request.method} {request.url.path}"
+    routes = ", ".join(f"{method} {path}" for path, method in _routes(request.app))
+    message = f"no route {asked!r}; there are {routes}" if status in (404, 405) else str(error)
+    return JSONResponse(_body(message, status), status, getattr(error, "headers", None))
+
+
+def _routes(app: FastAPI) -> list[tuple[str, str]]:
+    return sorted(
+        (route.path, method) for route in app.routes if isinstance(route, APIRoute) for method in route.methods or ()
+    )
+
+
 async def on_invalid_body(request: Request, error: Exception) -> JSONResponse:
     """The answer to a body that is not as the route wants it: everything that is wrong, and the first field."""
     problems = error.errors() if isinstance(error, RequestValidationError) else []
     said = "; ".join(_said(problem) for problem in problems)
-    first = next((".".join(map(str, problem["loc"][1:])) or None for problem in problems), None)
+    first = next((_place(problem) or None for problem in problems), None)
     return JSONResponse(error_body(ConfigError(said), first), 400)
 
 
 def _said(problem: dict[str, Any]) -> str:
-    place = ".".join(str(part) for part in problem["loc"][1:])
+    place = _place(problem)
+    if problem["type"] == _NO_JSON:
+        return f"the body is not JSON: {problem['ctx']['error']}, at character {problem['loc'][1]}"
     if problem["type"] == "extra_forbidden":
         known = list(problem.get("ctx", {}).get("known", ()))
         close = difflib.get_close_matches(place, known, n=1)
         return f"unknown field {place!r}" + (f"; did you mean {close[0]!r}?" if close else "")
     return f"{place or 'the body'}: {problem['msg']}"
+
+
+def _place(problem: dict[str, Any]) -> str:
+    """The field that a problem is about; empty for the body as a whole."""
+    return "" if problem["type"] == _NO_JSON else ".".join(str(part) for part in problem["loc"][1:])

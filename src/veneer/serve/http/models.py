@@ -48,12 +48,12 @@ class Catalogue:
 
     def cards(self) -> dict[str, Any]:
         """The answer of ``/v1/models``."""
-        longest = self._engine.scheduler.limits.max_model_len
-        cards = [self._card(name, self._root, None, longest) for name in self._names]
-        cards += [self._card(r.name, r.path, self.base, None) for r in self.adapters().values()]
+        cards = [self._card(name, self._root, None) for name in self._names]
+        cards += [self._card(r.name, r.path, self.base) for r in self.adapters().values()]
         return {"object": "list", "data": cards}
 
-    def _card(self, id: str, root: str, parent: str | None, longest: int | None) -> dict[str, Any]:
+    def _card(self, id: str, root: str, parent: str | None) -> dict[str, Any]:
+        longest = self._engine.scheduler.limits.max_model_len
         card = {"id": id, "object": "model", "created": self._created, "owned_by": "veneer"}
         return card | {"root": root, "parent": parent, "max_model_len": longest, "permission": []}
 
