@@ -129,11 +129,17 @@ def without_bars() -> Iterator[None]:
 
 
 def with_adapter(model: Any, adapter: Path, base: str) -> Any:
-    """The model with the adapter active. Raises ConfigError where there is none, FormatError where it does not fit."""
+    """The model with the adapter active.
+
+    Raises ConfigError where there is none, FormatError where it is damaged or does not fit.
+    """
     from veneer.adapters.peft_model import PeftModel
+    from veneer.store.adapter.config import read_config
+    from veneer.store.adapter.files import read_headers
 
     if not adapter.is_dir():
         raise ConfigError(f"no adapter {str(adapter)!r}: there is no such folder")
+    read_config(adapter), read_headers(adapter)  # what is wrong with the adapter itself is no misfit
     try:
         return PeftModel.from_pretrained(model, adapter)
     except (FormatError, TargetError) as error:

@@ -73,7 +73,7 @@ class StoredTensor:
 
 
 def read_header(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
-    """The tensors of a file in the order of their bytes, and everything that is wrong with its header."""
+    """The tensors of a file in the order of their bytes, and everything that is wrong with it; the caller names it."""
     try:
         header, data_start, data_bytes = _read_json(path)
     except FormatError as error:
@@ -85,11 +85,11 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
             continue
         tensor = _entry(path, name, entry, data_start)
         if isinstance(tensor, str):
-            problems.append(f"{path.name}: {tensor}")
+            problems.append(tensor)
         else:
             tensors.append(tensor)
     tensors.sort(key=lambda t: (t.start, t.nbytes))
-    return {t.name: t for t in tensors}, problems or _layout_problems(path, tensors, data_start, data_bytes)
+    return {t.name: t for t in tensors}, problems or _layout_problems(tensors, data_start, data_bytes)
 
 
 def header_bytes(
@@ -121,22 +121,22 @@ def _read_json(path: Path) -> tuple[dict[str, Any], int, int]:
         file.seek(0)
         prefix = file.read(PREFIX_BYTES)
         if len(prefix) < PREFIX_BYTES:
-            raise FormatError(f"{path.name} holds {file_bytes} bytes: too short to be a safetensors file")
+            raise FormatError(f"it holds {file_bytes} bytes: too short to be a safetensors file")
         (length,) = struct.unpack("<Q", prefix)
         if length > min(file_bytes - PREFIX_BYTES, MAX_HEADER_BYTES):
             raise FormatError(
-                f"{path.name} claims a header of {length} bytes and holds {file_bytes} in all: "
+                f"it claims a header of {length:,} bytes and holds {file_bytes:,} in all: "
                 "truncated, or not a safetensors file"
             )
         text = file.read(length)
     try:
         header = json.loads(text, object_pairs_hook=_no_duplicates)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise FormatError(f"{path.name}: the header is not JSON ({error})") from error
+        raise FormatError(f"the header is not JSON ({error})") from error
     except _DuplicateKeyError as error:
-        raise FormatError(f"{path.name}: the header names {error.args[0]!r} twice") from error
+        raise FormatError(f"the header names {error.args[0]!r} twice") from error
     if not isinstance(header, dict):
-        raise FormatError(f"{path.name}: the header is a {type(header).__name__}, not a table of tensors")
+        raise FormatError(f"the header is a {type(header).__name__}, not a table of tensors")
     start = PREFIX_BYTES + length
     return header, start, file_bytes - start
 
@@ -177,7 +177,7 @@ def _whole_numbers(values: object) -> bool:
     return isinstance(values, list) and all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values)
 
 
-def _layout_problems(path: Path, tensors: list[StoredTensor], data_start: int, data_bytes: int) -> list[str]:
+def _layout_problems(tensors: list[StoredTensor], data_start: int, data_bytes: int) -> list[str]:
     """Overlaps, gaps, and data that the file does not hold."""
     problems = []
     end = data_start
@@ -188,11 +188,9 @@ def _layout_problems(path: Path, tensors: list[StoredTensor], data_start: int, d
                 if tensor.start < end
                 else f"leaves a gap of {tensor.start - end} bytes before it"
             )
-            problems.append(f"{path.name}: tensor {tensor.name!r} {what}")
+            problems.append(f"tensor {tensor.name!r} {what}")
         end = max(end, tensor.start + tensor.nbytes)
     if end - data_start != data_bytes:
         what = "truncated" if end - data_start > data_bytes else "with bytes that no tensor claims"
-        problems.append(
-            f"{path.name}: the tensors take {end - data_start} bytes and the file holds {data_bytes}: {what}"
-        )
+        problems.append(f"it holds {data_start + data_bytes:,} bytes where its header tells of {end:,}: {what}")
     return problems

@@ -49,8 +49,9 @@ class Checkpoint:
     @classmethod
     def from_files(cls, files: Iterable[str | Path]) -> Self:
         """The checkpoint made of these files. Raises FormatError as `open` does."""
-        tensors, problems = _read_headers([Path(file) for file in files])
-        _raise(problems)
+        paths = [Path(file) for file in files]
+        tensors, problems = _read_headers(paths)
+        _raise(problems, paths[0].parent if paths else None)
         return cls(tensors)
 
     @classmethod
@@ -69,7 +70,7 @@ class Checkpoint:
             held_by = tensors[name].path if name in tensors else None
             if index.parent / file not in unread and held_by != index.parent / file:
                 problems.append(f"tensor {name!r} is not in {file!r}, where {index.name} says it is")
-        _raise(problems)
+        _raise(problems, index.parent)
         return cls(tensors)
 
     @property
@@ -121,7 +122,7 @@ def _read_headers(files: list[Path]) -> tuple[dict[str, StoredTensor], list[str]
             problems.append(f"{file} does not exist")
             continue
         found, wrong = read_header(file)
-        problems += wrong
+        problems += [f"{file.name}: {problem}" for problem in wrong]
         problems += [f"tensor {n!r} is in {tensors[n].path.name} and in {file.name}" for n in found if n in tensors]
         tensors |= found
     return tensors, problems
@@ -147,6 +148,7 @@ def _is_inside(file: str) -> bool:
     return not parts.is_absolute() and ".." not in parts.parts and ":" not in file
 
 
-def _raise(problems: list[str]) -> None:
+def _raise(problems: list[str], folder: Path | None = None) -> None:
     if problems:
-        raise FormatError(f"the checkpoint cannot be used: {'; '.join(problems)}")
+        where, advice = (f" in {folder}", "; save or fetch it again") if folder else ("", "")
+        raise FormatError(f"the checkpoint{where} cannot be used: {'; '.join(problems)}{advice}")

@@ -13,12 +13,13 @@ from veneer.contract import MethodConfig
 from veneer.contract.file import WEIGHTS_FILE
 from veneer.contract.places import modules_in
 from veneer.disk.safetensors import StoredTensor
-from veneer.errors import DescriptionError, FormatError
+from veneer.errors import DescriptionError
 from veneer.model.blueprint.decoder import Decoder
 from veneer.model.blueprint.parts import TensorPart
 from veneer.model.blueprint.summary import summary
 from veneer.model.blueprint.tensor_parts import part_of
 from veneer.store.adapter.config import read_config
+from veneer.store.adapter.files import read_headers
 from veneer.store.checkpoint import Checkpoint
 
 NF4_BITS = 4.127  # Dettmers et al. 2023 (arXiv:2305.14314): 4 + 8/64 + 32/(64·256) bits with double quantization
@@ -53,14 +54,11 @@ class ModelFacts:
 def adapter_facts(folder: Path) -> AdapterFacts:
     """The facts of an adapter folder. Raises FormatError where it is not one or is damaged."""
     config = read_config(folder)
-    file = folder / WEIGHTS_FILE
-    if not file.is_file():
-        raise FormatError(f"{folder} holds no {WEIGHTS_FILE}: it is not an adapter, or it was not saved to the end")
-    tensors = Checkpoint.open(file).tensors
+    tensors = read_headers(folder)
     return AdapterFacts(
         config=config,
         n_parameters=_count(tensors.values()),
-        n_bytes=file.stat().st_size,
+        n_bytes=(folder / WEIGHTS_FILE).stat().st_size,
         dtypes=_dtypes(tensors.values()),
         modules=tuple(modules_in(config, tensors)),
     )

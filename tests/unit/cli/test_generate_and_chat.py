@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -184,6 +185,23 @@ def test_what_is_wrong_is_one_message(
         assert result.stderr.startswith("error: ")
         assert message in result.stderr
         assert "Traceback" not in result.output
+
+
+def test_a_damaged_adapter_is_told_alike_by_every_verb(
+    veneer: Veneer, model_folder: Path, adapter_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(adapter_folder, folder)
+    file = folder / "adapter_model.safetensors"
+    whole = file.stat().st_size
+    os.truncate(file, whole - 1234)
+    told = (
+        f"error: {file} is damaged or was cut off (it holds {whole - 1234:,} bytes where its header tells of "
+        f"{whole:,}: truncated); save or download it again\n"
+    )
+    for arguments in (("info", folder), ("generate", folder, "-p", "hi"), ("inspect", folder)):
+        result = veneer(*arguments)
+        assert (result.exit_code, result.stderr) == (2, told)
 
 
 def test_an_adapter_that_names_no_base_asks_for_it(veneer: Veneer, other_adapter: Path) -> None:

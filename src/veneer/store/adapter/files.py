@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from veneer.contract.file import WEIGHTS_FILE
+from veneer.disk.safetensors import StoredTensor, read_header
 from veneer.errors import FormatError
 
 NETWORK_FILE = "prompt_encoder.safetensors"  # in a checkpoint: the network that makes what WEIGHTS_FILE holds
@@ -21,6 +22,19 @@ VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # 
 
 def read_tensors(folder: Path, file: str = WEIGHTS_FILE) -> dict[str, Tensor]:
     """The tensors of ``adapter_model.safetensors``, or of another file, in a folder.
+
+    Raises FormatError as `read_headers` does.
+    """
+    read_headers(folder, file)
+    path = folder / file
+    try:
+        return cast("dict[str, Tensor]", load_file(path))
+    except SafetensorError as error:
+        raise _damaged(path, str(error)) from error
+
+
+def read_headers(folder: Path, file: str = WEIGHTS_FILE) -> dict[str, StoredTensor]:
+    """The tensors of the same file by name, as its header tells of them; no value is read.
 
     Raises FormatError where it is missing, a pickle, truncated, damaged, or its header lies.
     """
@@ -32,10 +46,10 @@ def read_tensors(folder: Path, file: str = WEIGHTS_FILE) -> dict[str, Tensor]:
                 f"{WEIGHTS_FILE} is read. Where you trust it, convert it with PEFT: load it there and save it again."
             )
         raise FormatError(f"{folder} holds no {file}: it is not an adapter, or it was not saved to the end")
-    try:
-        return cast("dict[str, Tensor]", load_file(path))
-    except SafetensorError as error:
-        raise FormatError(f"{path} is damaged or was cut off ({error}); save or download it again") from error
+    tensors, problems = read_header(path)
+    if problems:
+        raise _damaged(path, "; ".join(problems))
+    return tensors
 
 
 def unusable(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -48,6 +62,10 @@ def unusable(tensors: Mapping[str, Tensor]) -> dict[str, str]:
         elif not torch.isfinite(value).all():
             found[key] = "holds NaN or infinity"
     return found
+
+
+def _damaged(path: Path, reason: str) -> FormatError:
+    return FormatError(f"{path} is damaged or was cut off ({reason}); save or download it again")
 
 
 def _name(dtype: torch.dtype) -> str:
