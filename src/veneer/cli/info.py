@@ -66,7 +66,8 @@ def _facts(what: str) -> tuple[dict[str, Any], Section]:
         record = record_of(folder) or {}
         return {**record, "life": life_of(record)}, {"run": str(folder), **run_section(record)}
     place, facts = _find(what)
-    return asdict(facts), _section(place, facts)
+    section = _section(place, facts)
+    return {**({"method": section["method"]} if "method" in section else {}), **asdict(facts)}, section
 
 
 def _find(what: str) -> tuple[Path, AdapterFacts | ModelFacts]:
@@ -94,11 +95,13 @@ def _section(place: Path, facts: AdapterFacts | ModelFacts) -> Section:
 
 
 def _adapter(folder: Path, facts: AdapterFacts) -> Section:
+    from veneer.train.recipe.adapter import name_of
+
     config = facts.config
     last = sorted({module.rpartition(".")[2] for module in facts.modules})
     return {
         "adapter": str(folder),
-        "method": config.peft_type,
+        "method": name_of(config),
         **_settings(config),
         **({"modules": f"{len(facts.modules)} ({', '.join(last)})"} if last else {}),
         "parameters": f"{facts.n_parameters:,}",

@@ -50,11 +50,14 @@ def test_an_adapter_changes_perplexity(veneer: Veneer, model_folder: Path, adapt
     assert whole["n_tokens"] > plain["n_tokens"]
 
 
-def test_answers_by_regex_as_a_table(veneer: Veneer, model_folder: Path, data: Path) -> None:
-    found = veneer("eval", model_folder, "-d", data, "-m", "regex", "--pattern", "^.", "--max-new-tokens", 3)
-    assert found.exit_code == 0, found.output
-    assert "accuracy (regex)" in found.stdout
-    assert "±" in found.stdout
+def test_answers_as_a_table(veneer: Veneer, model_folder: Path, data: Path) -> None:
+    for arguments, shown in (
+        (("regex", "--pattern", "^.", "--max-new-tokens", 3), "accuracy (regex)   0.0%"),
+        (("labels",), "accuracy (labels)   60.0% ± 21.9%"),
+    ):
+        found = veneer("eval", model_folder, "-d", data, "-m", *arguments)
+        assert found.exit_code == 0, found.output
+        assert shown in [line.strip() for line in found.stdout.splitlines()]
 
 
 def test_a_text_that_ends_answers_may_be_a_line_break(

@@ -31,12 +31,22 @@ def test_an_adapter(veneer: Veneer, adapter_folder: Path, model_folder: Path) ->
     facts = section(veneer("info", adapter_folder))
     n_parameters = 2 * (3 * (48 + 48) + 3 * (48 + 61))
     size = (adapter_folder / "adapter_model.safetensors").stat().st_size
-    assert facts["method"] == "LORA"
+    assert facts["method"] == "lora"
     assert (facts["r"], facts["lora_alpha"]) == ("3", "7")
     assert facts["modules"] == "4 (q_proj, up_proj)"
     assert facts["parameters"] == f"{n_parameters:,}"
     assert facts["size"] == f"{size / 1e3:.1f} kB (float32)"
     assert facts["base"] == str(model_folder)
+
+
+@pytest.mark.parametrize(("switches", "name"), [(["use_dora"], "dora"), (["use_dora", "use_rslora"], "dora + rslora")])
+def test_a_variant_goes_by_the_name_that_recipes_give_it(
+    veneer: Veneer, model_folder: Path, tmp_path: Path, switches: list[str], name: str
+) -> None:
+    config = LoraConfig(r=3, target_modules=["q_proj"], **dict.fromkeys(switches, True))
+    get_peft_model(LlamaForCausalLM.from_pretrained(model_folder), config).save_pretrained(tmp_path)
+    assert section(veneer("info", tmp_path))["method"] == name
+    assert json.loads(veneer("info", tmp_path, "--json").stdout)["method"] == name
 
 
 def test_a_long_list_is_cut(veneer: Veneer, model_folder: Path, tmp_path: Path) -> None:

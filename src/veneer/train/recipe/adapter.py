@@ -51,6 +51,12 @@ def method_names() -> list[str]:
     return ["lora", *sorted(named_methods().keys() - {"lora"}), FULL]
 
 
+def name_of(config: MethodConfig) -> str:
+    """The method's name as a recipe gives it, such as ``dora``; several variants are told as ``dora + rslora``."""
+    on = [name for name, switch in config.variants().items() if getattr(config, switch)]
+    return " + ".join(on) or config.peft_type.lower()
+
+
 def adapter_problems(adapter: Mapping[str, Any]) -> list[str]:
     """Everything that is wrong with an ``adapter`` part but the values that the config checks itself."""
     method, names = method_of(adapter), method_names()
