@@ -107,6 +107,8 @@ def quiet() -> Iterator[None]:
     """Without transformers' progress bars and advice."""
     from transformers.utils import logging
 
+    from veneer.store.bars import without_bars
+
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -114,18 +116,6 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(level)
-
-
-@contextmanager
-def without_bars() -> Iterator[None]:
-    """Without transformers' progress bars."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.enable_progress_bar()
 
 
 def with_adapter(model: Any, adapter: Path, base: str) -> Any:

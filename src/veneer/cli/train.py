@@ -65,7 +65,7 @@ def train(
 
     level = logging.WARNING if is_main() else logging.ERROR  # what the others would say is the same
     logging.basicConfig(level=level, format="%(levelname)s: %(message)s", stream=sys.stderr)
-    from veneer.cli.loading import without_bars
+    from veneer.store.bars import without_bars
     from veneer.train.recipe.recipe import Recipe
 
     console = Console(soft_wrap=True, quiet=not is_main())

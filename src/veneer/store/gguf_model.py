@@ -18,6 +18,7 @@ from huggingface_hub.errors import StrictDataclassError
 from veneer.disk.cache import cache_dir
 from veneer.disk.folder import build_once
 from veneer.errors import FormatError
+from veneer.store.bars import without_bars
 from veneer.store.gguf_config import GgufContents, mended_config, unplaced_tensors
 from veneer.store.gguf_keys import FACTOR_TENSORS
 
@@ -184,13 +185,5 @@ def _dtype(stored: set[GGMLQuantizationType]) -> torch.dtype:
 @contextmanager
 def _quiet_progress() -> Iterator[None]:
     """Without the progress bars of transformers, which count tensors; one of them obeys no setting."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with redirect_stderr(StringIO()):
-            yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+    with without_bars(), redirect_stderr(StringIO()):
+        yield

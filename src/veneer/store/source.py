@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from veneer.contract.file import CONFIG_FILE as ADAPTER_CONFIG
 from veneer.errors import ConfigError, FormatError
+from veneer.store.bars import bars_in_terminals_alone
 from veneer.store.checkpoint import Checkpoint
 from veneer.store.fetch import KNOWN, is_fetched, model_folder
 from veneer.store.gguf_model import converted_folder
@@ -80,9 +81,10 @@ def load_model(
     quantization = quantization or _stored_quantization(place)
     options: dict[str, Any] = {} if quantization is None else {"quantization_config": quantization}
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            place, dtype=parse_dtype(dtype), output_loading_info=True, **options
-        )
+        with bars_in_terminals_alone():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                place, dtype=parse_dtype(dtype), output_loading_info=True, **options
+            )
     except OSError as error:
         raise _not_loaded(source, place, error) from error
     if report["missing_keys"]:

@@ -38,6 +38,11 @@ def llm(base_folder) -> LLM:
     return LLM(base_folder)
 
 
+def test_a_stderr_that_is_no_terminal_gets_no_bars(base_folder, capfd):
+    LLM(base_folder).generate([PROMPT] * 3, GREEDY)
+    assert "\r" not in capfd.readouterr().err
+
+
 def one(llm: LLM, prompt: Any = PROMPT, **params: Any) -> Any:
     adapter = params.pop("lora_request", None)
     asked = SamplingParams(**{"max_tokens": 7, "temperature": 0, **params})
