@@ -93,4 +93,5 @@ def _reason(error: Exception) -> str:
     """The hub's reason in one line: its client's messages go on with addresses and advice about tokens."""
     if isinstance(error, RepositoryNotFoundError):
         return "there is no repository of that name, or it is private"
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return first.removeprefix("Got: ")

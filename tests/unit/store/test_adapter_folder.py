@@ -271,7 +271,7 @@ NO_RESPONSE: Any = types.SimpleNamespace(headers={}, request=None, status_code=4
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (huggingface_hub.errors.LocalEntryNotFoundError("no connection\nTry again."), "no connection"),
+        (huggingface_hub.errors.LocalEntryNotFoundError("Got: no connection\nTry again."), "no connection"),
         (
             huggingface_hub.errors.RepositoryNotFoundError("404.\nRepository Not Found", response=NO_RESPONSE),
             "there is no repository of that name, or it is private",
