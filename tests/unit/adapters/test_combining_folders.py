@@ -52,7 +52,7 @@ def test_the_sum_is_that_of_the_merged_models(tiny: Any, randomize: Any, tmp_pat
     [
         (CONFIGS["vera"], r"\(VERA\) does not tell the sizes of the layers.*give the base too"),
         (IA3Config(target_modules=["k_proj"], feedforward_modules=[]), "give the base too"),
-        (LoraConfig(use_dora=True, target_modules=["q_proj"]), "scales the weights of its base"),
+        (LoraConfig(use_dora=True, target_modules=["q_proj"]), "scales or reads the weights of its base"),
     ],
     ids=["vera", "ia3", "dora"],
 )
