@@ -153,7 +153,7 @@ def same_variation(peer: Any, ours: Any, ids: Tensor, n_passes: int = 24) -> Non
     error = ratio * ((their_error / theirs) ** 2 + (own_error / own) ** 2) ** 0.5
     told = f"{theirs:.4g} (PEFT), {own:.4g} (veneer), ratio {ratio:.2f} ± {error:.2f}"
     print(f"variance of logits over {n_passes * len(ids)} draws: {told}")
-    if abs(ratio - 1) > 0.2 + 4 * error:
+    if not abs(ratio - 1) <= 0.2 + 4 * error:
         raise SystemExit("the two sides do not drop at the same rate: no times are given")
 
 

@@ -75,7 +75,7 @@ def test_another_rate_of_dropout_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp
         settings = {**methods.ARTICLE, "lora_dropout": rate, "init_lora_weights": False}
         torch.manual_seed(3)
         models.append(adapted_by("veneer", base_of("veneer", "dense", place, torch.float32), "LoraConfig", settings))
-    ids = methods.tokens_of(models[0], 1, 16)
+    ids = methods.tokens_of(models[0], 1, 16).expand(16, -1)
     methods.same_variation(models[0], models[2], ids)
     with pytest.raises(SystemExit, match="same rate"):
         methods.same_variation(models[0], models[1], ids)
