@@ -46,7 +46,7 @@ and files are compared in the tests, not here; how many of PEFT's own tests pass
 Unknown arguments and fields are errors. A few arguments are taken and change nothing, whatever their value, because
 what they ask for is so anyway, or has no meaning for an adapter's one file of safetensors:
 """
-NOTES = """What is spelled in another way, because the model stays the object that it was:
+NOTES = """Spelled in another way, because the model stays the object that it was:
 
 - `named_parameters` says `….q_proj.adapters.default.lora_A`, PEFT `base_model.model.….q_proj.lora_A.default.weight`.
   `lora_A` is in both; files have PEFT's keys.

@@ -129,7 +129,8 @@ def with_adapter(model: Any, adapter: Path, base: str) -> Any:
 
     if not adapter.is_dir():
         raise ConfigError(f"no adapter {str(adapter)!r}: there is no such folder")
-    read_config(adapter), read_headers(adapter)  # what is wrong with the adapter itself is no misfit
+    read_config(adapter)  # what is wrong with the adapter itself is no misfit
+    read_headers(adapter)
     try:
         return PeftModel.from_pretrained(model, adapter)
     except (FormatError, TargetError) as error:

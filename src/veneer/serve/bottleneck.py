@@ -18,7 +18,7 @@ class Bottleneck:
         self.down, self.up = (PackedWeight.pack(w) if fits else None for w in (record.down, record.up))
 
     def change(self, x: Tensor) -> Tensor:
-        """What it adds to rows (n, d), in its own dtype."""
+        """The change that it adds to rows (n, d), in its own dtype."""
         record = self.record
         if self.down is None or self.up is None:
             return residual_change(record, x)

@@ -324,7 +324,7 @@ class _IntoStream:
 
 
 class _ByModule:
-    """What the model's own module gives, without the adapters that the model itself has."""
+    """The output of the model's own module, without the adapters that the model itself has."""
 
     def __init__(self, model: PreTrainedModel, instruction: Own) -> None:
         self.model, self.instruction = model, instruction

@@ -24,7 +24,7 @@ class KVCache(Protocol):
     """The pages of all layers."""
 
     def rows(self, stretches: Sequence[Stretch]) -> Any:
-        """Where the new tokens of sequences go and what they see, for all layers of a step."""
+        """The places of the new tokens of sequences and the keys that they see, for all layers of a step."""
 
     def append(self, layer: int, keys: Tensor, values: Tensor, rows: Any) -> None:
         """Put the keys and values (n, kv_heads, width) of a step's rows into their places."""

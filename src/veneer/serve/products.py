@@ -50,7 +50,7 @@ class _Own:
 
     @property
     def only_adds(self) -> bool:
-        """Whether it does nothing but add low-rank parts to what the layers give."""
+        """True where it does nothing but add low-rank parts to the layers' outputs."""
         return not self.whole and not self.apart and all(record is NOTHING for record in self.records)
 
 
@@ -79,7 +79,7 @@ class Linears:
         self.versions.pop(version, None)
 
     def __call__(self, x: Tensor, versions: tuple[str, ...], runs: AdapterRuns) -> list[Tensor]:
-        """What each layer gives."""
+        """The output of each layer."""
         owns = [self.versions.get(version) for version in versions]
         group = self.group
         if group is None:
@@ -105,7 +105,7 @@ class Linears:
         return y
 
     def adds(self, version: str | None = None) -> bool:
-        """Whether the output of a version's rows (None: of the base's) can be added to something at once."""
+        """Return True if the output of a version's rows (None: of the base's) can be added to something at once."""
         if self.group is None or self.bias is not None:
             return False
         own = None if version is None else self.versions.get(version)
@@ -220,7 +220,7 @@ def divided(runs: AdapterRuns, apart: tuple[bool, ...]) -> tuple[Part, Part]:
 
 
 def _is_pair(record: LinearDelta) -> bool:
-    """Whether a record's low-rank part is its own: VeRA's layers share theirs."""
+    """Return True if a record's low-rank part is its own: VeRA's layers share theirs."""
     return record.rank > 0 and record.core is None and record.b_scale is None
 
 

@@ -209,7 +209,7 @@ def _packed(model: PreTrainedModel, program: Program, *, give_up: bool) -> dict[
 
 
 def _difference(found: Tensor, own: Tensor) -> float:
-    """How far rows of logits are from others, as a share of these: the largest of the medians of five rows each.
+    """The distance of rows of logits from others, as a share of these: the largest of the medians of five rows each.
 
     A single row tells little in 16 bits: that of the first token, which all attend to, is off by a fifth from float32
     in the model's own pass.

@@ -49,7 +49,7 @@ class DrawRule:
 
     @cached_property
     def is_plain(self) -> bool:
-        """Whether nothing but the order of the model's logits counts, once there are ``min_tokens``."""
+        """True where nothing but the order of the model's logits counts, once there are ``min_tokens``."""
         params = self.params
         changed = (
             self.form, self.bad_words, params.logit_bias, params.frequency_penalty, params.presence_penalty,
@@ -65,7 +65,7 @@ class _State:
 
     @property
     def takes_likeliest(self) -> bool:
-        """Whether the next token is the model's likeliest, and nothing else is asked for."""
+        """True where the next token is the model's likeliest, and nothing else is asked for."""
         return self.rule.is_plain and len(self.output) >= self.rule.params.min_tokens
 
 
