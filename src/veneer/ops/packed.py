@@ -105,3 +105,8 @@ def _check(weight: PackedWeight, x: Tensor, onto: Tensor | None, out: Tensor | N
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
     return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def over_rows(bias: Tensor | None, n: int) -> Tensor | None:
+    """A bias as the (n, o) that a product is added onto: a view."""
+    return None if bias is None else bias.expand(n, -1)

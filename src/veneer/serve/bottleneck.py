@@ -6,7 +6,7 @@ from torch import Tensor
 
 from veneer.core.records import ResidualDelta
 from veneer.core.residual import ACTIVATIONS, residual_change
-from veneer.ops.packed import ROWS, PackedWeight
+from veneer.ops.packed import ROWS, PackedWeight, over_rows
 
 
 class Bottleneck:
@@ -22,9 +22,7 @@ class Bottleneck:
         record = self.record
         if self.down is None or self.up is None:
             return residual_change(record, x)
-        inner = self.down.matmul(x.to(record.down.dtype), onto=_rows(record.down_bias, len(x)))
-        return self.up.matmul(ACTIVATIONS[record.activation](inner), onto=_rows(record.up_bias, len(x))) * record.scale
-
-
-def _rows(bias: Tensor | None, n: int) -> Tensor | None:
-    return None if bias is None else bias.expand(n, -1)
+        inner = self.down.matmul(x.to(record.down.dtype), onto=over_rows(record.down_bias, len(x)))
+        return (
+            self.up.matmul(ACTIVATIONS[record.activation](inner), onto=over_rows(record.up_bias, len(x))) * record.scale
+        )

@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from veneer.model.blueprint.parts import Attention
-from veneer.model.paged import PagedStore, Stretch, attend
+from veneer.model.paged import PagedStep, PagedStore, SeenKeys, Stretch, attend
 from veneer.ops import paged_attention as kernel
 from veneer.ops.attention import AttentionOptions
 from veneer.serve.program import Program
@@ -62,33 +61,17 @@ class PageCache:
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
-    """Sequences with equally many new tokens, g of them with c each, over L slots at most.
-
-    ``rows`` (g, c) of the pass, ``slots`` (g, L) of what they may see, and the new tokens' ``places`` (g, c) in it.
-    """
-
-    rows: Tensor
-    places: Tensor
-    slots: Tensor
-
-
-@dataclass(frozen=True, slots=True)
 class SlotRows:
-    """``slots`` (n,) of the new tokens; ``masks`` of the groups by window, made when they are first asked for."""
+    """The rows of a pass by slots; ``seen`` are the keys that they see, by window, found when first asked for."""
 
-    slots: Tensor
-    groups: list[_Group]
-    masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+    step: PagedStep
+    seen: dict[int | None, SeenKeys] = field(default_factory=dict)
 
-    def mask(self, number: int, window: int | None) -> Tensor:
-        """The keys that the queries of a group see, (g, 1, c, L): those up to themselves within the window."""
-        if (number, window) not in self.masks:
-            group = self.groups[number]
-            ahead = torch.arange(group.slots.shape[1], device=group.slots.device) - group.places[:, :, None]
-            seen = ahead <= 0 if window is None else (ahead <= 0) & (ahead > -window)
-            self.masks[number, window] = seen[:, None]
-        return self.masks[number, window]
+    def within(self, window: int | None) -> SeenKeys:
+        """The keys up to a token itself, of the last ``window`` positions."""
+        if window not in self.seen:
+            self.seen[window] = SeenKeys(lambda _batch, _head, query, key: _near(query, key, window))
+        return self.seen[window]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,38 +82,20 @@ class SlotCache:
     device: torch.device
 
     def rows(self, stretches: Sequence[Stretch]) -> SlotRows:
-        every = [_slots(stretch, self.store.block) for stretch in stretches]
-        slots = np.concatenate([at[s.start :] for s, at in zip(stretches, every, strict=True)])
-        return SlotRows(torch.from_numpy(slots).to(self.device), _groups(stretches, every, self.device))
+        return SlotRows(PagedStep(self.store, stretches, self.device))
 
     def append(self, layer: int, keys: Tensor, values: Tensor, rows: SlotRows) -> None:
-        self.store.write(layer, rows.slots, keys, values)
+        self.store.write(layer, rows.step.slots, keys, values)
 
     def attend(self, layer: int, queries: Tensor, rows: SlotRows, part: Attention) -> Tensor:
-        out = torch.empty_like(queries)
-        for number, group in enumerate(rows.groups):
+        out, seen = torch.empty_like(queries), rows.within(part.window)
+        for number, group in enumerate(rows.step.groups):
             keys, values = (x.transpose(1, 2) for x in self.store.read(layer, group.slots))
             own = queries[group.rows].transpose(1, 2) * part.scale
-            mixed = attend(own, keys, values, rows.mask(number, part.window), part.softcap, None)
+            mixed = attend(own, keys, values, seen.of(number, group)[:, None], part.softcap, None)
             out[group.rows] = mixed.transpose(1, 2)
         return out.flatten(1)
 
 
-def _slots(stretch: Stretch, block: int) -> Any:
-    """The slots of all positions of a sequence."""
-    pages = np.array(stretch.pages, dtype=np.int64)
-    return (pages[:, None] * block + np.arange(block)).reshape(-1)[: stretch.start + stretch.n]
-
-
-def _groups(stretches: Sequence[Stretch], every: Sequence[Any], device: torch.device) -> list[_Group]:
-    found, bounds = [], np.concatenate([[0], np.cumsum([s.n for s in stretches])])
-    for n in dict.fromkeys(s.n for s in stretches):
-        members = [i for i, s in enumerate(stretches) if s.n == n]
-        slots = np.zeros((len(members), max(len(every[i]) for i in members)), dtype=np.int64)
-        for row, i in zip(slots, members, strict=True):
-            row[: len(every[i])] = every[i]
-            row[len(every[i]) :] = every[i][-1]  # what is hidden must be finite all the same
-        rows = bounds[members][:, None] + np.arange(n)
-        places = np.array([stretches[i].start for i in members])[:, None] + np.arange(n)
-        found.append(_Group(*(torch.from_numpy(x).to(device) for x in (rows, places, slots))))
-    return found
+def _near(query: Tensor, key: Tensor, window: int | None) -> Tensor:
+    return key <= query if window is None else key > query - window

@@ -26,7 +26,7 @@ from veneer.ops.grouped_low_rank import AdapterRuns, Run
 from veneer.ops.linear.layer import NOTHING, LinearLayer, Weight
 from veneer.ops.linear.op import forward
 from veneer.ops.linear.scales import finished, scaled_input
-from veneer.ops.packed import PackedWeight
+from veneer.ops.packed import PackedWeight, over_rows
 from veneer.ops.pairs import PackedPairs, Pair, Segment, add_pairs
 from veneer.quant.dense import DenseWeight
 from veneer.serve.effects import Effects
@@ -121,8 +121,8 @@ class Linears:
         """The layers alone."""
         if group.whole is None:
             each = zip(group.parts, self.biases, strict=True)
-            return [part.matmul(x, onto=_rows(bias, len(x))) for part, bias in each]
-        y = group.whole.matmul(x, onto=_rows(self.bias, len(x)))
+            return [part.matmul(x, onto=over_rows(bias, len(x))) for part, bias in each]
+        y = group.whole.matmul(x, onto=over_rows(self.bias, len(x)))
         return list(torch.split(y, group.heights, dim=1))
 
     def _by_records(
@@ -168,7 +168,7 @@ class Linears:
                 bias = self.biases[i] if own is None or own.records[i].bias is None else own.records[i].bias
                 own_x = x[start:stop]
                 if isinstance(weight, PackedWeight):
-                    weight.matmul(own_x, onto=_rows(bias, len(own_x)), out=ys[i][start:stop])
+                    weight.matmul(own_x, onto=over_rows(bias, len(own_x)), out=ys[i][start:stop])
                 else:
                     ys[i][start:stop] = functional.linear(own_x, weight, bias)
 
@@ -236,10 +236,6 @@ def _segments(owns: Sequence[_Own | None], runs: AdapterRuns) -> list[Segment]:
         if own is not None and own.pairs is not None:
             found.append(Segment(own.pairs, start, stop))
     return found
-
-
-def _rows(bias: Tensor | None, n: int) -> Tensor | None:
-    return None if bias is None else bias.expand(n, -1)
 
 
 def _joined(biases: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor | None:
