@@ -33,8 +33,7 @@ from veneer.contract import MethodConfig
 from veneer.model.fused import decoder
 from veneer.model.fused.attention import attention_half
 from veneer.model.fused.block import FusedBlock
-from veneer.model.fused.decoder import fuse, fused, fused_head, is_fused, unfuse
-from veneer.model.fused.head import hidden_as_logits
+from veneer.model.fused.decoder import fuse, fused, is_fused, unfuse
 from veneer.model.fused.mlp import mlp_half
 from veneer.model.quant_linear import QuantLinear
 from veneer.ops import dispatch
@@ -480,29 +479,3 @@ def test_weights_that_train_are_left_to_autograd(halves: list[str]) -> None:
     assert takes
     assert not halves
     assert error(found[2], expected[2]) <= 2e-5
-
-
-@pytest.mark.parametrize(("family", "expected"), [("llama", True), ("gemma2", False)])
-def test_the_head_is_taken_out_only_where_logits_are_its_output(family: str, expected: bool) -> None:
-    model = adapted(base(family))
-    model.lm_head.weight.requires_grad_(False)
-    assert fused_head(model) is None
-    with fused(model):
-        assert (fused_head(model) is not None) is expected
-        model.lm_head.weight.requires_grad_(True)
-        assert fused_head(model) is None
-
-
-def test_an_adapted_head_stays() -> None:
-    model = adapted(base("llama"), LoraConfig(r=5, target_modules=["lm_head", "q_proj"]))
-    with fused(model):
-        assert fused_head(model) is None
-
-
-def test_hidden_states_come_out_where_logits_would() -> None:
-    model = adapted(base("llama"))
-    head = model.lm_head
-    with hidden_as_logits(model):
-        hidden = model(IDS).logits
-    assert type(model.lm_head) is type(head) is nn.Linear
-    torch.testing.assert_close(head(hidden), model(IDS).logits)

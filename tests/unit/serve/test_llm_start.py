@@ -1,0 +1,59 @@
+"""`LLM`: the options and models that it starts with, and those that it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import BloomConfig, BloomForCausalLM
+
+from veneer import LLM, SamplingParams
+from veneer.errors import ConfigError, FormatError, TargetError
+
+from .conftest import VOCAB, make_model
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size=2 cannot be honoured"),
+        ({"quantization": "awq"}, "quantization='awq' cannot be honoured"),
+        ({"enable_prefix_caching": True}, "no prefix cache yet"),
+        ({"gpu_memory_utilization": 1.5}, "at most 1"),
+        ({"max_loras": 3, "max_cpu_loras": 2}, "at least max_loras"),
+        ({"max_model_len": 0}, "max_model_len=0"),
+        ({"max_model_len": 300}, "more than the model's context of 127"),
+        ({"max_model_len": 99, "kv_cache_memory_bytes": 9000}, "fewer than max_model_len=99"),
+        ({"kv_cache_memory_bytes": 7}, "hold no page"),
+        ({"max_num_seqs": 0}, "max_num_seqs=0"),
+        ({"max_lora": 3}, "LLM has no field 'max_lora'; did you mean 'max_loras'"),
+        ({"max_num_seqs": "x"}, "LLM: max_num_seqs='x' must be a whole number"),
+        ({"swap_space": 3}, "swap_space is not offered"),
+        ({"dtype": "int3"}, "int3"),
+    ],
+)
+def test_options_that_cannot_be_honoured(base_folder, options, said):
+    with pytest.raises(ConfigError, match=said):
+        LLM(base_folder, **options)
+
+
+def test_models_that_cannot_be_served(tokenizer, base_folder):
+    bloom = BloomForCausalLM(BloomConfig(n_layer=2, n_head=3, hidden_size=24, vocab_size=VOCAB))
+    with pytest.raises(TargetError, match="AttentionInterface"):
+        LLM(bloom, tokenizer=tokenizer)
+    with pytest.raises(ConfigError, match="needs its tokenizer"):
+        LLM(make_model())
+    for option in ({"dtype": "bfloat16"}, {"quantization": "bitsandbytes"}):
+        with pytest.raises(ConfigError, match=f"{next(iter(option))}='.*' is for a model that is loaded here"):
+            LLM(make_model(), tokenizer=tokenizer, **option)
+    with pytest.raises(FormatError, match="no config"):
+        LLM(Path(base_folder).parent)
+
+
+def test_a_chat_template_is_the_engines_alone(tokenizer, base_folder):
+    before = tokenizer.chat_template
+    for model in (make_model(), base_folder):
+        llm = LLM(model, tokenizer=tokenizer, chat_template="{{ messages[0]['content'] }}!")
+        asked = SamplingParams(temperature=0, max_tokens=7)
+        [output] = llm.chat([{"role": "user", "content": "x"}], asked, use_tqdm=False)
+        assert (output.prompt, tokenizer.chat_template) == ("x!", before)
