@@ -75,6 +75,10 @@ class LinearMethod(TargetedConfig):
         """
         return self
 
+    def as_stored(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> Self:
+        """The config with what its file leaves open filled in from the parameters' shapes, by module path and name."""
+        return self
+
     @property
     def reads_weight(self) -> bool:
         """True where ``lower`` needs the frozen weight of the site, and not its shape alone."""

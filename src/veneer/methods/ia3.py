@@ -118,6 +118,13 @@ class IA3Config(LinearMethod):
             raise CompositionError(f"the record at {site.name} scales nothing, which IA3 cannot be")
         return {"ia3_l": record.out_scale[:, None]}
 
+    def as_stored(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> Self:
+        """Vectors that scale an input are rows, (1, i): they tell ``feedforward_modules`` where a file does not."""
+        if self.feedforward_modules is not None:
+            return self
+        inward = tuple(path for path, own in shapes.items() if own["ia3_l"][:1] == (1,))
+        return replace(self, target_modules=tuple(shapes), feedforward_modules=inward)
+
     def _scales_input(self, site: LinearSite) -> bool:
         return matches_any(site.name, self.feedforward_modules or ())
 

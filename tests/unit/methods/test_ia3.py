@@ -1,12 +1,20 @@
 """IA3 against the paper's formulas, and which layers scale their input."""
 
+import json
+from functools import partial
+
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from veneer import get_peft_model
 from veneer.core.linear import fold_linear
 from veneer.core.sites import LinearSite
 from veneer.errors import ConfigError
 from veneer.methods.ia3 import IA3Config
+from veneer.model.places import placed_on
+from veneer.store.adapter.config import read_config
+from veneer.store.adapter.records import read_records
 
 W, C = torch.linspace(-1, 1, 35).reshape(7, 5), torch.linspace(0.5, 2, 7)
 
@@ -57,3 +65,20 @@ def test_feedforward_modules_must_be_targets():
         ConfigError, match=r"feedforward_modules \['down_proj'\] are not among target_modules \['k_proj'\]"
     ):
         IA3Config(target_modules=["k_proj"], feedforward_modules=["down_proj"])
+
+
+def test_a_file_that_does_not_name_the_feedforward_modules_tells_them_by_its_vectors(tmp_path):
+    sizes = {"hidden_size": 24, "intermediate_size": 41, "num_attention_heads": 2, "num_key_value_heads": 1}
+    make = partial(LlamaForCausalLM, LlamaConfig(num_hidden_layers=2, vocab_size=50, **sizes))
+    model = get_peft_model(make(), IA3Config(init_ia3_weights=False))
+    model.save_pretrained(tmp_path)
+    expected = read_records(tmp_path, placed_on(make(), read_config(tmp_path)))
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["feedforward_modules"] == ["down_proj"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**written, "feedforward_modules": None}))
+    found = read_records(tmp_path, placed_on(make(), read_config(tmp_path)))
+    assert sum(record.in_scale is not None for record in found.records.values()) == 2
+    for path, record in expected.records.items():
+        for name in ("in_scale", "out_scale"):
+            one, other = getattr(record, name), getattr(found.records[path], name)
+            assert (one is None and other is None) or torch.equal(one, other)

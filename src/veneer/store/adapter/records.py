@@ -60,9 +60,11 @@ def read_records(folder: Path, places: Mapping[str, Placed] | None = None) -> St
         raise FormatError(f"{folder / WEIGHTS_FILE}: {'; '.join(broken[:3])}")
     if places is None:
         places = _told_places(folder, config, tensors)
-    if isinstance(config, LinearMethod):
-        config = config.for_sites([cast(LinearSite, placed.sites[0]) for placed in places.values()], {})
     params = {path: _parameters(folder, tensors, placed) for path, placed in places.items()}
+    if isinstance(config, LinearMethod):
+        shapes = {path: {name: tuple(x.shape) for name, x in own.items()} for path, own in params.items()}
+        sites = [cast(LinearSite, placed.sites[0]) for placed in places.values()]
+        config = config.as_stored(shapes).for_sites(sites, {})
     _require_shapes(folder, config, places, params)
     shared = () if config.shared is None else config.shared.names
     taken = {key for placed in places.values() for key in placed.keys.values()}
