@@ -14,8 +14,6 @@ DropoutMask mask_of(const Mask& m) {
   return {std::get<0>(m), std::get<1>(m), reinterpret_cast<const int64_t*>(std::get<2>(m)), std::get<3>(m)};
 }
 
-DropoutRows rows_at(uintptr_t data, int64_t stride) { return {reinterpret_cast<void*>(data), stride}; }
-
 }  // namespace
 
 void bind_dropout(nb::module_& m) {

@@ -5,13 +5,9 @@
 
 #include "core/isa.h"
 #include "core/numeric.h"
+#include "core/rows.h"
 
 namespace veneer {
-
-struct DropoutRows {  // n rows of d values, `stride` values apart
-  void* data;
-  int64_t stride;
-};
 
 struct DropoutMask {
   uint64_t key;
@@ -27,8 +23,8 @@ struct DropoutSizes {
 
 struct DropoutKernels {
   // y may be x's memory.
-  void (*drop)(const DropoutSizes& sizes, const DropoutMask& mask, const DropoutRows& x, const DropoutRows& y);
-  void (*add_dropped)(const DropoutSizes& sizes, const DropoutMask& mask, const DropoutRows& g, const DropoutRows& onto);
+  void (*drop)(const DropoutSizes& sizes, const DropoutMask& mask, const Rows& x, const Rows& y);
+  void (*add_dropped)(const DropoutSizes& sizes, const DropoutMask& mask, const Rows& g, const Rows& onto);
 };
 
 VENEER_KERNELS(DropoutKernels, dropout)

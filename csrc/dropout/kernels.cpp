@@ -35,9 +35,6 @@ void each_group(const DropoutSizes& sizes, const DropoutMask& mask, const F& f) 
 }
 
 template <class T>
-inline T* row_of(const DropoutRows& rows, int64_t r) { return static_cast<T*>(rows.data) + r * rows.stride; }
-
-template <class T>
 inline void add_group(const T* g, T* onto, const uint16_t* draws, uint32_t threshold) {
   for (int64_t c = 0; c < draw_group; c += width) {
     const lanes before = load(onto + c);
@@ -58,20 +55,20 @@ inline void add_group(const bf16* g, bf16* onto, const uint16_t* draws, uint32_t
 }
 
 template <class T>
-void drop_typed(const DropoutSizes& sizes, const DropoutMask& mask, const DropoutRows& x, const DropoutRows& y) {
+void drop_typed(const DropoutSizes& sizes, const DropoutMask& mask, const Rows& x, const Rows& y) {
   const uint32_t threshold = mask.threshold;
   each_group(sizes, mask, [=](int64_t r, int64_t c, int64_t n, const uint16_t* draws) {
     drop_some(row_of<const T>(x, r) + c, row_of<T>(y, r) + c, draws, threshold, n);
   });
 }
 
-void drop(const DropoutSizes& sizes, const DropoutMask& mask, const DropoutRows& x, const DropoutRows& y) {
+void drop(const DropoutSizes& sizes, const DropoutMask& mask, const Rows& x, const Rows& y) {
   if (sizes.dtype == Dtype::float32) return drop_typed<float>(sizes, mask, x, y);
   drop_typed<uint16_t>(sizes, mask, x, y);
 }
 
 template <class T>
-void add_typed(const DropoutSizes& sizes, const DropoutMask& mask, const DropoutRows& g, const DropoutRows& onto) {
+void add_typed(const DropoutSizes& sizes, const DropoutMask& mask, const Rows& g, const Rows& onto) {
   const uint32_t threshold = mask.threshold;
   each_group(sizes, mask, [=](int64_t r, int64_t c, int64_t n, const uint16_t* draws) {
     const T* from = row_of<const T>(g, r) + c;
@@ -83,7 +80,7 @@ void add_typed(const DropoutSizes& sizes, const DropoutMask& mask, const Dropout
   });
 }
 
-void add_dropped(const DropoutSizes& sizes, const DropoutMask& mask, const DropoutRows& g, const DropoutRows& onto) {
+void add_dropped(const DropoutSizes& sizes, const DropoutMask& mask, const Rows& g, const Rows& onto) {
   switch (sizes.dtype) {
     case Dtype::float32: return add_typed<float>(sizes, mask, g, onto);
     case Dtype::bfloat16: return add_typed<bf16>(sizes, mask, g, onto);

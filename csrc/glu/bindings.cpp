@@ -5,12 +5,6 @@
 namespace nb = nanobind;
 
 namespace veneer {
-namespace {
-
-GluRows rows_at(uintptr_t data, int64_t stride) { return {reinterpret_cast<void*>(data), stride}; }
-
-}  // namespace
-
 void bind_glu(nb::module_& m) {
   using release = nb::call_guard<nb::gil_scoped_release>;
   m.def(

@@ -5,15 +5,11 @@
 
 #include "core/isa.h"
 #include "core/numeric.h"
+#include "core/rows.h"
 
 namespace veneer {
 
 enum class Activation : int { silu = 0, gelu = 1, gelu_tanh = 2 };
-
-struct GluRows {  // n rows of d values, `stride` values apart
-  void* data;
-  int64_t stride;
-};
 
 struct GluSizes {
   int64_t n, d;
@@ -22,10 +18,10 @@ struct GluSizes {
 };
 
 struct GluKernels {
-  void (*forward)(const GluSizes& sizes, const GluRows& gate, const GluRows& up, const GluRows& h);
+  void (*forward)(const GluSizes& sizes, const Rows& gate, const Rows& up, const Rows& h);
   // Outputs may be the inputs' memory, each its own.
-  void (*backward)(const GluSizes& sizes, const GluRows& dh, const GluRows& gate, const GluRows& up,
-                   const GluRows& dgate, const GluRows& dup, const GluRows& h);
+  void (*backward)(const GluSizes& sizes, const Rows& dh, const Rows& gate, const Rows& up,
+                   const Rows& dgate, const Rows& dup, const Rows& h);
 };
 
 VENEER_KERNELS(GluKernels, glu)

@@ -37,11 +37,8 @@ struct GeluTanh {
   }
 };
 
-template <class T>
-inline T* row_of(const GluRows& rows, int64_t r) { return static_cast<T*>(rows.data) + r * rows.stride; }
-
 template <class T, class Act>
-void forward_typed(const GluSizes& sizes, const GluRows& gate, const GluRows& up, const GluRows& h) {
+void forward_typed(const GluSizes& sizes, const Rows& gate, const Rows& up, const Rows& h) {
   parallel_for(sizes.n, (grain_values + sizes.d - 1) / sizes.d, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const T *g = row_of<const T>(gate, r), *u = row_of<const T>(up, r);
@@ -52,8 +49,8 @@ void forward_typed(const GluSizes& sizes, const GluRows& gate, const GluRows& up
 }
 
 template <class T, class Act>
-void backward_typed(const GluSizes& sizes, const GluRows& dh, const GluRows& gate, const GluRows& up,
-                    const GluRows& dgate, const GluRows& dup, const GluRows& h) {
+void backward_typed(const GluSizes& sizes, const Rows& dh, const Rows& gate, const Rows& up,
+                    const Rows& dgate, const Rows& dup, const Rows& h) {
   parallel_for(sizes.n, (grain_values + sizes.d - 1) / sizes.d, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const T *dout = row_of<const T>(dh, r), *g = row_of<const T>(gate, r), *u = row_of<const T>(up, r);
@@ -79,12 +76,12 @@ void with_types(const GluSizes& sizes, const F& f) {
   }
 }
 
-void forward(const GluSizes& sizes, const GluRows& gate, const GluRows& up, const GluRows& h) {
+void forward(const GluSizes& sizes, const Rows& gate, const Rows& up, const Rows& h) {
   with_types(sizes, [&](auto t, auto act) { forward_typed<decltype(t), decltype(act)>(sizes, gate, up, h); });
 }
 
-void backward(const GluSizes& sizes, const GluRows& dh, const GluRows& gate, const GluRows& up, const GluRows& dgate,
-              const GluRows& dup, const GluRows& h) {
+void backward(const GluSizes& sizes, const Rows& dh, const Rows& gate, const Rows& up, const Rows& dgate,
+              const Rows& dup, const Rows& h) {
   with_types(sizes, [&](auto t, auto act) {
     backward_typed<decltype(t), decltype(act)>(sizes, dh, gate, up, dgate, dup, h);
   });

@@ -7,7 +7,6 @@ namespace nb = nanobind;
 namespace veneer {
 namespace {
 
-ScaleRows rows_at(uintptr_t data, int64_t stride) { return {reinterpret_cast<void*>(data), stride}; }
 float* floats(uintptr_t data) { return reinterpret_cast<float*>(data); }
 
 }  // namespace

@@ -9,11 +9,8 @@ namespace {
 
 constexpr int64_t grain_values = 1 << 14;
 
-template <class T>
-inline T* row_of(const ScaleRows& rows, int64_t r) { return static_cast<T*>(rows.data) + r * rows.stride; }
-
 template <class T, class F>
-void each_row(const ScaleSizes& sizes, const ScaleRows& z, const ScaleRows& y, const F& f) {
+void each_row(const ScaleSizes& sizes, const Rows& z, const Rows& y, const F& f) {
   parallel_for(sizes.n, (grain_values + sizes.d - 1) / sizes.d, [=](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const T* from = row_of<const T>(z, r);
@@ -24,8 +21,8 @@ void each_row(const ScaleSizes& sizes, const ScaleRows& z, const ScaleRows& y, c
 }
 
 template <class T>
-void forward_typed(const ScaleSizes& sizes, const ScaleRows& z, const float* scale, const float* bias,
-                   const ScaleRows& y) {
+void forward_typed(const ScaleSizes& sizes, const Rows& z, const float* scale, const float* bias,
+                   const Rows& y) {
   if (!bias)
     return each_row<T>(sizes, z, y, [=](lanes x, int64_t c, int64_t n) { return x * take(scale + c, n); });
   if (!scale)
@@ -34,7 +31,7 @@ void forward_typed(const ScaleSizes& sizes, const ScaleRows& z, const float* sca
               [=](lanes x, int64_t c, int64_t n) { return x * take(scale + c, n) + take(bias + c, n); });
 }
 
-void forward(const ScaleSizes& sizes, const ScaleRows& z, const float* scale, const float* bias, const ScaleRows& y) {
+void forward(const ScaleSizes& sizes, const Rows& z, const float* scale, const float* bias, const Rows& y) {
   switch (sizes.dtype) {
     case Dtype::float32: return forward_typed<float>(sizes, z, scale, bias, y);
     case Dtype::bfloat16: return forward_typed<bf16>(sizes, z, scale, bias, y);
@@ -49,7 +46,7 @@ struct Sums {
 };
 
 template <class T, bool scaled, bool with_scale, bool with_bias>
-void backward_columns(const ScaleRows& dy, const ScaleRows& z, const float* scale, const ScaleRows& dz, const Sums& sums,
+void backward_columns(const Rows& dy, const Rows& z, const float* scale, const Rows& dz, const Sums& sums,
                       int64_t first, int64_t last, int64_t c, int64_t n) {
   const lanes factor = scaled ? take(scale + c, n) : lanes{};
   lanes scale_sum{}, bias_sum{};
@@ -65,8 +62,8 @@ void backward_columns(const ScaleRows& dy, const ScaleRows& z, const float* scal
 
 // A thread takes columns, not rows, so that a sum does not depend on how many threads there are.
 template <class T, bool scaled, bool with_scale, bool with_bias>
-void backward_typed(const ScaleSizes& sizes, const ScaleRows& dy, const ScaleRows& z, const float* scale,
-                    const ScaleRows& dz, const Sums& sums) {
+void backward_typed(const ScaleSizes& sizes, const Rows& dy, const Rows& z, const float* scale,
+                    const Rows& dz, const Sums& sums) {
   const int64_t registers = (sizes.d + width - 1) / width;
   parallel_for(registers, (grain_values + sizes.n * width - 1) / (sizes.n * width), [=](int64_t begin, int64_t end) {
     const int64_t stop = end * width < sizes.d ? end * width : sizes.d;
@@ -84,8 +81,8 @@ void backward_typed(const ScaleSizes& sizes, const ScaleRows& dy, const ScaleRow
 }
 
 template <class T>
-void backward_of(const ScaleSizes& sizes, const ScaleRows& dy, const ScaleRows& z, const float* scale,
-                 const ScaleRows& dz, const Sums& sums) {
+void backward_of(const ScaleSizes& sizes, const Rows& dy, const Rows& z, const float* scale,
+                 const Rows& dz, const Sums& sums) {
   if (!scale) return backward_typed<T, false, false, true>(sizes, dy, z, scale, dz, sums);
   if (sums.scale && sums.bias) return backward_typed<T, true, true, true>(sizes, dy, z, scale, dz, sums);
   if (sums.scale) return backward_typed<T, true, true, false>(sizes, dy, z, scale, dz, sums);
@@ -93,8 +90,8 @@ void backward_of(const ScaleSizes& sizes, const ScaleRows& dy, const ScaleRows& 
   backward_typed<T, true, false, false>(sizes, dy, z, scale, dz, sums);
 }
 
-void backward(const ScaleSizes& sizes, const ScaleRows& dy, const ScaleRows& z, const float* scale,
-              const ScaleRows& dz, float* dscale, float* dbias) {
+void backward(const ScaleSizes& sizes, const Rows& dy, const Rows& z, const float* scale,
+              const Rows& dz, float* dscale, float* dbias) {
   const Sums sums{dscale, dbias};
   switch (sizes.dtype) {
     case Dtype::float32: return backward_of<float>(sizes, dy, z, scale, dz, sums);

@@ -6,13 +6,9 @@
 
 #include "core/isa.h"
 #include "core/numeric.h"
+#include "core/rows.h"
 
 namespace veneer {
-
-struct ScaleRows {  // n rows of d values, `stride` values apart
-  void* data;
-  int64_t stride;
-};
 
 struct ScaleSizes {
   int64_t n, d;
@@ -21,11 +17,11 @@ struct ScaleSizes {
 
 struct ScaleKernels {
   // scale and bias: d values each, or null. y may be z's memory.
-  void (*forward)(const ScaleSizes& sizes, const ScaleRows& z, const float* scale, const float* bias,
-                  const ScaleRows& y);
+  void (*forward)(const ScaleSizes& sizes, const Rows& z, const float* scale, const float* bias,
+                  const Rows& y);
   // dz (may be dy's memory) where there is a scale; dscale where it is not null, which reads z; dbias where not null.
-  void (*backward)(const ScaleSizes& sizes, const ScaleRows& dy, const ScaleRows& z, const float* scale,
-                   const ScaleRows& dz, float* dscale, float* dbias);
+  void (*backward)(const ScaleSizes& sizes, const Rows& dy, const Rows& z, const float* scale,
+                   const Rows& dz, float* dscale, float* dbias);
 };
 
 VENEER_KERNELS(ScaleKernels, scale)
