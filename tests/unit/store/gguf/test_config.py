@@ -12,8 +12,8 @@ from gguf import GGUFWriter, RopeScalingType
 from transformers import AutoModelForCausalLM
 
 from veneer.errors import FormatError
-from veneer.store.gguf_config import GgufContents, mended_config, unplaced_tensors
-from veneer.store.gguf_model import convert_gguf
+from veneer.store.gguf.config import GgufContents, mended_config, unplaced_tensors
+from veneer.store.gguf.model import convert_gguf
 
 from .gguf_families import COMMON, HEADS, LAYER_NORM, RMS, THETA, VOCAB, WIDTH, add_factors, tiny, write
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from veneer.errors import FormatError
-from veneer.store.gguf_keys import FREQUENCY_FACTORS, LONG_FACTORS, ORIGINAL_LENGTH, SCALING, SHORT_FACTORS
+from veneer.store.gguf.fields import FREQUENCY_FACTORS, LONG_FACTORS, ORIGINAL_LENGTH, SCALING, SHORT_FACTORS
 
 KEYS = frozenset(
     SCALING + name

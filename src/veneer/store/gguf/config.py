@@ -12,17 +12,10 @@ import torch
 from torch import Tensor
 
 from veneer.errors import FormatError
-from veneer.store import gguf_rope
-from veneer.store.gguf_keys import (
-    FACTOR_TENSORS,
-    FAMILIES,
-    NEUTRAL,
-    ROTARY_WIDTH,
-    SCALING,
-    SILENT,
-    WINDOW_PATTERN,
-    Family,
-)
+from veneer.store.gguf import rope as gguf_rope
+from veneer.store.gguf.family import Family
+from veneer.store.gguf.fields import FACTOR_TENSORS, NEUTRAL, ROTARY_WIDTH, SCALING, SILENT, WINDOW_PATTERN
+from veneer.store.gguf.registry import by_architecture
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +37,7 @@ def mended_config(config: Any, contents: GgufContents) -> Any:
 
     Raises FormatError, with every key at once, where the file asks for what the family's code does not compute.
     """
-    family = FAMILIES.get(contents.architecture)
+    family = by_architecture().get(contents.architecture)
     if family is None:
         _raise(contents, list(_unknown_scaling(contents)))
         return config
@@ -56,7 +49,7 @@ def mended_config(config: Any, contents: GgufContents) -> Any:
 
 def unplaced_tensors(model: Any, contents: GgufContents) -> list[str]:
     """Tensors of the file that no parameter of the model is read from; [] for architectures that no table describes."""
-    family = FAMILIES.get(contents.architecture)
+    family = by_architecture().get(contents.architecture)
     if family is None:
         return []
     architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == contents.architecture)

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from veneer.errors import FormatError
-from veneer.store import gguf_model
-from veneer.store.gguf_model import convert_gguf, converted_folder, read_facts
+from veneer.store.gguf import model as gguf_model
+from veneer.store.gguf.model import convert_gguf, converted_folder, read_facts
 
 Make = Callable[..., tuple[Path, Any]]
 

@@ -19,8 +19,8 @@ from veneer.disk.cache import cache_dir
 from veneer.disk.folder import build_once
 from veneer.errors import FormatError
 from veneer.store.bars import without_bars
-from veneer.store.gguf_config import GgufContents, mended_config, unplaced_tensors
-from veneer.store.gguf_keys import FACTOR_TENSORS
+from veneer.store.gguf.config import GgufContents, mended_config, unplaced_tensors
+from veneer.store.gguf.fields import FACTOR_TENSORS
 
 _PLAIN = {
     GGMLQuantizationType.F32: torch.float32,

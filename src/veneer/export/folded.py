@@ -1,0 +1,210 @@
+"""The tensors of a base with an adapter folded in, made one at a time when they are asked for.
+
+The model is built without storage; one module at a time gets its weights from the base, folds, and gives them up.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+
+from veneer.contract import LinearMethod
+from veneer.contract.file import WEIGHTS_FILE
+from veneer.contract.keys import weight_keys
+from veneer.errors import CompositionError
+from veneer.export.base_weights import BaseWeights, Spec
+from veneer.model.adapted import Adapted
+from veneer.model.allocation import Allocation
+from veneer.model.attach import adapted_modules, attach, live_parameters
+from veneer.model.embedding import input_embeddings
+from veneer.model.linear import AdaptedSite
+from veneer.model.state import AdapterState
+from veneer.store.adapter.config import read_config
+from veneer.store.adapter.files import read_tensors
+from veneer.store.adapter.skeleton import without_storage
+from veneer.store.adapter.tensors import assign
+
+NAME = "merged"
+
+
+class FoldedCheckpoint:
+    """A base in ``folder``, dense, with an adapter folded in; the base alone where ``adapter`` is None.
+
+    ``specs`` are dtype and shape of every tensor of the result by its name in files, ``untied`` says that tied
+    embeddings have become two tensors, ``n_modules`` counts the modules that the adapter changes. ``dtype`` is that of
+    the result's floating tensors, None for the base's.
+
+    Raises FormatError where the files are damaged or do not fit each other, and CompositionError for adapters that
+    cannot be folded.
+    """
+
+    def __init__(self, folder: Path, adapter: Path | None, dtype: torch.dtype | None = None) -> None:
+        self._folder = folder
+        config = _foldable(adapter) if adapter else None
+        tensors = read_tensors(adapter) if adapter else {}
+        skeleton, self._n_rows = _skeleton(folder, tensors)
+        resized = [f"{path}.weight" for path, _ in _ends(skeleton)] if self._n_rows else []
+        self._weights = BaseWeights(folder, skeleton, resized)
+        self._changed: dict[str, Adapted] = {}
+        if adapter and config:
+            source = str(adapter / WEIGHTS_FILE)
+            _attach(skeleton, AdapterState(), config, tensors, source=source, weights=self._weights)
+            self._changed = {path: m for path, m in adapted_modules(skeleton).items() if m.holds(NAME)}
+        self._plan = _plan(self._weights, self._changed, dtype)
+        self._pending: dict[tuple[str, str], Tensor] = {}  # what folding a module made besides, until it is due
+        self.specs: Mapping[str, Spec] = self._plan.specs
+        self.untied = self._plan.untied
+        self.n_modules = len(self._changed)
+
+    def read(self, name: str) -> Tensor:
+        """A tensor of ``specs``, before it is rounded to the dtype there. Each is asked for once."""
+        if name not in self._plan.owners:
+            return self._weights.read_stored(name)
+        path, key = self._plan.owners[name]
+        if (path, key) not in self._pending:
+            folded = _fold(path, self._changed[path], self._weights)
+            self._pending |= {(path, k): value for k, value in folded.items()}
+        return self._pending.pop((path, key))
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """What ``config.json`` says of the result."""
+        config: dict[str, Any] = json.loads((self._folder / "config.json").read_text(encoding="utf-8"))
+        config.pop("quantization_config", None)
+        if self._n_rows:
+            config.get("text_config", config)["vocab_size"] = self._n_rows
+        floating = {dtype for dtype, _ in self.specs.values() if dtype.is_floating_point}
+        for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+            if self.untied and "tie_word_embeddings" in part:
+                part["tie_word_embeddings"] = False
+            for key in ("dtype", "torch_dtype"):
+                if key in part and len(floating) == 1:
+                    part[key] = str(next(iter(floating))).removeprefix("torch.")
+        if self.untied:
+            config["tie_word_embeddings"] = False
+        return config
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """``specs`` of the result by name; ``owners`` tells for a name of the result the module and parameter it is."""
+
+    specs: dict[str, Spec]
+    owners: dict[str, tuple[str, str]]
+    untied: bool
+
+
+def _foldable(adapter: Path) -> LinearMethod:
+    config = read_config(adapter)
+    if not isinstance(config, LinearMethod):
+        raise CompositionError(
+            f"the adapter {adapter} ({config.peft_type}) does not change weights, so it cannot be folded into them: "
+            "keep it beside the model"
+        )
+    return config
+
+
+def _skeleton(folder: Path, tensors: Mapping[str, Tensor]) -> tuple[PreTrainedModel, int | None]:
+    """The model of a folder without storage, as if it were not quantized, and the size of the adapter's vocabulary,
+    which it gets, where that is another.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    model = without_storage(config, tensors)
+    n_rows = _vocabulary(model, tensors)
+    if n_rows in (None, config.get_text_config().vocab_size):
+        return model, None
+    config.get_text_config().vocab_size = n_rows
+    return without_storage(config, tensors), n_rows
+
+
+def _vocabulary(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> int | None:
+    """The rows of the embeddings and of the head, where an adapter brings both whole."""
+    found = set()
+    for path, _ in _ends(model):
+        found.add(next((tensors[key].shape[0] for key in weight_keys(path) if key in tensors), None))
+    return found.pop() if len(found) == 1 else None
+
+
+def _attach(
+    skeleton: PreTrainedModel,
+    state: AdapterState,
+    config: LinearMethod,
+    tensors: Mapping[str, Tensor],
+    *,
+    source: str,
+    weights: BaseWeights,
+) -> None:
+    """The adapter on the skeleton: its own tensors are real."""
+    attach(skeleton, config, NAME, state, allocation=Allocation(values=False))
+    for module in adapted_modules(skeleton).values():
+        for held in (module.adapters, module.copies):
+            if NAME in held:
+                held[NAME].to_empty(device="cpu")
+    ends = _ends(skeleton) if set(tensors) - set(live_parameters(skeleton, state, NAME)) else []
+    with _filled(ends, weights):  # whole embeddings that came along are compared with the base's
+        assign(skeleton, state, NAME, tensors, source=source)
+
+
+def _ends(skeleton: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    ends = (input_embeddings(skeleton), skeleton.get_output_embeddings())
+    return [(path, m) for path, m in skeleton.named_modules() if any(m is end for end in ends)]
+
+
+def _plan(weights: BaseWeights, changed: Mapping[str, Adapted], dtype: torch.dtype | None) -> _Plan:
+    """A tied tensor of which one name changes, or its names change in different ways, is written under each of them."""
+    owners = {f"{path}.{key}": (path, key) for path, m in changed.items() for key in weights.own(m)}
+    specs: dict[str, Spec] = {}
+    placed: dict[str, tuple[str, str]] = {}
+    untied = False
+    for names in weights.groups():
+        modules = [changed[owners[name][0]] for name in names if name in owners]
+        apart = len(names) > 1 and not _stay_one(modules, len(names))
+        untied |= apart
+        for name in names if apart else names[:1]:
+            stored = weights.stored_name(name, own=not apart)
+            specs[stored] = weights.spec(name, dtype)
+            placed |= {stored: owners[name]} if name in owners else {}
+    specs |= {name: weights.passed_spec(name, dtype) for name in weights.others()}
+    return _Plan(specs, placed, untied)
+
+
+def _stay_one(changed: list[Adapted], n_names: int) -> bool:
+    """Return True if a tensor under several names stays one, given the modules among them that the adapter changes."""
+    alike = (len(changed) == n_names) and all(module.changes_as(changed[0], (NAME,)) for module in changed)
+    return not changed or alike
+
+
+@torch.no_grad()
+def _fold(path: str, module: Adapted, weights: BaseWeights) -> dict[str, Tensor]:
+    with _filled([(path, module)], weights):
+        values = module.folded((NAME,))
+        own = {key: cast(Tensor, module._parameters[key]).detach() for key in weights.own(module)}
+    added = sorted(set(values) - set(own))
+    if added:
+        raise CompositionError(f"the adapter adds {added} to {path}, which the model's architecture has no place for")
+    return own | values
+
+
+@contextmanager
+def _filled(modules: list[tuple[str, nn.Module]], weights: BaseWeights) -> Iterator[None]:
+    """Inside the block these modules have the base's parameters."""
+    before = [(module, dict(module._parameters)) for _, module in modules]
+    for path, module in modules:
+        for key in weights.own(module):
+            module._parameters[key] = nn.Parameter(weights.read(f"{path}.{key}"), requires_grad=False)
+    try:
+        yield
+    finally:
+        for module, parameters in before:
+            module._parameters.update(parameters)
+            if isinstance(module, AdaptedSite):
+                module.forget()

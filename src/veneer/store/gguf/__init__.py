@@ -1,0 +1,1 @@
+"""GGUF files: read as models, and written; one table of keys a family serves both."""

@@ -1,0 +1,26 @@
+"""Mixtral: the runtime knows it as a Llama with experts."""
+
+from __future__ import annotations
+
+from veneer.store.gguf.family import Family
+from veneer.store.gguf.fields import DECODER, STACKED, VOCABULARY, Field
+from veneer.store.gguf.layout import experts, long_windows, neighbours
+
+FAMILY = Family(
+    architecture="llama",
+    reads=False,
+    model_types=("mixtral",),
+    fields=(
+        VOCABULARY,
+        *DECODER,
+        Field("expert_count", "num_local_experts"),
+        Field("expert_used_count", "num_experts_per_tok"),
+    ),
+    experts=STACKED,
+    only={"hidden_act": ("silu",)},
+    refuses=long_windows,
+    scalings=("default", "linear", "yarn", "llama3"),
+    rotary_width=True,
+    rows=neighbours,
+    parts=experts,
+)

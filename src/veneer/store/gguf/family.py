@@ -1,0 +1,83 @@
+"""A family of models as GGUF files have it: its keys, and how its tensors lie in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+from veneer.store.gguf.fields import Field
+
+Rows = Callable[[str, Tensor, Any], Tensor]
+Parts = Callable[[str], Iterable[tuple[str, Callable[[Tensor], Tensor]]]]
+
+
+def as_they_are(leaf: str, tensor: Tensor, config: Any) -> Tensor:
+    """The rows of a tensor in the order that transformers has."""
+    return tensor
+
+
+def nothing_refused(config: Any) -> Iterable[str]:
+    """No problem of a config."""
+    return ()
+
+
+def no_parts(name: str) -> Iterable[tuple[str, Callable[[Tensor], Tensor]]]:
+    """A parameter is one tensor of the file, under the name that gguf's map has for it."""
+    return ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """The keys in which the files of one architecture (``general.architecture``) say what the config of the model says,
+    and the layout of its tensors.
+
+    Law: the keys of a config, read back over the config that transformers makes of the file, give the config again in
+    every field.
+
+    ``rotary`` is the path of the dict that ``rope.scaling`` fills, None where positions do not rotate;
+    ``sliding_rotary`` that of the layers with windows; ``partial_rotary``: ``rope.dimension_count`` may be less than a
+    head. ``biases`` are the config's switches by the tensor of a layer that tells them. ``fixed`` are values without
+    which the family's tensors have another layout.
+    ``query_width_layers`` is the number of layers of the one model whose queries are scaled by the root of
+    hidden_size / heads, for which there is no key; all others are scaled by that of head_dim. ``windows``: sliding
+    windows on some layers, every ``window_step``-th without where the file does not say it. ``experts``: tensors that
+    hold the experts of a layer, one behind the other. ``silent``: keys that tell nothing which the shapes of the
+    tensors do not. ``reads``: transformers reads such files.
+
+    For writing: ``model_types`` are transformers' names of the models, none where the family is only read. ``only``
+    are attributes of the config that no key says, with the values that the runtime computes; ``refuses`` gives further
+    reasons for which a config cannot be said. ``scalings`` are rotary scalings that the runtime computes.
+    ``rotary_width``: ``rope.dimension_count`` is written. ``rows(leaf, tensor, config)`` puts the output rows of a
+    tensor, or of LoRA's B of it, in the file's order; ``turned`` are leaves whose weights are stored as (in, out);
+    ``plus_one``: norms are stored as what is added to one. ``parts(name)`` gives the leaves of a parameter that is
+    several tensors, or one of several that are stacked. ``head``: an untied head may be there, must be there also
+    where it is tied, or is never read.
+    """
+
+    architecture: str
+    fields: tuple[Field, ...]
+    rotary: str | None = "rope_parameters"
+    sliding_rotary: str | None = None
+    partial_rotary: bool = False
+    biases: Mapping[str, str] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    query_width_layers: int | None = None
+    windows: bool = False
+    window_step: int | None = None
+    experts: tuple[str, ...] = ()
+    silent: frozenset[str] = frozenset()
+    reads: bool = True
+
+    model_types: tuple[str, ...] = ()
+    only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    refuses: Callable[[Any], Iterable[str]] = nothing_refused
+    scalings: tuple[str, ...] = ("default", "linear", "yarn")
+    rotary_width: bool = False
+    rows: Rows = as_they_are
+    turned: tuple[str, ...] = ()
+    plus_one: bool = False
+    parts: Parts = no_parts
+    head: Literal["may", "must", "never"] = "may"

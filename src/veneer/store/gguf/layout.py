@@ -1,0 +1,60 @@
+"""How tensors lie in GGUF files: whole output rows move, so that one function serves weights, biases and LoRA's B."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+Part = tuple[str, Callable[[Tensor], Tensor]]
+_SINGLE = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down"}
+
+
+def neighbours(leaf: str, tensor: Tensor, config: Any) -> Tensor:
+    """q and k (o, …) for a runtime that rotates neighbouring pairs, where transformers rotates halves of a head."""
+    role = leaf.partition(".")[0]
+    if role not in ("attn_q", "attn_k"):
+        return tensor
+    heads = config.num_attention_heads if role == "attn_q" else config.num_key_value_heads
+    return tensor.reshape(heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+
+
+def by_role(leaf: str, tensor: Tensor, config: Any) -> Tensor:
+    """All q, all k, all v of a fused matrix (o, …) that has them head by head."""
+    if not leaf.startswith("attn_qkv."):
+        return tensor
+    heads = config.num_attention_heads
+    return tensor.reshape(heads, 3, -1, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)
+
+
+def shared_gate(leaf: str, tensor: Tensor, config: Any) -> Tensor:
+    """The gate of a shared expert (1, hidden) as a vector."""
+    return tensor.reshape(-1) if leaf == "ffn_gate_inp_shexp.weight" else tensor
+
+
+def experts(name: str) -> Iterator[Part]:
+    """The leaves of a layer's experts, stacked (n, out, in): gate and up in one parameter, or one expert a file."""
+    if name.endswith(".experts.gate_up_proj"):
+        yield "ffn_gate_exps.weight", lambda tensor: tensor.chunk(2, 1)[0]
+        yield "ffn_up_exps.weight", lambda tensor: tensor.chunk(2, 1)[1]
+    elif name.endswith(".experts.down_proj"):
+        yield "ffn_down_exps.weight", lambda tensor: tensor
+    elif found := re.search(r"\.experts\.\d+\.(\w+)\.weight$", name):
+        yield f"ffn_{_SINGLE[found[1]]}_exps.weight", lambda tensor: tensor
+
+
+def no_windows(config: Any) -> Iterator[str]:
+    """The problem of a config with sliding windows, where the runtime has none for the family."""
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        yield "sliding windows (use_sliding_window), which the runtime does not have for this family"
+
+
+def long_windows(config: Any) -> Iterator[str]:
+    """The problem of a config whose every layer has a window that is shorter than its texts may be."""
+    if config.sliding_window and config.sliding_window < config.max_position_embeddings:
+        yield (
+            f"sliding_window {config.sliding_window}: the runtime has no windows for {config.model_type}; set it to "
+            f"null in config.json for texts of up to {config.sliding_window} tokens"
+        )
