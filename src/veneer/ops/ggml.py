@@ -1,0 +1,112 @@
+"""ggml's types of tensors, as GGUF files hold them: quantize a matrix row by row, and read it back.
+
+Each row is cut into blocks (of 32 values; of 256 in the K types and IQ4_XS) that hold a scale in float16, in the
+affine types a minimum too, and each value's level. How scale and levels are chosen is ggml's own search, done again
+operation by operation, so that the bytes are those of llama.cpp's quantizer built for x86-64.
+
+Source: ggml-org/llama.cpp, ggml/src/ggml-quants.c.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Float32, UInt8
+from torch import Tensor
+
+from veneer.errors import ConfigError, NonFiniteError, ShapeError
+from veneer.ops.dispatch import implementation
+from veneer.ops.ggml_types import GGML_TYPES, GgmlType
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def row_bytes(kind: str, columns: int) -> int:
+    """Bytes of a row of so many values in ``kind``, "Q4_K" say.
+
+    Raises ConfigError (unknown type), ShapeError (the type's blocks do not divide a row).
+    """
+    ggml_type = _type(kind)
+    if columns % ggml_type.block:
+        raise ShapeError(f"{kind} holds rows of a multiple of {ggml_type.block} values; given rows of {columns}")
+    return columns // ggml_type.block * ggml_type.n_bytes
+
+
+def quantize_ggml(
+    rows: Float[Tensor, "n c"],
+    kind: str,
+    importance: Float32[Tensor, " c"] | None = None,
+    *,
+    backend: str | None = None,
+) -> UInt8[Tensor, "n bytes"]:
+    """The bytes of each row of a matrix of float32, bfloat16 or float16 in ggml's type ``kind``.
+
+    importance: the mean square of the inputs of each column (llama.cpp's importance matrix), which weighs the errors;
+    F32, F16, BF16 and Q8_0 have no use for it. F16 and BF16 round to nearest, ties to even.
+    Raises ConfigError (unknown type, a negative importance), ShapeError (not a matrix of such a dtype, blocks that do
+    not divide a row, importance of another length or dtype), NonFiniteError (NaN or infinity in rows or importance,
+    values whose scale float16 cannot hold).
+    """
+    if rows.ndim != 2 or rows.dtype not in FLOATS:
+        raise ShapeError(f"quantize_ggml takes a matrix of {_names()}, got {rows.dtype} {tuple(rows.shape)}")
+    n_bytes = row_bytes(kind, rows.shape[1])
+    if importance is not None:
+        _check_importance(importance, rows.shape[1])
+    if not rows.numel():
+        return rows.new_empty(len(rows), n_bytes, dtype=torch.uint8)
+    values = rows.detach().contiguous()
+    packed, bad_row = implementation("ggml.quantize", rows.device, backend)(values, kind, importance)
+    if bad_row >= 0:
+        _raise_non_finite(rows, kind, bad_row)
+    out: Tensor = packed.view(len(rows), n_bytes)
+    return out
+
+
+def dequantize_ggml(
+    packed: UInt8[Tensor, "n bytes"], kind: str, *, backend: str | None = None
+) -> Float32[Tensor, "n c"]:
+    """The values of rows in ggml's type ``kind``. Raises ConfigError (unknown type), ShapeError (bytes of no row)."""
+    ggml_type = _type(kind)
+    if packed.ndim != 2 or packed.dtype != torch.uint8 or packed.shape[1] % ggml_type.n_bytes:
+        raise ShapeError(
+            f"rows in {kind} are a uint8 matrix of a multiple of {ggml_type.n_bytes} columns; "
+            f"got {packed.dtype} {tuple(packed.shape)}"
+        )
+    columns = packed.shape[1] // ggml_type.n_bytes * ggml_type.block
+    if not packed.numel():
+        return packed.new_empty(len(packed), columns, dtype=torch.float32)
+    blocks = packed.contiguous().view(-1, ggml_type.n_bytes)
+    out: Tensor = implementation("ggml.dequantize", packed.device, backend)(blocks, kind)
+    return out.view(len(packed), columns)
+
+
+def _type(kind: str) -> GgmlType:
+    if kind not in GGML_TYPES:
+        raise ConfigError(f"{kind!r} is no type of ggml that veneer writes; allowed: {list(GGML_TYPES)}")
+    return GGML_TYPES[kind]
+
+
+def _check_importance(importance: Tensor, columns: int) -> None:
+    if importance.dtype != torch.float32 or tuple(importance.shape) != (columns,):
+        raise ShapeError(
+            f"importance must be float32 ({columns},), one value a column; "
+            f"got {importance.dtype} {tuple(importance.shape)}"
+        )
+    if not bool(torch.isfinite(importance).all()):
+        raise NonFiniteError("importance holds NaN or infinity; collect it again, from finite activations")
+    if bool((importance < 0).any()):
+        raise ConfigError("importance holds negative values; a mean of squares has none")
+
+
+def _raise_non_finite(rows: Tensor, kind: str, bad_row: int) -> None:
+    row = rows[bad_row]
+    bad = (~torch.isfinite(row)).nonzero()
+    if len(bad):
+        found = f"row {bad_row} holds {float(row[bad[0, 0]])} in column {int(bad[0, 0])}"
+    else:
+        found = f"float16, which {kind} has for scales, cannot hold what row {bad_row} needs (largest magnitude "
+        found += f"{float(row.abs().max()):.3g}); Q8_0 reaches 8.3e6, BF16 everything"
+    raise NonFiniteError(f"cannot quantize a matrix of shape {tuple(rows.shape)} to {kind}: {found}")
+
+
+def _names() -> str:
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)

@@ -1,0 +1,66 @@
+"""ggml's types in plain torch: the specification that the kernels are tested against."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Float32, UInt8
+from torch import Tensor
+
+from veneer.ops.ggml_types import GGML_TYPES
+from veneer.ops.reference import ggml_k, ggml_non_linear, ggml_simple
+from veneer.ops.reference.ggml_search import ordered_sum, root
+from veneer.ops.reference.ggml_values import READERS
+
+CASTS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+HALVES = {"Q2_K": (80, 84), "Q3_K": (108, 110), "Q6_K": (208, 210)}  # elsewhere a block's scales are its first bytes
+AFFINE = ("Q4_1", "Q5_1", "Q4_K", "Q5_K")
+
+
+def quantize(
+    rows: Float[Tensor, "n c"], kind: str, importance: Float32[Tensor, " c"] | None
+) -> tuple[UInt8[Tensor, "..."], int]:
+    """The bytes of the rows, and the first row that holds NaN, infinity or too much for a half; -1 without one."""
+    if kind in CASTS:
+        cast = rows.to(CASTS[kind])
+        return cast.view(torch.uint8), _first_bad(cast.isfinite().all(dim=1))
+    x, block = rows.float(), GGML_TYPES[kind].block
+    blocks = x.reshape(-1, block)
+    packed = _quantize_32(x, kind, importance) if block == 32 else _quantize_256(blocks, kind, _beside(x, importance))
+    begin, end = HALVES.get(kind, (0, 4 if kind in AFFINE else 2))
+    scales = packed[:, begin:end].contiguous().view(torch.float16)
+    finite = scales.isfinite().all(dim=1) & blocks.isfinite().all(dim=1)
+    return packed, _first_bad(finite.view(len(rows), -1).all(dim=1))
+
+
+def dequantize(blocks: UInt8[Tensor, "blocks bytes"], kind: str) -> Float32[Tensor, "blocks values"]:
+    return READERS[kind](blocks)
+
+
+def _quantize_32(x: Float32[Tensor, "n c"], kind: str, importance: Tensor | None) -> Tensor:
+    blocks = x.reshape(-1, 32)
+    if kind == "Q8_0":
+        return ggml_simple.q8_0(blocks)
+    if kind == "IQ4_NL":
+        beside = _beside(x, importance)
+        return ggml_non_linear.iq4_nl(blocks, None if beside is None else beside.reshape(-1, 32))
+    w = None
+    if importance is not None:
+        variance = ordered_sum(x * x) / torch.full_like(x[:, 0], x.shape[1])  # of the row
+        w = (importance * root(variance[:, None] + x * x)).reshape(-1, 32)
+    quantize_blocks = ggml_simple.symmetric_blocks if kind.endswith("_0") else ggml_simple.affine_blocks
+    return quantize_blocks(blocks, w, int(kind[1]))
+
+
+def _quantize_256(blocks: Float32[Tensor, "blocks 256"], kind: str, beside: Tensor | None) -> Tensor:
+    run = ggml_non_linear.iq4_xs if kind == "IQ4_XS" else getattr(ggml_k, kind.lower())
+    packed: Tensor = run(blocks, None if beside is None else beside.reshape(-1, 256))
+    return packed
+
+
+def _beside(x: Float32[Tensor, "n c"], importance: Tensor | None) -> Float32[Tensor, "n c"] | None:
+    """Importance for every value of the rows."""
+    return None if importance is None else importance.expand_as(x)
+
+
+def _first_bad(good: Tensor) -> int:
+    return -1 if bool(good.all()) else int(good.int().argmin())
