@@ -25,7 +25,7 @@ NAME = "veneer_paged"
 KeysValues = tuple[Tensor, Tensor]
 
 
-class PagedStore:
+class SlotStore:
     """Keys and values by layer and slot, (slots, kv_heads, width) each; page p holds the slots from p · block on.
 
     A layer's tensors are made when something is first written to it.
@@ -85,7 +85,7 @@ class _Group:
 class PagedStep:
     """The rows of one pass: stretches one after the other, each row one token."""
 
-    def __init__(self, store: PagedStore, stretches: Sequence[Stretch], device: torch.device) -> None:
+    def __init__(self, store: SlotStore, stretches: Sequence[Stretch], device: torch.device) -> None:
         self.store = store
         where = [store.slots(s.pages, 0, s.start + s.n) for s in stretches]
         self.slots = torch.tensor([slot for s, at in zip(stretches, where, strict=True) for slot in at[s.start :]]).to(
@@ -236,7 +236,7 @@ def require_pageable(model: PreTrainedModel, n: int = 13) -> int:
     ids = torch.arange(n, device=model.device) * 7 % model.config.get_text_config().vocab_size
     with evaluation(model):
         own = model(input_ids=ids[None], use_cache=False).logits[0].float()
-        store, chunks, rows = PagedStore(1, n), [], PagedModel(model)
+        store, chunks, rows = SlotStore(1, n), [], PagedModel(model)
         for start, stop in ((0, n - 4), (n - 4, n)):
             step = PagedStep(store, [Stretch((0,), start, stop - start)], model.device)
             chunks.append(rows.run(step, ids[start:stop]).logits[:, 0].float())

@@ -19,7 +19,7 @@ from veneer.adapters.peft_model import become_peft_model
 from veneer.contract import VirtualTokenMethod
 from veneer.errors import CompositionError, VeneerError
 from veneer.model.mixed import checked, routed
-from veneer.model.paged import KeysValues, PagedModel, PagedStep, PagedStore, Stretch
+from veneer.model.paged import KeysValues, PagedModel, PagedStep, SlotStore, Stretch
 from veneer.model.prefix import PrefixAdapters
 from veneer.model.prompt import PromptAdapters
 from veneer.model.routing import BASE, Routing
@@ -33,7 +33,7 @@ Front = dict[int, KeysValues]  # keys and values of virtual tokens by layer, (n,
 class GeneralRunner(DrawingRunner):
     """A `Runner` on the model itself, which becomes a `PeftModel`; between plans its attention is its own."""
 
-    def __init__(self, model: PreTrainedModel, store: PagedStore) -> None:
+    def __init__(self, model: PreTrainedModel, store: SlotStore) -> None:
         super().__init__()
         self.model = become_peft_model(model.eval())
         self.paged, self.store = PagedModel(model), store
@@ -124,7 +124,7 @@ class GeneralRunner(DrawingRunner):
 
     def _front_of_prompt(self, embeddings: Tensor) -> Front:
         n = len(embeddings)
-        store = PagedStore(1, n)
+        store = SlotStore(1, n)
         step = PagedStep(store, [Stretch((0,), 0, n)], self.base.device)
         with self._routed([BASE] * n):
             self.paged.run(step, embeddings.to(self.base.dtype))

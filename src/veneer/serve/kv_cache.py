@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from veneer.model.blueprint.parts import Attention
-from veneer.model.paged import PagedStep, PagedStore, SeenKeys, Stretch, attend
+from veneer.model.paged import PagedStep, SeenKeys, SlotStore, Stretch, attend
 from veneer.ops import paged_attention as kernel
 from veneer.ops.attention import AttentionOptions
 from veneer.serve.program import Program
@@ -37,7 +37,7 @@ def make_cache(program: Program, n_pages: int, block: int, dtype: torch.dtype, d
     heads = {(part.heads.n_kv_heads, part.heads.head_dim) for part in program.attentions}
     fits = len(heads) == 1 and block % kernel.UNIT == 0 and dtype in kernel.DTYPES and device.type == "cpu"
     if not fits:
-        return SlotCache(PagedStore(n_pages, block), device)
+        return SlotCache(SlotStore(n_pages, block), device)
     [(n_heads, width)] = heads
     layers = len(program.attentions)
     return PageCache(kernel.PagedStore.zeros(n_pages, block, (layers, n_heads, width), dtype=dtype))
@@ -78,7 +78,7 @@ class SlotRows:
 class SlotCache:
     """Plain torch: any size of page, any dtype, any device, any mixture of heads."""
 
-    store: PagedStore
+    store: SlotStore
     device: torch.device
 
     def rows(self, stretches: Sequence[Stretch]) -> SlotRows:

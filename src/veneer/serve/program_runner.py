@@ -19,7 +19,7 @@ from veneer.core.records import PromptDelta
 from veneer.errors import DescriptionError, TargetError
 from veneer.model.blueprint.describe import describe
 from veneer.model.packed_linear import PackedGroup, is_packed, pack_group, unpack
-from veneer.model.paged import TOLERANCE, KeysValues, PagedStore, Stretch, require_pageable
+from veneer.model.paged import TOLERANCE, KeysValues, SlotStore, Stretch, require_pageable
 from veneer.model.plan import plan_of
 from veneer.model.snapshot import look_at
 from veneer.model.structure import evaluation
@@ -69,7 +69,7 @@ class ProgramRunner(DrawingRunner):
     def _load_general(self, version: str, folder: Path, reason: str) -> None:
         if self.general is None:
             require_pageable(self.model)
-            self.general = GeneralRunner(self.model, PagedStore(self.n_pages, self.block))
+            self.general = GeneralRunner(self.model, SlotStore(self.n_pages, self.block))
         _require_weights(self.model, folder)
         self.general.load(version, folder)
         _LOG.info("%s has %s, which the program has no place for: its requests take the general runner", folder, reason)

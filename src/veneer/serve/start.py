@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from veneer.core.field_types import check
 from veneer.errors import ConfigError, DescriptionError
 from veneer.evaluate.scoring import context_length
-from veneer.model.paged import PagedStore, require_pageable
+from veneer.model.paged import SlotStore, require_pageable
 from veneer.serve.adapter_pool import AdapterPool
 from veneer.serve.engine import Engine, EngineSettings
 from veneer.serve.general_runner import GeneralRunner
@@ -157,7 +157,7 @@ def start_engine(model: str | os.PathLike[str] | PreTrainedModel, options: Engin
     pool = AdapterPool(options.max_cpu_loras or options.max_loras, options.max_loras)
     scheduler = Scheduler(pages, pool, limits)
     if interpreter is None:
-        runner: Runner = GeneralRunner(loaded, PagedStore(pages.n_pages, pages.block))
+        runner: Runner = GeneralRunner(loaded, SlotStore(pages.n_pages, pages.block))
     else:
         runner = ProgramRunner(loaded, interpreter, pages.n_pages, pages.block)
     settings = EngineSettings(
