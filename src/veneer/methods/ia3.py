@@ -119,10 +119,13 @@ class IA3Config(LinearMethod):
         return {"ia3_l": record.out_scale[:, None]}
 
     def as_stored(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> Self:
-        """Vectors that scale an input are rows, (1, i): they tell ``feedforward_modules`` where a file does not."""
+        """Vectors that scale an input are rows, (1, i): they tell ``feedforward_modules`` where a file does not.
+
+        Those of a convolution are (1, channels, 1, …) either way: they scale outputs, as on a model.
+        """
         if self.feedforward_modules is not None:
             return self
-        inward = tuple(path for path, own in shapes.items() if own["ia3_l"][:1] == (1,))
+        inward = tuple(path for path, own in shapes.items() if len(own["ia3_l"]) == 2 and own["ia3_l"][0] == 1)
         return replace(self, target_modules=tuple(shapes), feedforward_modules=inward)
 
     def _scales_input(self, site: LinearSite) -> bool:

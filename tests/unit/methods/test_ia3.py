@@ -1,10 +1,13 @@
 """IA3 against the paper's formulas, and which layers scale their input."""
 
 import json
+from collections import OrderedDict
 from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from veneer import get_peft_model
@@ -82,3 +85,18 @@ def test_a_file_that_does_not_name_the_feedforward_modules_tells_them_by_its_vec
         for name in ("in_scale", "out_scale"):
             one, other = getattr(record, name), getattr(found.records[path], name)
             assert (one is None and other is None) or torch.equal(one, other)
+
+
+def test_a_convolution_scales_its_outputs_where_a_file_does_not_name_the_feedforward_modules(tmp_path):
+    def net() -> nn.Module:
+        return nn.Sequential(OrderedDict(same=nn.Conv2d(7, 7, 3), other=nn.Conv2d(7, 5, 3)))
+
+    model = get_peft_model(net(), IA3Config(target_modules=["same", "other"], init_ia3_weights=False))
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**written, "feedforward_modules": None}))
+    found = read_records(tmp_path, placed_on(net(), read_config(tmp_path))).records
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    for name in ("same", "other"):
+        assert found[name].in_scale is None
+        assert torch.equal(found[name].out_scale, saved[f"base_model.model.{name}.ia3_l"].flatten())
