@@ -8,18 +8,15 @@ the rate of a copy and its products at the rate of torch's matrix product, both 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator
 
 import torch
-from rich.console import Console
 from torch import Tensor
 from torch.nn import functional
 
-from kernel_times import table_of
-from paired import Pair, measure_rates
+from op_tables import OpTables, parser_of
+from paired import Pair
 from training_ops import require_equal
-from veneer.ops.cpu.module import description
 from veneer.ops.packed import PackedWeight
 from veneer.ops.paged_attention import PagedRows, PagedStore, SequenceRows, append, paged_attention
 from veneer.ops.pairs import PackedPairs, Segment, Segments, add_pairs
@@ -31,31 +28,19 @@ GROUPS = ((D, (D, KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM)), (D, (D,)), (D, (IN
 
 
 def main() -> None:
-    args = parse()
-    torch.manual_seed(0)
-    torch.set_num_threads(args.threads)
-    console = Console(width=120)
-    console.print(f"kernels: {description()}; torch {torch.__version__}")
-    w = _weights((VOCAB, D))[0]
-    rates = measure_rates(w, torch.randn(512, D).bfloat16(), w)
-    console.print(f"rates: {rates.moved / 1e9:.0f} GB/s of a copy, {rates.flops / 1e9:.0f} GFLOP/s of bf16 products")
-    tables: dict[str, Callable[[], Iterator[Pair]]] = {
+    parts: dict[str, Callable[[], Iterator[Pair]]] = {
         "products": product_pairs,
         "attention": attention_pairs,
         "pairs": adapter_pairs,
     }
-    for name, pairs in tables.items():
+    args = parser_of(__doc__, tuple(parts), repeats=5).parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
+    tables = OpTables.start(args.repeats, _weights((VOCAB, D))[0])
+    for name, pairs in parts.items():
         if args.only in (None, name):
             with torch.no_grad():
-                console.print(table_of(name, "torch", pairs(), rates, (args.repeats, 2)))
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--only", choices=("products", "attention", "pairs"))
-    return parser.parse_args()
+                tables.show(name, "torch", pairs(), calls=2)
 
 
 def product_pairs() -> Iterator[Pair]:
