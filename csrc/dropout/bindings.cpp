@@ -17,21 +17,12 @@ DropoutMask mask_of(const Mask& m) {
 }  // namespace
 
 void bind_dropout(nb::module_& m) {
-  using release = nb::call_guard<nb::gil_scoped_release>;
   m.def(
       "dropout_drop",
       [](int64_t n, int64_t d, int dtype, Mask mask, uintptr_t x, int64_t x_stride, uintptr_t y, int64_t y_stride) {
         dropout_kernels().drop({n, d, Dtype(dtype)}, mask_of(mask), rows_at(x, x_stride), rows_at(y, y_stride));
       },
-      release());
-  m.def(
-      "dropout_add_dropped",
-      [](int64_t n, int64_t d, int dtype, Mask mask, uintptr_t g, int64_t g_stride, uintptr_t onto,
-         int64_t onto_stride) {
-        dropout_kernels().add_dropped({n, d, Dtype(dtype)}, mask_of(mask), rows_at(g, g_stride),
-                                      rows_at(onto, onto_stride));
-      },
-      release());
+      nb::call_guard<nb::gil_scoped_release>());
 }
 
 }  // namespace veneer

@@ -24,7 +24,6 @@ struct DropoutSizes {
 struct DropoutKernels {
   // y may be x's memory.
   void (*drop)(const DropoutSizes& sizes, const DropoutMask& mask, const Rows& x, const Rows& y);
-  void (*add_dropped)(const DropoutSizes& sizes, const DropoutMask& mask, const Rows& g, const Rows& onto);
 };
 
 VENEER_KERNELS(DropoutKernels, dropout)

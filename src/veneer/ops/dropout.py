@@ -48,17 +48,6 @@ class Mask:
         """These rows of x as `drop` leaves them."""
         return drop(x, self.p, self.key, self.ids[rows], backend=backend)
 
-    def add_to(
-        self,
-        onto: Float[Tensor, "m i"],
-        g: Float[Tensor, "m i"],
-        rows: slice = slice(None),
-        *,
-        backend: str | None = None,
-    ) -> None:
-        """Add to onto, in place, what is kept of g, both of these rows."""
-        add_dropped(onto, g, self.p, self.key, self.ids[rows], backend=backend)
-
 
 def keep_scale(p: float) -> float:
     """``1 / (1 - p)``, by which values that were kept are scaled; 0 where p is 1 and none is.
@@ -84,32 +73,6 @@ def drop(
         return torch.zeros_like(x)
     y: Tensor = implementation("dropout.drop", x.device, backend)(x, threshold, key, rows)
     return y
-
-
-def add_dropped(
-    onto: Float[Tensor, "*batch i"],
-    g: Float[Tensor, "*batch i"],
-    p: float,
-    key: int,
-    rows: Rows = 0,
-    *,
-    backend: str | None = None,
-) -> Float[Tensor, "*batch i"]:
-    """``onto += drop(g, p, key, rows)`` in place, in one pass; returns onto. What is dropped leaves onto untouched.
-
-    Raises as `drop` does, and ShapeError where onto and g differ in shape or dtype.
-    """
-    threshold = _threshold(p)
-    require_fit(g, key, rows)
-    if onto.shape != g.shape or onto.dtype != g.dtype:
-        raise ShapeError(
-            f"add_dropped adds tensors of one shape and dtype; given onto {tuple(onto.shape)} {onto.dtype} and g "
-            f"{tuple(g.shape)} {g.dtype}"
-        )
-    if threshold == _DRAWS or not g.numel():
-        return onto
-    out: Tensor = implementation("dropout.add_dropped", onto.device, backend)(onto, g, threshold, key, rows)
-    return out
 
 
 def dropout(x: Float[Tensor, "*batch i"], mask: Mask) -> Float[Tensor, "*batch i"]:

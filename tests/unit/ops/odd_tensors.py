@@ -48,7 +48,6 @@ def cases():
     yield "blockwise.dequantize_blockwise", (codes, absmax, dynamic_map().clone(), 64, torch.float32)
     yield "cross_entropy.softmax_cross_entropy", (x, rows, None, True)
     yield "dropout.drop", (x, 30000, 7, rows)
-    yield "dropout.add_dropped", (x, y, 30000, 7, rows)
     layout = FourBitLayout((OUT, D), "nf4", 64, torch.float32)
     packed = quantize_4bit(torch.randn(OUT, D), "nf4")
     yield "four_bit.quantize_4bit", (torch.randn(OUT * D), layout)

@@ -29,10 +29,6 @@ def drop(x: Tensor, threshold: int, key: int, rows: Rows) -> Tensor:
     return torch.where(_is_dropped(x, threshold, key, rows), 0, x)
 
 
-def add_dropped(onto: Tensor, g: Tensor, threshold: int, key: int, rows: Rows) -> Tensor:
-    return onto.copy_(torch.where(_is_dropped(g, threshold, key, rows), onto, onto + g))
-
-
 def draws(n_columns: int, key: int, rows: Tensor) -> Tensor:
     """The 16-bit draws of rows (n,): (n, n_columns) of int64."""
     groups = -(-n_columns // GROUP)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from veneer.ops.reference import dropout as reference
-from veneer.ops.rows import put_back, with_rows
+from veneer.ops.rows import with_rows
 from veneer.ops.triton.launch import block, is_served, launch
 
 _ROUNDS = tl.constexpr(reference.ROUNDS)
@@ -25,13 +25,9 @@ def drop(x: Tensor, threshold: int, key: int, rows: Rows) -> Tensor:
     return y
 
 
-def add_dropped(onto: Tensor, g: Tensor, threshold: int, key: int, rows: Rows) -> Tensor:
-    if not is_served(g):
-        return reference.add_dropped(onto, g, threshold, key, rows)
-    written = with_rows(onto)
-    _run((with_rows(g), written), (threshold, key, rows), add=True)
-    put_back(written, onto)
-    return onto
+def add_dropped(onto: Tensor, g: Tensor, threshold: int, key: int, rows: Rows) -> None:
+    """Add ``drop(g, …)`` to onto in one pass, both (n, d) with a contiguous last axis: no op, but a part of others."""
+    _run((g, onto), (threshold, key, rows), add=True)
 
 
 def _run(tensors: tuple[Tensor, Tensor], mask: tuple[int, int, Rows], add: bool) -> None:

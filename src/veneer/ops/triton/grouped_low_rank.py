@@ -16,6 +16,7 @@ from torch import Tensor
 from veneer.ops.grouped_low_rank import AdapterRuns, Gradients, LowRankGroup
 from veneer.ops.reference import grouped_low_rank as reference
 from veneer.ops.rows import same_dtype, with_rows
+from veneer.ops.triton import dropout
 from veneer.ops.triton.launch import block, is_served, launch
 
 _WIDTH = 64
@@ -85,7 +86,7 @@ def _add_dropped(dx: Tensor, part: Tensor, group: LowRankGroup, rows: AdapterRun
         if mask is None:
             dx[run] += part[run]
         else:
-            mask.add_to(dx[run], part[run], run, backend="triton")
+            dropout.add_dropped(dx[run], part[run], mask.threshold, mask.key, mask.ids[run])
 
 
 def _serves(x: Tensor, groups: Sequence[LowRankGroup]) -> bool:
