@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PreTrainedModel
 
-from veneer.adapters import combining, lifecycle, merging, requantizing, saving, schedules, status
+from veneer.adapters import combining, lifecycle, merging, requantizing, saving, schedules
+from veneer.adapters.adapter_facts import AdapterFacts
 from veneer.adapters.card import write_card
 from veneer.adapters.placement import DeviceMap, require_same_place
 from veneer.contract import MethodConfig
@@ -23,8 +24,7 @@ from veneer.contract.source import adapter_folder, hub_options
 from veneer.core.field_types import plain
 from veneer.errors import ConfigError
 from veneer.model.allocation import Allocation
-from veneer.model.attach import adapted_layers
-from veneer.model.inplace import InPlace, change_class, restore_class
+from veneer.model.inplace import change_class, restore_class
 from veneer.model.mixed import mixed_batch
 from veneer.model.state import AdapterState
 from veneer.store.adapter.config import read_config
@@ -32,10 +32,9 @@ from veneer.store.adapter.tensors import Leniency, SaveEmbeddings
 from veneer.store.adapter.tensors import assign as assign_adapter
 
 
-class PeftModel(InPlace, nn.Module):
+class PeftModel(AdapterFacts):
     """The methods that `get_peft_model` adds to a transformers model. The model stays the object that it was."""
 
-    adapter_state: AdapterState
     _hf_peft_config_loaded: bool
 
     @classmethod
@@ -64,14 +63,8 @@ class PeftModel(InPlace, nn.Module):
         require_same_place(model, device_map)
         leniency = Leniency(ignore_mismatched_sizes, key_mapping)
         options = lifecycle.Loading(is_trainable, autocast_adapter_dtype, config or read_config(folder), leniency)
-        fresh = not isinstance(model, PeftModel)
-        adapted = become_peft_model(model)
-        try:
+        with _becoming(model) as adapted:
             lifecycle.load(adapted, adapted.adapter_state, folder, adapter_name, options)
-        except BaseException:
-            if fresh:
-                adapted.unload()
-            raise
         adapted.set_adapter(adapter_name)
         return adapted
 
@@ -95,40 +88,6 @@ class PeftModel(InPlace, nn.Module):
     def base_model(self) -> nn.Module:
         """As in transformers, the part without the head; in a module that has none, this very object."""
         return cast(nn.Module, getattr(super(), "base_model", self))
-
-    @property
-    def has_active_enabled_adapter(self) -> bool:
-        """True where an adapter is active and adapters are not switched off."""
-        return bool(self.adapter_state.active) and not self.adapter_state.disabled
-
-    @property
-    def targeted_module_names(self) -> list[str]:
-        """The paths of the modules that adapters change."""
-        return list(adapted_layers(self))
-
-    @property
-    def peft_config(self) -> Mapping[str, MethodConfig]:
-        """The configs by adapter name."""
-        return self.adapter_state.configs
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """The names of the active adapters."""
-        return list(self.adapter_state.active)
-
-    @property
-    def active_adapter(self) -> str:
-        """The name of the first active adapter. Raises ConfigError where none is active."""
-        if not self.adapter_state.active:
-            raise ConfigError(
-                f"no adapter is active; loaded: {sorted(self.peft_config)}. Call set_adapter with a name."
-            )
-        return self.adapter_state.active[0]
-
-    @property
-    def active_peft_config(self) -> MethodConfig:
-        """The config of the first active adapter. Raises ConfigError where none is active."""
-        return self.peft_config[self.active_adapter]
 
     def add_adapter(
         self,
@@ -244,25 +203,6 @@ class PeftModel(InPlace, nn.Module):
     def get_base_model(self) -> PreTrainedModel:
         """The transformers model: this very object."""
         return cast(PreTrainedModel, self)
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Trainable parameters, and all of them; a quantized weight counts as many as it stands for."""
-        return status.count_parameters(self)
-
-    def print_trainable_parameters(self) -> None:
-        """Print the number of trainable parameters, of all, their ratio in percent, and what each adapter changes."""
-        trainable, total = self.get_nb_trainable_parameters()
-        ratio = 100 * trainable / total
-        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {ratio:.4f}")
-        print(status.describe_targets(self, self.adapter_state))
-
-    def get_layer_status(self) -> list[status.TunerLayerStatus]:
-        """The status of each adapted module."""
-        return status.get_layer_status(self)
-
-    def get_model_status(self) -> status.TunerModelStatus:
-        """The status of the model."""
-        return status.get_model_status(self)
 
     def update_and_allocate(self, global_step: int) -> None:
         """Let the active adapters' methods act after an optimizer step (AdaLoRA spends its budget).
@@ -418,17 +358,24 @@ def get_peft_model(
 
     Raises TargetError and AdapterNameError; the model is then as it was.
     """
+    allocation = Allocation(widen=autocast_adapter_dtype)
+    with _becoming(model) as adapted:
+        lifecycle.add(adapted, adapted.adapter_state, adapter_name, lifecycle.noted(peft_config, revision), allocation)
+    adapted.set_adapter(adapter_name)
+    return adapted
+
+
+@contextmanager
+def _becoming(model: nn.Module) -> Iterator[PeftModel]:
+    """The model as a `PeftModel`; where the block raises, one that was plain is plain again."""
     fresh = not isinstance(model, PeftModel)
     adapted = become_peft_model(model)
-    allocation = Allocation(widen=autocast_adapter_dtype)
     try:
-        lifecycle.add(adapted, adapted.adapter_state, adapter_name, lifecycle.noted(peft_config, revision), allocation)
+        yield adapted
     except BaseException:
         if fresh:
             adapted.unload()
         raise
-    adapted.set_adapter(adapter_name)
-    return adapted
 
 
 def become_peft_model(model: nn.Module) -> PeftModel:

@@ -1,0 +1,73 @@
+"""What an adapted model tells of its adapters: their names and configs, what they change, what is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from veneer.adapters import status
+from veneer.contract import MethodConfig
+from veneer.errors import ConfigError
+from veneer.model.attach import adapted_layers
+from veneer.model.inplace import InPlace
+from veneer.model.state import AdapterState
+
+
+class AdapterFacts(InPlace, nn.Module):
+    """The part of a `PeftModel` that only reads."""
+
+    adapter_state: AdapterState
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """True where an adapter is active and adapters are not switched off."""
+        return bool(self.adapter_state.active) and not self.adapter_state.disabled
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """The paths of the modules that adapters change."""
+        return list(adapted_layers(self))
+
+    @property
+    def peft_config(self) -> Mapping[str, MethodConfig]:
+        """The configs by adapter name."""
+        return self.adapter_state.configs
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The names of the active adapters."""
+        return list(self.adapter_state.active)
+
+    @property
+    def active_adapter(self) -> str:
+        """The name of the first active adapter. Raises ConfigError where none is active."""
+        if not self.adapter_state.active:
+            raise ConfigError(
+                f"no adapter is active; loaded: {sorted(self.peft_config)}. Call set_adapter with a name."
+            )
+        return self.adapter_state.active[0]
+
+    @property
+    def active_peft_config(self) -> MethodConfig:
+        """The config of the first active adapter. Raises ConfigError where none is active."""
+        return self.peft_config[self.active_adapter]
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Trainable parameters, and all of them; a quantized weight counts as many as it stands for."""
+        return status.count_parameters(self)
+
+    def print_trainable_parameters(self) -> None:
+        """Print the number of trainable parameters, of all, their ratio in percent, and what each adapter changes."""
+        trainable, total = self.get_nb_trainable_parameters()
+        ratio = 100 * trainable / total
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {ratio:.4f}")
+        print(status.describe_targets(self, self.adapter_state))
+
+    def get_layer_status(self) -> list[status.TunerLayerStatus]:
+        """The status of each adapted module."""
+        return status.get_layer_status(self)
+
+    def get_model_status(self) -> status.TunerModelStatus:
+        """The status of the model."""
+        return status.get_model_status(self)
