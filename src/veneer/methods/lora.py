@@ -28,7 +28,8 @@ from veneer.core.sites import LinearSite
 from veneer.core.stacks import stack, unstack
 from veneer.inits import Start, find_start, start_names
 from veneer.inits.eva import EvaConfig
-from veneer.methods.lora_parts.patterns import compiles, first_match, matches_end
+from veneer.methods.lora_parts.checks import LoraChecks
+from veneer.methods.lora_parts.patterns import compiles, first_match
 from veneer.methods.lora_parts.taken_off import TakenOff, joined
 from veneer.methods.variants import all_variants
 
@@ -216,7 +217,7 @@ class LoraConfig(LinearMethod):
 
     @property
     def checks(self) -> Checks:
-        return _Checks(self)
+        return LoraChecks(self)
 
     @property
     def extras(self) -> Extras:
@@ -320,60 +321,6 @@ def _problems_of_rows(given: Collection[int] | Mapping[str, Collection[int]] | N
         elif len(set(rows)) < len(rows):
             found.append(f"{where} holds {sorted({row for row in rows if list(rows).count(row) > 1})} more than once")
     return found
-
-
-@dataclass(frozen=True)
-class _Checks(Checks):
-    """Checks of LoRA: ranks and settings that no layer has a place for."""
-
-    config: LoraConfig
-
-    def effect(self, names: Sequence[str], sites: Sequence[LinearSite]) -> list[str]:
-        return self._unused(names) + self._too_large(sites)
-
-    def _unused(self, names: Sequence[str]) -> list[str]:
-        patterns = {"rank_pattern": self.config.rank_pattern, "alpha_pattern": self.config.alpha_pattern}
-        return [
-            f"{field_name} key {key!r} matches none of the {len(names)} modules adapted, such as {names[0]!r}"
-            for field_name, pattern in patterns.items()
-            for key in pattern
-            if not any(matches_end(key, name) for name in names)
-        ]
-
-    def layers(self, sites: Sequence[LinearSite]) -> list[str]:
-        """In groups B is made of blocks, and none of the variants and starts from the weight is such a product."""
-        grouped = [site for site in sites if site.groups > 1]
-        found = [
-            f"r={self.config.rank(site)} at {site.name}, a convolution in {site.groups} groups: a rank that "
-            f"{site.groups} divides is needed (rank_pattern sets it for single modules)"
-            for site in grouped
-            if self.config.rank(site) % site.groups
-        ]
-        switches = {"use_dora": self.config.use_dora, "init_lora_weights": self.config.packing.fixed}
-        return found + [
-            f"{name}={getattr(self.config, name)!r} does not go with {grouped[0].name}, a convolution in "
-            f"{grouped[0].groups} groups: leave it out, or list the layer in exclude_modules"
-            for name, on in switches.items()
-            if on and grouped
-        ]
-
-    def _too_large(self, sites: Sequence[LinearSite]) -> list[str]:
-        """A rank above both widths of every layer is a slip; below that it may be a choice (heads are narrow)."""
-        ranks = [self.config.rank(site) for site in sites]
-        if not ranks or min(ranks) <= max(max(site.in_features, site.out_features) for site in sites):
-            return []
-        largest = max(min(site.in_features, site.out_features) for site in sites)
-        return [
-            f"rank {min(ranks)} is above both widths of every layer adapted, and their updates have rank {largest} at "
-            f"most: give r={largest} or less (a small one, such as 16, is usual)"
-        ]
-
-    def tied(self, tied: Sequence[LinearSite]) -> list[str]:
-        values = {site.name: (self.config.rank(site), self.config.alpha(site)) for site in tied}
-        if len(set(values.values())) <= 1:
-            return []
-        told = ", ".join(f"{name} r={r} and alpha={alpha}" for name, (r, alpha) in values.items())
-        return [f"ensure_weight_tying=True, but rank_pattern and alpha_pattern give {told}: name all of them alike"]
 
 
 @dataclass(frozen=True, kw_only=True)
