@@ -77,7 +77,7 @@ class Kept:
 
 
 class Adapted(InPlace, nn.Module):
-    """Mixed in front of the class of a module, in place.
+    """Mixin in front of the class of a module, in place.
 
     ``adapters[name]`` holds what a method adds here; ``copies[name]`` holds whole parameters of this module that the
     adapter trains (as parameters) or carries along frozen (as buffers). The module's own parameters stay as they were.

@@ -24,7 +24,7 @@ _CONVOLUTIONS = {nn.Conv1d: nn.functional.conv1d, nn.Conv2d: nn.functional.conv2
 
 
 class AdaptedConvolution(AdaptedSite):
-    """Mixed in front of a convolution's class. A is a convolution like the layer itself, with r output channels, which
+    """Mixin in front of a convolution's class. A is a convolution like the layer itself, with r output channels, which
     sees all channels also where the layer's are in groups; B acts on channels alone.
     """
 

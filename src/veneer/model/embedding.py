@@ -16,7 +16,7 @@ from veneer.quant.dense import DenseWeight
 
 
 class AdaptedEmbedding(AdaptedSite):
-    """Mixed in front of an embedding's class. What the base returns is kept, with whatever else its forward does."""
+    """Mixin in front of an embedding's class. What the base returns is kept, with whatever else its forward does."""
 
     def forward(self, token_ids: Tensor) -> Tensor:
         routing = self.adapter_state.routed()

@@ -136,7 +136,7 @@ class AdaptedSite(Adapted):
 
 
 class AdaptedLinear(AdaptedSite):
-    """Mixed in front of a linear layer's class: torch's Linear, GPT-2's Conv1D, or one with a ``frozen_format``."""
+    """Mixin in front of a linear layer's class: torch's Linear, GPT-2's Conv1D, or one with a ``frozen_format``."""
 
     def forward(self, x: Tensor) -> Tensor:
         routing = self.adapter_state.routed()

@@ -60,7 +60,7 @@ class _Folding(AdaptedSite):
 
 
 class AdaptedAttention(_Folding):
-    """Mixed in front of `nn.MultiheadAttention`: the map from the input to queries, keys and values, W (3 d, d)."""
+    """Mixin in front of `nn.MultiheadAttention`: the map from the input to queries, keys and values, W (3 d, d)."""
 
     weight_name, bias_name = "in_proj_weight", "in_proj_bias"
 
@@ -92,7 +92,7 @@ class AdaptedAttention(_Folding):
 
 
 class AdaptedOutProjection(_Folding, AdaptedLinear):
-    """Mixed in front of the output projection of an attention, which torch never calls.
+    """Mixin in front of the output projection of an attention, which torch never calls.
 
     Adapters that are there because the whole attention is adapted go by its path, in their settings and on disk, and
     are added twice, as by PEFT, whose forward pass and merging both do so: its files act here as they do there. (Its

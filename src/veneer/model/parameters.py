@@ -34,7 +34,7 @@ from veneer.quant.dense import DenseWeight
 
 
 class AdaptedParameters(Adapted):
-    """Mixed in front of a module whose own parameters adapters change; ``adapters[name][parameter]`` are theirs."""
+    """Mixin in front of a module whose own parameters adapters change; ``adapters[name][parameter]`` are theirs."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         routing = self.adapter_state.routed()

@@ -116,7 +116,10 @@ class PagedRows:
 
     @classmethod
     def of(cls, sequences: Iterable[SequenceRows], store: PagedStore) -> PagedRows:
-        """Raises ShapeError where a sequence has no row or too few pages, or writes a page that is not in the store."""
+        """The rows of a step, sequence after sequence.
+
+        Raises ShapeError where a sequence has no row or too few pages, or writes a page that is not in the store.
+        """
         sequences = list(sequences)
         for number, (pages, position, n_rows) in enumerate(sequences):
             written = pages[max(position, 0) // store.block : -(-(position + n_rows) // store.block)]

@@ -103,7 +103,7 @@ class Segments:
 
     @classmethod
     def of(cls, segments: Iterable[Segment]) -> Segments:
-        """Raises ShapeError where there is none, or they are not of the same layers and one dtype."""
+        """Segments of one step. Raises ShapeError for none, and for pairs of different layers or dtypes."""
         parts = tuple(segments)
         kinds = {(s.pairs.in_features, s.pairs.out_features, s.pairs.dtype) for s in parts}
         if len(kinds) != 1 or not all(0 <= s.start <= s.stop for s in parts):

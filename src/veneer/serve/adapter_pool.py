@@ -90,7 +90,7 @@ class AdapterPool:
         self._entries[id].waiting += 1
 
     def leave(self, id: str) -> None:
-        """A request goes that was waiting for the version."""
+        """A request goes that was waiting for the version; undoes `enter`."""
         self._entries[id].waiting -= 1
 
     def acquire(self, id: str) -> None:

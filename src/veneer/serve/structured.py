@@ -54,7 +54,7 @@ class TextForm:
         return found
 
     def take(self, token: int) -> None:
-        """A token has come."""
+        """Advance the grammar by a token of the answer; one that has come to its end stays there."""
         if not self._matcher.is_stopped():
             self._matcher.consume_token(token)
 

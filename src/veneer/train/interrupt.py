@@ -90,15 +90,15 @@ class StopAfterStep(TrainerCallback):  # type: ignore[misc]
         self._stop, self._number = stop, 0
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Called by Trainer."""
+        """Ask all processes for a signal."""
         self._ask(args.device, control)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Called by Trainer, after an evaluation and before the checkpoint of its step."""
+        """Ask again: an evaluation is long, and the checkpoint of its step comes after it."""
         self._ask(args.device, control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Called by Trainer. Raises Interrupted, past what an epoch's end would log and evaluate."""
+        """Raise Interrupted once the checkpoint is there, past what an epoch's end would log and evaluate."""
         if self._number:
             raise Interrupted(self._number)
 

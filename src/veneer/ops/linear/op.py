@@ -170,7 +170,7 @@ class _Found:
                 values |= gradients
 
     def listed(self) -> tuple[Tensor | None, ...]:
-        """As `tensors_of` lists them."""
+        """The gradients in the order in which `tensors_of` lists the tensors; None where there is none."""
         return tuple(values[field] for layer in self.values for values in layer for field in FIELDS)
 
 

@@ -41,26 +41,26 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
         self._told: tuple[int, str] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Called by Trainer."""
+        """Open the bar of the steps."""
         self._trains, self._busy, self._counted = True, 0.0, None
         self._began, self._first_step = time.perf_counter(), state.global_step
         if state.is_world_process_zero:
             self._open("training", state.max_steps, state.global_step)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Called by Trainer."""
+        """Start the step's clock."""
         self._step_began = time.perf_counter()
         if self._counted is None:
             self._counted = self._n_tokens()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Called by Trainer."""
+        """Stop the step's clock, and move the bar."""
         self._busy += time.perf_counter() - self._step_began
         if self._bar is not None:
             self._bar.update(self._task, completed=state.global_step)
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any) -> None:
-        """Called by Trainer."""
+        """Move the bar of the held-out batches."""
         self._predicted += 1
         total = len(eval_dataloader) if hasattr(eval_dataloader, "__len__") else None
         if self._trains and self._bar is not None:
@@ -72,15 +72,15 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
                 self._bar.update(self._task, completed=self._predicted)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Called by Trainer."""
+        """Take down what showed the held-out batches."""
         self._evaluated()
 
     def on_predict(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
-        """Called by Trainer."""
+        """Take down what showed the held-out batches."""
         self._evaluated()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
-        """Called by Trainer."""
+        """Show the loss beside the bar, or on a line where there is none, and a line for the held-out rows."""
         if logs is None or not state.is_world_process_zero:
             return
         if "loss" in logs:
@@ -97,7 +97,7 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
             self._say(f"{at}  held out: {held_out}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Called by Trainer."""
+        """Take down the bar."""
         self.close()
 
     def close(self) -> None:
