@@ -11,40 +11,47 @@ import typer
 from veneer.cli import loading
 from veneer.errors import ConfigError
 
+_Adapters = Annotated[
+    Path | None,
+    typer.Option(metavar="FOLDER", show_default=False, help="Serve each adapter in this folder, by its folder's name."),
+]
+_Host = Annotated[str, typer.Option(metavar="ADDRESS", help="The address to listen on.")]
+_Port = Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="The port there.")]
+_Open = Annotated[bool, typer.Option("--open", help="Let other machines in: there are no keys yet, anybody may ask.")]
+_ServedName = Annotated[
+    str | None, typer.Option(metavar="NAME", show_default=False, help="The base's name; by default MODEL.")
+]
+_MaxModelLen = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=1, show_default=False, help="Longest prompt with its answer, in tokens."),
+]
+_MaxLoras = Annotated[
+    int | None, typer.Option(metavar="N", min=1, show_default=False, help="Adapters kept loaded at most.")
+]
+_KvGib = Annotated[
+    float | None, typer.Option(metavar="X", show_default=False, help="Memory for keys and values, in GiB.")
+]
+_GeneralRunner = Annotated[
+    bool,
+    typer.Option("--general-runner", help="Compute by transformers' own code: slow, and what all else must equal."),
+]
+_Seed = Annotated[int, typer.Option(metavar="N", help="Of requests that bring no seed.")]
+
 
 def serve(
     model: loading.Model,
-    adapters: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER", show_default=False, help="Serve each adapter in this folder, by its folder's name."
-        ),
-    ] = None,
-    host: Annotated[str, typer.Option(metavar="ADDRESS", help="The address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="The port there.")] = 8000,
-    open_: Annotated[
-        bool, typer.Option("--open", help="Let other machines in: there are no keys yet, anybody may ask.")
-    ] = False,
-    served_model_name: Annotated[
-        str | None, typer.Option(metavar="NAME", show_default=False, help="The base's name; by default MODEL.")
-    ] = None,
-    max_model_len: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, show_default=False, help="Longest prompt with its answer, in tokens."),
-    ] = None,
-    max_loras: Annotated[
-        int | None, typer.Option(metavar="N", min=1, show_default=False, help="Adapters kept loaded at most.")
-    ] = None,
-    kv_gib: Annotated[
-        float | None, typer.Option(metavar="X", show_default=False, help="Memory for keys and values, in GiB.")
-    ] = None,
-    general_runner: Annotated[
-        bool,
-        typer.Option("--general-runner", help="Compute by transformers' own code: slow, and what all else must equal."),
-    ] = False,
+    adapters: _Adapters = None,
+    host: _Host = "127.0.0.1",
+    port: _Port = 8000,
+    open_: _Open = False,
+    served_model_name: _ServedName = None,
+    max_model_len: _MaxModelLen = None,
+    max_loras: _MaxLoras = None,
+    kv_gib: _KvGib = None,
+    general_runner: _GeneralRunner = False,
     load_in_4bit: loading.FourBit = False,
     dtype: loading.Dtype = "auto",
-    seed: Annotated[int, typer.Option(metavar="N", help="Of requests that bring no seed.")] = 0,
+    seed: _Seed = 0,
 ) -> None:
     """Answer OpenAI's API for a base and many adapters of every method, all in one batch.
 

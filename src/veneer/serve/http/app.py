@@ -26,51 +26,60 @@ from veneer.serve.prompts import read_prompt
 
 def make_app(engine: Engine, catalogue: Catalogue) -> FastAPI:
     """OpenAI's completions, chat completions and models over an engine, which it steps on a thread of its own."""
-    running = AsyncEngine(engine)
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        running.start()
-        yield
-        await asyncio.to_thread(running.stop)
-
-    app = FastAPI(title="veneer", lifespan=lifespan)
+    api = Api(engine, catalogue)
+    app = FastAPI(title="veneer", lifespan=api.lifespan)
     app.add_exception_handler(VeneerError, on_veneer_error)
     app.add_exception_handler(RequestValidationError, on_invalid_body)
     app.add_exception_handler(HTTPException, on_unknown_route)
-
-    async def answer(request: Request, body: Body, prompts: Sequence[Any], params: Any, shape: Shape) -> Response:
-        def ask() -> list[Asked]:
-            adapter = catalogue.find(body.model)
-            read = [read_prompt(engine.tokenizer, prompt) for prompt in prompts]
-            return [engine.asked(text, ids, params, adapter) for text, ids in read]
-
-        answering = Answering(await asyncio.to_thread(ask), body.model or catalogue.base, shape)
-        if body.stream:
-            return stream_of(running, answering, body.stream_options or StreamOptions())
-        return await whole_answer(running, request, answering)
-
-    @app.post("/v1/completions")
-    async def complete(request: Request, body: CompletionBody) -> Response:
-        """Text behind prompts."""
-        params = body.to_params(engine.settings.generation_defaults)
-        return await answer(request, body, body.prompts(), params, completions.shape(body.echo))
-
-    @app.post("/v1/chat/completions")
-    async def converse(request: Request, body: ChatBody) -> Response:
-        """The next turn of a conversation."""
-        params = body.to_params(engine.settings.generation_defaults)
-        prompt = chat_prompt(engine.tokenizer, body.messages, body.template())
-        return await answer(request, body, [prompt], params, chat.SHAPE)
-
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        """The base and the adapters."""
-        return await asyncio.to_thread(catalogue.cards)
-
-    @app.get("/health")
-    async def health() -> Response:
-        """200 while the engine runs, 500 once it has broken down."""
-        return Response(status_code=200 if running.failure is None else 500)
-
+    app.post("/v1/completions")(api.complete)
+    app.post("/v1/chat/completions")(api.converse)
+    app.get("/v1/models")(api.models)
+    app.get("/health")(api.health)
     return app
+
+
+class Api:
+    """The endpoints, each a method whose docstring is its description in the application's own documentation."""
+
+    def __init__(self, engine: Engine, catalogue: Catalogue) -> None:
+        self.engine, self.catalogue, self.running = engine, catalogue, AsyncEngine(engine)
+
+    @asynccontextmanager
+    async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        """The engine steps while the application runs."""
+        self.running.start()
+        yield
+        await asyncio.to_thread(self.running.stop)
+
+    async def complete(self, request: Request, body: CompletionBody) -> Response:
+        """Text behind prompts."""
+        params = body.to_params(self.engine.settings.generation_defaults)
+        return await self._answer(request, body, body.prompts(), params, completions.shape(body.echo))
+
+    async def converse(self, request: Request, body: ChatBody) -> Response:
+        """The next turn of a conversation."""
+        params = body.to_params(self.engine.settings.generation_defaults)
+        prompt = chat_prompt(self.engine.tokenizer, body.messages, body.template())
+        return await self._answer(request, body, [prompt], params, chat.SHAPE)
+
+    async def models(self) -> dict[str, Any]:
+        """The base and the adapters."""
+        return await asyncio.to_thread(self.catalogue.cards)
+
+    async def health(self) -> Response:
+        """200 while the engine runs, 500 once it has broken down."""
+        return Response(status_code=200 if self.running.failure is None else 500)
+
+    async def _answer(
+        self, request: Request, body: Body, prompts: Sequence[Any], params: Any, shape: Shape
+    ) -> Response:
+        asked = await asyncio.to_thread(self._ask, body, prompts, params)
+        answering = Answering(asked, body.model or self.catalogue.base, shape)
+        if body.stream:
+            return stream_of(self.running, answering, body.stream_options or StreamOptions())
+        return await whole_answer(self.running, request, answering)
+
+    def _ask(self, body: Body, prompts: Sequence[Any], params: Any) -> list[Asked]:
+        adapter = self.catalogue.find(body.model)
+        read = [read_prompt(self.engine.tokenizer, prompt) for prompt in prompts]
+        return [self.engine.asked(text, ids, params, adapter) for text, ids in read]
