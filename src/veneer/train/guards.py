@@ -1,4 +1,4 @@
-"""Checks that stop a run gone wrong before anything is written over a good checkpoint."""
+"""Checks that stop a run: before it starts, and before anything is written over a good checkpoint."""
 
 from __future__ import annotations
 
@@ -7,10 +7,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from trl import SFTConfig
 
 from veneer.errors import ConfigError, DivergedError
+from veneer.train.processes import n_processes
 
 
 def require_special_tokens(tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> None:
@@ -23,6 +31,24 @@ def require_special_tokens(tokenizer: PreTrainedTokenizerBase, args: SFTConfig) 
         raise ConfigError(
             "the tokenizer has neither an end nor a padding token: name one of its vocabulary with eos_token in the "
             "training settings (veneer train --set training.eos_token=...), or set tokenizer.eos_token"
+        )
+
+
+def require_free_groups(args: SFTConfig, optimizers: tuple[Any, Any]) -> None:
+    """Raise ConfigError where LoRA+ is to group the parameters of an optimizer that is made already."""
+    if args.lora_plus is not None and optimizers[0] is not None:
+        raise ConfigError(
+            f"lora_plus={args.lora_plus} groups the parameters of an optimizer that the trainer makes, and optimizers "
+            "brings one: group it with veneer.optim.lora_plus_groups, or leave one of the two out"
+        )
+
+
+def require_whole_models(trainer: Trainer) -> None:
+    """Raise ConfigError where several processes split the model: each trains, and writes, a whole one."""
+    if n_processes() > 1 and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise ConfigError(
+            "several processes train with a whole model each (torchrun without more settings); checkpoints of models "
+            "that FSDP or DeepSpeed has split are not written: leave fsdp and deepspeed out"
         )
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,9 +13,7 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
-    EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -25,21 +23,21 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from veneer.adapters.peft_model import PeftModel, get_peft_model
+from veneer.adapters.peft_model import PeftModel
 from veneer.adapters.schedules import penalty
 from veneer.contract import MethodConfig
 from veneer.data.collating import Collator
 from veneer.data.dataset import columns_of, digest, encode_all, filled, pack_all, require_answers
 from veneer.data.encoding import IGNORED, Encoder, kind_of
 from veneer.data.sampler import EpochSampler, FilledSampler
-from veneer.errors import ConfigError, TrainingError
-from veneer.model.checkpointing import checkpoint_selectively
+from veneer.errors import TrainingError
 from veneer.model.fused.decoder import fused
 from veneer.model.offload import ActivationOffload
 from veneer.optim import LayerwiseGaLoreAdamW
+from veneer.train.callbacks import callbacks_of
 from veneer.train.config import SFTConfig, as_sft_config
-from veneer.train.guards import FiniteGradients, require_finite, require_special_tokens
-from veneer.train.loss import TokenLoss, model_of, token_loss
+from veneer.train.guards import require_finite, require_free_groups, require_special_tokens, require_whole_models
+from veneer.train.loss import TokenLoss, token_loss
 from veneer.train.optimizer import Choice, choose_optimizer, lora_plus_optimizer
 from veneer.train.packing_layout import packing_layout
 from veneer.train.processes import n_processes, summed
@@ -48,6 +46,8 @@ from veneer.train.resume import ResumableTrainer, random_state_kept
 from veneer.train.schedule import AdapterSchedule
 from veneer.train.show.display import show_run
 from veneer.train.show.trained import describe_trained, require_trainable
+from veneer.train.trained_model import adapted, loaded
+from veneer.train.undone import model_kept, settings_kept, unwrap_forward
 
 
 class SFTTrainer(ResumableTrainer):
@@ -79,22 +79,19 @@ class SFTTrainer(ResumableTrainer):
         formatting_func: Callable[[dict[str, Any]], str] | None = None,
     ) -> None:
         args = copy.copy(as_sft_config(args, "trainer_output"))
-        _require_free_groups(args, optimizers)
+        require_free_groups(args, optimizers)
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # all that is trained takes part in every step
         self.progress, self.data_digest = Progress(), None
         self._evaluated: list[torch.Tensor] = []
         self._trained = (0, 0, 0)  # tokens of the last micro-batch: all but padding, trained, predicted right
-        # TRL refuses templates without generation markers; here they are told apart by position.
-        self._assistant_only, args.assistant_only_loss = args.assistant_only_loss, False
+        self._assistant_only = args.assistant_only_loss
         set_seed(args.seed)
         name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", None)
-        model = _loaded(model, args, quantization_config)
-        model = _adapted(model, peft_config)
-        use_cache = getattr(model.config, "use_cache", None)
+        model = adapted(loaded(model, args, quantization_config), peft_config)
         processing_class = processing_class or AutoTokenizer.from_pretrained(name)
         require_special_tokens(getattr(processing_class, "tokenizer", processing_class), args)
-        with _weights_as_they_are(model), _own_activations(args):
+        with model_kept(model), settings_kept(args):
             super().__init__(
                 model=model,
                 args=args,
@@ -110,20 +107,22 @@ class SFTTrainer(ResumableTrainer):
                 preprocess_logits_for_metrics=preprocess_logits_for_metrics,
                 formatting_func=formatting_func,
             )
-        _require_whole_models(self)
-        self.args.assistant_only_loss = self._assistant_only
-        self.model.config.use_cache = use_cache  # switched off by Trainer; here every forward pass says so itself
+        require_whole_models(self)
         # The loss below is normalized by the tokens of the whole step, whatever the model's own forward accepts.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
-        self._offload = self._offloading()
-        self._display = show_run(self, lambda: self.progress.n_tokens)
-        self.schedule = AdapterSchedule()
-        for callback in (self.schedule, *_asked_for(self.args)):
-            self.add_callback(callback)
         if data_collator is None and not self._is_vision_dataset:
             self.data_collator = self._collator()
         if isinstance(self.train_dataset, Dataset) and "labels" in self.train_dataset.column_names:
             self.data_digest = digest(self.train_dataset)
+        self._surround()
+
+    def _surround(self) -> None:
+        """Make what acts around the steps: offload of activations, the display, adapters' schedules and callbacks."""
+        self._offload = self._offloading()
+        self._display = show_run(self, lambda: self.progress.n_tokens)
+        self.schedule = AdapterSchedule()
+        for callback in (self.schedule, *callbacks_of(self.args)):
+            self.add_callback(callback)
 
     def _offloading(self) -> ActivationOffload | None:
         """The context that TRL enters around each forward pass, where activations are to wait elsewhere."""
@@ -343,117 +342,8 @@ class SFTTrainer(ResumableTrainer):
         """Nothing is sent."""
 
 
-def unwrap_forward(model: nn.Module) -> None:
-    """Undo what accelerate's ``prepare_model`` did to the forward of a model."""
-    # Not by accelerate's own means: they also strip the decorators that transformers puts on forward.
-    original = model.__dict__.pop("_original_forward", None)
-    if original is not None:
-        del model.forward
-        if getattr(original, "__func__", None) is not type(model).forward:
-            model.forward = original
-
-
-class SelectiveCheckpointing(TrainerCallback):  # type: ignore[misc]
-    """Switches it on where Trainer, at the beginning of `train`, has switched on the full form."""
-
-    def on_train_begin(self, args: SFTConfig, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
-        """Called by Trainer."""
-        checkpoint_selectively(model_of(model), (args.gradient_checkpointing_kwargs or {}).get("every_n_layers", 1))
-
-
-def _asked_for(args: SFTConfig) -> Iterator[TrainerCallback | type[TrainerCallback]]:
-    """The callbacks that the settings ask for."""
-    if (args.gradient_checkpointing_kwargs or {}).get("selective"):
-        yield SelectiveCheckpointing
-    if not args.fp16:
-        yield FiniteGradients
-    if args.early_stopping_patience is not None:
-        yield EarlyStoppingCallback(args.early_stopping_patience)
-
-
 def _reentrant(args: SFTConfig) -> bool:
     """Return True if blocks are recomputed the reentrant way, under the setting's old name or its new one."""
     settings = [args.gradient_checkpointing_kwargs, getattr(args, "activation_checkpointing_kwargs", None)]
     on = args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)
     return bool(on) and any((given or {}).get("use_reentrant") for given in settings)
-
-
-@contextmanager
-def _own_activations(args: SFTConfig) -> Iterator[None]:
-    """For a while TRL is told neither of selective checkpointing nor of offload, which it has its own of."""
-    names = [n for n in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs") if hasattr(args, n)]
-    kept = {name: getattr(args, name) for name in (*names, "activation_offloading")}
-    args.activation_offloading = False
-    for name in names:
-        setattr(args, name, {key: v for key, v in (kept[name] or {}).items() if key != "selective"} or None)
-    try:
-        yield
-    finally:
-        for name, value in kept.items():
-            setattr(args, name, value)
-
-
-def _loaded(model: str | PreTrainedModel, args: SFTConfig, quantization_config: Any) -> PreTrainedModel:
-    if not isinstance(model, str):
-        if quantization_config is not None or args.model_init_kwargs:
-            raise ConfigError(
-                "quantization_config and model_init_kwargs say how to load a model, but the model is loaded already: "
-                "give its name, or drop them"
-            )
-        return model
-    options = dict(args.model_init_kwargs or {})
-    if quantization_config is not None:
-        options["quantization_config"] = quantization_config
-    args.model_init_kwargs = None
-    return AutoModelForCausalLM.from_pretrained(model, **options)
-
-
-def _require_free_groups(args: SFTConfig, optimizers: tuple[Any, Any]) -> None:
-    if args.lora_plus is not None and optimizers[0] is not None:
-        raise ConfigError(
-            f"lora_plus={args.lora_plus} groups the parameters of an optimizer that the trainer makes, and optimizers "
-            "brings one: group it with veneer.optim.lora_plus_groups, or leave one of the two out"
-        )
-
-
-def _require_whole_models(trainer: Trainer) -> None:
-    if n_processes() > 1 and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        raise ConfigError(
-            "several processes train with a whole model each (torchrun without more settings); checkpoints of models "
-            "that FSDP or DeepSpeed has split are not written: leave fsdp and deepspeed out"
-        )
-
-
-def _adapted(model: PreTrainedModel, peft_config: MethodConfig | None) -> PreTrainedModel:
-    if peft_config is None:
-        return model
-    if not isinstance(peft_config, MethodConfig):
-        raise ConfigError(
-            f"peft_config must be one of veneer's configs, such as veneer.LoraConfig, not "
-            f"{type(peft_config).__module__}.{type(peft_config).__name__}"
-        )
-    if isinstance(model, PeftModel):
-        raise ConfigError(
-            "the model has an adapter already and peft_config asks for another: merge_and_unload() the first, or train "
-            "it by leaving peft_config out"
-        )
-    return get_peft_model(model, peft_config)
-
-
-@contextmanager
-def _weights_as_they_are(model: PreTrainedModel) -> Iterator[None]:
-    """Keep TRL's hands off the model: trained weights stay (or become) float32, and ``forward`` stays the class's.
-
-    TRL rounds adapters on quantized bases to bfloat16 before the first step, and replaces the forward by one that reads
-    ``lm_head.weight`` directly, past an adapter on the head.
-    """
-    kept = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
-    forward = vars(model).get("forward")
-    yield
-    for name, parameter in model.named_parameters():
-        if name in kept and kept[name].is_floating_point():
-            dtype = torch.float32 if kept[name].dtype in (torch.float16, torch.bfloat16) else kept[name].dtype
-            parameter.data = kept[name].to(device=parameter.device, dtype=dtype)
-    model.__dict__.pop("forward", None)
-    if forward is not None:
-        model.forward = forward

@@ -27,7 +27,8 @@ from veneer.train.show.display import RunDisplay
 from veneer.train.sweep.coroutines import Coroutine, ask
 from veneer.train.sweep.recipe import Member, Sweep
 from veneer.train.sweep.shared_base import Part, SharedBase, twin
-from veneer.train.trainer import SFTTrainer, unwrap_forward
+from veneer.train.trainer import SFTTrainer
+from veneer.train.undone import unwrap_forward
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,51 @@
+"""The model that a trainer trains: loaded where it is named, adapted where a config is given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from veneer.adapters.peft_model import PeftModel, get_peft_model
+from veneer.contract import MethodConfig
+from veneer.errors import ConfigError
+from veneer.train.config import SFTConfig
+
+
+def loaded(model: str | PreTrainedModel, args: SFTConfig, quantization_config: Any) -> PreTrainedModel:
+    """The model, by ``args.model_init_kwargs`` where it is a name; those are then used up.
+
+    Raises ConfigError where settings of loading come with a model that is loaded already.
+    """
+    if not isinstance(model, str):
+        if quantization_config is not None or args.model_init_kwargs:
+            raise ConfigError(
+                "quantization_config and model_init_kwargs say how to load a model, but the model is loaded already: "
+                "give its name, or drop them"
+            )
+        return model
+    options = dict(args.model_init_kwargs or {})
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
+    args.model_init_kwargs = None
+    return AutoModelForCausalLM.from_pretrained(model, **options)
+
+
+def adapted(model: PreTrainedModel, peft_config: MethodConfig | None) -> PreTrainedModel:
+    """The model with a fresh adapter of ``peft_config``; without one, as it is.
+
+    Raises ConfigError for a config of another library, and for a model that has an adapter already.
+    """
+    if peft_config is None:
+        return model
+    if not isinstance(peft_config, MethodConfig):
+        raise ConfigError(
+            f"peft_config must be one of veneer's configs, such as veneer.LoraConfig, not "
+            f"{type(peft_config).__module__}.{type(peft_config).__name__}"
+        )
+    if isinstance(model, PeftModel):
+        raise ConfigError(
+            "the model has an adapter already and peft_config asks for another: merge_and_unload() the first, or train "
+            "it by leaving peft_config out"
+        )
+    return get_peft_model(model, peft_config)

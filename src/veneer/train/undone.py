@@ -1,0 +1,63 @@
+"""What TRL, Trainer and accelerate do to a model and its settings and is not wanted here: kept from them, or undone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from veneer.train.config import SFTConfig
+
+
+@contextmanager
+def model_kept(model: PreTrainedModel) -> Iterator[None]:
+    """Keep TRL's hands off the model: trained weights stay (or become) float32, and ``forward`` stays the class's.
+
+    TRL rounds adapters on quantized bases to bfloat16 before the first step, and replaces the forward by one that reads
+    ``lm_head.weight`` directly, past an adapter on the head. Trainer switches the cache off; here every forward pass
+    says so itself.
+    """
+    use_cache = getattr(model.config, "use_cache", None)
+    kept = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+    forward = vars(model).get("forward")
+    yield
+    for name, parameter in model.named_parameters():
+        if name in kept and kept[name].is_floating_point():
+            dtype = torch.float32 if kept[name].dtype in (torch.float16, torch.bfloat16) else kept[name].dtype
+            parameter.data = kept[name].to(device=parameter.device, dtype=dtype)
+    model.__dict__.pop("forward", None)
+    if forward is not None:
+        model.forward = forward
+    model.config.use_cache = use_cache
+
+
+@contextmanager
+def settings_kept(args: SFTConfig) -> Iterator[None]:
+    """For a while TRL is told nothing of what is done here in another way.
+
+    It has selective checkpointing and offload of its own, and refuses templates without generation markers; here
+    answers are told apart by position.
+    """
+    names = [n for n in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs") if hasattr(args, n)]
+    kept = {name: getattr(args, name) for name in (*names, "activation_offloading", "assistant_only_loss")}
+    args.activation_offloading = args.assistant_only_loss = False
+    for name in names:
+        setattr(args, name, {key: v for key, v in (kept[name] or {}).items() if key != "selective"} or None)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(args, name, value)
+
+
+def unwrap_forward(model: nn.Module) -> None:
+    """Undo what accelerate's ``prepare_model`` did to the forward of a model."""
+    # Not by accelerate's own means: they also strip the decorators that transformers puts on forward.
+    original = model.__dict__.pop("_original_forward", None)
+    if original is not None:
+        del model.forward
+        if getattr(original, "__func__", None) is not type(model).forward:
+            model.forward = original
