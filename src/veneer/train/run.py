@@ -5,14 +5,20 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 
 from veneer.data.dataset import digest, encode_all
 from veneer.data.encoding import IGNORED, Encoder, Kind, kind_of
@@ -197,6 +203,23 @@ class Begun(TrainerCallback):  # type: ignore[misc]
         self._begin(state.global_step)
 
 
+class LastEvaluation(TrainerCallback):  # type: ignore[misc]
+    """Remembers the last evaluation of a run, and after which step it was."""
+
+    def __init__(self) -> None:
+        self._step: int | None = None
+        self._metrics: Mapping[str, Any] = {}
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, Any], **_: Any) -> None:
+        """Called by Trainer."""
+        self._step, self._metrics = state.global_step, metrics
+
+    def of_trained(self, args: TrainingArguments, state: TrainerState) -> Mapping[str, Any] | None:
+        """Its metrics where it saw the weights that training ended with; None where it saw others, or none was."""
+        others = args.load_best_model_at_end and state.best_global_step not in (None, state.global_step)
+        return None if others or self._step != state.global_step else self._metrics
+
+
 def carry_out(
     recipe: Recipe,
     trainer: SFTTrainer,
@@ -241,6 +264,8 @@ def _trained(recipe: Recipe, trainer: SFTTrainer, resume: bool, stop: Stop) -> d
     output = Path(recipe.output)
     saved = output / (MODEL if recipe.method == FULL else ADAPTER)
     trainer.add_callback(StopAfterStep(stop))
+    last = LastEvaluation()
+    trainer.add_callback(last)
     began = time.perf_counter()
     with stop.deferred():
         trained = trainer.train(resume_from_checkpoint=resume or None)
@@ -254,7 +279,8 @@ def _trained(recipe: Recipe, trainer: SFTTrainer, resume: bool, stop: Stop) -> d
     }
     stop.check()
     if trainer.eval_dataset is not None:
-        results |= {key: value for key, value in trainer.evaluate().items() if key.startswith("eval_")}
+        metrics = last.of_trained(trainer.args, trainer.state) or trainer.evaluate()
+        results |= {key: value for key, value in metrics.items() if key.startswith("eval_")}
     history = trainer.state.log_history
     if is_main():
         draw_loss(history, output / "loss.png")

@@ -76,3 +76,38 @@ def test_answers_of_plain_text_are_refused_where_asked_for_and_told_else(values,
     values["data"]["train_on"] = "everything"
     sample_of(parse_recipe(values))
     assert "plain text" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        ({"eval_steps": 2}, [2, 4]),  # the last step evaluates: nothing is left to find out
+        ({"eval_steps": 3}, [3, 4]),
+        ({"eval_steps": 2, "load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 2}, [2, 4, 4]),
+    ],
+)
+def test_what_a_run_ended_with_is_evaluated_once(values, monkeypatch, changes, steps):
+    values["data"]["eval"] = values["data"]["train"]
+    values["training"] |= {"max_steps": 4, "eval_strategy": "steps", **changes}
+    recipe = parse_recipe(values)
+    trainer = make_trainer(recipe)
+    evaluate, losses = trainer.evaluate, iter([0.5, 2.0, 0.5])  # the best weights are those of the first evaluation
+    seen = []
+
+    def counted(*args, **options):
+        seen.append(trainer.state.global_step)
+        return evaluate(*args, **options)
+
+    def scored(*args, **options):
+        output = loop(*args, **options)
+        output.metrics["eval_loss"] = next(losses)
+        return output
+
+    loop = trainer.evaluation_loop
+    monkeypatch.setattr(trainer, "evaluate", counted)
+    monkeypatch.setattr(trainer, "evaluation_loop", scored)
+    record = carry_out(recipe, trainer)
+    assert seen == steps
+    assert [line["step"] for line in record["log"] if "eval_loss" in line] == steps
+    assert record["results"]["eval_loss"] == [line["eval_loss"] for line in record["log"] if "eval_loss" in line][-1]
+    assert record["results"].keys() >= {"eval_loss", "eval_runtime", "eval_samples_per_second"}

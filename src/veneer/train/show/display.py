@@ -38,7 +38,6 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
         self._step_began = self._busy = 0.0
         self._counted: int | None = None
         self._predicted = 0
-        self._told: tuple[int, str] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Open the bar of the steps."""
@@ -90,9 +89,7 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
             else:
                 self._say(f"step {state.global_step}/{state.max_steps}  {values}  {self._left(state)} left")
         held_out = _held_out(logs)
-        is_new = self._trains or self._told != (state.global_step, held_out)  # the last step may have told it already
-        if held_out and is_new:
-            self._told = state.global_step, held_out
+        if held_out:
             at = f"step {state.global_step}/{state.max_steps}" if self._trains else "after training"
             self._say(f"{at}  held out: {held_out}")
 

@@ -82,18 +82,6 @@ def test_a_file_gets_plain_lines() -> None:
     ]
 
 
-def test_values_that_the_last_step_told_are_not_told_again() -> None:
-    file = io.StringIO()
-    run = run_on(Console(file=file, width=80))
-    run.display.on_train_begin(ARGS, run.state, ARGS)
-    run.steps(7, 11)
-    run.evaluate(5, eval_loss=0.5)
-    run.display.on_train_end(ARGS, run.state, ARGS)
-    run.evaluate(5, eval_loss=0.5)
-    run.evaluate(5, eval_loss=0.25)  # of other weights: the best ones, loaded again
-    assert file.getvalue().splitlines() == ["step 7/7  held out: loss 0.5000", "after training  held out: loss 0.2500"]
-
-
 @pytest.mark.usefixtures("clock")
 def test_a_resumed_run_counts_from_where_it_goes_on() -> None:
     file = io.StringIO()
