@@ -1,9 +1,9 @@
 """Activations kept where memory is plenty, computed again where it is not: decided before every forward pass.
 
-What blocks keep for the backward pass is measured on the second block of the first pass. On a CPU there are three ways:
-all is kept; checkpointed selectively; each block computed again. On a GPU two: all is kept; each block is computed
-again from an input that waits in the host's memory (the idea of Unsloth's "unsloth" checkpointing). No way changes a
-gradient.
+What blocks keep for the backward pass the description of a fused model tells before the first one (`model.fused.kept`);
+elsewhere it is measured on the second block of the first pass, which is kept. On a CPU there are three ways: all is
+kept; checkpointed selectively; each block computed again. On a GPU two: all is kept; each block is computed again from
+an input that waits in the host's memory (the idea of Unsloth's "unsloth" checkpointing). No way changes a gradient.
 """
 
 from __future__ import annotations
@@ -18,9 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from veneer.model.blueprint.describe import describe
+from veneer.model.blueprint.parts import Strange
 from veneer.model.checkpointing import checkpoint_fully, selective_contexts
+from veneer.model.fused.acting import acting_on
+from veneer.model.fused.decoder import is_fused
+from veneer.model.fused.kept import Pass, kept_by_block, total
+from veneer.model.fused.layout import LayoutMask
+from veneer.model.fused.parts import computed_in
 from veneer.model.memory import available_bytes
 from veneer.model.offload import ActivationOffload
 
@@ -47,26 +55,49 @@ def checkpoint_as_needed(model: nn.Module) -> None:
     blocks: list[Any] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     config = getattr(model, "config", None)
     vocabulary = getattr(config, "vocab_size", None) or 0
-    plan = ActivationPlan(len(blocks), vocabulary)
+    plan = ActivationPlan(len(blocks), vocabulary, functools.partial(described_bytes, model))
     for index, block in enumerate(blocks):
         block._gradient_checkpointing_func = BlockActivations(plan, block, index)
+
+
+def described_bytes(model: nn.Module, hidden: Tensor) -> float | None:
+    """Bytes a token that a block of a model keeps, on average over the blocks, of a pass over hidden states (…, width),
+    as its description has it; None where that does not tell."""
+    dtype = computed_in(hidden)
+    if not isinstance(model, PreTrainedModel) or not is_fused(model) or dtype is None:
+        return None
+    decoder = describe(model)
+    acting = acting_on(model, decoder, hidden.dtype, dtype)
+    if acting is None:
+        return None
+    n_tokens = hidden.numel() // hidden.shape[-1]
+    step = Pass(n_tokens=n_tokens, stream=hidden.dtype, dtype=dtype, acting=acting, device=hidden.device)
+    kept = [kept_by_block(block, step) for block in decoder.blocks]
+    n_bytes = sum(total(each) for each in kept if not isinstance(each, Strange))
+    return None if any(isinstance(each, Strange) for each in kept) else n_bytes / n_tokens / len(kept)
 
 
 class ActivationPlan:
     """The way that activations of the pass now running are kept, one for all blocks of a model.
 
     ``n_logits`` is the size of the vocabulary: float32 logits and their gradients are held beside the activations.
+    ``described`` gives for hidden states what a block keeps of each token, where that is known before it has run.
     """
 
-    def __init__(self, n_blocks: int, n_logits: int) -> None:
-        self.n_blocks, self.n_logits = n_blocks, n_logits
+    def __init__(
+        self, n_blocks: int, n_logits: int, described: Callable[[Tensor], float | None] = lambda hidden: None
+    ) -> None:
+        self.n_blocks, self.n_logits, self._described = n_blocks, n_logits, described
         self.way: Way = "kept"
         self.block_bytes: float | None = None  # a token, of one block
         self._logged: Way | None = None
         self._most_kept = 0  # tokens of the largest pass that was kept
 
-    def begin(self, hidden: Tensor) -> None:
-        """Choose for a pass over hidden states (…, width). All is kept until a block has been measured."""
+    def begin(self, hidden: Tensor, *, fused: bool = False) -> None:
+        """Choose for a pass over hidden states (…, width), ``fused`` or not. All is kept until it is known how much a
+        block keeps."""
+        if self.block_bytes is None and fused:
+            self.block_bytes = self._described(hidden)
         if self.block_bytes is None:
             return
         n_tokens = hidden.numel() // hidden.shape[-1]
@@ -123,7 +154,8 @@ class BlockActivations:
             return checkpoint(function, *args, use_reentrant=False, **kwargs)
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         if self.index == 0:
-            self.plan.begin(hidden)
+            given = (*args, *kwargs.values(), *getattr(function, "keywords", {}).values())  # bound by transformers
+            self.plan.begin(hidden, fused=any(isinstance(argument, LayoutMask) for argument in given))
         if self.plan.block_bytes is None:
             with self.plan.measuring(self.block, hidden) if self.index == 1 else nullcontext():
                 return function(*args, **kwargs)

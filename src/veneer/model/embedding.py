@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from veneer.core.linear import apply_embedding
 from veneer.core.sites import LinearSite
 from veneer.core.token_rows import look_up_rows
+from veneer.model.blueprint.tables import own_multiplier
 from veneer.model.linear import AdaptedSite
 from veneer.quant.dense import DenseWeight
 
@@ -24,7 +25,7 @@ class AdaptedEmbedding(AdaptedSite):
         if routing is not None and held:
             return self.by_rows(routing, held, (token_ids,), {})  # a look-up per row anyway: nothing is read twice
         looked_up = cast(Tensor, super().forward(token_ids))
-        multiplier = float(getattr(self, "scalar_embed_scale", getattr(self, "embed_scale", 1.0)))  # Gemma's table
+        multiplier = own_multiplier(self)
         for rows in self.token_rows(self.adapter_state.acting()):
             index, values = rows.index(token_ids.device), rows.trainable_tokens_delta.to(looked_up.dtype) * multiplier
             looked_up = look_up_rows(token_ids, looked_up, index, values, cast(Any, self).padding_idx)

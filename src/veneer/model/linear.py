@@ -186,12 +186,15 @@ class AdaptedLinear(AdaptedSite):
 
     def masks(self, x: Tensor) -> tuple[Mask | None, ...]:
         """The dropout masks of x (rows, …, features), one a record of `acting_records`; drawn anew at each call."""
+        return masks_of(self.rates(), x.shape, x.device, self.adapter_state.routed())
+
+    def rates(self) -> list[float]:
+        """The rates of dropout in front of each of `acting_records`; none outside of training."""
         if not self.training:
-            return ()
+            return []
         routing = self.adapter_state.routed()
         names = self.acting_here() if routing is None else routing.adapters
-        rates = [self.method(name).dropout if name in self.adapters else 0.0 for name in names]
-        return masks_of(rates, x.shape, x.device, routing)
+        return [self.method(name).dropout if name in self.adapters else 0.0 for name in names]
 
     def drops_apart(self) -> bool:
         """Return True if several adapters act as one record and each drops what it reads by itself."""

@@ -149,9 +149,9 @@ class _Embedding:
         module: Any = model.get_submodule(part.path)
         self.path, self.effects = part.path, effects
         self.table = cast(Tensor, module._parameters["weight"])
-        own = getattr(module, "scalar_embed_scale", 1.0)  # Gemma's table rounds it to its own dtype
-        self.own_multiplier = float(torch.tensor(own, dtype=self.table.dtype))
-        self.multiplier = part.multiplier / own
+        own = torch.tensor(part.own_multiplier, dtype=self.table.dtype)  # Gemma's table rounds it to its own dtype
+        self.own_multiplier = float(own)
+        self.multiplier = part.multiplier / part.own_multiplier
         positions = part.positions
         self.offset = 0 if positions is None else positions.offset
         learned = None if positions is None else model.get_submodule(positions.path)._parameters["weight"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from veneer import LoraConfig, get_peft_model
+from veneer import IA3Config, LoraConfig, get_peft_model
 from veneer.model import activation_memory
 from veneer.model.activation_memory import ActivationPlan, checkpoint_as_needed
 from veneer.model.fused.decoder import fuse
@@ -20,15 +21,16 @@ IDS = torch.arange(2 * 19).view(2, 19) * 7 % VOCABULARY
 PLENTY = 1 << 40
 
 
-def make(fused: bool) -> Any:
+LORA = LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False)
+
+
+def make(fused: bool, config: Any = LORA) -> Any:
     torch.manual_seed(3)
-    config = LlamaConfig(
+    shape = LlamaConfig(
         hidden_size=WIDTH, intermediate_size=40, num_hidden_layers=N_LAYERS, num_attention_heads=3,
         num_key_value_heads=1, vocab_size=VOCABULARY,
     )  # fmt: skip
-    model = get_peft_model(
-        AutoModelForCausalLM.from_config(config), LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False)
-    ).train()
+    model = get_peft_model(AutoModelForCausalLM.from_config(shape), config).train()
     if fused:
         assert fuse(model)
     return model
@@ -95,6 +97,21 @@ def test_less_memory_keeps_less(free: dict[str, int], fused: bool) -> None:
     assert held["recomputed"] < 0.85 * held["selective"] < 0.5 * held["kept"], held
     measured = IDS.numel() * plan.block_bytes * N_LAYERS
     assert measured == pytest.approx(held["kept"], rel=0.15)  # logits and losses are held too
+
+
+@pytest.mark.parametrize("config", [LORA, IA3Config(), replace(LORA, lora_dropout=0.3)])
+def test_what_fused_blocks_keep_is_known_before_they_run(free: dict[str, int], config: Any) -> None:
+    model = make(fused=True, config=config)
+    model.enable_input_require_grads()
+    checkpoint_as_needed(model)
+    plan_of(model)._described = lambda hidden: None
+    gradients(model, loss_of(model))
+    measured = plan_of(model).block_bytes
+    checkpoint_as_needed(model)
+    free["bytes"] = 0
+    gradients(model, loss_of(model))
+    assert plan_of(model).way == "recomputed"  # in the first pass
+    assert plan_of(model).block_bytes == pytest.approx(measured, rel=1e-12)
 
 
 def test_a_pass_is_computed_again_as_it_ran_whatever_was_chosen_since(free: dict[str, int]) -> None:

@@ -26,7 +26,10 @@ from transformers import (
     Qwen3Config,
     StableLmConfig,
 )
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from veneer.model.blueprint.family import Family
+from veneer.model.blueprint.names import Names
 from veneer.model.fused.decoder import fuse
 
 from .conftest import NEOX, PARTIAL, SIZES, WIDE, base
@@ -133,3 +136,24 @@ def test_a_model_that_cannot_be_looked_at_is_left_alone(
         assert not fuse(model)
     assert [type(m) for m in model.modules()] == classes
     assert reason in caplog.text
+
+
+def test_the_feed_forward_half_is_found_by_the_name_that_the_description_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Renamed(LlamaDecoderLayer):
+        @property
+        def mlp(self) -> nn.Module:  # for the model's own code
+            feed: nn.Module = self.feed
+            return feed
+
+    model = base("llama").eval()
+    for block in model.model.layers:
+        block.add_module("feed", block._modules.pop("mlp"))
+        block.__class__ = Renamed
+    ids = torch.arange(2 * 9).view(2, 9)
+    expected = model(input_ids=ids, use_cache=False).logits
+    family = Family(model_types=("llama",), names=Names(feed_forward=("feed",)))
+    monkeypatch.setattr("veneer.model.blueprint.source.family_of", lambda model_type: family)
+    assert fuse(model)
+    assert all(block.fused_shape.mlp is not None for block in model.model.layers)
+    assert {block.fused_shape.mlp_name for block in model.model.layers} == {"feed"}
+    assert torch.allclose(model(input_ids=ids, use_cache=False).logits, expected, atol=1e-4)

@@ -23,12 +23,17 @@ class Positions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Embedding:
-    """``norm(multiplier · table[ids] + positions)``; the table is (n_tokens, width)."""
+    """``norm(multiplier · table[ids] + positions)``; the table is (n_tokens, width).
+
+    ``own_multiplier`` is the factor of ``multiplier`` that the table's module itself puts on what it looks up (Gemma):
+    what is given in place of embeddings does not get it.
+    """
 
     path: str
     n_tokens: int
     width: int
     multiplier: float = 1.0
+    own_multiplier: float = 1.0
     positions: Positions | None = None
     norm: Norm | None = None
 

@@ -16,6 +16,7 @@ from veneer.model.blueprint.norms import read_norm
 from veneer.model.blueprint.parts import Strange
 from veneer.model.blueprint.read_block import read_block
 from veneer.model.blueprint.source import Source, first, undescribed
+from veneer.model.blueprint.tables import own_multiplier
 
 
 def describe_config(config: PreTrainedConfig) -> Decoder:
@@ -46,7 +47,8 @@ def describe(model: PreTrainedModel) -> Decoder:
     norm_module = None if final is None else cast(nn.Module, getattr(holder, final))
     norm = read_norm(source, norm_module)
     positions, embedding_norm = _beside_embeddings(source, holder)
-    embedding = _embedding(source, embeddings, positions, embedding_norm)
+    computed = None if isinstance(positions, nn.Embedding) else positions  # sinusoids (XGLM), no table
+    embedding = _embedding(source, embeddings, positions if computed is None else None, embedding_norm)
     known = [layers, embeddings, head, positions, embedding_norm, norm_module]
     return Decoder(
         model_type=source.config.model_type,
@@ -55,7 +57,7 @@ def describe(model: PreTrainedModel) -> Decoder:
         blocks=tuple(read_block(source, block, layer) for layer, block in enumerate(layers)),
         norm=norm,
         head=_head(source, head, embeddings),
-        other=tuple(_strange(source, holder, known, norm, norm_module)),
+        other=(*_no_table(source, computed), *_strange(source, holder, known, norm, norm_module)),
     )
 
 
@@ -78,13 +80,14 @@ def _beside_embeddings(source: Source, holder: nn.Module) -> tuple[nn.Module | N
 
 def _embedding(source: Source, table: Any, positions: Any, norm: nn.Module | None) -> Embedding:
     n_tokens, width = table._parameters["weight"].shape
-    own = getattr(table, "scalar_embed_scale", 1.0)
-    multiplier = float(own) * float(getattr(source.config, "embedding_multiplier", 1.0))
+    own = own_multiplier(table)
+    multiplier = own * float(getattr(source.config, "embedding_multiplier", 1.0))
     return Embedding(
         path=source.path(table),
         n_tokens=n_tokens,
         width=width,
         multiplier=multiplier,
+        own_multiplier=own,
         positions=None
         if positions is None
         else Positions(
@@ -108,6 +111,11 @@ def _head(source: Source, head: nn.Module | None, table: nn.Module) -> Head | No
         / float(getattr(config, "logits_scaling", None) or 1.0),
         softcap=None if cap is None else float(cap),
     )
+
+
+def _no_table(source: Source, positions: nn.Module | None) -> Iterator[Strange]:
+    if positions is not None:
+        yield Strange(path=source.path(positions), reason="its positions are computed, not looked up in a table")
 
 
 def _strange(

@@ -103,6 +103,7 @@ class Names:
 
 
 COMMON = Names()
+EMBEDDING_MULTIPLIERS = ("scalar_embed_scale", "embed_scale")  # on a table that multiplies what it looks up
 EXPERTS = ("experts", "gate")  # the stacks of a mixture and its router, as children of the feed-forward part
 STACKS = ("gate_up_proj", "down_proj")
 UNGATED_STACKS = ("up_proj", "down_proj")

@@ -79,8 +79,8 @@ def own_attention(block: FusedBlock, kwargs: dict[str, Any], x: Tensor) -> Tenso
 
 def _own_mlp(block: FusedBlock, x: Tensor, stream: Tensor) -> Tensor:
     """The stream after the feed-forward half as the model wrote it."""
-    names = block.fused_shape.norms
-    return stream + _through(block, names.mlp_post, cast(Any, block).mlp(getattr(block, names.mlp)(x)))
+    names, module = block.fused_shape.norms, getattr(block, block.fused_shape.mlp_name)
+    return stream + _through(block, names.mlp_post, module(getattr(block, names.mlp)(x)))
 
 
 def _again(block: FusedBlock, function: Callable[..., Any], *args: Tensor) -> Any:
@@ -115,7 +115,8 @@ def attention_of(block: FusedBlock, stream: torch.dtype, dtype: torch.dtype) -> 
 
 def mlp_of(block: FusedBlock, stream: torch.dtype, dtype: torch.dtype) -> MlpHalf | None:
     """The feed-forward half as it acts now, likewise."""
-    shape, parts, module = block.fused_shape, block.fused_shape.mlp, cast(Any, block).mlp
+    shape, parts = block.fused_shape, block.fused_shape.mlp
+    module = getattr(block, shape.mlp_name)
     if parts is None or not is_plain(module) or not is_plain(getattr(module, parts.act)) or _drops_within(module):
         return None
     layers = _layers(module, (*parts.gate_up, parts.down), dtype)
@@ -142,7 +143,7 @@ def _masked_attention(block: FusedBlock, half: AttentionHalf, x: Tensor) -> Atte
 
 
 def _masked_mlp(block: FusedBlock, half: MlpHalf, x: Tensor) -> MlpHalf:
-    module, parts = cast(Any, block).mlp, cast(MlpParts, block.fused_shape.mlp)
+    module, parts = getattr(block, block.fused_shape.mlp_name), cast(MlpParts, block.fused_shape.mlp)
     *gate_up, down = _with_masks(module, (*parts.gate_up, parts.down), (*half.gate_up, half.down), x)
     return replace(half, gate_up=tuple(gate_up), down=down)
 

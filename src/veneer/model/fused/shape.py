@@ -47,12 +47,14 @@ class NormNames:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockShape:
-    """The fused parts of a block. ``parallel``: the feed-forward half reads what the attention half reads.
+    """The fused parts of a block, and the modules of its halves. ``parallel``: the feed-forward half reads what the
+    attention half reads.
 
     ``attention`` and ``mlp`` are None where that half is of another kind and runs as the model wrote it.
     """
 
     attention_name: str
+    mlp_name: str
     norms: NormNames
     kind: NormKind
     parallel: bool
@@ -64,7 +66,7 @@ def block_shape(block: Block) -> BlockShape | str:
     """The parts of a block that the kernels can run; or, in words, the reason that they run none of it."""
     norms, before = block.norms, len(block.path) + 1
     kinds = {_kind(norm) for norm in norms.all}
-    attention, mlp = _attention_parts(block.attention, kinds), _mlp_parts(block.feed_forward, f"{block.path}.mlp")
+    attention, mlp = _attention_parts(block.attention, kinds), _mlp_parts(block.feed_forward)
     reason = _unfit(block)
     if reason is not None:
         return reason
@@ -77,6 +79,7 @@ def block_shape(block: Block) -> BlockShape | str:
         return _reasons(block) or "its halves are of kinds that the kernels do not know"
     return BlockShape(
         attention_name=block.attention.path[before:],
+        mlp_name=block.feed_forward.path[before:],
         norms=NormNames(
             attention=norms.attention.path[before:],
             mlp=norms.feed_forward.path[before:],
@@ -95,6 +98,8 @@ def _unfit(block: Block) -> str | None:
     attention = block.attention
     if block.other or attention.path == block.path:  # what is strange is the block itself
         return _reasons(block)
+    if block.feed_forward.path == block.path:
+        return _reasons(block) or "the layers of its feed-forward half lie in the block itself"
     if block.residual_multiplier != 1:
         return (
             f"what its halves give is multiplied before it is added (residual_multiplier={block.residual_multiplier})"
@@ -144,13 +149,13 @@ def _attention_parts(attention: Attention | Strange, kinds: set[NormKind | None]
     )
 
 
-def _mlp_parts(part: FeedForward | Experts | Strange, path: str) -> MlpParts | None:
+def _mlp_parts(part: FeedForward | Experts | Strange) -> MlpParts | None:
     """None where the half runs as the model wrote it."""
-    if not isinstance(part, FeedForward) or part.path != path:
+    if not isinstance(part, FeedForward):
         return None
     if part.gated and part.activation not in ACTIVATIONS:
         return None
-    before = len(path) + 1
+    before = len(part.path) + 1
     return MlpParts(
         gate_up=tuple(linear.path[before:] for linear in part.inner),
         down=part.down.path[before:],

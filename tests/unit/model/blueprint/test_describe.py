@@ -24,6 +24,7 @@ from transformers import (
     StableLmConfig,
     T5Config,
     T5ForConditionalGeneration,
+    XGLMConfig,
 )
 
 from veneer import LoraConfig, get_peft_model
@@ -164,3 +165,18 @@ def test_a_linear_layer_says_how_its_weight_is_stored() -> None:
     (first, *_) = describe_config(FAMILIES["gpt2"]).linears
     path = "transformer.h.0.attn.c_attn"
     assert first == Linear(role="qkv", path=path, out_features=126, in_features=42, bias=True, transposed=True)
+
+
+def test_a_table_that_multiplies_what_it_looks_up() -> None:
+    model = AutoModelForCausalLM.from_config(XGLMConfig(d_model=42, ffn_dim=58, num_layers=2, attention_heads=3))
+    embedding, ids = describe(model).embedding, torch.tensor([[5, 3, 8]])
+    table: Any = model.get_input_embeddings()
+    assert embedding.own_multiplier == embedding.multiplier == pytest.approx(42**0.5)
+    assert torch.equal(table(ids), table.weight[ids] * embedding.own_multiplier)
+    assert [part.reason for part in describe(model).strange][:1] == [
+        "its positions are computed, not looked up in a table"
+    ]
+    granite = describe_config(FAMILIES["granite"]).embedding
+    assert (granite.multiplier, granite.own_multiplier) == (1.7, 1.0)  # the model multiplies, not the table
+    gemma = describe_config(FAMILIES["gemma3"]).embedding
+    assert gemma.multiplier == gemma.own_multiplier != 1
