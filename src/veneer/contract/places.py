@@ -13,6 +13,7 @@ from veneer.contract.linear import LinearMethod
 from veneer.contract.residual import ResidualMethod
 from veneer.contract.virtual_tokens import PrefixMethod, PromptMethod
 from veneer.core.sites import AttentionSite, InputSite, LinearSite, ResidualSite, Site
+from veneer.errors import FormatError
 
 REPEATS = 2  # how often PEFT adds the update of an attention's output projection that is adapted with the attention
 INPUT = "input"  # the name of the one place of virtual tokens
@@ -52,22 +53,27 @@ def placed_prompt(config: PromptMethod, site: InputSite) -> Placed:
     return Placed((site,), config.disk_names())
 
 
-def places_in(config: MethodConfig, shapes: ShapesByKey) -> dict[str, Placed] | None:
+def places_in(config: MethodConfig, shapes: ShapesByKey, source: str) -> dict[str, Placed] | None:
     """The places of an adapter by path, read from its file; None where that does not tell the sizes of all sites.
 
-    ``config`` is that of the file. Layers of which a part is missing are left out.
+    ``config`` is that of the file, and ``source`` what errors call it. Layers of which a part is missing are left out.
+    Raises FormatError where a parameter has a shape that tells nothing, or another number of layers than the config.
     """
-    if isinstance(config, LinearMethod):
-        return _linear_places(config, shapes)
-    if isinstance(config, ResidualMethod):
-        return _residual_places(config, shapes)
-    if isinstance(config, PrefixMethod):
-        sites = _prefix_sites(config)
-        return None if sites is None else {INPUT: placed_prefix(config, sites)}
-    if isinstance(config, PromptMethod):
-        widths = [shapes[key][-1] for key in config.disk_names().values() if key in shapes]
-        return {INPUT: placed_prompt(config, InputSite(name=INPUT, features=widths[0]))} if widths else None
-    return None
+    try:
+        if isinstance(config, LinearMethod):
+            return _linear_places(config, shapes)
+        if isinstance(config, ResidualMethod):
+            return _residual_places(config, shapes)
+        if isinstance(config, PrefixMethod):
+            sites = _prefix_sites(config, shapes)
+            return None if sites is None else {INPUT: placed_prefix(config, sites)}
+        return _prompt_places(config, shapes) if isinstance(config, PromptMethod) else None
+    except _WrongShapeError as error:
+        raise FormatError(f"{source}: {error}; save or download it again") from error
+
+
+class _WrongShapeError(Exception):
+    """A parameter has a shape that no layer gives it."""
 
 
 def modules_in(config: MethodConfig, keys: Collection[str]) -> list[str]:
@@ -97,7 +103,9 @@ def _linear_places(config: LinearMethod, shapes: ShapesByKey) -> dict[str, Place
         given = {place.end: shapes[key] for place, key in keys.items()}
         names = config.disk_names(site)
         if set(names.values()) <= given.keys():
-            complete = config.site_of(site, {own: given[end] for own, end in names.items()})
+            own = {name: given[end] for name, end in names.items()}
+            _require_sizes(own, config.shapes(site), path)
+            complete = config.site_of(site, own)
             if complete is None:
                 return None
             found[path] = placed_linear(config, complete, attention_path(path) if first.of_attention else path)
@@ -121,7 +129,9 @@ def _residual_places(config: ResidualMethod, shapes: ShapesByKey) -> dict[str, P
         given = {place.end: shapes[key] for place, key in keys.items()}
         match = _SUBLAYER.fullmatch(path)
         if match and set(names.values()) <= given.keys():
-            features = config.features({own: given[end] for own, end in names.items()})
+            own = {name: given[end] for name, end in names.items()}
+            _require_sizes(own, config.shapes(_any_sublayer()), path)
+            features = config.features(own)
             if features is None:
                 return None
             sublayer = cast(Literal["attention", "cross_attention", "mlp"], match[2])
@@ -130,15 +140,33 @@ def _residual_places(config: ResidualMethod, shapes: ShapesByKey) -> dict[str, P
     return found
 
 
+def _require_sizes(found: ShapesByKey, like: ShapesByKey, path: str) -> None:
+    """Raise where a parameter is empty, or has fewer dimensions than one ``like`` it has at any site."""
+    for name, shape in found.items():
+        if 0 in shape or len(shape) < len(like[name]):
+            raise _WrongShapeError(f"{name} of {path} has shape {shape}")
+
+
 def _any_sublayer() -> ResidualSite:
     return ResidualSite(name="", layer=0, sublayer="mlp", features=1024)
 
 
-def _prefix_sites(config: PrefixMethod) -> tuple[AttentionSite, ...] | None:
+def _prompt_places(config: PromptMethod, shapes: ShapesByKey) -> dict[str, Placed] | None:
+    found = {name: shapes[key] for name, key in config.disk_names().items() if key in shapes}
+    if not found:
+        return None
+    _require_sizes(found, config.shapes(InputSite(name=INPUT, features=1)), INPUT)
+    return {INPUT: placed_prompt(config, InputSite(name=INPUT, features=next(iter(found.values()))[-1]))}
+
+
+def _prefix_sites(config: PrefixMethod, shapes: ShapesByKey) -> tuple[AttentionSite, ...] | None:
     """Every layer of the base, as the config tells it once it has been on a model."""
     heads, width, layers = config.num_attention_heads, config.token_dim, config.num_layers
     if heads is None or width is None or layers is None or width % heads:
         return None
+    columns = max((shape[-1] for shape in shapes.values() if shape), default=0)
+    if layers > columns:  # each has columns of its own; told before so many sites are made
+        raise _WrongShapeError(f"num_layers={layers} where no tensor has more than {columns} columns")
     cross = config.num_transformer_submodules == 2
     sites = (
         AttentionSite(name=f"layer {i}", layer=i, kv_heads=heads, head_dim=width // heads, cross=cross)

@@ -39,7 +39,8 @@ class VirtualTokenMethod(MethodConfig):
 
     def problems(self) -> list[str]:
         found = super().problems()
-        for name in ("num_virtual_tokens", "encoder_hidden_size", "encoder_num_layers"):
+        of_base = ("token_dim", "num_attention_heads", "num_layers")
+        for name in ("num_virtual_tokens", "encoder_hidden_size", "encoder_num_layers", *of_base):
             value = getattr(self, name, None)
             if value is not None and value < 1:
                 found.append(f"{name}={value!r} must be a whole number of at least 1")

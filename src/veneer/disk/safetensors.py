@@ -21,6 +21,7 @@ from torch import Tensor
 from veneer.errors import FormatError
 
 MAX_HEADER_BYTES = 100_000_000
+MAX_DIMENSIONS = 64  # torch's
 PREFIX_BYTES = 8
 
 DTYPES: dict[str, torch.dtype] = {
@@ -131,8 +132,10 @@ def _read_json(path: Path) -> tuple[dict[str, Any], int, int]:
         text = file.read(length)
     try:
         header = json.loads(text, object_pairs_hook=_no_duplicates)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ValueError as error:  # no JSON, no text, or a number of more digits than Python reads
         raise FormatError(f"the header is not JSON ({error})") from error
+    except RecursionError as error:
+        raise FormatError("the header is nested too deeply to be a table of tensors") from error
     except _DuplicateKeyError as error:
         raise FormatError(f"the header names {error.args[0]!r} twice") from error
     if not isinstance(header, dict):
@@ -163,6 +166,8 @@ def _entry(path: Path, name: str, entry: object, data_start: int) -> StoredTenso
         return f"tensor {name!r} has dtype {entry['dtype']!r}; known are {', '.join(DTYPES)}"
     if not _whole_numbers(shape):
         return f"tensor {name!r} has shape {shape!r}"
+    if len(shape) > MAX_DIMENSIONS:
+        return f"tensor {name!r} has {len(shape)} dimensions; {MAX_DIMENSIONS} is the most"
     if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[1] < offsets[0]:
         return f"tensor {name!r} has data_offsets {offsets!r}"
     nbytes = math.prod(shape) * dtype.itemsize

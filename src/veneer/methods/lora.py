@@ -242,7 +242,7 @@ class LoraConfig(LinearMethod):
     def site_of(self, site: LinearSite, shapes: Mapping[str, tuple[int, ...]]) -> LinearSite:
         a, b = shapes["lora_A"], shapes["lora_B"]
         site = replace(site, in_features=math.prod(a[1:]), out_features=b[0])
-        return site if len(a) == 2 else replace(site, kind="convolution", window=a[2:], groups=a[0] // b[1])
+        return site if len(a) == 2 else replace(site, kind="convolution", window=a[2:], groups=max(1, a[0] // b[1]))
 
     def turned(self, params: Params) -> dict[str, Tensor]:
         """(B A)ᵀ is Aᵀ Bᵀ."""

@@ -19,6 +19,7 @@ from veneer.core.records import PromptDelta
 from veneer.core.sites import InputSite
 
 STORED = "prompt_embeddings"
+MOST = {"encoder_hidden_size": 2**20, "encoder_num_layers": 1000}  # the layers are made before a file is compared
 ENCODER = "prompt_encoder."
 
 
@@ -46,6 +47,11 @@ class PromptEncoderConfig(PromptMethod):
         found = super().problems()
         if self.encoder_dropout != 0:
             found.append(f"encoder_dropout={self.encoder_dropout!r} must be 0")
+        found += [
+            f"{name}={getattr(self, name)!r} must be at most {most:,}"
+            for name, most in MOST.items()
+            if (getattr(self, name) or 0) > most
+        ]
         return found
 
     @property

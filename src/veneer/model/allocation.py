@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from veneer.errors import FormatError
+
 
 @dataclass(frozen=True)
 class Allocation:
@@ -28,6 +30,17 @@ class Allocation:
         dtype: torch.dtype,
     ) -> nn.ParameterDict:
         """Fresh parameters of these shapes on a device; ``dtype`` is the base's, used where they are not widened."""
-        values = init() if self.values else {name: torch.empty(shape) for name, shape in shapes.items()}
+        values = init() if self.values else {name: _empty(name, shape) for name, shape in shapes.items()}
         kept = torch.promote_types(dtype, torch.float32) if self.widen else dtype
         return nn.ParameterDict({name: nn.Parameter(value.to(device, kept)) for name, value in values.items()})
+
+
+def _empty(name: str, shape: tuple[int, ...]) -> Tensor:
+    """Room for values of this shape. Raises FormatError where there is none: a config may ask for any rank."""
+    try:
+        return torch.empty(shape)
+    except (RuntimeError, TypeError) as error:  # too much for this machine, or a size beyond 64 bits
+        raise FormatError(
+            f"{name} of shape {shape} does not fit into memory: the config that asks for it is damaged, or was made "
+            "for a larger machine"
+        ) from error

@@ -149,6 +149,15 @@ def stored_tensors(
 
     ``values`` stand in for `live_parameters`.
     """
+    config = state.configs[name]
+    found = packed_tensors(model, state, name, values)
+    return found | shared_tensors(config) if config.shared is not None and config.shared.is_saved else found
+
+
+def packed_tensors(
+    model: nn.Module, state: AdapterState, name: str, values: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """`stored_tensors` without those that all layers share, which are drawn."""
     found = live_parameters(model, state, name) if values is None else dict(values)
     places: list[tuple[str, AdaptedSite | VirtualTokens]] = [
         *_with_own(model, name).items(),
@@ -160,9 +169,7 @@ def stored_tensors(
             for key in layer.disk_keys(name, path).values():
                 del found[key]
             found |= packed
-    found |= repeated_tensors(model, name, found)
-    config = state.configs[name]
-    return found | shared_tensors(config) if config.shared is not None and config.shared.is_saved else found
+    return found | repeated_tensors(model, name, found)
 
 
 def shared_tensors(config: MethodConfig) -> dict[str, Tensor]:

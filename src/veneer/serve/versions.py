@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import stat
 from pathlib import Path
 
 from veneer.contract import LinearMethod, MethodConfig, VirtualTokenMethod
@@ -67,12 +68,14 @@ def _stamp(folder: Path) -> _Stamp:
     found = []
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         try:
-            stat = (folder / name).stat()
+            told = (folder / name).stat()
+            if not stat.S_ISREG(told.st_mode):  # a folder of that name, or a pipe, which would be waited for
+                raise FileNotFoundError(name)
         except OSError as error:
             raise FormatError(
                 f"{folder} holds no {name}, so it is not an adapter: give the folder it was saved to"
             ) from error
-        found.append((stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size))
+        found.append((told.st_dev, told.st_ino, told.st_mtime_ns, told.st_size))
     return tuple(found)
 
 

@@ -117,7 +117,10 @@ def _needs_base(folder: Path) -> CompositionError:
 
 
 def _told_places(folder: Path, config: MethodConfig, tensors: Mapping[str, Tensor]) -> dict[str, Placed]:
-    places = places_in(config, {key: tuple(value.shape) for key, value in tensors.items()})
+    source = str(folder / WEIGHTS_FILE)
+    places = places_in(config, {key: tuple(value.shape) for key, value in tensors.items()}, source)
+    if places == {} and isinstance(config, LinearMethod) and config.target_modules != ():
+        raise FormatError(f"{source} holds no parameters of a {config.peft_type} adapter, which {CONFIG_FILE} tells of")
     if places is None:
         raise CompositionError(
             f"the file of the adapter {folder} ({config.peft_type}) does not tell the sizes of the layers that it "

@@ -69,6 +69,6 @@ def places_in_base(folder: Path) -> dict[str, Placed] | None:
     tensors, problems = read_header(file)
     if problems:  # whoever reads the tensors tells them
         return None
-    if places_in(config, {key: stored.shape for key, stored in tensors.items()}) is not None:
+    if places_in(config, {key: stored.shape for key, stored in tensors.items()}, str(file)) is not None:
         return None
     return placed_on(without_storage(AutoConfig.from_pretrained(base.parent), tensors), config)

@@ -22,6 +22,7 @@ from veneer.contract.keys import (
     is_of_wrapped,
     place_of,
     rows_key,
+    shared_key,
     weight_key,
 )
 from veneer.contract.shared import Shared
@@ -33,6 +34,7 @@ from veneer.model.attach import (
     adapt_path,
     live_parameters,
     named_live_parameters,
+    packed_tensors,
     repeated_tensors,
     shared_tensors,
     stored_tensors,
@@ -195,10 +197,10 @@ def assign(
     each kind.
     """
     tensors = once_each(tensors)
-    expected = _expected(model, state, name)
+    expected = _expected(model, state, name, None if mismatched else tensors)
     left: list[str] = []
     if mismatched:
-        left = [key for key, own in expected.values.items() if key in tensors and tensors[key].shape != own.shape]
+        left = _misshapen(expected.values, tensors)
         tensors = {key: value for key, value in tensors.items() if key not in left}
         tensors |= {key: expected.parameters[key] for key in left if key in expected.parameters}
     problems = _problems(model, state, name, tensors, expected)
@@ -215,9 +217,15 @@ def assign(
     return left
 
 
-def _expected(model: nn.Module, state: AdapterState, name: str) -> _Expected:
-    held = live_parameters if has_network(state, name) else stored_tensors
-    parameters, ends = held(model, state, name), _embeddings(model, state.configs[name], name)
+def _expected(model: nn.Module, state: AdapterState, name: str, given: Mapping[str, Tensor] | None) -> _Expected:
+    """The tensors of the adapter. What its layers share is left out where those ``given`` are not shaped as its own
+    parameters: a damaged config may ask for a rank for which nothing could be drawn.
+    """
+    config, held = state.configs[name], live_parameters if has_network(state, name) else packed_tensors
+    parameters, ends = held(model, state, name), _embeddings(model, config, name)
+    fit = given is None or (given.keys() >= parameters.keys() and not _misshapen(parameters, given))
+    if config.shared is not None and config.shared.is_saved and fit:
+        parameters |= shared_tensors(config)
     return _Expected(parameters, {key: place for key, place in ends.items() if key not in parameters})
 
 
@@ -226,12 +234,14 @@ def _problems(
 ) -> list[str]:
     """Everything that keeps these tensors from being the adapter's."""
     config = state.configs[name]
-    shared = shared_tensors(config)
     shapes = {key: tuple(value.shape) for key, value in expected.values.items()}
-    misshapen = [key for key, shape in shapes.items() if key in tensors and tuple(tensors[key].shape) != shape]
-    known = shapes.keys() | _repeated(model, name) | shared.keys()
+    misshapen = _misshapen(expected.values, tensors)
+    missing = [key for key in expected.parameters if key not in tensors]
+    shared = {} if missing or misshapen else shared_tensors(config)
+    names = () if config.shared is None else config.shared.names
+    known = shapes.keys() | _repeated(model, name) | {shared_key(each) for each in names}
     return [
-        *(f"missing: {key}" for key in expected.parameters if key not in tensors),
+        *(f"missing: {key}" for key in missing),
         *(f"unexpected: {key}" for key in tensors if key not in known),
         *(
             f"shape {tuple(tensors[key].shape)} where the model needs {shapes[key]}: {key}"
@@ -241,11 +251,14 @@ def _problems(
         *(
             f"differs from what {cast(Shared, config.shared).source} draws: {key}"
             for key in _differing(shared, tensors)
-            if key not in misshapen
         ),
         *(f"differs from the embeddings' that it is tied to: {key}" for key in _torn(model, name, tensors)),
         *(f"{why}: {key}" for key, why in unusable(tensors).items()),
     ]
+
+
+def _misshapen(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
+    return [key for key, own in expected.items() if key in given and given[key].shape != own.shape]
 
 
 def _shortened(problems: list[str]) -> list[str]:
@@ -346,4 +359,6 @@ def _was_resized(model: nn.Module, config: MethodConfig) -> bool:
 
 
 def _advice(vocabulary: Tensor) -> str:
+    if vocabulary.dim() != 2:
+        return ""
     return f" (the vocabulary differs: call model.resize_token_embeddings({vocabulary.shape[0]}) on the base first)"
