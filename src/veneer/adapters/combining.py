@@ -115,6 +115,12 @@ def add_weighted(
         raise CompositionError(f"none of the adapters {list(names)} acts on linear layers: only such can be combined")
     if most_lost is not None and plan.how == "linear" and plan.rank is None:
         _require_little_lost(model, parts, plan, errors, most_lost)
+    _add_of_records(model, state, name, records)
+    return Report(errors)
+
+
+def _add_of_records(model: nn.Module, state: AdapterState, name: str, records: Mapping[str, LinearDelta]) -> None:
+    """Add a frozen adapter that has these records, by module path."""
     config = config_of(records, shortest_names(module_index(model), tuple(records)))
     lifecycle.add(model, state, name, config, Allocation(values=False))
     lifecycle.make_trainable(model, state, (name,), False)
@@ -123,7 +129,6 @@ def add_weighted(
         held = tensors_of(layer.adapters[name])
         for key, value in config.raised(layer.site((name,)), record).items():
             held[key].copy_(value.view_as(held[key]))
-    return Report(errors)
 
 
 def _require_little_lost(

@@ -92,12 +92,7 @@ class FastLanguageModel:
         with torch.random.fork_rng():
             torch.manual_seed(random_state)
             adapted = get_peft_model(model, config)
-        if use_gradient_checkpointing == "unsloth":
-            checkpoint_as_needed(adapted)
-        elif use_gradient_checkpointing == "selective":
-            checkpoint_selectively(adapted)
-        elif use_gradient_checkpointing:
-            checkpoint_fully(adapted)
+        _checkpoint(adapted, use_gradient_checkpointing)
         return cast(PeftModel, FastLanguageModel.for_training(cast(PreTrainedModel, adapted)))
 
     @staticmethod
@@ -113,3 +108,12 @@ class FastLanguageModel:
         unfuse(model)
         model.eval()
         return model
+
+
+def _checkpoint(model: PeftModel, how: bool | Literal["unsloth", "selective"]) -> None:
+    if how == "unsloth":
+        checkpoint_as_needed(model)
+    elif how == "selective":
+        checkpoint_selectively(model)
+    elif how:
+        checkpoint_fully(model)

@@ -15,8 +15,8 @@ from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PreTrainedModel
 
 from veneer.adapters import combining, lifecycle, merging, requantizing, saving, schedules
-from veneer.adapters.adapter_facts import AdapterFacts
 from veneer.adapters.card import write_card
+from veneer.adapters.overview import AdapterOverview
 from veneer.adapters.placement import DeviceMap, require_same_place
 from veneer.contract import MethodConfig
 from veneer.contract.keys import is_adapters
@@ -32,7 +32,7 @@ from veneer.store.adapter.tensors import Leniency, SaveEmbeddings
 from veneer.store.adapter.tensors import assign as assign_adapter
 
 
-class PeftModel(AdapterFacts):
+class PeftModel(AdapterOverview):
     """The methods that `get_peft_model` adds to a transformers model. The model stays the object that it was."""
 
     _hf_peft_config_loaded: bool

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
 from rich.console import Console
 
 from veneer.cli import loading
@@ -14,7 +11,7 @@ from veneer.errors import ConfigError
 def chat(
     model: loading.Model,
     adapter: loading.Adapter = None,
-    system: Annotated[str | None, typer.Option(metavar="TEXT", show_default=False, help="A system message.")] = None,
+    system: loading.System = None,
     max_new_tokens: loading.MaxNewTokens = 512,
     temperature: loading.Temperature = 0.7,
     top_p: loading.TopP = 0.9,

@@ -7,18 +7,16 @@ import json
 import os
 import platform
 from pathlib import Path
-from typing import Annotated
 
 import typer
-from rich import box
-from rich.console import Console
-from rich.table import Table
+
+from veneer.cli.facts import AsJson, print_facts
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "safetensors", "gguf", "numpy")
 _CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16")
 
 
-def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False) -> None:
+def env(as_json: AsJson = False) -> None:
     """Print versions, CPU features, the kernels in use, threads and the cache folder.
 
     Example: veneer env
@@ -27,12 +25,7 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
-    table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in facts.items():
-        table.add_row(name, value)
-    Console().print(table)
+    print_facts(facts)
 
 
 def environment() -> dict[str, str]:

@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich import box
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from veneer.cli import loading
+from veneer.cli.facts import AsJson, print_facts
 from veneer.cli.measurement import Measurement, Metric, Options, Subject
 from veneer.train.show.terminal import progress_bar
 
@@ -94,7 +92,6 @@ _Predictions = Annotated[
     Path | None,
     typer.Option(metavar="FILE", show_default=False, help="Write every answer and whether it is right (.jsonl)."),
 ]
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 def eval_(
@@ -120,7 +117,7 @@ def eval_(
     predictions: _Predictions = None,
     load_in_4bit: loading.FourBit = False,
     dtype: loading.Dtype = "auto",
-    as_json: _Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure a model, with or without an adapter, on data in a training format (chat, or prompt and completion).
 
@@ -183,19 +180,17 @@ _TITLES = {
 
 
 def _show(facts: Mapping[str, Any]) -> None:
-    table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
+    shown: dict[str, str] = {}
     is_share = facts["metric"] != "perplexity"
     for name, value in facts.items():
         if value is None or name in ("metric", "standard_error"):
             continue
         if name == "value":
-            shown = _share(value, facts["standard_error"]) if is_share else f"{value:,.4f}"
-            table.add_row(f"accuracy ({facts['metric']})" if is_share else "perplexity", shown)
+            title = f"accuracy ({facts['metric']})" if is_share else "perplexity"
+            shown[title] = _share(value, facts["standard_error"]) if is_share else f"{value:,.4f}"
         else:
-            table.add_row(_TITLES.get(name, name), _number(value))
-    Console().print(table)
+            shown[_TITLES.get(name, name)] = _number(value)
+    print_facts(shown)
 
 
 def _share(value: float, error: float | None) -> str:

@@ -9,20 +9,23 @@ import typer
 
 from veneer.cli import loading
 
+_Prompt = Annotated[
+    str, typer.Option("--prompt", "-p", metavar="TEXT", show_default=False, help="The prompt; - reads stdin.")
+]
+_Raw = Annotated[
+    bool,
+    typer.Option(
+        "--raw", help="Continue the prompt as plain text: for a model trained on plain prompts (data.chat: false)."
+    ),
+]
+
 
 def generate(
     model: loading.Model,
-    prompt: Annotated[
-        str, typer.Option("--prompt", "-p", metavar="TEXT", show_default=False, help="The prompt; - reads stdin.")
-    ],
+    prompt: _Prompt,
     adapter: loading.Adapter = None,
-    system: Annotated[str | None, typer.Option(metavar="TEXT", show_default=False, help="A system message.")] = None,
-    raw: Annotated[
-        bool,
-        typer.Option(
-            "--raw", help="Continue the prompt as plain text: for a model trained on plain prompts (data.chat: false)."
-        ),
-    ] = False,
+    system: loading.System = None,
+    raw: _Raw = False,
     max_new_tokens: loading.MaxNewTokens = 256,
     temperature: loading.Temperature = 0.0,
     top_p: loading.TopP = 1.0,

@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
+from veneer.cli.facts import AsJson, print_facts
 from veneer.core.units import size
 
 if TYPE_CHECKING:
@@ -37,7 +35,7 @@ def info(
     what: Annotated[
         str, typer.Argument(metavar="ADAPTER|MODEL|RUN", show_default=False, help="A folder, a .gguf file or a name.")
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what an adapter or a model is, and how a run stands: method and targets, or architecture and size, or status
     and losses. No weight is loaded.
@@ -48,12 +46,7 @@ def info(
     if as_json:
         typer.echo(json.dumps(facts, indent=2, default=str))
         return
-    table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in section.items():
-        table.add_row(name, value)
-    Console().print(table)
+    print_facts(section)
 
 
 def _facts(what: str) -> tuple[dict[str, Any], Section]:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from veneer.cli.arguments import require_file
+from veneer.cli.facts import AsJson
 
 if TYPE_CHECKING:
     from veneer.analyze.report import LayerReport, PairReport
@@ -32,7 +33,7 @@ def inspect(
     png: Annotated[
         Path | None, typer.Option(metavar="FILE", show_default=False, help="Write a heat map of the norms here.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show the norm, effective rank and energy of every update; for two adapters, shared directions and sign conflicts.
 

@@ -19,23 +19,32 @@ if TYPE_CHECKING:
     from veneer.train.intrinsic import Curve
 
 
+_Data = Annotated[
+    Path, typer.Option("--data", "-d", metavar="FILE", show_default=False, help="Rows of prompt and completion.")
+]
+_Output = Annotated[
+    Path, typer.Option("--output", "-o", metavar="FOLDER", show_default=False, help="Folder for the curve.")
+]
+_Dims = Annotated[str, typer.Option(metavar="N,...", help="Dimensions to try, with commas.")]
+_Steps = Annotated[int, typer.Option(metavar="N", min=1, help="Optimizer steps of each point.")]
+_LearningRate = Annotated[float, typer.Option(metavar="X", help="The same for every dimension.")]
+_BatchSize = Annotated[int, typer.Option(metavar="N", min=1, help="Rows in a step.")]
+_HeldOut = Annotated[float, typer.Option(metavar="X", min=0.01, max=0.9, help="Share of rows to score on.")]
+_StructureAware = Annotated[bool, typer.Option("--structure-aware", help="One dimension scales each layer.")]
+_Seed = Annotated[int, typer.Option(metavar="N", help="Of the subspaces and of the order of rows.")]
+
+
 def intrinsic(
     model: loading.Model,
-    data: Annotated[
-        Path, typer.Option("--data", "-d", metavar="FILE", show_default=False, help="Rows of prompt and completion.")
-    ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FOLDER", show_default=False, help="Folder for the curve.")
-    ],
-    dims: Annotated[str, typer.Option(metavar="N,...", help="Dimensions to try, with commas.")] = "10,30,100,300,1000",
-    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Optimizer steps of each point.")] = 100,
-    learning_rate: Annotated[float, typer.Option(metavar="X", help="The same for every dimension.")] = 1e-3,
-    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Rows in a step.")] = 16,
-    held_out: Annotated[float, typer.Option(metavar="X", min=0.01, max=0.9, help="Share of rows to score on.")] = 0.3,
-    structure_aware: Annotated[
-        bool, typer.Option("--structure-aware", help="One dimension scales each layer.")
-    ] = False,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the subspaces and of the order of rows.")] = 0,
+    data: _Data,
+    output: _Output,
+    dims: _Dims = "10,30,100,300,1000",
+    steps: _Steps = 100,
+    learning_rate: _LearningRate = 1e-3,
+    batch_size: _BatchSize = 16,
+    held_out: _HeldOut = 0.3,
+    structure_aware: _StructureAware = False,
+    seed: _Seed = 0,
 ) -> None:
     """Train in random subspaces of all weights and find d90: the fewest dimensions that reach 90% of full training.
 

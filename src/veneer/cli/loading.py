@@ -24,6 +24,7 @@ Adapter = Annotated[
 ]
 FourBit = Annotated[bool, typer.Option("--load-in-4bit", help="Keep the base in NF4 with double quantization.")]
 Dtype = Annotated[str, typer.Option(metavar="NAME", help="auto (the checkpoint's), float32, bfloat16 or float16.")]
+System = Annotated[str | None, typer.Option(metavar="TEXT", show_default=False, help="A system message.")]
 MaxNewTokens = Annotated[int, typer.Option(metavar="N", min=1, help="Longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(metavar="X", min=0.0, help="0 takes the likeliest token every time.")]
 TopP = Annotated[

@@ -14,7 +14,7 @@ from veneer.model.inplace import InPlace
 from veneer.model.state import AdapterState
 
 
-class AdapterFacts(InPlace, nn.Module):
+class AdapterOverview(InPlace, nn.Module):
     """The part of a `PeftModel` that only reads."""
 
     adapter_state: AdapterState
