@@ -24,8 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from veneer.model.blueprint.describe import describe
 from veneer.model.blueprint.parts import Strange
 from veneer.model.checkpointing import checkpoint_fully, selective_contexts
-from veneer.model.fused.acting import acting_on
-from veneer.model.fused.decoder import is_fused
+from veneer.model.fused.acting import acting_on, runs_fused
 from veneer.model.fused.kept import Pass, kept_by_block, total
 from veneer.model.fused.layout import LayoutMask
 from veneer.model.fused.parts import computed_in
@@ -64,10 +63,10 @@ def described_bytes(model: nn.Module, hidden: Tensor) -> float | None:
     """Bytes a token that a block of a model keeps, on average over the blocks, of a pass over hidden states (…, width),
     as its description has it; None where that does not tell."""
     dtype = computed_in(hidden)
-    if not isinstance(model, PreTrainedModel) or not is_fused(model) or dtype is None:
+    if not isinstance(model, PreTrainedModel) or dtype is None or not runs_fused(model, hidden.dtype, dtype):
         return None
     decoder = describe(model)
-    acting = acting_on(model, decoder, hidden.dtype, dtype)
+    acting = acting_on(model, decoder)
     if acting is None:
         return None
     n_tokens = hidden.numel() // hidden.shape[-1]

@@ -16,6 +16,7 @@ from veneer.errors import AdapterNameError, TargetError
 from veneer.model.adapted import Adapted, TiedFactors, restore, tensors_of
 from veneer.model.allocation import Allocation
 from veneer.model.copies import add_copies
+from veneer.model.embedding import AdaptedEmbedding
 from veneer.model.kinds import adapt_module
 from veneer.model.linear import AdaptedSite
 from veneer.model.parameters import add_parameters
@@ -228,6 +229,17 @@ def outward_parameters(model: nn.Module) -> set[str]:
         for name, held in module.adapters.items()
         for key, _ in held.named_parameters()
         if key.rpartition(".")[2] in cast(LinearMethod, module.adapter_state.configs[name]).outward
+    }
+
+
+def embedding_parameters(model: nn.Module) -> set[str]:
+    """The names of the parameters that adapters have at tables of embeddings."""
+    return {
+        f"{path}.adapters.{name}.{key}"
+        for path, module in adapted_modules(model).items()
+        if isinstance(module, AdaptedEmbedding)
+        for name, held in module.adapters.items()
+        for key, _ in held.named_parameters()
     }
 
 

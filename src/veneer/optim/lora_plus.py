@@ -20,13 +20,15 @@ def lora_plus_groups(
     embedding_lr: float = EMBEDDING_LR,
     *,
     outward: Collection[str] = ("lora_B", "lora_B_bias"),
+    embeddings: Collection[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Optimizer groups over the trainable parameters: A and everything else at ``lr``, B at ``lr * ratio``.
 
     ``outward``: the parameters that are B, by their whole names or the last parts of these; `outward_parameters` gives
-    those of a model's adapters, of whatever method. The factors of embeddings (an "embed" or "wte" is in the path of
-    the module) learn at ``embedding_lr``. Biases, norms and magnitudes are one-dimensional and not decayed. The paper
-    advises a ratio of 2⁴ and more.
+    those of a model's adapters, of whatever method. ``embeddings``: the whole names of factors of embeddings, which
+    learn at ``embedding_lr``; `embedding_parameters` gives them, and None means those with an "embed" or "wte" in the
+    path of their module. Biases, norms and magnitudes are one-dimensional and not decayed. The paper advises a ratio
+    of 2⁴ and more.
 
     Departs: PEFT gives every one-dimensional parameter (DoRA's magnitude, biases) B's rate; here only B has it.
 
@@ -43,7 +45,8 @@ def lora_plus_groups(
         )
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, p in trainable:
-        rate = embedding_lr if _in_embedding(name) else lr * ratio if name in factors else lr
+        embedded = _in_embedding(name) if embeddings is None else name in embeddings
+        rate = embedding_lr if embedded else lr * ratio if name in factors else lr
         groups.setdefault((rate, weight_decay if p.ndim > 1 else 0.0), []).append(p)
     return [{"params": ps, "lr": rate, "weight_decay": decay} for (rate, decay), ps in groups.items()]
 

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from veneer.core.autocast import autocast_dtype
 from veneer.ops.matmul import matmul, widens
 from veneer.ops.product import recorded_product, visible
 
@@ -41,12 +42,12 @@ class DenseWeight:
 
     def _product(self, x: Tensor, transposed: bool) -> Tensor:
         """In the weight's dtype or the one asked for, but for autocast, which chooses for itself."""
-        autocast = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else self.compute_dtype or self.tensor.dtype
+        asked = autocast_dtype(x.device)
+        dtype = asked or self.compute_dtype or self.tensor.dtype
         if widens(x, dtype) and not self.tensor.requires_grad and not torch.compiler.is_compiling():
             return recorded_product(x.to(dtype), self._multiply, transposed)
         weight = self.tensor.T if transposed else self.tensor
-        return torch.nn.functional.linear(*((x, weight) if autocast else (x.to(dtype), weight.to(dtype))))
+        return torch.nn.functional.linear(*((x, weight) if asked else (x.to(dtype), weight.to(dtype))))
 
     def _multiply(self, x: Tensor, transposed: bool) -> Tensor:
         return multiply_dense(x, self.tensor if transposed else self.tensor.T)

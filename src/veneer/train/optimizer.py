@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import check_target_module_exists
 
 from veneer.errors import ConfigError
-from veneer.model.attach import module_index, outward_parameters
+from veneer.model.attach import embedding_parameters, module_index, outward_parameters
 from veneer.optim import AdamW8bit, GaLoreAdamW, LayerwiseGaLoreAdamW, PagedAdamW8bit, lora_plus_groups
 from veneer.optim.galore import GaLoreProjection
 from veneer.train.keys import nearest
@@ -79,8 +79,9 @@ def lora_plus_optimizer(args: TrainingArguments, model: nn.Module, ratio: float,
             "use another optimizer, or leave lora_plus out"
         )
     groups = lora_plus_groups(
-        model.named_parameters(), args.learning_rate, ratio, args.weight_decay, outward=outward_parameters(model)
-    )
+        model.named_parameters(), args.learning_rate, ratio, args.weight_decay,
+        outward=outward_parameters(model), embeddings=embedding_parameters(model),
+    )  # fmt: skip
     return optimizer(groups, **settings)
 
 

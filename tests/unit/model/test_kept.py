@@ -10,16 +10,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import MixtralConfig, Olmo2Config, PreTrainedModel
+from transformers import AutoModelForCausalLM, MixtralConfig, Olmo2Config, PreTrainedModel
 
 from veneer import AdaLoraConfig, IA3Config, LoraConfig, VeraConfig, get_peft_model
 from veneer.contract import MethodConfig
+from veneer.model.allocation import Allocation
+from veneer.model.attach import attach
 from veneer.model.blueprint.decoder import Decoder
 from veneer.model.blueprint.describe import describe, describe_config
 from veneer.model.blueprint.parts import Strange
 from veneer.model.checkpointing import checkpoint_selectively
 from veneer.model.fused import block as fused_block
-from veneer.model.fused.acting import acting_on
+from veneer.model.fused.acting import acting_on, runs_fused
 from veneer.model.fused.decoder import fuse
 from veneer.model.fused.kept import (
     Pass,
@@ -31,6 +33,8 @@ from veneer.model.fused.kept import (
     total,
 )
 from veneer.model.quant_linear import QuantLinear
+from veneer.model.routing import Routing
+from veneer.model.state import AdapterState
 from veneer.ops.four_bit import FourBitLayout
 from veneer.quant.four_bit import FourBitSpec
 from veneer.quant.int8 import Int8Spec
@@ -92,10 +96,11 @@ def measured(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, dtype: tor
 
 
 def told(model: PreTrainedModel, stream: torch.dtype, dtype: torch.dtype, **options: Any) -> tuple[Decoder, Pass]:
-    """The description of a model, by its config alone where nothing else tells of it, and the pass over `IDS`."""
+    """The description of a model, and the pass over `IDS`."""
     decoder = describe(model)
-    acting = acting_on(model, decoder, stream, dtype)
+    acting = acting_on(model, decoder)
     assert acting is not None
+    assert runs_fused(model, stream, dtype)
     return decoder, Pass(n_tokens=IDS.numel(), stream=stream, dtype=dtype, acting=acting, **options)
 
 
@@ -179,6 +184,26 @@ def test_selective_checkpointing_keeps_less(family: str, method: str, monkeypatc
     checkpoint_selectively(model)
     decoder, step = told(model, torch.float32, torch.float32, selective=True)
     compare(model, measured(model, monkeypatch), decoder, step)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "vera"])  # whose factors a seed draws
+def test_a_model_without_storage_tells_the_same(method: str) -> None:
+    with torch.device("meta"):
+        planned = AutoModelForCausalLM.from_config(FAMILIES["qwen3"]).train()
+    state = AdapterState()
+    attach(planned, copy.deepcopy(METHODS[method]), "default", state, Allocation(values=False))
+    state.active = ("default",)
+    model = adapted(base("qwen3"), copy.deepcopy(METHODS[method]))
+    decoder = describe(model)
+    assert acting_on(planned, describe_config(FAMILIES["qwen3"])) == acting_on(model, decoder)
+
+
+def test_rows_with_adapters_of_their_own_are_not_described() -> None:
+    model: Any = adapted(base("llama"))
+    decoder = describe(model)
+    with model.adapter_state.route(Routing(("default", "__base__", "default"))):
+        assert acting_on(model, decoder) is None
+    assert acting_on(model, decoder)
 
 
 def test_nothing_is_kept_in_front_of_the_first_adapter(monkeypatch: pytest.MonkeyPatch) -> None:

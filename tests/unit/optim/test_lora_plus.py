@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
+from veneer import LoraConfig, get_peft_model
 from veneer.errors import ConfigError
+from veneer.model.attach import embedding_parameters
 from veneer.optim import lora_plus_groups
 
 NAMES = {
@@ -39,3 +42,24 @@ def test_without_a_factor_b_it_says_so():
         lora_plus_groups([("linear.ia3_l", torch.nn.Parameter(torch.ones(3)))], lr=1e-4)
     with pytest.raises(ConfigError, match="ratio=0"):
         lora_plus_groups(named(), lr=1e-4, ratio=0)
+
+
+def test_embeddings_that_are_named_are_meant_whatever_they_are_called():
+    params = dict(named())
+    given = {name for name in params if "q_proj" in name and "lora_" in name and "magnitude" not in name}
+    groups = lora_plus_groups(params.items(), 1e-3, ratio=7, embedding_lr=3e-6, embeddings=given)
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert [rates[id(p)] for p in params.values()] == pytest.approx([3e-6, 3e-6, 1e-3, 1e-3, 7e-3])
+
+
+def test_a_model_tells_its_embeddings():
+    config = LlamaConfig(
+        hidden_size=12, intermediate_size=20, num_hidden_layers=1, num_attention_heads=3, num_key_value_heads=1,
+        vocab_size=17,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    model.model.patch_embedder = torch.nn.Linear(12, 7)  # a linear layer with a name like a table's
+    get_peft_model(model, LoraConfig(r=2, target_modules=["embed_tokens", "patch_embedder", "q_proj"]))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert embedding_parameters(model) == {name for name in trained if name.startswith("model.embed_tokens.")}
+    assert len(embedding_parameters(model)) == 2

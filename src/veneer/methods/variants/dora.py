@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from veneer.contract import LinearMethod, Params, Shapes
+from veneer.core.autocast import without_autocast
 from veneer.core.linear import row_norms
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
@@ -51,5 +52,5 @@ def _norms(site: LinearSite, record: LinearDelta) -> Tensor:
         raise ConfigError(f"DoRA at {site.name} needs the frozen weight: load the base model before attaching")
     row_sq = site.row_sq()
     factors = replace(record, a=record.a.to(row_sq.device), b=record.b.to(row_sq.device))
-    with torch.autocast(row_sq.device.type, enabled=False):
+    with without_autocast(row_sq.device):
         return row_norms(factors, site.weight, row_sq)
