@@ -53,7 +53,15 @@ inline void store_some(T* p, lanes x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = from_float<T>(x[i]);
 }
 
-inline lanes load(const fp16* p) { return load_some(p, width); }
+inline lanes load(const fp16* p) {
+#if defined(__AVX512F__)
+  return (lanes)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return (lanes)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  return load_some(p, width);
+#endif
+}
 inline void store(fp16* p, lanes x) { store_some(p, x, width); }
 
 // f(column, n) for every register of a row; n is less than `width` at its short end.

@@ -55,6 +55,7 @@ def cases():
     for op, rows_of_16_bits in (("matmul_4bit", x.bfloat16()), ("matmul_t_4bit", wide.bfloat16())):
         in_kernel = kernels().four_bit_has_product(N, D, 64, op == "matmul_t_4bit")
         yield f"four_bit.{op}", (rows_of_16_bits if in_kernel else Plain(rows_of_16_bits), *packed, layout)
+    yield "ggml.quantize", (torch.randn(N, 256), "Q4_K", torch.rand(256))
     yield "glu.glu_forward", (x, y, "silu")
     yield "glu.glu_backward", (x, y, x.clone(), "silu", True)
     group = LowRankGroup((torch.randn(R, D),), (torch.randn(OUT, R),), (0.5,))

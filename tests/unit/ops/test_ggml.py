@@ -95,6 +95,19 @@ def test_a_view_is_read_as_it_stands(kind, backend):
     )
 
 
+@pytest.mark.parametrize("kind", BLOCKED)
+def test_the_number_of_threads_changes_no_byte(kind, backend):
+    rows, importance = bell(12, 97, 768) * 0.1, bell(13, 768).abs()  # more than a thread's least share
+    before = torch.get_num_threads()
+    packed = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        packed += [quantize_ggml(rows, kind, importance, backend=backend)]
+    torch.set_num_threads(before)
+    assert torch.equal(packed[0], packed[1])
+    assert torch.equal(packed[0], packed[2])
+
+
 def test_no_rows_are_no_bytes(backend):
     for kind in GGML_TYPES:
         assert quantize_ggml(torch.empty(0, 512), kind, backend=backend).shape == (0, row_bytes(kind, 512))
