@@ -25,6 +25,7 @@ from veneer.cli import (
     combine,
     env,
     eval,
+    export,
     fetch,
     generate,
     info,
@@ -157,6 +158,7 @@ app.command("inspect", cls=VerbCommand)(inspect.inspect)
 app.command("eval", cls=VerbCommand)(eval.eval_)
 app.command("merge", cls=VerbCommand)(merge.merge)
 app.command("merge-models", cls=VerbCommand)(merge_models.merge_models)
+app.add_typer(export.app, name="export")
 app.command("intrinsic", cls=VerbCommand)(intrinsic.intrinsic)
 app.command("env", cls=VerbCommand)(env.env)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 
 from veneer.errors import FormatError
 from veneer.ops.four_bit import FourBitLayout
@@ -38,9 +38,11 @@ class BaseWeights:
         self._groups = _tied(model)
         self._prefix = f"{model.base_model_prefix}."
         self._renamed = _renamed(model, self._tensors.tensors)
+        self._stacks = _stacks(model, self._shapes, self._renamed | {name: name for name in self._tensors.tensors})
         self._half = _half_of(folder)
         self._stored = {name: self._find(names) for names in self._groups for name in names}
         self._parts = {part for name in set(self._stored.values()) for part in self._parts_of(name)}
+        self._parts |= {part for name in self._stacks for parts in self._stacks[name] for part in parts}
         self._model_names = {stored: name for name, stored in reversed(self._stored.items())}
 
     def groups(self) -> list[list[str]]:
@@ -64,8 +66,14 @@ class BaseWeights:
         is_this = own or stored in (name, name.removeprefix(self._prefix))
         return stored if is_this else name
 
+    def model_name(self, name: str) -> str | None:
+        """The model's name of a tensor of the result; None for one that is no parameter."""
+        return self._model_names.get(name, name if name in self._stored else None)
+
     def spec(self, name: str, dtype: torch.dtype | None) -> Spec:
         """dtype and shape of a parameter in the result."""
+        if name in self._stacks and self._stored[name] == name:
+            return dtype or self._tensors.tensors[self._stacks[name][0][0]].dtype, self._shapes[name]
         stored = self._tensors.tensors[self._stored[name]]
         if self._format(stored.name) != "dense":
             return dtype or self._half, self._shapes[name]
@@ -95,6 +103,8 @@ class BaseWeights:
         return self.read(name) if name in self._stored else self._tensors.read(stored)
 
     def _read(self, stored: str, shape: tuple[int, ...]) -> Tensor:
+        if stored not in self._tensors.tensors:
+            return self._stacked(stored)
         kind = self._format(stored)
         if kind == "dense":
             return self._tensors.read(stored)
@@ -108,6 +118,15 @@ class BaseWeights:
         except FormatError as error:
             raise FormatError(f"{self._tensors.tensors[stored].path}: {stored}: {error}") from error
         return bound.bind(tensors).dense(torch.float32)
+
+    def _stacked(self, name: str) -> Tensor:
+        """Experts stacked (n, out, in), made of a tensor for each: gate above up where one parameter holds both."""
+        groups = self._stacks[name]
+        out = torch.empty(self._shapes[name], dtype=self._tensors.tensors[groups[0][0]].dtype)
+        for part, names in zip(out.chunk(len(groups), 1), groups, strict=True):
+            for expert, stored in enumerate(names):
+                part[expert] = self._tensors.read(stored)
+        return out
 
     def _format(self, stored: str) -> str:
         parts = self._parts_of(stored)
@@ -140,6 +159,8 @@ class BaseWeights:
                     return candidate
             if name in self._renamed:
                 return self._renamed[name]
+            if name in self._stacks:
+                return name
         raise FormatError(
             f"the base's files have no tensor {names[0]!r}: they are incomplete, or name their tensors otherwise than "
             "the model does. Load the base with from_pretrained and use merge_and_unload() instead."
@@ -163,6 +184,34 @@ def _renamed(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
             new, _ = renaming.rename_source_key(new)
         found[new] = name
     return found
+
+
+def _stacks(
+    model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, str]
+) -> dict[str, list[list[str]]]:
+    """The names in the files of experts that the model has stacked: a list for each half of a parameter.
+
+    ``stored`` are names in the files by those that transformers gives them.
+    """
+    found = {}
+    for each in get_model_conversion_mapping(model):
+        if type(each) is not WeightConverter or not _is_stacking(each):
+            continue
+        (target,) = each.target_patterns
+        for name in (name for name in shapes if name.endswith(target)):
+            front = name.removesuffix(target)
+            numbers = range(shapes[name][0])
+            groups = [[front + source.replace("*", str(n)) for n in numbers] for source in each.source_patterns]
+            if all(part in stored for group in groups for part in group):
+                found[name] = [[stored[part] for part in group] for group in groups]
+    return found
+
+
+def _is_stacking(converter: WeightConverter) -> bool:
+    """Return True if a conversion puts experts behind each other, and halves below each other."""
+    steps = [(type(step), step.dim) for step in converter.operations if isinstance(step, MergeModulelist | Concatenate)]
+    whole = len(steps) == len(converter.operations) and len(converter.target_patterns) == 1
+    return whole and steps in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
 
 
 def _half_of(folder: Path) -> torch.dtype:

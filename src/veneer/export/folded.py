@@ -40,8 +40,8 @@ class FoldedCheckpoint:
     """A base in ``folder``, dense, with an adapter folded in; the base alone where ``adapter`` is None.
 
     ``specs`` are dtype and shape of every tensor of the result by its name in files, ``untied`` says that tied
-    embeddings have become two tensors, ``n_modules`` counts the modules that the adapter changes. ``dtype`` is that of
-    the result's floating tensors, None for the base's.
+    embeddings have become two tensors, ``prefix`` is that of the names of the model without its head, ``n_modules``
+    counts the modules that the adapter changes. ``dtype`` is that of the result's floating tensors: None, the base's.
 
     Raises FormatError where the files are damaged or do not fit each other, and CompositionError for adapters that
     cannot be folded.
@@ -54,6 +54,7 @@ class FoldedCheckpoint:
         skeleton, self._n_rows = _skeleton(folder, tensors)
         resized = [f"{path}.weight" for path, _ in _ends(skeleton)] if self._n_rows else []
         self._weights = BaseWeights(folder, skeleton, resized)
+        self.prefix = skeleton.base_model_prefix
         self._changed: dict[str, Adapted] = {}
         if adapter and config:
             source = str(adapter / WEIGHTS_FILE)
@@ -66,7 +67,7 @@ class FoldedCheckpoint:
         self.n_modules = len(self._changed)
 
     def read(self, name: str) -> Tensor:
-        """A tensor of ``specs``, before it is rounded to the dtype there. Each is asked for once."""
+        """A tensor of ``specs``, before it is rounded to the dtype there."""
         if name not in self._plan.owners:
             return self._weights.read_stored(name)
         path, key = self._plan.owners[name]
@@ -74,6 +75,10 @@ class FoldedCheckpoint:
             folded = _fold(path, self._changed[path], self._weights)
             self._pending |= {(path, k): value for k, value in folded.items()}
         return self._pending.pop((path, key))
+
+    def model_name(self, name: str) -> str | None:
+        """The model's own name for a tensor of ``specs``; None for one that is no parameter of it."""
+        return self._weights.model_name(name)
 
     @cached_property
     def config(self) -> dict[str, Any]:

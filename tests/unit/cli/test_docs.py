@@ -13,7 +13,12 @@ from veneer.cli.app import app
 
 PAGE = (Path(__file__).parents[3] / "docs" / "cli.md").read_text(encoding="utf-8")
 SECTIONS = dict(zip(*[iter(re.split(r"^## (.+)$", PAGE, flags=re.M)[1:])] * 2, strict=True))
-VERBS: Any = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+COMMANDS: Any = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+VERBS: dict[str, Any] = {
+    f"{name} {inner}".strip(): verb
+    for name, command in COMMANDS.items()
+    for inner, verb in getattr(command, "commands", {"": command}).items()
+}
 SHARED = {"--adapter", "--load-in-4bit", "--dtype"}  # said once, under "What MODEL can be"
 OTHERS = {"--no-deps"}  # pip's
 
@@ -34,10 +39,10 @@ def test_a_section_names_the_options_that_the_verb_has(verb: str) -> None:
 
 
 def test_the_table_has_a_row_for_every_verb() -> None:
-    rows = re.findall(r"^\| `veneer ([\w-]+)", PAGE, flags=re.M)
+    rows = re.findall(r"^\| `veneer ((?:export )?[\w-]+)", PAGE, flags=re.M)
     assert sorted(rows) == sorted(VERBS)
     for line in re.findall(r"^\| `veneer .*?`", PAGE, flags=re.M):
-        verb = re.findall(r"veneer ([\w-]+)", line)[0]
+        verb = re.findall(r"veneer ((?:export )?[\w-]+)", line)[0]
         known = {name for param in VERBS[verb].params for name in param.opts}
         assert set(re.findall(r"(?<=\s)--?[a-z][a-z-]*", line)) <= known
 

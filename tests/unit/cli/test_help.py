@@ -11,7 +11,12 @@ from veneer.cli.app import app
 from veneer.cli.help import first_sentence, usage_pieces
 
 GROUP: Any = typer.main.get_command(app)
-VERBS = sorted(GROUP.commands)
+COMMANDS: dict[str, Any] = {
+    name if verb is command else f"{name} {inner}": verb
+    for name, command in GROUP.commands.items()
+    for inner, verb in {**getattr(command, "commands", {}), "": command}.items()
+}
+VERBS = sorted(COMMANDS)
 
 
 def page(*arguments: str, columns: int = 80) -> str:
@@ -20,7 +25,7 @@ def page(*arguments: str, columns: int = 80) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize("arguments", [(), *((verb,) for verb in VERBS)])
+@pytest.mark.parametrize("arguments", [(), *(tuple(verb.split()) for verb in VERBS)])
 def test_a_page_fits_80_columns_and_shows_no_python(arguments: tuple[str, ...]) -> None:
     shown = page(*arguments)
     assert max(map(len, shown.splitlines())) <= 80
@@ -29,8 +34,8 @@ def test_a_page_fits_80_columns_and_shows_no_python(arguments: tuple[str, ...]) 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_parameter_has_a_line_and_a_help(verb: str) -> None:
-    shown = page(verb)
-    for param in GROUP.commands[verb].params:
+    shown = page(*verb.split())
+    for param in COMMANDS[verb].params:
         assert param.help, param.name
         name = next((opt for opt in param.opts if opt.startswith("--")), param.metavar or param.name.upper())
         line = re.search(rf"^  (?:-\w, |    )?{re.escape(name)}(?![\w-]).*$", shown, re.M)

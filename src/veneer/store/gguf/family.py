@@ -43,9 +43,9 @@ class Family:
     which the family's tensors have another layout.
     ``query_width_layers`` is the number of layers of the one model whose queries are scaled by the root of
     hidden_size / heads, for which there is no key; all others are scaled by that of head_dim. ``windows``: sliding
-    windows on some layers, every ``window_step``-th without where the file does not say it. ``experts``: tensors that
-    hold the experts of a layer, one behind the other. ``silent``: keys that tell nothing which the shapes of the
-    tensors do not. ``reads``: transformers reads such files.
+    windows on some layers, on all but every ``window_step``-th where the file does not say it (0: it always does).
+    ``experts``: tensors that hold the experts of a layer, one behind the other. ``silent``: keys that tell nothing
+    which the shapes of the tensors do not. ``reads``: transformers reads such files.
 
     For writing: ``model_types`` are transformers' names of the models, none where the family is only read. ``only``
     are attributes of the config that no key says, with the values that the runtime computes; ``refuses`` gives further

@@ -21,15 +21,14 @@ from veneer.errors import FormatError
 from veneer.store.bars import without_bars
 from veneer.store.gguf.config import GgufContents, mended_config, unplaced_tensors
 from veneer.store.gguf.fields import FACTOR_TENSORS
+from veneer.store.gguf.pre_tokenizer import built_pre_tokenizer
 
 _PLAIN = {
     GGMLQuantizationType.F32: torch.float32,
     GGMLQuantizationType.F16: torch.float16,
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
-# These vocabularies were learned with every digit apart, in front of GPT-2's pattern.
-_DIGITS_APART = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
-CONVERSION = 2
+CONVERSION = 3
 """Goes up when files are converted in another way: folders of an earlier one are left alone."""
 _TOKEN_IDS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
 
@@ -140,14 +139,11 @@ def _config(path: Path, facts: GgufFacts) -> Any:
 
 
 def _tokenizer(path: Path, facts: GgufFacts, config: Any) -> Any:
-    from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=str(path.resolve()))
-    if facts.pre_tokenizer in _DIGITS_APART:
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
+    if (built := built_pre_tokenizer(facts.pre_tokenizer)) is not None:
+        tokenizer.backend_tokenizer.pre_tokenizer = built
     tokenizer.model_max_length = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
     return tokenizer
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -141,3 +142,76 @@ def _llama3(factors: Tensor, frequencies: Tensor) -> dict[str, Any] | None:
         "high_freq_factor": high,
         "original_max_position_embeddings": length,
     }
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """A rotary scaling as a file says it: values by key, tensors of factors by name, and what cannot be said."""
+
+    pairs: Mapping[str, Any] = field(default_factory=dict)
+    factors: Mapping[str, Tensor] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+
+
+def said_scaling(parameters: Mapping[str, Any], width: int, config: Any, allowed: Collection[str]) -> Scaling:
+    """What a file says of ``rope_parameters``: the other way of `rotary_scaling`.
+
+    ``width`` values of a head rotate; ``allowed`` are the kinds that the runtime computes for the family.
+    """
+    kind = parameters.get("rope_type", "default")
+    if kind not in allowed:
+        known = ", ".join(allowed)
+        return Scaling(problems=(f"rotary scaling {kind!r}: the runtime computes {known} for this family",))
+    if kind == "linear":
+        return Scaling({SCALING + "type": "linear", SCALING + "factor": float(parameters["factor"])})
+    if kind == "yarn":
+        return _said_yarn(parameters, config)
+    if kind == "llama3":
+        return Scaling(factors={FREQUENCY_FACTORS: _said_factors(parameters, width)})
+    if kind == "longrope":
+        return _said_longrope(parameters, config)
+    return Scaling()
+
+
+def _said_yarn(parameters: Mapping[str, Any], config: Any) -> Scaling:
+    unsaid = {"mscale": None, "mscale_all_dim": None, "truncate": True}
+    problems = tuple(
+        f"YaRN's {name} {parameters[name]} has no key"
+        for name, usual in unsaid.items()
+        if parameters.get(name, usual) not in (usual, None)
+    )
+    length = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
+    pairs = {SCALING + "type": "yarn", SCALING + "factor": float(parameters["factor"]), ORIGINAL_LENGTH: int(length)}
+    given = {SCALING + key: parameters.get(name) for key, name in _YARN.items()}
+    return Scaling(pairs | {key: float(value) for key, value in given.items() if value is not None}, problems=problems)
+
+
+def _said_factors(parameters: Mapping[str, Any], width: int) -> Tensor:
+    """The divisors of Llama 3.1's scaling (width / 2,), in float32 frequency by frequency, as llama.cpp's converter."""
+    frequencies = 1.0 / (parameters["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float32) / width))
+    factor, low, high = (parameters[name] for name in ("factor", "low_freq_factor", "high_freq_factor"))
+    length = parameters["original_max_position_embeddings"]
+    found = []
+    for frequency in frequencies:
+        wavelength = 2 * math.pi / frequency
+        if wavelength < length / high:
+            found.append(1.0)
+        elif wavelength > length / low:
+            found.append(factor)
+        else:
+            share = (length / wavelength - low) / (high - low)
+            found.append(1 / ((1 - share) / factor + share))
+    return torch.tensor(found, dtype=torch.float32)
+
+
+def _said_longrope(parameters: Mapping[str, Any], config: Any) -> Scaling:
+    original = parameters.get("original_max_position_embeddings") or config.original_max_position_embeddings
+    longer = config.max_position_embeddings / original
+    attention = parameters.get("attention_factor")
+    if attention is None:
+        attention = math.sqrt(1 + math.log(longer) / math.log(original)) if longer > 1 else 1.0
+    factors = {LONG_FACTORS: parameters["long_factor"], SHORT_FACTORS: parameters["short_factor"]}
+    return Scaling(
+        {SCALING + "type": "longrope", SCALING + "attn_factor": float(attention)},
+        {name: torch.tensor(values, dtype=torch.float32) for name, values in factors.items()},
+    )

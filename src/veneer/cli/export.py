@@ -1,0 +1,166 @@
+"""``veneer export``: models and adapters in the formats of other programs."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from veneer.cli.arguments import require_file
+from veneer.cli.help import VerbCommand, first_sentence, print_page
+from veneer.cli.loading import Adapter, Model
+from veneer.core.units import size
+from veneer.errors import ConfigError
+from veneer.train.show.terminal import progress_bar
+
+if TYPE_CHECKING:
+    from veneer.export.gguf.model import GgufExport
+    from veneer.store.gguf.writer import TensorSpec
+
+Output = Annotated[
+    Path, typer.Option("--output", "-o", metavar="FILE", show_default=False, help="The .gguf file to write.")
+]
+Type = Annotated[
+    str, typer.Option("--type", "-t", metavar="NAME", help="F32, F16, BF16, Q8_0, Q4_K_M and so on; see docs/gguf.md.")
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", show_default=False, help="Round weights to this dtype first; by default the base's."),
+]
+
+
+class ExportGroup(TyperGroup):
+    """The formats, as verbs of their own."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the page of the group: every format with its first sentence."""
+        print_page(self, ctx, [(name, first_sentence(verb)) for name, verb in self.commands.items()])
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """``FORMAT …``."""
+        return ["FORMAT", "[ARGUMENTS]", "[OPTIONS]"]
+
+
+Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+
+
+def gguf(
+    model: Model,
+    output: Output,
+    adapter: Adapter = None,
+    type_: Type = "Q4_K_M",
+    dtype: Dtype = None,
+    name: Annotated[
+        str | None, typer.Option(metavar="TEXT", show_default=False, help="The model's name in the file.")
+    ] = None,
+    tensor_type: Annotated[
+        list[str] | None,
+        typer.Option(metavar="REGEX=TYPE", show_default=False, help="The type of tensors so named; may be repeated."),
+    ] = None,
+    output_type: Annotated[
+        str | None, typer.Option(metavar="TYPE", show_default=False, help="The type of the head.")
+    ] = None,
+    embedding_type: Annotated[
+        str | None, typer.Option(metavar="TYPE", show_default=False, help="The type of the embeddings.")
+    ] = None,
+    pure: Annotated[bool, typer.Option("--pure", help="Every matrix in the one type, without a mix.")] = False,
+    split_size: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", show_default=False, help="Split into parts of at most this size, such as 4G."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print types and sizes; write nothing.")] = False,
+    force: Force = False,
+) -> None:
+    """Write a model as a GGUF file for llama.cpp, Ollama and LM Studio: merged, converted and quantized in one go.
+
+    Example: veneer export gguf smollm2-135m-instruct --adapter runs/a/adapter -o a.gguf
+    """
+    from veneer.cli.loading import quiet, split
+    from veneer.export.gguf.mix import MixOptions
+    from veneer.export.gguf.model import GgufExport, GgufOptions
+
+    require_file("--output", output, ".gguf")
+    base, adapter = split(model, adapter)
+    if adapter is not None and not adapter.is_dir():
+        raise ConfigError(f"no adapter {str(adapter)!r}: there is no such folder")
+    mix = MixOptions(pure=pure, output=output_type, embedding=embedding_type, by_name=_by_name(tensor_type or []))
+    options = GgufOptions(
+        type=type_, mix=mix, dtype=dtype, name=name, overwrite=force, max_part_bytes=_bytes(split_size)
+    )
+    with quiet():
+        export = GgufExport(base, adapter, options)
+        if dry_run:
+            _print_plan(export)
+            return
+        with progress_bar("exporting") as on_progress:
+            report = export.write(output, on_progress)
+    _tell_left_out(report.plan.left_out)
+    merged = f", {report.n_modules} modules changed by the adapter" if adapter else ""
+    parts = f"{report.paths[0]} and {len(report.paths) - 1} more parts" if len(report.paths) > 1 else str(output)
+    typer.echo(f"{parts}: {_summary(report.plan.specs)}, {size(report.n_bytes)}{merged}")
+
+
+def _by_name(given: list[str]) -> list[tuple[str, str]]:
+    """The pairs of ``--tensor-type``. Raises ConfigError for one without its equals sign."""
+    wrong = [each for each in given if not all(each.rpartition("=")[::2])]
+    if wrong:
+        raise ConfigError(f"--tensor-type {wrong[0]!r} must be REGEX=TYPE, such as 'ffn_down=Q6_K'")
+    return [(pattern, kind) for pattern, _, kind in (each.rpartition("=") for each in given)]
+
+
+def _bytes(given: str | None) -> int | None:
+    """The bytes of ``4G`` or ``500M``. Raises ConfigError for anything else."""
+    if given is None:
+        return None
+    number, unit = given[:-1], given[-1:].upper()
+    if not number.isdigit() or unit not in ("M", "G") or int(number) == 0:
+        raise ConfigError(f"--split-size {given!r} must be a whole number of M or G, such as 4G")
+    return int(number) * (10**6 if unit == "M" else 10**9)
+
+
+def _print_plan(export: GgufExport) -> None:
+    """Every tensor, and the size, on stdout."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for column in ("tensor", "shape", "type", "size"):
+        table.add_column(column, justify="right" if column in ("shape", "size") else "left", no_wrap=True)
+    for spec in export.plan.specs:
+        table.add_row(spec.name, " x ".join(map(str, spec.shape)), spec.kind, size(spec.nbytes))
+    Console().print(table)
+    _tell_left_out(export.plan.left_out)
+    typer.echo(f"{_summary(export.plan.specs)}, {size(export.plan.nbytes)}; nothing was written")
+
+
+def _summary(specs: Sequence[TensorSpec]) -> str:
+    """``272 tensors (180 Q5_0, 61 F32, …), 6.17 bits a weight``."""
+    kinds = Counter(spec.kind for spec in specs)
+    n_weights = sum(math.prod(spec.shape) for spec in specs)
+    bits = 8 * sum(spec.nbytes for spec in specs) / n_weights
+    listed = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
+    return f"{len(specs)} tensors ({listed}), {bits:.2f} bits a weight"
+
+
+def _tell_left_out(names: Sequence[str]) -> None:
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        typer.echo(f"note: left out, no part of the model: {', '.join(names[:3])}{more}", err=True)
+
+
+app = typer.Typer(cls=ExportGroup, no_args_is_help=True, rich_markup_mode="rich")
+app.command("gguf", cls=VerbCommand)(gguf)
+
+
+@app.callback()
+def export() -> None:
+    """Write models and adapters in the formats of other programs.
+
+    Example: veneer export gguf smollm2-135m-instruct --adapter runs/a/adapter -o a.gguf
+    """

@@ -1,0 +1,118 @@
+"""A model, with an adapter folded in, as a GGUF file: merged, laid out, quantized and written tensor by tensor."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from veneer.errors import NonFiniteError
+from veneer.export.folded import FoldedCheckpoint
+from veneer.export.gguf.mix import MixOptions, mix_of
+from veneer.export.gguf.plan import Plan, assembled, describe_checkpoint, plan_file
+from veneer.export.gguf.tokenizer import read_tokenizer
+from veneer.export.merged import floating_dtype
+from veneer.export.model_folder import local_folder
+from veneer.ops.ggml import FLOATS, quantize_ggml
+from veneer.store.gguf.writer import GgufFileWriter, TensorSpec
+
+PIECE_VALUES = 1 << 22
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufOptions:
+    """``type`` of the file, with ``mix`` for exceptions. ``dtype`` is what values are rounded to before they are
+    quantized, None for the base's: bytes equal those that llama.cpp makes by way of a file of that dtype.
+    """
+
+    type: str
+    mix: MixOptions = field(default_factory=MixOptions)
+    dtype: str | torch.dtype | None = None
+    name: str | None = None
+    overwrite: bool = False
+    max_part_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufReport:
+    """The files written, their bytes, the plan that they follow, and the modules that the adapter changed."""
+
+    paths: tuple[Path, ...]
+    n_bytes: int
+    plan: Plan
+    n_modules: int
+
+
+class GgufExport:
+    """A planned export: everything is checked when it is made, and nothing written before `write`.
+
+    Raises FormatError where the model, its tokenizer or the adapter cannot be said in the format, with every reason;
+    CompositionError for adapters that cannot be folded.
+    """
+
+    def __init__(self, base: str | os.PathLike[str], adapter: Path | None, options: GgufOptions) -> None:
+        mix = mix_of(options.type)
+        folder = local_folder(base)
+        self._options = options
+        self._source = FoldedCheckpoint(folder, adapter, floating_dtype(options.dtype))
+        described = describe_checkpoint(self._source, folder)
+        tokenizer = read_tokenizer([adapter, folder] if adapter else [folder])
+        name = options.name or (adapter or folder).resolve().name
+        self.plan = plan_file(described, mix, options.mix, tokenizer, folder=folder, name=name)
+
+    def write(self, output: Path, on_progress: Callable[[int, int], None] = lambda done, total: None) -> GgufReport:
+        """Write the file. Raises DiskError where the disk is full, NonFiniteError and FormatError naming a tensor whose
+        values no block can hold. Then nothing is written.
+        """
+        plan = self.plan
+        writer = GgufFileWriter(
+            output,
+            plan.pairs,
+            plan.specs,
+            max_part_bytes=self._options.max_part_bytes,
+            overwrite=self._options.overwrite,
+        )
+        with writer:
+            for done, spec in enumerate(plan.specs):  # nothing here may hold on to a tensor while the next is made
+                writer.write(spec.name, encoded(spec, self._tensor(spec.name)))
+                on_progress(done + 1, len(plan.specs))
+        return GgufReport(paths=tuple(writer.paths), n_bytes=writer.nbytes, plan=plan, n_modules=self._source.n_modules)
+
+    def _tensor(self, name: str) -> Tensor:
+        plan = self.plan
+        if name in plan.factors:
+            return plan.factors[name]
+        return assembled(plan.family, plan.config, name, plan.sources[name], self._read)
+
+    def _read(self, stored: str) -> Tensor:
+        dtype = self._source.specs[stored][0]
+        return self._source.read(stored).to(dtype)
+
+
+def export_gguf(
+    base: str | os.PathLike[str],
+    output: Path,
+    options: GgufOptions,
+    *,
+    adapter: Path | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> GgufReport:
+    """Write a model, with an adapter folded in, as a GGUF file. Raises what `GgufExport` and its `write` do."""
+    return GgufExport(base, adapter, options).write(output, on_progress)
+
+
+def encoded(spec: TensorSpec, tensor: Tensor, importance: Mapping[str, Tensor] | None = None) -> Iterator[Tensor]:
+    """The bytes of a tensor in its type, in pieces of whole rows."""
+    columns = tensor.shape[-1]
+    rows = tensor.detach().reshape(-1, columns)
+    if rows.dtype not in FLOATS:
+        rows = rows.to(torch.float32)
+    try:
+        for piece in torch.split(rows, max(1, PIECE_VALUES // columns)):
+            yield quantize_ggml(piece, spec.kind)
+    except NonFiniteError as error:
+        raise NonFiniteError(f"tensor {spec.name}: {error}") from error

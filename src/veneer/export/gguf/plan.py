@@ -1,0 +1,224 @@
+"""The whole file before a weight is read: every tensor with its type, shape and sources, and every pair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from veneer.errors import CompositionError, FormatError
+from veneer.export.folded import FoldedCheckpoint
+from veneer.export.gguf.metadata import file_pairs, general_pairs
+from veneer.export.gguf.mix import Mix, MixOptions, ModelFacts, chosen_types
+from veneer.export.gguf.special import special_pairs
+from veneer.export.gguf.tokenizer import SourceTokenizer
+from veneer.export.gguf.tokens import vocabulary_pairs
+from veneer.store.gguf.family import Family
+from veneer.store.gguf.keys import Pair, Said, said_of
+from veneer.store.gguf.registry import by_model_type
+from veneer.store.gguf.writer import TensorSpec, file_nbytes
+
+_BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias")
+_EMBEDDINGS, _HEAD = "token_embd.weight", "output.weight"
+_HEAD_UNREAD = (
+    "it has a head apart from its embeddings, which the runtime never reads: it would compute with the embeddings "
+    "without a word. Train an adapter that leaves lm_head alone"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A tensor of the checkpoint, and the part of it that is meant."""
+
+    name: str
+    part: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """``specs`` in the file's order; ``sources`` of each by its name, several where they are stacked; ``factors`` are
+    tensors that come of the config. ``left_out`` are tensors of the checkpoint that no model computes with.
+    """
+
+    family: Family
+    config: Any
+    pairs: Sequence[Pair]
+    specs: Sequence[TensorSpec]
+    sources: Mapping[str, Sequence[Source]]
+    factors: Mapping[str, Tensor]
+    left_out: Sequence[str]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file in one part."""
+        return file_nbytes(self.pairs, self.specs)
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """A checkpoint's family and config, what a file says of it, and where its tensors go."""
+
+    family: Family
+    config: Any
+    said: Said
+    sources: Mapping[str, list[Source]]
+    shapes: Mapping[str, tuple[int, ...]]
+    left_out: list[str]
+
+
+def describe_checkpoint(source: FoldedCheckpoint, folder: Path) -> Described:
+    """What a file would hold of a checkpoint. Raises FormatError with everything that the format cannot say."""
+    config = _config(source)
+    family = family_of(config)
+    said = said_of(family, config)
+    sources, left_out, problems = _placed(source, family, config)
+    shapes = {name: _shape(source, found, family, config, name) for name, found in sources.items()}
+    problems = [*said.problems, *problems]
+    if problems:
+        raise FormatError(
+            f"a GGUF file of the architecture {family.architecture!r} cannot say {folder} ({config.model_type}): "
+            + "; ".join(problems)
+        )
+    _complete_head(family, sources, shapes)
+    shapes |= {name: tuple(factors.shape) for name, factors in said.factors.items()}
+    return Described(family, config, said, sources, shapes, left_out)
+
+
+def plan_file(
+    described: Described,
+    mix: Mix,
+    options: MixOptions,
+    tokenizer: SourceTokenizer,
+    *,
+    folder: Path,
+    name: str,
+    importance: Mapping[str, Any] | None = None,
+) -> Plan:
+    """The file of a checkpoint. Raises FormatError where the tokenizer cannot be said."""
+    family, config = described.family, described.config
+    facts = ModelFacts(
+        architecture=family.architecture,
+        n_layers=config.num_hidden_layers,
+        n_heads=config.num_attention_heads,
+        n_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        n_experts=next((shape[0] for key, shape in described.shapes.items() if "_exps." in key), 0),
+    )
+    n_rows = described.shapes[_EMBEDDINGS][0]
+    pairs = [
+        *general_pairs(folder, name, family.architecture, described.shapes),
+        *described.said.pairs,
+        *vocabulary_pairs(tokenizer, n_rows),
+        *special_pairs(tokenizer, config),
+        *file_pairs(mix.number),
+    ]
+    return Plan(
+        family=family,
+        config=config,
+        pairs=pairs,
+        specs=chosen_types(described.shapes, mix, facts, options, weighed=importance is not None),
+        sources=described.sources,
+        factors=described.said.factors,
+        left_out=described.left_out,
+    )
+
+
+def family_of(config: Any) -> Family:
+    """The family of a config. Raises FormatError for one that is not written."""
+    found = by_model_type().get(config.model_type)
+    if found is None:
+        known = ", ".join(sorted(by_model_type()))
+        raise FormatError(f"models of the type {config.model_type!r} are not written as GGUF; known types: {known}")
+    return found
+
+
+def gguf_name(family: Family, config: Any, name: str, prefix: str = "model") -> str | None:
+    """llama.cpp's name for a parameter of a model; None where it has none."""
+    architecture = next(arch for arch, text in gguf.MODEL_ARCH_NAMES.items() if text == family.architecture)
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    for form in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
+        found = names.get_name(form, (".weight", ".bias"))
+        if found is not None:
+            return found
+    return None
+
+
+def laid_out(family: Family, config: Any, name: str, tensor: Tensor) -> Tensor:
+    """A tensor of a model, in torch's layout, as the file has it."""
+    leaf = name.split(".", 2)[-1] if name.startswith("blk.") else name
+    if leaf in family.turned:
+        tensor = tensor.T
+    tensor = family.rows(leaf, tensor, config)
+    if family.plus_one and leaf.endswith("norm.weight"):
+        return (tensor if tensor.dtype == torch.float16 else tensor.float()) + 1
+    return tensor
+
+
+def _config(source: FoldedCheckpoint) -> Any:
+    content = dict(source.config)
+    return AutoConfig.for_model(content.pop("model_type"), **content)
+
+
+def _placed(
+    source: FoldedCheckpoint, family: Family, config: Any
+) -> tuple[dict[str, list[Source]], list[str], list[str]]:
+    sources: dict[str, list[Source]] = {}
+    left_out, problems = [], []
+    for stored in source.specs:
+        name = source.model_name(stored)
+        if name is None:
+            left_out += [] if stored.endswith(_BUFFERS) else [stored]
+            continue
+        found = _places(family, config, name, source.prefix)
+        if not found:
+            problems.append(_HEAD_UNREAD if name == "lm_head.weight" else f"there is no name for the tensor {name}")
+        for target, part in found:
+            sources.setdefault(target, []).append(Source(stored, part))
+    return sources, left_out, problems
+
+
+def _places(family: Family, config: Any, name: str, prefix: str) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
+    parts = list(family.parts(name))
+    if parts:
+        layer = next(piece for piece in name.split(".") if piece.isdigit())
+        return [(f"blk.{layer}.{leaf}", part) for leaf, part in parts]
+    found = gguf_name(family, config, name, prefix)
+    return [(found, _whole)] if found else []
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _shape(
+    source: FoldedCheckpoint, found: Sequence[Source], family: Family, config: Any, name: str
+) -> tuple[int, ...]:
+    return tuple(assembled(family, config, name, found, lambda stored: _empty(source.specs[stored][1])).shape)
+
+
+def _empty(shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(shape, device="meta")
+
+
+def assembled(
+    family: Family, config: Any, name: str, sources: Sequence[Source], read: Callable[[str], Tensor]
+) -> Tensor:
+    """A tensor of the file, made of its sources."""
+    parts = [each.part(read(each.name)) for each in sources]
+    tensor = parts[0] if len(parts) == 1 else torch.stack(parts)
+    return laid_out(family, config, name, tensor)
+
+
+def _complete_head(family: Family, sources: dict[str, list[Source]], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Tied tensors under the names that the runtime wants."""
+    if _EMBEDDINGS not in sources and _HEAD in sources:  # a file may hold the head's name alone
+        sources[_EMBEDDINGS], shapes[_EMBEDDINGS] = sources.pop(_HEAD), shapes.pop(_HEAD)
+    if _EMBEDDINGS not in sources:
+        raise CompositionError("the checkpoint has no embeddings")
+    if family.head == "must" and _HEAD not in sources:
+        sources[_HEAD], shapes[_HEAD] = sources[_EMBEDDINGS], shapes[_EMBEDDINGS]

@@ -1,0 +1,101 @@
+"""Special tokens of a GGUF file: their ids, what is put in front of a text, the end of a turn, the chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from gguf import GGUFValueType, TokenType
+
+from veneer.errors import FormatError
+from veneer.export.gguf.tokenizer import PROBE, SourceTokenizer, probe_chat
+from veneer.export.gguf.tokens import PREFIX, is_byte_level
+from veneer.store.gguf.keys import Pair
+
+_IDS = {
+    "bos": "bos", "eos": "eos", "unk": "unknown", "sep": "separator", "pad": "padding", "cls": "cls", "mask": "mask",
+}  # fmt: skip
+
+
+def special_pairs(source: SourceTokenizer, config: Any) -> list[Pair]:
+    """Ids, flags and templates. ``config`` has the ids that the tokenizer does not name.
+
+    Raises FormatError for a template that does not render, and for tokens around a text that no flag can say.
+    """
+    ids = {name: found for name in _IDS if (found := _id(source, config, name)) is not None}
+    pairs = [_number(f"{_IDS[name]}_token_id", value) for name, value in ids.items()]
+    if source.template is not None:
+        end = end_of_turn(source)
+        if end is not None and end != ids.get("eos"):
+            pairs.append(_number("eot_token_id", end))
+    pairs += _flags(source, ids.get("bos"), ids.get("eos"))
+    return [*pairs, *_templates(source)]
+
+
+def end_of_turn(source: SourceTokenizer) -> int | None:
+    """The id of the special token that follows an answer in the chat template; None where text follows.
+
+    Raises FormatError where the template does not render.
+    """
+    text = source.rendered(probe_chat())
+    _, found, behind = text.partition(PROBE[1])
+    if not found:
+        raise FormatError(
+            f"the chat template in {source.folder} leaves answers out: a rendered conversation does not hold them"
+        )
+    behind = behind.partition(PROBE[2])[0].lstrip()
+    special = {entry["content"]: number for number, entry in source.added.items()}
+    matches = [token for token in special if behind.startswith(token)]
+    return special[max(matches, key=len)] if matches else None
+
+
+def token_kinds(source: SourceTokenizer) -> dict[str, TokenType]:
+    """Added tokens with their kinds, by text."""
+    return {
+        entry["content"]: TokenType.CONTROL if entry.get("special") else TokenType.USER_DEFINED
+        for entry in source.added.values()
+    }
+
+
+def _id(source: SourceTokenizer, config: Any, name: str) -> int | None:
+    found = getattr(source.tokenizer, f"{name}_token_id", None)
+    if found is None:
+        found = getattr(config, f"{name}_token_id", None)
+        found = found[0] if isinstance(found, list) else found
+    return found if isinstance(found, int) and found in source.vocabulary else None
+
+
+def _flags(source: SourceTokenizer, bos: int | None, eos: int | None) -> Iterator[Pair]:
+    plain = source.tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = source.tokenizer("a")["input_ids"]
+    at = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+    front, back = whole[:at], whole[at + len(plain) :]
+    if front not in ([], [bos]) or back not in ([], [eos]):
+        names = [source.vocabulary.get(number) for number in (*front, *back)]
+        raise FormatError(
+            f"the tokenizer in {source.folder} puts {names} around a text; GGUF files can say one BOS in front and one "
+            "EOS behind alone"
+        )
+    yield _flag("add_bos_token", bool(front))
+    yield _flag("add_eos_token", bool(back))
+    if not is_byte_level(source.content):
+        yield _flag("add_space_prefix", source.vocabulary[plain[0]].startswith("▁"))
+
+
+def _templates(source: SourceTokenizer) -> Iterator[Pair]:
+    if source.template is not None:
+        yield Pair("tokenizer.chat_template", source.template, GGUFValueType.STRING)
+    others = source.named_templates
+    if others:
+        names = Pair("tokenizer.chat_templates", list(others), GGUFValueType.ARRAY, GGUFValueType.STRING)
+        yield names
+    for name, text in others.items():
+        yield Pair(f"tokenizer.chat_template.{name}", text, GGUFValueType.STRING)
+
+
+def _number(name: str, value: int) -> Pair:
+    return Pair(PREFIX + name, value, GGUFValueType.UINT32)
+
+
+def _flag(name: str, value: bool) -> Pair:
+    return Pair(PREFIX + name, value, GGUFValueType.BOOL)

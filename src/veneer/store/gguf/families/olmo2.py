@@ -1,0 +1,16 @@
+"""OLMo 2: norms behind the halves of a block, and on all of q and k."""
+
+from __future__ import annotations
+
+from veneer.store.gguf.family import Family
+from veneer.store.gguf.fields import BASE, FEED_FORWARD, GROUPED, RMS
+
+FAMILY = Family(
+    architecture="olmo2",
+    reads=False,
+    model_types=("olmo2",),
+    fields=(*GROUPED, FEED_FORWARD, BASE, RMS),
+    only={"hidden_act": ("silu",), "attention_bias": (False,)},
+    scalings=("default", "linear", "yarn"),
+    head="must",
+)

@@ -1,0 +1,37 @@
+"""OLMo 3: the runtime knows it as an OLMo 2 with windows on three of four layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from veneer.store.gguf.family import Family
+from veneer.store.gguf.fields import FEED_FORWARD, GROUPED, RMS, WINDOW, Field
+
+
+def _problems(config: Any) -> Iterator[str]:
+    full, sliding = (config.rope_parameters[kind]["rope_theta"] for kind in ("full_attention", "sliding_attention"))
+    if full != sliding:
+        yield f"rope_theta {sliding} of the layers with windows beside {full}: one base has a key"
+
+
+FAMILY = Family(
+    architecture="olmo2",
+    reads=False,
+    model_types=("olmo3",),
+    fields=(
+        *GROUPED,
+        FEED_FORWARD,
+        Field("rope.freq_base", "rope_parameters.full_attention.rope_theta", kind=float),
+        RMS,
+        WINDOW,
+    ),
+    rotary="rope_parameters.full_attention",
+    sliding_rotary="rope_parameters.sliding_attention",
+    windows=True,
+    window_step=0,
+    only={"hidden_act": ("silu",), "attention_bias": (False,)},
+    refuses=_problems,
+    scalings=("default", "linear", "yarn"),
+    head="must",
+)

@@ -1,0 +1,125 @@
+"""The keys of a GGUF file that say what a config says: a family's table, run forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gguf import GGUFValueType
+from torch import Tensor
+
+from veneer.store.gguf.family import Family
+from veneer.store.gguf.fields import ROTARY_WIDTH, WINDOW_PATTERN, Field
+from veneer.store.gguf.rope import Scaling, said_scaling
+
+_KINDS = {int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32, bool: GGUFValueType.BOOL}
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A key with its value; ``item`` is the type of the values of an array."""
+
+    key: str
+    value: Any
+    kind: GGUFValueType
+    item: GGUFValueType | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Said:
+    """What a file says of a config: pairs, tensors of rotary factors by name, and what it cannot say."""
+
+    pairs: tuple[Pair, ...]
+    factors: Mapping[str, Tensor]
+    problems: tuple[str, ...]
+
+
+def said_of(family: Family, config: Any) -> Said:
+    """The keys of a config (transformers'), without writing anything."""
+    scaling = _scaling(family, config)
+    problems = (*_unsaid(family, config), *family.refuses(config), *_query_problems(family, config), *scaling.problems)
+    prefix = f"{family.architecture}."
+    found = [*_field_pairs(family, config), *_rotary_pairs(family, config, scaling), *_window_pairs(family, config)]
+    pairs = tuple(Pair(prefix + pair.key, pair.value, pair.kind, pair.item) for pair in found)
+    return Said(pairs=pairs, factors=scaling.factors, problems=problems)
+
+
+def value_of(entry: Field, config: Any) -> Any:
+    """The value of a field in the file; None where the config does not say it."""
+    value: Any = config
+    for part in entry.path.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else getattr(value, part, None)
+        if value is None:
+            return entry.off if entry.implied is None else entry.implied(config)
+    return value
+
+
+def head_width(config: Any) -> int:
+    """The width of a head."""
+    given: int | None = getattr(config, "head_dim", None)
+    return given or config.hidden_size // config.num_attention_heads
+
+
+def rotary_width(family: Family, config: Any) -> int:
+    """The values of a head that rotate."""
+    parameters = value_of(Field("", family.rotary or ""), config) or {}
+    return int(head_width(config) * (parameters.get("partial_rotary_factor") or 1.0))
+
+
+def _field_pairs(family: Family, config: Any) -> Iterator[Pair]:
+    for entry in family.fields:
+        value = value_of(entry, config)
+        if value is not None:
+            yield Pair(entry.key, entry.kind(value), _KINDS[entry.kind])
+
+
+def _rotary_pairs(family: Family, config: Any, scaling: Scaling) -> Iterator[Pair]:
+    for key, value in scaling.pairs.items():
+        kind = GGUFValueType.STRING if isinstance(value, str) else _KINDS[type(value)]
+        yield Pair(key, value, kind)
+    if family.rotary_width:
+        yield Pair(ROTARY_WIDTH, rotary_width(family, config), GGUFValueType.UINT32)
+
+
+def _window_pairs(family: Family, config: Any) -> Iterator[Pair]:
+    """The layers with windows, where the runtime would take others."""
+    if family.window_step is None:
+        return
+    slides = [kind == "sliding_attention" for kind in config.layer_types]
+    step = family.window_step
+    if not step or slides != [(layer + 1) % step != 0 for layer in range(len(slides))]:
+        yield Pair(WINDOW_PATTERN, slides, GGUFValueType.ARRAY, GGUFValueType.BOOL)
+
+
+def _scaling(family: Family, config: Any) -> Scaling:
+    if family.rotary is None:
+        return Scaling()
+    parameters = value_of(Field("", family.rotary), config) or {}
+    found = said_scaling(parameters, rotary_width(family, config), config, family.scalings)
+    problems = list(found.problems)
+    if family.sliding_rotary is not None:
+        sliding = value_of(Field("", family.sliding_rotary), config) or {}
+        if sliding.get("rope_type", "default") != "default":
+            problems.append(f"rotary scaling {sliding['rope_type']!r} of the layers with windows has no key")
+    if not family.partial_rotary and rotary_width(family, config) != head_width(config):
+        problems.append(f"partial_rotary_factor {parameters['partial_rotary_factor']} has no key in this family")
+    return Scaling(found.pairs, found.factors, tuple(problems))
+
+
+def _unsaid(family: Family, config: Any) -> Iterator[str]:
+    for name, allowed in family.only.items():
+        value = getattr(config, name, allowed[0])
+        if value not in allowed:
+            wanted = " or ".join(repr(each) for each in allowed)
+            yield f"{name} {value!r} has no key: the runtime computes {wanted}"
+
+
+def _query_problems(family: Family, config: Any) -> Iterator[str]:
+    """Queries are scaled by the root of a number that no key holds."""
+    if family.query_width_layers is None:
+        return
+    whole = config.num_hidden_layers == family.query_width_layers
+    width = config.hidden_size // config.num_attention_heads if whole else head_width(config)
+    if config.query_pre_attn_scalar != width:
+        yield f"query_pre_attn_scalar {config.query_pre_attn_scalar} has no key: the runtime computes {width}"

@@ -1,0 +1,124 @@
+"""Pre-tokenizers of byte-level vocabularies by the names that llama.cpp has for them: matched for writing, built for
+reading.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import Regex, pre_tokenizers
+
+from veneer.errors import FormatError
+
+Step = tuple[str | bool, ...]
+_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_ENDS = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+
+
+def _words(digits: str, letters: str = r"\p{L}", other: str = r"[^\s\p{L}\p{N}]") -> str:
+    return rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?{letters}+|{digits}| ?{other}+[\r\n]*{_ENDS}"
+
+
+def _cased(digits: str, contractions: str = "") -> str:
+    front = r"[^\r\n\p{L}\p{N}]?"
+    return (
+        rf"{front}{_UPPER}*{_LOWER}+{contractions}|{front}{_UPPER}+{_LOWER}*{contractions}|{digits}"
+        rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*{_ENDS}"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PreTokenizer:
+    """``name`` is that of ``tokenizer.ggml.pre``; ``patterns`` cut the text one after the other, ``digits`` stand alone
+    before them. Without patterns it is GPT-2's. ``whole``: a word that is a token skips the merges; None: either way.
+    """
+
+    name: str
+    patterns: tuple[str, ...] = ()
+    digits: bool = False
+    whole: bool | None = None
+    others: tuple[str, ...] = ()
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """What it does, step by step."""
+        digits: tuple[Step, ...] = (("Digits", True),) if self.digits else ()
+        splits: tuple[Step, ...] = tuple(("Split", pattern, "Isolated", False) for pattern in self.patterns)
+        return (*digits, *splits, ("ByteLevel", not self.patterns))
+
+    def build(self) -> Any:
+        """The object of the tokenizers library."""
+        steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if self.digits else []
+        steps += [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in self.patterns]
+        steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not self.patterns))
+        return steps[0] if len(steps) == 1 else pre_tokenizers.Sequence(steps)
+
+
+TABLE = (
+    PreTokenizer("gpt-2", others=("phi-2", "olmo", "mpt", "jais", "roberta-bpe")),
+    PreTokenizer(
+        "smollm",
+        digits=True,
+        others=("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
+    ),
+    PreTokenizer("llama-bpe", (_words(r"\p{N}{1,3}"),), whole=True, others=("llama3", "llama-v3", "falcon3")),
+    PreTokenizer("dbrx", (_words(r"\p{N}{1,3}"),), others=("smaug-bpe",)),
+    PreTokenizer("qwen2", (_words(r"\p{N}"),), others=("stablelm2", "deepseek-r1-qwen", "hunyuan")),
+    PreTokenizer("qwen35", (_words(r"\p{N}", r"[\p{L}\p{M}]", r"[^\s\p{L}\p{M}\p{N}]"),)),
+    PreTokenizer("tekken", (_cased(r"\p{N}"),), whole=True),
+    PreTokenizer("gpt-4o", (_cased(r"\p{N}{1,3}", _CONTRACTIONS + "?"),)),
+    PreTokenizer(
+        "deepseek-v3",
+        (
+            r"\p{N}{1,3}",
+            "[一-龥぀-ゟ゠-ヿ]+",
+            r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+            r"""| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
+        ),
+    ),
+)
+"""The first that fits is taken; ``others`` are names with which llama.cpp computes the same."""
+
+
+def pre_tokenizer_name(content: Mapping[str, Any]) -> str:
+    """llama.cpp's name for what a ``tokenizer.json`` does before the merges.
+
+    Raises FormatError with the patterns seen, where llama.cpp has no name for them or none is known here.
+    """
+    steps = tuple(_steps(content.get("pre_tokenizer") or {}))
+    whole = bool((content.get("model") or {}).get("ignore_merges", False))
+    for each in TABLE:
+        if each.steps == steps and each.whole in (None, whole):
+            return each.name
+    shown = "; ".join(" ".join(map(str, step)) for step in steps) or "nothing"
+    raise FormatError(
+        f"the tokenizer cuts words in a way that has no name in GGUF files: {shown}. Under another name the runtime "
+        f"would cut them otherwise without a word. Known: {', '.join(each.name for each in TABLE)}"
+    )
+
+
+def built_pre_tokenizer(name: str | None) -> Any:
+    """The object of the tokenizers library for a name in a file; None for an unknown one."""
+    return next((each.build() for each in TABLE if name in (each.name, *each.others)), None)
+
+
+def _steps(content: Mapping[str, Any]) -> Iterator[Step]:
+    kind = content.get("type")
+    if kind == "Sequence":
+        for each in content["pretokenizers"]:
+            yield from _steps(each)
+    elif kind == "Split":
+        pattern = content["pattern"]
+        text = pattern.get("Regex", json.dumps(pattern))
+        yield "Split", text, content.get("behavior", ""), content.get("invert", False)
+    elif kind == "Digits":
+        yield "Digits", content.get("individual_digits", False)
+    elif kind == "ByteLevel":
+        prefix: Step = ("with a space in front",) if content.get("add_prefix_space") else ()
+        yield "ByteLevel", content.get("use_regex", True), *prefix
+    elif kind is not None:
+        yield (str(kind),)

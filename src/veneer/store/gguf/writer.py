@@ -1,0 +1,235 @@
+"""Writing a GGUF file tensor by tensor, in one part or several: all of it or nothing.
+
+Everything goes into files beside the target, which take their names when the last byte is on disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import psutil
+import torch
+from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
+from torch import Tensor
+
+from veneer.core.units import size
+from veneer.errors import DiskError, FormatError
+from veneer.ops.ggml import row_bytes
+from veneer.ops.ggml_types import GGML_TYPES
+from veneer.store.gguf.keys import Pair
+
+ALIGNMENT = 32
+_PARTIAL = ".partial-"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor of the file: ggml's name of its type, and its shape as torch has it."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its data."""
+        *rows, columns = self.shape
+        return int(np.prod(rows, dtype=np.int64)) * row_bytes(self.kind, columns)
+
+
+class GgufFileWriter:
+    """``with GgufFileWriter(path, pairs, specs) as writer: writer.write(name, pieces)`` for every name, in any order.
+
+    ``specs`` announces every tensor beforehand, so that each goes straight to its place on disk; ``max_part_bytes``
+    splits the file into ``NAME-00001-of-00003.gguf`` and so on, None keeps it one. Leaving the block without an error
+    puts the files in their places; with one, nothing is left and what was there before is untouched.
+
+    Raises FormatError for bytes that do not fit what was announced, tensors never written, and a target that is there
+    where ``overwrite`` is false; DiskError where the disk is full or cannot be written to.
+    """
+
+    def __init__(
+        self,
+        target: Path,
+        pairs: Sequence[Pair],
+        specs: Sequence[TensorSpec],
+        *,
+        max_part_bytes: int | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        self.target = target.absolute()
+        self._pairs = pairs
+        self._parts = _parts(specs, max_part_bytes)
+        self.paths = part_paths(self.target, len(self._parts))
+        self._specs = {spec.name: spec for spec in specs}
+        self._missing = set(self._specs)
+        self._places: dict[str, tuple[FileIO, int]] = {}
+        self.nbytes = 0
+        for path in self.paths:
+            if path.is_dir() or (path.exists() and not overwrite):
+                what = "is a folder" if path.is_dir() else "is there already"
+                raise FormatError(f"{path} {what}: choose another name, or overwrite it (--force; overwrite=True)")
+
+    def __enter__(self) -> Self:
+        _drop_leftovers(self.paths)
+        mark = f"{_PARTIAL}{os.getpid()}-{secrets.token_hex(4)}"
+        self._scratch = [path.with_name(f".{path.name}{mark}") for path in self.paths]
+        with ExitStack() as stack, self._disk_errors_told():
+            stack.callback(self._drop)
+            self._files: list[FileIO] = []
+            for path in self._scratch:
+                self._files.append(path.open("wb", buffering=0))
+            stack.callback(self._close)
+            for number, specs in enumerate(self._parts):
+                self._allocate(number, specs)
+            self._undo = stack.pop_all()
+        return self
+
+    def write(self, name: str, pieces: Iterable[Tensor]) -> None:
+        """Put the bytes of one tensor, in pieces, where they belong."""
+        if name not in self._missing:
+            what = "was written already" if name in self._specs else "is not among the tensors announced"
+            raise FormatError(f"tensor {name!r} {what}")
+        file, start = self._places[name]
+        written, announced = 0, self._specs[name].nbytes
+        for piece in pieces:
+            data = piece.contiguous().view(torch.uint8).numpy().data.cast("B")
+            if written + len(data) <= announced:
+                with self._disk_errors_told():
+                    _write_all(file, start + written, data)
+            written += len(data)
+        if written != announced:
+            raise FormatError(f"tensor {name!r} was announced with {announced:,} bytes and has {written:,}")
+        self._missing.discard(name)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._undo:
+            if kind is not None:
+                return
+            if self._missing:
+                missing = sorted(self._missing)[:20]
+                raise FormatError(f"{len(self._missing)} tensors were announced and not written: {missing}")
+            with self._disk_errors_told():
+                for file in self._files:
+                    os.fsync(file.fileno())
+                self._close()
+                for scratch, path in zip(self._scratch, self.paths, strict=True):
+                    os.replace(scratch, path)
+
+    def _allocate(self, number: int, specs: Sequence[TensorSpec]) -> None:
+        """Write the part's header and take all its room, so that a full disk shows before any work is done."""
+        header = GGUFWriter(None, "", use_temp_file=False)
+        header.kv_data[0].clear()
+        for pair in self._pairs if number == 0 else ():
+            header.add_key_value(pair.key, pair.value, pair.kind, pair.item)
+        if len(self._parts) > 1:
+            header.add_key_value("split.no", number, GGUFValueType.UINT16)
+            header.add_key_value("split.count", len(self._parts), GGUFValueType.UINT16)
+            header.add_key_value("split.tensors.count", len(self._specs), GGUFValueType.INT32)
+        for spec in specs:
+            kind = GGMLQuantizationType(GGML_TYPES[spec.kind].number)
+            header.add_tensor_info(spec.name, spec.shape, np.dtype(np.float32), spec.nbytes, raw_dtype=kind)
+        header.write_header_to_file(self._scratch[number])
+        header.write_kv_data_to_file()
+        header.write_ti_data_to_file()
+        header.close()
+        end = _padded(self._scratch[number].stat().st_size)
+        for spec in specs:
+            self._places[spec.name] = self._files[number], end
+            end += _padded(spec.nbytes)
+        file = self._files[number]
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, end)
+        else:
+            file.truncate(end)
+        self.nbytes += end
+
+    def _close(self) -> None:
+        for file in self._files:
+            file.close()
+
+    def _drop(self) -> None:
+        for path in self._scratch:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+    @contextmanager
+    def _disk_errors_told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            total = sum(spec.nbytes for spec in self._specs.values())
+            folder = next(path for path in self.target.parents if path.exists())
+            raise DiskError(
+                f"writing {size(total)} to {self.target} failed: {error.strerror or error} "
+                f"({size(shutil.disk_usage(folder).free)} free). Nothing was changed: make room or choose another "
+                "disk, and run it again."
+            ) from error
+
+
+def part_paths(target: Path, n_parts: int) -> list[Path]:
+    """The names of a file's parts, as llama.cpp looks for them: the target alone where it is one."""
+    if n_parts == 1:
+        return [target]
+    stem = target.name.removesuffix(".gguf")
+    return [target.with_name(f"{stem}-{number:05d}-of-{n_parts:05d}.gguf") for number in range(1, n_parts + 1)]
+
+
+def file_nbytes(pairs: Iterable[Pair], specs: Sequence[TensorSpec]) -> int:
+    """The bytes of a file in one part."""
+    infos = sum(8 + len(spec.name.encode()) + 4 + 8 * len(spec.shape) + 4 + 8 for spec in specs)
+    return _padded(24 + _pairs_nbytes(pairs) + infos) + sum(_padded(spec.nbytes) for spec in specs)
+
+
+def _parts(specs: Sequence[TensorSpec], max_bytes: int | None) -> list[list[TensorSpec]]:
+    """The tensors of each part, in order; a part exceeds the limit only where one tensor alone does."""
+    parts: list[list[TensorSpec]] = [[]]
+    held = 0
+    for spec in specs:
+        if max_bytes is not None and parts[-1] and held + spec.nbytes > max_bytes:
+            parts.append([])
+            held = 0
+        parts[-1].append(spec)
+        held += _padded(spec.nbytes)
+    return parts
+
+
+def _padded(n_bytes: int) -> int:
+    return -(-n_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def _write_all(file: FileIO, start: int, data: memoryview) -> None:
+    file.seek(start)
+    while data:
+        data = data[file.write(data) :]
+
+
+def _drop_leftovers(paths: Sequence[Path]) -> None:
+    """Remove what killed processes left half-written for these names."""
+    for path in paths:
+        for leftover in path.parent.glob(f".{path.name}{_PARTIAL}*"):
+            owner = leftover.name.partition(_PARTIAL)[2].partition("-")[0]
+            if not owner.isdigit() or not psutil.pid_exists(int(owner)):
+                leftover.unlink(missing_ok=True)
+
+
+def _pairs_nbytes(pairs: Iterable[Pair]) -> int:
+    """The bytes of pairs in a file."""
+    header = GGUFWriter(None, "")
+    return sum(
+        8 + len(pair.key.encode()) + len(header._pack_val(pair.value, pair.kind, add_vtype=True, sub_type=pair.item))
+        for pair in pairs
+    )

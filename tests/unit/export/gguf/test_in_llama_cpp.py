@@ -1,0 +1,24 @@
+"""Files run in llama.cpp as their models do in transformers. Skips without cyllama."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from veneer.export.gguf.model import GgufOptions, export_gguf
+
+from .llama_cpp import LlamaCpp
+from .tiny import SETTINGS, VOCAB, tiny_folder
+
+IDS = [(i * 37 + 11) % (VOCAB - 3) for i in range(60)]
+
+
+@pytest.mark.parametrize("family", SETTINGS)
+@torch.no_grad()
+def test_logits_are_those_of_the_model(tmp_path: Path, family: str) -> None:
+    model = tiny_folder(tmp_path / "model", family)
+    export_gguf(tmp_path / "model", tmp_path / "tiny.gguf", GgufOptions(type="F32"))
+    expected = model(torch.tensor([IDS])).logits[0]
+    torch.testing.assert_close(LlamaCpp(tmp_path / "tiny.gguf").logits(IDS), expected, rtol=2e-2, atol=2e-2)
