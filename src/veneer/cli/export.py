@@ -105,6 +105,34 @@ def gguf(
     typer.echo(f"{parts}: {_summary(report.plan.specs)}, {size(report.n_bytes)}{merged}")
 
 
+def lora(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", show_default=False, help="The folder of an adapter.")],
+    output: Output,
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", show_default=False, help="Its base; by default the one that it names."),
+    ] = None,
+    type_: Annotated[str, typer.Option("--type", "-t", metavar="NAME", help="F32 or F16.")] = "F32",
+    force: Force = False,
+) -> None:
+    """Write an adapter as a GGUF file that llama.cpp puts on the base's own file (llama-server --lora FILE).
+
+    What the format cannot hold (DoRA, IA3, whole modules) is refused: merge it with veneer export gguf.
+
+    Example: veneer export lora runs/a/adapter -o a-lora.gguf
+    """
+    from veneer.cli.loading import quiet
+    from veneer.export.gguf.adapter import export_lora
+
+    require_file("--output", output, ".gguf")
+    if not adapter.is_dir():
+        raise ConfigError(f"no adapter {str(adapter)!r}: there is no such folder")
+    with quiet():
+        report = export_lora(adapter, output, base=base, type=type_, overwrite=force)
+    typer.echo(f"{output}: {report.n_modules} modules, {size(report.n_bytes)}")
+    typer.echo("note: Ollama takes no adapters since 0.34.1; give it a merged file (veneer export gguf)", err=True)
+
+
 def _by_name(given: list[str]) -> list[tuple[str, str]]:
     """The pairs of ``--tensor-type``. Raises ConfigError for one without its equals sign."""
     wrong = [each for each in given if not all(each.rpartition("=")[::2])]
@@ -156,6 +184,7 @@ def _tell_left_out(names: Sequence[str]) -> None:
 
 app = typer.Typer(cls=ExportGroup, no_args_is_help=True, rich_markup_mode="rich")
 app.command("gguf", cls=VerbCommand)(gguf)
+app.command("lora", cls=VerbCommand)(lora)
 
 
 @app.callback()

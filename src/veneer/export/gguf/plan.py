@@ -150,13 +150,22 @@ def gguf_name(family: Family, config: Any, name: str, prefix: str = "model") -> 
 
 def laid_out(family: Family, config: Any, name: str, tensor: Tensor) -> Tensor:
     """A tensor of a model, in torch's layout, as the file has it."""
-    leaf = name.split(".", 2)[-1] if name.startswith("blk.") else name
+    leaf = _leaf(name)
     if leaf in family.turned:
         tensor = tensor.T
     tensor = family.rows(leaf, tensor, config)
     if family.plus_one and leaf.endswith("norm.weight"):
         return (tensor if tensor.dtype == torch.float16 else tensor.float()) + 1
     return tensor
+
+
+def laid_out_rows(family: Family, config: Any, name: str, tensor: Tensor) -> Tensor:
+    """Rows (o, …) that are added to those of a tensor of the file, in its order."""
+    return family.rows(_leaf(name), tensor, config)
+
+
+def _leaf(name: str) -> str:
+    return name.split(".", 2)[-1] if name.startswith("blk.") else name
 
 
 def _config(source: FoldedCheckpoint) -> Any:

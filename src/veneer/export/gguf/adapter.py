@@ -1,0 +1,165 @@
+"""An adapter as a GGUF file that llama.cpp puts on its base: low-rank factors, with the true scalings folded in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import GGUFValueType
+from torch import Tensor
+from transformers import AutoConfig
+
+from veneer.contract import LinearMethod
+from veneer.core.records import LinearDelta
+from veneer.errors import CompositionError, ConfigError
+from veneer.export.gguf.mix import mix_of, quantize_order
+from veneer.export.gguf.model import encoded
+from veneer.export.gguf.plan import family_of, gguf_name, laid_out_rows
+from veneer.export.model_folder import local_folder
+from veneer.model.places import placed_on
+from veneer.store.adapter.config import read_config
+from veneer.store.adapter.files import read_headers, read_tensors
+from veneer.store.adapter.records import StoredAdapter, read_records
+from veneer.store.adapter.skeleton import without_storage
+from veneer.store.checkpoint import Checkpoint
+from veneer.store.gguf.family import Family
+from veneer.store.gguf.keys import Pair
+from veneer.store.gguf.writer import GgufFileWriter, TensorSpec
+
+TYPES = ("F32", "F16")
+_EMBEDDINGS, _HEAD = "token_embd.weight", "output.weight"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraReport:
+    """The modules and bytes of a file."""
+
+    n_modules: int
+    n_bytes: int
+
+
+def export_lora(
+    adapter: Path, output: Path, *, base: str | None = None, type: str = "F32", overwrite: bool = False
+) -> LoraReport:
+    """Write an adapter as a GGUF file; ``base`` None is the one that its config names.
+
+    Each module's own scaling (rsLoRA's, of rank and alpha patterns) is multiplied into B, and no alpha is written, so
+    that a runtime's scale of 1 is the adapter as it was trained.
+
+    Raises CompositionError, naming merging as the way, for what the format cannot hold: methods that are no low-rank
+    updates, DoRA, biases, whole modules, embeddings and heads on tied bases. ConfigError where the base is not known.
+    """
+    if type.upper() not in TYPES:
+        raise ConfigError(f"type {type!r} is unknown; an adapter is written in {' or '.join(TYPES)}")
+    named, family, config, stored = _read(adapter, base)
+    found, problems = _tensors(stored, family, config)
+    if problems:
+        raise CompositionError(
+            f"a GGUF file cannot hold the adapter {adapter}: {'; '.join(problems)}. {_way(named, adapter)}"
+        )
+    kind = mix_of(type)
+    specs = [TensorSpec(name, kind.default, tuple(found[name].shape)) for name in quantize_order(list(found))]
+    pairs = _pairs(adapter, family, named, kind.number)
+    writer = GgufFileWriter(output, pairs, specs, overwrite=overwrite)
+    with writer:
+        for spec in specs:
+            writer.write(spec.name, encoded(spec, found[spec.name]))
+    return LoraReport(n_modules=len(found) // 2, n_bytes=writer.nbytes)
+
+
+def _read(adapter: Path, base: str | None) -> tuple[str, Family, Any, StoredAdapter]:
+    method = read_config(adapter)
+    named = base or method.base_model_name_or_path
+    if not named:
+        raise ConfigError(f"the adapter {adapter} does not name its base: give it (--base MODEL)")
+    if not isinstance(method, LinearMethod):
+        raise CompositionError(
+            f"a GGUF file cannot hold the adapter {adapter}: {method.peft_type} does not change weights, and no merge "
+            "can fold it: serve it with `veneer serve`"
+        )
+    if method.reads_weight:
+        raise CompositionError(
+            f"a GGUF file cannot hold the adapter {adapter}: its update (DoRA's scale) depends on the weights of the "
+            f"base, and the format has low-rank factors alone. {_way(named, adapter)}"
+        )
+    folder = local_folder(named)
+    config = AutoConfig.from_pretrained(folder)
+    family = family_of(config)
+    places = placed_on(without_storage(config, read_headers(adapter)), method)
+    stored = read_records(adapter, places)
+    return named, family, config, replace(stored, others=tuple(_changed(stored, adapter, folder)))
+
+
+def _changed(stored: StoredAdapter, adapter: Path, base: Path) -> Iterator[str]:
+    """What an adapter holds besides its records, without embeddings that only came along: they are the base's own."""
+    copies = {f"{path}.base_layer.weight": f"{path}.weight" for path in stored.updates}
+    weights, tensors = Checkpoint.open(base), read_tensors(adapter) if stored.others else {}
+    for key in stored.others:
+        name = next((own for end, own in copies.items() if key.endswith(end)), None)
+        if name is None or name not in weights.tensors or not torch.equal(weights.read(name), tensors[key]):
+            yield key
+
+
+def _way(base: str, adapter: Path) -> str:
+    return f"Merge it instead: veneer export gguf {base} --adapter {adapter} -o FILE"
+
+
+def _tensors(stored: StoredAdapter, family: Family, config: Any) -> tuple[dict[str, Tensor], list[str]]:
+    found: dict[str, Tensor] = {}
+    problems = []
+    if stored.others:
+        more = f" and {len(stored.others) - 1} more" if len(stored.others) > 1 else ""
+        problems.append(f"it trains whole modules or rows ({stored.others[0]}{more})")
+    for path, record in stored.updates.items():
+        name = gguf_name(family, config, f"{path}.weight")
+        reasons = list(_reasons(name, record, config))
+        problems += [f"{path} {reason}" for reason in reasons]
+        if not reasons and name is not None:
+            found |= dict(_factors(name, record, family, config))
+    return found, problems
+
+
+def _reasons(name: str | None, record: LinearDelta, config: Any) -> Iterator[str]:
+    if name is None:
+        yield "has no name in the format"
+    if record.a is None or record.b is None:
+        yield "is scaled or shifted without low-rank factors"
+    elif record.a.ndim != 2:
+        yield "holds the experts of a layer in one parameter"
+    if record.in_scale is not None or record.out_scale is not None:
+        yield "scales inputs or outputs"
+    if record.bias is not None:
+        yield "trains a bias"
+    if name in (_EMBEDDINGS, _HEAD) and config.tie_word_embeddings:
+        yield "is tied (embeddings and head are one), on which llama.cpp aborts at the first token"
+
+
+def _factors(name: str, record: LinearDelta, family: Family, config: Any) -> Iterator[tuple[str, Tensor]]:
+    """A, and B with everything that scales folded in; for embeddings, A turned."""
+    assert record.a is not None
+    assert record.b is not None
+    a, b = record.a.float(), record.b.float() * record.scale
+    if record.core is not None:
+        b = b * record.core.float()
+    if record.b_scale is not None:
+        b = record.b_scale.float()[:, None] * b
+    yield f"{name}.lora_a", (a.T if name == _EMBEDDINGS else a).contiguous()
+    yield f"{name}.lora_b", laid_out_rows(family, config, name, b).contiguous()
+
+
+def _pairs(adapter: Path, family: Family, base: str, number: int) -> list[Pair]:
+    text = GGUFValueType.STRING
+    return [
+        Pair("general.architecture", family.architecture, text),
+        Pair("general.type", "adapter", text),
+        Pair("adapter.type", "lora", text),
+        Pair("general.name", adapter.resolve().name, text),
+        Pair("general.base_model.count", 1, GGUFValueType.UINT32),
+        Pair("general.base_model.0.name", Path(base).name, text),
+        Pair("adapter.lora.alpha", 0.0, GGUFValueType.FLOAT32),  # none: the scale that is asked for, alone
+        Pair("general.quantization_version", 2, GGUFValueType.UINT32),
+        Pair("general.file_type", number, GGUFValueType.UINT32),
+    ]
