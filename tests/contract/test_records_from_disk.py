@@ -225,6 +225,20 @@ def test_a_file_that_does_not_fit_the_places(change: str, message: str, tmp_path
         read_records(tmp_path, placed_on(make_base("llama"), read_config(tmp_path)))
 
 
+def test_parameters_of_two_dtypes_meet_in_the_wider(tmp_path: Path) -> None:
+    base = make_base("llama").float()
+    model = saved(base, veneer.LoraConfig(r=3, target_modules=["q_proj"], use_dora=True), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({k: v.bfloat16() if "lora_A" in k else v for k, v in load_file(file).items()}, file)
+    model.load_adapter(tmp_path, "default")
+    places = placed_on(make_base("llama").float(), read_config(tmp_path))
+    found = read_records(tmp_path, places).records
+    expected = attached_records(model)
+    assert found.keys() == expected.keys() != set()
+    for path, record in found.items():
+        same(record, expected[path])
+
+
 def test_what_is_no_update_of_layers_says_so(tmp_path: Path) -> None:
     saved(make_base("llama"), veneer.BottleneckConfig(), tmp_path)
     with pytest.raises(CompositionError, match=r"\(BOTTLENECK\) is no update of linear layers"):

@@ -10,6 +10,7 @@ import functools
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import MISSING, Field, fields
 from numbers import Integral, Real
@@ -19,6 +20,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from veneer.errors import ConfigError, VeneerError
 
 _QUOTED = re.compile(r"""(?<!\w)(['"])(\\.|(?!\1)[^\\])*\1""")  # a value: what stands in it is no field's name
+_EXACT = 2**53  # whole numbers up to here are floats too; torch computes with none beyond 64 bits
 _ONE_AND_MANY = {
     int: ("a whole number", "whole numbers"),
     float: ("a finite number", "finite numbers"),
@@ -68,7 +70,9 @@ def fits(value: object, hint: Any) -> bool:
     if origin is int:
         return isinstance(value, Integral) and not isinstance(value, bool)
     if origin is float:
-        return fits(value, int) or (isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value))
+        if isinstance(value, Integral) and fits(value, int):
+            return abs(int(value)) <= sys.float_info.max
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     return isinstance(value, (str, os.PathLike) if origin is str else origin)
 
 
@@ -82,7 +86,8 @@ def kept(value: Any, hint: Any) -> Any:
     if origin in (Collection, tuple):
         return tuple(kept(each, inner[0]) for each in (sorted(value) if isinstance(value, (set, frozenset)) else value))
     if origin in (int, float):
-        return int(value) if isinstance(value, Integral) else float(value)
+        whole = isinstance(value, Integral) and (origin is int or abs(int(value)) <= _EXACT)
+        return int(value) if whole else float(value)
     return os.fspath(value) if origin is str and isinstance(value, os.PathLike) else value
 
 

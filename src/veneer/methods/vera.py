@@ -56,6 +56,10 @@ class VeraConfig(LinearMethod):
             found.append(f"r={self.r!r} must be a whole number of at least 1")
         if not 0 <= self.vera_dropout < 1:
             found.append(f"vera_dropout={self.vera_dropout!r} must lie in [0, 1)")
+        if not -(2**63) <= self.projection_prng_key < 2**64:
+            found.append(
+                f"projection_prng_key={self.projection_prng_key!r} must be a seed that torch takes, of 64 bits"
+            )
         if self.d_initial == 0:
             found.append(f"d_initial={self.d_initial!r} must be a finite number other than 0")
         return found

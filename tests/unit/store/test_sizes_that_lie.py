@@ -150,6 +150,23 @@ def test_a_rank_for_which_there_is_no_memory(
     assert "does not fit into memory" in refused(folder)
 
 
+@pytest.mark.parametrize("key", [2**64, -(2**63) - 1])
+def test_a_seed_that_torch_does_not_take(key: int, tmp_path: Path) -> None:
+    folder = saved(VERA, tmp_path)
+    change_config(folder, projection_prng_key=key)
+    assert f"projection_prng_key={key} must be a seed" in refused(folder)
+
+
+def test_whole_numbers_where_a_float_is_meant(tmp_path: Path) -> None:
+    folder = saved(BottleneckConfig(), tmp_path)
+    change_config(folder, scaling=10**400)
+    assert "must be a finite number" in refused(folder)
+    change_config(folder, scaling=10**30)
+    model = PeftModel.from_pretrained(base(), folder)
+    assert model.peft_config["default"].scaling == 1e30
+    model(torch.tensor([[3, 5]]))  # torch multiplies by no whole number of more than 64 bits
+
+
 @pytest.mark.parametrize("missing", [False, True])
 def test_projections_are_not_drawn_for_a_rank_that_the_file_does_not_have(
     missing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

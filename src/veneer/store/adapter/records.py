@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from veneer.contract import LinearMethod, MethodConfig, PrefixMethod, PromptMethod, ResidualMethod
@@ -133,7 +135,9 @@ def _parameters(folder: Path, tensors: Mapping[str, Tensor], placed: Placed) -> 
     missing = [key for key in placed.keys.values() if key not in tensors]
     if missing:
         raise FormatError(f"{folder / WEIGHTS_FILE} lacks {', '.join(missing[:3])}")
-    return {name: tensors[key] for name, key in placed.keys.items()}
+    found = {name: tensors[key] for name, key in placed.keys.items()}
+    common = functools.reduce(torch.promote_types, (value.dtype for value in found.values()))
+    return {name: value.to(common) for name, value in found.items()}
 
 
 def _require_shapes(
