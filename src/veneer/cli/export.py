@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from veneer.cli.arguments import require_file
+from veneer.cli.arguments import require_file, require_folder
 from veneer.cli.help import VerbCommand, first_sentence, print_page
 from veneer.cli.loading import Adapter, Model
 from veneer.core.units import size
@@ -46,6 +46,9 @@ class ExportGroup(TyperGroup):
         return ["FORMAT", "[ARGUMENTS]", "[OPTIONS]"]
 
 
+Importance = Annotated[
+    Path | None, typer.Option(metavar="FILE", show_default=False, help="An importance matrix to quantize by.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 
 
@@ -69,6 +72,7 @@ def gguf(
         str | None, typer.Option(metavar="TYPE", show_default=False, help="The type of the embeddings.")
     ] = None,
     pure: Annotated[bool, typer.Option("--pure", help="Every matrix in the one type, without a mix.")] = False,
+    importance: Importance = None,
     split_size: Annotated[
         str | None,
         typer.Option(metavar="SIZE", show_default=False, help="Split into parts of at most this size, such as 4G."),
@@ -86,11 +90,16 @@ def gguf(
 
     require_file("--output", output, ".gguf")
     base, adapter = split(model, adapter)
-    if adapter is not None and not adapter.is_dir():
-        raise ConfigError(f"no adapter {str(adapter)!r}: there is no such folder")
+    _require_adapter(adapter)
     mix = MixOptions(pure=pure, output=output_type, embedding=embedding_type, by_name=_by_name(tensor_type or []))
     options = GgufOptions(
-        type=type_, mix=mix, dtype=dtype, name=name, overwrite=force, max_part_bytes=_bytes(split_size)
+        type=type_,
+        mix=mix,
+        dtype=dtype,
+        name=name,
+        overwrite=force,
+        max_part_bytes=_bytes(split_size),
+        importance=importance,
     )
     with quiet():
         export = GgufExport(base, adapter, options)
@@ -103,6 +112,37 @@ def gguf(
     merged = f", {report.n_modules} modules changed by the adapter" if adapter else ""
     parts = f"{report.paths[0]} and {len(report.paths) - 1} more parts" if len(report.paths) > 1 else str(output)
     typer.echo(f"{parts}: {_summary(report.plan.specs)}, {size(report.n_bytes)}{merged}")
+
+
+def ollama(
+    model: Model,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FOLDER", show_default=False, help="The folder to write.")
+    ],
+    adapter: Adapter = None,
+    type_: Type = "Q4_K_M",
+    importance: Importance = None,
+    force: Force = False,
+) -> None:
+    """Write a folder for ollama create: GGUF file, and Modelfile with template, stop tokens and parameters.
+
+    Example: veneer export ollama smollm2-135m-instruct --adapter runs/a/adapter -o ollama
+    """
+    from veneer.cli.loading import quiet, split
+    from veneer.export.gguf.model import GgufOptions
+    from veneer.export.gguf.modelfile import MODELFILE, export_ollama
+
+    require_folder("--output", output)
+    base, adapter = split(model, adapter)
+    _require_adapter(adapter)
+    options = GgufOptions(type=type_, overwrite=force, importance=importance)
+    with quiet(), progress_bar("exporting") as on_progress:
+        report = export_ollama(base, output, options, adapter=adapter, on_progress=on_progress)
+    typer.echo(f"{output}: {_summary(report.gguf.plan.specs)}, {size(report.gguf.n_bytes)}")
+    if not report.has_template:
+        reason = "the chat template is none of texts around messages, so that TEMPLATE was left out"
+        typer.echo(f"note: {reason}; Ollama then uses the one in the file where it knows it", err=True)
+    typer.echo(f"next: ollama create {output.name} -f {output / MODELFILE}", err=True)
 
 
 def lora(
@@ -125,12 +165,44 @@ def lora(
     from veneer.export.gguf.adapter import export_lora
 
     require_file("--output", output, ".gguf")
-    if not adapter.is_dir():
-        raise ConfigError(f"no adapter {str(adapter)!r}: there is no such folder")
+    _require_adapter(adapter)
     with quiet():
         report = export_lora(adapter, output, base=base, type=type_, overwrite=force)
     typer.echo(f"{output}: {report.n_modules} modules, {size(report.n_bytes)}")
     typer.echo("note: Ollama takes no adapters since 0.34.1; give it a merged file (veneer export gguf)", err=True)
+
+
+def importance(
+    model: Model,
+    data: Annotated[
+        Path, typer.Option("--data", "-d", metavar="FILE", show_default=False, help="A text like what it will read.")
+    ],
+    output: Output,
+    adapter: Adapter = None,
+    chunk_size: Annotated[int, typer.Option(metavar="N", min=16, help="Window in tokens.")] = 512,
+    chunks: Annotated[
+        int | None, typer.Option(metavar="N", min=1, show_default=False, help="Windows to read; all by default.")
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Collect an importance matrix: how much each input of each matrix matters on a text, for types below 5 bits.
+
+    Example: veneer export importance smollm2-135m-instruct -d text.txt -o imatrix.gguf
+    """
+    from veneer.cli.loading import load, quiet
+    from veneer.export.gguf.collect import CollectOptions, collect_importance
+
+    require_file("--output", output, ".gguf")
+    options = CollectOptions(chunk_size=chunk_size, n_chunks=chunks, overwrite=force)
+    loaded = load(model, adapter)
+    with quiet(), progress_bar("collecting") as on_progress:
+        n_windows = collect_importance(loaded.model, loaded.tokenizer, data, output, options, on_progress)
+    typer.echo(f"{output}: {n_windows} windows of {chunk_size} tokens")
+
+
+def _require_adapter(adapter: Path | None) -> None:
+    if adapter is not None and not adapter.is_dir():
+        raise ConfigError(f"no adapter {str(adapter)!r}: there is no such folder")
 
 
 def _by_name(given: list[str]) -> list[tuple[str, str]]:
@@ -184,7 +256,9 @@ def _tell_left_out(names: Sequence[str]) -> None:
 
 app = typer.Typer(cls=ExportGroup, no_args_is_help=True, rich_markup_mode="rich")
 app.command("gguf", cls=VerbCommand)(gguf)
+app.command("ollama", cls=VerbCommand)(ollama)
 app.command("lora", cls=VerbCommand)(lora)
+app.command("importance", cls=VerbCommand)(importance)
 
 
 @app.callback()

@@ -20,7 +20,7 @@ VERBS: dict[str, Any] = {
     for inner, verb in getattr(command, "commands", {"": command}).items()
 }
 SHARED = {"--adapter", "--load-in-4bit", "--dtype"}  # said once, under "What MODEL can be"
-OTHERS = {"--no-deps"}  # pip's
+OTHERS = {"--no-deps", "--lora"}  # pip's and llama-server's
 
 
 def options(verb: str) -> set[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from veneer.export.gguf.tokenizer import read_tokenizer
 from veneer.export.merged import floating_dtype
 from veneer.export.model_folder import local_folder
 from veneer.ops.ggml import FLOATS, quantize_ggml
+from veneer.store.gguf.importance import read_importance
 from veneer.store.gguf.writer import GgufFileWriter, TensorSpec
 
 PIECE_VALUES = 1 << 22
@@ -27,6 +28,7 @@ PIECE_VALUES = 1 << 22
 class GgufOptions:
     """``type`` of the file, with ``mix`` for exceptions. ``dtype`` is what values are rounded to before they are
     quantized, None for the base's: bytes equal those that llama.cpp makes by way of a file of that dtype.
+    ``importance`` is a file that says which columns matter.
     """
 
     type: str
@@ -35,6 +37,7 @@ class GgufOptions:
     name: str | None = None
     overwrite: bool = False
     max_part_bytes: int | None = None
+    importance: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,19 +53,24 @@ class GgufReport:
 class GgufExport:
     """A planned export: everything is checked when it is made, and nothing written before `write`.
 
+    ``folder`` is the base's, ``tokenizer`` that which goes into the file, ``plan`` the whole file without its data.
+
     Raises FormatError where the model, its tokenizer or the adapter cannot be said in the format, with every reason;
     CompositionError for adapters that cannot be folded.
     """
 
     def __init__(self, base: str | os.PathLike[str], adapter: Path | None, options: GgufOptions) -> None:
         mix = mix_of(options.type)
-        folder = local_folder(base)
+        self.folder = folder = local_folder(base)
         self._options = options
+        self._importance = read_importance(options.importance) if options.importance else None
         self._source = FoldedCheckpoint(folder, adapter, floating_dtype(options.dtype))
         described = describe_checkpoint(self._source, folder)
-        tokenizer = read_tokenizer([adapter, folder] if adapter else [folder])
+        self.tokenizer = read_tokenizer([adapter, folder] if adapter else [folder])
         name = options.name or (adapter or folder).resolve().name
-        self.plan = plan_file(described, mix, options.mix, tokenizer, folder=folder, name=name)
+        self.plan = plan_file(
+            described, mix, options.mix, self.tokenizer, folder=folder, name=name, importance=self._importance
+        )
 
     def write(self, output: Path, on_progress: Callable[[int, int], None] = lambda done, total: None) -> GgufReport:
         """Write the file. Raises DiskError where the disk is full, NonFiniteError and FormatError naming a tensor whose
@@ -78,15 +86,26 @@ class GgufExport:
         )
         with writer:
             for done, spec in enumerate(plan.specs):  # nothing here may hold on to a tensor while the next is made
-                writer.write(spec.name, encoded(spec, self._tensor(spec.name)))
+                writer.write(spec.name, encoded(spec, self._tensor(spec.name), self._weights_of(spec)))
                 on_progress(done + 1, len(plan.specs))
         return GgufReport(paths=tuple(writer.paths), n_bytes=writer.nbytes, plan=plan, n_modules=self._source.n_modules)
+
+    @property
+    def adds_bos(self) -> bool:
+        """True where the runtime puts a BOS in front of every text."""
+        return any(pair.key == "tokenizer.ggml.add_bos_token" and pair.value for pair in self.plan.pairs)
 
     def _tensor(self, name: str) -> Tensor:
         plan = self.plan
         if name in plan.factors:
             return plan.factors[name]
         return assembled(plan.family, plan.config, name, plan.sources[name], self._read)
+
+    def _weights_of(self, spec: TensorSpec) -> Tensor | None:
+        if self._importance is None:
+            return None
+        n_experts = spec.shape[0] if len(spec.shape) == 3 else 1
+        return self._importance.of(spec.name, spec.shape[-1], n_experts)
 
     def _read(self, stored: str) -> Tensor:
         dtype = self._source.specs[stored][0]
@@ -105,14 +124,17 @@ def export_gguf(
     return GgufExport(base, adapter, options).write(output, on_progress)
 
 
-def encoded(spec: TensorSpec, tensor: Tensor, importance: Mapping[str, Tensor] | None = None) -> Iterator[Tensor]:
-    """The bytes of a tensor in its type, in pieces of whole rows."""
+def encoded(spec: TensorSpec, tensor: Tensor, importance: Tensor | None = None) -> Iterator[Tensor]:
+    """The bytes of a tensor in its type, in pieces of whole rows; ``importance`` (experts, columns)."""
     columns = tensor.shape[-1]
-    rows = tensor.detach().reshape(-1, columns)
-    if rows.dtype not in FLOATS:
-        rows = rows.to(torch.float32)
+    matrices = tensor.detach().reshape(
+        -1 if tensor.ndim == 3 else 1, tensor.shape[-2] if tensor.ndim > 1 else 1, columns
+    )
     try:
-        for piece in torch.split(rows, max(1, PIECE_VALUES // columns)):
-            yield quantize_ggml(piece, spec.kind)
+        for number, matrix in enumerate(matrices):
+            rows = matrix if matrix.dtype in FLOATS else matrix.float()
+            weights = None if importance is None else importance[number].contiguous()
+            for piece in torch.split(rows, max(1, PIECE_VALUES // columns)):
+                yield quantize_ggml(piece, spec.kind, weights)
     except NonFiniteError as error:
         raise NonFiniteError(f"tensor {spec.name}: {error}") from error

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from veneer.errors import CompositionError, FormatError
+from veneer.errors import CompositionError, ConfigError, FormatError
 from veneer.export.folded import FoldedCheckpoint
 from veneer.export.gguf.metadata import file_pairs, general_pairs
 from veneer.export.gguf.mix import Mix, MixOptions, ModelFacts, chosen_types
@@ -20,6 +20,7 @@ from veneer.export.gguf.special import special_pairs
 from veneer.export.gguf.tokenizer import SourceTokenizer
 from veneer.export.gguf.tokens import vocabulary_pairs
 from veneer.store.gguf.family import Family
+from veneer.store.gguf.importance import Importance
 from veneer.store.gguf.keys import Pair, Said, said_of
 from veneer.store.gguf.registry import by_model_type
 from veneer.store.gguf.writer import TensorSpec, file_nbytes
@@ -98,9 +99,12 @@ def plan_file(
     *,
     folder: Path,
     name: str,
-    importance: Mapping[str, Any] | None = None,
+    importance: Importance | None = None,
 ) -> Plan:
-    """The file of a checkpoint. Raises FormatError where the tokenizer cannot be said."""
+    """The file of a checkpoint.
+
+    Raises FormatError where the tokenizer cannot be said, ConfigError where the mix needs an importance matrix.
+    """
     family, config = described.family, described.config
     facts = ModelFacts(
         architecture=family.architecture,
@@ -116,12 +120,16 @@ def plan_file(
         *vocabulary_pairs(tokenizer, n_rows),
         *special_pairs(tokenizer, config),
         *file_pairs(mix.number),
+        *(importance.pairs() if importance else ()),
     ]
+    specs = chosen_types(described.shapes, mix, facts, options, weighed=importance is not None)
+    if mix.name == "Q2_K_S" and importance is None and any(spec.kind == "Q2_K" for spec in specs):
+        raise ConfigError("Q2_K_S needs an importance matrix: collect one with `veneer export importance`")
     return Plan(
         family=family,
         config=config,
         pairs=pairs,
-        specs=chosen_types(described.shapes, mix, facts, options, weighed=importance is not None),
+        specs=specs,
         sources=described.sources,
         factors=described.said.factors,
         left_out=described.left_out,

@@ -1,0 +1,119 @@
+"""Collecting an importance matrix: sums of squares of what goes into every linear layer, over windows of a text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from veneer.errors import ConfigError, DataError
+from veneer.export.gguf.plan import family_of, gguf_name
+from veneer.store.gguf.importance import write_importance
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CollectOptions:
+    """Windows of ``chunk_size`` tokens, of which the first ``n_chunks`` are used; None for all."""
+
+    chunk_size: int = 512
+    n_chunks: int | None = None
+    overwrite: bool = False
+
+
+@dataclass(slots=True)
+class _Sums:
+    squares: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
+
+    def add(self, name: str, inputs: Tensor) -> None:
+        rows = inputs.reshape(-1, inputs.shape[-1]).float()
+        found = rows.square().sum(0, dtype=torch.float64).cpu()
+        self.squares[name] = self.squares[name] + found if name in self.squares else found
+        self.rows[name] = self.rows.get(name, 0) + len(rows)
+
+
+def collect_importance(
+    model: Any,
+    tokenizer: Any,
+    text: Path,
+    output: Path,
+    options: CollectOptions | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> int:
+    """Write the importance matrix of a model, adapted or not, over a text; returns the number of windows.
+
+    The head and the embeddings have no entry, as llama.cpp's own have none. Raises DataError for a text shorter than
+    a window, ConfigError for models whose experts lie in one parameter, which no layer's input tells.
+    """
+    options = options or CollectOptions()
+    family = family_of(model.config)
+    if family.experts and any("experts" in name for name, _ in model.named_parameters()):
+        raise ConfigError(
+            f"importance of {model.config.model_type} is not collected: its experts lie in one parameter. Collect it "
+            "with llama-imatrix on the exported file"
+        )
+    windows = _windows(tokenizer, text, options)
+    sums = _Sums()
+    with _watched(model, family, sums), torch.no_grad():
+        for done, window in enumerate(windows):
+            model(window[None].to(model.device), use_cache=False)
+            on_progress(done + 1, len(windows))
+    write_importance(
+        output,
+        sums.squares,
+        sums.rows,
+        data_sets=[text.name],
+        n_chunks=len(windows),
+        chunk_size=options.chunk_size,
+        overwrite=options.overwrite,
+    )
+    return len(windows)
+
+
+def _windows(tokenizer: Any, text: Path, options: CollectOptions) -> list[Tensor]:
+    """Windows of tokens; each begins with the token that the tokenizer puts in front of a text."""
+    try:
+        content = text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{text} cannot be read as text: {error}") from error
+    ids = tokenizer(content, add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    front = whole[:1] if tokenizer.bos_token_id is not None and whole[:1] == [tokenizer.bos_token_id] else []
+    width = options.chunk_size - len(front)
+    found = [torch.tensor(front + ids[at : at + width]) for at in range(0, len(ids) - width + 1, width)]
+    if not found:
+        raise DataError(
+            f"{text} has {len(ids)} tokens, less than a window of {options.chunk_size}: give a longer text, or a "
+            "smaller window (--chunk-size)"
+        )
+    return found[: options.n_chunks]
+
+
+@contextmanager
+def _watched(model: Any, family: Any, sums: _Sums) -> Iterator[None]:
+    """Inside the block every linear layer adds its inputs to the sums."""
+    head = model.get_output_embeddings()
+    handles = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and module is not head:
+            name = gguf_name(family, model.config, f"{path}.weight", model.base_model_prefix)
+            if name is not None:
+                handles.append(module.register_forward_pre_hook(_adder(name, sums)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _adder(name: str, sums: _Sums) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        sums.add(name, inputs[0])
+
+    return add
