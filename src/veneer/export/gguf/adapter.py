@@ -17,7 +17,7 @@ from veneer.core.records import LinearDelta
 from veneer.errors import CompositionError, ConfigError
 from veneer.export.gguf.mix import mix_of, quantize_order
 from veneer.export.gguf.model import encoded
-from veneer.export.gguf.plan import family_of, gguf_name, laid_out_rows
+from veneer.export.gguf.plan import family_of, laid_out_rows
 from veneer.export.model_folder import local_folder
 from veneer.model.places import placed_on
 from veneer.store.adapter.config import read_config
@@ -27,6 +27,7 @@ from veneer.store.adapter.skeleton import without_storage
 from veneer.store.checkpoint import Checkpoint
 from veneer.store.gguf.family import Family
 from veneer.store.gguf.keys import Pair
+from veneer.store.gguf.names import gguf_name
 from veneer.store.gguf.writer import GgufFileWriter, TensorSpec
 
 TYPES = ("F32", "F16")

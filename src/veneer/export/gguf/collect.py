@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from veneer.errors import ConfigError, DataError
-from veneer.export.gguf.plan import family_of, gguf_name
+from veneer.export.gguf.plan import family_of
 from veneer.store.gguf.importance import write_importance
+from veneer.store.gguf.names import gguf_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

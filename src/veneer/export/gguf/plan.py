@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gguf
 import torch
 from torch import Tensor
 from transformers import AutoConfig
@@ -22,6 +21,7 @@ from veneer.export.gguf.tokens import vocabulary_pairs
 from veneer.store.gguf.family import Family
 from veneer.store.gguf.importance import Importance
 from veneer.store.gguf.keys import Pair, Said, said_of
+from veneer.store.gguf.names import leaf_of, places_of
 from veneer.store.gguf.registry import by_model_type
 from veneer.store.gguf.writer import TensorSpec, file_nbytes
 
@@ -145,20 +145,9 @@ def family_of(config: Any) -> Family:
     return found
 
 
-def gguf_name(family: Family, config: Any, name: str, prefix: str = "model") -> str | None:
-    """llama.cpp's name for a parameter of a model; None where it has none."""
-    architecture = next(arch for arch, text in gguf.MODEL_ARCH_NAMES.items() if text == family.architecture)
-    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    for form in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
-        found = names.get_name(form, (".weight", ".bias"))
-        if found is not None:
-            return found
-    return None
-
-
 def laid_out(family: Family, config: Any, name: str, tensor: Tensor) -> Tensor:
     """A tensor of a model, in torch's layout, as the file has it."""
-    leaf = _leaf(name)
+    leaf = leaf_of(name)
     if leaf in family.turned:
         tensor = tensor.T
     tensor = family.rows(leaf, tensor, config)
@@ -169,11 +158,7 @@ def laid_out(family: Family, config: Any, name: str, tensor: Tensor) -> Tensor:
 
 def laid_out_rows(family: Family, config: Any, name: str, tensor: Tensor) -> Tensor:
     """Rows (o, …) that are added to those of a tensor of the file, in its order."""
-    return family.rows(_leaf(name), tensor, config)
-
-
-def _leaf(name: str) -> str:
-    return name.split(".", 2)[-1] if name.startswith("blk.") else name
+    return family.rows(leaf_of(name), tensor, config)
 
 
 def _config(source: FoldedCheckpoint) -> Any:
@@ -191,25 +176,12 @@ def _placed(
         if name is None:
             left_out += [] if stored.endswith(_BUFFERS) else [stored]
             continue
-        found = _places(family, config, name, source.prefix)
+        found = places_of(family, config, name, source.prefix)
         if not found:
             problems.append(_HEAD_UNREAD if name == "lm_head.weight" else f"there is no name for the tensor {name}")
         for target, part in found:
             sources.setdefault(target, []).append(Source(stored, part))
     return sources, left_out, problems
-
-
-def _places(family: Family, config: Any, name: str, prefix: str) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
-    parts = list(family.parts(name))
-    if parts:
-        layer = next(piece for piece in name.split(".") if piece.isdigit())
-        return [(f"blk.{layer}.{leaf}", part) for leaf, part in parts]
-    found = gguf_name(family, config, name, prefix)
-    return [(found, _whole)] if found else []
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _shape(

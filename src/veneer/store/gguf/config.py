@@ -32,12 +32,14 @@ class GgufContents:
     factors: Mapping[str, Tensor]
 
 
-def mended_config(config: Any, contents: GgufContents) -> Any:
+def mended_config(config: Any, contents: GgufContents, family: Family | None = None) -> Any:
     """A config that computes what the file says, made of the one that transformers reads from it.
+
+    ``family`` None is the one that transformers reads under the file's architecture.
 
     Raises FormatError, with every key at once, where the file asks for what the family's code does not compute.
     """
-    family = by_architecture().get(contents.architecture)
+    family = family or by_architecture().get(contents.architecture)
     if family is None:
         _raise(contents, list(_unknown_scaling(contents)))
         return config

@@ -45,7 +45,8 @@ class Family:
     hidden_size / heads, for which there is no key; all others are scaled by that of head_dim. ``windows``: sliding
     windows on some layers, on all but every ``window_step``-th where the file does not say it (0: it always does).
     ``experts``: tensors that hold the experts of a layer, one behind the other. ``silent``: keys that tell nothing
-    which the shapes of the tensors do not. ``reads``: transformers reads such files.
+    which the shapes of the tensors do not. ``reads``: transformers reads such files; of several
+    families of one architecture ``marked_by`` is the key that only this one's files have.
 
     For writing: ``model_types`` are transformers' names of the models, none where the family is only read. ``only``
     are attributes of the config that no key says, with the values that the runtime computes; ``refuses`` gives further
@@ -70,6 +71,7 @@ class Family:
     experts: tuple[str, ...] = ()
     silent: frozenset[str] = frozenset()
     reads: bool = True
+    marked_by: str | None = None
 
     model_types: tuple[str, ...] = ()
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)

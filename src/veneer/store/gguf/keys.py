@@ -68,7 +68,8 @@ def rotary_width(family: Family, config: Any) -> int:
 
 
 def _field_pairs(family: Family, config: Any) -> Iterator[Pair]:
-    for entry in family.fields:
+    once = {entry.key: entry for entry in reversed(family.fields)}  # a key may fill two fields
+    for entry in reversed(once.values()):
         value = value_of(entry, config)
         if value is not None:
             yield Pair(entry.key, entry.kind(value), _KINDS[entry.kind])

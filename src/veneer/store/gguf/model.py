@@ -19,9 +19,11 @@ from veneer.disk.cache import cache_dir
 from veneer.disk.folder import build_once
 from veneer.errors import FormatError
 from veneer.store.bars import without_bars
+from veneer.store.gguf.byte_level import byte_level_tokenizer
 from veneer.store.gguf.config import GgufContents, mended_config, unplaced_tensors
 from veneer.store.gguf.fields import FACTOR_TENSORS
-from veneer.store.gguf.pre_tokenizer import built_pre_tokenizer
+from veneer.store.gguf.rebuilt import rebuilt_model
+from veneer.store.gguf.registry import rebuilt_family
 
 _PLAIN = {
     GGMLQuantizationType.F32: torch.float32,
@@ -86,7 +88,7 @@ def converted_folder(path: Path) -> Path:
 def convert_gguf(path: Path, folder: Path) -> None:
     """Write the model of a GGUF file, its tokenizer and chat template into ``folder``, as transformers would.
 
-    Raises FormatError for damaged files, families that transformers cannot read, files that lack tensors, and files
+    Raises FormatError for damaged files, families that nobody here can read, files that lack tensors, and files
     whose model would not compute what they say.
     """
     facts = read_facts(path)
@@ -104,6 +106,8 @@ def _load(path: Path, facts: GgufFacts) -> Any:
     if hasattr(transformers, "GgufConfig"):  # since 5.2x the default keeps blocks packed
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     file = str(path.resolve())
+    if _is_rebuilt(facts):
+        return _rebuilt(path, facts)
     try:
         config = mended_config(_config(path, facts), facts.contents)
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
@@ -128,6 +132,17 @@ def _load(path: Path, facts: GgufFacts) -> Any:
     return model
 
 
+def _is_rebuilt(facts: GgufFacts) -> bool:
+    return rebuilt_family(facts.contents.architecture, facts.contents.pairs) is not None
+
+
+def _rebuilt(path: Path, facts: GgufFacts) -> Any:
+    try:
+        return rebuilt_model(GGUFReader(path), facts.contents, facts.token_ids, facts.dtype)
+    except (FormatError, StrictDataclassError) as error:
+        raise FormatError(f"{path}: {error}. Take the model's own folder of safetensors instead") from error
+
+
 def _config(path: Path, facts: GgufFacts) -> Any:
     """The config that transformers makes of the file, with the ids of the special tokens."""
     from transformers import AutoConfig
@@ -141,9 +156,9 @@ def _config(path: Path, facts: GgufFacts) -> Any:
 def _tokenizer(path: Path, facts: GgufFacts, config: Any) -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=str(path.resolve()))
-    if (built := built_pre_tokenizer(facts.pre_tokenizer)) is not None:
-        tokenizer.backend_tokenizer.pre_tokenizer = built
+    tokenizer = byte_level_tokenizer(GGUFReader(path))
+    if tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=str(path.resolve()))
     tokenizer.model_max_length = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
     return tokenizer
 

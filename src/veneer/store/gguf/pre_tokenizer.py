@@ -101,9 +101,9 @@ def pre_tokenizer_name(content: Mapping[str, Any]) -> str:
     )
 
 
-def built_pre_tokenizer(name: str | None) -> Any:
-    """The object of the tokenizers library for a name in a file; None for an unknown one."""
-    return next((each.build() for each in TABLE if name in (each.name, *each.others)), None)
+def pre_tokenizer_of(name: str | None) -> PreTokenizer | None:
+    """What a name in a file means; None for an unknown one."""
+    return next((each for each in TABLE if name in (each.name, *each.others)), None)
 
 
 def _steps(content: Mapping[str, Any]) -> Iterator[Step]:

@@ -6,6 +6,7 @@ import functools
 import importlib
 import pkgutil
 from collections.abc import Mapping
+from typing import Any
 
 from veneer.store.gguf import families
 from veneer.store.gguf.family import Family
@@ -18,8 +19,15 @@ def _families() -> tuple[Family, ...]:
 
 
 def by_architecture() -> Mapping[str, Family]:
-    """The families that are read, by ``general.architecture``."""
+    """The families that transformers reads, by ``general.architecture``."""
     return {family.architecture: family for family in _families() if family.reads}
+
+
+def rebuilt_family(architecture: str, keys: Mapping[str, Any]) -> Family | None:
+    """The family of a file that transformers does not read, by its architecture and its keys behind that name."""
+    families = [each for each in _families() if each.architecture == architecture and not each.reads]
+    marked = [each for each in families if each.marked_by is not None and keys.get(each.marked_by)]
+    return next(iter([*marked, *(each for each in families if each.marked_by is None)]), None)
 
 
 def by_model_type() -> Mapping[str, Family]:

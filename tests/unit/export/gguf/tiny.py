@@ -63,7 +63,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     }),
     "gptneox": ("gpt_neox", {
         **COMMON, "layer_norm_eps": 3e-4, "rope_parameters": {**PLAIN, "partial_rotary_factor": 0.5},
-        "use_parallel_residual": True, "hidden_act": "gelu_new",
+        "use_parallel_residual": True,
     }),
     "stablelm": ("stablelm", {
         **COMMON, "layer_norm_eps": 3e-4, "rope_parameters": {**PLAIN, "partial_rotary_factor": 0.5},

@@ -192,7 +192,7 @@ TWELVE = [1.0] * 6 + [4.0] * 6
         (key("residual_scale", 0.25), r"residual_scale 0\.25"),
         (key("attention.sliding_window", 11), r"attention\.sliding_window 11"),
         (key("attn_logit_softcapping", 30.0), r"attn_logit_softcapping 30"),
-        (key("expert_count", 8), r"expert_count 8"),
+        (key("expert_count", 8), r"lacks the tensors of \['model\.layers\.0\.mlp\.gate\.weight'"),
         (key("attention.causal", False), r"attention\.causal False"),
         (key("rope.scale_linear", 4.0), r"rope\.scale_linear 4"),
         (key("some.later_invention", 3), r"some\.later_invention 3"),

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from veneer.errors import FormatError
-from veneer.store.gguf.pre_tokenizer import TABLE, built_pre_tokenizer, pre_tokenizer_name
+from veneer.store.gguf.pre_tokenizer import TABLE, pre_tokenizer_name, pre_tokenizer_of
 
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -25,8 +25,7 @@ def content(pre: object, whole: bool = False) -> dict[str, object]:
 
 @pytest.mark.parametrize("entry", TABLE, ids=lambda entry: entry.name)
 def test_what_a_name_builds_is_matched_to_it(entry: object) -> None:
-    name, whole = entry.name, bool(entry.whole)  # type: ignore[attr-defined]
-    assert pre_tokenizer_name(content(built_pre_tokenizer(name), whole)) == name
+    assert pre_tokenizer_name(content(entry.build(), bool(entry.whole))) == entry.name  # type: ignore[attr-defined]
 
 
 def test_llama_3_s_pattern_is_llama_bpe_where_whole_words_skip_merges() -> None:
@@ -51,6 +50,6 @@ def test_what_has_no_name_is_refused_with_the_pattern_seen(pre: object, seen: st
     assert seen in str(refusal.value)
 
 
-def test_an_unknown_name_builds_nothing() -> None:
-    assert built_pre_tokenizer("later-invention") is None
-    assert built_pre_tokenizer(None) is None
+def test_an_unknown_name_means_nothing() -> None:
+    assert pre_tokenizer_of("later-invention") is None
+    assert pre_tokenizer_of(None) is None

@@ -9,6 +9,7 @@ from veneer.store.gguf.layout import experts, long_windows, neighbours
 FAMILY = Family(
     architecture="llama",
     reads=False,
+    marked_by="expert_count",
     model_types=("mixtral",),
     fields=(
         VOCABULARY,

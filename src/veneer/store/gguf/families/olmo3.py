@@ -18,11 +18,13 @@ def _problems(config: Any) -> Iterator[str]:
 FAMILY = Family(
     architecture="olmo2",
     reads=False,
+    marked_by="attention.sliding_window",
     model_types=("olmo3",),
     fields=(
         *GROUPED,
         FEED_FORWARD,
         Field("rope.freq_base", "rope_parameters.full_attention.rope_theta", kind=float),
+        Field("rope.freq_base", "rope_parameters.sliding_attention.rope_theta", kind=float),
         RMS,
         WINDOW,
     ),

@@ -1,0 +1,44 @@
+"""The names of a model's parameters in GGUF files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import gguf
+from torch import Tensor
+
+from veneer.store.gguf.family import Family
+
+
+def gguf_name(family: Family, config: Any, name: str, prefix: str = "model") -> str | None:
+    """llama.cpp's name for a parameter of a model; None where it has none.
+
+    ``prefix`` is that of the names of the model without its head, which files may lack or have.
+    """
+    architecture = next(arch for arch, text in gguf.MODEL_ARCH_NAMES.items() if text == family.architecture)
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    for form in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
+        found = names.get_name(form, (".weight", ".bias"))
+        if found is not None:
+            return found
+    return None
+
+
+def places_of(family: Family, config: Any, name: str, prefix: str) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
+    """The tensors of the file that a parameter goes into, and the part of it that each takes; [] where it has none."""
+    parts = list(family.parts(name))
+    if parts:
+        layer = next(piece for piece in name.split(".") if piece.isdigit())
+        return [(f"blk.{layer}.{leaf}", part) for leaf, part in parts]
+    found = gguf_name(family, config, name, prefix)
+    return [(found, _whole)] if found else []
+
+
+def leaf_of(name: str) -> str:
+    """A tensor's name behind its layer's."""
+    return name.split(".", 2)[-1] if name.startswith("blk.") else name
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor

@@ -1,0 +1,79 @@
+"""Models of GGUF files that transformers does not read, built by the families' tables: the export, run backward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import gguf
+import torch
+from gguf import GGUFReader
+from torch import Tensor
+
+from veneer.errors import FormatError
+from veneer.store.gguf.config import GgufContents, mended_config
+from veneer.store.gguf.family import Family
+from veneer.store.gguf.fields import FACTOR_TENSORS
+from veneer.store.gguf.names import leaf_of, places_of
+from veneer.store.gguf.registry import rebuilt_family
+
+
+def rebuilt_model(reader: GGUFReader, contents: GgufContents, ids: Mapping[str, int], dtype: torch.dtype) -> Any:
+    """The model of a file whose family has ``reads=False``.
+
+    ``ids`` are special tokens by transformers' names. Raises FormatError for what the model would not compute, and for
+    tensors that are missing or have no place.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    family = rebuilt_family(contents.architecture, contents.pairs)
+    if family is None:
+        raise FormatError(f"no table describes files of the architecture {contents.architecture!r}")
+    n_layers = contents.pairs["block_count"]
+    made = AutoConfig.for_model(family.model_types[0], num_hidden_layers=n_layers, pad_token_id=None)
+    for name, value in ids.items():
+        setattr(made, name, value)
+    made.tie_word_embeddings = "output.weight" not in contents.shapes
+    config = mended_config(made, contents, family)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    used = _fill(model, family, config, stored, dtype)
+    if unplaced := sorted(set(stored) - used - set(FACTOR_TENSORS)):
+        raise FormatError(
+            f"it holds the tensors {unplaced}, for which transformers' {type(model).__name__} has no place: it would "
+            "compute another model"
+        )
+    return model
+
+
+def _fill(model: Any, family: Family, config: Any, stored: Mapping[str, Any], dtype: torch.dtype) -> set[str]:
+    """Give every parameter its values; returns the names of the tensors that were read."""
+    used: set[str] = set()
+    missing = []
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            places = [target for target, _ in places_of(family, config, name, model.base_model_prefix)]
+            if not places or not all(target in stored for target in places):
+                missing.append(name)
+                continue
+            used.update(places)
+            parts = [_in_order(family, config, target, _values(stored[target])) for target in places]
+            whole = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+            if whole.shape != parameter.shape:
+                raise FormatError(f"{places[0]} has the shape {tuple(whole.shape)}, {name} {tuple(parameter.shape)}")
+            parameter.copy_(whole.to(dtype))
+    if missing:
+        raise FormatError(f"it lacks the tensors of {missing[:5]}; it is not a whole model")
+    return used
+
+
+def _values(tensor: Any) -> Tensor:
+    return torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+
+
+def _in_order(family: Family, config: Any, name: str, tensor: Tensor) -> Tensor:
+    """The rows as transformers has them: where the export moves each of them is asked of it."""
+    moved = family.rows(leaf_of(name), torch.arange(len(tensor)), config)
+    out = torch.empty_like(tensor)
+    out[moved] = tensor
+    return out
