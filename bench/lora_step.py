@@ -52,9 +52,10 @@ def require_fused(model: Any) -> None:
         raise SystemExit("the model runs the general path, see the log: there is nothing to compare")
 
 
-def optimizer_of(model: Any, rate: float = RATE, **options: Any) -> torch.optim.Optimizer:
-    """torch's AdamW over what trains."""
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, **options)
+def optimizer_of(model: Any, rate: float = RATE) -> torch.optim.Optimizer:
+    """torch's fused AdamW over what trains, which is what a Trainer takes by itself."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=rate, fused=True)
 
 
 def loss_of(side: str, model: Any, ids: Tensor) -> Tensor:

