@@ -219,7 +219,9 @@ def require_equal(
             raise SystemExit(f"that is more than rounding turns round ({NEAR}): no times are given")
 
 
-def gap_of(args: argparse.Namespace, prompt: list[int], own: list[int], theirs: list[int], adapter: str | None) -> float:
+def gap_of(
+    args: argparse.Namespace, prompt: list[int], own: list[int], theirs: list[int], adapter: str | None
+) -> float:
     """How far apart the two first tokens that differ are, in logits of transformers (and PEFT) in float32."""
     place = next(n for n, (a, b) in enumerate(zip(own, theirs, strict=True)) if a != b)
     model = AutoModelForCausalLM.from_pretrained(args.place, dtype=torch.float32).eval()
