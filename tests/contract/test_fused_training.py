@@ -1,4 +1,6 @@
-"""Every linear method trains fused: no half of any block falls back, and gradients are the general path's."""
+"""Every linear method trains fused, and a bottleneck beside them: no half of any block falls back, and gradients are
+the general path's.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import veneer
-from veneer import PeftModel
+from veneer import BottleneckConfig, PeftModel
 from veneer.contract import LinearMethod
 from veneer.model.fused import block
 from veneer.model.fused.decoder import fused
@@ -48,7 +50,7 @@ def make_base() -> Any:
     return model
 
 
-def adapted(model: Any, configs: dict[str, LinearMethod]) -> PeftModel:
+def adapted(model: Any, configs: dict[str, Any]) -> PeftModel:
     """With these adapters, all of them away from their start."""
     for name, config in configs.items():
         model = veneer.get_peft_model(model, config, name)
@@ -114,7 +116,8 @@ def test_a_method_dropped_into_the_folder(toy: Any, halves: list[str]) -> None:
 @pytest.mark.parametrize("rate", [0.0, 0.3])
 def test_rows_of_every_method_in_one_batch(every_config: list[LinearMethod], rate: float, halves: list[str]) -> None:
     """Each row's loss and gradients are those of its adapter alone on the general path; one row is the base's."""
-    configs = {f"row{i}": everywhere(config, rate) for i, config in enumerate(every_config)}
+    configs: dict[str, Any] = {f"row{i}": everywhere(config, rate) for i, config in enumerate(every_config)}
+    configs["bottleneck"] = BottleneckConfig.houlsby(reduction_factor=5, dropout=rate)
     model = adapted(make_base(), configs)
     tokens = torch.arange((len(configs) + 1) * 17).view(-1, 17) * 31 % 97
     alone = {}

@@ -53,24 +53,36 @@ class ResidualAdapters(nn.Module):
     def _method(self, name: str) -> ResidualMethod:
         return cast(ResidualMethod, self.adapter_state.configs[name])
 
-    def _acting(self) -> list[str]:
+    @property
+    def acting(self) -> list[str]:
         """The adapters that act now, on all rows or on some."""
         routing = self.adapter_state.routed()
         names = self.adapter_state.acting() if routing is None else routing.adapters
         return [name for name in names if name in self.adapters]
 
+    @property
+    def reads_input(self) -> bool:
+        """True if one that acts reads the sub-layer's input."""
+        return any(self.record(name).where != "serial" for name in self.acting)
+
     def _keep_input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._acting():
+        if self.acting:
             self._input = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point())
 
     def _change_output(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Each acting bottleneck in turn; a serial one reads what those before it made of the output."""
-        names = self._acting()
-        if not names:
+        if not self.acting:
             return None
-        hidden = output[0] if isinstance(output, tuple) else output
         x, self._input = self._input, None
-        routing = self.adapter_state.routed()
+        if not isinstance(output, tuple):
+            return self.changed(output, x)
+        return (self.changed(output[0], x), *output[1:])
+
+    def changed(self, hidden: Tensor, x: Tensor | None) -> Tensor:
+        """A sub-layer's output ``hidden`` (b, t, d) behind the acting bottlenecks; x is the sub-layer's input.
+
+        Each in turn: a serial one reads what those before it made of the output.
+        """
+        names, routing = self.acting, self.adapter_state.routed()
         if routing is None:
             for name in names:
                 hidden = hidden + self._change(name, hidden, x, None)
@@ -81,7 +93,7 @@ class ResidualAdapters(nn.Module):
                     change = self._change(name, hidden[rows], None if x is None else x[rows], routing)
                     changes = changes.index_copy(0, rows, change)
             hidden = hidden + changes
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+        return hidden
 
     def _change(self, name: str, hidden: Tensor, x: Tensor | None, routing: Routing | None) -> Tensor:
         """The change that one bottleneck makes to a sub-layer's output ``hidden``, given the sub-layer's input."""

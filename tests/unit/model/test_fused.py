@@ -163,6 +163,9 @@ RECORDS: dict[str, MethodConfig] = {
     "dropout": LoraConfig(r=5, lora_alpha=7, target_modules="all-linear", lora_dropout=0.3),
     "dora and dropout": LoraConfig(r=5, lora_alpha=7, target_modules="all-linear", use_dora=True, lora_dropout=0.3),
     "vera and dropout": VeraConfig(r=11, target_modules="all-linear", vera_dropout=0.3),
+    "houlsby": BottleneckConfig.houlsby(reduction_factor=7, scaling=0.7),
+    "pfeiffer and dropout": BottleneckConfig.pfeiffer(reduction_factor=7, dropout=0.3),
+    "parallel": BottleneckConfig.parallel(reduction_factor=7, after_attention=True),
 }
 
 
@@ -270,7 +273,7 @@ def test_under_gradient_checkpointing(reentrant: bool, halves: list[str]) -> Non
         (LoraConfig(r=5, target_modules=["v_proj"], modules_to_save=["input_layernorm"]), {"mlp"}),
         (LoraConfig(r=5, target_modules=["v_proj"], init_lora_weights="pissa"), {"attention", "mlp"}),
         (LoraConfig(r=5, target_modules=["o_proj"], layers_to_transform=[1]), {"attention", "mlp"}),
-        (BottleneckConfig(after_attention=True, after_mlp=False, reduction_factor=7), {"mlp"}),
+        (BottleneckConfig(after_attention=True, after_mlp=False, reduction_factor=7), {"attention", "mlp"}),
         (PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), set()),
         (PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), {"attention", "mlp"}),
     ],

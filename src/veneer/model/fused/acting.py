@@ -10,13 +10,17 @@ from veneer.model.blueprint.decoder import Decoder
 from veneer.model.fused.block import FusedBlock, attention_of, mlp_of
 from veneer.model.fused.kept import Acting
 from veneer.model.linear import AdaptedLinear
+from veneer.model.residual import residual_adapters
 
 
 def acting_on(model: PreTrainedModel, decoder: Decoder) -> dict[str, Acting] | None:
     """What acts on the layers of a model's blocks by their paths, on any device, meta too.
 
-    None where the rows of a batch have adapters of their own: what such a batch keeps is not described.
+    None where the rows of a batch have adapters of their own, and where a bottleneck acts: what is kept then is not
+    described.
     """
+    if any(holder.acting for holder in residual_adapters(model).values()):
+        return None
     found: dict[str, Acting] = {}
     for linear in (linear for block in decoder.blocks for linear in block.linears):
         module = model.get_submodule(linear.path)

@@ -39,6 +39,7 @@ class AttentionHalf:
     k_norm: Norm | None = None
     post_norm: Norm | None = None
     recomputes: bool = False
+    sums: bool = True
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -57,7 +58,7 @@ class Positions:
 
 
 def attention_half(x: Float[Tensor, "b t d"], half: AttentionHalf, positions: Positions) -> Float[Tensor, "b t d"]:
-    """The stream after the attention half."""
+    """The stream after the attention half; what it adds to it, where the half does not ``sum``."""
     y: Tensor = _AttentionHalf.apply(x, half, positions, *half.tensors)  # type: ignore[no-untyped-call]
     return y
 
@@ -76,7 +77,7 @@ class _AttentionHalf(torch.autograd.Function):
             if half.post_norm is not None:
                 normed_out, statistics_out = half.post_norm.forward(out)
                 kept_out, out = (out, statistics_out), normed_out
-            out = add_onto(flat, out)
+            out = add_onto(flat, out) if half.sums else out
         ctx.half, ctx.positions = half, positions
         kept_qkv = kept_qkv.without_products() if half.recomputes else kept_qkv
         kept_heads = () if half.recomputes else (heads.qkv, heads.q_kept, heads.k_kept)
@@ -113,7 +114,8 @@ class _AttentionHalf(torch.autograd.Function):
             normed = half.norm.forward(flat)[0].to(half.dtype)
             joined = half.heads.join((dq, dk, dqkv[2]))
             found = op.backward(joined, normed, kept_qkv, half.qkv, input_grad=ctx.needs_input_grad[0], overwrite=True)
-            dx = None if found.x is None else half.norm.backward(found.x, flat, statistics).add_(dy).view(x.shape)
+            dx = None if found.x is None else half.norm.backward(found.x, flat, statistics)
+            dx = None if dx is None else (dx.add_(dy) if half.sums else dx).view(x.shape)
         return dx, None, None, *found.records, *out_grads.records
 
 

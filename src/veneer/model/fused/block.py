@@ -15,9 +15,11 @@ from veneer.model.checkpointing import is_selective
 from veneer.model.fused.attention import AttentionHalf, Positions, attention_half
 from veneer.model.fused.layout import LayoutMask
 from veneer.model.fused.mlp import MlpHalf, mlp_half
-from veneer.model.fused.parts import Norm, computed_in, is_plain, layer_of, norm_of, with_masks
+from veneer.model.fused.parts import Norm, bottlenecks, computed_in, is_plain, layer_of, norm_of, with_masks
 from veneer.model.fused.shape import AttentionParts, BlockShape, MlpParts, window_of
 from veneer.model.inplace import InPlace, base_of
+from veneer.model.residual import ResidualAdapters
+from veneer.model.structure import SublayerKind
 from veneer.ops.linear.layer import LinearLayer
 
 CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
@@ -61,13 +63,22 @@ def _run(block: FusedBlock, x: Tensor, mask: LayoutMask, kwargs: dict[str, Any])
             return _again(block, functools.partial(super(FusedBlock, block).forward, **kwargs), x)
         h = _again(block, functools.partial(own_attention, block, kwargs), x)
     else:
-        h = attention_half(
-            x, _masked_attention(block, attention, x), _positions(kwargs.get("position_embeddings"), mask)
-        )
+        positions = _positions(kwargs.get("position_embeddings"), mask)
+        h = attention_half(x, _masked_attention(block, attention, x), positions)
+        h = h if attention.sums else x + _changed(block, "attention", h, x)
     if mlp is not None:
-        mlp = _masked_mlp(block, mlp, x)
-        return mlp_half(x, mlp, h) if shape.parallel else mlp_half(h, mlp)
+        mlp, fed = _masked_mlp(block, mlp, x), x if shape.parallel else h
+        if mlp.sums:
+            return mlp_half(fed, mlp, h if shape.parallel else None)
+        return h + _changed(block, "mlp", mlp_half(fed, mlp), fed)
     return _again(block, functools.partial(_own_mlp, block), x if shape.parallel else h, h)
+
+
+def _changed(block: FusedBlock, kind: SublayerKind, change: Tensor, x: Tensor) -> Tensor:
+    """What a half of the stream x adds, behind the bottlenecks that act there."""
+    names, acting = block.fused_shape.norms, cast(ResidualAdapters, bottlenecks(block, kind))
+    norm = getattr(block, names.attention if kind == "attention" else names.mlp)
+    return acting.changed(change, norm(x) if acting.reads_input else None)
 
 
 def own_attention(block: FusedBlock, kwargs: dict[str, Any], x: Tensor) -> Tensor:
@@ -110,6 +121,7 @@ def attention_of(block: FusedBlock, stream: torch.dtype, dtype: torch.dtype) -> 
         k_norm=head_norms[1],
         post_norm=norms[1],
         recomputes=is_selective(block),
+        sums=bottlenecks(block, "attention") is None,
     )
 
 
@@ -132,6 +144,7 @@ def mlp_of(block: FusedBlock, stream: torch.dtype, dtype: torch.dtype) -> MlpHal
         gated=parts.gated,
         post_norm=norms[1],
         recomputes=is_selective(block),
+        sums=bottlenecks(block, "mlp") is None,
     )
 
 

@@ -28,6 +28,7 @@ class MlpHalf:
 
     ``gate_up``: gate and up, or one layer that gives both behind one another, or up alone where not ``gated``.
     ``activation`` is one of `veneer.ops.glu.ACTIVATIONS`; without a gate, of `veneer.ops.activation.KINDS`.
+    Where it does not ``sum``, what it adds to the stream is given out alone, for bottlenecks to change.
     ``dtype`` is what lies between the norm and the sum: the stream's, or bfloat16 beside a float32 stream (autocast).
     """
 
@@ -39,6 +40,7 @@ class MlpHalf:
     gated: bool = True
     post_norm: Norm | None = None
     recomputes: bool = False
+    sums: bool = True
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -60,7 +62,7 @@ class MlpHalf:
 
 
 def mlp_half(x: Float[Tensor, "b t d"], half: MlpHalf, stream: Tensor | None = None) -> Float[Tensor, "b t d"]:
-    """The stream after the feed-forward half. ``stream``: what its output is added to, where that is not x."""
+    """The stream after the feed-forward half, or what it adds. ``stream``: what that is added to where it is not x."""
     y: Tensor = _MlpHalf.apply(x, stream, half, *half.tensors)  # type: ignore[no-untyped-call]
     return y
 
@@ -78,12 +80,13 @@ class _MlpHalf(torch.autograd.Function):
             if half.post_norm is not None:
                 normed_out, statistics_out = half.post_norm.forward(out)
                 kept_out, out = (out, statistics_out), normed_out
-            out = add_onto(flat if stream is None else stream.reshape(flat.shape), out)
+            if half.sums:
+                out = add_onto(flat if stream is None else stream.reshape(flat.shape), out)
         if half.recomputes:
             kept_inner = kept_inner.without_products()
         made_again = [half.recomputes or z is not None for z in kept_inner.products]
         kept_ys = tuple(None if again else y for y, again in zip(inner, made_again, strict=True))
-        ctx.half, ctx.adds = half, stream is None
+        ctx.half, ctx.adds, ctx.streams = half, half.sums and stream is None, half.sums and stream is not None
         ctx.sizes = [len(t) for t in (kept_inner.tensors, kept_down.tensors, kept_ys)]
         ctx.save_for_backward(x, statistics, *kept_inner.tensors, *kept_down.tensors, *kept_ys, *kept_out)
         return out.view(x.shape)
@@ -95,7 +98,7 @@ class _MlpHalf(torch.autograd.Function):
         x, statistics, *rest = ctx.saved_tensors
         of_inner, of_down, inner, kept_out = parted(rest, ctx.sizes)
         kept_inner, kept_down = op.Kept.of(of_inner, half.gate_up), op.Kept.of(of_down, [half.down])
-        dstream = None if ctx.adds else grads[0]
+        dstream = grads[0] if ctx.streams else None
         wanted = ctx.needs_input_grad[0] or any(ctx.needs_input_grad[3 : 3 + n_inner_tensors])
         with torch.autocast(x.device.type, enabled=False):
             flat, dy = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, x.shape[-1])

@@ -11,10 +11,13 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from veneer.contract.keys import SUBLAYER
 from veneer.model.blueprint.linears import is_linear
 from veneer.model.blueprint.norms import epsilon_of
 from veneer.model.inplace import InPlace
 from veneer.model.linear import AdaptedLinear, frozen_weight
+from veneer.model.residual import ResidualAdapters
+from veneer.model.structure import SublayerKind
 from veneer.ops.linear.layer import LinearLayer
 from veneer.ops.norm import layer_norm_backward, layer_norm_forward, rms_norm_backward, rms_norm_forward
 from veneer.quant.dense import DenseWeight
@@ -85,8 +88,22 @@ def parted(tensors: Sequence[Any], sizes: Sequence[int]) -> list[Any]:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Return True if calling the module does nothing but run its class's forward."""
-    return not any(getattr(module, hooks) for hooks in HOOKS) and "forward" not in vars(module)
+    """Return True if calling the module does nothing but run its class's forward, and a bottleneck's hooks.
+
+    Those count for nothing, as a half asks its `bottlenecks` itself.
+    """
+    hooks = (hook for kind in HOOKS for hook in getattr(module, kind).values())
+    return "forward" not in vars(module) and all(isinstance(_owner(hook), ResidualAdapters) for hook in hooks)
+
+
+def bottlenecks(block: nn.Module, kind: SublayerKind) -> ResidualAdapters | None:
+    """The holder of what acts behind a sub-layer of a block now; None where nothing does."""
+    holder = getattr(block, f"{SUBLAYER}{kind}", None)
+    return holder if isinstance(holder, ResidualAdapters) and holder.acting else None
+
+
+def _owner(method: object) -> object:
+    return getattr(method, "__self__", None)
 
 
 def norm_of(module: nn.Module, kind: NormKind, dtype: torch.dtype) -> Norm | None:
