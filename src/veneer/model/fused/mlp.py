@@ -75,7 +75,7 @@ class _MlpHalf(torch.autograd.Function):
             normed, statistics = half.norm.forward(flat)
             inner, kept_inner = op.forward(normed.to(half.dtype), half.gate_up)
             del normed
-            (out,), kept_down = op.forward(half.hidden(inner), [half.down])
+            (out,), kept_down = op.forward(half.hidden(inner), [half.down], owns_x=True)
             kept_out: tuple[Tensor, ...] = ()
             if half.post_norm is not None:
                 normed_out, statistics_out = half.post_norm.forward(out)
@@ -109,7 +109,7 @@ class _MlpHalf(torch.autograd.Function):
                 inner = op.outputs(inner, kept_inner, half.gate_up)
             dout = dy.to(half.dtype)
             dout = dout if half.post_norm is None else half.post_norm.backward(dout, *kept_out)
-            down = op.backward([dout], half.hidden(inner), kept_down, [half.down], input_grad=wanted)
+            down = op.backward([dout], half.hidden(inner), kept_down, [half.down], input_grad=wanted, owns_x=True)
             if not wanted or down.x is None:
                 return None, dstream, None, *(None,) * n_inner_tensors, *down.records
             inner = half.inner_grads(down.x, inner)

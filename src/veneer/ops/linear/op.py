@@ -28,6 +28,7 @@ from veneer.ops.linear.scales import (
     keeps_product,
     scaled_input,
     scaled_input_backward,
+    scaled_rows,
 )
 from veneer.ops.matmul import add_matmul, matmul, operand
 
@@ -83,9 +84,11 @@ def linears(x: Float[Tensor, "*batch i"], layers: Sequence[LinearLayer]) -> tupl
     return tuple(y.reshape(*x.shape[:-1], -1) for y in ys)
 
 
-def forward(x: Float[Tensor, "n i"], layers: Sequence[LinearLayer]) -> tuple[tuple[Float[Tensor, "n _"], ...], Kept]:
-    """The outputs, and what `backward` reads."""
-    inputs = [scaled_input(x, layer) for layer in layers]
+def forward(
+    x: Float[Tensor, "n i"], layers: Sequence[LinearLayer], *, owns_x: bool = False
+) -> tuple[tuple[Float[Tensor, "n _"], ...], Kept]:
+    """The outputs, and what `backward` reads. ``owns_x`` allows x of a single layer to be written over."""
+    inputs = [scaled_input(x, layer, overwrite=owns_x) for layer in layers]
     reads = _operands(inputs)
     zs = [_product(own, read, layer.weight) for own, read, layer in zip(inputs, reads, layers, strict=True)]
     us = tuple(
@@ -114,15 +117,18 @@ def backward(
     *,
     input_grad: bool = True,
     overwrite: bool = False,
+    owns_x: bool = False,
 ) -> LinearGradients:
     """Gradients of `forward` from the outputs' gradients, x, and what it kept.
 
-    ``overwrite`` allows the outputs' gradients to be written over: who has no more use for them saves memory.
+    ``overwrite`` allows the outputs' gradients to be written over, ``owns_x`` x of a single layer: who has no more use
+    for them saves memory.
     """
     found = _Found(layers)
     dzs = [found.finish(place, dy, z, overwrite) for place, (dy, z) in enumerate(zip(dys, kept.products, strict=True))]
     reads = [operand(dz) for dz in dzs]
-    inputs = [scaled_input(x, layer) for layer in layers]
+    scaled = {place: scaled_rows(x, layer, copies=owns_x) for place, layer in enumerate(layers) if layer.scales_input}
+    inputs = [scaled_input(x, layer, overwrite=owns_x) for layer in layers]
     into = [place if layer.scales_input else WHOLE for place, layer in enumerate(layers)]
     totals: dict[int, Tensor | None] = {}
     for places, u in zip(_together(layers), kept.us, strict=True):
@@ -136,9 +142,9 @@ def backward(
     for place, (layer, dz, read) in enumerate(zip(layers, dzs, reads, strict=True)):
         if input_grad or into[place] != WHOLE:
             totals[into[place]] = _add_transposed(totals.get(into[place]), dz, read, layer.weight)
-    for place in (place for place in into if place != WHOLE):
-        dx, scales = scaled_input_backward(cast(Tensor, totals[place]), x, layers[place])
-        found.add(place, in_scale=scales)
+    for place, rows in scaled.items():
+        dx = cast(Tensor, totals[place])
+        found.add(place, in_scale=scaled_input_backward(dx, rows, layers[place]))
         if input_grad:
             totals[WHOLE] = added(totals.get(WHOLE), dx)
     return LinearGradients(totals.get(WHOLE), found.listed())

@@ -5,6 +5,8 @@ Scales and biases are never rounded to the dtype of what they act on (`ops.scale
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -13,34 +15,42 @@ from veneer.ops.linear.layer import LinearLayer
 from veneer.ops.scale import scale_columns, scale_columns_backward
 
 
-def scaled_input(x: Float[Tensor, "n i"], layer: LinearLayer) -> Float[Tensor, "n i"]:
-    """``in_scale * x``; x itself where no record scales it."""
+def scaled_input(x: Float[Tensor, "n i"], layer: LinearLayer, *, overwrite: bool = False) -> Float[Tensor, "n i"]:
+    """``in_scale * x``; x itself where no record scales it, and where x may be written over."""
     if not layer.scales_input:
         return x
-    scaled = torch.empty_like(x) if _reaches_all(layer, len(x)) else x.clone()
+    scaled = x if overwrite else torch.empty_like(x) if _reaches_all(layer, len(x)) else x.clone()
     for k, rows in layer.spans(len(x)):
         scale = layer.records[k].in_scale
-        if scale is None:
-            scaled[rows] = x[rows]
-        else:
+        if scale is not None:
             scale_columns(x[rows], scale, None, scaled[rows])
+        elif not overwrite:
+            scaled[rows] = x[rows]
     return scaled
 
 
+def scaled_rows(x: Float[Tensor, "n i"], layer: LinearLayer, *, copies: bool = False) -> list[Tensor | None]:
+    """The rows of x in each of `LinearLayer.spans`; None where its record scales none.
+
+    ``copies``: for who writes over x.
+    """
+    taken = [(layer.records[k].in_scale is not None, x[rows]) for k, rows in layer.spans(len(x))]
+    return [(own.clone() if copies else own) if scales else None for scales, own in taken]
+
+
 def scaled_input_backward(
-    dy: Float[Tensor, "n i"], x: Float[Tensor, "n i"], layer: LinearLayer
-) -> tuple[Float[Tensor, "n i"], list[Tensor | None]]:
-    """Gradients of `scaled_input` in x and in each record's ``in_scale``."""
+    dy: Float[Tensor, "n i"], xs: Sequence[Tensor | None], layer: LinearLayer
+) -> list[Tensor | None]:
+    """Gradients of `scaled_input` in each record's ``in_scale``; the one in x is written into dy.
+
+    ``xs``: the rows of x as `scaled_rows` lists them.
+    """
     found: list[Tensor | None] = [None] * len(layer.records)
-    dx = torch.empty_like(dy) if _reaches_all(layer, len(x)) else dy.clone()
-    for k, rows in layer.spans(len(x)):
-        scale = layer.records[k].in_scale
-        if scale is None:
-            dx[rows] = dy[rows]
-        else:
-            dscale, _ = scale_columns_backward(dy[rows], x[rows], scale, dx[rows])
+    for (k, rows), x in zip(layer.spans(len(dy)), xs, strict=True):
+        if x is not None:
+            dscale, _ = scale_columns_backward(dy[rows], x, layer.records[k].in_scale, dy[rows])
             found[k] = added(found[k], dscale)
-    return dx, found
+    return found
 
 
 def keeps_product(layer: LinearLayer) -> bool:
