@@ -2,7 +2,6 @@
 
 #include <new>
 
-#include "core/parallel.h"
 #include "core/workspace.h"
 #include "paged_attention/paged_attention.h"
 
@@ -10,8 +9,6 @@ namespace nb = nanobind;
 
 namespace veneer {
 namespace {
-
-constexpr int64_t least_work = 1 << 15;  // scores; fewer are not worth waking a thread
 
 PagedStore store_at(uintptr_t data, int dtype, int64_t block, int64_t layers, int64_t kv_heads, int64_t head_dim) {
   return {reinterpret_cast<char*>(data), Dtype(dtype), block, layers, kv_heads, head_dim};
@@ -24,15 +21,6 @@ PagedBatch batch_at(int64_t n_sequences, uintptr_t pages, uintptr_t first_page, 
 
 PagedRows rows_at(uintptr_t data, int64_t row_stride, int64_t head_stride) {
   return {reinterpret_cast<char*>(data), row_stride, head_stride};
-}
-
-int64_t n_scores(const PagedBatch& b, int64_t q_heads) {
-  int64_t sum = 0;
-  for (int64_t s = 0; s < b.n_sequences; ++s) {
-    const int64_t rows = b.first_row[s + 1] - b.first_row[s];
-    sum += rows * (b.position[s] + rows);
-  }
-  return sum * q_heads;
 }
 
 }  // namespace
@@ -58,7 +46,7 @@ void bind_paged_attention(nb::module_& m) {
         PagedCall call{store_at(data, dtype, block, layers, kv_heads, head_dim), layer,
                        batch_at(n_sequences, pages, first_page, first_row, position), q_heads,
                        rows_at(q, q_row, q_head), rows_at(out, out_row, out_head), {scale, window, softcap}, nullptr, 1};
-        if (n_scores(call.batch, q_heads) >= least_work) call.n_threads = max_threads();
+        call.n_threads = threads_for(call);
         call.scratch = static_cast<char*>(workspace(paged_attention_kernels().scratch_bytes(call)));
         if (call.scratch == nullptr) throw std::bad_alloc();
         paged_attention_kernels().attend(call);

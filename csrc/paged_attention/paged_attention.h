@@ -5,6 +5,7 @@
 
 #include "core/isa.h"
 #include "core/numeric.h"
+#include "core/parallel.h"
 
 namespace veneer {
 
@@ -45,6 +46,21 @@ struct PagedCall {
   char* scratch;
   int n_threads;
 };
+
+namespace {
+
+// The threads that are worth waking for a call.
+inline int threads_for(const PagedCall& call) {
+  constexpr int64_t least_work = 1 << 15;  // scores
+  int64_t scores = 0;
+  for (int64_t s = 0; s < call.batch.n_sequences; ++s) {
+    const int64_t rows = call.batch.first_row[s + 1] - call.batch.first_row[s];
+    scores += rows * (call.batch.position[s] + rows);
+  }
+  return scores * call.q_heads >= least_work ? max_threads() : 1;
+}
+
+}  // namespace
 
 struct PagedAttentionKernels {
   void (*append)(const PagedStore& store, int64_t layer, const PagedBatch& batch, const PagedRows& k, const PagedRows& v);

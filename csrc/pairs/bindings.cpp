@@ -3,7 +3,6 @@
 
 #include <new>
 
-#include "core/parallel.h"
 #include "core/workspace.h"
 #include "pairs/pairs.h"
 
@@ -13,14 +12,6 @@ namespace veneer {
 namespace {
 
 using Numbers = std::vector<int64_t>;
-
-constexpr int64_t least_values = 1 << 16;               // of factors, read; fewer are not worth waking a thread
-constexpr int64_t fewest_rows = 6, most_rows_of_a_task = 48;
-
-int64_t rows_at_once(int64_t rows, int64_t threads) {
-  const int64_t share = (rows + 2 * threads - 1) / (2 * threads);
-  return share < fewest_rows ? fewest_rows : share > most_rows_of_a_task ? most_rows_of_a_task : share;
-}
 
 }  // namespace
 
@@ -34,19 +25,15 @@ void bind_pairs(nb::module_& m) {
         const int64_t layers = static_cast<int64_t>(out_features.size());
         std::vector<PairsSegment> found;
         std::vector<PairsRows> outs;
-        int64_t rows = 0, values = 0;
         for (int64_t at = 0; at < n_segments; ++at) {
           const int64_t* s = reinterpret_cast<const int64_t*>(table) + at * (layers + 3);
           found.push_back({reinterpret_cast<const char*>(s[0]), s + 3, s[1], s[2]});
-          rows += s[2] - s[1];
-          for (int64_t l = 0; l < layers; ++l) values += s[3 + l] * (in_features + out_features[l]);
         }
         for (size_t l = 0; l < ys.size(); l += 2) outs.push_back({reinterpret_cast<char*>(ys[l]), ys[l + 1]});
         PairsCall call{Dtype(dtype), Dtype(x_dtype), Dtype(y_dtype), in_features, layers,
                        static_cast<int64_t>(found.size()), out_features.data(), found.data(),
                        {reinterpret_cast<char*>(x), x_stride}, outs.data(), 0, nullptr, 1};
-        if (values * (1 + rows / 16) >= least_values) call.n_threads = max_threads();
-        call.rows_at_once = rows_at_once(rows, call.n_threads);
+        share_out(call);
         call.scratch = static_cast<char*>(workspace(pairs_kernels().scratch_bytes(call)));
         if (call.scratch == nullptr) throw std::bad_alloc();
         pairs_kernels().add(call);

@@ -5,6 +5,7 @@
 
 #include "core/isa.h"
 #include "core/panels.h"
+#include "core/parallel.h"
 
 namespace veneer {
 
@@ -33,6 +34,24 @@ struct PairsCall {
   char* scratch;
   int n_threads;
 };
+
+namespace {
+
+// Sets how many threads share the rows, and how many rows of a segment one of them takes at once.
+inline void share_out(PairsCall& call) {
+  constexpr int64_t least_values = 1 << 16;  // of factors, read; fewer are not worth waking a thread
+  constexpr int64_t fewest_rows = 6, most_rows_of_a_task = 48;
+  int64_t rows = 0, values = 0;
+  for (int64_t s = 0; s < call.n_segments; ++s) {
+    rows += call.segments[s].stop - call.segments[s].start;
+    for (int64_t l = 0; l < call.n_layers; ++l) values += call.segments[s].ranks[l] * (call.in_features + call.out_features[l]);
+  }
+  call.n_threads = values * (1 + rows / 16) >= least_values ? max_threads() : 1;
+  const int64_t share = (rows + 2 * call.n_threads - 1) / (2 * call.n_threads);
+  call.rows_at_once = share < fewest_rows ? fewest_rows : share > most_rows_of_a_task ? most_rows_of_a_task : share;
+}
+
+}  // namespace
 
 struct PairsKernels {
   int64_t (*scratch_bytes)(const PairsCall& call);

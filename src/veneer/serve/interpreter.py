@@ -1,57 +1,52 @@
-"""A program run: its paths bound to a model's weights, every instruction a few calls of ops.
-
-Rows of several adapter versions go through together, each run of rows with its own records. Where a version has a
-weight of its own, its rows are computed by themselves.
-"""
+"""A program run: its instructions bound to a model's weights, by the step in C++ as far as that knows them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import PreTrainedModel
 
-from veneer.adapters.peft_model import PeftModel
-from veneer.core.linear import apply_embedding
-from veneer.core.token_rows import look_up_rows, project_rows
 from veneer.model.blueprint.parts import Linear
-from veneer.ops.activation import activation_forward
-from veneer.ops.glu import ACTIVATIONS as GATED
-from veneer.ops.glu import glu_forward
-from veneer.ops.rotary import rotate
+from veneer.ops.dispatch import kernel_isa
+from veneer.ops.packed import ROWS
 from veneer.serve.bottleneck import Bottleneck
-from veneer.serve.effects import Effects
-from veneer.serve.norms import BoundNorm
-from veneer.serve.products import Linears, Packed, divided
-from veneer.serve.program import (
-    STREAM,
-    Activate,
-    Add,
-    Attend,
-    Change,
-    Embed,
-    Heads,
-    Instruction,
-    Logits,
-    Normalize,
-    Own,
-    Product,
-    Program,
+from veneer.serve.bound import (
+    Activated,
+    Added,
+    Attended,
+    Bound,
+    ByModule,
+    Changed,
+    Embedding,
+    Frame,
+    HeadsOf,
+    IntoStream,
+    IntoStreamOf,
+    Joined,
+    LogitsOf,
+    Normed,
+    Products,
+    Seeing,
+    SelfAttention,
+    joined,
 )
+from veneer.serve.effects import Effects
+from veneer.serve.native import NativeStep
+from veneer.serve.norms import BoundNorm
+from veneer.serve.products import Linears, Packed
+from veneer.serve.program import Activate, Add, Change, Embed, Logits, Normalize, Own, Product, Program
 from veneer.serve.step import Step
 
-Frame = dict[str, Any]
-"""The registers of a pass."""
-Bound = Callable[[Step, Frame], None]
+MOST_PLANS = 64
 
 
 class Interpreter:
-    """A program on a model's weights, or on ``packed`` ones, with the ``effects`` of adapters by version."""
+    """A program on a model's weights, or on ``packed`` ones, with the ``effects`` of adapters by version.
+
+    ``native`` is the step in C++, which gives the same bits; None without kernels, or for rows that they do not take.
+    """
 
     def __init__(self, model: PreTrainedModel, program: Program, packed: Packed) -> None:
         self.program, self.dtype = program, model.dtype
@@ -60,14 +55,23 @@ class Interpreter:
         self._packed, self._linears = packed, list[Linears]()
         self._rotations = {r: r.tables(torch.arange(program.n_positions).to(model.device)) for r in program.rotaries}
         self._bound = [self._bind(model, each) for each in joined(program.instructions)]
+        self._plans: dict[Any, list[Bound]] = {}
+        self.native: NativeStep | None = None
+        if kernel_isa() and model.device.type == "cpu" and model.dtype in ROWS:
+            self.native = NativeStep(program.head.linear.in_features, model.dtype, program.rotaries)
+            for bound in self._bound:
+                self.native.add(bound)
 
     def take(self, version: str, effects: Effects) -> None:
         """An adapter version comes."""
         for linears in self._linears:
             linears.take(version, effects)
         self.bottlenecks[version] = {site: Bottleneck(record) for site, record in effects.residual.items()}
+        if self.native is not None:
+            self.native.take(version, effects)
         effects.linear, effects.residual = {}, {}  # who needs them has taken them
         self.effects[version] = effects
+        self._plans.clear()
 
     def drop(self, version: str) -> None:
         """An adapter version goes."""
@@ -75,6 +79,9 @@ class Interpreter:
         self.bottlenecks.pop(version)
         for linears in self._linears:
             linears.drop(version)
+        if self.native is not None:
+            self.native.drop(version)
+        self._plans.clear()
 
     @torch.no_grad()
     def run(self, step: Step, given: Tensor) -> Tensor:
@@ -83,289 +90,46 @@ class Interpreter:
         for rotary, tables in self._rotations.items():
             cos, sin = (table[step.positions][None] for table in tables)
             step.rotations[rotary] = (cos, sin)
-        for instruction in self._bound:
+        for instruction in self._instructions(step):
             instruction(step, frame)
         return cast(Tensor, frame["logits"])
+
+    def _instructions(self, step: Step) -> list[Bound]:
+        """Those of a pass, in stretches where the step in C++ knows them."""
+        if self.native is None:
+            return self._bound
+        key = (frozenset(step.versions), type(step.cache), step.written is None)
+        if key not in self._plans:
+            if len(self._plans) >= MOST_PLANS:
+                self._plans.clear()
+            self._plans[key] = list(self.native.stretches(self._bound, step))
+        return self._plans[key]
 
     def _linears_of(self, model: PreTrainedModel, linears: tuple[Linear, ...]) -> Linears:
         found = Linears(model, linears, self._packed)
         self._linears.append(found)
         return found
 
-    def _bind(self, model: PreTrainedModel, instruction: Instruction | IntoStream) -> Bound:
+    def _bind(self, model: PreTrainedModel, instruction: Joined) -> Bound:
         match instruction:
             case IntoStream():
-                return _IntoStream(self._linears_of(model, instruction.product.linears), instruction, self.bottlenecks)
+                return IntoStreamOf(self._linears_of(model, instruction.product.linears), instruction, self.bottlenecks)
+            case Seeing(heads, attend):
+                return SelfAttention(HeadsOf(model, heads), Attended(attend))
             case Embed():
-                return _Embedding(model, instruction, self.effects)
+                return Embedding(model, instruction, self.effects)
             case Normalize():
-                return _Normed(BoundNorm(model, instruction.norm, self.effects), instruction.source, instruction.target)
+                return Normed(BoundNorm(model, instruction.norm, self.effects), instruction.source, instruction.target)
             case Product():
-                return _Products(self._linears_of(model, instruction.linears), instruction)
-            case Heads():
-                return _HeadsOf(model, instruction)
-            case Attend():
-                return _Attended(instruction)
+                return Products(self._linears_of(model, instruction.linears), instruction)
             case Activate():
-                return _Activated(instruction)
+                return Activated(instruction)
             case Change():
-                return _Changed(instruction, self.bottlenecks)
+                return Changed(instruction, self.bottlenecks)
             case Own():
-                return _ByModule(model, instruction)
+                return ByModule(model, instruction)
             case Add():
-                return _Added(instruction)
+                return Added(instruction)
             case Logits():
-                return _LogitsOf(model, instruction, self._linears_of(model, (instruction.head.linear,)), self.effects)
-
-
-@dataclass(frozen=True, slots=True)
-class _Normed:
-    norm: BoundNorm
-    source: str
-    target: str
-
-    def __call__(self, step: Step, frame: Frame) -> None:
-        frame[self.target] = self.norm(frame[self.source], step.versions, step.runs)
-
-
-@dataclass(frozen=True, slots=True)
-class _Products:
-    linears: Linears
-    instruction: Product
-
-    def __call__(self, step: Step, frame: Frame) -> None:
-        ys = self.linears(frame[self.instruction.source], step.versions, step.runs)
-        frame[self.instruction.target] = ys if self.instruction.target in _LISTS else ys[0]
-
-
-_LISTS = ("qkv", "inner")
-
-
-class _Embedding:
-    """The stream, from ids or from what stands in for their embeddings."""
-
-    def __init__(self, model: PreTrainedModel, instruction: Embed, effects: Mapping[str, Effects]) -> None:
-        part = instruction.embedding
-        module: Any = model.get_submodule(part.path)
-        self.path, self.effects = part.path, effects
-        self.table = cast(Tensor, module._parameters["weight"])
-        own = torch.tensor(part.own_multiplier, dtype=self.table.dtype)  # Gemma's table rounds it to its own dtype
-        self.own_multiplier = float(own)
-        self.multiplier = part.multiplier / part.own_multiplier
-        positions = part.positions
-        self.offset = 0 if positions is None else positions.offset
-        learned = None if positions is None else model.get_submodule(positions.path)._parameters["weight"]
-        self.positions = cast("Tensor | None", learned)
-        self.norm = None if part.norm is None else BoundNorm(model, part.norm, effects)
-
-    def __call__(self, step: Step, frame: Frame) -> None:
-        given = frame["given"]
-        h = given if given.is_floating_point() else self._looked_up(step, given)
-        h = h if self.multiplier == 1 else h * self.multiplier
-        if self.positions is not None:
-            h = h + self.positions[step.positions + self.offset]
-        frame[STREAM] = h if self.norm is None else self.norm(h, step.versions, step.runs)
-
-    def _looked_up(self, step: Step, ids: Tensor) -> Tensor:
-        h = self._scaled(functional.embedding(ids, self.table))
-        for number, start, stop in step.runs.runs:
-            effects, rows = self.effects[step.versions[number]], slice(start, stop)
-            whole = effects.whole.get((self.path, "weight"))
-            if whole is not None:
-                h[rows] = self._scaled(functional.embedding(ids[rows], whole))
-            if self.path in effects.rows:
-                index, values = effects.rows[self.path]
-                h[rows] = look_up_rows(ids[rows], h[rows], index, self._scaled(values.to(h.dtype)))
-            if effects.table is not None:
-                record = replace(effects.table, scale=effects.table.scale * self.own_multiplier)
-                h[rows] = apply_embedding(record, ids[rows], h[rows])
-        return h
-
-    def _scaled(self, rows: Tensor) -> Tensor:
-        return rows if self.own_multiplier == 1 else rows * self.own_multiplier
-
-
-class _HeadsOf:
-    """Queries, keys and values made of a product's outputs; keys and values go to their pages."""
-
-    def __init__(self, model: PreTrainedModel, instruction: Heads) -> None:
-        part = instruction.attention
-        self.instruction, self.part = instruction, part
-        norms = (part.q_norm, part.k_norm)
-        self.q_norm, self.k_norm = (None if norm is None else BoundNorm(model, norm, {}) for norm in norms)
-
-    def __call__(self, step: Step, frame: Frame) -> None:
-        part, ys = self.part, frame[self.instruction.source]
-        if part.clip is not None:
-            ys = [y.clamp_(-part.clip, part.clip) for y in ys]
-        q, k, v = part.heads.split(ys)
-        q, k = self._normed(self.q_norm, q), self._normed(self.k_norm, k)
-        if part.rotary is not None:
-            cos, sin = step.rotations[part.rotary]
-            q, k = (_rotated(x, cos, sin, part.rotary.interleaved) for x in (q, k))
-        if part.temperature is not None:
-            turns = torch.floor(step.positions / part.temperature.original_max_positions)
-            q = q * (1 + part.temperature.beta * torch.log1p(turns))[:, None, None].to(q.dtype)
-        step.cache.append(self.instruction.layer, k, v, step.rows)
-        if step.written is not None:
-            step.written.append((k, v))
-        frame[self.instruction.target] = q
-
-    def _normed(self, norm: BoundNorm | None, heads: Tensor) -> Tensor:
-        """(n, heads, d) over each head, or over all of them at once."""
-        if norm is None:
-            return heads
-        over_all = len(norm.norm.shape) == 1 and norm.norm.shape[0] != heads.shape[-1]
-        x = heads.flatten(1) if over_all else heads
-        return norm.normed(x, *norm.own).view(heads.shape)
-
-
-def _rotated(heads: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    return rotate(heads.transpose(0, 1)[None], cos, sin, interleaved=interleaved, in_place=True)[0].transpose(0, 1)
-
-
-@dataclass(frozen=True, slots=True)
-class _Attended:
-    instruction: Attend
-
-    def __call__(self, step: Step, frame: Frame) -> None:
-        i = self.instruction
-        frame[i.target] = step.cache.attend(i.layer, frame[i.source], step.rows, i.attention)
-
-
-@dataclass(frozen=True, slots=True)
-class _Activated:
-    instruction: Activate
-
-    def __call__(self, step: Step, frame: Frame) -> None:
-        part, ys = self.instruction.part, frame[self.instruction.source]
-        if not part.gated:
-            y = activation_forward(ys[0], part.activation)
-        else:
-            gate, up = ys if len(ys) == 2 else ys[0].chunk(2, -1)
-            in_one = part.activation in GATED
-            y = glu_forward(gate, up, part.activation) if in_one else activation_forward(gate, part.activation) * up
-        frame[self.instruction.target] = y
-
-
-@dataclass(frozen=True, slots=True)
-class _Changed:
-    instruction: Change
-    bottlenecks: Mapping[str, Mapping[str, Bottleneck]]
-
-    def __call__(self, step: Step, frame: Frame) -> None:
-        i = self.instruction
-        for number, start, stop in step.runs.runs:
-            bottleneck = self.bottlenecks[step.versions[number]].get(i.site)
-            if bottleneck is not None:
-                rows, y = slice(start, stop), frame[i.target]
-                change = bottleneck.change((y if bottleneck.reads_output else frame[i.source])[rows])
-                y[rows] = y[rows] + change.to(y.dtype)
-
-
-@dataclass(frozen=True, slots=True)
-class IntoStream:
-    """A product whose output goes right into the stream, when nothing changes it on its way."""
-
-    product: Product
-    change: Change
-    add: Add
-
-
-def joined(instructions: Sequence[Instruction]) -> Iterator[Instruction | IntoStream]:
-    """The instructions, those joined that can be done at once."""
-    at = 0
-    while at < len(instructions):
-        match instructions[at : at + 3]:
-            case (Product() as product, Change() as change, Add(multiplier=1.0) as add) if len(product.linears) == 1:
-                yield IntoStream(product, change, add)
-                at += 3
-            case _:
-                yield instructions[at]
-                at += 1
-
-
-class _IntoStream:
-    def __init__(
-        self, linears: Linears, instruction: IntoStream, bottlenecks: Mapping[str, Mapping[str, Bottleneck]]
-    ) -> None:
-        self.linears, self.source, self.site = linears, instruction.product.source, instruction.change.site
-        self.bottlenecks = bottlenecks
-        self.read = (STREAM, self.source, instruction.change.source)
-        self.apart = (
-            _Products(linears, instruction.product),
-            _Changed(instruction.change, bottlenecks),
-            _Added(instruction.add),
-        )
-
-    def __call__(self, step: Step, frame: Frame) -> None:
-        if not self.linears.adds():
-            self._apart(step, frame)
-            return
-        apart = tuple(self.site in self.bottlenecks[v] or not self.linears.adds(v) for v in step.versions)
-        h, x = frame[STREAM], frame[self.source]
-        if not any(apart):
-            frame[STREAM] = self.linears.onto(h, x, step.versions, step.runs)
-            return
-        plain, others = divided(step.runs, apart)
-        if not len(plain.rows):
-            self._apart(step, frame)
-            return
-        out = torch.empty_like(h)
-        out[plain.rows] = self.linears.onto(h[plain.rows], x[plain.rows], step.versions, plain.runs)
-        own = {name: value[others.rows] for name, value in frame.items() if name in self.read}
-        self._apart(replace(step, runs=others.runs), own)
-        out[others.rows] = own[STREAM]
-        frame[STREAM] = out
-
-    def _apart(self, step: Step, frame: Frame) -> None:
-        for instruction in self.apart:
-            instruction(step, frame)
-
-
-class _ByModule:
-    """The output of the model's own module, without the adapters that the model itself has."""
-
-    def __init__(self, model: PreTrainedModel, instruction: Own) -> None:
-        self.model, self.instruction = model, instruction
-        self.module: Any = model.get_submodule(instruction.path)
-
-    def __call__(self, step: Step, frame: Frame) -> None:
-        # The model becomes a PeftModel when the first adapter takes the general runner, or comes as one.
-        alone = self.model.adapter_state.base_alone() if isinstance(self.model, PeftModel) else nullcontext()
-        with alone:
-            y = self.module(frame[self.instruction.source][None])
-        frame[self.instruction.target] = (y[0] if isinstance(y, tuple) else y)[0]
-
-
-@dataclass(frozen=True, slots=True)
-class _Added:
-    instruction: Add
-
-    def __call__(self, step: Step, frame: Frame) -> None:
-        half, multiplier = frame[self.instruction.source], self.instruction.multiplier
-        frame[STREAM] = frame[STREAM] + (half if multiplier == 1 else half * multiplier)
-
-
-class _LogitsOf:
-    """The logits of the rows that are kept, in float32."""
-
-    def __init__(
-        self, model: PreTrainedModel, instruction: Logits, linears: Linears, effects: Mapping[str, Effects]
-    ) -> None:
-        self.head, self.linears, self.effects = instruction.head, linears, effects
-        self.norm = None if instruction.norm is None else BoundNorm(model, instruction.norm, effects)
-
-    def __call__(self, step: Step, frame: Frame) -> None:
-        x, runs = frame[STREAM][step.kept], step.kept_runs
-        if not len(x):
-            frame["logits"] = x.new_empty(0, self.head.linear.out_features, dtype=torch.float32)
-            return
-        x = x if self.norm is None else self.norm(x, step.versions, runs)
-        [y] = self.linears(x, step.versions, runs)
-        for number, start, stop in runs.runs:
-            rows = self.effects[step.versions[number]].rows.get(self.head.linear.path)
-            if rows is not None:
-                y[start:stop] = project_rows(x[start:stop], y[start:stop], *rows, self.linears.biases[0])
-        y = y.float() * self.head.scale if self.head.scale != 1 else y.float()
-        frame["logits"] = y if self.head.softcap is None else self.head.softcap * torch.tanh(y / self.head.softcap)
+                return LogitsOf(model, instruction, self._linears_of(model, (instruction.head.linear,)), self.effects)
+        raise TypeError(f"no such instruction: {instruction}")

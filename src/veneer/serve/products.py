@@ -36,7 +36,7 @@ Packed = Mapping[tuple[str, ...], PackedGroup]
 
 
 @dataclass(frozen=True, slots=True)
-class _Own:
+class Own:
     """One version at a group of layers: its records, and the whole weights that it has instead of theirs.
 
     ``pairs`` are the low-rank parts of all layers, or of each where one of them scales its input. Records that they
@@ -63,7 +63,7 @@ class Linears:
         self.group = packed.get(self.paths)
         self.weights = [_weight(frozen_weight(module)) for module in modules]
         self.biases = [cast("Tensor | None", module._parameters.get("bias")) for module in modules]
-        self.versions: dict[str, _Own] = {}
+        self.versions: dict[str, Own] = {}
         self.bias = _joined(self.biases, [linear.out_features for linear in linears])
 
     def take(self, version: str, effects: Effects) -> None:
@@ -71,7 +71,7 @@ class Linears:
         records = tuple(effects.linear.get(path, NOTHING) for path in self.paths)
         whole = {i: w for i, path in enumerate(self.paths) if (w := effects.whole.get((path, "weight"))) is not None}
         if whole or any(record is not NOTHING for record in records):
-            own = _Own(records, whole)
+            own = Own(records, whole)
             self.versions[version] = own if self.group is None else self._packed(own)
 
     def drop(self, version: str) -> None:
@@ -111,7 +111,7 @@ class Linears:
         own = None if version is None else self.versions.get(version)
         return own is None or own.only_adds
 
-    def _sums(self, x: Tensor, owns: Sequence[_Own | None], runs: AdapterRuns, group: PackedGroup) -> list[Tensor]:
+    def _sums(self, x: Tensor, owns: Sequence[Own | None], runs: AdapterRuns, group: PackedGroup) -> list[Tensor]:
         """The layers, and low-rank parts added."""
         ys = self._products(x, group)
         add_pairs(x, _segments(owns, runs), ys)
@@ -125,9 +125,7 @@ class Linears:
         y = group.whole.matmul(x, onto=over_rows(self.bias, len(x)))
         return list(torch.split(y, group.heights, dim=1))
 
-    def _by_records(
-        self, x: Tensor, owns: Sequence[_Own | None], runs: AdapterRuns, group: PackedGroup
-    ) -> list[Tensor]:
+    def _by_records(self, x: Tensor, owns: Sequence[Own | None], runs: AdapterRuns, group: PackedGroup) -> list[Tensor]:
         """The layers with records that scale, or have biases, or share their factors, or weights in their place."""
         layers = [self._layer(i, owns, runs) for i in range(len(self.paths))]
         inputs = [scaled_input(x, layer) for layer in layers]
@@ -141,7 +139,7 @@ class Linears:
         self._put_whole(ys, x, owns, runs)
         return ys
 
-    def _add_apart(self, own: _Own, rows: slice, inputs: Sequence[Tensor], ys: Sequence[Tensor]) -> None:
+    def _add_apart(self, own: Own, rows: slice, inputs: Sequence[Tensor], ys: Sequence[Tensor]) -> None:
         for i, record in enumerate(own.records):
             x, y = inputs[i][rows], ys[i][rows]
             if record.a is not None:
@@ -149,19 +147,19 @@ class Linears:
             if own.apart and (pairs := own.apart[i]) is not None:
                 add_pairs(x, [Segment(pairs, 0, len(x))], [y])
 
-    def _by_op(self, x: Tensor, owns: Sequence[_Own | None], runs: AdapterRuns) -> list[Tensor]:
+    def _by_op(self, x: Tensor, owns: Sequence[Own | None], runs: AdapterRuns) -> list[Tensor]:
         """By the op of training: weights in any format."""
         ys = list(forward(x, [self._layer(i, owns, runs) for i in range(len(self.paths))])[0])
         self._put_whole(ys, x, owns, runs)
         return ys
 
-    def _layer(self, i: int, owns: Sequence[_Own | None], runs: AdapterRuns) -> LinearLayer:
+    def _layer(self, i: int, owns: Sequence[Own | None], runs: AdapterRuns) -> LinearLayer:
         records = tuple(NOTHING if own is None else own.records[i] for own in owns)
         if all(record is NOTHING for record in records):
             return LinearLayer(weight=self.weights[i], bias=self.biases[i])
         return LinearLayer(weight=self.weights[i], bias=self.biases[i], records=records, runs=runs)
 
-    def _put_whole(self, ys: list[Tensor], x: Tensor, owns: Sequence[_Own | None], runs: AdapterRuns) -> None:
+    def _put_whole(self, ys: list[Tensor], x: Tensor, owns: Sequence[Own | None], runs: AdapterRuns) -> None:
         for place, start, stop in runs.runs:
             own = owns[place]
             for i, weight in own.whole.items() if own is not None else ():
@@ -172,7 +170,7 @@ class Linears:
                 else:
                     ys[i][start:stop] = functional.linear(own_x, weight, bias)
 
-    def _packed(self, own: _Own) -> _Own:
+    def _packed(self, own: Own) -> Own:
         """With its low-rank parts packed; those that share their factors with other layers stay as they are."""
         taken = [_is_pair(record) for record in own.records]
         pairs = [
@@ -229,7 +227,7 @@ def _without_pair(record: LinearDelta) -> LinearDelta:
     return NOTHING if all(x is None for x in (left.in_scale, left.out_scale, left.bias)) else left
 
 
-def _segments(owns: Sequence[_Own | None], runs: AdapterRuns) -> list[Segment]:
+def _segments(owns: Sequence[Own | None], runs: AdapterRuns) -> list[Segment]:
     found = []
     for place, start, stop in runs.runs:
         own = owns[place]

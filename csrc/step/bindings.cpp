@@ -1,0 +1,127 @@
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <tuple>
+
+#include "step/step.h"
+
+namespace nb = nanobind;
+
+namespace veneer {
+namespace {
+
+using Numbers = std::vector<int64_t>;
+
+template <class T>
+const T* pointer(int64_t address) { return reinterpret_cast<const T*>(static_cast<uintptr_t>(address)); }
+
+std::vector<float> floats_at(int64_t address, int64_t n) {
+  const float* from = pointer<float>(address);
+  return from == nullptr ? std::vector<float>() : std::vector<float>(from, from + n);
+}
+
+NormParts norm_of(bool subtracts_mean, float eps, int64_t d, int64_t weight, int64_t bias) {
+  return {subtracts_mean, eps, floats_at(weight, d), floats_at(bias, d)};
+}
+using NormNumbers = std::tuple<bool, float, int64_t, int64_t, int64_t>;
+NormParts norm_of(const NormNumbers& given) { return std::apply([](auto... x) { return norm_of(x...); }, given); }
+
+// The instructions of a program, and the memory that a pass through them takes. One pass at a time.
+class StepProgram {
+ public:
+  explicit StepProgram(int dtype) : dtype_(Dtype(dtype)) {}
+  StepProgram(const StepProgram&) = delete;
+  StepProgram& operator=(const StepProgram&) = delete;
+
+  void add_norm(const NormNumbers& norm, int source, int target) { add<NormInstruction>(norm_of(norm), source, target); }
+
+  // `layers`: of each o, i, depth, panels, bias, the same in float, and the register that it writes.
+  void add_product(const std::vector<Numbers>& layers, int64_t joined, int64_t joined_bias, int source, int stream) {
+    std::vector<Layer> found;
+    for (const Numbers& l : layers)
+      found.push_back({{l[0], l[1], l[2], dtype_, const_cast<void*>(pointer<void>(l[3]))}, pointer<void>(l[4]), floats_at(l[5], l[0]),
+                       static_cast<int>(l[6])});
+    auto made = std::make_unique<ProductInstruction>(std::move(found), pointer<void>(joined), pointer<void>(joined_bias), source, stream);
+    products_.resize(instructions_.size() + 1);
+    products_.back() = made.get();
+    instructions_.push_back(std::move(made));
+  }
+
+  // `sizes`: layer, query heads, key heads, values of a head, pairs that turn. `places`: register, first value and values
+  // from head to head, of queries, keys and values.
+  void add_attention(const Numbers& sizes, const std::vector<Numbers>& places, const NormNumbers& q_norm, const NormNumbers& k_norm,
+                     int table, bool interleaved, float scale, int64_t window, float softcap, int target) {
+    const auto at = [&](size_t i) { return HeadsAt{static_cast<int>(places[i][0]), places[i][1], places[i][2]}; };
+    add<AttentionInstruction>(AttentionInstruction::Parts{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], at(0), at(1), at(2), table,
+                                                          interleaved, {scale, window, softcap}, target},
+                              norm_of(q_norm), norm_of(k_norm));
+  }
+
+  void add_glu(int activation, int64_t d, int gate, int up, int64_t up_first, int target) {
+    add<GluInstruction>(Activation(activation), d, gate, up, up_first, target);
+  }
+
+  void add_sum(int64_t d, float multiplier, int source, int stream) { add<AddInstruction>(d, multiplier, source, stream); }
+
+  // `layers`: of each in_scale, out_scale and bias in float, bias, panels of a weight of its own, factors and rank of a pair.
+  void take(int64_t instruction, int64_t version, int64_t factors, Numbers ranks, const std::vector<Numbers>& layers) {
+    Change change{pointer<char>(factors), std::move(ranks), {}};
+    for (const Numbers& l : layers)
+      change.layers.push_back({pointer<float>(l[0]), pointer<float>(l[1]), pointer<float>(l[2]), pointer<void>(l[3]), pointer<void>(l[4]),
+                               pointer<char>(l[5]), l[6]});
+    products_[instruction]->take(version, std::move(change));
+  }
+
+  void drop(int64_t version) {
+    for (auto& instruction : instructions_) instruction->drop(version);
+  }
+
+  // Instructions [first, last). `registers`: address and stride of each; `store`: address, tokens of a page, layers, heads
+  // and values of a head; `batch`: sequences, then addresses; `turns`: addresses of cosines and sines; `runs`: version,
+  // first row and the row behind the last, of each.
+  void run(int64_t first, int64_t last, int64_t n, const Numbers& registers, const Numbers& store, const Numbers& batch,
+           const Numbers& turns, const Numbers& runs) {
+    std::vector<Rows> rows;
+    for (size_t i = 0; i < registers.size(); i += 2) rows.push_back(rows_at(registers[i], registers[i + 1]));
+    std::vector<TurnTable> tables;
+    for (size_t i = 0; i < turns.size(); i += 2) tables.push_back({pointer<float>(turns[i]), pointer<float>(turns[i + 1])});
+    std::vector<VersionRun> versions;
+    for (size_t i = 0; i < runs.size(); i += 3) versions.push_back({runs[i], runs[i + 1], runs[i + 2]});
+    const PagedStore pages{const_cast<char*>(pointer<char>(store[0])), dtype_, store[1], store[2], store[3], store[4]};
+    const PagedBatch sequences{batch[0], pointer<int64_t>(batch[1]), pointer<int64_t>(batch[2]), pointer<int64_t>(batch[3]),
+                               pointer<int64_t>(batch[4])};
+    const Pass pass{n, dtype_, rows.data(), pages, sequences, tables.data(), versions.data(), static_cast<int64_t>(versions.size()),
+                    scratch_, rows_};
+    for (int64_t i = first; i < last; ++i) instructions_[i]->run(pass);
+  }
+
+ private:
+  template <class Kind, class... Parts>
+  void add(Parts&&... parts) {
+    instructions_.push_back(std::make_unique<Kind>(std::forward<Parts>(parts)...));
+    products_.resize(instructions_.size());
+  }
+
+  Dtype dtype_;
+  std::vector<std::unique_ptr<Instruction>> instructions_;
+  std::vector<ProductInstruction*> products_;  // null where an instruction is none
+  Memory scratch_, rows_;
+};
+
+}  // namespace
+
+void bind_step(nb::module_& m) {
+  nb::class_<StepProgram>(m, "StepProgram")
+      .def(nb::init<int>(), nb::arg("dtype"))
+      .def("add_norm", &StepProgram::add_norm)
+      .def("add_product", &StepProgram::add_product)
+      .def("add_attention", &StepProgram::add_attention)
+      .def("add_glu", &StepProgram::add_glu)
+      .def("add_sum", &StepProgram::add_sum)
+      .def("take", &StepProgram::take)
+      .def("drop", &StepProgram::drop)
+      .def("run", &StepProgram::run, nb::call_guard<nb::gil_scoped_release>());
+}
+
+}  // namespace veneer

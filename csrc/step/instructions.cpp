@@ -1,0 +1,39 @@
+#include <cstdlib>
+#include <new>
+
+#include "norm/norm.h"
+#include "step/step.h"
+#include "stream/stream.h"
+
+namespace veneer {
+
+Memory::~Memory() { std::free(data_); }
+
+char* Memory::at_least(int64_t bytes) {
+  if (bytes <= size_) return data_;
+  std::free(data_);
+  size_ = (bytes + bytes / 4 + 4095) / 4096 * 4096;
+  data_ = static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(size_)));
+  if (data_ != nullptr) return data_;
+  size_ = 0;
+  throw std::bad_alloc();
+}
+
+void normalize(const Pass& pass, const NormParts& norm, const Rows& x, void* y) {
+  const int64_t d = norm.weight.size();
+  float* statistics = reinterpret_cast<float*>(pass.scratch.at_least(2 * pass.n * sizeof(float)));
+  const NormRows rows{x.data, x.stride, pass.n, d, pass.dtype, norm.subtracts_mean ? statistics + pass.n : nullptr, statistics};
+  norm_kernels().forward(rows, {norm.weight.data(), norm.bias.empty() ? nullptr : norm.bias.data()}, norm.eps, y);
+}
+
+void GluInstruction::run(const Pass& pass) const {
+  Rows up = pass.registers[up_];
+  up.data = static_cast<char*>(up.data) + up_first_ * pass.bytes();
+  glu_kernels().forward({pass.n, d_, pass.dtype, activation_}, pass.registers[gate_], up, pass.registers[target_]);
+}
+
+void AddInstruction::run(const Pass& pass) const {
+  stream_kernels().add({pass.n, d_, pass.dtype}, multiplier_, pass.registers[source_], pass.registers[stream_]);
+}
+
+}  // namespace veneer

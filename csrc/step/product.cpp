@@ -1,0 +1,199 @@
+#include <cstring>
+
+#include "packed/packed.h"
+#include "pairs/pairs.h"
+#include "scale/scale.h"
+#include "step/step.h"
+#include "stream/stream.h"
+
+namespace veneer {
+namespace {
+
+constexpr int64_t alignment = 64;
+
+int64_t padded(int64_t bytes) { return (bytes + alignment - 1) / alignment * alignment; }
+
+void copy_rows(const Pass& pass, const Rows& from, const Rows& to, int64_t start, int64_t stop, int64_t d) {
+  for (int64_t r = start; r < stop; ++r) std::memcpy(pass.from_row(to, r).data, pass.from_row(from, r).data, d * pass.bytes());
+}
+
+// f(start, stop) for the rows between runs.
+template <class F>
+void each_gap(const std::vector<VersionRun>& runs, int64_t n, const F& f) {
+  int64_t reached = 0;
+  for (const VersionRun& run : runs) {
+    if (run.start > reached) f(reached, run.start);
+    reached = run.stop;
+  }
+  if (reached < n) f(reached, n);
+}
+
+void scale_rows(const Pass& pass, const Rows& z, int64_t n, int64_t d, const float* scale, const float* bias) {
+  if (scale == nullptr && bias == nullptr) return;
+  scale_kernels().forward({n, d, pass.dtype}, z, scale, bias, z);
+}
+
+}  // namespace
+
+// Of each layer what it reads and what it writes. `onto`: what is added before the rounding, without data nothing is.
+// `joint`: the outputs lie side by side and all layers read the same.
+struct ProductInstruction::Operands {
+  std::vector<Rows> x, y, onto;
+  bool joint;
+  Rows joint_onto;
+  std::vector<VersionRun> apart;
+};
+
+ProductInstruction::ProductInstruction(std::vector<Layer> layers, const void* joined, const void* joined_bias, int source, int stream)
+    : layers_(std::move(layers)), joined_(joined), joined_bias_(joined_bias), source_(source), stream_(stream) {
+  for (const Layer& layer : layers_) heights_.push_back(layer.weight.o);
+}
+
+void ProductInstruction::take(int64_t version, Change change) {
+  if (version >= static_cast<int64_t>(changes_.size())) changes_.resize(version + 1);
+  changes_[version] = std::make_unique<Change>(std::move(change));
+}
+
+void ProductInstruction::drop(int64_t version) {
+  if (version < static_cast<int64_t>(changes_.size())) changes_[version].reset();
+}
+
+const Change* ProductInstruction::change_of(int64_t version) const {
+  return version < static_cast<int64_t>(changes_.size()) ? changes_[version].get() : nullptr;
+}
+
+bool ProductInstruction::is_apart(const VersionRun& run) const {
+  const Change* change = change_of(run.version);
+  return change != nullptr && !change->layers.empty();
+}
+
+void ProductInstruction::run(const Pass& pass) const {
+  Operands at;
+  at.joint = joined_ != nullptr;
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    const Rows y = stream_ >= 0 ? pass.registers[stream_] : pass.registers[layers_[i].target];
+    at.x.push_back(pass.registers[source_]);
+    at.y.push_back(y);
+    at.onto.push_back(stream_ >= 0 ? y : Rows{const_cast<void*>(layers_[i].bias), 0});
+    if (i == 0) continue;
+    const Rows& before = at.y[i - 1];
+    const char* end = static_cast<char*>(before.data) + heights_[i - 1] * pass.bytes();
+    at.joint = at.joint && y.data == end && y.stride == before.stride;
+  }
+  at.joint_onto = {const_cast<void*>(joined_bias_), 0};
+  for (int64_t r = 0; r < pass.n_runs; ++r)
+    if (is_apart(pass.runs[r])) at.apart.push_back(pass.runs[r]);
+  if (!at.apart.empty()) return run_mixed(pass, std::move(at));
+  multiply(pass, at);
+  add_joint_pairs(pass, at);
+}
+
+void ProductInstruction::multiply_one(const Pass& pass, const PanelMatrix& weight, const Rows& x, const Rows& y, const Rows& onto,
+                                      int64_t n) const {
+  PackedProduct call{weight, n, {x.data, x.stride, pass.dtype}, {y.data, y.stride, pass.dtype}, {onto.data, onto.stride, pass.dtype},
+                     nullptr};
+  call.scratch = pass.scratch.at_least(packed_kernels().scratch_bytes(call));
+  packed_kernels().matmul(call);
+}
+
+void ProductInstruction::multiply(const Pass& pass, const Operands& at) const {
+  if (at.joint) {
+    PanelMatrix whole = layers_[0].weight;
+    whole.o = 0;
+    for (int64_t height : heights_) whole.o += height;
+    whole.values = const_cast<void*>(joined_);
+    return multiply_one(pass, whole, at.x[0], at.y[0], at.joint_onto, pass.n);
+  }
+  for (size_t i = 0; i < layers_.size(); ++i) multiply_one(pass, layers_[i].weight, at.x[i], at.y[i], at.onto[i], pass.n);
+}
+
+void ProductInstruction::add_pairs(const Pass& pass, const std::vector<PairsSegment>& segments, const Rows& x, const Rows* ys,
+                                   const int64_t* heights, size_t n_layers) const {
+  if (segments.empty()) return;
+  std::vector<PairsRows> outs;
+  for (size_t i = 0; i < n_layers; ++i) outs.push_back({static_cast<char*>(ys[i].data), ys[i].stride});
+  PairsCall call{layers_[0].weight.dtype, pass.dtype, pass.dtype, layers_[0].weight.i, static_cast<int64_t>(n_layers),
+                 static_cast<int64_t>(segments.size()), heights, segments.data(), {static_cast<char*>(x.data), x.stride},
+                 outs.data(), 0, nullptr, 1};
+  share_out(call);
+  call.scratch = pass.scratch.at_least(pairs_kernels().scratch_bytes(call));
+  pairs_kernels().add(call);
+}
+
+void ProductInstruction::add_joint_pairs(const Pass& pass, const Operands& at) const {
+  std::vector<PairsSegment> segments;
+  for (int64_t r = 0; r < pass.n_runs; ++r) {
+    const Change* change = change_of(pass.runs[r].version);
+    if (change != nullptr && change->factors != nullptr)
+      segments.push_back({change->factors, change->ranks.data(), pass.runs[r].start, pass.runs[r].stop});
+  }
+  add_pairs(pass, segments, pass.registers[source_], at.y.data(), heights_.data(), layers_.size());
+}
+
+// Some versions do more than add pairs. All rows go through the weights in one pass all the same; what is added before the
+// rounding, the stream or a bias, is laid into the output, and is zero for the rows of those versions.
+void ProductInstruction::run_mixed(const Pass& pass, Operands at) const {
+  const int64_t in = pass.n * layers_[0].weight.i * pass.bytes(), out = stream_ >= 0 ? pass.n * heights_[0] * pass.bytes() : 0;
+  char* memory = pass.rows.at_least(padded(in) * static_cast<int64_t>(layers_.size()) + out);
+  for (size_t i = 0; i < layers_.size(); ++i) lay_input(pass, memory + padded(in) * i, i, at);
+  if (stream_ >= 0) at.y[0] = {memory + padded(in), heights_[0]};
+  for (size_t i = 0; i < layers_.size(); ++i) begin_output(pass, i, at);
+  multiply(pass, at);
+  add_joint_pairs(pass, at);
+  for (const VersionRun& run : at.apart) change_rows(pass, at, run);
+  if (stream_ >= 0) into_stream(pass, at);
+}
+
+void ProductInstruction::lay_input(const Pass& pass, char* memory, size_t i, Operands& at) const {
+  const Rows x = pass.registers[source_], own{memory, layers_[i].weight.i};
+  bool scaled = false;
+  for (const VersionRun& run : at.apart) scaled = scaled || change_of(run.version)->layers[i].in_scale != nullptr;
+  if (!scaled) return;
+  copy_rows(pass, x, own, 0, pass.n, own.stride);
+  for (const VersionRun& run : at.apart)
+    scale_rows(pass, pass.from_row(own, run.start), run.stop - run.start, own.stride, change_of(run.version)->layers[i].in_scale, nullptr);
+  at.x[i] = own;
+  at.joint = false;
+}
+
+void ProductInstruction::begin_output(const Pass& pass, size_t i, Operands& at) const {
+  const int64_t d = heights_[i];
+  const Rows onto = at.onto[i], y = at.y[i];
+  if (onto.data == nullptr) {
+    at.joint = at.joint && joined_bias_ == nullptr;
+    return;
+  }
+  each_gap(at.apart, pass.n, [&](int64_t start, int64_t stop) { copy_rows(pass, onto, y, start, stop, d); });
+  for (const VersionRun& run : at.apart)
+    for (int64_t r = run.start; r < run.stop; ++r) std::memset(pass.from_row(y, r).data, 0, d * pass.bytes());
+  at.onto[i] = y;
+  at.joint = false;
+}
+
+void ProductInstruction::change_rows(const Pass& pass, const Operands& at, const VersionRun& run) const {
+  const Change& change = *change_of(run.version);
+  const int64_t n = run.stop - run.start;
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    const LayerChange& own = change.layers[i];
+    const Rows x = pass.from_row(at.x[i], run.start), y = pass.from_row(at.y[i], run.start);
+    if (own.factors != nullptr) add_pairs(pass, {{own.factors, &own.rank, 0, n}}, x, &y, &heights_[i], 1);
+    const std::vector<float>& base = layers_[i].wide_bias;
+    const float* bias = own.wide_bias != nullptr ? own.wide_bias : base.empty() ? nullptr : base.data();
+    scale_rows(pass, y, n, heights_[i], own.out_scale, bias);
+    if (own.whole == nullptr) continue;
+    PanelMatrix weight = layers_[i].weight;
+    weight.values = const_cast<void*>(own.whole);
+    const void* beside = own.bias != nullptr ? own.bias : layers_[i].bias;
+    multiply_one(pass, weight, pass.from_row(pass.registers[source_], run.start), y, {const_cast<void*>(beside), 0}, n);
+  }
+}
+
+void ProductInstruction::into_stream(const Pass& pass, const Operands& at) const {
+  const Rows h = pass.registers[stream_], y = at.y[0];
+  const int64_t d = heights_[0];
+  each_gap(at.apart, pass.n, [&](int64_t start, int64_t stop) { copy_rows(pass, y, h, start, stop, d); });
+  for (const VersionRun& run : at.apart)
+    stream_kernels().add({run.stop - run.start, d, pass.dtype}, 1.0f, pass.from_row(y, run.start), pass.from_row(h, run.start));
+}
+
+}  // namespace veneer

@@ -1,0 +1,190 @@
+// A decoder's program: instructions, and a pass through them by one call. They call the kernels of the families, the same
+// that the ops call one by one, so that a pass gives the same bits as these do. Compiled once: nothing here computes.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "core/numeric.h"
+#include "core/panels.h"
+#include "core/rows.h"
+#include "glu/glu.h"
+#include "paged_attention/paged_attention.h"
+#include "pairs/pairs.h"
+
+namespace veneer {
+
+// Memory that grows and is kept, so that a step takes no fresh pages from the system.
+class Memory {
+ public:
+  ~Memory();
+  char* at_least(int64_t bytes);  // throws bad_alloc
+
+ private:
+  char* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+struct VersionRun {  // rows [start, stop) take a version; all others are the base's
+  int64_t version, start, stop;
+};
+
+struct TurnTable {  // (n, half): cosines and sines of each row
+  const float *cos, *sin;
+};
+
+struct Pass {
+  int64_t n;
+  Dtype dtype;            // of all rows
+  const Rows* registers;  // by number
+  PagedStore store;
+  PagedBatch batch;
+  const TurnTable* turns;
+  const VersionRun* runs;
+  int64_t n_runs;
+  Memory &scratch, &rows;  // of kernels; of rows that have no register
+
+  int64_t bytes() const { return dtype == Dtype::float32 ? 4 : 2; }  // of a value
+  Rows from_row(const Rows& rows_, int64_t r) const {
+    return {static_cast<char*>(rows_.data) + r * rows_.stride * bytes(), rows_.stride};
+  }
+};
+
+class Instruction {
+ public:
+  virtual ~Instruction() = default;
+  virtual void run(const Pass& pass) const = 0;
+  virtual void drop(int64_t) {}
+};
+
+struct NormParts {
+  bool subtracts_mean;
+  float eps;
+  std::vector<float> weight, bias;  // with any offset; bias may be empty
+};
+
+// y (n, d), one row behind the other.
+void normalize(const Pass& pass, const NormParts& norm, const Rows& x, void* y);
+
+class NormInstruction final : public Instruction {
+ public:
+  NormInstruction(NormParts norm, int source, int target) : norm_(std::move(norm)), source_(source), target_(target) {}
+  void run(const Pass& pass) const override { normalize(pass, norm_, pass.registers[source_], pass.registers[target_].data); }
+
+ private:
+  NormParts norm_;
+  int source_, target_;
+};
+
+struct Layer {
+  PanelMatrix weight;
+  const void* bias;             // of the rows' dtype; null: none
+  std::vector<float> wide_bias;  // the same in float
+  int target;
+};
+
+// What a version does at one layer; null is nothing.
+struct LayerChange {
+  const float *in_scale, *out_scale, *wide_bias;
+  const void* bias;     // in the place of the layer's, of the rows' dtype, for `whole`
+  const void* whole;    // panels in the place of the layer's own
+  const char* factors;  // of a low-rank pair that reads the scaled input
+  int64_t rank;
+};
+
+// What a version does at the layers of a product. `factors` are pairs at all of them at once.
+struct Change {
+  const char* factors;
+  std::vector<int64_t> ranks;
+  std::vector<LayerChange> layers;  // empty where it adds pairs and does nothing else
+};
+
+// Layers that read the same x, with what versions do to them. `stream`: the one layer's output is added to that register
+// instead of being written; -1: written.
+class ProductInstruction final : public Instruction {
+ public:
+  ProductInstruction(std::vector<Layer> layers, const void* joined, const void* joined_bias, int source, int stream);
+  void run(const Pass& pass) const override;
+  void take(int64_t version, Change change);
+  void drop(int64_t version) override;
+
+ private:
+  struct Operands;
+  const Change* change_of(int64_t version) const;
+  bool is_apart(const VersionRun& run) const;
+  void multiply(const Pass& pass, const Operands& at) const;
+  void multiply_one(const Pass& pass, const PanelMatrix& weight, const Rows& x, const Rows& y, const Rows& onto, int64_t n) const;
+  void add_joint_pairs(const Pass& pass, const Operands& at) const;
+  void add_pairs(const Pass& pass, const std::vector<PairsSegment>& segments, const Rows& x, const Rows* ys,
+                 const int64_t* heights, size_t n_layers) const;
+  void run_mixed(const Pass& pass, Operands at) const;
+  void lay_input(const Pass& pass, char* memory, size_t i, Operands& at) const;
+  void begin_output(const Pass& pass, size_t i, Operands& at) const;
+  void change_rows(const Pass& pass, const Operands& at, const VersionRun& run) const;
+  void into_stream(const Pass& pass, const Operands& at) const;
+
+  std::vector<Layer> layers_;
+  std::vector<int64_t> heights_;
+  const void *joined_, *joined_bias_;
+  int source_, stream_;
+  std::vector<std::unique_ptr<Change>> changes_;
+};
+
+struct HeadsAt {  // of queries, keys or values: register, first value, values from head to head
+  int source;
+  int64_t first, apart;
+};
+
+// Queries, keys and values of a product: normed, turned, appended to the pages; then what the queries see.
+class AttentionInstruction final : public Instruction {
+ public:
+  struct Parts {
+    int64_t layer, q_heads, kv_heads, head_dim, half;  // half: pairs that turn
+    HeadsAt q, k, v;
+    int table;  // of turns; -1: none
+    bool interleaved;
+    PagedOptions options;
+    int target;
+  };
+  AttentionInstruction(const Parts& parts, NormParts q_norm, NormParts k_norm)
+      : parts_(parts), q_norm_(std::move(q_norm)), k_norm_(std::move(k_norm)) {}
+  void run(const Pass& pass) const override;
+
+ private:
+  PagedRows heads(const Pass& pass, const HeadsAt& at) const;
+  PagedRows normed(const Pass& pass, const NormParts& norm, const PagedRows& x, int64_t n_heads, char* memory) const;
+  void turn(const Pass& pass, const PagedRows& x, int64_t n_heads) const;
+  void attend(const Pass& pass, const PagedRows& q) const;
+
+  Parts parts_;
+  NormParts q_norm_, k_norm_;  // without weights: no norm
+};
+
+// The gate is a register; what it multiplies begins at a value of a register, of the same one where both are one output.
+class GluInstruction final : public Instruction {
+ public:
+  GluInstruction(Activation activation, int64_t d, int gate, int up, int64_t up_first, int target)
+      : activation_(activation), d_(d), up_first_(up_first), gate_(gate), up_(up), target_(target) {}
+  void run(const Pass& pass) const override;
+
+ private:
+  Activation activation_;
+  int64_t d_, up_first_;
+  int gate_, up_, target_;
+};
+
+// h += multiplier * source
+class AddInstruction final : public Instruction {
+ public:
+  AddInstruction(int64_t d, float multiplier, int source, int stream)
+      : d_(d), multiplier_(multiplier), source_(source), stream_(stream) {}
+  void run(const Pass& pass) const override;
+
+ private:
+  int64_t d_;
+  float multiplier_;
+  int source_, stream_;
+};
+
+}  // namespace veneer

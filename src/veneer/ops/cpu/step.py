@@ -1,0 +1,213 @@
+"""A decoder's program by csrc/step: instructions on packed weights that one call runs through.
+
+Instructions read and write registers, which have numbers; a pass says where each lies. The program keeps the tensors
+that it reads alive. One pass at a time.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from veneer.ops.attention import AttentionOptions
+from veneer.ops.cpu.module import DTYPES, kernels
+from veneer.ops.glu import ACTIVATIONS
+from veneer.ops.memory import address
+from veneer.ops.packed import PackedWeight
+from veneer.ops.paged_attention import PagedRows, PagedStore
+from veneer.ops.pairs import PackedPairs
+
+
+@dataclass(frozen=True, slots=True)
+class StepNorm:
+    """A norm's float32 weight, any offset added, and bias; ``subtracts_mean`` makes it a LayerNorm."""
+
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+    subtracts_mean: bool
+
+
+class StepLayer(NamedTuple):
+    """A layer of a product: its weight, its bias in the rows' dtype, and the register that it writes."""
+
+    weight: PackedWeight
+    bias: Tensor | None
+    target: int
+
+
+class StepHeads(NamedTuple):
+    """Queries, keys or values: their register, the first value in it, and the values from head to head."""
+
+    source: int
+    first: int
+    apart: int
+
+
+class StepTurns(NamedTuple):
+    """The rotation of heads: the number of its tables, the pairs that turn, and whether neighbours are a pair."""
+
+    table: int
+    half: int
+    interleaved: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepAttention:
+    """``layer``: of the pages; ``heads``: of queries, of keys, and values of one; ``places`` of q, k and v."""
+
+    layer: int
+    heads: tuple[int, int, int]
+    places: tuple[StepHeads, StepHeads, StepHeads]
+    norms: tuple[StepNorm | None, StepNorm | None]
+    turns: StepTurns | None
+    options: AttentionOptions
+    target: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerChange:
+    """What a version does at one layer: scales and bias in float32, ``whole`` in the place of its weight, a pair that
+    reads the scaled input. ``own_bias`` is the bias in the rows' dtype.
+    """
+
+    in_scale: Tensor | None = None
+    out_scale: Tensor | None = None
+    bias: Tensor | None = None
+    own_bias: Tensor | None = None
+    whole: PackedWeight | None = None
+    pair: PackedPairs | None = None
+
+
+class StepProgram:
+    """Instructions in their order; versions of adapters, which have numbers, come and go at its products."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype, self.n_instructions = dtype, 0
+        self._program: Any = kernels().StepProgram(DTYPES[dtype])
+        self._kept: list[Any] = []
+        self._of_versions: defaultdict[int, list[Any]] = defaultdict(list)
+
+    def add_norm(self, norm: StepNorm, source: int, target: int) -> None:
+        """``target = norm(source)``, one row behind the other; may be one register."""
+        self._program.add_norm(_norm(norm), source, target)
+        self.n_instructions += 1
+
+    def add_product(
+        self,
+        layers: Sequence[StepLayer],
+        source: int,
+        *,
+        joined: tuple[PackedWeight, Tensor | None] | None = None,
+        stream: int = -1,
+    ) -> None:
+        """The outputs of layers that read ``source``; the one layer's is added to ``stream`` where that is given.
+
+        ``joined``: weight and bias of all layers, for outputs that lie side by side.
+        """
+        wide = [None if layer.bias is None else layer.bias.float() for layer in layers]
+        numbers = [
+            [*w.shape, w.depth, address(w.panels), _at(bias), _at(floats), target]
+            for (w, bias, target), floats in zip(layers, wide, strict=True)
+        ]
+        whole, bias = joined or (None, None)
+        self._program.add_product(numbers, 0 if whole is None else address(whole.panels), _at(bias), source, stream)
+        self._kept.append((list(layers), joined))
+        self.n_instructions += 1
+
+    def add_attention(self, part: StepAttention) -> None:
+        """Heads normed, turned, appended to the pages, and what the queries see."""
+        options, turns = part.options, part.turns or StepTurns(-1, 0, False)
+        self._program.add_attention(
+            [part.layer, *part.heads, turns.half],
+            [list(place) for place in part.places],
+            *(_norm(norm) for norm in part.norms),
+            turns.table,
+            turns.interleaved,
+            part.heads[2] ** -0.5 if options.scale is None else options.scale,
+            options.window or 0,
+            options.softcap or 0.0,
+            part.target,
+        )
+        self.n_instructions += 1
+
+    def add_glu(self, activation: str, d: int, gate: int, up: tuple[int, int], target: int) -> None:
+        """``target = act(gate) * up``; ``up`` is a register and the first value in it."""
+        self._program.add_glu(ACTIVATIONS.index(activation), d, gate, *up, target)
+        self.n_instructions += 1
+
+    def add_sum(self, d: int, multiplier: float, source: int, stream: int) -> None:
+        """``stream += multiplier * source``."""
+        self._program.add_sum(d, multiplier, source, stream)
+        self.n_instructions += 1
+
+    def take(self, version: int, instruction: int, pairs: PackedPairs | None, changes: Sequence[LayerChange]) -> None:
+        """A version comes at a product: low-rank pairs of all layers at once; ``changes``: more at each, or empty."""
+        ranks = [] if pairs is None else list(pairs.ranks)
+        numbers = [_change(change) for change in changes]
+        self._program.take(instruction, version, 0 if pairs is None else address(pairs.factors), ranks, numbers)
+        self._of_versions[version].append((pairs, list(changes)))
+
+    def drop(self, version: int) -> None:
+        """A version goes."""
+        self._program.drop(version)
+        self._of_versions.pop(version, None)
+
+    def run(
+        self,
+        part: range,
+        registers: Sequence[Tensor | None],
+        pages: tuple[PagedStore, PagedRows] | None,
+        turns: Sequence[tuple[Tensor, Tensor]],
+        runs: Sequence[tuple[int, int, int]],
+    ) -> None:
+        """Run some instructions. ``registers`` are tensors (n, width), ``turns`` cosines and sines (n, half) in
+        float32, ``runs`` versions with their first row and the row behind their last.
+        """
+        n = next(len(register) for register in registers if register is not None)
+        store, batch = _pages(*pages) if pages else ([0] * 5, [0] * 5)
+        self._program.run(
+            part.start,
+            part.stop,
+            n,
+            [number for r in registers for number in ((0, 0) if r is None else (address(r), r.stride(0)))],
+            store,
+            batch,
+            [address(table) for tables in turns for table in tables],
+            [number for run in runs for number in run],
+        )
+
+
+def _pages(store: PagedStore, rows: PagedRows) -> tuple[list[int], list[int]]:
+    tables = (rows.pages, rows.first_page, rows.first_row, rows.position)
+    sizes = [address(store.data), store.block, store.n_layers, store.kv_heads, store.head_dim]
+    return sizes, [len(rows.position), *map(address, tables)]
+
+
+def _at(x: Tensor | None) -> int:
+    return 0 if x is None else address(x)
+
+
+def _norm(norm: StepNorm | None) -> tuple[bool, float, int, int, int]:
+    """Its numbers; the values are copied."""
+    if norm is None:
+        return False, 0.0, 0, 0, 0
+    return norm.subtracts_mean, norm.eps, norm.weight.numel(), address(norm.weight), _at(norm.bias)
+
+
+def _change(change: LayerChange) -> list[int]:
+    pair, whole = change.pair, change.whole
+    return [
+        _at(change.in_scale),
+        _at(change.out_scale),
+        _at(change.bias),
+        _at(change.own_bias),
+        0 if whole is None else address(whole.panels),
+        0 if pair is None else address(pair.factors),
+        0 if pair is None else pair.ranks[0],
+    ]

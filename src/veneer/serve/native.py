@@ -1,0 +1,264 @@
+"""The step in C++: the instructions of a program that it knows, and passes through stretches of them, one call each.
+
+It calls the kernels that the ops call, on the same weights, so that it gives the same bits as instructions one by one.
+What it does not know, of a model or of the versions in a pass, `bound` instructions do between the stretches, on the
+same registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from veneer.model.blueprint.rotary import Rotary
+from veneer.ops.attention import AttentionOptions
+from veneer.ops.cpu.step import StepAttention, StepLayer, StepProgram, StepTurns
+from veneer.ops.glu import ACTIVATIONS as GATED
+from veneer.serve.bound import (
+    LISTS,
+    Activated,
+    Added,
+    Bound,
+    Changed,
+    Frame,
+    IntoStreamOf,
+    Normed,
+    Products,
+    SelfAttention,
+)
+from veneer.serve.effects import Effects
+from veneer.serve.kv_cache import PageCache
+from veneer.serve.native_parts import Register, changes_of, heads_at, is_plain, norm_of
+from veneer.serve.norms import BoundNorm
+from veneer.serve.products import Linears
+from veneer.serve.program import STREAM
+from veneer.serve.step import Step
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One bound instruction in C++: its place there, its registers, and the versions with which it is not known."""
+
+    place: range
+    reads: tuple[Register, ...] = ()
+    writes: tuple[Register, ...] = ()
+    unknown: set[str] = field(default_factory=set)
+    linears: Linears | None = None
+    norm_path: str = ""
+    site: str = ""
+
+    def take(self, program: StepProgram, version: str, number: int, effects: Effects) -> None:
+        """A version comes; its records have been taken by the linear layers."""
+        own = None if self.linears is None else self.linears.versions.get(version)
+        if own is not None:
+            changes = changes_of(own, program.dtype)
+            if changes is None:
+                self.unknown.add(version)
+            else:
+                program.take(number, self.place.start, own.pairs, changes)
+        if self.site in effects.residual or any(path == self.norm_path for path, _ in effects.whole):
+            self.unknown.add(version)
+
+
+class NativeStep:
+    """The parts of a program in C++, one for each bound instruction: None where it is not known."""
+
+    def __init__(self, width: int, dtype: torch.dtype, rotaries: Sequence[Rotary]) -> None:
+        self.program, self.rotaries = StepProgram(dtype), tuple(rotaries)
+        self.stream = Register(STREAM, (width,))
+        self.parts: list[Part | None] = []
+        self.numbers: dict[str, int] = {}
+        self.n_registers = 0
+        self._first: dict[Register, int] = {}
+        self._memory: dict[Register, Tensor] = {}
+
+    def add(self, bound: Bound) -> None:
+        """The next instruction of the program."""
+        before = self.program.n_instructions
+        part = self._part_of(bound)
+        place = range(before, self.program.n_instructions)
+        self.parts.append(None if part is None else replace(part, place=place))
+
+    def take(self, version: str, effects: Effects) -> None:
+        """An adapter version comes, whose records the linear layers have taken."""
+        number = next(n for n in range(len(self.numbers) + 1) if n not in self.numbers.values())
+        self.numbers[version] = number
+        for part in self.parts:
+            if part is not None:
+                part.take(self.program, version, number, effects)
+
+    def drop(self, version: str) -> None:
+        """An adapter version goes."""
+        self.program.drop(self.numbers.pop(version))
+        for part in self.parts:
+            if part is not None:
+                part.unknown.discard(version)
+
+    def first_of(self, register: Register) -> int:
+        """The number of a register's first tensor."""
+        if register not in self._first:
+            self._first[register] = self.n_registers
+            self.n_registers += len(register.widths)
+        return self._first[register]
+
+    def rows_of(self, register: Register, n: int) -> list[Tensor]:
+        """Memory for n rows of a register, its tensors side by side; the same in every pass."""
+        held = self._memory.get(register)
+        if held is None or len(held) < n:
+            held = torch.empty(n, sum(register.widths), dtype=self.program.dtype)
+            self._memory[register] = held
+        return list(torch.split(held[:n], list(register.widths), dim=1))
+
+    def _part_of(self, bound: Bound) -> Part | None:
+        match bound:
+            case Normed(norm, source, target):
+                return self._norm(norm, source, target)
+            case Products(linears, instruction):
+                return self._product(linears, instruction.source, instruction.target)
+            case IntoStreamOf():
+                return self._into_stream(bound)
+            case SelfAttention():
+                return self._attention(bound)
+            case Activated():
+                return self._activation(bound)
+            case Changed(instruction, _):
+                return Part(range(0), site=instruction.site)
+            case Added(instruction):
+                return self._sum(instruction.source, instruction.multiplier)
+        return None
+
+    def _norm(self, bound: BoundNorm, source: str, target: str) -> Part | None:
+        norm = norm_of(bound)
+        if norm is None:
+            return None
+        reads, writes = Register(source, bound.norm.shape), Register(target, bound.norm.shape)
+        self.program.add_norm(norm, self.first_of(reads), self.first_of(writes))
+        return Part(range(0), (reads,), (writes,), norm_path=bound.norm.path)
+
+    def _product(self, linears: Linears, source: str, target: str, stream: int = -1) -> Part | None:
+        group = linears.group
+        if group is None or any(part.dtype != self.program.dtype for part in group.parts):
+            return None
+        if any(bias is not None and bias.dtype != self.program.dtype for bias in linears.biases):
+            return None
+        reads, writes = Register(source, (group.parts[0].shape[1],)), Register(target, tuple(group.heights))
+        first = self.first_of(writes)
+        layers = [StepLayer(w, b, first + i) for i, (w, b) in enumerate(zip(group.parts, linears.biases, strict=True))]
+        joined = None if group.whole is None else (group.whole, linears.bias)
+        self.program.add_product(layers, self.first_of(reads), joined=joined, stream=stream)
+        return Part(range(0), (reads,), (writes,), linears=linears)
+
+    def _into_stream(self, bound: IntoStreamOf) -> Part | None:
+        adds = bound.linears.adds()
+        part = self._product(bound.linears, bound.source, "half", self.first_of(self.stream) if adds else -1)
+        if part is None:
+            return None
+        part = replace(part, site=bound.site)
+        if adds:
+            return replace(part, reads=(*part.reads, self.stream), writes=(self.stream,))
+        total = self._sum("half", 1.0)
+        return replace(part, reads=(*part.reads, self.stream), writes=(*part.writes, *total.writes))
+
+    def _sum(self, source: str, multiplier: float) -> Part:
+        half = Register(source, self.stream.widths)
+        self.program.add_sum(half.widths[0], multiplier, self.first_of(half), self.first_of(self.stream))
+        return Part(range(0), (half, self.stream), (self.stream,))
+
+    def _attention(self, bound: SelfAttention) -> Part | None:
+        part, heads = bound.part, bound.part.heads
+        q_norm, k_norm = (None if norm is None else norm_of(norm) for norm in (bound.heads.q_norm, bound.heads.k_norm))
+        if not is_plain(part):
+            return None
+        reads = Register(bound.heads.instruction.source, tuple(linear.out_features for linear in part.qkv))
+        writes = Register(bound.attended.instruction.target, (heads.n_heads * heads.head_dim,))
+        self.program.add_attention(
+            StepAttention(
+                layer=bound.heads.instruction.layer,
+                heads=(heads.n_heads, heads.n_kv_heads, heads.head_dim),
+                places=heads_at(heads, self.first_of(reads)),
+                norms=(q_norm, k_norm),
+                turns=None if part.rotary is None else self._turns(part.rotary),
+                options=AttentionOptions(scale=part.scale, window=part.window, softcap=part.softcap),
+                target=self.first_of(writes),
+            )
+        )
+        return Part(range(0), (reads,), (writes,))
+
+    def _turns(self, rotary: Rotary) -> StepTurns:
+        return StepTurns(self.rotaries.index(rotary), -(-rotary.dim // 2), rotary.interleaved)
+
+    def _activation(self, bound: Activated) -> Part | None:
+        part = bound.instruction.part
+        if not part.gated or part.activation not in GATED:
+            return None
+        reads = Register(bound.instruction.source, tuple(linear.out_features for linear in part.inner))
+        writes = Register(bound.instruction.target, (part.width,))
+        gate = self.first_of(reads)
+        up = (gate + 1, 0) if len(part.inner) == 2 else (gate, part.width)
+        self.program.add_glu(part.activation, part.width, gate, up, self.first_of(writes))
+        return Part(range(0), (reads,), (writes,))
+
+    def stretches(self, instructions: Sequence[Bound], step: Step) -> Iterator[Bound]:
+        """The instructions as a pass takes them: those that are known joined, the others as they are."""
+        in_pages = isinstance(step.cache, PageCache) and step.written is None
+        found: list[Part] = []
+        for part, bound in zip(self.parts, instructions, strict=True):
+            known = part is not None and part.unknown.isdisjoint(step.versions)
+            if part is not None and known and (in_pages or not isinstance(bound, SelfAttention)):
+                found.append(part)
+                continue
+            if found:
+                yield Stretch(self, found)
+            yield bound
+            found = []
+        if found:
+            yield Stretch(self, found)
+
+
+class Stretch:
+    """Parts one after the other, run by one call."""
+
+    def __init__(self, native: NativeStep, parts: Sequence[Part]) -> None:
+        self.native = native
+        self.place = range(parts[0].place.start, parts[-1].place.stop)
+        self.reads, self.writes = dict[Register, None](), dict[Register, None]()
+        for part in parts:
+            self.reads |= {each: None for each in part.reads if each not in self.writes}
+            for each in part.writes:  # those written last stand last
+                self.writes.pop(each, None)
+                self.writes[each] = None
+
+    def __call__(self, step: Step, frame: Frame) -> None:
+        if not self.place:
+            return
+        native = self.native
+        turns = []
+        for rotary in native.rotaries:
+            cos, sin = step.rotations[rotary]
+            turns.append((cos[0].float().contiguous(), sin[0].float().contiguous()))
+        pages = (step.cache.store, step.rows) if isinstance(step.cache, PageCache) else None
+        runs = [(native.numbers[step.versions[place]], start, stop) for place, start, stop in step.runs.runs]
+        native.program.run(self.place, self._registers(frame), pages, turns, runs)
+
+    def _registers(self, frame: Frame) -> list[Tensor | None]:
+        """The memory of all registers; the frame then has what will be written."""
+        native, n = self.native, len(frame[STREAM])
+        found: list[Tensor | None] = [None] * native.n_registers
+        for register in self.reads | self.writes:
+            rows = _tensors(frame[register.name]) if register in self.reads else native.rows_of(register, n)
+            first = native.first_of(register)
+            found[first : first + len(rows)] = rows
+        for register in self.writes:
+            first = native.first_of(register)
+            written = found[first : first + len(register.widths)]
+            frame[register.name] = written if register.name in LISTS else written[0]
+        return found
+
+
+def _tensors(given: Tensor | list[Tensor]) -> list[Tensor]:
+    """Tensors of rows whose last axis is contiguous."""
+    rows = [given] if isinstance(given, Tensor) else list(given)
+    return [x if x.stride(1) == 1 else x.contiguous() for x in rows]

@@ -1,0 +1,94 @@
+"""A program's parts in the words of the C++ step (`veneer.ops.cpu.step`); None for what it does not know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from veneer.core.records import LinearDelta
+from veneer.model.blueprint.heads import HeadLayout
+from veneer.model.blueprint.parts import Attention
+from veneer.ops.cpu.step import LayerChange, StepHeads, StepNorm
+from veneer.ops.packed import ROWS, PackedWeight
+from veneer.serve.norms import BoundNorm
+from veneer.serve.products import Own
+
+
+class Register(NamedTuple):
+    """The name of a register, and the widths of the tensors in it."""
+
+    name: str
+    widths: tuple[int, ...]
+
+
+def norm_of(bound: BoundNorm) -> StepNorm | None:
+    """A norm with one weight for all that it is over."""
+    norm, (weight, bias) = bound.norm, bound.own
+    if len(norm.shape) > 1 or weight is None or weight.dtype not in ROWS:
+        return None
+    if norm.kind == "layer":  # as `BoundNorm` does, the offset in the weight's own dtype
+        weight = weight + norm.offset if norm.offset else weight
+        return StepNorm(_float(weight), _float(cast(Tensor, bias).to(weight.dtype)), norm.eps, subtracts_mean=True)
+    return StepNorm(_float(weight) + norm.offset, None, norm.eps, subtracts_mean=False)
+
+
+def heads_at(layout: HeadLayout, first: int) -> tuple[StepHeads, StepHeads, StepHeads]:
+    """Queries, keys and values in the registers from ``first`` on, as `HeadLayout.split` finds them."""
+    d = layout.head_dim
+    if layout.order == "apart":
+        return StepHeads(first, 0, d), StepHeads(first + 1, 0, d), StepHeads(first + 2, 0, d)
+    if layout.order == "by head":
+        return StepHeads(first, 0, 3 * d), StepHeads(first, d, 3 * d), StepHeads(first, 2 * d, 3 * d)
+    keys, values = layout.n_heads * d, (layout.n_heads + layout.n_kv_heads) * d
+    return StepHeads(first, 0, d), StepHeads(first, keys, d), StepHeads(first, values, d)
+
+
+def is_plain(part: Attention) -> bool:
+    """Return True if there is nothing in an attention that the step has no words for."""
+    flat = all(len(norm.shape) == 1 for norm in part.norms)
+    return flat and part.clip is None and part.temperature is None and part.alibi is None
+
+
+def changes_of(own: Own, dtype: torch.dtype) -> list[LayerChange] | None:
+    """What a version does at layers beside adding its pairs; empty where it does no more."""
+    if own.only_adds:
+        return []
+    found = list(_changes(own, dtype))
+    return None if None in found else cast(list[LayerChange], found)
+
+
+def _changes(own: Own, dtype: torch.dtype) -> Iterator[LayerChange | None]:
+    for i, record in enumerate(own.records):
+        whole = own.whole.get(i)
+        if not _is_known(record) or not (whole is None or (isinstance(whole, PackedWeight) and whole.dtype == dtype)):
+            yield None
+            continue
+        bias = None if record.bias is None else record.bias.detach().contiguous()
+        if whole is not None and bias is not None and bias.dtype != dtype:
+            yield None
+            continue
+        yield LayerChange(
+            in_scale=_vector(record.in_scale),
+            out_scale=_vector(record.out_scale),
+            bias=_vector(bias),
+            own_bias=bias if whole is not None else None,
+            whole=whole,
+            pair=own.apart[i] if own.apart else None,
+        )
+
+
+def _is_known(record: LinearDelta) -> bool:
+    """Return True if a record has no low-rank part left: VeRA's is shared with other layers and not packed."""
+    vectors = (record.in_scale, record.out_scale, record.bias)
+    return record.a is None and all(v is None or v.dtype.itemsize <= 4 for v in vectors)
+
+
+def _vector(x: Tensor | None) -> Tensor | None:
+    return None if x is None else _float(x)
+
+
+def _float(x: Tensor) -> Tensor:
+    return x.detach().float().contiguous()

@@ -1,0 +1,187 @@
+"""The step in C++: the same bits as instruction by instruction, for models, versions and batches of every kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from veneer import LoraConfig
+from veneer.model.paged import Stretch
+from veneer.ops.cpu.module import kernels
+from veneer.serve.bound import IntoStreamOf, LogitsOf
+from veneer.serve.effects import read_effects
+from veneer.serve.interpreter import Interpreter
+from veneer.serve.kv_cache import make_cache
+from veneer.serve.native import Stretch as NativeStretch
+from veneer.serve.program_runner import proved
+from veneer.serve.step import Piece, Step, step_of
+
+from ..model.blueprint.families import FAMILIES as DESCRIBED
+from ..model.blueprint.families import model_of
+from .conftest import make_model, save_adapter
+from .test_program import LEFT
+
+CPU, BLOCK = torch.device("cpu"), 16
+ALONE = ("lora", "dora", "ia3", "lora_bias", "adalora", "vera", "bottleneck", "saved", "head")
+
+
+@pytest.fixture(params=kernels().isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = kernels().isa()
+    kernels().use_isa(request.param)
+    yield request.param
+    kernels().use_isa(before)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+class Run:
+    """Sequences through an interpreter, step after step."""
+
+    def __init__(self, interpreter: Interpreter, *, native: bool) -> None:
+        self.interpreter, self.native = interpreter, interpreter.native if native else None
+        self.cache = make_cache(interpreter.program, 64, BLOCK, interpreter.dtype, CPU)
+
+    def step(self, *chunks: tuple[int, int, int, str | None]) -> torch.Tensor:
+        """Logits of all rows of chunks: sequence, first position, rows, version."""
+        pieces = [Piece(Stretch((3 * s, 3 * s + 1), at, n), version, range(n)) for s, at, n, version in chunks]
+        ids = [(7 * s + 13 * position) % 97 for s, at, n, _ in chunks for position in range(at, at + n)]
+        own, self.interpreter.native = self.interpreter.native, self.native
+        self.interpreter._plans.clear()
+        logits = self.interpreter.run(step_of(pieces, self.cache, CPU), torch.tensor(ids))
+        self.interpreter.native = own
+        return logits
+
+
+def pair_of(interpreter: Interpreter) -> tuple[Run, Run]:
+    return Run(interpreter, native=True), Run(interpreter, native=False)
+
+
+def stretches(interpreter: Interpreter, step: Step) -> list[Any]:
+    return [each for each in interpreter._instructions(step) if isinstance(each, NativeStretch)]
+
+
+def step_with(interpreter: Interpreter, *versions: str | None) -> Step:
+    cache = make_cache(interpreter.program, 64, BLOCK, interpreter.dtype, CPU)
+    return step_of([Piece(Stretch((s,), 0, 1), v, (0,)) for s, v in enumerate(versions)], cache, CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prompts_chunks_and_decoding_on_every_instruction_set(isa, threads, dtype):
+    fast, slow = pair_of(proved(make_model().to(dtype), 100))
+    for chunks in (
+        ((0, 0, 17, None), (1, 0, 2, None)),
+        ((0, 17, 1, None), (1, 2, 9, None), (2, 0, 1, None)),
+        ((0, 18, 1, None), (1, 11, 1, None), (2, 1, 1, None), *((s, 0, 1, None) for s in range(3, 20))),
+    ):
+        assert torch.equal(fast.step(*chunks), slow.step(*chunks))
+
+
+@pytest.mark.parametrize("family", [family for family in DESCRIBED if family not in LEFT])
+def test_families(family):
+    """Norms, joined projections, heads by head, biases, windows, caps, norms of heads, parallel halves."""
+    fast, slow = pair_of(proved(model_of(family, torch.float32), 11 if family == "llama, dynamic" else 20))
+    for chunks in (((0, 0, 9, None), (1, 0, 3, None)), ((0, 9, 1, None), (1, 3, 7, None))):
+        assert torch.equal(fast.step(*chunks), slow.step(*chunks))
+
+
+def test_a_llama_is_one_call():
+    interpreter = proved(make_model(), 100)
+    whole = interpreter._instructions(step_with(interpreter, None))
+    assert [type(each).__name__ for each in whole] == ["Embedding", "Stretch", "LogitsOf"]
+
+
+def loaded(dtype: torch.dtype, folders: dict[str, Path], family: str = "llama") -> Interpreter:
+    model = make_model(family).to(dtype)
+    interpreter = proved(model, 100)
+    for name, folder in folders.items():
+        interpreter.take(name, replace(read_effects(model, interpreter.program, folder), front=None))
+    return interpreter
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_versions_of_every_method(dtype, isa, adapters):
+    """Alone in their batch, all together, and beside the base: the same bits, whatever the companions."""
+    folders = {name: Path(adapters[name].lora_path) for name in ALONE}
+    fast, slow = pair_of(loaded(dtype, folders))
+    everyone = [None, *ALONE, "lora", None, "dora"]
+    together = [(s, 0, 3 + s % 5, version) for s, version in enumerate(everyone)]
+    both = fast.step(*together)
+    assert torch.equal(both, slow.step(*together))
+    at = 0
+    for chunk in together:
+        n = chunk[2]
+        alone = Run(fast.interpreter, native=True).step(chunk)
+        if chunk[3] != "vera":
+            assert torch.equal(both[at : at + n], alone)
+        assert chunk[3] is None or not torch.equal(alone, Run(fast.interpreter, native=True).step((*chunk[:3], None)))
+        at += n
+
+
+def test_what_is_done_by_instruction(adapters):
+    """VeRA at its products, a bottleneck where it stands; and nothing any more when their versions have gone."""
+    interpreter = loaded(
+        torch.float32, {name: Path(adapters[name].lora_path) for name in ("lora", "dora", "ia3", "vera", "bottleneck")}
+    )
+    for known in ("lora", "dora", "ia3"):
+        assert len(stretches(interpreter, step_with(interpreter, None, known))) == 1
+    layers = 2
+    assert len(stretches(interpreter, step_with(interpreter, "vera", "lora"))) == layers + 1
+    left = interpreter._instructions(step_with(interpreter, "bottleneck"))
+    assert sum(isinstance(each, IntoStreamOf) for each in left) == layers
+    interpreter.drop("vera")
+    assert len(stretches(interpreter, step_with(interpreter, "lora"))) == 1
+
+
+def test_a_version_takes_the_place_of_one_that_went(adapters):
+    folders = {name: Path(adapters[name].lora_path) for name in ("lora", "ia3")}
+    interpreter = loaded(torch.float32, folders)
+    fast, slow = pair_of(interpreter)
+    before = fast.step((0, 0, 5, "ia3"))
+    interpreter.drop("lora")
+    effects = read_effects(make_model(), interpreter.program, Path(adapters["dora"].lora_path))
+    interpreter.take("dora", effects)
+    assert torch.equal(fast.step((1, 0, 5, "dora")), slow.step((1, 0, 5, "dora")))
+    assert not torch.equal(fast.step((1, 0, 5, "dora")), fast.step((1, 0, 5, None)))
+    assert torch.equal(fast.step((0, 0, 5, "ia3")), before)
+
+
+def test_biases_of_versions_and_of_the_base(tmp_path):
+    """GPT-2's layers have biases, which some versions replace, beside rows that keep them."""
+    folders = {}
+    for name, config in {
+        "all": LoraConfig(r=2, bias="all", target_modules=["c_attn", "c_proj"]),
+        "dora": LoraConfig(r=3, use_dora=True, target_modules=["c_attn", "c_fc"]),
+        "plain": LoraConfig(r=3, target_modules=["c_attn"]),
+    }.items():
+        folders[name] = save_adapter(tmp_path / name, config, family="gpt2")
+    fast, slow = pair_of(loaded(torch.float32, folders, "gpt2"))
+    chunks = [(s, 0, 3 + s, version) for s, version in enumerate((None, "dora", "plain", "all", None))]
+    assert torch.equal(fast.step(*chunks), slow.step(*chunks))
+
+
+def test_sums_of_the_stream(isa):
+    for dtype in (torch.float32, torch.bfloat16):
+        half, h = torch.randn(7, 2, 37, dtype=torch.float32).to(dtype).unbind(1)
+        expected = h + half * 0.37
+        got = h.clone()
+        kernels().stream_add(
+            7, 37, 0 if dtype == torch.float32 else 1, 0.37, half.data_ptr(), half.stride(0), got.data_ptr(), 37
+        )
+        assert torch.equal(got, expected)
+
+
+def test_the_logits_come_last():
+    interpreter = proved(make_model(), 100)
+    assert isinstance(interpreter._instructions(step_with(interpreter, None))[-1], LogitsOf)
