@@ -12,10 +12,11 @@ import typer
 from typer.core import TyperGroup
 
 from veneer.cli.arguments import require_file, require_folder
+from veneer.cli.facts import print_facts
 from veneer.cli.help import VerbCommand, first_sentence, print_page
 from veneer.cli.loading import Adapter, Model
 from veneer.core.units import size
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, FormatError
 from veneer.train.show.terminal import progress_bar
 
 if TYPE_CHECKING:
@@ -200,6 +201,36 @@ def importance(
     typer.echo(f"{output}: {n_windows} windows of {chunk_size} tokens")
 
 
+def check(
+    file: Annotated[Path, typer.Argument(metavar="FILE", show_default=False, help="A .gguf file, or its first part.")],
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", show_default=False, help="What it was made of, to compare with.")
+    ] = None,
+    adapter: Adapter = None,
+) -> None:
+    """Read a GGUF file whole: values, vocabulary, chat; beside its model also tokens and a greedy answer.
+
+    Example: veneer export check a.gguf --model smollm2-135m-instruct
+    """
+    from veneer.cli.loading import load, quiet
+    from veneer.export.gguf.check import check_file, compare_answers
+
+    if not file.is_file():
+        raise ConfigError(f"no file {str(file)!r}")
+    if model is None and adapter is not None:
+        raise ConfigError("--adapter goes with --model, the base that the file was made of")
+    with quiet(), progress_bar("reading") as on_progress:
+        report = check_file(file, on_progress)
+        facts, problems = dict(report.facts), list(report.problems)
+    if model is not None:
+        ours, theirs = load(str(file), dtype="float32"), load(model, adapter, dtype="float32")
+        compared = compare_answers(ours.model, theirs.model, (ours.tokenizer, theirs.tokenizer))
+        facts, problems = facts | compared.facts, [*problems, *compared.problems]
+    print_facts(facts)
+    if problems:
+        raise FormatError(f"{file} is not as it should be: {'; '.join(problems)}")
+
+
 def _require_adapter(adapter: Path | None) -> None:
     if adapter is not None and not adapter.is_dir():
         raise ConfigError(f"no adapter {str(adapter)!r}: there is no such folder")
@@ -258,6 +289,7 @@ app = typer.Typer(cls=ExportGroup, no_args_is_help=True, rich_markup_mode="rich"
 app.command("gguf", cls=VerbCommand)(gguf)
 app.command("ollama", cls=VerbCommand)(ollama)
 app.command("lora", cls=VerbCommand)(lora)
+app.command("check", cls=VerbCommand)(check)
 app.command("importance", cls=VerbCommand)(importance)
 
 
