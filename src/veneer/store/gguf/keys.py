@@ -97,7 +97,8 @@ def _scaling(family: Family, config: Any) -> Scaling:
     if family.rotary is None:
         return Scaling()
     parameters = value_of(Field("", family.rotary), config) or {}
-    found = said_scaling(parameters, rotary_width(family, config), config, family.scalings)
+    mscale = any(entry.path.endswith(".mscale_all_dim") for entry in family.fields)
+    found = said_scaling(parameters, rotary_width(family, config), config, family.scalings, mscale)
     problems = list(found.problems)
     if family.sliding_rotary is not None:
         sliding = value_of(Field("", family.sliding_rotary), config) or {}

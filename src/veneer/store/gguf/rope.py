@@ -153,10 +153,13 @@ class Scaling:
     problems: tuple[str, ...] = ()
 
 
-def said_scaling(parameters: Mapping[str, Any], width: int, config: Any, allowed: Collection[str]) -> Scaling:
+def said_scaling(
+    parameters: Mapping[str, Any], width: int, config: Any, allowed: Collection[str], mscale: bool = False
+) -> Scaling:
     """What a file says of ``rope_parameters``: the other way of `rotary_scaling`.
 
-    ``width`` values of a head rotate; ``allowed`` are the kinds that the runtime computes for the family.
+    ``width`` values of a head rotate; ``allowed`` are the kinds that the runtime computes for the family, ``mscale``:
+    it has keys of its own for YaRN's factors of attention.
     """
     kind = parameters.get("rope_type", "default")
     if kind not in allowed:
@@ -165,7 +168,7 @@ def said_scaling(parameters: Mapping[str, Any], width: int, config: Any, allowed
     if kind == "linear":
         return Scaling({SCALING + "type": "linear", SCALING + "factor": float(parameters["factor"])})
     if kind == "yarn":
-        return _said_yarn(parameters, config)
+        return _said_yarn(parameters, config, mscale)
     if kind == "llama3":
         return Scaling(factors={FREQUENCY_FACTORS: _said_factors(parameters, width)})
     if kind == "longrope":
@@ -173,8 +176,8 @@ def said_scaling(parameters: Mapping[str, Any], width: int, config: Any, allowed
     return Scaling()
 
 
-def _said_yarn(parameters: Mapping[str, Any], config: Any) -> Scaling:
-    unsaid = {"mscale": None, "mscale_all_dim": None, "truncate": True}
+def _said_yarn(parameters: Mapping[str, Any], config: Any, mscale: bool) -> Scaling:
+    unsaid = {"truncate": True} if mscale else {"mscale": None, "mscale_all_dim": None, "truncate": True}
     problems = tuple(
         f"YaRN's {name} {parameters[name]} has no key"
         for name, usual in unsaid.items()

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from veneer.export.gguf.model import GgufOptions, export_gguf
 
 from .llama_cpp import LlamaCpp
-from .tiny import SETTINGS, VOCAB, tiny_folder
+from .tiny import SETTINGS, VOCAB, tiny_folder, tokenizer
 
 IDS = [(i * 37 + 11) % (VOCAB - 3) for i in range(60)]
 
@@ -20,5 +21,26 @@ IDS = [(i * 37 + 11) % (VOCAB - 3) for i in range(60)]
 def test_logits_are_those_of_the_model(tmp_path: Path, family: str) -> None:
     model = tiny_folder(tmp_path / "model", family)
     export_gguf(tmp_path / "model", tmp_path / "tiny.gguf", GgufOptions(type="F32"))
+    expected = model(torch.tensor([IDS])).logits[0]
+    torch.testing.assert_close(LlamaCpp(tmp_path / "tiny.gguf").logits(IDS), expected, rtol=2e-2, atol=2e-2)
+
+
+@torch.no_grad()
+def test_the_text_half_of_a_model_of_images_is_written(tmp_path: Path) -> None:
+    vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    config = transformers.Gemma3Config(
+        text_config=SETTINGS["gemma3"][1],
+        vision_config={**vision, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        image_token_index=269,
+    )
+    torch.manual_seed(3)
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.12)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    report = export_gguf(tmp_path / "model", tmp_path / "tiny.gguf", GgufOptions(type="F32"))
+    assert {name.split(".")[0] for name in report.plan.left_out} <= {"vision_tower", "multi_modal_projector", "model"}
     expected = model(torch.tensor([IDS])).logits[0]
     torch.testing.assert_close(LlamaCpp(tmp_path / "tiny.gguf").logits(IDS), expected, rtol=2e-2, atol=2e-2)

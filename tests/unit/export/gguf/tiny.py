@@ -39,6 +39,12 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-biases": ("llama", {**DECODER, "rope_parameters": LINEAR, "attention_bias": True, "head_dim": 32}),
     "llama-yarn": ("llama", {**DECODER, "rope_parameters": YARN}),
     "mistral": ("mistral", {**DECODER, "rope_parameters": PLAIN, "sliding_window": None, "num_key_value_heads": 1}),
+    "ministral3": ("ministral3", {
+        **DECODER, "head_dim": 32, "sliding_window": None, "rope_parameters": {
+            **YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3, "beta_fast": 20.0,
+            "beta_slow": 2.0,
+        },
+    }),
     "mixtral": ("mixtral", {
         **DECODER, "rope_parameters": PLAIN, "num_local_experts": 8, "num_experts_per_tok": 2,
         "num_attention_heads": 4, "num_key_value_heads": 4, "sliding_window": None,
