@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,13 +17,19 @@ def gguf_name(family: Family, config: Any, name: str, prefix: str = "model") -> 
 
     ``prefix`` is that of the names of the model without its head, which files may lack or have.
     """
-    architecture = next(arch for arch, text in gguf.MODEL_ARCH_NAMES.items() if text == family.architecture)
-    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    names = _name_map(family.architecture, config.num_hidden_layers)
     for form in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
         found = names.get_name(form, (".weight", ".bias"))
         if found is not None:
             return found
     return None
+
+
+@functools.lru_cache(maxsize=4)
+def _name_map(architecture: str, n_layers: int) -> gguf.TensorNameMap:
+    """gguf's map, which takes tens of milliseconds to make."""
+    key = next(arch for arch, text in gguf.MODEL_ARCH_NAMES.items() if text == architecture)
+    return gguf.get_tensor_name_map(key, n_layers)
 
 
 def places_of(family: Family, config: Any, name: str, prefix: str) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
