@@ -21,7 +21,7 @@ from veneer.ops.ggml import FLOATS, quantize_ggml
 from veneer.store.gguf.importance import read_importance
 from veneer.store.gguf.writer import GgufFileWriter, TensorSpec
 
-PIECE_VALUES = 1 << 22
+PIECE_VALUES = 1 << 18
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
