@@ -1,7 +1,8 @@
 """Quantizing to ggml's types beside ggml's own kernels (libgguf), on one thread and on several, with equal bytes.
 
-Both sides read the same float32 matrix and are timed in turns, medians. ggml's kernels know no threads: they get the
-rows in as many parts as veneer has threads, as llama-quantize does it.
+Both sides read the same float32 matrix and are timed in turns, medians. ggml's kernels know no threads and libgguf
+holds Python's lock: in place of threads it gets processes with a share of the rows each, and what they wrote stays
+there.
 
     python bench/ggml.py [--threads 1 2] [--rows 512] [--columns 4096] [--repeats 5] [--types Q4_K Q6_K] [--isa avx2]
 """
@@ -9,11 +10,11 @@ rows in as many parts as veneer has threads, as llama-quantize does it.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
-from itertools import pairwise
+from multiprocessing.connection import Connection
 
 import libgguf
 import numpy as np
@@ -37,15 +38,15 @@ def main() -> None:
     torch.manual_seed(0)
     w, importance = torch.randn(args.rows, args.columns) * 0.02, torch.rand(args.columns) + 0.01
     console = Console(width=120)
-    for threads in args.threads:
+    teams = {threads: team(w.numpy(), importance.numpy(), threads) for threads in args.threads}  # forked before threads
+    console.print(f"kernels: {description()}; libgguf {version('libgguf')}")
+    for threads, workers in teams.items():
         torch.set_num_threads(threads)
-        console.print(f"kernels: {description()}; libgguf {version('libgguf')}")
-        table = Table("type", "ggml, M/s", "veneer, M/s", "ratio", title=f"million values a second, {threads} threads")
-        with ThreadPoolExecutor(threads) as pool:
-            for pair in pairs(w, importance, args.types, pool, threads):
-                theirs, ours = alternate(pair, args.repeats, 1)
-                rates = (w.numel() / ms / 1e3 for ms in (theirs, ours))
-                table.add_row(pair.name, *(f"{rate:.1f}" for rate in rates), f"{theirs / ours:.2f}x")
+        table = Table("type", "ggml, M/s", "veneer, M/s", "ratio", title=f"million values a second, threads: {threads}")
+        for pair in pairs(w, importance, args.types, workers):
+            theirs, ours = alternate(pair, args.repeats, 1)
+            rates = (f"{w.numel() / ms / 1e3:.1f}" for ms in (theirs, ours))
+            table.add_row(pair.name, *rates, f"{theirs / ours:.2f}x")
         console.print(table)
 
 
@@ -60,31 +61,41 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def pairs(w: Tensor, importance: Tensor, types: list[str], pool: ThreadPoolExecutor, threads: int) -> Iterator[Pair]:
+def pairs(w: Tensor, importance: Tensor, types: list[str], workers: list[Connection]) -> Iterator[Pair]:
     """Each type without importance and with it, checked for equal bytes; Q8_0 has no use for it."""
     for kind in types:
+        number = GGML_TYPES[kind].number
         for weights in (None,) if kind == "Q8_0" else (None, importance):
-            theirs = partial(theirs_of, w.numpy(), kind, None if weights is None else weights.numpy(), pool, threads)
             ours = partial(quantize_ggml, w, kind, weights)
+            theirs = partial(libgguf.quantize_rows, w.numpy(), number, None if weights is None else weights.numpy())
             if not np.array_equal(theirs(), ours().numpy()):
                 raise SystemExit(f"{kind}: bytes differ from ggml's; nothing to time")
-            yield Pair(kind + (" with importance" if weights is not None else ""), theirs, ours, 0, 0)
+            name, weighted = (kind, False) if weights is None else (f"{kind} with importance", True)
+            yield Pair(name, partial(ask, workers, (number, weighted)) if len(workers) > 1 else theirs, ours, 0, 0)
 
 
-def theirs_of(
-    w: np.ndarray, kind: str, importance: np.ndarray | None, pool: ThreadPoolExecutor, threads: int
-) -> np.ndarray:
-    """ggml's bytes, the rows shared out among threads."""
-    ggml_type = GGML_TYPES[kind]
-    packed = np.empty((len(w), w.shape[1] // ggml_type.block * ggml_type.n_bytes), dtype=np.uint8)
+def team(w: np.ndarray, importance: np.ndarray, n: int) -> list[Connection]:
+    """Processes that each hold a share of the rows and quantize it when they are asked."""
+    context, workers = multiprocessing.get_context("fork"), []
+    for share in np.array_split(w, n):
+        ours, theirs = context.Pipe()
+        context.Process(target=serve, args=(theirs, share, importance), daemon=True).start()
+        workers.append(ours)
+    return workers
 
-    def run(part: slice) -> None:
-        rows = w[part]
-        libgguf.quantize_rows_into_raw(ggml_type.number, rows, packed[part], len(rows), w.shape[1], importance)
 
-    bounds = [len(w) * i // threads for i in range(threads + 1)]
-    list(pool.map(run, (slice(a, b) for a, b in pairwise(bounds))))
-    return packed
+def serve(connection: Connection, rows: np.ndarray, importance: np.ndarray) -> None:
+    while True:
+        number, weighted = connection.recv()
+        libgguf.quantize_rows(rows, number, importance if weighted else None)
+        connection.send(None)
+
+
+def ask(workers: list[Connection], what: tuple[int, bool]) -> None:
+    for worker in workers:
+        worker.send(what)
+    for worker in workers:
+        worker.recv()
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ inline Step step_of(lanes v) {
 template <int N>
 inline Step by_largest(const lanes* scales, float n_max, bit_lanes* levels) {
   lanes most = {};
-  for (int i = 0; i < N; ++i) most = scales[i] > most ? scales[i] : most;
+  for (int i = 0; i < N; ++i) most = greater(scales[i], most);
   const lanes inverse = most > 0.0f ? n_max / most : lanes{};
   for (int i = 0; i < N; ++i) levels[i] = to_bits(whole(inverse * scales[i])) & 255u;
   return step_of(most / n_max);
@@ -118,7 +118,7 @@ struct Q2K {
     }
     bit_lanes levels[256];
     found.levels_anew(tile, d, d_min, 3.0f, levels);
-    pack<32, 2>(levels, 256, 0, out + 4);
+    pack<32, 2, false>(levels, 256, 0, out + 4);
     out[20] = d.bits | d_min.bits << 16;
     return beyond_half(d.bits) | beyond_half(d_min.bits);
   }
@@ -153,7 +153,7 @@ struct Q45K {
     out[0] = d.bits | d_min.bits << 16;
     bit_lanes* rest = out + 4;
     if constexpr (Bits == 5) rest = pack<32, 1>(levels, 256, 4, rest);
-    pack<32, 4>(levels, 256, 0, rest);
+    pack<32, 4, Bits == 5>(levels, 256, 0, rest);
     return beyond_half(d.bits) | beyond_half(d_min.bits);
   }
 
@@ -221,7 +221,7 @@ struct Q3K {
     const lanes most = signed_largest<16>(scales), inverse = -32.0f / most;
     const int_lanes none = (int_lanes)(most == 0.0f);
     for (int g = 0; g < 16; ++g) {
-      const int_lanes byte = to_int(whole(inverse * scales[g])) << 24 >> 24;  // ggml keeps it in a signed byte
+      const int_lanes byte = (int_lanes)(to_bits(whole(inverse * scales[g])) << 24) >> 24;  // ggml keeps it in a signed byte
       const lanes level = clip(__builtin_convertvector(byte, lanes), -32.0f, 31.0f) + 32.0f;
       levels[g] = to_bits(none ? lanes{} : level);
     }
@@ -250,7 +250,7 @@ struct Q6K {
     const int_lanes filled = (int_lanes)(magnitude(most) >= smallest);  // else the block is zero bytes
     bit_lanes levels[256], scale_levels[16];
     for (int g = 0; g < 16; ++g) {
-      const lanes level = least(whole(inverse * scales[g]), splat(127.0f)), scale = d.value * level;
+      const lanes level = lesser(whole(inverse * scales[g]), splat(127.0f)), scale = d.value * level;
       const int_lanes none = (int_lanes)(scale == 0.0f);
       const bool ask = any(none);
       scale_levels[g] = to_bits(level);

@@ -19,12 +19,9 @@ void keep_smallest(int64_t* first, int64_t row) {
 }
 
 int_lanes not_finite(const lanes* x, int n) {
-  int_lanes most = {};
-  for (int i = 0; i < n; ++i) {
-    const int_lanes size = (int_lanes)magnitude(x[i]);
-    most = size > most ? size : most;
-  }
-  return (int_lanes)(most >= 0x7f800000);
+  bit_lanes off = {};
+  for (int i = 0; i < n; ++i) off |= (bit_lanes)(x[i] - x[i]);  // 0, or NaN
+  return (int_lanes)(off != 0u);
 }
 
 // The mean squares of rows [begin, end), a row a lane.

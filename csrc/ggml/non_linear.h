@@ -74,7 +74,7 @@ struct IQ4NL {
     for (int i = 0; i < 32; ++i) levels[i] = nearest_index(inverse * tile.x[i]);
     const bit_lanes d = half_bits(scale);
     out[0] = d << 16;
-    four_bits(levels, out + 1);
+    pack_levels<4>(levels, out + 1);
     return beyond_half(d);
   }
 };
@@ -103,7 +103,7 @@ struct IQ4XS {
       out[1] |= (kept & 15u) << (4 * g);
       bit_lanes levels[32];
       for (int i = 0; i < 32; ++i) levels[i] = nearest_index(inverse * tile.x[32 * g + i]);
-      four_bits(levels, out + 2 + 4 * g);
+      pack_levels<4>(levels, out + 2 + 4 * g);
     }
     return beyond_half(d);
   }

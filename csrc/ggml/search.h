@@ -47,8 +47,8 @@ inline void affine(const lanes* x, const lanes* w, const Grid& grid, AffineFit* 
     sum_x[s] = sum_w[s] * x[s * N];
     for (int i = 1; i < N; ++i) {
       const lanes v = x[s * N + i], weight = w[s * N + i];
-      low[s] = v < low[s] ? v : low[s];
-      high[s] = v > high[s] ? v : high[s];
+      low[s] = lesser(v, low[s]);
+      high[s] = greater(v, high[s]);
       sum_w[s] += weight;
       sum_x[s] += weight * v;
     }
@@ -214,7 +214,7 @@ struct ByteMove {  // ggml keeps these levels in bytes, and a negative one wraps
   void first(lanes* levels, int n) const {
     for (int i = 0; i < n; ++i) levels[i] = byte(levels[i]);
   }
-  lanes clipped(lanes level) const { return least(level, splat(n_max)); }
+  lanes clipped(lanes level) const { return lesser(level, splat(n_max)); }
   lanes kept(lanes level) const { return byte(level); }
   lanes denominator(lanes before, lanes) const { return before; }
 };
@@ -245,7 +245,7 @@ template <int N>
 inline lanes positive(const lanes* x, const lanes* w, float n_max, lanes* levels) {
   lanes most = {}, wx[N], scale;
   for (int i = 0; i < N; ++i) {
-    most = x[i] > most ? x[i] : most;
+    most = greater(x[i], most);
     wx[i] = w[i] * x[i];
   }
   lanes inverse = n_max / most, error = {};
@@ -259,14 +259,14 @@ inline lanes positive(const lanes* x, const lanes* w, float n_max, lanes* levels
     const lanes by = (0.1f * static_cast<float>(k) + n_max) / most, step = 1.0f / by;
     lanes tried = {};
     for (int i = 0; i < N; ++i) {
-      const lanes off = x[i] - step * least(whole(by * x[i]), splat(n_max));
+      const lanes off = x[i] - step * lesser(whole(by * x[i]), splat(n_max));
       tried += w[i] * off * off;
     }
     const int_lanes better = (int_lanes)(tried < error);
     error = better ? tried : error;
     inverse = better ? by : inverse;
   }
-  for (int i = 0; i < N; ++i) levels[i] = least(whole(inverse * x[i]), splat(n_max));
+  for (int i = 0; i < N; ++i) levels[i] = lesser(whole(inverse * x[i]), splat(n_max));
   descend<N, 1>(x, wx, w, ByteMove{n_max}, levels, &scale);
   const int_lanes zero = (int_lanes)(most < smallest);
   for (int i = 0; i < N; ++i) levels[i] = zero ? lanes{} : levels[i];

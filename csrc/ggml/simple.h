@@ -18,12 +18,17 @@ inline Cut cut_of(lanes scale, float half) {
   return {infinite ? lanes{} : inverse, infinite ? lanes{} : splat(half)};
 }
 
-inline void four_bits(const bit_lanes* levels, bit_lanes* out) { pack<16, 4>(levels, 32, 0, out); }
-
 inline bit_lanes fifth_bits(const bit_lanes* levels) {
   bit_lanes word = {};
   for (int i = 0; i < 32; ++i) word |= ((levels[i] >> 4) & 1u) << i;
   return word;
+}
+
+// Of five bits the fifth ones in a word, and the rest.
+template <int Bits>
+inline void pack_levels(const bit_lanes* levels, bit_lanes* out) {
+  if constexpr (Bits == 5) *out++ = fifth_bits(levels);
+  pack<16, 4, Bits == 5>(levels, 32, 0, out);
 }
 
 // With importance the block's values weigh importance * sqrt(variance of the row + x²).
@@ -46,12 +51,11 @@ struct SymmetricSimple {  // Q4_0, Q5_0
       scale = signed_largest<32>(tile.x) / -n_max;
       const Cut cut = cut_of(scale, n_max + 0.5f);
       for (int i = 0; i < 32; ++i)
-        levels[i] = to_bits(least(tile.x[i] * cut.factor + cut.half, splat(2.0f * n_max - 1.0f)));
+        levels[i] = to_bits(lesser(tile.x[i] * cut.factor + cut.half, splat(2.0f * n_max - 1.0f)));
     }
     const bit_lanes d = half_bits(scale);
     out[0] = d << 16;
-    if constexpr (Bits == 5) out[1] = fifth_bits(levels);
-    four_bits(levels, out + (Bits == 5 ? 2 : 1));
+    pack_levels<Bits>(levels, out + 1);
     return beyond_half(d);
   }
 };
@@ -75,17 +79,16 @@ struct AffineSimple {  // Q4_1, Q5_1
     } else {
       lanes high = low = tile.x[0];
       for (int i = 1; i < 32; ++i) {
-        low = tile.x[i] < low ? tile.x[i] : low;
-        high = tile.x[i] > high ? tile.x[i] : high;
+        low = lesser(tile.x[i], low);
+        high = greater(tile.x[i], high);
       }
       scale = (high - low) / n_max;
       const Cut cut = cut_of(scale, 0.5f);
-      for (int i = 0; i < 32; ++i) levels[i] = to_bits(least((tile.x[i] - low) * cut.factor + cut.half, splat(n_max)));
+      for (int i = 0; i < 32; ++i) levels[i] = to_bits((tile.x[i] - low) * cut.factor + cut.half);  // under n_max + 1
     }
     const bit_lanes d = half_bits(scale), m = half_bits(low);
     out[0] = d | m << 16;
-    if constexpr (Bits == 5) out[1] = fifth_bits(levels);
-    four_bits(levels, out + (Bits == 5 ? 2 : 1));
+    pack_levels<Bits>(levels, out + 1);
     return beyond_half(d) | beyond_half(m);
   }
 };
@@ -95,7 +98,7 @@ struct Q80 {
 
   static int_lanes quantize(const Block32& tile, bit_lanes* out) {
     lanes most = {};
-    for (int i = 0; i < 32; ++i) most = larger(magnitude(tile.x[i]), most);
+    for (int i = 0; i < 32; ++i) most = greater(magnitude(tile.x[i]), most);
     const lanes scale = most / 127.0f, factor = cut_of(scale, 0.0f).factor;
     for (int first = 0; first < 32; first += 4) {
       bit_lanes word = {};

@@ -5,6 +5,10 @@
 
 #include "core/lanes.h"
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #if defined(__clang__)
 #define VENEER_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -83,15 +87,40 @@ inline lanes root(lanes v) {
   return (lanes)_mm512_sqrt_ps((__m512)v);
 #elif defined(__AVX__)
   return (lanes)_mm256_sqrt_ps((__m256)v);
+#elif defined(__SSE2__)
+  return (lanes)_mm_sqrt_ps((__m128)v);
 #else
   for (int64_t i = 0; i < width; ++i) v[i] = __builtin_sqrtf(v[i]);
   return v;
 #endif
 }
 
+// a < b ? a : b and a > b ? a : b, which compilers do not always see as one instruction; b where one is NaN.
+inline lanes lesser(lanes a, lanes b) {
+#if defined(__AVX512F__)
+  return (lanes)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX__)
+  return (lanes)_mm256_min_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  return (lanes)_mm_min_ps((__m128)a, (__m128)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+inline lanes greater(lanes a, lanes b) {
+#if defined(__AVX512F__)
+  return (lanes)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX__)
+  return (lanes)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  return (lanes)_mm_max_ps((__m128)a, (__m128)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
 inline lanes magnitude(lanes v) { return (lanes)((bit_lanes)v & 0x7fffffffu); }
-inline lanes least(lanes v, lanes limit) { return v > limit ? limit : v; }
-inline lanes clip(lanes v, float low, float high) { return larger(least(v, splat(high)), splat(low)); }
+inline lanes clip(lanes v, float low, float high) { return greater(lesser(v, splat(high)), splat(low)); }
 inline bool any(int_lanes mask) {
   int32_t all = 0;
   for (int64_t i = 0; i < width; ++i) all |= mask[i];
@@ -130,16 +159,17 @@ inline lanes from_half(bit_lanes bits) {
 inline int_lanes beyond_half(bit_lanes bits) { return (int_lanes)((bits & 0x7c00u) == 0x7c00u); }
 
 // Runs of `Run` levels, each over the one before, `Bits` bits each: byte l of 8 / Bits runs is L[l + Run k]. Of each level
-// the bits from `from` up are taken.
-template <int Run, int Bits>
+// the bits from `from` up are taken; levels that have no others need no mask.
+template <int Run, int Bits, bool Masked = true>
 inline bit_lanes* pack(const bit_lanes* levels, int n, int from, bit_lanes* words) {
   constexpr int per_byte = 8 / Bits;
+  constexpr uint32_t mask = Masked ? (1u << Bits) - 1u : ~0u;
   for (int first = 0; first < n; first += per_byte * Run)
     for (int l = 0; l < Run; l += 4) {
       bit_lanes word = {};
       for (int b = 0; b < 4; ++b)
         for (int k = 0; k < per_byte; ++k)
-          word |= ((levels[first + l + b + k * Run] >> from) & ((1u << Bits) - 1u)) << (8 * b + Bits * k);
+          word |= ((levels[first + l + b + k * Run] >> from) & mask) << (8 * b + Bits * k);
       *words++ = word;
     }
   return words;
