@@ -31,6 +31,7 @@ _ENDS = {
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>",
     "<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>",
 }  # fmt: skip
+_ADD_BOS = "tokenizer.ggml.add_bos_token"
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -156,10 +157,20 @@ def _chat(reader: GGUFReader) -> tuple[dict[str, str], list[str]]:
     end = next((each for each in ends if turns.startswith(each)), None)
     if end is None:
         problems.append(f"an answer is followed by {turns[:20]!r}, at which the runtime does not stop")
-    n_bos = (text.startswith(bos) if bos else False) + bool(_value(reader, "tokenizer.ggml.add_bos_token"))
-    if n_bos > 1:
-        problems.append(f"a rendered chat has two BOS: {bos} in the template, and the one that the flag asks for")
-    return {"chat template": f"{len(template):,} characters", "end of a turn": end or "none"}, problems
+    if bos and text.lstrip().startswith(bos * 2):
+        problems.append(f"a rendered chat begins with two BOS ({bos})")
+    return {
+        "chat template": f"{len(template):,} characters",
+        "end of a turn": end or "none",
+        "BOS of a chat": _bos(bool(bos) and text.startswith(bos), bool(_value(reader, _ADD_BOS))),
+    }, problems
+
+
+def _bos(in_template: bool, by_flag: bool) -> str:
+    """Where a chat's BOS comes from; llama.cpp drops the template's where its flag adds one."""
+    if in_template:
+        return "in the template" + (", and by the flag: llama.cpp takes one" if by_flag else "")
+    return "by the flag" if by_flag else "none"
 
 
 def _compiled(template: str) -> Any:

@@ -56,14 +56,35 @@ def test_values_that_are_not_finite_are_named(file: Path) -> None:
         ({"tokenizer.ggml.eot_token_id": None, "tokenizer.chat_template": "{% for m in messages %}{{ m.content }}<x>"
           "{% endfor %}"}, "followed by '<x>', at which the runtime does not stop"),
         ({"tokenizer.chat_template": "{{ raise_exception('no') }}"}, "does not render: no"),
-        ({"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.bos_token_id": 1, "tokenizer.chat_template":
-          "<|user|>{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"}, "two BOS"),
+        ({"tokenizer.ggml.bos_token_id": 1, "tokenizer.chat_template":
+          "<|user|><|user|>{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"}, "two BOS"),
     ],
 )  # fmt: skip
 def test_what_a_runtime_would_do_wrong_is_told(file: Path, pairs: dict[str, Any], problem: str) -> None:
     rewritten(file, file.with_name("y.gguf"), pairs=pairs)
     problems = check_file(file.with_name("y.gguf")).problems
     assert any(problem in each for each in problems)
+
+
+@pytest.mark.parametrize(
+    ("front", "flag", "told"),
+    [
+        ("<|user|>", True, "in the template, and by the flag: llama.cpp takes one"),
+        ("<|user|>", False, "in the template"),
+        ("", True, "by the flag"),
+        ("", False, "none"),
+    ],
+)
+def test_it_is_told_where_a_chat_has_its_bos_from(file: Path, front: str, flag: bool, told: str) -> None:
+    template = front + "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
+    pairs = {
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.add_bos_token": flag,
+        "tokenizer.chat_template": template,
+    }
+    rewritten(file, file.with_name("y.gguf"), pairs=pairs)
+    report = check_file(file.with_name("y.gguf"))
+    assert (report.facts["BOS of a chat"], report.problems) == (told, ())
 
 
 def test_parts_are_read_together_and_a_missing_one_is_told(tmp_path: Path) -> None:

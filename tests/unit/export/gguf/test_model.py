@@ -12,6 +12,7 @@ import pytest
 import torch
 from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from veneer.adapters.peft_model import get_peft_model
@@ -21,6 +22,7 @@ from veneer.export.gguf.mix import MixOptions
 from veneer.export.gguf.model import GgufExport, GgufOptions, export_gguf
 from veneer.export.merged import merge_checkpoint
 from veneer.methods.lora import LoraConfig
+from veneer.store.quantization import BitsAndBytesConfig
 
 from .tiny import VOCAB, tiny_folder, tokenizer
 
@@ -56,6 +58,18 @@ def test_the_file_holds_what_a_merge_would(tmp_path: Path) -> None:
     assert tensors(tmp_path / "one.gguf") != tensors(tmp_path / "base.gguf")
     assert report.n_modules == 6
     assert report.n_bytes == (tmp_path / "one.gguf").stat().st_size == report.plan.nbytes
+
+
+def test_a_base_in_4_bits_is_written_dense(tmp_path: Path) -> None:
+    tiny_folder(tmp_path / "model", "llama")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "model", quantization_config=config)
+    small.save_pretrained(tmp_path / "small")
+    tokenizer().save_pretrained(tmp_path / "small")
+    export_gguf(tmp_path / "small", tmp_path / "x.gguf", GgufOptions(type="F32", dtype="float32"))
+    found = next(t for t in GGUFReader(tmp_path / "x.gguf").tensors if t.name == "blk.1.ffn_up.weight")
+    expected = small.model.layers[1].mlp.up_proj.frozen_format().dense(torch.float32)
+    torch.testing.assert_close(torch.tensor(found.data), expected)
 
 
 def test_values_are_rounded_to_the_dtype_before_they_are_quantized(tmp_path: Path) -> None:
