@@ -60,6 +60,23 @@ def test_the_file_holds_what_a_merge_would(tmp_path: Path) -> None:
     assert report.n_bytes == (tmp_path / "one.gguf").stat().st_size == report.plan.nbytes
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@torch.no_grad()
+def test_experts_that_lie_apart_in_the_files_are_merged_and_written(tmp_path: Path, family: str) -> None:
+    model = tiny_folder(tmp_path / "base", family)
+    names = list(load_file(tmp_path / "base" / "model.safetensors"))
+    assert any(".experts.0." in name for name in names)
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    adapter_folder(tmp_path / "adapter", model, target_modules=["q_proj"], target_parameters=experts)
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager").eval()
+    ids = torch.arange(40)[None]
+    torch.testing.assert_close(merged(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+    export_gguf(tmp_path / "base", tmp_path / "one.gguf", F16, adapter=tmp_path / "adapter")
+    export_gguf(tmp_path / "merged", tmp_path / "merged.gguf", F16)
+    assert tensors(tmp_path / "one.gguf") == tensors(tmp_path / "merged.gguf")
+
+
 def test_a_base_in_4_bits_is_written_dense(tmp_path: Path) -> None:
     tiny_folder(tmp_path / "model", "llama")
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
