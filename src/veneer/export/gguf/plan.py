@@ -106,34 +106,36 @@ def plan_file(
 
     Raises FormatError where the tokenizer cannot be said, ConfigError where the mix needs an importance matrix.
     """
-    family, config = described.family, described.config
-    facts = ModelFacts(
-        architecture=family.architecture,
-        n_layers=config.num_hidden_layers,
-        n_heads=config.num_attention_heads,
-        n_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        n_experts=next((shape[0] for key, shape in described.shapes.items() if "_exps." in key), 0),
-    )
-    n_rows = described.shapes[_EMBEDDINGS][0]
+    specs = chosen_types(described.shapes, mix, _facts(described), options, weighed=importance is not None)
+    if mix.name == "Q2_K_S" and importance is None and any(spec.kind == "Q2_K" for spec in specs):
+        raise ConfigError("Q2_K_S needs an importance matrix: collect one with `veneer export importance`")
     pairs = [
-        *general_pairs(folder, name, family.architecture, described.shapes),
+        *general_pairs(folder, name, described.family.architecture, described.shapes),
         *described.said.pairs,
-        *vocabulary_pairs(tokenizer, n_rows),
-        *special_pairs(tokenizer, config),
+        *vocabulary_pairs(tokenizer, described.shapes[_EMBEDDINGS][0]),
+        *special_pairs(tokenizer, described.config),
         *file_pairs(mix.number),
         *(importance.pairs() if importance else ()),
     ]
-    specs = chosen_types(described.shapes, mix, facts, options, weighed=importance is not None)
-    if mix.name == "Q2_K_S" and importance is None and any(spec.kind == "Q2_K" for spec in specs):
-        raise ConfigError("Q2_K_S needs an importance matrix: collect one with `veneer export importance`")
     return Plan(
-        family=family,
-        config=config,
+        family=described.family,
+        config=described.config,
         pairs=pairs,
         specs=specs,
         sources=described.sources,
         factors=described.said.factors,
         left_out=described.left_out,
+    )
+
+
+def _facts(described: Described) -> ModelFacts:
+    config = described.config
+    return ModelFacts(
+        architecture=described.family.architecture,
+        n_layers=config.num_hidden_layers,
+        n_heads=config.num_attention_heads,
+        n_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        n_experts=next((shape[0] for key, shape in described.shapes.items() if "_exps." in key), 0),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from gguf import GGUFValueType, TokenType
+from gguf import GGUFValueType
 
 from veneer.errors import FormatError
 from veneer.export.gguf.tokenizer import PROBE, SourceTokenizer, probe_chat
@@ -47,14 +47,6 @@ def end_of_turn(source: SourceTokenizer) -> int | None:
     special = {entry["content"]: number for number, entry in source.added.items()}
     matches = [token for token in special if behind.startswith(token)]
     return special[max(matches, key=len)] if matches else None
-
-
-def token_kinds(source: SourceTokenizer) -> dict[str, TokenType]:
-    """Added tokens with their kinds, by text."""
-    return {
-        entry["content"]: TokenType.CONTROL if entry.get("special") else TokenType.USER_DEFINED
-        for entry in source.added.values()
-    }
 
 
 def _id(source: SourceTokenizer, config: Any, name: str) -> int | None:
