@@ -15,13 +15,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from veneer.contract import LinearMethod
 from veneer.contract.file import WEIGHTS_FILE
 from veneer.contract.keys import weight_keys
 from veneer.errors import CompositionError
 from veneer.export.base_weights import BaseWeights, Spec
+from veneer.export.model_folder import model_config
 from veneer.model.adapted import Adapted
 from veneer.model.allocation import Allocation
 from veneer.model.attach import adapted_modules, attach, live_parameters
@@ -122,7 +123,7 @@ def _skeleton(folder: Path, tensors: Mapping[str, Tensor]) -> tuple[PreTrainedMo
     """The model of a folder without storage, as if it were not quantized, and the size of the adapter's vocabulary,
     which it gets, where that is another.
     """
-    config = AutoConfig.from_pretrained(folder)
+    config = model_config(folder)
     model = without_storage(config, tensors)
     n_rows = _vocabulary(model, tensors)
     if n_rows in (None, config.get_text_config().vocab_size):

@@ -6,8 +6,12 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from veneer.errors import ConfigError
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
+
+from veneer.errors import ConfigError, FormatError
 from veneer.store.source import resolve
 
 _COMPANIONS = (".json", ".jinja", ".model", ".txt", ".py")
@@ -25,6 +29,15 @@ def local_folder(model: str | os.PathLike[str]) -> Path:
         return Path(snapshot_download(place, allow_patterns=["*.safetensors", *(f"*{end}" for end in _COMPANIONS)]))
     except OSError as error:
         raise ConfigError(f"the base {place!r} cannot be downloaded: {error}") from error
+
+
+def model_config(folder: Path) -> Any:
+    """transformers' config of a folder. Raises FormatError where it is damaged, or of no model that is known."""
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split("\n")[:2])
+        raise FormatError(f"{folder / 'config.json'} describes no model that transformers knows: {reason}") from error
 
 
 def copy_companions(folders: Sequence[Path], into: Path) -> None:

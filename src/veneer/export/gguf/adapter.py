@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from gguf import GGUFValueType
 from torch import Tensor
-from transformers import AutoConfig
 
 from veneer.contract import LinearMethod
 from veneer.core.records import LinearDelta
@@ -18,7 +17,7 @@ from veneer.errors import CompositionError, ConfigError
 from veneer.export.gguf.mix import mix_of, quantize_order
 from veneer.export.gguf.model import encoded
 from veneer.export.gguf.plan import family_of, laid_out_rows
-from veneer.export.model_folder import local_folder
+from veneer.export.model_folder import local_folder, model_config
 from veneer.model.places import placed_on
 from veneer.store.adapter.config import read_config
 from veneer.store.adapter.files import read_headers, read_tensors
@@ -87,7 +86,7 @@ def _read(adapter: Path, base: str | None) -> tuple[str, Family, Any, StoredAdap
             f"base, and the format has low-rank factors alone. {_way(named, adapter)}"
         )
     folder = local_folder(named)
-    config = AutoConfig.from_pretrained(folder)
+    config = model_config(folder)
     family = family_of(config)
     places = placed_on(without_storage(config, read_headers(adapter)), method)
     stored = read_records(adapter, places)

@@ -178,6 +178,23 @@ def test_an_unknown_architecture_is_refused_with_the_known_ones(tmp_path: Path) 
     refused(tmp_path / "model", r"type 'starcoder2' are not written as GGUF; known types: gemma2, ")
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (
+            '{"model_type": "later-invention"}',
+            r"config\.json describes no model that transformers knows.*later-invention",
+        ),
+        ("{", r"config\.json describes no model"),
+        ('{"model_type": "llama", "hidden_size": "wide"}', r"config\.json describes no model.*hidden_size"),
+    ],
+)
+def test_a_config_of_no_known_model_is_one_error(tmp_path: Path, text: str, reason: str) -> None:
+    tiny_folder(tmp_path / "model", "llama")
+    (tmp_path / "model" / "config.json").write_text(text)
+    refused(tmp_path / "model", reason)
+
+
 def test_all_that_cannot_be_said_is_told_at_once(tmp_path: Path) -> None:
     tiny_folder(tmp_path / "model", "llama")
     spoiled(
