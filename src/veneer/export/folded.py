@@ -43,13 +43,16 @@ class FoldedCheckpoint:
     ``specs`` are dtype and shape of every tensor of the result by its name in files, ``untied`` says that tied
     embeddings have become two tensors, ``prefix`` is that of the names of the model without its head, ``n_modules``
     counts the modules that the adapter changes. ``dtype`` is that of the result's floating tensors: None, the base's.
+    ``wide``: what is folded is a float32 sum, which the base's dtype never rounds.
 
     Raises FormatError where the files are damaged or do not fit each other, and CompositionError for adapters that
     cannot be folded.
     """
 
-    def __init__(self, folder: Path, adapter: Path | None, dtype: torch.dtype | None = None) -> None:
-        self._folder = folder
+    def __init__(
+        self, folder: Path, adapter: Path | None, dtype: torch.dtype | None = None, *, wide: bool = False
+    ) -> None:
+        self._folder, self._wide = folder, wide
         config = _foldable(adapter) if adapter else None
         tensors = read_tensors(adapter) if adapter else {}
         skeleton, self._n_rows = _skeleton(folder, tensors)
@@ -73,7 +76,7 @@ class FoldedCheckpoint:
             return self._weights.read_stored(name)
         path, key = self._plan.owners[name]
         if (path, key) not in self._pending:
-            folded = _fold(path, self._changed[path], self._weights)
+            folded = _fold(path, self._changed[path], self._weights, self._wide)
             self._pending |= {(path, k): value for k, value in folded.items()}
         return self._pending.pop((path, key))
 
@@ -190,8 +193,8 @@ def _stay_one(changed: list[Adapted], n_names: int) -> bool:
 
 
 @torch.no_grad()
-def _fold(path: str, module: Adapted, weights: BaseWeights) -> dict[str, Tensor]:
-    with _filled([(path, module)], weights):
+def _fold(path: str, module: Adapted, weights: BaseWeights, wide: bool) -> dict[str, Tensor]:
+    with _filled([(path, module)], weights, wide):
         values = module.folded((NAME,))
         own = {key: cast(Tensor, module._parameters[key]).detach() for key in weights.own(module)}
     added = sorted(set(values) - set(own))
@@ -201,12 +204,14 @@ def _fold(path: str, module: Adapted, weights: BaseWeights) -> dict[str, Tensor]
 
 
 @contextmanager
-def _filled(modules: list[tuple[str, nn.Module]], weights: BaseWeights) -> Iterator[None]:
-    """Inside the block these modules have the base's parameters."""
+def _filled(modules: list[tuple[str, nn.Module]], weights: BaseWeights, wide: bool = False) -> Iterator[None]:
+    """Inside the block these modules have the base's parameters, in float32 where ``wide``."""
     before = [(module, dict(module._parameters)) for _, module in modules]
     for path, module in modules:
         for key in weights.own(module):
-            module._parameters[key] = nn.Parameter(weights.read(f"{path}.{key}"), requires_grad=False)
+            value = weights.read(f"{path}.{key}")
+            value = value.float() if wide and value.is_floating_point() else value
+            module._parameters[key] = nn.Parameter(value, requires_grad=False)
     try:
         yield
     finally:

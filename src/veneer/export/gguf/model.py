@@ -27,7 +27,8 @@ PIECE_VALUES = 1 << 18
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufOptions:
     """``type`` of the file, with ``mix`` for exceptions. ``dtype`` is what values are rounded to before they are
-    quantized, None for the base's: bytes equal those that llama.cpp makes by way of a file of that dtype.
+    quantized, None for the base's: bytes equal those that llama.cpp makes by way of a file of that dtype. In float32
+    what an adapter adds is never rounded.
     ``importance`` is a file that says which columns matter.
     """
 
@@ -64,7 +65,8 @@ class GgufExport:
         self.folder = folder = local_folder(base)
         self._options = options
         self._importance = read_importance(options.importance) if options.importance else None
-        self._source = FoldedCheckpoint(folder, adapter, floating_dtype(options.dtype))
+        dtype = floating_dtype(options.dtype)
+        self._source = FoldedCheckpoint(folder, adapter, dtype, wide=dtype == torch.float32)
         described = describe_checkpoint(self._source, folder)
         self.tokenizer = read_tokenizer([adapter, folder] if adapter else [folder])
         name = options.name or (adapter or folder).resolve().name
