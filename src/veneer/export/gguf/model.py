@@ -27,8 +27,8 @@ PIECE_VALUES = 1 << 18
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufOptions:
     """``type`` of the file, with ``mix`` for exceptions. ``dtype`` is what values are rounded to before they are
-    quantized, None for the base's: bytes equal those that llama.cpp makes by way of a file of that dtype. In float32
-    what an adapter adds is never rounded.
+    quantized, None for the base's: bytes equal those that llama.cpp makes by way of a file of that dtype. In float32,
+    and in a file of the type F32 where nothing is said, what an adapter adds is never rounded.
     ``importance`` is a file that says which columns matter.
     """
 
@@ -66,7 +66,8 @@ class GgufExport:
         self._options = options
         self._importance = read_importance(options.importance) if options.importance else None
         dtype = floating_dtype(options.dtype)
-        self._source = FoldedCheckpoint(folder, adapter, dtype, wide=dtype == torch.float32)
+        self._wide = dtype == torch.float32 or (dtype is None and mix.default == "F32")
+        self._source = FoldedCheckpoint(folder, adapter, dtype, wide=self._wide)
         described = describe_checkpoint(self._source, folder)
         self.tokenizer = read_tokenizer([adapter, folder] if adapter else [folder])
         name = options.name or (adapter or folder).resolve().name
@@ -110,8 +111,8 @@ class GgufExport:
         return self._importance.of(spec.name, spec.shape[-1], n_experts)
 
     def _read(self, stored: str) -> Tensor:
-        dtype = self._source.specs[stored][0]
-        return self._source.read(stored).to(dtype)
+        tensor = self._source.read(stored)
+        return tensor if self._wide else tensor.to(self._source.specs[stored][0])
 
 
 def export_gguf(

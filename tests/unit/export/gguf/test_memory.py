@@ -24,7 +24,7 @@ def high_water():  # of this program alone: getrusage counts what the process wa
     return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 
 def export(folder):
-    for kind in ("Q4_K_M", "F32"):
+    for kind in ("Q4_K_M", "F16"):
         options = GgufOptions(type=kind, overwrite=True)
         export_gguf(folder / "base", folder / "x.gguf", options, adapter=folder / "adapter")
 
