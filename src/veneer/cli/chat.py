@@ -24,27 +24,23 @@ def chat(
 
     Example: veneer chat smollm2-135m-instruct --adapter runs/first/adapter
     """
-    import torch
+    from veneer.cli.answerer import Drawing
+    from veneer.cli.answering import Message, answerer_of, encode_chat
 
-    from veneer.cli.answering import Message, encode_chat, stream_answer
-
-    loaded = loading.load(model, adapter, four_bit=load_in_4bit, dtype=dtype)
-    if seed is not None:
-        torch.manual_seed(seed)
-    console = Console(highlight=False)
+    parts = loading.load_parts(model, adapter, four_bit=load_in_4bit, dtype=dtype)
     start: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-    encode_chat(loaded, [*start, {"role": "user", "content": "?"}])  # a model that cannot chat says so at once
-    options = loading.sampling(temperature, top_p, top_k, max_new_tokens)
+    encode_chat(parts.tokenizer, [*start, {"role": "user", "content": "?"}])  # what cannot chat says so at once
+    answerer = answerer_of(parts, Drawing(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed))
+    console = Console(highlight=False)
     messages = list(start)
     while (line := _ask(console)) is not None:
         if line == "/new":
             messages = list(start)
             continue
         messages.append({"role": "user", "content": line})
-        encoded = encode_chat(loaded, messages)
+        prompt = encode_chat(answerer.tokenizer, messages)
         try:
-            with loading.quiet():
-                messages.append({"role": "assistant", "content": stream_answer(loaded, encoded, options)})
+            messages.append({"role": "assistant", "content": answerer.stream(prompt, max_new_tokens)})
         except KeyboardInterrupt:
             messages.pop()
             console.print("\n(stopped; the question is forgotten)", style="dim")

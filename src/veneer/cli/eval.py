@@ -155,11 +155,11 @@ def eval_(
 def _measured(measurement: Measurement, subject: Subject, predictions: Path | None) -> dict[str, Any]:
     """Measure; return the model, the data and the result, and write the answers to ``predictions``."""
     measurement.check(predictions)
-    loaded, facts = measurement.take(subject)
+    ready, facts = measurement.take(subject)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     started = time.perf_counter()
     with loading.quiet(), progress_bar(measurement.metric, *columns) as on_progress:
-        result = measurement.measure(loaded, on_progress)
+        result = measurement.measure(ready, on_progress)
     seconds = round(time.perf_counter() - started, 3)
     if predictions is not None:
         measurement.write_predictions(predictions, result)

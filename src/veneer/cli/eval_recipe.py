@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.cli.loading import Loaded, quiet, with_adapter
+from veneer.cli.loading import Parts, quiet
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -50,14 +50,14 @@ def held_out_rows(recipe: Recipe, data: Path | None) -> Sequence[Mapping[str, An
     return [dict(row) for row in rows]
 
 
-def load_trained(recipe: Recipe) -> Loaded:
-    """The base as the recipe stores it, with the adapter of its output; the model itself where it was trained whole."""
+def trained_parts(recipe: Recipe) -> Parts:
+    """The base as the recipe stores it and the adapter of its output; the model itself where it was trained whole."""
     from veneer.store.source import load_model, load_tokenizer
     from veneer.train.run import load_base
 
-    saved = saved_by(recipe)
+    saved, source = saved_by(recipe), recipe.model.source
     with quiet():
-        tokenizer = load_tokenizer(recipe.model.source)
+        tokenizer = load_tokenizer(source)
         if recipe.method == "full":
-            return Loaded(load_model(str(saved), dtype=recipe.model.dtype), tokenizer)
-        return Loaded(with_adapter(load_base(recipe.model), saved, recipe.model.source), tokenizer)
+            return Parts(base=load_model(str(saved), dtype=recipe.model.dtype), tokenizer=tokenizer, source=str(saved))
+        return Parts(base=load_base(recipe.model), tokenizer=tokenizer, source=source, adapter=saved)

@@ -38,18 +38,15 @@ def generate(
 
     Example: veneer generate smollm2-135m-instruct -p "Why is the sky blue?"
     """
-    import torch
-
-    from veneer.cli.answering import encode_prompt, stream_answer
+    from veneer.cli.answerer import Drawing
+    from veneer.cli.answering import answerer_of, encode_prompt
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    loaded = loading.load(model, adapter, four_bit=load_in_4bit, dtype=dtype)
-    if seed is not None:
-        torch.manual_seed(seed)
-    encoded = encode_prompt(loaded, text, system=system, raw=raw)
-    with loading.quiet():
-        answer = stream_answer(loaded, encoded, loading.sampling(temperature, top_p, top_k, max_new_tokens))
-    if not answer.strip() and not raw and loaded.tokenizer.chat_template is not None:
+    parts = loading.load_parts(model, adapter, four_bit=load_in_4bit, dtype=dtype)
+    ids = encode_prompt(parts.tokenizer, text, system=system, raw=raw)
+    answerer = answerer_of(parts, Drawing(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed))
+    answer = answerer.stream(ids, max_new_tokens)
+    if not answer.strip() and not raw and answerer.tokenizer.chat_template is not None:
         typer.echo(
             "the answer is empty; the prompt was asked as a chat turn: for a model trained on plain prompts use --raw",
             err=True,

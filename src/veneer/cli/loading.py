@@ -42,29 +42,56 @@ class Loaded:
     tokenizer: Any
 
 
-def load(model: str, adapter: Path | None = None, *, four_bit: bool = False, dtype: str = "auto") -> Loaded:
-    """The model and tokenizer that the arguments name, with the adapter active.
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What answers, before it is put together: a base as ``source`` names it, its tokenizer, and an adapter for it.
+
+    ``takes_any_dtype``: nobody chose a precision.
+    """
+
+    base: Any
+    tokenizer: Any
+    source: str
+    adapter: Path | None = None
+    takes_any_dtype: bool = False
+
+    def joined(self) -> Loaded:
+        """The base with the adapter active on it. Raises as `with_adapter`."""
+        if self.takes_any_dtype:
+            _tell_of_float32(self.base)
+        if self.adapter is None:
+            return Loaded(self.base, self.tokenizer)
+        return Loaded(with_adapter(self.base, self.adapter, self.source), self.tokenizer)
+
+
+def load_parts(model: str, adapter: Path | None = None, *, four_bit: bool = False, dtype: str = "auto") -> Parts:
+    """The base, its tokenizer and the adapter that the arguments name.
 
     The tokenizer is the base's, or, where it has more tokens, the adapter's, to which the base is resized. Raises the
-    errors of `load_model`, and FormatError where the adapter does not fit.
+    errors of `load_model`, and those of `require_adapter`.
     """
     from transformers import AutoTokenizer
 
     from veneer.adapters.auto import TOKENIZER_CONFIG, make_room_for
     from veneer.store.source import load_model, load_tokenizer
 
-    base, adapter = split(model, adapter)
+    source, adapter = split(model, adapter)
     with quiet():
-        tokenizer = load_tokenizer(base)
-        loaded = load_model(base, dtype=dtype, quantization=_nf4() if four_bit else None)
-        if dtype == "auto" and not four_bit:
-            _tell_of_float32(loaded)
-        if adapter is None:
-            return Loaded(loaded, tokenizer)
-        if (adapter / TOKENIZER_CONFIG).is_file():
-            tokenizer = max(tokenizer, AutoTokenizer.from_pretrained(adapter), key=len)
-            make_room_for(tokenizer, loaded)
-        return Loaded(with_adapter(loaded, adapter, base), tokenizer)
+        tokenizer = load_tokenizer(source)
+        base = load_model(source, dtype=dtype, quantization=_nf4() if four_bit else None)
+        if adapter is not None:
+            require_adapter(adapter)
+            if (adapter / TOKENIZER_CONFIG).is_file():
+                tokenizer = max(tokenizer, AutoTokenizer.from_pretrained(adapter), key=len)
+                make_room_for(tokenizer, base)
+    any_dtype = dtype == "auto" and not four_bit
+    return Parts(base=base, tokenizer=tokenizer, source=source, adapter=adapter, takes_any_dtype=any_dtype)
+
+
+def load(model: str, adapter: Path | None = None, *, four_bit: bool = False, dtype: str = "auto") -> Loaded:
+    """`load_parts`, joined."""
+    with quiet():
+        return load_parts(model, adapter, four_bit=four_bit, dtype=dtype).joined()
 
 
 def _tell_of_float32(model: Any) -> None:
@@ -93,16 +120,6 @@ def split(model: str, adapter: Path | None) -> tuple[str, Path | None]:
     return base, folder
 
 
-def sampling(temperature: float, top_p: float, top_k: int, max_new_tokens: int) -> dict[str, Any]:
-    """The options as `generate` takes them. A checkpoint's own beams are left out: answers appear word by word."""
-    from veneer.evaluate.scoring import greedy
-
-    if temperature == 0:
-        return {"max_new_tokens": max_new_tokens, **greedy()}
-    chosen = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "num_beams": 1}
-    return {"do_sample": True, "max_new_tokens": max_new_tokens, **chosen}
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without transformers' progress bars and advice."""
@@ -119,23 +136,33 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(level)
 
 
-def with_adapter(model: Any, adapter: Path, base: str) -> Any:
-    """The model with the adapter active.
-
-    Raises ConfigError where there is none, FormatError where it is damaged or does not fit.
-    """
-    from veneer.adapters.peft_model import PeftModel
+def require_adapter(adapter: Path) -> None:
+    """Raise ConfigError where there is no such adapter, FormatError where it is damaged in itself."""
     from veneer.store.adapter.config import read_config
     from veneer.store.adapter.files import read_headers
 
     if not adapter.is_dir():
         raise ConfigError(f"no adapter {str(adapter)!r}: there is no such folder")
-    read_config(adapter)  # what is wrong with the adapter itself is no misfit
+    read_config(adapter)
     read_headers(adapter)
+
+
+@contextmanager
+def fitting(adapter: Path, base: str) -> Iterator[None]:
+    """Inside the block what is wrong with the adapter, which is sound in itself, is that it does not fit the base."""
     try:
-        return PeftModel.from_pretrained(model, adapter)
+        yield
     except (FormatError, TargetError) as error:
         raise FormatError(f"the adapter {adapter} does not fit the model {base}: {error}") from error
+
+
+def with_adapter(model: Any, adapter: Path, base: str) -> Any:
+    """The model with the adapter active. Raises as `require_adapter`, and FormatError where it does not fit."""
+    from veneer.adapters.peft_model import PeftModel
+
+    require_adapter(adapter)
+    with fitting(adapter, base):
+        return PeftModel.from_pretrained(model, adapter)
 
 
 def _nf4() -> Any:

@@ -13,6 +13,7 @@ from veneer.cli import loading
 from veneer.cli.arguments import require_file
 
 if TYPE_CHECKING:
+    from veneer.cli.answerer import Answerer
     from veneer.evaluate.accuracy import Accuracy, Judge
     from veneer.evaluate.perplexity import Perplexity, Windows
     from veneer.evaluate.questions import Question
@@ -30,6 +31,7 @@ class Metric(StrEnum):
     LABELS = "labels"
 
 
+_OF_ANSWERS = (Metric.EXACT_MATCH, Metric.REGEX)  # generated; the others score what is given, in one pass
 _READS = {  # which options each metric reads; any other that is given is an error
     Metric.PERPLEXITY: {"prompt", "answer_field", "context", "stride", "whole_rows"},
     Metric.EXACT_MATCH: {"prompt", "answer_field", "ignore_case", "max_new_tokens", "stop"},
@@ -108,11 +110,18 @@ class Measurement:
         self.rows: Sequence[Mapping[str, Any]] = ()
         self.questions: list[Question] = []
 
-    def take(self, subject: Subject) -> tuple[loading.Loaded, dict[str, Any]]:
-        """Read the rows, then load the model; the facts known of both come with it."""
-        return self._take_model(subject) if subject.recipe is None else self._take_recipe(subject, subject.recipe)
+    def take(self, subject: Subject) -> tuple[loading.Loaded | Answerer, dict[str, Any]]:
+        """Read the rows, then load the model, as the metric needs it; the facts known of both come with it."""
+        from veneer.cli.answering import answerer_of
 
-    def _take_model(self, subject: Subject) -> tuple[loading.Loaded, dict[str, Any]]:
+        recipe = subject.recipe
+        parts, facts = self._take_model(subject) if recipe is None else self._take_recipe(subject, recipe)
+        if self.metric in _OF_ANSWERS:
+            return answerer_of(parts, n_rows=self.batch_size), facts
+        with loading.quiet():
+            return parts.joined(), facts
+
+    def _take_model(self, subject: Subject) -> tuple[loading.Parts, dict[str, Any]]:
         from veneer.errors import ConfigError
         from veneer.evaluate.questions import read_rows
 
@@ -121,11 +130,11 @@ class Measurement:
             raise ConfigError("say what to measure: MODEL and --data FILE, or --recipe FILE for what a recipe trained")
         self.rows = read_rows(data)[: subject.limit]
         self._read_as_trained(subject.chat, subject.system)
-        loaded = loading.load(model, adapter, four_bit=subject.load_in_4bit, dtype=subject.dtype)
-        return loaded, {"model": model, "adapter": None if adapter is None else str(adapter), "data": str(data)}
+        parts = loading.load_parts(model, adapter, four_bit=subject.load_in_4bit, dtype=subject.dtype)
+        return parts, {"model": model, "adapter": None if adapter is None else str(adapter), "data": str(data)}
 
-    def _take_recipe(self, subject: Subject, path: Path) -> tuple[loading.Loaded, dict[str, Any]]:
-        from veneer.cli.eval_recipe import held_out_rows, load_trained, saved_by, trained_recipe
+    def _take_recipe(self, subject: Subject, path: Path) -> tuple[loading.Parts, dict[str, Any]]:
+        from veneer.cli.eval_recipe import held_out_rows, saved_by, trained_parts, trained_recipe
         from veneer.errors import ConfigError
 
         beside = self._said_by_recipes(subject)
@@ -135,7 +144,7 @@ class Measurement:
         saved = saved_by(recipe)
         self.rows = held_out_rows(recipe, subject.data)[: subject.limit]
         named = subject.data or recipe.data.eval or f"{recipe.data.eval_fraction:.3g} of {recipe.data.train}, held out"
-        return load_trained(recipe), {"model": recipe.model.source, "adapter": str(saved), "data": str(named)}
+        return trained_parts(recipe), {"model": recipe.model.source, "adapter": str(saved), "data": str(named)}
 
     def _said_by_recipes(self, subject: Subject) -> list[str]:
         """The options given that a recipe settles already."""
@@ -172,27 +181,27 @@ class Measurement:
         if predictions is not None:
             require_file("--predictions", predictions)
 
-    def measure(self, loaded: loading.Loaded, on_progress: OnProgress) -> Perplexity | Accuracy:
-        """The result."""
+    def measure(self, ready: loading.Loaded | Answerer, on_progress: OnProgress) -> Perplexity | Accuracy:
+        """The result; ``ready`` is what `take` gave."""
         from veneer.evaluate import accuracy
         from veneer.evaluate.perplexity import perplexity
         from veneer.evaluate.questions import QuestionReader, as_templated
         from veneer.evaluate.scoring import Batching, context_length
 
-        options, model, tokenizer = self.options, loaded.model, loaded.tokenizer
+        options, tokenizer = self.options, ready.tokenizer
+        if self.metric is not Metric.PERPLEXITY:
+            reader = QuestionReader(tokenizer=tokenizer, prompt=options.prompt, answer_field=options.answer_field)
+            self.questions = reader.read(self.rows)
+        if not isinstance(ready, loading.Loaded):
+            judge, prompts = options.judge, [question.prompt for question in self.questions]
+            predictions = ready.answers(prompts, options.answering, on_progress)
+            return accuracy.answer_accuracy(self.questions, predictions, judge)
         how: dict[str, Any] = {"batching": Batching(n_rows=self.batch_size), "on_progress": on_progress}
-        if self.metric is Metric.PERPLEXITY:
-            rows = self.rows
-            if options.prompt is not None:
-                rows = as_templated(rows, options.prompt, options.answer_field)
-            how |= {"windows": options.windows(context_length(model)), "whole_rows": options.whole_rows}
-            return perplexity(model, tokenizer, rows, **how)
-        reader = QuestionReader(tokenizer=tokenizer, prompt=options.prompt, answer_field=options.answer_field)
-        self.questions = reader.read(self.rows)
         if self.metric is Metric.LABELS:
-            return accuracy.label_accuracy(model, tokenizer, self.questions, options.words, **how)
-        how |= {"answering": options.answering}
-        return accuracy.answer_accuracy(model, tokenizer, self.questions, options.judge, **how)
+            return accuracy.label_accuracy(ready.model, tokenizer, self.questions, options.words, **how)
+        rows = self.rows if options.prompt is None else as_templated(self.rows, options.prompt, options.answer_field)
+        how |= {"windows": options.windows(context_length(ready.model)), "whole_rows": options.whole_rows}
+        return perplexity(ready.model, tokenizer, rows, **how)
 
     def write_predictions(self, path: Path, result: Any) -> None:
         """Write one JSON object a row: the right answers, the prediction, and True where it is one of them."""

@@ -10,15 +10,7 @@ from typing import Any
 
 from veneer.errors import ConfigError, DataError
 from veneer.evaluate.questions import Question, continuation
-from veneer.evaluate.scoring import (
-    Answering,
-    Batching,
-    OnProgress,
-    Scored,
-    greedy_answers,
-    ignore_progress,
-    log_probabilities,
-)
+from veneer.evaluate.scoring import Batching, OnProgress, Scored, ignore_progress, log_probabilities
 
 Judge = Callable[[str, Sequence[str]], bool]
 
@@ -52,19 +44,8 @@ class Accuracy:
         )
 
 
-def answer_accuracy(
-    model: Any,
-    tokenizer: Any,
-    questions: Sequence[Question],
-    judge: Judge,
-    *,
-    answering: Answering | None = None,
-    batching: Batching | None = None,
-    on_progress: OnProgress = ignore_progress,
-) -> Accuracy:
-    """The share of greedily generated answers that the judge takes for right."""
-    prompts = [question.prompt for question in questions]
-    predictions = greedy_answers(model, tokenizer, prompts, answering, batching, on_progress=on_progress)
+def answer_accuracy(questions: Sequence[Question], predictions: Sequence[str], judge: Judge) -> Accuracy:
+    """The share of answers, one to each question, that the judge takes for right."""
     return Accuracy.of(predictions, [judge(p, q.answers) for p, q in zip(predictions, questions, strict=True)])
 
 

@@ -92,6 +92,11 @@ class Answering:
     max_new_tokens: int = 256
     stop: tuple[str, ...] = ()
 
+    def cut(self, text: str) -> str:
+        """The text up to the first of the ``stop`` strings."""
+        ends = [at for at in (text.find(s) for s in self.stop) if at >= 0]
+        return text[: min(ends)] if ends else text
+
 
 @torch.no_grad()
 def greedy_answers(
@@ -109,18 +114,23 @@ def greedy_answers(
     answering = answering or Answering()
     answers: dict[int, str] = {}
     limit = context_length(model)
+    require_room(prompts, limit)
+    with evaluation(model):
+        for batch in _batches([len(p) + answering.max_new_tokens for p in prompts], batching or Batching(), limit):
+            texts = _continued(model, tokenizer, [prompts[i] for i in batch], answering)
+            answers |= {i: answering.cut(text) for i, text in zip(batch, texts, strict=True)}
+            on_progress(len(answers), len(prompts))
+    return [answers[i] for i in range(len(prompts))]
+
+
+def require_room(prompts: Sequence[Sequence[int]], limit: int | None) -> None:
+    """Raise ConfigError for prompts that are empty, or leave no room for an answer in ``limit`` tokens."""
     if any(not prompt for prompt in prompts):
         raise ConfigError("a prompt is empty: there is nothing to continue")
     if limit is not None and any(len(prompt) >= limit for prompt in prompts):
         raise ConfigError(
             f"a prompt has {max(map(len, prompts))} tokens and the model's context holds {limit}: shorten it"
         )
-    with evaluation(model):
-        for batch in _batches([len(p) + answering.max_new_tokens for p in prompts], batching or Batching(), limit):
-            texts = _continued(model, tokenizer, [prompts[i] for i in batch], answering)
-            answers |= {i: _cut(text, answering.stop) for i, text in zip(batch, texts, strict=True)}
-            on_progress(len(answers), len(prompts))
-    return [answers[i] for i in range(len(prompts))]
 
 
 def context_length(model: Any) -> int | None:
@@ -175,8 +185,3 @@ def greedy() -> dict[str, Any]:
     # The first three would be warned about, the others choose another answer.
     plain = {"temperature": None, "top_p": None, "top_k": None, "repetition_penalty": 1.0, "num_beams": 1}
     return {"do_sample": False, **plain}
-
-
-def _cut(text: str, stop: Sequence[str]) -> str:
-    ends = [at for at in (text.find(s) for s in stop) if at >= 0]
-    return text[: min(ends)] if ends else text

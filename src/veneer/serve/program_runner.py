@@ -40,10 +40,15 @@ _LOG = logging.getLogger(__name__)
 class ProgramRunner(DrawingRunner):
     """A `Runner` of a model's program. Its pages and the general runner's are two stores with as many pages each, so
     that keys and values take up to twice their budget once an adapter takes that way.
+
+    ``alone``: there is no general runner, so that `load` raises `UnsaidError` for what the program has no place for.
     """
 
-    def __init__(self, model: PreTrainedModel, interpreter: Interpreter, n_pages: int, block: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, interpreter: Interpreter, n_pages: int, block: int, *, alone: bool = False
+    ) -> None:
         super().__init__()
+        self.alone = alone
         self.model, self.interpreter, self.block = model.eval(), interpreter, block
         self.n_pages = n_pages
         self.cache = make_cache(interpreter.program, n_pages, block, model.dtype, model.device)
@@ -59,6 +64,8 @@ class ProgramRunner(DrawingRunner):
         try:
             effects = read_effects(self.model, self.interpreter.program, folder)
         except UnsaidError as reason:
+            if self.alone:
+                raise
             self._load_general(version, folder, str(reason))
             return
         front = self._front(effects)

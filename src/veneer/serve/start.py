@@ -135,8 +135,14 @@ class EngineOptions(metaclass=Keywords):
         return said
 
 
-def start_engine(model: str | os.PathLike[str] | PreTrainedModel, options: EngineOptions) -> Engine:
+def start_engine(
+    model: str | os.PathLike[str] | PreTrainedModel, options: EngineOptions, *, program_alone: bool = False
+) -> Engine:
     """An engine that answers. ``model`` is what `load_model` takes, or a model that is there, with its tokenizer given.
+
+    ``program_alone``: nothing goes through transformers' own code, and a model that is given gives its weights up.
+    DescriptionError then says why it has no program (it has its weights again), and an adapter with a part that the
+    program has no place for is refused by `UnsaidError` when it is loaded.
 
     Raises ConfigError, FormatError, and TargetError for a model that cannot be served.
     """
@@ -145,8 +151,12 @@ def start_engine(model: str | os.PathLike[str] | PreTrainedModel, options: Engin
     longest = options.max_model_len or limit or 2048
     if limit is not None and longest > limit:
         raise ConfigError(f"max_model_len={longest} is more than the model's context of {limit} tokens")
-    own = not isinstance(model, PreTrainedModel)
-    interpreter, why_not = _program(loaded, longest, give_up=own, switched_off=options.general_runner)
+    own = program_alone or not isinstance(model, PreTrainedModel)
+    interpreter, why_not = (
+        (proved(loaded, longest, give_up=own), "")
+        if program_alone
+        else _program(loaded, longest, give_up=own, switched_off=options.general_runner)
+    )
     position_bytes = require_pageable(loaded) if interpreter is None else _position_bytes(loaded, interpreter)
     pages = _pages(loaded, options, position_bytes, longest)
     if options.max_model_len is None:
@@ -159,7 +169,7 @@ def start_engine(model: str | os.PathLike[str] | PreTrainedModel, options: Engin
     if interpreter is None:
         runner: Runner = GeneralRunner(loaded, SlotStore(pages.n_pages, pages.block))
     else:
-        runner = ProgramRunner(loaded, interpreter, pages.n_pages, pages.block)
+        runner = ProgramRunner(loaded, interpreter, pages.n_pages, pages.block, alone=program_alone)
     settings = EngineSettings(
         vocabulary=vocabulary_of(loaded),
         ending=frozenset(ending_ids(loaded, tokenizer)),

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import Result
 
 from veneer import PeftModel
-from veneer.evaluate import accuracy
+from veneer.cli.engine_answering import EngineAnswerer
 from veneer.evaluate.scoring import Answering
 
 Veneer = Callable[..., Result]
@@ -63,8 +63,8 @@ def test_answers_as_a_table(veneer: Veneer, model_folder: Path, data: Path) -> N
 def test_a_text_that_ends_answers_may_be_a_line_break(
     veneer: Veneer, model_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked, own = [], accuracy.answer_accuracy
-    monkeypatch.setattr(accuracy, "answer_accuracy", lambda *a, **k: asked.append(k["answering"]) or own(*a, **k))
+    asked, own = [], EngineAnswerer.answers
+    monkeypatch.setattr(EngineAnswerer, "answers", lambda self, p, how, on: asked.append(how) or own(self, p, how, on))
     command = ("eval", model_folder, "-d", data, "-m", "exact-match", "--json", "--max-new-tokens", 2)
     measured(veneer(*command, "--stop", "\\n", "--stop", "a\\tb"))
     assert asked == [Answering(max_new_tokens=2, stop=("\n", "a\tb"))]

@@ -179,3 +179,19 @@ def test_a_recipe_without_held_out_rows_or_of_several_runs(veneer: Veneer, adapt
     change(recipe, sweep={"grid": {"adapter.r": [2, 4]}})
     refused = veneer("eval", "--recipe", recipe, *PERPLEXITY)
     assert (refused.exit_code, f"veneer eval {values['output']}/NAME/adapter" in refused.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
+def test_answers_of_a_recipe_are_those_of_transformers(
+    veneer: Veneer, model_folder: Path, adapter_folder: Path, recipe: Path, quantization: str, monkeypatch: Any
+) -> None:
+    with_adapter(recipe, adapter_folder)
+    change(recipe, model={"source": str(model_folder), "quantization": quantization, "dtype": "float32"})
+    command = ("eval", "--recipe", recipe, "-m", "exact-match", "--max-new-tokens", 9, "--predictions")
+    told = veneer(*command, recipe.parent / "a.jsonl")
+    assert told.exit_code == 0, told.output
+    assert "answers:" in told.stderr
+    monkeypatch.setattr("veneer.cli.engine_answering._slow", lambda base: "a test asks for it")
+    assert "(a test asks for it)" in veneer(*command, recipe.parent / "b.jsonl").stderr
+    assert (recipe.parent / "a.jsonl").read_text() == (recipe.parent / "b.jsonl").read_text()
+    assert quantization != "none" or told.stderr == "answers: veneer's engine\n"

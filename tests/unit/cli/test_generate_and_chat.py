@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from typer.testing import Result
 
 from veneer import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from veneer.cli import answering
+from veneer.cli.loading import Parts
 from veneer.errors import ConfigError
 
 Veneer = Callable[..., Result]
@@ -42,7 +44,8 @@ def test_float32_is_pointed_out_where_16_bits_are_slow(
     monkeypatch.setattr("veneer.ops.matmul.float32_is_faster", lambda: True)
     shutil.copytree(model_folder, tmp_path / "narrow")
     AutoModelForCausalLM.from_pretrained(model_folder).bfloat16().save_pretrained(tmp_path / "narrow")
-    said = veneer("generate", tmp_path / "narrow", "-p", "hi", "--max-new-tokens", 2, "--dtype", dtype)
+    (tmp_path / "data.txt").write_text("a text")
+    said = veneer("eval", tmp_path / "narrow", "-d", tmp_path / "data.txt", "-m", "perplexity", "--dtype", dtype)
     assert said.exit_code == 0, said.output
     assert ("--dtype float32" in said.stderr) == (dtype == "auto")
 
@@ -159,7 +162,7 @@ def test_an_empty_prompt_is_refused(veneer: Veneer, model_folder: Path) -> None:
 
 def test_dtype_is_the_one_asked_for(veneer: Veneer, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.dtype] = []
-    monkeypatch.setattr("veneer.cli.answering.stream_answer", lambda loaded, *rest: seen.append(loaded.model.dtype))
+    monkeypatch.setattr("veneer.cli.answering.answerer_of", lambda parts, *rest: seen.append(parts.base.dtype))
     veneer("generate", model_folder, "-p", "hi", "--dtype", "bfloat16")
     assert seen == [torch.bfloat16]
     result = veneer("generate", model_folder, "-p", "hi", "--dtype", "int3")
@@ -249,14 +252,17 @@ def test_an_answer_that_breaks_off_does_not_end_the_conversation(
 ) -> None:
     asked: list[list[str]] = []
 
-    def stream(loaded: object, turns: list[str], options: object) -> str:
-        asked.append(turns)
-        if len(asked) == 2:
-            raise raised
-        return "answer"
+    class Fake:
+        tokenizer = None
 
-    monkeypatch.setattr("veneer.cli.answering.encode_chat", lambda loaded, turns: [t["content"] for t in turns])
-    monkeypatch.setattr("veneer.cli.answering.stream_answer", stream)
+        def stream(self, turns: list[str], max_new_tokens: int) -> str:
+            asked.append(turns)
+            if len(asked) == 2:
+                raise raised
+            return "answer"
+
+    monkeypatch.setattr("veneer.cli.answering.encode_chat", lambda tokenizer, turns: [t["content"] for t in turns])
+    monkeypatch.setattr("veneer.cli.answering.answerer_of", lambda *rest: Fake())
     result = veneer("chat", model_folder, input=typed)
     assert result.exit_code == 0, result.output
     assert asked == encoded
@@ -281,11 +287,12 @@ def test_a_model_without_a_chat_template_cannot_chat(veneer: Veneer, model_folde
 def test_a_base_in_4_bits_answers_like_its_dequantized_weights(
     veneer: Veneer, model_folder: Path, adapter_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[torch.nn.Module] = []
-    monkeypatch.setattr("veneer.cli.answering.stream_answer", lambda loaded, *rest: seen.append(loaded.model) or "said")
+    seen: list[Parts] = []
+    own = answering.answerer_of
+    monkeypatch.setattr(answering, "answerer_of", lambda parts, *rest: seen.append(parts) or own(parts, *rest))
     result = veneer("generate", model_folder, "-a", adapter_folder, "-p", "hi", "--load-in-4bit")
     assert result.exit_code == 0, result.output
-    layer = seen[0].get_submodule("model.layers.0.mlp.down_proj")
+    layer = seen[0].base.get_submodule("model.layers.0.mlp.down_proj")
     dense = AutoModelForCausalLM.from_pretrained(model_folder).get_submodule("model.layers.0.mlp.down_proj").weight
     assert layer.weight.numel() * layer.weight.element_size() <= dense.numel() / 2 + 64
-    assert seen[0].active_adapters == ["default"]
+    assert seen[0].adapter == adapter_folder

@@ -181,7 +181,7 @@ def test_answers_are_judged_row_by_row(model: Any, tokenizer: Any) -> None:
     answers = greedy_answers(model, tokenizer, [q.prompt for q in questions], Answering(max_new_tokens=5))
     right = [Question(q.prompt, (f" {a}\n",)) for q, a in zip(questions, answers, strict=True)]
     mixed = [right[0], questions[1], right[2]]
-    found = answer_accuracy(model, tokenizer, mixed, exact_match(), answering=Answering(max_new_tokens=5))
+    found = answer_accuracy(mixed, answers, exact_match())
     assert (found.right, found.predictions) == ((True, False, True), tuple(answers))
     assert found.standard_error == pytest.approx(math.sqrt(2 / 3 * 1 / 3 / 3))
 

@@ -1,0 +1,164 @@
+"""Answers by the engine of serving, on the base that a command has loaded, whose weights it packs."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import TextStreamer
+
+from veneer.cli.answerer import Drawing, tokens_behind
+from veneer.cli.loading import Parts, fitting
+from veneer.errors import ConfigError, DescriptionError
+from veneer.evaluate.scoring import Answering, OnProgress, context_length, require_room
+from veneer.model.packed_linear import unpack
+from veneer.ops.dispatch import backends
+from veneer.ops.packed import ROWS
+from veneer.serve.effects import UnsaidError
+from veneer.serve.engine import Asked, Engine
+from veneer.serve.lora_request import LoRARequest
+from veneer.serve.outputs import RequestOutput
+from veneer.serve.sampling_params import RequestOutputKind, SamplingParams
+from veneer.serve.start import EngineOptions, start_engine
+
+# Of a checkpoint's settings for `generate`: what the command or `SamplingParams` says, and what changes no token.
+_KNOWN = {
+    *("temperature", "top_p", "top_k", "repetition_penalty", "do_sample", "num_beams", "max_length", "max_new_tokens"),
+    *("eos_token_id", "bos_token_id", "pad_token_id", "transformers_version", "_from_model_config", "use_cache"),
+    *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
+}
+
+
+class EngineAnswerer:
+    """An `Answerer` by an engine, with one adapter for all prompts, or none."""
+
+    def __init__(self, engine: Engine, params: SamplingParams, adapter: LoRARequest | None) -> None:
+        self.tokenizer = engine.tokenizer
+        self._engine, self._params, self._adapter = engine, params, adapter
+        n_front = 0 if adapter is None else engine.versions.of(adapter).n_front
+        self._limit = engine.scheduler.limits.max_model_len - n_front
+
+    def stream(self, prompt: Sequence[int], max_new_tokens: int) -> str:
+        n_most = tokens_behind(prompt, self._limit, max_new_tokens)
+        params = replace(self._params, max_tokens=n_most, detokenize=False, output_kind=RequestOutputKind.DELTA)
+        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer.put(torch.tensor(prompt))  # which it leaves out
+        ids: list[int] = []
+
+        def take(output: RequestOutput) -> None:
+            for token in output.outputs[0].token_ids:
+                ids.append(token)
+                streamer.put(torch.tensor([token]))
+
+        self._run([self._engine.asked(None, prompt, params, self._adapter)], take)
+        streamer.end()
+        return self._text(ids)
+
+    def answers(self, prompts: Sequence[Sequence[int]], answering: Answering, on_progress: OnProgress) -> list[str]:
+        require_room(prompts, self._limit)
+        params = replace(
+            self._params,
+            max_tokens=answering.max_new_tokens,
+            stop=answering.stop or None,
+            skip_special_tokens=False,  # one of them may be what ends the answer
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        asked = [self._engine.asked(None, prompt, params, self._adapter) for prompt in prompts]
+        texts: dict[str, str] = {}
+
+        def take(output: RequestOutput) -> None:
+            texts[output.request_id] = answering.cut(self._text(output.outputs[0].token_ids))
+            on_progress(len(texts), len(asked))
+
+        self._run(asked, take)
+        return [texts[each.id] for each in asked]
+
+    def _run(self, asked: Sequence[Asked], take: Callable[[RequestOutput], None]) -> None:
+        """Answer requests, and give each of their outputs to ``take``. One that fails raises its error."""
+        left = {each.id for each in asked}
+        try:
+            for each in asked:
+                self._engine.submit(each)
+            while left:
+                for output in self._engine.step():
+                    if output.error is not None:
+                        raise output.error
+                    take(output)
+                    left -= {output.request_id} if output.finished else set()
+        except BaseException:
+            self._engine.drop([each.id for each in asked])
+            raise
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def engine_answerer(parts: Parts, drawing: Drawing, n_rows: int) -> EngineAnswerer | str:
+    """An engine that answers as `generate` would, or the reason why there is none; the base is as it was then.
+
+    Raises FormatError for an adapter that does not fit.
+    """
+    reason = _slow(parts.base) or _unsaid(parts.base)
+    if reason:
+        return reason
+    try:
+        params = _params(parts.base, drawing)
+        seed = secrets.randbits(63) if drawing.seed is None else drawing.seed
+        options = EngineOptions(
+            tokenizer=parts.tokenizer, seed=seed, max_num_seqs=n_rows, max_num_batched_tokens=max(512, n_rows)
+        )
+        engine = start_engine(parts.base, options, program_alone=True)
+    except (ConfigError, DescriptionError) as error:
+        unpack(parts.base)  # where it was what comes behind the program that failed
+        return str(error)
+    if parts.adapter is None:
+        return EngineAnswerer(engine, params, None)
+    adapter = LoRARequest("adapter", 1, str(parts.adapter))
+    try:
+        with fitting(parts.adapter, parts.source):
+            engine.add_adapter(adapter)
+    except UnsaidError as error:
+        del engine
+        unpack(parts.base)
+        return f"the adapter has {error}, which the engine's program has no place for"
+    return EngineAnswerer(engine, params, adapter)
+
+
+def _slow(base: Any) -> str:
+    """The reason why the engine would not be faster; empty where it is."""
+    if base.device.type != "cpu":
+        return f"the engine is fast on a CPU, and the model is on {base.device.type}"
+    if base.dtype not in ROWS:
+        return f"the engine is fast in float32 and bfloat16, and the model is in {str(base.dtype).split('.')[-1]}"
+    return "" if "cpu" in backends("packed.matmul") else "the engine's kernels were not built"
+
+
+def _unsaid(base: Any) -> str:
+    """The reason why the engine would answer otherwise, by the model's settings; empty where it would not."""
+    if context_length(base) is None:
+        return "the model's config tells no length of its context"
+    stored = base.generation_config.to_diff_dict()
+    foreign = sorted(name for name, value in stored.items() if name not in _KNOWN and value not in (None, False))
+    return f"its generation_config.json sets {', '.join(foreign)}, which the engine does not know" if foreign else ""
+
+
+def _params(base: Any, drawing: Drawing) -> SamplingParams:
+    """The drawing as the engine takes it. Answers end where `generate` ends them: at the ids that the checkpoint names.
+
+    Raises ConfigError for what the engine does not draw.
+    """
+    stored = base.generation_config
+    ends = stored.eos_token_id if isinstance(stored.eos_token_id, list) else [stored.eos_token_id]
+    n_ids = base.config.get_text_config().vocab_size
+    penalty = 1.0 if drawing.temperature == 0 else stored.repetition_penalty
+    return SamplingParams(
+        temperature=drawing.temperature,
+        top_p=drawing.top_p,
+        top_k=drawing.top_k,
+        repetition_penalty=1.0 if penalty is None else penalty,
+        ignore_eos=True,  # which would be the tokenizer's end too
+        stop_token_ids=[id for id in ends if id is not None and 0 <= id < n_ids],
+    )
