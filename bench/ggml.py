@@ -44,7 +44,7 @@ def main() -> None:
         torch.set_num_threads(threads)
         table = Table("type", "ggml, M/s", "veneer, M/s", "ratio", title=f"million values a second, threads: {threads}")
         for pair in pairs(w, importance, args.types, workers):
-            theirs, ours = alternate(pair, args.repeats, 1)
+            theirs, ours = alternate(pair, args.repeats, 2)
             rates = (f"{w.numel() / ms / 1e3:.1f}" for ms in (theirs, ours))
             table.add_row(pair.name, *rates, f"{theirs / ours:.2f}x")
         console.print(table)
