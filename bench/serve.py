@@ -51,6 +51,7 @@ class Load:
     veneer: str  # which of veneer's engines takes it
     peers: tuple[str, ...]
     beside: str | None = None  # the load whose rate veneer's is compared with
+    bound: bool = True  # whether bytes and products of the load are counted: bf16 weights, pairs of rank 16
 
 
 @dataclass
@@ -125,20 +126,26 @@ def arguments() -> argparse.Namespace:
 def loads_of(args: argparse.Namespace) -> list[Load]:
     n = args.requests
     spread = lambda k: [f"lora{row % k}" for row in range(n)]  # noqa: E731
-    half = max(n // 2, 1)
     base_peers = ("transformers", "vLLM", "OpenVINO GenAI")
+    peers = ("PEFT", "vLLM with adapters")
+    distinct = sorted({1, max(n // 4, 1), max(n // 2, 1), n})
+    few = distinct[-3] if len(distinct) > 2 else 1
+    counts = {k: f"{k} adapter{'s' * (k > 1)}" for k in distinct}
     return [
         Load("base", [None] * n, "veneer", base_peers),
         Load("base, adapters enabled", [None] * n, "veneer with adapters", ("vLLM with adapters",), "base"),
-        Load("1 adapter", spread(1), "veneer with adapters", (), "base"),
-        Load(f"{half} adapters", spread(half), "veneer with adapters", ("PEFT", "vLLM with adapters"), "base"),
-        Load(f"{n} adapters", spread(n), "veneer with adapters", (), "base"),
-        Load("eight methods", [MEMBERS[row % 8] for row in range(n)], "veneer with adapters", (), "8 adapters"),
-        Load("8 adapters", spread(min(8, n)), "veneer with adapters", ()),
+        *(
+            Load(title, spread(k), "veneer with adapters", peers if k == max(n // 2, 1) else (), "base")
+            for k, title in counts.items()
+        ),
+        Load(
+            "eight methods", [MEMBERS[row % 8] for row in range(n)], "veneer with adapters", (), counts[few],
+            bound=False,
+        ),
         Load("one request", [None], "veneer", ("transformers", "llama.cpp")),
         Load("one request, adapter", ["lora0"], "veneer with adapters", (), "one request"),
-        Load("one request, 4 bits", [None], "veneer, NF4", ("llama.cpp, Q4_0",)),
-    ]
+        Load("one request, 4 bits", [None], "veneer, NF4", ("llama.cpp, Q4_0",), bound=False),
+    ]  # fmt: skip
 
 
 def make_adapters(args: argparse.Namespace, folder: Path) -> dict[str, str]:
@@ -156,7 +163,7 @@ def make_adapters(args: argparse.Namespace, folder: Path) -> dict[str, str]:
     return found
 
 
-def sides_of(args: argparse.Namespace, adapters: dict[str, str]) -> dict[str, tuple[str, dict[str, Any]]]:
+def sides_of(args: argparse.Namespace, adapters: dict[str, str]) -> dict[str, tuple[list[str], dict[str, Any]]]:
     """For each engine its side, its Python and its job."""
     job = {"model": args.place, "dtype": "bfloat16", "rank": 16, "adapters": {}, "max_loras": len(adapters)}
     peer = job | {"dtype": args.peer_dtype, "max_loras": max(args.requests // 2, 1)}
@@ -174,15 +181,15 @@ def sides_of(args: argparse.Namespace, adapters: dict[str, str]) -> dict[str, tu
         "llama.cpp": (args.llama_python, "llama.cpp", {"gguf": args.gguf, "adapters": {}}),
         "llama.cpp, Q4_0": (args.llama_python, "llama.cpp", {"gguf": args.gguf_4bit, "adapters": {}}),
     }
-    return {title: (f"{python} {SIDE} {side}", given) for title, (python, side, given) in found.items() if python}
+    return {title: ([python, str(SIDE), side], given) for title, (python, side, given) in found.items() if python}
 
 
 @contextmanager
-def running(title: str, command: str, job: dict[str, Any], folder: Path) -> Iterator[Engine]:
+def running(title: str, command: list[str], job: dict[str, Any], folder: Path) -> Iterator[Engine]:
     """The side, started; ended behind the block."""
     place = folder / f"{title}.json"
     place.write_text(json.dumps(job))
-    process = subprocess.Popen([*command.split(), str(place)], stdin=-1, stdout=-1, text=True)
+    process = subprocess.Popen([*command, str(place)], stdin=-1, stdout=-1, text=True)
     try:
         engine = Engine(title, process)
         engine.start_s = engine.answer()["seconds"]
@@ -258,11 +265,11 @@ def bound_of(args: argparse.Namespace) -> Rates:
 
 def bound(load: Load, rates: Rates, args: argparse.Namespace) -> float:
     """Output tokens a second that bytes and products of the base and its adapters allow at most."""
-    config = AutoModelForCausalLM.from_pretrained(args.place, dtype=torch.bfloat16)
-    weights = sum(p.numel() for p in config.parameters())
-    head = config.get_output_embeddings().weight.numel()
+    model = AutoModelForCausalLM.from_pretrained(args.place, dtype=torch.bfloat16)
+    weights = sum(p.numel() for p in model.parameters())
+    head = model.get_output_embeddings().weight.numel()
     distinct = {name for name in load.names if name}
-    per_adapter = 16 * sum(sum(m.weight.shape) for n, m in config.named_modules() if "_proj" in n)
+    per_adapter = 16 * sum(sum(m.weight.shape) for n, m in model.named_modules() if "_proj" in n)
     n = len(load.names)
     moved = 2 * (weights + len(distinct) * per_adapter)
     a_row = 2 * (weights + (per_adapter if distinct else 0))
@@ -282,7 +289,8 @@ def show(loads: Sequence[Load], engines: dict[str, Engine], rates: Rates, args: 
         own[load.title] = medians[load.veneer]
     for load in loads:
         mine = own[load.title]
-        print(f"\n{load.title:26} {mine:8.0f}  {mine / bound(load, rates, args):6.1%} of the bound", end="")
+        share = f"{mine / bound(load, rates, args):6.1%} of the bound" if load.bound else f"{'':19}"
+        print(f"\n{load.title:26} {mine:8.0f}  {share}", end="")
         print(f", {mine / own[load.beside]:.2f}x {load.beside}" if load.beside in own else "")
         for title in present(load, engines)[1:]:
             theirs = statistics.median(engines[title].rates[load.title])

@@ -9,6 +9,7 @@ The job holds ``model`` and what the side needs besides. Each line of standard i
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -47,7 +48,13 @@ def veneer(job: dict[str, Any]) -> Answer:
 
 
 def vllm(job: dict[str, Any]) -> Answer:
-    """Adapter rows are slow in chunks as long as vLLM makes them by itself: 256 tokens are the best of those tried."""
+    """Adapter rows are slow in chunks as long as vLLM makes them by itself: 256 tokens are the best of those tried.
+
+    By itself it leaves one core to its scheduler, which on few cores is a large share of them.
+    """
+    os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     chunk = {"max_num_batched_tokens": 256} if job["adapters"] else {}
     options = {"max_model_len": 2048, "enable_prefix_caching": False, "max_cpu_loras": max(job["max_loras"], 1)}
     if not job["adapters"]:
@@ -103,8 +110,6 @@ def openvino(job: dict[str, Any]) -> Answer:
 
 def llama_cpp(job: dict[str, Any]) -> Answer:
     """llama.cpp through cyllama's bindings: the base alone, one request after another."""
-    import os
-
     from cyllama.llama import llama_cpp as lib
 
     lib.disable_logging()
@@ -124,7 +129,7 @@ def llama_cpp(job: dict[str, Any]) -> Answer:
         for _ in range(n_tokens):
             context.decode(batch)
             found.append(sampler.sample(context, -1))
-            batch = lib.llama_batch_get_one(found[-1:])
+            batch = lib.llama_batch_get_one(found[-1:], len(ids) + len(found) - 1)
         return found
 
     return lambda prompts, names, n_tokens: [one(ids, n_tokens) for ids in prompts]
