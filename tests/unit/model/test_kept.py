@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, Olmo2Config, PreTr
 
 from veneer import AdaLoraConfig, IA3Config, LoraConfig, VeraConfig, get_peft_model
 from veneer.contract import MethodConfig
+from veneer.model.activation_memory import described_bytes
 from veneer.model.allocation import Allocation
 from veneer.model.attach import attach
 from veneer.model.blueprint.decoder import Decoder
@@ -204,6 +205,19 @@ def test_rows_with_adapters_of_their_own_are_not_described() -> None:
     with model.adapter_state.route(Routing(("default", "__base__", "default"))):
         assert acting_on(model, decoder) is None
     assert acting_on(model, decoder)
+
+
+@pytest.mark.parametrize(("family", "rate"), [("neox", "hidden_dropout"), ("phi", "resid_pdrop")])
+def test_blocks_that_drop_are_not_described(family: str, rate: str) -> None:
+    config = copy.deepcopy(FAMILIES[family])
+    setattr(config, rate, 0.1)
+    model = adapted(base(config))
+    hidden = torch.zeros(3, 7, WIDE["hidden_size"])
+    assert not runs_fused(model, torch.float32, torch.float32)
+    assert described_bytes(model, hidden) is None
+    model.eval()
+    assert runs_fused(model, torch.float32, torch.float32)
+    assert described_bytes(model, hidden)
 
 
 def test_nothing_is_kept_in_front_of_the_first_adapter(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from veneer.model.blueprint.decoder import Decoder
-from veneer.model.fused.block import FusedBlock, attention_of, mlp_of
+from veneer.model.fused.block import FusedBlock, halves_of
 from veneer.model.fused.kept import Acting
 from veneer.model.linear import AdaptedLinear
 from veneer.model.residual import residual_adapters
@@ -34,9 +34,7 @@ def acting_on(model: PreTrainedModel, decoder: Decoder) -> dict[str, Acting] | N
 
 def runs_fused(model: nn.Module, stream: torch.dtype, dtype: torch.dtype) -> bool:
     """Return True if both halves of every fused block run so now, and not as the model wrote them (hooked, trained,
-    dropping by themselves); the dtypes are those of `kept.Pass`.
+    dropping by themselves or within their block); the dtypes are those of `kept.Pass`.
     """
     blocks = [module for module in model.modules() if isinstance(module, FusedBlock)]
-    return bool(blocks) and all(
-        half(block, stream, dtype) is not None for block in blocks for half in (attention_of, mlp_of)
-    )
+    return bool(blocks) and all(None not in halves_of(block, stream, dtype) for block in blocks)

@@ -53,9 +53,8 @@ class FusedBlock(InPlace, nn.Module):
 def _run(block: FusedBlock, x: Tensor, mask: LayoutMask, kwargs: dict[str, Any]) -> Any:
     shape = block.fused_shape
     dtype = computed_in(x)
-    runs = all(kwargs.get(name) is None for name in SPECIAL) and not _drops(block)
-    attention = attention_of(block, x.dtype, dtype) if runs and dtype else None
-    mlp = mlp_of(block, x.dtype, dtype) if runs and dtype else None
+    special = any(kwargs.get(name) is not None for name in SPECIAL)
+    attention, mlp = (None, None) if special or dtype is None else halves_of(block, x.dtype, dtype)
     if attention is None:
         attention_module = getattr(block, shape.attention_name)
         kwargs = {**kwargs, "attention_mask": mask.dense_for(attention_module, x, window_of(attention_module))}
@@ -99,8 +98,14 @@ def _again(block: FusedBlock, function: Callable[..., Any], *args: Tensor) -> An
     return cast(Any, block)._gradient_checkpointing_func(function, *args) if is_selective(block) else function(*args)
 
 
-def attention_of(block: FusedBlock, stream: torch.dtype, dtype: torch.dtype) -> AttentionHalf | None:
-    """The attention half as it acts now, computed in ``dtype`` on a stream of its own; None: not fused."""
+def halves_of(
+    block: FusedBlock, stream: torch.dtype, dtype: torch.dtype
+) -> tuple[AttentionHalf | None, MlpHalf | None]:
+    """The halves as they act now, computed in ``dtype`` on a stream of its own; None for one that is not fused."""
+    return (None, None) if _drops(block) else (_attention_of(block, stream, dtype), _mlp_of(block, stream, dtype))
+
+
+def _attention_of(block: FusedBlock, stream: torch.dtype, dtype: torch.dtype) -> AttentionHalf | None:
     shape, parts = block.fused_shape, block.fused_shape.attention
     module = getattr(block, shape.attention_name)
     if parts is None or not is_plain(module) or _drops_within(module):
@@ -125,8 +130,7 @@ def attention_of(block: FusedBlock, stream: torch.dtype, dtype: torch.dtype) -> 
     )
 
 
-def mlp_of(block: FusedBlock, stream: torch.dtype, dtype: torch.dtype) -> MlpHalf | None:
-    """The feed-forward half as it acts now, likewise."""
+def _mlp_of(block: FusedBlock, stream: torch.dtype, dtype: torch.dtype) -> MlpHalf | None:
     shape, parts = block.fused_shape, block.fused_shape.mlp
     module = getattr(block, shape.mlp_name)
     if parts is None or not is_plain(module) or not is_plain(getattr(module, parts.act)) or _drops_within(module):

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from veneer.errors import DescriptionError
 from veneer.model.adapted import Adapted
 from veneer.model.blueprint.describe import blocks_of, describe
-from veneer.model.fused.block import CACHES, SPECIAL, FusedBlock, attention_of, mlp_of, own_attention
+from veneer.model.fused.block import CACHES, SPECIAL, FusedBlock, halves_of, own_attention
 from veneer.model.fused.head import Head, ends_with_head, head_of, is_plain_head
 from veneer.model.fused.layout import LayoutMask, layout_mask
 from veneer.model.fused.shape import BlockShape, block_shape
@@ -245,10 +245,11 @@ def _error(block: FusedBlock, call: tuple[Tensor, dict[str, Any], Tensor]) -> fl
     """
     x, kwargs, y = call
     shape, dtype = block.fused_shape, x.dtype
+    attention, mlp = halves_of(block, dtype, dtype)
     block.fused_shape = replace(
         shape,
-        attention=None if attention_of(block, dtype, dtype) is None else shape.attention,
-        mlp=None if mlp_of(block, dtype, dtype) is None else shape.mlp,
+        attention=None if attention is None else shape.attention,
+        mlp=None if mlp is None else shape.mlp,
     )
     mask = cast(LayoutMask, layout_mask(SIZE, None, None))
     own = _first(block(x, **{**_fresh(kwargs), "attention_mask": mask})).double()

@@ -1,7 +1,8 @@
 """The tokens of a batch that see one another, as sequence bounds in place of a dense mask.
 
 The decoder makes a `LayoutMask` from what it was given and passes it to its blocks in place of the mask. transformers
-hands a 4-d mask on as it is, also through gradient checkpointing; a block that needs the real mask asks for it.
+hands a 4-d mask on as it is, also through gradient checkpointing (where that is reentrant, a block's positional
+arguments are detached); a block that needs the real mask asks for it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ class LayoutMask(Tensor):
     cu_seqlens: Int[Tensor, " n_sequences_plus_1"]
     given: Mapping[str, Any]
     dense: dict[int | None, Tensor | None]
+
+    def detach(self) -> LayoutMask:
+        """The layout itself, which no gradient reaches: a copy would be without its bounds."""
+        return self
 
     def dense_for(self, module: Any, hidden: Tensor, window: int | None) -> Tensor | None:
         """The mask that transformers makes of the same arguments, for a module that runs its own attention."""
