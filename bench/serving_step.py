@@ -53,7 +53,7 @@ def main() -> None:
         "bound ms",
         "bound / C++",
         "extra ms",
-        "their bytes ms",
+        "own bound ms",
         "ratio",
     )
     table, base = Table(*columns, title=title), 0.0

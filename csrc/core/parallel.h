@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <exception>
 #include <string>
 
 namespace veneer {
@@ -13,6 +14,29 @@ std::string share_threads(const std::string& torch_library);
 
 int max_threads();    // torch.get_num_threads() of the calling thread; 1 inside a team
 void run_team(void (*body)(int index, int size, void* data), void* data, int n_threads);
+
+void stand(void (*body)(void* data), void* data);
+
+// Calls f, whose teams are one and the same: between them its threads spin for some microseconds and then sleep, instead of
+// going through the runtime each time. For many small pieces of work one after the other. What f throws is thrown on.
+template <class F>
+void with_standing_team(const F& f) {
+  struct Job {
+    const F* f;
+    std::exception_ptr error;
+  } job{&f, nullptr};
+  stand(
+      [](void* data) {
+        Job& j = *static_cast<Job*>(data);
+        try {
+          (*j.f)();
+        } catch (...) {
+          j.error = std::current_exception();
+        }
+      },
+      &job);
+  if (job.error) std::rethrow_exception(job.error);
+}
 
 // Calls f(begin, end) on pieces of [0, n), one piece a thread, none shorter than grain but the last.
 // f must not throw. What one index writes must not depend on the split.

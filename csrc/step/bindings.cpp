@@ -4,6 +4,7 @@
 
 #include <tuple>
 
+#include "core/parallel.h"
 #include "step/step.h"
 
 namespace nb = nanobind;
@@ -93,7 +94,9 @@ class StepProgram {
                                pointer<int64_t>(batch[4])};
     const Pass pass{n, dtype_, rows.data(), pages, sequences, tables.data(), versions.data(), static_cast<int64_t>(versions.size()),
                     scratch_, rows_};
-    for (int64_t i = first; i < last; ++i) instructions_[i]->run(pass);
+    with_standing_team([&] {
+      for (int64_t i = first; i < last; ++i) instructions_[i]->run(pass);
+    });
   }
 
  private:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     kernels().use_isa(before)
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture(params=[1, 2, 5])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -180,6 +181,21 @@ def test_sums_of_the_stream(isa):
             7, 37, 0 if dtype == torch.float32 else 1, 0.37, half.data_ptr(), half.stride(0), got.data_ptr(), 37
         )
         assert torch.equal(got, expected)
+
+
+def test_threads_that_wait_for_each_other_again_and_again():
+    """More than there are cores, so that they sleep; calls from several threads, each with a team of its own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(7)
+    runs = [Run(proved(make_model(seed=seed), 100), native=True) for seed in (3, 4)]
+    chunks = tuple((s, 0, 3, None) for s in range(16))
+    expected = [run.step(*chunks) for run in runs]
+    assert not torch.equal(*expected)
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(9):
+            found = list(pool.map(lambda run: run.step(*chunks), runs))
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    torch.set_num_threads(before)
 
 
 def test_the_logits_come_last():
