@@ -7,12 +7,12 @@ puts their keys and values into the pages and `paged_attention` lets their queri
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -23,7 +23,6 @@ from veneer.ops.dispatch import implementation
 
 DTYPES = (torch.float32, torch.bfloat16)
 PLAIN = AttentionOptions()
-ALIGNMENT = 64
 UNIT = 16  # tokens of a page, and values of a head, come in multiples of it
 
 
@@ -31,7 +30,8 @@ UNIT = 16  # tokens of a page, and values of a head, come in multiples of it
 class PagedStore:
     """Pages of ``block`` tokens of keys and values of all layers, in ``data (n_pages, values of a page)``.
 
-    csrc/paged_attention/paged_attention.h tells the layout. Queries are of the same dtype.
+    csrc/paged_attention/paged_attention.h tells the layout. Queries are of the same dtype. ``memory`` is what ``data``
+    lies in, where that is this store's own.
     """
 
     data: Tensor
@@ -39,6 +39,7 @@ class PagedStore:
     n_layers: int
     kv_heads: int
     head_dim: int
+    memory: mmap.mmap | None = None
 
     @classmethod
     def zeros(
@@ -61,7 +62,12 @@ class PagedStore:
             )
         n_layers, kv_heads, head_dim = heads
         values = n_layers * kv_heads * 2 * block * padded(head_dim)
-        return cls(_zeros(n_pages, values, dtype, torch.device(device)), block, *heads)
+        if torch.device(device).type != "cpu":
+            return cls(torch.zeros(n_pages, values, dtype=dtype, device=device), block, *heads)
+        # The system hands these zeros out when they are touched: torch's own are written at once.
+        n_bytes = n_pages * values * dtype.itemsize
+        memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return cls(torch.frombuffer(memory, dtype=dtype).view(n_pages, values), block, *heads, memory)
 
     @property
     def n_pages(self) -> int:
@@ -73,19 +79,30 @@ class PagedStore:
         """Bytes of one page: of ``block`` tokens at all layers."""
         return self.data.shape[1] * self.data.element_size()
 
+    def discard(self, pages: Iterable[int]) -> None:
+        """Give the memory of pages back to the system, where it takes it; they are zeros then, or what they were."""
+        if self.memory is None or not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        for run in _runs(pages):
+            start = -(-run.start * self.page_bytes // mmap.PAGESIZE) * mmap.PAGESIZE  # neighbours are in use
+            stop = run.stop * self.page_bytes // mmap.PAGESIZE * mmap.PAGESIZE
+            if start < stop:
+                self.memory.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
     def copy_page(self, source: int, target: int) -> None:
         """Make one page hold what another does."""
         self.data[target].copy_(self.data[source])
 
 
-def _zeros(n_pages: int, values: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros that the system hands out when they are touched, where it does so: torch's own are written at once."""
-    if device.type != "cpu":
-        return torch.zeros(n_pages, values, dtype=dtype, device=device)
-    n_bytes = n_pages * values * dtype.itemsize
-    memory = np.zeros(n_bytes + ALIGNMENT, dtype=np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
-    return torch.from_numpy(memory[start : start + n_bytes]).view(dtype).view(n_pages, values)
+def _runs(numbers: Iterable[int]) -> Iterator[range]:
+    """Numbers as ranges of neighbours."""
+    start = stop = 0
+    for number in sorted(numbers):
+        if number != stop:
+            yield range(start, stop)
+            start = number
+        stop = number + 1
+    yield range(start, stop)
 
 
 def padded(head_dim: int) -> int:

@@ -1,19 +1,25 @@
-"""The pool of adapters: versions known by name, those loaded, and those that go out for others. No torch."""
+"""The pool of adapters: versions known by name, loaded or on their way, and who goes out for others. No torch."""
 
 from __future__ import annotations
 
+import enum
 import itertools
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from veneer.errors import AdapterNameError, ConfigError
+from veneer.serve.pages import Pages
+
+_AHEAD = 2  # loads begun at once, so that the loader has the next when it ends one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterVersion:
     """An adapter as its files are: ``id`` is made of their content, so that equal files are one version.
 
-    ``n_front`` counts its virtual tokens, ``rank`` is the largest of its low-rank parts (0 where it has none).
+    ``n_front`` counts its virtual tokens, ``rank`` is the largest of its low-rank parts (0 where it has none),
+    ``n_bytes`` what it is expected to take when it is loaded.
     """
 
     id: str
@@ -21,31 +27,49 @@ class AdapterVersion:
     kind: str = ""
     rank: int = 0
     n_front: int = 0
+    n_bytes: int = 0
+
+
+class Residency(enum.Enum):
+    """Where a version's weights are: on disk alone, on their way, or loaded. One that fails is known no more."""
+
+    ABSENT = "absent"
+    LOADING = "loading"
+    RESIDENT = "resident"
 
 
 @dataclass(eq=False, slots=True)
 class _Entry:
     version: AdapterVersion
+    n_bytes: int
     names: set[str] = field(default_factory=set)
     waiting: int = 0  # requests that will need it, those in the batch not counted
     running: int = 0
     pinned: bool = False
-    resident: bool = False
+    residency: Residency = Residency.ABSENT
     used: int = 0
+
+    @property
+    def is_needed(self) -> bool:
+        return bool(self.names or self.waiting or self.running)
 
 
 class AdapterPool:
     """Names → versions → what is loaded, of which there are at most ``n_resident``, and ``n_acting`` in one batch.
 
-    Laws: a version with requests in the batch, or pinned, does not go out; at most ``n_resident`` are loaded; one
-    without a name and without requests is unloaded; two names of equal content are one version. None is no limit.
+    Their bytes are lent by ``memory``, from the moment that a load begins. Laws: a version with requests in the batch,
+    or pinned, does not go out; at most ``n_resident`` are loaded or on their way, and their bytes are what is lent; one
+    without a name and without requests goes; every load that begins is `loaded`, `failed` or `abandoned`; two names of
+    equal content are one version. None is no limit.
     """
 
-    def __init__(self, n_resident: int | None = None, n_acting: int | None = None) -> None:
+    def __init__(self, n_resident: int | None = None, n_acting: int | None = None, memory: Pages | None = None) -> None:
         limits = [n for n in (n_resident, n_acting) if n is not None]
         if any(n < 1 for n in limits):
             raise ConfigError(f"at most {limits} adapters loaded and in a batch: there must be room for one")
-        self.n_resident, self.n_acting = n_resident, n_acting
+        self.n_resident, self.n_acting, self.memory = n_resident, n_acting, memory
+        self.going: deque[str] = deque()
+        """Versions that went out, which the runner is to unload before anything is loaded or run."""
         self._entries: dict[str, _Entry] = {}
         self._names: dict[str, str] = {}
         self._clock = itertools.count(1)
@@ -58,16 +82,45 @@ class AdapterPool:
     @property
     def resident(self) -> list[str]:
         """The versions that are loaded."""
-        return [id for id, entry in self._entries.items() if entry.resident]
+        return self._in(Residency.RESIDENT)
+
+    @property
+    def loading(self) -> list[str]:
+        """The versions that are on their way."""
+        return self._in(Residency.LOADING)
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Bytes of the versions that stay, whatever comes."""
+        return sum(entry.n_bytes for entry in list(self._entries.values()) if entry.pinned)
+
+    @property
+    def known(self) -> frozenset[str]:
+        """The versions that something is known of."""
+        return frozenset(self._entries)
+
+    def told_places(self) -> str:
+        """The places and bytes that versions have, in words for an error."""
+        pinned = [entry for entry in self._entries.values() if entry.pinned]
+        said = f"{len(self.resident)} adapters are loaded, {len(pinned)} of them pinned"
+        if self.n_resident is not None:
+            said += f", and there is room for {self.n_resident} in number (max_cpu_loras, max_loras)"
+        if self.memory is not None:
+            said += f"; they take {self.memory.n_lent} bytes of the {self.memory.n_bytes} for keys, values and adapters"
+        return f"{said}: unpin adapters, or raise the limits"
 
     def version(self, id: str) -> AdapterVersion:
         """A version by its id."""
         return self._entries[id].version
 
+    def is_needed(self, id: str) -> bool:
+        """Return True if a name means a version, or a request needs it."""
+        return id in self._entries and self._entries[id].is_needed
+
     def bind(self, name: str, version: AdapterVersion) -> None:
         """Let a name mean a version from now on; requests keep the one that they came with."""
         self._unname(name)
-        entry = self._entries.setdefault(version.id, _Entry(version))
+        entry = self._entries.setdefault(version.id, _Entry(version, version.n_bytes))
         entry.names.add(name)
         self._names[name] = version.id
 
@@ -94,7 +147,7 @@ class AdapterPool:
         self._entries[id].waiting -= 1
 
     def acquire(self, id: str) -> None:
-        """A waiting request enters the batch; the version must be `ready`."""
+        """A waiting request enters the batch; the version must be resident."""
         entry = self._entries[id]
         entry.waiting, entry.running, entry.used = entry.waiting - 1, entry.running + 1, next(self._clock)
 
@@ -105,59 +158,136 @@ class AdapterPool:
 
     def is_resident(self, id: str) -> bool:
         """Return True if a version is loaded."""
-        return self._entries[id].resident
+        return self._entries[id].residency is Residency.RESIDENT
 
     def may_act(self, id: str) -> bool:
         """Return True if a request of this version may enter the batch beside the versions that are in it."""
         acting = {key for key, entry in self._entries.items() if entry.running}
         return id in acting or self.n_acting is None or len(acting) < self.n_acting
 
-    def next_load(self, wanted: Iterable[str]) -> tuple[str | None, str | None]:
-        """The first of the wanted versions (oldest request first) that is not loaded and gets a place, and which
-        version has to go for it.
+    def begin_load(self, wanted: Iterable[str]) -> str | None:
+        """Begin to load the first of the wanted versions (oldest request first) that is neither there nor on its way.
 
-        What older requests want stays. (None, None) where all is loaded or nothing can go.
+        Others go out for it, those used longest ago first, but for what older requests want. None where all are there
+        or on their way, where nothing can go, or enough is on its way.
         """
-        kept: set[str] = set()
+        kept = set[str]()
         for id in wanted:
-            if self._entries[id].resident:
-                kept.add(id)
-                continue
-            if self.n_resident is None or len(self.resident) < self.n_resident:
-                return id, None
-            victim = self._victim(kept)
-            return (None, None) if victim is None else (id, victim)
-        return None, None
+            entry = self._entries[id]
+            if entry.residency is Residency.ABSENT:
+                victims = self._victims(entry, kept)
+                if victims is None or len(self.loading) >= _AHEAD:
+                    return None
+                self._evict(victims)
+                self._lend(entry.n_bytes)
+                entry.residency = Residency.LOADING
+                return id
+            kept.add(id)
+        return None
+
+    def will_load(self, id: str) -> bool:
+        """Return True if a version that is not loaded is on its way, or can be without anybody leaving the batch."""
+        entry = self._entries[id]
+        return entry.residency is Residency.LOADING or self._victims(entry, ()) is not None
+
+    def lacks_bytes(self, id: str) -> bool:
+        """Return True if a version is absent and all that could go out would leave too few bytes for it."""
+        entry = self._entries[id]
+        if self.memory is None or entry.residency is not Residency.ABSENT:
+            return False
+        return entry.n_bytes > self.memory.lendable + sum(e.n_bytes for e in self._idle(()))
+
+    def settle(self, id: str, n_bytes: int) -> bool:
+        """A load has ended, and the version takes so many bytes; False where it does not fit beside what cannot go.
+
+        It is then absent again, and expected to take what it does.
+        """
+        entry = self._entries[id]
+        self._give_back(entry.n_bytes)
+        entry.n_bytes, entry.residency = n_bytes, Residency.ABSENT
+        victims = self._victims(entry, ())
+        if victims is None:
+            return False
+        self._evict(victims)
+        self._lend(n_bytes)
+        entry.residency = Residency.LOADING
+        return True
 
     def loaded(self, id: str) -> None:
-        """A version's weights are there."""
-        self._entries[id].resident = True
-        self._entries[id].used = next(self._clock)
-
-    def unloaded(self, id: str) -> None:
-        """A version's weights are gone."""
+        """A version's weights are there; its load was begun."""
         entry = self._entries[id]
-        entry.resident = False
-        self._drop_if_unknown(entry)
+        entry.residency, entry.used = Residency.RESIDENT, next(self._clock)
+
+    def abandoned(self, id: str) -> None:
+        """A load ends and leaves nothing, for nobody needs the version any more."""
+        self._absent(self._entries[id])
 
     def failed(self, id: str) -> None:
         """A version cannot be loaded: its names go, so that the next request looks at the files again."""
-        for name in list(self._entries[id].names):
+        entry = self._entries[id]
+        for name in list(entry.names):
             self._unname(name)
+        self._absent(entry)
 
-    def unneeded(self) -> list[str]:
-        """Loaded versions that no name means and no request needs."""
-        return [id for id in self.resident if not self._is_needed(self._entries[id])]
+    def give_way(self, n_bytes: int, kept: Collection[str] = ()) -> bool:
+        """Let versions go out that are not in use, until so many bytes are free; False where they are too few."""
+        chosen = list[_Entry]()
+        for entry in self._idle(kept):
+            if sum(e.n_bytes for e in chosen) >= n_bytes:
+                break
+            chosen.append(entry)
+        if sum(e.n_bytes for e in chosen) < n_bytes:
+            return False
+        self._evict(chosen)
+        return True
 
     def tidy(self) -> None:
-        """Forget versions that are not loaded, and that no name means and no request needs."""
+        """Let go what no name means and no request needs."""
         for entry in list(self._entries.values()):
+            if entry.residency is Residency.RESIDENT and not entry.is_needed:
+                self._evict([entry])
             self._drop_if_unknown(entry)
 
-    def _victim(self, kept: set[str]) -> str | None:
-        free = [e for e in self._entries.values() if e.resident and not e.running and not e.pinned]
-        free = [e for e in free if e.version.id not in kept]
-        return min(free, key=lambda e: e.used).version.id if free else None
+    def _in(self, residency: Residency) -> list[str]:
+        return [id for id, entry in self._entries.items() if entry.residency is residency]
+
+    def _idle(self, kept: Collection[str]) -> list[_Entry]:
+        """The loaded versions that may go out: those that nobody waits for first, then those used longest ago."""
+        found = [e for e in self._entries.values() if e.residency is Residency.RESIDENT]
+        free = [e for e in found if not e.running and not e.pinned and e.version.id not in kept]
+        return sorted(free, key=lambda e: (e.waiting > 0, e.used))
+
+    def _victims(self, entry: _Entry, kept: Collection[str]) -> list[_Entry] | None:
+        """The versions that have to go before one has a place; None where those that may go are too few."""
+        n_there = len(self.resident) + len(self.loading)
+        n_over = 0 if self.n_resident is None else n_there + 1 - self.n_resident
+        lacking = 0 if self.memory is None else entry.n_bytes - self.memory.lendable
+        chosen = list[_Entry]()
+        for victim in self._idle(kept):
+            if len(chosen) >= n_over and lacking <= 0:
+                break
+            chosen.append(victim)
+            lacking -= victim.n_bytes
+        return chosen if len(chosen) >= n_over and lacking <= 0 else None
+
+    def _evict(self, entries: Iterable[_Entry]) -> None:
+        for entry in entries:
+            self.going.append(entry.version.id)
+            self._absent(entry)
+
+    def _absent(self, entry: _Entry) -> None:
+        if entry.residency is not Residency.ABSENT:
+            self._give_back(entry.n_bytes)
+        entry.residency = Residency.ABSENT
+        self._drop_if_unknown(entry)
+
+    def _lend(self, n_bytes: int) -> None:
+        if self.memory is not None:
+            self.memory.lend(n_bytes)
+
+    def _give_back(self, n_bytes: int) -> None:
+        if self.memory is not None:
+            self.memory.give_back(n_bytes)
 
     def _unname(self, name: str) -> None:
         id = self._names.pop(name, None)
@@ -168,11 +298,8 @@ class AdapterPool:
             self._drop_if_unknown(entry)
 
     def _drop_if_unknown(self, entry: _Entry) -> None:
-        if not entry.resident and not self._is_needed(entry):
+        if entry.residency is Residency.ABSENT and not entry.is_needed:
             self._entries.pop(entry.version.id, None)
-
-    def _is_needed(self, entry: _Entry) -> bool:
-        return bool(entry.names or entry.waiting or entry.running)
 
     def _set_pinned(self, name: str, pinned: bool) -> None:
         if name not in self._names:

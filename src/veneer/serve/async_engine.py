@@ -35,6 +35,7 @@ class AsyncEngine:
         """Step no more, and wait until the last step is done."""
         self._stopping.set()
         self._thread.join()
+        self.engine.close()
 
     async def outputs(self, asked: Sequence[Asked]) -> AsyncGenerator[RequestOutput, None]:
         """The outputs of requests, as they come; requests that are left when nobody listens any more are aborted.

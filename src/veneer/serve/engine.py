@@ -7,13 +7,15 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import AdapterNameError, ConfigError, VeneerError
+from veneer.errors import AdapterNameError, ConfigError, FormatError, VeneerError
 from veneer.serve.adapter_pool import AdapterVersion
 from veneer.serve.answer import Answer, decoded
 from veneer.serve.inbox import Inbox
+from veneer.serve.loader import Finished, Loader
 from veneer.serve.lora_request import LoRARequest
 from veneer.serve.outputs import RequestOutput, TokenLogprobs
 from veneer.serve.plan import Plan, Sampled
@@ -33,7 +35,8 @@ class EngineSettings:
     """Of the model: the number of its ids, those that end an answer, its defaults of sampling; of the engine: the seed
     of draws that have none, and the highest rank of an adapter (None: any).
 
-    ``why_general``: the reason for which transformers' own code computes everything; "" where it does not.
+    ``value_bytes`` is the size of a value of a loaded adapter (None: as it is stored). ``why_general``: the reason for
+    which transformers' own code computes everything; "" where it does not.
     """
 
     vocabulary: int
@@ -41,6 +44,7 @@ class EngineSettings:
     generation_defaults: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     max_lora_rank: int | None = None
+    value_bytes: int | None = None
     why_general: str = ""
 
 
@@ -76,18 +80,25 @@ class _Group:
     prompt_logprobs: list[TokenLogprobs | None] | None = None
 
 
+_Message = Asked | _Abort | _Forget | Finished[Any]
+
+
 class Engine:
     """Answers requests, which any thread may `submit` and `abort`; one thread steps.
 
-    Where a request goes wrong, it ends with the finish reason "error" and its reason; the others go on.
+    Where a request goes wrong, it ends with the finish reason "error" and its reason; the others go on. Adapters are
+    read beside the steps, on a thread of their own.
     """
 
     def __init__(self, runner: Runner, scheduler: Scheduler, tokenizer: Any, settings: EngineSettings) -> None:
         self.runner, self.scheduler, self.pool = runner, scheduler, scheduler.pool
         self.tokenizer, self.settings = tokenizer, settings
-        self.versions = Versions(settings.max_lora_rank)
+        self.versions = Versions(settings.max_lora_rank, settings.value_bytes)
         self.forms = Forms(tokenizer, settings.vocabulary, sorted(settings.ending))
-        self._inbox: Inbox[Asked | _Abort | _Forget] = Inbox()
+        self._inbox: Inbox[_Message] = Inbox()
+        self._loader: Loader[Any] = Loader(self._inbox.put)
+        self._waits_for_load = False
+        self._failures: dict[str, VeneerError] = {}  # of the loads that ended last
         self._groups: dict[str, _Group] = {}
         self._touched: dict[str, _Group] = {}  # of which something is to be told
         self._answers: dict[str, tuple[_Group, Answer]] = {}
@@ -96,12 +107,17 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """True where a step would do something."""
-        return self.scheduler.has_work or bool(self._touched) or self._inbox.wait(0)
+        """True where a step would do something now; False too where all wait for an adapter that is being read."""
+        stepping = self.scheduler.has_work and not self._waits_for_load
+        return stepping or bool(self._touched) or self._inbox.wait(0)
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Sleep until something is asked, at most so long; False where nothing was."""
+        """Sleep until something is asked, or has been read, at most so long; False where nothing was."""
         return self._inbox.wait(seconds)
+
+    def close(self) -> None:
+        """Read nothing more, and wait for what is read now. No step may follow."""
+        self._loader.stop()
 
     def asked(
         self,
@@ -116,7 +132,8 @@ class Engine:
         """
         params = replace(params)  # checks it again, and keeps later changes out
         version = None if lora_request is None else self.versions.of(lora_request)
-        room = self.scheduler.require_room(len(prompt_ids), version.n_front if version else 0)
+        n_front, n_bytes = (version.n_front, version.n_bytes) if version else (0, 0)
+        room = self.scheduler.require_room(len(prompt_ids), n_front, n_bytes)
         self._require_ids("the prompt", prompt_ids)
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             self._require_ids(name, getattr(params, name) or ())
@@ -142,8 +159,7 @@ class Engine:
 
     def drop(self, request_ids: Sequence[str]) -> None:
         """End requests now, of which nothing is told any more. Between steps."""
-        for message in self._inbox.drain():
-            self._take_in(message)
+        self._take_all()
         for id in request_ids:
             self._take_in(_Abort(id))
             if id in self._groups:
@@ -152,12 +168,15 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Compute one batch; what is new of the requests, each at most once."""
-        for message in self._inbox.drain():
-            self._take_in(message)
-        self._load_one()
+        self._take_all()
+        self._begin_loads()
         plan = self.scheduler.plan()
+        self._make_way()
         if plan.sequences:
             self._commit(plan, self._run(plan))
+        elif (stuck := self.scheduler.stuck()) is not None:
+            self._end_stuck(stuck)
+        self._waits_for_load = not plan.sequences and bool(self.pool.loading)
         self._unload()
         touched, self._touched = self._touched, {}  # only now: a step that is interrupted leaves it to the next
         return [output for group in touched.values() if (output := self._output(group)) is not None]
@@ -166,19 +185,16 @@ class Engine:
         """Load an adapter now, and keep its name. Raises VeneerError where it does not fit. Between steps."""
         version = self.versions.of(request)
         self._bind(request, version)
-        if not self.pool.is_resident(version.id):
-            id, victim = self.pool.next_load([version.id])
-            if id is None:
-                self._adapters.pop(request.name)
-                self.pool.forget(request.name)
-                raise ConfigError(
-                    f"adapter {request.name!r} finds no place: all {self.pool.n_resident} are in use or pinned"
+        while not self.pool.is_resident(version.id):
+            if version.id not in self.pool.loading and not self._begin_load([version.id]) and not self.pool.loading:
+                self._forget_names(version.id)
+                raise ConfigError(f"adapter {request.name!r} finds no place: {self.pool.told_places()}")
+            self._inbox.wait()
+            self._take_all()
+            if version.id not in self.pool.known:
+                raise self._failures.pop(
+                    version.id, AdapterNameError(f"adapter {request.name!r} was dropped while it was loaded")
                 )
-            try:
-                self._load(id, victim)
-            except VeneerError:
-                self._forget_version(id)
-                raise
 
     def remove_adapter(self, number: int) -> None:
         """Drop an adapter's name; its weights go when no request needs them. Raises AdapterNameError."""
@@ -213,21 +229,30 @@ class Engine:
                 f"{what} holds {wrong[:5]}, which are no token ids: those are 0 to {self.settings.vocabulary - 1}"
             )
 
-    def _take_in(self, message: Asked | _Abort | _Forget) -> None:
-        if isinstance(message, _Abort):
-            group = self._groups.get(message.id)
-            for answer in group.answers if group else ():
-                self._end(answer.request, "abort")
-            if group:
-                self._touched[message.id] = group
-            return
-        if isinstance(message, _Forget):
-            if self._adapters.pop(message.name, None) is not None:
-                self.pool.forget(message.name)
-            return
-        if message.version is not None and message.lora_request is not None:
-            self._bind(message.lora_request, message.version)
-        self._begin(message)
+    def _take_all(self) -> None:
+        """Do what all messages say; a step that is interrupted leaves the rest to the next."""
+        self._failures.clear()
+        while (message := self._inbox.take()) is not None:
+            self._take_in(message)
+
+    def _take_in(self, message: _Message) -> None:
+        self._waits_for_load = False
+        match message:
+            case Finished():
+                self._end_load(message)
+            case _Abort():
+                group = self._groups.get(message.id)
+                for answer in group.answers if group else ():
+                    self._end(answer.request, "abort")
+                if group:
+                    self._touched[message.id] = group
+            case _Forget():
+                if self._adapters.pop(message.name, None) is not None:
+                    self.pool.forget(message.name)
+            case Asked():
+                if message.version is not None and message.lora_request is not None:
+                    self._bind(message.lora_request, message.version)
+                self._begin(message)
 
     def _bind(self, request: LoRARequest, version: AdapterVersion) -> None:
         self.pool.bind(request.name, version)
@@ -279,41 +304,84 @@ class Engine:
         ]
         return [ids for ids in dict.fromkeys(found) if ids]
 
-    def _load_one(self) -> None:
-        """Load the adapter that the oldest waiting request lacks; everybody waits for it in this runner."""
-        id, victim = self.pool.next_load(self.scheduler.wanted())
-        if id is None:
+    def _begin_loads(self) -> None:
+        """Let what waiting requests lack be read, the oldest's first."""
+        wanted = self.scheduler.wanted()
+        while self._begin_load(wanted):
+            pass
+
+    def _begin_load(self, wanted: Sequence[str]) -> bool:
+        """Let one of the wanted versions be read, if one lacks that has a place."""
+        id = self.pool.begin_load(wanted)
+        if id is not None:
+            self._loader.submit(id, partial(_read, self.runner, self.versions, self.pool.version(id)))
+        return id is not None
+
+    def _end_load(self, finished: Finished[Any]) -> None:
+        """Take in what was read; where that failed, the requests that wait for it end, with the reason."""
+        id, result = finished.id, finished.result
+        if not self.pool.is_needed(id):
+            self.pool.abandoned(id)
             return
         try:
-            self._load(id, victim)
+            if isinstance(result, BaseException):
+                raise result
+            start = time.perf_counter()
+            if not self.pool.settle(id, result.n_bytes):
+                return  # it takes more than was thought: its turn comes when there is room for that
+            self._make_way()
+            self.runner.load(id, result)
         except VeneerError as error:
-            for request in self.scheduler.fail(id, error):
-                group, _ = self._answers[request.id]
-                self._touched[group.asked.id] = group
-            self._forget_version(id)
+            self._fail(id, error)
+            return
+        except BaseException:  # an interrupt, say: it is read again when somebody waits for it
+            self.pool.going.append(id)
+            self.pool.abandoned(id)
+            raise
+        self.pool.loaded(id)
+        version, taken = self.pool.version(id), time.perf_counter() - start
+        _LOG.info(
+            "%s (%s, %d bytes) read in %.0f ms, taken in in %.1f ms",
+            version.folder, version.kind, result.n_bytes, 1e3 * finished.seconds, 1e3 * taken,
+        )  # fmt: skip
 
-    def _forget_version(self, id: str) -> None:
+    def _fail(self, id: str, error: VeneerError) -> None:
+        self._failures[id] = error
+        for request in self.scheduler.fail(id, error):
+            self._touch(request)
+        self._forget_names(id)
+        self.pool.failed(id)
+
+    def _end_stuck(self, request: Request) -> None:
+        error = ConfigError(
+            f"there is no memory for the {request.n_front + request.n_tokens} positions of this request and its "
+            f"adapter: {self.pool.told_places()}"
+        )
+        self.scheduler.end(request, "error", error)
+        self._touch(request)
+
+    def _touch(self, request: Request) -> None:
+        group, _ = self._answers[request.id]
+        self._touched[group.asked.id] = group
+
+    def _forget_names(self, id: str) -> None:
         """Drop all names of a version that cannot be loaded."""
         for name in [n for n, version in self.pool.names.items() if version.id == id]:
             self._adapters.pop(name, None)
-        self.pool.failed(id)
+            self.pool.forget(name)
 
-    def _load(self, id: str, victim: str | None) -> None:
-        start = time.perf_counter()
-        version = self.pool.version(id)
-        self.versions.require_unchanged(version)
-        if victim is not None:
-            self.runner.unload(victim)
-            self.pool.unloaded(victim)
-        self.runner.load(id, Path(version.folder))
-        self.pool.loaded(id)
-        _LOG.info("%s (%s) loaded in %.0f ms", version.folder, version.kind, 1e3 * (time.perf_counter() - start))
+    def _make_way(self) -> None:
+        """Let go of what the pool and the pages have let go."""
+        while self.pool.going:
+            self.runner.unload(self.pool.going[0])
+            self.pool.going.popleft()
+        shed, self.scheduler.pages.shed = self.scheduler.pages.shed, []
+        if shed:
+            self.runner.discard(shed)
 
     def _unload(self) -> None:
-        for id in self.pool.unneeded():
-            self.runner.unload(id)
-            self.pool.unloaded(id)
         self.pool.tidy()
+        self._make_way()
 
     def _run(self, plan: Plan) -> Sampled:
         try:
@@ -324,7 +392,7 @@ class Engine:
     def _commit(self, plan: Plan, sampled: Sampled) -> None:
         for request in self.scheduler.commit(plan, sampled):
             group, answer = self._answers[request.id]
-            self._touched[group.asked.id] = group
+            self._touch(request)
             scored = sampled.prompt_logprobs.get(request.id)
             if scored is not None:
                 group.prompt_logprobs = group.prompt_logprobs or [None]
@@ -366,3 +434,15 @@ class Engine:
         for answer in group.answers:
             self._answers.pop(answer.request.id, None)
             self.runner.end(answer.request.id)
+
+
+def _read(runner: Runner, versions: Versions, version: AdapterVersion) -> Any:
+    """An adapter for a runner to load. Raises FormatError where its files are not those of the version."""
+    folder = Path(version.folder)
+    versions.require_unchanged(version)
+    try:
+        found = runner.read(folder)
+    except OSError as error:
+        raise FormatError(f"the adapter in {folder} cannot be read: {error}") from error
+    versions.require_unchanged(version)  # it may have been replaced meanwhile
+    return found

@@ -6,8 +6,10 @@ ones give is checked against it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,8 +28,18 @@ from veneer.model.routing import BASE, Routing
 from veneer.model.virtual_tokens import inner_model, virtual_tokens
 from veneer.serve.plan import Plan, PlannedSequence
 from veneer.serve.runner import DrawingRunner, wanted
+from veneer.serve.versions import stored_bytes
 
+_LOG = logging.getLogger(__name__)
 Front = dict[int, KeysValues]  # keys and values of virtual tokens by layer, (n, kv_heads, width) each
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFolder:
+    """An adapter that has not been read: the bytes of its tensors as they are stored."""
+
+    folder: Path
+    n_bytes: int
 
 
 class GeneralRunner(DrawingRunner):
@@ -39,8 +51,13 @@ class GeneralRunner(DrawingRunner):
         self.paged, self.store = PagedModel(model), store
         self.fronts: dict[str, Front] = {}
 
-    def load(self, version: str, folder: Path) -> None:
-        self.model.load_adapter(folder, version)
+    def read(self, folder: Path) -> StoredFolder:
+        """Nothing but what the files say of its size: the model itself takes the adapter, between plans."""
+        return StoredFolder(folder, stored_bytes(folder))
+
+    def load(self, version: str, adapter: StoredFolder) -> None:
+        _LOG.info("%s is loaded into the model itself: all wait for it", adapter.folder)
+        self.model.load_adapter(adapter.folder, version)
         try:
             checked(self.model, self.model.adapter_state, (version,), ((), {}))
             front = self._front(version)
@@ -51,8 +68,12 @@ class GeneralRunner(DrawingRunner):
             self.fronts[version] = front
 
     def unload(self, version: str) -> None:
-        self.model.delete_adapter(version)
+        if version in self.loaded:
+            self.model.delete_adapter(version)
         self.fronts.pop(version, None)
+
+    def discard(self, pages: Sequence[int]) -> None:
+        """Nothing: memory of plain tensors cannot be given back page by page."""
 
     def logits(self, plan: Plan) -> Tensor:
         device, sequences = self.base.device, plan.sequences

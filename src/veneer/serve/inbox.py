@@ -10,7 +10,7 @@ Message = TypeVar("Message")
 
 
 class Inbox(Generic[Message]):
-    """A queue from any thread to the one that drains it."""
+    """A queue from any thread to the one that takes from it."""
 
     def __init__(self) -> None:
         self._messages: deque[Message] = deque()
@@ -21,13 +21,15 @@ class Inbox(Generic[Message]):
         self._messages.append(message)
         self._filled.set()
 
-    def drain(self) -> list[Message]:
-        """All messages, oldest first; never waits."""
-        self._filled.clear()  # before reading, so that what comes meanwhile sets it again
-        found = []
-        while self._messages:
-            found.append(self._messages.popleft())
-        return found
+    def take(self) -> Message | None:
+        """The oldest message, which is here no more; None where there is none. Never waits."""
+        try:
+            return self._messages.popleft()
+        except IndexError:
+            self._filled.clear()
+            if self._messages:  # one came meanwhile
+                self._filled.set()
+            return None
 
     def wait(self, seconds: float | None = None) -> bool:
         """Sleep until there is a message, at most so long; False where none came."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -11,6 +13,7 @@ from transformers import PreTrainedModel
 from veneer.model.blueprint.parts import Linear
 from veneer.ops.dispatch import kernel_isa
 from veneer.ops.packed import ROWS
+from veneer.serve import products
 from veneer.serve.bottleneck import Bottleneck
 from veneer.serve.bound import (
     Activated,
@@ -42,6 +45,15 @@ from veneer.serve.step import Step
 MOST_PLANS = 64
 
 
+@dataclass(frozen=True, slots=True)
+class PackedEffects:
+    """An adapter's effects, and what has been packed of them for each group of linear layers and bottleneck."""
+
+    effects: Effects
+    linears: Sequence[products.Own | None]
+    bottlenecks: dict[str, Bottleneck]
+
+
 class Interpreter:
     """A program on a model's weights, or on ``packed`` ones, with the ``effects`` of adapters by version.
 
@@ -62,14 +74,22 @@ class Interpreter:
             for bound in self._bound:
                 self.native.add(bound)
 
-    def take(self, version: str, effects: Effects) -> None:
+    def packed(self, effects: Effects) -> PackedEffects:
+        """The effects of an adapter as `take` puts them in; on any thread, beside a pass."""
+        bottlenecks = {site: Bottleneck(record) for site, record in effects.residual.items()}
+        packed = PackedEffects(effects, [linears.packed(effects) for linears in self._linears], bottlenecks)
+        effects.linear = {}  # what is needed of them has been packed
+        return packed
+
+    def take(self, version: str, packed: PackedEffects) -> None:
         """An adapter version comes."""
-        for linears in self._linears:
-            linears.take(version, effects)
-        self.bottlenecks[version] = {site: Bottleneck(record) for site, record in effects.residual.items()}
+        effects = packed.effects
+        for linears, own in zip(self._linears, packed.linears, strict=True):
+            linears.take(version, own)
+        self.bottlenecks[version] = packed.bottlenecks
         if self.native is not None:
             self.native.take(version, effects)
-        effects.linear, effects.residual = {}, {}  # who needs them has taken them
+        effects.residual = {}  # the bottlenecks have them
         self.effects[version] = effects
         self._plans.clear()
 

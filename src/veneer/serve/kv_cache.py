@@ -5,6 +5,7 @@ Two of one interface: pages of the kernels, and slots in plain torch for what th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from veneer.model.blueprint.parts import Attention
-from veneer.model.paged import PagedStep, SeenKeys, SlotStore, Stretch, attend
+from veneer.model.paged import KeysValues, PagedStep, SeenKeys, SlotStore, Stretch, attend
 from veneer.ops import paged_attention as kernel
 from veneer.ops.attention import AttentionOptions
 from veneer.serve.program import Program
@@ -30,6 +31,12 @@ class KVCache(Protocol):
 
     def attend(self, layer: int, queries: Tensor, rows: Any, part: Attention) -> Tensor:
         """Attention of queries (n, heads, width) to their sequences, (n, heads · width); their own keys are there."""
+
+    def slots(self) -> SlotStore:
+        """The same pages for transformers' own code, laid out in its way: a page is for one of the two at a time."""
+
+    def discard(self, pages: Sequence[int]) -> None:
+        """Give back the memory of pages that nobody holds, where that can be done."""
 
 
 def make_cache(program: Program, n_pages: int, block: int, dtype: torch.dtype, device: torch.device) -> KVCache:
@@ -58,6 +65,31 @@ class PageCache:
     def attend(self, layer: int, queries: Tensor, rows: kernel.PagedRows, part: Attention) -> Tensor:
         options = AttentionOptions(scale=part.scale, window=part.window, softcap=part.softcap)
         return kernel.paged_attention(self.store, layer, queries, rows, options).flatten(1)
+
+    def slots(self) -> SlotStore:
+        return SlotsInPages(self.store)
+
+    def discard(self, pages: Sequence[int]) -> None:
+        self.store.discard(pages)
+
+
+class SlotsInPages(SlotStore):
+    """Slots in the kernels' pages: of every layer all keys of a page in a row, then all values."""
+
+    def __init__(self, store: kernel.PagedStore) -> None:
+        super().__init__(store.n_pages, store.block)
+        shape = (2 * store.n_layers, store.block, store.kv_heads, store.head_dim)
+        parts = store.data[:, : math.prod(shape)].view(store.n_pages, *shape).unbind(1)
+        self.layers = {layer: (parts[2 * layer], parts[2 * layer + 1]) for layer in range(store.n_layers)}
+
+    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        for kept, new in zip(self.layers[layer], (keys, values), strict=True):
+            kept[slots // self.block, slots % self.block] = new.to(kept.dtype)
+
+    def read(self, layer: int, slots: Tensor) -> KeysValues:
+        keys, values = self.layers[layer]
+        places = (slots // self.block, slots % self.block)
+        return keys[places], values[places]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +127,12 @@ class SlotCache:
             mixed = attend(own, keys, values, seen.of(number, group)[:, None], part.softcap, None)
             out[group.rows] = mixed.transpose(1, 2)
         return out.flatten(1)
+
+    def slots(self) -> SlotStore:
+        return self.store
+
+    def discard(self, pages: Sequence[int]) -> None:
+        """Nothing: memory of plain tensors cannot be given back page by page."""
 
 
 def _near(query: Tensor, key: Tensor, window: int | None) -> Tensor:

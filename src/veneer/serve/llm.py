@@ -145,6 +145,8 @@ class LLM:
             disable = None if use_tqdm else True
             with tqdm(total=len(ids), initial=len(ids) - len(left), desc="prompts", disable=disable) as bar:
                 while left:
+                    if not self.engine.has_work:
+                        self.engine.wait()
                     for output in self.engine.step():
                         self._done[output.request_id] = output
                         bar.update(output.request_id in left)

@@ -1,4 +1,6 @@
-"""The pages of keys and values, and who holds them. No torch: pages are numbers, their bytes lie with the runner."""
+"""The pages of keys and values, who holds them, and the bytes that they share with adapters. No torch: pages are
+numbers, their bytes lie with the runner.
+"""
 
 from __future__ import annotations
 
@@ -8,35 +10,65 @@ from veneer.errors import ConfigError
 
 
 class Pages:
-    """``n_pages`` pages of ``block`` positions each, and the page tables of their holders.
+    """``n_pages`` pages of ``block`` positions and ``page_bytes`` bytes each, and the page tables of their holders.
 
-    Laws: a page is free or in exactly one table; a table holds just as many pages as its positions need; `grow` fails
-    only where free pages lack, and then changes nothing; when all holders have released, every page is free.
+    A page takes memory when it is first held, and keeps it for the next holder until others need the bytes. Of
+    ``n_bytes`` (None: as many as all pages take) what pages do not take can be `lend` to others.
+
+    Laws: a page is free or in exactly one table; a table holds just as many pages as its positions need; `grow` and
+    `lend` fail only where pages or bytes lack, and then change nothing; pages with memory and what is lent are at most
+    ``n_bytes``; when all holders have released and all is given back, every page is free.
     """
 
-    def __init__(self, n_pages: int, block: int) -> None:
+    def __init__(self, n_pages: int, block: int, *, page_bytes: int = 1, n_bytes: int | None = None) -> None:
         if n_pages < 1 or block < 1:
             raise ConfigError(f"{n_pages} pages of {block} positions: there must be at least one of each")
-        self.n_pages, self.block = n_pages, block
-        self._free = list(range(n_pages - 1, -1, -1))
+        self.n_pages, self.block, self.page_bytes = n_pages, block, page_bytes
+        self.n_bytes = n_pages * page_bytes if n_bytes is None else n_bytes
+        self.n_lent = 0
+        self.shed: list[int] = []
+        """Free pages whose memory others got: the runner is to give it back to the system."""
+        self._fresh = list(range(n_pages - 1, -1, -1))  # free, without memory
+        self._kept: list[int] = []  # free, with the memory that it had
         self._tables: dict[Hashable, list[int]] = {}
 
     @property
+    def n_held(self) -> int:
+        """Pages that somebody holds."""
+        return self.n_pages - len(self._kept) - len(self._fresh)
+
+    @property
     def n_free(self) -> int:
-        """Pages that nobody holds."""
-        return len(self._free)
+        """Pages that can be held without anybody giving bytes back."""
+        return len(self._kept) + min(len(self._fresh), self._unused // self.page_bytes)
+
+    @property
+    def lendable(self) -> int:
+        """Bytes that can be lent."""
+        return self._unused + len(self._kept) * self.page_bytes
 
     def needed(self, n_positions: int) -> int:
         """Pages for that many positions."""
         return -(-n_positions // self.block)
 
+    def capacity(self, n_lent: int) -> int:
+        """Positions that one holder can have beside so many lent bytes."""
+        return min(self.n_pages, max(0, self.n_bytes - n_lent) // self.page_bytes) * self.block
+
+    def lacking(self, holder: Hashable, n_positions: int) -> int | None:
+        """Bytes that others must give back before `grow` succeeds; None where no bytes would help."""
+        missing = self.needed(n_positions) - len(self._tables.get(holder, ()))
+        if missing > len(self._kept) + len(self._fresh):
+            return None
+        return max(0, (missing - len(self._kept)) * self.page_bytes - self._unused)
+
     def grow(self, holder: Hashable, n_positions: int) -> bool:
         """Let a holder's table cover ``n_positions`` from the start; False where pages lack, and nothing changes."""
         table = self._tables.get(holder, [])
         missing = self.needed(n_positions) - len(table)
-        if missing > len(self._free):
+        if missing > self.n_free:
             return False
-        table.extend(self._free.pop() for _ in range(missing))
+        table.extend((self._kept or self._fresh).pop() for _ in range(missing))
         if table:
             self._tables[holder] = table
         return True
@@ -47,4 +79,23 @@ class Pages:
 
     def release(self, holder: Hashable) -> None:
         """Give all of a holder's pages back; the last that it took is the first to be taken again."""
-        self._free.extend(self._tables.pop(holder, ()))
+        self._kept.extend(self._tables.pop(holder, ()))
+
+    def lend(self, n_bytes: int) -> bool:
+        """Let others have bytes, free pages giving up their memory; False where bytes lack, and nothing changes."""
+        if n_bytes > self.lendable:
+            return False
+        while n_bytes > self._unused:
+            self.shed.append(self._kept.pop(0))
+            self._fresh.append(self.shed[-1])
+        self.n_lent += n_bytes
+        return True
+
+    def give_back(self, n_bytes: int) -> None:
+        """Take lent bytes back."""
+        self.n_lent -= n_bytes
+
+    @property
+    def _unused(self) -> int:
+        """Bytes that neither pages nor others have."""
+        return self.n_bytes - self.n_lent - (self.n_held + len(self._kept)) * self.page_bytes

@@ -66,13 +66,19 @@ class Linears:
         self.versions: dict[str, Own] = {}
         self.bias = _joined(self.biases, [linear.out_features for linear in linears])
 
-    def take(self, version: str, effects: Effects) -> None:
-        """A version comes, if it does anything here."""
+    def packed(self, effects: Effects) -> Own | None:
+        """What `take` puts in of a version, made on any thread; None where it does nothing here."""
         records = tuple(effects.linear.get(path, NOTHING) for path in self.paths)
         whole = {i: w for i, path in enumerate(self.paths) if (w := effects.whole.get((path, "weight"))) is not None}
-        if whole or any(record is not NOTHING for record in records):
-            own = Own(records, whole)
-            self.versions[version] = own if self.group is None else self._packed(own)
+        if not whole and all(record is NOTHING for record in records):
+            return None
+        own = Own(records, whole)
+        return own if self.group is None else self._packed(own)
+
+    def take(self, version: str, own: Own | None) -> None:
+        """A version comes, if it does anything here."""
+        if own is not None:
+            self.versions[version] = own
 
     def drop(self, version: str) -> None:
         """A version goes."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from veneer.contract.keys import SUBLAYER
 from veneer.errors import DescriptionError
@@ -111,7 +112,7 @@ class Logits:
 Instruction = Embed | Normalize | Product | Heads | Attend | Activate | Change | Own | Add | Logits
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Program:
     """The instructions of a whole pass. ``n_positions``: how many positions they are right for."""
 
@@ -133,19 +134,19 @@ class Program:
         """The rotations, each once."""
         return tuple(dict.fromkeys(part.rotary for part in self.attentions if part.rotary is not None))
 
-    @property
+    @cached_property
     def linears(self) -> dict[str, Linear]:
         """The linear layers that are instructions, by path."""
         found = (linear for each in self.instructions if isinstance(each, Product) for linear in each.linears)
         return {linear.path: linear for linear in (*found, self.head.linear)}
 
-    @property
+    @cached_property
     def norms(self) -> dict[str, Norm]:
         """The norms in front of halves, behind them and of the head, by path; not those of heads."""
         found = (each.norm for each in self.instructions if isinstance(each, Normalize | Logits))
         return {norm.path: norm for norm in found if norm is not None}
 
-    @property
+    @cached_property
     def sites(self) -> frozenset[str]:
         """The places of bottlenecks."""
         return frozenset(each.site for each in self.instructions if isinstance(each, Change))

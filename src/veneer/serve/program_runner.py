@@ -1,47 +1,78 @@
 """Runs plans by the model's program: the fast runner. What the program cannot say goes through the general one.
 
 The program is proved on the model when the runner is made. An adapter with a part that has no place in it is loaded
-into the general runner, on the same weights, and its requests take that way, in the same steps. Requests of both hold
-pages out of one number of them; the general runner keeps what is in its own in a store beside the program's.
+into the general runner, on the same weights and the same pages, and its requests take that way, in the same steps.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from veneer.adapters.peft_model import PeftModel
 from veneer.core.records import PromptDelta
 from veneer.errors import DescriptionError, TargetError
 from veneer.model.blueprint.describe import describe
 from veneer.model.packed_linear import PackedGroup, is_packed, pack_group, unpack
-from veneer.model.paged import TOLERANCE, KeysValues, SlotStore, Stretch, require_pageable
+from veneer.model.paged import TOLERANCE, KeysValues, Stretch, require_pageable
 from veneer.model.plan import plan_of
 from veneer.model.snapshot import look_at
 from veneer.model.structure import evaluation
 from veneer.ops.paged_attention import UNIT
 from veneer.serve.effects import Effects, UnsaidError, read_effects
-from veneer.serve.general_runner import GeneralRunner
-from veneer.serve.interpreter import Interpreter
+from veneer.serve.general_runner import GeneralRunner, StoredFolder
+from veneer.serve.held import bytes_of
+from veneer.serve.interpreter import Interpreter, PackedEffects
 from veneer.serve.kv_cache import make_cache
 from veneer.serve.plan import Plan, PlannedSequence
 from veneer.serve.program import Product, Program, compile_program
 from veneer.serve.runner import DrawingRunner, wanted
 from veneer.serve.step import Piece, step_of
+from veneer.serve.versions import stored_bytes
 from veneer.store.adapter.config import read_config
 
 _LOG = logging.getLogger(__name__)
 
 
-class ProgramRunner(DrawingRunner):
-    """A `Runner` of a model's program. Its pages and the general runner's are two stores with as many pages each, so
-    that keys and values take up to twice their budget once an adapter takes that way.
+@dataclass(frozen=True, slots=True)
+class ProgramAdapter:
+    """An adapter packed for the program; ``prefix`` are the keys and values of a prefix, by layer."""
 
-    ``alone``: there is no general runner, so that `load` raises `UnsaidError` for what the program has no place for.
+    packed: PackedEffects
+    prefix: list[KeysValues]
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all that it holds."""
+        return bytes_of((self.packed.linears, self.packed.bottlenecks, self.packed.effects, self.prefix))
+
+
+@dataclass(frozen=True, slots=True)
+class GeneralAdapter:
+    """An adapter that the general runner is to load, for a reason."""
+
+    stored: StoredFolder
+    reason: str
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of its tensors, as they are stored."""
+        return self.stored.n_bytes
+
+
+class ProgramRunner(DrawingRunner):
+    """A `Runner` of a model's program.
+
+    Passes and reading wait for each other once the model itself has adapters, and not before. ``alone``: there is no
+    general runner, so that `read` raises `UnsaidError` for what the program has no place for.
     """
 
     def __init__(
@@ -50,45 +81,67 @@ class ProgramRunner(DrawingRunner):
         super().__init__()
         self.alone = alone
         self.model, self.interpreter, self.block = model.eval(), interpreter, block
-        self.n_pages = n_pages
         self.cache = make_cache(interpreter.program, n_pages, block, model.dtype, model.device)
         self.fronts: dict[str, list[KeysValues]] = {}
         self.general: GeneralRunner | None = None
+        self._modules = threading.Lock()  # the general runner changes them, and reading looks at them
 
     @property
     def loaded(self) -> frozenset[str]:
         others = frozenset[str]() if self.general is None else self.general.loaded
         return frozenset(self.interpreter.effects) | others
 
-    def load(self, version: str, folder: Path) -> None:
-        try:
-            effects = read_effects(self.model, self.interpreter.program, folder)
-        except UnsaidError as reason:
-            if self.alone:
-                raise
-            self._load_general(version, folder, str(reason))
+    def read(self, folder: Path) -> ProgramAdapter | GeneralAdapter:
+        with self._modules:
+            try:
+                effects = read_effects(self.model, self.interpreter.program, folder)
+            except UnsaidError as reason:
+                if self.alone:
+                    raise
+                return GeneralAdapter(StoredFolder(folder, stored_bytes(folder)), str(reason))
+        packed = self.interpreter.packed(effects)
+        return ProgramAdapter(packed, self._prefix(effects))
+
+    def load(self, version: str, adapter: ProgramAdapter | GeneralAdapter) -> None:
+        if isinstance(adapter, GeneralAdapter):
+            self._load_general(version, adapter)
             return
-        front = self._front(effects)
+        front = adapter.prefix or self._front_of_prompt(adapter.packed.effects)
         if front:
             self.fronts[version] = front
-        self.interpreter.take(version, effects)
+        self.interpreter.take(version, adapter.packed)
 
-    def _load_general(self, version: str, folder: Path, reason: str) -> None:
-        if self.general is None:
-            require_pageable(self.model)
-            self.general = GeneralRunner(self.model, SlotStore(self.n_pages, self.block))
-        _require_weights(self.model, folder)
-        self.general.load(version, folder)
-        _LOG.info("%s has %s, which the program has no place for: its requests take the general runner", folder, reason)
+    def _load_general(self, version: str, adapter: GeneralAdapter) -> None:
+        folder = adapter.stored.folder
+        with self._modules:
+            if self.general is None:
+                require_pageable(self.model)
+                self.general = GeneralRunner(self.model, self.cache.slots())
+            _require_weights(self.model, folder)
+            self.general.load(version, adapter.stored)
+        _LOG.info(
+            "%s has %s, which the program has no place for: its requests take the general runner",
+            folder,
+            adapter.reason,
+        )
 
     def unload(self, version: str) -> None:
         if version in self.interpreter.effects:
             self.interpreter.drop(version)
         elif self.general is not None:
-            self.general.unload(version)
+            with self._modules:
+                self.general.unload(version)
         self.fronts.pop(version, None)
 
+    def discard(self, pages: Sequence[int]) -> None:
+        self.cache.discard(pages)
+
     def logits(self, plan: Plan) -> Tensor:
+        # Reading a prefix runs the model itself once, which must not see what a pass through it has set.
+        with self._modules if self.general is not None or isinstance(self.model, PeftModel) else nullcontext():
+            return self._logits(plan)
+
+    def _logits(self, plan: Plan) -> Tensor:
         general = frozenset[str]() if self.general is None else self.general.loaded
         others = tuple(s for s in plan.sequences if s.version in general)
         if not others or self.general is None:
@@ -124,13 +177,19 @@ class ProgramRunner(DrawingRunner):
             for layer, (keys, values) in enumerate(front):
                 self.cache.append(layer, keys, values, rows)
 
-    def _front(self, effects: Effects) -> list[KeysValues]:
-        """The keys and values of an adapter's virtual tokens by layer: a prefix's own, or what a prompt leaves."""
-        front, dtype, device = effects.front, self.model.dtype, self.model.device
-        if front is None:
+    def _prefix(self, effects: Effects) -> list[KeysValues]:
+        """A prefix's own keys and values, by layer."""
+        if effects.front is None or isinstance(effects.front, PromptDelta):
             return []
+        own = [(record.k, record.v) for record in effects.front]
+        effects.front = None
+        return [(k.to(self.model.device, self.model.dtype), v.to(self.model.device, self.model.dtype)) for k, v in own]
+
+    def _front_of_prompt(self, effects: Effects) -> list[KeysValues]:
+        """The keys and values that a prompt leaves, by layer."""
+        front, dtype, device = effects.front, self.model.dtype, self.model.device
         if not isinstance(front, PromptDelta):
-            return [(record.k.to(device, dtype), record.v.to(device, dtype)) for record in front]
+            return []
         given = front.embeddings.to(device, dtype)
         cache = make_cache(self.interpreter.program, 1, _page_of(len(given)), dtype, device)
         step = step_of([Piece(Stretch((0,), 0, len(given)))], cache, device)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -13,14 +14,30 @@ from veneer.serve.plan import Plan, PlannedSequence, Sampled
 from veneer.serve.sampler import DrawRule, Sampler
 
 
-class Runner(Protocol):
-    """The computation of plans. Adapters are loaded and unloaded between plans, under the ids of their versions."""
+class ReadAdapter(Protocol):
+    """An adapter as a runner has read it, which takes ``n_bytes`` when it is loaded."""
 
-    def load(self, version: str, folder: Path) -> None:
-        """Take an adapter in. Raises VeneerError where it does not fit, and is then as before."""
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of memory."""
+
+
+class Runner(Protocol):
+    """The computation of plans. Adapters are read at any time, and loaded and unloaded between plans, under the ids of
+    their versions.
+    """
+
+    def read(self, folder: Path) -> Any:
+        """Read an adapter, a `ReadAdapter` for `load`; on any thread. Raises VeneerError where it does not fit."""
+
+    def load(self, version: str, adapter: Any) -> None:
+        """Take in what was read. Raises VeneerError where it does not fit, and is then as before."""
 
     def unload(self, version: str) -> None:
-        """Let an adapter go."""
+        """Let an adapter go, where it is loaded."""
+
+    def discard(self, pages: Sequence[int]) -> None:
+        """Give back the memory of pages that nobody holds."""
 
     @property
     def loaded(self) -> frozenset[str]:

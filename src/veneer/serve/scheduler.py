@@ -1,18 +1,19 @@
 """The scheduler: continuous batching with chunked prefill and preemption. No torch.
 
 A request waits until there are a seat, pages, and its adapter; it then computes its tokens, at most a step's budget at
-a time, draws one token a step, and ends. Where pages lack, the newest in the batch gives its own back and is computed
-again later.
+a time, draws one token a step, and ends. Where pages lack, adapters that are not in use go out; then the newest in the
+batch gives its own back and is computed again later.
 
 Laws: a plan has each request at most once and at most the budget's tokens; rows of one version stand side by side; the
 oldest in the batch is never preempted, so that something always ends; a request that has ended holds nothing, and is
-told once; the plan is a function of the state.
+told once; a request for which memory will never do ends with the reason; the plan is a function of the state.
 """
 
 from __future__ import annotations
 
 import bisect
 import itertools
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from veneer.errors import ConfigError
@@ -66,12 +67,23 @@ class Scheduler:
         if request.version is not None:
             self.pool.enter(request.version)
 
-    def require_room(self, n_prompt: int, n_front: int) -> int:
-        """Tokens that an answer may have behind a prompt. Raises ConfigError where there is room for none."""
-        most = self.limits.max_model_len
+    def require_room(self, n_prompt: int, n_front: int, n_bytes: int | None = None) -> int:
+        """Tokens that an answer may have behind a prompt: in the context, and in memory beside an adapter's bytes.
+
+        Raises ConfigError where there is room for none.
+        """
+        longest, pinned = self.limits.max_model_len, self.pool.pinned_bytes
+        fit = longest if n_bytes is None else self.pages.capacity(n_bytes + pinned)
+        most = min(longest, fit)
         front = f" behind {n_front} virtual tokens" if n_front else ""
         if not n_prompt:
             raise ConfigError("the prompt is empty: give at least one token")
+        if n_front + n_prompt >= most and fit < longest:
+            raise ConfigError(
+                f"the adapter takes {n_bytes} bytes and pinned ones {pinned}, which leaves {fit} positions of keys and "
+                f"values in the {self.pages.n_bytes} bytes that there are, and the prompt has {n_prompt}{front}: raise "
+                "kv_cache_memory_bytes, or unpin adapters"
+            )
         if n_front + n_prompt >= most:
             raise ConfigError(
                 f"this model's maximum context length is {most} tokens and the prompt has {n_prompt}{front}, which "
@@ -96,8 +108,14 @@ class Scheduler:
         """The versions that waiting requests need, that of the oldest first."""
         return list(dict.fromkeys(r.version for r in self.waiting if r.version is not None))
 
+    def stuck(self) -> Request | None:
+        """The oldest request, where the last plan was empty and nothing that is on its way can change that."""
+        if self.pool.loading or not self.has_work:
+            return None
+        return (self.running or self.waiting)[0]
+
     def plan(self) -> Plan:
-        """The plan of the next step; admits and preempts."""
+        """The plan of the next step; admits, preempts, and lets adapters go out."""
         planned: dict[Request, int] = {}
         budget = self.limits.max_batched_tokens
         at_first = sorted(self.running, key=lambda r: r.n_left > 1)  # decoding first, each kind oldest first
@@ -130,14 +148,27 @@ class Scheduler:
         return touched
 
     def _reserve(self, request: Request, n: int, planned: dict[Request, int]) -> bool:
-        """Pages for the next n tokens, others preempted for them; False where the request itself had to go."""
-        while not self.pages.grow(request.id, request.n_front + request.n_computed + n):
+        """Pages for the next n tokens, others preempted for them; False where there are none, or it had to go itself.
+
+        The oldest does not go: where it finds no pages, adapters on their way have the bytes.
+        """
+        n_positions = request.n_front + request.n_computed + n
+        while not self._grow(request, n_positions):
             newest = self.running[-1]
+            if newest is self.running[0]:
+                return False
             planned.pop(newest, None)
             self._preempt(newest)
             if newest is request:
                 return False
         return True
+
+    def _grow(self, request: Request, n_positions: int, kept: Collection[str] = ()) -> bool:
+        """Pages for so many positions, adapters going out for them that nobody uses, but for those ``kept``."""
+        lacking = self.pages.lacking(request.id, n_positions)
+        if lacking is None or (lacking and not self.pool.give_way(lacking, kept)):
+            return False
+        return self.pages.grow(request.id, n_positions)
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
@@ -149,20 +180,24 @@ class Scheduler:
         bisect.insort(self.waiting, request, key=lambda r: r.arrival)
 
     def _admit(self, planned: dict[Request, int]) -> None:
-        drains = False
+        drains, wanted = False, set[str]()
         for request in list(self.waiting):
             budget = self.limits.max_batched_tokens - sum(planned.values())
             if not budget or len(self.running) >= self.limits.max_seqs:
                 return
             version = request.version
+            if version is not None:
+                wanted.add(version)
             if version is not None and (drains or not self._may_enter(version)):
-                # An older request has no place for its adapter: younger ones must not keep the places in use for ever.
+                # An older request has no place for its adapter: younger ones must not keep the places in use for ever,
+                # nor, where it is bytes that lack, the bytes.
                 drains = drains or not self._will_load(version)
+                if self.pool.lacks_bytes(version):
+                    return
                 continue
             n = min(request.n_left, budget)
-            if self.pages.n_free < self.pages.needed(request.n_front + request.n_left):
+            if not self._grow(request, request.n_front + request.n_left, wanted):
                 return  # its turn comes first when pages are free
-            self.pages.grow(request.id, request.n_front + n)
             planned[request] = n
             self._enter(request)
 
@@ -171,7 +206,7 @@ class Scheduler:
 
     def _will_load(self, version: str) -> bool:
         """Return True if a version that is not loaded can be without somebody leaving the batch first."""
-        return not self.pool.is_resident(version) and self.pool.next_load([version])[0] is not None
+        return not self.pool.is_resident(version) and self.pool.will_load(version)
 
     def _enter(self, request: Request) -> None:
         self.waiting.remove(request)

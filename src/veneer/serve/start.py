@@ -164,7 +164,7 @@ def start_engine(
     limits = Limits(
         max_seqs=options.max_num_seqs, max_batched_tokens=options.max_num_batched_tokens, max_model_len=longest
     )
-    pool = AdapterPool(options.max_cpu_loras or options.max_loras, options.max_loras)
+    pool = AdapterPool(options.max_cpu_loras or options.max_loras, options.max_loras, pages)
     scheduler = Scheduler(pages, pool, limits)
     if interpreter is None:
         runner: Runner = GeneralRunner(loaded, SlotStore(pages.n_pages, pages.block))
@@ -176,6 +176,7 @@ def start_engine(
         generation_defaults=generation_defaults(loaded),
         seed=options.seed,
         max_lora_rank=options.max_lora_rank,
+        value_bytes=None if interpreter is None else loaded.dtype.itemsize,
         why_general=why_not,
     )
     return Engine(runner, scheduler, tokenizer, settings)
@@ -264,17 +265,19 @@ def _nf4() -> BitsAndBytesConfig:
 
 
 def _pages(model: PreTrainedModel, options: EngineOptions, position_bytes: int, longest: int) -> Pages:
-    """As many pages as the requests can need, where memory has room for them; they take memory when they are used."""
+    """As many pages as the requests can need, where memory has room for them; they take memory when they are used, and
+    adapters what is left.
+    """
     page_bytes = position_bytes * options.block_size
     wanted = options.max_num_seqs * -(-longest // options.block_size)
     room = options.kv_cache_memory_bytes or int(options.gpu_memory_utilization * free_memory(model.device))
     n_pages = min(wanted, room // page_bytes)
     if n_pages < 1:
         raise ConfigError(
-            f"{room} bytes for keys and values hold no page of {options.block_size} positions, {page_bytes} bytes: "
-            "give more kv_cache_memory_bytes"
+            f"{room} bytes for keys, values and adapters hold no page of {options.block_size} positions, "
+            f"{page_bytes} bytes: give more kv_cache_memory_bytes"
         )
-    return Pages(n_pages, options.block_size)
+    return Pages(n_pages, options.block_size, page_bytes=page_bytes, n_bytes=room)
 
 
 def free_memory(device: torch.device) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import stat
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from veneer.errors import ConfigError, FormatError
 from veneer.serve.adapter_pool import AdapterVersion
 from veneer.serve.lora_request import LoRARequest
 from veneer.store.adapter.config import read_config
+from veneer.store.adapter.files import read_headers
 
 _Stamp = tuple[tuple[int, ...], ...]
 
@@ -20,11 +22,12 @@ _Stamp = tuple[tuple[int, ...], ...]
 class Versions:
     """Looks at folders; what has not changed since (by device, inode, time and size) is not read again.
 
-    ``max_rank`` refuses adapters of a higher rank; None takes any.
+    ``max_rank`` refuses adapters of a higher rank; None takes any. ``value_bytes`` is the size of a value of a loaded
+    adapter; None: as it is stored.
     """
 
-    def __init__(self, max_rank: int | None = None) -> None:
-        self._max_rank = max_rank
+    def __init__(self, max_rank: int | None = None, value_bytes: int | None = None) -> None:
+        self._max_rank, self._value_bytes = max_rank, value_bytes
         self._seen: dict[str, tuple[_Stamp, AdapterVersion]] = {}
 
     def of(self, request: LoRARequest) -> AdapterVersion:
@@ -59,9 +62,19 @@ class Versions:
             kind=config.peft_type,
             rank=config.largest_rank if isinstance(config, LinearMethod) else 0,
             n_front=_front(config),
+            n_bytes=stored_bytes(folder, self._value_bytes),
         )
         self._seen[key] = (stamp, version)
         return version
+
+
+def stored_bytes(folder: Path, value_bytes: int | None = None) -> int:
+    """Bytes of an adapter's tensors, as they are stored or with so many bytes a value; its header tells.
+
+    Raises FormatError as `read_headers` does.
+    """
+    tensors = read_headers(folder).values()
+    return sum(t.nbytes if value_bytes is None else value_bytes * math.prod(t.shape) for t in tensors)
 
 
 def _stamp(folder: Path) -> _Stamp:

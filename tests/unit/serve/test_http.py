@@ -52,7 +52,7 @@ class Server:
     @property
     def is_idle(self) -> bool:
         pages = self.engine.scheduler.pages
-        return not self.engine.has_work and pages.n_free == pages.n_pages and not self.engine._groups
+        return not self.engine.has_work and pages.n_held == 0 and not self.engine._groups
 
     def post(self, route: str, body: Any) -> tuple[int, Any]:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()

@@ -1,7 +1,7 @@
 """The torch-free half of serving as state machines: whatever comes in which order, the laws of the modules hold.
 
 The runner is a stand-in that keeps the tokens themselves in the pages. It draws from what it reads back, so that an
-answer is right only where pages, positions and recomputation are.
+answer is right only where pages, positions and recomputation are. Loads end when the machine says so, in any order.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from veneer.errors import AdapterNameError, ConfigError, FormatError, NonFiniteError
-from veneer.serve.adapter_pool import AdapterPool, AdapterVersion
+from veneer.serve.adapter_pool import AdapterPool, AdapterVersion, Residency
 from veneer.serve.inbox import Inbox
 from veneer.serve.outputs import Logprob
 from veneer.serve.pages import Pages
@@ -27,6 +27,7 @@ from veneer.serve.scheduler import Limits, Scheduler
 
 EOS, STOP = 5, 7
 FRONTS = {"a": 0, "b": 3, "c": 5, "d": 0}
+BYTES = {"a": 0, "b": 23, "c": 61, "d": 37}
 QUICK = settings(max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -76,10 +77,13 @@ class Serving(RuleBasedStateMachine):
     @initialize(
         n_pages=st.integers(6, 14), block=st.integers(2, 5), n_resident=st.sampled_from([None, 1, 2, 3]),
         n_acting=st.sampled_from([None, 1, 2]), max_seqs=st.integers(1, 6), budget=st.integers(1, 9),
+        page_bytes=st.integers(3, 17), more_bytes=st.integers(0, 130),
     )  # fmt: skip
-    def begin(self, n_pages, block, n_resident, n_acting, max_seqs, budget):
-        self.pages, self.pool = Pages(n_pages, block), AdapterPool(n_resident, n_acting)
-        self.budget = budget
+    def begin(self, n_pages, block, n_resident, n_acting, max_seqs, budget, page_bytes, more_bytes):
+        self.pages = Pages(n_pages, block, page_bytes=page_bytes, n_bytes=n_pages * page_bytes + more_bytes)
+        self.pool = AdapterPool(n_resident, n_acting, self.pages)
+        self.budget, self.with_memory = budget, set[int]()
+        self.loaded: dict[str, int] = {}  # what the runner has, with its bytes
         limits = Limits(max_seqs=max_seqs, max_batched_tokens=budget, max_model_len=n_pages * block)
         self.scheduler, self.arena = Scheduler(self.pages, self.pool, limits), TokenArena(block)
         self.requests: list[Request] = []
@@ -92,7 +96,8 @@ class Serving(RuleBasedStateMachine):
 
     def bind(self, name):
         self.generation += 1
-        self.pool.bind(name, AdapterVersion(id=f"{name}{self.generation}", folder=name, n_front=FRONTS[name]))
+        version = AdapterVersion(id=f"{name}{self.generation}", folder=name, n_front=FRONTS[name], n_bytes=BYTES[name])
+        self.pool.bind(name, version)
 
     @rule(
         name=st.sampled_from([None, *FRONTS]),
@@ -128,6 +133,7 @@ class Serving(RuleBasedStateMachine):
             self.scheduler.end(request, "abort")
             self.told[request.id] += 1  # who asks for it knows
             self.pool.tidy()
+            self.make_way()
 
     @rule(name=st.sampled_from(sorted(FRONTS)))
     def replace(self, name):
@@ -142,43 +148,82 @@ class Serving(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(sorted(FRONTS)), pinned=st.booleans())
     def pin(self, name, pinned):
-        if name in self.pool.names and (not pinned or self.pool.n_resident is None):
+        if name in self.pool.names:
             (self.pool.pin if pinned else self.pool.unpin)(name)
 
     @rule(name=st.sampled_from(sorted(FRONTS)))
     def break_files(self, name):
-        if name in self.pool.names and not self.pool.is_resident(self.pool.names[name].id):
-            self.broken.add(self.pool.names[name].id)
+        version = self.pool.names[name].id if name in self.pool.names else None
+        if version is not None and not self.pool.is_resident(version):
+            self.broken.add(version)
+
+    @precondition(lambda self: self.pool.loading)
+    @rule(data=st.data(), more=st.integers(-9, 9))
+    def end_load(self, data=None, more=0):
+        """A load ends, with another number of bytes than was expected."""
+        version = self.pool.loading[0] if data is None else data.draw(st.sampled_from(self.pool.loading))
+        if not self.pool.is_needed(version):
+            self.pool.abandoned(version)
+        elif version in self.broken:
+            waiting = [r for r in self.scheduler.waiting if r.version == version]
+            assert self.scheduler.fail(version, FormatError("broken")) == waiting
+            assert not any(r.version == version for r in self.scheduler.running)
+            self.told.update(request.id for request in waiting)
+            self.pool.failed(version)
+            assert version not in self.pool.known
+        elif self.pool.settle(version, n_bytes := max(0, BYTES[version[0]] + more)):
+            self.make_way()
+            assert version not in self.loaded
+            self.loaded[version] = n_bytes
+            self.pool.loaded(version)
 
     @rule(failing=st.sets(st.integers(0, 5), max_size=2))
     def step(self, failing=frozenset()):
-        self.load_one()
+        while (version := self.pool.begin_load(self.scheduler.wanted())) is not None:
+            assert version in self.scheduler.wanted()
         oldest = self.scheduler.running[0] if self.scheduler.running else None
         plan = self.scheduler.plan()
+        self.make_way()
         self.check(plan, oldest)
+        self.with_memory |= {page for s in plan.sequences for page in s.pages}
         sampled = self.arena.run(plan)
         failed = {s.request_id: NonFiniteError("x") for i, s in enumerate(plan.sequences) if i in failing}
         self.failed |= failed.keys()
         for request in self.scheduler.commit(plan, replace(sampled, failed=failed)):
             assert request.n_scored <= len(request.prompt) - 1
             self.told[request.id] += request.status is Status.DONE
-        for version in self.pool.unneeded():
-            self.pool.unloaded(version)
+        if not plan.sequences and (stuck := self.scheduler.stuck()) is not None:
+            self.check_stuck(stuck)
+            self.scheduler.end(stuck, "error", ConfigError("no memory"))
+            self.failed.add(stuck.id)
+            self.told[stuck.id] += 1
         self.pool.tidy()
+        self.make_way()
 
-    def load_one(self):
-        version, victim = self.pool.next_load(self.scheduler.wanted())
-        if victim is not None:
-            assert not any(r.version == victim for r in self.scheduler.running)
-            self.pool.unloaded(victim)
-        if version in self.broken:
-            self.pool.failed(version)
-            waiting = [r for r in self.scheduler.waiting if r.version == version]
-            assert self.scheduler.fail(version, FormatError("broken")) == waiting
-            self.told.update(request.id for request in waiting)
-            self.pool.tidy()
-        elif version is not None:
-            self.pool.loaded(version)
+    def make_way(self):
+        while self.pool.going:
+            version = self.pool.going.popleft()
+            assert not any(r.version == version for r in self.scheduler.running)
+            assert version not in self.pinned()
+            del self.loaded[version]
+        held = {page for request in self.scheduler.running for page in self.pages.table(request.id)}
+        for page in self.pages.shed:
+            if page not in held:
+                self.with_memory.discard(page)
+        self.pages.shed.clear()
+
+    def pinned(self):
+        return {id for id in self.pool.known if self.pool._entries[id].pinned}
+
+    def check_stuck(self, request):
+        """Even if all that may go had gone, there would be no place."""
+        assert not self.pool.loading
+        kept = self.pinned() & set(self.pool.resident) | {request.version}
+        others = sum(self.pool._entries[id].n_bytes for id in kept if id is not None)
+        needed = self.pages.needed(request.n_front + request.n_tokens)
+        n_there = len({*self.pinned()} & {*self.pool.resident} - {request.version})
+        no_place = self.pool.n_resident is not None and n_there >= self.pool.n_resident
+        assert no_place or others + needed * self.pages.page_bytes > self.pages.n_bytes
 
     def check(self, plan, oldest):
         ids = [s.request_id for s in plan.sequences]
@@ -191,7 +236,7 @@ class Serving(RuleBasedStateMachine):
         assert all(self.pool.is_resident(v) for v in order if v is not None)
         assert self.pool.n_acting is None or len({*order} - {None}) <= self.pool.n_acting
         assert oldest is None or oldest in self.scheduler.running
-        assert bool(plan.sequences) == bool(self.scheduler.running)
+        assert plan.sequences or not self.scheduler.running or self.pool.loading or self.scheduler.stuck()
 
     @invariant()
     def pages_are_held_by_requests_in_the_batch_alone(self):
@@ -199,13 +244,23 @@ class Serving(RuleBasedStateMachine):
             return
         running = self.scheduler.running
         tables = [page for request in running for page in self.pages.table(request.id)]
-        assert len(set(tables)) == len(tables) == self.pages.n_pages - self.pages.n_free
+        assert len(set(tables)) == len(tables) == self.pages.n_held
         for request in self.requests:
             held = self.pages.table(request.id)
             computed = request.n_front + request.n_computed if request.n_computed else 0
             assert (request in running) or not held
             assert request in running or request.status is not Status.RUNNING
             assert self.pages.needed(computed) <= len(held) or request.status is Status.DONE
+
+    @invariant()
+    def bytes_never_exceed_the_budget(self):
+        if not hasattr(self, "pages"):
+            return
+        entries = self.pool._entries.values()
+        lent = sum(e.n_bytes for e in entries if e.residency is not Residency.ABSENT)
+        assert self.pages.n_lent == lent
+        assert self.pages.n_lent + len(self.with_memory) * self.pages.page_bytes <= self.pages.n_bytes
+        assert {id: self.pool._entries[id].n_bytes for id in self.pool.resident} == self.loaded
 
     @invariant()
     def every_ended_request_is_told_once(self):
@@ -216,7 +271,8 @@ class Serving(RuleBasedStateMachine):
     def no_more_adapters_than_there_are_places(self):
         if not hasattr(self, "pool"):
             return
-        assert self.pool.n_resident is None or len(self.pool.resident) <= self.pool.n_resident
+        n_there = len(self.pool.resident) + len(self.pool.loading)
+        assert self.pool.n_resident is None or n_there <= self.pool.n_resident
         assert all(self.pool.is_resident(r.version) for r in self.scheduler.running if r.version)
 
     def teardown(self):
@@ -226,8 +282,10 @@ class Serving(RuleBasedStateMachine):
             if not self.scheduler.has_work:
                 break
             self.step()
+            if self.pool.loading:
+                self.end_load()
         assert not self.scheduler.has_work
-        assert self.pages.n_free == self.pages.n_pages
+        assert self.pages.n_held == 0
         for request in self.requests:
             if request.finish_reason in ("stop", "length"):
                 assert request.output == answer_alone(request)
@@ -239,9 +297,12 @@ class Serving(RuleBasedStateMachine):
                 assert request.finish_reason == "abort"
         for name in list(self.pool.names):
             self.pool.forget(name)
-        for version in self.pool.unneeded():
-            self.pool.unloaded(version)
-        assert self.pool.resident == []
+        while self.pool.loading:
+            self.end_load()
+        self.pool.tidy()
+        self.make_way()
+        assert (self.pool.known, self.loaded, self.pages.n_lent) == (frozenset(), {}, 0)
+        assert self.pages.n_free == self.pages.n_pages
 
 
 TestServing = Serving.TestCase
@@ -249,12 +310,23 @@ TestServing.settings = QUICK
 
 
 def scheduler(n_pages=7, block=3, n_resident=None, n_acting=None, **limits):
-    pages, pool = Pages(n_pages, block), AdapterPool(n_resident, n_acting)
+    pages = Pages(n_pages, block)
+    pool = AdapterPool(n_resident, n_acting, pages)
     return Scheduler(pages, pool, Limits(**({"max_model_len": n_pages * block} | limits)))
 
 
 def request(name, n_prompt=2, version=None, longest=4):
     return Request(id=name, prompt=tuple(range(n_prompt)), rule=StopRule(max_tokens=longest), version=version)
+
+
+def load(pool, *names):
+    """Load versions, whatever has to go for them; what went."""
+    for name in names:
+        assert pool.begin_load([name]) == name
+        pool.loaded(name)
+    gone = list(pool.going)
+    pool.going.clear()
+    return gone
 
 
 def test_the_same_trace_gives_the_same_plans():
@@ -275,18 +347,20 @@ def test_a_younger_request_does_not_keep_the_only_place_for_ever():
     made, arena = scheduler(n_resident=1), TokenArena(3)
     for name in "xy":
         made.pool.bind(name, AdapterVersion(id=name, folder=name))
-    made.pool.loaded("x")
+    load(made.pool, "x")
     made.add(request("x0", version="x", longest=2))
     plan = made.plan()
     made.commit(plan, arena.run(plan))
     made.add(request("y0", version="y"))
     for i in range(1, 6):
         made.add(request(f"x{i}", version="x"))
-        assert made.pool.next_load(made.wanted())[0] == (None if made.running else "y")
+        if not made.running:
+            break
+        assert made.pool.begin_load(made.wanted()) is None
         plan = made.plan()
         made.commit(plan, arena.run(plan))
     assert all(r.id != "x0" and r.n_computed == 0 for r in made.waiting)
-    assert made.pool.next_load(made.wanted()) == ("y", "x")
+    assert (made.pool.begin_load(made.wanted()), list(made.pool.going)) == ("y", ["x"])
 
 
 def test_base_requests_do_not_wait_for_an_adapter():
@@ -301,25 +375,103 @@ def test_what_was_used_longest_ago_goes_first_and_pinned_ones_stay():
     pool = AdapterPool(2)
     for name in "xyz":
         pool.bind(name, AdapterVersion(id=name, folder=name))
-    pool.loaded("x"), pool.loaded("y")
-    assert pool.next_load(["z"]) == ("z", "x")
-    pool.enter("x"), pool.acquire("x"), pool.release("x"), pool.leave("x")
-    assert pool.next_load(["z"]) == ("z", "y")
+    load(pool, "x", "y")
+    assert load(pool, "z") == ["x"]
+    pool.enter("y"), pool.acquire("y"), pool.release("y"), pool.leave("y")
+    assert load(pool, "x") == ["z"]
     pool.pin("y")
-    assert pool.next_load(["z"]) == ("z", "x")
+    pool.enter("x"), pool.acquire("x")
+    assert pool.begin_load(["z"]) is None
+    pool.release("x")
+    assert load(pool, "z") == ["x"]
+    assert pool.begin_load(["z", "x"]) is None  # what the older request wants stays, and y is pinned
     pool.unpin("y")
-    assert pool.next_load(["y", "z"]) == ("z", "x")
-    assert pool.next_load(["y", "x", "z"]) == (None, None)
+    assert (pool.begin_load(["z", "x"]), list(pool.going)) == ("x", ["y"])
+
+
+def test_who_nobody_waits_for_goes_before_those_used_longer_ago():
+    pool = AdapterPool(2)
+    for name in "xyz":
+        pool.bind(name, AdapterVersion(id=name, folder=name))
+    load(pool, "x", "y")
+    pool.enter("x")
+    assert load(pool, "z") == ["y"]
+
+
+def test_bytes_decide_where_the_number_does_not():
+    """Pages in use and adapters share them; free pages give their memory up."""
+    pages = Pages(10, 3, page_bytes=7)
+    pool = AdapterPool(memory=pages)
+    for name, n_bytes in {"x": 20, "y": 11, "z": 32}.items():
+        pool.bind(name, AdapterVersion(id=name, folder=name, n_bytes=n_bytes))
+    assert pages.grow("r", 4 * 3)
+    load(pool, "x", "y")
+    assert (pages.n_lent, pages.n_free) == (31, 1)
+    assert load(pool, "z") == ["x", "y"]
+    assert not pages.grow("r", 6 * 3)
+    pages.release("r")
+    assert (pages.lendable, pages.shed) == (38, [])
+    assert load(pool, "y") == []
+    assert len(pages.shed) == 1  # for the eleventh byte: ten were nobody's
+    assert pages.capacity(pages.n_lent) == 3 * 3
+
+
+def test_an_adapter_that_takes_more_than_was_thought():
+    pages = Pages(10, 3, page_bytes=7)
+    pool = AdapterPool(memory=pages)
+    for name in "xy":
+        pool.bind(name, AdapterVersion(id=name, folder=name, n_bytes=31))
+    load(pool, "x")
+    assert pool.begin_load(["y"]) == "y"
+    assert pool.settle("y", 41)
+    assert (list(pool.going), pages.n_lent) == (["x"], 41)
+    pool.loaded("y")
+    pool.pin("y")
+    assert pool.begin_load(["x"]) is None
+    pool.unpin("y")
+    assert (pool.begin_load(["x"]), pool.settle("x", 71), pages.n_lent) == ("x", False, 0)
+    assert pool.lacks_bytes("x")
+
+
+def test_base_requests_do_not_take_the_bytes_that_an_older_request_waits_for():
+    pages = Pages(6, 3, page_bytes=7)
+    made, arena = Scheduler(pages, AdapterPool(memory=pages), Limits(max_model_len=18)), TokenArena(3)
+    made.pool.bind("x", AdapterVersion(id="x", folder="x", n_bytes=35))
+    made.add(request("first", n_prompt=5, longest=3))
+    plan = made.plan()
+    made.commit(plan, arena.run(plan))
+    made.add(request("x0", version="x"))
+    for i in range(9):
+        made.add(request(f"base{i}"))
+        if made.pool.begin_load(made.wanted()) is not None:
+            break
+        plan = made.plan()
+        assert [s.request_id for s in plan.sequences] == ["first"]
+        made.commit(plan, arena.run(plan))
+    assert made.pool.loading == ["x"]
+
+
+def test_a_request_that_memory_will_never_hold_is_told():
+    pages = Pages(6, 3, page_bytes=7)
+    made = Scheduler(pages, AdapterPool(memory=pages), Limits(max_model_len=18))
+    with pytest.raises(ConfigError, match=r"takes 36 bytes .* leaves 0 positions .* raise kv_cache_memory_bytes"):
+        made.require_room(2, 0, 36)
+    assert made.require_room(2, 1, 20) == 9 - 3
+    made.pool.bind("x", AdapterVersion(id="x", folder="x", n_bytes=43))
+    made.add(request("x0", version="x"))
+    assert made.pool.begin_load(made.wanted()) is None
+    assert not made.plan().sequences
+    assert made.stuck() is made.waiting[0]
 
 
 def test_two_names_of_equal_content_are_one_version_and_forgetting_one_keeps_it():
     pool = AdapterPool()
     version = AdapterVersion(id="same", folder="x")
-    pool.bind("one", version), pool.bind("two", version), pool.loaded("same")
-    pool.forget("one")
-    assert (pool.resident, pool.unneeded(), list(pool.names)) == (["same"], [], ["two"])
-    pool.forget("two")
-    assert pool.unneeded() == ["same"]
+    pool.bind("one", version), pool.bind("two", version), load(pool, "same")
+    pool.forget("one"), pool.tidy()
+    assert (pool.resident, list(pool.going), list(pool.names)) == (["same"], [], ["two"])
+    pool.forget("two"), pool.tidy()
+    assert (pool.resident, list(pool.going)) == ([], ["same"])
 
 
 def test_names_that_are_not_known():
@@ -355,4 +507,5 @@ def test_the_inbox_gives_everything_once_and_in_order():
     assert not inbox.wait(0)
     inbox.put(3), inbox.put(5)
     assert inbox.wait(0)
-    assert (inbox.drain(), inbox.drain(), inbox.wait(0)) == ([3, 5], [], False)
+    assert [inbox.take() for _ in range(3)] == [3, 5, None]
+    assert not inbox.wait(0)

@@ -21,14 +21,15 @@ VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # 
 
 
 def read_tensors(folder: Path, file: str = WEIGHTS_FILE) -> dict[str, Tensor]:
-    """The tensors of ``adapter_model.safetensors``, or of another file, in a folder.
+    """The tensors of ``adapter_model.safetensors``, or of another file, in a folder, in memory of their own.
 
     Raises FormatError as `read_headers` does.
     """
     read_headers(folder, file)
     path = folder / file
     try:
-        return cast("dict[str, Tensor]", load_file(path))
+        # The reader maps the file: whoever writes into it later would change the adapter, or end the process.
+        return {name: tensor.clone() for name, tensor in cast("dict[str, Tensor]", load_file(path)).items()}
     except SafetensorError as error:
         raise _damaged(path, str(error)) from error
 

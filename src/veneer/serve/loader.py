@@ -1,0 +1,91 @@
+"""Adapters read on a thread of their own, while all others decode."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+
+Read = TypeVar("Read")
+_NICENESS = 10  # what is left of the cores goes to the step first
+
+
+@dataclass(frozen=True, slots=True)
+class Finished(Generic[Read]):
+    """The end of a load: what was read, or why nothing was, and the seconds that it took."""
+
+    id: str
+    result: Read | BaseException
+    seconds: float
+
+
+class Loader(Generic[Read]):
+    """A queue of loads, done one after the other; ``tell`` gets every end, on the thread that reads.
+
+    The thread lives while there is something to read, so that an engine without loads has none, and none is left when
+    it goes. torch computes there on that one thread alone: the team of threads is the step's.
+    """
+
+    def __init__(self, tell: Callable[[Finished[Read]], None]) -> None:
+        self._tell = tell
+        self._queue: deque[tuple[str, Callable[[], Read]]] = deque()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def submit(self, id: str, read: Callable[[], Read]) -> None:
+        """Read something soon; never waits."""
+        with self._lock:
+            self._queue.append((id, read))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="veneer loader")
+                self._thread.start()
+
+    def stop(self) -> None:
+        """Begin nothing more, and wait for what is read now. Ends that are not told are those that never began."""
+        with self._lock:
+            self._queue.clear()
+            thread = self._thread
+        if thread is not None:
+            thread.join()
+
+    def _work(self) -> None:
+        _be_alone()
+        while True:
+            with self._lock:
+                if not self._queue:
+                    self._thread = None
+                    return
+                id, read = self._queue.popleft()
+            start = time.perf_counter()
+            self._tell(Finished(id, _result(read), time.perf_counter() - start))
+            del read  # it holds the model
+
+
+def _result(read: Callable[[], Read]) -> Read | BaseException:
+    try:
+        with torch.no_grad():
+            return read()
+    except BaseException as error:  # noqa: BLE001 - whatever it is, it is raised where the load is waited for
+        return error
+
+
+def _be_alone() -> None:
+    """Let torch use this thread alone, and give way to others.
+
+    The number of threads is this one's own, but for threads that are yet to compute: those get the number that was set
+    last. So another thread sets the old one.
+    """
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    setter = threading.Thread(target=torch.set_num_threads, args=(n_threads,))
+    setter.start()
+    setter.join()
+    if sys.platform == "linux":  # where a thread has a niceness of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)

@@ -1,0 +1,346 @@
+"""Adapters that are read beside the batch, and one budget of bytes for them and for keys and values."""
+
+from __future__ import annotations
+
+import logging
+import random
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from veneer import LLM, IA3Config, LoraConfig, LoRARequest, SamplingParams
+from veneer.errors import ConfigError, FormatError
+from veneer.ops.paged_attention import PagedStore
+from veneer.serve import program_runner
+from veneer.serve.effects import UnsaidError, read_effects
+from veneer.serve.held import bytes_of
+from veneer.serve.loader import Finished, Loader
+
+from .conftest import make_model, save_adapter
+
+PROMPT = list(b"the cat sat")
+GREEDY = SamplingParams(temperature=0, max_tokens=9)
+
+
+class SlowReader:
+    """A runner's `read` that waits until it may go on, and then fails, if it is told to."""
+
+    def __init__(self, runner: Any) -> None:
+        self.read, self.may, self.begun = runner.read, threading.Event(), threading.Event()
+        self.fails: Exception | None = None
+        self.thread_counts: list[int] = []
+        runner.read = self
+
+    def __call__(self, folder: Any) -> Any:
+        self.begun.set()
+        self.thread_counts.append(torch.get_num_threads())
+        assert self.may.wait(30)
+        if self.fails is not None:
+            raise self.fails
+        return self.read(folder)
+
+
+@pytest.fixture
+def llm(base_folder) -> LLM:
+    return LLM(base_folder)
+
+
+@pytest.fixture
+def reader(llm) -> Iterator[SlowReader]:
+    made = SlowReader(llm.engine.runner)
+    yield made
+    made.may.set()
+    llm.engine.close()
+
+
+def one(llm: LLM, lora_request: LoRARequest | None = None) -> list[int]:
+    [output] = llm.generate([PROMPT], GREEDY, lora_request=lora_request, use_tqdm=False)
+    return output.outputs[0].token_ids
+
+
+def ask(llm: LLM, *adapters: LoRARequest | None) -> list[str]:
+    return llm.enqueue([PROMPT] * len(adapters), GREEDY, lora_request=list(adapters))
+
+
+def step_until_told(llm: LLM, n: int) -> dict[str, Any]:
+    told: dict[str, Any] = {}
+    while len(told) < n:
+        llm.engine.wait(0)
+        told |= {output.request_id: output for output in llm.engine.step()}
+    return told
+
+
+def test_others_decode_while_an_adapter_is_read(llm, adapters, base_folder, reader):
+    alone = LLM(base_folder)
+    expected = [one(alone, adapter) for adapter in (None, adapters["lora"])]
+    base, cold = ask(llm, None, adapters["lora"])
+    told = step_until_told(llm, 1)
+    assert told[base].outputs[0].token_ids == expected[0]
+    assert llm.engine.step() == []
+    assert not llm.engine.has_work  # so that nobody spins
+    assert llm.engine.scheduler.has_work
+    assert llm.engine.pool.loading == [v.id for v in llm.engine.pool.names.values()]
+    reader.may.set()
+    llm._done |= told
+    outputs = {output.request_id: output for output in llm.wait_for_completion(use_tqdm=False)}
+    assert [outputs[id].outputs[0].token_ids for id in (base, cold)] == expected
+
+
+def test_generate_sleeps_while_all_wait(llm, adapters, reader, monkeypatch):
+    steps: list[int] = []
+    step = llm.engine.step
+    monkeypatch.setattr(llm.engine, "step", lambda: (steps.append(1), step())[1])
+    threading.Timer(0.3, reader.may.set).start()
+    assert len(one(llm, adapters["lora"])) == 9
+    assert len(steps) <= 9 + 3
+
+
+def test_torch_computes_on_the_loaders_thread_alone(llm, adapters, reader):
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        reader.may.set()
+        one(llm, adapters["dora"])
+        assert reader.thread_counts == [1]
+        found: list[int] = []
+        later = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        later.start(), later.join()
+        assert (found, torch.get_num_threads()) == ([3], 3)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("error", [FormatError("it is broken"), OSError("the disk is gone")])
+def test_a_failure_ends_those_that_wait_for_it_alone(llm, adapters, reader, error):
+    expected = None
+    first, other, second = ask(llm, adapters["lora"], None, adapters["lora"])
+    reader.fails = error
+    llm.engine.step()
+    reader.may.set()
+    told = step_until_told(llm, 3)
+    assert [told[id].outputs[0].finish_reason for id in (first, other, second)] == ["error", "length", "error"]
+    assert all(isinstance(told[id].error, FormatError) and str(error) in str(told[id].error) for id in (first, second))
+    assert (llm.engine.pool.known, llm.engine.scheduler.pages.n_lent, llm.llm_engine.list_loras()) == (set(), 0, set())
+    reader.fails = expected
+    assert len(one(llm, adapters["lora"])) == 9  # the next request looks again
+
+
+def test_an_error_that_is_a_fault_breaks_the_step_and_not_the_pool(llm, adapters, reader):
+    reader.fails = ZeroDivisionError("a fault")
+    reader.may.set()
+    with pytest.raises(ZeroDivisionError, match="a fault"):
+        one(llm, adapters["lora"])
+    reader.fails = None
+    assert len(one(llm, adapters["lora"])) == 9
+
+
+def test_aborted_and_dropped_while_it_is_read(llm, adapters, reader):
+    [id] = ask(llm, adapters["lora"])
+    llm.engine.step()
+    assert reader.begun.wait(10)
+    llm.engine.forget(adapters["lora"].name)
+    llm.engine.abort(id)
+    [output] = step_until_told(llm, 1).values()
+    assert output.outputs[0].finish_reason == "abort"
+    assert len(llm.engine.pool.loading) == 1
+    reader.may.set()
+    assert llm.engine.wait(30)
+    llm.engine.step()
+    assert (llm.engine.pool.known, llm.engine.runner.loaded) == (set(), set())
+    assert llm.engine.scheduler.pages.n_lent == 0
+
+
+def test_aborted_by_the_last_that_waits_it_is_loaded_for_the_next(llm, adapters, reader):
+    [id] = ask(llm, adapters["lora"])
+    llm.engine.step()
+    llm.engine.abort(id)
+    reader.may.set()
+    assert reader.begun.wait(10)
+    while llm.engine.pool.loading:
+        llm.engine.wait(30)
+        llm.engine.step()
+    assert len(llm.engine.runner.loaded) == 1
+
+
+def test_replaced_while_it_is_read(llm, reader, tmp_path):
+    """Who asked before gets an error, who asks after the new one."""
+    folder = save_adapter(tmp_path / "a", LoraConfig(r=3, target_modules=["q_proj"]), seed=1)
+    request = LoRARequest("a", 50, str(folder))
+    [old] = ask(llm, request)
+    llm.engine.step()
+    assert reader.begun.wait(10)
+    save_adapter(folder, LoraConfig(r=3, target_modules=["q_proj"]), seed=2)
+    [new] = ask(llm, request)
+    reader.may.set()
+    told = {output.request_id: output for output in llm.wait_for_completion(use_tqdm=False)}
+    assert "was replaced while it was waited for" in str(told[old].error)
+    assert told[new].outputs[0].finish_reason == "length"
+    assert one(llm, request) == told[new].outputs[0].token_ids
+
+
+def test_a_file_that_is_written_into_leaves_what_is_loaded(llm, tmp_path):
+    folder = save_adapter(
+        tmp_path / "a", IA3Config(target_modules=["v_proj", "down_proj"], feedforward_modules=["down_proj"])
+    )
+    llm.llm_engine.add_lora(LoRARequest("a", 50, str(folder)))
+    before = bytes_of(llm.engine.runner.interpreter)
+    ys = [own.records for linears in llm.engine.runner.interpreter._linears for own in linears.versions.values()]
+    scales = [x.clone() for records in ys for r in records for x in (r.in_scale, r.out_scale) if x is not None]
+    with (folder / "adapter_model.safetensors").open("r+b") as file:
+        length = len(file.read())
+        file.seek(0), file.write(bytes(length))
+    after = [x for records in ys for r in records for x in (r.in_scale, r.out_scale) if x is not None]
+    assert len(after) == 4
+    assert all(torch.equal(x, y) for x, y in zip(scales, after, strict=True))
+    assert bytes_of(llm.engine.runner.interpreter) == before
+
+
+def test_adding_waits_for_what_is_being_read(llm, adapters, reader):
+    ask(llm, adapters["lora"])
+    llm.engine.step()
+    threading.Timer(0.2, reader.may.set).start()
+    assert llm.llm_engine.add_lora(adapters["lora"])
+    assert llm.llm_engine.add_lora(adapters["ia3"])
+    assert len(llm.engine.runner.loaded) == 2
+    assert [o.outputs[0].finish_reason for o in llm.wait_for_completion(use_tqdm=False)] == ["length"]
+
+
+def test_an_interrupt_while_all_wait_ends_the_call(llm, adapters, reader, monkeypatch):
+    def interrupted(seconds: float | None = None) -> bool:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(llm.engine, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            one(llm, adapters["lora"])
+    assert not llm.engine.scheduler.has_work
+    reader.may.set()
+    assert len(one(llm, adapters["lora"])) == 9
+
+
+def test_the_loader_has_a_thread_while_it_reads_and_stops_where_it_is():
+    told: list[Finished[str]] = []
+    may, begun = threading.Event(), threading.Event()
+    loader = Loader[str](told.append)
+
+    def slow() -> str:
+        begun.set()
+        assert may.wait(30)
+        return "slow"
+
+    loader.submit("a", slow), loader.submit("b", lambda: "never")
+    assert begun.wait(10)
+    threading.Timer(0.1, may.set).start()
+    loader.stop()
+    assert [(each.id, each.result) for each in told] == [("a", "slow")]
+    loader.submit("c", lambda: str(1 // 0))
+    loader.stop(), loader.stop()
+    assert not any(thread.name == "veneer loader" for thread in threading.enumerate())
+    assert told[1:] == [] or isinstance(told[1].result, ZeroDivisionError)
+
+
+def test_many_adapters_and_room_for_a_few(tokenizer, tmp_path):
+    """64 that differ, memory for some 16 of them: each answer is that of the adapter alone."""
+    draw = random.Random(7)
+    made = {}
+    for number in range(64):
+        config = LoraConfig(r=1 + number % 5, target_modules=["q_proj", "up_proj"])
+        folder = save_adapter(tmp_path / str(number), config, seed=number)
+        made[number] = LoRARequest(f"a{number}", number + 1, str(folder))
+    model = make_model()
+    alone = LLM(model, tokenizer=tokenizer)
+    params = SamplingParams(temperature=0, max_tokens=5)
+
+    def answers(llm: LLM, asked: list[int]) -> list[list[int]]:
+        requests = [made[number] for number in asked]
+        outputs = llm.generate([PROMPT] * len(asked), params, lora_request=requests, use_tqdm=False)
+        return [output.outputs[0].token_ids for output in outputs]
+
+    expected = {number: answers(alone, [number])[0] for number in made}
+    each = sum(alone.engine.runner.read(Path(request.lora_path)).n_bytes for request in made.values()) // 64
+    room = 16 * each + 8 * 2**12
+    few = LLM(model, tokenizer=tokenizer, max_num_seqs=8, max_model_len=32, kv_cache_memory_bytes=room)
+    runner, pages, n_loads = few.engine.runner, few.engine.scheduler.pages, 0
+    load = runner.load
+
+    def counted(version: str, adapter: Any) -> None:
+        nonlocal n_loads
+        load(version, adapter)
+        n_loads += 1
+        held = bytes_of([linears.versions for linears in runner.interpreter._linears])
+        assert held <= pages.n_lent <= pages.n_bytes - pages.n_held * pages.page_bytes
+
+    runner.load = counted
+    for asked in ([draw.randrange(64) for _ in range(48)] for _ in range(3)):
+        assert answers(few, asked) == [expected[number] for number in asked]
+    assert n_loads > 64  # some went and came again
+    assert 8 < len(few.engine.runner.loaded) < 40
+
+
+def test_an_adapter_that_can_never_fit_is_one_clear_error(base_folder, adapters, tokenizer):
+    position = 2 * 2 * 8 * 4
+    small = LLM(make_model(), tokenizer=tokenizer, max_model_len=32, kv_cache_memory_bytes=40 * position)
+    expected = one(small)
+    with pytest.raises(ConfigError, match=r"leaves 0 positions of keys and values .* raise kv_cache_memory_bytes"):
+        one(small, adapters["lora"])
+    assert one(small) == expected
+
+
+def test_a_pinned_adapter_that_leaves_no_place_is_told(base_folder, adapters):
+    llm = LLM(base_folder, max_loras=1)
+    llm.llm_engine.add_lora(adapters["ia3"])
+    llm.llm_engine.pin_lora(adapters["ia3"].adapter_id)
+    with pytest.raises(ConfigError, match="1 of them pinned, and there is room for 1 in number"):
+        one(llm, adapters["lora"])
+    assert len(one(llm)) == 9
+
+
+def test_adapters_of_the_general_runner_share_the_pages(adapters, tokenizer, monkeypatch, caplog):
+    """In the same steps as others, in the same pages: no second store is made."""
+    strange = adapters["dora"]
+
+    def read(model: Any, program: Any, folder: Path) -> Any:
+        if folder == Path(strange.path):
+            raise UnsaidError("something")
+        return read_effects(model, program, folder)
+
+    monkeypatch.setattr(program_runner, "read_effects", read)
+    llm = LLM(make_model(), tokenizer=tokenizer, max_num_batched_tokens=7, max_num_seqs=3)
+    general = LLM(make_model(), tokenizer=tokenizer, general_runner=True)
+    asked = [strange, None, adapters["lora"], strange, adapters["prefix"], None]
+    expected = [one(general, adapter) for adapter in asked]
+    prompts = [PROMPT] * len(asked)
+    with caplog.at_level(logging.INFO, "veneer"):
+        outputs = llm.generate(prompts, GREEDY, lora_request=asked, use_tqdm=False)
+    assert [output.outputs[0].token_ids for output in outputs] == expected
+    assert "all wait for it" in caplog.text
+    store, slots = llm.engine.runner.cache.store, llm.engine.runner.general.store
+    start, stop = store.data.data_ptr(), store.data.data_ptr() + store.data.nbytes
+    assert all(start <= x.data_ptr() < stop for pair in slots.layers.values() for x in pair)
+
+
+def test_pages_give_their_memory_back():
+    store = PagedStore.zeros(9, 16, (2, 3, 32), dtype=torch.float32)
+    store.data.fill_(3.0)
+    store.discard([2, 3, 4, 7])
+    kept = [0, 1, 5, 6, 8]
+    assert bool((store.data[kept] == 3.0).all())
+    assert not store.data[[2, 3, 4, 7]].any()  # these pages are whole pages of the system
+
+
+def test_bytes_that_are_shared_count_once():
+    x = torch.zeros(7, 3)
+    assert bytes_of({"a": x, "b": [x, (x, torch.zeros(5))], "c": LoraConfig(r=3), "d": None}) == 84 + 20
+
+
+def test_copies_elsewhere_are_one(llm, adapters, tmp_path):
+    shutil.copytree(adapters["lora"].path, tmp_path / "copy")
+    two = [adapters["lora"], LoRARequest("copy", 60, str(tmp_path / "copy"))]
+    first, second = llm.generate([PROMPT] * 2, GREEDY, lora_request=two, use_tqdm=False)
+    assert first.outputs[0].token_ids == second.outputs[0].token_ids
+    assert len(llm.engine.runner.loaded) == 1
