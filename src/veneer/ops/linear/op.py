@@ -87,8 +87,12 @@ def linears(x: Float[Tensor, "*batch i"], layers: Sequence[LinearLayer]) -> tupl
 def forward(
     x: Float[Tensor, "n i"], layers: Sequence[LinearLayer], *, owns_x: bool = False
 ) -> tuple[tuple[Float[Tensor, "n _"], ...], Kept]:
-    """The outputs, and what `backward` reads. ``owns_x`` allows x of a single layer to be written over."""
-    inputs = [scaled_input(x, layer, overwrite=owns_x) for layer in layers]
+    """The outputs, and what `backward` reads.
+
+    ``owns_x`` allows x to be written over. A layer that scales it does so where no other reads x, and makes no copy.
+    """
+    alone = owns_x and len(layers) == 1
+    inputs = [scaled_input(x, layer, overwrite=alone) for layer in layers]
     reads = _operands(inputs)
     zs = [_product(own, read, layer.weight) for own, read, layer in zip(inputs, reads, layers, strict=True)]
     us = tuple(
@@ -121,14 +125,15 @@ def backward(
 ) -> LinearGradients:
     """Gradients of `forward` from the outputs' gradients, x, and what it kept.
 
-    ``overwrite`` allows the outputs' gradients to be written over, ``owns_x`` x of a single layer: who has no more use
-    for them saves memory.
+    ``overwrite`` allows the outputs' gradients to be written over, ``owns_x`` x, as in `forward`. Of x the rows that
+    records scale are copied all the same, for the gradients of their scales: the others are not.
     """
+    alone = owns_x and len(layers) == 1
     found = _Found(layers)
     dzs = [found.finish(place, dy, z, overwrite) for place, (dy, z) in enumerate(zip(dys, kept.products, strict=True))]
     reads = [operand(dz) for dz in dzs]
-    scaled = {place: scaled_rows(x, layer, copies=owns_x) for place, layer in enumerate(layers) if layer.scales_input}
-    inputs = [scaled_input(x, layer, overwrite=owns_x) for layer in layers]
+    scaled = {place: scaled_rows(x, layer, copies=alone) for place, layer in enumerate(layers) if layer.scales_input}
+    inputs = [scaled_input(x, layer, overwrite=alone) for layer in layers]
     into = [place if layer.scales_input else WHOLE for place, layer in enumerate(layers)]
     totals: dict[int, Tensor | None] = {}
     for places, u in zip(_together(layers), kept.us, strict=True):

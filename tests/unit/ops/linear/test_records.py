@@ -213,3 +213,19 @@ def test_a_bias_in_float32_beside_a_16_bit_one() -> None:
     mixed = op.linear(torch.zeros(2, 3, dtype=torch.bfloat16), layer)
     assert mixed.dtype == torch.bfloat16
     assert mixed[:, 0].tolist() == [1.0, 2.5]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("by_rows", [False, True])
+@pytest.mark.parametrize("n_layers", [1, 2, 3])
+def test_an_x_that_may_be_written_over_changes_no_result(n_layers: int, by_rows: bool) -> None:
+    layers = layers_of(("in", "all", "pair", "nothing"), has_bias=True, masked=False, by_rows=by_rows)[:n_layers]
+    x = drawn(len(ADAPTER_OF_ROW) * LENGTH, IN)
+    dys = [drawn(len(x), OUT, seed=5 + place) for place in range(n_layers)]
+    ys, kept = op.forward(x, layers)
+    found = op.backward(dys, x, kept, layers)
+    own_ys, own_kept = op.forward(x.clone(), layers, owns_x=True)
+    own = op.backward(dys, x.clone(), own_kept, layers, owns_x=True)
+    torch.testing.assert_close([*own_ys, own.x], [*ys, found.x], rtol=0, atol=0)
+    for one, other in zip(own.records, found.records, strict=True):
+        assert one is other is None or torch.equal(one, other)
