@@ -1,4 +1,4 @@
-"""What TRL, Trainer and accelerate do to a model and its settings and is not wanted here: kept from them, or undone."""
+"""Changes by TRL, Trainer and accelerate to a model and its settings that are not wanted here: kept off, or undone."""
 
 from __future__ import annotations
 
@@ -23,15 +23,17 @@ def model_kept(model: PreTrainedModel) -> Iterator[None]:
     use_cache = getattr(model.config, "use_cache", None)
     kept = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
     forward = vars(model).get("forward")
-    yield
-    for name, parameter in model.named_parameters():
-        if name in kept and kept[name].is_floating_point():
-            dtype = torch.float32 if kept[name].dtype in (torch.float16, torch.bfloat16) else kept[name].dtype
-            parameter.data = kept[name].to(device=parameter.device, dtype=dtype)
-    model.__dict__.pop("forward", None)
-    if forward is not None:
-        model.forward = forward
-    model.config.use_cache = use_cache
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            if name in kept and kept[name].is_floating_point():
+                dtype = torch.float32 if kept[name].dtype in (torch.float16, torch.bfloat16) else kept[name].dtype
+                parameter.data = kept[name].to(device=parameter.device, dtype=dtype)
+        model.__dict__.pop("forward", None)
+        if forward is not None:
+            model.forward = forward
+        model.config.use_cache = use_cache
 
 
 @contextmanager

@@ -285,6 +285,21 @@ def test_quantized_bases_keep_float32_adapters_too(tmp_path, tokenizer, make_mod
     assert all(torch.equal(dict(adapted.named_parameters())[n], p) for n, p in before.items())
 
 
+def test_a_trainer_that_is_refused_leaves_the_model_as_it_was(tmp_path, tokenizer, make_model):
+    model = make_model()
+    model.is_loaded_in_4bit = True
+    adapted = get_peft_model(model, LoraConfig(**LORA))
+    adapted.config.use_cache = True
+    before = {n: p.clone() for n, p in adapted.named_parameters()}
+    with pytest.raises(KeyError, match="no such column"):
+        trainer_of(
+            adapted, tokenizer, config(tmp_path), peft_config=None, formatting_func=lambda row: row["no such column"]
+        )
+    assert all(torch.equal(p, before[n]) for n, p in adapted.named_parameters())
+    assert "forward" not in vars(adapted)
+    assert adapted.config.use_cache
+
+
 def test_full_fine_tuning(tmp_path, tokenizer, make_model):
     trainer = trainer_of(make_model().to(torch.bfloat16), tokenizer, config(tmp_path), peft_config=None)
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
