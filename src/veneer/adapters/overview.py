@@ -1,4 +1,4 @@
-"""What an adapted model tells of its adapters: their names and configs, what they change, what is trained."""
+"""The adapters of a model as it tells of them: their names and configs, what they change, what is trained."""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
 """Activations kept where memory is plenty, computed again where it is not: decided before every forward pass.
 
-What blocks keep for the backward pass the description of a fused model tells before the first one (`model.fused.kept`);
-elsewhere it is measured on the second block of the first pass, which is kept. On a CPU there are three ways: all is
-kept; checkpointed selectively; each block computed again. On a GPU two: all is kept; each block is computed again from
-an input that waits in the host's memory (the idea of Unsloth's "unsloth" checkpointing). No way changes a gradient.
+The description of a fused model tells before the first pass what blocks keep for the backward pass
+(`model.fused.kept`), but for one where a bottleneck acts, rows have adapters of their own, or a half runs as the model
+wrote it. There, and in models that are not fused, it is measured on the second block of the first pass, which is kept.
+On a CPU there are three ways: all is kept; checkpointed selectively; each block computed again. On a GPU two: all is
+kept; each block is computed again from an input that waits in the host's memory (the idea of Unsloth's "unsloth"
+checkpointing). No way changes a gradient.
 """
 
 from __future__ import annotations

@@ -199,19 +199,22 @@ class Begun(TrainerCallback):  # type: ignore[misc]
         self._begin = begin
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Called by Trainer."""
+        """Hand on the step, 0 or that of the checkpoint, in Trainer's event."""
         self._begin(state.global_step)
 
 
 class LastEvaluation(TrainerCallback):  # type: ignore[misc]
-    """Remembers the last evaluation of a run, and after which step it was."""
+    """Remembers the last evaluation of a run, and after which step it was.
+
+    A recipe gives one dataset to evaluate on. Of several each would be an evaluation, and the last one be remembered.
+    """
 
     def __init__(self) -> None:
         self._step: int | None = None
         self._metrics: Mapping[str, Any] = {}
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, Any], **_: Any) -> None:
-        """Called by Trainer."""
+        """Take down an evaluation, in Trainer's event."""
         self._step, self._metrics = state.global_step, metrics
 
     def of_trained(self, args: TrainingArguments, state: TrainerState) -> Mapping[str, Any] | None:

@@ -1,4 +1,4 @@
-"""What LoRA refuses once the layers that it adapts are known."""
+"""LoRA's refusals once the layers that it adapts are known."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from veneer.methods.lora_parts.patterns import matches_end
 
 
 class Ranks(Protocol):
-    """What the checks read of a `LoraConfig`."""
+    """The fields of a `LoraConfig` that the checks read."""
 
     @property
     def rank_pattern(self) -> Mapping[str, int]: ...

@@ -1,4 +1,4 @@
-"""What acts on the layers of a model now, for the description of what its halves keep."""
+"""Adapters that act on the layers of a model now, for the description of what its halves keep."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from veneer.model.residual import residual_adapters
 
 
 def acting_on(model: PreTrainedModel, decoder: Decoder) -> dict[str, Acting] | None:
-    """What acts on the layers of a model's blocks by their paths, on any device, meta too.
+    """Adapters that act on the layers of a model's blocks, by the layers' paths, on any device, meta too.
 
     None where the rows of a batch have adapters of their own, and where a bottleneck acts: what is kept then is not
     described.

@@ -27,6 +27,7 @@ class AttentionHalf:
     """The parts of one half as they act now. ``q_norm`` and ``k_norm`` act on each head, before it is rotated.
 
     ``dtype`` is what lies between the norm and the sum: the stream's, or bfloat16 beside a float32 stream (autocast).
+    ``sums`` is False where the half gives out what it adds to the stream, for bottlenecks that act on that alone.
     """
 
     dtype: torch.dtype

@@ -27,7 +27,7 @@ SPECIAL = (*CACHES, "encoder_hidden_states")
 
 
 class FusedBlock(InPlace, nn.Module):
-    """Mixed in front of the class of a block. Each half runs fused when everything in it allows that, now."""
+    """Mixin in front of the class of a block. Each half runs fused when everything in it allows that, now."""
 
     fused_shape: BlockShape
 
@@ -74,7 +74,7 @@ def _run(block: FusedBlock, x: Tensor, mask: LayoutMask, kwargs: dict[str, Any])
 
 
 def _changed(block: FusedBlock, kind: SublayerKind, change: Tensor, x: Tensor) -> Tensor:
-    """What a half of the stream x adds, behind the bottlenecks that act there."""
+    """The change of the stream x by one half, behind the bottlenecks that act there."""
     names, acting = block.fused_shape.norms, cast(ResidualAdapters, bottlenecks(block, kind))
     norm = getattr(block, names.attention if kind == "attention" else names.mlp)
     return acting.changed(change, norm(x) if acting.reads_input else None)

@@ -41,7 +41,7 @@ STRANGE = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class FusedDecoder(InPlace, nn.Module):
-    """Mixed in front of the class of the module that holds the blocks: it tells them which tokens see one another.
+    """Mixin in front of the class of the module that holds the blocks: it tells them which tokens see one another.
 
     ``ends_with_head``: the model's logits are what its head gives out, as it is.
     """

@@ -36,7 +36,7 @@ class Passed:
 
 
 class _Passing(InPlace, nn.Module):
-    """Mixed in front of the head's class for one forward pass: hidden states come out where logits would."""
+    """Mixin in front of the head's class for one forward pass: hidden states come out where logits would."""
 
     passed: Passed
 

@@ -1,4 +1,4 @@
-"""What the fused halves of a described block keep for their backward passes, tensor by tensor, without a weight.
+"""Tensors that the fused halves of a described block keep for their backward passes, without a weight.
 
 Everything here follows from the description of a decoder, from what acts on its linear layers, and from what
 `model.fused.attention`, `model.fused.mlp` and `ops.linear.op` save; how the base is stored changes nothing, for codes
@@ -6,6 +6,10 @@ are the model's own. A half that runs as the model wrote it is a `Strange` in pl
 
 Not counted is what does not grow with the tokens of a pass (a few vectors a layer that DoRA's scale is made of), and
 what is one for all blocks: tables of the rotation, bounds of sequences, ids of dropout's masks.
+
+`model.activation_memory` asks for what blocks keep whole. A plan of a run before it starts, which is still to come,
+will ask for the rest: ``selective`` and ``reaches`` of a pass, `kept_by_recomputed`, `kept_by_loss`, and `total` of the
+tensors that are ``at_least`` so large.
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ class KeptTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Acting:
-    """What acts on a linear layer in training, as far as it decides what is kept.
+    """An adapter's part at a linear layer in training, as far as it decides what is kept.
 
     ``rank`` is that of the record's low-rank part, which may be more than a config's (PiSSA: twice). ``drops``: dropout
     in front of it; its mask is drawn again, but the products lie in another form.
@@ -85,7 +89,7 @@ class Pass:
         return KeptTensor(name, self.n_tokens * features * dtype.itemsize)
 
     def on(self, linear: Linear) -> Acting:
-        """What acts on a layer."""
+        """The adapter's part at a layer."""
         return self.acting.get(linear.path, NOTHING)
 
 
@@ -93,7 +97,7 @@ Kept = tuple[KeptTensor, ...]
 
 
 def kept_by_attention(block: Block, step: Pass) -> Kept | Strange:
-    """What the attention half of a block keeps."""
+    """Tensors that the attention half of a block keeps."""
     shape = block_shape(block)
     if isinstance(shape, str) or shape.attention is None:
         return _unfused(block.attention, shape)
@@ -116,7 +120,7 @@ def kept_by_attention(block: Block, step: Pass) -> Kept | Strange:
 
 
 def kept_by_feed_forward(block: Block, step: Pass) -> Kept | Strange:
-    """What the feed-forward half of a block keeps; in a parallel block its input is the attention half's too."""
+    """Tensors that the feed-forward half of a block keeps; in a parallel block the input is the attention half's."""
     shape = block_shape(block)
     if isinstance(shape, str) or shape.mlp is None:
         return _unfused(block.feed_forward, shape)
@@ -137,7 +141,7 @@ def kept_by_feed_forward(block: Block, step: Pass) -> Kept | Strange:
 
 
 def kept_by_block(block: Block, step: Pass) -> Kept | Strange:
-    """What both halves keep, each tensor once; a `Strange` where one of them runs as the model wrote it."""
+    """Tensors that both halves keep, each once; a `Strange` where one of them runs as the model wrote it."""
     attention, feed_forward = kept_by_attention(block, step), kept_by_feed_forward(block, step)
     if isinstance(attention, Strange):
         return attention
@@ -148,14 +152,14 @@ def kept_by_block(block: Block, step: Pass) -> Kept | Strange:
 
 
 def kept_by_recomputed(block: Block, step: Pass) -> Kept:
-    """What a block keeps that is computed again as a whole, of any kind: its input."""
+    """The input of a block, which it keeps where it is computed again as a whole, of any kind."""
     halves = (block.attention, block.feed_forward)
     width = next(half.linears[0].in_features for half in halves if not isinstance(half, Strange))
     return (step.rows("input", width, step.stream),)
 
 
 def kept_by_loss(decoder: Decoder, n_rows: int, dtype: torch.dtype) -> Kept | Strange:
-    """What the head and the loss keep where they are one op, over ``n_rows`` hidden states, and the head is frozen.
+    """Tensors that a frozen head and the loss keep where they are one op, over ``n_rows`` hidden states.
 
     ``dtype`` is what the head computes in. The final norm in front of it is the model's own code and not counted.
     """
