@@ -17,7 +17,7 @@ from veneer.errors import ConfigError
 from veneer.methods import all_methods
 from veneer.methods.variants import all_variants
 
-OTHERS = "down_proj|v_proj|c_attn"  # these have a rank and an alpha of their own
+OTHERS = "down_proj|v_proj|c_attn|query_key_value"  # these have a rank and an alpha of their own
 BREAK_NEUTRALITY = {
     "total_step": 12,
     "r": 3,

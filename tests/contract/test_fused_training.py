@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTrainedConfig
 
 import veneer
 from veneer import BottleneckConfig, PeftModel
@@ -23,6 +23,11 @@ N_LAYERS = 2
 LLAMA = LlamaConfig(
     hidden_size=42, intermediate_size=58, num_hidden_layers=N_LAYERS, num_attention_heads=6, num_key_value_heads=2,
     head_dim=14, vocab_size=97, attention_bias=True,
+)  # fmt: skip
+NEOX = GPTNeoXConfig(
+    hidden_size=42, intermediate_size=58, num_hidden_layers=N_LAYERS, num_attention_heads=3, vocab_size=97,
+    rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.3},
+    use_parallel_residual=True,
 )  # fmt: skip
 TOKENS = torch.arange(3 * 17).view(3, 17) * 31 % 97
 
@@ -41,9 +46,9 @@ def halves(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ran
 
 
-def make_base() -> Any:
+def make_base(config: PreTrainedConfig = LLAMA) -> Any:
     torch.manual_seed(41)
-    model = AutoModelForCausalLM.from_config(LLAMA)
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += (0.3 if parameter.ndim == 1 else 0.15) * torch.randn_like(parameter)
@@ -114,11 +119,15 @@ def test_a_method_dropped_into_the_folder(toy: Any, halves: list[str]) -> None:
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3])
-def test_rows_of_every_method_in_one_batch(every_config: list[LinearMethod], rate: float, halves: list[str]) -> None:
+@pytest.mark.parametrize("base", [LLAMA, NEOX], ids=["serial", "parallel"])
+def test_rows_of_every_method_in_one_batch(
+    every_config: list[LinearMethod], base: PreTrainedConfig, rate: float, halves: list[str]
+) -> None:
     """Each row's loss and gradients are those of its adapter alone on the general path; one row is the base's."""
     configs: dict[str, Any] = {f"row{i}": everywhere(config, rate) for i, config in enumerate(every_config)}
-    configs["bottleneck"] = BottleneckConfig.houlsby(reduction_factor=5, dropout=rate)
-    model = adapted(make_base(), configs)
+    configs["behind"] = BottleneckConfig.houlsby(reduction_factor=5, dropout=rate)
+    configs["beside"] = BottleneckConfig.parallel(reduction_factor=7, after_attention=True, dropout=rate)
+    model = adapted(make_base(base), configs)
     tokens = torch.arange((len(configs) + 1) * 17).view(-1, 17) * 31 % 97
     alone = {}
     for row, name in enumerate(configs):
