@@ -1,11 +1,13 @@
-"""Small models of the families whose blocks are fused."""
+"""Small models of the families whose blocks are fused, and the halves that do run so."""
 
 from __future__ import annotations
 
 import copy
 from typing import Any
 
+import pytest
 import torch
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -24,6 +26,9 @@ from transformers import (
     StableLmConfig,
     Starcoder2Config,
 )
+
+from veneer.model.fused.attention import attention_half
+from veneer.model.fused.mlp import mlp_half
 
 SIZES: dict[str, Any] = {
     "hidden_size": 42, "intermediate_size": 58, "num_hidden_layers": 2, "num_attention_heads": 6,
@@ -67,3 +72,18 @@ def base(family: str | PreTrainedConfig, dtype: torch.dtype = torch.float32) -> 
             else:
                 parameter.copy_(torch.randn_like(parameter) * (1.0 if "embed" in name else 0.25))
     return model.to(dtype)
+
+
+@pytest.fixture
+def halves(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The halves that ran fused."""
+    ran: list[str] = []
+    for name, half in (("attention", attention_half), ("mlp", mlp_half)):
+
+        def spied(*args: Any, name: str = name, half: Any = half) -> Tensor:
+            ran.append(name)
+            result: Tensor = half(*args)
+            return result
+
+        monkeypatch.setattr(f"veneer.model.fused.block.{name}_half", spied)
+    return ran

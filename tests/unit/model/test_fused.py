@@ -10,9 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 from transformers import (
-    PreTrainedModel,
     Qwen2MoeConfig,
     SeedOssConfig,
 )
@@ -26,122 +24,21 @@ from veneer import (
     PromptEncoderConfig,
     PromptTuningConfig,
     VeraConfig,
-    get_peft_model,
     prepare_model_for_kbit_training,
 )
 from veneer.contract import MethodConfig
 from veneer.model.fused import decoder
-from veneer.model.fused.attention import attention_half
 from veneer.model.fused.block import FusedBlock
 from veneer.model.fused.decoder import fuse, fused, is_fused, unfuse
-from veneer.model.fused.mlp import mlp_half
-from veneer.model.quant_linear import QuantLinear
 from veneer.ops import dispatch
-from veneer.ops.four_bit import FourBitLayout
-from veneer.quant.four_bit import FourBitSpec
-from veneer.quant.int8 import Int8Spec
-from veneer.quant.spec import StorageSpec
 
 from .conftest import FAMILIES, SIZES, WIDE, base
+from .steps import BATCHES, IDS, LORA, adapted, assert_same, error, quantized, step, stir
 
 MOE: dict[str, Any] = {
     **WIDE, "num_experts": 5, "num_experts_per_tok": 2,
     "moe_intermediate_size": 28, "shared_expert_intermediate_size": 20,
 }  # fmt: skip
-LORA = LoraConfig(r=5, lora_alpha=7, target_modules="all-linear")
-IDS = (torch.arange(3 * 17).view(3, 17) * 31 + 5) % 97
-PADDING = torch.ones(3, 17, dtype=torch.long)
-PADDING[1, 12:], PADDING[2, :5] = 0, 0
-PACKED = torch.cat([torch.arange(4), torch.arange(13)])[None].expand(3, -1)
-BATCHES: dict[str, dict[str, Any]] = {
-    "whole": {},
-    "packed": {"position_ids": PACKED},
-    "padded": {"attention_mask": PADDING},
-}
-Result = tuple[Tensor, float, dict[str, Tensor]]
-
-
-def adapted(model: PreTrainedModel, config: MethodConfig = LORA) -> PreTrainedModel:
-    """With an adapter whose every tensor is away from its start."""
-    get_peft_model(model, config)
-    stir(model)
-    return model.train()
-
-
-def stir(model: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(11)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.2 * torch.randn(parameter.shape, generator=generator).to(parameter)
-
-
-def quantized(model: PreTrainedModel, quant_type: str, compute_dtype: torch.dtype | None = None) -> PreTrainedModel:
-    for name, module in list(model.model.layers.named_modules()):
-        if isinstance(module, nn.Linear):
-            shape, dtype = tuple(module.weight.shape), module.weight.dtype
-            spec: StorageSpec = Int8Spec(shape, dtype, compute_dtype)
-            if quant_type != "int8":
-                spec = FourBitSpec(FourBitLayout(shape, quant_type, 64, dtype), True, compute_dtype)
-            model.model.layers.set_submodule(name, QuantLinear.from_dense(module, spec))
-    return model
-
-
-def step(model: PreTrainedModel, batch: dict[str, Any]) -> Result:
-    """Logits of real tokens, the loss over them, and all gradients."""
-    model.zero_grad()
-    real = batch.get("attention_mask", torch.ones_like(IDS))
-    real = real.bool() if real.ndim == 2 else torch.ones_like(IDS, dtype=torch.bool)
-    torch.manual_seed(5)
-    logits = model(input_ids=IDS, **{"use_cache": False, **batch}).logits[:, -17:][real].double()
-    loss = nn.functional.cross_entropy(logits[:-1], IDS[real][1:])
-    loss.backward()
-    grads = {n: p.grad.double().clone() for n, p in model.named_parameters() if p.grad is not None}
-    return logits.detach(), loss.item(), grads
-
-
-def error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    assert found.keys() == expected.keys()
-    apart = sum((found[k] - expected[k]).square().sum() for k in expected)
-    return float((apart / sum(v.square().sum() for v in expected.values())).sqrt())
-
-
-def assert_same(model: PreTrainedModel, batch: dict[str, Any] | None = None) -> None:
-    """Fused and general path are alike; where they are not, float64 says that the fused one is off by little more.
-
-    Where one key takes all of a softmax, attention's backward pass loses digits: it takes the sum of ``p dp`` from the
-    rounded output (FlashAttention-2, arXiv 2307.08691, section 3.1).
-    """
-    expected = step(model, batch or {})
-    with fused(model) as takes:
-        assert takes
-        found = step(model, batch or {})
-    assert not is_fused(model)
-    assert found[1] == pytest.approx(expected[1], rel=2e-5)
-    found[2][""], expected[2][""] = found[0], expected[0]
-    assert found[2].keys() == expected[2].keys()
-    apart = [n for n, v in expected[2].items() if (found[2][n] - v).norm() > 2e-5 * v.norm()]
-    if apart:
-        logits, _, exact = step(copy.deepcopy(model).double(), batch or {})
-        exact[""] = logits
-        assert error(found[2], exact) <= min(4 * error(expected[2], exact), 5e-5)
-        for name in apart:
-            assert (found[2][name] - exact[name]).norm() <= 1e-4 * exact[name].norm(), name
-
-
-@pytest.fixture
-def halves(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The halves that ran fused."""
-    ran: list[str] = []
-    for name, half in (("attention", attention_half), ("mlp", mlp_half)):
-
-        def spied(*args: Any, name: str = name, half: Any = half) -> Tensor:
-            ran.append(name)
-            result: Tensor = half(*args)
-            return result
-
-        monkeypatch.setattr(f"veneer.model.fused.block.{name}_half", spied)
-    return ran
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -163,9 +60,6 @@ RECORDS: dict[str, MethodConfig] = {
     "dropout": LoraConfig(r=5, lora_alpha=7, target_modules="all-linear", lora_dropout=0.3),
     "dora and dropout": LoraConfig(r=5, lora_alpha=7, target_modules="all-linear", use_dora=True, lora_dropout=0.3),
     "vera and dropout": VeraConfig(r=11, target_modules="all-linear", vera_dropout=0.3),
-    "houlsby": BottleneckConfig.houlsby(reduction_factor=7, scaling=0.7),
-    "pfeiffer and dropout": BottleneckConfig.pfeiffer(reduction_factor=7, dropout=0.3),
-    "parallel": BottleneckConfig.parallel(reduction_factor=7, after_attention=True),
 }
 
 

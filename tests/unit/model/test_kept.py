@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, MixtralConfig, Olmo2Config, PreTrainedModel
 
@@ -33,16 +33,12 @@ from veneer.model.fused.kept import (
     kept_by_recomputed,
     total,
 )
-from veneer.model.quant_linear import QuantLinear
 from veneer.model.routing import Routing
 from veneer.model.state import AdapterState
-from veneer.ops.four_bit import FourBitLayout
-from veneer.quant.four_bit import FourBitSpec
-from veneer.quant.int8 import Int8Spec
-from veneer.quant.spec import StorageSpec
 from veneer.train.loss import token_loss
 
 from .conftest import FAMILIES, SIZES, WIDE, base
+from .steps import quantized
 
 IDS = (torch.arange(3 * 23).view(3, 23) * 31 + 5) % 97
 LORA = LoraConfig(r=5, target_modules="all-linear")
@@ -117,17 +113,6 @@ def compare(model: PreTrainedModel, found: Found, decoder: Decoder, step: Pass) 
         both = kept_by_block(block, step)
         assert not isinstance(both, Strange)
         assert total(both) == sum(n for _, n in attention | mlp)
-
-
-def quantized(model: PreTrainedModel, kind: str) -> PreTrainedModel:
-    for name, module in list(model.model.layers.named_modules()):
-        if isinstance(module, nn.Linear):
-            shape, dtype = tuple(module.weight.shape), module.weight.dtype
-            spec: StorageSpec = Int8Spec(shape, dtype)
-            if kind != "int8":
-                spec = FourBitSpec(FourBitLayout(shape, kind, 64, dtype), double_quant=True)
-            model.model.layers.set_submodule(name, QuantLinear.from_dense(module, spec))
-    return model
 
 
 def adapted(model: PreTrainedModel, config: MethodConfig = LORA) -> PreTrainedModel:
