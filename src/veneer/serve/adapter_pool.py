@@ -160,6 +160,10 @@ class AdapterPool:
         """Return True if a version is loaded."""
         return self._entries[id].residency is Residency.RESIDENT
 
+    def is_pinned(self, id: str) -> bool:
+        """Return True if a version stays loaded, whoever waits for its place."""
+        return self._entries[id].pinned
+
     def may_act(self, id: str) -> bool:
         """Return True if a request of this version may enter the batch beside the versions that are in it."""
         acting = {key for key, entry in self._entries.items() if entry.running}

@@ -67,6 +67,11 @@ class Request:
         """Tokens whose keys and values are still to be computed; 1 while it decodes."""
         return self.n_tokens - self.n_computed
 
+    @property
+    def n_to_come(self) -> int:
+        """Tokens to compute, at most, until it ends."""
+        return len(self.prompt) + self.rule.max_tokens - self.n_computed
+
     def stretch(self, n: int) -> tuple[int, ...]:
         """The next ``n`` tokens to compute."""
         first, last, n_prompt = self.n_computed, self.n_computed + n, len(self.prompt)

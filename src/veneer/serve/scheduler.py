@@ -2,7 +2,8 @@
 
 A request waits until there are a seat, pages, and its adapter; it then computes its tokens, at most a step's budget at
 a time, draws one token a step, and ends. Where pages lack, adapters that are not in use go out; then the newest in the
-batch gives its own back and is computed again later.
+batch gives its own back and is computed again later. Where an adapter finds no place, the version in the batch that
+ends first takes no more requests, and younger requests of all others go on.
 
 Laws: a plan has each request at most once and at most the budget's tokens; rows of one version stand side by side; the
 oldest in the batch is never preempted, so that something always ends; a request that has ended holds nothing, and is
@@ -180,7 +181,7 @@ class Scheduler:
         bisect.insort(self.waiting, request, key=lambda r: r.arrival)
 
     def _admit(self, planned: dict[Request, int]) -> None:
-        drains, wanted = False, set[str]()
+        wanted, closed = set[str](), set[str]()
         for request in list(self.waiting):
             budget = self.limits.max_batched_tokens - sum(planned.values())
             if not budget or len(self.running) >= self.limits.max_seqs:
@@ -188,10 +189,12 @@ class Scheduler:
             version = request.version
             if version is not None:
                 wanted.add(version)
-            if version is not None and (drains or not self._may_enter(version)):
-                # An older request has no place for its adapter: younger ones must not keep the places in use for ever,
-                # nor, where it is bytes that lack, the bytes.
-                drains = drains or not self._will_load(version)
+            if version in closed:
+                continue
+            if version is not None and not self._may_enter(version):
+                # Younger requests go on beside an older one that has no place, in all versions but the one that ends
+                # first: its place is the older one's. Where it is bytes that lack, nobody takes more.
+                closed = closed or self._closed_for(version)
                 if self.pool.lacks_bytes(version):
                     return
                 continue
@@ -204,9 +207,21 @@ class Scheduler:
     def _may_enter(self, version: str) -> bool:
         return self.pool.is_resident(version) and self.pool.may_act(version)
 
-    def _will_load(self, version: str) -> bool:
-        """Return True if a version that is not loaded can be without somebody leaving the batch first."""
-        return not self.pool.is_resident(version) and self.pool.will_load(version)
+    def _closed_for(self, version: str) -> set[str]:
+        """The version in the batch that takes no more requests, so that another gets its place; none where that has one
+        already, or where no version that may go is in the batch.
+
+        It is the one that ends first. As nobody enters it, and the others are no shorter, the wait is at most as long
+        as its longest request.
+        """
+        resident = self.pool.is_resident(version)
+        if not resident and self.pool.will_load(version):
+            return set()
+        left = dict[str, int]()
+        for request in self.running:
+            if request.version is not None and (resident or not self.pool.is_pinned(request.version)):
+                left[request.version] = max(left.get(request.version, 0), request.n_to_come)
+        return {min(left, key=lambda v: (left[v], v))} if left else set()
 
     def _enter(self, request: Request) -> None:
         self.waiting.remove(request)

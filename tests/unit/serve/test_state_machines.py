@@ -182,9 +182,11 @@ class Serving(RuleBasedStateMachine):
         while (version := self.pool.begin_load(self.scheduler.wanted())) is not None:
             assert version in self.scheduler.wanted()
         oldest = self.scheduler.running[0] if self.scheduler.running else None
+        before = self.longest_wait()
         plan = self.scheduler.plan()
         self.make_way()
         self.check(plan, oldest)
+        self.check_wait(before, self.longest_wait())
         self.with_memory |= {page for s in plan.sequences for page in s.pages}
         sampled = self.arena.run(plan)
         failed = {s.request_id: NonFiniteError("x") for i, s in enumerate(plan.sequences) if i in failing}
@@ -224,6 +226,25 @@ class Serving(RuleBasedStateMachine):
         n_there = len({*self.pinned()} & {*self.pool.resident} - {request.version})
         no_place = self.pool.n_resident is not None and n_there >= self.pool.n_resident
         assert no_place or others + needed * self.pages.page_bytes > self.pages.n_bytes
+
+    def longest_wait(self):
+        """The oldest request whose adapter has no place, and how many tokens the version that ends first has to come,
+        of those that may go; None where there is no such request.
+        """
+        placeless = (r for r in self.scheduler.waiting if r.version and not self.pool.is_resident(r.version))
+        request = next((r for r in placeless if not self.pool.will_load(r.version)), None)
+        if request is None:
+            return None
+        going = {r.version for r in self.scheduler.running} - {None} - self.pinned()
+        left = [max(r.n_to_come for r in self.scheduler.running if r.version == version) for version in going]
+        return request.id, min(left, default=None)
+
+    def check_wait(self, before, after):
+        """Who has no place is overtaken, and does not wait longer for that."""
+        if before is None or after is None or None in (before[1], after[1]) or before[0] != after[0]:
+            return
+        first = next((r for r in self.scheduler.waiting if r.version), None)
+        assert first is None or first.id != before[0] or after[1] <= before[1]
 
     def check(self, plan, oldest):
         ids = [s.request_id for s in plan.sequences]
@@ -361,6 +382,42 @@ def test_a_younger_request_does_not_keep_the_only_place_for_ever():
         made.commit(plan, arena.run(plan))
     assert all(r.id != "x0" and r.n_computed == 0 for r in made.waiting)
     assert (made.pool.begin_load(made.wanted()), list(made.pool.going)) == ("y", ["x"])
+
+
+def test_younger_requests_go_on_beside_one_that_has_no_place():
+    """All versions but the one that ends first take more; its place is the older request's."""
+    made, arena = scheduler(n_pages=23, n_resident=3), TokenArena(3)
+    for name in "wxyz":
+        made.pool.bind(name, AdapterVersion(id=name, folder=name))
+    load(made.pool, "x", "y", "w")
+    made.pool.pin("w")
+    for name, longest in {"x": 5, "y": 3, "w": 2}.items():
+        made.add(request(f"{name}0", version=name, longest=longest))
+    plan = made.plan()
+    made.commit(plan, arena.run(plan))
+    made.add(request("z0", version="z"))
+    for name in "ywx":
+        made.add(request(f"{name}1", version=name, longest=7))
+    assert made.pool.begin_load(made.wanted()) is None
+    plan = made.plan()
+    assert {s.request_id for s in plan.sequences} == {"x0", "y0", "w0", "x1", "w1"}
+    made.commit(plan, arena.run(plan))
+    plan = made.plan()
+    made.commit(plan, arena.run(plan))
+    assert (made.pool.begin_load(made.wanted()), list(made.pool.going)) == ("z", ["y"])
+
+
+def test_younger_requests_go_on_beside_one_whose_adapter_may_not_act_yet():
+    made, arena = scheduler(n_pages=23, n_acting=2), TokenArena(3)
+    for name in "xyz":
+        made.pool.bind(name, AdapterVersion(id=name, folder=name))
+    load(made.pool, "x", "y", "z")
+    made.add(request("x0", version="x", longest=5)), made.add(request("y0", version="y", longest=3))
+    plan = made.plan()
+    made.commit(plan, arena.run(plan))
+    for name in "zyx":
+        made.add(request(f"{name}1", version=name, longest=7))
+    assert {s.request_id for s in made.plan().sequences} == {"x0", "y0", "x1"}
 
 
 def test_base_requests_do_not_wait_for_an_adapter():
