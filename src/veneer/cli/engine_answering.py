@@ -83,6 +83,8 @@ class EngineAnswerer:
             for each in asked:
                 self._engine.submit(each)
             while left:
+                if not self._engine.has_work:
+                    self._engine.wait()  # for an adapter that is being read
                 for output in self._engine.step():
                     if output.error is not None:
                         raise output.error

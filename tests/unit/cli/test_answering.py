@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +75,21 @@ def test_both_ways_give_the_same_answers(
     given = [each.stream(PROMPTS[1], 9) for each in (engine, model)]
     printed = capsys.readouterr().out
     assert (given[0], printed) == (given[1], printed[: len(printed) // 2] * 2)
+
+
+def test_nobody_spins_while_an_adapter_is_read(
+    model_folder: Path, adapter_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answerer: Any = answerer_of(load_parts(str(model_folder), adapter_folder), None, n_rows=3)
+    engine, answering = answerer._engine, Answering(max_new_tokens=7)
+    expected = answerer.answers(PROMPTS[:1], answering, ignore_progress)
+    engine.remove_adapter(1)
+    read, step, may, steps = engine.runner.read, engine.step, threading.Event(), list[int]()
+    monkeypatch.setattr(engine.runner, "read", lambda folder: (may.wait(30), read(folder))[1])
+    monkeypatch.setattr(engine, "step", lambda: (steps.append(1), step())[1])
+    threading.Timer(0.3, may.set).start()
+    assert answerer.answers(PROMPTS[:1], answering, ignore_progress) == expected
+    assert len(steps) <= 7 + 3
 
 
 def test_drawing_means_the_same(monkeypatch: pytest.MonkeyPatch, model_folder: Path, tmp_path: Path) -> None:
