@@ -6,6 +6,7 @@ program, `UnsaidError` says so, and the adapter is that runner's.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from veneer.contract import MethodConfig, VirtualTokenMethod
 from veneer.contract.keys import copy_key, rows_key, weight_keys
+from veneer.contract.places import Placed
 from veneer.core.records import LinearDelta, PrefixDelta, PromptDelta, ResidualDelta
 from veneer.errors import VeneerError
 from veneer.model.copies import own_parameters
@@ -32,6 +34,7 @@ from veneer.store.adapter.records import StoredAdapter, read_records
 from veneer.store.adapter.tensors import once_each
 
 TokenRows = tuple[Tensor, Tensor]
+_KEPT = 8  # configs whose places are kept
 
 
 class UnsaidError(VeneerError):
@@ -54,20 +57,49 @@ class Effects:
     front: tuple[PrefixDelta, ...] | PromptDelta | None = None
 
 
-def read_effects(model: PreTrainedModel, program: Program, folder: Path) -> Effects:
+@dataclass(frozen=True, slots=True)
+class _Places:
+    config: MethodConfig
+    placed: Mapping[str, Placed]
+    plan: Plan | None  # of linear methods and those of halves
+
+
+class Lookup:
+    """The places of adapters on a ``model``, looked up once for adapters of equal configs: most differ in values alone.
+
+    It holds while no other adapter is attached to the model, or taken off.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self._seen: deque[_Places] = deque(maxlen=_KEPT)
+
+    def of(self, config: MethodConfig) -> _Places:
+        """Those of a config. Raises TargetError where the model has none."""
+        found = next((each for each in self._seen if each.config == config), None)
+        if found is None:
+            placed = placed_on(self.model, config)
+            virtual = isinstance(config, VirtualTokenMethod)
+            found = _Places(config, placed, None if virtual else plan_of(look_at(self.model), config, fresh=False))
+            self._seen.append(found)
+        return found
+
+
+def read_effects(lookup: Lookup, program: Program, folder: Path) -> Effects:
     """The effects of a saved adapter. Raises FormatError and TargetError as loading does, and `UnsaidError`."""
     config = read_config(folder)
-    stored = read_records(folder, placed_on(model, config))
+    places = lookup.of(config)
+    stored = read_records(folder, places.placed)
     found = Effects()
     for path, record in stored.records.items():
         _put(found, program, path, record)
-    if isinstance(config, VirtualTokenMethod):
+    plan = places.plan
+    if plan is None:
         if stored.others or config.modules_to_save:
             raise UnsaidError(f"virtual tokens with {', '.join(stored.others[:3]) or config.modules_to_save}")
         return found
-    plan = plan_of(look_at(model), config, fresh=False)
     if stored.others or plan.copied or plan.rows:
-        _put_others(found, model, program, stored, _Others(config, plan, once_each(read_tensors(folder))))
+        _put_others(found, lookup.model, program, stored, _Others(config, plan, once_each(read_tensors(folder))))
     return found
 
 

@@ -27,7 +27,7 @@ from veneer.model.plan import plan_of
 from veneer.model.snapshot import look_at
 from veneer.model.structure import evaluation
 from veneer.ops.paged_attention import UNIT
-from veneer.serve.effects import Effects, UnsaidError, read_effects
+from veneer.serve.effects import Effects, Lookup, UnsaidError, read_effects
 from veneer.serve.general_runner import GeneralRunner, StoredFolder
 from veneer.serve.held import bytes_of
 from veneer.serve.interpreter import Interpreter, PackedEffects
@@ -84,6 +84,7 @@ class ProgramRunner(DrawingRunner):
         self.cache = make_cache(interpreter.program, n_pages, block, model.dtype, model.device)
         self.fronts: dict[str, list[KeysValues]] = {}
         self.general: GeneralRunner | None = None
+        self._lookup = Lookup(self.model)
         self._modules = threading.Lock()  # the general runner changes them, and reading looks at them
 
     @property
@@ -94,7 +95,7 @@ class ProgramRunner(DrawingRunner):
     def read(self, folder: Path) -> ProgramAdapter | GeneralAdapter:
         with self._modules:
             try:
-                effects = read_effects(self.model, self.interpreter.program, folder)
+                effects = read_effects(self._lookup, self.interpreter.program, folder)
             except UnsaidError as reason:
                 if self.alone:
                     raise
@@ -118,6 +119,7 @@ class ProgramRunner(DrawingRunner):
                 require_pageable(self.model)
                 self.general = GeneralRunner(self.model, self.cache.slots())
             _require_weights(self.model, folder)
+            self._lookup = Lookup(self.model)
             self.general.load(version, adapter.stored)
         _LOG.info(
             "%s has %s, which the program has no place for: its requests take the general runner",
@@ -130,6 +132,7 @@ class ProgramRunner(DrawingRunner):
             self.interpreter.drop(version)
         elif self.general is not None:
             with self._modules:
+                self._lookup = Lookup(self.model)
                 self.general.unload(version)
         self.fronts.pop(version, None)
 

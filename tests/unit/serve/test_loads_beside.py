@@ -15,8 +15,9 @@ import torch
 
 from veneer import LLM, IA3Config, LoraConfig, LoRARequest, SamplingParams
 from veneer.errors import ConfigError, FormatError
+from veneer.model.places import placed_on
 from veneer.ops.paged_attention import PagedStore
-from veneer.serve import program_runner
+from veneer.serve import effects, program_runner
 from veneer.serve.effects import UnsaidError, read_effects
 from veneer.serve.held import bytes_of
 from veneer.serve.loader import Finished, Loader
@@ -98,6 +99,20 @@ def test_generate_sleeps_while_all_wait(llm, adapters, reader, monkeypatch):
     threading.Timer(0.3, reader.may.set).start()
     assert len(one(llm, adapters["lora"])) == 9
     assert len(steps) <= 9 + 3
+
+
+def test_places_are_looked_up_once_for_equal_configs(tmp_path, tokenizer, monkeypatch):
+    """Adapters that differ in values alone share them, and give what they give on an engine of their own."""
+    configs = [LoraConfig(r=r, target_modules=["q_proj", "down_proj"]) for r in (3, 3, 5)]
+    folders = [save_adapter(tmp_path / str(i), config, seed=i) for i, config in enumerate(configs)]
+    asked = [LoRARequest(str(i), i + 1, str(folder)) for i, folder in enumerate(folders)]
+    expected = [one(LLM(make_model(), tokenizer=tokenizer), each) for each in asked]
+    looked: list[int] = []
+    monkeypatch.setattr(effects, "placed_on", lambda *given: (looked.append(1), placed_on(*given))[1])
+    llm = LLM(make_model(), tokenizer=tokenizer)
+    assert [one(llm, each) for each in asked] == expected
+    assert len({tuple(each) for each in expected}) == len(asked)
+    assert len(looked) == 2
 
 
 def test_torch_computes_on_the_loaders_thread_alone(llm, adapters, reader):
@@ -304,10 +319,10 @@ def test_adapters_of_the_general_runner_share_the_pages(adapters, tokenizer, mon
     """In the same steps as others, in the same pages: no second store is made."""
     strange = adapters["dora"]
 
-    def read(model: Any, program: Any, folder: Path) -> Any:
+    def read(lookup: Any, program: Any, folder: Path) -> Any:
         if folder == Path(strange.path):
             raise UnsaidError("something")
-        return read_effects(model, program, folder)
+        return read_effects(lookup, program, folder)
 
     monkeypatch.setattr(program_runner, "read_effects", read)
     llm = LLM(make_model(), tokenizer=tokenizer, max_num_batched_tokens=7, max_num_seqs=3)

@@ -15,7 +15,7 @@ from veneer import LoraConfig
 from veneer.model.paged import Stretch
 from veneer.ops.cpu.module import kernels
 from veneer.serve.bound import IntoStreamOf, LogitsOf
-from veneer.serve.effects import read_effects
+from veneer.serve.effects import Lookup, read_effects
 from veneer.serve.interpreter import Interpreter
 from veneer.serve.kv_cache import make_cache
 from veneer.serve.native import Stretch as NativeStretch
@@ -107,7 +107,8 @@ def loaded(dtype: torch.dtype, folders: dict[str, Path], family: str = "llama") 
     model = make_model(family).to(dtype)
     interpreter = proved(model, 100)
     for name, folder in folders.items():
-        interpreter.take(name, replace(read_effects(model, interpreter.program, folder), front=None))
+        effects = replace(read_effects(Lookup(model), interpreter.program, folder), front=None)
+        interpreter.take(name, interpreter.packed(effects))
     return interpreter
 
 
@@ -151,8 +152,8 @@ def test_a_version_takes_the_place_of_one_that_went(adapters):
     fast, slow = pair_of(interpreter)
     before = fast.step((0, 0, 5, "ia3"))
     interpreter.drop("lora")
-    effects = read_effects(make_model(), interpreter.program, Path(adapters["dora"].lora_path))
-    interpreter.take("dora", effects)
+    effects = read_effects(Lookup(make_model()), interpreter.program, Path(adapters["dora"].lora_path))
+    interpreter.take("dora", interpreter.packed(effects))
     assert torch.equal(fast.step((1, 0, 5, "dora")), slow.step((1, 0, 5, "dora")))
     assert not torch.equal(fast.step((1, 0, 5, "dora")), fast.step((1, 0, 5, None)))
     assert torch.equal(fast.step((0, 0, 5, "ia3")), before)

@@ -14,6 +14,7 @@ from torch import Tensor
 from veneer.contract.file import WEIGHTS_FILE
 from veneer.disk.safetensors import StoredTensor, read_header
 from veneer.errors import FormatError
+from veneer.store.checkpoint import is_finite
 
 NETWORK_FILE = "prompt_encoder.safetensors"  # in a checkpoint: the network that makes what WEIGHTS_FILE holds
 PICKLE_FILE = "adapter_model.bin"
@@ -60,7 +61,7 @@ def unusable(tensors: Mapping[str, Tensor]) -> dict[str, str]:
         if value.dtype not in VALUE_DTYPES:
             allowed = ", ".join(_name(dtype) for dtype in VALUE_DTYPES)
             found[key] = f"dtype {_name(value.dtype)} where an adapter's values are in one of {allowed}"
-        elif not torch.isfinite(value).all():
+        elif not is_finite(value):
             found[key] = "holds NaN or infinity"
     return found
 
