@@ -11,6 +11,7 @@ import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, cast
 
@@ -58,18 +59,22 @@ class StoredTensor:
 
     def read(self) -> Tensor:
         """The tensor, in memory of its own. Raises FormatError where the file ends before the tensor does."""
+        with self.path.open("rb", buffering=0) as file:
+            return self.read_from(file)
+
+    def read_from(self, file: FileIO) -> Tensor:
+        """The same, from its file, which is open."""
         raw = torch.empty(self.nbytes, dtype=torch.uint8)
         view = raw.numpy().data
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(self.start)
-            filled = 0
-            while filled < self.nbytes:
-                n_bytes = file.readinto(view[filled:])
-                if not n_bytes:
-                    raise FormatError(
-                        f"{self.path} ends inside tensor {self.name!r}: the file is truncated. Fetch or copy it again."
-                    )
-                filled += n_bytes
+        file.seek(self.start)
+        filled = 0
+        while filled < self.nbytes:
+            n_bytes = file.readinto(view[filled:])
+            if not n_bytes:
+                raise FormatError(
+                    f"{self.path} ends inside tensor {self.name!r}: the file is truncated. Fetch or copy it again."
+                )
+            filled += n_bytes
         return raw.view(self.dtype).view(self.shape)
 
 

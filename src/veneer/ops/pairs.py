@@ -144,7 +144,8 @@ def add_pairs(
 
 def _filled_rows(a: Tensor) -> Tensor:
     """a with as many rows as its rank takes when packed."""
-    return torch.nn.functional.pad(a, (0, 0, 0, filled(len(a), a.dtype) - len(a)))
+    missing = filled(len(a), a.dtype) - len(a)
+    return torch.nn.functional.pad(a, (0, 0, 0, missing)) if missing else a
 
 
 def _nothing(in_features: int, dtype: torch.dtype) -> Tensor:

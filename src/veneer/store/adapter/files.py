@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from veneer.contract.file import WEIGHTS_FILE
@@ -26,13 +23,9 @@ def read_tensors(folder: Path, file: str = WEIGHTS_FILE) -> dict[str, Tensor]:
 
     Raises FormatError as `read_headers` does.
     """
-    read_headers(folder, file)
-    path = folder / file
-    try:
-        # The reader maps the file: whoever writes into it later would change the adapter, or end the process.
-        return {name: tensor.clone() for name, tensor in cast("dict[str, Tensor]", load_file(path)).items()}
-    except SafetensorError as error:
-        raise _damaged(path, str(error)) from error
+    tensors = read_headers(folder, file)
+    with (folder / file).open("rb", buffering=0) as opened:
+        return {name: tensor.read_from(opened) for name, tensor in tensors.items()}
 
 
 def read_headers(folder: Path, file: str = WEIGHTS_FILE) -> dict[str, StoredTensor]:
