@@ -97,7 +97,7 @@ class Load:
                 step_of([piece], self.cache, CPU), torch.randint(0, self.program.embedding.n_tokens, (context,))
             )
         for number in range(rows):
-            interpreter.take(str(number), self._adapter())
+            interpreter.take(str(number), interpreter.packed(self._adapter()))
 
     def _adapter(self) -> Effects:
         head, dtype = self.program.head.linear.path, self.interpreter.dtype
