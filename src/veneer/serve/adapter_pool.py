@@ -19,15 +19,21 @@ class AdapterVersion:
     """An adapter as its files are: ``id`` is made of their content, so that equal files are one version.
 
     ``n_front`` counts its virtual tokens, ``rank`` is the largest of its low-rank parts (0 where it has none),
-    ``n_bytes`` what it is expected to take when it is loaded.
+    ``n_bytes`` what it is expected to take when it is loaded. A mix has no folder, but versions with their weights.
     """
 
     id: str
-    folder: str
+    folder: str = ""
     kind: str = ""
     rank: int = 0
     n_front: int = 0
     n_bytes: int = 0
+    parts: tuple[tuple[AdapterVersion, float], ...] = ()
+
+    @property
+    def told(self) -> str:
+        """Its folder, or those of a mix with their weights, in words."""
+        return self.folder or " + ".join(f"{weight:g} × {part.folder}" for part, weight in self.parts)
 
 
 class Residency(enum.Enum):

@@ -342,7 +342,7 @@ class Engine:
         version, taken = self.pool.version(id), time.perf_counter() - start
         _LOG.info(
             "%s (%s, %d bytes) read in %.0f ms, taken in in %.1f ms",
-            version.folder, version.kind, result.n_bytes, 1e3 * finished.seconds, 1e3 * taken,
+            version.told, version.kind, result.n_bytes, 1e3 * finished.seconds, 1e3 * taken,
         )  # fmt: skip
 
     def _fail(self, id: str, error: VeneerError) -> None:
@@ -438,11 +438,13 @@ class Engine:
 
 def _read(runner: Runner, versions: Versions, version: AdapterVersion) -> Any:
     """An adapter for a runner to load. Raises FormatError where its files are not those of the version."""
-    folder = Path(version.folder)
     versions.require_unchanged(version)
     try:
-        found = runner.read(folder)
+        if version.parts:
+            found = runner.read_mix([(Path(part.folder), weight) for part, weight in version.parts])
+        else:
+            found = runner.read(Path(version.folder))
     except OSError as error:
-        raise FormatError(f"the adapter in {folder} cannot be read: {error}") from error
+        raise FormatError(f"the adapter in {version.told} cannot be read: {error}") from error
     versions.require_unchanged(version)  # it may have been replaced meanwhile
     return found

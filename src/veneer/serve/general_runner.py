@@ -26,6 +26,7 @@ from veneer.model.prefix import PrefixAdapters
 from veneer.model.prompt import PromptAdapters
 from veneer.model.routing import BASE, Routing
 from veneer.model.virtual_tokens import inner_model, virtual_tokens
+from veneer.serve.mix import Parts
 from veneer.serve.plan import Plan, PlannedSequence
 from veneer.serve.runner import DrawingRunner, wanted
 from veneer.serve.versions import stored_bytes
@@ -41,6 +42,29 @@ class StoredFolder:
     folder: Path
     n_bytes: int
 
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Its folder."""
+        return (self.folder,)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredMix:
+    """Adapters with their weights, none of which has been read: the bytes of their tensors as they are stored."""
+
+    parts: Parts
+    n_bytes: int
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The folders of its parts."""
+        return tuple(folder for folder, _ in self.parts)
+
+
+def stored_mix(parts: Parts) -> StoredMix:
+    """A mix of what is in folders, which may have to be read later. Raises FormatError as `stored_bytes` does."""
+    return StoredMix(parts, sum(stored_bytes(folder) for folder, _ in parts))
+
 
 class GeneralRunner(DrawingRunner):
     """A `Runner` on the model itself, which becomes a `PeftModel`; between plans its attention is its own."""
@@ -55,9 +79,17 @@ class GeneralRunner(DrawingRunner):
         """Nothing but what the files say of its size: the model itself takes the adapter, between plans."""
         return StoredFolder(folder, stored_bytes(folder))
 
-    def load(self, version: str, adapter: StoredFolder) -> None:
-        _LOG.info("%s is loaded into the model itself: all wait for it", adapter.folder)
-        self.model.load_adapter(adapter.folder, version)
+    def read_mix(self, parts: Parts) -> StoredMix:
+        """As `read`."""
+        return stored_mix(parts)
+
+    def load(self, version: str, adapter: StoredFolder | StoredMix) -> None:
+        told = ", ".join(map(str, adapter.folders))
+        _LOG.info("%s is loaded into the model itself: all wait for it", told)
+        if isinstance(adapter, StoredMix):
+            self._load_mix(version, adapter)
+        else:
+            self.model.load_adapter(adapter.folder, version)
         try:
             checked(self.model, self.model.adapter_state, (version,), ((), {}))
             front = self._front(version)
@@ -66,6 +98,17 @@ class GeneralRunner(DrawingRunner):
             raise
         if front:
             self.fronts[version] = front
+
+    def _load_mix(self, version: str, mix: StoredMix) -> None:
+        """Load the parts of a mix, add up, and let them go."""
+        names = [f"{version}_{number}" for number in range(len(mix.parts))]
+        try:
+            for name, (folder, _) in zip(names, mix.parts, strict=True):
+                self.model.load_adapter(folder, name)
+            self.model.add_weighted_adapter(names, [weight for _, weight in mix.parts], version, "cat")
+        finally:
+            for name in self.loaded.intersection(names):
+                self.model.delete_adapter(name)
 
     def unload(self, version: str) -> None:
         if version in self.loaded:

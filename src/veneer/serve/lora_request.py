@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from veneer.errors import ConfigError
@@ -13,8 +15,8 @@ class LoRARequest:
     """An adapter by name, number and folder (or hub id). Equal, and hashed, by name.
 
     What is served is what lies in the folder when a request is made: new files under an old name are another adapter
-    (so that ``load_inplace`` need not be asked for), and requests in flight keep the one that they began with. Raises
-    ConfigError.
+    (so that ``load_inplace`` need not be asked for), and requests in flight keep the one that they began with. A mix
+    (`LoRARequest.mix`) has ``parts``, adapters with their weights, and no folder. Raises ConfigError.
     """
 
     lora_name: str
@@ -22,17 +24,32 @@ class LoRARequest:
     lora_path: str = field(default="", compare=False)
     base_model_name: str | None = field(default=None, compare=False)
     load_inplace: bool = field(default=False, compare=False)
+    parts: tuple[tuple[LoRARequest, float], ...] = field(default=(), compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
         if not isinstance(self.lora_name, str) or not self.lora_name:
             raise ConfigError(f"LoRARequest: lora_name={self.lora_name!r} must be a name")
         if not isinstance(self.lora_int_id, int) or isinstance(self.lora_int_id, bool) or self.lora_int_id < 1:
             raise ConfigError(f"LoRARequest {self.lora_name!r}: lora_int_id={self.lora_int_id!r} must be 1 or more")
+        if self.parts:
+            _require_parts(self)
+            return
         if not isinstance(self.lora_path, (str, os.PathLike)) or not str(self.lora_path):
             raise ConfigError(
                 f"LoRARequest {self.lora_name!r}: lora_path={self.lora_path!r} must be the adapter's folder"
             )
         object.__setattr__(self, "lora_path", os.fspath(self.lora_path))
+
+    @classmethod
+    def mix(cls, name: str, number: int, parts: Sequence[tuple[LoRARequest, float]]) -> LoRARequest:
+        """A weighted sum of adapters, each at its own rank: PEFT's ``add_weighted_adapter(…, "cat")``, as one adapter.
+
+        The order of the parts does not matter. Raises ConfigError for no parts, and for what is no adapter or weight.
+        """
+        given = tuple(parts)
+        if not given:
+            raise ConfigError(f"LoRARequest.mix({name!r}): there are no parts: give adapters with their weights")
+        return cls(name, number, parts=given)
 
     @property
     def name(self) -> str:
@@ -48,3 +65,19 @@ class LoRARequest:
     def path(self) -> str:
         """The adapter's folder."""
         return self.lora_path
+
+
+def _require_parts(mix: LoRARequest) -> None:
+    """Raise ConfigError where a mix has a folder too, or a part is not an adapter with a weight."""
+    if mix.lora_path:
+        raise ConfigError(f"LoRARequest {mix.lora_name!r}: lora_path={mix.lora_path!r} beside parts: give one of them")
+    for part in mix.parts:
+        if not isinstance(part, tuple) or len(part) != 2 or not isinstance(part[0], LoRARequest) or part[0].parts:
+            raise ConfigError(
+                f"LoRARequest {mix.lora_name!r}: {part!r} must be a pair of a LoRARequest that is no mix and a weight"
+            )
+        weight = part[1]
+        if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not math.isfinite(weight):
+            raise ConfigError(
+                f"LoRARequest {mix.lora_name!r}: the weight {weight!r} of {part[0].lora_name!r} must be a finite number"
+            )

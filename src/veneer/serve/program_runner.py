@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,10 +29,11 @@ from veneer.model.snapshot import look_at
 from veneer.model.structure import evaluation
 from veneer.ops.paged_attention import UNIT
 from veneer.serve.effects import Effects, Lookup, UnsaidError, read_effects
-from veneer.serve.general_runner import GeneralRunner, StoredFolder
+from veneer.serve.general_runner import GeneralRunner, StoredFolder, StoredMix, stored_mix
 from veneer.serve.held import bytes_of
 from veneer.serve.interpreter import Interpreter, PackedEffects
 from veneer.serve.kv_cache import make_cache
+from veneer.serve.mix import Parts, read_mix
 from veneer.serve.plan import Plan, PlannedSequence
 from veneer.serve.program import Product, Program, compile_program
 from veneer.serve.runner import DrawingRunner, wanted
@@ -59,7 +61,7 @@ class ProgramAdapter:
 class GeneralAdapter:
     """An adapter that the general runner is to load, for a reason."""
 
-    stored: StoredFolder
+    stored: StoredFolder | StoredMix
     reason: str
 
     @property
@@ -93,13 +95,22 @@ class ProgramRunner(DrawingRunner):
         return frozenset(self.interpreter.effects) | others
 
     def read(self, folder: Path) -> ProgramAdapter | GeneralAdapter:
+        return self._read(partial(read_effects, folder=folder), lambda: StoredFolder(folder, stored_bytes(folder)))
+
+    def read_mix(self, parts: Parts) -> ProgramAdapter | GeneralAdapter:
+        return self._read(partial(read_mix, parts=parts), lambda: stored_mix(parts))
+
+    def _read(
+        self, effects_on: Callable[[Lookup, Program], Effects], stored: Callable[[], StoredFolder | StoredMix]
+    ) -> ProgramAdapter | GeneralAdapter:
+        """Effects, packed; where the program has no place for them, what the general runner is to load."""
         with self._modules:
             try:
-                effects = read_effects(self._lookup, self.interpreter.program, folder)
+                effects = effects_on(self._lookup, self.interpreter.program)
             except UnsaidError as reason:
                 if self.alone:
                     raise
-                return GeneralAdapter(StoredFolder(folder, stored_bytes(folder)), str(reason))
+                return GeneralAdapter(stored(), str(reason))
         packed = self.interpreter.packed(effects)
         return ProgramAdapter(packed, self._prefix(effects))
 
@@ -113,17 +124,18 @@ class ProgramRunner(DrawingRunner):
         self.interpreter.take(version, adapter.packed)
 
     def _load_general(self, version: str, adapter: GeneralAdapter) -> None:
-        folder = adapter.stored.folder
+        folders = adapter.stored.folders
         with self._modules:
             if self.general is None:
                 require_pageable(self.model)
                 self.general = GeneralRunner(self.model, self.cache.slots())
-            _require_weights(self.model, folder)
+            for folder in folders:
+                _require_weights(self.model, folder)
             self._lookup = Lookup(self.model)
             self.general.load(version, adapter.stored)
         _LOG.info(
             "%s has %s, which the program has no place for: its requests take the general runner",
-            folder,
+            ", ".join(map(str, folders)),
             adapter.reason,
         )
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from veneer.errors import VeneerError
+from veneer.serve.mix import Parts
 from veneer.serve.plan import Plan, PlannedSequence, Sampled
 from veneer.serve.sampler import DrawRule, Sampler
 
@@ -29,6 +30,9 @@ class Runner(Protocol):
 
     def read(self, folder: Path) -> Any:
         """Read an adapter, a `ReadAdapter` for `load`; on any thread. Raises VeneerError where it does not fit."""
+
+    def read_mix(self, parts: Parts) -> Any:
+        """Read adapters as `read` does, as their weighted sum. Raises CompositionError where they have none."""
 
     def load(self, version: str, adapter: Any) -> None:
         """Take in what was read. Raises VeneerError where it does not fit, and is then as before."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 from veneer.contract import LinearMethod, MethodConfig, VirtualTokenMethod
@@ -31,7 +32,12 @@ class Versions:
         self._seen: dict[str, tuple[_Stamp, AdapterVersion]] = {}
 
     def of(self, request: LoRARequest) -> AdapterVersion:
-        """The version at a request's path. Raises FormatError where there is none, ConfigError for too high a rank."""
+        """The version at a request's path, or that of its mix.
+
+        Raises FormatError where there is none, ConfigError for too high a rank, that of each part.
+        """
+        if request.parts:
+            return _mix([(self.of(part), weight) for part, weight in request.parts])
         folder = adapter_folder(request.lora_path)
         version = self._read(folder)
         if self._max_rank is not None and version.rank > self._max_rank:
@@ -43,7 +49,10 @@ class Versions:
 
     def require_unchanged(self, version: AdapterVersion) -> None:
         """Raise FormatError where the files are no longer what the version was made of."""
-        if self._read(Path(version.folder)).id != version.id:
+        if version.parts:
+            for part, _ in version.parts:
+                self.require_unchanged(part)
+        elif self._read(Path(version.folder)).id != version.id:
             raise FormatError(f"the adapter in {version.folder} was replaced while it was waited for: ask again")
 
     def _read(self, folder: Path) -> AdapterVersion:
@@ -66,6 +75,24 @@ class Versions:
         )
         self._seen[key] = (stamp, version)
         return version
+
+
+def _mix(parts: Sequence[tuple[AdapterVersion, float]]) -> AdapterVersion:
+    """The version of a weighted sum: named by what is in it, whatever the order, equal files counted together."""
+    versions, weights = dict[str, AdapterVersion](), dict[str, float]()
+    for version, weight in parts:
+        versions[version.id] = version
+        weights[version.id] = weights.get(version.id, 0.0) + weight
+    ids = sorted(versions)
+    digest = hashlib.sha256(repr([(id, weights[id]) for id in ids]).encode())
+    return AdapterVersion(
+        id=f"v{digest.hexdigest()[:32]}",
+        kind="mix",
+        rank=sum(version.rank for version in versions.values()),
+        n_front=sum(version.n_front for version in versions.values()),
+        n_bytes=sum(version.n_bytes for version in versions.values()),
+        parts=tuple((versions[id], weights[id]) for id in ids),
+    )
 
 
 def stored_bytes(folder: Path, value_bytes: int | None = None) -> int:

@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-from veneer.errors import VeneerError
+from veneer.errors import ConfigError, VeneerError
 from veneer.serve.async_engine import AsyncEngine
 from veneer.serve.conversation import chat_prompt
 from veneer.serve.engine import Asked, Engine
@@ -21,6 +21,7 @@ from veneer.serve.http.answers import Answering, Shape, stream_of, whole_answer
 from veneer.serve.http.errors import on_invalid_body, on_unknown_route, on_veneer_error
 from veneer.serve.http.models import Catalogue
 from veneer.serve.http.protocol import Body, ChatBody, CompletionBody, StreamOptions
+from veneer.serve.lora_request import LoRARequest
 from veneer.serve.prompts import read_prompt
 
 
@@ -80,6 +81,16 @@ class Api:
         return await whole_answer(self.running, request, answering)
 
     def _ask(self, body: Body, prompts: Sequence[Any], params: Any) -> list[Asked]:
-        adapter = self.catalogue.find(body.model)
+        adapter = self._adapter(body)
         read = [read_prompt(self.engine.tokenizer, prompt) for prompt in prompts]
         return [self.engine.asked(text, ids, params, adapter) for text, ids in read]
+
+    def _adapter(self, body: Body) -> LoRARequest | None:
+        named = self.catalogue.find(body.model)
+        if body.adapter is None:
+            return named
+        if named is not None:
+            raise ConfigError(
+                f"model={body.model!r} is an adapter, and the field adapter is a mix: name it there too, with a weight"
+            )
+        return self.catalogue.mix(body.adapter)

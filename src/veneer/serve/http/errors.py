@@ -18,13 +18,17 @@ _NO_JSON = "json_invalid"
 
 
 class ModelNotFoundError(ConfigError):
-    """A request names a model that is neither the base nor an adapter."""
+    """A request names, in the field ``param``, a model that is not there."""
+
+    def __init__(self, message: str, param: str = "model") -> None:
+        super().__init__(message)
+        self.param = param
 
 
 def error_body(error: VeneerError, param: str | None = None) -> dict[str, Any]:
     """An error as OpenAI's clients read it."""
     status = status_of(error)
-    param = "model" if isinstance(error, ModelNotFoundError) else param
+    param = error.param if isinstance(error, ModelNotFoundError) else param
     return _body(str(error), status, param)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,20 @@ from veneer.serve.engine import Engine
 from veneer.serve.http.errors import ModelNotFoundError
 from veneer.serve.lora_request import LoRARequest
 
+_MIXES = 64  # clients may think of any number of weights
+
 
 class Catalogue:
     """The base under ``names``, and the adapters in a folder, by the names of their folders.
 
     The folder is looked at with every request: what is put there is served, what is taken away is no longer. Any thread
-    may ask.
+    may ask. A mix of them has no folder: the last 64 are known by name, so that they may stay loaded.
     """
 
     def __init__(self, engine: Engine, names: Sequence[str], root: str, adapters: Path | None) -> None:
         self._engine, self._names, self._root, self._folder = engine, tuple(names), root, adapters
         self._numbers: dict[str, int] = {}
+        self._mixes: dict[str, LoRARequest] = {}  # the one that was asked for last at the end
         self._lock = threading.Lock()
         self._created = int(time.time())
 
@@ -40,6 +44,21 @@ class Catalogue:
         if name not in adapters:
             raise ModelNotFoundError(f"no model {name!r}; there are {[*self._names, *adapters]}")
         return adapters[name]
+
+    def mix(self, weights: Mapping[str, float]) -> LoRARequest:
+        """The weighted sum of adapters by name. Raises ModelNotFoundError, and ConfigError as `LoRARequest.mix`."""
+        with self._lock:
+            adapters = self._looked_at()
+            unknown = [name for name in weights if name not in adapters]
+            if unknown:
+                raise ModelNotFoundError(f"no adapter {unknown[0]!r}; there are {list(adapters)}", "adapter")
+            name = f"mix/{json.dumps(dict(sorted(weights.items())), ensure_ascii=False)}"  # no folder has a / in it
+            mix = LoRARequest.mix(name, len(self._mixes) + 1, [(adapters[n], w) for n, w in sorted(weights.items())])
+            self._mixes.pop(name, None)
+            self._mixes[name] = mix
+            if len(self._mixes) > _MIXES:
+                self._forget_mix(next(iter(self._mixes)))
+            return mix
 
     @property
     def base(self) -> str:
@@ -64,6 +83,12 @@ class Catalogue:
         for name in self._numbers.keys() - there.keys():
             self._engine.forget(name)
             del self._numbers[name]
+            for mix in [m for m in self._mixes.values() if any(part.name == name for part, _ in m.parts)]:
+                self._forget_mix(mix.name)
         for name in there:
             self._numbers.setdefault(name, max(self._numbers.values(), default=0) + 1)
         return {name: LoRARequest(name, self._numbers[name], str(path)) for name, path in there.items()}
+
+    def _forget_mix(self, name: str) -> None:
+        del self._mixes[name]
+        self._engine.forget(name)

@@ -48,9 +48,12 @@ class StreamOptions(Strict):
 
 
 class Body(Strict):
-    """Fields of both routes. ``user``, ``metadata``, ``store`` and ``service_tier`` are accepted and mean nothing."""
+    """Fields of both routes. ``adapter`` is a mix: weights by the names of adapters. ``user``, ``metadata``, ``store``
+    and ``service_tier`` are accepted and mean nothing.
+    """
 
     model: str | None = None
+    adapter: dict[str, float] | None = None
     n: int = 1
     temperature: float | None = None
     top_p: float | None = None

@@ -1,0 +1,70 @@
+"""A weighted mix of adapters: the sum of what they add, as the effects of one adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from veneer.core.linear import compose_linear
+from veneer.core.records import LinearDelta
+from veneer.errors import CompositionError
+from veneer.model.copies import own_parameters
+from veneer.serve.effects import Effects, Lookup, read_effects
+from veneer.serve.program import Program
+
+Parts = Sequence[tuple[Path, float]]
+"""The folders of a mix's adapters, each with its weight."""
+
+
+def read_mix(lookup: Lookup, program: Program, parts: Parts) -> Effects:
+    """The effects ``Σ w_i ΔW_i`` and ``Σ w_i Δbias_i`` of saved adapters, on the layers that any of them changes.
+
+    Raises what `read_effects` does, and CompositionError for an adapter whose effect is no sum on linear layers.
+    """
+    read = [(_summand(folder, read_effects(lookup, program, folder)), weight) for folder, weight in parts]
+    found = Effects()
+    for path in dict.fromkeys(path for effects, _ in read for path in effects.linear):
+        own = dict(own_parameters(lookup.model.get_submodule(path))).get("bias")
+        records = [_weighted(effects.linear[path], w, own) for effects, w in read if path in effects.linear]
+        found.linear[path] = compose_linear(records, own)
+    tables = [_weighted(effects.table, w, None) for effects, w in read if effects.table is not None]
+    if tables:
+        found.table = compose_linear(tables)
+    return found
+
+
+def _weighted(record: LinearDelta, weight: float, own: Tensor | None) -> LinearDelta:
+    """A record that changes a layer ``weight`` times as much, whose bias is ``own``."""
+    bias = record.bias
+    if bias is not None:
+        bias = weight * bias if own is None else own + weight * (bias - own)
+    return replace(record, scale=record.scale * weight, bias=bias)
+
+
+def _summand(folder: Path, effects: Effects) -> Effects:
+    reason = _reason(effects)
+    if reason:
+        raise CompositionError(
+            f"the adapter in {folder} {reason}, which has no sum with others: a mix takes low-rank updates (LoRA, "
+            "rsLoRA, AdaLoRA, VeRA) and biases; ask for this adapter by itself"
+        )
+    return effects
+
+
+def _reason(effects: Effects) -> str:
+    """The part of an adapter that has no sum with others, told; empty where there is none."""
+    if effects.front is not None:
+        return "has virtual tokens (a prefix or a prompt)"
+    if effects.residual:
+        return f"has a bottleneck at {next(iter(effects.residual))}"
+    if effects.whole or effects.rows:
+        place = next((f"{path}.{name}" for path, name in effects.whole), None) or next(iter(effects.rows))
+        return f"has values of its own in place of the base's at {place}"
+    records = effects.linear if effects.table is None else {**effects.linear, "the embeddings": effects.table}
+    for path, record in records.items():
+        if record.in_scale is not None or record.out_scale is not None:
+            return f"scales the inputs or outputs of {path} (DoRA, IA3)"
+    return ""
