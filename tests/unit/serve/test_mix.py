@@ -51,14 +51,14 @@ def generated(model: Any) -> list[list[int]]:
     return found
 
 
-def summed(parts: Parts) -> Any:
+def summed(parts: Parts, family: str = "llama") -> Any:
     """A model whose parameters are the base's and the weighted changes of each adapter's merged model, added up."""
-    base = make_model()
+    base = make_model(family)
     own = {name: value.clone() for name, value in base.state_dict().items()}
     total = {name: value.double() for name, value in own.items()}
     biased = set[str]()
     for request, weight in parts:
-        merged = PeftModel.from_pretrained(make_model(), request.path).merge_and_unload().state_dict()
+        merged = PeftModel.from_pretrained(make_model(family), request.path).merge_and_unload().state_dict()
         biased |= merged.keys() - own.keys()
         for name, value in merged.items():
             before = own.get(name, torch.zeros_like(value))
@@ -106,23 +106,25 @@ def test_what_the_parts_change_adds_up(adapters, tokenizer, parts):
     assert llm.engine.runner.general is None  # by the program
 
 
-def test_trained_biases_add_up(tokenizer, tmp_path):
-    """On a model that has biases of its own, which count once."""
-    config = LoraConfig(r=2, lora_alpha=5, target_modules=["c_attn", "c_proj"], bias="all")
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_trained_biases_add_up(tokenizer, tmp_path, bias):
+    """On a model that has biases of its own, which count once; those of norms are no update of a layer."""
+    config = LoraConfig(r=2, lora_alpha=5, target_modules=["c_attn", "c_proj"], bias=bias)
     parts = []
     for seed, weight in ((31, 0.7), (32, 0.55)):
         folder = save_adapter(tmp_path / str(seed), config, family="gpt2", seed=seed)
         parts.append((LoRARequest(f"a{seed}", seed, str(folder)), weight))
-    base = make_model("gpt2")
-    total = {name: value.double() for name, value in base.state_dict().items()}
-    for request, weight in parts:
-        merged = PeftModel.from_pretrained(make_model("gpt2"), request.path).merge_and_unload().state_dict()
-        for name, value in base.state_dict().items():
-            total[name] = total[name] + weight * (merged[name] - value).double()
-    base.load_state_dict({name: value.float() for name, value in total.items()})
-    norms = LLM(make_model("gpt2"), tokenizer=tokenizer)
-    with pytest.raises(CompositionError, match="values of its own in place of the base's at transformer.h.0.ln_1.bias"):
-        answers(norms, mix_of(parts))
+    llm = LLM(make_model("gpt2"), tokenizer=tokenizer)
+    if bias == "all":
+        with pytest.raises(CompositionError, match=r"in place of the base's at transformer\.h\.0\.ln_1\.bias"):
+            answers(llm, mix_of(parts))
+        return
+    reference = summed(parts, "gpt2")
+    assert answers(llm, mix_of(parts)) == generated(reference)
+    for found, expected in zip(
+        scores(llm, mix_of(parts)), scores(LLM(reference, tokenizer=tokenizer), None), strict=True
+    ):
+        torch.testing.assert_close(found, expected, atol=2e-4, rtol=0)
 
 
 def test_one_batch_holds_mixes_their_parts_and_the_base(adapters, tokenizer):

@@ -280,6 +280,27 @@ def test_an_adapter_of_a_shared_expert_changes_its_own_rows_alone(tokenizer, tmp
     assert len({str(each) for each in (base, *alone)}) == 3
 
 
+def test_a_mix_with_a_part_that_the_program_has_no_place_for(tokenizer, tmp_path):
+    """The model itself adds up, while a mix without such a part goes by the program."""
+    adapted: Any = experts_model()
+    requests = []
+    for number, names in enumerate((["q_proj"], ["shared_expert.down_proj", "v_proj"]), start=1):
+        folder = _saved(tmp_path / str(number), experts_model(), LoraConfig(r=3, target_modules=names), number)
+        requests.append(LoRARequest(str(number), number, str(folder)))
+        adapted = PeftModel.from_pretrained(adapted, str(folder), adapter_name=str(number))
+    adapted.add_weighted_adapter(["1", "2"], [0.7, 0.3], "both", "cat")
+    adapted.set_adapter("both")
+    expected = [generated(adapted, prompt) for prompt in PROMPTS]
+    llm = LLM(experts_model(), tokenizer=tokenizer)
+    small = LoRARequest.mix("small", 3, [(requests[0], 0.4)])
+    before = answers(llm, PROMPTS, small)
+    assert llm.engine.runner.general is None
+    both = LoRARequest.mix("both", 4, [(requests[0], 0.7), (requests[1], 0.3)])
+    together = answers(llm, PROMPTS * 2, [*[both] * len(PROMPTS), *[small] * len(PROMPTS)])
+    assert together == [*expected, *before]
+    assert llm.engine.runner.general.loaded == {llm.engine.versions.of(both).id}
+
+
 def test_the_base_of_a_model_with_an_adapter_is_the_base(tokenizer):
     """An adapter that does nothing when the engine starts, and something later."""
     adapted = get_peft_model(experts_model(), LoraConfig(r=3, target_modules=["shared_expert.down_proj"]))

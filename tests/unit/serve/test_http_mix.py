@@ -1,0 +1,133 @@
+"""Mixes of adapters over HTTP: the field ``adapter``, and the names that the catalogue keeps for them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from veneer import LLM, LoRARequest, SamplingParams
+from veneer.errors import ConfigError
+from veneer.serve.http.models import Catalogue
+
+from .test_http import PROMPT, TURN, Server
+
+WEIGHTS = {"lora": 0.7, "rslora": 0.3}
+GREEDY = {"temperature": 0, "max_tokens": 9}
+
+
+@pytest.fixture(scope="module")
+def served(adapters, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("mixed")
+    for name in ("lora", "rslora", "dora", "prefix"):
+        shutil.copytree(adapters[name].path, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(base_folder, served) -> Iterator[Server]:
+    running = Server(base_folder, served)
+    yield running
+    running.stop()
+
+
+def test_a_body_names_a_mix(server, base_folder, adapters):
+    mix = LoRARequest.mix("mix", 1, [(adapters[name], weight) for name, weight in WEIGHTS.items()])
+    prompts = [PROMPT, f"user: {TURN['content']}\nassistant: "]
+    outputs = LLM(base_folder).generate(prompts, SamplingParams(**GREEDY), lora_request=mix, use_tqdm=False)
+    text, turn = (output.outputs[0].text for output in outputs)
+    for weights in (WEIGHTS, dict(reversed(WEIGHTS.items()))):
+        answer = server.client.completions.create(
+            model="tiny", prompt=PROMPT, extra_body={"adapter": weights}, **GREEDY
+        )
+        assert (answer.choices[0].text, answer.model) == (text, "tiny")
+    status, answer = server.post("/v1/completions", {"prompt": PROMPT, "adapter": WEIGHTS, **GREEDY})
+    assert (status, answer["choices"][0]["text"]) == (200, text)
+    chat = server.client.chat.completions.create(
+        model="alias", messages=[TURN], extra_body={"adapter": WEIGHTS}, stream=True, **GREEDY
+    )
+    assert "".join(part.choices[0].delta.content or "" for part in chat) == turn
+    assert len(server.engine.runner.loaded) == 1
+    alone = server.client.completions.create(model="lora", prompt=PROMPT, **GREEDY).choices[0].text
+    assert alone != text
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "said", "param"),
+    [
+        ({"adapter": {"lora": 0.7, "nobody": 0.3}}, 404, "no adapter 'nobody'; there are ['dora', 'lora'", "adapter"),
+        ({"adapter": {"tiny": 1}}, 404, "no adapter 'tiny'", "adapter"),
+        ({"adapter": {"lora": 0.7}, "model": "rslora"}, 400, "model='rslora' is an adapter", None),
+        ({"adapter": {"lora": 0.7}, "model": "nobody"}, 404, "no model 'nobody'", "model"),
+        ({"adapter": {}}, 400, "there are no parts", None),
+        ({"adapter": {"lora": "much"}}, 400, "adapter.lora: Input should be a valid number", "adapter.lora"),
+        ({"adapter": {"lora": float("inf")}}, 400, "the weight inf of 'lora' must be a finite number", None),
+        ({"adapter": "lora"}, 400, "adapter: Input should be a valid dictionary", "adapter"),
+        ({"adapter": {"lora": 0.7, "dora": 0.3}}, 400, "dora scales the inputs or outputs", None),
+        ({"adapter": {"lora": 0.7, "prefix": 0.3}}, 400, "prefix has virtual tokens", None),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_wrong_with_a_mix_is_told(server, body, status, said, param):
+    found, answer = server.post("/v1/completions", {"prompt": "x", **body})
+    assert (found, answer["error"]["param"]) == (status, param)
+    assert said in answer["error"]["message"]
+    server.wait(lambda: server.is_idle)
+
+
+def test_a_mix_that_has_no_sum_ends_its_stream_with_the_reason(server):
+    stream = server.client.completions.create(
+        model="tiny", prompt="x", stream=True, extra_body={"adapter": {"lora": 0.7, "dora": 0.3}}
+    )
+    with pytest.raises(openai.APIError, match="ask for this adapter by itself"):
+        list(stream)
+
+
+class Forgetful:
+    """What a catalogue sees of an engine: the names that are to be forgotten."""
+
+    def __init__(self) -> None:
+        self.forgotten: list[str] = []
+
+    def forget(self, name: str) -> None:
+        self.forgotten.append(name)
+
+
+def test_the_catalogue_keeps_the_mixes_that_were_asked_for_last(adapters, tmp_path):
+    engine: Any = Forgetful()
+    catalogue = Catalogue(engine, ["tiny"], "", tmp_path)
+    for name in WEIGHTS:
+        shutil.copytree(adapters[name].path, tmp_path / name)
+    made = [catalogue.mix({"lora": i / 10, "rslora": 0.3}).name for i in range(64)]
+    assert len(set(made)) == 64
+    assert catalogue.mix({"rslora": 0.3, "lora": 0.0}).name == made[0]  # used again, so that it stays
+    assert engine.forgotten == []
+    last = catalogue.mix({"rslora": 0.3}).name
+    assert engine.forgotten == [made[1]]
+    shutil.rmtree(tmp_path / "lora")
+    assert list(catalogue.adapters()) == ["rslora"]
+    assert set(engine.forgotten) == {"lora", *made}
+    assert last not in engine.forgotten
+    with pytest.raises(ConfigError, match="no adapter 'lora'"):
+        catalogue.mix(WEIGHTS)
+
+
+def test_a_part_that_is_replaced_changes_the_mix_and_one_that_goes_lets_it_go(server, served, adapters):
+    def answer() -> tuple[int, Any]:
+        return server.post("/v1/completions", {"prompt": PROMPT, "adapter": {"part": 0.9, "rslora": 0.3}, **GREEDY})
+
+    texts = []
+    for name in ("lora", "vera"):
+        shutil.rmtree(served / "part", ignore_errors=True)
+        shutil.copytree(adapters[name].path, served / "part")
+        texts.append(answer()[1]["choices"][0]["text"])
+    assert texts[0] != texts[1]
+    n_loaded = len(server.engine.runner.loaded)
+    shutil.rmtree(served / "part")
+    assert answer()[0] == 404
+    server.post("/v1/completions", {"prompt": "x"})
+    server.wait(lambda: len(server.engine.runner.loaded) < n_loaded)
