@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import peft
@@ -51,14 +51,24 @@ def generated(model: Any) -> list[list[int]]:
     return found
 
 
-def summed(parts: Parts, family: str = "llama") -> Any:
+def biased_model() -> Any:
+    """A model whose layers have biases."""
+    model = make_model("gpt2")
+    torch.manual_seed(17)
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.dim() == 1):
+            parameter += 0.3 * torch.randn_like(parameter)
+    return model
+
+
+def summed(parts: Parts, made: Callable[[], Any] = make_model) -> Any:
     """A model whose parameters are the base's and the weighted changes of each adapter's merged model, added up."""
-    base = make_model(family)
+    base = made()
     own = {name: value.clone() for name, value in base.state_dict().items()}
     total = {name: value.double() for name, value in own.items()}
     biased = set[str]()
     for request, weight in parts:
-        merged = PeftModel.from_pretrained(make_model(family), request.path).merge_and_unload().state_dict()
+        merged = PeftModel.from_pretrained(made(), request.path).merge_and_unload().state_dict()
         biased |= merged.keys() - own.keys()
         for name, value in merged.items():
             before = own.get(name, torch.zeros_like(value))
@@ -114,12 +124,12 @@ def test_trained_biases_add_up(tokenizer, tmp_path, bias):
     for seed, weight in ((31, 0.7), (32, 0.55)):
         folder = save_adapter(tmp_path / str(seed), config, family="gpt2", seed=seed)
         parts.append((LoRARequest(f"a{seed}", seed, str(folder)), weight))
-    llm = LLM(make_model("gpt2"), tokenizer=tokenizer)
+    llm = LLM(biased_model(), tokenizer=tokenizer)
     if bias == "all":
         with pytest.raises(CompositionError, match=r"in place of the base's at transformer\.h\.0\.ln_1\.bias"):
             answers(llm, mix_of(parts))
         return
-    reference = summed(parts, "gpt2")
+    reference = summed(parts, biased_model)
     assert answers(llm, mix_of(parts)) == generated(reference)
     for found, expected in zip(
         scores(llm, mix_of(parts)), scores(LLM(reference, tokenizer=tokenizer), None), strict=True
