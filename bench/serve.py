@@ -13,9 +13,11 @@ float32. Prints output tokens a second, ratios, and veneer's share of the bound 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -27,6 +29,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from lora_step import adapted_by
@@ -189,14 +192,14 @@ def running(title: str, command: list[str], job: dict[str, Any], folder: Path) -
     """The side, started; ended behind the block."""
     place = folder / f"{title}.json"
     place.write_text(json.dumps(job))
-    process = subprocess.Popen([*command, str(place)], stdin=-1, stdout=-1, text=True)
+    process = subprocess.Popen([*command, str(place)], stdin=-1, stdout=-1, text=True, start_new_session=True)
     try:
         engine = Engine(title, process)
         engine.start_s = engine.answer()["seconds"]
         print(f"{title}: ready after {engine.start_s:.1f} s", flush=True)
         yield engine
     finally:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)  # vLLM's workers too
         process.wait()
 
 
@@ -231,14 +234,18 @@ def gap_of(
 ) -> float:
     """How far apart the two first tokens that differ are, in logits of transformers (and PEFT) in float32."""
     place = next(n for n, (a, b) in enumerate(zip(own, theirs, strict=True)) if a != b)
-    model = AutoModelForCausalLM.from_pretrained(args.place, dtype=torch.float32).eval()
-    if adapter:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, adapter).eval()
+    base = exact(args.place)
+    model = PeftModel.from_pretrained(base, adapter).eval() if adapter else base
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([prompt + own[:place]])).logits[0, -1]
+    if adapter:
+        model.unload()
     return (logits[own[place]] - logits[theirs[place]]).abs().item()
+
+
+@functools.cache
+def exact(place: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
 
 
 # Time.
