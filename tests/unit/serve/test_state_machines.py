@@ -228,12 +228,13 @@ class Serving(RuleBasedStateMachine):
         assert no_place or others + needed * self.pages.page_bytes > self.pages.n_bytes
 
     def longest_wait(self):
-        """The oldest request whose adapter has no place, and how many tokens the version that ends first has to come,
-        of those that may go; None where there is no such request.
+        """The oldest request that waits for an adapter, where that has no place, and how many tokens the version that
+        ends first has to come, of those that may go; None where it has one.
+
+        Of one behind it nothing is said: older ones may enter, and it waits for these.
         """
-        placeless = (r for r in self.scheduler.waiting if r.version and not self.pool.is_resident(r.version))
-        request = next((r for r in placeless if not self.pool.will_load(r.version)), None)
-        if request is None:
+        request = next((r for r in self.scheduler.waiting if r.version), None)
+        if request is None or self.pool.is_resident(request.version) or self.pool.will_load(request.version):
             return None
         going = {r.version for r in self.scheduler.running} - {None} - self.pinned()
         left = [max(r.n_to_come for r in self.scheduler.running if r.version == version) for version in going]
@@ -243,8 +244,7 @@ class Serving(RuleBasedStateMachine):
         """Who has no place is overtaken, and does not wait longer for that."""
         if before is None or after is None or None in (before[1], after[1]) or before[0] != after[0]:
             return
-        first = next((r for r in self.scheduler.waiting if r.version), None)
-        assert first is None or first.id != before[0] or after[1] <= before[1]
+        assert after[1] <= before[1]
 
     def check(self, plan, oldest):
         ids = [s.request_id for s in plan.sequences]
