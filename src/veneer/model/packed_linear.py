@@ -23,7 +23,8 @@ PANEL = BLOCK * BLOCKS
 class PackedLinear(nn.Module):
     """``y = W x + bias`` with W packed, in the place of a layer that is left without values in its weight.
 
-    ``source`` is that layer's class, ``like`` its weight without values.
+    ``source`` is that layer's class, ``like`` its weight without values. Adapters come to it in place, so that no name
+    here may be one of `AdaptedSite`, whose `packed` and `unpacked` it would hide.
     """
 
     bias: nn.Parameter | None
@@ -35,7 +36,7 @@ class PackedLinear(nn.Module):
         self.bias = module._parameters.get("bias")
         self._stands_for = (module,)  # in a tuple, for it is no part of the model meanwhile
         module._parameters["weight"] = nn.Parameter(self.like, requires_grad=own.requires_grad)
-        self.source, self.packed = type(module), PackedDense(packed)
+        self.source, self.packed_weight = type(module), PackedDense(packed)
         self.out_features, self.in_features = packed.shape
 
     @property
@@ -46,10 +47,10 @@ class PackedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight in the layout of the layer that this one stands for: unpacked, a copy."""
-        dense = self.packed.dense()
+        dense = self.packed_weight.dense()
         return dense.T if self.is_transposed else dense
 
-    def unpacked(self) -> nn.Module:
+    def original(self) -> nn.Module:
         """The layer that this one stands for, with its values."""
         [module] = self._stands_for
         learns = cast(Tensor, module._parameters["weight"]).requires_grad
@@ -58,10 +59,10 @@ class PackedLinear(nn.Module):
 
     def frozen_format(self) -> FrozenWeight:
         """The layer's weight."""
-        return self.packed
+        return self.packed_weight
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.packed.matmul(x)
+        y = self.packed_weight.matmul(x)
         return y if self.bias is None else y + self.bias
 
 
@@ -105,7 +106,7 @@ def unpack(model: PreTrainedModel) -> None:
     """Give the layers of a model that gave their weights up their own again, to the bit."""
     for path, module in list(model.named_modules()):
         if isinstance(module, PackedLinear):
-            model.set_submodule(path, module.unpacked())
+            model.set_submodule(path, module.original())
 
 
 def is_packed(module: nn.Module) -> bool:

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from veneer import LLM, BottleneckConfig, LoraConfig, LoRARequest, PeftModel, SamplingParams, get_peft_model
-from veneer.errors import DescriptionError
+from veneer.errors import DescriptionError, FormatError
 from veneer.model.blueprint.describe import describe
 from veneer.model.packed_linear import PackedLinear
 from veneer.serve.general_runner import GeneralRunner
@@ -278,6 +279,38 @@ def test_an_adapter_of_a_shared_expert_changes_its_own_rows_alone(tokenizer, tmp
     assert answers(llm, PROMPTS * 3, everyone) == [*base, *alone[0], *alone[1]]
     assert llm.engine.runner.general is not None
     assert len({str(each) for each in (base, *alone)}) == 3
+
+
+def test_an_adapter_of_a_shared_expert_where_weights_were_given_up(tokenizer, tmp_path):
+    """The general runner adapts layers that are packed alone."""
+    experts_model().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    llm = LLM(tmp_path / "base")
+    base = answers(llm, PROMPTS)
+    layer = llm.engine.runner.model.model.layers[0].self_attn.q_proj
+    assert isinstance(layer, PackedLinear)
+    folder = _saved(
+        tmp_path / "a", experts_model(), LoraConfig(r=3, target_modules=["shared_expert.down_proj", "q_proj"]), 1
+    )
+    adapted = PeftModel.from_pretrained(experts_model(), str(folder))
+    expected = [generated(adapted, prompt) for prompt in PROMPTS]
+    assert answers(llm, PROMPTS, LoRARequest("a", 1, str(folder))) == expected
+    assert expected != base
+    assert answers(llm, PROMPTS) == base
+
+
+def test_a_file_with_a_tensor_too_many_is_one_error_where_weights_were_given_up(base_folder, adapters, tmp_path):
+    """Its request is told what is left over, and the engine goes on."""
+    folder = save_adapter(tmp_path / "a", LoraConfig(r=3, target_modules=["q_proj"]))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors["junk"] = torch.ones(3, 5)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    llm = LLM(base_folder)
+    base = answers(llm, PROMPTS)
+    with pytest.raises(FormatError, match="junk"):
+        answers(llm, PROMPTS, LoRARequest("a", 1, str(folder)))
+    assert answers(llm, PROMPTS) == base
+    assert answers(llm, PROMPTS, adapters["lora"]) != base
 
 
 def test_a_mix_with_a_part_that_the_program_has_no_place_for(tokenizer, tmp_path):
