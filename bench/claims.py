@@ -18,11 +18,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import veneer
 from veneer.core.sites import ResidualSite
+from veneer.export.gguf.mix import ModelFacts, chosen_types, mix_of
+from veneer.export.gguf.plan import family_of
 from veneer.methods.bottleneck import BottleneckConfig
 from veneer.quant import nf4
+from veneer.store.gguf.names import places_of
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ALL_SEVEN = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
+GGUF_BITS = {"Q2_K": 2.5, "Q4_K_M": 4.5, "Q5_K_M": 5.5, "Q6_K": 6.5, "Q8_0": 8.0}  # said as the GB of a 7B too
 TOLERANCE = 0.05  # a rounded figure counts as right within this share
 
 
@@ -80,8 +84,27 @@ def bytes_in_4_bits(model: Any) -> float:
     return linear * (4 + bits_a_parameter(True)) / 8 + rest * 2
 
 
+def gguf_bits(model: Any, kind: str) -> float:
+    """Bits a weight of a GGUF file in llama-quantize's mix of the name, what is no matrix in float32."""
+    config, family = model.config, family_of(model.config)
+    shapes = {
+        target: tuple(parameter.shape)
+        for name, parameter in model.named_parameters()
+        for target, _ in places_of(family, config, name, model.base_model_prefix)
+    }
+    facts = ModelFacts(
+        architecture=family.architecture,
+        n_layers=config.num_hidden_layers,
+        n_heads=config.num_attention_heads,
+        n_kv_heads=config.num_key_value_heads,
+    )
+    n_bytes = sum(spec.nbytes for spec in chosen_types(shapes, mix_of(kind), facts))
+    return 8 * n_bytes / sum(p.numel() for p in model.parameters())
+
+
 def claims() -> list[Claim]:
     small, large = llama_2_7b(), llama_3_70b()
+    bits = {kind: gguf_bits(small, kind) for kind in GGUF_BITS}
     r16, seven = trained(small, lora(16, ATTENTION)), trained(small, lora(16, ALL_SEVEN))
     ia3 = trained(
         small, veneer.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])
@@ -109,6 +132,9 @@ def claims() -> list[Claim]:
         Claim("the same, double quantization", 0.127, bits_a_parameter(True), "bits a parameter"),
         Claim("70B in 4 bits", 35, bytes_in_4_bits(large) / 1e9, "GB"),
         Claim("70B, full fine-tuning with 16-bit weights and Adam", 140, 16 * n_large / 1e9, "GB"),
+        *(Claim(f"{kind} of a 7B", said, bits[kind], "bits a weight") for kind, said in GGUF_BITS.items()),
+        *(Claim(f"{kind} of a 7B", said, bits[kind] * n_small / 8e9, "GB") for kind, said in GGUF_BITS.items()),
+        Claim("Q4_K_M of a 70B", 40, gguf_bits(large, "Q4_K_M") * n_large / 8e9, "GB"),
     ]  # fmt: skip
 
 
