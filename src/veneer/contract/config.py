@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from veneer.contract.discovery import concrete
 from veneer.contract.extras import Extras
@@ -128,6 +128,11 @@ class MethodConfig(FrozenConfig):
     @classmethod
     def variants(cls) -> Mapping[str, str]:
         """The switches among the fields that go by names of their own in recipes: field by name."""
+        return {}
+
+    @classmethod
+    def presets(cls) -> Mapping[str, Mapping[str, Any]]:
+        """Settings of papers that go by names of their own in recipes: fields by name. A recipe's own fields hold."""
         return {}
 
     @classmethod

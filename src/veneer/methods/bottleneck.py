@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -22,6 +22,11 @@ from veneer.core.residual import ACTIVATIONS, bottleneck_width
 from veneer.core.sites import ResidualSite
 from veneer.inits import bottleneck
 
+PRESETS: Mapping[str, dict[str, Any]] = {
+    "houlsby": {"after_attention": True, "non_linearity": "swish"},
+    "pfeiffer": {},
+    "parallel": {"placement": "parallel", "reduction_factor": 2, "scaling": 4.0, "init_weights": "mam_adapter"},
+}
 STARTS = {"bert": bottleneck.bert, "mam_adapter": bottleneck.mam, "houlsby": bottleneck.houlsby}
 
 
@@ -58,18 +63,21 @@ class BottleneckConfig(ResidualMethod):
     @classmethod
     def houlsby(cls, **fields: object) -> Self:
         """After attention and after the feed-forward part, swish."""
-        return cls(**{"after_attention": True, "non_linearity": "swish"} | fields)  # type: ignore[arg-type]
+        return cls(**PRESETS["houlsby"] | fields)  # type: ignore[arg-type]
 
     @classmethod
     def pfeiffer(cls, **fields: object) -> Self:
         """After the feed-forward part, ReLU."""
-        return cls(**fields)  # type: ignore[arg-type]
+        return cls(**PRESETS["pfeiffer"] | fields)  # type: ignore[arg-type]
 
     @classmethod
     def parallel(cls, **fields: object) -> Self:
         """Beside the feed-forward part, half its width, scaled by 4, started at the identity."""
-        preset = {"placement": "parallel", "reduction_factor": 2, "scaling": 4.0, "init_weights": "mam_adapter"}
-        return cls(**preset | fields)  # type: ignore[arg-type]
+        return cls(**PRESETS["parallel"] | fields)  # type: ignore[arg-type]
+
+    @classmethod
+    def presets(cls) -> Mapping[str, Mapping[str, Any]]:
+        return PRESETS
 
     def problems(self) -> list[str]:
         found = super().problems()

@@ -50,5 +50,5 @@ _OTHER_WORDS = {
 def nearest(key: str, known: Iterable[str]) -> str:
     """The end of a message that names the key which was perhaps meant."""
     names, meant = list(known), _OTHER_WORDS.get(str(key))
-    found = [meant] if meant in names else difflib.get_close_matches(str(key), names, n=1, cutoff=0.3)
+    found = [meant] if meant in names else difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
     return f"; the nearest is {found[0]!r}" if found else ""

@@ -57,8 +57,12 @@ def is_there(name: str) -> bool:
 @pages
 def test_options_of_commands(page: Path) -> None:
     for verb, rest in commands(page, r"\bveneer ([a-z][\w-]*)"):
-        if verb in VERBS:
-            options = {name for param in VERBS[verb].params for name in (*param.opts, *param.secondary_opts)}
+        command = VERBS.get(verb)
+        of_a_group = getattr(command, "commands", None)
+        if of_a_group is not None:
+            command = of_a_group.get((rest.split() or [""])[0])
+        if command is not None:
+            options = {name for param in command.params for name in (*param.opts, *param.secondary_opts)}
             assert set(OPTION.findall(rest)) <= options | {"--help"}, (verb, rest)
 
 

@@ -1,13 +1,13 @@
 """The ``adapter`` part of a recipe: a method by its name, and the fields of that method's config as keys.
 
 The names are found, not listed: every method in `veneer.methods` by its ``peft_type`` in small letters, every variant
-of LoRA by its file.
+of LoRA by its file, and the presets of a method (``houlsby``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from veneer.errors import ConfigError
@@ -23,10 +23,11 @@ FULL_LEARNING_RATE = 2e-5
 
 @dataclass(frozen=True)
 class NamedMethod:
-    """A config class, and the fields that the name itself sets."""
+    """A config class, the fields that the name itself sets, and those that it gives where a recipe does not."""
 
     config: type[MethodConfig]
-    switches: Mapping[str, bool]
+    switches: Mapping[str, bool] = field(default_factory=dict)
+    preset: Mapping[str, Any] = field(default_factory=dict)
 
 
 def method_of(adapter: Mapping[str, Any]) -> str:
@@ -38,12 +39,11 @@ def named_methods() -> dict[str, NamedMethod]:
     """Every method by the name that a recipe gives it; a model trained whole (``full``) is not among them."""
     from veneer.methods import all_methods
 
-    found = {name.lower(): NamedMethod(cls, {}) for name, cls in all_methods().items()}
-    return found | {
-        name: NamedMethod(cls, {switch: True})
-        for cls in all_methods().values()
-        for name, switch in cls.variants().items()
-    }
+    found = {name.lower(): NamedMethod(cls) for name, cls in all_methods().items()}
+    for cls in all_methods().values():
+        found |= {name: NamedMethod(cls, switches={switch: True}) for name, switch in cls.variants().items()}
+        found |= {name: NamedMethod(cls, preset=preset) for name, preset in cls.presets().items()}
+    return found
 
 
 def method_names() -> list[str]:
@@ -87,7 +87,7 @@ def adapter_config(adapter: Mapping[str, Any]) -> MethodConfig | None:
         return None
     named = named_methods()[method_of(adapter)]
     given = typed(named.config, _fields(adapter), [])
-    config = named.config(**{**named.config.usual_fields, **given, **named.switches})
+    config = named.config(**{**named.config.usual_fields, **named.preset, **given, **named.switches})
     start = config.late_start if isinstance(config, LinearMethod) else None
     if start is not None and start.settings is not None:
         raise ConfigError(

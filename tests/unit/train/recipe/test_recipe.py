@@ -6,6 +6,7 @@ import yaml
 
 from veneer.errors import ConfigError
 from veneer.methods import all_methods
+from veneer.methods.bottleneck import BottleneckConfig
 from veneer.methods.ia3 import IA3Config
 from veneer.methods.lora import LoraConfig
 from veneer.train.recipe.adapter import method_names
@@ -302,3 +303,9 @@ def test_a_wrong_recipe_is_told_without_importing_torch(written):
     result = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (2, "set()\n")
     assert result.stderr == f"error: {path}: modle: unknown key; the nearest is 'model'\n"
+
+
+@pytest.mark.parametrize("name", ["houlsby", "pfeiffer", "parallel"])
+def test_presets_of_a_method_are_methods_and_own_fields_hold(name: str):
+    recipe = recipe_with(adapter={"method": name, "scaling": 0.7})
+    assert recipe.adapter_config() == getattr(BottleneckConfig, name)(scaling=0.7)
