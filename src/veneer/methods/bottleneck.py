@@ -63,17 +63,17 @@ class BottleneckConfig(ResidualMethod):
     @classmethod
     def houlsby(cls, **fields: object) -> Self:
         """After attention and after the feed-forward part, swish."""
-        return cls(**PRESETS["houlsby"] | fields)  # type: ignore[arg-type]
+        return cls(**PRESETS["houlsby"] | fields)
 
     @classmethod
     def pfeiffer(cls, **fields: object) -> Self:
         """After the feed-forward part, ReLU."""
-        return cls(**PRESETS["pfeiffer"] | fields)  # type: ignore[arg-type]
+        return cls(**PRESETS["pfeiffer"] | fields)
 
     @classmethod
     def parallel(cls, **fields: object) -> Self:
         """Beside the feed-forward part, half its width, scaled by 4, started at the identity."""
-        return cls(**PRESETS["parallel"] | fields)  # type: ignore[arg-type]
+        return cls(**PRESETS["parallel"] | fields)
 
     @classmethod
     def presets(cls) -> Mapping[str, Mapping[str, Any]]:
