@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from veneer.errors import ShapeError
 from veneer.model.blueprint.rotary import Rotary
 from veneer.ops.attention import AttentionOptions
 from veneer.ops.cpu.step import StepAttention, StepLayer, StepProgram, StepTurns
@@ -91,8 +92,9 @@ class NativeStep:
                 part.take(self.program, version, number, effects)
 
     def drop(self, version: str) -> None:
-        """An adapter version goes."""
-        self.program.drop(self.numbers.pop(version))
+        """An adapter version goes, if it came."""
+        if version in self.numbers:
+            self.program.drop(self.numbers.pop(version))
         for part in self.parts:
             if part is not None:
                 part.unknown.discard(version)
@@ -241,14 +243,17 @@ class Stretch:
             turns.append((cos[0].float().contiguous(), sin[0].float().contiguous()))
         pages = (step.cache.store, step.rows) if isinstance(step.cache, PageCache) else None
         runs = [(native.numbers[step.versions[place]], start, stop) for place, start, stop in step.runs.runs]
-        native.program.run(self.place, self._registers(frame), pages, turns, runs)
+        native.program.run(self.place, self._registers(frame, len(step.positions)), pages, turns, runs)
 
-    def _registers(self, frame: Frame) -> list[Tensor | None]:
-        """The memory of all registers; the frame then has what will be written."""
-        native, n = self.native, len(frame[STREAM])
+    def _registers(self, frame: Frame, n: int) -> list[Tensor | None]:
+        """The memory of all registers, n rows each; the frame then has what will be written.
+
+        Raises ShapeError where an instruction before has left other rows.
+        """
+        native = self.native
         found: list[Tensor | None] = [None] * native.n_registers
         for register in self.reads | self.writes:
-            rows = _tensors(frame[register.name]) if register in self.reads else native.rows_of(register, n)
+            rows = self._given(frame, register, n) if register in self.reads else native.rows_of(register, n)
             first = native.first_of(register)
             found[first : first + len(rows)] = rows
         for register in self.writes:
@@ -257,8 +262,18 @@ class Stretch:
             frame[register.name] = written if register.name in LISTS else written[0]
         return found
 
+    def _given(self, frame: Frame, register: Register, n: int) -> list[Tensor]:
+        """Tensors of rows whose last axis is contiguous, looked at before C++ reads their memory."""
+        given, dtype = frame[register.name], self.native.program.dtype
+        rows = [given] if isinstance(given, Tensor) else list(given)
+        for x in rows:
+            if len(x) != n or x.dtype != dtype:
+                raise ShapeError(
+                    f"register {register.name!r} holds {tuple(x.shape)} in {_said(x.dtype)}, and a step takes "
+                    f"({n}, width) in {_said(dtype)}"
+                )
+        return [x if x.stride(1) == 1 else x.contiguous() for x in rows]
 
-def _tensors(given: Tensor | list[Tensor]) -> list[Tensor]:
-    """Tensors of rows whose last axis is contiguous."""
-    rows = [given] if isinstance(given, Tensor) else list(given)
-    return [x if x.stride(1) == 1 else x.contiguous() for x in rows]
+
+def _said(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

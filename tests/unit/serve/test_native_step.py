@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from veneer import LoraConfig
+from veneer.errors import ShapeError
 from veneer.model.paged import Stretch
 from veneer.ops.cpu.module import kernels
 from veneer.serve.bound import IntoStreamOf, LogitsOf
@@ -19,6 +20,7 @@ from veneer.serve.effects import Lookup, read_effects
 from veneer.serve.interpreter import Interpreter
 from veneer.serve.kv_cache import make_cache
 from veneer.serve.native import Stretch as NativeStretch
+from veneer.serve.program import STREAM
 from veneer.serve.program_runner import proved
 from veneer.serve.step import Piece, Step, step_of
 
@@ -197,6 +199,17 @@ def test_threads_that_wait_for_each_other_again_and_again():
             found = list(pool.map(lambda run: run.step(*chunks), runs))
             assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("spoilt", [lambda x: x.to(torch.bfloat16), lambda x: x.double(), lambda x: x[:-1]])
+def test_rows_that_do_not_fit_are_told(spoilt):
+    """What an instruction between two stretches leaves is looked at before C++ reads it."""
+    interpreter = proved(make_model(), 100)
+    [stretch] = stretches(interpreter, step_with(interpreter, None))
+    rows = torch.ones(5, 24)
+    assert stretch._registers({STREAM: rows}, 5)[0].data_ptr() == rows.data_ptr()
+    with pytest.raises(ShapeError, match=r"register 'h' .*\(5, width\) in float32"):
+        stretch._registers({STREAM: spoilt(rows)}, 5)
 
 
 def test_the_logits_come_last():
