@@ -116,6 +116,11 @@ def engine_answerer(parts: Parts, drawing: Drawing, n_rows: int) -> EngineAnswer
     except (ConfigError, DescriptionError) as error:
         unpack(parts.base)  # where it was what comes behind the program that failed
         return str(error)
+    limit, context = engine.scheduler.limits.max_model_len, context_length(parts.base)
+    if context is not None and limit < context:
+        del engine
+        unpack(parts.base)
+        return f"memory has room for {limit} of the {context} tokens of the model's context"
     if parts.adapter is None:
         return EngineAnswerer(engine, params, None)
     adapter = LoRARequest("adapter", 1, str(parts.adapter))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -199,6 +200,18 @@ def test_an_adapter_that_the_program_cannot_say_and_a_model_without_a_program_ar
     parts = load_parts(str(model_folder))
     assert isinstance(answerer_of(parts), ModelAnswerer)
     assert capsys.readouterr().err == "answers: transformers' generate (no memory for a page)\n"
+    wanted = tiny_model().state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in parts.base.state_dict().items())
+
+
+def test_where_memory_shortens_the_context_transformers_answers(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("veneer.serve.start.free_memory", lambda device: 19_000)
+    parts = load_parts(str(model_folder))
+    assert isinstance(answerer_of(parts), ModelAnswerer)
+    said = capsys.readouterr().err
+    assert re.match(r"answers: transformers' generate \(memory has room for \d+ of the \d+ tokens of the", said), said
     wanted = tiny_model().state_dict()
     assert all(torch.equal(value, wanted[name]) for name, value in parts.base.state_dict().items())
 
