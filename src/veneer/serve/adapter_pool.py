@@ -124,9 +124,14 @@ class AdapterPool:
         return id in self._entries and self._entries[id].is_needed
 
     def bind(self, name: str, version: AdapterVersion) -> None:
-        """Let a name mean a version from now on; requests keep the one that they came with."""
+        """Let a name mean a version from now on; requests keep the one that they came with.
+
+        One that is not loaded is read from the folder given last: that of another name may have gone.
+        """
         self._unname(name)
         entry = self._entries.setdefault(version.id, _Entry(version, version.n_bytes))
+        if entry.residency is Residency.ABSENT:
+            entry.version = version
         entry.names.add(name)
         self._names[name] = version.id
 

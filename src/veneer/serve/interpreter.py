@@ -94,9 +94,9 @@ class Interpreter:
         self._plans.clear()
 
     def drop(self, version: str) -> None:
-        """An adapter version goes."""
-        self.effects.pop(version)
-        self.bottlenecks.pop(version)
+        """An adapter version goes, also one that `take` was interrupted with, and one that never came."""
+        self.effects.pop(version, None)
+        self.bottlenecks.pop(version, None)
         for linears in self._linears:
             linears.drop(version)
         if self.native is not None:

@@ -8,10 +8,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
+
+from veneer.errors import ServingError
 
 Read = TypeVar("Read")
 _NICENESS = 4  # the step goes first, and what waits for this gets a third of a core that the step takes whole
@@ -30,7 +33,8 @@ class Loader(Generic[Read]):
     """A queue of loads, done one after the other; ``tell`` gets every end, on the thread that reads.
 
     The thread lives while there is something to read, so that an engine without loads has none, and none is left when
-    it goes. torch computes there on that one thread alone: the team of threads is the step's.
+    it goes. torch computes there on that one thread alone: the team of threads is the step's. Where no thread can
+    start, what waits for it ends with a ServingError.
     """
 
     def __init__(self, tell: Callable[[Finished[Read]], None]) -> None:
@@ -43,9 +47,15 @@ class Loader(Generic[Read]):
         """Read something soon; never waits."""
         with self._lock:
             self._queue.append((id, read))
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="veneer loader")
+            if self._thread is not None:
+                return
+            self._thread = threading.Thread(target=self._work, name="veneer loader")
+            try:
                 self._thread.start()
+                return
+            except Exception as error:  # noqa: BLE001 - whatever keeps it from starting, nobody must wait for it
+                reason = error
+        self._refuse(reason)
 
     def stop(self) -> None:
         """Begin nothing more, and wait for what is read now. Ends that are not told are those that never began."""
@@ -55,8 +65,20 @@ class Loader(Generic[Read]):
         if thread is not None:
             thread.join()
 
+    def _refuse(self, reason: Exception) -> None:
+        """End all loads that wait, for there is no thread to read them."""
+        with self._lock:
+            refused, self._thread = [id for id, _ in self._queue], None
+            self._queue.clear()
+        for id in refused:
+            self._tell(Finished(id, ServingError(f"no thread could start that reads adapters: {reason}"), 0.0))
+
     def _work(self) -> None:
-        _be_alone()
+        try:
+            _be_alone()
+        except Exception as error:  # noqa: BLE001 - as above
+            self._refuse(error)
+            return
         while True:
             with self._lock:
                 if not self._queue:
@@ -88,4 +110,6 @@ def _be_alone() -> None:
     setter.start()
     setter.join()
     if sys.platform == "linux":  # where a thread has a niceness of its own
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        thread = threading.get_native_id()
+        with suppress(OSError):  # a system may forbid it, and then this reads faster than it should
+            os.setpriority(os.PRIO_PROCESS, thread, max(_NICENESS, os.getpriority(os.PRIO_PROCESS, thread)))

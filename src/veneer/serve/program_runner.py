@@ -140,9 +140,9 @@ class ProgramRunner(DrawingRunner):
         )
 
     def unload(self, version: str) -> None:
-        if version in self.interpreter.effects:
-            self.interpreter.drop(version)
-        elif self.general is not None:
+        by_program = version in self.interpreter.effects
+        self.interpreter.drop(version)  # in any case: it may have been interrupted while it was taken in
+        if self.general is not None and not by_program:
             with self._modules:
                 self._lookup = Lookup(self.model)
                 self.general.unload(version)

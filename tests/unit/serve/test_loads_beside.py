@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +15,13 @@ import pytest
 import torch
 
 from veneer import LLM, IA3Config, LoraConfig, LoRARequest, SamplingParams
-from veneer.errors import ConfigError, FormatError
+from veneer.errors import ConfigError, FormatError, ServingError
 from veneer.model.places import placed_on
 from veneer.ops.paged_attention import PagedStore
 from veneer.serve import effects, program_runner
 from veneer.serve.effects import UnsaidError, read_effects
 from veneer.serve.held import bytes_of
+from veneer.serve.inbox import Inbox
 from veneer.serve.loader import Finished, Loader
 
 from .conftest import make_model, save_adapter
@@ -259,6 +261,58 @@ def test_the_loader_has_a_thread_while_it_reads_and_stops_where_it_is():
     assert told[1:] == [] or isinstance(told[1].result, ZeroDivisionError)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a thread has no niceness of its own")
+@pytest.mark.parametrize(("own", "wanted"), [(0, 4), (3, 4), (9, 9)])
+def test_the_loader_gives_way_where_it_may(monkeypatch, own, wanted):
+    """A process that is nicer stays so, and one that may not change it reads all the same."""
+    told: Inbox[Finished[str]] = Inbox()
+    set_to: list[int] = []
+
+    def forbidden(kind: int, thread: int, niceness: int) -> None:
+        set_to.append(niceness)
+        raise PermissionError("not for you")
+
+    monkeypatch.setattr("os.getpriority", lambda kind, thread: own)
+    monkeypatch.setattr("os.setpriority", forbidden)
+    loader = Loader[str](told.put)
+    loader.submit("a", lambda: "read")
+    assert told.wait(10)
+    loader.stop()
+    ended = told.take()
+    assert ended is not None
+    assert (ended.id, ended.result, set_to) == ("a", "read", [wanted])
+
+
+@pytest.mark.parametrize("where", ["threading.Thread.start", "veneer.serve.loader._be_alone"])
+def test_loads_without_a_thread_are_told_as_failed(monkeypatch, where):
+    """And the next ones are read, where a thread starts again."""
+    told: Inbox[Finished[str]] = Inbox()
+    loader = Loader[str](told.put)
+
+    def refuse(*given: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(where, refuse)
+        for id in ("a", "b"):
+            loader.submit(id, lambda: "never")
+            ended = _next(told)
+            assert ended.id == id
+            assert isinstance(ended.result, ServingError)
+            assert "can't start new thread" in str(ended.result)
+    loader.submit("c", lambda: "read")
+    ended = _next(told)
+    assert (ended.id, ended.result) == ("c", "read")
+    loader.stop()
+
+
+def _next(told: Inbox[Finished[str]]) -> Finished[str]:
+    assert told.wait(10)
+    while (ended := told.take()) is None:
+        assert told.wait(10)
+    return ended
+
+
 def test_many_adapters_and_room_for_a_few(tokenizer, tmp_path):
     """64 that differ, memory for some 16 of them: each answer is that of the adapter alone."""
     draw = random.Random(7)
@@ -359,3 +413,35 @@ def test_copies_elsewhere_are_one(llm, adapters, tmp_path):
     first, second = llm.generate([PROMPT] * 2, GREEDY, lora_request=two, use_tqdm=False)
     assert first.outputs[0].token_ids == second.outputs[0].token_ids
     assert len(llm.engine.runner.loaded) == 1
+
+
+def test_a_copy_is_read_where_it_is_when_the_first_folder_has_gone(base_folder, adapters, tmp_path):
+    """One place: another adapter takes it, and the folder that the version was first seen in is deleted."""
+    copies = [LoRARequest(n, i, shutil.copytree(adapters["lora"].path, tmp_path / n)) for i, n in enumerate("ab", 60)]
+    llm = LLM(base_folder, max_loras=1)
+    expected = [one(llm, copy) for copy in copies]
+    one(llm, adapters["ia3"])
+    shutil.rmtree(tmp_path / "a")
+    assert [one(llm, copies[1])] * 2 == expected
+
+
+def test_an_interrupt_while_an_adapter_is_taken_in_leaves_nothing(llm, adapters, monkeypatch):
+    """It is read and taken in again when the next request asks for it, at every place that it had."""
+    expected = one(llm, adapters["lora"])
+    interpreter = llm.engine.runner.interpreter
+    before = bytes_of(interpreter)
+    llm.engine.remove_adapter(adapters["lora"].adapter_id)
+    assert llm.engine.runner.loaded == set()
+
+    def interrupted(*given: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(interpreter.native if interpreter.native else interpreter._linears[-1], "take", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            one(llm, adapters["lora"])
+    one(llm)
+    assert not any(linears.versions for linears in interpreter._linears)
+    assert (interpreter.bottlenecks, interpreter.effects) == ({}, {})
+    assert one(llm, adapters["lora"]) == expected
+    assert bytes_of(interpreter) == before
