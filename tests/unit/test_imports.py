@@ -10,7 +10,7 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "src" / "veneer"
 # The lazy public names; folders that are walked; the back ends of ops, and the compiled module behind one of them.
 WALKS = {"__init__.py", "inits/__init__.py", "methods/__init__.py", "methods/variants/__init__.py", "ops/dispatch.py"}
-WALKS |= {"ops/cpu/module.py", "model/blueprint/registry.py"}
+WALKS |= {"ops/cpu/module.py", "model/blueprint/registry.py", "store/gguf/registry.py"}
 
 
 def imports_from_strings(source: str) -> list[int]:

@@ -22,6 +22,7 @@ from veneer.errors import TensorError
 from veneer.ops.adamw import AdamWStep, Moment8bit
 from veneer.ops.blockwise import dynamic_map
 from veneer.ops.cpu.module import kernels
+from veneer.ops.cpu.step import StepLayer, StepNorm, StepProgram
 from veneer.ops.dispatch import backends, implementation
 from veneer.ops.four_bit import FourBitLayout, quantize_4bit
 from veneer.ops.grouped_low_rank import AdapterRuns, LowRankGroup, Run
@@ -83,6 +84,8 @@ def cases():
     angles = torch.randn(1, N, 4)
     yield "scale.forward", (x, w, w.clone(), y)
     yield "scale.backward", (x, y, w, x.clone(), True)
+    yield "step.add_norm", (w,)
+    yield "step.add_product", (flat_panels,)
     yield "rotary.rotate", (torch.randn(2, HEADS, N, 8), angles, angles.clone(), False, True)
 
 
@@ -101,6 +104,18 @@ tree.register_pytree_node(PackedWeight, lambda p: ([p.panels], p.shape), lambda 
 tree.register_pytree_node(PagedStore, lambda s: ([s.data], s), lambda t, s: replace(s, data=t[0]))
 tree.register_pytree_node(Moment8bit, lambda m: ([m.codes, m.absmax], None), lambda parts, _: Moment8bit(*parts))
 tree.register_pytree_node(LowRankGroup, lambda g: ([*g.a, *g.b], g), lambda ab, g: replace(g, a=(ab[0],), b=(ab[1],)))
+
+
+def add_norm(weight):
+    StepProgram(torch.float32).add_norm(StepNorm(weight, None, 1e-5, False), 0, 0)
+
+
+def add_product(panels):
+    StepProgram(torch.float32).add_product([StepLayer(PackedWeight(panels, (OUT, D)), None, 1)], 0)
+
+
+# A program's instructions are no ops of their own: each is added to a program.
+INSTRUCTIONS = {"step.add_norm": add_norm, "step.add_product": add_product}
 
 
 def odd_tensors(x):
@@ -141,7 +156,7 @@ def ask(backend, op, args):
 
 def outcome(backend, op, args):
     try:
-        implementation(op, torch.device("cpu"), backend)(*args)
+        (INSTRUCTIONS.get(op) or implementation(op, torch.device("cpu"), backend))(*args)
     except TensorError as error:
         return str(error)
     return "no error"

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from veneer.errors import ConfigError, TrainingError
 from veneer.model.fused.decoder import fused
-from veneer.train import loss, processes, trainer
+from veneer.train import guards, loss, processes
 from veneer.train.loss import token_loss
 from veneer.train.processes import by_main, gathered, is_main, largest, n_processes, summed
 
@@ -79,7 +79,7 @@ def test_joined_gradients_keep_the_fused_loss(make_model, monkeypatch):
 
 def test_split_models_are_refused(monkeypatch):
     split = SimpleNamespace(is_fsdp_enabled=True, is_deepspeed_enabled=False)
-    trainer._require_whole_models(split)
-    monkeypatch.setattr(trainer, "n_processes", lambda: 2)
+    guards.require_whole_models(split)
+    monkeypatch.setattr(guards, "n_processes", lambda: 2)
     with pytest.raises(ConfigError, match="FSDP or DeepSpeed"):
-        trainer._require_whole_models(split)
+        guards.require_whole_models(split)
