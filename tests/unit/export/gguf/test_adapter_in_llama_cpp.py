@@ -34,9 +34,10 @@ def test_probabilities_are_those_of_the_adapted_model(tmp_path: Path, case: str)
     lora.path, lora.scale = str(tmp_path / "lora.gguf"), 1.0
     params.lora_adapters = [lora]
     server = xllamacpp.Server(params)
-    # an answer that ends at once tells no probabilities
-    request = {"prompt": IDS, "max_tokens": 1, "n_probs": VOCAB, "temperature": -1.0, "ignore_eos": True}
-    request["cache_prompt"] = False
+    request = {"prompt": IDS, "max_tokens": 1, "n_probs": VOCAB, "temperature": -1.0, "cache_prompt": False}
+    # The token that is drawn has to be a whole character, or the answer holds no probabilities; those are told from
+    # before the bias.
+    request["logit_bias"] = [[IDS[0], 100.0]]
     answer = server.handle_completions(request)
     found = {each["id"]: each["logprob"] for each in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]}
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
