@@ -10,6 +10,7 @@ from typing import Any
 from gguf import GGUFValueType, TokenType
 
 from veneer.errors import FormatError
+from veneer.export.gguf.pieces import BYTES, piece_ranks
 from veneer.export.gguf.tokenizer import SourceTokenizer
 from veneer.store.gguf.keys import Pair
 from veneer.store.gguf.pre_tokenizer import pre_tokenizer_name
@@ -17,7 +18,6 @@ from veneer.store.gguf.pre_tokenizer import pre_tokenizer_name
 PREFIX = "tokenizer.ggml."
 _SPACE = "▁"  # what pieces have for a space
 _LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<｜.*｜>|<unused\d*>|<pad>|<mask>")
-_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _NORMALIZERS = (None, "NFC")  # the runtime has none; NFC changes no text that is in it already
 ADDED_SCORE, PADDED_SCORE = -1000.0, -10000.0
 
@@ -80,10 +80,7 @@ def _byte_level(source: SourceTokenizer, tokens: list[str]) -> list[Pair]:
 
 def _pieces(source: SourceTokenizer, tokens: list[str]) -> list[Pair]:
     """Pieces with scores: the runtime merges the pair with the best score first, so a merge's rank is its score."""
-    ranks: dict[str, int] = {}
-    for rank, merge in enumerate(source.content["model"].get("merges") or ()):
-        left, right = merge if isinstance(merge, list) else merge.split(" ")
-        ranks.setdefault(left + right, rank)
+    ranks = piece_ranks(source, tokens)
     kinds = [_kind(source, number) for number in range(len(tokens))]
     texts = [_text(token, kind) for token, kind in zip(tokens, kinds, strict=True)]
     scores = [_score(token, kind, ranks) for token, kind in zip(tokens, kinds, strict=True)]
@@ -101,7 +98,7 @@ def _kind(source: SourceTokenizer, number: int) -> int:
         return int(TokenType.UNUSED)
     token, added = source.vocabulary[number], source.added.get(number)
     byte_level = is_byte_level(source.content)
-    if not byte_level and _BYTE.fullmatch(token):
+    if not byte_level and token in BYTES:
         return int(TokenType.BYTE)
     if not byte_level and token == source.content["model"].get("unk_token"):
         return int(TokenType.UNKNOWN)
@@ -120,7 +117,9 @@ def _score(token: str, kind: int, ranks: Mapping[str, int]) -> float:
         return PADDED_SCORE
     if kind in (TokenType.CONTROL, TokenType.USER_DEFINED):
         return ADDED_SCORE
-    return -float(ranks.get(token, 0)) if kind == TokenType.NORMAL and token in ranks else 0.0
+    if kind != TokenType.NORMAL or len(token) == 1:
+        return 0.0
+    return -float(ranks[token]) if token in ranks else PADDED_SCORE  # the runtime would merge it all the same
 
 
 def _joined(merge: str | list[str]) -> str:

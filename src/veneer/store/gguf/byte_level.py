@@ -24,7 +24,7 @@ def byte_level_tokenizer(reader: GGUFReader) -> Any:
     tokens = _value(reader, _TOKENS + "tokens")
     merges = [tuple(merge.split(" ")) for merge in _value(reader, _TOKENS + "merges") or ()]
     vocabulary = {token: number for number, token in enumerate(tokens)}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=bool(entry.whole)))
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=entry.whole))
     backend.pre_tokenizer, backend.decoder = entry.build(), decoders.ByteLevel()
     _add_special(backend, tokens, _value(reader, _TOKENS + "token_type") or [])
     ids = {name: _value(reader, f"{_TOKENS}{key}_token_id") for name, key in _NAMED.items()}

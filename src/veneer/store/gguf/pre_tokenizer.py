@@ -34,13 +34,13 @@ def _cased(digits: str, contractions: str = "") -> str:
 @dataclass(frozen=True, slots=True)
 class PreTokenizer:
     """``name`` is that of ``tokenizer.ggml.pre``; ``patterns`` cut the text one after the other, ``digits`` stand alone
-    before them. Without patterns it is GPT-2's. ``whole``: a word that is a token skips the merges; None: either way.
+    before them. Without patterns it is GPT-2's. ``whole``: a word that is a token skips the merges.
     """
 
     name: str
     patterns: tuple[str, ...] = ()
     digits: bool = False
-    whole: bool | None = None
+    whole: bool = False
     others: tuple[str, ...] = ()
 
     @property
@@ -87,14 +87,20 @@ TABLE = (
 def pre_tokenizer_name(content: Mapping[str, Any]) -> str:
     """llama.cpp's name for what a ``tokenizer.json`` does before the merges.
 
-    Raises FormatError with the patterns seen, where llama.cpp has no name for them or none is known here.
+    Raises FormatError with the patterns seen, where llama.cpp has no name for them or none is known here, and where under that name it
+    takes words that are tokens otherwise.
     """
     steps = tuple(_steps(content.get("pre_tokenizer") or {}))
     whole = bool((content.get("model") or {}).get("ignore_merges", False))
     for each in TABLE:
-        if each.steps == steps and each.whole in (None, whole):
+        if each.steps == steps and each.whole == whole:
             return each.name
     shown = "; ".join(" ".join(map(str, step)) for step in steps) or "nothing"
+    if same := next((each.name for each in TABLE if each.steps == steps), None):
+        raise FormatError(
+            f"the tokenizer cuts words as {same} does, with ignore_merges {whole}: the runtime takes "
+            f"{'no word' if whole else 'every word that is a token'} whole under that name, and would make other tokens"
+        )
     raise FormatError(
         f"the tokenizer cuts words in a way that has no name in GGUF files: {shown}. Under another name the runtime "
         f"would cut them otherwise without a word. Known: {', '.join(each.name for each in TABLE)}"

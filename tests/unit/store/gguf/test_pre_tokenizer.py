@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from veneer.errors import FormatError
-from veneer.store.gguf.pre_tokenizer import TABLE, pre_tokenizer_name, pre_tokenizer_of
+from veneer.store.gguf.pre_tokenizer import TABLE, PreTokenizer, pre_tokenizer_name, pre_tokenizer_of
 
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -25,7 +25,7 @@ def content(pre: object, whole: bool = False) -> dict[str, object]:
 
 @pytest.mark.parametrize("entry", TABLE, ids=lambda entry: entry.name)
 def test_what_a_name_builds_is_matched_to_it(entry: object) -> None:
-    assert pre_tokenizer_name(content(entry.build(), bool(entry.whole))) == entry.name  # type: ignore[attr-defined]
+    assert pre_tokenizer_name(content(entry.build(), entry.whole)) == entry.name  # type: ignore[attr-defined]
 
 
 def test_llama_3_s_pattern_is_llama_bpe_where_whole_words_skip_merges() -> None:
@@ -34,6 +34,15 @@ def test_llama_3_s_pattern_is_llama_bpe_where_whole_words_skip_merges() -> None:
     given = {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}, "model": {"ignore_merges": True}}
     assert pre_tokenizer_name(given) == "llama-bpe"
     assert pre_tokenizer_name({**given, "model": {}}) == "dbrx"
+
+
+@pytest.mark.parametrize("entry", TABLE, ids=lambda entry: entry.name)
+def test_whole_words_that_the_runtime_merges_or_the_reverse_are_refused(entry: PreTokenizer) -> None:
+    if entry.name in ("llama-bpe", "dbrx"):
+        pytest.skip("one name for each way")
+    given = content(entry.build(), not entry.whole)
+    with pytest.raises(FormatError, match=f"as {entry.name} does, with ignore_merges {not entry.whole}: the runtime"):
+        pre_tokenizer_name(given)
 
 
 @pytest.mark.parametrize(

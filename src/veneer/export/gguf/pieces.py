@@ -1,0 +1,122 @@
+"""Vocabularies of pieces, looked at for what the runtime would do otherwise than the tokenizer.
+
+The runtime knows one way for them, SentencePiece's: spaces become "▁", the whole text is merged at once, every two
+neighbours that make a piece merge by its score, and what is no piece becomes bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from veneer.errors import FormatError
+from veneer.export.gguf.tokenizer import SourceTokenizer
+
+BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
+_SPACE = "▁"  # what pieces have for a space
+
+
+def piece_ranks(source: SourceTokenizer, tokens: list[str]) -> dict[str, int]:
+    """The rank of the first merge that makes a piece, by the piece.
+
+    Raises FormatError, with everything at once, for normalizers and pre-tokenizers that are not those of
+    SentencePiece, missing pieces of bytes, and pieces that the runtime's merging makes and the tokenizer's does not.
+    """
+    merges = [_pair(merge) for merge in source.content["model"].get("merges") or ()]
+    ranks: dict[str, int] = {}
+    for rank, (left, right) in enumerate(merges):
+        ranks.setdefault(left + right, rank)
+    problems = list(_problems(source.content, tokens)) or list(_merge_problems(source, ranks, set(merges)))
+    if problems:
+        raise FormatError(
+            f"the tokenizer in {source.folder} is one of pieces, for which the runtime does what SentencePiece does "
+            f"alone, and would cut texts otherwise without a word: {'; '.join(problems)}"
+        )
+    return ranks
+
+
+def _problems(content: Mapping[str, Any], tokens: list[str]) -> Iterator[str]:
+    for step in _steps(content, "normalizer"):
+        if not _is_for_spaces(step):
+            yield f"the normalizer {_told(step)}"
+    for step in _steps(content, "pre_tokenizer"):
+        if not _cuts_nothing(step, tokens):
+            yield f"the pre-tokenizer {_told(step)}"
+    if content["model"].get("ignore_merges"):
+        yield "ignore_merges, which takes a text that is a piece whole"
+    if missing := sorted(BYTES - set(tokens)):
+        yield f"no pieces for {len(missing)} of the 256 bytes ({missing[0]} first), without which it aborts"
+    elif not content["model"].get("byte_fallback"):
+        yield "byte_fallback off: what is no piece would become bytes, not the unknown token"
+
+
+def _pair(merge: str | list[str]) -> tuple[str, str]:
+    left, right = merge if isinstance(merge, list) else merge.split(" ")
+    return left, right
+
+
+def _steps(content: Mapping[str, Any], name: str) -> Iterator[Mapping[str, Any]]:
+    """The steps of a part of ``tokenizer.json``, out of their sequences."""
+    step = content.get(name)
+    if step is None:
+        return
+    if step["type"] != "Sequence":
+        yield step
+    for each in step.get("normalizers") or step.get("pretokenizers") or ():
+        yield from _steps({name: each}, name)
+
+
+def _is_for_spaces(step: Mapping[str, Any]) -> bool:
+    """Return True for a space in front, and for spaces that become what pieces have for them."""
+    if step["type"] == "Prepend":
+        return bool(step["prepend"] == _SPACE)
+    return step["type"] == "Replace" and step["pattern"] == {"String": " "} and step["content"] == _SPACE
+
+
+def _cuts_nothing(step: Mapping[str, Any], tokens: list[str]) -> bool:
+    """Return True for Metaspace, and for Gemma's split on spaces, of which none is left. Where words are cut off, no
+    piece may reach over a cut.
+    """
+    if step["type"] == "Split":
+        return bool(step["pattern"] == {"String": " "})
+    if step["type"] != "Metaspace" or step["replacement"] != _SPACE:
+        return False
+    return not step.get("split", True) or not any(_SPACE in token[1:] for token in tokens)
+
+
+def _told(step: Mapping[str, Any]) -> str:
+    more = " ".join(f"{key}={value!r}" for key, value in step.items() if key != "type")
+    return f"{step['type']}{more and f' ({more})'}"
+
+
+def _merge_problems(source: SourceTokenizer, ranks: Mapping[str, int], merges: set[tuple[str, str]]) -> Iterator[str]:
+    """A piece that merges other than the tokenizer's would make of its own letters. Vocabularies that were made of
+    SentencePiece's have every merge, so that nothing is tried.
+    """
+    vocabulary = source.content["model"]["vocab"]
+    cut = source.tokenizer.backend_tokenizer.model.tokenize
+    wrong = []
+    for piece in ranks:
+        splits = ((piece[:at], piece[at:]) for at in range(1, len(piece)))
+        if any(a in vocabulary and b in vocabulary and (a, b) not in merges for a, b in splits):
+            ours = [token.value for token in cut(piece)]
+            if ours != (theirs := _merged(piece, vocabulary, ranks)):
+                wrong.append(f"{piece!r} is {ours} to it and {theirs} to the runtime")
+    if wrong:
+        yield f"merges that are missing, by which {len(wrong)} pieces become others ({wrong[0]})"
+
+
+def _merged(text: str, vocabulary: Mapping[str, int], ranks: Mapping[str, int]) -> list[str]:
+    """What the runtime makes of a text: of all neighbours that make a piece, the best first, the leftmost of equals."""
+    parts = list(text)
+    worst = len(ranks)
+    while True:
+        found = [
+            (ranks.get(a + b, worst), at)
+            for at, (a, b) in enumerate(zip(parts, parts[1:], strict=False))
+            if a + b in vocabulary
+        ]
+        if not found:
+            return parts
+        at = min(found)[1]
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
