@@ -54,6 +54,7 @@ def test_a_config_comes_back_from_its_keys(name: str) -> None:
         ("mistral", {"sliding_window": 50}, "sliding_window 50: the runtime has no windows for mistral"),
         ("ministral3", {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.0}}, "mscale 0.7"),
         ("mixtral", {"sliding_window": 50}, "sliding_window 50"),
+        ("phi3", {"sliding_window": 899}, "sliding_window 899: the runtime has no windows for phi3"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}, "sliding windows"),
         ("qwen3", {"attention_bias": True}, "attention_bias True"),
         ("qwen2_moe", {"mlp_only_layers": [1]}, "layers without experts"),

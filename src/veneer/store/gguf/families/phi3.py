@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from veneer.store.gguf.family import Family
 from veneer.store.gguf.fields import DECODER, ORIGINAL_LENGTH, WINDOW, Field
+from veneer.store.gguf.layout import long_windows
 
 FAMILY = Family(
     architecture="phi3",
@@ -12,5 +13,6 @@ FAMILY = Family(
     partial_rotary=True,
     only={"hidden_act": ("silu",)},
     scalings=("default", "longrope"),
+    refuses=long_windows,
     rotary_width=True,
 )
