@@ -19,7 +19,7 @@ from gguf import GGUFReader
 from veneer.core.units import size
 from veneer.errors import FormatError
 from veneer.export.gguf.tokenizer import PROBE, probe_chat
-from veneer.store.gguf.model import read_facts
+from veneer.store.gguf.model import open_gguf, read_facts
 from veneer.store.gguf.writer import part_paths
 
 TEXTS = (
@@ -49,7 +49,7 @@ def check_file(path: Path, on_progress: Callable[[int, int], None] = lambda done
     Raises FormatError for what is no GGUF file, or damaged.
     """
     facts = read_facts(path)
-    readers = [GGUFReader(part) for part in _parts(path)]
+    readers = [open_gguf(part) for part in _parts(path)]
     tensors = [tensor for reader in readers for tensor in reader.tensors]
     problems = [*_count_problems(readers), *_values_problems(tensors, on_progress)]
     shapes = {tensor.name: tuple(map(int, reversed(tensor.shape))) for tensor in tensors}

@@ -51,6 +51,8 @@ def sampling_settings(folder: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         return {}
+    if not isinstance(content, dict):
+        return {}
     return {name: content[name] for name in _SAMPLING if isinstance(content.get(name), int | float)}
 
 

@@ -113,6 +113,8 @@ def _read_gguf(path: Path) -> Importance:
     for name, sums in tensors.items():
         if name.endswith(_SUMS):
             counts = tensors[name.removesuffix(_SUMS) + _COUNTS].reshape(-1, 1)
+            if not len(counts) or sums.numel() % len(counts):
+                raise ValueError(f"{name.removesuffix(_SUMS)} has {sums.numel()} sums for {len(counts)} counts")
             mean = torch.where(counts > 0, sums.reshape(len(counts), -1) / counts, torch.ones(()))
             means[name.removesuffix(_SUMS)] = mean.reshape(-1)
     data_sets, chunks = reader.get_field("imatrix.datasets"), reader.get_field("imatrix.chunk_count")

@@ -50,18 +50,23 @@ class GgufFacts:
     pre_tokenizer: str | None
 
 
-def read_facts(path: Path) -> GgufFacts:
-    """The facts of a GGUF file. Raises FormatError where it is not one, or is cut short."""
+def open_gguf(path: Path) -> GGUFReader:
+    """The reader of a GGUF file. Raises FormatError where it is not one, or is cut short."""
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise FormatError(f"{path} is not a GGUF file: it does not start with the bytes GGUF")
     try:
-        reader = GGUFReader(path)
+        return GGUFReader(path)
     except (ValueError, IndexError, KeyError, OverflowError, struct.error) as error:
         raise FormatError(
             f"{path} is a damaged GGUF file, perhaps cut short ({path.stat().st_size:,} bytes): {error}. "
             "Download it again."
         ) from error
+
+
+def read_facts(path: Path) -> GgufFacts:
+    """The facts of a GGUF file. Raises FormatError where it is not one, or is cut short."""
+    reader = open_gguf(path)
     architecture = _value(reader, "general.architecture")
     if architecture is None:
         raise FormatError(

@@ -93,6 +93,11 @@ def test_parts_are_read_together_and_a_missing_one_is_told(tmp_path: Path) -> No
     report = export_gguf(tmp_path / "model", tmp_path / "x.gguf", options)
     assert len(report.paths) > 1
     assert check_file(report.paths[0]).problems == ()
+    whole = report.paths[1].read_bytes()
+    for n_bytes in (10, 5000):
+        report.paths[1].write_bytes(whole[:n_bytes])
+        with pytest.raises(FormatError, match=r"x-00002-of.* is a damaged GGUF file, perhaps cut short"):
+            check_file(report.paths[0])
     report.paths[1].unlink()
     with pytest.raises(FormatError, match=r"is one part of \d; missing: x-00002-of"):
         check_file(report.paths[0])

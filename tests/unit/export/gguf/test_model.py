@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from veneer.adapters.peft_model import get_peft_model
 from veneer.cli.app import app
 from veneer.errors import ConfigError, FormatError, NonFiniteError
+from veneer.export.gguf.metadata import sampling_settings
 from veneer.export.gguf.mix import MixOptions
 from veneer.export.gguf.model import GgufExport, GgufOptions, export_gguf
 from veneer.export.merged import merge_checkpoint
@@ -246,6 +247,12 @@ def test_a_template_that_does_not_render_a_chat_is_refused(tmp_path: Path, templ
     tiny_folder(tmp_path / "model", "llama")
     (tmp_path / "model" / "chat_template.jinja").write_text(template)
     refused(tmp_path / "model", reason)
+
+
+@pytest.mark.parametrize("text", ['[{"temperature": 0.7}]', "{", '{"temperature": "warm"}'])
+def test_sampling_settings_that_are_none_are_left_out(tmp_path: Path, text: str) -> None:
+    (tmp_path / "generation_config.json").write_text(text)
+    assert sampling_settings(tmp_path) == {}
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:

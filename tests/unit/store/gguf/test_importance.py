@@ -47,6 +47,20 @@ def test_an_expert_that_saw_nothing_weighs_all_columns_alike(tmp_path: Path) -> 
         found.of("a.weight", 4, 2)
 
 
+def test_counts_that_do_not_divide_the_sums_are_told(tmp_path: Path) -> None:
+    writer = GGUFWriter(tmp_path / "x.gguf", "")
+    writer.kv_data[0].clear()
+    writer.add_string("general.type", "imatrix")
+    writer.add_tensor("a.weight.in_sum2", np.ones((1, 7), dtype="f"))
+    writer.add_tensor("a.weight.counts", np.ones((3, 1), dtype="f"))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(FormatError, match=r"damaged: a\.weight has 7 sums for 3 counts\. Collect"):
+        read_importance(tmp_path / "x.gguf")
+
+
 def dat(entries: dict[str, tuple[int, list[float]]]) -> bytes:
     parts = [struct.pack("<i", len(entries))]
     for name, (n_calls, values) in entries.items():
