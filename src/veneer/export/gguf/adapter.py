@@ -26,7 +26,7 @@ from veneer.store.adapter.skeleton import without_storage
 from veneer.store.checkpoint import Checkpoint
 from veneer.store.gguf.family import Family
 from veneer.store.gguf.keys import Pair
-from veneer.store.gguf.names import gguf_name
+from veneer.store.gguf.names import gguf_name, text_name
 from veneer.store.gguf.writer import GgufFileWriter, TensorSpec
 
 TYPES = ("F32", "F16")
@@ -87,10 +87,10 @@ def _read(adapter: Path, base: str | None) -> tuple[str, Family, Any, StoredAdap
         )
     folder = local_folder(named)
     config = model_config(folder)
-    family = family_of(config)
+    family = family_of(config.get_text_config())
     places = placed_on(without_storage(config, read_headers(adapter)), method)
     stored = read_records(adapter, places)
-    return named, family, config, replace(stored, others=tuple(_changed(stored, adapter, folder)))
+    return named, family, config.get_text_config(), replace(stored, others=tuple(_changed(stored, adapter, folder)))
 
 
 def _changed(stored: StoredAdapter, adapter: Path, base: Path) -> Iterator[str]:
@@ -114,7 +114,8 @@ def _tensors(stored: StoredAdapter, family: Family, config: Any) -> tuple[dict[s
         more = f" and {len(stored.others) - 1} more" if len(stored.others) > 1 else ""
         problems.append(f"it trains whole modules or rows ({stored.others[0]}{more})")
     for path, record in stored.updates.items():
-        name = gguf_name(family, config, f"{path}.weight")
+        text = text_name(f"{path}.weight")
+        name = text and gguf_name(family, config, text)
         reasons = list(_reasons(name, record, config))
         problems += [f"{path} {reason}" for reason in reasons]
         if not reasons and name is not None:

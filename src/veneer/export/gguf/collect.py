@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from veneer.errors import ConfigError, DataError
 from veneer.export.gguf.plan import family_of
 from veneer.store.gguf.importance import write_importance
-from veneer.store.gguf.names import gguf_name
+from veneer.store.gguf.names import gguf_name, text_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +53,7 @@ def collect_importance(
     a window, ConfigError for models whose experts lie in one parameter, which no layer's input tells.
     """
     options = options or CollectOptions()
-    family = family_of(model.config)
+    family = family_of(model.config.get_text_config())
     if family.experts and any("experts" in name for name, _ in model.named_parameters()):
         raise ConfigError(
             f"importance of {model.config.model_type} is not collected: its experts lie in one parameter. Collect it "
@@ -99,11 +99,12 @@ def _windows(tokenizer: Any, text: Path, options: CollectOptions) -> list[Tensor
 @contextmanager
 def _watched(model: Any, family: Any, sums: _Sums) -> Iterator[None]:
     """Inside the block every linear layer adds its inputs to the sums."""
-    head = model.get_output_embeddings()
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
     handles = []
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D) and module is not head:
-            name = gguf_name(family, model.config, f"{path}.weight", model.base_model_prefix)
+            text = text_name(f"{path}.weight")
+            name = text and gguf_name(family, config, text, model.base_model_prefix)
             if name is not None:
                 handles.append(module.register_forward_pre_hook(_adder(name, sums)))
     try:

@@ -21,12 +21,11 @@ from veneer.export.gguf.tokens import vocabulary_pairs
 from veneer.store.gguf.family import Family
 from veneer.store.gguf.importance import Importance
 from veneer.store.gguf.keys import Pair, Said, said_of
-from veneer.store.gguf.names import leaf_of, places_of
+from veneer.store.gguf.names import leaf_of, places_of, text_name
 from veneer.store.gguf.registry import by_model_type
 from veneer.store.gguf.writer import TensorSpec, file_nbytes
 
 _BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias")
-_TOWERS = ("vision_tower", "vision_model", "multi_modal_projector", "audio_tower", "embed_vision")
 _EMBEDDINGS, _HEAD = "token_embd.weight", "output.weight"
 _HEAD_UNREAD = (
     "it has a head apart from its embeddings, which the runtime never reads: it would compute with the embeddings "
@@ -175,7 +174,7 @@ def _placed(
     sources: dict[str, list[Source]] = {}
     left_out, problems = [], []
     for stored in source.specs:
-        name = _text_name(source.model_name(stored))
+        name = text_name(source.model_name(stored))
         if name is None:
             left_out += [] if stored.endswith(_BUFFERS) else [stored]
             continue
@@ -185,13 +184,6 @@ def _placed(
         for target, part in found:
             sources.setdefault(target, []).append(Source(stored, part))
     return sources, left_out, problems
-
-
-def _text_name(name: str | None) -> str | None:
-    """The name that a parameter has in the model of texts alone; None for the towers of images and their like."""
-    if name is None or any(f".{part}." in f".{name}" for part in _TOWERS):
-        return None
-    return name.replace("language_model.", "", 1)
 
 
 def _shape(

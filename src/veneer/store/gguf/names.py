@@ -11,6 +11,8 @@ from torch import Tensor
 
 from veneer.store.gguf.family import Family
 
+_TOWERS = ("vision_tower", "vision_model", "multi_modal_projector", "audio_tower", "embed_vision")
+
 
 def gguf_name(family: Family, config: Any, name: str, prefix: str = "model") -> str | None:
     """llama.cpp's name for a parameter of a model; None where it has none.
@@ -40,6 +42,13 @@ def places_of(family: Family, config: Any, name: str, prefix: str) -> list[tuple
         return [(f"blk.{layer}.{leaf}", part) for leaf, part in parts]
     found = gguf_name(family, config, name, prefix)
     return [(found, _whole)] if found else []
+
+
+def text_name(name: str | None) -> str | None:
+    """The name that a parameter has in the model of texts alone; None for the towers of images and their like."""
+    if name is None or any(f".{part}." in f".{name}" for part in _TOWERS):
+        return None
+    return name.replace("language_model.", "", 1)
 
 
 def leaf_of(name: str) -> str:

@@ -22,12 +22,15 @@ from veneer.methods.lora import LoraConfig
 from veneer.methods.prompt import PromptTuningConfig
 from veneer.methods.vera import VeraConfig
 
-from .tiny import tiny_folder
+from .tiny import image_model, tiny_folder, tokenizer
 
 
 def trained(folder: Path, family: str, config: Any, **changes: Any) -> Path:
     """An adapter with values on a tiny base, both in folders."""
-    model = tiny_folder(folder / "base", family, **changes)
+    return trained_on(folder, tiny_folder(folder / "base", family, **changes), config)
+
+
+def trained_on(folder: Path, model: Any, config: Any) -> Path:
     model.config._name_or_path = str(folder / "base")
     adapted = get_peft_model(model, config)
     torch.manual_seed(5)
@@ -63,7 +66,27 @@ LORAS: dict[str, tuple[str, Any, dict[str, Any]]] = {
 @pytest.mark.parametrize("case", LORAS)
 def test_factors_on_the_base_s_tensors_are_the_merge(tmp_path: Path, case: str) -> None:
     family, config, changes = LORAS[case]
-    adapter = trained(tmp_path, family, config, **changes)
+    assert_factors_are_the_merge(tmp_path, trained(tmp_path, family, config, **changes))
+
+
+def test_the_text_half_of_a_model_of_images_takes_its_adapter(tmp_path: Path) -> None:
+    model = image_model()
+    model.save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    layers = r".*language_model.*\.(q_proj|down_proj)"
+    adapter = trained_on(tmp_path, model, LoraConfig(r=3, lora_alpha=7, target_modules=layers))
+    assert_factors_are_the_merge(tmp_path, adapter)
+
+
+def test_an_adapter_of_the_towers_of_images_is_refused(tmp_path: Path) -> None:
+    model = image_model()
+    model.save_pretrained(tmp_path / "base")
+    adapter = trained_on(tmp_path, model, LoraConfig(r=3, target_modules=["q_proj"]))
+    with pytest.raises(CompositionError, match=r"vision_tower\S*q_proj has no name in the format"):
+        export_lora(adapter, tmp_path / "x.gguf")
+
+
+def assert_factors_are_the_merge(tmp_path: Path, adapter: Path) -> None:
     report = export_lora(adapter, tmp_path / "lora.gguf")
     for name, folder in {"base": None, "merged": adapter}.items():
         export_gguf(tmp_path / "base", tmp_path / f"{name}.gguf", GgufOptions(type="F32"), adapter=folder)

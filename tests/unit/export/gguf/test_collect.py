@@ -17,7 +17,7 @@ from veneer.export.gguf.model import GgufExport, GgufOptions, export_gguf
 from veneer.ops.ggml import quantize_ggml
 from veneer.store.gguf.importance import read_importance
 
-from .tiny import tiny_folder, tiny_model, tokenizer
+from .tiny import image_model, tiny_folder, tiny_model, tokenizer
 
 TEXT = "the other inner one, 12 on 12; " * 9
 OPTIONS = CollectOptions(chunk_size=17, n_chunks=3)
@@ -47,6 +47,13 @@ def test_means_are_those_of_the_inputs(tmp_path: Path, text: Path, family: str) 
     assert not {"output.weight", "token_embd.weight"} & found.means.keys()
     matrices = 3 * {"llama": 7, "gpt2": 4, "phi3-plain": 4}[family]
     assert len(found.means) == matrices
+
+
+def test_the_text_half_of_a_model_of_images_is_watched(tmp_path: Path, text: Path) -> None:
+    collect_importance(image_model(), tokenizer(), text, tmp_path / "i.gguf", OPTIONS)
+    found = read_importance(tmp_path / "i.gguf").means
+    assert len(found) == 7 * 7
+    assert all(name.startswith("blk.") for name in found)
 
 
 def test_a_matrix_weighs_the_bytes_and_stands_in_the_keys(tmp_path: Path, text: Path) -> None:

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 
 from veneer.export.gguf.model import GgufOptions, export_gguf
 
 from .llama_cpp import LlamaCpp
-from .tiny import SETTINGS, VOCAB, tiny_folder, tokenizer
+from .tiny import SETTINGS, VOCAB, image_model, tiny_folder, tokenizer
 
 IDS = [(i * 37 + 11) % (VOCAB - 3) for i in range(60)]
 
@@ -27,17 +26,7 @@ def test_logits_are_those_of_the_model(tmp_path: Path, family: str) -> None:
 
 @torch.no_grad()
 def test_the_text_half_of_a_model_of_images_is_written(tmp_path: Path) -> None:
-    vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
-    config = transformers.Gemma3Config(
-        text_config=SETTINGS["gemma3"][1],
-        vision_config={**vision, "image_size": 28, "patch_size": 14},
-        mm_tokens_per_image=4,
-        image_token_index=269,
-    )
-    torch.manual_seed(3)
-    model = transformers.Gemma3ForConditionalGeneration(config).eval()
-    for parameter in model.parameters():
-        parameter.add_(torch.randn_like(parameter) * 0.12)
+    model = image_model()
     model.save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
     report = export_gguf(tmp_path / "model", tmp_path / "tiny.gguf", GgufOptions(type="F32"))

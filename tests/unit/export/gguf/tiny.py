@@ -104,6 +104,23 @@ def tiny_model(family: str, **changes: Any) -> Any:
     return model
 
 
+def image_model() -> Any:
+    """A Gemma 3 with images, whose text half is the family "gemma3"."""
+    vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    config = transformers.Gemma3Config(
+        text_config=SETTINGS["gemma3"][1],
+        vision_config={**vision, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        image_token_index=269,
+    )
+    torch.manual_seed(3)
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.12)
+    return model
+
+
 def tokenizer() -> Any:
     """Bytes, eight merges, an end of turn that is no EOS, and a chat template; three ids are left over."""
     merges = [("h", "e"), ("Ġ", "t"), ("Ġt", "he"), ("i", "n"), ("1", "2"), ("e", "r"), ("Ġ", "Ġ"), ("o", "n")]
