@@ -7,6 +7,7 @@ neighbours that make a piece merge by its score, and what is no piece becomes by
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 from veneer.errors import FormatError
@@ -70,7 +71,7 @@ def _is_for_spaces(step: Mapping[str, Any]) -> bool:
     """Return True for a space in front, and for spaces that become what pieces have for them."""
     if step["type"] == "Prepend":
         return bool(step["prepend"] == _SPACE)
-    return step["type"] == "Replace" and step["pattern"] == {"String": " "} and step["content"] == _SPACE
+    return step["type"] == "Replace" and bool(step["pattern"] == {"String": " "} and step["content"] == _SPACE)
 
 
 def _cuts_nothing(step: Mapping[str, Any], tokens: list[str]) -> bool:
@@ -111,11 +112,7 @@ def _merged(text: str, vocabulary: Mapping[str, int], ranks: Mapping[str, int]) 
     parts = list(text)
     worst = len(ranks)
     while True:
-        found = [
-            (ranks.get(a + b, worst), at)
-            for at, (a, b) in enumerate(zip(parts, parts[1:], strict=False))
-            if a + b in vocabulary
-        ]
+        found = [(ranks.get(a + b, worst), at) for at, (a, b) in enumerate(pairwise(parts)) if a + b in vocabulary]
         if not found:
             return parts
         at = min(found)[1]

@@ -87,8 +87,8 @@ TABLE = (
 def pre_tokenizer_name(content: Mapping[str, Any]) -> str:
     """llama.cpp's name for what a ``tokenizer.json`` does before the merges.
 
-    Raises FormatError with the patterns seen, where llama.cpp has no name for them or none is known here, and where under that name it
-    takes words that are tokens otherwise.
+    Raises FormatError with the patterns seen, where llama.cpp has no name for them or none is known here, and
+    where under that name it takes words that are tokens otherwise.
     """
     steps = tuple(_steps(content.get("pre_tokenizer") or {}))
     whole = bool((content.get("model") or {}).get("ignore_merges", False))
