@@ -6,7 +6,9 @@ Everything goes into files beside the target, which take their names when the la
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -53,7 +55,8 @@ class GgufFileWriter:
 
     ``specs`` announces every tensor beforehand, so that each goes straight to its place on disk; ``max_part_bytes``
     splits the file into ``NAME-00001-of-00003.gguf`` and so on, None keeps it one. Leaving the block without an error
-    puts the files in their places; with one, nothing is left and what was there before is untouched.
+    puts the files in their places; with one, nothing is left and what was there before is untouched. ``overwrite`` also
+    removes what the target was before, alone or in another number of parts, once the new files are in their places.
 
     Raises FormatError for bytes that do not fit what was announced, tensors never written, and a target that is there
     where ``overwrite`` is false; DiskError where the disk is full or cannot be written to.
@@ -75,6 +78,8 @@ class GgufFileWriter:
         self._specs = {spec.name: spec for spec in specs}
         self._missing = set(self._specs)
         self._places: dict[str, tuple[FileIO, int]] = {}
+        self._overwrite = overwrite
+        self._new: list[Path] = []
         self.nbytes = 0
         for path in self.paths:
             if path.is_dir() or (path.exists() and not overwrite):
@@ -128,6 +133,10 @@ class GgufFileWriter:
                 self._close()
                 for scratch, path in zip(self._scratch, self.paths, strict=True):
                     os.replace(scratch, path)
+                    self._new.append(path)
+                for path in _sets(self.target) if self._overwrite else ():
+                    if path not in self.paths:
+                        path.unlink()
 
     def _allocate(self, number: int, specs: Sequence[TensorSpec]) -> None:
         """Write the part's header and take all its room, so that a full disk shows before any work is done."""
@@ -175,9 +184,20 @@ class GgufFileWriter:
             folder = next(path for path in self.target.parents if path.exists())
             raise DiskError(
                 f"writing {size(total)} to {self.target} failed: {error.strerror or error} "
-                f"({size(shutil.disk_usage(folder).free)} free). Nothing was changed: make room or choose another "
-                "disk, and run it again."
+                f"({size(shutil.disk_usage(folder).free)} free). {self._left()}"
             ) from error
+
+    def _left(self) -> str:
+        """What an error of the disk left in place, and what to do."""
+        if not self._new:
+            return "Nothing was changed: make room or choose another disk, and run it again."
+        if len(self._new) == len(self.paths):
+            return "The new file is in its place and whole; older parts of its name are there still: delete them."
+        names = ", ".join(path.name for path in self._new)
+        return (
+            f"Only {names} {'is' if len(self._new) == 1 else 'are'} new, of {len(self.paths)} parts: the set is not "
+            "whole. Run it again and overwrite it (--force; overwrite=True)."
+        )
 
 
 def part_paths(target: Path, n_parts: int) -> list[Path]:
@@ -186,6 +206,13 @@ def part_paths(target: Path, n_parts: int) -> list[Path]:
         return [target]
     stem = target.name.removesuffix(".gguf")
     return [target.with_name(f"{stem}-{number:05d}-of-{n_parts:05d}.gguf") for number in range(1, n_parts + 1)]
+
+
+def _sets(target: Path) -> list[Path]:
+    """The files that are there of a target, alone or in any number of parts."""
+    name = re.compile(rf"{re.escape(target.name.removesuffix('.gguf'))}-\d{{5}}-of-\d{{5}}\.gguf")
+    found = [path for path in target.parent.iterdir() if path == target or name.fullmatch(path.name)]
+    return [path for path in found if path.is_file()]
 
 
 def file_nbytes(pairs: Iterable[Pair], specs: Sequence[TensorSpec]) -> int:
@@ -220,7 +247,7 @@ def _write_all(file: FileIO, start: int, data: memoryview) -> None:
 def _drop_leftovers(paths: Sequence[Path]) -> None:
     """Remove what killed processes left half-written for these names."""
     for path in paths:
-        for leftover in path.parent.glob(f".{path.name}{_PARTIAL}*"):
+        for leftover in path.parent.glob(f".{glob.escape(path.name)}{_PARTIAL}*"):
             owner = leftover.name.partition(_PARTIAL)[2].partition("-")[0]
             if not owner.isdigit() or not psutil.pid_exists(int(owner)):
                 leftover.unlink(missing_ok=True)

@@ -94,6 +94,52 @@ def test_what_a_killed_process_left_goes_with_the_next_run(tmp_path: Path) -> No
     assert sorted(os.listdir(tmp_path)) == [f".x.gguf.partial-{os.getpid()}-abcd", "x.gguf"]
 
 
+def test_leftovers_of_a_name_with_brackets_go_and_those_of_others_stay(tmp_path: Path) -> None:
+    (tmp_path / ".x[12].gguf.partial-999999999-abcd").write_bytes(b"half")
+    (tmp_path / ".x1.gguf.partial-999999999-abcd").write_bytes(b"another's")
+    write(tmp_path / "x[12].gguf")
+    assert sorted(os.listdir(tmp_path)) == [".x1.gguf.partial-999999999-abcd", "x[12].gguf"]
+
+
+def test_overwriting_with_other_parts_leaves_no_old_ones(tmp_path: Path) -> None:
+    others = ["x-00001-of-2.gguf", "x-y-00001-of-00002.gguf", "x.gguf.txt"]
+    for name in others:
+        (tmp_path / name).write_bytes(b"another's")
+    for limit, n_parts in ((None, 1), (400, 2), (100, 3), (None, 1)):
+        writer = write(tmp_path / "x.gguf", max_part_bytes=limit, overwrite=True)
+        assert len(writer.paths) == n_parts
+        assert sorted(os.listdir(tmp_path)) == sorted([*others, *(path.name for path in writer.paths)])
+
+
+def test_old_parts_stay_where_writing_fails_or_overwriting_is_not_asked_for(tmp_path: Path) -> None:
+    old = write(tmp_path / "x.gguf", max_part_bytes=400).paths
+    with (
+        pytest.raises(FormatError, match="not written"),
+        GgufFileWriter(tmp_path / "x.gguf", PAIRS, SPECS, overwrite=True),
+    ):
+        pass
+    write(tmp_path / "x.gguf")
+    assert all(path.is_file() for path in old)
+
+
+def test_what_is_new_and_what_is_old_is_told_where_a_part_cannot_take_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = write(tmp_path / "x.gguf").paths
+    replace = os.replace
+
+    def failing(source: Path, target: Path) -> None:
+        if target.name.startswith("x-00002"):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(DiskError, match=r"Only x-00001-of-00002\.gguf is new.* not whole.*--force") as refusal:
+        write(tmp_path / "x.gguf", max_part_bytes=400, overwrite=True)
+    assert "Nothing was changed" not in str(refusal.value)
+    assert sorted(os.listdir(tmp_path)) == ["x-00001-of-00002.gguf", old[0].name]
+
+
 def test_a_full_disk_is_told_before_any_work_with_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(handle: int, start: int, length: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
