@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -168,7 +168,7 @@ def make_adapters(args: argparse.Namespace, folder: Path) -> dict[str, str]:
 
 def sides_of(args: argparse.Namespace, adapters: dict[str, str]) -> dict[str, tuple[list[str], dict[str, Any]]]:
     """For each engine its side, its Python and its job."""
-    job = {"model": args.place, "dtype": "bfloat16", "rank": 16, "adapters": {}, "max_loras": len(adapters)}
+    job = {"model": args.place, "dtype": "bfloat16", "adapters": {}, "max_loras": len(adapters)}
     peer = job | {"dtype": args.peer_dtype, "max_loras": max(args.requests // 2, 1)}
     few = {f"lora{n}": adapters[f"lora{n}"] for n in range(peer["max_loras"])}
     here = sys.executable
@@ -199,7 +199,8 @@ def running(title: str, command: list[str], job: dict[str, Any], folder: Path) -
         print(f"{title}: ready after {engine.start_s:.1f} s", flush=True)
         yield engine
     finally:
-        os.killpg(process.pid, signal.SIGKILL)  # vLLM's workers too
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # vLLM's workers too
         process.wait()
 
 

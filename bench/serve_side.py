@@ -28,7 +28,7 @@ def vllm_like(module: str, request_module: str, job: dict[str, Any], options: di
 
     engine = importlib.import_module(module)
     request = importlib.import_module(request_module).LoRARequest
-    with_adapters = {"enable_lora": True, "max_loras": job["max_loras"], "max_lora_rank": job["rank"]}
+    with_adapters = {"enable_lora": True, "max_loras": job["max_loras"]}
     settings = {"model": job["model"], "dtype": job["dtype"], "seed": 0, **(with_adapters if job["adapters"] else {})}
     llm = engine.LLM(**settings, **options)
     requests = {name: request(name, n, path) for n, (name, path) in enumerate(job["adapters"].items(), start=1)}
@@ -55,11 +55,10 @@ def vllm(job: dict[str, Any]) -> Answer:
     os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    chunk = {"max_num_batched_tokens": 256} if job["adapters"] else {}
-    options = {"max_model_len": 2048, "enable_prefix_caching": False, "max_cpu_loras": max(job["max_loras"], 1)}
-    if not job["adapters"]:
-        del options["max_cpu_loras"]
-    return vllm_like("vllm", "vllm.lora.request", job, {**options, **chunk})
+    options = {"max_model_len": 2048, "enable_prefix_caching": False}
+    if job["adapters"]:
+        options |= {"max_num_batched_tokens": 256, "max_cpu_loras": job["max_loras"], "max_lora_rank": 16}
+    return vllm_like("vllm", "vllm.lora.request", job, options)
 
 
 def transformers(job: dict[str, Any]) -> Answer:
