@@ -108,6 +108,10 @@ EXPERTS = ("experts", "gate")  # the stacks of a mixture and its router, as chil
 STACKS = ("gate_up_proj", "down_proj")
 UNGATED_STACKS = ("up_proj", "down_proj")
 SHARED = ("shared_expert", "shared_expert_gate")
+# The layers of one expert by name, in files that hold each apart.
+EXPERT_LAYERS: dict[str, Role] = {
+    "gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down",
+}  # fmt: skip
 
 JOINED: dict[str, tuple[str, ...]] = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 _QKV = ("query_key_value", "c_attn", "qkv_proj", "Wqkv")

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from veneer.model.blueprint.names import EXPERT_LAYERS, EXPERTS, STACKS
+
 Part = tuple[str, Callable[[Tensor], Tensor]]
-_SINGLE = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down"}
 
 
 def neighbours(leaf: str, tensor: Tensor, config: Any) -> Tensor:
@@ -36,13 +37,14 @@ def shared_gate(leaf: str, tensor: Tensor, config: Any) -> Tensor:
 
 def experts(name: str) -> Iterator[Part]:
     """The leaves of a layer's experts, stacked (n, out, in): gate and up in one parameter, or one expert a file."""
-    if name.endswith(".experts.gate_up_proj"):
+    of_experts, (gate_up, down) = EXPERTS[0], STACKS
+    if name.endswith(f".{of_experts}.{gate_up}"):
         yield "ffn_gate_exps.weight", lambda tensor: tensor.chunk(2, 1)[0]
         yield "ffn_up_exps.weight", lambda tensor: tensor.chunk(2, 1)[1]
-    elif name.endswith(".experts.down_proj"):
+    elif name.endswith(f".{of_experts}.{down}"):
         yield "ffn_down_exps.weight", lambda tensor: tensor
-    elif found := re.search(r"\.experts\.\d+\.(\w+)\.weight$", name):
-        yield f"ffn_{_SINGLE[found[1]]}_exps.weight", lambda tensor: tensor
+    elif found := re.search(rf"\.{of_experts}\.\d+\.(\w+)\.weight$", name):
+        yield f"ffn_{EXPERT_LAYERS[found[1]]}_exps.weight", lambda tensor: tensor
 
 
 def no_windows(config: Any) -> Iterator[str]:
