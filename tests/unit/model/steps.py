@@ -98,3 +98,22 @@ def assert_same(model: PreTrainedModel, batch: dict[str, Any] | None = None) -> 
         assert error(found[2], exact) <= min(4 * error(expected[2], exact), 5e-5)
         for name in apart:
             assert (found[2][name] - exact[name]).norm() <= 1e-4 * exact[name].norm(), name
+
+
+def assert_all_fused(model: PreTrainedModel, batch: dict[str, Any], halves: list[str]) -> None:
+    """`assert_same`, and both halves of both blocks ran in the kernels; ``halves`` lists those that did."""
+    assert_same(model, batch)
+    assert halves.count("attention") == halves.count("mlp") >= 4
+
+
+def assert_near_under_autocast(model: PreTrainedModel, halves: list[str]) -> None:
+    """In bfloat16 beside a float32 stream the fused path is off by at most twice what the general one is."""
+    exact = step(copy.deepcopy(model).double(), BATCHES["packed"])
+    with torch.autocast("cpu", torch.bfloat16):
+        general = step(model, BATCHES["packed"])
+        with fused(model):
+            halves.clear()
+            found = step(model, BATCHES["packed"])
+    assert len(halves) == 4
+    assert (found[0] - exact[0]).norm() <= 2 * (general[0] - exact[0]).norm()
+    assert error(found[2], exact[2]) <= 2 * error(general[2], exact[2])

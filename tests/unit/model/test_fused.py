@@ -33,7 +33,19 @@ from veneer.model.fused.decoder import fuse, fused, is_fused, unfuse
 from veneer.ops import dispatch
 
 from .conftest import FAMILIES, SIZES, WIDE, base
-from .steps import BATCHES, IDS, LORA, adapted, assert_same, error, quantized, step, stir
+from .steps import (
+    BATCHES,
+    IDS,
+    LORA,
+    adapted,
+    assert_all_fused,
+    assert_near_under_autocast,
+    assert_same,
+    error,
+    quantized,
+    step,
+    stir,
+)
 
 MOE: dict[str, Any] = {
     **WIDE, "num_experts": 5, "num_experts_per_tok": 2,
@@ -44,8 +56,7 @@ MOE: dict[str, Any] = {
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equals_the_general_path(family: str, batch: str, halves: list[str]) -> None:
-    assert_same(adapted(base(family)), BATCHES[batch])
-    assert halves.count("attention") == halves.count("mlp") >= 4
+    assert_all_fused(adapted(base(family)), BATCHES[batch], halves)
 
 
 RECORDS: dict[str, MethodConfig] = {
@@ -66,15 +77,13 @@ RECORDS: dict[str, MethodConfig] = {
 @pytest.mark.parametrize("method", RECORDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_record_runs_fused(family: str, method: str, halves: list[str]) -> None:
-    assert_same(adapted(base(family), RECORDS[method]), BATCHES["packed"])
-    assert halves.count("attention") == halves.count("mlp") >= 4
+    assert_all_fused(adapted(base(family), RECORDS[method]), BATCHES["packed"], halves)
 
 
 @pytest.mark.parametrize("method", RECORDS)
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int8"])
 def test_every_record_on_a_quantized_base(quant_type: str, method: str, halves: list[str]) -> None:
-    assert_same(adapted(quantized(base("llama"), quant_type), RECORDS[method]), BATCHES["padded"])
-    assert halves.count("attention") == halves.count("mlp") >= 4
+    assert_all_fused(adapted(quantized(base("llama"), quant_type), RECORDS[method]), BATCHES["padded"], halves)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -103,8 +112,7 @@ def test_layers_that_slide_beside_layers_that_do_not(
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int8"])
 @pytest.mark.parametrize("batch", BATCHES)
 def test_on_a_quantized_base(quant_type: str, batch: str, halves: list[str]) -> None:
-    assert_same(adapted(quantized(base("llama"), quant_type)), BATCHES[batch])
-    assert halves.count("attention") == halves.count("mlp") >= 4
+    assert_all_fused(adapted(quantized(base("llama"), quant_type)), BATCHES[batch], halves)
 
 
 @pytest.mark.parametrize(("family", "batch"), [("llama", "padded"), ("gpt2", "whole")])
@@ -114,8 +122,7 @@ def test_on_the_kernels_of_cuda(family: str, batch: str, halves: list[str], monk
     monkeypatch.setattr(dispatch, "_DEVICES", {"triton": "cpu"})
     monkeypatch.setattr(decoder, "KERNELS", {"cpu": "triton"})
     model = base(family)
-    assert_same(adapted(quantized(model, "nf4") if family == "llama" else model), BATCHES[batch])
-    assert halves.count("attention") == halves.count("mlp") >= 4
+    assert_all_fused(adapted(quantized(model, "nf4") if family == "llama" else model), BATCHES[batch], halves)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi", "phi3", "neox", "gpt2"])
@@ -136,15 +143,7 @@ def test_beside_a_float32_stream_under_autocast(
 ) -> None:
     model = quantized(base(family, torch.bfloat16), "nf4", compute_dtype)
     model = adapted(prepare_model_for_kbit_training(model, use_gradient_checkpointing=False))
-    exact = step(copy.deepcopy(model).double(), BATCHES["packed"])
-    with torch.autocast("cpu", torch.bfloat16):
-        general = step(model, BATCHES["packed"])
-        with fused(model):
-            halves.clear()
-            found = step(model, BATCHES["packed"])
-    assert len(halves) == 4
-    assert (found[0] - exact[0]).norm() <= 2 * (general[0] - exact[0]).norm()
-    assert error(found[2], exact[2]) <= 2 * error(general[2], exact[2])
+    assert_near_under_autocast(model, halves)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -11,10 +11,9 @@ from transformers import PreTrainedModel
 
 from veneer import BottleneckConfig, IA3Config, LoraConfig, prepare_model_for_kbit_training
 from veneer.contract import MethodConfig
-from veneer.model.fused.decoder import fused
 
 from .conftest import FAMILIES, base
-from .steps import BATCHES, adapted, assert_same, error, quantized, step, stir
+from .steps import BATCHES, adapted, assert_all_fused, assert_near_under_autocast, quantized, stir
 
 LORA = LoraConfig(r=5, lora_alpha=7, target_modules="all-linear", lora_dropout=0.2)
 DORA = LoraConfig(r=5, lora_alpha=7, target_modules="all-linear", use_dora=True)
@@ -53,22 +52,19 @@ def with_all(model: PreTrainedModel, configs: tuple[MethodConfig, ...]) -> PreTr
 @pytest.mark.parametrize("kind", ALONE)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_kind_on_every_family(family: str, kind: str, halves: list[str]) -> None:
-    assert_same(adapted(base(family), ALONE[kind]), BATCHES["packed"])
-    assert halves.count("attention") == halves.count("mlp") >= 4
+    assert_all_fused(adapted(base(family), ALONE[kind]), BATCHES["packed"], halves)
 
 
 @pytest.mark.parametrize("kind", ALONE)
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int8"])
 def test_every_kind_on_a_quantized_base(quant_type: str, kind: str, halves: list[str]) -> None:
-    assert_same(adapted(quantized(base("llama"), quant_type), ALONE[kind]), BATCHES["padded"])
-    assert halves.count("attention") == halves.count("mlp") >= 4
+    assert_all_fused(adapted(quantized(base("llama"), quant_type), ALONE[kind]), BATCHES["padded"], halves)
 
 
 @pytest.mark.parametrize("kinds", TOGETHER)
 @pytest.mark.parametrize("family", ["llama", "gemma3", "neox", "gpt2"])
 def test_beside_adapted_layers_and_in_a_sum(family: str, kinds: str, halves: list[str]) -> None:
-    assert_same(with_all(base(family), TOGETHER[kinds]), BATCHES["padded"])
-    assert halves.count("attention") == halves.count("mlp") >= 4
+    assert_all_fused(with_all(base(family), TOGETHER[kinds]), BATCHES["padded"], halves)
 
 
 @pytest.mark.parametrize("kinds", [(BEHIND,), (BESIDE,), (BESIDE, NORMED, LORA)], ids=["behind", "beside", "three"])
@@ -76,12 +72,4 @@ def test_beside_adapted_layers_and_in_a_sum(family: str, kinds: str, halves: lis
 def test_under_autocast(family: str, kinds: tuple[MethodConfig, ...], halves: list[str]) -> None:
     model = quantized(base(family, torch.bfloat16), "nf4")
     model = with_all(prepare_model_for_kbit_training(model, use_gradient_checkpointing=False), kinds)
-    exact = step(copy.deepcopy(model).double(), BATCHES["packed"])
-    with torch.autocast("cpu", torch.bfloat16):
-        general = step(model, BATCHES["packed"])
-        with fused(model):
-            halves.clear()
-            found = step(model, BATCHES["packed"])
-    assert len(halves) == 4
-    assert (found[0] - exact[0]).norm() <= 2 * (general[0] - exact[0]).norm()
-    assert error(found[2], exact[2]) <= 2 * error(general[2], exact[2])
+    assert_near_under_autocast(model, halves)
