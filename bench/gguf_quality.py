@@ -1,4 +1,4 @@
-"""What GGUF types cost in quality: ``python bench/gguf_quality.py MODEL_FOLDER --text TEXT --task TRAIN EVAL``.
+"""Quality of GGUF types: ``python bench/gguf_quality.py MODEL_FOLDER --text TEXT --task TRAIN EVAL``.
 
 First table: every type's size, bits a weight, perplexity of a text and KL divergence from the float32 model, by the
 weights that the file decodes to, computed in float32; and, where cyllama is installed, llama.cpp's own perplexity: it

@@ -233,7 +233,7 @@ def require_equal(
 def gap_of(
     args: argparse.Namespace, prompt: list[int], own: list[int], theirs: list[int], adapter: str | None
 ) -> float:
-    """How far apart the two first tokens that differ are, in logits of transformers (and PEFT) in float32."""
+    """The distance of the two first tokens that differ, in logits of transformers (and PEFT) in float32."""
     place = next(n for n, (a, b) in enumerate(zip(own, theirs, strict=True)) if a != b)
     base = exact(args.place)
     model = PeftModel.from_pretrained(base, adapter).eval() if adapter else base

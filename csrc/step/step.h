@@ -84,7 +84,7 @@ struct Layer {
   int target;
 };
 
-// What a version does at one layer; null is nothing.
+// The change that a version makes at one layer; null is none.
 struct LayerChange {
   const float *in_scale, *out_scale, *wide_bias;
   const void* bias;     // in the place of the layer's, of the rows' dtype, for `whole`
@@ -93,7 +93,7 @@ struct LayerChange {
   int64_t rank;
 };
 
-// What a version does at the layers of a product. `factors` are pairs at all of them at once.
+// The changes that a version makes at the layers of a product. `factors` are pairs at all of them at once.
 struct Change {
   const char* factors;
   std::vector<int64_t> ranks;

@@ -1,4 +1,4 @@
-// What is added to the stream of rows that a decoder's blocks read and write. The specification is torch's own addition.
+// Sums into the stream of rows that a decoder's blocks read and write. The specification is torch's own addition.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-"""What answers prompts: how it draws tokens, what it does, and how long an answer may be."""
+"""The interface of all that answers prompts: how it draws tokens, what it does, how long an answer may be."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class Loaded:
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What answers, before it is put together: a base as ``source`` names it, its tokenizer, and an adapter for it.
+    """The parts of a model that is to answer: a base as ``source`` names it, its tokenizer, and an adapter for it.
 
     ``takes_any_dtype``: nobody chose a precision.
     """

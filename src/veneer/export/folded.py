@@ -86,7 +86,7 @@ class FoldedCheckpoint:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """What ``config.json`` says of the result."""
+        """The ``config.json`` of the result."""
         config: dict[str, Any] = json.loads((self._folder / "config.json").read_text(encoding="utf-8"))
         config.pop("quantization_config", None)
         if self._n_rows:

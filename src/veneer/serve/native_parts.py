@@ -53,7 +53,7 @@ def is_plain(part: Attention) -> bool:
 
 
 def changes_of(own: Own, dtype: torch.dtype) -> list[LayerChange] | None:
-    """What a version does at layers beside adding its pairs; empty where it does no more."""
+    """The changes of a version at layers, beside adding its pairs; empty where it makes none."""
     if own.only_adds:
         return []
     found = list(_changes(own, dtype))

@@ -67,7 +67,7 @@ class Linears:
         self.bias = _joined(self.biases, [linear.out_features for linear in linears])
 
     def packed(self, effects: Effects) -> Own | None:
-        """What `take` puts in of a version, made on any thread; None where it does nothing here."""
+        """The change of a version that `take` puts in, made on any thread; None where it does nothing here."""
         records = tuple(effects.linear.get(path, NOTHING) for path in self.paths)
         whole = {i: w for i, path in enumerate(self.paths) if (w := effects.whole.get((path, "weight"))) is not None}
         if not whole and all(record is NOTHING for record in records):

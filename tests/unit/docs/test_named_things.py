@@ -75,7 +75,7 @@ def test_options_of_scripts(page: Path) -> None:
 
 
 def commands(page: Path, start: str) -> Iterator[tuple[str, str]]:
-    """What is called, and the rest of its line (of its code span)."""
+    """The names that are called, each with the rest of its line (of its code span)."""
     for line in page.read_text().replace("\\\n", " ").splitlines():
         yield from re.findall(rf"{start}([^`;|#]*)", line)
 

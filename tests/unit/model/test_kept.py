@@ -1,4 +1,4 @@
-"""What fused halves keep for their backward passes: what the description says is what autograd holds, byte for byte."""
+"""Fused halves keep for their backward passes what the description says, byte for byte."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def test_a_mix_that_has_no_sum_ends_its_stream_with_the_reason(server):
 
 
 class Forgetful:
-    """What a catalogue sees of an engine: the names that are to be forgotten."""
+    """An engine as a catalogue sees it: the names that are to be forgotten."""
 
     def __init__(self) -> None:
         self.forgotten: list[str] = []

@@ -203,7 +203,7 @@ def test_threads_that_wait_for_each_other_again_and_again():
 
 @pytest.mark.parametrize("spoilt", [lambda x: x.to(torch.bfloat16), lambda x: x.double(), lambda x: x[:-1]])
 def test_rows_that_do_not_fit_are_told(spoilt):
-    """What an instruction between two stretches leaves is looked at before C++ reads it."""
+    """Registers that an instruction between two stretches leaves are looked at before C++ reads them."""
     interpreter = proved(make_model(), 100)
     [stretch] = stretches(interpreter, step_with(interpreter, None))
     rows = torch.ones(5, 24)

@@ -94,7 +94,7 @@ def _read(adapter: Path, base: str | None) -> tuple[str, Family, Any, StoredAdap
 
 
 def _changed(stored: StoredAdapter, adapter: Path, base: Path) -> Iterator[str]:
-    """What an adapter holds besides its records, without embeddings that only came along: they are the base's own."""
+    """The tensors of an adapter besides its records, without embeddings that only came along from the base."""
     copies = {f"{path}.base_layer.weight": f"{path}.weight" for path in stored.updates}
     weights, tensors = Checkpoint.open(base), read_tensors(adapter) if stored.others else {}
     for key in stored.others:

@@ -37,7 +37,7 @@ _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileReport:
-    """What a file is, line by line, and everything that is wrong with it."""
+    """The findings of a check: facts of the file, line by line, and everything that is wrong with it."""
 
     facts: dict[str, str]
     problems: tuple[str, ...]
@@ -135,7 +135,7 @@ def _vocabulary_problems(reader: GGUFReader, shapes: dict[str, tuple[int, ...]])
 
 
 def _chat(reader: GGUFReader) -> tuple[dict[str, str], list[str]]:
-    """What a rendered chat looks like: one BOS, and turns that end with a token at which the runtime stops."""
+    """Facts and problems of a rendered chat: one BOS, and turns that end with a token at which the runtime stops."""
     template = _value(reader, "tokenizer.chat_template")
     if template is None:
         return {"chat template": "none"}, []

@@ -90,7 +90,7 @@ def chat_shape(render: Render) -> ChatShape | None:
 
 
 def _system(render: Render, turns: Messages, start: str, user: str) -> tuple[tuple[str, str] | None, bool]:
-    """What stands around a system message, and True where it is part of the first question."""
+    """The text around a system message, and True where it is part of the first question."""
     found = _split(render, [_message("system", _SYSTEM), *turns], (_SYSTEM, _USER, _ANSWER, _NEXT))
     if found is None:
         return None, False
@@ -109,7 +109,7 @@ def _checks(with_system: bool) -> list[list[Mapping[str, str]]]:
 
 
 def _split(render: Render, messages: Messages, marks: Sequence[str]) -> list[str] | None:
-    """What a rendered conversation has between its marked messages; None where each is not there once, in order."""
+    """The text of a rendered conversation between its marked messages; None where each is not there once, in order."""
     text = _rendered(render, messages)
     if text is None or any(text.count(mark) != 1 for mark in marks):
         return None

@@ -35,7 +35,7 @@ def general_pairs(folder: Path, name: str, architecture: str, shapes: Mapping[st
 
 
 def file_pairs(number: int) -> list[Pair]:
-    """What stands at the end of the pairs: how the file is quantized."""
+    """The pairs at the end: how the file is quantized."""
     return [
         Pair("general.quantization_version", 2, GGUFValueType.UINT32),
         Pair("general.file_type", number, GGUFValueType.UINT32),
@@ -43,7 +43,7 @@ def file_pairs(number: int) -> list[Pair]:
 
 
 def sampling_settings(folder: Path) -> dict[str, Any]:
-    """What ``generation_config.json`` says of sampling, by transformers' names."""
+    """The sampling settings of ``generation_config.json``, by transformers' names."""
     file = folder / "generation_config.json"
     if not file.is_file():
         return {}

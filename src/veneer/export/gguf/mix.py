@@ -60,7 +60,7 @@ class MixOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
-    """What the rules read of a model besides the names and shapes of its tensors."""
+    """The facts of a model that the rules read besides the names and shapes of its tensors."""
 
     architecture: str
     n_layers: int

@@ -27,7 +27,7 @@ _PARAMETERS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OllamaReport:
-    """What was written; ``has_template`` is False where the chat template has no shape that Go's language says."""
+    """The folder that was written; ``has_template``: False where Go's language cannot say the chat template."""
 
     gguf: GgufReport
     has_template: bool

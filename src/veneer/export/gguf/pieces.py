@@ -108,7 +108,7 @@ def _merge_problems(source: SourceTokenizer, ranks: Mapping[str, int], merges: s
 
 
 def _merged(text: str, vocabulary: Mapping[str, int], ranks: Mapping[str, int]) -> list[str]:
-    """What the runtime makes of a text: of all neighbours that make a piece, the best first, the leftmost of equals."""
+    """The runtime's cut of a text: of all neighbours that make a piece, the best first, the leftmost of equals."""
     parts = list(text)
     worst = len(ranks)
     while True:

@@ -74,7 +74,7 @@ class Described:
 
 
 def describe_checkpoint(source: FoldedCheckpoint, folder: Path) -> Described:
-    """What a file would hold of a checkpoint. Raises FormatError with everything that the format cannot say."""
+    """The file that a checkpoint would become. Raises FormatError with everything that the format cannot say."""
     config = _config(source).get_text_config()
     family = family_of(config)
     said = said_of(family, config)

@@ -72,8 +72,8 @@ class StepAttention:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerChange:
-    """What a version does at one layer: scales and bias in float32, ``whole`` in the place of its weight, a pair that
-    reads the scaled input. ``own_bias`` is the bias in the rows' dtype.
+    """The change that a version makes at one layer: scales and bias in float32, ``whole`` in the place of its weight, a
+    pair that reads the scaled input. ``own_bias`` is the bias in the rows' dtype.
     """
 
     in_scale: Tensor | None = None

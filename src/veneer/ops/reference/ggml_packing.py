@@ -40,7 +40,7 @@ def pack_bits(levels: Levels, run: int, width: int) -> Bytes:
 
 
 def unpack_bits(packed: Bytes, run: int, width: int) -> Levels:
-    """What `pack_bits` packed."""
+    """The integers that `pack_bits` packed."""
     shifts = torch.arange(0, 8, width, dtype=torch.int32, device=packed.device)
     parts = (packed.int().view(len(packed), -1, 1, run) >> shifts[:, None]) & ((1 << width) - 1)
     return parts.reshape(len(packed), -1)

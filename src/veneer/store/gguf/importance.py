@@ -48,7 +48,7 @@ class Importance:
         return found.view(n_experts, columns)
 
     def pairs(self) -> list[Pair]:
-        """What llama-quantize says of the matrix that it used."""
+        """The pairs by which llama-quantize tells the matrix that it used."""
         return [
             Pair("quantize.imatrix.file", _cut(self.path.name), GGUFValueType.STRING),
             Pair("quantize.imatrix.dataset", _cut(self.data_set), GGUFValueType.STRING),

@@ -28,7 +28,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Said:
-    """What a file says of a config: pairs, tensors of rotary factors by name, and what it cannot say."""
+    """A config as a file tells it: pairs, tensors of rotary factors by name, and what it cannot say."""
 
     pairs: tuple[Pair, ...]
     factors: Mapping[str, Tensor]

@@ -1,4 +1,4 @@
-"""How tensors lie in GGUF files: whole output rows move, so that one function serves weights, biases and LoRA's B."""
+"""The layout of tensors in GGUF files. Whole output rows move: one function serves weights, biases and LoRA's B."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class PreTokenizer:
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        """What it does, step by step."""
+        """Its steps, one by one."""
         digits: tuple[Step, ...] = (("Digits", True),) if self.digits else ()
         splits: tuple[Step, ...] = tuple(("Split", pattern, "Isolated", False) for pattern in self.patterns)
         return (*digits, *splits, ("ByteLevel", not self.patterns))
@@ -108,7 +108,7 @@ def pre_tokenizer_name(content: Mapping[str, Any]) -> str:
 
 
 def pre_tokenizer_of(name: str | None) -> PreTokenizer | None:
-    """What a name in a file means; None for an unknown one."""
+    """The pre-tokenizer that a name in a file means; None for an unknown one."""
     return next((each for each in TABLE if name in (each.name, *each.others)), None)
 
 

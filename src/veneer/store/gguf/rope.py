@@ -156,7 +156,7 @@ class Scaling:
 def said_scaling(
     parameters: Mapping[str, Any], width: int, config: Any, allowed: Collection[str], mscale: bool = False
 ) -> Scaling:
-    """What a file says of ``rope_parameters``: the other way of `rotary_scaling`.
+    """The ``rope_parameters`` that a file tells: the other way of `rotary_scaling`.
 
     ``width`` values of a head rotate; ``allowed`` are the kinds that the runtime computes for the family, ``mscale``:
     it has keys of its own for YaRN's factors of attention.

@@ -188,7 +188,7 @@ class GgufFileWriter:
             ) from error
 
     def _left(self) -> str:
-        """What an error of the disk left in place, and what to do."""
+        """The end of a message: what an error of the disk left in place, and what to do."""
         if not self._new:
             return "Nothing was changed: make room or choose another disk, and run it again."
         if len(self._new) == len(self.paths):

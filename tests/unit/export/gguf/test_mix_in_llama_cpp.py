@@ -52,7 +52,7 @@ def test_bytes_are_llama_quantize_s(tmp_path: Path) -> None:
 
 
 def quantized(whole: Path, target: Path, mix: str) -> GGUFReader:
-    """What llama.cpp makes of a file."""
+    """A file as llama.cpp quantizes it."""
     params = llama.LlamaModelQuantizeParams()
     params.ftype = int(LlamaFileType(MIXES[mix].number))
     params.nthread = 2
