@@ -53,7 +53,7 @@ def export_lora(
     updates, DoRA, biases, whole modules, embeddings and heads on tied bases. ConfigError where the base is not known.
     """
     if type.upper() not in TYPES:
-        raise ConfigError(f"type {type!r} is unknown; an adapter is written in {' or '.join(TYPES)}")
+        raise ConfigError(f"type {type!r} is not for adapters: one is written in {' or '.join(TYPES)}")
     named, family, config, stored = _read(adapter, base)
     found, problems = _tensors(stored, family, config)
     if problems:

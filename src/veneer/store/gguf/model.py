@@ -65,8 +65,13 @@ def open_gguf(path: Path) -> GGUFReader:
 
 
 def read_facts(path: Path) -> GgufFacts:
-    """The facts of a GGUF file. Raises FormatError where it is not one, or is cut short."""
+    """The facts of a GGUF file. Raises FormatError where it is none, is cut short, or holds no model but an adapter."""
     reader = open_gguf(path)
+    if _value(reader, "general.type") == "adapter":
+        raise FormatError(
+            f"{path} holds an adapter, which stands beside the file of its base (llama-server -m base.gguf --lora "
+            f"{path.name}); veneer reads GGUF files of whole models"
+        )
     architecture = _value(reader, "general.architecture")
     if architecture is None:
         raise FormatError(

@@ -15,6 +15,7 @@ from veneer.adapters.peft_model import get_peft_model
 from veneer.cli.app import app
 from veneer.errors import CompositionError, ConfigError, FormatError
 from veneer.export.gguf.adapter import export_lora
+from veneer.export.gguf.check import check_file
 from veneer.export.gguf.model import GgufOptions, export_gguf
 from veneer.methods.bottleneck import BottleneckConfig
 from veneer.methods.ia3 import IA3Config
@@ -135,7 +136,7 @@ def test_what_the_format_cannot_hold_is_refused_with_the_way_out(
 
 def test_a_base_that_is_not_known_and_a_type_that_is_none_are_refused(tmp_path: Path) -> None:
     adapter = trained(tmp_path, "llama", LoraConfig(r=3, target_modules=["q_proj"]))
-    with pytest.raises(ConfigError, match="type 'Q8_0' is unknown; an adapter is written in F32 or F16"):
+    with pytest.raises(ConfigError, match="type 'Q8_0' is not for adapters: one is written in F32 or F16"):
         export_lora(adapter, tmp_path / "x.gguf", type="Q8_0")
     file = adapter / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": None}))
@@ -152,3 +153,10 @@ def test_the_command(tmp_path: Path) -> None:
     assert done.exit_code == 0
     assert "3 modules" in done.stdout
     assert "Ollama takes no adapters" in done.stderr
+
+
+def test_the_file_of_an_adapter_is_no_model(tmp_path: Path) -> None:
+    adapter = trained(tmp_path, "llama", LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj"]))
+    export_lora(adapter, tmp_path / "a.gguf")
+    with pytest.raises(FormatError, match=r"a\.gguf holds an adapter, .*--lora a\.gguf"):
+        check_file(tmp_path / "a.gguf")
