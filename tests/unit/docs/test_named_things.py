@@ -20,6 +20,7 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "csrc/README.m
 VERBS: Any = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 EXAMPLES = {"x", "test_x", "yours"}  # the file that a reader is about to write
 TO_COME = {"plan/"}  # docs/design.md says of each that it is to come
+RESULTS = {line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines()}
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -36,7 +37,8 @@ def test_files(page: Path) -> None:
 
 
 def folders(place: Path) -> set[str]:
-    return {path.name for path in place.iterdir() if path.is_dir() and path.name.isidentifier()}
+    """Those of the source alone: a reader who has tried a page has folders of results too."""
+    return {path.name for path in place.iterdir() if path.is_dir() and path.name.isidentifier()} - RESULTS
 
 
 @pages
