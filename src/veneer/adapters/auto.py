@@ -17,6 +17,7 @@ from veneer.contract.source import adapter_folder, hub_options, of_hub
 from veneer.core.tasks import TaskType
 from veneer.errors import ConfigError
 from veneer.store.adapter.config import read_config
+from veneer.store.named import folder_of
 
 _AUTO_CLASSES = {
     TaskType.CAUSAL_LM: "AutoModelForCausalLM",
@@ -66,7 +67,9 @@ class AutoPeftModel:
             raise ConfigError(f"{folder} does not name its base: load that, and call PeftModel.from_pretrained on it")
         options.pop("subfolder", None)
         base = cls._class_of_base(stored, folder).from_pretrained(
-            stored.base_model_name_or_path, revision=stored.revision, **options
+            folder_of(stored.base_model_name_or_path) or stored.base_model_name_or_path,
+            revision=stored.revision,
+            **options,
         )
         if (folder / TOKENIZER_CONFIG).is_file():
             where = {"subfolder": "", **{key: value for key, value in hub.items() if value is not None}}

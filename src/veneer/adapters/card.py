@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from veneer.contract import MethodConfig
 from veneer.disk.atomic import write_atomically
+from veneer.store.named import is_portable
 
-_SHOWN = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "use_dora", "target_modules", "modules_to_save")
 _PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification"}
 
 
@@ -38,30 +37,45 @@ def _data(config: MethodConfig, data: Any, more_tags: Sequence[str]) -> ModelCar
 
 
 def _id_of(base: str | None) -> str | None:
-    """The base as others can find it: not a folder of this machine, which the hub's check of a card refuses."""
-    if base is None or Path(base).is_absolute() or Path(base).is_dir():
-        return None
-    return base
+    """The base by its id on the hub: not a folder of this machine, which the hub's check of a card refuses."""
+    return None if base is None or Path(base).is_absolute() or Path(base).is_dir() or is_portable(base) else base
 
 
 def _text(config: MethodConfig) -> str:
     name = config.base_model_name_or_path
-    base = _id_of(name) or "BASE_MODEL"
-    known = {spec.name: getattr(config, spec.name) for spec in fields(config)}
-    rows = [f"| {name} | `{known[name]}` |" for name in _SHOWN if name in known]
+    base = _id_of(name)
+    called = base or (name if name and is_portable(name) else Path(name).name if name else "BASE_MODEL")
+    rows = [f"| {key} | `{_shown(value)}` |" for key, value in config.told().items()]
     return "\n".join(
         [
             "---\nlibrary_name: peft\n---\n",
-            f"# {config.peft_type} adapter of {Path(name).name if name and base != name else base}\n",
+            f"# {config.peft_type} adapter of {called}\n",
             "The files are in PEFT's format: PEFT, vLLM and veneer load them.\n",
             "```python",
-            "from transformers import AutoModelForCausalLM",
-            "from veneer import PeftModel\n",
-            f'base = AutoModelForCausalLM.from_pretrained("{base}")',
-            'model = PeftModel.from_pretrained(base, "PATH_OR_ID_OF_THIS_ADAPTER")',
+            *_loading(name, base),
             "```\n",
             "| setting | value |\n| --- | --- |",
             *rows,
             "",
         ]
     )
+
+
+def _loading(name: str | None, base: str | None) -> list[str]:
+    """The lines that load the adapter: those that find a base by itself where it has a name that veneer knows."""
+    if name is not None and is_portable(name):
+        return [
+            "from veneer import AutoPeftModelForCausalLM\n",
+            f"# its base is {name}, by the name that veneer knows it by",
+            'model = AutoPeftModelForCausalLM.from_pretrained("PATH_OR_ID_OF_THIS_ADAPTER")',
+        ]
+    return [
+        "from transformers import AutoModelForCausalLM",
+        "from veneer import PeftModel\n",
+        f'base = AutoModelForCausalLM.from_pretrained("{base or "BASE_MODEL"}")',
+        'model = PeftModel.from_pretrained(base, "PATH_OR_ID_OF_THIS_ADAPTER")',
+    ]
+
+
+def _shown(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)

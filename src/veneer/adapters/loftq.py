@@ -52,7 +52,8 @@ def replace_lora_weights_loftq(
             f"none of the layers of {adapter_name!r} is quantized, so nothing was lost: load the base with "
             "BitsAndBytesConfig, or leave LoftQ out"
         )
-    weights = Checkpoint.open(Path(model_path or config.base_model_name_or_path or ""))
+    loaded_from = getattr(model.config, "name_or_path", None) or config.base_model_name_or_path or ""
+    weights = Checkpoint.open(Path(model_path or loaded_from))
     for path, layer in layers.items():
         held, before = tensors_of(layer.adapters[adapter_name]), {}
         values = _factors(start, layer.site((adapter_name,)), _dense(weights, model, path, layer))

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 from rich.console import Console
 
 from veneer.cli import loading
 from veneer.errors import ConfigError
+
+_NEW, _HELP, _EXIT = "/new", "/help", "/exit"
+_COMMANDS = f"{_NEW} forgets the conversation, {_EXIT} or Ctrl-D leaves, Ctrl-C stops an answer"
+_REPLIES = {_NEW: "a new conversation", _HELP: _COMMANDS}
 
 
 def chat(
@@ -20,7 +26,8 @@ def chat(
     load_in_4bit: loading.FourBit = False,
     dtype: loading.Dtype = "auto",
 ) -> None:
-    """Talk to a model. /new forgets the conversation; Ctrl-C stops an answer; Ctrl-D or /exit leaves.
+    """Talk to a model. /new forgets the conversation; /help shows the commands; Ctrl-C stops an answer; Ctrl-D or /exit
+    leaves.
 
     Example: veneer chat smollm2-135m-instruct --adapter runs/first/adapter
     """
@@ -32,12 +39,15 @@ def chat(
     encode_chat(parts.tokenizer, [*start, {"role": "user", "content": "?"}])  # what cannot chat says so at once
     answerer = answerer_of(parts, Drawing(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed))
     console = Console(highlight=False)
+    _open(parts, system)
     messages = list(start)
     while (line := _ask(console)) is not None:
-        if line == "/new":
-            messages = list(start)
+        if _is_command(line):
+            if line == _NEW:
+                messages = list(start)
+            _say(_REPLIES.get(line, f"no command {line.split()[0]}: {_COMMANDS}. To send it, put a space before it."))
             continue
-        messages.append({"role": "user", "content": line})
+        messages.append({"role": "user", "content": line.strip()})
         prompt = encode_chat(answerer.tokenizer, messages)
         try:
             messages.append({"role": "assistant", "content": answerer.stream(prompt, max_new_tokens)})
@@ -49,15 +59,32 @@ def chat(
             console.print(f"{error}, or /new forgets the conversation (the question is forgotten)", style="yellow")
 
 
+def _open(parts: loading.Parts, system: str | None) -> None:
+    """The first lines, on stderr: who answers, and how to command."""
+    adapter = "" if parts.adapter is None else f" with {parts.adapter}"
+    _say(f"{parts.source}{adapter}{'' if system is None else f', told: {system}'}")
+    _say(_COMMANDS)
+
+
+def _say(line: str) -> None:
+    """A line that is no answer: it goes to stderr, so that stdout holds the answers alone."""
+    Console(stderr=True, highlight=False).print(line, style="dim", soft_wrap=True, markup=False)
+
+
+def _is_command(line: str) -> bool:
+    """``/word``, with or without more words; a path such as ``/etc/hosts`` is none."""
+    return re.fullmatch(r"/\w*", line.partition(" ")[0]) is not None
+
+
 def _ask(console: Console) -> str | None:
-    """The next line that is not empty; None at the end."""
+    """The next line that is not empty; None at the end. A space in front of ``/`` stays: it makes a message of it."""
     while True:
         try:
-            line = console.input("[bold cyan]>[/] ").strip()
+            line = console.input("[bold cyan]>[/] ").rstrip()
         except EOFError:
             console.print()
             return None
-        if line == "/exit":
+        if line == _EXIT:
             return None
-        if line:
+        if line.strip():
             return line

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +14,6 @@ from veneer.cli.facts import AsJson, print_facts
 from veneer.core.units import size
 
 if TYPE_CHECKING:
-    from veneer.contract import MethodConfig
     from veneer.store.facts import AdapterFacts, ModelFacts
 
 Section = dict[str, str]
@@ -38,7 +37,7 @@ def info(
     as_json: AsJson = False,
 ) -> None:
     """Show what an adapter or a model is, and how a run stands: method and targets, or architecture and size, or status
-    and losses. No weight is loaded.
+    and losses. Headers are read, no weight is loaded and no GGUF file converted.
 
     Example: veneer info runs/first/adapter
     """
@@ -58,6 +57,12 @@ def _facts(what: str) -> tuple[dict[str, Any], Section]:
 
         record = record_of(folder) or {}
         return {**record, "life": life_of(record)}, {"run": str(folder), **run_section(record)}
+    if folder.suffix == ".gguf" and folder.is_file():
+        from veneer.cli.info_gguf import gguf_facts, gguf_section
+        from veneer.store.gguf.header import read_header
+
+        header = read_header(folder)
+        return gguf_facts(header), gguf_section(folder, header)
     place, facts = _find(what)
     section = _section(place, facts)
     return {**({"method": section["method"]} if "method" in section else {}), **asdict(facts)}, section
@@ -95,28 +100,12 @@ def _adapter(folder: Path, facts: AdapterFacts) -> Section:
     return {
         "adapter": str(folder),
         "method": name_of(config),
-        **_settings(config),
+        **{name: _text(value) for name, value in config.told().items()},
         **({"modules": f"{len(facts.modules)} ({', '.join(last)})"} if last else {}),
         "parameters": f"{facts.n_parameters:,}",
         "size": f"{size(facts.n_bytes)} ({', '.join(facts.dtypes)})",
         "base": config.base_model_name_or_path or "not recorded",
     }
-
-
-def _settings(config: MethodConfig) -> Section:
-    """The settings that differ from the method's defaults, and the rank in any case."""
-    common = {"base_model_name_or_path", "revision", "inference_mode"}
-    always = {"r", "lora_alpha", "target_modules"}
-    chosen = {
-        spec.name: getattr(config, spec.name)
-        for spec in fields(config)
-        if spec.name not in common and (spec.name in always or getattr(config, spec.name) != _default(spec))
-    }
-    return {name: _text(value) for name, value in chosen.items()}
-
-
-def _default(spec: Any) -> Any:
-    return spec.default if spec.default_factory is MISSING else spec.default_factory()
 
 
 def _model(folder: Path, facts: ModelFacts) -> Section:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -20,6 +20,7 @@ from veneer.core.field_types import check
 from veneer.core.frozen_config import FrozenConfig
 from veneer.core.tasks import TaskType
 from veneer.disk.atomic import write_atomically
+from veneer.disk.known_name import known_name
 from veneer.errors import ConfigError, FormatError
 
 
@@ -33,6 +34,7 @@ class MethodConfig(FrozenConfig):
 
     ``inert`` names fields under which the same tensors mean the same update: they act in training alone, or the keys
     and shapes of the tensors tell them. Those of base classes count too; every other field means something.
+    ``headline`` names the fields that tell the most: model cards and ``veneer info`` show them whatever their value.
     """
 
     peft_type: ClassVar[str]
@@ -43,6 +45,7 @@ class MethodConfig(FrozenConfig):
     inert: ClassVar[frozenset[str]] = frozenset(
         {"task_type", "base_model_name_or_path", "revision", "inference_mode", "modules_to_save"}
     )
+    headline: ClassVar[tuple[str, ...]] = ()
 
     task_type: str | None = None
     base_model_name_or_path: str | None = None
@@ -94,6 +97,14 @@ class MethodConfig(FrozenConfig):
         names = (spec.name for spec in fields(self) if spec.name not in inert)
         return [name for name in names if getattr(self, name) != getattr(other, name)]
 
+    def told(self) -> dict[str, object]:
+        """The settings that are worth telling people: the ``headline``, then all that differ from the defaults."""
+        aside = {"base_model_name_or_path", "revision", "inference_mode", *self.headline}
+        others = (spec for spec in fields(self) if spec.name not in aside and spec.metadata.get("on_disk", True))
+        chosen = [spec.name for spec in others if getattr(self, spec.name) != _default(spec)]
+        values = {name: getattr(self, name) for name in (*self.headline, *chosen)}
+        return {name: value for name, value in values.items() if value is not None}
+
     def to_dict(self) -> dict[str, object]:
         """The fields by name, with ``peft_type``, as one logs them: new lists and mappings, no tuples."""
         values = {spec.name: getattr(self, spec.name) for spec in fields(self)}
@@ -141,14 +152,23 @@ class MethodConfig(FrozenConfig):
         return cls(**values)  # type: ignore[arg-type]
 
 
+def _default(spec: Field[Any]) -> object:
+    return spec.default if spec.default_factory is MISSING else spec.default_factory()
+
+
 def for_use(config: MethodConfig) -> MethodConfig:
     """The config as it is written beside trained values: in the form that others know, and for inference."""
     return replace(config.packed(), inference_mode=True)
 
 
 def config_in(folder: Path) -> MethodConfig:
-    """The config of an adapter folder. Raises FormatError where there is none or it is not understood."""
-    return from_values(read_fields(folder), str(folder / CONFIG_FILE))
+    """The config of an adapter folder. Raises FormatError where there is none or it is not understood.
+
+    A base that is named by a path into a cache goes by its `known_name`.
+    """
+    found = from_values(read_fields(folder), str(folder / CONFIG_FILE))
+    base = found.base_model_name_or_path
+    return found if base is None else replace(found, base_model_name_or_path=known_name(base))
 
 
 def from_values(given: Mapping[str, object], source: str) -> MethodConfig:

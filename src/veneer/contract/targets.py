@@ -29,6 +29,7 @@ class TargetedConfig(MethodConfig):
     inert: ClassVar[frozenset[str]] = frozenset(
         {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
     )
+    headline: ClassVar[tuple[str, ...]] = ("target_modules",)
     default_targets: ClassVar[tuple[str, ...]] = ()  # names, and roles of a decoder's layers such as "q", "v", "down"
 
     target_modules: Collection[str] | str | None = None

@@ -30,6 +30,7 @@ class VirtualTokenMethod(MethodConfig):
     inert: ClassVar[frozenset[str]] = frozenset(
         {"num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers", "num_transformer_submodules"}
     )
+    headline: ClassVar[tuple[str, ...]] = ("num_virtual_tokens",)
 
     num_virtual_tokens: int
     token_dim: int | None = None

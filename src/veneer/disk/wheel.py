@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from veneer.disk.digest import sha256_of
 from veneer.errors import ConfigError, FormatError
 
 Progress = Callable[[str, int, int], None]
@@ -84,8 +84,7 @@ def unpack(wheel: Path, member: str, into: Path) -> Path:
 def check_sha256(path: Path, expected: str) -> None:
     """Raise FormatError for a file of another SHA-256, ConfigError where there is no such file."""
     try:
-        with path.open("rb") as file:
-            actual = hashlib.file_digest(file, "sha256").hexdigest()
+        actual = sha256_of(path)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise ConfigError(f"{path} is not a file: give the wheel that pip downloaded") from error
     if actual != expected:

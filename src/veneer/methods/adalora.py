@@ -40,6 +40,7 @@ class AdaLoraConfig(LinearMethod):
     """
 
     peft_type: ClassVar[str] = "ADALORA"
+    headline: ClassVar[tuple[str, ...]] = ("init_r", "target_r", "lora_alpha", "target_modules")
     outward: ClassVar[frozenset[str]] = frozenset({"lora_B"})
     inert: ClassVar[frozenset[str]] = frozenset(
         {"target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step", "rank_pattern"}

@@ -42,6 +42,7 @@ class BottleneckConfig(ResidualMethod):
     """
 
     peft_type: ClassVar[str] = "BOTTLENECK"
+    headline: ClassVar[tuple[str, ...]] = ("after_attention", "after_mlp", "placement", "reduction_factor")
     identity_at_start: ClassVar[bool] = False
     inert: ClassVar[frozenset[str]] = frozenset(
         {"after_attention", "after_mlp", "after_cross_attention", "size", "reduction_factor", "init_weights", "dropout"}

@@ -32,6 +32,7 @@ class IA3Config(LinearMethod):
     """
 
     peft_type: ClassVar[str] = "IA3"
+    headline: ClassVar[tuple[str, ...]] = ("target_modules", "feedforward_modules")
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "convolution"})
     usual_learning_rate: ClassVar[float] = 5e-3
     default_targets: ClassVar[tuple[str, ...]] = ("k", "v", "down")

@@ -56,6 +56,7 @@ class LoraConfig(LinearMethod):
     """
 
     peft_type: ClassVar[str] = "LORA"
+    headline: ClassVar[tuple[str, ...]] = ("r", "lora_alpha", "target_modules")
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "convolution", "attention"})
     outward: ClassVar[frozenset[str]] = frozenset({"lora_B"}.union(*(getattr(v, "OUTWARD", ()) for v in _VARIANTS)))
     inert: ClassVar[frozenset[str]] = frozenset(

@@ -34,6 +34,7 @@ class VeraConfig(LinearMethod):
     """
 
     peft_type: ClassVar[str] = "VERA"
+    headline: ClassVar[tuple[str, ...]] = ("r", "target_modules")
     usual_learning_rate: ClassVar[float] = 5e-3
     inert: ClassVar[frozenset[str]] = frozenset(
         {"r", "save_projection", "vera_dropout", "d_initial", "fan_in_fan_out", "bias", "init_weights"}

@@ -9,6 +9,7 @@ from veneer.contract import LinearMethod, MethodConfig
 from veneer.contract.keys import OUT_PROJECTION
 from veneer.contract.targets import ALL_LINEAR, Names, absent_layers, present_targets, select_targets
 from veneer.core.sites import LinearSite
+from veneer.disk.known_name import known_name
 from veneer.errors import TargetError
 from veneer.model.blueprint.names import TASK_HEADS
 from veneer.model.blueprint.roles import names_for
@@ -84,8 +85,9 @@ def resolved(snapshot: Snapshot, config: MethodConfig) -> MethodConfig:
     a classification task trains, the name of the base.
     """
     changes: dict[str, object] = {}
-    if config.base_model_name_or_path is None and snapshot.base_name:
-        changes["base_model_name_or_path"] = snapshot.base_name
+    base = config.base_model_name_or_path or snapshot.base_name
+    if base:
+        changes["base_model_name_or_path"] = known_name(base)
     if isinstance(config, LinearMethod):
         if config.target_modules is None and not config.extras.parameters:
             changes["target_modules"] = _default_targets(snapshot, config)

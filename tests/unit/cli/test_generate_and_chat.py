@@ -269,6 +269,45 @@ def test_an_answer_that_breaks_off_does_not_end_the_conversation(
     assert result.stdout.count(told) == 1
 
 
+def test_chat_opens_with_model_adapter_and_commands(veneer: Veneer, model_folder: Path, adapter_folder: Path) -> None:
+    said = veneer("chat", adapter_folder, "--system", "be brief", input="/exit\n")
+    assert said.exit_code == 0, said.output
+    assert f"{model_folder} with {adapter_folder}, told: be brief\n" in said.stderr
+    assert all(command in said.stderr for command in ("/new", "/exit", "Ctrl-C"))
+    assert "adapter" not in veneer("chat", model_folder, input="/exit\n").stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "encoded", "told"),
+    [
+        ("/nwe\nhi\n", [["hi"]], "no command /nwe: /new"),
+        ("/system be brief\nhi\n", [["hi"]], "no command /system: /new"),
+        ("/\n/help\nhi\n", [["hi"]], "no command /: /new"),
+        (" /nwe\n", [["/nwe"]], ""),
+        ("/etc/hosts lists what?\n", [["/etc/hosts lists what?"]], ""),
+    ],
+)
+def test_an_unknown_command_is_no_message(
+    typed: str, encoded: list[list[str]], told: str, veneer: Veneer, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    class Fake:
+        tokenizer = None
+
+        def stream(self, turns: list[str], max_new_tokens: int) -> str:
+            asked.append(turns)
+            return "answer"
+
+    monkeypatch.setattr("veneer.cli.answering.encode_chat", lambda tokenizer, turns: [t["content"] for t in turns])
+    monkeypatch.setattr("veneer.cli.answering.answerer_of", lambda *rest: Fake())
+    result = veneer("chat", model_folder, input=typed)
+    assert result.exit_code == 0, result.output
+    assert asked == encoded
+    assert told in result.stderr
+    assert ("no command" in result.stderr) == bool(told)
+
+
 def test_chat_with_a_system_message_ends_at_the_end_of_input(veneer: Veneer, model_folder: Path) -> None:
     result = veneer("chat", model_folder, "--system", "be", "--temperature", 0, "--max-new-tokens", 7, input="hi\n")
     wanted = answer(model_folder, "<|system|>be<|end|><|user|>hi<|end|><|assistant|>", 7)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 from transformers import LlamaForCausalLM, RobertaConfig, RobertaForSequenceClassification
 from typer.testing import Result
 
-from veneer import LoraConfig, VeraConfig, get_peft_model
+from veneer import IA3Config, LoraConfig, PromptTuningConfig, VeraConfig, get_peft_model
+from veneer.contract import MethodConfig
 from veneer.model.blueprint.tensor_parts import part_of
 
 Veneer = Callable[..., Result]
@@ -74,6 +76,29 @@ def test_biases_that_peft_writes_by_its_wrappers_names_are_no_more_modules(venee
     theirs = [path for path in facts["modules"] if path.startswith("classifier")]
     assert theirs == ["classifier.dense", "classifier.out_proj"]
     assert not any(wrapper in path for path in facts["modules"] for wrapper in ("modules_to_save", "original_module"))
+
+
+@pytest.mark.parametrize(
+    ("config", "shown"),
+    [
+        (
+            LoraConfig(r=3, target_modules=["q_proj"], use_dora=True, lora_dropout=0.1),
+            "r lora_alpha use_dora lora_dropout",
+        ),
+        (VeraConfig(r=5, target_modules=["q_proj", "k_proj"], d_initial=0.3), "r d_initial"),
+        (IA3Config(target_modules=["k_proj", "up_proj"], feedforward_modules=["up_proj"]), "feedforward_modules"),
+        (PromptTuningConfig(num_virtual_tokens=3), "num_virtual_tokens"),
+    ],
+)
+def test_the_model_card_shows_the_same_settings(
+    veneer: Veneer, model_folder: Path, tmp_path: Path, config: MethodConfig, shown: str
+) -> None:
+    get_peft_model(LlamaForCausalLM.from_pretrained(model_folder), config).save_pretrained(tmp_path)
+    card = dict(re.findall(r"^\| (\w+) \| `(.*)` \|$", (tmp_path / "README.md").read_text(), flags=re.M))
+    facts = section(veneer("info", tmp_path))
+    assert set(shown.split()) <= set(card)
+    assert {name: facts[name] for name in card} == card
+    assert not {"bias", "use_rslora", "inference_mode", "base_model_name_or_path"} & set(card)
 
 
 def test_a_model(veneer: Veneer, model_folder: Path) -> None:

@@ -17,9 +17,10 @@ from veneer.contract.file import WEIGHTS_FILE
 from veneer.contract.keys import divided
 from veneer.contract.places import Placed, places_in
 from veneer.disk.safetensors import read_header
-from veneer.errors import FormatError
+from veneer.errors import ConfigError, FormatError
 from veneer.model.places import placed_on
 from veneer.store.adapter.config import read_config
+from veneer.store.named import folder_of
 
 
 def without_storage(config: Any, keys: Collection[str]) -> PreTrainedModel:
@@ -50,7 +51,10 @@ def config_of_base(base: str | None, revision: str | None) -> Path | None:
     """The ``config.json`` of a base where it is on this machine: in its folder, or in what the hub's client keeps."""
     if not base:
         return None
-    path = Path(base) / "config.json"
+    try:
+        path = (folder_of(base) or Path(base)) / "config.json"
+    except ConfigError:  # it is not here
+        return None
     if path.is_file():
         return path
     try:

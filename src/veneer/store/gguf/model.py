@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
@@ -15,8 +16,11 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader
 from huggingface_hub.errors import StrictDataclassError
 
+from veneer.disk.atomic import write_atomically
 from veneer.disk.cache import cache_dir
+from veneer.disk.digest import sha256_of
 from veneer.disk.folder import build_once
+from veneer.disk.known_name import CONVERTED, MANIFEST
 from veneer.errors import FormatError
 from veneer.store.bars import without_bars
 from veneer.store.gguf.byte_level import byte_level_tokenizer
@@ -88,11 +92,18 @@ def read_facts(path: Path) -> GgufFacts:
 
 
 def converted_folder(path: Path) -> Path:
-    """The cached folder of a GGUF file, converted where that has not been done; a changed file is converted anew."""
+    """The cached folder of a GGUF file, converted where that has not been done; a changed file is converted anew.
+
+    ``veneer.json`` in it holds the name by which other machines know the file.
+    """
     stat = path.stat()
     identity = f"{path.resolve()}\n{stat.st_size}\n{stat.st_mtime_ns}\n{CONVERSION}"
     name = f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
-    return build_once(cache_dir() / "gguf" / name, Path.is_dir, lambda folder: convert_gguf(path, folder))
+    folder = build_once(cache_dir() / CONVERTED / name, Path.is_dir, lambda folder: convert_gguf(path, folder))
+    if not (folder / MANIFEST).is_file():
+        manifest = {"name": f"{path.name}@sha256:{sha256_of(path)}", "conversion": CONVERSION}
+        write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+    return folder
 
 
 def convert_gguf(path: Path, folder: Path) -> None:

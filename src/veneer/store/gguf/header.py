@@ -1,0 +1,151 @@
+"""The header of a GGUF file: its keys, and its tensors by name, shape and type. No weight, no vocabulary is kept."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+
+from veneer.errors import FormatError
+
+_NUMBERS = {
+    GGUFValueType.UINT8: "B",
+    GGUFValueType.INT8: "b",
+    GGUFValueType.UINT16: "H",
+    GGUFValueType.INT16: "h",
+    GGUFValueType.UINT32: "I",
+    GGUFValueType.INT32: "i",
+    GGUFValueType.FLOAT32: "f",
+    GGUFValueType.BOOL: "?",
+    GGUFValueType.UINT64: "Q",
+    GGUFValueType.INT64: "q",
+    GGUFValueType.FLOAT64: "d",
+}
+_KEPT = 512  # values of an array: one a layer, but no vocabulary
+_DEEPEST = 4  # arrays within arrays
+
+
+@dataclass(frozen=True, slots=True)
+class Long:
+    """An array too long to be kept: its number of values."""
+
+    n_values: int
+
+
+@dataclass(frozen=True, slots=True)
+class GgufTensor:
+    """A tensor in the file: its name, shape (as torch says it: the fastest dimension last), type and bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    n_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufHeader:
+    """The header of a file: values by key (`Long` for what is not kept), tensors, and the bytes of the whole file."""
+
+    values: Mapping[str, Any]
+    tensors: tuple[GgufTensor, ...]
+    n_bytes: int
+
+
+def read_header(path: Path) -> GgufHeader:
+    """The header of a GGUF file (llama.cpp's format, versions 2 and 3). Raises FormatError where it is none, is
+    damaged, or was cut off.
+    """
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise FormatError(f"{path} is not a GGUF file: it does not start with the bytes GGUF")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+            try:
+                return _header(_Cursor(view), path)
+            except (struct.error, ValueError, OverflowError, RecursionError) as error:
+                raise FormatError(
+                    f"{path} is a damaged GGUF file, perhaps cut short ({len(view):,} bytes): {error}. Download it "
+                    "again."
+                ) from error
+
+
+def _header(cursor: _Cursor, path: Path) -> GgufHeader:
+    version = cursor.number("I")
+    if version not in (2, 3):
+        raise FormatError(f"{path} is a GGUF file of version {version}; 2 and 3 are read here")
+    n_tensors, n_values = cursor.number("Q"), cursor.number("Q")
+    values = {cursor.text(): cursor.value(GGUFValueType(cursor.number("I"))) for _ in range(cursor.fitting(n_values))}
+    found = [cursor.tensor() for _ in range(cursor.fitting(n_tensors))]
+    data = -(-cursor.at // _alignment(values)) * _alignment(values)
+    end = max((data + start + tensor.n_bytes for start, tensor in found), default=0)
+    if end > len(cursor.view):
+        raise ValueError(f"its tensors end at byte {end:,}")
+    return GgufHeader(values=values, tensors=tuple(tensor for _, tensor in found), n_bytes=len(cursor.view))
+
+
+def _alignment(values: Mapping[str, Any]) -> int:
+    alignment = values.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise ValueError(f"general.alignment is {alignment!r}")
+    return alignment
+
+
+class _Cursor:
+    """Reads one value after the other. Raises struct.error and ValueError beyond the end of the file."""
+
+    def __init__(self, view: mmap.mmap) -> None:
+        self.view, self.at = view, 4
+
+    def number(self, kind: str) -> Any:
+        (value,) = struct.unpack_from(f"<{kind}", self.view, self.at)
+        self.at += struct.calcsize(f"<{kind}")
+        return value
+
+    def fitting(self, n: int, n_bytes: int = 1) -> int:
+        """``n`` again, where the file has room for so many things of ``n_bytes`` or more."""
+        if n * n_bytes > len(self.view) - self.at:
+            raise ValueError(f"it tells of {n:,} values at byte {self.at:,}")
+        return n
+
+    def text(self) -> str:
+        n = self.fitting(self.number("Q"))
+        self.at += n
+        return self.view[self.at - n : self.at].decode(errors="replace")
+
+    def value(self, kind: GGUFValueType, depth: int = 0) -> Any:
+        if kind == GGUFValueType.STRING:
+            return self.text()
+        return self._array(depth) if kind == GGUFValueType.ARRAY else self.number(_NUMBERS[kind])
+
+    def tensor(self) -> tuple[int, GgufTensor]:
+        """The place of a tensor's bytes behind the header, and what it is."""
+        name = self.text()
+        shape = tuple(self.number("Q") for _ in range(self.fitting(self.number("I"), 8)))
+        kind = GGMLQuantizationType(self.number("I"))
+        block, block_bytes = GGML_QUANT_SIZES[kind]
+        n_bytes = math.prod(shape) // block * block_bytes
+        return self.number("Q"), GgufTensor(name, shape[::-1], kind.name, n_bytes)
+
+    def _array(self, depth: int) -> Any:
+        if depth == _DEEPEST:
+            raise ValueError(f"arrays nest deeper than {_DEEPEST}")
+        kind, n = GGUFValueType(self.number("I")), self.number("Q")
+        if kind in _NUMBERS and n > _KEPT:
+            self.at += self.fitting(n, struct.calcsize(f"<{_NUMBERS[kind]}")) * struct.calcsize(f"<{_NUMBERS[kind]}")
+            return Long(n)
+        if kind == GGUFValueType.STRING and n > _KEPT:
+            self._skip_texts(self.fitting(n, 8))
+            return Long(n)
+        return [self.value(kind, depth + 1) for _ in range(self.fitting(n))]
+
+    def _skip_texts(self, n: int) -> None:
+        length = struct.Struct("<Q").unpack_from
+        at, view = self.at, self.view
+        for _ in range(n):
+            at += 8 + length(view, at)[0]
+        self.at = at

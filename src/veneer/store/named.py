@@ -1,0 +1,50 @@
+"""Models by names that mean the same on every machine: what `veneer fetch` knows, and GGUF files by their hash."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from veneer.disk.cache import cache_dir
+from veneer.disk.digest import sha256_of
+from veneer.disk.known_name import CONVERTED, MANIFEST, known_name
+from veneer.errors import ConfigError
+from veneer.store.fetch import KNOWN, is_fetched, model_folder
+from veneer.store.gguf.model import CONVERSION, converted_folder
+
+_GGUF_NAME = re.compile(r"([^/\\]+\.gguf)@sha256:([0-9a-f]{64})")
+
+
+def is_portable(name: str) -> bool:
+    """True for a name that is no hub id, and means the same on every machine that has veneer."""
+    return name in KNOWN or _GGUF_NAME.fullmatch(name) is not None
+
+
+def folder_of(name: str) -> Path | None:
+    """The folder on this machine of a model by such a name; None where the name is of another kind.
+
+    The GGUF file of a name is looked for among those that were converted, then in the current folder. Raises
+    ConfigError with what to fetch where the model is not here.
+    """
+    name = known_name(name)
+    if name in KNOWN:
+        if not is_fetched(name):
+            raise ConfigError(f"the model {name!r} is not in the cache yet: run `veneer fetch {name}`")
+        return model_folder(name)
+    meant = _GGUF_NAME.fullmatch(name)
+    if meant is None:
+        return None
+    file, digest = meant.groups()
+    for manifest in sorted((cache_dir() / CONVERTED).glob(f"*/{MANIFEST}")):
+        held = json.loads(manifest.read_text(encoding="utf-8"))
+        if held["name"].endswith(digest) and held["conversion"] == CONVERSION:
+            return manifest.parent
+    here = Path(file)
+    if here.is_file() and sha256_of(here) == digest:
+        return converted_folder(here)
+    raise ConfigError(
+        f"the model is the GGUF file {file} with the SHA-256 {digest}, which this machine has not read yet"
+        f"{f' (the {file} in this folder is another)' if here.is_file() else ''}: put that file into this folder, "
+        "or give its path as the model; once read it is found by its hash"
+    )
