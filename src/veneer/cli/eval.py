@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from veneer.cli import loading
 from veneer.cli.facts import AsJson, print_facts
 from veneer.cli.measurement import Measurement, Metric, Options, Subject
-from veneer.train.show.terminal import progress_bar
+from veneer.core.progress import progress_bar
 
 
 def _unescaped(text: str) -> str:

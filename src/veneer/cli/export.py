@@ -15,9 +15,9 @@ from veneer.cli.arguments import require_file, require_folder
 from veneer.cli.facts import print_facts
 from veneer.cli.help import VerbCommand, first_sentence, print_page
 from veneer.cli.loading import Adapter, Model
+from veneer.core.progress import progress_bar
 from veneer.core.units import size
 from veneer.errors import ConfigError, FormatError
-from veneer.train.show.terminal import progress_bar
 
 if TYPE_CHECKING:
     from veneer.export.gguf.model import GgufExport

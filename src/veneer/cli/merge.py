@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from veneer.core.progress import progress_bar
 from veneer.core.units import size
-from veneer.train.show.terminal import progress_bar
 
 
 def merge(

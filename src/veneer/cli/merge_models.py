@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from veneer.cli.arguments import weights_of
+from veneer.core.progress import progress_bar
 from veneer.core.units import size
-from veneer.train.show.terminal import progress_bar
 
 _Base = Annotated[str, typer.Argument(metavar="BASE", help="The model that all were tuned from.")]
 _Models = Annotated[list[str], typer.Argument(metavar="MODEL...", help="Fine-tuned models: folders or hub ids.")]

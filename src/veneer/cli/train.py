@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from veneer.core.progress import draws_bars
 from veneer.core.units import duration
 from veneer.errors import ConfigError
-from veneer.train.show.terminal import draws_bars
 
 if TYPE_CHECKING:
     from veneer.train.recipe.recipe import Recipe

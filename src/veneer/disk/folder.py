@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from veneer.errors import DiskError
 
@@ -140,21 +140,40 @@ def _lock(descriptor: int) -> bool:
     return True
 
 
-def build_once(target: Path, is_whole: Callable[[Path], bool], build: Callable[[Path], None]) -> Path:
+def build_once(
+    target: Path,
+    is_whole: Callable[[Path], bool],
+    build: Callable[[Path], None],
+    on_wait: Callable[[], None] = lambda: None,
+) -> Path:
     """``target``, built by ``build(scratch)`` where it is not whole yet.
 
-    Processes that race wait for the first and use its result. Leftovers of a crashed one are removed.
+    Processes that race wait for the first, after ``on_wait()``, and use its result. Leftovers of a crashed one are
+    removed.
     """
     if is_whole(target):
         return target
     _make_parent(target)
-    with FileLock(target.parent / f".{target.name}.lock"):
+    with _turn(FileLock(target.parent / f".{target.name}.lock"), on_wait):
         if is_whole(target):
             return target
         drop_leftovers(target.parent, target.name)
         with new_folder(target) as scratch:
             build(scratch)
     return target
+
+
+@contextmanager
+def _turn(lock: FileLock, on_wait: Callable[[], None]) -> Iterator[None]:
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        on_wait()
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _put_in_place(scratch: Path, target: Path) -> None:

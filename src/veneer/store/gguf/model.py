@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
@@ -16,6 +18,8 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader
 from huggingface_hub.errors import StrictDataclassError
 
+from veneer.core.progress import progress_bar
+from veneer.core.units import size
 from veneer.disk.atomic import write_atomically
 from veneer.disk.cache import cache_dir
 from veneer.disk.digest import sha256_of
@@ -36,6 +40,8 @@ _PLAIN = {
 }
 CONVERSION = 3
 """Goes up when files are converted in another way: folders of an earlier one are left alone."""
+OnProgress = Callable[[int, int], None]
+_COUNT = re.compile(r"\b(\d+)/(\d+) \[")
 _TOKEN_IDS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
 
 
@@ -99,28 +105,40 @@ def converted_folder(path: Path) -> Path:
     stat = path.stat()
     identity = f"{path.resolve()}\n{stat.st_size}\n{stat.st_mtime_ns}\n{CONVERSION}"
     name = f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
-    folder = build_once(cache_dir() / CONVERTED / name, Path.is_dir, lambda folder: convert_gguf(path, folder))
+    folder = build_once(
+        cache_dir() / CONVERTED / name,
+        Path.is_dir,
+        lambda folder: _convert_shown(path, folder),
+        on_wait=lambda: print(f"waiting for another process, which converts {path.name}", file=sys.stderr),
+    )
     if not (folder / MANIFEST).is_file():
         manifest = {"name": f"{path.name}@sha256:{sha256_of(path)}", "conversion": CONVERSION}
         write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
     return folder
 
 
-def convert_gguf(path: Path, folder: Path) -> None:
+def _convert_shown(path: Path, folder: Path) -> None:
+    title = f"converting {path.name}"
+    with progress_bar(title, opens_with=f"{title} ({size(path.stat().st_size)}) into the cache, once") as on_progress:
+        convert_gguf(path, folder, on_progress)
+
+
+def convert_gguf(path: Path, folder: Path, on_progress: OnProgress = lambda done, total: None) -> None:
     """Write the model of a GGUF file, its tokenizer and chat template into ``folder``, as transformers would.
 
+    ``on_progress`` is told how many tensors have been read, and of how many.
     Raises FormatError for damaged files, families that nobody here can read, files that lack tensors, and files
     whose model would not compute what they say.
     """
     facts = read_facts(path)
-    with _quiet_progress():
-        model = _load(path, facts)
+    with _counted_progress(on_progress):
+        model = _load(path, facts, on_progress)
         model.save_pretrained(folder)
         if facts.has_tokenizer:
             _tokenizer(path, facts, model.config).save_pretrained(folder)
 
 
-def _load(path: Path, facts: GgufFacts) -> Any:
+def _load(path: Path, facts: GgufFacts, on_progress: OnProgress) -> Any:
     import transformers
 
     options: dict[str, Any] = {}
@@ -128,7 +146,7 @@ def _load(path: Path, facts: GgufFacts) -> Any:
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     file = str(path.resolve())
     if _is_rebuilt(facts):
-        return _rebuilt(path, facts)
+        return _rebuilt(path, facts, on_progress)
     try:
         config = mended_config(_config(path, facts), facts.contents)
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
@@ -157,9 +175,9 @@ def _is_rebuilt(facts: GgufFacts) -> bool:
     return rebuilt_family(facts.contents.architecture, facts.contents.pairs) is not None
 
 
-def _rebuilt(path: Path, facts: GgufFacts) -> Any:
+def _rebuilt(path: Path, facts: GgufFacts, on_progress: OnProgress) -> Any:
     try:
-        return rebuilt_model(GGUFReader(path), facts.contents, facts.token_ids, facts.dtype)
+        return rebuilt_model(GGUFReader(path), facts.contents, facts.token_ids, facts.dtype, on_progress)
     except (FormatError, StrictDataclassError) as error:
         raise FormatError(f"{path}: {error}. Take the model's own folder of safetensors instead") from error
 
@@ -215,7 +233,20 @@ def _dtype(stored: set[GGMLQuantizationType]) -> torch.dtype:
 
 
 @contextmanager
-def _quiet_progress() -> Iterator[None]:
-    """Without the progress bars of transformers, which count tensors; one of them obeys no setting."""
-    with without_bars(), redirect_stderr(StringIO()):
+def _counted_progress(on_progress: OnProgress) -> Iterator[None]:
+    """With the progress of transformers' reader, which counts tensors in a bar that obeys no setting, told instead."""
+    with without_bars(), redirect_stderr(_Counted(on_progress)):
         yield
+
+
+class _Counted(StringIO):
+    """Takes what a bar of tqdm writes (``…: 9%|▉ | 24/272 [00:01<…``), and tells the two numbers."""
+
+    def __init__(self, on_progress: OnProgress) -> None:
+        super().__init__()
+        self._on_progress = on_progress
+
+    def write(self, text: str) -> int:
+        for done, total in _COUNT.findall(text):
+            self._on_progress(int(done), int(total))
+        return len(text)

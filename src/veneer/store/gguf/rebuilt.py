@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import gguf
@@ -18,11 +18,17 @@ from veneer.store.gguf.names import leaf_of, places_of
 from veneer.store.gguf.registry import rebuilt_family
 
 
-def rebuilt_model(reader: GGUFReader, contents: GgufContents, ids: Mapping[str, int], dtype: torch.dtype) -> Any:
+def rebuilt_model(
+    reader: GGUFReader,
+    contents: GgufContents,
+    ids: Mapping[str, int],
+    dtype: torch.dtype,
+    on_progress: Callable[[int, int], None],
+) -> Any:
     """The model of a file whose family has ``reads=False``.
 
-    ``ids`` are special tokens by transformers' names. Raises FormatError for what the model would not compute, and for
-    tensors that are missing or have no place.
+    ``ids`` are special tokens by transformers' names; ``on_progress`` is told the parameters that are filled. Raises
+    FormatError for what the model would not compute, and for tensors that are missing or have no place.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -37,7 +43,7 @@ def rebuilt_model(reader: GGUFReader, contents: GgufContents, ids: Mapping[str, 
     config = mended_config(made, contents, family)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     stored = {tensor.name: tensor for tensor in reader.tensors}
-    used = _fill(model, family, config, stored, dtype)
+    used = _fill(model, family, config, stored, on_progress)
     if unplaced := sorted(set(stored) - used - set(FACTOR_TENSORS)):
         raise FormatError(
             f"it holds the tensors {unplaced}, for which transformers' {type(model).__name__} has no place: it would "
@@ -46,12 +52,16 @@ def rebuilt_model(reader: GGUFReader, contents: GgufContents, ids: Mapping[str, 
     return model
 
 
-def _fill(model: Any, family: Family, config: Any, stored: Mapping[str, Any], dtype: torch.dtype) -> set[str]:
+def _fill(
+    model: Any, family: Family, config: Any, stored: Mapping[str, Any], on_progress: Callable[[int, int], None]
+) -> set[str]:
     """Give every parameter its values; returns the names of the tensors that were read."""
     used: set[str] = set()
     missing = []
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        parameters = dict(model.named_parameters())
+        for done, (name, parameter) in enumerate(parameters.items(), 1):
+            on_progress(done, len(parameters))
             places = [target for target, _ in places_of(family, config, name, model.base_model_prefix)]
             if not places or not all(target in stored for target in places):
                 missing.append(name)
@@ -61,7 +71,7 @@ def _fill(model: Any, family: Family, config: Any, stored: Mapping[str, Any], dt
             whole = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
             if whole.shape != parameter.shape:
                 raise FormatError(f"{places[0]} has the shape {tuple(whole.shape)}, {name} {tuple(parameter.shape)}")
-            parameter.copy_(whole.to(dtype))
+            parameter.copy_(whole.to(parameter.dtype))
     if missing:
         raise FormatError(f"it lacks the tensors of {missing[:5]}; it is not a whole model")
     return used

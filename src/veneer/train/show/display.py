@@ -12,8 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from veneer.core.progress import draws_bars
 from veneer.core.units import duration
-from veneer.train.show.terminal import draws_bars
 
 _NOT_SHOWN = ("_runtime", "_per_second", "_preparation_time")
 

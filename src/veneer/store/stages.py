@@ -1,0 +1,59 @@
+"""The stages of a fetch on stderr: a bar for each in a terminal, plain lines elsewhere; nothing for what is there."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from veneer.core.progress import LINE_SECONDS, draws_bars
+from veneer.core.units import size
+from veneer.disk.wheel import Progress as OnProgress
+
+_BYTES = "download"  # the stage that counts bytes
+
+
+@contextmanager
+def stages_shown() -> Iterator[OnProgress]:
+    """Shows what it is told while the block runs: a stage, what is done of it, and the total (0: not known yet)."""
+    console = Console(file=sys.stderr, highlight=False)
+    if not draws_bars(console):
+        yield _Lines(console).tell
+        return
+    columns = (TextColumn("{task.description:>8}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[done]}"))
+    with Progress(*columns, console=console, redirect_stderr=False) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def tell(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=None, done="")
+            known = total > 1 or done == total > 0
+            progress.update(
+                tasks[stage], completed=done, total=total if known else None, done=_told(stage, done, total)
+            )
+
+        yield tell
+
+
+class _Lines:
+    """A line as a stage begins, and one every ``LINE_SECONDS`` that says how far it is."""
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._stage, self._last = console, "", 0.0
+
+    def tell(self, stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if stage == self._stage and now - self._last < LINE_SECONDS:
+            return
+        self._stage, self._last = stage, now
+        self._console.print(f"{stage} {_told(stage, done, total)}".strip(), soft_wrap=True, markup=False)
+
+
+def _told(stage: str, done: int, total: int) -> str:
+    if stage == _BYTES:
+        return f"{size(done)} of {size(total)}"
+    return f"{done}/{total}" if total > 1 else ""

@@ -1,0 +1,50 @@
+"""Progress of what is no training run."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+
+import pytest
+
+from veneer.core import progress
+
+
+def test_a_pipe_gets_a_plain_line_every_ten_seconds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    with progress.progress_bar("perplexity") as on_progress:
+        for done in range(1, 9):
+            now += 3.0
+            on_progress(done, 8)
+    assert capsys.readouterr().err == "perplexity 4/8\nperplexity 8/8\n"
+
+
+def test_what_is_quick_prints_its_opening_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress.progress_bar("converting", opens_with="converting x.gguf, once") as on_progress:
+        on_progress(1, 1)
+    assert capsys.readouterr().err == "converting x.gguf, once\n"
+
+
+def test_the_first_of_several_processes_tells(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with progress.progress_bar("converting", opens_with="converting x.gguf, once"):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+def test_a_bar_comes_and_goes_before_one_that_was_opened_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("sys.stderr", screen)
+    with progress.progress_bar("exporting") as outer:
+        with progress.progress_bar("converting", opens_with="once") as inner, contextlib.redirect_stderr(io.StringIO()):
+            inner(3, 7)
+        outer(5, 7)
+    shown = screen.getvalue()
+    assert 0 <= shown.index("converting") < shown.rindex("converting") < shown.index("exporting")
