@@ -1,30 +1,51 @@
-"""A picture of where an adapter changed its base: one square a module and layer."""
+"""A picture of where adapters changed their base: one square a module and layer, one panel an adapter."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from veneer.analyze.report import LayerReport
 
+_OUTSIDE = "–"  # the column of modules outside any layer
+_WIDEST = 44  # characters of a title
 
-def draw_norms(lines: Sequence[LayerReport], path: Path) -> None:
-    """Write a PNG: norms of the updates, modules down, layers across. Modules outside any layer stand in column 0."""
+
+def draw_norms(adapters: Mapping[str, Sequence[LayerReport]], path: Path) -> None:
+    """Write a PNG: norms of the updates of each adapter, by its name; all panels have the same colours."""
+    norms_figure(adapters).savefig(path, dpi=150)
+
+
+def norms_figure(adapters: Mapping[str, Sequence[LayerReport]]) -> Figure:
+    """The picture of `draw_norms`: modules down, layers across. What is not changed is left white."""
+    lines = [line for of in adapters.values() for line in of]
     modules = list(dict.fromkeys(line.module for line in lines))
-    n_layers = max((line.layer or 0 for line in lines), default=0) + 1
-    grid = [[math.nan] * n_layers for _ in modules]
-    for line in lines:
-        grid[modules.index(line.module)][line.layer or 0] = line.norm
+    layers: list[int | None] = [None] if any(line.layer is None for line in lines) else []
+    layers += range(max((line.layer for line in lines if line.layer is not None), default=-1) + 1)
+    largest = max((line.norm for line in lines), default=1.0)
+    width, height = 4 + 0.28 * len(layers) + 0.09 * max(map(len, modules)), 1.2 + 0.3 * len(modules)
     with mpl.rc_context({"font.size": 9}):
-        figure = Figure(figsize=(2.5 + 0.28 * n_layers, 1.6 + 0.32 * len(modules)), layout="constrained")
-        axes = figure.subplots()
-        image = axes.imshow(grid, aspect="auto", cmap="viridis")
-        axes.set_yticks(range(len(modules)), modules)
-        axes.set_xlabel("layer")
-        axes.set_title("Frobenius norm of each update")
-        figure.colorbar(image, ax=axes)
-        figure.savefig(path, dpi=150)
+        figure = Figure(figsize=(width, max(height * len(adapters) + 0.4, 2.4)), layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = figure.subplots(len(adapters), squeeze=False)[:, 0]
+        for axes, (name, of) in zip(panels, adapters.items(), strict=True):
+            image = axes.imshow(_grid(of, modules, layers), aspect="auto", cmap="viridis", vmin=0, vmax=largest)
+            axes.set_yticks(range(len(modules)), modules)
+            axes.set_xticks(range(len(layers)), [_OUTSIDE if layer is None else layer for layer in layers])
+            axes.set_xlabel("layer")
+            axes.set_title(name if len(name) <= _WIDEST else f"…{name[-_WIDEST + 1 :]}")
+        figure.colorbar(image, ax=panels, label="Frobenius norm")
+        figure.suptitle("Norms of the updates")
+    return figure
+
+
+def _grid(lines: Sequence[LayerReport], modules: Sequence[str], layers: Sequence[int | None]) -> list[list[float]]:
+    grid = [[math.nan] * len(layers) for _ in modules]
+    for line in lines:
+        grid[modules.index(line.module)][layers.index(line.layer)] = line.norm
+    return grid

@@ -31,7 +31,8 @@ def inspect(
     ] = None,
     top: Annotated[int, typer.Option(metavar="N", min=1, help="The number of leading directions to count.")] = 4,
     png: Annotated[
-        Path | None, typer.Option(metavar="FILE", show_default=False, help="Write a heat map of the norms here.")
+        Path | None,
+        typer.Option(metavar="FILE", show_default=False, help="Write a heat map of the norms here (of both adapters)."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -45,11 +46,15 @@ def inspect(
         require_file("--png", png, ".png")
     first = _spectra(adapter, base)
     lines = describe(first, top)
-    pairs = [] if other is None else compare(first, _spectra(other, base), top)
+    second = None if other is None else _spectra(other, base)
+    pairs = [] if second is None else compare(first, second, top)
     if png is not None:
         from veneer.analyze.heat_map import draw_norms
 
-        draw_norms(lines, png)
+        drawn = {str(adapter): lines}
+        if second is not None:
+            drawn[str(other)] = describe(second, top)
+        draw_norms(drawn, png)
     if as_json:
         typer.echo(json.dumps({"layers": [asdict(x) for x in lines], "pairs": [asdict(x) for x in pairs]}, indent=2))
         return

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from veneer.analyze.subspace import Subspace
+from veneer.core.ticks import ticks_at
 from veneer.errors import ConfigError, TrainingError
 from veneer.model.structure import modes_kept
 from veneer.train.loss import token_loss
@@ -157,14 +158,22 @@ def _weights_in(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[Non
 
 def draw_curve(curve: Curve, path: Path) -> None:
     """The scores over d as a PNG, with the line that d90 has to reach."""
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    curve_figure(curve).savefig(path)
+
+
+def curve_figure(curve: Curve) -> Figure:
+    """The picture of `draw_curve`."""
+    figure = Figure(figsize=(7, 4.6), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.semilogx(list(curve.scores), list(curve.scores.values()), "o-", label="in a random subspace")
+    axes.plot(list(curve.scores), list(curve.scores.values()), "o-", label="in a random subspace")
     axes.axhline(curve.full, color="black", linewidth=1, label=f"all {curve.n_weights:,} weights")
     axes.axhline(SHARE * curve.full, color="black", linewidth=1, linestyle="--", label="nine tenths of that")
     axes.axhline(curve.before, color="gray", linewidth=1, linestyle=":", label="untrained")
+    ticks_at(axes, list(curve.scores))
+    reached = "no d reaches it" if curve.d90 is None else f"d90 = {curve.d90:,}"
+    axes.set_title(f"Intrinsic dimension: {reached}")
     axes.set_xlabel("dimension d of the subspace")
     axes.set_ylabel("held-out accuracy")
-    axes.legend(frameon=False)
-    figure.savefig(path)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)  # covers no point
+    return figure

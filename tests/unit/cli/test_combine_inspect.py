@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.image import imread
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
@@ -162,7 +163,9 @@ def test_inspect_tells_norms_and_overlaps_and_draws(veneer, model_folder, adapte
     assert first["norm"] == pytest.approx(float(update.norm()), rel=1e-4)
     assert first["rank"] == 3
     assert {p["path"] for p in told["pairs"]} == {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}
-    assert (tmp_path / "heat.png").read_bytes().startswith(b"\x89PNG")
+    alone = tmp_path / "alone.png"
+    assert veneer("inspect", adapter_folder, "--png", alone).exit_code == 0
+    assert imread(tmp_path / "heat.png").shape[0] > imread(alone).shape[0]  # both are drawn
     table = veneer("inspect", adapter_folder, second)
     assert "sign conflict" in table.output
     for place, message in (("heat.foo", "must end in .png"), ("no/heat.png", "there is no folder")):

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from pictures import check_picture, ticks_of
+from veneer.core.ticks import short
 from veneer.errors import ConfigError, TrainingError
-from veneer.train.intrinsic import Curve, Training, dimension_curve, draw_curve
+from veneer.train.intrinsic import Curve, Training, curve_figure, dimension_curve, draw_curve
 
 PROMPTS = torch.tensor([[7, 9], [11, 13], [17, 19], [23, 29]])
 ANSWERS = torch.tensor([31, 37, 31, 37])
@@ -48,7 +50,17 @@ def test_d90_is_the_smallest_that_reaches_nine_tenths_of_full(tmp_path):
     curve = Curve({10: 0.5, 30: 0.6}, 0.5, 0.8, 999)
     assert curve.d90 is None
     draw_curve(curve, tmp_path / "curve.png")
+    assert "no d reaches it" in curve_figure(curve).axes[0].get_title()
     assert (tmp_path / "curve.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("dims", [[7], [10, 30, 100, 103, 1000, 50_000], list(range(100, 1000, 37))])
+def test_the_picture_has_a_tick_for_every_dimension_and_keeps_its_frame(dims):
+    figure = curve_figure(Curve({d: 0.5 + 0.4 * i / len(dims) for i, d in enumerate(dims)}, 0.5, 0.97, 134_515_008))
+    check_picture(figure)
+    axes = figure.axes[0]
+    assert ticks_of(axes) == dims
+    assert axes.get_xticklabels()[-1].get_text() == short(dims[-1])
 
 
 def test_what_cannot_be_trained_is_told(make_model):

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 PACKAGES = ("veneer", "torch", "transformers", "trl", "accelerate", "datasets", "safetensors", "numpy")
+_WIDEST = 80  # characters of a title
 
 
 def environment() -> dict[str, Any]:
@@ -31,17 +33,32 @@ def environment() -> dict[str, Any]:
 
 
 def draw_loss(history: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """The training loss and, where there is one, the held-out loss over the steps, as a PNG."""
+    """The training loss and, where there is one, the held-out loss over the steps, as a PNG in the folder of a run."""
+    loss_figure(history, f"Loss of {path.parent}").savefig(path)
+
+
+def loss_figure(history: Sequence[Mapping[str, Any]], title: str) -> Figure:
+    """The picture of `draw_loss`."""
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
         points = [(line["step"], line[key]) for line in history if key in line]
         if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4, linewidth=1.5)
+            # a line of one point is no line
+            axes.plot(
+                *zip(*points, strict=True), style if points[1:] else "o", label=label, markersize=4, linewidth=1.5
+            )
+    axes.set_title(_end_of(title), fontsize="medium")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats for each trained token)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend(frameon=False)
-    figure.savefig(path)
+    return figure
+
+
+def _end_of(title: str) -> str:
+    """A title that fits: of a long path the end tells most."""
+    return title if len(title) <= _WIDEST else f"…{title[-_WIDEST + 1 :]}"

@@ -6,17 +6,18 @@ import html
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 from rich.table import Table
 
+from veneer.core.ticks import ticks_at
 from veneer.train.checkpoint import write_json
 from veneer.train.sweep.recipe import Sweep
 
 SWEEP_FILE, PICTURE, PAGE = "sweep.json", "pareto.png", "pareto.html"
+_WIDEST = 120  # characters of a name below the picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ def write_report(sweep: Sweep, found: Sequence[Outcome]) -> None:
     write_json(
         sweep.output / SWEEP_FILE, {"format": 1, "compared_by": quality(found), "members": list(map(asdict, found))}
     )
-    figure = _figure(found)
+    figure = pareto_figure(found)
     figure.savefig(sweep.output / PICTURE)
     (sweep.output / PAGE).write_text(_page(figure, found), encoding="utf-8")
 
@@ -105,32 +106,45 @@ def _outcome(name: str, changes: Mapping[str, Any], record: Mapping[str, Any]) -
     )
 
 
-def _figure(found: Sequence[Outcome]) -> Figure:
-    """Loss over trained parameters: the front in one colour, joined; the rest in another; every point with its name."""
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+def pareto_figure(found: Sequence[Outcome]) -> Figure:
+    """Loss over trained parameters: the front in one colour, joined; the rest in another. Points have numbers, in the
+    order of the table, and the names stand below the picture.
+    """
+    ended = sorted((each for each in found if each.loss is not None), key=lambda each: cast(float, each.loss))
+    figure = Figure(figsize=(8, 5 + 0.2 * len(ended)), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    front = sorted((each.n_trained, each.loss) for each in found if each.best and each.loss is not None)
-    rest = [(each.n_trained, each.loss) for each in found if not each.best and each.loss is not None]
-    if front:
-        axes.plot(*zip(*front, strict=True), "o-", color="tab:blue", label="Pareto front", drawstyle="steps-post")
-    if rest:
-        axes.plot(*zip(*rest, strict=True), "o", color="tab:gray", label="beaten")
-    for each in found:
-        if each.loss is not None:
-            axes.annotate(each.name, (each.n_trained, each.loss), xytext=(5, 4), textcoords="offset points", fontsize=7)
-    axes.set_xscale("log")
-    sizes = [each.n_trained for each in found]
-    near = max(sizes) < 10 * min(sizes)
-    axes.xaxis.set_major_locator(MaxNLocator(5) if near else LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.xaxis.set_minor_locator(NullLocator())
+    for best, style, color, label in ((True, "o-", "tab:blue", "Pareto front"), (False, "o", "tab:gray", "beaten")):
+        points = sorted((each.n_trained, each.loss) for each in ended if each.best == best)
+        if points:
+            axes.plot(*zip(*points, strict=True), style, color=color, label=label, drawstyle="steps-post")
+    names = []
+    for number, each in enumerate(ended, 1):
+        point = (each.n_trained, cast(float, each.loss))
+        to_left = number % 2 == 0  # neighbours in loss may lie on each other
+        axes.annotate(
+            str(number),
+            point,
+            xytext=(-6 if to_left else 6, 3),
+            textcoords="offset points",
+            ha="right" if to_left else "left",
+        )
+        names.append(f"{number}  {each.name}  ({point[1]:.4f})")
+    axes.margins(0.08)
+    if ended:
+        ticks_at(axes, [each.n_trained for each in ended])
+        axes.legend(frameon=False)
+    axes.set_title("Quality against trained parameters")
     axes.set_xlabel("trained parameters")
     axes.set_ylabel(quality(found))
     axes.grid(alpha=0.3)
-    if front:
-        figure.legend(loc="outside upper right", ncols=2, frameon=False)  # covers no point
+    figure.supxlabel("\n".join(map(_cut, names)), x=0.02, ha="left", fontsize=8)
     return figure
+
+
+def _cut(name: str) -> str:
+    """A name that fits into the picture."""
+    return name if len(name) <= _WIDEST else f"{name[: _WIDEST - 1]}…"
 
 
 def _page(figure: Figure, found: Sequence[Outcome]) -> str:

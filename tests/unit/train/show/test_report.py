@@ -4,11 +4,12 @@ from matplotlib.image import imread
 from rich.text import Text
 from transformers import TrainingArguments
 
+from pictures import check_picture
 from veneer.errors import ConfigError
 from veneer.optim import AdamW8bit, PagedAdamW8bit
 from veneer.train import optimizer
 from veneer.train.optimizer import choose_optimizer
-from veneer.train.show.report import draw_loss, environment
+from veneer.train.show.report import draw_loss, environment, loss_figure
 from veneer.train.show.sample import TRAINED, shown_sample
 
 
@@ -19,6 +20,15 @@ def test_the_picture_shows_both_curves(tmp_path):
     a, b = imread(tmp_path / "a.png"), imread(tmp_path / "b.png")
     assert a.shape == b.shape == (480, 840, 4)
     assert (a != b).any()
+
+
+@pytest.mark.parametrize("steps", [[1], [1, 2, 3], [0, 100_000, 2_000_000]])
+def test_the_picture_of_a_run_keeps_its_frame(steps):
+    figure = loss_figure([{"step": i, "loss": 1.0 + i} for i in steps], f"Loss of {'very/' * 40}first")
+    check_picture(figure)
+    assert figure.axes[0].get_title().endswith("very/first")
+    assert all(float(tick).is_integer() for tick in figure.axes[0].get_xticks())
+    assert figure.axes[0].lines[0].get_marker() == ("o" if len(steps) == 1 else "None")
 
 
 def test_the_environment_names_versions():

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from pictures import check_picture, ticks_of
 from veneer.train.sweep.recipe import Sweep
-from veneer.train.sweep.report import Outcome, pareto_front, quality, table, write_report
+from veneer.train.sweep.report import Outcome, pareto_figure, pareto_front, quality, table, write_report
 
 
 def outcome(name: str, n_trained: int, loss: float | None, best: bool = False, held_out: bool = True) -> Outcome:
@@ -22,6 +23,19 @@ def test_the_front_holds_what_nothing_beats() -> None:
     assert pareto_front(points) == [True, True, False, False, False, True, True]
 
 
+@pytest.mark.parametrize("n", [1, 2, 5, 40])
+def test_the_picture_names_every_member_inside_its_frame(n: int) -> None:
+    name = "r={} target_modules=all-linear learning_rate=0.0001 " + "and=more " * 20
+    found = [outcome(name.format(i), 600_000 * (1 + i // 2), 1.42 - 0.001 * i, best=i % 3 == 0) for i in range(n)]
+    figure = pareto_figure([*found, Outcome("gone", {}, "diverged", None, None, None, 5_000, False, None)])
+    check_picture(figure)
+    axes = figure.axes[0]
+    assert ticks_of(axes) == sorted({each.n_trained for each in found})
+    assert {text.get_text() for text in axes.texts} == {str(i) for i in range(1, n + 1)}
+    below = figure.get_supxlabel().splitlines()
+    assert [line.split()[:2] for line in below] == [[str(i + 1), f"r={n - 1 - i}"] for i in range(n)]
+
+
 def test_what_is_written(tmp_path: Path) -> None:
     found = [outcome("a<b", 10, 3.0, best=True), outcome("large", 1000, 3.5)]
     write_report(Sweep((), tmp_path), found)
@@ -32,7 +46,7 @@ def test_what_is_written(tmp_path: Path) -> None:
     assert (tmp_path / "pareto.png").read_bytes()[:4] == b"\x89PNG"
     page = (tmp_path / "pareto.html").read_text()
     assert "<svg" in page
-    assert "<!-- 1,000 -->" in page  # as a number is drawn: plain
+    assert "<!-- 1k -->" in page
     assert "a&lt;b" in page
     assert "adapter.r=3" in page
     assert "src=" not in page
