@@ -106,7 +106,7 @@ def activate(model: nn.Module, state: AdapterState, names: tuple[str, ...], infe
     for name in names:
         if inference_mode or name not in state.trainable:
             set_requires_grad(model, (name,), False)
-        elif not any(p.requires_grad for held in _holders(model, name) for p in held.parameters()):
+        elif not any(p.requires_grad for held in holders(model, name) for p in held[name].parameters()):
             set_requires_grad(model, (name,), True)  # one of which a part was frozen by hand stays so
 
 
@@ -131,10 +131,8 @@ def rename(model: nn.Module, state: AdapterState, old: str, new: str) -> None:
     """Give an adapter another name, wherever it is held; its parameters stay the very ones that they were."""
     require_known(state, (old,))
     check_name(new, state)
-    for place in adapted_places(model).values():
-        for held in (place.adapters, place.copies) if isinstance(place, Adapted) else (place.adapters,):
-            if old in held:
-                held[new] = held.pop(old)
+    for held in holders(model, old):
+        held[new] = held.pop(old)
     state.schedules = {new if name == old else name: kept for name, kept in state.schedules.items()}
     state.configs = {new if name == old else name: config for name, config in state.configs.items()}
     state.active = tuple(new if name == old else name for name in state.active)
@@ -142,21 +140,21 @@ def rename(model: nn.Module, state: AdapterState, old: str, new: str) -> None:
     state.trainable = {new if name == old else name for name in state.trainable}
 
 
-def set_requires_grad(model: nn.Module, names: tuple[str, ...], requires_grad: bool) -> None:
-    """Let the parameters of these adapters train, or freeze them, for now."""
-    for name in names:
-        for held in _holders(model, name):
-            held.requires_grad_(requires_grad)
-
-
-def _holders(model: nn.Module, name: str) -> list[nn.Module]:
-    """Whatever holds tensors of an adapter."""
+def holders(model: nn.Module, name: str) -> list[nn.ModuleDict]:
+    """Whatever holds tensors of an adapter, by its name."""
     return [
-        held[name]
+        held
         for place in adapted_places(model).values()
         for held in ((place.adapters, place.copies) if isinstance(place, Adapted) else (place.adapters,))
         if name in held
     ]
+
+
+def set_requires_grad(model: nn.Module, names: tuple[str, ...], requires_grad: bool) -> None:
+    """Let the parameters of these adapters train, or freeze them, for now."""
+    for name in names:
+        for held in holders(model, name):
+            held[name].requires_grad_(requires_grad)
 
 
 def remove_all(model: nn.Module, state: AdapterState) -> None:

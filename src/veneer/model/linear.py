@@ -81,9 +81,13 @@ class AdaptedSite(Adapted):
         """One record for several adapters. Raises CompositionError where there is none."""
         return compose_linear([self.record(name, site) for name in names], site.bias)
 
+    def rate(self, name: str) -> float:
+        """The rate at which this adapter drops what it reads, now."""
+        return self.method(name).dropout if self.training and self.adapter_state.drops else 0.0
+
     def dropped(self, x: Tensor, name: str) -> Tensor | None:
         """The input of A under this adapter's dropout; None where nothing is dropped."""
-        masks = masks_of([self.method(name).dropout if self.training else 0.0], x.shape, x.device, None)
+        masks = masks_of([self.rate(name)], x.shape, x.device, None)
         return dropout(x, cast(Mask, masks[0])) if masks else None
 
     def folded(self, names: Sequence[str]) -> dict[str, Tensor]:
@@ -190,16 +194,16 @@ class AdaptedLinear(AdaptedSite):
 
     def rates(self) -> list[float]:
         """The rates of dropout in front of each of `acting_records`; none outside of training."""
-        if not self.training:
+        if not self.training or not self.adapter_state.drops:
             return []
         routing = self.adapter_state.routed()
         names = self.acting_here() if routing is None else routing.adapters
-        return [self.method(name).dropout if name in self.adapters else 0.0 for name in names]
+        return [self.rate(name) if name in self.adapters else 0.0 for name in names]
 
     def drops_apart(self) -> bool:
         """Return True if several adapters act as one record and each drops what it reads by itself."""
         names = () if self.adapter_state.routed() is not None else self.acting_here()
-        return self.training and len(names) > 1 and any(self.method(name).dropout for name in names)
+        return len(names) > 1 and any(self.rate(name) for name in names)
 
     def _differs(self, names: Sequence[str]) -> bool:
         """Return True if rows have whole weights of their own."""

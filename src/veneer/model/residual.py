@@ -99,7 +99,7 @@ class ResidualAdapters(nn.Module):
         """The change that one bottleneck makes to a sub-layer's output ``hidden``, given the sub-layer's input."""
         record = self.record(name)
         change = residual_change(record, hidden if record.where == "serial" or x is None else x)
-        p = self._method(name).dropout if self.training else 0.0
+        p = self._method(name).dropout if self.training and self.adapter_state.drops else 0.0
         if p:
             own = None if routing is None else replace(routing, names=(name,) * change.shape[0])
             (mask,) = masks_of([p], change.shape, change.device, own)

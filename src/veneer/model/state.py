@@ -21,6 +21,7 @@ class AdapterState:
     ``watch``: the hook that watches training steps. ``routing``: which adapter each row takes, in a mixed batch.
     ``trainable``: the names of those that train while they are active.
     ``schedules``: what acts on adapters after each optimizer step, by name, once training has begun.
+    ``drops``: adapters drop in training what their configs say; False, for a while: nothing.
     """
 
     configs: dict[str, MethodConfig] = field(default_factory=dict)
@@ -32,6 +33,7 @@ class AdapterState:
     routing: Routing | None = None
     trainable: set[str] = field(default_factory=set)
     schedules: dict[str, Schedule] = field(default_factory=dict)
+    drops: bool = True
 
     def acting(self) -> tuple[str, ...]:
         """The names whose records change the forward pass now, on all rows alike; none in a mixed batch."""
@@ -49,6 +51,15 @@ class AdapterState:
             yield
         finally:
             self.disabled = before
+
+    @contextmanager
+    def without_dropout(self) -> Iterator[None]:
+        """For a while no adapter drops anything, whatever its config says."""
+        before, self.drops = self.drops, False
+        try:
+            yield
+        finally:
+            self.drops = before
 
     @contextmanager
     def route(self, routing: Routing | None) -> Iterator[None]:

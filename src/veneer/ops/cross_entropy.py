@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,18 +19,20 @@ from veneer.ops.matmul import matmul, operand
 _OP = "cross_entropy.softmax_cross_entropy"
 # Of logits at a time: rows enough for the products to run at full rate, few enough to stay in cache.
 CHUNK_BYTES = 32 << 20
+_DETAIL_ROWS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadOptions:
     """The settings that turn logits into a loss: rows with ``ignore_index`` do not count, ``softcap`` is Gemma 2's c of
-    ``c * tanh(logits / c)``, ``num_items`` divides the sum (None: the number of rows that count)."""
+    ``c * tanh(logits / c)``, ``num_items`` divides the sum (None: the number of rows that count). ``observe`` is given each chunk of logits."""
 
     ignore_index: int = -100
     softcap: float | None = None
     num_items: Tensor | float | None = None
     chunk_bytes: int = CHUNK_BYTES
     count_hits: bool = False
+    observe: Callable[[slice, Tensor], None] | None = None
     backend: str | None = None
 
     def __post_init__(self) -> None:
@@ -96,6 +99,65 @@ def linear_cross_entropy_rows(
     options = replace(options, count_hits=True)
     losses, hits = _RowCrossEntropy.apply(hidden, weight, labels, bias, options)  # type: ignore[no-untyped-call]
     return losses, hits
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScores:
+    """What a head says of each row's label: ``log_probs`` in nats, and beside them, where asked for, the ``entropy`` of
+    the prediction, the logarithm of the sum of its squared probabilities, the mean logit, and whether the label is on
+    top. Rows whose label does not count have 0.
+    """
+
+    log_probs: Float[Tensor, "*n"]
+    entropy: Float[Tensor, "*n"] | None = None
+    log_sum_sq_probs: Float[Tensor, "*n"] | None = None
+    mean_logits: Float[Tensor, "*n"] | None = None
+    is_top1: Bool[Tensor, "*n"] | None = None
+
+
+def linear_token_scores(
+    hidden: Float[Tensor, "n d"],
+    weight: Float[Tensor, "v d"] | FrozenWeight,
+    labels: Int[Tensor, " n"],
+    bias: Float[Tensor, " v"] | None = None,
+    *,
+    details: bool = True,
+    collision: bool = False,
+) -> TokenScores:
+    """The log-probability of each row's label under a frozen head, its gradient in hidden as in `linear_cross_entropy`.
+
+    ``details`` are the rest of `TokenScores`, constants under autograd; ``collision`` are the squared probabilities
+    among them. Raises ShapeError as `linear_cross_entropy`.
+    """
+    weight = weight.detach() if isinstance(weight, Tensor) else weight
+    options = HeadOptions(count_hits=details)
+    if not details:
+        return TokenScores(-_RowCrossEntropy.apply(hidden, weight, labels, bias, options)[0])  # type: ignore[no-untyped-call]
+    seen = _Details(labels, hidden.device, collision)
+    losses, hits = _RowCrossEntropy.apply(hidden, weight, labels, bias, replace(options, observe=seen))  # type: ignore[no-untyped-call]
+    return TokenScores(-losses, seen.entropy, seen.log_sum_sq_probs, seen.mean_logits, hits)
+
+
+class _Details:
+    """Takes down what each chunk of logits tells beside its losses; ``labels`` say which rows count."""
+
+    def __init__(self, labels: Tensor, device: torch.device, collision: bool) -> None:
+        self._rows = (labels != HeadOptions().ignore_index).nonzero()[:, 0]
+        self.entropy, self.mean_logits = torch.zeros(2, len(labels), device=device)
+        self.log_sum_sq_probs = torch.zeros(len(labels), device=device) if collision else None
+
+    def __call__(self, rows: slice, logits: Tensor) -> None:
+        """``logits`` (k, v) are those of the counted rows in ``rows``."""
+        for start in range(0, len(logits), _DETAIL_ROWS):  # float32 copies of few rows stay in cache
+            wide = logits[start : start + _DETAIL_ROWS].float()
+            at = self._rows[rows.start + start : rows.start + start + len(wide)]
+            self.mean_logits[at] = wide.mean(dim=-1)
+            shifted = wide.sub_(wide.amax(dim=-1, keepdim=True))
+            e = shifted.exp()
+            total = e.sum(dim=-1)
+            self.entropy[at] = total.log() - torch.linalg.vecdot(e, shifted) / total
+            if self.log_sum_sq_probs is not None:
+                self.log_sum_sq_probs[at] = torch.linalg.vecdot(e, e).log() - 2 * total.log()
 
 
 def softmax_cross_entropy(
@@ -223,6 +285,8 @@ def _chunked(
         logits = _logits(hidden[rows], read, bias, buffer)
         if options.count_hits:
             hits[rows] = logits.argmax(dim=-1) == labels[rows]
+        if options.observe is not None:
+            options.observe(rows, logits)
         losses[rows] = kernel(logits, labels[rows], options.softcap, any(wanted))
         if dhidden is not None:
             _project_back(logits, read, dhidden[rows])

@@ -9,12 +9,12 @@ from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from veneer.model.checkpointing import checkpoint_selectively
-from veneer.train.config import SFTConfig
+from veneer.train.config import RunSettings
 from veneer.train.guards import FiniteGradients
 from veneer.train.loss import model_of
 
 
-def callbacks_of(args: SFTConfig) -> Iterator[TrainerCallback | type[TrainerCallback]]:
+def callbacks_of(args: RunSettings) -> Iterator[TrainerCallback | type[TrainerCallback]]:
     """The callbacks that the settings ask for."""
     if (args.gradient_checkpointing_kwargs or {}).get("selective"):
         yield SelectiveCheckpointing
@@ -27,6 +27,6 @@ def callbacks_of(args: SFTConfig) -> Iterator[TrainerCallback | type[TrainerCall
 class SelectiveCheckpointing(TrainerCallback):  # type: ignore[misc]
     """Checkpoints selectively where Trainer, at the beginning of `train`, has switched on the full form."""
 
-    def on_train_begin(self, args: SFTConfig, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
+    def on_train_begin(self, args: RunSettings, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
         """Recompute selectively from here on."""
         checkpoint_selectively(model_of(model), (args.gradient_checkpointing_kwargs or {}).get("every_n_layers", 1))

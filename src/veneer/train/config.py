@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import trl
@@ -13,10 +13,13 @@ from transformers import TrainingArguments
 from veneer.errors import ConfigError
 from veneer.train.optimizer import optimizer_problems
 
+# As a base in earnest, TrainingArguments would put its own defaults in front of those that TRL gives its fields.
+_Arguments = TrainingArguments if TYPE_CHECKING else object
+
 
 @dataclass
-class SFTConfig(trl.SFTConfig):  # type: ignore[misc]
-    """TRL's ``SFTConfig``. Raises ConfigError with all that does not go together.
+class RunSettings(_Arguments):  # type: ignore[misc]
+    """The settings that every trainer of veneer has beside TRL's, and the checks of all that does not go together.
 
     ``fused``: "auto" trains on veneer's kernels where the model fits them (`model.fused`), "off" never.
     ``gradient_checkpointing``: False, True, or "selective" (`model.checkpointing`; TRL's way to say it, the key
@@ -44,6 +47,32 @@ class SFTConfig(trl.SFTConfig):  # type: ignore[misc]
             warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
             super().__post_init__()
         problems = [*_range_problems(self), *_checkpointing_problems(self), *optimizer_problems(self)]
+        if self.fused is False:
+            self.fused = "off"  # what YAML makes of an unquoted off
+        if self.fused not in ("auto", "off"):
+            problems.append(f"fused={self.fused!r} must be 'auto' or 'off'")
+        if self.lora_plus is not None and not self.lora_plus > 0:
+            problems.append(f"lora_plus={self.lora_plus!r} must be above 0")
+        if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
+            problems.append(f"early_stopping_patience={self.early_stopping_patience} must be at least 1")
+        if self.early_stopping_patience is not None and self.eval_strategy == "no":
+            problems.append("early_stopping_patience needs held-out rows and eval_strategy='steps' or 'epoch'")
+        problems += self.problems()
+        if problems:
+            raise ConfigError(f"{type(self).__name__}: " + "; ".join(problems))
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with the settings of one trainer alone."""
+        return []
+
+
+@dataclass
+class SFTConfig(RunSettings, trl.SFTConfig):  # type: ignore[misc]
+    """TRL's ``SFTConfig`` with the fields of `RunSettings`. Raises ConfigError with all that does not go together."""
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with packing, lengths and the kind of loss."""
+        problems = []
         if self.packing and self.packing_strategy == "wrapped":
             problems.append(
                 "packing_strategy='wrapped' cuts sequences anywhere and lets them see one another: use 'bfd', or "
@@ -55,21 +84,10 @@ class SFTConfig(trl.SFTConfig):  # type: ignore[misc]
             problems.append(f"max_length={self.max_length} leaves nothing to predict: use 2 or more")
         if self.loss_type not in ("nll", "dft"):
             problems.append(f"loss_type={self.loss_type!r} must be 'nll' or 'dft'")
-        if self.fused is False:
-            self.fused = "off"  # what YAML makes of an unquoted off
-        if self.fused not in ("auto", "off"):
-            problems.append(f"fused={self.fused!r} must be 'auto' or 'off'")
-        if self.lora_plus is not None and not self.lora_plus > 0:
-            problems.append(f"lora_plus={self.lora_plus!r} must be above 0")
-        if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
-            problems.append(f"early_stopping_patience={self.early_stopping_patience} must be at least 1")
-        if self.early_stopping_patience is not None and self.eval_strategy == "no":
-            problems.append("early_stopping_patience needs held-out rows and eval_strategy='steps' or 'epoch'")
-        if problems:
-            raise ConfigError("SFTConfig: " + "; ".join(problems))
+        return problems
 
 
-def _range_problems(args: SFTConfig) -> list[str]:
+def _range_problems(args: TrainingArguments) -> list[str]:
     """Numbers with which nothing, or something else, would be trained."""
     allowed = {
         "learning_rate": (args.learning_rate >= 0, "at least 0"),
@@ -84,7 +102,7 @@ def _range_problems(args: SFTConfig) -> list[str]:
     return [f"{name}={getattr(args, name)!r} must be {rule}" for name, (fits, rule) in allowed.items() if not fits]
 
 
-def _checkpointing_problems(args: SFTConfig) -> list[str]:
+def _checkpointing_problems(args: TrainingArguments) -> list[str]:
     """Normalize the checkpointing and offload settings; return what is inconsistent."""
     problems = []
     if args.gradient_checkpointing not in (True, False, "selective"):

@@ -15,15 +15,15 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from trl import SFTConfig
 
 from veneer.errors import ConfigError, DivergedError
+from veneer.train.config import RunSettings
 from veneer.train.processes import n_processes
 
 
-def require_special_tokens(tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> None:
+def require_special_tokens(tokenizer: PreTrainedTokenizerBase, args: RunSettings) -> None:
     """Raise ConfigError where a token that ``args`` name is not in the vocabulary, or nothing can pad."""
-    named = {"eos_token": args.eos_token, "pad_token": args.pad_token}
+    named = {key: getattr(args, key, None) for key in ("eos_token", "pad_token")}
     unknown = [f"{key}={token!r}" for key, token in named.items() if token and token not in tokenizer.get_vocab()]
     if unknown:
         raise ConfigError(f"{', '.join(unknown)}: not in the vocabulary of the tokenizer; name tokens that it holds")
@@ -34,7 +34,7 @@ def require_special_tokens(tokenizer: PreTrainedTokenizerBase, args: SFTConfig) 
         )
 
 
-def require_free_groups(args: SFTConfig, optimizers: tuple[Any, Any]) -> None:
+def require_free_groups(args: RunSettings, optimizers: tuple[Any, Any]) -> None:
     """Raise ConfigError where LoRA+ is to group the parameters of an optimizer that is made already."""
     if args.lora_plus is not None and optimizers[0] is not None:
         raise ConfigError(

@@ -39,11 +39,11 @@ def token_loss(
     (Wu et al. 2025, arXiv:2508.05629, eq. 9).
     """
     labels: Tensor = inputs["labels"][:, 1:]
-    head = None if label_smoothing or weigh_by_probability else _head_of(model)
+    head = None if label_smoothing or weigh_by_probability else head_of_fused(model)
     if head is not None:
         return _loss_in_chunks(model, head, inputs)
     kept = (labels != IGNORED).any(dim=0).nonzero().flatten()
-    logits, aux = _kept_logits(model, inputs, kept)
+    logits, aux = kept_logits(model, inputs, kept)
     return _scored(logits, labels[:, kept], Scoring(label_smoothing, weigh_by_probability), aux)
 
 
@@ -71,7 +71,7 @@ def token_losses(model: nn.Module, inputs: dict[str, Any], shares: Sequence[Shar
     if head is not None:
         return _row_losses_in_chunks(model, head, inputs, shares)
     kept = (labels != IGNORED).any(dim=0).nonzero().flatten()
-    logits, _ = _kept_logits(model, inputs, kept)
+    logits, _ = kept_logits(model, inputs, kept)
     found = []
     for share in shares:
         own = (labels[share.rows] != IGNORED).any(dim=0)[kept]
@@ -80,7 +80,7 @@ def token_losses(model: nn.Module, inputs: dict[str, Any], shares: Sequence[Shar
     return found
 
 
-def _kept_logits(model: nn.Module, inputs: dict[str, Any], kept: Tensor) -> tuple[Tensor, Tensor | None]:
+def kept_logits(model: nn.Module, inputs: dict[str, Any], kept: Tensor) -> tuple[Tensor, Tensor | None]:
     """The logits (b, kept, v) of these positions, and the loss of a router."""
     inputs = {key: value for key, value in inputs.items() if key != "labels"}
     if _keeps_logits(cast(Hashable, type(model_of(model)))):
@@ -105,7 +105,7 @@ def _scored(logits: Tensor, labels: Tensor, scoring: Scoring, aux: Tensor | None
 
 def _loss_in_chunks(model: nn.Module, head: Head, inputs: dict[str, Any]) -> TokenLoss:
     """The same loss of a fused model, without the logits of all tokens in memory."""
-    hidden, head, labels, aux = _hidden(model, head, inputs)
+    hidden, head, labels, aux = hidden_states(model, head, inputs)
     options = HeadOptions(num_items=1.0)
     total, hits = linear_cross_entropy_and_hits(hidden, head.weight, labels, head.bias, options)
     return TokenLoss(total, (labels != IGNORED).sum(), hits, aux)
@@ -114,14 +114,14 @@ def _loss_in_chunks(model: nn.Module, head: Head, inputs: dict[str, Any]) -> Tok
 def _row_losses_in_chunks(
     model: nn.Module, head: Head, inputs: dict[str, Any], shares: Sequence[Share]
 ) -> list[TokenLoss]:
-    hidden, head, labels, _ = _hidden(model, head, inputs)
+    hidden, head, labels, _ = hidden_states(model, head, inputs)
     losses, hits = linear_cross_entropy_rows(hidden, head.weight, labels, head.bias)
     n_rows = inputs["labels"].shape[0]
     losses, hits, trained = (t.view(n_rows, -1) for t in (losses, hits, labels != IGNORED))
     return [TokenLoss(losses[s.rows].sum(), trained[s.rows].sum(), hits[s.rows].sum(), None) for s in shares]
 
 
-def _hidden(model: nn.Module, head: Head, inputs: dict[str, Any]) -> tuple[Tensor, Head, Tensor, Tensor | None]:
+def hidden_states(model: nn.Module, head: Head, inputs: dict[str, Any]) -> tuple[Tensor, Head, Tensor, Tensor | None]:
     """Hidden states (b * (t - 1), d) and the head in what it computes in, the labels, and the loss of a router."""
     labels: Tensor = inputs["labels"][:, 1:].flatten()
     rest = {key: value for key, value in inputs.items() if key != "labels"}
@@ -134,7 +134,7 @@ def _hidden(model: nn.Module, head: Head, inputs: dict[str, Any]) -> tuple[Tenso
     return hidden.to(dtype), head, labels.to(hidden.device), getattr(out, "aux_loss", None)
 
 
-def _head_of(model: nn.Module) -> Head | None:
+def head_of_fused(model: nn.Module) -> Head | None:
     """The head of a fused model, alone or in the wrapper that joins the gradients of processes; no other wrapper's
     forward pass runs the very modules that it holds.
     """

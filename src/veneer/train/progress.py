@@ -31,11 +31,10 @@ class Progress:
     def close_window(self, step: int) -> dict[str, float]:
         """The values of a log line, and the start of the next window."""
         steps = max(step - self.window_from_step, 1)
-        values = {
-            "loss": self.window_loss / steps,
-            "mean_token_accuracy": self.window_right / max(self.window_trained, 1),
-            "num_tokens": float(self.n_tokens),
-        }
+        values = {"loss": self.window_loss / steps}
+        if self.n_tokens:
+            values["mean_token_accuracy"] = self.window_right / max(self.window_trained, 1)
+            values["num_tokens"] = float(self.n_tokens)
         self.window_loss, self.window_from_step, self.window_right, self.window_trained = 0.0, step, 0, 0
         return values
 

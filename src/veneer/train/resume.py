@@ -13,11 +13,10 @@ import numpy as np
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer
 from transformers.trainer_callback import ExportableState
-from trl import SFTTrainer as TrlTrainer
 
 from veneer.adapters.peft_model import PeftModel
-from veneer.data.sampler import EpochSampler
 from veneer.disk.folder import new_folder
 from veneer.errors import TrainingError
 from veneer.train.checkpoint import (
@@ -38,8 +37,8 @@ from veneer.train.progress import Progress
 from veneer.train.schedule import AdapterSchedule, save_schedules
 
 
-class ResumableTrainer(TrlTrainer):  # type: ignore[misc]
-    """TRL's trainer with checkpoints that are whole or absent, and that hold all that the next step depends on.
+class ResumableTrainer(Trainer):  # type: ignore[misc]
+    """The part in front of a trainer whose checkpoints are whole or absent, and hold all that the next step depends on.
 
     For an adapted model a checkpoint is the adapter, every trained parameter in its own precision, the optimizer, the
     schedule, the random states and the counters: no weight of the base.
@@ -49,7 +48,7 @@ class ResumableTrainer(TrlTrainer):  # type: ignore[misc]
     progress: Progress
     data_digest: str | None
     schedule: AdapterSchedule
-    order: EpochSampler | None = None  # of the training rows
+    order: Any = None  # a sampler of the training rows with an order for each epoch
     other_data: bool = False  # whether a checkpoint may have been trained on other data
     other_settings: bool = False  # whether it was trained with other settings, which count from here on
 
@@ -73,7 +72,15 @@ class ResumableTrainer(TrlTrainer):  # type: ignore[misc]
             )
         by_main(lambda: drop_partial(run))
         self.progress = Progress.from_dict(counted)
+        self.restore_counters(counted, folder)
         return str(folder)
+
+    def counters(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the losses of `Progress`, as JSON."""
+        return {}
+
+    def restore_counters(self, counted: dict[str, Any], folder: Path) -> None:
+        """Go on from what `counters` gave when the checkpoint in ``folder`` was written."""
 
     def _init_training_state(self, max_steps: int, *args: Any, **options: Any) -> Any:
         """The checkpoint's counters; how often to log, evaluate and save is for this run to say."""
@@ -145,7 +152,9 @@ class ResumableTrainer(TrlTrainer):  # type: ignore[misc]
         if not self.args.save_only_model:
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
-        write_json(folder / PROGRESS_FILE, {**self.progress.as_dict(), "data_digest": self.data_digest})
+        write_json(
+            folder / PROGRESS_FILE, {**self.progress.as_dict(), **self.counters(), "data_digest": self.data_digest}
+        )
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
                 kept = self.state.stateful_callbacks.get(type(callback).__name__)

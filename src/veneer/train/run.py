@@ -20,8 +20,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from veneer.data.dataset import digest, encode_all
-from veneer.data.encoding import IGNORED, Encoder, Kind, kind_of
+from veneer.data.dataset import encode_all
+from veneer.data.encoding import Encoder, Kind, kind_of
 from veneer.data.files import names_a_file
 from veneer.data.rows import RowReader, load_rows, split_off
 from veneer.errors import ConfigError, DiskError, DivergedError, Interrupted, VeneerError
@@ -347,17 +347,8 @@ def describe_run(recipe: Recipe, trainer: SFTTrainer) -> dict[str, Any]:
         "trained": trainer.describe(),
         "n_trained": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "data": {
-            "train": _described(trainer.train_dataset, trainer.data_digest),
-            "eval": None if trainer.eval_dataset is None else _described(trainer.eval_dataset),
+            "train": trainer.describe_rows(trainer.train_dataset),
+            "eval": None if trainer.eval_dataset is None else trainer.describe_rows(trainer.eval_dataset),
         },
         "environment": environment(),
-    }
-
-
-def _described(rows: Dataset, known_digest: str | None = None) -> dict[str, Any]:
-    return {
-        "rows": len(rows),
-        "tokens": sum(len(ids) for ids in rows["input_ids"]),
-        "trained_tokens": sum(label != IGNORED for labels in rows["labels"] for label in labels),
-        "blake2b": known_digest or digest(rows),
     }

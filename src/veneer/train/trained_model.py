@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from veneer.adapters.peft_model import PeftModel, get_peft_model
 from veneer.contract import MethodConfig
 from veneer.errors import ConfigError
-from veneer.train.config import SFTConfig
+from veneer.train.config import RunSettings
+
+Kind = Literal["causal", "reward"]
+"""A model that predicts tokens, or one that gives each sequence a score."""
 
 
-def loaded(model: str | PreTrainedModel, args: SFTConfig, quantization_config: Any) -> PreTrainedModel:
+def loaded(
+    model: str | PreTrainedModel, args: RunSettings, quantization_config: Any, kind: Kind = "causal"
+) -> PreTrainedModel:
     """The model, by ``args.model_init_kwargs`` where it is a name; those are then used up.
 
     Raises ConfigError where settings of loading come with a model that is loaded already.
@@ -28,6 +33,8 @@ def loaded(model: str | PreTrainedModel, args: SFTConfig, quantization_config: A
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
     args.model_init_kwargs = None
+    if kind == "reward":
+        return AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, **options)
     return AutoModelForCausalLM.from_pretrained(model, **options)
 
 

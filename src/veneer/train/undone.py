@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from veneer.train.config import SFTConfig
+from veneer.train.config import RunSettings
 
 
 @contextmanager
@@ -37,15 +37,17 @@ def model_kept(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def settings_kept(args: SFTConfig) -> Iterator[None]:
+def settings_kept(args: RunSettings) -> Iterator[None]:
     """For a while TRL is told nothing of what is done here in another way.
 
     It has selective checkpointing and offload of its own, and refuses templates without generation markers; here
     answers are told apart by position.
     """
     names = [n for n in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs") if hasattr(args, n)]
-    kept = {name: getattr(args, name) for name in (*names, "activation_offloading", "assistant_only_loss")}
-    args.activation_offloading = args.assistant_only_loss = False
+    switches = [n for n in ("activation_offloading", "assistant_only_loss") if hasattr(args, n)]
+    kept = {name: getattr(args, name) for name in (*names, *switches)}
+    for name in switches:
+        setattr(args, name, False)
     for name in names:
         setattr(args, name, {key: v for key, v in (kept[name] or {}).items() if key != "selective"} or None)
     try:

@@ -13,7 +13,7 @@ from veneer.errors import ConfigError, DataError, TrainingError
 from veneer.model.checkpointing import is_selective
 from veneer.model.offload import ActivationOffload, PageFile
 from veneer.train import loss
-from veneer.train import trainer as trainer_module
+from veneer.train import run_trainer as trainer_module
 from veneer.train.config import SFTConfig
 from veneer.train.trainer import SFTTrainer
 

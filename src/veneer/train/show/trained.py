@@ -27,7 +27,7 @@ def describe_trained(model: nn.Module) -> str:
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     n_trained, n_all = count_parameters(model)
-    modules = {re.split(r"\.adapters\.|\.[^.]+$", name, maxsplit=1)[0] for name in trained}
+    modules = {re.split(r"\.(?:adapters|copies)\.|\.[^.]+$", name, maxsplit=1)[0] for name in trained}
     endings = Counter(name.rpartition(".")[2] for name in modules)
     where = ", ".join(f"{ending} ×{count}" for ending, count in sorted(endings.items()))
     dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in trained.values()}))

@@ -1,0 +1,181 @@
+"""The trainers that learn from rewards of what the model itself generates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import Sampler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from trl.trainer.utils import RepeatSampler
+
+from veneer.adapters.peft_model import PeftModel
+from veneer.contract import MethodConfig
+from veneer.data.preference import Task, checked_rows
+from veneer.errors import ConfigError, DataError
+from veneer.train.config import RunSettings
+from veneer.train.preference.reference import Reference
+from veneer.train.preference.rewards import checked_reward
+from veneer.train.preference.scores import ScoredModel, Scoring
+from veneer.train.preference.trainer import PreferenceTrainer
+from veneer.train.run_trainer import Ready
+
+GENERATED_FILE = "generated.safetensors"
+
+
+class EpochRepeatSampler(RepeatSampler):  # type: ignore[misc]
+    """TRL's order of prompts, each as often as it is answered; that of an epoch depends on seed and epoch alone."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order the next iteration gives."""
+        self.epoch = int(epoch)
+
+    def __iter__(self) -> Iterator[int]:
+        if self.shuffle:
+            self.generator.manual_seed(self.seed + self.epoch)
+        yield from super().__iter__()
+
+
+class GeneratingTrainer(PreferenceTrainer):
+    """The part in front of TRL's GRPO and RLOO trainers, with their arguments.
+
+    The reference, where ``beta`` asks for one, is that of `veneer.DPOTrainer`. Completions that are trained on over
+    several steps are part of each checkpoint.
+    """
+
+    task: ClassVar[Task]
+    settings: ClassVar[type[Any]]
+    _step: int
+    _buffered_inputs: list[dict[str, Any]] | None
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        reward_funcs: Any = None,
+        args: RunSettings | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: MethodConfig | None = None,
+    ) -> None:
+        checked_rows(train_dataset, "train", self.task)
+        checked_rows(eval_dataset, "eval", self.task)
+        ready = self.made_ready(
+            model,
+            self.own_settings(args, self.settings),
+            processing_class,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            optimizers=optimizers,
+        )
+        with self.building(ready):
+            super().__init__(
+                model=ready.model,
+                reward_funcs=_rewards(reward_funcs),
+                args=ready.args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=ready.processing_class,
+                reward_processing_classes=reward_processing_classes,
+                callbacks=callbacks,
+                optimizers=optimizers,
+            )
+        self.beta = self.args.beta
+        if self.beta:
+            scoring = Scoring(self.temperature, details=False)
+            self.ref_model = Reference(self.model, scoring, fresh=peft_config is not None)
+        self.surround()
+
+    @contextmanager
+    def building(self, ready: Ready) -> Iterator[None]:
+        """Besides, TRL is told of no reference, so that it loads none."""
+        beta, ready.args.beta = ready.args.beta, 0.0
+        try:
+            with super().building(ready):
+                yield
+        finally:
+            ready.args.beta = beta
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, *args: Any, compute_entropy: bool = False, **options: Any
+    ) -> Any:
+        if not isinstance(model, Reference):
+            learns = compute_entropy and bool(getattr(self, "_entropy_bonus_enabled", False))
+            model = ScoredModel(model, Scoring(self.temperature, details=compute_entropy, entropy_learns=learns))
+        return super()._get_per_token_logps_and_entropies(model, *args, compute_entropy=compute_entropy, **options)
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler[int]:
+        prompts = self.args.generation_batch_size // self.num_generations
+        rows = self.train_dataset if dataset is None else dataset
+        if len(rows) < prompts:
+            raise DataError(
+                f"{len(rows)} prompts are fewer than the {prompts} that one batch of completions takes: give more rows, "
+                "or a smaller per_device_train_batch_size"
+            )
+        self.order = EpochRepeatSampler(
+            rows,
+            mini_repeat_count=self.num_generations,
+            batch_size=prompts,
+            repeat_count=self.num_iterations * self.args.steps_per_generation,
+            shuffle=self.shuffle_dataset,
+            seed=self.args.seed,
+        )
+        return self.order
+
+    def counters(self) -> dict[str, Any]:
+        """Besides, how many micro-batches were trained on."""
+        return {**super().counters(), "micro_steps": self._step}
+
+    def restore_counters(self, counted: dict[str, Any], folder: Path) -> None:
+        """Besides, the completions that the next steps are trained on, where some are left."""
+        super().restore_counters(counted, folder)
+        self._step = counted.get("micro_steps", 0)
+        self._buffered_inputs = _read(folder / GENERATED_FILE)
+
+    def _save_state(self, folder: Path) -> None:
+        super()._save_state(folder)
+        every = self.args.steps_per_generation * self.num_iterations
+        if self._buffered_inputs is not None and self._step % every:
+            _write(self._buffered_inputs, folder / GENERATED_FILE)
+
+
+def _rewards(given: Any) -> list[Any]:
+    """The reward functions, checked in what they return. Raises ConfigError where there is none."""
+    functions = list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
+    if not functions:
+        raise ConfigError("reward_funcs is empty: give a function, or several, that reward what the model generates")
+    wrong = [each for each in functions if not (callable(each) or isinstance(each, str))]
+    if wrong:
+        raise ConfigError(f"reward_funcs holds {wrong[0]!r:.60}: a reward function is a function, a model or its name")
+    return [checked_reward(each, alone=len(functions) == 1) for each in functions]
+
+
+def _write(batches: list[dict[str, Any]], path: Path) -> None:
+    tensors = {
+        f"{i}/{key}": value.detach().cpu().contiguous()
+        for i, batch in enumerate(batches)
+        for key, value in batch.items()
+        if isinstance(value, Tensor)
+    }
+    save_file(tensors, path)
+
+
+def _read(path: Path) -> list[dict[str, Any]] | None:
+    if not path.exists():
+        return None
+    batches: dict[int, dict[str, Any]] = {}
+    for name, value in load_file(path).items():
+        number, _, key = name.partition("/")
+        batches.setdefault(int(number), {})[key] = value
+    return [batches[number] for number in sorted(batches)]

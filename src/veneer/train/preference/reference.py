@@ -1,0 +1,84 @@
+"""The model that a preference is measured against: the one in training as it was, with which it shares its weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from veneer.adapters.lifecycle import holders
+from veneer.adapters.peft_model import PeftModel
+from veneer.train.preference.scores import ScoredModel, Scoring
+
+_START = "start of training"  # no name that an adapter may have
+
+
+class Reference(nn.Module):
+    """The model as training found it, called as TRL calls a reference model; no gradient flows through it.
+
+    Of an adapter that is new, that is the model with its adapter off. An adapter that was trained before (``fresh`` is
+    False) is kept as it was and acts in place of the one in training. A model trained whole is copied.
+    """
+
+    def __init__(self, model: PreTrainedModel, scoring: Scoring, *, fresh: bool) -> None:
+        super().__init__()
+        self.scoring = scoring
+        adapted = isinstance(model, PeftModel)
+        self.model = model if adapted else copy.deepcopy(model).requires_grad_(False)
+        self._start: list[tuple[nn.ModuleDict, nn.Module]] = []
+        if adapted and not fresh:
+            for name in model.active_adapters:
+                self._start += [(held, _frozen_copy(held[name])) for held in holders(model, name)]
+            self._config = model.peft_config[model.active_adapters[0]]
+
+    @torch.no_grad()
+    def forward(self, **inputs: Any) -> Any:
+        """The scores of a batch, without the details that only the model in training is asked for."""
+        with self._as_it_was():
+            return ScoredModel(self.model, self.scoring)(**inputs)
+
+    @contextmanager
+    def _as_it_was(self) -> Iterator[None]:
+        if not isinstance(self.model, PeftModel):
+            yield
+        elif not self._start:
+            with self.model.disable_adapter():
+                yield
+        else:
+            with self._started(self.model):
+                yield
+
+    @contextmanager
+    def _started(self, model: PeftModel) -> Iterator[None]:
+        state = model.adapter_state
+        state.configs[_START] = self._config
+        for held, module in self._start:
+            held.add_module(_START, module)
+        try:
+            with state.only((_START,)), state.without_dropout():
+                yield
+        finally:
+            for held, _ in self._start:
+                del held[_START]
+            del state.configs[_START]
+
+
+class Placeholder(nn.Module):
+    """Stands where TRL wants a reference model while it makes a trainer, so that it loads no second one."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.config = model.config
+
+    def forward(self, **inputs: Any) -> Any:
+        """Never called: a `Reference` takes its place before anything is computed."""
+        raise NotImplementedError
+
+
+def _frozen_copy(module: nn.Module) -> nn.Module:
+    return cast(nn.Module, copy.deepcopy(module).requires_grad_(False))

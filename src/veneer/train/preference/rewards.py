@@ -1,0 +1,199 @@
+"""Reward functions of GRPO and RLOO: built in or of the user's own, found by name and checked in what they return."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import inspect
+import math
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from veneer.errors import ConfigError, DataError, TrainingError
+from veneer.train.keys import nearest
+
+Reward = Callable[..., Any]
+
+
+def exact_match(
+    completions: Sequence[Any], *, column: str = "answer", pattern: str | None = None, **row: Any
+) -> list[float]:
+    """1 for a completion that is the row's ``column``, spaces at its ends aside, else 0.
+
+    With ``pattern``, a regular expression, what its last match holds (its group, where it has one) is compared, in the
+    completion and, where it is found there, in the column. Raises DataError where the rows have no such column.
+    """
+    if column not in row:
+        raise DataError(f"exact-match compares with the column {column!r}, and the rows have {sorted(_columns(row))}")
+    return [
+        float(_extracted(text_of(completion), pattern) == (_extracted(str(answer), pattern) or str(answer).strip()))
+        for completion, answer in zip(completions, row[column], strict=True)
+    ]
+
+
+def regex(completions: Sequence[Any], *, pattern: str, **row: Any) -> list[float]:
+    """1 for a completion in which the regular expression is found, else 0."""
+    return [float(re.search(pattern, text_of(completion), re.DOTALL) is not None) for completion in completions]
+
+
+def length(
+    completions: Sequence[Any], *, target: int, completion_ids: Sequence[Sequence[int]], **row: Any
+) -> list[float]:
+    """1 for a completion of ``target`` tokens, less by the share that it is off, at least 0."""
+    return [max(0.0, 1.0 - abs(len(ids) - target) / target) for ids in completion_ids]
+
+
+BUILT_IN: Mapping[str, Reward] = {"exact-match": exact_match, "regex": regex, "length": length}
+_TOLD = "GRPO and RLOO call a reward function with prompts, completions, completion_ids and the columns of the rows"
+
+
+def text_of(completion: Any) -> str:
+    """The text of a completion, of its last message where it is a conversation."""
+    return completion if isinstance(completion, str) else str(completion[-1]["content"])
+
+
+def reward_function(name: str, settings: Mapping[str, Any], folder: Path = Path()) -> Reward:
+    """The reward function of a name: built in, ``module:function``, or ``file.py:function`` (in ``folder``).
+
+    ``settings`` are its keyword arguments. Raises ConfigError where it cannot be found or takes no such settings.
+    """
+    found = BUILT_IN.get(name) or _imported(name, folder)
+    _require_settings(name, found, settings)
+    if not settings:
+        return found
+    bound = functools.partial(found, **settings)
+    functools.update_wrapper(bound, found)
+    return bound
+
+
+def checked_reward(function: Any, *, alone: bool) -> Any:
+    """The function, with what it returns checked: a finite number for each completion.
+
+    None says that a function has nothing to say of a completion, which only one of several may (``alone`` is False).
+    Models and asynchronous functions are TRL's to call. The wrapper raises TrainingError.
+    """
+    if not callable(function) or isinstance(function, type) or not _is_plain(function):
+        return function
+
+    @functools.wraps(function)
+    def rewarded(*args: Any, completions: Sequence[Any], **row: Any) -> list[float | None]:
+        return _checked(_name(function), function(*args, completions=completions, **row), len(completions), alone)
+
+    return rewarded
+
+
+def _checked(name: str, found: Any, n: int, alone: bool) -> list[float | None]:
+    head = f"the reward function {name}"
+    if found is None or isinstance(found, str) or not hasattr(found, "__iter__"):
+        raise TrainingError(f"{head} returned {found!r:.60}: it must return a list with one number for each completion")
+    values = [value.item() if hasattr(value, "item") else value for value in found]
+    if len(values) != n:
+        raise TrainingError(f"{head} returned {len(values)} rewards for {n} completions: it must return one for each")
+    for number, value in enumerate(values, start=1):
+        if value is None and not alone:
+            continue
+        if isinstance(value, bool | int | float) and math.isfinite(value):
+            continue
+        more = "" if value is not None else " (None, for no opinion, is for one of several reward functions)"
+        raise TrainingError(f"{head} returned {value!r} for completion {number}: a reward is a finite number{more}")
+    return values
+
+
+def _is_plain(function: Any) -> bool:
+    import torch
+
+    call = function.func if isinstance(function, functools.partial) else function
+    if isinstance(call, torch.nn.Module):
+        return False
+    return not (inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(getattr(call, "__call__", None)))
+
+
+def _name(function: Any) -> str:
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def _imported(name: str, folder: Path) -> Reward:
+    place, colon, attribute = name.partition(":")
+    if not colon or not place or not attribute:
+        known = ", ".join(BUILT_IN)
+        raise ConfigError(
+            f"{name!r} is no reward function: use one that is built in ({known}), or one of your own as "
+            f"module:function or file.py:function{nearest(name, BUILT_IN)}"
+        )
+    module = _module(place, folder, name)
+    found = getattr(module, attribute, None)
+    if not callable(found):
+        known = sorted(key for key, value in vars(module).items() if inspect.isfunction(value))
+        raise ConfigError(f"{name!r}: {place} has no function {attribute!r}; it has {', '.join(known) or 'none'}")
+    return found  # type: ignore[no-any-return]
+
+
+def _module(place: str, folder: Path, name: str) -> Any:
+    try:
+        if not place.endswith(".py"):
+            return importlib.import_module(place)
+        path = next((p for p in (folder / place, Path(place)) if p.is_file()), None)
+        if path is None:
+            raise ConfigError(f"{name!r}: there is no file {folder / place}")
+        spec = importlib.util.spec_from_file_location(f"veneer_rewards_{path.stem}", path)
+        if spec is None or spec.loader is None:
+            raise ConfigError(f"{name!r}: {path} cannot be imported")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        return module
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever the user's own code raises
+        raise ConfigError(
+            f"{name!r}: {place} cannot be imported ({type(error).__name__}: {error}). A file beside the recipe is "
+            "named file.py:function"
+        ) from error
+
+
+def _require_settings(name: str, function: Reward, settings: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(function).parameters.values()
+    named = {p.name: p for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+    if name in BUILT_IN:
+        own = {key: p for key, p in named.items() if key not in ("completions", "completion_ids")}
+        problems = [f"{key}: unknown key{nearest(key, own)}" for key in settings if key not in own]
+        problems += [f"{key}: is missing" for key, p in own.items() if p.default is p.empty and key not in settings]
+        problems += _value_problems(settings)
+    else:
+        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        problems = [f"{key}: it takes no such argument" for key in settings if key not in named and not takes_all]
+        if not takes_all:
+            problems += [f"it must take **row, for {_TOLD}"]
+    if problems:
+        raise ConfigError(f"the reward function {name}: " + "; ".join(problems))
+
+
+def _value_problems(settings: Mapping[str, Any]) -> list[str]:
+    found = []
+    if settings.get("pattern") is not None:
+        try:
+            re.compile(settings["pattern"])
+        except (re.error, TypeError) as error:
+            found.append(f"pattern: {settings['pattern']!r} is no regular expression ({error})")
+    target = settings.get("target")
+    if target is not None and (not isinstance(target, int) or isinstance(target, bool) or target < 1):
+        found.append(f"target: {target!r} must be a number of tokens, at least 1")
+    if "column" in settings and not isinstance(settings["column"], str):
+        found.append(f"column: {settings['column']!r} must be the name of a column")
+    return found
+
+
+def _extracted(text: str, pattern: str | None) -> str | None:
+    if pattern is None:
+        return text.strip()
+    matches = list(re.finditer(pattern, text, re.DOTALL))
+    return None if not matches else str(matches[-1][1 if matches[-1].re.groups else 0]).strip()
+
+
+def _columns(row: Mapping[str, Any]) -> list[str]:
+    given = ("prompts", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
+    return ["prompt", *(key for key in row if key not in given)]

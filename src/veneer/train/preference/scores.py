@@ -1,0 +1,135 @@
+"""Log-probabilities of the tokens of a batch, with what the logs tell beside them, without the logits of all tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from veneer.data.encoding import IGNORED
+from veneer.model.fused.head import Head
+from veneer.ops.cross_entropy import TokenScores as HeadScores
+from veneer.ops.cross_entropy import linear_token_scores
+from veneer.train.loss import head_of_fused, hidden_states, kept_logits
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScores:
+    """What TRL's trainers read of a forward pass, by TRL's names; each (b, t - 1), 0 where the label does not count.
+
+    ``log_probs`` of the labels, in nats; ``entropy`` of the predicted distributions; ``log_sum_sq_probs``, the
+    logarithm of their collision probability; ``mean_logits`` over the vocabulary; ``is_top1``, whether the label was
+    the most probable token. ``aux_loss``: that of a router.
+    """
+
+    log_probs: Float[Tensor, "b t"]
+    entropy: Float[Tensor, "b t"] | None
+    log_sum_sq_probs: Float[Tensor, "b t"] | None
+    mean_logits: Float[Tensor, "b t"] | None
+    is_top1: Bool[Tensor, "b t"] | None
+    aux_loss: Float[Tensor, ""] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """How tokens are scored: logits are divided by ``temperature``; ``details`` are told beside the log-probabilities.
+
+    ``collision``: the sum of squared probabilities too. ``entropy_learns``: a gradient flows through the entropy, for
+    which logits of the labels that count are made.
+    """
+
+    temperature: float = 1.0
+    details: bool = True
+    collision: bool = False
+    entropy_learns: bool = False
+
+
+class ScoredModel:
+    """A model (or the wrapper that joins the gradients of processes) called as TRL calls one with its fused head.
+
+    ``model(…, labels=labels, fused_lm_head=True)`` gives `TokenScores`; any other call is the model's own.
+    """
+
+    def __init__(self, model: nn.Module, scoring: Scoring) -> None:
+        self.model, self.scoring = model, scoring
+
+    def __call__(self, *, labels: Tensor | None = None, fused_lm_head: bool = False, **inputs: Any) -> Any:
+        if not fused_lm_head or labels is None:
+            return self.model(**inputs, **({} if labels is None else {"labels": labels}))
+        return token_scores(self.model, {**inputs, "labels": labels}, self.scoring)
+
+
+def token_scores(model: nn.Module, inputs: dict[str, Any], scoring: Scoring) -> TokenScores:
+    """Score the tokens of ``inputs["labels"]`` (b, t), shifted by one; those with -100 do not count.
+
+    A fused model's hidden states go through the head chunk by chunk. Otherwise there are logits at the positions at
+    which any label counts.
+    """
+    inputs = {key: value for key, value in inputs.items() if key != "use_cache"}
+    head = None if scoring.entropy_learns else head_of_fused(model)
+    if head is not None:
+        return _scored_in_chunks(model, head, inputs, scoring)
+    labels: Int[Tensor, "b t"] = inputs["labels"][:, 1:]
+    kept = (labels != IGNORED).any(dim=0).nonzero().flatten()
+    logits, aux = kept_logits(model, inputs, kept)
+    wide = logits.float() / scoring.temperature
+    return _spread(_scored(wide, labels[:, kept].to(wide.device), scoring.details), labels, kept, aux)
+
+
+def _scored_in_chunks(model: nn.Module, head: Head, inputs: dict[str, Any], scoring: Scoring) -> TokenScores:
+    shape = inputs["labels"][:, 1:].shape
+    hidden, head, labels, aux = hidden_states(model, head, inputs)
+    if scoring.temperature != 1:
+        hidden = hidden / scoring.temperature
+        if head.bias is not None:
+            head = replace(head, bias=head.bias / scoring.temperature)
+    found = linear_token_scores(
+        hidden, head.weight, labels, head.bias, details=scoring.details, collision=scoring.collision
+    )
+    return _told(found, shape, aux)
+
+
+def _scored(logits: Tensor, labels: Tensor, details: bool) -> HeadScores:
+    """The scores of logits (b, k, v), by the definitions."""
+    counted = labels != IGNORED
+    log_p = logits.log_softmax(dim=-1)
+    own = log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    if not details:
+        return HeadScores(own * counted, None, None, None, None)
+    p = log_p.exp()
+    return HeadScores(
+        own.masked_fill(~counted, 0.0),
+        -(p * log_p).sum(dim=-1).masked_fill(~counted, 0.0),
+        (2 * log_p.detach()).logsumexp(dim=-1).masked_fill(~counted, 0.0),
+        logits.detach().mean(dim=-1).masked_fill(~counted, 0.0),
+        (logits.detach().argmax(dim=-1) == labels) & counted,
+    )
+
+
+def _spread(found: HeadScores, labels: Tensor, kept: Tensor, aux: Tensor | None) -> TokenScores:
+    """Scores at the ``kept`` positions (b, k) brought to all of them (b, t - 1)."""
+
+    def spread(values: Tensor | None) -> Tensor | None:
+        if values is None:
+            return None
+        return values.new_zeros(labels.shape).index_copy(1, kept.to(values.device), values)
+
+    return _made(found, spread, aux)
+
+
+def _told(found: HeadScores, shape: Sequence[int], aux: Tensor | None) -> TokenScores:
+    return _made(found, lambda values: None if values is None else values.view(*shape), aux)
+
+
+def _made(found: HeadScores, shaped: Callable[[Tensor | None], Tensor | None], aux: Tensor | None) -> TokenScores:
+    return TokenScores(
+        log_probs=cast(Tensor, shaped(found.log_probs)),
+        entropy=shaped(found.entropy),
+        log_sum_sq_probs=shaped(found.log_sum_sq_probs),
+        mean_logits=shaped(found.mean_logits),
+        is_top1=shaped(found.is_top1),
+        aux_loss=aux,
+    )

@@ -1,0 +1,129 @@
+"""What the trainers on preferences and rewards share: TRL's counters in checkpoints, the rows in numbers, dropout."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import defaultdict
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+
+from veneer.adapters.peft_model import PeftModel
+from veneer.adapters.schedules import penalty
+from veneer.errors import ConfigError, DataError, TrainingError
+from veneer.train.run_trainer import RunTrainer
+
+log = logging.getLogger(__name__)
+
+
+class PreferenceTrainer(RunTrainer):
+    """The part in front of one of TRL's trainers on preferences or rewards. Their averages since the last log line are
+    in each checkpoint, so that a resumed run logs the same lines.
+    """
+
+    _metrics: dict[str, dict[str, list[float]]]
+    _total_train_tokens: int
+
+    @staticmethod
+    def own_settings(args: Any, kind: type[Any]) -> Any:
+        """The settings, the defaults where none are given. Raises ConfigError for those of another trainer."""
+        if args is None:
+            return kind(output_dir="trainer_output")
+        if not isinstance(args, kind):
+            raise ConfigError(
+                f"args must be a veneer.{kind.__name__}, not {type(args).__module__}.{type(args).__name__}: the same "
+                "fields, and veneer's beside them"
+            )
+        return args
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, name: str) -> Any:
+        """TRL's encoded rows. Raises DataError where none is left; how many are left out is logged."""
+        found = super()._prepare_dataset(dataset, processing_class, args, name)
+        if not isinstance(found, Dataset) or "completion" in dataset.column_names or "label" in found.column_names:
+            return found
+        if not len(found):
+            raise DataError(
+                f"no row of the {name} data fits into max_length={args.max_length} tokens with some of its answer: "
+                "set max_length higher, or give shorter prompts"
+            )
+        if len(found) < len(dataset):
+            log.warning(
+                "%s data: %d of %d rows are longer than max_length=%s allows, and are left out",
+                name, len(dataset) - len(found), len(dataset), args.max_length,
+            )  # fmt: skip
+        return found
+
+    def surround(self) -> None:
+        """Take a hash of the rows, besides."""
+        if isinstance(self.train_dataset, Dataset):
+            self.data_digest = _digest(self.train_dataset)
+        super().surround()
+
+    @property
+    def n_tokens_read(self) -> int:
+        """The tokens of the training so far, all but padding."""
+        return int(self._total_train_tokens or self.state.num_input_tokens_seen)
+
+    def describe_rows(self, rows: Dataset) -> dict[str, Any]:
+        """The rows of a data set in numbers, and a hash of them, for ``run.json``."""
+        ids = [name for name in rows.column_names if name.endswith("_ids") and not name.startswith("KL_")]
+        return {
+            "rows": len(rows),
+            **({"tokens": sum(len(row) for name in ids for row in rows[name])} if ids else {}),
+            "blake2b": self.data_digest if rows is self.train_dataset and self.data_digest else _digest(rows),
+        }
+
+    def lengths_of(self, rows: Dataset) -> list[int]:
+        """The tokens of each row, by which rows of like length come together."""
+        ids = [name for name in rows.column_names if name.endswith("_ids")]
+        return [sum(map(len, row)) for row in zip(*(rows[name] for name in ids), strict=True)]
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> TrainOutput:
+        """As `RunTrainer.train`; no adapter drops anything where ``disable_dropout`` says so."""
+        with ExitStack() as stack:
+            if self.args.disable_dropout and isinstance(self.model, PeftModel):
+                stack.enter_context(self.model.adapter_state.without_dropout())
+            return super().train(resume_from_checkpoint, **options)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """TRL's loss. Raises TrainingError where it depends on no trained parameter."""
+        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss: Tensor = found[0] if return_outputs else found
+        if self.model.training and not loss.requires_grad:
+            raise TrainingError("the loss depends on no trainable parameter: nothing would be trained")
+        term = penalty(self.model, self.model.adapter_state) if self._is_penalized() else None
+        if term is not None:
+            loss = loss + term.to(loss.device)
+        return (loss, found[1]) if return_outputs else loss
+
+    def _is_penalized(self) -> bool:
+        return self.model.training and isinstance(self.model, PeftModel)
+
+    def evaluation_loop(self, *args: Any, **options: Any) -> EvalLoopOutput:
+        """As `RunTrainer.evaluation_loop`; what was counted of the training stays for its next log line."""
+        self._metrics["eval"].clear()
+        return super().evaluation_loop(*args, **options)
+
+    def counters(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the losses: TRL's averages since the last log line, and its tokens."""
+        return {"metrics": dict(self._metrics["train"]), "total_train_tokens": self._total_train_tokens}
+
+    def restore_counters(self, counted: dict[str, Any], folder: Path) -> None:
+        """Go on from the counters of a checkpoint."""
+        self._metrics["train"] = defaultdict(list, counted.get("metrics", {}))
+        self._total_train_tokens = counted.get("total_train_tokens", 0)
+
+
+def _digest(rows: Dataset) -> str:
+    state = hashlib.blake2b(digest_size=16)
+    for row in rows:
+        state.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return state.hexdigest()

@@ -1,0 +1,232 @@
+"""What every trainer of veneer shares: the fused path, its optimizers, checks of each step, and what surrounds a run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from datasets import Dataset
+from torch import nn
+from torch.utils.data import Sampler
+from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments, set_seed
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+
+from veneer.adapters.peft_model import PeftModel
+from veneer.contract import MethodConfig
+from veneer.data.sampler import EpochSampler
+from veneer.model.fused.decoder import fused
+from veneer.model.offload import ActivationOffload
+from veneer.optim import LayerwiseGaLoreAdamW
+from veneer.train.callbacks import callbacks_of
+from veneer.train.config import RunSettings
+from veneer.train.guards import require_finite, require_free_groups, require_special_tokens, require_whole_models
+from veneer.train.optimizer import Choice, choose_optimizer, lora_plus_optimizer
+from veneer.train.processes import n_processes, summed
+from veneer.train.progress import Progress
+from veneer.train.resume import ResumableTrainer, random_state_kept
+from veneer.train.schedule import AdapterSchedule
+from veneer.train.show.display import show_run
+from veneer.train.show.trained import describe_trained, require_trainable
+from veneer.train.trained_model import Kind, adapted, loaded
+from veneer.train.undone import model_kept, settings_kept, unwrap_forward
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The settings, the adapted model and the tokenizer that a trainer is made with."""
+
+    args: Any
+    model: PreTrainedModel
+    processing_class: Any
+
+
+class RunTrainer(ResumableTrainer):
+    """The part in front of TRL's trainers that `veneer.SFTTrainer` and those of preferences and rewards have in common.
+
+    A subclass names it before TRL's class, calls `made_ready`, builds TRL's trainer inside `building`, and ends its
+    ``__init__`` with `surround`.
+    """
+
+    args: Any
+    tokens_of_step: tuple[int, int, int] = (0, 0, 0)  # of the last micro-batch: not padding, trained, predicted right
+
+    def made_ready(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: RunSettings,
+        processing_class: Any,
+        *,
+        quantization_config: Any = None,
+        peft_config: MethodConfig | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        kind: Kind = "causal",
+    ) -> Ready:
+        """The settings (a copy), the model with a fresh adapter where a config is given, and the tokenizer.
+
+        Raises ConfigError for what does not go together.
+        """
+        args = copy.copy(args)
+        require_free_groups(args, optimizers)
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False  # all that is trained takes part in every step
+        self.progress, self.data_digest = Progress(), None
+        set_seed(args.seed)
+        name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", None)
+        model = adapted(loaded(model, args, quantization_config, kind), peft_config)
+        processing_class = processing_class or AutoTokenizer.from_pretrained(name)
+        require_special_tokens(getattr(processing_class, "tokenizer", processing_class), args)
+        return Ready(args, model, processing_class)
+
+    @contextmanager
+    def building(self, ready: Ready) -> Iterator[None]:
+        """Around the making of TRL's trainer, which would change the model and do some things in its own way."""
+        with model_kept(ready.model), settings_kept(ready.args):
+            yield
+
+    def surround(self) -> None:
+        """Make what acts around the steps: offload of activations, the display, adapters' schedules and callbacks.
+
+        Raises ConfigError where several processes split the model.
+        """
+        require_whole_models(self)
+        self._offload = self._offloading()
+        self._display = show_run(self, lambda: self.n_tokens_read)
+        self.schedule = AdapterSchedule()
+        for callback in (self.schedule, *callbacks_of(self.args)):
+            self.add_callback(callback)
+
+    @property
+    def n_tokens_read(self) -> int:
+        """The tokens of the training so far, all but padding."""
+        return self.progress.n_tokens
+
+    def _offloading(self) -> ActivationOffload | None:
+        """The context that TRL enters around each forward pass, where activations are to wait elsewhere."""
+        if not self.args.activation_offloading:
+            return None
+        offload = ActivationOffload(self.model, self.args.activation_offloading, Path(self.args.output_dir))
+        self.maybe_activation_offload_context = offload
+        return offload
+
+    def describe(self) -> str:
+        """One line on what this run trains."""
+        return describe_trained(self.model)
+
+    def describe_rows(self, rows: Dataset) -> dict[str, Any]:
+        """The rows of a data set in numbers, and a hash of them, for ``run.json``."""
+        raise NotImplementedError
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> TrainOutput:
+        """Train to the end, from the start or from a checkpoint (True: the latest complete one).
+
+        Raises TrainingError where nothing is trainable, where the loss or a gradient is not finite, or where the
+        checkpoint is not one of this run.
+        """
+        require_trainable(self.model)
+        if _reentrant(self.args):
+            # Reentrant checkpointing gives no gradient to a block whose input needs none: all of them, under adapters.
+            self.model.enable_input_require_grads()
+        try:
+            with self.fusing():
+                output = super().train(resume_from_checkpoint=self.resolve_resume(resume_from_checkpoint), **options)
+        finally:
+            if self._display is not None:
+                self._display.close()
+            self._unwrap_forward()
+            self._stop_updates()
+            if self._offload is not None:
+                self._offload.close()
+        return TrainOutput(output.global_step, output.metrics["train_loss"], output.metrics)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward of one micro-batch. Raises TrainingError for a loss that is not finite."""
+        self.tokens_of_step = (0, 0, 0)
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        value, *counts = summed([loss.item(), *self.tokens_of_step], self.args.device)
+        value /= n_processes()  # their gradients are averaged
+        require_finite(value, self.state.global_step + 1)
+        self.progress.add_loss(value)
+        self.progress.add_tokens(*map(int, counts))
+        return loss
+
+    def evaluation_loop(self, *args: Any, **options: Any) -> EvalLoopOutput:
+        """Evaluate without using up a random number of the training.
+
+        After training the arithmetic is that of an evaluation within it: the fused path, under autocast.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(random_state_kept())
+            if not self.is_in_train:
+                stack.enter_context(self.fusing())
+                stack.enter_context(self.accelerator.autocast())
+            output = super().evaluation_loop(*args, **options)
+        if not self.is_in_train:
+            self._unwrap_forward()
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log a line; losses come from counters that a checkpoint holds, so that a resumed run logs the same ones."""
+        if "loss" in logs and self.model.training:
+            logs.update(self.progress.close_window(self.state.global_step))
+        if "train_loss" in logs:
+            logs["train_loss"] = self.progress.loss / max(self.state.global_step, 1)
+        super().log(logs, start_time)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """The optimizer, over LoRA+'s groups where ``lora_plus`` is set."""
+        if self.optimizer is None and self.args.lora_plus is not None:
+            trained = self.model if model is None else model
+            choice = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, trained)
+            self.optimizer = lora_plus_optimizer(self.args, trained, self.args.lora_plus, choice)
+        return super().create_optimizer(model)
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None = None) -> Choice:
+        """The optimizer that ``args.optim`` names, from `train.optimizer`."""
+        return choose_optimizer(args, model)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
+        data = self.train_dataset if train_dataset is None else train_dataset
+        strategy = self.args.train_sampling_strategy
+        if not isinstance(data, Dataset) or strategy not in ("random", "group_by_length"):
+            return cast("Sampler[int] | None", super()._get_train_sampler(train_dataset))
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        lengths = self.lengths_of(data) if strategy == "group_by_length" else [1] * len(data)
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * n_processes()
+        self.order = EpochSampler(lengths, seed, step if strategy == "group_by_length" else None)
+        return self.order
+
+    def lengths_of(self, rows: Dataset) -> list[int]:
+        """The tokens of each row, by which rows of like length come together."""
+        return [len(ids) for ids in rows["input_ids"]]
+
+    def fusing(self) -> AbstractContextManager[object]:
+        """A block in which the model runs fused, where it can and ``fused`` allows it."""
+        return fused(self.model) if self.args.fused == "auto" else nullcontext()
+
+    def _unwrap_forward(self) -> None:
+        """Take accelerate's autocast off the model's forward: after training the model is what it was before."""
+        if self.accelerator.num_processes == 1 and not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
+            unwrap_forward(self.model)
+            self.accelerator.free_memory()
+
+    def _stop_updates(self) -> None:
+        """After training no backward pass moves a weight."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper around it
+        if isinstance(optimizer, LayerwiseGaLoreAdamW):
+            optimizer.close()
+
+    def _send_telemetry(self) -> None:
+        """Nothing is sent."""
+
+
+def _reentrant(args: RunSettings) -> bool:
+    """Return True if blocks are recomputed the reentrant way, under the setting's old name or its new one."""
+    settings = [args.gradient_checkpointing_kwargs, getattr(args, "activation_checkpointing_kwargs", None)]
+    on = args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)
+    return bool(on) and any((given or {}).get("use_reentrant") for given in settings)
