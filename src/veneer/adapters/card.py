@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,17 @@ def write_card(folder: Path, config: MethodConfig, tags: Sequence[str] = ()) -> 
     card = ModelCard.load(path) if path.is_file() else ModelCard(_text(config))
     card.data = _data(config, card.data, tags)
     write_atomically(path, str(card).encode())
+
+
+def tell_parent(folder: Path, parent: Mapping[str, str]) -> None:
+    """Write into the model card of a saved adapter which one it was trained on from: its name and a hash of it."""
+    path = folder / "README.md"
+    if path.is_file():
+        card = ModelCard.load(path)
+        card.text = (
+            f"{card.text.rstrip()}\n\nTrained on from the adapter `{parent['from']}` (blake2b {parent['blake2b']}).\n"
+        )
+        write_atomically(path, str(card).encode())
 
 
 def _data(config: MethodConfig, data: Any, more_tags: Sequence[str]) -> ModelCardData:

@@ -39,6 +39,9 @@ _AllowChanges = Annotated[
 ]
 
 
+_ACCURACIES = ("eval_rewards/accuracies", "eval_accuracy")  # of DPO, of reward models
+
+
 def train(
     recipe: _Recipe = None,
     overrides: _Overrides = None,
@@ -133,6 +136,7 @@ def _train_one(recipe: Recipe, resume: bool, allow_changes: bool, console: Conso
     results = record["results"]
     told = [f"training loss {results['train_loss']:.4f}"]
     told += [f"held-out loss {results['eval_loss']:.4f}"] if "eval_loss" in results else []
+    told += [f"held-out accuracy {results[key]:.1%}" for key in _ACCURACIES if key in results]
     console.print(
         f"{', '.join(told)} after {results['steps']} steps in {duration(results['seconds'])}", highlight=False
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from datasets import Dataset, IterableDataset
 
 from veneer.data.files import raise_all
+from veneer.data.templates import fill_template
 from veneer.errors import DataError
 
 Task = Literal["dpo", "kto", "reward", "grpo", "rloo"]
@@ -71,14 +73,15 @@ def row_problem(row: Mapping[str, Any], task: Task) -> str | None:
             return told
     if "chosen" in row and row["chosen"] == row["rejected"]:
         return f"chosen and rejected are the same, so that nothing is preferred: {row['chosen']!r:.60}"
-    if task == "kto" and "label" in row and not isinstance(row["label"], bool):
+    if task == "kto" and "label" in row and row["label"] not in (0, 1):
         return f"label must be true or false, not {row['label']!r:.40}"
     return None
 
 
 def _value_problem(column: str, value: Any, row: Mapping[str, Any]) -> str | None:
     if not isinstance(value, str | list):
-        return f"{column} must be a string or a list of messages, not {'missing' if value is None else type(value).__name__}"
+        found = "missing" if value is None else type(value).__name__
+        return f"{column} must be a string or a list of messages, not {found}"
     if not value and column != "prompt":
         return f"{column} is empty"
     if not value and column == "prompt" and "chosen" not in row:
@@ -98,3 +101,49 @@ def _other_task(columns: set[str], task: Task) -> str:
     if {"messages"} & columns or {"prompt", "completion"} <= columns:
         fits = [other for other in fits if other != "grpo"] + ["sft"]
     return f" ({', '.join(fits)})" if fits else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceReader:
+    """Reads the rows of a source for a task other than supervised fine-tuning; `load_rows` takes it for a reader.
+
+    ``prompt`` is a template such as ``"Question: {question}"`` over the columns, which stay beside it. ``chat`` makes
+    turns of user and assistant out of texts; ``system`` is a message put before each conversation.
+    """
+
+    task: Task
+    prompt: str | None = None
+    chat: bool = False
+    system: str | None = None
+
+    def form(self, columns: Iterable[str]) -> str:
+        """The name of the form. Raises DataError where the columns are not those of the task."""
+        require_columns([*columns, *(["prompt"] if self.prompt else [])], "rows'", self.task)
+        return self.task
+
+    def read(self, row: Mapping[str, Any], form: str) -> dict[str, Any]:
+        """One row with the columns of its task. Raises DataError for one that is useless."""
+        read = dict(row)
+        if self.prompt is not None:
+            read["prompt"] = fill_template(self.prompt, row)
+        problem = row_problem(read, self.task)
+        if problem:
+            raise DataError(problem)
+        if isinstance(read.get("label"), int):
+            read["label"] = bool(read["label"])
+        if self.chat:
+            read |= {key: _turns(key, read[key]) for key in _READ[:4] if isinstance(read.get(key), str)}
+        return self._with_system(read)
+
+    def _with_system(self, row: dict[str, Any]) -> dict[str, Any]:
+        if self.system is None:
+            return row
+        first = [key for key in (("prompt",) if "prompt" in row else ("chosen", "rejected")) if key in row]
+        if not all(isinstance(row[key], list) for key in first):
+            raise DataError("data.system is for conversations, and the row is text: set data.chat, or leave it out")
+        message = {"role": "system", "content": self.system}
+        return {**row, **{key: [message, *row[key]] for key in first if row[key][0]["role"] != "system"}}
+
+
+def _turns(column: str, text: str) -> list[dict[str, str]]:
+    return [{"role": "user" if column == "prompt" else "assistant", "content": text}]

@@ -25,7 +25,8 @@ _DETAIL_ROWS = 8
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadOptions:
     """The settings that turn logits into a loss: rows with ``ignore_index`` do not count, ``softcap`` is Gemma 2's c of
-    ``c * tanh(logits / c)``, ``num_items`` divides the sum (None: the number of rows that count). ``observe`` is given each chunk of logits."""
+    ``c * tanh(logits / c)``, ``num_items`` divides the sum (None: the number of rows that count). ``observe`` is given
+    each chunk of logits."""
 
     ignore_index: int = -100
     softcap: float | None = None

@@ -15,7 +15,13 @@ from typing import Any, cast
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.constants import ENDPOINT
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from veneer.contract.file import CONFIG_FILE as ADAPTER_CONFIG
 from veneer.disk.known_name import known_name
@@ -72,8 +78,10 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     quantization: Any = None,
     device: str | torch.device | None = None,
+    scores: bool = False,
 ) -> PreTrainedModel:
-    """The causal language model at ``source``, for evaluation.
+    """The causal language model at ``source``, for evaluation; with ``scores`` it has a head that gives each sequence
+    one number, a new one where the files hold none.
 
     ``dtype`` ``"auto"`` keeps the checkpoint's; ``quantization`` is a `BitsAndBytesConfig`, not needed for a model that
     was saved quantized.
@@ -84,18 +92,18 @@ def load_model(
         Checkpoint.open(place)  # a damaged file is told apart here, with everything that is wrong with it
     quantization = quantization or _stored_quantization(place)
     options: dict[str, Any] = {} if quantization is None else {"quantization_config": quantization}
+    kind = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    options |= {"num_labels": 1} if scores else {}
     try:
         with bars_in_terminals_alone(), downloads_shown(place) if isinstance(place, str) else nullcontext():
-            model, report = AutoModelForCausalLM.from_pretrained(
-                place, dtype=parse_dtype(dtype), output_loading_info=True, **options
-            )
+            model, report = kind.from_pretrained(place, dtype=parse_dtype(dtype), output_loading_info=True, **options)
     except OSError as error:
         raise _not_loaded(source, place, error) from error
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
+    missing = sorted(set(report["missing_keys"]) - ({"score.weight"} if scores else set()))
+    if missing:
         raise FormatError(
             f"{source} lacks {len(missing)} tensors that {type(model).__name__} needs, such as {missing[0]!r}: "
-            "it is not a whole causal language model"
+            f"it is not a whole {'model' if scores else 'causal language model'}"
         )
     return cast(PreTrainedModel, model if device is None else model.to(device)).eval()
 

@@ -8,8 +8,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from veneer.contract.file import WEIGHTS_FILE
+from veneer.contract.source import adapter_folder
 from veneer.errors import ConfigError
 from veneer.train.processes import n_processes
+from veneer.train.recipe.adapter import FROM
 from veneer.train.recipe.changes import Change, changes, is_longer, refuse
 from veneer.train.recipe.recipe import DataPart, Recipe
 from veneer.train.record import RUN_FILE
@@ -42,9 +45,20 @@ def changes_since(before: Mapping[str, Any], recipe: Recipe, allow: bool) -> lis
     count = before.get("n_processes", 1)
     if count != n_processes():
         found.append(Change("processes", count, n_processes()))
+    old, new = before.get("parent"), parent_of(recipe)
+    if old is not None and new is not None and old["blake2b"] != new["blake2b"]:
+        found.append(Change("adapter.from", f"an adapter with the hash {old['blake2b']}", new["blake2b"]))
     if not allow and found:
         refuse([*found, *_other_files(before, recipe)], Path(recipe.output))
     return found
+
+
+def parent_of(recipe: Recipe) -> dict[str, str] | None:
+    """The saved adapter that a run trains on: the name that the recipe gives, and a hash of its values."""
+    if FROM not in recipe.adapter:
+        return None
+    folder = adapter_folder(recipe.adapter[FROM])
+    return {"from": str(recipe.adapter[FROM]), "blake2b": _hash_of(folder / WEIGHTS_FILE)}
 
 
 def is_complete(before: Mapping[str, Any], recipe: Recipe) -> bool:

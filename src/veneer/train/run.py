@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from datasets import Dataset
 from transformers import (
@@ -18,24 +18,32 @@ from transformers import (
     TrainerCallback,
     TrainerState,
     TrainingArguments,
+    set_seed,
 )
 
+from veneer.adapters.card import tell_parent
+from veneer.adapters.peft_model import PeftModel
+from veneer.contract import MethodConfig
+from veneer.core.tasks import TaskType
 from veneer.data.dataset import encode_all
 from veneer.data.encoding import Encoder, Kind, kind_of
 from veneer.data.files import names_a_file
+from veneer.data.preference import PreferenceReader
 from veneer.data.rows import RowReader, load_rows, split_off
 from veneer.errors import ConfigError, DiskError, DivergedError, Interrupted, VeneerError
 from veneer.model.prepare import prepare_model_for_kbit_training
 from veneer.store.quantization import BitsAndBytesConfig
 from veneer.store.source import load_model, load_tokenizer
 from veneer.train.checkpoint import checkpoint_folder, holds_checkpoints, latest_checkpoint
-from veneer.train.going_on import GoingOn, changes_since, files_of, is_complete, with_data
+from veneer.train.going_on import GoingOn, changes_since, files_of, is_complete, parent_of, with_data
 from veneer.train.interrupt import Stop, StopAfterStep, listening
 from veneer.train.processes import by_main, is_main, n_processes
-from veneer.train.recipe.adapter import FULL
+from veneer.train.recipe.adapter import FROM, FULL
 from veneer.train.recipe.changes import places_of
 from veneer.train.recipe.recipe import DataPart, ModelPart, Recipe
+from veneer.train.recipe.tasks import trainer_of
 from veneer.train.record import Written, life_of, record_of, require_over, this_process, told_life
+from veneer.train.run_trainer import RunTrainer
 from veneer.train.show.report import draw_loss, environment
 from veneer.train.trainer import SFTTrainer
 
@@ -53,9 +61,9 @@ class Rows:
     eval: Dataset | None
 
 
-def read_data(part: DataPart, seed: int) -> Rows:
+def read_data(part: DataPart, seed: int, reader: RowReader | PreferenceReader | None = None) -> Rows:
     """The rows that a recipe names. Raises DataError and ConfigError as `load_rows` and `split_off` do."""
-    reader = RowReader(prompt=part.prompt, completion=part.completion, chat=part.chat, system=part.system)
+    reader = reader or RowReader(prompt=part.prompt, completion=part.completion, chat=part.chat, system=part.system)
     train = load_rows(part.train, reader, part.limit)
     if part.eval is not None:
         return Rows(train, load_rows(part.eval, reader, part.eval_limit))
@@ -84,24 +92,67 @@ def _answers_only(part: DataPart, kind: Kind) -> _Only:
 
 def make_trainer(
     recipe: Recipe, model: PreTrainedModel | None = None, kind: type[SFTTrainer] = SFTTrainer
-) -> SFTTrainer:
+) -> RunTrainer:
     """The trainer of a recipe, its data encoded and its model loaded where none is given; nothing is trained yet."""
     tokenizer = load_tokenizer(recipe.model.source)
+    if recipe.task != "sft":
+        return _make_task_trainer(recipe, tokenizer)
     rows = read_data(recipe.data, recipe.seed)
     only = _answers_only(recipe.data, kind_of(rows.train.column_names, "text"))
-    args = recipe.sft_config(assistant_only_loss=only.assistant, completion_only_loss=only.completion)
+    args = recipe.training_config(assistant_only_loss=only.assistant, completion_only_loss=only.completion)
+    base = load_base(recipe.model) if model is None else model
     return kind(
-        load_base(recipe.model) if model is None else model,
+        base if FROM not in recipe.adapter else with_saved_adapter(recipe, base),
         args,
         train_dataset=rows.train,
         eval_dataset=rows.eval,
         processing_class=tokenizer,
-        peft_config=recipe.adapter_config(),
+        peft_config=None if FROM in recipe.adapter else recipe.adapter_config(),
+    )
+
+
+def _make_task_trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunTrainer:
+    """The trainer of a recipe whose task is not supervised fine-tuning."""
+    reader = PreferenceReader(
+        task=cast(Any, recipe.task), prompt=recipe.data.prompt, chat=recipe.data.chat, system=recipe.data.system
+    )
+    rows = read_data(recipe.data, recipe.seed, reader)
+    args = recipe.training_config()
+    rewards = {"reward_funcs": recipe.reward_functions()[0]} if recipe.rewards else {}
+    set_seed(recipe.seed)  # a new head is drawn
+    base = load_base(recipe.model, scores=recipe.task == "reward")
+    trainer: RunTrainer = trainer_of(recipe.task)(
+        base if FROM not in recipe.adapter else with_saved_adapter(recipe, base),
+        args=args,
+        train_dataset=rows.train,
+        eval_dataset=rows.eval,
+        processing_class=tokenizer,
+        peft_config=None if FROM in recipe.adapter else recipe.adapter_config(),
+        **rewards,
+    )
+    return trainer
+
+
+def with_saved_adapter(recipe: Recipe, model: PreTrainedModel) -> PreTrainedModel:
+    """The model with the adapter of ``adapter.from``, to be trained on.
+
+    Raises ConfigError for an adapter of another kind of model than the task trains.
+    """
+    config = cast(MethodConfig, recipe.adapter_config())
+    scores = config.task_type == TaskType.SEQ_CLS.value
+    if scores != (recipe.task == "reward"):
+        kind = "a reward model's" if scores else "a language model's"
+        fits = "task: reward" if scores else "another task, or leave adapter.from out"
+        raise ConfigError(f"adapter.from: the adapter in {recipe.adapter[FROM]} is {kind}: use {fits}")
+    return cast(
+        PreTrainedModel, PeftModel.from_pretrained(model, recipe.adapter[FROM], is_trainable=True, config=config)
     )
 
 
 def sample_of(recipe: Recipe) -> tuple[dict[str, list[int]], PreTrainedTokenizerBase]:
     """The first training row as it is trained on, and the tokenizer that reads it."""
+    if recipe.task != "sft":
+        raise ConfigError(f"--show-sample shows which tokens task sft trains, and the task here is {recipe.task}")
     tokenizer = load_tokenizer(recipe.model.source)
     rows = read_data(recipe.data, recipe.seed)
     kind = kind_of(rows.train.column_names, "text")
@@ -111,7 +162,7 @@ def sample_of(recipe: Recipe) -> tuple[dict[str, list[int]], PreTrainedTokenizer
         kind=kind,
         completion_only=only.completion,
         assistant_only=only.assistant,
-        max_length=recipe.sft_config().max_length,
+        max_length=recipe.training_config().max_length,
     )
     return dict(encode_all(rows.train.select(range(1)), encoder, "train")[0]), tokenizer
 
@@ -129,7 +180,7 @@ def run_recipe(
     changes nothing. SIGTERM and SIGINT end the step in progress and write a checkpoint: Interrupted.
     """
     output = Path(recipe.output)
-    _ = recipe.sft_config().device  # several processes meet here
+    _ = recipe.training_config().device  # several processes meet here
     with listening() as stop:
         made = by_main(lambda: not output.exists())
         by_main(lambda: _require_free(recipe, resume))
@@ -225,7 +276,7 @@ class LastEvaluation(TrainerCallback):  # type: ignore[misc]
 
 def carry_out(
     recipe: Recipe,
-    trainer: SFTTrainer,
+    trainer: RunTrainer,
     *,
     going_on: GoingOn | None = None,
     stop: Stop | None = None,
@@ -262,7 +313,7 @@ def carry_out(
     return written.record
 
 
-def _trained(recipe: Recipe, trainer: SFTTrainer, resume: bool, stop: Stop) -> dict[str, Any]:
+def _trained(recipe: Recipe, trainer: RunTrainer, resume: bool, stop: Stop) -> dict[str, Any]:
     """Train, save and evaluate; what ``run.json`` holds of that."""
     output = Path(recipe.output)
     saved = output / (MODEL if recipe.method == FULL else ADAPTER)
@@ -274,6 +325,9 @@ def _trained(recipe: Recipe, trainer: SFTTrainer, resume: bool, stop: Stop) -> d
         trained = trainer.train(resume_from_checkpoint=resume or None)
         seconds = time.perf_counter() - began
         trainer.save_model(str(saved))
+        parent = parent_of(recipe)
+        if parent is not None and is_main():
+            tell_parent(saved, parent)
     results = {
         "train_loss": trained.training_loss,
         "steps": trained.global_step,
@@ -290,7 +344,7 @@ def _trained(recipe: Recipe, trainer: SFTTrainer, resume: bool, stop: Stop) -> d
     return {"status": "finished", "results": results, "saved": str(saved), "log": history}
 
 
-def _explain(error: BaseException, trainer: SFTTrainer, output: Path) -> None:
+def _explain(error: BaseException, trainer: RunTrainer, output: Path) -> None:
     """Put into an interrupt what is left of the run."""
     step = trainer.state.global_step
     if isinstance(error, Interrupted) and not error.args and checkpoint_folder(output, step).exists():
@@ -312,10 +366,12 @@ def _reason(error: BaseException) -> str:
     return ": ".join(filter(None, (type(error).__name__, str(error))))
 
 
-def load_base(part: ModelPart) -> PreTrainedModel:
-    """The base model of a recipe, quantized and prepared where it says so."""
+def load_base(part: ModelPart, *, scores: bool = False) -> PreTrainedModel:
+    """The base model of a recipe, quantized and prepared where it says so; with ``scores`` its head gives each
+    sequence one number.
+    """
     if part.quantization == "none":
-        model = load_model(part.source, dtype=part.dtype)
+        model = load_model(part.source, dtype=part.dtype, scores=scores)
     else:
         if part.quantization == "int8":
             config = BitsAndBytesConfig(load_in_8bit=True)
@@ -325,14 +381,14 @@ def load_base(part: ModelPart) -> PreTrainedModel:
                 bnb_4bit_quant_type=part.quantization,
                 bnb_4bit_use_double_quant=part.double_quantization,
             )
-        model = load_model(part.source, dtype=part.dtype, quantization=config)
+        model = load_model(part.source, dtype=part.dtype, quantization=config, scores=scores)
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if part.attention is not None:
         model.set_attn_implementation(part.attention)
     return model
 
 
-def describe_run(recipe: Recipe, trainer: SFTTrainer) -> dict[str, Any]:
+def describe_run(recipe: Recipe, trainer: RunTrainer) -> dict[str, Any]:
     """The facts of a run before it begins."""
     config = recipe.adapter_config()
     return {
@@ -342,6 +398,7 @@ def describe_run(recipe: Recipe, trainer: SFTTrainer) -> dict[str, Any]:
         "files": files_of(recipe.data),
         "process": this_process(),
         "n_processes": n_processes(),
+        "parent": parent_of(recipe),
         "adapter_config": asdict(config) if is_dataclass(config) else None,
         "training": trainer.args.to_dict(),
         "trained": trainer.describe(),

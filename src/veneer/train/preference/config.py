@@ -38,7 +38,7 @@ class KTOConfig(RunSettings, trl.KTOConfig):  # type: ignore[misc]
 
 @dataclass
 class RewardConfig(RunSettings, trl.RewardConfig):  # type: ignore[misc]
-    """TRL's ``RewardConfig`` with the fields of `RunSettings`. Raises ConfigError with all that does not go together."""
+    """TRL's ``RewardConfig`` with the fields of `RunSettings`. Raises ConfigError for what does not go together."""
 
     def problems(self) -> list[str]:
         """Everything that is wrong with the lengths."""
@@ -105,10 +105,10 @@ def _require_whole_groups(args: Any) -> None:
         how = (
             f"generation_batch_size={found}"
             if args.generation_batch_size
-            else f"per_device_train_batch_size={batch} × {steps} steps × {n_processes()} processes = {found} completions"
+            else f"per_device_train_batch_size={batch} × {steps} steps × {n_processes()} processes = {found}"
         )
         raise ConfigError(
-            f"{how} are not a multiple of num_generations={n}, the completions of each prompt: use "
+            f"{how} completions are not a multiple of num_generations={n}, the completions of each prompt: use "
             f"per_device_train_batch_size={-(-batch // n) * n}, or a num_generations that divides {found}"
         )
     evals, held_out = args.num_generations_eval or n, args.per_device_eval_batch_size * n_processes()

@@ -120,8 +120,8 @@ class GeneratingTrainer(PreferenceTrainer):
         rows = self.train_dataset if dataset is None else dataset
         if len(rows) < prompts:
             raise DataError(
-                f"{len(rows)} prompts are fewer than the {prompts} that one batch of completions takes: give more rows, "
-                "or a smaller per_device_train_batch_size"
+                f"{len(rows)} prompts are fewer than the {prompts} that one batch of completions takes: give more "
+                "rows, or a smaller per_device_train_batch_size"
             )
         self.order = EpochRepeatSampler(
             rows,

@@ -109,7 +109,7 @@ def _is_plain(function: Any) -> bool:
     call = function.func if isinstance(function, functools.partial) else function
     if isinstance(call, torch.nn.Module):
         return False
-    return not (inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(getattr(call, "__call__", None)))
+    return not (inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(type(call).__call__))
 
 
 def _name(function: Any) -> str:

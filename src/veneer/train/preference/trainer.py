@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import warnings
 from collections import defaultdict
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,7 @@ class PreferenceTrainer(RunTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> TrainOutput:
         """As `RunTrainer.train`; no adapter drops anything where ``disable_dropout`` says so."""
         with ExitStack() as stack:
+            stack.enter_context(_without_old_names())
             if self.args.disable_dropout and isinstance(self.model, PeftModel):
                 stack.enter_context(self.model.adapter_state.without_dropout())
             return super().train(resume_from_checkpoint, **options)
@@ -110,7 +113,8 @@ class PreferenceTrainer(RunTrainer):
     def evaluation_loop(self, *args: Any, **options: Any) -> EvalLoopOutput:
         """As `RunTrainer.evaluation_loop`; what was counted of the training stays for its next log line."""
         self._metrics["eval"].clear()
-        return super().evaluation_loop(*args, **options)
+        with _without_old_names():
+            return super().evaluation_loop(*args, **options)
 
     def counters(self) -> dict[str, Any]:
         """What a checkpoint holds beside the losses: TRL's averages since the last log line, and its tokens."""
@@ -120,6 +124,14 @@ class PreferenceTrainer(RunTrainer):
         """Go on from the counters of a checkpoint."""
         self._metrics["train"] = defaultdict(list, counted.get("metrics", {}))
         self._total_train_tokens = counted.get("total_train_tokens", 0)
+
+
+@contextmanager
+def _without_old_names() -> Iterator[None]:
+    """TRL asks for gradient checkpointing by a name that transformers calls old, at each step."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
+        yield
 
 
 def _digest(rows: Dataset) -> str:

@@ -7,7 +7,7 @@ of LoRA by its file, and the presets of a method (``houlsby``).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from veneer.errors import ConfigError
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from veneer.contract import MethodConfig
 
 FULL = "full"
+FROM = "from"  # the place of a saved adapter that is trained on
 FULL_LEARNING_RATE = 2e-5
 
 
@@ -60,6 +61,8 @@ def name_of(config: MethodConfig) -> str:
 def adapter_problems(adapter: Mapping[str, Any]) -> list[str]:
     """Everything that is wrong with an ``adapter`` part but the values that the config checks itself."""
     method, names = method_of(adapter), method_names()
+    if FROM in adapter:
+        return _going_on_problems(adapter)
     if method not in names:
         return [f"adapter.method: {method!r} must be one of {', '.join(names)}{nearest(method, names)}"]
     rest = _fields(adapter)
@@ -83,6 +86,8 @@ def adapter_config(adapter: Mapping[str, Any]) -> MethodConfig | None:
     """
     from veneer.contract import LinearMethod
 
+    if FROM in adapter:
+        return saved_config(adapter)
     if method_of(adapter) == FULL:
         return None
     named = named_methods()[method_of(adapter)]
@@ -100,7 +105,68 @@ def adapter_config(adapter: Mapping[str, Any]) -> MethodConfig | None:
 def usual_learning_rate(adapter: Mapping[str, Any]) -> float:
     """The learning rate where a recipe gives none."""
     method = method_of(adapter)
+    if FROM in adapter:
+        return saved_config(adapter).usual_learning_rate
     return FULL_LEARNING_RATE if method == FULL else named_methods()[method].config.usual_learning_rate
+
+
+def saved_config(adapter: Mapping[str, Any]) -> MethodConfig:
+    """The config of the saved adapter that ``from`` names, with the settings of training (dropout) that the part gives.
+
+    Raises ConfigError, with both values, for a method or a setting that is another in the part than in the files, and
+    what reading the files raises.
+    """
+    from veneer.contract.source import HubOptions, adapter_folder
+    from veneer.store.adapter.config import read_config
+
+    place = str(adapter[FROM])
+    config = read_config(adapter_folder(place, HubOptions()))
+    problems = list[str]()
+    method = adapter.get("method")
+    if method is not None and not _is_method(config, str(method)):
+        problems.append(f"adapter.method: {method} here, {name_of(config)} in {place}")
+        raise ConfigError(_not_that_adapter(problems))
+    rest = {key: value for key, value in _fields(adapter).items() if key != FROM}
+    given = typed(type(config), rest, problems, "adapter.")
+    for key, value in given.items():
+        saved = getattr(config, key)
+        if "dropout" not in key and _plain(value) != _plain(saved):
+            problems.append(f"adapter.{key}: {value!r} here, {saved!r} in {place}")
+    if problems:
+        raise ConfigError(_not_that_adapter(problems))
+    return replace(config, **{key: value for key, value in given.items() if "dropout" in key})
+
+
+def _is_method(config: MethodConfig, method: str) -> bool:
+    named = named_methods().get(method)
+    return (
+        named is not None
+        and type(config) is named.config
+        and (not config.variants() or method in (name_of(config), config.peft_type.lower()))
+    )
+
+
+def _going_on_problems(adapter: Mapping[str, Any]) -> list[str]:
+    place, method = adapter[FROM], adapter.get("method")
+    if not isinstance(place, str) or not place:
+        return [f"adapter.from: {place!r} must be the folder of a saved adapter, or a hub id"]
+    if method is not None and method not in method_names():
+        return [
+            f"adapter.method: {method!r} must be one of {', '.join(method_names())}{nearest(method, method_names())}"
+        ]
+    return []
+
+
+def _not_that_adapter(problems: list[str]) -> str:
+    return (
+        "; ".join(problems)
+        + ". An adapter that is trained on stays the adapter that it is: leave these keys out, or leave adapter.from "
+        "out and begin a new one. Data, task, rates and dropout may differ"
+    )
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, list | tuple | set | frozenset) else value
 
 
 def _fields(adapter: Mapping[str, Any]) -> dict[str, Any]:

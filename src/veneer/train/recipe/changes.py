@@ -90,22 +90,27 @@ def is_longer(before: Recipe, now: Recipe) -> bool:
 
 def settings(recipe: Recipe) -> dict[str, Any]:
     """All settings of a run by the keys of a recipe, ``training.learning_rate``, whether they were given or not."""
-    config, args = recipe.adapter_config(), recipe.sft_config()
+    config, args = recipe.adapter_config(), recipe.training_config()
     training = {**args.to_dict(), **{key: getattr(args, key) for key in _HIDDEN}}
     parts = {
         "model": recipe.model.model_dump(),
         "data": recipe.data.model_dump(),
-        "adapter": {"method": recipe.method, **(asdict(config) if is_dataclass(config) else {})},
+        "adapter": {
+            "method": recipe.method,
+            "from": recipe.adapter.get("from"),
+            **(asdict(config) if is_dataclass(config) else {}),
+        },
         "training": {key: value for key, value in training.items() if key not in _SAID_ELSEWHERE},
     }
     flat = {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}
-    return {**flat, "seed": recipe.seed, "output": recipe.output}
+    own = {"task": recipe.task, "rewards": recipe.rewards, "seed": recipe.seed, "output": recipe.output}
+    return {**flat, **own}
 
 
 def places_of(recipe: Recipe) -> dict[str, str]:
     """The place of each source, whatever folder a command is typed in; a name of the hub stays as it is."""
     values = recipe.model_dump()
-    named = {f"{part}.{key}": values[part][key] for part, key in PLACES}
+    named = {f"{part}.{key}": values[part].get(key) for part, key in PLACES}
     return {key: str(Path(name).resolve()) if Path(name).exists() else name for key, name in named.items() if name}
 
 

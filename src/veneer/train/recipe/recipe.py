@@ -13,20 +13,29 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from veneer.errors import ConfigError
 from veneer.train.keys import nearest, typed
-from veneer.train.recipe.adapter import FULL, adapter_config, adapter_problems, method_of, usual_learning_rate
+from veneer.train.recipe.adapter import (
+    FROM,
+    FULL,
+    adapter_config,
+    adapter_problems,
+    method_of,
+    name_of,
+    usual_learning_rate,
+)
+from veneer.train.recipe.tasks import KEYS, Task, settings_of, task_of, task_problems, training_problems
 
 # What needs torch or transformers is imported where it is used: a wrong recipe is told before seconds of imports.
 if TYPE_CHECKING:
     from veneer.contract import MethodConfig
-    from veneer.train.config import SFTConfig
 
-PLACES = (("data", "train"), ("data", "eval"), ("model", "source"))  # keys that may name a file
+PLACES = (("data", "train"), ("data", "eval"), ("model", "source"), ("adapter", "from"))  # keys that may name a file
 _ELSEWHERE = {
     "output_dir": "at the top, as output",
     "seed": "at the top, as seed",
     "resume_from_checkpoint": "as veneer train --resume, which goes on from the last one",
     "assistant_only_loss": "as data.train_on (answers or everything)",
     "completion_only_loss": "as data.train_on (answers or everything)",
+    "reward_weights": "in rewards, as weight of each function",
 }
 
 
@@ -60,30 +69,42 @@ class DataPart(_Part):
 
 
 class Recipe(_Part):
-    """All of a run. ``adapter`` holds ``method`` and fields of its config, ``training`` fields of `SFTConfig`."""
+    """All of a run. ``adapter`` holds ``method`` and fields of its config, or ``from``, the place of a saved adapter
+    that is trained on; ``training`` holds fields of the task's config (`tasks.KEYS`), ``rewards`` reward functions.
+    """
 
+    task: Task = "sft"
     model: ModelPart
     data: DataPart
     adapter: dict[str, Any] = {"method": "lora"}
     training: dict[str, Any] = {}
+    rewards: list[str | dict[str, Any]] = []
     output: str
     seed: int = 0
 
     @property
     def method(self) -> str:
         """The name of the method."""
-        return method_of(self.adapter)
+        config = self.adapter_config() if FROM in self.adapter else None
+        return method_of(self.adapter) if config is None else name_of(config)
 
     def adapter_config(self) -> MethodConfig | None:
         """The config of the adapter; None where the whole model is trained."""
         return adapter_config(self.adapter)
 
-    def sft_config(self, **changes: Any) -> SFTConfig:
-        """The settings of the trainer, the recipe's defaults filled in."""
-        from veneer.train.config import SFTConfig
+    def training_config(self, **changes: Any) -> Any:
+        """The settings of the task's trainer, the recipe's defaults filled in."""
+        kind = settings_of(self.task)
+        given = typed(kind, self.training, [])
+        return kind(output_dir=self.output, seed=self.seed, **{**_defaults(self), **given, **changes})
 
-        given = typed(SFTConfig, self.training, [])
-        return SFTConfig(output_dir=self.output, seed=self.seed, **{**_defaults(self), **given, **changes})
+    def reward_functions(self) -> tuple[list[Any], list[float]]:
+        """The functions of ``rewards`` with their weights. Raises ConfigError for those that cannot be found."""
+        from veneer.train.preference.rewards import reward_function
+
+        named = [{"function": each} if isinstance(each, str) else dict(each) for each in self.rewards]
+        weights = [float(each.pop("weight", 1.0)) for each in named]
+        return [reward_function(each.pop("function"), each) for each in named], weights
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -109,9 +130,21 @@ def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         section = values.get(part)
         if isinstance(section, dict) and key in section:
             section[key] = beside(path, section[key])
+    if isinstance(values.get("rewards"), list):
+        values["rewards"] = [_reward_beside(path, each) for each in values["rewards"]]
     for override in overrides:
         _override(values, override)
     return values
+
+
+def _reward_beside(path: Path, reward: Any) -> Any:
+    """The reward function of a file that lies beside the recipe, found from here; anything else as it is."""
+    if isinstance(reward, dict) and "function" in reward:
+        return {**reward, "function": _reward_beside(path, reward["function"])}
+    if not isinstance(reward, str) or ".py:" not in reward:
+        return reward
+    file, _, name = reward.rpartition(":")
+    return f"{beside(path, file)}:{name}"
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -149,7 +182,7 @@ def parse_recipe(values: Mapping[str, Any], name: str = "recipe") -> Recipe:
     if problems:
         raise ConfigError(f"{name}: " + "; ".join(problems))
     recipe = Recipe.model_validate(values)
-    for build in (recipe.adapter_config, recipe.sft_config):
+    for build in (recipe.adapter_config, recipe.training_config, recipe.reward_functions):
         try:
             build()
         except (ValueError, TypeError) as error:  # ConfigError is a ValueError, and what Trainer raises is one too
@@ -187,7 +220,13 @@ def _shape_problems(values: Mapping[str, Any]) -> list[str]:
         Recipe.model_validate(values)
     except ValidationError as error:
         found = [_told(dict(e)) for e in error.errors()]
-    return [*found, *_model_problems(values), *_data_problems(values)]
+    return [
+        *found,
+        *_model_problems(values),
+        *_data_problems(values),
+        *_reward_problems(values),
+        *task_problems(values),
+    ]
 
 
 def _section(values: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -213,18 +252,30 @@ def _adapter_problems(values: Mapping[str, Any]) -> list[str]:
 
 
 def _training_problems(values: Mapping[str, Any]) -> list[str]:
-    from veneer.train.config import SFTConfig
-
-    given = _section(values, "training")
+    given, task = _section(values, "training"), task_of(values)
     found = [f"training.{key}: say it {where}" for key, where in _ELSEWHERE.items() if key in given]
-    typed(SFTConfig, {key: value for key, value in given.items() if key not in _ELSEWHERE}, found, "training.")
+    rest = {key: value for key, value in given.items() if key not in _ELSEWHERE}
+    others = training_problems(task, rest)
+    found += others.values()
+    typed(settings_of(task), {key: value for key, value in rest.items() if key not in others}, found, "training.")
+    return found
+
+
+def _reward_problems(values: Mapping[str, Any]) -> list[str]:
+    given = values.get("rewards")
+    found = []
+    for number, each in enumerate(given if isinstance(given, list) else [], start=1):
+        if isinstance(each, dict) and not isinstance(each.get("function"), str):
+            found.append(f"rewards, entry {number}: its function is missing, such as exact-match or module:function")
+        if isinstance(each, dict) and not isinstance(each.get("weight", 1.0), int | float):
+            found.append(f"rewards, entry {number}: weight {each['weight']!r} must be a number")
     return found
 
 
 def _data_problems(values: Mapping[str, Any]) -> list[str]:
     data = _section(values, "data")
     found = []
-    if (data.get("prompt") is None) != (data.get("completion") is None):
+    if task_of(values) == "sft" and (data.get("prompt") is None) != (data.get("completion") is None):
         found.append("data: prompt and completion are templates that belong together; give both or neither")
     if data.get("eval") is not None and data.get("eval_fraction"):
         found.append("data: give eval (a file) or eval_fraction (a part of train), not both")
@@ -239,7 +290,7 @@ def _defaults(recipe: Recipe) -> dict[str, Any]:
     evaluates = recipe.data.eval is not None or recipe.data.eval_fraction > 0
     return {
         "bf16": False if recipe.model.dtype == "float32" else None,  # None: under autocast, as TRL trains
-        "learning_rate": usual_learning_rate(recipe.adapter),
+        "learning_rate": usual_learning_rate(recipe.adapter) * KEYS[recipe.task].rate,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.03,
         "max_grad_norm": 0.0 if steps_in_backward(recipe.training.get("optim")) else 0.3,
@@ -252,6 +303,7 @@ def _defaults(recipe: Recipe) -> dict[str, Any]:
         "eval_steps": 200 if evaluates else None,
         "gradient_checkpointing": False,
         "report_to": ["tensorboard"],
+        **({"reward_weights": recipe.reward_functions()[1]} if recipe.rewards else {}),
     }
 
 

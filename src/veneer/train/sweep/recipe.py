@@ -15,6 +15,7 @@ from veneer.train.keys import nearest
 from veneer.train.optimizer import steps_in_backward
 from veneer.train.recipe.adapter import FULL
 from veneer.train.recipe.recipe import PLACES, Recipe, beside, parse_recipe, put
+from veneer.train.recipe.tasks import task_problems
 
 PART = "sweep"
 _KEYS = ("members", "grid")
@@ -53,7 +54,7 @@ def parse_sweep(values: Mapping[str, Any], source: Path) -> Sweep:
     """
     base = {key: value for key, value in values.items() if key != PART}
     part = values[PART]
-    problems = _part_problems(part)
+    problems = [*_part_problems(part), *(told for told in task_problems(values) if told.startswith(PART))]
     if problems:
         raise ConfigError(f"{source}: " + "; ".join(problems))
     changes = [_located(each, source) for each in _changes(part)]

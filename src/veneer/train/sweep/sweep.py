@@ -168,7 +168,7 @@ def run_sweep(
     if left:
         with listening() as stop:
             first = left[0][0].recipe
-            together = Together(load_base(first.model).to(first.sft_config().device), tell, stop)
+            together = Together(load_base(first.model).to(first.training_config().device), tell, stop)
             for index, (member, going_on) in enumerate(left):
                 together.start(f"member{index}", member, going_on)
             tell(f"{len(left)} members train together")

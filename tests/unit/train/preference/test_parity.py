@@ -24,7 +24,8 @@ def lines(trainer):
 
 
 def alike(ours, theirs, keys):
-    assert len(ours) == len(theirs) > 1 and set(keys) <= theirs[0].keys()
+    assert len(ours) == len(theirs) > 1
+    assert set(keys) <= theirs[0].keys()
     for own, other in zip(ours, theirs, strict=True):
         for key in other.keys() & keys:
             assert own[key] == pytest.approx(other[key], rel=2e-4, abs=2e-6), key
@@ -34,7 +35,7 @@ def both(kind, settings, make_model, tokenizer, options, own=None, **changes):
     """The log lines of veneer's trainer and of TRL's, which starts from the adapter of PEFT with the same values."""
     own_config, trl_config = getattr(veneer, f"{kind}Config"), getattr(trl, f"{kind}Config")
     sequential = {"train_sampling_strategy": "sequential"} if kind not in ("GRPO", "RLOO") else {}
-    runs = []
+    runs, start = [], {}
     for trainer_class, config, lora in (
         (getattr(veneer, f"{kind}Trainer"), own_config, veneer.LoraConfig),
         (getattr(trl, f"{kind}Trainer"), trl_config, peft.LoraConfig),

@@ -37,14 +37,13 @@ def test_the_commented_recipe_is_valid_and_names_only_keys_that_do_something(wri
     text = commented_recipe()
     recipe = load_recipe(written(text))
     assert recipe.adapter_config() == LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear")
-    assert recipe.sft_config().learning_rate == 2e-4
+    assert recipe.training_config().learning_rate == 2e-4
     optional = [line.strip()[2:] for line in text.splitlines() if line.strip().startswith("# ") and ": " in line]
     keys = {"attention", "eval", "prompt", "completion", "chat", "system", "limit", "optim_args", "lora_plus"}
     found = {line.split(":")[0]: line.partition(": ")[2] for line in optional if line.split(":")[0] in keys}
     assert found.keys() == keys
-    assert (
-        recipe_with(training={key: yaml.safe_load(found[key]) for key in ("lora_plus",)}).sft_config().lora_plus == 16
-    )
+    uncommented = recipe_with(training={"lora_plus": yaml.safe_load(found["lora_plus"])})
+    assert uncommented.training_config().lora_plus == 16
     assert "METHODS" not in text
     assert all(f" {name} |" in text or f"| {name}" in text for name in method_names())
 
@@ -122,7 +121,7 @@ def test_every_method_of_the_registry_has_a_name():
         own = {k: v for k, v in needed.items() if k in cls.__dataclass_fields__}
         recipe = recipe_with(adapter={"method": peft_type.lower(), **own})
         assert type(recipe.adapter_config()) is cls
-        assert recipe.sft_config().learning_rate == cls.usual_learning_rate
+        assert recipe.training_config().learning_rate == cls.usual_learning_rate
 
 
 def test_a_method_dropped_into_the_folder_is_known(dropped_method):
@@ -148,12 +147,12 @@ def test_float32_is_float32_unless_autocast_is_asked_for(written):
         ("training.bf16=true", True),
     ):
         recipe = load_recipe(written(values(model={"source": "somewhere", "dtype": "float32"})), [override])
-        assert recipe.sft_config().bf16 is autocast
+        assert recipe.training_config().bf16 is autocast
 
 
 def test_numbers_that_yaml_reads_as_text_are_numbers(written):
     recipe = load_recipe(written(values()), ["training.learning_rate=3e-4", "adapter.target_modules=[q_proj]"])
-    assert recipe.sft_config().learning_rate == 3e-4
+    assert recipe.training_config().learning_rate == 3e-4
     assert recipe.adapter_config().target_modules == ("q_proj",)
 
 

@@ -1,0 +1,95 @@
+"""The tasks of a recipe, and the keys that belong to each: the one table that says so."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+Task = Literal["sft", "dpo", "kto", "reward", "grpo", "rloo"]
+TASKS: tuple[Task, ...] = get_args(Task)
+
+_ALL = frozenset({"prompt", "chat", "system"})
+
+
+@dataclass(frozen=True, slots=True)
+class TaskKeys:
+    """What belongs to one task beside the keys that all tasks have.
+
+    ``trainer`` and ``settings``: where the trainer and its config are; the keys of ``training`` are the fields of that
+    config. ``data``: keys of the part ``data``. ``rewards``: it needs the part ``rewards``. ``rate``: its usual
+    learning rate as a share of that of supervised fine-tuning with the same method.
+    """
+
+    trainer: str
+    settings: str
+    data: frozenset[str]
+    rewards: bool = False
+    rate: float = 1.0
+
+
+_PREFERENCE = "veneer.train.preference"
+KEYS: Mapping[Task, TaskKeys] = {
+    "sft": TaskKeys(
+        "veneer.train.trainer:SFTTrainer", "veneer.train.config:SFTConfig", _ALL | {"completion", "train_on"}
+    ),
+    "dpo": TaskKeys(f"{_PREFERENCE}.dpo:DPOTrainer", f"{_PREFERENCE}.config:DPOConfig", _ALL, rate=0.1),
+    "kto": TaskKeys(f"{_PREFERENCE}.kto:KTOTrainer", f"{_PREFERENCE}.config:KTOConfig", _ALL, rate=0.1),
+    "reward": TaskKeys(f"{_PREFERENCE}.reward:RewardTrainer", f"{_PREFERENCE}.config:RewardConfig", _ALL),
+    "grpo": TaskKeys(
+        f"{_PREFERENCE}.grpo:GRPOTrainer", f"{_PREFERENCE}.config:GRPOConfig", _ALL, rewards=True, rate=0.1
+    ),
+    "rloo": TaskKeys(
+        f"{_PREFERENCE}.rloo:RLOOTrainer", f"{_PREFERENCE}.config:RLOOConfig", _ALL, rewards=True, rate=0.1
+    ),
+}
+
+
+def task_of(values: Mapping[str, Any]) -> Task:
+    """The task of a recipe's values; sft where they name none, or one that does not exist (which is told elsewhere)."""
+    given = values.get("task", "sft")
+    return given if given in KEYS else "sft"
+
+
+def settings_of(task: Task) -> Any:
+    """The config class of a task's trainer."""
+    return _found(KEYS[task].settings)
+
+
+def trainer_of(task: Task) -> Any:
+    """The trainer class of a task."""
+    return _found(KEYS[task].trainer)
+
+
+def task_problems(values: Mapping[str, Any]) -> Iterator[str]:
+    """Keys of other tasks, each with those that it belongs to."""
+    task = task_of(values)
+    data = values.get("data")
+    own = frozenset().union(*(keys.data for keys in KEYS.values()))
+    for key in data if isinstance(data, Mapping) else ():
+        if key in own - KEYS[task].data:
+            yield f"data.{key}: {_belongs([t for t in TASKS if key in KEYS[t].data], task)}"
+    rewards = values.get("rewards")
+    if rewards and not KEYS[task].rewards:
+        yield f"rewards: {_belongs([t for t in TASKS if KEYS[t].rewards], task)}"
+    if KEYS[task].rewards and not rewards:
+        yield f"rewards: is missing; {task} learns from rewards, such as [{{function: exact-match, column: answer}}]"
+    if task != "sft" and "sweep" in values:
+        yield f"sweep: {_belongs(['sft'], task)}; run the recipe once for each value (--set key=value --set output=…)"
+
+
+def training_problems(task: Task, given: Mapping[str, Any]) -> dict[str, str]:
+    """What is wrong with the keys of ``training`` that are settings of other tasks alone, by key."""
+    known = {name: {f.name for f in fields(settings_of(name)) if f.init} for name in TASKS}
+    others = {key: [name for name in TASKS if key in known[name]] for key in given if key not in known[task]}
+    return {key: f"training.{key}: {_belongs(names, task)}" for key, names in others.items() if names}
+
+
+def _belongs(names: list[Any], task: Task) -> str:
+    return f"belongs to task {', '.join(names)}, and the task here is {task}; drop it"
+
+
+def _found(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
