@@ -12,6 +12,7 @@ from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
 from veneer.data.files import Row, names_a_file, numbered_rows, raise_all, require_one_form
+from veneer.data.preference import PreferenceReader
 from veneer.data.templates import fill_template
 from veneer.errors import ConfigError, DataError
 
@@ -115,7 +116,7 @@ def form_of(row: Mapping[str, Any]) -> str:
     return "messages" if "messages" in row else "text" if "text" in row else "prompt-completion"
 
 
-def load_rows(source: str | Path, reader: RowReader, limit: int | None = None) -> Dataset:
+def load_rows(source: str | Path, reader: RowReader | PreferenceReader, limit: int | None = None) -> Dataset:
     """All rows of a source (or the first ``limit``), read.
 
     ``source``: a .jsonl, .json (a list of objects) or .parquet file, or a hub id, ``name`` or ``name:split``.

@@ -14,7 +14,10 @@ from veneer.errors import ConfigError
 from veneer.train.optimizer import optimizer_problems
 
 # As a base in earnest, TrainingArguments would put its own defaults in front of those that TRL gives its fields.
-_Arguments = TrainingArguments if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    from transformers import TrainingArguments as _Arguments
+else:
+    _Arguments = object
 
 
 @dataclass

@@ -198,8 +198,9 @@ class RunTrainer(ResumableTrainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         lengths = self.lengths_of(data) if strategy == "group_by_length" else [1] * len(data)
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * n_processes()
-        self.order = EpochSampler(lengths, seed, step if strategy == "group_by_length" else None)
-        return self.order
+        order = EpochSampler(lengths, seed, step if strategy == "group_by_length" else None)
+        self.order = order
+        return order
 
     def lengths_of(self, rows: Dataset) -> list[int]:
         """The tokens of each row, by which rows of like length come together."""

@@ -123,7 +123,7 @@ class GeneratingTrainer(PreferenceTrainer):
                 f"{len(rows)} prompts are fewer than the {prompts} that one batch of completions takes: give more "
                 "rows, or a smaller per_device_train_batch_size"
             )
-        self.order = EpochRepeatSampler(
+        order = EpochRepeatSampler(
             rows,
             mini_repeat_count=self.num_generations,
             batch_size=prompts,
@@ -131,7 +131,8 @@ class GeneratingTrainer(PreferenceTrainer):
             shuffle=self.shuffle_dataset,
             seed=self.args.seed,
         )
-        return self.order
+        self.order = order
+        return order
 
     def counters(self) -> dict[str, Any]:
         """Besides, how many micro-batches were trained on."""

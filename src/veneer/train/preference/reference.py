@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -81,4 +81,4 @@ class Placeholder(nn.Module):
 
 
 def _frozen_copy(module: nn.Module) -> nn.Module:
-    return cast(nn.Module, copy.deepcopy(module).requires_grad_(False))
+    return copy.deepcopy(module).requires_grad_(False)

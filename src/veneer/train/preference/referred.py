@@ -32,6 +32,8 @@ class ReferredTrainer(PreferenceTrainer):
     task: ClassVar[Task]
     settings: ClassVar[type[Any]]
     ref_model: nn.Module | None
+    train_dataset: Any
+    eval_dataset: Any
 
     def __init__(
         self,

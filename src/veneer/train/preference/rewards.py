@@ -127,8 +127,8 @@ def _imported(name: str, folder: Path) -> Reward:
     module = _module(place, folder, name)
     found = getattr(module, attribute, None)
     if not callable(found):
-        known = sorted(key for key, value in vars(module).items() if inspect.isfunction(value))
-        raise ConfigError(f"{name!r}: {place} has no function {attribute!r}; it has {', '.join(known) or 'none'}")
+        functions = sorted(key for key, value in vars(module).items() if inspect.isfunction(value))
+        raise ConfigError(f"{name!r}: {place} has no function {attribute!r}; it has {', '.join(functions) or 'none'}")
     return found  # type: ignore[no-any-return]
 
 

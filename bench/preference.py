@@ -1,0 +1,175 @@
+"""A DPO step of SmolLM2-135M-Instruct beside TRL with PEFT, and a short run that moves a held-out preference.
+
+    python bench/preference.py pairs ROWS.jsonl PAIRS.jsonl      pairs from rows of prompt and completion
+    python bench/preference.py step PAIRS.jsonl                  time and memory of a step, both sides in turns
+    python bench/preference.py learn PAIRS.jsonl HELD_OUT.jsonl  accuracy before and after
+
+A pair is a row's own completion and that of another row. Each measurement of a step is a process of its own; losses of
+both sides are compared first (same start, dropout off).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+PAIRS, MAX_LENGTH, TOLERANCE = 4, 256, 0.02
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["pairs", "step", "learn", "side"])
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--side", default="veneer", choices=["veneer", "peer"])
+    parser.add_argument("--dropout", type=float, default=0.05)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    {"pairs": make_pairs, "step": compare, "learn": learn, "side": one_side}[options.what](options)
+
+
+def make_pairs(options: argparse.Namespace) -> None:
+    """Write pairs: a row's own completion, and that of the row seven further on."""
+    rows = [json.loads(line) for line in options.files[0].read_text().splitlines()]
+    others = [rows[(i + 7) % len(rows)]["completion"] for i in range(len(rows))]
+    pairs = [
+        {"prompt": row["prompt"], "chosen": row["completion"], "rejected": other}
+        for row, other in zip(rows, others, strict=True)
+        if row["completion"] != other
+    ]
+    options.files[1].write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+
+
+def trainer_of(options: argparse.Namespace, side: str, **changes: Any) -> Any:
+    """The trainer of a side; LoRA of rank 16 on all linear layers, no checkpointing, autocast to bfloat16."""
+    import torch
+    from datasets import Dataset
+
+    from veneer.store.source import load_model, load_tokenizer
+
+    if side == "veneer":
+        import veneer as adapters
+        import veneer as trainers
+    else:
+        import peft as adapters
+        import trl as trainers
+    sets = [Dataset.from_list([json.loads(line) for line in file.read_text().splitlines()]) for file in options.files]
+    args = trainers.DPOConfig(
+        **{
+            "output_dir": tempfile.mkdtemp(), "max_steps": options.steps, "logging_steps": 1, "save_strategy": "no",
+            "report_to": "none", "per_device_train_batch_size": PAIRS, "max_length": MAX_LENGTH, "learning_rate": 5e-5,
+            "gradient_checkpointing": False, "disable_dropout": options.dropout == 0, "disable_tqdm": True,
+            "train_sampling_strategy": "sequential", "use_cpu": not torch.cuda.is_available(), **changes,
+        }
+    )  # fmt: skip
+    lora = {"r": 16, "lora_alpha": 32, "lora_dropout": options.dropout, "target_modules": "all-linear"}
+    return trainers.DPOTrainer(
+        load_model(options.model),
+        args=args,
+        train_dataset=sets[0],
+        eval_dataset=sets[1] if len(sets) > 1 else None,
+        processing_class=load_tokenizer(options.model),
+        peft_config=adapters.LoraConfig(**lora),
+    )
+
+
+def one_side(options: argparse.Namespace) -> None:
+    """Train some steps and print their seconds, losses and the growth of peak memory, as JSON."""
+    from transformers import TrainerCallback
+
+    from resident import forget_high_water, high_water_mb
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        seconds: list[float]
+        began: float
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self.seconds = []
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.seconds.append(time.perf_counter() - self.began)
+
+    trainer, clock = trainer_of(options, options.side), Clock()
+    trainer.add_callback(clock)
+    forget_high_water()
+    before = high_water_mb()
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    print(json.dumps({"seconds": clock.seconds[1:], "losses": losses, "mb": high_water_mb() - before}))
+
+
+def measured(options: argparse.Namespace, side: str, dropout: float) -> dict[str, Any]:
+    """What `one_side` prints in a process of its own."""
+    command = [
+        sys.executable, __file__, "side", str(options.files[0]), "--side", side, "--dropout", str(dropout),
+        "--steps", str(options.steps), "--model", options.model,
+    ]  # fmt: skip
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise SystemExit(run.stderr)
+    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    return found
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Print medians of both sides, taken in turns. SystemExit where the first losses part."""
+    times: dict[str, list[float]] = {"peer": [], "veneer": []}
+    memory: dict[str, list[float]] = {"peer": [], "veneer": []}
+    for _ in range(options.repeats):
+        for side in times:
+            found = measured(options, side, options.dropout)
+            if abs(found["losses"][0] - 0.693147) > TOLERANCE:
+                raise SystemExit(f"{side}: the first loss is {found['losses'][0]}, not ln 2")
+            times[side].append(statistics.median(found["seconds"]))
+            memory[side].append(found["mb"])
+    middle = {side: (statistics.median(times[side]), statistics.median(memory[side])) for side in times}
+    for side, (seconds, mb) in middle.items():
+        print(f"{side}: {seconds:.2f} s a step ({min(times[side]):.2f}-{max(times[side]):.2f}), {mb:.0f} MB")
+    ratios = [own / other for own, other in zip(middle["veneer"], middle["peer"], strict=True)]
+    print("time {:.2f}x, memory {:.2f}x".format(*ratios))
+
+
+def learn(options: argparse.Namespace) -> None:
+    """Train, and print the share of held-out pairs whose chosen answer is the more probable one, before and after."""
+    trainer = trainer_of(
+        options, "veneer", warmup_steps=5, lr_scheduler_type="cosine", train_sampling_strategy="random"
+    )
+
+    def accuracies() -> tuple[float, float]:
+        import torch
+
+        from veneer.train.preference.scores import ScoredModel, Scoring
+
+        with torch.no_grad():
+            found, total = 0, 0
+            for batch in trainer.get_eval_dataloader():
+                labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+                inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+                own = ScoredModel(trainer.model, Scoring(details=False))(
+                    **inputs, labels=labels, fused_lm_head=True
+                ).log_probs.sum(dim=1)
+                chosen, rejected = own.chunk(2)
+                found, total = found + int((chosen > rejected).sum()), total + len(chosen)
+        return found / total, total
+
+    before, total = accuracies()
+    trainer.train()
+    after, _ = accuracies()
+    rewards = trainer.evaluate()["eval_rewards/accuracies"]
+    print(f"{total} held-out pairs: chosen more probable {before:.1%} before, {after:.1%} after {options.steps} steps;")
+    print(f"rewards prefer the chosen one in {rewards:.1%}")
+
+
+if __name__ == "__main__":
+    main()
