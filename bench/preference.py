@@ -11,6 +11,7 @@ both sides are compared first (same start, dropout off).
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import statistics
 import subprocess
@@ -56,11 +57,9 @@ def trainer_of(options: argparse.Namespace, side: str, **changes: Any) -> Any:
     from veneer.store.source import load_model, load_tokenizer
 
     if side == "veneer":
-        import veneer as adapters
-        import veneer as trainers
+        adapters = trainers = importlib.import_module("veneer")
     else:
-        import peft as adapters
-        import trl as trainers
+        adapters, trainers = importlib.import_module("peft"), importlib.import_module("trl")
     sets = [Dataset.from_list([json.loads(line) for line in file.read_text().splitlines()]) for file in options.files]
     args = trainers.DPOConfig(
         **{
