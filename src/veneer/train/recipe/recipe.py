@@ -188,7 +188,7 @@ def parse_recipe(values: Mapping[str, Any], name: str = "recipe") -> Recipe:
         except (ValueError, TypeError) as error:  # ConfigError is a ValueError, and what Trainer raises is one too
             problems.append(str(error))
     if problems:
-        raise ConfigError(f"{name}: " + "; ".join(problems))
+        raise ConfigError(f"{name}: " + "; ".join(dict.fromkeys(problems)))
     return recipe
 
 

@@ -1,0 +1,135 @@
+"""``veneer train`` for preferences and rewards, on a tiny random model: fine-tuned, preferred, rewarded, resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from models import byte_tokenizer, llama_config
+from veneer import AutoPeftModelForSequenceClassification
+from veneer.cli.app import app
+from veneer.train.checkpoint import checkpoints
+
+TRAINING = {
+    "max_steps": 4, "logging_steps": 1, "per_device_train_batch_size": 4, "bf16": False, "disable_tqdm": True,
+    "save_steps": 2, "learning_rate": 0.01, "report_to": "none",
+}  # fmt: skip
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A base, pairs, labelled answers and prompts."""
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(3)
+    config = llama_config(vocab_size=len(tokenizer), initializer_range=0.3)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    rows = {
+        "pairs": [{"prompt": f"say {i} ", "chosen": "yes" + "a" * i, "rejected": "no" + "b" * i} for i in range(13)],
+        "labels": [
+            {"prompt": f"say {i} ", "completion": "yes" * (i % 2) + "no", "label": bool(i % 2)} for i in range(13)
+        ],
+        "prompts": [{"question": f"{i}+1", "answer": str(i + 1)} for i in range(13)],
+    }
+    for name, made in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, made)))
+    return tmp_path
+
+
+def write(project: Path, task: str, data: dict[str, Any], **changes: Any) -> Path:
+    recipe = {
+        "task": task, "model": {"source": "base"}, "adapter": {"method": "lora", "r": 3, "lora_alpha": 5}, "data": data,
+        "training": TRAINING, "output": str(project / task), **changes,
+    }  # fmt: skip
+    path = project / f"{task}.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def train(path: Path, *options: str) -> str:
+    result = CliRunner().invoke(app, ["train", str(path), *options])
+    assert result.exit_code == 0, result.output + result.stderr
+    return result.output + result.stderr
+
+
+def test_an_adapter_is_fine_tuned_and_then_preferred(project: Path) -> None:
+    train(write(project, "sft", {"train": "labels.jsonl"}))
+    parent = project / "sft" / "adapter"
+    output = train(write(project, "dpo", {"train": "pairs.jsonl", "eval_fraction": 0.3}, adapter={"from": str(parent)}))
+    assert "step 1/4  loss 0.6931" in output
+    assert "held-out accuracy" in output
+    record = json.loads((project / "dpo" / "run.json").read_text())
+    assert record["parent"]["from"] == str(parent)
+    assert record["parent"]["blake2b"] in (project / "dpo" / "adapter" / "README.md").read_text()
+    names = sorted(path.name for path in (project / "dpo" / "adapter").iterdir() if path.suffix == ".safetensors")
+    assert names == ["adapter_model.safetensors"]
+    assert record["log"][0]["rewards/chosen"] == 0.0 != record["log"][3]["rewards/chosen"]
+
+
+def test_kto_and_its_labels(project: Path) -> None:
+    output = train(write(project, "kto", {"train": "labels.jsonl"}))
+    assert "step 1/4  loss 0.5000" in output
+
+
+def test_a_reward_model_is_saved_with_its_head(project: Path) -> None:
+    output = train(write(project, "reward", {"train": "pairs.jsonl", "eval_fraction": 0.3}))
+    assert "score ×1" in output
+    assert "held-out accuracy" in output
+    loaded = AutoPeftModelForSequenceClassification.from_pretrained(project / "reward" / "adapter", num_labels=1)
+    saved = load_file(project / "reward" / "adapter" / "adapter_model.safetensors")
+    (head,) = (value for key, value in saved.items() if "score" in key)
+    states = torch.randn(5, 24)
+    torch.testing.assert_close(loaded.score(states), states @ head.T)
+
+
+def test_grpo_with_rewards_by_name(project: Path) -> None:
+    (project / "own.py").write_text(
+        "def vowels(completions, **row):\n    return [c.count('a') / 7 for c in completions]\n"
+    )
+    training = {**TRAINING, "num_generations": 2, "max_completion_length": 5, "beta": 0.1, "max_steps": 3}
+    rewards = ["own.py:vowels", {"function": "length", "target": 3, "weight": 0.5}]
+    data = {"train": "prompts.jsonl", "prompt": "What is {question}? "}
+    train(write(project, "grpo", data, rewards=rewards, training=training))
+    log = json.loads((project / "grpo" / "run.json").read_text())["log"]
+    assert log[0]["kl"] == 0.0 != log[2]["kl"]
+    assert {"rewards/vowels/mean", "rewards/length/mean"} <= log[0].keys()
+
+
+def start(path: Path, *options: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "veneer", "train", str(path), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_dpo_killed_and_resumed_is_the_run_that_was_not(project: Path) -> None:
+    training = {**TRAINING, "max_steps": 12, "save_steps": 1, "logging_steps": 5}
+    path = write(project, "dpo", {"train": "pairs.jsonl"}, training=training)
+    whole = start(path, "--set", f"output={project / 'whole'}")
+    process = start(path)
+    while process.poll() is None and len(checkpoints(project / "dpo")) == 0:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert whole.communicate()[0] is not None
+    assert whole.returncode == 0
+    resumed = start(path, "--resume")
+    told = resumed.communicate()
+    assert resumed.returncode == 0, told
+    weights = [(project / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("whole", "dpo")]
+    assert weights[0] == weights[1]
+    logs = [json.loads((project / name / "run.json").read_text())["log"] for name in ("whole", "dpo")]
+    kept = [[{k: v for k, v in line.items() if not k.startswith(("train_", "total_"))} for line in log] for log in logs]
+    assert kept[0] == kept[1]

@@ -1,0 +1,99 @@
+"""Reward functions: those that are built in, and what those of users may return."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+from datasets import Dataset
+
+from veneer import GRPOConfig, GRPOTrainer, LoraConfig
+from veneer.errors import ConfigError, DataError, TrainingError
+from veneer.train.preference.rewards import checked_reward, exact_match, length, regex, reward_function
+
+from .conftest import LORA
+
+CHAT = [[{"role": "assistant", "content": "so #### 12"}], [{"role": "assistant", "content": "#### 3 #### 4"}]]
+
+
+def test_built_in_rewards():
+    assert exact_match([" 12", "x"], answer=["12 ", "y"]) == [1.0, 0.0]
+    assert exact_match(CHAT, answer=["12", "3"], pattern=r"#### (\d+)") == [1.0, 0.0]
+    assert exact_match(CHAT, answer=["so #### 12", "#### 4"], pattern=r"#### (\d+)") == [1.0, 1.0]
+    assert exact_match(["a"], gold=["a"], column="gold") == [1.0]
+    assert regex(CHAT, pattern="3.*4") == [0.0, 1.0]
+    assert length(["", "", ""], target=4, completion_ids=[[1] * 4, [1] * 3, [1] * 9]) == [1.0, 0.75, 0.0]
+    with pytest.raises(DataError, match=r"the column 'answer', and the rows have \['prompt', 'gold'\]"):
+        exact_match(["a"], gold=["a"], prompts=["b"])
+
+
+@pytest.mark.parametrize(
+    ("returned", "alone", "message"),
+    [
+        (None, True, "the reward function wrong returned None: it must return a list with one number"),
+        ([1.0], True, "returned 1 rewards for 2 completions: it must return one for each"),
+        ([1.0, None], True, r"returned None for completion 2.*None, for no opinion, is for one of several"),
+        ([float("nan"), 1.0], False, "returned nan for completion 1: a reward is a finite number"),
+        ([1.0, float("inf")], False, "returned inf for completion 2"),
+        (["good", 1.0], True, "returned 'good' for completion 1"),
+        ("12", True, "returned '12'"),
+    ],
+)
+def test_what_a_reward_function_may_not_return(returned, alone, message):
+    def wrong(completions, **row):
+        return returned
+
+    with pytest.raises(TrainingError, match=message):
+        checked_reward(wrong, alone=alone)(prompts=["a", "b"], completions=["c", "d"])
+
+
+def test_one_of_several_may_have_no_opinion():
+    assert checked_reward(lambda completions, **row: [None, True], alone=False)(completions=["a", "b"]) == [None, True]
+
+
+def test_settings_are_bound_and_refused():
+    bound = reward_function("regex", {"pattern": "a+"})
+    assert bound.__name__ == "regex"
+    assert isinstance(bound, functools.partial)
+    with pytest.raises(ConfigError, match=r"math:fsum: wrong: it takes no such argument; it must take \*\*row"):
+        reward_function("math:fsum", {"wrong": 1})
+
+
+def test_a_run_ends_with_the_name_of_the_function(make_model, tokenizer, settings):
+    def short(completions, **row):
+        return [1.0]
+
+    rows = Dataset.from_list([{"prompt": f"say {i}"} for i in range(5)])
+    changes = {"per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 3}
+    made = {"train_dataset": rows, "processing_class": tokenizer, "peft_config": LoraConfig(**LORA)}
+    trainer = GRPOTrainer(make_model(), short, GRPOConfig(**{**settings, **changes}), **made)
+    with pytest.raises(TrainingError, match="the reward function short returned 1 rewards for 4 completions"):
+        trainer.train()
+    with pytest.raises(ConfigError, match="reward_funcs is empty"):
+        GRPOTrainer(make_model(), [], GRPOConfig(**{**settings, **changes}), **made)
+    few = {**made, "train_dataset": rows.select(range(1))}
+    with pytest.raises(DataError, match="1 prompts are fewer than the 2 that one batch of completions takes"):
+        GRPOTrainer(make_model(), short, GRPOConfig(**{**settings, **changes}), **few).train()
+
+
+def test_completions_trained_on_over_several_steps_are_in_the_checkpoint(make_model, tokenizer, settings):
+    rows = Dataset.from_list([{"prompt": f"say {i}"} for i in range(11)])
+    args = GRPOConfig(
+        **{
+            **settings, "per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 5,
+            "num_iterations": 2, "beta": 0.1, "max_steps": 7, "save_strategy": "steps", "save_steps": 3,
+        }
+    )  # fmt: skip
+
+    def reward(completions, **row):
+        return [len(text) / 7 for text in completions]
+
+    def run(resume):
+        made = {"train_dataset": rows, "processing_class": tokenizer, "peft_config": LoraConfig(**LORA)}
+        trainer = GRPOTrainer(make_model(), reward, args, **made)
+        trainer.train(resume_from_checkpoint=resume)
+        return [(line["loss"], line["grad_norm"], line["kl"]) for line in trainer.state.log_history if "loss" in line]
+
+    whole = run(None)
+    folder = f"{settings['output_dir']}/checkpoint-3"
+    assert run(folder) == whole

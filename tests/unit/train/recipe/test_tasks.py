@@ -1,0 +1,141 @@
+"""Tasks of a recipe: which keys belong to which, reward functions by name, and a saved adapter that is trained on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import yaml
+from transformers import LlamaForCausalLM
+
+import veneer
+from models import llama_config
+from veneer import DPOConfig, GRPOConfig, IA3Config, LoraConfig, get_peft_model
+from veneer.errors import ConfigError
+from veneer.train.recipe.recipe import load_recipe, parse_recipe
+from veneer.train.recipe.tasks import TASKS, settings_of, trainer_of
+from veneer.train.sweep.recipe import parse_sweep
+
+REWARDS = [{"function": "exact-match", "column": "answer", "weight": 0.7}, "regex"]
+
+
+def values(task="dpo", **changes):
+    base = {
+        "task": task, "model": {"source": "base"}, "data": {"train": "rows.jsonl"}, "output": "runs/x",
+        **({"rewards": ["exact-match"]} if task in ("grpo", "rloo") else {}),
+    }  # fmt: skip
+    return {**base, **changes}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_has_a_trainer_and_settings_of_its_own(task):
+    recipe = parse_recipe(values(task))
+    args = recipe.training_config()
+    assert isinstance(args, settings_of(task))
+    assert args.learning_rate == pytest.approx(2e-4 if task in ("sft", "reward") else 2e-5)
+    assert trainer_of(task).__name__ in veneer.__all__
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "dop"}, r"task: 'dop' does not fit \(Input should be 'sft', 'dpo', 'kto', 'reward', 'grpo' or 'rloo'"),
+        ({"task": "sft", "training": {"beta": 0.2}}, "training.beta: belongs to task dpo, kto, grpo, rloo, and the task here is sft"),
+        ({"training": {"num_generations": 4}}, "training.num_generations: belongs to task grpo, rloo, and the task here is dpo"),
+        ({"training": {"bta": 0.2}}, "training.bta: unknown key; the nearest is 'beta'"),
+        ({"training": {"packing": True}}, "training.packing: belongs to task sft"),
+        ({"data": {"train": "r", "train_on": "answers"}}, "data.train_on: belongs to task sft, and the task here is dpo"),
+        ({"data": {"train": "r", "completion": "{a}"}}, "data.completion: belongs to task sft"),
+        ({"rewards": ["regex"]}, "rewards: belongs to task grpo, rloo, and the task here is dpo"),
+        ({"task": "grpo"}, "rewards: is missing; grpo learns from rewards"),
+        ({"task": "kto", "training": {"per_device_train_batch_size": 1}}, "leaves KTO nothing to estimate its KL term"),
+        ({"task": "grpo", "rewards": ["exact-mach"]}, "'exact-mach' is no reward function.*the nearest is 'exact-match'"),
+        ({"task": "grpo", "rewards": ["regex"]}, "the reward function regex: pattern: is missing"),
+        ({"task": "grpo", "rewards": [{"function": "regex", "pattern": "("}]}, "pattern: '\\(' is no regular expression"),
+        ({"task": "grpo", "rewards": [{"function": "length", "target": 0}]}, "target: 0 must be a number of tokens"),
+        ({"task": "grpo", "rewards": [{"function": "length", "goal": 3}]}, "goal: unknown key.*target: is missing"),
+        ({"task": "grpo", "rewards": [{"pattern": "a"}]}, "rewards, entry 1: its function is missing"),
+        ({"task": "grpo", "rewards": ["no_such_module:f"]}, "no_such_module cannot be imported.*ModuleNotFoundError"),
+        ({"task": "grpo", "rewards": ["no.py:f"]}, "there is no file no.py"),
+        ({"task": "grpo", "rewards": ["math:square"]}, "math has no function 'square'"),
+        (
+            {"task": "grpo", "rewards": ["exact-match"], "training": {"per_device_train_batch_size": 6, "num_generations": 4}},
+            r"per_device_train_batch_size=6 × 1 steps × 1 processes = 6 completions are not a multiple of "
+            r"num_generations=4.*use per_device_train_batch_size=8",
+        ),
+        (
+            {"task": "grpo", "rewards": ["exact-match"], "training": {"num_generations": 1}},
+            "num_generations=1 must be at least 2",
+        ),
+    ],
+)  # fmt: skip
+def test_keys_of_other_tasks_and_wrong_rewards_are_told(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_recipe({**values(), **changes})
+
+
+def test_rewards_are_functions_with_weights(tmp_path):
+    (tmp_path / "own.py").write_text("def short(completions, **row):\n    return [1.0 for _ in completions]\n")
+    rewards = [*REWARDS[:1], "own.py:short"]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values("grpo", rewards=rewards)))
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    functions, weights = recipe.reward_functions()
+    assert weights == [0.7, 1.0] == recipe.training_config().reward_weights
+    assert isinstance(recipe.training_config(), GRPOConfig)
+    assert functions[0](completions=[" 7 ", "8"], answer=["7", "9"]) == [1.0, 0.0]
+    assert functions[1](completions=["a"]) == [1.0]
+
+
+def test_a_sweep_is_for_supervised_fine_tuning(tmp_path):
+    with pytest.raises(ConfigError, match="sweep: belongs to task sft, and the task here is dpo"):
+        parse_sweep(values(sweep={"grid": {"training.learning_rate": [1e-4, 1e-5]}}), tmp_path / "r.yaml")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    torch.manual_seed(3)
+    model = get_peft_model(
+        LlamaForCausalLM(llama_config()), LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj"], lora_dropout=0.1)
+    )
+    model.save_pretrained(tmp_path / "saved")
+    return str(tmp_path / "saved")
+
+
+def test_a_saved_adapter_is_trained_on_as_it_is(saved):
+    recipe = parse_recipe(values(adapter={"from": saved, "lora_dropout": 0.3}))
+    config = recipe.adapter_config()
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (3, 5, 0.3)
+    assert recipe.method == "lora"
+    assert isinstance(recipe.training_config(), DPOConfig)
+    parse_recipe(values(adapter={"from": saved, "method": "lora", "r": 3, "target_modules": ["q_proj"]}))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        ({"r": 4}, r"adapter.r: 4 here, 3 in .*saved\. An adapter that is trained on stays the adapter that it is"),
+        ({"r": 4, "lora_alpha": 7}, "adapter.r: 4 here, 3 in .*; adapter.lora_alpha: 7 here, 5 in"),
+        ({"target_modules": ["v_proj"]}, r"adapter.target_modules: \['v_proj'\] here, \['q_proj'\] in"),
+        ({"method": "ia3"}, "adapter.method: ia3 here, lora in"),
+        ({"method": "dora"}, "adapter.method: dora here, lora in"),
+        ({"method": "full"}, "adapter.method: full here, lora in"),
+        ({"method": "lroa"}, "adapter.method: 'lroa' must be one of"),
+        ({"rank": 3}, "adapter.rank: unknown key; the nearest is 'r'"),
+    ],
+)
+def test_what_a_saved_adapter_is_may_not_differ(saved, adapter, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_recipe(values(adapter={"from": saved, **adapter}))
+
+
+def test_a_place_without_an_adapter_is_told(tmp_path):
+    with pytest.raises(ConfigError, match="no-such-folder"):
+        parse_recipe(values(adapter={"from": str(tmp_path / "no-such-folder")}))
+    with pytest.raises(ConfigError, match="adapter.from: 3 must be the folder of a saved adapter"):
+        parse_recipe(values(adapter={"from": 3}))
+
+
+def test_another_method_goes_on_under_its_own_name(tmp_path):
+    get_peft_model(LlamaForCausalLM(llama_config()), IA3Config()).save_pretrained(tmp_path)
+    recipe = parse_recipe(values("sft", adapter={"from": str(tmp_path)}))
+    assert recipe.method == "ia3"
+    assert recipe.training_config().learning_rate == IA3Config.usual_learning_rate
