@@ -68,7 +68,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
             raise TrainingError(
                 f"{folder} was trained on other data (or another tokenizer, max_length or packing) than this run has, "
                 f"so the run cannot continue as if nothing had happened: give it the same data, or start a new run "
-                f"from the adapter in that folder"
+                f"from the adapter in that folder (adapter.from in a recipe)"
             )
         by_main(lambda: drop_partial(run))
         self.progress = Progress.from_dict(counted)

@@ -240,6 +240,7 @@ def require_fresh(output: Path, resume: bool) -> None:
     if not resume and saved:
         raise ConfigError(
             f"{output} holds the {saved[0]} that a run saved: choose another output (--set output=…), or move it away"
+            + ("; adapter.from trains it on, in another output" if saved[0] == ADAPTER else "")
         )
 
 
