@@ -3,18 +3,17 @@
 
 #include <cstdint>
 
+#include "core/activations.h"
 #include "core/isa.h"
 #include "core/numeric.h"
 #include "core/rows.h"
 
 namespace veneer {
 
-enum class Activation : int { silu = 0, gelu = 1, gelu_tanh = 2 };
-
 struct GluSizes {
   int64_t n, d;
   Dtype dtype;
-  Activation activation;
+  Activation activation;  // silu, gelu or gelu_tanh
 };
 
 struct GluKernels {

@@ -9,34 +9,6 @@ namespace {
 
 constexpr int64_t grain_values = 1 << 13;
 
-struct ValueAndSlope {
-  lanes value, slope;
-};
-
-struct Silu {
-  static ValueAndSlope at(lanes x) {
-    const Sigmoid s = sigmoid(x);
-    return {x * s.value, s.value * (1.0f + x * s.rest)};
-  }
-};
-
-struct Gelu {
-  static ValueAndSlope at(lanes x) {
-    const lanes cdf = normal_cdf(x);
-    return {x * cdf, cdf + x * exp(-0.5f * x * x) * 0.3989422804f};
-  }
-};
-
-struct GeluTanh {
-  static ValueAndSlope at(lanes x) {
-    constexpr float inner = 0.7978845608f, cubic = 0.044715f;
-    // (1 + tanh u) / 2 is sigmoid(2 u), which keeps its precision where tanh nears -1.
-    const lanes square = x * x;
-    const Sigmoid s = sigmoid(2.0f * inner * x * (1.0f + cubic * square));
-    return {x * s.value, s.value + 2.0f * inner * x * s.value * s.rest * (1.0f + 3.0f * cubic * square)};
-  }
-};
-
 template <class T, class Act>
 void forward_typed(const GluSizes& sizes, const Rows& gate, const Rows& up, const Rows& h) {
   parallel_for(sizes.n, (grain_values + sizes.d - 1) / sizes.d, [&](int64_t begin, int64_t end) {
@@ -70,9 +42,9 @@ template <class F>
 void with_types(const GluSizes& sizes, const F& f) {
   const bool wide = sizes.dtype == Dtype::float32;
   switch (sizes.activation) {
-    case Activation::silu: return wide ? f(float{}, Silu{}) : f(bf16{}, Silu{});
     case Activation::gelu: return wide ? f(float{}, Gelu{}) : f(bf16{}, Gelu{});
     case Activation::gelu_tanh: return wide ? f(float{}, GeluTanh{}) : f(bf16{}, GeluTanh{});
+    default: return wide ? f(float{}, Silu{}) : f(bf16{}, Silu{});
   }
 }
 

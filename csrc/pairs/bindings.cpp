@@ -16,18 +16,21 @@ using Numbers = std::vector<int64_t>;
 }  // namespace
 
 void bind_pairs(nb::module_& m) {
-  // `table`: of each segment the address of its factors, start, stop, and the rank at each layer. `ys`: of each output
-  // address and stride.
+  // `table`: of each segment the address of its factors, start, stop, what there is between and behind its products (0: nothing,
+  // 1: something, 3: and the layers share one a; core, bias, activation, out_scale, out_bias), and the rank at each layer. `ys`:
+  // of each output address and stride.
   m.def(
       "pairs_add",
       [](int dtype, int x_dtype, int y_dtype, int64_t in_features, Numbers out_features, uintptr_t table,
          int64_t n_segments, uintptr_t x, int64_t x_stride, Numbers ys) {
         const int64_t layers = static_cast<int64_t>(out_features.size());
         std::vector<PairsSegment> found;
+        std::vector<PairsMiddle> middles(n_segments);
         std::vector<PairsRows> outs;
         for (int64_t at = 0; at < n_segments; ++at) {
-          const int64_t* s = reinterpret_cast<const int64_t*>(table) + at * (layers + 3);
-          found.push_back({reinterpret_cast<const char*>(s[0]), s + 3, s[1], s[2]});
+          const int64_t* s = reinterpret_cast<const int64_t*>(table) + at * (layers + 9);
+          middles[at] = middle_at(s + 3);
+          found.push_back({reinterpret_cast<const char*>(s[0]), s + 9, s[1], s[2], s[3] != 0 ? &middles[at] : nullptr});
         }
         for (size_t l = 0; l < ys.size(); l += 2) outs.push_back({reinterpret_cast<char*>(ys[l]), ys[l + 1]});
         PairsCall call{Dtype(dtype), Dtype(x_dtype), Dtype(y_dtype), in_features, layers,

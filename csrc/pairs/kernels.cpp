@@ -11,23 +11,24 @@ namespace {
 
 int64_t even(const PairsCall& call, int64_t n) { return call.dtype == Dtype::bfloat16 ? n + n % 2 : n; }
 
-int64_t columns_of(const PairsCall& call, const int64_t* ranks) {  // of u
+int64_t columns_of(const PairsCall& call, const PairsSegment& segment) {  // of A x
+  if (segment.middle != nullptr && segment.middle->shares_a) return even(call, segment.ranks[0]);
   int64_t sum = 0;
-  for (int64_t layer = 0; layer < call.n_layers; ++layer) sum += even(call, ranks[layer]);
+  for (int64_t layer = 0; layer < call.n_layers; ++layer) sum += even(call, segment.ranks[layer]);
   return sum;
 }
 
 int64_t widest(const PairsCall& call) {
   int64_t most = 0;
   for (int64_t s = 0; s < call.n_segments; ++s) {
-    const int64_t columns = columns_of(call, call.segments[s].ranks);
+    const int64_t columns = columns_of(call, call.segments[s]);
     most = columns > most ? columns : most;
   }
   return up_to(most, panel_block);
 }
 
 int64_t thread_bytes(const PairsCall& call) {
-  return call.rows_at_once * 4 * (up_to(call.in_features, 32) + widest(call)) + 128;
+  return call.rows_at_once * 4 * (up_to(call.in_features, 32) + 2 * widest(call)) + 192;
 }
 
 int64_t scratch_bytes(const PairsCall& call) { return up_to(thread_bytes(call), 64) * call.n_threads; }
@@ -41,16 +42,28 @@ struct Keep {  // u, rounded to what the second product reads
   }
 };
 
+struct KeepWide {  // A x, before what there is between the two products
+  float* u;
+  int64_t stride;
+  void operator()(int64_t row, int64_t block, const lanes* sums) const {
+    for (int64_t v = 0; v < vectors; ++v) store(u + row * stride + block * panel_block + v * width, sums[v]);
+  }
+};
+
 template <class Y>
 struct Add {
   Y* y;
   int64_t stride, o;
+  const float *scale, *bias;  // null: none
   void operator()(int64_t row, int64_t block, const lanes* sums) const {
-    Y* at = y + row * stride + block * panel_block;
-    const int64_t left = o - block * panel_block;
+    const int64_t column = block * panel_block, left = o - column;
+    Y* at = y + row * stride + column;
     for (int64_t v = 0; v < vectors && v * width < left; ++v) {
       const int64_t n = left - v * width < width ? left - v * width : width;
-      put(at + v * width, take(at + v * width, n) + sums[v], n);
+      lanes sum = sums[v];
+      if (scale != nullptr) sum *= take(scale + column + v * width, n);
+      if (bias != nullptr) sum += take(bias + column + v * width, n);
+      put(at + v * width, take(at + v * width, n) + sum, n);
     }
   }
 };
@@ -61,32 +74,66 @@ struct Worker {
   using W = typename Engine::W;
   const PairsCall& call;
   X *own_x, *u;
+  float* wide;
 
   void run(const PairsSegment& segment, int64_t start, int64_t n) {
     const T* x = reinterpret_cast<const T*>(call.x.data) + start * call.x.stride;
     int64_t stride = call.x.stride;
     const X* from = read(x, n, stride);
-    const int64_t columns = columns_of(call, segment.ranks), u_stride = up_to(columns, panel_block);
-    PanelMatrix matrix{columns, call.in_features, even(call, call.in_features), call.dtype, const_cast<char*>(segment.factors)};
-    multiply_panels<Engine>(matrix, from, stride, 0, n, 0, blocks_of(columns), Keep<Engine>{u, u_stride});
-    int64_t first = 0;
-    for (int64_t layer = 0; layer < call.n_layers; ++layer) {
+    const int64_t columns = columns_of(call, segment), u_stride = up_to(columns, panel_block);
+    const PanelMatrix a{columns, call.in_features, even(call, call.in_features), call.dtype, const_cast<char*>(segment.factors)};
+    if (segment.middle == nullptr) {
+      multiply_panels<Engine>(a, from, stride, 0, n, 0, blocks_of(columns), Keep<Engine>{u, u_stride});
+    } else {
+      multiply_panels<Engine>(a, from, stride, 0, n, 0, blocks_of(columns), KeepWide{wide, u_stride});
+    }
+    add_layers(segment, a, u_stride, start, n);
+  }
+
+  void add_layers(const PairsSegment& segment, const PanelMatrix& a, int64_t u_stride, int64_t start, int64_t n) const {
+    PanelMatrix matrix = a;
+    const PairsMiddle* middle = segment.middle;
+    int64_t first = 0, output = 0;
+    for (int64_t layer = 0; layer < call.n_layers; output += call.out_features[layer++]) {
       if (segment.ranks[layer] == 0) continue;
       W* next = static_cast<W*>(matrix.values) + values_of(matrix);
       matrix = {call.out_features[layer], segment.ranks[layer], even(call, segment.ranks[layer]), call.dtype, next};
-      add(matrix, first, u_stride, call.ys[layer], start, n);
+      const X* own = u + first;
+      if (middle != nullptr) {
+        own = u;
+        between(*middle, first, matrix.depth, u_stride, n);
+      }
+      const bool scaled = middle != nullptr && middle->out_scale != nullptr, moved = middle != nullptr && middle->out_bias != nullptr;
+      const float *scale = scaled ? middle->out_scale + output : nullptr, *bias = moved ? middle->out_bias + output : nullptr;
+      if (call.y_dtype == Dtype::float32) {
+        add<float>(matrix, own, u_stride, call.ys[layer], {start, n}, scale, bias);
+      } else {
+        add<bf16>(matrix, own, u_stride, call.ys[layer], {start, n}, scale, bias);
+      }
       first += matrix.depth;
     }
   }
 
-  void add(const PanelMatrix& b, int64_t first, int64_t u_stride, const PairsRows& y, int64_t start, int64_t n) const {
-    if (call.y_dtype == Dtype::float32) return add_typed<float>(b, first, u_stride, y, start, n);
-    add_typed<bf16>(b, first, u_stride, y, start, n);
+  // u of one layer, whose places begin at `first`, from A x.
+  void between(const PairsMiddle& middle, int64_t first, int64_t depth, int64_t stride, int64_t n) const {
+    with_activation(middle.activation, [&](auto act) {
+      for (int64_t r = 0; r < n; ++r)
+        each_register(depth, [&](int64_t c, int64_t left) {
+          lanes x = take(wide + r * stride + (middle.shares_a ? 0 : first) + c, left);
+          if (middle.core != nullptr) x *= take(middle.core + first + c, left);
+          if (middle.bias != nullptr) x += take(middle.bias + first + c, left);
+          Engine::keep(u + r * stride + c, decltype(act)::at(x).value);
+        });
+    });
   }
+
+  struct Span {
+    int64_t start, n;
+  };
   template <class Y>
-  void add_typed(const PanelMatrix& b, int64_t first, int64_t u_stride, const PairsRows& y, int64_t start, int64_t n) const {
-    Y* rows = reinterpret_cast<Y*>(y.data) + start * y.stride;
-    multiply_panels<Engine>(b, u + first, u_stride, 0, n, 0, blocks_of(b.o), Add<Y>{rows, y.stride, b.o});
+  void add(const PanelMatrix& b, const X* own, int64_t u_stride, const PairsRows& y, Span rows, const float* scale, const float* bias) const {
+    Y* to = reinterpret_cast<Y*>(y.data) + rows.start * y.stride;
+    multiply_panels<Engine>(b, own, u_stride, 0, rows.n, 0, blocks_of(b.o), Add<Y>{to, y.stride, b.o, scale, bias});
   }
 
   // Rows as the engine reads them: where they lie, or a copy in its type, of whole pairs.
@@ -120,7 +167,8 @@ void add_typed(const PairsCall& call) {
     Scratch scratch{call.scratch + thread * bytes};
     using X = typename Engine::X;
     X* own_x = scratch.template take<X>(height * up_to(call.in_features, 32));
-    Worker<Engine, T> worker{call, own_x, scratch.template take<X>(height * widest(call))};
+    X* u = scratch.template take<X>(height * widest(call));
+    Worker<Engine, T> worker{call, own_x, u, scratch.template take<float>(height * widest(call))};
     int64_t task = next(), before = 0;
     for (int64_t s = 0; s < call.n_segments; ++s) {
       const PairsSegment& segment = call.segments[s];

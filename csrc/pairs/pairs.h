@@ -3,11 +3,21 @@
 
 #include <cstdint>
 
+#include "core/activations.h"
 #include "core/isa.h"
 #include "core/panels.h"
 #include "core/parallel.h"
 
 namespace veneer {
+
+// What there is between the two products, u = act(core * A x + bias), and behind the second, out_scale * B u + out_bias. Vectors
+// hold what belongs to all layers one behind the other, those between with a place for each of the ranks filled up; null: nothing.
+struct PairsMiddle {
+  bool shares_a;  // all layers, of one rank, read one a
+  const float *core, *bias;
+  Activation activation;
+  const float *out_scale, *out_bias;
+};
 
 // Rows [start, stop) take the pairs of one adapter at layers that share their input. `factors` holds first the a of all
 // layers below one another, a matrix in panels, then of each layer scale * b, one too. Ranks and depths are even in
@@ -16,6 +26,7 @@ struct PairsSegment {
   const char* factors;
   const int64_t* ranks;
   int64_t start, stop;
+  const PairsMiddle* middle;  // null: nothing between the two products, nor behind them
 };
 
 struct PairsRows {  // the last axis contiguous
@@ -36,6 +47,12 @@ struct PairsCall {
 };
 
 namespace {
+
+// From numbers: 1, or 3 where the layers share one a; addresses of core and bias, activation, addresses of out_scale and out_bias.
+inline PairsMiddle middle_at(const int64_t* s) {
+  const auto vector = [](int64_t address) { return reinterpret_cast<const float*>(static_cast<uintptr_t>(address)); };
+  return {s[0] == 3, vector(s[1]), vector(s[2]), Activation(s[3]), vector(s[4]), vector(s[5])};
+}
 
 // Sets how many threads share the rows, and how many rows of a segment one of them takes at once.
 inline void share_out(PairsCall& call) {

@@ -2,7 +2,9 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <chrono>
 #include <tuple>
+#include <utility>
 
 #include "core/parallel.h"
 #include "step/step.h"
@@ -28,6 +30,12 @@ NormParts norm_of(bool subtracts_mean, float eps, int64_t d, int64_t weight, int
 using NormNumbers = std::tuple<bool, float, int64_t, int64_t, int64_t>;
 NormParts norm_of(const NormNumbers& given) { return std::apply([](auto... x) { return norm_of(x...); }, given); }
 
+// `numbers`: the address of factors, the six of `middle_at`, ranks; or none.
+Pairs pairs_at(const int64_t* numbers, const int64_t* end) {
+  if (numbers == end) return {};
+  return {pointer<char>(numbers[0]), {numbers + 7, end}, numbers[1] != 0, middle_at(numbers + 1)};
+}
+
 // The instructions of a program, and the memory that a pass through them takes. One pass at a time.
 class StepProgram {
  public:
@@ -38,12 +46,13 @@ class StepProgram {
   void add_norm(const NormNumbers& norm, int source, int target) { add<NormInstruction>(norm_of(norm), source, target); }
 
   // `layers`: of each o, i, depth, panels, bias, the same in float, and the register that it writes.
-  void add_product(const std::vector<Numbers>& layers, int64_t joined, int64_t joined_bias, int source, int stream) {
+  void add_product(const std::vector<Numbers>& layers, int64_t joined, int64_t joined_bias, int source, int stream, int beside) {
     std::vector<Layer> found;
     for (const Numbers& l : layers)
       found.push_back({{l[0], l[1], l[2], dtype_, const_cast<void*>(pointer<void>(l[3]))}, pointer<void>(l[4]), floats_at(l[5], l[0]),
                        static_cast<int>(l[6])});
-    auto made = std::make_unique<ProductInstruction>(std::move(found), pointer<void>(joined), pointer<void>(joined_bias), source, stream);
+    auto made = std::make_unique<ProductInstruction>(std::move(found), pointer<void>(joined), pointer<void>(joined_bias), source, stream,
+                                                     beside);
     products_.resize(instructions_.size() + 1);
     products_.back() = made.get();
     instructions_.push_back(std::move(made));
@@ -65,13 +74,21 @@ class StepProgram {
 
   void add_sum(int64_t d, float multiplier, int source, int stream) { add<AddInstruction>(d, multiplier, source, stream); }
 
-  // `layers`: of each in_scale, out_scale and bias in float, bias, panels of a weight of its own, factors and rank of a pair.
-  void take(int64_t instruction, int64_t version, int64_t factors, Numbers ranks, const std::vector<Numbers>& layers) {
-    Change change{pointer<char>(factors), std::move(ranks), {}};
+  void add_change(int64_t d, int source, int target) { add<ChangeInstruction>(d, source, target); }
+
+  void add_activation(int activation, int64_t d, int source, int target) { add<ActivationInstruction>(Activation(activation), d, source, target); }
+
+  // `layers`: of each in_scale, out_scale and bias in float, bias, panels of a weight of its own, and pairs.
+  void take(int64_t instruction, int64_t version, const Numbers& pairs, const std::vector<Numbers>& layers) {
+    Change change{pairs_at(pairs.data(), pairs.data() + pairs.size()), {}};
     for (const Numbers& l : layers)
       change.layers.push_back({pointer<float>(l[0]), pointer<float>(l[1]), pointer<float>(l[2]), pointer<void>(l[3]), pointer<void>(l[4]),
-                               pointer<char>(l[5]), l[6]});
+                               pairs_at(l.data() + 5, l.data() + l.size())});
     products_[instruction]->take(version, std::move(change));
+  }
+
+  void take_bottleneck(int64_t instruction, int64_t version, const Numbers& pairs, bool reads_output) {
+    instructions_[instruction]->take(version, Bottleneck{pairs_at(pairs.data(), pairs.data() + pairs.size()), reads_output});
   }
 
   void drop(int64_t version) {
@@ -94,10 +111,18 @@ class StepProgram {
                                pointer<int64_t>(batch[4])};
     const Pass pass{n, dtype_, rows.data(), pages, sequences, tables.data(), versions.data(), static_cast<int64_t>(versions.size()),
                     scratch_, rows_};
+    seconds_.resize(instructions_.size());
     with_standing_team([&] {
-      for (int64_t i = first; i < last; ++i) instructions_[i]->run(pass);
+      for (int64_t i = first; i < last; ++i) {
+        const auto start = std::chrono::steady_clock::now();
+        instructions_[i]->run(pass);
+        seconds_[i] += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+      }
     });
   }
+
+  // That each instruction has taken since they were asked for last.
+  std::vector<double> seconds() { return std::exchange(seconds_, {}); }
 
  private:
   template <class Kind, class... Parts>
@@ -109,6 +134,7 @@ class StepProgram {
   Dtype dtype_;
   std::vector<std::unique_ptr<Instruction>> instructions_;
   std::vector<ProductInstruction*> products_;  // null where an instruction is none
+  std::vector<double> seconds_;
   Memory scratch_, rows_;
 };
 
@@ -121,9 +147,13 @@ void bind_step(nb::module_& m) {
       .def("add_product", &StepProgram::add_product)
       .def("add_attention", &StepProgram::add_attention)
       .def("add_glu", &StepProgram::add_glu)
+      .def("add_activation", &StepProgram::add_activation)
+      .def("add_change", &StepProgram::add_change)
       .def("add_sum", &StepProgram::add_sum)
       .def("take", &StepProgram::take)
+      .def("take_bottleneck", &StepProgram::take_bottleneck)
       .def("drop", &StepProgram::drop)
+      .def("seconds", &StepProgram::seconds)
       .def("run", &StepProgram::run, nb::call_guard<nb::gil_scoped_release>());
 }
 

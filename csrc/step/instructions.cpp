@@ -1,6 +1,7 @@
 #include <cstdlib>
 #include <new>
 
+#include "activation/activation.h"
 #include "norm/norm.h"
 #include "step/step.h"
 #include "stream/stream.h"
@@ -30,6 +31,10 @@ void GluInstruction::run(const Pass& pass) const {
   Rows up = pass.registers[up_];
   up.data = static_cast<char*>(up.data) + up_first_ * pass.bytes();
   glu_kernels().forward({pass.n, d_, pass.dtype, activation_}, pass.registers[gate_], up, pass.registers[target_]);
+}
+
+void ActivationInstruction::run(const Pass& pass) const {
+  activation_kernels().forward({pass.n, d_, pass.dtype, activation_}, pass.registers[source_], pass.registers[target_]);
 }
 
 void AddInstruction::run(const Pass& pass) const {

@@ -1,7 +1,6 @@
 #include <cstring>
 
 #include "packed/packed.h"
-#include "pairs/pairs.h"
 #include "scale/scale.h"
 #include "step/step.h"
 #include "stream/stream.h"
@@ -44,27 +43,24 @@ struct ProductInstruction::Operands {
   std::vector<VersionRun> apart;
 };
 
-ProductInstruction::ProductInstruction(std::vector<Layer> layers, const void* joined, const void* joined_bias, int source, int stream)
-    : layers_(std::move(layers)), joined_(joined), joined_bias_(joined_bias), source_(source), stream_(stream) {
+ProductInstruction::ProductInstruction(std::vector<Layer> layers, const void* joined, const void* joined_bias, int source, int stream,
+                                       int beside)
+    : layers_(std::move(layers)), joined_(joined), joined_bias_(joined_bias), source_(source), stream_(stream), beside_(beside) {
   for (const Layer& layer : layers_) heights_.push_back(layer.weight.o);
 }
 
-void ProductInstruction::take(int64_t version, Change change) {
-  if (version >= static_cast<int64_t>(changes_.size())) changes_.resize(version + 1);
-  changes_[version] = std::make_unique<Change>(std::move(change));
-}
-
 void ProductInstruction::drop(int64_t version) {
-  if (version < static_cast<int64_t>(changes_.size())) changes_[version].reset();
+  changes_.drop(version);
+  bottlenecks_.drop(version);
 }
 
-const Change* ProductInstruction::change_of(int64_t version) const {
-  return version < static_cast<int64_t>(changes_.size()) ? changes_[version].get() : nullptr;
+const LayerChange* ProductInstruction::change_of(int64_t version, size_t layer) const {
+  const Change* change = changes_.of(version);
+  return change == nullptr || change->layers.empty() ? nullptr : &change->layers[layer];
 }
 
 bool ProductInstruction::is_apart(const VersionRun& run) const {
-  const Change* change = change_of(run.version);
-  return change != nullptr && !change->layers.empty();
+  return change_of(run.version, 0) != nullptr || bottlenecks_.of(run.version) != nullptr;
 }
 
 void ProductInstruction::run(const Pass& pass) const {
@@ -107,27 +103,14 @@ void ProductInstruction::multiply(const Pass& pass, const Operands& at) const {
   for (size_t i = 0; i < layers_.size(); ++i) multiply_one(pass, layers_[i].weight, at.x[i], at.y[i], at.onto[i], pass.n);
 }
 
-void ProductInstruction::add_pairs(const Pass& pass, const std::vector<PairsSegment>& segments, const Rows& x, const Rows* ys,
-                                   const int64_t* heights, size_t n_layers) const {
-  if (segments.empty()) return;
-  std::vector<PairsRows> outs;
-  for (size_t i = 0; i < n_layers; ++i) outs.push_back({static_cast<char*>(ys[i].data), ys[i].stride});
-  PairsCall call{layers_[0].weight.dtype, pass.dtype, pass.dtype, layers_[0].weight.i, static_cast<int64_t>(n_layers),
-                 static_cast<int64_t>(segments.size()), heights, segments.data(), {static_cast<char*>(x.data), x.stride},
-                 outs.data(), 0, nullptr, 1};
-  share_out(call);
-  call.scratch = pass.scratch.at_least(pairs_kernels().scratch_bytes(call));
-  pairs_kernels().add(call);
-}
-
 void ProductInstruction::add_joint_pairs(const Pass& pass, const Operands& at) const {
   std::vector<PairsSegment> segments;
   for (int64_t r = 0; r < pass.n_runs; ++r) {
-    const Change* change = change_of(pass.runs[r].version);
-    if (change != nullptr && change->factors != nullptr)
-      segments.push_back({change->factors, change->ranks.data(), pass.runs[r].start, pass.runs[r].stop});
+    const Change* change = changes_.of(pass.runs[r].version);
+    if (change != nullptr && change->pairs.factors != nullptr)
+      segments.push_back(change->pairs.rows(pass.runs[r].start, pass.runs[r].stop));
   }
-  add_pairs(pass, segments, pass.registers[source_], at.y.data(), heights_.data(), layers_.size());
+  add_pairs(pass, segments, pass.registers[source_], layers_[0].weight.i, at.y.data(), heights_);
 }
 
 // Some versions do more than add pairs. All rows go through the weights in one pass all the same; what is added before the
@@ -141,17 +124,24 @@ void ProductInstruction::run_mixed(const Pass& pass, Operands at) const {
   multiply(pass, at);
   add_joint_pairs(pass, at);
   for (const VersionRun& run : at.apart) change_rows(pass, at, run);
-  if (stream_ >= 0) into_stream(pass, at);
+  if (stream_ < 0) return;
+  change_halves(pass, bottlenecks_, heights_[0], pass.registers[beside_], at.y[0]);
+  into_stream(pass, at);
 }
 
 void ProductInstruction::lay_input(const Pass& pass, char* memory, size_t i, Operands& at) const {
   const Rows x = pass.registers[source_], own{memory, layers_[i].weight.i};
+  std::vector<const float*> scales;
   bool scaled = false;
-  for (const VersionRun& run : at.apart) scaled = scaled || change_of(run.version)->layers[i].in_scale != nullptr;
+  for (const VersionRun& run : at.apart) {
+    const LayerChange* change = change_of(run.version, i);
+    scales.push_back(change == nullptr ? nullptr : change->in_scale);
+    scaled = scaled || scales.back() != nullptr;
+  }
   if (!scaled) return;
   copy_rows(pass, x, own, 0, pass.n, own.stride);
-  for (const VersionRun& run : at.apart)
-    scale_rows(pass, pass.from_row(own, run.start), run.stop - run.start, own.stride, change_of(run.version)->layers[i].in_scale, nullptr);
+  for (size_t r = 0; r < scales.size(); ++r)
+    scale_rows(pass, pass.from_row(own, at.apart[r].start), at.apart[r].stop - at.apart[r].start, own.stride, scales[r], nullptr);
   at.x[i] = own;
   at.joint = false;
 }
@@ -171,12 +161,12 @@ void ProductInstruction::begin_output(const Pass& pass, size_t i, Operands& at) 
 }
 
 void ProductInstruction::change_rows(const Pass& pass, const Operands& at, const VersionRun& run) const {
-  const Change& change = *change_of(run.version);
+  if (change_of(run.version, 0) == nullptr) return;
   const int64_t n = run.stop - run.start;
   for (size_t i = 0; i < layers_.size(); ++i) {
-    const LayerChange& own = change.layers[i];
+    const LayerChange& own = *change_of(run.version, i);
     const Rows x = pass.from_row(at.x[i], run.start), y = pass.from_row(at.y[i], run.start);
-    if (own.factors != nullptr) add_pairs(pass, {{own.factors, &own.rank, 0, n}}, x, &y, &heights_[i], 1);
+    if (own.pairs.factors != nullptr) add_pairs(pass, {own.pairs.rows(0, n)}, x, layers_[i].weight.i, &y, {heights_[i]});
     const std::vector<float>& base = layers_[i].wide_bias;
     const float* bias = own.wide_bias != nullptr ? own.wide_bias : base.empty() ? nullptr : base.data();
     scale_rows(pass, y, n, heights_[i], own.out_scale, bias);

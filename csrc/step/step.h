@@ -51,10 +51,13 @@ struct Pass {
   }
 };
 
+struct Bottleneck;
+
 class Instruction {
  public:
   virtual ~Instruction() = default;
   virtual void run(const Pass& pass) const = 0;
+  virtual void take(int64_t, const Bottleneck&) {}
   virtual void drop(int64_t) {}
 };
 
@@ -84,40 +87,77 @@ struct Layer {
   int target;
 };
 
+// Packed pairs of a version at layers that share their input; without factors there are none.
+struct Pairs {
+  const char* factors = nullptr;
+  std::vector<int64_t> ranks;
+  bool has_middle = false;
+  PairsMiddle middle{};
+
+  PairsSegment rows(int64_t start, int64_t stop) const { return {factors, ranks.data(), start, stop, has_middle ? &middle : nullptr}; }
+};
+
+// Adds the pairs of segments to rows `ys` of as many layers as there are `heights`; x (…, in_features) may be what is added to.
+void add_pairs(const Pass& pass, const std::vector<PairsSegment>& segments, const Rows& x, int64_t in_features, const Rows* ys,
+               const std::vector<int64_t>& heights);
+
+// What versions have at one place, by their numbers.
+template <class T>
+class OfVersions {
+ public:
+  void take(int64_t version, T change) {
+    if (version >= static_cast<int64_t>(held_.size())) held_.resize(version + 1);
+    held_[version] = std::make_unique<T>(std::move(change));
+  }
+  void drop(int64_t version) {
+    if (version < static_cast<int64_t>(held_.size())) held_[version].reset();
+  }
+  const T* of(int64_t version) const { return version < static_cast<int64_t>(held_.size()) ? held_[version].get() : nullptr; }
+
+ private:
+  std::vector<std::unique_ptr<T>> held_;
+};
+
+struct Bottleneck {
+  Pairs pairs;
+  bool reads_output;  // of the half that it changes, else its input
+};
+using Bottlenecks = OfVersions<Bottleneck>;
+
+// Changes the rows of versions that have a bottleneck: y (n, d), and x what the half read.
+void change_halves(const Pass& pass, const Bottlenecks& bottlenecks, int64_t d, const Rows& x, const Rows& y);
+
 // The change that a version makes at one layer; null is none.
 struct LayerChange {
   const float *in_scale, *out_scale, *wide_bias;
-  const void* bias;     // in the place of the layer's, of the rows' dtype, for `whole`
-  const void* whole;    // panels in the place of the layer's own
-  const char* factors;  // of a low-rank pair that reads the scaled input
-  int64_t rank;
+  const void* bias;   // in the place of the layer's, of the rows' dtype, for `whole`
+  const void* whole;  // panels in the place of the layer's own
+  Pairs pairs;        // that read the scaled input
 };
 
-// The changes that a version makes at the layers of a product. `factors` are pairs at all of them at once.
+// The changes that a version makes at the layers of a product. `pairs` are at all of them at once.
 struct Change {
-  const char* factors;
-  std::vector<int64_t> ranks;
+  Pairs pairs;
   std::vector<LayerChange> layers;  // empty where it adds pairs and does nothing else
 };
 
 // Layers that read the same x, with what versions do to them. `stream`: the one layer's output is added to that register
-// instead of being written; -1: written.
+// instead of being written, bottlenecks between that read it or the register `beside`; -1: written.
 class ProductInstruction final : public Instruction {
  public:
-  ProductInstruction(std::vector<Layer> layers, const void* joined, const void* joined_bias, int source, int stream);
+  ProductInstruction(std::vector<Layer> layers, const void* joined, const void* joined_bias, int source, int stream, int beside);
   void run(const Pass& pass) const override;
-  void take(int64_t version, Change change);
+  void take(int64_t version, Change change) { changes_.take(version, std::move(change)); }
+  void take(int64_t version, const Bottleneck& bottleneck) override { bottlenecks_.take(version, bottleneck); }
   void drop(int64_t version) override;
 
  private:
   struct Operands;
-  const Change* change_of(int64_t version) const;
+  const LayerChange* change_of(int64_t version, size_t layer) const;
   bool is_apart(const VersionRun& run) const;
   void multiply(const Pass& pass, const Operands& at) const;
   void multiply_one(const Pass& pass, const PanelMatrix& weight, const Rows& x, const Rows& y, const Rows& onto, int64_t n) const;
   void add_joint_pairs(const Pass& pass, const Operands& at) const;
-  void add_pairs(const Pass& pass, const std::vector<PairsSegment>& segments, const Rows& x, const Rows* ys,
-                 const int64_t* heights, size_t n_layers) const;
   void run_mixed(const Pass& pass, Operands at) const;
   void lay_input(const Pass& pass, char* memory, size_t i, Operands& at) const;
   void begin_output(const Pass& pass, size_t i, Operands& at) const;
@@ -127,8 +167,23 @@ class ProductInstruction final : public Instruction {
   std::vector<Layer> layers_;
   std::vector<int64_t> heights_;
   const void *joined_, *joined_bias_;
-  int source_, stream_;
-  std::vector<std::unique_ptr<Change>> changes_;
+  int source_, stream_, beside_;
+  OfVersions<Change> changes_;
+  Bottlenecks bottlenecks_;
+};
+
+// Bottlenecks of versions at a half's output `target`, whose input is `source`.
+class ChangeInstruction final : public Instruction {
+ public:
+  ChangeInstruction(int64_t d, int source, int target) : d_(d), source_(source), target_(target) {}
+  void run(const Pass& pass) const override { change_halves(pass, bottlenecks_, d_, pass.registers[source_], pass.registers[target_]); }
+  void take(int64_t version, const Bottleneck& bottleneck) override { bottlenecks_.take(version, bottleneck); }
+  void drop(int64_t version) override { bottlenecks_.drop(version); }
+
+ private:
+  int64_t d_;
+  int source_, target_;
+  Bottlenecks bottlenecks_;
 };
 
 struct HeadsAt {  // of queries, keys or values: register, first value, values from head to head
@@ -172,6 +227,18 @@ class GluInstruction final : public Instruction {
   Activation activation_;
   int64_t d_, up_first_;
   int gate_, up_, target_;
+};
+
+class ActivationInstruction final : public Instruction {
+ public:
+  ActivationInstruction(Activation activation, int64_t d, int source, int target)
+      : activation_(activation), d_(d), source_(source), target_(target) {}
+  void run(const Pass& pass) const override;
+
+ private:
+  Activation activation_;
+  int64_t d_;
+  int source_, target_;
 };
 
 // h += multiplier * source

@@ -17,8 +17,9 @@ from veneer.evaluate.scoring import Answering, OnProgress, context_length, requi
 from veneer.model.packed_linear import unpack
 from veneer.ops.dispatch import backends
 from veneer.ops.packed import ROWS
+from veneer.serve.asked import Asked
 from veneer.serve.effects import UnsaidError
-from veneer.serve.engine import Asked, Engine
+from veneer.serve.engine import Engine
 from veneer.serve.lora_request import LoRARequest
 from veneer.serve.outputs import RequestOutput
 from veneer.serve.sampling_params import RequestOutputKind, SamplingParams

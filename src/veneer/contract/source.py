@@ -63,7 +63,10 @@ def adapter_folder(model_id: str | os.PathLike[str], options: HubOptions | None 
     if local.is_dir():
         return local / subfolder
     if local.exists() or len(local.parts) > 2 or local.is_absolute() or str(model_id).startswith("."):
-        raise FormatError(f"{model_id} is not a folder: give the folder that holds adapter_config.json, or a hub id")
+        what = "is not a folder" if local.exists() else "does not exist"
+        raise FormatError(f"{model_id} {what}: give the folder that holds adapter_config.json, or a hub id")
+    if len(local.parts) == 2 and local.parent.is_dir():
+        raise FormatError(f"there is no folder {model_id}: {local.parent} is one, and holds no {local.name!r}")
     return Path(_download(str(model_id), subfolder, options)) / subfolder
 
 

@@ -1,32 +1,68 @@
-"""Low-rank adapters of many versions in one batch, for serving: factors packed once, each at its own rank.
+"""Low-rank adapters and bottlenecks of many versions in one batch, for serving: packed once, each at its own rank.
 
-``y[n] += scale_k B_k A_k x[n]`` for the rows of version k: the product of a mixed batch (SGMV, Chen et al. 2023, arXiv
-2310.18547) as `veneer.ops.grouped_low_rank` has it for training, where factors change and are packed on every call.
+``y[n] += scale_k B_k A_k x[n]`` for the rows of version k, with more between the products where a `Pair` has it: the
+product of a mixed batch (SGMV, Chen et al. 2023, arXiv 2310.18547) as `veneer.ops.grouped_low_rank` has it for
+training, where factors change and are packed on every call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from veneer.errors import ShapeError
+from veneer.errors import ConfigError, ShapeError
+from veneer.ops.activation import KINDS
 from veneer.ops.dispatch import implementation
 from veneer.ops.memory import address
 
 DTYPES = (torch.float32, torch.bfloat16)
+ACTIVATIONS = (*KINDS, "tanh", "sigmoid", "leaky_relu", "identity")
 
 
 class Pair(NamedTuple):
-    """``scale * b @ a`` with a (r, i) and b (o, r)."""
+    """``b_scale * scale * b @ act(core * (a @ x) + a_bias) + b_bias`` with a (r, i) and b (o, r).
+
+    ``core`` and ``b_scale`` are VeRA's vectors, ``a_bias``, ``b_bias`` and ``activation`` (one of `ACTIVATIONS`) a
+    bottleneck's.
+    """
 
     a: Float[Tensor, "r i"]
     b: Float[Tensor, "o r"]
     scale: float
+    core: Float[Tensor, " r"] | None = None
+    b_scale: Float[Tensor, " o"] | None = None
+    a_bias: Float[Tensor, " r"] | None = None
+    b_bias: Float[Tensor, " o"] | None = None
+    activation: str = "identity"
+
+    @property
+    def is_plain(self) -> bool:
+        """True where it is two products and nothing else."""
+        vectors = (self.core, self.b_scale, self.a_bias, self.b_bias)
+        return self.activation == "identity" and all(vector is None for vector in vectors)
+
+
+class Middle(NamedTuple):
+    """What there is between the products of a version's pairs, and behind the second: float32 vectors of all layers one
+    behind the other, those between with as many places for a layer as its rank takes when packed.
+    """
+
+    core: Float[Tensor, " ranks"] | None
+    bias: Float[Tensor, " ranks"] | None
+    activation: str
+    out_scale: Float[Tensor, " outputs"] | None
+    out_bias: Float[Tensor, " outputs"] | None
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """For the kernels: addresses, and the activation's number."""
+        places = [0 if v is None else address(v, v.device.type) for v in (*self[:2], *self[3:])]
+        return (*places[:2], ACTIVATIONS.index(self.activation), *places[2:])
 
 
 def filled(n: int, dtype: torch.dtype) -> int:
@@ -39,13 +75,15 @@ class PackedPairs:
     """The pairs of one version at layers that share their input, in the dtype in which they are multiplied.
 
     ``factors`` is flat: the a of all layers below one another, then of each layer ``scale * b``, each in the panels of
-    `veneer.ops.packed`. A layer of rank 0 has no pair.
+    `veneer.ops.packed`. A layer of rank 0 has no pair. ``shares_a``: all layers read one a, which is there once.
     """
 
     factors: Tensor
     in_features: int
     out_features: tuple[int, ...]
     ranks: tuple[int, ...]
+    shares_a: bool = False
+    middle: Middle | None = None
 
     @classmethod
     def pack(
@@ -58,7 +96,9 @@ class PackedPairs:
     ) -> PackedPairs:
         """Pack a pair a layer, or None where the version has none; ``scale * b`` is rounded once, to ``dtype``.
 
-        Raises ShapeError where pairs and layers do not fit, or there is no pair at all.
+        Where the pairs of all layers have the same a, in the same memory, it is packed and multiplied once.
+        Raises ShapeError where pairs and layers do not fit, or there is no pair at all, ConfigError for an unknown
+        activation, and for layers of several.
         """
         _check_pairs(pairs, out_features, dtype)
         in_features = next(pair.a.shape[1] for pair in pairs if pair is not None)
@@ -66,10 +106,26 @@ class PackedPairs:
         device = next(pair.a.device for pair in pairs if pair is not None)
         pack = implementation("packed.pack", device, backend)
         present = [pair for pair in pairs if pair is not None and len(pair.a)]
-        a = torch.cat([_filled_rows(pair.a.detach().to(dtype)) for pair in present] or [_nothing(in_features, dtype)])
+        shared = len(present) == len(pairs) > 1 and len({_place(pair.a) for pair in present}) == 1
+        above = [_filled_rows(pair.a.detach().to(dtype)) for pair in present[: 1 if shared else None]]
+        a = torch.cat(above or [_nothing(in_features, dtype)])
         bs = [(pair.b.detach().float() * pair.scale).to(dtype) for pair in present]
         parts = [pack(m, filled(m.shape[1], dtype)) for m in (a, *bs)]
-        return cls(torch.cat(parts), in_features, tuple(out_features), ranks)
+        middle = _middle(pairs, out_features, dtype)
+        if shared and middle is None:
+            middle = Middle(None, None, "identity", None, None)
+        return cls(torch.cat(parts), in_features, tuple(out_features), ranks, shared, middle)
+
+    def with_vectors(self, pairs: Sequence[Pair | None]) -> PackedPairs:
+        """Those that have the same factors and other vectors: the factors are held once."""
+        return replace(self, middle=_middle(pairs, self.out_features, self.dtype) or self.middle)
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """What the kernels are told of that which is between and behind the products."""
+        if self.middle is None:
+            return (0,) * 6
+        return (3 if self.shares_a else 1, *self.middle.numbers)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -94,7 +150,7 @@ class Segment(NamedTuple):
 class Segments:
     """The segments of a step at layers that share their input, checked once, for all the steps that have these rows.
 
-    ``table (n_segments, 3 + n_layers)`` holds of each where its factors lie, start, stop, and the ranks.
+    ``table (n_segments, 9 + n_layers)`` holds of each where its factors lie, start, stop, `PackedPairs.numbers`, ranks.
     """
 
     parts: tuple[Segment, ...]
@@ -111,7 +167,9 @@ class Segments:
                 "segments are one or more, of pairs of the same layers in one dtype, none ending before it starts; "
                 f"given inputs, outputs and dtypes {sorted(kinds, key=str)}, rows {[(s.start, s.stop) for s in parts]}"
             )
-        numbers = [(address(p.factors, p.factors.device.type), start, stop, *p.ranks) for p, start, stop in parts]
+        numbers = [
+            (address(p.factors, p.factors.device.type), start, stop, *p.numbers, *p.ranks) for p, start, stop in parts
+        ]
         return cls(parts, torch.tensor(numbers), max(s.stop for s in parts))
 
     @property
@@ -127,7 +185,7 @@ def add_pairs(
     *,
     backend: str | None = None,
 ) -> None:
-    """Add ``scale * B A x`` to the outputs ``ys`` of layers that share x, in place. For inference alone.
+    """Add what the pairs make of x to the outputs ``ys`` of layers that share x, in place. For inference alone.
 
     A row lies in one segment or in none, which adds nothing. Sums are float32; between the two products they are
     rounded to bfloat16 where x and the factors are that and the CPU multiplies it, at the end to the dtype of ys. A
@@ -148,8 +206,44 @@ def _filled_rows(a: Tensor) -> Tensor:
     return torch.nn.functional.pad(a, (0, 0, 0, missing)) if missing else a
 
 
+def _place(x: Tensor) -> tuple[object, ...]:
+    """The memory of a tensor."""
+    return x.data_ptr(), x.shape, x.stride(), x.dtype
+
+
+def _middle(pairs: Sequence[Pair | None], out_features: Sequence[int], dtype: torch.dtype) -> Middle | None:
+    """What all layers have between their products and behind them; None where that is nothing."""
+    present = [pair for pair in pairs if pair is not None]
+    if all(pair.is_plain for pair in present):
+        return None
+    ranks = [0 if pair is None else filled(len(pair.a), dtype) for pair in pairs]
+    each = [pair or _NONE for pair in pairs]
+    return Middle(
+        _joined([pair.core for pair in each], ranks, 1.0),
+        _joined([pair.a_bias for pair in each], ranks, 0.0),
+        present[0].activation,
+        _joined([pair.b_scale for pair in each], out_features, 1.0),
+        _joined([pair.b_bias for pair in each], out_features, 0.0),
+    )
+
+
+def _joined(vectors: Sequence[Tensor | None], places: Sequence[int], neutral: float) -> Tensor | None:
+    """The vectors one behind the other, each in its places; None where none is there."""
+    there = next((v for v in vectors if v is not None), None)
+    if there is None:
+        return None
+    found = torch.full((sum(places),), neutral, dtype=torch.float32, device=there.device)
+    for vector, own in zip(vectors, found.split(list(places)), strict=True):
+        if vector is not None:
+            own[: len(vector)] = vector.detach()
+    return found
+
+
 def _nothing(in_features: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(0, in_features, dtype=dtype)
+
+
+_NONE = Pair(torch.empty(0, 0), torch.empty(0, 0), 1.0)
 
 
 def _check_pairs(pairs: Sequence[Pair | None], out_features: Sequence[int], dtype: torch.dtype) -> None:
@@ -163,6 +257,17 @@ def _check_pairs(pairs: Sequence[Pair | None], out_features: Sequence[int], dtyp
             f"packed pairs are a (r, i) and b (o, r), one pair or None a layer and one i for all, in float32 or "
             f"bfloat16; given {given} for layers of {list(out_features)} outputs, and {dtype}"
         )
+    for pair in filter(None, pairs):
+        o, r = pair.b.shape
+        vectors = ((pair.core, r), (pair.a_bias, r), (pair.b_scale, o), (pair.b_bias, o))
+        if any(vector is not None and vector.shape != (n,) for vector, n in vectors):
+            raise ShapeError(
+                f"core and a_bias have the rank's {r} values, b_scale and b_bias the outputs' {o}; given "
+                f"{[None if vector is None else tuple(vector.shape) for vector, _ in vectors]}"
+            )
+    kinds = sorted({pair.activation for pair in pairs if pair is not None})
+    if len(kinds) > 1 or kinds[0] not in ACTIVATIONS:
+        raise ConfigError(f"packed pairs have one activation of {list(ACTIVATIONS)}; given {kinds}")
 
 
 def _check(x: Tensor, segments: Segments, ys: Sequence[Tensor]) -> None:

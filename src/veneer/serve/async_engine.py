@@ -8,7 +8,8 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
 
 from veneer.errors import ServingError
-from veneer.serve.engine import Asked, Engine
+from veneer.serve.asked import Asked
+from veneer.serve.engine import Engine
 from veneer.serve.outputs import RequestOutput
 
 _Outputs = asyncio.Queue[RequestOutput]

@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from veneer.core.records import ResidualDelta
-from veneer.core.residual import ACTIVATIONS, residual_change
-from veneer.ops.packed import ROWS, PackedWeight, over_rows
+from veneer.core.residual import residual_change
+from veneer.ops.packed import ROWS
+from veneer.ops.pairs import PackedPairs, Pair, Segment, add_pairs
+
+_NAMES = {"gelu_new": "gelu_tanh", "swish": "silu", "leakyrelu": "leaky_relu"}
 
 
 class Bottleneck:
-    """The formula of a `ResidualDelta`; ``reads_output``: its x is what it changes."""
+    """The formula of a `ResidualDelta` for rows of a dtype; ``reads_output``: its x is what it changes.
 
-    def __init__(self, record: ResidualDelta) -> None:
-        self.record, self.reads_output = record, record.where == "serial"
-        fits = record.down.dtype in ROWS and record.down.device.type == "cpu"
-        self.down, self.up = (PackedWeight.pack(w) if fits else None for w in (record.down, record.up))
+    ``pairs`` are its matrices packed in that dtype; None where the record is kept, for there are no kernels for them.
+    """
 
-    def change(self, x: Tensor) -> Tensor:
-        """The change that it adds to rows (n, d), in its own dtype."""
-        record = self.record
-        if self.down is None or self.up is None:
-            return residual_change(record, x)
-        inner = self.down.matmul(x.to(record.down.dtype), onto=over_rows(record.down_bias, len(x)))
-        return (
-            self.up.matmul(ACTIVATIONS[record.activation](inner), onto=over_rows(record.up_bias, len(x))) * record.scale
-        )
+    def __init__(self, record: ResidualDelta, dtype: torch.dtype) -> None:
+        self.reads_output = record.where == "serial"
+        fits = dtype in ROWS and record.down.device.type == "cpu"
+        self.pairs = _packed(record, dtype) if fits else None
+        self.record = None if fits else record
+
+    def change(self, x: Tensor, y: Tensor) -> None:
+        """Add the change that it makes of x (n, d) to y (n, d), which may be x."""
+        if self.pairs is not None:
+            add_pairs(x, [Segment(self.pairs, 0, len(x))], [y])
+        elif self.record is not None:
+            y += residual_change(self.record, x).to(y.dtype)
+
+
+def _packed(record: ResidualDelta, dtype: torch.dtype) -> PackedPairs:
+    pair = Pair(
+        record.down,
+        record.up,
+        record.scale,
+        a_bias=record.down_bias,
+        b_bias=None if record.up_bias is None else record.up_bias.float() * record.scale,
+        activation=_NAMES.get(record.activation, record.activation),
+    )
+    return PackedPairs.pack([pair], [len(record.up)], dtype=dtype)

@@ -207,8 +207,7 @@ class Changed:
             bottleneck = self.bottlenecks[step.versions[number]].get(i.site)
             if bottleneck is not None:
                 rows, y = slice(start, stop), frame[i.target]
-                change = bottleneck.change((y if bottleneck.reads_output else frame[i.source])[rows])
-                y[rows] = y[rows] + change.to(y.dtype)
+                bottleneck.change((y if bottleneck.reads_output else frame[i.source])[rows], y[rows])
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,8 +251,8 @@ class IntoStreamOf:
         self, linears: Linears, instruction: IntoStream, bottlenecks: Mapping[str, Mapping[str, Bottleneck]]
     ) -> None:
         self.linears, self.source, self.site = linears, instruction.product.source, instruction.change.site
-        self.bottlenecks = bottlenecks
-        self.read = (STREAM, self.source, instruction.change.source)
+        self.bottlenecks, self.beside = bottlenecks, instruction.change.source
+        self.read = (STREAM, self.source, self.beside)
         self.apart = (
             Products(linears, instruction.product),
             Changed(instruction.change, bottlenecks),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,51 +14,19 @@ from typing import Any
 from veneer.errors import AdapterNameError, ConfigError, FormatError, VeneerError
 from veneer.serve.adapter_pool import AdapterVersion
 from veneer.serve.answer import Answer, decoded
+from veneer.serve.asked import Asked, EngineSettings, Rules
 from veneer.serve.inbox import Inbox
 from veneer.serve.loader import Finished, Loader
 from veneer.serve.lora_request import LoRARequest
 from veneer.serve.outputs import RequestOutput, TokenLogprobs
 from veneer.serve.plan import Plan, Sampled
-from veneer.serve.request import Request, Status, StopRule
+from veneer.serve.request import Request, Status
 from veneer.serve.runner import Runner
-from veneer.serve.sampler import DrawRule
 from veneer.serve.sampling_params import RequestOutputKind, SamplingParams
 from veneer.serve.scheduler import Scheduler
-from veneer.serve.structured import Forms
 from veneer.serve.versions import Versions
 
 _LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineSettings:
-    """Of the model: the number of its ids, those that end an answer, its defaults of sampling; of the engine: the seed
-    of draws that have none, and the highest rank of an adapter (None: any).
-
-    ``value_bytes`` is the size of a value of a loaded adapter (None: as it is stored). ``why_general``: the reason for
-    which transformers' own code computes everything; "" where it does not.
-    """
-
-    vocabulary: int
-    ending: frozenset[int]
-    generation_defaults: Mapping[str, Any] = field(default_factory=dict)
-    seed: int = 0
-    max_lora_rank: int | None = None
-    value_bytes: int | None = None
-    why_general: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
-    """A prompt that has been checked, with all that its answers need."""
-
-    id: str
-    prompt: str | None
-    prompt_ids: tuple[int, ...]
-    params: SamplingParams
-    lora_request: LoRARequest | None = None
-    version: AdapterVersion | None = None
-    room: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +62,7 @@ class Engine:
         self.runner, self.scheduler, self.pool = runner, scheduler, scheduler.pool
         self.tokenizer, self.settings = tokenizer, settings
         self.versions = Versions(settings.max_lora_rank, settings.value_bytes)
-        self.forms = Forms(tokenizer, settings.vocabulary, sorted(settings.ending))
+        self._rules = Rules(tokenizer, settings)
         self._inbox: Inbox[_Message] = Inbox()
         self._loader: Loader[Any] = Loader(self._inbox.put)
         self._waits_for_load = False
@@ -134,11 +102,7 @@ class Engine:
         version = None if lora_request is None else self.versions.of(lora_request)
         n_front, n_bytes = (version.n_front, version.n_bytes) if version else (0, 0)
         room = self.scheduler.require_room(len(prompt_ids), n_front, n_bytes)
-        self._require_ids("the prompt", prompt_ids)
-        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
-            self._require_ids(name, getattr(params, name) or ())
-        if params.structured_outputs is not None:
-            self.forms.form(params.structured_outputs)  # so that what cannot be compiled is told at once
+        self._rules.require(prompt_ids, params)
         return Asked(
             id=str(next(self._numbers)),
             prompt=prompt, prompt_ids=tuple(prompt_ids), params=params, lora_request=lora_request, version=version,
@@ -220,15 +184,6 @@ class Engine:
             f"no adapter with the number {number}; known: { {r.adapter_id: n for n, r in self._adapters.items()} }"
         )
 
-    def _require_ids(self, what: str, ids: Any) -> None:
-        wrong = [
-            i for i in ids if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < self.settings.vocabulary
-        ]
-        if wrong:
-            raise ConfigError(
-                f"{what} holds {wrong[:5]}, which are no token ids: those are 0 to {self.settings.vocabulary - 1}"
-            )
-
     def _take_all(self) -> None:
         """Do what all messages say; a step that is interrupted leaves the rest to the next."""
         self._failures.clear()
@@ -262,47 +217,12 @@ class Engine:
         group = self._groups[asked.id] = _Group(asked, [])
         number = next(self._keys)
         for index in range(asked.params.n):
-            request = self._request(asked, index)
+            request = self._rules.request(asked, index)
             answer = Answer(request, index, asked.params, self.tokenizer)
             group.answers.append(answer)
             self._answers[request.id] = (group, answer)
-            self.runner.begin(request.id, self._draw_rule(asked, request, (number, index)))
+            self.runner.begin(request.id, self._rules.draw_rule(asked, request, (number, index)))
             self.scheduler.add(request)
-
-    def _request(self, asked: Asked, index: int) -> Request:
-        params = asked.params
-        rule = StopRule(
-            max_tokens=min(params.max_tokens or asked.room, asked.room),
-            min_tokens=params.min_tokens,
-            eos_ids=frozenset() if params.ignore_eos else self.settings.ending,
-            stop_ids=frozenset(params.stop_token_ids or ()),
-        )
-        return Request(
-            id=f"{asked.id}#{index}", prompt=asked.prompt_ids, rule=rule,
-            version=asked.version.id if asked.version else None, n_front=asked.version.n_front if asked.version else 0,
-            scores_prompt=params.prompt_logprobs is not None and index == 0,
-        )  # fmt: skip
-
-    def _draw_rule(self, asked: Asked, request: Request, number: tuple[int, int]) -> DrawRule:
-        params = asked.params
-        key = (
-            (self.settings.seed, (number[0] << 32) + number[1] + 1)
-            if params.seed is None
-            else (params.seed, -number[1])
-        )
-        words = [variant for word in params.bad_words or () for variant in self._word_ids(word)]
-        form = None if params.structured_outputs is None else self.forms.form(params.structured_outputs)
-        return DrawRule(
-            params=params, prompt=asked.prompt_ids, key=key, ending=self.settings.ending | request.rule.stop_ids,
-            bad_words=tuple(words), form=form,
-        )  # fmt: skip
-
-    def _word_ids(self, word: str) -> list[tuple[int, ...]]:
-        """The ids of a word at the start of a text and behind a space."""
-        found = [
-            tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (word, f" {word.lstrip()}")
-        ]
-        return [ids for ids in dict.fromkeys(found) if ids]
 
     def _begin_loads(self) -> None:
         """Let what waiting requests lack be read, the oldest's first."""

@@ -38,7 +38,7 @@ from veneer.serve.bound import (
 from veneer.serve.effects import Effects
 from veneer.serve.native import NativeStep
 from veneer.serve.norms import BoundNorm
-from veneer.serve.products import Linears, Packed
+from veneer.serve.products import Linears, Packed, Shared
 from veneer.serve.program import Activate, Add, Change, Embed, Logits, Normalize, Own, Product, Program
 from veneer.serve.step import Step
 
@@ -76,8 +76,9 @@ class Interpreter:
 
     def packed(self, effects: Effects) -> PackedEffects:
         """The effects of an adapter as `take` puts them in; on any thread, beside a pass."""
-        bottlenecks = {site: Bottleneck(record) for site, record in effects.residual.items()}
-        packed = PackedEffects(effects, [linears.packed(effects) for linears in self._linears], bottlenecks)
+        bottlenecks = {site: Bottleneck(record, self.dtype) for site, record in effects.residual.items()}
+        shared: Shared = {}
+        packed = PackedEffects(effects, [linears.packed(effects, shared) for linears in self._linears], bottlenecks)
         effects.linear = {}  # what is needed of them has been packed
         return packed
 
@@ -88,7 +89,7 @@ class Interpreter:
             linears.take(version, own)
         self.bottlenecks[version] = packed.bottlenecks
         if self.native is not None:
-            self.native.take(version, effects)
+            self.native.take(version, effects, packed.bottlenecks)
         effects.residual = {}  # the bottlenecks have them
         self.effects[version] = effects
         self._plans.clear()

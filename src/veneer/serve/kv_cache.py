@@ -41,13 +41,25 @@ class KVCache(Protocol):
 
 def make_cache(program: Program, n_pages: int, block: int, dtype: torch.dtype, device: torch.device) -> KVCache:
     """Empty pages for a program, which take memory when they are written to."""
+    heads = _heads_in_pages(program, block, dtype, device)
+    if heads is None:
+        return SlotCache(SlotStore(n_pages, block), device)
+    return PageCache(kernel.PagedStore.zeros(n_pages, block, (len(program.attentions), *heads), dtype=dtype))
+
+
+def numbers_per_position(program: Program, block: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Numbers that a token's keys and values take in the pages of `make_cache`, with what fills heads up there."""
+    heads = _heads_in_pages(program, block, dtype, device)
+    if heads is None:
+        return program.numbers_per_position
+    return 2 * len(program.attentions) * heads[0] * kernel.padded(heads[1])
+
+
+def _heads_in_pages(program: Program, block: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int] | None:
+    """Key heads of a layer and values of a head, where the kernels' pages take the program's."""
     heads = {(part.heads.n_kv_heads, part.heads.head_dim) for part in program.attentions}
     fits = len(heads) == 1 and block % kernel.UNIT == 0 and dtype in kernel.DTYPES and device.type == "cpu"
-    if not fits:
-        return SlotCache(SlotStore(n_pages, block), device)
-    [(n_heads, width)] = heads
-    layers = len(program.attentions)
-    return PageCache(kernel.PagedStore.zeros(n_pages, block, (layers, n_heads, width), dtype=dtype))
+    return heads.pop() if fits else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from veneer.errors import ConfigError, VeneerError
+from veneer.serve.asked import Asked
 from veneer.serve.conversation import Conversation, chat_prompt
-from veneer.serve.engine import Asked, Engine
+from veneer.serve.engine import Engine
 from veneer.serve.lora_request import LoRARequest
 from veneer.serve.outputs import RequestOutput
 from veneer.serve.prompts import Prompt, read_prompt

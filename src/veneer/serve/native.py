@@ -7,17 +7,20 @@ same registers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from veneer.errors import ShapeError
 from veneer.model.blueprint.rotary import Rotary
+from veneer.ops.activation import KINDS
 from veneer.ops.attention import AttentionOptions
 from veneer.ops.cpu.step import StepAttention, StepLayer, StepProgram, StepTurns
 from veneer.ops.glu import ACTIVATIONS as GATED
+from veneer.serve.bottleneck import Bottleneck
 from veneer.serve.bound import (
     LISTS,
     Activated,
@@ -39,9 +42,19 @@ from veneer.serve.program import STREAM
 from veneer.serve.step import Step
 
 
+class Adapter(NamedTuple):
+    """What a version brings beside the records of its linear layers."""
+
+    effects: Effects
+    bottlenecks: Mapping[str, Bottleneck]
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One bound instruction in C++: its place there, its registers, and the versions with which it is not known."""
+    """One bound instruction in C++: its place there, its registers, and the versions with which it is not known.
+
+    Bottlenecks of its ``site`` are the business of its instruction ``site_at``.
+    """
 
     place: range
     reads: tuple[Register, ...] = ()
@@ -50,8 +63,9 @@ class Part:
     linears: Linears | None = None
     norm_path: str = ""
     site: str = ""
+    site_at: int = 0
 
-    def take(self, program: StepProgram, version: str, number: int, effects: Effects) -> None:
+    def take(self, program: StepProgram, version: str, number: int, adapter: Adapter) -> None:
         """A version comes; its records have been taken by the linear layers."""
         own = None if self.linears is None else self.linears.versions.get(version)
         if own is not None:
@@ -60,7 +74,11 @@ class Part:
                 self.unknown.add(version)
             else:
                 program.take(number, self.place.start, own.pairs, changes)
-        if self.site in effects.residual or any(path == self.norm_path for path, _ in effects.whole):
+        bottleneck = adapter.bottlenecks.get(self.site)
+        if bottleneck is not None and bottleneck.pairs is not None:
+            at = self.place.start + self.site_at
+            program.take_bottleneck(number, at, bottleneck.pairs, reads_output=bottleneck.reads_output)
+        elif bottleneck is not None or any(path == self.norm_path for path, _ in adapter.effects.whole):
             self.unknown.add(version)
 
 
@@ -83,13 +101,13 @@ class NativeStep:
         place = range(before, self.program.n_instructions)
         self.parts.append(None if part is None else replace(part, place=place))
 
-    def take(self, version: str, effects: Effects) -> None:
+    def take(self, version: str, effects: Effects, bottlenecks: Mapping[str, Bottleneck]) -> None:
         """An adapter version comes, whose records the linear layers have taken."""
         number = next(n for n in range(len(self.numbers) + 1) if n not in self.numbers.values())
         self.numbers[version] = number
         for part in self.parts:
             if part is not None:
-                part.take(self.program, version, number, effects)
+                part.take(self.program, version, number, Adapter(effects, bottlenecks))
 
     def drop(self, version: str) -> None:
         """An adapter version goes, if it came."""
@@ -127,7 +145,7 @@ class NativeStep:
             case Activated():
                 return self._activation(bound)
             case Changed(instruction, _):
-                return Part(range(0), site=instruction.site)
+                return self._change(instruction.site, instruction.source, instruction.target)
             case Added(instruction):
                 return self._sum(instruction.source, instruction.multiplier)
         return None
@@ -140,7 +158,7 @@ class NativeStep:
         self.program.add_norm(norm, self.first_of(reads), self.first_of(writes))
         return Part(range(0), (reads,), (writes,), norm_path=bound.norm.path)
 
-    def _product(self, linears: Linears, source: str, target: str, stream: int = -1) -> Part | None:
+    def _product(self, linears: Linears, source: str, target: str, stream: int = -1, beside: int = -1) -> Part | None:
         group = linears.group
         if group is None or any(part.dtype != self.program.dtype for part in group.parts):
             return None
@@ -150,19 +168,33 @@ class NativeStep:
         first = self.first_of(writes)
         layers = [StepLayer(w, b, first + i) for i, (w, b) in enumerate(zip(group.parts, linears.biases, strict=True))]
         joined = None if group.whole is None else (group.whole, linears.bias)
-        self.program.add_product(layers, self.first_of(reads), joined=joined, stream=stream)
+        self.program.add_product(layers, self.first_of(reads), joined=joined, stream=stream, beside=beside)
         return Part(range(0), (reads,), (writes,), linears=linears)
 
     def _into_stream(self, bound: IntoStreamOf) -> Part | None:
-        adds = bound.linears.adds()
-        part = self._product(bound.linears, bound.source, "half", self.first_of(self.stream) if adds else -1)
+        beside = Register(bound.beside, self.stream.widths)
+        if bound.linears.adds():
+            stream = self.first_of(self.stream)
+            part = self._product(bound.linears, bound.source, "half", stream, self.first_of(beside))
+            if part is None:
+                return None
+            return replace(part, reads=(*part.reads, beside, self.stream), writes=(self.stream,), site=bound.site)
+        part = self._product(bound.linears, bound.source, "half")
         if part is None:
             return None
-        part = replace(part, site=bound.site)
-        if adds:
-            return replace(part, reads=(*part.reads, self.stream), writes=(self.stream,))
-        total = self._sum("half", 1.0)
-        return replace(part, reads=(*part.reads, self.stream), writes=(*part.writes, *total.writes))
+        change, total = self._change(bound.site, bound.beside, "half"), self._sum("half", 1.0)
+        return replace(
+            part,
+            reads=(*part.reads, *change.reads[:1], self.stream),
+            writes=(*part.writes, *total.writes),
+            site=bound.site,
+            site_at=1,
+        )
+
+    def _change(self, site: str, source: str, target: str) -> Part:
+        reads, half = Register(source, self.stream.widths), Register(target, self.stream.widths)
+        self.program.add_change(half.widths[0], self.first_of(reads), self.first_of(half))
+        return Part(range(0), (reads, half), (half,), site=site)
 
     def _sum(self, source: str, multiplier: float) -> Part:
         half = Register(source, self.stream.widths)
@@ -194,10 +226,13 @@ class NativeStep:
 
     def _activation(self, bound: Activated) -> Part | None:
         part = bound.instruction.part
-        if not part.gated or part.activation not in GATED:
-            return None
         reads = Register(bound.instruction.source, tuple(linear.out_features for linear in part.inner))
         writes = Register(bound.instruction.target, (part.width,))
+        if not part.gated and part.activation in KINDS:
+            self.program.add_activation(part.activation, part.width, self.first_of(reads), self.first_of(writes))
+            return Part(range(0), (reads,), (writes,))
+        if not part.gated or part.activation not in GATED:
+            return None
         gate = self.first_of(reads)
         up = (gate + 1, 0) if len(part.inner) == 2 else (gate, part.width)
         self.program.add_glu(part.activation, part.width, gate, up, self.first_of(writes))

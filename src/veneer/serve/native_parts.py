@@ -81,9 +81,9 @@ def _changes(own: Own, dtype: torch.dtype) -> Iterator[LayerChange | None]:
 
 
 def _is_known(record: LinearDelta) -> bool:
-    """Return True if a record has no low-rank part left: VeRA's is shared with other layers and not packed."""
+    """Return True if float32 holds what is left of a record, whose low-rank part has been packed."""
     vectors = (record.in_scale, record.out_scale, record.bias)
-    return record.a is None and all(v is None or v.dtype.itemsize <= 4 for v in vectors)
+    return all(v is None or v.dtype.itemsize <= 4 for v in vectors)
 
 
 def _vector(x: Tensor | None) -> Tensor | None:

@@ -17,7 +17,6 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from veneer.core.frozen import FrozenWeight
-from veneer.core.linear import behind_a
 from veneer.core.records import LinearDelta
 from veneer.model.blueprint.parts import Linear
 from veneer.model.linear import frozen_weight
@@ -33,6 +32,8 @@ from veneer.serve.effects import Effects
 
 Packed = Mapping[tuple[str, ...], PackedGroup]
 """Packed weights by the paths of the layers that read the same x."""
+Shared = dict[tuple[object, ...], PackedPairs]
+"""The factors of one version that several groups of layers share, by what they were packed from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +67,17 @@ class Linears:
         self.versions: dict[str, Own] = {}
         self.bias = _joined(self.biases, [linear.out_features for linear in linears])
 
-    def packed(self, effects: Effects) -> Own | None:
-        """The change of a version that `take` puts in, made on any thread; None where it does nothing here."""
+    def packed(self, effects: Effects, shared: Shared) -> Own | None:
+        """The change of a version that `take` puts in, made on any thread; None where it does nothing here.
+
+        ``shared`` holds what the version's groups before have packed, and what this one packs.
+        """
         records = tuple(effects.linear.get(path, NOTHING) for path in self.paths)
         whole = {i: w for i, path in enumerate(self.paths) if (w := effects.whole.get((path, "weight"))) is not None}
         if not whole and all(record is NOTHING for record in records):
             return None
         own = Own(records, whole)
-        return own if self.group is None else self._packed(own)
+        return own if self.group is None else self._packed(own, shared)
 
     def take(self, version: str, own: Own | None) -> None:
         """A version comes, if it does anything here."""
@@ -146,12 +150,9 @@ class Linears:
         return ys
 
     def _add_apart(self, own: Own, rows: slice, inputs: Sequence[Tensor], ys: Sequence[Tensor]) -> None:
-        for i, record in enumerate(own.records):
-            x, y = inputs[i][rows], ys[i][rows]
-            if record.a is not None:
-                y += behind_a(functional.linear(x.to(record.a.dtype), record.a), record).to(y.dtype)
-            if own.apart and (pairs := own.apart[i]) is not None:
-                add_pairs(x, [Segment(pairs, 0, len(x))], [y])
+        for x, y, pairs in zip(inputs, ys, own.apart, strict=False):
+            if pairs is not None:
+                add_pairs(x[rows], [Segment(pairs, 0, rows.stop - rows.start)], [y[rows]])
 
     def _by_op(self, x: Tensor, owns: Sequence[Own | None], runs: AdapterRuns) -> list[Tensor]:
         """By the op of training: weights in any format."""
@@ -176,25 +177,27 @@ class Linears:
                 else:
                     ys[i][start:stop] = functional.linear(own_x, weight, bias)
 
-    def _packed(self, own: Own) -> Own:
-        """With its low-rank parts packed; those that share their factors with other layers stay as they are."""
-        taken = [_is_pair(record) for record in own.records]
-        pairs = [
-            Pair(cast(Tensor, record.a), cast(Tensor, record.b), record.scale) if is_pair else None
-            for record, is_pair in zip(own.records, taken, strict=True)
-        ]
-        left = tuple(
-            _without_pair(record) if is_pair else record for record, is_pair in zip(own.records, taken, strict=True)
-        )
-        sizes, dtype = [weight.shape[0] for weight in self.weights], self._dtype()
-        own = replace(own, records=left, whole={i: PackedWeight.pack(cast(Tensor, w)) for i, w in own.whole.items()})
-        if not any(taken):
-            return own
+    def _packed(self, own: Own, shared: Shared) -> Own:
+        """With its low-rank parts packed."""
+        pairs = [_pair(record) for record in own.records]
+        whole = {i: PackedWeight.pack(cast(Tensor, w)) for i, w in own.whole.items()}
+        left = replace(own, records=tuple(_without_pair(record) for record in own.records), whole=whole)
+        if not any(pairs):
+            return left
+        sizes = [weight.shape[0] for weight in self.weights]
         if any(record.in_scale is not None for record in own.records):
             each = zip(pairs, sizes, strict=True)
-            apart = tuple(None if pair is None else PackedPairs.pack([pair], [o], dtype=dtype) for pair, o in each)
-            return replace(own, apart=apart)
-        return replace(own, pairs=PackedPairs.pack(pairs, sizes, dtype=dtype))
+            apart = tuple(None if pair is None else self._pack([pair], [o], shared) for pair, o in each)
+            return replace(left, apart=apart)
+        return replace(left, pairs=self._pack(pairs, sizes, shared))
+
+    def _pack(self, pairs: Sequence[Pair | None], sizes: Sequence[int], shared: Shared) -> PackedPairs:
+        if all(pair is None or pair.is_plain for pair in pairs):
+            return PackedPairs.pack(pairs, sizes, dtype=self._dtype())
+        key = tuple(None if pair is None else (*_place(pair.a), *_place(pair.b), pair.scale) for pair in pairs)
+        like = shared.get(key)
+        found = PackedPairs.pack(pairs, sizes, dtype=self._dtype()) if like is None else like.with_vectors(pairs)
+        return shared.setdefault(key, found) if like is None else found
 
     def _dtype(self) -> torch.dtype:
         return cast(PackedGroup, self.group).parts[0].dtype
@@ -223,13 +226,19 @@ def divided(runs: AdapterRuns, apart: tuple[bool, ...]) -> tuple[Part, Part]:
     return plain, others
 
 
-def _is_pair(record: LinearDelta) -> bool:
-    """Return True if a record's low-rank part is its own: VeRA's layers share theirs."""
-    return record.rank > 0 and record.core is None and record.b_scale is None
+def _pair(record: LinearDelta) -> Pair | None:
+    if record.a is None or record.b is None or not record.rank:
+        return None
+    return Pair(record.a, record.b, record.scale, core=record.core, b_scale=record.b_scale)
+
+
+def _place(x: Tensor) -> tuple[object, ...]:
+    """The memory of a tensor."""
+    return x.data_ptr(), x.shape, x.stride(), x.dtype
 
 
 def _without_pair(record: LinearDelta) -> LinearDelta:
-    left = replace(record, a=None, b=None, scale=1.0)
+    left = replace(record, a=None, b=None, scale=1.0, core=None, b_scale=None)
     return NOTHING if all(x is None for x in (left.in_scale, left.out_scale, left.bias)) else left
 
 

@@ -18,10 +18,12 @@ from veneer.errors import ConfigError, DescriptionError
 from veneer.evaluate.scoring import context_length
 from veneer.model.paged import SlotStore, require_pageable
 from veneer.serve.adapter_pool import AdapterPool
-from veneer.serve.engine import Engine, EngineSettings
+from veneer.serve.asked import EngineSettings
+from veneer.serve.engine import Engine
 from veneer.serve.general_runner import GeneralRunner
 from veneer.serve.interpreter import Interpreter
 from veneer.serve.keywords import Keywords
+from veneer.serve.kv_cache import numbers_per_position
 from veneer.serve.pages import Pages
 from veneer.serve.program_runner import ProgramRunner, proved
 from veneer.serve.runner import Runner
@@ -157,7 +159,12 @@ def start_engine(
         if program_alone
         else _program(loaded, longest, give_up=own, switched_off=options.general_runner)
     )
-    position_bytes = require_pageable(loaded) if interpreter is None else _position_bytes(loaded, interpreter)
+    position_bytes = (
+        require_pageable(loaded)
+        if interpreter is None
+        else loaded.dtype.itemsize
+        * numbers_per_position(interpreter.program, options.block_size, loaded.dtype, loaded.device)
+    )
     pages = _pages(loaded, options, position_bytes, longest)
     if options.max_model_len is None:
         longest = min(longest, pages.n_pages * pages.block)
@@ -195,12 +202,6 @@ def _program(
             "%s runs by transformers' own code, slowly, for it has no program: %s", type(model).__name__, error
         )
         return None, str(error)
-
-
-def _position_bytes(model: PreTrainedModel, interpreter: Interpreter) -> int:
-    """Bytes of the keys and values of a token."""
-    size: int = model.dtype.itemsize
-    return interpreter.program.numbers_per_position * size
 
 
 def generation_defaults(model: PreTrainedModel) -> dict[str, Any]:

@@ -5,9 +5,9 @@ from functools import partial
 import pytest
 import torch
 
-from veneer.errors import ShapeError
-from veneer.ops.pairs import PackedPairs, Pair, Segment, Segments, add_pairs
-from veneer.ops.reference.pairs import unpacked
+from veneer.errors import ConfigError, ShapeError
+from veneer.ops.pairs import ACTIVATIONS, PackedPairs, Pair, Segment, Segments, add_pairs
+from veneer.ops.reference.pairs import activated, unpacked
 
 OP = "pairs.add"
 OUTS = (83, 5, 131)
@@ -110,6 +110,67 @@ def test_a_row_does_not_depend_on_its_companions(dtype, threads, backend):
     assert not any(torch.equal(a, b) for a, b in zip(together, before, strict=True))
 
 
+def full(i, outs, dtype, activation, *, shared):
+    """Pairs with everything between and behind their products, of one a where that is shared, and packed."""
+    ranks = (7,) * len(outs) if shared else (7, 0, 18)[: len(outs)]
+    a = draw(7, i)
+    pairs = [
+        Pair(
+            a if shared else draw(r, i, seed=k), draw(o, r, seed=k), 0.3 + k,
+            core=draw(r, seed=k), b_scale=draw(o, seed=k), a_bias=draw(r, seed=9 + k), b_bias=draw(o, seed=9 + k),
+            activation=activation,
+        )
+        if r
+        else None
+        for k, (r, o) in enumerate(zip(ranks, outs, strict=True))
+    ]  # fmt: skip
+    return pairs, PackedPairs.pack(pairs, outs, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_what_is_between_the_products_and_behind_them(activation, shared, dtype, backend):
+    pairs, packed = full(67, OUTS, dtype, activation, shared=shared)
+    assert packed.shares_a == shared
+    x, ys = draw(9, 67).to(dtype), [draw(9, o).to(dtype) for o in OUTS]
+    expected = [y.double() for y in ys]
+    for y, pair in zip(expected, pairs, strict=True):
+        if pair is not None:
+            u = pair.core * (x[2:8].double() @ pair.a.to(dtype).double().T) + pair.a_bias
+            inner = activated(u, activation) @ (pair.scale * pair.b).to(dtype).double().T
+            y[2:8] += pair.b_scale * inner + pair.b_bias
+    got = [y.clone() for y in ys]
+    add_pairs(x, [Segment(packed, 2, 8)], got, backend=backend)
+    rounding = 1e-5 if dtype == torch.float32 else 2.0**-6
+    for y, exact in zip(got, expected, strict=True):
+        assert (y.double() - exact).abs().max() <= rounding * exact.abs().max()
+    alone = [y[5:6].clone() for y in ys]
+    add_pairs(x[5:6], [Segment(packed, 0, 1)], alone, backend=backend)
+    same = torch.equal if backend == "cpu" else partial(torch.allclose, rtol=0.02, atol=0.02)
+    assert all(same(y[5:6], one) for y, one in zip(got, alone, strict=True))
+
+
+def test_rows_may_be_read_and_changed_at_once(backend):
+    """A bottleneck that reads what it changes, in segments that several threads take."""
+    _, packed = full(64, (64,), torch.float32, "relu", shared=False)
+    x = draw(40, 64)
+    expected, got = x.clone(), x.clone()
+    add_pairs(x, [Segment(packed, 0, 40)], [expected], backend=backend)
+    add_pairs(got, [Segment(packed, 0, 33), Segment(packed, 33, 40)], [got], backend=backend)
+    assert torch.allclose(got, expected, rtol=1e-6, atol=1e-5)
+    assert not torch.equal(got, x)
+
+
+def test_factors_that_layers_share_are_there_once():
+    first, packed = full(64, (80, 48), torch.bfloat16, "identity", shared=True)
+    assert packed.nbytes == 2 * (16 * 64 + 8 * (80 + 48))
+    other = [pair._replace(core=pair.core + 1) for pair in first]
+    again = packed.with_vectors(other)
+    assert again.factors is packed.factors
+    assert not torch.equal(again.middle.core, packed.middle.core)
+
+
 def test_no_segment_and_an_empty_one_change_nothing(backend):
     _, packed = versions(64, torch.float32)
     ys = [draw(3, o) for o in OUTS]
@@ -130,6 +191,10 @@ def test_what_does_not_fit_is_refused():
     ):
         with pytest.raises(ShapeError, match=r"packed pairs are a \(r, i\) and b \(o, r\)"):
             PackedPairs.pack(pairs, outs)
+    with pytest.raises(ShapeError, match=r"core and a_bias have the rank's 3 values"):
+        PackedPairs.pack([Pair(a, b, 1.0, b_scale=draw(3))], [5])
+    with pytest.raises(ConfigError, match=r"one activation of .*leaky_relu.*given \['softmax'\]"):
+        PackedPairs.pack([Pair(a, b, 1.0, activation="softmax")], [5])
     with pytest.raises(ShapeError, match="float16"):
         PackedPairs.pack([Pair(a, b, 1.0)], [5], dtype=torch.float16)
     packed = PackedPairs.pack([Pair(a, b, 1.0)], [5])

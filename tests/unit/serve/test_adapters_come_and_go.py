@@ -32,7 +32,7 @@ def test_adapters_that_cannot_be_served(llm, adapters, tmp_path):
         assert not llm.engine.has_work
         assert "bad" not in llm.engine.pool.names or config
 
-    fails(FormatError, "is not a folder", tmp_path / "nowhere")
+    fails(FormatError, "does not exist", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     fails(FormatError, "holds no adapter_config.json", tmp_path / "empty")
     other = save_adapter(tmp_path / "other", LoraConfig(r=3, target_modules=["c_attn"]), family="gpt2")

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from veneer import LoraConfig
+from veneer import BottleneckConfig, LoraConfig, VeraConfig
 from veneer.errors import ShapeError
 from veneer.model.paged import Stretch
 from veneer.ops.cpu.module import kernels
-from veneer.serve.bound import IntoStreamOf, LogitsOf
+from veneer.serve.bound import LogitsOf
 from veneer.serve.effects import Lookup, read_effects
 from veneer.serve.interpreter import Interpreter
 from veneer.serve.kv_cache import make_cache
@@ -127,25 +127,69 @@ def test_versions_of_every_method(dtype, isa, adapters):
     for chunk in together:
         n = chunk[2]
         alone = Run(fast.interpreter, native=True).step(chunk)
-        if chunk[3] != "vera":
-            assert torch.equal(both[at : at + n], alone)
+        assert torch.equal(both[at : at + n], alone)
         assert chunk[3] is None or not torch.equal(alone, Run(fast.interpreter, native=True).step((*chunk[:3], None)))
         at += n
 
 
-def test_what_is_done_by_instruction(adapters):
-    """VeRA at its products, a bottleneck where it stands; and nothing any more when their versions have gone."""
-    interpreter = loaded(
-        torch.float32, {name: Path(adapters[name].lora_path) for name in ("lora", "dora", "ia3", "vera", "bottleneck")}
-    )
-    for known in ("lora", "dora", "ia3"):
-        assert len(stretches(interpreter, step_with(interpreter, None, known))) == 1
-    layers = 2
-    assert len(stretches(interpreter, step_with(interpreter, "vera", "lora"))) == layers + 1
-    left = interpreter._instructions(step_with(interpreter, "bottleneck"))
-    assert sum(isinstance(each, IntoStreamOf) for each in left) == layers
-    interpreter.drop("vera")
-    assert len(stretches(interpreter, step_with(interpreter, "lora"))) == 1
+def test_every_method_is_one_call(adapters):
+    interpreter = loaded(torch.float32, {name: Path(adapters[name].lora_path) for name in ALONE})
+    known = [name for name in ALONE if name != "saved"]  # which has norms of its own
+    for each in known:
+        assert len(stretches(interpreter, step_with(interpreter, None, each))) == 1
+    assert len(stretches(interpreter, step_with(interpreter, *known))) == 1
+
+
+def test_what_is_done_by_instruction(tmp_path):
+    """A norm of a version's own; and nothing any more when it has gone."""
+    config = LoraConfig(r=2, target_modules=["v_proj"], modules_to_save=["input_layernorm"])
+    interpreter = loaded(torch.float32, {"norms": save_adapter(tmp_path / "norms", config)})
+    assert len(stretches(interpreter, step_with(interpreter, None, "norms"))) == 2
+    fast, slow = pair_of(interpreter)
+    chunks = ((0, 0, 5, None), (1, 0, 3, "norms"))
+    assert torch.equal(fast.step(*chunks), slow.step(*chunks))
+    interpreter.drop("norms")
+    assert len(stretches(interpreter, step_with(interpreter, None))) == 1
+
+
+BOTTLENECKS = {
+    "houlsby": BottleneckConfig.houlsby(reduction_factor=5, non_linearity="swish"),
+    "pfeiffer": BottleneckConfig(reduction_factor=3, non_linearity="gelu_new"),
+    "parallel": BottleneckConfig.parallel(reduction_factor=7, non_linearity="tanh"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_bottlenecks_of_every_kind(family, dtype, isa, tmp_path):
+    """Where halves go right into the stream, where they have a bias or a norm first; beside LoRA and the base."""
+    configs = BOTTLENECKS | {"lora": LoraConfig(r=3, target_modules="all-linear")}
+    folders = {name: save_adapter(tmp_path / name, config, family) for name, config in configs.items()}
+    fast, slow = pair_of(loaded(dtype, folders, family))
+    together = [(s, 0, 2 + s, version) for s, version in enumerate((None, *configs, "houlsby"))]
+    both = fast.step(*together)
+    assert torch.equal(both, slow.step(*together))
+    rows = both.split([n for _, _, n, _ in together])
+    for chunk, given in zip(together, rows, strict=True):
+        assert torch.equal(given, Run(fast.interpreter, native=True).step(chunk))
+        base = Run(fast.interpreter, native=True).step((*chunk[:3], None))
+        assert chunk[3] is None or not torch.equal(given, base)
+    assert len(stretches(fast.interpreter, step_with(fast.interpreter, *configs))) == 1
+
+
+def test_layers_share_the_matrices_of_vera(tmp_path):
+    """They are packed once for layers of one shape, and what the version takes does not grow with the layers."""
+    folder = save_adapter(tmp_path / "vera", VeraConfig(r=64, target_modules="all-linear"))
+    model = make_model()
+    interpreter = proved(model, 100)
+    packed = interpreter.packed(read_effects(Lookup(model), interpreter.program, folder))
+    owns = [own for own in packed.linears if own is not None]
+    per_layer = len(owns) // 2
+    assert [own.pairs.factors.data_ptr() for own in owns[:per_layer]] == [
+        own.pairs.factors.data_ptr() for own in owns[per_layer:]
+    ]
+    assert owns[0].pairs.shares_a
+    assert not torch.equal(owns[0].pairs.middle.core, owns[per_layer].pairs.middle.core)
 
 
 def test_a_version_takes_the_place_of_one_that_went(adapters):

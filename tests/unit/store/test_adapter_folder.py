@@ -248,7 +248,7 @@ def test_the_folder_of_a_run_points_at_the_adapter_in_it(folder: Path, tmp_path:
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    assert "is not a folder" in refused(tmp_path / "nowhere")
+    assert "does not exist" in refused(tmp_path / "nowhere")
 
 
 def test_hub_ids_go_through_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from veneer.ops.activation import KINDS
 from veneer.ops.attention import AttentionOptions
 from veneer.ops.cpu.module import DTYPES, kernels
 from veneer.ops.glu import ACTIVATIONS
@@ -105,8 +106,10 @@ class StepProgram:
         *,
         joined: tuple[PackedWeight, Tensor | None] | None = None,
         stream: int = -1,
+        beside: int = -1,
     ) -> None:
-        """The outputs of layers that read ``source``; the one layer's is added to ``stream`` where that is given.
+        """The outputs of layers that read ``source``; the one layer's is added to ``stream`` where that is given, and
+        changed on its way by bottlenecks, which read it or ``beside``.
 
         ``joined``: weight and bias of all layers, for outputs that lie side by side.
         """
@@ -116,7 +119,9 @@ class StepProgram:
             for (w, bias, target), floats in zip(layers, wide, strict=True)
         ]
         whole, bias = joined or (None, None)
-        self._program.add_product(numbers, 0 if whole is None else address(whole.panels), _at(bias), source, stream)
+        self._program.add_product(
+            numbers, 0 if whole is None else address(whole.panels), _at(bias), source, stream, beside
+        )
         self._kept.append((list(layers), joined))
         self.n_instructions += 1
 
@@ -141,6 +146,16 @@ class StepProgram:
         self._program.add_glu(ACTIVATIONS.index(activation), d, gate, *up, target)
         self.n_instructions += 1
 
+    def add_activation(self, activation: str, d: int, source: int, target: int) -> None:
+        """``target = act(source)``."""
+        self._program.add_activation(KINDS.index(activation), d, source, target)
+        self.n_instructions += 1
+
+    def add_change(self, d: int, source: int, target: int) -> None:
+        """Bottlenecks of versions at a half's output ``target``, whose input is ``source``."""
+        self._program.add_change(d, source, target)
+        self.n_instructions += 1
+
     def add_sum(self, d: int, multiplier: float, source: int, stream: int) -> None:
         """``stream += multiplier * source``."""
         self._program.add_sum(d, multiplier, source, stream)
@@ -148,10 +163,17 @@ class StepProgram:
 
     def take(self, version: int, instruction: int, pairs: PackedPairs | None, changes: Sequence[LayerChange]) -> None:
         """A version comes at a product: low-rank pairs of all layers at once; ``changes``: more at each, or empty."""
-        ranks = [] if pairs is None else list(pairs.ranks)
-        numbers = [_change(change) for change in changes]
-        self._program.take(instruction, version, 0 if pairs is None else address(pairs.factors), ranks, numbers)
+        self._program.take(instruction, version, _pairs(pairs), [_change(change) for change in changes])
         self._of_versions[version].append((pairs, list(changes)))
+
+    def take_bottleneck(self, version: int, instruction: int, pairs: PackedPairs, *, reads_output: bool) -> None:
+        """A version comes with a bottleneck, at a product that goes into the stream, or at `add_change`."""
+        self._program.take_bottleneck(instruction, version, _pairs(pairs), reads_output)
+        self._of_versions[version].append(pairs)
+
+    def seconds(self) -> list[float]:
+        """The seconds that each instruction has taken since they were asked for last."""
+        return list(self._program.seconds())
 
     def drop(self, version: int) -> None:
         """A version goes."""
@@ -201,13 +223,16 @@ def _norm(norm: StepNorm | None) -> tuple[bool, float, int, int, int]:
 
 
 def _change(change: LayerChange) -> list[int]:
-    pair, whole = change.pair, change.whole
+    whole = change.whole
     return [
         _at(change.in_scale),
         _at(change.out_scale),
         _at(change.bias),
         _at(change.own_bias),
         0 if whole is None else address(whole.panels),
-        0 if pair is None else address(pair.factors),
-        0 if pair is None else pair.ranks[0],
+        *_pairs(change.pair),
     ]
+
+
+def _pairs(pairs: PackedPairs | None) -> list[int]:
+    return [] if pairs is None else [address(pairs.factors), *pairs.numbers, *pairs.ranks]

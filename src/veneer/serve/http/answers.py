@@ -15,8 +15,8 @@ from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 
 from veneer.errors import VeneerError
+from veneer.serve.asked import Asked
 from veneer.serve.async_engine import AsyncEngine
-from veneer.serve.engine import Asked
 from veneer.serve.http.errors import error_body
 from veneer.serve.http.protocol import StreamOptions
 from veneer.serve.outputs import CompletionOutput, RequestOutput

@@ -13,9 +13,10 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from veneer.errors import ConfigError, VeneerError
+from veneer.serve.asked import Asked
 from veneer.serve.async_engine import AsyncEngine
 from veneer.serve.conversation import chat_prompt
-from veneer.serve.engine import Asked, Engine
+from veneer.serve.engine import Engine
 from veneer.serve.http import chat, completions
 from veneer.serve.http.answers import Answering, Shape, stream_of, whole_answer
 from veneer.serve.http.errors import on_invalid_body, on_unknown_route, on_veneer_error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from veneer.serve.engine import Asked
+from veneer.serve.asked import Asked
 from veneer.serve.http.answers import Shape
 from veneer.serve.outputs import CompletionOutput, Logprob
 

@@ -67,9 +67,19 @@ def _routes(app: FastAPI) -> list[tuple[str, str]]:
 async def on_invalid_body(request: Request, error: Exception) -> JSONResponse:
     """The answer to a body that is not as the route wants it: everything that is wrong, and the first field."""
     problems = error.errors() if isinstance(error, RequestValidationError) else []
-    said = "; ".join(_said(problem) for problem in problems)
+    unread = any(not _place(problem) and problem["type"] != _NO_JSON for problem in problems)
+    said = (_said_of_header(request) if unread else "") or "; ".join(_said(problem) for problem in problems)
     first = next((_place(problem) or None for problem in problems), None)
     return JSONResponse(error_body(ConfigError(said), first), 400)
+
+
+def _said_of_header(request: Request) -> str:
+    """What is wrong with the header for which a body was not read as JSON; empty where it was."""
+    given = request.headers.get("content-type", "")
+    kind = given.partition(";")[0].strip().lower()
+    if kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json")):
+        return ""
+    return f"the body is JSON, which the header Content-Type: application/json has to say; given {given or 'none'}"
 
 
 def _said(problem: dict[str, Any]) -> str:

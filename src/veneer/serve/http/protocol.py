@@ -130,7 +130,9 @@ class CompletionBody(Body):
 
 
 class ChatBody(Body):
-    """The body of ``/v1/chat/completions``. ``max_tokens`` is the old name of ``max_completion_tokens``."""
+    """The body of ``/v1/chat/completions``. ``max_tokens`` is the old name of ``max_completion_tokens``; ``tools`` are
+    refused unless ``tool_choice`` is "none".
+    """
 
     messages: list[dict[str, Any]]
     max_completion_tokens: int | None = None
@@ -145,6 +147,11 @@ class ChatBody(Body):
 
     def to_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         """The sampling parameters of the body. Raises ConfigError."""
+        if self.tools and self.tool_choice != "none":
+            raise ConfigError(
+                "tools are not offered: answers come back as text, in which calls are not recognised. Leave the field "
+                'out, or send tool_choice="none"'
+            )
         if self.top_logprobs is not None and not (self.logprobs and 0 <= self.top_logprobs <= MAX_LOGPROBS):
             raise ConfigError(
                 f"top_logprobs={self.top_logprobs} needs logprobs=true and lies between 0 and {MAX_LOGPROBS}"
@@ -155,8 +162,9 @@ class ChatBody(Body):
 
     def template(self) -> dict[str, Any]:
         """The arguments of the chat template."""
-        tools = None if self.tool_choice == "none" else self.tools
         return {
-            "chat_template": self.chat_template, "add_generation_prompt": self.add_generation_prompt,
-            "continue_final_message": self.continue_final_message, "tools": tools, **(self.chat_template_kwargs or {}),
-        }  # fmt: skip
+            "chat_template": self.chat_template,
+            "add_generation_prompt": self.add_generation_prompt,
+            "continue_final_message": self.continue_final_message,
+            **(self.chat_template_kwargs or {}),
+        }

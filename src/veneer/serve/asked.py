@@ -1,0 +1,108 @@
+"""A prompt that has been checked, and what its answers are made by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from veneer.errors import ConfigError
+from veneer.serve.adapter_pool import AdapterVersion
+from veneer.serve.lora_request import LoRARequest
+from veneer.serve.request import Request, StopRule
+from veneer.serve.sampler import DrawRule
+from veneer.serve.sampling_params import SamplingParams
+from veneer.serve.structured import Forms
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """Of the model: the number of its ids, those that end an answer, its defaults of sampling; of the engine: the seed
+    of draws that have none, and the highest rank of an adapter (None: any).
+
+    ``value_bytes`` is the size of a value of a loaded adapter (None: as it is stored). ``why_general``: the reason for
+    which transformers' own code computes everything; "" where it does not.
+    """
+
+    vocabulary: int
+    ending: frozenset[int]
+    generation_defaults: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    max_lora_rank: int | None = None
+    value_bytes: int | None = None
+    why_general: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """A prompt that has been checked, with all that its answers need."""
+
+    id: str
+    prompt: str | None
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    lora_request: LoRARequest | None = None
+    version: AdapterVersion | None = None
+    room: int = 1
+
+
+class Rules:
+    """The rules of stopping and drawing that parameters come to, for a model and its tokenizer."""
+
+    def __init__(self, tokenizer: Any, settings: EngineSettings) -> None:
+        self.tokenizer, self.settings = tokenizer, settings
+        self.forms = Forms(tokenizer, settings.vocabulary, sorted(settings.ending))
+
+    def require(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        """Raise ConfigError for ids that are none, and for a form that cannot be compiled."""
+        self._require_ids("the prompt", prompt_ids)
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            self._require_ids(name, getattr(params, name) or ())
+        if params.structured_outputs is not None:
+            self.forms.form(params.structured_outputs)
+
+    def _require_ids(self, what: str, ids: Any) -> None:
+        wrong = [
+            i for i in ids if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < self.settings.vocabulary
+        ]
+        if wrong:
+            raise ConfigError(
+                f"{what} holds {wrong[:5]}, which are no token ids: those are 0 to {self.settings.vocabulary - 1}"
+            )
+
+    def request(self, asked: Asked, index: int) -> Request:
+        """The request of one of a prompt's answers."""
+        params = asked.params
+        rule = StopRule(
+            max_tokens=min(params.max_tokens or asked.room, asked.room),
+            min_tokens=params.min_tokens,
+            eos_ids=frozenset() if params.ignore_eos else self.settings.ending,
+            stop_ids=frozenset(params.stop_token_ids or ()),
+        )
+        return Request(
+            id=f"{asked.id}#{index}", prompt=asked.prompt_ids, rule=rule,
+            version=asked.version.id if asked.version else None, n_front=asked.version.n_front if asked.version else 0,
+            scores_prompt=params.prompt_logprobs is not None and index == 0,
+        )  # fmt: skip
+
+    def draw_rule(self, asked: Asked, request: Request, number: tuple[int, int]) -> DrawRule:
+        """How its tokens are drawn; ``number`` are the prompt's among all and the answer's among the prompt's."""
+        params = asked.params
+        key = (
+            (self.settings.seed, (number[0] << 32) + number[1] + 1)
+            if params.seed is None
+            else (params.seed, -number[1])
+        )
+        words = [variant for word in params.bad_words or () for variant in self._word_ids(word)]
+        form = None if params.structured_outputs is None else self.forms.form(params.structured_outputs)
+        return DrawRule(
+            params=params, prompt=asked.prompt_ids, key=key, ending=self.settings.ending | request.rule.stop_ids,
+            bad_words=tuple(words), form=form,
+        )  # fmt: skip
+
+    def _word_ids(self, word: str) -> list[tuple[int, ...]]:
+        """The ids of a word at the start of a text and behind a space."""
+        found = [
+            tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (word, f" {word.lstrip()}")
+        ]
+        return [ids for ids in dict.fromkeys(found) if ids]
