@@ -111,7 +111,7 @@ def test_pinned_adapters_keep_their_place(base_folder, adapters, tmp_path):
     with pytest.raises(ConfigError, match="finds no place"):
         llm.llm_engine.add_lora(adapters["lora"])
     assert llm.llm_engine.list_loras() == {adapters["ia3"].adapter_id}
-    with pytest.raises(FormatError, match="is not a folder"):
+    with pytest.raises(FormatError, match="does not exist"):
         llm.llm_engine.add_lora(LoRARequest("x", 9, str(tmp_path / "x")))
 
 
