@@ -233,7 +233,7 @@ def _joined(vectors: Sequence[Tensor | None], places: Sequence[int], neutral: fl
     if there is None:
         return None
     found = torch.full((sum(places),), neutral, dtype=torch.float32, device=there.device)
-    for vector, own in zip(vectors, found.split(list(places)), strict=True):
+    for vector, own in zip(vectors, torch.split(found, list(places)), strict=True):
         if vector is not None:
             own[: len(vector)] = vector.detach()
     return found

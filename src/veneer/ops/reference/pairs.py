@@ -29,7 +29,7 @@ def _between(pairs: PackedPairs, layer: int, u: Tensor) -> Tensor:
     if middle is None:
         return u
     places = [filled(rank, pairs.dtype) for rank in pairs.ranks]
-    core, bias = (None if v is None else v.split(places)[layer][: u.shape[1]] for v in (middle.core, middle.bias))
+    core, bias = (None if v is None else torch.split(v, places)[layer][: u.shape[1]] for v in (middle.core, middle.bias))
     u = u if core is None else u * core
     return activated(u if bias is None else u + bias, middle.activation)
 
@@ -38,7 +38,7 @@ def _behind(pairs: PackedPairs, layer: int, y: Tensor) -> Tensor:
     if pairs.middle is None:
         return y
     outs = list(pairs.out_features)
-    scale, bias = (None if v is None else v.split(outs)[layer] for v in pairs.middle[3:])
+    scale, bias = (None if v is None else torch.split(v, outs)[layer] for v in pairs.middle[3:])
     y = y if scale is None else y * scale
     return y if bias is None else y + bias
 
