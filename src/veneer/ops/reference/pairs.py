@@ -29,7 +29,9 @@ def _between(pairs: PackedPairs, layer: int, u: Tensor) -> Tensor:
     if middle is None:
         return u
     places = [filled(rank, pairs.dtype) for rank in pairs.ranks]
-    core, bias = (None if v is None else torch.split(v, places)[layer][: u.shape[1]] for v in (middle.core, middle.bias))
+    core, bias = (
+        None if v is None else torch.split(v, places)[layer][: u.shape[1]] for v in (middle.core, middle.bias)
+    )
     u = u if core is None else u * core
     return activated(u if bias is None else u + bias, middle.activation)
 
