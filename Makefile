@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test check format clean
+.PHONY: setup demo test check docs format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -12,6 +12,7 @@ help:
 	@echo "make demo    set up, fetch a small model, fine-tune it, show what changed (under ten minutes on two cores)"
 	@echo "make test    set up, then the whole test suite"
 	@echo "make check   lint, types, layers"
+	@echo "make docs    the site: build/site/index.html"
 	@echo "make format  rewrite the code in the house's format"
 
 $(VENV)/.ready: pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/*)
@@ -21,7 +22,8 @@ $(VENV)/.ready: pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 	@echo "2 of 3: pip, in its newest version"
 	@$(BIN)/python -m pip install --quiet --upgrade pip
 	@echo "3 of 3: torch and the other packages, then veneer and its kernels: some minutes"
-	@test -t 1 || quiet=--quiet; $(BIN)/python -m pip install $$quiet --editable '.[dev]'
+	@test -t 1 || quiet=--quiet; scripts/compile_progress build & watcher=$$!; trap "kill $$watcher 2>/dev/null" EXIT; \
+		$(BIN)/python -m pip install $$quiet --editable '.[dev]'
 	@touch $@
 	@echo "ready: $(BIN)/veneer (source $(BIN)/activate puts it on the path)"
 
@@ -40,6 +42,13 @@ check: setup
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: setup
+	@$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' > $(VENV)/docs.txt
+	@$(BIN)/python -m pip install --quiet --requirement $(VENV)/docs.txt  # the extra alone: the kernels are built
+	$(BIN)/python scripts/recipe_table.py > $(VENV)/recipe.md && mv $(VENV)/recipe.md docs/recipe.md
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "ready: build/site/index.html"
 
 clean:
 	rm -rf $(VENV) build

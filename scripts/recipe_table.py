@@ -1,0 +1,220 @@
+"""Write docs/recipe.md, every key of a recipe with type, default and meaning, from the code: ``python
+scripts/recipe_table.py > docs/recipe.md`` (``make docs`` does it).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import inspect
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from veneer.train.config import SFTConfig
+from veneer.train.recipe.adapter import FULL, NamedMethod, method_names, named_methods
+from veneer.train.recipe.recipe import _ELSEWHERE, Recipe, _defaults
+
+PACKAGES = ("transformers", "trl")
+_HEAD = "| key | type | default | what it is |\n| --- | --- | --- | --- |"
+_INTRO = """# Recipe keys
+
+Made from the code by `scripts/recipe_table.py`, and held equal by a test. `veneer train --print-recipe` prints the
+usual ones with comments to edit; [training.md](training.md) explains what they do; `--set part.key=value` changes one
+for a run. An unknown key is an error that names the nearest one.
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    said = comments()
+    top = {name: field for name, field in Recipe.model_fields.items() if not _is_part(field)}
+    parts = {name: field for name, field in Recipe.model_fields.items() if _is_part(field)}
+    found = [_INTRO, "## The recipe itself\n", _table(rows_of_fields(top, said, "")), _made_with()]
+    for name, field in parts.items():
+        title, table = f"## {name}\n", rows_of_part(name, field, said)
+        found += [title, *table]
+    return "\n".join(found).rstrip() + "\n"
+
+
+def rows_of_part(name: str, field: FieldInfo, said: Mapping[str, str]) -> list[str]:
+    """The tables of one part: one, or for the adapter one for each method."""
+    if name == "adapter":
+        return _adapter(said)
+    if name == "training":
+        return _training(said)
+    (model,) = (kind for kind in (field.annotation, *get_args(field.annotation)) if _is_model(kind))
+    return [_table(rows_of_fields(model.model_fields, said, f"{name}."))]
+
+
+def rows_of_fields(fields: Mapping[str, FieldInfo], said: Mapping[str, str], prefix: str) -> Iterator[str]:
+    """A row for each field of a pydantic model."""
+    for name, field in fields.items():
+        default = "must be given" if field.is_required() else _value(field.get_default(call_default_factory=True))
+        yield _row(name, told(field.annotation), default, field.description or said.get(f"{prefix}{name}", ""))
+
+
+def comments() -> dict[str, str]:
+    """The comment behind each key of the commented recipe, by ``part.key``; those on the lines below belong to it."""
+    text = (resources.files("veneer.train.recipe") / "recipe.yaml").read_text(encoding="utf-8")
+    found: dict[str, str] = {}
+    part, last = "", ""
+    for line in text.splitlines():
+        opened = re.match(r"^(\w+):(?:\s*#\s*(.*))?$", line)
+        key = re.match(r"^(\s*)(?:# )?(\w+): .*?(?:\s#\s(.*))?$", line)
+        more = re.match(r"^\s{12,}#\s(.*)$", line)
+        if opened:
+            part, last = f"{opened[1]}.", ""
+        elif more and last:
+            found[last] = f"{found[last]} {more[1]}".strip()
+        elif key:
+            last = f"{part if key[1] else ''}{key[2]}"
+            found[last] = key[3] or ""
+    return {key: text.replace(" METHODS", "") for key, text in found.items()}
+
+
+def told(kind: Any) -> str:
+    """A type as a reader writes it: ``nf4 or none``, ``number``, ``text or null``."""
+    names = {
+        str: "text",
+        int: "whole number",
+        float: "number",
+        bool: "true or false",
+        type(None): "null",
+        Any: "anything",
+    }
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return ", ".join(f"`{value}`" for value in args)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(told(arg) for arg in args))
+    if origin is typing.Annotated:
+        return told(args[0])
+    if kind in names:
+        return names[kind]
+    if origin is not None and issubclass(origin, Mapping):
+        return "keys and values"
+    if origin is not None or kind in (list, tuple, set):
+        of = [told(arg) for arg in args if arg is not Ellipsis]
+        return f"list of {' or '.join(dict.fromkeys(of))}" if of else "list"
+    return "keys and values" if isinstance(kind, type) and (kind is dict or dataclasses.is_dataclass(kind)) else "text"
+
+
+def _adapter(said: Mapping[str, str]) -> list[str]:
+    methods = named_methods()
+    names = ", ".join(f"`{name}`" for name in method_names())
+    found = [
+        f"`method` is one of {names}; the other keys are the fields of that method's config, and `{FULL}` has none. "
+        "[methods.md](methods.md) says what each method is.\n"
+    ]
+    for config in dict.fromkeys(method.config for method in methods.values()):
+        of = {name: method for name, method in methods.items() if method.config is config}
+        found += [
+            f"### {', '.join(of)}\n",
+            f"{inspect.getdoc(config)}\n",
+            *_named(of),
+            _table(_config_rows(config, said)),
+        ]
+    return found
+
+
+def _named(methods: Mapping[str, NamedMethod]) -> list[str]:
+    """What a name sets of itself."""
+    found = []
+    for name, method in methods.items():
+        given = {**method.preset, **method.switches}
+        if given:
+            found.append(f"- `{name}` is `{'`, `'.join(f'{key}: {_plain(value)}' for key, value in given.items())}`")
+    return [*found, ""] if found else []
+
+
+def _config_rows(config: Any, said: Mapping[str, str]) -> Iterator[str]:
+    hints = typing.get_type_hints(config)
+    aside = {"base_model_name_or_path", "revision", "inference_mode", "task_type"}
+    for spec in dataclasses.fields(config):
+        if spec.name in aside or not spec.metadata.get("on_disk", True):
+            continue
+        default = _default(spec)
+        usual = config.usual_fields.get(spec.name, default)
+        meaning = said.get(f"adapter.{spec.name}", "")
+        yield _row(
+            spec.name,
+            told(hints[spec.name]),
+            _value(usual) if usual is not dataclasses.MISSING else "must be given",
+            meaning,
+        )
+
+
+def _training(said: Mapping[str, str]) -> list[str]:
+    recipe = Recipe.model_validate({"model": {"source": "x"}, "data": {"train": "x"}, "output": "x"})
+    own, hints = _defaults(recipe), typing.get_type_hints(SFTConfig)
+    rows = []
+    for spec in sorted(
+        dataclasses.fields(SFTConfig), key=lambda spec: (f"training.{spec.name}" not in said, spec.name)
+    ):
+        if spec.name in _ELSEWHERE or not spec.init:
+            continue
+        meaning = said.get(f"training.{spec.name}") or _first_sentence(spec.metadata.get("help", ""))
+        rows.append(_row(spec.name, told(hints[spec.name]), _value(own.get(spec.name, _default(spec))), meaning))
+    intro = (
+        "The fields of `SFTConfig`, which are those of TRL and transformers and a few more; the usual ones come first."
+    )
+    return [f"{intro}\n", _table(rows)]
+
+
+def _first_sentence(text: str) -> str:
+    text = " ".join(str(text).split())
+    return re.split(r"(?<=[a-z)`])\. ", text)[0].rstrip(".")
+
+
+def _default(spec: Any) -> Any:
+    return spec.default if spec.default_factory is dataclasses.MISSING else spec.default_factory()
+
+
+def _is_part(field: FieldInfo) -> bool:
+    return field.annotation == dict[str, Any] or any(
+        _is_model(k) for k in (field.annotation, *get_args(field.annotation))
+    )
+
+
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _made_with() -> str:
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    return f"\nMade with {versions}, whose settings `training` takes.\n"
+
+
+def _table(rows: Any) -> str:
+    return "\n".join([_HEAD, *rows, ""])
+
+
+def _row(*cells: str) -> str:
+    plain = (re.sub(r"(?<!`)<([\w /]+)>", r"`<\1>`", cell).replace("|", "\\|").replace("\n", " ") for cell in cells[1:])
+    return f"| `{cells[0]}` | {' | '.join(plain)} |"
+
+
+def _value(value: Any) -> str:
+    return f"`{_plain(value)}`"
+
+
+def _plain(value: Any) -> str:
+    value = getattr(value, "value", value)
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_plain, value))}]"
+    if isinstance(value, Mapping):
+        return "{}" if not value else str(dict(value))
+    return str(value) if value != "" else '""'
+
+
+if __name__ == "__main__":
+    print(page(), end="")
