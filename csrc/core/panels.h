@@ -15,10 +15,15 @@ namespace veneer {
 // filled up with zeros. A panel of c blocks is [depth][c][16] in float32 and float16. In bfloat16 it is [depth / 2][c][16][2],
 // neighbours in i side by side, depth being even: so it is a right operand of dot products of pairs, and where depth is a
 // multiple of 32 also of AMX tiles, as it lies. Beyond i there are zeros.
+// In codes (packed/coded.h) it is another layout, whose values are rounded to `dtype`.
+enum class Coding : int { none = 0, nf4 = 1, fp4 = 2, int8 = 3 };  // see veneer.ops.packed_codes
+
 struct PanelMatrix {
   int64_t o, i, depth;
   Dtype dtype;
   void* values;
+  Coding coding = Coding::none;
+  int64_t unit = 0;  // inputs of an output that share a scale
 };
 
 namespace {

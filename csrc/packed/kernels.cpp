@@ -5,6 +5,7 @@
 #include "core/amx.h"
 #include "core/parallel.h"
 #include "core/scratch.h"
+#include "packed/coded.h"
 
 namespace veneer {
 namespace VENEER_ISA {
@@ -44,6 +45,42 @@ void pack(const PanelMatrix& weight, const void* rows, int64_t stride) {
 
 void unpack(const PanelMatrix& weight, void* rows) {
   with_dtype(weight.dtype, [&](auto t) { unpack_typed(weight, static_cast<decltype(t)*>(rows)); });
+}
+
+int64_t rows_of_a_thread(const PanelMatrix& w) { return least_bytes / (w.i + 1) + 1; }
+
+void pack_codes(const PanelMatrix& weight, const void* codes, const float* absmax, int64_t block_size) {
+  const PanelMatrix w = weight;
+  parallel_for(blocks_of(w.o) * panel_block, rows_of_a_thread(w), [=](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      if (w.coding == Coding::int8)
+        pack_int8_row(w, r, static_cast<const int8_t*>(codes), absmax);
+      else
+        pack_four_bit_row(w, r, static_cast<const uint8_t*>(codes), absmax, block_size);
+    }
+  });
+}
+
+void unpack_codes(const PanelMatrix& weight, void* codes) {
+  const PanelMatrix w = weight;
+  parallel_for(w.o, rows_of_a_thread(w), [=](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      if (w.coding == Coding::int8)
+        unpack_int8_row(w, r, static_cast<int8_t*>(codes));
+      else
+        unpack_four_bit_row(w, r, static_cast<uint8_t*>(codes));
+    }
+  });
+}
+
+void dequantize(const PanelMatrix& weight, void* rows) {
+  const PanelMatrix w = weight;
+  with_dtype(w.dtype, [=](auto t) {
+    using T = decltype(t);
+    parallel_for(w.o, rows_of_a_thread(w), [=](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) dequantize_row(w, r, static_cast<T*>(rows) + r * w.i);
+    });
+  });
 }
 
 // ---- products ---------------------------------------------------------------------------------------------------------
@@ -102,13 +139,13 @@ void product(const PackedProduct& call, const Operand& x) {
 
 #if defined(__AMX_BF16__)
 // Up to 32 rows times two blocks of one panel. Tiles have as many rows as there are; few cost as much as their weights.
-template <class Out>
-void tile_corner(const PackedProduct& call, const Operand& x, int64_t row, int n, int64_t block, int blocks) {
-  const Panel panel = panel_of(call.weight, block);
-  const bf16* w = static_cast<const bf16*>(call.weight.values) + panel.start + 2 * panel.first;
+template <class Sink>
+void tile_corner(const PanelMatrix& weight, const Operand& x, int64_t row, int n, int64_t block, int blocks, const Sink& sink) {
+  const Panel panel = panel_of(weight, block);
+  const bf16* w = static_cast<const bf16*>(weight.values) + panel.start + 2 * panel.first;
   const bf16* first = static_cast<const bf16*>(x.data) + row * x.stride;
   const bf16* second = first + 16 * x.stride;
-  const int64_t depth = call.weight.depth, step = panel.across * tile_depth;
+  const int64_t depth = weight.depth, step = panel.across * tile_depth;
   alignas(64) float c[4][256];
   amx_fence();
   _tile_zero(0);
@@ -134,11 +171,10 @@ void tile_corner(const PackedProduct& call, const Operand& x, int64_t row, int n
   _tile_stored(2, c[2], 64);
   _tile_stored(3, c[3], 64);
   amx_fence();
-  const Finish<Out> finish{call};
   for (int r = 0; r < n; ++r)
     for (int b = 0; b < blocks; ++b) {
       const lanes sums = load(c[r / 16 * 2 + b] + r % 16 * 16);
-      finish(row + r, block + b, &sums);
+      sink(row + r, block + b, &sums);
     }
 }
 
@@ -152,14 +188,14 @@ void shape_tiles(int n) {
   _tile_loadconfig(&shape);
 }
 
-template <class Out>
-void tile_piece(const PackedProduct& call, const Operand& x, int64_t row, int64_t stop, int64_t begin, int64_t end) {
+template <class Sink>
+void tile_piece(const PanelMatrix& weight, const Operand& x, int64_t row, int64_t stop, int64_t begin, int64_t end, const Sink& sink) {
   for (; row < stop; row += 32) {
     const int n = static_cast<int>(stop - row < 32 ? stop - row : 32);
     shape_tiles(n);
     for (int64_t block = begin, next; block < end; block = next) {
       next = block / 2 * 2 + 2 < end ? block / 2 * 2 + 2 : end;
-      tile_corner<Out>(call, x, row, n, block, static_cast<int>(next - block));
+      tile_corner(weight, x, row, n, block, static_cast<int>(next - block), sink);
     }
   }
   amx_end();
@@ -167,8 +203,8 @@ void tile_piece(const PackedProduct& call, const Operand& x, int64_t row, int64_
 
 void tile_product(const PackedProduct& call, const Operand& x) {
   each_piece(call, [&](int64_t row, int64_t stop, int64_t begin, int64_t end) {
-    if (call.out.dtype == Dtype::float32) return tile_piece<float>(call, x, row, stop, begin, end);
-    tile_piece<bf16>(call, x, row, stop, begin, end);
+    if (call.out.dtype == Dtype::float32) return tile_piece(call.weight, x, row, stop, begin, end, Finish<float>{call});
+    tile_piece(call.weight, x, row, stop, begin, end, Finish<bf16>{call});
   });
 }
 #endif
@@ -193,9 +229,8 @@ bool is_copied(const PackedProduct& call) {
 }
 int64_t copied_stride(const PackedProduct& call) { return up_to(call.weight.i, 32); }
 
-int64_t scratch_bytes(const PackedProduct& call) {
-  if (!is_copied(call)) return 64;
-  return 64 + call.n * copied_stride(call) * (reads_pairs(call) ? 2 : 4);
+int64_t operand_bytes(const PackedProduct& call) {
+  return 64 + (is_copied(call) ? call.n * copied_stride(call) * (reads_pairs(call) ? 2 : 4) : 0);
 }
 
 Operand operand(const PackedProduct& call) {
@@ -219,9 +254,113 @@ Operand operand(const PackedProduct& call) {
   return {call.scratch, stride};
 }
 
+// ---- products with weights in codes --------------------------------------------------------------------------------------
+
+// Rows that are multiplied straight from the codes; for more, panels are decoded into cache. Tiles have no other way.
+#if defined(__AVX512F__)
+constexpr int most_direct = 4;
+#else
+constexpr int most_direct = 2;
+#endif
+
+bool is_direct(const PackedProduct& call) {
+#if defined(__AMX_BF16__)
+  if (reads_pairs(call)) return false;
+#endif
+  return call.n <= most_direct;
+}
+
+int threads_of(const PackedProduct& call) {
+  const int64_t work = call.weight.o * call.weight.i * (4 + call.n) / 8;
+  return work < 2 * least_bytes ? 1 : max_threads();
+}
+
+int64_t dense_depth(const PanelMatrix& m) { return m.dtype == Dtype::bfloat16 ? up_to(m.i, 32) : m.i; }
+int64_t panel_bytes(const PanelMatrix& m) {
+  return up_to(panel_blocks * panel_block * dense_depth(m) * (m.dtype == Dtype::bfloat16 ? 2 : 4), 64);
+}
+
+template <class Out>
+struct FinishFrom {  // of a matrix that is some blocks of the weight
+  Finish<Out> finish;
+  int64_t first;
+  void operator()(int64_t row, int64_t block, const lanes* sums) const { finish(row, first + block, sums); }
+};
+
+// Some blocks of one panel, decoded, times all rows.
+template <class Codes, class W, class Out>
+void decoded_product(const PackedProduct& call, const Operand& x, int64_t begin, int64_t end, char* memory) {
+  const PanelMatrix& m = call.weight;
+  const PanelMatrix dense{(end - begin) * panel_block, m.i, dense_depth(m), m.dtype, memory};
+  const FinishFrom<Out> sink{{call}, begin};
+  decode_blocks<Codes, W>(m, begin, end, dense);
+#if defined(__AMX_BF16__)
+  if (reads_pairs(call)) return tile_piece(dense, x, 0, call.n, 0, end - begin, sink);
+#elif defined(__AVX512BF16__)
+  if (reads_pairs(call))
+    return multiply_panels<PairEngine>(dense, static_cast<const bf16*>(x.data), x.stride, 0, call.n, 0, end - begin, sink);
+#endif
+  multiply_panels<FloatEngine<W>>(dense, static_cast<const float*>(x.data), x.stride, 0, call.n, 0, end - begin, sink);
+}
+
+template <class Codes, class W, class Out>
+void direct_product(const PackedProduct& call, const Operand& x, int64_t begin, int64_t end) {
+  const Finish<Out> sink{call};
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+  if constexpr (sizeof(W) == 2)
+    if (reads_pairs(call)) {
+      const CodedPairProduct<Codes, Finish<Out>> product{call.weight, static_cast<const bf16*>(x.data), x.stride, sink};
+      return tile_height<most_direct>(0, call.n, begin, end, product);
+    }
+#endif
+  const CodedProduct<Codes, W, Finish<Out>> product{call.weight, static_cast<const float*>(x.data), x.stride, sink};
+  tile_height<most_direct>(0, call.n, begin, end, product);
+}
+
+template <class Codes, class W, class Out>
+void coded_typed(const PackedProduct& call, const Operand& x) {
+  const int64_t blocks = blocks_of(call.weight.o), threads = threads_of(call), bytes = panel_bytes(call.weight);
+  char* memory = static_cast<char*>(call.scratch) + operand_bytes(call);
+  memory += -reinterpret_cast<uintptr_t>(memory) % 64;
+  const bool direct = is_direct(call);
+  parallel_for(threads, 1, [&, blocks, threads, bytes, memory, direct](int64_t first, int64_t last) {
+    for (int64_t thread = first; thread < last; ++thread) {
+      const int64_t stop = blocks * (thread + 1) / threads;
+      for (int64_t begin = blocks * thread / threads, end; begin < stop; begin = end) {
+        end = (begin / panel_blocks + 1) * panel_blocks < stop ? (begin / panel_blocks + 1) * panel_blocks : stop;
+        if (direct)
+          direct_product<Codes, W, Out>(call, x, begin, end);
+        else
+          decoded_product<Codes, W, Out>(call, x, begin, end, memory + thread * bytes);
+      }
+    }
+  });
+}
+
+template <class Codes, class W>
+void coded_product_as(const PackedProduct& call, const Operand& x) {
+  if (call.out.dtype == Dtype::float32) return coded_typed<Codes, W, float>(call, x);
+  coded_typed<Codes, W, bf16>(call, x);
+}
+
+template <class Codes>
+void coded_product(const PackedProduct& call, const Operand& x) {
+  if (call.weight.dtype == Dtype::float32) return coded_product_as<Codes, float>(call, x);
+  coded_product_as<Codes, bf16>(call, x);
+}
+
+// ---- all of them ---------------------------------------------------------------------------------------------------------
+
+int64_t scratch_bytes(const PackedProduct& call) {
+  const bool decodes = is_coded(call.weight) && !is_direct(call);
+  return operand_bytes(call) + 64 + (decodes ? threads_of(call) * panel_bytes(call.weight) : 0);
+}
+
 void matmul(const PackedProduct& call) {
   if (call.n == 0 || call.weight.o == 0) return;
   const Operand x = operand(call);
+  if (call.weight.coding == Coding::int8) return coded_product<EightBits>(call, x);
+  if (is_coded(call.weight)) return coded_product<FourBits>(call, x);
 #if defined(__AMX_BF16__)
   if (reads_pairs(call)) return tile_product(call, x);
 #elif defined(__AVX512BF16__)
@@ -232,7 +371,7 @@ void matmul(const PackedProduct& call) {
 
 }  // namespace
 
-const PackedKernels packed = {pack, unpack, scratch_bytes, matmul};
+const PackedKernels packed = {pack, unpack, pack_codes, unpack_codes, dequantize, scratch_bytes, matmul};
 
 }  // namespace VENEER_ISA
 }  // namespace veneer

@@ -1,4 +1,5 @@
-// Products with a frozen matrix that was packed once. The specification is veneer/ops/reference/packed.py.
+// Products with a frozen matrix that was packed once. The specification is veneer/ops/reference/packed.py, and for matrices in
+// codes packed_codes.py beside it.
 #pragma once
 
 #include <cstdint>
@@ -25,6 +26,10 @@ struct PackedProduct {
 struct PackedKernels {
   void (*pack)(const PanelMatrix& weight, const void* rows, int64_t stride);
   void (*unpack)(const PanelMatrix& weight, void* rows);
+  // Codes as csrc/four_bit and csrc/int8 write them, row by row, with one absmax a block of 4-bit codes or a row of int8.
+  void (*pack_codes)(const PanelMatrix& weight, const void* codes, const float* absmax, int64_t block_size);
+  void (*unpack_codes)(const PanelMatrix& weight, void* codes);
+  void (*dequantize)(const PanelMatrix& weight, void* rows);  // of the weight's dtype
   int64_t (*scratch_bytes)(const PackedProduct& product);
   void (*matmul)(const PackedProduct& product);
 };

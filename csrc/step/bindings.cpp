@@ -45,12 +45,12 @@ class StepProgram {
 
   void add_norm(const NormNumbers& norm, int source, int target) { add<NormInstruction>(norm_of(norm), source, target); }
 
-  // `layers`: of each o, i, depth, panels, bias, the same in float, and the register that it writes.
+  // `layers`: of each o, i, depth, panels, bias, the same in float, the register that it writes, coding and unit.
   void add_product(const std::vector<Numbers>& layers, int64_t joined, int64_t joined_bias, int source, int stream, int beside) {
     std::vector<Layer> found;
     for (const Numbers& l : layers)
-      found.push_back({{l[0], l[1], l[2], dtype_, const_cast<void*>(pointer<void>(l[3]))}, pointer<void>(l[4]), floats_at(l[5], l[0]),
-                       static_cast<int>(l[6])});
+      found.push_back({{l[0], l[1], l[2], dtype_, const_cast<void*>(pointer<void>(l[3])), Coding(l[7]), l[8]}, pointer<void>(l[4]),
+                       floats_at(l[5], l[0]), static_cast<int>(l[6])});
     auto made = std::make_unique<ProductInstruction>(std::move(found), pointer<void>(joined), pointer<void>(joined_bias), source, stream,
                                                      beside);
     products_.resize(instructions_.size() + 1);

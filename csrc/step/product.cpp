@@ -27,6 +27,12 @@ void each_gap(const std::vector<VersionRun>& runs, int64_t n, const F& f) {
   if (reached < n) f(reached, n);
 }
 
+// Panels of another weight of a layer's shape, which is not in codes.
+PanelMatrix dense_like(const PanelMatrix& m, const void* panels) {
+  const int64_t depth = m.dtype == Dtype::bfloat16 ? (m.i + 31) / 32 * 32 : m.i;
+  return {m.o, m.i, depth, m.dtype, const_cast<void*>(panels)};
+}
+
 void scale_rows(const Pass& pass, const Rows& z, int64_t n, int64_t d, const float* scale, const float* bias) {
   if (scale == nullptr && bias == nullptr) return;
   scale_kernels().forward({n, d, pass.dtype}, z, scale, bias, z);
@@ -171,8 +177,7 @@ void ProductInstruction::change_rows(const Pass& pass, const Operands& at, const
     const float* bias = own.wide_bias != nullptr ? own.wide_bias : base.empty() ? nullptr : base.data();
     scale_rows(pass, y, n, heights_[i], own.out_scale, bias);
     if (own.whole == nullptr) continue;
-    PanelMatrix weight = layers_[i].weight;
-    weight.values = const_cast<void*>(own.whole);
+    const PanelMatrix weight = dense_like(layers_[i].weight, own.whole);
     const void* beside = own.bias != nullptr ? own.bias : layers_[i].bias;
     multiply_one(pass, weight, pass.from_row(pass.registers[source_], run.start), y, {const_cast<void*>(beside), 0}, n);
   }

@@ -36,6 +36,10 @@ _GeneralRunner = Annotated[
     bool,
     typer.Option("--general-runner", help="Compute by transformers' own code: slow, and what all else must equal."),
 ]
+_QuantizeHead = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", show_default=False, help="int8: keep the head in 8 bits, for half of its bytes."),
+]
 _Seed = Annotated[int, typer.Option(metavar="N", help="Of requests that bring no seed.")]
 
 
@@ -51,6 +55,7 @@ def serve(
     kv_gib: _KvGib = None,
     general_runner: _GeneralRunner = False,
     load_in_4bit: loading.FourBit = False,
+    quantize_head: _QuantizeHead = None,
     dtype: loading.Dtype = "auto",
     seed: _Seed = 0,
 ) -> None:
@@ -69,7 +74,7 @@ def serve(
         raise ConfigError(f"--adapters {adapters} is no folder: make it, adapters may come later")
     options = EngineOptions(
         dtype=dtype, quantization="bitsandbytes" if load_in_4bit else None, max_model_len=max_model_len, seed=seed,
-        max_loras=max_loras, general_runner=general_runner,
+        max_loras=max_loras, general_runner=general_runner, quantize_head=quantize_head,
         kv_cache_memory_bytes=None if kv_gib is None else int(kv_gib * 2**30),
     )  # fmt: skip
     with loading.quiet():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -12,9 +13,15 @@ from transformers.pytorch_utils import Conv1D
 
 from veneer.core.frozen import FrozenWeight
 from veneer.model.linear import frozen_weight
+from veneer.model.quant_linear import QuantLinear
 from veneer.ops.packed import BLOCK, BLOCKS, ROWS, PackedWeight
+from veneer.ops.packed_codes import PackedCodes
 from veneer.quant.dense import DenseWeight
-from veneer.quant.packed import PackedDense
+from veneer.quant.packed import PackedCoded, PackedDense
+from veneer.quant.packing import packed_codes
+from veneer.quant.product import CodedWeight
+
+Packed = PackedWeight | PackedCodes
 
 PANEL = BLOCK * BLOCKS
 """Outputs of a whole panel: weights joined at its multiples are parts of one packed weight."""
@@ -66,49 +73,104 @@ class PackedLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+class PackedQuantLinear(nn.Module):
+    """``y = W x + bias`` with the codes of W packed, in the place of a quantized layer that is left without them."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, module: QuantLinear, packed: PackedCodes) -> None:
+        super().__init__()
+        self.bias = module.bias
+        self._stands_for = (module,)
+        module.weight = torch.empty_like(module.weight, device="meta")
+        self.is_transposed, self.packed_weight = module.is_transposed, PackedCoded(packed)
+        self.out_features, self.in_features = packed.shape
+
+    def original(self) -> QuantLinear:
+        """The layer that this one stands for, with its codes."""
+        [module] = self._stands_for
+        module.weight = self.packed_weight.packed.codes().view(module.weight.shape)
+        return module
+
+    def frozen_format(self) -> FrozenWeight:
+        """The layer's weight."""
+        return self.packed_weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.packed_weight.matmul(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
 class PackedGroup:
     """Layers that read the same x: their weights one below the other where they fill whole panels, and each apart."""
 
-    def __init__(self, weights: Sequence[Tensor]) -> None:
-        heights = [len(weight) for weight in weights]
-        joins = len(weights) > 1 and all(height % PANEL == 0 for height in heights)
-        self.whole = PackedWeight.pack(torch.cat(list(weights))) if joins else None
-        self.parts = _parts(self.whole, heights) if self.whole else [PackedWeight.pack(weight) for weight in weights]
-        self.heights = heights
+    def __init__(self, parts: Sequence[Packed]) -> None:
+        self.heights = [part.shape[0] for part in parts]
+        joins = len(parts) > 1 and all(height % PANEL == 0 for height in self.heights)
+        self.whole = _joined(parts) if joins and len({_kind(part) for part in parts}) == 1 else None
+        self.parts = list(parts) if self.whole is None else _parts(self.whole, self.heights)
 
 
-def _parts(whole: PackedWeight, heights: Sequence[int]) -> list[PackedWeight]:
-    panels = torch.split(whole.panels, [height * whole.depth for height in heights])
-    return [PackedWeight(part, (o, whole.shape[1])) for part, o in zip(panels, heights, strict=True)]
+def _kind(packed: Packed) -> tuple[torch.dtype, str, int]:
+    coded = isinstance(packed, PackedCodes)
+    return packed.dtype, packed.coding if coded else "", packed.unit if coded else 0
+
+
+def _joined(parts: Sequence[Packed]) -> Packed:
+    shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
+    return replace(parts[0], panels=torch.cat([part.panels for part in parts]), shape=shape)
+
+
+def _parts(whole: Packed, heights: Sequence[int]) -> list[Packed]:
+    row = whole.panels.numel() // whole.shape[0]
+    panels = torch.split(whole.panels, [height * row for height in heights])
+    return [replace(whole, panels=part, shape=(o, whole.shape[1])) for part, o in zip(panels, heights, strict=True)]
 
 
 def pack_group(model: PreTrainedModel, paths: Sequence[str], *, give_up: bool) -> PackedGroup | None:
-    """The weights of some layers, packed; None where they are quantized, or not all of one dtype that can be packed.
+    """The weights of some layers, packed; None where they are not all of a kind and of one dtype that can be.
 
-    ``give_up``: the layers become `PackedLinear`, and their own storage is free, but for a weight that is also a table
-    of embeddings.
+    ``give_up``: the layers become `PackedLinear` or `PackedQuantLinear`, and their own storage is free, but for a
+    weight that is also a table of embeddings.
     """
     modules = [model.get_submodule(path) for path in paths]
-    weights = [frozen_weight(module) for module in modules]
-    dense = [weight.dense() for weight in weights if isinstance(weight, DenseWeight)]
-    dtypes = {weight.dtype for weight in dense}
-    if len(dense) < len(modules) or len(dtypes) > 1 or not dtypes <= set(ROWS) or dense[0].device.type != "cpu":
+    if model.device.type != "cpu":
         return None
-    group = PackedGroup(dense)
+    parts = [_packed(frozen_weight(module), model.dtype) for module in modules]
+    found = [part for part in parts if part is not None]
+    if len(found) < len(modules) or len({part.dtype for part in found}) > 1:
+        return None
+    group = PackedGroup(found)
     table = model.get_input_embeddings()._parameters.get("weight")
-    for path, module, part in zip(paths, modules, group.parts, strict=True):
-        if give_up and module._parameters["weight"] is not table:
+    for path, module, part in zip(paths, modules, group.parts, strict=True) if give_up else ():
+        if isinstance(module, QuantLinear):
+            if isinstance(part, PackedCodes):
+                model.set_submodule(path, PackedQuantLinear(module, part))
+        elif isinstance(part, PackedWeight) and module._parameters["weight"] is not table:
             model.set_submodule(path, PackedLinear(module, part))
     return group
+
+
+def _packed(weight: FrozenWeight, dtype: torch.dtype) -> Packed | None:
+    """A weight for rows of ``dtype``; None where it is not packed.
+
+    Codes that have no packed form (a width that is no multiple of 16) are packed as the values that they stand for.
+    """
+    if isinstance(weight, DenseWeight):
+        dense = weight.dense()
+        return PackedWeight.pack(dense) if dense.dtype in ROWS else None
+    if not isinstance(weight, CodedWeight) or dtype not in ROWS or weight.compute_dtype not in (None, dtype):
+        return None
+    return packed_codes(weight, dtype) or PackedWeight.pack(weight.dense(dtype))
 
 
 def unpack(model: PreTrainedModel) -> None:
     """Give the layers of a model that gave their weights up their own again, to the bit."""
     for path, module in list(model.named_modules()):
-        if isinstance(module, PackedLinear):
+        if isinstance(module, (PackedLinear, PackedQuantLinear)):
             model.set_submodule(path, module.original())
 
 
 def is_packed(module: nn.Module) -> bool:
     """Return True if a layer has no weight of its own but a packed one."""
-    return isinstance(module, PackedLinear)
+    return isinstance(module, (PackedLinear, PackedQuantLinear))

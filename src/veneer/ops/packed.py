@@ -82,15 +82,16 @@ class PackedWeight:
         axes must be contiguous.
         Raises ShapeError.
         """
-        _check(self, x, onto, out)
+        check_product(self.shape, x, onto, out)
         if out is None:
             out = x.new_empty(x.shape[0], self.shape[0], dtype=x.dtype if onto is None else onto.dtype)
         implementation("packed.matmul", x.device, backend)(self, x, onto, out)
         return out
 
 
-def _check(weight: PackedWeight, x: Tensor, onto: Tensor | None, out: Tensor | None) -> None:
-    o, i = weight.shape
+def check_product(shape: tuple[int, int], x: Tensor, onto: Tensor | None, out: Tensor | None) -> None:
+    """Raise ShapeError for rows that a packed weight (o, i) does not take."""
+    o, i = shape
     if x.ndim != 2 or x.shape[1] != i or x.dtype not in ROWS:
         raise ShapeError(f"x must be (n, {i}) of {_names(ROWS)}; given {tuple(x.shape)} {x.dtype}")
     for name, y in (("onto", onto), ("out", out)):

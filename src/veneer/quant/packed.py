@@ -1,4 +1,4 @@
-"""A dense frozen weight in the layout of the kernels that serve it: bfloat16, float16 or float32, exact to the bit."""
+"""Frozen weights in the layout of the kernels that serve them, exact to the bit: dense ones, and codes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from veneer.ops.packed import ROWS, PackedWeight
+from veneer.ops.packed_codes import PackedCodes
 from veneer.ops.product import recorded_product
 
 
 @dataclass(frozen=True, slots=True)
 class PackedDense:
-    """``W (o, i)`` in panels. Products sum in float32; the transposed ones, of gradients, unpack the weight."""
+    """``W (o, i)`` of bfloat16, float16 or float32 in panels.
+
+    Products sum in float32; the transposed ones, of gradients, unpack the weight.
+    """
 
     packed: PackedWeight
 
@@ -41,6 +45,40 @@ class PackedDense:
         if transposed or x.dtype not in ROWS:
             weight = self.packed.dense()
             y = torch.nn.functional.linear(rows, weight.T if transposed else weight)
+        else:
+            y = self.packed.matmul(rows if rows.stride(-1) == 1 else rows.contiguous())
+        return y.reshape(*x.shape[:-1], -1)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedCoded:
+    """``W (o, i)`` in packed codes. Products are computed in the dtype that its values are rounded to, and returned in
+    the input's; the transposed ones, of gradients, dequantize the weight.
+    """
+
+    packed: PackedCodes
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.packed.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.packed.nbytes
+
+    def matmul(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
+        return recorded_product(x.to(self.packed.dtype), self._multiply, False).to(x.dtype)
+
+    def matmul_t(self, dy: Float[Tensor, "*batch o"]) -> Float[Tensor, "*batch i"]:
+        return recorded_product(dy.to(self.packed.dtype), self._multiply, True).to(dy.dtype)
+
+    def dense(self, dtype: torch.dtype | None = None) -> Float[Tensor, "o i"]:
+        return self.packed.dense(dtype)
+
+    def _multiply(self, x: Tensor, transposed: bool) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        if transposed:
+            y = rows @ self.packed.dense()
         else:
             y = self.packed.matmul(rows if rows.stride(-1) == 1 else rows.contiguous())
         return y.reshape(*x.shape[:-1], -1)

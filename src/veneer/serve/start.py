@@ -17,6 +17,7 @@ from veneer.core.field_types import check
 from veneer.errors import ConfigError, DescriptionError
 from veneer.evaluate.scoring import context_length
 from veneer.model.paged import SlotStore, require_pageable
+from veneer.model.quantized_head import quantize_head
 from veneer.serve.adapter_pool import AdapterPool
 from veneer.serve.asked import EngineSettings
 from veneer.serve.engine import Engine
@@ -44,6 +45,7 @@ _ONLY: dict[str, tuple[Collection[object], str]] = {
         (None, "bitsandbytes"),
         "a dense base is loaded in NF4 by 'bitsandbytes', a quantized one as it is",
     ),
+    "quantize_head": ((None, "int8"), "a head is kept in int8, or as it is"),
     "revision": ((None,), "fetch the revision and give its folder"),
     "tokenizer_revision": ((None,), "fetch the revision and give its folder"),
     "hf_token": ((None,), "log in with `hf auth login`"),
@@ -73,8 +75,9 @@ class EngineOptions(metaclass=Keywords):
     limit. ``max_lora_rank`` refuses larger ranks; None takes any, for nothing is padded. ``enforce_eager`` means
     nothing here. Departs: ``enable_lora`` is on, since it costs nothing.
 
-    ``general_runner`` is not vLLM's: transformers' own forward pass computes everything, token by token. That is slow,
-    and what a model without a program gets anyway.
+    Two are not vLLM's. ``quantize_head="int8"`` keeps the head in 8 bits, with one scale a row: half the bytes of a
+    bfloat16 head, other logits; embeddings tied to it stay as they are. ``general_runner``: transformers' own forward
+    pass computes everything, token by token. That is slow, and what a model without a program gets anyway.
     """
 
     given_to: ClassVar[str] = "LLM"
@@ -115,6 +118,7 @@ class EngineOptions(metaclass=Keywords):
     max_cpu_loras: int | None = None
     lora_dtype: str = "auto"
     fully_sharded_loras: bool = False
+    quantize_head: str | None = None
     general_runner: bool = False
 
     def __post_init__(self) -> None:
@@ -232,6 +236,8 @@ def _load(model: Any, options: EngineOptions) -> tuple[PreTrainedModel, Any]:
     quantization = _nf4() if options.quantization == "bitsandbytes" else None
     device = "cuda" if torch.cuda.is_available() else None
     loaded = load_model(model, dtype=options.dtype, quantization=quantization, device=device)
+    if options.quantize_head is not None:
+        quantize_head(loaded)
     tokenizer = named if isinstance(named, PreTrainedTokenizerBase) else load_tokenizer(named or model)
     return loaded, _with_template(tokenizer, options.chat_template)
 
@@ -241,7 +247,7 @@ def _require_nothing_to_load(options: EngineOptions) -> None:
     said = []
     if not isinstance(options.tokenizer, PreTrainedTokenizerBase):
         said.append("a model that is loaded already needs its tokenizer: give tokenizer=…")
-    for name, left_out in (("dtype", "auto"), ("quantization", None)):
+    for name, left_out in (("dtype", "auto"), ("quantization", None), ("quantize_head", None)):
         value = getattr(options, name)
         if value != left_out:
             said.append(

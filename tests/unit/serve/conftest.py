@@ -34,6 +34,11 @@ SHAPE = {
 }  # fmt: skip
 FAMILIES: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(**SHAPE),
+    "wide": lambda: transformers.LlamaConfig(
+        **SHAPE
+        | {"hidden_size": 64, "intermediate_size": 80, "head_dim": 16, "num_attention_heads": 4}
+        | {"num_key_value_heads": 4}
+    ),
     "qwen3": lambda: transformers.Qwen3Config(**SHAPE),
     "gemma2": lambda: transformers.Gemma2Config(
         **SHAPE, sliding_window=5, attn_logit_softcapping=3.0, final_logit_softcapping=7.0

@@ -11,13 +11,13 @@ from veneer.model.blueprint.parts import Linear, Role
 from veneer.model.blueprint.source import Source
 from veneer.model.inplace import base_of
 from veneer.model.linear import AdaptedLinear, frozen_weight
-from veneer.model.packed_linear import PackedLinear
+from veneer.model.packed_linear import PackedLinear, PackedQuantLinear
 from veneer.model.quant_linear import QuantLinear
 
 
 def is_linear(module: nn.Module) -> bool:
     """Return True if a module is a linear layer of a known class, adapted or not."""
-    return _own_class(module) in (nn.Linear, Conv1D, QuantLinear, PackedLinear)
+    return _own_class(module) in (nn.Linear, Conv1D, QuantLinear, PackedLinear, PackedQuantLinear)
 
 
 def read_linear(source: Source, module: nn.Module, role: Role) -> Linear:

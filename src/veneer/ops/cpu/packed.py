@@ -25,12 +25,15 @@ def unpack(panels: Tensor, shape: tuple[int, int], depth: int) -> Tensor:
 
 
 def matmul(weight: PackedWeight, x: Tensor, onto: Tensor | None, out: Tensor) -> None:
-    panels, x = weight.panels, _rows(x)
+    panels = weight.panels
+    multiply((DTYPES[panels.dtype], *weight.shape, weight.depth, address(panels), 0, 0), x, onto, out)
+
+
+def multiply(weight: tuple[int, ...], x: Tensor, onto: Tensor | None, out: Tensor) -> None:
+    """``weight``: dtype, o, i, depth, address of the panels, coding and unit."""
+    x = _rows(x)
     kernels().packed_matmul(
-        DTYPES[panels.dtype],
-        *weight.shape,
-        weight.depth,
-        address(panels),
+        *weight,
         x.shape[0],
         address(x),
         x.stride(0),

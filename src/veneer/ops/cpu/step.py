@@ -20,6 +20,7 @@ from veneer.ops.cpu.module import DTYPES, kernels
 from veneer.ops.glu import ACTIVATIONS
 from veneer.ops.memory import address
 from veneer.ops.packed import PackedWeight
+from veneer.ops.packed_codes import CODINGS, PackedCodes
 from veneer.ops.paged_attention import PagedRows, PagedStore
 from veneer.ops.pairs import PackedPairs
 
@@ -37,7 +38,7 @@ class StepNorm:
 class StepLayer(NamedTuple):
     """A layer of a product: its weight, its bias in the rows' dtype, and the register that it writes."""
 
-    weight: PackedWeight
+    weight: PackedWeight | PackedCodes
     bias: Tensor | None
     target: int
 
@@ -104,7 +105,7 @@ class StepProgram:
         layers: Sequence[StepLayer],
         source: int,
         *,
-        joined: tuple[PackedWeight, Tensor | None] | None = None,
+        joined: tuple[PackedWeight | PackedCodes, Tensor | None] | None = None,
         stream: int = -1,
         beside: int = -1,
     ) -> None:
@@ -115,7 +116,7 @@ class StepProgram:
         """
         wide = [None if layer.bias is None else layer.bias.float() for layer in layers]
         numbers = [
-            [*w.shape, w.depth, address(w.panels), _at(bias), _at(floats), target]
+            [*w.shape, w.depth, address(w.panels), _at(bias), _at(floats), target, *_coding(w)]
             for (w, bias, target), floats in zip(layers, wide, strict=True)
         ]
         whole, bias = joined or (None, None)
@@ -213,6 +214,10 @@ def _pages(store: PagedStore, rows: PagedRows) -> tuple[list[int], list[int]]:
 
 def _at(x: Tensor | None) -> int:
     return 0 if x is None else address(x)
+
+
+def _coding(weight: PackedWeight | PackedCodes) -> tuple[int, int]:
+    return (CODINGS.index(weight.coding), weight.unit) if isinstance(weight, PackedCodes) else (0, 0)
 
 
 def _norm(norm: StepNorm | None) -> tuple[bool, float, int, int, int]:

@@ -1,0 +1,29 @@
+"""A model's head kept in int8: what serving reads most of, for each token that it draws."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from veneer.errors import ConfigError
+from veneer.model.quant_linear import QuantLinear
+from veneer.quant.int8 import Int8Spec
+
+
+def quantize_head(model: PreTrainedModel) -> None:
+    """Put an int8 copy with one scale a row in the head's place. Embeddings that are tied to it stay as they are.
+
+    Raises ConfigError for a model without a dense head, NonFiniteError.
+    """
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        found = "has none" if head is None else f"has {type(head).__name__}"
+        raise ConfigError(
+            f"quantize_head='int8' is for a head that is an nn.Linear, and {type(model).__name__} {found}: leave it out"
+        )
+    weight = cast(Tensor, head.weight)
+    o, i = weight.shape
+    path = next(name for name, module in model.named_modules() if module is head)
+    model.set_submodule(path, QuantLinear.from_dense(head, Int8Spec((o, i), weight.dtype)))

@@ -1,0 +1,147 @@
+"""A frozen weight in codes (NF4, FP4, int8) in the layout that its product reads in one pass, scales among them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Float32, Int8, UInt8
+from torch import Tensor
+
+from veneer.errors import ShapeError
+from veneer.ops.dispatch import implementation
+from veneer.ops.four_bit import FourBitLayout
+from veneer.ops.packed import BLOCK, ROWS, check_product
+
+CODINGS = ("dense", "nf4", "fp4", "int8")
+"""As csrc/core/panels.h counts them."""
+GROUP = 16
+"""Inputs whose codes are neighbours: widths of 4-bit weights are multiples of it."""
+SMALLEST, LARGEST = 1e-30, 1e30
+"""Magnitudes of absmax between which a CPU's own rounding to bfloat16, which flushes subnormal numbers, is exact."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedCodes:
+    """``W (o, i)``: codes in panels of 64 outputs, and float32 scales, each of ``unit`` inputs of an output.
+
+    ``W = table[code] * absmax`` or ``code * absmax / 127``, computed in float32 and rounded to ``dtype``, float32 or
+    bfloat16: what `dequantize_4bit` and `dequantize_int8` give. ``panels`` are bytes; csrc/packed/coded.h tells the
+    layout.
+    """
+
+    panels: UInt8[Tensor, " bytes"]
+    shape: tuple[int, int]
+    coding: str
+    unit: int
+    dtype: torch.dtype
+
+    @classmethod
+    def pack_4bit(
+        cls,
+        packed: UInt8[Tensor, "..."],
+        absmax: Float32[Tensor, " blocks"],
+        layout: FourBitLayout,
+        dtype: torch.dtype,
+        *,
+        backend: str | None = None,
+    ) -> PackedCodes:
+        """A matrix as `quantize_4bit` gives it. Raises ShapeError where `fits_4bit` does not hold."""
+        if not fits_4bit(absmax, layout, dtype):
+            raise ShapeError(
+                f"4-bit codes are packed of matrices whose width is a multiple of {GROUP}, for float32 or bfloat16 and "
+                f"with absmax from {SMALLEST} to {LARGEST}; given {layout.shape} for {dtype}"
+            )
+        o, i = layout.shape
+        made = cls(
+            absmax.new_empty(0, dtype=torch.uint8), (o, i), layout.quant_type, math.gcd(i, layout.block_size), dtype
+        )
+        pack = implementation("packed_codes.pack_4bit", packed.device, backend)
+        return replace(made, panels=pack(made, packed.reshape(-1).contiguous(), absmax.contiguous(), layout.block_size))
+
+    @classmethod
+    def pack_int8(
+        cls,
+        codes: Int8[Tensor, "o i"],
+        absmax: Float32[Tensor, " o"],
+        dtype: torch.dtype,
+        *,
+        backend: str | None = None,
+    ) -> PackedCodes:
+        """A matrix as `quantize_int8` gives it. Raises ShapeError where `fits_int8` does not hold."""
+        o, i = codes.shape
+        if not fits_int8(codes, absmax, dtype):
+            raise ShapeError(
+                f"int8 codes are packed for float32 or bfloat16 and with absmax from {SMALLEST} to {LARGEST}; given "
+                f"{(o, i)} for {dtype}"
+            )
+        made = cls(absmax.new_empty(0, dtype=torch.uint8), (o, i), "int8", i + -i % GROUP, dtype)
+        pack = implementation("packed_codes.pack_int8", codes.device, backend)
+        return replace(made, panels=pack(made, codes.contiguous(), absmax.contiguous()))
+
+    @property
+    def depth(self) -> int:
+        """Codes of each output in the panels."""
+        return self.unit if self.coding == "int8" else self.shape[1]
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of an output in the panels."""
+        bits = 8 if self.coding == "int8" else 4
+        return self.depth // self.unit * 4 + self.depth * bits // 8
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the panels, with what fills them up."""
+        return self.panels.nbytes
+
+    def codes(self, *, backend: str | None = None) -> UInt8[Tensor, " bytes"] | Int8[Tensor, "o i"]:
+        """The codes as they were before: packed bytes (o * i / 2,), or int8 (o, i)."""
+        out: Tensor = implementation("packed_codes.codes", self.panels.device, backend)(self)
+        return out
+
+    def dense(self, dtype: torch.dtype | None = None, *, backend: str | None = None) -> Float[Tensor, "o i"]:
+        """The weight, rounded to its own dtype or, instead, to another one."""
+        wide = replace(self, dtype=torch.float32) if dtype not in (None, *ROWS) else self
+        wide = replace(self, dtype=dtype) if dtype in ROWS and dtype is not None else wide
+        out: Tensor = implementation("packed_codes.dense", self.panels.device, backend)(wide)
+        return out if dtype is None else out.to(dtype)
+
+    def matmul(
+        self,
+        x: Float[Tensor, "n i"],
+        *,
+        onto: Float[Tensor, "n o"] | None = None,
+        out: Float[Tensor, "n o"] | None = None,
+        backend: str | None = None,
+    ) -> Float[Tensor, "n o"]:
+        """``onto + W x`` as `PackedWeight.matmul` computes it of ``PackedWeight.pack(self.dense())``, to the bit.
+
+        Raises ShapeError.
+        """
+        check_product(self.shape, x, onto, out)
+        if out is None:
+            out = x.new_empty(x.shape[0], self.shape[0], dtype=x.dtype if onto is None else onto.dtype)
+        implementation("packed_codes.matmul", x.device, backend)(self, x, onto, out)
+        return out
+
+
+def fits_4bit(absmax: Tensor, layout: FourBitLayout, dtype: torch.dtype) -> bool:
+    """Return True if `PackedCodes.pack_4bit` takes a matrix."""
+    whole = len(layout.shape) == 2 and layout.shape[1] % GROUP == 0 and layout.numel > 0
+    return whole and dtype in ROWS and _ordinary(absmax)
+
+
+def fits_int8(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> bool:
+    """Return True if `PackedCodes.pack_int8` takes a matrix."""
+    return codes.ndim == 2 and codes.numel() > 0 and dtype in ROWS and _ordinary(absmax)
+
+
+def _ordinary(absmax: Tensor) -> bool:
+    return bool((((absmax >= SMALLEST) & (absmax <= LARGEST)) | (absmax == 0)).all())
+
+
+def padded_outputs(o: int) -> int:
+    """Outputs in the panels: o, filled up to whole blocks."""
+    return o + -o % BLOCK
