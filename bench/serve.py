@@ -148,6 +148,7 @@ def loads_of(args: argparse.Namespace) -> list[Load]:
         Load("one request", [None], "veneer", ("transformers", "llama.cpp")),
         Load("one request, adapter", ["lora0"], "veneer with adapters", (), "one request"),
         Load("one request, 4 bits", [None], "veneer, NF4", ("llama.cpp, Q4_0",), bound=False),
+        Load("one request, 4 bits, int8 head", [None], "veneer, NF4 and int8", ("llama.cpp, Q4_0",), bound=False),
     ]  # fmt: skip
 
 
@@ -176,6 +177,11 @@ def sides_of(args: argparse.Namespace, adapters: dict[str, str]) -> dict[str, tu
         "veneer": (here, "veneer", job),
         "veneer with adapters": (here, "veneer", job | {"adapters": adapters}),
         "veneer, NF4": (here, "veneer", job | {"options": {"quantization": "bitsandbytes"}}),
+        "veneer, NF4 and int8": (
+            here,
+            "veneer",
+            job | {"options": {"quantization": "bitsandbytes", "quantize_head": "int8"}},
+        ),
         "transformers": (here, "transformers", peer),
         "PEFT": (here, "transformers", peer | {"adapters": few}),
         "vLLM": (args.vllm_python, "vllm", peer),

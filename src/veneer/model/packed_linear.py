@@ -112,8 +112,8 @@ class PackedGroup:
 
 
 def _kind(packed: Packed) -> tuple[torch.dtype, str, int]:
-    coded = isinstance(packed, PackedCodes)
-    return packed.dtype, packed.coding if coded else "", packed.unit if coded else 0
+    coding, unit = (packed.coding, packed.unit) if isinstance(packed, PackedCodes) else ("", 0)
+    return packed.dtype, coding, unit
 
 
 def _joined(parts: Sequence[Packed]) -> Packed:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
-
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from veneer.errors import ConfigError
@@ -23,7 +21,6 @@ def quantize_head(model: PreTrainedModel) -> None:
         raise ConfigError(
             f"quantize_head='int8' is for a head that is an nn.Linear, and {type(model).__name__} {found}: leave it out"
         )
-    weight = cast(Tensor, head.weight)
-    o, i = weight.shape
+    o, i = head.weight.shape
     path = next(name for name, module in model.named_modules() if module is head)
-    model.set_submodule(path, QuantLinear.from_dense(head, Int8Spec((o, i), weight.dtype)))
+    model.set_submodule(path, QuantLinear.from_dense(head, Int8Spec((o, i), head.weight.dtype)))

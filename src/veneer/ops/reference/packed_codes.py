@@ -32,7 +32,7 @@ def pack_4bit(made: PackedCodes, packed: Tensor, absmax: Tensor, block_size: int
 
 
 def pack_int8(made: PackedCodes, codes: Tensor, absmax: Tensor) -> Tensor:
-    pairs = _filled(functional.pad(codes, (0, made.unit - codes.shape[1]))).unflatten(1, (-1, 2))
+    pairs = _filled(functional.pad(codes, (0, made.unit - codes.shape[1]))).view(-1, made.unit // 2, 2)
     panels = zip(torch.split(pairs, PANEL), torch.split(_filled(absmax), PANEL), strict=True)
     return torch.cat([_joined(s[None], p.transpose(0, 1)[None]) for p, s in panels])
 
