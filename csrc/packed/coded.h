@@ -170,9 +170,9 @@ struct EightBits {
   void values(int m, const CodeTable&, lanes scale, lanes& first, lanes& second) const {
     half_lanes pairs;
     std::memcpy(&pairs, codes + m * apart, sizeof pairs);
-    const int_lanes words = (int_lanes)__builtin_convertvector(pairs, bit_lanes);
-    first = __builtin_convertvector((words << 24) >> 24, lanes) * scale * inverse_127;
-    second = __builtin_convertvector((words << 16) >> 24, lanes) * scale * inverse_127;
+    const bit_lanes words = __builtin_convertvector(pairs, bit_lanes);
+    first = __builtin_convertvector((int_lanes)(words << 24) >> 24, lanes) * scale * inverse_127;
+    second = __builtin_convertvector((int_lanes)(words << 16) >> 24, lanes) * scale * inverse_127;
   }
 };
 
@@ -252,10 +252,16 @@ void decode_by_lanes(const PanelMatrix& m, int64_t begin, int64_t end, const Pan
         Codes codes;
         codes.load(at, across, panel.first + j);
         const lanes scale = load(scales + j);
-        for (int p = 0; p < 8 && k + 2 * p < m.i; ++p) {
+        const auto pair = [&](int p) __attribute__((always_inline)) {
           lanes first, second;
           codes.values(p, table, scale, first, second);
           store_values(to + place<W>(own, 0, j), own, k + 2 * p, m.i, first, second);
+        };
+        if (m.i - k >= group) {
+#pragma GCC unroll 8
+          for (int p = 0; p < 8; ++p) pair(p);
+        } else {
+          for (int p = 0; k + 2 * p < m.i; ++p) pair(p);
         }
       }
   }
@@ -356,8 +362,15 @@ void decode_pairs(const PanelMatrix& m, int64_t begin, int64_t end, const PanelM
         PairScales scale;
         scale.load(scales + j);
         const char* codes = at + (panel.first + j) * block_stride(kind);
-        for (int p = 0; p < 8 && k + 2 * p < m.i; ++p)
+        const auto pair = [&](int p) __attribute__((always_inline)) {
           _mm512_storeu_si512(to + (k + 2 * p) * own + 2 * j, (__m512i)decoded_pairs(kind, codes, across, p, table, scale));
+        };
+        if (m.i - k >= group) {
+#pragma GCC unroll 8
+          for (int p = 0; p < 8; ++p) pair(p);
+        } else {
+          for (int p = 0; k + 2 * p < m.i; ++p) pair(p);
+        }
       }
   }
 }

@@ -258,7 +258,7 @@ Operand operand(const PackedProduct& call) {
 
 // Rows that are multiplied straight from the codes; for more, panels are decoded into cache. Tiles have no other way.
 #if defined(__AVX512F__)
-constexpr int most_direct = 4;
+constexpr int most_direct = 2 * most_rows;
 #else
 constexpr int most_direct = 2;
 #endif
@@ -310,11 +310,11 @@ void direct_product(const PackedProduct& call, const Operand& x, int64_t begin, 
   if constexpr (sizeof(W) == 2)
     if (reads_pairs(call)) {
       const CodedPairProduct<Codes, Finish<Out>> product{call.weight, static_cast<const bf16*>(x.data), x.stride, sink};
-      return tile_height<most_direct>(0, call.n, begin, end, product);
+      return tiles(0, call.n, begin, end, product);
     }
 #endif
   const CodedProduct<Codes, W, Finish<Out>> product{call.weight, static_cast<const float*>(x.data), x.stride, sink};
-  tile_height<most_direct>(0, call.n, begin, end, product);
+  tiles(0, call.n, begin, end, product);
 }
 
 template <class Codes, class W, class Out>

@@ -14,7 +14,7 @@ from veneer.ops.packed import PackedWeight
 from veneer.ops.packed_codes import PackedCodes
 
 OP = "packed_codes.matmul"
-ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 31, 32, 33, 100]
+ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 16, 17, 31, 32, 33, 100]
 # (coding, outputs, inputs, values of a block)
 FORMS = [
     ("nf4", 1, 16, 64), ("nf4", 37, 64, 64), ("fp4", 67, 48, 32), ("nf4", 131, 80, 4096), ("fp4", 64, 192, 128),
