@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from veneer.cli.arguments import require_file, require_folder
 from veneer.cli.facts import print_facts
+from veneer.cli.gguf_plan import print_plan, summary, tell_notes
 from veneer.cli.help import VerbCommand, first_sentence, print_page
 from veneer.cli.loading import Adapter, Model
 from veneer.core.progress import progress_bar
 from veneer.core.units import size
 from veneer.errors import ConfigError, FormatError
-
-if TYPE_CHECKING:
-    from veneer.export.gguf.model import GgufExport
-    from veneer.store.gguf.writer import TensorSpec
 
 Output = Annotated[
     Path, typer.Option("--output", "-o", metavar="FILE", show_default=False, help="The .gguf file to write.")
@@ -47,6 +41,20 @@ class ExportGroup(TyperGroup):
         return ["FORMAT", "[ARGUMENTS]", "[OPTIONS]"]
 
 
+Name = Annotated[str | None, typer.Option(metavar="TEXT", show_default=False, help="The model's name in the file.")]
+TensorTypes = Annotated[
+    list[str] | None,
+    typer.Option(metavar="REGEX=TYPE", show_default=False, help="The type of tensors so named; may be repeated."),
+]
+OutputType = Annotated[str | None, typer.Option(metavar="TYPE", show_default=False, help="The type of the head.")]
+EmbeddingType = Annotated[
+    str | None, typer.Option(metavar="TYPE", show_default=False, help="The type of the embeddings.")
+]
+Pure = Annotated[bool, typer.Option("--pure", help="Every matrix in the one type, without a mix.")]
+SplitSize = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", show_default=False, help="Split into parts of at most this size, such as 4G."),
+]
 Importance = Annotated[
     Path | None, typer.Option(metavar="FILE", show_default=False, help="An importance matrix to quantize by.")
 ]
@@ -59,25 +67,13 @@ def gguf(
     adapter: Adapter = None,
     type_: Type = "Q4_K_M",
     dtype: Dtype = None,
-    name: Annotated[
-        str | None, typer.Option(metavar="TEXT", show_default=False, help="The model's name in the file.")
-    ] = None,
-    tensor_type: Annotated[
-        list[str] | None,
-        typer.Option(metavar="REGEX=TYPE", show_default=False, help="The type of tensors so named; may be repeated."),
-    ] = None,
-    output_type: Annotated[
-        str | None, typer.Option(metavar="TYPE", show_default=False, help="The type of the head.")
-    ] = None,
-    embedding_type: Annotated[
-        str | None, typer.Option(metavar="TYPE", show_default=False, help="The type of the embeddings.")
-    ] = None,
-    pure: Annotated[bool, typer.Option("--pure", help="Every matrix in the one type, without a mix.")] = False,
+    name: Name = None,
+    tensor_type: TensorTypes = None,
+    output_type: OutputType = None,
+    embedding_type: EmbeddingType = None,
+    pure: Pure = False,
     importance: Importance = None,
-    split_size: Annotated[
-        str | None,
-        typer.Option(metavar="SIZE", show_default=False, help="Split into parts of at most this size, such as 4G."),
-    ] = None,
+    split_size: SplitSize = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print types and sizes; write nothing.")] = False,
     force: Force = False,
 ) -> None:
@@ -93,26 +89,19 @@ def gguf(
     base, adapter = split(model, adapter)
     _require_adapter(adapter)
     mix = MixOptions(pure=pure, output=output_type, embedding=embedding_type, by_name=_by_name(tensor_type or []))
-    options = GgufOptions(
-        type=type_,
-        mix=mix,
-        dtype=dtype,
-        name=name,
-        overwrite=force,
-        max_part_bytes=_bytes(split_size),
-        importance=importance,
-    )
+    shared: dict[str, Any] = {"overwrite": force, "max_part_bytes": _bytes(split_size), "importance": importance}
+    options = GgufOptions(type=type_, mix=mix, dtype=dtype, name=name, **shared)
     with quiet():
         export = GgufExport(base, adapter, options)
         if dry_run:
-            _print_plan(export)
+            print_plan(export.plan)
             return
         with progress_bar("exporting") as on_progress:
             report = export.write(output, on_progress)
-    _tell_left_out(report.plan.left_out)
+    tell_notes(report.plan)
     merged = f", {report.n_modules} modules changed by the adapter" if adapter else ""
     parts = f"{report.paths[0]} and {len(report.paths) - 1} more parts" if len(report.paths) > 1 else str(output)
-    typer.echo(f"{parts}: {_summary(report.plan.specs)}, {size(report.n_bytes)}{merged}")
+    typer.echo(f"{parts}: {summary(report.plan.specs)}, {size(report.n_bytes)}{merged}")
 
 
 def ollama(
@@ -139,7 +128,8 @@ def ollama(
     options = GgufOptions(type=type_, overwrite=force, importance=importance)
     with quiet(), progress_bar("exporting") as on_progress:
         report = export_ollama(base, output, options, adapter=adapter, on_progress=on_progress)
-    typer.echo(f"{output}: {_summary(report.gguf.plan.specs)}, {size(report.gguf.n_bytes)}")
+    tell_notes(report.gguf.plan)
+    typer.echo(f"{output}: {summary(report.gguf.plan.specs)}, {size(report.gguf.n_bytes)}")
     if not report.has_template:
         reason = "the chat template is none of texts around messages, so that TEMPLATE was left out"
         typer.echo(f"note: {reason}; Ollama then uses the one in the file where it knows it", err=True)
@@ -252,37 +242,6 @@ def _bytes(given: str | None) -> int | None:
     if not number.isdigit() or unit not in ("M", "G") or int(number) == 0:
         raise ConfigError(f"--split-size {given!r} must be a whole number of M or G, such as 4G")
     return int(number) * (10**6 if unit == "M" else 10**9)
-
-
-def _print_plan(export: GgufExport) -> None:
-    """Every tensor, and the size, on stdout."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for column in ("tensor", "shape", "type", "size"):
-        table.add_column(column, justify="right" if column in ("shape", "size") else "left", no_wrap=True)
-    for spec in export.plan.specs:
-        table.add_row(spec.name, " x ".join(map(str, spec.shape)), spec.kind, size(spec.nbytes))
-    Console().print(table)
-    _tell_left_out(export.plan.left_out)
-    typer.echo(f"{_summary(export.plan.specs)}, {size(export.plan.nbytes)}; nothing was written")
-
-
-def _summary(specs: Sequence[TensorSpec]) -> str:
-    """``272 tensors (180 Q5_0, 61 F32, …), 6.17 bits a weight``."""
-    kinds = Counter(spec.kind for spec in specs)
-    n_weights = sum(math.prod(spec.shape) for spec in specs)
-    bits = 8 * sum(spec.nbytes for spec in specs) / n_weights
-    listed = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
-    return f"{len(specs)} tensors ({listed}), {bits:.2f} bits a weight"
-
-
-def _tell_left_out(names: Sequence[str]) -> None:
-    if names:
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        typer.echo(f"note: left out, no part of the model: {', '.join(names[:3])}{more}", err=True)
 
 
 app = typer.Typer(cls=ExportGroup, no_args_is_help=True, rich_markup_mode="rich")

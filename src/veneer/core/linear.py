@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -160,10 +160,25 @@ def fold_linear(
         folded = _fold(delta, weight).to(dtype)
     else:
         folded = torch.empty_like(weight, dtype=dtype)
-        for rows in row_blocks(weight):
-            folded[rows] = _fold(_of_rows(delta, rows), weight[rows])
+        for rows, block in zip(row_blocks(weight), fold_blocks(delta, weight, dtype), strict=True):
+            folded[rows] = block
     new_bias = bias if delta.bias is None else delta.bias
     return folded, None if new_bias is None else new_bias.to(dtype)
+
+
+def fold_blocks(
+    delta: LinearDelta, weight: Float[Tensor, "*experts o i"], dtype: torch.dtype
+) -> Iterator[Float[Tensor, "k *rest"]]:
+    """The weight of `fold_linear` in the blocks of `row_blocks`, none of which is kept."""
+    for rows in row_blocks(weight):
+        yield _fold(_of_rows(delta, rows), weight[rows]).to(dtype)
+
+
+def transposed(delta: LinearDelta) -> LinearDelta:
+    """The record that changes the transposed weight (i, o) as this one changes (o, i); there is no bias to it."""
+    delta = plain(delta)
+    a, b = (None if factor is None else factor.mT for factor in (delta.a, delta.b))
+    return LinearDelta(a=b, b=a, scale=delta.scale, in_scale=delta.out_scale, out_scale=delta.in_scale)
 
 
 def row_blocks(weight: Float[Tensor, "n *rest"]) -> list[slice]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -64,18 +64,36 @@ class StoredTensor:
 
     def read_from(self, file: FileIO) -> Tensor:
         """The same, from its file, which is open."""
-        raw = torch.empty(self.nbytes, dtype=torch.uint8)
+        return self._part(file, 0, self.nbytes).view(self.dtype).view(self.shape)
+
+    def blocks(self, n_values: int) -> Iterator[Tensor]:
+        """The tensor's rows (k, …) in order, at most so many values at a time, or one row; one block where it has no
+        rows. Raises FormatError as `read` does.
+        """
+        if not self.shape or not self.nbytes:
+            yield self.read()
+            return
+        row_bytes = self.nbytes // self.shape[0]
+        step = max(1, n_values * self.dtype.itemsize // row_bytes)
+        with self.path.open("rb", buffering=0) as file:
+            for first in range(0, self.shape[0], step):
+                n_rows = min(step, self.shape[0] - first)
+                raw = self._part(file, first * row_bytes, n_rows * row_bytes)
+                yield raw.view(self.dtype).view(n_rows, *self.shape[1:])
+
+    def _part(self, file: FileIO, start: int, n_bytes: int) -> Tensor:
+        raw = torch.empty(n_bytes, dtype=torch.uint8)
         view = raw.numpy().data
-        file.seek(self.start)
+        file.seek(self.start + start)
         filled = 0
-        while filled < self.nbytes:
-            n_bytes = file.readinto(view[filled:])
-            if not n_bytes:
+        while filled < n_bytes:
+            n_read = file.readinto(view[filled:])
+            if not n_read:
                 raise FormatError(
                     f"{self.path} ends inside tensor {self.name!r}: the file is truncated. Fetch or copy it again."
                 )
-            filled += n_bytes
-        return raw.view(self.dtype).view(self.shape)
+            filled += n_read
+        return raw
 
 
 def read_header(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 
+from veneer.core.linear import BLOCK_VALUES
 from veneer.errors import FormatError
 from veneer.ops.four_bit import FourBitLayout
 from veneer.quant.four_bit import STATE_KEY, FourBitSpec
@@ -97,10 +99,33 @@ class BaseWeights:
         n_kept = min(len(value), shape[0])
         return torch.cat([value[:n_kept], value.new_zeros(shape[0] - n_kept, *shape[1:])])
 
+    def read_wide(self, name: str) -> Tensor:
+        """`read` in float32, without the narrow tensor beside it."""
+        blocks = self.blocks(self._stored[name])
+        first = next(blocks)
+        if len(first) == self._shapes[name][0]:
+            return first.float()
+        out = torch.empty(self._shapes[name])
+        end = 0
+        for block in itertools.chain((first,), blocks):
+            start, end = end, end + len(block)
+            out[start:end] = block
+        return out
+
     def read_stored(self, stored: str) -> Tensor:
         """A tensor by its name in the result."""
         name = self._model_names.get(stored, stored)
         return self.read(name) if name in self._stored else self._tensors.read(stored)
+
+    def blocks(self, stored: str) -> Iterator[Tensor]:
+        """The rows (k, …) of `read_stored`, in order. A dense tensor of the files is never whole in memory."""
+        name = self._model_names.get(stored, stored)
+        if stored in self._stacks and stored not in self._tensors.tensors:
+            yield from self._experts(stored)
+        elif stored not in self._tensors.tensors or name in self._resized or self._format(stored) != "dense":
+            yield from in_blocks(self.read_stored(stored))
+        else:
+            yield from self._tensors.blocks(stored, BLOCK_VALUES)
 
     def _read(self, stored: str, shape: tuple[int, ...]) -> Tensor:
         if stored not in self._tensors.tensors:
@@ -121,12 +146,15 @@ class BaseWeights:
 
     def _stacked(self, name: str) -> Tensor:
         """Experts stacked (n, out, in), made of a tensor for each: gate above up where one parameter holds both."""
-        groups = self._stacks[name]
-        out = torch.empty(self._shapes[name], dtype=self._tensors.tensors[groups[0][0]].dtype)
-        for part, names in zip(out.chunk(len(groups), 1), groups, strict=True):
-            for expert, stored in enumerate(names):
-                part[expert] = self._tensors.read(stored)
+        out = torch.empty(self._shapes[name], dtype=self._tensors.tensors[self._stacks[name][0][0]].dtype)
+        for number, expert in enumerate(self._experts(name)):
+            out[number] = expert[0]
         return out
+
+    def _experts(self, name: str) -> Iterator[Tensor]:
+        """The same, an expert (1, out, in) at a time."""
+        for halves in zip(*self._stacks[name], strict=True):
+            yield torch.cat([self._tensors.read(stored) for stored in halves])[None]
 
     def _format(self, stored: str) -> str:
         parts = self._parts_of(stored)
@@ -165,6 +193,14 @@ class BaseWeights:
             f"the base's files have no tensor {names[0]!r}: they are incomplete, or name their tensors otherwise than "
             "the model does. Load the base with from_pretrained and use merge_and_unload() instead."
         )
+
+
+def in_blocks(tensor: Tensor) -> Iterator[Tensor]:
+    """The rows (k, …) of a tensor, in order, in blocks of about `BLOCK_VALUES` values; one that has no rows, whole."""
+    if tensor.ndim < 2 or not tensor.numel():
+        yield tensor
+    else:
+        yield from torch.split(tensor, max(1, BLOCK_VALUES // tensor[0].numel()))
 
 
 def _tied(model: PreTrainedModel) -> list[list[str]]:

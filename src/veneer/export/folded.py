@@ -21,7 +21,7 @@ from veneer.contract import LinearMethod
 from veneer.contract.file import WEIGHTS_FILE
 from veneer.contract.keys import weight_keys
 from veneer.errors import CompositionError
-from veneer.export.base_weights import BaseWeights, Spec
+from veneer.export.base_weights import BaseWeights, Spec, in_blocks
 from veneer.export.model_folder import model_config
 from veneer.model.adapted import Adapted
 from veneer.model.allocation import Allocation
@@ -54,6 +54,7 @@ class FoldedCheckpoint:
     ) -> None:
         self._folder, self._wide = folder, wide
         config = _foldable(adapter) if adapter else None
+        self._reads_weight = config is not None and config.reads_weight
         tensors = read_tensors(adapter) if adapter else {}
         skeleton, self._n_rows = _skeleton(folder, tensors)
         resized = [f"{path}.weight" for path, _ in _ends(skeleton)] if self._n_rows else []
@@ -79,6 +80,26 @@ class FoldedCheckpoint:
             folded = _fold(path, self._changed[path], self._weights, self._wide)
             self._pending |= {(path, k): value for k, value in folded.items()}
         return self._pending.pop((path, key))
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """The rows (k, …) of `read`, in order. Of what an adapter changes the base's tensor is in memory, and of what
+        it leaves alone no more than a block.
+        """
+        if name not in self._plan.owners:
+            yield from self._weights.blocks(name)
+            return
+        path, key = self._plan.owners[name]
+        if (path, key) not in self._pending:
+            module = self._changed[path]
+            # factors that come of the weight itself come of a wide one
+            with _filled([(path, module)], self._weights, self._wide and self._reads_weight), torch.no_grad():
+                own = module._parameters[key]
+                dtype = torch.float32 if self._wide or own is None else own.dtype
+                rows = module.folded_rows(key, (NAME,), dtype)
+                if rows is not None:
+                    yield from rows
+                    return
+        yield from in_blocks(self.read(name))
 
     def model_name(self, name: str) -> str | None:
         """The model's own name for a tensor of ``specs``; None for one that is no parameter of it."""
@@ -207,11 +228,14 @@ def _fold(path: str, module: Adapted, weights: BaseWeights, wide: bool) -> dict[
 def _filled(modules: list[tuple[str, nn.Module]], weights: BaseWeights, wide: bool = False) -> Iterator[None]:
     """Inside the block these modules have the base's parameters, in float32 where ``wide``."""
     before = [(module, dict(module._parameters)) for _, module in modules]
+    filled: dict[int, nn.Parameter] = {}  # by the parameter without storage: a tied one is read once
     for path, module in modules:
         for key in weights.own(module):
-            value = weights.read(f"{path}.{key}")
-            value = value.float() if wide and value.is_floating_point() else value
-            module._parameters[key] = nn.Parameter(value, requires_grad=False)
+            empty = id(module._parameters[key])
+            if empty not in filled:
+                value = (weights.read_wide if wide else weights.read)(f"{path}.{key}")
+                filled[empty] = nn.Parameter(value, requires_grad=False)
+            module._parameters[key] = filled[empty]
     try:
         yield
     finally:

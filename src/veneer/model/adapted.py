@@ -165,6 +165,12 @@ class Adapted(InPlace, nn.Module):
         held |= {"weight"} if self.token_rows(names) else set()
         return {key: cast(Tensor, self.effective(key, names)) for key in sorted(held)}
 
+    def folded_rows(self, key: str, names: Sequence[str], dtype: torch.dtype) -> Iterator[Tensor] | None:
+        """The rows (k, …) of a parameter that `folded` gives, in order and in ``dtype``, of which few are ever in
+        memory; None where they are not made row by row.
+        """
+        return None
+
     def changes_as(self, other: Adapted, names: Sequence[str]) -> bool:
         """Return True if these adapters change a weight shared with another module alike."""
         return all(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -13,7 +13,14 @@ from transformers.pytorch_utils import Conv1D
 from veneer.contract import LinearMethod
 from veneer.contract.keys import parameter_key
 from veneer.core.frozen import FrozenWeight
-from veneer.core.linear import apply_linear, apply_linear_sum, compose_linear, fold_linear, row_blocks
+from veneer.core.linear import (
+    apply_linear,
+    apply_linear_sum,
+    compose_linear,
+    fold_blocks,
+    fold_linear,
+    row_blocks,
+)
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.core.token_rows import project_rows
@@ -99,6 +106,18 @@ class AdaptedSite(Adapted):
             if bias is not None:
                 values["bias"] = bias.to(values["weight"].dtype)
         return values
+
+    def folded_rows(self, key: str, names: Sequence[str], dtype: torch.dtype) -> Iterator[Tensor] | None:
+        present = [name for name in names if name in self.adapters]
+        own = self.own_weight()
+        if key != "weight" or not present or own is None or any(self.has_own(name, key) for name in names):
+            return None
+        site = self.site(names)
+        return self.rows_of(self.composed(present, site), own, dtype)
+
+    def rows_of(self, delta: LinearDelta, own: Tensor, dtype: torch.dtype) -> Iterator[Tensor] | None:
+        """The rows of the module's own weight with a record folded in; None where they are no rows of a map."""
+        return None
 
     def folded_dtype(self, names: Sequence[str]) -> torch.dtype:
         """The dtype that a folded weight is kept in: the layer's own, or that which its codes stand for."""
@@ -228,6 +247,9 @@ class AdaptedLinear(AdaptedSite):
             bias=bias,
             row_sq=self._row_sq,
         )
+
+    def rows_of(self, delta: LinearDelta, own: Tensor, dtype: torch.dtype) -> Iterator[Tensor] | None:
+        return None if self.has_codes or isinstance(self, Conv1D) else fold_blocks(delta, own, dtype)
 
     def frozen_weight(self) -> FrozenWeight:
         """The layer's weight as W (o, i)."""

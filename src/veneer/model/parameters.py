@@ -8,7 +8,7 @@ rounded once, at the output.
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from veneer.contract import LinearMethod, MethodConfig
 from veneer.contract.keys import parameter_key
 from veneer.contract.targets import matches_any
 from veneer.core.frozen import FrozenWeight
-from veneer.core.linear import apply_linear, compose_linear, fold_linear
+from veneer.core.linear import apply_linear, compose_linear, fold_blocks, fold_linear
 from veneer.core.nearest import nearest
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
@@ -95,6 +95,12 @@ class AdaptedParameters(Adapted):
         for parameter in dict.fromkeys(parameter for name in names for parameter in self.changed(name)):
             values[parameter] = cast(Tensor, self.effective(parameter, names)).contiguous()
         return values
+
+    def folded_rows(self, key: str, names: Sequence[str], dtype: torch.dtype) -> Iterator[Tensor] | None:
+        own, record = self._parameters[key], self.record(key, names)
+        if own is None or own.ndim != 3 or record is None or any(self.has_own(name, key) for name in names):
+            return None
+        return (self.as_maps(block).contiguous() for block in fold_blocks(record, self.as_maps(own), dtype))
 
     def disk_keys(self, name: str, path: str) -> dict[str, str]:
         """PEFT wraps a module once for each parameter: the last one's wrapper is the outermost."""

@@ -80,15 +80,19 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """One tensor. Raises FormatError where the name is unknown, the file has been cut, or a value is not finite."""
+        return _finite(name, self._stored(name).read())
+
+    def blocks(self, name: str, n_values: int) -> Iterator[Tensor]:
+        """Its rows (k, …) in order, about so many values at a time. Raises FormatError as `read` does."""
+        return (_finite(name, block) for block in self._stored(name).blocks(n_values))
+
+    def _stored(self, name: str) -> StoredTensor:
         if name not in self.tensors:
             raise FormatError(
                 f"the checkpoint has no tensor {name!r}; it has {len(self.tensors)}, "
                 f"such as {next(iter(self.tensors), None)!r}"
             )
-        tensor = self.tensors[name].read()
-        if not is_finite(tensor):
-            raise FormatError(f"tensor {name!r} holds values that are not finite")
-        return tensor
+        return self.tensors[name]
 
     def stream(self) -> Iterator[tuple[str, Tensor]]:
         """All tensors, one after the other. One FormatError at the end names all that hold NaN or infinity."""
@@ -101,6 +105,12 @@ class Checkpoint:
                 not_finite.append(f"tensor {name!r} holds values that are not finite")
             del tensor
         _raise(not_finite)
+
+
+def _finite(name: str, tensor: Tensor) -> Tensor:
+    if not is_finite(tensor):
+        raise FormatError(f"tensor {name!r} holds values that are not finite")
+    return tensor
 
 
 def is_finite(tensor: Tensor) -> bool:

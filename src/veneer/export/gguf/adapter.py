@@ -66,7 +66,7 @@ def export_lora(
     writer = GgufFileWriter(output, pairs, specs, overwrite=overwrite)
     with writer:
         for spec in specs:
-            writer.write(spec.name, encoded(spec, found[spec.name]))
+            writer.write(spec.name, encoded(spec, [found[spec.name]]))
     return LoraReport(n_modules=len(found) // 2, n_bytes=writer.nbytes)
 
 

@@ -1,4 +1,7 @@
-"""Collecting an importance matrix: sums of squares of what goes into every linear layer, over windows of a text."""
+"""Collecting an importance matrix: sums of squares of what goes into every linear layer, over windows of a text.
+
+Of experts that lie in one parameter each has sums of its own, of the tokens that were sent to it.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from veneer.errors import ConfigError, DataError
+from veneer.errors import DataError
 from veneer.export.gguf.plan import family_of
+from veneer.model.blueprint.names import STACKS
+from veneer.store.gguf.family import Family
 from veneer.store.gguf.importance import write_importance
-from veneer.store.gguf.names import gguf_name, text_name
+from veneer.store.gguf.names import gguf_name, places_of, text_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,14 +34,16 @@ class CollectOptions:
 
 @dataclass(slots=True)
 class _Sums:
-    squares: dict[str, Tensor] = field(default_factory=dict)
-    rows: dict[str, int] = field(default_factory=dict)
+    squares: dict[str, Tensor] = field(default_factory=dict)  # (experts, columns)
+    rows: dict[str, Tensor] = field(default_factory=dict)  # (experts,)
 
-    def add(self, name: str, inputs: Tensor) -> None:
+    def add(self, name: str, inputs: Tensor, expert: int = 0, n_experts: int = 1) -> None:
         rows = inputs.reshape(-1, inputs.shape[-1]).float()
-        found = rows.square().sum(0, dtype=torch.float64).cpu()
-        self.squares[name] = self.squares[name] + found if name in self.squares else found
-        self.rows[name] = self.rows.get(name, 0) + len(rows)
+        if name not in self.squares:
+            self.squares[name] = torch.zeros(n_experts, rows.shape[1], dtype=torch.float64)
+            self.rows[name] = torch.zeros(n_experts, dtype=torch.float64)
+        self.squares[name][expert] += rows.square().sum(0, dtype=torch.float64).cpu()
+        self.rows[name][expert] += len(rows)
 
 
 def collect_importance(
@@ -50,15 +57,10 @@ def collect_importance(
     """Write the importance matrix of a model, adapted or not, over a text; returns the number of windows.
 
     The head and the embeddings have no entry, as llama.cpp's own have none. Raises DataError for a text shorter than
-    a window, ConfigError for models whose experts lie in one parameter, which no layer's input tells.
+    a window.
     """
     options = options or CollectOptions()
     family = family_of(model.config.get_text_config())
-    if family.experts and any("experts" in name for name, _ in model.named_parameters()):
-        raise ConfigError(
-            f"importance of {model.config.model_type} is not collected: its experts lie in one parameter. Collect it "
-            "with llama-imatrix on the exported file"
-        )
     windows = _windows(tokenizer, text, options)
     sums = _Sums()
     with _watched(model, family, sums), torch.no_grad():
@@ -97,8 +99,8 @@ def _windows(tokenizer: Any, text: Path, options: CollectOptions) -> list[Tensor
 
 
 @contextmanager
-def _watched(model: Any, family: Any, sums: _Sums) -> Iterator[None]:
-    """Inside the block every linear layer adds its inputs to the sums."""
+def _watched(model: Any, family: Family, sums: _Sums) -> Iterator[None]:
+    """Inside the block every linear layer, and every expert, adds its inputs to the sums."""
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     handles = []
     for path, module in model.named_modules():
@@ -107,6 +109,9 @@ def _watched(model: Any, family: Any, sums: _Sums) -> Iterator[None]:
             name = text and gguf_name(family, config, text, model.base_model_prefix)
             if name is not None:
                 handles.append(module.register_forward_pre_hook(_adder(name, sums)))
+        elif family.experts and all(hasattr(module, stack) for stack in STACKS):
+            places = [_places(family, config, f"{path}.{stack}", model.base_model_prefix) for stack in STACKS]
+            handles.append(module.register_forward_pre_hook(_expert_adder(*places, sums)))
     try:
         yield
     finally:
@@ -117,5 +122,27 @@ def _watched(model: Any, family: Any, sums: _Sums) -> Iterator[None]:
 def _adder(name: str, sums: _Sums) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         sums.add(name, inputs[0])
+
+    return add
+
+
+def _places(family: Family, config: Any, path: str, prefix: str) -> list[str]:
+    """The names of the matrices that a parameter of experts becomes."""
+    text = text_name(path)
+    return [name for name, _ in places_of(family, config, text, prefix)] if text else []
+
+
+def _expert_adder(inner: list[str], down: list[str], sums: _Sums) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    """A hook of experts, which are called with tokens (n, d), ids (n, k) and weights (n, k)."""
+
+    def add(module: Any, inputs: tuple[Tensor, ...]) -> None:
+        tokens, chosen = inputs[:2]
+        gate_up, n_experts = module.gate_up_proj, len(module.gate_up_proj)  # an adapter's, where one acts
+        for expert in torch.unique(chosen).tolist():
+            sent = tokens[torch.where(chosen == expert)[0]]
+            let_through = module._apply_gate(nn.functional.linear(sent, gate_up[expert]))
+            for names, reaching in ((inner, sent), (down, let_through)):
+                for name in names:
+                    sums.add(name, reaching, expert, n_experts)
 
     return add

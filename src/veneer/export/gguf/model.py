@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from veneer.errors import NonFiniteError
 from veneer.export.folded import FoldedCheckpoint
 from veneer.export.gguf.mix import MixOptions, mix_of
-from veneer.export.gguf.plan import Plan, assembled, describe_checkpoint, plan_file
+from veneer.export.gguf.plan import Plan, assembled_blocks, describe_checkpoint, plan_file
 from veneer.export.gguf.tokenizer import read_tokenizer
 from veneer.export.merged import floating_dtype
 from veneer.export.model_folder import local_folder
@@ -89,7 +89,7 @@ class GgufExport:
         )
         with writer:
             for done, spec in enumerate(plan.specs):  # nothing here may hold on to a tensor while the next is made
-                writer.write(spec.name, encoded(spec, self._tensor(spec.name), self._weights_of(spec)))
+                writer.write(spec.name, encoded(spec, self._blocks(spec.name), self._weights_of(spec)))
                 on_progress(done + 1, len(plan.specs))
         return GgufReport(paths=tuple(writer.paths), n_bytes=writer.nbytes, plan=plan, n_modules=self._source.n_modules)
 
@@ -98,11 +98,11 @@ class GgufExport:
         """True where the runtime puts a BOS in front of every text."""
         return any(pair.key == "tokenizer.ggml.add_bos_token" and pair.value for pair in self.plan.pairs)
 
-    def _tensor(self, name: str) -> Tensor:
-        plan = self.plan
-        if name in plan.factors:
-            return plan.factors[name]
-        return assembled(plan.family, plan.config, name, plan.sources[name], self._read)
+    def _blocks(self, name: str) -> Iterator[Tensor]:
+        """A tensor of the file, rows after rows."""
+        if name in self.plan.factors:
+            return iter((self.plan.factors[name],))
+        return assembled_blocks(self.plan, name, self._read, self._read_blocks)
 
     def _weights_of(self, spec: TensorSpec) -> Tensor | None:
         if self._importance is None:
@@ -113,6 +113,10 @@ class GgufExport:
     def _read(self, stored: str) -> Tensor:
         tensor = self._source.read(stored)
         return tensor if self._wide else tensor.to(self._source.specs[stored][0])
+
+    def _read_blocks(self, stored: str) -> Iterator[Tensor]:
+        dtype = self._source.specs[stored][0]
+        return (block if self._wide else block.to(dtype) for block in self._source.blocks(stored))
 
 
 def export_gguf(
@@ -127,17 +131,19 @@ def export_gguf(
     return GgufExport(base, adapter, options).write(output, on_progress)
 
 
-def encoded(spec: TensorSpec, tensor: Tensor, importance: Tensor | None = None) -> Iterator[Tensor]:
-    """The bytes of a tensor in its type, in pieces of whole rows; ``importance`` (experts, columns)."""
-    columns = tensor.shape[-1]
-    matrices = tensor.detach().reshape(
-        -1 if tensor.ndim == 3 else 1, tensor.shape[-2] if tensor.ndim > 1 else 1, columns
-    )
+def encoded(spec: TensorSpec, blocks: Iterable[Tensor], importance: Tensor | None = None) -> Iterator[Tensor]:
+    """The bytes of a tensor in its type, in pieces of whole rows. It comes in blocks of rows (k, columns), or of
+    experts (k, rows, columns), or is a vector; ``importance`` (experts, columns).
+    """
+    columns, expert = spec.shape[-1], 0
     try:
-        for number, matrix in enumerate(matrices):
-            rows = matrix if matrix.dtype in FLOATS else matrix.float()
-            weights = None if importance is None else importance[number].contiguous()
-            for piece in torch.split(rows, max(1, PIECE_VALUES // columns)):
-                yield quantize_ggml(piece, spec.kind, weights)
+        for block in blocks:
+            matrices = block.detach() if block.ndim == 3 else block.detach().reshape(1, -1, columns)
+            for matrix in matrices:
+                rows = matrix if matrix.dtype in FLOATS else matrix.float()
+                weights = None if importance is None else importance[expert].contiguous()
+                expert += block.ndim == 3
+                for piece in torch.split(rows, max(1, PIECE_VALUES // columns)):
+                    yield quantize_ggml(piece, spec.kind, weights)
     except NonFiniteError as error:
         raise NonFiniteError(f"tensor {spec.name}: {error}") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,8 @@ class Source:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """``specs`` in the file's order; ``sources`` of each by its name, several where they are stacked; ``factors`` are
-    tensors that come of the config. ``left_out`` are tensors of the checkpoint that no model computes with.
+    tensors that come of the config. ``left_out`` are tensors of the checkpoint that no model computes with; ``notes``
+    say what the file's user must know.
     """
 
     family: Family
@@ -54,6 +55,7 @@ class Plan:
     sources: Mapping[str, Sequence[Source]]
     factors: Mapping[str, Tensor]
     left_out: Sequence[str]
+    notes: Sequence[str] = ()
 
     @property
     def nbytes(self) -> int:
@@ -124,6 +126,7 @@ def plan_file(
         sources=described.sources,
         factors=described.said.factors,
         left_out=described.left_out,
+        notes=described.said.notes,
     )
 
 
@@ -152,7 +155,11 @@ def laid_out(family: Family, config: Any, name: str, tensor: Tensor) -> Tensor:
     leaf = leaf_of(name)
     if leaf in family.turned:
         tensor = tensor.T
-    tensor = family.rows(leaf, tensor, config)
+    return _valued(family, leaf, family.rows(leaf, tensor, config))
+
+
+def _valued(family: Family, leaf: str, tensor: Tensor) -> Tensor:
+    """A tensor whose rows lie as in the file, with the values that stand there."""
     if family.plus_one and leaf.endswith("norm.weight"):
         return (tensor if tensor.dtype == torch.float16 else tensor.float()) + 1
     return tensor
@@ -203,6 +210,30 @@ def assembled(
     parts = [each.part(read(each.name)) for each in sources]
     tensor = parts[0] if len(parts) == 1 else torch.stack(parts)
     return laid_out(family, config, name, tensor)
+
+
+def assembled_blocks(
+    plan: Plan, name: str, read: Callable[[str], Tensor], blocks: Callable[[str], Iterator[Tensor]]
+) -> Iterator[Tensor]:
+    """`assembled`, rows after rows (or expert after expert); whole where its rows are in another order than those of
+    its source, and where it is a vector. ``blocks`` gives the rows of a source.
+    """
+    family, leaf, sources = plan.family, leaf_of(name), plan.sources[name]
+    if leaf in family.turned or not _keeps_rows(plan, name):
+        yield assembled(family, plan.config, name, sources, read)
+    elif len(sources) > 1:
+        for each in sources:
+            yield _valued(family, leaf, each.part(read(each.name)))[None]
+    else:
+        for block in blocks(sources[0].name):
+            yield _valued(family, leaf, sources[0].part(block))
+
+
+def _keeps_rows(plan: Plan, name: str) -> bool:
+    """Return True if the rows of a tensor of the file are in the order of the model's."""
+    shape = next(spec.shape for spec in plan.specs if spec.name == name)
+    numbers = torch.arange(shape[0])[:, None]
+    return len(shape) > 1 and torch.equal(plan.family.rows(leaf_of(name), numbers, plan.config), numbers)
 
 
 def _complete_head(family: Family, sources: dict[str, list[Source]], shapes: dict[str, tuple[int, ...]]) -> None:

@@ -44,6 +44,7 @@ class Family:
     ``query_width_layers`` is the number of layers of the one model whose queries are scaled by the root of
     hidden_size / heads, for which there is no key; all others are scaled by that of head_dim. ``windows``: sliding
     windows on some layers, on all but every ``window_step``-th where the file does not say it (0: it always does).
+    ``cut_to_window``: a window that every layer has, which the runtime does not know, bounds the length of texts.
     ``experts``: tensors that hold the experts of a layer, one behind the other. ``silent``: keys that tell nothing
     which the shapes of the tensors do not. ``reads``: transformers reads such files; of several
     families of one architecture ``marked_by`` is the key that only this one's files have.
@@ -68,6 +69,7 @@ class Family:
     query_width_layers: int | None = None
     windows: bool = False
     window_step: int | None = None
+    cut_to_window: bool = False
     experts: tuple[str, ...] = ()
     silent: frozenset[str] = frozenset()
     reads: bool = True

@@ -78,14 +78,17 @@ def read_importance(path: Path) -> Importance:
 def write_importance(
     path: Path,
     sums: Mapping[str, Tensor],
-    counts: Mapping[str, int],
+    counts: Mapping[str, Tensor],
     *,
     data_sets: Sequence[str],
     n_chunks: int,
     chunk_size: int,
     overwrite: bool = False,
 ) -> None:
-    """Write sums of squares (columns,) and the rows that went into them. Raises DiskError where the disk is full."""
+    """Write sums of squares (experts, columns) and the rows (experts,) that went into them; a matrix is one expert.
+
+    Raises DiskError where the disk is full.
+    """
     text, number = GGUFValueType.STRING, GGUFValueType.UINT32
     pairs = [
         Pair("general.type", "imatrix", text),
@@ -95,8 +98,8 @@ def write_importance(
     ]
     tensors: dict[str, Tensor] = {}
     for name in sorted(sums):
-        tensors[name + _SUMS] = sums[name].float().view(1, -1)
-        tensors[name + _COUNTS] = torch.tensor([[float(counts[name])]])
+        tensors[name + _SUMS] = sums[name].float()
+        tensors[name + _COUNTS] = counts[name].float().view(-1, 1)
     specs = [TensorSpec(name, "F32", tuple(tensor.shape)) for name, tensor in tensors.items()]
     with GgufFileWriter(path, pairs, specs, overwrite=overwrite) as writer:
         for name, tensor in tensors.items():

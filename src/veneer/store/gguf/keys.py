@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gguf import GGUFValueType
 from torch import Tensor
 
 from veneer.store.gguf.family import Family
-from veneer.store.gguf.fields import ROTARY_WIDTH, WINDOW_PATTERN, Field
+from veneer.store.gguf.fields import LENGTH, ROTARY_WIDTH, WINDOW_PATTERN, Field
 from veneer.store.gguf.rope import Scaling, said_scaling
 
+_CUT = (
+    "every layer sees the last {length} tokens only (sliding_window), which the runtime does not know: the file says "
+    "context_length {length} instead of {longest}, up to which answers are the model's; beyond, they are not"
+)
 _KINDS = {int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32, bool: GGUFValueType.BOOL}
 
 
@@ -28,11 +32,14 @@ class Pair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Said:
-    """A config as a file tells it: pairs, tensors of rotary factors by name, and what it cannot say."""
+    """A config as a file tells it: pairs, tensors of rotary factors by name, what it cannot say, and what the file's
+    user must know.
+    """
 
     pairs: tuple[Pair, ...]
     factors: Mapping[str, Tensor]
     problems: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def said_of(family: Family, config: Any) -> Said:
@@ -41,8 +48,12 @@ def said_of(family: Family, config: Any) -> Said:
     problems = (*_unsaid(family, config), *family.refuses(config), *_query_problems(family, config), *scaling.problems)
     prefix = f"{family.architecture}."
     found = [*_field_pairs(family, config), *_rotary_pairs(family, config, scaling), *_window_pairs(family, config)]
-    pairs = tuple(Pair(prefix + pair.key, pair.value, pair.kind, pair.item) for pair in found)
-    return Said(pairs=pairs, factors=scaling.factors, problems=problems)
+    length = _window_of_all(family, config)
+    if length is not None:
+        found = [replace(pair, value=length) if pair.key == LENGTH.key else pair for pair in found]
+    pairs = tuple(replace(pair, key=prefix + pair.key) for pair in found)
+    notes = () if length is None else (_CUT.format(length=length, longest=config.max_position_embeddings),)
+    return Said(pairs=pairs, factors=scaling.factors, problems=problems, notes=notes)
 
 
 def value_of(entry: Field, config: Any) -> Any:
@@ -91,6 +102,12 @@ def _window_pairs(family: Family, config: Any) -> Iterator[Pair]:
     step = family.window_step
     if not step or slides != [(layer + 1) % step != 0 for layer in range(len(slides))]:
         yield Pair(WINDOW_PATTERN, slides, GGUFValueType.ARRAY, GGUFValueType.BOOL)
+
+
+def _window_of_all(family: Family, config: Any) -> int | None:
+    """The window of every layer, where the runtime has none and texts could be longer."""
+    window: int | None = getattr(config, "sliding_window", None) if family.cut_to_window else None
+    return window if window and window < config.max_position_embeddings else None
 
 
 def _scaling(family: Family, config: Any) -> Scaling:

@@ -51,12 +51,3 @@ def no_windows(config: Any) -> Iterator[str]:
     """The problem of a config with sliding windows, where the runtime has none for the family."""
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         yield "sliding windows (use_sliding_window), which the runtime does not have for this family"
-
-
-def long_windows(config: Any) -> Iterator[str]:
-    """The problem of a config whose every layer has a window that is shorter than its texts may be."""
-    if config.sliding_window and config.sliding_window < config.max_position_embeddings:
-        yield (
-            f"sliding_window {config.sliding_window}: the runtime has no windows for {config.model_type}; set it to "
-            f"null in config.json for texts of up to {config.sliding_window} tokens"
-        )

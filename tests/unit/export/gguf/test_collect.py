@@ -10,10 +10,12 @@ import torch
 from gguf import GGUFReader
 from typer.testing import CliRunner
 
+from veneer.adapters.peft_model import get_peft_model
 from veneer.cli.app import app
 from veneer.errors import ConfigError, DataError, FormatError
 from veneer.export.gguf.collect import CollectOptions, collect_importance
 from veneer.export.gguf.model import GgufExport, GgufOptions, export_gguf
+from veneer.methods.lora import LoraConfig
 from veneer.ops.ggml import quantize_ggml
 from veneer.store.gguf.importance import read_importance
 
@@ -89,11 +91,55 @@ def test_the_smallest_mix_needs_one(tmp_path: Path) -> None:
         GgufExport(tmp_path / "model", None, GgufOptions(type="Q2_K_S"))
 
 
-def test_short_texts_and_stacked_experts_are_refused(tmp_path: Path, text: Path) -> None:
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
+@torch.no_grad()
+def test_each_expert_has_the_means_of_what_was_sent_to_it(tmp_path: Path, text: Path, family: str) -> None:
+    model = tiny_folder(tmp_path / "model", family)
+    collect_importance(model, tokenizer(), text, tmp_path / "i.gguf", OPTIONS)
+    found = read_importance(tmp_path / "i.gguf").means
+    experts = model.model.layers[1].mlp.experts
+    calls: list[tuple[torch.Tensor, ...]] = []
+    experts.register_forward_pre_hook(lambda module, given: calls.append(given))
+    for window in torch.tensor(tokenizer()(TEXT)["input_ids"])[: 3 * 17].view(3, 17):
+        model(window[None])
+    sent, chosen = (torch.cat([call[place] for call in calls]) for place in (0, 1))
+    n_experts, _, width = experts.gate_up_proj.shape
+    for expert in range(n_experts):
+        inputs = sent[(chosen == expert).any(-1)].double()
+        gate, up = (inputs @ experts.gate_up_proj[expert].double().T).chunk(2, -1)
+        inner = torch.nn.functional.silu(gate) * up
+        for name, values in (("ffn_gate_exps", inputs), ("ffn_up_exps", inputs), ("ffn_down_exps", inner)):
+            expected = values.square().mean(0) if len(values) else torch.ones(values.shape[-1])
+            means = found[f"blk.1.{name}.weight"].view(n_experts, -1)[expert]
+            torch.testing.assert_close(means, expected.float(), rtol=1e-4, atol=0)
+    assert found["blk.1.ffn_up_exps.weight"].numel() == n_experts * width
+
+    export_gguf(tmp_path / "model", tmp_path / "x.gguf", GgufOptions(type="Q4_0", importance=tmp_path / "i.gguf"))
+    written = {t.name: t for t in GGUFReader(tmp_path / "x.gguf").tensors}["blk.1.ffn_down_exps.weight"]
+    means = found["blk.1.ffn_down_exps.weight"].view(n_experts, -1)
+    for expert, packed in enumerate(written.data):
+        expected = quantize_ggml(experts.down_proj[expert], written.tensor_type.name, means[expert].contiguous())
+        assert packed.tobytes() == expected.numpy().tobytes()
+
+
+@torch.no_grad()
+def test_an_adapter_on_the_experts_changes_what_reaches_the_matrix_behind(tmp_path: Path, text: Path) -> None:
+    model = tiny_model("mixtral")
+    collect_importance(model, tokenizer(), text, tmp_path / "base.gguf", OPTIONS)
+    names = ["mlp.experts.gate_up_proj"]
+    torch.manual_seed(3)
+    adapted = get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, target_parameters=names))
+    collect_importance(adapted, tokenizer(), text, tmp_path / "i.gguf", OPTIONS)
+    collect_importance(adapted.merge_and_unload(), tokenizer(), text, tmp_path / "merged.gguf", OPTIONS)
+    base, ours, merged = (read_importance(tmp_path / f"{name}.gguf").means for name in ("base", "i", "merged"))
+    name = "blk.0.ffn_down_exps.weight"
+    torch.testing.assert_close(ours[name], merged[name], rtol=1e-3, atol=0)
+    assert (ours[name] - base[name]).abs().max() > 1e-2 * base[name].abs().max()
+
+
+def test_short_texts_are_refused(tmp_path: Path, text: Path) -> None:
     with pytest.raises(DataError, match="less than a window of 512"):
         collect_importance(tiny_model("llama"), tokenizer(), text, tmp_path / "i.gguf", CollectOptions(chunk_size=512))
-    with pytest.raises(ConfigError, match="experts lie in one parameter"):
-        collect_importance(tiny_model("mixtral"), tokenizer(), text, tmp_path / "i.gguf", OPTIONS)
 
 
 def test_the_commands(tmp_path: Path, text: Path) -> None:

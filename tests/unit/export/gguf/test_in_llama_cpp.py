@@ -33,3 +33,17 @@ def test_the_text_half_of_a_model_of_images_is_written(tmp_path: Path) -> None:
     assert {name.split(".")[0] for name in report.plan.left_out} <= {"vision_tower", "multi_modal_projector", "model"}
     expected = model(torch.tensor([IDS])).logits[0]
     torch.testing.assert_close(LlamaCpp(tmp_path / "tiny.gguf").logits(IDS), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("family", ["mistral", "mixtral", "phi3-plain"])
+@torch.no_grad()
+def test_up_to_the_window_of_every_layer_and_no_further(tmp_path: Path, family: str) -> None:
+    """The reason for which the file says the window as its context."""
+    window = 32
+    model = tiny_folder(tmp_path / "model", family, sliding_window=window)
+    report = export_gguf(tmp_path / "model", tmp_path / "tiny.gguf", GgufOptions(type="F32"))
+    assert [pair.value for pair in report.plan.pairs if pair.key.endswith(".context_length")] == [window]
+    expected = model(torch.tensor([IDS])).logits[0]
+    found = LlamaCpp(tmp_path / "tiny.gguf").logits(IDS)
+    torch.testing.assert_close(found[:window], expected[:window], rtol=2e-2, atol=2e-2)
+    assert (found[window:] - expected[window:]).abs().max() > 2e-2

@@ -24,7 +24,7 @@ def high_water():  # of this program alone: getrusage counts what the process wa
     return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 
 def export(folder):
-    for kind in ("Q4_K_M", "F16"):
+    for kind in ("Q4_K_M", "F32"):
         options = GgufOptions(type=kind, overwrite=True)
         export_gguf(folder / "base", folder / "x.gguf", options, adapter=folder / "adapter")
 
@@ -52,9 +52,9 @@ def many_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/self/status")
-def test_the_peak_is_below_two_and_a_half_of_the_largest_tensor(tmp_path: Path, many_layers: Path) -> None:
+def test_the_peak_is_below_twice_the_largest_tensor(tmp_path: Path, many_layers: Path) -> None:
     warm = tiny_folder(tmp_path / "base", "mistral")
     adapter_folder(tmp_path / "adapter", warm, target_modules=["q_proj", "down_proj"])
     order = [sys.executable, "-c", MEASURE, str(tmp_path), str(many_layers)]
     done = subprocess.run(order, capture_output=True, text=True, check=True)
-    assert int(done.stdout.splitlines()[-1]) < 2.5 * LARGEST + SMALL_THINGS
+    assert int(done.stdout.splitlines()[-1]) < 2 * LARGEST + SMALL_THINGS

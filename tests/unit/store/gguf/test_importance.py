@@ -13,8 +13,11 @@ from gguf import GGUFWriter
 from veneer.errors import FormatError
 from veneer.store.gguf.importance import read_importance, write_importance
 
-SUMS = {"blk.0.ffn_up.weight": torch.tensor([6.0, 3.0, 0.75]), "blk.0.attn_q.weight": torch.tensor([5.0, 1.0])}
-COUNTS = {"blk.0.ffn_up.weight": 3, "blk.0.attn_q.weight": 4}
+SUMS = {
+    "blk.0.ffn_up.weight": torch.tensor([[6.0, 3.0, 0.75]]),
+    "blk.0.ffn_up_exps.weight": torch.tensor([[5.0, 1.0], [0.0, 0.0], [6.0, 9.0]]),
+}
+COUNTS = {"blk.0.ffn_up.weight": torch.tensor([3]), "blk.0.ffn_up_exps.weight": torch.tensor([4, 0, 3])}
 
 
 def write(path: Path, **changes: object) -> None:
@@ -27,6 +30,9 @@ def test_means_come_back_with_what_they_were_taken_from(tmp_path: Path) -> None:
     assert (found.data_set, found.n_chunks) == ("text.txt", 7)
     assert found.means.keys() == SUMS.keys()
     assert found.means["blk.0.ffn_up.weight"].tolist() == [2.0, 1.0, 0.25]
+    experts = found.of("blk.0.ffn_up_exps.weight", columns=2, n_experts=3)
+    assert experts is not None
+    assert experts.tolist() == [[1.25, 0.25], [1.0, 1.0], [2.0, 3.0]]
     assert [pair.value for pair in found.pairs()] == ["x.gguf", "text.txt", 2, 7]
 
 

@@ -51,10 +51,7 @@ def test_a_config_comes_back_from_its_keys(name: str) -> None:
         ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
          "partial_rotary_factor 0.5"),
         ("llama-yarn", {"rope_parameters": {**YARN, "mscale": 0.7}}, "mscale 0.7"),
-        ("mistral", {"sliding_window": 50}, "sliding_window 50: the runtime has no windows for mistral"),
         ("ministral3", {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.0}}, "mscale 0.7"),
-        ("mixtral", {"sliding_window": 50}, "sliding_window 50"),
-        ("phi3", {"sliding_window": 899}, "sliding_window 899: the runtime has no windows for phi3"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}, "sliding windows"),
         ("qwen3", {"attention_bias": True}, "attention_bias True"),
         ("qwen2_moe", {"mlp_only_layers": [1]}, "layers without experts"),
@@ -76,6 +73,19 @@ def test_what_has_no_key_is_refused(name: str, changes: dict[str, Any], reason: 
     problems = said_of(by_model_type()[config.model_type], config).problems
     assert len(problems) == 1
     assert reason in problems[0]
+
+
+@pytest.mark.parametrize(("name", "window"), [("mistral", 50), ("mixtral", 50), ("ministral3", 50), ("phi3", 899)])
+def test_a_window_on_every_layer_bounds_the_context(name: str, window: int) -> None:
+    config = config_of(name, sliding_window=window)
+    family = by_model_type()[config.model_type]
+    said = said_of(family, config)
+    assert not said.problems
+    lengths = {pair.key: pair.value for pair in said.pairs}
+    assert lengths[f"{family.architecture}.context_length"] == window
+    assert f"context_length {window} instead of {config.max_position_embeddings}" in said.notes[0]
+    config.sliding_window = config.max_position_embeddings
+    assert not said_of(family, config).notes
 
 
 def test_windows_on_other_layers_are_written_out() -> None:

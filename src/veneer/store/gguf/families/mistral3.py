@@ -7,11 +7,10 @@ from typing import Any
 
 from veneer.store.gguf.family import Family
 from veneer.store.gguf.fields import DECODER, SCALING, VOCABULARY, Field
-from veneer.store.gguf.layout import long_windows, neighbours
+from veneer.store.gguf.layout import neighbours
 
 
 def _problems(config: Any) -> Iterator[str]:
-    yield from long_windows(config)
     mscale = config.rope_parameters.get("mscale")
     if mscale not in (None, 1.0):
         yield f"YaRN's mscale {mscale} has no key: the runtime computes 1.0"
@@ -28,6 +27,7 @@ FAMILY = Family(
         Field("attention.temperature_scale", "rope_parameters.llama_4_scaling_beta", kind=float),
     ),
     only={"hidden_act": ("silu",)},
+    cut_to_window=True,
     refuses=_problems,
     scalings=("yarn",),
     rotary_width=True,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from veneer.store.gguf.family import Family
 from veneer.store.gguf.fields import DECODER, STACKED, VOCABULARY, Field
-from veneer.store.gguf.layout import experts, long_windows, neighbours
+from veneer.store.gguf.layout import experts, neighbours
 
 FAMILY = Family(
     architecture="llama",
@@ -19,7 +19,7 @@ FAMILY = Family(
     ),
     experts=STACKED,
     only={"hidden_act": ("silu",)},
-    refuses=long_windows,
+    cut_to_window=True,
     scalings=("default", "linear", "yarn", "llama3"),
     rotary_width=True,
     rows=neighbours,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from veneer.store.gguf.family import Family
 from veneer.store.gguf.fields import DECODER, ORIGINAL_LENGTH, WINDOW, Field
-from veneer.store.gguf.layout import long_windows
 
 FAMILY = Family(
     architecture="phi3",
@@ -13,6 +12,6 @@ FAMILY = Family(
     partial_rotary=True,
     only={"hidden_act": ("silu",)},
     scalings=("default", "longrope"),
-    refuses=long_windows,
+    cut_to_window=True,
     rotary_width=True,
 )

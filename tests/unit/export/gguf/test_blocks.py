@@ -1,0 +1,57 @@
+"""What is read block by block is what is read whole, whatever an adapter does to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from veneer.adapters.peft_model import get_peft_model
+from veneer.core import linear
+from veneer.export import base_weights
+from veneer.export.folded import FoldedCheckpoint
+from veneer.methods.lora import LoraConfig
+
+from .tiny import tiny_folder
+
+CASES: dict[str, tuple[str, dict[str, Any] | None]] = {
+    "base": ("llama", None),
+    "linear": ("llama", {"target_modules": ["q_proj", "down_proj"]}),
+    "dora": ("llama", {"target_modules": ["k_proj", "up_proj"], "use_dora": True}),
+    "embeddings": ("llama", {"target_modules": ["embed_tokens", "v_proj"]}),
+    "head apart": ("mistral", {"target_modules": ["lm_head"], "modules_to_save": ["embed_tokens"]}),
+    "biases": ("qwen2", {"target_modules": ["q_proj"], "bias": "lora_only"}),
+    "rows": ("mistral", {"target_modules": ["o_proj"], "trainable_token_indices": [3, 8]}),
+    "turned": ("gpt2", {"target_modules": ["c_attn", "c_fc"]}),
+    "experts": ("mixtral", {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}),
+}
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_blocks_are_the_rows(tmp_path: Path, case: str, wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (linear, base_weights):  # so that even a tiny tensor has several blocks, the last one shorter
+        monkeypatch.setattr(module, "BLOCK_VALUES", 700)
+    family, settings = CASES[case]
+    model = tiny_folder(tmp_path / "base", family).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    if settings is not None:
+        torch.manual_seed(4)
+        adapted = get_peft_model(model, LoraConfig(r=3, lora_alpha=7, init_lora_weights=False, **settings))
+        with torch.no_grad():
+            for parameter in adapted.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+        adapted.save_pretrained(tmp_path / "adapter")
+    adapter = None if settings is None else tmp_path / "adapter"
+    whole, streamed = (FoldedCheckpoint(tmp_path / "base", adapter, wide=wide) for _ in range(2))
+    n_blocks = 0
+    for name in whole.specs:
+        blocks = list(streamed.blocks(name))
+        n_blocks += len(blocks)
+        expected = whole.read(name)
+        assert torch.equal(torch.cat(blocks) if len(blocks) > 1 else blocks[0], expected), name
+        assert tuple(expected.shape) == whole.specs[name][1]
+    assert n_blocks > 2 * len(whole.specs)
