@@ -46,12 +46,12 @@ def make(tokenizer: Path, folder: Path) -> float:
     model = transformers.LlamaForCausalLM(config).bfloat16()
     model.save_pretrained(folder / "base", max_shard_size="400MB")
     transformers.AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder / "base")
-    largest = max(parameter.nbytes for parameter in model.parameters())
+    largest: int = max(parameter.nbytes for parameter in model.parameters())
     print(f"{sum(p.nbytes for p in model.parameters()) / largest:.1f} times the largest tensor, {largest / 1e6:.1f} MB")
     for name, targets in ADAPTERS.items():
         lora = peft.LoraConfig(r=8, lora_alpha=16, init_lora_weights=False, target_modules=targets)
         adapted = peft.get_peft_model(model, lora)
-        adapted.save_pretrained(folder / name)
+        adapted.save_pretrained(str(folder / name))
         adapted.unload()
     return largest / 2**20
 

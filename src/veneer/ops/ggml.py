@@ -103,10 +103,14 @@ def _raise_non_finite(rows: Tensor, kind: str, bad_row: int) -> None:
     if len(bad):
         found = f"row {bad_row} holds {float(row[bad[0, 0]])} in column {int(bad[0, 0])}"
     else:
-        found = f"float16, which {kind} has for scales, cannot hold what row {bad_row} needs (largest magnitude "
+        found = f"float16, {_of_half(kind)}, cannot hold what row {bad_row} needs (largest magnitude "
         found += f"{float(row.abs().max()):.3g}); Q8_0 reaches 8.3e6, BF16 everything"
     raise NonFiniteError(f"cannot quantize a matrix of shape {tuple(rows.shape)} to {kind}: {found}")
 
 
 def _names() -> str:
     return " or ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
+
+
+def _of_half(kind: str) -> str:
+    return "which is F16" if kind == "F16" else f"which {kind} has for scales"

@@ -109,7 +109,7 @@ class Checkpoint:
 
 def _finite(name: str, tensor: Tensor) -> Tensor:
     if not is_finite(tensor):
-        raise FormatError(f"tensor {name!r} holds values that are not finite")
+        raise FormatError(f"tensor {name!r} holds values that are not finite (NaN or infinity): save or fetch it again")
     return tensor
 
 

@@ -110,8 +110,8 @@ def _watched(model: Any, family: Family, sums: _Sums) -> Iterator[None]:
             if name is not None:
                 handles.append(module.register_forward_pre_hook(_adder(name, sums)))
         elif family.experts and all(hasattr(module, stack) for stack in STACKS):
-            places = [_places(family, config, f"{path}.{stack}", model.base_model_prefix) for stack in STACKS]
-            handles.append(module.register_forward_pre_hook(_expert_adder(*places, sums)))
+            inner, down = (_places(family, config, f"{path}.{stack}", model.base_model_prefix) for stack in STACKS)
+            handles.append(module.register_forward_pre_hook(_expert_adder(inner, down, sums)))
     try:
         yield
     finally:

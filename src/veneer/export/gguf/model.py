@@ -13,10 +13,10 @@ from torch import Tensor
 from veneer.errors import NonFiniteError
 from veneer.export.folded import FoldedCheckpoint
 from veneer.export.gguf.mix import MixOptions, mix_of
-from veneer.export.gguf.plan import Plan, assembled_blocks, describe_checkpoint, plan_file
+from veneer.export.gguf.plan import Plan, assembled_blocks, describe_checkpoint, family_of, plan_file
 from veneer.export.gguf.tokenizer import read_tokenizer
 from veneer.export.merged import floating_dtype
-from veneer.export.model_folder import local_folder
+from veneer.export.model_folder import local_folder, model_config
 from veneer.ops.ggml import FLOATS, quantize_ggml
 from veneer.store.gguf.importance import read_importance
 from veneer.store.gguf.writer import GgufFileWriter, TensorSpec
@@ -65,6 +65,7 @@ class GgufExport:
         self.folder = folder = local_folder(base)
         self._options = options
         self._importance = read_importance(options.importance) if options.importance else None
+        family_of(model_config(folder).get_text_config())  # before a tensor is looked for: what it is comes first
         dtype = floating_dtype(options.dtype)
         self._wide = dtype == torch.float32 or (dtype is None and mix.default == "F32")
         self._source = FoldedCheckpoint(folder, adapter, dtype, wide=self._wide)
@@ -135,7 +136,7 @@ def encoded(spec: TensorSpec, blocks: Iterable[Tensor], importance: Tensor | Non
     """The bytes of a tensor in its type, in pieces of whole rows. It comes in blocks of rows (k, columns), or of
     experts (k, rows, columns), or is a vector; ``importance`` (experts, columns).
     """
-    columns, expert = spec.shape[-1], 0
+    columns, expert, first = spec.shape[-1], 0, 0
     try:
         for block in blocks:
             matrices = block.detach() if block.ndim == 3 else block.detach().reshape(1, -1, columns)
@@ -145,5 +146,6 @@ def encoded(spec: TensorSpec, blocks: Iterable[Tensor], importance: Tensor | Non
                 expert += block.ndim == 3
                 for piece in torch.split(rows, max(1, PIECE_VALUES // columns)):
                     yield quantize_ggml(piece, spec.kind, weights)
+                    first += len(piece)
     except NonFiniteError as error:
-        raise NonFiniteError(f"tensor {spec.name}: {error}") from error
+        raise NonFiniteError(f"tensor {spec.name}, from its row {first} on: {error}") from error
