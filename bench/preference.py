@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-PAIRS, MAX_LENGTH, TOLERANCE = 4, 256, 0.02
+TOLERANCE = 0.02
 
 
 def main() -> None:
@@ -33,6 +33,8 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.05)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=4)
+    parser.add_argument("--max-length", type=int, default=256)
     options = parser.parse_args()
     {"pairs": make_pairs, "step": compare, "learn": learn, "side": one_side}[options.what](options)
 
@@ -64,8 +66,9 @@ def trainer_of(options: argparse.Namespace, side: str, **changes: Any) -> Any:
     args = trainers.DPOConfig(
         **{
             "output_dir": tempfile.mkdtemp(), "max_steps": options.steps, "logging_steps": 1, "save_strategy": "no",
-            "report_to": "none", "per_device_train_batch_size": PAIRS, "max_length": MAX_LENGTH, "learning_rate": 5e-5,
-            "gradient_checkpointing": False, "disable_dropout": options.dropout == 0, "disable_tqdm": True,
+            "report_to": "none", "per_device_train_batch_size": options.pairs, "max_length": options.max_length,
+            "learning_rate": 5e-5, "gradient_checkpointing": False, "disable_dropout": options.dropout == 0,
+            "disable_tqdm": True,
             "train_sampling_strategy": "sequential", "use_cpu": not torch.cuda.is_available(), **changes,
         }
     )  # fmt: skip
@@ -88,16 +91,18 @@ def one_side(options: argparse.Namespace) -> None:
 
     class Clock(TrainerCallback):  # type: ignore[misc]
         seconds: list[float]
-        began: float
+        cpu: list[float]
+        began: tuple[float, float]
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            self.seconds = []
+            self.seconds, self.cpu = [], []
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.began = time.perf_counter()
+            self.began = time.perf_counter(), time.process_time()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.seconds.append(time.perf_counter() - self.began)
+            self.seconds.append(time.perf_counter() - self.began[0])
+            self.cpu.append(time.process_time() - self.began[1])
 
     trainer, clock = trainer_of(options, options.side), Clock()
     trainer.add_callback(clock)
@@ -105,14 +110,16 @@ def one_side(options: argparse.Namespace) -> None:
     before = high_water_mb()
     trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    print(json.dumps({"seconds": clock.seconds[1:], "losses": losses, "mb": high_water_mb() - before}))
+    mb = high_water_mb() - before
+    print(json.dumps({"seconds": clock.seconds[1:], "cpu": clock.cpu[1:], "losses": losses, "mb": mb}))
 
 
 def measured(options: argparse.Namespace, side: str, dropout: float) -> dict[str, Any]:
     """What `one_side` prints in a process of its own."""
     command = [
         sys.executable, __file__, "side", str(options.files[0]), "--side", side, "--dropout", str(dropout),
-        "--steps", str(options.steps), "--model", options.model,
+        "--steps", str(options.steps), "--model", options.model, "--pairs", str(options.pairs),
+        "--max-length", str(options.max_length),
     ]  # fmt: skip
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
@@ -123,20 +130,21 @@ def measured(options: argparse.Namespace, side: str, dropout: float) -> dict[str
 
 def compare(options: argparse.Namespace) -> None:
     """Print medians of both sides, taken in turns. SystemExit where the first losses part."""
-    times: dict[str, list[float]] = {"peer": [], "veneer": []}
-    memory: dict[str, list[float]] = {"peer": [], "veneer": []}
+    times, cpu, memory = ({side: list[float]() for side in ("peer", "veneer")} for _ in range(3))
     for _ in range(options.repeats):
         for side in times:
             found = measured(options, side, options.dropout)
             if abs(found["losses"][0] - 0.693147) > TOLERANCE:
                 raise SystemExit(f"{side}: the first loss is {found['losses'][0]}, not ln 2")
             times[side].append(statistics.median(found["seconds"]))
+            cpu[side].append(statistics.median(found["cpu"]))
             memory[side].append(found["mb"])
-    middle = {side: (statistics.median(times[side]), statistics.median(memory[side])) for side in times}
-    for side, (seconds, mb) in middle.items():
-        print(f"{side}: {seconds:.2f} s a step ({min(times[side]):.2f}-{max(times[side]):.2f}), {mb:.0f} MB")
+    middle = {side: [statistics.median(kept[side]) for kept in (times, cpu, memory)] for side in times}
+    for side, (seconds, busy, mb) in middle.items():
+        spread = f"{min(cpu[side]):.2f}-{max(cpu[side]):.2f}"
+        print(f"{side}: {seconds:.2f} s a step, {busy:.2f} s of CPU time ({spread}), {mb:.0f} MB")
     ratios = [own / other for own, other in zip(middle["veneer"], middle["peer"], strict=True)]
-    print("time {:.2f}x, memory {:.2f}x".format(*ratios))
+    print("time {:.2f}x, CPU time {:.2f}x, memory {:.2f}x".format(*ratios))
 
 
 def learn(options: argparse.Namespace) -> None:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from launch import forked
 from models import byte_tokenizer, llama_config
 from veneer import AutoPeftModelForSequenceClassification
 from veneer.cli.app import app
@@ -97,37 +95,31 @@ def test_a_reward_model_is_saved_with_its_head(project: Path) -> None:
 
 def test_grpo_with_rewards_by_name(project: Path) -> None:
     (project / "own.py").write_text(
-        "def vowels(completions, **row):\n    return [c.count('a') / 7 for c in completions]\n"
+        "def sums(completions, **row):\n    return [sum(map(ord, c)) % 97 / 50 for c in completions]\n"
     )
     training = {**TRAINING, "num_generations": 2, "max_completion_length": 5, "beta": 0.1, "max_steps": 3}
-    rewards = ["own.py:vowels", {"function": "length", "target": 3, "weight": 0.5}]
+    rewards = ["own.py:sums", {"function": "length", "target": 3, "weight": 0.5}]
     data = {"train": "prompts.jsonl", "prompt": "What is {question}? "}
     train(write(project, "grpo", data, rewards=rewards, training=training))
     log = json.loads((project / "grpo" / "run.json").read_text())["log"]
     assert log[0]["kl"] == 0.0 != log[2]["kl"]
-    assert {"rewards/vowels/mean", "rewards/length/mean"} <= log[0].keys()
-
-
-def start(path: Path, *options: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "veneer", "train", str(path), *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert {"rewards/sums/mean", "rewards/length/mean"} <= log[0].keys()
 
 
 def test_dpo_killed_and_resumed_is_the_run_that_was_not(project: Path) -> None:
     training = {**TRAINING, "max_steps": 12, "save_steps": 1, "logging_steps": 5}
     path = write(project, "dpo", {"train": "pairs.jsonl"}, training=training)
-    whole = start(path, "--set", f"output={project / 'whole'}")
-    process = start(path)
-    while process.poll() is None and len(checkpoints(project / "dpo")) == 0:
+    command, environment = ["train", str(path)], {"HF_HUB_OFFLINE": "1"}
+    process = forked(command, project / "log", environment, slow=True)
+    while process.is_alive() and len(checkpoints(project / "dpo")) == 0:
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert whole.communicate()[0] is not None
-    assert whole.returncode == 0
-    resumed = start(path, "--resume")
-    told = resumed.communicate()
-    assert resumed.returncode == 0, told
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, (project / "log").read_text()
+    for options in (["--resume"], ["--set", f"output={project / 'whole'}"]):
+        process = forked([*command, *options], project / "log", environment, slow=False)
+        process.join()
+        assert process.exitcode == 0, (project / "log").read_text()
     weights = [(project / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("whole", "dpo")]
     assert weights[0] == weights[1]
     logs = [json.loads((project / name / "run.json").read_text())["log"] for name in ("whole", "dpo")]

@@ -91,7 +91,7 @@ def is_longer(before: Recipe, now: Recipe) -> bool:
 def settings(recipe: Recipe) -> dict[str, Any]:
     """All settings of a run by the keys of a recipe, ``training.learning_rate``, whether they were given or not."""
     config, args = recipe.adapter_config(), recipe.training_config()
-    training = {**args.to_dict(), **{key: getattr(args, key) for key in _HIDDEN}}
+    training = {**args.to_dict(), **{key: getattr(args, key) for key in _HIDDEN if hasattr(args, key)}}
     parts = {
         "model": recipe.model.model_dump(),
         "data": recipe.data.model_dump(),

@@ -23,7 +23,7 @@ def test_built_in_rewards():
     assert exact_match(["a"], gold=["a"], column="gold") == [1.0]
     assert regex(CHAT, pattern="3.*4") == [0.0, 1.0]
     assert length(["", "", ""], target=4, completion_ids=[[1] * 4, [1] * 3, [1] * 9]) == [1.0, 0.75, 0.0]
-    with pytest.raises(DataError, match=r"the column 'answer', and the rows have \['prompt', 'gold'\]"):
+    with pytest.raises(DataError, match=r"the column 'answer', and the rows have \['gold', 'prompt'\]"):
         exact_match(["a"], gold=["a"], prompts=["b"])
 
 
