@@ -1,0 +1,40 @@
+"""A confusion table: how often each class was taken for which."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from veneer.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Confusion:
+    """``counts[i][j]``: the rows of class i that were taken for class j, in the order of ``labels``."""
+
+    labels: tuple[str, ...]
+    counts: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, labels: Sequence[str], right: Sequence[str], predictions: Sequence[str]) -> Confusion:
+        """The table of these rows. Raises DataError for a class that is none of the labels."""
+        place = {label: at for at, label in enumerate(labels)}
+        unknown = sorted({*right, *predictions} - place.keys())
+        if unknown:
+            raise DataError(f"{unknown[:5]} are none of the labels {list(labels)}")
+        counts = [[0] * len(labels) for _ in labels]
+        for own, given in zip(right, predictions, strict=True):
+            counts[place[own]][place[given]] += 1
+        return cls(tuple(labels), tuple(map(tuple, counts)))
+
+    def n_rows(self, at: int) -> int:
+        """The rows of a class."""
+        return sum(self.counts[at])
+
+    def n_predicted(self, at: int) -> int:
+        """The rows that were taken for a class."""
+        return sum(row[at] for row in self.counts)
+
+    def n_right(self, at: int) -> int:
+        """The rows of a class that were taken for it."""
+        return self.counts[at][at]

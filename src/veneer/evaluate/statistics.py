@@ -1,0 +1,118 @@
+"""Uncertainty of figures over rows: intervals of a share, and paired differences of two models on the same rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from veneer.errors import ShapeError
+
+Interval = tuple[float, float]
+
+Z_95 = 1.959963984540054  # of the normal distribution: 95% lie within
+_DRAWS, _SEED = 2000, 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """A second model's figure minus that of a first on the same rows, its 95% interval, and the p-value of none.
+
+    ``test`` names how both were found. ``only_first`` and ``only_second``: the rows that one alone has right, where
+    rows are right or wrong.
+    """
+
+    value: float
+    interval: Interval
+    p_value: float
+    test: str
+    only_first: int | None = None
+    only_second: int | None = None
+
+
+def wilson_interval(n_right: int, n: int) -> Interval:
+    """The 95% interval of a share by the score test (Wilson 1927); right for 0 of n and n of n too.
+
+    Raises ShapeError for no rows.
+    """
+    if n < 1:
+        raise ShapeError("an interval of a share needs one row at least")
+    share, square = n_right / n, Z_95**2
+    center = (share + square / (2 * n)) / (1 + square / n)
+    half = Z_95 * math.sqrt(share * (1 - share) / n + square / (4 * n * n)) / (1 + square / n)
+    low, high = center - half, center + half
+    return (0.0 if n_right == 0 else max(low, 0.0), 1.0 if n_right == n else min(high, 1.0))
+
+
+def paired_shares(first: Sequence[bool], second: Sequence[bool]) -> Difference:
+    """The difference of two accuracies over the same rows.
+
+    The p-value is McNemar's exact one: the binomial test on the rows that one alone has right. The interval is
+    Newcombe's from two Wilson intervals, with the rows' correlation (Newcombe 1998, Statistics in Medicine 17, method
+    10). Raises ShapeError where the rows are not equally many, or none.
+    """
+    _require_pairs(len(first), len(second))
+    pairs = list(zip(first, second, strict=True))
+    both, neither = sum(a and b for a, b in pairs), sum(not a and not b for a, b in pairs)
+    one, two = sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
+    return Difference(
+        value=(two - one) / len(pairs),
+        interval=_newcombe(both, one, two, neither),
+        p_value=_mcnemar(one, two),
+        test="exact McNemar, Newcombe's interval",
+        only_first=one,
+        only_second=two,
+    )
+
+
+def paired_means(
+    first: Sequence[float], second: Sequence[float], weights: Sequence[float], n_draws: int = _DRAWS
+) -> Difference:
+    """The difference of two means over the same rows, a row weighing ``weights``; ``first`` and ``second`` are sums.
+
+    Paired bootstrap over rows (Efron 1979; Koehn 2004): the interval holds the middle 95% of the differences of
+    ``n_draws`` draws of rows, and the p-value is twice the smaller share on one side of 0. The draws are always the
+    same. Raises ShapeError where the rows are not equally many, or none.
+    """
+    _require_pairs(len(first), len(second))
+    change, mass = np.subtract(second, first), np.asarray(weights, dtype=float)
+    rows = np.random.default_rng(_SEED).integers(len(change), size=(n_draws, len(change)))
+    drawn = change[rows].sum(axis=1) / mass[rows].sum(axis=1)
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    smaller = min((drawn <= 0).mean(), (drawn >= 0).mean())
+    return Difference(
+        value=float(change.sum() / mass.sum()),
+        interval=(float(low), float(high)),
+        p_value=float(min(1.0, 2 * max(smaller, 1 / n_draws))),
+        test=f"paired bootstrap over rows, {n_draws:,} draws",
+    )
+
+
+def _require_pairs(n_first: int, n_second: int) -> None:
+    if n_first != n_second or not n_first:
+        raise ShapeError(f"a paired difference needs the same rows, one at least, not {n_first} and {n_second}")
+
+
+def _mcnemar(one: int, two: int) -> float:
+    n = one + two
+    tail = sum(math.comb(n, k) for k in range(min(one, two) + 1))
+    return float(min(1.0, 2 * tail / 2**n))
+
+
+def _newcombe(both: int, one: int, two: int, neither: int) -> Interval:
+    n = both + one + two + neither
+    p, q = (both + one) / n, (both + two) / n
+    (p_low, p_high), (q_low, q_high) = wilson_interval(both + one, n), wilson_interval(both + two, n)
+    marginals = (both + one) * (two + neither) * (both + two) * (one + neither)
+    product = both * neither - one * two
+    tie = max(product - n / 2, 0.0) if product > 0 else float(product)
+    phi = tie / math.sqrt(marginals) if marginals else 0.0
+    below = _joined(q - q_low, p_high - p, phi)
+    above = _joined(q_high - q, p - p_low, phi)
+    return (q - p - below, q - p + above)
+
+
+def _joined(a: float, b: float, phi: float) -> float:
+    return math.sqrt(max(a * a - 2 * phi * a * b + b * b, 0.0))
