@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from veneer.errors import ConfigError
@@ -32,8 +33,17 @@ class Answerer(Protocol):
     def stream(self, prompt: Sequence[int], max_new_tokens: int) -> str:
         """Print the answer to stdout while it is made, and give it back. Raises ConfigError where it has no room."""
 
-    def answers(self, prompts: Sequence[Sequence[int]], answering: Answering, on_progress: OnProgress) -> list[str]:
-        """The likeliest answer to each. Raises ConfigError where one has no room."""
+    def answers(
+        self,
+        prompts: Sequence[Sequence[int]],
+        answering: Answering,
+        on_progress: OnProgress,
+        adapters: Sequence[Path | None] = (),
+    ) -> list[str]:
+        """The answer to each, by the adapter of its folder (None: the base alone), or by the first for all of them.
+
+        Raises ConfigError where one has no room.
+        """
 
 
 def tokens_behind(prompt: Sequence[int], limit: int | None, n_most: int) -> int:

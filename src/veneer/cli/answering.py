@@ -6,6 +6,8 @@ The engine of serving answers where it is faster and gives the same answers; tra
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -43,7 +45,7 @@ class ModelAnswerer:
     def __init__(self, loaded: Loaded, drawing: Drawing, n_rows: int) -> None:
         import torch
 
-        self.model, self.tokenizer = loaded.model, loaded.tokenizer
+        self.model, self.tokenizer, self._names = loaded.model, loaded.tokenizer, loaded.names
         self._drawing, self._n_rows = drawing, n_rows
         if drawing.seed is not None:
             torch.manual_seed(drawing.seed)
@@ -68,12 +70,40 @@ class ModelAnswerer:
             )
         return str(self.tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True))
 
-    def answers(self, prompts: Sequence[Sequence[int]], answering: Answering, on_progress: OnProgress) -> list[str]:
-        from veneer.evaluate.scoring import Batching, greedy_answers
+    def answers(
+        self,
+        prompts: Sequence[Sequence[int]],
+        answering: Answering,
+        on_progress: OnProgress,
+        adapters: Sequence[Path | None] = (),
+    ) -> list[str]:
+        from veneer.evaluate.scoring import Batching, generated_answers
 
-        batching = Batching(n_rows=self._n_rows)
+        how: dict[str, Any] = {"batching": Batching(n_rows=self._n_rows), "options": self._options()}
+        found: dict[int, str] = {}
         with quiet():
-            return greedy_answers(self.model, self.tokenizer, prompts, answering, batching, on_progress=on_progress)
+            for folder in dict.fromkeys(adapters or [next(iter(self._names), None)]):
+                own = [at for at in range(len(prompts)) if not adapters or adapters[at] == folder]
+                before = len(found)
+
+                def tell(done: int, total: int, before: int = before) -> None:
+                    on_progress(before + done, len(prompts))
+
+                with self._acting(folder):
+                    texts = generated_answers(
+                        self.model, self.tokenizer, [prompts[at] for at in own], answering, on_progress=tell, **how
+                    )
+                found |= dict(zip(own, texts, strict=True))
+        return [found[at] for at in range(len(prompts))]
+
+    def _acting(self, folder: Path | None) -> AbstractContextManager[None]:
+        """A block in which the adapter of this folder acts, or none."""
+        from veneer.evaluate.scoring import acting_alone
+        from veneer.model.routing import BASE
+
+        return (
+            acting_alone(self.model, BASE if folder is None else self._names[folder]) if self._names else nullcontext()
+        )
 
     def _options(self) -> dict[str, Any]:
         """The drawing as `generate` takes it. A checkpoint's own beams are left out: answers appear word by word."""

@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from veneer.cli import loading
 from veneer.cli.arguments import weights_of
 from veneer.errors import ConfigError
 
@@ -70,6 +71,7 @@ def combine(
     if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
         raise ConfigError(f"{output} exists and is not empty: choose another folder, nothing is overwritten")
     numbers = weights_of(weights, len(adapters))
+    loading.require_of_one_base(adapters, base)
     plan = Combination(how=how, rank=rank, density=density, seed=seed)  # type: ignore[arg-type]
     report = (
         _without_base(adapters, numbers, plan, output)

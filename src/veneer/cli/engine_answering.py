@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,13 +35,20 @@ _KNOWN = {
 
 
 class EngineAnswerer:
-    """An `Answerer` by an engine, with one adapter for all prompts, or none."""
+    """An `Answerer` by an engine, with the adapters that it has taken in, by their folders."""
 
-    def __init__(self, engine: Engine, params: SamplingParams, adapter: LoRARequest | None) -> None:
+    def __init__(self, engine: Engine, params: SamplingParams, adapters: Mapping[Path, LoRARequest]) -> None:
         self.tokenizer = engine.tokenizer
-        self._engine, self._params, self._adapter = engine, params, adapter
-        n_front = 0 if adapter is None else engine.versions.of(adapter).n_front
-        self._limit = engine.scheduler.limits.max_model_len - n_front
+        self._engine, self._params, self._adapters = engine, params, adapters
+        self._default = next(iter(adapters), None)
+        self._limit = engine.scheduler.limits.max_model_len - max((self._n_front(each) for each in adapters), default=0)
+
+    def _n_front(self, folder: Path | None) -> int:
+        """The virtual tokens in front of a prompt."""
+        return 0 if folder is None else int(self._engine.versions.of(self._adapters[folder]).n_front)
+
+    def _asked(self, prompt: Sequence[int], params: SamplingParams, folder: Path | None) -> Asked:
+        return self._engine.asked(None, prompt, params, None if folder is None else self._adapters[folder])
 
     def stream(self, prompt: Sequence[int], max_new_tokens: int) -> str:
         n_most = tokens_behind(prompt, self._limit, max_new_tokens)
@@ -54,11 +62,17 @@ class EngineAnswerer:
                 ids.append(token)
                 streamer.put(torch.tensor([token]))
 
-        self._run([self._engine.asked(None, prompt, params, self._adapter)], take)
+        self._run([self._asked(prompt, params, self._default)], take)
         streamer.end()
         return self._text(ids)
 
-    def answers(self, prompts: Sequence[Sequence[int]], answering: Answering, on_progress: OnProgress) -> list[str]:
+    def answers(
+        self,
+        prompts: Sequence[Sequence[int]],
+        answering: Answering,
+        on_progress: OnProgress,
+        adapters: Sequence[Path | None] = (),
+    ) -> list[str]:
         require_room(prompts, self._limit)
         params = replace(
             self._params,
@@ -67,7 +81,8 @@ class EngineAnswerer:
             skip_special_tokens=False,  # one of them may be what ends the answer
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        asked = [self._engine.asked(None, prompt, params, self._adapter) for prompt in prompts]
+        folders = adapters or [self._default] * len(prompts)
+        asked = [self._asked(prompt, params, folder) for prompt, folder in zip(prompts, folders, strict=True)]
         texts: dict[str, str] = {}
 
         def take(output: RequestOutput) -> None:
@@ -122,17 +137,16 @@ def engine_answerer(parts: Parts, drawing: Drawing, n_rows: int) -> EngineAnswer
         del engine
         unpack(parts.base)
         return f"memory has room for {limit} of the {context} tokens of the model's context"
-    if parts.adapter is None:
-        return EngineAnswerer(engine, params, None)
-    adapter = LoRARequest("adapter", 1, str(parts.adapter))
-    try:
-        with fitting(parts.adapter, parts.source):
-            engine.add_adapter(adapter)
-    except UnsaidError as error:
-        del engine
-        unpack(parts.base)
-        return f"the adapter has {error}, which the engine's program has no place for"
-    return EngineAnswerer(engine, params, adapter)
+    requests = {folder: LoRARequest(str(folder), n, str(folder)) for n, folder in enumerate(parts.adapters, start=1)}
+    for folder, request in requests.items():
+        try:
+            with fitting(folder, parts.source):
+                engine.add_adapter(request)
+        except UnsaidError as error:
+            del engine
+            unpack(parts.base)
+            return f"the adapter has {error}, which the engine's program has no place for"
+    return EngineAnswerer(engine, params, requests)
 
 
 def _slow(base: Any) -> str:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from veneer.cli import loading
-from veneer.cli.facts import AsJson, print_facts
-from veneer.cli.measurement import Measurement, Metric, Options, Subject
+from veneer.cli.facts import AsJson
+from veneer.cli.measured import Measured
+from veneer.cli.measurement import Measurement, Metric, Options
+from veneer.cli.subject import Named, subject_of
 from veneer.core.progress import progress_bar
 
 
@@ -27,7 +28,9 @@ _Metric = Annotated[
 ]
 _Data = Annotated[
     Path | None,
-    typer.Option("--data", "-d", metavar="FILE", show_default=False, help="A .jsonl, .json, .parquet or .txt file."),
+    typer.Option(
+        "--data", "-d", metavar="FILE", show_default=False, help="Rows: .jsonl, .json, .csv, .parquet or .txt."
+    ),
 ]
 _Recipe = Annotated[
     Path | None,
@@ -38,12 +41,17 @@ _Recipe = Annotated[
         help="In place of MODEL: what this recipe trained, on its held-out rows (or on --data, read as it reads).",
     ),
 ]
+_WithBase = Annotated[bool, typer.Option("--with-base", help="Measure the base without an adapter too.")]
 _Pattern = Annotated[
     str | None, typer.Option(metavar="REGEX", show_default=False, help="regex: what to compare in answers.")
 ]
 _Labels = Annotated[
     str | None,
-    typer.Option(metavar="WORDS", show_default=False, help="labels: the words, with commas; else those in the data."),
+    typer.Option(
+        metavar="WORDS",
+        show_default=False,
+        help="labels: words with commas or a file of lines; else the data's.",
+    ),
 ]
 _Prompt = Annotated[
     str | None,
@@ -99,7 +107,8 @@ def eval_(
     model: loading.MaybeModel = None,
     data: _Data = None,
     recipe: _Recipe = None,
-    adapter: loading.Adapter = None,
+    adapter: loading.Adapters = None,
+    with_base: _WithBase = False,
     pattern: _Pattern = None,
     labels: _Labels = None,
     prompt: _Prompt = None,
@@ -121,7 +130,8 @@ def eval_(
 ) -> None:
     """Measure a model, with or without an adapter, on data in a training format (chat, or prompt and completion).
 
-    With --recipe all of that is taken from a recipe that was carried out.
+    Several adapters (-a again) are measured side by side, with paired differences. With --recipe all of that is taken
+    from a recipe that was carried out.
 
     Example: veneer eval runs/first/adapter -d heldout.jsonl -m exact-match
     """
@@ -137,9 +147,10 @@ def eval_(
         stride=stride,
         whole_rows=whole_rows,
     )
-    subject = Subject(
+    named = Named(
         model=model,
-        adapter=adapter,
+        adapters=tuple(adapter or ()),
+        with_base=with_base,
         recipe=recipe,
         data=data,
         limit=limit,
@@ -147,57 +158,25 @@ def eval_(
         system=system,
         load_in_4bit=load_in_4bit,
         dtype=dtype,
+        prompt=prompt,
+        answer_field=answer_field,
     )
-    facts = _measured(Measurement(metric, options, batch_size), subject, predictions)
-    typer.echo(json.dumps(facts, indent=2)) if as_json else _show(facts)
+    measured = _measured(Measurement(metric, options, batch_size), named, predictions)
+    typer.echo(json.dumps(measured.facts(), indent=2)) if as_json else measured.show()
 
 
-def _measured(measurement: Measurement, subject: Subject, predictions: Path | None) -> dict[str, Any]:
-    """Measure; return the model, the data and the result, and write the answers to ``predictions``."""
+def _measured(measurement: Measurement, named: Named, predictions: Path | None) -> Measured:
+    """Measure, and write the answers to ``predictions``."""
     measurement.check(predictions)
-    ready, facts = measurement.take(subject)
+    subject = subject_of(named)
+    measurement.ask(subject)
+    parts = subject.load()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     started = time.perf_counter()
     with loading.quiet(), progress_bar(measurement.metric, *columns) as on_progress:
-        result = measurement.measure(ready, on_progress)
+        results = measurement.measure(subject, parts, on_progress)
     seconds = round(time.perf_counter() - started, 3)
+    measured = Measured(measurement, subject, results, seconds)
     if predictions is not None:
-        measurement.write_predictions(predictions, result)
-    return {**facts, "metric": str(measurement.metric), **_numbers(result), "seconds": seconds}
-
-
-def _numbers(result: Any) -> dict[str, float | int | None]:
-    return {k: getattr(result, k) for k in result.__slots__ if k not in ("predictions", "right")}
-
-
-_TITLES = {
-    "value": "value",
-    "n_rows": "rows",
-    "n_tokens": "tokens",
-    "n_right": "right",
-    "nats_per_token": "nats per token",
-}
-
-
-def _show(facts: Mapping[str, Any]) -> None:
-    shown: dict[str, str] = {}
-    is_share = facts["metric"] != "perplexity"
-    for name, value in facts.items():
-        if value is None or name in ("metric", "standard_error"):
-            continue
-        if name == "value":
-            title = f"accuracy ({facts['metric']})" if is_share else "perplexity"
-            shown[title] = _share(value, facts["standard_error"]) if is_share else f"{value:,.4f}"
-        else:
-            shown[_TITLES.get(name, name)] = _number(value)
-    print_facts(shown)
-
-
-def _share(value: float, error: float | None) -> str:
-    return f"{value:.1%}" if error is None else f"{value:.1%} ± {error:.1%}"
-
-
-def _number(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:,.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+        measured.write_predictions(predictions)
+    return measured

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.cli.loading import Parts, quiet
+from veneer.cli.loading import Parts, quiet, tokenizer_with
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,27 +37,37 @@ def saved_by(recipe: Recipe) -> Path:
     return saved
 
 
-def held_out_rows(recipe: Recipe, data: Path | None) -> Sequence[Mapping[str, Any]]:
-    """The recipe's held-out rows, or those of another file, in the form in which it trains."""
+def held_out_rows(recipe: Recipe, data: Path | None) -> tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]:
+    """The recipe's held-out rows, or those of another file, in the form in which it trains, and those beside them.
+
+    Beside them are the training rows, whose answers are answers of the task too.
+    """
     from veneer.train.run import read_data
 
     part = recipe.data
     if data is not None:
         part = part.model_copy(update={"eval": str(data), "eval_fraction": 0.0, "eval_limit": None})
-    rows = read_data(part, recipe.seed).eval
-    if rows is None:
+    rows = read_data(part, recipe.seed)
+    if rows.eval is None:
         raise ConfigError("the recipe names no held-out rows (data.eval or data.eval_fraction): give --data FILE")
-    return [dict(row) for row in rows]
+    return [dict(row) for row in rows.eval], [dict(row) for row in ([] if recipe.data.streaming else rows.train)]
 
 
-def trained_parts(recipe: Recipe) -> Parts:
+def trained_tokenizer(recipe: Recipe) -> Any:
+    """The tokenizer that the run wrote prompts with. Raises what `load_tokenizer` raises."""
+    from veneer.store.source import load_tokenizer
+
+    with quiet():
+        return tokenizer_with(load_tokenizer(recipe.model.source), [saved_by(recipe)])
+
+
+def trained_parts(recipe: Recipe, tokenizer: Any) -> Parts:
     """The base as the recipe stores it and the adapter of its output; the model itself where it was trained whole."""
-    from veneer.store.source import load_model, load_tokenizer
+    from veneer.store.source import load_model
     from veneer.train.run import load_base
 
     saved, source = saved_by(recipe), recipe.model.source
     with quiet():
-        tokenizer = load_tokenizer(source)
         if recipe.method == "full":
             return Parts(base=load_model(str(saved), dtype=recipe.model.dtype), tokenizer=tokenizer, source=str(saved))
-        return Parts(base=load_base(recipe.model), tokenizer=tokenizer, source=source, adapter=saved)
+        return Parts(base=load_base(recipe.model), tokenizer=tokenizer, source=source, adapters=(saved,))

@@ -81,12 +81,12 @@ def gguf(
 
     Example: veneer export gguf smollm2-135m-instruct --adapter runs/a/adapter -o a.gguf
     """
-    from veneer.cli.loading import quiet, split
+    from veneer.cli.loading import quiet, split_one
     from veneer.export.gguf.mix import MixOptions
     from veneer.export.gguf.model import GgufExport, GgufOptions
 
     require_file("--output", output, ".gguf")
-    base, adapter = split(model, adapter)
+    base, adapter = split_one(model, adapter)
     _require_adapter(adapter)
     mix = MixOptions(pure=pure, output=output_type, embedding=embedding_type, by_name=_by_name(tensor_type or []))
     shared: dict[str, Any] = {"overwrite": force, "max_part_bytes": _bytes(split_size), "importance": importance}
@@ -118,12 +118,12 @@ def ollama(
 
     Example: veneer export ollama smollm2-135m-instruct --adapter runs/a/adapter -o ollama
     """
-    from veneer.cli.loading import quiet, split
+    from veneer.cli.loading import quiet, split_one
     from veneer.export.gguf.model import GgufOptions
     from veneer.export.gguf.modelfile import MODELFILE, export_ollama
 
     require_folder("--output", output)
-    base, adapter = split(model, adapter)
+    base, adapter = split_one(model, adapter)
     _require_adapter(adapter)
     options = GgufOptions(type=type_, overwrite=force, importance=importance)
     with quiet(), progress_bar("exporting") as on_progress:

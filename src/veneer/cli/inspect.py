@@ -12,6 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from veneer.cli import loading
 from veneer.cli.arguments import require_file
 from veneer.cli.facts import AsJson
 
@@ -44,6 +45,7 @@ def inspect(
 
     if png is not None:
         require_file("--png", png, ".png")
+    loading.require_of_one_base([adapter] if other is None else [adapter, other], base)
     first = _spectra(adapter, base)
     lines = describe(first, top)
     second = None if other is None else _spectra(other, base)
@@ -75,8 +77,9 @@ def _spectra(folder: Path, base: str | None) -> dict[str, Spectrum]:
     from veneer.cli.loading import load
     from veneer.model.attach import adapted_layers
 
-    layers = adapted_layers(load(base, folder, dtype="float32").model)
-    updates = {path: Update(layer.record("default"), layer.site().weight) for path, layer in layers.items()}
+    loaded = load(base, folder, dtype="float32")
+    name, layers = loaded.names[folder], adapted_layers(loaded.model)
+    updates = {path: Update(layer.record(name), layer.site().weight) for path, layer in layers.items()}
     return {path: spectrum_of_dense(update.dense().detach()) for path, update in updates.items()}
 
 

@@ -57,8 +57,9 @@ def intrinsic(
     training = Training(steps=steps, learning_rate=learning_rate, structure_aware=structure_aware, seed=seed)
     dimensions = _dimensions(dims)
     require_folder("--output", output)
-    loaded = loading.load(model, dtype="float32")
-    batches, score = _task(loaded, data, batch_size, held_out, seed)
+    chosen = loading.choose(model, dtype="float32")
+    batches, score = _task(chosen.tokenizer, data, batch_size, held_out, seed)
+    loaded = chosen.load().joined()
     console = Console(stderr=True)
 
     def tell(d: int | None, value: float) -> None:
@@ -77,28 +78,32 @@ def _dimensions(dims: str) -> list[int]:
     from veneer.errors import ConfigError
 
     try:
-        return [int(d) for d in dims.split(",")]
+        found = [int(d) for d in dims.split(",")]
     except ValueError as error:
         raise ConfigError(f"--dims {dims!r} must be whole numbers with commas between them") from error
+    if min(found) < 1:
+        raise ConfigError(f"--dims {dims!r} must be 1 or more")
+    return found
 
 
-def _task(loaded: loading.Loaded, data: Path, batch_size: int, held_out: float, seed: int) -> tuple[list[Any], Any]:
+def _task(tokenizer: Any, data: Path, batch_size: int, held_out: float, seed: int) -> tuple[list[Any], Any]:
     """Batches to train on, and a function that scores a model on the rows held out."""
     from veneer.data.collating import Collator
     from veneer.data.encoding import Encoder, kind_of
     from veneer.data.rows import RowReader, load_rows, split_off
-    from veneer.evaluate.accuracy import label_accuracy
+    from veneer.evaluate.accuracy import Choice, label_accuracy, require_few
     from veneer.evaluate.questions import QuestionReader
 
     rows, held = split_off(load_rows(data, RowReader()).shuffle(seed=seed), held_out, seed)
-    tokenizer = loaded.tokenizer
     encoder = Encoder(tokenizer=tokenizer, kind=kind_of(rows.column_names, "text"), completion_only=True)
     encoded = [encoder(row, number) for number, row in enumerate(rows)]
     collate = Collator(pad_token_id=tokenizer.pad_token_id or 0)
     batches = [collate(encoded[i : i + batch_size]) for i in range(0, len(encoded), batch_size)]
     reader = QuestionReader(tokenizer=tokenizer)
     questions = reader.read(held)
-    labels = sorted({question.answers[0].strip() for question in [*reader.read(rows), *questions]})
+    labels = reader.all_answers([*rows, *held])
+    require_few(labels)
+    Choice.of(tokenizer, questions, labels)
     return batches, lambda model: label_accuracy(model, tokenizer, questions, labels).value
 
 

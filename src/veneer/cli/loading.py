@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,12 @@ MaybeModel = Annotated[str | None, _MODEL]
 Adapter = Annotated[
     Path | None, typer.Option("--adapter", "-a", metavar="FOLDER", show_default=False, help="An adapter to put on it.")
 ]
+Adapters = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--adapter", "-a", metavar="FOLDER", show_default=False, help="An adapter to put on it; may be given again."
+    ),
+]
 FourBit = Annotated[bool, typer.Option("--load-in-4bit", help="Keep the base in NF4 with double quantization.")]
 Dtype = Annotated[str, typer.Option(metavar="NAME", help="auto (the checkpoint's), float32, bfloat16 or float16.")]
 System = Annotated[str | None, typer.Option(metavar="TEXT", show_default=False, help="A system message.")]
@@ -36,15 +43,16 @@ Seed = Annotated[int | None, typer.Option(metavar="N", show_default=False, help=
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model that is ready to answer."""
+    """A model that is ready to answer. ``names``: what the adapters on it are called there, by their folders."""
 
     model: Any
     tokenizer: Any
+    names: Mapping[Path, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """The parts of a model that is to answer: a base as ``source`` names it, its tokenizer, and an adapter for it.
+    """The parts of a model that is to answer: a base as ``source`` names it, its tokenizer, and adapters for it.
 
     ``takes_any_dtype``: nobody chose a precision.
     """
@@ -52,46 +60,82 @@ class Parts:
     base: Any
     tokenizer: Any
     source: str
-    adapter: Path | None = None
+    adapters: tuple[Path, ...] = ()
     takes_any_dtype: bool = False
 
+    @property
+    def adapter(self) -> Path | None:
+        """The first adapter, which acts where nobody names one."""
+        return next(iter(self.adapters), None)
+
     def joined(self) -> Loaded:
-        """The base with the adapter active on it. Raises as `with_adapter`."""
+        """The base with all adapters on it, of which the first is active. Raises as `with_adapters`."""
         if self.takes_any_dtype:
             _tell_of_float32(self.base)
-        if self.adapter is None:
-            return Loaded(self.base, self.tokenizer)
-        return Loaded(with_adapter(self.base, self.adapter, self.source), self.tokenizer)
+        names = {folder: f"adapter{number}" for number, folder in enumerate(self.adapters)}
+        model = with_adapters(self.base, names, self.source) if names else self.base
+        return Loaded(model, self.tokenizer, names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """What the arguments of a command name, looked at from outside: no weight of the base is loaded yet."""
+
+    source: str
+    adapters: tuple[Path, ...]
+    tokenizer: Any
+    four_bit: bool
+    dtype: str
+
+    def load(self) -> Parts:
+        """The parts themselves. Raises the errors of `load_model`."""
+        from veneer.adapters.auto import make_room_for
+        from veneer.store.source import load_model
+
+        with quiet():
+            base = load_model(self.source, dtype=self.dtype, quantization=_nf4() if self.four_bit else None)
+            if self.adapters:
+                make_room_for(self.tokenizer, base)
+        any_dtype = self.dtype == "auto" and not self.four_bit
+        return Parts(
+            base=base, tokenizer=self.tokenizer, source=self.source, adapters=self.adapters, takes_any_dtype=any_dtype
+        )
+
+
+def choose(model: str, adapters: Sequence[Path] = (), *, four_bit: bool = False, dtype: str = "auto") -> Chosen:
+    """What the arguments name, checked: there is such a model, there are such adapters, and they fit it by shape.
+
+    The tokenizer is the base's, or, where it has more tokens or another chat template, the adapter's. Raises
+    ConfigError and FormatError as `resolve` and `require_adapter` do, and FormatError for an adapter of another model.
+    """
+    from veneer.store.source import load_tokenizer, parse_dtype
+
+    parse_dtype(dtype)
+    source, folders = split(model, tuple(adapters))
+    for number, folder in enumerate(folders):
+        require_adapter(folder)
+        if folder in folders[:number]:
+            raise ConfigError(f"--adapter {folder} is given twice: once is enough")
+    with quiet():
+        tokenizer = tokenizer_with(load_tokenizer(source), folders)
+        require_fit(source, folders, tokenizer)
+    return Chosen(source=source, adapters=folders, tokenizer=tokenizer, four_bit=four_bit, dtype=dtype)
 
 
 def load_parts(model: str, adapter: Path | None = None, *, four_bit: bool = False, dtype: str = "auto") -> Parts:
-    """The base, its tokenizer and the adapter that the arguments name.
-
-    The tokenizer is the base's, or, where it has more tokens, the adapter's, to which the base is resized. Raises the
-    errors of `load_model`, and those of `require_adapter`.
-    """
-    from transformers import AutoTokenizer
-
-    from veneer.adapters.auto import TOKENIZER_CONFIG, make_room_for
-    from veneer.store.source import load_model, load_tokenizer
-
-    source, adapter = split(model, adapter)
-    with quiet():
-        tokenizer = load_tokenizer(source)
-        base = load_model(source, dtype=dtype, quantization=_nf4() if four_bit else None)
-        if adapter is not None:
-            require_adapter(adapter)
-            if (adapter / TOKENIZER_CONFIG).is_file():
-                tokenizer = max(tokenizer, AutoTokenizer.from_pretrained(adapter), key=len)
-                make_room_for(tokenizer, base)
-    any_dtype = dtype == "auto" and not four_bit
-    return Parts(base=base, tokenizer=tokenizer, source=source, adapter=adapter, takes_any_dtype=any_dtype)
+    """A model and an adapter, if one is given, checked by `choose` and loaded."""
+    return choose(model, adapter_list(adapter), four_bit=four_bit, dtype=dtype).load()
 
 
 def load(model: str, adapter: Path | None = None, *, four_bit: bool = False, dtype: str = "auto") -> Loaded:
     """`load_parts`, joined."""
     with quiet():
         return load_parts(model, adapter, four_bit=four_bit, dtype=dtype).joined()
+
+
+def adapter_list(adapter: Path | None) -> list[Path]:
+    """The adapters that an option means which may be left out."""
+    return [] if adapter is None else [adapter]
 
 
 def _tell_of_float32(model: Any) -> None:
@@ -102,22 +146,28 @@ def _tell_of_float32(model: Any) -> None:
         typer.echo("note: this CPU is faster with --dtype float32, which takes twice the memory", err=True)
 
 
-def split(model: str, adapter: Path | None) -> tuple[str, Path | None]:
-    """The base and the adapter that are meant: MODEL may itself be an adapter, which names its base."""
+def split_one(model: str, adapter: Path | None) -> tuple[str, Path | None]:
+    """`split` for commands that take one adapter."""
+    base, adapters = split(model, tuple(adapter_list(adapter)))
+    return base, next(iter(adapters), None)
+
+
+def split(model: str, adapters: tuple[Path, ...]) -> tuple[str, tuple[Path, ...]]:
+    """The base and the adapters that are meant: MODEL may itself be an adapter, which names its base."""
     from veneer.contract.file import CONFIG_FILE
     from veneer.store.adapter.config import read_config
 
     folder = Path(model).expanduser()
     if not (folder / CONFIG_FILE).is_file() or (folder / "config.json").is_file():
-        return model, adapter
-    if adapter is not None:
-        raise ConfigError(f"MODEL {model} is an adapter and --adapter {adapter} another: give the base as MODEL")
+        return model, adapters
+    if adapters:
+        raise ConfigError(f"MODEL {model} is an adapter and --adapter {adapters[0]} another: give the base as MODEL")
     base = read_config(folder).base_model_name_or_path
     if not base:
         raise ConfigError(
             f"the adapter {model} does not name its base: give the base as MODEL and {model} as --adapter"
         )
-    return base, folder
+    return base, (folder,)
 
 
 @contextmanager
@@ -147,22 +197,152 @@ def require_adapter(adapter: Path) -> None:
     read_headers(adapter)
 
 
+def tokenizer_with(tokenizer: Any, adapters: Sequence[Path]) -> Any:
+    """The base's tokenizer, or what the adapters' folders hold beside them where that has more tokens.
+
+    An adapter that was trained with another chat template brings it along. Raises ConfigError where several adapters
+    want their prompts written differently.
+    """
+    from transformers import AutoTokenizer
+
+    from veneer.adapters.auto import TOKENIZER_CONFIG
+
+    found = {}
+    for folder in adapters:
+        if (folder / TOKENIZER_CONFIG).is_file():
+            own = AutoTokenizer.from_pretrained(folder)
+            found[folder] = own if len(own) > len(tokenizer) else _with_template(tokenizer, own.chat_template)
+        else:
+            found[folder] = tokenizer
+    ways = {(len(each), each.chat_template) for each in found.values()}
+    if len(ways) > 1:
+        raise ConfigError(
+            f"the adapters {', '.join(map(str, found))} were trained with other tokens or another chat template than "
+            "one another, so that a prompt is not the same for all: take one at a time"
+        )
+    return next(iter(found.values()), tokenizer)
+
+
+def _with_template(tokenizer: Any, template: Any) -> Any:
+    if template and template != tokenizer.chat_template:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.chat_template = template
+    return tokenizer
+
+
+def require_fit(source: str, adapters: Sequence[Path], tokenizer: Any) -> None:
+    """Raise FormatError for an adapter that does not fit, by its shapes, the model that the source's config describes.
+
+    One that fits but was trained on other weights is told on stderr. A model on the hub is not looked at.
+    """
+    from transformers import AutoConfig
+
+    from veneer.adapters.peft_model import PeftModel
+    from veneer.contract import LinearMethod
+    from veneer.store.adapter.config import read_config
+    from veneer.store.adapter.skeleton import without_storage
+    from veneer.store.source import resolve
+
+    place = resolve(source)
+    if not isinstance(place, Path):
+        return
+    for folder in adapters:
+        config = _config_of(AutoConfig, place)
+        text = config.get_text_config()
+        text.vocab_size = max(text.vocab_size, len(tokenizer))  # as `make_room_for` will resize it
+        shape = without_storage(config, ())
+        if isinstance(
+            read_config(folder), LinearMethod
+        ):  # others may need a pass through the model to find their places
+            with fitting(folder, source):
+                PeftModel.from_pretrained(shape, folder)
+        trained_on = base_named_by(folder)
+        if trained_on is not None and not _is_same(trained_on, place):
+            typer.echo(f"note: the adapter {folder} was trained on {trained_on}, and the model is {source}", err=True)
+
+
+def require_of_one_base(adapters: Sequence[Path], base: str | None) -> None:
+    """Raise ConfigError and FormatError where one of these adapters is none, or they are not of one base, or not of
+    ``base`` where that is given. No weight is loaded.
+    """
+    for folder in adapters:
+        require_adapter(folder)
+    if base is not None:
+        choose(base, list(dict.fromkeys(adapters)))
+        return
+    shapes: dict[str, tuple[Path, tuple[int, ...]]] = {}
+    for folder in adapters:
+        for key, size in _sides(folder).items():
+            other, before = shapes.setdefault(key, (folder, size))
+            if before != size:
+                named = [base_named_by(each) or "a base that it does not name" for each in (other, folder)]
+                raise FormatError(
+                    f"{other} and {folder} are adapters of two bases: {key} has {before[0]} features in {other}, which "
+                    f"was trained on {named[0]}, and {size[0]} in {folder}, which was trained on {named[1]}"
+                )
+
+
+def _sides(adapter: Path) -> dict[str, tuple[int, ...]]:
+    """The features of the layers that LoRA's factors are for, by key: the side that is not the rank."""
+    from veneer.store.adapter.files import read_headers
+
+    sides = {".lora_A.weight": 1, ".lora_B.weight": 0}
+    return {
+        key: (tensor.shape[side],)
+        for key, tensor in read_headers(adapter).items()
+        for end, side in sides.items()
+        if key.endswith(end) and len(tensor.shape) == 2
+    }
+
+
+def _config_of(auto: Any, place: Path) -> Any:
+    try:
+        return auto.from_pretrained(place)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FormatError(f"{place / 'config.json'} is no config of a model that can be loaded: {reason}") from error
+
+
+def base_named_by(adapter: Path) -> str | None:
+    """The base that an adapter's config names."""
+    from veneer.store.adapter.config import read_config
+
+    return read_config(adapter).base_model_name_or_path or None
+
+
+def _is_same(named: str, place: Path) -> bool:
+    """Return False where a base that an adapter names is on this machine and lies elsewhere."""
+    from veneer.store.fetch import KNOWN, is_fetched, model_folder
+
+    folder = model_folder(named) if named in KNOWN and is_fetched(named) else Path(named).expanduser()
+    return not folder.is_dir() or folder.resolve() == place.resolve()
+
+
 @contextmanager
 def fitting(adapter: Path, base: str) -> Iterator[None]:
     """Inside the block what is wrong with the adapter, which is sound in itself, is that it does not fit the base."""
     try:
         yield
     except (FormatError, TargetError) as error:
-        raise FormatError(f"the adapter {adapter} does not fit the model {base}: {error}") from error
+        known = base_named_by(adapter)
+        other = known is not None and Path(known).expanduser() != Path(base).expanduser()
+        advice = (
+            f"it was trained on {known}: give {known} as the model, or the adapter's folder alone. " if other else ""
+        )
+        raise FormatError(f"the adapter {adapter} does not fit the model {base}: {advice}{error}") from error
 
 
-def with_adapter(model: Any, adapter: Path, base: str) -> Any:
-    """The model with the adapter active. Raises as `require_adapter`, and FormatError where it does not fit."""
+def with_adapters(model: Any, names: Mapping[Path, str], base: str) -> Any:
+    """The model with adapters on it, the first active. Raises FormatError where one does not fit."""
     from veneer.adapters.peft_model import PeftModel
 
-    require_adapter(adapter)
-    with fitting(adapter, base):
-        return PeftModel.from_pretrained(model, adapter)
+    first, *others = names
+    with fitting(first, base):
+        adapted = PeftModel.from_pretrained(model, first, names[first])
+    for folder in others:
+        with fitting(folder, base):
+            adapted.load_adapter(folder, names[folder])
+    return adapted
 
 
 def _nf4() -> Any:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Union
 
 from veneer.cli import loading
 from veneer.cli.arguments import require_file
 
 if TYPE_CHECKING:
     from veneer.cli.answerer import Answerer
-    from veneer.evaluate.accuracy import Accuracy, Judge
+    from veneer.cli.loading import Loaded, Parts
+    from veneer.cli.subject import Subject
+    from veneer.evaluate.accuracy import Accuracy, Choice, Judge
     from veneer.evaluate.perplexity import Perplexity, Windows
     from veneer.evaluate.questions import Question
     from veneer.evaluate.scoring import Answering
 
 OnProgress = Callable[[int, int], None]
+Result = Union["Accuracy", "Perplexity"]
 
 
 class Metric(StrEnum):
@@ -67,8 +69,13 @@ class Options:
 
     @property
     def words(self) -> Sequence[str]:
-        """The labels to choose from; none: those in the data."""
-        return () if self.labels is None else self.labels.split(",")
+        """The labels to choose from: words with commas, or the lines of a file; none: those in the data."""
+        if self.labels is None:
+            return ()
+        file = Path(self.labels)
+        if file.is_file() or (file.suffix == ".txt" and "," not in self.labels):
+            return _lines_of(file)
+        return self.labels.split(",")
 
     @property
     def judge(self) -> Judge:
@@ -87,82 +94,24 @@ class Options:
         return Answering(max_new_tokens=self.max_new_tokens or Answering.max_new_tokens, stop=stop)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Subject:
-    """The model that is measured and the rows that it is measured on; None and False where not given."""
+def _lines_of(file: Path) -> list[str]:
+    from veneer.errors import ConfigError
 
-    model: str | None
-    adapter: Path | None
-    recipe: Path | None
-    data: Path | None
-    limit: int | None
-    chat: bool
-    system: str | None
-    load_in_4bit: bool
-    dtype: str
+    try:
+        return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise ConfigError(f"--labels {file}: the file cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--labels {file} is not text in UTF-8: {error}") from error
 
 
 class Measurement:
-    """One measurement: its rows, its options, its questions."""
+    """One measurement: its metric, its options, and what it asks about the rows of a subject."""
 
     def __init__(self, metric: Metric, options: Options, batch_size: int) -> None:
         self.metric, self.options, self.batch_size = metric, options, batch_size
-        self.rows: Sequence[Mapping[str, Any]] = ()
         self.questions: list[Question] = []
-
-    def take(self, subject: Subject) -> tuple[loading.Loaded | Answerer, dict[str, Any]]:
-        """Read the rows, then load the model, as the metric needs it; the facts known of both come with it."""
-        from veneer.cli.answering import answerer_of
-
-        recipe = subject.recipe
-        parts, facts = self._take_model(subject) if recipe is None else self._take_recipe(subject, recipe)
-        if self.metric in _OF_ANSWERS:
-            return answerer_of(parts, n_rows=self.batch_size), facts
-        with loading.quiet():
-            return parts.joined(), facts
-
-    def _take_model(self, subject: Subject) -> tuple[loading.Parts, dict[str, Any]]:
-        from veneer.errors import ConfigError
-        from veneer.evaluate.questions import read_rows
-
-        model, adapter, data = subject.model, subject.adapter, subject.data
-        if model is None or data is None:
-            raise ConfigError("say what to measure: MODEL and --data FILE, or --recipe FILE for what a recipe trained")
-        self.rows = read_rows(data)[: subject.limit]
-        self._read_as_trained(subject.chat, subject.system)
-        parts = loading.load_parts(model, adapter, four_bit=subject.load_in_4bit, dtype=subject.dtype)
-        return parts, {"model": model, "adapter": None if adapter is None else str(adapter), "data": str(data)}
-
-    def _take_recipe(self, subject: Subject, path: Path) -> tuple[loading.Parts, dict[str, Any]]:
-        from veneer.cli.eval_recipe import held_out_rows, saved_by, trained_parts, trained_recipe
-        from veneer.errors import ConfigError
-
-        beside = self._said_by_recipes(subject)
-        if beside:
-            raise ConfigError(f"--recipe says it already, so leave out {', '.join(beside)}")
-        recipe = trained_recipe(path)
-        saved = saved_by(recipe)
-        self.rows = held_out_rows(recipe, subject.data)[: subject.limit]
-        named = subject.data or recipe.data.eval or f"{recipe.data.eval_fraction:.3g} of {recipe.data.train}, held out"
-        return trained_parts(recipe), {"model": recipe.model.source, "adapter": str(saved), "data": str(named)}
-
-    def _said_by_recipes(self, subject: Subject) -> list[str]:
-        """The options given that a recipe settles already."""
-        given: dict[str, object] = {"MODEL": subject.model, "--adapter": subject.adapter, "--system": subject.system}
-        given |= {"--prompt": self.options.prompt, "--answer-field": self.options.answer_field}
-        given |= {"--chat": subject.chat, "--load-in-4bit": subject.load_in_4bit, "--dtype": subject.dtype != "auto"}
-        return [name for name, value in given.items() if value]
-
-    def _read_as_trained(self, chat: bool, system: str | None) -> None:
-        """Bring the rows into the forms of training. Raises ConfigError where a template makes the prompts already."""
-        from veneer.errors import ConfigError
-        from veneer.evaluate.questions import as_trained
-
-        if self.options.prompt is None:
-            self.rows = as_trained(self.rows, chat=chat, system=system)
-        elif chat or system is not None:
-            option = "--chat makes turns of its fields" if chat else "--system belongs to turns"
-            raise ConfigError(f"--prompt makes plain text of each row, and {option}: give one")
+        self._choice: Choice | None = None
 
     def check(self, predictions: Path | None) -> None:
         """Raise ConfigError for options that this metric does not read or lacks, and answers with no place to go."""
@@ -180,32 +129,62 @@ class Measurement:
             raise ConfigError("; ".join(problems))
         if predictions is not None:
             require_file("--predictions", predictions)
+        if self.metric is Metric.PERPLEXITY:
+            self.options.windows(None)
+        elif self.metric in _OF_ANSWERS:
+            _ = self.options.judge
+        else:
+            _ = self.options.words
 
-    def measure(self, ready: loading.Loaded | Answerer, on_progress: OnProgress) -> Perplexity | Accuracy:
-        """The result; ``ready`` is what `take` gave."""
-        from veneer.evaluate import accuracy
-        from veneer.evaluate.perplexity import perplexity
+    def ask(self, subject: Subject) -> None:
+        """Make the questions of the subject's rows, before a model is loaded. Raises DataError and ConfigError."""
+        from veneer.evaluate.accuracy import Choice, require_few
         from veneer.evaluate.questions import QuestionReader, as_templated
-        from veneer.evaluate.scoring import Batching, context_length
 
-        options, tokenizer = self.options, ready.tokenizer
-        if self.metric is not Metric.PERPLEXITY:
-            reader = QuestionReader(tokenizer=tokenizer, prompt=options.prompt, answer_field=options.answer_field)
-            self.questions = reader.read(self.rows)
-        if not isinstance(ready, loading.Loaded):
-            judge, prompts = options.judge, [question.prompt for question in self.questions]
-            predictions = ready.answers(prompts, options.answering, on_progress)
-            return accuracy.answer_accuracy(self.questions, predictions, judge)
-        how: dict[str, Any] = {"batching": Batching(n_rows=self.batch_size), "on_progress": on_progress}
+        options, tokenizer = self.options, subject.tokenizer
+        if self.metric is Metric.PERPLEXITY:
+            if options.prompt is not None:
+                subject.rows = as_templated(subject.rows, options.prompt, options.answer_field)
+            return
+        reader = QuestionReader(tokenizer=tokenizer, prompt=options.prompt, answer_field=options.answer_field)
+        self.questions = reader.read(subject.rows)
         if self.metric is Metric.LABELS:
-            return accuracy.label_accuracy(ready.model, tokenizer, self.questions, options.words, **how)
-        rows = self.rows if options.prompt is None else as_templated(self.rows, options.prompt, options.answer_field)
-        how |= {"windows": options.windows(context_length(ready.model)), "whole_rows": options.whole_rows}
-        return perplexity(ready.model, tokenizer, rows, **how)
+            words = options.words
+            if not words:
+                words = reader.all_answers(subject.whole)
+                require_few(words)
+            self._choice = Choice.of(tokenizer, self.questions, words)
 
-    def write_predictions(self, path: Path, result: Any) -> None:
-        """Write one JSON object a row: the right answers, the prediction, and True where it is one of them."""
-        with path.open("w", encoding="utf-8") as file:
-            for question, given, right in zip(self.questions, result.predictions, result.right, strict=True):
-                row = {"answers": question.answers, "prediction": given, "right": right}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    def measure(self, subject: Subject, parts: Parts, on_progress: OnProgress) -> list[Result]:
+        """A result for each column of the subject: an adapter, or the base without one."""
+        from veneer.cli.answering import answerer_of
+
+        if self.metric in _OF_ANSWERS:
+            return self._answered(subject, answerer_of(parts, n_rows=self.batch_size), on_progress)
+        with loading.quiet():
+            return self._scored(subject, parts.joined(), on_progress)
+
+    def _answered(self, subject: Subject, answerer: Answerer, on_progress: OnProgress) -> list[Result]:
+        from veneer.evaluate.accuracy import answer_accuracy
+
+        n, columns = len(self.questions), subject.columns
+        prompts = [question.prompt for question in self.questions] * len(columns)
+        folders = [folder for folder in columns for _ in range(n)] if subject.adapters else []
+        answers = answerer.answers(prompts, self.options.answering, on_progress, folders)
+        judge = self.options.judge
+        return [answer_accuracy(self.questions, answers[i * n : (i + 1) * n], judge) for i in range(len(columns))]
+
+    def _scored(self, subject: Subject, loaded: Loaded, on_progress: OnProgress) -> list[Result]:
+        from veneer.evaluate.perplexity import Texts
+        from veneer.evaluate.scoring import Batching, context_length, log_probabilities_of_each
+        from veneer.model.routing import BASE
+
+        names = [BASE if folder is None else loaded.names[folder] for folder in subject.columns]
+        if self._choice is not None:
+            asked: Choice | Texts = self._choice
+        else:
+            windows = self.options.windows(context_length(loaded.model, names if loaded.names else ()))
+            asked = Texts.of(loaded.tokenizer, subject.rows, windows, whole_rows=self.options.whole_rows)
+        batching, each = Batching(n_rows=self.batch_size), names if loaded.names else [""]
+        found = log_probabilities_of_each(loaded.model, asked.items, each, batching, on_progress)
+        return [asked.judged(values) for values in found]

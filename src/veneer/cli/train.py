@@ -112,10 +112,14 @@ def _rows_counted_in_terminals() -> Iterator[None]:
 
 
 def _show_sample(recipe: Recipe, console: Console) -> None:
-    from veneer.train.run import sample_of
+    from veneer.train.run import samples_of
     from veneer.train.show.sample import shown_sample
 
-    console.print(shown_sample(*sample_of(recipe), marks=not console.is_terminal))
+    samples = samples_of(recipe)
+    for source, sample in samples.items():
+        if len(samples) > 1:
+            console.print(f"{source}:", style="bold", highlight=False)
+        console.print(shown_sample(*sample, marks=not console.is_terminal))
 
 
 def _train_one(recipe: Recipe, resume: bool, allow_changes: bool, console: Console) -> None:

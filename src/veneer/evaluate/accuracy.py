@@ -2,51 +2,95 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from veneer.errors import ConfigError, DataError
+from veneer.evaluate.confusion import Confusion
 from veneer.evaluate.questions import Question, continuation
 from veneer.evaluate.scoring import Batching, OnProgress, Scored, ignore_progress, log_probabilities
+from veneer.evaluate.statistics import Interval, wilson_interval
 
+MOST_LABELS = 200  # of answers that nobody named: each row is scored with every one of them
 Judge = Callable[[str, Sequence[str]], bool]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accuracy:
-    """Share of right answers; ``predictions`` and ``right`` row by row.
+    """Share of right answers with its 95% interval (Wilson); ``predictions`` and ``right`` row by row.
 
-    ``standard_error`` is that of a binomial share; None where all or none are right, of which it would make certainty.
+    ``confusion`` is there where the answers are a choice among labels.
     """
 
     value: float
-    standard_error: float | None
+    interval: Interval
     n_right: int
     n_rows: int
     predictions: tuple[str, ...]
     right: tuple[bool, ...]
+    confusion: Confusion | None = None
 
     @classmethod
-    def of(cls, predictions: Sequence[str], right: Sequence[bool]) -> Accuracy:
+    def of(cls, predictions: Sequence[str], right: Sequence[bool], confusion: Confusion | None = None) -> Accuracy:
         """The accuracy of these answers."""
-        n = len(right)
-        share = sum(right) / n
+        n_right, n = sum(right), len(right)
         return cls(
-            value=share,
-            standard_error=math.sqrt(share * (1 - share) / n) if 0 < share < 1 else None,
-            n_right=sum(right),
+            value=n_right / n,
+            interval=wilson_interval(n_right, n),
+            n_right=n_right,
             n_rows=n,
             predictions=tuple(predictions),
             right=tuple(right),
+            confusion=confusion,
         )
 
 
 def answer_accuracy(questions: Sequence[Question], predictions: Sequence[str], judge: Judge) -> Accuracy:
     """The share of answers, one to each question, that the judge takes for right."""
     return Accuracy.of(predictions, [judge(p, q.answers) for p, q in zip(predictions, questions, strict=True)])
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Questions asked as a choice among ``labels``: for each question every label behind it, as sequences to score."""
+
+    questions: Sequence[Question]
+    labels: tuple[str, ...]
+    items: tuple[Scored, ...]
+
+    @classmethod
+    def of(cls, tokenizer: Any, questions: Sequence[Question], labels: Sequence[str] = ()) -> Choice:
+        """The choice. ``labels`` default to the answers that occur.
+
+        Raises DataError where a right answer is not among them, ConfigError where nothing precedes a label.
+        """
+        words = _label_words(questions, labels)
+        items = []
+        for question in questions:
+            for word in words:
+                ids, start = continuation(tokenizer, question, word)
+                if not start:  # the first token of a text has no probability
+                    raise ConfigError(
+                        f"a prompt is empty, or its first token merges with {word!r}: there is nothing to continue"
+                    )
+                items.append(Scored(tuple(ids), start, len(ids)))
+        return cls(questions, tuple(word.strip() for word in words), tuple(items))
+
+    def judged(self, found: Sequence[Tensor]) -> Accuracy:
+        """The accuracy, from the log-probabilities of the tokens of each item."""
+        n = len(self.labels)
+        sums = [float(values.double().sum()) for values in found]
+        rows = [sums[i : i + n] for i in range(0, len(sums), n)]
+        predictions = [self.labels[row.index(max(row))] for row in rows]
+        answers = [[answer.strip() for answer in question.answers] for question in self.questions]
+        right = [given in own for given, own in zip(predictions, answers, strict=True)]
+        # Where several answers are right and one of them was given, the row is of its class.
+        classes = [given if given in own else own[0] for given, own in zip(predictions, answers, strict=True)]
+        return Accuracy.of(predictions, right, Confusion.of(self.labels, classes, predictions))
 
 
 def label_accuracy(
@@ -60,25 +104,10 @@ def label_accuracy(
 ) -> Accuracy:
     """The share of questions whose right label has the greatest log-probability, summed over its tokens.
 
-    ``labels`` default to the answers that occur. Raises DataError where a right answer is not among them, ConfigError
-    where nothing precedes a label.
+    Raises as `Choice.of` does.
     """
-    words = _label_words(questions, labels)
-    items = []
-    for question in questions:
-        for word in words:
-            ids, start = continuation(tokenizer, question, word)
-            if not start:  # the first token of a text has no probability
-                raise ConfigError(
-                    f"a prompt is empty, or its first token merges with {word!r}: there is nothing to continue"
-                )
-            items.append(Scored(tuple(ids), start, len(ids)))
-    found = log_probabilities(model, items, batching, on_progress)
-    sums = [float(values.double().sum()) for values in found]
-    rows = [sums[i : i + len(words)] for i in range(0, len(sums), len(words))]
-    predictions = [words[row.index(max(row))].strip() for row in rows]
-    right = [p in {answer.strip() for answer in q.answers} for p, q in zip(predictions, questions, strict=True)]
-    return Accuracy.of(predictions, right)
+    choice = Choice.of(tokenizer, questions, labels)
+    return choice.judged(log_probabilities(model, choice.items, batching, on_progress))
 
 
 def exact_match(*, fold: bool = False) -> Judge:
@@ -109,6 +138,15 @@ def regex_match(pattern: str, *, fold: bool = False) -> Judge:
     return judge
 
 
+def require_few(words: Sequence[str]) -> None:
+    """Raise ConfigError where answers that nobody named as labels are too many kinds to be a choice."""
+    if len(words) > MOST_LABELS:
+        raise ConfigError(
+            f"the data holds {len(words)} different answers, such as {words[0]!r:.60}: labels are a choice among a few "
+            "words. Name them, or compare generated answers instead (exact-match, regex)"
+        )
+
+
 def _last(pattern: re.Pattern[str], text: str) -> str | None:
     matches = list(pattern.finditer(text))
     if not matches:
@@ -127,6 +165,8 @@ def _label_words(questions: Sequence[Question], labels: Sequence[str]) -> list[s
     plain = any(question.text is not None for question in questions) and not any(a != a.lstrip() for a in answers)
     lead = " " if plain and all(q.text is None or not q.text[-1:].isspace() for q in questions) else lead
     words = sorted({answer.strip() for answer in answers}) if not labels else [label.strip() for label in labels]
+    if not labels:
+        require_few(words)
     unknown = sorted({answer.strip() for answer in answers} - set(words))
     if unknown:
         raise DataError(f"the data holds answers that are none of the labels {words}: {unknown[:5]}")

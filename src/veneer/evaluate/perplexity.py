@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from veneer.data.encoding import IGNORED, Encoder, kind_of
 from veneer.data.files import require_one_form
 from veneer.errors import ConfigError, DataError
@@ -22,12 +24,17 @@ from veneer.evaluate.scoring import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Perplexity:
-    """``value`` = exp(mean negative log-likelihood of a token), every token of all rows weighing the same."""
+    """``value`` = exp(mean negative log-likelihood of a token), every token of all rows weighing the same.
+
+    ``row_nats`` and ``row_tokens`` are what each row adds to it.
+    """
 
     value: float
     nats_per_token: float
     n_tokens: int
     n_rows: int
+    row_nats: tuple[float, ...]
+    row_tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +77,50 @@ class Windows:
         return spans
 
 
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """Rows cut into windows: sequences to score, and the row that each is of."""
+
+    items: tuple[Scored, ...]
+    rows: tuple[int, ...]
+    n_rows: int
+
+    @classmethod
+    def of(
+        cls, tokenizer: Any, rows: Sequence[Mapping[str, Any]], windows: Windows, *, whole_rows: bool = False
+    ) -> Texts:
+        """The answers of the rows (completions, assistant turns), or all text where a row is plain text.
+
+        ``whole_rows`` scores the prompts too. Raises DataError for rows of no known form or without a token to score.
+        """
+        items: list[Scored] = []
+        of: list[int] = []
+        for row, (ids, scored) in enumerate(_tokens(tokenizer, rows, whole_rows)):
+            for begin, start, end in windows.spans(len(ids)):
+                for first, last in _runs(scored[start:end], start):
+                    items.append(Scored(tuple(ids[begin:end]), first - begin, last - begin))
+                    of.append(row)
+        if not items:
+            raise DataError("no row holds a token that could be scored: each needs two tokens or more")
+        return cls(tuple(items), tuple(of), len(rows))
+
+    def judged(self, found: Sequence[Tensor]) -> Perplexity:
+        """The perplexity, from the log-probabilities of the tokens of each item."""
+        sums, counts = [0.0] * self.n_rows, [0] * self.n_rows
+        for row, values in zip(self.rows, found, strict=True):
+            sums[row] -= float(values.double().sum())
+            counts[row] += len(values)
+        nats = math.fsum(sums) / sum(counts)
+        return Perplexity(
+            value=math.exp(nats) if nats < 700 else math.inf,
+            nats_per_token=nats,
+            n_tokens=sum(counts),
+            n_rows=self.n_rows,
+            row_nats=tuple(sums),
+            row_tokens=tuple(counts),
+        )
+
+
 def perplexity(
     model: Any,
     tokenizer: Any,
@@ -80,24 +131,9 @@ def perplexity(
     batching: Batching | None = None,
     on_progress: OnProgress = ignore_progress,
 ) -> Perplexity:
-    """Perplexity of the answers (completions, assistant turns), or of all text where a row is plain text.
-
-    ``whole_rows`` scores the prompts too. Raises DataError for rows of no known form or without a token to score.
-    """
-    texts = _tokens(tokenizer, rows, whole_rows)
-    windows = windows or Windows.within(context_length(model))
-    items: list[Scored] = []
-    for ids, scored in texts:
-        for begin, start, end in windows.spans(len(ids)):
-            for first, last in _runs(scored[start:end], start):
-                items.append(Scored(tuple(ids[begin:end]), first - begin, last - begin))
-    if not items:
-        raise DataError("no row holds a token that could be scored: each needs two tokens or more")
-    found = log_probabilities(model, items, batching, on_progress)
-    n_tokens = sum(len(values) for values in found)
-    nats = -math.fsum(float(values.double().sum()) for values in found) / n_tokens
-    value = math.exp(nats) if nats < 700 else math.inf
-    return Perplexity(value=value, nats_per_token=nats, n_tokens=n_tokens, n_rows=len(rows))
+    """Perplexity of rows, see `Texts.of`, in windows that by default fit the model's context."""
+    texts = Texts.of(tokenizer, rows, windows or Windows.within(context_length(model)), whole_rows=whole_rows)
+    return texts.judged(log_probabilities(model, texts.items, batching, on_progress))
 
 
 def _tokens(tokenizer: Any, rows: Sequence[Mapping[str, Any]], whole_rows: bool) -> list[tuple[list[int], list[bool]]]:

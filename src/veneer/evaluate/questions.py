@@ -54,6 +54,24 @@ class QuestionReader:
             raise DataError("the data has no rows")
         return questions
 
+    def all_answers(self, rows: Iterable[Row]) -> list[str]:
+        """The right answers of these rows, each once and sorted, white space around them aside; no prompt is read."""
+        found: set[str] = set()
+        for number, row in enumerate(rows, 1):
+            try:
+                found |= {answer.strip() for answer in self._answers(row, self._own_answer(row))}
+            except (DataError, ConfigError) as error:
+                raise DataError(f"row {number}: {error}") from error
+        return sorted(found)
+
+    def _own_answer(self, row: Row) -> str | None:
+        if self.prompt is not None or self.answer_field is not None:
+            return None
+        if "prompt" in row and "completion" in row:
+            completion = row["completion"]
+            return completion if isinstance(completion, str) else _content(completion)
+        return _content(row.get("messages"))
+
     def _question(self, row: Row) -> Question:
         prompt, own, text = self._prompt(row)
         return Question(tuple(prompt), self._answers(row, own), text)
@@ -117,6 +135,19 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     problems: list[str] = []
     rows = [row for _, row in numbered_rows(path, problems)]
     raise_all(path, problems)
+    return rows
+
+
+def read_prompts(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of prompts: as `read_rows`, but of a .txt file each line that is not empty is a prompt.
+
+    Raises DataError, for a file without rows too.
+    """
+    rows = read_rows(path)
+    if path.suffix == ".txt":
+        rows = [{"prompt": line} for line in rows[0]["text"].splitlines() if line.strip()]
+    if not rows:
+        raise DataError(f"{path} holds no rows")
     return rows
 
 

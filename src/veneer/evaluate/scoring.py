@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from veneer.errors import ConfigError
+from veneer.contract import VirtualTokenMethod
+from veneer.errors import CompositionError, ConfigError
+from veneer.model.routing import BASE
 from veneer.model.structure import evaluation
 from veneer.model.virtual_tokens import virtual_tokens
 
@@ -56,15 +59,21 @@ class Batching:
 
 @torch.no_grad()
 def log_probabilities(
-    model: Any, items: Sequence[Scored], batching: Batching | None = None, on_progress: OnProgress = ignore_progress
+    model: Any,
+    items: Sequence[Scored],
+    batching: Batching | None = None,
+    on_progress: OnProgress = ignore_progress,
+    adapters: Sequence[str] = (),
 ) -> list[Float32[Tensor, " n"]]:
     """For each item the natural log-probabilities of its span's tokens, each given all that precede it.
 
     Items that differ in their last token alone share a forward pass. Padding is on the right, where causal attention
-    does not see it. Raises ConfigError for spans outside their sequence and sequences longer than the model's context.
+    does not see it. ``adapters`` gives each item an adapter of its own on the model (``"__base__"``: none), in one pass
+    over the base; without it the active one acts. Raises ConfigError for spans outside their sequence and sequences
+    longer than the model's context, CompositionError where rows of this model cannot differ so.
     """
-    inputs: dict[tuple[int, ...], list[int]] = {}
-    limit, longest = context_length(model), max((len(item.ids) for item in items), default=0)
+    inputs: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+    limit, longest = context_length(model, adapters), max((len(item.ids) for item in items), default=0)
     if limit is not None and longest > limit:
         raise ConfigError(f"a text has {longest} tokens and the model's context holds {limit}: shorten it")
     for at, item in enumerate(items):
@@ -73,16 +82,63 @@ def log_probabilities(
                 f"span [{item.start}, {item.end}) does not lie in a sequence of {len(item.ids)} tokens, "
                 "or begins at the first token, which nothing predicts"
             )
-        inputs.setdefault(item.ids[: item.end - 1], []).append(at)
-    sequences = list(inputs)
+        inputs.setdefault((adapters[at] if adapters else "", item.ids[: item.end - 1]), []).append(at)
+    rows = list(inputs)
     found: dict[int, Tensor] = {}
     with evaluation(model):
-        for batch in (batching or Batching()).split([len(s) for s in sequences]):
-            logits = _forward(model, [sequences[i] for i in batch])
+        for batch in (batching or Batching()).split([len(ids) for _, ids in rows]):
+            named = [rows[i][0] for i in batch] if adapters else None
+            logits = _forward(model, [rows[i][1] for i in batch], named)
             for row, i in enumerate(batch):
-                found |= {at: _gathered(logits[row], items[at]) for at in inputs[sequences[i]]}
+                found |= {at: _gathered(logits[row], items[at]) for at in inputs[rows[i]]}
             on_progress(len(found), len(items))
     return [found[at] for at in range(len(items))]
+
+
+def log_probabilities_of_each(
+    model: Any,
+    items: Sequence[Scored],
+    names: Sequence[str],
+    batching: Batching | None = None,
+    on_progress: OnProgress = ignore_progress,
+) -> list[list[Float32[Tensor, " n"]]]:
+    """`log_probabilities` of all items by each of these adapters (``"__base__"``: none), in one pass over the base.
+
+    One name alone is measured as the model is. Where rows of this model cannot differ by adapter (experts), the
+    adapters act one after another.
+    """
+    if len(names) == 1:
+        return [log_probabilities(model, items, batching, on_progress)]
+    wanted = [name for name in names for _ in items]
+    try:
+        found = log_probabilities(model, [*items] * len(names), batching, on_progress, wanted)
+    except CompositionError:
+        found_by_each = []
+        for number, name in enumerate(names):
+            with acting_alone(model, name):
+                tell = _from(on_progress, number, len(names))
+                found_by_each.append(log_probabilities(model, items, batching, tell))
+        return found_by_each
+    return [found[at : at + len(items)] for at in range(0, len(found), len(items))]
+
+
+@contextmanager
+def acting_alone(model: Any, name: str) -> Iterator[None]:
+    """Inside the block this adapter of the model acts on all rows; ``"__base__"``: none."""
+    if name == BASE:
+        with model.disable_adapter():
+            yield
+        return
+    before = model.active_adapters
+    model.set_adapter(name)
+    try:
+        yield
+    finally:
+        model.set_adapter(before)
+
+
+def _from(on_progress: OnProgress, number: int, n_parts: int) -> OnProgress:
+    return lambda done, total: on_progress(number * total + done, n_parts * total)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +154,6 @@ class Answering:
         return text[: min(ends)] if ends else text
 
 
-@torch.no_grad()
 def greedy_answers(
     model: Any,
     tokenizer: Any,
@@ -108,8 +163,23 @@ def greedy_answers(
     *,
     on_progress: OnProgress = ignore_progress,
 ) -> list[str]:
-    """The likeliest continuation of every prompt as text, to the end of the model's context at most. Padding is on the
-    left and masked. Raises ConfigError for prompts that are empty or fill the context.
+    """`generated_answers`, of which each is the likeliest continuation."""
+    return generated_answers(model, tokenizer, prompts, answering, batching, options=greedy(), on_progress=on_progress)
+
+
+@torch.no_grad()
+def generated_answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    answering: Answering | None = None,
+    batching: Batching | None = None,
+    *,
+    options: Mapping[str, Any],
+    on_progress: OnProgress = ignore_progress,
+) -> list[str]:
+    """A continuation of every prompt as text, to the end of the model's context at most, by these ``options`` of
+    `generate`. Padding is on the left and masked. Raises ConfigError for prompts that are empty or fill the context.
     """
     answering = answering or Answering()
     answers: dict[int, str] = {}
@@ -117,7 +187,7 @@ def greedy_answers(
     require_room(prompts, limit)
     with evaluation(model):
         for batch in _batches([len(p) + answering.max_new_tokens for p in prompts], batching or Batching(), limit):
-            texts = _continued(model, tokenizer, [prompts[i] for i in batch], answering)
+            texts = _continued(model, tokenizer, [prompts[i] for i in batch], answering, options)
             answers |= {i: answering.cut(text) for i, text in zip(batch, texts, strict=True)}
             on_progress(len(answers), len(prompts))
     return [answers[i] for i in range(len(prompts))]
@@ -133,9 +203,15 @@ def require_room(prompts: Sequence[Sequence[int]], limit: int | None) -> None:
         )
 
 
-def context_length(model: Any) -> int | None:
-    """The tokens that fit into the context beside the active adapter's virtual tokens; None without a limit."""
+def context_length(model: Any, adapters: Sequence[str] = ()) -> int | None:
+    """The tokens that fit into the context beside the active adapter's virtual tokens; None without a limit.
+
+    ``adapters``: beside those of any of these in place of the active one.
+    """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and adapters:
+        configs = [model.adapter_state.configs[name] for name in set(adapters) - {BASE}]
+        return int(limit) - max((c.num_virtual_tokens for c in configs if isinstance(c, VirtualTokenMethod)), default=0)
     fronts = [holder.acting() for holder in virtual_tokens(model).values()]
     return None if limit is None else int(limit) - sum(front.width for front in fronts if front is not None)
 
@@ -149,11 +225,12 @@ def _batches(lengths: Sequence[int], batching: Batching, limit: int | None) -> I
             yield [i for i in batch if i not in cut]
 
 
-def _forward(model: Any, sequences: Sequence[Sequence[int]]) -> Tensor:
+def _forward(model: Any, sequences: Sequence[Sequence[int]], adapters: list[str] | None) -> Tensor:
     width = max(len(s) for s in sequences)
     ids = torch.tensor([[*s, *[0] * (width - len(s))] for s in sequences], device=model.device)
     mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences], device=model.device)
-    logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    routed = {} if adapters is None else {"adapter_names": adapters}
+    logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False, **routed).logits
     return logits
 
 
@@ -163,7 +240,9 @@ def _gathered(logits: Tensor, item: Scored) -> Float32[Tensor, " n"]:
     return scores.gather(1, targets[:, None])[:, 0].cpu()
 
 
-def _continued(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], answering: Answering) -> list[str]:
+def _continued(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], answering: Answering, options: Mapping[str, Any]
+) -> list[str]:
     width, limit = max(len(p) for p in prompts), context_length(model)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     ids = torch.tensor([[*[pad or 0] * (width - len(p)), *p] for p in prompts], device=model.device)
@@ -174,7 +253,7 @@ def _continued(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], ans
         attention_mask=mask,
         max_new_tokens=answering.max_new_tokens if limit is None else min(answering.max_new_tokens, limit - width),
         pad_token_id=pad or 0,
-        **greedy(),
+        **options,
         **stop,
     )
     return [str(tokenizer.decode(row[width:], skip_special_tokens=True)) for row in output]

@@ -15,6 +15,8 @@ from transformers import LlamaForCausalLM
 
 from veneer import LoraConfig, PeftModel, get_peft_model
 
+from .conftest import tiny_model
+
 IDS = torch.tensor([[5, 71, 33, 140, 9, 250]])
 
 
@@ -198,3 +200,42 @@ def test_inspect_keeps_every_name_whole_at_80_columns(
 def test_the_help_of_eval_keeps_its_defaults(veneer) -> None:
     text = " ".join(veneer("eval", "--help").output.replace("│", " ").split())
     assert all(f"(default: {value})" in text for value in ("256", "1024", "context/2"))
+
+
+@pytest.fixture(scope="module")
+def of_another_base(model_folder: Path) -> Path:
+    """A LoRA adapter of a model of another width."""
+    folder = model_folder.parent / "narrow"
+    tiny_model(hidden=24).save_pretrained(model_folder.parent / "narrow_base")
+    base = LlamaForCausalLM.from_pretrained(model_folder.parent / "narrow_base")
+    get_peft_model(base, LoraConfig(r=3, target_modules=["q_proj"])).save_pretrained(folder)
+    return folder
+
+
+def test_adapters_of_two_bases_and_what_is_none_are_told_before_a_model_is_loaded(
+    veneer, model_folder, adapter_folder, of_another_base, tmp_path, monkeypatch
+):
+    def loads(*_, **__):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("veneer.store.source.load_model", loads)
+    nowhere, out = tmp_path / "nowhere", ("-o", tmp_path / "sum")
+    based = ("--base", model_folder)
+    cases = [
+        (("inspect", adapter_folder, of_another_base), "are adapters of two bases"),
+        (("inspect", adapter_folder, of_another_base), "narrow_base"),
+        (("inspect", adapter_folder, nowhere), "there is no such folder"),
+        (("inspect", of_another_base, *based), "does not fit the model"),
+        (("inspect", adapter_folder, "--base", nowhere), "no such folder or file"),
+        (("inspect", model_folder), "holds no adapter_config.json"),
+        (("combine", adapter_folder, of_another_base, *out), "are adapters of two bases"),
+        (("combine", adapter_folder, nowhere, *out), "there is no such folder"),
+        (("combine", adapter_folder, of_another_base, *based, *out), "does not fit the model"),
+        (("combine", adapter_folder, "--weights", "1 2", *out), "give one for each"),
+        (("intrinsic", model_folder, "-d", nowhere, *out), "there is no file"),
+        (("intrinsic", nowhere, "-d", nowhere, *out), "no such folder or file"),
+        (("intrinsic", model_folder, "-d", nowhere, "--dims", "0,3", *out), "must be 1 or more"),
+    ]
+    for command, message in cases:
+        result = veneer(*command)
+        assert (result.exit_code, message in result.stderr) == (2, True), result.output

@@ -52,8 +52,8 @@ def test_an_adapter_changes_perplexity(veneer: Veneer, model_folder: Path, adapt
 
 def test_answers_as_a_table(veneer: Veneer, model_folder: Path, data: Path) -> None:
     for arguments, shown in (
-        (("regex", "--pattern", "^.", "--max-new-tokens", 3), "accuracy (regex)   0.0%"),
-        (("labels",), "accuracy (labels)   60.0% ± 21.9%"),
+        (("regex", "--pattern", "^.", "--max-new-tokens", 3), "accuracy (regex)   0.0% (95%: 0.0% to 43.4%)"),
+        (("labels",), "accuracy (labels)   60.0% (95%: 23.1% to 88.2%)"),
     ):
         found = veneer("eval", model_folder, "-d", data, "-m", *arguments)
         assert found.exit_code == 0, found.output
@@ -64,7 +64,9 @@ def test_a_text_that_ends_answers_may_be_a_line_break(
     veneer: Veneer, model_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, own = [], EngineAnswerer.answers
-    monkeypatch.setattr(EngineAnswerer, "answers", lambda self, p, how, on: asked.append(how) or own(self, p, how, on))
+    monkeypatch.setattr(
+        EngineAnswerer, "answers", lambda self, p, how, *rest: asked.append(how) or own(self, p, how, *rest)
+    )
     command = ("eval", model_folder, "-d", data, "-m", "exact-match", "--json", "--max-new-tokens", 2)
     measured(veneer(*command, "--stop", "\\n", "--stop", "a\\tb"))
     assert asked == [Answering(max_new_tokens=2, stop=("\n", "a\tb"))]

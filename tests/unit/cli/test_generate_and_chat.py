@@ -334,4 +334,4 @@ def test_a_base_in_4_bits_answers_like_its_dequantized_weights(
     layer = seen[0].base.get_submodule("model.layers.0.mlp.down_proj")
     dense = AutoModelForCausalLM.from_pretrained(model_folder).get_submodule("model.layers.0.mlp.down_proj").weight
     assert layer.weight.numel() * layer.weight.element_size() <= dense.numel() / 2 + 64
-    assert seen[0].adapter == adapter_folder
+    assert seen[0].adapters == (adapter_folder,)

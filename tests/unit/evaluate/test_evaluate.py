@@ -20,9 +20,10 @@ from transformers import (
 from models import ROLES, byte_tokenizer, gpt2_config, llama_config
 from veneer.errors import ConfigError, DataError
 from veneer.evaluate.accuracy import Accuracy, answer_accuracy, exact_match, label_accuracy, regex_match
-from veneer.evaluate.perplexity import Windows, perplexity
+from veneer.evaluate.perplexity import Texts, Windows, perplexity
 from veneer.evaluate.questions import Question, QuestionReader, as_trained, read_rows
 from veneer.evaluate.scoring import Answering, Batching, Scored, context_length, greedy_answers, log_probabilities
+from veneer.evaluate.statistics import wilson_interval
 
 
 @pytest.fixture(scope="module")
@@ -183,13 +184,7 @@ def test_answers_are_judged_row_by_row(model: Any, tokenizer: Any) -> None:
     mixed = [right[0], questions[1], right[2]]
     found = answer_accuracy(mixed, answers, exact_match())
     assert (found.right, found.predictions) == ((True, False, True), tuple(answers))
-    assert found.standard_error == pytest.approx(math.sqrt(2 / 3 * 1 / 3 / 3))
-
-
-@pytest.mark.parametrize("share", [0.0, 1.0])
-def test_answers_that_are_all_right_or_all_wrong_have_no_standard_error(share: float) -> None:
-    found = Accuracy.of(["x"] * 5, [bool(share)] * 5)
-    assert (found.value, found.standard_error) == (share, None)
+    assert found.interval == wilson_interval(2, 3)
 
 
 def test_judges() -> None:
@@ -314,7 +309,13 @@ def test_data_files(tmp_path: Path) -> None:
         ("a.jsonl", b"[1]", DataError, "row 1: must be an object, not list"),
         ("a.json", b'{"a": 1}', DataError, "must hold a list"),
         ("a.jsonl", b"\xff\xfe", DataError, "UTF-8"),
-        ("a.csv", b"a,b", DataError, r"must end in \.jsonl, \.json or \.parquet"),
+        ("a.xlsx", b"a,b", DataError, r"must end in \.jsonl, .*\.parquet or \.txt"),
+        ("a.csv", b"", DataError, "is empty: its first line must name the columns"),
+        ("a.csv", b"a,a\n1,2", DataError, r"each once, and it has \['a'\] twice"),
+        ("a.csv", b"a,\n1,2", DataError, "a column without a name"),
+        ("a.csv", b"a,b\n1,2\n1,2,3\n", DataError, "row 3: 3 cells, and the first line names 2 columns"),
+        ("a.csv", b'a,b\n1,"2\n', DataError, "not CSV"),
+        ("a.csv", b"a,b\n\xff,2\n", DataError, "UTF-8"),
     ],
 )
 def test_damaged_data_files_are_named(
@@ -343,9 +344,9 @@ def test_rows_are_asked_in_the_form_that_training_gives_them():
 
 def test_rows_of_two_forms_have_no_perplexity(tokenizer):
     with pytest.raises(DataError, match="row 3 is of the form text, and row 1 of the form prompt-completion"):
-        perplexity(None, tokenizer, [{"prompt": "two", "completion": " four"}] * 2 + [{"text": "plain"}])
+        Texts.of(tokenizer, [{"prompt": "two", "completion": " four"}] * 2 + [{"text": "plain"}], Windows())
 
 
 def test_text_that_is_none_has_no_perplexity(tokenizer):
     with pytest.raises(DataError, match="row 2: 'text' must be a string, not NoneType"):
-        perplexity(None, tokenizer, [{"text": "plain"}, {"text": None}])
+        Texts.of(tokenizer, [{"text": "plain"}, {"text": None}], Windows())

@@ -1,0 +1,201 @@
+"""The outcome of ``veneer eval``: as a table, as JSON, and row by row in a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from veneer.cli.facts import print_facts
+from veneer.cli.measurement import Measurement, Metric, Result
+from veneer.cli.subject import Subject
+
+if TYPE_CHECKING:
+    from veneer.evaluate.accuracy import Accuracy
+    from veneer.evaluate.confusion import Confusion
+    from veneer.evaluate.perplexity import Perplexity
+    from veneer.evaluate.statistics import Difference
+
+_BASE = "(base)"
+_WIDEST = 12  # labels of a confusion table that is still a table in a terminal
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The results of a measurement, one for each column of its subject."""
+
+    measurement: Measurement
+    subject: Subject
+    results: Sequence[Result]
+    seconds: float
+
+    @property
+    def is_share(self) -> bool:
+        """True for accuracies."""
+        return self.measurement.metric is not Metric.PERPLEXITY
+
+    @property
+    def names(self) -> list[str]:
+        """The columns by name."""
+        return [_BASE if folder is None else str(folder) for folder in self.subject.columns]
+
+    def differences(self) -> list[Difference]:
+        """Each further column compared with the first, row by row."""
+        from veneer.evaluate.statistics import paired_means, paired_shares
+
+        first, *others = self.results
+        if self.is_share:
+            return [paired_shares(cast("Accuracy", first).right, cast("Accuracy", each).right) for each in others]
+        one = cast("Perplexity", first)
+        return [paired_means(one.row_nats, cast("Perplexity", each).row_nats, one.row_tokens) for each in others]
+
+    def facts(self) -> dict[str, Any]:
+        """All that is known, for JSON; with several columns under ``results``, in their order."""
+        head = {**self.subject.facts, "metric": str(self.measurement.metric)}
+        told = [_numbers(result) for result in self.results]
+        if len(told) == 1:
+            return {**head, **told[0], "seconds": self.seconds}
+        named = [{"adapter": None if n == _BASE else n, **each} for n, each in zip(self.names, told, strict=True)]
+        compared = [
+            {"first": self.names[0], "second": name, **asdict(each)}
+            for name, each in zip(self.names[1:], self.differences(), strict=True)
+        ]
+        return {**head, "results": named, "differences": compared, "seconds": self.seconds}
+
+    def show(self) -> None:
+        """Print tables."""
+        facts = {name: value for name, value in self.subject.facts.items() if value is not None}
+        if len(self.results) == 1:
+            print_facts({**facts, **self._shown(self.results[0]), "seconds": f"{self.seconds:,.4g}"})
+        else:
+            facts.pop("adapter", None)
+            print_facts({**facts, "metric": str(self.measurement.metric), "seconds": f"{self.seconds:,.4g}"})
+            self._show_side_by_side()
+        for name, result in zip(self.names, self.results, strict=True):
+            confusion = getattr(result, "confusion", None)
+            if confusion is not None:
+                _show_classes(confusion, name if len(self.results) > 1 else "")
+
+    def _shown(self, result: Result) -> dict[str, str]:
+        if not self.is_share:
+            one = cast("Perplexity", result)
+            return {
+                "perplexity": f"{one.value:,.4f}",
+                "nats per token": f"{one.nats_per_token:,.4g}",
+                "tokens": f"{one.n_tokens:,}",
+                "rows": f"{one.n_rows:,}",
+            }
+        share = cast("Accuracy", result)
+        labels = {} if share.confusion is None else {"labels": ", ".join(share.confusion.labels)}
+        low, high = share.interval
+        return {
+            f"accuracy ({self.measurement.metric})": f"{share.value:.1%} (95%: {low:.1%} to {high:.1%})",
+            "right": f"{share.n_right:,} of {share.n_rows:,}",
+            **labels,
+        }
+
+    def _show_side_by_side(self) -> None:
+        what = "accuracy" if self.is_share else "perplexity"
+        table = Table(box=box.SIMPLE, title=f"{what}, {self.results[0].n_rows:,} rows")
+        for name in ("adapter", what, "95%" if self.is_share else "nats per token"):
+            table.add_column(name, justify="left" if name == "adapter" else "right", overflow="fold")
+        for name, result in zip(self.names, self.results, strict=True):
+            if self.is_share:
+                low, high = cast("Accuracy", result).interval
+                table.add_row(name, f"{result.value:.1%}", f"{low:.1%} to {high:.1%}")
+            else:
+                table.add_row(name, f"{result.value:,.4f}", f"{cast('Perplexity', result).nats_per_token:.4f}")
+        Console().print(table)
+        differences = self.differences()
+        shown = Table(box=box.SIMPLE, title=f"minus {self.names[0]} ({differences[0].test})")
+        alone = ("only first right", "only this right") if self.is_share else ()
+        for name in ("adapter", "difference" if self.is_share else "nats per token", "95%", "p", *alone):
+            shown.add_column(name, justify="left" if name == "adapter" else "right", overflow="fold")
+        for name, each in zip(self.names[1:], differences, strict=True):
+            counts = (str(each.only_first), str(each.only_second)) if self.is_share else ()
+            written = _points if self.is_share else _nats
+            span = " to ".join(map(written, each.interval))
+            shown.add_row(name, written(each.value), span, _p_value(each.p_value), *counts)
+        Console().print(shown)
+
+    def write_predictions(self, path: Path) -> None:
+        """Write one JSON object for each row and column: prompt, right answers, prediction, and whether it is right."""
+        tokenizer, questions = self.subject.tokenizer, self.measurement.questions
+        with path.open("w", encoding="utf-8") as file:
+            for name, result in zip(self.names, self.results, strict=True):
+                share = cast("Accuracy", result)
+                column = {"adapter": None if name == _BASE else name} if len(self.results) > 1 else {}
+                rows = zip(questions, share.predictions, share.right, strict=True)
+                for number, (question, given, right) in enumerate(rows, start=1):
+                    text = tokenizer.decode(list(question.prompt)) if question.text is None else question.text
+                    row = {"row": number, **column, "prompt": text, "answers": question.answers}
+                    row |= {"prediction": given, "right": right}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _numbers(result: Result) -> dict[str, Any]:
+    by_row = ("predictions", "right", "row_nats", "row_tokens", "confusion")
+    found = {name: getattr(result, name) for name in result.__slots__ if name not in by_row}
+    confusion: Confusion | None = getattr(result, "confusion", None)
+    if confusion is None:
+        return found
+    classes = {
+        label: {
+            "rows": confusion.n_rows(at),
+            "predicted": confusion.n_predicted(at),
+            "right": confusion.n_right(at),
+        }
+        for at, label in enumerate(confusion.labels)
+    }
+    return {**found, "labels": list(confusion.labels), "classes": classes, "confusion": confusion.counts}
+
+
+def _show_classes(confusion: Confusion, name: str) -> None:
+    """A row for each class: how many there are, how many were taken for it, and, where that fits, for which."""
+    labels, wide = confusion.labels, len(confusion.labels) <= _WIDEST
+    title = " ".join(filter(None, ("by class", name and f"({name})")))
+    table = Table(box=box.SIMPLE, title=title, caption="→: taken for" if wide else None)
+    for column in ("class", "rows", "right", "recall", "predicted", "precision"):
+        table.add_column(column, justify="left" if column == "class" else "right")
+    for label in labels if wide else ():
+        table.add_column(f"→ {label}", justify="right")
+    for at, label in enumerate(labels):
+        n, given, right = confusion.n_rows(at), confusion.n_predicted(at), confusion.n_right(at)
+        cells = [str(n), str(right), _ratio(right, n), str(given), _ratio(right, given)]
+        table.add_row(label, *cells, *(map(str, confusion.counts[at]) if wide else ()))
+    Console().print(table)
+    if not wide:
+        _show_most_confused(confusion)
+
+
+def _show_most_confused(confusion: Confusion) -> None:
+    pairs = [
+        (n, own, given)
+        for own, row in zip(confusion.labels, confusion.counts, strict=True)
+        for given, n in zip(confusion.labels, row, strict=True)
+        if own != given and n
+    ]
+    for n, own, given in sorted(pairs, key=lambda pair: -pair[0])[:_WIDEST]:
+        Console().print(f"{n} of {own!r} taken for {given!r}", highlight=False, markup=False)
+
+
+def _ratio(part: int, whole: int) -> str:
+    return f"{part / whole:.0%}" if whole else "-"
+
+
+def _points(value: float) -> str:
+    return f"{100 * value:+.1f} points"
+
+
+def _nats(value: float) -> str:
+    return f"{value:+.4f}"
+
+
+def _p_value(value: float) -> str:
+    return "<0.001" if value < 0.001 else f"{value:.3f}"

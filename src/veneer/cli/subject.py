@@ -1,0 +1,127 @@
+"""The subject of ``veneer eval``: rows, the tokenizer that reads them, and a model with adapters, loaded in time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from veneer.cli import loading
+from veneer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from veneer.cli.loading import Parts
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Named:
+    """The arguments that name the subject; None and False where not given."""
+
+    model: str | None
+    adapters: tuple[Path, ...]
+    with_base: bool
+    recipe: Path | None
+    data: Path | None
+    limit: int | None
+    chat: bool
+    system: str | None
+    load_in_4bit: bool
+    dtype: str
+    prompt: str | None
+    answer_field: str | None
+
+
+@dataclass(kw_only=True)
+class Subject:
+    """The rows to ask about, and all rows of which they are the first; a model that `load` loads, and its tokenizer.
+
+    ``adapters`` are measured side by side, with the base alone in front of them where ``with_base``.
+    """
+
+    rows: Rows
+    whole: Rows
+    tokenizer: Any
+    load: Callable[[], Parts]
+    adapters: tuple[Path, ...]
+    with_base: bool
+    facts: dict[str, Any]
+
+    @property
+    def columns(self) -> list[Path | None]:
+        """An adapter, or None for the base alone, for each result."""
+        return [*([None] if self.with_base or not self.adapters else []), *self.adapters]
+
+
+def subject_of(named: Named) -> Subject:
+    """The subject that the arguments name, all of it checked, and no weight loaded."""
+    if named.with_base and not named.adapters and named.recipe is None and not _is_adapter(named.model):
+        raise ConfigError("--with-base sets the base beside adapters, and none is given: add --adapter FOLDER")
+    return _of_model(named) if named.recipe is None else _of_recipe(named, named.recipe)
+
+
+def _is_adapter(model: str | None) -> bool:
+    return model is not None and bool(loading.split(model, ())[1])
+
+
+def _of_model(named: Named) -> Subject:
+    from veneer.evaluate.questions import read_rows
+
+    if named.model is None or named.data is None:
+        raise ConfigError("say what to measure: MODEL and --data FILE, or --recipe FILE for what a recipe trained")
+    whole = _as_trained(read_rows(named.data), named)
+    chosen = loading.choose(named.model, named.adapters, four_bit=named.load_in_4bit, dtype=named.dtype)
+    adapters = None if not named.adapters else ", ".join(map(str, named.adapters))
+    return Subject(
+        rows=whole[: named.limit],
+        whole=whole,
+        tokenizer=chosen.tokenizer,
+        load=chosen.load,
+        adapters=chosen.adapters,
+        with_base=named.with_base,
+        facts={"model": named.model, "adapter": adapters, "data": str(named.data)},
+    )
+
+
+def _of_recipe(named: Named, path: Path) -> Subject:
+    from veneer.cli.eval_recipe import held_out_rows, saved_by, trained_parts, trained_recipe, trained_tokenizer
+
+    beside = _said_by_recipes(named)
+    if beside:
+        raise ConfigError(f"--recipe says it already, so leave out {', '.join(beside)}")
+    recipe = trained_recipe(path)
+    saved = saved_by(recipe)
+    tokenizer = trained_tokenizer(recipe)
+    rows, others = held_out_rows(recipe, named.data)
+    where = named.data or recipe.data.eval or f"{recipe.data.eval_fraction:.3g} of {recipe.data.train}, held out"
+    return Subject(
+        rows=rows[: named.limit],
+        whole=[*rows, *others],
+        tokenizer=tokenizer,
+        load=lambda: trained_parts(recipe, tokenizer),
+        adapters=() if recipe.method == "full" else (saved,),
+        with_base=named.with_base,
+        facts={"model": recipe.model.source, "adapter": str(saved), "data": str(where)},
+    )
+
+
+def _said_by_recipes(named: Named) -> list[str]:
+    """The options given that a recipe settles already."""
+    given: dict[str, object] = {"MODEL": named.model, "--adapter": named.adapters, "--system": named.system}
+    given |= {"--prompt": named.prompt, "--answer-field": named.answer_field}
+    given |= {"--chat": named.chat, "--load-in-4bit": named.load_in_4bit, "--dtype": named.dtype != "auto"}
+    return [name for name, value in given.items() if value]
+
+
+def _as_trained(rows: Rows, named: Named) -> Rows:
+    """The rows in the forms of training. Raises ConfigError where a template makes the prompts already."""
+    from veneer.evaluate.questions import as_trained
+
+    if named.prompt is None:
+        return as_trained(rows, chat=named.chat, system=named.system)
+    if named.chat or named.system is not None:
+        option = "--chat makes turns of its fields" if named.chat else "--system belongs to turns"
+        raise ConfigError(f"--prompt makes plain text of each row, and {option}: give one")
+    return rows
