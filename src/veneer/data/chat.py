@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from jinja2.exceptions import TemplateError
+from jinja2.ext import Extension
+from jinja2.nodes import Node
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template
 
 from veneer.errors import DataError
 
 Message = Mapping[str, Any]
+_ROLES = {"system", "developer", "user", "assistant", "tool"}
 
 
 def render(
@@ -51,6 +57,35 @@ def assistant_mask(
     return _marked(tokenizer, messages, {**(options or {}), "chat_template": template})
 
 
+def with_template(tokenizer: PreTrainedTokenizerBase, file: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer with the chat template of a file (Jinja), which is saved with it; without a file as it is.
+
+    Raises DataError where the file cannot be read or is no template.
+    """
+    if file is None:
+        return tokenizer
+    try:
+        template = Path(file).read_text(encoding="utf-8")
+        ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols", _Generation]).parse(template)
+    except OSError as error:
+        raise DataError(f"the chat template {file} cannot be read: {error.strerror}") from error
+    except (UnicodeDecodeError, TemplateError) as error:
+        raise DataError(f"{file} is no chat template: {error}") from error
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+class _Generation(Extension):
+    """Reads ``{% generation %} … {% endgeneration %}``, transformers' marks around the assistant's turns."""
+
+    tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
+
+    def parse(self, parser: Parser) -> list[Node]:
+        """The nodes between the marks."""
+        next(parser.stream)
+        return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
+
+
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """The number of leading values that two sequences share."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
@@ -82,6 +117,17 @@ def _marked(
     return encoded["input_ids"], [bool(bit) for bit in encoded["assistant_masks"]]
 
 
+def _require_known_roles(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> None:
+    """Raise DataError for roles that nobody uses and the template does not speak of: many drop such turns."""
+    unknown = sorted({str(m.get("role")) for m in messages} - _ROLES)
+    strange = [role for role in unknown if role not in str(tokenizer.chat_template)]
+    if strange:
+        raise DataError(
+            f"a message has the role {', '.join(map(repr, strange))}, which the chat template does not know; roles are "
+            f"{', '.join(sorted(_ROLES))}"
+        )
+
+
 def _render(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: Mapping[str, Any] | None
 ) -> dict[str, list[int]]:
@@ -90,6 +136,7 @@ def _render(
             "the data holds conversations but the tokenizer has no chat template: set tokenizer.chat_template, use an "
             "instruction-tuned base, or give prompt and completion (or text) columns"
         )
+    _require_known_roles(tokenizer, messages)
     try:
         encoded = tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True, **(options or {}))
     except TemplateError as error:

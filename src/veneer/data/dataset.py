@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 
 from datasets import Dataset, IterableDataset, concatenate_datasets
 
+from veneer.data.encoded_cache import encoded_once
 from veneer.data.encoding import IGNORED, Encoder, Kind
 from veneer.data.packing import pack
 from veneer.errors import ConfigError, DataError
@@ -23,22 +24,26 @@ def encode_all(dataset: AnyDataset, encoder: Encoder, name: str, n_processes: in
 
     Raises DataError where no row is left, with what was looked for.
     """
+    if isinstance(dataset, Dataset) and not len(dataset):
+        raise DataError(f"the {name} data has no rows")
     columns = columns_of(dataset)
     if isinstance(dataset, IterableDataset):
         encoded = dataset.map(encoder, with_indices=True, remove_columns=columns)
         return encoded.filter(has_trained_token)
-    if not len(dataset):
-        raise DataError(f"the {name} data has no rows")
-    encoded = dataset.map(
-        encoder, with_indices=True, remove_columns=columns, num_proc=n_processes, desc=f"Encoding {name}"
-    )
-    kept = encoded.filter(has_trained_token, num_proc=n_processes, desc=f"Checking {name}")
+
+    def encode() -> Dataset:
+        encoded = dataset.map(
+            encoder, with_indices=True, remove_columns=columns, num_proc=n_processes, desc=f"Encoding {name}"
+        )
+        return encoded.filter(has_trained_token, num_proc=n_processes, desc=f"Checking {name}")
+
+    kept = encoded_once(dataset, encoder, encode)
     if not len(kept):
         raise DataError(_all_masked(encoder, name, columns, len(dataset)))
-    if len(kept) < len(encoded):
+    if len(kept) < len(dataset):
         log.warning(
             "%s data: %d of %d rows hold no trained token (cut off by max_length=%s, or empty) and are left out",
-            name, len(encoded) - len(kept), len(encoded), encoder.max_length,
+            name, len(dataset) - len(kept), len(dataset), encoder.max_length,
         )  # fmt: skip
     return kept
 
@@ -73,8 +78,11 @@ def digest(dataset: Dataset) -> str:
 
 
 def columns_of(dataset: Dataset | IterableDataset) -> list[str]:
-    """The names of the columns, streamed or not."""
-    return list(dataset.column_names or next(iter(dataset)))
+    """The names of the columns, streamed or not. Raises DataError where a data set without names has no row either."""
+    names = dataset.column_names or next(iter(dataset), None)
+    if names is None:
+        raise DataError("the data has no rows")
+    return list(names)
 
 
 def has_trained_token(row: dict[str, list[int]]) -> bool:

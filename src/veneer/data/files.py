@@ -1,7 +1,8 @@
-"""Rows of a file, numbered from one: JSON lines (counted by lines), a JSON list, parquet."""
+"""Rows of a file, numbered from one: JSON lines, CSV and text (counted by lines), a JSON list, parquet."""
 
 from __future__ import annotations
 
+import csv
 import difflib
 import json
 from collections.abc import Iterable, Iterator
@@ -9,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.lib
-from datasets import Dataset
+import pyarrow.parquet
 
 from veneer.errors import DataError
 
 Row = dict[str, Any]
-SUFFIXES = (".jsonl", ".json", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 _SHOWN_PROBLEMS = 5
 
 
@@ -23,7 +24,9 @@ def numbered_rows(path: Path, problems: list[str]) -> Iterator[tuple[int, Row]]:
 
     Raises DataError where the file is missing, has another ending, or cannot be read as a whole.
     """
-    readers = {".jsonl": _json_lines, ".json": _json_list, ".parquet": _parquet}
+    readers = {
+        ".jsonl": _json_lines, ".json": _json_list, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet, ".txt": _lines,
+    }  # fmt: skip
     if not path.is_file():
         raise DataError(f"there is no file {path}{_nearest_file(path)}")
     if path.suffix not in readers:
@@ -101,6 +104,42 @@ def _json_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, Any]]:
             yield number, row
 
 
+def _lines(path: Path, problems: list[str]) -> Iterator[tuple[int, Any]]:
+    """Each line that is not empty as plain text."""
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield number, {"text": line.rstrip("\n")}
+
+
+def _csv(path: Path, problems: list[str]) -> Iterator[tuple[int, Any]]:
+    """Each row as strings by the names of the first line; the number is that of the line where it begins."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        lines = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+        try:
+            header = _header(path, next(lines, []))
+            begins = lines.line_num + 1
+            for cells in lines:
+                if cells and len(cells) != len(header):
+                    problems.append(f"row {begins}: {len(cells)} cells, and the first line names {len(header)} columns")
+                elif cells:
+                    yield begins, dict(zip(header, cells, strict=True))
+                begins = lines.line_num + 1
+        except csv.Error as error:
+            raise DataError(f"{path}: line {lines.line_num}: not CSV ({error})") from error
+
+
+def _header(path: Path, names: list[str]) -> list[str]:
+    """The names of a CSV file's columns. Raises DataError where they are none, empty, or there twice."""
+    if not names:
+        raise DataError(f"{path} is empty: its first line must name the columns, such as prompt,completion")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice or not all(name.strip() for name in names):
+        wrong = f"{twice} twice" if twice else "a column without a name"
+        raise DataError(f"{path}: its first line must name the columns, each once, and it has {wrong}: {names}")
+    return [name.strip() for name in names]
+
+
 def _json_list(path: Path, problems: list[str]) -> Iterator[tuple[int, Any]]:
     text = path.read_text(encoding="utf-8")
     try:
@@ -114,7 +153,8 @@ def _json_list(path: Path, problems: list[str]) -> Iterator[tuple[int, Any]]:
 
 def _parquet(path: Path, problems: list[str]) -> Iterator[tuple[int, Any]]:
     try:
-        rows = Dataset.from_parquet(str(path), keep_in_memory=True)
-    except (pyarrow.lib.ArrowException, ValueError) as error:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
+            yield from enumerate(rows, start=1)
+    except (pyarrow.lib.ArrowException, OSError) as error:
         raise DataError(f"{path} is not a parquet file: {error}") from error
-    yield from enumerate(rows, start=1)

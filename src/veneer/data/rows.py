@@ -6,9 +6,9 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
 from veneer.data.files import Row, names_a_file, numbered_rows, raise_all, require_one_form
@@ -143,6 +143,35 @@ def load_rows(source: str | Path, reader: RowReader | PreferenceReader, limit: i
     return Dataset.from_list([{key: row.get(key) for key in keys} for row in rows])
 
 
+def stream_rows(source: str | Path, reader: RowReader) -> IterableDataset:
+    """`load_rows` row by row, for sets larger than memory: nothing is kept, and the first row that does not fit raises.
+
+    Rows come in the order of the source, which is read again for each epoch. Raises DataError where it has none.
+    """
+    streamed = IterableDataset.from_generator(_read_one_by_one, gen_kwargs={"source": str(source), "reader": reader})
+    if next(iter(streamed), None) is None:
+        raise DataError(f"{source} holds no rows")
+    return streamed
+
+
+def _read_one_by_one(source: str, reader: RowReader) -> Iterator[Row]:
+    problems: list[str] = []
+    rows = _numbered(source, problems, streaming=True)
+    form = final = None
+    for number, row in rows:
+        raise_all(source, problems)
+        form = form or reader.form(row)
+        try:
+            read = reader.read(row, form)
+        except DataError as error:
+            raise DataError(f"{source}: row {number}: {error}") from error
+        final = final or form_of(read)
+        if form_of(read) != final:
+            raise DataError(f"{source}: row {number} is of the form {form_of(read)}, and those before it {final}")
+        yield read
+    raise_all(source, problems)
+
+
 def split_off(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
     """Training rows and held-out rows, drawn by seed. Raises DataError where one of the two would be empty."""
     n_held_out = round(fraction * len(rows))
@@ -152,18 +181,20 @@ def split_off(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Datas
     return parts["train"], parts["test"]
 
 
-def _numbered(source: str | Path, problems: list[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _numbered(
+    source: str | Path, problems: list[str], *, streaming: bool = False
+) -> Iterator[tuple[int, Mapping[str, Any]]]:
     path = Path(source)
     if names_a_file(source):
         yield from numbered_rows(path, problems)
     else:
-        yield from enumerate(_from_hub(str(source)), start=1)
+        yield from enumerate(_from_hub(str(source), streaming), start=1)
 
 
-def _from_hub(source: str) -> Dataset:
+def _from_hub(source: str, streaming: bool) -> Iterable[Row]:
     name, _, split = source.partition(":")
     try:
-        return load_dataset(name, split=split or "train")
+        return cast("Iterable[Row]", load_dataset(name, split=split or "train", streaming=streaming))
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError) as error:
         raise DataError(f"{source!r} is no file, and as a data set of the hub it cannot be loaded: {error}") from error
 

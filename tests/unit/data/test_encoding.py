@@ -141,7 +141,7 @@ def test_arguments_that_other_calls_have_do_not_reach_the_template(tokenizer):
     calls = [{"function": {"arguments": given}} for given in ({"cat": "on"}, {"dog": "under", "bird": None})]
     rows = Dataset.from_list(
         [
-            {"messages": [{"role": "x", "content": "", "tool_calls": [c]}], "tools": [{"red": 1, "blue": None}]}
+            {"messages": [{"role": "assistant", "content": "", "tool_calls": [c]}], "tools": [{"red": 1, "blue": None}]}
             for c in calls
         ]
     )

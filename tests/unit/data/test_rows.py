@@ -176,7 +176,7 @@ def test_braces_of_a_template(jsonl):
     [
         ("rows.json", "{", "is not JSON .*name it .jsonl"),
         ("rows.json", "{}", "must hold a list of objects, not dict"),
-        ("rows.csv", "a,b", "must end in .jsonl, .json or .parquet"),
+        ("rows.xlsx", "a,b", "must end in .jsonl, .json, .csv, .tsv, .parquet or .txt"),
         ("rows.jsonl", "", "holds no rows"),
         ("rows.parquet", "no", "is not a parquet file"),
     ],

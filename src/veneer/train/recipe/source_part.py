@@ -1,0 +1,90 @@
+"""Further sources of training rows in a recipe, each with a weight and a reading of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from veneer.data.sources import Source
+    from veneer.train.recipe.recipe import DataPart
+
+
+class SourcePart(BaseModel):
+    """A source beside ``data.train``; what it does not say of reading rows, ``data`` says."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: str
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    count: int | None = Field(default=None, ge=1)
+    prompt: str | None = None
+    completion: str | None = None
+    chat: bool | None = None
+    system: str | None = None
+
+
+_OF_SFT = ("more", "streaming")
+
+
+def sources_of(part: DataPart) -> list[Source]:
+    """``data.train`` and those of ``data.more``. Raises ConfigError where weight and count are both given."""
+    from veneer.data.rows import RowReader
+    from veneer.data.sources import Source
+
+    own = RowReader(prompt=part.prompt, completion=part.completion, chat=part.chat, system=part.system)
+    found = [Source(name=part.train, reader=own)]
+    for each in part.more:
+        templates = (part.prompt, part.completion) if each.prompt is None else (each.prompt, each.completion)
+        reader = RowReader(
+            prompt=templates[0],
+            completion=templates[1],
+            chat=part.chat if each.chat is None else each.chat,
+            system=part.system if each.system is None else each.system,
+        )
+        found.append(Source(name=each.source, reader=reader, weight=each.weight, count=each.count))
+    return found
+
+
+def streaming_problems(values: Mapping[str, Any]) -> list[str]:
+    """What rows that are read as they come cannot have."""
+    data, training = _dict(values, "data"), _dict(values, "training")
+    if data.get("streaming") is not True:
+        return []
+    beside = {
+        "data.more": data.get("more"),
+        "data.limit": data.get("limit"),
+        "data.eval_fraction": data.get("eval_fraction"),
+        "training.packing": training.get("packing"),
+    }
+    found = [
+        f"{key}: needs all rows, which data.streaming never has; drop one of the two" for key in beside if beside[key]
+    ]
+    if not isinstance(training.get("max_steps"), int) or training["max_steps"] < 1:
+        found.append("training.max_steps: is missing; the number of rows that are streamed is not known beforehand")
+    return found
+
+
+def _dict(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    part = values.get(name)
+    return part if isinstance(part, dict) else {}
+
+
+def source_problems(values: Mapping[str, Any]) -> list[str]:
+    """What the schema of ``data.more`` does not say."""
+    data, task = values.get("data"), values.get("task", "sft")
+    if not isinstance(data, dict):
+        return []
+    found, more = list[str](), data.get("more")
+    if task != "sft":
+        found += [f"data.{key}: is for task sft, and this is {task}; drop it" for key in _OF_SFT if data.get(key)]
+    for number, each in enumerate(more if isinstance(more, list) else [], start=1):
+        if not isinstance(each, dict):
+            continue
+        if (each.get("prompt") is None) != (each.get("completion") is None):
+            found.append(f"data.more, entry {number}: prompt and completion belong together; give both or neither")
+        if each.get("weight") is not None and each.get("count") is not None:
+            found.append(f"data.more, entry {number}: give weight or count, not both")
+    return found
