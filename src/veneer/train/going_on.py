@@ -82,6 +82,8 @@ def with_data(going_on: GoingOn, record: Mapping[str, Any]) -> GoingOn:
 
 
 def _told_rows(rows: Mapping[str, Any] | None) -> str:
+    if rows is not None and rows.get("streamed"):
+        return "rows that are streamed"
     return "no rows" if rows is None else f"{rows['rows']:,} rows with the hash {rows['blake2b']}"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -100,6 +100,12 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         scheduler.base_lrs, scheduler._last_lr = base, rates
         for group, kept, rate in zip(self.optimizer.param_groups, own, rates, strict=True):
             group.update({**kept, "lr": rate})
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        """Trainer's; before the first step (``skip_scheduler``) only of a run that begins there."""
+        if skip_scheduler and self.state.global_step > 0:
+            return {}
+        return cast("dict[str, float]", super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler))
 
     def _run_epoch(self, **options: Any) -> None:
         """Nothing where a checkpoint from within an epoch holds the run's last step: Trainer would take one more."""

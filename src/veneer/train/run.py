@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -25,31 +25,38 @@ from veneer.adapters.card import tell_parent
 from veneer.adapters.peft_model import PeftModel
 from veneer.contract import MethodConfig
 from veneer.core.tasks import TaskType
-from veneer.data.dataset import encode_all
+from veneer.data.chat import with_template
+from veneer.data.dataset import columns_of, encode_all
 from veneer.data.encoding import Encoder, Kind, kind_of
 from veneer.data.files import names_a_file
 from veneer.data.preference import PreferenceReader
-from veneer.data.rows import RowReader, load_rows, split_off
+from veneer.data.rows import RowReader, load_rows, split_off, stream_rows
+from veneer.data.sources import load_sources
 from veneer.errors import ConfigError, DiskError, DivergedError, Interrupted, VeneerError
+from veneer.model.adapted import Adapted
 from veneer.model.prepare import prepare_model_for_kbit_training
 from veneer.store.quantization import BitsAndBytesConfig
-from veneer.store.source import load_model, load_tokenizer
+from veneer.store.source import load_model, load_tokenizer, require_hub
 from veneer.train.checkpoint import checkpoint_folder, holds_checkpoints, latest_checkpoint
 from veneer.train.going_on import GoingOn, changes_since, files_of, is_complete, parent_of, with_data
 from veneer.train.interrupt import Stop, StopAfterStep, listening
 from veneer.train.processes import by_main, is_main, n_processes
-from veneer.train.recipe.adapter import FROM, FULL
+from veneer.train.recipe.adapter import FROM, FULL, usual_learning_rate
+from veneer.train.recipe.advice import odd_rate
 from veneer.train.recipe.changes import places_of
 from veneer.train.recipe.recipe import DataPart, ModelPart, Recipe
+from veneer.train.recipe.source_part import sources_of
 from veneer.train.recipe.tasks import trainer_of
 from veneer.train.record import Written, life_of, record_of, require_over, this_process, told_life
 from veneer.train.run_trainer import RunTrainer
 from veneer.train.show.report import draw_loss, environment
+from veneer.train.task_metric import TaskMetric
 from veneer.train.trainer import SFTTrainer
 
 log = logging.getLogger(__name__)
 
 ADAPTER, MODEL = "adapter", "model"  # the folders that a run saves
+_SHUFFLED = 10_000  # streamed rows that are held to draw from
 Tell = Callable[[str], None]
 
 
@@ -57,17 +64,28 @@ Tell = Callable[[str], None]
 class Rows:
     """Training rows, and held-out rows where there are any."""
 
-    train: Dataset
+    train: Dataset | IterableDataset
     eval: Dataset | None
 
 
 def read_data(part: DataPart, seed: int, reader: RowReader | PreferenceReader | None = None) -> Rows:
     """The rows that a recipe names. Raises DataError and ConfigError as `load_rows` and `split_off` do."""
-    reader = reader or RowReader(prompt=part.prompt, completion=part.completion, chat=part.chat, system=part.system)
-    train = load_rows(part.train, reader, part.limit)
+    if reader is not None:
+        train = load_rows(part.train, reader, part.limit)
+    else:
+        reader = RowReader(prompt=part.prompt, completion=part.completion, chat=part.chat, system=part.system)
+        if part.streaming:
+            streamed = stream_rows(part.train, reader).shuffle(seed=seed, buffer_size=_SHUFFLED)
+            return Rows(streamed, None if part.eval is None else load_rows(part.eval, reader, part.eval_limit))
+        train = load_sources(sources_of(part), seed, part.limit)
     if part.eval is not None:
         return Rows(train, load_rows(part.eval, reader, part.eval_limit))
     return Rows(*split_off(train, part.eval_fraction, seed)) if part.eval_fraction else Rows(train, None)
+
+
+def _known(rows: Dataset | IterableDataset) -> list[dict[str, Any]]:
+    """The rows, where they are in memory."""
+    return [] if isinstance(rows, IterableDataset) else list(rows)
 
 
 class _Only(NamedTuple):
@@ -94,14 +112,17 @@ def make_trainer(
     recipe: Recipe, model: PreTrainedModel | None = None, kind: type[SFTTrainer] = SFTTrainer
 ) -> RunTrainer:
     """The trainer of a recipe, its data encoded and its model loaded where none is given; nothing is trained yet."""
-    tokenizer = load_tokenizer(recipe.model.source)
+    tokenizer = with_template(load_tokenizer(recipe.model.source), recipe.data.chat_template)
     if recipe.task != "sft":
         return _make_task_trainer(recipe, tokenizer)
     rows = read_data(recipe.data, recipe.seed)
-    only = _answers_only(recipe.data, kind_of(rows.train.column_names, "text"))
+    only = _answers_only(recipe.data, kind_of(columns_of(rows.train), "text"))
     args = recipe.training_config(assistant_only_loss=only.assistant, completion_only_loss=only.completion)
+    metric = None
+    if recipe.metric is not None:
+        metric = TaskMetric.of(recipe.metric, tokenizer, list(rows.eval or ()), _known(rows.train))
     base = load_base(recipe.model) if model is None else model
-    return kind(
+    trainer = kind(
         base if FROM not in recipe.adapter else with_saved_adapter(recipe, base),
         args,
         train_dataset=rows.train,
@@ -109,6 +130,9 @@ def make_trainer(
         processing_class=tokenizer,
         peft_config=None if FROM in recipe.adapter else recipe.adapter_config(),
     )
+    trainer.task_metric = metric
+    _tell_of_odd_settings(recipe, trainer)
+    return trainer
 
 
 def _make_task_trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunTrainer:
@@ -153,9 +177,9 @@ def sample_of(recipe: Recipe) -> tuple[dict[str, list[int]], PreTrainedTokenizer
     """The first training row as it is trained on, and the tokenizer that reads it."""
     if recipe.task != "sft":
         raise ConfigError(f"--show-sample shows which tokens task sft trains, and the task here is {recipe.task}")
-    tokenizer = load_tokenizer(recipe.model.source)
+    tokenizer = with_template(load_tokenizer(recipe.model.source), recipe.data.chat_template)
     rows = read_data(recipe.data, recipe.seed)
-    kind = kind_of(rows.train.column_names, "text")
+    kind = kind_of(columns_of(rows.train), "text")
     only = _answers_only(recipe.data, kind)
     encoder = Encoder(
         tokenizer=tokenizer,
@@ -164,7 +188,35 @@ def sample_of(recipe: Recipe) -> tuple[dict[str, list[int]], PreTrainedTokenizer
         assistant_only=only.assistant,
         max_length=recipe.training_config().max_length,
     )
-    return dict(encode_all(rows.train.select(range(1)), encoder, "train")[0]), tokenizer
+    return dict(next(iter(encode_all(rows.train.take(1), encoder, "train")))), tokenizer
+
+
+def samples_of(recipe: Recipe) -> dict[str, tuple[dict[str, list[int]], PreTrainedTokenizerBase]]:
+    """`sample_of` for every source of training rows, by its name."""
+    part = recipe.data
+    found = {part.train: sample_of(recipe.model_copy(update={"data": part.model_copy(update={"more": []})}))}
+    for each in part.more:
+        own = {key: value for key, value in each.model_dump(include=_READING).items() if value is not None}
+        alone = part.model_copy(update={**own, "train": each.source, "more": [], "eval": None, "eval_fraction": 0.0})
+        found[each.source] = sample_of(recipe.model_copy(update={"data": alone}))
+    return found
+
+
+_READING = {"prompt", "completion", "chat", "system"}
+
+
+def _tell_of_odd_settings(recipe: Recipe, trainer: SFTTrainer) -> None:
+    """Warn of a rate far from the usual, and of an adapter on an output head that is tied to the embeddings."""
+    odd = odd_rate(trainer.args.learning_rate, usual_learning_rate(recipe.adapter), recipe.method)
+    if odd is not None:
+        log.warning("%s", odd)
+    head, inner = trainer.model.get_output_embeddings(), trainer.model.get_input_embeddings()
+    tied = bool(getattr(trainer.model.config.get_text_config(), "tie_word_embeddings", False))
+    if tied and isinstance(head, Adapted) and not isinstance(inner, Adapted) and head.adapters:
+        log.warning(
+            "adapter.target_modules catches the output head, which is tied to the embeddings: it alone is changed, and "
+            "merging writes the two apart. all-linear leaves it out"
+        )
 
 
 def run_recipe(
@@ -180,7 +232,10 @@ def run_recipe(
     changes nothing. SIGTERM and SIGINT end the step in progress and write a checkpoint: Interrupted.
     """
     output = Path(recipe.output)
-    _ = recipe.training_config().device  # several processes meet here
+    args = recipe.training_config()
+    if args.push_to_hub:
+        require_hub()
+    _ = args.device  # several processes meet here
     with listening() as stop:
         made = by_main(lambda: not output.exists())
         by_main(lambda: _require_free(recipe, resume))
@@ -385,7 +440,11 @@ def load_base(part: ModelPart, *, scores: bool = False) -> PreTrainedModel:
         model = load_model(part.source, dtype=part.dtype, quantization=config, scores=scores)
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if part.attention is not None:
-        model.set_attn_implementation(part.attention)
+        try:
+            model.set_attn_implementation(part.attention)
+        except (ValueError, ImportError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"model.attention: {part.attention} does not go with {part.source}: {reason}") from error
     return model
 
 

@@ -30,7 +30,9 @@ from veneer.train.config import SFTConfig, as_sft_config
 from veneer.train.loss import TokenLoss, token_loss
 from veneer.train.packing_layout import packing_layout
 from veneer.train.processes import n_processes, summed
+from veneer.train.resume import random_state_kept
 from veneer.train.run_trainer import RunTrainer
+from veneer.train.task_metric import TaskMetric
 
 
 class SFTTrainer(RunTrainer, trl.SFTTrainer):  # type: ignore[misc]
@@ -42,6 +44,8 @@ class SFTTrainer(RunTrainer, trl.SFTTrainer):  # type: ignore[misc]
 
     Raises ConfigError, DataError or TrainingError where the run could not do what was asked.
     """
+
+    task_metric: TaskMetric | None = None  # measured whenever the held-out loss is
 
     def __init__(
         self,
@@ -170,10 +174,16 @@ class SFTTrainer(RunTrainer, trl.SFTTrainer):  # type: ignore[misc]
             total, n_tokens, n_right = summed(sums.tolist(), self.args.device)
             output.metrics[f"{metric_key_prefix}_loss"] = total / max(n_tokens, 1)
             output.metrics[f"{metric_key_prefix}_mean_token_accuracy"] = n_right / max(n_tokens, 1)
+        if self.task_metric is not None:
+            with random_state_kept():
+                value = self.task_metric.value(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
+            output.metrics[f"{metric_key_prefix}_{self.task_metric.part.key}"] = value
         return output
 
-    def describe_rows(self, rows: Dataset) -> dict[str, Any]:
-        """The rows of a data set in numbers, and a hash of them, for ``run.json``."""
+    def describe_rows(self, rows: Dataset | IterableDataset) -> dict[str, Any]:
+        """The rows of a data set in numbers, and a hash of them, for ``run.json``; of streamed ones, that they are."""
+        if isinstance(rows, IterableDataset):
+            return {"streamed": True}
         return {
             "rows": len(rows),
             "tokens": sum(len(ids) for ids in rows["input_ids"]),

@@ -88,7 +88,7 @@ def test_answers_of_plain_text_are_refused_where_asked_for_and_told_else(values,
 )
 def test_what_a_run_ended_with_is_evaluated_once(values, monkeypatch, changes, steps):
     values["data"]["eval"] = values["data"]["train"]
-    values["training"] |= {"max_steps": 4, "eval_strategy": "steps", **changes}
+    values["training"] |= {"max_steps": 4, "eval_strategy": "steps", "eval_on_start": False, **changes}
     recipe = parse_recipe(values)
     trainer = make_trainer(recipe)
     evaluate, losses = trainer.evaluate, iter([0.5, 2.0, 0.5])  # the best weights are those of the first evaluation

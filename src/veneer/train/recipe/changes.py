@@ -17,6 +17,7 @@ HARMLESS = frozenset(
         "output",
         "data.train",  # where the rows are; their content is compared by its hash
         "data.eval",
+        "training.eval_on_start",
         *(
             f"training.{key}"
             for key in (
@@ -41,7 +42,7 @@ HARMLESS = frozenset(
 WITHOUT_CHOICE = frozenset(
     f"training.{key}"
     for key in (
-        "do_eval", "eval_delay", "eval_on_start", "eval_steps", "eval_strategy", "save_on_each_node", "save_only_model",
+        "do_eval", "eval_delay", "eval_steps", "eval_strategy", "save_on_each_node", "save_only_model",
         "save_steps", "save_strategy", "save_total_limit",
     )
 )  # fmt: skip
@@ -73,7 +74,9 @@ def changes(before: Recipe, now: Recipe, places: Mapping[str, str] | None = None
     old, new = settings(before), settings(now)
     if places is not None:
         old, new = {**old, **places}, {**new, **places_of(now)}
-    harmless = HARMLESS | (frozenset() if _chooses(old) or _chooses(new) else WITHOUT_CHOICE)
+    chooses = _chooses(old) or _chooses(new)
+    metric = frozenset() if chooses else frozenset(key for key in {*old, *new} if key.startswith("metric."))
+    harmless = HARMLESS | metric | (frozenset() if chooses else WITHOUT_CHOICE)
     harmless |= LENGTH if _any_length(before, old) and _any_length(now, new) else frozenset()
     return [
         Change(key, old.get(key), new.get(key))
@@ -100,6 +103,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
             "from": recipe.adapter.get("from"),
             **(asdict(config) if is_dataclass(config) else {}),
         },
+        "metric": {} if recipe.metric is None else recipe.metric.model_dump(),
         "training": {key: value for key, value in training.items() if key not in _SAID_ELSEWHERE},
     }
     flat = {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}

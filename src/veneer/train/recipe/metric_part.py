@@ -1,0 +1,55 @@
+"""The ``metric`` part of a recipe: the task's own figure on held-out rows, measured whenever their loss is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+NAMES = ("exact-match", "labels", "regex")
+
+
+class MetricPart(BaseModel):
+    """A metric by the name that `veneer eval` gives it, over the first ``limit`` held-out rows."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Literal["exact-match", "labels", "regex"]
+    pattern: str | None = None
+    labels: list[str] = []
+    ignore_case: bool = False
+    limit: int = Field(default=200, ge=1)
+    max_new_tokens: int = Field(default=64, ge=1)
+    batch_size: int = Field(default=16, ge=1)
+
+    @property
+    def key(self) -> str:
+        """The name in the log, behind ``eval_``."""
+        return self.name.replace("-", "_")
+
+
+def metric_problems(values: Mapping[str, Any]) -> list[str]:
+    """What the schema of ``metric`` does not say."""
+    metric, data = values.get("metric"), values.get("data")
+    if not isinstance(metric, dict):
+        return []
+    task = values.get("task", "sft")
+    if task != "sft":
+        return [f"metric: is measured with task sft, and this is {task}; drop it"]
+    name, pattern, found = metric.get("name"), metric.get("pattern"), list[str]()
+    if name == "regex" and pattern is None:
+        found.append("metric.pattern: is missing; regex compares what it matches in answers")
+    if name != "regex" and pattern is not None:
+        found.append(f"metric.pattern: is read by regex alone, and metric.name is {name}; drop it")
+    if name != "labels" and metric.get("labels"):
+        found.append(f"metric.labels: is read by labels alone, and metric.name is {name}; drop it")
+    if isinstance(pattern, str):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            found.append(f"metric.pattern: {pattern!r} is not a regular expression ({error})")
+    if isinstance(data, dict) and data.get("eval") is None and not data.get("eval_fraction"):
+        found.append("metric: is measured on held-out rows, and there are none: give data.eval or data.eval_fraction")
+    return found
