@@ -173,8 +173,11 @@ def _require_same_settings(own: MethodConfig, stored: MethodConfig, name: str) -
         )
     differ = own.differing(stored)
     if differ:
-        given = ", ".join(f"{key}={getattr(stored, key)!r} instead of {getattr(own, key)!r}" for key in differ)
-        raise ConfigError(f"adapter {name!r} is there already and the files hold {given}: load them under another name")
+        given = ", ".join(f"{key}={getattr(own, key)!r} here, {getattr(stored, key)!r} there" for key in differ)
+        raise ConfigError(
+            f"adapter {name!r} is here already with other settings than the files have ({given}): load them under "
+            "another name"
+        )
 
 
 def _require_unmerged(state: AdapterState, what: str) -> None:

@@ -12,6 +12,7 @@ from veneer.core.nearest import nearest
 from veneer.errors import TargetError
 
 ALL_LINEAR = "all-linear"
+_LETTERS = re.compile(r"[^a-z]")
 Names = tuple[str, ...] | str  # of modules: names, suffixes and roles, or an expression on whole paths
 
 
@@ -133,6 +134,8 @@ def _patterns(config: TargetedConfig, index: ModuleIndex) -> Collection[str] | s
     if not config.target_modules:
         raise TargetError(f"target_modules is empty: name some. {_endings(index.adaptable)}")
     given = config.target_modules
+    if isinstance(given, str) and given.lower() != ALL_LINEAR and _LETTERS.sub("", given.lower()) == "alllinear":
+        raise TargetError(f"target_modules={given!r}: say {ALL_LINEAR!r} for every linear layer but the output head")
     return ALL_LINEAR if isinstance(given, str) and given.lower() == ALL_LINEAR else given
 
 

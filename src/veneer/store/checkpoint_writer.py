@@ -170,7 +170,7 @@ def _write_all(file: FileIO, data: memoryview) -> None:
 def _require_replaceable(target: Path, overwrite: bool) -> None:
     held = {path.name: path for path in sorted(target.iterdir())} if target.is_dir() else {}
     if held and not overwrite:
-        raise FormatError(f"{target} is not empty: choose another folder, or overwrite it (--force; overwrite=True)")
+        raise FormatError(f"{target} is not empty: choose another folder, or overwrite it (--force)")
     foreign = [name for name, path in held.items() if path.is_dir() or name == CONFIG_FILE]
     if not any(name == "config.json" or name.endswith(".safetensors") for name in held):
         foreign = list(held)

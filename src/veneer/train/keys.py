@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -12,14 +12,23 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 
 
-def typed(cls: type, given: Mapping[str, Any], problems: list[str], prefix: str = "") -> dict[str, Any]:
-    """Values converted to the types of a dataclass's fields; what cannot be, and unknown keys, become problems."""
+def typed(
+    cls: type,
+    given: Mapping[str, Any],
+    problems: list[str],
+    prefix: str = "",
+    advice: Callable[[str], str] = lambda key: "",
+) -> dict[str, Any]:
+    """Values converted to the types of a dataclass's fields; what cannot be, and unknown keys, become problems.
+
+    ``advice``: the end of a message about an unknown key; where it has nothing to say, the nearest key is named.
+    """
     hints = typing.get_type_hints(cls)
     known = {f.name for f in fields(cls) if f.init}
     found: dict[str, Any] = {}
     for key, value in given.items():
         if key not in known:
-            problems.append(f"{prefix}{key}: unknown key{nearest(key, known)}")
+            problems.append(f"{prefix}{key}: unknown key{advice(str(key)) or nearest(key, known)}")
             continue
         try:
             found[key] = TypeAdapter(hints[key]).validate_python(value)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import check_target_module_exists
+from transformers.training_args import OptimizerNames
 
 from veneer.errors import ConfigError
 from veneer.model.attach import embedding_parameters, module_index, outward_parameters
@@ -125,6 +126,13 @@ def galore_projection(optim_args: str | None) -> GaLoreProjection:
 def steps_in_backward(optim: Any) -> bool:
     """Return True if the optimizer of this name updates weights within the backward pass."""
     return _name(optim) in FACTORIES and _name(optim).endswith("_layerwise")
+
+
+def require_known(optim: Any) -> None:
+    """Raise ConfigError for the name of no optimizer, naming the nearest."""
+    name, known = _name(optim), {*FACTORIES, *(each.value for each in OptimizerNames)}
+    if name not in known:
+        raise ConfigError(f"optim={name!r} is no optimizer that there is{nearest(name, known)}")
 
 
 def optimizer_problems(args: TrainingArguments) -> list[str]:

@@ -96,7 +96,7 @@ def _shape(source: SourceTokenizer, adds_bos: bool) -> ChatShape | None:
 def _require_replaceable(target: Path, overwrite: bool) -> None:
     held = {path.name for path in target.iterdir()} if target.is_dir() else set()
     if held and not overwrite:
-        raise FormatError(f"{target} is not empty: choose another folder, or overwrite it (--force; overwrite=True)")
+        raise FormatError(f"{target} is not empty: choose another folder, or overwrite it (--force)")
     if held - {MODEL, MODELFILE}:
         other = sorted(held - {MODEL, MODELFILE})[0]
         raise FormatError(f"{target} holds {other!r}: only a folder with {MODEL} and {MODELFILE} alone is overwritten")

@@ -84,7 +84,7 @@ class GgufFileWriter:
         for path in self.paths:
             if path.is_dir() or (path.exists() and not overwrite):
                 what = "is a folder" if path.is_dir() else "is there already"
-                raise FormatError(f"{path} {what}: choose another name, or overwrite it (--force; overwrite=True)")
+                raise FormatError(f"{path} {what}: choose another name, or overwrite it (--force)")
 
     def __enter__(self) -> Self:
         _drop_leftovers(self.paths)
@@ -196,7 +196,7 @@ class GgufFileWriter:
         names = ", ".join(path.name for path in self._new)
         return (
             f"Only {names} {'is' if len(self._new) == 1 else 'are'} new, of {len(self.paths)} parts: the set is not "
-            "whole. Run it again and overwrite it (--force; overwrite=True)."
+            "whole. Run it again and overwrite it (--force)."
         )
 
 

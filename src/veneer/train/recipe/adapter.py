@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.errors import ConfigError
 from veneer.train.keys import missing, nearest, typed
+from veneer.train.recipe.advice import belongs, goes_on, meant_method
 
 # Modules that need torch are imported where they are used: a wrong recipe is told before seconds of imports.
 if TYPE_CHECKING:
@@ -64,12 +65,13 @@ def adapter_problems(adapter: Mapping[str, Any]) -> list[str]:
     if FROM in adapter:
         return _going_on_problems(adapter)
     if method not in names:
-        return [f"adapter.method: {method!r} must be one of {', '.join(names)}{nearest(method, names)}"]
+        meant = meant_method(method) or nearest(method, names)
+        return [f"adapter.method: {method!r} must be one of {', '.join(names)}{meant}"]
     rest = _fields(adapter)
     if method == FULL:
         return [f"adapter.{key}: method full trains the whole model and has no settings" for key in rest]
     named, found = named_methods()[method], list[str]()
-    given = typed(named.config, rest, found, "adapter.")
+    given = typed(named.config, rest, found, "adapter.", _advice)
     found += missing(named.config, rest, "adapter.")
     return found + [
         f"adapter.{key}: {given[key]!r} contradicts method {method}, which sets it to {value!r}"
@@ -167,6 +169,10 @@ def _not_that_adapter(problems: list[str]) -> str:
 
 def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, list | tuple | set | frozenset) else value
+
+
+def _advice(key: str) -> str:
+    return "; to train a saved adapter on, say adapter.from" if goes_on(key) else belongs(key, "adapter")
 
 
 def _fields(adapter: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,13 +16,15 @@ class MetricPart(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: Literal["exact-match", "labels", "regex"]
-    pattern: str | None = None
-    labels: list[str] = []
-    ignore_case: bool = False
-    limit: int = Field(default=200, ge=1)
-    max_new_tokens: int = Field(default=64, ge=1)
-    batch_size: int = Field(default=16, ge=1)
+    name: Literal["exact-match", "labels", "regex"] = Field(description="as in `veneer eval`")
+    pattern: str | None = Field(default=None, description="regex: what is compared in answers")
+    labels: list[str] = Field(
+        default=[], description="labels: the words; where none are given, all answers of the data"
+    )
+    ignore_case: bool = Field(default=False, description="case and white space do not count")
+    limit: int = Field(default=200, ge=1, description="held-out rows that are asked at most")
+    max_new_tokens: int = Field(default=64, ge=1, description="longest answer")
+    batch_size: int = Field(default=16, ge=1, description="most rows in one pass")
 
     @property
     def key(self) -> str:

@@ -22,13 +22,33 @@ from veneer.train.recipe.adapter import (
     name_of,
     usual_learning_rate,
 )
+from veneer.train.recipe.advice import belongs, in_recipe_words, meant_quantization, value_problems
+from veneer.train.recipe.metric_part import MetricPart, metric_problems
+from veneer.train.recipe.source_part import SourcePart, source_problems, streaming_problems
 from veneer.train.recipe.tasks import KEYS, Task, settings_of, task_of, task_problems, training_problems
 
 # What needs torch or transformers is imported where it is used: a wrong recipe is told before seconds of imports.
 if TYPE_CHECKING:
     from veneer.contract import MethodConfig
 
-PLACES = (("data", "train"), ("data", "eval"), ("model", "source"), ("adapter", "from"))  # keys that may name a file
+PLACES = (
+    ("data", "train"),
+    ("data", "eval"),
+    ("data", "chat_template"),
+    ("model", "source"),
+    ("adapter", "from"),
+)  # keys that may name a file
+# What transformers, TRL and torch raise for settings that they do not take.
+LIBRARY_ERRORS = (
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    ImportError,
+    RuntimeError,
+    OSError,
+)
 _ELSEWHERE = {
     "output_dir": "at the top, as output",
     "seed": "at the top, as seed",
@@ -57,6 +77,8 @@ class DataPart(_Part):
     """The rows: their source, their reading, and the part of them that is trained."""
 
     train: str
+    more: list[SourcePart] = []
+    chat_template: str | None = None
     eval: str | None = None
     eval_fraction: float = Field(default=0.0, ge=0, lt=1)
     prompt: str | None = None
@@ -64,6 +86,7 @@ class DataPart(_Part):
     chat: bool = False
     system: str | None = None
     train_on: Literal["answers", "everything"] = "answers"
+    streaming: bool = False
     limit: int | None = Field(default=None, ge=1)
     eval_limit: int | None = Field(default=None, ge=1)
 
@@ -79,6 +102,7 @@ class Recipe(_Part):
     adapter: dict[str, Any] = {"method": "lora"}
     training: dict[str, Any] = {}
     rewards: list[str | dict[str, Any]] = []
+    metric: MetricPart | None = None
     output: str
     seed: int = 0
 
@@ -132,6 +156,7 @@ def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
             section[key] = beside(path, section[key])
     if isinstance(values.get("rewards"), list):
         values["rewards"] = [_reward_beside(path, each) for each in values["rewards"]]
+    _more_beside(path, values)
     for override in overrides:
         _override(values, override)
     return values
@@ -145,6 +170,14 @@ def _reward_beside(path: Path, reward: Any) -> Any:
         return reward
     file, _, name = reward.rpartition(":")
     return f"{beside(path, file)}:{name}"
+
+
+def _more_beside(path: Path, values: Mapping[str, Any]) -> None:
+    """Find the files of ``data.more`` beside the recipe."""
+    more = _section(values, "data").get("more")
+    for each in more if isinstance(more, list) else []:
+        if isinstance(each, dict) and "source" in each:
+            each["source"] = beside(path, each["source"])
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -181,12 +214,14 @@ def parse_recipe(values: Mapping[str, Any], name: str = "recipe") -> Recipe:
     problems = [*_shape_problems(values), *_adapter_problems(values), *_training_problems(values)]
     if problems:
         raise ConfigError(f"{name}: " + "; ".join(problems))
-    recipe = Recipe.model_validate(values)
+    recipe, problems = Recipe.model_validate(values), value_problems(values)
     for build in (recipe.adapter_config, recipe.training_config, recipe.reward_functions):
         try:
             build()
-        except (ValueError, TypeError) as error:  # ConfigError is a ValueError, and what Trainer raises is one too
+        except ConfigError as error:
             problems.append(str(error))
+        except LIBRARY_ERRORS as error:  # of transformers and TRL, about arguments
+            problems.append(f"training: {in_recipe_words(str(error))}")
     if problems:
         raise ConfigError(f"{name}: " + "; ".join(dict.fromkeys(problems)))
     return recipe
@@ -226,6 +261,7 @@ def _shape_problems(values: Mapping[str, Any]) -> list[str]:
         *_data_problems(values),
         *_reward_problems(values),
         *task_problems(values),
+        *metric_problems(values),
     ]
 
 
@@ -257,8 +293,18 @@ def _training_problems(values: Mapping[str, Any]) -> list[str]:
     rest = {key: value for key, value in given.items() if key not in _ELSEWHERE}
     others = training_problems(task, rest)
     found += others.values()
-    typed(settings_of(task), {key: value for key, value in rest.items() if key not in others}, found, "training.")
+    typed(
+        settings_of(task),
+        {key: value for key, value in rest.items() if key not in others},
+        found,
+        "training.",
+        _from_elsewhere,
+    )
     return found
+
+
+def _from_elsewhere(key: str) -> str:
+    return belongs(key, "training")
 
 
 def _reward_problems(values: Mapping[str, Any]) -> list[str]:
@@ -281,7 +327,7 @@ def _data_problems(values: Mapping[str, Any]) -> list[str]:
         found.append("data: give eval (a file) or eval_fraction (a part of train), not both")
     if data.get("eval_limit") is not None and data.get("eval") is None:
         found.append("data.eval_limit: limits the rows of data.eval (a file), and there is none; drop it")
-    return found
+    return [*found, *source_problems(values), *streaming_problems(values)]
 
 
 def _defaults(recipe: Recipe) -> dict[str, Any]:
@@ -301,6 +347,7 @@ def _defaults(recipe: Recipe) -> dict[str, Any]:
         "save_total_limit": 2,
         "eval_strategy": "steps" if evaluates else "no",
         "eval_steps": 200 if evaluates else None,
+        "eval_on_start": evaluates and recipe.task == "sft",
         "gradient_checkpointing": False,
         "report_to": ["tensorboard"],
         **({"reward_weights": recipe.reward_functions()[1]} if recipe.rewards else {}),
@@ -310,12 +357,15 @@ def _defaults(recipe: Recipe) -> dict[str, Any]:
 def _told(error: dict[str, Any]) -> str:
     path = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        parts: dict[str, type[_Part]] = {"model": ModelPart, "data": DataPart}
+        parts: dict[str, type[BaseModel]] = {"model": ModelPart, "data": DataPart, "metric": MetricPart}
         known = Recipe.model_fields if len(error["loc"]) == 1 else parts[str(error["loc"][0])].model_fields
-        return f"{path}: unknown key{nearest(str(error['loc'][-1]), known)}"
+        known = SourcePart.model_fields if "more" in error["loc"] else known
+        part, key = "" if len(error["loc"]) != 2 else str(error["loc"][0]), str(error["loc"][-1])
+        return f"{path}: unknown key{belongs(key, part) or nearest(key, known)}"
     if error["type"] == "missing":
         return f"{path}: is missing"
-    return f"{path}: {error['input']!r} does not fit ({error['msg']})"
+    meant = meant_quantization(error["input"]) if path == "model.quantization" else ""
+    return f"{path}: {error['input']!r} does not fit ({error['msg']}){meant}"
 
 
 def _override(values: dict[str, Any], override: str) -> None:

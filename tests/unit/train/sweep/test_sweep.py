@@ -125,7 +125,10 @@ def test_a_sweep_of_one_is_the_run_to_the_last_bits(values: dict[str, Any], adap
         assert [v for _, v in curve(shared, key)] == pytest.approx([v for _, v in curve(own, key)], rel=1e-5)
 
 
-def test_a_member_that_diverges_leaves_and_the_others_do_not_notice(values: dict[str, Any]) -> None:
+def test_a_member_that_diverges_leaves_and_the_others_do_not_notice(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("veneer.train.recipe.advice.MOST_RATE", 1e31)
     steady = {"name": "steady", "adapter.r": 2}
     wild = {"name": "wild", "training.learning_rate": 1e30, "training.max_grad_norm": 1e30}
     shared = together(values, {"members": [wild, steady]})
