@@ -45,11 +45,11 @@ from veneer.train.recipe.adapter import FROM, FULL, usual_learning_rate
 from veneer.train.recipe.advice import odd_rate
 from veneer.train.recipe.changes import places_of
 from veneer.train.recipe.recipe import DataPart, ModelPart, Recipe
-from veneer.train.recipe.source_part import sources_of
 from veneer.train.recipe.tasks import trainer_of
 from veneer.train.record import Written, life_of, record_of, require_over, this_process, told_life
 from veneer.train.run_trainer import RunTrainer
 from veneer.train.show.report import draw_loss, environment
+from veneer.train.sources import sources_of
 from veneer.train.task_metric import TaskMetric
 from veneer.train.trainer import SFTTrainer
 

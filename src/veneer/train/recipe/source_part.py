@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
-
-if TYPE_CHECKING:
-    from veneer.data.sources import Source
-    from veneer.train.recipe.recipe import DataPart
 
 
 class SourcePart(BaseModel):
@@ -27,25 +23,6 @@ class SourcePart(BaseModel):
 
 
 _OF_SFT = ("more", "streaming")
-
-
-def sources_of(part: DataPart) -> list[Source]:
-    """``data.train`` and those of ``data.more``. Raises ConfigError where weight and count are both given."""
-    from veneer.data.rows import RowReader
-    from veneer.data.sources import Source
-
-    own = RowReader(prompt=part.prompt, completion=part.completion, chat=part.chat, system=part.system)
-    found = [Source(name=part.train, reader=own)]
-    for each in part.more:
-        templates = (part.prompt, part.completion) if each.prompt is None else (each.prompt, each.completion)
-        reader = RowReader(
-            prompt=templates[0],
-            completion=templates[1],
-            chat=part.chat if each.chat is None else each.chat,
-            system=part.system if each.system is None else each.system,
-        )
-        found.append(Source(name=each.source, reader=reader, weight=each.weight, count=each.count))
-    return found
 
 
 def streaming_problems(values: Mapping[str, Any]) -> list[str]:
