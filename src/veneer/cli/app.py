@@ -33,6 +33,7 @@ from veneer.cli import (
     intrinsic,
     merge,
     merge_models,
+    plan,
     serve,
     train,
 )
@@ -149,6 +150,7 @@ def root(
 
 app.command("fetch", cls=VerbCommand)(fetch.fetch)
 app.command("train", cls=VerbCommand)(train.train)
+app.command("plan", cls=VerbCommand)(plan.plan)
 app.command("info", cls=VerbCommand)(info.info)
 app.command("generate", cls=VerbCommand)(generate.generate)
 app.command("chat", cls=VerbCommand)(chat.chat)

@@ -20,6 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from veneer.errors import DiskError
+from veneer.ops.traced import Traced
 
 Place = Literal["host", "disk"]
 AT_LEAST = 1 << 18
@@ -41,7 +42,7 @@ class ActivationOffload(saved_tensors_hooks):
 
     def __enter__(self) -> None:
         tensors = [*self.model.parameters(), *self.model.buffers()]
-        self._weights = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        self._weights = {_storage(tensor) for tensor in tensors}
         super().__enter__()
 
     def close(self) -> None:
@@ -49,18 +50,16 @@ class ActivationOffload(saved_tensors_hooks):
         self._file.close()
 
     def _pack(self, tensor: Tensor) -> Any:
-        if (
-            tensor.nbytes < self.at_least
-            or tensor.layout != torch.strided
-            or tensor.untyped_storage().data_ptr() in self._weights
-        ):
+        if tensor.nbytes < self.at_least or tensor.layout != torch.strided or _storage(tensor) in self._weights:
             return tensor
         if self.place == "disk":
-            return self._file.write(tensor)
+            return Away(tensor) if isinstance(tensor, Traced) else self._file.write(tensor)
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         return _OnHost(host.copy_(tensor, non_blocking=True), tensor.device)
 
     def _unpack(self, kept: Any) -> Tensor:
+        if isinstance(kept, Away):
+            return kept.back()
         if isinstance(kept, Page):
             return self._file.read(kept)
         if isinstance(kept, _OnHost):
@@ -73,6 +72,21 @@ class ActivationOffload(saved_tensors_hooks):
 class _OnHost:
     tensor: Tensor
     device: torch.device
+
+
+class Away:
+    """Stands in for a page while a step is traced: the shape of what would be written."""
+
+    def __init__(self, tensor: Traced) -> None:
+        self.shape, self.dtype, self.place = tensor.shape, tensor.dtype, tensor.place
+
+    def back(self) -> Tensor:
+        """What reading it would give: a mapping of the file, which is no memory of the process's own."""
+        return Traced(torch.empty((1,), dtype=self.dtype, device="meta").expand(self.shape), self.place)
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(getattr(tensor, "bare", tensor).untyped_storage()._cdata)
 
 
 class Page:

@@ -13,15 +13,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from veneer.ops.dispatch import kernel_isa
+from veneer.ops.traced import traced_isa
 
 FEW_ROWS = 4  # with fewer, widening the other matrix takes longer than the product
 NARROW = (torch.bfloat16, torch.float16)
 
 
-@functools.cache
 def float32_is_faster() -> bool:
-    """Return True if this CPU multiplies float32 faster than 16 bits."""
-    return kernel_isa() in ("avx2", "avx512")
+    """Return True if this CPU (or the one that a step is traced for) multiplies float32 faster than 16 bits."""
+    return (traced_isa() or _own_isa()) in ("avx2", "avx512")
+
+
+@functools.cache
+def _own_isa() -> str:
+    return kernel_isa()
 
 
 def widens(x: Float[Tensor, "*batch k"], dtype: torch.dtype) -> bool:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from veneer.errors import TensorError
+from veneer.ops.traced import Traced
 
 
 def address(x: Tensor, device: str = "cpu") -> int:
@@ -14,6 +15,8 @@ def address(x: Tensor, device: str = "cpu") -> int:
     Any strided tensor has one that owns values or shares them: parameters, views, subclasses. Raises TensorError for
     others, among them FakeTensor, DTensor, what a transform such as vmap wraps, sparse, meta and freed tensors.
     """
+    if isinstance(x, Traced):
+        return 0
     try:
         place = x.data_ptr()
     except RuntimeError:  # torch's word for a tensor without storage

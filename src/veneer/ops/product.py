@@ -8,7 +8,8 @@ from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from veneer.ops.traced import is_watched
 
 Multiply = Callable[[Tensor, bool], Tensor]
 """``W x``, or where the second argument is True ``Wᵀ x``, on the last axis."""
@@ -33,7 +34,7 @@ def visible(schema: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> Tensor:
-            return (op if _get_current_dispatch_mode() else function)(*args, **kwargs)
+            return (op if is_watched() else function)(*args, **kwargs)
 
         return call
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from veneer.ops.traced import Traced
+
 
 def with_rows(x: Tensor) -> Tensor:
     """x as (n, d) with a contiguous last axis: a view wherever one exists."""
@@ -18,5 +20,5 @@ def same_dtype(gradient: Tensor, like: Tensor) -> Tensor:
 
 def put_back(rows: Tensor, x: Tensor) -> None:
     """Write what a kernel left in ``with_rows(x)`` into x, where x's layout has rows only as a copy."""
-    if rows.data_ptr() != x.data_ptr():
+    if rows.data_ptr() != x.data_ptr() and not isinstance(x, Traced):
         x.copy_(rows.view(x.shape))

@@ -124,7 +124,7 @@ class FourBitSpec:
         if self.double_quant:
             small = compress_absmax(absmax)
             parts |= {"absmax": small.codes, "nested_absmax": small.scale, "nested_offset": small.offset}
-        return parts
+        return {name: _alone(part) for name, part in parts.items()}
 
     def bind(self, parts: Parts) -> FourBitWeight:
         return FourBitWeight(
@@ -189,6 +189,11 @@ def quantize(
     layout = FourBitLayout((weight.shape[0], weight.shape[1]), quant_type, block_size, weight.dtype)
     spec = FourBitSpec(layout, double_quant, compute_dtype)
     return spec.bind(spec.quantize(weight))
+
+
+def _alone(part: Tensor) -> Tensor:
+    """The part in memory of its own size: codes were cut from rows of whole blocks, which would be kept with them."""
+    return part if part.untyped_storage().nbytes() == part.nbytes else part.clone()
 
 
 def _read_state(tensors: Parts) -> dict[str, Any]:

@@ -426,18 +426,9 @@ def load_base(part: ModelPart, *, scores: bool = False) -> PreTrainedModel:
     """The base model of a recipe, quantized and prepared where it says so; with ``scores`` its head gives each
     sequence one number.
     """
-    if part.quantization == "none":
-        model = load_model(part.source, dtype=part.dtype, scores=scores)
-    else:
-        if part.quantization == "int8":
-            config = BitsAndBytesConfig(load_in_8bit=True)
-        else:
-            config = BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type=part.quantization,
-                bnb_4bit_use_double_quant=part.double_quantization,
-            )
-        model = load_model(part.source, dtype=part.dtype, quantization=config, scores=scores)
+    config = quantization_of(part)
+    model = load_model(part.source, dtype=part.dtype, quantization=config, scores=scores)
+    if config is not None:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if part.attention is not None:
         try:
@@ -446,6 +437,19 @@ def load_base(part: ModelPart, *, scores: bool = False) -> PreTrainedModel:
             reason = " ".join(str(error).split())
             raise ConfigError(f"model.attention: {part.attention} does not go with {part.source}: {reason}") from error
     return model
+
+
+def quantization_of(part: ModelPart) -> BitsAndBytesConfig | None:
+    """The quantization that a recipe asks for; None for a dense base."""
+    if part.quantization == "none":
+        return None
+    if part.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=part.quantization,
+        bnb_4bit_use_double_quant=part.double_quantization,
+    )
 
 
 def describe_run(recipe: Recipe, trainer: RunTrainer) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from veneer.errors import DescriptionError
 from veneer.model.adapted import Adapted
+from veneer.model.blueprint import decoder as blueprint
 from veneer.model.blueprint.describe import blocks_of, describe
 from veneer.model.fused.block import CACHES, SPECIAL, FusedBlock, halves_of, own_attention
 from veneer.model.fused.head import Head, ends_with_head, head_of, is_plain_head
@@ -104,6 +105,25 @@ def fuse(model: PreTrainedModel) -> bool:
     return reason is None
 
 
+def fuse_as_described(model: PreTrainedModel) -> str | None:
+    """Fuse a model whose tensors have no values, as `fuse` would where its blocks compute what they are described to;
+    the reason where it does not fit."""
+    try:
+        described = describe(model)
+    except DescriptionError as error:
+        return str(error)
+    reason = _change_blocks(model, described)
+    if reason is not None:
+        unfuse(model)
+        return reason
+    with _base_alone(model):
+        for block in (module for module in model.modules() if isinstance(module, FusedBlock)):
+            _leave_out_unfit(block, getattr(block, block.fused_shape.norms.attention).weight.dtype)
+        plain = is_plain_head(described.head) and head_of(model) is not None
+    cast(FusedDecoder, model.base_model).ends_with_head = plain
+    return None
+
+
 def unfuse(model: nn.Module) -> None:
     """Undo `fuse`."""
     for module in model.modules():
@@ -137,12 +157,29 @@ def fused(model: PreTrainedModel) -> Iterator[bool]:
 
 def _fuse(model: PreTrainedModel) -> str | None:
     """Fuse, or say why not."""
-    decoder = model.base_model
     try:
-        holder, layers = blocks_of(model)
         described = describe(model)
     except DescriptionError as error:
         return str(error)
+    reason = _change_blocks(model, described)
+    if reason is not None:
+        return reason
+    decoder, layers = model.base_model, blocks_of(model)[1]
+    blocks = [cast(FusedBlock, block) for block in layers]
+    exact = torch.autocast(model.device.type, enabled=False)
+    with evaluation(model), _base_alone(model), _short_windows(model), torch.no_grad(), exact:
+        problem = _differing(model, blocks)
+        ids = torch.arange(3, device=model.device)[None]
+        cast(FusedDecoder, decoder).ends_with_head = is_plain_head(described.head) and ends_with_head(model, ids)
+    if all(block.fused_shape.attention is None and block.fused_shape.mlp is None for block in blocks):
+        return "every part of its blocks is hooked, trained, or computes in another dtype than the stream"
+    return problem
+
+
+def _change_blocks(model: PreTrainedModel, described: blueprint.Decoder) -> str | None:
+    """Change the classes of the blocks and of the module that holds them; or say why they do not fit."""
+    decoder = model.base_model
+    holder, layers = blocks_of(model)
     if holder is not decoder:
         return f"it has 0 lists of layers in its {type(decoder).__name__} itself, where one is expected"
     if KERNELS.get(model.device.type) not in backends("attention.attention_forward"):
@@ -156,15 +193,7 @@ def _fuse(model: PreTrainedModel) -> str | None:
         cast(FusedBlock, block).fused_shape = cast(BlockShape, shape)
     change_class(decoder, FusedDecoder)
     cast(FusedDecoder, decoder).ends_with_head = False
-    blocks = [cast(FusedBlock, block) for block in layers]
-    exact = torch.autocast(model.device.type, enabled=False)
-    with evaluation(model), _base_alone(model), _short_windows(model), torch.no_grad(), exact:
-        problem = _differing(model, blocks)
-        ids = torch.arange(3, device=model.device)[None]
-        cast(FusedDecoder, decoder).ends_with_head = is_plain_head(described.head) and ends_with_head(model, ids)
-    if all(block.fused_shape.attention is None and block.fused_shape.mlp is None for block in blocks):
-        return "every part of its blocks is hooked, trained, or computes in another dtype than the stream"
-    return problem
+    return None
 
 
 @contextmanager
@@ -244,17 +273,22 @@ def _error(block: FusedBlock, call: tuple[Tensor, dict[str, Any], Tensor]) -> fl
     are not fused from now on.
     """
     x, kwargs, y = call
-    shape, dtype = block.fused_shape, x.dtype
+    _leave_out_unfit(block, x.dtype)
+    mask = cast(LayoutMask, layout_mask(SIZE, None, None))
+    own = _first(block(x, **{**_fresh(kwargs), "attention_mask": mask})).double()
+    change = (y.double() - x.double()).norm()
+    return float((own - y.double()).norm() / change.clamp_min(1e-30))
+
+
+def _leave_out_unfit(block: FusedBlock, dtype: torch.dtype) -> None:
+    """Halves that do not run fused on a stream of this dtype are not fused from now on."""
+    shape = block.fused_shape
     attention, mlp = halves_of(block, dtype, dtype)
     block.fused_shape = replace(
         shape,
         attention=None if attention is None else shape.attention,
         mlp=None if mlp is None else shape.mlp,
     )
-    mask = cast(LayoutMask, layout_mask(SIZE, None, None))
-    own = _first(block(x, **{**_fresh(kwargs), "attention_mask": mask})).double()
-    change = (y.double() - x.double()).norm()
-    return float((own - y.double()).norm() / change.clamp_min(1e-30))
 
 
 def _calls(

@@ -7,10 +7,12 @@ import logging
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
 from veneer.core.units import count
+from veneer.ops.traced import silent_kernels
 
 log = logging.getLogger(__name__)
 
@@ -18,8 +20,14 @@ log = logging.getLogger(__name__)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
+def kernels() -> Any:
+    """The kernels; while a step is traced, what stands in for them."""
+    module = _loaded()
+    return silent_kernels(module) or module
+
+
 @cache
-def kernels() -> ModuleType:
+def _loaded() -> ModuleType:
     """The module, whose kernels run on the OpenMP runtime that torch itself loaded: one pool of threads a process."""
     module = importlib.import_module("veneer._kernels")
     if not thread_runtime():

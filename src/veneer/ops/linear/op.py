@@ -17,7 +17,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from veneer.ops.linear.layer import FIELDS, LinearLayer, Weight, require_fit, tensors_of
 from veneer.ops.linear.low_rank import FactorGradients, add_low_rank, low_rank_backward
@@ -31,6 +30,7 @@ from veneer.ops.linear.scales import (
     scaled_rows,
 )
 from veneer.ops.matmul import add_matmul, matmul, operand
+from veneer.ops.traced import is_watched
 
 WHOLE = -1
 """In place of a layer: the x that layers share."""
@@ -221,7 +221,7 @@ def _product(x: Tensor, read: Tensor, weight: Weight) -> Tensor:
         return matmul(read, weight.T, x.dtype)
     y = weight.matmul(x)
     # who watches (selective checkpointing) keeps what it sees, and this is written into
-    return y.clone() if _get_current_dispatch_mode() else y
+    return y.clone() if is_watched() else y
 
 
 def _add_transposed(dx: Tensor | None, dy: Tensor, read: Tensor, weight: Weight) -> Tensor:

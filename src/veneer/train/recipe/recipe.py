@@ -158,7 +158,7 @@ def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         values["rewards"] = [_reward_beside(path, each) for each in values["rewards"]]
     _more_beside(path, values)
     for override in overrides:
-        _override(values, override)
+        apply_override(values, override)
     return values
 
 
@@ -368,7 +368,8 @@ def _told(error: dict[str, Any]) -> str:
     return f"{path}: {error['input']!r} does not fit ({error['msg']}){meant}"
 
 
-def _override(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set one ``key=value`` in the values of a recipe. Raises ConfigError."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"--set {override!r} must have the form key=value, such as training.learning_rate=1e-4")

@@ -1,0 +1,155 @@
+"""Tensors that have everything but values: a step on them allocates what a real one would, and computes nothing.
+
+A `Traced` tensor lies on the meta device and says that it is on another, so that autocast, dispatch and the kernels'
+own Python code take the ways that they take on real tensors; where a kernel itself would be called, nothing happens
+(`silent_kernels`). Tensors of integers and booleans that a step makes by itself (bounds of sequences, labels) stay
+real, for what is done depends on their values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils._pytree import tree_map
+
+Called = Callable[[str, tuple[Any, ...]], None]
+"""Told of a kernel that was not run: its name, and its arguments."""
+
+_META = torch.device("meta")
+_aten = torch.ops.aten
+_FACTORIES = {
+    _aten.empty.memory_format,
+    _aten.empty_strided.default,
+    _aten.zeros.default,
+    _aten.ones.default,
+    _aten.full.default,
+    _aten.rand.default,
+    _aten.randn.default,
+}
+_SIZES = ("attention_scratch_bytes", "grouped_low_rank_u_bytes", "four_bit_has_product", "isa", "max_threads")
+"""Functions of the kernels' module that tell sizes, and read no memory."""
+
+_TELL: ContextVar[Called | None] = ContextVar("_TELL", default=None)
+_ISA: ContextVar[str | None] = ContextVar("_ISA", default=None)
+
+
+class Traced(Tensor):
+    """A tensor without values that counts as being on a device; ``bare`` is the one on the meta device."""
+
+    bare: Tensor
+    place: torch.device
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, bare: Tensor, place: torch.device) -> Traced:
+        """Sharing the storage of ``bare``, which counts its bytes."""
+        own: Any = Tensor._make_subclass(cls, bare, False, dispatch_device=True, device_for_backend_keys=place)
+        own.bare, own.place = bare, place
+        return own  # type: ignore[no-any-return]
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"Traced({tuple(self.shape)}, {self.dtype})"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """The op on the meta device. What is written into a real tensor leaves it as it was."""
+        if func is torch.ops.prim.device.default:
+            return args[0].place
+        if func is _aten._local_scalar_dense.default and args[0].dtype == torch.bool:
+            return True  # checks, such as that all values are finite, pass
+        given: dict[int, tuple[Tensor, Tensor]] = {}
+        place = torch.device("cpu")
+
+        def bare(x: Any) -> Any:
+            nonlocal place
+            if isinstance(x, torch.device):
+                return _META
+            if not isinstance(x, Tensor):
+                return x
+            if isinstance(x, Traced):
+                place = x.place
+            plain = x.bare if isinstance(x, Traced) else x.to(_META)
+            given[id(plain)] = plain, x
+            return plain
+
+        def dressed(y: Any) -> Any:
+            if not isinstance(y, Tensor):
+                return y
+            return given[id(y)][1] if id(y) in given else Traced(y, place)
+
+        return tree_map(dressed, func(*tree_map(bare, args), **tree_map(bare, kwargs or {})))
+
+
+class _Factories(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Makes the tensors traced that a step makes from nothing, but for whole numbers, booleans and single numbers."""
+
+    is_silent = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        dtype = kwargs.get("dtype") or torch.get_default_dtype()
+        narrow = dtype in (torch.uint8, torch.int8)
+        given = kwargs.get("device")
+        wanted = given is None or torch.device(given).type != "meta"
+        if wanted and func in _FACTORIES and args[0] and (dtype.is_floating_point or narrow):
+            return Traced(func(*args, **{**kwargs, "device": _META}), torch.device("cpu"))
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def tracing(tell: Called = lambda name, arguments: None, isa: str | None = None) -> Iterator[None]:
+    """Within it kernels are not run but told of, and a step makes traced tensors.
+
+    ``isa`` is the instruction set of the machine that the step is traced for; None: of this one.
+    """
+    tokens = _TELL.set(tell), _ISA.set(isa)
+    try:
+        with _Factories():  # type: ignore[no-untyped-call]
+            yield
+    finally:
+        _TELL.reset(tokens[0])
+        _ISA.reset(tokens[1])
+
+
+def traced_isa() -> str | None:
+    """The instruction set that a step is traced for, where it is another than this machine's."""
+    return _ISA.get()
+
+
+def silent_kernels(module: Any) -> Any | None:
+    """Stands in for the kernels' module while a step is traced; None otherwise."""
+    tell = _TELL.get()
+    return None if tell is None else _Silent(module, tell)
+
+
+class _Silent:
+    """Functions that compute nothing, but for those that tell sizes."""
+
+    def __init__(self, module: Any, tell: Called) -> None:
+        self._module, self._tell = module, tell
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _SIZES:
+            return getattr(self._module, name)
+
+        def call(*args: Any) -> bool:
+            self._tell(name, args)
+            return True  # "all values are finite", where a kernel says so
+
+        return call
+
+
+def is_watched() -> bool:
+    """Return True if somebody who keeps what ops give looks at torch's dispatcher (selective checkpointing does).
+
+    Modes that only count set ``is_silent``.
+    """
+    return any(not getattr(mode, "is_silent", False) for mode in _get_current_dispatch_mode_stack())

@@ -1,0 +1,108 @@
+"""The settings of a recipe that fit a budget of memory, best first."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from veneer.core.units import size
+from veneer.errors import ConfigError
+from veneer.plan.plan import Plan, plan_recipe
+from veneer.train.recipe.recipe import Recipe, parse_recipe
+
+CHECKPOINTING: tuple[bool | str, ...] = (False, "selective", True)
+FORMATS = ("none", "nf4")
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A recipe that fits: what was changed, its plan, the bytes that it takes, and seconds a token."""
+
+    changes: Mapping[str, Any]
+    plan: Plan
+    n_bytes: int
+    seconds_a_token: float
+
+
+Bytes = Callable[[Plan], int]
+Cost = Callable[[Plan], float]
+
+
+def fits(recipe: Recipe, config: PreTrainedConfig, budget: int, bytes_of: Bytes, cost: Cost) -> list[Fit]:
+    """Settings within ``budget`` bytes, the quickest a token first; the rows of an optimizer step stay as many.
+
+    Knobs: storage of the base, checkpointing, rows of a micro-batch. ``bytes_of`` and ``cost`` (seconds of a
+    micro-batch) belong to the machine. Raises ConfigError where nothing fits, with what would.
+    """
+    found, least = [], None
+    for changes in _ways(recipe):
+        one = _planned(recipe, config, {**changes, "training.per_device_train_batch_size": 1})
+        needed = bytes_of(one)
+        if least is None or needed < least[0]:
+            least = needed, changes
+        if needed > budget:
+            continue
+        best = _largest(recipe, config, changes, one, budget, bytes_of)
+        found.append(Fit(best[0], best[1], bytes_of(best[1]), cost(best[1]) / best[1].n_tokens))
+    if not found and least is not None:
+        told = ", ".join(f"{key}={value}" for key, value in least[1].items()) or "the recipe as it is"
+        raise ConfigError(
+            f"nothing fits {size(budget)}: the least is {size(least[0])} ({told}, one row of "
+            f"{recipe.sft_config().max_length} tokens). Missing: a smaller base, a shorter training.max_length, or "
+            "several processes (--processes N --strategy fsdp)"
+        )
+    return sorted(found, key=lambda fit: fit.seconds_a_token)
+
+
+def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """The recipe with keys such as ``training.max_length`` changed. Raises ConfigError."""
+    values = recipe.model_dump(exclude_unset=True)
+    for key, value in changes.items():
+        part, _, name = key.partition(".")
+        values.setdefault(part, {})[name] = value
+    return parse_recipe(values)
+
+
+def _ways(recipe: Recipe) -> Iterator[dict[str, Any]]:
+    """Storage and checkpointing, as far as the method allows; what the recipe has is not said."""
+    formats = FORMATS if recipe.method != "full" else ("none",)
+    formats = formats if recipe.model.quantization == "none" else (recipe.model.quantization,)
+    for kind, way in itertools.product(formats, CHECKPOINTING):
+        yield {
+            **({"model.quantization": kind} if kind != recipe.model.quantization else {}),
+            **(
+                {"training.gradient_checkpointing": way}
+                if way != recipe.training.get("gradient_checkpointing", False)
+                else {}
+            ),
+        }
+
+
+def _planned(recipe: Recipe, config: PreTrainedConfig, changes: Mapping[str, Any]) -> Plan:
+    return plan_recipe(changed(recipe, changes), config=config)
+
+
+def _largest(
+    recipe: Recipe, config: PreTrainedConfig, changes: Mapping[str, Any], one: Plan, budget: int, bytes_of: Bytes
+) -> tuple[dict[str, Any], Plan]:
+    """The most rows a micro-batch that divide the rows of a step: memory is convex in them, so they are tried."""
+    args = recipe.sft_config()
+    total = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    for rows in sorted((n for n in range(2, total + 1) if total % n == 0), reverse=True):
+        settings = {
+            **changes,
+            "training.per_device_train_batch_size": rows,
+            "training.gradient_accumulation_steps": total // rows,
+        }
+        held = bytes_of(one) - one.peak.n_bytes + one.held.n_bytes
+        if held + 0.5 * rows * (one.peak.n_bytes - one.held.n_bytes) > budget and rows > 4:
+            continue  # far too many: not worth a trace
+        plan = _planned(recipe, config, settings)
+        if bytes_of(plan) <= budget:
+            return settings, plan
+    single = {**changes, "training.per_device_train_batch_size": 1, "training.gradient_accumulation_steps": total}
+    return single, one

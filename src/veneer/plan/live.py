@@ -1,0 +1,107 @@
+"""Bytes of the tensors that are alive while a step runs, real or traced, by the marks that the step sets."""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+
+class Event(NamedTuple):
+    """A storage comes (``n_bytes`` > 0) or goes; ``number`` tells it from others, ``mark`` says when."""
+
+    number: int
+    n_bytes: int
+    mark: str
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Writes down every storage that comes and goes within it; `mark` names what is happening from now on.
+
+    Storages that were there before are told to `hold`, with their kind. What is packed away by hooks of autograd into
+    files is not alive, and scratch within a kernel is not seen.
+    """
+
+    is_silent = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.events: list[Event] = []
+        self.kinds: dict[int, str] = {}
+        self._mark = "load"
+        self._numbers: dict[int, int] = {}
+
+    def mark(self, name: str) -> None:
+        """What comes and goes from now on belongs to this part of the step."""
+        self._mark = name
+
+    def hold(self, tensor: Tensor, kind: str) -> None:
+        """A tensor that is there already, or that turns out to be of a kind."""
+        self._see(tensor)
+        self.kinds.setdefault(self._numbers[_storage_of(tensor)._cdata], kind)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if isinstance(tensor, Tensor):
+                self._see(tensor)
+        return out
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = _storage_of(tensor)
+        key = storage._cdata
+        if key in self._numbers:
+            return
+        number, n_bytes = len(self.events), storage.nbytes()
+        self._numbers[key] = number
+        self.events.append(Event(number, n_bytes, self._mark))
+        weakref.finalize(storage, self._gone, key, number, n_bytes).atexit = False
+
+    def _gone(self, key: int, number: int, n_bytes: int) -> None:
+        if self._numbers.get(key) == number:
+            del self._numbers[key]
+        self.events.append(Event(number, -n_bytes, self._mark))
+
+
+def _storage_of(tensor: Tensor) -> torch.UntypedStorage:
+    return getattr(tensor, "bare", tensor).untyped_storage()
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """The most that was alive under one mark: bytes by kind."""
+
+    kinds: Mapping[str, int]
+
+    @property
+    def n_bytes(self) -> int:
+        """All of them."""
+        return sum(self.kinds.values())
+
+
+def peaks(events: Iterable[Event], kinds: Mapping[int, str], default: Callable[[str], str]) -> dict[str, Peak]:
+    """The peak under each mark, in the order in which they come.
+
+    ``kinds`` of storages by number; others are of the kind that ``default`` gives for the mark that they came under.
+    """
+    live: defaultdict[str, int] = defaultdict(int)
+    born: dict[int, str] = {}
+    found: dict[str, Peak] = {}
+    most: dict[str, int] = {}
+    total = 0
+    for event in events:
+        if event.n_bytes >= 0 and event.number not in born:
+            born[event.number] = kinds.get(event.number) or default(event.mark)
+        live[born[event.number]] += event.n_bytes
+        total += event.n_bytes
+        if total > most.get(event.mark, -1):
+            most[event.mark] = total
+            found[event.mark] = Peak({kind: n for kind, n in live.items() if n})
+    return found

@@ -1,0 +1,216 @@
+"""The machine that a plan is for: this one, whose rates are measured and kept in the cache, or a card's data sheet.
+
+Memory: what a process may still take here (`model.memory`: control groups count), or the card's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from veneer.core.nearest import nearest
+from veneer.disk.atomic import write_atomically
+from veneer.disk.cache import cache_dir
+from veneer.errors import ConfigError
+from veneer.model.memory import available_bytes
+from veneer.ops.dispatch import kernel_isa
+from veneer.plan.work import Product
+
+LARGEST = 4096
+"""Products are measured with sides up to this; larger ones run at the same rate."""
+ROWS = 1024
+EFFICIENCY = 0.5
+"""Of a card's data sheet, what products of a training step commonly reach (0.4 to 0.6 is reported)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A GPU by its data sheet: bytes, bytes a second, dense bfloat16 FLOPs a second, and where that stands."""
+
+    n_bytes: float
+    bandwidth: float
+    flops: float
+    source: str
+
+
+CARDS = {
+    "rtx-3090": Card(24e9, 936e9, 71e12, "NVIDIA, Ampere GA102 whitepaper (2020)"),
+    "rtx-4090": Card(24e9, 1008e9, 165e12, "NVIDIA, Ada architecture whitepaper (2022)"),
+    "a10g": Card(24e9, 600e9, 70e12, "NVIDIA, A10G data sheet"),
+    "l4": Card(24e9, 300e9, 121e12, "NVIDIA, L4 data sheet"),
+    "l40s": Card(48e9, 864e9, 362e12, "NVIDIA, L40S data sheet"),
+    "a100-40gb": Card(40e9, 1555e9, 312e12, "NVIDIA, A100 data sheet"),
+    "a100-80gb": Card(80e9, 2039e9, 312e12, "NVIDIA, A100 data sheet"),
+    "h100-80gb": Card(80e9, 3350e9, 989e12, "NVIDIA, H100 SXM data sheet"),
+    "h200": Card(141e9, 4800e9, 989e12, "NVIDIA, H200 data sheet"),
+}
+
+
+def card_of(name: str) -> Card:
+    """A card by its name. Raises ConfigError, naming the nearest one."""
+    if name.lower() not in CARDS:
+        close = nearest(name.lower(), CARDS)
+        raise ConfigError(
+            f"no card {name!r}{'; did you mean ' + close[0] + '?' if close else ''}; there are {', '.join(CARDS)}"
+        )
+    return CARDS[name.lower()]
+
+
+def processor() -> str:
+    """The CPU, its instruction set and the threads in use: what measured rates hold for."""
+    text = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {kernel_isa() or 'no kernels'}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+@dataclass(slots=True)
+class Rates:
+    """Measured seconds on this machine, each measured when it is first asked for. ``known`` is what the file holds."""
+
+    path: Path
+    known: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def here(cls) -> Rates:
+        """Those of this processor, from the cache folder."""
+        digest = hashlib.sha256(processor().encode()).hexdigest()[:12]
+        path = cache_dir() / "plan" / f"rates-{digest}.json"
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return cls(path)
+        return cls(path, {key: float(value) for key, value in stored["seconds"].items()})
+
+    def save(self) -> None:
+        """Keep what was measured."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, json.dumps({"processor": processor(), "seconds": self.known}, indent=1).encode())
+
+    def product(self, product: Product) -> float:
+        """Seconds of a product, from the rate of one of its shape, cut down to `LARGEST`."""
+        m, k, n = min(product.m, ROWS), min(product.k, LARGEST), min(product.n, LARGEST)
+        seconds = self._once(f"product {m} {k} {n} {product.dtype}", lambda: _product_seconds(m, k, n, product.dtype))
+        return seconds * product.flops / (2.0 * m * k * n)
+
+    def moved(self) -> float:
+        """Seconds a byte of elementwise work on float32, read and written."""
+        return self._once("moved", _moved_seconds)
+
+    def attention(self) -> float:
+        """Seconds a FLOP of attention by the kernel."""
+        return self._once("attention", _attention_seconds)
+
+    def decoded(self) -> float:
+        """Seconds to decode one value of 4 bits."""
+        return self._once("decoded", _decoded_seconds)
+
+    def op(self) -> float:
+        """Seconds that calling an op takes beside its work."""
+        return self._once("op", _op_seconds)
+
+    def _once(self, key: str, measure: Callable[[], float]) -> float:
+        if key not in self.known:
+            self.known[key] = measure()
+        return self.known[key]
+
+
+def start_bytes(rates: Rates) -> int:
+    """Bytes of a process that has imported all and trained one tiny model: interpreter, libraries, allocator."""
+    return int(rates._once("start bytes", _start_bytes))
+
+
+def free_here() -> int:
+    """Bytes that a process may still take on this machine."""
+    return available_bytes(torch.device("cpu"))
+
+
+def _timed(run: Callable[[], Any], least: float = 0.02) -> float:
+    """The median of five, each long enough to be timed."""
+    run()
+    began = time.perf_counter()
+    run()
+    times = max(1, int(least / max(time.perf_counter() - began, 1e-7)))
+    found = []
+    for _ in range(5):
+        began = time.perf_counter()
+        for _ in range(times):
+            run()
+        found.append((time.perf_counter() - began) / times)
+    return statistics.median(found)
+
+
+def _product_seconds(m: int, k: int, n: int, dtype: str) -> float:
+    kind = getattr(torch, dtype)
+    a, b = torch.ones(m, k, dtype=kind), torch.ones(n, k, dtype=kind)
+    return _timed(lambda: a @ b.T)
+
+
+def _moved_seconds() -> float:
+    x = torch.ones(1 << 22)
+    return _timed(lambda: x * 1.5) / (2 * x.nbytes)
+
+
+def _attention_seconds() -> float:
+    from veneer.ops.attention import AttentionOptions, attention_backward, attention_forward
+
+    t, heads, d = 512, 8, 64
+    q, k, v = (torch.ones(t, heads, d, dtype=torch.bfloat16) for _ in range(3))
+    bounds, options = torch.tensor([0, t]), AttentionOptions()
+
+    def run() -> None:
+        out, lse = attention_forward(q, k, v, bounds, options)
+        attention_backward(out, (q, k, v), (out, lse), bounds, options)
+
+    return _timed(run) / (14 * t * t / 2 * heads * d)
+
+
+def _decoded_seconds() -> float:
+    from veneer.ops.four_bit import FourBitLayout, dequantize_4bit, quantize_4bit
+
+    w = torch.linspace(-1, 1, 1 << 20).view(1024, 1024)
+    packed, absmax = quantize_4bit(w, "nf4")
+    layout = FourBitLayout((1024, 1024), "nf4", 64, torch.bfloat16)
+    return _timed(lambda: dequantize_4bit(packed, absmax, layout)) / w.numel()
+
+
+def _op_seconds() -> float:
+    x = torch.ones(8)
+    return _timed(lambda: x * 1.5, 0.005)
+
+
+_TINY = """
+import resource, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+import veneer.train.run, veneer.plan.trace
+from veneer.plan.step import Batch, Step, as_accelerate
+from veneer import LoraConfig, get_peft_model
+model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+    num_attention_heads=2, num_key_value_heads=1))
+model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear")).train()
+step = Step(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]), Batch(n_rows=2,
+    length=32).inputs(64), lambda mark: None)
+with as_accelerate(model, torch.bfloat16):
+    step.run(), step.run()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if __import__("sys").platform == "darwin" else 1024))
+"""
+
+
+def _start_bytes() -> float:
+    out = subprocess.run([sys.executable, "-c", _TINY], capture_output=True, text=True, env={**os.environ}, check=False)
+    try:
+        return float(out.stdout.split()[-1])
+    except (IndexError, ValueError) as error:
+        raise ConfigError(f"a process could not be measured: {out.stderr.strip()[-300:]}") from error

@@ -1,0 +1,18 @@
+"""The model of a recipe itself, made as its run makes it, for comparing a plan with what happens."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from transformers import PreTrainedModel
+
+from veneer.adapters.peft_model import get_peft_model
+from veneer.train.recipe.recipe import Recipe
+from veneer.train.run import load_base
+
+
+def measured_model(recipe: Recipe) -> PreTrainedModel:
+    """The base loaded, with its adapter, or with float32 weights where the whole model is trained; ready to train."""
+    base, adapter = load_base(recipe.model), recipe.adapter_config()
+    model = base.float().requires_grad_(True) if adapter is None else get_peft_model(base, adapter)
+    return cast(PreTrainedModel, model.train())

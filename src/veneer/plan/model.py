@@ -1,0 +1,87 @@
+"""The model of a recipe as its run would have it, made of traced tensors: quantized, prepared, adapted, fused."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from veneer.adapters.peft_model import get_peft_model
+from veneer.contract import MethodConfig
+from veneer.model.prepare import prepare_model_for_kbit_training
+from veneer.model.quant_linear import QuantLinear
+from veneer.ops.traced import Traced
+from veneer.store.quantization import BitsAndBytesConfig
+from veneer.store.quantizer import VeneerQuantizer
+from veneer.train.recipe.recipe import ModelPart
+from veneer.train.run import quantization_of
+
+CPU = torch.device("cpu")
+
+
+def shortened(config: PreTrainedConfig, n_blocks: int) -> PreTrainedConfig:
+    """The config of the same model with its first so many blocks."""
+    short = copy.deepcopy(config)
+    text: Any = short.get_text_config()
+    text.num_hidden_layers = n_blocks
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:n_blocks]
+    return short
+
+
+def meta_base(config: PreTrainedConfig, part: ModelPart, *, prepared: bool = True) -> PreTrainedModel:
+    """The base of a recipe on the meta device, in the storage format that it asks for; ``prepared`` for training."""
+    dtype = getattr(torch, part.dtype) if part.dtype != "auto" else config.dtype or torch.float32
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = cast(PreTrainedModel, model.eval())
+    quantization = quantization_of(part)
+    if quantization is not None:
+        _quantize(model, quantization)
+    if quantization is not None and prepared:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if part.attention is not None:
+        model.set_attn_implementation(part.attention)
+    return model
+
+
+def traced_model(config: PreTrainedConfig, part: ModelPart, adapter: MethodConfig | None) -> PreTrainedModel:
+    """The base with its adapter, or with float32 weights where the whole model is trained, ready to train.
+
+    To be called while tracing.
+    """
+    model = meta_base(config, part)
+    if adapter is None:
+        model = model.float().requires_grad_(True)
+    make_traced(model)  # casts go before it: a traced tensor cannot be given other data
+    return cast(PreTrainedModel, (model if adapter is None else get_peft_model(model, adapter)).train())
+
+
+def _quantize(model: PreTrainedModel, config: BitsAndBytesConfig) -> None:
+    """As the loader does, without a checkpoint."""
+    VeneerQuantizer(config, pre_quantized=False)._process_model_before_weight_loading(model)
+    for layer in model.modules():
+        if isinstance(layer, QuantLinear):
+            parts = {
+                name: torch.empty(shape, dtype=dtype, device="meta")
+                for name, (dtype, shape) in layer.spec.part_layout().items()
+            }
+            layer.fill(layer.spec, parts)
+            layer.requires_grad_(False)
+
+
+def make_traced(model: nn.Module) -> None:
+    """Every parameter and buffer on the meta device becomes a traced one; what is shared stays shared."""
+    made: dict[Tensor, Tensor] = {}  # by identity; the keys keep the tensors that were there alive
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter not in made:
+                made[parameter] = nn.Parameter(Traced(parameter.data, CPU), parameter.requires_grad)
+            if parameter is not None:
+                module._parameters[name] = cast(nn.Parameter, made[parameter])
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = made.setdefault(buffer, Traced(buffer, CPU))

@@ -1,0 +1,178 @@
+"""The plan of a run: bytes by kind and by phase, the peak and what it is made of, the work of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from veneer.errors import ConfigError
+from veneer.ops.traced import tracing
+from veneer.plan.architecture import config_of
+from veneer.plan.live import Peak
+from veneer.plan.model import shortened, traced_model
+from veneer.plan.step import Batch
+from veneer.plan.trace import KINDS, SCRATCH, Shallow, trace
+from veneer.plan.work import Work
+from veneer.train.recipe.recipe import Recipe
+
+SHALLOW = (2, 3)
+"""Blocks of the two traces; memory and work are affine in the number of blocks."""
+PHASES = ("load", "forward", "loss", "backward", "optimizer")
+SEQUENCE = 256
+"""Tokens of a sequence in a packed row, where nothing else is said."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a run takes. ``phases``: the most that is alive in each; ``held``: what is there before the first step."""
+
+    recipe: Recipe
+    batch: Batch
+    config: PreTrainedConfig
+    n_trained: int
+    n_parameters: int
+    held: Peak
+    phases: Mapping[str, Peak]
+    work: Work
+    not_fused: str | None
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase in which most is alive."""
+        return max(self.phases, key=lambda phase: self.phases[phase].n_bytes)
+
+    @property
+    def peak(self) -> Peak:
+        """The most that is alive at once."""
+        return self.phases[self.peak_phase]
+
+    @property
+    def n_tokens(self) -> int:
+        """Of one micro-batch."""
+        return self.batch.n_rows * self.batch.length
+
+
+def plan_recipe(
+    recipe: Recipe,
+    *,
+    config: PreTrainedConfig | None = None,
+    batch: Batch | None = None,
+    isa: str | None = None,
+    whole: bool = False,
+) -> Plan:
+    """The plan of a recipe, from two shallow traces; ``whole`` traces all blocks.
+
+    Rows are as long as ``max_length``. ``isa`` is the instruction set of the machine that the plan is for. Raises
+    ConfigError where transformers makes no causal language model of the config.
+    """
+    config = config or config_of(recipe.model.source)
+    batch = batch or batch_of(recipe, config)
+    n_blocks = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if not isinstance(n_blocks, int) or n_blocks < 1:
+        raise ConfigError(
+            f"the config of {recipe.model.source} ({config.model_type}) has no num_hidden_layers to plan by"
+        )
+    depths = (n_blocks,) if whole or n_blocks <= SHALLOW[-1] else SHALLOW
+    try:
+        traces = [trace(shortened(config, depth), recipe, batch, isa) for depth in depths]
+    except (ImportError, KeyError) as error:
+        raise ConfigError(f"transformers makes no model of {recipe.model.source}: {error}") from error
+    return _deepened(traces, n_blocks, recipe, batch, config)
+
+
+def batch_of(recipe: Recipe, config: PreTrainedConfig) -> Batch:
+    """A micro-batch of a recipe: all rows as long as they may be."""
+    args = recipe.sft_config()
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    length = args.max_length or context or 1024
+    if context is not None and length > context:
+        raise ConfigError(
+            f"training.max_length={length} is more than the {context} tokens of the context of {recipe.model.source}: "
+            "lower it"
+        )
+    n_sequences = max(1, length // SEQUENCE) if args.packing else 1
+    return Batch(
+        n_rows=args.per_device_train_batch_size, length=length, n_sequences=n_sequences, packed=bool(args.packing)
+    )
+
+
+def count_trained(recipe: Recipe, config: PreTrainedConfig) -> int:
+    """Parameters that a recipe trains, from the shapes of two shallow models; no step is traced."""
+    n_blocks: int = config.get_text_config().num_hidden_layers
+    adapter = recipe.adapter_config()
+    counts: list[int] = []
+    for depth in SHALLOW:
+        with tracing():
+            model = traced_model(shortened(config, depth), recipe.model, adapter)
+        counts.append(sum(p.numel() for p in model.parameters() if p.requires_grad))
+    return counts[0] + (n_blocks - SHALLOW[0]) * (counts[1] - counts[0])
+
+
+def _deepened(traces: list[Shallow], n_blocks: int, recipe: Recipe, batch: Batch, config: PreTrainedConfig) -> Plan:
+    low, high = traces[0], traces[-1]
+    more = 0 if low is high else (n_blocks - low.n_blocks) / (high.n_blocks - low.n_blocks)
+    marks = [_by_place(shallow) for shallow in (low, high)]
+    deep = {mark: _between(marks[0][mark], marks[1][mark], more) for mark in marks[0] if mark in marks[1]}
+    held = _between(low.held, high.held, more)
+    loading = Peak({**held.kinds, SCRATCH: held.kinds.get(SCRATCH, 0) + 4 * high.largest_matrix})
+    phases = {"load": loading if recipe.model.quantization != "none" else held}
+    for phase in PHASES[1:]:
+        own = [peak for mark, peak in deep.items() if mark.split(".")[0] == phase]
+        if own:
+            phases[phase] = max(own, key=lambda peak: peak.n_bytes)
+    work = high.work if low is high else low.work.plus(high.work.plus(low.work, -1.0), more)
+    return Plan(
+        recipe=recipe,
+        batch=batch,
+        config=config,
+        n_trained=_line(low.n_trained, high.n_trained, more),
+        n_parameters=_line(low.n_parameters, high.n_parameters, more),
+        held=held,
+        phases=phases,
+        work=work,
+        not_fused=high.not_fused,
+    )
+
+
+def _by_place(shallow: Shallow) -> dict[str, Peak]:
+    """Peaks by marks that mean the same at any depth: of blocks the first and the last alone."""
+    found = {}
+    for mark, peak in shallow.peaks.items():
+        name, _, number = mark.rpartition(".")
+        if not number.isdigit():
+            found[mark] = peak
+        elif int(number) == 0:
+            found[f"{name}.first"] = peak
+        elif int(number) == shallow.n_blocks - 1:
+            found[f"{name}.last"] = peak
+    return found
+
+
+def _between(low: Peak, high: Peak, more: float) -> Peak:
+    kinds = {kind: _line(low.kinds.get(kind, 0), high.kinds.get(kind, 0), more) for kind in KINDS}
+    return Peak({kind: n for kind, n in kinds.items() if n})
+
+
+def _line(low: float, high: float, more: float) -> int:
+    return round(low + more * (high - low))
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The plan as plain numbers."""
+    return {
+        "model": plan.recipe.model.source,
+        "method": plan.recipe.method,
+        "quantization": plan.recipe.model.quantization,
+        "batch": {"rows": plan.batch.n_rows, "length": plan.batch.length, "packed": plan.batch.packed},
+        "path": "general" if plan.not_fused else "fused",
+        **({"not_fused": plan.not_fused} if plan.not_fused else {}),
+        "trained": {"parameters": plan.n_trained, "share": plan.n_trained / plan.n_parameters},
+        "parameters": plan.n_parameters,
+        "weights": {"bytes": plan.held.n_bytes, "kinds": dict(plan.held.kinds)},
+        "phases": {phase: {"bytes": p.n_bytes, "kinds": dict(p.kinds)} for phase, p in plan.phases.items()},
+        "peak": {"phase": plan.peak_phase, "bytes": plan.peak.n_bytes, "kinds": dict(plan.peak.kinds)},
+        "flops": plan.work.flops,
+    }

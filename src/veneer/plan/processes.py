@@ -1,0 +1,39 @@
+"""Bytes a rank where several processes train: copies of everything (DDP), or shards of it (FSDP).
+
+ZeRO's count (Rajbhandari et al. 2020, arXiv:1910.02054) with frozen weights, which have neither gradient nor state.
+"""
+
+from __future__ import annotations
+
+from veneer.errors import ConfigError
+from veneer.plan.live import Peak
+from veneer.plan.plan import Plan
+from veneer.plan.trace import ADAPTERS, BASE, EMBEDDINGS, GRADIENTS, HEAD, NORMS, STATE, TRAINED
+
+STRATEGIES = ("ddp", "fsdp")
+GATHERED, BUCKETS = "gathered weights", "gradient buckets"
+_SHARDED = (BASE, EMBEDDINGS, HEAD, NORMS, TRAINED, ADAPTERS, GRADIENTS, STATE)
+
+
+def rank_peak(plan: Plan, n_processes: int, strategy: str) -> Peak:
+    """The peak of one rank, each with a micro-batch of its own.
+
+    DDP keeps the gradients a second time, in the buckets that are reduced. FSDP keeps 1/N of what is trained, frozen
+    or remembered, and gathers one group at a time: a block (and the next one, fetched ahead), or embeddings and head.
+    Raises ConfigError.
+    """
+    problems = []
+    if n_processes < 1:
+        problems.append(f"--processes {n_processes} must be at least 1")
+    if strategy not in STRATEGIES:
+        problems.append(f"--strategy {strategy!r} must be one of {', '.join(STRATEGIES)}")
+    if problems:
+        raise ConfigError("; ".join(problems))
+    kinds = dict(plan.peak.kinds)
+    if strategy == "ddp":
+        return Peak({**kinds, **({BUCKETS: 4 * plan.n_trained} if n_processes > 1 else {})})
+    n_blocks = plan.config.get_text_config().num_hidden_layers
+    blocks = sum(kinds.get(kind, 0) for kind in (BASE, NORMS, TRAINED, ADAPTERS)) / n_blocks
+    outside = kinds.get(EMBEDDINGS, 0) + kinds.get(HEAD, 0)
+    sharded = {kind: -(-n // n_processes) if kind in _SHARDED else n for kind, n in kinds.items()}
+    return Peak({**sharded, **({GATHERED: round(max(2 * blocks, outside))} if n_processes > 1 else {})})

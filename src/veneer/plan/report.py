@@ -1,0 +1,163 @@
+"""Plans for people: bars in a terminal, a picture, a recipe; and the machine that they are for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from veneer.core.units import duration, size
+from veneer.plan.fit import Fit
+from veneer.plan.machine import Card, Rates, card_of, free_here
+from veneer.plan.plan import PHASES, Plan
+from veneer.plan.process import process_of
+from veneer.plan.time import Seconds, seconds_here, seconds_on
+from veneer.train.recipe.recipe import Recipe
+
+CONTEXT_BYTES = 500_000_000
+"""CUDA's context and libraries (300 to 600 MB by card and driver)."""
+FRAGMENTS = 1.05
+"""Reserved over allocated with rows of one length (5 to 15% is reported)."""
+WIDTH = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """This machine, or a card; ``timed`` where seconds are asked for."""
+
+    card: Card | None
+    timed: bool
+
+    @classmethod
+    def of(cls, name: str | None, *, timed: bool) -> Machine:
+        """By a card's name; None is this machine. Raises ConfigError."""
+        return cls(None if name is None else card_of(name), timed)
+
+    @property
+    def isa(self) -> str | None:
+        """The instruction set to trace for: a card multiplies 16 bits as they are."""
+        return None if self.card is None else "avx512_bf16"
+
+    @property
+    def memory(self) -> int:
+        """Bytes to plan for."""
+        return free_here() if self.card is None else int(self.card.n_bytes)
+
+    def bytes_of(self, plan: Plan) -> int:
+        """All that a process takes there."""
+        if self.card is not None:
+            return int(plan.peak.n_bytes * FRAGMENTS) + CONTEXT_BYTES
+        return process_of(plan, Rates.here()).n_bytes
+
+    def seconds(self, plan: Plan) -> Seconds:
+        """Of one micro-batch."""
+        return seconds_here(plan.work, Rates.here()) if self.card is None else seconds_on(plan.work, self.card)
+
+    def cost(self, plan: Plan) -> float:
+        """Seconds of a micro-batch; where time is not asked for, by arithmetic alone."""
+        return self.seconds(plan).step if self.timed or self.card else plan.work.flops / 1e12
+
+    def facts(self, plan: Plan, n_rows: int | None) -> dict[str, Any]:
+        """Process and time as plain numbers."""
+        found: dict[str, Any] = {"process": {"bytes": self.bytes_of(plan), "free": self.memory}}
+        if self.timed:
+            seconds = self.seconds(plan)
+            found["time"] = {
+                "seconds_a_step": seconds.step,
+                "tokens_a_second": plan.n_tokens / seconds.step,
+                "kinds": dict(seconds.kinds),
+                "source": seconds.source,
+            }
+            if n_rows is not None:
+                epochs = plan.recipe.sft_config().num_train_epochs
+                found["time"]["hours"] = seconds.step * n_rows / plan.batch.n_rows * epochs / 3600
+        return found
+
+
+def shown(plan: Plan, facts: dict[str, Any]) -> Group:
+    """The plan as a page of a terminal."""
+    batch, share = plan.batch, plan.n_trained / plan.n_parameters
+    head = Text(
+        f"{plan.recipe.model.source}, {plan.recipe.method}, base in "
+        f"{'its own dtype' if plan.recipe.model.quantization == 'none' else plan.recipe.model.quantization}: "
+        f"{plan.n_trained:,} of {plan.n_parameters:,} parameters trained ({share:.2%}); "
+        f"{batch.n_rows} rows of {batch.length:,} tokens{', packed' if batch.packed else ''}"
+    )
+    lines: list[Any] = [head]
+    if plan.not_fused:
+        lines.append(Text(f"planned on the general path: {plan.not_fused}", style="yellow"))
+    phases = {phase: plan.phases[phase].n_bytes for phase in PHASES if phase in plan.phases}
+    lines += [
+        Text(""),
+        _bars(phases, "phase"),
+        Text(f"\nthe peak, in {plan.peak_phase}:"),
+        _bars(dict(plan.peak.kinds), "kind"),
+    ]
+    process = facts["process"]
+    lines.append(Text(f"\nprocess {size(process['bytes'])}; {size(process['free'])} may be taken"))
+    if "rank" in facts:
+        rank = facts["rank"]
+        lines.append(Text(f"a rank of {rank['processes']} ({rank['strategy']}): {size(rank['bytes'])} of tensors"))
+    if "time" in facts:
+        time = facts["time"]
+        told = (
+            f"{time['seconds_a_step']:.2f} s a micro-batch, {time['tokens_a_second']:,.0f} tokens/s ({time['source']})"
+        )
+        lines.append(Text(told + (f"; {duration(time['hours'] * 3600)} for the run" if "hours" in time else "")))
+    return Group(*lines)
+
+
+def _bars(amounts: dict[str, int], noun: str) -> Table:
+    table = Table(noun, "bytes", "", box=None, padding=(0, 2))
+    most = max(amounts.values(), default=1) or 1
+    for name, n in sorted(amounts.items(), key=lambda item: -item[1]) if noun == "kind" else amounts.items():
+        table.add_row(name, size(n), "█" * max(1, round(WIDTH * n / most)))
+    return table
+
+
+def told(plan: Plan, facts: dict[str, Any]) -> str:
+    """The plan in one line, for `veneer train`."""
+    time = facts.get("time")
+    return f"planned: {size(facts['process']['bytes'])} at most (in {plan.peak_phase})" + (
+        f", about {time['seconds_a_step']:.2g} s a micro-batch" if time else ""
+    )
+
+
+def fit_table(found: Sequence[Fit], budget: int) -> Table:
+    """Settings that fit, best first."""
+    table = Table("", "settings", "memory", "cost a token", box=None, padding=(0, 2), title=f"within {size(budget)}")
+    for number, fit in enumerate(found, 1):
+        settings = ", ".join(f"{key.partition('.')[2]}={value}" for key, value in fit.changes.items())
+        table.add_row(
+            str(number), settings, size(fit.n_bytes), f"{fit.seconds_a_token / found[0].seconds_a_token:.2f} x"
+        )
+    return table
+
+
+def as_yaml(recipe: Recipe) -> str:
+    """A recipe as `veneer train` reads it."""
+    return yaml.safe_dump(recipe.model_dump(exclude_unset=True, mode="json"), sort_keys=False)
+
+
+def draw(plan: Plan, path: Path) -> None:
+    """A picture: phases as stacked bars of kinds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    phases = [phase for phase in PHASES if phase in plan.phases]
+    below = [0.0] * len(phases)
+    for kind in dict.fromkeys(kind for phase in phases for kind in plan.phases[phase].kinds):
+        amounts = [plan.phases[phase].kinds.get(kind, 0) / 1e9 for phase in phases]
+        axes.bar(phases, amounts, bottom=below, label=kind)
+        below = [a + b for a, b in zip(below, amounts, strict=True)]
+    axes.set_ylabel("GB")
+    axes.set_title(f"{plan.recipe.model.source}: {plan.recipe.method}, {size(plan.peak.n_bytes)} at the peak")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=144)

@@ -1,0 +1,61 @@
+"""What fits beside a base that is served: adapters, tokens of keys and values, and the line between the two."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedConfig
+
+from veneer.contract import MethodConfig
+from veneer.core.units import size
+from veneer.errors import ConfigError
+from veneer.model.blueprint.describe import describe
+from veneer.model.blueprint.parts import Attention
+from veneer.plan.model import meta_base
+from veneer.serve.start import EngineOptions
+from veneer.train.recipe.recipe import ModelPart
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Serving:
+    """Bytes: of the base, of ``room`` for keys, values and adapters, of a page of ``block`` tokens, of an adapter."""
+
+    base: int
+    room: int
+    page: int
+    block: int
+    adapter: int
+
+    def tokens(self, n_adapters: int) -> int:
+        """Tokens beside so many adapters, in whole pages."""
+        return max(0, self.room - n_adapters * self.adapter) // self.page * self.block
+
+    def adapters(self, n_tokens: int) -> int:
+        """Adapters beside so many tokens."""
+        return max(0, self.room - -(-n_tokens // self.block) * self.page) // self.adapter
+
+
+def serving_of(
+    config: PreTrainedConfig, part: ModelPart, adapter: MethodConfig, memory: int, n_adapter: int
+) -> Serving:
+    """What fits into ``memory`` bytes, by the engine's own settings: the share of free memory that it takes, the
+    tokens of a page. ``n_adapter``: parameters of an adapter, which the engine keeps in the base's dtype.
+
+    Raises ConfigError where the base alone does not fit.
+    """
+    model = meta_base(config, part, prepared=False)
+    base = sum({id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}.values())
+    options = EngineOptions()
+    room = int(options.gpu_memory_utilization * (memory - base))
+    if room <= 0:
+        raise ConfigError(
+            f"the base alone takes {size(base)}, more than {size(memory)}"
+            + ("" if part.quantization != "none" else ": --quantization nf4 makes it a quarter")
+        )
+    value = (torch.bfloat16 if model.dtype not in (torch.float32, torch.float16) else model.dtype).itemsize
+    heads = [block.attention.heads for block in describe(model).blocks if isinstance(block.attention, Attention)]
+    position = sum(2 * h.n_kv_heads * h.head_dim for h in heads) * value
+    return Serving(
+        base=base, room=room, page=position * options.block_size, block=options.block_size, adapter=n_adapter * value
+    )

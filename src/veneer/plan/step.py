@@ -1,0 +1,139 @@
+"""One training step as the trainer makes it, on a model whose tensors are real or traced."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from accelerate.utils import convert_outputs_to_fp32
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from veneer.errors import DescriptionError
+from veneer.model.blueprint.describe import blocks_of
+from veneer.train.loss import token_loss
+
+Mark = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Rows of ``length`` tokens; each holds ``n_sequences`` packed ones, or is one, unpacked."""
+
+    n_rows: int
+    length: int
+    n_sequences: int = 1
+    packed: bool = False
+    n_trained: int | None = None
+
+    def inputs(self, vocabulary: int) -> dict[str, Tensor]:
+        """A batch as the collator makes it; every token is trained but the first ``length - n_trained``."""
+        ids = (torch.arange(self.n_rows * self.length).view(self.n_rows, self.length) * 7 + 3) % vocabulary
+        labels = ids.clone()
+        if self.n_trained is not None:
+            labels[:, : self.length - self.n_trained] = -100
+        if not self.packed:
+            return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+        bounds = [self.length * k // self.n_sequences for k in range(self.n_sequences + 1)]
+        lengths = [end - start for start, end in itertools.pairwise(bounds)]
+        positions = torch.cat([torch.arange(n) for n in lengths]).expand(self.n_rows, -1).contiguous()
+        return {"input_ids": ids, "labels": labels, "position_ids": positions}
+
+
+@contextmanager
+def as_accelerate(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """For a while the model's forward is what accelerate makes of it: autocast to ``dtype``, outputs in float32."""
+    if dtype is None:
+        yield
+        return
+    cast_forward = torch.autocast("cpu", dtype=dtype)(type(model).forward)
+    vars(model)["forward"] = MethodType(convert_outputs_to_fp32(cast_forward), model)
+    try:
+        yield
+    finally:
+        del model.forward
+
+
+class Step:
+    """One step after another, each in phases that ``mark`` is told: forward, loss, backward, optimizer."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        optimizer: torch.optim.Optimizer,
+        inputs: Mapping[str, Tensor],
+        mark: Mark,
+        *,
+        max_grad_norm: float = 0.0,
+        offload: Any = None,
+        after_backward: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.model, self.optimizer, self.inputs, self.mark = model, optimizer, inputs, mark
+        self.max_grad_norm, self.offload = max_grad_norm, offload
+        self.after_backward = after_backward
+        self._forward = False
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def run(self) -> None:
+        """Forward, loss, backward, update."""
+        self.mark("forward.embeddings")
+        self._forward = True
+        with self.offload or nullcontext():
+            counted = token_loss(self.model, dict(self.inputs))
+        loss = counted.total / counted.n_tokens.clamp(min=1)
+        self._forward = False
+        self.mark("backward.loss")
+        del counted
+        loss.backward()  # type: ignore[no-untyped-call]
+        del loss
+        self.after_backward()
+        self.mark("optimizer")
+        if self.max_grad_norm:
+            nn.utils.clip_grad_norm_(self._parameters, self.max_grad_norm)
+        self.optimizer.step()
+        self.model.zero_grad(set_to_none=True)
+        self.mark("done")
+
+    @contextmanager
+    def marked(self) -> Iterator[None]:
+        """Within it the blocks of the model are marks of their own, in the forward pass and on the way back."""
+        found = blocks(self.model)
+        handles = [block.register_forward_pre_hook(self._enters(k)) for k, block in enumerate(found)]
+        handles += [block.register_forward_hook(self._leaves(k, len(found))) for k, block in enumerate(found)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enters(self, k: int) -> Any:
+        def hook(module: nn.Module, args: Any) -> None:
+            if self._forward:
+                self.mark(f"forward.block.{k}")
+
+        return hook
+
+    def _leaves(self, k: int, n_blocks: int) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if not self._forward:
+                return
+            hidden = output[0] if isinstance(output, tuple) else output
+            if hidden.requires_grad:
+                hidden.register_hook(lambda gradient: self.mark(f"backward.block.{k}"))
+            if k == n_blocks - 1:
+                self.mark("loss")
+
+        return hook
+
+
+def blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """The blocks; none where the model is not described."""
+    try:
+        return list(blocks_of(model)[1])
+    except DescriptionError:
+        return []

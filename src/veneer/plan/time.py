@@ -1,0 +1,54 @@
+"""Seconds of a step from its work and a machine's rates: a roofline whose roof is measured, or a card's data sheet.
+
+seconds = sum over products of FLOPs / rate of that shape + attention + bytes moved / bandwidth + a cost for each op.
+Published rooflines land within 10 to 20% of one step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from veneer.plan.machine import EFFICIENCY, Card, Rates
+from veneer.plan.work import Work
+
+LAUNCH = 1e-5
+"""Seconds of a kernel's launch on a GPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """Of one micro-batch, forward to update, by kind of work."""
+
+    kinds: Mapping[str, float]
+    source: str
+
+    @property
+    def step(self) -> float:
+        """All of it."""
+        return sum(self.kinds.values())
+
+
+def seconds_here(work: Work, rates: Rates) -> Seconds:
+    """By the rates of this machine; what lacks is measured now and kept."""
+    before = len(rates.known)
+    kinds = {
+        "products": sum(rates.product(product) * n for product, n in work.products.items()),
+        "attention": work.attention * rates.attention(),
+        "decoding": work.decoded * rates.decoded(),
+        "elementwise": work.moved * rates.moved(),
+        "calls": work.n_ops * rates.op(),
+    }
+    if len(rates.known) != before:
+        rates.save()
+    return Seconds(kinds, "measured on this machine")
+
+
+def seconds_on(work: Work, card: Card) -> Seconds:
+    """By a card's data sheet."""
+    kinds = {
+        "products": work.flops / (EFFICIENCY * card.flops),
+        "elementwise": (work.moved + 0.5 * work.decoded) / card.bandwidth,
+        "calls": work.n_ops * LAUNCH,
+    }
+    return Seconds(kinds, f"data sheet, not measured: {card.source}, products at {EFFICIENCY:.0%}")

@@ -1,0 +1,210 @@
+"""Two traced steps of a few blocks: what is alive by phase and kind, what is computed, and parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from veneer.errors import DescriptionError
+from veneer.model.blueprint.describe import describe
+from veneer.model.checkpointing import checkpoint_fully, checkpoint_selectively
+from veneer.model.fused.decoder import fuse_as_described
+from veneer.model.offload import ActivationOffload
+from veneer.model.quant_linear import QuantLinear
+from veneer.ops.traced import tracing
+from veneer.plan.live import LiveBytes, Peak, peaks
+from veneer.plan.model import traced_model
+from veneer.plan.step import Batch, Step, as_accelerate
+from veneer.plan.work import CountWork, Work
+from veneer.train.config import SFTConfig
+from veneer.train.optimizer import choose_optimizer, lora_plus_optimizer
+from veneer.train.recipe.recipe import Recipe
+
+FIRST = "first step: "
+BASE, EMBEDDINGS, HEAD, NORMS = "base", "embeddings", "head", "norms and biases"
+ADAPTERS, GRADIENTS, STATE = "adapters", "gradients", "optimizer state"
+TRAINED = "trained weights"
+ACTIVATIONS, LOGITS, SCRATCH = "activations", "logits and loss", "scratch"
+KINDS = (BASE, EMBEDDINGS, HEAD, NORMS, TRAINED, ADAPTERS, GRADIENTS, STATE, ACTIVATIONS, LOGITS, SCRATCH)
+
+
+@dataclass(frozen=True, slots=True)
+class Shallow:
+    """What two steps of a model with ``n_blocks`` blocks found; peaks are those of the second step, by mark."""
+
+    n_blocks: int
+    peaks: Mapping[str, Peak]
+    held: Peak
+    work: Work
+    n_trained: int
+    n_parameters: int
+    largest_matrix: int
+    not_fused: str | None
+
+
+def trace(config: PreTrainedConfig, recipe: Recipe, batch: Batch, isa: str | None = None) -> Shallow:
+    """Trace a recipe's step on a model of this config, which is built without values.
+
+    Raises what building and adapting the model raises.
+    """
+    live, counted = LiveBytes(), CountWork()
+    with tracing(counted.kernel, isa):
+        model = traced_model(config, recipe.model, recipe.adapter_config())
+        args = recipe.sft_config()
+        not_fused = prepare(model, args)
+        optimizer = make_optimizer(model, args)
+        with live, counted:
+            for tensor, kind in kinds_of(model):
+                live.hold(tensor, kind)
+            held = peaks(live.events, live.kinds, kind_under)["load"]
+            run_steps(model, optimizer, batch, args, live, counted)
+    found = {mark: peak for mark, peak in peaks(live.events, live.kinds, kind_under).items() if FIRST not in mark}
+    parameters = list(model.parameters())
+    return Shallow(
+        n_blocks=config.get_text_config().num_hidden_layers,
+        peaks={mark: peak for mark, peak in found.items() if mark not in ("load", "done")},
+        held=held,
+        work=counted.work,
+        n_trained=sum(p.numel() for p in parameters if p.requires_grad),
+        n_parameters=n_parameters(model),
+        largest_matrix=max(p.numel() for p in (*parameters, *_dense_sizes(model))),
+        not_fused=not_fused,
+    )
+
+
+def prepare(model: PreTrainedModel, args: SFTConfig, *, with_values: bool = False) -> str | None:
+    """Checkpointing and fusing as the trainer does them; why the model is not fused, None where it is."""
+    if args.gradient_checkpointing:
+        settings = args.gradient_checkpointing_kwargs or {}
+        if settings.get("selective"):
+            checkpoint_selectively(model, settings.get("every_n_layers") or 1)
+        elif settings.get("use_reentrant"):
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": True})
+        else:
+            checkpoint_fully(model)
+    if args.fused == "off":
+        return "training.fused is off"
+    if with_values:
+        from veneer.model.fused.decoder import fuse
+
+        return None if fuse(model) else "it does not fit"
+    return fuse_as_described(model)
+
+
+def make_optimizer(model: PreTrainedModel, args: SFTConfig) -> torch.optim.Optimizer:
+    """The optimizer that a run would have."""
+    choice = choose_optimizer(args, model)
+    if args.lora_plus is not None:
+        return cast(torch.optim.Optimizer, lora_plus_optimizer(args, model, args.lora_plus, choice))
+    cls, settings = choice
+    given = (
+        settings if "params" in settings else {"params": [p for p in model.parameters() if p.requires_grad], **settings}
+    )
+    return cls(**given)
+
+
+def run_steps(
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    args: SFTConfig,
+    live: LiveBytes,
+    counted: CountWork | None = None,
+) -> None:
+    """Two steps, of which the second has the optimizer's state; ``live`` learns what is of which kind."""
+    offload = ActivationOffload(model, "disk") if args.activation_offloading else nullcontext()
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    number = 0
+
+    def mark(name: str) -> None:
+        live.mark(f"{FIRST}{name}" if number == 0 else name)
+
+    def gradients() -> None:
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                live.hold(parameter.grad, GRADIENTS)
+
+    vocabulary = model.config.get_text_config().vocab_size
+    step = Step(
+        model, optimizer, batch.inputs(vocabulary), mark,
+        max_grad_norm=args.max_grad_norm or 0.0, offload=offload, after_backward=gradients,
+    )  # fmt: skip
+    with as_accelerate(model, dtype), step.marked():
+        step.run()
+        number = 1
+        for tensor in state_tensors(optimizer):
+            live.hold(tensor, STATE)
+        if counted is not None:
+            counted.on = True
+        step.run()
+    for tensor in state_tensors(optimizer):
+        live.hold(tensor, STATE)
+
+
+def state_tensors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    """All that is kept between steps."""
+    for state in optimizer.state.values():
+        yield from (value for value in state.values() if isinstance(value, Tensor))
+
+
+def kind_under(mark: str) -> str:
+    """The kind of what comes under a mark and is not told otherwise."""
+    mark = mark.removeprefix(FIRST)
+    if mark.startswith("forward"):
+        return ACTIVATIONS
+    return LOGITS if mark in ("loss", "backward.loss") else SCRATCH
+
+
+def kinds_of(model: PreTrainedModel) -> Iterator[tuple[Tensor, str]]:
+    """Every tensor that a model has before its first step, with its kind; codes with their storage format."""
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    special = {
+        id(t): kind for m, kind in ((head, HEAD), (embeddings, EMBEDDINGS)) if m for t in m.parameters(recurse=False)
+    }
+    full = not hasattr(model, "adapter_state")
+    for module in model.modules():
+        own = [*module._parameters.items(), *module._buffers.items()]
+        for name, tensor in own:
+            if tensor is None:
+                continue
+            if full and tensor.requires_grad:
+                yield tensor, TRAINED
+            elif id(tensor) in special:
+                yield tensor, special[id(tensor)]
+            elif isinstance(module, QuantLinear) and name in module.spec.part_layout():
+                yield tensor, BASE
+            elif (isinstance(tensor, nn.Parameter) and tensor.requires_grad) or isinstance(module, nn.ParameterDict):
+                yield tensor, ADAPTERS
+            else:
+                yield tensor, BASE if tensor.ndim > 1 else NORMS
+
+
+def n_parameters(model: nn.Module) -> int:
+    """Values of the base and its adapters; a coded matrix counts with its values, not with its bytes."""
+    coded = sum(m.out_features * m.in_features for m in model.modules() if isinstance(m, QuantLinear))
+    return coded + sum(p.numel() for p in model.parameters())
+
+
+class _Sized(int):
+    def numel(self) -> int:
+        return int(self)
+
+
+def _dense_sizes(model: nn.Module) -> Iterator[Any]:
+    return (_Sized(m.out_features * m.in_features) for m in model.modules() if isinstance(m, QuantLinear))
+
+
+def described_problem(model: PreTrainedModel) -> str | None:
+    """Why a model has no description; None where it has one."""
+    try:
+        describe(model)
+    except DescriptionError as error:
+        return str(error)
+    return None

@@ -1,0 +1,134 @@
+"""The arithmetic and the traffic of a step, op by op: products by shape, attention, bytes that are only moved."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+_aten = torch.ops.aten
+_PRODUCTS = {_aten.mm.default: 0, _aten.bmm.default: 0, _aten.addmm.default: 1, _aten.baddbmm.default: 1}
+_PRODUCTS |= {_aten.mm.out: 0, _aten.addmm_.default: 1, _aten.addmm.out: 1}
+_SILENT = {
+    "empty",
+    "view",
+    "detach",
+    "slice",
+    "select",
+    "expand",
+    "transpose",
+    "permute",
+    "t",
+    "alias",
+    "split",
+    "as_strided",
+}
+KERNEL_TOUCHES = 3
+"""Bytes that a kernel which only moves data touches for each that it writes: two inputs and the output."""
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """``(m, k) · (k, n)``, ``batch`` of them."""
+
+    m: int
+    k: int
+    n: int
+    dtype: str
+    batch: int = 1
+
+    @property
+    def flops(self) -> float:
+        """Two for each multiply-add."""
+        return 2.0 * self.batch * self.m * self.k * self.n
+
+
+@dataclass(slots=True)
+class Work:
+    """Sums over a step. ``attention`` is in FLOPs, ``moved`` in bytes, ``n_ops`` counts what torch's dispatcher saw."""
+
+    products: Counter[Product] = field(default_factory=Counter)
+    attention: float = 0.0
+    decoded: float = 0.0
+    moved: float = 0.0
+    n_ops: float = 0
+
+    def plus(self, other: Work, times: float) -> Work:
+        """This and so many of the other."""
+        products = Counter(self.products)
+        for product, n in other.products.items():
+            products[product] += n * times  # type: ignore[assignment]
+        return Work(
+            products,
+            self.attention + times * other.attention,
+            self.decoded + times * other.decoded,
+            self.moved + times * other.moved,
+            self.n_ops + times * other.n_ops,
+        )
+
+    @property
+    def flops(self) -> float:
+        """All arithmetic of products and attention."""
+        return self.attention + sum(product.flops * n for product, n in self.products.items())
+
+
+class CountWork(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts while ``on``; kernels that are not run are told to `kernel`."""
+
+    is_silent = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.work, self.on = Work(), False
+
+    def kernel(self, name: str, arguments: tuple[Any, ...]) -> None:
+        """A kernel that a traced step would have run."""
+        if not self.on:
+            return
+        self.work.n_ops += 1
+        if name == "four_bit_multiply":
+            _, _, _, _, o, i, _, rows, transposed, _ = arguments
+            m, k, n = (rows, o, i) if transposed else (rows, i, o)
+            self.work.products[Product(m, k, n, "bfloat16")] += 1
+            self.work.decoded += o * i
+        elif name in ("four_bit_dequantize", "int8_dequantize"):
+            self.work.decoded += arguments[2] if name.startswith("four") else arguments[2] * arguments[3]
+        elif name in ("attention_forward", "attention_backward"):
+            bounds, heads, _, head_dim = arguments[:4]
+            seen = sum((end - start) ** 2 for start, end in itertools.pairwise(bounds)) / 2
+            self.work.attention += (4 if name.endswith("forward") else 10) * seen * heads * head_dim
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if self.on:
+            self._count(func, args, out)
+        return out
+
+    def _count(self, func: Any, args: Any, out: Any) -> None:
+        name = func.name().removeprefix("aten::").split(".")[0]
+        self.work.n_ops += 1
+        if func in _PRODUCTS:
+            a, b = args[_PRODUCTS[func]], args[_PRODUCTS[func] + 1]
+            batch = a.shape[0] if a.ndim == 3 else 1
+            dtype = str(a.dtype).removeprefix("torch.")
+            self.work.products[Product(a.shape[-2], a.shape[-1], b.shape[-1], dtype, batch)] += 1
+        elif name.startswith("_scaled_dot_product"):
+            q = args[1] if "backward" in name else args[0]
+            b, h, t, d = q.shape
+            self.work.attention += (10 if "backward" in name else 4) * b * h * t * t * d / 2
+        elif name.startswith(("empty", "new_empty")):
+            self.work.moved += KERNEL_TOUCHES * _bytes(out)
+        elif not any(name.startswith(prefix) for prefix in _SILENT):
+            self.work.moved += _bytes(args) + _bytes(out)
+
+
+def _bytes(tensors: Any) -> int:
+    found: Mapping[int, Tensor] = {id(t): t for t in tree_iter(tensors) if isinstance(t, Tensor)}
+    return sum(t.numel() * t.element_size() for t in found.values())

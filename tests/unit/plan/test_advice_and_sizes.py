@@ -1,0 +1,56 @@
+"""Advice as numbers of a recipe, sizes with units, bytes a rank."""
+
+from __future__ import annotations
+
+import pytest
+from tests.unit.plan.conftest import Make
+
+from veneer.cli.plan import bytes_from
+from veneer.errors import ConfigError
+from veneer.plan.advice import advise
+from veneer.plan.machine import card_of
+from veneer.plan.plan import plan_recipe
+from veneer.plan.processes import rank_peak
+
+LLAMA_3_8B = 41_943_040 // 16
+
+
+def test_rank_follows_tokens_and_task() -> None:
+    values = {task: advise(task, 100_000, 400, LLAMA_3_8B)[0].value for task in ("instruction", "code", "rl")}
+    assert values == {"instruction": 16, "code": 256, "rl": 8}
+    wins = advise("pretraining", 40_000_000, 500, LLAMA_3_8B)[0]
+    assert wins.value == 256
+    assert "full fine-tuning wins" in wins.reason
+    assert all(each.source and each.confidence in ("high", "medium", "low") for each in advise("math", 7, 11, 13))
+
+
+def test_unknown_tasks_and_counts_are_told_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"--task 'chat'.*--rows=0 must be at least 1"):
+        advise("chat", 0, 1, 1)
+
+
+@pytest.mark.parametrize(("text", "n"), [("24GB", 24_000_000_000), ("1.5 GiB", 1_610_612_736), ("500mb", 500_000_000)])
+def test_sizes_are_read_with_their_units(text: str, n: int) -> None:
+    assert bytes_from(text, "--fit") == n
+
+
+@pytest.mark.parametrize("text", ["24 parsecs", "-3GB", "0GB", "GB", ""])
+def test_nonsense_units_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"--fit .* is no size"):
+        bytes_from(text, "--fit")
+
+
+def test_ranks_hold_copies_or_shards(recipe: Make) -> None:
+    plan = plan_recipe(recipe())
+    assert rank_peak(plan, 1, "fsdp").n_bytes == plan.peak.n_bytes
+    assert rank_peak(plan, 4, "ddp").n_bytes == plan.peak.n_bytes + 4 * plan.n_trained
+    shard = rank_peak(plan, 4, "fsdp")
+    assert shard.kinds["base"] == -(-plan.peak.kinds["base"] // 4)
+    assert shard.kinds["activations"] == plan.peak.kinds["activations"]
+    with pytest.raises(ConfigError, match=r"--processes 0 .*; --strategy 'zero' must be one of ddp, fsdp"):
+        rank_peak(plan, 0, "zero")
+
+
+def test_the_nearest_card_is_named() -> None:
+    with pytest.raises(ConfigError, match="did you mean rtx-4090"):
+        card_of("rtx4090")

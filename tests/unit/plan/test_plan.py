@@ -1,0 +1,87 @@
+"""A plan against the run itself: live bytes of a real step, to the byte; depth; parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tests.unit.plan.conftest import Make
+
+from veneer.errors import ConfigError
+from veneer.plan.architecture import config_of
+from veneer.plan.live import LiveBytes, peaks
+from veneer.plan.measure import measured_model
+from veneer.plan.plan import as_json, batch_of, count_trained, plan_recipe
+from veneer.plan.trace import FIRST, kind_under, kinds_of, make_optimizer, prepare, run_steps
+from veneer.train.recipe.recipe import Recipe
+
+SETTINGS: dict[str, tuple[dict[str, Any] | None, dict[str, Any], dict[str, Any]]] = {
+    "dense": (None, {}, {}),
+    "nf4, full checkpointing": (None, {"quantization": "nf4"}, {"gradient_checkpointing": True}),
+    "int8, selective, 8 bits": (
+        None, {"quantization": "int8"}, {"gradient_checkpointing": "selective", "optim": "adamw_8bit"},
+    ),
+    "general path": (None, {}, {"fused": "off", "optim": "adamw_torch"}),
+    "general path, nf4, selective": (
+        None, {"quantization": "nf4"}, {"fused": "off", "gradient_checkpointing": "selective"},
+    ),
+    "dora, packed": ({"method": "dora", "r": 3}, {}, {"packing": True}),
+    "ia3": ({"method": "ia3"}, {}, {}),
+    "dropout, disk": ({"method": "lora", "r": 5, "lora_dropout": 0.1}, {}, {"activation_offloading": "disk"}),
+    "prefix": ({"method": "prefix_tuning", "num_virtual_tokens": 7}, {}, {}),
+    "bottleneck": ({"method": "bottleneck"}, {}, {}),
+    "full": ({"method": "full"}, {}, {}),
+    "galore": ({"method": "full"}, {}, {"optim": "galore_adamw", "optim_args": "rank=7"}),
+    "galore 8 bits in backward": (
+        {"method": "full"}, {}, {"optim": "galore_adamw_8bit_layerwise", "optim_args": "rank=7", "max_grad_norm": 0.0},
+    ),
+    "float32": (None, {"dtype": "float32"}, {"max_grad_norm": 0.0}),
+}  # fmt: skip
+
+
+def real_peak(recipe: Recipe) -> int:
+    """The most bytes alive in the second step of the model itself."""
+    model, args, live = measured_model(recipe), recipe.sft_config(), LiveBytes()
+    prepare(model, args, with_values=True)
+    optimizer = make_optimizer(model, args)
+    with live:
+        for tensor, kind in kinds_of(model):
+            live.hold(tensor, kind)
+        run_steps(model, optimizer, batch_of(recipe, model.config), args, live)
+    found = peaks(live.events, live.kinds, kind_under)
+    return max(peak.n_bytes for mark, peak in found.items() if FIRST not in mark)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_live_bytes_of_a_plan_are_those_of_the_step(name: str, recipe: Make) -> None:
+    adapter, model, training = SETTINGS[name]
+    wanted = recipe(adapter, model, **training)
+    planned = plan_recipe(wanted, whole=True)
+    assert planned.peak.n_bytes == pytest.approx(real_peak(wanted), rel=0.002)  # a mask of booleans more or less
+
+
+@pytest.mark.parametrize("training", [{}, {"gradient_checkpointing": True}, {"fused": "off"}])
+def test_depth_from_two_traces_is_that_of_one(training: dict[str, Any], recipe: Make) -> None:
+    wanted = recipe(**training)
+    short, whole = plan_recipe(wanted), plan_recipe(wanted, whole=True)
+    assert short.peak.n_bytes == pytest.approx(whole.peak.n_bytes, rel=1e-3)
+    assert short.held == whole.held
+    assert (short.n_trained, short.n_parameters) == (whole.n_trained, whole.n_parameters)
+    assert short.work.flops == pytest.approx(whole.work.flops)
+
+
+def test_bytes_by_kind_add_up_and_trained_parameters_are_counted_without_a_step(recipe: Make) -> None:
+    wanted = recipe()
+    plan = plan_recipe(wanted)
+    facts = as_json(plan)
+    assert sum(facts["weights"]["kinds"].values()) == facts["weights"]["bytes"]
+    assert facts["peak"]["bytes"] == max(phase["bytes"] for phase in facts["phases"].values())
+    assert plan.peak.kinds["optimizer state"] == pytest.approx(8 * plan.n_trained, rel=0.02)
+    assert count_trained(wanted, plan.config) == plan.n_trained
+
+
+def test_unknown_names_and_long_rows_are_told(recipe: Make) -> None:
+    with pytest.raises(ConfigError, match="did you mean llama-3-8b"):
+        config_of("llama-3-8")
+    with pytest.raises(ConfigError, match="max_length=65 is more than the 64 tokens"):
+        plan_recipe(recipe(max_length=65))
