@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -33,6 +33,9 @@ _ShowSample = Annotated[
     bool, typer.Option("--show-sample", help="Print one row with its trained tokens coloured and leave.")
 ]
 _Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint, bit for bit.")]
+_BeyondMemory = Annotated[
+    bool, typer.Option("--beyond-memory", help="Train although the plan says that memory will not do.")
+]
 _AllowChanges = Annotated[
     bool,
     typer.Option("--allow-changes", help="With --resume: go on with other settings, and write down what changed."),
@@ -49,6 +52,7 @@ def train(
     show_sample: _ShowSample = False,
     resume: _Resume = False,
     allow_changes: _AllowChanges = False,
+    beyond_memory: _BeyondMemory = False,
 ) -> None:
     """Fit an adapter (or the whole model) as a recipe says; several at once where it has a sweep part.
 
@@ -76,7 +80,8 @@ def train(
         if show_sample:
             _show_sample(wanted if isinstance(wanted, Recipe) else wanted.members[0].recipe, console)
         elif isinstance(wanted, Recipe):
-            _train_one(wanted, resume, allow_changes, console)
+            planned = None if resume else _planned(wanted, beyond_memory, console)
+            _train_one(wanted, resume, allow_changes, planned, console)
         else:
             _train_sweep(wanted, resume, allow_changes, console)
     part()
@@ -122,7 +127,23 @@ def _show_sample(recipe: Recipe, console: Console) -> None:
         console.print(shown_sample(*sample, marks=not console.is_terminal))
 
 
-def _train_one(recipe: Recipe, resume: bool, allow_changes: bool, console: Console) -> None:
+def _planned(recipe: Recipe, beyond_memory: bool, console: Console) -> dict[str, Any] | None:
+    """The plan of a run, told in one line; None where it cannot be planned, which is told too.
+
+    Raises ConfigError where memory will not do.
+    """
+    from veneer.plan.before import planned_facts, require_room
+
+    facts, line = planned_facts(recipe)
+    console.print(line, highlight=False)
+    if facts is not None and not beyond_memory:
+        require_room(facts)
+    return facts
+
+
+def _train_one(
+    recipe: Recipe, resume: bool, allow_changes: bool, planned: dict[str, Any] | None, console: Console
+) -> None:
     from veneer.train.checkpoint import holds_checkpoints
     from veneer.train.run import run_recipe
 
@@ -131,6 +152,7 @@ def _train_one(recipe: Recipe, resume: bool, allow_changes: bool, console: Conso
             recipe,
             resume=resume,
             allow_changes=allow_changes,
+            planned=planned,
             tell=lambda line: console.print(line, style="bold", highlight=False),
         )
     except KeyboardInterrupt as error:

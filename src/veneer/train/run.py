@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -220,9 +221,14 @@ def _tell_of_odd_settings(recipe: Recipe, trainer: SFTTrainer) -> None:
 
 
 def run_recipe(
-    recipe: Recipe, *, resume: bool = False, allow_changes: bool = False, tell: Tell = lambda line: None
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    allow_changes: bool = False,
+    planned: Mapping[str, Any] | None = None,
+    tell: Tell = lambda line: None,
 ) -> dict[str, Any]:
-    """Carry a recipe out and give back what ``run.json`` holds.
+    """Carry a recipe out and give back what ``run.json`` holds, what was ``planned`` and measured of memory among it.
 
     Writes into the recipe's output: ``adapter/`` (``model/`` for a model trained whole), ``run.json``, ``loss.png``,
     checkpoints and TensorBoard's files. Raises the errors of its parts; ConfigError also where the output holds a run
@@ -256,7 +262,7 @@ def run_recipe(
                     output.rmdir()
             raise
         going_on = GoingOn(before, found, allow_changes) if resume else None
-        return carry_out(recipe, trainer, going_on=going_on, stop=stop, tell=tell)
+        return carry_out(recipe, trainer, going_on=going_on, stop=stop, planned=planned, tell=tell)
 
 
 def _require_free(recipe: Recipe, resume: bool) -> None:
@@ -336,13 +342,14 @@ def carry_out(
     *,
     going_on: GoingOn | None = None,
     stop: Stop | None = None,
+    planned: Mapping[str, Any] | None = None,
     tell: Tell = lambda line: None,
 ) -> dict[str, Any]:
     """`run_recipe` with a trainer that has been made. A run that breaks off leaves in ``run.json`` how it ended, after
     which step, why (``reason``) and its log; one that is refused before it trains leaves there what it found.
     """
     tell(trainer.describe())
-    record = describe_run(recipe, trainer)
+    record = describe_run(recipe, trainer) | ({} if planned is None else {"plan": dict(planned)})
     if going_on is not None:
         going_on = with_data(going_on, record)
         trainer.other_data = going_on.allow_changes
@@ -389,6 +396,7 @@ def _trained(recipe: Recipe, trainer: RunTrainer, resume: bool, stop: Stop) -> d
         "steps": trained.global_step,
         "stopped_early": trained.global_step < trainer.state.max_steps,
         "seconds": seconds,
+        "peak_bytes": high_water(),
     }
     stop.check()
     if trainer.eval_dataset is not None:
@@ -398,6 +406,16 @@ def _trained(recipe: Recipe, trainer: RunTrainer, resume: bool, stop: Stop) -> d
     if is_main():
         draw_loss(history, output / "loss.png")
     return {"status": "finished", "results": results, "saved": str(saved), "log": history}
+
+
+def high_water() -> int | None:
+    """The most bytes that this process has held so far; None where the system does not say."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(most) if sys.platform == "darwin" else int(most) * 1024
 
 
 def _explain(error: BaseException, trainer: RunTrainer, output: Path) -> None:

@@ -1,0 +1,46 @@
+"""The plan of a run that is about to begin: one line, its facts for ``run.json``, and whether memory will do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from veneer.core.units import size
+from veneer.errors import ConfigError, VeneerError
+from veneer.plan.plan import as_json, plan_recipe
+from veneer.plan.report import Machine, told
+from veneer.train.recipe.recipe import Recipe
+
+# What a model of an unusual kind makes torch and Python raise on tensors without values.
+UNPLANNED = (
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    VeneerError,
+    OSError,
+)
+
+
+def planned_facts(recipe: Recipe) -> tuple[dict[str, Any] | None, str]:
+    """What `veneer plan --json` tells of a recipe, and one line; no facts where it cannot be planned."""
+    machine = Machine.of(None, timed=True)
+    try:
+        plan = plan_recipe(recipe)
+        facts = as_json(plan) | machine.facts(plan, None)
+    except UNPLANNED as error:
+        reason = str(error).strip().splitlines()
+        return None, f"not planned: {reason[0] if reason else type(error).__name__}"
+    return facts, told(plan, facts)
+
+
+def require_room(facts: Mapping[str, Any]) -> None:
+    """Raise ConfigError where a run takes more than may be taken on this machine."""
+    needed, free = facts["process"]["bytes"], facts["process"]["free"]
+    if needed > free:
+        raise ConfigError(
+            f"this run is planned to take {size(needed)}, and {size(free)} may be taken here: "
+            f"`veneer plan RECIPE --fit {free / 1e9:.0f}GB` finds settings that fit, and --beyond-memory trains anyway"
+        )

@@ -1,0 +1,69 @@
+"""Every method on every storage format: declared bytes are those planned and those that are there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.models import llama_config
+from transformers import LlamaForCausalLM
+
+from veneer.ops.traced import tracing
+from veneer.plan.architecture import config_of
+from veneer.plan.measure import measured_model
+from veneer.plan.model import traced_model
+from veneer.plan.trace import kinds_of
+from veneer.train.recipe.adapter import method_names
+from veneer.train.recipe.recipe import parse_recipe
+
+NEEDED: dict[str, dict[str, Any]] = {
+    "prefix_tuning": {"num_virtual_tokens": 7},
+    "prompt_tuning": {"num_virtual_tokens": 7},
+    "p_tuning": {"num_virtual_tokens": 7, "encoder_hidden_size": 11},
+    "adalora": {"total_step": 12},
+}
+FORMATS = ("none", "nf4", "fp4", "int8")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plan") / "model"
+    torch.manual_seed(5)
+    LlamaForCausalLM(llama_config()).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def bytes_by_kind(model: Any) -> dict[str, int]:
+    found: dict[str, int] = {}
+    seen: set[int] = set()
+    for tensor, kind in kinds_of(model):
+        storage = getattr(tensor, "bare", tensor).untyped_storage()
+        if storage._cdata not in seen:
+            seen.add(storage._cdata)
+            found[kind] = found.get(kind, 0) + storage.nbytes()
+    return found
+
+
+@pytest.mark.parametrize("quantization", FORMATS)
+@pytest.mark.parametrize("method", method_names())
+def test_declared_bytes_are_planned_bytes_and_real_ones(method: str, quantization: str, base: Path) -> None:
+    if method == "full" and quantization != "none":
+        return  # a recipe refuses it: codes are not trained
+    recipe = parse_recipe(
+        {
+            "model": {"source": str(base), "quantization": quantization},
+            "data": {"train": "rows.jsonl"},
+            "adapter": {"method": method, **NEEDED.get(method, {})},
+            "output": "run",
+        }
+    )
+    real = measured_model(recipe)
+    with tracing():
+        planned = traced_model(config_of(str(base)), recipe.model, recipe.adapter_config())
+    assert bytes_by_kind(planned) == bytes_by_kind(real)
+    shapes = [
+        {n: (tuple(p.shape), p.dtype) for n, p in m.named_parameters() if p.requires_grad} for m in (planned, real)
+    ]
+    assert shapes[0] == shapes[1]

@@ -1,0 +1,42 @@
+"""A run is planned before it begins, told in a line, and refused where memory will not do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.unit.plan.conftest import Make
+
+from veneer.errors import ConfigError
+from veneer.plan import before, machine
+
+
+@pytest.fixture(autouse=True)
+def known_rates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing is measured: every rate is known."""
+    monkeypatch.setattr(machine.Rates, "_once", lambda rates, key, measure: 3e8 if key == "start bytes" else 1e-9)
+    monkeypatch.setenv("VENEER_CACHE", str(tmp_path))
+
+
+def test_a_plan_is_told_in_one_line_with_its_facts(recipe: Make) -> None:
+    facts, line = before.planned_facts(recipe())
+    assert facts is not None
+    assert line.startswith("planned: ")
+    assert "\n" not in line
+    assert facts["process"]["bytes"] > facts["peak"]["bytes"] + 3e8
+    assert facts["time"]["seconds_a_step"] > 0
+
+
+def test_too_little_memory_is_refused_with_the_way_out(recipe: Make) -> None:
+    facts, _ = before.planned_facts(recipe())
+    assert facts is not None
+    before.require_room(facts)
+    small = {**facts, "process": {**facts["process"], "free": facts["process"]["bytes"] - 1}}
+    with pytest.raises(ConfigError, match=r"planned to take .* --fit .* --beyond-memory"):
+        before.require_room(small)
+
+
+def test_what_cannot_be_planned_is_told_and_trains_all_the_same(recipe: Make, tmp_path: Path) -> None:
+    facts, line = before.planned_facts(recipe(model={"source": str(tmp_path / "nowhere")}))
+    assert facts is None
+    assert line.startswith("not planned: ")
