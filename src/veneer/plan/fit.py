@@ -52,7 +52,7 @@ def fits(recipe: Recipe, config: PreTrainedConfig, budget: int, bytes_of: Bytes,
         told = ", ".join(f"{key}={value}" for key, value in least[1].items()) or "the recipe as it is"
         raise ConfigError(
             f"nothing fits {size(budget)}: the least is {size(least[0])} ({told}, one row of "
-            f"{recipe.sft_config().max_length} tokens). Missing: a smaller base, a shorter training.max_length, or "
+            f"{recipe.training_config().max_length} tokens). Missing: a smaller base, a shorter training.max_length, or "
             "several processes (--processes N --strategy fsdp)"
         )
     return sorted(found, key=lambda fit: fit.seconds_a_token)
@@ -90,7 +90,7 @@ def _largest(
     recipe: Recipe, config: PreTrainedConfig, changes: Mapping[str, Any], one: Plan, budget: int, bytes_of: Bytes
 ) -> tuple[dict[str, Any], Plan]:
     """The most rows a micro-batch that divide the rows of a step: memory is convex in them, so they are tried."""
-    args = recipe.sft_config()
+    args = recipe.training_config()
     total = args.per_device_train_batch_size * args.gradient_accumulation_steps
     for rows in sorted((n for n in range(2, total + 1) if total % n == 0), reverse=True):
         settings = {

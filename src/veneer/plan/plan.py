@@ -68,6 +68,11 @@ def plan_recipe(
     Rows are as long as ``max_length``. ``isa`` is the instruction set of the machine that the plan is for. Raises
     ConfigError where transformers makes no causal language model of the config.
     """
+    if recipe.task != "sft":
+        raise ConfigError(
+            f"task {recipe.task}: only the step of task sft is planned; those of preferences and rewards hold more "
+            "(a reference, pairs, answers that are drawn)"
+        )
     config = config or config_of(recipe.model.source)
     batch = batch or batch_of(recipe, config)
     n_blocks = getattr(config.get_text_config(), "num_hidden_layers", None)
@@ -85,7 +90,7 @@ def plan_recipe(
 
 def batch_of(recipe: Recipe, config: PreTrainedConfig) -> Batch:
     """A micro-batch of a recipe: all rows as long as they may be."""
-    args = recipe.sft_config()
+    args = recipe.training_config()
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     length = args.max_length or context or 1024
     if context is not None and length > context:

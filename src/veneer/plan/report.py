@@ -75,7 +75,7 @@ class Machine:
                 "source": seconds.source,
             }
             if n_rows is not None:
-                epochs = plan.recipe.sft_config().num_train_epochs
+                epochs = plan.recipe.training_config().num_train_epochs
                 found["time"]["hours"] = seconds.step * n_rows / plan.batch.n_rows * epochs / 3600
         return found
 

@@ -56,7 +56,7 @@ def trace(config: PreTrainedConfig, recipe: Recipe, batch: Batch, isa: str | Non
     live, counted = LiveBytes(), CountWork()
     with tracing(counted.kernel, isa):
         model = traced_model(config, recipe.model, recipe.adapter_config())
-        args = recipe.sft_config()
+        args = recipe.training_config()
         not_fused = prepare(model, args)
         optimizer = make_optimizer(model, args)
         with live, counted:

@@ -41,7 +41,7 @@ SETTINGS: dict[str, tuple[dict[str, Any] | None, dict[str, Any], dict[str, Any]]
 
 def real_peak(recipe: Recipe) -> int:
     """The most bytes alive in the second step of the model itself."""
-    model, args, live = measured_model(recipe), recipe.sft_config(), LiveBytes()
+    model, args, live = measured_model(recipe), recipe.training_config(), LiveBytes()
     prepare(model, args, with_values=True)
     optimizer = make_optimizer(model, args)
     with live:
