@@ -52,8 +52,8 @@ def fits(recipe: Recipe, config: PreTrainedConfig, budget: int, bytes_of: Bytes,
         told = ", ".join(f"{key}={value}" for key, value in least[1].items()) or "the recipe as it is"
         raise ConfigError(
             f"nothing fits {size(budget)}: the least is {size(least[0])} ({told}, one row of "
-            f"{recipe.training_config().max_length} tokens). Missing: a smaller base, a shorter training.max_length, or "
-            "several processes (--processes N --strategy fsdp)"
+            f"{recipe.training_config().max_length} tokens). Missing: a smaller base, a shorter training.max_length, "
+            "or several processes (--processes N --strategy fsdp)"
         )
     return sorted(found, key=lambda fit: fit.seconds_a_token)
 

@@ -1,0 +1,165 @@
+"""Plans against what happens: live bytes, high water of the process and seconds of a step, a process for each setting.
+
+Each setting is planned in one process and carried out in another: two steps with every storage counted, then three
+steps alone, of which the last two are timed. Live bytes must be within 1%, the high water of the process within 5%;
+the exit code is 1 where one is not. Seconds are shown, and judged where ``--time`` says so (a quiet machine).
+
+    python bench/plan.py [--model smollm2-135m-instruct] [--rows 2] [--length 128] [--only N] [--time]
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+PATHS = ("auto", "off")
+CHECKPOINTING: tuple[bool | str, ...] = (False, "selective", True)
+FORMATS = ("none", "nf4", "int8")
+OPTIMIZERS = ("adamw_torch", "adamw_8bit", "paged_adamw_8bit", "adamw_torch_fused")
+METHODS = ("lora", "dora", "ia3", "lora")
+
+
+def settings() -> list[dict[str, Any]]:
+    """24: every path, form of checkpointing and format, optimizers, methods and packing by turns; four trained whole,
+    one of them with GaLore, and two whose activations wait on disk."""
+    found = []
+    for n, (path, way, kind) in enumerate(itertools.product(PATHS, CHECKPOINTING, FORMATS)):
+        found.append({
+            "method": METHODS[n % 4], "quantization": kind, "fused": path, "gradient_checkpointing": way,
+            "packing": n % 2 == 1, "optim": OPTIMIZERS[n % 4],
+        })  # fmt: skip
+    base = {"quantization": "none", "fused": "auto", "gradient_checkpointing": False, "packing": False}
+    found += [{**base, "method": "full", "optim": optim} for optim in ("adamw_torch", "adamw_8bit", "galore_adamw")]
+    found.append({**base, "method": "full", "optim": "adamw_torch_fused", "gradient_checkpointing": True})
+    found += [
+        {**base, "method": "lora", "optim": "adamw_torch", "quantization": kind, "activation_offloading": "disk"}
+        for kind in ("none", "nf4")
+    ]
+    return found
+
+
+def recipe_of(setting: dict[str, Any], model: str, rows: int, length: int) -> Any:
+    """The recipe of a setting."""
+    from veneer.train.recipe.recipe import parse_recipe
+
+    training = {key: value for key, value in setting.items() if key not in ("method", "quantization")}
+    training |= {"per_device_train_batch_size": rows, "max_length": length}
+    rank = {"r": 16} if setting["method"] in ("lora", "dora") else {}
+    return parse_recipe({
+        "model": {"source": model, "quantization": setting["quantization"]}, "data": {"train": "rows.jsonl"},
+        "adapter": {"method": setting["method"], **rank}, "training": training, "output": "run",
+    })  # fmt: skip
+
+
+def planned(recipe: Any) -> dict[str, float]:
+    """What the plan says."""
+    from veneer.plan.plan import plan_recipe
+    from veneer.plan.report import Machine
+
+    plan, machine = plan_recipe(recipe), Machine.of(None, timed=True)
+    return {"live": plan.peak.n_bytes, "process": machine.bytes_of(plan), "seconds": machine.seconds(plan).step}
+
+
+def counted(recipe: Any) -> dict[str, float]:
+    """Live bytes of the step itself."""
+    from veneer.plan.live import LiveBytes, peaks
+    from veneer.plan.measure import measured_model
+    from veneer.plan.plan import batch_of
+    from veneer.plan.trace import FIRST, kind_under, kinds_of, make_optimizer, prepare, run_steps
+
+    model, args, live = measured_model(recipe), recipe.training_config(), LiveBytes()
+    prepare(model, args, with_values=True)
+    optimizer = make_optimizer(model, args)
+    with live:
+        for tensor, kind in kinds_of(model):
+            live.hold(tensor, kind)
+        run_steps(model, optimizer, batch_of(recipe, model.config), args, live)
+    found = peaks(live.events, live.kinds, kind_under)
+    return {"live": max(peak.n_bytes for mark, peak in found.items() if FIRST not in mark)}
+
+
+def carried_out(recipe: Any) -> dict[str, float]:
+    """High water of a process that makes three steps, and the median second of the last two."""
+    from contextlib import nullcontext
+
+    import torch
+
+    from veneer.model.offload import ActivationOffload
+    from veneer.plan.measure import measured_model
+    from veneer.plan.plan import batch_of
+    from veneer.plan.step import Step, as_accelerate
+    from veneer.plan.trace import make_optimizer, prepare
+    from veneer.train.run import high_water
+
+    model, args = measured_model(recipe), recipe.training_config()
+    prepare(model, args, with_values=True)
+    inputs = batch_of(recipe, model.config).inputs(model.config.vocab_size)
+    offload = ActivationOffload(model, "disk") if args.activation_offloading else nullcontext()
+    step = Step(
+        model, make_optimizer(model, args), inputs, lambda mark: None,
+        max_grad_norm=args.max_grad_norm or 0.0, offload=offload,
+    )  # fmt: skip
+    seconds = []
+    with as_accelerate(model, torch.bfloat16 if args.bf16 else None):
+        for _ in range(3):
+            began = time.perf_counter()
+            step.run()
+            seconds.append(time.perf_counter() - began)
+    return {"process": high_water() or 0, "seconds": statistics.median(seconds[1:])}
+
+
+PARTS = {"planned": planned, "counted": counted, "carried out": carried_out}
+
+
+def apart(part: str, number: int, options: argparse.Namespace) -> dict[str, float]:
+    """A part of one setting in a process of its own."""
+    command = [sys.executable, __file__, "--part", part, "--only", str(number), "--model", options.model]
+    command += ["--rows", str(options.rows), "--length", str(options.length)]
+    out = subprocess.run(command, capture_output=True, text=True, check=False)
+    if out.returncode:
+        raise SystemExit(f"setting {number}, {part}: {out.stderr.strip()[-500:]}")
+    return dict(json.loads(out.stdout.splitlines()[-1]))
+
+
+def main() -> int:
+    """Print a table, a row a setting; 1 where something is off by more than it may be."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--rows", type=int, default=2)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--only", type=int)
+    parser.add_argument("--part", choices=PARTS)
+    parser.add_argument("--time", action="store_true")
+    options = parser.parse_args()
+    found = settings()
+    if options.part is not None:
+        recipe = recipe_of(found[options.only], options.model, options.rows, options.length)
+        print(json.dumps(PARTS[options.part](recipe)))
+        return 0
+    print("| setting | live MB, planned | counted | off | process MB, planned | high water | off | s planned | s |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    bad = 0
+    for number in range(len(found)) if options.only is None else (options.only,):
+        plan, count, run = (apart(part, number, options) for part in PARTS)
+        off = {"live": plan["live"] / count["live"] - 1}
+        off |= {key: plan[key] / run[key] - 1 for key in ("process", "seconds")}
+        limits = {"live": 0.01, "process": 0.05, **({"seconds": 0.15} if options.time else {})}
+        bad += any(abs(off[key]) > limit for key, limit in limits.items())
+        told = ", ".join(str(value) for value in found[number].values())
+        print(
+            f"| {told} | {plan['live'] / 1e6:.1f} | {count['live'] / 1e6:.1f} | {off['live']:+.2%} "
+            f"| {plan['process'] / 1e6:.0f} | {run['process'] / 1e6:.0f} | {off['process']:+.1%} "
+            f"| {plan['seconds']:.2f} | {run['seconds']:.2f} |",
+            flush=True,
+        )
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
