@@ -11,13 +11,12 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from veneer.adapters.peft_model import get_peft_model
 from veneer.contract import MethodConfig
-from veneer.model.prepare import prepare_model_for_kbit_training
 from veneer.model.quant_linear import QuantLinear
 from veneer.ops.traced import Traced
 from veneer.store.quantization import BitsAndBytesConfig
 from veneer.store.quantizer import VeneerQuantizer
 from veneer.train.recipe.recipe import ModelPart
-from veneer.train.run import quantization_of
+from veneer.train.run import made_ready, quantization_of
 
 CPU = torch.device("cpu")
 
@@ -42,7 +41,7 @@ def meta_base(config: PreTrainedConfig, part: ModelPart, *, prepared: bool = Tru
     if quantization is not None:
         _quantize(model, quantization)
     if quantization is not None and prepared:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        model = made_ready(model, part)
     if part.attention is not None:
         model.set_attn_implementation(part.attention)
     return model

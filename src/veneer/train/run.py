@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import torch
 from datasets import Dataset, IterableDataset
 from transformers import (
     PreTrainedModel,
@@ -447,7 +448,7 @@ def load_base(part: ModelPart, *, scores: bool = False) -> PreTrainedModel:
     config = quantization_of(part)
     model = load_model(part.source, dtype=part.dtype, quantization=config, scores=scores)
     if config is not None:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        model = made_ready(model, part)
     if part.attention is not None:
         try:
             model.set_attn_implementation(part.attention)
@@ -455,6 +456,18 @@ def load_base(part: ModelPart, *, scores: bool = False) -> PreTrainedModel:
             reason = " ".join(str(error).split())
             raise ConfigError(f"model.attention: {part.attention} does not go with {part.source}: {reason}") from error
     return model
+
+
+def made_ready(model: PreTrainedModel, part: ModelPart) -> PreTrainedModel:
+    """A quantized model frozen for its adapter; what is not quantized in float32 where the recipe asks for it.
+
+    Elsewhere it stays in bfloat16, as beside a dense base: embeddings and head of a large vocabulary are half of a
+    4-bit model otherwise, and the head would be copied to 16 bits in each forward pass. Values in float16 are widened
+    always: their range is too small for a stream.
+    """
+    if part.float32_rest or model.dtype != torch.bfloat16:
+        return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return model.requires_grad_(False)
 
 
 def quantization_of(part: ModelPart) -> BitsAndBytesConfig | None:

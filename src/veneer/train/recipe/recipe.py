@@ -70,6 +70,7 @@ class ModelPart(_Part):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Literal["none", "nf4", "fp4", "int8"] = "none"
     double_quantization: bool = True
+    float32_rest: bool = False
     attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None
 
 
@@ -273,9 +274,15 @@ def _section(values: Mapping[str, Any], name: str) -> dict[str, Any]:
 def _model_problems(values: Mapping[str, Any]) -> list[str]:
     model = _section(values, "model")
     quantization = model.get("quantization", "none")
+    found = []
+    if "float32_rest" in model and quantization == "none":
+        found = ["model.float32_rest: read for a quantized base alone, and model.quantization is none; drop it"]
     if "double_quantization" not in model or quantization in ("nf4", "fp4"):
-        return []
-    return [f"model.double_quantization: read for nf4 and fp4 alone, and model.quantization is {quantization}; drop it"]
+        return found
+    return [
+        *found,
+        f"model.double_quantization: read for nf4 and fp4 alone, and model.quantization is {quantization}; drop it",
+    ]
 
 
 def _adapter_problems(values: Mapping[str, Any]) -> list[str]:
