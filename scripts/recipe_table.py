@@ -113,7 +113,11 @@ def _adapter(said: Mapping[str, str]) -> list[str]:
         f"`method` is one of {names}; the other keys are the fields of that method's config, and `{FULL}` has none. "
         "[methods.md](methods.md) says what each method is.\n"
     ]
-    for config in dict.fromkeys(method.config for method in methods.values()):
+    configs = dict.fromkeys(method.config for method in methods.values())
+    of_methods = {"method", *(spec.name for config in configs for spec in dataclasses.fields(config))}
+    keys = [key.removeprefix("adapter.") for key in said if key.startswith("adapter.")]
+    found += [f"`{key}`: {said[f'adapter.{key}']}\n" for key in keys if key not in of_methods]  # beside any method
+    for config in configs:
         of = {name: method for name, method in methods.items() if method.config is config}
         found += [
             f"### {', '.join(of)}\n",
