@@ -164,7 +164,7 @@ def _rewards(given: Any) -> list[Any]:
 
 def _write(batches: list[dict[str, Any]], path: Path) -> None:
     tensors = {
-        f"{i}/{key}": value.detach().cpu().contiguous()
+        f"{i}/{key}": value.detach().cpu().contiguous().clone()  # micro-batches may share one
         for i, batch in enumerate(batches)
         for key, value in batch.items()
         if isinstance(value, Tensor)

@@ -76,12 +76,16 @@ def test_a_run_ends_with_the_name_of_the_function(make_model, tokenizer, setting
         GRPOTrainer(make_model(), short, GRPOConfig(**{**settings, **changes}), **few).train()
 
 
-def test_completions_trained_on_over_several_steps_are_in_the_checkpoint(make_model, tokenizer, settings):
+@pytest.mark.parametrize("n_micro_batches", [1, 2])
+def test_completions_trained_on_over_several_steps_are_in_the_checkpoint(
+    make_model, tokenizer, settings, n_micro_batches
+):
     rows = Dataset.from_list([{"prompt": f"say {i}"} for i in range(11)])
     args = GRPOConfig(
         **{
             **settings, "per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 5,
             "num_iterations": 2, "beta": 0.1, "max_steps": 7, "save_strategy": "steps", "save_steps": 3,
+            "gradient_accumulation_steps": n_micro_batches,
         }
     )  # fmt: skip
 
