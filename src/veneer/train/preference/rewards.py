@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -139,13 +140,7 @@ def _module(place: str, folder: Path, name: str) -> Any:
         path = next((p for p in (folder / place, Path(place)) if p.is_file()), None)
         if path is None:
             raise ConfigError(f"{name!r}: there is no file {folder / place}")
-        spec = importlib.util.spec_from_file_location(f"veneer_rewards_{path.stem}", path)
-        if spec is None or spec.loader is None:
-            raise ConfigError(f"{name!r}: {path} cannot be imported")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-        return module
+        return _run_file(path.resolve(), name)
     except ConfigError:
         raise
     except Exception as error:  # whatever the user's own code raises
@@ -153,6 +148,22 @@ def _module(place: str, folder: Path, name: str) -> Any:
             f"{name!r}: {place} cannot be imported ({type(error).__name__}: {error}). A file beside the recipe is "
             "named file.py:function"
         ) from error
+
+
+def _run_file(path: Path, name: str) -> Any:
+    """The module of a file, under a name that no file of another folder has; one that fails leaves nothing behind."""
+    own = hashlib.blake2b(str(path).encode(), digest_size=8).hexdigest()
+    spec = importlib.util.spec_from_file_location(f"veneer_rewards_{path.stem}_{own}", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{name!r}: {path} cannot be imported")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # before it runs: dataclasses and pickle look there
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[spec.name]
+        raise
+    return module
 
 
 def _require_settings(name: str, function: Reward, settings: Mapping[str, Any]) -> None:

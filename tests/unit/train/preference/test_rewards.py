@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 
 import pytest
 from datasets import Dataset
@@ -57,6 +58,20 @@ def test_settings_are_bound_and_refused():
     assert isinstance(bound, functools.partial)
     with pytest.raises(ConfigError, match=r"math:fsum: wrong: it takes no such argument; it must take \*\*row"):
         reward_function("math:fsum", {"wrong": 1})
+
+
+def test_files_of_one_name_are_modules_of_their_own_and_a_failing_one_is_none(tmp_path):
+    for folder, text in (("a", "def f(**row): return [2.0]"), ("b", "def f(**row): return [3.0]"), ("c", "1 / 0")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "rewards.py").write_text(text)
+    before = set(sys.modules)
+    first, second = (reward_function("rewards.py:f", {}, tmp_path / folder) for folder in "ab")
+    assert (first(), second()) == ([2.0], [3.0])
+    for function in (first, second):
+        assert sys.modules[function.__module__].f is function
+    with pytest.raises(ConfigError, match="ZeroDivisionError"):
+        reward_function("rewards.py:f", {}, tmp_path / "c")
+    assert set(sys.modules) - before == {first.__module__, second.__module__}
 
 
 def test_a_run_ends_with_the_name_of_the_function(make_model, tokenizer, settings):
