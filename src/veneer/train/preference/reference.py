@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from veneer.adapters.lifecycle import holders
 from veneer.adapters.peft_model import PeftModel
+from veneer.errors import ConfigError
 from veneer.train.preference.scores import ScoredModel, Scoring
 
 _START = "start of training"  # no name that an adapter may have
@@ -23,6 +24,8 @@ class Reference(nn.Module):
 
     Of an adapter that is new, that is the model with its adapter off. An adapter that was trained before (``fresh`` is
     False) is kept as it was and acts in place of the one in training. A model trained whole is copied.
+
+    Raises ConfigError where several adapters that were trained before act together.
     """
 
     def __init__(self, model: PreTrainedModel, scoring: Scoring, *, fresh: bool) -> None:
@@ -32,9 +35,9 @@ class Reference(nn.Module):
         self.model = model if adapted else copy.deepcopy(model).requires_grad_(False)
         self._start: list[tuple[nn.ModuleDict, nn.Module]] = []
         if adapted and not fresh:
-            for name in model.active_adapters:
-                self._start += [(held, _frozen_copy(held[name])) for held in holders(model, name)]
-            self._config = model.peft_config[model.active_adapters[0]]
+            name = _acting_alone(model)
+            self._start += [(held, _frozen_copy(held[name])) for held in holders(model, name)]
+            self._config = model.peft_config[name]
 
     @torch.no_grad()
     def forward(self, **inputs: Any) -> Any:
@@ -78,6 +81,16 @@ class Placeholder(nn.Module):
     def forward(self, **inputs: Any) -> Any:
         """Never called: a `Reference` takes its place before anything is computed."""
         raise NotImplementedError
+
+
+def _acting_alone(model: PeftModel) -> str:
+    active = model.active_adapters
+    if len(active) != 1:
+        raise ConfigError(
+            f"the reference is kept of one adapter, and the model's active ones are {active}: choose one with "
+            "set_adapter, or make one of them with add_weighted_adapter, before the trainer is made"
+        )
+    return active[0]
 
 
 def _frozen_copy(module: nn.Module) -> nn.Module:

@@ -110,6 +110,14 @@ def test_an_adapter_that_was_trained_is_its_own_reference(make_model, tokenizer,
     assert sorted(path.name for path in (tmp_path / "saved").iterdir() if path.is_dir()) == []
 
 
+def test_several_active_adapters_have_no_reference(make_model, tokenizer, settings, pairs):
+    model = get_peft_model(make_model(), LoraConfig(**LORA))
+    model.add_adapter("second", LoraConfig(**LORA))
+    model.set_adapter(["default", "second"])
+    with pytest.raises(ConfigError, match=r"active ones are \['default', 'second'\]: choose one with set_adapter"):
+        trainer_of(make_model, tokenizer, settings, pairs, None, model=model)
+
+
 def test_a_model_trained_whole_is_held_against_a_copy(make_model, tokenizer, settings, pairs):
     trainer = trainer_of(make_model, tokenizer, {**settings, "max_steps": 2, "learning_rate": 1e-3}, pairs, None)
     assert isinstance(trainer.ref_model, Reference)
