@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments, set_
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from veneer.adapters.peft_model import PeftModel
+from veneer.adapters.schedules import penalty
 from veneer.contract import MethodConfig
 from veneer.data.sampler import EpochSampler
 from veneer.model.fused.decoder import fused
@@ -153,6 +154,19 @@ class RunTrainer(ResumableTrainer):
         self.progress.add_loss(value)
         self.progress.add_tokens(*map(int, counts))
         return loss
+
+    def with_penalty(self, loss: torch.Tensor, *, shared: bool) -> torch.Tensor:
+        """The loss of a micro-batch with what the acting adapters add to it in training.
+
+        ``shared``: it is this micro-batch's part of the step's loss already, so the penalty is divided likewise.
+        """
+        term = penalty(self.model, self.model.adapter_state) if self._is_penalized() else None
+        if term is None:
+            return loss
+        return loss + term.to(loss.device) / (self.current_gradient_accumulation_steps if shared else 1)
+
+    def _is_penalized(self) -> bool:
+        return self.model.training and isinstance(self.model, PeftModel)
 
     def evaluation_loop(self, *args: Any, **options: Any) -> EvalLoopOutput:
         """Evaluate without using up a random number of the training.

@@ -19,7 +19,6 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 
 from veneer.adapters.peft_model import PeftModel
-from veneer.adapters.schedules import penalty
 from veneer.contract import MethodConfig
 from veneer.data.collating import Collator
 from veneer.data.dataset import columns_of, digest, encode_all, filled, pack_all, require_answers
@@ -149,11 +148,7 @@ class SFTTrainer(RunTrainer, trl.SFTTrainer):  # type: ignore[misc]
         if counted.aux is not None and self.aux_loss_enabled:
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * counted.aux.to(loss.device) / steps
-        if self.model.training and isinstance(self.model, PeftModel):
-            steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-            term = penalty(self.model, self.model.adapter_state)
-            loss = loss if term is None else loss + term.to(loss.device) / steps
-        return loss
+        return self.with_penalty(loss, shared=num_items_in_batch is not None)
 
     def _count(self, counted: TokenLoss, inputs: dict[str, Any]) -> None:
         if self.model.training:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from veneer.adapters.peft_model import PeftModel
-from veneer.adapters.schedules import penalty
 from veneer.errors import ConfigError, DataError, TrainingError
 from veneer.train.run_trainer import RunTrainer
 
@@ -102,13 +101,8 @@ class PreferenceTrainer(RunTrainer):
         loss: Tensor = found[0] if return_outputs else found
         if self.model.training and not loss.requires_grad:
             raise TrainingError("the loss depends on no trainable parameter: nothing would be trained")
-        term = penalty(self.model, self.model.adapter_state) if self._is_penalized() else None
-        if term is not None:
-            loss = loss + term.to(loss.device)
+        loss = self.with_penalty(loss, shared=bool(self.loss_is_scaled_for_ga))
         return (loss, found[1]) if return_outputs else loss
-
-    def _is_penalized(self) -> bool:
-        return self.model.training and isinstance(self.model, PeftModel)
 
     def evaluation_loop(self, *args: Any, **options: Any) -> EvalLoopOutput:
         """As `RunTrainer.evaluation_loop`; what was counted of the training stays for its next log line."""

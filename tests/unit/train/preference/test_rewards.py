@@ -8,7 +8,7 @@ import sys
 import pytest
 from datasets import Dataset
 
-from veneer import GRPOConfig, GRPOTrainer, LoraConfig
+from veneer import AdaLoraConfig, GRPOConfig, GRPOTrainer, LoraConfig, RLOOConfig, RLOOTrainer
 from veneer.errors import ConfigError, DataError, TrainingError
 from veneer.train.preference.rewards import checked_reward, exact_match, length, regex, reward_function
 
@@ -116,3 +116,24 @@ def test_completions_trained_on_over_several_steps_are_in_the_checkpoint(
     whole = run(None)
     folder = f"{settings['output_dir']}/checkpoint-3"
     assert run(folder) == whole
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+def test_the_penalty_of_a_step_is_the_same_over_any_number_of_micro_batches(make_model, tokenizer, settings, kind):
+    trainer_type, config = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}[kind]
+    rows = Dataset.from_list([{"prompt": f"say {i}"} for i in range(11)])
+    adalora = {"init_r": 4, "target_r": 1, "tinit": 1, "tfinal": 1, "orth_reg_weight": 0.7}
+
+    def first_line(n_micro_batches):
+        changes = {"num_generations": 2, "max_completion_length": 3, "beta": 0.0, "max_steps": 3}
+        args = config(**{**settings, **changes, "gradient_accumulation_steps": n_micro_batches})
+        peft_config = AdaLoraConfig(**adalora, target_modules=["q_proj"])
+        made = {"train_dataset": rows, "processing_class": tokenizer, "peft_config": peft_config}
+        trainer = trainer_type(make_model(), lambda completions, **row: [0.3] * len(completions), args, **made)
+        trainer.train()
+        return next(line for line in trainer.state.log_history if "loss" in line)
+
+    one, three = first_line(1), first_line(3)
+    assert one["grad_norm"] > 0.0  # equal rewards: of the penalty alone
+    assert three["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
+    assert three["loss"] == pytest.approx(one["loss"], rel=1e-5)
