@@ -26,9 +26,9 @@ UNPLANNED = (
 
 def planned_facts(recipe: Recipe) -> tuple[dict[str, Any] | None, str]:
     """What `veneer plan --json` tells of a recipe, and one line; no facts where it cannot be planned."""
-    machine = Machine.of(None, timed=True)
     try:
-        plan = plan_recipe(recipe)
+        machine = Machine.of_run(recipe.training_config())
+        plan = plan_recipe(recipe, isa=machine.isa)
         facts = as_json(plan) | machine.facts(plan, None)
     except UNPLANNED as error:
         reason = str(error).strip().splitlines()

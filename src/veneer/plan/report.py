@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from veneer.core.units import duration, size
+from veneer.model.memory import available_bytes
 from veneer.plan.fit import Fit
 from veneer.plan.machine import Card, Rates, card_of, free_here
 from veneer.plan.plan import PHASES, Plan
 from veneer.plan.process import process_of
 from veneer.plan.time import Seconds, seconds_here, seconds_on
+from veneer.train.config import SFTConfig
 from veneer.train.recipe.recipe import Recipe
 
 CONTEXT_BYTES = 500_000_000
@@ -29,28 +33,40 @@ WIDTH = 32
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """This machine, or a card; ``timed`` where seconds are asked for."""
+    """This machine, its GPU, or a card by its data sheet; ``timed`` where seconds are asked for."""
 
     card: Card | None
     timed: bool
+    gpu: torch.device | None = None
 
     @classmethod
     def of(cls, name: str | None, *, timed: bool) -> Machine:
         """By a card's name; None is this machine. Raises ConfigError."""
         return cls(None if name is None else card_of(name), timed)
 
+    @classmethod
+    def of_run(cls, args: SFTConfig) -> Machine:
+        """Where a run trains: the GPU of its rank, of which no rates are measured, or this processor."""
+        if args.use_cpu or not torch.cuda.is_available():
+            return cls(None, timed=True)
+        return cls(None, timed=False, gpu=torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
+
     @property
     def isa(self) -> str | None:
         """The instruction set to trace for: a card multiplies 16 bits as they are."""
-        return None if self.card is None else "avx512_bf16"
+        return None if self.card is None and self.gpu is None else "avx512_bf16"
 
     @property
     def memory(self) -> int:
         """Bytes to plan for."""
+        if self.gpu is not None:
+            return available_bytes(self.gpu)
         return free_here() if self.card is None else int(self.card.n_bytes)
 
     def bytes_of(self, plan: Plan) -> int:
         """All that a process takes there."""
+        if self.gpu is not None:
+            return int(plan.peak.n_bytes * FRAGMENTS)  # asking the driver has made the context: it is not free already
         if self.card is not None:
             return int(plan.peak.n_bytes * FRAGMENTS) + CONTEXT_BYTES
         return process_of(plan, Rates.here()).n_bytes

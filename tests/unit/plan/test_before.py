@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from tests.unit.plan.conftest import Make
 
 from veneer.errors import ConfigError
-from veneer.plan import before, machine
+from veneer.plan import before, machine, report
 
 
 @pytest.fixture(autouse=True)
@@ -40,3 +42,23 @@ def test_what_cannot_be_planned_is_told_and_trains_all_the_same(recipe: Make, tm
     facts, line = before.planned_facts(recipe(model={"source": str(tmp_path / "nowhere")}))
     assert facts is None
     assert line.startswith("not planned: ")
+
+
+def test_a_run_on_a_gpu_is_held_to_its_memory_and_measures_nothing(
+    recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*_: object) -> float:
+        raise AssertionError("a rate of the CPU was asked for")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        on_gpu = report.Machine.of_run(SimpleNamespace(use_cpu=False))  # type: ignore[arg-type]
+        assert report.Machine.of_run(SimpleNamespace(use_cpu=True)).gpu is None  # type: ignore[arg-type]
+    monkeypatch.setattr(report.Machine, "of_run", lambda _: on_gpu)
+    monkeypatch.setattr(machine.Rates, "_once", measured)
+    monkeypatch.setattr(report, "available_bytes", lambda device: 7_000_003 if device.type == "cuda" else 1)
+    facts, _ = before.planned_facts(recipe())
+    assert facts is not None
+    assert facts["process"]["free"] == 7_000_003
+    assert facts["process"]["bytes"] == int(report.FRAGMENTS * facts["peak"]["bytes"])
+    assert "time" not in facts
