@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedConfig
 
 from veneer.errors import ConfigError
@@ -63,7 +64,7 @@ def plan_recipe(
     isa: str | None = None,
     whole: bool = False,
 ) -> Plan:
-    """The plan of a recipe, from two shallow traces; ``whole`` traces all blocks.
+    """The plan of a recipe, from two shallow traces; all blocks are traced where they differ, and by ``whole``.
 
     Rows are as long as ``max_length``. ``isa`` is the instruction set of the machine that the plan is for. Raises
     ConfigError where transformers makes no causal language model of the config.
@@ -80,9 +81,9 @@ def plan_recipe(
         raise ConfigError(
             f"the config of {recipe.model.source} ({config.model_type}) has no num_hidden_layers to plan by"
         )
-    depths = (n_blocks,) if whole or n_blocks <= SHALLOW[-1] else SHALLOW
+    whole = whole or n_blocks <= SHALLOW[-1] or not _alike(recipe, config, n_blocks)
     try:
-        traces = [trace(shortened(config, depth), recipe, batch, isa) for depth in depths]
+        traces = [trace(shortened(config, depth), recipe, batch, isa) for depth in ((n_blocks,) if whole else SHALLOW)]
     except (ImportError, KeyError) as error:
         raise ConfigError(f"transformers makes no model of {recipe.model.source}: {error}") from error
     return _deepened(traces, n_blocks, recipe, batch, config)
@@ -105,15 +106,26 @@ def batch_of(recipe: Recipe, config: PreTrainedConfig) -> Batch:
 
 
 def count_trained(recipe: Recipe, config: PreTrainedConfig) -> int:
-    """Parameters that a recipe trains, from the shapes of two shallow models; no step is traced."""
-    n_blocks: int = config.get_text_config().num_hidden_layers
-    adapter = recipe.adapter_config()
-    counts: list[int] = []
-    for depth in SHALLOW:
-        with tracing():
-            model = traced_model(shortened(config, depth), recipe.model, adapter)
-        counts.append(sum(p.numel() for p in model.parameters() if p.requires_grad))
-    return counts[0] + (n_blocks - SHALLOW[0]) * (counts[1] - counts[0])
+    """Parameters that a recipe trains, from the shapes of the model; no step is traced."""
+    with tracing():
+        model = traced_model(config, recipe.model, recipe.adapter_config())
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _alike(recipe: Recipe, config: PreTrainedConfig, n_blocks: int) -> bool:
+    """Whether all blocks have tensors of the same shapes and one type of layer, so that two traces tell of all."""
+    if len(set(getattr(config.get_text_config(), "layer_types", None) or ())) > 1:
+        return False
+    with tracing():
+        model = traced_model(config, recipe.model, recipe.adapter_config())
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_blocks]
+    return bool(lists) and all(_shapes(block) == _shapes(blocks[0]) for blocks in lists for block in blocks)
+
+
+def _shapes(block: nn.Module) -> list[tuple[object, ...]]:
+    return [
+        (name, t.shape, t.dtype, t.requires_grad) for name, t in (*block.named_parameters(), *block.named_buffers())
+    ]
 
 
 def _deepened(traces: list[Shallow], n_blocks: int, recipe: Recipe, batch: Batch, config: PreTrainedConfig) -> Plan:

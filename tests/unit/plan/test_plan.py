@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from tests.unit.plan.conftest import Make
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from veneer.errors import ConfigError
 from veneer.plan.architecture import config_of
@@ -85,3 +87,24 @@ def test_unknown_names_and_long_rows_are_told(recipe: Make) -> None:
         config_of("llama-3-8")
     with pytest.raises(ConfigError, match="max_length=65 is more than the 64 tokens"):
         plan_recipe(recipe(max_length=65))
+
+
+def moe_config(**changed: Any) -> Qwen3MoeConfig:
+    return Qwen3MoeConfig(
+        vocab_size=131, hidden_size=32, intermediate_size=208, moe_intermediate_size=24, num_hidden_layers=8,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=7, num_experts_per_tok=2,
+        max_position_embeddings=64, dtype=torch.bfloat16, **changed,
+    )  # fmt: skip
+
+
+def test_blocks_that_differ_are_all_traced(recipe: Make) -> None:
+    config = moe_config(mlp_only_layers=[0, 1, 2])
+    plan = plan_recipe(recipe(), config=config)
+    base = AutoModelForCausalLM.from_config(config)
+    assert plan.n_parameters - plan.n_trained == sum(p.numel() for p in base.parameters())
+
+
+def test_adapters_of_some_blocks_are_counted_where_they_are(recipe: Make) -> None:
+    wanted = recipe({"method": "lora", "r": 5, "layers_to_transform": [4]})
+    short, whole = plan_recipe(wanted), plan_recipe(wanted, whole=True)
+    assert short.n_trained == whole.n_trained == count_trained(wanted, short.config) > 0
