@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from veneer.adapters.peft_model import get_peft_model
 from veneer.contract import MethodConfig
+from veneer.errors import ConfigError
 from veneer.model.quant_linear import QuantLinear
 from veneer.ops.traced import Traced
 from veneer.store.quantization import BitsAndBytesConfig
@@ -32,10 +33,20 @@ def shortened(config: PreTrainedConfig, n_blocks: int) -> PreTrainedConfig:
 
 
 def meta_base(config: PreTrainedConfig, part: ModelPart, *, prepared: bool = True) -> PreTrainedModel:
-    """The base of a recipe on the meta device, in the storage format that it asks for; ``prepared`` for training."""
+    """The base of a recipe on the meta device, in the storage format that it asks for; ``prepared`` for training.
+
+    Raises ConfigError where transformers makes no causal language model of the config.
+    """
     dtype = getattr(torch, part.dtype) if part.dtype != "auto" else config.dtype or torch.float32
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (ImportError, KeyError, ValueError) as error:
+        raise ConfigError(
+            f"transformers makes no causal language model of {part.source} (model_type {config.model_type}): "
+            f"{str(error).strip().splitlines()[0][:150]}. Planned can be what AutoModelForCausalLM builds: decoders "
+            "that predict the next token"
+        ) from error
     model = cast(PreTrainedModel, model.eval())
     quantization = quantization_of(part)
     if quantization is not None:

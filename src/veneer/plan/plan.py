@@ -82,10 +82,7 @@ def plan_recipe(
             f"the config of {recipe.model.source} ({config.model_type}) has no num_hidden_layers to plan by"
         )
     whole = whole or n_blocks <= SHALLOW[-1] or not _alike(recipe, config, n_blocks)
-    try:
-        traces = [trace(shortened(config, depth), recipe, batch, isa) for depth in ((n_blocks,) if whole else SHALLOW)]
-    except (ImportError, KeyError) as error:
-        raise ConfigError(f"transformers makes no model of {recipe.model.source}: {error}") from error
+    traces = [trace(shortened(config, depth), recipe, batch, isa) for depth in ((n_blocks,) if whole else SHALLOW)]
     return _deepened(traces, n_blocks, recipe, batch, config)
 
 

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 from tests.unit.plan.conftest import Make
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, T5Config
 
 from veneer.errors import ConfigError
 from veneer.plan.architecture import config_of
 from veneer.plan.live import LiveBytes, peaks
 from veneer.plan.measure import measured_model
 from veneer.plan.plan import as_json, batch_of, count_trained, plan_recipe
+from veneer.plan.serving import serving_of
 from veneer.plan.trace import FIRST, kind_under, kinds_of, make_optimizer, prepare, run_steps
 from veneer.train.recipe.recipe import Recipe
 
@@ -108,3 +109,16 @@ def test_adapters_of_some_blocks_are_counted_where_they_are(recipe: Make) -> Non
     wanted = recipe({"method": "lora", "r": 5, "layers_to_transform": [4]})
     short, whole = plan_recipe(wanted), plan_recipe(wanted, whole=True)
     assert short.n_trained == whole.n_trained == count_trained(wanted, short.config) > 0
+
+
+def test_models_that_are_no_causal_language_models_are_told(recipe: Make) -> None:
+    config, wanted = T5Config(vocab_size=131, d_model=32, d_ff=48, num_layers=5, num_heads=2, d_kv=16), recipe()
+    adapter = wanted.adapter_config()
+    assert adapter is not None
+    for ask in (
+        lambda: plan_recipe(wanted, config=config),
+        lambda: count_trained(wanted, config),
+        lambda: serving_of(config, wanted.model, adapter, 10**9, 7),
+    ):
+        with pytest.raises(ConfigError, match=r"no causal language model .*model_type t5.*AutoModelForCausalLM builds"):
+            ask()
