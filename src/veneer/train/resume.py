@@ -124,15 +124,20 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
             best = checkpoint_folder(run, self.state.best_global_step)
             if best == target or by_main(best.exists):
                 self.state.best_model_checkpoint = str(best)
-        states = [] if self.args.save_only_model else gathered(self._random_state())
-        by_main(lambda: self._write_checkpoint(run, target, states))
+        of_processes = [] if self.args.save_only_model else gathered(self.own_files())
+        files = [file for own in of_processes for file in own]
+        by_main(lambda: self._write_checkpoint(run, target, files))
 
-    def _write_checkpoint(self, run: Path, target: Path, random_states: Sequence[tuple[str, bytes]]) -> None:
+    def own_files(self) -> list[tuple[str, bytes]]:
+        """Name and content of the files of a checkpoint that this process alone can give."""
+        return [self._random_state()]
+
+    def _write_checkpoint(self, run: Path, target: Path, files: Sequence[tuple[str, bytes]]) -> None:
         with new_folder(target) as folder:
             self.save_model(str(folder), _internal_call=True)
             self._save_trained(folder)
             self._save_state(folder)
-            for name, content in random_states:
+            for name, content in files:
                 (folder / name).write_bytes(content)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(target))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -25,7 +25,7 @@ from veneer.train.preference.scores import ScoredModel, Scoring
 from veneer.train.preference.trainer import PreferenceTrainer
 from veneer.train.run_trainer import Ready
 
-GENERATED_FILE = "generated.safetensors"
+GENERATED_FILE = "generated_{rank}_of_{n_processes}.safetensors"
 
 
 class EpochRepeatSampler(RepeatSampler):  # type: ignore[misc]
@@ -142,13 +142,19 @@ class GeneratingTrainer(PreferenceTrainer):
         """Besides, the completions that the next steps are trained on, where some are left."""
         super().restore_counters(counted, folder)
         self._step = counted.get("micro_steps", 0)
-        self._buffered_inputs = _read(folder / GENERATED_FILE)
+        self._buffered_inputs = _read(folder / self._generated_file())
 
-    def _save_state(self, folder: Path) -> None:
-        super()._save_state(folder)
+    def own_files(self) -> list[tuple[str, bytes]]:
+        """Besides, this process's completions that the next steps are trained on, where some are left."""
+        files = super().own_files()
         every = self.args.steps_per_generation * self.num_iterations
         if self._buffered_inputs is not None and self._step % every:
-            _write(self._buffered_inputs, folder / GENERATED_FILE)
+            files.append((self._generated_file(), _packed(self._buffered_inputs)))
+        return files
+
+    def _generated_file(self) -> str:
+        # Another number of processes finds no file: all of them generate anew, where one alone would wait for ever.
+        return GENERATED_FILE.format(rank=self.args.process_index, n_processes=self.args.world_size)
 
 
 def _rewards(given: Any) -> list[Any]:
@@ -162,14 +168,14 @@ def _rewards(given: Any) -> list[Any]:
     return [checked_reward(each, alone=len(functions) == 1) for each in functions]
 
 
-def _write(batches: list[dict[str, Any]], path: Path) -> None:
+def _packed(batches: list[dict[str, Any]]) -> bytes:
     tensors = {
         f"{i}/{key}": value.detach().cpu().contiguous().clone()  # micro-batches may share one
         for i, batch in enumerate(batches)
         for key, value in batch.items()
         if isinstance(value, Tensor)
     }
-    save_file(tensors, path)
+    return cast(bytes, save(tensors))
 
 
 def _read(path: Path) -> list[dict[str, Any]] | None:

@@ -6,6 +6,7 @@ import functools
 import sys
 
 import pytest
+import torch
 from datasets import Dataset
 
 from veneer import AdaLoraConfig, GRPOConfig, GRPOTrainer, LoraConfig, RLOOConfig, RLOOTrainer
@@ -116,6 +117,31 @@ def test_completions_trained_on_over_several_steps_are_in_the_checkpoint(
     whole = run(None)
     folder = f"{settings['output_dir']}/checkpoint-3"
     assert run(folder) == whole
+
+
+def test_each_process_goes_on_with_its_own_completions(make_model, tokenizer, settings, monkeypatch, tmp_path):
+    rows = Dataset.from_list([{"prompt": f"say {i}"} for i in range(11)])
+    changes = {"num_generations": 2, "max_completion_length": 3, "num_iterations": 2}
+    args = GRPOConfig(**{**settings, **changes})
+    made = {"train_dataset": rows, "processing_class": tokenizer, "peft_config": LoraConfig(**LORA)}
+    trainer = GRPOTrainer(make_model(), lambda completions, **row: [0.3] * len(completions), args, **made)
+
+    def go_on(rank, n_processes):
+        monkeypatch.setattr(GRPOConfig, "process_index", rank)
+        monkeypatch.setattr(GRPOConfig, "world_size", n_processes)
+        trainer.restore_counters({"micro_steps": 3}, tmp_path)
+        return trainer._buffered_inputs
+
+    trainer._step = 3
+    for rank in (0, 1):
+        monkeypatch.setattr(GRPOConfig, "process_index", rank)
+        monkeypatch.setattr(GRPOConfig, "world_size", 2)
+        trainer._buffered_inputs = [{"completion_ids": torch.tensor([[rank + 5]])}]
+        for name, content in trainer.own_files():
+            (tmp_path / name).write_bytes(content)
+    for rank in (0, 1):
+        assert go_on(rank, 2)[0]["completion_ids"].tolist() == [[rank + 5]]
+    assert go_on(1, 3) is None
 
 
 @pytest.mark.parametrize("kind", ["grpo", "rloo"])
