@@ -11,17 +11,11 @@ from veneer.plan.plan import as_json, plan_recipe
 from veneer.plan.report import Machine, told
 from veneer.train.recipe.recipe import Recipe
 
-# What a model of an unusual kind makes torch and Python raise on tensors without values.
-UNPLANNED = (
-    AttributeError,
-    LookupError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    VeneerError,
-    OSError,
-)
+TOLD = (VeneerError, OSError, NotImplementedError)
+"""Expected: what cannot be planned says so itself."""
+# Unexpected, whether building an unusual model on tensors without values raises it or the planner is wrong; the two
+# cannot be told apart. Neither may stop a run that would train, so the kind of the error is told for a report.
+UNEXPECTED = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def planned_facts(recipe: Recipe) -> tuple[dict[str, Any] | None, str]:
@@ -30,9 +24,10 @@ def planned_facts(recipe: Recipe) -> tuple[dict[str, Any] | None, str]:
         machine = Machine.of_run(recipe.training_config())
         plan = plan_recipe(recipe, isa=machine.isa)
         facts = as_json(plan) | machine.facts(plan, None)
-    except UNPLANNED as error:
-        reason = str(error).strip().splitlines()
-        return None, f"not planned: {reason[0] if reason else type(error).__name__}"
+    except (*TOLD, *UNEXPECTED) as error:
+        reason, kind = str(error).strip().partition("\n")[0], type(error).__name__
+        known = isinstance(error, TOLD) and reason
+        return None, f"not planned: {reason}" if known else f"not planned: {kind}{': ' if reason else ''}{reason}"
     return facts, told(plan, facts)
 
 

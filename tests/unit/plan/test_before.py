@@ -62,3 +62,13 @@ def test_a_run_on_a_gpu_is_held_to_its_memory_and_measures_nothing(
     assert facts["process"]["free"] == 7_000_003
     assert facts["process"]["bytes"] == int(report.FRAGMENTS * facts["peak"]["bytes"])
     assert "time" not in facts
+
+
+def test_an_unexpected_error_is_told_with_its_kind_and_stops_no_run(
+    recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(*_: object, **__: object) -> None:
+        raise TypeError("no such thing\nmore")
+
+    monkeypatch.setattr(before, "plan_recipe", wrong)
+    assert before.planned_facts(recipe()) == (None, "not planned: TypeError: no such thing")
