@@ -17,8 +17,9 @@ _aten = torch.ops.aten
 _PRODUCTS = {_aten.mm.default: 0, _aten.bmm.default: 0, _aten.addmm.default: 1, _aten.baddbmm.default: 1}
 _PRODUCTS |= {_aten.mm.out: 0, _aten.addmm_.default: 1, _aten.addmm.out: 1}
 _SILENT = {
-    "empty",
     "view",
+    "_unsafe_view",
+    "_reshape_alias",
     "detach",
     "slice",
     "select",
@@ -28,6 +29,10 @@ _SILENT = {
     "t",
     "alias",
     "split",
+    "split_with_sizes",
+    "unsqueeze",
+    "squeeze",
+    "unbind",
     "as_strided",
 }
 KERNEL_TOUCHES = 3
@@ -125,7 +130,7 @@ class CountWork(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.work.attention += (10 if "backward" in name else 4) * b * h * t * t * d / 2
         elif name.startswith(("empty", "new_empty")):
             self.work.moved += KERNEL_TOUCHES * _bytes(out)
-        elif not any(name.startswith(prefix) for prefix in _SILENT):
+        elif name not in _SILENT:
             self.work.moved += _bytes(args) + _bytes(out)
 
 

@@ -16,6 +16,7 @@ from veneer.plan.measure import measured_model
 from veneer.plan.plan import as_json, batch_of, count_trained, plan_recipe
 from veneer.plan.serving import serving_of
 from veneer.plan.trace import FIRST, kind_under, kinds_of, make_optimizer, prepare, run_steps
+from veneer.plan.work import CountWork
 from veneer.train.recipe.recipe import Recipe
 
 SETTINGS: dict[str, tuple[dict[str, Any] | None, dict[str, Any], dict[str, Any]]] = {
@@ -122,3 +123,15 @@ def test_models_that_are_no_causal_language_models_are_told(recipe: Make) -> Non
     ):
         with pytest.raises(ConfigError, match=r"no causal language model .*model_type t5.*AutoModelForCausalLM builds"):
             ask()
+
+
+def test_views_move_nothing_and_ops_whose_names_begin_alike_do() -> None:
+    x = torch.ones(7, 11)
+    with CountWork() as counted:
+        counted.on = True
+        x.t(), x.unsqueeze(0), x.select(0, 1), x.split(3)
+        assert counted.work.moved == 0
+        x.tanh()
+        assert counted.work.moved == 2 * x.nbytes
+        torch.ops.aten.select_backward(x[0], [7, 11], 0, 1)
+        assert counted.work.moved == 3 * x.nbytes + x[0].nbytes
