@@ -16,7 +16,7 @@ _SHARDED = (BASE, EMBEDDINGS, HEAD, NORMS, TRAINED, ADAPTERS, GRADIENTS, STATE)
 
 
 def rank_peak(plan: Plan, n_processes: int, strategy: str) -> Peak:
-    """The peak of one rank, each with a micro-batch of its own.
+    """The peak of one rank, each with a micro-batch of its own: of another phase, perhaps, once weights are shards.
 
     DDP keeps the gradients a second time, in the buckets that are reduced. FSDP keeps 1/N of what is trained, frozen
     or remembered, and gathers one group at a time: a block (and the next one, fetched ahead), or embeddings and head.
@@ -29,7 +29,15 @@ def rank_peak(plan: Plan, n_processes: int, strategy: str) -> Peak:
         problems.append(f"--strategy {strategy!r} must be one of {', '.join(STRATEGIES)}")
     if problems:
         raise ConfigError("; ".join(problems))
-    kinds = dict(plan.peak.kinds)
+    return max((_sharded(plan, phase, n_processes, strategy) for phase in plan.phases.values()), key=_bytes)
+
+
+def _bytes(peak: Peak) -> int:
+    return peak.n_bytes
+
+
+def _sharded(plan: Plan, phase: Peak, n_processes: int, strategy: str) -> Peak:
+    kinds = dict(phase.kinds)
     if strategy == "ddp":
         return Peak({**kinds, **({BUCKETS: 4 * plan.n_trained} if n_processes > 1 else {})})
     n_blocks = plan.config.get_text_config().num_hidden_layers

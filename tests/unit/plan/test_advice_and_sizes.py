@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from tests.unit.plan.conftest import Make
 
 from veneer.cli.plan import bytes_from
 from veneer.errors import ConfigError
 from veneer.plan.advice import advise
+from veneer.plan.live import Peak
 from veneer.plan.machine import card_of
 from veneer.plan.plan import plan_recipe
 from veneer.plan.processes import rank_peak
+from veneer.plan.trace import ACTIVATIONS, BASE
 
 LLAMA_3_8B = 41_943_040 // 16
 
@@ -54,3 +58,10 @@ def test_ranks_hold_copies_or_shards(recipe: Make) -> None:
 def test_the_nearest_card_is_named() -> None:
     with pytest.raises(ConfigError, match="did you mean rtx-4090"):
         card_of("rtx4090")
+
+
+def test_a_rank_peaks_in_the_phase_that_is_largest_once_weights_are_shards(recipe: Make) -> None:
+    phases = {"load": Peak({BASE: 70_001}), "backward": Peak({BASE: 11_003, ACTIVATIONS: 50_021})}
+    plan = replace(plan_recipe(recipe()), phases=phases)
+    assert plan.peak_phase == "load"
+    assert rank_peak(plan, 1000, "fsdp").kinds[ACTIVATIONS] == 50_021
