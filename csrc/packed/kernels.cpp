@@ -295,7 +295,12 @@ void decoded_product(const PackedProduct& call, const Operand& x, int64_t begin,
   const FinishFrom<Out> sink{{call}, begin};
   decode_blocks<Codes, W>(m, begin, end, dense);
 #if defined(__AMX_BF16__)
-  if (reads_pairs(call)) return tile_piece(dense, x, 0, call.n, 0, end - begin, sink);
+  if (reads_pairs(call)) {
+    // Tiles read whole groups of 32 inputs; the memory held something else before, and 0 times NaN is NaN.
+    const int64_t decoded = dense.o * up_to(m.i, 2), all = dense.o * dense.depth;
+    std::memset(memory + decoded * 2, 0, static_cast<size_t>(all - decoded) * 2);
+    return tile_piece(dense, x, 0, call.n, 0, end - begin, sink);
+  }
 #elif defined(__AVX512BF16__)
   if (reads_pairs(call))
     return multiply_panels<PairEngine>(dense, static_cast<const bf16*>(x.data), x.stride, 0, call.n, 0, end - begin, sink);

@@ -10,7 +10,6 @@ import typer
 
 from veneer.cli import loading
 from veneer.errors import ConfigError
-from veneer.ops.dispatch import kernel_isa
 
 _Adapters = Annotated[
     Path | None,
@@ -81,6 +80,8 @@ def serve(
         engine = start_engine(model, options)
     if engine.settings.why_general:
         typer.echo(f"slow: transformers' own code computes everything ({engine.settings.why_general})", err=True)
+    from veneer.ops.dispatch import kernel_isa
+
     if not kernel_isa():
         typer.echo("slow: the C++ kernels are not built, plain torch computes everything", err=True)
     catalogue = Catalogue(engine, [served_model_name or model], model, adapters)

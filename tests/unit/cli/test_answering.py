@@ -166,7 +166,7 @@ def test_without_kernels_transformers_answers(model_folder: Path, monkeypatch: p
 def test_a_line_says_that_the_engine_answers(veneer: Veneer, adapter_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}))
     for command in (("generate", adapter_folder, "-p", "hi"), ("chat", adapter_folder)):
-        assert veneer(*command, "--max-new-tokens", 2).stderr == "answers: veneer's engine\n"
+        assert veneer(*command, "--max-new-tokens", 2).stderr.startswith("answers: veneer's engine\n")
     command = ("eval", adapter_folder, "-d", tmp_path / "data.jsonl", "-m", "exact-match", "--max-new-tokens", 2)
     assert veneer(*command).stderr == "answers: veneer's engine\n"
 

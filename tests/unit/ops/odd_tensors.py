@@ -28,6 +28,7 @@ from veneer.ops.four_bit import FourBitLayout, quantize_4bit
 from veneer.ops.grouped_low_rank import AdapterRuns, LowRankGroup, Run
 from veneer.ops.int8 import quantize_int8
 from veneer.ops.packed import PackedWeight
+from veneer.ops.packed_codes import PackedCodes
 from veneer.ops.paged_attention import PagedRows, PagedStore, SequenceRows
 from veneer.ops.pairs import PackedPairs, Pair, Segment, Segments
 
@@ -38,6 +39,8 @@ def cases():
     """Op, and what it takes: tensors may lie in tuples and in the two classes below."""
     x, y, wide, w = torch.randn(N, D), torch.randn(N, D), torch.randn(N, OUT), torch.randn(D)
     rows = torch.arange(N)
+    yield "activation.activation_forward", (x, "relu")
+    yield "activation.activation_backward", (y, x, "relu")
     yield "adamw.adamw_8bit_", (x, y, (moment(x), moment(x)), AdamWStep(1e-3, (0.9, 0.99), 1e-8, 0.01, 3))
     heads, lse, bounds = torch.randn(N, HEADS, 8), torch.randn(HEADS, N), torch.tensor([0, 2, N])
     numbers = (0.3, 0, 0.0)
@@ -75,6 +78,12 @@ def cases():
     yield "packed.pack", (torch.randn(OUT, D), D)
     yield "packed.unpack", (flat_panels, Plain((OUT, D)), D)
     yield "packed.matmul", (PackedWeight(flat_panels, (OUT, D)), x, wide, wide.clone())
+    coded = PackedCodes.pack_4bit(*packed, layout, torch.float32)
+    yield "packed_codes.pack_4bit", (Plain(coded), packed[0].reshape(-1), packed[1], layout.block_size)
+    yield "packed_codes.pack_int8", (Plain(replace(coded, coding="int8", unit=D)), *quantize_int8(torch.randn(OUT, D)))
+    yield "packed_codes.codes", (coded,)
+    yield "packed_codes.dense", (coded,)
+    yield "packed_codes.matmul", (coded, x, wide, wide.clone())
     store = PagedStore.zeros(2, 16, (1, HEADS, 8), dtype=torch.float32)
     step = PagedRows.of([SequenceRows([1], 3, N)], store)
     yield "paged_attention.append", (store, 0, heads, heads.clone(), Plain(step))
@@ -101,6 +110,7 @@ def moment(x):
 
 
 tree.register_pytree_node(PackedWeight, lambda p: ([p.panels], p.shape), lambda t, shape: PackedWeight(t[0], shape))
+tree.register_pytree_node(PackedCodes, lambda p: ([p.panels], p), lambda t, p: replace(p, panels=t[0]))
 tree.register_pytree_node(PagedStore, lambda s: ([s.data], s), lambda t, s: replace(s, data=t[0]))
 tree.register_pytree_node(Moment8bit, lambda m: ([m.codes, m.absmax], None), lambda parts, _: Moment8bit(*parts))
 tree.register_pytree_node(LowRankGroup, lambda g: ([*g.a, *g.b], g), lambda ab, g: replace(g, a=(ab[0],), b=(ab[1],)))

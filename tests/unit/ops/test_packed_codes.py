@@ -75,6 +75,16 @@ def test_products_are_those_of_the_dense_panels(form, dtype, x_dtype, backend):
 
 
 @pytest.mark.parametrize("form", [("nf4", 83, 208, 64), ("int8", 83, 201, 0)])
+def test_what_other_products_left_in_scratch_memory_takes_no_part(form, backend):
+    made, _, values = packed_of(*form)
+    nans = torch.full((40, 512), float("nan"))
+    PackedWeight.pack(torch.full((256, 512), float("nan"))).matmul(nans, backend=backend)
+    packed_of("nf4", 256, 512, 64, torch.float32)[0].matmul(nans, backend=backend)
+    x = draw(40, form[2], dtype=torch.bfloat16)
+    assert torch.equal(made.matmul(x, backend=backend), PackedWeight.pack(values).matmul(x, backend=backend))
+
+
+@pytest.mark.parametrize("form", [("nf4", 83, 208, 64), ("int8", 83, 201, 0)])
 def test_five_hundred_rows_written_where_asked(form, backend):
     made, _, values = packed_of(*form)
     wide = draw(512, 300, dtype=torch.bfloat16)

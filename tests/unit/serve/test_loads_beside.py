@@ -17,7 +17,7 @@ import torch
 from veneer import LLM, IA3Config, LoraConfig, LoRARequest, SamplingParams
 from veneer.errors import ConfigError, FormatError, ServingError
 from veneer.model.places import placed_on
-from veneer.ops.paged_attention import PagedStore
+from veneer.ops.paged_attention import PagedStore, padded
 from veneer.serve import effects, program_runner
 from veneer.serve.effects import UnsaidError, read_effects
 from veneer.serve.held import bytes_of
@@ -352,7 +352,7 @@ def test_many_adapters_and_room_for_a_few(tokenizer, tmp_path):
 
 
 def test_an_adapter_that_can_never_fit_is_one_clear_error(base_folder, adapters, tokenizer):
-    position = 2 * 2 * 8 * 4
+    position = 2 * 2 * padded(8) * 4
     small = LLM(make_model(), tokenizer=tokenizer, max_model_len=32, kv_cache_memory_bytes=40 * position)
     expected = one(small)
     with pytest.raises(ConfigError, match=r"leaves 0 positions of keys and values .* raise kv_cache_memory_bytes"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
@@ -17,9 +16,9 @@ _ALL = frozenset({"prompt", "chat", "system"})
 class TaskKeys:
     """What belongs to one task beside the keys that all tasks have.
 
-    ``trainer`` and ``settings``: where the trainer and its config are; the keys of ``training`` are the fields of that
-    config. ``data``: keys of the part ``data``. ``rewards``: it needs the part ``rewards``. ``rate``: its usual
-    learning rate as a share of that of supervised fine-tuning with the same method.
+    ``trainer`` and ``settings``: veneer's names of the trainer and its config; the keys of ``training`` are the fields
+    of that config. ``data``: keys of the part ``data``. ``rewards``: it needs the part ``rewards``. ``rate``: its
+    usual learning rate as a share of that of supervised fine-tuning with the same method.
     """
 
     trainer: str
@@ -29,20 +28,13 @@ class TaskKeys:
     rate: float = 1.0
 
 
-_PREFERENCE = "veneer.train.preference"
 KEYS: Mapping[Task, TaskKeys] = {
-    "sft": TaskKeys(
-        "veneer.train.trainer:SFTTrainer", "veneer.train.config:SFTConfig", _ALL | {"completion", "train_on"}
-    ),
-    "dpo": TaskKeys(f"{_PREFERENCE}.dpo:DPOTrainer", f"{_PREFERENCE}.config:DPOConfig", _ALL, rate=0.1),
-    "kto": TaskKeys(f"{_PREFERENCE}.kto:KTOTrainer", f"{_PREFERENCE}.config:KTOConfig", _ALL, rate=0.1),
-    "reward": TaskKeys(f"{_PREFERENCE}.reward:RewardTrainer", f"{_PREFERENCE}.config:RewardConfig", _ALL),
-    "grpo": TaskKeys(
-        f"{_PREFERENCE}.grpo:GRPOTrainer", f"{_PREFERENCE}.config:GRPOConfig", _ALL, rewards=True, rate=0.1
-    ),
-    "rloo": TaskKeys(
-        f"{_PREFERENCE}.rloo:RLOOTrainer", f"{_PREFERENCE}.config:RLOOConfig", _ALL, rewards=True, rate=0.1
-    ),
+    "sft": TaskKeys("SFTTrainer", "SFTConfig", _ALL | {"completion", "train_on"}),
+    "dpo": TaskKeys("DPOTrainer", "DPOConfig", _ALL, rate=0.1),
+    "kto": TaskKeys("KTOTrainer", "KTOConfig", _ALL, rate=0.1),
+    "reward": TaskKeys("RewardTrainer", "RewardConfig", _ALL),
+    "grpo": TaskKeys("GRPOTrainer", "GRPOConfig", _ALL, rewards=True, rate=0.1),
+    "rloo": TaskKeys("RLOOTrainer", "RLOOConfig", _ALL, rewards=True, rate=0.1),
 }
 
 
@@ -54,12 +46,12 @@ def task_of(values: Mapping[str, Any]) -> Task:
 
 def settings_of(task: Task) -> Any:
     """The config class of a task's trainer."""
-    return _found(KEYS[task].settings)
+    return _public(KEYS[task].settings)
 
 
 def trainer_of(task: Task) -> Any:
     """The trainer class of a task."""
-    return _found(KEYS[task].trainer)
+    return _public(KEYS[task].trainer)
 
 
 def task_problems(values: Mapping[str, Any]) -> Iterator[str]:
@@ -90,6 +82,7 @@ def _belongs(names: list[Any], task: Task) -> str:
     return f"belongs to task {', '.join(names)}, and the task here is {task}; drop it"
 
 
-def _found(place: str) -> Any:
-    module, _, name = place.partition(":")
-    return getattr(importlib.import_module(module), name)
+def _public(name: str) -> Any:
+    import veneer  # which imports what it is asked for
+
+    return getattr(veneer, name)
