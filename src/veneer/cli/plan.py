@@ -36,7 +36,10 @@ _What = Annotated[
 _Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key, as veneer train does.")
 ]
-_Method = Annotated[str, typer.Option(metavar="NAME", help="As adapter.method; full trains the whole model.")]
+_Method = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", show_default="lora", help="As adapter.method; full trains the whole model."),
+]
 _Rank = Annotated[int | None, typer.Option("--rank", "--r", metavar="N", show_default=False, help="As adapter.r.")]
 _Targets = Annotated[
     str | None, typer.Option(metavar="NAMES", show_default=False, help="As adapter.target_modules, with commas.")
@@ -73,7 +76,7 @@ _Time = Annotated[bool, typer.Option("--time/--no-time", help="Seconds too; rate
 def plan(
     what: _What,
     overrides: _Set = None,
-    method: _Method = "lora",
+    method: _Method = None,
     rank: _Rank = None,
     targets: _Targets = None,
     quantization: _Quantization = None,
@@ -98,8 +101,9 @@ def plan(
 
     Example: veneer plan llama-3-8b --quantization nf4 --fit 24GB
     """
-    if write is not None and fit is None:
-        raise ConfigError("--write says where the recipe of --fit goes: add --fit SIZE")
+    modes = {"--fit": fit is not None, "--serve": serve, "--advice": advice}
+    given = {"--write": write is not None, "--memory": memory is not None, "--png": png is not None}
+    _require_read(what, method, rows, modes, given | {"--processes": processes > 1})
     budget = None if fit is None else bytes_from(fit, "--fit")
     room = None if memory is None else bytes_from(memory, "--memory")
     changes = {
@@ -125,17 +129,45 @@ def plan(
         _plan(recipe, config, machine, (processes, strategy), rows, as_json, png)
 
 
-def _recipe(what: str, overrides: list[str], method: str, changes: dict[str, Any]) -> Recipe:
+def _require_read(
+    what: str, method: str | None, rows: int | None, modes: dict[str, bool], given: dict[str, bool]
+) -> None:
+    """Raise ConfigError for options that nothing would read."""
+    chosen = [name for name, asked in modes.items() if asked]
+    found = []
+    if len(chosen) > 1:
+        found.append(f"{' and '.join(chosen)} answer questions of their own: give one of them")
+    for option, mode in (("--write", "--fit"), ("--memory", "--serve")):
+        if given[option] and not modes[mode]:
+            found.append(f"{option} is read by {mode} alone: add {mode}, or leave it out")
+    found += [
+        f"{option} is not read by {chosen[0]}: leave it out"
+        for option in ("--png", "--processes")
+        if chosen and given[option]
+    ]
+    if method is not None and _is_recipe(what):
+        found.append(f"--method {method}: {what} names its own; use --set adapter.method={method}")
+    if rows is not None and rows < 1:
+        found.append(f"--rows {rows} must be at least 1")
+    if found:
+        raise ConfigError("; ".join(found))
+
+
+def _is_recipe(what: str) -> bool:
+    return Path(what).suffix in (".yaml", ".yml")
+
+
+def _recipe(what: str, overrides: list[str], method: str | None, changes: dict[str, Any]) -> Recipe:
     """The recipe of a file, or one made for a model's name."""
     from veneer.train.recipe.recipe import parse_recipe, put, read_values
 
-    if Path(what).suffix in (".yaml", ".yml"):
+    if _is_recipe(what):
         values = read_values(Path(what), overrides)
     else:
         values = {
             "model": {"source": what},
             "data": {"train": "train.jsonl"},
-            "adapter": {"method": method},
+            "adapter": {"method": method or "lora"},
             "training": {"max_length": 1024},
             "output": "runs/first",
         }
