@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from veneer.core.units import size
 from veneer.errors import ConfigError
 from veneer.plan.plan import Plan, plan_recipe
+from veneer.plan.trace import ACTIVATIONS, LOGITS, SCRATCH
 from veneer.train.recipe.recipe import Recipe, parse_recipe
 
 CHECKPOINTING: tuple[bool | str, ...] = (False, "selective", True)
@@ -98,8 +99,8 @@ def _largest(
             "training.per_device_train_batch_size": rows,
             "training.gradient_accumulation_steps": total // rows,
         }
-        held = bytes_of(one) - one.peak.n_bytes + one.held.n_bytes
-        if held + 0.5 * rows * (one.peak.n_bytes - one.held.n_bytes) > budget and rows > 4:
+        growing = sum(one.peak.kinds.get(kind, 0) for kind in (ACTIVATIONS, LOGITS, SCRATCH))
+        if bytes_of(one) + (0.5 * rows - 1) * growing > budget and rows > 4:
             continue  # far too many: not worth a trace
         plan = _planned(recipe, config, settings)
         if bytes_of(plan) <= budget:
