@@ -64,7 +64,7 @@ def trained_tokenizer(recipe: Recipe) -> Any:
 def trained_parts(recipe: Recipe, tokenizer: Any) -> Parts:
     """The base as the recipe stores it and the adapter of its output; the model itself where it was trained whole."""
     from veneer.store.source import load_model
-    from veneer.train.run import load_base
+    from veneer.train.base_model import load_base
 
     saved, source = saved_by(recipe), recipe.model.source
     with quiet():

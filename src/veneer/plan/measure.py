@@ -7,8 +7,8 @@ from typing import cast
 from transformers import PreTrainedModel
 
 from veneer.adapters.peft_model import get_peft_model
+from veneer.train.base_model import load_base
 from veneer.train.recipe.recipe import Recipe
-from veneer.train.run import load_base
 
 
 def measured_model(recipe: Recipe) -> PreTrainedModel:

@@ -16,8 +16,8 @@ from veneer.model.quant_linear import QuantLinear
 from veneer.ops.traced import Traced
 from veneer.store.quantization import BitsAndBytesConfig
 from veneer.store.quantizer import VeneerQuantizer
+from veneer.train.base_model import made_ready, quantization_of
 from veneer.train.recipe.recipe import ModelPart
-from veneer.train.run import made_ready, quantization_of
 
 CPU = torch.device("cpu")
 

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from veneer.errors import DescriptionError
-from veneer.model.blueprint.describe import describe
 from veneer.model.checkpointing import checkpoint_fully, checkpoint_selectively
 from veneer.model.fused.decoder import fuse_as_described
 from veneer.model.offload import ActivationOffload
@@ -199,12 +197,3 @@ class _Sized(int):
 
 def _dense_sizes(model: nn.Module) -> Iterator[Any]:
     return (_Sized(m.out_features * m.in_features) for m in model.modules() if isinstance(m, QuantLinear))
-
-
-def described_problem(model: PreTrainedModel) -> str | None:
-    """Why a model has no description; None where it has one."""
-    try:
-        describe(model)
-    except DescriptionError as error:
-        return str(error)
-    return None

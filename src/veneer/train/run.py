@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import torch
 from datasets import Dataset, IterableDataset
 from transformers import (
     PreTrainedModel,
@@ -36,9 +35,8 @@ from veneer.data.rows import RowReader, load_rows, split_off, stream_rows
 from veneer.data.sources import load_sources
 from veneer.errors import ConfigError, DiskError, DivergedError, Interrupted, VeneerError
 from veneer.model.adapted import Adapted
-from veneer.model.prepare import prepare_model_for_kbit_training
-from veneer.store.quantization import BitsAndBytesConfig
-from veneer.store.source import load_model, load_tokenizer, require_hub
+from veneer.store.source import load_tokenizer, require_hub
+from veneer.train.base_model import load_base
 from veneer.train.checkpoint import checkpoint_folder, holds_checkpoints, latest_checkpoint
 from veneer.train.going_on import GoingOn, changes_since, files_of, is_complete, parent_of, with_data
 from veneer.train.interrupt import Stop, StopAfterStep, listening
@@ -46,7 +44,7 @@ from veneer.train.processes import by_main, is_main, n_processes
 from veneer.train.recipe.adapter import FROM, FULL, usual_learning_rate
 from veneer.train.recipe.advice import odd_rate
 from veneer.train.recipe.changes import places_of
-from veneer.train.recipe.recipe import DataPart, ModelPart, Recipe
+from veneer.train.recipe.recipe import DataPart, Recipe
 from veneer.train.recipe.tasks import trainer_of
 from veneer.train.record import Written, life_of, record_of, require_over, this_process, told_life
 from veneer.train.run_trainer import RunTrainer
@@ -439,48 +437,6 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, VeneerError):
         return str(error)
     return ": ".join(filter(None, (type(error).__name__, str(error))))
-
-
-def load_base(part: ModelPart, *, scores: bool = False) -> PreTrainedModel:
-    """The base model of a recipe, quantized and prepared where it says so; with ``scores`` its head gives each
-    sequence one number.
-    """
-    config = quantization_of(part)
-    model = load_model(part.source, dtype=part.dtype, quantization=config, scores=scores)
-    if config is not None:
-        model = made_ready(model, part)
-    if part.attention is not None:
-        try:
-            model.set_attn_implementation(part.attention)
-        except (ValueError, ImportError) as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"model.attention: {part.attention} does not go with {part.source}: {reason}") from error
-    return model
-
-
-def made_ready(model: PreTrainedModel, part: ModelPart) -> PreTrainedModel:
-    """A quantized model frozen for its adapter; what is not quantized in float32 where the recipe asks for it.
-
-    Elsewhere it stays in bfloat16, as beside a dense base: embeddings and head of a large vocabulary are half of a
-    4-bit model otherwise, and the head would be copied to 16 bits in each forward pass. Values in float16 are widened
-    always: their range is too small for a stream.
-    """
-    if part.float32_rest or model.dtype != torch.bfloat16:
-        return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    return model.requires_grad_(False)
-
-
-def quantization_of(part: ModelPart) -> BitsAndBytesConfig | None:
-    """The quantization that a recipe asks for; None for a dense base."""
-    if part.quantization == "none":
-        return None
-    if part.quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=part.quantization,
-        bnb_4bit_use_double_quant=part.double_quantization,
-    )
 
 
 def describe_run(recipe: Recipe, trainer: RunTrainer) -> dict[str, Any]:

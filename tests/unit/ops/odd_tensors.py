@@ -74,6 +74,18 @@ def cases():
     rstd = torch.ones(N)
     yield "norm.rms_norm_backward", (x, y, w, rstd, 0.5, True)
     yield "norm.layer_norm_backward", (x, y, w, rstd, rstd.clone(), True)
+    angles = torch.randn(1, N, 4)
+    yield "scale.forward", (x, w, w.clone(), y)
+    yield "scale.backward", (x, y, w, x.clone(), True)
+    yield "rotary.rotate", (torch.randn(2, HEADS, N, 8), angles, angles.clone(), False, True)
+    yield from serving_cases(x, w, wide)
+
+
+def serving_cases(x, w, wide):
+    """As `cases`, of the kernels that serve."""
+    heads, numbers = torch.randn(N, HEADS, 8), (0.3, 0, 0.0)
+    layout = FourBitLayout((OUT, D), "nf4", 64, torch.float32)
+    packed = quantize_4bit(torch.randn(OUT, D), "nf4")
     flat_panels = PackedWeight.pack(torch.randn(OUT, D)).panels
     yield "packed.pack", (torch.randn(OUT, D), D)
     yield "packed.unpack", (flat_panels, Plain((OUT, D)), D)
@@ -90,12 +102,8 @@ def cases():
     yield "paged_attention.attend", (store, 0, heads, Plain(step), *numbers)
     pairs = PackedPairs.pack([Pair(torch.randn(R, D), torch.randn(OUT, R), 0.5)], [OUT], dtype=torch.float32)
     yield "pairs.add", (x, Plain(Segments.of([Segment(pairs, 0, N)])), [wide])
-    angles = torch.randn(1, N, 4)
-    yield "scale.forward", (x, w, w.clone(), y)
-    yield "scale.backward", (x, y, w, x.clone(), True)
     yield "step.add_norm", (w,)
     yield "step.add_product", (flat_panels,)
-    yield "rotary.rotate", (torch.randn(2, HEADS, N, 8), angles, angles.clone(), False, True)
 
 
 class Plain:

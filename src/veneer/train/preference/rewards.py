@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import ConfigError, DataError, TrainingError
+from veneer.evaluate import accuracy
 from veneer.train.keys import nearest
 
 Reward = Callable[..., Any]
@@ -23,15 +24,16 @@ Reward = Callable[..., Any]
 def exact_match(
     completions: Sequence[Any], *, column: str = "answer", pattern: str | None = None, **row: Any
 ) -> list[float]:
-    """1 for a completion that is the row's ``column``, spaces at its ends aside, else 0.
+    """1 for a completion that is the row's ``column``, spaces at its ends aside, else 0: as ``veneer eval`` judges.
 
     With ``pattern``, a regular expression, what its last match holds (its group, where it has one) is compared, in the
     completion and, where it is found there, in the column. Raises DataError where the rows have no such column.
     """
     if column not in row:
         raise DataError(f"exact-match compares with the column {column!r}, and the rows have {sorted(_columns(row))}")
+    judge = accuracy.exact_match() if pattern is None else accuracy.regex_match(pattern)
     return [
-        float(_extracted(text_of(completion), pattern) == (_extracted(str(answer), pattern) or str(answer).strip()))
+        float(judge(text_of(completion), [str(answer)]))
         for completion, answer in zip(completions, row[column], strict=True)
     ]
 
@@ -196,13 +198,6 @@ def _value_problems(settings: Mapping[str, Any]) -> list[str]:
     if "column" in settings and not isinstance(settings["column"], str):
         found.append(f"column: {settings['column']!r} must be the name of a column")
     return found
-
-
-def _extracted(text: str, pattern: str | None) -> str | None:
-    if pattern is None:
-        return text.strip()
-    matches = list(re.finditer(pattern, text, re.DOTALL))
-    return None if not matches else str(matches[-1][1 if matches[-1].re.groups else 0]).strip()
 
 
 def _columns(row: Mapping[str, Any]) -> list[str]:

@@ -16,13 +16,14 @@ from transformers import PreTrainedModel
 from veneer.adapters.peft_model import PeftModel
 from veneer.errors import ConfigError, DivergedError, Interrupted
 from veneer.model.fused.decoder import fused
+from veneer.train.base_model import load_base
 from veneer.train.checkpoint import checkpoints
 from veneer.train.going_on import GoingOn, changes_since, is_complete
 from veneer.train.interrupt import Stop, listening
 from veneer.train.loss import Scoring, TokenLoss
 from veneer.train.processes import n_processes
 from veneer.train.record import record_of
-from veneer.train.run import Tell, carry_out, load_base, make_trainer, require_fresh
+from veneer.train.run import Tell, carry_out, make_trainer, require_fresh
 from veneer.train.show.display import RunDisplay
 from veneer.train.sweep.coroutines import Coroutine, ask
 from veneer.train.sweep.recipe import Member, Sweep

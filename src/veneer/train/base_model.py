@@ -1,0 +1,54 @@
+"""The base model of a recipe: loaded, quantized and frozen for its adapter as the part ``model`` says."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from veneer.errors import ConfigError
+from veneer.model.prepare import prepare_model_for_kbit_training
+from veneer.store.quantization import BitsAndBytesConfig
+from veneer.store.source import load_model
+from veneer.train.recipe.recipe import ModelPart
+
+
+def load_base(part: ModelPart, *, scores: bool = False) -> PreTrainedModel:
+    """The base model of a recipe, quantized and prepared where it says so; with ``scores`` its head gives each
+    sequence one number.
+    """
+    config = quantization_of(part)
+    model = load_model(part.source, dtype=part.dtype, quantization=config, scores=scores)
+    if config is not None:
+        model = made_ready(model, part)
+    if part.attention is not None:
+        try:
+            model.set_attn_implementation(part.attention)
+        except (ValueError, ImportError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"model.attention: {part.attention} does not go with {part.source}: {reason}") from error
+    return model
+
+
+def made_ready(model: PreTrainedModel, part: ModelPart) -> PreTrainedModel:
+    """A quantized model frozen for its adapter; what is not quantized in float32 where the recipe asks for it.
+
+    Elsewhere it stays in bfloat16, as beside a dense base: embeddings and head of a large vocabulary are half of a
+    4-bit model otherwise, and the head would be copied to 16 bits in each forward pass. Values in float16 are widened
+    always: their range is too small for a stream.
+    """
+    if part.float32_rest or model.dtype != torch.bfloat16:
+        return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return model.requires_grad_(False)
+
+
+def quantization_of(part: ModelPart) -> BitsAndBytesConfig | None:
+    """The quantization that a recipe asks for; None for a dense base."""
+    if part.quantization == "none":
+        return None
+    if part.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=part.quantization,
+        bnb_4bit_use_double_quant=part.double_quantization,
+    )
