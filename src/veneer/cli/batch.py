@@ -19,7 +19,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class BatchOptions:
-    """How prompts are made of rows: ``prompt`` is a template over their fields."""
+    """The way from rows to prompts: ``prompt`` is a template over their fields."""
 
     prompt: str | None
     system: str | None

@@ -19,7 +19,7 @@ _SHOWN = 3  # of the tensors that were left out
 
 
 def print_plan(plan: Plan) -> None:
-    """What the file would be, on stdout: first the whole, then its tensors."""
+    """Print the file as it would be, on stdout: first the whole, then its tensors."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -66,7 +66,7 @@ def summary(specs: Sequence[TensorSpec]) -> str:
 
 
 def tell_notes(plan: Plan) -> None:
-    """What the file's user must know, and what of the checkpoint is not in it, on stderr."""
+    """Print notes for the file's user, and the parts of the checkpoint that are not in it, on stderr."""
     for note in plan.notes:
         typer.echo(f"note: {note}", err=True)
     if names := plan.left_out:

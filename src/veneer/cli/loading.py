@@ -79,7 +79,7 @@ class Parts:
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """What the arguments of a command name, looked at from outside: no weight of the base is loaded yet."""
+    """The model and adapters that a command names, looked at from outside: no weight of the base is loaded yet."""
 
     source: str
     adapters: tuple[Path, ...]
@@ -103,7 +103,7 @@ class Chosen:
 
 
 def choose(model: str, adapters: Sequence[Path] = (), *, four_bit: bool = False, dtype: str = "auto") -> Chosen:
-    """What the arguments name, checked: there is such a model, there are such adapters, and they fit it by shape.
+    """The model and adapters that a command names, checked: they exist and they fit it by shape.
 
     The tokenizer is the base's, or, where it has more tokens or another chat template, the adapter's. Raises
     ConfigError and FormatError as `resolve` and `require_adapter` do, and FormatError for an adapter of another model.

@@ -81,7 +81,7 @@ class Away:
         self.shape, self.dtype, self.place = tensor.shape, tensor.dtype, tensor.place
 
     def back(self) -> Tensor:
-        """What reading it would give: a mapping of the file, which is no memory of the process's own."""
+        """A mapping of the file, as reading it would give: no memory of the process's own."""
         return Traced(torch.empty((1,), dtype=self.dtype, device="meta").expand(self.shape), self.place)
 
 

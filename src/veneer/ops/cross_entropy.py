@@ -104,7 +104,7 @@ def linear_cross_entropy_rows(
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """What a head says of each row's label: ``log_probs`` in nats, and beside them, where asked for, the ``entropy`` of
+    """A head's scores of each row's label: ``log_probs`` in nats, and beside them, where asked for, the ``entropy`` of
     the prediction, the logarithm of the sum of its squared probabilities, the mean logit, and whether the label is on
     top. Rows whose label does not count have 0.
     """

@@ -48,7 +48,7 @@ class Pair(NamedTuple):
 
 
 class Middle(NamedTuple):
-    """What there is between the products of a version's pairs, and behind the second: float32 vectors of all layers one
+    """The vectors between the products of a version's pairs, and behind the second: float32, of all layers one
     behind the other, those between with as many places for a layer as its rank takes when packed.
     """
 
@@ -122,7 +122,7 @@ class PackedPairs:
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """What the kernels are told of that which is between and behind the products."""
+        """The numbers by which the kernels know the vectors between and behind the products."""
         if self.middle is None:
             return (0,) * 6
         return (3 if self.shares_a else 1, *self.middle.numbers)
@@ -212,7 +212,7 @@ def _place(x: Tensor) -> tuple[object, ...]:
 
 
 def _middle(pairs: Sequence[Pair | None], out_features: Sequence[int], dtype: torch.dtype) -> Middle | None:
-    """What all layers have between their products and behind them; None where that is nothing."""
+    """The vectors between and behind the products of all layers; None where there are none."""
     present = [pair for pair in pairs if pair is not None]
     if all(pair.is_plain for pair in present):
         return None

@@ -19,7 +19,7 @@ UNEXPECTED = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def planned_facts(recipe: Recipe) -> tuple[dict[str, Any] | None, str]:
-    """What `veneer plan --json` tells of a recipe, and one line; no facts where it cannot be planned."""
+    """The facts of `veneer plan --json` for a recipe, and one line; no facts where it cannot be planned."""
     try:
         machine = Machine.of_run(recipe.training_config())
         plan = plan_recipe(recipe, isa=machine.isa)

@@ -39,7 +39,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._numbers: dict[int, int] = {}
 
     def mark(self, name: str) -> None:
-        """What comes and goes from now on belongs to this part of the step."""
+        """Begin a part of the step: storages that come and go from now on belong to it."""
         self._mark = name
 
     def hold(self, tensor: Tensor, kind: str) -> None:

@@ -28,7 +28,7 @@ SEQUENCE = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What a run takes. ``phases``: the most that is alive in each; ``held``: what is there before the first step."""
+    """Memory and time of a run. ``phases``: the most that is alive in each; ``held``: all before the first step."""
 
     recipe: Recipe
     batch: Batch
@@ -110,7 +110,7 @@ def count_trained(recipe: Recipe, config: PreTrainedConfig) -> int:
 
 
 def _alike(recipe: Recipe, config: PreTrainedConfig, n_blocks: int) -> bool:
-    """Whether all blocks have tensors of the same shapes and one type of layer, so that two traces tell of all."""
+    """True if all blocks have tensors of the same shapes and one type of layer, so that two traces tell of all."""
     if len(set(getattr(config.get_text_config(), "layer_types", None) or ())) > 1:
         return False
     with tracing():

@@ -1,4 +1,4 @@
-"""What fits beside a base that is served: adapters, tokens of keys and values, and the line between the two."""
+"""The room beside a base that is served: adapters, tokens of keys and values, and the line between the two."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Serving:
 def serving_of(
     config: PreTrainedConfig, part: ModelPart, adapter: MethodConfig, memory: int, n_adapter: int
 ) -> Serving:
-    """What fits into ``memory`` bytes, by the engine's own settings: the share of free memory that it takes, the
+    """The room in ``memory`` bytes, by the engine's own settings: the share of free memory that it takes, the
     tokens of a page. ``n_adapter``: parameters of an adapter, which the engine keeps in the base's dtype.
 
     Raises ConfigError where the base alone does not fit.

@@ -34,7 +34,7 @@ KINDS = (BASE, EMBEDDINGS, HEAD, NORMS, TRAINED, ADAPTERS, GRADIENTS, STATE, ACT
 
 @dataclass(frozen=True, slots=True)
 class Shallow:
-    """What two steps of a model with ``n_blocks`` blocks found; peaks are those of the second step, by mark."""
+    """The findings of two steps of a model with ``n_blocks`` blocks; peaks are those of the second step, by mark."""
 
     n_blocks: int
     peaks: Mapping[str, Peak]

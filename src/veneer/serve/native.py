@@ -43,7 +43,7 @@ from veneer.serve.step import Step
 
 
 class Adapter(NamedTuple):
-    """What a version brings beside the records of its linear layers."""
+    """The parts of a version beside the records of its linear layers."""
 
     effects: Effects
     bottlenecks: Mapping[str, Bottleneck]

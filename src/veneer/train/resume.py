@@ -76,7 +76,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         return str(folder)
 
     def counters(self) -> dict[str, Any]:
-        """What a checkpoint holds beside the losses of `Progress`, as JSON."""
+        """The counters of a checkpoint beside the losses of `Progress`, as JSON."""
         return {}
 
     def restore_counters(self, counted: dict[str, Any], folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What every trainer of veneer shares: the fused path, its optimizers, checks of each step, what surrounds a run."""
+"""The shared part of all trainers: fused path, optimizers, checks of each step, what surrounds a run."""
 
 from __future__ import annotations
 

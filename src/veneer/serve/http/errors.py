@@ -74,7 +74,7 @@ async def on_invalid_body(request: Request, error: Exception) -> JSONResponse:
 
 
 def _said_of_header(request: Request) -> str:
-    """What is wrong with the header for which a body was not read as JSON; empty where it was."""
+    """The fault of the header for which a body was not read as JSON; empty where it was read."""
     given = request.headers.get("content-type", "")
     kind = given.partition(";")[0].strip().lower()
     if kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json")):

@@ -77,7 +77,7 @@ class ReferredTrainer(PreferenceTrainer):
         self.surround()
 
     def scoring(self) -> Scoring:
-        """How the tokens of the model in training are scored."""
+        """The scoring of the tokens of the model in training."""
         return Scoring(collision=bool(getattr(self.args, "use_weighting", False)))
 
     @contextmanager
@@ -91,7 +91,7 @@ class ReferredTrainer(PreferenceTrainer):
             ready.args.precompute_ref_log_probs = precompute
 
     def placeholder(self, ready: Ready, ref_model: PreTrainedModel | None) -> nn.Module:
-        """What TRL is given for a reference. Raises ConfigError for one that is the model itself."""
+        """The reference that TRL is given. Raises ConfigError for one that is the model itself."""
         if ref_model is ready.model:
             raise ConfigError(
                 "ref_model is the model in training: leave it out, and the reference is that model as it is now"

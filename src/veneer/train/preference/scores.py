@@ -18,7 +18,7 @@ from veneer.train.loss import head_of_fused, hidden_states, kept_logits
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """What TRL's trainers read of a forward pass, by TRL's names; each (b, t - 1), 0 where the label does not count.
+    """The outputs of a forward pass that TRL's trainers read, by its names; each (b, t - 1), 0 where no label counts.
 
     ``log_probs`` of the labels, in nats; ``entropy`` of the predicted distributions; ``log_sum_sq_probs``, the
     logarithm of their collision probability; ``mean_logits`` over the vocabulary; ``is_top1``, whether the label was
@@ -35,7 +35,7 @@ class TokenScores:
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
-    """How tokens are scored: logits are divided by ``temperature``; ``details`` are told beside the log-probabilities.
+    """The scoring of tokens: logits are divided by ``temperature``; ``details`` are told beside the log-probabilities.
 
     ``collision``: the sum of squared probabilities too. ``entropy_learns``: a gradient flows through the entropy, for
     which logits of the labels that count are made.

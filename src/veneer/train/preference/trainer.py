@@ -1,4 +1,4 @@
-"""What the trainers on preferences and rewards share: TRL's counters in checkpoints, the rows in numbers, dropout."""
+"""The shared part of trainers on preferences and rewards: TRL's counters in checkpoints, rows in numbers, dropout."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class PreferenceTrainer(RunTrainer):
             return super().evaluation_loop(*args, **options)
 
     def counters(self) -> dict[str, Any]:
-        """What a checkpoint holds beside the losses: TRL's averages since the last log line, and its tokens."""
+        """The counters of a checkpoint beside the losses: TRL's averages since the last log line, and its tokens."""
         return {"metrics": dict(self._metrics["train"]), "total_train_tokens": self._total_train_tokens}
 
     def restore_counters(self, counted: dict[str, Any], folder: Path) -> None:

@@ -33,7 +33,7 @@ class MetricPart(BaseModel):
 
 
 def metric_problems(values: Mapping[str, Any]) -> list[str]:
-    """What the schema of ``metric`` does not say."""
+    """The problems of ``metric`` that its schema does not find."""
     metric, data = values.get("metric"), values.get("data")
     if not isinstance(metric, dict):
         return []

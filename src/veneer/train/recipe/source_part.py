@@ -26,7 +26,7 @@ _OF_SFT = ("more", "streaming")
 
 
 def streaming_problems(values: Mapping[str, Any]) -> list[str]:
-    """What rows that are read as they come cannot have."""
+    """The settings that rows which are read as they come cannot have."""
     data, training = _dict(values, "data"), _dict(values, "training")
     if data.get("streaming") is not True:
         return []
@@ -50,7 +50,7 @@ def _dict(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def source_problems(values: Mapping[str, Any]) -> list[str]:
-    """What the schema of ``data.more`` does not say."""
+    """The problems of ``data.more`` that its schema does not find."""
     data, task = values.get("data"), values.get("task", "sft")
     if not isinstance(data, dict):
         return []

@@ -14,7 +14,7 @@ _ALL = frozenset({"prompt", "chat", "system"})
 
 @dataclass(frozen=True, slots=True)
 class TaskKeys:
-    """What belongs to one task beside the keys that all tasks have.
+    """The keys of one task beside those that all tasks have.
 
     ``trainer`` and ``settings``: veneer's names of the trainer and its config; the keys of ``training`` are the fields
     of that config. ``data``: keys of the part ``data``. ``rewards``: it needs the part ``rewards``. ``rate``: its
@@ -72,7 +72,7 @@ def task_problems(values: Mapping[str, Any]) -> Iterator[str]:
 
 
 def training_problems(task: Task, given: Mapping[str, Any]) -> dict[str, str]:
-    """What is wrong with the keys of ``training`` that are settings of other tasks alone, by key."""
+    """The problems of keys of ``training`` that are settings of other tasks alone, by key."""
     known = {name: {f.name for f in fields(settings_of(name)) if f.init} for name in TASKS}
     others = {key: [name for name in TASKS if key in known[name]] for key in given if key not in known[task]}
     return {key: f"training.{key}: {_belongs(names, task)}" for key, names in others.items() if names}
