@@ -141,7 +141,7 @@ def told(plan: Plan, facts: dict[str, Any]) -> str:
     """The plan in one line, for `veneer train`."""
     time = facts.get("time")
     return f"planned: {size(facts['process']['bytes'])} at most (in {plan.peak_phase})" + (
-        f", about {time['seconds_a_step']:.2g} s a micro-batch" if time else ""
+        f", and about {time['seconds_a_step']:.2g} s a micro-batch where its rows are full" if time else ""
     )
 
 
