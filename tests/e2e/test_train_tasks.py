@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -75,6 +76,47 @@ def test_an_adapter_is_fine_tuned_and_then_preferred(project: Path) -> None:
     names = sorted(path.name for path in (project / "dpo" / "adapter").iterdir() if path.suffix == ".safetensors")
     assert names == ["adapter_model.safetensors"]
     assert record["log"][0]["rewards/chosen"] == 0.0 != record["log"][3]["rewards/chosen"]
+
+
+def test_an_adapter_of_the_hub_is_trained_on(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(write(project, "sft", {"train": "labels.jsonl"}))
+    repository = project / "hub" / "models--someone--tuned"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("a" * 40)
+    shutil.copytree(project / "sft" / "adapter", repository / "snapshots" / ("a" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(project / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    pairs = {"train": "pairs.jsonl"}
+    output = train(write(project, "dpo", pairs, adapter={"from": "someone/tuned"}))
+    assert "step 1/4  loss 0.6931" in output
+    record = json.loads((project / "dpo" / "run.json").read_text())
+    assert record["parent"]["from"] == "someone/tuned"
+    assert "someone/tuned" in (project / "dpo" / "adapter" / "README.md").read_text()
+    result = CliRunner().invoke(app, ["train", str(write(project, "dpo", pairs, adapter={"from": "someone/other"}))])
+    assert result.exit_code == 2
+    assert "no adapter 'someone/other': no such folder, and not on the hub" in result.output + result.stderr
+
+
+def test_samples_show_what_a_task_trains(project: Path) -> None:
+    shown = {
+        "dpo": ({"train": "pairs.jsonl"}, ["chosen:", "say 0 【yes<|end|>】", "rejected:", "【no<|end|>】"]),
+        "kto": ({"train": "labels.jsonl"}, ["not wanted:", "say 0 【no<|end|>】"]),
+        "reward": ({"train": "pairs.jsonl"}, ["chosen, which is to score higher:", "say 0 yes<|end|>", "tokens"]),
+    }
+    for task, (data, parts) in shown.items():
+        output = train(write(project, task, data), "--show-sample")
+        for part in parts:
+            assert part in output, (task, part)
+    data = {"train": "prompts.jsonl", "prompt": "What is {question}?", "chat": True}
+    training = {**TRAINING, "num_generations": 2}
+    output = train(write(project, "grpo", data, rewards=["exact-match"], training=training), "--show-sample")
+    assert "the prompt, to which the model's own answers are rewarded:" in output
+    assert "<|user|>What is 0+1?<|end|><|assistant|>\n\n" in output
+    short = {**TRAINING, "max_length": 3}
+    path = write(project, "dpo", {"train": "pairs.jsonl"}, training=short)
+    result = CliRunner().invoke(app, ["train", str(path), "--show-sample"])
+    assert result.exit_code == 2
+    assert "the first row does not fit into max_length=3 tokens" in result.output + result.stderr
 
 
 def test_kto_and_its_labels(project: Path) -> None:

@@ -117,14 +117,14 @@ def _rows_counted_in_terminals() -> Iterator[None]:
 
 
 def _show_sample(recipe: Recipe, console: Console) -> None:
-    from veneer.train.run import samples_of
+    from veneer.train.samples import samples_of
     from veneer.train.show.sample import shown_sample
 
-    samples = samples_of(recipe)
-    for source, sample in samples.items():
-        if len(samples) > 1:
-            console.print(f"{source}:", style="bold", highlight=False)
-        console.print(shown_sample(*sample, marks=not console.is_terminal))
+    samples, tokenizer = samples_of(recipe)
+    for name, sample in samples.items():
+        if len(samples) > 1 or recipe.task != "sft":
+            console.print(f"{name}:", style="bold", highlight=False)
+        console.print(shown_sample(sample, tokenizer, marks=not console.is_terminal))
 
 
 def _planned(recipe: Recipe, beyond_memory: bool, console: Console) -> dict[str, Any] | None:

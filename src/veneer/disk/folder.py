@@ -96,6 +96,16 @@ def drop_leftovers(parent: Path, name: str) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
+def drop_folder(target: Path) -> None:
+    """Remove a folder; half of it never stands under its name, and what a crash leaves is a leftover of it."""
+    scratch = target.with_name(f".{target.name}{_PARTIAL}{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        target.rename(scratch)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
 def _recover(target: Path) -> None:
     """Undo what processes that were killed left half done; those that still write hold the lock of their folder."""
     leftovers = sorted(target.parent.glob(f".{glob.escape(target.name)}{_PARTIAL}*"))

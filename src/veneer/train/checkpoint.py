@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from veneer.disk.atomic import write_atomically
-from veneer.disk.folder import drop_leftovers
+from veneer.disk.folder import drop_folder, drop_leftovers
 from veneer.errors import TrainingError
 
 TRAINED_FILE = "trained.safetensors"
@@ -61,7 +60,7 @@ def drop_old(run: Path, keep: int | None, best: Path | None) -> None:
     old = [path for path in found[:-1] if best is None or path.name != best.name]
     surplus = 0 if keep is None else len(found) - max(keep, 1)
     for path in old[: max(surplus, 0)]:
-        shutil.rmtree(path, ignore_errors=True)
+        drop_folder(path)
 
 
 def save_trained(model: nn.Module, folder: Path) -> None:

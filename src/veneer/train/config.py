@@ -13,7 +13,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from veneer.errors import ConfigError
-from veneer.train.keys import nearest
+from veneer.train.keys import perhaps
 from veneer.train.optimizer import optimizer_problems, require_known
 
 # As a base in earnest, TrainingArguments would put its own defaults in front of those that TRL gives its fields.
@@ -122,7 +122,7 @@ def _reporting_problems(args: TrainingArguments) -> list[str]:
         if name in (None, "none", "all"):
             continue
         if name not in INTEGRATION_TO_CALLBACK:
-            found.append(f"report_to={name!r} is unknown{nearest(str(name), INTEGRATION_TO_CALLBACK)}")
+            found.append(f"report_to={name!r} is unknown{perhaps(str(name), INTEGRATION_TO_CALLBACK)}")
         elif name not in get_available_reporting_integrations():
             found.append(f"report_to={name!r} needs a package that is not installed: install it, or leave it out")
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, fields
@@ -10,6 +9,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
+
+from veneer.core.nearest import nearest
 
 
 def typed(
@@ -28,7 +29,7 @@ def typed(
     found: dict[str, Any] = {}
     for key, value in given.items():
         if key not in known:
-            problems.append(f"{prefix}{key}: unknown key{advice(str(key)) or nearest(key, known)}")
+            problems.append(f"{prefix}{key}: unknown key{advice(str(key)) or perhaps(key, known)}")
             continue
         try:
             found[key] = TypeAdapter(hints[key]).validate_python(value)
@@ -56,8 +57,8 @@ _OTHER_WORDS = {
 }
 
 
-def nearest(key: str, known: Iterable[str]) -> str:
+def perhaps(key: str, known: Iterable[str]) -> str:
     """The end of a message that names the key which was perhaps meant."""
     names, meant = list(known), _OTHER_WORDS.get(str(key))
-    found = [meant] if meant in names else difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
+    found = [meant] if meant in names else nearest(str(key), names, n=1)
     return f"; the nearest is {found[0]!r}" if found else ""

@@ -16,7 +16,7 @@ from veneer.errors import ConfigError
 from veneer.model.attach import embedding_parameters, module_index, outward_parameters
 from veneer.optim import AdamW8bit, GaLoreAdamW, LayerwiseGaLoreAdamW, PagedAdamW8bit, lora_plus_groups
 from veneer.optim.galore import GaLoreProjection
-from veneer.train.keys import nearest
+from veneer.train.keys import perhaps
 
 Choice = tuple[type[torch.optim.Optimizer], dict[str, Any]]
 Factory = Callable[[TrainingArguments, "nn.Module | None"], Choice]
@@ -115,7 +115,7 @@ def galore_projection(optim_args: str | None) -> GaLoreProjection:
             continue
         if not equals or key not in _GALORE_KEYS:
             allowed = ", ".join(f"{name}=…" for name in _GALORE_KEYS)
-            raise ConfigError(f"optim_args: {part!r} is not one of GaLore's {allowed}{nearest(key, _GALORE_KEYS)}")
+            raise ConfigError(f"optim_args: {part!r} is not one of GaLore's {allowed}{perhaps(key, _GALORE_KEYS)}")
         try:
             given[_GALORE_KEYS[key]] = text if key == "side" else float(text) if key == "scale" else int(text)
         except ValueError as error:
@@ -132,7 +132,7 @@ def require_known(optim: Any) -> None:
     """Raise ConfigError for the name of no optimizer, naming the nearest."""
     name, known = _name(optim), {*FACTORIES, *(each.value for each in OptimizerNames)}
     if name not in known:
-        raise ConfigError(f"optim={name!r} is no optimizer that there is{nearest(name, known)}")
+        raise ConfigError(f"optim={name!r} is no optimizer that there is{perhaps(name, known)}")
 
 
 def optimizer_problems(args: TrainingArguments) -> list[str]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import distributed
 
-from veneer.errors import TrainingError, VeneerError
+from veneer.errors import Interrupted, TrainingError, VeneerError
 
 T = TypeVar("T")
+_WORD = "veneer/ended"  # in the store that the processes share
 
 
 def n_processes() -> int:
@@ -28,6 +31,53 @@ def part() -> None:
     """Leave the processes that trained together; a process that trained alone has nothing to leave."""
     if _together():
         distributed.destroy_process_group()
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Around what processes do together: where one has ended, the others raise TrainingError.
+
+    That of the main process, which alone prints, says why the other ended, where that one could leave word; a signal
+    that ended it is raised as Interrupted.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if n_processes() == 1:
+            raise
+        if _is_loss_of_another(error):
+            raise _loss() from error
+        if not is_main():
+            _leave_word(error)
+        raise
+
+
+def _is_loss_of_another(error: BaseException) -> bool:
+    """True for the error of a message to a process that is gone; gloo gives it no class of its own."""
+    lost = isinstance(error, distributed.DistError) or "/gloo/" in str(error)
+    return isinstance(error, RuntimeError) and lost and not isinstance(error, VeneerError)
+
+
+def _leave_word(error: BaseException) -> None:
+    signal = error.number if isinstance(error, Interrupted) else None
+    told = f"process {distributed.get_rank()} has ended: {str(error) or type(error).__name__}"
+    with suppress(RuntimeError):  # the main process, which keeps what is said, is gone itself
+        _store().set(_WORD, json.dumps({"signal": signal, "told": told}))
+
+
+def _loss() -> BaseException:
+    with suppress(RuntimeError):
+        if is_main() and _store().check([_WORD]):
+            word = json.loads(_store().get(_WORD))
+            return TrainingError(word["told"]) if word["signal"] is None else Interrupted(word["signal"])
+    return TrainingError(
+        "another process of this run has ended without a word (killed, out of memory, or its machine went down). What "
+        "checkpoints there are stay: --resume goes on from the last one"
+    )
+
+
+def _store() -> Any:
+    return distributed.distributed_c10d._get_default_store()
 
 
 def by_main(act: Callable[[], T]) -> T:

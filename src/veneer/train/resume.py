@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import has_length
 
 from veneer.adapters.peft_model import PeftModel
 from veneer.disk.folder import new_folder
@@ -34,6 +35,7 @@ from veneer.train.checkpoint import (
 )
 from veneer.train.processes import by_main, gathered
 from veneer.train.progress import Progress
+from veneer.train.pushing import failures_to_push_told
 from veneer.train.schedule import AdapterSchedule, save_schedules
 
 
@@ -45,10 +47,12 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
     """
 
     optimizer: Any
+    hub_model_id: str | None
     progress: Progress
     data_digest: str | None
     schedule: AdapterSchedule
     order: Any = None  # a sampler of the training rows with an order for each epoch
+    epoch: tuple[int, int] = (0, 0)  # the one in progress, and the steps before it
     other_data: bool = False  # whether a checkpoint may have been trained on other data
     other_settings: bool = False  # whether it was trained with other settings, which count from here on
 
@@ -57,7 +61,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         run = Path(self.args.output_dir)
         if not resume:
             by_main(lambda: drop_partial(run))
-            self.progress, self.schedule.source = Progress(), None
+            self.progress, self.schedule.source, self.epoch = Progress(), None, (0, 0)
             return None
         folder = by_main(lambda: latest_checkpoint(run)) if resume is True else Path(resume)
         if not (folder / STATE_FILE).is_file():
@@ -72,6 +76,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
             )
         by_main(lambda: drop_partial(run))
         self.progress = Progress.from_dict(counted)
+        self.epoch = (counted.get("epoch", 0), counted.get("steps_before_epoch", 0))
         self.restore_counters(counted, folder)
         return str(folder)
 
@@ -86,7 +91,15 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         """The checkpoint's counters; how often to log, evaluate and save is for this run to say."""
         found = super()._init_training_state(max_steps, *args, **options)
         self.state.compute_steps(self.args, max_steps)
-        return found
+        return found if has_length(self.train_dataset) else self._place_in_stream()
+
+    def _place_in_stream(self) -> tuple[int, int]:
+        """Epoch and micro-batches within it that lie behind. Trainer counts them by the number of rows, which it takes
+        for endless where they are streamed.
+        """
+        number, before = self.epoch
+        within = (self.state.global_step - before) * self.args.gradient_accumulation_steps
+        return number, 0 if self.args.ignore_data_skip else within
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Their state; rates and the like are this run's own where they have changed, not the checkpoint's."""
@@ -111,6 +124,8 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         """Nothing where a checkpoint from within an epoch holds the run's last step: Trainer would take one more."""
         if self.order is not None:  # accelerate does not reach it within an epoch that several processes go on with
             self.order.set_epoch(options["epoch"])
+        if options["epoch"] != self.epoch[0]:
+            self.epoch = (options["epoch"], self.state.global_step)
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
@@ -140,9 +155,15 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
             for name, content in files:
                 (folder / name).write_bytes(content)
         if self.args.push_to_hub:
-            self._push_from_checkpoint(str(target))
+            with failures_to_push_told(self.hub_model_id, target):
+                self._push_from_checkpoint(str(target))
         best_path = Path(self.state.best_model_checkpoint) if self.state.best_model_checkpoint else None
         drop_old(run, self.args.save_total_limit, best_path)
+
+    def push_to_hub(self, *args: Any, **options: Any) -> Any:
+        """Upload as Trainer does. An upload that fails is told, and the run goes on."""
+        with failures_to_push_told(self.hub_model_id, Path(self.args.output_dir)):
+            return super().push_to_hub(*args, **options)
 
     def _random_state(self) -> tuple[str, bytes]:
         """Name and content of the file that holds this process's random state in a checkpoint."""
@@ -163,9 +184,8 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         if not self.args.save_only_model:
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
-        write_json(
-            folder / PROGRESS_FILE, {**self.progress.as_dict(), **self.counters(), "data_digest": self.data_digest}
-        )
+        place = {"epoch": self.epoch[0], "steps_before_epoch": self.epoch[1], "data_digest": self.data_digest}
+        write_json(folder / PROGRESS_FILE, {**self.progress.as_dict(), **self.counters(), **place})
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
                 kept = self.state.stateful_callbacks.get(type(callback).__name__)

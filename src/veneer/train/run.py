@@ -6,8 +6,8 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -27,12 +27,13 @@ from veneer.adapters.peft_model import PeftModel
 from veneer.contract import MethodConfig
 from veneer.core.tasks import TaskType
 from veneer.data.chat import with_template
-from veneer.data.dataset import columns_of, encode_all
-from veneer.data.encoding import Encoder, Kind, kind_of
+from veneer.data.dataset import columns_of
+from veneer.data.encoding import Kind, kind_of
 from veneer.data.files import names_a_file
 from veneer.data.preference import PreferenceReader
 from veneer.data.rows import RowReader, load_rows, split_off, stream_rows
 from veneer.data.sources import load_sources
+from veneer.disk.folder import new_folder
 from veneer.errors import ConfigError, DiskError, DivergedError, Interrupted, VeneerError
 from veneer.model.adapted import Adapted
 from veneer.store.source import load_tokenizer, require_hub
@@ -40,7 +41,8 @@ from veneer.train.base_model import load_base
 from veneer.train.checkpoint import checkpoint_folder, holds_checkpoints, latest_checkpoint
 from veneer.train.going_on import GoingOn, changes_since, files_of, is_complete, parent_of, with_data
 from veneer.train.interrupt import Stop, StopAfterStep, listening
-from veneer.train.processes import by_main, is_main, n_processes
+from veneer.train.library_errors import refusals_told
+from veneer.train.processes import by_main, is_main, n_processes, together
 from veneer.train.recipe.adapter import FROM, FULL, usual_learning_rate
 from veneer.train.recipe.advice import odd_rate
 from veneer.train.recipe.changes import places_of
@@ -95,7 +97,7 @@ class _Only(NamedTuple):
     assistant: bool
 
 
-def _answers_only(part: DataPart, kind: Kind) -> _Only:
+def answers_only(part: DataPart, kind: Kind) -> _Only:
     """The meaning of ``data.train_on`` for rows of a kind. Raises ConfigError if it is given and finds no answers."""
     if part.train_on == "answers" and kind == "text":
         if "train_on" in part.model_fields_set:
@@ -116,44 +118,51 @@ def make_trainer(
     if recipe.task != "sft":
         return _make_task_trainer(recipe, tokenizer)
     rows = read_data(recipe.data, recipe.seed)
-    only = _answers_only(recipe.data, kind_of(columns_of(rows.train), "text"))
+    only = answers_only(recipe.data, kind_of(columns_of(rows.train), "text"))
     args = recipe.training_config(assistant_only_loss=only.assistant, completion_only_loss=only.completion)
     metric = None
     if recipe.metric is not None:
         metric = TaskMetric.of(recipe.metric, tokenizer, list(rows.eval or ()), _known(rows.train))
     base = load_base(recipe.model) if model is None else model
-    trainer = kind(
-        base if FROM not in recipe.adapter else with_saved_adapter(recipe, base),
-        args,
-        train_dataset=rows.train,
-        eval_dataset=rows.eval,
-        processing_class=tokenizer,
-        peft_config=None if FROM in recipe.adapter else recipe.adapter_config(),
-    )
+    given = base if FROM not in recipe.adapter else with_saved_adapter(recipe, base)
+    with refusals_told():
+        trainer = kind(
+            given,
+            args,
+            train_dataset=rows.train,
+            eval_dataset=rows.eval,
+            processing_class=tokenizer,
+            peft_config=None if FROM in recipe.adapter else recipe.adapter_config(),
+        )
     trainer.task_metric = metric
     _tell_of_odd_settings(recipe, trainer)
     return trainer
 
 
+def preference_reader(recipe: Recipe) -> PreferenceReader:
+    """The reader of the rows of a task that is not supervised fine-tuning."""
+    data = recipe.data
+    return PreferenceReader(task=cast(Any, recipe.task), prompt=data.prompt, chat=data.chat, system=data.system)
+
+
 def _make_task_trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunTrainer:
     """The trainer of a recipe whose task is not supervised fine-tuning."""
-    reader = PreferenceReader(
-        task=cast(Any, recipe.task), prompt=recipe.data.prompt, chat=recipe.data.chat, system=recipe.data.system
-    )
-    rows = read_data(recipe.data, recipe.seed, reader)
+    rows = read_data(recipe.data, recipe.seed, preference_reader(recipe))
     args = recipe.training_config()
     rewards = {"reward_funcs": recipe.reward_functions()[0]} if recipe.rewards else {}
     set_seed(recipe.seed)  # a new head is drawn
     base = load_base(recipe.model, scores=recipe.task == "reward")
-    trainer: RunTrainer = trainer_of(recipe.task)(
-        base if FROM not in recipe.adapter else with_saved_adapter(recipe, base),
-        args=args,
-        train_dataset=rows.train,
-        eval_dataset=rows.eval,
-        processing_class=tokenizer,
-        peft_config=None if FROM in recipe.adapter else recipe.adapter_config(),
-        **rewards,
-    )
+    given = base if FROM not in recipe.adapter else with_saved_adapter(recipe, base)
+    with refusals_told():
+        trainer: RunTrainer = trainer_of(recipe.task)(
+            given,
+            args=args,
+            train_dataset=rows.train,
+            eval_dataset=rows.eval,
+            processing_class=tokenizer,
+            peft_config=None if FROM in recipe.adapter else recipe.adapter_config(),
+            **rewards,
+        )
     return trainer
 
 
@@ -171,38 +180,6 @@ def with_saved_adapter(recipe: Recipe, model: PreTrainedModel) -> PreTrainedMode
     return cast(
         PreTrainedModel, PeftModel.from_pretrained(model, recipe.adapter[FROM], is_trainable=True, config=config)
     )
-
-
-def sample_of(recipe: Recipe) -> tuple[dict[str, list[int]], PreTrainedTokenizerBase]:
-    """The first training row as it is trained on, and the tokenizer that reads it."""
-    if recipe.task != "sft":
-        raise ConfigError(f"--show-sample shows which tokens task sft trains, and the task here is {recipe.task}")
-    tokenizer = with_template(load_tokenizer(recipe.model.source), recipe.data.chat_template)
-    rows = read_data(recipe.data, recipe.seed)
-    kind = kind_of(columns_of(rows.train), "text")
-    only = _answers_only(recipe.data, kind)
-    encoder = Encoder(
-        tokenizer=tokenizer,
-        kind=kind,
-        completion_only=only.completion,
-        assistant_only=only.assistant,
-        max_length=recipe.training_config().max_length,
-    )
-    return dict(next(iter(encode_all(rows.train.take(1), encoder, "train")))), tokenizer
-
-
-def samples_of(recipe: Recipe) -> dict[str, tuple[dict[str, list[int]], PreTrainedTokenizerBase]]:
-    """`sample_of` for every source of training rows, by its name."""
-    part = recipe.data
-    found = {part.train: sample_of(recipe.model_copy(update={"data": part.model_copy(update={"more": []})}))}
-    for each in part.more:
-        own = {key: value for key, value in each.model_dump(include=_READING).items() if value is not None}
-        alone = part.model_copy(update={**own, "train": each.source, "more": [], "eval": None, "eval_fraction": 0.0})
-        found[each.source] = sample_of(recipe.model_copy(update={"data": alone}))
-    return found
-
-
-_READING = {"prompt", "completion", "chat", "system"}
 
 
 def _tell_of_odd_settings(recipe: Recipe, trainer: SFTTrainer) -> None:
@@ -241,7 +218,7 @@ def run_recipe(
     if args.push_to_hub:
         require_hub()
     _ = args.device  # several processes meet here
-    with listening() as stop:
+    with listening() as stop, together():
         made = by_main(lambda: not output.exists())
         by_main(lambda: _require_free(recipe, resume))
         before = by_main(lambda: record_of(output)) if resume else None
@@ -251,17 +228,24 @@ def run_recipe(
             return before
         if before is not None and life_of(before) != "over":
             tell(f"{output}: {told_life(before)}; going on from its last checkpoint")
-        try:
+        with _taken_back(output, made):
             if resume:
                 by_main(lambda: latest_checkpoint(output))  # told before a model is loaded
             trainer = make_trainer(recipe)
-        except BaseException:
-            if made and is_main():
-                with suppress(OSError):  # something was put into it
-                    output.rmdir()
-            raise
         going_on = GoingOn(before, found, allow_changes) if resume else None
         return carry_out(recipe, trainer, going_on=going_on, stop=stop, planned=planned, tell=tell)
+
+
+@contextmanager
+def _taken_back(output: Path, made: bool) -> Iterator[None]:
+    """Around what may be refused: an output folder that was made for it goes again."""
+    try:
+        yield
+    except BaseException:
+        if made and is_main():
+            with suppress(OSError):  # something was put into it
+                output.rmdir()
+        raise
 
 
 def _require_free(recipe: Recipe, resume: bool) -> None:
@@ -359,7 +343,8 @@ def carry_out(
     else:
         trainer.add_callback(Begun(written.begin))
     try:
-        results = _trained(recipe, trainer, going_on is not None, stop or Stop())
+        with together():
+            results = _trained(recipe, trainer, going_on is not None, stop or Stop())
     except BaseException as error:
         _explain(error, trainer, Path(recipe.output))
         written.end(
@@ -386,10 +371,7 @@ def _trained(recipe: Recipe, trainer: RunTrainer, resume: bool, stop: Stop) -> d
     with stop.deferred():
         trained = trainer.train(resume_from_checkpoint=resume or None)
         seconds = time.perf_counter() - began
-        trainer.save_model(str(saved))
-        parent = parent_of(recipe)
-        if parent is not None and is_main():
-            tell_parent(saved, parent)
+        _save(recipe, trainer, saved)
     results = {
         "train_loss": trained.training_loss,
         "steps": trained.global_step,
@@ -405,6 +387,18 @@ def _trained(recipe: Recipe, trainer: RunTrainer, resume: bool, stop: Stop) -> d
     if is_main():
         draw_loss(history, output / "loss.png")
     return {"status": "finished", "results": results, "saved": str(saved), "log": history}
+
+
+def _save(recipe: Recipe, trainer: RunTrainer, folder: Path) -> None:
+    """Write what was trained, whole or not at all."""
+    if not is_main():
+        trainer.save_model(str(folder))  # which takes part, and writes nothing
+        return
+    with new_folder(folder) as scratch:
+        trainer.save_model(str(scratch))
+        parent = parent_of(recipe)
+        if parent is not None:
+            tell_parent(scratch, parent)
 
 
 def high_water() -> int | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from veneer.disk.folder import build_once, new_folder
+from veneer.disk.folder import build_once, drop_folder, drop_leftovers, new_folder
 from veneer.errors import DiskError
 
 RACER = """
@@ -51,6 +51,19 @@ def test_a_new_folder_appears_only_when_whole(tmp_path: Path) -> None:
         assert not (tmp_path / "out").exists()
     assert (tmp_path / "out" / "a").read_text() == "1"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_that_is_being_removed_no_longer_stands_under_its_name(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a").touch()
+    with monkeypatch.context() as killed:
+        killed.setattr("veneer.disk.folder.shutil.rmtree", lambda *_, **__: None)
+        drop_folder(tmp_path / "out")
+    (leftover,) = tmp_path.iterdir()
+    assert leftover.name.startswith(".out.partial-")
+    drop_folder(tmp_path / "out")  # which is not there
+    drop_leftovers(tmp_path, "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_error_leaves_nothing(tmp_path: Path) -> None:

@@ -7,11 +7,11 @@ import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from veneer.errors import ConfigError, TrainingError
+from veneer.errors import ConfigError, Interrupted, TrainingError
 from veneer.model.fused.decoder import fused
 from veneer.train import guards, loss, processes
 from veneer.train.loss import token_loss
-from veneer.train.processes import by_main, gathered, is_main, largest, n_processes, summed
+from veneer.train.processes import by_main, gathered, is_main, largest, n_processes, summed, together
 
 
 @pytest.fixture
@@ -83,3 +83,38 @@ def test_split_models_are_refused(monkeypatch):
     monkeypatch.setattr(guards, "n_processes", lambda: 2)
     with pytest.raises(ConfigError, match="FSDP or DeepSpeed"):
         guards.require_whole_models(split)
+
+
+GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer"
+
+
+@pytest.mark.usefixtures("group")
+def test_the_main_process_tells_why_another_has_ended(monkeypatch):
+    def lose(error):
+        with together():
+            raise error
+
+    with pytest.raises(RuntimeError, match="gloo"):
+        lose(RuntimeError(GLOO))  # one process loses no other
+    monkeypatch.setattr(processes, "n_processes", lambda: 2)
+    with pytest.raises(TrainingError, match="ended without a word"):
+        lose(RuntimeError(GLOO))
+    with pytest.raises(TrainingError, match="ended without a word"):
+        lose(distributed.DistBackendError("NCCL: unhandled system error"))
+    for error in (RuntimeError("shapes differ"), ConfigError("no"), TrainingError(f"as it says: {GLOO}")):
+        with pytest.raises(type(error)) as caught:
+            lose(error)
+        assert caught.value is error
+    with monkeypatch.context() as other:
+        other.setattr(processes, "is_main", lambda: False)
+        with pytest.raises(ConfigError, match="reward 2 is not finite"):
+            lose(ConfigError("reward 2 is not finite"))
+    with pytest.raises(TrainingError, match="process 0 has ended: reward 2 is not finite"):
+        lose(RuntimeError(GLOO))
+    with monkeypatch.context() as other:
+        other.setattr(processes, "is_main", lambda: False)
+        with pytest.raises(Interrupted):
+            lose(Interrupted(15))
+    with pytest.raises(Interrupted) as caught:
+        lose(RuntimeError(GLOO))
+    assert caught.value.exit_code == 143

@@ -7,7 +7,8 @@ import pytest
 
 from veneer.errors import ConfigError, DataError, DivergedError
 from veneer.train.recipe.recipe import parse_recipe
-from veneer.train.run import carry_out, make_trainer, require_fresh, sample_of
+from veneer.train.run import carry_out, make_trainer, require_fresh
+from veneer.train.samples import samples_of
 
 
 @pytest.fixture
@@ -65,16 +66,16 @@ def test_a_run_that_breaks_off_says_how_and_why(values, monkeypatch, error, stat
 
 def test_answers_of_plain_text_are_refused_where_asked_for_and_told_else(values, caplog):
     values["data"]["train_on"] = "answers"
-    for use in (make_trainer, sample_of):
+    for use in (make_trainer, samples_of):
         with pytest.raises(ConfigError, match=r"data.train_on: answers, and the rows are plain text.*set it to every"):
             use(parse_recipe(values))
     del values["data"]["train_on"]
-    row, _ = sample_of(parse_recipe(values))
+    (row,) = samples_of(parse_recipe(values))[0].values()
     assert row["labels"][1:] == row["input_ids"][1:]
     assert caplog.text.count("plain text, so every token is trained") == 1
     caplog.clear()
     values["data"]["train_on"] = "everything"
-    sample_of(parse_recipe(values))
+    samples_of(parse_recipe(values))
     assert "plain text" not in caplog.text
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import pytest
 from models import byte_tokenizer
 from veneer.errors import ConfigError, DataError
 from veneer.train.recipe.recipe import parse_recipe
-from veneer.train.run import make_trainer, run_recipe, samples_of
+from veneer.train.run import make_trainer, run_recipe
+from veneer.train.samples import samples_of
 
 
 @pytest.fixture
@@ -79,10 +81,9 @@ def test_several_sources_and_a_sample_of_each(values, tmp_path):
     values["data"]["more"] = [{"source": more, "weight": 2, "prompt": "{q}", "completion": "{a}"}]
     recipe = parse_recipe(values)
     assert len(make_trainer(recipe).train_dataset) == 9 + 4
-    samples = samples_of(recipe)
+    samples, tokenizer = samples_of(recipe)
     assert list(samples) == [values["data"]["train"], more]
-    row, tokenizer = samples[more]
-    assert tokenizer.decode(row["input_ids"]).startswith("the cat on")
+    assert tokenizer.decode(samples[more]["input_ids"]).startswith("the cat on")
 
 
 def test_rows_are_streamed(values):
@@ -121,3 +122,31 @@ def test_pushing_offline_is_told_before_anything_is_loaded(values, monkeypatch):
     values["training"]["push_to_hub"] = True
     with pytest.raises(ConfigError, match=r"push_to_hub: .* cannot be reached"):
         run_recipe(parse_recipe(values))
+
+
+def test_an_upload_that_fails_is_told_and_loses_nothing(values, monkeypatch, caplog, tmp_path):
+    lost = ConnectionError("the network is gone\nand more")
+
+    def made(self, *_, **__):
+        self.hub_model_id, self.push_in_progress = "me/adapter", None
+
+    def fails(*_, **__):
+        raise lost
+
+    monkeypatch.setattr("veneer.train.run.require_hub", lambda: None)
+    monkeypatch.setattr("transformers.Trainer.init_hf_repo", made)
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", fails)
+    values["training"]["push_to_hub"] = True
+    record = run_recipe(parse_recipe(values))
+    assert record["status"] == "finished"
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+    assert caplog.text.count("the upload to me/adapter failed (the network is gone). Nothing is lost here") == 3
+
+
+def test_what_a_library_refuses_while_a_trainer_is_made_is_one_message(values, monkeypatch):
+    monkeypatch.setattr("veneer.train.run.require_hub", lambda: None)
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_, **__: json.loads("{"))
+    values["training"]["push_to_hub"] = True
+    with pytest.raises(ConfigError, match=r"the trainer cannot be made with these settings: Python says JSONDecodeE"):
+        run_recipe(parse_recipe(values))
+    assert not (Path(values["output"])).exists()

@@ -134,6 +134,9 @@ class GeneratingTrainer(PreferenceTrainer):
         self.order = order
         return order
 
+    def tell_of_repeats(self) -> None:
+        """Nothing: TRL leaves out the prompts that do not fill a batch."""
+
     def counters(self) -> dict[str, Any]:
         """Besides, how many micro-batches were trained on."""
         return {**super().counters(), "micro_steps": self._step}

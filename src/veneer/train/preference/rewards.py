@@ -16,7 +16,7 @@ from typing import Any
 
 from veneer.errors import ConfigError, DataError, TrainingError
 from veneer.evaluate import accuracy
-from veneer.train.keys import nearest
+from veneer.train.keys import perhaps
 
 Reward = Callable[..., Any]
 
@@ -125,7 +125,7 @@ def _imported(name: str, folder: Path) -> Reward:
         known = ", ".join(BUILT_IN)
         raise ConfigError(
             f"{name!r} is no reward function: use one that is built in ({known}), or one of your own as "
-            f"module:function or file.py:function{nearest(name, BUILT_IN)}"
+            f"module:function or file.py:function{perhaps(name, BUILT_IN)}"
         )
     module = _module(place, folder, name)
     found = getattr(module, attribute, None)
@@ -173,7 +173,7 @@ def _require_settings(name: str, function: Reward, settings: Mapping[str, Any]) 
     named = {p.name: p for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
     if name in BUILT_IN:
         own = {key: p for key, p in named.items() if key not in ("completions", "completion_ids")}
-        problems = [f"{key}: unknown key{nearest(key, own)}" for key in settings if key not in own]
+        problems = [f"{key}: unknown key{perhaps(key, own)}" for key in settings if key not in own]
         problems += [f"{key}: is missing" for key, p in own.items() if p.default is p.empty and key not in settings]
         problems += _value_problems(settings)
     else:

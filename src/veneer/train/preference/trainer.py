@@ -18,6 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from veneer.adapters.peft_model import PeftModel
 from veneer.errors import ConfigError, DataError, TrainingError
+from veneer.train.processes import n_processes
 from veneer.train.run_trainer import RunTrainer
 
 log = logging.getLogger(__name__)
@@ -61,10 +62,24 @@ class PreferenceTrainer(RunTrainer):
         return found
 
     def surround(self) -> None:
-        """Take a hash of the rows, besides."""
+        """Take a hash of the rows, besides, and tell of rows that are counted twice."""
         if isinstance(self.train_dataset, Dataset):
             self.data_digest = _digest(self.train_dataset)
+        self.tell_of_repeats()
         super().surround()
+
+    def tell_of_repeats(self) -> None:
+        """Warn where accelerate repeats rows in the last batch, so that every process has as many as the others."""
+        sizes = {"train": self.args.train_batch_size, "held-out": self.args.eval_batch_size}
+        for (name, size), rows in zip(sizes.items(), (self.train_dataset, self.eval_dataset), strict=True):
+            count = n_processes()
+            left = len(rows) % (size * count) if isinstance(rows, Dataset) else 0
+            if count > 1 and left and not (name == "train" and self.args.dataloader_drop_last):
+                log.warning(
+                    "%s data: %d rows do not come out even in batches of %d × %d processes, so that the last batch "
+                    "repeats %d; with one process none is",
+                    name, len(rows), size, count, size * count - left,
+                )  # fmt: skip
 
     @property
     def n_tokens_read(self) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from veneer.errors import ConfigError
-from veneer.train.keys import missing, nearest, typed
+from veneer.train.keys import missing, perhaps, typed
 from veneer.train.recipe.advice import belongs, goes_on, meant_method
 
 # Modules that need torch are imported where they are used: a wrong recipe is told before seconds of imports.
@@ -65,7 +65,7 @@ def adapter_problems(adapter: Mapping[str, Any]) -> list[str]:
     if FROM in adapter:
         return _going_on_problems(adapter)
     if method not in names:
-        meant = meant_method(method) or nearest(method, names)
+        meant = meant_method(method) or perhaps(method, names)
         return [f"adapter.method: {method!r} must be one of {', '.join(names)}{meant}"]
     rest = _fields(adapter)
     if method == FULL:
@@ -154,7 +154,7 @@ def _going_on_problems(adapter: Mapping[str, Any]) -> list[str]:
         return [f"adapter.from: {place!r} must be the folder of a saved adapter, or a hub id"]
     if method is not None and method not in method_names():
         return [
-            f"adapter.method: {method!r} must be one of {', '.join(method_names())}{nearest(method, method_names())}"
+            f"adapter.method: {method!r} must be one of {', '.join(method_names())}{perhaps(method, method_names())}"
         ]
     return []
 

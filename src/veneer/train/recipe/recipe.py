@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from veneer.errors import ConfigError
-from veneer.train.keys import nearest, typed
+from veneer.train.keys import perhaps, typed
 from veneer.train.recipe.adapter import (
     FROM,
     FULL,
@@ -368,7 +368,7 @@ def _told(error: dict[str, Any]) -> str:
         known = Recipe.model_fields if len(error["loc"]) == 1 else parts[str(error["loc"][0])].model_fields
         known = SourcePart.model_fields if "more" in error["loc"] else known
         part, key = "" if len(error["loc"]) != 2 else str(error["loc"][0]), str(error["loc"][-1])
-        return f"{path}: unknown key{belongs(key, part) or nearest(key, known)}"
+        return f"{path}: unknown key{belongs(key, part) or perhaps(key, known)}"
     if error["type"] == "missing":
         return f"{path}: is missing"
     meant = meant_quantization(error["input"]) if path == "model.quantization" else ""

@@ -16,13 +16,17 @@ TRAINED, CONTEXT = "bold green", "dim"
 def shown_sample(row: Mapping[str, Sequence[int]], tokenizer: PreTrainedTokenizerBase, *, marks: bool = False) -> Text:
     """The text of an encoded row, trained stretches in green (and, with ``marks``, in 【】, for where no colour shows).
 
-    A count of trained tokens follows.
+    A count of trained tokens follows; of a row without labels, which a model reads whole, that of its tokens.
     """
+    labels = row.get("labels")
+    if labels is None:
+        shown = Text(tokenizer.decode(list(row["input_ids"])))
+        return shown.append(f"\n\n{len(row['input_ids'])} tokens", style="italic")
     shown = Text()
-    pairs = zip(row["input_ids"], row["labels"], strict=True)
+    pairs = zip(row["input_ids"], labels, strict=True)
     for trained, stretch in groupby(pairs, key=lambda pair: pair[1] != IGNORED):
         text = tokenizer.decode([token for token, _ in stretch])
         shown.append(f"【{text}】" if marks and trained else text, style=TRAINED if trained else CONTEXT)
-    n_trained = sum(label != IGNORED for label in row["labels"])
-    shown.append(f"\n\n{n_trained} of {len(row['labels'])} tokens are trained", style="italic")
+    n_trained = sum(label != IGNORED for label in labels)
+    shown.append(f"\n\n{n_trained} of {len(labels)} tokens are trained", style="italic")
     return shown

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import ConfigError
-from veneer.train.keys import nearest
+from veneer.train.keys import perhaps
 from veneer.train.optimizer import steps_in_backward
 from veneer.train.recipe.adapter import FULL
 from veneer.train.recipe.recipe import PLACES, Recipe, beside, parse_recipe, put
@@ -73,7 +73,7 @@ def parse_sweep(values: Mapping[str, Any], source: Path) -> Sweep:
 def _part_problems(part: Any) -> list[str]:
     if not isinstance(part, Mapping) or not part:
         return ["sweep: must hold members (a list of changes), grid (a list of values for each key), or both"]
-    found = [f"sweep.{key}: unknown key{nearest(str(key), _KEYS)}" for key in part if key not in _KEYS]
+    found = [f"sweep.{key}: unknown key{perhaps(str(key), _KEYS)}" for key in part if key not in _KEYS]
     members, grid = part.get("members", [{}]), part.get("grid", {})
     if not isinstance(members, list) or not members or not all(isinstance(each, Mapping) for each in members):
         found.append("sweep.members: must be a list of changes, such as {name: small, adapter.r: 4}")

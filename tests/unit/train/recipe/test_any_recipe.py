@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from veneer.errors import VeneerError
-from veneer.train.config import SFTConfig
 from veneer.train.recipe.adapter import method_names, named_methods
 from veneer.train.recipe.metric_part import MetricPart
 from veneer.train.recipe.recipe import DataPart, ModelPart, parse_recipe
+from veneer.train.recipe.tasks import Task, settings_of
 from veneer.train.run import run_recipe
 
 # Values of which a test would wait for ever, or that leave the machine: their checks have tests of their own.
@@ -28,9 +28,9 @@ LEFT_OUT = {
     *("dataloader_num_workers", "dataset_num_proc", "use_cpu", "disable_tqdm", "logging_dir", "output_dir", "seed"),
     *("torch_compile_backend", "torch_compile_mode", "ddp_backend", "ddp_timeout", "local_rank", "data_seed"),
     *("accelerator_config", "parallelism_config", "debug", "dataset_kwargs", "full_determinism"),
-    "auto_find_batch_size",
+    *("auto_find_batch_size", "max_completion_length", "num_iterations", "steps_per_generation"),
+    "generation_batch_size",
 }  # fmt: skip
-TRAINING = sorted({field.name for field in fields(SFTConfig) if field.init} - LEFT_OUT)
 ABSURD = st.one_of(
     st.none(),
     st.booleans(),
@@ -41,11 +41,17 @@ ABSURD = st.one_of(
     st.lists(st.sampled_from(["q_proj", "nope", 3, None]), max_size=2),
     st.dictionaries(st.sampled_from(["a", "min_lr", "use_reentrant"]), st.integers(-1, 2), max_size=2),
 )  # fmt: skip
+PARTS = ["learning_rate", "adapter", "training", "data", "metric", "rewards"]
 METHODS = st.sampled_from([*method_names(), "qlora", "nope"])
 
 
+def keys_of(task: Task) -> list[str]:
+    """The keys of a task's part ``training``."""
+    return sorted({field.name for field in fields(settings_of(task)) if field.init} - LEFT_OUT)
+
+
 @st.composite
-def changes(draw: Any) -> dict[str, Any]:
+def changes(draw: Any, task: Task = "sft") -> dict[str, Any]:
     """One to three keys with other values, an adapter's fields by its own method."""
     found: dict[str, Any] = {}
     method = draw(METHODS)
@@ -53,12 +59,12 @@ def changes(draw: Any) -> dict[str, Any]:
     for _ in range(draw(st.integers(1, 3))):
         part, key = draw(
             st.one_of(
-                st.tuples(st.just("training"), st.sampled_from([*TRAINING, "lerning_rate"])),
+                st.tuples(st.just("training"), st.sampled_from([*keys_of(task), "lerning_rate"])),
                 st.tuples(st.just("adapter"), st.sampled_from([*own, "path", "nope"])),
                 st.tuples(st.just("model"), st.sampled_from([*ModelPart.model_fields, "nope"])),
                 st.tuples(st.just("data"), st.sampled_from([*DataPart.model_fields, "nope"])),
                 st.tuples(st.just("metric"), st.sampled_from([*MetricPart.model_fields, "nope"])),
-                st.tuples(st.just(""), st.sampled_from(["learning_rate", "adapter", "training", "data", "metric"])),
+                st.tuples(st.just(""), st.sampled_from(PARTS)),
             )
         )
         found[f"{part}.{key}"] = draw(ABSURD)
@@ -111,3 +117,32 @@ def test_any_recipe_that_is_read_runs_or_is_refused(values: dict[str, Any], chan
     shutil.rmtree(values["output"], ignore_errors=True)
     with suppress(VeneerError):
         run_recipe(parse_recipe(changed(values, changes)))
+
+
+ROWS: dict[Task, list[dict[str, Any]]] = {
+    "dpo": [{"prompt": f"the cat {n}", "chosen": " on", "rejected": " two"} for n in ("one", "two", "on", "sat")],
+    "kto": [{"prompt": "the cat", "completion": f" {n}", "label": n == "on"} for n in ("one", "two", "on", "sat")],
+    "reward": [{"chosen": f"the cat {n}", "rejected": "the two"} for n in ("one", "two", "on", "sat")],
+    "grpo": [{"prompt": f"the cat {n}", "answer": n} for n in ("one", "two", "on", "sat")],
+}
+OF_TASK: dict[Task, dict[str, Any]] = {
+    "grpo": {"max_completion_length": 3, "num_generations": 2, "per_device_eval_batch_size": 2}
+}
+
+
+@pytest.mark.parametrize("task", ["dpo", "kto", "reward", "grpo"])
+def test_any_recipe_of_another_task_runs_or_is_refused(values: dict[str, Any], task: Task, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS[task])))
+    training = {**values["training"], "per_device_train_batch_size": 2, **OF_TASK.get(task, {})}
+    recipe = {**values, "task": task, "training": training, **({"rewards": ["exact-match"]} if task == "grpo" else {})}
+    run_recipe(parse_recipe(recipe))
+
+    @settings(max_examples=12, **SETTINGS)
+    @given(changes(task))
+    def runs_or_is_refused(changes: dict[str, Any]) -> None:
+        assume(changes.keys().isdisjoint({".training", ".data"}))
+        shutil.rmtree(values["output"], ignore_errors=True)
+        with suppress(VeneerError):
+            run_recipe(parse_recipe(changed(recipe, changes)))
+
+    runs_or_is_refused()

@@ -1,0 +1,45 @@
+"""Errors of transformers and TRL that are told to a user in one message."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+from veneer.errors import ConfigError, VeneerError
+from veneer.train.recipe.advice import in_recipe_words
+from veneer.train.recipe.recipe import LIBRARY_ERRORS
+
+_OWN = Path(__file__).parents[1]
+
+
+@contextmanager
+def refusals_told() -> Iterator[None]:
+    """Raise ConfigError for settings that a trainer refuses while it is made; errors of veneer's own code stay."""
+    try:
+        yield
+    except VeneerError:
+        raise
+    except LIBRARY_ERRORS as error:
+        place = _last_place(error.__traceback__)
+        if place.is_relative_to(_OWN):
+            raise
+        told = in_recipe_words(str(error)) or "without a word"
+        raise ConfigError(
+            f"the trainer cannot be made with these settings: {_package(place)} says {type(error).__name__}: {told}"
+        ) from error
+
+
+def _last_place(traceback: TracebackType | None) -> Path:
+    """The file of the innermost frame."""
+    place = Path()
+    while traceback is not None:
+        place, traceback = Path(traceback.tb_frame.f_code.co_filename), traceback.tb_next
+    return place
+
+
+def _package(place: Path) -> str:
+    """The name of the package that a file belongs to."""
+    _, found, inside = place.as_posix().rpartition("site-packages/")
+    return inside.partition("/")[0] if found else "Python"

@@ -1,0 +1,96 @@
+"""Training rows as a trainer would read them, one of each source, for a look before a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import trl
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from veneer.data.chat import with_template
+from veneer.data.dataset import columns_of, encode_all
+from veneer.data.encoding import IGNORED, Encoder, kind_of
+from veneer.errors import DataError
+from veneer.store.source import load_tokenizer
+from veneer.train.recipe.recipe import Recipe
+from veneer.train.recipe.tasks import KEYS, Task
+from veneer.train.run import answers_only, preference_reader, read_data
+
+Sample = Mapping[str, Sequence[int]]  # input_ids, and labels where tokens of the row itself are trained
+_READING = {"prompt", "completion", "chat", "system"}
+
+
+def samples_of(recipe: Recipe) -> tuple[dict[str, Sample], PreTrainedTokenizerBase]:
+    """The first training row of every source by its name, or its parts by theirs, and the tokenizer that reads them."""
+    tokenizer = with_template(load_tokenizer(recipe.model.source), recipe.data.chat_template)
+    return (_by_source(recipe, tokenizer) if recipe.task == "sft" else _by_part(recipe, tokenizer)), tokenizer
+
+
+def _by_source(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Sample]:
+    part = recipe.data
+    found = {
+        part.train: _first_row(recipe.model_copy(update={"data": part.model_copy(update={"more": []})}), tokenizer)
+    }
+    for each in part.more:
+        own = {key: value for key, value in each.model_dump(include=_READING).items() if value is not None}
+        alone = part.model_copy(update={**own, "train": each.source, "more": [], "eval": None, "eval_fraction": 0.0})
+        found[each.source] = _first_row(recipe.model_copy(update={"data": alone}), tokenizer)
+    return found
+
+
+def _first_row(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Sample:
+    rows = read_data(recipe.data, recipe.seed)
+    kind = kind_of(columns_of(rows.train), "text")
+    only = answers_only(recipe.data, kind)
+    encoder = Encoder(
+        tokenizer=tokenizer,
+        kind=kind,
+        completion_only=only.completion,
+        assistant_only=only.assistant,
+        max_length=recipe.training_config().max_length,
+    )
+    return dict(next(iter(encode_all(rows.train.take(1), encoder, "train"))))
+
+
+def _by_part(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Sample]:
+    rows = read_data(recipe.data, recipe.seed, preference_reader(recipe))
+    first = Dataset.from_list([rows.train[0]])
+    if recipe.task in ("grpo", "rloo"):
+        return {"the prompt, to which the model's own answers are rewarded": _prompt(first[0]["prompt"], tokenizer)}
+    args = recipe.training_config()
+    encoded = _encoded(recipe.task, first, tokenizer, args)
+    if recipe.task == "reward":
+        return {
+            "chosen, which is to score higher": {"input_ids": encoded[0]["chosen_ids"]},
+            "rejected, which is to score lower": {"input_ids": encoded[0]["rejected_ids"]},
+        }
+    if recipe.task == "kto":
+        return {
+            "wanted" if row["label"] else "not wanted": _answered(row["prompt_ids"], row["completion_ids"], args)
+            for row in encoded
+        }
+    return {key: _answered(encoded[0]["prompt_ids"], encoded[0][f"{key}_ids"], args) for key in ("chosen", "rejected")}
+
+
+def _encoded(task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBase, args: Any) -> Dataset:
+    """The rows as TRL's trainer of the task encodes them, which asks a trainer for no more than this."""
+    reader: Any = SimpleNamespace(_tokenizer=tokenizer, calculate_KL=False)
+    found: Dataset = getattr(trl, KEYS[task].trainer)._prepare_dataset(reader, rows, tokenizer, args, "sample")
+    if not len(found):
+        raise DataError(f"the first row does not fit into max_length={args.max_length} tokens: set it higher")
+    return found
+
+
+def _answered(prompt: Sequence[int], answer: Sequence[int], args: Any) -> Sample:
+    ids, labels = [*prompt, *answer], [*([IGNORED] * len(prompt)), *answer]
+    return {"input_ids": ids[: args.max_length], "labels": labels[: args.max_length]}
+
+
+def _prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> Sample:
+    if isinstance(prompt, str):
+        return {"input_ids": tokenizer(prompt)["input_ids"]}
+    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    return {"input_ids": tokenizer(text, add_special_tokens=False)["input_ids"]}
