@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import time
 from typing import TYPE_CHECKING
@@ -31,3 +33,21 @@ def test_a_signal_stops_a_run_that_goes_on_bit_for_bit(tiny_project: TinyProject
     assert tiny_project.weights().read_bytes() == tiny_project.weights("whole").read_bytes()
     assert tiny_project.log() == tiny_project.log("whole")
     assert tiny_project.record()["results"]["eval_loss"] == tiny_project.record("whole")["results"]["eval_loss"]
+
+
+@pytest.mark.parametrize("step", [10, 23])  # the last of the first epoch, and of the run
+def test_an_evaluation_that_a_checkpoint_came_before_is_made_up_for(tiny_project: TinyProject, step: int) -> None:
+    saves = ("save_strategy=steps", f"save_steps={step}", "save_total_limit=5")
+    given = [part for value in saves for part in ("--set", f"training.{value}")]
+    tiny_project.run(*given)
+    log, weights, run = tiny_project.log(), tiny_project.weights().read_bytes(), tiny_project.folder / "run"
+    for path in [run / "adapter", *run.glob("checkpoint-*")]:
+        if path.name != f"checkpoint-{step}":
+            shutil.rmtree(path)
+    state = json.loads((run / f"checkpoint-{step}" / "trainer_state.json").read_text())
+    assert not any(line["step"] == step and "eval_loss" in line for line in state["log_history"])
+    (run / "run.json").write_text(json.dumps({**tiny_project.record(), "status": "interrupted"}))
+    tiny_project.run(*given, "--resume")
+    assert tiny_project.weights().read_bytes() == weights
+    kept = [[line for line in lines if "train_loss" not in line] for lines in (tiny_project.log(), log)]
+    assert kept[0] == kept[1]

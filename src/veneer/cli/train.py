@@ -163,6 +163,7 @@ def _train_one(
     told = [f"training loss {results['train_loss']:.4f}"]
     told += [f"held-out loss {results['eval_loss']:.4f}"] if "eval_loss" in results else []
     told += [f"held-out accuracy {results[key]:.1%}" for key in _ACCURACIES if key in results]
+    told += [f"held-out reward {results['eval_reward']:.4f}"] if "eval_reward" in results else []
     console.print(
         f"{', '.join(told)} after {results['steps']} steps in {duration(results['seconds'])}", highlight=False
     )

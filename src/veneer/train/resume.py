@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import IntervalStrategy, has_length
 
 from veneer.adapters.peft_model import PeftModel
 from veneer.disk.folder import new_folder
@@ -126,10 +126,21 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
             self.order.set_epoch(options["epoch"])
         if options["epoch"] != self.epoch[0]:
             self.epoch = (options["epoch"], self.state.global_step)
+        if self._misses_evaluation(options):
+            metrics = self._evaluate(options["trial"], options["ignore_keys_for_eval"])
+            self._determine_best_metric(metrics, options["trial"])
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
-        else:
+        if not self.control.should_training_stop:
             super()._run_epoch(**options)
+
+    def _misses_evaluation(self, options: Mapping[str, Any]) -> bool:
+        """True where the checkpoint is of an epoch's last step, and was written before the evaluation at its end."""
+        step, begins = self.state.global_step, options["epoch"] == options["epochs_trained"]
+        at_end = options["steps_trained_in_current_epoch"] == 0 or step >= self.state.max_steps
+        if self.args.eval_strategy != IntervalStrategy.EPOCH or not (step and begins and at_end):
+            return False
+        return not any(line["step"] == step and "eval_loss" in line for line in self.state.log_history)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.store_flos()

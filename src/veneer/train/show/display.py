@@ -15,6 +15,13 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from veneer.core.progress import draws_bars
 from veneer.core.units import duration
 
+# Of the many values of preferences and rewards those to go by; all are in the log.
+_OF_REWARDS = {
+    "reward": "reward",
+    "rewards/accuracies": "accuracy",
+    "accuracy": "accuracy",
+    "rewards/margins": "margin",
+}
 _NOT_SHOWN = ("_runtime", "_per_second", "_preparation_time")
 
 
@@ -83,7 +90,8 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
         if logs is None or not state.is_world_process_zero:
             return
         if "loss" in logs:
-            values = f"loss {logs['loss']:.4f}  lr {logs.get('learning_rate', 0):.2e}  {self._rate():,.0f} tokens/s"
+            learned = [f"loss {logs['loss']:.4f}", *_rewards(logs), f"lr {logs.get('learning_rate', 0):.2e}"]
+            values = "  ".join([*learned, f"{self._rate():,.0f} tokens/s"])
             if self._bar is not None:
                 self._bar.update(self._task, values=values)
             else:
@@ -162,6 +170,8 @@ def show_run(trainer: Trainer, n_tokens: Callable[[], int]) -> RunDisplay | None
 
 def _held_out(logs: Mapping[str, Any]) -> str:
     """``loss 1.2345  mean token accuracy 72.7%`` for the values of an evaluation; empty where there are none."""
+    if any(key.startswith(("eval_reward/", "eval_rewards/")) for key in logs):
+        return "  ".join([f"loss {logs['eval_loss']:.4f}", *_rewards(logs, "eval_")])
     found = []
     for key, value in logs.items():
         if key.startswith("eval_") and isinstance(value, (int, float)) and not key.endswith(_NOT_SHOWN):
@@ -169,3 +179,9 @@ def _held_out(logs: Mapping[str, Any]) -> str:
             shown = f"{value:.1%}" if name.endswith("accuracy") else f"{value:.4f}"
             found.append(f"{name} {shown}")
     return "  ".join(found)
+
+
+def _rewards(logs: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """``accuracy 72.7%`` and the like, for the values of preferences and rewards."""
+    found = {name: logs[prefix + key] for key, name in _OF_REWARDS.items() if prefix + key in logs}
+    return [f"{name} {value:.1%}" if name == "accuracy" else f"{name} {value:.4f}" for name, value in found.items()]

@@ -154,3 +154,22 @@ def test_it_takes_the_place_of_transformers_display(theirs: type, bar: bool, mon
 def test_a_notebook_keeps_its_table() -> None:
     trainer: Any = types.SimpleNamespace(pop_callback=lambda kind: None)
     assert show_run(trainer, lambda: 0) is None
+
+
+def test_of_preferences_and_rewards_the_values_to_go_by_are_shown() -> None:
+    output = io.StringIO()
+    run = run_on(Console(file=output, highlight=False), bar=False)
+    run.display.on_train_begin(ARGS, run.state, ARGS)
+    run.steps(1, 5)
+    pair = {"rewards/accuracies": 0.6875, "rewards/margins": 0.0123, "rewards/chosen": 0.3, "logps/chosen": -45.0}
+    run.log(loss=0.69, learning_rate=1e-5, **pair)
+    run.evaluate(2, eval_loss=0.68, eval_entropy=2.3, **{f"eval_{key}": value for key, value in pair.items()})
+    run.log(loss=0.03, reward=0.4375, kl=0.1, **{"rewards/regex/mean": 0.5})
+    run.evaluate(2, eval_loss=0.01, eval_reward=0.5, **{"eval_rewards/regex/mean": 0.5})
+    lines = [re.sub(r"  [\d,]+ tokens/s.*", "", line) for line in output.getvalue().splitlines()]
+    assert lines == [
+        "step 1/7  loss 0.6900  accuracy 68.8%  margin 0.0123  lr 1.00e-05",
+        "step 1/7  held out: loss 0.6800  accuracy 68.8%  margin 0.0123",
+        "step 1/7  loss 0.0300  reward 0.4375  lr 0.00e+00",
+        "step 1/7  held out: loss 0.0100  reward 0.5000",
+    ]
