@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--pairs", type=int, default=4)
+    parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--max-length", type=int, default=256)
     options = parser.parse_args()
     {"pairs": make_pairs, "step": compare, "learn": learn, "side": one_side}[options.what](options)
@@ -67,8 +68,8 @@ def trainer_of(options: argparse.Namespace, side: str, **changes: Any) -> Any:
         **{
             "output_dir": tempfile.mkdtemp(), "max_steps": options.steps, "logging_steps": 1, "save_strategy": "no",
             "report_to": "none", "per_device_train_batch_size": options.pairs, "max_length": options.max_length,
-            "learning_rate": 5e-5, "gradient_checkpointing": False, "disable_dropout": options.dropout == 0,
-            "disable_tqdm": True,
+            "learning_rate": options.learning_rate, "gradient_checkpointing": False, "disable_tqdm": True,
+            "disable_dropout": options.dropout == 0,
             "train_sampling_strategy": "sequential", "use_cpu": not torch.cuda.is_available(), **changes,
         }
     )  # fmt: skip
