@@ -27,7 +27,9 @@ def turns(*texts: str) -> list[dict[str, str]]:
 ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
     "chat": lambda i: {"messages": turns(f"hello {i}", "hi", f"and {i + 1}?", "yes")},
     "classification": lambda i: {"text": f"text {i}", "label_text": ["World", "Sports"][i % 2]},
+    "continued": lambda i: {"text": f"Once there were {i} mice."},
     "extraction": lambda i: {"messages": turns("as JSON", f"lunch at {i}", json.dumps({"start": i}))},
+    "preference": lambda i: {"prompt": f"and {i}?", "chosen": f"{i}, yes", "rejected": "no"},
     "text_to_sql": lambda i: {"question": f"how many {i}?", "context": "CREATE TABLE t (a)", "answer": f"SELECT {i}"},
 }
 
@@ -35,7 +37,7 @@ ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(7)
-    sizes = {"vocab_size": 260, "hidden_size": 48, "intermediate_size": 61, "max_position_embeddings": 131}
+    sizes = {"vocab_size": 260, "hidden_size": 72, "intermediate_size": 83, "max_position_embeddings": 131}
     folder = tmp_path_factory.mktemp("models") / "tiny"
     LlamaForCausalLM(llama_config(**sizes, eos_token_id=0, bos_token_id=None, pad_token_id=0)).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
