@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import threading
+import weakref
 from collections.abc import AsyncGenerator, Callable, Sequence
 
 from veneer.errors import ServingError
@@ -17,7 +18,10 @@ _IDLE_SECONDS = 0.5  # how soon a stop is noticed while there is nothing to do
 
 
 class AsyncEngine:
-    """Steps while there is something to do. `start` and `stop` belong to the loop that asks."""
+    """Steps while there is something to do. `start` and `stop` belong to the loop that asks.
+
+    One that nobody stops steps until the interpreter exits, and no longer.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -25,6 +29,7 @@ class AsyncEngine:
         self._queues: dict[str, _Outputs] = {}
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._steps, name="veneer engine", daemon=True)
+        self._end_thread = weakref.finalize(self, _end_thread, self._stopping, self._thread)
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self) -> None:
@@ -34,8 +39,7 @@ class AsyncEngine:
 
     def stop(self) -> None:
         """Step no more, and wait until the last step is done."""
-        self._stopping.set()
-        self._thread.join()
+        self._end_thread()
         self.engine.close()
 
     async def outputs(self, asked: Sequence[Asked]) -> AsyncGenerator[RequestOutput, None]:
@@ -95,3 +99,9 @@ class AsyncEngine:
     def _call(self, tell: Callable[[], None]) -> None:
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(tell)
+
+
+def _end_thread(stopping: threading.Event, thread: threading.Thread) -> None:
+    stopping.set()
+    if thread.is_alive():
+        thread.join()

@@ -6,6 +6,7 @@ that it reads alive. One pass at a time.
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -87,13 +88,21 @@ class LayerChange:
 
 
 class StepProgram:
-    """Instructions in their order; versions of adapters, which have numbers, come and go at its products."""
+    """Instructions in their order; versions of adapters, which have numbers, come and go at its products.
+
+    It is freed when the interpreter exits, whoever holds it: a thread that others left running, say.
+    """
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype, self.n_instructions = dtype, 0
-        self._program: Any = kernels().StepProgram(DTYPES[dtype])
+        self._held: list[Any] = [kernels().StepProgram(DTYPES[dtype])]
+        weakref.finalize(self, self._held.clear)
         self._kept: list[Any] = []
         self._of_versions: defaultdict[int, list[Any]] = defaultdict(list)
+
+    @property
+    def _program(self) -> Any:
+        return self._held[0]
 
     def add_norm(self, norm: StepNorm, source: int, target: int) -> None:
         """``target = norm(source)``, one row behind the other; may be one register."""

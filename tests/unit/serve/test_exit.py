@@ -1,0 +1,33 @@
+"""A program that ends with engines in use: it leaves at once and says nothing."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[3]
+PROGRAM = """
+import asyncio, threading, time, torch
+torch.set_num_threads(1)
+from tests.unit.serve.conftest import byte_tokenizer, make_model
+from veneer import LLM, SamplingParams
+from veneer.serve.async_engine import AsyncEngine
+
+async def main(running):
+    running.start()
+    asked = [llm.engine.asked(None, [7] * 11, SamplingParams(max_tokens=99, ignore_eos=True)) for _ in range(3)]
+    async for output in running.outputs(asked):
+        return
+
+llm, other = (LLM(make_model(), tokenizer=byte_tokenizer()) for _ in range(2))
+asyncio.run(main(AsyncEngine(llm.engine)))
+threading.Thread(target=lambda held: time.sleep(300), args=(other,), daemon=True).start()
+print("the end")
+"""
+
+
+def test_a_program_ends_without_a_word():
+    """One engine steps on its thread, which nobody stops; another is held by a thread that nobody ends."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "the end\n", "")
