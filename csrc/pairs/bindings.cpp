@@ -42,6 +42,20 @@ void bind_pairs(nb::module_& m) {
         pairs_kernels().add(call);
       },
       nb::call_guard<nb::gil_scoped_release>());
+  // `table`: of each factor the address, stride and dtype of its rows, how many, their values; the address, o, depth and dtype of the
+  // matrix, and the first of its outputs that they are.
+  m.def(
+      "pairs_pack",
+      [](const Numbers& table, const std::vector<float>& scales) {
+        std::vector<PairsFactor> factors;
+        for (size_t f = 0; f < scales.size(); ++f) {
+          const int64_t* t = table.data() + 10 * f;
+          factors.push_back({reinterpret_cast<const void*>(t[0]), t[1], Dtype(t[2]), t[3], t[4], scales[f],
+                             {t[6], t[4], t[7], Dtype(t[8]), reinterpret_cast<void*>(t[5])}, t[9]});
+        }
+        pairs_kernels().pack(factors.data(), static_cast<int64_t>(factors.size()));
+      },
+      nb::call_guard<nb::gil_scoped_release>());
 }
 
 }  // namespace veneer

@@ -4,6 +4,7 @@
 
 #include "core/parallel.h"
 #include "core/scratch.h"
+#include "pairs/packing.h"
 
 namespace veneer {
 namespace VENEER_ISA {
@@ -196,9 +197,14 @@ void add(const PairsCall& call) {
   add_to<bf16>(call);
 }
 
+void pack(const PairsFactor* factors, int64_t n) {
+  for (const PairsFactor* f = factors; f < factors + n; ++f)
+    f->to.dtype == Dtype::float32 ? pack_factor_as<float>(*f) : pack_factor_as<bf16>(*f);
+}
+
 }  // namespace
 
-const PairsKernels pairs = {scratch_bytes, add};
+const PairsKernels pairs = {scratch_bytes, add, pack};
 
 }  // namespace VENEER_ISA
 }  // namespace veneer

@@ -46,6 +46,18 @@ struct PairsCall {
   int n_threads;
 };
 
+// A factor, or the a of one layer among those that lie below one another: rows of i values, in panels times `scale`. What `to` has
+// beside them is left as it is.
+struct PairsFactor {
+  const void* rows;
+  int64_t stride;  // in values
+  Dtype dtype;     // of the rows, float32, bfloat16 or float16
+  int64_t n, i;
+  float scale;
+  PanelMatrix to;  // of float32 or bfloat16
+  int64_t first;   // of its outputs that the rows are
+};
+
 namespace {
 
 // From numbers: 1, or 3 where the layers share one a; addresses of core and bias, activation, addresses of out_scale and out_bias.
@@ -73,6 +85,7 @@ inline void share_out(PairsCall& call) {
 struct PairsKernels {
   int64_t (*scratch_bytes)(const PairsCall& call);
   void (*add)(const PairsCall& call);
+  void (*pack)(const PairsFactor* factors, int64_t n);
 };
 
 VENEER_KERNELS(PairsKernels, pairs)

@@ -60,11 +60,7 @@ class StoredTensor:
     def read(self) -> Tensor:
         """The tensor, in memory of its own. Raises FormatError where the file ends before the tensor does."""
         with self.path.open("rb", buffering=0) as file:
-            return self.read_from(file)
-
-    def read_from(self, file: FileIO) -> Tensor:
-        """The same, from its file, which is open."""
-        return self._part(file, 0, self.nbytes).view(self.dtype).view(self.shape)
+            return self._part(file, 0, self.nbytes).view(self.dtype).view(self.shape)
 
     def blocks(self, n_values: int) -> Iterator[Tensor]:
         """The tensor's rows (k, …) in order, at most so many values at a time, or one row; one block where it has no
@@ -114,6 +110,27 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
             tensors.append(tensor)
     tensors.sort(key=lambda t: (t.start, t.nbytes))
     return {t.name: t for t in tensors}, problems or _layout_problems(tensors, data_start, data_bytes)
+
+
+def read_all(path: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
+    """The tensors of a file, as `read_header` tells of them, read at once into one piece of memory that they share.
+
+    A tensor that does not lie there on a multiple of its values' size has memory of its own. Raises FormatError as
+    `StoredTensor.read` does.
+    """
+    if not tensors:
+        return {}
+    start = min(tensor.start for tensor in tensors.values())
+    last = max(tensors.values(), key=lambda tensor: tensor.start + tensor.nbytes)
+    n_bytes = last.start + last.nbytes - start
+    whole = StoredTensor(last.name, path, torch.uint8, (n_bytes,), start, n_bytes).read()
+    found = {}
+    for name, tensor in tensors.items():
+        at = tensor.start - start
+        raw = whole[at : at + tensor.nbytes]
+        raw = raw if at % tensor.dtype.itemsize == 0 else raw.clone()
+        found[name] = raw.view(tensor.dtype).view(tensor.shape)
+    return found
 
 
 def header_bytes(

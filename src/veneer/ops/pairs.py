@@ -7,6 +7,7 @@ training, where factors change and are packed on every call.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from veneer.errors import ConfigError, ShapeError
 from veneer.ops.activation import KINDS
 from veneer.ops.dispatch import implementation
 from veneer.ops.memory import address
+from veneer.ops.packed import BLOCK, FLOATS
 
 DTYPES = (torch.float32, torch.bfloat16)
 ACTIVATIONS = (*KINDS, "tanh", "sigmoid", "leaky_relu", "identity")
@@ -97,24 +99,12 @@ class PackedPairs:
         """Pack a pair a layer, or None where the version has none; ``scale * b`` is rounded once, to ``dtype``.
 
         Where the pairs of all layers have the same a, in the same memory, it is packed and multiplied once.
-        Raises ShapeError where pairs and layers do not fit, or there is no pair at all, ConfigError for an unknown
-        activation, and for layers of several.
+        Raises what `PairsPacker.add` does.
         """
-        _check_pairs(pairs, out_features, dtype)
-        in_features = next(pair.a.shape[1] for pair in pairs if pair is not None)
-        ranks = tuple(0 if pair is None else pair.a.shape[0] for pair in pairs)
-        device = next(pair.a.device for pair in pairs if pair is not None)
-        pack = implementation("packed.pack", device, backend)
-        present = [pair for pair in pairs if pair is not None and len(pair.a)]
-        shared = len(present) == len(pairs) > 1 and len({_place(pair.a) for pair in present}) == 1
-        above = [_filled_rows(pair.a.detach().to(dtype)) for pair in present[: 1 if shared else None]]
-        a = torch.cat(above or [_nothing(in_features, dtype)])
-        bs = [(pair.b.detach().float() * pair.scale).to(dtype) for pair in present]
-        parts = [pack(m, filled(m.shape[1], dtype)) for m in (a, *bs)]
-        middle = _middle(pairs, out_features, dtype)
-        if shared and middle is None:
-            middle = Middle(None, None, "identity", None, None)
-        return cls(torch.cat(parts), in_features, tuple(out_features), ranks, shared, middle)
+        packer = PairsPacker(backend)
+        packed = packer.add(pairs, out_features, dtype)
+        packer.run()
+        return packed
 
     def with_vectors(self, pairs: Sequence[Pair | None]) -> PackedPairs:
         """Those that have the same factors and other vectors: the factors are held once."""
@@ -136,6 +126,60 @@ class PackedPairs:
     def nbytes(self) -> int:
         """Bytes of the factors, with what fills them up."""
         return self.factors.nbytes
+
+
+class Factor(NamedTuple):
+    """Rows (n, i) to go, times ``scale``, into a matrix (o, depth) in panels as its rows from ``first`` on."""
+
+    rows: Tensor
+    scale: float
+    panels: Tensor
+    o: int
+    depth: int
+    first: int
+
+
+class PairsPacker:
+    """Packs the pairs of a version at many groups of layers by one call, `run`, behind the last `add`."""
+
+    def __init__(self, backend: str | None = None) -> None:
+        self._backend = backend
+        self._factors: list[Factor] = []
+
+    def add(self, pairs: Sequence[Pair | None], out_features: Sequence[int], dtype: torch.dtype) -> PackedPairs:
+        """As `PackedPairs.pack`; what it gives has its factors once `run` has been called.
+
+        Raises ShapeError where pairs and layers do not fit, or there is no pair at all, ConfigError for an unknown
+        activation, and for layers of several.
+        """
+        _check_pairs(pairs, out_features, dtype)
+        ranks = tuple(0 if pair is None else pair.a.shape[0] for pair in pairs)
+        present = [pair for pair, rank in zip(pairs, ranks, strict=True) if pair is not None and rank]
+        like = next(pair.a for pair in pairs if pair is not None)
+        shared = len(present) == len(pairs) > 1 and len({_place(pair.a) for pair in present}) == 1
+        above = present[:1] if shared else present
+        in_rows = [filled(pair.a.shape[0], dtype) for pair in above]
+        shapes = [(sum(in_rows), like.shape[1]), *(pair.b.shape for pair in present)]
+        factors, (a, *bs) = _room(shapes, dtype, like.device)
+        first = 0
+        for pair, rows in zip(above, in_rows, strict=True):
+            self._put(_one_of(FLOATS, pair.a, dtype), 1.0, a, shapes[0][0], first)
+            first += rows
+        for pair, b in zip(present, bs, strict=True):
+            self._put(_one_of(FLOATS, pair.b, torch.float32), pair.scale, b, pair.b.shape[0], 0)
+        middle = _middle(pairs, out_features, dtype)
+        if shared and middle is None:
+            middle = Middle(None, None, "identity", None, None)
+        return PackedPairs(factors, like.shape[1], tuple(out_features), ranks, shared, middle)
+
+    def run(self) -> None:
+        """Fill in the factors of all that were added."""
+        factors, self._factors = self._factors, []
+        if factors:
+            implementation("pairs.pack", factors[0].panels.device, self._backend)(factors)
+
+    def _put(self, rows: Tensor, scale: float, panels: Tensor, o: int, first: int) -> None:
+        self._factors.append(Factor(rows, scale, panels, o, filled(rows.shape[1], panels.dtype), first))
 
 
 class Segment(NamedTuple):
@@ -200,10 +244,20 @@ def add_pairs(
     implementation("pairs.add", x.device, backend)(x, segments, ys)
 
 
-def _filled_rows(a: Tensor) -> Tensor:
-    """a with as many rows as its rank takes when packed."""
-    missing = filled(len(a), a.dtype) - len(a)
-    return torch.nn.functional.pad(a, (0, 0, 0, missing)) if missing else a
+def _room(
+    shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """Memory for matrices in panels one behind the other, and each one's part; zeros where values will not fill it."""
+    sizes = [(o + -o % BLOCK) * filled(i, dtype) for o, i in shapes]
+    is_filled = sum(sizes) == sum(o * i for o, i in shapes)
+    room = (torch.empty if is_filled else torch.zeros)(sum(sizes), dtype=dtype, device=device)
+    starts = itertools.accumulate(sizes, initial=0)
+    return room, [room[start : start + size] for start, size in zip(starts, sizes, strict=False)]
+
+
+def _one_of(dtypes: Sequence[torch.dtype], x: Tensor, other: torch.dtype) -> Tensor:
+    """x without its gradient, in another dtype unless its own is one of those."""
+    return x.detach() if x.dtype in dtypes else x.detach().to(other)
 
 
 def _place(x: Tensor) -> tuple[object, ...]:
@@ -237,10 +291,6 @@ def _joined(vectors: Sequence[Tensor | None], places: Sequence[int], neutral: fl
         if vector is not None:
             own[: len(vector)] = vector.detach()
     return found
-
-
-def _nothing(in_features: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(0, in_features, dtype=dtype)
 
 
 _NONE = Pair(torch.empty(0, 0), torch.empty(0, 0), 1.0)

@@ -27,6 +27,7 @@ from veneer.model.packed_linear import PackedLinear
 from veneer.model.places import placed_on
 from veneer.model.plan import Plan, plan_of
 from veneer.model.snapshot import look_at
+from veneer.serve.held import in_own_memory
 from veneer.serve.program import Program
 from veneer.store.adapter.config import read_config
 from veneer.store.adapter.files import read_tensors
@@ -106,15 +107,23 @@ def read_effects(lookup: Lookup, program: Program, folder: Path) -> Effects:
 def _put(found: Effects, program: Program, path: str, record: object) -> None:
     """A record in its place."""
     if isinstance(record, LinearDelta) and path in program.linears:
-        found.linear[path] = record
+        found.linear[path] = _with_own_vectors(record)
     elif isinstance(record, LinearDelta) and path == program.embedding.path:
-        found.table = record
+        found.table = in_own_memory(record)
     elif isinstance(record, ResidualDelta) and path in program.sites:
         found.residual[path] = record
     elif isinstance(record, PromptDelta | tuple):
-        found.front = record
+        found.front = in_own_memory(record)
     else:
         raise UnsaidError(f"an update of {path}")
+
+
+def _with_own_vectors(record: LinearDelta) -> LinearDelta:
+    """A record whose vectors stay when its low-rank part has been packed, and the file it was read from is let go."""
+    vectors = {name: getattr(record, name) for name in ("in_scale", "out_scale", "bias")}
+    if all(vector is None for vector in vectors.values()):
+        return record
+    return replace(record, **{name: in_own_memory(vector) for name, vector in vectors.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +169,7 @@ def _put_whole(
     known = path in program.linears or path in program.norms or place == (program.embedding.path, "weight")
     if value is None or own is None or value.shape != own.shape or not known:
         raise UnsaidError(f"{path}.{name} of its own")
-    value = value.to(model.device, own.dtype)
+    value = in_own_memory(value.to(model.device, own.dtype))
     record = found.linear.get(path, LinearDelta())
     if path in program.linears and name == "bias":
         if record.bias is not None:
@@ -181,4 +190,4 @@ def _put_rows(
     if values is None or not set(paths) <= known or tuple(values.shape) != shape:
         raise UnsaidError(f"rows of {paths[0]}")
     for path in paths:
-        found.rows[path] = (torch.tensor(indices), values)
+        found.rows[path] = (torch.tensor(indices), in_own_memory(values))

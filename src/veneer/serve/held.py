@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, TypeVar, cast
 
 from torch import Tensor
+
+Held = TypeVar("Held")
 
 
 def bytes_of(held: object) -> int:
     """Bytes of the tensors in a thing, or in mappings, sequences and dataclasses in it; what is shared counts once."""
     return sum({(x.data_ptr(), x.nbytes): x.nbytes for x in _tensors(held)}.values())
+
+
+def in_own_memory(held: Held) -> Held:
+    """A tensor, or a tuple or dataclass of tensors, none of which keeps more in memory than itself.
+
+    Tensors read from a file are parts of one piece of memory, which stays as long as any of them does.
+    """
+    made: Any = held
+    if isinstance(held, Tensor):
+        made = held.clone() if held.untyped_storage().nbytes() > held.nbytes else held
+    elif isinstance(held, tuple):
+        made = tuple(in_own_memory(each) for each in held)
+    elif is_dataclass(held) and not isinstance(held, type):
+        made = replace(held, **{field.name: in_own_memory(getattr(held, field.name)) for field in fields(held)})
+    return cast(Held, made)
 
 
 def _tensors(held: object) -> Iterator[Tensor]:

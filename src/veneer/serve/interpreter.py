@@ -38,7 +38,7 @@ from veneer.serve.bound import (
 from veneer.serve.effects import Effects
 from veneer.serve.native import NativeStep
 from veneer.serve.norms import BoundNorm
-from veneer.serve.products import Linears, Packed, Shared
+from veneer.serve.products import Linears, Packed, Packing
 from veneer.serve.program import Activate, Add, Change, Embed, Logits, Normalize, Own, Product, Program
 from veneer.serve.step import Step
 
@@ -77,8 +77,9 @@ class Interpreter:
     def packed(self, effects: Effects) -> PackedEffects:
         """The effects of an adapter as `take` puts them in; on any thread, beside a pass."""
         bottlenecks = {site: Bottleneck(record, self.dtype) for site, record in effects.residual.items()}
-        shared: Shared = {}
-        packed = PackedEffects(effects, [linears.packed(effects, shared) for linears in self._linears], bottlenecks)
+        packing = Packing()
+        packed = PackedEffects(effects, [linears.packed(effects, packing) for linears in self._linears], bottlenecks)
+        packing.packer.run()
         effects.linear = {}  # what is needed of them has been packed
         return packed
 

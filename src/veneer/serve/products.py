@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, cast
 
 import torch
@@ -26,14 +26,23 @@ from veneer.ops.linear.layer import NOTHING, LinearLayer, Weight
 from veneer.ops.linear.op import forward
 from veneer.ops.linear.scales import finished, scaled_input
 from veneer.ops.packed import PackedWeight, over_rows
-from veneer.ops.pairs import PackedPairs, Pair, Segment, add_pairs
+from veneer.ops.pairs import PackedPairs, Pair, PairsPacker, Segment, add_pairs
 from veneer.quant.dense import DenseWeight
 from veneer.serve.effects import Effects
 
 Packed = Mapping[tuple[str, ...], PackedGroup]
 """Packed weights by the paths of the layers that read the same x."""
-Shared = dict[tuple[object, ...], PackedPairs]
-"""The factors of one version that several groups of layers share, by what they were packed from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """The packing of one version: its groups of layers one by one, then the ``packer`` runs.
+
+    ``shared`` are the factors that several groups share, by what they are packed from.
+    """
+
+    packer: PairsPacker = field(default_factory=PairsPacker)
+    shared: dict[tuple[object, ...], PackedPairs] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,17 +76,14 @@ class Linears:
         self.versions: dict[str, Own] = {}
         self.bias = _joined(self.biases, [linear.out_features for linear in linears])
 
-    def packed(self, effects: Effects, shared: Shared) -> Own | None:
-        """The change of a version that `take` puts in, made on any thread; None where it does nothing here.
-
-        ``shared`` holds what the version's groups before have packed, and what this one packs.
-        """
+    def packed(self, effects: Effects, packing: Packing) -> Own | None:
+        """The change of a version that `take` puts in, made on any thread; None where it does nothing here."""
         records = tuple(effects.linear.get(path, NOTHING) for path in self.paths)
         whole = {i: w for i, path in enumerate(self.paths) if (w := effects.whole.get((path, "weight"))) is not None}
         if not whole and all(record is NOTHING for record in records):
             return None
         own = Own(records, whole)
-        return own if self.group is None else self._packed(own, shared)
+        return own if self.group is None else self._packed(own, packing)
 
     def take(self, version: str, own: Own | None) -> None:
         """A version comes, if it does anything here."""
@@ -177,7 +183,7 @@ class Linears:
                 else:
                     ys[i][start:stop] = functional.linear(own_x, weight, bias)
 
-    def _packed(self, own: Own, shared: Shared) -> Own:
+    def _packed(self, own: Own, packing: Packing) -> Own:
         """With its low-rank parts packed."""
         pairs = [_pair(record) for record in own.records]
         whole = {i: PackedWeight.pack(cast(Tensor, w)) for i, w in own.whole.items()}
@@ -187,17 +193,18 @@ class Linears:
         sizes = [weight.shape[0] for weight in self.weights]
         if any(record.in_scale is not None for record in own.records):
             each = zip(pairs, sizes, strict=True)
-            apart = tuple(None if pair is None else self._pack([pair], [o], shared) for pair, o in each)
+            apart = tuple(None if pair is None else self._pack([pair], [o], packing) for pair, o in each)
             return replace(left, apart=apart)
-        return replace(left, pairs=self._pack(pairs, sizes, shared))
+        return replace(left, pairs=self._pack(pairs, sizes, packing))
 
-    def _pack(self, pairs: Sequence[Pair | None], sizes: Sequence[int], shared: Shared) -> PackedPairs:
+    def _pack(self, pairs: Sequence[Pair | None], sizes: Sequence[int], packing: Packing) -> PackedPairs:
         if all(pair is None or pair.is_plain for pair in pairs):
-            return PackedPairs.pack(pairs, sizes, dtype=self._dtype())
+            return packing.packer.add(pairs, sizes, self._dtype())
         key = tuple(None if pair is None else (*_place(pair.a), *_place(pair.b), pair.scale) for pair in pairs)
-        like = shared.get(key)
-        found = PackedPairs.pack(pairs, sizes, dtype=self._dtype()) if like is None else like.with_vectors(pairs)
-        return shared.setdefault(key, found) if like is None else found
+        like = packing.shared.get(key)
+        if like is not None:
+            return like.with_vectors(pairs)
+        return packing.shared.setdefault(key, packing.packer.add(pairs, sizes, self._dtype()))
 
     def _dtype(self) -> torch.dtype:
         return cast(PackedGroup, self.group).parts[0].dtype
@@ -238,8 +245,9 @@ def _place(x: Tensor) -> tuple[object, ...]:
 
 
 def _without_pair(record: LinearDelta) -> LinearDelta:
-    left = replace(record, a=None, b=None, scale=1.0, core=None, b_scale=None)
-    return NOTHING if all(x is None for x in (left.in_scale, left.out_scale, left.bias)) else left
+    if all(x is None for x in (record.in_scale, record.out_scale, record.bias)):
+        return NOTHING
+    return replace(record, a=None, b=None, scale=1.0, core=None, b_scale=None)
 
 
 def _segments(owns: Sequence[Own | None], runs: AdapterRuns) -> list[Segment]:

@@ -46,15 +46,14 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ProgramAdapter:
-    """An adapter packed for the program; ``prefix`` are the keys and values of a prefix, by layer."""
+    """An adapter packed for the program; ``prefix`` are the keys and values of a prefix, by layer.
+
+    ``n_bytes`` are those of all that it holds, counted where it is read: the step does not wait for that.
+    """
 
     packed: PackedEffects
     prefix: list[KeysValues]
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of all that it holds."""
-        return bytes_of((self.packed.linears, self.packed.bottlenecks, self.packed.effects, self.prefix))
+    n_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +111,8 @@ class ProgramRunner(DrawingRunner):
                     raise
                 return GeneralAdapter(stored(), str(reason))
         packed = self.interpreter.packed(effects)
-        return ProgramAdapter(packed, self._prefix(effects))
+        prefix = self._prefix(effects)
+        return ProgramAdapter(packed, prefix, bytes_of((packed.linears, packed.bottlenecks, packed.effects, prefix)))
 
     def load(self, version: str, adapter: ProgramAdapter | GeneralAdapter) -> None:
         if isinstance(adapter, GeneralAdapter):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from veneer.errors import ConfigError, ShapeError
-from veneer.ops.pairs import ACTIVATIONS, PackedPairs, Pair, Segment, Segments, add_pairs
+from veneer.ops.pairs import ACTIVATIONS, PackedPairs, Pair, PairsPacker, Segment, Segments, add_pairs
 from veneer.ops.reference.pairs import activated, unpacked
 
 OP = "pairs.add"
@@ -48,6 +48,37 @@ def test_factors_are_kept_to_their_rounding(i, dtype, backend):
             if pair is not None:
                 assert torch.equal(a, pair.a.to(dtype).float())
                 assert torch.equal(b, (pair.scale * pair.b).to(dtype).float())
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_groups_are_packed_at_once_from_any_dtype(dtype, stored, backend):
+    """Factors that lie crosswise in memory too, ranks that share a block of panels, and one that spans two."""
+    packer, found, exact = PairsPacker(backend), [], []
+    for i, outs in ((67, OUTS), (48, (35,)), (32, (16, 64))):
+        pairs = [
+            Pair(draw(i, r).to(stored).T, draw(o + 3, r).to(stored)[3:], 0.3 + r) if r else None
+            for r, o in zip((9, 0, 17), outs, strict=False)
+        ]
+        exact.append(pairs)
+        found.append(packer.add(pairs, outs, dtype))
+    packer.run()
+    for packed, pairs in zip(found, exact, strict=True):
+        for pair, (a, b) in zip(pairs, unpacked(packed), strict=True):
+            if pair is not None:
+                assert torch.equal(a, pair.a.to(dtype).float())
+                assert torch.equal(b, (pair.scale * pair.b.float()).to(dtype).float())
+        assert packed.factors.isfinite().all()
+    assert [packed.nbytes for packed in found] == [
+        packed.dtype.itemsize * n for packed, n in zip(found, sizes_of(dtype), strict=True)
+    ]
+
+
+def sizes_of(dtype):
+    """Values of the groups above: blocks of 16 outputs, and even depths in bfloat16."""
+    if dtype == torch.bfloat16:
+        return 32 * 68 + 96 * 10 + 144 * 18, 16 * 48 + 48 * 10, 16 * 32 + 16 * 10
+    return 32 * 67 + 96 * 9 + 144 * 17, 16 * 48 + 48 * 9, 16 * 32 + 16 * 9
 
 
 def test_a_version_takes_the_bytes_of_its_own_ranks():

@@ -20,7 +20,7 @@ from veneer.model.places import placed_on
 from veneer.ops.paged_attention import PagedStore, padded
 from veneer.serve import effects, program_runner
 from veneer.serve.effects import UnsaidError, read_effects
-from veneer.serve.held import bytes_of
+from veneer.serve.held import _tensors, bytes_of
 from veneer.serve.inbox import Inbox
 from veneer.serve.loader import Finished, Loader
 
@@ -215,6 +215,18 @@ def test_a_file_that_is_written_into_leaves_what_is_loaded(llm, tmp_path):
     assert len(after) == 4
     assert all(torch.equal(x, y) for x, y in zip(scales, after, strict=True))
     assert bytes_of(llm.engine.runner.interpreter) == before
+
+
+def test_what_is_loaded_keeps_nothing_of_its_file_beside_itself(llm, adapters):
+    """Tensors of a file share memory while it is read; its other parts go with the last that is packed."""
+    for adapter in adapters.values():
+        read = llm.engine.runner.read(Path(adapter.lora_path))
+        assert isinstance(read, program_runner.ProgramAdapter)
+        held = list(_tensors((read.packed.linears, read.packed.bottlenecks, read.packed.effects, read.prefix)))
+        assert held
+        assert read.n_bytes == bytes_of(held)
+        kept = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in held}
+        assert sum(kept.values()) <= read.n_bytes
 
 
 def test_adding_waits_for_what_is_being_read(llm, adapters, reader):

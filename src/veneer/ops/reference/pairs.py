@@ -10,9 +10,18 @@ from torch.nn import functional
 
 from veneer.ops.activation import KINDS
 from veneer.ops.packed import BLOCK
-from veneer.ops.pairs import PackedPairs, Segments, filled
+from veneer.ops.pairs import Factor, PackedPairs, Segments, filled
 from veneer.ops.reference.activation import activation_forward
+from veneer.ops.reference.packed import pack as pack_matrix
 from veneer.ops.reference.packed import unpack
+
+
+def pack(factors: Sequence[Factor]) -> None:
+    for rows, scale, panels, o, depth, first in factors:
+        n, i = rows.shape
+        matrix = unpack(panels, (o, depth), depth)
+        matrix[first : first + n, :i] = (rows.float() * scale).to(panels.dtype)
+        panels.copy_(pack_matrix(matrix, depth))
 
 
 def add(x: Tensor, segments: Segments, ys: Sequence[Tensor]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from veneer.contract.file import WEIGHTS_FILE
-from veneer.disk.safetensors import StoredTensor, read_header
+from veneer.disk.safetensors import StoredTensor, read_all, read_header
 from veneer.errors import FormatError
 from veneer.store.checkpoint import is_finite
 
@@ -19,13 +19,11 @@ VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # 
 
 
 def read_tensors(folder: Path, file: str = WEIGHTS_FILE) -> dict[str, Tensor]:
-    """The tensors of ``adapter_model.safetensors``, or of another file, in a folder, in memory of their own.
+    """The tensors of ``adapter_model.safetensors``, or of another file, in a folder: parts of one piece of memory.
 
-    Raises FormatError as `read_headers` does.
+    Who keeps some of them for long copies those, so that the others go. Raises FormatError as `read_headers` does.
     """
-    tensors = read_headers(folder, file)
-    with (folder / file).open("rb", buffering=0) as opened:
-        return {name: tensor.read_from(opened) for name, tensor in tensors.items()}
+    return read_all(folder / file, read_headers(folder, file))
 
 
 def read_headers(folder: Path, file: str = WEIGHTS_FILE) -> dict[str, StoredTensor]:
@@ -49,14 +47,25 @@ def read_headers(folder: Path, file: str = WEIGHTS_FILE) -> dict[str, StoredTens
 
 def unusable(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """The reasons for which tensors cannot be an adapter's values, by key: another dtype, a NaN or an infinity."""
-    found = {}
+    found, together = {}, _is_finite_together(tensors)
     for key, value in tensors.items():
         if value.dtype not in VALUE_DTYPES:
             allowed = ", ".join(_name(dtype) for dtype in VALUE_DTYPES)
             found[key] = f"dtype {_name(value.dtype)} where an adapter's values are in one of {allowed}"
-        elif not is_finite(value):
+        elif not together and not is_finite(value):
             found[key] = "holds NaN or infinity"
     return found
+
+
+def _is_finite_together(tensors: Mapping[str, Tensor]) -> bool:
+    """Return True if tensors of one dtype that are parts of one piece of memory are finite: one look at all of it."""
+    first = next(iter(tensors.values()), None)
+    if first is None or not all(type(x) is Tensor and x.is_cpu and x.dtype == first.dtype for x in tensors.values()):
+        return False
+    memory = first.untyped_storage()
+    if any(x.untyped_storage().data_ptr() != memory.data_ptr() for x in tensors.values()):
+        return False
+    return memory.nbytes() % first.dtype.itemsize == 0 and is_finite(torch.empty(0, dtype=first.dtype).set_(memory))
 
 
 def _damaged(path: Path, reason: str) -> FormatError:

@@ -312,7 +312,7 @@ def _is_near(value: Tensor, expected: Tensor) -> bool:
 def _carry(model: nn.Module, state: AdapterState, name: str, place: _Place, *, key: str, value: Tensor) -> None:
     module, parameter = place
     own = cast(Tensor, module._parameters[parameter])
-    value = value.to(own.device, own.dtype)
+    value = value.to(own.device, own.dtype, copy=True)  # apart from the file's others
     if not torch.equal(own, value):
         add_copy(adapt_path(model, place_of(key, ()).path, state), name, parameter, value, frozen=True)
 
