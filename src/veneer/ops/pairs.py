@@ -244,9 +244,7 @@ def add_pairs(
     implementation("pairs.add", x.device, backend)(x, segments, ys)
 
 
-def _room(
-    shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Sequence[Tensor]]:
+def _room(shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Sequence[Tensor]]:
     """Memory for matrices in panels one behind the other, and each one's part; zeros where values will not fill it."""
     sizes = [(o + -o % BLOCK) * filled(i, dtype) for o, i in shapes]
     is_filled = sum(sizes) == sum(o * i for o, i in shapes)
