@@ -90,7 +90,7 @@ def _elementwise_cases(dtype: torch.dtype, quick: bool) -> Iterator[Case]:
     x = torch.empty(64, 1536, dtype=dtype)
     for activation in ("gelu_tanh",) if quick else ("silu", "gelu", "gelu_tanh"):
         yield f"glu {activation}", lambda a=activation: glu.glu_forward(x, x, a)
-        yield f"glu {activation} backward", lambda a=activation: glu.glu_backward(x, x, x, a, False)
+        yield f"glu {activation} backward", lambda a=activation: glu.glu_backward(x, x, x, a, (False, False))
     first_row: tuple[int | torch.Tensor, ...] = (2**40,) if quick else (0, 2**40, torch.zeros(64, dtype=torch.int64))
     for rows in first_row:
         yield f"dropout {type(rows).__name__}", lambda r=rows: dropout.drop(x, 3277, 2**63 + 5, r)

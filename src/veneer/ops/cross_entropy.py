@@ -14,11 +14,12 @@ from torch.autograd.function import once_differentiable
 from veneer.core.frozen import FrozenWeight
 from veneer.errors import ConfigError, ShapeError
 from veneer.ops.dispatch import implementation
-from veneer.ops.matmul import matmul, operand
+from veneer.ops.matmul import add_matmul, matmul, operand, widens
 
 _OP = "cross_entropy.softmax_cross_entropy"
 # Of logits at a time: rows enough for the products to run at full rate, few enough to stay in cache.
 CHUNK_BYTES = 32 << 20
+_WIDENED_BYTES = 32 << 20  # of a head at a time, where products are in float32: a whole copy is twice the head
 _DETAIL_ROWS = 8
 
 
@@ -280,17 +281,16 @@ def _chunked(
     buffer = hidden.new_empty(chunk, out_features)
     losses, hits = hidden.new_empty(n, dtype=wide), torch.zeros_like(labels, dtype=torch.bool)
     kernel = implementation(_OP, hidden.device, options.backend)
-    read = operand(weight) if isinstance(weight, Tensor) else weight  # once for all chunks
     for start in range(0, n, chunk):
         rows = slice(start, min(n, start + chunk))
-        logits = _logits(hidden[rows], read, bias, buffer)
+        logits = _logits(hidden[rows], weight, bias, buffer)
         if options.count_hits:
             hits[rows] = logits.argmax(dim=-1) == labels[rows]
         if options.observe is not None:
             options.observe(rows, logits)
         losses[rows] = kernel(logits, labels[rows], options.softcap, any(wanted))
         if dhidden is not None:
-            _project_back(logits, read, dhidden[rows])
+            _project_back(logits, weight, dhidden[rows])
         if dweight is not None:
             dweight += matmul(logits.T, hidden[rows], wide)
     return (losses, hits), dhidden, dweight
@@ -299,14 +299,28 @@ def _chunked(
 def _logits(hidden: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None, buffer: Tensor) -> Tensor:
     """One chunk of logits, in the buffer where the weight is a tensor: fresh pages for each chunk would cost more."""
     if isinstance(weight, Tensor):
-        logits = matmul(hidden, weight.T, hidden.dtype, out=buffer[: hidden.shape[0]])
+        logits, read = buffer[: hidden.shape[0]], operand(hidden)
+        for part in _parts(weight):
+            matmul(read, operand(weight[part]).T, hidden.dtype, out=logits[:, part])
     else:
         logits = weight.matmul(hidden)
     return logits if bias is None else logits.add_(bias)
 
 
 def _project_back(dlogits: Tensor, weight: Tensor | FrozenWeight, out: Tensor) -> None:
-    if isinstance(weight, Tensor):
+    if not isinstance(weight, Tensor):
+        out.copy_(weight.matmul_t(dlogits))
+    elif len(parts := _parts(weight)) == 1:
         matmul(dlogits, weight, out.dtype, out=out)
     else:
-        out.copy_(weight.matmul_t(dlogits))
+        total = out.new_zeros(out.shape, dtype=torch.float32)
+        for part in parts:
+            add_matmul(total, dlogits[:, part], operand(weight[part]))
+        out.copy_(total)
+
+
+def _parts(weight: Float[Tensor, "v d"]) -> list[slice]:
+    """The classes of a head that are multiplied together: all, but where the CPU widens them a part at a time."""
+    n_classes, width = weight.shape
+    size = max(1, _WIDENED_BYTES // (4 * width)) if widens(weight, weight.dtype) else n_classes
+    return [slice(start, min(n_classes, start + size)) for start in range(0, n_classes, size)]

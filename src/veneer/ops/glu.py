@@ -41,17 +41,18 @@ def glu_backward(
     up: Float[Tensor, "*batch d"],
     activation: str,
     *,
-    overwrite: bool = False,
+    owns_dh: bool = False,
+    owns_inputs: bool = False,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, "*batch d"], Float[Tensor, "*batch d"], Float[Tensor, "*batch d"]]:
     """(d gate, d up, h): the gradients and, in the same pass, the output again, which the next layer's backward reads.
 
-    ``overwrite`` writes them into gate, up and dh, and returns those.
+    ``owns_inputs`` writes the gradients into gate and up, ``owns_dh`` the output into dh, and returns those.
     """
     _check(gate, up, activation)
     _check(dh, gate, activation)
     kernel = implementation("glu.glu_backward", gate.device, backend)
-    dgate, dup, h = kernel(dh, gate, up, activation, overwrite)
+    dgate, dup, h = kernel(dh, gate, up, activation, (owns_inputs, owns_dh))
     return dgate, dup, h
 
 

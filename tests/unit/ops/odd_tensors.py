@@ -61,7 +61,7 @@ def cases():
         yield f"four_bit.{op}", (rows_of_16_bits if in_kernel else Plain(rows_of_16_bits), *packed, layout)
     yield "ggml.quantize", (torch.randn(N, 256), "Q4_K", torch.rand(256))
     yield "glu.glu_forward", (x, y, "silu")
-    yield "glu.glu_backward", (x, y, x.clone(), "silu", True)
+    yield "glu.glu_backward", (x, y, x.clone(), "silu", (True, True))
     group = LowRankGroup((torch.randn(R, D),), (torch.randn(OUT, R),), (0.5,))
     runs = AdapterRuns((Run(0, 0, N),), N)
     yield "grouped_low_rank.forward", (x, [group], runs, [wide])

@@ -6,6 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 from veneer.errors import ConfigError, ShapeError
+from veneer.ops import cross_entropy, matmul
 from veneer.ops.cross_entropy import (
     HeadOptions,
     linear_cross_entropy,
@@ -13,6 +14,7 @@ from veneer.ops.cross_entropy import (
     linear_cross_entropy_rows,
     softmax_cross_entropy,
 )
+from veneer.plan.live import LiveBytes, peaks
 from veneer.quant.dense import DenseWeight
 
 OP = "cross_entropy.softmax_cross_entropy"
@@ -175,3 +177,23 @@ def test_labels_on_cuda_are_not_waited_for(monkeypatch):
 def test_a_cap_that_is_not_positive_is_refused() -> None:
     with pytest.raises(ConfigError, match="softcap=0"):
         HeadOptions(softcap=0.0)
+
+
+@pytest.mark.parametrize("n", [3, 23])
+def test_a_head_that_is_widened_by_parts_gives_the_same_in_less_memory(n, monkeypatch):
+    hidden, weight, bias, labels = draw(n=n, v=2003, ignored=False)
+    hidden, weight, bias = hidden.bfloat16().requires_grad_(), weight.bfloat16(), bias.bfloat16()
+    options = HeadOptions(chunk_bytes=11 * 2003 * 2)
+    monkeypatch.setattr(matmul, "float32_is_faster", lambda: True)
+    found = {}
+    for widened in (7 * 29 * 4, 1 << 30):
+        monkeypatch.setattr(cross_entropy, "_WIDENED_BYTES", widened)
+        live = LiveBytes()
+        with live:
+            loss = linear_cross_entropy(hidden, weight, labels, bias, options)
+        (gradient,) = torch.autograd.grad(loss, [hidden])
+        found[widened] = loss.item(), gradient.double(), peaks(live.events, live.kinds, str)["load"].n_bytes
+    (loss, gradient, n_bytes), (whole_loss, whole_gradient, whole_bytes) = found.values()
+    assert loss == pytest.approx(whole_loss, rel=1e-6)
+    assert (gradient - whole_gradient).norm() <= 2**-8 * whole_gradient.norm()
+    assert whole_bytes - n_bytes > 4 * 29 * 1990

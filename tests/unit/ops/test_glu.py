@@ -42,16 +42,22 @@ def test_value_and_gradients(shape, activation, dtype, backend):
         assert (got.double() - truth).abs().max() <= allowed, name
 
 
+@pytest.mark.parametrize("owns_dh", [False, True])
+@pytest.mark.parametrize("owns_inputs", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_halves_of_one_buffer_overwritten(activation, backend):
+def test_halves_of_one_buffer_overwritten(activation, owns_inputs, owns_dh, backend):
     gate, up, dh = draw((7, 37), torch.float32)
     expected = glu_backward(dh.double(), gate.double(), up.double(), activation, backend="reference")
     joined = torch.cat([gate, up], dim=1)
     halves = joined[:, :37], joined[:, 37:]
-    out = glu_backward(dh, *halves, activation, overwrite=True, backend=backend)
-    assert [o.data_ptr() for o in out] == [halves[0].data_ptr(), halves[1].data_ptr(), dh.data_ptr()]
-    for got, wanted in zip((*halves, dh), expected, strict=True):
+    before = [t.clone() for t in (*halves, dh)]
+    out = glu_backward(dh, *halves, activation, owns_dh=owns_dh, owns_inputs=owns_inputs, backend=backend)
+    owned = (owns_inputs, owns_inputs, owns_dh)
+    assert tuple(o.data_ptr() == t.data_ptr() for o, t in zip(out, (*halves, dh), strict=True)) == owned
+    for got, wanted in zip(out, expected, strict=True):
         assert torch.allclose(got.double(), wanted, rtol=2e-6, atol=2e-5)
+    for given, was, is_owned in zip((*halves, dh), before, owned, strict=True):
+        assert is_owned or torch.equal(given, was)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -53,12 +53,41 @@ class MlpHalf:
             return activation_forward(inner[0], self.activation)
         return glu_forward(*_gate_and_up(inner), self.activation)
 
-    def inner_grads(self, dhidden: Tensor, inner: Sequence[Tensor]) -> list[Tensor]:
-        """The gradients in the outputs of ``gate_up``."""
+    def inner_grads(self, dhidden: Tensor, inner: Sequence[Tensor]) -> tuple[list[Tensor], Tensor | None]:
+        """The gradients in the outputs of ``gate_up``, and, where it is gated, `hidden` again, in dhidden's memory.
+
+        Outputs that were made again are written over.
+        """
         if not self.gated:
-            return [activation_backward(dhidden, inner[0], self.activation)]
-        dgate, dup, _ = glu_backward(dhidden, *_gate_and_up(inner), self.activation)
-        return [dgate, dup] if len(inner) == 2 else [torch.cat([dgate, dup], dim=-1)]
+            return [activation_backward(dhidden, inner[0], self.activation)], None
+        gate, up = _gate_and_up(inner)
+        dgate, dup, hidden = glu_backward(dhidden, gate, up, self.activation, owns_dh=True, owns_inputs=self.recomputes)
+        if len(inner) == 2:
+            return [dgate, dup], hidden
+        return [inner[0] if self.recomputes else torch.cat([dgate, dup], dim=-1)], hidden
+
+    def down_backward(
+        self, dout: Tensor, inner: Sequence[Tensor], kept: op.Kept, input_grad: bool
+    ) -> tuple[list[Tensor] | None, tuple[Tensor | None, ...]]:
+        """The gradients in ``inner`` (None where not asked for), and in the records of the down projection.
+
+        The hidden product, which the factors' gradients read, is made in the pass that makes the inner ones; where rows
+        have records of their own, or records scale it, in front of the projection.
+        """
+        if not (self.gated and input_grad and op.takes_input_late(self.down)):
+            found = op.backward([dout], self.hidden(inner), kept, [self.down], input_grad=input_grad, owns_x=True)
+            if not input_grad or found.x is None:
+                return None, found.records
+            return self.inner_grads(found.x, inner)[0], found.records
+        grads: list[Tensor] = []
+
+        def hidden(dhidden: Tensor) -> Tensor:
+            found, made = self.inner_grads(dhidden, inner)
+            grads.extend(found)
+            return cast(Tensor, made)
+
+        records = op.backward_before_input(dout, kept, self.down, hidden)
+        return grads, records
 
 
 def mlp_half(x: Float[Tensor, "b t d"], half: MlpHalf, stream: Tensor | None = None) -> Float[Tensor, "b t d"]:
@@ -96,8 +125,8 @@ class _MlpHalf(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         half, n_inner_tensors = ctx.half, len(tensors_of(ctx.half.gate_up))
         x, statistics, *rest = ctx.saved_tensors
-        of_inner, of_down, inner, kept_out = parted(rest, ctx.sizes)
-        kept_inner, kept_down = op.Kept.of(of_inner, half.gate_up), op.Kept.of(of_down, [half.down])
+        inner_kept, down_kept, inner, kept_out = parted(rest, ctx.sizes)
+        kept_inner, kept_down = op.Kept.of(inner_kept, half.gate_up), op.Kept.of(down_kept, [half.down])
         dstream = grads[0] if ctx.streams else None
         wanted = ctx.needs_input_grad[0] or any(ctx.needs_input_grad[3 : 3 + n_inner_tensors])
         with torch.autocast(x.device.type, enabled=False):
@@ -109,17 +138,17 @@ class _MlpHalf(torch.autograd.Function):
                 inner = op.outputs(inner, kept_inner, half.gate_up)
             dout = dy.to(half.dtype)
             dout = dout if half.post_norm is None else half.post_norm.backward(dout, *kept_out)
-            down = op.backward([dout], half.hidden(inner), kept_down, [half.down], input_grad=wanted, owns_x=True)
-            if not wanted or down.x is None:
-                return None, dstream, None, *(None,) * n_inner_tensors, *down.records
-            inner = half.inner_grads(down.x, inner)
+            dinner, of_down = half.down_backward(dout, inner, kept_down, wanted)
+            if dinner is None:
+                return None, dstream, None, *(None,) * n_inner_tensors, *of_down
+            del inner
             normed = half.norm.forward(flat)[0].to(half.dtype)
             found = op.backward(
-                inner, normed, kept_inner, half.gate_up, input_grad=ctx.needs_input_grad[0], overwrite=True
+                dinner, normed, kept_inner, half.gate_up, input_grad=ctx.needs_input_grad[0], overwrite=True
             )
             dx = None if found.x is None else half.norm.backward(found.x, flat, statistics)
             dx = None if dx is None else (dx.add_(dy) if ctx.adds else dx).view(x.shape)
-        return dx, dstream, None, *found.records, *down.records
+        return dx, dstream, None, *found.records, *of_down
 
 
 def _gate_and_up(inner: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -64,10 +64,29 @@ def low_rank_backward(
     """
     if layers[0].goes_by_rows:
         return _of_rows([dz for dz, _ in dzs], x, u, layers, input_grad)
-    trains_a = any(layer.record.a is not None and layer.record.a.requires_grad for layer in layers)
+    du = u_gradient(dzs, u, layers)
+    factors = factor_gradients(dzs, du, x, u, layers)
+    return LowRankGradients(x_gradient(du, layers) if input_grad else None, factors)
+
+
+def u_gradient(dzs: Sequence[tuple[Tensor, Tensor]], u: Tensor, layers: Sequence[LinearLayer]) -> Tensor:
+    """The gradient in ``A x`` of all layers, where one record acts on all rows; ``dzs`` as in `low_rank_backward`."""
     du = torch.empty_like(u)
     for layer, span, (_, read) in zip(layers, _spans(layers), dzs, strict=True):
-        matmul(read, _scaled_b(layer, x.dtype), x.dtype, out=du[:, span])
+        matmul(read, _scaled_b(layer, u.dtype), u.dtype, out=du[:, span])
+    return du
+
+
+def x_gradient(du: Tensor, layers: Sequence[LinearLayer]) -> Float[Tensor, "n i"]:
+    """The gradient in x, from `u_gradient`."""
+    return matmul(du, _joined_a(layers, du.dtype), du.dtype)
+
+
+def factor_gradients(
+    dzs: Sequence[tuple[Tensor, Tensor]], du: Tensor, x: Float[Tensor, "n i"], u: Tensor, layers: Sequence[LinearLayer]
+) -> list[list[FactorGradients]]:
+    """Those in the factors of each layer's record, from `u_gradient`."""
+    trains_a = any(layer.record.a is not None and layer.record.a.requires_grad for layer in layers)
     das = _a_gradients(du, x, layers) if trains_a else [None] * len(layers)
     factors = []
     for layer, span, da, (_, read) in zip(layers, _spans(layers), das, dzs, strict=True):
@@ -76,7 +95,7 @@ def low_rank_backward(
             db = matmul(u[:, span].T, read, x.dtype).T.to(cast(Tensor, layer.record.b).dtype).mul_(_scale_of(layer, 0))
             found |= _parted(db, layer.record)
         factors.append([found])
-    return LowRankGradients(matmul(du, _joined_a(layers, x.dtype), x.dtype) if input_grad else None, factors)
+    return factors
 
 
 def _a_gradients(du: Tensor, x: Tensor, layers: Sequence[LinearLayer]) -> list[Tensor | None]:

@@ -9,7 +9,7 @@ the layer once more. Masks and scaled inputs are made again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,7 +19,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from veneer.ops.linear.layer import FIELDS, LinearLayer, Weight, require_fit, tensors_of
-from veneer.ops.linear.low_rank import FactorGradients, add_low_rank, low_rank_backward
+from veneer.ops.linear.low_rank import (
+    FactorGradients,
+    add_low_rank,
+    factor_gradients,
+    low_rank_backward,
+    u_gradient,
+    x_gradient,
+)
 from veneer.ops.linear.scales import (
     added,
     finished,
@@ -153,6 +160,32 @@ def backward(
         if input_grad:
             totals[WHOLE] = added(totals.get(WHOLE), dx)
     return LinearGradients(totals.get(WHOLE), found.listed())
+
+
+def takes_input_late(layer: LinearLayer) -> bool:
+    """Return True if `backward_before_input` can be asked: one record acts on all rows, and reads x as it is."""
+    return not layer.scales_input and not layer.goes_by_rows
+
+
+def backward_before_input(
+    dy: Float[Tensor, "n o"],
+    kept: Kept,
+    layer: LinearLayer,
+    make_input: Callable[[Float[Tensor, "n i"]], Float[Tensor, "n i"]],
+) -> tuple[Tensor | None, ...]:
+    """The gradients in the records of one layer whose x was not kept: ``make_input`` is given the gradient in x, which
+    it may write over, and gives x. The pass that carries the gradient on often makes x too.
+    """
+    found = _Found([layer])
+    dz = found.finish(0, dy, kept.products[0], False)
+    own, layers = [(dz, operand(dz))], [layer]
+    du = u_gradient(own, kept.us[0], layers) if layer.is_lowrank else None
+    dx = None if du is None else x_gradient(du, layers)
+    x = make_input(_add_transposed(dx, *own[0], layer.weight))
+    del dx
+    if du is not None:
+        found.add_factors([0], factor_gradients(own, du, x, kept.us[0], layers))
+    return found.listed()
 
 
 class _Found:

@@ -14,13 +14,18 @@ def glu_forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 
 def glu_backward(
-    dh: Tensor, gate: Tensor, up: Tensor, activation: str, overwrite: bool
+    dh: Tensor, gate: Tensor, up: Tensor, activation: str, owns: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(gate.dtype, torch.float32)
     value, slope = _value_and_slope(gate.to(wide), activation)
     dh_wide, up_wide = dh.to(wide), up.to(wide)
     results = (dh_wide * up_wide * slope).to(gate.dtype), (dh_wide * value).to(up.dtype), (value * up_wide).to(dh.dtype)
-    return (gate.copy_(results[0]), up.copy_(results[1]), dh.copy_(results[2])) if overwrite else results
+    owned = (owns[0], owns[0], owns[1])
+    dgate, dup, h = (
+        own.copy_(result) if owns_it else result
+        for own, result, owns_it in zip((gate, up, dh), results, owned, strict=True)
+    )
+    return dgate, dup, h
 
 
 def _value_and_slope(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:

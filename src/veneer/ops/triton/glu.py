@@ -26,16 +26,16 @@ def glu_forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 
 def glu_backward(
-    dh: Tensor, gate: Tensor, up: Tensor, activation: str, overwrite: bool
+    dh: Tensor, gate: Tensor, up: Tensor, activation: str, owns: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not is_served(gate):
-        return reference.glu_backward(dh, gate, up, activation, overwrite)
+        return reference.glu_backward(dh, gate, up, activation, owns)
     dh = same_dtype(dh, gate)
-    results = (
-        (gate, up, dh)
-        if overwrite
-        else tuple(torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(3))
-    )
+    owned = (owns[0], owns[0], owns[1])
+    results = [
+        own if owns_it else torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+        for own, owns_it in zip((gate, up, dh), owned, strict=True)
+    ]
     written = [with_rows(t) for t in results]
     _run(_backward_kernel, [with_rows(t) for t in (dh, gate, up)] + written, activation)
     for result, row in zip(results, written, strict=True):
