@@ -15,11 +15,11 @@ PagedRows AttentionInstruction::normed(const Pass& pass, const NormParts& norm, 
   const int64_t d = norm.weight.size(), head_dim = parts_.head_dim;
   if (d == 0) return x;
   if (d != head_dim) {
-    normalize(pass, norm, {x.data, x.row_stride}, memory);
+    normalize(pass, norm, {x.data, x.row_stride}, pass.n, memory);
     return {memory, d, head_dim};
   }
   for (int64_t head = 0; head < n_heads; ++head)
-    normalize(pass, norm, {x.data + head * x.head_stride * pass.bytes(), x.row_stride}, memory + head * pass.n * d * pass.bytes());
+    normalize(pass, norm, {x.data + head * x.head_stride * pass.bytes(), x.row_stride}, pass.n, memory + head * pass.n * d * pass.bytes());
   return {memory, d, pass.n * d};
 }
 

@@ -45,17 +45,19 @@ class StepProgram {
 
   void add_norm(const NormNumbers& norm, int source, int target) { add<NormInstruction>(norm_of(norm), source, target); }
 
-  // `layers`: of each o, i, depth, panels, bias, the same in float, the register that it writes, coding and unit.
+  // `layers`: of each the numbers that `layer_of` takes.
   void add_product(const std::vector<Numbers>& layers, int64_t joined, int64_t joined_bias, int source, int stream, int beside) {
     std::vector<Layer> found;
-    for (const Numbers& l : layers)
-      found.push_back({{l[0], l[1], l[2], dtype_, const_cast<void*>(pointer<void>(l[3])), Coding(l[7]), l[8]}, pointer<void>(l[4]),
-                       floats_at(l[5], l[0]), static_cast<int>(l[6])});
+    for (const Numbers& l : layers) found.push_back(layer_of(l));
     auto made = std::make_unique<ProductInstruction>(std::move(found), pointer<void>(joined), pointer<void>(joined_bias), source, stream,
                                                      beside);
     products_.resize(instructions_.size() + 1);
     products_.back() = made.get();
     instructions_.push_back(std::move(made));
+  }
+
+  void add_head(const NormNumbers& norm, const Numbers& layer, int64_t output_bytes, int source, float scale) {
+    add<HeadInstruction>(norm_of(norm), layer_of(layer), output_bytes, source, scale);
   }
 
   // `sizes`: layer, query heads, key heads, values of a head, pairs that turn. `places`: register, first value and values
@@ -97,9 +99,9 @@ class StepProgram {
 
   // Instructions [first, last). `registers`: address and stride of each; `store`: address, tokens of a page, layers, heads
   // and values of a head; `batch`: sequences, then addresses; `turns`: addresses of cosines and sines; `runs`: version,
-  // first row and the row behind the last, of each.
+  // first row and the row behind the last, of each; `picked`: how many, addresses of the rows and of their tokens.
   void run(int64_t first, int64_t last, int64_t n, const Numbers& registers, const Numbers& store, const Numbers& batch,
-           const Numbers& turns, const Numbers& runs) {
+           const Numbers& turns, const Numbers& runs, const Numbers& picked) {
     std::vector<Rows> rows;
     for (size_t i = 0; i < registers.size(); i += 2) rows.push_back(rows_at(registers[i], registers[i + 1]));
     std::vector<TurnTable> tables;
@@ -110,7 +112,7 @@ class StepProgram {
     const PagedBatch sequences{batch[0], pointer<int64_t>(batch[1]), pointer<int64_t>(batch[2]), pointer<int64_t>(batch[3]),
                                pointer<int64_t>(batch[4])};
     const Pass pass{n, dtype_, rows.data(), pages, sequences, tables.data(), versions.data(), static_cast<int64_t>(versions.size()),
-                    scratch_, rows_};
+                    pointer<int64_t>(picked[1]), picked[0], const_cast<int64_t*>(pointer<int64_t>(picked[2])), scratch_, rows_};
     seconds_.resize(instructions_.size());
     with_standing_team([&] {
       for (int64_t i = first; i < last; ++i) {
@@ -125,6 +127,12 @@ class StepProgram {
   std::vector<double> seconds() { return std::exchange(seconds_, {}); }
 
  private:
+  // From o, i, depth, panels, bias, the same in float, the register that it writes, coding and unit.
+  Layer layer_of(const Numbers& l) const {
+    return {{l[0], l[1], l[2], dtype_, const_cast<void*>(pointer<void>(l[3])), Coding(l[7]), l[8]}, pointer<void>(l[4]),
+            floats_at(l[5], l[0]), static_cast<int>(l[6])};
+  }
+
   template <class Kind, class... Parts>
   void add(Parts&&... parts) {
     instructions_.push_back(std::make_unique<Kind>(std::forward<Parts>(parts)...));
@@ -146,6 +154,7 @@ void bind_step(nb::module_& m) {
       .def("add_norm", &StepProgram::add_norm)
       .def("add_product", &StepProgram::add_product)
       .def("add_attention", &StepProgram::add_attention)
+      .def("add_head", &StepProgram::add_head)
       .def("add_glu", &StepProgram::add_glu)
       .def("add_activation", &StepProgram::add_activation)
       .def("add_change", &StepProgram::add_change)

@@ -20,10 +20,10 @@ char* Memory::at_least(int64_t bytes) {
   throw std::bad_alloc();
 }
 
-void normalize(const Pass& pass, const NormParts& norm, const Rows& x, void* y) {
+void normalize(const Pass& pass, const NormParts& norm, const Rows& x, int64_t n, void* y) {
   const int64_t d = norm.weight.size();
-  float* statistics = reinterpret_cast<float*>(pass.scratch.at_least(2 * pass.n * sizeof(float)));
-  const NormRows rows{x.data, x.stride, pass.n, d, pass.dtype, norm.subtracts_mean ? statistics + pass.n : nullptr, statistics};
+  float* statistics = reinterpret_cast<float*>(pass.scratch.at_least(2 * n * sizeof(float)));
+  const NormRows rows{x.data, x.stride, n, d, pass.dtype, norm.subtracts_mean ? statistics + n : nullptr, statistics};
   norm_kernels().forward(rows, {norm.weight.data(), norm.bias.empty() ? nullptr : norm.bias.data()}, norm.eps, y);
 }
 

@@ -90,8 +90,7 @@ void ProductInstruction::run(const Pass& pass) const {
   add_joint_pairs(pass, at);
 }
 
-void ProductInstruction::multiply_one(const Pass& pass, const PanelMatrix& weight, const Rows& x, const Rows& y, const Rows& onto,
-                                      int64_t n) const {
+void multiply_rows(const Pass& pass, const PanelMatrix& weight, const Rows& x, const Rows& y, const Rows& onto, int64_t n) {
   PackedProduct call{weight, n, {x.data, x.stride, pass.dtype}, {y.data, y.stride, pass.dtype}, {onto.data, onto.stride, pass.dtype},
                      nullptr};
   call.scratch = pass.scratch.at_least(packed_kernels().scratch_bytes(call));
@@ -104,9 +103,9 @@ void ProductInstruction::multiply(const Pass& pass, const Operands& at) const {
     whole.o = 0;
     for (int64_t height : heights_) whole.o += height;
     whole.values = const_cast<void*>(joined_);
-    return multiply_one(pass, whole, at.x[0], at.y[0], at.joint_onto, pass.n);
+    return multiply_rows(pass, whole, at.x[0], at.y[0], at.joint_onto, pass.n);
   }
-  for (size_t i = 0; i < layers_.size(); ++i) multiply_one(pass, layers_[i].weight, at.x[i], at.y[i], at.onto[i], pass.n);
+  for (size_t i = 0; i < layers_.size(); ++i) multiply_rows(pass, layers_[i].weight, at.x[i], at.y[i], at.onto[i], pass.n);
 }
 
 void ProductInstruction::add_joint_pairs(const Pass& pass, const Operands& at) const {
@@ -179,7 +178,7 @@ void ProductInstruction::change_rows(const Pass& pass, const Operands& at, const
     if (own.whole == nullptr) continue;
     const PanelMatrix weight = dense_like(layers_[i].weight, own.whole);
     const void* beside = own.bias != nullptr ? own.bias : layers_[i].bias;
-    multiply_one(pass, weight, pass.from_row(pass.registers[source_], run.start), y, {const_cast<void*>(beside), 0}, n);
+    multiply_rows(pass, weight, pass.from_row(pass.registers[source_], run.start), y, {const_cast<void*>(beside), 0}, n);
   }
 }
 

@@ -43,6 +43,9 @@ struct Pass {
   const TurnTable* turns;
   const VersionRun* runs;
   int64_t n_runs;
+  const int64_t* picked;  // rows whose likeliest token is asked for
+  int64_t n_picked;
+  int64_t* tokens;        // takes them; -1 where a logit is not finite
   Memory &scratch, &rows;  // of kernels; of rows that have no register
 
   int64_t bytes() const { return dtype == Dtype::float32 ? 4 : 2; }  // of a value
@@ -68,12 +71,12 @@ struct NormParts {
 };
 
 // y (n, d), one row behind the other.
-void normalize(const Pass& pass, const NormParts& norm, const Rows& x, void* y);
+void normalize(const Pass& pass, const NormParts& norm, const Rows& x, int64_t n, void* y);
 
 class NormInstruction final : public Instruction {
  public:
   NormInstruction(NormParts norm, int source, int target) : norm_(std::move(norm)), source_(source), target_(target) {}
-  void run(const Pass& pass) const override { normalize(pass, norm_, pass.registers[source_], pass.registers[target_].data); }
+  void run(const Pass& pass) const override { normalize(pass, norm_, pass.registers[source_], pass.n, pass.registers[target_].data); }
 
  private:
   NormParts norm_;
@@ -86,6 +89,9 @@ struct Layer {
   std::vector<float> wide_bias;  // the same in float
   int target;
 };
+
+// y = onto + W x for n rows; `onto` without data is nothing.
+void multiply_rows(const Pass& pass, const PanelMatrix& weight, const Rows& x, const Rows& y, const Rows& onto, int64_t n);
 
 // Packed pairs of a version at layers that share their input; without factors there are none.
 struct Pairs {
@@ -156,7 +162,6 @@ class ProductInstruction final : public Instruction {
   const LayerChange* change_of(int64_t version, size_t layer) const;
   bool is_apart(const VersionRun& run) const;
   void multiply(const Pass& pass, const Operands& at) const;
-  void multiply_one(const Pass& pass, const PanelMatrix& weight, const Rows& x, const Rows& y, const Rows& onto, int64_t n) const;
   void add_joint_pairs(const Pass& pass, const Operands& at) const;
   void run_mixed(const Pass& pass, Operands at) const;
   void lay_input(const Pass& pass, char* memory, size_t i, Operands& at) const;
@@ -239,6 +244,21 @@ class ActivationInstruction final : public Instruction {
   Activation activation_;
   int64_t d_;
   int source_, target_;
+};
+
+// The likeliest tokens of the rows that are picked: the last norm, the head's product, its logits times a positive scale.
+class HeadInstruction final : public Instruction {
+ public:
+  HeadInstruction(NormParts norm, Layer head, int64_t output_bytes, int source, float scale)
+      : norm_(std::move(norm)), head_(std::move(head)), output_bytes_(output_bytes), source_(source), scale_(scale) {}
+  void run(const Pass& pass) const override;
+
+ private:
+  NormParts norm_;  // without a weight: no norm
+  Layer head_;
+  int64_t output_bytes_;  // of an output in the panels
+  int source_;
+  float scale_;
 };
 
 // h += multiplier * source

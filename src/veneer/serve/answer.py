@@ -24,13 +24,15 @@ class Answer:
         self._tokenizer = tokenizer
         self._reader = Detokenizer(tokenizer, request.prompt, params.skip_special_tokens) if params.detokenize else None
         self._shown_tokens, self._shown_text, self._shown_end = 0, 0, False
+        # Nobody looks at the text before it ends: it is then read at once.
+        self._waits = params.output_kind is RequestOutputKind.FINAL_ONLY and not params.stop_strings
 
     def take(self, drawn: Drawn) -> bool:
         """Take a token in, which the request has already; whether it completes a stop string."""
         if drawn.logprobs is not None:
             self.logprobs.append(decoded(drawn.logprobs, self._tokenizer))
             self.cumulative_logprob += drawn.logprobs[drawn.token].logprob
-        if self._reader is None:
+        if self._reader is None or self._waits:
             return False
         start = len(self.text)
         hidden = self.request.finish_reason == "stop" and not self.params.include_stop_str_in_output
@@ -42,6 +44,8 @@ class Answer:
     def output(self, kind: RequestOutputKind, lora_request: LoRARequest | None) -> CompletionOutput | None:
         """The part of the answer to be shown now; None where there is nothing new to a kind that shows news."""
         done = self.request.status is Status.DONE
+        if done and self._waits and self._reader is not None:
+            self.text = self._whole(self._reader)
         end = len(self.text) if done else max(self._shown_text, len(self.text) - self._held_back)
         delta = kind is RequestOutputKind.DELTA
         first_token, first_char = (self._shown_tokens, self._shown_text) if delta else (0, 0)
@@ -60,6 +64,11 @@ class Answer:
             stop_reason=self.stop_string if self.stop_string is not None else self.request.stop_token,
             lora_request=lora_request,
         )
+
+    def _whole(self, reader: Detokenizer) -> str:
+        reason, tokens = self.request.finish_reason, self.request.output
+        hides = reason == "stop" and not self.params.include_stop_str_in_output
+        return reader.read(tokens[:-1] if hides else tokens, final=reason in ("stop", "length"))
 
     @property
     def _held_back(self) -> int:

@@ -23,7 +23,9 @@ from veneer.model.blueprint.parts import Attention
 from veneer.ops.activation import activation_forward
 from veneer.ops.glu import ACTIVATIONS as GATED
 from veneer.ops.glu import glu_forward
+from veneer.ops.grouped_low_rank import AdapterRuns
 from veneer.ops.rotary import rotate
+from veneer.ops.sample import likeliest
 from veneer.serve.bottleneck import Bottleneck
 from veneer.serve.effects import Effects
 from veneer.serve.norms import BoundNorm
@@ -318,15 +320,29 @@ class LogitsOf:
         self.norm = None if instruction.norm is None else BoundNorm(model, instruction.norm, effects)
 
     def __call__(self, step: Step, frame: Frame) -> None:
-        x, runs = frame[STREAM][step.kept], step.kept_runs
-        if not len(x):
-            frame["logits"] = x.new_empty(0, self.head.linear.out_features, dtype=torch.float32)
-            return
-        x = x if self.norm is None else self.norm(x, step.versions, runs)
-        [y] = self.linears(x, step.versions, runs)
+        frame["logits"] = self.of(frame[STREAM], step.kept, step.kept_runs, step.versions)
+
+    def of(self, h: Tensor, rows: Tensor, runs: AdapterRuns, versions: tuple[str, ...]) -> Tensor:
+        """Those of some rows of the stream, with their own runs."""
+        if not len(rows):
+            return h.new_empty(0, self.head.linear.out_features, dtype=torch.float32)
+        x = h[rows]
+        x = x if self.norm is None else self.norm(x, versions, runs)
+        [y] = self.linears(x, versions, runs)
         for number, start, stop in runs.runs:
-            rows = self.effects[step.versions[number]].rows.get(self.head.linear.path)
-            if rows is not None:
-                y[start:stop] = project_rows(x[start:stop], y[start:stop], *rows, self.linears.biases[0])
+            own = self.effects[versions[number]].rows.get(self.head.linear.path)
+            if own is not None:
+                y[start:stop] = project_rows(x[start:stop], y[start:stop], *own, self.linears.biases[0])
         y = y.float() * self.head.scale if self.head.scale != 1 else y.float()
-        frame["logits"] = y if self.head.softcap is None else self.head.softcap * torch.tanh(y / self.head.softcap)
+        return y if self.head.softcap is None else self.head.softcap * torch.tanh(y / self.head.softcap)
+
+
+@dataclass(frozen=True, slots=True)
+class Picked:
+    """The likeliest tokens behind the rows that are picked."""
+
+    logits: LogitsOf
+
+    def __call__(self, step: Step, frame: Frame) -> None:
+        if len(step.picked):
+            step.tokens.copy_(likeliest(self.logits.of(frame[STREAM], step.picked, step.picked_runs, step.versions)))

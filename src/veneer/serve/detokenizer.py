@@ -26,6 +26,14 @@ class Detokenizer:
         """The text that was held back."""
         return self._next(final=True)
 
+    def read(self, tokens: Sequence[int], *, final: bool) -> str:
+        """The text of many tokens, as `add` gives it of each, and `finish` where they are ``final``."""
+        before = self._decode(self._ids)
+        now = self._decode([*self._ids, *tokens])
+        if _UNFINISHED not in now and len(now) >= len(before):
+            return now[len(before) :]
+        return "".join(self.add(token) for token in tokens) + (self.finish() if final else "")
+
     def _next(self, final: bool) -> str:
         before = self._decode(self._ids[self._start : self._read])
         now = self._decode(self._ids[self._start :])

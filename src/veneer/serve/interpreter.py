@@ -30,6 +30,7 @@ from veneer.serve.bound import (
     Joined,
     LogitsOf,
     Normed,
+    Picked,
     Products,
     Seeing,
     SelfAttention,
@@ -66,7 +67,7 @@ class Interpreter:
         self.bottlenecks: dict[str, dict[str, Bottleneck]] = {}
         self._packed, self._linears = packed, list[Linears]()
         self._rotations = {r: r.tables(torch.arange(program.n_positions).to(model.device)) for r in program.rotaries}
-        self._bound = [self._bind(model, each) for each in joined(program.instructions)]
+        self._bound = [bound for each in joined(program.instructions) for bound in self._bind(model, each)]
         self._plans: dict[Any, list[Bound]] = {}
         self.native: NativeStep | None = None
         if kernel_isa() and model.device.type == "cpu" and model.dtype in ROWS:
@@ -107,7 +108,10 @@ class Interpreter:
 
     @torch.no_grad()
     def run(self, step: Step, given: Tensor) -> Tensor:
-        """The logits (kept, vocabulary) of the rows that are kept, from ids (n,) or embeddings (n, width)."""
+        """The logits (kept, vocabulary) of the rows that are kept, from ids (n,) or embeddings (n, width).
+
+        ``step.tokens`` has the likeliest tokens of the rows that are picked.
+        """
         frame: Frame = {"given": given}
         for rotary, tables in self._rotations.items():
             cos, sin = (table[step.positions][None] for table in tables)
@@ -132,7 +136,14 @@ class Interpreter:
         self._linears.append(found)
         return found
 
-    def _bind(self, model: PreTrainedModel, instruction: Joined) -> Bound:
+    def _bind(self, model: PreTrainedModel, instruction: Joined) -> list[Bound]:
+        if isinstance(instruction, Logits):
+            head = self._linears_of(model, (instruction.head.linear,))
+            logits = LogitsOf(model, instruction, head, self.effects)
+            return [Picked(logits), logits]
+        return [self._bind_one(model, instruction)]
+
+    def _bind_one(self, model: PreTrainedModel, instruction: Joined) -> Bound:
         match instruction:
             case IntoStream():
                 return IntoStreamOf(self._linears_of(model, instruction.product.linears), instruction, self.bottlenecks)
@@ -152,6 +163,4 @@ class Interpreter:
                 return ByModule(model, instruction)
             case Add():
                 return Added(instruction)
-            case Logits():
-                return LogitsOf(model, instruction, self._linears_of(model, (instruction.head.linear,)), self.effects)
         raise TypeError(f"no such instruction: {instruction}")

@@ -29,7 +29,9 @@ from veneer.serve.bound import (
     Changed,
     Frame,
     IntoStreamOf,
+    LogitsOf,
     Normed,
+    Picked,
     Products,
     SelfAttention,
 )
@@ -53,6 +55,7 @@ class Adapter(NamedTuple):
 class Part:
     """One bound instruction in C++: its place there, its registers, and the versions with which it is not known.
 
+    Those are the versions that change a parameter or rows at its ``fixed`` paths, or the layer ``fixed_layer``.
     Bottlenecks of its ``site`` are the business of its instruction ``site_at``.
     """
 
@@ -61,7 +64,8 @@ class Part:
     writes: tuple[Register, ...] = ()
     unknown: set[str] = field(default_factory=set)
     linears: Linears | None = None
-    norm_path: str = ""
+    fixed: tuple[str, ...] = ()
+    fixed_layer: Linears | None = None
     site: str = ""
     site_at: int = 0
 
@@ -78,8 +82,13 @@ class Part:
         if bottleneck is not None and bottleneck.pairs is not None:
             at = self.place.start + self.site_at
             program.take_bottleneck(number, at, bottleneck.pairs, reads_output=bottleneck.reads_output)
-        elif bottleneck is not None or any(path == self.norm_path for path, _ in adapter.effects.whole):
+        elif bottleneck is not None or self._is_changed(version, adapter.effects):
             self.unknown.add(version)
+
+    def _is_changed(self, version: str, effects: Effects) -> bool:
+        paths = {path for path, _ in effects.whole} | effects.rows.keys()
+        changed = self.fixed_layer is not None and version in self.fixed_layer.versions
+        return changed or not paths.isdisjoint(self.fixed)
 
 
 class NativeStep:
@@ -148,6 +157,8 @@ class NativeStep:
                 return self._change(instruction.site, instruction.source, instruction.target)
             case Added(instruction):
                 return self._sum(instruction.source, instruction.multiplier)
+            case Picked(logits):
+                return self._head(logits)
         return None
 
     def _norm(self, bound: BoundNorm, source: str, target: str) -> Part | None:
@@ -156,7 +167,7 @@ class NativeStep:
             return None
         reads, writes = Register(source, bound.norm.shape), Register(target, bound.norm.shape)
         self.program.add_norm(norm, self.first_of(reads), self.first_of(writes))
-        return Part(range(0), (reads,), (writes,), norm_path=bound.norm.path)
+        return Part(range(0), (reads,), (writes,), fixed=(bound.norm.path,))
 
     def _product(self, linears: Linears, source: str, target: str, stream: int = -1, beside: int = -1) -> Part | None:
         group = linears.group
@@ -170,6 +181,18 @@ class NativeStep:
         joined = None if group.whole is None else (group.whole, linears.bias)
         self.program.add_product(layers, self.first_of(reads), joined=joined, stream=stream, beside=beside)
         return Part(range(0), (reads,), (writes,), linears=linears)
+
+    def _head(self, logits: LogitsOf) -> Part | None:
+        group, norm, head = logits.linears.group, logits.norm, logits.head
+        own = None if norm is None else norm_of(norm)
+        [bias] = logits.linears.biases
+        if group is None or head.softcap is not None or not head.scale > 0 or (norm is not None and own is None):
+            return None
+        if group.parts[0].dtype != self.program.dtype or (bias is not None and bias.dtype != self.program.dtype):
+            return None
+        self.program.add_head(own, StepLayer(group.parts[0], bias, -1), self.first_of(self.stream), head.scale)
+        paths = (head.linear.path, *([] if norm is None else [norm.norm.path]))
+        return Part(range(0), (self.stream,), fixed=paths, fixed_layer=logits.linears)
 
     def _into_stream(self, bound: IntoStreamOf) -> Part | None:
         beside = Register(bound.beside, self.stream.widths)
@@ -278,7 +301,8 @@ class Stretch:
             turns.append((cos[0].float().contiguous(), sin[0].float().contiguous()))
         pages = (step.cache.store, step.rows) if isinstance(step.cache, PageCache) else None
         runs = [(native.numbers[step.versions[place]], start, stop) for place, start, stop in step.runs.runs]
-        native.program.run(self.place, self._registers(frame, len(step.positions)), pages, turns, runs)
+        registers = self._registers(frame, len(step.positions))
+        native.program.run(self.place, registers, pages, turns, runs, (step.picked, step.tokens))
 
     def _registers(self, frame: Frame, n: int) -> list[Tensor | None]:
         """The memory of all registers, n rows each; the frame then has what will be written.

@@ -55,6 +55,10 @@ class Pages:
         """Positions that one holder can have beside so many lent bytes."""
         return min(self.n_pages, max(0, self.n_bytes - n_lent) // self.page_bytes) * self.block
 
+    def covers(self, holder: Hashable, n_positions: int) -> bool:
+        """Return True if a holder's table reaches so many positions."""
+        return len(self._tables.get(holder, ())) * self.block >= n_positions
+
     def lacking(self, holder: Hashable, n_positions: int) -> int | None:
         """Bytes that others must give back before `grow` succeeds; None where no bytes would help."""
         missing = self.needed(n_positions) - len(self._tables.get(holder, ()))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from veneer.errors import VeneerError
 from veneer.serve.outputs import TokenLogprobs
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlannedSequence:
+class PlannedSequence(NamedTuple):
     """A stretch of one request's tokens.
 
     ``tokens`` are the ids to compute, at the positions ``start``, ``start + 1``, …; the ``n_front`` positions before

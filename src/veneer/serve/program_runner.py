@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -152,18 +152,23 @@ class ProgramRunner(DrawingRunner):
         self.cache.discard(pages)
 
     def logits(self, plan: Plan) -> Tensor:
+        return self.compute(plan, ())[0]
+
+    def compute(self, plan: Plan, greedy: Collection[str]) -> tuple[Tensor, dict[str, int]]:
         # Reading a prefix runs the model itself once, which must not see what a pass through it has set.
         with self._modules if self.general is not None or isinstance(self.model, PeftModel) else nullcontext():
-            return self._logits(plan)
+            general = frozenset[str]() if self.general is None else self.general.loaded
+            others = tuple(s for s in plan.sequences if s.version in general)
+            if not others or self.general is None:
+                return self._by_program(plan.sequences, greedy)
+            return self._by_both(self.general, plan, others), {}
 
-    def _logits(self, plan: Plan) -> Tensor:
-        general = frozenset[str]() if self.general is None else self.general.loaded
-        others = tuple(s for s in plan.sequences if s.version in general)
-        if not others or self.general is None:
-            return self._by_program(plan.sequences)
+    def _by_both(self, runner: GeneralRunner, plan: Plan, others: tuple[PlannedSequence, ...]) -> Tensor:
+        """Logits, those of ``others`` by the general runner."""
+        general = runner.loaded
         own = tuple(s for s in plan.sequences if s.version not in general)
-        own_logits = self._by_program(own) if own else None
-        given = self.general.logits(Plan(others)).float()
+        own_logits = self._by_program(own, ())[0] if own else None
+        given = runner.logits(Plan(others)).float()
         out = given.new_empty(sum(len(wanted(s)) for s in plan.sequences), given.shape[-1])
         bounds, at = [], 0
         for sequence in plan.sequences:
@@ -176,14 +181,19 @@ class ProgramRunner(DrawingRunner):
             out[mine] = own_logits
         return out
 
-    def _by_program(self, sequences: Sequence[PlannedSequence]) -> Tensor:
+    def _by_program(
+        self, sequences: Sequence[PlannedSequence], greedy: Collection[str]
+    ) -> tuple[Tensor, dict[str, int]]:
         for sequence in sequences:
             if sequence.start == sequence.n_front:
                 self._put_front(sequence)
-        pieces = [Piece(Stretch(s.pages, s.start, len(s.tokens)), s.version, wanted(s)) for s in sequences]
+        pieces = [_piece(sequence, greedy) for sequence in sequences]
         step = step_of(pieces, self.cache, self.model.device)
         ids = torch.tensor([token for s in sequences for token in s.tokens], device=self.model.device)
-        return self.interpreter.run(step, ids)
+        logits, tokens = self.interpreter.run(step, ids), step.tokens.tolist()
+        if -1 in tokens:  # a logit is not finite: the sampler is to see all of them
+            return self._by_program(sequences, ())
+        return logits, dict(zip((s.request_id for s in sequences if s.request_id in greedy), tokens, strict=True))
 
     def _put_front(self, sequence: PlannedSequence) -> None:
         front = self.fronts.get(sequence.version or "")
@@ -211,6 +221,11 @@ class ProgramRunner(DrawingRunner):
         step.written = []
         self.interpreter.run(step, given)
         return step.written
+
+
+def _piece(sequence: PlannedSequence, greedy: Collection[str]) -> Piece:
+    stretch, picks = Stretch(sequence.pages, sequence.start, len(sequence.tokens)), sequence.request_id in greedy
+    return Piece(stretch, sequence.version, () if picks else wanted(sequence), picks)
 
 
 def _page_of(n: int) -> int:

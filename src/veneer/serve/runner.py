@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from veneer.errors import VeneerError
 from veneer.serve.mix import Parts
-from veneer.serve.plan import Plan, PlannedSequence, Sampled
+from veneer.serve.plan import Drawn, Plan, PlannedSequence, Sampled
 from veneer.serve.sampler import DrawRule, Sampler
 
 
@@ -70,6 +70,10 @@ class DrawingRunner(ABC):
     def logits(self, plan: Plan) -> Tensor:
         """Logits behind the tokens whose followers are asked for or drawn (`wanted`), in the plan's order."""
 
+    def compute(self, plan: Plan, greedy: Collection[str]) -> tuple[Tensor, dict[str, int]]:
+        """The likeliest tokens of some of the ``greedy`` requests, if any, and the `logits` of all others."""
+        return self.logits(plan), {}
+
     def begin(self, request_id: str, rule: DrawRule) -> None:
         self.sampler.begin(request_id, rule)
 
@@ -80,11 +84,14 @@ class DrawingRunner(ABC):
         self.sampler.take(request_id, token)
 
     def run(self, plan: Plan) -> Sampled:
-        logits = self.logits(plan)
+        logits, tokens = self.compute(plan, self.sampler.greedy(plan))
         likeliest = self.sampler.likeliest(logits)
         sampled, at = Sampled(), 0
         for sequence in plan.sequences:
             id, n = sequence.request_id, len(sequence.targets)
+            if id in tokens:
+                sampled.drawn[id] = Drawn(tokens[id])
+                continue
             try:
                 if n:
                     sampled.prompt_logprobs[id] = self.sampler.score(id, logits[at : at + n], sequence.targets)

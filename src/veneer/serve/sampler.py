@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from veneer.errors import ConfigError, NonFiniteError
+from veneer.ops.sample import likeliest
 from veneer.serve.outputs import Logprob, TokenLogprobs
-from veneer.serve.plan import Drawn
+from veneer.serve.plan import Drawn, Plan
 from veneer.serve.sampling_params import SamplingParams
 
 _NEVER = float("-inf")
@@ -83,13 +84,17 @@ class Sampler:
         """A request goes."""
         self._states.pop(request_id, None)
 
+    def greedy(self, plan: Plan) -> set[str]:
+        """The requests of a plan of which nothing is asked for but the likeliest token."""
+        return {
+            s.request_id
+            for s in plan.sequences
+            if s.samples and not s.targets and self._states[s.request_id].takes_likeliest
+        }
+
     def likeliest(self, logits: Tensor) -> list[int | None]:
         """The likeliest token of each row of logits (n, vocabulary), in one pass; None where they are not finite."""
-        if not len(logits):
-            return []
-        best = logits.max(dim=-1)
-        sound = torch.isfinite(best.values).tolist()
-        return [token if fine else None for token, fine in zip(best.indices.tolist(), sound, strict=True)]
+        return [None if token < 0 else token for token in likeliest(logits).tolist()] if len(logits) else []
 
     def draw(self, request_id: str, logits: Tensor, likeliest: int | None = None) -> Drawn:
         """The next token of a request, from the model's logits (vocabulary,), of which the likeliest may be known.

@@ -166,6 +166,8 @@ class Scheduler:
 
     def _grow(self, request: Request, n_positions: int, kept: Collection[str] = ()) -> bool:
         """Pages for so many positions, adapters going out for them that nobody uses, but for those ``kept``."""
+        if self.pages.covers(request.id, n_positions):
+            return True
         lacking = self.pages.lacking(request.id, n_positions)
         if lacking is None or (lacking and not self.pool.give_way(lacking, kept)):
             return False

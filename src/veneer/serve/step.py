@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,16 +14,17 @@ from veneer.ops.grouped_low_rank import AdapterRuns, Run
 from veneer.serve.kv_cache import KVCache
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """New tokens of one sequence, those of a version side by side: where they go, and who takes them.
 
     ``version`` is None for the base. ``kept`` are the tokens, counted from the piece's first, whose logits are wanted.
+    ``picks``: the likeliest token behind the last is wanted, and not its logits.
     """
 
     stretch: Stretch
     version: str | None = None
     kept: Sequence[int] = ()
+    picks: bool = False
 
 
 @dataclass(slots=True)
@@ -31,8 +32,9 @@ class Step:
     """``positions`` (n,) are what embeddings and rotations go by; ``rows`` is what the ``cache`` knows of its rows.
 
     ``versions`` are the adapters that occur, ``runs`` the rows that each of them takes; ``kept`` and ``kept_runs`` are
-    the same of the rows whose logits are wanted. ``rotations`` are cos and sin of the rows, by rotation. ``written``
-    takes the keys and values of every layer, where it is a list.
+    the same of the rows whose logits are wanted. ``picked`` and ``picked_runs`` are those whose likeliest token is,
+    which ``tokens`` takes; -1 where a logit is not finite. ``rotations`` are cos and sin of the rows, by rotation.
+    ``written`` takes the keys and values of every layer, where it is a list.
     """
 
     cache: KVCache
@@ -42,18 +44,23 @@ class Step:
     runs: AdapterRuns
     kept: Tensor
     kept_runs: AdapterRuns
+    picked: Tensor
+    picked_runs: AdapterRuns
+    tokens: Tensor
     rotations: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
     written: list[tuple[Tensor, Tensor]] | None = None
 
 
 def step_of(pieces: Sequence[Piece], cache: KVCache, device: torch.device, first_position: int = 0) -> Step:
     """The rows of these pieces, one after the other. ``first_position`` is what each sequence begins at."""
-    positions, kept, at = list[int](), list[int](), 0
+    positions, kept, picked, at = list[int](), list[int](), list[int](), 0
     for piece in pieces:
         start = piece.stretch.start + first_position
         positions.extend(range(start, start + piece.stretch.n))
         kept.extend(at + row for row in piece.kept)
         at += piece.stretch.n
+        if piece.picks:
+            picked.append(at - 1)
     versions = tuple(dict.fromkeys(p.version for p in pieces if p.version is not None))
     return Step(
         cache=cache,
@@ -63,11 +70,16 @@ def step_of(pieces: Sequence[Piece], cache: KVCache, device: torch.device, first
         runs=_runs([(p.version, p.stretch.n) for p in pieces], versions),
         kept=torch.tensor(kept, dtype=torch.long, device=device),
         kept_runs=_runs([(p.version, len(p.kept)) for p in pieces], versions),
+        picked=torch.tensor(picked, dtype=torch.long, device=device),
+        picked_runs=_runs([(p.version, int(p.picks)) for p in pieces], versions),
+        tokens=torch.full((len(picked),), -1, device=device),
     )
 
 
 def _runs(counts: Sequence[tuple[str | None, int]], versions: tuple[str, ...]) -> AdapterRuns:
     found: list[Run] = []
+    if not versions:
+        return AdapterRuns((), sum(n for _, n in counts))
     places, at = {version: place for place, version in enumerate(versions)}, 0
     for version, n in counts:
         if version is not None and n:

@@ -50,3 +50,16 @@ def test_a_space_between_prompt_and_answer_is_the_answers():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
     reader = Detokenizer(tokenizer, [0], True)
     assert reader.add(1) + reader.add(2) == " cat sat"
+
+
+def test_all_at_once_is_token_by_token(tokenizer):
+    """Whole characters, broken ones, an answer that was cut within one, and a prompt that ends within one."""
+    draw = random.Random(5)
+    broken = [[draw.randrange(256) for _ in range(draw.randrange(29))] for _ in range(40)]
+    whole = [tokenizer(text)["input_ids"] for text in TEXTS]
+    for ids in (*whole, *broken, [*b"ab", 195], [128, 153, *b" x"]):
+        for prompt in ([], [*b"x"], [240, 159]):
+            for final in (True, False):
+                slow, fast = (Detokenizer(tokenizer, prompt, True) for _ in range(2))
+                text = "".join(slow.add(token) for token in ids) + (slow.finish() if final else "")
+                assert fast.read(ids, final=final) == text

@@ -312,7 +312,7 @@ def test_logits_that_are_not_finite(tokenizer):
         llm.__init__(model, tokenizer=tokenizer)
     fine = LLM(make_model(), tokenizer=tokenizer)
     with torch.no_grad():
-        fine.engine.runner.model.model.norm.weight[5] = float("nan")
+        fine.engine.runner.model.model.embed_tokens.weight[:, 5] = float("nan")
     with pytest.raises(NonFiniteError, match="not finite"):
         one(fine)
 

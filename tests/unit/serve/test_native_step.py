@@ -15,6 +15,11 @@ from veneer import BottleneckConfig, LoraConfig, VeraConfig
 from veneer.errors import ShapeError
 from veneer.model.paged import Stretch
 from veneer.ops.cpu.module import kernels
+from veneer.ops.cpu.step import StepLayer, StepNorm, StepProgram
+from veneer.ops.int8 import quantize_int8
+from veneer.ops.norm import rms_norm_forward
+from veneer.ops.packed import PackedWeight, over_rows
+from veneer.ops.packed_codes import PackedCodes
 from veneer.serve.bound import LogitsOf
 from veneer.serve.effects import Lookup, read_effects
 from veneer.serve.interpreter import Interpreter
@@ -259,3 +264,83 @@ def test_rows_that_do_not_fit_are_told(spoilt):
 def test_the_logits_come_last():
     interpreter = proved(make_model(), 100)
     assert isinstance(interpreter._instructions(step_with(interpreter, None))[-1], LogitsOf)
+
+
+def picked_of(interpreter: Interpreter, *chunks: tuple[int, int, int, str | None]) -> Step:
+    """A step of chunks (sequence, first position, rows, version), which has run; all but the second are picked."""
+    cache = make_cache(interpreter.program, 64, BLOCK, interpreter.dtype, CPU)
+    pieces = [
+        Piece(Stretch((3 * s, 3 * s + 1), at, n), version, *((range(n),) if i == 1 else ((), True)))
+        for i, (s, at, n, version) in enumerate(chunks)
+    ]
+    step = step_of(pieces, cache, CPU)
+    ids = torch.tensor([(7 * s + 13 * p) % 97 for s, at, n, _ in chunks for p in range(at, at + n)])
+    assert len(interpreter.run(step, ids)) == chunks[1][2]
+    return step
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_likeliest_tokens_without_logits(family, dtype, isa, threads):
+    """With a norm of each kind, and a cap, for which logits are made; beside a request that needs its own."""
+    fast = proved(make_model(family).to(dtype), 100)
+    chunks = [(s, 0, 2 + 3 * s % 7, None) for s in range(19)]
+    logits = Run(fast, native=True).step(*chunks)
+    last = torch.tensor([n for _, _, n, _ in chunks]).cumsum(0) - 1
+    expected = torch.cat([logits[last[:1]], logits[last[2:]]]).argmax(dim=1)
+    assert torch.equal(picked_of(fast, *chunks).tokens, expected)
+
+
+def test_likeliest_tokens_beside_versions(adapters):
+    """A version that changes the head, or the last norm, has its logits made; the same tokens either way."""
+    fast = loaded(torch.float32, {name: Path(adapters[name].lora_path) for name in ALONE})
+    for versions in ((None, "lora", "ia3"), (None, "dora", "head"), ("saved", None, "bottleneck")):
+        chunks = [(s, 0, 3 + s, version) for s, version in enumerate(versions)]
+        tokens = picked_of(fast, *chunks).tokens
+        native, fast.native = fast.native, None
+        fast._plans.clear()
+        assert torch.equal(tokens, picked_of(fast, *chunks).tokens)
+        fast.native = native
+    known = step_with(fast, None, "lora")
+    assert [type(each).__name__ for each in fast._instructions(known)] == ["Embedding", "Stretch", "LogitsOf"]
+    assert "Picked" in [type(each).__name__ for each in fast._instructions(step_with(fast, "head"))]
+
+
+@pytest.mark.parametrize("odd", [torch.nan, torch.inf])
+def test_tokens_of_logits_that_are_not_finite(odd):
+    """There are none: whoever asks is to look at the logits."""
+    model = make_model()
+    interpreter = proved(model, 100)
+    with torch.no_grad():
+        model.model.norm.weight[2] = odd
+    broken = Interpreter(model, interpreter.program, interpreter._packed)
+    assert picked_of(broken, (0, 0, 3, None), (1, 0, 2, None)).tokens.tolist() == [-1]
+
+
+HEADS = {
+    "dense": PackedWeight.pack,
+    "int8": lambda weight: PackedCodes.pack_int8(*quantize_int8(weight), weight.dtype),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", HEADS)
+def test_stretches_of_a_vocabulary(kind, dtype, isa):
+    """More logits than are made at a time, with equal ones far apart: the tokens of all logits at once."""
+    n, d, words = 331, 37, 1201
+    generator = torch.Generator().manual_seed(7)
+    x, weight = (torch.randn(r, d, generator=generator).to(dtype) for r in (n + 2, words))
+    weight[1100:] = weight[:101]
+    bias = torch.randn(words, generator=generator).to(dtype)
+    bias[1100:] = bias[:101]
+    packed = HEADS[kind](weight)
+    norm_weight = (1 + torch.rand(d, generator=generator)).to(dtype)
+    program = StepProgram(dtype)
+    norm = StepNorm(norm_weight.float(), None, 1e-5, subtracts_mean=False)
+    program.add_head(norm, StepLayer(packed, bias, -1), 0, 0.7)
+    picked, tokens = torch.arange(1, n + 1), torch.full((n,), -1)
+    program.run(range(1), [x], None, [], [], (picked, tokens))
+    normed, _ = rms_norm_forward(x[1 : n + 1], norm_weight, 1e-5)
+    logits = packed.matmul(normed, onto=over_rows(bias, n)).float() * 0.7
+    assert torch.equal(tokens, logits.argmax(dim=1))
+    assert (tokens < 1100).all()

@@ -20,7 +20,7 @@ from veneer.ops.attention import AttentionOptions
 from veneer.ops.cpu.module import DTYPES, kernels
 from veneer.ops.glu import ACTIVATIONS
 from veneer.ops.memory import address
-from veneer.ops.packed import PackedWeight
+from veneer.ops.packed import BLOCK, PackedWeight
 from veneer.ops.packed_codes import CODINGS, PackedCodes
 from veneer.ops.paged_attention import PagedRows, PagedStore
 from veneer.ops.pairs import PackedPairs
@@ -124,15 +124,22 @@ class StepProgram:
         ``joined``: weight and bias of all layers, for outputs that lie side by side.
         """
         wide = [None if layer.bias is None else layer.bias.float() for layer in layers]
-        numbers = [
-            [*w.shape, w.depth, address(w.panels), _at(bias), _at(floats), target, *_coding(w)]
-            for (w, bias, target), floats in zip(layers, wide, strict=True)
-        ]
+        numbers = [_layer(layer, floats) for layer, floats in zip(layers, wide, strict=True)]
         whole, bias = joined or (None, None)
         self._program.add_product(
             numbers, 0 if whole is None else address(whole.panels), _at(bias), source, stream, beside
         )
         self._kept.append((list(layers), joined))
+        self.n_instructions += 1
+
+    def add_head(self, norm: StepNorm | None, head: StepLayer, source: int, scale: float) -> None:
+        """The likeliest tokens behind the rows that are picked: ``scale``, which is positive, times the head's product
+        with ``norm(source)``.
+        """
+        outputs = head.weight.shape[0] + -head.weight.shape[0] % BLOCK
+        numbers = _layer(head, None)  # of its bias the step reads the rows' dtype alone
+        self._program.add_head(_norm(norm), numbers, head.weight.nbytes // outputs, source, scale)
+        self._kept.append(head)
         self.n_instructions += 1
 
     def add_attention(self, part: StepAttention) -> None:
@@ -197,9 +204,11 @@ class StepProgram:
         pages: tuple[PagedStore, PagedRows] | None,
         turns: Sequence[tuple[Tensor, Tensor]],
         runs: Sequence[tuple[int, int, int]],
+        picked: tuple[Tensor, Tensor],
     ) -> None:
         """Run some instructions. ``registers`` are tensors (n, width), ``turns`` cosines and sines (n, half) in
-        float32, ``runs`` versions with their first row and the row behind their last.
+        float32, ``runs`` versions with their first row and the row behind their last, ``picked`` the rows whose
+        likeliest tokens are asked for and what takes these, int64.
         """
         n = next(len(register) for register in registers if register is not None)
         store, batch = _pages(*pages) if pages else ([0] * 5, [0] * 5)
@@ -212,6 +221,7 @@ class StepProgram:
             batch,
             [address(table) for tables in turns for table in tables],
             [number for run in runs for number in run],
+            [len(picked[0]), *map(address, picked)],
         )
 
 
@@ -227,6 +237,13 @@ def _at(x: Tensor | None) -> int:
 
 def _coding(weight: PackedWeight | PackedCodes) -> tuple[int, int]:
     return (CODINGS.index(weight.coding), weight.unit) if isinstance(weight, PackedCodes) else (0, 0)
+
+
+def _layer(layer: StepLayer, wide_bias: Tensor | None) -> list[int]:
+    weight, bias, target = layer
+    return [
+        *weight.shape, weight.depth, address(weight.panels), _at(bias), _at(wide_bias), target, *_coding(weight)
+    ]  # fmt: skip
 
 
 def _norm(norm: StepNorm | None) -> tuple[bool, float, int, int, int]:

@@ -1,0 +1,16 @@
+"""The choice of tokens from logits."""
+
+from __future__ import annotations
+
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from veneer.ops.dispatch import implementation
+
+
+def likeliest(logits: Float[Tensor, "n vocabulary"], *, backend: str | None = None) -> Int64[Tensor, " n"]:
+    """The largest logit's place in each row, the first of equal ones; -1 where it is infinite, or one is no number."""
+    if not logits.numel():
+        return logits.new_full((len(logits),), -1).long()
+    found: Tensor = implementation("sample.likeliest", logits.device, backend)(logits)
+    return found
