@@ -1,8 +1,10 @@
-"""A step of decoding, of the base's rows alone and with adapters: by the step in C++, and instruction by instruction.
+"""A greedy step of decoding, of the base's rows alone and with adapters: by the step in C++, and one instruction after
+the other.
 
-Both give the same bits, which is seen to before they are timed, in turns; medians. A step's bound is what its weights,
-keys and values, and adapters' factors take at the rate of a copy, or its products at the rate of a large product,
-whichever is more, measured in the same run. Of adapters the extra time is told, over their own such bound.
+Both give the same logits and tokens, which is seen to before they are timed, in turns; medians. A step's bound is what
+its weights, keys and values, and adapters' factors take at the rate of a copy, or its products at the rate of a large
+product, whichever is more, measured in the same run. Of adapters the extra time is told, over their own such bound; and
+of the call in C++ what the kinds of its parts take.
 
     python bench/serving_step.py [--model NAME] [--dtype bfloat16] [--rows 32] [--context 64] [--adapters 0,1,16,32]
 """
@@ -25,7 +27,6 @@ from veneer.serve.effects import Effects
 from veneer.serve.interpreter import Interpreter
 from veneer.serve.kv_cache import make_cache
 from veneer.serve.program_runner import proved
-from veneer.serve.sampler import Sampler
 from veneer.serve.step import Piece, Step, step_of
 from veneer.store.source import load_model
 
@@ -64,9 +65,10 @@ def main() -> None:
         extra = (f"{fast - base:.2f}", f"{own:.2f}", f"{(fast - base) / own:.2f}") if n else ("", "", "")
         table.add_row(str(n), f"{slow:.2f}", f"{fast:.2f}", f"{bound:.2f}", f"{bound / fast:.0%}", *extra)
     console.print(table)
-    console.print(
-        f"likeliest tokens of the logits: {load.sampling_ms():.2f} ms; the plan's rows: {load.planning_ms():.2f} ms"
-    )
+    console.print(f"the rows of a plan, made ready for a step: {load.planning_ms():.2f} ms")
+    for n in (int(number) for number in args.adapters.split(",")):
+        parts = ", ".join(f"{kind} {ms:.2f}" for kind, ms in load.parts_ms(n).items())
+        console.print(f"within the call, {n} adapters, ms: {parts}")
 
 
 def parse() -> argparse.Namespace:
@@ -113,20 +115,26 @@ class Load:
             }
         )
 
-    def step(self, n_adapters: int) -> Step:
-        """The rows; of n adapters each has as many as the others, side by side."""
+    def step(self, n_adapters: int, *, picks: bool = True) -> Step:
+        """The rows; of n adapters each has as many as the others, side by side. ``picks``: tokens, and no logits."""
         versions = [str(row * n_adapters // self.rows) if n_adapters else None for row in range(self.rows)]
-        pieces = [Piece(Stretch(p, self.context, 1), v, (0,)) for p, v in zip(self.pages, versions, strict=True)]
+        asked: tuple[tuple[int, ...], bool] = ((), True) if picks else ((0,), False)
+        pieces = [Piece(Stretch(p, self.context, 1), v, *asked) for p, v in zip(self.pages, versions, strict=True)]
         return step_of(pieces, self.cache, CPU)
 
-    def run(self, n_adapters: int, *, native: bool) -> Tensor:
+    def run(self, n_adapters: int, *, native: bool, picks: bool = True) -> Tensor:
+        """Tokens, or logits."""
         self.interpreter.native = self.native if native else None
-        return self.interpreter.run(self.step(n_adapters), self.ids)
+        step = self.step(n_adapters, picks=picks)
+        logits = self.interpreter.run(step, self.ids)
+        return step.tokens if picks else logits
 
     def times(self, n_adapters: int, repeats: int) -> tuple[float, float]:
         """Milliseconds instruction by instruction, and by the step in C++."""
-        if not torch.equal(self.run(n_adapters, native=False), self.run(n_adapters, native=True)):
-            raise SystemExit(f"the results with {n_adapters} adapters differ")
+        for picks in (True, False):
+            slow, fast = (self.run(n_adapters, native=way, picks=picks) for way in (False, True))
+            if not torch.equal(slow, fast):
+                raise SystemExit(f"the results with {n_adapters} adapters differ")
         found: tuple[list[float], list[float]] = ([], [])
         for _ in range(repeats):
             for native, times in enumerate(found):
@@ -148,9 +156,19 @@ class Load:
     def _own_flops(self, n_adapters: int) -> int:
         return 2 * self.rows * self.adapter_bytes // self.interpreter.dtype.itemsize if n_adapters else 0
 
-    def sampling_ms(self) -> float:
-        logits, sampler = self.run(0, native=True), Sampler()
-        return best_ms(lambda: sampler.likeliest(logits), 9)
+    def parts_ms(self, n_adapters: int, repeats: int = 20) -> dict[str, float]:
+        """Of the kinds of parts in the call, a step."""
+        assert self.native is not None
+        self.run(n_adapters, native=True)
+        self.native.program.seconds()
+        for _ in range(repeats):
+            self.run(n_adapters, native=True)
+        seconds, found = self.native.program.seconds(), dict[str, float]()
+        for part, bound in zip(self.native.parts, self.interpreter._bound, strict=True):
+            if part is not None:
+                named = "IntoStreamOf" if part.site else type(bound).__name__
+                found[named] = found.get(named, 0.0) + 1e3 * sum(seconds[i] for i in part.place) / repeats
+        return found
 
     def planning_ms(self) -> float:
         return best_ms(lambda: self.step(min(16, self.rows)), 9)

@@ -3,6 +3,8 @@
 #include <nanobind/stl/vector.h>
 
 #include <chrono>
+#include <cstring>
+#include <stdexcept>
 #include <tuple>
 #include <utility>
 
@@ -39,9 +41,12 @@ Pairs pairs_at(const int64_t* numbers, const int64_t* end) {
 // The instructions of a program, and the memory that a pass through them takes. One pass at a time.
 class StepProgram {
  public:
-  explicit StepProgram(int dtype) : dtype_(Dtype(dtype)) {}
+  // `turns`: of each rotation addresses of cosines and sines by position, how many there are of one, and positions.
+  StepProgram(int dtype, Numbers turns) : dtype_(Dtype(dtype)), turns_(std::move(turns)) {}
   StepProgram(const StepProgram&) = delete;
   StepProgram& operator=(const StepProgram&) = delete;
+
+  void add_embedding(int64_t table, int64_t n, int64_t d, int target) { add<EmbeddingInstruction>(pointer<void>(table), n, d, target); }
 
   void add_norm(const NormNumbers& norm, int source, int target) { add<NormInstruction>(norm_of(norm), source, target); }
 
@@ -98,21 +103,21 @@ class StepProgram {
   }
 
   // Instructions [first, last). `registers`: address and stride of each; `store`: address, tokens of a page, layers, heads
-  // and values of a head; `batch`: sequences, then addresses; `turns`: addresses of cosines and sines; `runs`: version,
-  // first row and the row behind the last, of each; `picked`: how many, addresses of the rows and of their tokens.
+  // and values of a head; `batch`: sequences, then addresses; `runs`: version, first row and the row behind the last, of each;
+  // `given`: addresses of positions and of ids, how many rows are picked, addresses of these and of their tokens.
   void run(int64_t first, int64_t last, int64_t n, const Numbers& registers, const Numbers& store, const Numbers& batch,
-           const Numbers& turns, const Numbers& runs, const Numbers& picked) {
+           const Numbers& runs, const Numbers& given) {
     std::vector<Rows> rows;
     for (size_t i = 0; i < registers.size(); i += 2) rows.push_back(rows_at(registers[i], registers[i + 1]));
-    std::vector<TurnTable> tables;
-    for (size_t i = 0; i < turns.size(); i += 2) tables.push_back({pointer<float>(turns[i]), pointer<float>(turns[i + 1])});
+    const std::vector<TurnTable> tables = turns_at(pointer<int64_t>(given[0]), n);
     std::vector<VersionRun> versions;
     for (size_t i = 0; i < runs.size(); i += 3) versions.push_back({runs[i], runs[i + 1], runs[i + 2]});
     const PagedStore pages{const_cast<char*>(pointer<char>(store[0])), dtype_, store[1], store[2], store[3], store[4]};
     const PagedBatch sequences{batch[0], pointer<int64_t>(batch[1]), pointer<int64_t>(batch[2]), pointer<int64_t>(batch[3]),
                                pointer<int64_t>(batch[4])};
     const Pass pass{n, dtype_, rows.data(), pages, sequences, tables.data(), versions.data(), static_cast<int64_t>(versions.size()),
-                    pointer<int64_t>(picked[1]), picked[0], const_cast<int64_t*>(pointer<int64_t>(picked[2])), scratch_, rows_};
+                    pointer<int64_t>(given[1]), pointer<int64_t>(given[3]), given[2], const_cast<int64_t*>(pointer<int64_t>(given[4])),
+                    scratch_, rows_};
     seconds_.resize(instructions_.size());
     with_standing_team([&] {
       for (int64_t i = first; i < last; ++i) {
@@ -127,6 +132,27 @@ class StepProgram {
   std::vector<double> seconds() { return std::exchange(seconds_, {}); }
 
  private:
+  std::vector<TurnTable> turns_at(const int64_t* positions, int64_t n) {
+    int64_t values = 0;
+    for (size_t i = 0; i < turns_.size(); i += 4) {
+      values += 2 * n * turns_[i + 2];
+      for (int64_t r = 0; r < n; ++r)
+        if (positions[r] < 0 || positions[r] >= turns_[i + 3]) throw std::out_of_range("a position is beyond those of the program");
+    }
+    float* to = reinterpret_cast<float*>(turned_.at_least(values * static_cast<int64_t>(sizeof(float))));
+    const auto rows_of = [&](int64_t table, int64_t half) {
+      const float* start = to;
+      for (int64_t r = 0; r < n; ++r, to += half) std::memcpy(to, pointer<float>(table) + positions[r] * half, half * sizeof(float));
+      return start;
+    };
+    std::vector<TurnTable> found;
+    for (size_t i = 0; i < turns_.size(); i += 4) {
+      const float* cos = rows_of(turns_[i], turns_[i + 2]);
+      found.push_back({cos, rows_of(turns_[i + 1], turns_[i + 2])});
+    }
+    return found;
+  }
+
   // From o, i, depth, panels, bias, the same in float, the register that it writes, coding and unit.
   Layer layer_of(const Numbers& l) const {
     return {{l[0], l[1], l[2], dtype_, const_cast<void*>(pointer<void>(l[3])), Coding(l[7]), l[8]}, pointer<void>(l[4]),
@@ -143,14 +169,16 @@ class StepProgram {
   std::vector<std::unique_ptr<Instruction>> instructions_;
   std::vector<ProductInstruction*> products_;  // null where an instruction is none
   std::vector<double> seconds_;
-  Memory scratch_, rows_;
+  Numbers turns_;
+  Memory scratch_, rows_, turned_;
 };
 
 }  // namespace
 
 void bind_step(nb::module_& m) {
   nb::class_<StepProgram>(m, "StepProgram")
-      .def(nb::init<int>(), nb::arg("dtype"))
+      .def(nb::init<int, Numbers>(), nb::arg("dtype"), nb::arg("turns"))
+      .def("add_embedding", &StepProgram::add_embedding)
       .def("add_norm", &StepProgram::add_norm)
       .def("add_product", &StepProgram::add_product)
       .def("add_attention", &StepProgram::add_attention)

@@ -1,5 +1,7 @@
 #include <cstdlib>
+#include <cstring>
 #include <new>
+#include <stdexcept>
 
 #include "activation/activation.h"
 #include "norm/norm.h"
@@ -25,6 +27,14 @@ void normalize(const Pass& pass, const NormParts& norm, const Rows& x, int64_t n
   float* statistics = reinterpret_cast<float*>(pass.scratch.at_least(2 * n * sizeof(float)));
   const NormRows rows{x.data, x.stride, n, d, pass.dtype, norm.subtracts_mean ? statistics + n : nullptr, statistics};
   norm_kernels().forward(rows, {norm.weight.data(), norm.bias.empty() ? nullptr : norm.bias.data()}, norm.eps, y);
+}
+
+void EmbeddingInstruction::run(const Pass& pass) const {
+  const int64_t bytes = d_ * pass.bytes();
+  for (int64_t r = 0; r < pass.n; ++r)
+    if (pass.ids[r] < 0 || pass.ids[r] >= n_) throw std::out_of_range("a token's id is not in the table of embeddings");
+  for (int64_t r = 0; r < pass.n; ++r)
+    std::memcpy(pass.from_row(pass.registers[target_], r).data, static_cast<const char*>(table_) + pass.ids[r] * bytes, bytes);
 }
 
 void GluInstruction::run(const Pass& pass) const {

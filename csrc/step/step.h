@@ -43,6 +43,7 @@ struct Pass {
   const TurnTable* turns;
   const VersionRun* runs;
   int64_t n_runs;
+  const int64_t* ids;     // of tokens, where they are embedded
   const int64_t* picked;  // rows whose likeliest token is asked for
   int64_t n_picked;
   int64_t* tokens;        // takes them; -1 where a logit is not finite
@@ -68,6 +69,18 @@ struct NormParts {
   bool subtracts_mean;
   float eps;
   std::vector<float> weight, bias;  // with any offset; bias may be empty
+};
+
+// The stream begins: rows of a table, in the rows' dtype. Throws out_of_range for an id that has none.
+class EmbeddingInstruction final : public Instruction {
+ public:
+  EmbeddingInstruction(const void* table, int64_t n, int64_t d, int target) : table_(table), n_(n), d_(d), target_(target) {}
+  void run(const Pass& pass) const override;
+
+ private:
+  const void* table_;
+  int64_t n_, d_;
+  int target_;
 };
 
 // y (n, d), one row behind the other.

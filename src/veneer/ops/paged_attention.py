@@ -150,13 +150,12 @@ class PagedRows:
                     f"sequence {number}: pages {list(pages)} are not all among the {store.n_pages} there are"
                 )
         row_bounds = [0, *accumulate(s.n_rows for s in sequences)]
-        return cls(
-            torch.tensor([page for s in sequences for page in s.pages], dtype=torch.int64),
-            torch.tensor([0, *accumulate(len(s.pages) for s in sequences)]),
-            torch.tensor(row_bounds),
-            torch.tensor([s.position for s in sequences], dtype=torch.int64),
-            row_bounds[-1],
-        )
+        page_bounds = [0, *accumulate(len(s.pages) for s in sequences)]
+        held, positions = [page for s in sequences for page in s.pages], [s.position for s in sequences]
+        numbers = torch.tensor([*held, *page_bounds, *row_bounds, *positions], dtype=torch.int64)
+        n = len(sequences)
+        parts = torch.split(numbers, [len(held), n + 1, n + 1, n])
+        return cls(parts[0], parts[1], parts[2], parts[3], row_bounds[-1])
 
     def sequences(self) -> Iterator[tuple[list[int], int, int, int]]:
         """Pages, position, first row and the row behind the last of each sequence."""

@@ -20,6 +20,7 @@ from veneer.adapters.peft_model import PeftModel
 from veneer.core.linear import apply_embedding
 from veneer.core.token_rows import look_up_rows, project_rows
 from veneer.model.blueprint.parts import Attention
+from veneer.model.blueprint.rotary import Rotary
 from veneer.ops.activation import activation_forward
 from veneer.ops.glu import ACTIVATIONS as GATED
 from veneer.ops.glu import glu_forward
@@ -121,9 +122,11 @@ class Embedding:
 class HeadsOf:
     """Queries, keys and values made of a product's outputs; keys and values go to their pages."""
 
-    def __init__(self, model: PreTrainedModel, instruction: Heads) -> None:
+    def __init__(
+        self, model: PreTrainedModel, instruction: Heads, turns: Mapping[Rotary, tuple[Tensor, Tensor]]
+    ) -> None:
         part = instruction.attention
-        self.instruction, self.part = instruction, part
+        self.instruction, self.part, self.turns = instruction, part, turns
         norms = (part.q_norm, part.k_norm)
         self.q_norm, self.k_norm = (None if norm is None else BoundNorm(model, norm, {}) for norm in norms)
 
@@ -134,7 +137,7 @@ class HeadsOf:
         q, k, v = part.heads.split(ys)
         q, k = self._normed(self.q_norm, q), self._normed(self.k_norm, k)
         if part.rotary is not None:
-            cos, sin = step.rotations[part.rotary]
+            cos, sin = step.turns(self.turns[part.rotary], part.rotary)
             q, k = (_rotated(x, cos, sin, part.rotary.interleaved) for x in (q, k))
         if part.temperature is not None:
             turns = torch.floor(step.positions / part.temperature.original_max_positions)

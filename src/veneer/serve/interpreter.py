@@ -66,12 +66,12 @@ class Interpreter:
         self.effects: dict[str, Effects] = {}
         self.bottlenecks: dict[str, dict[str, Bottleneck]] = {}
         self._packed, self._linears = packed, list[Linears]()
-        self._rotations = {r: r.tables(torch.arange(program.n_positions).to(model.device)) for r in program.rotaries}
+        self._turns = {r: r.tables(torch.arange(program.n_positions).to(model.device)) for r in program.rotaries}
         self._bound = [bound for each in joined(program.instructions) for bound in self._bind(model, each)]
         self._plans: dict[Any, list[Bound]] = {}
         self.native: NativeStep | None = None
         if kernel_isa() and model.device.type == "cpu" and model.dtype in ROWS:
-            self.native = NativeStep(program.head.linear.in_features, model.dtype, program.rotaries)
+            self.native = NativeStep(program.head.linear.in_features, model.dtype, self._turns)
             for bound in self._bound:
                 self.native.add(bound)
 
@@ -113,22 +113,19 @@ class Interpreter:
         ``step.tokens`` has the likeliest tokens of the rows that are picked.
         """
         frame: Frame = {"given": given}
-        for rotary, tables in self._rotations.items():
-            cos, sin = (table[step.positions][None] for table in tables)
-            step.rotations[rotary] = (cos, sin)
-        for instruction in self._instructions(step):
+        for instruction in self._instructions(step, by_ids=not given.is_floating_point()):
             instruction(step, frame)
         return cast(Tensor, frame["logits"])
 
-    def _instructions(self, step: Step) -> list[Bound]:
+    def _instructions(self, step: Step, *, by_ids: bool = True) -> list[Bound]:
         """Those of a pass, in stretches where the step in C++ knows them."""
         if self.native is None:
             return self._bound
-        key = (frozenset(step.versions), type(step.cache), step.written is None)
+        key = (frozenset(step.versions), type(step.cache), step.written is None, by_ids)
         if key not in self._plans:
             if len(self._plans) >= MOST_PLANS:
                 self._plans.clear()
-            self._plans[key] = list(self.native.stretches(self._bound, step))
+            self._plans[key] = list(self.native.stretches(self._bound, step, by_ids=by_ids))
         return self._plans[key]
 
     def _linears_of(self, model: PreTrainedModel, linears: tuple[Linear, ...]) -> Linears:
@@ -148,7 +145,7 @@ class Interpreter:
             case IntoStream():
                 return IntoStreamOf(self._linears_of(model, instruction.product.linears), instruction, self.bottlenecks)
             case Seeing(heads, attend):
-                return SelfAttention(HeadsOf(model, heads), Attended(attend))
+                return SelfAttention(HeadsOf(model, heads, self._turns), Attended(attend))
             case Embed():
                 return Embedding(model, instruction, self.effects)
             case Normalize():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from veneer.errors import ShapeError
 from veneer.model.blueprint.rotary import Rotary
 from veneer.ops.activation import KINDS
 from veneer.ops.attention import AttentionOptions
-from veneer.ops.cpu.step import StepAttention, StepLayer, StepProgram, StepTurns
+from veneer.ops.cpu.step import StepAttention, StepLayer, StepProgram, StepRows, StepTurns, places
 from veneer.ops.glu import ACTIVATIONS as GATED
 from veneer.serve.bottleneck import Bottleneck
 from veneer.serve.bound import (
@@ -27,6 +27,7 @@ from veneer.serve.bound import (
     Added,
     Bound,
     Changed,
+    Embedding,
     Frame,
     IntoStreamOf,
     LogitsOf,
@@ -66,6 +67,7 @@ class Part:
     linears: Linears | None = None
     fixed: tuple[str, ...] = ()
     fixed_layer: Linears | None = None
+    embeds: bool = False
     site: str = ""
     site_at: int = 0
 
@@ -88,18 +90,19 @@ class Part:
     def _is_changed(self, version: str, effects: Effects) -> bool:
         paths = {path for path, _ in effects.whole} | effects.rows.keys()
         changed = self.fixed_layer is not None and version in self.fixed_layer.versions
-        return changed or not paths.isdisjoint(self.fixed)
+        return changed or not paths.isdisjoint(self.fixed) or (self.embeds and effects.table is not None)
 
 
 class NativeStep:
     """The parts of a program in C++, one for each bound instruction: None where it is not known."""
 
-    def __init__(self, width: int, dtype: torch.dtype, rotaries: Sequence[Rotary]) -> None:
-        self.program, self.rotaries = StepProgram(dtype), tuple(rotaries)
+    def __init__(self, width: int, dtype: torch.dtype, turns: Mapping[Rotary, tuple[Tensor, Tensor]]) -> None:
+        tables = [(cos.float().contiguous(), sin.float().contiguous()) for cos, sin in turns.values()]
+        self.program, self.rotaries = StepProgram(dtype, tables), tuple(turns)
         self.stream = Register(STREAM, (width,))
         self.parts: list[Part | None] = []
         self.numbers: dict[str, int] = {}
-        self.n_registers = 0
+        self.n_registers, self.n_moves = 0, 0  # moves: of the memory of registers
         self._first: dict[Register, int] = {}
         self._memory: dict[Register, Tensor] = {}
 
@@ -139,10 +142,13 @@ class NativeStep:
         if held is None or len(held) < n:
             held = torch.empty(n, sum(register.widths), dtype=self.program.dtype)
             self._memory[register] = held
+            self.n_moves += 1
         return list(torch.split(held[:n], list(register.widths), dim=1))
 
     def _part_of(self, bound: Bound) -> Part | None:
         match bound:
+            case Embedding():
+                return self._embedding(bound)
             case Normed(norm, source, target):
                 return self._norm(norm, source, target)
             case Products(linears, instruction):
@@ -160,6 +166,13 @@ class NativeStep:
             case Picked(logits):
                 return self._head(logits)
         return None
+
+    def _embedding(self, bound: Embedding) -> Part | None:
+        plain = bound.multiplier == 1 and bound.own_multiplier == 1 and bound.positions is None and bound.norm is None
+        if not plain or bound.table.dtype != self.program.dtype or not bound.table.is_contiguous():
+            return None
+        self.program.add_embedding(bound.table, self.first_of(self.stream))
+        return Part(range(0), (), (self.stream,), fixed=(bound.path,), embeds=True)
 
     def _norm(self, bound: BoundNorm, source: str, target: str) -> Part | None:
         norm = norm_of(bound)
@@ -261,13 +274,14 @@ class NativeStep:
         self.program.add_glu(part.activation, part.width, gate, up, self.first_of(writes))
         return Part(range(0), (reads,), (writes,))
 
-    def stretches(self, instructions: Sequence[Bound], step: Step) -> Iterator[Bound]:
+    def stretches(self, instructions: Sequence[Bound], step: Step, *, by_ids: bool) -> Iterator[Bound]:
         """The instructions as a pass takes them: those that are known joined, the others as they are."""
         in_pages = isinstance(step.cache, PageCache) and step.written is None
         found: list[Part] = []
         for part, bound in zip(self.parts, instructions, strict=True):
             known = part is not None and part.unknown.isdisjoint(step.versions)
-            if part is not None and known and (in_pages or not isinstance(bound, SelfAttention)):
+            fits = (in_pages or not isinstance(bound, SelfAttention)) and (by_ids or not isinstance(bound, Embedding))
+            if part is not None and known and fits:
                 found.append(part)
                 continue
             if found:
@@ -290,36 +304,46 @@ class Stretch:
             for each in part.writes:  # those written last stand last
                 self.writes.pop(each, None)
                 self.writes[each] = None
+        self._laid = (-1, -1)
+        self._numbers: list[int] = []
+        self._written: dict[str, Any] = {}
 
     def __call__(self, step: Step, frame: Frame) -> None:
         if not self.place:
             return
-        native = self.native
-        turns = []
-        for rotary in native.rotaries:
-            cos, sin = step.rotations[rotary]
-            turns.append((cos[0].float().contiguous(), sin[0].float().contiguous()))
+        native, given = self.native, frame["given"]
         pages = (step.cache.store, step.rows) if isinstance(step.cache, PageCache) else None
         runs = [(native.numbers[step.versions[place]], start, stop) for place, start, stop in step.runs.runs]
         registers = self._registers(frame, len(step.positions))
-        native.program.run(self.place, registers, pages, turns, runs, (step.picked, step.tokens))
+        ids = None if given.is_floating_point() else given
+        native.program.run(self.place, registers, pages, StepRows(step.positions, ids, step.picked, step.tokens), runs)
 
-    def _registers(self, frame: Frame, n: int) -> list[Tensor | None]:
-        """The memory of all registers, n rows each; the frame then has what will be written.
+    def _registers(self, frame: Frame, n: int) -> list[int]:
+        """The places of all registers, n rows each; the frame then has what will be written.
 
         Raises ShapeError where an instruction before has left other rows.
         """
+        if self._laid != (n, self.native.n_moves):
+            self._lay(n)
+        frame.update(self._written)
+        for register in self.reads:
+            rows = self._given(frame, register, n)
+            first = 2 * self.native.first_of(register)
+            self._numbers[first : first + 2 * len(rows)] = places(rows)
+            if register in self.writes:
+                frame[register.name] = rows if register.name in LISTS else rows[0]
+        return self._numbers
+
+    def _lay(self, n: int) -> None:
+        """Find the places of what is written and was not read before: they are the same in every pass of n rows."""
         native = self.native
-        found: list[Tensor | None] = [None] * native.n_registers
-        for register in self.reads | self.writes:
-            rows = self._given(frame, register, n) if register in self.reads else native.rows_of(register, n)
-            first = native.first_of(register)
-            found[first : first + len(rows)] = rows
+        self._numbers, self._written = [0] * (2 * native.n_registers), {}
         for register in self.writes:
-            first = native.first_of(register)
-            written = found[first : first + len(register.widths)]
-            frame[register.name] = written if register.name in LISTS else written[0]
-        return found
+            if register not in self.reads:
+                rows, first = native.rows_of(register, n), 2 * native.first_of(register)
+                self._numbers[first : first + 2 * len(rows)] = places(rows)
+                self._written[register.name] = rows if register.name in LISTS else rows[0]
+        self._laid = (n, native.n_moves)
 
     def _given(self, frame: Frame, register: Register, n: int) -> list[Tensor]:
         """Tensors of rows whose last axis is contiguous, looked at before C++ reads their memory."""

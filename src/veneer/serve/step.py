@@ -33,8 +33,8 @@ class Step:
 
     ``versions`` are the adapters that occur, ``runs`` the rows that each of them takes; ``kept`` and ``kept_runs`` are
     the same of the rows whose logits are wanted. ``picked`` and ``picked_runs`` are those whose likeliest token is,
-    which ``tokens`` takes; -1 where a logit is not finite. ``rotations`` are cos and sin of the rows, by rotation.
-    ``written`` takes the keys and values of every layer, where it is a list.
+    which ``tokens`` takes; -1 where a logit is not finite. ``written`` takes the keys and values of every layer, where
+    it is a list.
     """
 
     cache: KVCache
@@ -47,8 +47,15 @@ class Step:
     picked: Tensor
     picked_runs: AdapterRuns
     tokens: Tensor
-    rotations: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
     written: list[tuple[Tensor, Tensor]] | None = None
+    _turns: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def turns(self, tables: tuple[Tensor, Tensor], rotation: Any) -> tuple[Tensor, Tensor]:
+        """cos and sin of the rows (1, n, half), by the tables of a rotation."""
+        if rotation not in self._turns:
+            cos, sin = (table[self.positions][None] for table in tables)
+            self._turns[rotation] = (cos, sin)
+        return self._turns[rotation]
 
 
 def step_of(pieces: Sequence[Piece], cache: KVCache, device: torch.device, first_position: int = 0) -> Step:
@@ -62,17 +69,19 @@ def step_of(pieces: Sequence[Piece], cache: KVCache, device: torch.device, first
         if piece.picks:
             picked.append(at - 1)
     versions = tuple(dict.fromkeys(p.version for p in pieces if p.version is not None))
+    numbers = torch.tensor([*positions, *kept, *picked, *([-1] * len(picked))], dtype=torch.long, device=device)
+    of_rows, of_kept, of_picked, tokens = torch.split(numbers, [at, len(kept), len(picked), len(picked)])
     return Step(
         cache=cache,
         rows=cache.rows([piece.stretch for piece in pieces]),
-        positions=torch.tensor(positions, device=device),
+        positions=of_rows,
         versions=versions,
         runs=_runs([(p.version, p.stretch.n) for p in pieces], versions),
-        kept=torch.tensor(kept, dtype=torch.long, device=device),
+        kept=of_kept,
         kept_runs=_runs([(p.version, len(p.kept)) for p in pieces], versions),
-        picked=torch.tensor(picked, dtype=torch.long, device=device),
+        picked=of_picked,
         picked_runs=_runs([(p.version, int(p.picks)) for p in pieces], versions),
-        tokens=torch.full((len(picked),), -1, device=device),
+        tokens=tokens,
     )
 
 

@@ -15,7 +15,7 @@ from veneer import BottleneckConfig, LoraConfig, VeraConfig
 from veneer.errors import ShapeError
 from veneer.model.paged import Stretch
 from veneer.ops.cpu.module import kernels
-from veneer.ops.cpu.step import StepLayer, StepNorm, StepProgram
+from veneer.ops.cpu.step import StepLayer, StepNorm, StepProgram, StepRows, places
 from veneer.ops.int8 import quantize_int8
 from veneer.ops.norm import rms_norm_forward
 from veneer.ops.packed import PackedWeight, over_rows
@@ -107,7 +107,7 @@ def test_families(family):
 def test_a_llama_is_one_call():
     interpreter = proved(make_model(), 100)
     whole = interpreter._instructions(step_with(interpreter, None))
-    assert [type(each).__name__ for each in whole] == ["Embedding", "Stretch", "LogitsOf"]
+    assert [type(each).__name__ for each in whole] == ["Stretch", "LogitsOf"]
 
 
 def loaded(dtype: torch.dtype, folders: dict[str, Path], family: str = "llama") -> Interpreter:
@@ -149,7 +149,7 @@ def test_what_is_done_by_instruction(tmp_path):
     """A norm of a version's own; and nothing any more when it has gone."""
     config = LoraConfig(r=2, target_modules=["v_proj"], modules_to_save=["input_layernorm"])
     interpreter = loaded(torch.float32, {"norms": save_adapter(tmp_path / "norms", config)})
-    assert len(stretches(interpreter, step_with(interpreter, None, "norms"))) == 2
+    assert len(stretches(interpreter, step_with(interpreter, None, "norms"))) == 3  # before, between and behind two
     fast, slow = pair_of(interpreter)
     chunks = ((0, 0, 5, None), (1, 0, 3, "norms"))
     assert torch.equal(fast.step(*chunks), slow.step(*chunks))
@@ -254,9 +254,10 @@ def test_threads_that_wait_for_each_other_again_and_again():
 def test_rows_that_do_not_fit_are_told(spoilt):
     """Registers that an instruction between two stretches leaves are looked at before C++ reads them."""
     interpreter = proved(make_model(), 100)
-    [stretch] = stretches(interpreter, step_with(interpreter, None))
+    instructions = interpreter._instructions(step_with(interpreter, None), by_ids=False)
+    [stretch] = [each for each in instructions if isinstance(each, NativeStretch)]
     rows = torch.ones(5, 24)
-    assert stretch._registers({STREAM: rows}, 5)[0].data_ptr() == rows.data_ptr()
+    assert stretch._registers({STREAM: rows}, 5)[0] == rows.data_ptr()
     with pytest.raises(ShapeError, match=r"register 'h' .*\(5, width\) in float32"):
         stretch._registers({STREAM: spoilt(rows)}, 5)
 
@@ -302,7 +303,7 @@ def test_likeliest_tokens_beside_versions(adapters):
         assert torch.equal(tokens, picked_of(fast, *chunks).tokens)
         fast.native = native
     known = step_with(fast, None, "lora")
-    assert [type(each).__name__ for each in fast._instructions(known)] == ["Embedding", "Stretch", "LogitsOf"]
+    assert [type(each).__name__ for each in fast._instructions(known)] == ["Stretch", "LogitsOf"]
     assert "Picked" in [type(each).__name__ for each in fast._instructions(step_with(fast, "head"))]
 
 
@@ -339,8 +340,21 @@ def test_stretches_of_a_vocabulary(kind, dtype, isa):
     norm = StepNorm(norm_weight.float(), None, 1e-5, subtracts_mean=False)
     program.add_head(norm, StepLayer(packed, bias, -1), 0, 0.7)
     picked, tokens = torch.arange(1, n + 1), torch.full((n,), -1)
-    program.run(range(1), [x], None, [], [], (picked, tokens))
+    program.run(range(1), places([x]), None, StepRows(torch.zeros(n + 2).long(), None, picked, tokens), [])
     normed, _ = rms_norm_forward(x[1 : n + 1], norm_weight, 1e-5)
     logits = packed.matmul(normed, onto=over_rows(bias, n)).float() * 0.7
     assert torch.equal(tokens, logits.argmax(dim=1))
     assert (tokens < 1100).all()
+
+
+@pytest.mark.parametrize("wrong", [-1, "all"])
+def test_ids_and_positions_that_are_not_there(wrong):
+    interpreter = proved(make_model(), 100)
+    n_tokens = interpreter.program.embedding.n_tokens
+    run = Run(interpreter, native=True)
+    step = step_of([Piece(Stretch((0,), 0, 2), None, (0, 1))], run.cache, CPU)
+    with pytest.raises(IndexError, match="not in the table"):
+        interpreter.run(step, torch.tensor([5, n_tokens if wrong == "all" else wrong]))
+    step.positions[1] = 100 if wrong == "all" else wrong
+    with pytest.raises(IndexError, match="beyond those of the program"):
+        interpreter.run(step, torch.tensor([5, 7]))

@@ -87,22 +87,41 @@ class LayerChange:
     pair: PackedPairs | None = None
 
 
+class StepRows(NamedTuple):
+    """Of each row its position, and its token's id where tokens are embedded; the rows whose likeliest token is asked
+    for, and what takes these tokens. All int64.
+    """
+
+    positions: Tensor
+    ids: Tensor | None
+    picked: Tensor
+    tokens: Tensor
+
+
 class StepProgram:
     """Instructions in their order; versions of adapters, which have numbers, come and go at its products.
 
-    It is freed when the interpreter exits, whoever holds it: a thread that others left running, say.
+    ``turns`` are cosines and sines (n_positions, half) of each rotation, in float32. It is freed when the interpreter
+    exits, whoever holds it: a thread that others left running, say.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, turns: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
         self.dtype, self.n_instructions = dtype, 0
-        self._held: list[Any] = [kernels().StepProgram(DTYPES[dtype])]
+        numbers = [number for cos, sin in turns for number in (address(cos), address(sin), *cos.shape[::-1])]
+        self._held: list[Any] = [kernels().StepProgram(DTYPES[dtype], numbers)]
         weakref.finalize(self, self._held.clear)
-        self._kept: list[Any] = []
+        self._kept: list[Any] = [list(turns)]
         self._of_versions: defaultdict[int, list[Any]] = defaultdict(list)
 
     @property
     def _program(self) -> Any:
         return self._held[0]
+
+    def add_embedding(self, table: Tensor, target: int) -> None:
+        """``target`` takes the rows of a table (vocabulary, width) that the ids tell."""
+        self._program.add_embedding(address(table), *table.shape, target)
+        self._kept.append(table)
+        self.n_instructions += 1
 
     def add_norm(self, norm: StepNorm, source: int, target: int) -> None:
         """``target = norm(source)``, one row behind the other; may be one register."""
@@ -200,29 +219,31 @@ class StepProgram:
     def run(
         self,
         part: range,
-        registers: Sequence[Tensor | None],
+        registers: list[int],
         pages: tuple[PagedStore, PagedRows] | None,
-        turns: Sequence[tuple[Tensor, Tensor]],
+        rows: StepRows,
         runs: Sequence[tuple[int, int, int]],
-        picked: tuple[Tensor, Tensor],
     ) -> None:
-        """Run some instructions. ``registers`` are tensors (n, width), ``turns`` cosines and sines (n, half) in
-        float32, ``runs`` versions with their first row and the row behind their last, ``picked`` the rows whose
-        likeliest tokens are asked for and what takes these, int64.
+        """Run some instructions. ``registers`` are the `places` of tensors (n, width), ``runs`` versions with their
+        first row and the row behind their last. Raises IndexError for an id that is not in a table of embeddings, or
+        a position that has no turns.
         """
-        n = next(len(register) for register in registers if register is not None)
         store, batch = _pages(*pages) if pages else ([0] * 5, [0] * 5)
         self._program.run(
             part.start,
             part.stop,
-            n,
-            [number for r in registers for number in ((0, 0) if r is None else (address(r), r.stride(0)))],
+            len(rows.positions),
+            registers,
             store,
             batch,
-            [address(table) for tables in turns for table in tables],
             [number for run in runs for number in run],
-            [len(picked[0]), *map(address, picked)],
+            [address(rows.positions), _at(rows.ids), len(rows.picked), address(rows.picked), address(rows.tokens)],
         )
+
+
+def places(registers: Sequence[Tensor]) -> list[int]:
+    """Address and stride of each."""
+    return [number for register in registers for number in (address(register), register.stride(0))]
 
 
 def _pages(store: PagedStore, rows: PagedRows) -> tuple[list[int], list[int]]:
