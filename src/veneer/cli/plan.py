@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from veneer.cli.facts import AsJson
+from veneer.cli.plan_options import ADVICE, FIT, SERVE, bytes_from, unread
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from veneer.train.recipe.recipe import Recipe
-
-_UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def bytes_from(text: str, option: str) -> int:
-    """``24GB``, ``80GiB``, ``500 MB`` as bytes. Raises ConfigError for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    unit = None if match is None else _UNITS.get(match[2].upper())
-    if match is None or unit is None or float(match[1]) <= 0:
-        raise ConfigError(f"{option} {text!r} is no size: write a number above 0 with MB, GB, MiB or GiB, such as 24GB")
-    return int(float(match[1]) * unit)
-
 
 _What = Annotated[
     str,
@@ -63,12 +51,23 @@ _Serve = Annotated[bool, typer.Option("--serve", help="How many adapters and tok
 _Memory = Annotated[
     str | None, typer.Option(metavar="SIZE", show_default=False, help="With --serve; else what is free.")
 ]
-_Processes = Annotated[int, typer.Option(metavar="N", help="Bytes a rank of so many processes.")]
-_Strategy = Annotated[str, typer.Option(metavar="NAME", help="Of several processes: ddp or fsdp.")]
+_Processes = Annotated[
+    int | None, typer.Option(metavar="N", show_default=False, help="Bytes a rank of so many processes.")
+]
+_Strategy = Annotated[str | None, typer.Option(metavar="NAME", show_default="ddp", help="Of --processes: ddp or fsdp.")]
 _Advice = Annotated[bool, typer.Option("--advice", help="Rank, alpha, targets, rate and batch, with sources.")]
 _Rows = Annotated[int | None, typer.Option(metavar="N", show_default=False, help="Rows of the data.")]
-_Tokens = Annotated[int, typer.Option(metavar="N", help="Trained tokens of a row, for --advice.")]
-_Task = Annotated[str, typer.Option(metavar="NAME", help="instruction, code, math, classification, pretraining or rl.")]
+_Tokens = Annotated[
+    int | None, typer.Option(metavar="N", show_default="256", help="With --advice: trained tokens of a row.")
+]
+_Task = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        show_default="instruction",
+        help="With --advice: instruction, code, math, classification, pretraining or rl.",
+    ),
+]
 _Png = Annotated[Path | None, typer.Option(metavar="FILE", show_default=False, help="Draw the plan there.")]
 _Time = Annotated[bool, typer.Option("--time/--no-time", help="Seconds too; rates are measured once and kept.")]
 
@@ -87,12 +86,12 @@ def plan(
     card: _Card = None,
     serve: _Serve = False,
     memory: _Memory = None,
-    processes: _Processes = 1,
-    strategy: _Strategy = "ddp",
+    processes: _Processes = None,
+    strategy: _Strategy = None,
     advice: _Advice = False,
     rows: _Rows = None,
-    tokens: _Tokens = 256,
-    task: _Task = "instruction",
+    tokens: _Tokens = None,
+    task: _Task = None,
     time: _Time = True,
     as_json: AsJson = False,
     png: _Png = None,
@@ -101,9 +100,13 @@ def plan(
 
     Example: veneer plan llama-3-8b --quantization nf4 --fit 24GB
     """
-    modes = {"--fit": fit is not None, "--serve": serve, "--advice": advice}
-    given = {"--write": write is not None, "--memory": memory is not None, "--png": png is not None}
-    _require_read(what, method, rows, modes, given | {"--processes": processes > 1})
+    given = {
+        "--method": method, "--rank": rank, "--targets": targets, "--quantization": quantization, "--length": length,
+        "--batch": batch, "--write": write, "--card": card, "--memory": memory, "--processes": processes,
+        "--strategy": strategy, "--rows": rows, "--tokens": tokens, "--task": task, "--png": png,
+        "--no-time": None if time else True,
+    }  # fmt: skip
+    _require_read(what, {FIT: fit is not None, SERVE: serve, ADVICE: advice}, given)
     budget = None if fit is None else bytes_from(fit, "--fit")
     room = None if memory is None else bytes_from(memory, "--memory")
     changes = {
@@ -120,35 +123,26 @@ def plan(
     config = config_of(recipe.model.source)
     machine = Machine.of(card, timed=time)
     if advice:
-        _advise(recipe, config, task, rows or 10_000, tokens, as_json)
+        _advise(recipe, config, (task or "instruction", rows or 10_000, tokens or 256), as_json)
     elif serve:
         _serve(recipe, config, room if room is not None else machine.memory, as_json)
     elif budget is not None:
-        _fit(recipe, config, budget, machine, write, as_json)
+        _fit(recipe, config, budget, machine, write=write, as_json=as_json)
     else:
-        _plan(recipe, config, machine, (processes, strategy), rows, as_json, png)
+        _plan(recipe, config, machine, (processes or 1, strategy or "ddp"), rows=rows, as_json=as_json, png=png)
 
 
-def _require_read(
-    what: str, method: str | None, rows: int | None, modes: dict[str, bool], given: dict[str, bool]
-) -> None:
-    """Raise ConfigError for options that nothing would read."""
-    chosen = [name for name, asked in modes.items() if asked]
-    found = []
-    if len(chosen) > 1:
-        found.append(f"{' and '.join(chosen)} answer questions of their own: give one of them")
-    for option, mode in (("--write", "--fit"), ("--memory", "--serve")):
-        if given[option] and not modes[mode]:
-            found.append(f"{option} is read by {mode} alone: add {mode}, or leave it out")
-    found += [
-        f"{option} is not read by {chosen[0]}: leave it out"
-        for option in ("--png", "--processes")
-        if chosen and given[option]
-    ]
-    if method is not None and _is_recipe(what):
-        found.append(f"--method {method}: {what} names its own; use --set adapter.method={method}")
-    if rows is not None and rows < 1:
-        found.append(f"--rows {rows} must be at least 1")
+def _require_read(what: str, modes: dict[str, bool], given: dict[str, Any]) -> None:
+    """Raise ConfigError for options that nothing would read, and for counts below one."""
+    found = unread(modes, given)
+    if given["--strategy"] is not None and (given["--processes"] or 1) < 2 and not any(modes.values()):
+        found.append(f"--strategy {given['--strategy']} is of several processes: add --processes N")
+    if given["--method"] is not None and _is_recipe(what):
+        found.append(
+            f"--method {given['--method']}: {what} names its own; use --set adapter.method={given['--method']}"
+        )
+    counts = {name: given[name] for name in ("--rows", "--tokens", "--processes")}
+    found += [f"{name} {n} must be at least 1" for name, n in counts.items() if n is not None and n < 1]
     if found:
         raise ConfigError("; ".join(found))
 
@@ -185,6 +179,7 @@ def _plan(
     config: PreTrainedConfig,
     machine: Any,
     ranks: tuple[int, str],
+    *,
     rows: int | None,
     as_json: bool,
     png: Path | None,
@@ -208,7 +203,7 @@ def _plan(
 
 
 def _fit(
-    recipe: Recipe, config: PreTrainedConfig, budget: int, machine: Any, write: Path | None, as_json: bool
+    recipe: Recipe, config: PreTrainedConfig, budget: int, machine: Any, *, write: Path | None, as_json: bool
 ) -> None:
     from veneer.plan.fit import changed, fits
     from veneer.plan.report import as_yaml, fit_table
@@ -252,24 +247,24 @@ def _serve(recipe: Recipe, config: PreTrainedConfig, memory: int, as_json: bool)
     )
 
 
-def _advise(recipe: Recipe, config: PreTrainedConfig, task: str, rows: int, tokens: int, as_json: bool) -> None:
+def _advise(recipe: Recipe, config: PreTrainedConfig, given: tuple[str, int, int], as_json: bool) -> None:
+    """``given``: task, rows, and trained tokens of a row."""
     from dataclasses import asdict
 
-    from rich.table import Table
+    from rich.padding import Padding
+    from rich.text import Text
 
-    from veneer.plan.advice import advise
-    from veneer.plan.fit import changed
+    from veneer.plan.advice import advise, as_advised
     from veneer.plan.plan import count_trained
 
-    one = changed(recipe, {"adapter.r": 1}) if recipe.method in ("lora", "dora", "rslora") else recipe
-    found = advise(task, rows, tokens, count_trained(one, config))
+    found = advise(*given, count_trained(as_advised(recipe, 1), config))
     if as_json:
         typer.echo(json.dumps([asdict(each) for each in found], indent=2))
         return
-    table = Table("setting", "value", "sure", "why, and who says so", box=None, padding=(0, 2))
+    console = _console()
     for each in found:
-        table.add_row(each.key, str(each.value), each.confidence, f"{each.reason} [{each.source}]".replace("[", "\\["))
-    _console().print(table)
+        console.print(f"{each.key}: {each.value}  ({each.confidence})", markup=False)
+        console.print(Padding(Text(f"{each.reason} [{each.source}]"), (0, 0, 0, 4)))
 
 
 def _console() -> Any:

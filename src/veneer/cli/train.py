@@ -80,9 +80,13 @@ def train(
         if show_sample:
             _show_sample(wanted if isinstance(wanted, Recipe) else wanted.members[0].recipe, console)
         elif isinstance(wanted, Recipe):
-            planned = None if resume else _planned(wanted, beyond_memory, console)
+            planned = _planned(wanted, beyond_memory, console)
             _train_one(wanted, resume, allow_changes, planned, console)
         else:
+            console.print(
+                f"not planned: {len(wanted.members)} members share one base; `veneer plan` tells of one recipe",
+                highlight=False,
+            )
             _train_sweep(wanted, resume, allow_changes, console)
     part()
 

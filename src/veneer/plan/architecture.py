@@ -41,7 +41,7 @@ def config_of(name: str) -> PreTrainedConfig:
         return config
     if not Path(name).expanduser().exists() and "/" not in name and not (name in KNOWN and is_fetched(name)):
         close = nearest(name.lower(), [*presets(), *KNOWN])
-        meant = f"; did you mean {' or '.join(close)}?" if close else ""
+        meant = f"; did you mean {' or '.join(close)}?" if close else "."
         raise ConfigError(
             f"no model {name!r}: it is no preset, no folder and no fetched model{meant} Presets: "
             f"{', '.join(sorted(presets()))}"

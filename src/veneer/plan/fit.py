@@ -17,6 +17,8 @@ from veneer.train.recipe.recipe import Recipe, parse_recipe
 
 CHECKPOINTING: tuple[bool | str, ...] = (False, "selective", True)
 FORMATS = ("none", "nf4")
+SPARE = 0.05
+"""Of what is planned, to be left free: plans of a process are as exact as that (bench/plan.py, bench/fit.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +36,12 @@ Cost = Callable[[Plan], float]
 
 
 def fits(recipe: Recipe, config: PreTrainedConfig, budget: int, bytes_of: Bytes, cost: Cost) -> list[Fit]:
-    """Settings within ``budget`` bytes, the quickest a token first; the rows of an optimizer step stay as many.
+    """Settings within ``budget`` bytes with `SPARE` left, the quickest a token first; an optimizer step keeps its rows.
 
     Knobs: storage of the base, checkpointing, rows of a micro-batch. ``bytes_of`` and ``cost`` (seconds of a
     micro-batch) belong to the machine. Raises ConfigError where nothing fits, with what would.
     """
-    found, least = [], None
+    found, least, budget = [], None, int(budget / (1 + SPARE))
     for changes in _ways(recipe):
         one = _planned(recipe, config, {**changes, "training.per_device_train_batch_size": 1})
         needed = bytes_of(one)
@@ -47,12 +49,13 @@ def fits(recipe: Recipe, config: PreTrainedConfig, budget: int, bytes_of: Bytes,
             least = needed, changes
         if needed > budget:
             continue
-        best = _largest(recipe, config, changes, one, budget, bytes_of)
+        best = _largest(recipe, config, changes, one, budget=budget, bytes_of=bytes_of)
         found.append(Fit(best[0], best[1], bytes_of(best[1]), cost(best[1]) / best[1].n_tokens))
     if not found and least is not None:
         told = ", ".join(f"{key}={value}" for key, value in least[1].items()) or "the recipe as it is"
         raise ConfigError(
-            f"nothing fits {size(budget)}: the least is {size(least[0])} ({told}, one row of "
+            f"nothing fits {size(budget)} (of what is given, {SPARE:.0%} stay free): the least is {size(least[0])} "
+            f"({told}, one row of "
             f"{recipe.training_config().max_length} tokens). Missing: a smaller base, a shorter training.max_length, "
             "or several processes (--processes N --strategy fsdp)"
         )
@@ -88,7 +91,7 @@ def _planned(recipe: Recipe, config: PreTrainedConfig, changes: Mapping[str, Any
 
 
 def _largest(
-    recipe: Recipe, config: PreTrainedConfig, changes: Mapping[str, Any], one: Plan, budget: int, bytes_of: Bytes
+    recipe: Recipe, config: PreTrainedConfig, changes: Mapping[str, Any], one: Plan, *, budget: int, bytes_of: Bytes
 ) -> tuple[dict[str, Any], Plan]:
     """The most rows a micro-batch that divide the rows of a step: memory is convex in them, so they are tried."""
     args = recipe.training_config()

@@ -6,6 +6,7 @@ Memory: what a process may still take here (`model.memory`: control groups count
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -15,10 +16,12 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from veneer.core.nearest import nearest
 from veneer.disk.atomic import write_atomically
@@ -31,6 +34,7 @@ from veneer.plan.work import Product
 LARGEST = 4096
 """Products are measured with sides up to this; larger ones run at the same rate."""
 ROWS = 1024
+COLD_BYTES, MOST_COPIES = 128 << 20, 256
 EFFICIENCY = 0.5
 """Of a card's data sheet, what products of a training step commonly reach (0.4 to 0.6 is reported)."""
 
@@ -102,7 +106,9 @@ class Rates:
     def product(self, product: Product) -> float:
         """Seconds of a product, from the rate of one of its shape, cut down to `LARGEST`."""
         m, k, n = min(product.m, ROWS), min(product.k, LARGEST), min(product.n, LARGEST)
-        seconds = self._once(f"product {m} {k} {n} {product.dtype}", lambda: _product_seconds(m, k, n, product.dtype))
+        seconds = self._once(
+            f"product {m} {k} {n} {product.dtype}, cold", lambda: _product_seconds(m, k, n, product.dtype)
+        )
         return seconds * product.flops / (2.0 * m * k * n)
 
     def moved(self) -> float:
@@ -113,6 +119,10 @@ class Rates:
         """Seconds a FLOP of attention by the kernel."""
         return self._once("attention", _attention_seconds)
 
+    def torch_attention(self) -> float:
+        """Seconds a FLOP of attention by torch, on the general path."""
+        return self._once("attention of torch", _torch_attention_seconds)
+
     def decoded(self) -> float:
         """Seconds to decode one value of 4 bits."""
         return self._once("decoded", _decoded_seconds)
@@ -120,6 +130,10 @@ class Rates:
     def op(self) -> float:
         """Seconds that calling an op takes beside its work."""
         return self._once("op", _op_seconds)
+
+    def watched(self) -> float:
+        """Seconds that an op takes besides where selective checkpointing looks at it."""
+        return self._once("watched op", _watched_seconds)
 
     def _once(self, key: str, measure: Callable[[], float]) -> float:
         if key not in self.known:
@@ -153,9 +167,11 @@ def _timed(run: Callable[[], Any], least: float = 0.02) -> float:
 
 
 def _product_seconds(m: int, k: int, n: int, dtype: str) -> float:
+    """With weights that come from memory, as they do in a step: more of them in turns than a cache holds."""
     kind = getattr(torch, dtype)
     a, b = torch.ones(m, k, dtype=kind), torch.ones(n, k, dtype=kind)
-    return _timed(lambda: a @ b.T)
+    weights = itertools.cycle([b, *(b.clone() for _ in range(min(MOST_COPIES, COLD_BYTES // b.nbytes)))])
+    return _timed(lambda: a @ next(weights).T)
 
 
 def _moved_seconds() -> float:
@@ -177,6 +193,17 @@ def _attention_seconds() -> float:
     return _timed(run) / (14 * t * t / 2 * heads * d)
 
 
+def _torch_attention_seconds() -> float:
+    b, heads, t, d = 2, 8, 256, 64
+    q, k, v = (torch.ones(b, heads, t, d, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    mask = torch.ones(b, 1, t, t, dtype=torch.bool).tril()
+
+    def run() -> None:
+        torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).sum().backward()  # type: ignore[no-untyped-call]
+
+    return _timed(run) / (14 * b * heads * t * t / 2 * d)
+
+
 def _decoded_seconds() -> float:
     from veneer.ops.four_bit import FourBitLayout, dequantize_4bit, quantize_4bit
 
@@ -189,6 +216,22 @@ def _decoded_seconds() -> float:
 def _op_seconds() -> float:
     x = torch.ones(8)
     return _timed(lambda: x * 1.5, 0.005)
+
+
+def _watched_seconds() -> float:
+    n_ops, x = 64, torch.ones(8, requires_grad=True)
+    again = CheckpointPolicy.PREFER_RECOMPUTE
+    watching = partial(create_selective_checkpoint_contexts, lambda context, op, *args, **options: again)
+
+    def chain(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(n_ops):
+            x = x * 1.5
+        return x
+
+    def run(**options: Any) -> None:
+        checkpoint(chain, x, use_reentrant=False, **options).sum().backward()
+
+    return max(0.0, _timed(lambda: run(context_fn=watching)) - _timed(run)) / (2 * n_ops)
 
 
 _TINY = """

@@ -13,6 +13,7 @@ from veneer.errors import ConfigError
 from veneer.ops.traced import tracing
 from veneer.plan.architecture import config_of
 from veneer.plan.live import Peak
+from veneer.plan.losses import ROWS, require_planned
 from veneer.plan.model import shortened, traced_model
 from veneer.plan.step import Batch
 from veneer.plan.trace import KINDS, SCRATCH, Shallow, trace
@@ -69,11 +70,7 @@ def plan_recipe(
     Rows are as long as ``max_length``. ``isa`` is the instruction set of the machine that the plan is for. Raises
     ConfigError where transformers makes no causal language model of the config.
     """
-    if recipe.task != "sft":
-        raise ConfigError(
-            f"task {recipe.task}: only the step of task sft is planned; those of preferences and rewards hold more "
-            "(a reference, pairs, answers that are drawn)"
-        )
+    require_planned(recipe.task, recipe.method)
     config = config or config_of(recipe.model.source)
     batch = batch or batch_of(recipe, config)
     n_blocks = getattr(config.get_text_config(), "num_hidden_layers", None)
@@ -96,10 +93,10 @@ def batch_of(recipe: Recipe, config: PreTrainedConfig) -> Batch:
             f"training.max_length={length} is more than the {context} tokens of the context of {recipe.model.source}: "
             "lower it"
         )
-    n_sequences = max(1, length // SEQUENCE) if args.packing else 1
-    return Batch(
-        n_rows=args.per_device_train_batch_size, length=length, n_sequences=n_sequences, packed=bool(args.packing)
-    )
+    packed = bool(getattr(args, "packing", False))
+    n_sequences = max(1, length // SEQUENCE) if packed else 1
+    n_rows = ROWS[recipe.task] * args.per_device_train_batch_size
+    return Batch(n_rows=n_rows, length=length, n_sequences=n_sequences, packed=packed)
 
 
 def count_trained(recipe: Recipe, config: PreTrainedConfig) -> int:
@@ -131,8 +128,8 @@ def _deepened(traces: list[Shallow], n_blocks: int, recipe: Recipe, batch: Batch
     marks = [_by_place(shallow) for shallow in (low, high)]
     deep = {mark: _between(marks[0][mark], marks[1][mark], more) for mark in marks[0] if mark in marks[1]}
     held = _between(low.held, high.held, more)
-    loading = Peak({**held.kinds, SCRATCH: held.kinds.get(SCRATCH, 0) + 4 * high.largest_matrix})
-    phases = {"load": loading if recipe.model.quantization != "none" else held}
+    coding = 4 * high.largest_coded  # a matrix is in float32 while it is quantized
+    phases = {"load": Peak({**held.kinds, SCRATCH: held.kinds.get(SCRATCH, 0) + coding}) if coding else held}
     for phase in PHASES[1:]:
         own = [peak for mark, peak in deep.items() if mark.split(".")[0] == phase]
         if own:
@@ -178,6 +175,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     """The plan as plain numbers."""
     return {
         "model": plan.recipe.model.source,
+        "task": plan.recipe.task,
         "method": plan.recipe.method,
         "quantization": plan.recipe.model.quantization,
         "batch": {"rows": plan.batch.n_rows, "length": plan.batch.length, "packed": plan.batch.packed},

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 from veneer.plan.machine import Rates, start_bytes
 from veneer.plan.plan import Plan
+from veneer.plan.trace import GRADIENTS, STATE
 
 ALLOCATOR_BYTES = 60_000_000
 """Scratch of kernels and heap that is kept but not used, beside live tensors (bench/plan.py; glibc)."""
-ALLOCATOR_SHARE = 0.02
+MOVING_SHARE, TRAINED_SHARE = 0.02, 0.2
+"""Of what comes and goes; and of gradients and optimizer state, between which freed memory does not fit again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,4 +35,6 @@ def process_of(plan: Plan, rates: Rates) -> Process:
     if len(rates.known) != before:
         rates.save()
     moving = plan.peak.n_bytes - plan.held.n_bytes
-    return Process(start, plan.peak.n_bytes, ALLOCATOR_BYTES + round(ALLOCATOR_SHARE * moving))
+    trained = sum(plan.peak.kinds.get(kind, 0) for kind in (GRADIENTS, STATE))
+    lost = round(MOVING_SHARE * moving + TRAINED_SHARE * trained)
+    return Process(start, plan.peak.n_bytes, ALLOCATOR_BYTES + lost)

@@ -91,8 +91,9 @@ class Machine:
                 "source": seconds.source,
             }
             if n_rows is not None:
-                epochs = plan.recipe.training_config().num_train_epochs
-                found["time"]["hours"] = seconds.step * n_rows / plan.batch.n_rows * epochs / 3600
+                args = plan.recipe.training_config()
+                n_steps = n_rows / args.per_device_train_batch_size * args.num_train_epochs
+                found["time"]["hours"] = seconds.step * n_steps / 3600
         return found
 
 

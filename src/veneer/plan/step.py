@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from veneer.errors import DescriptionError
 from veneer.model.blueprint.describe import blocks_of
-from veneer.train.loss import token_loss
+from veneer.plan.losses import Loss, trained_tokens
 
 Mark = Callable[[str], None]
 
@@ -69,12 +69,13 @@ class Step:
         inputs: Mapping[str, Tensor],
         mark: Mark,
         *,
+        loss: Loss = trained_tokens,
         max_grad_norm: float = 0.0,
         offload: Any = None,
         after_backward: Callable[[], None] = lambda: None,
     ) -> None:
         self.model, self.optimizer, self.inputs, self.mark = model, optimizer, inputs, mark
-        self.max_grad_norm, self.offload = max_grad_norm, offload
+        self.loss, self.max_grad_norm, self.offload = loss, max_grad_norm, offload
         self.after_backward = after_backward
         self._forward = False
         self._parameters = [p for p in model.parameters() if p.requires_grad]
@@ -84,11 +85,9 @@ class Step:
         self.mark("forward.embeddings")
         self._forward = True
         with self.offload or nullcontext():
-            counted = token_loss(self.model, dict(self.inputs))
-        loss = counted.total / counted.n_tokens.clamp(min=1)
+            loss = self.loss(self.model, dict(self.inputs))
         self._forward = False
         self.mark("backward.loss")
-        del counted
         loss.backward()  # type: ignore[no-untyped-call]
         del loss
         self.after_backward()

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from veneer.model.checkpointing import checkpoint_fully, checkpoint_selectively
-from veneer.model.fused.decoder import fuse_as_described
+from veneer.model.fused.decoder import fuse_as_described, is_fused
 from veneer.model.offload import ActivationOffload
 from veneer.model.quant_linear import QuantLinear
 from veneer.ops.traced import tracing
 from veneer.plan.live import LiveBytes, Peak, peaks
+from veneer.plan.losses import Loss, loss_of, trained_tokens
 from veneer.plan.model import traced_model
 from veneer.plan.step import Batch, Step, as_accelerate
 from veneer.plan.work import CountWork, Work
@@ -42,7 +43,7 @@ class Shallow:
     work: Work
     n_trained: int
     n_parameters: int
-    largest_matrix: int
+    largest_coded: int
     not_fused: str | None
 
 
@@ -56,22 +57,21 @@ def trace(config: PreTrainedConfig, recipe: Recipe, batch: Batch, isa: str | Non
         model = traced_model(config, recipe.model, recipe.adapter_config())
         args = recipe.training_config()
         not_fused = prepare(model, args)
-        optimizer = make_optimizer(model, args)
+        optimizer, loss = make_optimizer(model, args), loss_of(recipe.task, model, args)
         with live, counted:
             for tensor, kind in kinds_of(model):
                 live.hold(tensor, kind)
             held = peaks(live.events, live.kinds, kind_under)["load"]
-            run_steps(model, optimizer, batch, args, live, counted)
+            run_steps(model, optimizer, batch, args, live, loss=loss, counted=counted)
     found = {mark: peak for mark, peak in peaks(live.events, live.kinds, kind_under).items() if FIRST not in mark}
-    parameters = list(model.parameters())
     return Shallow(
         n_blocks=config.get_text_config().num_hidden_layers,
         peaks={mark: peak for mark, peak in found.items() if mark not in ("load", "done")},
         held=held,
         work=counted.work,
-        n_trained=sum(p.numel() for p in parameters if p.requires_grad),
+        n_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         n_parameters=n_parameters(model),
-        largest_matrix=max(p.numel() for p in (*parameters, *_dense_sizes(model))),
+        largest_coded=max(_coded(model), default=0),
         not_fused=not_fused,
     )
 
@@ -114,15 +114,21 @@ def run_steps(
     batch: Batch,
     args: SFTConfig,
     live: LiveBytes,
+    *,
+    loss: Loss = trained_tokens,
     counted: CountWork | None = None,
 ) -> None:
     """Two steps, of which the second has the optimizer's state; ``live`` learns what is of which kind."""
     offload = ActivationOffload(model, "disk") if args.activation_offloading else nullcontext()
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     number = 0
+    selective = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("selective")
+    watches = bool(selective) and not is_fused(model)
 
     def mark(name: str) -> None:
         live.mark(f"{FIRST}{name}" if number == 0 else name)
+        if counted is not None:
+            counted.watched = watches and name.startswith("forward.block")
 
     def gradients() -> None:
         for parameter in model.parameters():
@@ -131,7 +137,7 @@ def run_steps(
 
     vocabulary = model.config.get_text_config().vocab_size
     step = Step(
-        model, optimizer, batch.inputs(vocabulary), mark,
+        model, optimizer, batch.inputs(vocabulary), mark, loss=loss,
         max_grad_norm=args.max_grad_norm or 0.0, offload=offload, after_backward=gradients,
     )  # fmt: skip
     with as_accelerate(model, dtype), step.marked():
@@ -186,14 +192,8 @@ def kinds_of(model: PreTrainedModel) -> Iterator[tuple[Tensor, str]]:
 
 def n_parameters(model: nn.Module) -> int:
     """Values of the base and its adapters; a coded matrix counts with its values, not with its bytes."""
-    coded = sum(m.out_features * m.in_features for m in model.modules() if isinstance(m, QuantLinear))
-    return coded + sum(p.numel() for p in model.parameters())
+    return sum(_coded(model)) + sum(p.numel() for p in model.parameters())
 
 
-class _Sized(int):
-    def numel(self) -> int:
-        return int(self)
-
-
-def _dense_sizes(model: nn.Module) -> Iterator[Any]:
-    return (_Sized(m.out_features * m.in_features) for m in model.modules() if isinstance(m, QuantLinear))
+def _coded(model: nn.Module) -> Iterator[int]:
+    return (m.out_features * m.in_features for m in model.modules() if isinstance(m, QuantLinear))

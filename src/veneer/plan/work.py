@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_iter
 
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.mm.default: 0, _aten.bmm.default: 0, _aten.addmm.default: 1, _aten.baddbmm.default: 1}
-_PRODUCTS |= {_aten.mm.out: 0, _aten.addmm_.default: 1, _aten.addmm.out: 1}
+_PRODUCTS |= {_aten.mm.out: 0, _aten.addmm_.default: 1, _aten.addmm.out: 1, _aten._grouped_mm.default: 0}
 _SILENT = {
     "view",
     "_unsafe_view",
@@ -57,13 +57,17 @@ class Product:
 
 @dataclass(slots=True)
 class Work:
-    """Sums over a step. ``attention`` is in FLOPs, ``moved`` in bytes, ``n_ops`` counts what torch's dispatcher saw."""
+    """Sums over a step. Attention is in FLOPs, by the kernel and by torch; ``moved`` in bytes; ``n_ops`` counts what
+    torch's dispatcher saw, ``n_watched`` those that selective checkpointing looked at.
+    """
 
     products: Counter[Product] = field(default_factory=Counter)
     attention: float = 0.0
+    torch_attention: float = 0.0
     decoded: float = 0.0
     moved: float = 0.0
     n_ops: float = 0
+    n_watched: float = 0
 
     def plus(self, other: Work, times: float) -> Work:
         """This and so many of the other."""
@@ -73,25 +77,29 @@ class Work:
         return Work(
             products,
             self.attention + times * other.attention,
+            self.torch_attention + times * other.torch_attention,
             self.decoded + times * other.decoded,
             self.moved + times * other.moved,
             self.n_ops + times * other.n_ops,
+            self.n_watched + times * other.n_watched,
         )
 
     @property
     def flops(self) -> float:
         """All arithmetic of products and attention."""
-        return self.attention + sum(product.flops * n for product, n in self.products.items())
+        return self.attention + self.torch_attention + sum(product.flops * n for product, n in self.products.items())
 
 
 class CountWork(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts while ``on``; kernels that are not run are told to `kernel`."""
+    """Counts while ``on``; kernels that are not run are told to `kernel`. ``watched``: selective checkpointing looks at
+    each op now, and will again when it is computed again.
+    """
 
     is_silent = True
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.work, self.on = Work(), False
+        self.work, self.on, self.watched = Work(), False, False
 
     def kernel(self, name: str, arguments: tuple[Any, ...]) -> None:
         """A kernel that a traced step would have run."""
@@ -119,15 +127,20 @@ class CountWork(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _count(self, func: Any, args: Any, out: Any) -> None:
         name = func.name().removeprefix("aten::").split(".")[0]
         self.work.n_ops += 1
+        self.work.n_watched += 2 * self.watched
         if func in _PRODUCTS:
             a, b = args[_PRODUCTS[func]], args[_PRODUCTS[func] + 1]
             batch = a.shape[0] if a.ndim == 3 else 1
             dtype = str(a.dtype).removeprefix("torch.")
             self.work.products[Product(a.shape[-2], a.shape[-1], b.shape[-1], dtype, batch)] += 1
+        elif name.startswith("veneer::product_"):  # with codes, where checkpointing watches the dispatcher
+            x, n = args[0], out.shape[-1]
+            self.work.products[Product(x.numel() // x.shape[-1], x.shape[-1], n, "bfloat16")] += 1
+            self.work.decoded += x.shape[-1] * n
         elif name.startswith("_scaled_dot_product"):
             q = args[1] if "backward" in name else args[0]
             b, h, t, d = q.shape
-            self.work.attention += (10 if "backward" in name else 4) * b * h * t * t * d / 2
+            self.work.torch_attention += (10 if "backward" in name else 4) * b * h * t * t * d / 2
         elif name.startswith(("empty", "new_empty")):
             self.work.moved += KERNEL_TOUCHES * _bytes(out)
         elif name not in _SILENT:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -14,7 +15,11 @@ import pytest
         (["--memory", "4GB"], ["--memory is read by --serve alone"]),
         (["--write", "best.yaml"], ["--write is read by --fit alone"]),
         (["--advice", "--png", "p.png", "--processes", "3"], ["--png is not read by --advice", "--processes is not"]),
-        (["--advice", "--rows", "0"], ["--rows 0 must be at least 1"]),
+        (["--advice", "--rows", "0", "--tokens", "-3"], ["--rows 0 must be at least 1", "--tokens -3 must be"]),
+        (["--task", "code", "--tokens", "7"], ["--tokens is read by --advice alone", "--task is read by --advice"]),
+        (["--advice", "--rank", "7"], ["--rank is not read by --advice: leave it out"]),
+        (["--strategy", "fsdp"], ["--strategy fsdp is of several processes: add --processes N"]),
+        (["--serve", "--no-time"], ["--no-time is not read by --serve"]),
         (["--method", "dora"], ["use --set adapter.method=dora"]),
     ],
 )
@@ -23,3 +28,13 @@ def test_options_that_nothing_reads_are_told(veneer: Any, options: list[str], to
     done = veneer("plan", what, *options)
     said = " ".join(done.stderr.split())
     assert (done.exit_code, [part for part in told if part not in said]) == (2, [])
+
+
+def test_advice_counts_the_adapter_that_it_advises_and_cuts_no_key(veneer: Any) -> None:
+    done = veneer("plan", "smollm2-135m", "--advice", "--task", "rl", "--rows", "1009", "--set", "adapter.method=ia3")
+    assert done.exit_code == 0
+    assert "adapter.r: 8  (medium)" in done.stdout
+    assert "2,442,240 parameters" in " ".join(done.stdout.split())  # rank 8 on all linear layers
+    assert "training.per_device_train_batch_size: 32" in done.stdout
+    told = json.loads(veneer("plan", "smollm2-135m", "--advice", "--json").stdout)
+    assert {each["key"]: each["value"] for each in told}["adapter.method"] == "lora"

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from tests.unit.plan.conftest import Make
 
-from veneer.cli.plan import bytes_from
+from veneer.cli.plan_options import bytes_from
 from veneer.errors import ConfigError
 from veneer.plan.advice import advise
 from veneer.plan.live import Peak
@@ -20,9 +20,9 @@ LLAMA_3_8B = 41_943_040 // 16
 
 
 def test_rank_follows_tokens_and_task() -> None:
-    values = {task: advise(task, 100_000, 400, LLAMA_3_8B)[0].value for task in ("instruction", "code", "rl")}
+    values = {task: advise(task, 100_000, 400, LLAMA_3_8B)[1].value for task in ("instruction", "code", "rl")}
     assert values == {"instruction": 16, "code": 256, "rl": 8}
-    wins = advise("pretraining", 40_000_000, 500, LLAMA_3_8B)[0]
+    wins = advise("pretraining", 40_000_000, 500, LLAMA_3_8B)[1]
     assert wins.value == 256
     assert "full fine-tuning wins" in wins.reason
     assert all(each.source and each.confidence in ("high", "medium", "low") for each in advise("math", 7, 11, 13))

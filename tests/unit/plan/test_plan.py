@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
+from tests.models import byte_tokenizer
 from tests.unit.plan.conftest import Make
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig, T5Config
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, T5Config
 
+from veneer import DPOTrainer
 from veneer.errors import ConfigError
 from veneer.plan.architecture import config_of
 from veneer.plan.live import LiveBytes, peaks
+from veneer.plan.losses import require_planned
 from veneer.plan.measure import measured_model
 from veneer.plan.plan import as_json, batch_of, count_trained, plan_recipe
 from veneer.plan.serving import serving_of
 from veneer.plan.trace import FIRST, kind_under, kinds_of, make_optimizer, prepare, run_steps
 from veneer.plan.work import CountWork
-from veneer.train.recipe.recipe import Recipe
+from veneer.train.recipe.recipe import Recipe, parse_recipe
 
 SETTINGS: dict[str, tuple[dict[str, Any] | None, dict[str, Any], dict[str, Any]]] = {
     "dense": (None, {}, {}),
@@ -106,6 +111,70 @@ def test_blocks_that_differ_are_all_traced(recipe: Make) -> None:
     assert plan.n_parameters - plan.n_trained == sum(p.numel() for p in base.parameters())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("fused", ["auto", "off"])
+def test_a_mixture_of_experts_is_planned_in_every_dtype(dtype: str, fused: str, recipe: Make, tmp_path: Path) -> None:
+    config = MixtralConfig(
+        vocab_size=131, hidden_size=48, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=5, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(7)
+    MixtralForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(tmp_path / "mixture")
+    wanted = recipe(None, {"source": str(tmp_path / "mixture"), "dtype": dtype}, fused=fused)
+    planned = plan_recipe(wanted)
+    assert planned.peak.n_bytes == pytest.approx(real_peak(wanted), rel=0.01)
+    experts = 2 * 2 * 3 * 2 * 2 * 40 * 48 * 69  # multiply-adds, both passes, matrices, blocks, experts a token
+    assert planned.work.flops > experts
+
+
+@pytest.mark.parametrize("fused", ["auto", "off"])
+def test_a_step_of_preferences_is_that_of_its_trainer(fused: str, recipe: Make, tiny: Path) -> None:
+    wanted = parse_recipe(recipe(max_length=23, fused=fused).model_dump(exclude_unset=True) | {"task": "dpo"})
+    planned = plan_recipe(wanted, whole=True)
+    assert planned.batch.n_rows == 2 * 3
+    rows = Dataset.from_list([{"prompt": "a", "chosen": "bb", "rejected": "c"}] * 5)
+    args = wanted.training_config()
+    args.use_cpu, args.report_to = True, []
+    live = LiveBytes()
+    trainer = DPOTrainer(
+        AutoModelForCausalLM.from_pretrained(tiny), args=args, train_dataset=rows, processing_class=byte_tokenizer(),
+        peft_config=wanted.adapter_config(),
+    )  # fmt: skip
+    inputs = planned.batch.inputs(trainer.model.config.vocab_size)
+    mask = torch.ones_like(inputs["input_ids"])
+    given = {"input_ids": inputs["input_ids"], "attention_mask": mask, "completion_mask": mask}
+    with trainer.fusing(), live:
+        for tensor, kind in kinds_of(trainer.model):
+            live.hold(tensor, kind)
+        trainer.training_step(trainer.model_wrapped.train(), given)
+    found = peaks(live.events, live.kinds, kind_under)
+    phases = [planned.phases[phase].n_bytes for phase in ("forward", "loss", "backward")]
+    state = planned.peak.kinds["optimizer state"]
+    assert max(phases) - state == pytest.approx(max(peak.n_bytes for peak in found.values()), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("task", "method", "told"),
+    [
+        ("reward", "lora", "task reward is not planned.*a head of its own.*--set task=sft"),
+        ("grpo", "lora", "task grpo is not planned.*answers that are drawn"),
+        ("dpo", "full", "task dpo of a whole model is not planned.*a copy of the model"),
+    ],
+)
+def test_tasks_that_are_not_planned_are_told(task: str, method: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        require_planned(task, method)
+
+
+def test_the_reference_costs_a_pass_and_a_score_computed_before_does_not(recipe: Make) -> None:
+    values = recipe().model_dump(exclude_unset=True) | {"task": "kto"}
+    flops = {}
+    for loss, before in (("kto", False), ("apo_zero_unpaired", False), ("apo_zero_unpaired", True)):
+        values["training"] |= {"loss_type": loss, "precompute_ref_log_probs": before}
+        flops[loss, before] = plan_recipe(parse_recipe(values)).work.flops
+    assert flops["kto", False] > 1.5 * flops["apo_zero_unpaired", False] > 1.5 * flops["apo_zero_unpaired", True]
+
+
 def test_adapters_of_some_blocks_are_counted_where_they_are(recipe: Make) -> None:
     wanted = recipe({"method": "lora", "r": 5, "layers_to_transform": [4]})
     short, whole = plan_recipe(wanted), plan_recipe(wanted, whole=True)
@@ -123,6 +192,14 @@ def test_models_that_are_no_causal_language_models_are_told(recipe: Make) -> Non
     ):
         with pytest.raises(ConfigError, match=r"no causal language model .*model_type t5.*AutoModelForCausalLM builds"):
             ask()
+
+
+def test_products_with_codes_count_where_checkpointing_watches_them(recipe: Make) -> None:
+    dense, coded = (
+        plan_recipe(recipe(None, {"quantization": kind}, fused="off", gradient_checkpointing="selective"))
+        for kind in ("none", "nf4")
+    )
+    assert coded.work.flops == pytest.approx(dense.work.flops, rel=0.02)
 
 
 def test_views_move_nothing_and_ops_whose_names_begin_alike_do() -> None:

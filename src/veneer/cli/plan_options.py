@@ -1,0 +1,57 @@
+"""Options of ``veneer plan``: sizes with units, and which question reads which option."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from veneer.errors import ConfigError
+
+_UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+PLAN, FIT, SERVE, ADVICE = "the plan itself", "--fit", "--serve", "--advice"
+READ_BY = {
+    "--method": (PLAN, FIT, SERVE),
+    "--rank": (PLAN, FIT, SERVE),
+    "--targets": (PLAN, FIT, SERVE),
+    "--quantization": (PLAN, FIT, SERVE),
+    "--length": (PLAN, FIT),
+    "--batch": (PLAN, FIT),
+    "--write": (FIT,),
+    "--card": (PLAN, FIT, SERVE),
+    "--memory": (SERVE,),
+    "--processes": (PLAN,),
+    "--strategy": (PLAN,),
+    "--rows": (PLAN, ADVICE),
+    "--tokens": (ADVICE,),
+    "--task": (ADVICE,),
+    "--png": (PLAN,),
+    "--no-time": (PLAN, FIT),
+}
+
+
+def bytes_from(text: str, option: str) -> int:
+    """``24GB``, ``80GiB``, ``500 MB`` as bytes. Raises ConfigError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    unit = None if match is None else _UNITS.get(match[2].upper())
+    if match is None or unit is None or float(match[1]) <= 0:
+        raise ConfigError(f"{option} {text!r} is no size: write a number above 0 with MB, GB, MiB or GiB, such as 24GB")
+    return int(float(match[1]) * unit)
+
+
+def unread(asked: Mapping[str, bool], given: Mapping[str, Any]) -> list[str]:
+    """Say which of the ``given`` options (None: not given) the ``asked`` question reads nothing of."""
+    chosen = [name for name, is_asked in asked.items() if is_asked]
+    found = []
+    if len(chosen) > 1:
+        found.append(f"{' and '.join(chosen)} answer questions of their own: give one of them")
+    reads = chosen or [PLAN]
+    for option, value in given.items():
+        readers = READ_BY[option]
+        if value is None or any(mode in readers for mode in reads):
+            continue
+        if chosen and PLAN in readers:
+            found.append(f"{option} is not read by {chosen[0]}: leave it out")
+        else:
+            found.append(f"{option} is read by {readers[0]} alone: add {readers[0]}, or leave it out")
+    return found

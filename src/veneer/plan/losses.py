@@ -1,0 +1,81 @@
+"""The loss of each task's step: its forward passes over a micro-batch, in the order in which the trainer makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from veneer.errors import ConfigError
+from veneer.train.loss import token_loss
+from veneer.train.preference.reference import Reference
+from veneer.train.preference.scores import ScoredModel, Scoring
+
+Loss = Callable[[PreTrainedModel, dict[str, Tensor]], Tensor]
+
+ROWS = {"sft": 1, "dpo": 2, "kto": 1}
+"""The tasks that are planned, with the rows that a row of their data becomes in a batch."""
+_NOT_PLANNED = {
+    "reward": "a head of its own in place of the vocabulary's",
+    "grpo": "answers that are drawn between the steps",
+    "rloo": "answers that are drawn between the steps",
+}
+
+
+def require_planned(task: str, method: str) -> None:
+    """Raise ConfigError for a task whose step is not planned, with the reason and what comes nearest."""
+    if task in _NOT_PLANNED:
+        raise ConfigError(
+            f"task {task} is not planned, for its step has {_NOT_PLANNED[task]}: planned are {', '.join(ROWS)}. "
+            "--set task=sft plans a step of as many rows, without that"
+        )
+    if task != "sft" and method == "full":
+        raise ConfigError(
+            f"task {task} of a whole model is not planned, for it keeps a copy of the model as reference: --set "
+            "task=sft plans the step without that"
+        )
+
+
+def loss_of(task: str, model: PreTrainedModel, args: Any) -> Loss:
+    """The loss of a recipe's step on a model that is made ready for it, its reference among it."""
+    if task == "sft":
+        return trained_tokens
+    reference = None if args.precompute_ref_log_probs else Reference(model, Scoring(details=False), fresh=True)
+    passes = pairs if task == "dpo" else labelled
+    return lambda model, inputs: passes(model, reference, inputs, args)
+
+
+def trained_tokens(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    """The mean over the trained tokens."""
+    counted = token_loss(model, inputs)
+    return counted.total / counted.n_tokens.clamp(min=1)
+
+
+def pairs(model: PreTrainedModel, reference: Reference | None, inputs: dict[str, Tensor], args: Any) -> Tensor:
+    """DPO's, of rows whose first half is preferred to the second (Rafailov et al. 2023, arXiv:2305.18290, eq. 7)."""
+    scored = ScoredModel(model, Scoring(collision=bool(args.use_weighting)))(**inputs, fused_lm_head=True)
+    ratio = scored.log_probs.sum(dim=1) - _referred(reference, inputs)
+    chosen, rejected = ratio.chunk(2)
+    return -nn.functional.logsigmoid(args.beta * (chosen - rejected)).mean()
+
+
+def labelled(model: PreTrainedModel, reference: Reference | None, inputs: dict[str, Tensor], args: Any) -> Tensor:
+    """KTO's, of rows that are all wanted (Ethayarajh et al. 2024, arXiv:2402.01306), both passes of its KL term
+    among it where the loss has one.
+    """
+    scored, divergence = ScoredModel(model, Scoring()), torch.zeros(())
+    if args.loss_type == "kto":
+        with torch.no_grad():
+            divergence = scored(**inputs, fused_lm_head=True).log_probs.sum(dim=1)
+    ratio = scored(**inputs, fused_lm_head=True).log_probs.sum(dim=1) - _referred(reference, inputs)
+    if args.loss_type == "kto":
+        divergence = (divergence - _referred(reference, inputs)).mean().clamp(min=0)
+    return 1 - torch.sigmoid(args.beta * (ratio - divergence)).mean()
+
+
+def _referred(reference: Reference | None, inputs: dict[str, Tensor]) -> Tensor | float:
+    """The log-probabilities of the reference; where they were computed once in front of the run, nothing is."""
+    return 0.0 if reference is None else reference(**inputs, fused_lm_head=True).log_probs.sum(dim=1)

@@ -1,0 +1,38 @@
+"""Settings that fit a budget: within it with room to spare, the cheapest first, and what is missing where none fits."""
+
+from __future__ import annotations
+
+import pytest
+from tests.unit.plan.conftest import Make
+
+from veneer.errors import ConfigError
+from veneer.plan.architecture import config_of
+from veneer.plan.fit import SPARE, changed, fits
+from veneer.plan.plan import Plan, plan_recipe
+
+
+def bytes_of(plan: Plan) -> int:
+    return plan.peak.n_bytes
+
+
+def test_settings_fit_with_room_to_spare_and_the_cheapest_comes_first(recipe: Make) -> None:
+    wanted = recipe(per_device_train_batch_size=6)
+    config = config_of(wanted.model.source)
+    budget = int(0.8 * plan_recipe(wanted).peak.n_bytes)
+    found = fits(wanted, config, budget, bytes_of, lambda plan: plan.work.flops)
+    costs = [fit.seconds_a_token for fit in found]
+    assert costs == sorted(costs)
+    for fit in found:
+        again = changed(wanted, fit.changes)
+        args = again.training_config()
+        assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 6
+        assert fit.n_bytes == plan_recipe(again).peak.n_bytes <= budget / (1 + SPARE)
+    exact = plan_recipe(wanted).peak.n_bytes
+    tight = fits(wanted, config, exact + 1, bytes_of, lambda plan: plan.work.flops)
+    assert all(fit.changes for fit in tight)  # the recipe as it is fits, but with nothing to spare
+
+
+def test_what_is_missing_is_told_where_nothing_fits(recipe: Make) -> None:
+    wanted = recipe()
+    with pytest.raises(ConfigError, match=r"nothing fits .*quantization=nf4.*one row of 23 tokens.*fsdp"):
+        fits(wanted, config_of(wanted.model.source), 1009, bytes_of, lambda plan: plan.work.flops)
