@@ -3,6 +3,8 @@
 Configs are left out: what a user may pass is checked by the configs themselves, and tested as such.
 Triton's kernels are left out too: Triton reads their source, and no other decorator may stand between.
 They run in Triton's interpreter, on any machine.
+So is the dispatch of traced tensors: it declares no shapes, and functions that it makes for each op would be wrapped anew
+each time (a traced step then takes several times as long).
 """
 
 import os
@@ -22,7 +24,7 @@ CHECKED = [
     "core.records",
     "core.sites",
     "core.token_rows",
-    *(f"ops.{path.stem}" for path in sorted(OPS.iterdir()) if path.stem not in ("__init__", "triton")),
+    *(f"ops.{path.stem}" for path in sorted(OPS.iterdir()) if path.stem not in ("__init__", "triton", "traced")),
     "quant",
 ]
 

@@ -140,6 +140,7 @@ def test_a_step_of_preferences_is_that_of_its_trainer(fused: str, recipe: Make, 
         AutoModelForCausalLM.from_pretrained(tiny), args=args, train_dataset=rows, processing_class=byte_tokenizer(),
         peft_config=wanted.adapter_config(),
     )  # fmt: skip
+    trainer.current_gradient_accumulation_steps = 1  # as its loop sets it
     inputs = planned.batch.inputs(trainer.model.config.vocab_size)
     mask = torch.ones_like(inputs["input_ids"])
     given = {"input_ids": inputs["input_ids"], "attention_mask": mask, "completion_mask": mask}
