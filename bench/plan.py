@@ -5,7 +5,7 @@ steps alone, of which the last two are timed. Live bytes must be within 1%, the 
 the exit code is 1 where one is not. Seconds are planned and judged where ``--time`` asks for them (a quiet machine: the
 rates are measured too), and no high water then.
 
-    python bench/plan.py [--model NAME|FOLDER] [--rows 2] [--length 128] [--only 0 5 7] [--time]
+    python bench/plan.py [--model NAME|FOLDER|random-qwen2] [--rows 2] [--length 128] [--only 0 5 7] [--time]
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 PATHS = ("auto", "off")
@@ -43,6 +45,20 @@ def settings() -> list[dict[str, Any]]:
         for kind in ("none", "nf4")
     ]
     return found
+
+
+def random_qwen2(folder: Path) -> str:
+    """A model of another family, with biases and random weights (59 M), written into a folder; its name."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=32768, hidden_size=512, intermediate_size=1536, num_hidden_layers=14, num_attention_heads=8,
+        num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return str(folder)
 
 
 def recipe_of(setting: dict[str, Any], model: str, rows: int, length: int) -> Any:
@@ -163,12 +179,15 @@ def main() -> int:
     heads = ("s, planned", "s", "off") if options.time else (
         "live MB, planned", "counted", "off", "process MB, planned", "high water", "off",
     )  # fmt: skip
-    print(f"| | setting | {' | '.join(heads)} |\n{'| --- ' * (2 + len(heads))}|")
+    print(f"| | setting | {' | '.join(heads)} |\n{'| --- ' * (2 + len(heads))}|", flush=True)
     good = True
-    for number in options.only:
-        told, near = row(number, options)
-        print(told, flush=True)
-        good = good and near
+    with tempfile.TemporaryDirectory() as folder:
+        if options.model == "random-qwen2":
+            options.model = random_qwen2(Path(folder))
+        for number in options.only:
+            told, near = row(number, options)
+            print(told, flush=True)
+            good = good and near
     return int(not good)
 
 

@@ -104,7 +104,8 @@ def shown(plan: Plan, facts: dict[str, Any]) -> Group:
         f"{plan.recipe.model.source}, {plan.recipe.method}, base in "
         f"{'its own dtype' if plan.recipe.model.quantization == 'none' else plan.recipe.model.quantization}: "
         f"{plan.n_trained:,} of {plan.n_parameters:,} parameters trained ({share:.2%}); "
-        f"{batch.n_rows} rows of {batch.length:,} tokens{', packed' if batch.packed else ''}"
+        f"{batch.n_rows} row{'s' if batch.n_rows > 1 else ''} of {batch.length:,} tokens"
+        f"{', packed' if batch.packed else ''}"
     )
     lines: list[Any] = [head]
     if plan.not_fused:
