@@ -3,8 +3,8 @@
 Configs are left out: what a user may pass is checked by the configs themselves, and tested as such.
 Triton's kernels are left out too: Triton reads their source, and no other decorator may stand between.
 They run in Triton's interpreter, on any machine.
-So is the dispatch of traced tensors: it declares no shapes, and functions that it makes for each op would be wrapped anew
-each time (a traced step then takes several times as long).
+So is the dispatch of traced tensors left out: it declares no shapes, and functions that it makes for each op would be
+wrapped anew each time (a traced step then takes several times as long).
 """
 
 import os
