@@ -39,6 +39,23 @@ def test_a_streamed_run_goes_on_at_its_row(streamed: TinyProject, step: int) -> 
     assert len(logs[0]) == 23
 
 
+def test_an_epoch_that_was_evaluated_is_not_evaluated_again(streamed: TinyProject) -> None:
+    path = streamed.folder / "recipe.yaml"
+    recipe = yaml.safe_load(path.read_text())
+    recipe["data"]["eval"] = "rows.jsonl"
+    recipe["training"] |= {"eval_strategy": "epoch", "save_strategy": "epoch", "early_stopping_patience": 1}
+    path.write_text(yaml.safe_dump(recipe))
+    broken = streamed.start(slow=True)
+    broken.wait_for("step 14/")
+    broken.processes[0].kill()
+    assert broken.ended() == [-signal.SIGKILL]
+    streamed.run("--resume")
+    streamed.run("--set", f"output={streamed.folder / 'whole'}")
+    logs = [[line["step"] for line in streamed.log(name) if "eval_loss" in line] for name in ("run", "whole")]
+    assert logs[0] == logs[1]
+    assert len(logs[0]) > 2
+
+
 def test_streamed_rows_of_another_file_are_refused(streamed: TinyProject) -> None:
     streamed.run("--set", "training.max_steps=3")
     rows = streamed.folder / "rows.jsonl"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import logging
 import os
 import secrets
 import shutil
@@ -15,6 +16,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from veneer.errors import DiskError
+
+log = logging.getLogger(__name__)
 
 try:
     import fcntl
@@ -97,11 +100,17 @@ def drop_leftovers(parent: Path, name: str) -> None:
 
 
 def drop_folder(target: Path) -> None:
-    """Remove a folder; half of it never stands under its name, and what a crash leaves is a leftover of it."""
+    """Remove a folder as a whole: it loses its name first, so that a crash leaves no half of it under that name.
+
+    One that cannot be removed (its disk is read-only, say) stays, with a warning.
+    """
     scratch = target.with_name(f".{target.name}{_PARTIAL}{os.getpid()}-{secrets.token_hex(4)}")
     try:
         target.rename(scratch)
     except FileNotFoundError:
+        return
+    except OSError as error:
+        log.warning("%s cannot be removed and stays: %s", target, error)
         return
     shutil.rmtree(scratch, ignore_errors=True)
 

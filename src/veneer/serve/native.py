@@ -306,7 +306,7 @@ class Stretch:
                 self.writes[each] = None
         self._laid = (-1, -1)
         self._numbers: list[int] = []
-        self._written: dict[str, Any] = {}
+        self._written: dict[Register, Any] = {}
 
     def __call__(self, step: Step, frame: Frame) -> None:
         if not self.place:
@@ -325,13 +325,13 @@ class Stretch:
         """
         if self._laid != (n, self.native.n_moves):
             self._lay(n)
-        frame.update(self._written)
-        for register in self.reads:
-            rows = self._given(frame, register, n)
+        given = {register: self._given(frame, register, n) for register in self.reads}
+        for register, rows in given.items():
             first = 2 * self.native.first_of(register)
             self._numbers[first : first + 2 * len(rows)] = places(rows)
-            if register in self.writes:
-                frame[register.name] = rows if register.name in LISTS else rows[0]
+        for register in self.writes:  # of one name those written last stand last
+            rows = given.get(register) or self._written[register]
+            frame[register.name] = rows if register.name in LISTS else rows[0]
         return self._numbers
 
     def _lay(self, n: int) -> None:
@@ -342,18 +342,18 @@ class Stretch:
             if register not in self.reads:
                 rows, first = native.rows_of(register, n), 2 * native.first_of(register)
                 self._numbers[first : first + 2 * len(rows)] = places(rows)
-                self._written[register.name] = rows if register.name in LISTS else rows[0]
+                self._written[register] = rows
         self._laid = (n, native.n_moves)
 
     def _given(self, frame: Frame, register: Register, n: int) -> list[Tensor]:
         """Tensors of rows whose last axis is contiguous, looked at before C++ reads their memory."""
         given, dtype = frame[register.name], self.native.program.dtype
         rows = [given] if isinstance(given, Tensor) else list(given)
-        for x in rows:
-            if len(x) != n or x.dtype != dtype:
+        for x, width in zip(rows, register.widths, strict=True):
+            if x.shape != (n, width) or x.dtype != dtype:
                 raise ShapeError(
                     f"register {register.name!r} holds {tuple(x.shape)} in {_said(x.dtype)}, and a step takes "
-                    f"({n}, width) in {_said(dtype)}"
+                    f"({n}, {width}) in {_said(dtype)}"
                 )
         return [x if x.stride(1) == 1 else x.contiguous() for x in rows]
 

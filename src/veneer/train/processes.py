@@ -46,7 +46,7 @@ def together() -> Iterator[None]:
         if n_processes() == 1:
             raise
         if _is_loss_of_another(error):
-            raise _loss() from error
+            raise _loss(error) from error
         if not is_main():
             _leave_word(error)
         raise
@@ -62,17 +62,18 @@ def _leave_word(error: BaseException) -> None:
     signal = error.number if isinstance(error, Interrupted) else None
     told = f"process {distributed.get_rank()} has ended: {str(error) or type(error).__name__}"
     with suppress(RuntimeError):  # the main process, which keeps what is said, is gone itself
-        _store().set(_WORD, json.dumps({"signal": signal, "told": told}))
+        _store().compare_set(_WORD, "", json.dumps({"signal": signal, "told": told}))  # the first word stands
 
 
-def _loss() -> BaseException:
+def _loss(error: BaseException) -> BaseException:
     with suppress(RuntimeError):
         if is_main() and _store().check([_WORD]):
             word = json.loads(_store().get(_WORD))
             return TrainingError(word["told"]) if word["signal"] is None else Interrupted(word["signal"])
     return TrainingError(
-        "another process of this run has ended without a word (killed, out of memory, or its machine went down). What "
-        "checkpoints there are stay: --resume goes on from the last one"
+        "another process of this run has ended without a word (killed, out of memory, or its machine went down), or no "
+        "longer answers. What checkpoints there are stay: --resume goes on from the last one. What was heard of it: "
+        + str(error).strip().partition("\n")[0]
     )
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import IntervalStrategy, has_length
 
 from veneer.adapters.peft_model import PeftModel
@@ -37,6 +37,17 @@ from veneer.train.processes import by_main, gathered
 from veneer.train.progress import Progress
 from veneer.train.pushing import failures_to_push_told
 from veneer.train.schedule import AdapterSchedule, save_schedules
+
+
+class EpochEnds(TrainerCallback):  # type: ignore[misc]
+    """Counts a whole epoch as over in the checkpoints that are written behind its end."""
+
+    def __init__(self, trainer: ResumableTrainer) -> None:
+        self._trainer = trainer
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if not control.should_training_stop and state.global_step < state.max_steps:
+            self._trainer.epoch = (self._trainer.epoch[0] + 1, state.global_step)
 
 
 class ResumableTrainer(Trainer):  # type: ignore[misc]
@@ -137,10 +148,13 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
     def _misses_evaluation(self, options: Mapping[str, Any]) -> bool:
         """True where the checkpoint is of an epoch's last step, and was written before the evaluation at its end."""
         step, begins = self.state.global_step, options["epoch"] == options["epochs_trained"]
-        at_end = options["steps_trained_in_current_epoch"] == 0 or step >= self.state.max_steps
-        if self.args.eval_strategy != IntervalStrategy.EPOCH or not (step and begins and at_end):
+        at_end = options["steps_trained_in_current_epoch"] == 0 and not self.args.ignore_data_skip
+        at_end = at_end or step >= self.state.max_steps
+        wanted = self.args.eval_strategy == IntervalStrategy.EPOCH and (self.args.eval_delay or 0) <= self.state.epoch
+        if not (wanted and step and begins and at_end):
             return False
-        return not any(line["step"] == step and "eval_loss" in line for line in self.state.log_history)
+        lines = [line for line in self.state.log_history if line["step"] == step]
+        return not any(key.startswith("eval_") and key.endswith("loss") for line in lines for key in line)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.store_flos()
@@ -166,10 +180,25 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
             for name, content in files:
                 (folder / name).write_bytes(content)
         if self.args.push_to_hub:
+            self._tell_failed_uploads()
             with failures_to_push_told(self.hub_model_id, target):
                 self._push_from_checkpoint(str(target))
         best_path = Path(self.state.best_model_checkpoint) if self.state.best_model_checkpoint else None
         drop_old(run, self.args.save_total_limit, best_path)
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        self._tell_failed_uploads()
+
+    def _tell_failed_uploads(self) -> None:
+        """Warn of uploads of checkpoints, which go on beside training, that have failed; each is told once."""
+        current = getattr(self, "push_in_progress", None)
+        if current is None or not current.is_done():
+            return
+        self.push_in_progress = None
+        for upload in current.jobs:
+            with failures_to_push_told(self.hub_model_id, Path(self.args.output_dir)):
+                upload.result()
 
     def push_to_hub(self, *args: Any, **options: Any) -> Any:
         """Upload as Trainer does. An upload that fails is told, and the run goes on."""

@@ -390,15 +390,17 @@ def _trained(recipe: Recipe, trainer: RunTrainer, resume: bool, stop: Stop) -> d
 
 
 def _save(recipe: Recipe, trainer: RunTrainer, folder: Path) -> None:
-    """Write what was trained, whole or not at all."""
-    if not is_main():
-        trainer.save_model(str(folder))  # which takes part, and writes nothing
-        return
-    with new_folder(folder) as scratch:
-        trainer.save_model(str(scratch))
-        parent = parent_of(recipe)
-        if parent is not None:
-            tell_parent(scratch, parent)
+    """Write what was trained, whole or not at all, and upload the run's folder where that is asked for."""
+    if is_main():
+        with new_folder(folder) as scratch:
+            trainer.save_model(str(scratch), _internal_call=True)
+            parent = parent_of(recipe)
+            if parent is not None:
+                tell_parent(scratch, parent)
+    else:
+        trainer.save_model(str(folder), _internal_call=True)  # which takes part, and writes nothing
+    if trainer.args.push_to_hub:  # once it stands under its name
+        trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
 
 
 def high_water() -> int | None:

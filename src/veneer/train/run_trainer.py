@@ -29,7 +29,7 @@ from veneer.train.guards import require_finite, require_free_groups, require_spe
 from veneer.train.optimizer import Choice, choose_optimizer, lora_plus_optimizer
 from veneer.train.processes import n_processes, summed
 from veneer.train.progress import Progress
-from veneer.train.resume import ResumableTrainer, random_state_kept
+from veneer.train.resume import EpochEnds, ResumableTrainer, random_state_kept
 from veneer.train.schedule import AdapterSchedule
 from veneer.train.show.display import show_run
 from veneer.train.show.trained import describe_trained, require_trainable
@@ -98,7 +98,7 @@ class RunTrainer(ResumableTrainer):
         self._offload = self._offloading()
         self._display = show_run(self, lambda: self.n_tokens_read)
         self.schedule = AdapterSchedule()
-        for callback in (self.schedule, *callbacks_of(self.args)):
+        for callback in (self.schedule, EpochEnds(self), *callbacks_of(self.args)):
             self.add_callback(callback)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,28 @@ def test_an_upload_that_fails_is_told_and_loses_nothing(values, monkeypatch, cap
     assert record["status"] == "finished"
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
     assert caplog.text.count("the upload to me/adapter failed (the network is gone). Nothing is lost here") == 3
+
+
+def test_what_is_uploaded_stands_under_its_name(values, monkeypatch, caplog, tmp_path):
+    sent = []
+
+    def made(self, *_, **__):
+        self.hub_model_id, self.push_in_progress = "me/adapter", None
+
+    def upload(self, *, folder_path, run_as_future=False, **_):
+        sent.append({path.relative_to(folder_path).as_posix() for path in Path(folder_path).rglob("*")})
+        lost = Future()
+        lost.set_exception(ConnectionError("lost on its way"))
+        return lost if run_as_future else None
+
+    monkeypatch.setattr("veneer.train.run.require_hub", lambda: None)
+    monkeypatch.setattr("transformers.Trainer.init_hf_repo", made)
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload)
+    values["training"]["push_to_hub"] = True
+    run_recipe(parse_recipe(values))
+    assert "adapter/adapter_model.safetensors" in sent[-1]
+    assert not any("partial" in path for path in sent[-1])
+    assert "the upload to me/adapter failed (lost on its way)" in caplog.text  # of a checkpoint, beside training
 
 
 def test_what_a_library_refuses_while_a_trainer_is_made_is_one_message(values, monkeypatch):

@@ -171,7 +171,8 @@ def show_run(trainer: Trainer, n_tokens: Callable[[], int]) -> RunDisplay | None
 def _held_out(logs: Mapping[str, Any]) -> str:
     """``loss 1.2345  mean token accuracy 72.7%`` for the values of an evaluation; empty where there are none."""
     if any(key.startswith(("eval_reward/", "eval_rewards/")) for key in logs):
-        return "  ".join([f"loss {logs['eval_loss']:.4f}", *_rewards(logs, "eval_")])
+        loss = [f"loss {logs['eval_loss']:.4f}"] if "eval_loss" in logs else []
+        return "  ".join([*loss, *_rewards(logs, "eval_")])
     found = []
     for key, value in logs.items():
         if key.startswith("eval_") and isinstance(value, (int, float)) and not key.endswith(_NOT_SHOWN):
