@@ -75,6 +75,7 @@ def cases():
     yield "norm.rms_norm_backward", (x, y, w, rstd, 0.5, True)
     yield "norm.layer_norm_backward", (x, y, w, rstd, rstd.clone(), True)
     angles = torch.randn(1, N, 4)
+    yield "sample.likeliest", (x,)
     yield "scale.forward", (x, w, w.clone(), y)
     yield "scale.backward", (x, y, w, x.clone(), True)
     yield "rotary.rotate", (torch.randn(2, HEADS, N, 8), angles, angles.clone(), False, True)

@@ -250,7 +250,9 @@ def test_threads_that_wait_for_each_other_again_and_again():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("spoilt", [lambda x: x.to(torch.bfloat16), lambda x: x.double(), lambda x: x[:-1]])
+@pytest.mark.parametrize(
+    "spoilt", [lambda x: x.to(torch.bfloat16), lambda x: x.double(), lambda x: x[:-1], lambda x: x[:, :-1]]
+)
 def test_rows_that_do_not_fit_are_told(spoilt):
     """Registers that an instruction between two stretches leaves are looked at before C++ reads them."""
     interpreter = proved(make_model(), 100)
@@ -258,7 +260,7 @@ def test_rows_that_do_not_fit_are_told(spoilt):
     [stretch] = [each for each in instructions if isinstance(each, NativeStretch)]
     rows = torch.ones(5, 24)
     assert stretch._registers({STREAM: rows}, 5)[0] == rows.data_ptr()
-    with pytest.raises(ShapeError, match=r"register 'h' .*\(5, width\) in float32"):
+    with pytest.raises(ShapeError, match=r"register 'h' .*\(5, 24\) in float32"):
         stretch._registers({STREAM: spoilt(rows)}, 5)
 
 
