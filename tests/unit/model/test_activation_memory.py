@@ -53,9 +53,10 @@ def peak(how: str, path: str, folder: Path) -> int:
     return max(accumulate(event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns())))
 
 
-@pytest.mark.parametrize(("path", "selective"), [("fused", 0.75), ("general", 0.85)])
-def test_less_is_held(path: str, selective: float, tmp_path: Path) -> None:
+# On the fused path little is left for full checkpointing to save: selective makes the hidden product once, going back.
+@pytest.mark.parametrize(("path", "selective", "full"), [("fused", 0.35, 0.95), ("general", 0.85, 0.85)])
+def test_less_is_held(path: str, selective: float, full: float, tmp_path: Path) -> None:
     peaks = {how: peak(how, path, tmp_path) for how in ("none", "selective", "full", "disk")}
     assert peaks["selective"] < selective * peaks["none"], peaks
-    assert peaks["full"] < 0.85 * peaks["selective"], peaks
+    assert peaks["full"] < full * peaks["selective"], peaks
     assert peaks["disk"] < 0.6 * peaks["none"], peaks
