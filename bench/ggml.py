@@ -1,8 +1,8 @@
 """Quantizing to ggml's types beside ggml's own kernels (libgguf), on one thread and on several, with equal bytes.
 
-Both sides read the same float32 matrix and are timed in turns, medians. ggml's kernels know no threads and libgguf
-holds Python's lock: in place of threads it gets processes with a share of the rows each, and what they wrote stays
-there.
+Both sides read the same float32 matrix and are timed in turns, medians, on as many cores as threads. libgguf holds
+Python's lock and starts threads of its own where it may use several cores: on one core it is in this process, for more
+it gets processes, each with a share of the rows and a core of its own, and what they wrote stays there.
 
     python bench/ggml.py [--threads 1 2] [--rows 512] [--columns 4096] [--repeats 5] [--types Q4_K Q6_K] [--isa avx2]
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 from collections.abc import Iterator
 from functools import partial
 from importlib.metadata import version
@@ -40,8 +41,10 @@ def main() -> None:
     console = Console(width=120)
     teams = {threads: team(w.numpy(), importance.numpy(), threads) for threads in args.threads}  # forked before threads
     console.print(f"kernels: {description()}; libgguf {version('libgguf')}")
+    cores = sorted(os.sched_getaffinity(0))
     for threads, workers in teams.items():
         torch.set_num_threads(threads)
+        os.sched_setaffinity(0, cores[:threads])
         table = Table("type", "ggml, M/s", "veneer, M/s", "ratio", title=f"million values a second, threads: {threads}")
         for pair in pairs(w, importance, args.types, workers):
             theirs, ours = alternate(pair, args.repeats, 2)
@@ -77,14 +80,17 @@ def pairs(w: Tensor, importance: Tensor, types: list[str], workers: list[Connect
 def team(w: np.ndarray, importance: np.ndarray, n: int) -> list[Connection]:
     """Processes that each hold a share of the rows and quantize it when they are asked."""
     context, workers = multiprocessing.get_context("fork"), []
-    for share in np.array_split(w, n):
+    cores = sorted(os.sched_getaffinity(0))
+    for number, share in enumerate(np.array_split(w, n)):
         ours, theirs = context.Pipe()
-        context.Process(target=serve, args=(theirs, share, importance), daemon=True).start()
+        core = cores[number % len(cores)]
+        context.Process(target=serve, args=(theirs, share, importance, core), daemon=True).start()
         workers.append(ours)
     return workers
 
 
-def serve(connection: Connection, rows: np.ndarray, importance: np.ndarray) -> None:
+def serve(connection: Connection, rows: np.ndarray, importance: np.ndarray, core: int) -> None:
+    os.sched_setaffinity(0, {core})
     while True:
         number, weighted = connection.recv()
         libgguf.quantize_rows(rows, number, importance if weighted else None)

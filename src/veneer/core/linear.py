@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -160,18 +160,22 @@ def fold_linear(
         folded = _fold(delta, weight).to(dtype)
     else:
         folded = torch.empty_like(weight, dtype=dtype)
-        for rows, block in zip(row_blocks(weight), fold_blocks(delta, weight, dtype), strict=True):
+        places = row_blocks(weight)
+        for rows, block in zip(places, fold_blocks(delta, (weight[rows] for rows in places), dtype), strict=True):
             folded[rows] = block
     new_bias = bias if delta.bias is None else delta.bias
     return folded, None if new_bias is None else new_bias.to(dtype)
 
 
 def fold_blocks(
-    delta: LinearDelta, weight: Float[Tensor, "*experts o i"], dtype: torch.dtype
+    delta: LinearDelta, weight: Iterable[Float[Tensor, "k *rest"]], dtype: torch.dtype
 ) -> Iterator[Float[Tensor, "k *rest"]]:
-    """The weight of `fold_linear` in the blocks of `row_blocks`, none of which is kept."""
-    for rows in row_blocks(weight):
-        yield _fold(_of_rows(delta, rows), weight[rows]).to(dtype)
+    """The weight of `fold_linear`, whose rows (or experts) are given in order, block by block; none is kept."""
+    first = 0
+    for block in weight:
+        rows = slice(first, first + len(block))
+        yield _fold(_of_rows(delta, rows), block).to(dtype)
+        first = rows.stop
 
 
 def transposed(delta: LinearDelta) -> LinearDelta:

@@ -15,6 +15,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 
 from veneer.core.linear import BLOCK_VALUES
+from veneer.disk.safetensors import StoredTensor
 from veneer.errors import FormatError
 from veneer.ops.four_bit import FourBitLayout
 from veneer.quant.four_bit import STATE_KEY, FourBitSpec
@@ -120,12 +121,13 @@ class BaseWeights:
     def blocks(self, stored: str) -> Iterator[Tensor]:
         """The rows (k, …) of `read_stored`, in order. A dense tensor of the files is never whole in memory."""
         name = self._model_names.get(stored, stored)
-        if stored in self._stacks and stored not in self._tensors.tensors:
-            yield from self._experts(stored)
-        elif stored not in self._tensors.tensors or name in self._resized or self._format(stored) != "dense":
+        held = self._stored.get(name, stored)  # tied tensors that are written apart lie in the files once
+        if held in self._stacks and held not in self._tensors.tensors:
+            yield from self._experts(held)
+        elif held not in self._tensors.tensors or name in self._resized or self._format(held) != "dense":
             yield from in_blocks(self.read_stored(stored))
         else:
-            yield from self._tensors.blocks(stored, BLOCK_VALUES)
+            yield from self._tensors.blocks(held, BLOCK_VALUES)
 
     def _read(self, stored: str, shape: tuple[int, ...]) -> Tensor:
         if stored not in self._tensors.tensors:
@@ -193,6 +195,12 @@ class BaseWeights:
             f"the base's files have no tensor {names[0]!r}: they are incomplete, or name their tensors otherwise than "
             "the model does. Load the base with from_pretrained and use merge_and_unload() instead."
         )
+
+
+def is_copy(stored: StoredTensor, rows: Iterable[Tensor]) -> bool:
+    """Return True if a tensor in a file is another of its shape, given by blocks of rows, once it has its dtype."""
+    blocks = stored.blocks(BLOCK_VALUES)
+    return all(torch.equal(mine.to(own.dtype), own) for mine, own in zip(blocks, rows, strict=True))
 
 
 def in_blocks(tensor: Tensor) -> Iterator[Tensor]:

@@ -5,6 +5,7 @@ The model is built without storage; one module at a time gets its weights from t
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,9 +20,10 @@ from transformers import PreTrainedModel
 
 from veneer.contract import LinearMethod
 from veneer.contract.file import WEIGHTS_FILE
-from veneer.contract.keys import weight_keys
+from veneer.contract.keys import is_of_wrapped, weight_keys
+from veneer.disk.safetensors import StoredTensor
 from veneer.errors import CompositionError
-from veneer.export.base_weights import BaseWeights, Spec, in_blocks
+from veneer.export.base_weights import BaseWeights, Spec, in_blocks, is_copy
 from veneer.export.model_folder import model_config
 from veneer.model.adapted import Adapted
 from veneer.model.allocation import Allocation
@@ -30,7 +32,7 @@ from veneer.model.embedding import input_embeddings
 from veneer.model.linear import AdaptedSite
 from veneer.model.state import AdapterState
 from veneer.store.adapter.config import read_config
-from veneer.store.adapter.files import read_tensors
+from veneer.store.adapter.files import read_headers
 from veneer.store.adapter.skeleton import without_storage
 from veneer.store.adapter.tensors import assign
 
@@ -55,13 +57,15 @@ class FoldedCheckpoint:
         self._folder, self._wide = folder, wide
         config = _foldable(adapter) if adapter else None
         self._reads_weight = config is not None and config.reads_weight
-        tensors = read_tensors(adapter) if adapter else {}
-        skeleton, self._n_rows = _skeleton(folder, tensors)
+        stored = read_headers(adapter) if adapter else {}
+        skeleton, self._n_rows = _skeleton(folder, stored)
         resized = [f"{path}.weight" for path, _ in _ends(skeleton)] if self._n_rows else []
         self._weights = BaseWeights(folder, skeleton, resized)
         self.prefix = skeleton.base_model_prefix
         self._changed: dict[str, Adapted] = {}
         if adapter and config:
+            left_out = _came_along(stored, skeleton, self._weights)
+            tensors = {key: tensor.read() for key, tensor in stored.items() if key not in left_out}
             source = str(adapter / WEIGHTS_FILE)
             _attach(skeleton, AdapterState(), config, tensors, source=source, weights=self._weights)
             self._changed = {path: m for path, m in adapted_modules(skeleton).items() if m.holds(NAME)}
@@ -82,8 +86,8 @@ class FoldedCheckpoint:
         return self._pending.pop((path, key))
 
     def blocks(self, name: str) -> Iterator[Tensor]:
-        """The rows (k, …) of `read`, in order. Of what an adapter changes the base's tensor is in memory, and of what
-        it leaves alone no more than a block.
+        """The rows (k, …) of `read`, in order. Few are ever in memory, but of an adapter whose factors come of the
+        weight itself, and of modules that it has whole.
         """
         if name not in self._plan.owners:
             yield from self._weights.blocks(name)
@@ -91,11 +95,12 @@ class FoldedCheckpoint:
         path, key = self._plan.owners[name]
         if (path, key) not in self._pending:
             module = self._changed[path]
-            # factors that come of the weight itself come of a wide one
-            with _filled([(path, module)], self._weights, self._wide and self._reads_weight), torch.no_grad():
-                own = module._parameters[key]
-                dtype = torch.float32 if self._wide or own is None else own.dtype
-                rows = module.folded_rows(key, (NAME,), dtype)
+            own = self._weights.blocks(self._weights.stored_name(f"{path}.{key}", own=True))
+            first = next(own)
+            dtype = torch.float32 if self._wide else first.dtype
+            # factors that come of the weight come of a wide one; others do not ask for its values
+            with _filled([(path, module)], self._weights, self._wide, vectors=not self._reads_weight), torch.no_grad():
+                rows = module.folded_rows(key, (NAME,), itertools.chain((first,), own), dtype)
                 if rows is not None:
                     yield from rows
                     return
@@ -143,7 +148,7 @@ def _foldable(adapter: Path) -> LinearMethod:
     return config
 
 
-def _skeleton(folder: Path, tensors: Mapping[str, Tensor]) -> tuple[PreTrainedModel, int | None]:
+def _skeleton(folder: Path, tensors: Mapping[str, StoredTensor]) -> tuple[PreTrainedModel, int | None]:
     """The model of a folder without storage, as if it were not quantized, and the size of the adapter's vocabulary,
     which it gets, where that is another.
     """
@@ -156,12 +161,26 @@ def _skeleton(folder: Path, tensors: Mapping[str, Tensor]) -> tuple[PreTrainedMo
     return without_storage(config, tensors), n_rows
 
 
-def _vocabulary(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> int | None:
+def _vocabulary(model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) -> int | None:
     """The rows of the embeddings and of the head, where an adapter brings both whole."""
     found = set()
     for path, _ in _ends(model):
         found.add(next((tensors[key].shape[0] for key in weight_keys(path) if key in tensors), None))
     return found.pop() if len(found) == 1 else None
+
+
+def _came_along(stored: Mapping[str, StoredTensor], skeleton: PreTrainedModel, weights: BaseWeights) -> set[str]:
+    """The base's own embeddings, which PEFT saves with factors for them: as large as a model's largest tensor, and with
+    nothing to say.
+    """
+    ends = {key: f"{path}.weight" for path, _ in _ends(skeleton) for key in weight_keys(path) if is_of_wrapped(key)}
+    return {
+        key
+        for key, name in ends.items()
+        if key in stored
+        and stored[key].shape == weights.spec(name, None)[1]
+        and is_copy(stored[key], weights.blocks(weights.stored_name(name, own=True)))
+    }
 
 
 def _attach(
@@ -225,13 +244,19 @@ def _fold(path: str, module: Adapted, weights: BaseWeights, wide: bool) -> dict[
 
 
 @contextmanager
-def _filled(modules: list[tuple[str, nn.Module]], weights: BaseWeights, wide: bool = False) -> Iterator[None]:
-    """Inside the block these modules have the base's parameters, in float32 where ``wide``."""
+def _filled(
+    modules: list[tuple[str, nn.Module]], weights: BaseWeights, wide: bool = False, *, vectors: bool = False
+) -> Iterator[None]:
+    """Inside the block these modules have the base's parameters, in float32 where ``wide``; ``vectors`` alone of them,
+    where no value of a matrix is asked for.
+    """
     before = [(module, dict(module._parameters)) for _, module in modules]
     filled: dict[int, nn.Parameter] = {}  # by the parameter without storage: a tied one is read once
     for path, module in modules:
         for key in weights.own(module):
             empty = id(module._parameters[key])
+            if vectors and cast(Tensor, module._parameters[key]).ndim > 1:
+                continue
             if empty not in filled:
                 value = (weights.read_wide if wide else weights.read)(f"{path}.{key}")
                 filled[empty] = nn.Parameter(value, requires_grad=False)

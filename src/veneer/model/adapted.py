@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
@@ -165,9 +165,11 @@ class Adapted(InPlace, nn.Module):
         held |= {"weight"} if self.token_rows(names) else set()
         return {key: cast(Tensor, self.effective(key, names)) for key in sorted(held)}
 
-    def folded_rows(self, key: str, names: Sequence[str], dtype: torch.dtype) -> Iterator[Tensor] | None:
-        """The rows (k, …) of a parameter that `folded` gives, in order and in ``dtype``, of which few are ever in
-        memory; None where they are not made row by row.
+    def folded_rows(
+        self, key: str, names: Sequence[str], own: Iterable[Tensor], dtype: torch.dtype
+    ) -> Iterator[Tensor] | None:
+        """The rows (k, …) of a parameter that `folded` gives, in ``dtype``, made of its ``own``, block by block; None
+        where they are not made row by row. The parameter itself may be without storage.
         """
         return None
 

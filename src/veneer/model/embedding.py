@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
-from veneer.core.linear import apply_embedding, fold_blocks, fold_linear, transposed
-from veneer.core.records import LinearDelta
+from veneer.core.linear import apply_embedding
 from veneer.core.sites import LinearSite
 from veneer.core.token_rows import look_up_rows
 from veneer.model.blueprint.tables import own_multiplier
-from veneer.model.linear import AdaptedSite, unrounded
+from veneer.model.linear import AdaptedSite
 from veneer.quant.dense import DenseWeight
 
 
@@ -50,17 +48,9 @@ class AdaptedEmbedding(AdaptedSite):
             row_sq=self._row_sq,
         )
 
-    def folded_weight(self, names: Sequence[str], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        site = self.site(names)
-        delta = self.composed([name for name in names if name in self.adapters], site)
-        table, _ = fold_linear(transposed(delta), unrounded(cast(DenseWeight, site.weight)).T, None, dtype)
-        return table.T, None
-
-    def rows_of(self, delta: LinearDelta, own: Tensor, dtype: torch.dtype) -> Iterator[Tensor] | None:
-        return fold_blocks(transposed(delta), own, dtype)
-
-    def stored(self, weight: Tensor) -> Tensor:
-        return weight.T.contiguous()
+    @property
+    def is_turned(self) -> bool:
+        return True
 
 
 def input_embeddings(model: nn.Module) -> nn.Module | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from veneer.core.linear import (
     fold_blocks,
     fold_linear,
     row_blocks,
+    transposed,
 )
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
@@ -107,17 +108,24 @@ class AdaptedSite(Adapted):
                 values["bias"] = bias.to(values["weight"].dtype)
         return values
 
-    def folded_rows(self, key: str, names: Sequence[str], dtype: torch.dtype) -> Iterator[Tensor] | None:
-        present = [name for name in names if name in self.adapters]
-        own = self.own_weight()
-        if key != "weight" or not present or own is None or any(self.has_own(name, key) for name in names):
+    def folded_rows(
+        self, key: str, names: Sequence[str], own: Iterable[Tensor], dtype: torch.dtype
+    ) -> Iterator[Tensor] | None:
+        weight = self._parameters.get("weight")
+        dense = weight is not None and weight.ndim == 2 and weight.is_floating_point()
+        if not dense or key not in ("weight", "bias") or any(self.has_own(name, "weight") for name in names):
             return None
-        site = self.site(names)
-        return self.rows_of(self.composed(present, site), own, dtype)
+        present, site = [name for name in names if name in self.adapters], self.site(names)
+        delta = self.composed(present, site) if present else LinearDelta()
+        if key == "bias":
+            bias = site.bias if delta.bias is None else delta.bias
+            return None if bias is None else iter((bias.detach().to(dtype),))
+        return fold_blocks(transposed(delta) if self.is_turned else delta, own, dtype)
 
-    def rows_of(self, delta: LinearDelta, own: Tensor, dtype: torch.dtype) -> Iterator[Tensor] | None:
-        """The rows of the module's own weight with a record folded in; None where they are no rows of a map."""
-        return None
+    @property
+    def is_turned(self) -> bool:
+        """True where the module's own parameter is the transposed of the map's W (o, i)."""
+        return False
 
     def folded_dtype(self, names: Sequence[str]) -> torch.dtype:
         """The dtype that a folded weight is kept in: the layer's own, or that which its codes stand for."""
@@ -130,13 +138,15 @@ class AdaptedSite(Adapted):
         """W (o, i) with these adapters folded in, rounded once to ``dtype``, and the bias where they change it."""
         site = self.site(names)
         present = [name for name in names if name in self.adapters]
-        delta = self.composed(present, site)
-        folded, bias = fold_linear(delta, unrounded(cast(FrozenWeight, site.weight)), site.bias, dtype)
+        delta, weight = self.composed(present, site), unrounded(cast(FrozenWeight, site.weight))
+        if self.is_turned:  # the rows of the parameter, so that they come out the same one by one
+            return fold_linear(transposed(delta), weight.T, None, dtype)[0].T, delta.bias
+        folded, bias = fold_linear(delta, weight, site.bias, dtype)
         return folded, None if delta.bias is None else bias
 
     def stored(self, weight: Tensor) -> Tensor:
         """A matrix W (o, i) in the layout of the module's own parameter."""
-        return weight
+        return weight.T.contiguous() if self.is_turned else weight
 
     def _row_sq(self) -> Tensor:
         """Squared row norms of the weight, computed once. `forget` drops them where the weight changes."""
@@ -248,15 +258,13 @@ class AdaptedLinear(AdaptedSite):
             row_sq=self._row_sq,
         )
 
-    def rows_of(self, delta: LinearDelta, own: Tensor, dtype: torch.dtype) -> Iterator[Tensor] | None:
-        return None if self.has_codes or isinstance(self, Conv1D) else fold_blocks(delta, own, dtype)
+    @property
+    def is_turned(self) -> bool:
+        return isinstance(self, Conv1D)
 
     def frozen_weight(self) -> FrozenWeight:
         """The layer's weight as W (o, i)."""
         return self._weight(None)
-
-    def stored(self, weight: Tensor) -> Tensor:
-        return weight.T.contiguous() if isinstance(self, Conv1D) else weight
 
     def replace(self, values: dict[str, Tensor]) -> None:
         # a quantized layer has no parameter to put a dense weight into: it is kept beside the codes

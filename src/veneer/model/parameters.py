@@ -8,7 +8,7 @@ rounded once, at the output.
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -96,11 +96,15 @@ class AdaptedParameters(Adapted):
             values[parameter] = cast(Tensor, self.effective(parameter, names)).contiguous()
         return values
 
-    def folded_rows(self, key: str, names: Sequence[str], dtype: torch.dtype) -> Iterator[Tensor] | None:
-        own, record = self._parameters[key], self.record(key, names)
-        if own is None or own.ndim != 3 or record is None or any(self.has_own(name, key) for name in names):
+    def folded_rows(
+        self, key: str, names: Sequence[str], own: Iterable[Tensor], dtype: torch.dtype
+    ) -> Iterator[Tensor] | None:
+        parameter, record = self._parameters[key], self.record(key, names)
+        stacked = parameter is not None and parameter.ndim == 3
+        if not stacked or record is None or any(self.has_own(name, key) for name in names):
             return None
-        return (self.as_maps(block).contiguous() for block in fold_blocks(record, self.as_maps(own), dtype))
+        maps = (self.as_maps(experts) for experts in own)
+        return (self.as_maps(experts).contiguous() for experts in fold_blocks(record, maps, dtype))
 
     def disk_keys(self, name: str, path: str) -> dict[str, str]:
         """PEFT wraps a module once for each parameter: the last one's wrapper is the outermost."""

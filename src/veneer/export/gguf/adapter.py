@@ -7,20 +7,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from gguf import GGUFValueType
 from torch import Tensor
 
 from veneer.contract import LinearMethod
+from veneer.core.linear import BLOCK_VALUES
 from veneer.core.records import LinearDelta
 from veneer.errors import CompositionError, ConfigError
+from veneer.export.base_weights import is_copy
 from veneer.export.gguf.mix import mix_of, quantize_order
 from veneer.export.gguf.model import encoded
 from veneer.export.gguf.plan import family_of, laid_out_rows
 from veneer.export.model_folder import local_folder, model_config
 from veneer.model.places import placed_on
 from veneer.store.adapter.config import read_config
-from veneer.store.adapter.files import read_headers, read_tensors
+from veneer.store.adapter.files import read_headers
 from veneer.store.adapter.records import StoredAdapter, read_records
 from veneer.store.adapter.skeleton import without_storage
 from veneer.store.checkpoint import Checkpoint
@@ -96,10 +97,11 @@ def _read(adapter: Path, base: str | None) -> tuple[str, Family, Any, StoredAdap
 def _changed(stored: StoredAdapter, adapter: Path, base: Path) -> Iterator[str]:
     """The tensors of an adapter besides its records, without embeddings that only came along from the base."""
     copies = {f"{path}.base_layer.weight": f"{path}.weight" for path in stored.updates}
-    weights, tensors = Checkpoint.open(base), read_tensors(adapter) if stored.others else {}
+    weights, files = Checkpoint.open(base), read_headers(adapter)
     for key in stored.others:
-        name = next((own for end, own in copies.items() if key.endswith(end)), None)
-        if name is None or name not in weights.tensors or not torch.equal(weights.read(name), tensors[key]):
+        name = next((own for end, own in copies.items() if key.endswith(end)), "")
+        alike = name in weights.tensors and weights.tensors[name].shape == files[key].shape
+        if not alike or not is_copy(files[key], weights.blocks(name, BLOCK_VALUES)):
             yield key
 
 

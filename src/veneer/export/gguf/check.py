@@ -19,7 +19,8 @@ from gguf import GGUFReader
 from veneer.core.units import size
 from veneer.errors import FormatError
 from veneer.export.gguf.tokenizer import PROBE, probe_chat
-from veneer.store.gguf.model import open_gguf, read_facts
+from veneer.store.gguf.model import read_facts
+from veneer.store.gguf.reader import open_gguf, value_of
 from veneer.store.gguf.writer import part_paths
 
 TEXTS = (
@@ -104,7 +105,7 @@ def _parts(path: Path) -> list[Path]:
 
 
 def _count_problems(readers: Sequence[GGUFReader]) -> Iterator[str]:
-    wanted, found = _value(readers[0], "split.tensors.count"), sum(len(reader.tensors) for reader in readers)
+    wanted, found = value_of(readers[0], "split.tensors.count"), sum(len(reader.tensors) for reader in readers)
     if wanted is not None and wanted != found:
         yield f"its parts hold {found} tensors, and say {wanted}"
 
@@ -120,7 +121,7 @@ def _values_problems(tensors: Sequence[Any], on_progress: Callable[[int, int], N
 
 
 def _vocabulary_problems(reader: GGUFReader, shapes: dict[str, tuple[int, ...]]) -> Iterator[str]:
-    tokens = _value(reader, "tokenizer.ggml.tokens")
+    tokens = value_of(reader, "tokenizer.ggml.tokens")
     if tokens is None:
         yield "it has no vocabulary"
         return
@@ -130,19 +131,19 @@ def _vocabulary_problems(reader: GGUFReader, shapes: dict[str, tuple[int, ...]])
     twice = [token for token, n in Counter(tokens).items() if n > 1]
     if twice:
         yield f"the tokens {twice[:3]} occur several times"
-    if _value(reader, "tokenizer.ggml.model") == "gpt2" and _value(reader, "tokenizer.ggml.pre") is None:
+    if value_of(reader, "tokenizer.ggml.model") == "gpt2" and value_of(reader, "tokenizer.ggml.pre") is None:
         yield "it names no pre-tokenizer: the runtime would cut words by a default"
 
 
 def _chat(reader: GGUFReader) -> tuple[dict[str, str], list[str]]:
     """Facts and problems of a rendered chat: one BOS, and turns that end with a token at which the runtime stops."""
-    template = _value(reader, "tokenizer.chat_template")
+    template = value_of(reader, "tokenizer.chat_template")
     if template is None:
         return {"chat template": "none"}, []
-    tokens = _value(reader, "tokenizer.ggml.tokens") or []
+    tokens = value_of(reader, "tokenizer.ggml.tokens") or []
 
     def named(name: str) -> str:
-        number = _value(reader, f"tokenizer.ggml.{name}_token_id")
+        number = value_of(reader, f"tokenizer.ggml.{name}_token_id")
         return tokens[number] if number is not None and number < len(tokens) else ""
 
     bos, ends = named("bos"), {named("eos"), named("eot"), named("eom"), *(_ENDS & set(tokens))} - {""}
@@ -162,12 +163,12 @@ def _chat(reader: GGUFReader) -> tuple[dict[str, str], list[str]]:
     return {
         "chat template": f"{len(template):,} characters",
         "end of a turn": end or "none",
-        "BOS of a chat": _bos(bool(bos) and text.startswith(bos), bool(_value(reader, _ADD_BOS))),
+        "BOS of a chat": _bos(bool(bos) and text.startswith(bos), bool(value_of(reader, _ADD_BOS))),
     }, problems
 
 
 def _bos(in_template: bool, by_flag: bool) -> str:
-    """Where a chat's BOS comes from; llama.cpp drops the template's where its flag adds one."""
+    """The source of a chat's BOS; llama.cpp drops the template's where its flag adds one."""
     if in_template:
         return "in the template" + (", and by the flag: llama.cpp takes one" if by_flag else "")
     return "by the flag" if by_flag else "none"
@@ -184,8 +185,3 @@ def _compiled(template: str) -> Any:
     )
     environment.globals |= {"raise_exception": fail, "strftime_now": lambda form: "26 Nov 2026"}
     return environment.from_string(template)
-
-
-def _value(reader: GGUFReader, name: str) -> Any:
-    field = reader.get_field(name)
-    return None if field is None else field.contents()

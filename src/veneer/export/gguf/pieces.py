@@ -14,7 +14,7 @@ from veneer.errors import FormatError
 from veneer.export.gguf.tokenizer import SourceTokenizer
 
 BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
-_SPACE = "▁"  # what pieces have for a space
+SPACE = "▁"  # what pieces have for a space
 
 
 def piece_ranks(source: SourceTokenizer, tokens: list[str]) -> dict[str, int]:
@@ -70,8 +70,8 @@ def _steps(content: Mapping[str, Any], name: str) -> Iterator[Mapping[str, Any]]
 def _is_for_spaces(step: Mapping[str, Any]) -> bool:
     """Return True for a space in front, and for spaces that become what pieces have for them."""
     if step["type"] == "Prepend":
-        return bool(step["prepend"] == _SPACE)
-    return step["type"] == "Replace" and bool(step["pattern"] == {"String": " "} and step["content"] == _SPACE)
+        return bool(step["prepend"] == SPACE)
+    return step["type"] == "Replace" and bool(step["pattern"] == {"String": " "} and step["content"] == SPACE)
 
 
 def _cuts_nothing(step: Mapping[str, Any], tokens: list[str]) -> bool:
@@ -80,9 +80,9 @@ def _cuts_nothing(step: Mapping[str, Any], tokens: list[str]) -> bool:
     """
     if step["type"] == "Split":
         return bool(step["pattern"] == {"String": " "})
-    if step["type"] != "Metaspace" or step["replacement"] != _SPACE:
+    if step["type"] != "Metaspace" or step["replacement"] != SPACE:
         return False
-    return not step.get("split", True) or not any(_SPACE in token[1:] for token in tokens)
+    return not step.get("split", True) or not any(SPACE in token[1:] for token in tokens)
 
 
 def _told(step: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,24 +217,43 @@ def assembled_blocks(
     plan: Plan, name: str, read: Callable[[str], Tensor], blocks: Callable[[str], Iterator[Tensor]]
 ) -> Iterator[Tensor]:
     """`assembled`, rows after rows (or expert after expert); whole where its rows are in another order than those of
-    its source, and where it is a vector. ``blocks`` gives the rows of a source.
+    its source, or are its columns, and where it is a vector. ``blocks`` gives the rows of a source.
     """
     family, leaf, sources = plan.family, leaf_of(name), plan.sources[name]
-    if leaf in family.turned or not _keeps_rows(plan, name):
-        yield assembled(family, plan.config, name, sources, read)
-    elif len(sources) > 1:
-        for each in sources:
-            yield _valued(family, leaf, each.part(read(each.name)))[None]
-    else:
-        for block in blocks(sources[0].name):
-            yield _valued(family, leaf, sources[0].part(block))
-
-
-def _keeps_rows(plan: Plan, name: str) -> bool:
-    """Return True if the rows of a tensor of the file are in the order of the model's."""
     shape = next(spec.shape for spec in plan.specs if spec.name == name)
-    numbers = torch.arange(shape[0])[:, None]
-    return len(shape) > 1 and torch.equal(plan.family.rows(leaf_of(name), numbers, plan.config), numbers)
+    if len(shape) == 1:
+        yield assembled(family, plan.config, name, sources, lambda stored: torch.cat(list(blocks(stored))))
+        return
+    parts: Iterator[Tensor]
+    if len(sources) > 1:
+        parts = (each.part(read(each.name))[None] for each in sources)
+    else:
+        parts = (sources[0].part(block) for block in blocks(sources[0].name))
+        places = _places_of_rows(plan, leaf, shape[0])
+        if leaf in family.turned or not torch.equal(places, torch.arange(shape[0])):
+            parts = iter((_gathered(parts, shape, None if leaf in family.turned else places),))
+    for part in parts:
+        yield _valued(family, leaf, part)
+
+
+def _places_of_rows(plan: Plan, leaf: str, n_rows: int) -> Tensor:
+    """The place in the file of each row of the model's."""
+    return torch.argsort(plan.family.rows(leaf, torch.arange(n_rows)[:, None], plan.config).reshape(-1))
+
+
+def _gathered(blocks: Iterator[Tensor], shape: tuple[int, ...], places: Tensor | None) -> Tensor:
+    """A matrix made of the rows of another, block by block: each at its place, or (None) as a column."""
+    start = next(blocks)
+    out = torch.empty(shape, dtype=start.dtype)
+    first = 0
+    for block in itertools.chain((start,), blocks):
+        last = first + len(block)
+        if places is None:
+            out[:, first:last] = block.T
+        else:
+            out[places[first:last]] = block
+        first = last
+    return out
 
 
 def _complete_head(family: Family, sources: dict[str, list[Source]], shapes: dict[str, tuple[int, ...]]) -> None:

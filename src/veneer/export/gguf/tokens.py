@@ -10,13 +10,12 @@ from typing import Any
 from gguf import GGUFValueType, TokenType
 
 from veneer.errors import FormatError
-from veneer.export.gguf.pieces import BYTES, piece_ranks
+from veneer.export.gguf.pieces import BYTES, SPACE, piece_ranks
 from veneer.export.gguf.tokenizer import SourceTokenizer
 from veneer.store.gguf.keys import Pair
 from veneer.store.gguf.pre_tokenizer import pre_tokenizer_name
 
 PREFIX = "tokenizer.ggml."
-_SPACE = "▁"  # what pieces have for a space
 _LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<｜.*｜>|<unused\d*>|<pad>|<mask>")
 _NORMALIZERS = (None, "NFC")  # the runtime has none; NFC changes no text that is in it already
 ADDED_SCORE, PADDED_SCORE = -1000.0, -10000.0
@@ -53,7 +52,7 @@ def _tokens(source: SourceTokenizer, n_rows: int) -> list[str]:
             f"the tokenizer in {source.folder} has {longest} tokens (the last is {last!r}), the embeddings have "
             f"{n_rows} rows: resize the model's embeddings, or take the tokenizer that it was trained with"
         )
-    tokens = [known.get(number, f"[PAD{number}]") for number in range(n_rows)]
+    tokens = [known.get(number, _filler(number)) for number in range(n_rows)]
     twice = [token for token, n in Counter(tokens).items() if n > 1]
     if twice:
         raise FormatError(f"the tokens {twice[:5]} stand for several ids each; the runtime would abort on them")
@@ -93,10 +92,15 @@ def _pieces(source: SourceTokenizer, tokens: list[str]) -> list[Pair]:
     ]
 
 
+def _filler(number: int) -> str:
+    """The token of a row of the embeddings that the tokenizer does not know, as llama.cpp's converter names it."""
+    return f"[PAD{number}]"
+
+
 def _kind(source: SourceTokenizer, number: int) -> int:
-    if number not in source.vocabulary:
+    token, added = source.vocabulary.get(number, _filler(number)), source.added.get(number)
+    if added is None and token == _filler(number):  # also one that a GGUF base brought along
         return int(TokenType.UNUSED)
-    token, added = source.vocabulary[number], source.added.get(number)
     byte_level = is_byte_level(source.content)
     if not byte_level and token in BYTES:
         return int(TokenType.BYTE)
@@ -109,7 +113,7 @@ def _kind(source: SourceTokenizer, number: int) -> int:
 
 
 def _text(token: str, kind: int) -> str:
-    return token.replace(_SPACE, " ") if kind == TokenType.USER_DEFINED else token
+    return token.replace(SPACE, " ") if kind == TokenType.USER_DEFINED else token
 
 
 def _score(token: str, kind: int, ranks: Mapping[str, int]) -> float:

@@ -8,6 +8,7 @@ from gguf import GGUFReader, TokenType
 from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 
 from veneer.store.gguf.pre_tokenizer import pre_tokenizer_of
+from veneer.store.gguf.reader import value_of
 
 _TOKENS = "tokenizer.ggml."
 _NAMED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
@@ -18,23 +19,23 @@ def byte_level_tokenizer(reader: GGUFReader) -> Any:
     """The tokenizer of a file; None where its vocabulary is not of bytes, or its pre-tokenizer is not known."""
     from transformers import PreTrainedTokenizerFast
 
-    entry = pre_tokenizer_of(_value(reader, _TOKENS + "pre"))
-    if _value(reader, _TOKENS + "model") != "gpt2" or entry is None:
+    entry = pre_tokenizer_of(value_of(reader, _TOKENS + "pre"))
+    if value_of(reader, _TOKENS + "model") != "gpt2" or entry is None:
         return None
-    tokens = _value(reader, _TOKENS + "tokens")
-    merges = [tuple(merge.split(" ")) for merge in _value(reader, _TOKENS + "merges") or ()]
+    tokens = value_of(reader, _TOKENS + "tokens")
+    merges = [tuple(merge.split(" ")) for merge in value_of(reader, _TOKENS + "merges") or ()]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=entry.whole))
     backend.pre_tokenizer, backend.decoder = entry.build(), decoders.ByteLevel()
-    _add_special(backend, tokens, _value(reader, _TOKENS + "token_type") or [])
-    ids = {name: _value(reader, f"{_TOKENS}{key}_token_id") for name, key in _NAMED.items()}
+    _add_special(backend, tokens, value_of(reader, _TOKENS + "token_type") or [])
+    ids = {name: value_of(reader, f"{_TOKENS}{key}_token_id") for name, key in _NAMED.items()}
     named = {name: tokens[found] for name, found in ids.items() if found is not None and found < len(tokens)}
-    if _value(reader, _TOKENS + "add_bos_token") and "bos_token" in named:
+    if value_of(reader, _TOKENS + "add_bos_token") and "bos_token" in named:
         bos = named["bos_token"]
         around = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, vocabulary[bos])])
         backend.post_processor = around
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **named)
-    tokenizer.chat_template = _value(reader, "tokenizer.chat_template")
+    tokenizer.chat_template = value_of(reader, "tokenizer.chat_template")
     return tokenizer
 
 
@@ -47,8 +48,3 @@ def _add_special(backend: Tokenizer, tokens: list[str], kinds: list[int]) -> Non
             others.append(AddedToken(token, normalized=False))
     backend.add_special_tokens(special)
     backend.add_tokens(others)
-
-
-def _value(reader: GGUFReader, name: str) -> Any:
-    field = reader.get_field(name)
-    return None if field is None else field.contents()

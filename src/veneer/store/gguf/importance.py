@@ -17,6 +17,7 @@ from torch import Tensor
 
 from veneer.errors import FormatError
 from veneer.store.gguf.keys import Pair
+from veneer.store.gguf.reader import value_of
 from veneer.store.gguf.writer import GgufFileWriter, TensorSpec
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
@@ -108,8 +109,7 @@ def write_importance(
 
 def _read_gguf(path: Path) -> Importance:
     reader = GGUFReader(path)
-    kind = reader.get_field("general.type")
-    if kind is None or kind.contents() != "imatrix":
+    if value_of(reader, "general.type") != "imatrix":
         raise FormatError(f"{path} is a GGUF file, and no importance matrix (general.type is not 'imatrix')")
     tensors = {tensor.name: torch.tensor(tensor.data, dtype=torch.float32) for tensor in reader.tensors}
     means = {}
@@ -120,13 +120,8 @@ def _read_gguf(path: Path) -> Importance:
                 raise ValueError(f"{name.removesuffix(_SUMS)} has {sums.numel()} sums for {len(counts)} counts")
             mean = torch.where(counts > 0, sums.reshape(len(counts), -1) / counts, torch.ones(()))
             means[name.removesuffix(_SUMS)] = mean.reshape(-1)
-    data_sets, chunks = reader.get_field("imatrix.datasets"), reader.get_field("imatrix.chunk_count")
-    return Importance(
-        path=path,
-        means=means,
-        data_set=data_sets.contents()[0] if data_sets else "",
-        n_chunks=chunks.contents() if chunks else 0,
-    )
+    data_sets, n_chunks = (value_of(reader, f"imatrix.{key}") for key in ("datasets", "chunk_count"))
+    return Importance(path=path, means=means, data_set=next(iter(data_sets or ()), ""), n_chunks=n_chunks or 0)
 
 
 def _read_dat(path: Path) -> Importance:

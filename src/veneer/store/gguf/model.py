@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import struct
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
@@ -30,6 +29,7 @@ from veneer.store.bars import without_bars
 from veneer.store.gguf.byte_level import byte_level_tokenizer
 from veneer.store.gguf.config import GgufContents, mended_config, unplaced_tensors
 from veneer.store.gguf.fields import FACTOR_TENSORS
+from veneer.store.gguf.reader import open_gguf, value_of
 from veneer.store.gguf.rebuilt import rebuilt_model
 from veneer.store.gguf.registry import rebuilt_family
 
@@ -60,40 +60,26 @@ class GgufFacts:
     pre_tokenizer: str | None
 
 
-def open_gguf(path: Path) -> GGUFReader:
-    """The reader of a GGUF file. Raises FormatError where it is not one, or is cut short."""
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise FormatError(f"{path} is not a GGUF file: it does not start with the bytes GGUF")
-    try:
-        return GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError, struct.error) as error:
-        raise FormatError(
-            f"{path} is a damaged GGUF file, perhaps cut short ({path.stat().st_size:,} bytes): {error}. "
-            "Download it again."
-        ) from error
-
-
 def read_facts(path: Path) -> GgufFacts:
     """The facts of a GGUF file. Raises FormatError where it is none, is cut short, or holds no model but an adapter."""
     reader = open_gguf(path)
-    if _value(reader, "general.type") == "adapter":
+    if value_of(reader, "general.type") == "adapter":
         raise FormatError(
             f"{path} holds an adapter, which stands beside the file of its base (llama-server -m base.gguf --lora "
             f"{path.name}); veneer reads GGUF files of whole models"
         )
-    architecture = _value(reader, "general.architecture")
+    architecture = value_of(reader, "general.architecture")
     if architecture is None:
         raise FormatError(
             f"{path} names no architecture (general.architecture); veneer reads GGUF files of whole models"
         )
-    ids = {name: _value(reader, f"tokenizer.ggml.{field}") for name, field in _TOKEN_IDS.items()}
+    ids = {name: value_of(reader, f"tokenizer.ggml.{field}") for name, field in _TOKEN_IDS.items()}
     return GgufFacts(
         contents=_contents(reader, architecture),
         dtype=_dtype({tensor.tensor_type for tensor in reader.tensors}),
         token_ids={name: value for name, value in ids.items() if value is not None},
         has_tokenizer=reader.get_field("tokenizer.ggml.tokens") is not None,
-        pre_tokenizer=_value(reader, "tokenizer.ggml.pre"),
+        pre_tokenizer=value_of(reader, "tokenizer.ggml.pre"),
     )
 
 
@@ -218,11 +204,6 @@ def _contents(reader: GGUFReader, architecture: str) -> GgufContents:
             if tensor.name in FACTOR_TENSORS
         },
     )
-
-
-def _value(reader: GGUFReader, name: str) -> Any:
-    field = reader.get_field(name)
-    return None if field is None else field.contents()
 
 
 def _dtype(stored: set[GGMLQuantizationType]) -> torch.dtype:

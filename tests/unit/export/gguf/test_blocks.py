@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from veneer.adapters.peft_model import get_peft_model
 from veneer.core import linear
+from veneer.disk.safetensors import StoredTensor
 from veneer.export import base_weights
 from veneer.export.folded import FoldedCheckpoint
 from veneer.methods.lora import LoraConfig
 
-from .tiny import tiny_folder
+from .tiny import VOCAB, WIDTH, tiny_folder
 
 CASES: dict[str, tuple[str, dict[str, Any] | None]] = {
     "base": ("llama", None),
@@ -55,3 +57,39 @@ def test_blocks_are_the_rows(tmp_path: Path, case: str, wide: bool, monkeypatch:
         assert torch.equal(torch.cat(blocks) if len(blocks) > 1 else blocks[0], expected), name
         assert tuple(expected.shape) == whole.specs[name][1]
     assert n_blocks > 2 * len(whole.specs)
+
+
+@pytest.mark.parametrize(
+    ("settings", "changed", "left_out"),
+    [
+        ({"target_modules": ["embed_tokens", "v_proj"]}, False, True),
+        ({"target_modules": ["embed_tokens", "v_proj"]}, True, False),
+        ({"target_modules": ["v_proj"], "modules_to_save": ["embed_tokens"]}, False, False),  # trained whole: needed
+    ],
+)
+def test_the_base_s_own_embeddings_in_an_adapter_s_file_are_not_read(
+    tmp_path: Path, settings: dict[str, Any], changed: bool, left_out: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_folder(tmp_path / "base", "mistral")
+    adapted = get_peft_model(model, LoraConfig(r=3, lora_alpha=7, init_lora_weights=False, **settings))
+    adapted.save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    (table,) = (name for name, tensor in tensors.items() if tensor.shape == (VOCAB, WIDTH))
+    tensors[table][5, 7] += 3 if changed else 0
+    save_file(tensors, file)
+    expected = FoldedCheckpoint(tmp_path / "base", tmp_path / "adapter").read("model.embed_tokens.weight")
+    read: list[str] = []
+    whole = StoredTensor.read
+
+    def watched(stored: StoredTensor) -> torch.Tensor:
+        read.append(stored.name)
+        return whole(stored)
+
+    monkeypatch.setattr(StoredTensor, "read", watched)
+    folded = FoldedCheckpoint(tmp_path / "base", tmp_path / "adapter")
+    assert (table not in read) is left_out
+    assert torch.equal(folded.read("model.embed_tokens.weight"), expected)
+    factors = {name.split(".")[-1]: tensor for name, tensor in tensors.items() if "lora_embedding" in name}
+    update = (factors["lora_embedding_B"] @ factors["lora_embedding_A"]).T * 7 / 3 if factors else 0
+    torch.testing.assert_close(expected, tensors[table] + update)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +149,22 @@ def test_the_vocabulary_its_special_tokens_and_the_template_are_in_the_file(tmp_
     assert value(file, "tokenizer.ggml.eot_token_id") == 0  # the template ends answers otherwise than texts
     assert value(file, "tokenizer.ggml.add_bos_token") is False
     assert value(file, "tokenizer.chat_template") == tokenizer().chat_template
+
+
+def test_a_model_is_called_by_its_folder_its_file_or_what_the_user_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
+    tiny_folder(tmp_path / "seven", "llama")
+    made = tmp_path / "eight.gguf"
+    export_gguf(tmp_path / "seven", made, F16)
+    assert value(made, "general.name") == "seven"
+    digest = hashlib.sha256(made.read_bytes()).hexdigest()
+    for base in (made, f"eight.gguf@sha256:{digest}"):  # the cache knows the second from the first
+        export_gguf(base, tmp_path / "x.gguf", replace(F16, overwrite=True))
+        assert value(tmp_path / "x.gguf", "general.name") == "eight"
+    export_gguf(made, tmp_path / "y.gguf", replace(F16, name="nine"))
+    assert value(tmp_path / "y.gguf", "general.name") == "nine"
 
 
 def test_the_adapter_s_own_tokenizer_and_template_win(tmp_path: Path) -> None:

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf import GGUFReader
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from veneer.export.gguf.model import GgufOptions, export_gguf
+from veneer.store.gguf.model import convert_gguf
 from veneer.store.gguf.pre_tokenizer import TABLE
 
 from .llama_cpp import LlamaCpp
@@ -47,6 +49,20 @@ def assert_same_tokens(folder: Path, tokenizer: Any) -> None:
     assert wrong == []
 
 
+def assert_comes_back(folder: Path) -> None:
+    """What the file says of its tokenizer is what a file made of it says, the types of tokens that fill it up too."""
+    convert_gguf(folder / "x.gguf", folder / "read")
+    export_gguf(folder / "read", folder / "again.gguf", GgufOptions(type="F32"))
+    first, again = (_told(folder / name) for name in ("x.gguf", "again.gguf"))
+    assert first["tokenizer.ggml.token_type"][-3:] == [5, 5, 5]
+    assert again == first
+
+
+def _told(file: Path) -> dict[str, Any]:
+    fields = GGUFReader(file).fields
+    return {name: field.contents() for name, field in fields.items() if name.startswith("tokenizer.")}
+
+
 @pytest.mark.parametrize("entry", TABLE, ids=lambda entry: entry.name)
 def test_bytes(tmp_path: Path, entry: Any) -> None:
     backend = Tokenizer(models.BPE(ignore_merges=bool(entry.whole)))
@@ -60,6 +76,7 @@ def test_bytes(tmp_path: Path, entry: Any) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
     folder_with(tokenizer, tmp_path)
     assert_same_tokens(tmp_path, tokenizer)
+    assert_comes_back(tmp_path)
 
 
 @pytest.mark.parametrize("prefix", [True, False])
@@ -83,3 +100,4 @@ def test_pieces_without_a_sentencepiece_model(tmp_path: Path, prefix: bool) -> N
     assert not (tmp_path / "tokenizer.model").exists()
     assert_same_tokens(tmp_path, tokenizer)
     assert LlamaCpp(tmp_path / "x.gguf").vocab.get_add_bos()
+    assert_comes_back(tmp_path)

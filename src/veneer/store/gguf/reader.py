@@ -1,0 +1,31 @@
+"""GGUF files opened with gguf's reader, and the values of their keys."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+from gguf import GGUFReader
+
+from veneer.errors import FormatError
+
+
+def open_gguf(path: Path) -> GGUFReader:
+    """The reader of a GGUF file. Raises FormatError where it is not one, or is cut short."""
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise FormatError(f"{path} is not a GGUF file: it does not start with the bytes GGUF")
+    try:
+        return GGUFReader(path)
+    except (ValueError, IndexError, KeyError, OverflowError, struct.error) as error:
+        raise FormatError(
+            f"{path} is a damaged GGUF file, perhaps cut short ({path.stat().st_size:,} bytes): {error}. "
+            "Download it again."
+        ) from error
+
+
+def value_of(reader: GGUFReader, key: str) -> Any:
+    """The value of a key; None where the file does not have it."""
+    field = reader.get_field(key)
+    return None if field is None else field.contents()
