@@ -254,7 +254,7 @@ def _room(shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.dev
 
 
 def _one_of(dtypes: Sequence[torch.dtype], x: Tensor, other: torch.dtype) -> Tensor:
-    """x without its gradient, in another dtype unless its own is one of those."""
+    """x without its gradient; converted to ``other`` where its dtype is not among ``dtypes``."""
     return x.detach() if x.dtype in dtypes else x.detach().to(other)
 
 

@@ -7,7 +7,6 @@ import errno
 import inspect
 import json
 import os
-import re
 import shutil
 import types
 from collections.abc import Callable
@@ -32,9 +31,7 @@ from veneer import (
     set_peft_model_state_dict,
 )
 from veneer.contract import source as adapter_source
-from veneer.disk.safetensors import read_all
 from veneer.errors import AdapterNameError, ConfigError, DiskError, FormatError
-from veneer.store.adapter.files import read_headers, read_tensors, unusable
 
 KEY = "base_model.model.model.layers.{}.self_attn.{}.lora_{}.weight"
 
@@ -491,45 +488,3 @@ def test_injected_adapters_are_read_and_set(folder: Path) -> None:
         get_peft_model_state_dict(base())
     with pytest.raises(ConfigError, match="a PeftModel already"):
         inject_adapter_in_model(LoraConfig(), get_peft_model(base(), LoraConfig()), "z")
-
-
-def test_tensors_of_a_file_are_parts_of_one_piece_of_memory(tmp_path: Path) -> None:
-    """But for those that do not lie on a multiple of their values' size; each is what safetensors reads."""
-    header = {
-        "odd": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]},
-        "astray": {"dtype": "F32", "shape": [1, 2], "data_offsets": [3, 11]},
-        "five": {"dtype": "U8", "shape": [5], "data_offsets": [11, 16]},
-        "none": {"dtype": "F32", "shape": [0, 7], "data_offsets": [16, 16]},
-        "true": {"dtype": "F32", "shape": [2, 3], "data_offsets": [16, 40]},
-    }
-    text = json.dumps(header).encode()
-    values = bytes(range(7, 10)) + torch.randn(2).numpy().tobytes() + bytes(5) + torch.randn(6).numpy().tobytes()
-    path = tmp_path / "adapter_model.safetensors"
-    path.write_bytes(len(text).to_bytes(8, "little") + text + values)
-    found, expected = read_tensors(tmp_path), load_file(path)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[key], expected[key]) and found[key].shape == expected[key].shape for key in expected)
-    memory = {key: found[key].untyped_storage().data_ptr() for key in found if key != "none"}
-    assert memory["odd"] == memory["five"] == memory["true"] != memory["astray"]
-    path.write_bytes(len(b"{}").to_bytes(8, "little") + b"{}")
-    assert read_tensors(tmp_path) == {}
-
-
-def test_a_file_that_is_cut_while_it_is_read(folder: Path) -> None:
-    headers = read_headers(folder)
-    path = folder / "adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-7])
-    last = max(headers.values(), key=lambda tensor: tensor.start)
-    with pytest.raises(FormatError, match=f"ends inside tensor '{re.escape(last.name)}'"):
-        read_all(path, headers)
-
-
-@pytest.mark.parametrize("bad", [torch.nan, -torch.inf])
-def test_one_value_that_is_no_number_is_found_among_all(folder: Path, bad: float) -> None:
-    key = KEY.format(1, "v_proj", "B")
-    values = load_file(folder / "adapter_model.safetensors")[key]
-    values[-1, -1] = bad
-    change_tensors(folder, lambda tensors: tensors.update({key: values}))
-    assert unusable(read_tensors(folder)) == {key: "holds NaN or infinity"}
-    change_tensors(folder, lambda tensors: tensors.update({key: torch.full_like(values, 3e38)}))
-    assert unusable(read_tensors(folder)) == {}  # whose sum is infinite

@@ -43,7 +43,7 @@ SIZES = {
     "gpt2": {"n_embd": 768, "n_inner": 3072, "n_layer": 7, "vocab_size": 6144},
     "gptneox": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 7, "vocab_size": 6144},
 }
-"""What GPT-2 has turned and GPT-NeoX in another order is read whole: embeddings are larger, as in all their models."""
+"""Models with matrices read whole (turned in GPT-2, in another order in GPT-NeoX); their embeddings are larger."""
 
 
 @pytest.fixture(scope="module")

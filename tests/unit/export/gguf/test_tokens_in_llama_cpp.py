@@ -50,7 +50,7 @@ def assert_same_tokens(folder: Path, tokenizer: Any) -> None:
 
 
 def assert_comes_back(folder: Path) -> None:
-    """What the file says of its tokenizer is what a file made of it says, the types of tokens that fill it up too."""
+    """A file that is read and exported again says the same of its tokenizer, of tokens that only fill it up too."""
     convert_gguf(folder / "x.gguf", folder / "read")
     export_gguf(folder / "read", folder / "again.gguf", GgufOptions(type="F32"))
     first, again = (_told(folder / name) for name in ("x.gguf", "again.gguf"))
