@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 
 help:
 	@echo "make setup   only set up: $(BIN)/veneer"
-	@echo "make demo    set up, fetch a small model, fine-tune it, show what changed (under ten minutes on two cores)"
+	@echo "make demo    set up, fetch a small model, fine-tune it, show what changed (two cores: three minutes, and five to ten for the set-up)"
 	@echo "make test    set up, then the whole test suite"
 	@echo "make check   lint, types, layers"
 	@echo "make docs    the site: build/site/index.html"
