@@ -258,6 +258,7 @@ def test_what_a_user_can_mend_is_one_message(project: Path, options: list[str], 
     assert code == 2, output
     assert message in " ".join(output.split())
     assert "Traceback" not in output
+    assert "not planned" not in output  # by what is told already
 
 
 def test_without_a_recipe() -> None:

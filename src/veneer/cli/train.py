@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
@@ -80,8 +80,7 @@ def train(
         if show_sample:
             _show_sample(wanted if isinstance(wanted, Recipe) else wanted.members[0].recipe, console)
         elif isinstance(wanted, Recipe):
-            planned = _planned(wanted, beyond_memory, console)
-            _train_one(wanted, resume, allow_changes, planned, console)
+            _train_one(wanted, resume, allow_changes, _planned(wanted, beyond_memory, console), console)
         else:
             console.print(
                 f"not planned: {len(wanted.members)} members share one base; `veneer plan` tells of one recipe",
@@ -131,33 +130,44 @@ def _show_sample(recipe: Recipe, console: Console) -> None:
         console.print(shown_sample(sample, tokenizer, marks=not console.is_terminal))
 
 
-def _planned(recipe: Recipe, beyond_memory: bool, console: Console) -> dict[str, Any] | None:
-    """The plan of a run, told in one line; None where it cannot be planned, which is told too.
+class _Planned(NamedTuple):
+    """The plan of a run, None where it cannot be planned, and the line that says so."""
 
-    Raises ConfigError where memory will not do.
-    """
+    facts: dict[str, Any] | None
+    line: str
+
+
+def _planned(recipe: Recipe, beyond_memory: bool, console: Console) -> _Planned:
+    """The plan of a run, told in one line. Raises ConfigError where memory will not do."""
     from veneer.plan.before import planned_facts, require_room
 
     facts, line = planned_facts(recipe)
-    console.print(line, highlight=False)
-    if facts is not None and not beyond_memory:
-        require_room(facts)
-    return facts
+    if facts is not None:
+        console.print(line, highlight=False)
+        if not beyond_memory:
+            require_room(facts)
+    return _Planned(facts, line)
 
 
-def _train_one(
-    recipe: Recipe, resume: bool, allow_changes: bool, planned: dict[str, Any] | None, console: Console
-) -> None:
+def _train_one(recipe: Recipe, resume: bool, allow_changes: bool, planned: _Planned, console: Console) -> None:
     from veneer.train.checkpoint import holds_checkpoints
     from veneer.train.run import run_recipe
+
+    # What keeps a run from being planned is mostly what refuses it: only a run that begins says that it was not.
+    untold = [planned.line] if planned.facts is None else []
+
+    def tell(line: str) -> None:
+        while untold:
+            console.print(untold.pop(), highlight=False)
+        console.print(line, style="bold", highlight=False)
 
     try:
         record = run_recipe(
             recipe,
             resume=resume,
             allow_changes=allow_changes,
-            planned=planned,
-            tell=lambda line: console.print(line, style="bold", highlight=False),
+            planned=planned.facts,
+            tell=tell,
         )
     except KeyboardInterrupt as error:
         if not error.args and holds_checkpoints(Path(recipe.output)):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import BatchSampler, Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 
@@ -52,3 +53,33 @@ class FilledSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         yield from self.sampler
         yield from self.rest
+
+
+class EvenBatches(BatchSampler):
+    """Batches of ``batch_size`` for ``n`` processes in turns. Rows that do not fill a last batch for each of them are
+    dealt so that all together hold each equally often: means over the processes are means over those rows.
+    """
+
+    def __init__(self, sampler: Sampler[int], batch_size: int, n: int) -> None:
+        super().__init__(sampler, batch_size, drop_last=False)
+        self.n = n
+
+    def __len__(self) -> int:
+        return self.n * -(-len(self.sampler) // (self.batch_size * self.n))  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = list(self.sampler)
+        left = len(order) % (self.batch_size * self.n)
+        yield from _cut(order[: len(order) - left], self.batch_size)
+        size = last_size(left, self.n)
+        yield from _cut(order[len(order) - left :] * (size * self.n // max(left, 1)), size)
+
+
+def last_size(left: int, n: int) -> int:
+    """The rows of each of ``n`` batches that together hold each of ``left`` rows equally often: the fewest."""
+    return left // math.gcd(left, n)
+
+
+def _cut(order: Sequence[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(order), max(size, 1)):
+        yield list(order[start : start + size])

@@ -12,16 +12,20 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from veneer.adapters.peft_model import PeftModel
+from veneer.data.sampler import EvenBatches, last_size
 from veneer.errors import ConfigError, DataError, TrainingError
-from veneer.train.processes import n_processes
+from veneer.train.processes import n_processes, summed
 from veneer.train.run_trainer import RunTrainer
 
 log = logging.getLogger(__name__)
+_LARGEST = 2  # times the batch size: a last batch that is larger is not dealt evenly, since memory may not hold it
 
 
 class PreferenceTrainer(RunTrainer):
@@ -69,17 +73,37 @@ class PreferenceTrainer(RunTrainer):
         super().surround()
 
     def tell_of_repeats(self) -> None:
-        """Warn where accelerate repeats rows in the last batch, so that every process has as many as the others."""
+        """Warn where accelerate repeats some rows in the last batch, so that every process has as many as others."""
         sizes = {"train": self.args.train_batch_size, "held-out": self.args.eval_batch_size}
         for (name, size), rows in zip(sizes.items(), (self.train_dataset, self.eval_dataset), strict=True):
             count = n_processes()
             left = len(rows) % (size * count) if isinstance(rows, Dataset) else 0
-            if count > 1 and left and not (name == "train" and self.args.dataloader_drop_last):
+            if count > 1 and not self._is_dealt(left, size):
                 log.warning(
                     "%s data: %d rows do not come out even in batches of %d × %d processes, so that the last batch "
                     "repeats %d; with one process none is",
                     name, len(rows), size, count, size * count - left,
                 )  # fmt: skip
+
+    def _is_dealt(self, left: int, size: int) -> bool:
+        """True where the last batch of every process holds none or each of the ``left`` rows as often as the others."""
+        return self.args.dataloader_drop_last or last_size(left, n_processes()) <= _LARGEST * size
+
+    def _get_dataloader(self, dataset: Any, description: str, batch_size: int, *args: Any, **options: Any) -> Any:
+        """Trainer's; several processes count each row of the last batch equally often. Accelerate repeats some."""
+        loader: DataLoader[Any] = super()._get_dataloader(dataset, description, batch_size, *args, **options)
+        shard = loader.batch_sampler
+        if n_processes() == 1 or not isinstance(shard, BatchSamplerShard) or shard.split_batches or shard.drop_last:
+            return loader
+        left = len(shard.batch_sampler.sampler) % (batch_size * n_processes())
+        if left and self._is_dealt(left, batch_size):
+            shard.batch_sampler = EvenBatches(shard.batch_sampler.sampler, batch_size, n_processes())
+            shard.even_batches = False
+        if options.get("is_training"):
+            # Else accelerate cuts what is gathered in the last step to the rows left, numbers of processes among it,
+            # and in an epoch that a resume goes on with it does not.
+            loader._drop_last = True
+        return loader
 
     @property
     def n_tokens_read(self) -> int:
@@ -112,18 +136,39 @@ class PreferenceTrainer(RunTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """TRL's loss. Raises TrainingError where it depends on no trained parameter."""
+        before = self._total_train_tokens
         found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.model.training and self._total_train_tokens > before:
+            self._total_train_tokens = before + (self._total_train_tokens - before) // self._copies()
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         loss: Tensor = found[0] if return_outputs else found
         if self.model.training and not loss.requires_grad:
             raise TrainingError("the loss depends on no trainable parameter: nothing would be trained")
         loss = self.with_penalty(loss, shared=bool(self.loss_is_scaled_for_ga))
         return (loss, found[1]) if return_outputs else loss
 
+    def _copies(self) -> int:
+        """How often all processes together hold each row of the micro-batch in progress."""
+        state, size, n = self.accelerator.gradient_state, self.args.train_batch_size, n_processes()
+        is_last = state.end_of_dataloader and state.sync_gradients  # it is fetched, and none of the step comes after it
+        if n == 1 or not is_last or self.args.dataloader_drop_last or not isinstance(self.train_dataset, Dataset):
+            return 1
+        left = len(self.train_dataset) % (size * n)
+        return last_size(left, n) * n // left if left and self._is_dealt(left, size) else 1
+
     def evaluation_loop(self, *args: Any, **options: Any) -> EvalLoopOutput:
         """As `RunTrainer.evaluation_loop`; what was counted of the training stays for its next log line."""
         self._metrics["eval"].clear()
         with _without_old_names():
             return super().evaluation_loop(*args, **options)
+
+    def prediction_step(self, *args: Any, **options: Any) -> tuple[Tensor | None, Any, Any]:
+        """As TRL's, with the loss of all processes: Trainer takes the last batch's from those with the first rows."""
+        loss, logits, labels = super().prediction_step(*args, **options)
+        if loss is not None and n_processes() > 1:
+            (total,) = summed([loss.item()], loss.device)
+            loss = loss.new_tensor(total / n_processes())
+        return loss, logits, labels
 
     def counters(self) -> dict[str, Any]:
         """The counters of a checkpoint beside the losses: TRL's averages since the last log line, and its tokens."""
