@@ -263,7 +263,7 @@ def require_fit(source: str, adapters: Sequence[Path], tokenizer: Any) -> None:
 
 def require_of_one_base(adapters: Sequence[Path], base: str | None) -> None:
     """Raise ConfigError and FormatError where one of these adapters is none, or they are not of one base, or not of
-    ``base`` where that is given. No weight is loaded.
+    ``base`` where that is given. Bases of equal shapes and other names are told on stderr. No weight is loaded.
     """
     for folder in adapters:
         require_adapter(folder)
@@ -280,6 +280,10 @@ def require_of_one_base(adapters: Sequence[Path], base: str | None) -> None:
                     f"{other} and {folder} are adapters of two bases: {key} has {before[0]} features in {other}, which "
                     f"was trained on {named[0]}, and {size[0]} in {folder}, which was trained on {named[1]}"
                 )
+    bases = {name: folder for folder in reversed(adapters) if (name := base_named_by(folder)) is not None}
+    if len(bases) > 1:
+        told = ", ".join(f"{folder} was trained on {name}" for name, folder in reversed(bases.items()))
+        typer.echo(f"note: {told}: what is said of them together holds where these are one base", err=True)
 
 
 def _sides(adapter: Path) -> dict[str, tuple[int, ...]]:

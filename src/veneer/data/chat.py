@@ -50,9 +50,9 @@ def assistant_mask(
         template = get_training_chat_template(tokenizer)
     except ValueError as error:
         raise DataError(
-            "the chat template renders earlier turns differently once a later one follows, so the assistant's tokens "
-            "cannot be told by position. Put {% generation %} … {% endgeneration %} around the assistant's turns in "
-            "the template, give prompt and completion columns, or set assistant_only_loss=False"
+            f"{_why_not_by_position(tokenizer, messages, options)}, so the assistant's tokens cannot be told by "
+            "position. Put {% generation %} … {% endgeneration %} around the assistant's turns in the template, give "
+            "prompt and completion columns, or set assistant_only_loss=False"
         ) from error
     return _marked(tokenizer, messages, {**(options or {}), "chat_template": template})
 
@@ -108,6 +108,25 @@ def _by_position(
             return None
         mask[start:end] = [True] * (end - start)
     return whole, mask
+
+
+def _why_not_by_position(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: Mapping[str, Any] | None
+) -> str:
+    """The reason why turns of an answer are not found by position: the text, or how the tokenizer cuts it."""
+
+    def text(n: int, **more: Any) -> str:
+        return str(tokenizer.apply_chat_template(list(messages[:n]), tokenize=False, **{**(options or {}), **more}))
+
+    whole = text(len(messages))
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    parts = [part for i in answers for part in (text(i, add_generation_prompt=True), text(i + 1))]
+    if all(whole.startswith(part) for part in parts):
+        return (
+            "the tokenizer joins the end of one turn and the beginning of the next into one token (end turns, and what "
+            "opens an answer, with a special token or a line break)"
+        )
+    return "the chat template renders earlier turns differently once a later one follows"
 
 
 def _marked(

@@ -239,3 +239,20 @@ def test_adapters_of_two_bases_and_what_is_none_are_told_before_a_model_is_loade
     for command, message in cases:
         result = veneer(*command)
         assert (result.exit_code, message in result.stderr) == (2, True), result.output
+
+
+def test_bases_of_equal_shapes_and_other_names_are_told(veneer, adapter_folder, second, tmp_path):
+    renamed = tmp_path / "renamed"
+    shutil.copytree(second, renamed)
+    config = json.loads((renamed / "adapter_config.json").read_text())
+    (renamed / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "someone/else"}))
+    for command in (("inspect", adapter_folder, renamed), ("combine", adapter_folder, renamed, "-o", tmp_path / "sum")):
+        result = veneer(*command)
+        assert result.exit_code == 0, result.output
+        told = " ".join(result.stderr.split())
+        assert (
+            f"note: {adapter_folder} was trained on {config['base_model_name_or_path']}, {renamed} was trained on"
+            in told
+        )
+        assert "what is said of them together holds where these are one base" in told
+    assert "note" not in veneer("inspect", adapter_folder, second).stderr

@@ -1,5 +1,7 @@
 import pytest
 from datasets import Dataset, Features, Value
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from veneer.data.chat import assistant_mask, render
 from veneer.data.dataset import encode_all
@@ -65,8 +67,24 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
         "{{ '<' + m['role'] + '> ' + m['content'] + ' <end> ' }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
     )
-    with pytest.raises(DataError, match=r"generation %\}.*prompt and completion columns"):
+    with pytest.raises(DataError, match=r"renders earlier turns differently.*generation %\}.*completion columns"):
         assistant_mask(tokenizer, CHAT)
+
+
+def test_turns_that_the_tokenizer_joins_are_told_as_such():
+    letters = ["<end>", *"abu:|", "|a"]
+    backend = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(letters)}, merges=[("|", "a")]))
+    joining = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+    joining.chat_template = (
+        "{% for m in messages %}{{ m['role'][0] + ':' + m['content'] + '|' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
+    )
+    turns = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "ab"}]
+    ids, mask = assistant_mask(joining, turns)  # "u:b" "|a" ":" and then what is trained
+    assert joining.decode([i for i, on in zip(ids, mask, strict=True) if on]).replace(" ", "") == "ab|"
+    turns += [{"role": "assistant", "content": "b"}]
+    with pytest.raises(DataError, match="the tokenizer joins the end of one turn and the beginning of the next"):
+        assistant_mask(joining, turns)
 
 
 def test_a_refusing_template_is_a_data_error_that_names_row_and_roles(tokenizer):
