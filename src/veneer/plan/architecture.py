@@ -30,8 +30,8 @@ def presets() -> dict[str, dict[str, Any]]:
 def config_of(name: str) -> PreTrainedConfig:
     """The config of a model. A preset needs no file and no network.
 
-    Raises ConfigError for a name that is none of all these, with the nearest preset; FormatError for a folder without
-    a config.
+    Raises ConfigError for a name that is none of all these, FormatError for a folder without a config or an id that
+    cannot be reached; both name the nearest preset.
     """
     found = presets().get(name.lower())
     if found is not None:
@@ -49,4 +49,7 @@ def config_of(name: str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(resolve(name))
     except (OSError, ValueError) as error:
-        raise FormatError(f"the config of {name} cannot be read: {str(error).strip().splitlines()[0]}") from error
+        reason = str(error).strip().splitlines()[0]
+        close = [] if Path(name).expanduser().exists() else nearest(Path(name).name.lower(), presets())
+        meant = f"; the preset {close[0]} needs neither files nor network" if close else ""
+        raise FormatError(f"the config of {name} cannot be read: {reason}{meant}") from error

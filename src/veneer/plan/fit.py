@@ -41,25 +41,40 @@ def fits(recipe: Recipe, config: PreTrainedConfig, budget: int, bytes_of: Bytes,
     Knobs: storage of the base, checkpointing, rows of a micro-batch. ``bytes_of`` and ``cost`` (seconds of a
     micro-batch) belong to the machine. Raises ConfigError where nothing fits, with what would.
     """
-    found, least, budget = [], None, int(budget / (1 + SPARE))
+    given, budget = budget, int(budget / (1 + SPARE))
+    found, least = [], None
     for changes in _ways(recipe):
         one = _planned(recipe, config, {**changes, "training.per_device_train_batch_size": 1})
         needed = bytes_of(one)
         if least is None or needed < least[0]:
-            least = needed, changes
+            least = needed, changes, one
         if needed > budget:
             continue
         best = _largest(recipe, config, changes, one, budget=budget, bytes_of=bytes_of)
         found.append(Fit(best[0], best[1], bytes_of(best[1]), cost(best[1]) / best[1].n_tokens))
     if not found and least is not None:
-        told = ", ".join(f"{key}={value}" for key, value in least[1].items()) or "the recipe as it is"
-        raise ConfigError(
-            f"nothing fits {size(budget)} (of what is given, {SPARE:.0%} stay free): the least is {size(least[0])} "
-            f"({told}, one row of "
-            f"{recipe.training_config().max_length} tokens). Missing: a smaller base, a shorter training.max_length, "
-            "or several processes (--processes N --strategy fsdp)"
-        )
+        told = _missing(recipe, *least, budget)
+        raise ConfigError(f"nothing fits {size(given)} with {SPARE:.0%} of it left free: {told}")
     return sorted(found, key=lambda fit: fit.seconds_a_token)
+
+
+def _missing(recipe: Recipe, needed: int, changes: Mapping[str, Any], plan: Plan, budget: int) -> str:
+    """What the least setting takes, what would fit, and the knobs that are left."""
+    args, weights = recipe.training_config(), plan.held.n_bytes
+    told = ", ".join(f"{key}={value}" for key, value in changes.items()) or "the recipe as it is"
+    kind = recipe.model.quantization
+    knobs = [
+        *(["an adapter in place of the whole model (adapter.method)"] if recipe.method == "full" else []),
+        *(["model.quantization=nf4"] if kind not in FORMATS else []),
+        *(["a shorter training.max_length"] if weights <= budget else []),
+        "a smaller base",
+        "several processes (--processes N --strategy fsdp)",
+    ]
+    alone = ", more than the budget by themselves" if weights > budget else ""
+    return (
+        f"the least is {size(needed)} ({told}, one row of {args.max_length} tokens), {size(weights)} of it weights"
+        f"{alone}. From {size(needed * (1 + SPARE))} on it fits. Missing: {', '.join(knobs[:-1])} or {knobs[-1]}"
+    )
 
 
 def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:

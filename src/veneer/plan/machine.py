@@ -8,15 +8,13 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 import platform
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +27,12 @@ from veneer.disk.cache import cache_dir
 from veneer.errors import ConfigError
 from veneer.model.memory import available_bytes
 from veneer.ops.dispatch import kernel_isa
-from veneer.plan.work import Product
+from veneer.plan.work import Product, Work
 
 LARGEST = 4096
 """Products are measured with sides up to this; larger ones run at the same rate."""
 ROWS = 1024
+START = "start bytes"
 COLD_BYTES, MOST_COPIES = 128 << 20, 256
 EFFICIENCY = 0.5
 """Of a card's data sheet, what products of a training step commonly reach (0.4 to 0.6 is reported)."""
@@ -112,8 +111,26 @@ class Rates:
         return seconds * product.flops / (2.0 * m * k * n)
 
     def moved(self) -> float:
-        """Seconds a byte of elementwise work on float32, read and written."""
-        return self._once("moved", _moved_seconds)
+        """Seconds a byte of elementwise work, read and written, as it is in a step."""
+        from veneer.plan.overhead import byte_seconds
+
+        copied = self._once("moved", _moved_seconds)
+        return self._once("moved in a step", lambda: byte_seconds(self.computed, copied))
+
+    def computed(self, work: Work) -> float:
+        """Seconds of a step's arithmetic and calls, without elementwise work."""
+        return sum(self.parts(work).values())
+
+    def parts(self, work: Work) -> dict[str, float]:
+        """The same by kind."""
+        torch_attention = work.torch_attention * self.torch_attention() if work.torch_attention else 0.0
+        watched = work.n_watched * self.watched() if work.n_watched else 0.0
+        return {
+            "products": sum(self.product(product) * n for product, n in work.products.items()),
+            "attention": work.attention * self.attention() + torch_attention,
+            "decoding": work.decoded * self.decoded(),
+            "calls": work.n_ops * self.op() + watched,
+        }
 
     def attention(self) -> float:
         """Seconds a FLOP of attention by the kernel."""
@@ -128,8 +145,10 @@ class Rates:
         return self._once("decoded", _decoded_seconds)
 
     def op(self) -> float:
-        """Seconds that calling an op takes beside its work."""
-        return self._once("op", _op_seconds)
+        """Seconds that an op of a step takes beside its work."""
+        from veneer.plan.overhead import op_seconds
+
+        return self._once("op of a step", op_seconds)
 
     def watched(self) -> float:
         """Seconds that an op takes besides where selective checkpointing looks at it."""
@@ -143,7 +162,13 @@ class Rates:
 
 def start_bytes(rates: Rates) -> int:
     """Bytes of a process that has imported all and trained one tiny model: interpreter, libraries, allocator."""
-    return int(rates._once("start bytes", _start_bytes))
+    return int(rates._once(START, _start_bytes))
+
+
+def begin_start(rates: Rates) -> None:
+    """Begin to measure `start_bytes`, where they are not known, beside what is done until they are asked for."""
+    if START not in rates.known:
+        _beginning()
 
 
 def free_here() -> int:
@@ -152,7 +177,7 @@ def free_here() -> int:
 
 
 def _timed(run: Callable[[], Any], least: float = 0.02) -> float:
-    """The median of five, each long enough to be timed."""
+    """The least of five, each long enough to be timed: rates are kept, and other work on the machine shall not be."""
     run()
     began = time.perf_counter()
     run()
@@ -163,7 +188,7 @@ def _timed(run: Callable[[], Any], least: float = 0.02) -> float:
         for _ in range(times):
             run()
         found.append((time.perf_counter() - began) / times)
-    return statistics.median(found)
+    return min(found)
 
 
 def _product_seconds(m: int, k: int, n: int, dtype: str) -> float:
@@ -213,11 +238,6 @@ def _decoded_seconds() -> float:
     return _timed(lambda: dequantize_4bit(packed, absmax, layout)) / w.numel()
 
 
-def _op_seconds() -> float:
-    x = torch.ones(8)
-    return _timed(lambda: x * 1.5, 0.005)
-
-
 def _watched_seconds() -> float:
     n_ops, x = 64, torch.ones(8, requires_grad=True)
     again = CheckpointPolicy.PREFER_RECOMPUTE
@@ -251,9 +271,16 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if __import__("sys
 """
 
 
+@cache
+def _beginning() -> subprocess.Popen[str]:
+    """The process that `_start_bytes` measures, begun once."""
+    return subprocess.Popen([sys.executable, "-c", _TINY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@cache
 def _start_bytes() -> float:
-    out = subprocess.run([sys.executable, "-c", _TINY], capture_output=True, text=True, env={**os.environ}, check=False)
+    out, told = _beginning().communicate()
     try:
-        return float(out.stdout.split()[-1])
+        return float(out.split()[-1])
     except (IndexError, ValueError) as error:
-        raise ConfigError(f"a process could not be measured: {out.stderr.strip()[-300:]}") from error
+        raise ConfigError(f"a process could not be measured: {told.strip()[-300:]}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -26,10 +27,17 @@ def shortened(config: PreTrainedConfig, n_blocks: int) -> PreTrainedConfig:
     """The config of the same model with its first so many blocks."""
     short = copy.deepcopy(config)
     text: Any = short.get_text_config()
+    lists = blockwise(text)
     text.num_hidden_layers = n_blocks
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:n_blocks]
+    for name, values in lists:
+        setattr(text, name, values[:n_blocks])
     return short
+
+
+def blockwise(text: PreTrainedConfig) -> list[tuple[str, Sequence[Any]]]:
+    """The fields of a config that have an entry for each block, such as ``layer_types``."""
+    n_blocks: Any = getattr(text, "num_hidden_layers", None)
+    return [(name, v) for name, v in vars(text).items() if isinstance(v, list | tuple) and len(v) == n_blocks]
 
 
 def meta_base(config: PreTrainedConfig, part: ModelPart, *, prepared: bool = True) -> PreTrainedModel:
@@ -42,10 +50,11 @@ def meta_base(config: PreTrainedConfig, part: ModelPart, *, prepared: bool = Tru
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (ImportError, KeyError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0][:150]
         raise ConfigError(
-            f"transformers makes no causal language model of {part.source} (model_type {config.model_type}): "
-            f"{str(error).strip().splitlines()[0][:150]}. Planned can be what AutoModelForCausalLM builds: decoders "
-            "that predict the next token"
+            f"transformers makes no causal language model of {part.source} (model_type {config.model_type})"
+            f"{'' if reason.startswith('Unrecognized configuration class') else f': {reason}'}. Planned can be what "
+            "AutoModelForCausalLM builds: decoders that predict the next token"
         ) from error
     model = cast(PreTrainedModel, model.eval())
     quantization = quantization_of(part)

@@ -6,22 +6,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedConfig
 
 from veneer.errors import ConfigError
 from veneer.ops.traced import tracing
 from veneer.plan.architecture import config_of
+from veneer.plan.depth import Pattern, between, line, pattern_of, peaks_by_place
 from veneer.plan.live import Peak
 from veneer.plan.losses import ROWS, require_planned
 from veneer.plan.model import shortened, traced_model
 from veneer.plan.step import Batch
-from veneer.plan.trace import KINDS, SCRATCH, Shallow, trace
+from veneer.plan.trace import SCRATCH, Shallow, trace
 from veneer.plan.work import Work
 from veneer.train.recipe.recipe import Recipe
 
-SHALLOW = (2, 3)
-"""Blocks of the two traces; memory and work are affine in the number of blocks."""
 PHASES = ("load", "forward", "loss", "backward", "optimizer")
 SEQUENCE = 256
 """Tokens of a sequence in a packed row, where nothing else is said."""
@@ -65,7 +63,7 @@ def plan_recipe(
     isa: str | None = None,
     whole: bool = False,
 ) -> Plan:
-    """The plan of a recipe, from two shallow traces; all blocks are traced where they differ, and by ``whole``.
+    """The plan of a recipe, from two shallow traces; all blocks are traced where none repeat, and by ``whole``.
 
     Rows are as long as ``max_length``. ``isa`` is the instruction set of the machine that the plan is for. Raises
     ConfigError where transformers makes no causal language model of the config.
@@ -78,9 +76,9 @@ def plan_recipe(
         raise ConfigError(
             f"the config of {recipe.model.source} ({config.model_type}) has no num_hidden_layers to plan by"
         )
-    whole = whole or n_blocks <= SHALLOW[-1] or not _alike(recipe, config, n_blocks)
-    traces = [trace(shortened(config, depth), recipe, batch, isa) for depth in ((n_blocks,) if whole else SHALLOW)]
-    return _deepened(traces, n_blocks, recipe, batch, config)
+    pattern = Pattern(n_blocks, 0, n_blocks) if whole else pattern_of(recipe, config, n_blocks)
+    traces = [trace(shortened(config, depth), recipe, batch, isa) for depth in pattern.depths]
+    return _deepened(traces, pattern, recipe, batch, config)
 
 
 def batch_of(recipe: Recipe, config: PreTrainedConfig) -> Batch:
@@ -106,28 +104,12 @@ def count_trained(recipe: Recipe, config: PreTrainedConfig) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def _alike(recipe: Recipe, config: PreTrainedConfig, n_blocks: int) -> bool:
-    """True if all blocks have tensors of the same shapes and one type of layer, so that two traces tell of all."""
-    if len(set(getattr(config.get_text_config(), "layer_types", None) or ())) > 1:
-        return False
-    with tracing():
-        model = traced_model(config, recipe.model, recipe.adapter_config())
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_blocks]
-    return bool(lists) and all(_shapes(block) == _shapes(blocks[0]) for blocks in lists for block in blocks)
-
-
-def _shapes(block: nn.Module) -> list[tuple[object, ...]]:
-    return [
-        (name, t.shape, t.dtype, t.requires_grad) for name, t in (*block.named_parameters(), *block.named_buffers())
-    ]
-
-
-def _deepened(traces: list[Shallow], n_blocks: int, recipe: Recipe, batch: Batch, config: PreTrainedConfig) -> Plan:
+def _deepened(traces: list[Shallow], pattern: Pattern, recipe: Recipe, batch: Batch, config: PreTrainedConfig) -> Plan:
     low, high = traces[0], traces[-1]
-    more = 0 if low is high else (n_blocks - low.n_blocks) / (high.n_blocks - low.n_blocks)
-    marks = [_by_place(shallow) for shallow in (low, high)]
-    deep = {mark: _between(marks[0][mark], marks[1][mark], more) for mark in marks[0] if mark in marks[1]}
-    held = _between(low.held, high.held, more)
+    more = 0 if low is high else (pattern.n_blocks - low.n_blocks) / (high.n_blocks - low.n_blocks)
+    marks = [peaks_by_place(shallow, pattern) for shallow in (low, high)]
+    deep = {mark: between(marks[0][mark], marks[1][mark], more) for mark in marks[0] if mark in marks[1]}
+    held = between(low.held, high.held, more)
     coding = 4 * high.largest_coded  # a matrix is in float32 while it is quantized
     phases = {"load": Peak({**held.kinds, SCRATCH: held.kinds.get(SCRATCH, 0) + coding}) if coding else held}
     for phase in PHASES[1:]:
@@ -139,36 +121,13 @@ def _deepened(traces: list[Shallow], n_blocks: int, recipe: Recipe, batch: Batch
         recipe=recipe,
         batch=batch,
         config=config,
-        n_trained=_line(low.n_trained, high.n_trained, more),
-        n_parameters=_line(low.n_parameters, high.n_parameters, more),
+        n_trained=line(low.n_trained, high.n_trained, more),
+        n_parameters=line(low.n_parameters, high.n_parameters, more),
         held=held,
         phases=phases,
         work=work,
         not_fused=high.not_fused,
     )
-
-
-def _by_place(shallow: Shallow) -> dict[str, Peak]:
-    """Peaks by marks that mean the same at any depth: of blocks the first and the last alone."""
-    found = {}
-    for mark, peak in shallow.peaks.items():
-        name, _, number = mark.rpartition(".")
-        if not number.isdigit():
-            found[mark] = peak
-        elif int(number) == 0:
-            found[f"{name}.first"] = peak
-        elif int(number) == shallow.n_blocks - 1:
-            found[f"{name}.last"] = peak
-    return found
-
-
-def _between(low: Peak, high: Peak, more: float) -> Peak:
-    kinds = {kind: _line(low.kinds.get(kind, 0), high.kinds.get(kind, 0), more) for kind in KINDS}
-    return Peak({kind: n for kind, n in kinds.items() if n})
-
-
-def _line(low: float, high: float, more: float) -> int:
-    return round(low + more * (high - low))
 
 
 def as_json(plan: Plan) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from veneer.plan.machine import Rates, start_bytes
 from veneer.plan.plan import Plan
 from veneer.plan.trace import GRADIENTS, STATE
 
-ALLOCATOR_BYTES = 60_000_000
+ALLOCATOR_BYTES = 40_000_000
 """Scratch of kernels and heap that is kept but not used, beside live tensors (bench/plan.py; glibc)."""
 MOVING_SHARE, TRAINED_SHARE = 0.02, 0.2
 """Of what comes and goes; and of gradients and optimizer state, between which freed memory does not fit again."""
@@ -36,5 +36,11 @@ def process_of(plan: Plan, rates: Rates) -> Process:
         rates.save()
     moving = plan.peak.n_bytes - plan.held.n_bytes
     trained = sum(plan.peak.kinds.get(kind, 0) for kind in (GRADIENTS, STATE))
-    lost = round(MOVING_SHARE * moving + TRAINED_SHARE * trained)
-    return Process(start, plan.peak.n_bytes, ALLOCATOR_BYTES + lost)
+    lost = MOVING_SHARE * moving + (0.0 if _is_recomputed(plan) else TRAINED_SHARE * trained)
+    return Process(start, plan.peak.n_bytes, ALLOCATOR_BYTES + round(lost))
+
+
+def _is_recomputed(plan: Plan) -> bool:
+    """True where blocks keep nothing but their inputs: next to nothing then lies among gradients and state."""
+    args = plan.recipe.training_config()
+    return bool(args.gradient_checkpointing) and not (args.gradient_checkpointing_kwargs or {}).get("selective")

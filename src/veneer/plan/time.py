@@ -32,15 +32,7 @@ class Seconds:
 def seconds_here(work: Work, rates: Rates) -> Seconds:
     """By the rates of this machine; what lacks is measured now and kept."""
     before = len(rates.known)
-    watched = work.n_watched * rates.watched() if work.n_watched else 0.0
-    torch_attention = work.torch_attention * rates.torch_attention() if work.torch_attention else 0.0
-    kinds = {
-        "products": sum(rates.product(product) * n for product, n in work.products.items()),
-        "attention": work.attention * rates.attention() + torch_attention,
-        "decoding": work.decoded * rates.decoded(),
-        "elementwise": work.moved * rates.moved(),
-        "calls": work.n_ops * rates.op() + watched,
-    }
+    kinds = rates.parts(work) | {"elementwise": work.moved * rates.moved()}
     if len(rates.known) != before:
         rates.save()
     return Seconds(kinds, "measured on this machine")

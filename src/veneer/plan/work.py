@@ -126,6 +126,8 @@ class CountWork(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _count(self, func: Any, args: Any, out: Any) -> None:
         name = func.name().removeprefix("aten::").split(".")[0]
+        if name.startswith("prim::"):
+            return  # a traced tensor is asked for its device; a real one answers without the dispatcher
         self.work.n_ops += 1
         self.work.n_watched += 2 * self.watched
         if func in _PRODUCTS:

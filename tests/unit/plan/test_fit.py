@@ -34,5 +34,25 @@ def test_settings_fit_with_room_to_spare_and_the_cheapest_comes_first(recipe: Ma
 
 def test_what_is_missing_is_told_where_nothing_fits(recipe: Make) -> None:
     wanted = recipe()
-    with pytest.raises(ConfigError, match=r"nothing fits .*quantization=nf4.*one row of 23 tokens.*fsdp"):
+    told = r"nothing fits .*quantization=nf4.*one row of 23 tokens.*more than the budget by.*smaller base.*fsdp"
+    with pytest.raises(ConfigError, match=told) as raised:
         fits(wanted, config_of(wanted.model.source), 1009, bytes_of, lambda plan: plan.work.flops)
+    assert "max_length" not in str(raised.value)  # no length helps where the weights are too large
+
+
+def test_the_knob_that_is_missing_is_the_one_that_was_not_tried(recipe: Make) -> None:
+    for wanted, told in (
+        (recipe({"method": "full"}), r"Missing: an adapter in place of the whole model"),
+        (recipe(None, {"quantization": "int8"}), r"Missing: model.quantization=nf4"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            fits(wanted, config_of(wanted.model.source), 1009, bytes_of, lambda plan: plan.work.flops)
+
+
+def test_rows_may_be_shorter_where_the_weights_alone_would_fit(recipe: Make) -> None:
+    wanted = recipe(None, {"quantization": "nf4"})
+    budget = int(1.07 * plan_recipe(wanted).held.n_bytes)
+    with pytest.raises(
+        ConfigError, match=r"of it weights\. From .* on it fits\. Missing: a shorter training.max_length"
+    ):
+        fits(wanted, config_of(wanted.model.source), budget, bytes_of, lambda plan: plan.work.flops)

@@ -13,7 +13,8 @@ from tests.unit.plan.conftest import Make
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, T5Config
 
 from veneer import DPOTrainer
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, FormatError
+from veneer.ops.traced import Traced
 from veneer.plan.architecture import config_of
 from veneer.plan.live import LiveBytes, peaks
 from veneer.plan.losses import require_planned
@@ -89,9 +90,15 @@ def test_bytes_by_kind_add_up_and_trained_parameters_are_counted_without_a_step(
     assert count_trained(wanted, plan.config) == plan.n_trained
 
 
-def test_unknown_names_and_long_rows_are_told(recipe: Make) -> None:
+def test_unknown_names_and_long_rows_are_told(recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="did you mean llama-3-8b"):
         config_of("llama-3-8")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(FormatError, match=r"the config of meta/Llama-3-8B cannot be read.*the preset llama-3-8b needs"):
+        config_of("meta/Llama-3-8B")
+    with pytest.raises(FormatError, match=r"holds no config\.json") as raised:
+        config_of(str(tmp_path))
+    assert "preset" not in str(raised.value)
     with pytest.raises(ConfigError, match="max_length=65 is more than the 64 tokens"):
         plan_recipe(recipe(max_length=65))
 
@@ -191,7 +198,7 @@ def test_models_that_are_no_causal_language_models_are_told(recipe: Make) -> Non
         lambda: count_trained(wanted, config),
         lambda: serving_of(config, wanted.model, adapter, 10**9, 7),
     ):
-        with pytest.raises(ConfigError, match=r"no causal language model .*model_type t5.*AutoModelForCausalLM builds"):
+        with pytest.raises(ConfigError, match=r"no causal language model .*model_type t5\)\. Planned can be what Auto"):
             ask()
 
 
@@ -205,10 +212,13 @@ def test_products_with_codes_count_where_checkpointing_watches_them(recipe: Make
 
 def test_views_move_nothing_and_ops_whose_names_begin_alike_do() -> None:
     x = torch.ones(7, 11)
+    traced = Traced(x.to("meta"), x.device)
     with CountWork() as counted:
         counted.on = True
         x.t(), x.unsqueeze(0), x.select(0, 1), x.split(3)
+        torch.ops.prim.device.default(traced)  # asked of traced tensors alone
         assert counted.work.moved == 0
+        assert counted.work.n_ops == 4
         x.tanh()
         assert counted.work.moved == 2 * x.nbytes
         torch.ops.aten.select_backward(x[0], [7, 11], 0, 1)

@@ -1,0 +1,134 @@
+"""The depths at which a model is traced: blocks repeat, and memory and work are affine in how often they do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+from veneer.ops.traced import tracing
+from veneer.plan.live import Peak
+from veneer.plan.model import blockwise, traced_model
+from veneer.plan.trace import KINDS, Shallow
+from veneer.train.recipe.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """``n_blocks`` blocks of a model: ``lead`` first ones that differ, then groups of ``period`` that are alike.
+
+    Llama: no lead, period 1. Gemma 3: period 6, five windows and one of full attention. Some mixtures of experts: a
+    lead of dense blocks.
+    """
+
+    n_blocks: int
+    lead: int
+    period: int
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Two depths, one group apart, that end in the same block of a group as the whole; or the whole, if less."""
+        low = self.lead + (self.n_blocks - self.lead) % self.period + self.period
+        if low == 1:  # the first block and the last are two: in front of the first no gradient is made
+            low += self.period
+        return (low, low + self.period) if low + self.period < self.n_blocks else (self.n_blocks,)
+
+    def places(self, n_blocks: int) -> dict[int, list[str]]:
+        """Names of blocks that mean the same at any depth: the first group from the front, the last from behind."""
+        found: dict[int, list[str]] = {}
+        for k in range(min(self.lead + self.period, n_blocks)):
+            found.setdefault(k, []).append(f"first {k}")
+        for k in range(min(self.period, n_blocks)):
+            found.setdefault(n_blocks - 1 - k, []).append(f"last {k}")
+        return found
+
+
+def pattern_of(recipe: Recipe, config: PreTrainedConfig, n_blocks: int) -> Pattern:
+    """How the blocks of a recipe's model repeat; one group of all where nothing repeats, or nothing is known.
+
+    Found once for recipes that differ in their batches alone.
+    """
+    args = recipe.training_config()
+    again = (args.gradient_checkpointing_kwargs or {}).get("every_n_layers") or 1
+    parts = recipe.model_dump_json(include={"model", "adapter"})
+    return _pattern(_Shape(f"{config.to_json_string(use_diff=False)} {parts}", again, n_blocks, recipe, config))
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """A model with its adapter, told from others by ``text``; ``again``: of so many blocks one is recomputed."""
+
+    text: str
+    again: int
+    n_blocks: int
+    recipe: Recipe = field(compare=False)
+    config: PreTrainedConfig = field(compare=False)
+
+
+@lru_cache(maxsize=16)
+def _pattern(shape: _Shape) -> Pattern:
+    n_blocks, signs = shape.n_blocks, _signs(shape)
+    whole = Pattern(n_blocks, 0, n_blocks)
+    if signs is None:
+        return whole
+    found = (Pattern(n_blocks, _lead(signs, period), period) for period in range(1, n_blocks // 2 + 1))
+    best = min(found, key=lambda pattern: pattern.depths[-1], default=whole)
+    return best if len(best.depths) > 1 else whole
+
+
+def _lead(signs: Sequence[object], period: int) -> int:
+    """The first block from which on every one is as that a period later."""
+    apart = [k for k in range(len(signs) - period) if signs[k] != signs[k + period]]
+    return apart[-1] + 1 if apart else 0
+
+
+def _signs(shape: _Shape) -> list[object] | None:
+    """Of each block the kinds and shapes of its parts, its entries in the config's lists, and if it is recomputed."""
+    text: Any = shape.config.get_text_config()
+    if getattr(text, "num_kv_shared_layers", None):
+        return None  # the last blocks use keys of earlier ones
+    with tracing():
+        model = traced_model(shape.config, shape.recipe.model, shape.recipe.adapter_config())
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == shape.n_blocks]
+    if not lists:
+        return None
+    settings = [values for _, values in blockwise(text)]
+    return [
+        (k % shape.again, *(repr(values[k]) for values in settings), *(_sign(blocks[k]) for blocks in lists))
+        for k in range(shape.n_blocks)
+    ]
+
+
+def _sign(block: nn.Module) -> tuple[object, ...]:
+    tensors = (*block.named_parameters(), *block.named_buffers())
+    return (
+        *((name, type(module).__name__) for name, module in block.named_modules()),
+        *((name, t.shape, t.dtype, t.requires_grad) for name, t in tensors),
+    )
+
+
+def peaks_by_place(shallow: Shallow, pattern: Pattern) -> dict[str, Peak]:
+    """Peaks by marks that mean the same at any depth: of blocks those of the first group and of the last."""
+    places, found = pattern.places(shallow.n_blocks), {}
+    for mark, peak in shallow.peaks.items():
+        name, _, number = mark.rpartition(".")
+        if number.isdigit():
+            found.update({f"{name}.{place}": peak for place in places.get(int(number), [])})
+        else:
+            found[mark] = peak
+    return found
+
+
+def between(low: Peak, high: Peak, more: float) -> Peak:
+    """On the line through two peaks, ``more`` times their distance from the first."""
+    kinds = {kind: line(low.kinds.get(kind, 0), high.kinds.get(kind, 0), more) for kind in KINDS}
+    return Peak({kind: n for kind, n in kinds.items() if n})
+
+
+def line(low: float, high: float, more: float) -> int:
+    """On the line through two numbers, rounded."""
+    return round(low + more * (high - low))

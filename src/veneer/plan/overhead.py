@@ -1,0 +1,86 @@
+"""What a step takes beside products and attention, from real steps of small models: a cost for each op (Python around
+it, the dispatcher, autograd), and one for each byte of elementwise work.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from veneer.adapters.peft_model import get_peft_model
+from veneer.contract import MethodConfig
+from veneer.plan.step import Batch, Step, as_accelerate
+from veneer.plan.trace import make_optimizer, prepare, trace
+from veneer.plan.work import Work
+from veneer.train.recipe.recipe import Recipe, parse_recipe
+
+WARM, TIMED = 2, 7
+PATHS = ("auto", "off")
+_TINY = LlamaConfig(
+    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=2,
+    num_key_value_heads=1, dtype=torch.bfloat16,
+)  # fmt: skip
+_WIDE = LlamaConfig(  # many tokens and short dot products: mostly elementwise work
+    vocab_size=4096, hidden_size=192, intermediate_size=512, num_hidden_layers=2, num_attention_heads=3,
+    num_key_value_heads=1, dtype=torch.bfloat16,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """A step that was traced and carried out."""
+
+    work: Work
+    seconds: float
+
+
+def op_seconds() -> float:
+    """Of an op beside its work: steps that compute next to nothing, fused and not, by the ops of their traces."""
+    steps = [_timed(_TINY, fused, Batch(n_rows=1, length=8)) for fused in PATHS]
+    return sum(step.seconds for step in steps) / sum(step.work.n_ops for step in steps)
+
+
+def byte_seconds(known: Callable[[Work], float], least: float) -> float:
+    """Of a byte of elementwise work: what steps of many tokens take beyond what is ``known`` of their work.
+
+    In a step such work is slower than a copy of large tensors (``least``): its tensors are small, change their dtype,
+    and lie in memory that is taken anew.
+    """
+    steps = [_timed(_WIDE, fused, Batch(n_rows=4, length=128)) for fused in PATHS]
+    rest = sum(step.seconds - known(step.work) for step in steps)
+    return max(least, rest / sum(step.work.moved for step in steps))
+
+
+def _timed(config: LlamaConfig, fused: str, batch: Batch) -> Timed:
+    recipe = _recipe(fused, batch)
+    with torch.random.fork_rng(devices=[]):  # a run that plans first draws as one that does not
+        return Timed(trace(config, recipe, batch).work, _step_seconds(config, recipe, batch))
+
+
+def _recipe(fused: str, batch: Batch) -> Recipe:
+    return parse_recipe({
+        "model": {"source": "none"}, "data": {"train": "none.jsonl"}, "output": "none",
+        "adapter": {"method": "lora", "r": 4, "target_modules": "all-linear"},
+        "training": {"fused": fused, "max_length": batch.length, "per_device_train_batch_size": batch.n_rows},
+    })  # fmt: skip
+
+
+def _step_seconds(config: LlamaConfig, recipe: Recipe, batch: Batch) -> float:
+    """The least of some steps behind the first ones."""
+    args, adapter = recipe.training_config(), cast(MethodConfig, recipe.adapter_config())
+    model = get_peft_model(LlamaForCausalLM(config).to(torch.bfloat16), adapter).train()
+    prepare(model, args, with_values=True)
+    inputs = batch.inputs(config.vocab_size)
+    step = Step(model, make_optimizer(model, args), inputs, lambda mark: None, max_grad_norm=args.max_grad_norm or 0.0)
+    found = []
+    with as_accelerate(model, torch.bfloat16):
+        for _ in range(WARM + TIMED):
+            began = time.perf_counter()
+            step.run()
+            found.append(time.perf_counter() - began)
+    return min(found[WARM:])

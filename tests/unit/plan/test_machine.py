@@ -1,0 +1,50 @@
+"""What a process starts with is measured once, beside the plan, and what goes wrong there is told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from veneer.errors import ConfigError
+from veneer.plan import machine
+from veneer.plan.machine import Rates, begin_start, start_bytes
+
+
+@pytest.fixture(autouse=True)
+def anew() -> Iterator[None]:
+    yield
+    machine._beginning.cache_clear()
+    machine._start_bytes.cache_clear()
+
+
+def begun(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine._beginning.cache_clear()
+    machine._start_bytes.cache_clear()
+    monkeypatch.setattr(machine, "_TINY", script)
+
+
+def test_a_process_is_begun_once_and_read_when_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    begun("print('told 7_000_003.0'.replace('_', ''))", monkeypatch)
+    rates = Rates(tmp_path / "rates.json")
+    begin_start(rates)
+    first = machine._beginning()
+    begin_start(rates)
+    assert machine._beginning() is first
+    assert start_bytes(rates) == 7_000_003
+    assert start_bytes(Rates(tmp_path / "other.json")) == 7_000_003
+
+
+def test_nothing_is_begun_where_it_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    begun("raise SystemExit(3)", monkeypatch)
+    rates = Rates(tmp_path / "rates.json", {machine.START: 11.0})
+    begin_start(rates)
+    assert machine._beginning.cache_info().currsize == 0
+    assert start_bytes(rates) == 11
+
+
+def test_a_process_that_ends_early_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    begun("raise SystemExit('no room')", monkeypatch)
+    with pytest.raises(ConfigError, match="a process could not be measured: no room"):
+        start_bytes(Rates(tmp_path / "rates.json"))

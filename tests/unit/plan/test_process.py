@@ -1,0 +1,28 @@
+"""A process holds what it starts with, its tensors, and what the allocator loses between them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tests.unit.plan.conftest import Make
+
+from veneer.plan.live import Peak
+from veneer.plan.machine import START, Rates
+from veneer.plan.plan import plan_recipe
+from veneer.plan.process import ALLOCATOR_BYTES, process_of
+from veneer.plan.trace import BASE, GRADIENTS, STATE
+
+
+@pytest.mark.parametrize(("way", "between"), [(False, 0.2 * 3_000_017), ("selective", 0.2 * 3_000_017), (True, 0.0)])
+def test_memory_is_lost_between_gradients_and_state_where_activations_lie_among_them(
+    way: bool | str, between: float, recipe: Make, tmp_path: Path
+) -> None:
+    held, kinds = Peak({BASE: 400_009}), {GRADIENTS: 1_000_003, STATE: 2_000_014}
+    phases = {"backward": Peak({BASE: 400_009, **kinds})}
+    plan = replace(plan_recipe(recipe(gradient_checkpointing=way)), held=held, phases=phases)
+    found = process_of(plan, Rates(tmp_path / "rates.json", {START: 7_000_003.0}))
+    assert (found.start, found.tensors) == (7_000_003, 3_400_026)
+    assert found.allocator == ALLOCATOR_BYTES + round(0.02 * 3_000_017 + between)
+    assert found.n_bytes == found.start + found.tensors + found.allocator
