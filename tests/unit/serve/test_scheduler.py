@@ -1,0 +1,252 @@
+"""The scheduler, the pool of adapters, their pages and the inbox, one situation after the other."""
+
+from __future__ import annotations
+
+import pytest
+
+from veneer.errors import AdapterNameError, ConfigError
+from veneer.serve.adapter_pool import AdapterPool, AdapterVersion
+from veneer.serve.inbox import Inbox
+from veneer.serve.pages import Pages
+from veneer.serve.request import Request, StopRule
+from veneer.serve.scheduler import Limits, Scheduler
+
+from .test_state_machines import TokenArena
+
+
+def scheduler(n_pages=7, block=3, n_resident=None, n_acting=None, **limits):
+    pages = Pages(n_pages, block)
+    pool = AdapterPool(n_resident, n_acting, pages)
+    return Scheduler(pages, pool, Limits(**({"max_model_len": n_pages * block} | limits)))
+
+
+def request(name, n_prompt=2, version=None, longest=4):
+    return Request(id=name, prompt=tuple(range(n_prompt)), rule=StopRule(max_tokens=longest), version=version)
+
+
+def load(pool, *names):
+    """Load versions, whatever has to go for them; what went."""
+    for name in names:
+        assert pool.begin_load([name]) == name
+        pool.loaded(name)
+    gone = list(pool.going)
+    pool.going.clear()
+    return gone
+
+
+def test_the_same_trace_gives_the_same_plans():
+    def trace():
+        made, arena, plans = scheduler(n_pages=5), TokenArena(3), []
+        for i in range(5):
+            made.add(request(f"r{i}", n_prompt=3 + i, longest=5))
+        while made.has_work:
+            plans.append(made.plan())
+            made.commit(plans[-1], arena.run(plans[-1]))
+        return plans
+
+    assert trace() == trace()
+
+
+def test_a_younger_request_does_not_keep_the_only_place_for_ever():
+    """An adapter that others keep in use goes out once an older request waits for its place."""
+    made, arena = scheduler(n_resident=1), TokenArena(3)
+    for name in "xy":
+        made.pool.bind(name, AdapterVersion(id=name, folder=name))
+    load(made.pool, "x")
+    made.add(request("x0", version="x", longest=2))
+    plan = made.plan()
+    made.commit(plan, arena.run(plan))
+    made.add(request("y0", version="y"))
+    for i in range(1, 6):
+        made.add(request(f"x{i}", version="x"))
+        if not made.running:
+            break
+        assert made.pool.begin_load(made.wanted()) is None
+        plan = made.plan()
+        made.commit(plan, arena.run(plan))
+    assert all(r.id != "x0" and r.n_computed == 0 for r in made.waiting)
+    assert (made.pool.begin_load(made.wanted()), list(made.pool.going)) == ("y", ["x"])
+
+
+def test_younger_requests_go_on_beside_one_that_has_no_place():
+    """All versions but the one that ends first take more; its place is the older request's."""
+    made, arena = scheduler(n_pages=23, n_resident=3), TokenArena(3)
+    for name in "wxyz":
+        made.pool.bind(name, AdapterVersion(id=name, folder=name))
+    load(made.pool, "x", "y", "w")
+    made.pool.pin("w")
+    for name, longest in {"x": 5, "y": 3, "w": 2}.items():
+        made.add(request(f"{name}0", version=name, longest=longest))
+    plan = made.plan()
+    made.commit(plan, arena.run(plan))
+    made.add(request("z0", version="z"))
+    for name in "ywx":
+        made.add(request(f"{name}1", version=name, longest=7))
+    assert made.pool.begin_load(made.wanted()) is None
+    plan = made.plan()
+    assert {s.request_id for s in plan.sequences} == {"x0", "y0", "w0", "x1", "w1"}
+    made.commit(plan, arena.run(plan))
+    plan = made.plan()
+    made.commit(plan, arena.run(plan))
+    assert (made.pool.begin_load(made.wanted()), list(made.pool.going)) == ("z", ["y"])
+
+
+def test_younger_requests_go_on_beside_one_whose_adapter_may_not_act_yet():
+    made, arena = scheduler(n_pages=23, n_acting=2), TokenArena(3)
+    for name in "xyz":
+        made.pool.bind(name, AdapterVersion(id=name, folder=name))
+    load(made.pool, "x", "y", "z")
+    made.add(request("x0", version="x", longest=5)), made.add(request("y0", version="y", longest=3))
+    plan = made.plan()
+    made.commit(plan, arena.run(plan))
+    for name in "zyx":
+        made.add(request(f"{name}1", version=name, longest=7))
+    assert {s.request_id for s in made.plan().sequences} == {"x0", "y0", "x1"}
+
+
+def test_base_requests_do_not_wait_for_an_adapter():
+    made = scheduler()
+    made.pool.bind("x", AdapterVersion(id="x", folder="x"))
+    made.add(request("cold", version="x"))
+    made.add(request("base"))
+    assert [s.request_id for s in made.plan().sequences] == ["base"]
+
+
+def test_what_was_used_longest_ago_goes_first_and_pinned_ones_stay():
+    pool = AdapterPool(2)
+    for name in "xyz":
+        pool.bind(name, AdapterVersion(id=name, folder=name))
+    load(pool, "x", "y")
+    assert load(pool, "z") == ["x"]
+    pool.enter("y"), pool.acquire("y"), pool.release("y"), pool.leave("y")
+    assert load(pool, "x") == ["z"]
+    pool.pin("y")
+    pool.enter("x"), pool.acquire("x")
+    assert pool.begin_load(["z"]) is None
+    pool.release("x")
+    assert load(pool, "z") == ["x"]
+    assert pool.begin_load(["z", "x"]) is None  # what the older request wants stays, and y is pinned
+    pool.unpin("y")
+    assert (pool.begin_load(["z", "x"]), list(pool.going)) == ("x", ["y"])
+
+
+def test_who_nobody_waits_for_goes_before_those_used_longer_ago():
+    pool = AdapterPool(2)
+    for name in "xyz":
+        pool.bind(name, AdapterVersion(id=name, folder=name))
+    load(pool, "x", "y")
+    pool.enter("x")
+    assert load(pool, "z") == ["y"]
+
+
+def test_bytes_decide_where_the_number_does_not():
+    """Pages in use and adapters share them; free pages give their memory up."""
+    pages = Pages(10, 3, page_bytes=7)
+    pool = AdapterPool(memory=pages)
+    for name, n_bytes in {"x": 20, "y": 11, "z": 32}.items():
+        pool.bind(name, AdapterVersion(id=name, folder=name, n_bytes=n_bytes))
+    assert pages.grow("r", 4 * 3)
+    load(pool, "x", "y")
+    assert (pages.n_lent, pages.n_free) == (31, 1)
+    assert load(pool, "z") == ["x", "y"]
+    assert not pages.grow("r", 6 * 3)
+    pages.release("r")
+    assert (pages.lendable, pages.shed) == (38, [])
+    assert load(pool, "y") == []
+    assert len(pages.shed) == 1  # for the eleventh byte: ten were nobody's
+    assert pages.capacity(pages.n_lent) == 3 * 3
+
+
+def test_an_adapter_that_takes_more_than_was_thought():
+    pages = Pages(10, 3, page_bytes=7)
+    pool = AdapterPool(memory=pages)
+    for name in "xy":
+        pool.bind(name, AdapterVersion(id=name, folder=name, n_bytes=31))
+    load(pool, "x")
+    assert pool.begin_load(["y"]) == "y"
+    assert pool.settle("y", 41)
+    assert (list(pool.going), pages.n_lent) == (["x"], 41)
+    pool.loaded("y")
+    pool.pin("y")
+    assert pool.begin_load(["x"]) is None
+    pool.unpin("y")
+    assert (pool.begin_load(["x"]), pool.settle("x", 71), pages.n_lent) == ("x", False, 0)
+    assert pool.lacks_bytes("x")
+
+
+def test_base_requests_do_not_take_the_bytes_that_an_older_request_waits_for():
+    pages = Pages(6, 3, page_bytes=7)
+    made, arena = Scheduler(pages, AdapterPool(memory=pages), Limits(max_model_len=18)), TokenArena(3)
+    made.pool.bind("x", AdapterVersion(id="x", folder="x", n_bytes=35))
+    made.add(request("first", n_prompt=5, longest=3))
+    plan = made.plan()
+    made.commit(plan, arena.run(plan))
+    made.add(request("x0", version="x"))
+    for i in range(9):
+        made.add(request(f"base{i}"))
+        if made.pool.begin_load(made.wanted()) is not None:
+            break
+        plan = made.plan()
+        assert [s.request_id for s in plan.sequences] == ["first"]
+        made.commit(plan, arena.run(plan))
+    assert made.pool.loading == ["x"]
+
+
+def test_a_request_that_memory_will_never_hold_is_told():
+    pages = Pages(6, 3, page_bytes=7)
+    made = Scheduler(pages, AdapterPool(memory=pages), Limits(max_model_len=18))
+    with pytest.raises(ConfigError, match=r"takes 36 bytes .* leaves 0 positions .* raise kv_cache_memory_bytes"):
+        made.require_room(2, 0, 36)
+    assert made.require_room(2, 1, 20) == 9 - 3
+    made.pool.bind("x", AdapterVersion(id="x", folder="x", n_bytes=43))
+    made.add(request("x0", version="x"))
+    assert made.pool.begin_load(made.wanted()) is None
+    assert not made.plan().sequences
+    assert made.stuck() is made.waiting[0]
+
+
+def test_two_names_of_equal_content_are_one_version_and_forgetting_one_keeps_it():
+    pool = AdapterPool()
+    version = AdapterVersion(id="same", folder="x")
+    pool.bind("one", version), pool.bind("two", version), load(pool, "same")
+    pool.forget("one"), pool.tidy()
+    assert (pool.resident, list(pool.going), list(pool.names)) == (["same"], [], ["two"])
+    pool.forget("two"), pool.tidy()
+    assert (pool.resident, list(pool.going)) == ([], ["same"])
+
+
+def test_names_that_are_not_known():
+    pool = AdapterPool()
+    for call in (pool.forget, pool.pin, pool.unpin):
+        with pytest.raises(AdapterNameError, match="no adapter 'nobody'"):
+            call("nobody")
+
+
+def test_sizes_that_make_no_sense():
+    with pytest.raises(ConfigError, match="at least one"):
+        Pages(0, 16)
+    with pytest.raises(ConfigError, match="room for one"):
+        AdapterPool(0)
+    with pytest.raises(ConfigError, match="max_seqs=0"):
+        Limits(max_seqs=0)
+    with pytest.raises(ConfigError, match="fewer than max_model_len=22"):
+        scheduler(n_pages=7, block=3, max_model_len=22)
+
+
+def test_prompts_that_cannot_be_run():
+    with pytest.raises(ConfigError, match="prompt is empty"):
+        scheduler().add(request("r", n_prompt=0))
+    with pytest.raises(ConfigError, match="length is 21 tokens and the prompt has 21"):
+        scheduler().add(request("r", n_prompt=21))
+    behind = Request(id="r", prompt=tuple(range(17)), rule=StopRule(max_tokens=1), n_front=4)
+    with pytest.raises(ConfigError, match="17 behind 4 virtual tokens"):
+        scheduler().add(behind)
+
+
+def test_the_inbox_gives_everything_once_and_in_order():
+    inbox = Inbox[int]()
+    assert not inbox.wait(0)
+    inbox.put(3), inbox.put(5)
+    assert inbox.wait(0)
+    assert [inbox.take() for _ in range(3)] == [3, 5, None]
+    assert not inbox.wait(0)
