@@ -28,14 +28,15 @@ class AsyncEngine:
         self.failure: BaseException | None = None
         self._queues: dict[str, _Outputs] = {}
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._steps, name="veneer engine", daemon=True)
-        self._end_thread = weakref.finalize(self, _end_thread, self._stopping, self._thread)
+        self._end_thread: Callable[[], object] = lambda: None
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self) -> None:
         """Begin to step; answers come to the loop that runs now."""
         self._loop = asyncio.get_running_loop()
-        self._thread.start()
+        thread = threading.Thread(target=self._steps, name="veneer engine", daemon=True)
+        thread.start()
+        self._end_thread = weakref.finalize(self, _end_thread, self._stopping, thread)
 
     def stop(self) -> None:
         """Step no more, and wait until the last step is done."""
@@ -103,5 +104,4 @@ class AsyncEngine:
 
 def _end_thread(stopping: threading.Event, thread: threading.Thread) -> None:
     stopping.set()
-    if thread.is_alive():
-        thread.join()
+    thread.join()

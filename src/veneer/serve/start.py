@@ -18,6 +18,7 @@ from veneer.errors import ConfigError, DescriptionError
 from veneer.evaluate.scoring import context_length
 from veneer.model.paged import SlotStore, require_pageable
 from veneer.model.quantized_head import quantize_head
+from veneer.ops.paged_attention import UNIT
 from veneer.serve.adapter_pool import AdapterPool
 from veneer.serve.asked import EngineSettings
 from veneer.serve.engine import Engine
@@ -73,7 +74,9 @@ class EngineOptions(metaclass=Keywords):
 
     ``max_loras``: adapters that act in one step, and, without ``max_cpu_loras``, that are kept loaded; None is no
     limit. ``max_lora_rank`` refuses larger ranks; None takes any, for nothing is padded. ``enforce_eager`` means
-    nothing here. Departs: ``enable_lora`` is on, since it costs nothing.
+    nothing here. Departs: ``enable_lora`` is on, since it costs nothing. ``block_size``, the positions of a page, is to
+    be a multiple of 16 on a CPU: with any other torch computes attention, more slowly, and the last bits of a row may
+    depend on the rows beside it.
 
     Two are not vLLM's. ``quantize_head="int8"`` keeps the head in 8 bits, with one scale a row: half the bytes of a
     bfloat16 head, other logits; embeddings tied to it stay as they are. ``general_runner``: transformers' own forward
@@ -163,13 +166,7 @@ def start_engine(
         if program_alone
         else _program(loaded, longest, give_up=own, switched_off=options.general_runner)
     )
-    position_bytes = (
-        require_pageable(loaded)
-        if interpreter is None
-        else loaded.dtype.itemsize
-        * numbers_per_position(interpreter.program, options.block_size, loaded.dtype, loaded.device)
-    )
-    pages = _pages(loaded, options, position_bytes, longest)
+    pages = _pages(loaded, options, _position_bytes(loaded, interpreter, options.block_size), longest)
     if options.max_model_len is None:
         longest = min(longest, pages.n_pages * pages.block)
     limits = Limits(
@@ -269,6 +266,19 @@ def _with_template(tokenizer: Any, template: str | None) -> Any:
 
 def _nf4() -> BitsAndBytesConfig:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+
+
+def _position_bytes(model: PreTrainedModel, interpreter: Interpreter | None, block: int) -> int:
+    """Bytes that a position takes in pages; says where these are not the kernels'."""
+    if interpreter is None:
+        return require_pageable(model)
+    if block % UNIT and model.device.type == "cpu":
+        _LOG.warning(
+            "block_size=%d is no multiple of %d: torch computes attention, more slowly than the kernels, and the last "
+            "bits of a row may depend on the rows beside it", block, UNIT,
+        )  # fmt: skip
+    numbers = numbers_per_position(interpreter.program, block, model.dtype, model.device)
+    return int(model.dtype.itemsize) * numbers
 
 
 def _pages(model: PreTrainedModel, options: EngineOptions, position_bytes: int, longest: int) -> Pages:

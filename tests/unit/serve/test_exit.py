@@ -2,7 +2,11 @@
 
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from typing import Any, cast
+
+from veneer.serve.async_engine import AsyncEngine
 
 ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = """
@@ -31,3 +35,19 @@ def test_a_program_ends_without_a_word():
         [sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "the end\n", "")
+
+
+def test_an_engine_that_was_never_started_goes_with_its_last_holder():
+    class Engine:
+        closed = False
+
+        def close(self) -> None:
+            self.closed = True
+
+    engine = Engine()
+    running = AsyncEngine(cast(Any, engine))
+    running.stop()
+    assert engine.closed
+    told = weakref.ref(running)
+    del running
+    assert told() is None

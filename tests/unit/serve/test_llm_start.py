@@ -57,3 +57,9 @@ def test_a_chat_template_is_the_engines_alone(tokenizer, base_folder):
         asked = SamplingParams(temperature=0, max_tokens=7)
         [output] = llm.chat([{"role": "user", "content": "x"}], asked, use_tqdm=False)
         assert (output.prompt, tokenizer.chat_template) == ("x!", before)
+
+
+@pytest.mark.parametrize(("block", "told"), [(13, True), (32, False)])
+def test_pages_that_the_kernels_do_not_take_are_told(block, told, tokenizer, caplog):
+    LLM(make_model(), tokenizer=tokenizer, block_size=block)
+    assert ("block_size=13 is no multiple of 16" in caplog.text) == told
