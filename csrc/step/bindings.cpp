@@ -46,7 +46,9 @@ class StepProgram {
   StepProgram(const StepProgram&) = delete;
   StepProgram& operator=(const StepProgram&) = delete;
 
-  void add_embedding(int64_t table, int64_t n, int64_t d, int target) { add<EmbeddingInstruction>(pointer<void>(table), n, d, target); }
+  void add_embedding(int64_t table, int64_t n, int64_t d, const std::vector<float>& multipliers, int target) {
+    add<EmbeddingInstruction>(pointer<void>(table), n, d, multipliers, target);
+  }
 
   void add_norm(const NormNumbers& norm, int source, int target) { add<NormInstruction>(norm_of(norm), source, target); }
 
@@ -96,6 +98,10 @@ class StepProgram {
 
   void take_bottleneck(int64_t instruction, int64_t version, const Numbers& pairs, bool reads_output) {
     instructions_[instruction]->take(version, Bottleneck{pairs_at(pairs.data(), pairs.data() + pairs.size()), reads_output});
+  }
+
+  void take_norm(int64_t instruction, int64_t version, const NormNumbers& norm) {
+    instructions_[instruction]->take_norm(version, norm_of(norm));
   }
 
   void drop(int64_t version) {
@@ -189,6 +195,7 @@ void bind_step(nb::module_& m) {
       .def("add_sum", &StepProgram::add_sum)
       .def("take", &StepProgram::take)
       .def("take_bottleneck", &StepProgram::take_bottleneck)
+      .def("take_norm", &StepProgram::take_norm)
       .def("drop", &StepProgram::drop)
       .def("seconds", &StepProgram::seconds)
       .def("run", &StepProgram::run, nb::call_guard<nb::gil_scoped_release>());

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cstring>
 #include <limits>
 
@@ -11,6 +12,17 @@ constexpr int64_t alignment = 64, panel = panel_blocks * panel_block;
 constexpr int64_t most_bytes = 1 << 18;  // of logits at a time: they stay in a core's second-level cache
 
 int64_t padded(int64_t bytes) { return (bytes + alignment - 1) / alignment * alignment; }
+
+// The runs of the rows that are picked, which come in their order.
+std::vector<VersionRun> picked_runs(const Pass& pass) {
+  std::vector<VersionRun> found;
+  const int64_t *begin = pass.picked, *end = pass.picked + pass.n_picked;
+  for (int64_t r = 0; r < pass.n_runs; ++r) {
+    const VersionRun& run = pass.runs[r];
+    found.push_back({run.version, std::lower_bound(begin, end, run.start) - begin, std::lower_bound(begin, end, run.stop) - begin});
+  }
+  return found;
+}
 
 }  // namespace
 
@@ -29,8 +41,9 @@ void HeadInstruction::run(const Pass& pass) const {
     values[r] = -std::numeric_limits<float>::infinity();
     pass.tokens[r] = -1;
   }
-  if (!norm_.weight.empty()) normalize(pass, norm_, {x, all.i}, n, normed);
-  const Rows read{norm_.weight.empty() ? x : normed, all.i};
+  const bool has_norm = !norms_.base.weight.empty();
+  if (has_norm) norms_.run(pass, picked_runs(pass), {x, all.i}, n, normed);
+  const Rows read{has_norm ? normed : x, all.i};
   for (int64_t first = 0; first < all.o; first += at_once) {
     PanelMatrix some = all;
     some.o = all.o - first < at_once ? all.o - first : at_once;

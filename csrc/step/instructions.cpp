@@ -5,6 +5,7 @@
 
 #include "activation/activation.h"
 #include "norm/norm.h"
+#include "scale/scale.h"
 #include "step/step.h"
 #include "stream/stream.h"
 
@@ -29,12 +30,35 @@ void normalize(const Pass& pass, const NormParts& norm, const Rows& x, int64_t n
   norm_kernels().forward(rows, {norm.weight.data(), norm.bias.empty() ? nullptr : norm.bias.data()}, norm.eps, y);
 }
 
+void Norms::run(const Pass& pass, const std::vector<VersionRun>& runs, const Rows& x, int64_t n, void* y) const {
+  const auto rows = [&](const NormParts& norm, int64_t start, int64_t stop) {
+    const int64_t d = norm.weight.size();
+    normalize(pass, norm, pass.from_row(x, start), stop - start, static_cast<char*>(y) + start * d * pass.bytes());
+  };
+  std::vector<VersionRun> apart;
+  for (const VersionRun& each : runs)
+    if (each.start < each.stop && own.of(each.version) != nullptr) apart.push_back(each);
+  each_gap(apart, n, [&](int64_t start, int64_t stop) { rows(base, start, stop); });
+  for (const VersionRun& each : apart) rows(*own.of(each.version), each.start, each.stop);
+}
+
+void NormInstruction::run(const Pass& pass) const {
+  norms_.run(pass, {pass.runs, pass.runs + pass.n_runs}, pass.registers[source_], pass.n, pass.registers[target_].data);
+}
+
+EmbeddingInstruction::EmbeddingInstruction(const void* table, int64_t n, int64_t d, const std::vector<float>& multipliers, int target)
+    : table_(table), n_(n), d_(d), target_(target) {
+  for (float multiplier : multipliers) scales_.emplace_back(d, multiplier);
+}
+
 void EmbeddingInstruction::run(const Pass& pass) const {
+  const Rows h = pass.registers[target_];
   const int64_t bytes = d_ * pass.bytes();
   for (int64_t r = 0; r < pass.n; ++r)
     if (pass.ids[r] < 0 || pass.ids[r] >= n_) throw std::out_of_range("a token's id is not in the table of embeddings");
   for (int64_t r = 0; r < pass.n; ++r)
-    std::memcpy(pass.from_row(pass.registers[target_], r).data, static_cast<const char*>(table_) + pass.ids[r] * bytes, bytes);
+    std::memcpy(pass.from_row(h, r).data, static_cast<const char*>(table_) + pass.ids[r] * bytes, bytes);
+  for (const std::vector<float>& scale : scales_) scale_kernels().forward({pass.n, d_, pass.dtype}, h, scale.data(), nullptr, h);
 }
 
 void GluInstruction::run(const Pass& pass) const {

@@ -16,17 +16,6 @@ void copy_rows(const Pass& pass, const Rows& from, const Rows& to, int64_t start
   for (int64_t r = start; r < stop; ++r) std::memcpy(pass.from_row(to, r).data, pass.from_row(from, r).data, d * pass.bytes());
 }
 
-// f(start, stop) for the rows between runs.
-template <class F>
-void each_gap(const std::vector<VersionRun>& runs, int64_t n, const F& f) {
-  int64_t reached = 0;
-  for (const VersionRun& run : runs) {
-    if (run.start > reached) f(reached, run.start);
-    reached = run.stop;
-  }
-  if (reached < n) f(reached, n);
-}
-
 // Panels of another weight of a layer's shape, which is not in codes.
 PanelMatrix dense_like(const PanelMatrix& m, const void* panels) {
   const int64_t depth = m.dtype == Dtype::bfloat16 ? (m.i + 31) / 32 * 32 : m.i;

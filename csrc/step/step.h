@@ -57,42 +57,84 @@ struct Pass {
 
 struct Bottleneck;
 
-class Instruction {
- public:
-  virtual ~Instruction() = default;
-  virtual void run(const Pass& pass) const = 0;
-  virtual void take(int64_t, const Bottleneck&) {}
-  virtual void drop(int64_t) {}
-};
-
 struct NormParts {
   bool subtracts_mean;
   float eps;
   std::vector<float> weight, bias;  // with any offset; bias may be empty
 };
 
-// The stream begins: rows of a table, in the rows' dtype. Throws out_of_range for an id that has none.
+class Instruction {
+ public:
+  virtual ~Instruction() = default;
+  virtual void run(const Pass& pass) const = 0;
+  virtual void take(int64_t, const Bottleneck&) {}
+  virtual void take_norm(int64_t, const NormParts&) {}
+  virtual void drop(int64_t) {}
+};
+
+// What versions have at one place, by their numbers.
+template <class T>
+class OfVersions {
+ public:
+  void take(int64_t version, T change) {
+    if (version >= static_cast<int64_t>(held_.size())) held_.resize(version + 1);
+    held_[version] = std::make_unique<T>(std::move(change));
+  }
+  void drop(int64_t version) {
+    if (version < static_cast<int64_t>(held_.size())) held_[version].reset();
+  }
+  const T* of(int64_t version) const { return version < static_cast<int64_t>(held_.size()) ? held_[version].get() : nullptr; }
+
+ private:
+  std::vector<std::unique_ptr<T>> held_;
+};
+
+// f(start, stop) for the rows between runs.
+template <class F>
+void each_gap(const std::vector<VersionRun>& runs, int64_t n, const F& f) {
+  int64_t reached = 0;
+  for (const VersionRun& run : runs) {
+    if (run.start > reached) f(reached, run.start);
+    reached = run.stop;
+  }
+  if (reached < n) f(reached, n);
+}
+
+// The stream begins: rows of a table, in the rows' dtype, times one multiplier after the other, rounded each time. Throws
+// out_of_range for an id that has none.
 class EmbeddingInstruction final : public Instruction {
  public:
-  EmbeddingInstruction(const void* table, int64_t n, int64_t d, int target) : table_(table), n_(n), d_(d), target_(target) {}
+  EmbeddingInstruction(const void* table, int64_t n, int64_t d, const std::vector<float>& multipliers, int target);
   void run(const Pass& pass) const override;
 
  private:
   const void* table_;
   int64_t n_, d_;
+  std::vector<std::vector<float>> scales_;  // a multiplier for each column
   int target_;
 };
 
 // y (n, d), one row behind the other.
 void normalize(const Pass& pass, const NormParts& norm, const Rows& x, int64_t n, void* y);
 
+// A norm, and those that versions have instead.
+struct Norms {
+  NormParts base;  // without a weight: no norm
+  OfVersions<NormParts> own;
+
+  // y (n, d), one row behind the other; `runs` are those of these rows. May be x.
+  void run(const Pass& pass, const std::vector<VersionRun>& runs, const Rows& x, int64_t n, void* y) const;
+};
+
 class NormInstruction final : public Instruction {
  public:
-  NormInstruction(NormParts norm, int source, int target) : norm_(std::move(norm)), source_(source), target_(target) {}
-  void run(const Pass& pass) const override { normalize(pass, norm_, pass.registers[source_], pass.n, pass.registers[target_].data); }
+  NormInstruction(NormParts norm, int source, int target) : norms_{std::move(norm), {}}, source_(source), target_(target) {}
+  void run(const Pass& pass) const override;
+  void take_norm(int64_t version, const NormParts& norm) override { norms_.own.take(version, norm); }
+  void drop(int64_t version) override { norms_.own.drop(version); }
 
  private:
-  NormParts norm_;
+  Norms norms_;
   int source_, target_;
 };
 
@@ -119,23 +161,6 @@ struct Pairs {
 // Adds the pairs of segments to rows `ys` of as many layers as there are `heights`; x (…, in_features) may be what is added to.
 void add_pairs(const Pass& pass, const std::vector<PairsSegment>& segments, const Rows& x, int64_t in_features, const Rows* ys,
                const std::vector<int64_t>& heights);
-
-// What versions have at one place, by their numbers.
-template <class T>
-class OfVersions {
- public:
-  void take(int64_t version, T change) {
-    if (version >= static_cast<int64_t>(held_.size())) held_.resize(version + 1);
-    held_[version] = std::make_unique<T>(std::move(change));
-  }
-  void drop(int64_t version) {
-    if (version < static_cast<int64_t>(held_.size())) held_[version].reset();
-  }
-  const T* of(int64_t version) const { return version < static_cast<int64_t>(held_.size()) ? held_[version].get() : nullptr; }
-
- private:
-  std::vector<std::unique_ptr<T>> held_;
-};
 
 struct Bottleneck {
   Pairs pairs;
@@ -263,11 +288,13 @@ class ActivationInstruction final : public Instruction {
 class HeadInstruction final : public Instruction {
  public:
   HeadInstruction(NormParts norm, Layer head, int64_t output_bytes, int source, float scale)
-      : norm_(std::move(norm)), head_(std::move(head)), output_bytes_(output_bytes), source_(source), scale_(scale) {}
+      : norms_{std::move(norm), {}}, head_(std::move(head)), output_bytes_(output_bytes), source_(source), scale_(scale) {}
   void run(const Pass& pass) const override;
+  void take_norm(int64_t version, const NormParts& norm) override { norms_.own.take(version, norm); }
+  void drop(int64_t version) override { norms_.own.drop(version); }
 
  private:
-  NormParts norm_;  // without a weight: no norm
+  Norms norms_;
   Layer head_;
   int64_t output_bytes_;  // of an output in the panels
   int source_;

@@ -172,14 +172,20 @@ class PairsPacker:
             middle = Middle(None, None, "identity", None, None)
         return PackedPairs(factors, like.shape[1], tuple(out_features), ranks, shared, middle)
 
-    def run(self) -> None:
-        """Fill in the factors of all that were added."""
+    def run(self) -> list[Factor]:
+        """Fill in the factors of all that were added, which it gives back."""
         factors, self._factors = self._factors, []
-        if factors:
-            implementation("pairs.pack", factors[0].panels.device, self._backend)(factors)
+        pack_factors(factors, backend=self._backend)
+        return factors
 
     def _put(self, rows: Tensor, scale: float, panels: Tensor, o: int, first: int) -> None:
         self._factors.append(Factor(rows, scale, panels, o, filled(rows.shape[1], panels.dtype), first))
+
+
+def pack_factors(factors: Sequence[Factor], *, backend: str | None = None) -> None:
+    """Round factors, times their scales, into their panels: those that `PairsPacker.run` gave, or others like them."""
+    if factors:
+        implementation("pairs.pack", factors[0].panels.device, backend)(factors)
 
 
 class Segment(NamedTuple):

@@ -327,6 +327,11 @@ class LogitsOf:
 
     def of(self, h: Tensor, rows: Tensor, runs: AdapterRuns, versions: tuple[str, ...]) -> Tensor:
         """Those of some rows of the stream, with their own runs."""
+        y = self.uncapped(h, rows, runs, versions)
+        return y if self.head.softcap is None else self.head.softcap * torch.tanh(y / self.head.softcap)
+
+    def uncapped(self, h: Tensor, rows: Tensor, runs: AdapterRuns, versions: tuple[str, ...]) -> Tensor:
+        """Those before their cap, which are in the same order."""
         if not len(rows):
             return h.new_empty(0, self.head.linear.out_features, dtype=torch.float32)
         x = h[rows]
@@ -336,8 +341,7 @@ class LogitsOf:
             own = self.effects[versions[number]].rows.get(self.head.linear.path)
             if own is not None:
                 y[start:stop] = project_rows(x[start:stop], y[start:stop], *own, self.linears.biases[0])
-        y = y.float() * self.head.scale if self.head.scale != 1 else y.float()
-        return y if self.head.softcap is None else self.head.softcap * torch.tanh(y / self.head.softcap)
+        return y.float() * self.head.scale if self.head.scale != 1 else y.float()
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,4 +352,5 @@ class Picked:
 
     def __call__(self, step: Step, frame: Frame) -> None:
         if len(step.picked):
-            step.tokens.copy_(likeliest(self.logits.of(frame[STREAM], step.picked, step.picked_runs, step.versions)))
+            logits = self.logits.uncapped(frame[STREAM], step.picked, step.picked_runs, step.versions)
+            step.tokens.copy_(likeliest(logits))

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from veneer.model.blueprint.parts import Linear
 from veneer.ops.dispatch import kernel_isa
 from veneer.ops.packed import ROWS
+from veneer.ops.pairs import Factor
 from veneer.serve import products
 from veneer.serve.bottleneck import Bottleneck
 from veneer.serve.bound import (
@@ -77,12 +78,16 @@ class Interpreter:
 
     def packed(self, effects: Effects) -> PackedEffects:
         """The effects of an adapter as `take` puts them in; on any thread, beside a pass."""
+        return self.packed_of(effects)[0]
+
+    def packed_of(self, effects: Effects) -> tuple[PackedEffects, list[Factor]]:
+        """The same, and the factors that it was packed of."""
         bottlenecks = {site: Bottleneck(record, self.dtype) for site, record in effects.residual.items()}
         packing = Packing()
         packed = PackedEffects(effects, [linears.packed(effects, packing) for linears in self._linears], bottlenecks)
-        packing.packer.run()
-        effects.linear = {}  # what is needed of them has been packed
-        return packed
+        factors = packing.packer.run()
+        effects.linear, effects.residual = {}, {}  # what is needed of them has been packed
+        return packed, factors
 
     def take(self, version: str, packed: PackedEffects) -> None:
         """An adapter version comes."""
@@ -92,9 +97,7 @@ class Interpreter:
         self.bottlenecks[version] = packed.bottlenecks
         if self.native is not None:
             self.native.take(version, effects, packed.bottlenecks)
-        effects.residual = {}  # the bottlenecks have them
         self.effects[version] = effects
-        self._plans.clear()
 
     def drop(self, version: str) -> None:
         """An adapter version goes, also one that `take` was interrupted with, and one that never came."""
@@ -102,9 +105,11 @@ class Interpreter:
         self.bottlenecks.pop(version, None)
         for linears in self._linears:
             linears.drop(version)
-        if self.native is not None:
-            self.native.drop(version)
-        self._plans.clear()
+        if self.native is None:
+            return
+        if version in self.native.partly:
+            self._plans.clear()
+        self.native.drop(version)
 
     @torch.no_grad()
     def run(self, step: Step, given: Tensor) -> Tensor:
@@ -121,7 +126,8 @@ class Interpreter:
         """Those of a pass, in stretches where the step in C++ knows them."""
         if self.native is None:
             return self._bound
-        key = (frozenset(step.versions), type(step.cache), step.written is None, by_ids)
+        partly = self.native.partly and self.native.partly.intersection(step.versions)
+        key = (frozenset(partly), type(step.cache), step.written is None, by_ids)
         if key not in self._plans:
             if len(self._plans) >= MOST_PLANS:
                 self._plans.clear()

@@ -46,17 +46,19 @@ from veneer.serve.step import Step
 
 
 class Adapter(NamedTuple):
-    """The parts of a version beside the records of its linear layers."""
+    """The parts of a version beside the records of its linear layers; ``paths`` have parameters or rows of its own."""
 
     effects: Effects
     bottlenecks: Mapping[str, Bottleneck]
+    paths: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
     """One bound instruction in C++: its place there, its registers, and the versions with which it is not known.
 
-    Those are the versions that change a parameter or rows at its ``fixed`` paths, or the layer ``fixed_layer``.
+    Those are the versions that change a parameter or rows at its ``fixed`` paths, or the layer ``fixed_layer``. A
+    version's own ``norm`` is known.
     Bottlenecks of its ``site`` are the business of its instruction ``site_at``.
     """
 
@@ -65,6 +67,7 @@ class Part:
     writes: tuple[Register, ...] = ()
     unknown: set[str] = field(default_factory=set)
     linears: Linears | None = None
+    norm: BoundNorm | None = None
     fixed: tuple[str, ...] = ()
     fixed_layer: Linears | None = None
     embeds: bool = False
@@ -80,17 +83,23 @@ class Part:
                 self.unknown.add(version)
             else:
                 program.take(number, self.place.start, own.pairs, changes)
+        instead = None if self.norm is None else self.norm.instead(adapter.effects)
+        norm = None if self.norm is None or instead is None else norm_of(self.norm, instead)
+        if norm is not None:
+            program.take_norm(number, self.place.start, norm)
+        elif instead is not None:
+            self.unknown.add(version)
         bottleneck = adapter.bottlenecks.get(self.site)
         if bottleneck is not None and bottleneck.pairs is not None:
             at = self.place.start + self.site_at
             program.take_bottleneck(number, at, bottleneck.pairs, reads_output=bottleneck.reads_output)
-        elif bottleneck is not None or self._is_changed(version, adapter.effects):
+        elif bottleneck is not None or self._is_changed(version, adapter):
             self.unknown.add(version)
 
-    def _is_changed(self, version: str, effects: Effects) -> bool:
-        paths = {path for path, _ in effects.whole} | effects.rows.keys()
+    def _is_changed(self, version: str, adapter: Adapter) -> bool:
         changed = self.fixed_layer is not None and version in self.fixed_layer.versions
-        return changed or not paths.isdisjoint(self.fixed) or (self.embeds and effects.table is not None)
+        changed = changed or (self.embeds and adapter.effects.table is not None)
+        return changed or not adapter.paths.isdisjoint(self.fixed)
 
 
 class NativeStep:
@@ -102,6 +111,8 @@ class NativeStep:
         self.stream = Register(STREAM, (width,))
         self.parts: list[Part | None] = []
         self.numbers: dict[str, int] = {}
+        self.partly: set[str] = set()
+        """The versions that some part does not know."""
         self.n_registers, self.n_moves = 0, 0  # moves: of the memory of registers
         self._first: dict[Register, int] = {}
         self._memory: dict[Register, Tensor] = {}
@@ -117,14 +128,19 @@ class NativeStep:
         """An adapter version comes, whose records the linear layers have taken."""
         number = next(n for n in range(len(self.numbers) + 1) if n not in self.numbers.values())
         self.numbers[version] = number
+        paths = frozenset({path for path, _ in effects.whole} | effects.rows.keys())
+        adapter = Adapter(effects, bottlenecks, paths)
         for part in self.parts:
             if part is not None:
-                part.take(self.program, version, number, Adapter(effects, bottlenecks))
+                part.take(self.program, version, number, adapter)
+                if version in part.unknown:
+                    self.partly.add(version)
 
     def drop(self, version: str) -> None:
         """An adapter version goes, if it came."""
         if version in self.numbers:
             self.program.drop(self.numbers.pop(version))
+        self.partly.discard(version)
         for part in self.parts:
             if part is not None:
                 part.unknown.discard(version)
@@ -168,10 +184,11 @@ class NativeStep:
         return None
 
     def _embedding(self, bound: Embedding) -> Part | None:
-        plain = bound.multiplier == 1 and bound.own_multiplier == 1 and bound.positions is None and bound.norm is None
+        plain = bound.positions is None and bound.norm is None
         if not plain or bound.table.dtype != self.program.dtype or not bound.table.is_contiguous():
             return None
-        self.program.add_embedding(bound.table, self.first_of(self.stream))
+        multipliers = [each for each in (bound.own_multiplier, bound.multiplier) if each != 1]
+        self.program.add_embedding(bound.table, multipliers, self.first_of(self.stream))
         return Part(range(0), (), (self.stream,), fixed=(bound.path,), embeds=True)
 
     def _norm(self, bound: BoundNorm, source: str, target: str) -> Part | None:
@@ -180,7 +197,7 @@ class NativeStep:
             return None
         reads, writes = Register(source, bound.norm.shape), Register(target, bound.norm.shape)
         self.program.add_norm(norm, self.first_of(reads), self.first_of(writes))
-        return Part(range(0), (reads,), (writes,), fixed=(bound.norm.path,))
+        return Part(range(0), (reads,), (writes,), norm=bound)
 
     def _product(self, linears: Linears, source: str, target: str, stream: int = -1, beside: int = -1) -> Part | None:
         group = linears.group
@@ -199,13 +216,12 @@ class NativeStep:
         group, norm, head = logits.linears.group, logits.norm, logits.head
         own = None if norm is None else norm_of(norm)
         [bias] = logits.linears.biases
-        if group is None or head.softcap is not None or not head.scale > 0 or (norm is not None and own is None):
+        if group is None or not head.scale > 0 or (norm is not None and own is None):
             return None
         if group.parts[0].dtype != self.program.dtype or (bias is not None and bias.dtype != self.program.dtype):
             return None
         self.program.add_head(own, StepLayer(group.parts[0], bias, -1), self.first_of(self.stream), head.scale)
-        paths = (head.linear.path, *([] if norm is None else [norm.norm.path]))
-        return Part(range(0), (self.stream,), fixed=paths, fixed_layer=logits.linears)
+        return Part(range(0), (self.stream,), norm=norm, fixed=(head.linear.path,), fixed_layer=logits.linears)
 
     def _into_stream(self, bound: IntoStreamOf) -> Part | None:
         beside = Register(bound.beside, self.stream.widths)

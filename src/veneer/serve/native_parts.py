@@ -24,9 +24,9 @@ class Register(NamedTuple):
     widths: tuple[int, ...]
 
 
-def norm_of(bound: BoundNorm) -> StepNorm | None:
-    """A norm with one weight for all that it is over."""
-    norm, (weight, bias) = bound.norm, bound.own
+def norm_of(bound: BoundNorm, own: tuple[Tensor | None, Tensor | None] | None = None) -> StepNorm | None:
+    """A norm with one weight for all that it is over; ``own`` are a weight and a bias instead of the base's."""
+    norm, (weight, bias) = bound.norm, own or bound.own
     if len(norm.shape) > 1 or weight is None or weight.dtype not in ROWS:
         return None
     if norm.kind == "layer":  # as `BoundNorm` does, the offset in the weight's own dtype

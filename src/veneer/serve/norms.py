@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -35,12 +35,19 @@ class BoundNorm:
 
     def __call__(self, x: Tensor, versions: tuple[str, ...], runs: AdapterRuns) -> Tensor:
         y = self.normed(x, *self.own)
-        for version, rows in _with_whole(self.effects, versions, runs, self.norm.path):
-            whole, weight, bias = self.effects[version].whole, *self.own
-            weight = whole.get((self.norm.path, "weight"), weight)
-            bias = whole.get((self.norm.path, "bias"), bias)
-            y[rows] = self.normed(x[rows], weight, bias)
+        for number, start, stop in runs.runs:
+            own = self.instead(self.effects[versions[number]])
+            if own is not None:
+                y[start:stop] = self.normed(x[start:stop], *own)
         return y
+
+    def instead(self, effects: Effects) -> tuple[Tensor | None, Tensor | None] | None:
+        """The weight and bias that a version has instead of the base's; None where it has neither."""
+        keys = [(self.norm.path, name) for name in ("weight", "bias")]
+        if effects.whole.keys().isdisjoint(keys):
+            return None
+        weight, bias = (effects.whole.get(key, own) for key, own in zip(keys, self.own, strict=True))
+        return weight, bias
 
     def normed(self, x: Tensor, weight: Any, bias: Any) -> Tensor:
         norm = self.norm
@@ -56,13 +63,3 @@ class BoundNorm:
             return layer_norm_forward(x, weight + norm.offset if norm.offset else weight, bias, norm.eps)[0]
         y, _ = rms_norm_forward(x, weight, norm.eps, norm.offset if len(norm.shape) == 1 else 0.0)
         return y
-
-
-def _with_whole(
-    effects: Mapping[str, Effects], versions: tuple[str, ...], runs: AdapterRuns, path: str
-) -> Iterator[tuple[str, slice]]:
-    """The versions that have parameters of their own at a path, and their rows."""
-    for number, start, stop in runs.runs:
-        whole = effects[versions[number]].whole
-        if whole and ((path, "weight") in whole or (path, "bias") in whole):
-            yield versions[number], slice(start, stop)

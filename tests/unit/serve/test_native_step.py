@@ -104,8 +104,9 @@ def test_families(family):
         assert torch.equal(fast.step(*chunks), slow.step(*chunks))
 
 
-def test_a_llama_is_one_call():
-    interpreter = proved(make_model(), 100)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
+def test_a_decoder_is_one_call(family):
+    interpreter = proved(make_model(family), 100)
     whole = interpreter._instructions(step_with(interpreter, None))
     assert [type(each).__name__ for each in whole] == ["Stretch", "LogitsOf"]
 
@@ -139,22 +140,54 @@ def test_versions_of_every_method(dtype, isa, adapters):
 
 def test_every_method_is_one_call(adapters):
     interpreter = loaded(torch.float32, {name: Path(adapters[name].lora_path) for name in ALONE})
-    known = [name for name in ALONE if name != "saved"]  # which has norms of its own
-    for each in known:
+    for each in ALONE:
         assert len(stretches(interpreter, step_with(interpreter, None, each))) == 1
-    assert len(stretches(interpreter, step_with(interpreter, *known))) == 1
+    assert len(stretches(interpreter, step_with(interpreter, *ALONE))) == 1
 
 
 def test_what_is_done_by_instruction(tmp_path):
-    """A norm of a version's own; and nothing any more when it has gone."""
-    config = LoraConfig(r=2, target_modules=["v_proj"], modules_to_save=["input_layernorm"])
-    interpreter = loaded(torch.float32, {"norms": save_adapter(tmp_path / "norms", config)})
-    assert len(stretches(interpreter, step_with(interpreter, None, "norms"))) == 3  # before, between and behind two
+    """An update of the embeddings; and nothing any more when it has gone."""
+    config = LoraConfig(r=2, target_modules=["v_proj", "embed_tokens"])
+    interpreter = loaded(torch.float32, {"table": save_adapter(tmp_path / "table", config)})
+    kinds = [type(each).__name__ for each in interpreter._instructions(step_with(interpreter, None, "table"))]
+    assert kinds == ["Embedding", "Stretch", "LogitsOf"]
     fast, slow = pair_of(interpreter)
-    chunks = ((0, 0, 5, None), (1, 0, 3, "norms"))
+    chunks = ((0, 0, 5, None), (1, 0, 3, "table"))
     assert torch.equal(fast.step(*chunks), slow.step(*chunks))
-    interpreter.drop("norms")
-    assert len(stretches(interpreter, step_with(interpreter, None))) == 1
+    interpreter.drop("table")
+    assert len(interpreter._instructions(step_with(interpreter, None))) == 2
+
+
+NORMS = {
+    "llama": ["input_layernorm", "post_attention_layernorm", "norm"],
+    "gpt2": ["ln_1", "ln_2", "ln_f"],
+    "gemma2": ["input_layernorm", "post_feedforward_layernorm", "norm"],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", NORMS)
+def test_norms_of_versions(family, dtype, isa, tmp_path):
+    """Beside the base and each other, of the halves and of the head, of which the likeliest token is asked too."""
+    target = ["c_attn"] if family == "gpt2" else ["v_proj"]
+    configs = {
+        "few": LoraConfig(r=2, target_modules=target, modules_to_save=NORMS[family][:1]),
+        "all": LoraConfig(r=2, target_modules=target, modules_to_save=NORMS[family]),
+    }
+    folders = {name: save_adapter(tmp_path / name, config, family) for name, config in configs.items()}
+    fast, slow = pair_of(loaded(dtype, folders, family))
+    chunks = [(s, 0, 2 + s, version) for s, version in enumerate((None, "few", "all", None, "all"))]
+    logits = fast.step(*chunks)
+    assert torch.equal(logits, slow.step(*chunks))
+    last = torch.tensor([n for _, _, n, _ in chunks]).cumsum(0) - 1
+    expected = torch.cat([logits[last[:1]], logits[last[2:]]]).argmax(dim=1)
+    assert torch.equal(picked_of(fast.interpreter, *chunks).tokens, expected)
+    for chunk, rows in zip(chunks, logits.split([n for _, _, n, _ in chunks]), strict=True):
+        assert torch.equal(rows, Run(fast.interpreter, native=True).step(chunk))
+    assert len(stretches(fast.interpreter, step_with(fast.interpreter, None, *configs))) == 1
+    before = fast.step(chunks[0])
+    fast.interpreter.drop("all")
+    assert torch.equal(fast.step(chunks[0]), before)
 
 
 BOTTLENECKS = {
@@ -285,7 +318,7 @@ def picked_of(interpreter: Interpreter, *chunks: tuple[int, int, int, str | None
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_likeliest_tokens_without_logits(family, dtype, isa, threads):
-    """With a norm of each kind, and a cap, for which logits are made; beside a request that needs its own."""
+    """Norms of each kind, scaled embeddings, a cap, which no order depends on; beside a request that needs logits."""
     fast = proved(make_model(family).to(dtype), 100)
     chunks = [(s, 0, 2 + 3 * s % 7, None) for s in range(19)]
     logits = Run(fast, native=True).step(*chunks)

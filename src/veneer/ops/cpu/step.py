@@ -117,9 +117,11 @@ class StepProgram:
     def _program(self) -> Any:
         return self._held[0]
 
-    def add_embedding(self, table: Tensor, target: int) -> None:
-        """``target`` takes the rows of a table (vocabulary, width) that the ids tell."""
-        self._program.add_embedding(address(table), *table.shape, target)
+    def add_embedding(self, table: Tensor, multipliers: Sequence[float], target: int) -> None:
+        """``target`` takes the rows of a table (vocabulary, width) that the ids tell, times one multiplier after the
+        other, rounded each time.
+        """
+        self._program.add_embedding(address(table), *table.shape, list(multipliers), target)
         self._kept.append(table)
         self.n_instructions += 1
 
@@ -206,6 +208,10 @@ class StepProgram:
         """A version comes with a bottleneck, at a product that goes into the stream, or at `add_change`."""
         self._program.take_bottleneck(instruction, version, _pairs(pairs), reads_output)
         self._of_versions[version].append(pairs)
+
+    def take_norm(self, version: int, instruction: int, norm: StepNorm) -> None:
+        """A version comes with a norm of its own, at a norm or the head."""
+        self._program.take_norm(instruction, version, _norm(norm))
 
     def seconds(self) -> list[float]:
         """The seconds that each instruction has taken since they were asked for last."""
