@@ -10,7 +10,6 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 from veneer.errors import ConfigError, ShapeError
 from veneer.ops.attention import AttentionOptions
 from veneer.ops.dispatch import implementation
+from veneer.ops.memory import whole_numbers
 
 DTYPES = (torch.float32, torch.bfloat16)
 PLAIN = AttentionOptions()
@@ -132,29 +132,28 @@ class PagedRows:
     n_rows: int
 
     @classmethod
-    def of(cls, sequences: Iterable[SequenceRows], store: PagedStore) -> PagedRows:
-        """The rows of a step, sequence after sequence.
+    def of(cls, sequences: Iterable[tuple[Sequence[int], int, int]], store: PagedStore) -> PagedRows:
+        """The rows of a step, sequence after sequence, each a `SequenceRows` or the like.
 
         Raises ShapeError where a sequence has no row or too few pages, or writes a page that is not in the store.
         """
-        sequences = list(sequences)
+        block, n_pages = store.block, store.n_pages
+        held, page_bounds, row_bounds, positions = list[int](), [0], [0], list[int]()
         for number, (pages, position, n_rows) in enumerate(sequences):
-            written = pages[max(position, 0) // store.block : -(-(position + n_rows) // store.block)]
-            if position < 0 or n_rows < 1 or len(pages) * store.block < position + n_rows:
+            stop = position + n_rows
+            if position < 0 or n_rows < 1 or len(pages) * block < stop:
                 raise ShapeError(
                     f"sequence {number}: {n_rows} rows from position {position} on need at least one row and pages up "
-                    f"to their end; given {len(pages)} pages of {store.block}"
+                    f"to their end; given {len(pages)} pages of {block}"
                 )
-            if min(written) < 0 or max(pages) >= store.n_pages:
-                raise ShapeError(
-                    f"sequence {number}: pages {list(pages)} are not all among the {store.n_pages} there are"
-                )
-        row_bounds = [0, *accumulate(s.n_rows for s in sequences)]
-        page_bounds = [0, *accumulate(len(s.pages) for s in sequences)]
-        held, positions = [page for s in sequences for page in s.pages], [s.position for s in sequences]
-        numbers = torch.tensor([*held, *page_bounds, *row_bounds, *positions], dtype=torch.int64)
-        n = len(sequences)
-        parts = torch.split(numbers, [len(held), n + 1, n + 1, n])
+            if min(pages[position // block : -(-stop // block)]) < 0 or max(pages) >= n_pages:
+                raise ShapeError(f"sequence {number}: pages {list(pages)} are not all among the {n_pages} there are")
+            held += pages
+            page_bounds.append(len(held))
+            row_bounds.append(row_bounds[-1] + n_rows)
+            positions.append(position)
+        n = len(positions)
+        parts = torch.split(whole_numbers([*held, *page_bounds, *row_bounds, *positions]), [len(held), n + 1, n + 1, n])
         return cls(parts[0], parts[1], parts[2], parts[3], row_bounds[-1])
 
     def sequences(self) -> Iterator[tuple[list[int], int, int, int]]:

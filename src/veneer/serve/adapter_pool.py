@@ -258,8 +258,8 @@ class AdapterPool:
 
     def tidy(self) -> None:
         """Let go what no name means and no request needs."""
-        for entry in list(self._entries.values()):
-            if entry.residency is Residency.RESIDENT and not entry.is_needed:
+        for entry in [e for e in self._entries.values() if not (e.names or e.waiting or e.running)]:
+            if entry.residency is Residency.RESIDENT:
                 self._evict([entry])
             self._drop_if_unknown(entry)
 

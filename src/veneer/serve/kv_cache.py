@@ -69,7 +69,7 @@ class PageCache:
     store: kernel.PagedStore
 
     def rows(self, stretches: Sequence[Stretch]) -> kernel.PagedRows:
-        return kernel.PagedRows.of([kernel.SequenceRows(s.pages, s.start, s.n) for s in stretches], self.store)
+        return kernel.PagedRows.of(stretches, self.store)
 
     def append(self, layer: int, keys: Tensor, values: Tensor, rows: kernel.PagedRows) -> None:
         kernel.append(self.store, layer, keys, values, rows)

@@ -41,8 +41,7 @@ class Plan:
         return sum(len(sequence.tokens) for sequence in self.sequences)
 
 
-@dataclass(frozen=True, slots=True)
-class Drawn:
+class Drawn(NamedTuple):
     """A token that was drawn, with the log-probabilities that were asked for, the chosen one's first."""
 
     token: int

@@ -27,12 +27,15 @@ from veneer.model.paged import TOLERANCE, KeysValues, Stretch, require_pageable
 from veneer.model.plan import plan_of
 from veneer.model.snapshot import look_at
 from veneer.model.structure import evaluation
+from veneer.ops.memory import whole_numbers
 from veneer.ops.paged_attention import UNIT
+from veneer.ops.pairs import Factor
 from veneer.serve.effects import Effects, Lookup, UnsaidError, read_effects
 from veneer.serve.general_runner import GeneralRunner, StoredFolder, StoredMix, stored_mix
 from veneer.serve.held import bytes_of
 from veneer.serve.interpreter import Interpreter, PackedEffects
 from veneer.serve.kv_cache import make_cache
+from veneer.serve.layouts import Layouts
 from veneer.serve.mix import Parts, read_mix
 from veneer.serve.plan import Plan, PlannedSequence
 from veneer.serve.program import Product, Program, compile_program
@@ -82,10 +85,11 @@ class ProgramRunner(DrawingRunner):
         super().__init__()
         self.alone = alone
         self.model, self.interpreter, self.block = model.eval(), interpreter, block
-        self.cache = make_cache(interpreter.program, n_pages, block, model.dtype, model.device)
+        self.device = model.device  # asked once: a model looks for its first parameter
+        self.cache = make_cache(interpreter.program, n_pages, block, model.dtype, self.device)
         self.fronts: dict[str, list[KeysValues]] = {}
         self.general: GeneralRunner | None = None
-        self._lookup = Lookup(self.model)
+        self._lookup, self._layouts = Lookup(self.model), Layouts()
         self._modules = threading.Lock()  # the general runner changes them, and reading looks at them
 
     @property
@@ -94,25 +98,36 @@ class ProgramRunner(DrawingRunner):
         return frozenset(self.interpreter.effects) | others
 
     def read(self, folder: Path) -> ProgramAdapter | GeneralAdapter:
-        return self._read(partial(read_effects, folder=folder), lambda: StoredFolder(folder, stored_bytes(folder)))
+        known = self._layouts.read(folder)
+        if known is not None:
+            n_bytes = sum(own.pairs.nbytes for own in known if own is not None and own.pairs is not None)
+            return ProgramAdapter(PackedEffects(Effects(), known, {}), [], n_bytes)
+        effects = partial(read_effects, folder=folder)
+        adapter, factors = self._read(effects, lambda: StoredFolder(folder, stored_bytes(folder)))
+        if isinstance(adapter, ProgramAdapter):
+            self._layouts.learn(folder, adapter.packed.linears, factors)
+        return adapter
 
     def read_mix(self, parts: Parts) -> ProgramAdapter | GeneralAdapter:
-        return self._read(partial(read_mix, parts=parts), lambda: stored_mix(parts))
+        return self._read(partial(read_mix, parts=parts), lambda: stored_mix(parts))[0]
 
     def _read(
         self, effects_on: Callable[[Lookup, Program], Effects], stored: Callable[[], StoredFolder | StoredMix]
-    ) -> ProgramAdapter | GeneralAdapter:
-        """Effects, packed; where the program has no place for them, what the general runner is to load."""
+    ) -> tuple[ProgramAdapter | GeneralAdapter, list[Factor]]:
+        """Effects packed, and the factors of which they were; where the program has no place for them, what the general
+        runner is to load.
+        """
         with self._modules:
             try:
                 effects = effects_on(self._lookup, self.interpreter.program)
             except UnsaidError as reason:
                 if self.alone:
                     raise
-                return GeneralAdapter(stored(), str(reason))
-        packed = self.interpreter.packed(effects)
+                return GeneralAdapter(stored(), str(reason)), []
+        packed, factors = self.interpreter.packed_of(effects)
         prefix = self._prefix(effects)
-        return ProgramAdapter(packed, prefix, bytes_of((packed.linears, packed.bottlenecks, packed.effects, prefix)))
+        n_bytes = bytes_of((packed.linears, packed.bottlenecks, packed.effects, prefix))
+        return ProgramAdapter(packed, prefix, n_bytes), factors
 
     def load(self, version: str, adapter: ProgramAdapter | GeneralAdapter) -> None:
         if isinstance(adapter, GeneralAdapter):
@@ -188,8 +203,8 @@ class ProgramRunner(DrawingRunner):
             if sequence.start == sequence.n_front:
                 self._put_front(sequence)
         pieces = [_piece(sequence, greedy) for sequence in sequences]
-        step = step_of(pieces, self.cache, self.model.device)
-        ids = torch.tensor([token for s in sequences for token in s.tokens], device=self.model.device)
+        step = step_of(pieces, self.cache, self.device)
+        ids = whole_numbers([token for s in sequences for token in s.tokens]).to(self.device)
         logits, tokens = self.interpreter.run(step, ids), step.tokens.tolist()
         if -1 in tokens:  # a logit is not finite: the sampler is to see all of them
             return self._by_program(sequences, ())
@@ -208,11 +223,11 @@ class ProgramRunner(DrawingRunner):
             return []
         own = [(record.k, record.v) for record in effects.front]
         effects.front = None
-        return [(k.to(self.model.device, self.model.dtype), v.to(self.model.device, self.model.dtype)) for k, v in own]
+        return [(k.to(self.device, self.model.dtype), v.to(self.device, self.model.dtype)) for k, v in own]
 
     def _front_of_prompt(self, effects: Effects) -> list[KeysValues]:
         """The keys and values that a prompt leaves, by layer."""
-        front, dtype, device = effects.front, self.model.dtype, self.model.device
+        front, dtype, device = effects.front, self.model.dtype, self.device
         if not isinstance(front, PromptDelta):
             return []
         given = front.embeddings.to(device, dtype)

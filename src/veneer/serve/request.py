@@ -27,7 +27,7 @@ class StopRule:
 
     def ends(self, n_tokens: int, token: int) -> FinishReason | None:
         """The reason for which an answer of ``n_tokens`` ends with ``token``; None where it goes on."""
-        if n_tokens >= self.min_tokens and token in self.eos_ids | self.stop_ids:
+        if n_tokens >= self.min_tokens and (token in self.eos_ids or token in self.stop_ids):
             return "stop"
         return "length" if n_tokens >= self.max_tokens else None
 
@@ -75,6 +75,8 @@ class Request:
     def stretch(self, n: int) -> tuple[int, ...]:
         """The next ``n`` tokens to compute."""
         first, last, n_prompt = self.n_computed, self.n_computed + n, len(self.prompt)
+        if first >= n_prompt:  # it decodes, as it mostly does
+            return tuple(self.output[first - n_prompt : last - n_prompt])
         return self.prompt[first:last] + tuple(self.output[max(0, first - n_prompt) : max(0, last - n_prompt)])
 
     def unscored(self, n: int) -> tuple[int, tuple[int, ...]]:

@@ -126,7 +126,7 @@ class Scheduler:
                 planned[request] = n
         if all(request.status is Status.RUNNING for request in at_first):  # pages just given back are not for others
             self._admit(planned)
-        order = sorted(planned, key=lambda r: (r.version is not None, r.version or ""))
+        order = sorted(planned, key=lambda r: r.version or "")  # the base's first
         return Plan(tuple(self._laid_out(request, planned[request]) for request in order))
 
     def commit(self, plan: Plan, sampled: Sampled) -> list[Request]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from veneer.model.paged import Stretch
 from veneer.ops.grouped_low_rank import AdapterRuns, Run
+from veneer.ops.memory import whole_numbers
 from veneer.serve.kv_cache import KVCache
 
 
@@ -61,41 +64,39 @@ class Step:
 def step_of(pieces: Sequence[Piece], cache: KVCache, device: torch.device, first_position: int = 0) -> Step:
     """The rows of these pieces, one after the other. ``first_position`` is what each sequence begins at."""
     positions, kept, picked, at = list[int](), list[int](), list[int](), 0
-    for piece in pieces:
-        start = piece.stretch.start + first_position
-        positions.extend(range(start, start + piece.stretch.n))
-        kept.extend(at + row for row in piece.kept)
-        at += piece.stretch.n
-        if piece.picks:
+    for (_, start, n), _, rows, picks in pieces:
+        positions.extend(range(start + first_position, start + first_position + n))
+        kept.extend(at + row for row in rows)
+        at += n
+        if picks:
             picked.append(at - 1)
-    versions = tuple(dict.fromkeys(p.version for p in pieces if p.version is not None))
-    numbers = torch.tensor([*positions, *kept, *picked, *([-1] * len(picked))], dtype=torch.long, device=device)
+    named = [piece.version for piece in pieces]
+    versions = tuple(dict.fromkeys(version for version in named if version is not None))
+    numbers = whole_numbers([*positions, *kept, *picked, *([-1] * len(picked))]).to(device)
     of_rows, of_kept, of_picked, tokens = torch.split(numbers, [at, len(kept), len(picked), len(picked)])
     return Step(
         cache=cache,
         rows=cache.rows([piece.stretch for piece in pieces]),
         positions=of_rows,
         versions=versions,
-        runs=_runs([(p.version, p.stretch.n) for p in pieces], versions),
+        runs=_runs(named, [piece.stretch.n for piece in pieces], versions),
         kept=of_kept,
-        kept_runs=_runs([(p.version, len(p.kept)) for p in pieces], versions),
+        kept_runs=_runs(named, [len(piece.kept) for piece in pieces], versions),
         picked=of_picked,
-        picked_runs=_runs([(p.version, int(p.picks)) for p in pieces], versions),
+        picked_runs=_runs(named, [int(piece.picks) for piece in pieces], versions),
         tokens=tokens,
     )
 
 
-def _runs(counts: Sequence[tuple[str | None, int]], versions: tuple[str, ...]) -> AdapterRuns:
-    found: list[Run] = []
-    if not versions:
-        return AdapterRuns((), sum(n for _, n in counts))
-    places, at = {version: place for place, version in enumerate(versions)}, 0
-    for version, n in counts:
+def _runs(named: Sequence[str | None], counts: Sequence[int], versions: tuple[str, ...]) -> AdapterRuns:
+    """The runs of so many rows of each version that is ``named``, neighbours of one version together."""
+    n_rows = sum(counts)
+    if not versions or not n_rows:
+        return AdapterRuns((), n_rows)
+    places, found, at = {version: place for place, version in enumerate(versions)}, list[Run](), 0
+    for version, group in groupby(zip(named, counts, strict=True), itemgetter(0)):
+        n = sum(count for _, count in group)
         if version is not None and n:
-            last = found[-1] if found else None
-            if last is not None and (last.adapter, last.stop) == (places[version], at):
-                found[-1] = Run(last.adapter, last.start, at + n)
-            else:
-                found.append(Run(places[version], at, at + n))
+            found.append(Run(places[version], at, at + n))
         at += n
-    return AdapterRuns(tuple(found), at)
+    return AdapterRuns(tuple(found), n_rows)

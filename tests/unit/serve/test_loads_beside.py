@@ -225,6 +225,8 @@ def test_what_is_loaded_keeps_nothing_of_its_file_beside_itself(llm, adapters):
         held = list(_tensors((read.packed.linears, read.packed.bottlenecks, read.packed.effects, read.prefix)))
         assert held
         assert read.n_bytes == bytes_of(held)
+        assert not read.packed.effects.linear  # what has been packed is not held twice
+        assert not read.packed.effects.residual
         kept = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in held}
         assert sum(kept.values()) <= read.n_bytes
 

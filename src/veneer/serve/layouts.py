@@ -1,0 +1,197 @@
+"""Layouts of adapter files: where two differ in values alone, the second is read and packed by a table.
+
+Reading an adapter of a new layout looks at every tensor: where it belongs, whether it fits, how it is packed. All of
+that follows from its config and the header of its file. Where a file holds nothing but low-rank factors, as LoRA's
+does, the next one of the same config and header takes a few calls for each megabyte.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from io import FileIO
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
+from veneer.disk.safetensors import MAX_HEADER_BYTES, PREFIX_BYTES
+from veneer.ops.pairs import Factor, PackedPairs, pack_factors
+from veneer.serve.products import Own
+from veneer.store.checkpoint import is_finite
+
+_KEPT = 8  # layouts
+_AT_ONCE = 1 << 20  # bytes of a file: they are looked at and packed while they lie in a core's cache
+
+Owns = Sequence[Own | None]
+"""The changes of a version at each group of layers."""
+Head = tuple[str, bytes]
+"""The config of an adapter, and all that stands in its file in front of the values."""
+_UNREAD = ("base_model_name_or_path", "revision", "lora_dropout", "peft_version")  # settings that change no layout
+
+
+class Layouts:
+    """The layouts of adapters that have been read, the last few of them. For any thread."""
+
+    def __init__(self) -> None:
+        self._known: dict[Head, _Layout] = {}
+        self._lock = threading.Lock()  # a layout has one piece of memory that values are read into
+
+    def read(self, folder: Path) -> Owns | None:
+        """An adapter packed; None where its layout is new, or something is wrong that reading it anew tells."""
+        if self._known:
+            with suppress(OSError, ValueError), _opened(folder) as (head, file), self._lock:
+                layout = self._known.get(head)
+                return None if layout is None else layout.read(file)
+        return None
+
+    def learn(self, folder: Path, owns: Owns, factors: Sequence[Factor]) -> None:
+        """Remember the layout of an adapter that was packed of ``factors``, where its table gives the same again."""
+        layout = _layout_of(owns, factors)
+        if layout is None:
+            return
+        with suppress(OSError, ValueError), _opened(folder) as (head, file), self._lock:
+            again = layout.read(file)
+            if again is None or not all(map(torch.equal, _factors_of(owns), _factors_of(again))):
+                return  # its files were replaced meanwhile
+            while len(self._known) >= _KEPT:
+                self._known.pop(next(iter(self._known)))
+            self._known[head] = layout
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[tuple[Head, FileIO]]:
+    """An adapter's head, and its file at the first value. Raises ValueError for a config that is no JSON."""
+    config = _config_of(json.loads((folder / CONFIG_FILE).read_bytes()))
+    with (folder / WEIGHTS_FILE).open("rb", buffering=0) as file:
+        prefix = file.read(PREFIX_BYTES)
+        n = int.from_bytes(prefix, "little")
+        yield (config, prefix + (file.read(n) if n <= MAX_HEADER_BYTES else b"")), file
+
+
+def _config_of(read: Any) -> str:
+    """A config without what changes no layout, as text; PEFT writes the modules of a set in any order.
+
+    Raises ValueError for what is no config.
+    """
+    if not isinstance(read, dict):
+        raise ValueError("no mapping")
+    fields = {name: value for name, value in read.items() if name not in _UNREAD}
+    return json.dumps({k: sorted(map(str, v)) if isinstance(v, list) else v for k, v in fields.items()}, sort_keys=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Stretch:
+    """Neighbours in a file: the memory that their values are read into, and each with the place of its panels."""
+
+    values: Tensor
+    factors: list[tuple[Factor, slice]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """A file's stretches, and the changes that are made of it, without values here.
+
+    ``has_gaps``: the factors leave places in their panels, which are zero.
+    """
+
+    stretches: list[_Stretch]
+    owns: Owns
+    has_gaps: bool
+
+    def read(self, file: FileIO) -> Owns | None:
+        """The values that follow, packed; None where there are fewer or more of them, or not all are finite."""
+        like = _factors_of(self.owns)
+        sizes = [factors.numel() for factors in like]
+        room = (torch.zeros if self.has_gaps else torch.empty)(sum(sizes), dtype=like[0].dtype)
+        for stretch in self.stretches:
+            n_read = file.readinto(stretch.values.view(torch.uint8).numpy().data)
+            if n_read != stretch.values.nbytes or not is_finite(stretch.values):
+                return None
+            pack_factors([factor._replace(panels=room[place]) for factor, place in stretch.factors])
+        return None if file.read(1) else _with_factors(self.owns, torch.split(room, sizes))
+
+
+def _pairs_of(owns: Owns) -> list[PackedPairs]:
+    return [own.pairs for own in owns if own is not None and own.pairs is not None]
+
+
+def _factors_of(owns: Owns) -> list[Tensor]:
+    return [pairs.factors for pairs in _pairs_of(owns)]
+
+
+def _with_factors(owns: Owns, factors: Sequence[Tensor]) -> Owns:
+    """Changes that have these factors instead of their own."""
+    left, made = iter(factors), list[Own | None]()
+    for own in owns:
+        if own is None or own.pairs is None:
+            made.append(own)
+        else:
+            made.append(replace(own, pairs=replace(own.pairs, factors=next(left))))
+    return made
+
+
+def _layout_of(owns: Owns, factors: Sequence[Factor]) -> _Layout | None:
+    """The layout of the file that these factors are parts of; None where they are not all that is in it, or some of the
+    changes are more than their pairs.
+    """
+    ordered = sorted(factors, key=lambda factor: factor.rows.storage_offset())
+    if not _fill_one_memory([factor.rows for factor in ordered]) or not all(map(_is_plain, filter(None, owns))):
+        return None
+    packed = _factors_of(owns)
+    starts = accumulate((x.numel() for x in packed), initial=0)
+    places = {x.data_ptr(): start for x, start in zip(packed, starts, strict=False)}
+    parts = list(_parts(ordered))
+    memory = ordered[0].rows.new_empty(max(sum(factor.rows.numel() for factor in part) for part in parts))
+    return _Layout(
+        [_stretch(part, memory, places) for part in parts],
+        _with_factors(owns, [torch.empty_like(x, device="meta") for x in packed]),
+        sum(factor.rows.numel() for factor in ordered) < sum(x.numel() for x in packed),
+    )
+
+
+def _is_plain(own: Own) -> bool:
+    return own.only_adds and own.pairs is not None and own.pairs.middle is None
+
+
+def _fill_one_memory(tensors: Sequence[Tensor]) -> bool:
+    """Return True for tensors of one dtype that lie one behind the other in a piece of memory, and leave none of it."""
+    if not tensors:
+        return False
+    first, memory = tensors[0], tensors[0].untyped_storage()
+    ends = accumulate((x.numel() for x in tensors), initial=0)
+    return sum(x.nbytes for x in tensors) == memory.nbytes() and all(
+        x.dtype == first.dtype and x.is_contiguous() and x.storage_offset() == end
+        and x.untyped_storage().data_ptr() == memory.data_ptr()
+        for x, end in zip(tensors, ends, strict=False)
+    )  # fmt: skip
+
+
+def _parts(ordered: Sequence[Factor]) -> Iterator[list[Factor]]:
+    """Neighbours that are read together."""
+    part, n_bytes = list[Factor](), 0
+    for factor in ordered:
+        if part and n_bytes + factor.rows.nbytes > _AT_ONCE:
+            yield part
+            part, n_bytes = [], 0
+        part.append(factor)
+        n_bytes += factor.rows.nbytes
+    yield part
+
+
+def _stretch(factors: Sequence[Factor], memory: Tensor, places: Mapping[int, int]) -> _Stretch:
+    """``places``: where what is packed in some memory begins among all."""
+    found, at = list[tuple[Factor, slice]](), 0
+    for factor in factors:
+        n, panels = factor.rows.numel(), factor.panels
+        rows = memory[at : at + n].view(factor.rows.shape)
+        start = places[panels.untyped_storage().data_ptr()] + panels.storage_offset()
+        found.append((factor._replace(rows=rows, panels=rows), slice(start, start + panels.numel())))
+        at += n
+    return _Stretch(memory[:at], found)
