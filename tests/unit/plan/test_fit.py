@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from tests.unit.plan.conftest import Make
 
 from veneer.errors import ConfigError
+from veneer.plan import fit
 from veneer.plan.architecture import config_of
 from veneer.plan.fit import SPARE, changed, fits
 from veneer.plan.plan import Plan, plan_recipe
+from veneer.train.recipe.recipe import Recipe
+
+
+@pytest.fixture(scope="module")
+def made() -> dict[str, Plan]:
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def plans_are_made_once(made: dict[str, Plan], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Searches in this file share their plans: each takes a second."""
+
+    def once(recipe: Recipe, **options: Any) -> Plan:
+        key = recipe.model_dump_json(exclude={"output"}, exclude_unset=True)
+        if key not in made:
+            made[key] = plan_recipe(recipe, **options)
+        return made[key]
+
+    monkeypatch.setattr(fit, "plan_recipe", once)
 
 
 def bytes_of(plan: Plan) -> int:
@@ -20,16 +42,16 @@ def test_settings_fit_with_room_to_spare_and_the_cheapest_comes_first(recipe: Ma
     config = config_of(wanted.model.source)
     budget = int(0.8 * plan_recipe(wanted).peak.n_bytes)
     found = fits(wanted, config, budget, bytes_of, lambda plan: plan.work.flops)
-    costs = [fit.seconds_a_token for fit in found]
+    costs = [each.seconds_a_token for each in found]
     assert costs == sorted(costs)
-    for fit in found:
-        again = changed(wanted, fit.changes)
-        args = again.training_config()
+    for each in found:
+        args = changed(wanted, each.changes).training_config()
         assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 6
-        assert fit.n_bytes == plan_recipe(again).peak.n_bytes <= budget / (1 + SPARE)
+        assert each.n_bytes == each.plan.peak.n_bytes <= budget / (1 + SPARE)
+    assert found[0].n_bytes == plan_recipe(changed(wanted, found[0].changes)).peak.n_bytes
     exact = plan_recipe(wanted).peak.n_bytes
     tight = fits(wanted, config, exact + 1, bytes_of, lambda plan: plan.work.flops)
-    assert all(fit.changes for fit in tight)  # the recipe as it is fits, but with nothing to spare
+    assert all(each.changes for each in tight)  # the recipe as it is fits, but with nothing to spare
 
 
 def test_what_is_missing_is_told_where_nothing_fits(recipe: Make) -> None:
