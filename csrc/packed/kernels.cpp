@@ -90,13 +90,19 @@ struct Operand {  // x as an engine reads it
   int64_t stride;
 };
 
-// What becomes of the sums of one row and one block.
-template <class Out>
+// What becomes of the sums of one row and one block. The type of the output is looked at here, once for hundreds of products, and not
+// by the template: tiles are what takes a compiler longest.
 struct Finish {
   const PackedProduct& call;
+  int64_t first;  // of the weight's blocks, which is block 0 here
 
   void operator()(int64_t row, int64_t block, const lanes* sums) const {
-    const int64_t column = block * panel_block, left = call.weight.o - column;
+    if (call.out.dtype == Dtype::float32) return finish<float>(row, block, sums);
+    finish<bf16>(row, block, sums);
+  }
+  template <class Out>
+  void finish(int64_t row, int64_t block, const lanes* sums) const {
+    const int64_t column = (first + block) * panel_block, left = call.weight.o - column;
     Out* out = static_cast<Out*>(call.out.data) + row * call.out.stride + column;
     const Out* onto = static_cast<const Out*>(call.onto.data);
     if (onto != nullptr) onto += row * call.onto.stride + column;
@@ -123,24 +129,17 @@ void each_piece(const PackedProduct& call, const F& f) {
   });
 }
 
-template <class Engine, class Out>
-void product_typed(const PackedProduct& call, const Operand& x) {
-  const Finish<Out> finish{call};
+template <class Engine>
+void product(const PackedProduct& call, const Operand& x) {
+  const Finish finish{call, 0};
   each_piece(call, [&](int64_t row, int64_t stop, int64_t begin, int64_t end) {
     multiply_panels<Engine>(call.weight, static_cast<const typename Engine::X*>(x.data), x.stride, row, stop, begin, end, finish);
   });
 }
 
-template <class Engine>
-void product(const PackedProduct& call, const Operand& x) {
-  if (call.out.dtype == Dtype::float32) return product_typed<Engine, float>(call, x);
-  product_typed<Engine, bf16>(call, x);
-}
-
 #if defined(__AMX_BF16__)
 // Up to 32 rows times two blocks of one panel. Tiles have as many rows as there are; few cost as much as their weights.
-template <class Sink>
-void tile_corner(const PanelMatrix& weight, const Operand& x, int64_t row, int n, int64_t block, int blocks, const Sink& sink) {
+void tile_corner(const PanelMatrix& weight, const Operand& x, int64_t row, int n, int64_t block, int blocks, const Finish& finish) {
   const Panel panel = panel_of(weight, block);
   const bf16* w = static_cast<const bf16*>(weight.values) + panel.start + 2 * panel.first;
   const bf16* first = static_cast<const bf16*>(x.data) + row * x.stride;
@@ -174,7 +173,7 @@ void tile_corner(const PanelMatrix& weight, const Operand& x, int64_t row, int n
   for (int r = 0; r < n; ++r)
     for (int b = 0; b < blocks; ++b) {
       const lanes sums = load(c[r / 16 * 2 + b] + r % 16 * 16);
-      sink(row + r, block + b, &sums);
+      finish(row + r, block + b, &sums);
     }
 }
 
@@ -188,14 +187,13 @@ void shape_tiles(int n) {
   _tile_loadconfig(&shape);
 }
 
-template <class Sink>
-void tile_piece(const PanelMatrix& weight, const Operand& x, int64_t row, int64_t stop, int64_t begin, int64_t end, const Sink& sink) {
+void tile_piece(const PanelMatrix& weight, const Operand& x, int64_t row, int64_t stop, int64_t begin, int64_t end, const Finish& finish) {
   for (; row < stop; row += 32) {
     const int n = static_cast<int>(stop - row < 32 ? stop - row : 32);
     shape_tiles(n);
     for (int64_t block = begin, next; block < end; block = next) {
       next = block / 2 * 2 + 2 < end ? block / 2 * 2 + 2 : end;
-      tile_corner(weight, x, row, n, block, static_cast<int>(next - block), sink);
+      tile_corner(weight, x, row, n, block, static_cast<int>(next - block), finish);
     }
   }
   amx_end();
@@ -203,8 +201,7 @@ void tile_piece(const PanelMatrix& weight, const Operand& x, int64_t row, int64_
 
 void tile_product(const PackedProduct& call, const Operand& x) {
   each_piece(call, [&](int64_t row, int64_t stop, int64_t begin, int64_t end) {
-    if (call.out.dtype == Dtype::float32) return tile_piece(call.weight, x, row, stop, begin, end, Finish<float>{call});
-    tile_piece(call.weight, x, row, stop, begin, end, Finish<bf16>{call});
+    tile_piece(call.weight, x, row, stop, begin, end, Finish{call, 0});
   });
 }
 #endif
@@ -280,49 +277,42 @@ int64_t panel_bytes(const PanelMatrix& m) {
   return up_to(panel_blocks * panel_block * dense_depth(m) * (m.dtype == Dtype::bfloat16 ? 2 : 4), 64);
 }
 
-template <class Out>
-struct FinishFrom {  // of a matrix that is some blocks of the weight
-  Finish<Out> finish;
-  int64_t first;
-  void operator()(int64_t row, int64_t block, const lanes* sums) const { finish(row, first + block, sums); }
-};
-
 // Some blocks of one panel, decoded, times all rows.
-template <class Codes, class W, class Out>
+template <class Codes, class W>
 void decoded_product(const PackedProduct& call, const Operand& x, int64_t begin, int64_t end, char* memory) {
   const PanelMatrix& m = call.weight;
   const PanelMatrix dense{(end - begin) * panel_block, m.i, dense_depth(m), m.dtype, memory};
-  const FinishFrom<Out> sink{{call}, begin};
+  const Finish finish{call, begin};
   decode_blocks<Codes, W>(m, begin, end, dense);
 #if defined(__AMX_BF16__)
   if (reads_pairs(call)) {
     // Tiles read whole groups of 32 inputs; the memory held something else before, and 0 times NaN is NaN.
     const int64_t decoded = dense.o * up_to(m.i, 2), all = dense.o * dense.depth;
     std::memset(memory + decoded * 2, 0, static_cast<size_t>(all - decoded) * 2);
-    return tile_piece(dense, x, 0, call.n, 0, end - begin, sink);
+    return tile_piece(dense, x, 0, call.n, 0, end - begin, finish);
   }
 #elif defined(__AVX512BF16__)
   if (reads_pairs(call))
-    return multiply_panels<PairEngine>(dense, static_cast<const bf16*>(x.data), x.stride, 0, call.n, 0, end - begin, sink);
+    return multiply_panels<PairEngine>(dense, static_cast<const bf16*>(x.data), x.stride, 0, call.n, 0, end - begin, finish);
 #endif
-  multiply_panels<FloatEngine<W>>(dense, static_cast<const float*>(x.data), x.stride, 0, call.n, 0, end - begin, sink);
+  multiply_panels<FloatEngine<W>>(dense, static_cast<const float*>(x.data), x.stride, 0, call.n, 0, end - begin, finish);
 }
 
-template <class Codes, class W, class Out>
+template <class Codes, class W>
 void direct_product(const PackedProduct& call, const Operand& x, int64_t begin, int64_t end) {
-  const Finish<Out> sink{call};
+  const Finish finish{call, 0};
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
   if constexpr (sizeof(W) == 2)
     if (reads_pairs(call)) {
-      const CodedPairProduct<Codes, Finish<Out>> product{call.weight, static_cast<const bf16*>(x.data), x.stride, sink};
+      const CodedPairProduct<Codes, Finish> product{call.weight, static_cast<const bf16*>(x.data), x.stride, finish};
       return tiles(0, call.n, begin, end, product);
     }
 #endif
-  const CodedProduct<Codes, W, Finish<Out>> product{call.weight, static_cast<const float*>(x.data), x.stride, sink};
+  const CodedProduct<Codes, W, Finish> product{call.weight, static_cast<const float*>(x.data), x.stride, finish};
   tiles(0, call.n, begin, end, product);
 }
 
-template <class Codes, class W, class Out>
+template <class Codes, class W>
 void coded_typed(const PackedProduct& call, const Operand& x) {
   const int64_t blocks = blocks_of(call.weight.o), threads = threads_of(call), bytes = panel_bytes(call.weight);
   char* memory = static_cast<char*>(call.scratch) + operand_bytes(call);
@@ -334,24 +324,18 @@ void coded_typed(const PackedProduct& call, const Operand& x) {
       for (int64_t begin = blocks * thread / threads, end; begin < stop; begin = end) {
         end = (begin / panel_blocks + 1) * panel_blocks < stop ? (begin / panel_blocks + 1) * panel_blocks : stop;
         if (direct)
-          direct_product<Codes, W, Out>(call, x, begin, end);
+          direct_product<Codes, W>(call, x, begin, end);
         else
-          decoded_product<Codes, W, Out>(call, x, begin, end, memory + thread * bytes);
+          decoded_product<Codes, W>(call, x, begin, end, memory + thread * bytes);
       }
     }
   });
 }
 
-template <class Codes, class W>
-void coded_product_as(const PackedProduct& call, const Operand& x) {
-  if (call.out.dtype == Dtype::float32) return coded_typed<Codes, W, float>(call, x);
-  coded_typed<Codes, W, bf16>(call, x);
-}
-
 template <class Codes>
 void coded_product(const PackedProduct& call, const Operand& x) {
-  if (call.weight.dtype == Dtype::float32) return coded_product_as<Codes, float>(call, x);
-  coded_product_as<Codes, bf16>(call, x);
+  if (call.weight.dtype == Dtype::float32) return coded_typed<Codes, float>(call, x);
+  coded_typed<Codes, bf16>(call, x);
 }
 
 // ---- all of them ---------------------------------------------------------------------------------------------------------

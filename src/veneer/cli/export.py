@@ -84,6 +84,7 @@ def gguf(
     from veneer.cli.loading import quiet, split_one
     from veneer.export.gguf.mix import MixOptions
     from veneer.export.gguf.model import GgufExport, GgufOptions
+    from veneer.store.gguf.writer import parts_of
 
     require_file("--output", output, ".gguf")
     base, adapter = split_one(model, adapter)
@@ -94,7 +95,7 @@ def gguf(
     with quiet():
         export = GgufExport(base, adapter, options)
         if dry_run:
-            print_plan(export.plan)
+            print_plan(export.plan, len(parts_of(export.plan.specs, options.max_part_bytes)))
             return
         with progress_bar("exporting") as on_progress:
             report = export.write(output, on_progress)
@@ -176,7 +177,7 @@ def importance(
     ] = None,
     force: Force = False,
 ) -> None:
-    """Collect an importance matrix: how much each input of each matrix matters on a text, for types below 5 bits.
+    """Collect an importance matrix: how much each input of each matrix matters on a text, for types below 4 bits.
 
     Example: veneer export importance smollm2-135m-instruct -d text.txt -o imatrix.gguf
     """

@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 _SHOWN = 3  # of the tensors that were left out
 
 
-def print_plan(plan: Plan) -> None:
+def print_plan(plan: Plan, n_parts: int) -> None:
     """Print the file as it would be, on stdout: first the whole, then its tensors."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    typer.echo(f"{summary(plan.specs)}, {size(plan.nbytes)}; nothing was written")
+    parts = f" in {n_parts} parts" if n_parts > 1 else ""
+    typer.echo(f"{summary(plan.specs)}, {size(plan.nbytes)}{parts}; nothing was written")
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     for column in ("tensor", "shape", "type", "size"):
         table.add_column(column, justify="right" if column in ("shape", "size") else "left", no_wrap=True)

@@ -189,8 +189,8 @@ def _plan(
     from veneer.plan.processes import rank_peak
     from veneer.plan.report import draw, shown
 
-    machine.begin()
-    plan = plan_recipe(recipe, config=config, isa=machine.isa)
+    with machine.measuring():
+        plan = plan_recipe(recipe, config=config, isa=machine.isa)
     facts = plain(plan) | machine.facts(plan, rows)
     if ranks[0] != 1:
         peak = rank_peak(plan, *ranks)
@@ -209,8 +209,8 @@ def _fit(
     from veneer.plan.fit import changed, fits
     from veneer.plan.report import as_yaml, fit_table
 
-    machine.begin()
-    found = fits(recipe, config, budget, machine.bytes_of, machine.cost)
+    with machine.measuring():
+        found = fits(recipe, config, budget, machine.bytes_of, machine.cost)
     best = as_yaml(changed(recipe, found[0].changes))
     if write is not None:
         if write.exists():

@@ -22,8 +22,8 @@ def planned_facts(recipe: Recipe) -> tuple[dict[str, Any] | None, str]:
     """The facts of `veneer plan --json` for a recipe, and one line; no facts where it cannot be planned."""
     try:
         machine = Machine.of_run(recipe.training_config())
-        machine.begin()
-        plan = plan_recipe(recipe, isa=machine.isa)
+        with machine.measuring():
+            plan = plan_recipe(recipe, isa=machine.isa)
         facts = as_json(plan) | machine.facts(plan, None)
     except (*TOLD, *UNEXPECTED) as error:
         reason, kind = str(error).strip().partition("\n")[0], type(error).__name__

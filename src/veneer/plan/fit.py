@@ -71,9 +71,10 @@ def _missing(recipe: Recipe, needed: int, changes: Mapping[str, Any], plan: Plan
         "several processes (--processes N --strategy fsdp)",
     ]
     alone = ", more than the budget by themselves" if weights > budget else ""
+    enough = -(-int(needed * (1 + SPARE) + 1) // 10**7) * 10**7  # rounded up, as far as a size is told
     return (
         f"the least is {size(needed)} ({told}, one row of {args.max_length} tokens), {size(weights)} of it weights"
-        f"{alone}. From {size(needed * (1 + SPARE))} on it fits. Missing: {', '.join(knobs[:-1])} or {knobs[-1]}"
+        f"{alone}. From {size(enough)} on it fits. Missing: {', '.join(knobs[:-1])} or {knobs[-1]}"
     )
 
 

@@ -12,7 +12,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -165,10 +166,20 @@ def start_bytes(rates: Rates) -> int:
     return int(rates._once(START, _start_bytes))
 
 
-def begin_start(rates: Rates) -> None:
-    """Begin to measure `start_bytes`, where they are not known, beside what is done until they are asked for."""
-    if START not in rates.known:
-        _beginning()
+@contextmanager
+def start_measured(rates: Rates) -> Iterator[None]:
+    """Measure `start_bytes`, where they are not known, beside what is done within; an error there ends it."""
+    if START in rates.known:
+        yield
+        return
+    process = _beginning()
+    try:
+        yield
+    except BaseException:
+        process.kill()
+        process.communicate()
+        _beginning.cache_clear()
+        raise
 
 
 def free_here() -> int:

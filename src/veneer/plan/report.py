@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from rich.text import Text
 from veneer.core.units import duration, size
 from veneer.model.memory import available_bytes
 from veneer.plan.fit import Fit
-from veneer.plan.machine import Card, Rates, begin_start, card_of, free_here
+from veneer.plan.machine import Card, Rates, card_of, free_here, start_measured
 from veneer.plan.plan import PHASES, Plan
 from veneer.plan.process import process_of
 from veneer.plan.time import Seconds, seconds_here, seconds_on
@@ -63,10 +64,9 @@ class Machine:
             return available_bytes(self.gpu)
         return free_here() if self.card is None else int(self.card.n_bytes)
 
-    def begin(self) -> None:
-        """Begin to measure what a process of this machine starts with, while a plan is made."""
-        if self.card is None and self.gpu is None:
-            begin_start(Rates.here())
+    def measuring(self) -> AbstractContextManager[None]:
+        """Measure what a process of this machine starts with, while a plan is made within."""
+        return start_measured(Rates.here()) if self.card is None and self.gpu is None else nullcontext()
 
     def bytes_of(self, plan: Plan) -> int:
         """All that a process takes there."""

@@ -258,7 +258,7 @@ class AdapterPool:
 
     def tidy(self) -> None:
         """Let go what no name means and no request needs."""
-        for entry in [e for e in self._entries.values() if not (e.names or e.waiting or e.running)]:
+        for entry in [e for e in self._entries.values() if not e.is_needed]:
             if entry.residency is Residency.RESIDENT:
                 self._evict([entry])
             self._drop_if_unknown(entry)

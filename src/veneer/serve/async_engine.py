@@ -32,7 +32,9 @@ class AsyncEngine:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self) -> None:
-        """Begin to step; answers come to the loop that runs now."""
+        """Begin to step; answers come to the loop that runs now. Raises ServingError the second time: make another."""
+        if self._loop is not None:
+            raise ServingError("this engine was started before, and one is started once: make another AsyncEngine")
         self._loop = asyncio.get_running_loop()
         thread = threading.Thread(target=self._steps, name="veneer engine", daemon=True)
         thread.start()

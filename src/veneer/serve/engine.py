@@ -312,7 +312,7 @@ class Engine:
     def _commit(self, plan: Plan, sampled: Sampled) -> None:
         for request in self.scheduler.commit(plan, sampled):
             group, answer = self._answers[request.id]
-            self._touched[group.asked.id] = group
+            self._touch(request)
             scored = sampled.prompt_logprobs.get(request.id)
             if scored is not None:
                 group.prompt_logprobs = group.prompt_logprobs or [None]

@@ -76,14 +76,15 @@ def _opened(folder: Path) -> Iterator[tuple[Head, FileIO]]:
 
 
 def _config_of(read: Any) -> str:
-    """A config without what changes no layout, as text; PEFT writes the modules of a set in any order.
+    """A config without what changes no layout, as text; PEFT writes the modules of a set in any order. Patterns keep
+    theirs: the first that is found counts.
 
     Raises ValueError for what is no config.
     """
     if not isinstance(read, dict):
         raise ValueError("no mapping")
-    fields = {name: value for name, value in read.items() if name not in _UNREAD}
-    return json.dumps({k: sorted(map(str, v)) if isinstance(v, list) else v for k, v in fields.items()}, sort_keys=True)
+    fields = sorted((name, value) for name, value in read.items() if name not in _UNREAD)
+    return json.dumps({name: sorted(map(str, v)) if isinstance(v, list) else v for name, v in fields})
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,7 +47,8 @@ def test_settings_fit_with_room_to_spare_and_the_cheapest_comes_first(recipe: Ma
     for each in found:
         args = changed(wanted, each.changes).training_config()
         assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 6
-        assert each.n_bytes == each.plan.peak.n_bytes <= budget / (1 + SPARE)
+        its_own = fit.plan_recipe(changed(wanted, each.changes), config=config)
+        assert each.n_bytes == its_own.peak.n_bytes <= budget / (1 + SPARE)
     assert found[0].n_bytes == plan_recipe(changed(wanted, found[0].changes)).peak.n_bytes
     exact = plan_recipe(wanted).peak.n_bytes
     tight = fits(wanted, config, exact + 1, bytes_of, lambda plan: plan.work.flops)

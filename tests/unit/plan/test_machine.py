@@ -9,7 +9,7 @@ import pytest
 
 from veneer.errors import ConfigError
 from veneer.plan import machine
-from veneer.plan.machine import Rates, begin_start, start_bytes
+from veneer.plan.machine import Rates, start_bytes, start_measured
 
 
 @pytest.fixture(autouse=True)
@@ -28,10 +28,10 @@ def begun(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_process_is_begun_once_and_read_when_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     begun("print('told 7_000_003.0'.replace('_', ''))", monkeypatch)
     rates = Rates(tmp_path / "rates.json")
-    begin_start(rates)
-    first = machine._beginning()
-    begin_start(rates)
-    assert machine._beginning() is first
+    with start_measured(rates):
+        first = machine._beginning()
+    with start_measured(rates):
+        assert machine._beginning() is first
     assert start_bytes(rates) == 7_000_003
     assert start_bytes(Rates(tmp_path / "other.json")) == 7_000_003
 
@@ -39,9 +39,24 @@ def test_a_process_is_begun_once_and_read_when_asked_for(monkeypatch: pytest.Mon
 def test_nothing_is_begun_where_it_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     begun("raise SystemExit(3)", monkeypatch)
     rates = Rates(tmp_path / "rates.json", {machine.START: 11.0})
-    begin_start(rates)
-    assert machine._beginning.cache_info().currsize == 0
+    with start_measured(rates):
+        assert machine._beginning.cache_info().currsize == 0
     assert start_bytes(rates) == 11
+
+
+def test_a_plan_that_fails_leaves_no_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    begun("import time; time.sleep(600)", monkeypatch)
+    processes = []
+
+    def plan() -> None:
+        with start_measured(Rates(tmp_path / "rates.json")):
+            processes.append(machine._beginning())
+            raise ConfigError("not planned")
+
+    with pytest.raises(ConfigError, match="not planned"):
+        plan()
+    assert processes[0].returncode is not None
+    assert machine._beginning.cache_info().currsize == 0
 
 
 def test_a_process_that_ends_early_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,13 +11,18 @@ from veneer.serve.async_engine import AsyncEngine
 ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = """
 import asyncio, threading, time, torch
+from contextlib import suppress
 torch.set_num_threads(1)
 from tests.unit.serve.conftest import byte_tokenizer, make_model
 from veneer import LLM, SamplingParams
+from veneer.errors import ServingError
 from veneer.serve.async_engine import AsyncEngine
 
 async def main(running):
     running.start()
+    with suppress(ServingError):
+        running.start()
+        print("a second thread steps")
     asked = [llm.engine.asked(None, [7] * 11, SamplingParams(max_tokens=99, ignore_eos=True)) for _ in range(3)]
     async for output in running.outputs(asked):
         return

@@ -149,15 +149,20 @@ def test_the_last_few_layouts_are_kept(tmp_path, read_anew, monkeypatch):
 
 
 def test_what_changes_no_layout_is_not_looked_at(tmp_path, read_anew):
-    """The base's name, dropout, and the order in which modules are listed; a rank's alpha is looked at."""
+    """The base's name, dropout, and the order in which modules are listed; a rank's alpha is looked at, and so is the
+    order of patterns, of which the first counts."""
     config = LoraConfig(r=3, target_modules=EVEN)
-    folders = [save_adapter(tmp_path / str(i), config, "wide", seed=i) for i in range(4)]
-    told = ({"revision": "x", "lora_dropout": 0.3}, {"target_modules": EVEN[::-1]}, {"lora_alpha": 5})
+    folders = [save_adapter(tmp_path / str(i), config, "wide", seed=i) for i in range(6)]
+    alphas = {EVEN[0]: 4, f".*{EVEN[0]}": 7}
+    told = (
+        {"revision": "x", "lora_dropout": 0.3}, {"target_modules": EVEN[::-1]}, {"lora_alpha": 5},
+        {"alpha_pattern": alphas}, {"alpha_pattern": dict(reversed(alphas.items()))},
+    )  # fmt: skip
     for folder, changes in zip(folders[1:], told, strict=True):
         file = folder / "adapter_config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     runner = make_runner()
     found = [runner.read(folder) for folder in folders]
-    assert read_anew == [folders[0], folders[3]]
+    assert read_anew == [folders[0], *folders[3:]]
     for mine, folder in zip(found, folders, strict=True):
         assert all(map(torch.equal, factors(mine), factors(make_runner().read(folder))))

@@ -67,7 +67,7 @@ def test_a_resumed_run_logs_and_ends_as_the_whole_one(tmp_path, start, whole):
     result = first.train()
     for step in (2, 6, 7):  # in the first epoch, at its end (six steps), in the second
         shutil.copytree(tmp_path / "run" / f"checkpoint-{step}", tmp_path / f"from{step}" / f"checkpoint-{step}")
-        again = start(f"from{step}", whole=whole)
+        again = start(f"from{step}", whole=whole, save_strategy="no")
         resumed = again.train(resume_from_checkpoint=True)
         assert logged(again) == logged(first)
         assert resumed.training_loss == result.training_loss
@@ -80,10 +80,10 @@ def test_a_resumed_run_logs_and_ends_as_the_whole_one(tmp_path, start, whole):
 @pytest.mark.parametrize("kept", [{"gradient_checkpointing": "selective"}, {"activation_offloading": "disk"}])
 @pytest.mark.parametrize("from_kept", [False, True])
 def test_how_activations_are_kept_does_not_touch_a_resume(tmp_path, start, kept, from_kept):
-    first = start(**(kept if from_kept else {}))
+    first = start(**(kept if from_kept else {}), save_steps=3)
     first.train()
     shutil.copytree(tmp_path / "run" / "checkpoint-3", tmp_path / "from3" / "checkpoint-3")
-    again = start("from3", **kept)
+    again = start("from3", **kept, save_strategy="no")
     again.train(resume_from_checkpoint=True)
     assert logged(again) == logged(first)
     for key, expected in first.model.state_dict().items():
@@ -119,12 +119,12 @@ def small_is_large(monkeypatch):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_run_with_any_optimizer_resumes_bit_for_bit(tmp_path, start, name):
     options = {"optim": name, "max_steps": 5, "learning_rate": 2e-3, **OPTIMIZERS[name]}
-    first = start(**options)
+    first = start(**options, save_steps=3)
     first.train()
     kept = first.optimizer.state_dict()["state"].values()
     assert any("state1" in state for state in kept) == ("8bit" in name)
     shutil.copytree(tmp_path / "run" / "checkpoint-3", tmp_path / "from3" / "checkpoint-3")
-    again = start("from3", **options)
+    again = start("from3", **options, save_strategy="no")
     again.train(resume_from_checkpoint=True)
     assert logged(again) == logged(first)
     before = start("before", **options).model.state_dict()
@@ -156,10 +156,10 @@ def test_lora_plus_lets_b_learn_faster_and_refuses_groups_of_others(start):
 
 
 def test_an_evaluation_after_the_last_save_of_an_epoch_changes_nothing(tmp_path, start):
-    first = start(eval_strategy="epoch")
+    first = start(eval_strategy="epoch", save_steps=6)
     first.train()
     shutil.copytree(tmp_path / "run" / "checkpoint-6", tmp_path / "from6" / "checkpoint-6")
-    again = start("from6", eval_strategy="epoch")
+    again = start("from6", eval_strategy="epoch", save_strategy="no")
     again.train(resume_from_checkpoint=True)
     assert logged(again) == logged(first)
 

@@ -93,11 +93,13 @@ def chosen_types(
 ) -> list[TensorSpec]:
     """Type and shape of every tensor, in the file's order; ``weighed``: an importance matrix is used.
 
-    Raises ConfigError for types and expressions in the options that are none.
+    Raises ConfigError for types and expressions in the options that are none, and for expressions that no matrix's name
+    holds.
     """
     options = options or MixOptions()
     _check(options)
     names = quantize_order(list(shapes))
+    _require_found(options, [name for name in names if _is_matrix(name, shapes[name])])
     wanted = _Rules(mix, facts, weighed, shapes).walk(names)
     specs = []
     for name in names:
@@ -237,6 +239,16 @@ def _check(options: MixOptions) -> None:
         problems += _wrong(re.compile, pattern)
     if problems:
         raise ConfigError("; ".join(problems))
+
+
+def _require_found(options: MixOptions, matrices: Sequence[str]) -> None:
+    lost = [pattern for pattern, _ in options.by_name if not any(re.search(pattern, name) for name in matrices)]
+    if lost:
+        leaves = ", ".join(dict.fromkeys(_role(name) for name in matrices))
+        raise ConfigError(
+            f"{' and '.join(map(repr, lost))}: found in no name of this model's matrices, which are called such as "
+            f"{matrices[-1]}: {leaves}"
+        )
 
 
 def _wrong(compile_: Callable[[str], object], pattern: str) -> list[str]:

@@ -73,7 +73,7 @@ class GgufFileWriter:
     ) -> None:
         self.target = target.absolute()
         self._pairs = pairs
-        self._parts = _parts(specs, max_part_bytes)
+        self._parts = parts_of(specs, max_part_bytes)
         self.paths = part_paths(self.target, len(self._parts))
         self._specs = {spec.name: spec for spec in specs}
         self._missing = set(self._specs)
@@ -221,7 +221,7 @@ def file_nbytes(pairs: Iterable[Pair], specs: Sequence[TensorSpec]) -> int:
     return _padded(24 + _pairs_nbytes(pairs) + infos) + sum(_padded(spec.nbytes) for spec in specs)
 
 
-def _parts(specs: Sequence[TensorSpec], max_bytes: int | None) -> list[list[TensorSpec]]:
+def parts_of(specs: Sequence[TensorSpec], max_bytes: int | None) -> list[list[TensorSpec]]:
     """The tensors of each part, in order; a part exceeds the limit only where one tensor alone does."""
     parts: list[list[TensorSpec]] = [[]]
     held = 0

@@ -19,12 +19,14 @@ from typer.testing import CliRunner
 
 from veneer.adapters.peft_model import get_peft_model
 from veneer.cli.app import app
+from veneer.cli.gguf_plan import print_plan
 from veneer.errors import ConfigError, FormatError, NonFiniteError
 from veneer.export.gguf.metadata import sampling_settings
 from veneer.export.gguf.mix import MixOptions
 from veneer.export.gguf.model import GgufExport, GgufOptions, export_gguf
 from veneer.export.merged import merge_checkpoint
 from veneer.methods.lora import LoraConfig
+from veneer.store.gguf.writer import parts_of
 from veneer.store.quantization import BitsAndBytesConfig
 
 from .tiny import VOCAB, tiny_folder, tokenizer
@@ -130,6 +132,9 @@ def test_options_choose_types_of_single_tensors(tmp_path: Path) -> None:
     wrong = MixOptions(output="Q9", by_name=[("(", "Q8_0")])
     with pytest.raises(ConfigError, match=r"type 'Q9' of a tensor is unknown.*'\(' is no regular expression"):
         GgufExport(tmp_path / "model", None, GgufOptions(type="Q8_0", mix=wrong))
+    lost = MixOptions(by_name=[("ffn_down", "Q5_0"), ("ffn_norm", "Q8_0"), ("blk.9", "F16")])
+    with pytest.raises(ConfigError, match=r"'ffn_norm' and 'blk.9': found in no name .* blk.*attn_q.*ffn_up"):
+        GgufExport(tmp_path / "model", None, GgufOptions(type="Q8_0", mix=lost))
     with pytest.raises(ConfigError, match="type 'Q4' is unknown; allowed: F32, F16"):
         GgufExport(tmp_path / "model", None, GgufOptions(type="Q4"))
 
@@ -282,6 +287,15 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
 
 def run(*arguments: object) -> Any:
     return CliRunner().invoke(app, [str(each) for each in arguments], env={"COLUMNS": "80"})
+
+
+def test_a_plan_tells_the_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_folder(tmp_path / "model", "llama")
+    plan = GgufExport(tmp_path / "model", None, GgufOptions(type="Q8_0")).plan
+    n_parts = len(parts_of(plan.specs, plan.nbytes // 2))
+    print_plan(plan, n_parts)
+    assert f" in {n_parts} parts; nothing was written" in capsys.readouterr().out
+    assert n_parts > 1
 
 
 def test_the_command_writes_splits_and_tells(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def values(
         "data": {"train": str(tmp_path / "rows.jsonl"), "eval_fraction": 0.3, "train_on": "everything"},
         "training": {
             "num_train_epochs": 2, "per_device_train_batch_size": 3, "learning_rate": 0.05, "logging_steps": 1,
-            "eval_steps": 3, "save_steps": 3, "bf16": False, "report_to": "none", "disable_tqdm": True,
+            "eval_steps": 3, "save_strategy": "no", "bf16": False, "report_to": "none", "disable_tqdm": True,
             "adam_epsilon": 1e-4,  # or a gradient that is nothing but rounding moves a weight by the learning rate
         },
         "output": str(tmp_path / "together"),
@@ -157,7 +157,7 @@ def test_a_sweep_that_was_broken_off_goes_on_where_it_was(values: dict[str, Any]
         "grid": {"adapter.lora_dropout": [0.2]},
     }
     part["members"][2]["adapter.use_dora"] = True
-    values["training"]["early_stopping_patience"] = 7
+    values["training"] |= {"early_stopping_patience": 7, "save_strategy": "steps", "save_steps": 3}
     whole = together(values, part)
     values["output"] = str(Path(values["output"]).with_name("broken"))
     steps = iter(range(8))
@@ -182,7 +182,6 @@ def test_a_sweep_that_was_broken_off_goes_on_where_it_was(values: dict[str, Any]
 
 def test_a_signal_ends_every_member_after_its_step_and_all_go_on(values: dict[str, Any], monkeypatch: Any) -> None:
     part = {"members": [{"name": "one"}, {"name": "two", "training.gradient_accumulation_steps": 2}]}
-    values["training"]["save_strategy"] = "no"
     whole = together(values, part)
     values["output"] = str(Path(values["output"]).with_name("stopped"))
     steps = iter(range(3, -1, -1))
@@ -209,6 +208,7 @@ def test_a_signal_ends_every_member_after_its_step_and_all_go_on(values: dict[st
 
 def test_members_go_on_with_their_settings_or_say_what_changed(values: dict[str, Any]) -> None:
     part = {"members": [{"name": "one", "training.max_steps": 2}]}
+    values["training"] |= {"save_strategy": "steps", "save_steps": 3}
     first = together(values, part)["one"]
     values["training"]["learning_rate"] = 0.02
     with pytest.raises(ConfigError, match=r"learning_rate: 0\.05 before, 0\.02 now"):
