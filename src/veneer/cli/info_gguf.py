@@ -34,6 +34,9 @@ _TOKENIZER = "tokenizer.ggml."
 _FACTORS = re.compile(r"(.+)\.lora_([ab])")
 
 
+_HELD = {"adapter": "an adapter ({})", "imatrix": "an importance matrix", "mmproj": "the image half of a model"}
+
+
 def gguf_facts(header: GgufHeader) -> dict[str, Any]:
     """All that is known of a file, for programs: lists of the vocabulary by their length, tensors by type."""
     values = {
@@ -51,7 +54,7 @@ def gguf_section(path: Path, header: GgufHeader) -> Section:
     family = values.get("general.architecture")
     return {
         "GGUF file": str(path),
-        "holds": f"a {kind}" if kind != "adapter" else f"an adapter ({values.get('adapter.type', 'of no type')})",
+        "holds": _HELD.get(kind, f"a {kind}").format(values.get("adapter.type", "of no type")),
         **_said(values, {"general.name": "name", "general.license": "license"}),
         **({"family": str(family)} if family else {}),
         **(_adapter(header) if kind == "adapter" else _model(header)),

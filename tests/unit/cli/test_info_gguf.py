@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 from typer.testing import Result
 
@@ -53,6 +54,17 @@ def test_an_adapter(veneer: Veneer, model_folder: Path, adapter_folder: Path, tm
     assert facts["modules"] == "4 (attn_q, ffn_up)"
     assert facts["parameters"] == f"{2 * (3 * (48 + 48) + 3 * (48 + 61)):,}"
     assert "vocabulary" not in facts
+
+
+def test_an_importance_matrix(veneer: Veneer, tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "")
+    writer.add_type("imatrix")
+    writer.add_tensor("blk.0.attn_q.weight.in_sum2", np.ones(7, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert section(veneer("info", tmp_path / "x.gguf"))["holds"] == "an importance matrix"
 
 
 def test_a_part_of_several_says_so(veneer: Veneer, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from veneer.core.linear import BLOCK_VALUES
 from veneer.core.records import LinearDelta
 from veneer.errors import CompositionError, ConfigError
 from veneer.export.base_weights import is_copy
+from veneer.export.gguf.metadata import name_of
 from veneer.export.gguf.mix import mix_of, quantize_order
 from veneer.export.gguf.model import encoded
 from veneer.export.gguf.plan import family_of, laid_out_rows
@@ -159,7 +160,7 @@ def _pairs(adapter: Path, family: Family, base: str, number: int) -> list[Pair]:
         Pair("general.architecture", family.architecture, text),
         Pair("general.type", "adapter", text),
         Pair("adapter.type", "lora", text),
-        Pair("general.name", adapter.resolve().name, text),
+        Pair("general.name", name_of(adapter), text),
         Pair("general.base_model.count", 1, GGUFValueType.UINT32),
         Pair("general.base_model.0.name", Path(base).name, text),
         Pair("adapter.lora.alpha", 0.0, GGUFValueType.FLOAT32),  # none: the scale that is asked for, alone

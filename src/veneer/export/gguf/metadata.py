@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,15 @@ _SAMPLING = {
     "repetition_penalty": ("penalty_repeat", GGUFValueType.FLOAT32),
 }
 _CARD_LISTS = {"tags": "tags", "language": "languages"}
+
+
+def name_of(model: str | os.PathLike[str]) -> str:
+    """The name of a model or adapter without its path: a folder's, a file's, or that of a repository on the hub; of the
+    folder ``adapter`` in a run's, the run's.
+    """
+    path = Path(model).resolve()
+    name, _, _ = (path.parent if path.name == "adapter" else path).name.partition("@sha256:")
+    return name.removesuffix(".gguf")
 
 
 def general_pairs(folder: Path, name: str, architecture: str, shapes: Mapping[str, tuple[int, ...]]) -> list[Pair]:

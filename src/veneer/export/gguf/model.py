@@ -12,6 +12,7 @@ from torch import Tensor
 
 from veneer.errors import NonFiniteError
 from veneer.export.folded import FoldedCheckpoint
+from veneer.export.gguf.metadata import name_of
 from veneer.export.gguf.mix import MixOptions, mix_of
 from veneer.export.gguf.plan import Plan, assembled_blocks, describe_checkpoint, family_of, plan_file
 from veneer.export.gguf.tokenizer import read_tokenizer
@@ -71,7 +72,7 @@ class GgufExport:
         self._source = FoldedCheckpoint(folder, adapter, dtype, wide=self._wide)
         described = describe_checkpoint(self._source, folder)
         self.tokenizer = read_tokenizer([adapter, folder] if adapter else [folder])
-        name = options.name or _called(adapter or base)
+        name = options.name or name_of(adapter or base)
         self.plan = plan_file(
             described, mix, options.mix, self.tokenizer, folder=folder, name=name, importance=self._importance
         )
@@ -118,12 +119,6 @@ class GgufExport:
     def _read_blocks(self, stored: str) -> Iterator[Tensor]:
         dtype = self._source.specs[stored][0]
         return (block if self._wide else block.to(dtype) for block in self._source.blocks(stored))
-
-
-def _called(model: str | os.PathLike[str]) -> str:
-    """The name of a model or adapter without its path: a folder's, a file's, or that of a repository on the hub."""
-    name, _, _ = Path(model).resolve().name.partition("@sha256:")
-    return name.removesuffix(".gguf")
 
 
 def export_gguf(

@@ -21,7 +21,7 @@ from veneer.adapters.peft_model import get_peft_model
 from veneer.cli.app import app
 from veneer.cli.gguf_plan import print_plan
 from veneer.errors import ConfigError, FormatError, NonFiniteError
-from veneer.export.gguf.metadata import sampling_settings
+from veneer.export.gguf.metadata import name_of, sampling_settings
 from veneer.export.gguf.mix import MixOptions
 from veneer.export.gguf.model import GgufExport, GgufOptions, export_gguf
 from veneer.export.merged import merge_checkpoint
@@ -170,6 +170,7 @@ def test_a_model_is_called_by_its_folder_its_file_or_what_the_user_says(
         assert value(tmp_path / "x.gguf", "general.name") == "eight"
     export_gguf(made, tmp_path / "y.gguf", replace(F16, name="nine"))
     assert value(tmp_path / "y.gguf", "general.name") == "nine"
+    assert name_of(tmp_path / "runs" / "ten" / "adapter") == "ten"
 
 
 def test_the_adapter_s_own_tokenizer_and_template_win(tmp_path: Path) -> None:
