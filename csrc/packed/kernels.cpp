@@ -90,8 +90,8 @@ struct Operand {  // x as an engine reads it
   int64_t stride;
 };
 
-// What becomes of the sums of one row and one block. The type of the output is looked at here, once for hundreds of products, and not
-// by the template: tiles are what takes a compiler longest.
+// Puts the sums of one row and one block where they belong. The type of the output is looked at here, once for hundreds of
+// products, and is no parameter of the tiles, which take a compiler longest.
 struct Finish {
   const PackedProduct& call;
   int64_t first;  // of the weight's blocks, which is block 0 here

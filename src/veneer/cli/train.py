@@ -153,7 +153,7 @@ def _train_one(recipe: Recipe, resume: bool, allow_changes: bool, planned: _Plan
     from veneer.train.checkpoint import holds_checkpoints
     from veneer.train.run import run_recipe
 
-    # What keeps a run from being planned is mostly what refuses it: only a run that begins says that it was not.
+    # A run that cannot be planned is mostly refused for the same reason: only one that begins says so.
     untold = [planned.line] if planned.facts is None else []
 
     def tell(line: str) -> None:

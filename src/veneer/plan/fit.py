@@ -59,7 +59,7 @@ def fits(recipe: Recipe, config: PreTrainedConfig, budget: int, bytes_of: Bytes,
 
 
 def _missing(recipe: Recipe, needed: int, changes: Mapping[str, Any], plan: Plan, budget: int) -> str:
-    """What the least setting takes, what would fit, and the knobs that are left."""
+    """The bytes of the least setting, the budget that would do, and the knobs that are left."""
     args, weights = recipe.training_config(), plan.held.n_bytes
     told = ", ".join(f"{key}={value}" for key, value in changes.items()) or "the recipe as it is"
     kind = recipe.model.quantization

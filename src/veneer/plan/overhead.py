@@ -1,4 +1,4 @@
-"""What a step takes beside products and attention, from real steps of small models: a cost for each op (Python around
+"""The costs of a step beside products and attention, from real steps of small models: one for each op (Python around
 it, the dispatcher, autograd), and one for each byte of elementwise work.
 """
 

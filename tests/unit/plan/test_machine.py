@@ -1,4 +1,4 @@
-"""What a process starts with is measured once, beside the plan, and what goes wrong there is told."""
+"""The bytes that a process starts with are measured once, beside the plan, and an error there is told."""
 
 from __future__ import annotations
 

@@ -34,6 +34,12 @@ def load(pool, *names):
     return gone
 
 
+def step(made, arena):
+    """A step that is planned, run and taken in."""
+    plan = made.plan()
+    made.commit(plan, arena.run(plan))
+
+
 def test_the_same_trace_gives_the_same_plans():
     def trace():
         made, arena, plans = scheduler(n_pages=5), TokenArena(3), []
@@ -54,16 +60,14 @@ def test_a_younger_request_does_not_keep_the_only_place_for_ever():
         made.pool.bind(name, AdapterVersion(id=name, folder=name))
     load(made.pool, "x")
     made.add(request("x0", version="x", longest=2))
-    plan = made.plan()
-    made.commit(plan, arena.run(plan))
+    step(made, arena)
     made.add(request("y0", version="y"))
     for i in range(1, 6):
         made.add(request(f"x{i}", version="x"))
         if not made.running:
             break
         assert made.pool.begin_load(made.wanted()) is None
-        plan = made.plan()
-        made.commit(plan, arena.run(plan))
+        step(made, arena)
     assert all(r.id != "x0" and r.n_computed == 0 for r in made.waiting)
     assert (made.pool.begin_load(made.wanted()), list(made.pool.going)) == ("y", ["x"])
 
@@ -77,8 +81,7 @@ def test_younger_requests_go_on_beside_one_that_has_no_place():
     made.pool.pin("w")
     for name, longest in {"x": 5, "y": 3, "w": 2}.items():
         made.add(request(f"{name}0", version=name, longest=longest))
-    plan = made.plan()
-    made.commit(plan, arena.run(plan))
+    step(made, arena)
     made.add(request("z0", version="z"))
     for name in "ywx":
         made.add(request(f"{name}1", version=name, longest=7))
@@ -86,8 +89,7 @@ def test_younger_requests_go_on_beside_one_that_has_no_place():
     plan = made.plan()
     assert {s.request_id for s in plan.sequences} == {"x0", "y0", "w0", "x1", "w1"}
     made.commit(plan, arena.run(plan))
-    plan = made.plan()
-    made.commit(plan, arena.run(plan))
+    step(made, arena)
     assert (made.pool.begin_load(made.wanted()), list(made.pool.going)) == ("z", ["y"])
 
 
@@ -97,8 +99,7 @@ def test_younger_requests_go_on_beside_one_whose_adapter_may_not_act_yet():
         made.pool.bind(name, AdapterVersion(id=name, folder=name))
     load(made.pool, "x", "y", "z")
     made.add(request("x0", version="x", longest=5)), made.add(request("y0", version="y", longest=3))
-    plan = made.plan()
-    made.commit(plan, arena.run(plan))
+    step(made, arena)
     for name in "zyx":
         made.add(request(f"{name}1", version=name, longest=7))
     assert {s.request_id for s in made.plan().sequences} == {"x0", "y0", "x1"}
@@ -179,8 +180,7 @@ def test_base_requests_do_not_take_the_bytes_that_an_older_request_waits_for():
     made, arena = Scheduler(pages, AdapterPool(memory=pages), Limits(max_model_len=18)), TokenArena(3)
     made.pool.bind("x", AdapterVersion(id="x", folder="x", n_bytes=35))
     made.add(request("first", n_prompt=5, longest=3))
-    plan = made.plan()
-    made.commit(plan, arena.run(plan))
+    step(made, arena)
     made.add(request("x0", version="x"))
     for i in range(9):
         made.add(request(f"base{i}"))

@@ -88,9 +88,9 @@ class PreferenceTrainer(RunTrainer):
     def _is_dealt(self, left: int, size: int) -> bool:
         """True where the last batch of every process holds none or each of the ``left`` rows as often as the others."""
         cut = self.args.accelerator_config
-        if cut.split_batches or cut.dispatch_batches:
-            return not left
-        return self.args.dataloader_drop_last or last_size(left, n_processes()) <= _LARGEST * size
+        if self.args.dataloader_drop_last or not left:
+            return True
+        return not (cut.split_batches or cut.dispatch_batches) and last_size(left, n_processes()) <= _LARGEST * size
 
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int, *args: Any, **options: Any) -> Any:
         """Trainer's; several processes count each row of the last batch equally often. Accelerate repeats some."""
