@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar, cast
@@ -73,8 +74,14 @@ def _loss(error: BaseException) -> BaseException:
     return TrainingError(
         "another process of this run has ended without a word (killed, out of memory, or its machine went down), or no "
         "longer answers. What checkpoints there are stay: --resume goes on from the last one. What was heard of it: "
-        + str(error).strip().partition("\n")[0]
+        + _heard(str(error))
     )
+
+
+def _heard(told: str) -> str:
+    """The first line of the back end's words, less gloo's place in its source and its advice to gloo's developers."""
+    line = told.strip().partition("\n")[0].partition(" This is typically caused by")[0]
+    return re.sub(r"^\[[^\]]*/gloo/[^\]]*\]\s*", "", line)
 
 
 def _store() -> Any:

@@ -275,16 +275,19 @@ def require_fresh(output: Path, resume: bool) -> None:
     record = record_of(output)
     if record is not None:
         require_over(record, output)
-    if not resume and holds_checkpoints(output):
+    if resume:
+        return
+    saved = [name for name in (ADAPTER, MODEL) if (output / name).exists()]
+    further = "; adapter.from trains its adapter on, in another output" if saved[:1] == [ADAPTER] else ""
+    if holds_checkpoints(output):
         raise ConfigError(
             f"{output} holds the checkpoints of a run: continue it with --resume, or choose another output "
-            "(--set output=…)"
+            f"(--set output=…){further}"
         )
-    saved = [name for name in (ADAPTER, MODEL) if (output / name).exists()]
-    if not resume and saved:
+    if saved:
         raise ConfigError(
-            f"{output} holds the {saved[0]} that a run saved: choose another output (--set output=…), or move it away"
-            + ("; adapter.from trains it on, in another output" if saved[0] == ADAPTER else "")
+            f"{output} holds the {saved[0]} that a run saved: choose another output (--set output=…), or move it "
+            f"away{further}"
         )
 
 

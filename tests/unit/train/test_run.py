@@ -36,6 +36,16 @@ def test_what_a_run_saved_is_not_written_over(tmp_path, saved):
     require_fresh(tmp_path / "run", resume=True)
 
 
+@pytest.mark.parametrize("saved", ["adapter", "model", None])
+def test_a_run_with_checkpoints_leads_to_resume_and_its_adapter_to_another_output(tmp_path, saved):
+    (tmp_path / "run" / "checkpoint-7").mkdir(parents=True)
+    if saved is not None:
+        (tmp_path / "run" / saved).mkdir()
+    with pytest.raises(ConfigError, match=r"holds the checkpoints of a run: continue it with --resume") as error:
+        require_fresh(tmp_path / "run", resume=False)
+    assert ("adapter.from trains its adapter on, in another output" in str(error.value)) == (saved == "adapter")
+
+
 @pytest.mark.parametrize(
     ("error", "status", "reason"),
     [
