@@ -15,12 +15,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from veneer.core.nearest import nearest
 from veneer.disk.atomic import write_atomically
@@ -115,8 +114,12 @@ class Rates:
         """Seconds a byte of elementwise work, read and written, as it is in a step."""
         from veneer.plan.overhead import byte_seconds
 
-        copied = self._once("moved", _moved_seconds)
-        return self._once("moved in a step", lambda: byte_seconds(self.computed, copied))
+        least = self.copied()
+        return self._once("moved in a step", lambda: byte_seconds(self.computed, least))
+
+    def copied(self) -> float:
+        """Seconds a byte that an op on large tensors reads or writes."""
+        return self._once("moved", _moved_seconds)
 
     def computed(self, work: Work) -> float:
         """Seconds of a step's arithmetic and calls, without elementwise work."""
@@ -130,7 +133,8 @@ class Rates:
             "products": sum(self.product(product) * n for product, n in work.products.items()),
             "attention": work.attention * self.attention() + torch_attention,
             "decoding": work.decoded * self.decoded(),
-            "calls": work.n_ops * self.op() + watched,
+            "calls": work.n_ops * self.op(work.general) + watched,
+            "updates": work.updated * self.copied() + (work.updated_8bit and work.updated_8bit * self.updated_8bit()),
         }
 
     def attention(self) -> float:
@@ -145,15 +149,21 @@ class Rates:
         """Seconds to decode one value of 4 bits."""
         return self._once("decoded", _decoded_seconds)
 
-    def op(self) -> float:
-        """Seconds that an op of a step takes beside its work."""
+    def updated_8bit(self) -> float:
+        """Seconds a value that AdamW updates whose moments are in 8 bits."""
+        return self._once("updated in 8 bits", _updated_8bit_seconds)
+
+    def op(self, general: bool) -> float:
+        """Seconds that an op of a step of this path takes beside its work."""
         from veneer.plan.overhead import op_seconds
 
-        return self._once("op of a step", op_seconds)
+        return self._once(f"op of a step, {_path(general)}", lambda: op_seconds(general))
 
     def watched(self) -> float:
-        """Seconds that an op takes besides where selective checkpointing looks at it."""
-        return self._once("watched op", _watched_seconds)
+        """Seconds that an op takes besides where selective checkpointing looks at it, on the general path."""
+        from veneer.plan.overhead import watched_seconds
+
+        return self._once("op watched in a step", lambda: watched_seconds(self.op(general=True)))
 
     def _once(self, key: str, measure: Callable[[], float]) -> float:
         if key not in self.known:
@@ -185,6 +195,10 @@ def start_measured(rates: Rates) -> Iterator[None]:
 def free_here() -> int:
     """Bytes that a process may still take on this machine."""
     return available_bytes(torch.device("cpu"))
+
+
+def _path(general: bool) -> str:
+    return "general path" if general else "fused path"
 
 
 def _timed(run: Callable[[], Any], least: float = 0.02) -> float:
@@ -249,20 +263,16 @@ def _decoded_seconds() -> float:
     return _timed(lambda: dequantize_4bit(packed, absmax, layout)) / w.numel()
 
 
-def _watched_seconds() -> float:
-    n_ops, x = 64, torch.ones(8, requires_grad=True)
-    again = CheckpointPolicy.PREFER_RECOMPUTE
-    watching = partial(create_selective_checkpoint_contexts, lambda context, op, *args, **options: again)
+def _updated_8bit_seconds() -> float:
+    from veneer.ops.adamw import BLOCK_SIZE, AdamWStep, Moment8bit, adamw_8bit_
 
-    def chain(x: torch.Tensor) -> torch.Tensor:
-        for _ in range(n_ops):
-            x = x * 1.5
-        return x
-
-    def run(**options: Any) -> None:
-        checkpoint(chain, x, use_reentrant=False, **options).sum().backward()
-
-    return max(0.0, _timed(lambda: run(context_fn=watching)) - _timed(run)) / (2 * n_ops)
+    param = torch.linspace(-1, 1, 1 << 22)
+    moments = [
+        Moment8bit(torch.zeros(param.numel(), dtype=torch.uint8), torch.ones(param.numel() // BLOCK_SIZE))
+        for _ in range(2)
+    ]
+    step = AdamWStep(lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, step=7)
+    return _timed(lambda: adamw_8bit_(param, param * 0.5, (moments[0], moments[1]), step)) / param.numel()
 
 
 _TINY = """

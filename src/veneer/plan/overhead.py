@@ -1,5 +1,5 @@
-"""The costs of a step beside products and attention, from real steps of small models: one for each op (Python around
-it, the dispatcher, autograd), and one for each byte of elementwise work.
+"""The costs of a step beside products and attention, from real steps of small models: one for each op of the fused path
+and of the general one (Python around it, the dispatcher, autograd), and one for each byte of elementwise work.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from veneer.plan.trace import make_optimizer, prepare, trace
 from veneer.plan.work import Work
 from veneer.train.recipe.recipe import Recipe, parse_recipe
 
-WARM, TIMED = 2, 7
-PATHS = ("auto", "off")
+WARM, TIMED = 2, 21
+"""Steps: enough that some of them have the machine for themselves."""
+_SHORT, _LONG = Batch(n_rows=1, length=8), Batch(n_rows=4, length=128)
 _TINY = LlamaConfig(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=2,
     num_key_value_heads=1, dtype=torch.bfloat16,
@@ -39,34 +40,44 @@ class Timed:
     seconds: float
 
 
-def op_seconds() -> float:
-    """Of an op beside its work: steps that compute next to nothing, fused and not, by the ops of their traces."""
-    steps = [_timed(_TINY, fused, Batch(n_rows=1, length=8)) for fused in PATHS]
-    return sum(step.seconds for step in steps) / sum(step.work.n_ops for step in steps)
+def op_seconds(general: bool) -> float:
+    """Of an op beside its work, on the general path or the fused one: a step that computes next to nothing, by the ops
+    of its trace."""
+    step = _timed(_TINY, _recipe(general, _SHORT), _SHORT)
+    return step.seconds / step.work.n_ops
+
+
+def watched_seconds(op: float) -> float:
+    """Of an op besides, where selective checkpointing looks at it: what such a step takes beyond ``op`` for each."""
+    step = _timed(_TINY, _recipe(True, _SHORT, "selective"), _SHORT)
+    return max(0.0, step.seconds - op * step.work.n_ops) / step.work.n_watched
 
 
 def byte_seconds(known: Callable[[Work], float], least: float) -> float:
-    """Of a byte of elementwise work: what steps of many tokens take beyond what is ``known`` of their work.
+    """Of a byte of elementwise work: what steps of many tokens, fused and not, take beyond what is ``known`` of their
+    work.
 
     In a step such work is slower than a copy of large tensors (``least``): its tensors are small, change their dtype,
     and lie in memory that is taken anew.
     """
-    steps = [_timed(_WIDE, fused, Batch(n_rows=4, length=128)) for fused in PATHS]
+    steps = [_timed(_WIDE, _recipe(general, _LONG), _LONG) for general in (False, True)]
     rest = sum(step.seconds - known(step.work) for step in steps)
     return max(least, rest / sum(step.work.moved for step in steps))
 
 
-def _timed(config: LlamaConfig, fused: str, batch: Batch) -> Timed:
-    recipe = _recipe(fused, batch)
+def _timed(config: LlamaConfig, recipe: Recipe, batch: Batch) -> Timed:
     with torch.random.fork_rng(devices=[]):  # a run that plans first draws as one that does not
         return Timed(trace(config, recipe, batch).work, _step_seconds(config, recipe, batch))
 
 
-def _recipe(fused: str, batch: Batch) -> Recipe:
+def _recipe(general: bool, batch: Batch, checkpointing: bool | str = False) -> Recipe:
     return parse_recipe({
         "model": {"source": "none"}, "data": {"train": "none.jsonl"}, "output": "none",
         "adapter": {"method": "lora", "r": 4, "target_modules": "all-linear"},
-        "training": {"fused": fused, "max_length": batch.length, "per_device_train_batch_size": batch.n_rows},
+        "training": {
+            "fused": "off" if general else "auto", "gradient_checkpointing": checkpointing,
+            "max_length": batch.length, "per_device_train_batch_size": batch.n_rows,
+        },
     })  # fmt: skip
 
 

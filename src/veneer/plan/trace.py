@@ -57,6 +57,7 @@ def trace(config: PreTrainedConfig, recipe: Recipe, batch: Batch, isa: str | Non
         model = traced_model(config, recipe.model, recipe.adapter_config())
         args = recipe.training_config()
         not_fused = prepare(model, args)
+        counted.work.general = not_fused is not None
         optimizer, loss = make_optimizer(model, args), loss_of(recipe.task, model, args)
         with live, counted:
             for tensor, kind in kinds_of(model):
@@ -129,6 +130,7 @@ def run_steps(
         live.mark(f"{FIRST}{name}" if number == 0 else name)
         if counted is not None:
             counted.watched = watches and name.startswith("forward.block")
+            counted.updating = name == "optimizer"
 
     def gradients() -> None:
         for parameter in model.parameters():

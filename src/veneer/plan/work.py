@@ -57,8 +57,9 @@ class Product:
 
 @dataclass(slots=True)
 class Work:
-    """Sums over a step. Attention is in FLOPs, by the kernel and by torch; ``moved`` in bytes; ``n_ops`` counts what
-    torch's dispatcher saw, ``n_watched`` those that selective checkpointing looked at.
+    """Sums over a step. Attention is in FLOPs, by the kernel and by torch; ``moved`` and ``updated`` in bytes, the
+    latter within the optimizer, which updates large tensors in place; ``updated_8bit`` in values. ``n_ops`` counts what
+    torch's dispatcher saw, ``n_watched`` those that selective checkpointing looked at. ``general``: not fused.
     """
 
     products: Counter[Product] = field(default_factory=Counter)
@@ -66,8 +67,11 @@ class Work:
     torch_attention: float = 0.0
     decoded: float = 0.0
     moved: float = 0.0
+    updated: float = 0.0
+    updated_8bit: float = 0.0
     n_ops: float = 0
     n_watched: float = 0
+    general: bool = False
 
     def plus(self, other: Work, times: float) -> Work:
         """This and so many of the other."""
@@ -80,8 +84,11 @@ class Work:
             self.torch_attention + times * other.torch_attention,
             self.decoded + times * other.decoded,
             self.moved + times * other.moved,
+            self.updated + times * other.updated,
+            self.updated_8bit + times * other.updated_8bit,
             self.n_ops + times * other.n_ops,
             self.n_watched + times * other.n_watched,
+            self.general,
         )
 
     @property
@@ -92,14 +99,14 @@ class Work:
 
 class CountWork(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts while ``on``; kernels that are not run are told to `kernel`. ``watched``: selective checkpointing looks at
-    each op now, and will again when it is computed again.
+    each op now, and will again when it is computed again. ``updating``: the optimizer is at work.
     """
 
     is_silent = True
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.work, self.on, self.watched = Work(), False, False
+        self.work, self.on, self.watched, self.updating = Work(), False, False, False
 
     def kernel(self, name: str, arguments: tuple[Any, ...]) -> None:
         """A kernel that a traced step would have run."""
@@ -113,6 +120,8 @@ class CountWork(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.work.decoded += o * i
         elif name in ("four_bit_dequantize", "int8_dequantize"):
             self.work.decoded += arguments[2] if name.startswith("four") else arguments[2] * arguments[3]
+        elif name == "adamw_8bit":
+            self.work.updated_8bit += arguments[4]
         elif name in ("attention_forward", "attention_backward"):
             bounds, heads, _, head_dim = arguments[:4]
             seen = sum((end - start) ** 2 for start, end in itertools.pairwise(bounds)) / 2
@@ -144,9 +153,15 @@ class CountWork(TorchDispatchMode):  # type: ignore[no-untyped-call]
             b, h, t, d = q.shape
             self.work.torch_attention += (10 if "backward" in name else 4) * b * h * t * t * d / 2
         elif name.startswith(("empty", "new_empty")):
-            self.work.moved += KERNEL_TOUCHES * _bytes(out)
+            self._moves(KERNEL_TOUCHES * _bytes(out))
         elif name not in _SILENT:
-            self.work.moved += _bytes(args) + _bytes(out)
+            self._moves(_bytes(args) + _bytes(out))
+
+    def _moves(self, n_bytes: int) -> None:
+        if self.updating:
+            self.work.updated += n_bytes
+        else:
+            self.work.moved += n_bytes
 
 
 def _bytes(tensors: Any) -> int:
