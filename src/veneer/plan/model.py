@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -76,7 +77,9 @@ def traced_model(config: PreTrainedConfig, part: ModelPart, adapter: MethodConfi
     if adapter is None:
         model = model.float().requires_grad_(True)
     make_traced(model)  # casts go before it: a traced tensor cannot be given other data
-    return cast(PreTrainedModel, (model if adapter is None else get_peft_model(model, adapter)).train())
+    if adapter is not None:  # the config of a saved adapter, that is trained on, says that it is frozen
+        model = get_peft_model(model, replace(adapter, inference_mode=False))
+    return cast(PreTrainedModel, model.train())
 
 
 def _quantize(model: PreTrainedModel, config: BitsAndBytesConfig) -> None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 from tests.unit.plan.conftest import Make
+from transformers import LlamaForCausalLM
 
+from veneer.adapters.peft_model import get_peft_model
+from veneer.contract import MethodConfig
 from veneer.errors import ConfigError
 from veneer.plan import before, machine, report
 
@@ -42,6 +46,19 @@ def test_what_cannot_be_planned_is_told_and_trains_all_the_same(recipe: Make, tm
     facts, line = before.planned_facts(recipe(model={"source": str(tmp_path / "nowhere")}))
     assert facts is None
     assert line.startswith("not planned: ")
+
+
+def test_a_saved_adapter_that_is_trained_on_is_planned_as_a_new_one(recipe: Make, tmp_path: Path) -> None:
+    fresh = recipe({"method": "lora", "r": 5, "target_modules": ["q_proj", "down_proj"]})
+    model = get_peft_model(
+        LlamaForCausalLM.from_pretrained(fresh.model.source), cast(MethodConfig, fresh.adapter_config())
+    )
+    model.save_pretrained(tmp_path / "saved")
+    expected, _ = before.planned_facts(fresh)
+    facts, line = before.planned_facts(recipe({"from": str(tmp_path / "saved")}))
+    assert facts is not None, line
+    assert expected is not None
+    assert facts["peak"] == expected["peak"]
 
 
 def test_a_run_on_a_gpu_is_held_to_its_memory_and_measures_nothing(
