@@ -14,6 +14,8 @@ from veneer.plan.work import Work
 
 LAUNCH = 1e-5
 """Seconds of a kernel's launch on a GPU."""
+UPDATED_8BIT_BYTES = 16
+"""That AdamW with moments in 8 bits reads and writes for a value: it and its gradient in float32, two codes twice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,7 @@ def seconds_on(work: Work, card: Card) -> Seconds:
     kinds = {
         "products": work.flops / (EFFICIENCY * card.flops),
         "elementwise": (work.moved + 0.5 * work.decoded) / card.bandwidth,
+        "updates": (work.updated + UPDATED_8BIT_BYTES * work.updated_8bit) / card.bandwidth,
         "calls": work.n_ops * LAUNCH,
     }
     return Seconds(kinds, f"data sheet, not measured: {card.source}, products at {EFFICIENCY:.0%}")
