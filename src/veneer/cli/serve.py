@@ -62,15 +62,16 @@ def serve(
 
     Example: veneer serve smollm2-135m-instruct --adapters runs/adapters
     """
-    import uvicorn
+    require_closed(host, open_)
+    from veneer.serve.http.server import require_free, run
 
+    require_free(host, port)
+    if adapters is not None and not adapters.is_dir():
+        raise ConfigError(f"--adapters {adapters} is no folder: make it, adapters may come later")
     from veneer.serve.http.app import make_app
     from veneer.serve.http.models import Catalogue
     from veneer.serve.start import EngineOptions, start_engine
 
-    require_closed(host, open_)
-    if adapters is not None and not adapters.is_dir():
-        raise ConfigError(f"--adapters {adapters} is no folder: make it, adapters may come later")
     options = EngineOptions(
         dtype=dtype, quantization="bitsandbytes" if load_in_4bit else None, max_model_len=max_model_len, seed=seed,
         max_loras=max_loras, general_runner=general_runner, quantize_head=quantize_head,
@@ -87,7 +88,7 @@ def serve(
     catalogue = Catalogue(engine, [served_model_name or model], model, adapters)
     names = ", ".join(catalogue.adapters()) or "none yet"
     typer.echo(f"base {catalogue.base}; adapters: {names}; http://{host}:{port}/v1", err=True)
-    uvicorn.run(make_app(engine, catalogue), host=host, port=port, log_level="warning", timeout_graceful_shutdown=3)
+    run(make_app(engine, catalogue), host, port)
 
 
 def require_closed(host: str, open_: bool) -> None:

@@ -26,6 +26,7 @@ class AsyncEngine:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.failure: BaseException | None = None
+        self._ended = False
         self._queues: dict[str, _Outputs] = {}
         self._stopping = threading.Event()
         self._end_thread: Callable[[], object] = lambda: None
@@ -45,10 +46,16 @@ class AsyncEngine:
         self._end_thread()
         self.engine.close()
 
+    def end_all(self) -> int:
+        """End all requests, and those that come, with a ServingError at once; how many there were. From the loop."""
+        self._ended = True
+        self._wake_all()
+        return len(self._queues)
+
     async def outputs(self, asked: Sequence[Asked]) -> AsyncGenerator[RequestOutput, None]:
         """The outputs of requests, as they come; requests that are left when nobody listens any more are aborted.
 
-        Raises ServingError where the engine has broken down.
+        Raises ServingError where the engine has broken down, and once `end_all` was called.
         """
         queue: _Outputs = asyncio.Queue()
         left = {each.id for each in asked}
@@ -72,6 +79,8 @@ class AsyncEngine:
     def _require_whole(self) -> None:
         if self.failure is not None:
             raise ServingError(f"the engine has broken down: {self.failure!r}") from self.failure
+        if self._ended:
+            raise ServingError("the server is being stopped, and this answer ends here: ask again when it runs")
 
     def _steps(self) -> None:
         try:
@@ -95,7 +104,7 @@ class AsyncEngine:
                 queue.put_nowait(output)
 
     def _wake_all(self) -> None:
-        """Let everybody who waits see that the engine has failed."""
+        """Let everybody who waits see that the engine has failed, or ends."""
         for queue in self._queues.values():
             queue.put_nowait(RequestOutput("", None, [], None))
 

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
+import uvicorn
 from typer.testing import CliRunner
 
 from veneer.cli.app import app
 from veneer.cli.serve import require_closed
 from veneer.errors import ConfigError
+from veneer.serve.http import server
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "example.org"])
@@ -34,3 +43,62 @@ def test_a_context_that_the_model_has_not(model_folder: Path) -> None:
     result = CliRunner().invoke(app, ["serve", str(model_folder), "--max-model-len", "132"])
     assert result.exit_code == 2
     assert "context of 131" in result.stderr
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return taken.getsockname()[1]
+
+
+def test_a_port_that_is_taken_is_told_before_a_model_is_looked_at() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        result = CliRunner().invoke(app, ["serve", "no-such-model", "--port", port])
+    assert result.exit_code == 2
+    assert result.stderr.split() == (
+        f"error: port {port} is taken on 127.0.0.1: give another with --port, or stop what listens there".split()
+    )
+
+
+def test_an_address_that_is_not_this_machines_is_told() -> None:
+    with pytest.raises(ConfigError, match=r"--host 192\.0\.2\.1 --port 0: nothing can listen there"):
+        server.require_free("192.0.2.1", 0)
+
+
+def test_a_port_that_is_taken_while_the_model_is_loaded_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def leaves(self: object) -> None:
+        raise SystemExit(3)
+
+    monkeypatch.setattr(server.Server, "__init__", lambda *args, **options: None)
+    monkeypatch.setattr(uvicorn.Server, "run", leaves)
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="is taken on"):
+        server.run(None, "127.0.0.1", taken.getsockname()[1])  # type: ignore[arg-type]
+    with pytest.raises(SystemExit):
+        server.run(None, "127.0.0.1", 0)  # type: ignore[arg-type]
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self: None)
+    with pytest.raises(KeyboardInterrupt):
+        server.run(None, "127.0.0.1", 0)  # type: ignore[arg-type]
+
+
+def test_an_interrupt_ends_it_with_its_code(model_folder: Path) -> None:
+    port = free_port()
+    command = [sys.executable, "-c", "from veneer.cli.app import main; main()", "serve", str(model_folder)]
+    process = subprocess.Popen(
+        [*command, "--port", str(port)], stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    try:
+        while not answers(port):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert (process.returncode, said.partition("/v1\n")[2]) == (130, "interrupted\n")
+
+
+def answers(port: int) -> bool:
+    try:
+        return bool(urllib.request.urlopen(f"http://127.0.0.1:{port}/health").status == 200)
+    except OSError:
+        return False

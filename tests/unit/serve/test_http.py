@@ -15,9 +15,10 @@ from typing import Any, ClassVar
 
 import openai
 import pytest
-import uvicorn
+from fastapi.responses import StreamingResponse
 
 from veneer import LLM, LoraConfig, SamplingParams
+from veneer.serve.http import server as http_server
 from veneer.serve.http.app import make_app
 from veneer.serve.http.models import Catalogue
 from veneer.serve.start import EngineOptions, start_engine
@@ -36,7 +37,7 @@ class Server:
         app = make_app(self.engine, Catalogue(self.engine, ["tiny", "alias"], str(base), adapters))
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
-        self.server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+        self.app, self.server = app, http_server.Server(app)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True)
         self.thread.start()
         self.wait(lambda: self.server.started)
@@ -361,6 +362,59 @@ def test_an_engine_that_breaks_down_says_so(base_folder, folder):
     finally:
         threading.excepthook = kept
         server.stop()
+
+
+def test_a_server_that_is_stopped_tells_who_waits(base_folder, folder, capfd):
+    server = Server(base_folder, folder)
+    step = server.engine.step
+    server.engine.step = lambda: time.sleep(0.1) or step()
+    body, found = {"prompt": "x", "max_tokens": 120, "ignore_eos": True}, []
+    whole = threading.Thread(target=lambda: found.append(server.post("/v1/completions", body)))
+    whole.start()
+    data = json.dumps(body | {"stream": True}).encode()
+    asked = urllib.request.Request(f"{server.url}/v1/completions", data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(asked) as stream:
+        first = stream.readline()
+        server.wait(lambda: len(server.engine.scheduler.running) == 2)
+        server.stop()
+        rest = [line for line in stream.read().decode().splitlines() if line]
+    whole.join()
+    assert json.loads(first.removeprefix(b"data: "))["choices"]
+    told = json.loads(rest[-2].removeprefix("data: "))["error"]
+    assert (told["code"], rest[-1]) == (500, "data: [DONE]")
+    assert "is being stopped" in told["message"]
+    assert found == [(500, {"error": told})]
+    said = capfd.readouterr().err
+    assert said.split() == [
+        "WARNING:",
+        "stopping:",
+        "2",
+        "in",
+        "flight",
+        "ended",
+        "with",
+        "an",
+        "error",
+        "that",
+        "says",
+        "so",
+    ]
+
+
+def test_a_client_that_does_not_read_is_cut_off_when_the_server_stops(base_folder, folder, monkeypatch, capfd):
+    monkeypatch.setattr(http_server, "_CUT_OFF_SECONDS", 0.1)
+    server = Server(base_folder, folder)
+
+    async def much() -> Any:
+        for _ in range(67):
+            yield b"x" * 2**20
+
+    server.app.get("/much")(lambda: StreamingResponse(much()))
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(b"GET /much HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert connection.recv(7)
+        server.stop()
+    assert capfd.readouterr().err == ""
 
 
 def test_the_folder_is_looked_at_by_one_thread_at_a_time(adapters, tmp_path):

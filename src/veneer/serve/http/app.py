@@ -30,6 +30,7 @@ def make_app(engine: Engine, catalogue: Catalogue) -> FastAPI:
     """OpenAI's completions, chat completions and models over an engine, which it steps on a thread of its own."""
     api = Api(engine, catalogue)
     app = FastAPI(title="veneer", lifespan=api.lifespan)
+    app.state.engine = api.running
     app.add_exception_handler(VeneerError, on_veneer_error)
     app.add_exception_handler(RequestValidationError, on_invalid_body)
     app.add_exception_handler(HTTPException, on_unknown_route)

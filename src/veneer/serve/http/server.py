@@ -1,0 +1,66 @@
+"""The server process: a port that is looked at beforehand, and an end that tells every client."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from veneer.errors import ConfigError
+
+_LOG = logging.getLogger("uvicorn.error")  # of the server, whose lines go to stderr
+_CUT_OFF_SECONDS = 2.0  # for a client to read what is left; cut off later than that
+_GRACE_SECONDS = 3
+
+
+def require_free(host: str, port: int) -> None:
+    """Raise ConfigError where nothing can listen on a port, as where something else does."""
+    try:
+        asyncio.run(_listen(host, port))
+    except OSError as error:
+        told = f"--host {host} --port {port}: nothing can listen there ({error.strerror})"
+        if error.errno == errno.EADDRINUSE:
+            told = f"port {port} is taken on {host}: give another with --port, or stop what listens there"
+        raise ConfigError(told) from error
+
+
+async def _listen(host: str, port: int) -> None:
+    server = await asyncio.get_running_loop().create_server(asyncio.Protocol, host, port)
+    server.close()
+
+
+def run(app: FastAPI, host: str, port: int) -> None:
+    """Answer until a signal ends it: SIGINT as KeyboardInterrupt, SIGTERM as it ends any process.
+
+    Raises ConfigError where the port was taken meanwhile.
+    """
+    try:
+        Server(app, host=host, port=port).run()
+    except SystemExit:
+        require_free(host, port)
+        raise
+    raise KeyboardInterrupt  # it came to a process that ignored it before, as shells start them in the background
+
+
+class Server(uvicorn.Server):
+    """A uvicorn server of an application of `make_app` that ends what is in flight when it stops."""
+
+    def __init__(self, app: FastAPI, **options: Any) -> None:
+        super().__init__(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_GRACE_SECONDS, **options))
+        self._engine = app.state.engine
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        """End every request with an error that says why, and cut off clients that do not read it."""
+        n_ended = self._engine.end_all()
+        if n_ended:
+            _LOG.warning("stopping: %d in flight ended with an error that says so", n_ended)
+        asyncio.get_running_loop().call_later(_CUT_OFF_SECONDS, self._cut_off)
+        await super().shutdown(sockets)
+
+    def _cut_off(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
