@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from veneer.cli.facts import print_facts
 from veneer.cli.measurement import Measurement, Metric, Result
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from veneer.evaluate.statistics import Difference
 
 _BASE = "(base)"
-_WIDEST = 12  # labels of a confusion table that is still a table in a terminal
+_MOST = 12  # lines of what was confused, where that is no table
+_GAP = 3  # between two columns
+_SHORT = 16  # of a label that is folded no further for a table beside it
 
 
 @dataclass(frozen=True)
@@ -102,9 +105,9 @@ class Measured:
 
     def _show_side_by_side(self) -> None:
         what = "accuracy" if self.is_share else "perplexity"
-        table = Table(box=box.SIMPLE, title=f"{what}, {self.results[0].n_rows:,} rows")
-        for name in ("adapter", what, "95%" if self.is_share else "nats per token"):
-            table.add_column(name, justify="left" if name == "adapter" else "right", overflow="fold")
+        table = _table(f"{what}, {self.results[0].n_rows:,} rows", "adapter")
+        for name in (what, "95%" if self.is_share else "nats per token"):
+            table.add_column(name, justify="right", no_wrap=True)
         for name, result in zip(self.names, self.results, strict=True):
             if self.is_share:
                 low, high = cast("Accuracy", result).interval
@@ -113,10 +116,10 @@ class Measured:
                 table.add_row(name, f"{result.value:,.4f}", f"{cast('Perplexity', result).nats_per_token:.4f}")
         Console().print(table)
         differences = self.differences()
-        shown = Table(box=box.SIMPLE, title=f"minus {self.names[0]} ({differences[0].test})")
-        alone = ("only first right", "only this right") if self.is_share else ()
-        for name in ("adapter", "difference" if self.is_share else "nats per token", "95%", "p", *alone):
-            shown.add_column(name, justify="left" if name == "adapter" else "right", overflow="fold")
+        shown = _table(f"minus {self.names[0]} ({differences[0].test})", "adapter")
+        alone = ("only first\nright", "only this\nright") if self.is_share else ()
+        for name in ("points" if self.is_share else "nats per token", "95%", "p", *alone):
+            shown.add_column(name, justify="right", no_wrap=True)
         for name, each in zip(self.names[1:], differences, strict=True):
             counts = (str(each.only_first), str(each.only_second)) if self.is_share else ()
             written = _points if self.is_share else _nats
@@ -157,21 +160,42 @@ def _numbers(result: Result) -> dict[str, Any]:
 
 
 def _show_classes(confusion: Confusion, name: str) -> None:
-    """A row for each class: how many there are, how many were taken for it, and, where that fits, for which."""
-    labels, wide = confusion.labels, len(confusion.labels) <= _WIDEST
-    title = " ".join(filter(None, ("by class", name and f"({name})")))
-    table = Table(box=box.SIMPLE, title=title, caption="→: taken for" if wide else None)
-    for column in ("class", "rows", "right", "recall", "predicted", "precision"):
-        table.add_column(column, justify="left" if column == "class" else "right")
-    for label in labels if wide else ():
-        table.add_column(f"→ {label}", justify="right")
-    for at, label in enumerate(labels):
+    """A row for each class: how many there are, and how many were taken for it; below, for which they were taken."""
+    console = Console()
+    table = _table(" ".join(filter(None, ("by class", name and f"({name})"))), "class")
+    for column in ("rows", "right", "recall", "predicted", "precision"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for at, label in enumerate(confusion.labels):
         n, given, right = confusion.n_rows(at), confusion.n_predicted(at), confusion.n_right(at)
-        cells = [str(n), str(right), _ratio(right, n), str(given), _ratio(right, given)]
-        table.add_row(label, *cells, *(map(str, confusion.counts[at]) if wide else ()))
-    Console().print(table)
-    if not wide:
+        table.add_row(label, str(n), str(right), _ratio(right, n), str(given), _ratio(right, given))
+    console.print(table)
+    if not _show_taken_for(confusion, console):
         _show_most_confused(confusion)
+
+
+def _show_taken_for(confusion: Confusion, console: Console) -> bool:
+    """Print the confusion table, its columns by number where names are too wide; False where these are too wide too."""
+    labels, digits = confusion.labels, len(str(max(map(max, confusion.counts))))
+    numbers = [str(number) for number in range(1, len(labels) + 1)]
+    room = console.width - min(max(map(len, labels)), _SHORT) - 2 * _GAP
+    numbered = sum(max(len(head), digits) + _GAP for head in labels) > room
+    heads = numbers if numbered else labels
+    if sum(max(len(head), digits) + _GAP for head in heads) > room - numbered * (len(numbers[-1]) + 1):
+        return False
+    table = _table("what each class was taken for", "class")
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
+    for number, label, counts in zip(numbers, labels, confusion.counts, strict=True):
+        table.add_row(f"{number} {label}" if numbered else label, *map(str, counts))
+    console.print(table)
+    return True
+
+
+def _table(title: str, first: str) -> Table:
+    """A table whose first column, of names, gives way where a row is too long."""
+    table = Table(box=box.SIMPLE, title=Text(title))
+    table.add_column(first, overflow="fold")
+    return table
 
 
 def _show_most_confused(confusion: Confusion) -> None:
@@ -181,7 +205,7 @@ def _show_most_confused(confusion: Confusion) -> None:
         for given, n in zip(confusion.labels, row, strict=True)
         if own != given and n
     ]
-    for n, own, given in sorted(pairs, key=lambda pair: -pair[0])[:_WIDEST]:
+    for n, own, given in sorted(pairs, key=lambda pair: -pair[0])[:_MOST]:
         Console().print(f"{n} of {own!r} taken for {given!r}", highlight=False, markup=False)
 
 
@@ -190,7 +214,7 @@ def _ratio(part: int, whole: int) -> str:
 
 
 def _points(value: float) -> str:
-    return f"{100 * value:+.1f} points"
+    return f"{100 * value:+.1f}"
 
 
 def _nats(value: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ from typer.testing import Result
 
 from models import byte_tokenizer
 from veneer import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
+from veneer.cli.measured import _show_classes
+from veneer.evaluate.confusion import Confusion
 
 from .conftest import fill
 
@@ -123,10 +126,48 @@ def test_labels_are_those_of_the_whole_set_and_shown(
     assert sum(map(sum, found["confusion"])) == 2
     shown = veneer(*command).stdout
     assert "bad, good, ugly" in shown
-    assert "→ ugly" in shown
+    assert ["class", "bad", "good", "ugly"] in [line.split() for line in shown.splitlines()]
     (tmp_path / "labels.txt").write_text("ugly\ngood\nbad\nfair\n")
     asked = facts(veneer(*command, "--json", "--labels", tmp_path / "labels.txt"))
     assert asked["labels"] == ["ugly", "good", "bad", "fair"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "head", "row"),
+    [
+        (["RIG-P", "SAI-S", "MOT-E", "OAR-X", "HUL-L", "KEE-L", "DEC-K", "ANC-H"], "class RIG-P SAI-S", "RIG-P 1003 0"),
+        ([f"label-number-{n}" for n in range(8)], "class 1 2 3 4 5 6 7 8", "1 label-number-0 1003 0"),
+        ([f"a {'very ' * 11}long label {n}" for n in range(3)], "class 1 2 3", None),
+        ([f"label-{n}" for n in range(17)], None, "1003 of 'label-0' taken for 'label-16'"),
+    ],
+)
+def test_a_confusion_table_is_readable_at_80_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], labels: list[str], head: str | None,
+    row: str | None,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("COLUMNS", "80")
+    given = [labels[0] if len(labels) < 17 else labels[-1]] * 1003
+    _show_classes(Confusion.of(labels, [labels[0]] * 1003, given), "runs/a")
+    shown = capsys.readouterr().out
+    lines = [" ".join(line.split()) for line in shown.splitlines()]
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "class rows right recall predicted precision" in lines
+    assert all(any(line.startswith(each) for line in lines) for each in (head, row) if each is not None)
+    assert (head is None) == ("what each class was taken for" not in shown)
+
+
+def test_intervals_stand_on_one_line(
+    veneer: Veneer, model_folder: Path, adapter_folder: Path, tmp_path: Path, data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("COLUMNS", "80")
+    folder = shutil.copytree(adapter_folder, tmp_path / "an-adapter-with-a-name-that-fills-more-than-a-line-of-a-table")
+    command = ("eval", model_folder, "-d", data, "-m", "labels", "--with-base", "-a", folder)
+    shown = veneer(*command).stdout
+    assert len(re.findall(r"[\d.]+% +[\d.]+% to [\d.]+%", shown)) == 2
+    assert re.search(r"[+-][\d.]+ +[+-][\d.]+ to [+-][\d.]+ +[<\d.]+ +\d+ +\d+", shown)
+    assert "…" not in shown
 
 
 def test_predictions_hold_the_prompt(
