@@ -145,7 +145,10 @@ def test_a_run_that_cannot_begin_leaves_no_folder_and_tells_all_that_is_wrong(pr
     assert not (project / "run").exists()
     code, output = train(project, "--resume")
     assert code == 2
-    assert "nothing to resume" in output
+    told = " ".join(output.split())
+    assert "nothing to resume" in told
+    assert "Leave --resume out to begin anew" in told
+    assert "planned" not in told  # it is looked at first
     assert not (project / "run").exists()
     (project / "run" / "checkpoint-3").mkdir(parents=True)
     files = ("--set", "data.train=none.jsonl", "--set", "data.eval=away.jsonl", "--set", "data.eval_fraction=0")
@@ -246,6 +249,7 @@ def test_show_sample_marks_what_is_trained(project: Path) -> None:
     ("options", "message"),
     [
         (["--set", "adapter.rr=3"], "adapter.rr: unknown key; the nearest is 'r'"),
+        (["--set", "model.source=gemma-2-9b"], "gemma-2-9b is a preset of `veneer plan`"),
         (["--set", "data.train=none.jsonl"], "there is no file none.jsonl"),
         (["--set", "adapter.target_modules=[q_prj]"], "q_proj"),
         (["--set", "adapter.target_modules=[query]"], "nearest: q_proj"),

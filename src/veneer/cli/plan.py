@@ -206,12 +206,12 @@ def _plan(
 def _fit(
     recipe: Recipe, config: PreTrainedConfig, budget: int, machine: Any, *, write: Path | None, as_json: bool
 ) -> None:
-    from veneer.plan.fit import changed, fits
+    from veneer.plan.fit import changed, fits, loadable
     from veneer.plan.report import as_yaml, fit_table
 
     with machine.measuring():
         found = fits(recipe, config, budget, machine.bytes_of, machine.cost)
-    best = as_yaml(changed(recipe, found[0].changes))
+    best = as_yaml(loadable(changed(recipe, found[0].changes)))
     if write is not None:
         if write.exists():
             raise ConfigError(f"{write} is there already: choose another name, or remove it")

@@ -72,14 +72,19 @@ def train(
 
     level = logging.WARNING if is_main() else logging.ERROR  # what the others would say is the same
     logging.basicConfig(level=level, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    from veneer.plan.architecture import require_weights
     from veneer.store.bars import without_bars
     from veneer.train.recipe.recipe import Recipe
 
+    first = wanted if isinstance(wanted, Recipe) else wanted.members[0].recipe
+    require_weights(first.model.source)
     console = Console(soft_wrap=True, quiet=not is_main())
     with without_bars(), _rows_counted_in_terminals():
         if show_sample:
-            _show_sample(wanted if isinstance(wanted, Recipe) else wanted.members[0].recipe, console)
+            _show_sample(first, console)
         elif isinstance(wanted, Recipe):
+            if resume:
+                _require_begun(wanted)
             _train_one(wanted, resume, allow_changes, _planned(wanted, beyond_memory, console), console)
         else:
             console.print(
@@ -128,6 +133,15 @@ def _show_sample(recipe: Recipe, console: Console) -> None:
         if len(samples) > 1 or recipe.task != "sft":
             console.print(f"{name}:", style="bold", highlight=False)
         console.print(shown_sample(sample, tokenizer, marks=not console.is_terminal))
+
+
+def _require_begun(recipe: Recipe) -> None:
+    """Raise TrainingError, before anything is planned, where there is no checkpoint to go on from."""
+    from veneer.train.processes import is_main
+    from veneer.train.run import require_begun
+
+    if is_main():
+        require_begun(Path(recipe.output))
 
 
 class _Planned(NamedTuple):

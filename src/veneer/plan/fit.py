@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from veneer.core.units import size
 from veneer.errors import ConfigError
+from veneer.plan.architecture import hub_id_of
 from veneer.plan.plan import Plan, plan_recipe
 from veneer.plan.trace import ACTIVATIONS, LOGITS, SCRATCH
 from veneer.train.recipe.recipe import Recipe, parse_recipe
@@ -68,14 +69,19 @@ def _missing(recipe: Recipe, needed: int, changes: Mapping[str, Any], plan: Plan
         *(["model.quantization=nf4"] if kind not in FORMATS else []),
         *(["a shorter training.max_length"] if weights <= budget else []),
         "a smaller base",
-        "several processes (--processes N --strategy fsdp)",
     ]
     alone = ", more than the budget by themselves" if weights > budget else ""
     enough = -(-int(needed * (1 + SPARE) + 1) // 10**7) * 10**7  # rounded up, as far as a size is told
     return (
         f"the least is {size(needed)} ({told}, one row of {args.max_length} tokens), {size(weights)} of it weights"
-        f"{alone}. From {size(enough)} on it fits. Missing: {', '.join(knobs[:-1])} or {knobs[-1]}"
+        f"{alone}. From {size(enough)} on it fits. Missing: {' or '.join(knobs)}"
     )
+
+
+def loadable(recipe: Recipe) -> Recipe:
+    """The recipe with the hub's id in place of a preset's name, which has no weights."""
+    hub_id = hub_id_of(recipe.model.source)
+    return recipe if hub_id is None else changed(recipe, {"model.source": hub_id})
 
 
 def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:

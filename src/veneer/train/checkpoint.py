@@ -45,7 +45,10 @@ def latest_checkpoint(run: Path) -> Path:
     """The last complete checkpoint. Raises TrainingError where there is none."""
     found = checkpoints(run)
     if not found:
-        raise TrainingError(f"nothing to resume: {run} holds no complete checkpoint-N folder")
+        raise TrainingError(
+            f"nothing to resume: {run} holds no complete checkpoint-N folder. Leave --resume out to begin anew (in "
+            "Python resume_from_checkpoint)"
+        )
     return found[-1]
 
 

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -25,6 +25,7 @@ from transformers import (
 from veneer.adapters.card import tell_parent
 from veneer.adapters.peft_model import PeftModel
 from veneer.contract import MethodConfig
+from veneer.contract.targets import ALL_LINEAR, select_targets
 from veneer.core.tasks import TaskType
 from veneer.data.chat import with_template
 from veneer.data.dataset import columns_of
@@ -36,6 +37,7 @@ from veneer.data.sources import load_sources
 from veneer.disk.folder import new_folder
 from veneer.errors import ConfigError, DiskError, DivergedError, Interrupted, VeneerError
 from veneer.model.adapted import Adapted
+from veneer.model.attach import module_index
 from veneer.store.source import load_tokenizer, require_hub
 from veneer.train.base_model import load_base
 from veneer.train.checkpoint import checkpoint_folder, holds_checkpoints, latest_checkpoint
@@ -43,7 +45,7 @@ from veneer.train.going_on import GoingOn, changes_since, files_of, is_complete,
 from veneer.train.interrupt import Stop, StopAfterStep, listening
 from veneer.train.library_errors import refusals_told
 from veneer.train.processes import by_main, is_main, n_processes, together
-from veneer.train.recipe.adapter import FROM, FULL, usual_learning_rate
+from veneer.train.recipe.adapter import FROM, FULL, means_all_linear, not_that_adapter, usual_learning_rate
 from veneer.train.recipe.advice import odd_rate
 from veneer.train.recipe.changes import places_of
 from veneer.train.recipe.recipe import DataPart, Recipe
@@ -177,9 +179,21 @@ def with_saved_adapter(recipe: Recipe, model: PreTrainedModel) -> PreTrainedMode
         kind = "a reward model's" if scores else "a language model's"
         fits = "task: reward" if scores else "another task, or leave adapter.from out"
         raise ConfigError(f"adapter.from: the adapter in {recipe.adapter[FROM]} is {kind}: use {fits}")
+    if means_all_linear(recipe.adapter):
+        _require_all_linear(cast(Any, config), model, str(recipe.adapter[FROM]))
     return cast(
         PreTrainedModel, PeftModel.from_pretrained(model, recipe.adapter[FROM], is_trainable=True, config=config)
     )
+
+
+def _require_all_linear(config: Any, model: PreTrainedModel, place: str) -> None:
+    """Raise ConfigError where a saved adapter, which names its modules, acts on others than ``all-linear`` means."""
+    index = module_index(model, config)
+    meant, own = (set(select_targets(each, index)) for each in (replace(config, target_modules=ALL_LINEAR), config))
+    if meant != own:
+        other = sorted(meant ^ own)
+        told = f"adapter.target_modules: {ALL_LINEAR} here, and {place} differs from that in {len(other)} modules"
+        raise ConfigError(not_that_adapter([f"{told}, such as {other[0]}"]))
 
 
 def _tell_of_odd_settings(recipe: Recipe, trainer: SFTTrainer) -> None:
@@ -289,6 +303,13 @@ def require_fresh(output: Path, resume: bool) -> None:
             f"{output} holds the {saved[0]} that a run saved: choose another output (--set output=…), or move it "
             f"away{further}"
         )
+
+
+def require_begun(output: Path) -> None:
+    """Raise TrainingError where no run can go on: none is finished here, and there is no checkpoint."""
+    record = record_of(output)
+    if record is None or record["status"] != "finished":
+        latest_checkpoint(output)
 
 
 class Begun(TrainerCallback):  # type: ignore[misc]

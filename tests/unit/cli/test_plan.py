@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+
+from veneer.errors import ConfigError
+from veneer.plan import fit
+from veneer.plan.architecture import config_of, hub_id_of, presets, require_weights
+from veneer.plan.fit import Fit
 
 
 @pytest.mark.parametrize(
@@ -38,3 +45,27 @@ def test_advice_counts_the_adapter_that_it_advises_and_cuts_no_key(veneer: Any) 
     assert "training.per_device_train_batch_size: 32" in done.stdout
     told = json.loads(veneer("plan", "smollm2-135m", "--advice", "--json").stdout)
     assert {each["key"]: each["value"] for each in told}["adapter.method"] == "lora"
+
+
+def test_a_written_recipe_names_the_model_on_the_hub(
+    veneer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [Fit({"training.gradient_checkpointing": "selective"}, None, 7, 0.3)]  # type: ignore[arg-type]
+    monkeypatch.setattr(fit, "fits", lambda *_: found)
+    file = tmp_path / "best.yaml"
+    done = veneer("plan", "SmolLM2-135M", "--fit", "900MB", "--write", file, "--no-time")
+    assert done.exit_code == 0, done.output
+    written = yaml.safe_load(file.read_text())
+    assert written["model"]["source"] == "HuggingFaceTB/SmolLM2-135M"
+    assert written["training"] == {"max_length": 1024, "gradient_checkpointing": "selective"}
+
+
+def test_every_preset_knows_its_id_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(str(each["hub_id"]).count("/") == 1 for each in presets().values())
+    assert not hasattr(config_of("qwen2.5-7b"), "hub_id")
+    assert hub_id_of("someone/qwen2.5-7b") is None
+    with pytest.raises(ConfigError, match=r"Llama-3-8B is a preset .*id on the hub, meta-llama/Meta-Llama-3-8B"):
+        require_weights("Llama-3-8B")
+    monkeypatch.chdir(tmp_path)
+    Path("llama-3-8b").mkdir()
+    require_weights("llama-3-8b")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, FormatError
 from veneer.train.keys import missing, perhaps, typed
 from veneer.train.recipe.advice import belongs, goes_on, meant_method
 
@@ -115,28 +115,38 @@ def usual_learning_rate(adapter: Mapping[str, Any]) -> float:
 def saved_config(adapter: Mapping[str, Any]) -> MethodConfig:
     """The config of the saved adapter that ``from`` names, with the settings of training (dropout) that the part gives.
 
-    Raises ConfigError, with both values, for a method or a setting that is another in the part than in the files, and
-    what reading the files raises.
+    Raises ConfigError for files that cannot be read, and, with both values, for a method or a setting that is another
+    in the part than in the files.
     """
     from veneer.contract.source import HubOptions, adapter_folder
     from veneer.store.adapter.config import read_config
 
     place = str(adapter[FROM])
-    config = read_config(adapter_folder(place, HubOptions()))
+    try:
+        config = read_config(adapter_folder(place, HubOptions()))
+    except (ConfigError, FormatError) as error:
+        raise ConfigError(f"adapter.from: {error}") from error
     problems = list[str]()
     method = adapter.get("method")
     if method is not None and not _is_method(config, str(method)):
         problems.append(f"adapter.method: {method} here, {name_of(config)} in {place}")
-        raise ConfigError(_not_that_adapter(problems))
+        raise ConfigError(not_that_adapter(problems))
     rest = {key: value for key, value in _fields(adapter).items() if key != FROM}
+    if means_all_linear(adapter) and hasattr(config, "target_modules"):  # compared with names where the model is known
+        rest.pop("target_modules")
     given = typed(type(config), rest, problems, "adapter.")
     for key, value in given.items():
         saved = getattr(config, key)
         if "dropout" not in key and _plain(value) != _plain(saved):
             problems.append(f"adapter.{key}: {adapter[key]!r} here, {_plain(saved)!r} in {place}")
     if problems:
-        raise ConfigError(_not_that_adapter(problems))
+        raise ConfigError(not_that_adapter(problems))
     return replace(config, **{key: value for key, value in given.items() if "dropout" in key})
+
+
+def means_all_linear(adapter: Mapping[str, Any]) -> bool:
+    """True for a part whose target modules are all linear layers."""
+    return str(adapter.get("target_modules")).lower() == "all-linear"
 
 
 def _is_method(config: MethodConfig, method: str) -> bool:
@@ -159,7 +169,8 @@ def _going_on_problems(adapter: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def _not_that_adapter(problems: list[str]) -> str:
+def not_that_adapter(problems: list[str]) -> str:
+    """The message about settings in which an ``adapter`` part differs from the saved adapter that it names."""
     return (
         "; ".join(problems)
         + ". An adapter that is trained on stays the adapter that it is: leave these keys out, or leave adapter.from "

@@ -9,10 +9,11 @@ from transformers import LlamaForCausalLM
 
 import veneer
 from models import llama_config
-from veneer import DPOConfig, GRPOConfig, IA3Config, LoraConfig, get_peft_model
+from veneer import DPOConfig, GRPOConfig, IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from veneer.errors import ConfigError
 from veneer.train.recipe.recipe import load_recipe, parse_recipe
 from veneer.train.recipe.tasks import TASKS, settings_of, trainer_of
+from veneer.train.run import with_saved_adapter
 from veneer.train.sweep.recipe import parse_sweep
 
 GRPO = {"task": "grpo", "rewards": ["exact-match"]}
@@ -131,9 +132,28 @@ def test_what_a_saved_adapter_is_may_not_differ(saved, adapter, message):
         parse_recipe(values(adapter={"from": saved, **adapter}))
 
 
+def test_all_linear_is_compared_with_the_modules_of_a_saved_adapter(saved, tmp_path):
+    """Its file lists names, which are those of all linear layers or not as the base has it."""
+    with pytest.raises(ConfigError, match=r"target_modules: all-linear here, and .*saved differs .* in \d+ modules"):
+        with_saved_adapter(
+            parse_recipe(values(adapter={"from": saved, "target_modules": "all-linear"})),
+            LlamaForCausalLM(llama_config()),
+        )
+    whole, base = str(tmp_path / "whole"), LlamaForCausalLM(llama_config())
+    get_peft_model(base, LoraConfig(r=3, target_modules="all-linear")).save_pretrained(whole)
+    recipe = parse_recipe(values(adapter={"from": whole, "target_modules": "all-linear"}))
+    assert "gate_proj" in recipe.adapter_config().target_modules
+    with_saved_adapter(recipe, LlamaForCausalLM(llama_config()))
+    front = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    get_peft_model(LlamaForCausalLM(llama_config()), front).save_pretrained(whole)
+    with pytest.raises(ConfigError, match=r"adapter\.target_modules: unknown key"):
+        parse_recipe(values(adapter={"from": whole, "target_modules": "all-linear"}))
+
+
 def test_a_place_without_an_adapter_is_told(tmp_path):
-    with pytest.raises(ConfigError, match="no-such-folder"):
+    with pytest.raises(ConfigError, match=r"^recipe: adapter\.from: .*no-such-folder does not exist") as error:
         parse_recipe(values(adapter={"from": str(tmp_path / "no-such-folder")}))
+    assert "training" not in str(error.value)
     with pytest.raises(ConfigError, match=r"adapter\.from: 3 must be the folder of a saved adapter"):
         parse_recipe(values(adapter={"from": 3}))
 
