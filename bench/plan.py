@@ -1,11 +1,12 @@
 """Plans against what happens: live bytes, high water of the process and seconds of a step, a process for each setting.
 
-Each setting is planned in one process and carried out in another: two steps with every storage counted, then three
-steps alone. Live bytes must be within 1%, the high water of the process within 5%; the exit code is 1 where one is not.
+Each setting is planned in one process, counted in a second (two steps, every storage) and carried out in a third (three
+steps; high water). Live bytes must be within 1%, the high water of the process within 5%; the exit code is 1 where one
+is not.
 
-Where ``--time`` asks for them (on a quiet machine), seconds are planned and judged, and no bytes. A machine that others
-share is not as fast in one minute as in another: all settings are gone through several times, each time with rates
-measured anew, and medians must be within 15%.
+Where ``--time`` asks for them (on a quiet machine), seconds of seven steps behind the first are judged, and no bytes. A
+machine that others share is not as fast in one minute as in another: all settings are gone through several times, each
+time with rates measured anew, and medians must be within 15%.
 
     python bench/plan.py [--model NAME|FOLDER|random-qwen2] [--rows 2] [--length 128] [--only 0 5 7] [--time]
                          [--rounds 3]
@@ -23,6 +24,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -110,16 +112,14 @@ def counted(recipe: Any, timed: bool) -> dict[str, float]:
 
 def carried_out(recipe: Any, timed: bool) -> dict[str, float]:
     """High water of a process that makes three steps; where timed, the median seconds of seven behind the first."""
-    from contextlib import nullcontext
-
     import torch
 
+    from veneer.model.memory import high_water
     from veneer.model.offload import ActivationOffload
     from veneer.plan.measure import measured_model
     from veneer.plan.plan import batch_of
     from veneer.plan.step import Step, as_accelerate
     from veneer.plan.trace import make_optimizer, prepare
-    from veneer.train.run import high_water
 
     model, args = measured_model(recipe), recipe.training_config()
     prepare(model, args, with_values=True)
@@ -172,19 +172,32 @@ def times(options: argparse.Namespace) -> Iterator[tuple[str, bool]]:
 
     plans, runs = defaultdict(list), defaultdict(list)
     for n in range(options.rounds):
-        Rates.here().path.unlink(missing_ok=True)
-        for number in options.only:
-            plans[number].append(apart("planned", number, options)["seconds"])
-            runs[number].append(apart("carried out", number, options))
-            seen = ", ".join(f"{value:.3f}" for value in runs[number][-1].values())
-            print(f"round {n}, {number}: {plans[number][-1]:.3f}; {seen}", file=sys.stderr, flush=True)
+        with without(Rates.here().path):
+            for number in options.only:
+                plans[number].append(apart("planned", number, options)["seconds"])
+                runs[number].append(apart("carried out", number, options))
+                took = f"{runs[number][-1]['seconds']:.3f}, least {runs[number][-1]['least']:.3f}"
+                print(f"round {n}, {number}: {plans[number][-1]:.3f}; {took}", file=sys.stderr, flush=True)
     for number in options.only:
-        planned = statistics.median(plans[number])
+        said = statistics.median(plans[number])
         median = statistics.median(run["seconds"] for run in runs[number])
         least = min(run["least"] for run in runs[number])
-        found = [str(number), name_of(number), f"{planned:.3f}"]
-        found += [text for took in (median, least) for text in (f"{took:.3f}", f"{planned / took - 1:+.1%}")]
-        yield f"| {' | '.join(found)} |", abs(planned / median - 1) <= 0.15
+        found = [str(number), name_of(number), f"{said:.3f}"]
+        found += [text for took in (median, least) for text in (f"{took:.3f}", f"{said / took - 1:+.1%}")]
+        yield f"| {' | '.join(found)} |", abs(said / median - 1) <= 0.15
+
+
+@contextmanager
+def without(path: Path) -> Iterator[None]:
+    """A file is away for a while, and what stood in its place meanwhile afterwards."""
+    kept = path.read_bytes() if path.exists() else None
+    path.unlink(missing_ok=True)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        if kept is not None:
+            path.write_bytes(kept)
 
 
 def main() -> int:
@@ -196,7 +209,7 @@ def main() -> int:
     parser.add_argument("--only", type=int, nargs="+", default=range(len(settings())))
     parser.add_argument("--part", choices=PARTS)
     parser.add_argument("--time", action="store_true")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, choices=range(1, 100), metavar="N", default=3)
     options = parser.parse_args()
     if options.part is not None:
         recipe = recipe_of(settings()[options.only[0]], options.model, options.rows, options.length)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import cast
 
 from torch import nn
 
@@ -64,9 +65,7 @@ def load(model: nn.Module, state: AdapterState, folder: Path, name: str, options
         if options.is_trainable:
             make_trainable(model, state, (name,), True)
         return left
-    config = replace(options.config, inference_mode=not options.is_trainable)
-    if isinstance(config, VirtualTokenMethod) and config.has_network and not holds_network(folder):
-        config = config.plain()  # what the network made is on disk, not the network: it is trained directly from here
+    config = attached_as(options.config, folder, options.is_trainable)
     attach(model, config, name, state, allocation=Allocation(values=options.leniency.mismatched, widen=options.widen))
     try:
         left = load_weights(model, state, name, folder, options.leniency)
@@ -77,6 +76,15 @@ def load(model: nn.Module, state: AdapterState, folder: Path, name: str, options
     if not options.is_trainable:
         model.eval()  # as PEFT does: a frozen adapter is there to be used, without dropout
     return left
+
+
+def attached_as(config: MethodConfig, folder: Path, is_trainable: bool) -> MethodConfig:
+    """The config that a saved adapter is attached with. Where a network made its tokens and is not on disk, there is
+    none: they are trained directly from here, and the config still says ``inference_mode``.
+    """
+    config = replace(config, inference_mode=not is_trainable)
+    plain = isinstance(config, VirtualTokenMethod) and config.has_network and not holds_network(folder)
+    return cast(VirtualTokenMethod, config).plain() if plain else config
 
 
 def _attached(model: nn.Module, state: AdapterState, name: str, trainable: bool) -> None:

@@ -1,7 +1,8 @@
-"""Memory that a process may still take: the machine's, its control group's, or a GPU's."""
+"""Memory that a process may still take (the machine's, its control group's, or a GPU's), and the most that it took."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +23,22 @@ def available_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return min([int(psutil.virtual_memory().available), *group_rooms(PROC, CGROUPS)])
+
+
+def high_water() -> int | None:
+    """The most bytes that this process has held so far; None where the system does not say.
+
+    Linux's `getrusage` would count what the process that began this one held.
+    """
+    if sys.platform == "win32":
+        return None
+    if sys.platform == "linux":
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(most) if sys.platform == "darwin" else int(most) * 1024
 
 
 class _Names(NamedTuple):

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from veneer.ops.traced import tracing
 from veneer.plan.live import Peak
-from veneer.plan.model import blockwise, traced_model
+from veneer.plan.model import adapter_of, blockwise, traced_model
 from veneer.plan.trace import KINDS, Shallow
 from veneer.train.recipe.recipe import Recipe
 
@@ -92,7 +92,7 @@ def _signs(shape: _Shape) -> list[object] | None:
     if getattr(text, "num_kv_shared_layers", None):
         return None  # the last blocks use keys of earlier ones
     with tracing():
-        model = traced_model(shape.config, shape.recipe.model, shape.recipe.adapter_config())
+        model = traced_model(shape.config, shape.recipe.model, adapter_of(shape.recipe))
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == shape.n_blocks]
     if not lists:
         return None

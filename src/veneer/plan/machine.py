@@ -32,7 +32,7 @@ from veneer.plan.work import Product, Work
 LARGEST = 4096
 """Products are measured with sides up to this; larger ones run at the same rate."""
 ROWS = 1024
-START = "start bytes"
+START = "bytes of a process that starts"
 COLD_BYTES, MOST_COPIES = 128 << 20, 256
 EFFICIENCY = 0.5
 """Of a card's data sheet, what products of a training step commonly reach (0.4 to 0.6 is reported)."""
@@ -114,27 +114,28 @@ class Rates:
         """Seconds a byte of elementwise work, read and written, as it is in a step."""
         from veneer.plan.overhead import byte_seconds
 
-        least = self.copied()
-        return self._once("moved in a step", lambda: byte_seconds(self.computed, least))
+        least = self.large_op_byte()
+        return self._once("elementwise byte of a step", lambda: byte_seconds(self.computed, least))
 
-    def copied(self) -> float:
-        """Seconds a byte that an op on large tensors reads or writes."""
+    def large_op_byte(self) -> float:
+        """Seconds a byte that an elementwise op on large tensors reads or writes."""
         return self._once("moved", _moved_seconds)
 
     def computed(self, work: Work) -> float:
-        """Seconds of a step's arithmetic and calls, without elementwise work."""
+        """Seconds of a step's arithmetic, calls and updates: all but its elementwise work."""
         return sum(self.parts(work).values())
 
     def parts(self, work: Work) -> dict[str, float]:
         """The same by kind."""
         torch_attention = work.torch_attention * self.torch_attention() if work.torch_attention else 0.0
         watched = work.n_watched * self.watched() if work.n_watched else 0.0
+        updated_8bit = work.updated_8bit * self.updated_8bit() if work.updated_8bit else 0.0
         return {
             "products": sum(self.product(product) * n for product, n in work.products.items()),
             "attention": work.attention * self.attention() + torch_attention,
             "decoding": work.decoded * self.decoded(),
             "calls": work.n_ops * self.op(work.general) + watched,
-            "updates": work.updated * self.copied() + (work.updated_8bit and work.updated_8bit * self.updated_8bit()),
+            "updates": work.updated * self.large_op_byte() + updated_8bit,
         }
 
     def attention(self) -> float:
@@ -154,7 +155,7 @@ class Rates:
         return self._once("updated in 8 bits", _updated_8bit_seconds)
 
     def op(self, general: bool) -> float:
-        """Seconds that an op of a step of this path takes beside its work."""
+        """Seconds that an op takes beside its work, on the general path or the fused one."""
         from veneer.plan.overhead import op_seconds
 
         return self._once(f"op of a step, {_path(general)}", lambda: op_seconds(general))
@@ -267,18 +268,20 @@ def _updated_8bit_seconds() -> float:
     from veneer.ops.adamw import BLOCK_SIZE, AdamWStep, Moment8bit, adamw_8bit_
 
     param = torch.linspace(-1, 1, 1 << 22)
+    grad = param * 0.5
     moments = [
         Moment8bit(torch.zeros(param.numel(), dtype=torch.uint8), torch.ones(param.numel() // BLOCK_SIZE))
         for _ in range(2)
     ]
     step = AdamWStep(lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, step=7)
-    return _timed(lambda: adamw_8bit_(param, param * 0.5, (moments[0], moments[1]), step)) / param.numel()
+    return _timed(lambda: adamw_8bit_(param, grad, (moments[0], moments[1]), step)) / param.numel()
 
 
 _TINY = """
-import resource, torch
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 import veneer.train.run, veneer.plan.trace
+from veneer.model.memory import high_water
 from veneer.plan.step import Batch, Step, as_accelerate
 from veneer import LoraConfig, get_peft_model
 model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -288,7 +291,7 @@ step = Step(model, torch.optim.AdamW([p for p in model.parameters() if p.require
     length=32).inputs(64), lambda mark: None)
 with as_accelerate(model, torch.bfloat16):
     step.run(), step.run()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if __import__("sys").platform == "darwin" else 1024))
+print(high_water())
 """
 
 

@@ -6,13 +6,13 @@ from typing import cast
 
 from transformers import PreTrainedModel
 
-from veneer.adapters.peft_model import get_peft_model
+from veneer.plan.model import adapter_of, with_adapter
 from veneer.train.base_model import load_base
 from veneer.train.recipe.recipe import Recipe
 
 
 def measured_model(recipe: Recipe) -> PreTrainedModel:
     """The base loaded, with its adapter, or with float32 weights where the whole model is trained; ready to train."""
-    base, adapter = load_base(recipe.model), recipe.adapter_config()
-    model = base.float().requires_grad_(True) if adapter is None else get_peft_model(base, adapter)
+    base, adapter = load_base(recipe.model), adapter_of(recipe)
+    model = base.float().requires_grad_(True) if adapter is None else with_adapter(base, adapter)
     return cast(PreTrainedModel, model.train())

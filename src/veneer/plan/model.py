@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from veneer.adapters.lifecycle import attached_as
 from veneer.adapters.peft_model import get_peft_model
 from veneer.contract import MethodConfig
+from veneer.contract.source import adapter_folder
 from veneer.errors import ConfigError
 from veneer.model.quant_linear import QuantLinear
 from veneer.ops.traced import Traced
 from veneer.store.quantization import BitsAndBytesConfig
 from veneer.store.quantizer import VeneerQuantizer
 from veneer.train.base_model import made_ready, quantization_of
-from veneer.train.recipe.recipe import ModelPart
+from veneer.train.recipe.adapter import FROM
+from veneer.train.recipe.recipe import ModelPart, Recipe
 
 CPU = torch.device("cpu")
 
@@ -77,9 +79,24 @@ def traced_model(config: PreTrainedConfig, part: ModelPart, adapter: MethodConfi
     if adapter is None:
         model = model.float().requires_grad_(True)
     make_traced(model)  # casts go before it: a traced tensor cannot be given other data
-    if adapter is not None:  # the config of a saved adapter, that is trained on, says that it is frozen
-        model = get_peft_model(model, replace(adapter, inference_mode=False))
+    if adapter is not None:
+        model = with_adapter(model, adapter)
     return cast(PreTrainedModel, model.train())
+
+
+def adapter_of(recipe: Recipe) -> MethodConfig | None:
+    """The config that the adapter of a recipe is attached with, new or saved; None where the whole model is trained."""
+    config = recipe.adapter_config()
+    if config is None or FROM not in recipe.adapter:
+        return config
+    return attached_as(config, adapter_folder(recipe.adapter[FROM]), is_trainable=True)
+
+
+def with_adapter(model: PreTrainedModel, adapter: MethodConfig) -> PreTrainedModel:
+    """The base with an adapter that trains."""
+    adapted = get_peft_model(model, adapter)
+    adapted.set_requires_grad(list(adapted.peft_config))  # a config that has no network any more says inference_mode
+    return cast(PreTrainedModel, adapted)
 
 
 def _quantize(model: PreTrainedModel, config: BitsAndBytesConfig) -> None:

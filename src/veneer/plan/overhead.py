@@ -1,5 +1,6 @@
 """The costs of a step beside products and attention, from real steps of small models: one for each op of the fused path
-and of the general one (Python around it, the dispatcher, autograd), and one for each byte of elementwise work.
+and of the general one (Python around it, the dispatcher, autograd), more where selective checkpointing looks at it, and
+one for each byte of elementwise work.
 """
 
 from __future__ import annotations
@@ -41,21 +42,22 @@ class Timed:
 
 
 def op_seconds(general: bool) -> float:
-    """Of an op beside its work, on the general path or the fused one: a step that computes next to nothing, by the ops
-    of its trace."""
+    """Seconds that an op takes beside its work, on the general path or the fused one: of a step that computes next to
+    nothing, by the ops of its trace."""
     step = _timed(_TINY, _recipe(general, _SHORT), _SHORT)
     return step.seconds / step.work.n_ops
 
 
 def watched_seconds(op: float) -> float:
-    """Of an op besides, where selective checkpointing looks at it: what such a step takes beyond ``op`` for each."""
+    """Seconds that an op takes besides where selective checkpointing looks at it, on the general path: what such a step
+    takes beyond ``op``, the seconds of an op that is not looked at, for each."""
     step = _timed(_TINY, _recipe(True, _SHORT, "selective"), _SHORT)
     return max(0.0, step.seconds - op * step.work.n_ops) / step.work.n_watched
 
 
 def byte_seconds(known: Callable[[Work], float], least: float) -> float:
-    """Of a byte of elementwise work: what steps of many tokens, fused and not, take beyond what is ``known`` of their
-    work.
+    """Seconds a byte of elementwise work: what steps of many tokens, fused and not, take beyond what is ``known`` of
+    their work.
 
     In a step such work is slower than a copy of large tensors (``least``): its tensors are small, change their dtype,
     and lie in memory that is taken anew.

@@ -14,7 +14,7 @@ from veneer.plan.architecture import config_of
 from veneer.plan.depth import Pattern, between, line, pattern_of, peaks_by_place
 from veneer.plan.live import Peak
 from veneer.plan.losses import ROWS, require_planned
-from veneer.plan.model import shortened, traced_model
+from veneer.plan.model import adapter_of, shortened, traced_model
 from veneer.plan.step import Batch
 from veneer.plan.trace import SCRATCH, Shallow, trace
 from veneer.plan.work import Work
@@ -100,7 +100,7 @@ def batch_of(recipe: Recipe, config: PreTrainedConfig) -> Batch:
 def count_trained(recipe: Recipe, config: PreTrainedConfig) -> int:
     """Parameters that a recipe trains, from the shapes of the model; no step is traced."""
     with tracing():
-        model = traced_model(config, recipe.model, recipe.adapter_config())
+        model = traced_model(config, recipe.model, adapter_of(recipe))
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 

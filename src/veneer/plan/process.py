@@ -8,9 +8,8 @@ from veneer.plan.machine import Rates, start_bytes
 from veneer.plan.plan import Plan
 from veneer.plan.trace import GRADIENTS, STATE
 
-ALLOCATOR_BYTES = 40_000_000
-"""Heap that is kept but not used, beside live tensors (bench/plan.py; glibc): freed activations that others do not fit
-into. Where they wait on disk, none are freed late, and nothing of the kind was measured."""
+ALLOCATOR_BYTES = 20_000_000
+"""Scratch of kernels and heap that is kept but not used, beside live tensors (bench/plan.py; glibc)."""
 MOVING_SHARE, TRAINED_SHARE = 0.02, 0.2
 """Of what comes and goes; and of gradients and optimizer state, between which freed memory does not fit again."""
 
@@ -38,8 +37,7 @@ def process_of(plan: Plan, rates: Rates) -> Process:
     moving = plan.peak.n_bytes - plan.held.n_bytes
     trained = sum(plan.peak.kinds.get(kind, 0) for kind in (GRADIENTS, STATE))
     lost = MOVING_SHARE * moving + (0.0 if _is_recomputed(plan) else TRAINED_SHARE * trained)
-    kept = 0 if plan.recipe.training_config().activation_offloading else ALLOCATOR_BYTES
-    return Process(start, plan.peak.n_bytes, kept + round(lost))
+    return Process(start, plan.peak.n_bytes, ALLOCATOR_BYTES + round(lost))
 
 
 def _is_recomputed(plan: Plan) -> bool:

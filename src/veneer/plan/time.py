@@ -1,7 +1,7 @@
 """Seconds of a step from its work and a machine's rates: a roofline whose roof is measured, or a card's data sheet.
 
-seconds = sum over products of FLOPs / rate of that shape + attention + bytes moved / bandwidth + a cost for each op.
-Published rooflines land within 10 to 20% of one step.
+seconds = sum over products of FLOPs / rate of that shape + attention + bytes moved / bandwidth + updates + a cost
+for each op. Published rooflines land within 10 to 20% of one step.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from veneer.plan.work import Work
 LAUNCH = 1e-5
 """Seconds of a kernel's launch on a GPU."""
 UPDATED_8BIT_BYTES = 16
-"""That AdamW with moments in 8 bits reads and writes for a value: it and its gradient in float32, two codes twice."""
+"""Bytes that AdamW with moments in 8 bits moves for a value: it is read and written and its gradient read, in float32;
+its two codes are read and written."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from veneer.model.quant_linear import QuantLinear
 from veneer.ops.traced import tracing
 from veneer.plan.live import LiveBytes, Peak, peaks
 from veneer.plan.losses import Loss, loss_of, trained_tokens
-from veneer.plan.model import traced_model
+from veneer.plan.model import adapter_of, traced_model
 from veneer.plan.step import Batch, Step, as_accelerate
 from veneer.plan.work import CountWork, Work
 from veneer.train.config import SFTConfig
@@ -54,7 +54,7 @@ def trace(config: PreTrainedConfig, recipe: Recipe, batch: Batch, isa: str | Non
     """
     live, counted = LiveBytes(), CountWork()
     with tracing(counted.kernel, isa):
-        model = traced_model(config, recipe.model, recipe.adapter_config())
+        model = traced_model(config, recipe.model, adapter_of(recipe))
         args = recipe.training_config()
         not_fused = prepare(model, args)
         counted.work.general = not_fused is not None
@@ -129,7 +129,7 @@ def run_steps(
     def mark(name: str) -> None:
         live.mark(f"{FIRST}{name}" if number == 0 else name)
         if counted is not None:
-            counted.watched = watches and name.startswith("forward.block")
+            counted.watched = watches and torch.is_grad_enabled() and name.startswith("forward.block")
             counted.updating = name == "optimizer"
 
     def gradients() -> None:

@@ -58,8 +58,9 @@ class Product:
 @dataclass(slots=True)
 class Work:
     """Sums over a step. Attention is in FLOPs, by the kernel and by torch; ``moved`` and ``updated`` in bytes, the
-    latter within the optimizer, which updates large tensors in place; ``updated_8bit`` in values. ``n_ops`` counts what
-    torch's dispatcher saw, ``n_watched`` those that selective checkpointing looked at. ``general``: not fused.
+    latter by the optimizer, whose tensors are large where the whole model is trained; ``updated_8bit`` in values.
+    ``n_ops`` counts what torch's dispatcher saw, ``n_watched`` those that selective checkpointing looked at.
+    ``general``: not fused.
     """
 
     products: Counter[Product] = field(default_factory=Counter)
@@ -155,7 +156,10 @@ class CountWork(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif name.startswith(("empty", "new_empty")):
             self._moves(KERNEL_TOUCHES * _bytes(out))
         elif name not in _SILENT:
-            self._moves(_bytes(args) + _bytes(out))
+            given = _bytes(args)
+            self._moves(
+                given + (given if out is None else _bytes(out))
+            )  # nothing comes out: it writes into what it got
 
     def _moves(self, n_bytes: int) -> None:
         if self.updating:

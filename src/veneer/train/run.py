@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -38,6 +37,7 @@ from veneer.disk.folder import new_folder
 from veneer.errors import ConfigError, DiskError, DivergedError, Interrupted, VeneerError
 from veneer.model.adapted import Adapted
 from veneer.model.attach import module_index
+from veneer.model.memory import high_water
 from veneer.store.source import load_tokenizer, require_hub
 from veneer.train.base_model import load_base
 from veneer.train.checkpoint import checkpoint_folder, holds_checkpoints, latest_checkpoint
@@ -425,16 +425,6 @@ def _save(recipe: Recipe, trainer: RunTrainer, folder: Path) -> None:
         trainer.save_model(str(folder), _internal_call=True)  # which takes part, and writes nothing
     if trainer.args.push_to_hub:  # once it stands under its name
         trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
-
-
-def high_water() -> int | None:
-    """The most bytes that this process has held so far; None where the system does not say."""
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(most) if sys.platform == "darwin" else int(most) * 1024
 
 
 def _explain(error: BaseException, trainer: RunTrainer, output: Path) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
 from tests.unit.plan.conftest import Make
 from transformers import LlamaForCausalLM
 
-from veneer.adapters.peft_model import get_peft_model
+from veneer.adapters.peft_model import PeftModel, get_peft_model
 from veneer.contract import MethodConfig
 from veneer.errors import ConfigError
 from veneer.plan import before, machine, report
@@ -20,7 +20,7 @@ from veneer.plan import before, machine, report
 @pytest.fixture(autouse=True)
 def known_rates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Nothing is measured: every rate is known."""
-    monkeypatch.setattr(machine.Rates, "_once", lambda rates, key, measure: 3e8 if key == "start bytes" else 1e-9)
+    monkeypatch.setattr(machine.Rates, "_once", lambda rates, key, measure: 3e8 if key == machine.START else 1e-9)
     monkeypatch.setenv("VENEER_CACHE", str(tmp_path))
 
 
@@ -48,8 +48,17 @@ def test_what_cannot_be_planned_is_told_and_trains_all_the_same(recipe: Make, tm
     assert line.startswith("not planned: ")
 
 
-def test_a_saved_adapter_that_is_trained_on_is_planned_as_a_new_one(recipe: Make, tmp_path: Path) -> None:
-    fresh = recipe({"method": "lora", "r": 5, "target_modules": ["q_proj", "down_proj"]})
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"method": "lora", "r": 5, "target_modules": ["q_proj", "down_proj"]},
+        {"method": "prefix_tuning", "num_virtual_tokens": 3},
+    ],
+)
+def test_a_saved_adapter_that_is_trained_on_is_planned_as_a_new_one(
+    adapter: dict[str, Any], recipe: Make, tmp_path: Path
+) -> None:
+    fresh = recipe(adapter)
     model = get_peft_model(
         LlamaForCausalLM.from_pretrained(fresh.model.source), cast(MethodConfig, fresh.adapter_config())
     )
@@ -58,7 +67,21 @@ def test_a_saved_adapter_that_is_trained_on_is_planned_as_a_new_one(recipe: Make
     facts, line = before.planned_facts(recipe({"from": str(tmp_path / "saved")}))
     assert facts is not None, line
     assert expected is not None
-    assert facts["peak"] == expected["peak"]
+    for fact in ("peak", "trained", "flops"):
+        assert facts[fact] == expected[fact]
+
+
+@pytest.mark.parametrize("method", ["p_tuning", "prefix_tuning"])
+def test_tokens_that_a_network_made_are_planned_without_it(method: str, recipe: Make, tmp_path: Path) -> None:
+    more = {"prefix_projection": True} if method == "prefix_tuning" else {}
+    made = recipe({"method": method, "num_virtual_tokens": 3, "encoder_hidden_size": 7, **more})
+    base = LlamaForCausalLM.from_pretrained(made.model.source)
+    get_peft_model(base, cast(MethodConfig, made.adapter_config())).save_pretrained(tmp_path / "saved")
+    base = LlamaForCausalLM.from_pretrained(made.model.source)
+    trained = PeftModel.from_pretrained(base, tmp_path / "saved", is_trainable=True)
+    facts, line = before.planned_facts(recipe({"from": str(tmp_path / "saved")}))
+    assert facts is not None, line
+    assert facts["trained"]["parameters"] == sum(p.numel() for p in trained.parameters() if p.requires_grad)
 
 
 def test_a_run_on_a_gpu_is_held_to_its_memory_and_measures_nothing(

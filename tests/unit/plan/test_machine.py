@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from veneer.errors import ConfigError
+from veneer.model.memory import high_water
 from veneer.plan import machine
 from veneer.plan.machine import Rates, start_bytes, start_measured
 
@@ -63,3 +66,11 @@ def test_a_process_that_ends_early_is_told(monkeypatch: pytest.MonkeyPatch, tmp_
     begun("raise SystemExit('no room')", monkeypatch)
     with pytest.raises(ConfigError, match="a process could not be measured: no room"):
         start_bytes(Rates(tmp_path / "rates.json"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/self/status")
+def test_a_process_that_starts_is_measured_without_what_began_it() -> None:
+    held = bytearray(b"x" * 400_000_000)
+    run = [sys.executable, "-c", "from veneer.model.memory import high_water; print(high_water())"]
+    own = int(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
+    assert 10_000_000 < own < len(held) < (high_water() or 0)

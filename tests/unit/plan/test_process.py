@@ -26,10 +26,3 @@ def test_memory_is_lost_between_gradients_and_state_where_activations_lie_among_
     assert (found.start, found.tensors) == (7_000_003, 3_400_026)
     assert found.allocator == ALLOCATOR_BYTES + round(0.02 * 3_000_017 + between)
     assert found.n_bytes == found.start + found.tensors + found.allocator
-
-
-def test_no_heap_is_kept_where_activations_wait_on_disk(recipe: Make, tmp_path: Path) -> None:
-    held, phases = Peak({BASE: 400_009}), {"loss": Peak({BASE: 400_009, GRADIENTS: 1_000_003})}
-    plan = replace(plan_recipe(recipe(activation_offloading="disk")), held=held, phases=phases)
-    found = process_of(plan, Rates(tmp_path / "rates.json", {START: 7_000_003.0}))
-    assert found.allocator == round(0.22 * 1_000_003)

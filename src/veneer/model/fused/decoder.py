@@ -6,7 +6,7 @@ import functools
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -37,6 +37,7 @@ KERNELS = {"cpu": "cpu", "cuda": "triton"}
 EXTRAS = (*SPECIAL, "token_type_ids")
 SIZE = (2, 11)  # sequences and tokens that a block is checked with
 SHORT_WINDOW = 5  # tokens: what a sliding window hides then shows
+NOTHING_FITS = "every part of its blocks is hooked, trained, or computes in another dtype than the stream"
 # What parts of familiar names and another shape, type or use make Python, torch (RuntimeError) and the kernels raise.
 STRANGE = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
@@ -116,10 +117,14 @@ def fuse_as_described(model: PreTrainedModel) -> str | None:
     if reason is not None:
         unfuse(model)
         return reason
+    blocks = [module for module in model.modules() if isinstance(module, FusedBlock)]
     with _base_alone(model):
-        for block in (module for module in model.modules() if isinstance(module, FusedBlock)):
+        for block in blocks:
             _leave_out_unfit(block, getattr(block, block.fused_shape.norms.attention).weight.dtype)
         plain = is_plain_head(described.head) and head_of(model) is not None
+    if _leave_all_out(blocks):
+        unfuse(model)
+        return NOTHING_FITS
     cast(FusedDecoder, model.base_model).ends_with_head = plain
     return None
 
@@ -171,9 +176,11 @@ def _fuse(model: PreTrainedModel) -> str | None:
         problem = _differing(model, blocks)
         ids = torch.arange(3, device=model.device)[None]
         cast(FusedDecoder, decoder).ends_with_head = is_plain_head(described.head) and ends_with_head(model, ids)
-    if all(block.fused_shape.attention is None and block.fused_shape.mlp is None for block in blocks):
-        return "every part of its blocks is hooked, trained, or computes in another dtype than the stream"
-    return problem
+    return NOTHING_FITS if _leave_all_out(blocks) else problem
+
+
+def _leave_all_out(blocks: Sequence[FusedBlock]) -> bool:
+    return all(block.fused_shape.attention is None and block.fused_shape.mlp is None for block in blocks)
 
 
 def _change_blocks(model: PreTrainedModel, described: blueprint.Decoder) -> str | None:
