@@ -70,6 +70,7 @@ class Engine:
     def ask(self, prompts: Prompts, names: Names, n_tokens: int) -> dict[str, Any]:
         """Tokens and seconds of one load."""
         assert self.process.stdin is not None
+        os.killpg(self.process.pid, signal.SIGCONT)
         self.process.stdin.write(json.dumps({"prompts": prompts, "adapters": names, "n_tokens": n_tokens}) + "\n")
         self.process.stdin.flush()
         found = self.answer()
@@ -77,9 +78,11 @@ class Engine:
         return found
 
     def answer(self) -> dict[str, Any]:
+        """The next answer. Then the engine is halted: vLLM's worker spins for a second behind its own, on one core."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith(ANSWER):
+                os.killpg(self.process.pid, signal.SIGSTOP)
                 return cast(dict[str, Any], json.loads(line.removeprefix(ANSWER)))
         raise SystemExit(f"{self.title} ended without an answer (code {self.process.wait()}): see above")
 

@@ -243,15 +243,16 @@ struct PanelProduct {
 };
 
 // Rows [row, stop) of x times blocks [begin, end): panel by panel, which then stays in cache for all the rows. The first
-// tile streams its panel from memory; while the others compute, each fetches a part of the next one.
+// tile streams its panel from memory; while the others compute, each fetches a part of the next one, and behind the last
+// of `later`, if it is not null.
 template <class Engine, class Sink>
 void multiply_panels(const PanelMatrix& m, const typename Engine::X* x, int64_t stride, int64_t row, int64_t stop,
-                     int64_t begin, int64_t end, const Sink& sink) {
+                     int64_t begin, int64_t end, const Sink& sink, const char* later = nullptr) {
   const int64_t n = stop - row, heights = (n + most_rows - 1) / most_rows, part = m.depth / Engine::depth_unit / 2 * beside * line;
   while (begin < end) {
     const int64_t after = (begin / panel_blocks + 1) * panel_blocks, next = after < end ? after : end;
     const auto* following = static_cast<const typename Engine::W*>(m.values) + panel_of(m, next < end ? next : begin).start;
-    const char* ahead = reinterpret_cast<const char*>(following);
+    const char* ahead = next == end && later != nullptr ? later : reinterpret_cast<const char*>(following);
     tile_height(row, n / heights, begin, next, PanelProduct<Engine, own, Sink>{m, x, stride, sink, ahead});
     for (int64_t t = 1; t < heights; ++t) {
       const int64_t first = row + n * t / heights, last = row + n * (t + 1) / heights;

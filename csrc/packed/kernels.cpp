@@ -106,6 +106,10 @@ struct Finish {
     Out* out = static_cast<Out*>(call.out.data) + row * call.out.stride + column;
     const Out* onto = static_cast<const Out*>(call.onto.data);
     if (onto != nullptr) onto += row * call.onto.stride + column;
+    if (left >= panel_block) {
+      for (int64_t v = 0; v < vectors; ++v) store(out + v * width, onto != nullptr ? sums[v] + load(onto + v * width) : sums[v]);
+      return;
+    }
     for (int64_t v = 0; v < vectors && v * width < left; ++v) {
       const int64_t n = left - v * width < width ? left - v * width : width;
       put(out + v * width, onto != nullptr ? sums[v] + take(onto + v * width, n) : sums[v], n);
@@ -113,27 +117,37 @@ struct Finish {
   }
 };
 
-// Some rows and blocks at a time, shared out among the threads.
+// Some rows and blocks at a time, shared out among the threads; of rows as many each time as there can be, so that threads
+// have as much to do.
 template <class F>
 void each_piece(const PackedProduct& call, const F& f) {
   const int64_t blocks = blocks_of(call.weight.o), heights = (call.n + rows_at_once - 1) / rows_at_once;
-  const int64_t height = call.n < rows_at_once ? call.n : rows_at_once;
+  const int64_t height = call.n / heights;
   const int64_t grain = least_bytes / (call.weight.i * panel_block * (1 + height / 4) + 1) + 1;
   parallel_for(heights * blocks, grain, [&, blocks](int64_t at, int64_t stop) {
     while (at < stop) {
-      const int64_t row = at / blocks * rows_at_once, begin = at % blocks, last = row + rows_at_once;
+      const int64_t part = at / blocks, begin = at % blocks;
       const int64_t end = blocks - begin < stop - at ? blocks : begin + stop - at;
-      f(row, last < call.n ? last : call.n, begin, end);
+      f(call.n * part / heights, call.n * (part + 1) / heights, begin, end);
       at += end - begin;
     }
   });
+}
+
+// Where a thread whose blocks begin here is likely to go on in the matrix that comes after.
+const char* after_from(const PackedProduct& call, int64_t begin) {
+  if (call.after == nullptr || is_coded(*call.after)) return nullptr;
+  const PanelMatrix& m = *call.after;
+  const int64_t block = begin * blocks_of(m.o) / blocks_of(call.weight.o);
+  return static_cast<const char*>(m.values) + panel_of(m, block).start * (m.dtype == Dtype::float32 ? 4 : 2);
 }
 
 template <class Engine>
 void product(const PackedProduct& call, const Operand& x) {
   const Finish finish{call, 0};
   each_piece(call, [&](int64_t row, int64_t stop, int64_t begin, int64_t end) {
-    multiply_panels<Engine>(call.weight, static_cast<const typename Engine::X*>(x.data), x.stride, row, stop, begin, end, finish);
+    multiply_panels<Engine>(call.weight, static_cast<const typename Engine::X*>(x.data), x.stride, row, stop, begin, end, finish,
+                            after_from(call, begin));
   });
 }
 

@@ -21,6 +21,7 @@ struct PackedProduct {
   PackedRows x, out;
   PackedRows onto;  // of out's dtype, added before the one rounding; data null: nothing is. May be out's memory
   void* scratch;
+  const PanelMatrix* after = nullptr;  // what is multiplied next: of dense weights each thread fetches where its part may begin
 };
 
 struct PackedKernels {

@@ -37,6 +37,16 @@ inline T* row_at(const PagedRows& rows, int64_t row, int64_t head) {
   return reinterpret_cast<T*>(rows.data) + row * rows.row_stride + head * rows.head_stride;
 }
 
+// One key, in the column of its slot. In bfloat16 the neighbours of a pair are written at once.
+inline void append_key(float* keys, const float* key, int64_t d, int64_t block, int64_t slot) {
+  for (int64_t c = 0; c < d; ++c) keys[c * block + slot] = key[c];
+}
+inline void append_key(bf16* keys, const bf16* key, int64_t d, int64_t block, int64_t slot) {
+  bf16* to = keys + 2 * slot;
+  for (int64_t c = 0; c + 2 <= d; c += 2) std::memcpy(static_cast<void*>(to + c * block), key + c, 2 * sizeof(bf16));
+  if (d % 2 != 0) to[(d - 1) * block] = key[d - 1];
+}
+
 // The last value's pair is written too, as zero: what a former holder of the page left there might not be a number.
 template <class T>
 void append_row(const PagedStore& s, int64_t page, int64_t layer, int64_t slot, const PagedRows& k, const PagedRows& v,
@@ -45,8 +55,10 @@ void append_row(const PagedStore& s, int64_t page, int64_t layer, int64_t slot, 
   for (int64_t head = 0; head < s.kv_heads; ++head) {
     T *keys = head_keys<T>(s, page, layer, head), *values = head_values<T>(s, page, layer, head);
     const T *key = row_at<const T>(k, row, head), *value = row_at<const T>(v, row, head);
-    for (int64_t c = 0; c < across; ++c) keys[place<T>(s.block, c, slot)] = c < d ? key[c] : T{};
-    for (int64_t c = 0; c < across; ++c) values[place<T>(across, slot, c)] = c < d ? value[c] : T{};
+    append_key(keys, key, d, s.block, slot);
+    for (int64_t c = d; c < across; ++c) keys[place<T>(s.block, c, slot)] = T{};
+    for (int64_t c = 0; c < d; ++c) values[place<T>(across, slot, c)] = value[c];
+    for (int64_t c = d; c < across; ++c) values[place<T>(across, slot, c)] = T{};
     if (sizeof(T) == 2 && last && slot % 2 == 0)
       for (int64_t c = 0; c < across; ++c) values[place<T>(across, slot + 1, c)] = T{};
   }

@@ -1,8 +1,35 @@
+#include <algorithm>
+
 #include "paged_attention/paged_attention.h"
 #include "rotary/rotary.h"
 #include "step/step.h"
 
 namespace veneer {
+namespace {
+
+// Where each thread's sequences begin, and the end; empty where some would have much more to do than others.
+std::vector<int64_t> even_shares(const PagedBatch& b, int threads) {
+  constexpr int64_t keys_beside = 64;  // to read as many takes as long as what a row takes besides
+  const auto work = [&](int64_t s) {
+    const int64_t rows = b.first_row[s + 1] - b.first_row[s];
+    return rows * (b.position[s] + rows + keys_beside);
+  };
+  int64_t all = 0, done = 0, begun = 0, most = 0;
+  for (int64_t s = 0; s < b.n_sequences; ++s) all += work(s);
+  std::vector<int64_t> bounds{0};
+  for (int64_t s = 0; s < b.n_sequences; ++s) {
+    if ((2 * done + work(s)) * threads > 2 * all * static_cast<int64_t>(bounds.size())) {
+      bounds.push_back(s);
+      begun = done;
+    }
+    done += work(s);
+    most = std::max(most, done - begun);
+  }
+  bounds.push_back(b.n_sequences);
+  return most * threads * 8 > all * 9 ? std::vector<int64_t>{} : bounds;
+}
+
+}  // namespace
 
 PagedRows AttentionInstruction::heads(const Pass& pass, const HeadsAt& at) const {
   const Rows rows = pass.registers[at.source];
@@ -30,7 +57,7 @@ void AttentionInstruction::turn(const Pass& pass, const PagedRows& x, int64_t n_
                           parts_.interleaved);
 }
 
-void AttentionInstruction::run(const Pass& pass) const {
+void AttentionInstruction::run_rows(const Pass& pass) const {
   const int64_t q_bytes = pass.n * parts_.q_heads * parts_.head_dim * pass.bytes();
   const int64_t k_bytes = pass.n * parts_.kv_heads * parts_.head_dim * pass.bytes();
   char* memory = pass.rows.at_least(q_bytes + k_bytes);
@@ -41,16 +68,62 @@ void AttentionInstruction::run(const Pass& pass) const {
     turn(pass, k, parts_.kv_heads);
   }
   paged_attention_kernels().append(pass.store, parts_.layer, pass.batch, k, heads(pass, parts_.v));
-  attend(pass, q);
-}
-
-void AttentionInstruction::attend(const Pass& pass, const PagedRows& q) const {
-  const Rows out = pass.registers[parts_.target];
-  PagedCall call{pass.store, parts_.layer, pass.batch, parts_.q_heads, q, {static_cast<char*>(out.data), out.stride, parts_.head_dim},
-                 parts_.options, nullptr, 1};
+  PagedCall call = call_of(pass, q);
   call.n_threads = threads_for(call);
   call.scratch = pass.scratch.at_least(paged_attention_kernels().scratch_bytes(call));
   paged_attention_kernels().attend(call);
+}
+
+PagedCall AttentionInstruction::call_of(const Pass& pass, const PagedRows& q) const {
+  const Rows out = pass.registers[parts_.target];
+  return {pass.store, parts_.layer, pass.batch, parts_.q_heads, q, {static_cast<char*>(out.data), out.stride, parts_.head_dim},
+          parts_.options, nullptr, 1};
+}
+
+// Sequences [begin, end) as a pass of their own.
+struct AttentionInstruction::Share {
+  std::vector<int64_t> first_row;
+  std::vector<Rows> registers;
+  std::vector<TurnTable> turns;
+  Pass pass;
+
+  Share(const Parts& parts, const Pass& all, int64_t begin, int64_t end, ThreadMemory::Own& own)
+      : first_row(all.batch.first_row + begin, all.batch.first_row + end + 1),
+        registers(1 + std::max({parts.q.source, parts.k.source, parts.v.source, parts.target})),
+        turns(1 + parts.table),
+        pass{0, all.dtype, registers.data(), all.store, {}, turns.data(), nullptr, 0, nullptr, nullptr, 0, nullptr, own.scratch, own.rows,
+             all.threads} {
+    const int64_t first = first_row.front();
+    for (int64_t& row : first_row) row -= first;
+    for (int number : {parts.q.source, parts.k.source, parts.v.source, parts.target})
+      registers[number] = all.from_row(all.registers[number], first);
+    if (parts.table >= 0) {
+      const TurnTable& whole = all.turns[parts.table];
+      turns.back() = {whole.cos + first * parts.half, whole.sin + first * parts.half};
+    }
+    pass.n = first_row.back();
+    pass.batch = {end - begin, all.batch.pages, all.batch.first_page + begin, first_row.data(), all.batch.position + begin};
+  }
+};
+
+// What a thread would take on its way is taken before: an error could not leave it.
+void AttentionInstruction::make_room(const Pass& pass) const {
+  const int64_t n_heads = parts_.q_heads + parts_.kv_heads, norms = 2 * pass.n * static_cast<int64_t>(sizeof(float));
+  pass.rows.at_least(pass.n * n_heads * parts_.head_dim * pass.bytes());
+  pass.scratch.at_least(std::max(norms, paged_attention_kernels().scratch_bytes(call_of(pass, {}))));
+}
+
+void AttentionInstruction::run(const Pass& pass) const {
+  const std::vector<int64_t> bounds = even_shares(pass.batch, threads_for(call_of(pass, {})));
+  if (bounds.size() <= 2) return run_rows(pass);
+  std::vector<std::unique_ptr<Share>> shares;
+  for (size_t i = 0; i + 1 < bounds.size(); ++i) {
+    shares.push_back(std::make_unique<Share>(parts_, pass, bounds[i], bounds[i + 1], pass.threads.of(i)));
+    make_room(shares.back()->pass);
+  }
+  parallel_for(static_cast<int64_t>(shares.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) run_rows(shares[i]->pass);
+  });
 }
 
 }  // namespace veneer

@@ -58,6 +58,8 @@ class StepProgram {
     for (const Numbers& l : layers) found.push_back(layer_of(l));
     auto made = std::make_unique<ProductInstruction>(std::move(found), pointer<void>(joined), pointer<void>(joined_bias), source, stream,
                                                      beside);
+    if (last_product_ != nullptr) last_product_->precede(*made);
+    last_product_ = made.get();
     products_.resize(instructions_.size() + 1);
     products_.back() = made.get();
     instructions_.push_back(std::move(made));
@@ -123,7 +125,7 @@ class StepProgram {
                                pointer<int64_t>(batch[4])};
     const Pass pass{n, dtype_, rows.data(), pages, sequences, tables.data(), versions.data(), static_cast<int64_t>(versions.size()),
                     pointer<int64_t>(given[1]), pointer<int64_t>(given[3]), given[2], const_cast<int64_t*>(pointer<int64_t>(given[4])),
-                    scratch_, rows_};
+                    scratch_, rows_, threads_};
     seconds_.resize(instructions_.size());
     with_standing_team([&] {
       for (int64_t i = first; i < last; ++i) {
@@ -174,9 +176,11 @@ class StepProgram {
   Dtype dtype_;
   std::vector<std::unique_ptr<Instruction>> instructions_;
   std::vector<ProductInstruction*> products_;  // null where an instruction is none
+  ProductInstruction* last_product_ = nullptr;
   std::vector<double> seconds_;
   Numbers turns_;
   Memory scratch_, rows_, turned_;
+  ThreadMemory threads_;
 };
 
 }  // namespace

@@ -50,7 +50,9 @@ void HeadInstruction::run(const Pass& pass) const {
     some.values = static_cast<char*>(all.values) + first * output_bytes_;
     const char* bias = static_cast<const char*>(head_.bias);
     const Rows y{logits, some.o}, onto{bias == nullptr ? nullptr : const_cast<char*>(bias) + first * pass.bytes(), 0};
-    multiply_rows(pass, some, read, y, onto, n);
+    PanelMatrix next = some;
+    if (first + some.o < all.o) next.values = static_cast<char*>(some.values) + some.o * output_bytes_;
+    multiply_rows(pass, some, read, y, onto, n, &next);
     sample_kernels().likeliest({n, some.o, first, pass.dtype, y, scale_}, {values, pass.tokens});
   }
   for (int64_t r = 0; r < n; ++r)

@@ -42,6 +42,16 @@ ProductInstruction::ProductInstruction(std::vector<Layer> layers, const void* jo
                                        int beside)
     : layers_(std::move(layers)), joined_(joined), joined_bias_(joined_bias), source_(source), stream_(stream), beside_(beside) {
   for (const Layer& layer : layers_) heights_.push_back(layer.weight.o);
+  after_ = weight();
+}
+
+PanelMatrix ProductInstruction::weight() const {
+  PanelMatrix first = layers_[0].weight;
+  if (joined_ == nullptr) return first;
+  first.o = 0;
+  for (int64_t height : heights_) first.o += height;
+  first.values = const_cast<void*>(joined_);
+  return first;
 }
 
 void ProductInstruction::drop(int64_t version) {
@@ -79,22 +89,20 @@ void ProductInstruction::run(const Pass& pass) const {
   add_joint_pairs(pass, at);
 }
 
-void multiply_rows(const Pass& pass, const PanelMatrix& weight, const Rows& x, const Rows& y, const Rows& onto, int64_t n) {
+void multiply_rows(const Pass& pass, const PanelMatrix& weight, const Rows& x, const Rows& y, const Rows& onto, int64_t n,
+                   const PanelMatrix* after) {
   PackedProduct call{weight, n, {x.data, x.stride, pass.dtype}, {y.data, y.stride, pass.dtype}, {onto.data, onto.stride, pass.dtype},
-                     nullptr};
+                     nullptr, after};
   call.scratch = pass.scratch.at_least(packed_kernels().scratch_bytes(call));
   packed_kernels().matmul(call);
 }
 
 void ProductInstruction::multiply(const Pass& pass, const Operands& at) const {
-  if (at.joint) {
-    PanelMatrix whole = layers_[0].weight;
-    whole.o = 0;
-    for (int64_t height : heights_) whole.o += height;
-    whole.values = const_cast<void*>(joined_);
-    return multiply_rows(pass, whole, at.x[0], at.y[0], at.joint_onto, pass.n);
+  if (at.joint) return multiply_rows(pass, weight(), at.x[0], at.y[0], at.joint_onto, pass.n, &after_);
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    const PanelMatrix* after = i + 1 < layers_.size() ? &layers_[i + 1].weight : &after_;
+    multiply_rows(pass, layers_[i].weight, at.x[i], at.y[i], at.onto[i], pass.n, after);
   }
-  for (size_t i = 0; i < layers_.size(); ++i) multiply_rows(pass, layers_[i].weight, at.x[i], at.y[i], at.onto[i], pass.n);
 }
 
 void ProductInstruction::add_joint_pairs(const Pass& pass, const Operands& at) const {

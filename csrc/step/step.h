@@ -26,6 +26,21 @@ class Memory {
   int64_t size_ = 0;
 };
 
+// A scratch and rows for each thread, where threads go through parts of a pass by themselves.
+class ThreadMemory {
+ public:
+  struct Own {
+    Memory scratch, rows;
+  };
+  Own& of(size_t thread) {
+    while (owned_.size() <= thread) owned_.push_back(std::make_unique<Own>());
+    return *owned_[thread];
+  }
+
+ private:
+  std::vector<std::unique_ptr<Own>> owned_;
+};
+
 struct VersionRun {  // rows [start, stop) take a version; all others are the base's
   int64_t version, start, stop;
 };
@@ -48,6 +63,7 @@ struct Pass {
   int64_t n_picked;
   int64_t* tokens;        // takes them; -1 where a logit is not finite
   Memory &scratch, &rows;  // of kernels; of rows that have no register
+  ThreadMemory& threads;
 
   int64_t bytes() const { return dtype == Dtype::float32 ? 4 : 2; }  // of a value
   Rows from_row(const Rows& rows_, int64_t r) const {
@@ -145,8 +161,9 @@ struct Layer {
   int target;
 };
 
-// y = onto + W x for n rows; `onto` without data is nothing.
-void multiply_rows(const Pass& pass, const PanelMatrix& weight, const Rows& x, const Rows& y, const Rows& onto, int64_t n);
+// y = onto + W x for n rows; `onto` without data is nothing. `after`: the weight of the product that follows, if it is known.
+void multiply_rows(const Pass& pass, const PanelMatrix& weight, const Rows& x, const Rows& y, const Rows& onto, int64_t n,
+                   const PanelMatrix* after = nullptr);
 
 // Packed pairs of a version at layers that share their input; without factors there are none.
 struct Pairs {
@@ -194,6 +211,8 @@ class ProductInstruction final : public Instruction {
   void take(int64_t version, Change change) { changes_.take(version, std::move(change)); }
   void take(int64_t version, const Bottleneck& bottleneck) override { bottlenecks_.take(version, bottleneck); }
   void drop(int64_t version) override;
+  PanelMatrix weight() const;  // of all layers where they are joined, else of the first
+  void precede(const ProductInstruction& next) { after_ = next.weight(); }
 
  private:
   struct Operands;
@@ -210,6 +229,7 @@ class ProductInstruction final : public Instruction {
   std::vector<Layer> layers_;
   std::vector<int64_t> heights_;
   const void *joined_, *joined_bias_;
+  PanelMatrix after_;  // of the product that follows in a pass; itself, until that is known
   int source_, stream_, beside_;
   OfVersions<Change> changes_;
   Bottlenecks bottlenecks_;
@@ -234,7 +254,8 @@ struct HeadsAt {  // of queries, keys or values: register, first value, values f
   int64_t first, apart;
 };
 
-// Queries, keys and values of a product: normed, turned, appended to the pages; then what the queries see.
+// Queries, keys and values of a product: normed, turned, appended to the pages; then what the queries see. Where sequences can
+// be shared out evenly, each thread takes its own through all of that: what it reads it has just written.
 class AttentionInstruction final : public Instruction {
  public:
   struct Parts {
@@ -250,10 +271,13 @@ class AttentionInstruction final : public Instruction {
   void run(const Pass& pass) const override;
 
  private:
+  struct Share;
+  void run_rows(const Pass& pass) const;
+  void make_room(const Pass& pass) const;
+  PagedCall call_of(const Pass& pass, const PagedRows& q) const;
   PagedRows heads(const Pass& pass, const HeadsAt& at) const;
   PagedRows normed(const Pass& pass, const NormParts& norm, const PagedRows& x, int64_t n_heads, char* memory) const;
   void turn(const Pass& pass, const PagedRows& x, int64_t n_heads) const;
-  void attend(const Pass& pass, const PagedRows& q) const;
 
   Parts parts_;
   NormParts q_norm_, k_norm_;  // without weights: no norm

@@ -104,6 +104,17 @@ def test_families(family):
         assert torch.equal(fast.step(*chunks), slow.step(*chunks))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "olmo2", "glm4"])
+def test_many_sequences_are_shared_out_among_threads(family, threads, dtype):
+    """Sequences of like work, each through attention on one thread; then one beside which the others are little."""
+    fast, slow = pair_of(proved(model_of(family, dtype), 40))
+    alike = [(s, 0, 11 + s % 3, None) for s in range(20)]
+    uneven = [(0, 11, 21, None), *((s, 11 + s % 3, 1, None) for s in range(1, 20))]
+    for chunks in (alike, uneven):
+        assert torch.equal(fast.step(*chunks), slow.step(*chunks))
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
 def test_a_decoder_is_one_call(family):
     interpreter = proved(make_model(family), 100)
