@@ -22,6 +22,7 @@ from veneer.adapters.peft_model import PeftModel
 from veneer.core.records import PromptDelta
 from veneer.errors import DescriptionError, TargetError
 from veneer.model.blueprint.describe import describe
+from veneer.model.give_back import give_back
 from veneer.model.packed_linear import PackedGroup, is_packed, pack_group, unpack
 from veneer.model.paged import TOLERANCE, KeysValues, Stretch, require_pageable
 from veneer.model.plan import plan_of
@@ -287,6 +288,8 @@ def proved(model: PreTrainedModel, n_positions: int, *, give_up: bool = False) -
         if give_up:
             unpack(model)
         raise DescriptionError(problem)
+    if give_up:
+        give_back(model)
     return interpreter
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 from transformers import BloomConfig, BloomForCausalLM
 
-from veneer import LLM, SamplingParams
+from veneer import LLM, PeftModel, SamplingParams
 from veneer.errors import ConfigError, FormatError, TargetError
+from veneer.model.give_back import SMAPS
 
-from .conftest import VOCAB, make_model
+from .conftest import METHODS, VOCAB, make_model
+from .test_llm_exact import PROMPTS, answers, generated
 
 
 @pytest.mark.parametrize(
@@ -63,3 +67,24 @@ def test_a_chat_template_is_the_engines_alone(tokenizer, base_folder):
 def test_pages_that_the_kernels_do_not_take_are_told(block, told, tokenizer, caplog):
     LLM(make_model(), tokenizer=tokenizer, block_size=block)
     assert ("block_size=13 is no multiple of 16" in caplog.text) == told
+
+
+@pytest.mark.skipif(not SMAPS.exists(), reason="needs Linux's /proc/self/smaps")
+@pytest.mark.parametrize("tie", [False, True])
+def test_the_file_of_a_started_model_is_not_resident(tie, adapters, tokenizer, tmp_path):
+    """The weights have been packed; what comes later, DoRA's norms and parts that need the table, is right without."""
+    model: Any = make_model()
+    model.config.tie_word_embeddings = tie
+    model.tie_weights()
+    model.save_pretrained(tmp_path)
+    names = [name for name in METHODS if not (tie and name in ("head", "saved"))]
+    llm = LLM(tmp_path, tokenizer=tokenizer)
+    file = [m for m in psutil.Process().memory_maps(grouped=False) if m.path == str(tmp_path / "model.safetensors")]
+    assert [place.rss for place in file] == [0]  # the table of embeddings holds it
+    expected = [generated(model, prompt) for prompt in PROMPTS]
+    assert answers(llm, PROMPTS) == expected
+    for name in names:
+        model = PeftModel.from_pretrained(model, adapters[name].path, adapter_name=name)
+    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(len(names))]
+    each = [generated(model, p, adapter_names=[name]) for p, name in zip(prompts, names, strict=True)]
+    assert answers(llm, prompts, [adapters[name] for name in names]) == each

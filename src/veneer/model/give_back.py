@@ -1,0 +1,34 @@
+"""Memory that a process holds and does not need, given back to the system."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from itertools import chain
+from pathlib import Path
+
+import psutil
+from torch import nn
+
+SMAPS = Path("/proc/self/smaps")
+
+
+def give_back(model: nn.Module) -> None:
+    """Give back what the process has freed, and the pages of the files that the model's tensors are mapped from.
+
+    One tensor that is kept holds the map of its whole file, whose pages stay resident, though most were read for the
+    last time. A page that is read again comes back from the file. A map in which a page was written, and would come
+    back without what was written, is left as it is. Linux tells; on other systems nothing is given back.
+    """
+    if not SMAPS.exists():
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):  # glibc's: it keeps what is freed between blocks that are in use
+        libc.malloc_trim(ctypes.c_size_t(0))
+    tensors = chain(model.parameters(), model.buffers())
+    addresses = {tensor.data_ptr() for tensor in tensors if tensor.is_cpu}
+    for place in psutil.Process().memory_maps(grouped=False):
+        first, end = (int(address, 16) for address in place.addr.split("-"))
+        unwritten = place.path.startswith("/") and not place.anonymous and not place.swap
+        if unwritten and any(first <= address < end for address in addresses):
+            libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_DONTNEED)

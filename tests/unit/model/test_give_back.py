@@ -1,0 +1,74 @@
+"""Memory given back: pages of a mapped file that nobody wrote, and never a page that somebody did."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from veneer.model.give_back import SMAPS, give_back
+
+pytestmark = pytest.mark.skipif(not SMAPS.exists(), reason="needs Linux's /proc/self/smaps")
+N = 1_000_003
+
+
+def resident(file: Path) -> int:
+    """Bytes of a mapped file that are in memory."""
+    return sum(place.rss for place in psutil.Process().memory_maps(grouped=False) if place.path == str(file))
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    save_file({name: torch.arange(N, dtype=torch.float32) * k for k, name in enumerate("abc", start=2)}, tmp_path / "w")
+    return tmp_path / "w"
+
+
+def mapped(file: Path) -> nn.ParameterDict:
+    """One of the tensors of a file, all of which were read."""
+    tensors = load_file(file)
+    assert all(tensor.sum() > 0 for tensor in tensors.values())
+    assert resident(file) > 11 * N
+    return nn.ParameterDict({"b": nn.Parameter(tensors["b"])})
+
+
+def test_pages_go_and_come_back(file: Path) -> None:
+    model = mapped(file)
+    give_back(model)
+    assert resident(file) == 0
+    assert torch.equal(model["b"], torch.arange(N, dtype=torch.float32) * 3)
+    assert 3 * N < resident(file) < 5 * N
+
+
+def test_a_page_that_was_written_stays(file: Path) -> None:
+    model = mapped(file)
+    with torch.no_grad():
+        model["b"][N // 2] = -7.0
+    before = resident(file)
+    give_back(model)
+    assert resident(file) == before
+    assert model["b"][N // 2] == -7.0
+
+
+def test_files_of_others_stay(file: Path) -> None:
+    model = mapped(file)
+    before = resident(file)
+    give_back(nn.Linear(3, 5))
+    assert resident(file) == before
+    assert model["b"][1] == 3.0
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc's malloc_trim")
+def test_what_was_freed_between_blocks_in_use_goes() -> None:
+    process = psutil.Process()
+    blocks = [torch.ones(12_289) for _ in range(2_003)]
+    kept = blocks[::97]
+    del blocks
+    before = process.memory_info().rss
+    give_back(nn.Linear(3, 5))
+    assert before - process.memory_info().rss > 1_800 * 4 * 12_289
+    assert all(block.sum() == 12_289 for block in kept)
