@@ -28,7 +28,7 @@ class LayerwiseGaLoreAdamW(GaLoreAdamW):
         super().add_param_group(param_group)
         index = len(self.param_groups) - 1
         for param in self.param_groups[index]["params"]:
-            self._watched().append(param.register_post_accumulate_grad_hook(self._updater(index)))
+            self._watched().append(param.register_post_accumulate_grad_hook(lambda p: self.take_gradient(p, index)))
 
     def close(self) -> None:
         """Stop updating in backward passes; from here on `step` updates, as `GaLoreAdamW`'s does."""
@@ -39,15 +39,13 @@ class LayerwiseGaLoreAdamW(GaLoreAdamW):
         """The hooks. Groups are added before a subclass's ``__init__`` could make the list."""
         return cast("list[RemovableHandle]", self.__dict__.setdefault("_hooks", []))
 
-    def _updater(self, index: int) -> Any:
-        @torch.no_grad()
-        def update(param: Tensor) -> None:
-            if not torch.isfinite(cast(Tensor, param.grad)).all():
-                raise TrainingError(
-                    "a gradient is NaN or infinite: training stops before it reaches its weight, and the checkpoints "
-                    "written before are as they were. Lower the learning rate, or use bf16 or fp32"
-                )
-            self._update(param, self.param_groups[index])  # loading a state replaces the groups
-            param.grad = None
-
-        return update
+    @torch.no_grad()
+    def take_gradient(self, param: Tensor, index: int) -> None:
+        """Update a parameter of the group at ``index`` by its gradient, and free that. Raises TrainingError."""
+        if not torch.isfinite(cast(Tensor, param.grad)).all():
+            raise TrainingError(
+                "a gradient is NaN or infinite: training stops before it reaches its weight, and the checkpoints "
+                "written before are as they were. Lower the learning rate, or use bf16 or fp32"
+            )
+        self._update(param, self.param_groups[index])  # loading a state replaces the groups
+        param.grad = None

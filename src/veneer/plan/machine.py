@@ -128,13 +128,15 @@ class Rates:
     def parts(self, work: Work) -> dict[str, float]:
         """The same by kind."""
         torch_attention = work.torch_attention * self.torch_attention() if work.torch_attention else 0.0
+        n_fused, n_general = work.n_ops - work.n_general, work.n_general
+        fused, general = (n and n * self.op(own) for n, own in ((n_fused, False), (n_general, True)))
         watched = work.n_watched * self.watched() if work.n_watched else 0.0
         updated_8bit = work.updated_8bit * self.updated_8bit() if work.updated_8bit else 0.0
         return {
             "products": sum(self.product(product) * n for product, n in work.products.items()),
             "attention": work.attention * self.attention() + torch_attention,
             "decoding": work.decoded * self.decoded(),
-            "calls": work.n_ops * self.op(work.general) + watched,
+            "calls": fused + general + watched,
             "updates": work.updated * self.large_op_byte() + updated_8bit,
         }
 

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from veneer.model.checkpointing import checkpoint_fully, checkpoint_selectively
-from veneer.model.fused.decoder import fuse_as_described, is_fused
+from veneer.model.fused.decoder import fuse_as_described
 from veneer.model.offload import ActivationOffload
 from veneer.model.quant_linear import QuantLinear
 from veneer.ops.traced import tracing
 from veneer.plan.live import LiveBytes, Peak, peaks
 from veneer.plan.losses import Loss, loss_of, trained_tokens
 from veneer.plan.model import adapter_of, traced_model
+from veneer.plan.parts import tell_parts
 from veneer.plan.step import Batch, Step, as_accelerate
 from veneer.plan.work import CountWork, Work
 from veneer.train.config import SFTConfig
@@ -57,7 +58,6 @@ def trace(config: PreTrainedConfig, recipe: Recipe, batch: Batch, isa: str | Non
         model = traced_model(config, recipe.model, adapter_of(recipe))
         args = recipe.training_config()
         not_fused = prepare(model, args)
-        counted.work.general = not_fused is not None
         optimizer, loss = make_optimizer(model, args), loss_of(recipe.task, model, args)
         with live, counted:
             for tensor, kind in kinds_of(model):
@@ -123,14 +123,13 @@ def run_steps(
     offload = ActivationOffload(model, "disk") if args.activation_offloading else nullcontext()
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     number = 0
-    selective = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("selective")
-    watches = bool(selective) and not is_fused(model)
+    if counted is not None:
+        tell_parts(counted, model, optimizer)
 
     def mark(name: str) -> None:
         live.mark(f"{FIRST}{name}" if number == 0 else name)
         if counted is not None:
-            counted.watched = watches and torch.is_grad_enabled() and name.startswith("forward.block")
-            counted.updating = name == "optimizer"
+            counted.mark(name)
 
     def gradients() -> None:
         for parameter in model.parameters():

@@ -60,7 +60,7 @@ class Work:
     """Sums over a step. Attention is in FLOPs, by the kernel and by torch; ``moved`` and ``updated`` in bytes, the
     latter by the optimizer, whose tensors are large where the whole model is trained; ``updated_8bit`` in values.
     ``n_ops`` counts what torch's dispatcher saw, ``n_watched`` those that selective checkpointing looked at.
-    ``general``: not fused.
+    ``n_general``: those of them that are of the model's own code, not of a fused block.
     """
 
     products: Counter[Product] = field(default_factory=Counter)
@@ -72,7 +72,7 @@ class Work:
     updated_8bit: float = 0.0
     n_ops: float = 0
     n_watched: float = 0
-    general: bool = False
+    n_general: float = 0
 
     def plus(self, other: Work, times: float) -> Work:
         """This and so many of the other."""
@@ -89,7 +89,7 @@ class Work:
             self.updated_8bit + times * other.updated_8bit,
             self.n_ops + times * other.n_ops,
             self.n_watched + times * other.n_watched,
-            self.general,
+            self.n_general + times * other.n_general,
         )
 
     @property
@@ -100,20 +100,28 @@ class Work:
 
 class CountWork(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts while ``on``; kernels that are not run are told to `kernel`. ``watched``: selective checkpointing looks at
-    each op now, and will again when it is computed again. ``updating``: the optimizer is at work.
+    each op now, and will again when it is computed again. ``updating``: the optimizer is at work. ``general``: the
+    model's own code runs now, which `mark` reads from ``general_blocks``, by number, and ``general_outside`` of them.
     """
 
     is_silent = True
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.work, self.on, self.watched, self.updating = Work(), False, False, False
+        self.work, self.on = Work(), False
+        self.watched, self.updating, self.general = False, False, False
+        self.general_outside, self.general_blocks = False, dict[str, bool]()
+
+    def mark(self, name: str) -> None:
+        """Begin a part of a step."""
+        self.updating = name == "optimizer"
+        self.general = self.general_blocks.get(name.rpartition(".")[2], self.general_outside)
 
     def kernel(self, name: str, arguments: tuple[Any, ...]) -> None:
         """A kernel that a traced step would have run."""
         if not self.on:
             return
-        self.work.n_ops += 1
+        self._calls()
         if name == "four_bit_multiply":
             _, _, _, _, o, i, _, rows, transposed, _ = arguments
             m, k, n = (rows, o, i) if transposed else (rows, i, o)
@@ -138,7 +146,7 @@ class CountWork(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = func.name().removeprefix("aten::").split(".")[0]
         if name.startswith("prim::"):
             return  # a traced tensor is asked for its device; a real one answers without the dispatcher
-        self.work.n_ops += 1
+        self._calls()
         self.work.n_watched += 2 * self.watched
         if func in _PRODUCTS:
             a, b = args[_PRODUCTS[func]], args[_PRODUCTS[func] + 1]
@@ -160,6 +168,10 @@ class CountWork(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._moves(
                 given + (given if out is None else _bytes(out))
             )  # nothing comes out: it writes into what it got
+
+    def _calls(self) -> None:
+        self.work.n_ops += 1
+        self.work.n_general += self.general
 
     def _moves(self, n_bytes: int) -> None:
         if self.updating:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.models import llama_config
@@ -16,7 +17,7 @@ from veneer.plan.work import Product, Work
 
 WORK = Work(
     Counter({Product(3, 5, 7, "bfloat16"): 2}), attention=11.0, torch_attention=13.0, decoded=17.0, moved=19.0,
-    updated=23.0, updated_8bit=29.0, n_ops=31, n_watched=37, general=True,
+    updated=23.0, updated_8bit=29.0, n_ops=31, n_watched=37, n_general=5,
 )  # fmt: skip
 RATES = {
     "product 3 5 7 bfloat16, cold": 2.0, "attention": 3.0, "attention of torch": 5.0, "decoded": 7.0, "moved": 11.0,
@@ -32,19 +33,16 @@ def test_every_kind_of_work_is_added_up() -> None:
         if each.name == "products":
             assert {product: n * 4 for product, n in one.items()} == four
         else:
-            assert four == (one if each.name == "general" else 4 * one), each.name
+            assert four == 4 * one, each.name
 
 
-@pytest.mark.parametrize(("general", "op"), [(False, 19.0), (True, 23.0)])
-def test_every_kind_of_work_has_its_rate_and_an_op_that_of_its_path(general: bool, op: float, tmp_path: Path) -> None:
+def test_every_kind_of_work_has_its_rate_and_an_op_that_of_its_path(tmp_path: Path) -> None:
     rates = Rates(tmp_path / "rates.json", dict(RATES))
-    work = WORK.plus(WORK, 0.0)
-    work.general = general
-    assert rates.parts(work) == {
+    assert rates.parts(WORK) == {
         "products": 2 * 2.0,
         "attention": 11 * 3.0 + 13 * 5.0,
         "decoding": 17 * 7.0,
-        "calls": 31 * op + 37 * 29.0,
+        "calls": 26 * 19.0 + 5 * 23.0 + 37 * 29.0,
         "updates": 23 * 11.0 + 29 * 17.0,
     }
     assert rates.moved() == 13.0
@@ -62,6 +60,53 @@ def test_the_optimizer_s_work_is_apart_from_the_rest(recipe: Make) -> None:
     assert coded.work.moved == plain.work.moved
 
 
-@pytest.mark.parametrize("fused", ["auto", "off"])
-def test_a_plan_knows_its_path(fused: str, recipe: Make) -> None:
-    assert plan_recipe(recipe(fused=fused)).work.general == (fused == "off")
+@pytest.mark.parametrize("kind", ["fused path", "general path"])
+def test_no_rate_is_asked_for_of_a_path_that_no_op_takes(kind: str, tmp_path: Path) -> None:
+    rates = Rates(tmp_path / "rates.json", {**RATES, f"op of a step, {kind}": float("nan")})
+    work = Work(n_ops=7, n_general=7 if kind == "fused path" else 0)
+    assert rates.parts(work)["calls"] > 0
+
+
+def test_updates_within_the_backward_pass_are_updates(recipe: Make) -> None:
+    behind, within = (
+        plan_recipe(recipe({"method": "full"}, optim=f"galore_adamw{kind}", optim_args="rank=7", max_grad_norm=0.0))
+        for kind in ("", "_layerwise")
+    )
+    checks = 22 * within.n_trained  # are gradients finite: compared with themselves, their size, that with infinity
+    assert within.work.updated == pytest.approx(behind.work.updated + checks, rel=0.01)
+    assert within.work.moved == behind.work.moved
+
+
+def test_blocks_that_are_not_computed_again_are_not_watched(recipe: Make) -> None:
+    every, second = (
+        plan_recipe(
+            recipe(fused="off", gradient_checkpointing="selective", gradient_checkpointing_kwargs=kwargs), whole=True
+        ).work
+        for kwargs in ({}, {"every_n_layers": 2})
+    )
+    assert second.n_watched == pytest.approx(every.n_watched * 3 / 5, rel=0.01)
+
+
+def test_a_fused_block_is_watched_only_where_it_runs_its_own_code(recipe: Make) -> None:
+    fused, whole = (
+        plan_recipe(recipe(adapter, gradient_checkpointing="selective")).work
+        for adapter in ({"method": "lora", "r": 5}, {"method": "full"})
+    )
+    assert fused.n_watched == 0
+    assert whole.n_watched > 100
+
+
+@pytest.mark.parametrize(
+    ("adapter", "training", "least", "most"),
+    [
+        ({"method": "lora", "r": 5}, {}, 0.0, 0.0),
+        ({"method": "lora", "r": 5}, {"fused": "off"}, 1.0, 1.0),
+        ({"method": "full"}, {}, 0.8, 0.99),  # weights that are trained: halves as the model wrote them, a fused head
+        ({"method": "prefix_tuning", "num_virtual_tokens": 7}, {}, 0.8, 0.99),  # a cache in front of every block
+    ],
+)
+def test_ops_are_of_the_path_that_they_take(
+    adapter: dict[str, Any], training: dict[str, Any], least: float, most: float, recipe: Make
+) -> None:
+    work = plan_recipe(recipe(adapter, **training)).work
+    assert least <= work.n_general / work.n_ops <= most

@@ -52,9 +52,7 @@ class FusedBlock(InPlace, nn.Module):
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _run(block: FusedBlock, x: Tensor, mask: LayoutMask, kwargs: dict[str, Any]) -> Any:
     shape = block.fused_shape
-    dtype = computed_in(x)
-    special = any(kwargs.get(name) is not None for name in SPECIAL)
-    attention, mlp = (None, None) if special or dtype is None else halves_of(block, x.dtype, dtype)
+    attention, mlp = halves_now(block, x, kwargs)
     if attention is None:
         attention_module = getattr(block, shape.attention_name)
         kwargs = {**kwargs, "attention_mask": mask.dense_for(attention_module, x, window_of(attention_module))}
@@ -96,6 +94,15 @@ def _own_mlp(block: FusedBlock, x: Tensor, stream: Tensor) -> Tensor:
 def _again(block: FusedBlock, function: Callable[..., Any], *args: Tensor) -> Any:
     """The model's own code, computed again in the backward pass where the block is checkpointed selectively."""
     return cast(Any, block)._gradient_checkpointing_func(function, *args) if is_selective(block) else function(*args)
+
+
+def halves_now(block: FusedBlock, x: Tensor, kwargs: dict[str, Any]) -> tuple[AttentionHalf | None, MlpHalf | None]:
+    """The halves as they act in a call with these arguments; None for one that runs as the model wrote it."""
+    dtype = computed_in(x)
+    special = any(kwargs.get(name) is not None for name in SPECIAL)
+    if special or dtype is None or not isinstance(kwargs.get("attention_mask"), LayoutMask):
+        return None, None
+    return halves_of(block, x.dtype, dtype)
 
 
 def halves_of(

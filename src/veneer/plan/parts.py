@@ -1,0 +1,57 @@
+"""The parts of a step that its ops are counted by: blocks that run fused or not, what selective checkpointing looks at,
+and updates within the backward pass.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from veneer.model.checkpointing import is_selective
+from veneer.model.fused.block import FusedBlock, halves_now
+from veneer.model.fused.decoder import is_fused
+from veneer.optim.layerwise import LayerwiseGaLoreAdamW
+from veneer.plan.step import blocks
+from veneer.plan.work import CountWork
+
+
+def tell_parts(counted: CountWork, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+    """From now on ``counted`` is told of which part of a step the ops of this model are; blocks need `CountWork.mark`.
+
+    A block with one half that runs fused and one that does not counts as the model's own code: most of its ops are.
+    """
+    counted.general = counted.general_outside = not is_fused(model)
+    for k, block in enumerate(blocks(model)):
+        if isinstance(block, FusedBlock):
+            block.register_forward_pre_hook(_tell_path(counted, k), with_kwargs=True)
+        if is_selective(block):
+            _within(block, "_gradient_checkpointing_func", counted, "watched")
+    if isinstance(optimizer, LayerwiseGaLoreAdamW):
+        _within(optimizer, "take_gradient", counted, "updating")
+
+
+def _tell_path(counted: CountWork, k: int) -> Callable[..., None]:
+    def hook(block: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs["hidden_states"]
+        counted.general_blocks[str(k)] = None in halves_now(block, x, kwargs)
+
+    return hook
+
+
+def _within(owner: Any, name: str, counted: CountWork, flag: str) -> None:
+    """Set a flag of ``counted`` while a function of the owner runs."""
+    function = getattr(owner, name)
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        setattr(counted, flag, True)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            setattr(counted, flag, False)
+
+    setattr(owner, name, run)
