@@ -13,6 +13,8 @@ from veneer.errors import ConfigError
 from veneer.train.loss import token_loss
 from veneer.train.preference.reference import Reference
 from veneer.train.preference.scores import ScoredModel, Scoring
+from veneer.train.recipe.adapter import FROM
+from veneer.train.recipe.recipe import Recipe
 
 Loss = Callable[[PreTrainedModel, dict[str, Tensor]], Tensor]
 
@@ -39,13 +41,20 @@ def require_planned(task: str, method: str) -> None:
         )
 
 
-def loss_of(task: str, model: PreTrainedModel, args: Any) -> Loss:
-    """The loss of a recipe's step on a model that is made ready for it, its reference among it."""
+def reference_of(recipe: Recipe, model: PreTrainedModel) -> Reference | None:
+    """The reference that the trainer of a recipe holds, also where it is asked once in front of the run alone."""
+    if recipe.task == "sft":
+        return None
+    return Reference(model, Scoring(details=False), fresh=FROM not in recipe.adapter)
+
+
+def loss_of(task: str, reference: Reference | None, args: Any) -> Loss:
+    """The loss of a recipe's step."""
     if task == "sft":
         return trained_tokens
-    reference = None if args.precompute_ref_log_probs else Reference(model, Scoring(details=False), fresh=True)
+    asked = None if args.precompute_ref_log_probs else reference
     passes = pairs if task == "dpo" else labelled
-    return lambda model, inputs: passes(model, reference, inputs, args)
+    return lambda model, inputs: passes(model, asked, inputs, args)
 
 
 def trained_tokens(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:

@@ -17,13 +17,14 @@ from veneer.model.offload import ActivationOffload
 from veneer.model.quant_linear import QuantLinear
 from veneer.ops.traced import tracing
 from veneer.plan.live import LiveBytes, Peak, peaks
-from veneer.plan.losses import Loss, loss_of, trained_tokens
+from veneer.plan.losses import Loss, loss_of, reference_of, trained_tokens
 from veneer.plan.model import adapter_of, traced_model
 from veneer.plan.parts import tell_parts
 from veneer.plan.step import Batch, Step, as_accelerate
 from veneer.plan.work import CountWork, Work
 from veneer.train.config import SFTConfig
 from veneer.train.optimizer import choose_optimizer, lora_plus_optimizer
+from veneer.train.preference.reference import Reference
 from veneer.train.recipe.recipe import Recipe
 
 FIRST = "first step: "
@@ -58,11 +59,12 @@ def trace(config: PreTrainedConfig, recipe: Recipe, batch: Batch, isa: str | Non
         model = traced_model(config, recipe.model, adapter_of(recipe))
         args = recipe.training_config()
         not_fused = prepare(model, args)
-        optimizer, loss = make_optimizer(model, args), loss_of(recipe.task, model, args)
+        optimizer, reference = make_optimizer(model, args), reference_of(recipe, model)
         with live, counted:
-            for tensor, kind in kinds_of(model):
+            for tensor, kind in (*kinds_of(model), *kinds_of_copies(reference)):
                 live.hold(tensor, kind)
             held = peaks(live.events, live.kinds, kind_under)["load"]
+            loss = loss_of(recipe.task, reference, args)
             run_steps(model, optimizer, batch, args, live, loss=loss, counted=counted)
     found = {mark: peak for mark, peak in peaks(live.events, live.kinds, kind_under).items() if FIRST not in mark}
     return Shallow(
@@ -189,6 +191,13 @@ def kinds_of(model: PreTrainedModel) -> Iterator[tuple[Tensor, str]]:
                 yield tensor, ADAPTERS
             else:
                 yield tensor, BASE if tensor.ndim > 1 else NORMS
+
+
+def kinds_of_copies(reference: Reference | None) -> Iterator[tuple[Tensor, str]]:
+    """The tensors of an adapter that a reference keeps as it was, with their kind."""
+    for copy in [] if reference is None else reference.copies():
+        for tensor in (*copy.parameters(), *copy.buffers()):
+            yield tensor, ADAPTERS
 
 
 def n_parameters(model: nn.Module) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from tests.models import byte_tokenizer
 from tests.unit.plan.conftest import Make
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, T5Config
 
-from veneer import DPOTrainer
+from veneer import DPOTrainer, LoraConfig, PeftModel, get_peft_model
 from veneer.errors import ConfigError, FormatError
 from veneer.ops.traced import Traced
 from veneer.plan.architecture import config_of
@@ -21,7 +22,7 @@ from veneer.plan.losses import require_planned
 from veneer.plan.measure import measured_model
 from veneer.plan.plan import as_json, batch_of, count_trained, plan_recipe
 from veneer.plan.serving import serving_of
-from veneer.plan.trace import FIRST, kind_under, kinds_of, make_optimizer, prepare, run_steps
+from veneer.plan.trace import ADAPTERS, FIRST, kind_under, kinds_of, make_optimizer, prepare, run_steps
 from veneer.plan.work import CountWork
 from veneer.train.recipe.recipe import Recipe, parse_recipe
 
@@ -135,9 +136,19 @@ def test_a_mixture_of_experts_is_planned_in_every_dtype(dtype: str, fused: str, 
     assert planned.work.flops > experts
 
 
+@pytest.mark.parametrize("saved", [False, True])
 @pytest.mark.parametrize("fused", ["auto", "off"])
-def test_a_step_of_preferences_is_that_of_its_trainer(fused: str, recipe: Make, tiny: Path) -> None:
-    wanted = parse_recipe(recipe(max_length=23, fused=fused).model_dump(exclude_unset=True) | {"task": "dpo"})
+def test_a_step_of_preferences_is_that_of_its_trainer(
+    fused: str, saved: bool, recipe: Make, tiny: Path, tmp_path: Path
+) -> None:
+    base, config = AutoModelForCausalLM.from_pretrained(tiny), LoraConfig(r=41, target_modules="all-linear")
+    if saved:
+        get_peft_model(base, config).save_pretrained(tmp_path / "saved")
+        base = AutoModelForCausalLM.from_pretrained(tiny)
+    adapter = (
+        {"from": str(tmp_path / "saved")} if saved else {"method": "lora", "r": 41, "target_modules": "all-linear"}
+    )
+    wanted = parse_recipe(recipe(adapter, fused=fused).model_dump(exclude_unset=True) | {"task": "dpo"})
     planned = plan_recipe(wanted, whole=True)
     assert planned.batch.n_rows == 2 * 3
     rows = Dataset.from_list([{"prompt": "a", "chosen": "bb", "rejected": "c"}] * 5)
@@ -145,21 +156,46 @@ def test_a_step_of_preferences_is_that_of_its_trainer(fused: str, recipe: Make, 
     args.use_cpu, args.report_to = True, []
     live = LiveBytes()
     trainer = DPOTrainer(
-        AutoModelForCausalLM.from_pretrained(tiny), args=args, train_dataset=rows, processing_class=byte_tokenizer(),
-        peft_config=wanted.adapter_config(),
+        PeftModel.from_pretrained(base, tmp_path / "saved", is_trainable=True) if saved else base, args=args,
+        train_dataset=rows, processing_class=byte_tokenizer(), peft_config=None if saved else config,
     )  # fmt: skip
     trainer.current_gradient_accumulation_steps = 1  # as its loop sets it
     inputs = planned.batch.inputs(trainer.model.config.vocab_size)
     mask = torch.ones_like(inputs["input_ids"])
     given = {"input_ids": inputs["input_ids"], "attention_mask": mask, "completion_mask": mask}
     with trainer.fusing(), live:
-        for tensor, kind in kinds_of(trainer.model):
+        for tensor, kind in (*kinds_of(trainer.model), *((t, ADAPTERS) for t in copied(trainer))):
             live.hold(tensor, kind)
         trainer.training_step(trainer.model_wrapped.train(), given)
     found = peaks(live.events, live.kinds, kind_under)
     phases = [planned.phases[phase].n_bytes for phase in ("forward", "loss", "backward")]
     state = planned.peak.kinds["optimizer state"]
     assert max(phases) - state == pytest.approx(max(peak.n_bytes for peak in found.values()), rel=0.02)
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("task", ["dpo", "kto"])
+def test_an_adapter_that_is_trained_on_is_held_twice_also_where_its_scores_are_known(
+    task: str, before: bool, recipe: Make, tiny: Path, tmp_path: Path
+) -> None:
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), LoraConfig(r=5))
+    model.save_pretrained(tmp_path / "saved")
+    values = recipe({"from": str(tmp_path / "saved")}).model_dump(exclude_unset=True) | {"task": task}
+    values["training"] |= {
+        "precompute_ref_log_probs": before,
+        **({"loss_type": "apo_zero_unpaired"} if task == "kto" else {}),
+    }
+    plan = plan_recipe(parse_recipe(values))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert plan.n_trained == sum(p.numel() for p in trained)
+    assert plan.held.kinds[ADAPTERS] == 2 * sum(p.nbytes for p in trained)
+
+
+def copied(trainer: DPOTrainer) -> Iterator[torch.Tensor]:
+    """Whatever tensors the reference of a trainer holds beside the model."""
+    own = {id(t) for t in trainer.model.parameters()}
+    for _, module in trainer.ref_model._start:
+        yield from (t for t in module.parameters() if id(t) not in own)
 
 
 @pytest.mark.parametrize(

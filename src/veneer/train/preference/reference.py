@@ -39,6 +39,10 @@ class Reference(nn.Module):
             self._start += [(held, _frozen_copy(held[name])) for held in holders(model, name)]
             self._config = model.peft_config[name]
 
+    def copies(self) -> list[nn.Module]:
+        """The parts of an adapter that are kept as they were."""
+        return [module for _, module in self._start]
+
     @torch.no_grad()
     def forward(self, **inputs: Any) -> Any:
         """The scores of a batch, without the details that only the model in training is asked for."""
