@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from veneer.errors import ConfigError, FormatError, TargetError
+from veneer.plan.presets import require_weights
 
 _MODEL = typer.Argument(
     metavar="MODEL",
@@ -106,8 +107,10 @@ def choose(model: str, adapters: Sequence[Path] = (), *, four_bit: bool = False,
     """The model and adapters that a command names, checked: they exist and they fit it by shape.
 
     The tokenizer is the base's, or, where it has more tokens or another chat template, the adapter's. Raises
-    ConfigError and FormatError as `resolve` and `require_adapter` do, and FormatError for an adapter of another model.
+    ConfigError and FormatError as `require_weights`, `resolve` and `require_adapter` do, and FormatError for an adapter
+    of another model.
     """
+    require_weights(model)  # before torch is imported
     from veneer.store.source import load_tokenizer, parse_dtype
 
     parse_dtype(dtype)

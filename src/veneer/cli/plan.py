@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from veneer.cli.facts import AsJson
-from veneer.cli.plan_options import ADVICE, FIT, SERVE, bytes_from, unread
+from veneer.cli.plan_options import ADVICE, FIT, SERVE, bytes_from, unread, wrong
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def plan(
 
 
 def _require_read(what: str, modes: dict[str, bool], given: dict[str, Any]) -> None:
-    """Raise ConfigError for options that nothing would read, and for counts below one."""
+    """Raise ConfigError for options that nothing would read, and for values that they cannot have."""
     found = unread(modes, given)
     if given["--strategy"] is not None and (given["--processes"] or 1) < 2 and not any(modes.values()):
         found.append(f"--strategy {given['--strategy']} is of several processes: add --processes N")
@@ -141,8 +141,7 @@ def _require_read(what: str, modes: dict[str, bool], given: dict[str, Any]) -> N
         found.append(
             f"--method {given['--method']}: {what} names its own; use --set adapter.method={given['--method']}"
         )
-    counts = {name: given[name] for name in ("--rows", "--tokens", "--processes")}
-    found += [f"{name} {n} must be at least 1" for name, n in counts.items() if n is not None and n < 1]
+    found += wrong(given)
     if found:
         raise ConfigError("; ".join(found))
 
@@ -153,11 +152,13 @@ def _is_recipe(what: str) -> bool:
 
 def _recipe(what: str, overrides: list[str], method: str | None, changes: dict[str, Any]) -> Recipe:
     """The recipe of a file, or one made for a model's name."""
-    from veneer.train.recipe.recipe import parse_recipe, put, read_values
+    from veneer.plan.presets import require_named
+    from veneer.train.recipe.recipe import apply_override, parse_recipe, put, read_values, refuse_early
 
     if _is_recipe(what):
         values = read_values(Path(what), overrides)
     else:
+        require_named(what)
         values = {
             "model": {"source": what},
             "data": {"train": "train.jsonl"},
@@ -165,12 +166,11 @@ def _recipe(what: str, overrides: list[str], method: str | None, changes: dict[s
             "training": {"max_length": 1024},
             "output": "runs/first",
         }
-        from veneer.train.recipe.recipe import apply_override
-
         for override in overrides:
             apply_override(values, override)
     for key, value in changes.items():
         put(values, key, value)
+    refuse_early(values, what)  # before torch is imported
     return parse_recipe(values, what)
 
 

@@ -1,12 +1,16 @@
-"""Options of ``veneer plan``: sizes with units, and which question reads which option."""
+"""Options of ``veneer plan``: sizes with units, which question reads which option, and values that nothing takes.
+
+All is told without torch and transformers, before seconds of imports; a method's name alone may need them.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
 
 from veneer.errors import ConfigError
+from veneer.train.keys import perhaps
 
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 PLAN, FIT, SERVE, ADVICE = "the plan itself", "--fit", "--serve", "--advice"
@@ -28,6 +32,9 @@ READ_BY = {
     "--png": (PLAN,),
     "--no-time": (PLAN, FIT),
 }
+
+
+COUNTS = ("--rows", "--tokens", "--processes", "--rank", "--length", "--batch")
 
 
 def bytes_from(text: str, option: str) -> int:
@@ -55,3 +62,32 @@ def unread(asked: Mapping[str, bool], given: Mapping[str, Any]) -> list[str]:
         else:
             found.append(f"{option} is read by {readers[0]} alone: add {readers[0]}, or leave it out")
     return found
+
+
+def wrong(given: Mapping[str, Any]) -> list[str]:
+    """Say which of the ``given`` options have a value that they cannot have."""
+    found = [
+        f"{name} {given[name]} must be at least 1" for name in COUNTS if given[name] is not None and given[name] < 1
+    ]
+    for name, values in _choices(given).items():
+        value = given[name]
+        if value is not None and (value.lower() if name == "--card" else value) not in values:
+            found.append(f"{name} {value!r} must be one of {', '.join(values)}{perhaps(value, values)}")
+    return found
+
+
+def _choices(given: Mapping[str, Any]) -> dict[str, Sequence[str]]:
+    from veneer.plan.advice import TASKS
+    from veneer.plan.cards import CARDS
+    from veneer.plan.processes import STRATEGIES
+    from veneer.train.recipe.adapter import FULL, method_names
+    from veneer.train.recipe.recipe import ModelPart
+
+    usual = ("lora", FULL)
+    return {
+        "--method": usual if given["--method"] in (None, *usual) else method_names(),
+        "--quantization": get_args(ModelPart.model_fields["quantization"].annotation),
+        "--card": tuple(CARDS),
+        "--strategy": STRATEGIES,
+        "--task": TASKS,
+    }

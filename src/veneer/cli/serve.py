@@ -10,6 +10,7 @@ import typer
 
 from veneer.cli import loading
 from veneer.errors import ConfigError
+from veneer.plan.presets import require_weights
 
 _Adapters = Annotated[
     Path | None,
@@ -63,6 +64,7 @@ def serve(
     Example: veneer serve smollm2-135m-instruct --adapters runs/adapters
     """
     require_closed(host, open_)
+    require_weights(model)
     from veneer.serve.http.server import require_free, run
 
     require_free(host, port)

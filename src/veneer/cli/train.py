@@ -72,12 +72,12 @@ def train(
 
     level = logging.WARNING if is_main() else logging.ERROR  # what the others would say is the same
     logging.basicConfig(level=level, format="%(levelname)s: %(message)s", stream=sys.stderr)
-    from veneer.plan.architecture import require_weights
+    from veneer.plan.presets import require_weights
     from veneer.store.bars import without_bars
     from veneer.train.recipe.recipe import Recipe
 
     first = wanted if isinstance(wanted, Recipe) else wanted.members[0].recipe
-    require_weights(first.model.source)
+    require_weights(first.model.source, "model.source")
     console = Console(soft_wrap=True, quiet=not is_main())
     with without_bars(), _rows_counted_in_terminals():
         if show_sample:

@@ -2,45 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from functools import cache
-from importlib import resources
 from pathlib import Path
-from typing import Any, cast
 
 from transformers import AutoConfig, PreTrainedConfig
 
 from veneer.core.nearest import nearest
-from veneer.errors import ConfigError, FormatError
-from veneer.store.fetch import KNOWN, is_fetched
+from veneer.errors import FormatError
+from veneer.plan.presets import presets, require_named
 from veneer.store.source import resolve
-
-
-@cache
-def presets() -> dict[str, dict[str, Any]]:
-    """The usual models by name: their id on the hub (``hub_id``) and the fields of their configs.
-
-    Shapes: pytorch/torchtune's model builders, huggingface/transformers' conversion scripts, and config.json files
-    that are quoted in public repositories.
-    """
-    text = (resources.files("veneer.plan") / "presets.json").read_text(encoding="utf-8")
-    return cast("dict[str, dict[str, Any]]", json.loads(text))
-
-
-def hub_id_of(name: str) -> str | None:
-    """The id on the hub of the model that a preset describes; None for any other name, and where a file goes by it."""
-    found = None if Path(name).expanduser().exists() else presets().get(name.lower())
-    return None if found is None else str(found["hub_id"])
-
-
-def require_weights(source: str) -> None:
-    """Raise ConfigError for a recipe's model that is a preset, which can be planned and not loaded."""
-    hub_id = hub_id_of(source)
-    if hub_id is not None:
-        raise ConfigError(
-            f"model.source: {source} is a preset of `veneer plan`, a shape without weights. Give the model's id on the "
-            f"hub, {hub_id}, or a folder that holds it"
-        )
 
 
 def config_of(name: str) -> PreTrainedConfig:
@@ -55,13 +24,7 @@ def config_of(name: str) -> PreTrainedConfig:
         config = AutoConfig.for_model(fields.pop("model_type"), **fields)
         config._name_or_path = name.lower()
         return config
-    if not Path(name).expanduser().exists() and "/" not in name and not (name in KNOWN and is_fetched(name)):
-        close = nearest(name.lower(), [*presets(), *KNOWN])
-        meant = f"; did you mean {' or '.join(close)}?" if close else "."
-        raise ConfigError(
-            f"no model {name!r}: it is no preset, no folder and no fetched model{meant} Presets: "
-            f"{', '.join(sorted(presets()))}"
-        )
+    require_named(name)
     try:
         return AutoConfig.from_pretrained(resolve(name))
     except (OSError, ValueError) as error:

@@ -11,8 +11,8 @@ from transformers import PreTrainedConfig
 
 from veneer.core.units import size
 from veneer.errors import ConfigError
-from veneer.plan.architecture import hub_id_of
 from veneer.plan.plan import Plan, plan_recipe
+from veneer.plan.presets import hub_id_of
 from veneer.plan.trace import ACTIVATIONS, LOGITS, SCRATCH
 from veneer.train.recipe.recipe import Recipe, parse_recipe
 

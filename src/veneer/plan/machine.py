@@ -1,6 +1,6 @@
-"""The machine that a plan is for: this one, whose rates are measured and kept in the cache, or a card's data sheet.
+"""The machine that a plan is made on: its rates, measured and kept in the cache, and its memory.
 
-Memory: what a process may still take here (`model.memory`: control groups count), or the card's.
+What a process may still take counts (`model.memory`: control groups too).
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 
-from veneer.core.nearest import nearest
 from veneer.disk.atomic import write_atomically
 from veneer.disk.cache import cache_dir
 from veneer.errors import ConfigError
@@ -34,41 +33,6 @@ LARGEST = 4096
 ROWS = 1024
 START = "bytes of a process that starts"
 COLD_BYTES, MOST_COPIES = 128 << 20, 256
-EFFICIENCY = 0.5
-"""Of a card's data sheet, what products of a training step commonly reach (0.4 to 0.6 is reported)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Card:
-    """A GPU by its data sheet: bytes, bytes a second, dense bfloat16 FLOPs a second, and where that stands."""
-
-    n_bytes: float
-    bandwidth: float
-    flops: float
-    source: str
-
-
-CARDS = {
-    "rtx-3090": Card(24e9, 936e9, 71e12, "NVIDIA, Ampere GA102 whitepaper (2020)"),
-    "rtx-4090": Card(24e9, 1008e9, 165e12, "NVIDIA, Ada architecture whitepaper (2022)"),
-    "a10g": Card(24e9, 600e9, 70e12, "NVIDIA, A10G data sheet"),
-    "l4": Card(24e9, 300e9, 121e12, "NVIDIA, L4 data sheet"),
-    "l40s": Card(48e9, 864e9, 362e12, "NVIDIA, L40S data sheet"),
-    "a100-40gb": Card(40e9, 1555e9, 312e12, "NVIDIA, A100 data sheet"),
-    "a100-80gb": Card(80e9, 2039e9, 312e12, "NVIDIA, A100 data sheet"),
-    "h100-80gb": Card(80e9, 3350e9, 989e12, "NVIDIA, H100 SXM data sheet"),
-    "h200": Card(141e9, 4800e9, 989e12, "NVIDIA, H200 data sheet"),
-}
-
-
-def card_of(name: str) -> Card:
-    """A card by its name. Raises ConfigError, naming the nearest one."""
-    if name.lower() not in CARDS:
-        close = nearest(name.lower(), CARDS)
-        raise ConfigError(
-            f"no card {name!r}{'; did you mean ' + close[0] + '?' if close else ''}; there are {', '.join(CARDS)}"
-        )
-    return CARDS[name.lower()]
 
 
 def processor() -> str:

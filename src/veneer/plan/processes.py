@@ -5,14 +5,17 @@ ZeRO's count (Rajbhandari et al. 2020, arXiv:1910.02054) with frozen weights, wh
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from veneer.errors import ConfigError
-from veneer.plan.live import Peak
-from veneer.plan.plan import Plan
-from veneer.plan.trace import ADAPTERS, BASE, EMBEDDINGS, GRADIENTS, HEAD, NORMS, STATE, TRAINED
+
+# What needs torch is imported where it is used: a wrong option is told before seconds of imports.
+if TYPE_CHECKING:
+    from veneer.plan.live import Peak
+    from veneer.plan.plan import Plan
 
 STRATEGIES = ("ddp", "fsdp")
 GATHERED, BUCKETS = "gathered weights", "gradient buckets"
-_SHARDED = (BASE, EMBEDDINGS, HEAD, NORMS, TRAINED, ADAPTERS, GRADIENTS, STATE)
 
 
 def rank_peak(plan: Plan, n_processes: int, strategy: str) -> Peak:
@@ -37,11 +40,15 @@ def _bytes(peak: Peak) -> int:
 
 
 def _sharded(plan: Plan, phase: Peak, n_processes: int, strategy: str) -> Peak:
+    from veneer.plan.live import Peak
+    from veneer.plan.trace import ADAPTERS, BASE, EMBEDDINGS, GRADIENTS, HEAD, NORMS, STATE, TRAINED
+
     kinds = dict(phase.kinds)
     if strategy == "ddp":
         return Peak({**kinds, **({BUCKETS: 4 * plan.n_trained} if n_processes > 1 else {})})
     n_blocks = plan.config.get_text_config().num_hidden_layers
     blocks = sum(kinds.get(kind, 0) for kind in (BASE, NORMS, TRAINED, ADAPTERS)) / n_blocks
     outside = kinds.get(EMBEDDINGS, 0) + kinds.get(HEAD, 0)
-    sharded = {kind: -(-n // n_processes) if kind in _SHARDED else n for kind, n in kinds.items()}
+    cut = (BASE, EMBEDDINGS, HEAD, NORMS, TRAINED, ADAPTERS, GRADIENTS, STATE)
+    sharded = {kind: -(-n // n_processes) if kind in cut else n for kind, n in kinds.items()}
     return Peak({**sharded, **({GATHERED: round(max(2 * blocks, outside))} if n_processes > 1 else {})})

@@ -17,8 +17,9 @@ from rich.text import Text
 
 from veneer.core.units import duration, size
 from veneer.model.memory import available_bytes
+from veneer.plan.cards import Card, card_of
 from veneer.plan.fit import Fit
-from veneer.plan.machine import Card, Rates, card_of, free_here, start_measured
+from veneer.plan.machine import Rates, free_here, start_measured
 from veneer.plan.plan import PHASES, Plan
 from veneer.plan.process import process_of
 from veneer.plan.time import Seconds, seconds_here, seconds_on

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from veneer.plan.machine import EFFICIENCY, Card, Rates
+from veneer.plan.cards import EFFICIENCY, Card
+from veneer.plan.machine import Rates
 from veneer.plan.work import Work
 
 LAUNCH = 1e-5

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,9 @@ import yaml
 
 from veneer.errors import ConfigError
 from veneer.plan import fit
-from veneer.plan.architecture import config_of, hub_id_of, presets, require_weights
+from veneer.plan.architecture import config_of
 from veneer.plan.fit import Fit
+from veneer.plan.presets import hub_id_of, presets, require_weights
 
 
 @pytest.mark.parametrize(
@@ -35,6 +39,50 @@ def test_options_that_nothing_reads_are_told(veneer: Any, options: list[str], to
     done = veneer("plan", what, *options)
     said = " ".join(done.stderr.split())
     assert (done.exit_code, [part for part in told if part not in said]) == (2, [])
+
+
+_EARLY = """
+import sys
+from veneer.cli.app import app
+try:
+    app(sys.argv[1:])
+finally:
+    print(*(name for name in ("torch", "transformers", "trl") if name in sys.modules))
+"""
+_PRESET = "is a preset of `veneer plan`, a shape without weights. Give the model's id on the hub, meta-llama/Meta-Llama"
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (("plan", "llama-3-8"), "no model 'llama-3-8': it is no preset, .* did you mean llama-3-8b"),
+        (
+            ("plan", "llama-3-8b", "--quantization", "nf5"),
+            "error: --quantization 'nf5' must be one of none, nf4.*'nf4'",
+        ),
+        (("plan", "llama-3-8b", "--card", "rtx4090"), "error: --card 'rtx4090' must be one of .*nearest is 'rtx-4090'"),
+        (("plan", "llama-3-8b", "--length", "0", "--rank", "-1"), "--rank -1 must be at least 1; --length 0 must be"),
+        (
+            ("plan", "llama-3-8b", "--processes", "3", "--strategy", "zero"),
+            "--strategy 'zero' must be one of ddp, fsdp",
+        ),
+        (("plan", "llama-3-8b", "--advice", "--task", "maths"), "--task 'maths' must be .*the nearest is 'math'"),
+        (("plan", "llama-3-8b", "--set", "model.quantization=nf5"), "model.quantization: 'nf5' does not fit"),
+        (("generate", "Llama-3-8B", "-p", "?"), f"MODEL: Llama-3-8B {_PRESET}"),
+        (("chat", "llama-3-8b"), f"MODEL: llama-3-8b {_PRESET}"),
+        (("serve", "llama-3-8b"), f"MODEL: llama-3-8b {_PRESET}"),
+    ],
+)
+def test_what_is_wrong_by_itself_is_told_before_torch_is_imported(command: tuple[str, ...], told: str) -> None:
+    done = subprocess.run([sys.executable, "-c", _EARLY, *command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (2, "")
+    assert re.search(told, " ".join(done.stderr.split()))
+
+
+def test_an_unknown_method_is_told_by_its_option(veneer: Any) -> None:
+    done = veneer("plan", "llama-3-8b", "--method", "lorra")
+    assert done.exit_code == 2
+    assert "--method 'lorra' must be one of lora, adalora" in " ".join(done.stderr.split())
 
 
 def test_advice_counts_the_adapter_that_it_advises_and_cuts_no_key(veneer: Any) -> None:
@@ -64,7 +112,7 @@ def test_every_preset_knows_its_id_on_the_hub(tmp_path: Path, monkeypatch: pytes
     assert all(str(each["hub_id"]).count("/") == 1 for each in presets().values())
     assert not hasattr(config_of("qwen2.5-7b"), "hub_id")
     assert hub_id_of("someone/qwen2.5-7b") is None
-    with pytest.raises(ConfigError, match=r"Llama-3-8B is a preset .*id on the hub, meta-llama/Meta-Llama-3-8B"):
+    with pytest.raises(ConfigError, match=r"MODEL: Llama-3-8B is a preset .*id on the hub, meta-llama/Meta-Llama-3-8B"):
         require_weights("Llama-3-8B")
     monkeypatch.chdir(tmp_path)
     Path("llama-3-8b").mkdir()

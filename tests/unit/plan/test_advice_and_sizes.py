@@ -10,8 +10,8 @@ from tests.unit.plan.conftest import Make
 from veneer.cli.plan_options import bytes_from
 from veneer.errors import ConfigError
 from veneer.plan.advice import advise
+from veneer.plan.cards import card_of
 from veneer.plan.live import Peak
-from veneer.plan.machine import card_of
 from veneer.plan.plan import plan_recipe
 from veneer.plan.processes import rank_peak
 from veneer.plan.trace import ACTIVATIONS, BASE

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from veneer.plan.machine import Card
+from veneer.plan.cards import Card
 from veneer.plan.time import seconds_on
 from veneer.plan.work import Product, Work
 
