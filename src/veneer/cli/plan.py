@@ -28,7 +28,9 @@ _Method = Annotated[
     str | None,
     typer.Option(metavar="NAME", show_default="lora", help="As adapter.method; full trains the whole model."),
 ]
-_Rank = Annotated[int | None, typer.Option("--rank", "--r", metavar="N", show_default=False, help="As adapter.r.")]
+_Rank = Annotated[
+    int | None, typer.Option("--rank", "--r", metavar="N", show_default="of LoRA: 8", help="As adapter.r.")
+]
 _Targets = Annotated[
     str | None, typer.Option(metavar="NAMES", show_default=False, help="As adapter.target_modules, with commas.")
 ]
@@ -220,9 +222,11 @@ def _fit(
         settings = [
             {"changes": dict(f.changes), "bytes": f.n_bytes, "seconds_a_token": f.seconds_a_token} for f in found
         ]
-        typer.echo(json.dumps({"budget": budget, "settings": settings, "recipe": best}, indent=2))
+        typer.echo(
+            json.dumps({"budget": budget, "source": machine.told, "settings": settings, "recipe": best}, indent=2)
+        )
         return
-    _console().print(fit_table(found, budget))
+    _console().print(fit_table(found, budget, machine.told))
     typer.echo(best if write is None else f"written: {write}")
 
 
@@ -243,9 +247,10 @@ def _serve(recipe: Recipe, config: PreTrainedConfig, memory: int, as_json: bool)
         return
     half = found.adapters(0) // 2
     typer.echo(
-        f"base {size(found.base)} of {size(memory)}; {size(found.room)} for keys, values and adapters\n"
-        f"{found.tokens(0):,} tokens, or {found.adapters(0):,} adapters ({size(found.adapter)} each), or on the line "
-        f"between: {half:,} adapters and {found.tokens(half):,} tokens"
+        f"base {size(found.base)} of {size(memory)}; {size(found.reserve)} left free, as the engine leaves them;\n"
+        f"{size(found.room)} for keys, values and adapters\n"
+        f"{found.tokens(0):,} tokens, or {found.adapters(0):,} adapters ({size(found.adapter)} each),\n"
+        f"or on the line between: {half:,} adapters and {found.tokens(half):,} tokens"
     )
 
 

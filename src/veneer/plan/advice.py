@@ -16,7 +16,10 @@ _QLORA = "Dettmers et al. 2023, arXiv:2305.14314"
 _VARIANTS = "nine variants compared, arXiv:2602.04998"
 _NOBODY = "common practice, no controlled source"
 _ALL_LINEAR = "attention alone is behind at equal parameters; the feed-forward half matters most"
-_BATCH = "LoRA loses more than full fine-tuning as the batch grows, at any rank: 32 rows or fewer a step"
+MOST_ROWS, LEAST_STEPS = 32, 20
+"""Rows of a step at most, and steps of an epoch at least."""
+_TWICE, _ONCE = 5_000, 50_000
+"""Rows above which they are read twice, and once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +49,16 @@ def advise(task: str, n_rows: int, tokens_a_row: int, parameters_a_rank: int) ->
     return [
         Advice("adapter.method", "lora", "variants are within 1 to 2% once each has its own rate", _VARIANTS, "medium"),
         Advice("adapter.r", rank, f"{reason}; {rank * parameters_a_rank:,} parameters", source, sure),
-        Advice("adapter.lora_alpha", 32, "with alpha / r the best rate hardly moves with the rank", _REGRET, "medium"),
+        Advice(
+            "adapter.lora_alpha", 32, "32 is theirs: with alpha / r the best rate hardly moves with the rank", _REGRET,
+            "medium",
+        ),
         Advice("adapter.target_modules", "all-linear", _ALL_LINEAR, f"{_REGRET}; {_BIDERMAN}", "high"),
-        Advice("adapter.lora_dropout", 0.0, "0.05 to 0.1 helped a little on small data", _QLORA, "low"),
-        Advice("training.learning_rate", _rate(task), "ten times that of full fine-tuning", _REGRET, "medium"),
-        Advice("training.num_train_epochs", _epochs(task, n_rows), "more than 3 learn rows by heart", _NOBODY, "low"),
-        Advice("training.per_device_train_batch_size", min(32, max(1, n_rows // 20)), _BATCH, _REGRET, "medium"),
-    ]
+        Advice("adapter.lora_dropout", 0.0, "none at first: 0.05 to 0.1 helped a little on small data", _QLORA, "low"),
+        _rate(task),
+        _epochs(task, n_rows),
+        _batch(n_rows),
+    ]  # fmt: skip
 
 
 def as_advised(recipe: Recipe, rank: int) -> Recipe:
@@ -80,9 +86,27 @@ def _rank(task: str, n_tokens: int, parameters_a_rank: int) -> tuple[int, str, s
     return rank, reason, f"Allen-Zhu, Li 2024, arXiv:2404.05405; {_BIDERMAN}", "medium" if holds <= usual else "low"
 
 
-def _rate(task: str) -> float:
-    return {"pretraining": 1e-4, "rl": 1e-4, "classification": 3e-4}.get(task, 2e-4)
+def _rate(task: str) -> Advice:
+    rate = {"pretraining": 1e-4, "rl": 1e-4, "classification": 3e-4}.get(task, 2e-4)
+    reason = f"ten times the rate of full fine-tuning, for which {rate / 10:g} is taken in {task}"
+    return Advice("training.learning_rate", rate, reason, f"{_REGRET}; the rate itself: {_NOBODY}", "medium")
 
 
-def _epochs(task: str, n_rows: int) -> float:
-    return 1.0 if task == "pretraining" or n_rows > 50_000 else 2.0 if n_rows > 5_000 else 3.0
+def _epochs(task: str, n_rows: int) -> Advice:
+    once = task == "pretraining"
+    epochs = 1.0 if once or n_rows > _ONCE else 2.0 if n_rows > _TWICE else 3.0
+    reason = (
+        "text as in pretraining is read once"
+        if once
+        else f"{n_rows:,} rows: 3 epochs up to {_TWICE:,}, 2 up to {_ONCE:,}, 1 above; more than 3 learn rows by heart"
+    )
+    return Advice("training.num_train_epochs", epochs, reason, _NOBODY, "low")
+
+
+def _batch(n_rows: int) -> Advice:
+    key, rows = "training.per_device_train_batch_size", min(MOST_ROWS, max(1, n_rows // LEAST_STEPS))
+    if rows == MOST_ROWS:
+        reason = f"LoRA loses more than full fine-tuning as the batch grows, at any rank: {rows} rows or fewer a step"
+        return Advice(key, rows, reason, _REGRET, "medium")
+    reason = f"of {n_rows:,} rows no more than a {LEAST_STEPS}th, so that an epoch has as many steps, and one at least"
+    return Advice(key, rows, reason, _NOBODY, "low")

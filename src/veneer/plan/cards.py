@@ -20,6 +20,11 @@ class Card:
     flops: float
     source: str
 
+    @property
+    def told(self) -> str:
+        """Where its numbers come from, in words."""
+        return f"data sheet, not measured: {self.source}"
+
 
 CARDS = {
     "rtx-3090": Card(24e9, 936e9, 71e12, "NVIDIA, Ampere GA102 whitepaper (2020)"),

@@ -65,6 +65,13 @@ class Machine:
             return available_bytes(self.gpu)
         return free_here() if self.card is None else int(self.card.n_bytes)
 
+    @property
+    def told(self) -> str:
+        """Where the numbers of its memory and cost come from, in words."""
+        if self.card is not None:
+            return f"memory and cost by a {self.card.told}"
+        return f"cost: {'seconds by rates measured on this machine' if self.timed else 'arithmetic alone, not timed'}"
+
     def measuring(self) -> AbstractContextManager[None]:
         """Measure what a process of this machine starts with, while a plan is made within."""
         return start_measured(Rates.here()) if self.card is None and self.gpu is None else nullcontext()
@@ -88,6 +95,8 @@ class Machine:
     def facts(self, plan: Plan, n_rows: int | None) -> dict[str, Any]:
         """Process and time as plain numbers."""
         found: dict[str, Any] = {"process": {"bytes": self.bytes_of(plan), "free": self.memory}}
+        if self.card is not None:
+            found["process"]["source"] = self.card.told
         if self.timed:
             seconds = self.seconds(plan)
             found["time"] = {
@@ -107,7 +116,7 @@ def shown(plan: Plan, facts: dict[str, Any]) -> Group:
     """The plan as a page of a terminal."""
     batch, share = plan.batch, plan.n_trained / plan.n_parameters
     head = Text(
-        f"{plan.recipe.model.source}, {plan.recipe.method}, base in "
+        f"{plan.recipe.model.source}, {_method(plan.recipe)}, base in "
         f"{'its own dtype' if plan.recipe.model.quantization == 'none' else plan.recipe.model.quantization}: "
         f"{plan.n_trained:,} of {plan.n_parameters:,} parameters trained ({share:.2%}); "
         f"{batch.n_rows} row{'s' if batch.n_rows > 1 else ''} of {batch.length:,} tokens"
@@ -124,7 +133,8 @@ def shown(plan: Plan, facts: dict[str, Any]) -> Group:
         _bars(dict(plan.peak.kinds), "kind"),
     ]
     process = facts["process"]
-    lines.append(Text(f"\nprocess {size(process['bytes'])}; {size(process['free'])} may be taken"))
+    sheet = f" ({process['source']})" if "source" in process else ""
+    lines.append(Text(f"\nprocess {size(process['bytes'])}; {size(process['free'])} may be taken{sheet}"))
     if "rank" in facts:
         rank = facts["rank"]
         lines.append(Text(f"a rank of {rank['processes']} ({rank['strategy']}): {size(rank['bytes'])} of tensors"))
@@ -135,6 +145,12 @@ def shown(plan: Plan, facts: dict[str, Any]) -> Group:
         )
         lines.append(Text(told + (f"; {duration(time['hours'] * 3600)} for the run" if "hours" in time else "")))
     return Group(*lines)
+
+
+def _method(recipe: Recipe) -> str:
+    """The method, with its rank where it has one: a recipe may leave it to the method."""
+    rank = getattr(recipe.adapter_config(), "r", None)
+    return recipe.method if rank is None else f"{recipe.method} of rank {rank}"
 
 
 def _bars(amounts: dict[str, int], noun: str) -> Table:
@@ -153,9 +169,10 @@ def told(plan: Plan, facts: dict[str, Any]) -> str:
     )
 
 
-def fit_table(found: Sequence[Fit], budget: int) -> Table:
-    """Settings that fit, best first."""
-    table = Table("", "settings", "memory", "cost a token", box=None, padding=(0, 2), title=f"within {size(budget)}")
+def fit_table(found: Sequence[Fit], budget: int, told: str) -> Table:
+    """Settings that fit, best first; ``told``: where the numbers come from."""
+    title = f"within {size(budget)}"
+    table = Table("", "settings", "memory", "cost a token", box=None, padding=(0, 2), title=title, caption=told)
     for number, fit in enumerate(found, 1):
         settings = ", ".join(f"{key.partition('.')[2]}={value}" for key, value in fit.changes.items())
         table.add_row(
@@ -173,7 +190,7 @@ def draw(plan: Plan, path: Path) -> None:
     """A picture: phases as stacked bars of kinds."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     phases = [phase for phase in PHASES if phase in plan.phases]
     below = [0.0] * len(phases)
@@ -181,7 +198,8 @@ def draw(plan: Plan, path: Path) -> None:
         amounts = [plan.phases[phase].kinds.get(kind, 0) / 1e9 for phase in phases]
         axes.bar(phases, amounts, bottom=below, label=kind)
         below = [a + b for a, b in zip(below, amounts, strict=True)]
+    axes.set_ylim(top=1.05 * max(below))
     axes.set_ylabel("GB")
-    axes.set_title(f"{plan.recipe.model.source}: {plan.recipe.method}, {size(plan.peak.n_bytes)} at the peak")
-    axes.legend(fontsize="small")
+    axes.set_title(f"{plan.recipe.model.source}: {_method(plan.recipe)}, {size(plan.peak.n_bytes)} at the peak")
+    figure.legend(fontsize="small", loc="outside right upper", reverse=True)  # as the bars are stacked, beside them
     figure.savefig(path, dpi=144)

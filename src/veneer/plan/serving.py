@@ -19,9 +19,12 @@ from veneer.train.recipe.recipe import ModelPart
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Serving:
-    """Bytes: of the base, of ``room`` for keys, values and adapters, of a page of ``block`` tokens, of an adapter."""
+    """Bytes: of the base, of the ``reserve`` that the engine leaves free, of ``room`` for keys, values and adapters, of
+    a page of ``block`` tokens, of an adapter.
+    """
 
     base: int
+    reserve: int
     room: int
     page: int
     block: int
@@ -57,5 +60,10 @@ def serving_of(
     heads = [block.attention.heads for block in describe(model).blocks if isinstance(block.attention, Attention)]
     position = sum(2 * h.n_kv_heads * h.head_dim for h in heads) * value
     return Serving(
-        base=base, room=room, page=position * options.block_size, block=options.block_size, adapter=n_adapter * value
+        base=base,
+        reserve=memory - base - room,
+        room=room,
+        page=position * options.block_size,
+        block=options.block_size,
+        adapter=n_adapter * value,
     )

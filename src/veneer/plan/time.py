@@ -50,4 +50,4 @@ def seconds_on(work: Work, card: Card) -> Seconds:
         "updates": (work.updated + UPDATED_8BIT_BYTES * work.updated_8bit) / card.bandwidth,
         "calls": work.n_ops * LAUNCH,
     }
-    return Seconds(kinds, f"data sheet, not measured: {card.source}, products at {EFFICIENCY:.0%}")
+    return Seconds(kinds, f"{card.told}, products at {EFFICIENCY:.0%}")

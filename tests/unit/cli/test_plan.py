@@ -11,7 +11,11 @@ from typing import Any
 
 import pytest
 import yaml
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from tests.pictures import check_picture
 
+from veneer.core.units import size
 from veneer.errors import ConfigError
 from veneer.plan import fit
 from veneer.plan.architecture import config_of
@@ -77,6 +81,47 @@ def test_what_is_wrong_by_itself_is_told_before_torch_is_imported(command: tuple
     done = subprocess.run([sys.executable, "-c", _EARLY, *command], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip()) == (2, "")
     assert re.search(told, " ".join(done.stderr.split()))
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--card", "rtx-4090"), "memory and cost by a data sheet, not measured: NVIDIA, Ada"),
+        (("--no-time",), "cost: arithmetic alone, not timed"),
+    ],
+)
+def test_settings_that_fit_say_where_their_numbers_come_from(
+    options: tuple[str, ...], told: str, veneer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit, "fits", lambda *_: [Fit({}, None, 7, 0.3)])  # type: ignore[arg-type]
+    assert told in " ".join(veneer("plan", "smollm2-135m", "--fit", "900MB", *options).stdout.split())
+    facts = json.loads(veneer("plan", "smollm2-135m", "--fit", "900MB", "--json", *options).stdout)
+    assert told in facts["source"]
+
+
+def test_a_plan_by_a_data_sheet_says_so_and_names_the_rank(veneer: Any) -> None:
+    done = veneer("plan", "smollm2-135m", "--card", "l4", "--no-time", "--length", "17")
+    said = " ".join(done.stdout.split())
+    assert "smollm2-135m, lora of rank 8, base in its own dtype" in said
+    assert "24.00 GB may be taken (data sheet, not measured: NVIDIA, L4 data sheet)" in said
+
+
+def test_what_is_left_free_beside_a_served_base_is_told(veneer: Any) -> None:
+    options = ("plan", "smollm2-135m", "--serve", "--memory", "1GB")
+    facts = json.loads(veneer(*options, "--json").stdout)
+    assert facts["base"] + facts["reserve"] + facts["room"] == facts["memory"] == 10**9
+    assert facts["reserve"] == pytest.approx(0.08 * (facts["memory"] - facts["base"]))
+    assert f"; {size(facts['reserve'])} left free, as the engine leaves them" in veneer(*options).stdout
+
+
+def test_the_legend_of_a_picture_covers_no_bar(veneer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(FigureCanvasAgg(figure).figure))
+    veneer("plan", "smollm2-135m", "--no-time", "--length", "17", "--png", tmp_path / "plan.png")
+    check_picture(drawn[0])
+    [axes], [legend] = drawn[0].axes, drawn[0].legends
+    assert axes.get_window_extent().x1 <= legend.get_window_extent().x0
+    assert max(bar.get_y() + bar.get_height() for bar in axes.patches) < axes.get_ylim()[1]
 
 
 def test_an_unknown_method_is_told_by_its_option(veneer: Any) -> None:

@@ -9,7 +9,7 @@ from tests.unit.plan.conftest import Make
 
 from veneer.cli.plan_options import bytes_from
 from veneer.errors import ConfigError
-from veneer.plan.advice import advise
+from veneer.plan.advice import TASKS, advise
 from veneer.plan.cards import card_of
 from veneer.plan.live import Peak
 from veneer.plan.plan import plan_recipe
@@ -26,6 +26,18 @@ def test_rank_follows_tokens_and_task() -> None:
     assert wins.value == 256
     assert "full fine-tuning wins" in wins.reason
     assert all(each.source and each.confidence in ("high", "medium", "low") for each in advise("math", 7, 11, 13))
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("n_rows", [3, 211, 7_919, 104_729])
+def test_the_reasons_name_the_numbers_that_they_lead_to(task: str, n_rows: int) -> None:
+    found = {each.key.partition(".")[2]: each for each in advise(task, n_rows, 7, LLAMA_3_8B)}
+    rate, batch, epochs = (found[key] for key in ("learning_rate", "per_device_train_batch_size", "num_train_epochs"))
+    assert f"ten times the rate of full fine-tuning, for which {rate.value / 10:g} is taken" in rate.reason
+    assert {3: 1, 211: 10, 7_919: 32, 104_729: 32}[n_rows] == batch.value
+    assert ("32 rows or fewer" if batch.value == 32 else f"of {n_rows} rows no more than a 20th") in batch.reason
+    assert epochs.value == (1 if task == "pretraining" else {3: 3, 211: 3, 7_919: 2, 104_729: 1}[n_rows])
+    assert ("read once" if task == "pretraining" else "3 epochs up to 5,000, 2 up to 50,000, 1 above") in epochs.reason
 
 
 def test_unknown_tasks_and_counts_are_told_at_once() -> None:
