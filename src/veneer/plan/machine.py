@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -33,6 +34,8 @@ LARGEST = 4096
 ROWS = 1024
 START = "bytes of a process that starts"
 COLD_BYTES, MOST_COPIES = 128 << 20, 256
+SHORTEST_ROW, LONGEST_ROW = 32, 1024
+"""Of the lengths at which torch's attention is measured, powers of two."""
 
 
 def processor() -> str:
@@ -83,7 +86,7 @@ class Rates:
 
     def large_op_byte(self) -> float:
         """Seconds a byte that an elementwise op on large tensors reads or writes."""
-        return self._once("moved", _moved_seconds)
+        return self._once("byte of a large op", _large_op_seconds)
 
     def computed(self, work: Work) -> float:
         """Seconds of a step's arithmetic, calls and updates: all but its elementwise work."""
@@ -91,7 +94,7 @@ class Rates:
 
     def parts(self, work: Work) -> dict[str, float]:
         """The same by kind."""
-        torch_attention = work.torch_attention * self.torch_attention() if work.torch_attention else 0.0
+        torch_attention = sum(n * self.torch_attention(length) for length, n in work.torch_attention.items())
         n_fused, n_general = work.n_ops - work.n_general, work.n_general
         fused, general = (n and n * self.op(own) for n, own in ((n_fused, False), (n_general, True)))
         watched = work.n_watched * self.watched() if work.n_watched else 0.0
@@ -108,9 +111,10 @@ class Rates:
         """Seconds a FLOP of attention by the kernel."""
         return self._once("attention", _attention_seconds)
 
-    def torch_attention(self) -> float:
-        """Seconds a FLOP of attention by torch, on the general path."""
-        return self._once("attention of torch", _torch_attention_seconds)
+    def torch_attention(self, length: int) -> float:
+        """Seconds a FLOP of attention by torch, on the general path, in rows of this a length: short ones cost more."""
+        near = min(LONGEST_ROW, max(SHORTEST_ROW, 1 << round(math.log2(max(length, 1)))))
+        return self._once(f"attention of torch, {near} tokens", lambda: _torch_attention_seconds(near))
 
     def decoded(self) -> float:
         """Seconds to decode one value of 4 bits."""
@@ -191,9 +195,10 @@ def _product_seconds(m: int, k: int, n: int, dtype: str) -> float:
     return _timed(lambda: a @ next(weights).T)
 
 
-def _moved_seconds() -> float:
-    x = torch.ones(1 << 22)
-    return _timed(lambda: x * 1.5) / (2 * x.nbytes)
+def _large_op_seconds() -> float:
+    """In place on more than caches hold, as an optimizer goes through weights and moments."""
+    x = torch.ones(COLD_BYTES // 4)
+    return _timed(lambda: x.mul_(1.0)) / (2 * x.nbytes)
 
 
 def _attention_seconds() -> float:
@@ -210,8 +215,8 @@ def _attention_seconds() -> float:
     return _timed(run) / (14 * t * t / 2 * heads * d)
 
 
-def _torch_attention_seconds() -> float:
-    b, heads, t, d = 2, 8, 256, 64
+def _torch_attention_seconds(t: int) -> float:
+    b, heads, d = 2, 8, 64
     q, k, v = (torch.ones(b, heads, t, d, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     mask = torch.ones(b, 1, t, t, dtype=torch.bool).tril()
 

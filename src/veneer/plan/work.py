@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from veneer.ops.cpu.module import DTYPES
+
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.mm.default: 0, _aten.bmm.default: 0, _aten.addmm.default: 1, _aten.baddbmm.default: 1}
 _PRODUCTS |= {_aten.mm.out: 0, _aten.addmm_.default: 1, _aten.addmm.out: 1, _aten._grouped_mm.default: 0}
@@ -57,15 +59,16 @@ class Product:
 
 @dataclass(slots=True)
 class Work:
-    """Sums over a step. Attention is in FLOPs, by the kernel and by torch; ``moved`` and ``updated`` in bytes, the
-    latter by the optimizer, whose tensors are large where the whole model is trained; ``updated_8bit`` in values.
-    ``n_ops`` counts what torch's dispatcher saw, ``n_watched`` those that selective checkpointing looked at.
-    ``n_general``: those of them that are of the model's own code, not of a fused block.
+    """Sums over a step. Attention is in FLOPs, by the kernel and, for each length of a row, by torch. ``moved`` and
+    ``updated`` are bytes, the latter of the optimizer in place, in tensors that are large where the whole model is
+    trained: memory that is taken anew costs more than to move its bytes. ``updated_8bit`` is in values. ``n_ops``
+    counts what torch's dispatcher saw, ``n_watched`` those that selective checkpointing looked at, ``n_general`` those
+    that are of the model's own code, not of a fused block.
     """
 
     products: Counter[Product] = field(default_factory=Counter)
     attention: float = 0.0
-    torch_attention: float = 0.0
+    torch_attention: Counter[int] = field(default_factory=Counter)
     decoded: float = 0.0
     moved: float = 0.0
     updated: float = 0.0
@@ -76,13 +79,10 @@ class Work:
 
     def plus(self, other: Work, times: float) -> Work:
         """This and so many of the other."""
-        products = Counter(self.products)
-        for product, n in other.products.items():
-            products[product] += n * times  # type: ignore[assignment]
         return Work(
-            products,
+            _plus(self.products, other.products, times),
             self.attention + times * other.attention,
-            self.torch_attention + times * other.torch_attention,
+            _plus(self.torch_attention, other.torch_attention, times),
             self.decoded + times * other.decoded,
             self.moved + times * other.moved,
             self.updated + times * other.updated,
@@ -95,7 +95,11 @@ class Work:
     @property
     def flops(self) -> float:
         """All arithmetic of products and attention."""
-        return self.attention + self.torch_attention + sum(product.flops * n for product, n in self.products.items())
+        return (
+            self.attention
+            + self.torch_attention.total()
+            + sum(product.flops * n for product, n in self.products.items())
+        )
 
 
 class CountWork(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -128,7 +132,13 @@ class CountWork(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.work.products[Product(m, k, n, "bfloat16")] += 1
             self.work.decoded += o * i
         elif name in ("four_bit_dequantize", "int8_dequantize"):
-            self.work.decoded += arguments[2] if name.startswith("four") else arguments[2] * arguments[3]
+            n, dtype = (
+                (arguments[2], arguments[5]) if name.startswith("four") else (arguments[2] * arguments[3], arguments[4])
+            )
+            self.work.decoded += n
+            self._moves(
+                -KERNEL_TOUCHES * n * (4 if dtype == DTYPES[torch.float32] else 2)
+            )  # decoding writes its output
         elif name == "adamw_8bit":
             self.work.updated_8bit += arguments[4]
         elif name in ("attention_forward", "attention_backward"):
@@ -160,24 +170,28 @@ class CountWork(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif name.startswith("_scaled_dot_product"):
             q = args[1] if "backward" in name else args[0]
             b, h, t, d = q.shape
-            self.work.torch_attention += (10 if "backward" in name else 4) * b * h * t * t * d / 2
+            self.work.torch_attention[t] += (10 if "backward" in name else 4) * b * h * t * t * d / 2
         elif name.startswith(("empty", "new_empty")):
             self._moves(KERNEL_TOUCHES * _bytes(out))
+        elif name == "embedding":
+            self._moves(2 * _bytes(out))  # of the table it reads the rows that it writes
         elif name not in _SILENT:
-            given = _bytes(args)
-            self._moves(
-                given + (given if out is None else _bytes(out))
-            )  # nothing comes out: it writes into what it got
+            given, in_place = _bytes(args), out is None or (bool(args) and out is args[0])
+            self._moves(given + (given if out is None else _bytes(out)), in_place=in_place)
 
     def _calls(self) -> None:
         self.work.n_ops += 1
         self.work.n_general += self.general
 
-    def _moves(self, n_bytes: int) -> None:
-        if self.updating:
+    def _moves(self, n_bytes: int, *, in_place: bool = False) -> None:
+        if self.updating and in_place:
             self.work.updated += n_bytes
         else:
             self.work.moved += n_bytes
+
+
+def _plus(counts: Counter[Any], others: Counter[Any], times: float) -> Counter[Any]:
+    return Counter({key: counts[key] + times * others[key] for key in counts.keys() | others.keys()})
 
 
 def _bytes(tensors: Any) -> int:

@@ -17,7 +17,7 @@ def test_a_data_sheet_gives_products_bytes_updates_and_calls_their_time() -> Non
     work = Work(
         products,
         attention=17.0,
-        torch_attention=19.0,
+        torch_attention=Counter({64: 19}),
         moved=21.0,
         decoded=14.0,
         updated=35.0,
