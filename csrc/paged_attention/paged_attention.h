@@ -51,7 +51,7 @@ namespace {
 
 // The threads that are worth waking for a call.
 inline int threads_for(const PagedCall& call) {
-  constexpr int64_t least_work = 1 << 12;  // scores
+  constexpr int64_t least_work = 1 << 12;  // scores, some 15 us of one thread
   int64_t scores = 0;
   for (int64_t s = 0; s < call.batch.n_sequences; ++s) {
     const int64_t rows = call.batch.first_row[s + 1] - call.batch.first_row[s];

@@ -7,12 +7,13 @@
 namespace veneer {
 namespace {
 
-// Where each thread's sequences begin, and the end; empty where some would have much more to do than others.
-std::vector<int64_t> even_shares(const PagedBatch& b, int threads) {
+// Where each thread's sequences begin, and the end; empty where a thread would have more than an eighth above its share: then
+// threads take pieces of the work as they come to them.
+std::vector<int64_t> even_shares(const PagedBatch& b, int64_t window, int threads) {
   constexpr int64_t keys_beside = 64;  // to read as many takes as long as what a row takes besides
   const auto work = [&](int64_t s) {
-    const int64_t rows = b.first_row[s + 1] - b.first_row[s];
-    return rows * (b.position[s] + rows + keys_beside);
+    const int64_t rows = b.first_row[s + 1] - b.first_row[s], keys = b.position[s] + rows;
+    return rows * ((window > 0 ? std::min(keys, window + rows) : keys) + keys_beside);
   };
   int64_t all = 0, done = 0, begun = 0, most = 0;
   for (int64_t s = 0; s < b.n_sequences; ++s) all += work(s);
@@ -114,7 +115,7 @@ void AttentionInstruction::make_room(const Pass& pass) const {
 }
 
 void AttentionInstruction::run(const Pass& pass) const {
-  const std::vector<int64_t> bounds = even_shares(pass.batch, threads_for(call_of(pass, {})));
+  const std::vector<int64_t> bounds = even_shares(pass.batch, parts_.options.window, threads_for(call_of(pass, {})));
   if (bounds.size() <= 2) return run_rows(pass);
   std::vector<std::unique_ptr<Share>> shares;
   for (size_t i = 0; i + 1 < bounds.size(); ++i) {

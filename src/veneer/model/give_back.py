@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 from itertools import chain
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def give_back(model: nn.Module) -> None:
     last time. A page that is read again comes back from the file. A map in which a page was written, and would come
     back without what was written, is left as it is. Linux tells; on other systems nothing is given back.
     """
-    if not SMAPS.exists():
+    if not os.access(SMAPS, os.R_OK):
         return
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):  # glibc's: it keeps what is freed between blocks that are in use
@@ -29,6 +30,7 @@ def give_back(model: nn.Module) -> None:
     addresses = {tensor.data_ptr() for tensor in tensors if tensor.is_cpu}
     for place in psutil.Process().memory_maps(grouped=False):
         first, end = (int(address, 16) for address in place.addr.split("-"))
-        unwritten = place.path.startswith("/") and not place.anonymous and not place.swap
+        # A map of huge pages has a path, counts neither as anonymous nor as resident, and would come back as zeros.
+        unwritten = place.path.startswith("/") and place.rss and not place.anonymous and not place.swap
         if unwritten and any(first <= address < end for address in addresses):
             libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_DONTNEED)

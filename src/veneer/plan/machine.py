@@ -82,7 +82,7 @@ class Rates:
         from veneer.plan.overhead import byte_seconds
 
         least = self.large_op_byte()
-        return self._once("elementwise byte of a step", lambda: byte_seconds(self.computed, least))
+        return self._once("byte of elementwise work", lambda: byte_seconds(self.computed, least))
 
     def large_op_byte(self) -> float:
         """Seconds a byte that an elementwise op on large tensors reads or writes."""
@@ -95,8 +95,9 @@ class Rates:
     def parts(self, work: Work) -> dict[str, float]:
         """The same by kind."""
         torch_attention = sum(n * self.torch_attention(length) for length, n in work.torch_attention.items())
-        n_fused, n_general = work.n_ops - work.n_general, work.n_general
-        fused, general = (n and n * self.op(own) for n, own in ((n_fused, False), (n_general, True)))
+        n_fused = work.n_ops - work.n_general
+        fused = n_fused * self.op(general=False) if n_fused else 0.0
+        general = work.n_general * self.op(general=True) if work.n_general else 0.0
         watched = work.n_watched * self.watched() if work.n_watched else 0.0
         updated_8bit = work.updated_8bit * self.updated_8bit() if work.updated_8bit else 0.0
         return {
@@ -112,7 +113,7 @@ class Rates:
         return self._once("attention", _attention_seconds)
 
     def torch_attention(self, length: int) -> float:
-        """Seconds a FLOP of attention by torch, on the general path, in rows of this a length: short ones cost more."""
+        """Seconds a FLOP of attention by torch, on the general path, in rows of about so many tokens."""
         near = min(LONGEST_ROW, max(SHORTEST_ROW, 1 << round(math.log2(max(length, 1)))))
         return self._once(f"attention of torch, {near} tokens", lambda: _torch_attention_seconds(near))
 
@@ -216,7 +217,7 @@ def _attention_seconds() -> float:
 
 
 def _torch_attention_seconds(t: int) -> float:
-    b, heads, d = 2, 8, 64
+    b, heads, d = 2 * max(1, 128 // t) ** 2, 8, 64  # so much work that calls, which are counted apart, are little of it
     q, k, v = (torch.ones(b, heads, t, d, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     mask = torch.ones(b, 1, t, t, dtype=torch.bool).tril()
 

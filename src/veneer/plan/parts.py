@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from veneer.model.checkpointing import is_selective
-from veneer.model.fused.block import FusedBlock, halves_now
+from veneer.model.fused.block import FusedBlock, halves_now, keywords_of
 from veneer.model.fused.decoder import is_fused
 from veneer.optim.layerwise import LayerwiseGaLoreAdamW
 from veneer.plan.step import blocks
@@ -37,7 +37,7 @@ def tell_parts(counted: CountWork, model: PreTrainedModel, optimizer: torch.opti
 def _tell_path(counted: CountWork, k: int) -> Callable[..., None]:
     def hook(block: Any, args: Any, kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs["hidden_states"]
-        counted.general_blocks[str(k)] = None in halves_now(block, x, kwargs)
+        counted.general_blocks[str(k)] = None in halves_now(block, x, keywords_of(block, args[1:], kwargs))
 
     return hook
 

@@ -132,13 +132,12 @@ class CountWork(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.work.products[Product(m, k, n, "bfloat16")] += 1
             self.work.decoded += o * i
         elif name in ("four_bit_dequantize", "int8_dequantize"):
-            n, dtype = (
-                (arguments[2], arguments[5]) if name.startswith("four") else (arguments[2] * arguments[3], arguments[4])
-            )
+            four = name.startswith("four")
+            n, dtype = (arguments[2], arguments[5]) if four else (arguments[2] * arguments[3], arguments[4])
             self.work.decoded += n
-            self._moves(
-                -KERNEL_TOUCHES * n * (4 if dtype == DTYPES[torch.float32] else 2)
-            )  # decoding writes its output
+            # The rate of decoding has the writing of its output in it, which was counted where that was made.
+            itemsize = 4 if dtype == DTYPES[torch.float32] else 2
+            self._moves(-KERNEL_TOUCHES * n * itemsize)
         elif name == "adamw_8bit":
             self.work.updated_8bit += arguments[4]
         elif name in ("attention_forward", "attention_backward"):

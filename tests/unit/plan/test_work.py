@@ -24,7 +24,7 @@ WORK = Work(
 RATES = {
     "product 3 5 7 bfloat16, cold": 2.0, "attention": 3.0, "attention of torch, 128 tokens": 5.0, "decoded": 7.0,
     "byte of a large op": 11.0,
-    "elementwise byte of a step": 13.0, "updated in 8 bits": 17.0, "op of a step, fused path": 19.0,
+    "byte of elementwise work": 13.0, "updated in 8 bits": 17.0, "op of a step, fused path": 19.0,
     "op of a step, general path": 23.0, "op watched in a step": 29.0,
 }  # fmt: skip
 

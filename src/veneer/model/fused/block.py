@@ -41,8 +41,7 @@ class FusedBlock(InPlace, nn.Module):
         vars(self)["gradient_checkpointing"] = on
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args:
-            kwargs = {**dict(zip(_names(cast(Hashable, base_of(type(self)))), args, strict=False)), **kwargs}
+        kwargs = keywords_of(self, args, kwargs)
         mask = kwargs.get("attention_mask")
         if not isinstance(mask, LayoutMask):
             return _again(self, functools.partial(super().forward, **kwargs), hidden_states)
@@ -94,6 +93,11 @@ def _own_mlp(block: FusedBlock, x: Tensor, stream: Tensor) -> Tensor:
 def _again(block: FusedBlock, function: Callable[..., Any], *args: Tensor) -> Any:
     """The model's own code, computed again in the backward pass where the block is checkpointed selectively."""
     return cast(Any, block)._gradient_checkpointing_func(function, *args) if is_selective(block) else function(*args)
+
+
+def keywords_of(block: FusedBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call behind the stream by their names: GPT-2 gives its blocks some by position."""
+    return {**dict(zip(_names(cast(Hashable, base_of(type(block)))), args, strict=False)), **kwargs} if args else kwargs
 
 
 def halves_now(block: FusedBlock, x: Tensor, kwargs: dict[str, Any]) -> tuple[AttentionHalf | None, MlpHalf | None]:
