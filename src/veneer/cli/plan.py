@@ -191,6 +191,7 @@ def _plan(
     from veneer.plan.processes import rank_peak
     from veneer.plan.report import draw, shown
 
+    _tell_measuring(machine)
     with machine.measuring():
         plan = plan_recipe(recipe, config=config, isa=machine.isa)
     facts = plain(plan) | machine.facts(plan, rows)
@@ -211,6 +212,7 @@ def _fit(
     from veneer.plan.fit import changed, fits, loadable
     from veneer.plan.report import as_yaml, fit_table
 
+    _tell_measuring(machine)
     with machine.measuring():
         found = fits(recipe, config, budget, machine.bytes_of, machine.cost)
     best = as_yaml(loadable(changed(recipe, found[0].changes)))
@@ -272,6 +274,15 @@ def _advise(recipe: Recipe, config: PreTrainedConfig, given: tuple[str, int, int
     for each in found:
         console.print(f"{each.key}: {each.value}  ({each.confidence})", markup=False)
         console.print(Padding(Text(f"{each.reason} [{each.source}]"), (0, 0, 0, 4)))
+
+
+def _tell_measuring(machine: Any) -> None:
+    from rich.console import Console
+
+    from veneer.plan.report import MEASURING
+
+    if machine.measures:
+        Console(stderr=True, highlight=False).print(MEASURING, style="dim")
 
 
 def _console() -> Any:

@@ -155,7 +155,7 @@ def _planned(recipe: Recipe, beyond_memory: bool, console: Console) -> _Planned:
     """The plan of a run, told in one line. Raises ConfigError where memory will not do."""
     from veneer.plan.before import planned_facts, require_room
 
-    facts, line = planned_facts(recipe)
+    facts, line = planned_facts(recipe, lambda line: console.print(line, style="dim", highlight=False))
     if facts is not None:
         console.print(line, highlight=False)
         if not beyond_memory:

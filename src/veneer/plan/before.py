@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from veneer.core.units import size
 from veneer.errors import ConfigError, VeneerError
 from veneer.plan.plan import as_json, plan_recipe
-from veneer.plan.report import Machine, told
+from veneer.plan.report import MEASURING, Machine, told
 from veneer.train.recipe.recipe import Recipe
 
 TOLD = (VeneerError, OSError, NotImplementedError)
@@ -18,10 +18,15 @@ TOLD = (VeneerError, OSError, NotImplementedError)
 UNEXPECTED = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
-def planned_facts(recipe: Recipe) -> tuple[dict[str, Any] | None, str]:
-    """The facts of `veneer plan --json` for a recipe, and one line; no facts where it cannot be planned."""
+def planned_facts(recipe: Recipe, tell: Callable[[str], None]) -> tuple[dict[str, Any] | None, str]:
+    """The facts of `veneer plan --json` for a recipe, and one line; no facts where it cannot be planned.
+
+    ``tell`` takes a line where rates must be measured first, which takes a while.
+    """
     try:
         machine = Machine.of_run(recipe.training_config())
+        if machine.measures:
+            tell(MEASURING)
         with machine.measuring():
             plan = plan_recipe(recipe, isa=machine.isa)
         facts = as_json(plan) | machine.facts(plan, None)

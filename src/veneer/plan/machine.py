@@ -34,6 +34,10 @@ LARGEST = 4096
 ROWS = 1024
 START = "bytes of a process that starts"
 COLD_BYTES, MOST_COPIES = 128 << 20, 256
+LONGEST_MEASURED = 1.0
+"""Seconds after which a rate is taken from what there is: on cores that others use a product may take a hundred times
+as long, since threads spin where they wait for each other.
+"""
 SHORTEST_ROW, LONGEST_ROW = 32, 1024
 """Of the lengths at which torch's attention is measured, powers of two."""
 
@@ -140,7 +144,13 @@ class Rates:
     def _once(self, key: str, measure: Callable[[], float]) -> float:
         if key not in self.known:
             self.known[key] = measure()
+            self.save()  # at once: a run that is broken off leaves the next one less to measure
         return self.known[key]
+
+
+def is_measured() -> bool:
+    """Whether rates of this machine are kept, so that a plan with seconds need not measure them."""
+    return bool(Rates.here().known.keys() - {START})
 
 
 def start_bytes(rates: Rates) -> int:
@@ -179,8 +189,9 @@ def _timed(run: Callable[[], Any], least: float = 0.02) -> float:
     began = time.perf_counter()
     run()
     times = max(1, int(least / max(time.perf_counter() - began, 1e-7)))
-    found = []
-    for _ in range(5):
+    found: list[float] = []
+    deadline = time.perf_counter() + LONGEST_MEASURED
+    while len(found) < 5 and (not found or time.perf_counter() < deadline):
         began = time.perf_counter()
         for _ in range(times):
             run()

@@ -30,10 +30,7 @@ class Process:
 
 def process_of(plan: Plan, rates: Rates) -> Process:
     """The process of a plan on this machine; the start of one is measured once and kept."""
-    before = len(rates.known)
     start = start_bytes(rates)
-    if len(rates.known) != before:
-        rates.save()
     moving = plan.peak.n_bytes - plan.held.n_bytes
     trained = sum(plan.peak.kinds.get(kind, 0) for kind in (GRADIENTS, STATE))
     lost = MOVING_SHARE * moving + (0.0 if _is_recomputed(plan) else TRAINED_SHARE * trained)

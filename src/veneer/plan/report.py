@@ -19,7 +19,7 @@ from veneer.core.units import duration, size
 from veneer.model.memory import available_bytes
 from veneer.plan.cards import Card, card_of
 from veneer.plan.fit import Fit
-from veneer.plan.machine import Rates, free_here, start_measured
+from veneer.plan.machine import Rates, free_here, is_measured, start_measured
 from veneer.plan.plan import PHASES, Plan
 from veneer.plan.process import process_of
 from veneer.plan.time import Seconds, seconds_here, seconds_on
@@ -28,6 +28,7 @@ from veneer.train.recipe.recipe import Recipe
 
 CONTEXT_BYTES = 500_000_000
 """CUDA's context and libraries (300 to 600 MB by card and driver)."""
+MEASURING = "measuring this machine, once: some ten seconds, more where others use it"
 FRAGMENTS = 1.05
 """Reserved over allocated with rows of one length (5 to 15% is reported)."""
 WIDTH = 32
@@ -57,6 +58,11 @@ class Machine:
     def isa(self) -> str | None:
         """The instruction set to trace for: a card multiplies 16 bits as they are."""
         return None if self.card is None and self.gpu is None else "avx512_bf16"
+
+    @property
+    def measures(self) -> bool:
+        """Whether a plan will measure this machine's rates, which takes a while, once."""
+        return self.card is None and self.timed and not is_measured()
 
     @property
     def memory(self) -> int:

@@ -35,10 +35,7 @@ class Seconds:
 
 def seconds_here(work: Work, rates: Rates) -> Seconds:
     """By the rates of this machine; what lacks is measured now and kept."""
-    before = len(rates.known)
     kinds = rates.parts(work) | {"elementwise": work.moved * rates.moved()}
-    if len(rates.known) != before:
-        rates.save()
     return Seconds(kinds, "measured on this machine")
 
 

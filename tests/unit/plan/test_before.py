@@ -25,7 +25,7 @@ def known_rates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_a_plan_is_told_in_one_line_with_its_facts(recipe: Make) -> None:
-    facts, line = before.planned_facts(recipe())
+    facts, line = before.planned_facts(recipe(), print)
     assert facts is not None
     assert line.startswith("planned: ")
     assert "\n" not in line
@@ -33,8 +33,23 @@ def test_a_plan_is_told_in_one_line_with_its_facts(recipe: Make) -> None:
     assert facts["time"]["seconds_a_step"] > 0
 
 
+def test_what_is_measured_first_is_told(recipe: Make) -> None:
+    told: list[str] = []
+    before.planned_facts(recipe(), told.append)
+    assert told == [report.MEASURING]
+    rates = machine.Rates.here()
+    rates.known[machine.START] = 3e8  # is measured for every plan, and is no rate
+    rates.save()
+    before.planned_facts(recipe(), told.append)
+    assert len(told) == 2
+    rates.known["decoded"] = 1e-9
+    rates.save()
+    before.planned_facts(recipe(), told.append)
+    assert len(told) == 2
+
+
 def test_too_little_memory_is_refused_with_the_way_out(recipe: Make) -> None:
-    facts, _ = before.planned_facts(recipe())
+    facts, _ = before.planned_facts(recipe(), print)
     assert facts is not None
     before.require_room(facts)
     small = {**facts, "process": {**facts["process"], "free": facts["process"]["bytes"] - 1}}
@@ -43,7 +58,7 @@ def test_too_little_memory_is_refused_with_the_way_out(recipe: Make) -> None:
 
 
 def test_what_cannot_be_planned_is_told_and_trains_all_the_same(recipe: Make, tmp_path: Path) -> None:
-    facts, line = before.planned_facts(recipe(model={"source": str(tmp_path / "nowhere")}))
+    facts, line = before.planned_facts(recipe(model={"source": str(tmp_path / "nowhere")}), print)
     assert facts is None
     assert line.startswith("not planned: ")
 
@@ -63,8 +78,8 @@ def test_a_saved_adapter_that_is_trained_on_is_planned_as_a_new_one(
         LlamaForCausalLM.from_pretrained(fresh.model.source), cast(MethodConfig, fresh.adapter_config())
     )
     model.save_pretrained(tmp_path / "saved")
-    expected, _ = before.planned_facts(fresh)
-    facts, line = before.planned_facts(recipe({"from": str(tmp_path / "saved")}))
+    expected, _ = before.planned_facts(fresh, print)
+    facts, line = before.planned_facts(recipe({"from": str(tmp_path / "saved")}), print)
     assert facts is not None, line
     assert expected is not None
     for fact in ("peak", "trained", "flops"):
@@ -79,7 +94,7 @@ def test_tokens_that_a_network_made_are_planned_without_it(method: str, recipe: 
     get_peft_model(base, cast(MethodConfig, made.adapter_config())).save_pretrained(tmp_path / "saved")
     base = LlamaForCausalLM.from_pretrained(made.model.source)
     trained = PeftModel.from_pretrained(base, tmp_path / "saved", is_trainable=True)
-    facts, line = before.planned_facts(recipe({"from": str(tmp_path / "saved")}))
+    facts, line = before.planned_facts(recipe({"from": str(tmp_path / "saved")}), print)
     assert facts is not None, line
     assert facts["trained"]["parameters"] == sum(p.numel() for p in trained.parameters() if p.requires_grad)
 
@@ -97,7 +112,7 @@ def test_a_run_on_a_gpu_is_held_to_its_memory_and_measures_nothing(
     monkeypatch.setattr(report.Machine, "of_run", lambda _: on_gpu)
     monkeypatch.setattr(machine.Rates, "_once", measured)
     monkeypatch.setattr(report, "available_bytes", lambda device: 7_000_003 if device.type == "cuda" else 1)
-    facts, _ = before.planned_facts(recipe())
+    facts, _ = before.planned_facts(recipe(), print)
     assert facts is not None
     assert facts["process"]["free"] == 7_000_003
     assert facts["process"]["bytes"] == int(report.FRAGMENTS * facts["peak"]["bytes"])
@@ -111,4 +126,4 @@ def test_an_unexpected_error_is_told_with_its_kind_and_stops_no_run(
         raise TypeError("no such thing\nmore")
 
     monkeypatch.setattr(before, "plan_recipe", wrong)
-    assert before.planned_facts(recipe()) == (None, "not planned: TypeError: no such thing")
+    assert before.planned_facts(recipe(), print) == (None, "not planned: TypeError: no such thing")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
@@ -80,6 +81,12 @@ def test_the_optimizer_s_work_is_apart_from_the_rest(recipe: Make) -> None:
     assert coded.work.updated < plain.work.updated
     roots_and_quotients = 2 * 2 * 4 * plain.n_trained  # of AdamW, read and written anew
     assert plain.work.moved - coded.work.moved == pytest.approx(roots_and_quotients, rel=1e-3)
+
+
+def test_a_rate_is_kept_as_soon_as_it_is_measured(tmp_path: Path) -> None:
+    rates = Rates(tmp_path / "plan" / "rates.json")
+    assert rates._once("decoded", lambda: 7.0) == 7.0
+    assert json.loads(rates.path.read_text(encoding="utf-8"))["seconds"] == {"decoded": 7.0}
 
 
 @pytest.mark.parametrize("kind", ["fused path", "general path"])

@@ -105,7 +105,7 @@ def test_families(family):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "olmo2", "glm4"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "olmo2", "glm4"])
 def test_many_sequences_are_shared_out_among_threads(family, threads, dtype):
     """Sequences of like work, each through attention on one thread; then one beside which the others are little."""
     fast, slow = pair_of(proved(model_of(family, dtype), 40))
