@@ -59,9 +59,8 @@ void AttentionInstruction::turn(const Pass& pass, const PagedRows& x, int64_t n_
 }
 
 void AttentionInstruction::run_rows(const Pass& pass) const {
-  const int64_t q_bytes = pass.n * parts_.q_heads * parts_.head_dim * pass.bytes();
-  const int64_t k_bytes = pass.n * parts_.kv_heads * parts_.head_dim * pass.bytes();
-  char* memory = pass.rows.at_least(q_bytes + k_bytes);
+  const int64_t q_bytes = heads_bytes(pass, parts_.q_heads);
+  char* memory = pass.rows.at_least(q_bytes + heads_bytes(pass, parts_.kv_heads));
   const PagedRows q = normed(pass, q_norm_, heads(pass, parts_.q), parts_.q_heads, memory);
   const PagedRows k = normed(pass, k_norm_, heads(pass, parts_.k), parts_.kv_heads, memory + q_bytes);
   if (parts_.table >= 0) {
@@ -107,10 +106,10 @@ struct AttentionInstruction::Share {
   }
 };
 
-// What a thread would take on its way is taken before: an error could not leave it.
+// Memory of a share is taken before its thread begins: an error within a team could not leave it.
 void AttentionInstruction::make_room(const Pass& pass) const {
-  const int64_t n_heads = parts_.q_heads + parts_.kv_heads, norms = 2 * pass.n * static_cast<int64_t>(sizeof(float));
-  pass.rows.at_least(pass.n * n_heads * parts_.head_dim * pass.bytes());
+  const int64_t norms = 2 * pass.n * static_cast<int64_t>(sizeof(float));
+  pass.rows.at_least(heads_bytes(pass, parts_.q_heads) + heads_bytes(pass, parts_.kv_heads));
   pass.scratch.at_least(std::max(norms, paged_attention_kernels().scratch_bytes(call_of(pass, {}))));
 }
 

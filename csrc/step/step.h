@@ -274,6 +274,7 @@ class AttentionInstruction final : public Instruction {
   struct Share;
   void run_rows(const Pass& pass) const;
   void make_room(const Pass& pass) const;
+  int64_t heads_bytes(const Pass& pass, int64_t n_heads) const { return pass.n * n_heads * parts_.head_dim * pass.bytes(); }
   PagedCall call_of(const Pass& pass, const PagedRows& q) const;
   PagedRows heads(const Pass& pass, const HeadsAt& at) const;
   PagedRows normed(const Pass& pass, const NormParts& norm, const PagedRows& x, int64_t n_heads, char* memory) const;

@@ -175,10 +175,10 @@ def told(plan: Plan, facts: dict[str, Any]) -> str:
     )
 
 
-def fit_table(found: Sequence[Fit], budget: int, told: str) -> Table:
-    """Settings that fit, best first; ``told``: where the numbers come from."""
+def fit_table(found: Sequence[Fit], budget: int, source: str) -> Table:
+    """Settings that fit, best first; ``source``: where the numbers come from."""
     title = f"within {size(budget)}"
-    table = Table("", "settings", "memory", "cost a token", box=None, padding=(0, 2), title=title, caption=told)
+    table = Table("", "settings", "memory", "cost a token", box=None, padding=(0, 2), title=title, caption=source)
     for number, fit in enumerate(found, 1):
         settings = ", ".join(f"{key.partition('.')[2]}={value}" for key, value in fit.changes.items())
         table.add_row(
