@@ -19,17 +19,19 @@ def typed(
     problems: list[str],
     prefix: str = "",
     advice: Callable[[str], str] = lambda key: "",
+    beside: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Values converted to the types of a dataclass's fields; what cannot be, and unknown keys, become problems.
 
-    ``advice``: the end of a message about an unknown key; where it has nothing to say, the nearest key is named.
+    ``advice``: the end of a message about an unknown key; where it has nothing to say, the nearest key is named, of the
+    fields or of the keys that stand ``beside`` them.
     """
     hints = typing.get_type_hints(cls)
     known = {f.name for f in fields(cls) if f.init}
     found: dict[str, Any] = {}
     for key, value in given.items():
         if key not in known:
-            problems.append(f"{prefix}{key}: unknown key{advice(str(key)) or perhaps(key, known)}")
+            problems.append(f"{prefix}{key}: unknown key{advice(str(key)) or perhaps(key, [*known, *beside])}")
             continue
         try:
             found[key] = TypeAdapter(hints[key]).validate_python(value)

@@ -71,7 +71,7 @@ def adapter_problems(adapter: Mapping[str, Any]) -> list[str]:
     if method == FULL:
         return [f"adapter.{key}: method full trains the whole model and has no settings" for key in rest]
     named, found = named_methods()[method], list[str]()
-    given = typed(named.config, rest, found, "adapter.", _advice)
+    given = typed(named.config, rest, found, "adapter.", _advice, ("method", FROM))
     found += missing(named.config, rest, "adapter.")
     return found + [
         f"adapter.{key}: {given[key]!r} contradicts method {method}, which sets it to {value!r}"
@@ -134,7 +134,7 @@ def saved_config(adapter: Mapping[str, Any]) -> MethodConfig:
     rest = {key: value for key, value in _fields(adapter).items() if key != FROM}
     if means_all_linear(adapter) and hasattr(config, "target_modules"):  # compared with names where the model is known
         rest.pop("target_modules")
-    given = typed(type(config), rest, problems, "adapter.")
+    given = typed(type(config), rest, problems, "adapter.", beside=("method", FROM))
     for key, value in given.items():
         saved = getattr(config, key)
         if "dropout" not in key and _plain(value) != _plain(saved):

@@ -51,7 +51,7 @@ def test_the_commented_recipe_is_valid_and_names_only_keys_that_do_something(wri
 def test_every_problem_is_told_at_once_with_the_nearest_key():
     wrong = values(
         model={"source": "x", "quantisation": "nf4"},
-        adapter={"method": "lora", "lora_aplha": 3, "r": "many"},
+        adapter={"method": "lora", "metod": "dora", "lora_aplha": 3, "r": "many"},
         training={"learning_rat": 1, "max_length": "long", "output_dir": "y"},
         seeds=3,
     )
@@ -60,6 +60,7 @@ def test_every_problem_is_told_at_once_with_the_nearest_key():
     told = str(error.value)
     for expected in (
         "model.quantisation: unknown key; the nearest is 'quantization'",
+        "adapter.metod: unknown key; the nearest is 'method'",
         "adapter.lora_aplha: unknown key; the nearest is 'lora_alpha'",
         "adapter.r: 'many' does not fit",
         "training.learning_rat: unknown key; the nearest is 'learning_rate'",

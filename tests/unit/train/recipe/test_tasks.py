@@ -124,6 +124,7 @@ def test_a_saved_adapter_is_trained_on_as_it_is(saved):
         ({"method": "dora"}, "adapter.method: dora here, lora in"),
         ({"method": "full"}, "adapter.method: full here, lora in"),
         ({"method": "lroa"}, "adapter.method: 'lroa' must be one of"),
+        ({"metod": "dora"}, "adapter.metod: unknown key; the nearest is 'method'"),
         ({"rank": 3}, "adapter.rank: unknown key; the nearest is 'r'"),
     ],
 )
