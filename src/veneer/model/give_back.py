@@ -24,8 +24,6 @@ def give_back(model: nn.Module) -> None:
     if not os.access(SMAPS, os.R_OK):
         return
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):  # glibc's: it keeps what is freed between blocks that are in use
-        libc.malloc_trim(ctypes.c_size_t(0))
     tensors = chain(model.parameters(), model.buffers())
     addresses = {tensor.data_ptr() for tensor in tensors if tensor.is_cpu}
     for place in psutil.Process().memory_maps(grouped=False):
@@ -34,3 +32,5 @@ def give_back(model: nn.Module) -> None:
         unwritten = place.path.startswith("/") and place.rss and not place.anonymous and not place.swap
         if unwritten and any(first <= address < end for address in addresses):
             libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_DONTNEED)
+    if hasattr(libc, "malloc_trim"):  # glibc's: it keeps what is freed between blocks that are in use
+        libc.malloc_trim(ctypes.c_size_t(0))  # last, for the list of maps takes megabytes of it
