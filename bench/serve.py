@@ -69,9 +69,13 @@ class Engine:
 
     def ask(self, prompts: Prompts, names: Names, n_tokens: int) -> dict[str, Any]:
         """Tokens and seconds of one load."""
+        return self.send({"prompts": prompts, "adapters": names, "n_tokens": n_tokens})
+
+    def send(self, load: dict[str, Any]) -> dict[str, Any]:
+        """The side's answer to a load."""
         assert self.process.stdin is not None
         os.killpg(self.process.pid, signal.SIGCONT)
-        self.process.stdin.write(json.dumps({"prompts": prompts, "adapters": names, "n_tokens": n_tokens}) + "\n")
+        self.process.stdin.write(json.dumps(load) + "\n")
         self.process.stdin.flush()
         found = self.answer()
         self.resident_mb = found["resident_mb"]
@@ -243,19 +247,26 @@ def gap_of(
     args: argparse.Namespace, prompt: list[int], own: list[int], theirs: list[int], adapter: str | None
 ) -> float:
     """The distance of the two first tokens that differ, in logits of transformers (and PEFT) in float32."""
-    place = next(n for n, (a, b) in enumerate(zip(own, theirs, strict=True)) if a != b)
-    base = exact(args.place)
+    return abs(preference(args.place, prompt, own, theirs, adapter, torch.float32))
+
+
+def preference(
+    place: str, prompt: list[int], own: list[int], theirs: list[int], adapter: str | None, dtype: torch.dtype
+) -> float:
+    """By how much transformers (and PEFT) prefer the first token of ``own`` that differs, in logits."""
+    at = next(n for n, (a, b) in enumerate(zip(own, theirs, strict=True)) if a != b)
+    base = reference(place, dtype)
     model = PeftModel.from_pretrained(base, adapter).eval() if adapter else base
     with torch.no_grad():
-        logits = model(input_ids=torch.tensor([prompt + own[:place]])).logits[0, -1]
+        logits = model(input_ids=torch.tensor([prompt + own[:at]])).logits[0, -1]
     if adapter:
         model.unload()
-    return (logits[own[place]] - logits[theirs[place]]).abs().item()
+    return (logits[own[at]] - logits[theirs[at]]).item()
 
 
 @functools.cache
-def exact(place: str) -> Any:
-    return AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
+def reference(place: str, dtype: torch.dtype) -> Any:
+    return AutoModelForCausalLM.from_pretrained(place, dtype=dtype).eval()
 
 
 # Time.

@@ -30,7 +30,7 @@ def vllm_like(module: str, request_module: str, job: dict[str, Any], options: di
     request = importlib.import_module(request_module).LoRARequest
     with_adapters = {"enable_lora": True, "max_loras": job["max_loras"]}
     settings = {"model": job["model"], "dtype": job["dtype"], "seed": 0, **(with_adapters if job["adapters"] else {})}
-    llm = engine.LLM(**settings, **options)
+    llm = engine.LLM(**settings | options)
     requests = {name: request(name, n, path) for n, (name, path) in enumerate(job["adapters"].items(), start=1)}
 
     def answer(prompts: Prompts, names: Names, n_tokens: int) -> Prompts:
@@ -48,17 +48,23 @@ def veneer(job: dict[str, Any]) -> Answer:
 
 
 def vllm(job: dict[str, Any]) -> Answer:
-    """Adapter rows are slow in chunks as long as vLLM makes them by itself: 256 tokens are the best of those tried.
+    return vllm_like("vllm", "vllm.lora.request", job, vllm_options(job))
 
-    By itself it leaves one core to its scheduler, which on few cores is a large share of them.
+
+def vllm_options(job: dict[str, Any]) -> dict[str, Any]:
+    """Its options, and its environment's; before it is imported.
+
+    Adapter rows are slow in chunks as long as vLLM makes them by itself: 256 tokens are the best of those tried. By
+    itself it leaves one core to its scheduler, which on few cores is a large share of them.
     """
     os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     options = {"max_model_len": 2048, "enable_prefix_caching": False}
     if job["adapters"]:
-        options |= {"max_num_batched_tokens": 256, "max_cpu_loras": job["max_loras"], "max_lora_rank": 16}
-    return vllm_like("vllm", "vllm.lora.request", job, options)
+        options |= {"enable_lora": True, "max_loras": job["max_loras"], "max_cpu_loras": job["max_loras"]}
+        options |= {"max_num_batched_tokens": 256, "max_lora_rank": job.get("max_rank", 16)}
+    return options
 
 
 def transformers(job: dict[str, Any]) -> Answer:
