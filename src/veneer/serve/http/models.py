@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
+from veneer.core.nearest import nearest
 from veneer.serve.engine import Engine
 from veneer.serve.http.errors import ModelNotFoundError
 from veneer.serve.lora_request import LoRARequest
 
 _MIXES = 64  # clients may think of any number of weights
+_TOLD = 10  # names in a message; /v1/models lists them all
 
 
 class Catalogue:
@@ -42,7 +44,7 @@ class Catalogue:
             return None
         adapters = self.adapters()
         if name not in adapters:
-            raise ModelNotFoundError(f"no model {name!r}; there are {[*self._names, *adapters]}")
+            raise ModelNotFoundError(f"no model {name!r}{_those_there(name, [*self._names, *adapters])}")
         return adapters[name]
 
     def mix(self, weights: Mapping[str, float]) -> LoRARequest:
@@ -51,7 +53,8 @@ class Catalogue:
             adapters = self._looked_at()
             unknown = [name for name in weights if name not in adapters]
             if unknown:
-                raise ModelNotFoundError(f"no adapter {unknown[0]!r}; there are {list(adapters)}", "adapter")
+                told = f"no adapter {unknown[0]!r}{_those_there(unknown[0], list(adapters))}"
+                raise ModelNotFoundError(told, "adapter")
             name = f"mix/{json.dumps(dict(sorted(weights.items())), ensure_ascii=False)}"  # no folder has a / in it
             mix = LoRARequest.mix(name, len(self._mixes) + 1, [(adapters[n], w) for n, w in sorted(weights.items())])
             self._mixes.pop(name, None)
@@ -92,3 +95,11 @@ class Catalogue:
     def _forget_mix(self, name: str) -> None:
         del self._mixes[name]
         self._engine.forget(name)
+
+
+def _those_there(name: str, names: Sequence[str]) -> str:
+    """The end of a message about an unknown name: the nearest, and the first of those that there are."""
+    close = nearest(name, names, n=1)
+    there = f"did you mean {close[0]!r}? There are" if close else "there are"
+    more = f" and {len(names) - _TOLD:,} more, see /v1/models" if len(names) > _TOLD else ""
+    return f"; {there} {', '.join(names[:_TOLD]) or 'none'}{more}"
