@@ -228,7 +228,7 @@ def _fit(
             json.dumps({"budget": budget, "source": machine.told, "settings": settings, "recipe": best}, indent=2)
         )
         return
-    _console().print(fit_table(found, budget, machine.told))
+    _console().print(fit_table(found, budget, machine))
     typer.echo(best if write is None else f"written: {write}")
 
 

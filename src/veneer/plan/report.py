@@ -94,9 +94,14 @@ class Machine:
         """Of one micro-batch."""
         return seconds_here(plan.work, Rates.here()) if self.card is None else seconds_on(plan.work, self.card)
 
+    @property
+    def costs_seconds(self) -> bool:
+        """Whether `cost` is seconds; where time is not asked for, it is arithmetic alone."""
+        return self.timed or self.card is not None
+
     def cost(self, plan: Plan) -> float:
-        """Seconds of a micro-batch; where time is not asked for, by arithmetic alone."""
-        return self.seconds(plan).step if self.timed or self.card else plan.work.flops / 1e12
+        """Of a micro-batch, to compare plans by."""
+        return self.seconds(plan).step if self.costs_seconds else plan.work.flops / 1e12
 
     def facts(self, plan: Plan, n_rows: int | None) -> dict[str, Any]:
         """Process and time as plain numbers."""
@@ -175,15 +180,16 @@ def told(plan: Plan, facts: dict[str, Any]) -> str:
     )
 
 
-def fit_table(found: Sequence[Fit], budget: int, source: str) -> Table:
-    """Settings that fit, best first; ``source``: where the numbers come from."""
-    title = f"within {size(budget)}"
-    table = Table("", "settings", "memory", "cost a token", box=None, padding=(0, 2), title=title, caption=source)
+def fit_table(found: Sequence[Fit], budget: int, machine: Machine) -> Table:
+    """Settings that fit, best first, with tokens a second where the machine tells seconds."""
+    table = Table("", "settings", box=None, padding=(0, 1), title=f"within {size(budget)}", caption=machine.told)
+    for name in ("memory", "cost a token", *(["tokens/s"] if machine.costs_seconds else [])):
+        table.add_column(name, justify="right")
     for number, fit in enumerate(found, 1):
         settings = ", ".join(f"{key.partition('.')[2]}={value}" for key, value in fit.changes.items())
-        table.add_row(
-            str(number), settings, size(fit.n_bytes), f"{fit.seconds_a_token / found[0].seconds_a_token:.2f} x"
-        )
+        rate = [f"{1 / fit.seconds_a_token:,.0f}"] if machine.costs_seconds else []
+        cost = f"{fit.seconds_a_token / found[0].seconds_a_token:.2f} x"
+        table.add_row(str(number), settings, size(fit.n_bytes), cost, *rate)
     return table
 
 

@@ -29,7 +29,7 @@ def chat_prompt(tokenizer: Any, messages: Conversation, how: Mapping[str, Any]) 
         text = tokenizer.apply_chat_template(turns, tokenize=False, **how)
     except (TemplateError, ValueError, TypeError) as error:
         raise ConfigError(f"the chat template refuses the messages: {error}") from error
-    return {"prompt": text, "prompt_token_ids": tokenizer(text, add_special_tokens=False)["input_ids"]}
+    return {"prompt": text, "prompt_token_ids": tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]}
 
 
 def _turn(number: int, message: Mapping[str, Any]) -> dict[str, Any]:

@@ -84,17 +84,19 @@ def test_what_is_wrong_by_itself_is_told_before_torch_is_imported(command: tuple
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "told", "rate"),
     [
-        (("--card", "rtx-4090"), "memory and cost by a data sheet, not measured: NVIDIA, Ada"),
-        (("--no-time",), "cost: arithmetic alone, not timed"),
+        (("--card", "rtx-4090"), "memory and cost by a data sheet, not measured: NVIDIA, Ada", "1.00 x 3,333"),
+        (("--no-time",), "cost: arithmetic alone, not timed", None),
     ],
 )
 def test_settings_that_fit_say_where_their_numbers_come_from(
-    options: tuple[str, ...], told: str, veneer: Any, monkeypatch: pytest.MonkeyPatch
+    options: tuple[str, ...], told: str, rate: str | None, veneer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fit, "fits", lambda *_: [Fit({}, None, 7, 0.3)])  # type: ignore[arg-type]
-    assert told in " ".join(veneer("plan", "smollm2-135m", "--fit", "900MB", *options).stdout.split())
+    monkeypatch.setattr(fit, "fits", lambda *_: [Fit({}, None, 7, 0.0003)])  # type: ignore[arg-type]
+    said = " ".join(veneer("plan", "smollm2-135m", "--fit", "900MB", *options).stdout.split())
+    assert told in said
+    assert rate in said if rate else "tokens/s" not in said
     facts = json.loads(veneer("plan", "smollm2-135m", "--fit", "900MB", "--json", *options).stdout)
     assert told in facts["source"]
 

@@ -346,16 +346,21 @@ def test_defaults_come_from_the_generation_config(tokenizer):
         ([], "prompt is empty"),
         ("", "prompt is empty"),
         (PROMPT * 12, "maximum context length is 127 tokens and the prompt has 132"),
+        ("the cat sat" * 12, "maximum context length is 127 tokens and the prompt has 132"),
         ([VOCAB], "no token ids"),
         ([-1], "no token ids"),
         ({"text": "x"}, "mapping"),
         (3.5, "no prompt"),
     ],
 )
-def test_prompts_that_are_none(llm, prompt, said):
+def test_prompts_that_are_none(llm, prompt, said, monkeypatch):
+    tokenizer = llm.get_tokenizer()
+    monkeypatch.setattr(tokenizer, "model_max_length", 127)
+    monkeypatch.setattr(tokenizer, "deprecation_warnings", {})
     with pytest.raises(ConfigError, match=said):
         llm.generate([PROMPT, prompt], GREEDY, use_tqdm=False)
     assert not llm.engine.has_work
+    assert not tokenizer.deprecation_warnings  # it keeps of a line on a prompt's length that it has logged it
 
 
 def test_lists_of_different_length_and_wrong_types(llm):
