@@ -13,6 +13,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from veneer.disk.atomic import write_atomically
 from veneer.disk.cache import cache_dir
@@ -77,7 +79,7 @@ class Rates:
         """Seconds of a product, from the rate of one of its shape, cut down to `LARGEST`."""
         m, k, n = min(product.m, ROWS), min(product.k, LARGEST), min(product.n, LARGEST)
         seconds = self._once(
-            f"product {m} {k} {n} {product.dtype}, cold", lambda: _product_seconds(m, k, n, product.dtype)
+            f"product {m} {k} {n} {product.dtype}, in a step", lambda: _product_seconds(m, k, n, product.dtype)
         )
         return seconds * product.flops / (2.0 * m * k * n)
 
@@ -200,11 +202,20 @@ def _timed(run: Callable[[], Any], least: float = 0.02) -> float:
 
 
 def _product_seconds(m: int, k: int, n: int, dtype: str) -> float:
-    """With weights that come from memory, as they do in a step: more of them in turns than a cache holds."""
+    """As it is in a step: weights come from memory, the input was written elsewhere, the output is kept."""
     kind = getattr(torch, dtype)
-    a, b = torch.ones(m, k, dtype=kind), torch.ones(n, k, dtype=kind)
-    weights = itertools.cycle([b, *(b.clone() for _ in range(min(MOST_COPIES, COLD_BYTES // b.nbytes)))])
-    return _timed(lambda: a @ next(weights).T)
+    inputs, weights = _in_turns(torch.ones(m, k, dtype=kind)), _in_turns(torch.ones(n, k, dtype=kind))
+    kept: deque[Tensor] = deque(maxlen=_copies(m * n * kind.itemsize))
+    return _timed(lambda: kept.append(next(inputs) @ next(weights).T))
+
+
+def _in_turns(x: Tensor) -> Iterator[Tensor]:
+    """More of them than a cache holds, one after the other, without an end."""
+    return itertools.cycle([x.clone() for _ in range(_copies(x.nbytes))])
+
+
+def _copies(n_bytes: int) -> int:
+    return 1 + min(MOST_COPIES, COLD_BYTES // n_bytes)
 
 
 def _large_op_seconds() -> float:
