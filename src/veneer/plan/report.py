@@ -95,13 +95,13 @@ class Machine:
         return seconds_here(plan.work, Rates.here()) if self.card is None else seconds_on(plan.work, self.card)
 
     @property
-    def costs_seconds(self) -> bool:
-        """Whether `cost` is seconds; where time is not asked for, it is arithmetic alone."""
+    def knows_seconds(self) -> bool:
+        """Of a step; where time is not asked for, it does not."""
         return self.timed or self.card is not None
 
     def cost(self, plan: Plan) -> float:
-        """Of a micro-batch, to compare plans by."""
-        return self.seconds(plan).step if self.costs_seconds else plan.work.flops / 1e12
+        """Of a micro-batch, to rank plans by: seconds where they are known, else TFLOP."""
+        return self.seconds(plan).step if self.knows_seconds else plan.work.flops / 1e12
 
     def facts(self, plan: Plan, n_rows: int | None) -> dict[str, Any]:
         """Process and time as plain numbers."""
@@ -151,9 +151,8 @@ def shown(plan: Plan, facts: dict[str, Any]) -> Group:
         lines.append(Text(f"a rank of {rank['processes']} ({rank['strategy']}): {size(rank['bytes'])} of tensors"))
     if "time" in facts:
         time = facts["time"]
-        told = (
-            f"{time['seconds_a_step']:.2f} s a micro-batch, {time['tokens_a_second']:,.0f} tokens/s ({time['source']})"
-        )
+        rate = _rate(time["tokens_a_second"])
+        told = f"{time['seconds_a_step']:.2f} s a micro-batch, {rate} tokens/s ({time['source']})"
         lines.append(Text(told + (f"; {duration(time['hours'] * 3600)} for the run" if "hours" in time else "")))
     return Group(*lines)
 
@@ -183,14 +182,19 @@ def told(plan: Plan, facts: dict[str, Any]) -> str:
 def fit_table(found: Sequence[Fit], budget: int, machine: Machine) -> Table:
     """Settings that fit, best first, with tokens a second where the machine tells seconds."""
     table = Table("", "settings", box=None, padding=(0, 1), title=f"within {size(budget)}", caption=machine.told)
-    for name in ("memory", "cost a token", *(["tokens/s"] if machine.costs_seconds else [])):
+    for name in ("memory", "cost a token", *(["tokens/s"] if machine.knows_seconds else [])):
         table.add_column(name, justify="right")
     for number, fit in enumerate(found, 1):
         settings = ", ".join(f"{key.partition('.')[2]}={value}" for key, value in fit.changes.items())
-        rate = [f"{1 / fit.seconds_a_token:,.0f}"] if machine.costs_seconds else []
+        rate = [_rate(1 / fit.seconds_a_token)] if machine.knows_seconds else []
         cost = f"{fit.seconds_a_token / found[0].seconds_a_token:.2f} x"
         table.add_row(str(number), settings, size(fit.n_bytes), cost, *rate)
     return table
+
+
+def _rate(a_second: float) -> str:
+    """With as many digits as tell two slow ones apart."""
+    return f"{a_second:,.0f}" if a_second >= 100 else f"{a_second:.3g}"
 
 
 def as_yaml(recipe: Recipe) -> str:

@@ -20,7 +20,8 @@ def read_prompt(tokenizer: Any, prompt: Prompt) -> tuple[str | None, list[int]]:
             return prompt.get("prompt"), read_prompt(tokenizer, prompt["prompt_token_ids"])[1]
         return read_prompt(tokenizer, prompt["prompt"])
     if isinstance(prompt, str):
-        return prompt, list(tokenizer(prompt, verbose=False)["input_ids"])  # too long a prompt is refused in our words
+        ids = tokenizer(prompt, verbose=False)["input_ids"]  # no warning: `Engine.asked` refuses what is too long
+        return prompt, list(ids)
     if isinstance(prompt, Sequence) and all(isinstance(i, int) for i in prompt):
         return None, [int(id) for id in prompt]
     raise ConfigError(f"{prompt!r} is no prompt: give text, a list of token ids, or a mapping with one of them")

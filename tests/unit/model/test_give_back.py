@@ -66,13 +66,13 @@ def test_files_of_others_stay(file: Path) -> None:
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc's malloc_trim")
 def test_what_was_freed_between_blocks_in_use_goes() -> None:
     process = psutil.Process()
-    others = [mmap.mmap(-1, 4096) for _ in range(3_001)]  # their list takes megabytes, as in a process that did much
+    others = [mmap.mmap(-1, 4096) for _ in range(10_007)]  # their list takes megabytes, as in a process that did much
     blocks = [torch.ones(12_289) for _ in range(2_003)]
     kept = blocks[::97]
     del blocks
     before = process.memory_info().rss
     give_back(nn.Linear(3, 5))
-    assert before - process.memory_info().rss > 1_500 * 4 * 12_289  # the rest: what other threads take meanwhile
+    assert before - process.memory_info().rss > 1_700 * 4 * 12_289
     assert all(block.sum() == 12_289 for block in kept)
     for other in others:
         other.close()

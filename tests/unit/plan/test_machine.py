@@ -1,4 +1,4 @@
-"""The bytes that a process starts with are measured once, beside the plan, and an error there is told."""
+"""What is measured of a machine: the bytes that a process starts with, once, beside the plan; products as in a step."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 from veneer.errors import ConfigError
 from veneer.model.memory import high_water
@@ -74,3 +76,20 @@ def test_a_process_that_starts_is_measured_without_what_began_it() -> None:
     run = [sys.executable, "-c", "from veneer.model.memory import high_water; print(high_water())"]
     own = int(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
     assert 10_000_000 < own < len(held) < (high_water() or 0)
+
+
+def test_products_are_measured_on_what_no_cache_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    places = []
+
+    def multiply(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
+        assert (a.shape, b.shape, out.shape) == ((254, 577), (577, 1531), (254, 1531))
+        places.append((a.data_ptr(), b.data_ptr(), out.data_ptr()))
+        return out
+
+    monkeypatch.setattr(torch, "mm", multiply)
+    monkeypatch.setattr(machine, "_timed", lambda run: [run() for _ in range(200)])
+    machine._product_seconds(254, 577, 1531, "bfloat16")
+    n_inputs, n_weights, n_outputs = (len(set(each)) for each in zip(*places, strict=True))
+    assert n_inputs * 254 * 577 * 2 > 32 << 20
+    assert n_weights * 577 * 1531 * 2 > 128 << 20
+    assert n_outputs * 254 * 1531 * 2 > 32 << 20

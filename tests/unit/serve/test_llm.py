@@ -346,21 +346,29 @@ def test_defaults_come_from_the_generation_config(tokenizer):
         ([], "prompt is empty"),
         ("", "prompt is empty"),
         (PROMPT * 12, "maximum context length is 127 tokens and the prompt has 132"),
-        ("the cat sat" * 12, "maximum context length is 127 tokens and the prompt has 132"),
         ([VOCAB], "no token ids"),
         ([-1], "no token ids"),
         ({"text": "x"}, "mapping"),
         (3.5, "no prompt"),
     ],
 )
-def test_prompts_that_are_none(llm, prompt, said, monkeypatch):
-    tokenizer = llm.get_tokenizer()
-    monkeypatch.setattr(tokenizer, "model_max_length", 127)
-    monkeypatch.setattr(tokenizer, "deprecation_warnings", {})
+def test_prompts_that_are_none(llm, prompt, said):
     with pytest.raises(ConfigError, match=said):
         llm.generate([PROMPT, prompt], GREEDY, use_tqdm=False)
     assert not llm.engine.has_work
-    assert not tokenizer.deprecation_warnings  # it keeps of a line on a prompt's length that it has logged it
+
+
+def test_a_text_beyond_the_context_is_refused_without_a_warning(llm, monkeypatch):
+    tokenizer, text = llm.get_tokenizer(), "the cat sat" * 12
+    monkeypatch.setattr(tokenizer, "model_max_length", 127)
+    monkeypatch.setattr(tokenizer, "deprecation_warnings", {})
+    for asks in (
+        lambda: llm.generate(text, GREEDY, use_tqdm=False),
+        lambda: llm.chat([{"role": "user", "content": text}], GREEDY, use_tqdm=False),
+    ):
+        with pytest.raises(ConfigError, match="maximum context length is 127 tokens and the prompt has 1"):
+            asks()
+        assert not tokenizer.deprecation_warnings  # where it keeps that it has logged a line on a prompt's length
 
 
 def test_lists_of_different_length_and_wrong_types(llm):

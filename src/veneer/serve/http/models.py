@@ -16,7 +16,7 @@ from veneer.serve.http.errors import ModelNotFoundError
 from veneer.serve.lora_request import LoRARequest
 
 _MIXES = 64  # clients may think of any number of weights
-_TOLD = 10  # names in a message; /v1/models lists them all
+_COMPARED, _TOLD = 1000, 10  # names, for the nearest of them, and in a message; /v1/models lists them all
 
 
 class Catalogue:
@@ -51,17 +51,10 @@ class Catalogue:
         """The weighted sum of adapters by name. Raises ModelNotFoundError, and ConfigError as `LoRARequest.mix`."""
         with self._lock:
             adapters = self._looked_at()
-            unknown = [name for name in weights if name not in adapters]
-            if unknown:
-                told = f"no adapter {unknown[0]!r}{_those_there(unknown[0], list(adapters))}"
-                raise ModelNotFoundError(told, "adapter")
-            name = f"mix/{json.dumps(dict(sorted(weights.items())), ensure_ascii=False)}"  # no folder has a / in it
-            mix = LoRARequest.mix(name, len(self._mixes) + 1, [(adapters[n], w) for n, w in sorted(weights.items())])
-            self._mixes.pop(name, None)
-            self._mixes[name] = mix
-            if len(self._mixes) > _MIXES:
-                self._forget_mix(next(iter(self._mixes)))
-            return mix
+            unknown = next((name for name in weights if name not in adapters), None)
+            if unknown is None:
+                return self._mixed(weights, adapters)
+        raise ModelNotFoundError(f"no adapter {unknown!r}{_those_there(unknown, list(adapters))}", "adapter")
 
     @property
     def base(self) -> str:
@@ -92,14 +85,23 @@ class Catalogue:
             self._numbers.setdefault(name, max(self._numbers.values(), default=0) + 1)
         return {name: LoRARequest(name, self._numbers[name], str(path)) for name, path in there.items()}
 
+    def _mixed(self, weights: Mapping[str, float], adapters: Mapping[str, LoRARequest]) -> LoRARequest:
+        name = f"mix/{json.dumps(dict(sorted(weights.items())), ensure_ascii=False)}"  # no folder has a / in it
+        mix = LoRARequest.mix(name, len(self._mixes) + 1, [(adapters[n], w) for n, w in sorted(weights.items())])
+        self._mixes.pop(name, None)
+        self._mixes[name] = mix
+        if len(self._mixes) > _MIXES:
+            self._forget_mix(next(iter(self._mixes)))
+        return mix
+
     def _forget_mix(self, name: str) -> None:
         del self._mixes[name]
         self._engine.forget(name)
 
 
 def _those_there(name: str, names: Sequence[str]) -> str:
-    """The end of a message about an unknown name: the nearest, and the first of those that there are."""
-    close = nearest(name, names, n=1)
-    there = f"did you mean {close[0]!r}? There are" if close else "there are"
+    """The end of a message about an unknown name: the nearest where that is soon found, and the first of all."""
+    close = nearest(name, names, n=1) if len(names) <= _COMPARED else []
+    there = f"did you mean {close[0]!r}? Known:" if close else "known:"
     more = f" and {len(names) - _TOLD:,} more, see /v1/models" if len(names) > _TOLD else ""
     return f"; {there} {', '.join(names[:_TOLD]) or 'none'}{more}"
