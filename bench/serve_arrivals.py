@@ -71,7 +71,7 @@ class Run:
         return [after - before for times in self.times for before, after in itertools.pairwise(times)]
 
     @property
-    def paces(self) -> list[float]:
+    def times_per_token(self) -> list[float]:
         """Seconds a token behind the first, of each request."""
         return [(times[-1] - times[0]) / (len(times) - 1) for times in self.times]
 
@@ -87,7 +87,7 @@ FASTER: dict[str, Callable[[Run], float]] = {
 SHORTER: dict[str, Callable[[Run], float]] = {
     "first token, median, ms": lambda run: 1e3 * statistics.median(run.firsts),
     "first token, p95, ms": lambda run: 1e3 * percentile(run.firsts, 95),
-    "time a token, median, ms": lambda run: 1e3 * statistics.median(run.paces),
+    "time per output token, median, ms": lambda run: 1e3 * statistics.median(run.times_per_token),
     "gap, median, ms": lambda run: 1e3 * statistics.median(run.gaps),
     "gap, p99, ms": lambda run: 1e3 * percentile(run.gaps, 99),
 }
@@ -230,11 +230,11 @@ def in_turns(
 def show(rate: float, last: float, runs: dict[str, list[Run]]) -> None:
     """A table of medians; a ratio above 1 is veneer's advantage."""
     came = "all at once" if rate == math.inf else f"{rate:g} requests a second, the last after {last:.1f} s"
-    print(f"\n{came}\n{'':26}" + "".join(f"{title:>12}" for title in (*runs, "ratio")))
+    print(f"\n{came}\n{'':34}" + "".join(f"{title:>12}" for title in (*runs, "ratio")))
     for name, of in (FASTER | SHORTER).items():
         own, other = (statistics.median(map(of, each)) for each in runs.values())
         ratio = own / other if name in FASTER else other / own
-        print(f"{name:26}{own:12.1f}{other:12.1f}{ratio:11.2f}x", flush=True)
+        print(f"{name:34}{own:12.1f}{other:12.1f}{ratio:11.2f}x", flush=True)
 
 
 if __name__ == "__main__":

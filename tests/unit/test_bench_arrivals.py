@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -23,7 +25,7 @@ def test_times_count_from_the_arrival_and_gaps_from_token_to_token(arrivals):
     run = arrivals.Run(arrivals=[0.0, 3.0], times=[[0.5, 1.0, 2.5], [3.25, 4.0]])
     assert run.firsts == [0.5, 0.25]
     assert run.gaps == [0.5, 1.5, 0.75]
-    assert run.paces == [1.0, 0.75]
+    assert run.times_per_token == [1.0, 0.75]
     assert run.seconds == 4.0
 
 
@@ -32,6 +34,18 @@ def test_arrivals_have_the_rate(arrivals):
     assert times == sorted(times)
     assert times[-1] == pytest.approx(2000 / 5, rel=0.05)
     assert arrivals.arrivals_of(float("inf"), 3) == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(("exact", "rounded", "passes"), [(0.2, 0.1, True), (0.5, -1.0, True), (0.5, 0.3, False)])
+def test_answers_may_part_at_tokens_that_are_nearly_as_likely(arrivals, monkeypatch, exact, rounded, passes):
+    monkeypatch.setattr(arrivals, "preference", lambda *given: exact if given[-1] == torch.float32 else rounded)
+    request = arrivals.Request(prompt=[3], adapter=None, n_tokens=2)
+    given = ("a", [[5, 6], [7]], [[5, 9], [7]], [request, request], {}, argparse.Namespace(place=""))
+    if passes:
+        arrivals.compare(*given)
+        return
+    with pytest.raises(SystemExit, match=r"^1 part at more than 0\.35"):
+        arrivals.compare(*given)
 
 
 def test_every_row_comes_out_once_a_rate():
