@@ -36,9 +36,9 @@ ROWS = 1024
 START = "bytes of a process that starts"
 COLD_BYTES, COOL_BYTES, MOST_COPIES = 128 << 20, 32 << 20, 256
 """What lies in memory alone, and what a core's own cache no longer holds."""
-LONGEST_MEASURED = 1.0
-"""Seconds after which a rate is taken from what there is: on cores that others use a product may take a hundred times
-as long, since threads spin where they wait for each other.
+STRETCH, MEASURED, LONGEST_MEASURED = 5e-4, 0.1, 1.0
+"""Seconds: of a stretch of runs at least, of five stretches or more, and of fewer, which is what there is where others
+use the cores: threads spin where they wait for each other, and a product may take a hundred times as long.
 """
 SHORTEST_ROW, LONGEST_ROW = 32, 1024
 """Of the lengths at which torch's attention is measured, powers of two."""
@@ -185,20 +185,20 @@ def _path(general: bool) -> str:
     return "general path" if general else "fused path"
 
 
-def _timed(run: Callable[[], Any], least: float = 0.02) -> float:
-    """The least of five, each long enough to be timed: rates are kept, and other work on the machine shall not be."""
+def _timed(run: Callable[[], Any]) -> float:
+    """Seconds of a run, the lower quartile of many short stretches: where others use the cores a thread may wait
+    milliseconds for its turn, and most short runs are between two such waits.
+    """
     run()
-    began = time.perf_counter()
-    run()
-    times = max(1, int(least / max(time.perf_counter() - began, 1e-7)))
     found: list[float] = []
-    deadline = time.perf_counter() + LONGEST_MEASURED
-    while len(found) < 5 and (not found or time.perf_counter() < deadline):
-        began = time.perf_counter()
-        for _ in range(times):
+    start = now = time.perf_counter()
+    while not found or now - start < (MEASURED if len(found) >= 5 else LONGEST_MEASURED):
+        began, n = now, 0
+        while now - began < STRETCH:
             run()
-        found.append((time.perf_counter() - began) / times)
-    return min(found)
+            n, now = n + 1, time.perf_counter()
+        found.append((now - began) / n)
+    return sorted(found)[len(found) // 4]
 
 
 def _product_seconds(m: int, k: int, n: int, dtype: str) -> float:
