@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -112,18 +112,21 @@ def _way(base: str, adapter: Path) -> str:
 
 def _tensors(stored: StoredAdapter, family: Family, config: Any) -> tuple[dict[str, Tensor], list[str]]:
     found: dict[str, Tensor] = {}
-    problems = []
-    if stored.others:
-        more = f" and {len(stored.others) - 1} more" if len(stored.others) > 1 else ""
-        problems.append(f"it trains whole modules or rows ({stored.others[0]}{more})")
+    refused: dict[str, list[str]] = {}
     for path, record in stored.updates.items():
         text = text_name(f"{path}.weight")
         name = text and gguf_name(family, config, text)
         reasons = list(_reasons(name, record, config))
-        problems += [f"{path} {reason}" for reason in reasons]
+        for reason in reasons:
+            refused.setdefault(reason, []).append(path)
         if not reasons and name is not None:
             found |= dict(_factors(name, record, family, config))
-    return found, problems
+    problems = [f"{_first(paths)} {reason}" for reason, paths in refused.items()]
+    return found, ([f"it trains whole modules or rows: {_first(stored.others)}"] if stored.others else []) + problems
+
+
+def _first(paths: Sequence[str]) -> str:
+    return paths[0] if len(paths) == 1 else f"{paths[0]} (and {len(paths) - 1} more)"
 
 
 def _reasons(name: str | None, record: LinearDelta, config: Any) -> Iterator[str]:

@@ -117,7 +117,10 @@ def test_the_file_says_what_it_is_and_no_alpha(tmp_path: Path) -> None:
     ("family", "config", "reason"),
     [
         ("llama", LoraConfig(r=3, target_modules=["q_proj"], use_dora=True), r"DoRA's scale.*Merge it instead: ven"),
-        ("llama", IA3Config(target_modules=["k_proj"], feedforward_modules=[]), r"k_proj .*scaled.*Merge it instead"),
+        (
+            "llama", IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
+            r"0\S+k_proj \(and 2 more\) is scaled or shifted .*; \S+0\S+k_proj \(and 2 more\) scales .*Merge it",
+        ),
         ("mistral", LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["lm_head"]), r"whole modules.*Merge"),
         ("mistral", LoraConfig(r=3, target_modules=["q_proj"], lora_bias=True), r"trains a bias.*Merge it"),
         ("llama", LoraConfig(r=3, target_modules=["embed_tokens"]), r"embed_tokens is tied.*aborts.*Merge it"),
