@@ -63,7 +63,7 @@ class Rates:
     def here(cls) -> Rates:
         """Those of this processor, from the cache folder."""
         digest = hashlib.sha256(processor().encode()).hexdigest()[:12]
-        path = cache_dir() / "plan" / f"rates-2-{digest}.json"  # 2: rates before that do not fit each other any more
+        path = cache_dir() / "plan" / f"rates-2-{digest}.json"  # 2: older ones were measured otherwise
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -78,9 +78,7 @@ class Rates:
     def product(self, product: Product) -> float:
         """Seconds of a product, from the rate of one of its shape, cut down to `LARGEST`."""
         m, k, n = min(product.m, ROWS), min(product.k, LARGEST), min(product.n, LARGEST)
-        seconds = self._once(
-            f"product {m} {k} {n} {product.dtype}, in a step", lambda: _product_seconds(m, k, n, product.dtype)
-        )
+        seconds = self._once(f"product {m} {k} {n} {product.dtype}", lambda: _product_seconds(m, k, n, product.dtype))
         return seconds * product.flops / (2.0 * m * k * n)
 
     def moved(self) -> float:

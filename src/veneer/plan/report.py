@@ -96,7 +96,7 @@ class Machine:
 
     @property
     def knows_seconds(self) -> bool:
-        """Of a step; where time is not asked for, it does not."""
+        """True where time is asked for, and for a card, whose seconds are arithmetic."""
         return self.timed or self.card is not None
 
     def cost(self, plan: Plan) -> float:

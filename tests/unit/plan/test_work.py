@@ -23,7 +23,7 @@ WORK = Work(
     moved=19.0, updated=23.0, updated_8bit=29.0, n_ops=31, n_watched=37, n_general=5,
 )  # fmt: skip
 RATES = {
-    "product 3 5 7 bfloat16, in a step": 2.0, "attention": 3.0, "attention of torch, 128 tokens": 5.0, "decoded": 7.0,
+    "product 3 5 7 bfloat16": 2.0, "attention": 3.0, "attention of torch, 128 tokens": 5.0, "decoded": 7.0,
     "byte of a large op": 11.0,
     "byte of elementwise work": 13.0, "updated in 8 bits": 17.0, "op of a step, fused path": 19.0,
     "op of a step, general path": 23.0, "op watched in a step": 29.0,
