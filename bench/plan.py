@@ -114,6 +114,7 @@ def carried_out(recipe: Any, timed: bool) -> dict[str, float]:
     """High water of a process that makes three steps; where timed, the median seconds of seven behind the first."""
     import torch
 
+    from veneer.model.heap import freed_memory_kept
     from veneer.model.memory import high_water
     from veneer.model.offload import ActivationOffload
     from veneer.plan.measure import measured_model
@@ -130,7 +131,7 @@ def carried_out(recipe: Any, timed: bool) -> dict[str, float]:
         max_grad_norm=args.max_grad_norm or 0.0, offload=offload,
     )  # fmt: skip
     seconds = []
-    with as_accelerate(model, torch.bfloat16 if args.bf16 else None):
+    with freed_memory_kept(), as_accelerate(model, torch.bfloat16 if args.bf16 else None):
         for _ in range(8 if timed else 3):
             began = time.perf_counter()
             step.run()

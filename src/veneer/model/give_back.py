@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 from torch import nn
 
+from veneer.model.heap import trim
+
 SMAPS = Path("/proc/self/smaps")
 
 
@@ -32,5 +34,4 @@ def give_back(model: nn.Module) -> None:
         unwritten = place.path.startswith("/") and place.rss and not place.anonymous and not place.swap
         if unwritten and any(first <= address < end for address in addresses):
             libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_DONTNEED)
-    if hasattr(libc, "malloc_trim"):  # glibc's: it keeps what is freed between blocks that are in use
-        libc.malloc_trim(ctypes.c_size_t(0))  # last, for the list of maps takes megabytes of it
+    trim()  # last, for the list of maps takes megabytes

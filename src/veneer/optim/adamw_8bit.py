@@ -9,7 +9,7 @@ from torch import Tensor
 
 from veneer.ops.adamw import BLOCK_SIZE, AdamWStep, Moment8bit, adamw_8bit_
 from veneer.ops.blockwise import dynamic_map
-from veneer.ops.reference.adamw import adam_moments, adamw_update
+from veneer.ops.reference.adamw import adam_moments_, adamw_update
 from veneer.optim.adam import LeanAdamW, Params, next_step
 
 MIN_8BIT_SIZE = 4096
@@ -70,9 +70,8 @@ def moment_layout(param: Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype
 
 
 def _step_float32(param: Tensor, grad: Tensor, state: dict[str, Any], hyper: AdamWStep) -> None:
-    m, v = adam_moments(grad.float(), state["exp_avg"], state["exp_avg_sq"], hyper.betas)
-    state["exp_avg"].copy_(m)
-    state["exp_avg_sq"].copy_(v)
+    m, v = state["exp_avg"], state["exp_avg_sq"]
+    adam_moments_(grad.float(), m, v, hyper.betas)
     param.copy_(adamw_update(param, m, v, hyper))
 
 

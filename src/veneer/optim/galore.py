@@ -15,7 +15,7 @@ from torch import Tensor
 from veneer.errors import ConfigError
 from veneer.ops.adamw import BLOCK_SIZE
 from veneer.ops.blockwise import dequantize_blockwise, dynamic_map, quantize_blockwise
-from veneer.ops.reference.adamw import adam_direction, adam_moments
+from veneer.ops.reference.adamw import adam_direction, adam_moments_
 from veneer.optim.adam import LeanAdamW, Params, next_step
 
 
@@ -113,13 +113,14 @@ class GaLoreAdamW(LeanAdamW):
         if projected and (state["step"] - 1) % self.projection.gap == 0:
             state["basis"] = basis(grad, self.projection.rank, right)
         low = project(grad, state["basis"], right) if projected else grad
-        m, v = adam_moments(low, *self._moments(state, low), hyper.betas)
+        m, v = self._moments(state, low)
+        adam_moments_(low, m, v, hyper.betas)
         self._keep(state, m, v)
         direction = adam_direction(m, v, hyper)
         if projected:
-            direction = project_back(direction, state["basis"], right) * self.projection.scale
-        updated = param.float() - hyper.lr * direction
-        param.copy_(updated * (1 - hyper.lr * hyper.weight_decay))
+            direction = project_back(direction, state["basis"], right).mul_(self.projection.scale)
+        updated = param.float().sub_(direction.mul_(hyper.lr))  # of a float32 parameter itself
+        param.copy_(updated.mul_(1 - hyper.lr * hyper.weight_decay))
 
     def _moments(self, state: dict[str, Any], like: Tensor) -> tuple[Tensor, Tensor]:
         if "exp_avg" in state:

@@ -6,7 +6,8 @@ one for each byte of elementwise work.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -15,11 +16,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from veneer.adapters.peft_model import get_peft_model
 from veneer.contract import MethodConfig
+from veneer.model.heap import freed_memory_kept
 from veneer.plan.step import Batch, Step, as_accelerate
 from veneer.plan.trace import make_optimizer, prepare, trace
 from veneer.plan.work import Work
 from veneer.train.recipe.recipe import Recipe, parse_recipe
 
+Clock = Callable[[], float]
 WARM, TIMED = 2, 21
 """Steps: enough that some of them have the machine for themselves."""
 LONGEST = 5.0
@@ -46,14 +49,16 @@ class Timed:
 def op_seconds(general: bool) -> float:
     """Seconds that an op takes beside its work, on the general path or the fused one: of a step that computes next to
     nothing, by the ops of its trace."""
-    step = _timed(_TINY, _recipe(general, _SHORT), _SHORT)
+    with _one_thread():
+        step = _timed(_TINY, _recipe(general, _SHORT), _SHORT, time.thread_time)
     return step.seconds / step.work.n_ops
 
 
 def watched_seconds(op: float) -> float:
     """Seconds that an op takes besides where selective checkpointing looks at it, on the general path: what such a step
     takes beyond ``op``, the seconds of an op that is not looked at, for each."""
-    step = _timed(_TINY, _recipe(True, _SHORT, "selective"), _SHORT)
+    with _one_thread():
+        step = _timed(_TINY, _recipe(True, _SHORT, "selective"), _SHORT, time.thread_time)
     return max(0.0, step.seconds - op * step.work.n_ops) / step.work.n_watched
 
 
@@ -69,9 +74,22 @@ def byte_seconds(known: Callable[[Work], float], least: float) -> float:
     return max(least, rest / sum(step.work.moved for step in steps))
 
 
-def _timed(config: LlamaConfig, recipe: Recipe, batch: Batch) -> Timed:
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Such small steps are the work of one thread; others would wait for it, and it for them where a core is in use.
+    Seconds of the thread itself are then those of an idle machine.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _timed(config: LlamaConfig, recipe: Recipe, batch: Batch, clock: Clock = time.perf_counter) -> Timed:
     with torch.random.fork_rng(devices=[]):  # a run that plans first draws as one that does not
-        return Timed(trace(config, recipe, batch).work, _step_seconds(config, recipe, batch))
+        return Timed(trace(config, recipe, batch).work, _step_seconds(config, recipe, batch, clock))
 
 
 def _recipe(general: bool, batch: Batch, checkpointing: bool | str = False) -> Recipe:
@@ -85,18 +103,18 @@ def _recipe(general: bool, batch: Batch, checkpointing: bool | str = False) -> R
     })  # fmt: skip
 
 
-def _step_seconds(config: LlamaConfig, recipe: Recipe, batch: Batch) -> float:
-    """The least of some steps behind the first ones."""
+def _step_seconds(config: LlamaConfig, recipe: Recipe, batch: Batch, clock: Clock) -> float:
+    """The least of some steps behind the first ones, by a clock."""
     args, adapter = recipe.training_config(), cast(MethodConfig, recipe.adapter_config())
     model = get_peft_model(LlamaForCausalLM(config).to(torch.bfloat16), adapter).train()
     prepare(model, args, with_values=True)
     inputs = batch.inputs(config.vocab_size)
     step = Step(model, make_optimizer(model, args), inputs, lambda mark: None, max_grad_norm=args.max_grad_norm or 0.0)
     found: list[float] = []
-    with as_accelerate(model, torch.bfloat16):
+    with freed_memory_kept(), as_accelerate(model, torch.bfloat16):
         deadline = time.perf_counter() + LONGEST
         while len(found) < WARM + TIMED and (len(found) <= WARM or time.perf_counter() < deadline):
-            began = time.perf_counter()
+            began = clock()
             step.run()
-            found.append(time.perf_counter() - began)
+            found.append(clock() - began)
     return min(found[WARM:])

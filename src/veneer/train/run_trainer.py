@@ -21,6 +21,7 @@ from veneer.adapters.schedules import penalty
 from veneer.contract import MethodConfig
 from veneer.data.sampler import EpochSampler
 from veneer.model.fused.decoder import fused
+from veneer.model.heap import freed_memory_kept
 from veneer.model.offload import ActivationOffload
 from veneer.optim import LayerwiseGaLoreAdamW
 from veneer.train.callbacks import callbacks_of
@@ -133,7 +134,7 @@ class RunTrainer(ResumableTrainer):
             # Reentrant checkpointing gives no gradient to a block whose input needs none: all of them, under adapters.
             self.model.enable_input_require_grads()
         try:
-            with self.fusing():
+            with self.fusing(), freed_memory_kept():
                 output = super().train(resume_from_checkpoint=self.resolve_resume(resume_from_checkpoint), **options)
         finally:
             if self._display is not None:

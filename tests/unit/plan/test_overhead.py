@@ -16,7 +16,7 @@ from veneer.train.recipe.recipe import Recipe
 def steps(monkeypatch: pytest.MonkeyPatch, **found: Timed) -> None:
     """The step of each path: ``off`` or ``auto``, ``selective`` where checkpointing is."""
 
-    def timed(config: Any, recipe: Recipe, batch: Any) -> Timed:
+    def timed(config: Any, recipe: Recipe, batch: Any, *clock: Any) -> Timed:
         args = recipe.training_config()
         return found["selective" if args.gradient_checkpointing else args.fused]
 

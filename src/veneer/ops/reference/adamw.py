@@ -1,4 +1,4 @@
-"""AdamW in plain torch. `adam_moments`, `adam_direction` and `adamw_update` are the one Adam of the house, whatever
+"""AdamW in plain torch. `adam_moments_`, `adam_direction` and `adamw_update` are the one Adam of the house, whatever
 keeps the moments.
 """
 
@@ -11,17 +11,18 @@ from veneer.ops.adamw import BLOCK_SIZE, AdamWStep, Moment8bit
 from veneer.ops.blockwise import dequantize_blockwise, dynamic_map, quantize_blockwise
 
 
-def adam_moments(grad: Tensor, m: Tensor, v: Tensor, betas: tuple[float, float]) -> tuple[Tensor, Tensor]:
-    """The moments after one more gradient (Kingma and Ba 2015, arXiv:1412.6980, algorithm 1)."""
+def adam_moments_(grad: Tensor, m: Tensor, v: Tensor, betas: tuple[float, float]) -> None:
+    """One more gradient into the moments, in place (Kingma and Ba 2015, arXiv:1412.6980, algorithm 1)."""
     beta1, beta2 = betas
-    return m * beta1 + grad * (1 - beta1), v * beta2 + grad.square() * (1 - beta2)
+    m.mul_(beta1).add_(grad * (1 - beta1))
+    v.mul_(beta2).add_(grad.square().mul_(1 - beta2))
 
 
 def adam_direction(m: Tensor, v: Tensor, hyper: AdamWStep) -> Tensor:
     """``m̂ / (√v̂ + eps)``, bias-corrected."""
     beta1, beta2 = hyper.betas
-    root: Tensor = v.sqrt() / (1 - beta2**hyper.step) ** 0.5
-    return (m / (1 - beta1**hyper.step)) / (root + hyper.eps)
+    root = v.sqrt().div_((1 - beta2**hyper.step) ** 0.5).add_(hyper.eps)
+    return (m / (1 - beta1**hyper.step)).div_(root)
 
 
 def adamw_update(param: Tensor, m: Tensor, v: Tensor, hyper: AdamWStep) -> Tensor:
@@ -32,7 +33,7 @@ def adamw_update(param: Tensor, m: Tensor, v: Tensor, hyper: AdamWStep) -> Tenso
 @torch.no_grad()
 def adamw_8bit_(param: Tensor, grad: Tensor, moments: tuple[Moment8bit, Moment8bit], hyper: AdamWStep) -> None:
     m, v = (_read(moment, signed) for moment, signed in zip(moments, (True, False), strict=True))
-    m, v = adam_moments(grad.float().flatten(), m, v, hyper.betas)
+    adam_moments_(grad.float().flatten(), m, v, hyper.betas)
     param.copy_(adamw_update(param.flatten(), m, v, hyper).view_as(param))
     for moment, value, signed in zip(moments, (m, v), (True, False), strict=True):
         codes, absmax = quantize_blockwise(value, dynamic_map(signed).to(value.device), BLOCK_SIZE)
