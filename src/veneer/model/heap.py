@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from threading import Lock
+from typing import Any
 
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
 """Parameters of `mallopt`, as malloc.h numbers them."""
@@ -47,17 +48,16 @@ def _enter(n: int) -> None:
 
 def trim() -> None:
     """Give the system what was freed; glibc keeps what is free between blocks in use."""
-    libc = _libc()
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(ctypes.c_size_t(0))
+    _call("malloc_trim", ctypes.c_size_t(0))
 
 
 def _set(parameters: Mapping[int, int]) -> None:
-    libc = _libc()
-    if hasattr(libc, "mallopt"):
-        for parameter, value in parameters.items():
-            libc.mallopt(parameter, value)
+    for parameter, value in parameters.items():
+        _call("mallopt", parameter, value)
 
 
-def _libc() -> ctypes.CDLL | None:
-    return ctypes.CDLL(None) if sys.platform == "linux" else None
+def _call(name: str, *arguments: Any) -> None:
+    """A function of glibc, where that is the C library."""
+    function = getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+    if function is not None:
+        function(*arguments)

@@ -20,7 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from veneer.errors import DiskError
-from veneer.ops.traced import Traced
+from veneer.ops.traced import Traced, not_done
 
 Place = Literal["host", "disk"]
 AT_LEAST = 1 << 18
@@ -53,13 +53,11 @@ class ActivationOffload(saved_tensors_hooks):
         if tensor.nbytes < self.at_least or tensor.layout != torch.strided or _storage(tensor) in self._weights:
             return tensor
         if self.place == "disk":
-            return Away(tensor) if isinstance(tensor, Traced) else self._file.write(tensor)
+            return self._file.write(tensor)
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         return _OnHost(host.copy_(tensor, non_blocking=True), tensor.device)
 
     def _unpack(self, kept: Any) -> Tensor:
-        if isinstance(kept, Away):
-            return kept.back()
         if isinstance(kept, Page):
             return self._file.read(kept)
         if isinstance(kept, _OnHost):
@@ -74,19 +72,12 @@ class _OnHost:
     device: torch.device
 
 
-class Away:
-    """Stands in for a page while a step is traced: the shape of what would be written."""
-
-    def __init__(self, tensor: Traced) -> None:
-        self.shape, self.dtype, self.place = tensor.shape, tensor.dtype, tensor.place
-
-    def back(self) -> Tensor:
-        """A mapping of the file, as reading it would give: no memory of the process's own."""
-        return Traced(torch.empty((1,), dtype=self.dtype, device="meta").expand(self.shape), self.place)
-
-
 def _storage(tensor: Tensor) -> int:
-    return int(getattr(tensor, "bare", tensor).untyped_storage()._cdata)
+    return int(_memory(tensor)._cdata)
+
+
+def _memory(tensor: Tensor) -> torch.UntypedStorage:
+    return getattr(tensor, "bare", tensor).untyped_storage()
 
 
 class Page:
@@ -95,13 +86,17 @@ class Page:
     def __init__(self, file: PageFile, offset: int, tensor: Tensor, order: list[int]) -> None:
         self.file, self.offset, self.n_bytes = file, offset, tensor.nbytes
         self.shape, self.dtype, self.device, self.order = tensor.shape, tensor.dtype, tensor.device, order
+        self.is_traced = isinstance(tensor, Traced)
 
     def __del__(self) -> None:
         self.file.release()
 
 
 class PageFile:
-    """Tensors behind one another in an unnamed file. It starts over at the front when the last one is gone."""
+    """Tensors behind one another in an unnamed file. It starts over at the front when the last one is gone.
+
+    While a step is traced nothing is written.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -114,7 +109,7 @@ class PageFile:
 
         Raises DiskError.
         """
-        storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+        storage = StorageWeakRef(_memory(tensor))  # type: ignore[no-untyped-call]
         place = tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
         key = storage.cdata, tensor._version, *place
         known = self._known[key][1]() if key in self._known and not self._known[key][0].expired() else None  # type: ignore[no-untyped-call]
@@ -132,6 +127,8 @@ class PageFile:
 
     def read(self, page: Page) -> Tensor:
         """The tensor over a private mapping of its pages: they are read as they are touched, and may be overwritten."""
+        if page.is_traced:  # no memory of the process's own
+            return Traced(torch.empty((), dtype=page.dtype, device="meta").expand(page.shape), page.device)
         mapping = mmap.mmap(self._opened(), page.n_bytes, flags=mmap.MAP_PRIVATE, offset=page.offset)
         laid = torch.frombuffer(mapping, dtype=page.dtype).view([page.shape[dim] for dim in page.order])
         back = sorted(range(len(page.order)), key=lambda position: page.order[position])
@@ -151,6 +148,9 @@ class PageFile:
             self._descriptor = None
 
     def _write_bytes(self, tensor: Tensor) -> None:
+        if isinstance(tensor, Traced):
+            not_done("page_file_write", tensor.nbytes)
+            return
         left = memoryview(cast(Any, tensor.view(-1).view(torch.uint8).numpy()))
         offset = self._end
         try:

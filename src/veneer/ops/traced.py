@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torch.utils._pytree import tree_map
 
 Called = Callable[[str, tuple[Any, ...]], None]
-"""Told of a kernel that was not run: its name, and its arguments."""
+"""Told of a kernel that was not run, or of what else was not done: its name, and its arguments."""
 
 _META = torch.device("meta")
 _aten = torch.ops.aten
@@ -133,6 +133,13 @@ def tracing(tell: Called = lambda name, arguments: None, isa: str | None = None)
 def traced_isa() -> str | None:
     """The instruction set that a step is traced for, where it is another than this machine's."""
     return _ISA.get()
+
+
+def not_done(name: str, *arguments: Any) -> None:
+    """Tell whoever traces a step of what it would have done here."""
+    tell = _TELL.get()
+    if tell is not None:
+        tell(name, arguments)
 
 
 def silent_kernels(module: Any) -> Any | None:

@@ -12,6 +12,7 @@ import math
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -104,7 +105,8 @@ class Rates:
         general = work.n_general * self.op(general=True) if work.n_general else 0.0
         watched = work.n_watched * self.watched() if work.n_watched else 0.0
         updated_8bit = work.updated_8bit * self.updated_8bit() if work.updated_8bit else 0.0
-        return {
+        on_disk = {"waiting on disk": work.on_disk * self.on_disk()} if work.on_disk else {}
+        return on_disk | {
             "products": sum(self.product(product) * n for product, n in work.products.items()),
             "attention": work.attention * self.attention() + torch_attention,
             "decoding": work.decoded * self.decoded(),
@@ -128,6 +130,10 @@ class Rates:
     def updated_8bit(self) -> float:
         """Seconds a value that AdamW updates whose moments are in 8 bits."""
         return self._once("updated in 8 bits", _updated_8bit_seconds)
+
+    def on_disk(self) -> float:
+        """Seconds a byte that is written to a file and read back from a mapping of it."""
+        return self._once("byte that waits on disk", _on_disk_seconds)
 
     def op(self, general: bool) -> float:
         """Seconds that an op takes beside its work, on the general path or the fused one."""
@@ -263,6 +269,21 @@ def _updated_8bit_seconds() -> float:
     ]
     step = AdamWStep(lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, step=7)
     return _timed(lambda: adamw_8bit_(param, grad, (moments[0], moments[1]), step)) / param.numel()
+
+
+def _on_disk_seconds() -> float:
+    from veneer.model.offload import PageFile
+
+    file, x = PageFile(Path(tempfile.gettempdir())), torch.ones(COOL_BYTES // 4)
+
+    def run() -> None:
+        x.add_(0.0)  # as it was it would not be written again
+        file.read(file.write(x)).sum()
+
+    try:
+        return _timed(run) / x.nbytes
+    finally:
+        file.close()
 
 
 _TINY = """

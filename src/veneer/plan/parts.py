@@ -37,7 +37,8 @@ def tell_parts(counted: CountWork, model: PreTrainedModel, optimizer: torch.opti
 def _tell_path(counted: CountWork, k: int) -> Callable[..., None]:
     def hook(block: Any, args: Any, kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs["hidden_states"]
-        counted.general_blocks[str(k)] = None in halves_now(block, x, keywords_of(block, args[1:], kwargs))
+        with counted.paused():  # to look lowers adapters, as the block does itself
+            counted.general_blocks[str(k)] = None in halves_now(block, x, keywords_of(block, args[1:], kwargs))
 
     return hook
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,10 +61,10 @@ class Product:
 @dataclass(slots=True)
 class Work:
     """Sums over a step. Attention is in FLOPs, by the kernel and, for each length of a row, by torch. ``moved`` and
-    ``updated`` are bytes, the latter of the optimizer in place, in tensors that are large where the whole model is
-    trained: memory that is taken anew costs more than to move its bytes. ``updated_8bit`` is in values. ``n_ops``
-    counts what torch's dispatcher saw, ``n_watched`` those that selective checkpointing looked at, ``n_general`` those
-    that are of the model's own code, not of a fused block.
+    ``updated`` are bytes, the latter of the optimizer, whose tensors are large where the whole model is trained: they
+    go at the rate of memory. ``updated_8bit`` is in values. ``on_disk`` is bytes that wait in a file from
+    the forward pass to the backward pass. ``n_ops`` counts what torch's dispatcher saw, ``n_watched`` those that
+    selective checkpointing looked at, ``n_general`` those that are of the model's own code, not of a fused block.
     """
 
     products: Counter[Product] = field(default_factory=Counter)
@@ -73,6 +74,7 @@ class Work:
     moved: float = 0.0
     updated: float = 0.0
     updated_8bit: float = 0.0
+    on_disk: float = 0.0
     n_ops: float = 0
     n_watched: float = 0
     n_general: float = 0
@@ -87,6 +89,7 @@ class Work:
             self.moved + times * other.moved,
             self.updated + times * other.updated,
             self.updated_8bit + times * other.updated_8bit,
+            self.on_disk + times * other.on_disk,
             self.n_ops + times * other.n_ops,
             self.n_watched + times * other.n_watched,
             self.n_general + times * other.n_general,
@@ -121,12 +124,23 @@ class CountWork(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.updating = name == "optimizer"
         self.general = self.general_blocks.get(name.rpartition(".")[2], self.general_outside)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within it nothing is counted."""
+        before, self.on = self.on, False
+        try:
+            yield
+        finally:
+            self.on = before
+
     def kernel(self, name: str, arguments: tuple[Any, ...]) -> None:
         """A kernel that a traced step would have run."""
         if not self.on:
             return
         self._calls()
-        if name == "four_bit_multiply":
+        if name == "page_file_write":
+            self.work.on_disk += arguments[0]
+        elif name == "four_bit_multiply":
             _, _, _, _, o, i, _, rows, transposed, _ = arguments
             m, k, n = (rows, o, i) if transposed else (rows, i, o)
             self.work.products[Product(m, k, n, "bfloat16")] += 1
@@ -175,15 +189,15 @@ class CountWork(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif name == "embedding":
             self._moves(2 * _bytes(out))  # of the table it reads the rows that it writes
         elif name not in _SILENT:
-            given, in_place = _bytes(args), out is None or (bool(args) and out is args[0])
-            self._moves(given + (given if out is None else _bytes(out)), in_place=in_place)
+            given = _bytes(args)
+            self._moves(given + (given if out is None else _bytes(out)))
 
     def _calls(self) -> None:
         self.work.n_ops += 1
         self.work.n_general += self.general
 
-    def _moves(self, n_bytes: int, *, in_place: bool = False) -> None:
-        if self.updating and in_place:
+    def _moves(self, n_bytes: int) -> None:
+        if self.updating:
             self.work.updated += n_bytes
         else:
             self.work.moved += n_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
 
@@ -51,7 +52,7 @@ def test_within_another_nothing_goes() -> None:
 
 
 def test_an_error_ends_it() -> None:
-    with pytest.raises(KeyError), freed_memory_kept():
-        faults()
+    with contextlib.suppress(KeyError), freed_memory_kept():
         raise KeyError("step")
+    faults()
     assert faults() > 0.9 * N_PAGES
