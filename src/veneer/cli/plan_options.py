@@ -12,7 +12,7 @@ from typing import Any, get_args
 from veneer.errors import ConfigError
 from veneer.train.keys import perhaps
 
-_UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 PLAN, FIT, SERVE, ADVICE = "the plan itself", "--fit", "--serve", "--advice"
 READ_BY = {
     "--method": (PLAN, FIT, SERVE),

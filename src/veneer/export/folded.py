@@ -24,6 +24,7 @@ from veneer.contract.keys import is_of_wrapped, weight_keys
 from veneer.disk.safetensors import StoredTensor
 from veneer.errors import CompositionError
 from veneer.export.base_weights import BaseWeights, Spec, in_blocks, is_copy
+from veneer.export.merge_record import require_not_merged
 from veneer.export.model_folder import model_config
 from veneer.model.adapted import Adapted
 from veneer.model.allocation import Allocation
@@ -58,6 +59,8 @@ class FoldedCheckpoint:
         config = _foldable(adapter) if adapter else None
         self._reads_weight = config is not None and config.reads_weight
         stored = read_headers(adapter) if adapter else {}
+        if adapter:
+            require_not_merged(folder, adapter)
         skeleton, self._n_rows = _skeleton(folder, stored)
         resized = [f"{path}.weight" for path, _ in _ends(skeleton)] if self._n_rows else []
         self._weights = BaseWeights(folder, skeleton, resized)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from veneer.export.folded import FoldedCheckpoint
+from veneer.export.merge_record import write_record
 from veneer.export.model_folder import copy_companions, local_folder
 from veneer.store.checkpoint_writer import DEFAULT_SHARD_BYTES, CheckpointWriter
 from veneer.store.source import parse_dtype
@@ -59,6 +60,7 @@ def merge_checkpoint(
             writer.write(name, source.read(name), convert=True)
             on_progress(done + 1, len(source.specs))
         copy_companions([folder, adapter], writer.staging)
+        write_record(folder, adapter, writer.staging)
         text = json.dumps(source.config, indent=2) + "\n"
         (writer.staging / "config.json").write_text(text, encoding="utf-8")
     n_bytes = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in source.specs.values())

@@ -64,7 +64,7 @@ class Rates:
     def here(cls) -> Rates:
         """Those of this processor, from the cache folder."""
         digest = hashlib.sha256(processor().encode()).hexdigest()[:12]
-        path = cache_dir() / "plan" / f"rates-2-{digest}.json"  # 2: older ones were measured otherwise
+        path = cache_dir() / "plan" / f"rates-3-{digest}.json"  # 3: older ones were measured otherwise
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):

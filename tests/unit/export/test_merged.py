@@ -34,6 +34,7 @@ from models import gpt2_config, llama_config
 from veneer import IA3Config, LoraConfig, PeftModel, get_peft_model
 from veneer.contract import MethodConfig
 from veneer.errors import CompositionError, ConfigError, FormatError
+from veneer.export.merge_record import FILE
 from veneer.export.merged import MergeOptions, merge_checkpoint
 from veneer.methods.bottleneck import BottleneckConfig
 from veneer.ops.four_bit import FourBitLayout
@@ -311,6 +312,7 @@ def test_progress_counts_the_tensors(tmp_path: Path) -> None:
 MEASURE = """
 import sys
 from pathlib import Path
+from veneer.export.merge_record import FILE
 from veneer.export.merged import MergeOptions, merge_checkpoint
 
 def high_water():  # of this program alone: getrusage counts what the process was before exec
@@ -436,3 +438,19 @@ def test_a_bare_base_gets_the_head_that_its_adapter_had(tmp_path: Path) -> None:
     wanted = merged_in_memory(base, adapter)
     merge_checkpoint(base, adapter, tmp_path / "out")
     assert_same_model(tmp_path / "out", wanted)
+
+
+def test_an_adapter_is_folded_in_once(tmp_path: Path) -> None:
+    base = save_base(llama(), tmp_path / "base")
+    first, second = (
+        save_adapter(base, LoraConfig(r=3, target_modules=[name]), tmp_path / name) for name in ("q_proj", "v_proj")
+    )
+    merge_checkpoint(base, first, tmp_path / "one")
+    merge_checkpoint(tmp_path / "one", second, tmp_path / "both")
+    for folder, adapter in (("one", first), ("both", first), ("both", second)):
+        with pytest.raises(CompositionError, match=rf"{folder} has .*_proj in it already"):
+            merge_checkpoint(tmp_path / folder, adapter, tmp_path / "again")
+    (tmp_path / "one" / FILE).write_text("[3]")
+    with pytest.raises(FormatError, match="no list of merged adapters"):
+        merge_checkpoint(tmp_path / "one", second, tmp_path / "again")
+    assert not (tmp_path / "again").exists()

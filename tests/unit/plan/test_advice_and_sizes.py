@@ -50,7 +50,7 @@ def test_sizes_are_read_with_their_units(text: str, n: int) -> None:
     assert bytes_from(text, "--fit") == n
 
 
-@pytest.mark.parametrize("text", ["24 parsecs", "-3GB", "0GB", "GB", ""])
+@pytest.mark.parametrize("text", ["24 parsecs", "-3GB", "0GB", "GB", "10", ""])
 def test_nonsense_units_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"--fit .* is no size"):
         bytes_from(text, "--fit")

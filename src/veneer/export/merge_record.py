@@ -1,0 +1,49 @@
+"""The adapters that a merged folder has in it already, by the digests of their weights: none is folded in twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from veneer.contract.file import WEIGHTS_FILE
+from veneer.errors import CompositionError, FormatError
+
+FILE = "merged_adapters.json"
+
+
+def require_not_merged(base: Path, adapter: Path) -> None:
+    """Raise CompositionError where a base says that an adapter with these weights is in it."""
+    digest = _digest(adapter)
+    if any(entry["blake2b"] == digest for entry in _read(base)):
+        raise CompositionError(
+            f"{base} has {adapter} in it already ({FILE}): folded in once more, its change would be doubled. "
+            "Take the base that it was trained on, or give it a weight with `veneer combine`"
+        )
+
+
+def write_record(base: Path, adapter: Path, into: Path) -> None:
+    """Write the adapters of a base, and this one, into a folder."""
+    entries = [*_read(base), {"adapter": adapter.name, "blake2b": _digest(adapter)}]
+    (into / FILE).write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+
+
+def _read(folder: Path) -> list[dict[str, Any]]:
+    file = folder / FILE
+    if not file.exists():
+        return []
+    try:
+        return [
+            {"adapter": str(entry["adapter"]), "blake2b": str(entry["blake2b"])}
+            for entry in json.loads(file.read_bytes())
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise FormatError(
+            f"{file} is no list of merged adapters: restore it, or remove it if nothing is merged"
+        ) from error
+
+
+def _digest(adapter: Path) -> str:
+    with (adapter / WEIGHTS_FILE).open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
