@@ -23,8 +23,8 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +110,14 @@ def counted(recipe: Any, timed: bool) -> dict[str, float]:
     return {"live": max(peak.n_bytes for mark, peak in found.items() if FIRST not in mark)}
 
 
-def carried_out(recipe: Any, timed: bool) -> dict[str, float]:
-    """High water of a process that makes three steps; where timed, the median seconds of seven behind the first."""
+def carried_out(
+    recipe: Any, timed: bool, heap: Callable[[], AbstractContextManager[None]] | None = None
+) -> dict[str, float]:
+    """High water of a process that makes three steps; where timed, the median seconds of seven behind the first, and
+    the bytes that the system makes anew in the median one. ``heap`` is what steps run within, by default as a run's do.
+    """
+    import resource
+
     import torch
 
     from veneer.model.heap import freed_memory_kept
@@ -130,13 +136,16 @@ def carried_out(recipe: Any, timed: bool) -> dict[str, float]:
         model, make_optimizer(model, args), inputs, lambda mark: None,
         max_grad_norm=args.max_grad_norm or 0.0, offload=offload,
     )  # fmt: skip
-    seconds = []
-    with freed_memory_kept(), as_accelerate(model, torch.bfloat16 if args.bf16 else None):
+    seconds, faults = [], []
+    with (heap or freed_memory_kept)(), as_accelerate(model, torch.bfloat16 if args.bf16 else None):
         for _ in range(8 if timed else 3):
-            began = time.perf_counter()
+            before, began = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()
             step.run()
             seconds.append(time.perf_counter() - began)
-    return {"process": high_water() or 0, "seconds": statistics.median(seconds[1:]), "least": min(seconds[1:])}
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    fresh = statistics.median(faults[1:]) * resource.getpagesize()
+    taken = {"seconds": statistics.median(seconds[1:]), "least": min(seconds[1:])}
+    return {"process": high_water() or 0, **taken, "fresh": fresh}
 
 
 PARTS = {"planned": planned, "counted": counted, "carried out": carried_out}

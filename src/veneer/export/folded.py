@@ -49,7 +49,7 @@ class FoldedCheckpoint:
     ``wide``: what is folded is a float32 sum, which the base's dtype never rounds.
 
     Raises FormatError where the files are damaged or do not fit each other, and CompositionError for adapters that
-    cannot be folded.
+    cannot be folded or are in the base already.
     """
 
     def __init__(

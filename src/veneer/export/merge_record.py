@@ -1,4 +1,4 @@
-"""The adapters that a merged folder has in it already, by the digests of their weights: none is folded in twice."""
+"""The adapters that `veneer merge` folded into a folder, by the digests of their weights: none is folded in twice."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ FILE = "merged_adapters.json"
 def require_not_merged(base: Path, adapter: Path) -> None:
     """Raise CompositionError where a base says that an adapter with these weights is in it."""
     digest = _digest(adapter)
-    if any(entry["blake2b"] == digest for entry in _read(base)):
+    held = [entry["adapter"] for entry in _read(base) if entry["blake2b"] == digest]
+    if held:
         raise CompositionError(
-            f"{base} has {adapter} in it already ({FILE}): folded in once more, its change would be doubled. "
-            "Take the base that it was trained on, or give it a weight with `veneer combine`"
+            f"{base} has {adapter} in it already (as {held[0]}, in its {FILE}): folded in once more, its change would "
+            "be doubled. Take the base that it was trained on; to have it twice on purpose, combine it with weight 2 "
+            "(`veneer combine`) and fold that into the base that it was trained on"
         )
 
 
 def write_record(base: Path, adapter: Path, into: Path) -> None:
     """Write the adapters of a base, and this one, into a folder."""
-    entries = [*_read(base), {"adapter": adapter.name, "blake2b": _digest(adapter)}]
+    entries = [*_read(base), {"adapter": "/".join(adapter.resolve().parts[-2:]), "blake2b": _digest(adapter)}]
     (into / FILE).write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
 
 

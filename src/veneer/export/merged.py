@@ -48,7 +48,8 @@ def merge_checkpoint(
     The values are those of ``merge_and_unload`` on the base in its own dtype, rounded to ``options.dtype`` at the end.
     An adapter that brings the embeddings and the head of a resized vocabulary whole gives the result that vocabulary.
     Raises FormatError where the files are damaged or do not fit each other, CompositionError for adapters that cannot
-    be folded, and FormatError where ``output`` holds something and is not to be overwritten. Then nothing is written.
+    be folded or that the base says it has in it already, and FormatError where ``output`` holds something and is not to
+    be overwritten. Then nothing is written.
     """
     options = options or MergeOptions()
     folder = local_folder(base)

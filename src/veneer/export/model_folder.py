@@ -12,12 +12,11 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from veneer.errors import ConfigError, FormatError
-from veneer.export.merge_record import FILE as MERGE_RECORD
 from veneer.store.bars import downloads_shown
 from veneer.store.source import resolve
 
 _COMPANIONS = (".json", ".jinja", ".model", ".txt", ".py")
-_NOT_COPIED = ("config.json", "model.safetensors.index.json", "veneer.json", "adapter_config.json", MERGE_RECORD)
+_NOT_COPIED = ("config.json", "model.safetensors.index.json", "veneer.json", "adapter_config.json")
 
 
 def local_folder(model: str | os.PathLike[str]) -> Path:

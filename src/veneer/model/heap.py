@@ -10,13 +10,14 @@ from threading import Lock
 from typing import Any
 
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
-"""Parameters of `mallopt`, as malloc.h numbers them."""
+"""Parameters of `mallopt`, as malloc.h numbers them: they are the process's, as is what follows."""
 KEPT = {MMAP_MAX: 0, TRIM_THRESHOLD: -1}
 USUAL = {MMAP_MAX: 65536, MMAP_THRESHOLD: 32 << 20, TRIM_THRESHOLD: 64 << 20}
-"""Where glibc arrives by itself once a block of 32 MB was freed; after a call of `mallopt` it moves nothing itself."""
+"""Where glibc arrives by itself once a block of 32 MB was freed; after a call of `mallopt` it moves nothing itself.
+They stand at the end whatever the environment (``MALLOC_*``) had said."""
 
 _lock = Lock()
-_n_within = 0
+_n_within = _free_before = 0
 
 
 @contextmanager
@@ -25,8 +26,9 @@ def freed_memory_kept() -> Iterator[None]:
 
     By itself glibc gives blocks above 32 MB back at once, and what is free at the top of its heap too. A training step
     takes what the step before has freed, and a page that is fresh from the system is cleared by it first: that was a
-    tenth of a step on the general path (logits), up to a third where a whole model is trained (gradients). May be
-    entered again within itself and by several threads. Other systems and allocators are left as they are.
+    tenth of a step on the general path (logits), up to a quarter where a whole model is trained (gradients). It acts on
+    blocks of the main thread, for others lie in maps. May be entered again within itself, and by several threads. Other
+    systems and allocators are left as they are.
     """
     _enter(1)
     try:
@@ -35,11 +37,18 @@ def freed_memory_kept() -> Iterator[None]:
         _enter(-1)
 
 
+def kept_bytes() -> int:
+    """Bytes that were freed within `freed_memory_kept` and are not taken again: the system counts them as taken."""
+    with _lock:
+        return max(0, _free() - _free_before) if _n_within else 0
+
+
 def _enter(n: int) -> None:
-    global _n_within
+    global _n_within, _free_before
     with _lock:
         before, _n_within = _n_within, _n_within + n
         if not before:
+            _free_before = _free()
             _set(KEPT)
         elif not _n_within:
             _set(USUAL)
@@ -47,13 +56,32 @@ def _enter(n: int) -> None:
 
 
 def trim() -> None:
-    """Give the system what was freed; glibc keeps what is free between blocks in use."""
+    """Give the system what was freed, what lies between blocks in use too, which glibc keeps by itself."""
     _call("malloc_trim", ctypes.c_size_t(0))
 
 
 def _set(parameters: Mapping[int, int]) -> None:
     for parameter, value in parameters.items():
         _call("mallopt", parameter, value)
+
+
+class _MallocInfo(ctypes.Structure):
+    """``struct mallinfo2`` of malloc.h, of which ``fordblks`` is read: what is free."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+        )
+    ]  # fmt: skip
+
+
+def _free() -> int:
+    function = getattr(ctypes.CDLL(None), "mallinfo2", None) if sys.platform == "linux" else None
+    if function is None:
+        return 0
+    function.restype = _MallocInfo
+    return int(function().fordblks)
 
 
 def _call(name: str, *arguments: Any) -> None:

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import psutil
 import torch
 
+from veneer.model.heap import kept_bytes
+
 PROC, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
@@ -17,12 +19,12 @@ def available_bytes(device: torch.device) -> int:
     """Bytes of memory that may still be taken on a device; what the system holds for files counts as free.
 
     On a GPU that is what the driver has left and what torch's allocator holds without use. On a CPU no control group
-    may come to its limit (containers have one).
+    may come to its limit (containers have one), and what the process keeps of freed memory while it trains is free.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return min([int(psutil.virtual_memory().available), *group_rooms(PROC, CGROUPS)])
+    return min([int(psutil.virtual_memory().available), *group_rooms(PROC, CGROUPS)]) + kept_bytes()
 
 
 def high_water() -> int | None:

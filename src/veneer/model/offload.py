@@ -95,7 +95,7 @@ class Page:
 class PageFile:
     """Tensors behind one another in an unnamed file. It starts over at the front when the last one is gone.
 
-    While a step is traced nothing is written.
+    Traced tensors are told of in place of being written.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -94,7 +94,7 @@ class Rates:
         return self._once("byte of a large op", _large_op_seconds)
 
     def computed(self, work: Work) -> float:
-        """Seconds of a step's arithmetic, calls and updates: all but its elementwise work."""
+        """Seconds of all of a step but its elementwise work."""
         return sum(self.parts(work).values())
 
     def parts(self, work: Work) -> dict[str, float]:
@@ -132,7 +132,8 @@ class Rates:
         return self._once("updated in 8 bits", _updated_8bit_seconds)
 
     def on_disk(self) -> float:
-        """Seconds a byte that is written to a file and read back from a mapping of it."""
+        """Seconds a byte that is written to a file in the folder for temporary ones and read back from a mapping of
+        it, while the system holds it in memory."""
         return self._once("byte that waits on disk", _on_disk_seconds)
 
     def op(self, general: bool) -> float:

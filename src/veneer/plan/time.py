@@ -1,7 +1,7 @@
 """Seconds of a step from its work and a machine's rates: a roofline whose roof is measured, or a card's data sheet.
 
-seconds = sum over products of FLOPs / rate of that shape + attention + bytes moved / bandwidth + updates + a cost
-for each op. Published rooflines land within 10 to 20% of one step.
+seconds = sum over products of FLOPs / rate of that shape + attention + decoding + bytes moved / bandwidth + updates
++ bytes that wait on disk / its rate + a cost for each op. Published rooflines land within 10 to 20% of one step.
 """
 
 from __future__ import annotations

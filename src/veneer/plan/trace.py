@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import cast
 
@@ -122,7 +122,7 @@ def run_steps(
     counted: CountWork | None = None,
 ) -> None:
     """Two steps, of which the second has the optimizer's state; ``live`` learns what is of which kind."""
-    offload = ActivationOffload(model, "disk") if args.activation_offloading else nullcontext()
+    offload = ActivationOffload(model, "disk") if args.activation_offloading else None
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     number = 0
     if counted is not None:
@@ -143,7 +143,11 @@ def run_steps(
         model, optimizer, batch.inputs(vocabulary), mark, loss=loss,
         max_grad_norm=args.max_grad_norm or 0.0, offload=offload, after_backward=gradients,
     )  # fmt: skip
-    with as_accelerate(model, dtype), step.marked():
+    with ExitStack() as stack:
+        if offload is not None:
+            stack.callback(offload.close)
+        stack.enter_context(as_accelerate(model, dtype))
+        stack.enter_context(step.marked())
         step.run()
         number = 1
         for tensor in state_tensors(optimizer):

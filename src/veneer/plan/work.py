@@ -134,7 +134,7 @@ class CountWork(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.on = before
 
     def kernel(self, name: str, arguments: tuple[Any, ...]) -> None:
-        """A kernel that a traced step would have run."""
+        """A kernel that a traced step would have run, or a page that it would have written: an op too."""
         if not self.on:
             return
         self._calls()

@@ -59,6 +59,11 @@ _OTHER_WORDS = {
 }
 
 
+def means_another(key: str, known: Iterable[str]) -> bool:
+    """True for a key by which other libraries mean one that is known."""
+    return _OTHER_WORDS.get(key) in set(known)
+
+
 def perhaps(key: str, known: Iterable[str]) -> str:
     """The end of a message that names the key which was perhaps meant."""
     names, meant = list(known), _OTHER_WORDS.get(str(key))

@@ -134,7 +134,7 @@ class RunTrainer(ResumableTrainer):
             # Reentrant checkpointing gives no gradient to a block whose input needs none: all of them, under adapters.
             self.model.enable_input_require_grads()
         try:
-            with self.fusing(), freed_memory_kept():
+            with self.fusing(), freed_memory_kept() if self.args.device.type == "cpu" else nullcontext():
                 output = super().train(resume_from_checkpoint=self.resolve_resume(resume_from_checkpoint), **options)
         finally:
             if self._display is not None:

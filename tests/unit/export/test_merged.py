@@ -32,8 +32,11 @@ from transformers import (
 
 from models import gpt2_config, llama_config
 from veneer import IA3Config, LoraConfig, PeftModel, get_peft_model
+from veneer.combine.task_vectors import TaskVectors
 from veneer.contract import MethodConfig
 from veneer.errors import CompositionError, ConfigError, FormatError
+from veneer.export.combined import combine_checkpoints
+from veneer.export.gguf.model import GgufOptions, export_gguf
 from veneer.export.merge_record import FILE
 from veneer.export.merged import MergeOptions, merge_checkpoint
 from veneer.methods.bottleneck import BottleneckConfig
@@ -312,7 +315,6 @@ def test_progress_counts_the_tensors(tmp_path: Path) -> None:
 MEASURE = """
 import sys
 from pathlib import Path
-from veneer.export.merge_record import FILE
 from veneer.export.merged import MergeOptions, merge_checkpoint
 
 def high_water():  # of this program alone: getrusage counts what the process was before exec
@@ -448,8 +450,12 @@ def test_an_adapter_is_folded_in_once(tmp_path: Path) -> None:
     merge_checkpoint(base, first, tmp_path / "one")
     merge_checkpoint(tmp_path / "one", second, tmp_path / "both")
     for folder, adapter in (("one", first), ("both", first), ("both", second)):
-        with pytest.raises(CompositionError, match=rf"{folder} has .*_proj in it already"):
+        with pytest.raises(CompositionError, match=rf"{folder} has .*_proj in it already .as .*/{adapter.name}, in"):
             merge_checkpoint(tmp_path / folder, adapter, tmp_path / "again")
+    with pytest.raises(CompositionError, match=r"one has .*q_proj in it already"):
+        export_gguf(tmp_path / "one", tmp_path / "again", GgufOptions(type="F16"), adapter=first)
+    combine_checkpoints(tmp_path / "one", [(tmp_path / "one", 1.0)], tmp_path / "combined", TaskVectors())
+    assert (tmp_path / "combined" / FILE).read_bytes() == (tmp_path / "one" / FILE).read_bytes()
     (tmp_path / "one" / FILE).write_text("[3]")
     with pytest.raises(FormatError, match="no list of merged adapters"):
         merge_checkpoint(tmp_path / "one", second, tmp_path / "again")

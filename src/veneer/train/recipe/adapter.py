@@ -7,11 +7,11 @@ of LoRA by its file, and the presets of a method (``houlsby``).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from veneer.errors import ConfigError, FormatError
-from veneer.train.keys import missing, perhaps, typed
+from veneer.train.keys import means_another, missing, perhaps, typed
 from veneer.train.recipe.advice import belongs, goes_on, meant_method
 
 # Modules that need torch are imported where they are used: a wrong recipe is told before seconds of imports.
@@ -71,7 +71,7 @@ def adapter_problems(adapter: Mapping[str, Any]) -> list[str]:
     if method == FULL:
         return [f"adapter.{key}: method full trains the whole model and has no settings" for key in rest]
     named, found = named_methods()[method], list[str]()
-    given = typed(named.config, rest, found, "adapter.", _advice, ("method", FROM))
+    given = typed(named.config, rest, found, "adapter.", lambda key: _advice(key, method), ("method", FROM))
     found += missing(named.config, rest, "adapter.")
     return found + [
         f"adapter.{key}: {given[key]!r} contradicts method {method}, which sets it to {value!r}"
@@ -182,8 +182,19 @@ def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, list | tuple | set | frozenset) else value
 
 
-def _advice(key: str) -> str:
-    return "; to train a saved adapter on, say adapter.from" if goes_on(key) else belongs(key, "adapter")
+def _advice(key: str, method: str) -> str:
+    if goes_on(key):
+        return "; to train a saved adapter on, say adapter.from"
+    known = [f.name for f in fields(named_methods()[method].config)]
+    return belongs(key, "adapter") or ("" if means_another(key, known) else _of_others(key, method))
+
+
+def _of_others(key: str, method: str) -> str:
+    """The end of a message about a setting that other methods have."""
+    from veneer.methods import all_methods
+
+    owners = sorted(name.lower() for name, cls in all_methods().items() if key in (f.name for f in fields(cls)))
+    return f"; method {method} has no such setting, it is one of {', '.join(owners)}: leave it out" if owners else ""
 
 
 def _fields(adapter: Mapping[str, Any]) -> dict[str, Any]:

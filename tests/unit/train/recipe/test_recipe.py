@@ -76,6 +76,7 @@ def test_every_problem_is_told_at_once_with_the_nearest_key():
     [
         ({"adapter": {"method": "lora_"}}, "adapter.method: 'lora_' must be one of lora, .*the nearest is 'lora'"),
         ({"adapter": {"method": "full", "r": 3}}, "adapter.r: method full trains the whole model"),
+        ({"adapter": {"method": "ia3", "lora_alpha": 3}}, "method ia3 has no such setting, it is one of .*lora"),
         ({"adapter": {"method": "full"}, "model": {"source": "x", "quantization": "nf4"}}, "weights are frozen"),
         ({"data": {"train": "a", "prompt": "{q}"}}, "belong together"),
         ({"data": {"train": "a", "eval": "b", "eval_fraction": 0.1}}, "not both"),
