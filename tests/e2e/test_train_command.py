@@ -119,6 +119,10 @@ def test_resuming_a_finished_run_changes_nothing(project: Path, steps: int) -> N
     assert code == 0, output
     assert "already finished" in output
     assert files_of(project / "run") == before
+    code, output = train(project, *options, "--resume", "--allow-changes", "--set", "training.max_steps=2")
+    assert code == 0, output
+    assert "already finished" in output
+    assert files_of(project / "run") == before
 
 
 def test_a_run_killed_after_its_last_checkpoint_takes_no_further_step(project: Path) -> None:

@@ -27,8 +27,8 @@ def freed_memory_kept() -> Iterator[None]:
     By itself glibc gives blocks above 32 MB back at once, and what is free at the top of its heap too. A training step
     takes what the step before has freed, and a page that is fresh from the system is cleared by it first: that was a
     tenth of a step on the general path (logits), up to a quarter where a whole model is trained (gradients). It acts on
-    blocks of the main thread, for others lie in maps. May be entered again within itself, and by several threads. Other
-    systems and allocators are left as they are.
+    blocks of the main thread, until an allocation of it fails: glibc keeps those of others in maps. May be entered
+    again within itself, and by several threads. Other systems and allocators are left as they are.
     """
     _enter(1)
     try:

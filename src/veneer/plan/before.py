@@ -7,6 +7,7 @@ from typing import Any
 
 from veneer.core.units import size
 from veneer.errors import ConfigError, VeneerError
+from veneer.model.heap import trim
 from veneer.plan.plan import as_json, plan_recipe
 from veneer.plan.report import MEASURING, Machine, told
 from veneer.train.recipe.recipe import Recipe
@@ -34,6 +35,8 @@ def planned_facts(recipe: Recipe, tell: Callable[[str], None]) -> tuple[dict[str
         reason, kind = str(error).strip().partition("\n")[0], type(error).__name__
         known = isinstance(error, TOLD) and reason
         return None, f"not planned: {reason}" if known else f"not planned: {kind}{': ' if reason else ''}{reason}"
+    finally:
+        trim()  # what rates were measured on would lie beside the run
     return facts, told(plan, facts)
 
 

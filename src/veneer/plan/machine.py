@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -55,10 +56,13 @@ def processor() -> str:
 
 @dataclass(slots=True)
 class Rates:
-    """Measured seconds on this machine, each measured when it is first asked for. ``known`` is what the file holds."""
+    """Measured seconds on this machine, each measured when it is first asked for. ``known`` is what the file holds;
+    what is ``rough`` was measured while others used the cores, and is measured anew once they do not.
+    """
 
     path: Path
     known: dict[str, float] = field(default_factory=dict)
+    rough: set[str] = field(default_factory=set)
 
     @classmethod
     def here(cls) -> Rates:
@@ -69,12 +73,16 @@ class Rates:
             stored = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return cls(path)
-        return cls(path, {key: float(value) for key, value in stored["seconds"].items()})
+        rough = set(stored.get("rough", ()))
+        left_out = set() if is_busy() else rough
+        known = {key: float(value) for key, value in stored["seconds"].items() if key not in left_out}
+        return cls(path, known, rough - left_out)
 
     def save(self) -> None:
         """Keep what was measured."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path, json.dumps({"processor": processor(), "seconds": self.known}, indent=1).encode())
+        stored = {"processor": processor(), "seconds": self.known, "rough": sorted(self.rough)}
+        write_atomically(self.path, json.dumps(stored, indent=1).encode())
 
     def product(self, product: Product) -> float:
         """Seconds of a product, from the rate of one of its shape, cut down to `LARGEST`."""
@@ -151,6 +159,8 @@ class Rates:
     def _once(self, key: str, measure: Callable[[], float]) -> float:
         if key not in self.known:
             self.known[key] = measure()
+            if key != START and is_busy():
+                self.rough.add(key)
             self.save()  # at once: a run that is broken off leaves the next one less to measure
         return self.known[key]
 
@@ -158,6 +168,12 @@ class Rates:
 def is_measured() -> bool:
     """Whether rates of this machine are kept, so that a plan with seconds need not measure them."""
     return bool(Rates.here().known.keys() - {START})
+
+
+def is_busy() -> bool:
+    """True where others use the cores, by the load of the last minute, of which a measurement itself is one a core."""
+    cores = os.cpu_count() or 1
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > 1.25 * cores + 0.5
 
 
 def start_bytes(rates: Rates) -> int:

@@ -22,7 +22,7 @@ from veneer.plan.fit import Fit
 from veneer.plan.machine import Rates, free_here, is_measured, start_measured
 from veneer.plan.plan import PHASES, Plan
 from veneer.plan.process import process_of
-from veneer.plan.time import Seconds, seconds_here, seconds_on
+from veneer.plan.time import ROUGH, Seconds, seconds_here, seconds_on
 from veneer.train.config import SFTConfig
 from veneer.train.recipe.recipe import Recipe
 
@@ -175,7 +175,10 @@ def told(plan: Plan, facts: dict[str, Any]) -> str:
     """The plan in one line, for `veneer train`."""
     time = facts.get("time")
     return f"planned: {size(facts['process']['bytes'])} at most (in {plan.peak_phase})" + (
-        f", and about {time['seconds_a_step']:.2g} s a micro-batch where its rows are full" if time else ""
+        f", and about {time['seconds_a_step']:.2g} s a micro-batch where its rows are full"
+        f"{f' ({ROUGH})' if time['source'] == ROUGH else ''}"
+        if time
+        else ""
     )
 
 

@@ -15,6 +15,7 @@ from veneer.plan.work import Work
 
 LAUNCH = 1e-5
 """Seconds of a kernel's launch on a GPU."""
+ROUGH = "measured while others used this machine, and so perhaps far too slow"
 UPDATED_8BIT_BYTES = 16
 """Bytes that AdamW with moments in 8 bits moves for a value: it is read and written and its gradient read, in float32;
 its two codes are read and written."""
@@ -36,7 +37,7 @@ class Seconds:
 def seconds_here(work: Work, rates: Rates) -> Seconds:
     """By the rates of this machine; what lacks is measured now and kept."""
     kinds = rates.parts(work) | {"elementwise": work.moved * rates.moved()}
-    return Seconds(kinds, "measured on this machine")
+    return Seconds(kinds, ROUGH if rates.rough else "measured on this machine")
 
 
 def seconds_on(work: Work, card: Card) -> Seconds:

@@ -17,6 +17,8 @@ from veneer.errors import ConfigError
 from veneer.model.memory import high_water
 from veneer.plan import machine
 from veneer.plan.machine import Rates, start_bytes, start_measured
+from veneer.plan.time import ROUGH, seconds_here
+from veneer.plan.work import Work
 
 
 @pytest.fixture(autouse=True)
@@ -120,3 +122,22 @@ def test_a_run_longer_than_there_is_time_for_counts(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(machine, "time", SimpleNamespace(perf_counter=lambda: now))
     assert machine._timed(run) == 3.0
     assert now == 6.0
+
+
+def test_a_rate_measured_while_others_use_the_cores_is_told_and_measured_anew(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("VENEER_CACHE", str(tmp_path))
+    busy = True
+    monkeypatch.setattr(machine, "is_busy", lambda: busy)
+    monkeypatch.setattr(Rates, "moved", lambda rates: 0.0)
+    Rates.here()._once("decoded", lambda: 7.0)
+    Rates.here()._once(machine.START, lambda: 5.0)
+    assert Rates.here().known == {"decoded": 7.0, machine.START: 5.0}
+    assert seconds_here(Work(), Rates.here()).source == ROUGH
+    busy = False
+    assert Rates.here().known == {machine.START: 5.0}
+    assert Rates.here()._once("decoded", lambda: 3.0) == 3.0
+    busy = True
+    assert Rates.here().known == {"decoded": 3.0, machine.START: 5.0}
+    assert not Rates.here().rough

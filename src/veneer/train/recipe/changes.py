@@ -86,9 +86,12 @@ def changes(before: Recipe, now: Recipe, places: Mapping[str, str] | None = None
 
 
 def is_longer(before: Recipe, now: Recipe) -> bool:
-    """True where the run is to have another length than it had."""
-    old, new = settings(before), settings(now)
-    return any(old[key] != new[key] for key in LENGTH)
+    """True where the run is to take more steps or epochs than it took, or epochs where it counted steps."""
+    old, new = (settings(recipe) for recipe in (before, now))
+    steps, epochs = ([each[f"training.{key}"] for each in (old, new)] for key in ("max_steps", "num_train_epochs"))
+    if steps[0] > 0 and steps[1] > 0:  # where steps are given, epochs do not count
+        return bool(steps[1] > steps[0])
+    return bool(epochs[1] > epochs[0]) if max(steps) <= 0 else True
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:

@@ -78,7 +78,12 @@ def test_a_longer_run_is_the_same_run_where_no_rate_depends_on_its_length():
     short, long = ({"lr_scheduler_type": "constant", "max_steps": n} for n in (5, 11))
     assert keys(recipe(training=short), recipe(training=long)) == []
     assert is_longer(recipe(training=short), recipe(training=long))
+    assert not is_longer(recipe(training=long), recipe(training=short))
     assert not is_longer(recipe(training=short), recipe(training={**short, "logging_steps": 3}))
+    by_steps = [recipe(training={"max_steps": n, "num_train_epochs": 9 - n}) for n in (3, 4)]
+    assert is_longer(*by_steps)
+    assert not is_longer(*reversed(by_steps))
+    assert is_longer(by_steps[0], recipe(training=short))
     ada = {"method": "adalora", "target_modules": "all-linear", "total_step": 20, "tinit": 2, "tfinal": 3}
     assert keys(recipe(training=short, adapter=ada), recipe(training=long, adapter=ada)) == ["training.max_steps"]
 
