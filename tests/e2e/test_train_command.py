@@ -160,6 +160,7 @@ def test_a_run_that_cannot_begin_leaves_no_folder_and_tells_all_that_is_wrong(pr
     assert code == 2
     told = " ".join(output.split())
     assert all(part in told for part in ("holds the checkpoints", "no file none.jsonl", "no file away.jsonl"))
+    assert "planned" not in told
     assert (project / "run").exists()
 
 

@@ -83,8 +83,7 @@ def train(
         if show_sample:
             _show_sample(first, console)
         elif isinstance(wanted, Recipe):
-            if resume:
-                _require_begun(wanted)
+            _require_startable(wanted, resume)
             _train_one(wanted, resume, allow_changes, _planned(wanted, beyond_memory, console), console)
         else:
             console.print(
@@ -135,13 +134,19 @@ def _show_sample(recipe: Recipe, console: Console) -> None:
         console.print(shown_sample(sample, tokenizer, marks=not console.is_terminal))
 
 
-def _require_begun(recipe: Recipe) -> None:
-    """Raise TrainingError, before anything is planned, where there is no checkpoint to go on from."""
+def _require_startable(recipe: Recipe, resume: bool) -> None:
+    """Before a plan: raise TrainingError where there is no checkpoint to go on from, and ConfigError where a
+    new run would be mixed up with one that is there.
+    """
     from veneer.train.processes import is_main
-    from veneer.train.run import require_begun
+    from veneer.train.run import require_begun, require_free
 
-    if is_main():
+    if not is_main():
+        return
+    if resume:
         require_begun(Path(recipe.output))
+    elif Path(recipe.output).exists():
+        require_free(recipe, resume)
 
 
 class _Planned(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -34,12 +35,28 @@ def typed(
             problems.append(f"{prefix}{key}: unknown key{advice(str(key)) or perhaps(key, [*known, *beside])}")
             continue
         try:
-            found[key] = TypeAdapter(hints[key]).validate_python(value)
+            found[key] = _converted(value, TypeAdapter(hints[key]))
         except ValidationError as error:
-            problems.append(f"{prefix}{key}: {value!r} does not fit ({error.errors()[0]['msg']})")
+            reasons = dict.fromkeys(each["msg"] for each in error.errors())
+            problems.append(f"{prefix}{key}: {value!r} does not fit ({' or '.join(reasons)})")
         except PydanticSchemaGenerationError:
             found[key] = value  # a type that pydantic does not know; the config checks it itself
     return found
+
+
+_WORDS_OF_YAML = {False: ("no", "off"), True: ("yes", "on")}
+"""What YAML reads as true or false where it is not quoted."""
+
+
+def _converted(value: Any, kind: TypeAdapter[Any]) -> Any:
+    """A value as its type has it. Raises pydantic's ValidationError."""
+    try:
+        return kind.validate_python(value)
+    except ValidationError:
+        for word in _WORDS_OF_YAML[value] if isinstance(value, bool) else ():
+            with suppress(ValidationError):
+                return kind.validate_python(word)
+        raise
 
 
 def missing(cls: type, given: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -234,7 +234,7 @@ def run_recipe(
     _ = args.device  # several processes meet here
     with listening() as stop, together():
         made = by_main(lambda: not output.exists())
-        by_main(lambda: _require_free(recipe, resume))
+        by_main(lambda: require_free(recipe, resume))
         before = by_main(lambda: record_of(output)) if resume else None
         found = changes_since(before, recipe, allow_changes) if before is not None else []
         if before is not None and is_complete(before, recipe):
@@ -262,7 +262,8 @@ def _taken_back(output: Path, made: bool) -> Iterator[None]:
         raise
 
 
-def _require_free(recipe: Recipe, resume: bool) -> None:
+def require_free(recipe: Recipe, resume: bool) -> None:
+    """As `require_fresh` for a recipe's output; data files that are not there are told in the same error."""
     try:
         require_fresh(Path(recipe.output), resume)
     except ConfigError as error:

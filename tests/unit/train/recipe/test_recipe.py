@@ -48,6 +48,12 @@ def test_the_commented_recipe_is_valid_and_names_only_keys_that_do_something(wri
     assert all(f" {name} |" in text or f"| {name}" in text for name in method_names())
 
 
+def test_what_yaml_makes_of_a_word_is_that_word():
+    training = yaml.safe_load("{eval_strategy: no, fused: off, bf16: yes}")
+    config = parse_recipe(values(training=training)).training_config()
+    assert (config.eval_strategy, config.fused, config.bf16) == ("no", "off", True)
+
+
 def test_every_problem_is_told_at_once_with_the_nearest_key():
     wrong = values(
         model={"source": "x", "quantisation": "nf4"},
@@ -76,6 +82,7 @@ def test_every_problem_is_told_at_once_with_the_nearest_key():
     [
         ({"adapter": {"method": "lora_"}}, "adapter.method: 'lora_' must be one of lora, .*the nearest is 'lora'"),
         ({"adapter": {"method": "full", "r": 3}}, "adapter.r: method full trains the whole model"),
+        ({"training": {"gradient_checkpointing": "maybe"}}, "valid boolean.* or Input should be 'selective'"),
         ({"adapter": {"method": "ia3", "lora_alpha": 3}}, "method ia3 has no such setting, it is one of .*lora"),
         ({"adapter": {"method": "full"}, "model": {"source": "x", "quantization": "nf4"}}, "weights are frozen"),
         ({"data": {"train": "a", "prompt": "{q}"}}, "belong together"),
