@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import MISSING, fields
-from typing import Any
+from enum import Enum
+from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
@@ -35,7 +35,7 @@ def typed(
             problems.append(f"{prefix}{key}: unknown key{advice(str(key)) or perhaps(key, [*known, *beside])}")
             continue
         try:
-            found[key] = _converted(value, TypeAdapter(hints[key]))
+            found[key] = _converted(value, hints[key])
         except ValidationError as error:
             reasons = dict.fromkeys(each["msg"] for each in error.errors())
             problems.append(f"{prefix}{key}: {value!r} does not fit ({' or '.join(reasons)})")
@@ -45,18 +45,23 @@ def typed(
 
 
 _WORDS_OF_YAML = {False: ("no", "off"), True: ("yes", "on")}
-"""What YAML reads as true or false where it is not quoted."""
+"""Words that YAML reads as true or false where they are not quoted."""
 
 
-def _converted(value: Any, kind: TypeAdapter[Any]) -> Any:
+def _converted(value: Any, hint: Any) -> Any:
     """A value as its type has it. Raises pydantic's ValidationError."""
-    try:
-        return kind.validate_python(value)
-    except ValidationError:
-        for word in _WORDS_OF_YAML[value] if isinstance(value, bool) else ():
-            with suppress(ValidationError):
-                return kind.validate_python(word)
-        raise
+    words = _WORDS_OF_YAML[value] if isinstance(value, bool) else ()
+    meant = [word for word in words if word in _choices(hint)]
+    return TypeAdapter(hint).validate_python(meant[0] if meant else value)
+
+
+def _choices(hint: Any) -> list[Any]:
+    """The words of a type that lists them, or of the parts of a union that do."""
+    if typing.get_origin(hint) is Literal:
+        return list(typing.get_args(hint))
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return [member.value for member in hint]
+    return [word for part in typing.get_args(hint) for word in _choices(part)]
 
 
 def missing(cls: type, given: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -49,9 +49,9 @@ def test_the_commented_recipe_is_valid_and_names_only_keys_that_do_something(wri
 
 
 def test_what_yaml_makes_of_a_word_is_that_word():
-    training = yaml.safe_load("{eval_strategy: no, fused: off, bf16: yes}")
+    training = yaml.safe_load("{eval_strategy: no, save_strategy: no, fused: off, bf16: yes}")
     config = parse_recipe(values(training=training)).training_config()
-    assert (config.eval_strategy, config.fused, config.bf16) == ("no", "off", True)
+    assert (config.eval_strategy, config.save_strategy, config.fused, config.bf16) == ("no", "no", "off", True)
 
 
 def test_every_problem_is_told_at_once_with_the_nearest_key():
@@ -82,6 +82,7 @@ def test_every_problem_is_told_at_once_with_the_nearest_key():
     [
         ({"adapter": {"method": "lora_"}}, "adapter.method: 'lora_' must be one of lora, .*the nearest is 'lora'"),
         ({"adapter": {"method": "full", "r": 3}}, "adapter.r: method full trains the whole model"),
+        ({"training": {"run_name": True}}, "training.run_name: True does not fit"),
         ({"training": {"gradient_checkpointing": "maybe"}}, "valid boolean.* or Input should be 'selective'"),
         ({"adapter": {"method": "ia3", "lora_alpha": 3}}, "method ia3 has no such setting, it is one of .*lora"),
         ({"adapter": {"method": "full"}, "model": {"source": "x", "quantization": "nf4"}}, "weights are frozen"),
