@@ -6,6 +6,7 @@ import errno
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -50,15 +51,20 @@ def test_an_interrupt_exits_with_130() -> None:
 
 
 def test_an_interrupt_may_say_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(recipe: Recipe, **_: object) -> None:
-        raise KeyboardInterrupt
+    def interrupted_after(checkpoints: list[str]) -> Callable[..., None]:
+        def run(recipe: Recipe, **_: object) -> None:
+            for checkpoint in checkpoints:
+                (Path(recipe.output) / checkpoint).mkdir(parents=True)
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr("veneer.train.run.run_recipe", interrupted)
+        return run
+
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"{{model: {{source: m}}, data: {{train: t.jsonl}}, output: {tmp_path / 'run'}}}")
+    monkeypatch.setattr("veneer.train.run.run_recipe", interrupted_after([]))
     result = RUNNER.invoke(app, ["train", str(recipe)])
     assert (result.exit_code, result.stderr) == (130, "interrupted\n")
-    (tmp_path / "run" / "checkpoint-5").mkdir(parents=True)
+    monkeypatch.setattr("veneer.train.run.run_recipe", interrupted_after(["checkpoint-5"]))
     result = RUNNER.invoke(app, ["train", str(recipe)])
     assert result.stderr == "interrupted: checkpoints are kept, and --resume goes on from the last one\n"
     assert result.exit_code == 130
