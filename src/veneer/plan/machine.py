@@ -11,14 +11,11 @@ import json
 import math
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +24,6 @@ from torch import Tensor
 
 from veneer.disk.atomic import write_atomically
 from veneer.disk.cache import cache_dir
-from veneer.errors import ConfigError
 from veneer.model.memory import available_bytes
 from veneer.ops.dispatch import kernel_isa
 from veneer.plan.work import Product, Work
@@ -35,7 +31,8 @@ from veneer.plan.work import Product, Work
 LARGEST = 4096
 """Products are measured with sides up to this; larger ones run at the same rate."""
 ROWS = 1024
-START = "bytes of a process that starts"
+START = f"bytes of a process that starts, {sys.prefix}"
+"""Of an installation: how much of a library's file counts depends on how the system holds that file."""
 COLD_BYTES, COOL_BYTES, MOST_COPIES = 128 << 20, 32 << 20, 256
 """What lies in memory alone, and what a core's own cache no longer holds."""
 STRETCH, MEASURED, LONGEST_MEASURED = 5e-4, 0.1, 1.0
@@ -87,7 +84,7 @@ class Rates:
     def product(self, product: Product) -> float:
         """Seconds of a product, from the rate of one of its shape, cut down to `LARGEST`."""
         m, k, n = min(product.m, ROWS), min(product.k, LARGEST), min(product.n, LARGEST)
-        seconds = self._once(f"product {m} {k} {n} {product.dtype}", lambda: _product_seconds(m, k, n, product.dtype))
+        seconds = self.once(f"product {m} {k} {n} {product.dtype}", lambda: _product_seconds(m, k, n, product.dtype))
         return seconds * product.flops / (2.0 * m * k * n)
 
     def moved(self) -> float:
@@ -95,11 +92,11 @@ class Rates:
         from veneer.plan.overhead import byte_seconds
 
         least = self.large_op_byte()
-        return self._once("byte of elementwise work", lambda: byte_seconds(self.computed, least))
+        return self.once("byte of elementwise work", lambda: byte_seconds(self.computed, least))
 
     def large_op_byte(self) -> float:
         """Seconds a byte that an elementwise op on large tensors reads or writes."""
-        return self._once("byte of a large op", _large_op_seconds)
+        return self.once("byte of a large op", _large_op_seconds)
 
     def computed(self, work: Work) -> float:
         """Seconds of all of a step but its elementwise work."""
@@ -124,42 +121,43 @@ class Rates:
 
     def attention(self) -> float:
         """Seconds a FLOP of attention by the kernel."""
-        return self._once("attention", _attention_seconds)
+        return self.once("attention", _attention_seconds)
 
     def torch_attention(self, length: int) -> float:
         """Seconds a FLOP of attention by torch, on the general path, in rows of about so many tokens."""
         near = min(LONGEST_ROW, max(SHORTEST_ROW, 1 << round(math.log2(max(length, 1)))))
-        return self._once(f"attention of torch, {near} tokens", lambda: _torch_attention_seconds(near))
+        return self.once(f"attention of torch, {near} tokens", lambda: _torch_attention_seconds(near))
 
     def decoded(self) -> float:
         """Seconds to decode one value of 4 bits."""
-        return self._once("decoded", _decoded_seconds)
+        return self.once("decoded", _decoded_seconds)
 
     def updated_8bit(self) -> float:
         """Seconds a value that AdamW updates whose moments are in 8 bits."""
-        return self._once("updated in 8 bits", _updated_8bit_seconds)
+        return self.once("updated in 8 bits", _updated_8bit_seconds)
 
     def on_disk(self) -> float:
         """Seconds a byte that is written to a file in the folder for temporary ones and read back from a mapping of
         it, while the system holds it in memory."""
-        return self._once("byte that waits on disk", _on_disk_seconds)
+        return self.once("byte that waits on disk", _on_disk_seconds)
 
     def op(self, general: bool) -> float:
         """Seconds that an op takes beside its work, on the general path or the fused one."""
         from veneer.plan.overhead import op_seconds
 
-        return self._once(f"op of a step, {_path(general)}", lambda: op_seconds(general))
+        return self.once(f"op of a step, {_path(general)}", lambda: op_seconds(general))
 
     def watched(self) -> float:
         """Seconds that an op takes besides where selective checkpointing looks at it, on the general path."""
         from veneer.plan.overhead import watched_seconds
 
-        return self._once("op watched in a step", lambda: watched_seconds(self.op(general=True)))
+        return self.once("op watched in a step", lambda: watched_seconds(self.op(general=True)))
 
-    def _once(self, key: str, measure: Callable[[], float]) -> float:
+    def once(self, key: str, measure: Callable[[], float]) -> float:
+        """What is known by a key, measured first where it is not."""
         if key not in self.known:
             self.known[key] = measure()
-            if key != START and is_busy():
+            if not _is_start(key) and is_busy():
                 self.rough.add(key)
             self.save()  # at once: a run that is broken off leaves the next one less to measure
         return self.known[key]
@@ -167,7 +165,7 @@ class Rates:
 
 def is_measured() -> bool:
     """Whether rates of this machine are kept, so that a plan with seconds need not measure them."""
-    return bool(Rates.here().known.keys() - {START})
+    return not all(map(_is_start, Rates.here().known))
 
 
 def is_busy() -> bool:
@@ -176,30 +174,14 @@ def is_busy() -> bool:
     return hasattr(os, "getloadavg") and os.getloadavg()[0] > 1.25 * cores + 0.5
 
 
-def start_bytes(rates: Rates) -> int:
-    """Bytes of a process that has imported all and trained one tiny model: interpreter, libraries, allocator."""
-    return int(rates._once(START, _start_bytes))
-
-
-@contextmanager
-def start_measured(rates: Rates) -> Iterator[None]:
-    """Measure `start_bytes`, where they are not known, beside what is done within; an error there ends it."""
-    if START in rates.known:
-        yield
-        return
-    process = _beginning()
-    try:
-        yield
-    except BaseException:
-        process.kill()
-        process.communicate()
-        _beginning.cache_clear()
-        raise
-
-
 def free_here() -> int:
     """Bytes that a process may still take on this machine."""
     return available_bytes(torch.device("cpu"))
+
+
+def _is_start(key: str) -> bool:
+    """True for `START`, of this installation or another."""
+    return key.startswith(START.partition(",")[0])
 
 
 def _path(general: bool) -> str:
@@ -301,36 +283,3 @@ def _on_disk_seconds() -> float:
         return _timed(run) / x.nbytes
     finally:
         file.close()
-
-
-_TINY = """
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-import veneer.train.run, veneer.plan.trace
-from veneer.model.memory import high_water
-from veneer.plan.step import Batch, Step, as_accelerate
-from veneer import LoraConfig, get_peft_model
-model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-    num_attention_heads=2, num_key_value_heads=1))
-model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear")).train()
-step = Step(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]), Batch(n_rows=2,
-    length=32).inputs(64), lambda mark: None)
-with as_accelerate(model, torch.bfloat16):
-    step.run(), step.run()
-print(high_water())
-"""
-
-
-@cache
-def _beginning() -> subprocess.Popen[str]:
-    """The process that `_start_bytes` measures, begun once."""
-    return subprocess.Popen([sys.executable, "-c", _TINY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-@cache
-def _start_bytes() -> float:
-    out, told = _beginning().communicate()
-    try:
-        return float(out.split()[-1])
-    except (IndexError, ValueError) as error:
-        raise ConfigError(f"a process could not be measured: {told.strip()[-300:]}") from error

@@ -1,17 +1,25 @@
-"""A process beside its tensors: interpreter and libraries, scratch of kernels, what the allocator keeps."""
+"""A process beside its tensors: interpreter and libraries, tokenizer and rows, what kernels and the allocator keep."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
-from veneer.plan.machine import Rates, start_bytes
+from veneer.data.files import names_a_file
+from veneer.plan.machine import Rates
 from veneer.plan.plan import Plan
+from veneer.plan.start import start_bytes
 from veneer.plan.trace import GRADIENTS, STATE
+from veneer.train.recipe.recipe import DataPart
 
 ALLOCATOR_BYTES = 20_000_000
 """Scratch of kernels and heap that is kept but not used, beside live tensors (bench/plan.py; glibc)."""
 MOVING_SHARE, TRAINED_SHARE = 0.02, 0.2
 """Of what comes and goes; and of gradients and optimizer state, between which freed memory does not fit again."""
+WORD_BYTES, ROWS_SHARE = 500, 5.5
+"""Of each entry of a vocabulary; and times the files of rows (16 MB of conversations in lines of JSON): as they are
+read, encoded, and read again in another order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,20 +29,36 @@ class Process:
     start: int
     tensors: int
     allocator: int
+    tokenizer: int
+    rows: int
 
     @property
     def n_bytes(self) -> int:
         """All of it."""
-        return self.start + self.tensors + self.allocator
+        return self.start + self.tensors + self.allocator + self.tokenizer + self.rows
 
 
 def process_of(plan: Plan, rates: Rates) -> Process:
-    """The process of a plan on this machine; the start of one is measured once and kept."""
-    start = start_bytes(rates)
+    """The process of a plan on this machine; the start of one is measured once for an installation."""
     moving = plan.peak.n_bytes - plan.held.n_bytes
     trained = sum(plan.peak.kinds.get(kind, 0) for kind in (GRADIENTS, STATE))
     lost = MOVING_SHARE * moving + (0.0 if _is_recomputed(plan) else TRAINED_SHARE * trained)
-    return Process(start, plan.peak.n_bytes, ALLOCATOR_BYTES + round(lost))
+    return Process(
+        start=start_bytes(rates),
+        tensors=plan.peak.n_bytes,
+        allocator=ALLOCATOR_BYTES + round(lost),
+        tokenizer=WORD_BYTES * plan.config.get_text_config().vocab_size,
+        rows=round(ROWS_SHARE * sum(_files_of_rows(plan.recipe.data))),
+    )
+
+
+def _files_of_rows(part: DataPart) -> Iterator[int]:
+    """Bytes of each file that is read whole and is there."""
+    if part.streaming or part.limit is not None:
+        return
+    for source in (part.train, part.eval, *(each.source for each in part.more)):
+        if source is not None and names_a_file(source) and Path(source).is_file():
+            yield Path(source).stat().st_size
 
 
 def _is_recomputed(plan: Plan) -> bool:

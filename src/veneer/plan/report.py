@@ -19,9 +19,10 @@ from veneer.core.units import duration, size
 from veneer.model.memory import available_bytes
 from veneer.plan.cards import Card, card_of
 from veneer.plan.fit import Fit
-from veneer.plan.machine import Rates, free_here, is_measured, start_measured
+from veneer.plan.machine import Rates, free_here, is_measured
 from veneer.plan.plan import PHASES, Plan
 from veneer.plan.process import process_of
+from veneer.plan.start import start_measured
 from veneer.plan.time import ROUGH, Seconds, seconds_here, seconds_on
 from veneer.train.config import SFTConfig
 from veneer.train.recipe.recipe import Recipe

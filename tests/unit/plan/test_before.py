@@ -20,7 +20,7 @@ from veneer.plan import before, machine, report
 @pytest.fixture(autouse=True)
 def known_rates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Nothing is measured: every rate is known."""
-    monkeypatch.setattr(machine.Rates, "_once", lambda rates, key, measure: 3e8 if key == machine.START else 1e-9)
+    monkeypatch.setattr(machine.Rates, "once", lambda rates, key, measure: 3e8 if key == machine.START else 1e-9)
     monkeypatch.setenv("VENEER_CACHE", str(tmp_path))
 
 
@@ -110,7 +110,7 @@ def test_a_run_on_a_gpu_is_held_to_its_memory_and_measures_nothing(
         on_gpu = report.Machine.of_run(SimpleNamespace(use_cpu=False))  # type: ignore[arg-type]
         assert report.Machine.of_run(SimpleNamespace(use_cpu=True)).gpu is None  # type: ignore[arg-type]
     monkeypatch.setattr(report.Machine, "of_run", lambda _: on_gpu)
-    monkeypatch.setattr(machine.Rates, "_once", measured)
+    monkeypatch.setattr(machine.Rates, "once", measured)
     monkeypatch.setattr(report, "available_bytes", lambda device: 7_000_003 if device.type == "cuda" else 1)
     facts, _ = before.planned_facts(recipe(), print)
     assert facts is not None

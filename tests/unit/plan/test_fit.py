@@ -21,7 +21,7 @@ def made() -> dict[str, Plan]:
 
 
 @pytest.fixture(autouse=True)
-def plans_are_made_once(made: dict[str, Plan], monkeypatch: pytest.MonkeyPatch) -> None:
+def plans_are_madeonce(made: dict[str, Plan], monkeypatch: pytest.MonkeyPatch) -> None:
     """Searches in this file share their plans: each takes a second."""
 
     def once(recipe: Recipe, **options: Any) -> Plan:

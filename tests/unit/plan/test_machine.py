@@ -1,11 +1,8 @@
-"""What is measured of a machine: the bytes that a process starts with, once, beside the plan; products as in a step."""
+"""What is measured of a machine: products as in a step, what others disturb, what is kept."""
 
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,73 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from veneer.errors import ConfigError
-from veneer.model.memory import high_water
 from veneer.plan import machine
-from veneer.plan.machine import Rates, start_bytes, start_measured
+from veneer.plan.machine import Rates
 from veneer.plan.time import ROUGH, seconds_here
 from veneer.plan.work import Work
-
-
-@pytest.fixture(autouse=True)
-def anew() -> Iterator[None]:
-    yield
-    machine._beginning.cache_clear()
-    machine._start_bytes.cache_clear()
-
-
-def begun(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine._beginning.cache_clear()
-    machine._start_bytes.cache_clear()
-    monkeypatch.setattr(machine, "_TINY", script)
-
-
-def test_a_process_is_begun_once_and_read_when_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    begun("print('told 7_000_003.0'.replace('_', ''))", monkeypatch)
-    rates = Rates(tmp_path / "rates.json")
-    with start_measured(rates):
-        first = machine._beginning()
-    with start_measured(rates):
-        assert machine._beginning() is first
-    assert start_bytes(rates) == 7_000_003
-    assert start_bytes(Rates(tmp_path / "other.json")) == 7_000_003
-
-
-def test_nothing_is_begun_where_it_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    begun("raise SystemExit(3)", monkeypatch)
-    rates = Rates(tmp_path / "rates.json", {machine.START: 11.0})
-    with start_measured(rates):
-        assert machine._beginning.cache_info().currsize == 0
-    assert start_bytes(rates) == 11
-
-
-def test_a_plan_that_fails_leaves_no_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    begun("import time; time.sleep(600)", monkeypatch)
-    processes = []
-
-    def plan() -> None:
-        with start_measured(Rates(tmp_path / "rates.json")):
-            processes.append(machine._beginning())
-            raise ConfigError("not planned")
-
-    with pytest.raises(ConfigError, match="not planned"):
-        plan()
-    assert processes[0].returncode is not None
-    assert machine._beginning.cache_info().currsize == 0
-
-
-def test_a_process_that_ends_early_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    begun("raise SystemExit('no room')", monkeypatch)
-    with pytest.raises(ConfigError, match="a process could not be measured: no room"):
-        start_bytes(Rates(tmp_path / "rates.json"))
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/self/status")
-def test_a_process_that_starts_is_measured_without_what_began_it() -> None:
-    held = bytearray(b"x" * 400_000_000)
-    run = [sys.executable, "-c", "from veneer.model.memory import high_water; print(high_water())"]
-    own = int(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
-    assert 10_000_000 < own < len(held) < (high_water() or 0)
 
 
 def test_products_are_measured_on_what_no_cache_holds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,13 +65,13 @@ def test_a_rate_measured_while_others_use_the_cores_is_told_and_measured_anew(
     busy = True
     monkeypatch.setattr(machine, "is_busy", lambda: busy)
     monkeypatch.setattr(Rates, "moved", lambda rates: 0.0)
-    Rates.here()._once("decoded", lambda: 7.0)
-    Rates.here()._once(machine.START, lambda: 5.0)
+    Rates.here().once("decoded", lambda: 7.0)
+    Rates.here().once(machine.START, lambda: 5.0)
     assert Rates.here().known == {"decoded": 7.0, machine.START: 5.0}
     assert seconds_here(Work(), Rates.here()).source == ROUGH
     busy = False
     assert Rates.here().known == {machine.START: 5.0}
-    assert Rates.here()._once("decoded", lambda: 3.0) == 3.0
+    assert Rates.here().once("decoded", lambda: 3.0) == 3.0
     busy = True
     assert Rates.here().known == {"decoded": 3.0, machine.START: 5.0}
     assert not Rates.here().rough

@@ -11,8 +11,9 @@ from tests.unit.plan.conftest import Make
 from veneer.plan.live import Peak
 from veneer.plan.machine import START, Rates
 from veneer.plan.plan import plan_recipe
-from veneer.plan.process import ALLOCATOR_BYTES, process_of
+from veneer.plan.process import ALLOCATOR_BYTES, ROWS_SHARE, WORD_BYTES, process_of
 from veneer.plan.trace import BASE, GRADIENTS, STATE
+from veneer.train.recipe.recipe import DataPart
 
 
 @pytest.mark.parametrize(("way", "between"), [(False, 0.2 * 3_000_017), ("selective", 0.2 * 3_000_017), (True, 0.0)])
@@ -25,4 +26,25 @@ def test_memory_is_lost_between_gradients_and_state_where_activations_lie_among_
     found = process_of(plan, Rates(tmp_path / "rates.json", {START: 7_000_003.0}))
     assert (found.start, found.tensors) == (7_000_003, 3_400_026)
     assert found.allocator == ALLOCATOR_BYTES + round(0.02 * 3_000_017 + between)
-    assert found.n_bytes == found.start + found.tensors + found.allocator
+    assert found.n_bytes == found.start + found.tensors + found.allocator + found.tokenizer
+
+
+def test_the_tokenizer_counts_by_its_words_and_rows_by_their_files(recipe: Make, tmp_path: Path) -> None:
+    rates = Rates(tmp_path / "rates.json", {START: 7_000_003.0})
+    plan = plan_recipe(recipe())
+    without = process_of(plan, rates)
+    assert (without.tokenizer, without.rows) == (WORD_BYTES * plan.config.vocab_size, 0)
+    sizes = {"train": 1_000_003, "eval": 50_021, "more": 7_013}
+    for name, size in sizes.items():
+        (tmp_path / f"{name}.jsonl").write_bytes(b"x" * size)
+    files = {name: str(tmp_path / f"{name}.jsonl") for name in sizes}
+    data = {**files, "more": [{"source": files["more"]}]}
+
+    def rows(**changes: object) -> int:
+        part = DataPart.model_validate(data | changes)
+        return process_of(replace(plan, recipe=plan.recipe.model_copy(update={"data": part})), rates).rows
+
+    assert rows() == round(ROWS_SHARE * sum(sizes.values()))
+    assert rows(eval=None, more=[]) == round(ROWS_SHARE * sizes["train"])
+    assert rows(eval="org/set") == round(ROWS_SHARE * (sizes["train"] + sizes["more"]))
+    assert rows(streaming=True) == rows(limit=10) == 0
