@@ -1,9 +1,9 @@
 """The settings that fit a budget, against a limit of memory that the system enforces.
 
-`veneer plan --fit` chooses for the budget. Its best setting then makes three steps in a process that may hold no more
-(RLIMIT_DATA: its data are limited to the budget less what is resident otherwise), and so does one notch more, the
-next larger number of rows a micro-batch. The first must end, the second must be refused memory; the exit code is 1
-otherwise.
+`veneer plan --fit` chooses for the budget. `veneer train` then makes three updates with its best setting in a process
+that may hold no more (RLIMIT_DATA: its data are limited to the budget less what is resident otherwise), and so it does
+with one notch more, the next larger number of rows a micro-batch. The first must end, the second must be refused
+memory; the exit code is 1 otherwise.
 
     python bench/fit.py --budget 1700MB [--model NAME|FOLDER] [--rows 24] [--length 256]
 """
@@ -12,26 +12,28 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from plan import carried_out
+from plan import N_UPDATES, write_rows
 from veneer.cli.plan_options import bytes_from
 from veneer.core.units import size
 
 
-def recipe_of(options: argparse.Namespace) -> Any:
+def values_of(options: argparse.Namespace) -> dict[str, Any]:
     """LoRA on all linear layers, as many rows a step as are asked for."""
-    from veneer.train.recipe.recipe import parse_recipe
-
-    return parse_recipe({
+    return {
         "model": {"source": options.model}, "data": {"train": "rows.jsonl"},
-        "adapter": {"method": "lora", "r": 16, "target_modules": "all-linear"},
-        "training": {"per_device_train_batch_size": options.rows, "max_length": options.length}, "output": "run",
-    })  # fmt: skip
+        "adapter": {"method": "lora", "r": 16, "target_modules": "all-linear"}, "output": "run",
+        "training": {
+            "per_device_train_batch_size": options.rows, "max_length": options.length, "max_steps": N_UPDATES,
+        },
+    }  # fmt: skip
 
 
 def status(name: str) -> int:
@@ -41,15 +43,24 @@ def status(name: str) -> int:
 
 
 def carry_out(options: argparse.Namespace) -> int:
-    """Three steps of the recipe with changes, within the budget."""
+    """Train the recipe with changes, within the budget."""
     import veneer.plan.trace
     import veneer.train.run  # noqa: F401  what a run imports is there before the limit
+    from veneer.cli.app import app
+    from veneer.model.memory import high_water
     from veneer.plan.fit import changed
+    from veneer.plan.report import as_yaml
+    from veneer.train.recipe.recipe import parse_recipe
 
-    recipe = changed(recipe_of(options), json.loads(options.changes))
-    most = status("VmData") + bytes_from(options.budget, "--budget") - status("VmRSS")
-    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
-    print(json.dumps(carried_out(recipe, False)))
+    recipe = changed(parse_recipe(values_of(options)), json.loads(options.changes))
+    with tempfile.TemporaryDirectory() as folder:
+        write_rows(Path(folder), options.length, n_rows=N_UPDATES * options.rows)
+        Path(folder, "recipe.yaml").write_text(as_yaml(recipe), encoding="utf-8")
+        os.chdir(folder)
+        most = status("VmData") + bytes_from(options.budget, "--budget") - status("VmRSS")
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+        app(["train", "recipe.yaml"], standalone_mode=False)
+    print(json.dumps(high_water()))
     return 0
 
 
@@ -59,7 +70,7 @@ def apart(options: argparse.Namespace, changes: dict[str, Any]) -> str:
     command += ["--model", options.model, "--rows", str(options.rows), "--length", str(options.length)]
     out = subprocess.run(command, capture_output=True, text=True, check=False)
     if out.returncode == 0:
-        return f"trained, high water {size(json.loads(out.stdout.splitlines()[-1])['process'])}"
+        return f"trained, high water {size(json.loads(out.stdout.splitlines()[-1]))}"
     return f"died: {(out.stderr.strip().splitlines() or ['killed'])[-1][:150]}"
 
 
@@ -78,8 +89,10 @@ def main() -> int:
     from veneer.plan.fit import changed, fits
     from veneer.plan.plan import plan_recipe
     from veneer.plan.report import Machine
+    from veneer.train.recipe.recipe import parse_recipe
 
-    recipe, config, machine = recipe_of(options), config_of(options.model), Machine.of(None, timed=False)
+    recipe, config = parse_recipe(values_of(options)), config_of(options.model)
+    machine = Machine.of(None, timed=True)  # rates are measured here, so that no run has to
     found = fits(recipe, config, bytes_from(options.budget, "--budget"), machine.bytes_of, machine.cost)
     best = dict(found[0].changes)
     rows = best.get("training.per_device_train_batch_size", options.rows)
@@ -92,7 +105,7 @@ def main() -> int:
     }
     ends = []
     for name, changes in (("best", best), ("one notch more", more)):
-        n_bytes = machine.bytes_of(plan_recipe(changed(recipe, changes), config=config))
+        n_bytes = machine.facts(plan_recipe(changed(recipe, changes), config=config), None)["process"]["bytes"]
         ends.append(apart(options, changes))
         print(f"{name}: {changes}\n  planned {size(n_bytes)} of {options.budget}; {ends[-1]}", flush=True)
     return int(ends[0].startswith("died") or ends[1].startswith("trained"))

@@ -38,7 +38,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.part is not None:
         recipe = recipe_of(settings()[options.only[0]], options.model, rows=2, length=128)
-        print(json.dumps(carried_out(recipe, True, nullcontext if options.part == "usual" else None)))
+        print(json.dumps(carried_out(recipe, nullcontext if options.part == "usual" else None)))
         return
     heads = [f"{heap}: {what}" for heap in HEAPS for what in ("fresh MB", "s", "high water MB")]
     print(f"| | setting | {' | '.join(heads)} | time |\n{'| --- ' * (3 + len(heads))}|", flush=True)

@@ -1,8 +1,8 @@
-"""Plans against what happens: live bytes, high water of the process and seconds of a step, a process for each setting.
+"""Plans against what happens: live bytes, high water of `veneer train` and seconds of a step.
 
-Each setting is planned in one process, counted in a second (two steps, every storage) and carried out in a third (three
-steps; high water). Live bytes must be within 1%, the high water of the process within 5%; the exit code is 1 where one
-is not.
+Each setting is trained by the command itself (three updates of full rows), whose run.json holds the plan that it made
+and the high water of its process, and counted in another process (two steps, every storage). Live bytes must be within
+1%, the high water within 5%; the exit code is 1 where one is not.
 
 Where ``--time`` asks for them (on a quiet machine), seconds of seven steps behind the first are judged, and no bytes. A
 machine that others share is not as fast in one minute as in another: all settings are gone through several times, each
@@ -33,11 +33,13 @@ CHECKPOINTING: tuple[bool | str, ...] = (False, "selective", True)
 FORMATS = ("none", "nf4", "int8")
 OPTIMIZERS = ("adamw_torch", "adamw_8bit", "paged_adamw_8bit", "adamw_torch_fused")
 METHODS = ("lora", "dora", "ia3", "lora")
+EVALUATED = "per_device_eval_batch_size"
+N_UPDATES = 3
 
 
 def settings() -> list[dict[str, Any]]:
-    """24: every path, form of checkpointing and format, optimizers, methods and packing by turns; four trained whole,
-    one of them with GaLore, and two whose activations wait on disk."""
+    """27: every path, form of checkpointing and format, optimizers, methods and packing by turns; four trained whole,
+    one of them with GaLore; two whose activations wait on disk; two that sum gradients, and two that evaluate."""
     found = []
     for n, (path, way, kind) in enumerate(itertools.product(PATHS, CHECKPOINTING, FORMATS)):
         found.append({
@@ -47,10 +49,10 @@ def settings() -> list[dict[str, Any]]:
     base = {"quantization": "none", "fused": "auto", "gradient_checkpointing": False, "packing": False}
     found += [{**base, "method": "full", "optim": optim} for optim in ("adamw_torch", "adamw_8bit", "galore_adamw")]
     found.append({**base, "method": "full", "optim": "adamw_torch_fused", "gradient_checkpointing": True})
-    found += [
-        {**base, "method": "lora", "optim": "adamw_torch", "quantization": kind, "activation_offloading": "disk"}
-        for kind in ("none", "nf4")
-    ]
+    lora = {**base, "method": "lora", "optim": "adamw_torch"}
+    found += [{**lora, "quantization": kind, "activation_offloading": "disk"} for kind in ("none", "nf4")]
+    found.append({**base, "method": "full", "optim": "adamw_torch", "gradient_accumulation_steps": 4})
+    found += [{**lora, "fused": path, "gradient_accumulation_steps": 3, EVALUATED: 8} for path in PATHS]
     return found
 
 
@@ -68,53 +70,79 @@ def random_qwen2(folder: Path) -> str:
     return str(folder)
 
 
+def values_of(setting: dict[str, Any], model: str, rows: int, length: int) -> dict[str, Any]:
+    """The recipe of a setting, as YAML has it; files are looked for beside it."""
+    training = {key: value for key, value in setting.items() if key not in ("method", "quantization")}
+    training |= {"per_device_train_batch_size": rows, "max_length": length, "max_steps": N_UPDATES}
+    rank = {"r": 16} if setting["method"] in ("lora", "dora") else {}
+    return {
+        "model": {"source": model, "quantization": setting["quantization"]},
+        "data": {"train": "rows.jsonl", **({"eval": "rows.jsonl"} if EVALUATED in setting else {})},
+        "adapter": {"method": setting["method"], **rank}, "training": training, "output": "run",
+    }  # fmt: skip
+
+
 def recipe_of(setting: dict[str, Any], model: str, rows: int, length: int) -> Any:
     """The recipe of a setting."""
     from veneer.train.recipe.recipe import parse_recipe
 
-    training = {key: value for key, value in setting.items() if key not in ("method", "quantization")}
-    training |= {"per_device_train_batch_size": rows, "max_length": length}
-    rank = {"r": 16} if setting["method"] in ("lora", "dora") else {}
-    return parse_recipe({
-        "model": {"source": model, "quantization": setting["quantization"]}, "data": {"train": "rows.jsonl"},
-        "adapter": {"method": setting["method"], **rank}, "training": training, "output": "run",
-    })  # fmt: skip
+    return parse_recipe(values_of(setting, model, rows, length))
 
 
-def planned(recipe: Any, timed: bool) -> dict[str, float]:
-    """What the plan says."""
+def write_rows(folder: Path, length: int, n_rows: int) -> None:
+    """A file of rows that are all longer than so many tokens, and are cut off there."""
+    text = " ".join(f"{k} sparrows sat on wall {k * 7 % 13}." for k in range(length))
+    (folder / "rows.jsonl").write_text(f"{json.dumps({'text': text})}\n" * n_rows, encoding="utf-8")
+
+
+def trained(number: int, options: argparse.Namespace) -> dict[str, float]:
+    """What `veneer train` planned and held."""
+    values = values_of(settings()[number], options.model, options.rows, options.length)
+    n_rows = options.rows * N_UPDATES * values["training"].get("gradient_accumulation_steps", 1)
+    with tempfile.TemporaryDirectory() as folder:
+        write_rows(Path(folder), options.length, max(8, n_rows))
+        Path(folder, "recipe.yaml").write_text(json.dumps(values), encoding="utf-8")
+        command = [Path(sys.executable).with_name("veneer"), "train", "recipe.yaml"]
+        out = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        if out.returncode:
+            raise SystemExit(f"setting {number}: {out.stderr.strip()[-500:]}")
+        run = json.loads(Path(folder, "run", "run.json").read_text(encoding="utf-8"))
+    live = max(phase["bytes"] for name, phase in run["plan"]["phases"].items() if name != "load")  # steps are counted
+    return {"live": live, "process": run["plan"]["process"]["bytes"], "held": run["results"]["peak_bytes"]}
+
+
+def planned(recipe: Any) -> dict[str, float]:
+    """Seconds that the plan says, all rates measured behind it."""
     from veneer.plan.plan import plan_recipe
     from veneer.plan.report import Machine
 
-    plan, machine = plan_recipe(recipe), Machine.of(None, timed=timed)
-    live = max(peak.n_bytes for phase, peak in plan.phases.items() if phase != "load")  # steps alone are counted
-    found = {"live": live, "process": machine.bytes_of(plan)}
-    return found | ({"seconds": machine.seconds(plan).step} if timed else {})
+    return {"seconds": Machine.of(None, timed=True).seconds(plan_recipe(recipe)).step}
 
 
-def counted(recipe: Any, timed: bool) -> dict[str, float]:
+def counted(recipe: Any) -> dict[str, float]:
     """Live bytes of the step itself."""
     from veneer.plan.live import LiveBytes, peaks
     from veneer.plan.measure import measured_model
-    from veneer.plan.plan import batch_of
+    from veneer.plan.plan import batch_of, held_out_batch
     from veneer.plan.trace import FIRST, kind_under, kinds_of, make_optimizer, prepare, run_steps
 
     model, args, live = measured_model(recipe), recipe.training_config(), LiveBytes()
     prepare(model, args, with_values=True)
-    optimizer = make_optimizer(model, args)
+    optimizer, batch = make_optimizer(model, args), batch_of(recipe, model.config)
     with live:
         for tensor, kind in kinds_of(model):
             live.hold(tensor, kind)
-        run_steps(model, optimizer, batch_of(recipe, model.config), args, live)
+        run_steps(model, optimizer, batch, args, live, held_out=held_out_batch(recipe, batch))
     found = peaks(live.events, live.kinds, kind_under)
     return {"live": max(peak.n_bytes for mark, peak in found.items() if FIRST not in mark)}
 
 
 def carried_out(
-    recipe: Any, timed: bool, heap: Callable[[], AbstractContextManager[None]] | None = None
+    recipe: Any, heap: Callable[[], AbstractContextManager[None]] | None = None, n_steps: int = 8
 ) -> dict[str, float]:
-    """High water of a process that makes three steps; where timed, the median seconds of seven behind the first, and
-    the bytes that the system makes anew in the median one. ``heap`` is what steps run within, by default as a run's do.
+    """Seconds of a micro-batch in the median step behind the first, with its share of the update, and in the quickest;
+    bytes that the system makes anew in the median step; high water. ``heap`` is what steps run within, by default as a
+    run's do.
     """
     import resource
 
@@ -138,10 +166,10 @@ def carried_out(
     )  # fmt: skip
     seconds, faults = [], []
     with (heap or freed_memory_kept)(), as_accelerate(model, torch.bfloat16 if args.bf16 else None):
-        for _ in range(8 if timed else 3):
+        for _ in range(n_steps):
             before, began = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()
-            step.run()
-            seconds.append(time.perf_counter() - began)
+            step.run(args.gradient_accumulation_steps)
+            seconds.append((time.perf_counter() - began) / args.gradient_accumulation_steps)
             faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     fresh = statistics.median(faults[1:]) * resource.getpagesize()
     taken = {"seconds": statistics.median(seconds[1:]), "least": min(seconds[1:])}
@@ -154,7 +182,7 @@ PARTS = {"planned": planned, "counted": counted, "carried out": carried_out}
 def apart(part: str, number: int, options: argparse.Namespace) -> dict[str, float]:
     """A part of one setting in a process of its own."""
     command = [sys.executable, __file__, "--part", part, "--only", str(number), "--model", options.model]
-    command += ["--rows", str(options.rows), "--length", str(options.length), *(["--time"] if options.time else [])]
+    command += ["--rows", str(options.rows), "--length", str(options.length)]
     out = subprocess.run(command, capture_output=True, text=True, check=False)
     if out.returncode:
         raise SystemExit(f"setting {number}, {part}: {out.stderr.strip()[-500:]}")
@@ -163,11 +191,12 @@ def apart(part: str, number: int, options: argparse.Namespace) -> dict[str, floa
 
 def row(number: int, options: argparse.Namespace) -> tuple[str, bool]:
     """The row of one setting, and whether all in it is as near as it must be."""
-    plan, run, count = (apart(part, number, options) for part in ("planned", "carried out", "counted"))
-    live, process = plan["live"] / count["live"] - 1, plan["process"] / run["process"] - 1
+    apart("planned", number, options)  # a run that measured rates first would hold more
+    run, count = trained(number, options), apart("counted", number, options)
+    live, process = run["live"] / count["live"] - 1, run["process"] / run["held"] - 1
     found = [str(number), name_of(number)]
-    found += [f"{plan['live'] / 1e6:.1f}", f"{count['live'] / 1e6:.1f}", f"{live:+.2%}"]
-    found += [f"{plan['process'] / 1e6:.0f}", f"{run['process'] / 1e6:.0f}", f"{process:+.1%}"]
+    found += [f"{run['live'] / 1e6:.1f}", f"{count['live'] / 1e6:.1f}", f"{live:+.2%}"]
+    found += [f"{run['process'] / 1e6:.0f}", f"{run['held'] / 1e6:.0f}", f"{process:+.1%}"]
     return f"| {' | '.join(found)} |", abs(live) <= 0.01 and abs(process) <= 0.05
 
 
@@ -223,10 +252,10 @@ def main() -> int:
     options = parser.parse_args()
     if options.part is not None:
         recipe = recipe_of(settings()[options.only[0]], options.model, options.rows, options.length)
-        print(json.dumps(PARTS[options.part](recipe, options.time)))
+        print(json.dumps(PARTS[options.part](recipe)))
         return 0
     heads = ("s, planned", "median", "off", "least", "off") if options.time else (
-        "live MB, planned", "counted", "off", "process MB, planned", "high water", "off",
+        "live MB, planned", "counted", "off", "process MB, planned", "veneer train", "off",
     )  # fmt: skip
     print(f"| | setting | {' | '.join(heads)} |\n{'| --- ' * (2 + len(heads))}|", flush=True)
     good = True

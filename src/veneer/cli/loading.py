@@ -234,7 +234,8 @@ def _with_template(tokenizer: Any, template: Any) -> Any:
 
 
 def require_fit(source: str, adapters: Sequence[Path], tokenizer: Any) -> None:
-    """Raise FormatError for an adapter that does not fit, by its shapes, the model that the source's config describes.
+    """Raise FormatError for an adapter that does not fit, by its shapes, the model that the source's config describes,
+    CompositionError for one that was merged into it.
 
     One that fits but was trained on other weights is told on stderr. A model on the hub is not looked at.
     """
@@ -242,6 +243,7 @@ def require_fit(source: str, adapters: Sequence[Path], tokenizer: Any) -> None:
 
     from veneer.adapters.peft_model import PeftModel
     from veneer.contract import LinearMethod
+    from veneer.export.merge_record import require_not_merged
     from veneer.store.adapter.config import read_config
     from veneer.store.adapter.skeleton import without_storage
     from veneer.store.source import resolve
@@ -250,6 +252,7 @@ def require_fit(source: str, adapters: Sequence[Path], tokenizer: Any) -> None:
     if not isinstance(place, Path):
         return
     for folder in adapters:
+        require_not_merged(place, folder)
         config = _config_of(AutoConfig, place)
         text = config.get_text_config()
         text.vocab_size = max(text.vocab_size, len(tokenizer))  # as `make_room_for` will resize it

@@ -15,12 +15,13 @@ FILE = "merged_adapters.json"
 
 def require_not_merged(base: Path, adapter: Path) -> None:
     """Raise CompositionError where a base says that an adapter with these weights is in it."""
-    digest = _digest(adapter)
-    held = [entry["adapter"] for entry in _read(base) if entry["blake2b"] == digest]
+    merged = _read(base)
+    digest = _digest(adapter) if merged else None
+    held = [entry["adapter"] for entry in merged if entry["blake2b"] == digest]
     if held:
         raise CompositionError(
-            f"{base} has {adapter} in it already (as {held[0]}, in its {FILE}): folded in once more, its change would "
-            "be doubled. Take the base that it was trained on; to have it twice on purpose, combine it with weight 2 "
+            f"{base} has {adapter} in it already (as {held[0]}, in its {FILE}): once more, its change would be "
+            "doubled. Take the base that it was trained on; to have it twice on purpose, combine it with weight 2 "
             "(`veneer combine`) and fold that into the base that it was trained on"
         )
 

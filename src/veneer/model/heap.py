@@ -17,7 +17,7 @@ USUAL = {MMAP_MAX: 65536, MMAP_THRESHOLD: 32 << 20, TRIM_THRESHOLD: 64 << 20}
 They stand at the end whatever the environment (``MALLOC_*``) had said."""
 
 _lock = Lock()
-_n_within = _free_before = 0
+_n_within = _n_without = _free_before = 0
 
 
 @contextmanager
@@ -30,11 +30,25 @@ def freed_memory_kept() -> Iterator[None]:
     blocks of the main thread, until an allocation of it fails: glibc keeps those of others in maps. May be entered
     again within itself, and by several threads. Other systems and allocators are left as they are.
     """
-    _enter(1)
+    _change(within=1)
     try:
         yield
     finally:
-        _enter(-1)
+        _change(within=-1)
+
+
+@contextmanager
+def freed_memory_returned() -> Iterator[None]:
+    """Within it, in a process that keeps what is freed, all of that goes to the system, as it does by itself.
+
+    For what is done now and then with blocks of other sizes, such as an evaluation: they do not fit into what the steps
+    have left, and would be kept beside it.
+    """
+    _change(without=1)
+    try:
+        yield
+    finally:
+        _change(without=-1)
 
 
 def kept_bytes() -> int:
@@ -43,16 +57,22 @@ def kept_bytes() -> int:
         return max(0, _free() - _free_before) if _n_within else 0
 
 
-def _enter(n: int) -> None:
-    global _n_within, _free_before
+def _change(within: int = 0, without: int = 0) -> None:
+    global _n_within, _n_without, _free_before
     with _lock:
-        before, _n_within = _n_within, _n_within + n
-        if not before:
+        before = _is_kept()
+        if not _n_within:
             _free_before = _free()
+        _n_within, _n_without = _n_within + within, _n_without + without
+        if _is_kept() and not before:
             _set(KEPT)
-        elif not _n_within:
+        elif before and not _is_kept():
             _set(USUAL)
             trim()
+
+
+def _is_kept() -> bool:
+    return _n_within > 0 and _n_without == 0
 
 
 def trim() -> None:

@@ -45,7 +45,7 @@ def fits(recipe: Recipe, config: PreTrainedConfig, budget: int, bytes_of: Bytes,
     given, budget = budget, int(budget / (1 + SPARE))
     found, least = [], None
     for changes in _ways(recipe):
-        one = _planned(recipe, config, {**changes, "training.per_device_train_batch_size": 1})
+        one = _planned(recipe, config, changes | _rows(recipe, 1))
         needed = bytes_of(one)
         if least is None or needed < least[0]:
             least = needed, changes, one
@@ -116,19 +116,29 @@ def _largest(
     recipe: Recipe, config: PreTrainedConfig, changes: Mapping[str, Any], one: Plan, *, budget: int, bytes_of: Bytes
 ) -> tuple[dict[str, Any], Plan]:
     """The most rows a micro-batch that divide the rows of a step: memory is convex in them, so they are tried."""
-    args = recipe.training_config()
-    total = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    total = _rows_a_step(recipe)
     for rows in sorted((n for n in range(2, total + 1) if total % n == 0), reverse=True):
-        settings = {
-            **changes,
-            "training.per_device_train_batch_size": rows,
-            "training.gradient_accumulation_steps": total // rows,
-        }
+        settings = {**changes, **_rows(recipe, rows)}
         growing = sum(one.peak.kinds.get(kind, 0) for kind in (ACTIVATIONS, LOGITS, SCRATCH))
         if bytes_of(one) + (0.5 * rows - 1) * growing > budget and rows > 4:
             continue  # far too many: not worth a trace
         plan = _planned(recipe, config, settings)
         if bytes_of(plan) <= budget:
             return settings, plan
-    single = {**changes, "training.per_device_train_batch_size": 1, "training.gradient_accumulation_steps": total}
-    return single, one
+    return {**changes, **_rows(recipe, 1)}, one
+
+
+def _rows(recipe: Recipe, rows: int) -> dict[str, Any]:
+    """Rows of a micro-batch, as many micro-batches as keep the rows of a step, and no more rows in an evaluation's."""
+    changes = {
+        "training.per_device_train_batch_size": rows,
+        "training.gradient_accumulation_steps": _rows_a_step(recipe) // rows,
+    }
+    evaluated = recipe.training_config().per_device_eval_batch_size
+    held_out = recipe.data.eval is not None or recipe.data.eval_fraction > 0
+    return changes | ({"training.per_device_eval_batch_size": rows} if held_out and rows < evaluated else {})
+
+
+def _rows_a_step(recipe: Recipe) -> int:
+    args = recipe.training_config()
+    return int(args.per_device_train_batch_size * args.gradient_accumulation_steps)

@@ -20,7 +20,7 @@ from veneer.plan.trace import SCRATCH, Shallow, trace
 from veneer.plan.work import Work
 from veneer.train.recipe.recipe import Recipe
 
-PHASES = ("load", "forward", "loss", "backward", "optimizer")
+PHASES = ("load", "forward", "loss", "backward", "optimizer", "evaluation")
 SEQUENCE = 256
 """Tokens of a sequence in a packed row, where nothing else is said."""
 
@@ -77,7 +77,8 @@ def plan_recipe(
             f"the config of {recipe.model.source} ({config.model_type}) has no num_hidden_layers to plan by"
         )
     pattern = Pattern(n_blocks, 0, n_blocks) if whole else pattern_of(recipe, config, n_blocks)
-    traces = [trace(shortened(config, depth), recipe, batch, isa) for depth in pattern.depths]
+    held_out = held_out_batch(recipe, batch)
+    traces = [trace(shortened(config, depth), recipe, batch, isa, held_out) for depth in pattern.depths]
     return _deepened(traces, pattern, recipe, batch, config)
 
 
@@ -95,6 +96,18 @@ def batch_of(recipe: Recipe, config: PreTrainedConfig) -> Batch:
     n_sequences = max(1, length // SEQUENCE) if packed else 1
     n_rows = ROWS[recipe.task] * args.per_device_train_batch_size
     return Batch(n_rows=n_rows, length=length, n_sequences=n_sequences, packed=packed)
+
+
+def held_out_batch(recipe: Recipe, batch: Batch) -> Batch | None:
+    """A batch of an evaluation, its rows as long as those of a micro-batch; None where nothing is held out."""
+    if recipe.data.eval is None and not recipe.data.eval_fraction:
+        return None
+    args = recipe.training_config()
+    own, packed = getattr(args, "eval_packing", None), batch.packed
+    packed = packed if own is None else bool(own)
+    n_rows = ROWS[recipe.task] * args.per_device_eval_batch_size
+    n_sequences = max(1, batch.length // SEQUENCE) if packed else 1
+    return Batch(n_rows=n_rows, length=batch.length, n_sequences=n_sequences, packed=packed)
 
 
 def count_trained(recipe: Recipe, config: PreTrainedConfig) -> int:

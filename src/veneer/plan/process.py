@@ -42,7 +42,7 @@ def process_of(plan: Plan, rates: Rates) -> Process:
     """The process of a plan on this machine; the start of one is measured once for an installation."""
     moving = plan.peak.n_bytes - plan.held.n_bytes
     trained = sum(plan.peak.kinds.get(kind, 0) for kind in (GRADIENTS, STATE))
-    lost = MOVING_SHARE * moving + (0.0 if _is_recomputed(plan) else TRAINED_SHARE * trained)
+    lost = MOVING_SHARE * moving + _share_between(plan) * trained
     return Process(
         start=start_bytes(rates),
         tensors=plan.peak.n_bytes,
@@ -61,7 +61,11 @@ def _files_of_rows(part: DataPart) -> Iterator[int]:
             yield Path(source).stat().st_size
 
 
-def _is_recomputed(plan: Plan) -> bool:
-    """True where blocks keep nothing but their inputs: next to nothing then lies among gradients and state."""
+def _share_between(plan: Plan) -> float:
+    """The share that is lost between gradients and state: next to nothing where blocks keep nothing but their inputs
+    to lie among them, half where gradients are made in the first of several micro-batches alone.
+    """
     args = plan.recipe.training_config()
-    return bool(args.gradient_checkpointing) and not (args.gradient_checkpointing_kwargs or {}).get("selective")
+    if args.gradient_checkpointing and not (args.gradient_checkpointing_kwargs or {}).get("selective"):
+        return 0.0
+    return TRAINED_SHARE if args.gradient_accumulation_steps == 1 else TRAINED_SHARE / 2

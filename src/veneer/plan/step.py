@@ -60,7 +60,9 @@ def as_accelerate(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]
 
 
 class Step:
-    """One step after another, each in phases that ``mark`` is told: forward, loss, backward, optimizer."""
+    """One step after another, each in phases that ``mark`` is told: forward, loss, backward, optimizer; `evaluate` is a
+    phase of its own.
+    """
 
     def __init__(
         self,
@@ -77,26 +79,41 @@ class Step:
         self.model, self.optimizer, self.inputs, self.mark = model, optimizer, inputs, mark
         self.loss, self.max_grad_norm, self.offload = loss, max_grad_norm, offload
         self.after_backward = after_backward
-        self._forward = False
+        self._phase: str | None = None
         self._parameters = [p for p in model.parameters() if p.requires_grad]
 
-    def run(self) -> None:
-        """Forward, loss, backward, update."""
-        self.mark("forward.embeddings")
-        self._forward = True
-        with self.offload or nullcontext():
-            loss = self.loss(self.model, dict(self.inputs))
-        self._forward = False
-        self.mark("backward.loss")
-        loss.backward()  # type: ignore[no-untyped-call]
-        del loss
-        self.after_backward()
+    def run(self, n_batches: int = 1) -> None:
+        """Forward, loss and backward of as many micro-batches, and the update."""
+        for _ in range(n_batches):
+            with self._forward("forward"), self.offload or nullcontext():
+                loss = self.loss(self.model, dict(self.inputs))
+            self.mark("backward.loss")
+            loss.backward()  # type: ignore[no-untyped-call]
+            del loss
+            self.after_backward()
         self.mark("optimizer")
         if self.max_grad_norm:
             nn.utils.clip_grad_norm_(self._parameters, self.max_grad_norm)
         self.optimizer.step()
         self.model.zero_grad(set_to_none=True)
         self.mark("done")
+
+    def evaluate(self, inputs: Mapping[str, Tensor]) -> None:
+        """The loss of a batch of held-out rows."""
+        self.model.eval()
+        with self._forward("evaluation"), torch.no_grad():
+            self.loss(self.model, dict(inputs))
+        self.model.train()
+        self.mark("done")
+
+    @contextmanager
+    def _forward(self, phase: str) -> Iterator[None]:
+        self.mark(f"{phase}.embeddings")
+        self._phase = phase
+        try:
+            yield
+        finally:
+            self._phase = None
 
     @contextmanager
     def marked(self) -> Iterator[None]:
@@ -112,20 +129,20 @@ class Step:
 
     def _enters(self, k: int) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
-            if self._forward:
-                self.mark(f"forward.block.{k}")
+            if self._phase is not None:
+                self.mark(f"{self._phase}.block.{k}")
 
         return hook
 
     def _leaves(self, k: int, n_blocks: int) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if not self._forward:
+            if self._phase is None:
                 return
             hidden = output[0] if isinstance(output, tuple) else output
             if hidden.requires_grad:
                 hidden.register_hook(lambda gradient: self.mark(f"backward.block.{k}"))
             if k == n_blocks - 1:
-                self.mark("loss")
+                self.mark("loss" if self._phase == "forward" else f"{self._phase}.loss")
 
         return hook
 

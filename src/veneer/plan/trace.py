@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import cast
 
@@ -49,8 +49,11 @@ class Shallow:
     not_fused: str | None
 
 
-def trace(config: PreTrainedConfig, recipe: Recipe, batch: Batch, isa: str | None = None) -> Shallow:
-    """Trace a recipe's step on a model of this config, which is built without values.
+def trace(
+    config: PreTrainedConfig, recipe: Recipe, batch: Batch, isa: str | None = None, held_out: Batch | None = None
+) -> Shallow:
+    """Trace a recipe's step, and the evaluation of a batch that is ``held_out``, on a model of this config, which is
+    built without values.
 
     Raises what building and adapting the model raises.
     """
@@ -65,13 +68,13 @@ def trace(config: PreTrainedConfig, recipe: Recipe, batch: Batch, isa: str | Non
                 live.hold(tensor, kind)
             held = peaks(live.events, live.kinds, kind_under)["load"]
             loss = loss_of(recipe.task, reference, args)
-            run_steps(model, optimizer, batch, args, live, loss=loss, counted=counted)
+            run_steps(model, optimizer, batch, args, live, loss=loss, counted=counted, held_out=held_out)
     found = {mark: peak for mark, peak in peaks(live.events, live.kinds, kind_under).items() if FIRST not in mark}
     return Shallow(
         n_blocks=config.get_text_config().num_hidden_layers,
         peaks={mark: peak for mark, peak in found.items() if mark not in ("load", "done")},
         held=held,
-        work=counted.work,
+        work=counted.of_one(n_passes(args), args.gradient_accumulation_steps),
         n_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         n_parameters=n_parameters(model),
         largest_coded=max(_coded(model), default=0),
@@ -120,8 +123,12 @@ def run_steps(
     *,
     loss: Loss = trained_tokens,
     counted: CountWork | None = None,
+    held_out: Batch | None = None,
 ) -> None:
-    """Two steps, of which the second has the optimizer's state; ``live`` learns what is of which kind."""
+    """Two steps, of which the second has the optimizer's state, and is of two micro-batches where gradients of several
+    are summed: in the second one they are there from the start. An evaluation behind them. ``live`` learns what is of
+    which kind.
+    """
     offload = ActivationOffload(model, "disk") if args.activation_offloading else None
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     number = 0
@@ -154,9 +161,17 @@ def run_steps(
             live.hold(tensor, STATE)
         if counted is not None:
             counted.on = True
-        step.run()
+        step.run(n_passes(args))
+        if held_out is not None:
+            with nullcontext() if counted is None else counted.paused():
+                step.evaluate(held_out.inputs(vocabulary))
     for tensor in state_tensors(optimizer):
         live.hold(tensor, STATE)
+
+
+def n_passes(args: SFTConfig) -> int:
+    """The micro-batches of the second step."""
+    return min(2, int(args.gradient_accumulation_steps))
 
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
@@ -168,9 +183,9 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
 def kind_under(mark: str) -> str:
     """The kind of what comes under a mark and is not told otherwise."""
     mark = mark.removeprefix(FIRST)
-    if mark.startswith("forward"):
-        return ACTIVATIONS
-    return LOGITS if mark in ("loss", "backward.loss") else SCRATCH
+    if mark in ("loss", "backward.loss", "evaluation.loss"):
+        return LOGITS
+    return ACTIVATIONS if mark.startswith(("forward", "evaluation")) else SCRATCH
 
 
 def kinds_of(model: PreTrainedModel) -> Iterator[tuple[Tensor, str]]:

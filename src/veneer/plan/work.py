@@ -60,9 +60,9 @@ class Product:
 
 @dataclass(slots=True)
 class Work:
-    """Sums over a step. Attention is in FLOPs, by the kernel and, for each length of a row, by torch. ``moved`` and
-    ``updated`` are bytes, the latter of the optimizer, whose tensors are large where the whole model is trained: they
-    go at the rate of memory. ``updated_8bit`` is in values. ``on_disk`` is bytes that wait in a file from
+    """Sums over a step, or a part of one. Attention is in FLOPs, by the kernel and, for each length of a row, by torch.
+    ``moved`` and ``updated`` are bytes, the latter of the optimizer, whose tensors are large where the whole model is
+    trained: they go at the rate of memory. ``updated_8bit`` is in values. ``on_disk`` is bytes that wait in a file from
     the forward pass to the backward pass. ``n_ops`` counts what torch's dispatcher saw, ``n_watched`` those that
     selective checkpointing looked at, ``n_general`` those that are of the model's own code, not of a fused block.
     """
@@ -106,23 +106,32 @@ class Work:
 
 
 class CountWork(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts while ``on``; kernels that are not run are told to `kernel`. ``watched``: selective checkpointing looks at
-    each op now, and will again when it is computed again. ``updating``: the optimizer is at work. ``general``: the
-    model's own code runs now, which `mark` reads from ``general_blocks``, by number, and ``general_outside`` of them.
+    """Counts while ``on``: ``passes`` over micro-batches, and the ``update``. Kernels that are not run are told to
+    `kernel`. ``watched``: selective checkpointing looks at each op now, and will again when it is computed again.
+    ``updating``: the optimizer is at work. ``general``: the model's own code runs now, which `mark` reads from
+    ``general_blocks``, by number, and ``general_outside`` of them.
     """
 
     is_silent = True
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.work, self.on = Work(), False
+        self.passes, self.update, self.on = Work(), Work(), False
+        self._now = self.passes
         self.watched, self.updating, self.general = False, False, False
         self.general_outside, self.general_blocks = False, dict[str, bool]()
 
     def mark(self, name: str) -> None:
         """Begin a part of a step."""
         self.updating = name == "optimizer"
+        self._now = self.update if self.updating else self.passes
         self.general = self.general_blocks.get(name.rpartition(".")[2], self.general_outside)
+
+    def of_one(self, n_passes: int, n_a_step: int) -> Work:
+        """The work of one micro-batch of ``n_passes`` that were counted, with its share of the update that ``n_a_step``
+        of them have in common.
+        """
+        return Work().plus(self.passes, 1 / n_passes).plus(self.update, 1 / n_a_step)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -139,25 +148,25 @@ class CountWork(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         self._calls()
         if name == "page_file_write":
-            self.work.on_disk += arguments[0]
+            self._now.on_disk += arguments[0]
         elif name == "four_bit_multiply":
             _, _, _, _, o, i, _, rows, transposed, _ = arguments
             m, k, n = (rows, o, i) if transposed else (rows, i, o)
-            self.work.products[Product(m, k, n, "bfloat16")] += 1
-            self.work.decoded += o * i
+            self._now.products[Product(m, k, n, "bfloat16")] += 1
+            self._now.decoded += o * i
         elif name in ("four_bit_dequantize", "int8_dequantize"):
             four = name.startswith("four")
             n, dtype = (arguments[2], arguments[5]) if four else (arguments[2] * arguments[3], arguments[4])
-            self.work.decoded += n
+            self._now.decoded += n
             # The rate of decoding has the writing of its output in it, which was counted where that was made.
             itemsize = 4 if dtype == DTYPES[torch.float32] else 2
             self._moves(-KERNEL_TOUCHES * n * itemsize)
         elif name == "adamw_8bit":
-            self.work.updated_8bit += arguments[4]
+            self._now.updated_8bit += arguments[4]
         elif name in ("attention_forward", "attention_backward"):
             bounds, heads, _, head_dim = arguments[:4]
             seen = sum((end - start) ** 2 for start, end in itertools.pairwise(bounds)) / 2
-            self.work.attention += (4 if name.endswith("forward") else 10) * seen * heads * head_dim
+            self._now.attention += (4 if name.endswith("forward") else 10) * seen * heads * head_dim
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -170,20 +179,20 @@ class CountWork(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name.startswith("prim::"):
             return  # a traced tensor is asked for its device; a real one answers without the dispatcher
         self._calls()
-        self.work.n_watched += 2 * self.watched
+        self._now.n_watched += 2 * self.watched
         if func in _PRODUCTS:
             a, b = args[_PRODUCTS[func]], args[_PRODUCTS[func] + 1]
             batch = a.shape[0] if a.ndim == 3 else 1
             dtype = str(a.dtype).removeprefix("torch.")
-            self.work.products[Product(a.shape[-2], a.shape[-1], b.shape[-1], dtype, batch)] += 1
+            self._now.products[Product(a.shape[-2], a.shape[-1], b.shape[-1], dtype, batch)] += 1
         elif name.startswith("veneer::product_"):  # with codes, where checkpointing watches the dispatcher
             x, n = args[0], out.shape[-1]
-            self.work.products[Product(x.numel() // x.shape[-1], x.shape[-1], n, "bfloat16")] += 1
-            self.work.decoded += x.shape[-1] * n
+            self._now.products[Product(x.numel() // x.shape[-1], x.shape[-1], n, "bfloat16")] += 1
+            self._now.decoded += x.shape[-1] * n
         elif name.startswith("_scaled_dot_product"):
             q = args[1] if "backward" in name else args[0]
             b, h, t, d = q.shape
-            self.work.torch_attention[t] += (10 if "backward" in name else 4) * b * h * t * t * d / 2
+            self._now.torch_attention[t] += (10 if "backward" in name else 4) * b * h * t * t * d / 2
         elif name.startswith(("empty", "new_empty")):
             self._moves(KERNEL_TOUCHES * _bytes(out))
         elif name == "embedding":
@@ -193,14 +202,14 @@ class CountWork(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._moves(given + (given if out is None else _bytes(out)))
 
     def _calls(self) -> None:
-        self.work.n_ops += 1
-        self.work.n_general += self.general
+        self._now.n_ops += 1
+        self._now.n_general += self.general
 
     def _moves(self, n_bytes: int) -> None:
         if self.updating:
-            self.work.updated += n_bytes
+            self._now.updated += n_bytes
         else:
-            self.work.moved += n_bytes
+            self._now.moved += n_bytes
 
 
 def _plus(counts: Counter[Any], others: Counter[Any], times: float) -> Counter[Any]:

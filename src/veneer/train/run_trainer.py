@@ -21,7 +21,7 @@ from veneer.adapters.schedules import penalty
 from veneer.contract import MethodConfig
 from veneer.data.sampler import EpochSampler
 from veneer.model.fused.decoder import fused
-from veneer.model.heap import freed_memory_kept
+from veneer.model.heap import freed_memory_kept, freed_memory_returned
 from veneer.model.offload import ActivationOffload
 from veneer.optim import LayerwiseGaLoreAdamW
 from veneer.train.callbacks import callbacks_of
@@ -176,6 +176,7 @@ class RunTrainer(ResumableTrainer):
         """
         with ExitStack() as stack:
             stack.enter_context(random_state_kept())
+            stack.enter_context(freed_memory_returned())
             if not self.is_in_train:
                 stack.enter_context(self.fusing())
                 stack.enter_context(self.accelerator.autocast())

@@ -18,7 +18,7 @@ COMMON = """
 import contextlib, resource
 from concurrent.futures import ThreadPoolExecutor
 import psutil, torch
-from veneer.model.heap import freed_memory_kept, kept_bytes
+from veneer.model.heap import freed_memory_kept, freed_memory_returned, kept_bytes
 from veneer.model.memory import available_bytes
 
 N_PAGES = 20_011
@@ -54,6 +54,21 @@ with freed_memory_kept():
     with freed_memory_kept():
         assert kept()
     assert faults() < 0.05 * N_PAGES
+assert given_back()
+""",
+    "for a while all goes": """
+with freed_memory_returned():
+    assert given_back()
+with freed_memory_kept():
+    assert kept()
+    held = resident()
+    with contextlib.suppress(KeyError), freed_memory_returned():
+        with freed_memory_returned():
+            assert held - resident() > 0.9 * 4096 * N_PAGES
+            assert given_back()
+        assert given_back()
+        raise KeyError("evaluation")
+    assert kept()
 assert given_back()
 """,
     "an error ends it": """

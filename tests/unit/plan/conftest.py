@@ -14,6 +14,8 @@ from transformers import LlamaForCausalLM
 from veneer.train.recipe.recipe import Recipe, parse_recipe
 
 Make = Callable[..., Recipe]
+HELD_OUT = "per_device_eval_batch_size"
+"""Rows are held out where their number is given."""
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +33,7 @@ def recipe(tiny: Path, tmp_path: Path) -> Make:
         return parse_recipe(
             {
                 "model": {"source": str(tiny), **(model or {})},
-                "data": {"train": "rows.jsonl"},
+                "data": {"train": "rows.jsonl", **({"eval": "held.jsonl"} if HELD_OUT in training else {})},
                 "adapter": adapter or {"method": "lora", "r": 5},
                 "training": {"per_device_train_batch_size": 3, "max_length": 23, **training},
                 "output": str(tmp_path / "run"),

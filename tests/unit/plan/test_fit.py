@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tests.unit.plan.conftest import Make
+from tests.unit.plan.conftest import HELD_OUT, Make
 
 from veneer.errors import ConfigError
 from veneer.plan import fit
@@ -21,7 +21,7 @@ def made() -> dict[str, Plan]:
 
 
 @pytest.fixture(autouse=True)
-def plans_are_madeonce(made: dict[str, Plan], monkeypatch: pytest.MonkeyPatch) -> None:
+def plans_are_made_once(made: dict[str, Plan], monkeypatch: pytest.MonkeyPatch) -> None:
     """Searches in this file share their plans: each takes a second."""
 
     def once(recipe: Recipe, **options: Any) -> Plan:
@@ -53,6 +53,18 @@ def test_settings_fit_with_room_to_spare_and_the_cheapest_comes_first(recipe: Ma
     exact = plan_recipe(wanted).peak.n_bytes
     tight = fits(wanted, config, exact + 1, bytes_of, lambda plan: plan.work.flops)
     assert all(each.changes for each in tight)  # the recipe as it is fits, but with nothing to spare
+
+
+def test_an_evaluation_fits_too(recipe: Make) -> None:
+    """Its rows are no more than those of a micro-batch."""
+    wanted = recipe(per_device_train_batch_size=6, fused="off", **{HELD_OUT: 90})
+    exact = plan_recipe(wanted)
+    assert exact.peak_phase == "evaluation"
+    found = fits(wanted, config_of(wanted.model.source), exact.peak.n_bytes - 1, bytes_of, lambda plan: plan.work.flops)
+    args = changed(wanted, found[0].changes).training_config()
+    assert args.per_device_eval_batch_size == args.per_device_train_batch_size <= 6
+    few = fit._rows(recipe(per_device_train_batch_size=6, **{HELD_OUT: 2}), 3)
+    assert not any(key.endswith(HELD_OUT) for key in few)
 
 
 def test_what_is_missing_is_told_where_nothing_fits(recipe: Make) -> None:

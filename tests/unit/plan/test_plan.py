@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tests.models import byte_tokenizer
-from tests.unit.plan.conftest import Make
+from tests.unit.plan.conftest import HELD_OUT, Make
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, T5Config
 
 from veneer import DPOTrainer, LoraConfig, PeftModel, get_peft_model
@@ -20,7 +20,7 @@ from veneer.plan.architecture import config_of
 from veneer.plan.live import LiveBytes, peaks
 from veneer.plan.losses import require_planned
 from veneer.plan.measure import measured_model
-from veneer.plan.plan import as_json, batch_of, count_trained, plan_recipe
+from veneer.plan.plan import as_json, batch_of, count_trained, held_out_batch, plan_recipe
 from veneer.plan.serving import serving_of
 from veneer.plan.trace import ADAPTERS, FIRST, kind_under, kinds_of, make_optimizer, prepare, run_steps
 from veneer.plan.work import CountWork
@@ -46,6 +46,10 @@ SETTINGS: dict[str, tuple[dict[str, Any] | None, dict[str, Any], dict[str, Any]]
     "galore 8 bits in backward": (
         {"method": "full"}, {}, {"optim": "galore_adamw_8bit_layerwise", "optim_args": "rank=7", "max_grad_norm": 0.0},
     ),
+    "gradients of several": ({"method": "full"}, {}, {"gradient_accumulation_steps": 3}),
+    "evaluation": (None, {}, {HELD_OUT: 17}),
+    "evaluation, general path": (None, {}, {HELD_OUT: 17, "fused": "off", "gradient_accumulation_steps": 2}),
+    "evaluation, nf4, packed": (None, {"quantization": "nf4"}, {HELD_OUT: 17, "packing": True}),
     "float32": (None, {"dtype": "float32"}, {"max_grad_norm": 0.0}),
 }  # fmt: skip
 
@@ -54,11 +58,11 @@ def real_peak(recipe: Recipe) -> int:
     """The most bytes alive in the second step of the model itself."""
     model, args, live = measured_model(recipe), recipe.training_config(), LiveBytes()
     prepare(model, args, with_values=True)
-    optimizer = make_optimizer(model, args)
+    optimizer, batch = make_optimizer(model, args), batch_of(recipe, model.config)
     with live:
         for tensor, kind in kinds_of(model):
             live.hold(tensor, kind)
-        run_steps(model, optimizer, batch_of(recipe, model.config), args, live)
+        run_steps(model, optimizer, batch, args, live, held_out=held_out_batch(recipe, batch))
     found = peaks(live.events, live.kinds, kind_under)
     return max(peak.n_bytes for mark, peak in found.items() if FIRST not in mark)
 
@@ -80,6 +84,32 @@ def test_depth_from_two_traces_is_that_of_one(training: dict[str, Any], recipe: 
     assert short.held == whole.held
     assert (short.n_trained, short.n_parameters) == (whole.n_trained, whole.n_parameters)
     assert short.work.flops == pytest.approx(whole.work.flops)
+
+
+def test_gradients_that_are_summed_are_there_in_the_next_pass(recipe: Make) -> None:
+    one, three = (plan_recipe(recipe({"method": "full"}, gradient_accumulation_steps=n)) for n in (1, 3))
+    gradients = 4 * one.n_trained
+    assert "gradients" not in one.phases["loss"].kinds
+    assert three.phases["loss"].kinds["gradients"] == pytest.approx(gradients, rel=0.01)
+    assert three.phases["loss"].n_bytes == pytest.approx(one.phases["loss"].n_bytes + gradients, rel=0.01)
+
+
+def test_an_evaluation_is_a_phase_of_its_own(recipe: Make) -> None:
+    without, small, large = (plan_recipe(recipe(fused="off", **given)) for given in ({}, {HELD_OUT: 1}, {HELD_OUT: 40}))
+    assert "evaluation" not in without.phases
+    assert small.peak_phase == without.peak_phase
+    assert small.peak.n_bytes == without.peak.n_bytes
+    assert large.peak_phase == "evaluation"
+    assert "gradients" not in large.peak.kinds
+    assert large.work.flops == without.work.flops
+
+
+def test_an_evaluation_packs_as_it_is_told(recipe: Make) -> None:
+    for given, packed in (({}, False), ({"packing": True}, True), ({"packing": True, "eval_packing": False}, False)):
+        wanted = recipe(**{HELD_OUT: 5, "max_length": 61, **given})
+        found = held_out_batch(wanted, batch_of(wanted, config_of(wanted.model.source)))
+        assert found is not None
+        assert (found.n_rows, found.length, found.packed) == (5, 61, packed)
 
 
 def test_bytes_by_kind_add_up_and_trained_parameters_are_counted_without_a_step(recipe: Make) -> None:
@@ -254,9 +284,9 @@ def test_views_move_nothing_and_ops_whose_names_begin_alike_do() -> None:
         counted.on = True
         x.t(), x.unsqueeze(0), x.select(0, 1), x.split(3)
         torch.ops.prim.device.default(traced)  # asked of traced tensors alone
-        assert counted.work.moved == 0
-        assert counted.work.n_ops == 4
+        assert counted.passes.moved == 0
+        assert counted.passes.n_ops == 4
         x.tanh()
-        assert counted.work.moved == 2 * x.nbytes
+        assert counted.passes.moved == 2 * x.nbytes
         torch.ops.aten.select_backward(x[0], [7, 11], 0, 1)
-        assert counted.work.moved == 3 * x.nbytes + x[0].nbytes
+        assert counted.passes.moved == 3 * x.nbytes + x[0].nbytes

@@ -16,13 +16,17 @@ from veneer.plan.trace import BASE, GRADIENTS, STATE
 from veneer.train.recipe.recipe import DataPart
 
 
-@pytest.mark.parametrize(("way", "between"), [(False, 0.2 * 3_000_017), ("selective", 0.2 * 3_000_017), (True, 0.0)])
+@pytest.mark.parametrize(
+    ("way", "n_batches", "between"),
+    [(False, 1, 0.2 * 3_000_017), ("selective", 1, 0.2 * 3_000_017), (True, 1, 0.0), (False, 3, 0.1 * 3_000_017)],
+)
 def test_memory_is_lost_between_gradients_and_state_where_activations_lie_among_them(
-    way: bool | str, between: float, recipe: Make, tmp_path: Path
+    way: bool | str, n_batches: int, between: float, recipe: Make, tmp_path: Path
 ) -> None:
     held, kinds = Peak({BASE: 400_009}), {GRADIENTS: 1_000_003, STATE: 2_000_014}
     phases = {"backward": Peak({BASE: 400_009, **kinds})}
-    plan = replace(plan_recipe(recipe(gradient_checkpointing=way)), held=held, phases=phases)
+    made = recipe(gradient_checkpointing=way, gradient_accumulation_steps=n_batches)
+    plan = replace(plan_recipe(made), held=held, phases=phases)
     found = process_of(plan, Rates(tmp_path / "rates.json", {START: 7_000_003.0}))
     assert (found.start, found.tensors) == (7_000_003, 3_400_026)
     assert found.allocator == ALLOCATOR_BYTES + round(0.02 * 3_000_017 + between)
