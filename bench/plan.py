@@ -57,9 +57,11 @@ def settings() -> list[dict[str, Any]]:
 
 
 def random_qwen2(folder: Path) -> str:
-    """A model of another family, with biases and random weights (59 M), written into a folder; its name."""
+    """A model of another family, with biases and random weights (59 M), written into a folder with a tokenizer; its
+    name."""
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
     torch.manual_seed(0)
     config = Qwen2Config(
@@ -67,6 +69,12 @@ def random_qwen2(folder: Path) -> str:
         num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
     )  # fmt: skip
     Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pairs = itertools.islice(itertools.product(alphabet, repeat=2), config.vocab_size - len(alphabet))
+    merges = list(pairs)
+    words = {word: number for number, word in enumerate([*alphabet, *map("".join, merges)])}
+    tokenizer = Tokenizer(models.BPE(vocab=words, merges=merges))
+    Qwen2Tokenizer(tokenizer_object=tokenizer, vocab=words, merges=merges).save_pretrained(folder)
     return str(folder)
 
 
@@ -107,6 +115,9 @@ def trained(number: int, options: argparse.Namespace) -> dict[str, float]:
         if out.returncode:
             raise SystemExit(f"setting {number}: {out.stderr.strip()[-500:]}")
         run = json.loads(Path(folder, "run", "run.json").read_text(encoding="utf-8"))
+    found = run["data"]["train"]
+    if found["tokens"] != found["rows"] * options.length:
+        raise SystemExit(f"setting {number}: {found['tokens']} tokens in {found['rows']} rows: they are not full")
     live = max(phase["bytes"] for name, phase in run["plan"]["phases"].items() if name != "load")  # steps are counted
     return {"live": live, "process": run["plan"]["process"]["bytes"], "held": run["results"]["peak_bytes"]}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -118,20 +119,26 @@ def plan(
         "training.max_length": length,
         "training.per_device_train_batch_size": batch,
     }
-    recipe = _recipe(what, overrides or [], method, {k: v for k, v in changes.items() if v is not None})
-    from veneer.plan.architecture import config_of
-    from veneer.plan.report import Machine
+    values = _values(what, overrides or [], method, {k: v for k, v in changes.items() if v is not None})
+    from veneer.plan.start import start_measured
 
-    config = config_of(recipe.model.source)
-    machine = Machine.of(card, timed=time)
-    if advice:
-        _advise(recipe, config, (task or "instruction", rows or 10_000, tokens or 256), as_json)
-    elif serve:
-        _serve(recipe, config, room if room is not None else machine.memory, as_json)
-    elif budget is not None:
-        _fit(recipe, config, budget, machine, write=write, as_json=as_json)
-    else:
-        _plan(recipe, config, machine, (processes or 1, strategy or "ddp"), rows=rows, as_json=as_json, png=png)
+    of_a_process = card is None and not advice and not serve
+    with start_measured() if of_a_process else nullcontext():  # begun before torch is imported, which takes as long
+        from veneer.plan.architecture import config_of
+        from veneer.plan.report import Machine
+        from veneer.train.recipe.recipe import parse_recipe
+
+        recipe = parse_recipe(values, what)
+        config = config_of(recipe.model.source)
+        machine = Machine.of(card, timed=time)
+        if advice:
+            _advise(recipe, config, (task or "instruction", rows or 10_000, tokens or 256), as_json)
+        elif serve:
+            _serve(recipe, config, room if room is not None else machine.memory, as_json)
+        elif budget is not None:
+            _fit(recipe, config, budget, machine, write=write, as_json=as_json)
+        else:
+            _plan(recipe, config, machine, (processes or 1, strategy or "ddp"), rows=rows, as_json=as_json, png=png)
 
 
 def _require_read(what: str, modes: dict[str, bool], given: dict[str, Any]) -> None:
@@ -152,10 +159,10 @@ def _is_recipe(what: str) -> bool:
     return Path(what).suffix in (".yaml", ".yml")
 
 
-def _recipe(what: str, overrides: list[str], method: str | None, changes: dict[str, Any]) -> Recipe:
-    """The recipe of a file, or one made for a model's name."""
+def _values(what: str, overrides: list[str], method: str | None, changes: dict[str, Any]) -> dict[str, Any]:
+    """What the recipe of a file says, or one made for a model's name."""
     from veneer.plan.presets import require_named
-    from veneer.train.recipe.recipe import apply_override, parse_recipe, put, read_values, refuse_early
+    from veneer.train.recipe.recipe import apply_override, put, read_values, refuse_early
 
     if _is_recipe(what):
         values = read_values(Path(what), overrides)
@@ -173,7 +180,7 @@ def _recipe(what: str, overrides: list[str], method: str | None, changes: dict[s
     for key, value in changes.items():
         put(values, key, value)
     refuse_early(values, what)  # before torch is imported
-    return parse_recipe(values, what)
+    return values
 
 
 def _plan(
@@ -192,8 +199,7 @@ def _plan(
     from veneer.plan.report import draw, shown
 
     _tell_measuring(machine)
-    with machine.measuring():
-        plan = plan_recipe(recipe, config=config, isa=machine.isa)
+    plan = plan_recipe(recipe, config=config, isa=machine.isa)
     facts = plain(plan) | machine.facts(plan, rows)
     if ranks[0] != 1:
         peak = rank_peak(plan, *ranks)
@@ -213,8 +219,7 @@ def _fit(
     from veneer.plan.report import as_yaml, fit_table
 
     _tell_measuring(machine)
-    with machine.measuring():
-        found = fits(recipe, config, budget, machine.bytes_of, machine.cost)
+    found = fits(recipe, config, budget, machine.bytes_of, machine.cost)
     best = as_yaml(loadable(changed(recipe, found[0].changes)))
     if write is not None:
         if write.exists():

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import platform
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -31,8 +30,6 @@ from veneer.plan.work import Product, Work
 LARGEST = 4096
 """Products are measured with sides up to this; larger ones run at the same rate."""
 ROWS = 1024
-START = f"bytes of a process that starts, {sys.prefix}"
-"""Of an installation: how much of a library's file counts depends on how the system holds that file."""
 COLD_BYTES, COOL_BYTES, MOST_COPIES = 128 << 20, 32 << 20, 256
 """What lies in memory alone, and what a core's own cache no longer holds."""
 STRETCH, MEASURED, LONGEST_MEASURED = 5e-4, 0.1, 1.0
@@ -84,7 +81,7 @@ class Rates:
     def product(self, product: Product) -> float:
         """Seconds of a product, from the rate of one of its shape, cut down to `LARGEST`."""
         m, k, n = min(product.m, ROWS), min(product.k, LARGEST), min(product.n, LARGEST)
-        seconds = self.once(f"product {m} {k} {n} {product.dtype}", lambda: _product_seconds(m, k, n, product.dtype))
+        seconds = self._once(f"product {m} {k} {n} {product.dtype}", lambda: _product_seconds(m, k, n, product.dtype))
         return seconds * product.flops / (2.0 * m * k * n)
 
     def moved(self) -> float:
@@ -92,11 +89,11 @@ class Rates:
         from veneer.plan.overhead import byte_seconds
 
         least = self.large_op_byte()
-        return self.once("byte of elementwise work", lambda: byte_seconds(self.computed, least))
+        return self._once("byte of elementwise work", lambda: byte_seconds(self.computed, least))
 
     def large_op_byte(self) -> float:
         """Seconds a byte that an elementwise op on large tensors reads or writes."""
-        return self.once("byte of a large op", _large_op_seconds)
+        return self._once("byte of a large op", _large_op_seconds)
 
     def computed(self, work: Work) -> float:
         """Seconds of all of a step but its elementwise work."""
@@ -121,43 +118,42 @@ class Rates:
 
     def attention(self) -> float:
         """Seconds a FLOP of attention by the kernel."""
-        return self.once("attention", _attention_seconds)
+        return self._once("attention", _attention_seconds)
 
     def torch_attention(self, length: int) -> float:
         """Seconds a FLOP of attention by torch, on the general path, in rows of about so many tokens."""
         near = min(LONGEST_ROW, max(SHORTEST_ROW, 1 << round(math.log2(max(length, 1)))))
-        return self.once(f"attention of torch, {near} tokens", lambda: _torch_attention_seconds(near))
+        return self._once(f"attention of torch, {near} tokens", lambda: _torch_attention_seconds(near))
 
     def decoded(self) -> float:
         """Seconds to decode one value of 4 bits."""
-        return self.once("decoded", _decoded_seconds)
+        return self._once("decoded", _decoded_seconds)
 
     def updated_8bit(self) -> float:
         """Seconds a value that AdamW updates whose moments are in 8 bits."""
-        return self.once("updated in 8 bits", _updated_8bit_seconds)
+        return self._once("updated in 8 bits", _updated_8bit_seconds)
 
     def on_disk(self) -> float:
         """Seconds a byte that is written to a file in the folder for temporary ones and read back from a mapping of
         it, while the system holds it in memory."""
-        return self.once("byte that waits on disk", _on_disk_seconds)
+        return self._once("byte that waits on disk", _on_disk_seconds)
 
     def op(self, general: bool) -> float:
         """Seconds that an op takes beside its work, on the general path or the fused one."""
         from veneer.plan.overhead import op_seconds
 
-        return self.once(f"op of a step, {_path(general)}", lambda: op_seconds(general))
+        return self._once(f"op of a step, {_path(general)}", lambda: op_seconds(general))
 
     def watched(self) -> float:
         """Seconds that an op takes besides where selective checkpointing looks at it, on the general path."""
         from veneer.plan.overhead import watched_seconds
 
-        return self.once("op watched in a step", lambda: watched_seconds(self.op(general=True)))
+        return self._once("op watched in a step", lambda: watched_seconds(self.op(general=True)))
 
-    def once(self, key: str, measure: Callable[[], float]) -> float:
-        """What is known by a key, measured first where it is not."""
+    def _once(self, key: str, measure: Callable[[], float]) -> float:
         if key not in self.known:
             self.known[key] = measure()
-            if not _is_start(key) and is_busy():
+            if is_busy():
                 self.rough.add(key)
             self.save()  # at once: a run that is broken off leaves the next one less to measure
         return self.known[key]
@@ -165,7 +161,7 @@ class Rates:
 
 def is_measured() -> bool:
     """Whether rates of this machine are kept, so that a plan with seconds need not measure them."""
-    return not all(map(_is_start, Rates.here().known))
+    return bool(Rates.here().known)
 
 
 def is_busy() -> bool:
@@ -177,11 +173,6 @@ def is_busy() -> bool:
 def free_here() -> int:
     """Bytes that a process may still take on this machine."""
     return available_bytes(torch.device("cpu"))
-
-
-def _is_start(key: str) -> bool:
-    """True for `START`, of this installation or another."""
-    return key.startswith(START.partition(",")[0])
 
 
 def _path(general: bool) -> str:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from veneer.data.files import names_a_file
-from veneer.plan.machine import Rates
 from veneer.plan.plan import Plan
 from veneer.plan.start import start_bytes
 from veneer.plan.trace import GRADIENTS, STATE
@@ -38,13 +37,13 @@ class Process:
         return self.start + self.tensors + self.allocator + self.tokenizer + self.rows
 
 
-def process_of(plan: Plan, rates: Rates) -> Process:
+def process_of(plan: Plan) -> Process:
     """The process of a plan on this machine; the start of one is measured once for an installation."""
     moving = plan.peak.n_bytes - plan.held.n_bytes
     trained = sum(plan.peak.kinds.get(kind, 0) for kind in (GRADIENTS, STATE))
     lost = MOVING_SHARE * moving + _share_between(plan) * trained
     return Process(
-        start=start_bytes(rates),
+        start=start_bytes(),
         tensors=plan.peak.n_bytes,
         allocator=ALLOCATOR_BYTES + round(lost),
         tokenizer=WORD_BYTES * plan.config.get_text_config().vocab_size,

@@ -81,7 +81,7 @@ class Machine:
 
     def measuring(self) -> AbstractContextManager[None]:
         """Measure what a process of this machine starts with, while a plan is made within."""
-        return start_measured(Rates.here()) if self.card is None and self.gpu is None else nullcontext()
+        return start_measured() if self.card is None and self.gpu is None else nullcontext()
 
     def bytes_of(self, plan: Plan) -> int:
         """All that a process takes there."""
@@ -89,7 +89,7 @@ class Machine:
             return int(plan.peak.n_bytes * FRAGMENTS)  # asking the driver has made the context: it is not free already
         if self.card is not None:
             return int(plan.peak.n_bytes * FRAGMENTS) + CONTEXT_BYTES
-        return process_of(plan, Rates.here()).n_bytes
+        return process_of(plan).n_bytes
 
     def seconds(self, plan: Plan) -> Seconds:
         """Of one micro-batch."""

@@ -14,14 +14,16 @@ from transformers import LlamaForCausalLM
 from veneer.adapters.peft_model import PeftModel, get_peft_model
 from veneer.contract import MethodConfig
 from veneer.errors import ConfigError
-from veneer.plan import before, machine, report
+from veneer.plan import before, machine, report, start
 
 
 @pytest.fixture(autouse=True)
 def known_rates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Nothing is measured: every rate is known."""
-    monkeypatch.setattr(machine.Rates, "once", lambda rates, key, measure: 3e8 if key == machine.START else 1e-9)
+    """Nothing is measured: every rate is known, and what a process starts with."""
+    monkeypatch.setattr(machine.Rates, "_once", lambda rates, key, measure: 1e-9)
     monkeypatch.setenv("VENEER_CACHE", str(tmp_path))
+    start._file().parent.mkdir(parents=True)
+    start._file().write_text('{"bytes": 300000000}')
 
 
 def test_a_plan_is_told_in_one_line_with_its_facts(recipe: Make) -> None:
@@ -38,14 +40,10 @@ def test_what_is_measured_first_is_told(recipe: Make) -> None:
     before.planned_facts(recipe(), told.append)
     assert told == [report.MEASURING]
     rates = machine.Rates.here()
-    rates.known[machine.START] = 3e8  # is measured for every plan, and is no rate
-    rates.save()
-    before.planned_facts(recipe(), told.append)
-    assert len(told) == 2
     rates.known["decoded"] = 1e-9
     rates.save()
     before.planned_facts(recipe(), told.append)
-    assert len(told) == 2
+    assert len(told) == 1
 
 
 def test_too_little_memory_is_refused_with_the_way_out(recipe: Make) -> None:
@@ -103,14 +101,16 @@ def test_a_run_on_a_gpu_is_held_to_its_memory_and_measures_nothing(
     recipe: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def measured(*_: object) -> float:
-        raise AssertionError("a rate of the CPU was asked for")
+        raise AssertionError("a rate of the CPU, or its processes, were asked for")
 
+    start._file().unlink()
+    monkeypatch.setattr(start, "_beginning", measured)
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
         on_gpu = report.Machine.of_run(SimpleNamespace(use_cpu=False))  # type: ignore[arg-type]
         assert report.Machine.of_run(SimpleNamespace(use_cpu=True)).gpu is None  # type: ignore[arg-type]
     monkeypatch.setattr(report.Machine, "of_run", lambda _: on_gpu)
-    monkeypatch.setattr(machine.Rates, "once", measured)
+    monkeypatch.setattr(machine.Rates, "_once", measured)
     monkeypatch.setattr(report, "available_bytes", lambda device: 7_000_003 if device.type == "cuda" else 1)
     facts, _ = before.planned_facts(recipe(), print)
     assert facts is not None

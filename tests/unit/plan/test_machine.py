@@ -62,16 +62,17 @@ def test_a_rate_measured_while_others_use_the_cores_is_told_and_measured_anew(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("VENEER_CACHE", str(tmp_path))
-    busy = True
+    busy = False
     monkeypatch.setattr(machine, "is_busy", lambda: busy)
     monkeypatch.setattr(Rates, "moved", lambda rates: 0.0)
-    Rates.here().once("decoded", lambda: 7.0)
-    Rates.here().once(machine.START, lambda: 5.0)
-    assert Rates.here().known == {"decoded": 7.0, machine.START: 5.0}
+    Rates.here()._once("attention", lambda: 5.0)
+    busy = True
+    Rates.here()._once("decoded", lambda: 7.0)
+    assert Rates.here().known == {"decoded": 7.0, "attention": 5.0}
     assert seconds_here(Work(), Rates.here()).source == ROUGH
     busy = False
-    assert Rates.here().known == {machine.START: 5.0}
-    assert Rates.here().once("decoded", lambda: 3.0) == 3.0
+    assert Rates.here().known == {"attention": 5.0}
+    assert Rates.here()._once("decoded", lambda: 3.0) == 3.0
     busy = True
-    assert Rates.here().known == {"decoded": 3.0, machine.START: 5.0}
+    assert Rates.here().known == {"decoded": 3.0, "attention": 5.0}
     assert not Rates.here().rough

@@ -9,11 +9,15 @@ import pytest
 from tests.unit.plan.conftest import Make
 
 from veneer.plan.live import Peak
-from veneer.plan.machine import START, Rates
 from veneer.plan.plan import plan_recipe
 from veneer.plan.process import ALLOCATOR_BYTES, ROWS_SHARE, WORD_BYTES, process_of
 from veneer.plan.trace import BASE, GRADIENTS, STATE
 from veneer.train.recipe.recipe import DataPart
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("veneer.plan.process.start_bytes", lambda: 7_000_003)
 
 
 @pytest.mark.parametrize(
@@ -27,16 +31,15 @@ def test_memory_is_lost_between_gradients_and_state_where_activations_lie_among_
     phases = {"backward": Peak({BASE: 400_009, **kinds})}
     made = recipe(gradient_checkpointing=way, gradient_accumulation_steps=n_batches)
     plan = replace(plan_recipe(made), held=held, phases=phases)
-    found = process_of(plan, Rates(tmp_path / "rates.json", {START: 7_000_003.0}))
+    found = process_of(plan)
     assert (found.start, found.tensors) == (7_000_003, 3_400_026)
     assert found.allocator == ALLOCATOR_BYTES + round(0.02 * 3_000_017 + between)
     assert found.n_bytes == found.start + found.tensors + found.allocator + found.tokenizer
 
 
 def test_the_tokenizer_counts_by_its_words_and_rows_by_their_files(recipe: Make, tmp_path: Path) -> None:
-    rates = Rates(tmp_path / "rates.json", {START: 7_000_003.0})
     plan = plan_recipe(recipe())
-    without = process_of(plan, rates)
+    without = process_of(plan)
     assert (without.tokenizer, without.rows) == (WORD_BYTES * plan.config.vocab_size, 0)
     sizes = {"train": 1_000_003, "eval": 50_021, "more": 7_013}
     for name, size in sizes.items():
@@ -46,7 +49,7 @@ def test_the_tokenizer_counts_by_its_words_and_rows_by_their_files(recipe: Make,
 
     def rows(**changes: object) -> int:
         part = DataPart.model_validate(data | changes)
-        return process_of(replace(plan, recipe=plan.recipe.model_copy(update={"data": part})), rates).rows
+        return process_of(replace(plan, recipe=plan.recipe.model_copy(update={"data": part}))).rows
 
     assert rows() == round(ROWS_SHARE * sum(sizes.values()))
     assert rows(eval=None, more=[]) == round(ROWS_SHARE * sizes["train"])

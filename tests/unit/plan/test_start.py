@@ -12,48 +12,62 @@ import pytest
 from veneer.errors import ConfigError
 from veneer.model.memory import high_water
 from veneer.plan import start
-from veneer.plan.machine import START, Rates
 from veneer.plan.start import start_bytes, start_measured
 
 
 @pytest.fixture(autouse=True)
-def anew() -> Iterator[None]:
+def anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
+    forget()
     yield
+    forget()
+
+
+def forget() -> None:
     start._beginning.cache_clear()
-    start._start_bytes.cache_clear()
+    start._measured.cache_clear()
 
 
 def begun(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    start._beginning.cache_clear()
-    start._start_bytes.cache_clear()
+    forget()
     monkeypatch.setattr(start, "_COMMAND", (sys.executable, "-c", script))
 
 
-def test_a_process_is_begun_once_and_read_when_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    begun("print('told 7_000_003.0'.replace('_', ''))", monkeypatch)
-    rates = Rates(tmp_path / "rates.json")
-    with start_measured(rates):
+def test_a_process_is_begun_once_and_what_it_held_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun("print('told', 7_000_003)", monkeypatch)
+    with start_measured():
         first = start._beginning()
-    with start_measured(rates):
+    with start_measured():
         assert start._beginning() is first
-    assert start_bytes(rates) == 7_000_003
-    assert start_bytes(Rates(tmp_path / "other.json")) == 7_000_003
-
-
-def test_nothing_is_begun_where_it_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert start_bytes() == 7_000_003
     begun("raise SystemExit(3)", monkeypatch)
-    rates = Rates(tmp_path / "rates.json", {START: 11.0})
-    with start_measured(rates):
+    with start_measured():
         assert start._beginning.cache_info().currsize == 0
-    assert start_bytes(rates) == 11
+    assert start_bytes() == 7_000_003
 
 
-def test_a_plan_that_fails_leaves_no_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_another_installation_is_measured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun("print(7_000_003)", monkeypatch)
+    assert start_bytes() == 7_000_003
+    monkeypatch.setattr(sys, "prefix", "/another")
+    begun("print(5_000_011)", monkeypatch)
+    assert start_bytes() == 5_000_011
+
+
+@pytest.mark.parametrize("kept", ["", "[]", "{}", '{"bytes": "many"}'])
+def test_a_file_that_says_nothing_is_written_anew(kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun("print(7_000_003)", monkeypatch)
+    start._file().parent.mkdir(parents=True)
+    start._file().write_text(kept)
+    assert start_bytes() == start._known() == 7_000_003
+
+
+def test_a_plan_that_fails_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     begun("import time; time.sleep(600)", monkeypatch)
     processes = []
 
     def plan() -> None:
-        with start_measured(Rates(tmp_path / "rates.json")):
+        with start_measured():
             processes.append(start._beginning())
             raise ConfigError("not planned")
 
@@ -63,25 +77,25 @@ def test_a_plan_that_fails_leaves_no_process(monkeypatch: pytest.MonkeyPatch, tm
     assert start._beginning.cache_info().currsize == 0
 
 
-def test_a_process_that_ends_early_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_process_that_ends_early_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     begun("raise SystemExit('no room')", monkeypatch)
     with pytest.raises(ConfigError, match="a process could not be measured: no room"):
-        start_bytes(Rates(tmp_path / "rates.json"))
+        start_bytes()
+    assert not start._file().exists()
+
+
+def test_it_begins_without_torch() -> None:
+    code = "import sys, veneer.plan.start; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/self/status")
 def test_what_starts_has_planned_and_trained_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    start._beginning.cache_clear()
-    start._start_bytes.cache_clear()
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29999"}.items():
         monkeypatch.setenv(name, value)
-    imports = [
-        sys.executable,
-        "-c",
-        "import veneer.train.run; from veneer.model.memory import high_water as most; print(most())",
-    ]
-    bare = int(subprocess.run(imports, capture_output=True, text=True, check=True).stdout)
-    assert bare + 10_000_000 < start._start_bytes() < bare + 200_000_000
+    code = "import veneer.train.run; from veneer.model.memory import high_water as most; print(most())"
+    bare = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert bare + 10_000_000 < start_bytes() < bare + 200_000_000
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/self/status")

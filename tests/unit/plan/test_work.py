@@ -90,7 +90,7 @@ def test_the_optimizer_s_work_is_apart_from_the_rest(recipe: Make) -> None:
 
 def test_a_rate_is_kept_as_soon_as_it_is_measured(tmp_path: Path) -> None:
     rates = Rates(tmp_path / "plan" / "rates.json")
-    assert rates.once("decoded", lambda: 7.0) == 7.0
+    assert rates._once("decoded", lambda: 7.0) == 7.0
     assert json.loads(rates.path.read_text(encoding="utf-8"))["seconds"] == {"decoded": 7.0}
 
 
