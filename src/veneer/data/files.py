@@ -22,13 +22,15 @@ _SHOWN_PROBLEMS = 5
 def numbered_rows(path: Path, problems: list[str]) -> Iterator[tuple[int, Row]]:
     """The objects of a file with their numbers; anything else is noted in ``problems`` and left out.
 
-    Raises DataError where the file is missing, has another ending, or cannot be read as a whole.
+    Raises DataError where the file is missing or none, has another ending, or cannot be read as a whole.
     """
     readers = {
         ".jsonl": _json_lines, ".json": _json_list, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet, ".txt": _lines,
     }  # fmt: skip
-    if not path.is_file():
+    if not path.exists():
         raise DataError(f"there is no file {path}{_nearest_file(path)}")
+    if not path.is_file():
+        raise DataError(f"{path} is {'a folder' if path.is_dir() else 'no regular file'}: give a file with rows")
     if path.suffix not in readers:
         raise DataError(f"{path} must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
     try:

@@ -119,6 +119,7 @@ class SamplingParams(metaclass=Keywords):
     def _ranges(self) -> list[tuple[str, str, bool]]:
         count = f"-1 (all), or between 0 and {MAX_LOGPROBS}"
         allowed, bad = self.allowed_token_ids, self.bad_words
+        most = self.min_tokens if self.max_tokens is None or self.max_tokens < 1 else self.max_tokens
         return [
             ("n", "at least 1", self.n >= 1),
             ("presence_penalty", "between -2 and 2", -2 <= self.presence_penalty <= 2),
@@ -129,7 +130,7 @@ class SamplingParams(metaclass=Keywords):
             ("top_k", "0 or -1 (all), or at least 1", self.top_k >= -1),
             ("min_p", "between 0 and 1", 0 <= self.min_p <= 1),
             ("max_tokens", "at least 1, or None", self.max_tokens is None or self.max_tokens >= 1),
-            ("min_tokens", "between 0 and max_tokens", 0 <= self.min_tokens <= (self.max_tokens or self.min_tokens)),
+            ("min_tokens", "between 0 and max_tokens", 0 <= self.min_tokens <= most),
             ("logprobs", count, self.logprobs is None or -1 <= self.logprobs <= MAX_LOGPROBS),
             ("prompt_logprobs", count, self.prompt_logprobs is None or -1 <= self.prompt_logprobs <= MAX_LOGPROBS),
             ("allowed_token_ids", "not empty, or None", allowed is None or bool(allowed)),

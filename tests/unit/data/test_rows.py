@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -189,6 +190,10 @@ def test_files_that_cannot_be_read(jsonl, name, content, message):
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(DataError, match="there is no file"):
         load_rows(tmp_path / "none.jsonl", RowReader())
+    with pytest.raises(DataError, match=r"is a folder: give a file with rows"):
+        load_rows(tmp_path, RowReader())
+    with pytest.raises(DataError, match=rf"{os.devnull} is no regular file: give a file with rows"):
+        load_rows(os.devnull, RowReader())
 
 
 def test_limit_and_split(jsonl):

@@ -42,6 +42,12 @@ def test_a_wrong_value_names_its_field(field, values):
             SamplingParams(**{field: value})
 
 
+def test_a_wrong_limit_is_one_problem():
+    with pytest.raises(ConfigError, match="max_tokens=-1") as raised:
+        SamplingParams(max_tokens=-1)
+    assert "min_tokens" not in str(raised.value)
+
+
 def test_everything_that_is_wrong_is_said_at_once():
     with pytest.raises(ConfigError, match=r"top_p=3.*min_p=-1|min_p=-1.*top_p=3"):
         SamplingParams(top_p=3, min_p=-1)
