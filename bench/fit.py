@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from plan import N_UPDATES, write_rows
+from plan import N_UPDATES, whole_path, write_rows
 from veneer.cli.plan_options import bytes_from
 from veneer.core.units import size
 
@@ -28,7 +28,7 @@ from veneer.core.units import size
 def values_of(options: argparse.Namespace) -> dict[str, Any]:
     """LoRA on all linear layers, as many rows a step as are asked for."""
     return {
-        "model": {"source": options.model}, "data": {"train": "rows.jsonl"},
+        "model": {"source": whole_path(options.model)}, "data": {"train": "rows.jsonl"},
         "adapter": {"method": "lora", "r": 16, "target_modules": "all-linear"}, "output": "run",
         "training": {
             "per_device_train_batch_size": options.rows, "max_length": options.length, "max_steps": N_UPDATES,
@@ -59,7 +59,7 @@ def carry_out(options: argparse.Namespace) -> int:
         os.chdir(folder)
         most = status("VmData") + bytes_from(options.budget, "--budget") - status("VmRSS")
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
-        app(["train", "recipe.yaml"], standalone_mode=False)
+        app(["train", "recipe.yaml", "--beyond-memory"], standalone_mode=False)
     print(json.dumps(high_water()))
     return 0
 
@@ -71,7 +71,10 @@ def apart(options: argparse.Namespace, changes: dict[str, Any]) -> str:
     out = subprocess.run(command, capture_output=True, text=True, check=False)
     if out.returncode == 0:
         return f"trained, high water {size(json.loads(out.stdout.splitlines()[-1]))}"
-    return f"died: {(out.stderr.strip().splitlines() or ['killed'])[-1][:150]}"
+    told = (out.stderr.strip().splitlines() or ["killed"])[-1][:150]
+    if "memory" not in told and told != "killed":
+        raise SystemExit(f"{changes}: it ended for another reason: {told}")
+    return f"died: {told}"
 
 
 def main() -> int:

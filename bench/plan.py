@@ -84,10 +84,15 @@ def values_of(setting: dict[str, Any], model: str, rows: int, length: int) -> di
     training |= {"per_device_train_batch_size": rows, "max_length": length, "max_steps": N_UPDATES}
     rank = {"r": 16} if setting["method"] in ("lora", "dora") else {}
     return {
-        "model": {"source": model, "quantization": setting["quantization"]},
+        "model": {"source": whole_path(model), "quantization": setting["quantization"]},
         "data": {"train": "rows.jsonl", **({"eval": "rows.jsonl"} if EVALUATED in setting else {})},
         "adapter": {"method": setting["method"], **rank}, "training": training, "output": "run",
     }  # fmt: skip
+
+
+def whole_path(model: str) -> str:
+    """A folder's whole path, since runs begin elsewhere; another name as it is."""
+    return str(Path(model).resolve()) if Path(model).exists() else model
 
 
 def recipe_of(setting: dict[str, Any], model: str, rows: int, length: int) -> Any:

@@ -107,16 +107,20 @@ def choose(model: str, adapters: Sequence[Path] = (), *, four_bit: bool = False,
     """The model and adapters that a command names, checked: they exist and they fit it by shape.
 
     The tokenizer is the base's, or, where it has more tokens or another chat template, the adapter's. Raises
-    ConfigError and FormatError as `require_weights`, `resolve` and `require_adapter` do, and FormatError for an adapter
-    of another model.
+    ConfigError and FormatError as `require_weights`, `resolve` and `require_adapter` do, FormatError for an adapter of
+    another model, and CompositionError for one that was merged into it.
     """
     require_weights(model)  # before torch is imported
-    from veneer.store.source import load_tokenizer, parse_dtype
+    from veneer.export.merge_record import require_not_merged
+    from veneer.store.source import load_tokenizer, parse_dtype, resolve
 
     parse_dtype(dtype)
     source, folders = split(model, tuple(adapters))
     for number, folder in enumerate(folders):
         require_adapter(folder)
+        place = resolve(source)
+        if isinstance(place, Path):
+            require_not_merged(place, folder)
         if folder in folders[:number]:
             raise ConfigError(f"--adapter {folder} is given twice: once is enough")
     with quiet():
@@ -234,8 +238,7 @@ def _with_template(tokenizer: Any, template: Any) -> Any:
 
 
 def require_fit(source: str, adapters: Sequence[Path], tokenizer: Any) -> None:
-    """Raise FormatError for an adapter that does not fit, by its shapes, the model that the source's config describes,
-    CompositionError for one that was merged into it.
+    """Raise FormatError for an adapter that does not fit, by its shapes, the model that the source's config describes.
 
     One that fits but was trained on other weights is told on stderr. A model on the hub is not looked at.
     """
@@ -243,7 +246,6 @@ def require_fit(source: str, adapters: Sequence[Path], tokenizer: Any) -> None:
 
     from veneer.adapters.peft_model import PeftModel
     from veneer.contract import LinearMethod
-    from veneer.export.merge_record import require_not_merged
     from veneer.store.adapter.config import read_config
     from veneer.store.adapter.skeleton import without_storage
     from veneer.store.source import resolve
@@ -252,7 +254,6 @@ def require_fit(source: str, adapters: Sequence[Path], tokenizer: Any) -> None:
     if not isinstance(place, Path):
         return
     for folder in adapters:
-        require_not_merged(place, folder)
         config = _config_of(AutoConfig, place)
         text = config.get_text_config()
         text.vocab_size = max(text.vocab_size, len(tokenizer))  # as `make_room_for` will resize it

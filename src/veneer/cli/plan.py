@@ -170,7 +170,7 @@ def _values(what: str, overrides: list[str], method: str | None, changes: dict[s
         require_named(what)
         values = {
             "model": {"source": what},
-            "data": {"train": "train.jsonl"},
+            "data": {"train": "your-rows.jsonl"},
             "adapter": {"method": method or "lora"},
             "training": {"max_length": 1024},
             "output": "runs/first",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -17,7 +19,7 @@ USUAL = {MMAP_MAX: 65536, MMAP_THRESHOLD: 32 << 20, TRIM_THRESHOLD: 64 << 20}
 They stand at the end whatever the environment (``MALLOC_*``) had said."""
 
 _lock = Lock()
-_n_within = _n_without = _free_before = 0
+_n_within = _n_without = _unused_before = 0
 
 
 @contextmanager
@@ -54,17 +56,16 @@ def freed_memory_returned() -> Iterator[None]:
 def kept_bytes() -> int:
     """Bytes that were freed within `freed_memory_kept` and are not taken again: the system counts them as taken."""
     with _lock:
-        return max(0, _free() - _free_before) if _n_within else 0
+        return max(0, _unused() - _unused_before) if _is_kept() else 0
 
 
 def _change(within: int = 0, without: int = 0) -> None:
-    global _n_within, _n_without, _free_before
+    global _n_within, _n_without, _unused_before
     with _lock:
         before = _is_kept()
-        if not _n_within:
-            _free_before = _free()
         _n_within, _n_without = _n_within + within, _n_without + without
         if _is_kept() and not before:
+            _unused_before = _unused()
             _set(KEPT)
         elif before and not _is_kept():
             _set(USUAL)
@@ -86,7 +87,7 @@ def _set(parameters: Mapping[int, int]) -> None:
 
 
 class _MallocInfo(ctypes.Structure):
-    """``struct mallinfo2`` of malloc.h, of which ``fordblks`` is read: what is free."""
+    """``struct mallinfo2`` of malloc.h, of which ``uordblks`` and ``hblkhd`` are read: in use in the heap, in maps."""
 
     _fields_ = [
         (name, ctypes.c_size_t)
@@ -96,12 +97,17 @@ class _MallocInfo(ctypes.Structure):
     ]  # fmt: skip
 
 
-def _free() -> int:
+def _unused() -> int:
+    """Resident bytes of the process's own that no block in use takes. What glibc calls free is not all resident: the
+    pages that `trim` gave back are free blocks still.
+    """
     function = getattr(ctypes.CDLL(None), "mallinfo2", None) if sys.platform == "linux" else None
     if function is None:
         return 0
     function.restype = _MallocInfo
-    return int(function().fordblks)
+    info = function()
+    resident, shared = map(int, Path("/proc/self/statm").read_text(encoding="ascii").split()[1:3])
+    return (resident - shared) * mmap.PAGESIZE - int(info.uordblks) - int(info.hblkhd)
 
 
 def _call(name: str, *arguments: Any) -> None:

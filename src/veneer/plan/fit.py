@@ -14,6 +14,7 @@ from veneer.errors import ConfigError
 from veneer.plan.plan import Plan, plan_recipe
 from veneer.plan.presets import hub_id_of
 from veneer.plan.trace import ACTIVATIONS, LOGITS, SCRATCH
+from veneer.train.optimizer import steps_in_backward
 from veneer.train.recipe.recipe import Recipe, parse_recipe
 
 CHECKPOINTING: tuple[bool | str, ...] = (False, "selective", True)
@@ -45,7 +46,7 @@ def fits(recipe: Recipe, config: PreTrainedConfig, budget: int, bytes_of: Bytes,
     given, budget = budget, int(budget / (1 + SPARE))
     found, least = [], None
     for changes in _ways(recipe):
-        one = _planned(recipe, config, changes | _rows(recipe, 1))
+        one = _planned(recipe, config, changes | _rows(recipe, _row_counts(recipe)[0]))
         needed = bytes_of(one)
         if least is None or needed < least[0]:
             least = needed, changes, one
@@ -70,10 +71,12 @@ def _missing(recipe: Recipe, needed: int, changes: Mapping[str, Any], plan: Plan
         *(["a shorter training.max_length"] if weights <= budget else []),
         "a smaller base",
     ]
+    count = _row_counts(recipe)[0]
+    rows = "one row" if count == 1 else f"{count} rows"
     alone = ", more than the budget by themselves" if weights > budget else ""
     enough = -(-int(needed * (1 + SPARE) + 1) // 10**7) * 10**7  # rounded up, as far as a size is told
     return (
-        f"the least is {size(needed)} ({told}, one row of {args.max_length} tokens), {size(weights)} of it weights"
+        f"the least is {size(needed)} ({told}, {rows} of {args.max_length} tokens), {size(weights)} of it weights"
         f"{alone}. From {size(enough)} on it fits. Missing: {' or '.join(knobs)}"
     )
 
@@ -116,8 +119,8 @@ def _largest(
     recipe: Recipe, config: PreTrainedConfig, changes: Mapping[str, Any], one: Plan, *, budget: int, bytes_of: Bytes
 ) -> tuple[dict[str, Any], Plan]:
     """The most rows a micro-batch that divide the rows of a step: memory is convex in them, so they are tried."""
-    total = _rows_a_step(recipe)
-    for rows in sorted((n for n in range(2, total + 1) if total % n == 0), reverse=True):
+    least, *more = _row_counts(recipe)
+    for rows in reversed(more):
         settings = {**changes, **_rows(recipe, rows)}
         growing = sum(one.peak.kinds.get(kind, 0) for kind in (ACTIVATIONS, LOGITS, SCRATCH))
         if bytes_of(one) + (0.5 * rows - 1) * growing > budget and rows > 4:
@@ -125,7 +128,15 @@ def _largest(
         plan = _planned(recipe, config, settings)
         if bytes_of(plan) <= budget:
             return settings, plan
-    return {**changes, **_rows(recipe, 1)}, one
+    return {**changes, **_rows(recipe, least)}, one
+
+
+def _row_counts(recipe: Recipe) -> list[int]:
+    """Rows that a micro-batch may have; an optimizer that steps in the backward pass takes all of a step at once."""
+    total = _rows_a_step(recipe)
+    if steps_in_backward(recipe.training_config().optim):
+        return [total]
+    return [n for n in range(1, total + 1) if total % n == 0]
 
 
 def _rows(recipe: Recipe, rows: int) -> dict[str, Any]:
@@ -134,9 +145,8 @@ def _rows(recipe: Recipe, rows: int) -> dict[str, Any]:
         "training.per_device_train_batch_size": rows,
         "training.gradient_accumulation_steps": _rows_a_step(recipe) // rows,
     }
-    evaluated = recipe.training_config().per_device_eval_batch_size
-    held_out = recipe.data.eval is not None or recipe.data.eval_fraction > 0
-    return changes | ({"training.per_device_eval_batch_size": rows} if held_out and rows < evaluated else {})
+    fewer = recipe.data.holds_out and rows < recipe.training_config().per_device_eval_batch_size
+    return changes | ({"training.per_device_eval_batch_size": rows} if fewer else {})
 
 
 def _rows_a_step(recipe: Recipe) -> int:

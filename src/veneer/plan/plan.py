@@ -100,7 +100,7 @@ def batch_of(recipe: Recipe, config: PreTrainedConfig) -> Batch:
 
 def held_out_batch(recipe: Recipe, batch: Batch) -> Batch | None:
     """A batch of an evaluation, its rows as long as those of a micro-batch; None where nothing is held out."""
-    if recipe.data.eval is None and not recipe.data.eval_fraction:
+    if not recipe.data.holds_out:
         return None
     args = recipe.training_config()
     own, packed = getattr(args, "eval_packing", None), batch.packed

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from veneer.data.files import names_a_file
+from veneer.plan.live import Peak
 from veneer.plan.plan import Plan
 from veneer.plan.start import start_bytes
 from veneer.plan.trace import GRADIENTS, STATE
@@ -38,26 +39,41 @@ class Process:
 
 
 def process_of(plan: Plan) -> Process:
-    """The process of a plan on this machine; the start of one is measured once for an installation."""
-    moving = plan.peak.n_bytes - plan.held.n_bytes
-    trained = sum(plan.peak.kinds.get(kind, 0) for kind in (GRADIENTS, STATE))
-    lost = MOVING_SHARE * moving + _share_between(plan) * trained
+    """The process of a plan on this machine, in the phase in which it is largest; the start of one is measured once for
+    an installation.
+    """
+    lost = {phase: _lost(plan, peak) for phase, peak in plan.phases.items()}
+    phase = max(lost, key=lambda name: plan.phases[name].n_bytes + lost[name])
     return Process(
         start=start_bytes(),
-        tensors=plan.peak.n_bytes,
-        allocator=ALLOCATOR_BYTES + round(lost),
+        tensors=plan.phases[phase].n_bytes,
+        allocator=ALLOCATOR_BYTES + lost[phase],
         tokenizer=WORD_BYTES * plan.config.get_text_config().vocab_size,
-        rows=round(ROWS_SHARE * sum(_files_of_rows(plan.recipe.data))),
+        rows=round(ROWS_SHARE * sum(_bytes_of_rows(plan.recipe.data))),
     )
 
 
-def _files_of_rows(part: DataPart) -> Iterator[int]:
-    """Bytes of each file that is read whole and is there."""
-    if part.streaming or part.limit is not None:
-        return
-    for source in (part.train, part.eval, *(each.source for each in part.more)):
-        if source is not None and names_a_file(source) and Path(source).is_file():
-            yield Path(source).stat().st_size
+def _lost(plan: Plan, peak: Peak) -> int:
+    """Bytes between the tensors of a phase into which no other fits."""
+    moving = peak.n_bytes - plan.held.n_bytes
+    trained = sum(peak.kinds.get(kind, 0) for kind in (GRADIENTS, STATE))
+    return round(MOVING_SHARE * moving + _share_between(plan) * trained)
+
+
+def _bytes_of_rows(part: DataPart) -> Iterator[float]:
+    """Bytes of the files that are read whole and are there, as often as their rows are taken; a set of which so many
+    rows are taken (``limit``, ``count``), and one of the hub, is left out.
+    """
+    if part.eval_limit is None:
+        yield _file_bytes(part.eval)
+    if not part.streaming and part.limit is None:
+        yield _file_bytes(part.train)
+        yield from (each.weight * _file_bytes(each.source) for each in part.more if each.count is None)
+
+
+def _file_bytes(source: str | None) -> int:
+    there = source is not None and names_a_file(source) and Path(source).is_file()
+    return Path(source).stat().st_size if source is not None and there else 0
 
 
 def _share_between(plan: Plan) -> float:

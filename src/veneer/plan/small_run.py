@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import tempfile
+import sys
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -38,11 +38,10 @@ def small_run(folder: Path) -> Recipe:
 
 
 def main() -> None:
-    """Print the bytes at the end of a small run that was planned first, as `veneer train` does."""
-    with tempfile.TemporaryDirectory() as folder:
-        recipe = small_run(Path(folder))
-        plan_recipe(recipe)
-        run_recipe(recipe)
+    """Print the bytes at the end of a small run in a folder, planned first, as `veneer train` does."""
+    recipe = small_run(Path(sys.argv[1]))
+    plan_recipe(recipe)
+    run_recipe(recipe)
     print(high_water())
 
 

@@ -8,21 +8,29 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
 from veneer.disk.atomic import write_atomically
 from veneer.disk.cache import cache_dir
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, DiskError
 
-_COMMAND = (sys.executable, "-m", "veneer.plan.small_run")
-_OF_A_GROUP = ("RANK", "LOCAL_", "GROUP_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_")
+_COMMAND = (sys.executable, "-P", "-m", "veneer.plan.small_run")
+"""Modules in the folder that a user works in are none of the process's (-P)."""
+_OF_A_GROUP = (
+    "RANK", "LOCAL_", "GROUP_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_",
+    "PMI_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "MPI_LOCAL",
+)  # fmt: skip
 """Beginnings of names in the environment by which a process would train together with others."""
+LONGEST = 300.0
+"""Seconds that it may take, beside much other work."""
 
 
 def start_bytes() -> int:
@@ -33,25 +41,26 @@ def start_bytes() -> int:
     known = _known()
     if known is None:
         known = _measured()
-        _file().parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(_file(), json.dumps({"installation": _installation(), "bytes": known}).encode())
+        with suppress(DiskError):  # measured anew next time
+            write_atomically(_file(), json.dumps({"installation": _installation(), "bytes": known}).encode())
     return known
 
 
 @contextmanager
 def start_measured() -> Iterator[None]:
-    """Measure `start_bytes`, where they are not known, beside what is done within; an error there ends it."""
+    """Measure `start_bytes`, where they are not known, beside what is done within; behind it the process is gone, also
+    where nobody asked for what it measures.
+    """
     if _known() is not None:
         yield
         return
-    process = _beginning()
+    _beginning()
     try:
         yield
-    except BaseException:
-        process.kill()
-        process.communicate()
-        _beginning.cache_clear()
-        raise
+    finally:
+        if _beginning.cache_info().currsize:
+            _beginning().end()
+            _beginning.cache_clear()
 
 
 def _known() -> int | None:
@@ -67,19 +76,47 @@ def _file() -> Path:
 
 
 def _installation() -> str:
-    return f"{sys.prefix}, torch {version('torch')}, transformers {version('transformers')}"
+    versions = [f"{name} {version(name)}" for name in ("veneer", "torch", "transformers", "trl")]
+    return f"{sys.prefix} on {platform.node()}, Python {platform.python_version()}, {', '.join(versions)}"
+
+
+class _Beginning:
+    """A process that trains a tiny model in a folder, which goes with it."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        alone = {name: value for name, value in os.environ.items() if not name.startswith(_OF_A_GROUP)}
+        self.process = subprocess.Popen(
+            (*_COMMAND, self._folder.name), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=alone
+        )
+
+    def told(self) -> tuple[str, str]:
+        """What it says on stdout and on stderr, once it has ended."""
+        try:
+            return self.process.communicate(timeout=LONGEST)
+        except subprocess.TimeoutExpired:
+            return "", f"it took more than {LONGEST:.0f} seconds"
+        finally:
+            self.end()
+
+    def end(self) -> None:
+        """Nothing of it is left."""
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdout, self.process.stderr):
+            if pipe is not None:
+                pipe.close()
+        self._folder.cleanup()
 
 
 @cache
-def _beginning() -> subprocess.Popen[str]:
-    """The process that `_measured` waits for, begun once."""
-    alone = {name: value for name, value in os.environ.items() if not name.startswith(_OF_A_GROUP)}
-    return subprocess.Popen(_COMMAND, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=alone)
+def _beginning() -> _Beginning:
+    return _Beginning()
 
 
-@cache
 def _measured() -> int:
-    out, told = _beginning().communicate()
+    out, told = _beginning().told()
+    _beginning.cache_clear()
     try:
         return int(out.split()[-1])
     except (IndexError, ValueError) as error:

@@ -74,7 +74,7 @@ def trace(
         n_blocks=config.get_text_config().num_hidden_layers,
         peaks={mark: peak for mark, peak in found.items() if mark not in ("load", "done")},
         held=held,
-        work=counted.of_one(n_passes(args), args.gradient_accumulation_steps),
+        work=counted.of_one(args.gradient_accumulation_steps),
         n_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         n_parameters=n_parameters(model),
         largest_coded=max(_coded(model), default=0),

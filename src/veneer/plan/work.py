@@ -38,6 +38,8 @@ _SILENT = {
     "unbind",
     "as_strided",
 }
+BEGIN = "forward.embeddings"
+"""The mark of a micro-batch that begins."""
 KERNEL_TOUCHES = 3
 """Bytes that a kernel which only moves data touches for each that it writes: two inputs and the output."""
 
@@ -106,32 +108,35 @@ class Work:
 
 
 class CountWork(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts while ``on``: ``passes`` over micro-batches, and the ``update``. Kernels that are not run are told to
-    `kernel`. ``watched``: selective checkpointing looks at each op now, and will again when it is computed again.
-    ``updating``: the optimizer is at work. ``general``: the model's own code runs now, which `mark` reads from
-    ``general_blocks``, by number, and ``general_outside`` of them.
+    """Counts while ``on``: ``passes`` over the micro-batches of a step, each for itself, and the ``update``. Kernels
+    that are not run are told to `kernel`. ``watched``: selective checkpointing looks at each op now, and will again
+    when it is computed again. ``updating``: the optimizer is at work. ``general``: the model's own code runs now, which
+    `mark` reads from ``general_blocks``, by number, and ``general_outside`` of them.
     """
 
     is_silent = True
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.passes, self.update, self.on = Work(), Work(), False
-        self._now = self.passes
+        self.passes, self.update, self.on = [Work()], Work(), False
+        self._now = self.passes[0]
         self.watched, self.updating, self.general = False, False, False
         self.general_outside, self.general_blocks = False, dict[str, bool]()
 
     def mark(self, name: str) -> None:
         """Begin a part of a step."""
         self.updating = name == "optimizer"
-        self._now = self.update if self.updating else self.passes
+        if self.on and name == BEGIN and self.passes[-1].n_ops:
+            self.passes.append(Work())
+        self._now = self.update if self.updating else self.passes[-1]
         self.general = self.general_blocks.get(name.rpartition(".")[2], self.general_outside)
 
-    def of_one(self, n_passes: int, n_a_step: int) -> Work:
-        """The work of one micro-batch of ``n_passes`` that were counted, with its share of the update that ``n_a_step``
-        of them have in common.
+    def of_one(self, n_a_step: int) -> Work:
+        """The work of one of the micro-batches of a step, in the mean, with its share of the update: the first one, and
+        further ones as the last that was counted, whose gradients are added to those that are there.
         """
-        return Work().plus(self.passes, 1 / n_passes).plus(self.update, 1 / n_a_step)
+        first, last = self.passes[0], self.passes[-1]
+        return first.plus(last.plus(first, -1.0), 1 - 1 / n_a_step).plus(self.update, 1 / n_a_step)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -402,12 +402,12 @@ def _trained(recipe: Recipe, trainer: RunTrainer, resume: bool, stop: Stop) -> d
         "steps": trained.global_step,
         "stopped_early": trained.global_step < trainer.state.max_steps,
         "seconds": seconds,
-        "peak_bytes": high_water(),
     }
     stop.check()
     if trainer.eval_dataset is not None:
         metrics = last.of_trained(trainer.args, trainer.state) or trainer.evaluate()
         results |= {key: value for key, value in metrics.items() if key.startswith("eval_")}
+    results["peak_bytes"] = high_water()
     history = trainer.state.log_history
     if is_main():
         draw_loss(history, output / "loss.png")

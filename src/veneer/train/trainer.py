@@ -25,6 +25,7 @@ from veneer.data.dataset import columns_of, digest, encode_all, filled, pack_all
 from veneer.data.encoding import IGNORED, Encoder, kind_of
 from veneer.data.sampler import FilledSampler
 from veneer.errors import TrainingError
+from veneer.model.heap import freed_memory_returned
 from veneer.train.config import SFTConfig, as_sft_config
 from veneer.train.loss import TokenLoss, token_loss
 from veneer.train.packing_layout import packing_layout
@@ -170,7 +171,7 @@ class SFTTrainer(RunTrainer, trl.SFTTrainer):  # type: ignore[misc]
             output.metrics[f"{metric_key_prefix}_loss"] = total / max(n_tokens, 1)
             output.metrics[f"{metric_key_prefix}_mean_token_accuracy"] = n_right / max(n_tokens, 1)
         if self.task_metric is not None:
-            with random_state_kept():
+            with random_state_kept(), freed_memory_returned():
                 value = self.task_metric.value(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
             output.metrics[f"{metric_key_prefix}_{self.task_metric.part.key}"] = value
         return output

@@ -98,6 +98,17 @@ with freed_memory_kept():
     assert available_bytes(device) - taken > 0.5 * 4 * N  # others take and free too
 assert kept_bytes() == 0
 """,
+    "what was given back in between is not kept": """
+with freed_memory_kept():
+    beside = [torch.ones(N), torch.ones(7)]  # the small one stays behind the block: the heap's end cannot go
+    del beside[0]
+    assert kept_bytes() > 0.9 * 4 * N
+    with freed_memory_returned():
+        assert kept_bytes() == 0
+    assert kept_bytes() < 0.1 * 4 * N
+    faults()
+    assert 0.9 * 4 * N < kept_bytes() < 1.2 * 4 * N
+""",
 }
 
 

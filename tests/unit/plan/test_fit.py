@@ -67,6 +67,18 @@ def test_an_evaluation_fits_too(recipe: Make) -> None:
     assert not any(key.endswith(HELD_OUT) for key in few)
 
 
+def test_an_optimizer_that_steps_in_the_backward_pass_takes_all_rows_at_once(recipe: Make) -> None:
+    layerwise = {"optim": "galore_adamw_layerwise", "optim_args": "rank=7", "max_grad_norm": 0.0}
+    wanted = recipe({"method": "full"}, per_device_train_batch_size=6, **layerwise)
+    config, exact = config_of(wanted.model.source), plan_recipe(wanted).peak.n_bytes
+    found = fits(wanted, config, int(1.06 * exact), bytes_of, lambda plan: plan.work.flops)
+    for each in found:
+        args = changed(wanted, each.changes).training_config()
+        assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (6, 1)
+    with pytest.raises(ConfigError, match="6 rows of 23 tokens"):
+        fits(wanted, config, 1009, bytes_of, lambda plan: plan.work.flops)
+
+
 def test_what_is_missing_is_told_where_nothing_fits(recipe: Make) -> None:
     wanted = recipe()
     told = r"nothing fits .*quantization=nf4.*one row of 23 tokens.*more than the budget by.*smaller base$"

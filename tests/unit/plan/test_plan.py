@@ -76,12 +76,20 @@ def test_live_bytes_of_a_plan_are_those_of_the_step(name: str, recipe: Make) -> 
     assert planned.peak.n_bytes == pytest.approx(real, rel=0.002)  # a mask of booleans more or less
 
 
-@pytest.mark.parametrize("training", [{}, {"gradient_checkpointing": True}, {"fused": "off"}])
+@pytest.mark.parametrize(
+    "training",
+    [
+        {}, {"gradient_checkpointing": True}, {"fused": "off"},
+        {HELD_OUT: 40, "fused": "off"}, {HELD_OUT: 90, "gradient_accumulation_steps": 2},
+    ],
+)  # fmt: skip
 def test_depth_from_two_traces_is_that_of_one(training: dict[str, Any], recipe: Make) -> None:
     wanted = recipe(**training)
     short, whole = plan_recipe(wanted), plan_recipe(wanted, whole=True)
     assert short.peak.n_bytes == pytest.approx(whole.peak.n_bytes, rel=1e-3)
     assert short.held == whole.held
+    for phase in whole.phases:
+        assert short.phases[phase].n_bytes == pytest.approx(whole.phases[phase].n_bytes, rel=1e-3), phase
     assert (short.n_trained, short.n_parameters) == (whole.n_trained, whole.n_parameters)
     assert short.work.flops == pytest.approx(whole.work.flops)
 
@@ -102,6 +110,16 @@ def test_an_evaluation_is_a_phase_of_its_own(recipe: Make) -> None:
     assert large.peak_phase == "evaluation"
     assert "gradients" not in large.peak.kinds
     assert large.work.flops == without.work.flops
+
+
+@pytest.mark.parametrize(("task", "n_rows"), [("dpo", 10), ("kto", 5)])
+def test_an_evaluation_of_preferences_has_the_rows_of_its_task(task: str, n_rows: int, recipe: Make) -> None:
+    values = recipe(**{HELD_OUT: 5}, per_device_train_batch_size=5).model_dump(exclude_unset=True) | {"task": task}
+    plan = plan_recipe(parse_recipe(values))
+    found = held_out_batch(plan.recipe, plan.batch)
+    assert found is not None
+    assert found.n_rows == plan.batch.n_rows == n_rows
+    assert 0.2 < plan.phases["evaluation"].n_bytes / plan.phases["forward"].n_bytes < 1
 
 
 def test_an_evaluation_packs_as_it_is_told(recipe: Make) -> None:
@@ -284,9 +302,9 @@ def test_views_move_nothing_and_ops_whose_names_begin_alike_do() -> None:
         counted.on = True
         x.t(), x.unsqueeze(0), x.select(0, 1), x.split(3)
         torch.ops.prim.device.default(traced)  # asked of traced tensors alone
-        assert counted.passes.moved == 0
-        assert counted.passes.n_ops == 4
+        assert counted.passes[0].moved == 0
+        assert counted.passes[0].n_ops == 4
         x.tanh()
-        assert counted.passes.moved == 2 * x.nbytes
+        assert counted.passes[0].moved == 2 * x.nbytes
         torch.ops.aten.select_backward(x[0], [7, 11], 0, 1)
-        assert counted.passes.moved == 3 * x.nbytes + x[0].nbytes
+        assert counted.passes[0].moved == 3 * x.nbytes + x[0].nbytes

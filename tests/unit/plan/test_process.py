@@ -54,4 +54,17 @@ def test_the_tokenizer_counts_by_its_words_and_rows_by_their_files(recipe: Make,
     assert rows() == round(ROWS_SHARE * sum(sizes.values()))
     assert rows(eval=None, more=[]) == round(ROWS_SHARE * sizes["train"])
     assert rows(eval="org/set") == round(ROWS_SHARE * (sizes["train"] + sizes["more"]))
-    assert rows(streaming=True) == rows(limit=10) == 0
+    assert rows(streaming=True) == rows(limit=10) == round(ROWS_SHARE * sizes["eval"])
+    assert rows(eval_limit=3) == round(ROWS_SHARE * (sizes["train"] + sizes["more"]))
+    weighed = [{"source": files["more"], "weight": 3.0}, {"source": files["more"], "count": 5}]
+    assert rows(more=weighed, eval=None) == round(ROWS_SHARE * (sizes["train"] + 3 * sizes["more"]))
+
+
+def test_the_phase_that_is_largest_is_the_one_with_what_is_lost(recipe: Make) -> None:
+    trained = {GRADIENTS: 1_000_003, STATE: 2_000_014}
+    phases = {"backward": Peak({BASE: 400_009, **trained}), "evaluation": Peak({BASE: 3_400_027})}
+    plan = replace(plan_recipe(recipe()), held=Peak({BASE: 400_009}), phases=phases)
+    assert plan.peak_phase == "evaluation"
+    found = process_of(plan)
+    assert found.tensors == phases["backward"].n_bytes
+    assert found.allocator == ALLOCATOR_BYTES + round(0.02 * 3_000_017 + 0.2 * 3_000_017)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -18,18 +19,12 @@ from veneer.plan.start import start_bytes, start_measured
 @pytest.fixture(autouse=True)
 def anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
-    forget()
-    yield
-    forget()
-
-
-def forget() -> None:
     start._beginning.cache_clear()
-    start._measured.cache_clear()
+    yield
+    start._beginning.cache_clear()
 
 
 def begun(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    forget()
     monkeypatch.setattr(start, "_COMMAND", (sys.executable, "-c", script))
 
 
@@ -37,9 +32,8 @@ def test_a_process_is_begun_once_and_what_it_held_is_kept(monkeypatch: pytest.Mo
     begun("print('told', 7_000_003)", monkeypatch)
     with start_measured():
         first = start._beginning()
-    with start_measured():
         assert start._beginning() is first
-    assert start_bytes() == 7_000_003
+        assert start_bytes() == 7_000_003
     begun("raise SystemExit(3)", monkeypatch)
     with start_measured():
         assert start._beginning.cache_info().currsize == 0
@@ -62,19 +56,55 @@ def test_a_file_that_says_nothing_is_written_anew(kept: str, monkeypatch: pytest
     assert start_bytes() == start._known() == 7_000_003
 
 
-def test_a_plan_that_fails_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("other", ["veneer", "torch", "transformers", "trl"])
+def test_other_versions_are_measured_anew(other: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start, "version", lambda name: "1.0")
+    before = start._file()
+    monkeypatch.setattr(start, "version", lambda name: "1.1" if name == other else "1.0")
+    assert start._file() != before
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_nothing_is_left_of_a_process_that_nobody_waited_for(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the plan fails, and where another process has measured meanwhile."""
     begun("import time; time.sleep(600)", monkeypatch)
-    processes = []
+    made = []
 
     def plan() -> None:
         with start_measured():
-            processes.append(start._beginning())
-            raise ConfigError("not planned")
+            made.append(start._beginning())
+            if fails:
+                raise ConfigError("not planned")
+            start._file().parent.mkdir(parents=True)
+            start._file().write_text('{"bytes": 7000003}')
+            assert start_bytes() == 7_000_003
 
-    with pytest.raises(ConfigError, match="not planned"):
+    with pytest.raises(ConfigError, match="not planned") if fails else nullcontext():
         plan()
-    assert processes[0].returncode is not None
+    assert made[0].process.returncode is not None
+    assert not Path(made[0]._folder.name).exists()
     assert start._beginning.cache_info().currsize == 0
+
+
+def test_a_process_that_hangs_is_ended_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun("import time; time.sleep(600)", monkeypatch)
+    monkeypatch.setattr(start, "LONGEST", 0.2)
+    with pytest.raises(ConfigError, match="it took more than 0 seconds"):
+        start_bytes()
+
+
+def test_a_cache_that_cannot_be_written_loses_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    begun("print(7_000_003)", monkeypatch)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "file" / "cache"))
+    assert start_bytes() == 7_000_003
+
+
+def test_modules_beside_the_user_are_not_imported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "random.py").write_text("raise SystemExit('mine')")
+    monkeypatch.chdir(tmp_path)
+    run = [*start._COMMAND[:2], "-c", "import random, veneer"]
+    assert subprocess.run(run, capture_output=True, check=False).returncode == 0
 
 
 def test_a_process_that_ends_early_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

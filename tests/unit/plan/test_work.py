@@ -69,12 +69,12 @@ def test_what_decoding_writes_and_a_table_s_other_rows_are_not_moved() -> None:
         with counted:
             torch.empty(3, 5, dtype=torch.bfloat16)
         counted.kernel(name, arguments)
-        assert (counted.passes.decoded, counted.passes.moved) == (15, 0)
+        assert (counted.passes[0].decoded, counted.passes[0].moved) == (15, 0)
     counted, ids, table = CountWork(), torch.tensor([2, 5, 2]), torch.ones(997, 7)
     counted.on = True
     with counted:
         torch.nn.functional.embedding(ids, table)
-    assert counted.passes.moved == 2 * 3 * 7 * 4
+    assert counted.passes[0].moved == 2 * 3 * 7 * 4
 
 
 def test_the_optimizer_s_work_is_apart_from_the_rest(recipe: Make) -> None:
@@ -113,13 +113,13 @@ def test_updates_within_the_backward_pass_are_updates(recipe: Make) -> None:
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit"])
 def test_a_micro_batch_has_its_share_of_the_update(recipe: Make, optim: str) -> None:
-    one, four = (
-        plan_recipe(recipe({"method": "full"}, optim=optim, gradient_accumulation_steps=n)).work for n in (1, 4)
-    )
+    plans = [plan_recipe(recipe({"method": "full"}, optim=optim, gradient_accumulation_steps=n)) for n in (1, 4)]
+    (one, four), one_trained = (plan.work for plan in plans), plans[0].n_trained
     assert four.products == pytest.approx(one.products)
     assert four.updated == pytest.approx(one.updated / 4)
     assert four.updated_8bit == one.updated_8bit / 4
-    assert one.moved < four.moved < 1.2 * one.moved  # gradients are added to those before
+    added = 3 / 4 * 12 * one_trained  # gradients are added to those before, in three of four: read, read, written
+    assert four.moved - one.moved == pytest.approx(added, rel=0.02)
 
 
 @pytest.mark.parametrize("checkpointing", [False, "selective"])
@@ -131,8 +131,8 @@ def test_a_traced_step_of_dora_has_the_ops_of_a_real_one(recipe: Make, checkpoin
     prepare(model, args, with_values=True)
     with counted:
         run_steps(model, make_optimizer(model, args), batch, args, LiveBytes(), counted=counted)
-    assert traced.products == counted.of_one(1, 1).products
-    assert traced.n_general == counted.of_one(1, 1).n_general == 0
+    assert traced.products == counted.of_one(1).products
+    assert traced.n_general == counted.of_one(1).n_general == 0
 
 
 def test_what_waits_on_disk_is_counted_once_however_often_it_is_kept(

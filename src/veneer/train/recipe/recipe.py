@@ -91,6 +91,11 @@ class DataPart(_Part):
     limit: int | None = Field(default=None, ge=1)
     eval_limit: int | None = Field(default=None, ge=1)
 
+    @property
+    def holds_out(self) -> bool:
+        """True where rows are held out, in a file of their own or of the training rows."""
+        return self.eval is not None or self.eval_fraction > 0
+
 
 class Recipe(_Part):
     """All of a run. ``adapter`` holds ``method`` and fields of its config, or ``from``, the place of a saved adapter
@@ -340,7 +345,7 @@ def _data_problems(values: Mapping[str, Any]) -> list[str]:
 def _defaults(recipe: Recipe) -> dict[str, Any]:
     from veneer.train.optimizer import steps_in_backward
 
-    evaluates = recipe.data.eval is not None or recipe.data.eval_fraction > 0
+    evaluates = recipe.data.holds_out
     return {
         "bf16": False if recipe.model.dtype == "float32" else None,  # None: under autocast, as TRL trains
         "learning_rate": usual_learning_rate(recipe.adapter) * KEYS[recipe.task].rate,
