@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any
+
+# torch and oneDNN keep what they compiled for each shape of a 16-bit product, a thousand of each unless these say
+# otherwise: batches of many lengths held 600 MB more. A step has fewer shapes than this, and lengths seldom recur.
+for _name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+    os.environ.setdefault(_name, "32")
 
 _HOMES = {
     "AdaLoraConfig": "veneer.methods.adalora",
