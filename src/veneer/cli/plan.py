@@ -218,12 +218,12 @@ def _fit(
     from veneer.plan.fit import changed, fits, loadable
     from veneer.plan.report import as_yaml, fit_table
 
+    if write is not None and write.exists():
+        raise ConfigError(f"{write} is there already: choose another name, or remove it")
     _tell_measuring(machine)
     found = fits(recipe, config, budget, machine.bytes_of, machine.cost)
     best = as_yaml(loadable(changed(recipe, found[0].changes)))
     if write is not None:
-        if write.exists():
-            raise ConfigError(f"{write} is there already: choose another name, or remove it")
         write.write_text(best, encoding="utf-8")
     if as_json:
         settings = [

@@ -175,7 +175,8 @@ def _bars(amounts: dict[str, int], noun: str) -> Table:
 def told(plan: Plan, facts: dict[str, Any]) -> str:
     """The plan in one line, for `veneer train`."""
     time = facts.get("time")
-    return f"planned: {size(facts['process']['bytes'])} at most (in {plan.peak_phase})" + (
+    beside = "" if plan.recipe.metric is None else "; answers for its metric are not planned"
+    return f"planned: {size(facts['process']['bytes'])} at most (in {plan.peak_phase}{beside})" + (
         f", and about {time['seconds_a_step']:.2g} s a micro-batch where its rows are full"
         f"{f' ({ROUGH})' if time['source'] == ROUGH else ''}"
         if time

@@ -15,6 +15,7 @@ from veneer.adapters.peft_model import PeftModel, get_peft_model
 from veneer.contract import MethodConfig
 from veneer.errors import ConfigError
 from veneer.plan import before, machine, report, start
+from veneer.train.recipe.recipe import parse_recipe
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +34,12 @@ def test_a_plan_is_told_in_one_line_with_its_facts(recipe: Make) -> None:
     assert "\n" not in line
     assert facts["process"]["bytes"] > facts["peak"]["bytes"] + 3e8
     assert facts["time"]["seconds_a_step"] > 0
+
+
+def test_a_metric_of_its_own_is_told_not_to_be_planned(recipe: Make) -> None:
+    values = recipe(per_device_eval_batch_size=2).model_dump(exclude_unset=True) | {"metric": {"name": "exact-match"}}
+    _, line = before.planned_facts(parse_recipe(values), print)
+    assert "; answers for its metric are not planned)" in line
 
 
 def test_what_is_measured_first_is_told(recipe: Make) -> None:
