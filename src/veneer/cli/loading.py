@@ -118,11 +118,12 @@ def choose(model: str, adapters: Sequence[Path] = (), *, four_bit: bool = False,
     source, folders = split(model, tuple(adapters))
     for number, folder in enumerate(folders):
         require_adapter(folder)
-        place = resolve(source)
-        if isinstance(place, Path):
-            require_not_merged(place, folder)
         if folder in folders[:number]:
             raise ConfigError(f"--adapter {folder} is given twice: once is enough")
+    place = resolve(source) if folders else source
+    if isinstance(place, Path):
+        for folder in folders:
+            require_not_merged(place, folder)
     with quiet():
         tokenizer = tokenizer_with(load_tokenizer(source), folders)
         require_fit(source, folders, tokenizer)

@@ -112,14 +112,7 @@ def plan(
     _require_read(what, {FIT: fit is not None, SERVE: serve, ADVICE: advice}, given)
     budget = None if fit is None else bytes_from(fit, "--fit")
     room = None if memory is None else bytes_from(memory, "--memory")
-    changes = {
-        "adapter.r": rank,
-        "adapter.target_modules": None if targets is None else targets.split(",") if "," in targets else targets,
-        "model.quantization": quantization,
-        "training.max_length": length,
-        "training.per_device_train_batch_size": batch,
-    }
-    values = _values(what, overrides or [], method, {k: v for k, v in changes.items() if v is not None})
+    values = _values(what, overrides or [], method, _changes(given))
     from veneer.plan.start import start_measured
 
     of_a_process = card is None and not advice and not serve
@@ -155,12 +148,25 @@ def _require_read(what: str, modes: dict[str, bool], given: dict[str, Any]) -> N
         raise ConfigError("; ".join(found))
 
 
+def _changes(given: dict[str, Any]) -> dict[str, Any]:
+    """Keys of a recipe and their values, from the options that are given for them."""
+    targets = given["--targets"]
+    changes = {
+        "adapter.r": given["--rank"],
+        "adapter.target_modules": targets.split(",") if targets is not None and "," in targets else targets,
+        "model.quantization": given["--quantization"],
+        "training.max_length": given["--length"],
+        "training.per_device_train_batch_size": given["--batch"],
+    }
+    return {key: value for key, value in changes.items() if value is not None}
+
+
 def _is_recipe(what: str) -> bool:
     return Path(what).suffix in (".yaml", ".yml")
 
 
 def _values(what: str, overrides: list[str], method: str | None, changes: dict[str, Any]) -> dict[str, Any]:
-    """What the recipe of a file says, or one made for a model's name."""
+    """The values of a recipe's file, or of a recipe made for a model's name."""
     from veneer.plan.presets import require_named
     from veneer.train.recipe.recipe import apply_override, put, read_values, refuse_early
 

@@ -98,8 +98,8 @@ class _MallocInfo(ctypes.Structure):
 
 
 def _unused() -> int:
-    """Resident bytes of the process's own that no block in use takes. What glibc calls free is not all resident: the
-    pages that `trim` gave back are free blocks still.
+    """Resident bytes of the process's own that no block in use takes. Not all that glibc calls free is resident: pages
+    that `trim` gave back are free blocks still.
     """
     function = getattr(ctypes.CDLL(None), "mallinfo2", None) if sys.platform == "linux" else None
     if function is None:

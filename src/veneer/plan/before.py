@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from veneer.core.units import size
@@ -10,6 +11,7 @@ from veneer.errors import ConfigError, VeneerError
 from veneer.model.heap import trim
 from veneer.plan.plan import as_json, plan_recipe
 from veneer.plan.report import MEASURING, Machine, told
+from veneer.plan.start import start_measured
 from veneer.train.recipe.recipe import Recipe
 
 TOLD = (VeneerError, OSError, NotImplementedError)
@@ -28,7 +30,7 @@ def planned_facts(recipe: Recipe, tell: Callable[[str], None]) -> tuple[dict[str
         machine = Machine.of_run(recipe.training_config())
         if machine.measures:
             tell(MEASURING)
-        with machine.measuring():
+        with start_measured() if machine.gpu is None else nullcontext():
             plan = plan_recipe(recipe, isa=machine.isa)
         facts = as_json(plan) | machine.facts(plan, None)
     except (*TOLD, *UNEXPECTED) as error:

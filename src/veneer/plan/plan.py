@@ -93,9 +93,7 @@ def batch_of(recipe: Recipe, config: PreTrainedConfig) -> Batch:
             "lower it"
         )
     packed = bool(getattr(args, "packing", False))
-    n_sequences = max(1, length // SEQUENCE) if packed else 1
-    n_rows = ROWS[recipe.task] * args.per_device_train_batch_size
-    return Batch(n_rows=n_rows, length=length, n_sequences=n_sequences, packed=packed)
+    return _full_batch(ROWS[recipe.task] * args.per_device_train_batch_size, length, packed)
 
 
 def held_out_batch(recipe: Recipe, batch: Batch) -> Batch | None:
@@ -103,11 +101,14 @@ def held_out_batch(recipe: Recipe, batch: Batch) -> Batch | None:
     if not recipe.data.holds_out:
         return None
     args = recipe.training_config()
-    own, packed = getattr(args, "eval_packing", None), batch.packed
-    packed = packed if own is None else bool(own)
-    n_rows = ROWS[recipe.task] * args.per_device_eval_batch_size
-    n_sequences = max(1, batch.length // SEQUENCE) if packed else 1
-    return Batch(n_rows=n_rows, length=batch.length, n_sequences=n_sequences, packed=packed)
+    own = getattr(args, "eval_packing", None)
+    packed = batch.packed if own is None else bool(own)
+    return _full_batch(ROWS[recipe.task] * args.per_device_eval_batch_size, batch.length, packed)
+
+
+def _full_batch(n_rows: int, length: int, packed: bool) -> Batch:
+    n_sequences = max(1, length // SEQUENCE) if packed else 1
+    return Batch(n_rows=n_rows, length=length, n_sequences=n_sequences, packed=packed)
 
 
 def count_trained(recipe: Recipe, config: PreTrainedConfig) -> int:

@@ -72,8 +72,9 @@ def _bytes_of_rows(part: DataPart) -> Iterator[float]:
 
 
 def _file_bytes(source: str | None) -> int:
-    there = source is not None and names_a_file(source) and Path(source).is_file()
-    return Path(source).stat().st_size if source is not None and there else 0
+    if source is None or not names_a_file(source) or not Path(source).is_file():
+        return 0
+    return Path(source).stat().st_size
 
 
 def _share_between(plan: Plan) -> float:

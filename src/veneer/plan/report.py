@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from veneer.plan.fit import Fit
 from veneer.plan.machine import Rates, free_here, is_measured
 from veneer.plan.plan import PHASES, Plan
 from veneer.plan.process import process_of
-from veneer.plan.start import start_measured
 from veneer.plan.time import ROUGH, Seconds, seconds_here, seconds_on
 from veneer.train.config import SFTConfig
 from veneer.train.recipe.recipe import Recipe
@@ -78,10 +76,6 @@ class Machine:
         if self.card is not None:
             return f"memory and cost by a {self.card.told}"
         return f"cost: {'seconds by rates measured on this machine' if self.timed else 'arithmetic alone, not timed'}"
-
-    def measuring(self) -> AbstractContextManager[None]:
-        """Measure what a process of this machine starts with, while a plan is made within."""
-        return start_measured() if self.card is None and self.gpu is None else nullcontext()
 
     def bytes_of(self, plan: Plan) -> int:
         """All that a process takes there."""

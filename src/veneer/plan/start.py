@@ -91,7 +91,7 @@ class _Beginning:
         )
 
     def told(self) -> tuple[str, str]:
-        """What it says on stdout and on stderr, once it has ended."""
+        """Its stdout and stderr, once it has ended."""
         try:
             return self.process.communicate(timeout=LONGEST)
         except subprocess.TimeoutExpired:

@@ -12,7 +12,7 @@ import pytest
 
 from veneer.errors import ConfigError
 from veneer.model.memory import high_water
-from veneer.plan import start
+from veneer.plan import small_run, start
 from veneer.plan.start import start_bytes, start_measured
 
 
@@ -117,6 +117,21 @@ def test_a_process_that_ends_early_is_told(monkeypatch: pytest.MonkeyPatch) -> N
 def test_it_begins_without_torch() -> None:
     code = "import sys, veneer.plan.start; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_the_small_run_is_planned_and_then_trained(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = []
+    monkeypatch.setattr(sys, "argv", ["small_run", str(tmp_path)])
+    monkeypatch.setattr(small_run, "plan_recipe", lambda recipe: done.append(("planned", recipe)))
+    monkeypatch.setattr(small_run, "run_recipe", lambda recipe: done.append(("trained", recipe)))
+    monkeypatch.setattr(small_run, "high_water", lambda: 7_000_003)
+    small_run.main()
+    assert [name for name, _ in done] == ["planned", "trained"]
+    assert done[0][1] is done[1][1]
+    assert Path(done[0][1].output).parent == tmp_path
+    assert capsys.readouterr().out == "7000003\n"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/self/status")
