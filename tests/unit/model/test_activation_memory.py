@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from veneer import LoraConfig, get_peft_model
 from veneer.model.checkpointing import checkpoint_selectively
 from veneer.model.fused.decoder import fuse
 from veneer.model.offload import ActivationOffload
+
+from .allocations import allocations_of
 
 CONFIG = {
     "hidden_size": 320,
@@ -47,10 +48,8 @@ def peak(how: str, path: str, folder: Path) -> int:
         checkpoint_selectively(model)
     elif how == "full":
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
-        step(1024)
-    changes = (event for event in run.profiler.kineto_results.events() if event.name() == "[memory]")
-    return max(accumulate(event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns())))
+    _, allocations = allocations_of(lambda: step(1024))
+    return max(accumulate(allocations))
 
 
 # On the fused path little is left for full checkpointing to save: selective makes the hidden product once, going back.

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from veneer import IA3Config, LoraConfig, get_peft_model
 from veneer.model import activation_memory
 from veneer.model.activation_memory import ActivationPlan, checkpoint_as_needed
 from veneer.model.fused.decoder import fuse
+
+from .allocations import allocations_of
 
 N_LAYERS, WIDTH, VOCABULARY = 5, 24, 61
 IDS = torch.arange(2 * 19).view(2, 19) * 7 % VOCABULARY
@@ -89,10 +90,8 @@ def test_less_memory_keeps_less(free: dict[str, int], fused: bool) -> None:
     plan, held = plan_of(model), {}
     for way in ("kept", "selective", "recomputed"):
         free["bytes"], plan._most_kept = free_for(plan, way), 0
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
-            loss = loss_of(model)
-        events = run.profiler.kineto_results.events()
-        held[way] = sum(event.nbytes() for event in events if event.name() == "[memory]")
+        loss, allocations = allocations_of(lambda: loss_of(model))
+        held[way] = sum(allocations)
         gradients(model, loss)
     assert held["recomputed"] < 0.85 * held["selective"] < 0.5 * held["kept"], held
     measured = IDS.numel() * plan.block_bytes * N_LAYERS
