@@ -270,6 +270,27 @@ def test_what_a_user_can_mend_is_one_message(project: Path, options: list[str], 
     assert "not planned" not in output  # by what is told already
 
 
+def test_files_of_rows_that_are_missing_are_told_together_before_a_plan(project: Path) -> None:
+    more = '--set=data.more=[{"source": "more.jsonl"}]'
+    code, output = train(
+        project,
+        "--set",
+        f"data.train={project / 'row.jsonl'}",
+        "--set",
+        "data.eval=held_out.jsonl",
+        "--set",
+        "data.eval_fraction=0",
+        more,
+    )
+    told = " ".join(output.split())
+    assert code == 2, output
+    assert f"there is no file {project}/row.jsonl; the nearest is {project}/rows.jsonl; " in told
+    assert "data.more, entry 1: there is no file more.jsonl; " in told
+    assert "data.eval: there is no file held_out.jsonl" in told
+    assert "planned" not in told
+    assert not (project / "run").exists()
+
+
 def test_without_a_recipe() -> None:
     result = CliRunner().invoke(app, ["train"])
     assert result.exit_code == 2

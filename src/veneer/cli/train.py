@@ -135,18 +135,20 @@ def _show_sample(recipe: Recipe, console: Console) -> None:
 
 
 def _require_startable(recipe: Recipe, resume: bool) -> None:
-    """Before a plan: raise TrainingError where there is no checkpoint to go on from, and ConfigError where a
-    new run would be mixed up with one that is there.
+    """Before a plan: raise TrainingError where there is no checkpoint to go on from, ConfigError where a new run would
+    be mixed up with one that is there, and DataError where a new run's files of rows are not there.
     """
     from veneer.train.processes import is_main
-    from veneer.train.run import require_begun, require_free
+    from veneer.train.run import require_begun, require_data_files, require_free
 
     if not is_main():
         return
     if resume:
         require_begun(Path(recipe.output))
-    elif Path(recipe.output).exists():
+        return
+    if Path(recipe.output).exists():
         require_free(recipe, resume)
+    require_data_files(recipe.data)
 
 
 class _Planned(NamedTuple):

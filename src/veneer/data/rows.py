@@ -26,12 +26,14 @@ class RowReader:
 
     ``prompt`` and ``completion`` are templates such as ``"Translate: {source}"`` over the columns. ``chat`` makes turns
     of user and assistant out of prompts and completions; ``system`` is a message put before each conversation.
+    ``advice`` ends the error for columns that have none of the forms.
     """
 
     prompt: str | None = None
     completion: str | None = None
     chat: bool = False
     system: str | None = None
+    advice: str = 'data.prompt and data.completion, such as "Question: {question}" and "{answer}"'
 
     def form(self, columns: Iterable[str]) -> str:
         """The form that these columns have. Raises DataError where none fits."""
@@ -51,7 +53,7 @@ class RowReader:
         raise DataError(
             f"rows have the columns {sorted(names)}, none of the forms that can be trained on: messages (or "
             "conversations), prompt and completion, instruction and output (with or without input), text. For others, "
-            'say how to read them: data.prompt and data.completion, such as "Question: {question}" and "{answer}"'
+            f"say how to read them: {self.advice}"
         )
 
     def read(self, row: Mapping[str, Any], form: str) -> Row:

@@ -151,14 +151,12 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def as_trained(rows: Sequence[Row], *, chat: bool, system: str | None = None) -> list[dict[str, Any]]:
+def as_trained(rows: Sequence[Row], reader: RowReader) -> list[dict[str, Any]]:
     """The rows in the forms that training reads, so that a model is asked as it was taught; other fields are kept.
 
-    ``chat`` makes turns of user and assistant out of prompts and completions, as ``data.chat`` does in a recipe, and
-    ``system`` puts a message in front, as ``data.system`` does. Raises DataError that names the row, and ConfigError
-    where the rows are no conversations.
+    Raises DataError that names the row, and ConfigError where the rows are no conversations and the reader asks for
+    them.
     """
-    reader = RowReader(chat=chat, system=system)
     replaced = {"prompt", "completion", "instruction", "input", "output", "response", "conversations"}
     read: list[dict[str, Any]] = []
     form = None

@@ -95,8 +95,7 @@ def _other_files(before: Mapping[str, Any], recipe: Recipe) -> list[Change]:
 
 def files_of(part: DataPart) -> dict[str, str]:
     """The sources that are files, with a hash of what they hold."""
-    named = {"data.train": part.train, "data.eval": part.eval}
-    found = {key: Path(name) for key, name in named.items() if name is not None and Path(name).is_file()}
+    found = {key: Path(name) for key, name in part.named.items() if Path(name).is_file()}
     return {key: f"a file with the hash {_hash_of(path)}" for key, path in found.items()}
 
 

@@ -29,12 +29,12 @@ from veneer.core.tasks import TaskType
 from veneer.data.chat import with_template
 from veneer.data.dataset import columns_of
 from veneer.data.encoding import Kind, kind_of
-from veneer.data.files import names_a_file
+from veneer.data.files import is_missing, no_file
 from veneer.data.preference import PreferenceReader
 from veneer.data.rows import RowReader, load_rows, split_off, stream_rows
 from veneer.data.sources import load_sources
 from veneer.disk.folder import new_folder
-from veneer.errors import ConfigError, DiskError, DivergedError, Interrupted, VeneerError
+from veneer.errors import ConfigError, DataError, DiskError, DivergedError, Interrupted, VeneerError
 from veneer.model.adapted import Adapted
 from veneer.model.attach import module_index
 from veneer.model.memory import high_water
@@ -270,13 +270,14 @@ def require_free(recipe: Recipe, resume: bool) -> None:
         raise ConfigError("; ".join([str(error), *_missing_files(recipe.data)])) from error
 
 
+def require_data_files(part: DataPart) -> None:
+    """Raise DataError with all files of rows that are named and not there."""
+    if missing := _missing_files(part):
+        raise DataError("; ".join(missing))
+
+
 def _missing_files(part: DataPart) -> list[str]:
-    given = {"data.train": part.train, "data.eval": part.eval}
-    return [
-        f"{key}: there is no file {source}"
-        for key, source in given.items()
-        if source is not None and names_a_file(source) and not Path(source).exists()
-    ]
+    return [f"{key}: {no_file(Path(source))}" for key, source in part.named.items() if is_missing(source)]
 
 
 def require_fresh(output: Path, resume: bool) -> None:

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from models import ROLES, byte_tokenizer, gpt2_config, llama_config
+from veneer.data.rows import RowReader
 from veneer.errors import ConfigError, DataError
 from veneer.evaluate.accuracy import Accuracy, answer_accuracy, exact_match, label_accuracy, regex_match
 from veneer.evaluate.perplexity import Texts, Windows, perplexity
@@ -330,16 +331,17 @@ def test_damaged_data_files_are_named(
 
 def test_rows_are_asked_in_the_form_that_training_gives_them():
     rows = [{"prompt": "two and two", "completion": " four", "label": "4"}]
-    assert as_trained(rows, chat=False) == rows
+    assert as_trained(rows, RowReader()) == rows
     turns = [{"role": "user", "content": "two and two"}, {"role": "assistant", "content": " four"}]
-    assert as_trained(rows, chat=True) == [{"label": "4", "messages": turns}]
+    assert as_trained(rows, RowReader(chat=True)) == [{"label": "4", "messages": turns}]
     alpaca = [{"instruction": "add", "input": "2 2", "output": "4"}]
-    assert as_trained(alpaca, chat=False) == [{"prompt": "add\n\n2 2", "completion": "4"}]
-    with pytest.raises(DataError, match=r"row 1: .*columns"):
-        as_trained([{"question": "?"}], chat=False)
+    assert as_trained(alpaca, RowReader()) == [{"prompt": "add\n\n2 2", "completion": "4"}]
+    with pytest.raises(DataError, match=r"row 1: .*columns.* say how to read them: in two words"):
+        as_trained([{"question": "?"}], RowReader(advice="in two words"))
     with pytest.raises(DataError, match="row 2: 'prompt' must be a string, not missing"):
-        as_trained([rows[0], {"text": "plain"}], chat=False)
-    assert as_trained(rows, chat=True, system="be brief")[0]["messages"][0] == {"role": "system", "content": "be brief"}
+        as_trained([rows[0], {"text": "plain"}], RowReader())
+    told = as_trained(rows, RowReader(chat=True, system="be brief"))[0]["messages"][0]
+    assert told == {"role": "system", "content": "be brief"}
 
 
 def test_rows_of_two_forms_have_no_perplexity(tokenizer):

@@ -96,6 +96,13 @@ class DataPart(_Part):
         """True where rows are held out, in a file of their own or of the training rows."""
         return self.eval is not None or self.eval_fraction > 0
 
+    @property
+    def named(self) -> dict[str, str]:
+        """All sources of rows, by their keys in a recipe."""
+        held_out = {} if self.eval is None else {"data.eval": self.eval}
+        more = {f"data.more, entry {number}": each.source for number, each in enumerate(self.more, start=1)}
+        return {"data.train": self.train, **more, **held_out}
+
 
 class Recipe(_Part):
     """All of a run. ``adapter`` holds ``method`` and fields of its config, or ``from``, the place of a saved adapter
