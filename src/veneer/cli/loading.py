@@ -111,7 +111,7 @@ def choose(model: str, adapters: Sequence[Path] = (), *, four_bit: bool = False,
     another model, and CompositionError for one that was merged into it.
     """
     require_weights(model)  # before torch is imported
-    from veneer.export.merge_record import require_not_merged
+    from veneer.store.merge_record import require_not_merged
     from veneer.store.source import load_tokenizer, parse_dtype, resolve
 
     parse_dtype(dtype)

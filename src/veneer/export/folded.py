@@ -24,7 +24,6 @@ from veneer.contract.keys import is_of_wrapped, weight_keys
 from veneer.disk.safetensors import StoredTensor
 from veneer.errors import CompositionError
 from veneer.export.base_weights import BaseWeights, Spec, in_blocks, is_copy
-from veneer.export.merge_record import require_not_merged
 from veneer.export.model_folder import model_config
 from veneer.model.adapted import Adapted
 from veneer.model.allocation import Allocation
@@ -36,6 +35,7 @@ from veneer.store.adapter.config import read_config
 from veneer.store.adapter.files import read_headers
 from veneer.store.adapter.skeleton import without_storage
 from veneer.store.adapter.tensors import assign
+from veneer.store.merge_record import require_not_merged
 
 NAME = "merged"
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from veneer.export.folded import FoldedCheckpoint
-from veneer.export.merge_record import write_record
 from veneer.export.model_folder import copy_companions, local_folder
 from veneer.store.checkpoint_writer import DEFAULT_SHARD_BYTES, CheckpointWriter
+from veneer.store.merge_record import write_record
 from veneer.store.source import parse_dtype
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from veneer.errors import ConfigError
@@ -21,7 +22,7 @@ class EngineSettings:
     of draws that have none, and the highest rank of an adapter (None: any).
 
     ``value_bytes`` is the size of a value of a loaded adapter (None: as it is stored). ``why_general``: the reason for
-    which transformers' own code computes everything; "" where it does not.
+    which transformers' own code computes everything; "" where it does not. ``base``: the model's folder, if it has one.
     """
 
     vocabulary: int
@@ -31,6 +32,7 @@ class EngineSettings:
     max_lora_rank: int | None = None
     value_bytes: int | None = None
     why_general: str = ""
+    base: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -61,7 +61,7 @@ class Engine:
     def __init__(self, runner: Runner, scheduler: Scheduler, tokenizer: Any, settings: EngineSettings) -> None:
         self.runner, self.scheduler, self.pool = runner, scheduler, scheduler.pool
         self.tokenizer, self.settings = tokenizer, settings
-        self.versions = Versions(settings.max_lora_rank, settings.value_bytes)
+        self.versions = Versions(settings.max_lora_rank, settings.value_bytes, settings.base)
         self._rules = Rules(tokenizer, settings)
         self._inbox: Inbox[_Message] = Inbox()
         self._loader: Loader[Any] = Loader(self._inbox.put)

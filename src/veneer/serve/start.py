@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import psutil
@@ -186,6 +187,7 @@ def start_engine(
         max_lora_rank=options.max_lora_rank,
         value_bytes=None if interpreter is None else loaded.dtype.itemsize,
         why_general=why_not,
+        base=_folder_of(loaded),
     )
     return Engine(runner, scheduler, tokenizer, settings)
 
@@ -211,6 +213,11 @@ def generation_defaults(model: PreTrainedModel) -> dict[str, Any]:
     names |= {"repetition_penalty": "repetition_penalty", "max_new_tokens": "max_tokens"}
     stored = {new: getattr(model.generation_config, old, None) for old, new in names.items()}
     return {name: value for name, value in stored.items() if value is not None}
+
+
+def _folder_of(model: PreTrainedModel) -> Path | None:
+    named = model.name_or_path
+    return Path(named).resolve() if named and Path(named).is_dir() else None
 
 
 def ending_ids(model: PreTrainedModel, tokenizer: Any) -> list[int]:

@@ -16,6 +16,7 @@ from veneer.serve.adapter_pool import AdapterVersion
 from veneer.serve.lora_request import LoRARequest
 from veneer.store.adapter.config import read_config
 from veneer.store.adapter.files import read_headers
+from veneer.store.merge_record import require_not_merged
 
 _Stamp = tuple[tuple[int, ...], ...]
 
@@ -24,17 +25,18 @@ class Versions:
     """Looks at folders; what has not changed since (by device, inode, time and size) is not read again.
 
     ``max_rank`` refuses adapters of a higher rank; None takes any. ``value_bytes`` is the size of a value of a loaded
-    adapter; None: as it is stored.
+    adapter; None: as it is stored. Adapters that were merged into ``base``, the model's folder, are refused.
     """
 
-    def __init__(self, max_rank: int | None = None, value_bytes: int | None = None) -> None:
-        self._max_rank, self._value_bytes = max_rank, value_bytes
+    def __init__(self, max_rank: int | None = None, value_bytes: int | None = None, base: Path | None = None) -> None:
+        self._max_rank, self._value_bytes, self._base = max_rank, value_bytes, base
         self._seen: dict[str, tuple[_Stamp, AdapterVersion]] = {}
 
     def of(self, request: LoRARequest) -> AdapterVersion:
         """The version at a request's path, or that of its mix.
 
-        Raises FormatError where there is none, ConfigError for too high a rank, that of each part.
+        Raises FormatError where there is none, ConfigError for too high a rank, CompositionError where it is in the
+        base already; for a mix, that of each part.
         """
         if request.parts:
             return _mix([(self.of(part), weight) for part, weight in request.parts])
@@ -60,6 +62,8 @@ class Versions:
         known = self._seen.get(key)
         if known is not None and known[0] == stamp:
             return known[1]
+        if self._base is not None:
+            require_not_merged(self._base, folder)
         digest = hashlib.sha256()
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             with (folder / name).open("rb") as file:

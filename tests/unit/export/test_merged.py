@@ -37,12 +37,12 @@ from veneer.contract import MethodConfig
 from veneer.errors import CompositionError, ConfigError, FormatError
 from veneer.export.combined import combine_checkpoints
 from veneer.export.gguf.model import GgufOptions, export_gguf
-from veneer.export.merge_record import FILE
 from veneer.export.merged import MergeOptions, merge_checkpoint
 from veneer.methods.bottleneck import BottleneckConfig
 from veneer.ops.four_bit import FourBitLayout
 from veneer.quant.four_bit import FourBitSpec
 from veneer.quant.int8 import Int8Spec
+from veneer.store.merge_record import FILE
 
 SIZES = {"vocab_size": 67, "hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 2}
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from veneer import LLM, LoraConfig, LoRARequest, SamplingParams
 from veneer.errors import AdapterNameError, CompositionError, ConfigError, FormatError, TargetError
+from veneer.export.merged import merge_checkpoint
 
 from .conftest import make_model, save_adapter
 
@@ -143,3 +145,15 @@ def test_adapters_on_experts_are_refused(tokenizer, tmp_path):
     with pytest.raises(CompositionError, match="experts"):
         one(llm, lora_request=LoRARequest("x", 9, str(folder)))
     assert not llm.engine.runner.loaded
+
+
+def test_an_adapter_that_was_merged_into_the_base_is_not_served_on_it(base_folder, adapters, tmp_path, monkeypatch):
+    merge_checkpoint(base_folder, Path(adapters["lora"].lora_path), tmp_path / "merged")
+    monkeypatch.chdir(tmp_path)
+    merged = LLM("merged")
+    monkeypatch.chdir("/")
+    mix = LoRARequest.mix("mix", 9, [(adapters["lora"], 0.5), (adapters["dora"], 0.5)])
+    for asked in (adapters["lora"], mix):
+        with pytest.raises(CompositionError, match=r"merged has .*lora in it already"):
+            one(merged, asked)
+    assert one(merged, adapters["dora"]).outputs[0].token_ids
