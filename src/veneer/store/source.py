@@ -149,8 +149,13 @@ def _model_folder(path: Path) -> Path:
         return path
     if (path / ADAPTER_CONFIG).is_file():
         raise FormatError(f"{path} is an adapter, not a model: give the base model, and this folder as the adapter")
-    files = [file.name for file in path.glob("*.gguf")]
-    hint = f"give the file itself: {path / files[0]}" if files else "give the folder that save_pretrained wrote"
+    files = sorted(path.glob("*.gguf"))
+    folders = sorted(file.parent for name in ("config.json", ADAPTER_CONFIG) for file in path.glob(f"*/{name}"))
+    hint = "give the folder that save_pretrained wrote"
+    if files:
+        hint = f"give the file itself: {files[0]}"
+    elif folders:
+        hint = f"give {' or '.join(map(str, folders[:3]))} in it"
     raise FormatError(f"{path} holds no config.json, so it is not a model: {hint}")
 
 

@@ -66,6 +66,14 @@ def test_a_folder_without_a_config_is_not_a_model(tmp_path: Path, make_gguf: Mak
         resolve(path.parent)
 
 
+@pytest.mark.parametrize(("name", "file"), [("model", "config.json"), ("adapter", "adapter_config.json")])
+def test_the_folder_of_a_run_leads_to_what_it_saved(tmp_path: Path, name: str, file: str) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / file).write_text("{}")
+    with pytest.raises(FormatError, match=rf"is not a model: give {tmp_path / name} in it"):
+        resolve(tmp_path)
+
+
 def test_an_adapter_is_told_apart_from_a_model(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(FormatError, match="is an adapter, not a model"):
