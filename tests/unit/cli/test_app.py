@@ -60,7 +60,9 @@ def test_an_interrupt_may_say_what_is_left(tmp_path: Path, monkeypatch: pytest.M
         return run
 
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"{{model: {{source: m}}, data: {{train: t.jsonl}}, output: {tmp_path / 'run'}}}")
+    rows = tmp_path / "rows.jsonl"
+    rows.touch()
+    recipe.write_text(f"{{model: {{source: m}}, data: {{train: {rows}}}, output: {tmp_path / 'run'}}}")
     monkeypatch.setattr("veneer.train.run.run_recipe", interrupted_after([]))
     result = RUNNER.invoke(app, ["train", str(recipe)])
     assert (result.exit_code, result.stderr) == (130, "interrupted\n")
