@@ -110,3 +110,12 @@ def test_a_key_that_is_wrong_is_named(project: Path) -> None:
     shown, _ = process.communicate(timeout=100)
     assert process.returncode == 2
     assert "lora_alpha" in " ".join(shown.split())
+
+
+def test_missing_files_of_rows_are_told_together_and_nothing_is_made(project: Path) -> None:
+    process = start(project, "out", "--set", "data={train: none.jsonl, eval: held_out.jsonl}")
+    shown, _ = process.communicate(timeout=100)
+    told = " ".join(shown.split())
+    assert process.returncode == 2
+    assert re.search(r"data.train: there is no file \S*none.jsonl; data.eval: there is no file \S*held_out.jsonl", told)
+    assert not (project / "out").exists()

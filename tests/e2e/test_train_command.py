@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from models import llama_config, word_tokenizer
 from veneer import PeftModel
 from veneer.cli.app import app
+from veneer.export.merged import merge_checkpoint
 from veneer.store.fetch import is_fetched, model_folder
 
 WORDS = [f"w{i}" for i in range(23)]
@@ -289,6 +290,39 @@ def test_files_of_rows_that_are_missing_are_told_together_before_a_plan(project:
     assert "data.eval: there is no file held_out.jsonl" in told
     assert "planned" not in told
     assert not (project / "run").exists()
+
+
+def test_a_run_that_goes_on_needs_its_rows(project: Path) -> None:
+    assert train(project, "--set", "training.save_steps=1")[0] == 0
+    record = json.loads((project / "run" / "run.json").read_text())
+    (project / "run" / "run.json").write_text(json.dumps({**record, "status": "interrupted"}))
+    before = files_of(project / "run")
+    (project / "rows.jsonl").rename(project / "moved.jsonl")
+    code, output = train(project, "--resume")
+    assert code == 2, output
+    assert "data.train: there is no file rows.jsonl" in output
+    assert "planned" not in output
+    assert files_of(project / "run") == before
+
+
+def test_the_hash_of_every_file_of_rows_is_written_down(project: Path) -> None:
+    (project / "more.jsonl").write_text((project / "rows.jsonl").read_text().replace("w2 w3", "w2 w5"))
+    assert train(project, f'--set=data.more=[{{"source": "{project / "more.jsonl"}"}}]')[0] == 0
+    found = json.loads((project / "run" / "run.json").read_text())["files"]
+    assert found.keys() == {"data.train", "data.more, entry 1"}
+    assert len(set(found.values())) == 2
+
+
+def test_an_adapter_that_was_merged_into_the_base_is_not_trained_on(project: Path) -> None:
+    assert train(project)[0] == 0
+    adapter, merged = project / "run" / "adapter", project / "merged"
+    merge_checkpoint(project / "base", adapter, merged)
+    into = ("--set", f"model.source={merged}", "--set", f"output={project / 'on'}")
+    code, output = train(project, "--set", f"adapter={{from: {adapter}}}", *into)
+    assert code == 2, output
+    assert "merged has" in output
+    assert "in it already" in " ".join(output.split())
+    assert not (project / "on").exists()
 
 
 def test_without_a_recipe() -> None:

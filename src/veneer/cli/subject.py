@@ -115,16 +115,16 @@ def _said_by_recipes(named: Named) -> list[str]:
     return [name for name, value in given.items() if value]
 
 
-_ADVICE = "--prompt 'Question: {question}' and --answer-field answer"
-
-
 def _as_trained(rows: Rows, named: Named) -> Rows:
     """The rows in the forms of training. Raises ConfigError where a template makes the prompts already."""
     from veneer.data.rows import RowReader
     from veneer.evaluate.questions import as_trained
 
     if named.prompt is None:
-        return as_trained(rows, RowReader(chat=named.chat, system=named.system, advice=_ADVICE))
+        beside = [option for option, value in (("--chat", named.chat), ("--system", named.system)) if value]
+        advice = "--prompt 'Question: {question}' and --answer-field answer"
+        advice += f", in place of {' and '.join(beside)}" if beside else ""
+        return as_trained(rows, RowReader(chat=named.chat, system=named.system, advice=advice))
     if named.chat or named.system is not None:
         option = "--chat makes turns of its fields" if named.chat else "--system belongs to turns"
         raise ConfigError(f"--prompt makes plain text of each row, and {option}: give one")

@@ -136,7 +136,7 @@ def _show_sample(recipe: Recipe, console: Console) -> None:
 
 def _require_startable(recipe: Recipe, resume: bool) -> None:
     """Before a plan: raise TrainingError where there is no checkpoint to go on from, ConfigError where a new run would
-    be mixed up with one that is there, and DataError where a new run's files of rows are not there.
+    be mixed up with one that is there, and DataError where files of rows are not there.
     """
     from veneer.train.processes import is_main
     from veneer.train.run import require_begun, require_data_files, require_free
@@ -144,7 +144,7 @@ def _require_startable(recipe: Recipe, resume: bool) -> None:
     if not is_main():
         return
     if resume:
-        require_begun(Path(recipe.output))
+        require_begun(recipe)
         return
     if Path(recipe.output).exists():
         require_free(recipe, resume)

@@ -28,7 +28,7 @@ def numbered_rows(path: Path, problems: list[str]) -> Iterator[tuple[int, Row]]:
         ".jsonl": _json_lines, ".json": _json_list, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet, ".txt": _lines,
     }  # fmt: skip
     if not path.exists():
-        raise DataError(no_file(path))
+        raise DataError(missing_told(path))
     if not path.is_file():
         raise DataError(f"{path} is {'a folder' if path.is_dir() else 'no regular file'}: give a file with rows")
     if path.suffix not in readers:
@@ -55,8 +55,8 @@ def is_missing(source: str) -> bool:
     return names_a_file(source) and not Path(source).exists()
 
 
-def no_file(path: Path) -> str:
-    """What is told where a file is missing, with the nearest that is there."""
+def missing_told(path: Path) -> str:
+    """The message for a missing file, with the nearest that is there."""
     names = [each.name for each in path.parent.iterdir() if each.is_file()] if path.parent.is_dir() else []
     found = difflib.get_close_matches(path.name, names, n=1)
     return f"there is no file {path}{f'; the nearest is {path.parent / found[0]}' if found else ''}"

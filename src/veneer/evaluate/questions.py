@@ -154,8 +154,8 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
 def as_trained(rows: Sequence[Row], reader: RowReader) -> list[dict[str, Any]]:
     """The rows in the forms that training reads, so that a model is asked as it was taught; other fields are kept.
 
-    Raises DataError that names the row, and ConfigError where the rows are no conversations and the reader asks for
-    them.
+    Raises DataError that names the row, and ConfigError where the rows are no conversations and the reader has
+    ``chat`` or ``system``.
     """
     replaced = {"prompt", "completion", "instruction", "input", "output", "response", "conversations"}
     read: list[dict[str, Any]] = []

@@ -22,7 +22,8 @@ class EngineSettings:
     of draws that have none, and the highest rank of an adapter (None: any).
 
     ``value_bytes`` is the size of a value of a loaded adapter (None: as it is stored). ``why_general``: the reason for
-    which transformers' own code computes everything; "" where it does not. ``base``: the model's folder, if it has one.
+    which transformers' own code computes everything; "" where it does not. ``base``: the model's folder, if
+    it has one; adapters that were merged into it are refused.
     """
 
     vocabulary: int

@@ -16,7 +16,7 @@ from veneer.serve.adapter_pool import AdapterVersion
 from veneer.serve.lora_request import LoRARequest
 from veneer.store.adapter.config import read_config
 from veneer.store.adapter.files import read_headers
-from veneer.store.merge_record import require_not_merged
+from veneer.store.merge_record import merged_adapters, require_not_merged
 
 _Stamp = tuple[tuple[int, ...], ...]
 
@@ -25,11 +25,14 @@ class Versions:
     """Looks at folders; what has not changed since (by device, inode, time and size) is not read again.
 
     ``max_rank`` refuses adapters of a higher rank; None takes any. ``value_bytes`` is the size of a value of a loaded
-    adapter; None: as it is stored. Adapters that were merged into ``base``, the model's folder, are refused.
+    adapter; None: as it is stored. Adapters that were merged into ``base``, the model's folder, are refused. Raises
+    FormatError where its list of them cannot be read.
     """
 
     def __init__(self, max_rank: int | None = None, value_bytes: int | None = None, base: Path | None = None) -> None:
         self._max_rank, self._value_bytes, self._base = max_rank, value_bytes, base
+        if base is not None:
+            merged_adapters(base)
         self._seen: dict[str, tuple[_Stamp, AdapterVersion]] = {}
 
     def of(self, request: LoRARequest) -> AdapterVersion:

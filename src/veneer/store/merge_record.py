@@ -15,7 +15,7 @@ FILE = "merged_adapters.json"
 
 def require_not_merged(base: Path, adapter: Path) -> None:
     """Raise CompositionError where a base says that an adapter with these weights is in it."""
-    merged = _read(base)
+    merged = merged_adapters(base)
     digest = _digest(adapter) if merged else None
     held = [entry["adapter"] for entry in merged if entry["blake2b"] == digest]
     if held:
@@ -28,11 +28,12 @@ def require_not_merged(base: Path, adapter: Path) -> None:
 
 def write_record(base: Path, adapter: Path, into: Path) -> None:
     """Write the adapters of a base, and this one, into a folder."""
-    entries = [*_read(base), {"adapter": "/".join(adapter.resolve().parts[-2:]), "blake2b": _digest(adapter)}]
+    entries = [*merged_adapters(base), {"adapter": "/".join(adapter.resolve().parts[-2:]), "blake2b": _digest(adapter)}]
     (into / FILE).write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
 
 
-def _read(folder: Path) -> list[dict[str, Any]]:
+def merged_adapters(folder: Path) -> list[dict[str, Any]]:
+    """The adapters that a model's folder has in it. Raises FormatError where its list of them cannot be read."""
     file = folder / FILE
     if not file.exists():
         return []

@@ -149,14 +149,21 @@ def _model_folder(path: Path) -> Path:
         return path
     if (path / ADAPTER_CONFIG).is_file():
         raise FormatError(f"{path} is an adapter, not a model: give the base model, and this folder as the adapter")
+    raise FormatError(f"{path} holds no config.json, so it is not a model: {_meant(path)}")
+
+
+def _meant(path: Path) -> str:
+    """The advice for a folder that is no model, by what lies in it: a file, or what a run has saved."""
     files = sorted(path.glob("*.gguf"))
-    folders = sorted(file.parent for name in ("config.json", ADAPTER_CONFIG) for file in path.glob(f"*/{name}"))
-    hint = "give the folder that save_pretrained wrote"
     if files:
-        hint = f"give the file itself: {files[0]}"
-    elif folders:
-        hint = f"give {' or '.join(map(str, folders[:3]))} in it"
-    raise FormatError(f"{path} holds no config.json, so it is not a model: {hint}")
+        return f"give the file itself: {files[0]}"
+    saved = {file.parent for name in ("config.json", ADAPTER_CONFIG) for file in path.glob(f"*/{name}")}
+    if not saved:
+        return "give the folder that save_pretrained wrote"
+    best = min(saved, key=lambda folder: (folder.name.startswith("checkpoint-"), folder))
+    if (best / "config.json").is_file():
+        return f"give {best}, which is one"
+    return f"{best} is an adapter: give its base, and that folder as the adapter"
 
 
 def _on_hub(name: str) -> Path | str:

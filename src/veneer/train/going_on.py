@@ -95,7 +95,7 @@ def _other_files(before: Mapping[str, Any], recipe: Recipe) -> list[Change]:
 
 def files_of(part: DataPart) -> dict[str, str]:
     """The sources that are files, with a hash of what they hold."""
-    found = {key: Path(name) for key, name in part.named.items() if Path(name).is_file()}
+    found = {key: Path(name) for key, name in part.sources.items() if Path(name).is_file()}
     return {key: f"a file with the hash {_hash_of(path)}" for key, path in found.items()}
 
 

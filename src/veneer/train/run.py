@@ -24,12 +24,13 @@ from transformers import (
 from veneer.adapters.card import tell_parent
 from veneer.adapters.peft_model import PeftModel
 from veneer.contract import MethodConfig
+from veneer.contract.source import adapter_folder
 from veneer.contract.targets import ALL_LINEAR, select_targets
 from veneer.core.tasks import TaskType
 from veneer.data.chat import with_template
 from veneer.data.dataset import columns_of
 from veneer.data.encoding import Kind, kind_of
-from veneer.data.files import is_missing, no_file
+from veneer.data.files import is_missing, missing_told
 from veneer.data.preference import PreferenceReader
 from veneer.data.rows import RowReader, load_rows, split_off, stream_rows
 from veneer.data.sources import load_sources
@@ -38,7 +39,8 @@ from veneer.errors import ConfigError, DataError, DiskError, DivergedError, Inte
 from veneer.model.adapted import Adapted
 from veneer.model.attach import module_index
 from veneer.model.memory import high_water
-from veneer.store.source import load_tokenizer, require_hub
+from veneer.store.merge_record import require_not_merged
+from veneer.store.source import load_tokenizer, require_hub, resolve
 from veneer.train.base_model import load_base
 from veneer.train.checkpoint import checkpoint_folder, holds_checkpoints, latest_checkpoint
 from veneer.train.going_on import GoingOn, changes_since, files_of, is_complete, parent_of, with_data
@@ -171,8 +173,12 @@ def _make_task_trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Ru
 def with_saved_adapter(recipe: Recipe, model: PreTrainedModel) -> PreTrainedModel:
     """The model with the adapter of ``adapter.from``, to be trained on.
 
-    Raises ConfigError for an adapter of another kind of model than the task trains.
+    Raises ConfigError for an adapter of another kind of model than the task trains, CompositionError for one that was
+    merged into this model.
     """
+    base = resolve(recipe.model.source)
+    if isinstance(base, Path):
+        require_not_merged(base, adapter_folder(recipe.adapter[FROM]))
     config = cast(MethodConfig, recipe.adapter_config())
     scores = config.task_type == TaskType.SEQ_CLS.value
     if scores != (recipe.task == "reward"):
@@ -277,7 +283,7 @@ def require_data_files(part: DataPart) -> None:
 
 
 def _missing_files(part: DataPart) -> list[str]:
-    return [f"{key}: {no_file(Path(source))}" for key, source in part.named.items() if is_missing(source)]
+    return [f"{key}: {missing_told(Path(source))}" for key, source in part.sources.items() if is_missing(source)]
 
 
 def require_fresh(output: Path, resume: bool) -> None:
@@ -307,11 +313,14 @@ def require_fresh(output: Path, resume: bool) -> None:
         )
 
 
-def require_begun(output: Path) -> None:
-    """Raise TrainingError where no run can go on: none is finished here, and there is no checkpoint."""
-    record = record_of(output)
+def require_begun(recipe: Recipe) -> None:
+    """Raise TrainingError where no run can go on: none is finished in the recipe's output, and there is no checkpoint;
+    DataError where files of the rows that it is to go on with are not there.
+    """
+    record = record_of(Path(recipe.output))
     if record is None or record["status"] != "finished":
-        latest_checkpoint(output)
+        latest_checkpoint(Path(recipe.output))
+        require_data_files(recipe.data)
 
 
 class Begun(TrainerCallback):  # type: ignore[misc]

@@ -97,13 +97,17 @@ def test_options_that_do_not_fit_are_errors(
     assert message in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "end"),
+    [((), "--answer-field answer\n"), (("--chat", "--system", "be brief"), "in place of --chat and --system\n")],
+)
 def test_rows_of_no_form_are_told_the_options_that_read_them(
-    veneer: Veneer, model_folder: Path, tmp_path: Path
+    veneer: Veneer, model_folder: Path, tmp_path: Path, options: tuple[str, ...], end: str
 ) -> None:
     (tmp_path / "rows.jsonl").write_text('{"asked": "?", "right": "!"}\n')
-    told = veneer("eval", model_folder, "-d", tmp_path / "rows.jsonl", "-m", "exact-match").stderr
+    told = veneer("eval", model_folder, "-d", tmp_path / "rows.jsonl", "-m", "exact-match", *options).stderr
     assert "say how to read them: --prompt" in told
-    assert "data.prompt" not in told
+    assert told.endswith(end)
 
 
 def test_missing_data_and_models(veneer: Veneer, model_folder: Path, data: Path, other_adapter: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from veneer import LLM, LoraConfig, LoRARequest, SamplingParams
 from veneer.errors import AdapterNameError, CompositionError, ConfigError, FormatError, TargetError
 from veneer.export.merged import merge_checkpoint
+from veneer.store.merge_record import FILE
 
 from .conftest import make_model, save_adapter
 
@@ -157,3 +158,6 @@ def test_an_adapter_that_was_merged_into_the_base_is_not_served_on_it(base_folde
         with pytest.raises(CompositionError, match=r"merged has .*lora in it already"):
             one(merged, asked)
     assert one(merged, adapters["dora"]).outputs[0].token_ids
+    (tmp_path / "merged" / FILE).write_text("{")
+    with pytest.raises(FormatError, match="no list of merged adapters"):
+        LLM(tmp_path / "merged")

@@ -66,12 +66,21 @@ def test_a_folder_without_a_config_is_not_a_model(tmp_path: Path, make_gguf: Mak
         resolve(path.parent)
 
 
-@pytest.mark.parametrize(("name", "file"), [("model", "config.json"), ("adapter", "adapter_config.json")])
-def test_the_folder_of_a_run_leads_to_what_it_saved(tmp_path: Path, name: str, file: str) -> None:
-    (tmp_path / name).mkdir()
-    (tmp_path / name / file).write_text("{}")
-    with pytest.raises(FormatError, match=rf"is not a model: give {tmp_path / name} in it"):
+@pytest.mark.parametrize(
+    ("name", "file", "advice"),
+    [
+        ("model", "config.json", "give {}, which is one"),
+        ("adapter", "adapter_config.json", "{} is an adapter: give its base, and that folder as the adapter"),
+        ("checkpoint-5", "config.json", "give {}, which is one"),
+    ],
+)
+def test_the_folder_of_a_run_leads_to_what_it_saved(tmp_path: Path, name: str, file: str, advice: str) -> None:
+    for folder in {name, "checkpoint-5", "checkpoint-7"}:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / file).write_text("{}")
+    with pytest.raises(FormatError) as error:
         resolve(tmp_path)
+    assert str(error.value).endswith(f"is not a model: {advice.format(tmp_path / name)}")
 
 
 def test_an_adapter_is_told_apart_from_a_model(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ class DataPart(_Part):
         return self.eval is not None or self.eval_fraction > 0
 
     @property
-    def named(self) -> dict[str, str]:
+    def sources(self) -> dict[str, str]:
         """All sources of rows, by their keys in a recipe."""
         held_out = {} if self.eval is None else {"data.eval": self.eval}
         more = {f"data.more, entry {number}": each.source for number, each in enumerate(self.more, start=1)}

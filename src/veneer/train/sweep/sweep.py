@@ -23,7 +23,7 @@ from veneer.train.interrupt import Stop, listening
 from veneer.train.loss import Scoring, TokenLoss
 from veneer.train.processes import n_processes
 from veneer.train.record import record_of
-from veneer.train.run import Tell, carry_out, make_trainer, require_fresh
+from veneer.train.run import Tell, carry_out, make_trainer, require_data_files, require_fresh
 from veneer.train.show.display import RunDisplay
 from veneer.train.sweep.coroutines import Coroutine, ask
 from veneer.train.sweep.recipe import Member, Sweep
@@ -153,10 +153,14 @@ def run_sweep(
     with the status ``diverged``, one that stops early or comes to its end leaves too; the others train on. With
     ``resume`` those that were over stay as they are, and the others go on from their last checkpoints, with the
     settings that they were begun with or, with ``allow_changes``, with others. SIGTERM and SIGINT end each member after
-    its step in progress, with a checkpoint: Interrupted. Raises ConfigError where several processes were started.
+    its step in progress, with a checkpoint: Interrupted. Raises ConfigError where several processes were started,
+    DataError where files of rows are not there.
     """
     if n_processes() > 1:
         raise ConfigError("the members of a sweep share one process: start it with `veneer train`, without torchrun")
+    if not resume:
+        for member in sweep.members:
+            require_data_files(member.recipe.data)
     records: dict[str, dict[str, Any]] = {}
     left: list[tuple[Member, GoingOn | None]] = []
     for member in sweep.members:
