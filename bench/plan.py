@@ -8,7 +8,7 @@ Where ``--time`` asks for them (on a quiet machine), seconds of seven steps behi
 machine that others share is not as fast in one minute as in another: all settings are gone through several times, each
 time with rates measured anew, and medians must be within 15%.
 
-    python bench/plan.py [--model NAME|FOLDER|random-qwen2] [--rows 2] [--length 128] [--only 0 5 7] [--time]
+    python bench/plan.py [--model NAME|FOLDER|random-FAMILY] [--rows 2] [--length 128] [--only 0 5 7] [--time]
                          [--rounds 3]
 """
 
@@ -56,19 +56,43 @@ def settings() -> list[dict[str, Any]]:
     return found
 
 
-def random_qwen2(folder: Path) -> str:
-    """A model of another family, with biases and random weights (59 M), written into a folder with a tokenizer; its
-    name."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+def random_model(family: str, folder: Path) -> str:
+    """A model of another family with random weights (50 to 65 M) and a tokenizer, written into a folder; its name.
 
+    Raises SystemExit for a family that is not there.
+    """
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, Qwen2Tokenizer
+
+    shared = {"vocab_size": 32768, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    grouped = {**shared, "max_position_embeddings": 2048, "num_key_value_heads": 2}
+    configs: dict[str, Callable[[], Any]] = {
+        "qwen2": lambda: transformers.Qwen2Config(  # biases
+            hidden_size=512, intermediate_size=1536, num_hidden_layers=14, num_attention_heads=8,
+            tie_word_embeddings=True, **grouped,
+        ),
+        "gemma3": lambda: transformers.Gemma3TextConfig(  # windows, norms of heads, embeddings with a multiplier
+            hidden_size=448, intermediate_size=1792, num_hidden_layers=12, num_attention_heads=4, head_dim=128,
+            sliding_window=64, **grouped,
+        ),
+        "phi3": lambda: transformers.Phi3Config(  # joined projections, a head of its own
+            hidden_size=480, intermediate_size=1300, num_hidden_layers=13, num_attention_heads=6, **grouped,
+        ),
+        "gpt2": lambda: transformers.GPT2Config(  # transposed weights, learned positions; never fused
+            n_embd=504, n_layer=11, n_head=7, n_positions=2048, **shared,
+        ),
+        "mixtral": lambda: transformers.MixtralConfig(  # experts; never fused
+            hidden_size=384, intermediate_size=704, num_hidden_layers=9, num_attention_heads=6, num_local_experts=4,
+            **grouped,
+        ),
+    }  # fmt: skip
+    if family not in configs:
+        raise SystemExit(f"--model random-{family}: there are {', '.join(f'random-{name}' for name in configs)}")
+    config = configs[family]()
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=32768, hidden_size=512, intermediate_size=1536, num_hidden_layers=14, num_attention_heads=8,
-        num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
-    )  # fmt: skip
-    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pairs = itertools.islice(itertools.product(alphabet, repeat=2), config.vocab_size - len(alphabet))
     merges = list(pairs)
@@ -276,8 +300,8 @@ def main() -> int:
     print(f"| | setting | {' | '.join(heads)} |\n{'| --- ' * (2 + len(heads))}|", flush=True)
     good = True
     with tempfile.TemporaryDirectory() as folder:
-        if options.model == "random-qwen2":
-            options.model = random_qwen2(Path(folder))
+        if options.model.startswith("random-"):
+            options.model = random_model(options.model.removeprefix("random-"), Path(folder))
         for told, near in times(options) if options.time else (row(number, options) for number in options.only):
             print(told, flush=True)
             good = good and near
