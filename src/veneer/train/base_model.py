@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from veneer.errors import ConfigError
+from veneer.model.give_back import give_back
 from veneer.model.prepare import prepare_model_for_kbit_training
 from veneer.store.quantization import BitsAndBytesConfig
 from veneer.store.source import load_model
@@ -26,6 +27,7 @@ def load_base(part: ModelPart, *, scores: bool = False) -> PreTrainedModel:
         except (ValueError, ImportError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(f"model.attention: {part.attention} does not go with {part.source}: {reason}") from error
+    give_back(model)  # experts are joined of what the file holds, whose pages would count beside them
     return model
 
 

@@ -11,7 +11,15 @@ import torch
 from datasets import Dataset
 from tests.models import byte_tokenizer
 from tests.unit.plan.conftest import HELD_OUT, Make
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, T5Config
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    T5Config,
+)
 
 from veneer import DPOTrainer, LoraConfig, PeftModel, get_peft_model
 from veneer.errors import ConfigError, FormatError
@@ -166,6 +174,23 @@ def test_blocks_that_differ_are_all_traced(recipe: Make) -> None:
     plan = plan_recipe(recipe(), config=config)
     base = AutoModelForCausalLM.from_config(config)
     assert plan.n_parameters - plan.n_trained == sum(p.numel() for p in base.parameters())
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+def test_blocks_that_drop_run_as_the_model_wrote_them_beside_a_fused_head(
+    rate: float, recipe: Make, tmp_path: Path
+) -> None:
+    config = GPT2Config(
+        vocab_size=1031, n_embd=48, n_layer=3, n_head=4, n_positions=64, embd_pdrop=rate, attn_pdrop=rate,
+        resid_pdrop=rate,
+    )  # fmt: skip
+    torch.manual_seed(7)
+    GPT2LMHeadModel(config).to(torch.bfloat16).save_pretrained(tmp_path / "drops")
+    wanted = recipe(None, {"source": str(tmp_path / "drops")})
+    planned = plan_recipe(wanted)
+    assert planned.peak.n_bytes == pytest.approx(real_peak(wanted), rel=0.01)
+    assert not planned.not_fused
+    assert (planned.work.n_general > 0) == (rate > 0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -118,7 +118,7 @@ def fuse_as_described(model: PreTrainedModel) -> str | None:
         unfuse(model)
         return reason
     blocks = [module for module in model.modules() if isinstance(module, FusedBlock)]
-    with _base_alone(model):
+    with evaluation(model), _base_alone(model):
         for block in blocks:
             _leave_out_unfit(block, getattr(block, block.fused_shape.norms.attention).weight.dtype)
         plain = is_plain_head(described.head) and head_of(model) is not None
