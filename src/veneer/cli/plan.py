@@ -124,6 +124,8 @@ def plan(
         recipe = parse_recipe(values, what)
         config = config_of(recipe.model.source)
         machine = Machine.of(card, timed=time)
+        for missing in recipe.data.missing_files if _is_recipe(what) else ():
+            typer.echo(f"rows that are not counted: {missing}", err=True)
         if advice:
             _advise(recipe, config, (task or "instruction", rows or 10_000, tokens or 256), as_json)
         elif serve:

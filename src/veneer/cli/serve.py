@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from veneer.cli import loading
-from veneer.errors import ConfigError
+from veneer.errors import CompositionError, ConfigError
 from veneer.plan.presets import require_weights
 
 _Adapters = Annotated[
@@ -79,6 +80,8 @@ def serve(
         max_loras=max_loras, general_runner=general_runner, quantize_head=quantize_head,
         kv_cache_memory_bytes=None if kv_gib is None else int(kv_gib * 2**30),
     )  # fmt: skip
+    for line in _in_base(model, adapters):
+        typer.echo(line, err=True)
     with loading.quiet():
         engine = start_engine(model, options)
     if engine.settings.why_general:
@@ -91,6 +94,23 @@ def serve(
     names = ", ".join(catalogue.adapters()) or "none yet"
     typer.echo(f"base {catalogue.base}; adapters: {names}; http://{host}:{port}/v1", err=True)
     run(make_app(engine, catalogue), host, port)
+
+
+def _in_base(model: str, adapters: Path | None) -> Iterator[str]:
+    """A line for each adapter in the folder that was merged into the base, and so is refused when it is asked for."""
+    from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
+    from veneer.store.merge_record import require_not_merged
+    from veneer.store.source import resolve
+
+    place = resolve(model)
+    if adapters is None or not isinstance(place, Path):
+        return
+    for folder in sorted(adapters.iterdir()):
+        if all((folder / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE)):
+            try:
+                require_not_merged(place, folder)
+            except CompositionError as error:
+                yield f"not served: {error}"
 
 
 def require_closed(host: str, open_: bool) -> None:

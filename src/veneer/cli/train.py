@@ -136,10 +136,11 @@ def _show_sample(recipe: Recipe, console: Console) -> None:
 
 def _require_startable(recipe: Recipe, resume: bool) -> None:
     """Before a plan: raise TrainingError where there is no checkpoint to go on from, ConfigError where a new run would
-    be mixed up with one that is there, and DataError where files of rows are not there.
+    be mixed up with one that is there, DataError where files of rows are not there, and CompositionError where the
+    adapter that is trained on is in the base already.
     """
     from veneer.train.processes import is_main
-    from veneer.train.run import require_begun, require_data_files, require_free
+    from veneer.train.run import require_begun, require_data_files, require_free, require_not_in_base
 
     if not is_main():
         return
@@ -149,6 +150,7 @@ def _require_startable(recipe: Recipe, resume: bool) -> None:
     if Path(recipe.output).exists():
         require_free(recipe, resume)
     require_data_files(recipe.data)
+    require_not_in_base(recipe)
 
 
 class _Planned(NamedTuple):

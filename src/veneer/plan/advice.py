@@ -108,5 +108,8 @@ def _batch(n_rows: int) -> Advice:
     if rows == MOST_ROWS:
         reason = f"LoRA loses more than full fine-tuning as the batch grows, at any rank: {rows} rows or fewer a step"
         return Advice(key, rows, reason, _REGRET, "medium")
-    reason = f"of {n_rows:,} rows no more than a {LEAST_STEPS}th, so that an epoch has as many steps, and one at least"
+    reason = (
+        f"of {n_rows:,} rows no more than a {LEAST_STEPS}th, so that an epoch has {LEAST_STEPS} steps or more; one row "
+        "at least"
+    )
     return Advice(key, rows, reason, _NOBODY, "low")

@@ -74,10 +74,14 @@ def _missing(recipe: Recipe, needed: int, changes: Mapping[str, Any], plan: Plan
     count = _row_counts(recipe)[0]
     rows = "one row" if count == 1 else f"{count} rows"
     alone = ", more than the budget by themselves" if weights > budget else ""
+    beside = needed - plan.peak.n_bytes  # a process has it whatever its model
+    missing = f"Missing: {' or '.join(knobs)}"
+    if beside > budget:
+        missing = f"Beside its tensors the process takes {size(beside)}, and so no base is small enough"
     enough = -(-int(needed * (1 + SPARE) + 1) // 10**7) * 10**7  # rounded up, as far as a size is told
     return (
         f"the least is {size(needed)} ({told}, {rows} of {args.max_length} tokens), {size(weights)} of it weights"
-        f"{alone}. From {size(enough)} on it fits. Missing: {' or '.join(knobs)}"
+        f"{alone}. From {size(enough)} on it fits. {missing}"
     )
 
 

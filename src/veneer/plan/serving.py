@@ -54,7 +54,7 @@ def serving_of(
     if room <= 0:
         raise ConfigError(
             f"the base alone takes {size(base)}, more than {size(memory)}"
-            + ("" if part.quantization != "none" else ": --quantization nf4 makes it a quarter")
+            + ("" if part.quantization != "none" else ": --quantization nf4 keeps its matrices in a quarter")
         )
     value = (torch.bfloat16 if model.dtype not in (torch.float32, torch.float16) else model.dtype).itemsize
     heads = [block.attention.heads for block in describe(model).blocks if isinstance(block.attention, Attention)]

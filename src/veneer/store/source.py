@@ -163,7 +163,7 @@ def _meant(path: Path) -> str:
     best = min(saved, key=lambda folder: (folder.name.startswith("checkpoint-"), folder))
     if (best / "config.json").is_file():
         return f"give {best}, which is one"
-    return f"{best} is an adapter: give its base, and that folder as the adapter"
+    return f"{best} is an adapter; give it in place of a model, or, where a base is asked for, beside its base"
 
 
 def _on_hub(name: str) -> Path | str:

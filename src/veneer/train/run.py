@@ -30,7 +30,6 @@ from veneer.core.tasks import TaskType
 from veneer.data.chat import with_template
 from veneer.data.dataset import columns_of
 from veneer.data.encoding import Kind, kind_of
-from veneer.data.files import is_missing, missing_told
 from veneer.data.preference import PreferenceReader
 from veneer.data.rows import RowReader, load_rows, split_off, stream_rows
 from veneer.data.sources import load_sources
@@ -176,9 +175,7 @@ def with_saved_adapter(recipe: Recipe, model: PreTrainedModel) -> PreTrainedMode
     Raises ConfigError for an adapter of another kind of model than the task trains, CompositionError for one that was
     merged into this model.
     """
-    base = resolve(recipe.model.source)
-    if isinstance(base, Path):
-        require_not_merged(base, adapter_folder(recipe.adapter[FROM]))
+    require_not_in_base(recipe)
     config = cast(MethodConfig, recipe.adapter_config())
     scores = config.task_type == TaskType.SEQ_CLS.value
     if scores != (recipe.task == "reward"):
@@ -190,6 +187,13 @@ def with_saved_adapter(recipe: Recipe, model: PreTrainedModel) -> PreTrainedMode
     return cast(
         PreTrainedModel, PeftModel.from_pretrained(model, recipe.adapter[FROM], is_trainable=True, config=config)
     )
+
+
+def require_not_in_base(recipe: Recipe) -> None:
+    """Raise CompositionError where the adapter that a recipe trains on was merged into its base."""
+    base = resolve(recipe.model.source) if FROM in recipe.adapter else None
+    if isinstance(base, Path):
+        require_not_merged(base, adapter_folder(recipe.adapter[FROM]))
 
 
 def _require_all_linear(config: Any, model: PreTrainedModel, place: str) -> None:
@@ -273,17 +277,13 @@ def require_free(recipe: Recipe, resume: bool) -> None:
     try:
         require_fresh(Path(recipe.output), resume)
     except ConfigError as error:
-        raise ConfigError("; ".join([str(error), *_missing_files(recipe.data)])) from error
+        raise ConfigError("; ".join([str(error), *recipe.data.missing_files])) from error
 
 
 def require_data_files(part: DataPart) -> None:
     """Raise DataError with all files of rows that are named and not there."""
-    if missing := _missing_files(part):
-        raise DataError("; ".join(missing))
-
-
-def _missing_files(part: DataPart) -> list[str]:
-    return [f"{key}: {missing_told(Path(source))}" for key, source in part.sources.items() if is_missing(source)]
+    if part.missing_files:
+        raise DataError("; ".join(part.missing_files))
 
 
 def require_fresh(output: Path, resume: bool) -> None:

@@ -164,3 +164,12 @@ def test_every_preset_knows_its_id_on_the_hub(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     Path("llama-3-8b").mkdir()
     require_weights("llama-3-8b")
+
+
+def test_rows_that_a_plan_does_not_count_are_told(model_folder: Path, tmp_path: Path, veneer: Any) -> None:
+    values = {"model": {"source": str(model_folder)}, "data": {"train": "none.jsonl"}, "output": str(tmp_path / "run")}
+    (tmp_path / "recipe.yaml").write_text(json.dumps({**values, "training": {"max_length": 23}}))
+    result = veneer("plan", tmp_path / "recipe.yaml", "--card", "l4")
+    assert result.exit_code == 0, result.output
+    assert "rows that are not counted: data.train: there is no file none.jsonl" in result.stderr
+    assert "rows" not in veneer("plan", model_folder, "--card", "l4", "--length", "23").stderr

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from veneer.cli.app import app
 from veneer.cli.serve import require_closed
 from veneer.errors import ConfigError
+from veneer.export.merged import merge_checkpoint
 from veneer.serve.http import server
 
 
@@ -43,6 +44,20 @@ def test_a_context_that_the_model_has_not(model_folder: Path) -> None:
     result = CliRunner().invoke(app, ["serve", str(model_folder), "--max-model-len", "132"])
     assert result.exit_code == 2
     assert "context of 131" in result.stderr
+
+
+def test_an_adapter_that_is_in_the_base_is_told_at_the_start(
+    model_folder: Path, adapter_folder: Path, other_adapter: Path, tmp_path: Path
+) -> None:
+    merge_checkpoint(model_folder, adapter_folder, tmp_path / "merged")
+    for name, folder in (("in_it", adapter_folder), ("other", other_adapter)):
+        (tmp_path / "served").mkdir(exist_ok=True)
+        (tmp_path / "served" / name).symlink_to(folder)
+    options = ["--adapters", str(tmp_path / "served"), "--max-model-len", "132"]
+    result = CliRunner().invoke(app, ["serve", str(tmp_path / "merged"), *options])
+    told = " ".join(result.stderr.split())
+    assert told.startswith(f"not served: {tmp_path / 'merged'} has {tmp_path / 'served' / 'in_it'} in it already")
+    assert "other in it" not in told
 
 
 def free_port() -> int:

@@ -88,6 +88,14 @@ def test_what_is_missing_is_told_where_nothing_fits(recipe: Make) -> None:
     assert "max_length" not in str(raised.value)  # no length helps where the weights are too large
 
 
+def test_no_base_is_small_enough_where_the_process_alone_is_too_large(recipe: Make) -> None:
+    wanted = recipe()
+    told = r"Beside its tensors the process takes 2\.0 MB, and so no base is small enough$"
+    with pytest.raises(ConfigError, match=told) as raised:
+        fits(wanted, config_of(wanted.model.source), 1_900_000, lambda plan: bytes_of(plan) + 2_000_000, lambda plan: 1)
+    assert "smaller base" not in str(raised.value)
+
+
 def test_the_knob_that_is_missing_is_the_one_that_was_not_tried(recipe: Make) -> None:
     for wanted, told in (
         (recipe({"method": "full"}), r"Missing: an adapter in place of the whole model"),

@@ -66,11 +66,18 @@ def test_a_folder_without_a_config_is_not_a_model(tmp_path: Path, make_gguf: Mak
         resolve(path.parent)
 
 
+AS_ADAPTER = "give it in place of a model, or, where a base is asked for, beside its base"
+
+
 @pytest.mark.parametrize(
     ("name", "file", "advice"),
     [
         ("model", "config.json", "give {}, which is one"),
-        ("adapter", "adapter_config.json", "{} is an adapter: give its base, and that folder as the adapter"),
+        (
+            "adapter",
+            "adapter_config.json",
+            f"{{}} is an adapter; {AS_ADAPTER}",
+        ),
         ("checkpoint-5", "config.json", "give {}, which is one"),
     ],
 )

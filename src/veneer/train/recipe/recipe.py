@@ -103,6 +103,14 @@ class DataPart(_Part):
         more = {f"data.more, entry {number}": each.source for number, each in enumerate(self.more, start=1)}
         return {"data.train": self.train, **more, **held_out}
 
+    @property
+    def missing_files(self) -> list[str]:
+        """In words, the sources that are meant as files and are not there."""
+        from veneer.data.files import is_missing, missing_told
+
+        missing = {key: Path(source) for key, source in self.sources.items() if is_missing(source)}
+        return [f"{key}: {missing_told(path)}" for key, path in missing.items()]
+
 
 class Recipe(_Part):
     """All of a run. ``adapter`` holds ``method`` and fields of its config, or ``from``, the place of a saved adapter
