@@ -116,7 +116,11 @@ def answers_only(part: DataPart, kind: Kind) -> _Only:
 def make_trainer(
     recipe: Recipe, model: PreTrainedModel | None = None, kind: type[SFTTrainer] = SFTTrainer
 ) -> RunTrainer:
-    """The trainer of a recipe, its data encoded and its model loaded where none is given; nothing is trained yet."""
+    """The trainer of a recipe, its data encoded and its model loaded where none is given; nothing is trained yet.
+
+    Raises the errors of its parts, CompositionError where the adapter that is trained on is in the base already.
+    """
+    require_not_in_base(recipe)
     tokenizer = with_template(load_tokenizer(recipe.model.source), recipe.data.chat_template)
     if recipe.task != "sft":
         return _make_task_trainer(recipe, tokenizer)
@@ -172,10 +176,8 @@ def _make_task_trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Ru
 def with_saved_adapter(recipe: Recipe, model: PreTrainedModel) -> PreTrainedModel:
     """The model with the adapter of ``adapter.from``, to be trained on.
 
-    Raises ConfigError for an adapter of another kind of model than the task trains, CompositionError for one that was
-    merged into this model.
+    Raises ConfigError for an adapter of another kind of model than the task trains.
     """
-    require_not_in_base(recipe)
     config = cast(MethodConfig, recipe.adapter_config())
     scores = config.task_type == TaskType.SEQ_CLS.value
     if scores != (recipe.task == "reward"):
