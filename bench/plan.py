@@ -133,7 +133,7 @@ def write_rows(folder: Path, length: int, n_rows: int) -> None:
 
 
 def trained(number: int, options: argparse.Namespace) -> dict[str, float]:
-    """What `veneer train` planned and held."""
+    """Bytes that `veneer train` planned and held."""
     values = values_of(settings()[number], options.model, options.rows, options.length)
     n_rows = options.rows * N_UPDATES * values["training"].get("gradient_accumulation_steps", 1)
     with tempfile.TemporaryDirectory() as folder:

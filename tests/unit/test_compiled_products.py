@@ -1,4 +1,4 @@
-"""What torch and oneDNN keep of products of 16 bits, one thing for each shape, stays small."""
+"""torch and oneDNN keep little of products of 16 bits, of which they compile one for each shape."""
 
 from __future__ import annotations
 

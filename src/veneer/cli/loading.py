@@ -121,9 +121,8 @@ def choose(model: str, adapters: Sequence[Path] = (), *, four_bit: bool = False,
         if folder in folders[:number]:
             raise ConfigError(f"--adapter {folder} is given twice: once is enough")
     place = resolve(source) if folders else source
-    if isinstance(place, Path):
-        for folder in folders:
-            require_not_merged(place, folder)
+    for folder in folders:
+        require_not_merged(place, folder)
     with quiet():
         tokenizer = tokenizer_with(load_tokenizer(source), folders)
         require_fit(source, folders, tokenizer)

@@ -103,9 +103,7 @@ def _in_base(model: str, adapters: Path | None) -> Iterator[str]:
     from veneer.store.source import resolve
 
     place = resolve(model)
-    if adapters is None or not isinstance(place, Path):
-        return
-    for folder in sorted(adapters.iterdir()):
+    for folder in sorted(adapters.iterdir()) if adapters is not None else ():
         if all((folder / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE)):
             try:
                 require_not_merged(place, folder)

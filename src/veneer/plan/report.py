@@ -60,7 +60,7 @@ class Machine:
 
     @property
     def measures(self) -> bool:
-        """Whether a plan will measure this machine's rates, which takes a while, once."""
+        """True where a plan will measure this machine's rates, which takes a while, once."""
         return self.card is None and self.timed and not is_measured()
 
     @property

@@ -13,9 +13,11 @@ from veneer.errors import CompositionError, FormatError
 FILE = "merged_adapters.json"
 
 
-def require_not_merged(base: Path, adapter: Path) -> None:
-    """Raise CompositionError where a base says that an adapter with these weights is in it."""
-    merged = merged_adapters(base)
+def require_not_merged(base: Path | str, adapter: Path) -> None:
+    """Raise CompositionError where a base says that an adapter with these weights is in it; one on the hub, which is
+    not a folder, says nothing. Raises FormatError as `merged_adapters`.
+    """
+    merged = merged_adapters(base) if isinstance(base, Path) else []
     digest = _digest(adapter) if merged else None
     held = [entry["adapter"] for entry in merged if entry["blake2b"] == digest]
     if held:

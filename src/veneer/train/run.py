@@ -193,9 +193,8 @@ def with_saved_adapter(recipe: Recipe, model: PreTrainedModel) -> PreTrainedMode
 
 def require_not_in_base(recipe: Recipe) -> None:
     """Raise CompositionError where the adapter that a recipe trains on was merged into its base."""
-    base = resolve(recipe.model.source) if FROM in recipe.adapter else None
-    if isinstance(base, Path):
-        require_not_merged(base, adapter_folder(recipe.adapter[FROM]))
+    if FROM in recipe.adapter:
+        require_not_merged(resolve(recipe.model.source), adapter_folder(recipe.adapter[FROM]))
 
 
 def _require_all_linear(config: Any, model: PreTrainedModel, place: str) -> None:
