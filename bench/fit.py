@@ -50,7 +50,7 @@ def carry_out(options: argparse.Namespace) -> int:
     from veneer.model.memory import high_water
     from veneer.plan.fit import changed
     from veneer.plan.report import as_yaml
-    from veneer.train.recipe.recipe import parse_recipe
+    from veneer.recipe.recipe import parse_recipe
 
     recipe = changed(parse_recipe(values_of(options)), json.loads(options.changes))
     with tempfile.TemporaryDirectory() as folder:
@@ -92,7 +92,7 @@ def main() -> int:
     from veneer.plan.fit import changed, fits
     from veneer.plan.plan import plan_recipe
     from veneer.plan.report import Machine
-    from veneer.train.recipe.recipe import parse_recipe
+    from veneer.recipe.recipe import parse_recipe
 
     recipe, config = parse_recipe(values_of(options)), config_of(options.model)
     machine = Machine.of(None, timed=True)  # rates are measured here, so that no run has to

@@ -31,8 +31,8 @@ from veneer.adapters.peft_model import PeftModel
 from veneer.cli.loading import quiet
 from veneer.export.gguf.adapter import export_lora
 from veneer.export.gguf.model import GgufOptions, GgufReport, export_gguf
+from veneer.recipe.recipe import load_recipe
 from veneer.store.source import load_model
-from veneer.train.recipe.recipe import load_recipe
 from veneer.train.run import run_recipe
 
 TYPES = (

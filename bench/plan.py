@@ -121,7 +121,7 @@ def whole_path(model: str) -> str:
 
 def recipe_of(setting: dict[str, Any], model: str, rows: int, length: int) -> Any:
     """The recipe of a setting."""
-    from veneer.train.recipe.recipe import parse_recipe
+    from veneer.recipe.recipe import parse_recipe
 
     return parse_recipe(values_of(setting, model, rows, length))
 

@@ -17,9 +17,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from veneer.recipe.adapter import FULL, NamedMethod, method_names, named_methods
+from veneer.recipe.recipe import _ELSEWHERE, Recipe, _defaults
 from veneer.train.config import SFTConfig
-from veneer.train.recipe.adapter import FULL, NamedMethod, method_names, named_methods
-from veneer.train.recipe.recipe import _ELSEWHERE, Recipe, _defaults
 
 PACKAGES = ("transformers", "trl")
 _HEAD = "| key | type | default | what it is |\n| --- | --- | --- | --- |"
@@ -62,7 +62,7 @@ def rows_of_fields(fields: Mapping[str, FieldInfo], said: Mapping[str, str], pre
 
 def comments() -> dict[str, str]:
     """The comment behind each key of the commented recipe, by ``part.key``; those on the lines below belong to it."""
-    text = (resources.files("veneer.train.recipe") / "recipe.yaml").read_text(encoding="utf-8")
+    text = (resources.files("veneer.recipe") / "recipe.yaml").read_text(encoding="utf-8")
     found: dict[str, str] = {}
     part, last = "", ""
     for line in text.splitlines():

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-PRELOADED = ["launch", "veneer.cli.app", "veneer.cli.loading", "veneer.train.run", "veneer.train.recipe.adapter"]
+PRELOADED = ["launch", "veneer.cli.app", "veneer.cli.loading", "veneer.train.run", "veneer.recipe.adapter"]
 
 
 def forked(

@@ -15,8 +15,8 @@ from veneer.plan.architecture import config_of
 from veneer.plan.measure import measured_model
 from veneer.plan.model import traced_model
 from veneer.plan.trace import kinds_of
-from veneer.train.recipe.adapter import method_names
-from veneer.train.recipe.recipe import parse_recipe
+from veneer.recipe.adapter import method_names
+from veneer.recipe.recipe import parse_recipe
 
 NEEDED: dict[str, dict[str, Any]] = {
     "prefix_tuning": {"num_virtual_tokens": 7},

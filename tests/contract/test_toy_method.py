@@ -15,7 +15,7 @@ import veneer
 from veneer.cli.app import app
 from veneer.model.attach import outward_parameters
 from veneer.optim import lora_plus_groups
-from veneer.train.recipe.adapter import adapter_config, adapter_problems
+from veneer.recipe.adapter import adapter_config, adapter_problems
 
 SIZES: dict[str, Any] = {"hidden_size": 28, "intermediate_size": 37, "num_hidden_layers": 2, "vocab_size": 67}
 BASES: dict[str, PreTrainedConfig] = {

@@ -13,7 +13,7 @@ import pytest
 
 from veneer.plan.architecture import config_of
 from veneer.plan.plan import Plan, count_trained, plan_recipe
-from veneer.train.recipe.recipe import Recipe, parse_recipe
+from veneer.recipe.recipe import Recipe, parse_recipe
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 TOLERANCE = 0.05

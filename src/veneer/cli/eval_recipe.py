@@ -10,12 +10,12 @@ from veneer.cli.loading import Parts, quiet, tokenizer_with
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
-    from veneer.train.recipe.recipe import Recipe
+    from veneer.recipe.recipe import Recipe
 
 
 def trained_recipe(path: Path) -> Recipe:
     """The recipe. Raises ConfigError where it is wrong, or one of several runs."""
-    from veneer.train.recipe.recipe import parse_recipe, read_values
+    from veneer.recipe.recipe import parse_recipe, read_values
     from veneer.train.sweep.recipe import PART
 
     values = read_values(path)

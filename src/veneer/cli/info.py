@@ -93,7 +93,7 @@ def _section(place: Path, facts: AdapterFacts | ModelFacts) -> Section:
 
 
 def _adapter(folder: Path, facts: AdapterFacts) -> Section:
-    from veneer.train.recipe.adapter import name_of
+    from veneer.recipe.adapter import name_of
 
     config = facts.config
     last = sorted({module.rpartition(".")[2] for module in facts.modules})

@@ -16,7 +16,7 @@ from veneer.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from veneer.train.recipe.recipe import Recipe
+    from veneer.recipe.recipe import Recipe
 
 _What = Annotated[
     str,
@@ -119,7 +119,7 @@ def plan(
     with start_measured() if of_a_process else nullcontext():  # begun before torch is imported, which takes as long
         from veneer.plan.architecture import config_of
         from veneer.plan.report import Machine
-        from veneer.train.recipe.recipe import parse_recipe
+        from veneer.recipe.recipe import parse_recipe
 
         recipe = parse_recipe(values, what)
         config = config_of(recipe.model.source)
@@ -170,7 +170,7 @@ def _is_recipe(what: str) -> bool:
 def _values(what: str, overrides: list[str], method: str | None, changes: dict[str, Any]) -> dict[str, Any]:
     """The values of a recipe's file, or of a recipe made for a model's name."""
     from veneer.plan.presets import require_named
-    from veneer.train.recipe.recipe import apply_override, put, read_values, refuse_early
+    from veneer.recipe.recipe import apply_override, put, read_values, refuse_early
 
     if _is_recipe(what):
         values = read_values(Path(what), overrides)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from veneer.errors import ConfigError
-from veneer.train.keys import perhaps
+from veneer.recipe.keys import perhaps
 
 _UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 PLAN, FIT, SERVE, ADVICE = "the plan itself", "--fit", "--serve", "--advice"
@@ -80,8 +80,8 @@ def _choices(given: Mapping[str, Any]) -> dict[str, Sequence[str]]:
     from veneer.plan.advice import TASKS
     from veneer.plan.cards import CARDS
     from veneer.plan.processes import STRATEGIES
-    from veneer.train.recipe.adapter import FULL, method_names
-    from veneer.train.recipe.recipe import ModelPart
+    from veneer.recipe.adapter import FULL, method_names
+    from veneer.recipe.recipe import ModelPart
 
     usual = ("lora", FULL)
     return {

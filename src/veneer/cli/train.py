@@ -17,7 +17,7 @@ from veneer.core.units import duration
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
-    from veneer.train.recipe.recipe import Recipe
+    from veneer.recipe.recipe import Recipe
     from veneer.train.sweep.recipe import Sweep
 
 
@@ -59,7 +59,7 @@ def train(
     Example: veneer train --print-recipe > recipe.yaml && veneer train recipe.yaml
     """
     if print_recipe:
-        from veneer.train.recipe.commented import commented_recipe
+        from veneer.recipe.commented import commented_recipe
 
         typer.echo(commented_recipe(), nl=False)
         return
@@ -73,8 +73,8 @@ def train(
     level = logging.WARNING if is_main() else logging.ERROR  # what the others would say is the same
     logging.basicConfig(level=level, format="%(levelname)s: %(message)s", stream=sys.stderr)
     from veneer.plan.presets import require_weights
+    from veneer.recipe.recipe import Recipe
     from veneer.store.bars import without_bars
-    from veneer.train.recipe.recipe import Recipe
 
     first = wanted if isinstance(wanted, Recipe) else wanted.members[0].recipe
     require_weights(first.model.source, "model.source")
@@ -96,7 +96,7 @@ def train(
 
 def _read(recipe: Path, overrides: list[str]) -> Recipe | Sweep:
     """Read the recipe, or the sweep, and check it as a whole."""
-    from veneer.train.recipe.recipe import parse_recipe, read_values, refuse_early
+    from veneer.recipe.recipe import parse_recipe, read_values, refuse_early
 
     values = read_values(recipe, overrides)
     if "sweep" not in values:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from veneer.errors import ConfigError
-from veneer.train.recipe.recipe import Recipe, parse_recipe
+from veneer.recipe.recipe import Recipe, parse_recipe
 
 TASKS = ("instruction", "code", "math", "classification", "pretraining", "rl")
 BITS_A_PARAMETER, BITS_A_TOKEN = 2.0, 1.0

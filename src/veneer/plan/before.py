@@ -12,7 +12,7 @@ from veneer.model.heap import trim
 from veneer.plan.plan import as_json, plan_recipe
 from veneer.plan.report import MEASURING, Machine, told
 from veneer.plan.start import start_measured
-from veneer.train.recipe.recipe import Recipe
+from veneer.recipe.recipe import Recipe
 
 TOLD = (VeneerError, OSError, NotImplementedError)
 """Expected: what cannot be planned says so itself."""

@@ -14,7 +14,7 @@ from veneer.ops.traced import tracing
 from veneer.plan.live import Peak
 from veneer.plan.model import adapter_of, blockwise, traced_model
 from veneer.plan.trace import KINDS, Shallow
-from veneer.train.recipe.recipe import Recipe
+from veneer.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True)

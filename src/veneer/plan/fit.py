@@ -14,8 +14,8 @@ from veneer.errors import ConfigError
 from veneer.plan.plan import Plan, plan_recipe
 from veneer.plan.presets import hub_id_of
 from veneer.plan.trace import ACTIVATIONS, LOGITS, SCRATCH
-from veneer.train.optimizer import steps_in_backward
-from veneer.train.recipe.recipe import Recipe, parse_recipe
+from veneer.recipe.optimizers import steps_in_backward
+from veneer.recipe.recipe import Recipe, parse_recipe
 
 CHECKPOINTING: tuple[bool | str, ...] = (False, "selective", True)
 FORMATS = ("none", "nf4")

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from veneer.errors import ConfigError
+from veneer.recipe.adapter import FROM
+from veneer.recipe.recipe import Recipe
 from veneer.train.loss import token_loss
 from veneer.train.preference.reference import Reference
 from veneer.train.preference.scores import ScoredModel, Scoring
-from veneer.train.recipe.adapter import FROM
-from veneer.train.recipe.recipe import Recipe
 
 Loss = Callable[[PreTrainedModel, dict[str, Tensor]], Tensor]
 

@@ -7,8 +7,8 @@ from typing import cast
 from transformers import PreTrainedModel
 
 from veneer.plan.model import adapter_of, with_adapter
+from veneer.recipe.recipe import Recipe
 from veneer.train.base_model import load_base
-from veneer.train.recipe.recipe import Recipe
 
 
 def measured_model(recipe: Recipe) -> PreTrainedModel:

@@ -17,11 +17,11 @@ from veneer.contract.source import adapter_folder
 from veneer.errors import ConfigError
 from veneer.model.quant_linear import QuantLinear
 from veneer.ops.traced import Traced
+from veneer.recipe.adapter import FROM
+from veneer.recipe.recipe import ModelPart, Recipe
 from veneer.store.quantization import BitsAndBytesConfig
 from veneer.store.quantizer import VeneerQuantizer
 from veneer.train.base_model import made_ready, quantization_of
-from veneer.train.recipe.adapter import FROM
-from veneer.train.recipe.recipe import ModelPart, Recipe
 
 CPU = torch.device("cpu")
 

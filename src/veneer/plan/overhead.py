@@ -20,7 +20,7 @@ from veneer.model.heap import freed_memory_kept
 from veneer.plan.step import Batch, Step, as_accelerate
 from veneer.plan.trace import make_optimizer, prepare, trace
 from veneer.plan.work import Work
-from veneer.train.recipe.recipe import Recipe, parse_recipe
+from veneer.recipe.recipe import Recipe, parse_recipe
 
 Clock = Callable[[], float]
 WARM, TIMED = 2, 21

@@ -18,7 +18,7 @@ from veneer.plan.model import adapter_of, shortened, traced_model
 from veneer.plan.step import Batch
 from veneer.plan.trace import SCRATCH, Shallow, trace
 from veneer.plan.work import Work
-from veneer.train.recipe.recipe import Recipe
+from veneer.recipe.recipe import Recipe
 
 PHASES = ("load", "forward", "loss", "backward", "optimizer", "evaluation")
 SEQUENCE = 256

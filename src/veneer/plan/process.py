@@ -11,7 +11,7 @@ from veneer.plan.live import Peak
 from veneer.plan.plan import Plan
 from veneer.plan.start import start_bytes
 from veneer.plan.trace import GRADIENTS, STATE
-from veneer.train.recipe.recipe import DataPart
+from veneer.recipe.recipe import DataPart
 
 ALLOCATOR_BYTES = 20_000_000
 """Scratch of kernels and heap that is kept but not used, beside live tensors (bench/plan.py; glibc)."""

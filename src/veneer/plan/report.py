@@ -22,8 +22,8 @@ from veneer.plan.machine import Rates, free_here, is_measured
 from veneer.plan.plan import PHASES, Plan
 from veneer.plan.process import process_of
 from veneer.plan.time import ROUGH, Seconds, seconds_here, seconds_on
+from veneer.recipe.recipe import Recipe
 from veneer.train.config import SFTConfig
-from veneer.train.recipe.recipe import Recipe
 
 CONTEXT_BYTES = 500_000_000
 """CUDA's context and libraries (300 to 600 MB by card and driver)."""

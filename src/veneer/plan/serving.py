@@ -13,8 +13,8 @@ from veneer.errors import ConfigError
 from veneer.model.blueprint.describe import describe
 from veneer.model.blueprint.parts import Attention
 from veneer.plan.model import meta_base
+from veneer.recipe.recipe import ModelPart
 from veneer.serve.start import EngineOptions
-from veneer.train.recipe.recipe import ModelPart
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from veneer.model.memory import high_water
 from veneer.plan.plan import plan_recipe
-from veneer.train.recipe.recipe import Recipe, parse_recipe
+from veneer.recipe.recipe import Recipe, parse_recipe
 from veneer.train.run import run_recipe
 
 _N_WORDS, _LENGTH, _N_ROWS = 64, 32, 8

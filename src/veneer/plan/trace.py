@@ -22,10 +22,10 @@ from veneer.plan.model import adapter_of, traced_model
 from veneer.plan.parts import tell_parts
 from veneer.plan.step import Batch, Step, as_accelerate
 from veneer.plan.work import CountWork, Work
+from veneer.recipe.recipe import Recipe
 from veneer.train.config import SFTConfig
 from veneer.train.optimizer import choose_optimizer, lora_plus_optimizer
 from veneer.train.preference.reference import Reference
-from veneer.train.recipe.recipe import Recipe
 
 FIRST = "first step: "
 BASE, EMBEDDINGS, HEAD, NORMS = "base", "embeddings", "head", "norms and biases"

@@ -13,7 +13,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from veneer.errors import ConfigError
-from veneer.train.keys import perhaps
+from veneer.recipe.keys import perhaps
 from veneer.train.optimizer import optimizer_problems, require_known
 
 # As a base in earnest, TrainingArguments would put its own defaults in front of those that TRL gives its fields.

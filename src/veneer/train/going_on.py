@@ -11,10 +11,10 @@ from typing import Any
 from veneer.contract.file import WEIGHTS_FILE
 from veneer.contract.source import adapter_folder
 from veneer.errors import ConfigError
+from veneer.recipe.adapter import FROM
+from veneer.recipe.changes import Change, changes, is_longer, refuse
+from veneer.recipe.recipe import DataPart, Recipe
 from veneer.train.processes import n_processes
-from veneer.train.recipe.adapter import FROM
-from veneer.train.recipe.changes import Change, changes, is_longer, refuse
-from veneer.train.recipe.recipe import DataPart, Recipe
 from veneer.train.record import RUN_FILE
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from types import TracebackType
 
 from veneer.errors import ConfigError, VeneerError
-from veneer.train.recipe.advice import in_recipe_words
-from veneer.train.recipe.recipe import LIBRARY_ERRORS
+from veneer.recipe.advice import in_recipe_words
+from veneer.recipe.recipe import LIBRARY_ERRORS
 
 _OWN = Path(__file__).parents[1]
 

@@ -16,7 +16,8 @@ from veneer.errors import ConfigError
 from veneer.model.attach import embedding_parameters, module_index, outward_parameters
 from veneer.optim import AdamW8bit, GaLoreAdamW, LayerwiseGaLoreAdamW, PagedAdamW8bit, lora_plus_groups
 from veneer.optim.galore import GaLoreProjection
-from veneer.train.keys import perhaps
+from veneer.recipe.keys import perhaps
+from veneer.recipe.optimizers import optim_name, steps_in_backward
 
 Choice = tuple[type[torch.optim.Optimizer], dict[str, Any]]
 Factory = Callable[[TrainingArguments, "nn.Module | None"], Choice]
@@ -60,7 +61,7 @@ def choose_optimizer(args: TrainingArguments, model: nn.Module | None) -> Choice
 
     Raises ConfigError for a name that needs a package which is not installed.
     """
-    name = _name(args.optim)
+    name = optim_name(args.optim)
     if name in FACTORIES:
         return FACTORIES[name](args, model)
     if any(part in name for part in _BITSANDBYTES) and importlib.util.find_spec("bitsandbytes") is None:
@@ -76,8 +77,8 @@ def lora_plus_optimizer(args: TrainingArguments, model: nn.Module, ratio: float,
     optimizer, settings = choice
     if {"params", "model", "optimizer_dict"} & settings.keys():
         raise ConfigError(
-            f"lora_plus={ratio} groups the factors of adapters, and optim={_name(args.optim)!r} has groups of its own: "
-            "use another optimizer, or leave lora_plus out"
+            f"lora_plus={ratio} groups the factors of adapters, and optim={optim_name(args.optim)!r} has groups of its "
+            "own: use another optimizer, or leave lora_plus out"
         )
     groups = lora_plus_groups(
         model.named_parameters(), args.learning_rate, ratio, args.weight_decay,
@@ -123,21 +124,16 @@ def galore_projection(optim_args: str | None) -> GaLoreProjection:
     return GaLoreProjection(**given)
 
 
-def steps_in_backward(optim: Any) -> bool:
-    """Return True if the optimizer of this name updates weights within the backward pass."""
-    return _name(optim) in FACTORIES and _name(optim).endswith("_layerwise")
-
-
 def require_known(optim: Any) -> None:
     """Raise ConfigError for the name of no optimizer, naming the nearest."""
-    name, known = _name(optim), {*FACTORIES, *(each.value for each in OptimizerNames)}
+    name, known = optim_name(optim), {*FACTORIES, *(each.value for each in OptimizerNames)}
     if name not in known:
         raise ConfigError(f"optim={name!r} is no optimizer that there is{perhaps(name, known)}")
 
 
 def optimizer_problems(args: TrainingArguments) -> list[str]:
     """The problems of the arguments with the optimizer that they name."""
-    name, found = _name(args.optim), list[str]()
+    name, found = optim_name(args.optim), list[str]()
     if "galore" in name and name in FACTORIES:
         try:
             galore_projection(args.optim_args)
@@ -167,7 +163,3 @@ def optimizer_problems(args: TrainingArguments) -> list[str]:
 
 def _adam_settings(args: TrainingArguments) -> dict[str, Any]:
     return {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-
-
-def _name(optim: Any) -> str:
-    return str(getattr(optim, "value", optim))

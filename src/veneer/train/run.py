@@ -38,6 +38,11 @@ from veneer.errors import ConfigError, DataError, DiskError, DivergedError, Inte
 from veneer.model.adapted import Adapted
 from veneer.model.attach import module_index
 from veneer.model.memory import high_water
+from veneer.recipe.adapter import FROM, FULL, means_all_linear, not_that_adapter, usual_learning_rate
+from veneer.recipe.advice import odd_rate
+from veneer.recipe.changes import places_of
+from veneer.recipe.recipe import DataPart, Recipe
+from veneer.recipe.tasks import trainer_of
 from veneer.store.merge_record import require_not_merged
 from veneer.store.source import load_tokenizer, require_hub, resolve
 from veneer.train.base_model import load_base
@@ -46,11 +51,6 @@ from veneer.train.going_on import GoingOn, changes_since, files_of, is_complete,
 from veneer.train.interrupt import Stop, StopAfterStep, listening
 from veneer.train.library_errors import refusals_told
 from veneer.train.processes import by_main, is_main, n_processes, together
-from veneer.train.recipe.adapter import FROM, FULL, means_all_linear, not_that_adapter, usual_learning_rate
-from veneer.train.recipe.advice import odd_rate
-from veneer.train.recipe.changes import places_of
-from veneer.train.recipe.recipe import DataPart, Recipe
-from veneer.train.recipe.tasks import trainer_of
 from veneer.train.record import Written, life_of, record_of, require_over, this_process, told_life
 from veneer.train.run_trainer import RunTrainer
 from veneer.train.show.report import draw_loss, environment

@@ -14,9 +14,9 @@ from veneer.data.chat import with_template
 from veneer.data.dataset import columns_of, encode_all
 from veneer.data.encoding import IGNORED, Encoder, kind_of
 from veneer.errors import DataError
+from veneer.recipe.recipe import Recipe
+from veneer.recipe.tasks import KEYS, Task
 from veneer.store.source import load_tokenizer
-from veneer.train.recipe.recipe import Recipe
-from veneer.train.recipe.tasks import KEYS, Task
 from veneer.train.run import answers_only, preference_reader, read_data
 
 Sample = Mapping[str, Sequence[int]]  # input_ids, and labels where tokens of the row itself are trained

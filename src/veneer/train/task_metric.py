@@ -10,7 +10,7 @@ from veneer.errors import DataError
 from veneer.evaluate.accuracy import Choice, answer_accuracy, exact_match, regex_match, require_few
 from veneer.evaluate.questions import QuestionReader
 from veneer.evaluate.scoring import Answering, Batching, greedy_answers, log_probabilities
-from veneer.train.recipe.metric_part import MetricPart
+from veneer.recipe.metric_part import MetricPart
 
 Row = Mapping[str, Any]
 

@@ -18,7 +18,7 @@ from veneer.cli import app as app_module
 from veneer.cli.app import VerbGroup, app
 from veneer.core.units import count
 from veneer.errors import ConfigError
-from veneer.train.recipe.recipe import Recipe
+from veneer.recipe.recipe import Recipe
 
 RUNNER = CliRunner()
 

@@ -13,7 +13,7 @@ from typer.testing import Result
 
 from veneer.errors import DataError
 from veneer.evaluate.questions import as_templated
-from veneer.train.recipe.recipe import parse_recipe
+from veneer.recipe.recipe import parse_recipe
 from veneer.train.run import read_data
 
 Veneer = Callable[..., Result]

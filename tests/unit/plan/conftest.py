@@ -11,7 +11,7 @@ import torch
 from tests.models import llama_config
 from transformers import LlamaForCausalLM
 
-from veneer.train.recipe.recipe import Recipe, parse_recipe
+from veneer.recipe.recipe import Recipe, parse_recipe
 
 Make = Callable[..., Recipe]
 HELD_OUT = "per_device_eval_batch_size"

@@ -15,7 +15,7 @@ from veneer.adapters.peft_model import PeftModel, get_peft_model
 from veneer.contract import MethodConfig
 from veneer.errors import ConfigError
 from veneer.plan import before, machine, report, start
-from veneer.train.recipe.recipe import parse_recipe
+from veneer.recipe.recipe import parse_recipe
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from veneer.plan import fit
 from veneer.plan.architecture import config_of
 from veneer.plan.fit import SPARE, changed, fits
 from veneer.plan.plan import Plan, plan_recipe
-from veneer.train.recipe.recipe import Recipe
+from veneer.recipe.recipe import Recipe
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 from veneer.plan import overhead
 from veneer.plan.overhead import Timed, byte_seconds, op_seconds, watched_seconds
 from veneer.plan.work import Work
-from veneer.train.recipe.recipe import Recipe
+from veneer.recipe.recipe import Recipe
 
 
 def steps(monkeypatch: pytest.MonkeyPatch, **found: Timed) -> None:

@@ -32,7 +32,7 @@ from veneer.plan.plan import as_json, batch_of, count_trained, held_out_batch, p
 from veneer.plan.serving import serving_of
 from veneer.plan.trace import ADAPTERS, FIRST, kind_under, kinds_of, make_optimizer, prepare, run_steps
 from veneer.plan.work import CountWork
-from veneer.train.recipe.recipe import Recipe, parse_recipe
+from veneer.recipe.recipe import Recipe, parse_recipe
 
 SETTINGS: dict[str, tuple[dict[str, Any] | None, dict[str, Any], dict[str, Any]]] = {
     "dense": (None, {}, {}),

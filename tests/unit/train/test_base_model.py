@@ -10,8 +10,8 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from veneer.model.give_back import SMAPS
+from veneer.recipe.recipe import ModelPart
 from veneer.train.base_model import load_base
-from veneer.train.recipe.recipe import ModelPart
 
 
 @pytest.mark.skipif(not SMAPS.exists(), reason="needs Linux's /proc/self/smaps")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from veneer.errors import ConfigError, DataError, DivergedError
-from veneer.train.recipe.recipe import parse_recipe
+from veneer.recipe.recipe import parse_recipe
 from veneer.train.run import carry_out, make_trainer, require_fresh
 from veneer.train.samples import samples_of
 

@@ -11,7 +11,7 @@ import pytest
 
 from models import byte_tokenizer
 from veneer.errors import ConfigError, DataError
-from veneer.train.recipe.recipe import parse_recipe
+from veneer.recipe.recipe import parse_recipe
 from veneer.train.run import make_trainer, run_recipe
 from veneer.train.samples import samples_of
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import ConfigError
-from veneer.train.keys import perhaps
-from veneer.train.optimizer import steps_in_backward
-from veneer.train.recipe.adapter import FULL
-from veneer.train.recipe.recipe import PLACES, Recipe, beside, parse_recipe, put
-from veneer.train.recipe.tasks import task_problems
+from veneer.recipe.adapter import FULL
+from veneer.recipe.keys import perhaps
+from veneer.recipe.optimizers import steps_in_backward
+from veneer.recipe.recipe import PLACES, Recipe, beside, parse_recipe, put
+from veneer.recipe.tasks import task_problems
 
 PART = "sweep"
 _KEYS = ("members", "grid")

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from veneer.errors import ConfigError, Interrupted
 from veneer.ops.grouped_low_rank import add_grouped_low_rank
+from veneer.recipe.recipe import parse_recipe, put
 from veneer.train.loss import Scoring
-from veneer.train.recipe.recipe import parse_recipe, put
 from veneer.train.run import run_recipe
 from veneer.train.sweep.recipe import parse_sweep
 from veneer.train.sweep.shared_base import Part, SharedBase, joined
@@ -129,7 +129,7 @@ def test_a_sweep_of_one_is_the_run_to_the_last_bits(values: dict[str, Any], adap
 def test_a_member_that_diverges_leaves_and_the_others_do_not_notice(
     values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("veneer.train.recipe.advice.MOST_RATE", 1e31)
+    monkeypatch.setattr("veneer.recipe.advice.MOST_RATE", 1e31)
     steady = {"name": "steady", "adapter.r": 2}
     wild = {"name": "wild", "training.learning_rate": 1e30, "training.max_grad_norm": 1e30}
     shared = together(values, {"members": [wild, steady]})

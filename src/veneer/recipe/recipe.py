@@ -12,8 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from veneer.errors import ConfigError
-from veneer.train.keys import perhaps, typed
-from veneer.train.recipe.adapter import (
+from veneer.recipe.adapter import (
     FROM,
     FULL,
     adapter_config,
@@ -22,10 +21,12 @@ from veneer.train.recipe.adapter import (
     name_of,
     usual_learning_rate,
 )
-from veneer.train.recipe.advice import belongs, in_recipe_words, meant_quantization, value_problems
-from veneer.train.recipe.metric_part import MetricPart, metric_problems
-from veneer.train.recipe.source_part import SourcePart, source_problems, streaming_problems
-from veneer.train.recipe.tasks import KEYS, Task, settings_of, task_of, task_problems, training_problems
+from veneer.recipe.advice import belongs, in_recipe_words, meant_quantization, value_problems
+from veneer.recipe.keys import perhaps, typed
+from veneer.recipe.metric_part import MetricPart, metric_problems
+from veneer.recipe.optimizers import steps_in_backward
+from veneer.recipe.source_part import SourcePart, source_problems, streaming_problems
+from veneer.recipe.tasks import KEYS, Task, settings_of, task_of, task_problems, training_problems
 
 # What needs torch or transformers is imported where it is used: a wrong recipe is told before seconds of imports.
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ class Recipe(_Part):
 
     def reward_functions(self) -> tuple[list[Any], list[float]]:
         """The functions of ``rewards`` with their weights. Raises ConfigError for those that cannot be found."""
-        from veneer.train.preference.rewards import reward_function
+        from veneer.recipe.rewards import reward_function
 
         named = [{"function": each} if isinstance(each, str) else dict(each) for each in self.rewards]
         weights = [float(each.pop("weight", 1.0)) for each in named]
@@ -260,7 +261,7 @@ def refuse_early(values: Mapping[str, Any], name: str = "recipe") -> None:
 
 
 def _is_usual(values: Mapping[str, Any]) -> bool:
-    text = (resources.files("veneer.train.recipe") / "recipe.yaml").read_text(encoding="utf-8")
+    text = (resources.files("veneer.recipe") / "recipe.yaml").read_text(encoding="utf-8")
     usual = yaml.safe_load(re.sub(r"^( +)# (\w+: )", r"\1\2", text, flags=re.M))  # keys that are commented out too
     return method_of(_section(values, "adapter")) == "lora" and all(
         key in usual[part] and type(value) is type(usual[part][key])
@@ -358,8 +359,6 @@ def _data_problems(values: Mapping[str, Any]) -> list[str]:
 
 
 def _defaults(recipe: Recipe) -> dict[str, Any]:
-    from veneer.train.optimizer import steps_in_backward
-
     evaluates = recipe.data.holds_out
     return {
         "bf16": False if recipe.model.dtype == "float32" else None,  # None: under autocast, as TRL trains

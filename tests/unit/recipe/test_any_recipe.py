@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from veneer.errors import VeneerError
-from veneer.train.recipe.adapter import method_names, named_methods
-from veneer.train.recipe.metric_part import MetricPart
-from veneer.train.recipe.recipe import DataPart, ModelPart, parse_recipe
-from veneer.train.recipe.tasks import Task, settings_of
+from veneer.recipe.adapter import method_names, named_methods
+from veneer.recipe.metric_part import MetricPart
+from veneer.recipe.recipe import DataPart, ModelPart, parse_recipe
+from veneer.recipe.tasks import Task, settings_of
 from veneer.train.run import run_recipe
 
 # Values of which a test would wait for ever, or that leave the machine: their checks have tests of their own.

@@ -9,9 +9,9 @@ from veneer.methods import all_methods
 from veneer.methods.bottleneck import BottleneckConfig
 from veneer.methods.ia3 import IA3Config
 from veneer.methods.lora import LoraConfig
-from veneer.train.recipe.adapter import method_names
-from veneer.train.recipe.commented import commented_recipe
-from veneer.train.recipe.recipe import load_recipe, parse_recipe, refuse_early
+from veneer.recipe.adapter import method_names
+from veneer.recipe.commented import commented_recipe
+from veneer.recipe.recipe import load_recipe, parse_recipe, refuse_early
 
 
 def values(**changes):

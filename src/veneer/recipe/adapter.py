@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from veneer.errors import ConfigError, FormatError
-from veneer.train.keys import means_another, missing, perhaps, typed
-from veneer.train.recipe.advice import belongs, goes_on, meant_method
+from veneer.recipe.advice import belongs, goes_on, meant_method
+from veneer.recipe.keys import means_another, missing, perhaps, typed
 
 # Modules that need torch are imported where they are used: a wrong recipe is told before seconds of imports.
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from veneer.errors import ConfigError
-from veneer.train.recipe.advice import in_recipe_words, odd_rate
-from veneer.train.recipe.recipe import parse_recipe
+from veneer.recipe.advice import in_recipe_words, odd_rate
+from veneer.recipe.recipe import parse_recipe
 
 
 def recipe(**parts: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import ConfigError
-from veneer.train.recipe.recipe import PLACES, Recipe
+from veneer.recipe.recipe import PLACES, Recipe
 
 # The one place that says which keys no weight depends on. A key that is not listed counts as one that the weights
 # depend on, a new key too.

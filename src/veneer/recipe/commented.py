@@ -5,13 +5,13 @@ from __future__ import annotations
 import textwrap
 from importlib import resources
 
-from veneer.train.recipe.adapter import method_names
+from veneer.recipe.adapter import method_names
 
 _COLUMN = " " * 34 + "# "
 
 
 def commented_recipe() -> str:
     """A valid recipe in YAML, every key explained."""
-    text = (resources.files("veneer.train.recipe") / "recipe.yaml").read_text(encoding="utf-8")
+    text = (resources.files("veneer.recipe") / "recipe.yaml").read_text(encoding="utf-8")
     names = textwrap.fill(" | ".join(method_names()), 118, initial_indent=_COLUMN, subsequent_indent=_COLUMN)
     return text.replace(f"{_COLUMN}METHODS", names)

@@ -11,8 +11,8 @@ import veneer
 from models import llama_config
 from veneer import DPOConfig, GRPOConfig, IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from veneer.errors import ConfigError
-from veneer.train.recipe.recipe import load_recipe, parse_recipe
-from veneer.train.recipe.tasks import TASKS, settings_of, trainer_of
+from veneer.recipe.recipe import load_recipe, parse_recipe
+from veneer.recipe.tasks import TASKS, settings_of, trainer_of
 from veneer.train.run import with_saved_adapter
 from veneer.train.sweep.recipe import parse_sweep
 

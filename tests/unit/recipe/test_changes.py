@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from veneer.errors import ConfigError
+from veneer.recipe.changes import HARMLESS, LENGTH, WITHOUT_CHOICE, Change, changes, is_longer, places_of, refuse
+from veneer.recipe.recipe import DataPart, ModelPart, Recipe, parse_recipe, put
 from veneer.train.config import SFTConfig
-from veneer.train.recipe.changes import HARMLESS, LENGTH, WITHOUT_CHOICE, Change, changes, is_longer, places_of, refuse
-from veneer.train.recipe.recipe import DataPart, ModelPart, Recipe, parse_recipe, put
 
 
 def recipe(**parts):
