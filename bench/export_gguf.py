@@ -31,6 +31,8 @@ transformers.AutoTokenizer.from_pretrained(base).save_pretrained(out)
 QUANTIZE = """
 import sys
 import cyllama.llama.llama_cpp as llama
+
+from report import add_keep, done, ends_as_interrupted, keep, working
 llama.disable_logging()
 params = llama.LlamaModelQuantizeParams()
 params.ftype, params.nthread = 15, int(sys.argv[3])
@@ -78,23 +80,29 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
+    add_keep(parser)
     given = parser.parse_args()
+    ends_as_interrupted()
     with tempfile.TemporaryDirectory() as scratch:
         adapter = make_adapter(given.model, Path(scratch) / "adapter")
         sides = {"one command": one_command, "merge, convert, quantize": three_steps}
         times: dict[str, list[list[float]]] = {name: [] for name in sides}
         sizes = {}
-        for _ in range(given.rounds):
+        for turn in range(given.rounds):
             for name, steps in sides.items():
+                working(f"turn {turn + 1} of {given.rounds}, {name}")
                 folder = Path(scratch) / "out"
                 folder.mkdir()
                 seconds, sizes[name] = run(steps(given.model, adapter, folder), folder)
                 times[name].append(seconds)
                 shutil.rmtree(folder)
+    done()
+    wholes = {name: statistics.median(sum(steps) for steps in rounds) for name, rounds in times.items()}
     for name, rounds in times.items():
-        whole = statistics.median(sum(steps) for steps in rounds)
         parts = ", ".join(f"{statistics.median(step):.1f}" for step in zip(*rounds, strict=True))
-        print(f"{name}: {whole:.1f} s ({parts}), {sizes[name] / 1e6:,.1f} MB on disk")
+        print(f"{name}: {wholes[name]:.1f} s ({parts}), {sizes[name] / 1e6:,.1f} MB on disk")
+    (own, other), (small, large) = wholes.values(), sizes.values()
+    keep(given.keep, {"time": own / other, "disk": small / large})
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import transformers
 MEASURE = """
 import sys
 from pathlib import Path
+from report import ends_as_interrupted
 from resident import forget_high_water, high_water_mb
 from veneer.export.gguf.model import GgufExport, GgufOptions
 from veneer.ops.cpu.module import kernels
@@ -57,6 +58,7 @@ def make(tokenizer: Path, folder: Path) -> float:
 
 
 def main() -> None:
+    ends_as_interrupted()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tokenizer", type=Path)
     parser.add_argument("--types", nargs="+", default=["Q4_K_M", "F32"])

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from plan import N_UPDATES, whole_path, write_rows
+from report import ends_as_interrupted
 from veneer.cli.plan_options import bytes_from
 from veneer.core.units import size
 
@@ -79,6 +80,7 @@ def apart(options: argparse.Namespace, changes: dict[str, Any]) -> str:
 
 def main() -> int:
     """Print what was planned and seen; 1 where the best setting died or one notch more trained."""
+    ends_as_interrupted()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--budget", required=True)
     parser.add_argument("--model", default="smollm2-135m-instruct")

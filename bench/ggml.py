@@ -20,11 +20,10 @@ from multiprocessing.connection import Connection
 import libgguf
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from paired import Pair, alternate
+from report import Rows, add_keep, keep, working
 from veneer.ops.cpu.module import description, kernels
 from veneer.ops.ggml import quantize_ggml
 from veneer.ops.ggml_types import GGML_TYPES
@@ -38,19 +37,22 @@ def main() -> None:
         kernels().use_isa(args.isa)
     torch.manual_seed(0)
     w, importance = torch.randn(args.rows, args.columns) * 0.02, torch.rand(args.columns) + 0.01
-    console = Console(width=120)
+    figures: dict[str, float] = {}
     teams = {threads: team(w.numpy(), importance.numpy(), threads) for threads in args.threads}  # forked before threads
-    console.print(f"kernels: {description()}; libgguf {version('libgguf')}")
+    print(f"kernels: {description()}; libgguf {version('libgguf')}")
     cores = sorted(os.sched_getaffinity(0))
     for threads, workers in teams.items():
         torch.set_num_threads(threads)
         os.sched_setaffinity(0, cores[:threads])
-        table = Table("type", "ggml, M/s", "veneer, M/s", "ratio", title=f"million values a second, threads: {threads}")
+        print(f"\nmillion values a second, threads: {threads}")
+        rows = Rows([f"{kind} with importance" for kind in args.types], ("ggml", "veneer", "ratio"))
         for pair in pairs(w, importance, args.types, workers):
+            working(f"{pair.name}, threads: {threads}")
             theirs, ours = alternate(pair, args.repeats, 2)
+            figures[f"{pair.name}, {threads}"] = theirs / ours
             rates = (f"{w.numel() / ms / 1e3:.1f}" for ms in (theirs, ours))
-            table.add_row(pair.name, *rates, f"{theirs / ours:.2f}x")
-        console.print(table)
+            rows.add(pair.name, *rates, f"{theirs / ours:.2f}x")
+    keep(args.keep, figures)
 
 
 def parse() -> argparse.Namespace:
@@ -61,6 +63,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--types", nargs="+", choices=TYPES, default=TYPES)
     parser.add_argument("--isa", choices=kernels().isas(), help="default: the best that this CPU has")
+    add_keep(parser)
     return parser.parse_args()
 
 

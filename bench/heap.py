@@ -16,6 +16,8 @@ from contextlib import nullcontext
 
 from plan import carried_out, name_of, recipe_of, settings
 
+from report import ends_as_interrupted
+
 HEAPS = ("usual", "kept")
 
 
@@ -30,6 +32,7 @@ def apart(number: int, heap: str, model: str) -> dict[str, float]:
 
 def main() -> None:
     """Print a table, a row a setting."""
+    ends_as_interrupted()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--only", type=int, nargs="+", default=[0, 12, 16, 18, 19, 20, 21])

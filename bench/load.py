@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from report import add_keep, done, ends_as_interrupted, keep, working
 from resident import high_water_mb
 
 SIDES = ("bitsandbytes", "veneer")
@@ -75,17 +76,19 @@ def tiny_model(folder: Path) -> Path:
     return folder
 
 
-def compare(folder: Path, n_rounds: int, scratch: Path) -> None:
-    """Print the table."""
+def compare(folder: Path, n_rounds: int, scratch: Path) -> dict[str, float]:
+    """Print the table, and return its ratios."""
     n_layers = require_equal(folder)
     print(f"{n_layers} quantized weights, equal bit by bit on both sides\n")
     warm = tiny_model(scratch)
     runs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
-    for _ in range(n_rounds):
+    for turn in range(n_rounds):
         for side in SIDES:
+            working(f"turn {turn + 1} of {n_rounds}, {side}")
             command = [sys.executable, __file__, str(folder), "--side", side, "--warm", str(warm)]
             result = subprocess.run(command, check=True, capture_output=True, text=True)
             runs[side].append(json.loads(result.stdout.splitlines()[-1]))
+    done()
     time_of = {side: statistics.median(run["seconds"] for run in runs[side]) for side in SIDES}
     memory_of = {side: statistics.median(run["bytes"] for run in runs[side]) for side in SIDES}
     print("| side | seconds (min–max) | peak memory, MB | kept, MB |\n| --- | --- | --- | --- |")
@@ -98,6 +101,7 @@ def compare(folder: Path, n_rounds: int, scratch: Path) -> None:
     faster = time_of["bitsandbytes"] / time_of["veneer"]
     smaller = memory_of["veneer"] / memory_of["bitsandbytes"]
     print(f"\ntime: {faster:.2f}× faster (target {TARGET_TIME}×); memory: {smaller:.2f}× (target {TARGET_MEMORY}×)")
+    return {"time": faster, "memory": smaller}
 
 
 def main() -> None:
@@ -108,12 +112,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--warm", type=Path, help=argparse.SUPPRESS)
+    add_keep(parser)
     arguments = parser.parse_args()
+    ends_as_interrupted()
     if arguments.side:
         measure(arguments.side, arguments.folder, arguments.warm)
         return
     with tempfile.TemporaryDirectory() as scratch:
-        compare(arguments.folder, arguments.rounds, Path(scratch))
+        keep(arguments.keep, compare(arguments.folder, arguments.rounds, Path(scratch)))
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from paired import Pair, Rates, alternate, measure_rates
+from report import Rows, working
 from veneer.ops.cpu.module import description
 
 MIN_REPEATS = 5
@@ -47,9 +47,11 @@ class OpTables:
 
     def show(self, title: str, peer: str, pairs: Iterable[Pair], calls: int) -> None:
         """Print each pair's milliseconds, theirs and ours, the best of so many calls in a row, and its bound."""
-        table = Table("operation", f"{peer} ms", "veneer ms", "ratio", "bound ms", title=title)
+        pairs = list(pairs)
+        print(f"\n{title}")
+        rows = Rows((pair.name for pair in pairs), (f"{peer} ms", "veneer ms", "ratio", "bound ms"))
         for pair in pairs:
+            working(pair.name)
             theirs, ours = alternate(pair, self.repeats, calls)
-            numbers = (f"{theirs:.3f}", f"{ours:.3f}", f"{theirs / ours:.2f}x", f"{self.rates.bound_ms(pair):.3f}")
-            table.add_row(pair.name, *numbers)
-        self.console.print(table)
+            bound = f"{self.rates.bound_ms(pair):.3f}"
+            rows.add(pair.name, f"{theirs:.3f}", f"{ours:.3f}", f"{theirs / ours:.2f}x", bound)

@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.optim import Optimizer
 
+from report import Rows, add_keep, keep, working
 from training_peak import peaks
 from veneer.ops.cpu.module import description
 from veneer.optim import AdamW8bit, GaLoreAdamW, PagedAdamW8bit
@@ -32,18 +33,22 @@ def main() -> None:
     console = Console()
     n = sum(p.numel() for p in parameters(args, torch.float32))
     console.print(f"{n:,} parameters in {args.layers} layers; {description()}; bitsandbytes {bnb.__version__}")
-    table = Table("optimizer", "parameters", "ns a parameter", "time against torch", "state bytes a parameter")
+    columns = ("parameters", "ns a parameter", "time against torch", "state bytes a parameter")
+    rows, figures = Rows(["veneer PagedAdamW8bit", "bitsandbytes AdamW8bit"], columns), {}
     for dtype in (torch.float32, torch.bfloat16):
         optimizers = contestants(args, dtype)
+        working(f"optimizers over {dtype}")
         times = alternate(optimizers, args.repeats)
         optimizers["bitsandbytes AdamW8bit"], times["bitsandbytes AdamW8bit"] = bitsandbytes(args, dtype)
         for name, optimizer in optimizers.items():
             ratio = times[name] / times["torch AdamW, fused"]
             kept = f"{state_bytes(optimizer) / count(optimizer):.3f}"
-            table.add_row(name, str(dtype).removeprefix("torch."), f"{times[name]:.2f}", f"{ratio:.2f}x", kept)
-    console.print(table)
+            kind = str(dtype).removeprefix("torch.")
+            figures[f"{name}, {kind}"] = ratio
+            rows.add(name, kind, f"{times[name]:.2f}", f"{ratio:.2f}x", kept)
     console.print(galore_table(args))
     console.print(peak_table(args))
+    keep(args.keep, figures)
 
 
 def parse() -> argparse.Namespace:
@@ -53,6 +58,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=None, help="of GaLore; a quarter of hidden where not given")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    add_keep(parser)
     return parser.parse_args()
 
 

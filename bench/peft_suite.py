@@ -26,6 +26,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from report import ends_as_interrupted
+
 FILES = (
     "auto", "config", "custom_models", "decoder_models", "encoder_decoder_models", "feature_extraction_models",
     "helpers", "initialization", "integrations", "lora_variants", "loraplus", "low_level_api", "mapping", "other",
@@ -283,6 +285,7 @@ def reasons(ours: dict[str, tuple[str, str]], theirs: dict[str, tuple[str, str]]
 
 def main() -> None:
     """Run both, or, inside a process of its own, one."""
+    ends_as_interrupted()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tests", required=True, type=lambda text: Path(text).resolve())
     parser.add_argument("--under", choices=("veneer", "peft"), help="run in this process, on one of them")

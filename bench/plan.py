@@ -28,6 +28,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from report import ends_as_interrupted
+
 PATHS = ("auto", "off")
 CHECKPOINTING: tuple[bool | str, ...] = (False, "selective", True)
 FORMATS = ("none", "nf4", "int8")
@@ -281,6 +283,7 @@ def without(path: Path) -> Iterator[None]:
 
 def main() -> int:
     """Print a table, a row a setting; 1 where something is off by more than it may be."""
+    ends_as_interrupted()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--rows", type=int, default=2)

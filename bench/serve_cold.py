@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from report import add_keep, done, keep, working
 from tiny_model import write_tiny
 from veneer import LLM, LoraConfig, LoRARequest, SamplingParams, get_peft_model
 from veneer.serve.outputs import RequestOutput
@@ -69,12 +70,13 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    add_keep(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as scratch:
         model = write_tiny(Path(scratch) / "base") if args.tiny else args.model
         adapters = write_adapters(model, Path(scratch), args.adapters)
-        compare(model, adapters, args.requests, args.repeats)
+        keep(args.keep, compare(model, adapters, args.requests, args.repeats))
 
 
 def write_adapters(model: str, folder: Path, n: int) -> list[LoRARequest]:
@@ -92,7 +94,8 @@ def write_adapters(model: str, folder: Path, n: int) -> list[LoRARequest]:
     return made
 
 
-def compare(model: str, adapters: Sequence[LoRARequest], n_requests: int, repeats: int) -> None:
+def compare(model: str, adapters: Sequence[LoRARequest], n_requests: int, repeats: int) -> dict[str, float]:
+    """Print the three loads, medians of ``repeats`` turns, and return the two ratios that have goals."""
     options = {"dtype": "bfloat16", "max_model_len": PROMPT + TOKENS, "max_num_seqs": AT_ONCE}
     engines = [LLM(model, max_cpu_loras=n, max_loras=n, **options) for n in (ROOM, ROOM + 2)]
     draw = random.Random(0)
@@ -104,9 +107,11 @@ def compare(model: str, adapters: Sequence[LoRARequest], n_requests: int, repeat
     for adapter in adapters[:ROOM]:
         engines[1].llm_engine.pin_lora(adapter.adapter_id)
     require_equal(engines[1], few[:8])
-    turns = [
-        (run(engines[1], few), run(engines[1], few, adapters[ROOM:]), run(engines[0], many)) for _ in range(repeats)
-    ]
+    turns = []
+    for turn in range(repeats):
+        working(f"turn {turn + 1} of {repeats}")
+        turns.append((run(engines[1], few), run(engines[1], few, adapters[ROOM:]), run(engines[0], many)))
+    done()
     resident, beside, cold = (Runs(list(runs)) for runs in zip(*turns, strict=True))
     print(f"\n{'':28} {'tok/s':>8} {'loads':>6} {'gap p50 ms':>11} {'p99 ms':>8}")
     for name, each in {
@@ -119,6 +124,7 @@ def compare(model: str, adapters: Sequence[LoRARequest], n_requests: int, repeat
     rate, gap = cold.rate / resident.rate, beside.gap(99) / resident.gap(99)
     print(f"\nthroughput: {rate:.2f} of {ROOM} resident (goal {THROUGHPUT})")
     print(f"p99 of gaps while others load: {gap:.2f} times that without (goal at most {GAP})")
+    return {"throughput": rate, "gap": gap}
 
 
 def require_equal(llm: LLM, adapters: Sequence[LoRARequest]) -> None:

@@ -15,11 +15,10 @@ import argparse
 from statistics import median
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from paired import Rates, best_ms, measure_rates
+from report import Rows, working
 from veneer.core.records import LinearDelta
 from veneer.model.paged import Stretch
 from veneer.ops.cpu.module import description
@@ -38,17 +37,13 @@ def main() -> None:
     args = parse()
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
-    console = Console(width=120)
-    console.print(f"kernels: {description()}; torch {torch.__version__}")
+    print(f"kernels: {description()}; torch {torch.__version__}")
     dtype = getattr(torch, args.dtype)
     rates = measure_rates(torch.randn(1 << 26).to(dtype), *torch.randn(2, 4096, 1024).to(dtype))
-    console.print(f"rates: {rates.moved / 1e9:.0f} GB/s of a copy, {rates.flops / 1e9:.0f} GFLOP/s of products")
+    print(f"rates: {rates.moved / 1e9:.0f} GB/s of a copy, {rates.flops / 1e9:.0f} GFLOP/s of products")
     load = Load(proved(load_model(args.model, dtype=args.dtype), LONGEST, give_up=True), args.rows, args.context)
-    title = (
-        f"{args.rows} rows that see {args.context} tokens, {args.dtype}, adapters of rank {RANK} on all linear layers"
-    )
+    print(f"{args.rows} rows that see {args.context} tokens, {args.dtype}, adapters of rank {RANK} on all linear layers")
     columns = (
-        "adapters",
         "by instruction ms",
         "C++ ms",
         "bound ms",
@@ -57,18 +52,18 @@ def main() -> None:
         "own bound ms",
         "ratio",
     )
-    table, base = Table(*columns, title=title), 0.0
+    rows, base = Rows(["adapters"], columns), 0.0
     for n in (int(number) for number in args.adapters.split(",")):
+        working(f"{n} adapters")
         slow, fast = load.times(n, args.repeats)
         base = base or fast
         bound, own = load.bound_ms(n, rates), load.own_bound_ms(n, rates)
         extra = (f"{fast - base:.2f}", f"{own:.2f}", f"{(fast - base) / own:.2f}") if n else ("", "", "")
-        table.add_row(str(n), f"{slow:.2f}", f"{fast:.2f}", f"{bound:.2f}", f"{bound / fast:.0%}", *extra)
-    console.print(table)
-    console.print(f"the rows of a plan, made ready for a step: {load.planning_ms():.2f} ms")
+        rows.add(str(n), f"{slow:.2f}", f"{fast:.2f}", f"{bound:.2f}", f"{bound / fast:.0%}", *extra)
+    print(f"the rows of a plan, made ready for a step: {load.planning_ms():.2f} ms")
     for n in (int(number) for number in args.adapters.split(",")):
         parts = ", ".join(f"{kind} {ms:.2f}" for kind, ms in load.parts_ms(n).items())
-        console.print(f"within the call, {n} adapters, ms: {parts}")
+        print(f"within the call, {n} adapters, ms: {parts}")
 
 
 def parse() -> argparse.Namespace:

@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from lora_step import adapted, base_of, optimizer_of, require_fused, step
+from report import add_keep, done, keep, working
 from veneer.adapters.peft_model import PeftModel
 from veneer.model.fused.decoder import fuse
 from veneer.store.source import resolve
@@ -114,7 +115,9 @@ def main() -> None:
     parser.add_argument("--lengths", default="64,128,256")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=5)
+    add_keep(parser)
     args = parser.parse_args()
+    figures: dict[str, float] = {}
     place, lengths = str(resolve(args.model)), [int(length) for length in args.lengths.split(",")]
     n_rows = args.steps * len(RANKS)
     tokens = read_tokens(args.data, AutoTokenizer.from_pretrained(place), n_rows * max(lengths))
@@ -126,15 +129,19 @@ def main() -> None:
     for length in lengths:
         rows = tokens[: len(RANKS) * length].view(len(RANKS), length)
         times: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(args.rounds):
+        for turn in range(args.rounds):
             for name, way in ways.items():
+                working(f"{length} tokens, turn {turn + 1} of {args.rounds}, {name}")
                 times[name].append(timed(way, rows))
         single, joint = (statistics.median(times[name]) for name in ("alone", "together"))
+        done()
+        figures[f"8 x {length}"] = single / joint
         print(
             f"8 x 1 x {length:4} tokens: {single:6.2f} s one after another, {joint:6.2f} s together, "
             f"{single / joint:5.2f}x, {8 * length / joint:6.0f} tokens/s",
             flush=True,
         )
+    keep(args.keep, figures)
 
 
 def compare(ways: dict[str, Step], batches: Tensor) -> None:

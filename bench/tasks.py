@@ -23,6 +23,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from report import ends_as_interrupted
+
 MODEL = "smollm2-135m-instruct"
 
 
@@ -71,6 +73,7 @@ LEARNING_RATES = {"lora": 5e-4, "dora": 5e-4, "ia3": 1e-2, "full": 5e-5}
 
 
 def main() -> None:
+    ends_as_interrupted()
     options = arguments()
     results = options.output / "results.json"
     found: Results = json.loads(results.read_text()) if results.exists() else {}

@@ -32,6 +32,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from lora_step import SIDES
+from report import add_keep, done, ends_as_interrupted, keep, working
 from resident import forget_high_water, high_water_mb
 from train_sides import BATCH, ROWS, Row, Side, cycled, packed_rows, products_of, same_start, side_of
 from turns import Timing, faster_dtype, median, product_time
@@ -50,6 +51,7 @@ class Peak:
 
 def main() -> None:
     args = arguments()
+    ends_as_interrupted()
     warnings.filterwarnings("ignore")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -62,8 +64,11 @@ def main() -> None:
         return
     threads, load = torch.get_num_threads(), os.getloadavg()[0]
     print(f"{threads} threads, torch {torch.__version__}, {args.model} in {args.dtype}, load {load:.1f}")
+    figures: dict[str, float] = {}
     for name in args.rows:
-        measure(name, place, (packed_rows(texts, args.check_length), rows), args)
+        taken = measure(name, place, (packed_rows(texts, args.check_length), rows), args)
+        figures |= {f"{name}, {key}": figure for key, figure in taken.items()}
+    keep(args.keep, figures)
 
 
 def arguments() -> argparse.Namespace:
@@ -76,6 +81,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--check-length", type=int, default=128, help="tokens in each of their four rows")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps a side")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)  # the command's own: a process to measure memory in
+    add_keep(parser)
     return parser.parse_args()
 
 
@@ -92,8 +98,8 @@ def read_chats(data: Path, place: str) -> list[list[int]]:
     return [tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"] for chat in chats]
 
 
-def measure(name: str, place: str, rows: tuple[Dataset, Dataset], args: argparse.Namespace) -> None:
-    """One row of the table: losses, then memory, then times."""
+def measure(name: str, place: str, rows: tuple[Dataset, Dataset], args: argparse.Namespace) -> dict[str, float]:
+    """One row of the table: losses, then memory, then times; the ratios of time and memory."""
     row, (check, full) = row_of(name, args), rows
     print(f"\n{name}: veneer against {row.peer}", flush=True)
     peer, ours = (side_of(side, row, place) for side in SIDES)
@@ -104,13 +110,15 @@ def measure(name: str, place: str, rows: tuple[Dataset, Dataset], args: argparse
     products = [product_time(2048, faster_dtype())]
     size = 2 * BATCH
     batches = [full.select(range(size * number, size * (number + 1))) for number in range(args.rounds + 1)]
-    for batch in batches:
+    for turn, batch in enumerate(batches):
         for side_name, side in zip(SIDES, (peer, ours), strict=True):
+            working(f"{name}: turn {turn} of {args.rounds}, {side_name}")
             times[side_name].append(side.timed(batch))
         products.append(product_time(2048, faster_dtype()))
     # The first round warms up.
     n_products = statistics.median(products_of(row, ours.model, batch) for batch in batches[1:])
-    report({side: taken[1:] for side, taken in times.items()}, peaks, n_products, products)
+    done()
+    return report({side: taken[1:] for side, taken in times.items()}, peaks, n_products, products)
 
 
 def compare_losses(peer: Side, ours: Side, rows: Dataset) -> None:
@@ -143,7 +151,7 @@ def peak_here(side: str, row: Row, place: str, rows: Dataset) -> tuple[float, fl
     return max(loading, high_water_mb()), high_water_mb() - loaded
 
 
-def report(times: dict[str, list[Timing]], peaks: dict[str, Peak], n_products: float, products: list[Timing]) -> None:
+def report(times: dict[str, list[Timing]], peaks: dict[str, Peak], n_products: float, products: list[Timing]) -> dict[str, float]:
     peer, ours = (median(times[side]) for side in SIDES)
     for side, taken in zip(SIDES, (peer, ours), strict=True):
         print(
@@ -164,6 +172,7 @@ def report(times: dict[str, list[Timing]], peaks: dict[str, Peak], n_products: f
         f"load {os.getloadavg()[0]:.1f}",
         flush=True,
     )
+    return {"time": peer.wall / ours.wall, "memory": peaks["veneer"].whole / peaks["peer"].whole}
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from report import done, working
+
 
 @dataclass(frozen=True, slots=True)
 class Timing:
@@ -45,9 +47,11 @@ def in_turns(ways: Mapping[str, Callable[[], Timing]], repeats: int) -> dict[str
     found: dict[str, list[Timing]] = {name: [] for name in ways}
     for turn in range(repeats + 1):
         for name, way in ways.items():
+            working(f"turn {turn} of {repeats}, {name}")
             timing = way()
             if turn:
                 found[name].append(timing)
+    done()
     return {name: median(timings) for name, timings in found.items()}
 
 

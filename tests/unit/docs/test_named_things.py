@@ -16,7 +16,7 @@ from veneer.cli.app import app
 
 ROOT = Path(__file__).parents[3]
 PACKAGE = ROOT / "src" / "veneer"
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "csrc/README.md")] + sorted(ROOT.glob("docs/*.md"))
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "csrc/README.md")] + sorted(ROOT.glob("docs/**/*.md"))
 VERBS: Any = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 EXAMPLES = {"x", "test_x", "yours"}  # the file that a reader is about to write
 OTHERS_WORDS = {"core/CPU"}  # of TRL, in docs/recipe.md

@@ -1,0 +1,103 @@
+"""The output of a benchmark: rows printed as they are measured, progress on stderr, and results that are kept.
+
+``--keep CLAIM`` writes the figures of a run into ``bench/results/CLAIM.json``. `scripts/benchmark_table.py` makes the
+table of docs/benchmarks.md from these files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import shlex
+import signal
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+RESULTS = Path(__file__).with_name("results")
+
+
+class Rows:
+    """A table with a line for each row as soon as it is added. ``names``: of all rows, for the width of the first column."""
+
+    def __init__(self, names: Iterable[str], columns: Sequence[str]) -> None:
+        self.first = max((len(name) for name in names), default=0)
+        self.widths = [max(len(column), 8) for column in columns]
+        self.add("", *columns)
+
+    def add(self, name: str, *cells: str) -> None:
+        """Print a row."""
+        told = "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, self.widths, strict=True))
+        done()
+        print(f"{name:{self.first}}  {told}", flush=True)
+
+
+def working(text: str) -> None:
+    """Show the work in progress on stderr, over the line before if it is a terminal."""
+    start, end = ("\r\x1b[K", "") if sys.stderr.isatty() else ("", "\n")
+    print(f"{start}… {text}", end=end, file=sys.stderr, flush=True)
+
+
+def done() -> None:
+    """Clear the line of `working` from a terminal."""
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def ends_as_interrupted() -> None:
+    """Let SIGTERM and SIGHUP unwind the program as Ctrl-C does, so that it ends the processes that it started."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _leave)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+def add_keep(parser: argparse.ArgumentParser) -> None:
+    """Add the option ``--keep``."""
+    parser.add_argument("--keep", metavar="CLAIM", help="write the figures into bench/results/CLAIM.json")
+
+
+def keep(claim: str | None, figures: Mapping[str, float], folder: Path = RESULTS) -> None:
+    """Put the figures of a run into a claim's file, with the machine and the command; nothing if ``claim`` is None.
+
+    SystemExit if there is no such claim, or if its sentence needs a figure that is not given.
+    """
+    if claim is None:
+        return
+    file = folder / f"{claim}.json"
+    if not file.exists():
+        known = ", ".join(sorted(path.stem for path in folder.glob("*.json")))
+        raise SystemExit(f"--keep {claim}: there is no such claim. Give one of {known}.")
+    written = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        sentence(written["figure"], figures)
+    except KeyError as error:
+        raise SystemExit(f"--keep {claim}: the run has no figure {error}. It has {', '.join(figures)}.") from error
+    written |= {"figures": dict(figures), "machine": machine(), "command": f"python {shlex.join(sys.argv)}"}
+    file.write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def sentence(template: str, figures: Mapping[str, float]) -> str:
+    """A template with each ``{NAME|FORMAT}`` replaced by that figure, as ``{base|.1f}``. KeyError if a figure is missing."""
+    return re.sub(r"\{([^|}]+)\|([^}]+)\}", lambda match: format(figures[match[1]], match[2]), template)
+
+
+def machine() -> str:
+    """The CPU, its widest instructions for products, and the number of its threads in use."""
+    import torch
+
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    told = dict(line.split(":", 1) for line in lines if ":" in line)
+    told = {key.strip(): value.strip() for key, value in told.items()}
+    flags = set(told.get("flags", "").split())
+    best = next((name for flag, name in _WIDEST if flag in flags), "no AVX2")
+    return f"{told.get('model name', platform.processor() or 'unknown')}, {best}, {torch.get_num_threads()} threads"
+
+
+_WIDEST = (("amx_bf16", "AMX"), ("avx512_bf16", "AVX-512-BF16"), ("avx512f", "AVX-512"), ("avx2", "AVX2"))

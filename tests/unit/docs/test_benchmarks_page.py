@@ -1,0 +1,40 @@
+"""docs/benchmarks.md shows the kept results."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("benchmark_table", ROOT / "scripts" / "benchmark_table.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_is_made_from_the_results(script: ModuleType) -> None:
+    text = script.PAGE.read_text(encoding="utf-8")
+    assert script.page(text) == text, "run python scripts/benchmark_table.py"
+
+
+def test_each_result_says_how_it_was_measured() -> None:
+    orders = []
+    for path in (ROOT / "bench" / "results").glob("*.json"):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        assert {"order", "claim", "figure", "figures", "peer", "machine", "command", "page"} == result.keys(), path.name
+        page, _, anchor = result["page"].partition("#")
+        assert (ROOT / "docs" / "benchmarks" / page).exists(), path.name
+        assert anchor, path.name
+        assert all(result[key] for key in ("claim", "peer", "machine", "command")), path.name
+        orders.append(result["order"])
+    assert sorted(orders) == list(range(1, len(orders) + 1))

@@ -1,0 +1,100 @@
+"""bench/report.py and bench/engine.py: rows as they are measured, kept results, engines that end with their benchmark."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parents[2] / "bench"
+
+
+@pytest.fixture
+def report(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    import report
+
+    return report
+
+
+def test_a_row_is_printed_when_it_is_added(report, capsys):
+    rows = report.Rows(["one", "a longer name"], ("ms", "ratio to it"))
+    rows.add("one", "3.5", "2.0x")
+    head, line = capsys.readouterr().out.splitlines()
+    assert head == "                     ms  ratio to it"
+    assert line == "one                 3.5         2.0x"
+    rows.add("a longer name", "0.25", "17x")
+    assert capsys.readouterr().out == "a longer name      0.25          17x\n"
+
+
+def test_a_sentence_names_its_figures(report):
+    figures = {"base / llama.cpp": 2.039, "inf: tokens/s": 1422.6}
+    assert report.sentence("{base / llama.cpp|.2f}x, {inf: tokens/s|,.0f}", figures) == "2.04x, 1,423"
+    with pytest.raises(KeyError):
+        report.sentence("{base|.1f}", figures)
+
+
+def test_a_kept_result_has_its_machine_and_command(report, tmp_path, monkeypatch):
+    file = tmp_path / "step.json"
+    file.write_text(json.dumps({"claim": "a step", "figure": "{time|.2f}x", "figures": {"time": 1.0}, "machine": "-"}))
+    monkeypatch.setattr(sys, "argv", ["bench/train.py", "--rows", "dense", "--keep", "step"])
+    report.keep("step", {"time": 2.25, "memory": 0.4}, tmp_path)
+    kept = json.loads(file.read_text())
+    assert kept["figures"] == {"time": 2.25, "memory": 0.4}
+    assert kept["claim"] == "a step"
+    assert kept["command"] == "python bench/train.py --rows dense --keep step"
+    assert "threads" in kept["machine"]
+
+
+def test_a_result_that_cannot_be_kept_is_refused(report, tmp_path):
+    (tmp_path / "step.json").write_text(json.dumps({"figure": "{time|.2f}x", "figures": {"time": 1.0}}))
+    with pytest.raises(SystemExit, match="--keep stop: there is no such claim. Give one of step."):
+        report.keep("stop", {"time": 2.0}, tmp_path)
+    with pytest.raises(SystemExit, match="the run has no figure 'time'. It has memory."):
+        report.keep("step", {"memory": 2.0}, tmp_path)
+    assert json.loads((tmp_path / "step.json").read_text())["figures"] == {"time": 1.0}
+    report.keep(None, {}, tmp_path)
+
+
+_BENCHMARK = """
+import sys, time
+from engine import halt, process_group
+from report import ends_as_interrupted
+
+ends_as_interrupted()
+with process_group([sys.executable, "-c", "print(1, flush=True); input()"]) as engine:
+    engine.stdout.readline()
+    halt(engine)
+    print(engine.pid, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs process groups as Linux has them")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+def test_a_halted_engine_ends_with_its_benchmark(number):
+    with subprocess.Popen([sys.executable, "-c", _BENCHMARK], cwd=BENCH, stdout=-1, stderr=-3, text=True) as bench:
+        assert bench.stdout is not None
+        engine = int(bench.stdout.readline())
+        bench.send_signal(number)
+        bench.wait(30)
+    for _ in range(300):
+        if not _is_alive(engine):
+            return
+        time.sleep(0.1)
+    os.killpg(engine, signal.SIGKILL)
+    raise AssertionError(f"the engine outlived its benchmark, which {number.name} ended")
+
+
+def _is_alive(pid: int) -> bool:
+    """A process of this number is there and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
