@@ -21,6 +21,8 @@ import peft
 import torch
 import transformers
 
+from report import add_keep, done, ends_as_interrupted, keep, working
+
 MERGE = """
 import sys, peft, torch, transformers
 base, adapter, out = sys.argv[1:]
@@ -31,8 +33,6 @@ transformers.AutoTokenizer.from_pretrained(base).save_pretrained(out)
 QUANTIZE = """
 import sys
 import cyllama.llama.llama_cpp as llama
-
-from report import add_keep, done, ends_as_interrupted, keep, working
 llama.disable_logging()
 params = llama.LlamaModelQuantizeParams()
 params.ftype, params.nthread = 15, int(sys.argv[3])

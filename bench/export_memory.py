@@ -18,10 +18,11 @@ import peft
 import torch
 import transformers
 
+from report import ends_as_interrupted
+
 MEASURE = """
 import sys
 from pathlib import Path
-from report import ends_as_interrupted
 from resident import forget_high_water, high_water_mb
 from veneer.export.gguf.model import GgufExport, GgufOptions
 from veneer.ops.cpu.module import kernels

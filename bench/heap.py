@@ -15,7 +15,6 @@ import sys
 from contextlib import nullcontext
 
 from plan import carried_out, name_of, recipe_of, settings
-
 from report import ends_as_interrupted
 
 HEAPS = ("usual", "kept")

@@ -21,7 +21,7 @@ RESULTS = Path(__file__).with_name("results")
 
 
 class Rows:
-    """A table with a line for each row as soon as it is added. ``names``: of all rows, for the width of the first column."""
+    """A table whose rows are printed as they are added. ``names`` of all rows give the width of the first column."""
 
     def __init__(self, names: Iterable[str], columns: Sequence[str]) -> None:
         self.first = max((len(name) for name in names), default=0)
@@ -83,7 +83,7 @@ def keep(claim: str | None, figures: Mapping[str, float], folder: Path = RESULTS
 
 
 def sentence(template: str, figures: Mapping[str, float]) -> str:
-    """A template with each ``{NAME|FORMAT}`` replaced by that figure, as ``{base|.1f}``. KeyError if a figure is missing."""
+    """Replace each ``{NAME|FORMAT}`` of a template, as ``{base|.1f}``, by that figure. KeyError if one is missing."""
     return re.sub(r"\{([^|}]+)\|([^}]+)\}", lambda match: format(figures[match[1]], match[2]), template)
 
 

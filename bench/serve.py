@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,7 +112,9 @@ def main() -> None:
             require_equal(load, engines, prompts, args, adapters)
         rates = bound_of(args)
         print(f"\n{rates.moved / 1e9:.0f} GB/s of a copy, {rates.flops / 1e9:.0f} GFLOP/s of a large bf16 product")
-        print(f"{args.requests} requests, {args.prompt_tokens} tokens in, {args.new_tokens} out; output tokens a second")
+        print(
+            f"{args.requests} requests, {args.prompt_tokens} tokens in, {args.new_tokens} out; output tokens a second"
+        )
         figures: dict[str, float] = {}
         for load in loads:
             time_load(load, engines, prompts, args)
@@ -332,7 +334,9 @@ def show(load: Load, engines: dict[str, Engine], rates: Rates, args: argparse.Na
 
 def beside(title: str, engines: dict[str, Engine]) -> float | None:
     """The median rate of the load of this title by whichever of veneer's engines took it; None if it was not asked."""
-    taken = (engine.rates[title] for name, engine in engines.items() if name.startswith("veneer") and title in engine.rates)
+    taken = (
+        engine.rates[title] for name, engine in engines.items() if name.startswith("veneer") and title in engine.rates
+    )
     return next((statistics.median(rates) for rates in taken), None)
 
 

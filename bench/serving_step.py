@@ -42,7 +42,9 @@ def main() -> None:
     rates = measure_rates(torch.randn(1 << 26).to(dtype), *torch.randn(2, 4096, 1024).to(dtype))
     print(f"rates: {rates.moved / 1e9:.0f} GB/s of a copy, {rates.flops / 1e9:.0f} GFLOP/s of products")
     load = Load(proved(load_model(args.model, dtype=args.dtype), LONGEST, give_up=True), args.rows, args.context)
-    print(f"{args.rows} rows that see {args.context} tokens, {args.dtype}, adapters of rank {RANK} on all linear layers")
+    print(
+        f"{args.rows} rows that see {args.context} tokens, {args.dtype}, adapters of rank {RANK} on all linear layers"
+    )
     columns = (
         "by instruction ms",
         "C++ ms",

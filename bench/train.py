@@ -151,7 +151,9 @@ def peak_here(side: str, row: Row, place: str, rows: Dataset) -> tuple[float, fl
     return max(loading, high_water_mb()), high_water_mb() - loaded
 
 
-def report(times: dict[str, list[Timing]], peaks: dict[str, Peak], n_products: float, products: list[Timing]) -> dict[str, float]:
+def report(
+    times: dict[str, list[Timing]], peaks: dict[str, Peak], n_products: float, products: list[Timing]
+) -> dict[str, float]:
     peer, ours = (median(times[side]) for side in SIDES)
     for side, taken in zip(SIDES, (peer, ours), strict=True):
         print(

@@ -1,4 +1,4 @@
-"""bench/report.py and bench/engine.py: rows as they are measured, kept results, engines that end with their benchmark."""
+"""bench/report.py and bench/engine.py: rows as they are measured, kept results, engines that end as they should."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def test_a_kept_result_has_its_machine_and_command(report, tmp_path, monkeypatch
 
 def test_a_result_that_cannot_be_kept_is_refused(report, tmp_path):
     (tmp_path / "step.json").write_text(json.dumps({"figure": "{time|.2f}x", "figures": {"time": 1.0}}))
-    with pytest.raises(SystemExit, match="--keep stop: there is no such claim. Give one of step."):
+    with pytest.raises(SystemExit, match=r"--keep stop: there is no such claim\. Give one of step\."):
         report.keep("stop", {"time": 2.0}, tmp_path)
-    with pytest.raises(SystemExit, match="the run has no figure 'time'. It has memory."):
+    with pytest.raises(SystemExit, match=r"the run has no figure .time.\. It has memory\."):
         report.keep("step", {"memory": 2.0}, tmp_path)
     assert json.loads((tmp_path / "step.json").read_text())["figures"] == {"time": 1.0}
     report.keep(None, {}, tmp_path)
