@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from veneer.serve.engine import Engine
 from veneer.serve.http.errors import ModelNotFoundError
 from veneer.serve.lora_request import LoRARequest
 
+_SETTLED = 10**9  # nanoseconds after which a folder that changes again shows another time
 _MIXES = 64  # clients may think of any number of weights
 _COMPARED, _TOLD = 1000, 10  # names, for the nearest of them, and in a message; /v1/models lists them all
 
@@ -22,19 +25,22 @@ _COMPARED, _TOLD = 1000, 10  # names, for the nearest of them, and in a message;
 class Catalogue:
     """The base under ``names``, and the adapters in a folder, by the names of their folders.
 
-    The folder is looked at with every request: what is put there is served, what is taken away is no longer. Any thread
-    may ask. A mix of them has no folder: the last 64 are known by name, so that they may stay loaded.
+    The folder is looked at with every request: what is put there is served, what is taken away is no longer. Of an
+    adapter that is asked for its own files are looked at, and of the others nothing, so that a request costs the same
+    however many there are. Any thread may ask. A mix has no folder: the last 64 are known by name, so that they may
+    stay loaded.
     """
 
     def __init__(self, engine: Engine, names: Sequence[str], root: str, adapters: Path | None) -> None:
         self._engine, self._names, self._root, self._folder = engine, tuple(names), root, adapters
-        self._numbers: dict[str, int] = {}
+        self._asked: dict[str, LoRARequest] = {}  # adapters that a request has named
         self._mixes: dict[str, LoRARequest] = {}  # the one that was asked for last at the end
+        self._count, self._changed = itertools.count(1), -1
         self._lock = threading.Lock()
         self._created = int(time.time())
 
-    def adapters(self) -> dict[str, LoRARequest]:
-        """The adapters that are there now; those that are gone are forgotten."""
+    def adapters(self) -> dict[str, Path]:
+        """The folders of the adapters that are there now, by name; those that are gone are forgotten."""
         with self._lock:
             return self._looked_at()
 
@@ -42,19 +48,22 @@ class Catalogue:
         """The adapter of a name; None for the base. Raises ModelNotFoundError."""
         if name is None or name in self._names:
             return None
-        adapters = self.adapters()
-        if name not in adapters:
-            raise ModelNotFoundError(f"no model {name!r}{_those_there(name, [*self._names, *adapters])}")
-        return adapters[name]
+        with self._lock:
+            found = self._found(name)
+            if found is not None:
+                return found
+            there = self._looked_at()
+        raise ModelNotFoundError(f"no model {name!r}{_those_there(name, [*self._names, *there])}")
 
     def mix(self, weights: Mapping[str, float]) -> LoRARequest:
         """The weighted sum of adapters by name. Raises ModelNotFoundError, and ConfigError as `LoRARequest.mix`."""
         with self._lock:
-            adapters = self._looked_at()
-            unknown = next((name for name in weights if name not in adapters), None)
+            found = {name: self._found(name) for name in sorted(weights)}
+            unknown = next((name for name in weights if found[name] is None), None)
             if unknown is None:
-                return self._mixed(weights, adapters)
-        raise ModelNotFoundError(f"no adapter {unknown!r}{_those_there(unknown, list(adapters))}", "adapter")
+                return self._mixed([(part, weights[name]) for name, part in found.items() if part is not None])
+            there = self._looked_at()
+        raise ModelNotFoundError(f"no adapter {unknown!r}{_those_there(unknown, list(there))}", "adapter")
 
     @property
     def base(self) -> str:
@@ -64,7 +73,7 @@ class Catalogue:
     def cards(self) -> dict[str, Any]:
         """The answer of ``/v1/models``."""
         cards = [self._card(name, self._root, None) for name in self._names]
-        cards += [self._card(r.name, r.path, self.base) for r in self.adapters().values()]
+        cards += [self._card(name, str(path), self.base) for name, path in self.adapters().items()]
         return {"object": "list", "data": cards}
 
     def _card(self, id: str, root: str, parent: str | None) -> dict[str, Any]:
@@ -72,22 +81,47 @@ class Catalogue:
         card = {"id": id, "object": "model", "created": self._created, "owned_by": "veneer"}
         return card | {"root": root, "parent": parent, "max_model_len": longest, "permission": []}
 
-    def _looked_at(self) -> dict[str, LoRARequest]:
-        found = sorted(self._folder.iterdir()) if self._folder is not None and self._folder.is_dir() else []
-        whole = [path for path in found if all((path / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE))]
-        there = {path.name: path for path in whole if path.name not in self._names}
-        for name in self._numbers.keys() - there.keys():
-            self._engine.forget(name)
-            del self._numbers[name]
-            for mix in [m for m in self._mixes.values() if any(part.name == name for part, _ in m.parts)]:
-                self._forget_mix(mix.name)
-        for name in there:
-            self._numbers.setdefault(name, max(self._numbers.values(), default=0) + 1)
-        return {name: LoRARequest(name, self._numbers[name], str(path)) for name, path in there.items()}
+    def _looked_at(self) -> dict[str, Path]:
+        """Look at all adapters."""
+        there = {path.name: path for path in self._entries() if path.name not in self._names and _is_adapter(path)}
+        self._forget_others_than(there)
+        return there
 
-    def _mixed(self, weights: Mapping[str, float], adapters: Mapping[str, LoRARequest]) -> LoRARequest:
-        name = f"mix/{json.dumps(dict(sorted(weights.items())), ensure_ascii=False)}"  # no folder has a / in it
-        mix = LoRARequest.mix(name, len(self._mixes) + 1, [(adapters[n], w) for n, w in sorted(weights.items())])
+    def _found(self, name: str) -> LoRARequest | None:
+        """Look at one adapter, and at the names of the others if an entry of the folder came or went."""
+        if self._folder is None or not _is_entry(name) or name in self._names:
+            return None
+        changed = _changed(self._folder)
+        if changed != self._changed:
+            self._changed = changed if time.time_ns() - changed > _SETTLED else -1  # its clock is coarse
+            self._forget_others_than({path.name for path in self._entries()})
+        path = self._folder / name
+        if not _is_adapter(path):
+            self._forget(name)
+            return None
+        if name not in self._asked:
+            self._asked[name] = LoRARequest(name, next(self._count), str(path))
+        return self._asked[name]
+
+    def _entries(self) -> Iterator[Path]:
+        if self._folder is not None and self._folder.is_dir():
+            yield from (self._folder / name for name in sorted(os.listdir(self._folder)))
+
+    def _forget_others_than(self, names: Collection[str]) -> None:
+        for name in [name for name in self._asked if name not in names]:
+            self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        if self._asked.pop(name, None) is None:
+            return
+        self._engine.forget(name)
+        for mix in [m for m in self._mixes.values() if any(part.name == name for part, _ in m.parts)]:
+            self._forget_mix(mix.name)
+
+    def _mixed(self, parts: Sequence[tuple[LoRARequest, float]]) -> LoRARequest:
+        weights = {part.name: weight for part, weight in parts}
+        name = f"mix/{json.dumps(weights, ensure_ascii=False)}"  # no folder has a / in it
+        mix = LoRARequest.mix(name, len(self._mixes) + 1, parts)
         self._mixes.pop(name, None)
         self._mixes[name] = mix
         if len(self._mixes) > _MIXES:
@@ -97,6 +131,23 @@ class Catalogue:
     def _forget_mix(self, name: str) -> None:
         del self._mixes[name]
         self._engine.forget(name)
+
+
+def _is_entry(name: str) -> bool:
+    """True for a name that an entry of a folder can have, and so leads nowhere else."""
+    return name not in ("", ".", "..") and not {"/", "\0"} & set(name)
+
+
+def _is_adapter(path: Path) -> bool:
+    return all(os.path.isfile(path / name) for name in (CONFIG_FILE, WEIGHTS_FILE))  # False for a name that is too long
+
+
+def _changed(folder: Path) -> int:
+    """The time at which an entry of a folder came or went; -1 if it is not there."""
+    try:
+        return folder.stat().st_mtime_ns
+    except OSError:
+        return -1
 
 
 def _those_there(name: str, names: Sequence[str]) -> str:
