@@ -13,6 +13,7 @@ from veneer.cli import loading
 from veneer.errors import CompositionError, ConfigError
 from veneer.plan.presets import require_weights
 
+_TOLD = 10  # adapters that are named when the server starts
 _Adapters = Annotated[
     Path | None,
     typer.Option(metavar="FOLDER", show_default=False, help="Serve each adapter in this folder, by its folder's name."),
@@ -42,6 +43,15 @@ _QuantizeHead = Annotated[
     typer.Option(metavar="NAME", show_default=False, help="int8: keep the head in 8 bits, for half of its bytes."),
 ]
 _Seed = Annotated[int, typer.Option(metavar="N", help="Of requests that bring no seed.")]
+_MaxBodyMib = Annotated[float, typer.Option(metavar="X", help="Largest body of a request, in MiB; beyond it 413.")]
+_MaxChoices = Annotated[int, typer.Option(metavar="N", min=1, help="Prompts × n of one request; beyond it 400.")]
+_MaxInFlight = Annotated[
+    int, typer.Option(metavar="N", min=1, help="Choices of all requests that have not ended; beyond it 429.")
+]
+_TrustTemplates = Annotated[
+    bool,
+    typer.Option("--trust-request-templates", help="Run the chat template of a request, which may never end."),
+]
 
 
 def serve(
@@ -59,6 +69,10 @@ def serve(
     quantize_head: _QuantizeHead = None,
     dtype: loading.Dtype = "auto",
     seed: _Seed = 0,
+    max_body_mib: _MaxBodyMib = 4.0,
+    max_choices: _MaxChoices = 128,
+    max_in_flight: _MaxInFlight = 1024,
+    trust_request_templates: _TrustTemplates = False,
 ) -> None:
     """Answer OpenAI's API for a base and many adapters of every method, all in one batch.
 
@@ -72,9 +86,14 @@ def serve(
     if adapters is not None and not adapters.is_dir():
         raise ConfigError(f"--adapters {adapters} is no folder: make it, adapters may come later")
     from veneer.serve.http.app import make_app
+    from veneer.serve.http.limits import ServerLimits
     from veneer.serve.http.models import Catalogue
     from veneer.serve.start import EngineOptions, start_engine
 
+    limits = ServerLimits(
+        body_bytes=int(max_body_mib * 2**20), choices=max_choices, in_flight=max_in_flight,
+        trust_request_templates=trust_request_templates,
+    )  # fmt: skip
     options = EngineOptions(
         dtype=dtype, quantization="bitsandbytes" if load_in_4bit else None, max_model_len=max_model_len, seed=seed,
         max_loras=max_loras, general_runner=general_runner, quantize_head=quantize_head,
@@ -91,9 +110,11 @@ def serve(
     if not kernel_isa():
         typer.echo("slow: the C++ kernels are not built, plain torch computes everything", err=True)
     catalogue = Catalogue(engine, [served_model_name or model], model, adapters)
-    names = ", ".join(catalogue.adapters()) or "none yet"
-    typer.echo(f"base {catalogue.base}; adapters: {names}; http://{host}:{port}/v1", err=True)
-    run(make_app(engine, catalogue), host, port)
+    names = list(catalogue.adapters())
+    more = f" and {len(names) - _TOLD:,} more" if len(names) > _TOLD else ""
+    told = f"{', '.join(names[:_TOLD]) or 'none yet'}{more}"
+    typer.echo(f"base {catalogue.base}; adapters: {told}; http://{host}:{port}/v1", err=True)
+    run(make_app(engine, catalogue, limits), host, port)
 
 
 def _in_base(model: str, adapters: Path | None) -> Iterator[str]:

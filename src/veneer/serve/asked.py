@@ -10,6 +10,7 @@ from typing import Any
 from veneer.errors import ConfigError
 from veneer.serve.adapter_pool import AdapterVersion
 from veneer.serve.lora_request import LoRARequest
+from veneer.serve.prompts import PromptReader
 from veneer.serve.request import Request, StopRule
 from veneer.serve.sampler import DrawRule
 from veneer.serve.sampling_params import SamplingParams
@@ -23,7 +24,8 @@ class EngineSettings:
 
     ``value_bytes`` is the size of a value of a loaded adapter (None: as it is stored). ``why_general``: the reason for
     which transformers' own code computes everything; "" where it does not. ``base``: the model's folder, if
-    it has one; adapters that were merged into it are refused.
+    it has one; adapters that were merged into it are refused. ``chat_template`` is used for all adapters, in place of
+    their own.
     """
 
     vocabulary: int
@@ -34,6 +36,7 @@ class EngineSettings:
     value_bytes: int | None = None
     why_general: str = ""
     base: Path | None = None
+    chat_template: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +47,7 @@ class Asked:
     prompt: str | None
     prompt_ids: tuple[int, ...]
     params: SamplingParams
+    reader: PromptReader
     lora_request: LoRARequest | None = None
     version: AdapterVersion | None = None
     room: int = 1
@@ -53,7 +57,7 @@ class Rules:
     """The rules of stopping and drawing that parameters come to, for a model and its tokenizer."""
 
     def __init__(self, tokenizer: Any, settings: EngineSettings) -> None:
-        self.tokenizer, self.settings = tokenizer, settings
+        self.settings = settings
         self.forms = Forms(tokenizer, settings.vocabulary, sorted(settings.ending))
 
     def require(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
@@ -79,7 +83,7 @@ class Rules:
         rule = StopRule(
             max_tokens=min(params.max_tokens or asked.room, asked.room),
             min_tokens=params.min_tokens,
-            eos_ids=frozenset() if params.ignore_eos else self.settings.ending,
+            eos_ids=frozenset() if params.ignore_eos else self.settings.ending | asked.reader.ends,
             stop_ids=frozenset(params.stop_token_ids or ()),
         )
         return Request(
@@ -96,16 +100,15 @@ class Rules:
             if params.seed is None
             else (params.seed, -number[1])
         )
-        words = [variant for word in params.bad_words or () for variant in self._word_ids(word)]
+        words = [variant for word in params.bad_words or () for variant in _word_ids(asked.reader.tokenizer, word)]
         form = None if params.structured_outputs is None else self.forms.form(params.structured_outputs)
         return DrawRule(
-            params=params, prompt=asked.prompt_ids, key=key, ending=self.settings.ending | request.rule.stop_ids,
-            bad_words=tuple(words), form=form,
+            params=params, prompt=asked.prompt_ids, key=key,
+            ending=self.settings.ending | asked.reader.ends | request.rule.stop_ids, bad_words=tuple(words), form=form,
         )  # fmt: skip
 
-    def _word_ids(self, word: str) -> list[tuple[int, ...]]:
-        """The ids of a word at the start of a text and behind a space."""
-        found = [
-            tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (word, f" {word.lstrip()}")
-        ]
-        return [ids for ids in dict.fromkeys(found) if ids]
+
+def _word_ids(tokenizer: Any, word: str) -> list[tuple[int, ...]]:
+    """The ids of a word at the start of a text and behind a space."""
+    found = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (word, f" {word.lstrip()}")]
+    return [ids for ids in dict.fromkeys(found) if ids]

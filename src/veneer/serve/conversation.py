@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerBase
 
 from veneer.errors import ConfigError
 
 Conversation = Sequence[Mapping[str, Any]]
 
 
-def chat_prompt(tokenizer: Any, messages: Conversation, how: Mapping[str, Any]) -> dict[str, Any]:
-    """The prompt (text and ids) that a chat template makes of messages; ``how`` are the arguments of
-    `apply_chat_template`.
+TEMPLATE_ARGUMENTS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
+"""What `apply_chat_template` reads itself; all else goes to the template."""
+
+
+def chat_text(tokenizer: Any, messages: Conversation, how: Mapping[str, Any]) -> str:
+    """The text that a chat template makes of messages; ``how`` are the arguments of `apply_chat_template`.
 
     Raises ConfigError where there is no template, it refuses the messages, or a content is no text.
     """
@@ -26,10 +31,9 @@ def chat_prompt(tokenizer: Any, messages: Conversation, how: Mapping[str, Any]) 
     if how.get("add_generation_prompt") and how.get("continue_final_message"):
         raise ConfigError("add_generation_prompt and continue_final_message exclude each other: set one to False")
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, **how)
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, **how))
     except (TemplateError, ValueError, TypeError) as error:
         raise ConfigError(f"the chat template refuses the messages: {error}") from error
-    return {"prompt": text, "prompt_token_ids": tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]}
 
 
 def _turn(number: int, message: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from veneer.serve.loader import Finished, Loader
 from veneer.serve.lora_request import LoRARequest
 from veneer.serve.outputs import RequestOutput, TokenLogprobs
 from veneer.serve.plan import Plan, Sampled
+from veneer.serve.prompts import PromptReader
+from veneer.serve.readers import Readers
 from veneer.serve.request import Request, Status
 from veneer.serve.runner import Runner
 from veneer.serve.sampling_params import RequestOutputKind, SamplingParams
@@ -61,6 +63,7 @@ class Engine:
     def __init__(self, runner: Runner, scheduler: Scheduler, tokenizer: Any, settings: EngineSettings) -> None:
         self.runner, self.scheduler, self.pool = runner, scheduler, scheduler.pool
         self.tokenizer, self.settings = tokenizer, settings
+        self.readers = Readers(PromptReader(tokenizer, scheduler.limits.max_model_len), settings.chat_template)
         self.versions = Versions(settings.max_lora_rank, settings.value_bytes, settings.base)
         self._rules = Rules(tokenizer, settings)
         self._inbox: Inbox[_Message] = Inbox()
@@ -105,8 +108,8 @@ class Engine:
         self._rules.require(prompt_ids, params)
         return Asked(
             id=str(next(self._numbers)),
-            prompt=prompt, prompt_ids=tuple(prompt_ids), params=params, lora_request=lora_request, version=version,
-            room=room,
+            prompt=prompt, prompt_ids=tuple(prompt_ids), params=params, reader=self.readers.of(lora_request),
+            lora_request=lora_request, version=version, room=room,
         )  # fmt: skip
 
     def submit(self, asked: Asked) -> None:
@@ -218,7 +221,7 @@ class Engine:
         number = next(self._keys)
         for index in range(asked.params.n):
             request = self._rules.request(asked, index)
-            answer = Answer(request, index, asked.params, self.tokenizer)
+            answer = Answer(request, index, asked.params, asked.reader.tokenizer)
             group.answers.append(answer)
             self._answers[request.id] = (group, answer)
             self.runner.begin(request.id, self._rules.draw_rule(asked, request, (number, index)))
@@ -316,7 +319,7 @@ class Engine:
             scored = sampled.prompt_logprobs.get(request.id)
             if scored is not None:
                 group.prompt_logprobs = group.prompt_logprobs or [None]
-                group.prompt_logprobs += [decoded(each, self.tokenizer) for each in scored]
+                group.prompt_logprobs += [decoded(each, group.asked.reader.tokenizer) for each in scored]
             drawn = sampled.drawn.get(request.id)
             if drawn is not None:
                 self.runner.take(request.id, drawn.token)

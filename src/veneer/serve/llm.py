@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from tqdm.auto import tqdm
@@ -11,13 +11,15 @@ from transformers import PreTrainedModel
 
 from veneer.errors import ConfigError, VeneerError
 from veneer.serve.asked import Asked
-from veneer.serve.conversation import Conversation, chat_prompt
+from veneer.serve.conversation import Conversation
 from veneer.serve.engine import Engine
 from veneer.serve.lora_request import LoRARequest
 from veneer.serve.outputs import RequestOutput
-from veneer.serve.prompts import Prompt, read_prompt
+from veneer.serve.prompts import Prompt, PromptReader
 from veneer.serve.sampling_params import RequestOutputKind, SamplingParams
 from veneer.serve.start import EngineOptions, start_engine
+
+_Read = Callable[[PromptReader, Any], tuple[str | None, list[int]]]
 
 
 class LLM:
@@ -64,7 +66,8 @@ class LLM:
         tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """The next turns of conversations, under the model's chat template or the one given. Raises as `generate`.
+        """The next turns of conversations, under the chat template given, or the one saved with the adapter, or the
+        model's. Raises as `generate`.
 
         Contents in several parts come to the template as one text, whatever it would make of parts.
         """
@@ -75,8 +78,9 @@ class LLM:
             "chat_template": chat_template, "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message, "tools": tools, **(chat_template_kwargs or {}),
         }  # fmt: skip
-        prompts = [chat_prompt(self.get_tokenizer(), each, how) for each in (messages if many else [messages])]  # type: ignore[arg-type]
-        return self._complete(self._asked(prompts, sampling_params, lora_request), use_tqdm)
+        conversations: Sequence[Any] = messages if many else [messages]
+        asked = self._asked(conversations, sampling_params, lora_request, lambda reader, each: reader.chat(each, how))
+        return self._complete(asked, use_tqdm)
 
     def enqueue(
         self,
@@ -106,26 +110,28 @@ class LLM:
         stored = self.engine.settings.generation_defaults if self.options.generation_config == "auto" else {}
         return SamplingParams(**stored)
 
-    def _asked(self, prompts: Sequence[Prompt], params: Any, adapters: Any) -> list[Asked]:
+    def _asked(
+        self, prompts: Sequence[Any], params: Any, adapters: Any, read: _Read = PromptReader.read
+    ) -> list[Asked]:
         each_params = _for_each(params or self.get_default_sampling_params(), len(prompts), "sampling_params")
         each_adapter = _for_each(adapters, len(prompts), "lora_request")
         found = []
         for number, given in enumerate(zip(prompts, each_params, each_adapter, strict=True)):
             try:
-                found.append(self._one(*given))
+                found.append(self._one(*given, read))
             except VeneerError as error:
                 where = f"prompt {number}: " if len(prompts) > 1 else ""
                 raise type(error)(f"{where}{error}") from error
         return found
 
-    def _one(self, prompt: Prompt, params: SamplingParams, adapter: LoRARequest | None) -> Asked:
+    def _one(self, prompt: Any, params: SamplingParams, adapter: LoRARequest | None, read: _Read) -> Asked:
         if not isinstance(params, SamplingParams):
             raise ConfigError(f"sampling_params={params!r} must be a SamplingParams")
         if adapter is not None and not isinstance(adapter, LoRARequest):
             raise ConfigError(f"lora_request={adapter!r} must be a LoRARequest(name, number, folder), or None")
         if adapter is not None and not self.options.enable_lora:
             raise ConfigError(f"adapter {adapter.name!r} is asked for and enable_lora is False: leave it out of LLM(…)")
-        text, ids = read_prompt(self.get_tokenizer(), prompt)
+        text, ids = read(self.engine.readers.of(adapter), prompt)
         asked = self.engine.asked(text, ids, params, adapter)
         asked.params.output_kind = RequestOutputKind.FINAL_ONLY
         return asked

@@ -1,27 +1,68 @@
-"""Prompts in the forms in which they are given."""
+"""Prompts in the forms in which they are given, and their ids."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from veneer.errors import ConfigError
+from veneer.serve.conversation import Conversation, chat_text
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 
 
-def read_prompt(tokenizer: Any, prompt: Prompt) -> tuple[str | None, list[int]]:
-    """A prompt's text, where it has one, and its ids. Raises ConfigError for what is no prompt."""
-    if isinstance(prompt, Mapping):
-        known = {"prompt", "prompt_token_ids"}
-        if not prompt or set(prompt) - known:
-            raise ConfigError(f"a prompt that is a mapping has {sorted(known)}, not {sorted(prompt)}")
-        if "prompt_token_ids" in prompt:
-            return prompt.get("prompt"), read_prompt(tokenizer, prompt["prompt_token_ids"])[1]
-        return read_prompt(tokenizer, prompt["prompt"])
-    if isinstance(prompt, str):
-        ids = tokenizer(prompt, verbose=False)["input_ids"]  # no warning: `Engine.asked` refuses what is too long
-        return prompt, list(ids)
-    if isinstance(prompt, Sequence) and all(isinstance(i, int) for i in prompt):
-        return None, [int(id) for id in prompt]
-    raise ConfigError(f"{prompt!r} is no prompt: give text, a list of token ids, or a mapping with one of them")
+class PromptReader:
+    """Reads prompts with a tokenizer. ``most`` is the number of tokens that a prompt may have.
+
+    ``templates`` are the chat templates to use in place of the tokenizer's, of which there is to be one. ``ends`` are
+    tokens that end an answer, beside the model's. A text that is too long whatever its tokens are is refused before it
+    is tokenized, which takes seconds for megabytes.
+    """
+
+    def __init__(
+        self, tokenizer: Any, most: int, templates: Sequence[str] = (), ends: Collection[int] = frozenset()
+    ) -> None:
+        self.tokenizer, self.most = tokenizer, most
+        self.templates, self.ends = tuple(templates), frozenset(ends)
+
+    def read(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """A prompt's text, if it has one, and its ids. Raises ConfigError for what is no prompt, or too long."""
+        if isinstance(prompt, Mapping):
+            known = {"prompt", "prompt_token_ids"}
+            if not prompt or set(prompt) - known:
+                raise ConfigError(f"a prompt that is a mapping has {sorted(known)}, not {sorted(prompt)}")
+            if "prompt_token_ids" in prompt:
+                return prompt.get("prompt"), self.read(prompt["prompt_token_ids"])[1]
+            return self.read(prompt["prompt"])
+        if isinstance(prompt, str):
+            return prompt, self._ids(prompt)
+        if isinstance(prompt, Sequence) and all(isinstance(i, int) for i in prompt):
+            return None, [int(id) for id in prompt]
+        raise ConfigError(f"{prompt!r} is no prompt: give text, a list of token ids, or a mapping with one of them")
+
+    def chat(self, messages: Conversation, how: Mapping[str, Any]) -> tuple[str, list[int]]:
+        """The prompt (text and ids) that the chat template makes of messages. Raises as `chat_text`, and as `read`."""
+        template = how.get("chat_template")
+        if template is None and self.templates:
+            if len(self.templates) > 1:
+                raise ConfigError(
+                    "the adapters of this mix were trained with other chat templates than one another: give "
+                    "chat_template, or a prompt that is plain text"
+                )
+            template = self.templates[0]
+        text = chat_text(self.tokenizer, messages, {**how, "chat_template": template})
+        return text, self._ids(text, add_special_tokens=False)
+
+    def _ids(self, text: str, **how: Any) -> list[int]:
+        if len(text) > self.most and len(text) > self.most * self._longest:
+            raise ConfigError(
+                f"this model's maximum context length is {self.most} tokens of at most {self._longest} characters, and "
+                f"the prompt has {len(text)} characters: shorten it"
+            )
+        return list(self.tokenizer(text, verbose=False, **how)["input_ids"])  # `Engine.asked` refuses what is too long
+
+    @cached_property
+    def _longest(self) -> int:
+        """Characters of the longest token."""
+        return max(map(len, self.tokenizer.get_vocab()))

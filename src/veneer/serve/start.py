@@ -188,6 +188,7 @@ def start_engine(
         value_bytes=None if interpreter is None else loaded.dtype.itemsize,
         why_general=why_not,
         base=_folder_of(loaded),
+        chat_template=options.chat_template,
     )
     return Engine(runner, scheduler, tokenizer, settings)
 

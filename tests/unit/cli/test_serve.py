@@ -75,6 +75,13 @@ def test_a_port_that_is_taken_is_told_before_a_model_is_looked_at() -> None:
     )
 
 
+def test_limits_that_do_not_go_together_are_told_before_a_model_is_looked_at() -> None:
+    command = ["serve", "no-such-model", "--port", str(free_port()), "--max-in-flight", "5", "--max-choices", "7"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2
+    assert "in_flight=5 is below choices=7" in result.stderr
+
+
 def test_an_address_that_is_not_this_machines_is_told() -> None:
     with pytest.raises(ConfigError, match=r"--host 192\.0\.2\.1 --port 0: nothing can listen there"):
         server.require_free("192.0.2.1", 0)

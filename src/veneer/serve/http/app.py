@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -15,21 +15,28 @@ from starlette.exceptions import HTTPException
 from veneer.errors import ConfigError, VeneerError
 from veneer.serve.asked import Asked
 from veneer.serve.async_engine import AsyncEngine
-from veneer.serve.conversation import chat_prompt
 from veneer.serve.engine import Engine
 from veneer.serve.http import chat, completions
 from veneer.serve.http.answers import Answering, Shape, stream_of, whole_answer
-from veneer.serve.http.errors import on_invalid_body, on_unknown_route, on_veneer_error
+from veneer.serve.http.errors import (
+    RefusedError,
+    TooManyRequestsError,
+    on_invalid_body,
+    on_unknown_route,
+    on_veneer_error,
+)
+from veneer.serve.http.limits import BodyLimit, ServerLimits
 from veneer.serve.http.models import Catalogue
 from veneer.serve.http.protocol import Body, ChatBody, CompletionBody, StreamOptions
 from veneer.serve.lora_request import LoRARequest
-from veneer.serve.prompts import read_prompt
 
 
-def make_app(engine: Engine, catalogue: Catalogue) -> FastAPI:
+def make_app(engine: Engine, catalogue: Catalogue, limits: ServerLimits | None = None) -> FastAPI:
     """OpenAI's completions, chat completions and models over an engine, which it steps on a thread of its own."""
-    api = Api(engine, catalogue)
+    limits = limits or ServerLimits()
+    api = Api(engine, catalogue, limits)
     app = FastAPI(title="veneer", lifespan=api.lifespan)
+    app.add_middleware(BodyLimit, most=limits.body_bytes)
     app.state.engine = api.running
     app.add_exception_handler(VeneerError, on_veneer_error)
     app.add_exception_handler(RequestValidationError, on_invalid_body)
@@ -44,8 +51,9 @@ def make_app(engine: Engine, catalogue: Catalogue) -> FastAPI:
 class Api:
     """The endpoints, each a method whose docstring is its description in the application's own documentation."""
 
-    def __init__(self, engine: Engine, catalogue: Catalogue) -> None:
-        self.engine, self.catalogue, self.running = engine, catalogue, AsyncEngine(engine)
+    def __init__(self, engine: Engine, catalogue: Catalogue, limits: ServerLimits) -> None:
+        self.engine, self.catalogue, self.limits, self.running = engine, catalogue, limits, AsyncEngine(engine)
+        self._n_read = 0  # choices whose prompts are being read
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
@@ -56,14 +64,17 @@ class Api:
 
     async def complete(self, request: Request, body: CompletionBody) -> Response:
         """Text behind prompts."""
-        params = body.to_params(self.engine.settings.generation_defaults)
-        return await self._answer(request, body, body.prompts(), params, completions.shape(body.echo))
+        return await self._answer(request, body, completions.shape(body.echo))
 
     async def converse(self, request: Request, body: ChatBody) -> Response:
         """The next turn of a conversation."""
-        params = body.to_params(self.engine.settings.generation_defaults)
-        prompt = chat_prompt(self.engine.tokenizer, body.messages, body.template())
-        return await self._answer(request, body, [prompt], params, chat.SHAPE)
+        if body.chat_template is not None and not self.limits.trust_request_templates:
+            raise RefusedError(
+                "chat_template is refused: it is a program, and this server runs none of its clients'. Leave it out, "
+                "or start the server with --trust-request-templates",
+                "chat_template",
+            )
+        return await self._answer(request, body, chat.SHAPE)
 
     async def models(self) -> dict[str, Any]:
         """The base and the adapters."""
@@ -73,19 +84,42 @@ class Api:
         """200 while the engine runs, 500 once it has broken down."""
         return Response(status_code=200 if self.running.failure is None else 500)
 
-    async def _answer(
-        self, request: Request, body: Body, prompts: Sequence[Any], params: Any, shape: Shape
-    ) -> Response:
-        asked = await asyncio.to_thread(self._ask, body, prompts, params)
+    async def _answer(self, request: Request, body: CompletionBody | ChatBody, shape: Shape) -> Response:
+        with self._admitted(body.n_choices):
+            # On another thread: a template, a tokenizer, a grammar and files take their time, and everybody waits here.
+            asked = await asyncio.to_thread(self._ask, body)
         answering = Answering(asked, body.model or self.catalogue.base, shape)
         if body.stream:
             return stream_of(self.running, answering, body.stream_options or StreamOptions())
         return await whole_answer(self.running, request, answering)
 
-    def _ask(self, body: Body, prompts: Sequence[Any], params: Any) -> list[Asked]:
+    @contextmanager
+    def _admitted(self, n: int) -> Iterator[None]:
+        """A block in which ``n`` choices count as in flight. Raises RefusedError if they are too many."""
+        most, taken = self.limits, self._n_read + self.running.n_answers
+        if n > most.choices:
+            raise RefusedError(
+                f"{n} choices (prompts × n) are asked for, and this server takes {most.choices} in a request: ask for "
+                "fewer at once, or raise its --max-choices",
+                "n",
+            )
+        if taken + n > most.in_flight:
+            raise TooManyRequestsError(
+                f"{taken} choices wait or are being answered, and this server takes {most.in_flight} "
+                "(--max-in-flight): ask again later"
+            )
+        self._n_read += n
+        try:
+            yield
+        finally:
+            self._n_read -= n
+
+    def _ask(self, body: CompletionBody | ChatBody) -> list[Asked]:
+        params = body.to_params(self.engine.settings.generation_defaults)
         adapter = self._adapter(body)
-        read = [read_prompt(self.engine.tokenizer, prompt) for prompt in prompts]
-        return [self.engine.asked(text, ids, params, adapter) for text, ids in read]
+        return [
+            self.engine.asked(text, ids, params, adapter) for text, ids in body.read(self.engine.readers.of(adapter))
+        ]
 
     def _adapter(self, body: Body) -> LoRARequest | None:
         named = self.catalogue.find(body.model)

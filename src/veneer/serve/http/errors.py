@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from typing import Any, ClassVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -13,23 +13,49 @@ from starlette.exceptions import HTTPException
 
 from veneer.errors import ConfigError, ServingError, VeneerError
 
-_TYPES = {400: "BadRequestError", 404: "NotFoundError", 405: "MethodNotAllowedError", 500: "InternalServerError"}
+_TYPES = {
+    400: "BadRequestError", 404: "NotFoundError", 405: "MethodNotAllowedError", 413: "ContentTooLargeError",
+    429: "RateLimitError", 500: "InternalServerError",
+}  # fmt: skip
 _NO_JSON = "json_invalid"
+_TOLD = 10  # problems of one body in a message
+_RETRY_SECONDS = 1
 
 
-class ModelNotFoundError(ConfigError):
-    """A request names, in the field ``param``, a model that is not there."""
+class RefusedError(ConfigError):
+    """A request is refused, with a status, for the sake of its field ``param``."""
 
-    def __init__(self, message: str, param: str = "model") -> None:
+    status: ClassVar[int] = 400
+
+    def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
 
 
+class ModelNotFoundError(RefusedError):
+    """A request names a model that is not there."""
+
+    status = 404
+
+    def __init__(self, message: str, param: str = "model") -> None:
+        super().__init__(message, param)
+
+
+class BodyTooLargeError(RefusedError):
+    """A body has more bytes than the server takes."""
+
+    status = 413
+
+
+class TooManyRequestsError(RefusedError):
+    """The server has as much to answer as it takes: the client is to ask again later."""
+
+    status = 429
+
+
 def error_body(error: VeneerError, param: str | None = None) -> dict[str, Any]:
     """An error as OpenAI's clients read it."""
-    status = status_of(error)
-    param = error.param if isinstance(error, ModelNotFoundError) else param
-    return _body(str(error), status, param)
+    return _body(str(error), status_of(error), error.param if isinstance(error, RefusedError) else param)
 
 
 def _body(message: str, status: int, param: str | None = None) -> dict[str, Any]:
@@ -37,16 +63,17 @@ def _body(message: str, status: int, param: str | None = None) -> dict[str, Any]
 
 
 def status_of(error: VeneerError) -> int:
-    """The status of an error: 404 for a model that is not there, 500 for the server's own, else 400."""
-    if isinstance(error, ModelNotFoundError):
-        return 404
+    """The status of an error: its own if the request is refused, 500 for the server's own, else 400."""
+    if isinstance(error, RefusedError):
+        return error.status
     return 500 if isinstance(error, ServingError) else 400
 
 
 async def on_veneer_error(request: Request, error: Exception) -> JSONResponse:
     """The answer to a request that cannot be served."""
     found = error if isinstance(error, VeneerError) else ServingError(repr(error))
-    return JSONResponse(error_body(found), status_of(found))
+    wait = {"Retry-After": str(_RETRY_SECONDS)} if isinstance(found, TooManyRequestsError) else None
+    return JSONResponse(error_body(found), status_of(found), wait)
 
 
 async def on_unknown_route(request: Request, error: Exception) -> JSONResponse:
@@ -68,7 +95,8 @@ async def on_invalid_body(request: Request, error: Exception) -> JSONResponse:
     """The answer to a body that is not as the route wants it: everything that is wrong, and the first field."""
     problems = error.errors() if isinstance(error, RequestValidationError) else []
     unread = any(not _place(problem) and problem["type"] != _NO_JSON for problem in problems)
-    said = (_said_of_header(request) if unread else "") or "; ".join(_said(problem) for problem in problems)
+    more = f"; and {len(problems) - _TOLD:,} more" if len(problems) > _TOLD else ""
+    said = (_said_of_header(request) if unread else "") or "; ".join(map(_said, problems[:_TOLD])) + more
     first = next((_place(problem) or None for problem in problems), None)
     return JSONResponse(error_body(ConfigError(said), first), 400)
 

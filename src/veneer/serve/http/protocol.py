@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError, ValidationError
 
 from veneer.errors import ConfigError
+from veneer.serve.conversation import TEMPLATE_ARGUMENTS
+from veneer.serve.prompts import PromptReader
 from veneer.serve.sampling_params import MAX_LOGPROBS, RequestOutputKind, SamplingParams, StructuredOutputsParams
 
 # What SamplingParams has under the same name.
@@ -17,6 +19,18 @@ _SAME = (
     *("seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens", "skip_special_tokens", "prompt_logprobs"),
     *("include_stop_str_in_output", "logit_bias", "allowed_token_ids", "bad_words"),
 )
+_MOST_NAMES = 1024  # entries of a mapping whose values are checked one by one
+_MOST_UNKNOWN = 10  # fields that are told
+T = TypeVar("T")
+
+
+class _First(FailFast):
+    """Ends at the first wrong entry of a list, so that a body of a million of them has one error."""
+
+    __hash__ = object.__hash__  # which a union asks for
+
+
+Several = Annotated[list[T], _First()]
 
 
 class Strict(BaseModel):
@@ -30,7 +44,7 @@ class Strict(BaseModel):
         unknown = [name for name in given if name not in cls.model_fields] if isinstance(given, Mapping) else []
         if unknown:
             raise ValidationError.from_exception_data(
-                cls.__name__, [_extra(name, list(cls.model_fields)) for name in unknown]
+                cls.__name__, [_extra(name, list(cls.model_fields)) for name in unknown[:_MOST_UNKNOWN]]
             )
         return given
 
@@ -63,17 +77,17 @@ class Body(Strict):
     frequency_penalty: float = 0.0
     repetition_penalty: float | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | Several[str] | None = None
+    stop_token_ids: Several[int] | None = None
     ignore_eos: bool = False
     min_tokens: int = 0
     max_tokens: int | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     logit_bias: dict[int, float] | None = None
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
-    prompt_logprobs: int | None = None
+    allowed_token_ids: Several[int] | None = None
+    bad_words: Several[str] | None = None
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
     stream: bool = False
@@ -82,6 +96,18 @@ class Body(Strict):
     metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
+
+    @field_validator("adapter", "logit_bias", mode="before")
+    @classmethod
+    def _few(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and len(given) > _MOST_NAMES:
+            raise PydanticCustomError("too_long", f"{len(given)} entries are too many, at most {_MOST_NAMES} are taken")
+        return given
+
+    @property
+    def n_choices(self) -> int:
+        """The answers that are asked for."""
+        return max(self.n, 1)
 
     def params(self, defaults: Mapping[str, Any], max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         """The sampling parameters of the body; what it leaves out is the model's default. Raises ConfigError."""
@@ -112,13 +138,21 @@ class Body(Strict):
 class CompletionBody(Body):
     """The body of ``/v1/completions``. ``logprobs`` is how many are listed beside the chosen one's."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Several[str] | Several[int] | Several[Several[int]]
     max_tokens: int | None = 16
-    logprobs: int | None = None
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool = False
 
-    def prompts(self) -> list[Any]:
-        """The prompts, one or many."""
+    @property
+    def n_choices(self) -> int:
+        """The answers that are asked for, to all prompts."""
+        return len(self._prompts()) * super().n_choices
+
+    def read(self, reader: PromptReader) -> list[tuple[str | None, list[int]]]:
+        """The prompts, each as text and ids. Raises ConfigError."""
+        return [reader.read(prompt) for prompt in self._prompts()]
+
+    def _prompts(self) -> list[Any]:
         one = isinstance(self.prompt, str) or (bool(self.prompt) and isinstance(self.prompt[0], int))
         return [self.prompt] if one else list(self.prompt)
 
@@ -134,11 +168,11 @@ class ChatBody(Body):
     refused unless ``tool_choice`` is "none".
     """
 
-    messages: list[dict[str, Any]]
+    messages: Several[dict[str, Any]]
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Several[dict[str, Any]] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -160,11 +194,20 @@ class ChatBody(Body):
         longest = self.max_tokens if given is None else given
         return self.params(defaults, longest, (self.top_logprobs or 0) if self.logprobs else None)
 
-    def template(self) -> dict[str, Any]:
+    def read(self, reader: PromptReader) -> list[tuple[str | None, list[int]]]:
+        """The conversation as one prompt. Raises ConfigError."""
+        return [reader.chat(self.messages, self._template())]
+
+    def _template(self) -> dict[str, Any]:
         """The arguments of the chat template."""
-        return {
-            "chat_template": self.chat_template,
-            "add_generation_prompt": self.add_generation_prompt,
-            "continue_final_message": self.continue_final_message,
-            **(self.chat_template_kwargs or {}),
-        }
+        more = self.chat_template_kwargs or {}
+        taken = sorted(TEMPLATE_ARGUMENTS & more.keys())
+        if taken:
+            raise ConfigError(
+                f"chat_template_kwargs holds {', '.join(taken)}: only what the chat template itself reads goes there"
+            )
+        own = {} if self.chat_template is None else {"chat_template": self.chat_template}
+        shown = {
+            "add_generation_prompt": self.add_generation_prompt, "continue_final_message": self.continue_final_message
+        }  # fmt: skip
+        return {**own, **shown, **more}

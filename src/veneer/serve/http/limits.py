@@ -1,0 +1,85 @@
+"""The most that a client may ask of a server, and the refusal of a body that is too large."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from veneer.errors import ConfigError
+from veneer.serve.http.errors import BodyTooLargeError, error_body
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerLimits:
+    """Limits of requests. Raises ConfigError for one that is below 1, and where ``in_flight`` is below ``choices``.
+
+    ``body_bytes``: the size of a body. ``choices``: the prompts of a request times its ``n``. ``in_flight``: the
+    choices of all requests that have not ended. ``trust_request_templates``: a body may bring a chat template, a
+    program that runs here.
+    """
+
+    body_bytes: int = 4 * 2**20
+    choices: int = 128
+    in_flight: int = 1024
+    trust_request_templates: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("body_bytes", "choices", "in_flight"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.in_flight < self.choices:
+            raise ConfigError(
+                f"in_flight={self.in_flight} is below choices={self.choices}, so that some requests could never run: "
+                "raise the first or lower the second"
+            )
+
+
+class BodyLimit:
+    """An application in front of which bodies of more than ``most`` bytes are refused; none is held beyond that."""
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self._app, self._most = app, most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        read: deque[Message] = deque()
+        n_bytes = await _read(receive, read, self._most)
+        if n_bytes <= self._most:
+            await self._app(scope, _again(read, receive), send)
+            return
+        error = BodyTooLargeError(
+            f"the body has {n_bytes} bytes and this server takes {self._most}: send less at once, or raise its "
+            "--max-body-mib"
+        )
+        await JSONResponse(error_body(error), error.status)(scope, receive, send)
+
+
+async def _read(receive: Receive, read: deque[Message], most: int) -> int:
+    """Read a body to its end, so that the client gets to read the answer; its bytes, of which at most ``most`` are kept
+    in ``read``.
+    """
+    n_bytes, more = 0, True
+    while more:
+        message = await receive()
+        n_bytes += len(message.get("body", b""))
+        more = message["type"] == "http.request" and message.get("more_body", False)
+        if n_bytes > most:
+            read.clear()
+        else:
+            read.append(message)
+    return n_bytes
+
+
+def _again(read: deque[Message], receive: Receive) -> Receive:
+    """The messages that were read, and then those that come."""
+
+    async def next_message() -> Message:
+        return read.popleft() if read else await receive()
+
+    return next_message

@@ -1,0 +1,121 @@
+"""The reader of prompts of each adapter: training saves a tokenizer and a chat template beside its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from veneer.contract.source import adapter_folder
+from veneer.errors import ConfigError, FormatError
+from veneer.serve.lora_request import LoRARequest
+from veneer.serve.prompts import PromptReader
+
+_FILES = ("tokenizer_config.json", "tokenizer.json", "chat_template.jinja")  # the first two are needed
+_KEPT = 64  # readers; adapters of equal files share one
+_Stamps = tuple[tuple[int, ...] | None, ...]
+
+
+class Readers:
+    """Finds the reader of a request. Files are read again if they have changed. Any thread may ask.
+
+    An adapter's own tokenizer is used if it has more tokens than the base's. Otherwise its chat template and its end
+    token are used with the base's. A ``template`` is used for all of them, in place of their own.
+    """
+
+    def __init__(self, base: PromptReader, template: str | None = None) -> None:
+        self.base, self._template = base, template
+        self._fetched: dict[str, Path] = {}  # from the hub
+        self._digests: dict[Path, tuple[_Stamps, str]] = {}
+        self._readers: dict[str, PromptReader] = {}  # the one that was asked for last at the end
+        self._lock = threading.Lock()
+
+    def of(self, request: LoRARequest | None) -> PromptReader:
+        """The reader of an adapter, or of a mix. Raises FormatError for files that cannot be read.
+
+        Raises ConfigError for a mix of adapters that have other tokens than one another.
+        """
+        if request is None:
+            return self.base
+        if request.parts:
+            return _joined(request, [self.of(part) for part, _ in request.parts])
+        folder = self._folder(request.lora_path)
+        stamps = tuple(_stamp(folder / name) for name in _FILES)
+        if None in stamps[:2]:
+            return self.base
+        with self._lock:
+            known = self._digests.get(folder)
+            digest = known[1] if known is not None and known[0] == stamps else _digest(folder)
+            self._digests[folder] = (stamps, digest)
+            reader = self._readers.pop(digest, None) or self._read(folder)
+            self._readers[digest] = reader
+            if len(self._readers) > _KEPT:
+                del self._readers[next(iter(self._readers))]
+            return reader
+
+    def _folder(self, path: str) -> Path:
+        if Path(path).is_dir():
+            return Path(path)
+        if path not in self._fetched:
+            self._fetched[path] = adapter_folder(path)
+        return self._fetched[path]
+
+    def _read(self, folder: Path) -> PromptReader:
+        own = _tokenizer(folder)
+        template = self._template or _template_of(own)
+        ends = set() if own.eos_token_id is None else {int(own.eos_token_id)}
+        base = self.base.tokenizer
+        return PromptReader(
+            own if len(own) > len(base) else base, self.base.most, () if template is None else (template,), ends
+        )
+
+
+def _joined(mix: LoRARequest, readers: Sequence[PromptReader]) -> PromptReader:
+    """The reader of a mix."""
+    tokenizer = max((reader.tokenizer for reader in readers), key=len)
+    others = [reader for reader in readers if reader.tokenizer.get_added_vocab() != tokenizer.get_added_vocab()]
+    if others:
+        raise ConfigError(
+            f"the adapters of {mix.lora_name!r} were trained with other tokens than one another: ask for one at a time"
+        )
+    templates = [reader.templates or (_template_of(reader.tokenizer),) for reader in readers]
+    own = dict.fromkeys(template for each in templates for template in each if template is not None)
+    ends = frozenset[int]().union(*(reader.ends for reader in readers))
+    return PromptReader(tokenizer, readers[0].most, tuple(own), ends)
+
+
+def _template_of(tokenizer: Any) -> str | None:
+    """The chat template of a tokenizer; of several the default."""
+    own = tokenizer.chat_template
+    return own.get("default") if isinstance(own, dict) else own
+
+
+def _tokenizer(folder: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise FormatError(
+            f"the tokenizer in the adapter's folder {folder} cannot be read: {reason}. Save it again, or remove "
+            f"{', '.join(_FILES)} there to use the base's"
+        ) from error
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    try:
+        told = path.stat()
+    except OSError:
+        return None
+    return (told.st_dev, told.st_ino, told.st_mtime_ns, told.st_size)
+
+
+def _digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for name in _FILES:
+        path = folder / name
+        digest.update(hashlib.sha256(path.read_bytes() if path.is_file() else b"").digest())
+    return digest.hexdigest()
