@@ -210,7 +210,7 @@ def test_a_model_without_storage_tells_the_places(config: MethodConfig) -> None:
     models = (without_storage(BASES["llama"], ()), make_base("llama"))
     meta, real = ({path: placed.keys for path, placed in placed_on(model, config).items()} for model in models)
     assert meta == real
-    assert all(placed.sites[0].weight is None for placed in placed_on(models[0], config).values())
+    assert all(placed.site.weight is None for placed in placed_on(models[0], config).values())
 
 
 @pytest.mark.parametrize(("change", "message"), [("drop", "lacks "), ("cut", "does not fit adapter_config.json")])

@@ -14,18 +14,18 @@ from veneer.adapters import lifecycle
 from veneer.adapters.card import write_card
 from veneer.adapters.merging import require_known
 from veneer.combine import SPARSE, Combination, combine
-from veneer.combine.adapter import config_of
+from veneer.combine.adapter import raised
 from veneer.combine.choose import rank_needed
 from veneer.combine.scales import only_scales
 from veneer.combine.update import Update
-from veneer.contract.places import placed_linear
+from veneer.contract.places import placed
 from veneer.core.field_types import fits, misfits
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.errors import CompositionError
-from veneer.model.adapted import Adapted, tensors_of
 from veneer.model.allocation import Allocation
 from veneer.model.attach import adapted_layers, adapted_places, module_index
+from veneer.model.holder import tensors_of
 from veneer.model.linear import AdaptedSite
 from veneer.model.snapshot import shortest_names
 from veneer.model.state import AdapterState
@@ -121,13 +121,13 @@ def add_weighted(
 
 def _add_of_records(model: nn.Module, state: AdapterState, name: str, records: Mapping[str, LinearDelta]) -> None:
     """Add a frozen adapter that has these records, by module path."""
-    config = config_of(records, shortest_names(module_index(model), tuple(records)))
-    lifecycle.add(model, state, name, config, Allocation(values=False))
+    sum_of = raised(records, shortest_names(module_index(model), tuple(records)))
+    lifecycle.add(model, state, name, sum_of.config, Allocation(values=False))
     lifecycle.make_trainable(model, state, (name,), False)
     for path, record in records.items():
         layer = cast(AdaptedSite, model.get_submodule(path))
         held = tensors_of(layer.adapters[name])
-        for key, value in config.raised(layer.site((name,)), record).items():
+        for key, value in sum_of.parameters(layer.site((name,)), record).items():
             held[key].copy_(value.view_as(held[key]))
 
 
@@ -176,25 +176,20 @@ def _require_layers_alone(model: nn.Module, state: AdapterState, names: Sequence
     """Raise CompositionError where a part holds something that a sum over layers would leave out."""
     held = []
     for path, place in adapted_places(model).items():
-        if not isinstance(place, Adapted):
+        if not place.folds:
             beside = [name for name in names if name in place.adapters]
             if beside:
                 raise CompositionError(
                     f"adapter {beside[0]!r} ({state.configs[beside[0]].peft_type}) is no update of linear layers, so "
                     "it has no sum with others in an adapter: combine the others, and keep this one beside them"
                 )
-        elif any(_is_no_update(place, name) for name in names):
+        elif any(place.holds(name) and not place.is_update(name) for name in names):
             held.append(path)
     if held:
         raise CompositionError(
             f"the adapters {list(names)} train whole parameters (modules_to_save, biases), rows, or experts "
             f"of {', '.join(sorted(held)[:3])}: those have no sum in an adapter; combine merged checkpoints instead"
         )
-
-
-def _is_no_update(module: Adapted, name: str) -> bool:
-    """Return True if an adapter holds something here that is no update of one linear layer."""
-    return name in module.copies or (name in module.adapters and not isinstance(module, AdaptedSite))
 
 
 def combine_folders(folders: Sequence[Path], weights: Sequence[float], plan: Combination, output: Path) -> Report:
@@ -204,8 +199,8 @@ def combine_folders(folders: Sequence[Path], weights: Sequence[float], plan: Com
     Raises FormatError for a damaged folder, CompositionError for adapters that need their base or cannot be combined.
     """
     stored = [read_updates(folder, places_in_base(folder)) for folder in folders]
-    places = {path: placed for adapter in stored for path, placed in adapter.places.items()}
-    sites = {path: cast(LinearSite, placed.sites[0]) for path, placed in places.items()}
+    places = {path: place for adapter in stored for path, place in adapter.places.items()}
+    sites = {path: cast(LinearSite, place.site) for path, place in places.items()}
     _require_same_shapes(folders, stored, sites)
     records: dict[str, LinearDelta] = {}
     errors: dict[str, float] = {}
@@ -219,9 +214,10 @@ def combine_folders(folders: Sequence[Path], weights: Sequence[float], plan: Com
         records[path] = replace(records[path], bias=sum(changes[1:], changes[0]) if changes else None)
     # an attention's output projection goes by the attention
     targets = tuple(path for path, site in sites.items() if site.repeats == 1)
-    config = replace(config_of(records, targets), base_model_name_or_path=_common_base(stored))
-    written = {path: placed_linear(config, sites[path], places[path].path) for path in records}
-    write_records(output, config, {p: config.raised(sites[p], record) for p, record in records.items()}, written)
+    sum_of = raised(records, targets)
+    config = replace(sum_of.config, base_model_name_or_path=_common_base(stored))
+    written = {path: placed(config, sites[path], places[path].path) for path in records}
+    write_records(output, config, {p: sum_of.parameters(sites[p], record) for p, record in records.items()}, written)
     write_card(output, config)
     return Report(errors)
 
@@ -235,8 +231,8 @@ def _require_same_shapes(
     folders: Sequence[Path], stored: Sequence[StoredAdapter], sites: Mapping[str, LinearSite]
 ) -> None:
     for folder, adapter in zip(folders, stored, strict=True):
-        for path, placed in adapter.places.items():
-            own = cast(LinearSite, placed.sites[0])
+        for path, place in adapter.places.items():
+            own = cast(LinearSite, place.site)
             shape, other = ((s.out_features, s.in_features, *s.window) for s in (own, sites[path]))
             if (shape, own.groups) != (other, sites[path].groups):
                 raise CompositionError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -12,14 +12,12 @@ from torch import Tensor, nn
 
 from veneer.adapters.merging import require_known
 from veneer.adapters.peft_model import PeftModel
-from veneer.contract import LinearMethod
 from veneer.contract.late_start import LateStart
 from veneer.errors import AdapterNameError, ConfigError, DataError, NonFiniteError, ShapeError
 from veneer.inits.eva import Directions, EvaConfig, shared_ranks, updated
 from veneer.model.adapted import restore
-from veneer.model.attach import adapted_layers, device_of
-from veneer.model.linear import AdaptedLinear
-from veneer.model.multihead import AdaptedOutProjection
+from veneer.model.attach import adapted_layers
+from veneer.model.linear import AdaptedSite, device_of
 from veneer.model.structure import evaluation
 
 MAX_PASSES = 50
@@ -91,7 +89,8 @@ def initialize_lora_eva_weights(
     ranks = {path: factors[path].shape[0] if path in factors else start.rank(site) for path, site in sites.items()}
     if not any(ranks.values()):
         raise ConfigError(f"eva_state_dict leaves none of the layers of {adapter_name!r} a rank")
-    started = start.with_ranks(sites, ranks, keep_scale=eva.adjust_scaling_factors)
+    changed = start.with_ranks(sites, ranks, keep_scale=eva.adjust_scaling_factors)
+    started = replace(model.peft_config[adapter_name], **changed)  # type: ignore[arg-type]
     for path, a in factors.items():
         if a.shape[0]:
             _put(layers[path].adapters[adapter_name], start, a)
@@ -105,7 +104,7 @@ class _Group:
     """Layers that read the same input, of which the first is watched; ``found`` grows batch by batch."""
 
     paths: list[str]
-    layer: AdaptedLinear
+    layer: AdaptedSite
     n_directions: int = 0
     found: Directions | None = None
 
@@ -123,7 +122,7 @@ class _Passes:
     def __post_init__(self) -> None:
         self.device = device_of(self.model)
 
-    def groups(self, layers: Mapping[str, AdaptedLinear]) -> list[_Group]:
+    def groups(self, layers: Mapping[str, AdaptedSite]) -> list[_Group]:
         """The layers, joined where the first batch reaches them as the same rows."""
         first = next(iter(self.loader), None)
         if first is None:
@@ -172,13 +171,13 @@ class _Passes:
         needed = max(ranks[path] for path in group.paths)
         return group.found is not None and bool(group.found.settled(self.eva.tau)[:needed].all())
 
-    def _watch(self, batch: Batch, layers: Mapping[str, AdaptedLinear], see: See) -> None:
+    def _watch(self, batch: Batch, layers: Mapping[str, AdaptedSite], see: See) -> None:
         """One forward pass; ``see`` gets each layer's path and input, and the mask of the positions that count."""
         moved = {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
         mask = _mask(moved, self.eva)
 
         def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
-            see(cast(AdaptedLinear, module).site_name, args[0], mask)
+            see(cast(AdaptedSite, module).site_name, args[0], mask)
 
         handles = [layer.register_forward_pre_hook(keep) for layer in layers.values()]
         try:
@@ -236,7 +235,7 @@ def _start(model: PeftModel, name: str) -> tuple[LateStart, EvaConfig]:
     if model.adapter_state.merged:
         raise AdapterNameError(f"{list(model.adapter_state.merged)} are merged: call unmerge_adapter() before EVA")
     config = model.peft_config[name]
-    start = config.late_start if isinstance(config, LinearMethod) else None
+    start = config.late_start
     if start is None or not isinstance(start.settings, EvaConfig):
         raise ConfigError(
             f"{name!r} does not start from EVA: give LoraConfig(init_lora_weights='eva'), not {type(config).__name__} "
@@ -245,15 +244,14 @@ def _start(model: PeftModel, name: str) -> tuple[LateStart, EvaConfig]:
     return start, start.settings
 
 
-def _layers(model: PeftModel, name: str) -> dict[str, AdaptedLinear]:
-    linear = {p: m for p, m in adapted_layers(model).items() if isinstance(m, AdaptedLinear) and name in m.adapters}
-    found = {p: m for p, m in linear.items() if not isinstance(m, AdaptedOutProjection)}  # nobody calls those
+def _layers(model: PeftModel, name: str) -> dict[str, AdaptedSite]:
+    found = {p: m for p, m in adapted_layers(model).items() if m.takes_rows and name in m.adapters}
     if not found:
         raise ConfigError(f"EVA starts the factors of linear layers; {name!r} adapts none")
     return found
 
 
-def _require_fitting(factors: Mapping[str, Tensor], layers: Mapping[str, AdaptedLinear]) -> None:
+def _require_fitting(factors: Mapping[str, Tensor], layers: Mapping[str, AdaptedSite]) -> None:
     unknown = [path for path in factors if path not in layers]
     widths = {path: layer.site(()).in_features for path, layer in layers.items()}
     wrong = [
@@ -277,7 +275,7 @@ def _put(held: nn.Module, start: LateStart, a: Tensor) -> None:
             parameters[key] = nn.Parameter(value.to(old, copy=True).contiguous(), requires_grad=old.requires_grad)
 
 
-def _remove(layer: AdaptedLinear, name: str, with_bias: bool) -> None:
+def _remove(layer: AdaptedSite, name: str, with_bias: bool) -> None:
     del layer.adapters[name]
     if with_bias and name in layer.copies:
         del layer.copies[name]

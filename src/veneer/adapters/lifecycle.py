@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast
 
 from torch import nn
 
 from veneer.adapters.merging import require_known
 from veneer.adapters.training import let_gradients_through_checkpoints, require_something_to_train
-from veneer.contract import MethodConfig, VirtualTokenMethod
+from veneer.contract import MethodConfig
 from veneer.errors import AdapterNameError, CompositionError, ConfigError
-from veneer.model.adapted import Adapted, own_tensors
+from veneer.model.adapted import own_tensors
 from veneer.model.allocation import Allocation
-from veneer.model.attach import adapted_modules, adapted_places, attach, check_name, detach
-from veneer.model.linear import AdaptedSite
+from veneer.model.attach import adapted_layers, adapted_modules, adapted_places, attach, check_name, detach
 from veneer.model.state import AdapterState
 from veneer.model.token_rows import require_rows_agree
 from veneer.store.adapter.tensors import Leniency, holds_network, load_weights
@@ -83,8 +81,8 @@ def attached_as(config: MethodConfig, folder: Path, is_trainable: bool) -> Metho
     none: they are trained directly from here, and the config still says ``inference_mode``.
     """
     config = replace(config, inference_mode=not is_trainable)
-    plain = isinstance(config, VirtualTokenMethod) and config.has_network and not holds_network(folder)
-    return cast(VirtualTokenMethod, config).plain() if plain else config
+    lost = config.has_network and not holds_network(folder)
+    return replace(config, inference_mode=True) if lost else config
 
 
 def _attached(model: nn.Module, state: AdapterState, name: str, trainable: bool) -> None:
@@ -150,12 +148,7 @@ def rename(model: nn.Module, state: AdapterState, old: str, new: str) -> None:
 
 def holders(model: nn.Module, name: str) -> list[nn.ModuleDict]:
     """Whatever holds tensors of an adapter, by its name."""
-    return [
-        held
-        for place in adapted_places(model).values()
-        for held in ((place.adapters, place.copies) if isinstance(place, Adapted) else (place.adapters,))
-        if name in held
-    ]
+    return [held for place in adapted_places(model).values() for held in place.holdings if name in held]
 
 
 def set_requires_grad(model: nn.Module, names: tuple[str, ...], requires_grad: bool) -> None:
@@ -203,7 +196,7 @@ def _require_composable(model: nn.Module, names: tuple[str, ...]) -> None:
             raise CompositionError(
                 f"adapters {list(names)} each have their own {path}.{twice[0]}: only one can be active at a time"
             )
-        if isinstance(module, AdaptedSite):
-            present = [name for name in names if name in module.adapters]
-            if len(present) > 1:
-                module.composed(present, module.site(present))
+    for module in adapted_layers(model).values():
+        present = [name for name in names if name in module.adapters]
+        if len(present) > 1:
+            module.composed(present, module.site(present))

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapters.peft_model import PeftModel
-from veneer.contract import LinearMethod
 from veneer.contract.late_start import LateStart
 from veneer.core.frozen import FrozenWeight
 from veneer.core.sites import LinearSite
 from veneer.errors import ConfigError
 from veneer.inits.loftq import lost
-from veneer.model.adapted import tensors_of
 from veneer.model.attach import adapted_layers
+from veneer.model.holder import tensors_of
 from veneer.model.linear import AdaptedSite
 from veneer.model.quant_linear import QuantLinear
 from veneer.store.checkpoint import Checkpoint
@@ -39,7 +38,7 @@ def replace_lora_weights_loftq(
     FormatError where the files do not hold the weights.
     """
     config = model.peft_config.get(adapter_name)
-    start = config.late_start if isinstance(config, LinearMethod) else None
+    start = None if config is None else config.late_start
     if config is None or start is None or not start.is_product or start.settings is not None:
         raise ConfigError(
             f"LoftQ starts the factors of plain LoRA; {adapter_name!r} is {type(config).__name__}: {config}"

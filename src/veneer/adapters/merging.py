@@ -71,7 +71,7 @@ def require_foldable(model: nn.Module, state: AdapterState, names: tuple[str, ..
     """Raise AdapterNameError for unknown names, CompositionError for adapters that no weight can take in."""
     require_known(state, names)
     for place in adapted_places(model).values():
-        stuck = [name for name in names if name in place.adapters] if not isinstance(place, Adapted) else []
+        stuck = [] if place.folds else [name for name in names if name in place.adapters]
         if stuck:
             raise CompositionError(
                 f"adapter {stuck[0]!r} ({state.configs[stuck[0]].peft_type}) changes the residual stream and cannot be "
@@ -137,7 +137,7 @@ def settle(model: nn.Module) -> None:
     beside the codes (norms, embeddings, head) gets the model's dtype back.
     """
     layers = {path: m for path, m in model.named_modules() if isinstance(m, QuantLinear)}
-    merged = {p: m.kept.merged_weight for p, m in layers.items() if isinstance(m, Adapted)}
+    merged = {path: m.kept.merged_weight for path, m in adapted_modules(model).items() if path in layers}
     if not any(weight is not None for weight in merged.values()):
         return
     for path, layer in layers.items():

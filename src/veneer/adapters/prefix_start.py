@@ -14,7 +14,7 @@ from veneer.contract import PrefixMethod
 from veneer.core.prefix import flatten_prefix
 from veneer.core.records import PrefixDelta
 from veneer.errors import ConfigError
-from veneer.model.prefix import PrefixAdapters
+from veneer.model.prefix import CHILD, PrefixAdapters
 from veneer.model.structure import evaluation
 from veneer.model.virtual_tokens import cache_name
 
@@ -62,7 +62,7 @@ def initialize_kv_prefix_from_past_key_values(
     holder, config = _prefix(model, name)
     n = config.num_virtual_tokens
     records = []
-    for site in holder.sites:
+    for site in holder.site:
         layer = cast(Any, past_key_values.layers[site.layer])
         if layer.keys.shape[0] != 1 or layer.keys.shape[2] < n:
             raise ConfigError(
@@ -78,11 +78,11 @@ def initialize_kv_prefix_from_past_key_values(
 
 
 def _prefix(model: nn.Module, name: str) -> tuple[PrefixAdapters, PrefixMethod]:
-    holder = next((m for m in model.children() if isinstance(m, PrefixAdapters) and name in m.adapters), None)
-    if holder is None:
+    holder = getattr(model, CHILD, None)
+    if holder is None or not holder.holds(name):
         raise ConfigError(f"{name!r} is no prefix adapter of this model: attach one with PrefixTuningConfig first")
     config = cast(PrefixMethod, holder.method(name))
-    if holder.sites[0].cross:
+    if holder.site[0].cross:
         raise ConfigError(
             f"{type(model).__name__} is an encoder-decoder, whose decoder has no text in front that a prefix could "
             "start from: leave the start as it is"

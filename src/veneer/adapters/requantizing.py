@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from veneer.adapters import merging
 from veneer.errors import ConfigError
-from veneer.model.linear import AdaptedLinear, AdaptedSite, wide
+from veneer.model.attach import adapted_layers
+from veneer.model.linear import AdaptedSite, wide
 from veneer.model.quant_linear import QuantLinear
 from veneer.model.state import AdapterState
 
@@ -98,9 +99,9 @@ def describe(report: Sequence[Survival]) -> str:
 def _new_codes(model: nn.Module, names: tuple[str, ...]) -> dict[str, tuple[dict[str, Tensor], Survival]]:
     """For each quantized layer that the adapters change, its new tensors, and what they keep of the update."""
     layers = {
-        path: m
-        for path, m in merging.holding(model, names)
-        if isinstance(m, AdaptedLinear) and m.has_codes and any(name in m.adapters for name in names)
+        path: layer
+        for path, layer in adapted_layers(model).items()
+        if layer.has_codes and any(name in layer.adapters for name in names)
     }
     if not layers:
         raise ConfigError("requantize=True, but no layer that the adapters change is quantized: leave it out")

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from veneer.contract import Params
 from veneer.contract.training import Training
-from veneer.model.adapted import tensors_of
 from veneer.model.attach import adapted_layers
+from veneer.model.holder import tensors_of
 from veneer.model.state import AdapterState
 
 _JOINT = "::"  # in no adapter's name

@@ -10,8 +10,8 @@ from typing import Literal
 from torch import Tensor, nn
 
 from veneer.errors import ConfigError
-from veneer.model.adapted import Adapted
 from veneer.model.attach import adapted_places
+from veneer.model.holder import Holder
 from veneer.model.inplace import InPlace, base_of
 from veneer.model.linear import frozen_weight
 from veneer.model.state import AdapterState
@@ -106,7 +106,7 @@ def describe_targets(model: nn.Module, state: AdapterState) -> str:
     lines = []
     for name, config in state.configs.items():
         changed = Counter(path.rpartition(".")[2] for path, place in places.items() if name in place.adapters)
-        whole = sorted(p for p, place in places.items() if isinstance(place, Adapted) and name in place.copies)
+        whole = sorted(path for path, place in places.items() if place.trains_whole(name))
         parts = ", ".join(f"{ending} ×{n}" for ending, n in changed.items())
         also = f"; trained whole: {', '.join(whole)}" if whole and len(whole) <= 8 else ""
         also = f"; parameters of {len(whole)} modules trained whole" if len(whole) > 8 else also
@@ -121,9 +121,8 @@ def _state(model: nn.Module) -> AdapterState:
     return state
 
 
-def _tensors(place: nn.Module, name: str) -> list[Tensor]:
-    holders = [getattr(place, kind, {}) for kind in ("adapters", "copies")]
-    return [tensor for held in holders if name in held for tensor in held[name].parameters()]
+def _tensors(place: Holder, name: str) -> list[Tensor]:
+    return [tensor for held in place.holdings if name in held for tensor in held[name].parameters()]
 
 
 def _one(values: Iterable[Mixed]) -> Mixed:

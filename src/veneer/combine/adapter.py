@@ -1,24 +1,25 @@
-"""A whole adapter from one record for each layer: the config of a method that can be them."""
+"""A whole adapter from one record for each layer: of a method that can have them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 from veneer.contract import LinearMethod
+from veneer.contract.discovery import concrete
+from veneer.contract.raised import Raised
 from veneer.core.records import LinearDelta
 from veneer.errors import CompositionError
-from veneer.methods import all_methods
 
 
-def config_of(records: Mapping[str, LinearDelta], targets: Sequence[str]) -> LinearMethod:
-    """A config under which the records, by module path, are what its method lowers to.
+def raised(records: Mapping[str, LinearDelta], targets: Sequence[str]) -> Raised:
+    """Return an adapter that has these records, by module path.
 
-    ``targets``: names that match exactly those paths. Raises CompositionError where no one method can be all of them.
+    ``targets``: names that match exactly those paths. Raises CompositionError where no one method can have all of them.
     """
-    for method in all_methods().values():
-        config = method.of_records(records, targets) if issubclass(method, LinearMethod) else None
-        if config is not None:
-            return config
-    raise CompositionError(
-        "on some layers only adapters that rescale act (IA3), on others low-rank ones: no one method is both"
-    )
+    ways = (method.raised(records, targets) for method in concrete(LinearMethod).values())
+    found = next((way for way in ways if way is not None), None)
+    if found is None:
+        raise CompositionError(
+            "on some layers only adapters that rescale act (IA3), on others low-rank ones: no one method is both"
+        )
+    return found

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from abc import abstractmethod
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import torch
+from torch import Tensor
+
 from veneer.contract.discovery import concrete
 from veneer.contract.extras import Extras
 from veneer.contract.file import CONFIG_FILE, problems_of, read_fields, text_of
+from veneer.contract.known import Known
+from veneer.contract.late_start import LateStart
 from veneer.contract.packing import Packing
+from veneer.contract.parameters import Params, Record, Shapes
 from veneer.contract.peft_fields import PeftFields
+from veneer.contract.places import Placed, ShapesByKey
 from veneer.contract.shared import Shared
 from veneer.contract.source import adapter_folder, hub_options
 from veneer.contract.training import Training
 from veneer.core.field_types import check
 from veneer.core.frozen_config import FrozenConfig
+from veneer.core.sites import Site
 from veneer.core.tasks import TaskType
 from veneer.disk.atomic import write_atomically
 from veneer.disk.known_name import known_name
@@ -26,7 +35,10 @@ from veneer.errors import ConfigError, FormatError
 
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig(FrozenConfig):
-    """The fields of every adapter config, in PEFT's names.
+    """The protocol of a method, and the fields of every adapter config in PEFT's names.
+
+    A *site* is what a method acts on: a linear layer, a sub-layer, all attention layers of a model, or its input. All
+    methods answer alike, so that no caller asks of which kind a method is.
 
     ``peft_type`` names the format on disk. ``modules_to_save`` are modules trained whole and kept with the adapter.
     Values are checked against the types of the fields, see `core.field_types`. Lists and sets are kept as tuples (sets
@@ -38,6 +50,7 @@ class MethodConfig(FrozenConfig):
     """
 
     peft_type: ClassVar[str]
+    changes_weights: ClassVar[bool] = False  # its records are updates of weights, which a merge folds into them
     identity_at_start: ClassVar[bool] = True
     usual_learning_rate: ClassVar[float] = 2e-4  # of AdamW, where a recipe gives none
     usual_fields: ClassVar[Mapping[str, object]] = {}  # of a recipe that does not give them
@@ -61,6 +74,76 @@ class MethodConfig(FrozenConfig):
         tasks = [task.value for task in TaskType]
         return [] if self.task_type in (None, *tasks) else [f"task_type={self.task_type!r} must be one of {tasks}"]
 
+    @abstractmethod
+    def shapes(self, site: Any) -> Shapes:
+        """Return names and shapes of the parameters trained at one site."""
+
+    @abstractmethod
+    def init(self, site: Any, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Return start values in float32 on the CPU, drawn from ``generator``."""
+
+    @abstractmethod
+    def lower(self, site: Any, params: Params) -> Record:
+        """Return the record that these parameters mean at this site."""
+
+    def disk_names(self, site: Any) -> Mapping[str, str]:
+        """Return for each parameter what follows the module path in its key in ``adapter_model.safetensors``."""
+        return {name: name for name in self.shapes(site)}
+
+    @property
+    def dropout(self) -> float:
+        """Probability in training of zeroing an input of A, or an output of a bottleneck."""
+        return 0.0
+
+    def for_sites(self, sites: Sequence[Any], known: Known) -> Self:
+        """Return the config with what depends on all of its sites filled in; sites come as shapes."""
+        return self
+
+    @property
+    def samples(self) -> tuple[Site, ...]:
+        """Sites of no size, one of each kind of module that keys in a file may name."""
+        return ()
+
+    def site_of(self, site: Any, shapes: ShapesByKey) -> Any:
+        """Return a site of known name and kind with the sizes that the shapes of its parameters tell; None if they do
+        not tell all of them.
+        """
+        return None
+
+    @abstractmethod
+    def places_in(self, shapes: ShapesByKey, source: str) -> dict[str, Placed] | None:
+        """Return the places of a saved adapter by path, read from its file; None if that does not tell all sizes.
+
+        ``shapes`` are those of the file's tensors by key, and ``source`` is the file's name in errors. Layers of which
+        a part is missing are left out. Raises FormatError where a parameter has a shape that tells nothing, or another
+        number of layers than the config.
+        """
+
+    @property
+    def late_start(self) -> LateStart | None:
+        """The low-rank factors that may be started again on the model, if there are such."""
+        return None
+
+    @property
+    def reads_weight(self) -> bool:
+        """True if ``lower`` needs the frozen weight of the site, and not its shape alone."""
+        return False
+
+    @property
+    def largest_rank(self) -> int:
+        """The largest rank of an update, as the written config tells it; 0 for a method that has none."""
+        return 0
+
+    @property
+    def virtual_tokens(self) -> int:
+        """The number of virtual tokens that the method puts in front of the sequence."""
+        return 0
+
+    @property
+    def has_network(self) -> bool:
+        """True if a network makes what a plain save holds, so that training needs a file of its own to go on."""
+        return False
+
     @property
     def extras(self) -> Extras:
         """The parts of the base that the adapter trains too."""
@@ -83,8 +166,8 @@ class MethodConfig(FrozenConfig):
 
     @property
     def is_prompt_learning(self) -> bool:
-        """True where the method puts virtual tokens in front of the sequence."""
-        return False
+        """True if the method puts virtual tokens in front of the sequence."""
+        return self.virtual_tokens > 0
 
     def packed(self) -> Self:
         """The config as it is written: a method that others do not know may be one that they do know, once trained."""

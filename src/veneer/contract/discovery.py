@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from typing import TypeVar, cast
 
 C = TypeVar("C")
 
 
-def concrete(base: type[C]) -> dict[str, type[C]]:
+def concrete(base: Callable[..., C]) -> dict[str, type[C]]:
     """The subclasses of a contract that are methods, by ``peft_type``.
 
     A method has a format of its own and nothing abstract, and its module still holds it.
     """
-    return {vars(cls)["peft_type"]: cls for cls in _subclasses(base) if _is_method(cls)}
+    return {vars(cls)["peft_type"]: cls for cls in _subclasses(cast("type[C]", base)) if _is_method(cls)}
 
 
 def _subclasses(cls: type[C]) -> Iterator[type[C]]:

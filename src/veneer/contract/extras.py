@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
+
+from torch import Tensor
+
+from veneer.contract.parameters import Params
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +18,8 @@ class Extras:
     ``biases``: which biases of the base train too: "none", "all", or those of the layers that are "adapted".
     ``parameters``: adapted by name where no linear layer holds them: experts stacked in one tensor, a router.
     ``rows``: single rows of tables, by the end of the module's path; None is the input embeddings.
-    ``keeps_tie``: modules that share the input embeddings' weight are changed alike, so that they go on sharing it.
+    ``keeps_tie``: modules that share the input embeddings' weight are changed alike, so that they go on sharing it. A
+    tied head is changed by the transpose of their update: ``turned`` gives the parameters that lower to it.
     """
 
     modules: tuple[str, ...] = ()
@@ -22,3 +27,4 @@ class Extras:
     parameters: tuple[str, ...] = ()
     rows: Mapping[str | None, tuple[int, ...]] = field(default_factory=dict)
     keeps_tie: bool = False
+    turned: Callable[[Params], dict[str, Tensor]] = dict

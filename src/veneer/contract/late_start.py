@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from veneer.contract.config import MethodConfig
 from veneer.core.sites import LinearSite
 
 
@@ -33,8 +32,10 @@ class LateStart(ABC):
         """The factor of B A at this site."""
 
     @abstractmethod
-    def with_ranks(self, sites: Mapping[str, LinearSite], ranks: Mapping[str, int], keep_scale: bool) -> MethodConfig:
-        """The config with these ranks at these sites, both by path; a site of rank 0 is no longer adapted.
+    def with_ranks(
+        self, sites: Mapping[str, LinearSite], ranks: Mapping[str, int], keep_scale: bool
+    ) -> Mapping[str, object]:
+        """Return the config's fields for these ranks at these sites, both by path; one of rank 0 is no longer adapted.
 
         ``keep_scale``: `scale` stays what it was; otherwise it follows from the new rank.
         """

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Self
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from veneer.contract.checks import Checks
-from veneer.contract.late_start import LateStart
+from veneer.contract.keys import Place
 from veneer.contract.parameters import Params, Shapes
-from veneer.contract.targets import Names, TargetedConfig
+from veneer.contract.places import REPEATS, Placed, ShapesByKey, module_places
+from veneer.contract.raised import Raised
+from veneer.contract.targets import TargetedConfig
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
+
+_SAMPLES = (
+    LinearSite(name="", in_features=1, out_features=1),
+    LinearSite(name="", in_features=1, out_features=1, kind="embedding"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,99 +34,43 @@ class LinearMethod(TargetedConfig):
     faster.
     """
 
-    default_targets: ClassVar[tuple[str, ...]] = ("q", "v")  # as roles (Hu et al. 2021, section 4.2)
+    changes_weights: ClassVar[bool] = True
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     outward: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
-    def shapes(self, site: LinearSite) -> Shapes:
-        """Names and shapes of the parameters trained at one site, in PEFT's shapes."""
+    def shapes(self, site: LinearSite) -> Shapes: ...
 
     @abstractmethod
-    def init(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Start values in float32 on the CPU, drawn from ``generator``."""
+    def init(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]: ...
 
     @abstractmethod
-    def lower(self, site: LinearSite, params: Params) -> LinearDelta:
-        """The record that these parameters mean at this site."""
-
-    def disk_names(self, site: LinearSite) -> dict[str, str]:
-        """For each parameter, what follows the module path in its key in ``adapter_model.safetensors``."""
-        return {name: name for name in self.shapes(site)}
-
-    @property
-    def dropout(self) -> float:
-        """Probability of zeroing an input of A in training."""
-        return 0.0
-
-    @property
-    def largest_rank(self) -> int:
-        """The largest rank of an update, as the written config tells it; 0 for a method that has none."""
-        return 0
+    def lower(self, site: LinearSite, params: Params) -> LinearDelta: ...
 
     @property
     def checks(self) -> Checks:
         """The checks of the method on the layers that it is to adapt."""
         return Checks()
 
-    @property
-    def late_start(self) -> LateStart | None:
-        """The low-rank factors that may be started again on the model, where there are such."""
-        return None
-
-    def for_sites(self, sites: Sequence[LinearSite], defaults: Mapping[str, Names]) -> Self:
-        """The config with what depends on all the layers that it adapts filled in; sites come as shapes.
-
-        ``defaults``: of the fields of `fields_for` that are still None, the names that the model has; none where an
-        adapter is read without its base.
-        """
-        return self
-
-    def as_stored(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> Self:
-        """The config with what its file leaves open filled in from the parameters' shapes, by module path and name."""
-        return self
-
-    @property
-    def reads_weight(self) -> bool:
-        """True where ``lower`` needs the frozen weight of the site, and not its shape alone."""
-        return False
-
-    def site_of(self, site: LinearSite, shapes: Mapping[str, tuple[int, ...]]) -> LinearSite | None:
-        """A site of which name and kind are known, with the sizes that the shapes of its parameters tell; None where
-        they do not tell both widths.
-        """
-        return None
-
-    def ends(self) -> Mapping[str, str]:
-        """The endings of keys in this config's file behind a module's path, and the kind of module that each tells."""
-        sites = [
-            LinearSite(name="", in_features=1, out_features=1),
-            LinearSite(name="", in_features=1, out_features=1, kind="embedding"),
-        ]
-        return {
-            end: site.kind
-            for site in reversed(sites)
-            if site.kind in self.kinds
-            for end in self.disk_names(site).values()
-        }
-
-    def turned(self, params: Params) -> dict[str, Tensor]:
-        """The parameters under which a head tied to the embeddings is changed by the transpose of their update.
-
-        Asked of methods whose ``extras`` keep the tie.
-        """
-        return dict(params)
-
     @classmethod
-    def of_records(cls, records: Mapping[str, LinearDelta], targets: Sequence[str]) -> Self | None:
-        """A config under which these records, by module path, are what the method lowers to; None where they cannot be.
+    def raised(cls, records: Mapping[str, LinearDelta], targets: Sequence[str]) -> Raised | None:
+        """Return an adapter of the method that has these records, by module path; None if it cannot have them.
 
-        ``targets``: names that match exactly those paths.
+        ``targets``: names that match exactly those paths. Sums of adapters are kept so.
         """
         return None
 
-    def raised(self, site: LinearSite, record: LinearDelta) -> dict[str, Tensor]:
-        """The inverse of ``lower`` under a config of `of_records`. A low-rank record's ``bias`` is what it adds to the
-        layer's own.
-        """
-        raise NotImplementedError
+    @property
+    def samples(self) -> tuple[LinearSite, ...]:
+        return tuple(site for site in _SAMPLES if site.kind in self.kinds)
+
+    def places_in(self, shapes: ShapesByKey, source: str) -> dict[str, Placed] | None:
+        if self.extras.parameters:  # which of a module's parameters a key means, its order in the module tells
+            return None
+        return module_places(self, shapes, source, _named)
+
+
+def _named(sample: LinearSite, place: Place) -> LinearSite:
+    if place.of_attention:
+        return replace(sample, name=place.path.rpartition(".")[0], repeats=REPEATS)
+    return replace(sample, name=place.path)

@@ -1,4 +1,4 @@
-"""A method's parameters at one place, and their declared shapes, by name."""
+"""A method's parameters at one site by name, their declared shapes, and the record that they mean."""
 
 from __future__ import annotations
 
@@ -6,5 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from veneer.core.records import LinearDelta, PrefixDelta, PromptDelta, ResidualDelta
+
 Shapes = dict[str, tuple[int, ...]]
 Params = Mapping[str, Tensor]
+Record = LinearDelta | ResidualDelta | PromptDelta | tuple[PrefixDelta, ...]

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
 from veneer.contract.config import MethodConfig
+from veneer.contract.keys import SUBLAYER, Place
 from veneer.contract.parameters import Params, Shapes
+from veneer.contract.places import Placed, ShapesByKey, module_places
 from veneer.core.records import ResidualDelta
 from veneer.core.sites import ResidualSite
+
+_NAME = re.compile(rf"(?:.*\.)?(\d+)\.{SUBLAYER}(attention|cross_attention|mlp)")
+_SAMPLE = ResidualSite(name="", layer=0, sublayer="mlp", features=1024)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,27 +35,26 @@ class ResidualMethod(MethodConfig):
         """The indices of the blocks that get bottlenecks (from 0, through the whole model); None is all of them."""
         return None
 
+    @abstractmethod
+    def shapes(self, site: ResidualSite) -> Shapes: ...
+
+    @abstractmethod
+    def init(self, site: ResidualSite, generator: torch.Generator | None = None) -> dict[str, Tensor]: ...
+
+    @abstractmethod
+    def lower(self, site: ResidualSite, params: Params) -> ResidualDelta: ...
+
     @property
-    def dropout(self) -> float:
-        """Probability of zeroing an output of the bottleneck in training."""
-        return 0.0
+    def samples(self) -> tuple[ResidualSite, ...]:
+        return (_SAMPLE,)
 
-    @abstractmethod
-    def shapes(self, site: ResidualSite) -> Shapes:
-        """Names and shapes of the parameters trained at one site."""
+    def places_in(self, shapes: ShapesByKey, source: str) -> dict[str, Placed] | None:
+        return module_places(self, shapes, source, _named)
 
-    @abstractmethod
-    def init(self, site: ResidualSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Start values in float32 on the CPU."""
 
-    @abstractmethod
-    def lower(self, site: ResidualSite, params: Params) -> ResidualDelta:
-        """The record that these parameters mean at this site."""
-
-    def disk_names(self, site: ResidualSite) -> dict[str, str]:
-        """For each parameter, what follows the site's name in its key in ``adapter_model.safetensors``."""
-        return {name: name for name in self.shapes(site)}
-
-    def features(self, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-        """The width of the stream that parameters of these shapes belong to; None where they do not tell it."""
+def _named(sample: ResidualSite, place: Place) -> ResidualSite | None:
+    match = _NAME.fullmatch(place.path)
+    if match is None:
         return None
+    sublayer = cast(Literal["attention", "cross_attention", "mlp"], match[2])
+    return replace(sample, name=place.path, layer=int(match[1]), sublayer=sublayer)

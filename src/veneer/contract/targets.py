@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from veneer.contract.config import MethodConfig
+from veneer.contract.known import Names as Names  # methods look for it here
 from veneer.core.nearest import nearest
 from veneer.errors import TargetError
 
 ALL_LINEAR = "all-linear"
 _LETTERS = re.compile(r"[^a-z]")
-Names = tuple[str, ...] | str  # of modules: names, suffixes and roles, or an expression on whole paths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class TargetedConfig(MethodConfig):
         {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
     )
     headline: ClassVar[tuple[str, ...]] = ("target_modules",)
-    default_targets: ClassVar[tuple[str, ...]] = ()  # names, and roles of a decoder's layers such as "q", "v", "down"
+    default_targets: ClassVar[tuple[str, ...]] = ("q", "v")  # names, or roles in a decoder (Hu et al. 2021, sec. 4.2)
 
     target_modules: Collection[str] | str | None = None
     exclude_modules: Collection[str] | str | None = None

@@ -5,15 +5,18 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from veneer.contract.config import MethodConfig
+from veneer.contract.known import Known
 from veneer.contract.parameters import Params, Shapes
+from veneer.contract.places import INPUT, Placed, ShapesByKey, damaged, placed, require_sizes
 from veneer.core.records import PrefixDelta, PromptDelta
 from veneer.core.sites import AttentionSite, InputSite
+from veneer.core.tasks import TaskType
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,50 +53,56 @@ class VirtualTokenMethod(MethodConfig):
         return found
 
     @property
-    def is_prompt_learning(self) -> bool:
-        return True
-
-    @property
-    def has_network(self) -> bool:
-        """True where a network makes the virtual tokens."""
-        return False
-
-    def plain(self) -> Self:
-        """The config that trains what a plain save holds, directly."""
-        return replace(self, inference_mode=True)
+    def virtual_tokens(self) -> int:
+        return self.num_virtual_tokens
 
     @abstractmethod
-    def disk_names(self) -> dict[str, str]:
-        """For each parameter its key on disk; those of a network are kept only where training is to be resumed."""
+    def stored(self, site: Any, params: Params) -> dict[str, Tensor]:
+        """Return the tensors of a plain save, by their keys on disk."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixMethod(VirtualTokenMethod):
-    """A method on the keys and values of all attention layers."""
+    """A method on the keys and values of all attention layers, which are one site."""
 
     @abstractmethod
-    def for_model(self, sites: Sequence[AttentionSite]) -> Self:
-        """The config with the base model's numbers filled in."""
+    def shapes(self, site: Sequence[AttentionSite]) -> Shapes: ...
 
     @abstractmethod
-    def shapes(self, sites: Sequence[AttentionSite]) -> Shapes:
-        """Names and shapes of the parameters trained, for the whole model."""
+    def init(self, site: Sequence[AttentionSite], generator: torch.Generator | None = None) -> dict[str, Tensor]: ...
 
     @abstractmethod
-    def init(self, sites: Sequence[AttentionSite], generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Start values in float32 on the CPU."""
+    def lower(self, site: Sequence[AttentionSite], params: Params) -> tuple[PrefixDelta, ...]:
+        """Return one record for each layer, in the order given."""
 
     @abstractmethod
-    def lower(self, sites: Sequence[AttentionSite], params: Params) -> tuple[PrefixDelta, ...]:
-        """One record for each site, in the order given."""
+    def lower_one(self, site: Sequence[AttentionSite], params: Params, index: int) -> PrefixDelta:
+        """Return one of the records alone, for a layer that is computed again in the backward pass."""
 
-    @abstractmethod
-    def lower_one(self, sites: Sequence[AttentionSite], params: Params, index: int) -> PrefixDelta:
-        """One of the records alone, for a layer that is computed again in the backward pass."""
+    def for_sites(self, sites: Sequence[Sequence[AttentionSite]], known: Known) -> Self:
+        first = sites[0][0]
+        return replace(
+            self,
+            token_dim=first.kv_heads * first.head_dim,
+            num_attention_heads=first.kv_heads,
+            num_layers=len(sites[0]),
+            num_transformer_submodules=2 if first.cross else 1,
+        )
 
-    @abstractmethod
-    def stored(self, sites: Sequence[AttentionSite], params: Params) -> dict[str, Tensor]:
-        """The tensors of a plain save, by their keys on disk."""
+    def places_in(self, shapes: ShapesByKey, source: str) -> dict[str, Placed] | None:
+        """Every layer of the base, as the config tells it once it has been on a model."""
+        heads, width, layers = self.num_attention_heads, self.token_dim, self.num_layers
+        if heads is None or width is None or layers is None or width % heads:
+            return None
+        columns = max((shape[-1] for shape in shapes.values() if shape), default=0)
+        if layers > columns:  # each has columns of its own; told before so many sites are made
+            raise damaged(source, f"num_layers={layers} where no tensor has more than {columns} columns")
+        cross = self.num_transformer_submodules == 2
+        site = tuple(
+            AttentionSite(name=f"layer {i}", layer=i, kv_heads=heads, head_dim=width // heads, cross=cross)
+            for i in range(layers)
+        )
+        return {INPUT: placed(self, site)}
 
 
 @dataclass(frozen=True)
@@ -127,22 +136,31 @@ class PromptMethod(VirtualTokenMethod):
         """The text whose embeddings are the start, if any."""
         return None
 
-    def disk_names(self) -> dict[str, str]:
-        """For each parameter its key on disk."""
-        return {"prompt_embeddings": "prompt_embeddings"}
+    @abstractmethod
+    def shapes(self, site: InputSite) -> Shapes: ...
 
     @abstractmethod
-    def shapes(self, site: InputSite) -> Shapes:
-        """Names and shapes of the parameters trained."""
+    def init(self, site: InputSite, generator: torch.Generator | None = None) -> dict[str, Tensor]: ...
 
     @abstractmethod
-    def init(self, site: InputSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Start values in float32 on the CPU."""
+    def lower(self, site: InputSite, params: Params) -> PromptDelta: ...
 
-    @abstractmethod
-    def lower(self, site: InputSite, params: Params) -> PromptDelta:
-        """The record that these parameters mean."""
+    def for_sites(self, sites: Sequence[InputSite], known: Known) -> Self:
+        """Return the config with the base model's numbers filled in, as PEFT fills them in."""
+        (site,) = sites
+        return replace(
+            self,
+            token_dim=site.features,
+            num_layers=self.num_layers or site.layers,
+            num_attention_heads=self.num_attention_heads or site.heads,
+            num_transformer_submodules=self.num_transformer_submodules
+            or (2 if self.task_type == TaskType.SEQ_2_SEQ_LM else 1),
+        )
 
-    @abstractmethod
-    def stored(self, site: InputSite, params: Params) -> dict[str, Tensor]:
-        """The tensors of a plain save, by their keys on disk."""
+    def places_in(self, shapes: ShapesByKey, source: str) -> dict[str, Placed] | None:
+        sample = InputSite(name=INPUT, features=1)
+        found = {name: shapes[key] for name, key in self.disk_names(sample).items() if key in shapes}
+        if not found:
+            return None
+        require_sizes(found, self.shapes(sample), INPUT, source)
+        return {INPUT: placed(self, replace(sample, features=next(iter(found.values()))[-1]))}

@@ -67,7 +67,7 @@ class InputSite:
     """The input embeddings of the model, width ``features``, for a vocabulary of that many tokens.
 
     ``embed`` looks token ids up (None while planning); ``text_ids`` are the tokens of the text that a method starts
-    from.
+    from. ``layers`` and ``heads`` count those of the model, if it tells them.
     """
 
     name: str
@@ -75,6 +75,8 @@ class InputSite:
     vocabulary: int = 0
     embed: Callable[[Int[Tensor, " n"]], Float[Tensor, "n d"]] | None = None
     text_ids: tuple[int, ...] = ()
+    layers: int | None = None
+    heads: int | None = None
 
 
-Site = LinearSite | ResidualSite | AttentionSite | InputSite
+Site = LinearSite | ResidualSite | InputSite | tuple[AttentionSite, ...]  # a prefix has all attention layers at once

@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from veneer.contract import VirtualTokenMethod
 from veneer.errors import CompositionError, ConfigError
 from veneer.model.routing import BASE
 from veneer.model.structure import evaluation
@@ -211,7 +210,7 @@ def context_length(model: Any, adapters: Sequence[str] = ()) -> int | None:
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and adapters:
         configs = [model.adapter_state.configs[name] for name in set(adapters) - {BASE}]
-        return int(limit) - max((c.num_virtual_tokens for c in configs if isinstance(c, VirtualTokenMethod)), default=0)
+        return int(limit) - max((config.virtual_tokens for config in configs), default=0)
     fronts = [holder.acting() for holder in virtual_tokens(model).values()]
     return None if limit is None else int(limit) - sum(front.width for front in fronts if front is not None)
 

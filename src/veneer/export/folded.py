@@ -18,18 +18,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from veneer.contract import LinearMethod
+from veneer.contract import MethodConfig
 from veneer.contract.file import WEIGHTS_FILE
 from veneer.contract.keys import is_of_wrapped, weight_keys
 from veneer.disk.safetensors import StoredTensor
 from veneer.errors import CompositionError
 from veneer.export.base_weights import BaseWeights, Spec, in_blocks, is_copy
 from veneer.export.model_folder import model_config
-from veneer.model.adapted import Adapted
+from veneer.model.adapted import Adapted, forget_weight
 from veneer.model.allocation import Allocation
 from veneer.model.attach import adapted_modules, attach, live_parameters
 from veneer.model.embedding import input_embeddings
-from veneer.model.linear import AdaptedSite
 from veneer.model.state import AdapterState
 from veneer.store.adapter.config import read_config
 from veneer.store.adapter.files import read_headers
@@ -141,9 +140,9 @@ class _Plan:
     untied: bool
 
 
-def _foldable(adapter: Path) -> LinearMethod:
+def _foldable(adapter: Path) -> MethodConfig:
     config = read_config(adapter)
-    if not isinstance(config, LinearMethod):
+    if not config.changes_weights:
         raise CompositionError(
             f"the adapter {adapter} ({config.peft_type}) does not change weights, so it cannot be folded into them: "
             "keep it beside the model"
@@ -189,7 +188,7 @@ def _came_along(stored: Mapping[str, StoredTensor], skeleton: PreTrainedModel, w
 def _attach(
     skeleton: PreTrainedModel,
     state: AdapterState,
-    config: LinearMethod,
+    config: MethodConfig,
     tensors: Mapping[str, Tensor],
     *,
     source: str,
@@ -269,5 +268,4 @@ def _filled(
     finally:
         for module, parameters in before:
             module._parameters.update(parameters)
-            if isinstance(module, AdaptedSite):
-                module.forget()
+            forget_weight(module)

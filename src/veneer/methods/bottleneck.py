@@ -10,7 +10,7 @@ Three placements of one formula, ``2 d r + r + d`` parameters each:
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -139,5 +139,5 @@ class BottleneckConfig(ResidualMethod):
     def disk_names(self, site: ResidualSite) -> dict[str, str]:
         return {"down": "down.weight", "down_bias": "down.bias", "up": "up.weight", "up_bias": "up.bias"}
 
-    def features(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        return shapes["down"][1]
+    def site_of(self, site: ResidualSite, shapes: Mapping[str, tuple[int, ...]]) -> ResidualSite:
+        return replace(site, features=shapes["down"][1])

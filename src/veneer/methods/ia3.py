@@ -17,7 +17,9 @@ from torch import Tensor
 from veneer.contract import LinearMethod, Params, Shapes
 from veneer.contract.checks import Checks
 from veneer.contract.family_targets import SCALING
+from veneer.contract.known import Known
 from veneer.contract.peft_fields import PeftFields
+from veneer.contract.raised import Raised
 from veneer.contract.targets import Names, matches_any
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
@@ -64,12 +66,18 @@ class IA3Config(LinearMethod):
     def checks(self) -> Checks:
         return _Checks(self.feedforward_modules or ())
 
-    def for_sites(self, sites: Sequence[LinearSite], defaults: Mapping[str, Names]) -> Self:
+    def for_sites(self, sites: Sequence[LinearSite], known: Known) -> Self:
         """The targets that scale their input, said as PEFT takes it: among ``target_modules``, and never left out.
 
-        Whole paths where names do not say it, and for chosen layers: PEFT's IA3 cannot choose any.
+        Whole paths where names do not say it, and for chosen layers: PEFT's IA3 cannot choose any. Where a file does
+        not say it, vectors do that are rows, (1, i). Those of a convolution are (1, channels, 1, …) either way: they
+        scale outputs, as on a model.
         """
-        paths, inward = [site.name for site in sites], defaults.get("feedforward_modules", self.feedforward_modules)
+        if known.shapes and self.feedforward_modules is None:
+            scaled_by_rows = {p: own["ia3_l"] for p, own in known.shapes.items() if len(own["ia3_l"]) == 2}
+            rows = tuple(path for path, shape in scaled_by_rows.items() if shape[0] == 1)
+            return replace(self, target_modules=tuple(known.shapes), feedforward_modules=rows)
+        paths, inward = [site.name for site in sites], known.names.get("feedforward_modules", self.feedforward_modules)
         if inward is None:
             return self
         scaled = [path for path in paths if matches_any(path, inward)]
@@ -106,28 +114,11 @@ class IA3Config(LinearMethod):
         return LinearDelta(out_scale=vector, bias=None if site.bias is None else site.bias * vector)
 
     @classmethod
-    def of_records(cls, records: Mapping[str, LinearDelta], targets: Sequence[str]) -> Self | None:
+    def raised(cls, records: Mapping[str, LinearDelta], targets: Sequence[str]) -> Raised | None:
         if not all(r.a is None and (r.in_scale is None) != (r.out_scale is None) for r in records.values()):
             return None
         inputs = tuple(path for path, record in records.items() if record.in_scale is not None)
-        return cls(target_modules=tuple(records), feedforward_modules=inputs)
-
-    def raised(self, site: LinearSite, record: LinearDelta) -> dict[str, Tensor]:
-        if record.in_scale is not None:  # a channel has one scale for all places of the window
-            return {"ia3_l": record.in_scale[None, :: math.prod(site.window)]}
-        if record.out_scale is None:
-            raise CompositionError(f"the record at {site.name} scales nothing, which IA3 cannot be")
-        return {"ia3_l": record.out_scale[:, None]}
-
-    def as_stored(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> Self:
-        """Vectors that scale an input are rows, (1, i): they tell ``feedforward_modules`` where a file does not.
-
-        Those of a convolution are (1, channels, 1, …) either way: they scale outputs, as on a model.
-        """
-        if self.feedforward_modules is not None:
-            return self
-        inward = tuple(path for path, own in shapes.items() if len(own["ia3_l"]) == 2 and own["ia3_l"][0] == 1)
-        return replace(self, target_modules=tuple(shapes), feedforward_modules=inward)
+        return Raised(cls(target_modules=tuple(records), feedforward_modules=inputs), _parameters)
 
     def _scales_input(self, site: LinearSite) -> bool:
         return matches_any(site.name, self.feedforward_modules or ())
@@ -136,6 +127,14 @@ class IA3Config(LinearMethod):
 def _means(name: str, paths: Sequence[str]) -> set[str]:
     """Those of the paths that a name or suffix matches."""
     return {path for path in paths if matches_any(path, (name,))}
+
+
+def _parameters(site: LinearSite, record: LinearDelta) -> dict[str, Tensor]:
+    if record.in_scale is not None:  # a channel has one scale for all places of the window
+        return {"ia3_l": record.in_scale[None, :: math.prod(site.window)]}
+    if record.out_scale is None:
+        raise CompositionError(f"the record at {site.name} scales nothing, which IA3 cannot be")
+    return {"ia3_l": record.out_scale[:, None]}
 
 
 @dataclass(frozen=True)

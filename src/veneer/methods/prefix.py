@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -45,15 +45,6 @@ class PrefixTuningConfig(PrefixMethod):
     prefix_projection: bool = False
     encoder_hidden_size: int | None = None
     init_weights: Literal["zero"] | None = None
-
-    def for_model(self, sites: Sequence[AttentionSite]) -> Self:
-        return replace(
-            self,
-            token_dim=sites[0].kv_heads * sites[0].head_dim,
-            num_attention_heads=sites[0].kv_heads,
-            num_layers=len(sites),
-            num_transformer_submodules=2 if sites[0].cross else 1,
-        )
 
     def shapes(self, sites: Sequence[AttentionSite]) -> Shapes:
         n, width = self.num_virtual_tokens, prefix_width(sites)
@@ -106,7 +97,7 @@ class PrefixTuningConfig(PrefixMethod):
     def has_network(self) -> bool:
         return self.prefix_projection and not self.inference_mode
 
-    def disk_names(self) -> dict[str, str]:
+    def disk_names(self, site: Sequence[AttentionSite]) -> dict[str, str]:
         return NETWORK if self.has_network else {STORED: STORED}
 
 

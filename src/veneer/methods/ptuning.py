@@ -93,12 +93,11 @@ class PromptEncoderConfig(PromptMethod):
             x = out[0] if part == "lstm_head" else out
         return {STORED: x}
 
-    def disk_names(self) -> dict[str, str]:
+    def disk_names(self, site: InputSite) -> dict[str, str]:
         if not self.has_network:
             return {STORED: STORED}
-        width = self.token_dim or 1
         names = {"embedding": f"{ENCODER}embedding.weight"}
-        for part, module in self._network(width).items():
+        for part, module in self._network(site.features).items():
             names |= {f"{part}__{n.replace('.', '__')}": f"{ENCODER}{part}.{n}" for n, _ in module.named_parameters()}
         return names
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from veneer.contract import LinearMethod, Params, Shapes
 from veneer.contract.extras import Extras
 from veneer.contract.family_targets import LOW_RANK
+from veneer.contract.known import Known
 from veneer.contract.shared import Shared
 from veneer.contract.targets import Names
 from veneer.core.records import LinearDelta
@@ -73,7 +74,7 @@ class VeraConfig(LinearMethod):
     def largest_rank(self) -> int:
         return self.r
 
-    def for_sites(self, sites: Sequence[LinearSite], defaults: Mapping[str, Names]) -> Self:
+    def for_sites(self, sites: Sequence[LinearSite], known: Known) -> Self:
         largest = max(site.out_features for site in sites), max(site.in_features for site in sites)
         return replace(self, projection_size=largest)
 

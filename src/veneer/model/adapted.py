@@ -10,8 +10,10 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from veneer.contract.keys import copy_key
 from veneer.core.token_rows import put_rows
 from veneer.errors import CompositionError
+from veneer.model.holder import Holder, tensors_of
 from veneer.model.inplace import InPlace, change_class, mixin_of, restore_class
 from veneer.model.routing import BASE, Routing
 from veneer.model.state import AdapterState
@@ -76,7 +78,7 @@ class Kept:
             self.read = before
 
 
-class Adapted(InPlace, nn.Module):
+class Adapted(InPlace, Holder):
     """Mixin in front of the class of a module, in place.
 
     ``adapters[name]`` holds what a method adds here; ``copies[name]`` holds whole parameters of this module that the
@@ -84,10 +86,9 @@ class Adapted(InPlace, nn.Module):
     """
 
     name_prefix: ClassVar[str] = "Adapted"
+    folds: ClassVar[bool] = True
 
     site_name: str
-    adapter_state: AdapterState
-    adapters: nn.ModuleDict
     copies: nn.ModuleDict
     originals: dict[str, Tensor | None]
     kept: Kept
@@ -229,13 +230,34 @@ class Adapted(InPlace, nn.Module):
         """The copies of own parameters that adapters train, by adapter and then by the parameter's name."""
         return self.copies
 
-    def disk_keys(self, name: str, path: str) -> dict[str, str]:
-        """For each parameter of adapter ``name``, its key in PEFT's file; whole copies are not among them."""
-        return {}
+    @property
+    def holdings(self) -> tuple[nn.ModuleDict, ...]:
+        return self.adapters, self.copies
 
-    def holds(self, name: str) -> bool:
-        """Return True if an adapter has parameters or copies here."""
-        return name in self.adapters or name in self.copies
+    @property
+    def has_codes(self) -> bool:
+        """True if the module's weight is kept in a quantized format."""
+        return False
+
+    def trains_whole(self, name: str) -> bool:
+        return name in self.copies
+
+    def live_tensors(self, name: str, path: str) -> dict[str, tuple[str, Tensor]]:
+        found = super().live_tensors(name, path)
+        if name in self.copies:
+            virtual = self.adapter_state.configs[name].virtual_tokens > 0
+            own, adapted = self.disk_path(name, path), name in self.adapters
+            found |= {
+                copy_key(own, key, adapted=adapted, virtual=virtual): (f"{path}.copies.{name}.{key}", value)
+                for key, value in tensors_of(self.copies[name]).items()
+            }
+        return found
+
+    def leave(self, model: nn.Module, path: str) -> None:
+        restore(self)
+
+    def forget(self) -> None:
+        """Drop what was computed from the weight."""
 
 
 def adapt(path: str, module: nn.Module, state: AdapterState, mixin: type[Adapted]) -> Adapted:
@@ -248,6 +270,17 @@ def adapt(path: str, module: nn.Module, state: AdapterState, mixin: type[Adapted
     adapted.adapters, adapted.copies, adapted.originals = nn.ModuleDict(), nn.ModuleDict(), {}
     adapted.kept = Kept()
     return adapted
+
+
+def own_parameter(module: nn.Module, parameter: str) -> Tensor | None:
+    """Return a module's own parameter, also while a folded one is in its place."""
+    return module.unmerged(parameter) if isinstance(module, Adapted) else module._parameters.get(parameter)
+
+
+def forget_weight(module: nn.Module) -> None:
+    """Drop what was computed from a module's weight, if the module is adapted."""
+    if isinstance(module, Adapted):
+        module.forget()
 
 
 def restore(module: Adapted) -> None:
@@ -282,8 +315,3 @@ def own_tensors(holder: nn.Module) -> list[tuple[str, Tensor]]:
 def factors_of(holder: nn.Module) -> dict[str, Tensor]:
     """The tensors that an adapter acts with at one module: the holder's own, or those that it shares."""
     return holder.seen(tensors_of(vars(holder)["factors"])) if isinstance(holder, TiedFactors) else tensors_of(holder)
-
-
-def tensors_of(holder: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers of a holder by name."""
-    return {**dict(holder.named_parameters()), **dict(holder.named_buffers())}

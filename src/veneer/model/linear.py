@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,8 @@ from veneer.core.linear import (
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.core.token_rows import project_rows
-from veneer.model.adapted import Adapted, factors_of
+from veneer.model.adapted import Adapted, TiedFactors, factors_of
+from veneer.model.allocation import Allocation
 from veneer.model.lowered import lowered
 from veneer.model.masks import masks_of
 from veneer.ops.dropout import Mask, dropout
@@ -39,6 +40,8 @@ from veneer.quant.product import CodedWeight
 class AdaptedSite(Adapted):
     """An adapted module that is a linear map of some kind: it has a site, and its adapters lower to records."""
 
+    takes_rows: ClassVar[bool] = False  # whether a forward pass calls it on rows, which the map multiplies
+
     def site(self, names: Sequence[str] | None = None) -> LinearSite:
         """The map described, with its weight and bias as these adapters (by default those acting) see them."""
         raise NotImplementedError
@@ -51,20 +54,32 @@ class AdaptedSite(Adapted):
         """The config of an adapter."""
         return cast(LinearMethod, self.adapter_state.configs[name])
 
+    def add_adapter(self, name: str, allocation: Allocation) -> None:
+        """Give a new adapter its parameters."""
+        method, site = self.method(name), self.site((name,))
+        dtype, device = self.parameter_dtype(allocation.widen), device_of(self)
+        held = allocation.parameters(method.shapes(site), lambda: method.init(site), device, dtype)
+        for key in method.packing.fixed:  # a buffer: it moves and is saved with the adapter, and no optimizer sees it
+            held.register_buffer(key, held.pop(key).detach())
+        self.adapters[name] = held
+
+    def owns(self, name: str) -> bool:
+        return name in self.adapters and not isinstance(self.adapters[name], TiedFactors)
+
+    def is_update(self, name: str) -> bool:
+        return name not in self.copies
+
     def disk_keys(self, name: str, path: str) -> dict[str, str]:
-        """For each parameter of adapter ``name``, its key in PEFT's file; ``path`` is this layer's in the model."""
         ends = self.method(name).disk_names(self.site((name,)))
         return {key: parameter_key(self.disk_path(name, path), end) for key, end in ends.items()}
 
     def packed(self, name: str, path: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of adapter ``name`` as written, by their keys on disk, from its own by theirs (`disk_keys`)."""
         method, site, keys = self.method(name), self.site((name,)), self.disk_keys(name, path)
         ends = method.packed().disk_names(site)
         packed = method.packing.pack({own: values[key] for own, key in keys.items()})
         return {parameter_key(self.disk_path(name, path), ends[own]): value for own, value in packed.items()}
 
     def unpacked(self, name: str, path: str, written: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The inverse of `packed`."""
         method, site, keys = self.method(name), self.site((name,)), self.disk_keys(name, path)
         ends = method.packed().disk_names(site)
         packed = {own: written[parameter_key(self.disk_path(name, path), end)] for own, end in ends.items()}
@@ -156,7 +171,6 @@ class AdaptedSite(Adapted):
         return self.kept.row_sq
 
     def forget(self) -> None:
-        """Drop what was computed from the weight."""
         self.kept.row_sq = None
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
@@ -170,6 +184,8 @@ class AdaptedSite(Adapted):
 
 class AdaptedLinear(AdaptedSite):
     """Mixin in front of a linear layer's class: torch's Linear, GPT-2's Conv1D, or one with a ``frozen_format``."""
+
+    takes_rows: ClassVar[bool] = True
 
     def forward(self, x: Tensor) -> Tensor:
         routing = self.adapter_state.routed()
@@ -279,7 +295,6 @@ class AdaptedLinear(AdaptedSite):
 
     @property
     def has_codes(self) -> bool:
-        """True where the layer's weight is kept in a quantized format."""
         return hasattr(self, "frozen_format")
 
     def _weight(self, names: Sequence[str] | None) -> FrozenWeight:
@@ -317,6 +332,11 @@ def _computed(x: Tensor, layer: LinearLayer) -> Tensor:
         layer = replace(layer, weight=replace(cast(Any, weight), compute_dtype=dtype))
     with torch.autocast(device, enabled=False):
         return linear(x.to(dtype), layer)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Return the device of a module's first parameter or buffer."""
+    return next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
 
 
 def wide(weight: FrozenWeight) -> Tensor:

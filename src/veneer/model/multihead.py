@@ -99,6 +99,7 @@ class AdaptedOutProjection(_Folding, AdaptedLinear):
     gradient is that of adding once.)
     """
 
+    takes_rows = False
     weight_name, bias_name = "weight", "bias"
 
     def site(self, names: Sequence[str] | None = None) -> LinearSite:

@@ -24,11 +24,12 @@ from veneer.core.nearest import nearest
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.errors import CompositionError, TargetError
-from veneer.model.adapted import Adapted, swap_reading, tensors_of
+from veneer.model.adapted import Adapted, swap_reading
 from veneer.model.allocation import Allocation
 from veneer.model.blueprint.names import STACKS, UNGATED_STACKS
 from veneer.model.convolution import is_convolution
 from veneer.model.embedding import is_embedding
+from veneer.model.holder import tensors_of
 from veneer.model.linear import is_linear
 from veneer.quant.dense import DenseWeight
 
@@ -108,7 +109,7 @@ class AdaptedParameters(Adapted):
 
     def disk_keys(self, name: str, path: str) -> dict[str, str]:
         """PEFT wraps a module once for each parameter: the last one's wrapper is the outermost."""
-        config, changed = cast(LinearMethod, self.adapter_state.configs[name]), self.changed(name)
+        config, changed = self.adapter_state.configs[name], self.changed(name)
         return {
             f"{parameter}.{own}": parameter_key(path, end, len(changed) - 1 - place)
             for place, parameter in enumerate(changed)

@@ -1,62 +1,73 @@
-"""The places of an adapter on a model: of each the site, with its weight where that is loaded, and the keys."""
+"""The kinds of place that methods have on a model, as rows of one table, and the places of an adapter."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import cast
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from veneer.contract import LinearMethod, MethodConfig, PrefixMethod, PromptMethod, ResidualMethod
-from veneer.contract.keys import OUT_PROJECTION, attention_path
-from veneer.contract.places import (
-    INPUT,
-    REPEATS,
-    Placed,
-    placed_linear,
-    placed_prefix,
-    placed_prompt,
-    placed_residual,
-)
-from veneer.model.kinds import loaded_site
-from veneer.model.parameters import site_of
-from veneer.model.plan import Plan, plan_of
-from veneer.model.prefix import attention_sites
-from veneer.model.prompt import input_site
-from veneer.model.residual import places_of, residual_site
+from veneer.contract.places import Placed
+from veneer.errors import TargetError
+from veneer.model.allocation import Allocation
+from veneer.model.layers import layer_places, put_on_layers
+from veneer.model.plan import Plan, plan_beside, plan_layers
+from veneer.model.prefix import prefix_places, put_prefix_on
+from veneer.model.prompt import prompt_places, put_prompt_on
+from veneer.model.residual import put_bottlenecks_on, residual_places
 from veneer.model.snapshot import Snapshot, look_at
+from veneer.model.state import AdapterState
+
+
+@dataclass(frozen=True)
+class PlaceKind:
+    """``places`` of a saved adapter on a model that has none, by path; ``plan`` of an adapter on a model.
+
+    ``put`` gives an adapter its parameters; the modules of its plan are adapted, and its config is in the state.
+    """
+
+    places: Callable[[Snapshot, Any], dict[str, Placed]]
+    put: Callable[[PreTrainedModel, str, AdapterState, Plan, Allocation], None]
+    plan: Callable[[Snapshot, Any, bool], Plan] = plan_beside
+
+
+_KINDS: Mapping[type, PlaceKind] = {
+    LinearMethod: PlaceKind(layer_places, put_on_layers, plan_layers),
+    ResidualMethod: PlaceKind(residual_places, put_bottlenecks_on),
+    PrefixMethod: PlaceKind(prefix_places, put_prefix_on),
+    PromptMethod: PlaceKind(prompt_places, put_prompt_on),
+}
 
 
 def placed_on(model: nn.Module, config: MethodConfig) -> dict[str, Placed]:
-    """The places of a saved adapter on a model that has none, by path. Raises TargetError where it has no such places.
+    """Return the places of a saved adapter on a model that has none, by path. Raises TargetError if it has no such.
 
     Linear layers need no storage: a model on the meta device tells their shapes.
     """
-    whole = cast(PreTrainedModel, model)
-    if isinstance(config, ResidualMethod):
-        sites = (residual_site(place) for place in places_of(whole, config))
-        return {site.name: placed_residual(config, site) for site in sites}
-    if isinstance(config, PrefixMethod):
-        return {INPUT: placed_prefix(config, attention_sites(whole))}
-    if isinstance(config, PromptMethod):
-        return {INPUT: placed_prompt(config, input_site(whole))}
-    snapshot = look_at(model)
-    return _linear_places(snapshot, plan_of(snapshot, config, fresh=False))
+    return _kind(config).places(look_at(model), config)
 
 
-def _linear_places(snapshot: Snapshot, plan: Plan) -> dict[str, Placed]:
-    config, found = cast(LinearMethod, plan.config), dict[str, Placed]()
-    for path in (*plan.layers, *plan.followers):
-        site, on_disk = loaded_site(snapshot.kinds[path], path, snapshot.modules[path]), path
-        if path in plan.outward:
-            site = replace(site, name=path.removesuffix(f".{OUT_PROJECTION}"), repeats=REPEATS)
-            on_disk = attention_path(path)
-        found[path] = placed_linear(config, site, on_disk)
-    for path, parameters in plan.parameters.items():
-        module = snapshot.modules[path]
-        for index, parameter in enumerate(parameters):
-            name, depth = f"{path}.{parameter}", len(parameters) - 1 - index
-            site = site_of(name, module, cast(Tensor, module._parameters[parameter]))
-            found[name] = placed_linear(config, site, path, depth)
+def plan_of(snapshot: Snapshot, config: MethodConfig, fresh: bool) -> Plan:
+    """Return the plan of a config on a model. Raises TargetError with what is wrong.
+
+    ``fresh``: the adapter is new, and every setting must have an effect; a saved one is as it is.
+    """
+    return _kind(config).plan(snapshot, config, fresh)
+
+
+def put_on(model: nn.Module, name: str, state: AdapterState, plan: Plan, allocation: Allocation) -> None:
+    """Give an adapter its parameters at the places of its kind; the modules of its plan are adapted."""
+    _kind(plan.config).put(cast(PreTrainedModel, model), name, state, plan, allocation)
+
+
+def _kind(config: MethodConfig) -> PlaceKind:
+    found = next((_KINDS[base] for base in type(config).__mro__ if base in _KINDS), None)
+    if found is None:
+        raise TargetError(
+            f"{type(config).__name__} is none of the kinds of method that a model can take: "
+            f"{', '.join(kind.__name__ for kind in _KINDS)}. Derive it from one of them."
+        )
     return found

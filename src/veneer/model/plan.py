@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from veneer.contract import LinearMethod, MethodConfig
 from veneer.contract.keys import OUT_PROJECTION
+from veneer.contract.known import Known
 from veneer.contract.targets import ALL_LINEAR, Names, absent_layers, present_targets, select_targets
 from veneer.core.sites import LinearSite
 from veneer.disk.known_name import known_name
@@ -18,6 +20,8 @@ from veneer.model.parameters import parameter_places
 from veneer.model.snapshot import Snapshot, shortest_names
 from veneer.model.token_rows import RowPlace, row_places
 from veneer.model.tying import followers_of, unused_tie
+
+C = TypeVar("C", bound=MethodConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,16 +54,21 @@ class Plan:
         return tuple(dict.fromkeys([*self.layers, *self.followers, *self.parameters, *self.copied, *with_rows]))
 
 
-def plan_of(snapshot: Snapshot, config: MethodConfig, fresh: bool) -> Plan:
-    """The plan of a config on a model.
+def plan_beside(snapshot: Snapshot, config: MethodConfig, fresh: bool) -> Plan:
+    """Return the plan of a method that names no layers: only what it trains of the base itself."""
+    config = on_base(snapshot, config)
+    copied = copied_parameters(snapshot.modules, snapshot.tied, config, set())
+    return Plan(config=config, parameters={}, copied=copied)
 
-    ``fresh``: the adapter is new, and every setting must have an effect; a saved one is as it is. Raises TargetError
-    with what is wrong.
+
+def plan_layers(snapshot: Snapshot, config: LinearMethod, fresh: bool) -> Plan:
+    """Return the plan of a method at linear layers. Raises TargetError with what is wrong.
+
+    ``fresh``: the adapter is new, and every setting must have an effect; a saved one is as it is.
     """
-    config = resolved(snapshot, config)
+    config = named(snapshot, on_base(snapshot, config))
     modules, tied = snapshot.modules, snapshot.tied
-    targets = targets_of(snapshot, config) if isinstance(config, LinearMethod) else ()
-    targets, followers = followers_of(tied, config, targets)
+    targets, followers = followers_of(tied, config, targets_of(snapshot, config))
     outward = tuple(f"{path}.{OUT_PROJECTION}" for path in targets if snapshot.kinds[path].name == "attention")
     copied = copied_parameters(modules, tied, config, {*targets, *outward})
     parameters, by_weight = parameter_places(modules, config, {*targets, *copied})
@@ -72,32 +81,33 @@ def plan_of(snapshot: Snapshot, config: MethodConfig, fresh: bool) -> Plan:
         parameters=parameters,
         copied=copied,
     )
-    if isinstance(config, LinearMethod):
-        sites = snapshot.sites(plan.targets)
-        _require_accepted(snapshot, config, plan, sites, fresh)
-        plan = replace(plan, config=config.for_sites(sites, left_out(snapshot, config)))
+    sites = snapshot.sites(plan.targets)
+    _require_accepted(snapshot, config, plan, sites, fresh)
     whole = (path for path, keys in copied.items() if "weight" in keys)
-    return replace(plan, rows=row_places(modules, tied, plan.config, {*plan.layers, *followers, *whole}))
+    rows = row_places(modules, tied, config, {*plan.layers, *followers, *whole})
+    return replace(plan, config=config.for_sites(sites, Known(names=left_out(snapshot, config))), rows=rows)
 
 
-def resolved(snapshot: Snapshot, config: MethodConfig) -> MethodConfig:
-    """The config with what it leaves to the model filled in: default targets, ``"all-linear"`` as names, the head that
-    a classification task trains, the name of the base.
-    """
+def on_base(snapshot: Snapshot, config: C) -> C:
+    """Return the config with the name of the base, and the head that a classification task trains."""
     changes: dict[str, object] = {}
     base = config.base_model_name_or_path or snapshot.base_name
     if base:
         changes["base_model_name_or_path"] = known_name(base)
-    if isinstance(config, LinearMethod):
-        if config.target_modules is None and not config.extras.parameters:
-            changes["target_modules"] = _default_targets(snapshot, config)
-        elif isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
-            changes["target_modules"] = shortest_names(snapshot.index(), targets_of(snapshot, config))
     heads = [head for head in TASK_HEADS.get(config.task_type or "", ()) if head in snapshot.modules]
     missing = [head for head in heads if head not in (config.modules_to_save or ())]
     if missing:
         changes["modules_to_save"] = (*(config.modules_to_save or ()), *missing)
     return replace(config, **changes)  # type: ignore[arg-type]
+
+
+def named(snapshot: Snapshot, config: LinearMethod) -> LinearMethod:
+    """Return the config with the targets that it leaves to the model: its defaults, or ``"all-linear"`` as names."""
+    if config.target_modules is None and not config.extras.parameters:
+        return replace(config, target_modules=_default_targets(snapshot, config))
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
+        return replace(config, target_modules=shortest_names(snapshot.index(), targets_of(snapshot, config)))
+    return config
 
 
 def left_out(snapshot: Snapshot, config: LinearMethod) -> dict[str, Names]:
@@ -110,10 +120,8 @@ def left_out(snapshot: Snapshot, config: LinearMethod) -> dict[str, Names]:
     }
 
 
-def targets_of(snapshot: Snapshot, config: MethodConfig) -> tuple[str, ...]:
+def targets_of(snapshot: Snapshot, config: LinearMethod) -> tuple[str, ...]:
     """The module paths that a linear method's config means in this model."""
-    if not isinstance(config, LinearMethod):
-        raise TargetError(f"{type(config).__name__} does not target modules by name")
     if config.extras.parameters and not config.target_modules:
         return ()
     return select_targets(config, snapshot.index(config))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -12,16 +12,21 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedMod
 from transformers.utils import ModelOutput
 
 from veneer.contract import PrefixMethod
+from veneer.contract.known import Known
+from veneer.contract.places import INPUT, Placed, placed
 from veneer.core.records import PrefixDelta
 from veneer.core.sites import AttentionSite
 from veneer.errors import ConfigError, TargetError
 from veneer.model.allocation import Allocation
 from veneer.model.front import Front
+from veneer.model.plan import Plan
+from veneer.model.snapshot import Snapshot
 from veneer.model.state import AdapterState
 from veneer.model.structure import evaluation, example_inputs
 from veneer.model.virtual_tokens import (
     MARK,
     Arguments,
+    KeysAndValues,
     VirtualTokens,
     cache_name,
     inner_model,
@@ -37,10 +42,10 @@ class PrefixAdapters(VirtualTokens):
 
     runs_the_model = False
 
-    def __init__(self, state: AdapterState, model: PreTrainedModel, sites: tuple[AttentionSite, ...]) -> None:
+    def __init__(self, state: AdapterState, model: PreTrainedModel, site: tuple[AttentionSite, ...]) -> None:
         super().__init__(state, model)
-        self.sites = sites
-        self.layers = [site.layer for site in sites]
+        self.site = site
+        self.layers, self.dtype = [each.layer for each in site], model.dtype
         stack = self.stack(model)
         self.text_config = stack.config.get_text_config(decoder=True)
         self.handles.append(stack.register_forward_hook(self.after_forward, with_kwargs=True))
@@ -53,12 +58,13 @@ class PrefixAdapters(VirtualTokens):
     def stack(self, model: PreTrainedModel) -> PreTrainedModel:
         return _stack(model)
 
+    def keys_and_values(self, name: str, run: Callable[[Tensor], KeysAndValues]) -> KeysAndValues:
+        dtype, records = self.dtype, zip(self.layers, self.records(name), strict=True)
+        return {layer: (record.k.to(dtype), record.v.to(dtype)) for layer, record in records}
+
     def records(self, name: str) -> tuple[PrefixDelta, ...]:
         """The records of adapter ``name``, layer by layer."""
-        return cast(PrefixMethod, self.method(name)).lower(self.sites, self.parameters_of(name))
-
-    def stored(self, name: str, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return cast(PrefixMethod, self.method(name)).stored(self.sites, params)
+        return cast(PrefixMethod, self.method(name)).lower(self.site, self.parameters_of(name))
 
     def started(self, model: PreTrainedModel, given: Arguments, cache: Cache | None, front: Front) -> Arguments:
         refuse_packing(given, self.method(front.names[0]))
@@ -71,8 +77,8 @@ class PrefixAdapters(VirtualTokens):
         _require_room(cache)
         dtype = _compute_dtype(model.device.type, model.dtype)
         each = [self.records(name) for name in front.names]
-        for site, records in zip(self.sites, zip(*each, strict=True), strict=True):
-            put_prefix(cache, site.layer, rows_of(front, records, n_rows), dtype)
+        for layer, records in zip(self.layers, zip(*each, strict=True), strict=True):
+            put_prefix(cache, layer, rows_of(front, records, n_rows), dtype)
         setattr(cache, MARK, front.mark)
 
     def after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -84,7 +90,7 @@ class PrefixAdapters(VirtualTokens):
     def empty_cache(self) -> Cache:
         """A cache that has for each layer what it needs: a sliding window keeps as much as the model's mask expects."""
         own = DynamicCache(config=self.text_config)
-        return EncoderDecoderCache(own, DynamicCache(config=self.text_config)) if self.sites[0].cross else own
+        return EncoderDecoderCache(own, DynamicCache(config=self.text_config)) if self.site[0].cross else own
 
 
 class _Recomputed:
@@ -113,20 +119,25 @@ class _Recomputed:
     def record(self, name: str) -> PrefixDelta:
         """The record of adapter ``name`` in this layer alone."""
         method, place = cast(PrefixMethod, self.holder.method(name)), self.holder.layers.index(self.index)
-        return method.lower_one(self.holder.sites, self.holder.parameters_of(name), place)
+        return method.lower_one(self.holder.site, self.holder.parameters_of(name), place)
 
 
-def attach_prefix(model: PreTrainedModel, name: str, state: AdapterState, allocation: Allocation) -> None:
+def prefix_places(snapshot: Snapshot, config: PrefixMethod) -> dict[str, Placed]:
+    """Return the one place of a prefix: all attention layers."""
+    return {INPUT: placed(config, attention_sites(cast(PreTrainedModel, snapshot.model)))}
+
+
+def put_prefix_on(model: PreTrainedModel, name: str, state: AdapterState, plan: Plan, allocation: Allocation) -> None:
     """Put the prefix of adapter ``name`` on the model."""
     if not hasattr(model, CHILD):
         with state.base_alone():
             sites = attention_sites(model)
         model.add_module(CHILD, PrefixAdapters(state, model, sites))
     holder = cast(PrefixAdapters, getattr(model, CHILD))
-    config = cast(PrefixMethod, state.configs[name]).for_model(holder.sites)
+    config = plan.config.for_sites((holder.site,), Known())
     state.configs[name] = config
-    init = functools.partial(config.init, holder.sites)
-    holder.adapters[name] = allocation.parameters(config.shapes(holder.sites), init, model.device, model.dtype)
+    init = functools.partial(config.init, holder.site)
+    holder.adapters[name] = allocation.parameters(config.shapes(holder.site), init, model.device, model.dtype)
 
 
 def attention_sites(model: PreTrainedModel) -> tuple[AttentionSite, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -13,16 +13,21 @@ from transformers import AutoTokenizer, Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from veneer.contract import PromptMethod
+from veneer.contract.known import Known
+from veneer.contract.places import INPUT, Placed, placed
 from veneer.core.prompt import replace_leading, with_leading
 from veneer.core.records import PromptDelta
 from veneer.core.sites import InputSite
 from veneer.errors import TargetError
 from veneer.model.allocation import Allocation
 from veneer.model.front import Front
+from veneer.model.plan import Plan
+from veneer.model.snapshot import Snapshot
 from veneer.model.state import AdapterState
 from veneer.model.virtual_tokens import (
     MARK,
     Arguments,
+    KeysAndValues,
     VirtualTokens,
     inner_model,
     refuse_packing,
@@ -66,12 +71,12 @@ class PromptAdapters(VirtualTokens):
         """The virtual tokens of every row, (rows, n, d)."""
         return front.rows([self.record(name).embeddings for name in front.names], n_rows)
 
+    def keys_and_values(self, name: str, run: Callable[[Tensor], KeysAndValues]) -> KeysAndValues:
+        return run(self.record(name).embeddings)
+
     def record(self, name: str) -> PromptDelta:
         """The record of adapter ``name``."""
         return cast(PromptMethod, self.method(name)).lower(self.site, self.parameters_of(name))
-
-    def stored(self, name: str, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return cast(PromptMethod, self.method(name)).stored(self.site, params)
 
     def before_forward(self, model: PreTrainedModel, args: Any, kwargs: Any) -> Any:
         if self.outermost is not None or self.filling:
@@ -196,9 +201,14 @@ class EncoderPromptAdapters(PromptAdapters):
         return super().after_forward(module, args, output)
 
 
-def attach_prompt(model: PreTrainedModel, name: str, state: AdapterState, allocation: Allocation) -> None:
+def prompt_places(snapshot: Snapshot, config: PromptMethod) -> dict[str, Placed]:
+    """Return the one place of a prompt: the input embeddings."""
+    return {INPUT: placed(config, input_site(cast(PreTrainedModel, snapshot.model)))}
+
+
+def put_prompt_on(model: PreTrainedModel, name: str, state: AdapterState, plan: Plan, allocation: Allocation) -> None:
     """Put the virtual tokens of adapter ``name`` on the model."""
-    config = for_model(model, cast(PromptMethod, state.configs[name]))
+    config = cast(PromptMethod, plan.config).for_sites((input_site(model),), Known())
     state.configs[name] = config
     site = _site_to_start_from(model, config) if allocation.values else input_site(model)
     init = functools.partial(config.init, site)
@@ -209,19 +219,6 @@ def attach_prompt(model: PreTrainedModel, name: str, state: AdapterState, alloca
     holder.adapters[name] = allocation.parameters(config.shapes(site), init, model.device, model.dtype)
 
 
-def for_model(model: PreTrainedModel, config: PromptMethod) -> PromptMethod:
-    """The config with the base model's numbers filled in, as PEFT fills them in."""
-    text = model.config.get_text_config()
-    return replace(
-        config,
-        token_dim=input_site(model).features,
-        num_layers=config.num_layers or text.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads or getattr(text, "num_attention_heads", None),
-        num_transformer_submodules=config.num_transformer_submodules
-        or (2 if config.task_type == "SEQ_2_SEQ_LM" else 1),
-    )
-
-
 def reader(model: PreTrainedModel) -> PreTrainedModel:
     """The part of a model that embeds the text in front of which the virtual tokens stand."""
     return cast(PreTrainedModel, model.get_encoder() if model.config.is_encoder_decoder else inner_model(model))
@@ -229,8 +226,14 @@ def reader(model: PreTrainedModel) -> PreTrainedModel:
 
 def input_site(model: PreTrainedModel) -> InputSite:
     """The input embeddings described by shapes."""
-    weight = model.get_input_embeddings().weight
-    return InputSite(name="input", features=weight.shape[1], vocabulary=weight.shape[0])
+    weight, text = model.get_input_embeddings().weight, model.config.get_text_config()
+    return InputSite(
+        name=INPUT,
+        features=weight.shape[1],
+        vocabulary=weight.shape[0],
+        layers=getattr(text, "num_hidden_layers", None),
+        heads=getattr(text, "num_attention_heads", None),
+    )
 
 
 def _site_to_start_from(model: PreTrainedModel, config: PromptMethod) -> InputSite:

@@ -12,19 +12,23 @@ from transformers import PreTrainedModel
 
 from veneer.contract import ResidualMethod
 from veneer.contract.keys import SUBLAYER, parameter_key
+from veneer.contract.places import Placed, placed
 from veneer.core.records import ResidualDelta
 from veneer.core.residual import residual_change
 from veneer.core.sites import ResidualSite
 from veneer.errors import TargetError
 from veneer.model.allocation import Allocation
+from veneer.model.holder import Holder
 from veneer.model.masks import masks_of
+from veneer.model.plan import Plan
 from veneer.model.routing import BASE, Routing
+from veneer.model.snapshot import Snapshot
 from veneer.model.state import AdapterState
 from veneer.model.structure import Sublayer, sublayers
 from veneer.ops.dropout import Mask, dropout
 
 
-class ResidualAdapters(nn.Module):
+class ResidualAdapters(Holder):
     """The bottlenecks of one sub-layer by adapter name: a child of its block, so that it moves with the model."""
 
     def __init__(self, site: ResidualSite, state: AdapterState, model: nn.Module, place: Sublayer) -> None:
@@ -37,17 +41,17 @@ class ResidualAdapters(nn.Module):
             model.get_submodule(place.output_path).register_forward_hook(self._change_output),
         ]
 
-    def remove(self) -> None:
-        """Take the hooks off."""
+    def leave(self, model: nn.Module, path: str) -> None:
         for handle in self.handles:
             handle.remove()
+        block, _, child = path.rpartition(".")
+        delattr(model.get_submodule(block), child)
 
     def record(self, name: str) -> ResidualDelta:
         """The record of adapter ``name`` at this sub-layer."""
         return self._method(name).lower(self.site, dict(self.adapters[name].named_parameters()))
 
     def disk_keys(self, name: str, path: str) -> dict[str, str]:
-        """For each parameter of adapter ``name``, its key on disk; ``path`` is this holder's in the model."""
         return {key: parameter_key(path, end) for key, end in self._method(name).disk_names(self.site).items()}
 
     def _method(self, name: str) -> ResidualMethod:
@@ -107,9 +111,17 @@ class ResidualAdapters(nn.Module):
         return change.to(hidden.dtype)
 
 
-def attach_residual(model: PreTrainedModel, name: str, state: AdapterState, allocation: Allocation) -> None:
+def residual_places(snapshot: Snapshot, config: ResidualMethod) -> dict[str, Placed]:
+    """Return the sub-layers at which a config has bottlenecks, by path."""
+    sites = map(residual_site, places_of(cast(PreTrainedModel, snapshot.model), config))
+    return {site.name: placed(config, site, site.name) for site in sites}
+
+
+def put_bottlenecks_on(
+    model: PreTrainedModel, name: str, state: AdapterState, plan: Plan, allocation: Allocation
+) -> None:
     """Put the bottlenecks of adapter ``name`` after the sub-layers that its config names."""
-    config = cast(ResidualMethod, state.configs[name])
+    config = cast(ResidualMethod, plan.config)
     with state.base_alone():
         places = places_of(model, config)
     for place in places:
@@ -118,17 +130,6 @@ def attach_residual(model: PreTrainedModel, name: str, state: AdapterState, allo
         init = functools.partial(config.init, site)
         holder = _holder(model, place, state)
         holder.adapters[name] = allocation.parameters(config.shapes(site), init, device, model.dtype)
-
-
-def detach_residual(model: PreTrainedModel, name: str) -> None:
-    """Take one adapter's bottlenecks off; a sub-layer without any loses its hooks and its holder."""
-    for path, holder in residual_adapters(model).items():
-        if name in holder.adapters:
-            del holder.adapters[name]
-        if not holder.adapters:
-            holder.remove()
-            block, _, child = path.rpartition(".")
-            delattr(model.get_submodule(block), child)
 
 
 def residual_adapters(model: nn.Module) -> dict[str, ResidualAdapters]:

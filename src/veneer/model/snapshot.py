@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from veneer.contract import LinearMethod
 from veneer.contract.targets import ModuleIndex, matches_any
 from veneer.core.sites import LinearSite
-from veneer.model.adapted import Adapted
+from veneer.model.adapted import own_parameter
 from veneer.model.blueprint.names import CLASSIFIERS
 from veneer.model.embedding import input_embeddings
 from veneer.model.kinds import Kind, kind_of
@@ -80,11 +80,9 @@ def shortest_names(index: ModuleIndex, chosen: tuple[str, ...]) -> tuple[str, ..
 def _tied(modules: Mapping[str, nn.Module], table: nn.Module | None) -> tuple[str, ...]:
     if table is None:
         return ()
-    weight = _own_weight(table)
+    weight = own_parameter(table, "weight")
     first = (path for path, module in modules.items() if module is table)
-    sharing = (path for path, module in modules.items() if weight is not None and _own_weight(module) is weight)
+    sharing = (
+        path for path, module in modules.items() if weight is not None and own_parameter(module, "weight") is weight
+    )
     return tuple(dict.fromkeys((*first, *sharing)))
-
-
-def _own_weight(module: nn.Module) -> Tensor | None:
-    return module.unmerged("weight") if isinstance(module, Adapted) else module._parameters.get("weight")

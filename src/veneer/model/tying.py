@@ -7,7 +7,7 @@ from typing import cast
 
 from torch import nn
 
-from veneer.contract import LinearMethod, MethodConfig
+from veneer.contract import MethodConfig
 from veneer.model.adapted import Adapted, TiedFactors
 
 
@@ -30,8 +30,8 @@ def follow(model: nn.Module, name: str, embeddings: str, followers: Sequence[str
     source = cast(Adapted, model.get_submodule(embeddings))
     for path in followers:
         module = cast(Adapted, model.get_submodule(path))
-        method = cast(LinearMethod, module.adapter_state.configs[name])
-        turned = None if isinstance(module, nn.Embedding) else method.turned
+        extras = module.adapter_state.configs[name].extras
+        turned = None if isinstance(module, nn.Embedding) else extras.turned
         module.adapters[name] = TiedFactors(source.adapters[name], source.site_name, turned)
 
 

@@ -14,12 +14,14 @@ from transformers import Cache, PreTrainedModel
 from veneer.contract import VirtualTokenMethod
 from veneer.errors import CompositionError, ConfigError
 from veneer.model.front import Front
+from veneer.model.holder import Holder
 from veneer.model.routing import Routing
 from veneer.model.state import AdapterState
 
 CACHE_NAMES = ("cache", "past_key_values", "layer_past", "past_key_value")
 MARK = "_virtual_tokens_of"  # on a cache: the adapter whose virtual tokens it starts with
 Arguments = dict[str, Any]
+KeysAndValues = dict[int, tuple[Tensor, Tensor]]
 
 
 def cache_name(forward: Callable[..., object]) -> str | None:
@@ -33,7 +35,7 @@ def inner_model(model: PreTrainedModel) -> PreTrainedModel:
     return cast(PreTrainedModel, model.base_model if model.config.is_encoder_decoder else model.get_decoder())
 
 
-class VirtualTokens(nn.Module):
+class VirtualTokens(Holder):
     """The adapters of one kind by name, and the hooks that put them in front of every sequence.
 
     ``runs_the_model``: whether filling a cache takes a pass through the model, which finds there what needs none.
@@ -43,6 +45,7 @@ class VirtualTokens(nn.Module):
     """
 
     runs_the_model: ClassVar[bool]
+    site: Any
 
     def __init__(self, state: AdapterState, model: PreTrainedModel) -> None:
         super().__init__()
@@ -59,28 +62,29 @@ class VirtualTokens(nn.Module):
         """The part of the model that the virtual tokens are in front of."""
         return inner_model(model)
 
-    def remove(self, model: PreTrainedModel) -> None:
-        """Take the hooks off."""
+    def leave(self, model: nn.Module, path: str) -> None:
         for handle in self.handles:
             handle.remove()
         if list(virtual_tokens(model).values()) == [self]:
             model.__dict__.pop("_prepare_cache_for_generation", None)
+        delattr(model, path)
 
     def parameters_of(self, name: str) -> dict[str, Tensor]:
         """The trained parameters of one adapter."""
         return dict(self.adapters[name].named_parameters())
 
     def disk_keys(self, name: str, path: str) -> dict[str, str]:
-        """For each parameter of adapter ``name``, its key on disk."""
-        return self.method(name).disk_names()
+        return dict(self.method(name).disk_names(self.site))
 
-    def packed(self, name: str, path: str, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a plain save of adapter ``name``, from its parameters by their keys on disk."""
-        keys = self.disk_keys(name, path)
-        return {k: v.detach() for k, v in self.stored(name, {key: found[keys[key]] for key in keys}).items()}
+    def packed(self, name: str, path: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        params = {own: values[key] for own, key in self.disk_keys(name, path).items()}
+        return {key: value.detach() for key, value in self.method(name).stored(self.site, params).items()}
 
-    def stored(self, name: str, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a plain save, from parameters by their names."""
+    def keys_and_values(self, name: str, run: Callable[[Tensor], KeysAndValues]) -> KeysAndValues:
+        """Return by layer the keys and values that one adapter's tokens leave in a cache, of the base's dtype.
+
+        ``run`` gives those of embeddings (n, d) that go through the base.
+        """
         raise NotImplementedError
 
     def method(self, name: str) -> VirtualTokenMethod:
@@ -163,16 +167,6 @@ class VirtualTokens(nn.Module):
 def virtual_tokens(model: nn.Module) -> dict[str, VirtualTokens]:
     """The holders of prefixes and prompts by path."""
     return {name: child for name, child in model.named_children() if isinstance(child, VirtualTokens)}
-
-
-def detach_virtual_tokens(model: PreTrainedModel, name: str) -> None:
-    """Take one adapter's virtual tokens off; a holder without any goes, with its hooks."""
-    for child, holder in virtual_tokens(model).items():
-        if name in holder.adapters:
-            del holder.adapters[name]
-        if not holder.adapters:
-            holder.remove(model)
-            delattr(model, child)
 
 
 def prepare_generation(

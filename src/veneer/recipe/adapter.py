@@ -86,8 +86,6 @@ def adapter_config(adapter: Mapping[str, Any]) -> MethodConfig | None:
     LoRA and its variants act on every linear layer where the part does not say otherwise. Raises ConfigError for
     settings that the config refuses, and for those that no recipe carries out.
     """
-    from veneer.contract import LinearMethod
-
     if FROM in adapter:
         return saved_config(adapter)
     if method_of(adapter) == FULL:
@@ -95,7 +93,7 @@ def adapter_config(adapter: Mapping[str, Any]) -> MethodConfig | None:
     named = named_methods()[method_of(adapter)]
     given = typed(named.config, _fields(adapter), [])
     config = named.config(**{**named.config.usual_fields, **named.preset, **given, **named.switches})
-    start = config.late_start if isinstance(config, LinearMethod) else None
+    start = config.late_start
     if start is not None and start.settings is not None:
         raise ConfigError(
             f"adapter: {config.peft_type} with {type(start.settings).__name__} starts from a pass over data, which no "

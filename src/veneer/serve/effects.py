@@ -17,15 +17,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from veneer.contract import MethodConfig, VirtualTokenMethod
+from veneer.contract import MethodConfig
 from veneer.contract.keys import copy_key, rows_key, weight_keys
 from veneer.contract.places import Placed
 from veneer.core.records import LinearDelta, PrefixDelta, PromptDelta, ResidualDelta
 from veneer.errors import VeneerError
 from veneer.model.copies import own_parameters
 from veneer.model.packed_linear import PackedLinear
-from veneer.model.places import placed_on
-from veneer.model.plan import Plan, plan_of
+from veneer.model.places import placed_on, plan_of
+from veneer.model.plan import Plan
 from veneer.model.snapshot import look_at
 from veneer.serve.held import in_own_memory
 from veneer.serve.program import Program
@@ -80,8 +80,8 @@ class Lookup:
         found = next((each for each in self._seen if each.config == config), None)
         if found is None:
             placed = placed_on(self.model, config)
-            virtual = isinstance(config, VirtualTokenMethod)
-            found = _Places(config, placed, None if virtual else plan_of(look_at(self.model), config, fresh=False))
+            plan = None if config.virtual_tokens else plan_of(look_at(self.model), config, fresh=False)
+            found = _Places(config, placed, plan)
             self._seen.append(found)
         return found
 

@@ -18,12 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from veneer.adapters.peft_model import become_peft_model
-from veneer.contract import VirtualTokenMethod
 from veneer.errors import CompositionError, VeneerError
 from veneer.model.mixed import checked, routed
 from veneer.model.paged import KeysValues, PagedModel, PagedStep, SlotStore, Stretch
-from veneer.model.prefix import PrefixAdapters
-from veneer.model.prompt import PromptAdapters
 from veneer.model.routing import BASE, Routing
 from veneer.model.virtual_tokens import inner_model, virtual_tokens
 from veneer.serve.mix import Parts
@@ -174,19 +171,17 @@ class GeneralRunner(DrawingRunner):
     def _front(self, version: str) -> Front:
         """The keys and values of an adapter's virtual tokens: a prefix's own, or what a prompt leaves in the base."""
         config = self.model.peft_config[version]
-        if not isinstance(config, VirtualTokenMethod):
+        if not config.virtual_tokens:
             return {}
         if config.modules_to_save:
             raise CompositionError(
                 f"an adapter of virtual tokens with modules_to_save={list(config.modules_to_save)} cannot be served"
             )
         holder = next(h for h in virtual_tokens(self.model).values() if version in h.adapters)
-        if isinstance(holder, PrefixAdapters):
-            records = zip(holder.sites, holder.records(version), strict=True)
-            return {site.layer: (r.k.to(self.base.dtype), r.v.to(self.base.dtype)) for site, r in records}
-        return self._front_of_prompt(cast(PromptAdapters, holder).record(version).embeddings)
+        return holder.keys_and_values(version, self._in_base)
 
-    def _front_of_prompt(self, embeddings: Tensor) -> Front:
+    def _in_base(self, embeddings: Tensor) -> Front:
+        """The keys and values that tokens leave in the base."""
         n = len(embeddings)
         store = SlotStore(1, n)
         step = PagedStep(store, [Stretch((0,), 0, n)], self.base.device)

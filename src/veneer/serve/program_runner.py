@@ -25,7 +25,7 @@ from veneer.model.blueprint.describe import describe
 from veneer.model.give_back import give_back
 from veneer.model.packed_linear import PackedGroup, is_packed, pack_group, unpack
 from veneer.model.paged import TOLERANCE, KeysValues, Stretch, require_pageable
-from veneer.model.plan import plan_of
+from veneer.model.places import plan_of
 from veneer.model.snapshot import look_at
 from veneer.model.structure import evaluation
 from veneer.ops.memory import whole_numbers

@@ -8,7 +8,6 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from veneer.contract import LinearMethod, MethodConfig, VirtualTokenMethod
 from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
 from veneer.contract.source import adapter_folder
 from veneer.errors import ConfigError, FormatError
@@ -76,8 +75,8 @@ class Versions:
             id=f"v{digest.hexdigest()[:32]}",
             folder=key,
             kind=config.peft_type,
-            rank=config.largest_rank if isinstance(config, LinearMethod) else 0,
-            n_front=_front(config),
+            rank=config.largest_rank,
+            n_front=config.virtual_tokens,
             n_bytes=stored_bytes(folder, self._value_bytes),
         )
         self._seen[key] = (stamp, version)
@@ -124,7 +123,3 @@ def _stamp(folder: Path) -> _Stamp:
             ) from error
         found.append((told.st_dev, told.st_ino, told.st_mtime_ns, told.st_size))
     return tuple(found)
-
-
-def _front(config: MethodConfig) -> int:
-    return config.num_virtual_tokens if isinstance(config, VirtualTokenMethod) else 0

@@ -22,7 +22,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from veneer.disk.safetensors import DTYPE_NAMES, StoredTensor
 from veneer.errors import CompositionError, ConfigError, FormatError, NonFiniteError
-from veneer.model.linear import AdaptedLinear
+from veneer.model.attach import adapted_modules
 from veneer.model.quant_linear import QuantLinear
 from veneer.quant.spec import StorageSpec
 from veneer.store.checkpoint import Checkpoint, is_finite
@@ -191,7 +191,8 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         layers = [(path, m) for path, m in model.named_modules() if isinstance(m, QuantLinear)]
-        if any(isinstance(layer, AdaptedLinear) for _, layer in layers):
+        held = adapted_modules(model)
+        if any(path in held for path, _ in layers):
             raise CompositionError(
                 "the model carries adapters: merge_and_unload() or unload() them before dequantize()"
             )

@@ -35,8 +35,7 @@ from veneer.data.rows import RowReader, load_rows, split_off, stream_rows
 from veneer.data.sources import load_sources
 from veneer.disk.folder import new_folder
 from veneer.errors import ConfigError, DataError, DiskError, DivergedError, Interrupted, VeneerError
-from veneer.model.adapted import Adapted
-from veneer.model.attach import module_index
+from veneer.model.attach import adapted_modules, module_index
 from veneer.model.memory import high_water
 from veneer.recipe.adapter import FROM, FULL, means_all_linear, not_that_adapter, usual_learning_rate
 from veneer.recipe.advice import odd_rate
@@ -214,7 +213,9 @@ def _tell_of_odd_settings(recipe: Recipe, trainer: SFTTrainer) -> None:
         log.warning("%s", odd)
     head, inner = trainer.model.get_output_embeddings(), trainer.model.get_input_embeddings()
     tied = bool(getattr(trainer.model.config.get_text_config(), "tie_word_embeddings", False))
-    if tied and isinstance(head, Adapted) and not isinstance(inner, Adapted) and head.adapters:
+    adapted = list(adapted_modules(trainer.model).values())
+    alone = any(m is head and m.adapters for m in adapted) and not any(m is inner for m in adapted)
+    if tied and alone:
         log.warning(
             "adapter.target_modules catches the output head, which is tied to the embeddings: it alone is changed, and "
             "merging writes the two apart. all-linear leaves it out"

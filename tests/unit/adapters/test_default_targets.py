@@ -31,7 +31,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING as CAUSAL
 from veneer import IA3Config, LoraConfig, PeftModel, get_peft_model
 from veneer.contract import LinearMethod
 from veneer.contract.targets import matches_any
-from veneer.model.plan import Plan, plan_of
+from veneer.model.places import plan_of
+from veneer.model.plan import Plan
 from veneer.model.snapshot import look_at
 
 from .conftest import close, logits

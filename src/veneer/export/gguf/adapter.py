@@ -10,7 +10,6 @@ from typing import Any
 from gguf import GGUFValueType
 from torch import Tensor
 
-from veneer.contract import LinearMethod
 from veneer.core.linear import BLOCK_VALUES
 from veneer.core.records import LinearDelta
 from veneer.errors import CompositionError, ConfigError
@@ -77,7 +76,7 @@ def _read(adapter: Path, base: str | None) -> tuple[str, Family, Any, StoredAdap
     named = base or method.base_model_name_or_path
     if not named:
         raise ConfigError(f"the adapter {adapter} does not name its base: give it (--base MODEL)")
-    if not isinstance(method, LinearMethod):
+    if not method.changes_weights:
         raise CompositionError(
             f"a GGUF file cannot hold the adapter {adapter}: {method.peft_type} does not change weights, and no merge "
             "can fold it: serve it with `veneer serve`"

@@ -1,1 +1,1 @@
-"""Parts of LoRA: settings by module, what it refuses, and how a start that is taken off is written."""
+"""Parts of LoRA: its settings, what it refuses, how it is written, started late, and made of records."""

@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from veneer.contract.checks import Checks
-from veneer.contract.packing import Packing
 from veneer.core.sites import LinearSite
 from veneer.methods.lora_parts.patterns import matches_end
-
-
-class Ranks(Protocol):
-    """The fields of a `LoraConfig` that the checks read."""
-
-    @property
-    def rank_pattern(self) -> Mapping[str, int]: ...
-    @property
-    def alpha_pattern(self) -> Mapping[str, float]: ...
-    @property
-    def use_dora(self) -> bool: ...
-    @property
-    def packing(self) -> Packing: ...
-    def rank(self, site: LinearSite) -> int: ...
-    def alpha(self, site: LinearSite) -> float: ...
+from veneer.methods.lora_parts.settings import LoraSettings
 
 
 @dataclass(frozen=True)
 class LoraChecks(Checks):
     """Ranks and settings that no layer has a place for."""
 
-    config: Ranks
+    config: LoraSettings
 
     def effect(self, names: Sequence[str], sites: Sequence[LinearSite]) -> list[str]:
         return self._unused(names) + self._too_large(sites)

@@ -1,7 +1,8 @@
-"""A start whose product is taken off the update, so that the base keeps its weight: ``B A - B₀ A₀``."""
+"""LoRA as it is written: a start whose product is taken off the update, ``B A - B₀ A₀``, becomes plain LoRA."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from veneer.contract import Params
 from veneer.contract.packing import Packing
+from veneer.methods.lora_parts.settings import LoraSettings
 
 
 def joined(params: Params) -> tuple[Tensor, Tensor]:
@@ -17,6 +19,30 @@ def joined(params: Params) -> tuple[Tensor, Tensor]:
     if "lora_A_start" not in params:
         return a, b
     return torch.cat([a, params["lora_A_start"]]), torch.cat([b, -params["lora_B_start"]], dim=1)
+
+
+def turned(params: Params) -> dict[str, Tensor]:
+    """Return the parameters of the transposed update: (B A)ᵀ is Aᵀ Bᵀ."""
+    return {"lora_A": params["lora_B"].T, "lora_B": params["lora_A"].T}
+
+
+def packing_of(config: LoraSettings) -> Packing:
+    """Return plain LoRA, of twice the rank for a start that is taken off: it fits the plain base, for anybody."""
+    if config.init_lora_weights == "eva":
+        return Packing({"init_lora_weights": True, "eva_config": None})
+    if not config.start.taken_off:
+        return Packing()
+    grow = math.sqrt(2) if config.use_rslora else 2  # so that the scale stays
+    return TakenOff(
+        fields={
+            "init_lora_weights": True,
+            "r": 2 * config.r,
+            "lora_alpha": grow * config.lora_alpha,
+            "rank_pattern": {key: 2 * r for key, r in config.rank_pattern.items()},
+            "alpha_pattern": {key: grow * alpha for key, alpha in config.alpha_pattern.items()},
+        },
+        fixed=("lora_A_start", "lora_B_start"),
+    )
 
 
 @dataclass(frozen=True)

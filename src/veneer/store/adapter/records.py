@@ -6,26 +6,24 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from veneer.contract import LinearMethod, MethodConfig, PrefixMethod, PromptMethod, ResidualMethod
+from veneer.contract import MethodConfig
 from veneer.contract.config import for_use
 from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
 from veneer.contract.keys import is_shared
-from veneer.contract.places import Placed, places_in
-from veneer.core.records import LinearDelta, PrefixDelta, PromptDelta, ResidualDelta
-from veneer.core.sites import AttentionSite, InputSite, LinearSite, ResidualSite
+from veneer.contract.known import Known
+from veneer.contract.parameters import Record
+from veneer.contract.places import Placed
+from veneer.core.records import LinearDelta
 from veneer.disk.atomic import write_together
 from veneer.disk.safetensors import tensors_to_bytes
 from veneer.errors import CompositionError, FormatError
 from veneer.store.adapter.config import read_config
 from veneer.store.adapter.files import read_tensors, unusable
 from veneer.store.adapter.tensors import once_each
-
-Record = LinearDelta | ResidualDelta | PromptDelta | tuple[PrefixDelta, ...]
 
 
 @dataclass(frozen=True)
@@ -63,15 +61,14 @@ def read_records(folder: Path, places: Mapping[str, Placed] | None = None) -> St
     if places is None:
         places = _told_places(folder, config, tensors)
     params = {path: _parameters(folder, tensors, placed) for path, placed in places.items()}
-    if isinstance(config, LinearMethod):
+    if places:
         shapes = {path: {name: tuple(x.shape) for name, x in own.items()} for path, own in params.items()}
-        sites = [cast(LinearSite, placed.sites[0]) for placed in places.values()]
-        config = config.as_stored(shapes).for_sites(sites, {})
+        config = config.for_sites([placed.site for placed in places.values()], Known(shapes=shapes))
     _require_shapes(folder, config, places, params)
     shared = () if config.shared is None else config.shared.names
     taken = {key for placed in places.values() for key in placed.keys.values()}
     others = tuple(sorted(key for key in tensors if key not in taken and not is_shared(key, shared)))
-    records = {path: _lower(config, placed, params[path]) for path, placed in places.items()}
+    records = {path: config.lower(placed.site, params[path]) for path, placed in places.items()}
     return StoredAdapter(config, places, records, others)
 
 
@@ -81,9 +78,9 @@ def read_updates(folder: Path, places: Mapping[str, Placed] | None = None) -> St
     Raises CompositionError for any other, and what `read_records` raises.
     """
     config = read_config(folder)
-    if isinstance(config, LinearMethod) and config.reads_weight:
+    if config.reads_weight:
         raise _needs_base(folder)
-    if not isinstance(config, LinearMethod):
+    if not config.changes_weights:
         raise CompositionError(
             f"the adapter {folder} ({config.peft_type}) is no update of linear layers: it has no spectrum, and no sum "
             "with others in an adapter"
@@ -100,11 +97,11 @@ def read_updates(folder: Path, places: Mapping[str, Placed] | None = None) -> St
 
 
 def write_records(
-    folder: Path, config: LinearMethod, params: Mapping[str, Mapping[str, Tensor]], places: Mapping[str, Placed]
+    folder: Path, config: MethodConfig, params: Mapping[str, Mapping[str, Tensor]], places: Mapping[str, Placed]
 ) -> None:
     """Write an adapter folder from parameters by module path. Raises DiskError where writing fails."""
     tensors = {
-        key: params[path][name].reshape(config.shapes(cast(LinearSite, placed.sites[0]))[name])
+        key: params[path][name].reshape(config.shapes(placed.site)[name])
         for path, placed in places.items()
         for name, key in placed.keys.items()
     }
@@ -120,8 +117,8 @@ def _needs_base(folder: Path) -> CompositionError:
 
 def _told_places(folder: Path, config: MethodConfig, tensors: Mapping[str, Tensor]) -> dict[str, Placed]:
     source = str(folder / WEIGHTS_FILE)
-    places = places_in(config, {key: tuple(value.shape) for key, value in tensors.items()}, source)
-    if places == {} and isinstance(config, LinearMethod) and config.target_modules != ():
+    places = config.places_in({key: tuple(value.shape) for key, value in tensors.items()}, source)
+    if places == {} and config.changes_weights and getattr(config, "target_modules", None) != ():
         raise FormatError(f"{source} holds no parameters of a {config.peft_type} adapter, which {CONFIG_FILE} tells of")
     if places is None:
         raise CompositionError(
@@ -146,28 +143,8 @@ def _require_shapes(
     wrong = [
         f"{placed.keys[name]} is {tuple(params[path][name].shape)} where the config says {shape}"
         for path, placed in places.items()
-        for name, shape in _shapes(config, placed).items()
+        for name, shape in config.shapes(placed.site).items()
         if tuple(params[path][name].shape) != tuple(shape)
     ]
     if wrong:
         raise FormatError(f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE}: {'; '.join(wrong[:3])}")
-
-
-def _shapes(config: MethodConfig, placed: Placed) -> dict[str, tuple[int, ...]]:
-    if isinstance(config, LinearMethod):
-        return config.shapes(cast(LinearSite, placed.sites[0]))
-    if isinstance(config, ResidualMethod):
-        return config.shapes(cast(ResidualSite, placed.sites[0]))
-    if isinstance(config, PrefixMethod):
-        return config.shapes(cast("tuple[AttentionSite, ...]", placed.sites))
-    return cast(PromptMethod, config).shapes(cast(InputSite, placed.sites[0]))
-
-
-def _lower(config: MethodConfig, placed: Placed, params: Mapping[str, Tensor]) -> Record:
-    if isinstance(config, LinearMethod):
-        return config.lower(cast(LinearSite, placed.sites[0]), params)
-    if isinstance(config, ResidualMethod):
-        return config.lower(cast(ResidualSite, placed.sites[0]), params)
-    if isinstance(config, PrefixMethod):
-        return config.lower(cast("tuple[AttentionSite, ...]", placed.sites), params)
-    return cast(PromptMethod, config).lower(cast(InputSite, placed.sites[0]), params)

@@ -12,10 +12,9 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from veneer.contract import LinearMethod
 from veneer.contract.file import WEIGHTS_FILE
 from veneer.contract.keys import divided
-from veneer.contract.places import Placed, places_in
+from veneer.contract.places import Placed
 from veneer.disk.safetensors import read_header
 from veneer.errors import ConfigError, FormatError
 from veneer.model.places import placed_on
@@ -68,11 +67,11 @@ def places_in_base(folder: Path) -> dict[str, Placed] | None:
     """The places of an adapter in the base that its config names; None where its own file tells them, or none does."""
     config, file = read_config(folder), folder / WEIGHTS_FILE
     base = config_of_base(config.base_model_name_or_path, config.revision)
-    if base is None or not file.is_file() or not isinstance(config, LinearMethod) or config.reads_weight:
+    if base is None or not file.is_file() or not config.changes_weights or config.reads_weight:
         return None
     tensors, problems = read_header(file)
     if problems:  # whoever reads the tensors tells them
         return None
-    if places_in(config, {key: stored.shape for key, stored in tensors.items()}, str(file)) is not None:
+    if config.places_in({key: stored.shape for key, stored in tensors.items()}, str(file)) is not None:
         return None
     return placed_on(without_storage(AutoConfig.from_pretrained(base.parent), tensors), config)

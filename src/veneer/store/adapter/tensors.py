@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from veneer.contract import MethodConfig, VirtualTokenMethod
+from veneer.contract import MethodConfig
 from veneer.contract.config import for_use
 from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
 from veneer.contract.keys import (
@@ -29,9 +29,10 @@ from veneer.contract.shared import Shared
 from veneer.disk.atomic import write_atomically, write_together
 from veneer.disk.safetensors import tensors_to_bytes
 from veneer.errors import ConfigError, FormatError
-from veneer.model.adapted import Adapted, add_copy
+from veneer.model.adapted import add_copy, own_parameter
 from veneer.model.attach import (
     adapt_path,
+    adapted_modules,
     live_parameters,
     named_live_parameters,
     packed_tensors,
@@ -83,8 +84,7 @@ def adapter_tensors(
     found = stored_tensors(model, state, name, live)
     for key, (module, parameter) in _embeddings(model, state.configs[name], name).items():
         if key not in found and _saves_embedding(model, state.configs[name], key, save_embedding_layers):
-            own = module.unmerged(parameter) if isinstance(module, Adapted) else module._parameters[parameter]
-            found[key] = cast(Tensor, own)
+            found[key] = cast(Tensor, own_parameter(module, parameter))
     return found
 
 
@@ -153,8 +153,7 @@ def save_network(model: nn.Module, state: AdapterState, name: str, folder: Path)
 
 def has_network(state: AdapterState, name: str) -> bool:
     """Return True if a network makes the tensors of a plain save of this adapter."""
-    config = state.configs[name]
-    return isinstance(config, VirtualTokenMethod) and config.has_network
+    return state.configs[name].has_network
 
 
 def holds_network(folder: Path) -> bool:
@@ -322,20 +321,19 @@ def _embeddings(model: nn.Module, config: MethodConfig, name: str) -> dict[str, 
     if not isinstance(model, PreTrainedModel):
         return {}
     ends = [m for m in (input_embeddings(model), model.get_output_embeddings()) if m is not None]
-    found = {}
+    found, held = {}, adapted_modules(model)
     for path, module in model.named_modules():
         if any(module is end for end in ends) and module._parameters.get("weight") is not None:
-            adapted = isinstance(module, Adapted) and name in module.adapters
-            with_rows = isinstance(module, Adapted) and bool(module.token_rows((name,)))
-            key = weight_key(path, adapted=adapted, with_rows=with_rows, virtual=config.is_prompt_learning)
+            adapted = path in held and name in held[path].adapters
+            with_rows = path in held and bool(held[path].token_rows((name,)))
+            key = weight_key(path, adapted=adapted, with_rows=with_rows, virtual=config.virtual_tokens > 0)
             found[key] = (module, "weight")
     return found
 
 
 def _repeated(model: nn.Module, name: str) -> set[str]:
     """Keys under which PEFT writes rows of the embeddings once more, for the modules tied to them."""
-    seeing = (p for p, m in model.named_modules() if isinstance(m, Adapted) and m.token_rows((name,)))
-    return {rows_key(path) for path in seeing}
+    return {rows_key(path) for path, module in adapted_modules(model).items() if module.token_rows((name,))}
 
 
 def _saves_embedding(model: nn.Module, config: MethodConfig, key: str, wanted: SaveEmbeddings) -> bool:

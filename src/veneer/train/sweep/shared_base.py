@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from veneer.adapters.peft_model import PeftModel, become_peft_model
 from veneer.data.encoding import IGNORED
 from veneer.errors import ConfigError
-from veneer.model.adapted import Adapted
 from veneer.model.allocation import Allocation
 from veneer.model.attach import adapted_places, attach, detach
 from veneer.model.mixed import checked, routed
@@ -55,9 +54,7 @@ class SharedBase:
         attach(model, member.adapter_state.configs[own], name, self.state, allocation=Allocation(values=False))
         places = adapted_places(self.model)
         for path, place in adapted_places(member).items():
-            held = ("adapters", "copies") if isinstance(place, Adapted) else ("adapters",)
-            for kind in held:
-                theirs, ours = getattr(place, kind), getattr(places[path], kind)
+            for theirs, ours in zip(place.holdings, places[path].holdings, strict=True):
                 if own in theirs:
                     ours[name] = theirs[own]
 

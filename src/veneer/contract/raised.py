@@ -1,0 +1,23 @@
+"""Records raised to a method: a config under which they are what it lowers to, and the parameters of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from veneer.contract.targets import TargetedConfig
+from veneer.core.records import LinearDelta
+from veneer.core.sites import LinearSite
+
+
+@dataclass(frozen=True)
+class Raised:
+    """``parameters`` is the inverse of ``lower`` under ``config``.
+
+    The ``bias`` of a low-rank record is what it adds to the layer's own.
+    """
+
+    config: TargetedConfig
+    parameters: Callable[[LinearSite, LinearDelta], dict[str, Tensor]]

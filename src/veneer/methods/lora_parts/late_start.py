@@ -1,0 +1,39 @@
+"""Starts of LoRA's factors that need the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from veneer.contract.late_start import LateStart
+from veneer.core.sites import LinearSite
+from veneer.methods.lora_parts.settings import LoraSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraLateStart(LateStart):
+    """A and B, once more by themselves; ranks and alphas that differ by layer go into the patterns."""
+
+    config: LoraSettings
+
+    def rank(self, site: LinearSite) -> int:
+        return self.config.rank(site)
+
+    def scale(self, site: LinearSite) -> float:
+        return self.config.scale(site)
+
+    def with_ranks(
+        self, sites: Mapping[str, LinearSite], ranks: Mapping[str, int], keep_scale: bool
+    ) -> Mapping[str, object]:
+        """The layers that are left by their whole paths, with ranks and alphas of their own."""
+        config, left = self.config, [path for path in sites if ranks[path]]
+        patterned = replace(config, rank_pattern={path: ranks[path] for path in left if ranks[path] != config.r})
+        alphas = {}
+        for path in left:
+            before = config.alpha(sites[path])
+            # what keeps the scale, whichever power of the rank a variant divides by
+            grown = config.scale(sites[path]) / patterned.scale(sites[path]) if keep_scale else 1.0
+            alphas[path] = before * grown if ranks[path] != config.rank(sites[path]) else before
+        targets = config.target_modules if len(left) == len(sites) else left
+        pattern = {path: alpha for path, alpha in alphas.items() if alpha != config.lora_alpha}
+        return {"rank_pattern": patterned.rank_pattern, "alpha_pattern": pattern, "target_modules": targets}

@@ -1,0 +1,126 @@
+"""LoRA's settings: its fields in PEFT's names, what is wrong with them, and those that differ by layer."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, cast
+
+from veneer.contract import LinearMethod
+from veneer.core.sites import LinearSite
+from veneer.inits import Start, find_start, start_names
+from veneer.inits.eva import EvaConfig
+from veneer.methods.lora_parts.patterns import compiles, first_match
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings(LinearMethod):
+    """The fields of `LoraConfig`, what is wrong with them, and those that differ by layer."""
+
+    inert: ClassVar[frozenset[str]] = frozenset(
+        {"r", "rank_pattern", "lora_dropout", "bias", "init_lora_weights", "eva_config", "fan_in_fan_out", "lora_bias"}
+        | {"target_parameters", "ensure_weight_tying"}
+    )
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    bias: Literal["none", "all", "lora_only"] = "none"
+    init_lora_weights: bool | str = True
+    eva_config: EvaConfig | Mapping[str, object] | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    fan_in_fan_out: bool = False
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    trainable_token_indices: Collection[int] | Mapping[str, Collection[int]] | None = None
+    target_parameters: Collection[str] | None = None
+    ensure_weight_tying: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.eva_config, Mapping):  # as files hold it
+            object.__setattr__(self, "eva_config", EvaConfig.from_dict(self.eva_config))
+
+    def problems(self) -> list[str]:
+        found = super().problems() + self._problems_of_sizes()
+        if find_start(self.init_lora_weights) is None:
+            found.append(f"init_lora_weights={self.init_lora_weights!r} must be one of {', '.join(start_names())}")
+        if self.eva_config is not None and self.init_lora_weights != "eva":
+            found.append(f"eva_config has no effect with init_lora_weights={self.init_lora_weights!r}: give 'eva'")
+        if self.lora_bias and self.use_dora:
+            found.append("lora_bias and use_dora exclude each other, as in PEFT: drop one of them")
+        if self.ensure_weight_tying is True:
+            found += self._problems_of_ties()
+        return found + _problems_of_rows(self.trainable_token_indices) + self._problems_of_parameters()
+
+    def _problems_of_ties(self) -> list[str]:
+        """Tied modules share A and B, one of them transposed: what is made for one side of a weight has no place."""
+        start = self.init_lora_weights
+        given = {name: getattr(self, name) for name in ("use_dora", "lora_bias")}
+        given |= {"init_lora_weights": start if start == "eva" or getattr(find_start(start), "taken_off", False) else 0}
+        return [f"{name}={value!r} does not go with ensure_weight_tying" for name, value in given.items() if value]
+
+    def _problems_of_parameters(self) -> list[str]:
+        given = self.target_parameters
+        if given is None:
+            return []
+        others = ("lora_dropout", "lora_bias", "use_dora")
+        return [
+            f"{name}={getattr(self, name)!r} does not go with target_parameters, which change a weight where it is read"
+            for name in others
+            if given and getattr(self, name)
+        ] + (
+            ["init_lora_weights='eva' does not go with target_parameters: EVA starts from what goes into a layer"]
+            if given and self.init_lora_weights == "eva"
+            else []
+        )
+
+    def _problems_of_sizes(self) -> list[str]:
+        ranks = {"r": self.r} | {f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}
+        alphas = {"lora_alpha": self.lora_alpha} | {f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}
+        found = [f"{name}={r!r} must be a whole number of at least 1" for name, r in ranks.items() if r < 1]
+        found += [
+            f"{name}={alpha!r} must be a finite number other than 0" for name, alpha in alphas.items() if alpha == 0
+        ]
+        if not 0 <= self.lora_dropout < 1:
+            found.append(f"lora_dropout={self.lora_dropout!r} must lie in [0, 1)")
+        for pattern in (*self.rank_pattern, *self.alpha_pattern):
+            found += [] if compiles(pattern) else [f"the pattern {pattern!r} is not a regular expression"]
+        return found
+
+    def rank(self, site: LinearSite) -> int:
+        """r at this site."""
+        return first_match(self.rank_pattern, site.name, self.r)
+
+    @property
+    def largest_rank(self) -> int:
+        return max((self.r, *self.rank_pattern.values()))
+
+    def alpha(self, site: LinearSite) -> float:
+        """alpha at this site."""
+        return first_match(self.alpha_pattern, site.name, self.lora_alpha)
+
+    @abstractmethod
+    def scale(self, site: LinearSite) -> float:
+        """Return the factor of B A at this site."""
+
+    @property
+    def start(self) -> Start:
+        """The start of A and B."""
+        return cast(Start, find_start(self.init_lora_weights))  # problems() has seen to it
+
+
+def _problems_of_rows(given: Collection[int] | Mapping[str, Collection[int]] | None) -> list[str]:
+    if given is None:
+        return []
+    found = []
+    for name, rows in (given if isinstance(given, Mapping) else {"": given}).items():
+        where = f"trainable_token_indices[{name!r}]" if name else "trainable_token_indices"
+        if not rows or min(rows) < 0:
+            found.append(f"{where}={rows!r} must hold whole numbers of at least 0, and at least one")
+        elif len(set(rows)) < len(rows):
+            found.append(f"{where} holds {sorted({row for row in rows if list(rows).count(row) > 1})} more than once")
+    return found

@@ -1,0 +1,79 @@
+"""The one face of modules that hold adapters' tensors: adapted modules, bottlenecks and virtual tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from veneer.model.state import AdapterState
+
+
+class Holder(nn.Module):
+    """A module of a model that holds tensors of adapters, by their names.
+
+    ``adapters[name]`` holds what a method adds here. ``folds``: whether a merge folds all that is held into weights.
+    """
+
+    folds: ClassVar[bool] = False
+
+    adapter_state: AdapterState
+    adapters: nn.ModuleDict
+
+    @property
+    def holdings(self) -> tuple[nn.ModuleDict, ...]:
+        """All that is held here, each by adapter name."""
+        return (self.adapters,)
+
+    def holds(self, name: str) -> bool:
+        """Return True if an adapter has tensors here."""
+        return any(name in held for held in self.holdings)
+
+    def owns(self, name: str) -> bool:
+        """Return True if the method has parameters here that no other module shares."""
+        return name in self.adapters
+
+    def trains_whole(self, name: str) -> bool:
+        """Return True if an adapter has whole parameters or rows of the module here."""
+        return False
+
+    def is_update(self, name: str) -> bool:
+        """Return True if an adapter has nothing here but an update of one linear layer."""
+        return False
+
+    def disk_keys(self, name: str, path: str) -> dict[str, str]:
+        """Return for each of the method's parameters its key in PEFT's file; ``path`` is this module's in the model."""
+        raise NotImplementedError
+
+    def live_tensors(self, name: str, path: str) -> dict[str, tuple[str, Tensor]]:
+        """Return every tensor of an adapter here by its key on disk, with its name in the model's ``state_dict``."""
+        if name not in self.adapters:
+            return {}
+        keys = self.disk_keys(name, path)
+        return {keys[own]: (f"{path}.adapters.{name}.{own}", t) for own, t in tensors_of(self.adapters[name]).items()}
+
+    def packed(self, name: str, path: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the method's tensors as they are written, by their keys on disk, from its own by theirs."""
+        return {key: values[key] for key in self.disk_keys(name, path).values()}
+
+    def unpacked(self, name: str, path: str, written: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the inverse of `packed`; nothing if the two are the same."""
+        return {}
+
+    def take_off(self, model: nn.Module, path: str, name: str) -> None:
+        """Drop what an adapter has here; a holder of nothing leaves the model as it was before."""
+        for held in self.holdings:
+            if name in held:
+                del held[name]
+        if not any(self.holdings):
+            self.leave(model, path)
+
+    def leave(self, model: nn.Module, path: str) -> None:
+        """Take the holder itself off the model, with its hooks."""
+        raise NotImplementedError
+
+
+def tensors_of(holder: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers of a module by name."""
+    return {**dict(holder.named_parameters()), **dict(holder.named_buffers())}

@@ -1,0 +1,48 @@
+"""Linear layers as places of an adapter: described for one that is read, and given parameters on a model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import cast
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from veneer.contract import LinearMethod
+from veneer.contract.keys import OUT_PROJECTION, attention_path
+from veneer.contract.places import REPEATS, Placed, placed
+from veneer.model.allocation import Allocation
+from veneer.model.kinds import loaded_site
+from veneer.model.linear import AdaptedSite
+from veneer.model.parameters import add_parameters, site_of
+from veneer.model.plan import Plan, plan_layers
+from veneer.model.snapshot import Snapshot
+from veneer.model.state import AdapterState
+from veneer.model.tying import follow
+
+
+def layer_places(snapshot: Snapshot, config: LinearMethod) -> dict[str, Placed]:
+    """Return the layers and parameters that a saved adapter changes, by path. No storage is needed: shapes are."""
+    plan, found = plan_layers(snapshot, config, fresh=False), dict[str, Placed]()
+    for path in (*plan.layers, *plan.followers):
+        site, on_disk = loaded_site(snapshot.kinds[path], path, snapshot.modules[path]), path
+        if path in plan.outward:
+            site = replace(site, name=path.removesuffix(f".{OUT_PROJECTION}"), repeats=REPEATS)
+            on_disk = attention_path(path)
+        found[path] = placed(plan.config, site, on_disk)
+    for path, parameters in plan.parameters.items():
+        module = snapshot.modules[path]
+        for index, parameter in enumerate(parameters):
+            name, depth = f"{path}.{parameter}", len(parameters) - 1 - index
+            site = site_of(name, module, cast(Tensor, module._parameters[parameter]))
+            found[name] = placed(plan.config, site, path, depth)
+    return found
+
+
+def put_on_layers(model: PreTrainedModel, name: str, state: AdapterState, plan: Plan, allocation: Allocation) -> None:
+    """Give an adapter its parameters at the layers of its plan, which are adapted."""
+    for path in plan.layers:
+        cast(AdaptedSite, model.get_submodule(path)).add_adapter(name, allocation)
+    if plan.followers:
+        follow(model, name, plan.embeddings, plan.followers)
+    add_parameters(model, name, plan.parameters, allocation)
