@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from veneer.errors import ConfigError
+from veneer.plan.cards import card_problem
 from veneer.recipe.keys import perhaps
 
 _UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -71,14 +72,14 @@ def wrong(given: Mapping[str, Any]) -> list[str]:
     ]
     for name, values in _choices(given).items():
         value = given[name]
-        if value is not None and (value.lower() if name == "--card" else value) not in values:
+        if value is not None and value not in values:
             found.append(f"{name} {value!r} must be one of {', '.join(values)}{perhaps(value, values)}")
-    return found
+    problem = None if given["--card"] is None else card_problem(given["--card"])
+    return found if problem is None else [*found, f"--card {problem}"]
 
 
 def _choices(given: Mapping[str, Any]) -> dict[str, Sequence[str]]:
     from veneer.plan.advice import TASKS
-    from veneer.plan.cards import CARDS
     from veneer.plan.processes import STRATEGIES
     from veneer.recipe.adapter import FULL, method_names
     from veneer.recipe.recipe import ModelPart
@@ -87,7 +88,6 @@ def _choices(given: Mapping[str, Any]) -> dict[str, Sequence[str]]:
     return {
         "--method": usual if given["--method"] in (None, *usual) else method_names(),
         "--quantization": get_args(ModelPart.model_fields["quantization"].annotation),
-        "--card": tuple(CARDS),
         "--strategy": STRATEGIES,
         "--task": TASKS,
     }

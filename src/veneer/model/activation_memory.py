@@ -1,11 +1,10 @@
 """Activations kept where memory is plenty, computed again where it is not: decided before every forward pass.
 
-The description of a fused model tells before the first pass what blocks keep for the backward pass
-(`model.fused.kept`), but for one where a bottleneck acts, rows have adapters of their own, or a half runs as the model
-wrote it. There, and in models that are not fused, it is measured on the second block of the first pass, which is kept.
-On a CPU there are three ways: all is kept; checkpointed selectively; each block computed again. On a GPU two: all is
-kept; each block is computed again from an input that waits in the host's memory (the idea of Unsloth's "unsloth"
-checkpointing). No way changes a gradient.
+The trace of a fused model tells before the first pass what its blocks save for the backward pass (`model.saved`). In
+models that are not fused, or not traced, it is measured on the second block of the first pass, which is kept. On a CPU
+there are three ways: all is kept; checkpointed selectively; each block computed again. On a GPU two: all is kept; each
+block is computed again from an input that waits in the host's memory (the idea of Unsloth's "unsloth" checkpointing).
+No way changes a gradient.
 """
 
 from __future__ import annotations
@@ -18,20 +17,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from veneer.model.blueprint.describe import describe
-from veneer.model.blueprint.parts import Strange
 from veneer.model.checkpointing import checkpoint_fully, selective_contexts
-from veneer.model.fused.acting import acting_on, runs_fused
-from veneer.model.fused.kept import Pass, kept_by_block, total
 from veneer.model.fused.layout import LayoutMask
-from veneer.model.fused.parts import computed_in
 from veneer.model.memory import available_bytes
 from veneer.model.offload import ActivationOffload
+from veneer.model.saved import SavedBytes, traced_bytes, weights_of
 
 log = logging.getLogger(__name__)
 
@@ -56,39 +49,22 @@ def checkpoint_as_needed(model: nn.Module) -> None:
     blocks: list[Any] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     config = getattr(model, "config", None)
     vocabulary = getattr(config, "vocab_size", None) or 0
-    plan = ActivationPlan(len(blocks), vocabulary, functools.partial(described_bytes, model))
+    plan = ActivationPlan(len(blocks), vocabulary, functools.partial(traced_bytes, model))
     for index, block in enumerate(blocks):
         block._gradient_checkpointing_func = BlockActivations(plan, block, index)
-
-
-def described_bytes(model: nn.Module, hidden: Tensor) -> float | None:
-    """Bytes a token that a block of a model keeps, on average over the blocks, of a pass over hidden states (…, width),
-    as its description has it; None where that does not tell."""
-    dtype = computed_in(hidden)
-    if not isinstance(model, PreTrainedModel) or dtype is None or not runs_fused(model, hidden.dtype, dtype):
-        return None
-    decoder = describe(model)
-    acting = acting_on(model, decoder)
-    if acting is None:
-        return None
-    n_tokens = hidden.numel() // hidden.shape[-1]
-    step = Pass(n_tokens=n_tokens, stream=hidden.dtype, dtype=dtype, acting=acting, device=hidden.device)
-    kept = [kept_by_block(block, step) for block in decoder.blocks]
-    n_bytes = sum(total(each) for each in kept if not isinstance(each, Strange))
-    return None if any(isinstance(each, Strange) for each in kept) else n_bytes / n_tokens / len(kept)
 
 
 class ActivationPlan:
     """The way that activations of the pass now running are kept, one for all blocks of a model.
 
     ``n_logits`` is the size of the vocabulary: float32 logits and their gradients are held beside the activations.
-    ``described`` gives for hidden states what a block keeps of each token, where that is known before it has run.
+    ``traced`` gives for hidden states the bytes a token that a block keeps; None if only a run can tell.
     """
 
     def __init__(
-        self, n_blocks: int, n_logits: int, described: Callable[[Tensor], float | None] = lambda hidden: None
+        self, n_blocks: int, n_logits: int, traced: Callable[[Tensor], float | None] = lambda hidden: None
     ) -> None:
-        self.n_blocks, self.n_logits, self._described = n_blocks, n_logits, described
+        self.n_blocks, self.n_logits, self._traced = n_blocks, n_logits, traced
         self.way: Way = "kept"
         self.block_bytes: float | None = None  # a token, of one block
         self._logged: Way | None = None
@@ -98,7 +74,7 @@ class ActivationPlan:
         """Choose for a pass over hidden states (…, width), ``fused`` or not. All is kept until it is known how much a
         block keeps."""
         if self.block_bytes is None and fused:
-            self.block_bytes = self._described(hidden)
+            self.block_bytes = self._traced(hidden)
         if self.block_bytes is None:
             return
         n_tokens = hidden.numel() // hidden.shape[-1]
@@ -122,18 +98,10 @@ class ActivationPlan:
     @contextmanager
     def measuring(self, block: nn.Module, hidden: Tensor) -> Iterator[None]:
         """Within it a block runs, and what it keeps beside its weights is counted."""
-        found: dict[int, int] = {}
-
-        def count(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with saved_tensors_hooks(count, lambda tensor: tensor):
+        saved = SavedBytes()
+        with saved:
             yield
-        for weight in (*block.parameters(), *block.buffers()):
-            found.pop(weight.untyped_storage().data_ptr(), None)
-        self.block_bytes = sum(found.values()) * hidden.shape[-1] / hidden.numel()
+        self.block_bytes = saved.without(weights_of(block)) * hidden.shape[-1] / hidden.numel()
         self.begin(hidden)
 
 

@@ -148,23 +148,6 @@ def grouped_low_rank_backward(
     return dx, das, dbs
 
 
-def kept_bytes(
-    ranks: Sequence[int],
-    widths: Sequence[int],
-    n_rows: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    backend: str | None = None,
-) -> int:
-    """Bytes of what `add_grouped_low_rank` gives for the backward pass, where one adapter acts on all rows of x.
-
-    ``ranks`` are those of its float32 pairs on the layers, ``widths`` the layers' numbers of outputs, ``dtype`` is x's.
-    """
-    n_bytes: int = implementation("grouped_low_rank.kept_bytes", device, backend)(ranks, widths, n_rows, dtype)
-    return n_bytes
-
-
 class _GroupedLowRank(torch.autograd.Function):
     @staticmethod
     def forward(

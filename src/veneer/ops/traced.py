@@ -135,6 +135,11 @@ def traced_isa() -> str | None:
     return _ISA.get()
 
 
+def is_tracing() -> bool:
+    """Return True while kernels are not run."""
+    return _TELL.get() is not None
+
+
 def not_done(name: str, *arguments: Any) -> None:
     """Tell whoever traces a step of what it would have done here."""
     tell = _TELL.get()

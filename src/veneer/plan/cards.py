@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from veneer.core.nearest import nearest
@@ -39,11 +40,37 @@ CARDS = {
 }
 
 
+def cards_named(name: str) -> list[str]:
+    """Return the cards that a name means: a card's own name, or whole words of it, written apart or together.
+
+    ``h100`` means h100-80gb, and ``a100`` either of two cards; ``l4`` means l4, not l40s.
+    """
+    words = [word for word in re.split(r"[\s_-]+", name.lower()) if word not in ("", "nvidia", "geforce")]
+    if "-".join(words) in CARDS:
+        return ["-".join(words)]
+    return [card for card in CARDS if "".join(words) in _written(card.split("-"))]
+
+
+def card_problem(name: str) -> str | None:
+    """Say why a name means no card, or not one alone; None if it means one."""
+    found = cards_named(name)
+    if len(found) == 1:
+        return None
+    if found:
+        return f"{name!r} means {' or '.join(found)}: give one of them"
+    close = nearest(name.lower(), CARDS, n=1)
+    return f"{name!r} must be one of {', '.join(CARDS)}" + (f"; the nearest is {close[0]!r}" if close else "")
+
+
 def card_of(name: str) -> Card:
-    """A card by its name. Raises ConfigError, naming the nearest one."""
-    if name.lower() not in CARDS:
-        close = nearest(name.lower(), CARDS)
-        raise ConfigError(
-            f"no card {name!r}{'; did you mean ' + close[0] + '?' if close else ''}; there are {', '.join(CARDS)}"
-        )
-    return CARDS[name.lower()]
+    """Return the card that a name means. Raise ConfigError if there is none, or more than one."""
+    problem = card_problem(name)
+    if problem is not None:
+        raise ConfigError(f"card {problem}")
+    return CARDS[cards_named(name)[0]]
+
+
+def _written(words: list[str]) -> set[str]:
+    """Runs of neighbouring words, each without what stood between them; a size alone names no card."""
+    starts = [i for i, word in enumerate(words) if not word.endswith("gb")]
+    return {"".join(words[i:j]) for i in starts for j in range(i + 1, len(words) + 1)}

@@ -64,7 +64,8 @@ _PRESET = "is a preset of `veneer plan`, a shape without weights. Give the model
             ("plan", "llama-3-8b", "--quantization", "nf5"),
             "error: --quantization 'nf5' must be one of none, nf4.*'nf4'",
         ),
-        (("plan", "llama-3-8b", "--card", "rtx4090"), "error: --card 'rtx4090' must be one of .*nearest is 'rtx-4090'"),
+        (("plan", "llama-3-8b", "--card", "rtx-409"), "error: --card 'rtx-409' must be one of .*nearest is 'rtx-4090'"),
+        (("plan", "llama-3-8b", "--card", "a100"), "error: --card 'a100' means a100-40gb or a100-80gb: give one"),
         (("plan", "llama-3-8b", "--length", "0", "--rank", "-1"), "--rank -1 must be at least 1; --length 0 must be"),
         (
             ("plan", "llama-3-8b", "--processes", "3", "--strategy", "zero"),

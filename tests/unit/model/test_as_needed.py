@@ -103,7 +103,7 @@ def test_what_fused_blocks_keep_is_known_before_they_run(free: dict[str, int], c
     model = make(fused=True, config=config)
     model.enable_input_require_grads()
     checkpoint_as_needed(model)
-    plan_of(model)._described = lambda hidden: None
+    plan_of(model)._traced = lambda hidden: None
     gradients(model, loss_of(model))
     measured = plan_of(model).block_bytes
     checkpoint_as_needed(model)

@@ -10,7 +10,7 @@ from tests.unit.plan.conftest import Make
 from veneer.cli.plan_options import bytes_from
 from veneer.errors import ConfigError
 from veneer.plan.advice import TASKS, advise
-from veneer.plan.cards import card_of
+from veneer.plan.cards import CARDS, card_of
 from veneer.plan.live import Peak
 from veneer.plan.plan import plan_recipe
 from veneer.plan.processes import rank_peak
@@ -67,9 +67,37 @@ def test_ranks_hold_copies_or_shards(recipe: Make) -> None:
         rank_peak(plan, 0, "zero")
 
 
-def test_the_nearest_card_is_named() -> None:
-    with pytest.raises(ConfigError, match="did you mean rtx-4090"):
-        card_of("rtx4090")
+@pytest.mark.parametrize(
+    ("name", "means"),
+    [
+        ("h100", "h100-80gb"),
+        ("H200", "h200"),
+        ("NVIDIA H100 80GB", "h100-80gb"),
+        ("a100_40gb", "a100-40gb"),
+        ("4090", "rtx-4090"),
+        ("rtx4090", "rtx-4090"),
+        ("l4", "l4"),
+        ("l40s", "l40s"),
+    ],
+)
+def test_a_card_goes_by_whole_words_of_its_name(name: str, means: str) -> None:
+    assert card_of(name) is CARDS[means]
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("a100", "'a100' means a100-40gb or a100-80gb: give one of them"),
+        ("RTX", "'RTX' means rtx-3090 or rtx-4090"),
+        ("l40", "'l40' must be one of .*; the nearest is 'l40s'"),
+        ("a10", "'a10' must be one of .*; the nearest is 'a10g'"),
+        ("40gb", "'40gb' must be one of"),
+        ("", "'' must be one of"),
+    ],
+)
+def test_a_name_that_means_no_card_or_several_is_told(name: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=f"card {told}"):
+        card_of(name)
 
 
 def test_a_rank_peaks_in_the_phase_that_is_largest_once_weights_are_shards(recipe: Make) -> None:

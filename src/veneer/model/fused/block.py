@@ -60,10 +60,10 @@ def _run(block: FusedBlock, x: Tensor, mask: LayoutMask, kwargs: dict[str, Any])
         h = _again(block, functools.partial(own_attention, block, kwargs), x)
     else:
         positions = _positions(kwargs.get("position_embeddings"), mask)
-        h = attention_half(x, _masked_attention(block, attention, x), positions)
+        h = attention_half(x, masked_attention(block, attention, x), positions)
         h = h if attention.sums else x + _changed(block, "attention", h, x)
     if mlp is not None:
-        mlp, fed = _masked_mlp(block, mlp, x), x if shape.parallel else h
+        mlp, fed = masked_mlp(block, mlp, x), x if shape.parallel else h
         if mlp.sums:
             return mlp_half(fed, mlp, h if shape.parallel else None)
         return h + _changed(block, "mlp", mlp_half(fed, mlp), fed)
@@ -163,14 +163,15 @@ def _mlp_of(block: FusedBlock, stream: torch.dtype, dtype: torch.dtype) -> MlpHa
     )
 
 
-def _masked_attention(block: FusedBlock, half: AttentionHalf, x: Tensor) -> AttentionHalf:
+def masked_attention(block: FusedBlock, half: AttentionHalf, x: Tensor) -> AttentionHalf:
     """With the masks of its dropout drawn, in the order in which the model's own code would draw them."""
     module, parts = getattr(block, block.fused_shape.attention_name), cast(AttentionParts, block.fused_shape.attention)
     *qkv, out = _with_masks(module, (*parts.qkv, parts.out), (*half.qkv, half.out), x)
     return replace(half, qkv=tuple(qkv), out=out)
 
 
-def _masked_mlp(block: FusedBlock, half: MlpHalf, x: Tensor) -> MlpHalf:
+def masked_mlp(block: FusedBlock, half: MlpHalf, x: Tensor) -> MlpHalf:
+    """As `masked_attention`, for the feed-forward half."""
     module, parts = getattr(block, block.fused_shape.mlp_name), cast(MlpParts, block.fused_shape.mlp)
     *gate_up, down = _with_masks(module, (*parts.gate_up, parts.down), (*half.gate_up, half.down), x)
     return replace(half, gate_up=tuple(gate_up), down=down)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.ops.cpu.dtypes import SERVED, is_served
+from veneer.ops.cpu.dtypes import is_served
 from veneer.ops.cpu.module import DTYPES, kernels
 from veneer.ops.dropout import Mask
 from veneer.ops.grouped_low_rank import AdapterRuns, Gradients, LowRankGroup
@@ -27,17 +27,6 @@ def forward(x: Tensor, groups: Sequence[LowRankGroup], rows: AdapterRuns, ys: Se
     u = torch.empty(kernels().grouped_low_rank_u_bytes(*given), dtype=torch.uint8)
     kernels().grouped_low_rank_forward(*given, address(x), x.stride(0), _places(ys), address(u))
     return u
-
-
-def kept_bytes(ranks: Sequence[int], widths: Sequence[int], n_rows: int, dtype: torch.dtype) -> int:
-    """Of the A-products that `forward` gives, in blocks of rows and with padded columns."""
-    if dtype not in SERVED:
-        return reference.kept_bytes(ranks, widths, n_rows, dtype)
-    dtypes = [DTYPES[dtype], DTYPES[torch.float32], DTYPES[dtype]]
-    pairs, masks = [number for rank in ranks for number in (0, 0, rank)], [0] * 3 * len(ranks)
-    scales, runs = [1.0] * len(ranks), [0, 0, n_rows]
-    n_bytes: int = kernels().grouped_low_rank_u_bytes(dtypes, 1, list(widths), pairs, masks, scales, runs)
-    return n_bytes
 
 
 def backward(

@@ -33,11 +33,6 @@ def forward(x: Tensor, groups: Sequence[LowRankGroup], rows: AdapterRuns, ys: Se
     return x.new_empty(0)
 
 
-def kept_bytes(ranks: Sequence[int], widths: Sequence[int], n_rows: int, dtype: torch.dtype) -> int:
-    """Of what `forward` gives: nothing."""
-    return 0
-
-
 def backward(
     dys: Sequence[Tensor], x: Tensor, u: Tensor, groups: Sequence[LowRankGroup], rows: AdapterRuns, input_grad: bool
 ) -> tuple[Tensor | None, list[Gradients], list[Gradients]]:
