@@ -14,9 +14,9 @@ NAME = "smollm2-135m-instruct"
 
 
 def test_it_answers_a_question() -> None:
-    result = CliRunner().invoke(
-        app, ["generate", NAME, "-p", "What is the capital of France?", "--max-new-tokens", "12"]
-    )
+    question = ("-p", "What is the capital of France?", "--max-new-tokens", "12")
+    command = ["generate", NAME, *question, "--dtype", "float32"]  # in bfloat16 the first token is tied with another
+    result = CliRunner().invoke(app, command)
     assert (result.exit_code, result.stdout.strip()) == (0, "The capital of France is Paris.")
 
 

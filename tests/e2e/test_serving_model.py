@@ -75,7 +75,7 @@ def test_each_answer_is_what_generate_gives(adapters: Path) -> None:
 
 
 def test_chat_and_a_form() -> None:
-    llm = LLM(model_folder(NAME))
+    llm = LLM(model_folder(NAME), dtype="float32")  # in bfloat16 the first token is tied with another
     [answer] = llm.chat(QUESTION, SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)
     assert answer.outputs[0].text == "The capital of France is Paris."
     assert (answer.outputs[0].finish_reason, answer.outputs[0].stop_reason) == ("stop", None)
@@ -91,6 +91,7 @@ def test_the_command_serves_the_openai_client(adapters: Path) -> None:
         port = free.getsockname()[1]
     main = "from veneer.cli.app import main; main()"
     command = [sys.executable, "-c", main, "serve", NAME, "--adapters", str(adapters), "--port", str(port)]
+    command += ["--dtype", "float32"]  # in bfloat16 the first token of the answer is tied with another
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         _wait_for(f"http://127.0.0.1:{port}/health", process)
