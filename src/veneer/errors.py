@@ -49,6 +49,10 @@ class DiskError(VeneerError, RuntimeError):
     """Something could not be written: the disk is full or read-only. What was there before is untouched."""
 
 
+class OutOfMemoryError(VeneerError, MemoryError):
+    """The system gives the process no more memory, or no more addresses for it."""
+
+
 class BackendError(VeneerError, RuntimeError):
     """A kernel back end was asked for by name and is not available."""
 

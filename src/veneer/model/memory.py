@@ -43,6 +43,22 @@ def high_water() -> int | None:
     return int(most) if sys.platform == "darwin" else int(most) * 1024
 
 
+def no_memory(error: Exception) -> bool:
+    """Return True if an error of Python, torch or safetensors means that memory was asked for and not given."""
+    told = str(error).lower()
+    return isinstance(error, MemoryError) or "cannot allocate memory" in told or "can't allocate memory" in told
+
+
+def address_limit() -> int | None:
+    """Return the bytes of addresses that the process may have in all (``ulimit -v``); None if nothing limits them."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
+
+
 class _Names(NamedTuple):
     """The names of control groups' files in one of their versions, and the line of its reclaimable pages."""
 

@@ -9,11 +9,12 @@ from transformers import AutoConfig, PreTrainedConfig
 from veneer.core.nearest import nearest
 from veneer.errors import FormatError
 from veneer.plan.presets import presets, require_named
+from veneer.store.gguf.model import header_config
 from veneer.store.source import resolve
 
 
 def config_of(name: str) -> PreTrainedConfig:
-    """The config of a model. A preset needs no file and no network.
+    """Return the config of a model. A preset needs no file and no network; of a GGUF file the header is read alone.
 
     Raises ConfigError for a name that is none of all these, FormatError for a folder without a config or an id that
     cannot be reached; both name the nearest preset.
@@ -25,6 +26,9 @@ def config_of(name: str) -> PreTrainedConfig:
         config._name_or_path = name.lower()
         return config
     require_named(name)
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return header_config(path)
     try:
         return AutoConfig.from_pretrained(resolve(name))
     except (OSError, ValueError) as error:

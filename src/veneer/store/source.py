@@ -24,8 +24,11 @@ from transformers import (
 )
 
 from veneer.contract.file import CONFIG_FILE as ADAPTER_CONFIG
+from veneer.core.units import size
 from veneer.disk.known_name import known_name
-from veneer.errors import ConfigError, FormatError
+from veneer.errors import ConfigError, FormatError, OutOfMemoryError
+from veneer.model.experts import fit_experts
+from veneer.model.memory import address_limit, no_memory
 from veneer.store.bars import bars_in_terminals_alone, downloads_shown
 from veneer.store.checkpoint import Checkpoint
 from veneer.store.fetch import KNOWN
@@ -87,7 +90,8 @@ def load_model(
 
     ``dtype`` ``"auto"`` keeps the checkpoint's; ``quantization`` is a `BitsAndBytesConfig`, not needed for a model that
     was saved quantized.
-    Raises what `resolve` raises, FormatError where weights are damaged or missing, ConfigError for an unknown dtype.
+    Raises what `resolve` raises, FormatError where weights are damaged or missing, ConfigError for an unknown dtype,
+    OutOfMemoryError if the process may not take the memory.
     """
     place = resolve(source)
     if isinstance(place, Path):
@@ -99,15 +103,36 @@ def load_model(
     try:
         with bars_in_terminals_alone(), downloads_shown(place) if isinstance(place, str) else nullcontext():
             model, report = kind.from_pretrained(place, dtype=parse_dtype(dtype), output_loading_info=True, **options)
-    except OSError as error:
-        raise _not_loaded(source, place, error) from error
+    except (OSError, MemoryError, RuntimeError) as error:
+        if no_memory(error):
+            raise OutOfMemoryError(_told_memory(source, place)) from error
+        if isinstance(error, OSError):
+            raise _not_loaded(source, place, error) from error
+        raise
     missing = sorted(set(report["missing_keys"]) - ({"score.weight"} if scores else set()))
     if missing:
         raise FormatError(
             f"{source} lacks {len(missing)} tensors that {type(model).__name__} needs, such as {missing[0]!r}: "
             f"it is not a whole {'model' if scores else 'causal language model'}"
         )
+    fit_experts(model)
     return cast(PreTrainedModel, model if device is None else model.to(device)).eval()
+
+
+def _told_memory(source: str | os.PathLike[str], place: Path | str) -> str:
+    """Say how large the weights are that found no memory, and what limits it."""
+    weights = f" ({size(Checkpoint.open(place).nbytes)} on disk)" if isinstance(place, Path) else ""
+    limit = address_limit()
+    if limit is None:
+        return (
+            f"the weights of {source}{weights} do not fit into memory: take a smaller base, or load it quantized. "
+            "`veneer plan` tells how much a run takes"
+        )
+    return (
+        f"the weights of {source}{weights} do not fit into {size(limit)} of addresses (ulimit -v): files are mapped, "
+        "and mapped bytes count there. Raise the limit (ulimit -v unlimited), and bound memory by a control group "
+        "instead, such as systemd-run --user --scope -p MemoryMax=8G"
+    )
 
 
 def _stored_quantization(place: Path | str) -> BitsAndBytesConfig | None:

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from veneer.adapters.peft_model import PeftModel, get_peft_model
 from veneer.contract import MethodConfig
 from veneer.errors import ConfigError
+from veneer.model.experts import fit_experts
 from veneer.train.config import RunSettings
 
 Kind = Literal["causal", "reward"]
@@ -39,10 +40,11 @@ def loaded(
 
 
 def adapted(model: PreTrainedModel, peft_config: MethodConfig | None) -> PreTrainedModel:
-    """The model with a fresh adapter of ``peft_config``; without one, as it is.
+    """The model with a fresh adapter of ``peft_config``; without one, as it is. Its experts run as their widths allow.
 
     Raises ConfigError for a config of another library, and for a model that has an adapter already.
     """
+    fit_experts(model)
     if peft_config is None:
         return model
     if not isinstance(peft_config, MethodConfig):

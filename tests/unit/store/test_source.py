@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 import urllib.error
 from collections.abc import Callable
 from email.message import Message
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from huggingface_hub.utils import are_progress_bars_disabled
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from veneer.errors import ConfigError, FormatError
+from veneer.disk.safetensors import header_bytes
+from veneer.errors import ConfigError, FormatError, OutOfMemoryError
 from veneer.store import source as source_module
 from veneer.store.bars import without_bars
 from veneer.store.source import load_model, load_tokenizer, parse_dtype, resolve
@@ -225,3 +230,44 @@ def test_a_download_is_told_where_transformers_bars_are_off(
         load_model("org/name-that-no-cache-has")
     assert shown == [False, True]
     assert not are_progress_bars_disabled()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no /proc/self/status, which tells the addresses in use")
+def test_a_limit_of_addresses_is_told_with_a_way_out(tmp_path: Path) -> None:
+    config = LlamaConfig(vocab_size=300_007, hidden_size=256, intermediate_size=8, num_hidden_layers=1)
+    config.tie_word_embeddings = True
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shapes = {name: (value.dtype, tuple(value.shape)) for name, value in model.named_parameters()}
+    header, _ = header_bytes(shapes, {"format": "pt"})
+    with (tmp_path / "model.safetensors").open("wb") as file:  # zeros that take no room on disk
+        file.write(header)
+        file.truncate(len(header) + sum(value.nbytes for value in model.parameters()))
+    status = Path("/proc/self/status").read_text()
+    used = int(next(line for line in status.splitlines() if line.startswith("VmSize")).split()[1]) * 1024
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + 50_000_000, before[1]))
+    try:
+        with pytest.raises(
+            OutOfMemoryError, match=r"\(30\d\.\d+ MB on disk\) do not fit into .* \(ulimit -v\).*Raise the limit"
+        ):
+            load_model(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def test_memory_that_is_not_given_is_told_and_other_errors_are_not_hidden(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for error, kind, told in (
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+            OutOfMemoryError,
+            "take a smaller base",
+        ),
+        (RuntimeError("shapes differ"), RuntimeError, "shapes differ"),
+    ):
+        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", Mock(side_effect=error))
+        with pytest.raises(kind, match=told):
+            load_model(folder)

@@ -30,7 +30,7 @@ from veneer.store.gguf.byte_level import byte_level_tokenizer
 from veneer.store.gguf.config import GgufContents, mended_config, unplaced_tensors
 from veneer.store.gguf.fields import FACTOR_TENSORS
 from veneer.store.gguf.reader import open_gguf, value_of
-from veneer.store.gguf.rebuilt import rebuilt_model
+from veneer.store.gguf.rebuilt import rebuilt_config, rebuilt_model
 from veneer.store.gguf.registry import rebuilt_family
 
 _PLAIN = {
@@ -83,6 +83,28 @@ def read_facts(path: Path) -> GgufFacts:
     )
 
 
+def header_config(path: Path) -> Any:
+    """Return the config that a GGUF file's model has once it is converted, from the header alone: no weight is read.
+
+    Raises FormatError as `convert_gguf` does, but for tensors that are missing.
+    """
+    from transformers import AutoModelForCausalLM
+
+    facts, model = read_facts(path), None
+    with _refusals_told(path, facts), without_bars():
+        if _is_rebuilt(facts):
+            _, config = rebuilt_config(facts.contents, facts.token_ids)
+        else:
+            config = mended_config(_config(path, facts), facts.contents)
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config)
+    if model is not None:
+        _require_placed(model, path, facts)
+    config.dtype = facts.dtype
+    _forget_file(config)
+    return config
+
+
 def converted_folder(path: Path) -> Path:
     """The cached folder of a GGUF file, converted where that has not been done; a changed file is converted anew.
 
@@ -133,11 +155,25 @@ def _load(path: Path, facts: GgufFacts, on_progress: OnProgress) -> Any:
     file = str(path.resolve())
     if _is_rebuilt(facts):
         return _rebuilt(path, facts, on_progress)
-    try:
+    with _refusals_told(path, facts):
         config = mended_config(_config(path, facts), facts.contents)
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=file, config=config, dtype=facts.dtype, output_loading_info=True, **options
         )
+    if report["missing_keys"]:
+        raise FormatError(f"{path} lacks the tensors of {sorted(report['missing_keys'])}; it is not a whole model")
+    _require_placed(model, path, facts)
+    _forget_file(model.config)
+    return model
+
+
+@contextmanager
+def _refusals_told(path: Path, facts: GgufFacts) -> Iterator[None]:
+    """Around what reads a file's model: raise FormatError, naming the file, for what it refuses."""
+    import transformers
+
+    try:
+        yield
     except FormatError as error:
         raise FormatError(f"{path}: {error}. Take the model's own folder of safetensors instead") from error
     except (ValueError, KeyError, RuntimeError, NotImplementedError, StrictDataclassError) as error:
@@ -145,16 +181,20 @@ def _load(path: Path, facts: GgufFacts, on_progress: OnProgress) -> Any:
             f"{path} holds a model of the family {facts.contents.architecture!r} that transformers "
             f"{transformers.__version__} cannot read: {error}"
         ) from error
-    if report["missing_keys"]:
-        raise FormatError(f"{path} lacks the tensors of {sorted(report['missing_keys'])}; it is not a whole model")
+
+
+def _forget_file(config: Any) -> None:
+    """Drop what a config says of the file that it was read from."""
+    for leftover in ("quantization_config", "_model_name_or_path"):
+        vars(config).pop(leftover, None)
+
+
+def _require_placed(model: Any, path: Path, facts: GgufFacts) -> None:
     if unplaced := unplaced_tensors(model, facts.contents):
         raise FormatError(
             f"{path} holds the tensors {unplaced}, for which transformers' {type(model).__name__} has no place: it "
             "would compute another model. Take the model's own folder of safetensors instead"
         )
-    for leftover in ("quantization_config", "_model_name_or_path"):  # they speak of the file
-        model.config.__dict__.pop(leftover, None)
-    return model
 
 
 def _is_rebuilt(facts: GgufFacts) -> bool:

@@ -30,17 +30,9 @@ def rebuilt_model(
     ``ids`` are special tokens by transformers' names; ``on_progress`` is told the parameters that are filled. Raises
     FormatError for what the model would not compute, and for tensors that are missing or have no place.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    family = rebuilt_family(contents.architecture, contents.pairs)
-    if family is None:
-        raise FormatError(f"no table describes files of the architecture {contents.architecture!r}")
-    n_layers = contents.pairs["block_count"]
-    made = AutoConfig.for_model(family.model_types[0], num_hidden_layers=n_layers, pad_token_id=None)
-    for name, value in ids.items():
-        setattr(made, name, value)
-    made.tie_word_embeddings = "output.weight" not in contents.shapes
-    config = mended_config(made, contents, family)
+    family, config = rebuilt_config(contents, ids)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     stored = {tensor.name: tensor for tensor in reader.tensors}
     used = _fill(model, family, config, stored, on_progress)
@@ -50,6 +42,22 @@ def rebuilt_model(
             "compute another model"
         )
     return model
+
+
+def rebuilt_config(contents: GgufContents, ids: Mapping[str, int]) -> tuple[Family, Any]:
+    """Return the family of a file that transformers does not read, and the model's config. Raise as `rebuilt_model`."""
+    from transformers import AutoConfig
+
+    family = rebuilt_family(contents.architecture, contents.pairs)
+    if family is None:
+        raise FormatError(f"no table describes files of the architecture {contents.architecture!r}")
+    made = AutoConfig.for_model(
+        family.model_types[0], num_hidden_layers=contents.pairs["block_count"], pad_token_id=None
+    )
+    for name, value in ids.items():
+        setattr(made, name, value)
+    made.tie_word_embeddings = "output.weight" not in contents.shapes
+    return family, mended_config(made, contents, family)
 
 
 def _fill(

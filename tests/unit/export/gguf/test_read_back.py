@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from veneer.errors import FormatError
 from veneer.export.gguf.model import GgufOptions, export_gguf
-from veneer.store.gguf.model import convert_gguf
+from veneer.store.gguf.model import convert_gguf, header_config
 
 from .tiny import SETTINGS, VOCAB, tiny_folder, tokenizer
 
@@ -29,10 +29,20 @@ def test_logits_and_tokens_come_back(tmp_path: Path, family: str) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "read", attn_implementation="eager").eval()
     torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
     own, read = (AutoTokenizer.from_pretrained(tmp_path / folder) for folder in ("model", "read"))
+    assert told(header_config(tmp_path / "x.gguf")) == told(loaded.config)
     text = "the other  12 on<|stop|>"
     assert read(text)["input_ids"] == own(text)["input_ids"]
     assert read.eos_token == "<|stop|>"
     assert read.chat_template == tokenizer().chat_template
+
+
+def told(config: Any) -> dict[str, Any]:
+    """All of a config but where it was read from."""
+    return {
+        key: value
+        for key, value in config.to_dict().items()
+        if key not in ("_name_or_path", "architectures", "transformers_version")
+    }
 
 
 def rewritten(

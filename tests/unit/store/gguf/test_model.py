@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from veneer.errors import FormatError
+from veneer.plan.architecture import config_of
+from veneer.store import source
 from veneer.store.gguf import model as gguf_model
 from veneer.store.gguf.model import convert_gguf, converted_folder, read_facts
 
@@ -153,3 +155,18 @@ def test_a_file_that_lacks_a_tensor_is_refused(
     path, _ = make_gguf("llama")
     with pytest.raises(FormatError, match=r"layers\.1\.mlp\.up_proj\.weight"):
         convert_gguf(path, tmp_path / "folder")
+
+
+def test_a_plan_reads_the_header_alone(make_gguf: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, model = make_gguf("qwen2", kind="Q8_0")
+    monkeypatch.setattr(source, "converted_folder", lambda path: pytest.fail(f"{path} is converted"))
+    with path.open("r+b") as file:  # no value is read: those of all tensors are cut to one page of nothing
+        size = path.stat().st_size
+        file.truncate(size - 4096)
+        file.truncate(size)
+    config = config_of(str(path))
+    assert (config.hidden_size, config.num_hidden_layers) == (model.config.hidden_size, model.config.num_hidden_layers)
+    assert config.dtype == torch.bfloat16
+    path.write_bytes(path.read_bytes()[:-4096])
+    with pytest.raises(FormatError, match="cut short"):
+        config_of(str(path))
