@@ -11,6 +11,7 @@ import typer
 
 from veneer.cli.facts import AsJson
 from veneer.cli.plan_options import ADVICE, FIT, SERVE, bytes_from, unread, wrong
+from veneer.core.progress import waiting_for, waits_told
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -116,13 +117,16 @@ def plan(
     from veneer.plan.start import start_measured
 
     of_a_process = card is None and not advice and not serve
-    with start_measured() if of_a_process else nullcontext():  # begun before torch is imported, which takes as long
+    begun = start_measured() if of_a_process else nullcontext()  # before torch is imported, which takes as long
+    with waits_told("loading torch and transformers"), begun:
         from veneer.plan.architecture import config_of
         from veneer.plan.report import Machine
         from veneer.recipe.recipe import parse_recipe
 
         recipe = parse_recipe(values, what)
+        waiting_for(f"reading the config of {recipe.model.source}")
         config = config_of(recipe.model.source)
+        waiting_for("planning")
         machine = Machine.of(card, timed=time)
         for missing in recipe.data.missing_files if _is_recipe(what) else ():
             typer.echo(f"rows that are not counted: {missing}", err=True)

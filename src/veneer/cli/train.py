@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 from rich.console import Console
 
-from veneer.core.progress import draws_bars
+from veneer.core.progress import draws_bars, waits_told
 from veneer.core.units import duration
 from veneer.errors import ConfigError
 
@@ -67,8 +67,9 @@ def train(
         raise ConfigError("veneer train needs a recipe: `veneer train --print-recipe > recipe.yaml` writes one to edit")
     if allow_changes and not resume:
         raise ConfigError("--allow-changes says how a run goes on, so it needs --resume beside it")
-    wanted = _read(recipe, overrides or [])
-    from veneer.train.processes import is_main, part
+    with waits_told("loading torch and transformers"):
+        wanted = _read(recipe, overrides or [])
+        from veneer.train.processes import is_main, part
 
     level = logging.WARNING if is_main() else logging.ERROR  # what the others would say is the same
     logging.basicConfig(level=level, format="%(levelname)s: %(message)s", stream=sys.stderr)
@@ -164,7 +165,8 @@ def _planned(recipe: Recipe, beyond_memory: bool, console: Console) -> _Planned:
     """The plan of a run, told in one line. Raises ConfigError where memory will not do."""
     from veneer.plan.before import planned_facts, require_room
 
-    facts, line = planned_facts(recipe, lambda line: console.print(line, style="dim", highlight=False))
+    with waits_told("planning"):
+        facts, line = planned_facts(recipe, lambda line: console.print(line, style="dim", highlight=False))
     if facts is not None:
         console.print(line, highlight=False)
         if not beyond_memory:

@@ -1,18 +1,22 @@
-"""Progress on stderr: bars where it is a terminal that can draw them, plain lines elsewhere."""
+"""Progress on stderr: bars where it is a terminal that can draw them, plain lines elsewhere; and what is waited for."""
 
 from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 from rich.console import Console
 from rich.progress import Progress, ProgressColumn
 
 LINE_SECONDS = 10.0  # between two plain lines
+QUIET_SECONDS = 4.0  # of a wait that nobody needs to be told of
 Tell = Callable[[int, int], None]
+_WAIT: ContextVar[_Wait | None] = ContextVar("_WAIT", default=None)
 
 
 def draws_bars(console: Console) -> bool:
@@ -64,3 +68,46 @@ def _lines(title: str, console: Console) -> Tell:
 
 def _say(console: Console, line: str) -> None:
     console.print(line, soft_wrap=True, markup=False)
+
+
+@contextmanager
+def waits_told(what: str) -> Iterator[None]:
+    """Tell on stderr what is waited for, from the fifth second on, while the block runs; `waiting_for` names the next.
+
+    Of several processes, which torchrun numbers, the first one tells.
+    """
+    console = Console(file=sys.stderr, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
+    wait = _Wait(what, console)
+    token = _WAIT.set(wait)
+    try:
+        yield
+    finally:
+        _WAIT.reset(token)
+        wait.end()
+
+
+def waiting_for(what: str) -> None:
+    """Name what runs from here on. Nobody is told of it outside of `waits_told`."""
+    wait = _WAIT.get()
+    if wait is not None:
+        wait.what = what
+
+
+class _Wait:
+    """A thread that prints what is waited for, and for how long so far."""
+
+    def __init__(self, what: str, console: Console) -> None:
+        self.what, self._console, self._over = what, console, threading.Event()
+        self._thread = threading.Thread(target=self._tell, daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        """Nothing is printed behind this."""
+        self._over.set()
+        self._thread.join()
+
+    def _tell(self) -> None:
+        began, pause = time.monotonic(), QUIET_SECONDS
+        while not self._over.wait(pause):
+            _say(self._console, f"{self.what} ({time.monotonic() - began:.0f} s so far)")
+            pause = LINE_SECONDS

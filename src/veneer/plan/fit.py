@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from veneer.core.progress import waiting_for
 from veneer.core.units import size
 from veneer.errors import ConfigError
 from veneer.plan.plan import Plan, plan_recipe
@@ -44,8 +45,9 @@ def fits(recipe: Recipe, config: PreTrainedConfig, budget: int, bytes_of: Bytes,
     micro-batch) belong to the machine. Raises ConfigError where nothing fits, with what would.
     """
     given, budget = budget, int(budget / (1 + SPARE))
-    found, least = [], None
-    for changes in _ways(recipe):
+    found, least, ways = [], None, list(_ways(recipe))
+    for number, changes in enumerate(ways, 1):
+        waiting_for(f"planning: storage and checkpointing {number} of {len(ways)}")
         one = _planned(recipe, config, changes | _rows(recipe, _row_counts(recipe)[0]))
         needed = bytes_of(one)
         if least is None or needed < least[0]:

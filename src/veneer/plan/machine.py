@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from veneer.core.progress import waiting_for
 from veneer.disk.atomic import write_atomically
 from veneer.disk.cache import cache_dir
 from veneer.model.memory import available_bytes
@@ -152,6 +153,7 @@ class Rates:
 
     def _once(self, key: str, measure: Callable[[], float]) -> float:
         if key not in self.known:
+            waiting_for(f"measuring this machine, once: {key}")
             self.known[key] = measure()
             if is_busy():
                 self.rough.add(key)

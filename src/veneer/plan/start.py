@@ -18,6 +18,7 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
+from veneer.core.progress import waiting_for
 from veneer.disk.atomic import write_atomically
 from veneer.disk.cache import cache_dir
 from veneer.errors import ConfigError, DiskError
@@ -40,6 +41,7 @@ def start_bytes() -> int:
     """
     known = _known()
     if known is None:
+        waiting_for("measuring what a process starts with, once")
         known = _measured()
         with suppress(DiskError):  # measured anew next time
             write_atomically(_file(), json.dumps({"installation": _installation(), "bytes": known}).encode())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import time
 
 import pytest
 
@@ -48,3 +49,32 @@ def test_a_bar_comes_and_goes_before_one_that_was_opened_first(monkeypatch: pyte
         outer(5, 7)
     shown = screen.getvalue()
     assert 0 <= shown.index("converting") < shown.rindex("converting") < shown.index("exporting")
+
+
+def test_a_wait_is_told_with_what_is_waited_for_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.01)
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.01)
+    with progress.waits_told("loading torch"):
+        appears("loading torch (0 s so far)\n", screen)
+        progress.waiting_for("measuring")
+        appears("measuring (", screen)
+    told = screen.getvalue()
+    progress.waiting_for("nothing")
+    assert screen.getvalue() == told
+
+
+def test_a_short_wait_is_not_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress.waits_told("loading torch"):
+        progress.waiting_for("measuring")
+    assert capsys.readouterr().err == ""
+
+
+def appears(line: str, screen: io.StringIO) -> None:
+    """Wait until a screen shows a line."""
+    for _ in range(3000):
+        if line in screen.getvalue():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{line!r} does not appear in {screen.getvalue()!r}")
