@@ -18,11 +18,12 @@ import torch
 
 from paired import Pair, alternate
 from veneer import LoraConfig, get_peft_model
-from veneer.cli.answerer import Answerer, Drawing
-from veneer.cli.answering import ModelAnswerer
-from veneer.cli.engine_answering import engine_answerer
-from veneer.cli.loading import load_parts, quiet
+from veneer.adapters.chosen import choose
+from veneer.answer.answerer import Answerer, Drawing
+from veneer.answer.model import ModelAnswerer
 from veneer.evaluate.scoring import Answering, ignore_progress
+from veneer.serve.answerer import engine_answerer
+from veneer.store.bars import quiet
 from veneer.store.source import load_model
 
 MODEL = "smollm2-135m-instruct"
@@ -54,8 +55,9 @@ def saved(folder: Path, dora: bool) -> Path:
 
 
 def compare(name: str, adapter: Path | None, args: argparse.Namespace) -> None:
-    theirs = ModelAnswerer(load_parts(MODEL, adapter, dtype=args.dtype).joined(), Drawing(), args.prompts)
-    parts = load_parts(MODEL, adapter, dtype=args.dtype)
+    chosen = choose(MODEL, [] if adapter is None else [adapter], dtype=args.dtype)
+    theirs = ModelAnswerer(chosen.load().joined(), Drawing(), args.prompts)
+    parts = chosen.load()
     start = time.perf_counter()
     ours = engine_answerer(parts, Drawing(), args.prompts)
     start = time.perf_counter() - start

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 
 from llama_cpp_logits import all_logits, has_cyllama, has_xllamacpp, next_log_probs
 from veneer.adapters.peft_model import PeftModel
-from veneer.cli.loading import quiet
 from veneer.export.gguf.adapter import export_lora
 from veneer.export.gguf.model import GgufOptions, GgufReport, export_gguf
 from veneer.recipe.recipe import load_recipe
+from veneer.store.bars import quiet
 from veneer.store.source import load_model
 from veneer.train.run import run_recipe
 

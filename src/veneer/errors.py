@@ -19,6 +19,10 @@ class TargetError(ConfigError):
     """A target pattern matches no module, or one that a method cannot adapt."""
 
 
+class NoStorageError(TargetError):
+    """A model has no storage, and a pass through it is needed to find the places of an adapter."""
+
+
 class DescriptionError(VeneerError, ValueError):
     """A model is no decoder that can be described."""
 

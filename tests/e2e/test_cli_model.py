@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from veneer.cli.app import app
-from veneer.store.fetch import model_folder
+from veneer.store.known import model_folder
 
 pytestmark = pytest.mark.model
 NAME = "smollm2-135m-instruct"

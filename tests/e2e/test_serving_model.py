@@ -27,7 +27,7 @@ from veneer import (
     StructuredOutputsParams,
     get_peft_model,
 )
-from veneer.store.fetch import model_folder
+from veneer.store.known import model_folder
 from veneer.store.source import load_model
 
 pytestmark = pytest.mark.model

@@ -17,7 +17,7 @@ from models import llama_config, word_tokenizer
 from veneer import PeftModel
 from veneer.cli.app import app
 from veneer.export.merged import merge_checkpoint
-from veneer.store.fetch import is_fetched, model_folder
+from veneer.store.known import is_fetched, model_folder
 
 WORDS = [f"w{i}" for i in range(23)]
 

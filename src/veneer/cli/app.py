@@ -20,7 +20,9 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from veneer.cli import (
+from veneer.cli import plan, train
+from veneer.cli.help import VerbCommand, first_sentence, print_page
+from veneer.cli.pages import (
     chat,
     combine,
     env,
@@ -33,11 +35,8 @@ from veneer.cli import (
     intrinsic,
     merge,
     merge_models,
-    plan,
     serve,
-    train,
 )
-from veneer.cli.help import VerbCommand, first_sentence, print_page
 from veneer.errors import Interrupted, VeneerError
 
 USER_ERROR = 2

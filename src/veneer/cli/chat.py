@@ -1,11 +1,15 @@
-"""``veneer chat``: a conversation in the terminal."""
+"""The work of ``veneer chat``."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from rich.console import Console
 
+from veneer.adapters.chosen import Parts
+from veneer.answer.answerer import Drawing
+from veneer.answer.prompts import Message, encode_chat
 from veneer.cli import loading
 from veneer.errors import ConfigError
 
@@ -15,29 +19,23 @@ _REPLIES = {_NEW: "a new conversation", _HELP: _COMMANDS}
 
 
 def chat(
-    model: loading.Model,
-    adapter: loading.Adapter = None,
-    system: loading.System = None,
-    max_new_tokens: loading.MaxNewTokens = 512,
-    temperature: loading.Temperature = 0.7,
-    top_p: loading.TopP = 0.9,
-    top_k: loading.TopK = 0,
-    seed: loading.Seed = None,
-    load_in_4bit: loading.FourBit = False,
-    dtype: loading.Dtype = "auto",
+    *,
+    model: str,
+    adapter: Path | None,
+    system: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    seed: int | None,
+    load_in_4bit: bool,
+    dtype: str,
 ) -> None:
-    """Talk to a model. /new forgets the conversation; /help shows the commands; Ctrl-C stops an answer; Ctrl-D or /exit
-    leaves.
-
-    Example: veneer chat smollm2-135m-instruct --adapter runs/first/adapter
-    """
-    from veneer.cli.answerer import Drawing
-    from veneer.cli.answering import Message, answerer_of, encode_chat
-
+    """Answer what is typed until the end of the conversation."""
     parts = loading.load_parts(model, adapter, four_bit=load_in_4bit, dtype=dtype)
     start: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     encode_chat(parts.tokenizer, [*start, {"role": "user", "content": "?"}])  # what cannot chat says so at once
-    answerer = answerer_of(parts, Drawing(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed))
+    answerer = loading.answerer_of(parts, Drawing(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed))
     console = Console(highlight=False)
     _open(parts, system)
     messages = list(start)
@@ -59,7 +57,7 @@ def chat(
             console.print(f"{error}, or /new forgets the conversation (the question is forgotten)", style="yellow")
 
 
-def _open(parts: loading.Parts, system: str | None) -> None:
+def _open(parts: Parts, system: str | None) -> None:
     """The first lines, on stderr: who answers, and how to command."""
     adapter = "" if parts.adapter is None else f" with {parts.adapter}"
     _say(f"{parts.source}{adapter}{'' if system is None else f', told: {system}'}")

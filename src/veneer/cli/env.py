@@ -1,4 +1,4 @@
-"""``veneer env``: the installation, the hardware and the kernels in use."""
+"""The work of ``veneer env``."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ import os
 import platform
 from pathlib import Path
 
+import torch
 import typer
 
-from veneer.cli.facts import AsJson, print_facts
+from veneer.cli.facts import print_facts
+from veneer.core.units import count
+from veneer.disk.cache import cache_dir
+from veneer.ops.dispatch import availability, kernel_build
+from veneer.ops.matmul import float32_is_faster
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "safetensors", "gguf", "numpy")
 _CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16")
 
 
-def env(as_json: AsJson = False) -> None:
-    """Print versions, CPU features, the kernels in use, threads and the cache folder.
-
-    Example: veneer env
-    """
+def env(*, as_json: bool) -> None:
+    """Print the facts about this installation."""
     facts = environment()
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
@@ -30,13 +32,6 @@ def env(as_json: AsJson = False) -> None:
 
 def environment() -> dict[str, str]:
     """Facts about this installation, by name."""
-    import torch
-
-    from veneer.core.units import count
-    from veneer.disk.cache import cache_dir
-    from veneer.ops.dispatch import availability, kernel_build
-    from veneer.ops.matmul import float32_is_faster
-
     facts = {"veneer": importlib.metadata.version("veneer"), "python": platform.python_version()}
     facts |= {package: _version(package) for package in PACKAGES}
     facts |= {"system": f"{platform.system()} {platform.release()} {platform.machine()}", "cpu": _cpu_model()}
@@ -76,6 +71,4 @@ def _cpu_features() -> list[str]:
 
 
 def _cuda() -> str:
-    import torch
-
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "no device"

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from veneer.cli.loading import Parts, quiet, tokenizer_with
+from veneer.adapters.chosen import Parts, tokenizer_with
 from veneer.errors import ConfigError
-
-if TYPE_CHECKING:
-    from veneer.recipe.recipe import Recipe
+from veneer.recipe.recipe import Recipe, parse_recipe, read_values
+from veneer.store.bars import quiet
+from veneer.store.source import load_model, load_tokenizer
+from veneer.train.base_model import load_base
+from veneer.train.run import read_data
+from veneer.train.sweep.recipe import PART
 
 
 def trained_recipe(path: Path) -> Recipe:
     """The recipe. Raises ConfigError where it is wrong, or one of several runs."""
-    from veneer.recipe.recipe import parse_recipe, read_values
-    from veneer.train.sweep.recipe import PART
-
     values = read_values(path)
     if PART in values:
         raise ConfigError(
@@ -42,8 +42,6 @@ def held_out_rows(recipe: Recipe, data: Path | None) -> tuple[Sequence[Mapping[s
 
     Beside them are the training rows, whose answers are answers of the task too.
     """
-    from veneer.train.run import read_data
-
     part = recipe.data
     if data is not None:
         part = part.model_copy(update={"eval": str(data), "eval_fraction": 0.0, "eval_limit": None})
@@ -55,17 +53,12 @@ def held_out_rows(recipe: Recipe, data: Path | None) -> tuple[Sequence[Mapping[s
 
 def trained_tokenizer(recipe: Recipe) -> Any:
     """The tokenizer that the run wrote prompts with. Raises what `load_tokenizer` raises."""
-    from veneer.store.source import load_tokenizer
-
     with quiet():
         return tokenizer_with(load_tokenizer(recipe.model.source), [saved_by(recipe)])
 
 
 def trained_parts(recipe: Recipe, tokenizer: Any) -> Parts:
     """The base as the recipe stores it and the adapter of its output; the model itself where it was trained whole."""
-    from veneer.store.source import load_model
-    from veneer.train.base_model import load_base
-
     saved, source = saved_by(recipe), recipe.model.source
     with quiet():
         if recipe.method == "full":

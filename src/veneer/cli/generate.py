@@ -1,111 +1,58 @@
-"""``veneer generate``: one answer, or a file of them."""
+"""The work of ``veneer generate``."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from veneer.adapters.chosen import Chosen
+from veneer.answer.answerer import Drawing
+from veneer.answer.files import Asked, read_asked, write_answers
+from veneer.answer.prompts import PromptReader, encode_prompt
 from veneer.cli import loading
+from veneer.cli.arguments import require_file
 from veneer.core.progress import progress_bar
 from veneer.errors import ConfigError
-
-if TYPE_CHECKING:
-    from veneer.cli.answerer import Drawing
-    from veneer.cli.batch import Asked
-
-_Prompt = Annotated[
-    str | None,
-    typer.Option(
-        "--prompt",
-        "-p",
-        metavar="TEXT",
-        show_default=False,
-        help="The prompt; - reads stdin. With --input: a template over a row's fields, 'Question: {question}'.",
-    ),
-]
-_Input = Annotated[
-    Path | None,
-    typer.Option(
-        "--input",
-        "-i",
-        metavar="FILE",
-        show_default=False,
-        help="Answer each row of a file (prompt or messages; .txt: each line). A field adapter names the row's own.",
-    ),
-]
-_Output = Annotated[
-    Path | None,
-    typer.Option("--output", "-o", metavar="FILE", show_default=False, help="With --input: the .jsonl to write."),
-]
-_Force = Annotated[bool, typer.Option("--force", help="With --input: replace the output.")]
-_Limit = Annotated[
-    int | None, typer.Option(metavar="N", min=1, show_default=False, help="With --input: only the first so many rows.")
-]
-_BatchSize = Annotated[int, typer.Option(metavar="N", min=1, help="With --input: most rows answered at once.")]
-_Raw = Annotated[
-    bool,
-    typer.Option(
-        "--raw", help="Continue the prompt as plain text: for a model trained on plain prompts (data.chat: false)."
-    ),
-]
+from veneer.evaluate.scoring import Answering
+from veneer.store.bars import quiet
 
 
 def generate(
-    model: loading.Model,
-    prompt: _Prompt = None,
-    input_: _Input = None,
-    output: _Output = None,
-    adapter: loading.Adapter = None,
-    system: loading.System = None,
-    raw: _Raw = False,
-    limit: _Limit = None,
-    batch_size: _BatchSize = 16,
-    force: _Force = False,
-    max_new_tokens: loading.MaxNewTokens = 256,
-    temperature: loading.Temperature = 0.0,
-    top_p: loading.TopP = 1.0,
-    top_k: loading.TopK = 0,
-    seed: loading.Seed = None,
-    load_in_4bit: loading.FourBit = False,
-    dtype: loading.Dtype = "auto",
+    *,
+    model: str,
+    prompt: str | None,
+    input_: Path | None,
+    output: Path | None,
+    adapter: Path | None,
+    system: str | None,
+    raw: bool,
+    limit: int | None,
+    batch_size: int,
+    force: bool,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    seed: int | None,
+    load_in_4bit: bool,
+    dtype: str,
 ) -> None:
-    """Answer one prompt, word by word, on stdout, or a file of prompts into another file, each by its own adapter.
-
-    A model with a chat template is asked in a chat turn, see --raw.
-
-    Example: veneer generate smollm2-135m-instruct -p "Why is the sky blue?"
-    """
-    from veneer.cli.answerer import Drawing
-
+    """Answer a prompt on stdout, or a file of prompts into another."""
     drawing = Drawing(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    if input_ is not None:
-        from veneer.cli.batch import BatchOptions, read_asked, require_places
-
-        target = require_places(input_, output, force)
-        options = BatchOptions(prompt=prompt, system=system, raw=raw)
-        chosen, asked = read_asked(input_, model, adapter, options, limit, four_bit=load_in_4bit, dtype=dtype)
-        _answer_all(chosen, asked, target, drawing, batch_size, max_new_tokens)
+    if input_ is not None and output is not None:
+        _require_places(input_, output, force)
+        reader = PromptReader(prompt=prompt, system=system, raw=raw)
+        chosen, asked = read_asked(input_, model, adapter, reader, limit, four_bit=load_in_4bit, dtype=dtype)
+        _answer_all(loading.told(chosen), asked, output, drawing, batch_size, max_new_tokens)
         return
-    if prompt is None:
-        raise ConfigError("say what to answer: --prompt TEXT, or --input FILE with --output FILE")
-    if output is not None or force or limit is not None:
-        raise ConfigError("--output, --limit and --force belong to --input FILE: one answer goes to stdout")
     chosen = loading.choose(model, loading.adapter_list(adapter), four_bit=load_in_4bit, dtype=dtype)
-    _answer_one(chosen, sys.stdin.read() if prompt == "-" else prompt, system, raw, drawing, max_new_tokens)
-
-
-def _answer_one(
-    chosen: loading.Chosen, text: str, system: str | None, raw: bool, drawing: Drawing, max_new_tokens: int
-) -> None:
-    from veneer.cli.answering import answerer_of, encode_prompt
-
+    text = sys.stdin.read() if prompt == "-" else prompt or ""
     ids = encode_prompt(chosen.tokenizer, text, system=system, raw=raw)
     if not ids:
         raise ConfigError("the prompt is empty: nothing to continue")
-    answerer = answerer_of(chosen.load(), drawing)
+    answerer = loading.answerer_of(chosen.load(), drawing)
     answer = answerer.stream(ids, max_new_tokens)
     if not answer.strip() and not raw and answerer.tokenizer.chat_template is not None:
         typer.echo(
@@ -114,16 +61,21 @@ def _answer_one(
         )
 
 
-def _answer_all(
-    chosen: loading.Chosen, asked: list[Asked], output: Path, drawing: Drawing, batch_size: int, max_new_tokens: int
-) -> None:
-    from veneer.cli.answering import answerer_of
-    from veneer.cli.batch import write_answers
-    from veneer.evaluate.scoring import Answering
+def _require_places(source: Path, output: Path, force: bool) -> None:
+    """Raise ConfigError if the output cannot be written, or holds what nobody asked to replace."""
+    require_file("--output", output, ".jsonl")
+    if output.exists() and source.exists() and output.samefile(source):
+        raise ConfigError(f"--output {output} is the input: choose another file")
+    if output.exists() and not force:
+        raise ConfigError(f"--output {output} exists: choose another file, or replace it with --force")
 
-    answerer = answerer_of(chosen.load(), drawing, batch_size)
+
+def _answer_all(
+    chosen: Chosen, asked: list[Asked], output: Path, drawing: Drawing, batch_size: int, max_new_tokens: int
+) -> None:
+    answerer = loading.answerer_of(chosen.load(), drawing, batch_size)
     folders = [each.adapter for each in asked] if chosen.adapters else []
-    with loading.quiet(), progress_bar("answering") as on_progress:
+    with quiet(), progress_bar("answering") as on_progress:
         prompts, answering = [each.ids for each in asked], Answering(max_new_tokens=max_new_tokens)
         answers = answerer.answers(prompts, answering, on_progress, folders)
     write_answers(output, asked, answers)

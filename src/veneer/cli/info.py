@@ -1,4 +1,4 @@
-"""``veneer info``: facts about an adapter or a model, from its headers."""
+"""The work of ``veneer info``."""
 
 from __future__ import annotations
 
@@ -6,15 +6,22 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
 import typer
 
-from veneer.cli.facts import AsJson, print_facts
+from veneer.cli.facts import print_facts
+from veneer.cli.info_run import run_section
+from veneer.contract.file import CONFIG_FILE
 from veneer.core.units import size
-
-if TYPE_CHECKING:
-    from veneer.store.facts import AdapterFacts, ModelFacts
+from veneer.errors import ConfigError
+from veneer.recipe.adapter import name_of
+from veneer.store.bars import quiet
+from veneer.store.facts import AdapterFacts, ModelFacts, adapter_facts, model_facts
+from veneer.store.gguf.facts import gguf_facts, gguf_section
+from veneer.store.gguf.header import read_header
+from veneer.store.source import resolve
+from veneer.train.record import life_of, record_of
 
 Section = dict[str, str]
 _SHOWN = 12  # of the values of a list
@@ -30,17 +37,8 @@ _MODEL_FIELDS = {
 }
 
 
-def info(
-    what: Annotated[
-        str, typer.Argument(metavar="ADAPTER|MODEL|RUN", show_default=False, help="A folder, a .gguf file or a name.")
-    ],
-    as_json: AsJson = False,
-) -> None:
-    """Show what an adapter or a model is, and how a run stands: method and targets, or architecture and size, or status
-    and losses. Headers are read, no weight is loaded and no GGUF file converted.
-
-    Example: veneer info runs/first/adapter
-    """
+def info(*, what: str, as_json: bool) -> None:
+    """Print facts about what is meant."""
     facts, section = _facts(what)
     if as_json:
         typer.echo(json.dumps(facts, indent=2, default=str))
@@ -52,15 +50,9 @@ def _facts(what: str) -> tuple[dict[str, Any], Section]:
     """All that is known of what is meant, and the rows of the table."""
     folder = Path(what).expanduser()
     if (folder / "run.json").is_file():
-        from veneer.cli.info_run import run_section
-        from veneer.train.record import life_of, record_of
-
         record = record_of(folder) or {}
         return {**record, "life": life_of(record)}, {"run": str(folder), **run_section(record)}
     if folder.suffix == ".gguf" and folder.is_file():
-        from veneer.cli.info_gguf import gguf_facts, gguf_section
-        from veneer.store.gguf.header import read_header
-
         header = read_header(folder)
         return gguf_facts(header), gguf_section(folder, header)
     place, facts = _find(what)
@@ -70,12 +62,6 @@ def _facts(what: str) -> tuple[dict[str, Any], Section]:
 
 def _find(what: str) -> tuple[Path, AdapterFacts | ModelFacts]:
     """Find the folder that is meant, and read the facts in it."""
-    from veneer.cli.loading import quiet
-    from veneer.contract.file import CONFIG_FILE
-    from veneer.errors import ConfigError
-    from veneer.store.facts import adapter_facts, model_facts
-    from veneer.store.source import resolve
-
     folder = Path(what).expanduser()
     if (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
         return folder, adapter_facts(folder)
@@ -87,14 +73,10 @@ def _find(what: str) -> tuple[Path, AdapterFacts | ModelFacts]:
 
 
 def _section(place: Path, facts: AdapterFacts | ModelFacts) -> Section:
-    from veneer.store.facts import AdapterFacts
-
     return _adapter(place, facts) if isinstance(facts, AdapterFacts) else _model(place, facts)
 
 
 def _adapter(folder: Path, facts: AdapterFacts) -> Section:
-    from veneer.recipe.adapter import name_of
-
     config = facts.config
     last = sorted({module.rpartition(".")[2] for module in facts.modules})
     return {

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from rich import box
 from rich.console import Console
@@ -14,14 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 from veneer.cli.facts import print_facts
-from veneer.cli.measurement import Measurement, Metric, Result
 from veneer.cli.subject import Subject
-
-if TYPE_CHECKING:
-    from veneer.evaluate.accuracy import Accuracy
-    from veneer.evaluate.confusion import Confusion
-    from veneer.evaluate.perplexity import Perplexity
-    from veneer.evaluate.statistics import Difference
+from veneer.evaluate.accuracy import Accuracy
+from veneer.evaluate.confusion import Confusion
+from veneer.evaluate.measurement import Result, compare, numbers_of, predictions_of
+from veneer.evaluate.metric import Asked
+from veneer.evaluate.perplexity import Perplexity
+from veneer.evaluate.statistics import Difference
 
 _BASE = "(base)"
 _MOST = 12  # lines of what was confused, where that is no table
@@ -31,17 +30,18 @@ _SHORT = 16  # of a label that is folded no further for a table beside it
 
 @dataclass(frozen=True)
 class Measured:
-    """The results of a measurement, one for each column of its subject."""
+    """The results of a metric, one for each column of its subject."""
 
-    measurement: Measurement
+    metric: str
     subject: Subject
+    asked: Asked
     results: Sequence[Result]
     seconds: float
 
     @property
     def is_share(self) -> bool:
         """True for accuracies."""
-        return self.measurement.metric is not Metric.PERPLEXITY
+        return isinstance(self.results[0], Accuracy)
 
     @property
     def names(self) -> list[str]:
@@ -49,19 +49,14 @@ class Measured:
         return [_BASE if folder is None else str(folder) for folder in self.subject.columns]
 
     def differences(self) -> list[Difference]:
-        """Each further column compared with the first, row by row."""
-        from veneer.evaluate.statistics import paired_means, paired_shares
-
+        """Compare each further column with the first, row by row."""
         first, *others = self.results
-        if self.is_share:
-            return [paired_shares(cast("Accuracy", first).right, cast("Accuracy", each).right) for each in others]
-        one = cast("Perplexity", first)
-        return [paired_means(one.row_nats, cast("Perplexity", each).row_nats, one.row_tokens) for each in others]
+        return [compare(first, each) for each in others]
 
     def facts(self) -> dict[str, Any]:
-        """All that is known, for JSON; with several columns under ``results``, in their order."""
-        head = {**self.subject.facts, "metric": str(self.measurement.metric)}
-        told = [_numbers(result) for result in self.results]
+        """Return all that is known, for JSON; with several columns under ``results``, in their order."""
+        head = {**self.subject.facts, "metric": self.metric}
+        told = [numbers_of(result) for result in self.results]
         if len(told) == 1:
             return {**head, **told[0], "seconds": self.seconds}
         named = [{"adapter": None if n == _BASE else n, **each} for n, each in zip(self.names, told, strict=True)]
@@ -78,7 +73,7 @@ class Measured:
             print_facts({**facts, **self._shown(self.results[0]), "seconds": f"{self.seconds:,.4g}"})
         else:
             facts.pop("adapter", None)
-            print_facts({**facts, "metric": str(self.measurement.metric), "seconds": f"{self.seconds:,.4g}"})
+            print_facts({**facts, "metric": self.metric, "seconds": f"{self.seconds:,.4g}"})
             self._show_side_by_side()
         for name, result in zip(self.names, self.results, strict=True):
             confusion = getattr(result, "confusion", None)
@@ -87,18 +82,18 @@ class Measured:
 
     def _shown(self, result: Result) -> dict[str, str]:
         if not self.is_share:
-            one = cast("Perplexity", result)
+            one = cast(Perplexity, result)
             return {
                 "perplexity": f"{one.value:,.4f}",
                 "nats per token": f"{one.nats_per_token:,.4g}",
                 "tokens": f"{one.n_tokens:,}",
                 "rows": f"{one.n_rows:,}",
             }
-        share = cast("Accuracy", result)
+        share = cast(Accuracy, result)
         labels = {} if share.confusion is None else {"labels": ", ".join(share.confusion.labels)}
         low, high = share.interval
         return {
-            f"accuracy ({self.measurement.metric})": f"{share.value:.1%} (95%: {low:.1%} to {high:.1%})",
+            f"accuracy ({self.metric})": f"{share.value:.1%} (95%: {low:.1%} to {high:.1%})",
             "right": f"{share.n_right:,} of {share.n_rows:,}",
             **labels,
         }
@@ -110,10 +105,10 @@ class Measured:
             table.add_column(name, justify="right", no_wrap=True)
         for name, result in zip(self.names, self.results, strict=True):
             if self.is_share:
-                low, high = cast("Accuracy", result).interval
+                low, high = cast(Accuracy, result).interval
                 table.add_row(name, f"{result.value:.1%}", f"{low:.1%} to {high:.1%}")
             else:
-                table.add_row(name, f"{result.value:,.4f}", f"{cast('Perplexity', result).nats_per_token:.4f}")
+                table.add_row(name, f"{result.value:,.4f}", f"{cast(Perplexity, result).nats_per_token:.4f}")
         Console().print(table)
         differences = self.differences()
         shown = _table(f"minus {self.names[0]} ({differences[0].test})", "adapter")
@@ -129,34 +124,12 @@ class Measured:
 
     def write_predictions(self, path: Path) -> None:
         """Write one JSON object for each row and column: prompt, right answers, prediction, and whether it is right."""
-        tokenizer, questions = self.subject.tokenizer, self.measurement.questions
         with path.open("w", encoding="utf-8") as file:
             for name, result in zip(self.names, self.results, strict=True):
-                share = cast("Accuracy", result)
                 column = {"adapter": None if name == _BASE else name} if len(self.results) > 1 else {}
-                rows = zip(questions, share.predictions, share.right, strict=True)
-                for number, (question, given, right) in enumerate(rows, start=1):
-                    text = tokenizer.decode(list(question.prompt)) if question.text is None else question.text
-                    row = {"row": number, **column, "prompt": text, "answers": question.answers}
-                    row |= {"prediction": given, "right": right}
+                for row in predictions_of(self.asked, result, self.subject.tokenizer):
+                    row = {"row": row["row"], **column, **row}
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def _numbers(result: Result) -> dict[str, Any]:
-    by_row = ("predictions", "right", "row_nats", "row_tokens", "confusion")
-    found = {name: getattr(result, name) for name in result.__slots__ if name not in by_row}
-    confusion: Confusion | None = getattr(result, "confusion", None)
-    if confusion is None:
-        return found
-    classes = {
-        label: {
-            "rows": confusion.n_rows(at),
-            "predicted": confusion.n_predicted(at),
-            "right": confusion.n_right(at),
-        }
-        for at, label in enumerate(confusion.labels)
-    }
-    return {**found, "labels": list(confusion.labels), "classes": classes, "confusion": confusion.counts}
 
 
 def _show_classes(confusion: Confusion, name: str) -> None:

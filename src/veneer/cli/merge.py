@@ -1,41 +1,19 @@
-"""``veneer merge``: a base with an adapter folded in, as a model folder."""
+"""The work of ``veneer merge``."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
 from veneer.core.progress import progress_bar
 from veneer.core.units import size
+from veneer.export.merged import MergeOptions, merge_checkpoint
+from veneer.store.bars import quiet
 
 
-def merge(
-    base: Annotated[
-        str,
-        typer.Option(metavar="MODEL", show_default=False, help="A folder, a .gguf file, a fetched name or a hub id."),
-    ],
-    adapter: Annotated[Path, typer.Option(metavar="FOLDER", show_default=False, help="The folder of the adapter.")],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FOLDER", show_default=False, help="The folder to write.")
-    ],
-    dtype: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", show_default=False, help="float32, bfloat16 or float16; by default the base's."),
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace what is in the output folder.")] = False,
-) -> None:
-    """Fold an adapter into its base and write an ordinary model folder, tensor by tensor: any size fits in memory.
-
-    Example: veneer merge --base smollm2-135m-instruct --adapter runs/a -o merged
-    """
-    from veneer.cli.loading import quiet
-    from veneer.errors import ConfigError
-    from veneer.export.merged import MergeOptions, merge_checkpoint
-
-    if not adapter.is_dir():
-        raise ConfigError(f"no adapter {str(adapter)!r}: there is no such folder")
+def merge(*, base: str, adapter: Path, output: Path, dtype: str | None, force: bool) -> None:
+    """Write the merged model, and say what is in it."""
     with quiet(), progress_bar("merging") as on_progress:
         report = merge_checkpoint(base, adapter, output, MergeOptions(dtype=dtype, overwrite=force), on_progress)
     apart = ", tied embeddings written apart" if report.untied else ""

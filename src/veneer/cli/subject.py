@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from veneer.adapters.chosen import Parts, split
 from veneer.cli import loading
+from veneer.cli.eval_recipe import held_out_rows, saved_by, trained_parts, trained_recipe, trained_tokenizer
+from veneer.data.rows import RowReader
 from veneer.errors import ConfigError
-
-if TYPE_CHECKING:
-    from veneer.cli.loading import Parts
+from veneer.evaluate.questions import as_trained, read_rows
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -63,12 +64,10 @@ def subject_of(named: Named) -> Subject:
 
 
 def _is_adapter(model: str | None) -> bool:
-    return model is not None and bool(loading.split(model, ())[1])
+    return model is not None and bool(split(model, ())[1])
 
 
 def _of_model(named: Named) -> Subject:
-    from veneer.evaluate.questions import read_rows
-
     if named.model is None or named.data is None:
         raise ConfigError("say what to measure: MODEL and --data FILE, or --recipe FILE for what a recipe trained")
     whole = _as_trained(read_rows(named.data), named)
@@ -86,8 +85,6 @@ def _of_model(named: Named) -> Subject:
 
 
 def _of_recipe(named: Named, path: Path) -> Subject:
-    from veneer.cli.eval_recipe import held_out_rows, saved_by, trained_parts, trained_recipe, trained_tokenizer
-
     beside = _said_by_recipes(named)
     if beside:
         raise ConfigError(f"--recipe says it already, so leave out {', '.join(beside)}")
@@ -117,9 +114,6 @@ def _said_by_recipes(named: Named) -> list[str]:
 
 def _as_trained(rows: Rows, named: Named) -> Rows:
     """The rows in the forms of training. Raises ConfigError where a template makes the prompts already."""
-    from veneer.data.rows import RowReader
-    from veneer.evaluate.questions import as_trained
-
     if named.prompt is None:
         beside = [option for option, value in (("--chat", named.chat), ("--system", named.system)) if value]
         advice = "--prompt 'Question: {question}' and --answer-field answer"

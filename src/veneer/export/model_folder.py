@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
@@ -24,8 +25,6 @@ def local_folder(model: str | os.PathLike[str]) -> Path:
     place = resolve(model)
     if isinstance(place, Path):
         return place
-    from huggingface_hub import snapshot_download
-
     try:
         with downloads_shown(place):
             patterns = ["*.safetensors", *(f"*{end}" for end in _COMPANIONS)]

@@ -16,8 +16,9 @@ from veneer.contract.known import Known
 from veneer.contract.places import INPUT, Placed, placed
 from veneer.core.records import PrefixDelta
 from veneer.core.sites import AttentionSite
-from veneer.errors import ConfigError, TargetError
+from veneer.errors import ConfigError, DescriptionError, TargetError
 from veneer.model.allocation import Allocation
+from veneer.model.blueprint.describe import describe
 from veneer.model.front import Front
 from veneer.model.plan import Plan
 from veneer.model.snapshot import Snapshot
@@ -143,9 +144,13 @@ def put_prefix_on(model: PreTrainedModel, name: str, state: AdapterState, plan: 
 def attention_sites(model: PreTrainedModel) -> tuple[AttentionSite, ...]:
     """The attention layers that keep keys and values, found in the cache of one short forward pass.
 
-    Of an encoder-decoder they are those of the decoder's self-attention. Raises TargetError where the model keeps none
-    or keeps them in another form.
+    Of an encoder-decoder they are those of the decoder's self-attention. On the meta device a description takes the
+    place of the pass. Raises TargetError where the model keeps none or keeps them in another form, NoStorageError where
+    a pass is needed and the model has no storage.
     """
+    described = _described_sites(model) if model.device.type == "meta" else None
+    if described is not None:
+        return described
     stack, cross = _stack(model), bool(model.config.is_encoder_decoder)
     argument = None if stack is None else cache_name(stack.forward)
     if argument is None:
@@ -173,6 +178,21 @@ def attention_sites(model: PreTrainedModel) -> tuple[AttentionSite, ...]:
             f"{[(site.kv_heads, site.head_dim) for site in found]}. Use PromptTuningConfig or LoraConfig on this model."
         )
     return tuple(found)
+
+
+def _described_sites(model: PreTrainedModel) -> tuple[AttentionSite, ...] | None:
+    """Those of a decoder whose description is tested by values; None for any other model."""
+    try:
+        decoder = describe(model)
+    except DescriptionError:
+        return None
+    heads = [attention.heads for attention in decoder.attentions]
+    if not decoder.listed or len(heads) < len(decoder.blocks) or len({(h.n_kv_heads, h.head_dim) for h in heads}) > 1:
+        return None
+    return tuple(
+        AttentionSite(name=f"layer {index}", layer=index, kv_heads=each.n_kv_heads, head_dim=each.head_dim)
+        for index, each in enumerate(heads)
+    )
 
 
 def _stack(model: PreTrainedModel) -> Any:

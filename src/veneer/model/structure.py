@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from veneer.errors import DescriptionError, TargetError
+from veneer.errors import DescriptionError, NoStorageError, TargetError
 from veneer.model.blueprint.decoder import Block
 from veneer.model.blueprint.decoder import Sublayer as Place
 from veneer.model.blueprint.describe import describe
@@ -94,7 +94,14 @@ def watched_sublayers(model: PreTrainedModel) -> tuple[Sublayer, ...]:
 
 
 def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The smallest inputs that the model runs on."""
+    """Return the smallest inputs that the model runs on.
+
+    Raises TargetError for a model of other inputs, NoStorageError for a model on the meta device.
+    """
+    if model.device.type == "meta":
+        raise NoStorageError(
+            f"{type(model).__name__} has no storage, and its places are found by a pass: load its weights first"
+        )
     device, dtype = model.device, model.dtype
     name, config = model.main_input_name, model.config
     if name == "input_ids":

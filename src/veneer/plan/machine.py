@@ -25,7 +25,12 @@ from veneer.core.progress import waiting_for
 from veneer.disk.atomic import write_atomically
 from veneer.disk.cache import cache_dir
 from veneer.model.memory import available_bytes
+from veneer.model.offload import PageFile
+from veneer.ops.adamw import BLOCK_SIZE, AdamWStep, Moment8bit, adamw_8bit_
+from veneer.ops.attention import AttentionOptions, attention_backward, attention_forward
 from veneer.ops.dispatch import kernel_isa
+from veneer.ops.four_bit import FourBitLayout, dequantize_4bit, quantize_4bit
+from veneer.plan.overhead import byte_seconds, op_seconds, watched_seconds
 from veneer.plan.work import Product, Work
 
 LARGEST = 4096
@@ -87,8 +92,6 @@ class Rates:
 
     def moved(self) -> float:
         """Seconds a byte of elementwise work, read and written, as it is in a step."""
-        from veneer.plan.overhead import byte_seconds
-
         least = self.large_op_byte()
         return self._once("byte of elementwise work", lambda: byte_seconds(self.computed, least))
 
@@ -141,14 +144,10 @@ class Rates:
 
     def op(self, general: bool) -> float:
         """Seconds that an op takes beside its work, on the general path or the fused one."""
-        from veneer.plan.overhead import op_seconds
-
         return self._once(f"op of a step, {_path(general)}", lambda: op_seconds(general))
 
     def watched(self) -> float:
         """Seconds that an op takes besides where selective checkpointing looks at it, on the general path."""
-        from veneer.plan.overhead import watched_seconds
-
         return self._once("op watched in a step", lambda: watched_seconds(self.op(general=True)))
 
     def _once(self, key: str, measure: Callable[[], float]) -> float:
@@ -217,8 +216,6 @@ def _large_op_seconds() -> float:
 
 
 def _attention_seconds() -> float:
-    from veneer.ops.attention import AttentionOptions, attention_backward, attention_forward
-
     t, heads, d = 512, 8, 64
     q, k, v = (torch.ones(t, heads, d, dtype=torch.bfloat16) for _ in range(3))
     bounds, options = torch.tensor([0, t]), AttentionOptions()
@@ -242,8 +239,6 @@ def _torch_attention_seconds(t: int) -> float:
 
 
 def _decoded_seconds() -> float:
-    from veneer.ops.four_bit import FourBitLayout, dequantize_4bit, quantize_4bit
-
     w = torch.linspace(-1, 1, 1 << 20).view(1024, 1024)
     packed, absmax = quantize_4bit(w, "nf4")
     layout = FourBitLayout((1024, 1024), "nf4", 64, torch.bfloat16)
@@ -251,8 +246,6 @@ def _decoded_seconds() -> float:
 
 
 def _updated_8bit_seconds() -> float:
-    from veneer.ops.adamw import BLOCK_SIZE, AdamWStep, Moment8bit, adamw_8bit_
-
     param = torch.linspace(-1, 1, 1 << 22)
     grad = param * 0.5
     moments = [
@@ -264,8 +257,6 @@ def _updated_8bit_seconds() -> float:
 
 
 def _on_disk_seconds() -> float:
-    from veneer.model.offload import PageFile
-
     file, x = PageFile(Path(tempfile.gettempdir())), torch.ones(COOL_BYTES // 4)
 
     def run() -> None:

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from veneer.core.nearest import nearest
 from veneer.errors import ConfigError
-from veneer.store.fetch import KNOWN, is_fetched
+from veneer.store.known import KNOWN, is_fetched
 
 
 @cache

@@ -203,7 +203,7 @@ def as_yaml(recipe: Recipe) -> str:
 
 def draw(plan: Plan, path: Path) -> None:
     """A picture: phases as stacked bars of kinds."""
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # which takes a second to import, and few plans are drawn
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from veneer.model.checkpointing import checkpoint_fully, checkpoint_selectively
-from veneer.model.fused.decoder import fuse_as_described
+from veneer.model.fused.decoder import fuse, fuse_as_described
 from veneer.model.offload import ActivationOffload
 from veneer.model.quant_linear import QuantLinear
 from veneer.ops.traced import tracing
@@ -96,8 +96,6 @@ def prepare(model: PreTrainedModel, args: SFTConfig, *, with_values: bool = Fals
     if args.fused == "off":
         return "training.fused is off"
     if with_values:
-        from veneer.model.fused.decoder import fuse
-
         return None if fuse(model) else "it does not fit"
     return fuse_as_described(model)
 

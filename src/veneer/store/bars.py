@@ -1,4 +1,4 @@
-"""The progress bars of transformers and of the hub, switched off or on for a while."""
+"""The progress bars and advice of transformers and of the hub, switched off or on for a while."""
 
 from __future__ import annotations
 
@@ -21,6 +21,18 @@ def without_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars and advice; afterwards they are as they were."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with without_bars():
+            yield
+    finally:
+        logging.set_verbosity(level)
 
 
 @contextmanager

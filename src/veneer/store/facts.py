@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
 from veneer.contract import MethodConfig
 from veneer.contract.file import WEIGHTS_FILE
 from veneer.contract.places import modules_in
 from veneer.disk.safetensors import StoredTensor
 from veneer.errors import DescriptionError
 from veneer.model.blueprint.decoder import Decoder
+from veneer.model.blueprint.describe import describe_config
 from veneer.model.blueprint.parts import TensorPart
 from veneer.model.blueprint.summary import summary
 from veneer.model.blueprint.tensor_parts import part_of
@@ -66,8 +69,6 @@ def adapter_facts(folder: Path) -> AdapterFacts:
 
 def model_facts(folder: Path) -> ModelFacts:
     """The facts of a model folder. Raises FormatError where weights are missing or damaged."""
-    from transformers import AutoConfig
-
     checkpoint = Checkpoint.open(folder)
     tensors = checkpoint.tensors
     counts: Counter[str] = Counter()
@@ -90,8 +91,6 @@ def model_facts(folder: Path) -> ModelFacts:
 
 def _described(config: Any) -> Decoder | None:
     """The decoder that a config makes, without its weights; None where it makes something else."""
-    from veneer.model.blueprint.describe import describe_config
-
     try:
         return describe_config(config)
     except DescriptionError:

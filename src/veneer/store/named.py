@@ -10,8 +10,8 @@ from veneer.disk.cache import cache_dir
 from veneer.disk.digest import sha256_of
 from veneer.disk.known_name import CONVERTED, MANIFEST, known_name
 from veneer.errors import ConfigError
-from veneer.store.fetch import KNOWN, is_fetched, model_folder
 from veneer.store.gguf.model import CONVERSION, converted_folder
+from veneer.store.known import KNOWN, is_fetched, model_folder
 
 _GGUF_NAME = re.compile(r"([^/\\]+\.gguf)@sha256:([0-9a-f]{64})")
 

@@ -31,8 +31,8 @@ from veneer.model.experts import fit_experts
 from veneer.model.memory import address_limit, no_memory
 from veneer.store.bars import bars_in_terminals_alone, downloads_shown
 from veneer.store.checkpoint import Checkpoint
-from veneer.store.fetch import KNOWN
 from veneer.store.gguf.model import converted_folder
+from veneer.store.known import KNOWN
 from veneer.store.named import folder_of
 from veneer.store.quantization import BitsAndBytesConfig
 from veneer.store.quantizer import ON_DISK

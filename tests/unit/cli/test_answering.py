@@ -19,13 +19,13 @@ from transformers import LlamaForCausalLM, TextStreamer
 from typer.testing import Result
 
 from veneer import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
-from veneer.cli import engine_answering
-from veneer.cli.answerer import Answerer, Drawing
-from veneer.cli.answering import ModelAnswerer, answerer_of
-from veneer.cli.engine_answering import EngineAnswerer
-from veneer.cli.loading import load_parts
+from veneer.answer.answerer import Answerer, Drawing
+from veneer.answer.model import ModelAnswerer
+from veneer.cli.loading import answerer_of, load_parts
 from veneer.evaluate.scoring import Answering, ignore_progress
 from veneer.model.packed_linear import is_packed
+from veneer.serve import answerer as engine_answering
+from veneer.serve.answerer import EngineAnswerer
 
 from .conftest import fill, tiny_model
 

@@ -218,7 +218,7 @@ def test_adapters_of_two_bases_and_what_is_none_are_told_before_a_model_is_loade
     def loads(*_, **__):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("veneer.store.source.load_model", loads)
+    monkeypatch.setattr("veneer.adapters.chosen.load_model", loads)
     nowhere, out = tmp_path / "nowhere", ("-o", tmp_path / "sum")
     based = ("--base", model_folder)
     cases = [

@@ -211,7 +211,7 @@ def test_what_is_wrong_is_told_before_a_model_is_loaded(
     other = shutil.copytree(other_adapter, tmp_path / "other")
     config = json.loads((other / "adapter_config.json").read_text()) | {"base_model_name_or_path": "x/y"}
     (other / "adapter_config.json").write_text(json.dumps(config))
-    monkeypatch.setattr("veneer.store.source.load_model", loads)
+    monkeypatch.setattr("veneer.adapters.chosen.load_model", loads)
     given = [{"OTHER": other, "SAME": adapter_folder}.get(each, each) for each in options]
     result = veneer("eval", model_folder, "-d", data, *given)
     assert (result.exit_code, message in result.stderr) == (2, True), result.output

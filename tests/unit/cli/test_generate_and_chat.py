@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from typer.testing import Result
 
 from veneer import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from veneer.cli import answering
-from veneer.cli.loading import Parts
+from veneer.adapters.chosen import Parts
+from veneer.cli import loading
 from veneer.errors import ConfigError
 
 Veneer = Callable[..., Result]
@@ -41,7 +41,7 @@ def generated(result: Result) -> str:
 def test_float32_is_pointed_out_where_16_bits_are_slow(
     veneer: Veneer, model_folder: Path, tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("veneer.ops.matmul.float32_is_faster", lambda: True)
+    monkeypatch.setattr("veneer.adapters.chosen.float32_is_faster", lambda: True)
     shutil.copytree(model_folder, tmp_path / "narrow")
     AutoModelForCausalLM.from_pretrained(model_folder).bfloat16().save_pretrained(tmp_path / "narrow")
     (tmp_path / "data.txt").write_text("a text")
@@ -162,7 +162,7 @@ def test_an_empty_prompt_is_refused(veneer: Veneer, model_folder: Path) -> None:
 
 def test_dtype_is_the_one_asked_for(veneer: Veneer, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.dtype] = []
-    monkeypatch.setattr("veneer.cli.answering.answerer_of", lambda parts, *rest: seen.append(parts.base.dtype))
+    monkeypatch.setattr("veneer.cli.loading.answerer_of", lambda parts, *rest: seen.append(parts.base.dtype))
     veneer("generate", model_folder, "-p", "hi", "--dtype", "bfloat16")
     assert seen == [torch.bfloat16]
     result = veneer("generate", model_folder, "-p", "hi", "--dtype", "int3")
@@ -261,8 +261,8 @@ def test_an_answer_that_breaks_off_does_not_end_the_conversation(
                 raise raised
             return "answer"
 
-    monkeypatch.setattr("veneer.cli.answering.encode_chat", lambda tokenizer, turns: [t["content"] for t in turns])
-    monkeypatch.setattr("veneer.cli.answering.answerer_of", lambda *rest: Fake())
+    monkeypatch.setattr("veneer.cli.chat.encode_chat", lambda tokenizer, turns: [t["content"] for t in turns])
+    monkeypatch.setattr("veneer.cli.loading.answerer_of", lambda *rest: Fake())
     result = veneer("chat", model_folder, input=typed)
     assert result.exit_code == 0, result.output
     assert asked == encoded
@@ -299,8 +299,8 @@ def test_an_unknown_command_is_no_message(
             asked.append(turns)
             return "answer"
 
-    monkeypatch.setattr("veneer.cli.answering.encode_chat", lambda tokenizer, turns: [t["content"] for t in turns])
-    monkeypatch.setattr("veneer.cli.answering.answerer_of", lambda *rest: Fake())
+    monkeypatch.setattr("veneer.cli.chat.encode_chat", lambda tokenizer, turns: [t["content"] for t in turns])
+    monkeypatch.setattr("veneer.cli.loading.answerer_of", lambda *rest: Fake())
     result = veneer("chat", model_folder, input=typed)
     assert result.exit_code == 0, result.output
     assert asked == encoded
@@ -327,8 +327,8 @@ def test_a_base_in_4_bits_answers_like_its_dequantized_weights(
     veneer: Veneer, model_folder: Path, adapter_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Parts] = []
-    own = answering.answerer_of
-    monkeypatch.setattr(answering, "answerer_of", lambda parts, *rest: seen.append(parts) or own(parts, *rest))
+    own = loading.answerer_of
+    monkeypatch.setattr(loading, "answerer_of", lambda parts, *rest: seen.append(parts) or own(parts, *rest))
     result = veneer("generate", model_folder, "-a", adapter_folder, "-p", "hi", "--load-in-4bit")
     assert result.exit_code == 0, result.output
     layer = seen[0].base.get_submodule("model.layers.0.mlp.down_proj")

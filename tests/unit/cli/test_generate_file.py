@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import Result
 
-from veneer.cli import engine_answering
+from veneer.serve import answerer as engine_answering
 
 Veneer = Callable[..., Result]
 
@@ -96,7 +96,7 @@ def test_what_is_wrong_is_told_before_a_model_is_loaded(
         raise AssertionError("a model was loaded")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("veneer.store.source.load_model", loads)
+    monkeypatch.setattr("veneer.adapters.chosen.load_model", loads)
     Path("ask.jsonl").write_text(rows)
     result = veneer("generate", model_folder, "--input", "ask.jsonl", *options)
     assert (result.exit_code, message in result.stderr) == (2, True), result.output

@@ -16,7 +16,7 @@ import uvicorn
 from typer.testing import CliRunner
 
 from veneer.cli.app import app
-from veneer.cli.serve import require_closed
+from veneer.cli.pages.serve import require_closed
 from veneer.errors import ConfigError
 from veneer.export.merged import merge_checkpoint
 from veneer.serve.http import server

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 from veneer.errors import ConfigError, FormatError
 from veneer.store import fetch as fetch_module
 from veneer.store import stages
-from veneer.store.fetch import KnownModel, fetch, is_fetched, model_folder
+from veneer.store.fetch import fetch
+from veneer.store.known import KnownModel, is_fetched, model_folder
 
 Make = Callable[..., tuple[Path, Any]]
 

@@ -46,10 +46,10 @@ from veneer.model.embedding import input_embeddings
 from veneer.model.inplace import InPlace, base_of
 from veneer.model.state import AdapterState
 from veneer.store.adapter.files import NETWORK_FILE, read_tensors, unusable
+from veneer.store.adapter.misfit import misfit
 from veneer.store.adapter.skeleton import config_of_base
 
 SaveEmbeddings = bool | Literal["auto"]
-_SHOWN = 5  # of the tensors of one kind that do not fit
 _Place = tuple[nn.Module, str]  # a module and the name of its parameter
 
 
@@ -204,9 +204,7 @@ def assign(
         tensors |= {key: expected.parameters[key] for key in left if key in expected.parameters}
     problems = _problems(model, state, name, tensors, expected)
     if problems:
-        wrong = _other_size(tensors, expected.parameters)
-        told = "\n  ".join(_shortened(problems))
-        raise FormatError(f"{source} does not fit {type(model).__name__}{wrong}:\n  {told}")
+        raise misfit(source, type(model).__name__, problems, tensors, expected.parameters)
     values = unpacked_tensors(model, name, tensors)
     for key, value in live_parameters(model, state, name).items():
         value.copy_(values[key])
@@ -258,35 +256,6 @@ def _problems(
 
 def _misshapen(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
     return [key for key, own in expected.items() if key in given and given[key].shape != own.shape]
-
-
-def _shortened(problems: list[str]) -> list[str]:
-    """The first few of each kind, and how many more."""
-    kinds: dict[str, list[str]] = {}
-    for problem in problems:
-        kinds.setdefault(problem.split(maxsplit=1)[0], []).append(problem)
-    told = []
-    for of in kinds.values():
-        told += of[:_SHOWN] + ([f"and {len(of) - _SHOWN} more of these"] if len(of) > _SHOWN else [])
-    return told
-
-
-def _other_size(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    """The two sizes, in words, where an adapter was trained for a model of another size; empty otherwise."""
-    (layers, width), (own_layers, own_width) = _size(given), _size(expected)
-    if not (layers and own_layers and width and own_width) or (layers, width) == (own_layers, own_width):
-        return ""
-    return (
-        f": it was trained for {layers} layers of width {width}, this model has {own_layers} of {own_width}; "
-        "give the base that it was trained on"
-    )
-
-
-def _size(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
-    """The number of blocks that these tensors reach, and the commonest width of matrices; 0 where unknown."""
-    numbers = [int(found[1]) for key in tensors if (found := re.search(r"\.(\d+)\.", key))]
-    widths = [max(value.shape) for value in tensors.values() if value.dim() == 2]
-    return max(numbers, default=-1) + 1, max(sorted(set(widths)), key=widths.count, default=0)
 
 
 def _differing(shared: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:

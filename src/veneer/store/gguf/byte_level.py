@@ -6,6 +6,7 @@ from typing import Any
 
 from gguf import GGUFReader, TokenType
 from tokenizers import AddedToken, Tokenizer, decoders, models, processors
+from transformers import PreTrainedTokenizerFast
 
 from veneer.store.gguf.pre_tokenizer import pre_tokenizer_of
 from veneer.store.gguf.reader import value_of
@@ -17,8 +18,6 @@ _SPECIAL = (TokenType.CONTROL, TokenType.UNKNOWN)
 
 def byte_level_tokenizer(reader: GGUFReader) -> Any:
     """The tokenizer of a file; None where its vocabulary is not of bytes, or its pre-tokenizer is not known."""
-    from transformers import PreTrainedTokenizerFast
-
     entry = pre_tokenizer_of(value_of(reader, _TOKENS + "pre"))
     if value_of(reader, _TOKENS + "model") != "gpt2" or entry is None:
         return None

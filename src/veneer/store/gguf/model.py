@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from gguf import GGMLQuantizationType, GGUFReader
 from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from veneer.core.progress import progress_bar
 from veneer.core.units import size
@@ -88,8 +90,6 @@ def header_config(path: Path) -> Any:
 
     Raises FormatError as `convert_gguf` does, but for tensors that are missing.
     """
-    from transformers import AutoModelForCausalLM
-
     facts, model = read_facts(path), None
     with _refusals_told(path, facts), without_bars():
         if _is_rebuilt(facts):
@@ -147,8 +147,6 @@ def convert_gguf(path: Path, folder: Path, on_progress: OnProgress = lambda done
 
 
 def _load(path: Path, facts: GgufFacts, on_progress: OnProgress) -> Any:
-    import transformers
-
     options: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):  # since 5.2x the default keeps blocks packed
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -210,8 +208,6 @@ def _rebuilt(path: Path, facts: GgufFacts, on_progress: OnProgress) -> Any:
 
 def _config(path: Path, facts: GgufFacts) -> Any:
     """The config that transformers makes of the file, with the ids of the special tokens."""
-    from transformers import AutoConfig
-
     config = AutoConfig.from_pretrained(path.parent, gguf_file=str(path.resolve()))
     for name, value in facts.token_ids.items():
         setattr(config, name, value)
@@ -219,8 +215,6 @@ def _config(path: Path, facts: GgufFacts) -> Any:
 
 
 def _tokenizer(path: Path, facts: GgufFacts, config: Any) -> Any:
-    from transformers import AutoTokenizer
-
     tokenizer = byte_level_tokenizer(GGUFReader(path))
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=str(path.resolve()))

@@ -9,6 +9,7 @@ import gguf
 import torch
 from gguf import GGUFReader
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from veneer.errors import FormatError
 from veneer.store.gguf.config import GgufContents, mended_config
@@ -30,8 +31,6 @@ def rebuilt_model(
     ``ids`` are special tokens by transformers' names; ``on_progress`` is told the parameters that are filled. Raises
     FormatError for what the model would not compute, and for tensors that are missing or have no place.
     """
-    from transformers import AutoModelForCausalLM
-
     family, config = rebuilt_config(contents, ids)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     stored = {tensor.name: tensor for tensor in reader.tensors}
@@ -46,8 +45,6 @@ def rebuilt_model(
 
 def rebuilt_config(contents: GgufContents, ids: Mapping[str, int]) -> tuple[Family, Any]:
     """Return the family of a file that transformers does not read, and the model's config. Raise as `rebuilt_model`."""
-    from transformers import AutoConfig
-
     family = rebuilt_family(contents.architecture, contents.pairs)
     if family is None:
         raise FormatError(f"no table describes files of the architecture {contents.architecture!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from veneer.cli.gguf_plan import ranges, rows
+from veneer.export.gguf.summary import ranges, rows
 from veneer.store.gguf.writer import TensorSpec
 
 

@@ -1,4 +1,4 @@
-"""``veneer info`` of a GGUF file: the table of what its header says."""
+"""Facts about a GGUF file, read from its header: as values, and as lines of a table."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from gguf import LlamaFileType
 
 from veneer.core.units import size
-
-if TYPE_CHECKING:
-    from veneer.store.gguf.header import GgufHeader, GgufTensor
+from veneer.store.gguf.header import GgufHeader, GgufTensor
 
 Section = dict[str, str]
 _SHAPE = {
@@ -38,7 +38,7 @@ _HELD = {"adapter": "an adapter ({})", "imatrix": "an importance matrix", "mmpro
 
 
 def gguf_facts(header: GgufHeader) -> dict[str, Any]:
-    """All that is known of a file, for programs: lists of the vocabulary by their length, tensors by type."""
+    """Return all that is known of a file, for programs: lists of the vocabulary by their length, tensors by type."""
     values = {
         key: _length(value) if key.startswith(_TOKENIZER) and not isinstance(value, (str, int)) else value
         for key, value in header.values.items()
@@ -48,7 +48,7 @@ def gguf_facts(header: GgufHeader) -> dict[str, Any]:
 
 
 def gguf_section(path: Path, header: GgufHeader) -> Section:
-    """The rows of the table: of a model, or of an adapter."""
+    """Return the lines of a table: of a model, or of an adapter."""
     values = header.values
     kind = str(values.get("general.type", "model"))
     family = values.get("general.architecture")
@@ -125,8 +125,6 @@ def _sizes(header: GgufHeader) -> Section:
 
 def _file_type(number: Any) -> str:
     """llama.cpp's name for the mix of types, ``Q4_K_M``."""
-    from gguf import LlamaFileType
-
     try:
         return LlamaFileType(number).name.removeprefix("MOSTLY_").removeprefix("ALL_")
     except ValueError:

@@ -1,4 +1,7 @@
-"""Answers by the engine of serving, on the base that a command has loaded, whose weights it packs."""
+"""Answers by the engine, on a base that is loaded already and whose weights it packs; or by ``generate``.
+
+The engine answers if it is faster and gives the same answers, and transformers' own ``generate`` otherwise.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,9 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from veneer.cli.answerer import Drawing, tokens_behind
-from veneer.cli.loading import Parts, fitting
+from veneer.adapters.chosen import Parts
+from veneer.answer.answerer import Answerer, Drawing, tokens_behind
+from veneer.answer.model import ModelAnswerer
 from veneer.errors import ConfigError, DescriptionError
 from veneer.evaluate.scoring import Answering, OnProgress, context_length, require_room
 from veneer.model.packed_linear import unpack
@@ -25,13 +29,28 @@ from veneer.serve.lora_request import LoRARequest
 from veneer.serve.outputs import RequestOutput
 from veneer.serve.sampling_params import RequestOutputKind, SamplingParams
 from veneer.serve.start import EngineOptions, start_engine
+from veneer.store.adapter.fit import fitting
+from veneer.store.bars import quiet
 
-# Of a checkpoint's settings for `generate`: what the command or `SamplingParams` says, and what changes no token.
+# Of a checkpoint's settings for `generate`: what `Drawing` or `SamplingParams` says, and what changes no token.
 _KNOWN = {
     *("temperature", "top_p", "top_k", "repetition_penalty", "do_sample", "num_beams", "max_length", "max_new_tokens"),
     *("eos_token_id", "bos_token_id", "pad_token_id", "transformers_version", "_from_model_config", "use_cache"),
     *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
 }
+
+
+def answerer_of(parts: Parts, drawing: Drawing | None = None, n_rows: int = 1) -> tuple[Answerer, str]:
+    """Return the faster way to the same answers, and its name with the reason if that is not the engine.
+
+    ``n_rows``: prompts answered at once, at most. Raises FormatError for an adapter that does not fit.
+    """
+    drawing = drawing or Drawing()
+    with quiet():
+        found = engine_answerer(parts, drawing, n_rows)
+        if not isinstance(found, str):
+            return found, "veneer's engine"
+        return ModelAnswerer(parts.joined(), drawing, n_rows), f"transformers' generate ({found})"
 
 
 class EngineAnswerer:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from veneer.errors import ConfigError
-
-if TYPE_CHECKING:
-    from veneer.evaluate.scoring import Answering, OnProgress
+from veneer.evaluate.scoring import Answering, OnProgress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +29,7 @@ class Answerer(Protocol):
     tokenizer: Any
 
     def stream(self, prompt: Sequence[int], max_new_tokens: int) -> str:
-        """Print the answer to stdout while it is made, and give it back. Raises ConfigError where it has no room."""
+        """Print the answer to stdout while it is made, and return it. Raises ConfigError if it has no room."""
 
     def answers(
         self,
@@ -40,14 +38,17 @@ class Answerer(Protocol):
         on_progress: OnProgress,
         adapters: Sequence[Path | None] = (),
     ) -> list[str]:
-        """The answer to each, by the adapter of its folder (None: the base alone), or by the first for all of them.
+        """Return the answer to each prompt by the adapter of its folder (None: the base alone).
 
-        Raises ConfigError where one has no room.
+        Without ``adapters`` the first adapter answers all prompts. Raises ConfigError if an answer has no room.
         """
 
 
 def tokens_behind(prompt: Sequence[int], limit: int | None, n_most: int) -> int:
-    """``n_most``, or what a context of ``limit`` tokens has room for. Raises ConfigError where there is none."""
+    """Return ``n_most``, or the room that ``prompt`` leaves in a context of ``limit`` tokens, if that is less.
+
+    Raises ConfigError if the prompt is empty or fills the context.
+    """
     if limit is None:
         return n_most
     if not prompt:

@@ -1,0 +1,197 @@
+"""A base with adapters and a tokenizer, by their names: looked at from outside first, then loaded, then joined."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from veneer.adapters.auto import TOKENIZER_CONFIG, make_room_for
+from veneer.adapters.peft_model import PeftModel
+from veneer.contract.file import CONFIG_FILE
+from veneer.errors import ConfigError
+from veneer.ops.matmul import NARROW, float32_is_faster
+from veneer.store.adapter.config import read_config
+from veneer.store.adapter.fit import fitting, other_base, require_adapter, require_fit
+from veneer.store.bars import quiet
+from veneer.store.merge_record import require_not_merged
+from veneer.store.quantization import BitsAndBytesConfig
+from veneer.store.source import load_model, load_tokenizer, parse_dtype, resolve
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that is ready to answer. ``names``: what the adapters on it are called there, by their folders."""
+
+    model: Any
+    tokenizer: Any
+    names: Mapping[Path, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """The parts of a model that is to answer: a base as ``source`` names it, its tokenizer, and adapters for it.
+
+    ``takes_any_dtype``: nobody chose a precision.
+    """
+
+    base: Any
+    tokenizer: Any
+    source: str
+    adapters: tuple[Path, ...] = ()
+    takes_any_dtype: bool = False
+
+    @property
+    def adapter(self) -> Path | None:
+        """The first adapter, which acts where nobody names one."""
+        return next(iter(self.adapters), None)
+
+    @property
+    def is_faster_in_float32(self) -> bool:
+        """True if the CPU lacks products in the base's dtype, which nobody chose."""
+        if not self.takes_any_dtype or self.base.device.type != "cpu":
+            return False
+        return self.base.dtype in NARROW and float32_is_faster()
+
+    def joined(self) -> Loaded:
+        """Put all adapters on the base, the first active. Raises FormatError if one does not fit."""
+        names = {folder: f"adapter{number}" for number, folder in enumerate(self.adapters)}
+        return Loaded(_with_adapters(self.base, names, self.source), self.tokenizer, names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """A base and adapters that fit it by shape; no weight of the base is loaded yet. ``notes`` are for the user."""
+
+    source: str
+    adapters: tuple[Path, ...]
+    tokenizer: Any
+    four_bit: bool
+    dtype: str
+    notes: tuple[str, ...] = ()
+
+    def load(self) -> Parts:
+        """Load the parts. Raises the errors of `load_model`."""
+        with quiet():
+            base = load_model(self.source, dtype=self.dtype, quantization=_nf4() if self.four_bit else None)
+            if self.adapters:
+                make_room_for(self.tokenizer, base)
+        any_dtype = self.dtype == "auto" and not self.four_bit
+        return Parts(
+            base=base, tokenizer=self.tokenizer, source=self.source, adapters=self.adapters, takes_any_dtype=any_dtype
+        )
+
+
+def choose(model: str, adapters: Sequence[Path] = (), *, four_bit: bool = False, dtype: str = "auto") -> Chosen:
+    """Return a base and adapters by their names, checked: they exist and they fit by shape.
+
+    The tokenizer is the base's, or the adapter's if that has more tokens or another chat template. A base on the hub is
+    not compared with the adapters.
+
+    Raises ConfigError and FormatError as `resolve` and `require_adapter` do, FormatError for an adapter of another
+    model, and CompositionError for one that was merged into it.
+    """
+    parse_dtype(dtype)
+    source, folders = split(model, tuple(adapters))
+    for number, folder in enumerate(folders):
+        require_adapter(folder)
+        if folder in folders[:number]:
+            raise ConfigError(f"--adapter {folder} is given twice: once is enough")
+    place = resolve(source) if folders else source
+    for folder in folders:
+        require_not_merged(place, folder)
+    notes: list[str] = []
+    with quiet():
+        tokenizer = tokenizer_with(load_tokenizer(source), folders)
+        if isinstance(place, Path):
+            notes = [note for folder in folders for note in _checked(folder, place, len(tokenizer), source)]
+    return Chosen(
+        source=source, adapters=folders, tokenizer=tokenizer, four_bit=four_bit, dtype=dtype, notes=tuple(notes)
+    )
+
+
+def _checked(adapter: Path, base: Path, n_tokens: int, source: str) -> list[str]:
+    """Notes on an adapter that fits a base. Raises FormatError for one that does not."""
+    require_fit(adapter, base, n_tokens, source)
+    named = other_base(adapter, base)
+    return [] if named is None else [f"the adapter {adapter} was trained on {named}, and the model is {source}"]
+
+
+def split_one(model: str, adapter: Path | None) -> tuple[str, Path | None]:
+    """Return what `split` does, for at most one adapter."""
+    base, adapters = split(model, () if adapter is None else (adapter,))
+    return base, next(iter(adapters), None)
+
+
+def split(model: str, adapters: tuple[Path, ...]) -> tuple[str, tuple[Path, ...]]:
+    """Return the base and the adapters that are meant: ``model`` may be an adapter, which names its base.
+
+    Raises ConfigError if an adapter stands for the base of others, or does not name its own.
+    """
+    folder = Path(model).expanduser()
+    if not (folder / CONFIG_FILE).is_file() or (folder / "config.json").is_file():
+        return model, adapters
+    if adapters:
+        raise ConfigError(f"MODEL {model} is an adapter and --adapter {adapters[0]} another: give the base as MODEL")
+    base = read_config(folder).base_model_name_or_path
+    if not base:
+        raise ConfigError(
+            f"the adapter {model} does not name its base: give the base as MODEL and {model} as --adapter"
+        )
+    return base, (folder,)
+
+
+def tokenizer_with(tokenizer: Any, adapters: Sequence[Path]) -> Any:
+    """Return the base's tokenizer, or that of the adapters' folders if it has more tokens.
+
+    The chat template that an adapter was trained with takes the place of the base's. Raises ConfigError if adapters
+    want their prompts written differently.
+    """
+    found = {}
+    for folder in adapters:
+        if (folder / TOKENIZER_CONFIG).is_file():
+            own = AutoTokenizer.from_pretrained(folder)
+            found[folder] = own if len(own) > len(tokenizer) else _with_template(tokenizer, own.chat_template)
+        else:
+            found[folder] = tokenizer
+    ways = {(len(each), each.chat_template) for each in found.values()}
+    if len(ways) > 1:
+        raise ConfigError(
+            f"the adapters {', '.join(map(str, found))} were trained with other tokens or another chat template than "
+            "one another, so that a prompt is not the same for all: take one at a time"
+        )
+    return next(iter(found.values()), tokenizer)
+
+
+def _with_template(tokenizer: Any, template: Any) -> Any:
+    if template and template != tokenizer.chat_template:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.chat_template = template
+    return tokenizer
+
+
+def _with_adapters(model: Any, names: Mapping[Path, str], base: str) -> Any:
+    """The model with adapters on it, the first active."""
+    if not names:
+        return model
+    first, *others = names
+    with fitting(first, base):
+        adapted = PeftModel.from_pretrained(model, first, names[first])
+    for folder in others:
+        with fitting(folder, base):
+            adapted.load_adapter(folder, names[folder])
+    return adapted
+
+
+def _nf4() -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )

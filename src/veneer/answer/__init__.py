@@ -1,0 +1,1 @@
+"""Answers to prompts: how tokens are drawn, who answers, and files of prompts."""

@@ -1,0 +1,76 @@
+"""Prompts as token ids: one text, a conversation, or a row of data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from veneer.data.chat import render
+from veneer.data.rows import RowReader
+from veneer.data.templates import fill_template
+from veneer.errors import ConfigError, DataError
+
+Message = dict[str, str]
+Row = Mapping[str, Any]
+
+
+def encode_chat(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """Return the conversation under the chat template, ready for the assistant's turn.
+
+    Raises ConfigError if the tokenizer has no chat template.
+    """
+    if tokenizer.chat_template is None:
+        raise ConfigError(
+            "this model has no chat template, so it cannot chat: use `veneer generate`, which sends plain text"
+        )
+    encoded = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+    return list(encoded["input_ids"])
+
+
+def encode_prompt(tokenizer: Any, prompt: str, *, system: str | None = None, raw: bool = False) -> list[int]:
+    """Return a prompt as one user turn if the model has a chat template, else, or if ``raw``, as plain text.
+
+    Raises ConfigError for a ``system`` message without a chat template.
+    """
+    if raw or tokenizer.chat_template is None:
+        if system is not None:
+            raise ConfigError(
+                "--system needs a chat template; with --raw, or a model without one, put it in the prompt"
+            )
+        return list(tokenizer(prompt)["input_ids"])
+    turns = [] if system is None else [{"role": "system", "content": system}]
+    return encode_chat(tokenizer, [*turns, {"role": "user", "content": prompt}])
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptReader:
+    """Reads rows (``messages``, or ``prompt``) as prompts. ``prompt``: a template over a row's fields."""
+
+    prompt: str | None = None
+    system: str | None = None
+    raw: bool = False
+
+    def read(self, row: Row, tokenizer: Any) -> list[int]:
+        """Return the token ids of a row's prompt; an answer that the row holds is left out.
+
+        Raises DataError for a row that asks nothing, ConfigError for settings that do not fit the tokenizer.
+        """
+        turns = row.get("messages") if self.prompt is None else None
+        if turns is None:
+            text = row.get("prompt") if self.prompt is None else fill_template(self.prompt, row)
+            if isinstance(text, list):
+                turns = text
+            elif not isinstance(text, str) or not text:
+                raise DataError(
+                    f"it has the fields {sorted(row)}; needed is a prompt, messages, or a template over the fields "
+                    "(--prompt 'Question: {question}')"
+                )
+            else:
+                return encode_prompt(tokenizer, text, system=self.system, raw=self.raw)
+        read = RowReader(system=self.system).read({"messages": turns}, "messages")["messages"]
+        if read[-1]["role"] == "assistant":
+            read = read[:-1]  # the answer that is known
+        if not read:
+            raise DataError("no turn asks for an answer")
+        return render(tokenizer, read, {"add_generation_prompt": True})

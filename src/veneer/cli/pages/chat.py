@@ -1,0 +1,28 @@
+"""``veneer chat``: a conversation in the terminal."""
+
+from __future__ import annotations
+
+from veneer.cli.pages import options
+from veneer.cli.work import carried_out_by
+from veneer.plan.presets import require_weights
+
+
+@carried_out_by("veneer.cli.chat")
+def chat(
+    model: options.Model,
+    adapter: options.Adapter = None,
+    system: options.System = None,
+    max_new_tokens: options.MaxNewTokens = 512,
+    temperature: options.Temperature = 0.7,
+    top_p: options.TopP = 0.9,
+    top_k: options.TopK = 0,
+    seed: options.Seed = None,
+    load_in_4bit: options.FourBit = False,
+    dtype: options.Dtype = "auto",
+) -> None:
+    """Talk to a model. /new forgets the conversation; /help shows the commands; Ctrl-C stops an answer; Ctrl-D or /exit
+    leaves.
+
+    Example: veneer chat smollm2-135m-instruct --adapter runs/first/adapter
+    """
+    require_weights(model)

@@ -1,0 +1,28 @@
+"""The work of a verb, imported when the verb runs: it brings torch, seconds that a page of help can do without."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import ParamSpec
+
+P = ParamSpec("P")
+
+
+def carried_out_by(place: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Return a decorator that makes a verb of its page.
+
+    The verb runs the page's own checks, then the function of the page's name in the module ``place``, with the same
+    arguments.
+    """
+
+    def verb_of(page: Callable[P, None]) -> Callable[P, None]:
+        @functools.wraps(page)
+        def verb(*args: P.args, **options: P.kwargs) -> None:
+            page(*args, **options)
+            getattr(importlib.import_module(place), page.__name__)(*args, **options)
+
+        return verb
+
+    return verb_of

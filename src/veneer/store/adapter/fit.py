@@ -1,0 +1,188 @@
+"""Whether an adapter fits a base, and whether several are of one base: by config and headers, for every method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+
+from veneer.contract import MethodConfig
+from veneer.contract.file import WEIGHTS_FILE
+from veneer.contract.keys import copies_of, is_shared, place_of
+from veneer.contract.known import Known
+from veneer.contract.places import Placed
+from veneer.core.sites import AttentionSite, LinearSite
+from veneer.errors import ConfigError, FormatError, NoStorageError, TargetError
+from veneer.model.places import placed_on
+from veneer.store.adapter.config import read_config
+from veneer.store.adapter.files import read_headers
+from veneer.store.adapter.misfit import Shaped, misfit
+from veneer.store.adapter.skeleton import without_storage
+from veneer.store.known import KNOWN, is_fetched, model_folder
+
+
+def require_adapter(adapter: Path) -> None:
+    """Raise ConfigError if there is no such adapter, FormatError if it is damaged in itself."""
+    if not adapter.is_dir():
+        raise ConfigError(f"no adapter {str(adapter)!r}: there is no such folder")
+    read_config(adapter)
+    read_headers(adapter)
+
+
+def require_fit(adapter: Path, base: Path, n_tokens: int = 0, called: str | None = None) -> None:
+    """Raise FormatError if an adapter does not fit the model that a base's config describes. No weight is read.
+
+    ``n_tokens``: the vocabulary has at least so many. ``called``: the base's name in the error.
+    """
+    config = _config_of(base)
+    text = config.get_text_config()
+    text.vocab_size = max(text.vocab_size, n_tokens)
+    with fitting(adapter, called or str(base)):
+        require_fit_on(adapter, without_storage(config, ()))
+
+
+def require_fit_on(adapter: Path, model: PreTrainedModel) -> None:
+    """Raise FormatError if an adapter's tensors do not fit a model without adapters, TargetError if it lacks a place.
+
+    The model may be on the meta device. There an adapter whose places only a pass would show is taken to fit.
+    """
+    config, stored = read_config(adapter), read_headers(adapter)
+    given = {key: tensor for key, tensor in stored.items() if not any(own in stored for own in copies_of(key))}
+    try:
+        places = placed_on(model, config)
+    except NoStorageError:
+        return
+    keys = [key for placed in places.values() for key in placed.keys.values()]
+    missing = [key for key in keys if key not in given]
+    expected = {} if missing else _expected(config, places, given)
+    expected |= _whole_parameters(model, [key for key in given if key not in keys])
+    problems = [f"missing: {key}" for key in missing]
+    problems += [f"unexpected: {key}" for key in _homeless(model, config, [key for key in given if key not in keys])]
+    problems += [
+        f"shape {tuple(given[key].shape)} where the model needs {tuple(own.shape)}: {key}"
+        for key, own in expected.items()
+        if tuple(given[key].shape) != tuple(own.shape)
+    ]
+    if problems:
+        sizes = expected or {key: parameter for key, parameter in model.named_parameters() if parameter.dim() == 2}
+        raise misfit(str(adapter / WEIGHTS_FILE), type(model).__name__, problems, given, sizes)
+
+
+def _expected(config: MethodConfig, places: Mapping[str, Placed], given: Mapping[str, Shaped]) -> dict[str, Shaped]:
+    """The shapes of an adapter's own parameters at these places, by key."""
+    if places:
+        stored = {
+            path: {name: tuple(given[key].shape) for name, key in placed.keys.items()}
+            for path, placed in places.items()
+        }
+        config = config.for_sites([placed.site for placed in places.values()], Known(shapes=stored))
+    return {
+        placed.keys[name]: SimpleNamespace(shape=shape)
+        for placed in places.values()
+        for name, shape in config.shapes(placed.site).items()
+    }
+
+
+def _homeless(model: nn.Module, config: MethodConfig, keys: Sequence[str]) -> list[str]:
+    """The keys of modules that the model does not have; what an adapter adds to a block is looked for as the block."""
+    modules = {path for path, _ in model.named_modules()}
+    shared = () if config.shared is None else config.shared.names
+    paths = {key: place_of(key, ()).path for key in keys if not is_shared(key, shared)}
+    return [key for key, path in paths.items() if not {path, path.rpartition(".")[0]} & modules]
+
+
+def _whole_parameters(model: nn.Module, keys: Sequence[str]) -> dict[str, Shaped]:
+    """The model's own parameters, of those that keys of whole modules mean."""
+    found: dict[str, Shaped] = {}
+    own = dict(model.named_parameters(remove_duplicate=False))
+    for key in keys:
+        place = place_of(key, ())
+        parameter = own.get(f"{place.path}.{place.end}")
+        if parameter is not None:
+            found[key] = parameter
+    return found
+
+
+def require_one_base(adapters: Sequence[Path]) -> list[str]:
+    """Return the bases that adapters name, if these differ, as "FOLDER was trained on NAME".
+
+    Raises ConfigError and FormatError for what is no adapter, and FormatError if the layers of two differ in size.
+    Sizes that a file does not tell are not compared.
+    """
+    for folder in adapters:
+        require_adapter(folder)
+    seen: dict[tuple[str, str], tuple[Path, int]] = {}
+    for folder in adapters:
+        for (path, unit), size in _sizes(folder).items():
+            other, before = seen.setdefault((path, unit), (folder, size))
+            if before != size:
+                named = [base_named_by(each) or "a base that it does not name" for each in (other, folder)]
+                raise FormatError(
+                    f"{other} and {folder} are adapters of two bases: {path} has {before} {unit} in {other}, "
+                    f"which was trained on {named[0]}, and {size} in {folder}, which was trained on {named[1]}"
+                )
+    bases = {name: folder for folder in reversed(adapters) if (name := base_named_by(folder)) is not None}
+    named = [f"{folder} was trained on {name}" for name, folder in reversed(bases.items())]
+    return named if len(named) > 1 else []
+
+
+def _sizes(adapter: Path) -> dict[tuple[str, str], int]:
+    """The widths of the places that an adapter's file tells, by path and unit."""
+    file = adapter / WEIGHTS_FILE
+    shapes = {key: tuple(tensor.shape) for key, tensor in read_headers(adapter).items()}
+    places = read_config(adapter).places_in(shapes, str(file)) or {}
+    return {
+        (path, unit): size
+        for path, placed in places.items()
+        for site in (placed.site if isinstance(placed.site, tuple) else (placed.site,))
+        for unit, size in _widths(site).items()
+    }
+
+
+def _widths(site: Any) -> dict[str, int]:
+    if isinstance(site, LinearSite):
+        return {"inputs": site.in_features, "outputs": site.out_features}
+    if isinstance(site, AttentionSite):
+        return {f"key/value heads in {site.name}": site.kv_heads, f"features a head in {site.name}": site.head_dim}
+    return {"features": site.features}
+
+
+def base_named_by(adapter: Path) -> str | None:
+    """Return the base that an adapter's config names."""
+    return read_config(adapter).base_model_name_or_path or None
+
+
+def other_base(adapter: Path, base: Path) -> str | None:
+    """Return the base that an adapter names, if it is on this machine and another than ``base``."""
+    named = base_named_by(adapter)
+    if named is None:
+        return None
+    folder = model_folder(named) if named in KNOWN and is_fetched(named) else Path(named).expanduser()
+    return None if not folder.is_dir() or folder.resolve() == base.resolve() else named
+
+
+@contextmanager
+def fitting(adapter: Path, base: str) -> Iterator[None]:
+    """Turn what is wrong with an adapter, sound in itself, into one FormatError: it does not fit the base."""
+    try:
+        yield
+    except (FormatError, TargetError) as error:
+        known = base_named_by(adapter)
+        other = known is not None and Path(known).expanduser() != Path(base).expanduser()
+        advice = (
+            f"it was trained on {known}: give {known} as the model, or the adapter's folder alone. " if other else ""
+        )
+        raise FormatError(f"the adapter {adapter} does not fit the model {base}: {advice}{error}") from error
+
+
+def _config_of(base: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(base)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FormatError(f"{base / 'config.json'} is no config of a model that can be loaded: {reason}") from error

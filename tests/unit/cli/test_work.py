@@ -1,0 +1,74 @@
+"""A verb's page and its work: one name, the same arguments; the page's checks come before torch."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import subprocess
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from veneer.cli.app import app
+from veneer.cli.pages import export
+from veneer.cli.pages.eval import Metric
+from veneer.cli.work import carried_out_by
+from veneer.evaluate.metric import METRICS
+
+VERBS: dict[str, Callable[..., Any]] = {
+    f"{command.callback.__module__}.{command.callback.__name__}": command.callback
+    for command in (*app.registered_commands, *export.app.registered_commands)
+    if command.callback is not None and command.callback.__module__.startswith("veneer.cli.pages.")
+}
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_the_work_takes_what_the_page_takes(name: str) -> None:
+    module, _, function = name.rpartition(".")
+    work = getattr(importlib.import_module(module.replace(".pages.", ".")), function)
+    assert list(inspect.signature(work).parameters) == list(inspect.signature(VERBS[name]).parameters)
+
+
+def test_the_page_of_eval_names_the_metrics() -> None:
+    assert [str(metric) for metric in Metric] == list(METRICS)
+
+
+def test_the_checks_of_a_page_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    work, told = ModuleType("of_a_test"), list[Any]()
+    monkeypatch.setitem(sys.modules, "of_a_test", work)
+    work.verb = lambda **given: told.append(given)  # type: ignore[attr-defined]
+
+    @carried_out_by("of_a_test")
+    def verb(number: int) -> None:
+        if number < 0:
+            raise ValueError("negative")
+        told.append(number)
+
+    verb(number=7)
+    assert told == [7, {"number": 7}]
+    with pytest.raises(ValueError, match="negative"):
+        verb(number=-7)
+    assert len(told) == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (["generate", "llama-3-8b", "-p", "x"], "is a preset of `veneer plan`"),
+        (["generate", "x"], "say what to answer"),
+        (["serve", "x", "--host", "::"], "add --open"),
+        (["export", "gguf", "x", "-o", "x"], "must end in .gguf"),
+    ],
+)
+def test_what_needs_no_model_is_told_before_torch_is_imported(command: list[str], told: str) -> None:
+    code = (
+        "import sys, veneer.cli.app as a\ntry: a.app(sys.argv[1:])\n"
+        "finally: print('torch' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert told in " ".join(done.stderr.split())
+    assert done.stderr.endswith("False\n")
