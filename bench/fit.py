@@ -49,9 +49,8 @@ def carry_out(options: argparse.Namespace) -> int:
     import veneer.train.run  # noqa: F401  what a run imports is there before the limit
     from veneer.cli.app import app
     from veneer.model.memory import high_water
-    from veneer.plan.fit import changed
     from veneer.plan.report import as_yaml
-    from veneer.recipe.recipe import parse_recipe
+    from veneer.recipe.recipe import changed, parse_recipe
 
     recipe = changed(parse_recipe(values_of(options)), json.loads(options.changes))
     with tempfile.TemporaryDirectory() as folder:
@@ -91,10 +90,10 @@ def main() -> int:
     if options.changes is not None:
         return carry_out(options)
     from veneer.plan.architecture import config_of
-    from veneer.plan.fit import changed, fits
+    from veneer.plan.fit import fits
     from veneer.plan.plan import plan_recipe
     from veneer.plan.report import Machine
-    from veneer.recipe.recipe import parse_recipe
+    from veneer.recipe.recipe import changed, parse_recipe
 
     recipe, config = parse_recipe(values_of(options)), config_of(options.model)
     machine = Machine.of(None, timed=True)  # rates are measured here, so that no run has to

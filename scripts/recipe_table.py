@@ -17,8 +17,10 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from veneer.recipe.adapter import FULL, NamedMethod, method_names, named_methods
-from veneer.recipe.recipe import _ELSEWHERE, Recipe, _defaults
+from veneer.recipe.adapter import FULL
+from veneer.recipe.methods import NamedMethod, method_names, named_methods
+from veneer.recipe.problems import ELSEWHERE
+from veneer.recipe.recipe import Recipe, _defaults
 from veneer.train.config import SFTConfig
 
 PACKAGES = ("transformers", "trl")
@@ -162,7 +164,7 @@ def _training(said: Mapping[str, str]) -> list[str]:
     for spec in sorted(
         dataclasses.fields(SFTConfig), key=lambda spec: (f"training.{spec.name}" not in said, spec.name)
     ):
-        if spec.name in _ELSEWHERE or not spec.init:
+        if spec.name in ELSEWHERE or not spec.init:
             continue
         meaning = said.get(f"training.{spec.name}") or _first_sentence(spec.metadata.get("help", ""))
         rows.append(_row(spec.name, told(hints[spec.name]), _value(own.get(spec.name, _default(spec))), meaning))

@@ -15,7 +15,7 @@ from veneer.plan.architecture import config_of
 from veneer.plan.measure import measured_model
 from veneer.plan.model import traced_model
 from veneer.plan.trace import kinds_of
-from veneer.recipe.adapter import method_names
+from veneer.recipe.methods import method_names
 from veneer.recipe.recipe import parse_recipe
 
 NEEDED: dict[str, dict[str, Any]] = {

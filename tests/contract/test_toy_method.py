@@ -15,7 +15,8 @@ import veneer
 from veneer.cli.app import app
 from veneer.model.attach import outward_parameters
 from veneer.optim import lora_plus_groups
-from veneer.recipe.adapter import adapter_config, adapter_problems
+from veneer.recipe.adapter import adapter_problems
+from veneer.recipe.methods import adapter_config, imported
 
 SIZES: dict[str, Any] = {"hidden_size": 28, "intermediate_size": 37, "num_hidden_layers": 2, "vocab_size": 67}
 BASES: dict[str, PreTrainedConfig] = {
@@ -104,9 +105,9 @@ def test_info_tells_its_modules(toy, tmp_path):
 
 
 def test_recipes_know_it_by_name(toy):
-    assert adapter_problems({"method": "toy", "strength": 3.0}) == []
+    assert adapter_problems({"method": "toy", "strength": 3.0}, imported().methods) == []
     assert adapter_config({"method": "toy", "strength": 3.0}) == toy(strength=3.0)
-    assert "adapter.strenght" in adapter_problems({"method": "toy", "strenght": 3.0})[0]
+    assert "adapter.strenght" in adapter_problems({"method": "toy", "strenght": 3.0}, imported().methods)[0]
 
 
 def test_lora_plus_lets_what_is_outward_learn_faster(toy):

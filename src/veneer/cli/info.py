@@ -15,7 +15,7 @@ from veneer.cli.info_run import run_section
 from veneer.contract.file import CONFIG_FILE
 from veneer.core.units import size
 from veneer.errors import ConfigError
-from veneer.recipe.adapter import name_of
+from veneer.recipe.methods import name_of
 from veneer.store.bars import quiet
 from veneer.store.facts import AdapterFacts, ModelFacts, adapter_facts, model_facts
 from veneer.store.gguf.facts import gguf_facts, gguf_section

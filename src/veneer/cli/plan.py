@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from veneer.cli.facts import AsJson
 from veneer.cli.plan_options import ADVICE, FIT, SERVE, bytes_from, unread, wrong
-from veneer.core.progress import waiting_for, waits_told
+from veneer.core.progress import waits_told
 from veneer.errors import ConfigError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-    from veneer.recipe.recipe import Recipe
+from veneer.plan.presets import require_named
+from veneer.plan.start import start_measured
+from veneer.recipe.early import refuse_early
+from veneer.recipe.values import apply_override, put, read_values
 
 _What = Annotated[
     str,
@@ -114,30 +112,24 @@ def plan(
     budget = None if fit is None else bytes_from(fit, "--fit")
     room = None if memory is None else bytes_from(memory, "--memory")
     values = _values(what, overrides or [], method, _changes(given))
-    from veneer.plan.start import start_measured
-
     of_a_process = card is None and not advice and not serve
     begun = start_measured() if of_a_process else nullcontext()  # before torch is imported, which takes as long
     with waits_told("loading torch and transformers"), begun:
-        from veneer.plan.architecture import config_of
-        from veneer.plan.report import Machine
-        from veneer.recipe.recipe import parse_recipe
+        from veneer.cli.plan_answers import answer_advice, answer_fit, answer_plan, answer_serve, opened
 
-        recipe = parse_recipe(values, what)
-        waiting_for(f"reading the config of {recipe.model.source}")
-        config = config_of(recipe.model.source)
-        waiting_for("planning")
-        machine = Machine.of(card, timed=time)
+        recipe, config, machine = opened(values, what, card, timed=time)
         for missing in recipe.data.missing_files if _is_recipe(what) else ():
             typer.echo(f"rows that are not counted: {missing}", err=True)
         if advice:
-            _advise(recipe, config, (task or "instruction", rows or 10_000, tokens or 256), as_json)
+            answer_advice(recipe, config, (task or "instruction", rows or 10_000, tokens or 256), as_json)
         elif serve:
-            _serve(recipe, config, room if room is not None else machine.memory, as_json)
+            answer_serve(recipe, config, room if room is not None else machine.memory, as_json)
         elif budget is not None:
-            _fit(recipe, config, budget, machine, write=write, as_json=as_json)
+            answer_fit(recipe, config, budget, machine, write=write, as_json=as_json)
         else:
-            _plan(recipe, config, machine, (processes or 1, strategy or "ddp"), rows=rows, as_json=as_json, png=png)
+            answer_plan(
+                recipe, config, machine, (processes or 1, strategy or "ddp"), rows=rows, as_json=as_json, png=png
+            )
 
 
 def _require_read(what: str, modes: dict[str, bool], given: dict[str, Any]) -> None:
@@ -173,9 +165,6 @@ def _is_recipe(what: str) -> bool:
 
 def _values(what: str, overrides: list[str], method: str | None, changes: dict[str, Any]) -> dict[str, Any]:
     """The values of a recipe's file, or of a recipe made for a model's name."""
-    from veneer.plan.presets import require_named
-    from veneer.recipe.recipe import apply_override, put, read_values, refuse_early
-
     if _is_recipe(what):
         values = read_values(Path(what), overrides)
     else:
@@ -193,116 +182,3 @@ def _values(what: str, overrides: list[str], method: str | None, changes: dict[s
         put(values, key, value)
     refuse_early(values, what)  # before torch is imported
     return values
-
-
-def _plan(
-    recipe: Recipe,
-    config: PreTrainedConfig,
-    machine: Any,
-    ranks: tuple[int, str],
-    *,
-    rows: int | None,
-    as_json: bool,
-    png: Path | None,
-) -> None:
-    from veneer.plan.plan import as_json as plain
-    from veneer.plan.plan import plan_recipe
-    from veneer.plan.processes import rank_peak
-    from veneer.plan.report import draw, shown
-
-    _tell_measuring(machine)
-    plan = plan_recipe(recipe, config=config, isa=machine.isa)
-    facts = plain(plan) | machine.facts(plan, rows)
-    if ranks[0] != 1:
-        peak = rank_peak(plan, *ranks)
-        facts["rank"] = {"processes": ranks[0], "strategy": ranks[1], "bytes": peak.n_bytes, "kinds": dict(peak.kinds)}
-    if png is not None:
-        draw(plan, png)
-    if as_json:
-        typer.echo(json.dumps(facts, indent=2))
-        return
-    _console().print(shown(plan, facts))
-
-
-def _fit(
-    recipe: Recipe, config: PreTrainedConfig, budget: int, machine: Any, *, write: Path | None, as_json: bool
-) -> None:
-    from veneer.plan.fit import changed, fits, loadable
-    from veneer.plan.report import as_yaml, fit_table
-
-    if write is not None and write.exists():
-        raise ConfigError(f"{write} is there already: choose another name, or remove it")
-    _tell_measuring(machine)
-    found = fits(recipe, config, budget, machine.bytes_of, machine.cost)
-    best = as_yaml(loadable(changed(recipe, found[0].changes)))
-    if write is not None:
-        write.write_text(best, encoding="utf-8")
-    if as_json:
-        settings = [
-            {"changes": dict(f.changes), "bytes": f.n_bytes, "seconds_a_token": f.seconds_a_token} for f in found
-        ]
-        typer.echo(
-            json.dumps({"budget": budget, "source": machine.told, "settings": settings, "recipe": best}, indent=2)
-        )
-        return
-    _console().print(fit_table(found, budget, machine))
-    typer.echo(best if write is None else f"written: {write}")
-
-
-def _serve(recipe: Recipe, config: PreTrainedConfig, memory: int, as_json: bool) -> None:
-    from dataclasses import asdict
-
-    from veneer.core.units import size
-    from veneer.plan.plan import count_trained
-    from veneer.plan.serving import serving_of
-
-    adapter = recipe.adapter_config()
-    if adapter is None:
-        raise ConfigError("--serve counts adapters beside a base, and method full has none: choose another method")
-    found = serving_of(config, recipe.model, adapter, memory, count_trained(recipe, config))
-    facts = {**asdict(found), "memory": memory, "adapters": found.adapters(0), "tokens": found.tokens(0)}
-    if as_json:
-        typer.echo(json.dumps(facts, indent=2))
-        return
-    half = found.adapters(0) // 2
-    typer.echo(
-        f"base {size(found.base)} of {size(memory)}; {size(found.reserve)} left free, as the engine leaves them;\n"
-        f"{size(found.room)} for keys, values and adapters\n"
-        f"{found.tokens(0):,} tokens, or {found.adapters(0):,} adapters ({size(found.adapter)} each),\n"
-        f"or on the line between: {half:,} adapters and {found.tokens(half):,} tokens"
-    )
-
-
-def _advise(recipe: Recipe, config: PreTrainedConfig, given: tuple[str, int, int], as_json: bool) -> None:
-    """``given``: task, rows, and trained tokens of a row."""
-    from dataclasses import asdict
-
-    from rich.padding import Padding
-    from rich.text import Text
-
-    from veneer.plan.advice import advise, as_advised
-    from veneer.plan.plan import count_trained
-
-    found = advise(*given, count_trained(as_advised(recipe, 1), config))
-    if as_json:
-        typer.echo(json.dumps([asdict(each) for each in found], indent=2))
-        return
-    console = _console()
-    for each in found:
-        console.print(f"{each.key}: {each.value}  ({each.confidence})", markup=False)
-        console.print(Padding(Text(f"{each.reason} [{each.source}]"), (0, 0, 0, 4)))
-
-
-def _tell_measuring(machine: Any) -> None:
-    from rich.console import Console
-
-    from veneer.plan.report import MEASURING
-
-    if machine.measures:
-        Console(stderr=True, highlight=False).print(MEASURING, style="dim")
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console(highlight=False)

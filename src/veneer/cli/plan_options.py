@@ -1,6 +1,6 @@
 """Options of ``veneer plan``: sizes with units, which question reads which option, and values that nothing takes.
 
-All is told without torch and transformers, before seconds of imports; a method's name alone may need them.
+All is told without torch and transformers, before seconds of imports.
 """
 
 from __future__ import annotations
@@ -10,8 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from veneer.errors import ConfigError
+from veneer.plan.advice import TASKS
 from veneer.plan.cards import card_problem
+from veneer.plan.processes import STRATEGIES
+from veneer.recipe.adapter import names_of
 from veneer.recipe.keys import perhaps
+from veneer.recipe.known import declared_methods
+from veneer.recipe.parts import ModelPart
 
 _UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 PLAN, FIT, SERVE, ADVICE = "the plan itself", "--fit", "--serve", "--advice"
@@ -70,7 +75,7 @@ def wrong(given: Mapping[str, Any]) -> list[str]:
     found = [
         f"{name} {given[name]} must be at least 1" for name in COUNTS if given[name] is not None and given[name] < 1
     ]
-    for name, values in _choices(given).items():
+    for name, values in _choices().items():
         value = given[name]
         if value is not None and value not in values:
             found.append(f"{name} {value!r} must be one of {', '.join(values)}{perhaps(value, values)}")
@@ -78,15 +83,10 @@ def wrong(given: Mapping[str, Any]) -> list[str]:
     return found if problem is None else [*found, f"--card {problem}"]
 
 
-def _choices(given: Mapping[str, Any]) -> dict[str, Sequence[str]]:
-    from veneer.plan.advice import TASKS
-    from veneer.plan.processes import STRATEGIES
-    from veneer.recipe.adapter import FULL, method_names
-    from veneer.recipe.recipe import ModelPart
+def _choices() -> dict[str, Sequence[str]]:
 
-    usual = ("lora", FULL)
     return {
-        "--method": usual if given["--method"] in (None, *usual) else method_names(),
+        "--method": names_of(declared_methods()),
         "--quantization": get_args(ModelPart.model_fields["quantization"].annotation),
         "--strategy": STRATEGIES,
         "--task": TASKS,

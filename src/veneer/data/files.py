@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,10 +11,10 @@ from typing import Any
 import pyarrow.lib
 import pyarrow.parquet
 
+from veneer.data.named_files import SUFFIXES, missing_told
 from veneer.errors import DataError
 
 Row = dict[str, Any]
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 _SHOWN_PROBLEMS = 5
 
 
@@ -41,25 +40,6 @@ def numbered_rows(path: Path, problems: list[str]) -> Iterator[tuple[int, Row]]:
                 problems.append(f"row {number}: must be an object, not {type(row).__name__}")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not text in UTF-8: {error}") from error
-
-
-def names_a_file(source: str | Path) -> bool:
-    """Return True if a source is meant as a file (it need not exist) and not as a data set of the hub."""
-    path = Path(source)
-    in_folder = path.parent.is_dir() and (path.suffix != "" or path.parent != Path())
-    return in_folder or path.exists() or path.suffix in SUFFIXES or str(source).startswith(("/", ".", "~"))
-
-
-def is_missing(source: str) -> bool:
-    """Return True if a source is meant as a file, and nothing is there."""
-    return names_a_file(source) and not Path(source).exists()
-
-
-def missing_told(path: Path) -> str:
-    """The message for a missing file, with the nearest that is there."""
-    names = [each.name for each in path.parent.iterdir() if each.is_file()] if path.parent.is_dir() else []
-    found = difflib.get_close_matches(path.name, names, n=1)
-    return f"there is no file {path}{f'; the nearest is {path.parent / found[0]}' if found else ''}"
 
 
 def raise_all(source: object, problems: list[str]) -> None:

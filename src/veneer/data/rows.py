@@ -11,7 +11,8 @@ from typing import Any, cast
 from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
-from veneer.data.files import Row, names_a_file, numbered_rows, raise_all, require_one_form
+from veneer.data.files import Row, numbered_rows, raise_all, require_one_form
+from veneer.data.named_files import names_a_file
 from veneer.data.preference import PreferenceReader
 from veneer.data.templates import fill_template
 from veneer.errors import ConfigError, DataError

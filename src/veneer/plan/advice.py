@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from veneer.errors import ConfigError
-from veneer.recipe.recipe import Recipe, parse_recipe
 
+ADVISED = {"method": "lora", "r": 1, "target_modules": "all-linear"}  # the part ``adapter``, before its rank
 TASKS = ("instruction", "code", "math", "classification", "pretraining", "rl")
 BITS_A_PARAMETER, BITS_A_TOKEN = 2.0, 1.0
 _REGRET = "Schulman et al., Thinking Machines, LoRA Without Regret (2025)"
@@ -59,13 +59,6 @@ def advise(task: str, n_rows: int, tokens_a_row: int, parameters_a_rank: int) ->
         _epochs(task, n_rows),
         _batch(n_rows),
     ]  # fmt: skip
-
-
-def as_advised(recipe: Recipe, rank: int) -> Recipe:
-    """The recipe with the adapter that is advised, whatever its own method is, at a rank."""
-    values = recipe.model_dump(exclude_unset=True)
-    values["adapter"] = {"method": "lora", "r": rank, "target_modules": "all-linear"}
-    return parse_recipe(values)
 
 
 def _rank(task: str, n_tokens: int, parameters_a_rank: int) -> tuple[int, str, str, str]:

@@ -16,7 +16,7 @@ from veneer.plan.plan import Plan, plan_recipe
 from veneer.plan.presets import hub_id_of
 from veneer.plan.trace import ACTIVATIONS, LOGITS, SCRATCH
 from veneer.recipe.optimizers import steps_in_backward
-from veneer.recipe.recipe import Recipe, parse_recipe
+from veneer.recipe.recipe import Recipe, changed
 
 CHECKPOINTING: tuple[bool | str, ...] = (False, "selective", True)
 FORMATS = ("none", "nf4")
@@ -91,15 +91,6 @@ def loadable(recipe: Recipe) -> Recipe:
     """The recipe with the hub's id in place of a preset's name, which has no weights."""
     hub_id = hub_id_of(recipe.model.source)
     return recipe if hub_id is None else changed(recipe, {"model.source": hub_id})
-
-
-def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
-    """The recipe with keys such as ``training.max_length`` changed. Raises ConfigError."""
-    values = recipe.model_dump(exclude_unset=True)
-    for key, value in changes.items():
-        part, _, name = key.partition(".")
-        values.setdefault(part, {})[name] = value
-    return parse_recipe(values)
 
 
 def _ways(recipe: Recipe) -> Iterator[dict[str, Any]]:

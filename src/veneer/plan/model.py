@@ -18,7 +18,8 @@ from veneer.errors import ConfigError
 from veneer.model.quant_linear import QuantLinear
 from veneer.ops.traced import Traced
 from veneer.recipe.adapter import FROM
-from veneer.recipe.recipe import ModelPart, Recipe
+from veneer.recipe.parts import ModelPart
+from veneer.recipe.recipe import Recipe
 from veneer.store.quantization import BitsAndBytesConfig
 from veneer.store.quantizer import VeneerQuantizer
 from veneer.train.base_model import made_ready, quantization_of

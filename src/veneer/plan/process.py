@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from veneer.data.files import names_a_file
+from veneer.data.named_files import names_a_file
 from veneer.plan.live import Peak
 from veneer.plan.plan import Plan
 from veneer.plan.start import start_bytes
 from veneer.plan.trace import GRADIENTS, STATE
-from veneer.recipe.recipe import DataPart
+from veneer.recipe.parts import DataPart
 
 ALLOCATOR_BYTES = 20_000_000
 """Scratch of kernels and heap that is kept but not used, beside live tensors (bench/plan.py; glibc)."""

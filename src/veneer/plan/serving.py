@@ -13,7 +13,7 @@ from veneer.errors import ConfigError
 from veneer.model.blueprint.describe import describe
 from veneer.model.blueprint.parts import Attention
 from veneer.plan.model import meta_base
-from veneer.recipe.recipe import ModelPart
+from veneer.recipe.parts import ModelPart
 from veneer.serve.start import EngineOptions
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import ConfigError
-from veneer.recipe.recipe import PLACES, Recipe
+from veneer.recipe.recipe import Recipe
+from veneer.recipe.values import PLACES
 
 # The one place that says which keys no weight depends on. A key that is not listed counts as one that the weights
 # depend on, a new key too.

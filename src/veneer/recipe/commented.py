@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from importlib import resources
-
-from veneer.recipe.adapter import method_names
 
 _COLUMN = " " * 34 + "# "
 
 
-def commented_recipe() -> str:
-    """A valid recipe in YAML, every key explained."""
+def commented_recipe(methods: Sequence[str]) -> str:
+    """Return a valid recipe in YAML, with a comment for every key. ``methods``: what ``adapter.method`` may be."""
     text = (resources.files("veneer.recipe") / "recipe.yaml").read_text(encoding="utf-8")
-    names = textwrap.fill(" | ".join(method_names()), 118, initial_indent=_COLUMN, subsequent_indent=_COLUMN)
+    names = textwrap.fill(" | ".join(methods), 118, initial_indent=_COLUMN, subsequent_indent=_COLUMN)
     return text.replace(f"{_COLUMN}METHODS", names)

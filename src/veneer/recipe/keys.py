@@ -1,10 +1,11 @@
-"""Keys of a file checked against the fields of a dataclass: unknown ones, missing ones, values of another type."""
+"""Keys of a part checked against those that it may hold: unknown ones, missing ones, values of another type."""
 
 from __future__ import annotations
 
+import functools
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, fields
 from enum import Enum
 from typing import Any, Literal
 
@@ -14,28 +15,43 @@ from pydantic.errors import PydanticSchemaGenerationError
 from veneer.core.nearest import nearest
 
 
+@dataclass(frozen=True)
+class Keys:
+    """The keys that a part may hold: the type of each, and those that must be given."""
+
+    types: Mapping[str, Any]
+    required: frozenset[str] = frozenset()
+
+
+@functools.cache
+def keys_of(cls: type) -> Keys:
+    """Return the keys that are fields of a dataclass."""
+    hints, own = typing.get_type_hints(cls), [spec for spec in fields(cls) if spec.init]
+    needed = (spec.name for spec in own if spec.default is MISSING and spec.default_factory is MISSING)
+    return Keys({spec.name: hints[spec.name] for spec in own}, frozenset(needed))
+
+
 def typed(
-    cls: type,
+    keys: Keys,
     given: Mapping[str, Any],
     problems: list[str],
     prefix: str = "",
     advice: Callable[[str], str] = lambda key: "",
     beside: Iterable[str] = (),
 ) -> dict[str, Any]:
-    """Values converted to the types of a dataclass's fields; what cannot be, and unknown keys, become problems.
+    """Return values converted to the types of their keys; add unknown keys and values that do not fit to ``problems``.
 
-    ``advice``: the end of a message about an unknown key; where it has nothing to say, the nearest key is named, of the
-    fields or of the keys that stand ``beside`` them.
+    ``advice`` returns the end of a message about an unknown key. If it is empty, the message names the nearest key of
+    ``keys`` and ``beside``.
     """
-    hints = typing.get_type_hints(cls)
-    known = {f.name for f in fields(cls) if f.init}
     found: dict[str, Any] = {}
     for key, value in given.items():
-        if key not in known:
-            problems.append(f"{prefix}{key}: unknown key{advice(str(key)) or perhaps(key, [*known, *beside])}")
+        if key not in keys.types:
+            near = advice(str(key)) or perhaps(key, [*keys.types, *beside])
+            problems.append(f"{prefix}{key}: unknown key{near}")
             continue
         try:
-            found[key] = _converted(value, hints[key])
+            found[key] = _converted(value, keys.types[key])
         except ValidationError as error:
             reasons = dict.fromkeys(each["msg"] for each in error.errors())
             problems.append(f"{prefix}{key}: {value!r} does not fit ({' or '.join(reasons)})")
@@ -64,10 +80,9 @@ def _choices(hint: Any) -> list[Any]:
     return [word for part in typing.get_args(hint) for word in _choices(part)]
 
 
-def missing(cls: type, given: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """A problem for every field without a default that is not given."""
-    needed = [f for f in fields(cls) if f.init and f.default is MISSING and f.default_factory is MISSING]
-    return [f"{prefix}{f.name}: is missing" for f in needed if f.name not in given]
+def missing(keys: Keys, given: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Return a problem for every key that must be given and is not."""
+    return [f"{prefix}{key}: is missing" for key in keys.types if key in keys.required and key not in given]
 
 
 # Names that other libraries give to these fields.

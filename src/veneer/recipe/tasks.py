@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
+
+import veneer
+from veneer.recipe.keys import Keys
 
 Task = Literal["sft", "dpo", "kto", "reward", "grpo", "rloo"]
 TASKS: tuple[Task, ...] = get_args(Task)
@@ -46,12 +49,18 @@ def task_of(values: Mapping[str, Any]) -> Task:
 
 def settings_of(task: Task) -> Any:
     """The config class of a task's trainer."""
-    return _public(KEYS[task].settings)
+    return getattr(veneer, KEYS[task].settings)  # imported when it is first asked for
+
+
+def home_of_settings(task: Task) -> tuple[str, str]:
+    """Return the module of the config class of a task's trainer, and the name of the class."""
+    name = KEYS[task].settings
+    return veneer._HOMES[name], name
 
 
 def trainer_of(task: Task) -> Any:
     """The trainer class of a task."""
-    return _public(KEYS[task].trainer)
+    return getattr(veneer, KEYS[task].trainer)
 
 
 def task_problems(values: Mapping[str, Any]) -> Iterator[str]:
@@ -71,18 +80,12 @@ def task_problems(values: Mapping[str, Any]) -> Iterator[str]:
         yield f"sweep: {_belongs(['sft'], task)}; run the recipe once for each value (--set key=value --set output=…)"
 
 
-def training_problems(task: Task, given: Mapping[str, Any]) -> dict[str, str]:
-    """The problems of keys of ``training`` that are settings of other tasks alone, by key."""
-    known = {name: {f.name for f in fields(settings_of(name)) if f.init} for name in TASKS}
-    others = {key: [name for name in TASKS if key in known[name]] for key in given if key not in known[task]}
+def training_problems(task: Task, given: Mapping[str, Any], settings: Callable[[Task], Keys]) -> dict[str, str]:
+    """Return the problems of keys of ``training`` that are ``settings`` of other tasks alone, by key."""
+    strange = [key for key in given if key not in settings(task).types]
+    others = {key: [name for name in TASKS if key in settings(name).types] for key in strange}
     return {key: f"training.{key}: {_belongs(names, task)}" for key, names in others.items() if names}
 
 
 def _belongs(names: list[Any], task: Task) -> str:
     return f"belongs to task {', '.join(names)}, and the task here is {task}; drop it"
-
-
-def _public(name: str) -> Any:
-    import veneer  # which imports what it is asked for
-
-    return getattr(veneer, name)

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from veneer.errors import ConfigError
 from veneer.model.give_back import give_back
 from veneer.model.prepare import prepare_model_for_kbit_training
-from veneer.recipe.recipe import ModelPart
+from veneer.recipe.parts import ModelPart
 from veneer.store.quantization import BitsAndBytesConfig
 from veneer.store.source import load_model
 

@@ -14,6 +14,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from veneer.errors import ConfigError
 from veneer.recipe.keys import perhaps
+from veneer.recipe.ranges import RANGES, out_of_range
 from veneer.train.optimizer import optimizer_problems, require_known
 
 # As a base in earnest, TrainingArguments would put its own defaults in front of those that TRL gives its fields.
@@ -96,22 +97,8 @@ class SFTConfig(RunSettings, trl.SFTConfig):  # type: ignore[misc]
 
 def _range_problems(args: TrainingArguments) -> list[str]:
     """Numbers with which nothing, or something else, would be trained."""
-    allowed = {
-        "learning_rate": (args.learning_rate >= 0, "at least 0"),
-        "weight_decay": (args.weight_decay >= 0, "at least 0"),
-        "label_smoothing_factor": (0 <= args.label_smoothing_factor < 1, "at least 0 and below 1"),
-        "num_train_epochs": (args.num_train_epochs >= 0, "at least 0"),
-        "max_steps": (args.max_steps == -1 or args.max_steps >= 1, "at least 1, or -1 to train num_train_epochs"),
-        "per_device_train_batch_size": (args.per_device_train_batch_size >= 1, "at least 1"),
-        "per_device_eval_batch_size": (args.per_device_eval_batch_size >= 1, "at least 1"),
-        "gradient_accumulation_steps": (args.gradient_accumulation_steps >= 1, "at least 1"),
-        "max_grad_norm": (args.max_grad_norm is None or args.max_grad_norm >= 0, "at least 0"),
-        "warmup_steps": (args.warmup_steps is None or args.warmup_steps >= 0, "at least 0"),
-        "adam_beta1": (0 <= args.adam_beta1 < 1, "at least 0 and below 1"),
-        "adam_beta2": (0 <= args.adam_beta2 < 1, "at least 0 and below 1"),
-        "adam_epsilon": (args.adam_epsilon >= 0, "at least 0"),
-    }
-    return [f"{name}={getattr(args, name)!r} must be {rule}" for name, (fits, rule) in allowed.items() if not fits]
+    outside = out_of_range({name: getattr(args, name) for name in RANGES})
+    return [f"{name}={getattr(args, name)!r} must be {allowed}" for name, allowed in outside.items()]
 
 
 def _reporting_problems(args: TrainingArguments) -> list[str]:

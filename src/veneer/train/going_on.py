@@ -13,7 +13,8 @@ from veneer.contract.source import adapter_folder
 from veneer.errors import ConfigError
 from veneer.recipe.adapter import FROM
 from veneer.recipe.changes import Change, changes, is_longer, refuse
-from veneer.recipe.recipe import DataPart, Recipe
+from veneer.recipe.parts import DataPart
+from veneer.recipe.recipe import Recipe
 from veneer.train.processes import n_processes
 from veneer.train.record import RUN_FILE
 

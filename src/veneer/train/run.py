@@ -37,10 +37,12 @@ from veneer.disk.folder import new_folder
 from veneer.errors import ConfigError, DataError, DiskError, DivergedError, Interrupted, VeneerError
 from veneer.model.attach import adapted_modules, module_index
 from veneer.model.memory import high_water
-from veneer.recipe.adapter import FROM, FULL, means_all_linear, not_that_adapter, usual_learning_rate
+from veneer.recipe.adapter import FROM, FULL, means_all_linear
 from veneer.recipe.advice import odd_rate
 from veneer.recipe.changes import places_of
-from veneer.recipe.recipe import DataPart, Recipe
+from veneer.recipe.methods import not_that_adapter, usual_learning_rate
+from veneer.recipe.parts import DataPart
+from veneer.recipe.recipe import Recipe
 from veneer.recipe.tasks import trainer_of
 from veneer.store.merge_record import require_not_merged
 from veneer.store.source import load_tokenizer, require_hub, resolve

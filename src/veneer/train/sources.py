@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from veneer.data.rows import RowReader
 from veneer.data.sources import Source
-from veneer.recipe.recipe import DataPart
+from veneer.recipe.parts import DataPart
 
 
 def sources_of(part: DataPart) -> list[Source]:

@@ -63,10 +63,10 @@ def test_an_interrupt_may_say_what_is_left(tmp_path: Path, monkeypatch: pytest.M
     rows = tmp_path / "rows.jsonl"
     rows.touch()
     recipe.write_text(f"{{model: {{source: m}}, data: {{train: {rows}}}, output: {tmp_path / 'run'}}}")
-    monkeypatch.setattr("veneer.train.run.run_recipe", interrupted_after([]))
+    monkeypatch.setattr("veneer.cli.train_run.run_recipe", interrupted_after([]))
     result = RUNNER.invoke(app, ["train", str(recipe)])
     assert (result.exit_code, result.stderr) == (130, "interrupted\n")
-    monkeypatch.setattr("veneer.train.run.run_recipe", interrupted_after(["checkpoint-5"]))
+    monkeypatch.setattr("veneer.cli.train_run.run_recipe", interrupted_after(["checkpoint-5"]))
     result = RUNNER.invoke(app, ["train", str(recipe)])
     assert result.stderr == "interrupted: checkpoints are kept, and --resume goes on from the last one\n"
     assert result.exit_code == 130

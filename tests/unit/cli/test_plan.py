@@ -15,9 +15,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tests.pictures import check_picture
 
+from veneer.cli import plan_answers
 from veneer.core.units import size
 from veneer.errors import ConfigError
-from veneer.plan import fit
 from veneer.plan.architecture import config_of
 from veneer.plan.fit import Fit
 from veneer.plan.presets import hub_id_of, presets, require_weights
@@ -94,7 +94,7 @@ def test_what_is_wrong_by_itself_is_told_before_torch_is_imported(command: tuple
 def test_settings_that_fit_say_where_their_numbers_come_from(
     options: tuple[str, ...], told: str, rate: str | None, veneer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fit, "fits", lambda *_: [Fit({}, None, 7, 0.0003)])  # type: ignore[arg-type]
+    monkeypatch.setattr(plan_answers, "fits", lambda *_: [Fit({}, None, 7, 0.0003)])  # type: ignore[arg-type]
     said = " ".join(veneer("plan", "smollm2-135m", "--fit", "900MB", *options).stdout.split())
     assert told in said
     assert rate in said if rate else "tokens/s" not in said
@@ -147,7 +147,7 @@ def test_a_written_recipe_names_the_model_on_the_hub(
     veneer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = [Fit({"training.gradient_checkpointing": "selective"}, None, 7, 0.3)]  # type: ignore[arg-type]
-    monkeypatch.setattr(fit, "fits", lambda *_: found)
+    monkeypatch.setattr(plan_answers, "fits", lambda *_: found)
     file = tmp_path / "best.yaml"
     done = veneer("plan", "SmolLM2-135M", "--fit", "900MB", "--write", file, "--no-time")
     assert done.exit_code == 0, done.output

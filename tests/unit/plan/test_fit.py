@@ -10,9 +10,9 @@ from tests.unit.plan.conftest import HELD_OUT, Make
 from veneer.errors import ConfigError
 from veneer.plan import fit
 from veneer.plan.architecture import config_of
-from veneer.plan.fit import SPARE, changed, fits
+from veneer.plan.fit import SPARE, fits
 from veneer.plan.plan import Plan, plan_recipe
-from veneer.recipe.recipe import Recipe
+from veneer.recipe.recipe import Recipe, changed
 
 
 @pytest.fixture(scope="module")

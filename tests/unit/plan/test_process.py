@@ -12,7 +12,7 @@ from veneer.plan.live import Peak
 from veneer.plan.plan import plan_recipe
 from veneer.plan.process import ALLOCATOR_BYTES, ROWS_SHARE, WORD_BYTES, process_of
 from veneer.plan.trace import BASE, GRADIENTS, STATE
-from veneer.recipe.recipe import DataPart
+from veneer.recipe.parts import DataPart
 
 
 @pytest.fixture(autouse=True)

@@ -35,7 +35,7 @@ def recipe(**parts: Any) -> dict[str, Any]:
         ({"adapter__lora_alpha": -16}, "adapter.lora_alpha: -16 must be above 0: the update is taken away"),
         ({"adapter__lora_alpha": 0}, "adapter.lora_alpha: 0 must be above 0"),
         ({"training__learning_rate": 200}, "must be at most 10; perhaps 2e-4 is meant"),
-        ({"training__max_grad_norm": -1.0}, "max_grad_norm=-1.0 must be at least 0"),
+        ({"training__max_grad_norm": -1.0}, "training.max_grad_norm: -1.0 must be at least 0"),
         ({"training__report_to": "wandbb"}, "report_to='wandbb' is unknown"),
         ({"training__report_to": "comet_ml"}, "needs a package that is not installed"),
         ({"training__fp16": True, "training__bf16": False}, "fp16=True needs a GPU, and this run is on the CPU"),

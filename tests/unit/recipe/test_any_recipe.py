@@ -16,9 +16,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from veneer.errors import VeneerError
-from veneer.recipe.adapter import method_names, named_methods
+from veneer.recipe.methods import method_names, named_methods
 from veneer.recipe.metric_part import MetricPart
-from veneer.recipe.recipe import DataPart, ModelPart, parse_recipe
+from veneer.recipe.parts import DataPart, ModelPart
+from veneer.recipe.recipe import parse_recipe
 from veneer.recipe.tasks import Task, settings_of
 from veneer.train.run import run_recipe
 

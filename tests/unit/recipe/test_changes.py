@@ -7,7 +7,9 @@ import pytest
 
 from veneer.errors import ConfigError
 from veneer.recipe.changes import HARMLESS, LENGTH, WITHOUT_CHOICE, Change, changes, is_longer, places_of, refuse
-from veneer.recipe.recipe import DataPart, ModelPart, Recipe, parse_recipe, put
+from veneer.recipe.parts import DataPart, ModelPart
+from veneer.recipe.recipe import Recipe, parse_recipe
+from veneer.recipe.values import put
 from veneer.train.config import SFTConfig
 
 

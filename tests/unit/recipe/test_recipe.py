@@ -9,9 +9,10 @@ from veneer.methods import all_methods
 from veneer.methods.bottleneck import BottleneckConfig
 from veneer.methods.ia3 import IA3Config
 from veneer.methods.lora import LoraConfig
-from veneer.recipe.adapter import method_names
 from veneer.recipe.commented import commented_recipe
-from veneer.recipe.recipe import load_recipe, parse_recipe, refuse_early
+from veneer.recipe.early import refuse_early
+from veneer.recipe.methods import method_names
+from veneer.recipe.recipe import load_recipe, parse_recipe
 
 
 def values(**changes):
@@ -34,7 +35,7 @@ def written(tmp_path):
 
 
 def test_the_commented_recipe_is_valid_and_names_only_keys_that_do_something(written):
-    text = commented_recipe()
+    text = commented_recipe(method_names())
     recipe = load_recipe(written(text))
     assert recipe.adapter_config() == LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear")
     assert recipe.training_config().learning_rate == 2e-4
@@ -147,7 +148,7 @@ def test_a_method_dropped_into_the_folder_is_known(dropped_method):
     assert recipe_with(adapter={"method": "loud", "loudness": "1e-2"}).adapter_config().loudness == 0.01
     with pytest.raises(ConfigError, match=r"loudnes: unknown key; the nearest is 'loudness'.*loudness: is missing"):
         recipe_with(adapter={"method": "loud", "loudnes": 3})
-    assert "| loud |" in commented_recipe()
+    assert "| loud |" in commented_recipe(method_names())
 
 
 def test_float32_is_float32_unless_autocast_is_asked_for(written):
@@ -280,9 +281,16 @@ USUAL = {"adapter": {"method": "lora", "r": 4}, "training": {"max_steps": 9, "le
         {"data": {"train": "a", "prompt": "{q}", "eval_fraction": 2}, "output": None},
         {"model": "x", "adapter": "lora"},
         {"model": {"source": "x", "double_quantization": True}, **USUAL},
+        {"seeds": 3, "training": {"learning_rat": 1e-4, "max_length": "long"}},
+        {"adapter": {"method": "ia3", "r": 4, "path": "x", "target_modules": 3}},
+        {"adapter": {"method": "vear"}, "training": {"optim": "galore_adamw"}},
+        {"task": "grpo", "adapter": {"method": "dora", "use_dora": False}, "training": {"loss_type": 3, "packing": 1}},
+        {"adapter": {"method": "prompt_tuning", "rank": 3}, "training": {"max_steps": 0, "adam_beta2": 1}},
+        {"adapter": {"from": "", "method": "lroa"}},
+        {"adapter": {"lora_alpha": -2}},
     ],
 )
-def test_what_is_wrong_outside_of_adapter_and_training_is_told_early_and_whole(changes):
+def test_all_that_values_and_keys_tell_is_told_early_and_whole(changes):
     with pytest.raises(ConfigError) as whole:
         parse_recipe(values(**changes))
     with pytest.raises(ConfigError) as early:
@@ -290,28 +298,23 @@ def test_what_is_wrong_outside_of_adapter_and_training_is_told_early_and_whole(c
     assert str(early.value) == str(whole.value)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        USUAL,
-        {"seeds": 3, "training": {"learning_rat": 1e-4}},
-        {"seeds": 3, "training": {"max_length": "long"}},
-        {"seeds": 3, "adapter": {"rr": 4}},
-        {"seeds": 3, "adapter": {"method": "ia3", "r": 4}},
-    ],
-)
-def test_nothing_is_told_early_where_there_may_be_more_to_tell(changes):
+@pytest.mark.parametrize("changes", [{}, USUAL, {"training": {"optim": "adamw_8bit", "save_strategy": False}}])
+def test_a_recipe_without_problems_is_not_refused_early(changes):
     refuse_early(values(**changes))
 
 
 def test_a_wrong_recipe_is_told_without_importing_torch(written):
-    path = written({**values(**USUAL), "modle": {}})
+    wrong = values(adapter={"method": "dora", "rank": 3}, training={"max_steps": 0, "learning_rat": 1})
+    path = written({**wrong, "modle": {}})
     code = "import sys; from veneer.cli.app import main; sys.argv = ['veneer', 'train', sys.argv[1]]; import atexit; "
-    code += "atexit.register(lambda: print({'torch', 'transformers'} & set(sys.modules))); main()"
+    code += "atexit.register(lambda: print({'torch', 'transformers', 'trl'} & set(sys.modules))); main()"
     result = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (2, "set()\n")
-    assert result.stderr == f"error: {path}: modle: unknown key; the nearest is 'model'\n"
+    assert result.stderr == (
+        f"error: {path}: modle: unknown key; the nearest is 'model'; adapter.rank: unknown key; the nearest is 'r'; "
+        "training.learning_rat: unknown key; the nearest is 'learning_rate'; "
+        "training.max_steps: 0 must be at least 1, or -1 to train num_train_epochs\n"
+    )
 
 
 @pytest.mark.parametrize("name", ["houlsby", "pfeiffer", "parallel"])

@@ -10,7 +10,7 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from veneer.model.give_back import SMAPS
-from veneer.recipe.recipe import ModelPart
+from veneer.recipe.parts import ModelPart
 from veneer.train.base_model import load_base
 
 

@@ -14,8 +14,9 @@ from veneer.errors import ConfigError
 from veneer.recipe.adapter import FULL
 from veneer.recipe.keys import perhaps
 from veneer.recipe.optimizers import steps_in_backward
-from veneer.recipe.recipe import PLACES, Recipe, beside, parse_recipe, put
+from veneer.recipe.recipe import Recipe, parse_recipe
 from veneer.recipe.tasks import task_problems
+from veneer.recipe.values import PLACES, beside, put
 
 PART = "sweep"
 _KEYS = ("members", "grid")

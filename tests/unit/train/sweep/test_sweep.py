@@ -17,7 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from veneer.errors import ConfigError, Interrupted
 from veneer.ops.grouped_low_rank import add_grouped_low_rank
-from veneer.recipe.recipe import parse_recipe, put
+from veneer.recipe.recipe import parse_recipe
+from veneer.recipe.values import put
 from veneer.train.loss import Scoring
 from veneer.train.run import run_recipe
 from veneer.train.sweep.recipe import parse_sweep

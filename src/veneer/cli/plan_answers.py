@@ -1,0 +1,127 @@
+"""The answers of ``veneer plan``: printed, or as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
+from transformers import PreTrainedConfig
+
+from veneer.core.progress import waiting_for
+from veneer.core.units import size
+from veneer.errors import ConfigError
+from veneer.plan.advice import ADVISED, advise
+from veneer.plan.architecture import config_of
+from veneer.plan.fit import fits, loadable
+from veneer.plan.plan import as_json as as_plain
+from veneer.plan.plan import count_trained, plan_recipe
+from veneer.plan.processes import rank_peak
+from veneer.plan.report import MEASURING, Machine, as_yaml, draw, fit_table, shown
+from veneer.plan.serving import serving_of
+from veneer.recipe.recipe import Recipe, changed, parse_recipe
+
+
+def opened(
+    values: Mapping[str, Any], name: str, card: str | None, *, timed: bool
+) -> tuple[Recipe, PreTrainedConfig, Machine]:
+    """Return the recipe of these values, the config of its base and the machine that it is planned for."""
+    recipe = parse_recipe(values, name)
+    waiting_for(f"reading the config of {recipe.model.source}")
+    config = config_of(recipe.model.source)
+    waiting_for("planning")
+    return recipe, config, Machine.of(card, timed=timed)
+
+
+def answer_plan(
+    recipe: Recipe,
+    config: PreTrainedConfig,
+    machine: Machine,
+    ranks: tuple[int, str],
+    *,
+    rows: int | None,
+    as_json: bool,
+    png: Path | None,
+) -> None:
+    """Print the plan of a run. ``ranks``: the number of processes, and their strategy."""
+    _tell_measuring(machine)
+    plan = plan_recipe(recipe, config=config, isa=machine.isa)
+    facts = as_plain(plan) | machine.facts(plan, rows)
+    if ranks[0] != 1:
+        peak = rank_peak(plan, *ranks)
+        facts["rank"] = {"processes": ranks[0], "strategy": ranks[1], "bytes": peak.n_bytes, "kinds": dict(peak.kinds)}
+    if png is not None:
+        draw(plan, png)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    _console().print(shown(plan, facts))
+
+
+def answer_fit(
+    recipe: Recipe, config: PreTrainedConfig, budget: int, machine: Machine, *, write: Path | None, as_json: bool
+) -> None:
+    """Print the settings that fit a budget of bytes, and write the best recipe. Raises ConfigError."""
+    if write is not None and write.exists():
+        raise ConfigError(f"{write} is there already: choose another name, or remove it")
+    _tell_measuring(machine)
+    found = fits(recipe, config, budget, machine.bytes_of, machine.cost)
+    best = as_yaml(loadable(changed(recipe, found[0].changes)))
+    if write is not None:
+        write.write_text(best, encoding="utf-8")
+    if as_json:
+        settings = [
+            {"changes": dict(f.changes), "bytes": f.n_bytes, "seconds_a_token": f.seconds_a_token} for f in found
+        ]
+        typer.echo(
+            json.dumps({"budget": budget, "source": machine.told, "settings": settings, "recipe": best}, indent=2)
+        )
+        return
+    _console().print(fit_table(found, budget, machine))
+    typer.echo(best if write is None else f"written: {write}")
+
+
+def answer_serve(recipe: Recipe, config: PreTrainedConfig, memory: int, as_json: bool) -> None:
+    """Print how many adapters and tokens fit beside the base. Raises ConfigError for a run without an adapter."""
+    adapter = recipe.adapter_config()
+    if adapter is None:
+        raise ConfigError("--serve counts adapters beside a base, and method full has none: choose another method")
+    found = serving_of(config, recipe.model, adapter, memory, count_trained(recipe, config))
+    facts = {**asdict(found), "memory": memory, "adapters": found.adapters(0), "tokens": found.tokens(0)}
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    half = found.adapters(0) // 2
+    typer.echo(
+        f"base {size(found.base)} of {size(memory)}; {size(found.reserve)} left free, as the engine leaves them;\n"
+        f"{size(found.room)} for keys, values and adapters\n"
+        f"{found.tokens(0):,} tokens, or {found.adapters(0):,} adapters ({size(found.adapter)} each),\n"
+        f"or on the line between: {half:,} adapters and {found.tokens(half):,} tokens"
+    )
+
+
+def answer_advice(recipe: Recipe, config: PreTrainedConfig, given: tuple[str, int, int], as_json: bool) -> None:
+    """Print the advised settings. ``given``: task, rows, and trained tokens of a row."""
+    found = advise(*given, count_trained(changed(recipe, {"adapter": ADVISED}), config))
+    if as_json:
+        typer.echo(json.dumps([asdict(each) for each in found], indent=2))
+        return
+    console = _console()
+    for each in found:
+        console.print(f"{each.key}: {each.value}  ({each.confidence})", markup=False)
+        console.print(Padding(Text(f"{each.reason} [{each.source}]"), (0, 0, 0, 4)))
+
+
+def _tell_measuring(machine: Machine) -> None:
+    if machine.measures:
+        Console(stderr=True, highlight=False).print(MEASURING, style="dim")
+
+
+def _console() -> Any:
+    return Console(highlight=False)

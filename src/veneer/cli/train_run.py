@@ -1,0 +1,168 @@
+"""A run of ``veneer train``: what is printed while it is planned and trained."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+from rich.console import Console
+
+from veneer.core.progress import draws_bars, waits_told
+from veneer.core.units import duration
+from veneer.plan.before import planned_facts, require_room
+from veneer.recipe.recipe import Recipe, parse_recipe
+from veneer.store.bars import without_bars
+from veneer.train.checkpoint import holds_checkpoints
+from veneer.train.processes import is_main, part
+from veneer.train.run import require_begun, require_data_files, require_free, require_not_in_base, run_recipe
+from veneer.train.samples import samples_of
+from veneer.train.show.sample import shown_sample
+from veneer.train.sweep.recipe import PART, Sweep, parse_sweep
+from veneer.train.sweep.report import PAGE, SWEEP_FILE, outcomes, table, write_report
+from veneer.train.sweep.sweep import run_sweep
+
+_ACCURACIES = ("eval_rewards/accuracies", "eval_accuracy")  # of DPO, of reward models
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """The options of the command."""
+
+    show_sample: bool
+    resume: bool
+    allow_changes: bool
+    beyond_memory: bool
+
+
+def parsed(values: Mapping[str, Any], path: Path) -> Recipe | Sweep:
+    """Return the recipe, or the sweep, that the values of a file mean. Raises ConfigError with all problems."""
+    return parse_sweep(values, path) if PART in values else parse_recipe(values, str(path))
+
+
+def carried_out(wanted: Recipe | Sweep, asked: Asked) -> None:
+    """Plan and train a recipe, or train a sweep, and print how it went. Raises the errors of `run_recipe`."""
+    level = logging.WARNING if is_main() else logging.ERROR  # what the others would say is the same
+    logging.basicConfig(level=level, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    console = Console(soft_wrap=True, quiet=not is_main())
+    with without_bars(), _rows_counted_in_terminals():
+        if asked.show_sample:
+            _show_sample(wanted if isinstance(wanted, Recipe) else wanted.members[0].recipe, console)
+        elif isinstance(wanted, Recipe):
+            _require_startable(wanted, asked.resume)
+            _train_one(wanted, asked, _planned(wanted, asked.beyond_memory, console), console)
+        else:
+            console.print(
+                f"not planned: {len(wanted.members)} members share one base; `veneer plan` tells of one recipe",
+                highlight=False,
+            )
+            _train_sweep(wanted, asked, console)
+    part()
+
+
+@contextmanager
+def _rows_counted_in_terminals() -> Iterator[None]:
+    """Encoding many rows takes minutes, so a terminal shows the bars of datasets; a file or a pipe does not."""
+    if datasets.are_progress_bars_disabled() or (is_main() and draws_bars(Console(stderr=True))):
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
+
+
+def _show_sample(recipe: Recipe, console: Console) -> None:
+    samples, tokenizer = samples_of(recipe)
+    for name, sample in samples.items():
+        if len(samples) > 1 or recipe.task != "sft":
+            console.print(f"{name}:", style="bold", highlight=False)
+        console.print(shown_sample(sample, tokenizer, marks=not console.is_terminal))
+
+
+def _require_startable(recipe: Recipe, resume: bool) -> None:
+    """Before a plan: raise TrainingError where there is no checkpoint to go on from, ConfigError where a new run would
+    be mixed up with one that is there, DataError where files of rows are not there, and CompositionError where the
+    adapter that is trained on is in the base already.
+    """
+    if not is_main():
+        return
+    if resume:
+        require_begun(recipe)
+        return
+    if Path(recipe.output).exists():
+        require_free(recipe, resume)
+    require_data_files(recipe.data)
+    require_not_in_base(recipe)
+
+
+class _Planned(NamedTuple):
+    """The plan of a run, None where it cannot be planned, and the line that says so."""
+
+    facts: dict[str, Any] | None
+    line: str
+
+
+def _planned(recipe: Recipe, beyond_memory: bool, console: Console) -> _Planned:
+    """The plan of a run, told in one line. Raises ConfigError where memory will not do."""
+    with waits_told("planning"):
+        facts, line = planned_facts(recipe, lambda line: console.print(line, style="dim", highlight=False))
+    if facts is not None:
+        console.print(line, highlight=False)
+        if not beyond_memory:
+            require_room(facts)
+    return _Planned(facts, line)
+
+
+def _train_one(recipe: Recipe, asked: Asked, planned: _Planned, console: Console) -> None:
+    # A run that cannot be planned is mostly refused for the same reason: only one that begins says so.
+    untold = [planned.line] if planned.facts is None else []
+
+    def tell(line: str) -> None:
+        while untold:
+            console.print(untold.pop(), highlight=False)
+        console.print(line, style="bold", highlight=False)
+
+    try:
+        record = run_recipe(
+            recipe,
+            resume=asked.resume,
+            allow_changes=asked.allow_changes,
+            planned=planned.facts,
+            tell=tell,
+        )
+    except KeyboardInterrupt as error:
+        if not error.args and holds_checkpoints(Path(recipe.output)):
+            error.args = ("checkpoints are kept, and --resume goes on from the last one",)
+        raise
+    results = record["results"]
+    told = [f"training loss {results['train_loss']:.4f}"]
+    told += [f"held-out loss {results['eval_loss']:.4f}"] if "eval_loss" in results else []
+    told += [f"held-out accuracy {results[key]:.1%}" for key in _ACCURACIES if key in results]
+    told += [f"held-out reward {results['eval_reward']:.4f}"] if "eval_reward" in results else []
+    console.print(
+        f"{', '.join(told)} after {results['steps']} steps in {duration(results['seconds'])}", highlight=False
+    )
+    console.print(
+        f"saved in {record['saved']}; the run is written down in {Path(recipe.output) / 'run.json'}", highlight=False
+    )
+
+
+def _train_sweep(sweep: Sweep, asked: Asked, console: Console) -> None:
+
+    records = run_sweep(
+        sweep,
+        resume=asked.resume,
+        allow_changes=asked.allow_changes,
+        tell=lambda line: console.print(line, highlight=False),
+    )
+    found = outcomes(sweep, records)
+    write_report(sweep, found)
+    console.print(table(found))
+    console.print(f"written down in {sweep.output / SWEEP_FILE}, drawn in {sweep.output / PAGE}", highlight=False)

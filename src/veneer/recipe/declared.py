@@ -1,0 +1,205 @@
+"""The fields of dataclasses as their source declares them, for packages that take seconds to import."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import collections.abc
+import functools
+import importlib.util
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from veneer.recipe.keys import Keys
+
+_KNOWN = {**vars(builtins), **{name: getattr(typing, name) for name in typing.__all__}}
+_KNOWN |= {name: getattr(collections.abc, name) for name in collections.abc.__all__}
+
+
+class UnreadableError(LookupError):
+    """A module without source, or a name that its source does not define."""
+
+
+@functools.cache
+def declared_keys(module: str, name: str) -> Keys:
+    """Return the init fields of a dataclass with their types, those of base classes included.
+
+    A type that the source alone does not tell is `Any`. Raises UnreadableError.
+    """
+    home, node = _class_of(module, name)
+    types, required = dict[str, Any](), set[str]()
+    for base in reversed(_bases(home, node)):
+        types, required = {**types, **base.types}, (required - base.types.keys()) | base.required
+    for spec in _fields(node):
+        types[spec.name] = _type(home, spec.annotation)
+        required = required | {spec.name} if spec.required else required - {spec.name}
+    return Keys(types, frozenset(required))
+
+
+class _Field(typing.NamedTuple):
+    name: str
+    annotation: ast.expr
+    required: bool
+
+
+def _fields(node: ast.ClassDef) -> Iterator[_Field]:
+    for each in node.body:
+        if not isinstance(each, ast.AnnAssign) or not isinstance(each.target, ast.Name):
+            continue
+        if "ClassVar" in ast.unparse(each.annotation):
+            continue
+        default = each.value
+        options: dict[str | None, ast.expr] = {}
+        if isinstance(default, ast.Call) and ast.unparse(default.func).rpartition(".")[2] == "field":
+            options = {keyword.arg: keyword.value for keyword in default.keywords}
+            default = options.get("default", options.get("default_factory"))
+        if "init" not in options or ast.unparse(options["init"]) != "False":
+            yield _Field(each.target.id, each.annotation, default is None)
+
+
+def _bases(module: str, node: ast.ClassDef) -> list[Keys]:
+    """Return the keys of the base classes that are declared in source."""
+    found = []
+    for base in node.bases:
+        try:
+            found.append(declared_keys(*_home(module, base)))
+        except UnreadableError:  # of the standard library or of an extension: no dataclass
+            continue
+    return found
+
+
+def _home(module: str, name: ast.expr) -> tuple[str, str]:
+    """Return the module and the name in it that an expression refers to."""
+    if isinstance(name, ast.Attribute) and isinstance(name.value, ast.Name):
+        return _names(module).get(name.value.id, (module, ""))[0], name.attr
+    if isinstance(name, ast.Name):
+        return module, name.id
+    raise UnreadableError(ast.unparse(name))
+
+
+def _class_of(module: str, name: str) -> tuple[str, ast.ClassDef]:
+    """Return a class with the module that defines it, following imports."""
+    for node in _tree(module).body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return module, node
+    if name not in _names(module):
+        raise UnreadableError(f"{module}.{name}")
+    return _class_of(*_names(module)[name])
+
+
+@functools.cache
+def _names(module: str) -> Mapping[str, tuple[str, str]]:
+    """Return the module and the name there for each imported name, also of imports for type checkers."""
+    found: dict[str, tuple[str, str]] = {}
+    tree = _tree(module)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            home = _absolute(module, node)
+            found |= {alias.asname or alias.name: (home, alias.name) for alias in node.names}
+        if isinstance(node, ast.Import):
+            found |= {alias.asname or alias.name: (alias.name, "") for alias in node.names}
+    for node in ast.walk(tree):  # a name that is an import to type checkers alone
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Name):
+            for target in node.targets:
+                found.pop(ast.unparse(target), None)
+    return found
+
+
+def _absolute(module: str, node: ast.ImportFrom) -> str:
+    if not node.level:
+        return node.module or ""
+    package = module.split(".") if file_of(module).name == "__init__.py" else module.split(".")[:-1]
+    kept = package[: len(package) - (node.level - 1)]
+    return ".".join([*kept, *([node.module] if node.module else [])])
+
+
+@functools.cache
+def _tree(module: str) -> ast.Module:
+    try:
+        return ast.parse(file_of(module).read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, UnicodeDecodeError) as error:
+        raise UnreadableError(module) from error
+
+
+@functools.cache
+def file_of(module: str) -> Path:
+    """Return the source file of a module, found without importing its package. Raises UnreadableError."""
+    package, *rest = module.split(".")
+    spec = importlib.util.find_spec(package) if package else None
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        place = Path(folder, *rest)
+        for path in (place / "__init__.py", place.with_suffix(".py")):
+            if path.is_file():
+                return path
+    raise UnreadableError(module)
+
+
+def literal(module: str, name: str, default: Any = None) -> Any:
+    """Return the value of a plain assignment in a module, ``default`` if there is none. Raises UnreadableError."""
+    for node in _tree(module).body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and _target(node) == name and node.value is not None:
+            try:
+                return ast.literal_eval(node.value)
+            except ValueError as error:
+                raise UnreadableError(f"{module}.{name}") from error
+    return default
+
+
+def classes_with(module: str, name: str) -> Iterator[tuple[str, Any]]:
+    """Return the classes of a module that assign a literal to an attribute, with its value. Raises UnreadableError."""
+    for node in _tree(module).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        for each in node.body:
+            if not isinstance(each, ast.Assign | ast.AnnAssign) or _target(each) != name:
+                continue
+            if isinstance(each.value, ast.Constant):
+                yield node.name, each.value.value
+
+
+class _Types(dict[str, Any]):
+    """The names of a module as annotations use them."""
+
+    def __init__(self, module: str) -> None:
+        super().__init__()
+        self._module = module
+
+    def __missing__(self, name: str) -> Any:
+        if name in _KNOWN:
+            return _KNOWN[name]
+        try:
+            return _named_type(self._module, name)
+        except UnreadableError:
+            return Any
+
+
+def _named_type(module: str, name: str) -> Any:
+    """Return the words of an enumeration, the type that an alias stands for, or Any for another class."""
+    for node in _tree(module).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
+            return _type(module, node.value)
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            values = [each.value.value for each in node.body if _is_member(each)]  # type: ignore[attr-defined]
+            is_enumeration = any("Enum" in ast.unparse(base) for base in node.bases)
+            return Literal[tuple(values)] if is_enumeration and values else Any
+    if name not in _names(module):
+        raise UnreadableError(f"{module}.{name}")
+    return _named_type(*_names(module)[name])
+
+
+def _target(node: ast.Assign | ast.AnnAssign) -> str:
+    return ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target)
+
+
+def _is_member(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+
+
+def _type(module: str, annotation: ast.expr) -> Any:
+    code = compile(ast.Expression(annotation), module, "eval")
+    try:
+        return eval(code, {}, _Types(module))  # as typing.get_type_hints evaluates it
+    except (NameError, TypeError, AttributeError):
+        return Any

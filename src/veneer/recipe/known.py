@@ -1,0 +1,64 @@
+"""The keys that ``adapter`` and ``training`` may hold: fields of the classes of methods and trainers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+from veneer.recipe.declared import classes_with, declared_keys, file_of, literal
+from veneer.recipe.keys import Keys
+from veneer.recipe.tasks import Task, home_of_settings
+
+_METHODS = "veneer.methods"
+_VARIANTS = f"{_METHODS}.variants"
+
+
+@dataclass(frozen=True)
+class KnownMethod:
+    """The keys of a method's config. ``switches``: those that the name itself sets. ``is_own``: the name is that of the
+    config, and not of a variant or preset.
+    """
+
+    keys: Keys
+    switches: Mapping[str, bool] = field(default_factory=dict)
+    is_own: bool = True
+
+
+@dataclass(frozen=True)
+class Known:
+    """The keys of each method by its name, and of each task's trainer."""
+
+    methods: Mapping[str, KnownMethod]
+    settings: Callable[[Task], Keys]
+
+
+def declared() -> Known:
+    """Return the keys of all methods and trainers, read from source: torch and transformers are not imported.
+
+    Raises UnreadableError where the source of a package is not installed.
+    """
+    return Known(declared_methods(), lambda task: declared_keys(*home_of_settings(task)))
+
+
+@functools.cache
+def declared_methods() -> Mapping[str, KnownMethod]:
+    """Return the keys of the methods, variants and presets in `veneer.methods`, read from source."""
+    found, presets = dict[str, KnownMethod](), dict[str, KnownMethod]()
+    for module in _modules(_METHODS):
+        for name, peft_type in classes_with(module, "peft_type"):
+            method = KnownMethod(declared_keys(module, name))
+            found[peft_type.lower()] = method
+            presets |= dict.fromkeys(literal(module, "PRESETS", {}), replace(method, is_own=False))
+    variants = {}
+    for module in _modules(_VARIANTS):
+        switch = literal(module, "SWITCH")
+        for method in found.values():
+            if switch in method.keys.types:
+                variants[module.rpartition(".")[2]] = replace(method, switches={switch: True}, is_own=False)
+    return found | variants | presets
+
+
+def _modules(package: str) -> Iterator[str]:
+    files = sorted(file_of(package).parent.glob("*.py"))
+    return (f"{package}.{path.stem}" for path in files if path.stem != "__init__")

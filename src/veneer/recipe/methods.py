@@ -1,0 +1,142 @@
+"""The methods that a recipe may name, and the config that its ``adapter`` part means.
+
+The names are found, not listed: every method in `veneer.methods` by its ``peft_type`` in small letters, every variant
+of LoRA by its file, and the presets of a method (``houlsby``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from veneer.contract import MethodConfig
+from veneer.contract.source import HubOptions, adapter_folder
+from veneer.errors import ConfigError, FormatError
+from veneer.methods import all_methods
+from veneer.recipe.adapter import FROM, FULL, fields_of, means_all_linear, method_of, names_of
+from veneer.recipe.keys import keys_of, typed
+from veneer.recipe.known import Known, KnownMethod
+from veneer.recipe.tasks import settings_of
+from veneer.store.adapter.config import read_config
+
+FULL_LEARNING_RATE = 2e-5
+
+
+@dataclass(frozen=True)
+class NamedMethod:
+    """A config class, the fields that the name itself sets, and those that it gives where a recipe does not."""
+
+    config: type[MethodConfig]
+    switches: Mapping[str, bool] = field(default_factory=dict)
+    preset: Mapping[str, Any] = field(default_factory=dict)
+
+
+def named_methods() -> dict[str, NamedMethod]:
+    """Every method by the name that a recipe gives it; a model trained whole (``full``) is not among them."""
+    found = {name.lower(): NamedMethod(cls) for name, cls in all_methods().items()}
+    for cls in all_methods().values():
+        found |= {name: NamedMethod(cls, switches={switch: True}) for name, switch in cls.variants().items()}
+        found |= {name: NamedMethod(cls, preset=preset) for name, preset in cls.presets().items()}
+    return found
+
+
+def imported() -> Known:
+    """Return the keys of all methods and trainers, as their imported classes have them."""
+    methods = {
+        name: KnownMethod(keys_of(each.config), each.switches, is_own=name == each.config.peft_type.lower())
+        for name, each in named_methods().items()
+    }
+    return Known(methods, lambda task: keys_of(settings_of(task)))
+
+
+def method_names() -> list[str]:
+    """Return all that ``adapter.method`` may be."""
+    return names_of(imported().methods)
+
+
+def name_of(config: MethodConfig) -> str:
+    """The method's name as a recipe gives it, such as ``dora``; several variants are told as ``dora + rslora``."""
+    on = [name for name, switch in config.variants().items() if getattr(config, switch)]
+    return " + ".join(on) or config.peft_type.lower()
+
+
+def adapter_config(adapter: Mapping[str, Any]) -> MethodConfig | None:
+    """The config that a part without problems means; None where the whole model is trained.
+
+    LoRA and its variants act on every linear layer where the part does not say otherwise. Raises ConfigError for
+    settings that the config refuses, and for those that no recipe carries out.
+    """
+    if FROM in adapter:
+        return saved_config(adapter)
+    if method_of(adapter) == FULL:
+        return None
+    named = named_methods()[method_of(adapter)]
+    given = typed(keys_of(named.config), fields_of(adapter), [])
+    config = named.config(**{**named.config.usual_fields, **named.preset, **given, **named.switches})
+    start = config.late_start
+    if start is not None and start.settings is not None:
+        raise ConfigError(
+            f"adapter: {config.peft_type} with {type(start.settings).__name__} starts from a pass over data, which no "
+            "recipe makes: take another start, or call initialize_lora_eva_weights in Python"
+        )
+    return config
+
+
+def usual_learning_rate(adapter: Mapping[str, Any]) -> float:
+    """The learning rate where a recipe gives none."""
+    method = method_of(adapter)
+    if FROM in adapter:
+        return saved_config(adapter).usual_learning_rate
+    return FULL_LEARNING_RATE if method == FULL else named_methods()[method].config.usual_learning_rate
+
+
+def saved_config(adapter: Mapping[str, Any]) -> MethodConfig:
+    """The config of the saved adapter that ``from`` names, with the settings of training (dropout) that the part gives.
+
+    Raises ConfigError for files that cannot be read, and, with both values, for a method or a setting that is another
+    in the part than in the files.
+    """
+    place = str(adapter[FROM])
+    try:
+        config = read_config(adapter_folder(place, HubOptions()))
+    except (ConfigError, FormatError) as error:
+        raise ConfigError(f"adapter.from: {error}") from error
+    problems = list[str]()
+    method = adapter.get("method")
+    if method is not None and not _is_method(config, str(method)):
+        problems.append(f"adapter.method: {method} here, {name_of(config)} in {place}")
+        raise ConfigError(not_that_adapter(problems))
+    rest = {key: value for key, value in fields_of(adapter).items() if key != FROM}
+    if means_all_linear(adapter) and hasattr(config, "target_modules"):  # compared with names where the model is known
+        rest.pop("target_modules")
+    given = typed(keys_of(type(config)), rest, problems, "adapter.", beside=("method", FROM))
+    for key, value in given.items():
+        saved = getattr(config, key)
+        if "dropout" not in key and _plain(value) != _plain(saved):
+            problems.append(f"adapter.{key}: {adapter[key]!r} here, {_plain(saved)!r} in {place}")
+    if problems:
+        raise ConfigError(not_that_adapter(problems))
+    return replace(config, **{key: value for key, value in given.items() if "dropout" in key})
+
+
+def _is_method(config: MethodConfig, method: str) -> bool:
+    named = named_methods().get(method)
+    return (
+        named is not None
+        and type(config) is named.config
+        and (not config.variants() or method in (name_of(config), config.peft_type.lower()))
+    )
+
+
+def not_that_adapter(problems: list[str]) -> str:
+    """The message about settings in which an ``adapter`` part differs from the saved adapter that it names."""
+    return (
+        "; ".join(problems)
+        + ". An adapter that is trained on stays the adapter that it is: leave these keys out, or leave adapter.from "
+        "out and begin a new one. Data, task, rates and dropout may differ"
+    )
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, list | tuple | set | frozenset) else value

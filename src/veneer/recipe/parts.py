@@ -1,0 +1,78 @@
+"""The parts of a recipe as written, each with its keys, types and defaults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from veneer.data.named_files import is_missing, missing_told
+from veneer.recipe.metric_part import MetricPart
+from veneer.recipe.source_part import SourcePart
+from veneer.recipe.tasks import Task
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelPart(_Part):
+    """The base, and the storage of its frozen weights."""
+
+    source: str
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["none", "nf4", "fp4", "int8"] = "none"
+    double_quantization: bool = True
+    float32_rest: bool = False
+    attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None
+
+
+class DataPart(_Part):
+    """The rows: their source, their reading, and the part of them that is trained."""
+
+    train: str
+    more: list[SourcePart] = []
+    chat_template: str | None = None
+    eval: str | None = None
+    eval_fraction: float = Field(default=0.0, ge=0, lt=1)
+    prompt: str | None = None
+    completion: str | None = None
+    chat: bool = False
+    system: str | None = None
+    train_on: Literal["answers", "everything"] = "answers"
+    streaming: bool = False
+    limit: int | None = Field(default=None, ge=1)
+    eval_limit: int | None = Field(default=None, ge=1)
+
+    @property
+    def holds_out(self) -> bool:
+        """True where rows are held out, in a file of their own or of the training rows."""
+        return self.eval is not None or self.eval_fraction > 0
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """All sources of rows, by their keys in a recipe."""
+        held_out = {} if self.eval is None else {"data.eval": self.eval}
+        more = {f"data.more, entry {number}": each.source for number, each in enumerate(self.more, start=1)}
+        return {"data.train": self.train, **more, **held_out}
+
+    @property
+    def missing_files(self) -> list[str]:
+        """In words, the sources that are meant as files and are not there."""
+        missing = {key: Path(source) for key, source in self.sources.items() if is_missing(source)}
+        return [f"{key}: {missing_told(path)}" for key, path in missing.items()]
+
+
+class Written(_Part):
+    """All of a run as written. `recipe.Recipe` adds the configs that its parts mean."""
+
+    task: Task = "sft"
+    model: ModelPart
+    data: DataPart
+    adapter: dict[str, Any] = {"method": "lora"}
+    training: dict[str, Any] = {}
+    rewards: list[str | dict[str, Any]] = []
+    metric: MetricPart | None = None
+    output: str
+    seed: int = 0

@@ -1,0 +1,130 @@
+"""The values of a recipe's file, with overrides on top; `problems` checks them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from veneer.errors import ConfigError
+from veneer.recipe.parts import DataPart, ModelPart, Written
+
+PLACES = (
+    ("data", "train"),
+    ("data", "eval"),
+    ("data", "chat_template"),
+    ("model", "source"),
+    ("adapter", "from"),
+)  # keys that may name a file
+
+
+def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The values of a recipe's file, with overrides on top, as `load_recipe` reads it; no value is checked yet."""
+    try:
+        values = _load_yaml(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise ConfigError(f"the recipe {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold keys and values; `veneer train --print-recipe` shows one")
+    for part, key in PLACES:
+        section = values.get(part)
+        if isinstance(section, dict) and key in section:
+            section[key] = beside(path, section[key])
+    if isinstance(values.get("rewards"), list):
+        values["rewards"] = [_reward_beside(path, each) for each in values["rewards"]]
+    _more_beside(path, values)
+    for override in overrides:
+        apply_override(values, override)
+    return values
+
+
+def _reward_beside(path: Path, reward: Any) -> Any:
+    """The reward function of a file that lies beside the recipe, found from here; anything else as it is."""
+    if isinstance(reward, dict) and "function" in reward:
+        return {**reward, "function": _reward_beside(path, reward["function"])}
+    if not isinstance(reward, str) or ".py:" not in reward:
+        return reward
+    file, _, name = reward.rpartition(":")
+    return f"{beside(path, file)}:{name}"
+
+
+def _more_beside(path: Path, values: Mapping[str, Any]) -> None:
+    """Find the files of ``data.more`` beside the recipe."""
+    more = section(values, "data").get("more")
+    for each in more if isinstance(more, list) else []:
+        if isinstance(each, dict) and "source" in each:
+            each["source"] = beside(path, each["source"])
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise ConfigError(
+                    f"{self.name}, line {key.start_mark.line + 1}: the key {key.value} is there twice in one part; "
+                    "keep one of the two"
+                )
+            seen |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
+        return super().construct_mapping(node, deep)
+
+
+def _load_yaml(text: str, name: str) -> Any:
+    loader = _UniqueKeys(text)
+    loader.name = name
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
+def beside(path: Path, value: Any) -> Any:
+    """The name of a file that lies beside the recipe, found from here; anything else as it is."""
+    return str(path.parent / value) if isinstance(value, str) and (path.parent / value).exists() else value
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set one ``key=value`` in the values of a recipe. Raises ConfigError."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override!r} must have the form key=value, such as training.learning_rate=1e-4")
+    try:
+        put(values, key, text if _is_text(key, text) else _load_yaml(text, "the value"))
+    except ConfigError as error:
+        raise ConfigError(f"--set {override!r}: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not YAML ({error})") from error
+
+
+def _is_text(key: str, text: str) -> bool:
+    """Return True if a value is taken as it stands: a key whose type is text, and neither quotes nor null around it."""
+    part, _, name = key.rpartition(".")
+    parts: dict[str, type[BaseModel]] = {"": Written, "model": ModelPart, "data": DataPart}
+    field = parts[part].model_fields.get(name) if part in parts else None
+    is_yaml = re.match(r"\s*(['\"]|(null|~)?\s*$)", text)
+    return field is not None and field.annotation in (str, str | None) and not is_yaml
+
+
+def put(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set ``part.key`` in the values of a recipe. Raises ConfigError where the part is no part."""
+    *parents, last = key.split(".")
+    section = values
+    for parent in parents:
+        section = section.setdefault(parent, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"{parent} is a value, not a section")
+    section[last] = value
+
+
+def section(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return a part of a recipe's values; an empty one where it is missing or no mapping."""
+    found = values.get(name)
+    return found if isinstance(found, dict) else {}
