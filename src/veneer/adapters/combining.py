@@ -167,8 +167,8 @@ def _bias_offset(layer: AdaptedSite, updates: Sequence[Update], weights: Sequenc
 def _require_no_groups(site: LinearSite, updates: Sequence[Update]) -> None:
     if site.groups > 1 and any(update.record.rank for update in updates):
         raise CompositionError(
-            f"{site.name} is a convolution in {site.groups} groups of channels, whose updates have no sum that an "
-            "adapter of the same form holds: activate the adapters together with set_adapter instead"
+            f"{site.name} is a convolution in {site.groups} groups of channels: updates of such layers cannot be "
+            "combined into one adapter. Activate the adapters together with set_adapter instead."
         )
 
 

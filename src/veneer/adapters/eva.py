@@ -163,8 +163,8 @@ class _Passes:
                 raise DataError("the dataloader gave batches once only: EVA needs one that can be gone through again")
             if short:
                 raise DataError(
-                    f"no batch gives {short[0].paths[0]} the {short[0].n_directions} tokens that as many directions "
-                    "need: make batches larger, r or rho smaller, or set use_label_mask=False where labels hide most"
+                    f"no batch gives {short[0].paths[0]} {short[0].n_directions} tokens, one for each direction. Make "
+                    "batches larger, r or rho smaller, or set use_label_mask=False if labels mask most tokens."
                 )
 
     def _has_settled(self, group: _Group, ranks: Mapping[str, int]) -> bool:

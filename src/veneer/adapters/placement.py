@@ -23,8 +23,8 @@ def require_same_place(model: nn.Module, device_map: DeviceMap) -> None:
         device = _device(given)
         if device is None or not any(_same(device, own) for own in held):
             raise ConfigError(
-                f"device_map={device_map!r}: an adapter goes where its base model is, which is on "
-                f"{sorted(map(str, held))}; leave device_map out, or give it to the from_pretrained of the base"
+                f"device_map={device_map!r} differs from the base model's devices {sorted(map(str, held))}: an adapter "
+                "follows its base. Leave device_map out, or give it to the from_pretrained of the base."
             )
 
 

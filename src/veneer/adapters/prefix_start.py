@@ -84,8 +84,8 @@ def _prefix(model: nn.Module, name: str) -> tuple[PrefixAdapters, PrefixMethod]:
     config = cast(PrefixMethod, holder.method(name))
     if holder.site[0].cross:
         raise ConfigError(
-            f"{type(model).__name__} is an encoder-decoder, whose decoder has no text in front that a prefix could "
-            "start from: leave the start as it is"
+            f"{type(model).__name__} is an encoder-decoder: its decoder has no text in front that a prefix could "
+            "start from. Leave the start as it is."
         )
     if config.has_network:
         raise ConfigError(f"an MLP makes the prefix {name!r}: only one without prefix_projection can start from text")

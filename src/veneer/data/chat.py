@@ -50,7 +50,7 @@ def assistant_mask(
         template = get_training_chat_template(tokenizer)
     except ValueError as error:
         raise DataError(
-            f"{_why_not_by_position(tokenizer, messages, options)}, so the assistant's tokens cannot be told by "
+            f"{_why_not_by_position(tokenizer, messages, options)}, so the assistant's tokens cannot be found by "
             "position. Put {% generation %} … {% endgeneration %} around the assistant's turns in the template, give "
             "prompt and completion columns, or set assistant_only_loss=False"
         ) from error
@@ -100,7 +100,9 @@ def _by_position(
         if message["role"] != "assistant":
             continue
         if i == 0:
-            raise DataError("the conversation opens with an assistant turn: nothing tells where its text begins")
+            raise DataError(
+                "the conversation opens with an assistant turn: its text has no known start. Begin with a user turn."
+            )
         before = render(tokenizer, messages[:i], {**(options or {}), "add_generation_prompt": True})
         after = render(tokenizer, messages[: i + 1], options)
         start, end = common_prefix(before, whole), common_prefix(after, whole)

@@ -243,8 +243,8 @@ def require_pageable(model: PreTrainedModel, n: int = 13) -> int:
     allowed = TOLERANCE.get(model.dtype, TOLERANCE[torch.float32])
     if not store.layers or not error <= allowed:
         raise TargetError(
-            f"{kind} cannot be served: one token a row over pages gives logits that are {error:.1e} away from its own "
-            f"(allowed {allowed:.0e}), so its layers keep more than keys and values. Use model.generate()"
+            f"{kind} cannot be served: one token a row over pages changes its logits by {error:.1e} (allowed "
+            f"{allowed:.0e}). Its layers keep more than keys and values. Use model.generate()."
         )
     return store.bytes_per_position
 

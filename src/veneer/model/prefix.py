@@ -219,7 +219,7 @@ def _require_room(cache: Cache) -> None:
         )
     if any(type(layer).__name__ == "Fp8QuantizedLayer" for layer in getattr(cache, "layers", ())):
         raise ConfigError(
-            "a QuantizedCache of backend 'fp8' takes its scale from what is written first, which is the prefix: larger "
+            "a QuantizedCache of backend 'fp8' takes its scale from the first values, those of the prefix: larger "
             "keys and values of the text would be cut off. Use backend 'quanto' or 'hqq', or another cache."
         )
 

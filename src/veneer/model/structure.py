@@ -135,7 +135,7 @@ def _blocks(model: nn.Module, additions: list[Addition]) -> dict[str, list[Addit
     homeless = [e.output_path for e in additions if not any(p in blocks for p in _ancestors(e.output_path))]
     if not blocks or homeless:
         raise TargetError(
-            f"the blocks of {type(model).__name__} cannot be told: "
+            f"the blocks of {type(model).__name__} cannot be recognised: "
             + (f"{homeless[0]!r} adds to the residual stream outside any" if homeless else "there is no repeated")
             + " block of attention and feed-forward parts. Use a method for linear layers, such as LoraConfig, here."
         )
@@ -147,7 +147,7 @@ def _kinds(path: str, events: list[Addition]) -> list[SublayerKind]:
     if n_attention > 2 or len(events) - n_attention != 1:
         raise TargetError(
             f"block {path!r} holds {n_attention} attention parts and {len(events) - n_attention} others "
-            f"({', '.join(event.output_path for event in events)}): which is the feed-forward part cannot be told. "
+            f"({', '.join(event.output_path for event in events)}): the feed-forward part is ambiguous. "
             "Use a method for linear layers, such as LoraConfig, on this model."
         )
     attention: Iterator[SublayerKind] = iter(("attention", "cross_attention"))  # decoders attend to themselves first

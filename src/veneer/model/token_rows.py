@@ -128,5 +128,5 @@ def _require_rows(path: str, module: nn.Module, rows: tuple[int, ...], taken: Co
     if beyond:
         raise TargetError(
             f"trainable_token_indices holds {beyond[:5]} for {path!r}, which has rows 0 to {weight.shape[0] - 1}"
-            ": call resize_token_embeddings before attaching, where these are new tokens"
+            ": if these are new tokens, call resize_token_embeddings before attaching"
         )

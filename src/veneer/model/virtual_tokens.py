@@ -139,7 +139,7 @@ class VirtualTokens(Holder):
         if not front.is_even and (mask is None or (takes_positions(model) and "position_ids" not in given)):
             raise ConfigError(
                 f"rows have different numbers of virtual tokens ({dict(front.counts)}): give attention_mask and "
-                "position_ids where a forward pass goes on from a cache, or use generate()"
+                "position_ids to a forward pass that continues from a cache, or use generate()"
             )
         return given | shifted(given, front)
 
@@ -182,7 +182,7 @@ def prepare_generation(
     if cache is None:
         return
     if cache.get_seq_length() > 0:
-        raise ConfigError("generate() starts from an empty cache where virtual tokens are active: pass the whole text")
+        raise ConfigError("generate() with virtual tokens starts from an empty cache: pass the whole text")
     n_rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
     if model_kwargs.get("attention_mask") is None:  # dropped by generate() because it was all ones
         ones = torch.ones(n_rows, generation_config._mask_length, dtype=torch.long, device=model.device)

@@ -192,8 +192,8 @@ def _check_classes(labels: Tensor, n_classes: int) -> None:
     low, high = (int(bound) for bound in torch.aminmax(labels))
     if low < 0 or high >= n_classes:
         raise ShapeError(
-            f"the labels that count lie between {low} and {high}, and the head has the {n_classes} classes "
-            f"0 to {n_classes - 1}: give labels of its vocabulary, and the ignored index (-100) where nothing counts"
+            f"counted labels lie between {low} and {high}: the head has the classes 0 to {n_classes - 1}. Give labels "
+            "of its vocabulary, and the ignored index (-100) for all other positions."
         )
 
 

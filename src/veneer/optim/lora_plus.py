@@ -40,8 +40,8 @@ def lora_plus_groups(
     factors = {name for name, _ in trainable if name in outward or name.rpartition(".")[2] in outward}
     if not factors:
         raise ConfigError(
-            f"LoRA+ needs a trainable LoRA factor B, or what another method has in its place; none of the "
-            f"{len(trainable)} trainable parameters is one"
+            f"none of the {len(trainable)} trainable parameters is a factor on the output side, such as LoRA's B: "
+            "LoRA+ needs one. Train such a factor, or use another optimizer."
         )
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, p in trainable:

@@ -109,7 +109,7 @@ class Sampler:
             raise NonFiniteError("the model's logits are not finite: its weights or an adapter's are damaged")
         changed = penalized(forbidden(raw.clone(), rule, state.output), rule, state.output)
         if float(changed.max()) == _NEVER:
-            raise ConfigError("no token is allowed here: what the request asks for excludes every token")
+            raise ConfigError("no token is allowed here: the request's constraints exclude every token")
         token = (
             int(changed.argmax()) if params.greedy else drawn(narrowed(changed, params), rule.key, len(state.output))
         )

@@ -81,9 +81,9 @@ class Scheduler:
             raise ConfigError("the prompt is empty: give at least one token")
         if n_front + n_prompt >= most and fit < longest:
             raise ConfigError(
-                f"the adapter takes {n_bytes} bytes and pinned ones {pinned}, which leaves {fit} positions of keys and "
-                f"values in the {self.pages.n_bytes} bytes that there are, and the prompt has {n_prompt}{front}: raise "
-                "kv_cache_memory_bytes, or unpin adapters"
+                f"the prompt has {n_prompt}{front}, and {fit} positions of keys and values are left of the "
+                f"{self.pages.n_bytes} bytes: the adapter takes {n_bytes}, pinned ones {pinned}. Raise "
+                "kv_cache_memory_bytes, or unpin adapters."
             )
         if n_front + n_prompt >= most:
             raise ConfigError(

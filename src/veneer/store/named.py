@@ -44,7 +44,7 @@ def folder_of(name: str) -> Path | None:
     if here.is_file() and sha256_of(here) == digest:
         return converted_folder(here)
     raise ConfigError(
-        f"the model is the GGUF file {file} with the SHA-256 {digest}, which this machine has not read yet"
+        f"the model is the GGUF file {file} with the SHA-256 {digest}, not yet read on this machine"
         f"{f' (the {file} in this folder is another)' if here.is_file() else ''}: put that file into this folder, "
         "or give its path as the model; once read it is found by its hash"
     )

@@ -40,8 +40,8 @@ def changes_since(before: Mapping[str, Any], recipe: Recipe, allow: bool) -> lis
         found = changes(Recipe.model_validate(before["recipe"]), recipe, before.get("places"))
     except ValueError as error:  # of pydantic, or a ConfigError
         raise ConfigError(
-            f"the recipe in {path} is not one that this version reads, so that nobody can say what has changed since "
-            f"({error}): start a new run in another output (--set output=…)"
+            f"the recipe in {path} cannot be read by this version, so changes since then are unknown ({error}). Start "
+            "a new run in another output (--set output=…)."
         ) from error
     count = before.get("n_processes", 1)
     if count != n_processes():

@@ -31,7 +31,7 @@ def record_of(output: Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise FormatError(f"{path} cannot be read ({error}): restore it, or move it away") from error
     if not isinstance(record, dict) or not {"status", "recipe"} <= record.keys():
-        raise FormatError(f"{path} is not what a run writes down: it holds no status and recipe. Move it away")
+        raise FormatError(f"{path} is not the record of a run: it holds no status and recipe. Move it away.")
     return record
 
 

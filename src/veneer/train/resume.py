@@ -81,9 +81,8 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         before = counted.get("data_digest")
         if before is not None and before != self.data_digest and not self.other_data:
             raise TrainingError(
-                f"{folder} was trained on other data (or another tokenizer, max_length or packing) than this run has, "
-                f"so the run cannot continue as if nothing had happened: give it the same data, or start a new run "
-                f"from the adapter in that folder (adapter.from in a recipe)"
+                f"{folder} was trained on other data, or with another tokenizer, max_length or packing. Give the same "
+                "data, or start a new run from the adapter in that folder (adapter.from in a recipe)."
             )
         by_main(lambda: drop_partial(run))
         self.progress = Progress.from_dict(counted)

@@ -167,5 +167,5 @@ def test_off_and_away_it_is_the_base(tmp_path: Path) -> None:
 
 def test_no_text_to_start_from() -> None:
     model = prefixed("t5-even")
-    with pytest.raises(ConfigError, match="is an encoder-decoder, whose decoder has no text in front"):
+    with pytest.raises(ConfigError, match="is an encoder-decoder: its decoder has no text in front"):
         initialize_kv_prefix_from_past_key_values(model, past_key_values=None)  # type: ignore[arg-type]

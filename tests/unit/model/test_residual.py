@@ -235,7 +235,7 @@ def test_a_copied_model_has_adapters_of_its_own():
 
 def test_a_model_without_attention_is_an_error_that_says_so():
     model = AutoModel.from_config(MambaConfig(vocab_size=VOCAB, hidden_size=D, num_hidden_layers=2))
-    with pytest.raises(TargetError, match="blocks of MambaModel cannot be told"):
+    with pytest.raises(TargetError, match="blocks of MambaModel cannot be recognised"):
         get_peft_model(model, BottleneckConfig())
     assert not hasattr(model, "adapter_state")
 

@@ -110,7 +110,7 @@ def test_a_folder_converted_by_an_older_veneer_is_not_taken(make_gguf: Make, tmp
     manifest = json.loads((folder / "veneer.json").read_text())
     assert folder_of(manifest["name"]) == folder
     (folder / "veneer.json").write_text(json.dumps({**manifest, "conversion": manifest["conversion"] - 1}))
-    with pytest.raises(ConfigError, match="has not read yet"):
+    with pytest.raises(ConfigError, match="not yet read on this machine"):
         folder_of(manifest["name"])
 
 

@@ -59,7 +59,7 @@ def test_it_is_told_how_a_run_stands(other):
 def test_a_damaged_record_is_one_message(tmp_path, text):
     assert record_of(tmp_path) is None
     (tmp_path / "run.json").write_text(text)
-    with pytest.raises(FormatError, match=r"run\.json (cannot be read|is not what a run writes down)"):
+    with pytest.raises(FormatError, match=r"run\.json (cannot be read|is not the record of a run)"):
         record_of(tmp_path)
     (tmp_path / "run.json").write_text(json.dumps({"status": "failed", "recipe": {}}))
     assert record_of(tmp_path) == {"status": "failed", "recipe": {}}

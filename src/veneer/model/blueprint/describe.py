@@ -67,7 +67,7 @@ def blocks_of(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
     holders = [base, *(part for name, part in base.named_children() if name == "decoder")]
     lists = [(h, part) for h in holders for part in h.children() if isinstance(part, nn.ModuleList) and len(part)]
     if len(lists) != 1 or model.config.is_encoder_decoder:
-        raise DescriptionError(f"it has {len(lists)} lists of layers, where one is expected")
+        raise DescriptionError(f"it has {len(lists)} lists of layers: exactly one is supported")
     return lists[0]
 
 

@@ -78,7 +78,7 @@ def _renamed(family: Family, names: Mapping[str, str]) -> Family:
 def _raise(contents: GgufContents, problems: list[str]) -> None:
     if problems:
         raise FormatError(
-            f"this {contents.architecture} file says what its model in transformers would not compute: "
+            f"this {contents.architecture} file has settings that its model in transformers does not compute: "
             + "; ".join(problems)
         )
 

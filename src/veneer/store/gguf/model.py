@@ -67,8 +67,8 @@ def read_facts(path: Path) -> GgufFacts:
     reader = open_gguf(path)
     if value_of(reader, "general.type") == "adapter":
         raise FormatError(
-            f"{path} holds an adapter, which stands beside the file of its base (llama-server -m base.gguf --lora "
-            f"{path.name}); veneer reads GGUF files of whole models"
+            f"{path} holds an adapter: veneer reads GGUF files of whole models. Run it in llama.cpp: llama-server "
+            f"-m base.gguf --lora {path.name}."
         )
     architecture = value_of(reader, "general.architecture")
     if architecture is None:

@@ -164,7 +164,7 @@ def _rewards(given: Any) -> list[Any]:
     """The reward functions, checked in what they return. Raises ConfigError where there is none."""
     functions = list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
     if not functions:
-        raise ConfigError("reward_funcs is empty: give a function, or several, that reward what the model generates")
+        raise ConfigError("reward_funcs is empty: give at least one function that rewards completions")
     wrong = [each for each in functions if not (callable(each) or isinstance(each, str))]
     if wrong:
         raise ConfigError(f"reward_funcs holds {wrong[0]!r:.60}: a reward function is a function, a model or its name")

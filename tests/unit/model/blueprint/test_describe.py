@@ -143,7 +143,7 @@ def test_what_is_no_decoder_raises() -> None:
         encoder_decoder = T5ForConditionalGeneration(T5Config(num_layers=1))
         encoder = AutoModelForCausalLM.from_config(BertConfig(num_hidden_layers=1, is_decoder=True))
     for model in (encoder_decoder, encoder):
-        with pytest.raises(DescriptionError, match="lists of layers, where one is expected"):
+        with pytest.raises(DescriptionError, match="lists of layers: exactly one is supported"):
             describe(model)
 
 
