@@ -161,5 +161,5 @@ def test_the_command(tmp_path: Path) -> None:
 def test_the_file_of_an_adapter_is_no_model(tmp_path: Path) -> None:
     adapter = trained(tmp_path, "llama", LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj"]))
     export_lora(adapter, tmp_path / "a.gguf")
-    with pytest.raises(FormatError, match=r"a\.gguf holds an adapter, .*--lora a\.gguf"):
+    with pytest.raises(FormatError, match=r"a\.gguf holds an adapter: .*--lora a\.gguf"):
         check_file(tmp_path / "a.gguf")
