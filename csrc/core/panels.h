@@ -176,20 +176,36 @@ void tile_blocks(int64_t row, int64_t block, int64_t end, const F& f) {
   if constexpr (blocks > 1)
     if (block < end) tile_blocks<rows, blocks - 1>(row, block, end, f);
 }
-template <int rows = most_rows, class F>
+// `least` and `rows` bound n: each height that a compiler meets is code, and a long time.
+template <int least = 1, int rows = most_rows, class F>
 void tile_height(int64_t row, int64_t n, int64_t block, int64_t end, const F& f) {
-  if constexpr (rows > 1)
-    if (n < rows) return tile_height<rows - 1>(row, n, block, end, f);
+  if constexpr (rows > least)
+    if (n < rows) return tile_height<least, rows - 1>(row, n, block, end, f);
   tile_blocks<rows, blocks_beside(rows)>(row, block, end, f);
 }
+constexpr int least_of_several = (most_rows + 1) / 2;  // rows of a tile where there are more than `most_rows` rows
+
 // Rows [row, stop), in tiles of as equal a height as there can be.
-template <class F>
+template <int least = 1, int most = most_rows, class F>
 void tiles(int64_t row, int64_t stop, int64_t block, int64_t end, const F& f) {
-  const int64_t n = stop - row, heights = (n + most_rows - 1) / most_rows;
+  const int64_t n = stop - row, heights = (n + most - 1) / most;
   for (int64_t t = 0; t < heights; ++t) {
     const int64_t first = row + n * t / heights, last = row + n * (t + 1) / heights;
-    tile_height(first, last - first, block, end, f);
+    tile_height<least, most>(first, last - first, block, end, f);
   }
+}
+
+// sink(row, block, sums) for each row and block of a tile. The loops stay loops, and their sums go by way of memory: a copy
+// of the sink for each pair of them was half of a tile's code.
+template <int rows, int blocks, class Sink>
+inline void each_sum(int64_t row, int64_t block, const lanes (&sums)[rows][blocks * vectors], const Sink& sink) {
+  lanes kept[rows][blocks * vectors];
+  for (int r = 0; r < rows; ++r)
+    for (int s = 0; s < blocks * vectors; ++s) kept[r][s] = sums[r][s];
+#pragma GCC unroll 1
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 1
+    for (int b = 0; b < blocks; ++b) sink(row + r, block + b, kept[r] + b * vectors);
 }
 
 // Lines of memory that a tile fetches with every two steps in depth: of its `own` weights as many as it reads, so far ahead;
@@ -237,8 +253,7 @@ struct PanelProduct {
       one(k + unit);
     }
     for (; k < depth; k += unit) one(k);
-    for (int r = 0; r < rows; ++r)
-      for (int b = 0; b < blocks; ++b) sink(row + r, block + b, sums[r] + b * vectors);
+    each_sum<rows, blocks>(row, block, sums, sink);
   }
 };
 
@@ -257,7 +272,7 @@ void multiply_panels(const PanelMatrix& m, const typename Engine::X* x, int64_t 
     for (int64_t t = 1; t < heights; ++t) {
       const int64_t first = row + n * t / heights, last = row + n * (t + 1) / heights;
       const PanelProduct<Engine, beside, Sink> product{m, x, stride, sink, ahead + (t <= panel_blocks ? t - 1 : 0) * part};
-      tile_height(first, last - first, begin, next, product);
+      tile_height<least_of_several>(first, last - first, begin, next, product);
     }
     begin = next;
   }

@@ -62,6 +62,12 @@ void fill(const GgmlRows& rows, int64_t first, int64_t n, bool row_variance, Til
   turn(weights, Block, tile.qw);
 }
 
+// Not inline: compiled once for all types of values.
+template <class Format>
+__attribute__((noinline)) int_lanes quantize_tile(const Tile<Format::block>& tile, bit_lanes* words) {
+  return Format::quantize(tile, words);
+}
+
 template <class Format, class T>
 int64_t quantize_format(const GgmlRows& rows, bool row_variance, uint8_t* out) {
   const int64_t per_row = rows.columns / Format::block, blocks = rows.rows * per_row;
@@ -72,7 +78,7 @@ int64_t quantize_format(const GgmlRows& rows, bool row_variance, uint8_t* out) {
     for (int64_t t = begin; t < end; ++t) {
       const int64_t first = t * width, n = blocks - first < width ? blocks - first : width;
       fill<Format::block, T>(rows, first, n, row_variance, tile);
-      const int_lanes bad = Format::quantize(tile, words) | not_finite(tile.x, Format::block);
+      const int_lanes bad = quantize_tile<Format>(tile, words) | not_finite(tile.x, Format::block);
       emit<Format::words>(words, Format::skip, Format::bytes, n, out + first * Format::bytes);
       if (any(bad))
         for (int64_t r = n - 1; r >= 0; --r)

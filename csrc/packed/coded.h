@@ -222,8 +222,7 @@ struct CodedProduct {
         }
       }
     }
-    for (int r = 0; r < rows; ++r)
-      for (int b = 0; b < blocks; ++b) sink(row + r, block + b, sums[r] + b * vectors);
+    each_sum<rows, blocks>(row, block, sums, sink);
   }
 };
 
@@ -341,8 +340,7 @@ struct CodedPairProduct {
         }
       }
     }
-    for (int r = 0; r < rows; ++r)
-      for (int b = 0; b < blocks; ++b) sink(row + r, block + b, &sums[r][b]);
+    each_sum<rows, blocks>(row, block, sums, sink);
   }
 };
 

@@ -273,6 +273,7 @@ constexpr int most_direct = 2 * most_rows;
 #else
 constexpr int most_direct = 2;
 #endif
+constexpr int most_direct_height = most_direct < most_rows ? most_direct : most_rows;
 
 bool is_direct(const PackedProduct& call) {
 #if defined(__AMX_BF16__)
@@ -319,11 +320,11 @@ void direct_product(const PackedProduct& call, const Operand& x, int64_t begin, 
   if constexpr (sizeof(W) == 2)
     if (reads_pairs(call)) {
       const CodedPairProduct<Codes, Finish> product{call.weight, static_cast<const bf16*>(x.data), x.stride, finish};
-      return tiles(0, call.n, begin, end, product);
+      return tiles<1, most_direct_height>(0, call.n, begin, end, product);
     }
 #endif
   const CodedProduct<Codes, W, Finish> product{call.weight, static_cast<const float*>(x.data), x.stride, finish};
-  tiles(0, call.n, begin, end, product);
+  tiles<1, most_direct_height>(0, call.n, begin, end, product);
 }
 
 template <class Codes, class W>

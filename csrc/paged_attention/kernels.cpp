@@ -374,8 +374,9 @@ struct Worker {
     const W* next[chunk_blocks];
     if (few) find_next(task, chunk, next);
     const auto score = [&](auto fetching) {
-      tiles(0, n, 0, blocks, Scores<Engine, decltype(fetching)::value>{queries + row * layout.d, layout.d, keys, s.block, s.head_dim,
-                                                                       scores + at, values});
+      constexpr bool fetches = decltype(fetching)::value;
+      tiles<fetches ? 1 : least_of_several>(
+          0, n, 0, blocks, Scores<Engine, fetches>{queries + row * layout.d, layout.d, keys, s.block, s.head_dim, scores + at, values});
     };
     few ? score(Yes{}) : score(No{});
     for (int64_t r = row; r < row + n; ++r) {
@@ -384,9 +385,10 @@ struct Worker {
       weigh_any(r, first_block * key_block, (first_block + blocks) * key_block, seen, state);
     }
     const auto add = [&](auto fetching) {
-      tiles(0, n, 0, layout.d / key_block,
-            Weighted<Engine, decltype(fetching)::value>{p + at, values, layout.d, end - first_block * key_block,
-                                                        state.sums + row * layout.d, next});
+      constexpr bool fetches = decltype(fetching)::value;
+      tiles<fetches ? 1 : least_of_several>(
+          0, n, 0, layout.d / key_block,
+          Weighted<Engine, fetches>{p + at, values, layout.d, end - first_block * key_block, state.sums + row * layout.d, next});
     };
     few ? add(Yes{}) : add(No{});
   }

@@ -34,31 +34,38 @@ int64_t thread_bytes(const PairsCall& call) {
 
 int64_t scratch_bytes(const PairsCall& call) { return up_to(thread_bytes(call), 64) * call.n_threads; }
 
+enum class Goes : int {
+  rounded,   // u, as what the second product reads
+  wide,      // A x in float, before what there is between the two products
+  to_float,  // added to y
+  to_bf16
+};
+
+// Where sums go. A value and no type: a tile of products takes a compiler longest, and is the same for all of them.
 template <class Engine>
-struct Keep {  // u, rounded to what the second product reads
-  typename Engine::X* u;
-  int64_t stride;
-  void operator()(int64_t row, int64_t block, const lanes* sums) const {
-    for (int64_t v = 0; v < vectors; ++v) Engine::keep(u + row * stride + block * panel_block + v * width, sums[v]);
-  }
-};
+struct Sink {
+  Goes goes;
+  void* to;
+  int64_t stride, o = 0;
+  const float *scale = nullptr, *bias = nullptr;  // null: none
 
-struct KeepWide {  // A x, before what there is between the two products
-  float* u;
-  int64_t stride;
   void operator()(int64_t row, int64_t block, const lanes* sums) const {
-    for (int64_t v = 0; v < vectors; ++v) store(u + row * stride + block * panel_block + v * width, sums[v]);
+    const int64_t column = block * panel_block, at = row * stride + column;
+    switch (goes) {
+      case Goes::rounded:
+        for (int64_t v = 0; v < vectors; ++v) Engine::keep(static_cast<typename Engine::X*>(to) + at + v * width, sums[v]);
+        return;
+      case Goes::wide:
+        for (int64_t v = 0; v < vectors; ++v) store(static_cast<float*>(to) + at + v * width, sums[v]);
+        return;
+      case Goes::to_float: return add(static_cast<float*>(to) + at, column, sums);
+      case Goes::to_bf16: return add(static_cast<bf16*>(to) + at, column, sums);
+    }
   }
-};
 
-template <class Y>
-struct Add {
-  Y* y;
-  int64_t stride, o;
-  const float *scale, *bias;  // null: none
-  void operator()(int64_t row, int64_t block, const lanes* sums) const {
-    const int64_t column = block * panel_block, left = o - column;
-    Y* at = y + row * stride + column;
+  template <class Y>
+  void add(Y* at, int64_t column, const lanes* sums) const {
+    const int64_t left = o - column;
     for (int64_t v = 0; v < vectors && v * width < left; ++v) {
       const int64_t n = left - v * width < width ? left - v * width : width;
       lanes sum = sums[v];
@@ -83,11 +90,9 @@ struct Worker {
     const X* from = read(x, n, stride);
     const int64_t columns = columns_of(call, segment), u_stride = up_to(columns, panel_block);
     const PanelMatrix a{columns, call.in_features, even(call, call.in_features), call.dtype, const_cast<char*>(segment.factors)};
-    if (segment.middle == nullptr) {
-      multiply_panels<Engine>(a, from, stride, 0, n, 0, blocks_of(columns), Keep<Engine>{u, u_stride});
-    } else {
-      multiply_panels<Engine>(a, from, stride, 0, n, 0, blocks_of(columns), KeepWide{wide, u_stride});
-    }
+    Sink<Engine> sink{Goes::rounded, u, u_stride};
+    if (segment.middle != nullptr) sink = {Goes::wide, wide, u_stride};
+    multiply_panels<Engine>(a, from, stride, 0, n, 0, blocks_of(columns), sink);
     add_layers(segment, a, u_stride, start, n);
   }
 
@@ -106,11 +111,11 @@ struct Worker {
       }
       const bool scaled = middle != nullptr && middle->out_scale != nullptr, moved = middle != nullptr && middle->out_bias != nullptr;
       const float *scale = scaled ? middle->out_scale + output : nullptr, *bias = moved ? middle->out_bias + output : nullptr;
-      if (call.y_dtype == Dtype::float32) {
-        add<float>(matrix, own, u_stride, call.ys[layer], {start, n}, scale, bias);
-      } else {
-        add<bf16>(matrix, own, u_stride, call.ys[layer], {start, n}, scale, bias);
-      }
+      const PairsRows& y = call.ys[layer];
+      const bool is_float = call.y_dtype == Dtype::float32;
+      char* to = reinterpret_cast<char*>(y.data) + start * y.stride * (is_float ? 4 : 2);
+      const Sink<Engine> sink{is_float ? Goes::to_float : Goes::to_bf16, to, y.stride, matrix.o, scale, bias};
+      multiply_panels<Engine>(matrix, own, u_stride, 0, n, 0, blocks_of(matrix.o), sink);
       first += matrix.depth;
     }
   }
@@ -126,15 +131,6 @@ struct Worker {
           Engine::keep(u + r * stride + c, decltype(act)::at(x).value);
         });
     });
-  }
-
-  struct Span {
-    int64_t start, n;
-  };
-  template <class Y>
-  void add(const PanelMatrix& b, const X* own, int64_t u_stride, const PairsRows& y, Span rows, const float* scale, const float* bias) const {
-    Y* to = reinterpret_cast<Y*>(y.data) + rows.start * y.stride;
-    multiply_panels<Engine>(b, own, u_stride, 0, rows.n, 0, blocks_of(b.o), Add<Y>{to, y.stride, b.o, scale, bias});
   }
 
   // Rows as the engine reads them: where they lie, or a copy in its type, of whole pairs.
