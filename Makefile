@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make setup   only set up: $(BIN)/veneer"
+	@echo "make setup   only set up: $(BIN)/veneer (VENEER_ISAS=all: kernels for every instruction set, not for this machine's alone)"
 	@echo "make demo    set up, fetch a small model, fine-tune it, show what changed (two cores: three minutes, and five to ten for the set-up)"
 	@echo "make test    set up, then the whole test suite"
 	@echo "make check   lint, types, layers"
@@ -20,10 +20,11 @@ $(VENV)/.ready: pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 	@echo "1 of 3: an environment in $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "2 of 3: pip, in its newest version"
-	@$(BIN)/python -m pip install --quiet --upgrade pip
+	@$(BIN)/python -m pip install --quiet --no-compile --upgrade pip
 	@echo "3 of 3: torch and the other packages, then veneer and its kernels: some minutes"
+	@# --no-compile: Python compiles what is imported; pip would compile all of 20,000 files
 	@test -t 1 || quiet=--quiet; scripts/compile_progress build & watcher=$$!; trap "kill $$watcher 2>/dev/null" EXIT; \
-		$(BIN)/python -m pip install $$quiet --editable '.[dev]'
+		$(BIN)/python -m pip install $$quiet --no-compile --editable '.[dev]'
 	@touch $@
 	@echo "ready: $(BIN)/veneer (source $(BIN)/activate puts it on the path)"
 

@@ -11,6 +11,19 @@
 namespace veneer {
 namespace {
 
+#if defined(__x86_64__)
+[[maybe_unused]] bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+[[maybe_unused]] bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+#endif
+
+#if defined(VENEER_BUILT_AVX512_BF16) || defined(VENEER_BUILT_AMX)  // older compilers do not know these names
+// Permutations of bytes (VBMI) came to all CPUs with bf16 products but one, which runs the avx512 build.
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi"); }
+#endif
+
 #ifdef VENEER_BUILT_AMX
 // Tiles need the CPU (leaf 7: bf16 products in bit 22, tiles in bit 24) and leave from the kernel, asked once a process.
 bool tiles_usable() {
@@ -26,37 +39,46 @@ bool tiles_usable() {
 }
 #endif
 
-bool usable(Isa isa) {
-  switch (isa) {
-    case Isa::generic: return true;
+constexpr Isa built[] = {
+    Isa::generic,
 #ifdef VENEER_BUILT_AVX2
-    case Isa::avx2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    Isa::avx2,
 #endif
 #ifdef VENEER_BUILT_AVX512
-    case Isa::avx512:
-      return usable(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    Isa::avx512,
 #endif
 #ifdef VENEER_BUILT_AVX512_BF16
-    // Permutations of bytes (VBMI) came to all CPUs with bf16 products but one, which runs the avx512 build.
-    case Isa::avx512_bf16:
-      return usable(Isa::avx512) && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+    Isa::avx512_bf16,
+#endif
+#ifdef VENEER_BUILT_AMX
+    Isa::amx,
+#endif
+};
+
+bool usable(Isa isa) {
+  switch (isa) {
+#ifdef VENEER_BUILT_AVX2
+    case Isa::avx2: return has_avx2();
+#endif
+#ifdef VENEER_BUILT_AVX512
+    case Isa::avx512: return has_avx512();
+#endif
+#ifdef VENEER_BUILT_AVX512_BF16
+    case Isa::avx512_bf16: return has_avx512_bf16();
 #endif
 #ifdef VENEER_BUILT_AMX
     case Isa::amx: {
       static const bool tiles = tiles_usable();
-      return usable(Isa::avx512_bf16) && tiles;
+      return has_avx512_bf16() && tiles;
     }
 #endif
-    default: return false;
+    default: return isa == Isa::generic;
   }
 }
 
-constexpr Isa all[] = {Isa::generic, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx};
-
 Isa best() {
   Isa found = Isa::generic;
-  for (Isa isa : all)
+  for (Isa isa : built)
     if (usable(isa)) found = isa;
   return found;
 }
@@ -82,15 +104,21 @@ const char* isa_name(Isa isa) {
   }
 }
 
+std::vector<std::string> built_isas() {
+  std::vector<std::string> names;
+  for (Isa isa : built) names.emplace_back(isa_name(isa));
+  return names;
+}
+
 std::vector<std::string> usable_isas() {
   std::vector<std::string> names;
-  for (Isa isa : all)
+  for (Isa isa : built)
     if (usable(isa)) names.emplace_back(isa_name(isa));
   return names;
 }
 
 bool use_isa(const std::string& name) {
-  for (Isa isa : all)
+  for (Isa isa : built)
     if (usable(isa) && name == isa_name(isa)) {
       chosen.store(isa, std::memory_order_relaxed);
       return true;

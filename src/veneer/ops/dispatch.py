@@ -48,7 +48,7 @@ def availability() -> dict[str, str]:
 
 
 def kernel_build() -> str:
-    """The instruction set that the C++ kernels use here and whose threads they run on, in words."""
+    """Return one line: the kernels' instruction set here, those that are built, and whose threads they run on."""
     if importlib.util.find_spec("veneer._kernels") is None:
         return "none: the C++ module was not built"
     return str(importlib.import_module("veneer.ops.cpu.module").description())

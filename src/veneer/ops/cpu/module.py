@@ -45,7 +45,8 @@ def thread_runtime() -> str:
 
 
 def description() -> str:
-    """One line for people: the instruction set in use and whose threads the kernels run on."""
-    runtime = thread_runtime()
-    threads = count(kernels().max_threads(), "thread")
-    return f"{kernels().isa()}, {threads} of {Path(runtime).name or 'its own (no OpenMP)'}"
+    """Return one line: the instruction set in use, those that are built, and whose threads the kernels run on."""
+    runtime, module = thread_runtime(), kernels()
+    threads = count(module.max_threads(), "thread")
+    built = ", ".join(module.built_isas())
+    return f"{module.isa()} (built: {built}), {threads} of {Path(runtime).name or 'its own (no OpenMP)'}"
