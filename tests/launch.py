@@ -1,32 +1,70 @@
-"""Commands carried out in processes of their own that are forked from one in which all is imported already."""
+"""Programs and commands in processes of their own that are forked from one in which all is imported already.
+
+A new interpreter takes several seconds to import torch, transformers and TRL; a fork takes none. Start an interpreter
+where the test is about imports, about what is read from the environment at the start, or about how a program ends.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
-PRELOADED = ["launch", "veneer.cli.app", "veneer.cli.loading", "veneer.train.run", "veneer.recipe.adapter"]
+PRELOADED = [
+    "veneer.cli.app", "veneer.cli.loading", "veneer.train.run", "veneer.recipe.adapter", "veneer.train.trainer",
+    "transformers.models.llama.modeling_llama", "datasets", "psutil",
+]  # fmt: skip
+LONGEST = 280.0  # seconds that a program may take; a test may take 300
+
+
+def forkserver() -> ForkServerContext:
+    """Return the context whose processes have `PRELOADED` imported, and no checks of shapes."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
 
 
 def forked(
-    arguments: Sequence[str], log: Path, environment: Mapping[str, str], *, slow: bool
+    arguments: Sequence[str], log: Path, environment: Mapping[str, str], *, slow: bool = False
 ) -> multiprocessing.Process:
-    """``veneer ARGUMENTS`` as a process whose output goes into a file. ``slow``: it waits in every micro-batch."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=_command, args=(list(arguments), str(log), dict(environment), slow))
+    """Start ``veneer ARGUMENTS``, whose output goes into a file. ``slow``: it waits in every micro-batch."""
+    process = forkserver().Process(target=_command, args=(list(arguments), str(log), dict(environment), slow))
     process.start()
     return process
 
 
+def started(code: str | Path, *arguments: object, stdout: Path, stderr: Path | None = None) -> multiprocessing.Process:
+    """Start ``python -c CODE ARGUMENTS``, or a script, in the caller's environment; its output goes into files."""
+    argv = ["-c" if isinstance(code, str) else str(code), *map(str, arguments)]
+    streams = str(stdout), str(stderr or stdout)
+    process = forkserver().Process(target=_program, args=(code, argv, dict(os.environ), *streams))
+    process.start()
+    return process
+
+
+def program(code: str | Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run what `started` starts to its end. A program that takes longer than `LONGEST` is killed."""
+    with tempfile.TemporaryDirectory() as folder:
+        stdout, stderr = Path(folder, "stdout"), Path(folder, "stderr")
+        process = started(code, *arguments, stdout=stdout, stderr=stderr)
+        process.join(LONGEST)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+        assert process.exitcode is not None
+        return subprocess.CompletedProcess([str(code)], process.exitcode, stdout.read_text(), stderr.read_text())
+
+
 def _command(arguments: list[str], log: str, environment: dict[str, str], slow: bool) -> None:
     os.environ.update(environment)
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(file, stream)
+    _write_into(log, log)
     import torch
 
     from veneer.cli.app import app
@@ -35,6 +73,23 @@ def _command(arguments: list[str], log: str, environment: dict[str, str], slow: 
     if slow:
         _slow_down()
     app(arguments)
+
+
+def _program(code: str | Path, argv: list[str], environment: dict[str, str], stdout: str, stderr: str) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    _write_into(stdout, stderr)
+    sys.argv = argv
+    if isinstance(code, Path):
+        sys.path.insert(0, str(code.parent))
+        runpy.run_path(str(code), run_name="__main__")
+    else:
+        exec(compile(code, "<program>", "exec"), {"__name__": "__main__"})
+
+
+def _write_into(stdout: str, stderr: str) -> None:
+    for stream, name in ((1, stdout), (2, stderr)):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
 
 
 def _slow_down() -> None:

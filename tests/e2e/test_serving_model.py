@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
+from multiprocessing import Process
 from pathlib import Path
 
 import openai
 import pytest
 import torch
 
+from launch import forked
 from veneer import (
     LLM,
     BottleneckConfig,
@@ -86,13 +87,12 @@ def test_chat_and_a_form() -> None:
     assert picked.outputs[0].finish_reason == "stop"
 
 
-def test_the_command_serves_the_openai_client(adapters: Path) -> None:
+def test_the_command_serves_the_openai_client(adapters: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    main = "from veneer.cli.app import main; main()"
-    command = [sys.executable, "-c", main, "serve", NAME, "--adapters", str(adapters), "--port", str(port)]
+    command = ["serve", NAME, "--adapters", str(adapters), "--port", str(port)]
     command += ["--dtype", "float32"]  # in bfloat16 the first token of the answer is tied with another
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = forked(command, tmp_path / "log", {})
     try:
         _wait_for(f"http://127.0.0.1:{port}/health", process)
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
@@ -107,14 +107,16 @@ def test_the_command_serves_the_openai_client(adapters: Path) -> None:
         assert adapted.usage is not None
         assert adapted.usage.completion_tokens == 3
     finally:
-        process.send_signal(signal.SIGINT)
-        errors = process.communicate(timeout=60)[1]
-    assert "Traceback" not in errors
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGINT)
+        process.join(60)
+    assert process.exitcode == 130
+    assert "Traceback" not in (tmp_path / "log").read_text()
 
 
-def _wait_for(url: str, process: subprocess.Popen[str]) -> None:
+def _wait_for(url: str, process: Process) -> None:
     end = time.monotonic() + 200
-    while time.monotonic() < end and process.poll() is None:
+    while time.monotonic() < end and process.is_alive():
         try:
             urllib.request.urlopen(url, timeout=5).close()
             return

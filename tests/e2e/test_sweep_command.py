@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing import Process
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +15,11 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from launch import forked
 from models import llama_config, word_tokenizer
 from veneer.train.checkpoint import checkpoints
 
 WORDS = [f"w{i}" for i in range(23)]
-COMMAND = [sys.executable, "-c", "from veneer.cli.app import main; main()", "train"]
 
 
 @pytest.fixture
@@ -56,16 +54,17 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(project: Path, output: str, *options: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-    command = [*COMMAND, str(project / "sweep.yaml"), "--set", f"output={project / output}", *options]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def start(project: Path, output: str, *options: str) -> tuple[Process, Path]:
+    """The process, and the file that its output goes into."""
+    log = project / f"{len(list(project.glob('*.log')))}.log"
+    command = ["train", str(project / "sweep.yaml"), "--set", f"output={project / output}", *options]
+    return forked(command, log, {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}), log
 
 
-def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=250)
-    assert process.returncode == 0, output
-    return output
+def finish(process: Process, log: Path, code: int = 0) -> str:
+    process.join(250)
+    assert process.exitcode == code, log.read_text()
+    return log.read_text()
 
 
 def losses(folder: Path) -> dict[int, tuple[float, ...]]:
@@ -75,16 +74,17 @@ def losses(folder: Path) -> dict[int, tuple[float, ...]]:
 
 
 def test_a_sweep_killed_anywhere_and_resumed_is_the_sweep_that_was_not(project: Path) -> None:
-    whole, process = start(project, "whole"), start(project, "broken")
-    while process.poll() is None and len(checkpoints(project / "broken" / "lora")) == 0:
+    whole = start(project, "whole")
+    process, _ = start(project, "broken")
+    while process.is_alive() and len(checkpoints(project / "broken" / "lora")) == 0:
         time.sleep(0.02)
     time.sleep(0.3)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL, "the sweep ended before it was killed"
-    shown = finish(start(project, "broken", "--resume"))
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "the sweep ended before it was killed"
+    shown = finish(*start(project, "broken", "--resume"))
     assert "Traceback" not in shown
-    finish(whole)
+    finish(*whole)
     for name in ("lora", "dora", "ia3"):
         expected, found = losses(project / "whole" / name), losses(project / "broken" / name)
         assert found.keys() == expected.keys()
@@ -94,7 +94,7 @@ def test_a_sweep_killed_anywhere_and_resumed_is_the_sweep_that_was_not(project: 
 
 
 def test_the_table_and_the_files(project: Path) -> None:
-    shown = finish(start(project, "out", "--set", "training.max_steps=3"))
+    shown = finish(*start(project, "out", "--set", "training.max_steps=3"))
     assert re.search(r"^dora: step 3/3  held out: loss \d", shown, re.M), shown
     lines = [line.split() for line in shown.splitlines()]
     assert {line[0] for line in lines if line and line[-1] == "*"} <= {"lora", "dora", "ia3"}
@@ -106,16 +106,12 @@ def test_the_table_and_the_files(project: Path) -> None:
 
 
 def test_a_key_that_is_wrong_is_named(project: Path) -> None:
-    process = start(project, "out", "--set", "sweep.grid={adapter.lora_alpa: [3]}")
-    shown, _ = process.communicate(timeout=100)
-    assert process.returncode == 2
+    shown = finish(*start(project, "out", "--set", "sweep.grid={adapter.lora_alpa: [3]}"), code=2)
     assert "lora_alpha" in " ".join(shown.split())
 
 
 def test_missing_files_of_rows_are_told_together_and_nothing_is_made(project: Path) -> None:
-    process = start(project, "out", "--set", "data={train: none.jsonl, eval: held_out.jsonl}")
-    shown, _ = process.communicate(timeout=100)
+    shown = finish(*start(project, "out", "--set", "data={train: none.jsonl, eval: held_out.jsonl}"), code=2)
     told = " ".join(shown.split())
-    assert process.returncode == 2
     assert re.search(r"data.train: there is no file \S*none.jsonl; data.eval: there is no file \S*held_out.jsonl", told)
     assert not (project / "out").exists()

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing import Process
 from pathlib import Path
 
+from launch import started
 from veneer.train.checkpoint import checkpoints
 
 STEPS = 17
 SCRIPT = Path(__file__).with_name("train_tiny.py")
 
 
-def start(folder: Path, *options: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(SCRIPT), str(folder), str(STEPS), *options]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def start(folder: Path, *options: str) -> Process:
+    return started(SCRIPT, folder, STEPS, *options, stdout=folder.with_suffix(".log"))
 
 
-def finish(process: subprocess.Popen[str]) -> None:
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, output
+def finish(process: Process, folder: Path) -> None:
+    process.join(200)
+    assert process.exitcode == 0, folder.with_suffix(".log").read_text()
 
 
 def losses(folder: Path) -> dict[int, tuple[float, float, float]]:
@@ -40,19 +37,19 @@ def test_killed_anywhere_and_resumed_gives_the_same_losses_and_weights(tmp_path:
     uninterrupted = start(whole)
     killed_after = random.Random().randint(3, STEPS - 3)
     process = start(broken, "--slow")
-    while process.poll() is None and len(checkpoints(broken)) == 0:
+    while process.is_alive() and len(checkpoints(broken)) == 0:
         time.sleep(0.02)
-    while process.poll() is None and int(checkpoints(broken)[-1].name.rpartition("-")[2]) < killed_after:
+    while process.is_alive() and int(checkpoints(broken)[-1].name.rpartition("-")[2]) < killed_after:
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL, f"the run ended before it was killed at {killed_after}"
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, f"the run ended before it was killed at {killed_after}"
     # What a crash in the middle of a write leaves behind: under its own name it is never taken for a checkpoint.
     half = broken / f".checkpoint-{STEPS + 1}.partial-4242-0badcafe"
     half.mkdir()
     (half / "trainer_state.json").write_text("{}")
-    finish(start(broken, "--resume"))
-    finish(uninterrupted)
+    finish(start(broken, "--resume"), broken)
+    finish(uninterrupted, whole)
     assert losses(broken) == losses(whole), f"killed after step {killed_after}"
     final = [(folder / f"checkpoint-{STEPS}" / "trained.safetensors").read_bytes() for folder in (whole, broken)]
     assert final[0] == final[1]

@@ -29,6 +29,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def main(folder: Path, steps: int, options: list[str]) -> None:
+    torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(11)
     lengths = torch.randint(2, 19, (29,), generator=generator).tolist()
     rows = [" ".join(WORDS[i] for i in torch.randint(0, 53, (n,), generator=generator)) for n in lengths]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GenerationConfig, Trainer, TrainingArguments
 
+from launch import program
 from veneer import LoraConfig, PeftModel, get_peft_model
 from veneer.errors import AdapterNameError
 
@@ -193,7 +192,7 @@ for settings in (
 
 def test_compile_the_whole_graph() -> None:
     """In a process of its own, where the shape checks of the tests, which are not for the compiler, do not act."""
-    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=False)
+    done = program(COMPILED)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

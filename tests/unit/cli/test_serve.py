@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -15,6 +13,7 @@ import pytest
 import uvicorn
 from typer.testing import CliRunner
 
+from launch import forked
 from veneer.cli.app import app
 from veneer.cli.pages.serve import require_closed
 from veneer.errors import ConfigError
@@ -102,21 +101,19 @@ def test_a_port_that_is_taken_while_the_model_is_loaded_is_told(monkeypatch: pyt
         server.run(None, "127.0.0.1", 0)  # type: ignore[arg-type]
 
 
-def test_an_interrupt_ends_it_with_its_code(model_folder: Path) -> None:
-    port = free_port()
-    command = [sys.executable, "-c", "from veneer.cli.app import main; main()", "serve", str(model_folder)]
-    process = subprocess.Popen(
-        [*command, "--port", str(port)], stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+def test_an_interrupt_ends_it_with_its_code(model_folder: Path, tmp_path: Path) -> None:
+    port, log = free_port(), tmp_path / "log"
+    process = forked(["serve", str(model_folder), "--port", str(port)], log, {})
     try:
         while not answers(port):
-            assert process.poll() is None, process.communicate()
+            assert process.is_alive(), log.read_text()
             time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        said = process.communicate(timeout=60)[1]
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGINT)
+        process.join(60)
     finally:
         process.kill()
-    assert (process.returncode, said.partition("/v1\n")[2]) == (130, "interrupted\n")
+    assert (process.exitcode, log.read_text().partition("/v1\n")[2]) == (130, "interrupted\n")
 
 
 def answers(port: int) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
+from launch import forkserver
 from models import byte_tokenizer
 from veneer.data.encoded_cache import FOLDER, encoded_once
 from veneer.data.encoding import Encoder
@@ -36,9 +37,7 @@ def encode(folder: str, name: str, seconds: float) -> None:
 
 
 def started(folder: Path, name: str, seconds: float) -> multiprocessing.Process:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["launch", "veneer.data.encoded_cache", "veneer.data.encoding", "models"])
-    process = context.Process(target=encode, args=(str(folder), name, seconds))
+    process = forkserver().Process(target=encode, args=(str(folder), name, seconds))
     process.start()
     return process
 

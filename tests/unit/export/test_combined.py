@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from launch import program
 from veneer.combine.task_vectors import TaskVectors
 from veneer.errors import CompositionError, FormatError
 from veneer.export.combined import CombineOptions, combine_checkpoints
@@ -153,5 +153,6 @@ def test_memory_is_that_of_a_few_tensors_not_of_a_model(tmp_path: Path) -> None:
                 parameter.add_(0.5)
         model.save_pretrained(tmp_path / name / "a")
     model_bytes = sum(p.numel() * 2 for p in model.parameters())
-    done = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=True)
+    done = program(MEASURE, tmp_path)
+    assert done.returncode == 0, done.stderr
     assert 0 < int(done.stdout.split()[-1]) < model_bytes / 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from launch import program
 from models import gpt2_config, llama_config
 from veneer import IA3Config, LoraConfig, PeftModel, get_peft_model
 from veneer.combine.task_vectors import TaskVectors
@@ -366,8 +366,8 @@ def test_the_peak_of_memory_is_below_one_shard(tmp_path: Path, three_large_layer
     large.mkdir()
     for part in ("base", "adapter"):
         (large / part).symlink_to(three_large_layers / part)
-    command = [sys.executable, "-c", MEASURE, str(tmp_path), str(large), dtype, str(LARGE_SHARD)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = program(MEASURE, tmp_path, large, dtype, LARGE_SHARD)
+    assert done.returncode == 0, done.stderr
     assert 0 < int(done.stdout.split()[-1]) < LARGE_SHARD
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
-import sys
 from pathlib import Path
 
 import psutil
@@ -13,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from launch import program
 from veneer.model.give_back import SMAPS, give_back
 
 pytestmark = pytest.mark.skipif(not SMAPS.exists(), reason="needs Linux's /proc/self/smaps")
@@ -84,5 +83,5 @@ assert all(block.sum() == 12_289 for block in kept)
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc's malloc_trim")
 def test_what_was_freed_between_blocks_in_use_goes() -> None:
     """In a process of its own: what other tests left behind would be listed, and lie among the blocks."""
-    run = subprocess.run([sys.executable, "-c", BETWEEN], capture_output=True, text=True, check=False)
+    run = program(BETWEEN)
     assert run.returncode == 0, run.stderr

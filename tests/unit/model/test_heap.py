@@ -6,10 +6,11 @@ Each case is a process of its own: glibc moves a main thread to another heap onc
 from __future__ import annotations
 
 import ctypes
-import subprocess
 import sys
 
 import pytest
+
+from launch import program
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc's mallopt"
@@ -114,5 +115,5 @@ with freed_memory_kept():
 
 @pytest.mark.parametrize("case", CASES)
 def test_freed_memory_is_kept_within_training(case: str) -> None:
-    run = subprocess.run([sys.executable, "-c", COMMON + CASES[case]], capture_output=True, text=True, check=False)
+    run = program(COMMON + CASES[case])
     assert run.returncode == 0, run.stderr

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from launch import program
 from veneer.errors import DiskError
 from veneer.model.offload import ActivationOffload, PageFile
 
@@ -126,7 +125,8 @@ except DiskError as error:
     print("told:", error)
 assert torch.equal(file.read(first), torch.ones(16_000))
 """
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
+    done = program(script, tmp_path)
+    assert done.returncode == 0, done.stderr
     assert "told: no room for 64,000 bytes of activations behind 65,536 others" in done.stdout
 
 

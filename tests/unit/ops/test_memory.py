@@ -1,14 +1,13 @@
 """Kernels read addresses: whatever has no plain values there is refused. In a process of its own, which may crash."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import veneer.ops.cpu
+from launch import program
 from veneer.errors import TensorError
 from veneer.ops.memory import address
 
@@ -29,7 +28,7 @@ KINDS = {
 @pytest.fixture(scope="module")
 def outcomes():
     """The answers of every kernel to every kind of tensor in each place: (back end, op, place, kind, said)."""
-    done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, check=False)
+    done = program(SCRIPT)
     assert done.returncode == 0, (done.returncode, done.stdout[-300:], done.stderr[-4000:])
     return [json.loads(line) for line in done.stdout.splitlines()]
 

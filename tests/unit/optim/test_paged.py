@@ -1,7 +1,5 @@
 """Paged state: it survives where unpaged state does not fit, and says so where there is no room for pages."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,14 +7,17 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from launch import program
 from veneer.errors import TrainingError
 from veneer.optim.paged import PagedAdamW8bit, map_tensor
 
 LIMIT_MIB = 125
 SCRIPT = """
-import resource, sys, torch
+import ctypes, resource, sys, torch
 from veneer.optim import AdamW8bit, PagedAdamW8bit
 torch.set_num_threads(1)
+# Every tensor gets a mapping of its own, so that what is freed is given back and the limit counts what is alive.
+assert ctypes.CDLL(None).mallopt(-3, 65536) == 1  # M_MMAP_THRESHOLD
 
 def train(make, n_params, n):
     params = [torch.nn.Parameter(torch.zeros(n)) for _ in range(n_params)]
@@ -38,18 +39,11 @@ print("trained", round(float(params[0][0]), 4))
 """
 
 
-def train_under_limit(kind: str, extra_mib: int) -> subprocess.CompletedProcess:
-    # Every tensor gets a mapping of its own, so that what is freed is given back and the limit counts what is alive.
-    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-    command = [sys.executable, "-c", SCRIPT, kind, str(extra_mib)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, env=env)
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's RLIMIT_DATA and /proc")
 def test_trains_under_a_memory_limit_in_which_unpaged_state_dies():
     """60 × 400,009 parameters take 92 MiB of weights and 47 MiB of state. The limit has room for the weights and one
     step's temporaries, not for the state on top."""
-    paged, unpaged = (train_under_limit(kind, LIMIT_MIB) for kind in ("paged", "unpaged"))
+    paged, unpaged = (program(SCRIPT, kind, LIMIT_MIB) for kind in ("paged", "unpaged"))
     assert "trained" in paged.stdout, paged.stderr[-500:]
     assert unpaged.returncode != 0
     assert "alloc" in unpaged.stderr.lower()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
+from launch import program
 from veneer.core.frozen import FrozenWeight
 from veneer.errors import NonFiniteError
 from veneer.quant import fp4, int8, nf4
@@ -146,7 +145,8 @@ for format in (nf4, int8):
     assert torch.equal(y, frozen.matmul(x) * 3)
     assert torch.allclose(grad, 3 * frozen.dense(torch.float32).sum(0).expand_as(x), atol=1e-4)
 """
-    subprocess.run([sys.executable, "-c", script], check=True)
+    done = program(script)
+    assert done.returncode == 0, done.stderr
 
 
 @formats

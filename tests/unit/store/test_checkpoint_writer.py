@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from launch import program
 from veneer.errors import DiskError, FormatError
 from veneer.store import checkpoint_writer
 from veneer.store.checkpoint import Checkpoint
@@ -200,7 +200,8 @@ try:
 except DiskError as error:
     print("refused:", error)
 """
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    result = program(script)
+    assert result.returncode == 0, result.stderr
     assert "refused: writing 0.3 MB" in result.stdout
     assert list(tmp_path.iterdir()) == []
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from launch import program
 from models import gpt2_config, llama_config
 from veneer.adapters.peft_model import get_peft_model
 from veneer.errors import CompositionError, ConfigError, FormatError
@@ -368,6 +367,7 @@ def test_peak_memory(tmp_path: Path, fields: dict[str, Any]) -> None:
     script = f"""
 import torch
 from pathlib import Path
+torch.set_num_threads(1)
 from transformers import AutoModelForCausalLM
 from veneer.store.checkpoint import Checkpoint
 from veneer.store.quantization import BitsAndBytesConfig
@@ -390,8 +390,8 @@ stored = Checkpoint.open(Path({str(tmp_path)!r}) / "big")
 largest = max(t.nbytes for t in stored.tensors.values())
 print(grown, kept, largest, stored.nbytes)
 """
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
+    result = program(script)
+    assert result.returncode == 0, result.stderr
     grown, kept, largest, stored = map(int, result.stdout.split()[-4:])
     assert kept < stored * (0.62 if fields is NF4 else 0.75)
     assert grown <= kept + 2 * largest, (grown, kept, largest, stored)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from launch import program
 from veneer.adapters.peft_model import get_peft_model
 from veneer.methods.lora import LoraConfig
 
@@ -54,8 +54,8 @@ def peaks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
         folder / "warm" / "adapter", tiny_folder(folder / "warm" / "base", "mistral"), target_modules="all-linear"
     )
     largest = {family: many_layers(folder / family, family) for family in SIZES}
-    order = [sys.executable, "-c", MEASURE, *(str(folder / name) for name in ("warm", *SIZES))]
-    done = subprocess.run(order, capture_output=True, text=True, check=True)
+    done = program(MEASURE, *(folder / name for name in ("warm", *SIZES)))
+    assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     return {family: (found[family] - SMALL_THINGS) / n_bytes for family, n_bytes in largest.items()}
 
