@@ -1,21 +1,32 @@
 """The contract of a method: a frozen config with pure functions from parameters to a record. A config *is* its method.
 
-Every method offers ``shapes``, ``init``, ``lower``, ``disk_names`` and ``dropout``. There is one contract for each kind
-of place: `LinearMethod`, `ResidualMethod`, `PrefixMethod`, `PromptMethod`. All else is a capability that a config may
-return:
+All methods have one protocol, that of `MethodConfig`, about a *site*: ``shapes``, ``init``, ``lower``, ``disk_names``,
+``dropout``, ``site_of``, and ``places_in`` for the sites that a file tells. The base class says what a site is:
+
+- `LinearMethod`: a linear layer, `LinearSite`;
+- `ResidualMethod`: the output of a sub-layer, `ResidualSite`;
+- `PrefixMethod`: all attention layers at once, a tuple of `AttentionSite`;
+- `PromptMethod`: the input embeddings, `InputSite`.
+
+`model.places` has one row for each of the four: how a model's places are found, and how parameters get there. No other
+file asks of which kind a method is. Callers ask for facts, each with an answer for every method: ``changes_weights``,
+``reads_weight``, ``virtual_tokens``, ``largest_rank``, ``has_network``.
+
+All else is a capability that a config may return:
 
 - ``extras``: what else it trains (modules, biases, rows, parameters by name);
 - ``training``: what it does while a run trains it (length of the run, a penalty, a schedule);
 - ``packing``: how it is written, where others do not know the form that is trained;
 - ``shared``: tensors that its layers share;
 - ``checks``: what it refuses of a model's layers;
-- ``late_start``: factors that may start again on the model, from data or from what quantizing has lost.
+- ``late_start``: factors that may start again on the model, from data or from what quantizing has lost;
+- ``raised``: an adapter of the method that has given records: a sum of others is kept so.
 
 Laws, run on every method by ``tests/contract``:
 
 - ``init`` returns exactly the names and shapes of ``shapes``, for any site, with finite values;
 - ``lower`` is pure and differentiable, and where ``identity_at_start`` holds, the record of ``init`` changes nothing;
-- for linear methods, forward through the record equals forward through the folded weight;
+- where it ``changes_weights``, forward through the record equals forward through the folded weight;
 - what is saved and loaded is bit-equal, the declared bytes are the bytes on disk, and the records read from the file
   are those of the adapter on its model, bit for bit.
 """

@@ -34,7 +34,6 @@ class LinearMethod(TargetedConfig):
     faster.
     """
 
-    changes_weights: ClassVar[bool] = True
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     outward: ClassVar[frozenset[str]] = frozenset()
 

@@ -27,6 +27,7 @@ class TargetedConfig(MethodConfig):
     ``layers_to_transform`` keeps only those layer indices, found by ``layers_pattern`` (name of the list of layers).
     """
 
+    changes_weights: ClassVar[bool] = True
     inert: ClassVar[frozenset[str]] = frozenset(
         {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
     )

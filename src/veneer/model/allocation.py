@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from veneer.contract import MethodConfig
+from veneer.core.sites import Site
 from veneer.errors import FormatError
 
 
@@ -23,14 +24,11 @@ class Allocation:
     widen: bool = True
 
     def parameters(
-        self,
-        shapes: Mapping[str, tuple[int, ...]],
-        init: Callable[[], Mapping[str, Tensor]],
-        device: torch.device,
-        dtype: torch.dtype,
+        self, method: MethodConfig, site: Site, device: torch.device, dtype: torch.dtype
     ) -> nn.ParameterDict:
-        """Fresh parameters of these shapes on a device; ``dtype`` is the base's, used where they are not widened."""
-        values = init() if self.values else {name: _empty(name, shape) for name, shape in shapes.items()}
+        """Return a method's fresh parameters for a site on a device; ``dtype`` is the base's, used if not widened."""
+        shapes = method.shapes(site)
+        values = method.init(site) if self.values else {name: _empty(name, shape) for name, shape in shapes.items()}
         kept = torch.promote_types(dtype, torch.float32) if self.widen else dtype
         return nn.ParameterDict({name: nn.Parameter(value.to(device, kept)) for name, value in values.items()})
 

@@ -58,7 +58,7 @@ class AdaptedSite(Adapted):
         """Give a new adapter its parameters."""
         method, site = self.method(name), self.site((name,))
         dtype, device = self.parameter_dtype(allocation.widen), device_of(self)
-        held = allocation.parameters(method.shapes(site), lambda: method.init(site), device, dtype)
+        held = allocation.parameters(method, site, device, dtype)
         for key in method.packing.fixed:  # a buffer: it moves and is saved with the adapter, and no optimizer sees it
             held.register_buffer(key, held.pop(key).detach())
         self.adapters[name] = held

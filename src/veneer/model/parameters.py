@@ -7,7 +7,6 @@ rounded once, at the output.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -181,13 +180,11 @@ def add_parameters(model: nn.Module, name: str, places: Mapping[str, Sequence[st
     """Give an adapter its parameters at these places; the modules are adapted."""
     for path, parameters in places.items():
         module = cast(AdaptedParameters, model.get_submodule(path))
-        method = cast(LinearMethod, module.adapter_state.configs[name])
-        module.adapters[name] = nn.ModuleDict()
+        method, held = module.adapter_state.configs[name], nn.ModuleDict()
+        module.adapters[name] = held
         for parameter in parameters:
-            own, site = cast(Tensor, module._parameters[parameter]), module.site(parameter)
-            draw = functools.partial(method.init, site)
-            values = allocation.parameters(method.shapes(site), draw, own.device, own.dtype)
-            cast(nn.ModuleDict, module.adapters[name])[parameter] = values
+            own = cast(Tensor, module._parameters[parameter])
+            held[parameter] = allocation.parameters(method, module.site(parameter), own.device, own.dtype)
             swap_reading(module, parameter)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -137,8 +136,7 @@ def put_prefix_on(model: PreTrainedModel, name: str, state: AdapterState, plan: 
     holder = cast(PrefixAdapters, getattr(model, CHILD))
     config = plan.config.for_sites((holder.site,), Known())
     state.configs[name] = config
-    init = functools.partial(config.init, holder.site)
-    holder.adapters[name] = allocation.parameters(config.shapes(holder.site), init, model.device, model.dtype)
+    holder.adapters[name] = allocation.parameters(config, holder.site, model.device, model.dtype)
 
 
 def attention_sites(model: PreTrainedModel) -> tuple[AttentionSite, ...]:

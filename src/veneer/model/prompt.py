@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
@@ -211,12 +210,11 @@ def put_prompt_on(model: PreTrainedModel, name: str, state: AdapterState, plan: 
     config = cast(PromptMethod, plan.config).for_sites((input_site(model),), Known())
     state.configs[name] = config
     site = _site_to_start_from(model, config) if allocation.values else input_site(model)
-    init = functools.partial(config.init, site)
     if not hasattr(model, CHILD):
         kind = EncoderPromptAdapters if model.config.is_encoder_decoder else PromptAdapters
         model.add_module(CHILD, kind(state, model))
     holder = cast(PromptAdapters, getattr(model, CHILD))
-    holder.adapters[name] = allocation.parameters(config.shapes(site), init, model.device, model.dtype)
+    holder.adapters[name] = allocation.parameters(config, site, model.device, model.dtype)
 
 
 def reader(model: PreTrainedModel) -> PreTrainedModel:

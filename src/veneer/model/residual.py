@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 from typing import Any, cast
 
@@ -127,9 +126,8 @@ def put_bottlenecks_on(
     for place in places:
         site = residual_site(place)
         device = next(model.get_submodule(place.block_path).parameters()).device
-        init = functools.partial(config.init, site)
         holder = _holder(model, place, state)
-        holder.adapters[name] = allocation.parameters(config.shapes(site), init, device, model.dtype)
+        holder.adapters[name] = allocation.parameters(config, site, device, model.dtype)
 
 
 def residual_adapters(model: nn.Module) -> dict[str, ResidualAdapters]:

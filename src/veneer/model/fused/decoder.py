@@ -16,17 +16,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from veneer.errors import DescriptionError
-from veneer.model.adapted import Adapted
 from veneer.model.blueprint import decoder as blueprint
 from veneer.model.blueprint.describe import blocks_of, describe
 from veneer.model.fused.block import CACHES, SPECIAL, FusedBlock, halves_of, own_attention
 from veneer.model.fused.head import Head, ends_with_head, head_of, is_plain_head
 from veneer.model.fused.layout import LayoutMask, layout_mask
 from veneer.model.fused.shape import BlockShape, block_shape
+from veneer.model.holder import Holder
 from veneer.model.inplace import InPlace, change_class, restore_class
 from veneer.model.quant_linear import computing_dtypes
 from veneer.model.structure import evaluation
-from veneer.model.virtual_tokens import VirtualTokens
 from veneer.ops.dispatch import backends
 
 log = logging.getLogger(__name__)
@@ -207,8 +206,7 @@ def _change_blocks(model: PreTrainedModel, described: blueprint.Decoder) -> str 
 def _base_alone(model: nn.Module) -> Iterator[None]:
     """For a while no adapter acts and every weight counts as frozen."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    holders = (m for m in model.modules() if isinstance(m, Adapted | VirtualTokens))
-    states = {id(m.adapter_state): m.adapter_state for m in holders}
+    states = {id(m.adapter_state): m.adapter_state for m in model.modules() if isinstance(m, Holder)}
     with ExitStack() as stack:
         for state in states.values():
             stack.enter_context(state.base_alone())

@@ -1,0 +1,157 @@
+"""All methods answer one protocol, and all holders have one face: nobody asks which kind of either it has."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import veneer
+from veneer.contract import LinearMethod, MethodConfig, PrefixMethod, PromptMethod, ResidualMethod, VirtualTokenMethod
+from veneer.contract.known import Known
+from veneer.core.sites import InputSite
+from veneer.errors import TargetError
+from veneer.methods import all_methods
+from veneer.model import holder, places
+from veneer.model.attach import adapted_places
+from veneer.model.places import placed_on
+
+SOURCE = Path(veneer.__file__).parent
+KINDS = {kind.__name__ for kind in (LinearMethod, ResidualMethod, PrefixMethod, PromptMethod, VirtualTokenMethod)}
+TOKENS = torch.tensor([[5, 61, 2, 33, 17]])
+
+
+def make_base() -> LlamaForCausalLM:
+    torch.manual_seed(41)
+    sizes = {"hidden_size": 28, "intermediate_size": 37, "num_hidden_layers": 2, "vocab_size": 67}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=7, num_key_value_heads=1)).eval()
+
+
+def make(cls: type[MethodConfig]) -> MethodConfig:
+    settings = {"num_virtual_tokens": 3, "reduction_factor": 4, "total_step": 12}
+    return cls(**{key: value for key, value in settings.items() if key in cls.__dataclass_fields__})
+
+
+METHODS = {name: make(cls) for name, cls in all_methods().items()}
+every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+
+
+def checks_of_kind(path: Path, names: set[str]) -> Iterator[str]:
+    """The calls of ``isinstance`` and ``issubclass`` in a file that name one of these classes."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        called = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
+        if called in ("isinstance", "issubclass"):
+            asked = {each.id for each in ast.walk(node.args[1]) if isinstance(each, ast.Name)}
+            if asked & names:
+                yield f"{path.relative_to(SOURCE)}:{node.lineno} asks for {sorted(asked & names)}"
+
+
+def test_no_file_asks_of_which_kind_a_method_is() -> None:
+    assert [found for path in SOURCE.rglob("*.py") for found in checks_of_kind(path, KINDS)] == []
+
+
+def test_no_file_outside_of_the_model_asks_of_which_kind_a_holder_is() -> None:
+    pending, kinds = [holder.Holder], set()
+    while pending:
+        cls = pending.pop()
+        kinds.add(cls.__name__)
+        pending += cls.__subclasses__()
+    assert {"Adapted", "AdaptedSite", "ResidualAdapters", "PrefixAdapters", "PromptAdapters"} <= kinds
+    outside = [path for path in SOURCE.rglob("*.py") if path.relative_to(SOURCE).parts[0] != "model"]
+    assert [found for path in outside for found in checks_of_kind(path, kinds | {"TiedFactors", "TokenRows"})] == []
+
+
+@every_method
+def test_the_places_on_a_model_lower_the_start_of_every_method(method: MethodConfig) -> None:
+    """Shapes, start and record of each place by the one protocol, whatever a site of the method is."""
+    model = veneer.get_peft_model(make_base(), method)
+    config = model.peft_config["default"]
+    found = placed_on(make_base(), config)
+    assert found
+    for path, place in found.items():
+        held = {key: tensor for each in adapted_places(model).values() for key, tensor in own(each, model)}
+        assert set(place.keys.values()) <= held.keys(), path
+        params = {name: held[key].detach() for name, key in place.keys.items()}
+        assert {name: tuple(value.shape) for name, value in params.items()} == config.shapes(place.site)
+        assert config.lower(place.site, params) is not None
+
+
+def own(place: holder.Holder, model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    path = next(path for path, module in model.named_modules() if module is place)
+    return [(key, tensor) for key, (_, tensor) in place.live_tensors("default", path).items()]
+
+
+@every_method
+def test_taking_off_the_last_adapter_leaves_no_holder(method: MethodConfig) -> None:
+    base = make_base()
+    with torch.no_grad():
+        before = base(TOKENS).logits
+    model = veneer.get_peft_model(base, method)
+    held = adapted_places(model)
+    assert all(place.holds("default") and not place.holds("other") for place in held.values())
+    assert held
+    assert any(place.owns("default") for place in held.values())
+    for path, place in held.items():
+        place.take_off(model, path, "other")  # which has nothing here
+    assert adapted_places(model).keys() == held.keys()
+    for path, place in held.items():
+        place.take_off(model, path, "default")
+    assert adapted_places(model) == {}
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS).logits, before)
+
+
+def test_the_facts_that_callers_ask_for() -> None:
+    weights = {name for name, method in METHODS.items() if method.changes_weights}
+    assert weights == {name for name, cls in all_methods().items() if issubclass(cls, LinearMethod)}
+    fronts = {name for name, cls in all_methods().items() if issubclass(cls, VirtualTokenMethod)}
+    assert {
+        name: method.virtual_tokens for name, method in METHODS.items() if method.is_prompt_learning
+    } == dict.fromkeys(fronts, 3)
+    assert METHODS["P_TUNING"].has_network
+    assert not METHODS["PROMPT_TUNING"].has_network
+    assert not METHODS["LORA"].has_network
+    assert veneer.LoraConfig(use_dora=True).reads_weight
+    assert not any(METHODS[name].reads_weight for name in ("LORA", "VERA", "BOTTLENECK", "PREFIX_TUNING"))
+    assert veneer.LoraConfig(r=3, rank_pattern={"q_proj": 7}).largest_rank == 7
+    assert METHODS["BOTTLENECK"].largest_rank == 0
+
+
+def test_a_prompt_keeps_the_numbers_that_it_has_and_takes_the_others_from_its_site() -> None:
+    site = InputSite(name="input", features=28, layers=2, heads=7)
+    filled = veneer.PromptTuningConfig(num_virtual_tokens=3, num_layers=5).for_sites((site,), Known())
+    assert (filled.token_dim, filled.num_layers, filled.num_attention_heads) == (28, 5, 7)
+    assert filled.num_transformer_submodules == 1
+    both = veneer.PromptTuningConfig(num_virtual_tokens=3, task_type="SEQ_2_SEQ_LM").for_sites((site,), Known())
+    assert both.num_transformer_submodules == 2
+
+
+def test_a_config_of_no_kind_is_refused_with_the_kinds() -> None:
+    class Unplaced(MethodConfig):
+        peft_type = "UNPLACED"
+
+        def shapes(self, site: Any) -> dict[str, tuple[int, ...]]:
+            return {}
+
+        def init(self, site: Any, generator: Any = None) -> dict[str, torch.Tensor]:
+            return {}
+
+        def lower(self, site: Any, params: Any) -> Any:
+            raise AssertionError
+
+        def places_in(self, shapes: Any, source: str) -> None:
+            return None
+
+    with pytest.raises(
+        TargetError, match="Unplaced is none of the kinds of method that a model can take: LinearMethod"
+    ):
+        placed_on(make_base(), Unplaced())
+
+
+def test_the_table_has_a_row_for_each_kind() -> None:
+    assert {kind.__name__ for kind in places._KINDS} == KINDS - {"VirtualTokenMethod"}
