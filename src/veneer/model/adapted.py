@@ -234,6 +234,9 @@ class Adapted(InPlace, Holder):
     def holdings(self) -> tuple[nn.ModuleDict, ...]:
         return self.adapters, self.copies
 
+    def holds(self, name: str) -> bool:  # asked in every forward pass
+        return name in self.adapters or name in self.copies
+
     @property
     def has_codes(self) -> bool:
         """True if the module's weight is kept in a quantized format."""
