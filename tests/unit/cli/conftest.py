@@ -1,4 +1,4 @@
-"""A tiny chat model with a tokenizer, adapters for it, and a runner for the commands."""
+"""A tiny chat model, adapters for it, and a runner for the commands."""
 
 from __future__ import annotations
 
@@ -6,49 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
-from models import byte_tokenizer, llama_config
-from veneer import IA3Config, LoraConfig, get_peft_model
+from chat_models import adapter_folder as adapter_folder
+from chat_models import fill as fill
+from chat_models import model_folder as model_folder
+from chat_models import tiny_model as tiny_model
+from veneer import IA3Config, get_peft_model
 from veneer.cli.app import app
-
-
-def tiny_model(seed: int = 7, hidden: int = 48) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = llama_config(
-        vocab_size=260,
-        hidden_size=hidden,
-        intermediate_size=61,
-        max_position_embeddings=131,
-        eos_token_id=0,
-        bos_token_id=None,
-        pad_token_id=0,
-        initializer_range=0.2,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "base"
-    tiny_model().save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def adapter_folder(model_folder: Path) -> Path:
-    """A LoRA adapter that changes the model's answers."""
-    folder = model_folder.parent / "adapter"
-    model = get_peft_model(
-        LlamaForCausalLM.from_pretrained(model_folder),
-        LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "up_proj"]),
-    )
-    fill(model)
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -58,14 +23,6 @@ def other_adapter(model_folder: Path) -> Path:
     model = get_peft_model(tiny_model(hidden=24), IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
     model.save_pretrained(folder)
     return folder
-
-
-def fill(model: torch.nn.Module) -> None:
-    """Adapter parameters that are not neutral."""
-    torch.manual_seed(11)
-    for name, parameter in model.named_parameters():
-        if ".adapters." in name:
-            parameter.data.normal_(0, 0.5)
 
 
 @pytest.fixture
