@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from veneer.errors import DataError
-from veneer.evaluate.accuracy import Choice, answer_accuracy, exact_match, regex_match, require_few
+from veneer.evaluate.measurement import measure_each
+from veneer.evaluate.metric import Asked, ExactMatch, LabelChoice, Metric, RegexMatch
 from veneer.evaluate.questions import QuestionReader
-from veneer.evaluate.scoring import Answering, Batching, greedy_answers, log_probabilities
+from veneer.evaluate.scoring import Batching
 from veneer.recipe.metric_part import MetricPart
 
 Row = Mapping[str, Any]
@@ -21,41 +22,29 @@ class TaskMetric:
 
     part: MetricPart
     tokenizer: Any
-    reader: QuestionReader
-    rows: Sequence[Row]
-    labels: Sequence[str]
+    asked: Asked
 
     @classmethod
     def of(cls, part: MetricPart, tokenizer: Any, held_out: Sequence[Row], train: Sequence[Row]) -> TaskMetric:
-        """The metric over the first held-out rows; labels that nobody names are the answers of all rows.
+        """Return the metric over the first held-out rows. Labels that nobody names are the answers of all rows.
 
-        Raises DataError where rows hold no answer to compare with.
+        Raises DataError if rows hold no answer to compare with.
         """
-        reader, labels = QuestionReader(tokenizer=tokenizer), list(part.labels)
+        reader, rows = QuestionReader(tokenizer=tokenizer), list(held_out)
+        whole = [*rows, *train] if part.name == LabelChoice.name and not part.labels else ()
         try:
-            if part.name == "labels" and not labels:
-                labels = reader.all_answers([*held_out, *train])
-                require_few(labels)
-            metric = cls(part, tokenizer, reader, list(held_out)[: part.limit], labels)
-            metric._questions()
+            return cls(part, tokenizer, _metric(part).ask(reader, rows[: part.limit], whole))
         except DataError as error:
             raise DataError(f"metric {part.name}: {error}") from error
-        return metric
-
-    def _questions(self) -> Any:
-        questions = self.reader.read(self.rows)
-        return Choice.of(self.tokenizer, questions, self.labels) if self.part.name == "labels" else questions
 
     def value(self, model: Any) -> float:
-        """The share of right answers."""
-        part, asked, batching = self.part, self._questions(), Batching(n_rows=self.part.batch_size)
-        if isinstance(asked, Choice):
-            return asked.judged(log_probabilities(model, asked.items, batching)).value
-        judge = (
-            exact_match(fold=part.ignore_case)
-            if part.pattern is None
-            else regex_match(part.pattern, fold=part.ignore_case)
-        )
-        prompts, answering = [question.prompt for question in asked], Answering(max_new_tokens=part.max_new_tokens)
-        answers = greedy_answers(model, self.tokenizer, prompts, answering, batching)
-        return answer_accuracy(asked, answers, judge).value
+        """Return the share of right answers."""
+        batching = Batching(n_rows=self.part.batch_size)
+        return measure_each(model, self.asked, tokenizer=self.tokenizer, batching=batching)[0].value
+
+
+def _metric(part: MetricPart) -> Metric:
+    if part.name == LabelChoice.name:
+        return LabelChoice(labels=tuple(part.labels))
+    how: dict[str, Any] = {"ignore_case": part.ignore_case, "max_new_tokens": part.max_new_tokens}
+    return ExactMatch(**how) if part.pattern is None else RegexMatch(pattern=part.pattern, **how)
