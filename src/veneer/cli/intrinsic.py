@@ -13,14 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from veneer.cli import loading
-from veneer.data.collating import Collator
-from veneer.data.encoding import Encoder, kind_of
-from veneer.data.rows import RowReader, load_rows, split_off
 from veneer.errors import ConfigError
-from veneer.evaluate.accuracy import Choice, label_accuracy, require_few
-from veneer.evaluate.questions import QuestionReader
 from veneer.store.bars import quiet
-from veneer.train.intrinsic import Curve, Training, dimension_curve, draw_curve
+from veneer.train.intrinsic import Curve, Training, dimension_curve, draw_curve, task_of
 
 
 def intrinsic(
@@ -40,7 +35,7 @@ def intrinsic(
     training = Training(steps=steps, learning_rate=learning_rate, structure_aware=structure_aware, seed=seed)
     dimensions = _dimensions(dims)
     chosen = loading.choose(model, dtype="float32")
-    batches, score = _task(chosen.tokenizer, data, batch_size, held_out, seed)
+    batches, score = task_of(chosen.tokenizer, data, batch_size, held_out, seed)
     loaded = loading.joined(chosen.load())
     console = Console(stderr=True)
 
@@ -64,21 +59,6 @@ def _dimensions(dims: str) -> list[int]:
     if min(found) < 1:
         raise ConfigError(f"--dims {dims!r} must be 1 or more")
     return found
-
-
-def _task(tokenizer: Any, data: Path, batch_size: int, held_out: float, seed: int) -> tuple[list[Any], Any]:
-    """Batches to train on, and a function that scores a model on the rows held out."""
-    rows, held = split_off(load_rows(data, RowReader()).shuffle(seed=seed), held_out, seed)
-    encoder = Encoder(tokenizer=tokenizer, kind=kind_of(rows.column_names, "text"), completion_only=True)
-    encoded = [encoder(row, number) for number, row in enumerate(rows)]
-    collate = Collator(pad_token_id=tokenizer.pad_token_id or 0)
-    batches = [collate(encoded[i : i + batch_size]) for i in range(0, len(encoded), batch_size)]
-    reader = QuestionReader(tokenizer=tokenizer)
-    questions = reader.read(held)
-    labels = reader.all_answers([*rows, *held])
-    require_few(labels)
-    Choice.of(tokenizer, questions, labels)
-    return batches, lambda model: label_accuracy(model, tokenizer, questions, labels).value
 
 
 def _show(curve: Curve, output: Path) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 
 from veneer.adapters.chosen import Parts, split
 from veneer.cli import loading
-from veneer.cli.eval_recipe import held_out_rows, saved_by, trained_parts, trained_recipe, trained_tokenizer
 from veneer.data.rows import RowReader
 from veneer.errors import ConfigError
 from veneer.evaluate.questions import as_trained, read_rows
+from veneer.train.outcome import held_out_rows, saved_by, trained_parts, trained_recipe, trained_tokenizer
 
 Rows = Sequence[Mapping[str, Any]]
 

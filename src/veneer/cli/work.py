@@ -7,6 +7,8 @@ import importlib
 from collections.abc import Callable
 from typing import ParamSpec
 
+from veneer.core.progress import waits_told
+
 P = ParamSpec("P")
 
 
@@ -21,7 +23,9 @@ def carried_out_by(place: str) -> Callable[[Callable[P, None]], Callable[P, None
         @functools.wraps(page)
         def verb(*args: P.args, **options: P.kwargs) -> None:
             page(*args, **options)
-            getattr(importlib.import_module(place), page.__name__)(*args, **options)
+            with waits_told("loading torch and transformers"):
+                work = importlib.import_module(place)
+            getattr(work, page.__name__)(*args, **options)
 
         return verb
 

@@ -17,7 +17,13 @@ from torch.func import functional_call
 
 from veneer.analyze.subspace import Subspace
 from veneer.core.ticks import ticks_at
+from veneer.data.collating import Collator
+from veneer.data.encoding import Encoder, kind_of
+from veneer.data.rows import RowReader, load_rows, split_off
 from veneer.errors import ConfigError, TrainingError
+from veneer.evaluate.metric import LabelChoice
+from veneer.evaluate.questions import QuestionReader
+from veneer.evaluate.scoring import log_probabilities
 from veneer.model.structure import modes_kept
 from veneer.train.loss import token_loss
 
@@ -37,6 +43,22 @@ class Training:
     def __post_init__(self) -> None:
         if self.steps < 1 or not 0 < self.learning_rate < math.inf:
             raise ConfigError(f"steps={self.steps} and learning_rate={self.learning_rate} must be above zero")
+
+
+def task_of(
+    tokenizer: Any, data: Path, batch_size: int, held_out: float, seed: int
+) -> tuple[list[Batch], Callable[[Any], float]]:
+    """Return batches of a file's rows to train on, and the accuracy of labels on the share of rows held out.
+
+    Raises DataError and ConfigError for rows that are no choice among a few labels.
+    """
+    rows, held = split_off(load_rows(data, RowReader()).shuffle(seed=seed), held_out, seed)
+    encoder = Encoder(tokenizer=tokenizer, kind=kind_of(rows.column_names, "text"), completion_only=True)
+    encoded = [encoder(row, number) for number, row in enumerate(rows)]
+    collate = Collator(pad_token_id=tokenizer.pad_token_id or 0)
+    batches: list[Batch] = [collate(encoded[i : i + batch_size]) for i in range(0, len(encoded), batch_size)]
+    asked = LabelChoice().ask(QuestionReader(tokenizer=tokenizer), list(held), [*rows, *held])
+    return batches, lambda model: asked.judged(log_probabilities(model, asked.items)).value
 
 
 @dataclass(frozen=True, slots=True)

@@ -168,8 +168,6 @@ def _load(path: Path, facts: GgufFacts, on_progress: OnProgress) -> Any:
 @contextmanager
 def _refusals_told(path: Path, facts: GgufFacts) -> Iterator[None]:
     """Around what reads a file's model: raise FormatError, naming the file, for what it refuses."""
-    import transformers
-
     try:
         yield
     except FormatError as error:

@@ -1,4 +1,4 @@
-"""``veneer eval --recipe``: the model that a recipe trained, on rows read as it trained on them."""
+"""The outcome of a recipe's run: what it saved, with the rows and the tokenizer that it was trained with."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from veneer.train.sweep.recipe import PART
 
 
 def trained_recipe(path: Path) -> Recipe:
-    """The recipe. Raises ConfigError where it is wrong, or one of several runs."""
+    """Return the recipe of a file. Raises ConfigError if it is wrong, or one of several runs."""
     values = read_values(path)
     if PART in values:
         raise ConfigError(
@@ -29,7 +29,7 @@ def trained_recipe(path: Path) -> Recipe:
 
 
 def saved_by(recipe: Recipe) -> Path:
-    """The adapter, or the whole model, that the recipe's run saved. Raises ConfigError where there is none yet."""
+    """Return the adapter, or the whole model, that the recipe's run saved. Raises ConfigError if there is none yet."""
     saved = Path(recipe.output) / ("model" if recipe.method == "full" else "adapter")
     if not saved.is_dir():
         raise ConfigError(
@@ -39,9 +39,9 @@ def saved_by(recipe: Recipe) -> Path:
 
 
 def held_out_rows(recipe: Recipe, data: Path | None) -> tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]:
-    """The recipe's held-out rows, or those of another file, in the form in which it trains, and those beside them.
+    """Return held-out rows, or those of another file, in the form that the recipe trains; and its training rows.
 
-    Beside them are the training rows, whose answers are answers of the task too.
+    Raises ConfigError if the recipe holds none out and no file is given.
     """
     part = recipe.data
     if data is not None:
@@ -53,13 +53,13 @@ def held_out_rows(recipe: Recipe, data: Path | None) -> tuple[Sequence[Mapping[s
 
 
 def trained_tokenizer(recipe: Recipe) -> Any:
-    """The tokenizer that the run wrote prompts with. Raises what `load_tokenizer` raises."""
+    """Return the tokenizer that the run wrote prompts with. Raises what `load_tokenizer` raises."""
     with quiet():
         return tokenizer_with(load_tokenizer(recipe.model.source), [saved_by(recipe)])
 
 
 def trained_parts(recipe: Recipe, tokenizer: Any) -> Parts:
-    """The base as the recipe stores it and the adapter of its output; the model itself where it was trained whole."""
+    """Return the base as the recipe stores it with the trained adapter, or the model that was trained whole."""
     saved, source = saved_by(recipe), recipe.model.source
     with quiet():
         if recipe.method == "full":
