@@ -104,7 +104,7 @@ class Load:
         self.adapter_bytes = sum(RANK * (x.in_features + x.out_features) * dtype.itemsize for x in layers.values())
         return Effects(
             linear={
-                path: LinearDelta(
+                path: LinearDelta.pair(
                     a=(torch.randn(RANK, layer.in_features) * 0.02).to(dtype),
                     b=(torch.randn(layer.out_features, RANK) * 0.02).to(dtype),
                 )

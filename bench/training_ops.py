@@ -110,7 +110,7 @@ def _lora_pair() -> tuple[Callable[..., Outputs], Callable[..., Outputs], list[T
     factors = [f for _ in range(2) for f in leaves((RANK, D), (INNER, RANK), dtype=torch.float32)]
 
     def ours(x: Tensor, *f: Tensor) -> Outputs:
-        records = [LinearDelta(a=f[2 * i], b=f[2 * i + 1], scale=2.0) for i in range(len(frozen))]
+        records = [LinearDelta.pair(f[2 * i], f[2 * i + 1], 2.0) for i in range(len(frozen))]
         return linears(x, [LinearLayer(weight=w, records=(r,)) for w, r in zip(frozen, records, strict=True)])
 
     def peer(x: Tensor, *f: Tensor) -> Outputs:

@@ -23,6 +23,7 @@ CHECKED = [
     "core.linear",
     "core.records",
     "core.sites",
+    *(f"core.terms.{term}" for term in ("pair", "rotation", "scale")),
     "core.token_rows",
     *(f"ops.{path.stem}" for path in sorted(OPS.iterdir()) if path.stem not in ("__init__", "triton", "traced")),
     "quant",

@@ -1,11 +1,14 @@
 """Every linear method with settings that are not neutral, found by walking ``methods/`` and ``inits/``."""
 
+import ast
 import dataclasses
 import importlib
 import inspect
 import itertools
 import pkgutil
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,11 +28,21 @@ BREAK_NEUTRALITY = {
     "alpha_pattern": {OTHERS: 2.0},
     "rank_pattern": {OTHERS: 2},
 }
+UNIT_TESTS = Path(__file__).parents[1] / "unit" / "methods"
 STARTS_FROM_THE_WEIGHT = ("pissa", "pissa_niter_2", "olora")
 
 
 def variant_switches() -> list[str]:
     return [module.SWITCH for module in all_variants()]
+
+
+def of_own_tests(cls: type[LinearMethod], name: str, default: Any) -> Any:
+    """What the method's own tests name for the laws: ``SETTINGS``, fields to run them with, or ``PEFT_ERROR``."""
+    path = UNIT_TESTS / f"test_{cls.__module__.rpartition('.')[2]}.py"
+    if not path.exists():
+        return default
+    found = (node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Assign))
+    return next((ast.literal_eval(node.value) for node in found if ast.unparse(node.targets[0]) == name), default)
 
 
 def linear_configs() -> dict[str, LinearMethod]:
@@ -42,6 +55,7 @@ def linear_configs() -> dict[str, LinearMethod]:
         values = {k: v for k, v in BREAK_NEUTRALITY.items() if k in accepted}
         if "rank_pattern" in values and "bool" in str(accepted["rank_pattern"].annotation):
             del values["rank_pattern"]  # AdaLoRA's says which triplets are kept, in a file
+        values |= of_own_tests(cls, "SETTINGS", {})
         switches = [s for s in variant_switches() if s in accepted]
         for on in itertools.chain([()], itertools.combinations(switches, 1), itertools.combinations(switches, 2)):
             try:
@@ -70,6 +84,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for name, values in {"config": CONFIGS, "store": FORMATS}.items():
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, values.values(), ids=values.keys())
+
+
+@pytest.fixture
+def peft_error(config: LinearMethod) -> float:
+    """The error of PEFT in float64: more than rounding for a method that it computes in float32."""
+    return of_own_tests(type(config), "PEFT_ERROR", 1e-9)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ the general path's.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTr
 import veneer
 from veneer import BottleneckConfig, PeftModel
 from veneer.contract import LinearMethod
+from veneer.errors import ConfigError
 from veneer.model.fused import block
 from veneer.model.fused.decoder import fused
 from veneer.model.routing import BASE, Routing
@@ -68,9 +70,13 @@ def adapted(model: Any, configs: dict[str, Any]) -> PeftModel:
 
 
 def everywhere(config: LinearMethod, rate: float) -> LinearMethod:
-    """The method on every linear layer, with dropout where it has some."""
-    rates = [field.name for field in dataclasses.fields(config) if field.name.endswith("dropout")]
-    return dataclasses.replace(config, **{"target_modules": "all-linear"}, **dict.fromkeys(rates, rate))
+    """The method on every linear layer, with dropout if it has some that it trains with."""
+    config = dataclasses.replace(config, **{"target_modules": "all-linear"})
+    for field in dataclasses.fields(config):
+        if field.name.endswith("dropout"):
+            with contextlib.suppress(ConfigError):
+                config = dataclasses.replace(config, **{field.name: rate})
+    return config
 
 
 def step(model: PeftModel, tokens: Tensor = TOKENS) -> dict[str, Tensor]:

@@ -109,7 +109,7 @@ def add_weighted(
             updates = [Update(layer.record(n), layer.site((n,)).weight) for n, _ in acting]
             _require_no_groups(layer.site(()), updates)
             records[path], errors[path] = combine(updates, [w for _, w in acting], plan, path)
-            if records[path].in_scale is None and records[path].out_scale is None:
+            if records[path].only_adds:
                 records[path] = replace(records[path], bias=_bias_offset(layer, updates, [w for _, w in acting]))
     if not records:
         raise CompositionError(f"none of the adapters {list(names)} acts on linear layers: only such can be combined")
@@ -165,7 +165,7 @@ def _bias_offset(layer: AdaptedSite, updates: Sequence[Update], weights: Sequenc
 
 
 def _require_no_groups(site: LinearSite, updates: Sequence[Update]) -> None:
-    if site.groups > 1 and any(update.record.rank for update in updates):
+    if site.groups > 1 and not only_scales(updates):
         raise CompositionError(
             f"{site.name} is a convolution in {site.groups} groups of channels: updates of such layers cannot be "
             "combined into one adapter. Activate the adapters together with set_adapter instead."

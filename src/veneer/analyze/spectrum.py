@@ -48,9 +48,9 @@ class Spectrum:
 def spectrum(record: LinearDelta) -> Spectrum:
     """The spectrum of a low-rank record in at least float32.
 
-    Raises CompositionError for a record without a low-rank part, or one that also scales its layer.
+    Raises CompositionError for a record with any other term.
     """
-    if record.a is None or record.b is None or record.in_scale is not None or record.out_scale is not None:
+    if not record.is_low_rank:
         raise CompositionError(
             "only a plain low-rank update (LoRA, rsLoRA, VeRA) has a spectrum without its base model"
         )

@@ -83,7 +83,8 @@ def combine(
     lowrank = all(u.is_lowrank for u in updates)
     if plan.how == "cat" and not lowrank:
         raise CompositionError(
-            "how='cat' needs low-rank updates; an adapter that scales its layer (DoRA, IA3) needs 'linear' with a rank"
+            "how='cat' needs low-rank updates; an adapter that scales or rotates its layer, or changes it as a whole "
+            "(DoRA, IA3, OFT, LoKr), needs 'linear' with a rank"
         )
     if plan.how in ("linear", "cat", "svd") and lowrank:
         return _exact_sum(updates, weights, plan)
@@ -124,5 +125,5 @@ def _bring_to_rank(update: Tensor, updates: Sequence[Update], plan: Combination)
 
 def _default_rank(updates: Sequence[Update]) -> int:
     """The largest rank that goes in, as far as the layer has it: a narrow head may have fewer outputs than ranks."""
-    factors = [(u.record.a, u.record.b) for u in updates]
-    return max((min(len(a), a.shape[1], len(b)) for a, b in factors if a is not None and b is not None), default=0)
+    pairs = [u.record.low_rank for u in updates]
+    return max((min(pair.rank, pair.a.shape[1], len(pair.b)) for pair in pairs if pair is not None), default=0)

@@ -19,19 +19,15 @@ def factorwise(updates: Sequence[Update], weights: Sequence[float]) -> LinearDel
     Raises CompositionError where ranks differ, or a record scales its layer, or its scale is negative.
     """
     ranks = {u.record.rank for u in updates}
-    if len(ranks) != 1 or not all(u.is_lowrank for u in updates) or any(u.record.scale < 0 for u in updates):
+    pairs = [u.record.low_rank.plain for u in updates if u.is_lowrank and u.record.low_rank is not None]
+    if len(ranks) != 1 or len(pairs) < len(updates) or any(pair.scale < 0 for pair in pairs):
         raise CompositionError(
             f"how='factorwise' needs plain low-rank updates of one rank with positive scales, but ranks are "
             f"{sorted(ranks)}: "
             "use 'linear', which is exact for all of them"
         )
-    roots = [math.sqrt(abs(w) * u.record.scale) for u, w in zip(updates, weights, strict=True)]
-    a = torch.stack(
-        [
-            u.record.a * math.copysign(root, w)
-            for u, w, root in zip(updates, weights, roots, strict=True)
-            if u.record.a is not None
-        ]
-    )
-    b = torch.stack([u.record.b * root for u, root in zip(updates, roots, strict=True) if u.record.b is not None])
-    return LinearDelta(a=a.sum(dim=0), b=b.sum(dim=0))
+    roots = [math.sqrt(abs(w) * pair.scale) for pair, w in zip(pairs, weights, strict=True)]
+    each = zip(pairs, weights, roots, strict=True)
+    a = torch.stack([pair.a * math.copysign(root, w) for pair, w, root in each])
+    b = torch.stack([pair.b * root for pair, root in zip(pairs, roots, strict=True)])
+    return LinearDelta.pair(a.sum(dim=0), b.sum(dim=0))

@@ -10,28 +10,29 @@ from torch import Tensor
 
 from veneer.combine.update import Update
 from veneer.core.records import LinearDelta
+from veneer.core.terms.scale import Scale
 from veneer.errors import CompositionError
 
 
 def only_scales(updates: Sequence[Update]) -> bool:
     """Return True if every update is a pure rescaling."""
-    return all(u.record.rank == 0 for u in updates)
+    return all(u.record.only_scales for u in updates)
 
 
 def combined_scales(updates: Sequence[Update], weights: Sequence[float], how: str) -> LinearDelta:
     """The record of the weighted sum of rescalings, all of inputs or all of outputs."""
     if how != "linear":
         raise CompositionError(f"adapters that only rescale (IA3) can be combined with how='linear', not {how!r}")
-    ins, outs = [u.record.in_scale for u in updates], [u.record.out_scale for u in updates]
+    ins, outs = [u.record.input_scale for u in updates], [u.record.output_scale for u in updates]
     if any(x is not None for x in ins) and any(x is not None for x in outs):
         raise CompositionError(
             "one adapter scales the input of this layer and another its output: their sum is not a scale"
         )
-    return LinearDelta(in_scale=_sum_of_changes(ins, weights), out_scale=_sum_of_changes(outs, weights))
+    return LinearDelta(input=_sum_of_changes(ins, weights), output=_sum_of_changes(outs, weights))
 
 
-def _sum_of_changes(scales: Sequence[Tensor | None], weights: Sequence[float]) -> Tensor | None:
+def _sum_of_changes(scales: Sequence[Tensor | None], weights: Sequence[float]) -> Scale | None:
     present = [(s, w) for s, w in zip(scales, weights, strict=True) if s is not None]
     if not present:
         return None
-    return sum(((s - 1) * w for s, w in present), present[0][0].new_ones(present[0][0].shape))
+    return Scale(sum(((s - 1) * w for s, w in present), present[0][0].new_ones(present[0][0].shape)))

@@ -35,7 +35,7 @@ def rank_within(update: Float[Tensor, "o i"], error: float) -> int:
 def _keep(u: Tensor, s: Tensor, vt: Tensor, rank: int) -> tuple[LinearDelta, float]:
     total = float(s.square().sum())
     lost = float(s[rank:].square().sum())
-    record = LinearDelta(a=vt[:rank].contiguous(), b=(u[:, :rank] * s[:rank]).contiguous())
+    record = LinearDelta.pair(vt[:rank].contiguous(), (u[:, :rank] * s[:rank]).contiguous())
     return record, (lost / total) ** 0.5 if total > 0 else 0.0
 
 

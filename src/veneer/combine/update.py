@@ -10,43 +10,34 @@ from jaxtyping import Float
 from torch import Tensor
 
 from veneer.core.frozen import FrozenWeight
-from veneer.core.linear import fold_linear, plain
+from veneer.core.linear import fold_linear
 from veneer.core.records import LinearDelta
 from veneer.errors import CompositionError
 
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """One adapter's record at one layer, brought to a plain pair.
-
-    ``weight`` is needed only by records that scale it (DoRA, IA3).
-    """
+    """One adapter's record at one layer. ``weight`` is needed only by records that scale or rotate it (DoRA, OFT)."""
 
     record: LinearDelta
     weight: FrozenWeight | None = None
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "record", plain(self.record))
-
     @property
     def is_lowrank(self) -> bool:
-        """True where the update is ``scale B A`` and nothing else, so that it can be added exactly as factors."""
-        return self.record.in_scale is None and self.record.out_scale is None
+        """True if the update is at most ``scale B A``, so that it can be added exactly as factors."""
+        return self.record.only_adds and not self.record.changes
 
     def dense(self) -> Float[Tensor, "o i"]:
         """``W' - W`` in at least float32.
 
-        Raises CompositionError for a record that scales a weight which is not there.
+        Raises CompositionError for a record that scales or rotates a weight which is not there.
         """
-        if self.is_lowrank:
-            if self.record.a is None or self.record.b is None:
-                raise CompositionError("the record changes no weight, only a bias: there is nothing to combine")
-            wide = torch.promote_types(self.record.a.dtype, torch.float32)
-            return (self.record.b.to(wide) @ self.record.a.to(wide)) * self.record.scale
+        if self.record.only_adds:
+            return self.record.added()
         if self.weight is None:
             raise CompositionError(
-                "an adapter scales the weight itself (DoRA, IA3), so its update depends on the base model: "
-                "give the base too (--base MODEL)"
+                "an adapter scales or rotates the weight itself (DoRA, IA3, OFT), so its update depends on the base "
+                "model: give the base too (--base MODEL)"
             )
         base = self.weight.dense(torch.float32)
         return fold_linear(self.record, base)[0] - base
@@ -54,9 +45,6 @@ class Update:
 
 def concatenated(updates: Sequence[Update], weights: Sequence[float]) -> LinearDelta:
     """``Σ w_i s_i B_i A_i`` exactly, as factors concatenated along the rank. Each update must be low-rank."""
-    factors = [
-        (u.record.a, u.record.b * (w * u.record.scale))
-        for u, w in zip(updates, weights, strict=True)
-        if u.record.a is not None and u.record.b is not None
-    ]
-    return LinearDelta(a=torch.cat([a for a, _ in factors]), b=torch.cat([b for _, b in factors], dim=1))
+    each = zip(updates, weights, strict=True)
+    pairs = (u.record.low_rank.weighed(w).plain for u, w in each if u.record.low_rank is not None)
+    return LinearDelta.pair(*LinearDelta(adds=tuple(pairs)).factors())

@@ -2,40 +2,191 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from veneer.core.terms.change import Change
+from veneer.core.terms.pair import Pair, joined
+from veneer.core.terms.rotation import Rotation
+from veneer.core.terms.scale import Scale
+from veneer.errors import CompositionError
+
+Around = Scale | Rotation
+"""A term in front of a layer or behind it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearDelta:
-    """A change to a linear layer ``y = W x + c`` with ``W (o, i)``:
+    """A change to a linear layer ``y = W x + c`` with ``W (o, i)``, made of terms:
 
-    ``y = out_scale * (W (in_scale * x) + scale * b_scale * B (core * A (in_scale * x))) + bias``
+    ``y = output((W + Σ adds) input(x)) + bias``
 
-    A field that is None is neutral: no low-rank part, scales of one, and the layer's own ``c`` as bias. ``core`` and
-    ``b_scale``, vectors between A and B and behind B, let layers share one A and B (VeRA).
-    ``bias`` *replaces* the layer's own, so IA3 scales it and ``lora_bias`` adds to it before the record is made.
+    ``adds`` are changes of the weight: pairs, which are joined to one that comes first, and others. ``input`` and
+    ``output`` map features; None is the identity. ``bias`` *replaces* the layer's own, so IA3 scales it and
+    ``lora_bias`` adds to it before the record is made; None leaves it.
+
     An embedding is the linear layer ``(d, n_tokens)`` applied to one-hot rows; a convolution is one applied to patches.
-    Experts stacked in one tensor have one ``a`` and ``b`` each, stacked likewise; then there is nothing but a low-rank
-    part.
+    Experts stacked in one tensor have a stacked pair and nothing else.
     """
 
-    a: Float[Tensor, "*experts r i"] | None = None
-    b: Float[Tensor, "*experts o r"] | None = None
-    scale: float = 1.0
-    core: Float[Tensor, " r"] | None = None
-    b_scale: Float[Tensor, " o"] | None = None
-    in_scale: Float[Tensor, " i"] | None = None
-    out_scale: Float[Tensor, " o"] | None = None
+    adds: tuple[Pair | Change, ...] = ()
+    input: Around | None = None
+    output: Around | None = None
     bias: Float[Tensor, " o"] | None = None
+
+    def __post_init__(self) -> None:
+        pairs = [term for term in self.adds if isinstance(term, Pair)]
+        if len(pairs) > 1 or (pairs and self.adds[0] is not pairs[0]):
+            others = (term for term in self.adds if not isinstance(term, Pair))
+            object.__setattr__(self, "adds", (joined(pairs), *others))
+
+    @classmethod
+    def pair(cls, a: Tensor, b: Tensor, scale: float = 1.0, **vectors: Tensor | None) -> LinearDelta:
+        """The record of one low-rank pair; ``vectors`` are its ``core`` and ``b_scale``."""
+        return cls(adds=(Pair(a=a, b=b, scale=scale, **vectors),))
+
+    @property
+    def low_rank(self) -> Pair | None:
+        """The pair; None if there is none."""
+        first = self.adds[0] if self.adds else None
+        return first if isinstance(first, Pair) else None
+
+    @property
+    def changes(self) -> tuple[Change, ...]:
+        """The changes of the weight beside the pair."""
+        return tuple(term for term in self.adds if not isinstance(term, Pair))
 
     @property
     def rank(self) -> int:
-        """Rank of the low-rank part; 0 where there is none."""
-        return 0 if self.a is None else self.a.shape[-2]
+        """Rank of the pair; 0 if there is none."""
+        pair = self.low_rank
+        return 0 if pair is None else pair.rank
+
+    @property
+    def only_adds(self) -> bool:
+        """True if the weight is added to and its inputs and outputs stay: such records have a sum."""
+        return self.input is None and self.output is None
+
+    @property
+    def only_scales(self) -> bool:
+        """True if nothing is added to the weight, and inputs and outputs are at most scaled."""
+        return not self.adds and not any(isinstance(term, Rotation) for term in (self.input, self.output))
+
+    @property
+    def is_low_rank(self) -> bool:
+        """True if a pair is all that changes the weight."""
+        return self.only_adds and len(self.adds) == 1 and self.low_rank is not None
+
+    @property
+    def is_elementary(self) -> bool:
+        """True if pairs, scales and a bias are all that there is: kernels know those."""
+        return not self.changes and not any(isinstance(term, Rotation) for term in (self.input, self.output))
+
+    @property
+    def changes_nothing(self) -> bool:
+        """True if no term is there."""
+        return not self.adds and self.only_adds and self.bias is None
+
+    @property
+    def input_scale(self) -> Float[Tensor, " i"] | None:
+        """The scale of the inputs; None if there is none. A rotation has no scale: see `is_elementary`."""
+        return self.input.vector if isinstance(self.input, Scale) else None
+
+    @property
+    def output_scale(self) -> Float[Tensor, " o"] | None:
+        """The scale of the outputs; None if there is none. A rotation has no scale: see `is_elementary`."""
+        return self.output.vector if isinstance(self.output, Scale) else None
+
+    @property
+    def terms(self) -> tuple[Pair | Change | Around, ...]:
+        """All terms, in the order of their tensors."""
+        return (*self.adds, *(term for term in (self.input, self.output) if term is not None))
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors of all terms, then the bias."""
+        own = tuple(tensor for term in self.terms for tensor in term.tensors)
+        return own if self.bias is None else (*own, self.bias)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def factors(
+        self, dtype: torch.dtype | None = None
+    ) -> tuple[Float[Tensor, "*experts r i"], Float[Tensor, "*experts o r"]]:
+        """A, and B with all that is multiplied into the pair, of a record that `is_low_rank`; computed in ``dtype``.
+
+        Raises CompositionError for any other.
+        """
+        pair = self.low_rank
+        if pair is None or not self.is_low_rank:
+            raise CompositionError(f"a record with {self.told} has no factors: only a low-rank pair alone has some")
+        pair = pair if dtype is None else pair.with_tensors([tensor.to(dtype) for tensor in pair.tensors])
+        return pair.a, pair.plain_b * pair.scale
+
+    def added(self) -> Float[Tensor, "o i"]:
+        """The sum of what is added to the weight, as a matrix in at least float32.
+
+        Raises CompositionError if nothing is.
+        """
+        if not self.adds:
+            raise CompositionError("the record changes no weight, only a bias: there is nothing to combine")
+        wide = torch.promote_types(self.adds[0].tensors[0].dtype, torch.float32)
+        return sum((term.dense(wide) for term in self.adds[1:]), self.adds[0].dense(wide))
+
+    @property
+    def told(self) -> str:
+        """The parts of the record in words, for messages."""
+        parts = [
+            "a low-rank pair" * (self.low_rank is not None),
+            "a change of the whole weight" * bool(self.changes),
+            *(
+                f"{'a scale' if isinstance(term, Scale) else 'a rotation'} of its {side}s"
+                for side, term in (("input", self.input), ("output", self.output))
+                if term is not None
+            ),
+            "a bias" * (self.bias is not None),
+        ]
+        return " and ".join(filter(None, parts)) or "no term"
+
+    def without_pair(self) -> LinearDelta:
+        """The record without its pair, which another holds."""
+        return self if self.low_rank is None else replace(self, adds=self.changes)
+
+    def weighed(self, weight: float, own_bias: Float[Tensor, " o"] | None = None) -> LinearDelta:
+        """The record that changes a layer, whose bias is ``own_bias``, ``weight`` times as much.
+
+        Raises CompositionError if inputs or outputs are mapped: such an update is no sum.
+        """
+        if not self.only_adds:
+            raise CompositionError(f"a record with {self.told} cannot be weighed: only what is added to a layer can be")
+        bias = self.bias
+        if bias is not None:
+            bias = weight * bias if own_bias is None else own_bias + weight * (bias - own_bias)
+        return replace(self.with_adds_times(weight), bias=bias)
+
+    def with_adds_times(self, weight: float) -> LinearDelta:
+        """The record with what it adds to the weight multiplied by a number."""
+        return replace(self, adds=tuple(term.weighed(weight) for term in self.adds))
+
+    def transposed(self) -> LinearDelta:
+        """The record that changes the transposed weight (i, o) as this one changes (o, i); it has no bias."""
+        return LinearDelta(
+            adds=tuple(term.transposed() for term in self.adds),
+            input=None if self.output is None else self.output.transposed(),
+            output=None if self.input is None else self.input.transposed(),
+        )
+
+    def of_expert(self, expert: int) -> LinearDelta:
+        """The record of one of the stacked experts."""
+        pair = self.low_rank
+        return self if pair is None else LinearDelta(adds=(pair.of_expert(expert),))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from veneer.core.linear import plain_b
 from veneer.core.records import LinearDelta
 from veneer.errors import CompositionError
 
@@ -18,11 +17,11 @@ def svd_of_factors(record: LinearDelta) -> tuple[Float[Tensor, "o r"], Float[Ten
 
     Raises CompositionError for a record without a low-rank part.
     """
-    b = plain_b(record)
-    if record.a is None or b is None:
+    pair = record.low_rank
+    if pair is None:
         raise CompositionError("the record has no low-rank part, so there is nothing to decompose")
-    wide = torch.promote_types(record.a.dtype, torch.float32)
-    q_b, r_b = torch.linalg.qr(b.to(wide))
-    q_a, r_a = torch.linalg.qr(record.a.to(wide).T)
-    u, s, vt = torch.linalg.svd(r_b @ r_a.T * record.scale, full_matrices=False)
+    wide = torch.promote_types(pair.a.dtype, torch.float32)
+    q_b, r_b = torch.linalg.qr(pair.plain_b.to(wide))
+    q_a, r_a = torch.linalg.qr(pair.a.to(wide).T)
+    u, s, vt = torch.linalg.svd(r_b @ r_a.T * pair.scale, full_matrices=False)
     return q_b @ u, s, vt @ q_a.T

@@ -123,7 +123,7 @@ class AdaLoraConfig(LinearMethod):
 
     def lower(self, site: LinearSite, params: Params) -> LinearDelta:
         scale = self.lora_alpha / (self.init_r + RANK_OFFSET)
-        return LinearDelta(a=params["lora_A"] * params["lora_E"], b=params["lora_B"], scale=scale)
+        return LinearDelta.pair(params["lora_A"] * params["lora_E"], params["lora_B"], scale)
 
     def site_of(self, site: LinearSite, shapes: Mapping[str, tuple[int, ...]]) -> LinearSite:
         return replace(site, in_features=shapes["lora_A"][1], out_features=shapes["lora_B"][0])

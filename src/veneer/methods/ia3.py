@@ -23,6 +23,7 @@ from veneer.contract.raised import Raised
 from veneer.contract.targets import Names, matches_any
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
+from veneer.core.terms.scale import Scale
 from veneer.errors import CompositionError
 
 
@@ -110,14 +111,14 @@ class IA3Config(LinearMethod):
     def lower(self, site: LinearSite, params: Params) -> LinearDelta:
         vector = params["ia3_l"].flatten()
         if self._scales_input(site):
-            return LinearDelta(in_scale=vector.repeat_interleave(math.prod(site.window)))
-        return LinearDelta(out_scale=vector, bias=None if site.bias is None else site.bias * vector)
+            return LinearDelta(input=Scale(vector.repeat_interleave(math.prod(site.window))))
+        return LinearDelta(output=Scale(vector), bias=None if site.bias is None else site.bias * vector)
 
     @classmethod
     def raised(cls, records: Mapping[str, LinearDelta], targets: Sequence[str]) -> Raised | None:
-        if not all(r.a is None and (r.in_scale is None) != (r.out_scale is None) for r in records.values()):
+        if not all(r.only_scales and (r.input is None) != (r.output is None) for r in records.values()):
             return None
-        inputs = tuple(path for path, record in records.items() if record.in_scale is not None)
+        inputs = tuple(path for path, record in records.items() if record.input is not None)
         return Raised(cls(target_modules=tuple(records), feedforward_modules=inputs), _parameters)
 
     def _scales_input(self, site: LinearSite) -> bool:
@@ -130,11 +131,11 @@ def _means(name: str, paths: Sequence[str]) -> set[str]:
 
 
 def _parameters(site: LinearSite, record: LinearDelta) -> dict[str, Tensor]:
-    if record.in_scale is not None:  # a channel has one scale for all places of the window
-        return {"ia3_l": record.in_scale[None, :: math.prod(site.window)]}
-    if record.out_scale is None:
+    if record.input_scale is not None:  # a channel has one scale for all places of the window
+        return {"ia3_l": record.input_scale[None, :: math.prod(site.window)]}
+    if record.output_scale is None:
         raise CompositionError(f"the record at {site.name} scales nothing, which IA3 cannot be")
-    return {"ia3_l": record.out_scale[:, None]}
+    return {"ia3_l": record.output_scale[:, None]}
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ class LoraConfig(LoraSettings):
         if site.experts > 1:
             a, b = unstack(a, b, site.experts)
         b = block_diagonal(b, site.groups)
-        record = LinearDelta(a=a, b=b, scale=self.scale(site))
+        record = LinearDelta.pair(a, b, self.scale(site))
         for variant in self._variants("lower"):
             record = variant.lower(self, site, params, record)
         return record

@@ -91,7 +91,7 @@ class VeraConfig(LinearMethod):
         b, d = params["vera_lambda_b"], params["vera_lambda_d"]
         rows, columns = self.projection_size or (site.out_features, site.in_features)
         big_a, big_b = projections(self.projection_prng_key, self.r, rows, columns, device=d.device, dtype=d.dtype)
-        return LinearDelta(a=big_a[:, : site.in_features], core=d, b=big_b[: site.out_features], b_scale=b)
+        return LinearDelta.pair(big_a[:, : site.in_features], big_b[: site.out_features], core=d, b_scale=b)
 
     @property
     def shared(self) -> Shared | None:

@@ -39,13 +39,19 @@ class AdaptedConvolution(AdaptedSite):
         site = self.site()
         records = [self.record(name, site) for name in names]
         whole = compose_linear(records, site.bias)
-        base = self._product(x, cast(Tensor, self.effective("weight")).flatten(1), whole.in_scale)
+        if not whole.is_elementary:
+            raise CompositionError(
+                f"{self.site_name} is a convolution, which takes pairs and scales; the adapters {names} make "
+                f"{whole.told} of it: adapt linear layers with them"
+            )
+        base = self._product(x, cast(Tensor, self.effective("weight")).flatten(1), whole.input_scale)
         parts = []
         for name, record in zip(names, records, strict=True):
-            if record.a is not None:
+            pair = record.low_rank
+            if pair is not None:
                 dropped = self.dropped(x, name)
-                source = (x if dropped is None else dropped).to(record.a.dtype)
-                parts.append((record, self._product(source, record.a, whole.in_scale)))
+                source = (x if dropped is None else dropped).to(pair.a.dtype)
+                parts.append((pair, self._product(source, pair.a, whole.input_scale)))
         return apply_projected(whole, parts, base, site.bias).movedim(-1, self._channels)
 
     def site(self, names: Sequence[str] | None = None) -> LinearSite:
@@ -59,16 +65,16 @@ class AdaptedConvolution(AdaptedSite):
             return super().folded_weight(names, dtype)
         present = [name for name in names if name in self.adapters]
         record = self.composed(present, site)
-        if record.rank:
+        if not record.only_scales:
             raise CompositionError(
                 f"adapter {present[0]!r} mixes the channels of {self.site_name}, a convolution in {site.groups} "
                 "groups: no kernel in groups can take that in. Keep the adapter beside the model."
             )
         kernel = cast(Tensor, self.effective("weight", names)).flatten(1)
         wide = kernel.to(torch.promote_types(kernel.dtype, torch.float32))
-        if record.in_scale is not None:
-            wide = wide * column_blocks(record.in_scale, len(wide), site.groups)
-        folded, bias = fold_linear(replace(record, in_scale=None), wide, site.bias, dtype)
+        if record.input_scale is not None:
+            wide = wide * column_blocks(record.input_scale, len(wide), site.groups)
+        folded, bias = fold_linear(replace(record, input=None), wide, site.bias, dtype)
         return folded, None if record.bias is None else bias
 
     def stored(self, weight: Tensor) -> Tensor:

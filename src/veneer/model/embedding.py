@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -32,8 +31,7 @@ class AdaptedEmbedding(AdaptedSite):
         names = self.acting_here()
         if not names:
             return looked_up
-        delta = self.composed(names, self.site())
-        delta = replace(delta, scale=delta.scale * multiplier)
+        delta = self.composed(names, self.site()).with_adds_times(multiplier)
         return apply_embedding(delta, token_ids, looked_up, cast(Any, self).padding_idx)
 
     def site(self, names: Sequence[str] | None = None) -> LinearSite:

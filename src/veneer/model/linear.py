@@ -17,10 +17,10 @@ from veneer.core.linear import (
     apply_linear,
     apply_linear_sum,
     compose_linear,
+    entered,
     fold_blocks,
     fold_linear,
     row_blocks,
-    transposed,
 )
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
@@ -135,7 +135,7 @@ class AdaptedSite(Adapted):
         if key == "bias":
             bias = site.bias if delta.bias is None else delta.bias
             return None if bias is None else iter((bias.detach().to(dtype),))
-        return fold_blocks(transposed(delta) if self.is_turned else delta, own, dtype)
+        return fold_blocks(delta.transposed() if self.is_turned else delta, own, dtype)
 
     @property
     def is_turned(self) -> bool:
@@ -155,7 +155,7 @@ class AdaptedSite(Adapted):
         present = [name for name in names if name in self.adapters]
         delta, weight = self.composed(present, site), unrounded(cast(FrozenWeight, site.weight))
         if self.is_turned:  # the rows of the parameter, so that they come out the same one by one
-            return fold_linear(transposed(delta), weight.T, None, dtype)[0].T, delta.bias
+            return fold_linear(delta.transposed(), weight.T, None, dtype)[0].T, delta.bias
         folded, bias = fold_linear(delta, weight, site.bias, dtype)
         return folded, None if delta.bias is None else bias
 
@@ -259,7 +259,8 @@ class AdaptedLinear(AdaptedSite):
         names, site = self.acting_here(), self.site()
         weight = cast(FrozenWeight, site.weight)
         records = [self.record(name, site) for name in names]
-        return apply_linear_sum(records, x, weight, site.bias, [self.dropped(x, name) for name in names])
+        read = entered(compose_linear(records, site.bias), x)
+        return apply_linear_sum(records, x, weight, site.bias, [self.dropped(read, name) for name in names])
 
     def site(self, names: Sequence[str] | None = None) -> LinearSite:
         weight = self._weight(names)

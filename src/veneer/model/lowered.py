@@ -6,26 +6,26 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from veneer.contract import LinearMethod
 from veneer.core.records import LinearDelta
-from veneer.ops.linear.layer import FIELDS
 
 _PLACE = "_lowered"
 
 
 @dataclass(frozen=True, slots=True)
 class _Lowered:
-    """A record, and by its fields the names of the holder's parameters that it consists of."""
+    """A record, and the names of the holder's parameters that its tensors are."""
 
     config: LinearMethod
     record: LinearDelta
-    names: dict[str, str]
+    names: tuple[str, ...]
 
     def is_of(self, holder: nn.Module) -> bool:
         """Return True if the holder's parameters are still those of the record."""
-        return all(holder._parameters.get(name) is getattr(self.record, field) for field, name in self.names.items())
+        own = zip(self.names, self.record.tensors, strict=True)
+        return all(holder._parameters.get(name) is tensor for name, tensor in own)
 
 
 def lowered(holder: nn.Module, config: LinearMethod, lower: Callable[[], LinearDelta]) -> LinearDelta:
@@ -46,8 +46,8 @@ def lowered(holder: nn.Module, config: LinearMethod, lower: Callable[[], LinearD
     return record
 
 
-def _names(holder: nn.Module, record: LinearDelta) -> dict[str, str] | None:
-    """The name of the parameter that each field is; None where one is computed."""
+def _names(holder: nn.Module, record: LinearDelta) -> tuple[str, ...] | None:
+    """The name of the parameter that each tensor is; None if one is computed."""
     own = {id(parameter): name for name, parameter in holder._parameters.items()}
-    fields: dict[str, Tensor] = {f: value for f in FIELDS if (value := getattr(record, f)) is not None}
-    return {f: own[id(t)] for f, t in fields.items()} if all(id(t) in own for t in fields.values()) else None
+    names = [own.get(id(tensor)) for tensor in record.tensors]
+    return None if None in names else cast("tuple[str, ...]", tuple(names))

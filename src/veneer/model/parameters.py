@@ -8,7 +8,6 @@ rounded once, at the output.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -134,9 +133,7 @@ class AdaptedParameters(Adapted):
         """One expert's map of its tokens."""
         stacked, bias = cast(Tensor, self._parameters[parameter]), self._parameters.get(f"{parameter}_bias")
         weight = cast(FrozenWeight, DenseWeight(self.as_maps(stacked)[expert]))
-        if record.a is not None and record.b is not None:
-            record = replace(record, a=record.a[expert], b=record.b[expert])
-        return apply_linear(record, x, weight, None if bias is None else bias[expert])
+        return apply_linear(record.of_expert(expert), x, weight, None if bias is None else bias[expert])
 
 
 def runs_by_convention(module: nn.Module) -> bool:

@@ -111,7 +111,7 @@ class Embedding:
                 index, values = effects.rows[self.path]
                 h[rows] = look_up_rows(ids[rows], h[rows], index, self._scaled(values.to(h.dtype)))
             if effects.table is not None:
-                record = replace(effects.table, scale=effects.table.scale * self.own_multiplier)
+                record = effects.table.with_adds_times(self.own_multiplier)
                 h[rows] = apply_embedding(record, ids[rows], h[rows])
         return h
 

@@ -119,11 +119,13 @@ def _put(found: Effects, program: Program, path: str, record: object) -> None:
 
 
 def _with_own_vectors(record: LinearDelta) -> LinearDelta:
-    """A record whose vectors stay when its low-rank part has been packed, and the file it was read from is let go."""
-    vectors = {name: getattr(record, name) for name in ("in_scale", "out_scale", "bias")}
-    if all(vector is None for vector in vectors.values()):
+    """A record of which all stays but the pair, when that has been packed and the file it was read from is let go."""
+    left = record.without_pair()
+    if left.changes_nothing:
         return record
-    return replace(record, **{name: in_own_memory(vector) for name, vector in vectors.items()})
+    pair = () if record.low_rank is None else (record.low_rank,)
+    left = in_own_memory(left)
+    return replace(left, adds=(*pair, *left.adds))
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +177,7 @@ def _put_whole(
         if record.bias is not None:
             raise UnsaidError(f"two changes of the bias of {path}")
         found.linear[path] = replace(record, bias=value)
-    elif path in program.linears and record.rank:
+    elif path in program.linears and not record.only_scales:
         raise UnsaidError(f"an update of {path}, whose weight is its own too")
     else:
         transposed = isinstance(module, Conv1D) or (isinstance(module, PackedLinear) and module.is_transposed)

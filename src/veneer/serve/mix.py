@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor
-
 from veneer.core.linear import compose_linear
-from veneer.core.records import LinearDelta
 from veneer.errors import CompositionError
 from veneer.model.copies import own_parameters
 from veneer.serve.effects import Effects, Lookup, read_effects
@@ -28,20 +24,12 @@ def read_mix(lookup: Lookup, program: Program, parts: Parts) -> Effects:
     found = Effects()
     for path in dict.fromkeys(path for effects, _ in read for path in effects.linear):
         own = dict(own_parameters(lookup.model.get_submodule(path))).get("bias")
-        records = [_weighted(effects.linear[path], w, own) for effects, w in read if path in effects.linear]
+        records = [effects.linear[path].weighed(w, own) for effects, w in read if path in effects.linear]
         found.linear[path] = compose_linear(records, own)
-    tables = [_weighted(effects.table, w, None) for effects, w in read if effects.table is not None]
+    tables = [effects.table.weighed(w) for effects, w in read if effects.table is not None]
     if tables:
         found.table = compose_linear(tables)
     return found
-
-
-def _weighted(record: LinearDelta, weight: float, own: Tensor | None) -> LinearDelta:
-    """A record that changes a layer ``weight`` times as much, whose bias is ``own``."""
-    bias = record.bias
-    if bias is not None:
-        bias = weight * bias if own is None else own + weight * (bias - own)
-    return replace(record, scale=record.scale * weight, bias=bias)
 
 
 def _summand(folder: Path, effects: Effects) -> Effects:
@@ -65,6 +53,7 @@ def _reason(effects: Effects) -> str:
         return f"has values of its own in place of the base's at {place}"
     records = effects.linear if effects.table is None else {**effects.linear, "the embeddings": effects.table}
     for path, record in records.items():
-        if record.in_scale is not None or record.out_scale is not None:
-            return f"scales the inputs or outputs of {path} (DoRA, IA3)"
+        if not record.only_adds:
+            how = "scales" if record.is_elementary else "rotates"
+            return f"{how} the inputs or outputs of {path} (DoRA, IA3, OFT)"
     return ""

@@ -71,8 +71,8 @@ def _changes(own: Own, dtype: torch.dtype) -> Iterator[LayerChange | None]:
             yield None
             continue
         yield LayerChange(
-            in_scale=_vector(record.in_scale),
-            out_scale=_vector(record.out_scale),
+            in_scale=_vector(record.input_scale),
+            out_scale=_vector(record.output_scale),
             bias=_vector(bias),
             own_bias=bias if whole is not None else None,
             whole=whole,
@@ -81,9 +81,8 @@ def _changes(own: Own, dtype: torch.dtype) -> Iterator[LayerChange | None]:
 
 
 def _is_known(record: LinearDelta) -> bool:
-    """Return True if float32 holds what is left of a record, whose low-rank part has been packed."""
-    vectors = (record.in_scale, record.out_scale, record.bias)
-    return all(v is None or v.dtype.itemsize <= 4 for v in vectors)
+    """Return True if a record, whose pair has been packed, is at most scales and a bias that float32 holds."""
+    return record.is_elementary and all(tensor.dtype.itemsize <= 4 for tensor in record.tensors)
 
 
 def _vector(x: Tensor | None) -> Tensor | None:

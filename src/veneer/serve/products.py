@@ -22,9 +22,10 @@ from veneer.model.blueprint.parts import Linear
 from veneer.model.linear import frozen_weight
 from veneer.model.packed_linear import PackedGroup
 from veneer.ops.grouped_low_rank import AdapterRuns, Run
+from veneer.ops.linear.around import finished, mapped_input
+from veneer.ops.linear.change import add_changes
 from veneer.ops.linear.layer import NOTHING, LinearLayer, Weight
 from veneer.ops.linear.op import forward
-from veneer.ops.linear.scales import finished, scaled_input
 from veneer.ops.packed import PackedWeight, over_rows
 from veneer.ops.pairs import PackedPairs, Pair, PairsPacker, Segment, add_pairs
 from veneer.quant.dense import DenseWeight
@@ -144,13 +145,15 @@ class Linears:
     def _by_records(self, x: Tensor, owns: Sequence[Own | None], runs: AdapterRuns, group: PackedGroup) -> list[Tensor]:
         """The layers with records that scale, or have biases, or share their factors, or weights in their place."""
         layers = [self._layer(i, owns, runs) for i in range(len(self.paths))]
-        inputs = [scaled_input(x, layer) for layer in layers]
+        inputs = [mapped_input(x, layer) for layer in layers]
         ys = [part.matmul(own) for part, own in zip(group.parts, inputs, strict=True)]
         add_pairs(x, _segments(owns, runs), ys)
         for place, start, stop in runs.runs:
             own = owns[place]
             if own is not None:
                 self._add_apart(own, slice(start, stop), inputs, ys)
+        for y, own_x, layer in zip(ys, inputs, layers, strict=True):
+            add_changes(y, own_x, layer)
         ys = [finished(y, layer) for y, layer in zip(ys, layers, strict=True)]
         self._put_whole(ys, x, owns, runs)
         return ys
@@ -191,7 +194,7 @@ class Linears:
         if not any(pairs):
             return left
         sizes = [weight.shape[0] for weight in self.weights]
-        if any(record.in_scale is not None for record in own.records):
+        if any(record.input is not None for record in own.records):
             each = zip(pairs, sizes, strict=True)
             apart = tuple(None if pair is None else self._pack([pair], [o], packing) for pair, o in each)
             return replace(left, apart=apart)
@@ -234,9 +237,10 @@ def divided(runs: AdapterRuns, apart: tuple[bool, ...]) -> tuple[Part, Part]:
 
 
 def _pair(record: LinearDelta) -> Pair | None:
-    if record.a is None or record.b is None or not record.rank:
+    pair = record.low_rank
+    if pair is None or not pair.rank:
         return None
-    return Pair(record.a, record.b, record.scale, core=record.core, b_scale=record.b_scale)
+    return Pair(pair.a, pair.b, pair.scale, core=pair.core, b_scale=pair.b_scale)
 
 
 def _place(x: Tensor) -> tuple[object, ...]:
@@ -245,9 +249,8 @@ def _place(x: Tensor) -> tuple[object, ...]:
 
 
 def _without_pair(record: LinearDelta) -> LinearDelta:
-    if all(x is None for x in (record.in_scale, record.out_scale, record.bias)):
-        return NOTHING
-    return replace(record, a=None, b=None, scale=1.0, core=None, b_scale=None)
+    left = record.without_pair()
+    return NOTHING if left.changes_nothing else left
 
 
 def _segments(owns: Sequence[Own | None], runs: AdapterRuns) -> list[Segment]:

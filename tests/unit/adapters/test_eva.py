@@ -160,13 +160,13 @@ def test_a_start_of_pefts_is_read(case: Any, ids: Tensor, tmp_path: Path) -> Non
 def test_scales_stay_where_alpha_follows_the_rank(case: Any, adjusted: bool, rslora: bool) -> None:
     base, targets = case
     model = ours(base, targets, {"adjust_scaling_factors": adjusted}, use_rslora=rslora)
-    before = {path: layer.record("default").scale for path, layer in adapted_layers(model).items()}
+    before = {path: layer.record("default").low_rank.scale for path, layer in adapted_layers(model).items()}
     initialize_lora_eva_weights(model, batches())
     changed = set()
     for path, layer in adapted_layers(model).items():
         record = layer.record("default")
         scale = before[path] if adjusted else ALPHA / (record.rank**0.5 if rslora else record.rank)
-        assert record.scale == pytest.approx(scale)
+        assert record.low_rank.scale == pytest.approx(scale)
         changed |= {record.rank}
     assert len(changed) > 1
 

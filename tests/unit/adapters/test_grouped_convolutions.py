@@ -155,7 +155,7 @@ def test_two_adapters_act_together_and_have_no_sum(randomize: Any, tmp_path: Pat
     with pytest.raises(CompositionError, match="grouped is a convolution in 3 groups of channels, whose updates"):
         combine_folders(folders, [1.0, 1.0], Combination(how="cat"), tmp_path / "sum")
     record = read_records(tmp_path).records["grouped"]
-    torch.testing.assert_close(record.b, model.grouped.record("default").b)
+    torch.testing.assert_close(record.low_rank.b, model.grouped.record("default").low_rank.b)
 
 
 def test_a_row_of_a_mixed_batch_is_the_row_alone(randomize: Any) -> None:

@@ -47,7 +47,10 @@ def test_the_factors_are_the_best_approximation_of_what_was_lost(quantized: Any)
         u, s, vt = torch.linalg.svd(lost_of(base, model, path))
         r = record.rank
         torch.testing.assert_close(
-            record.scale * record.b @ record.a, (u[:, :r] * s[:r]) @ vt[:r], rtol=1e-4, atol=1e-6
+            record.added(),
+            (u[:, :r] * s[:r]) @ vt[:r],
+            rtol=1e-4,
+            atol=1e-6,
         )
     after = model.unload().state_dict()
     assert all(torch.equal(after[name], value) for name, value in codes.items())
@@ -77,7 +80,9 @@ def test_peft_decomposes_alike_where_the_scale_is_one(quantized: Any) -> None:
     for path, layer in adapted_layers(model).items():
         theirs = _low_rank_decomposition(lost_of(base, model, path), reduced_rank=5)
         record = layer.record("default")
-        torch.testing.assert_close(record.b @ record.a, theirs["L"] @ theirs["R"], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            record.added() / record.low_rank.scale, theirs["L"] @ theirs["R"], rtol=1e-4, atol=1e-6
+        )
     assert peft.__version__
 
 

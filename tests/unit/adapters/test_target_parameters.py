@@ -20,8 +20,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from flat_records import flat_record
 from veneer import LoraConfig, PeftModel, get_peft_model
-from veneer.core.records import LinearDelta
 from veneer.core.stacks import stack, unstack
 from veneer.errors import CompositionError, ConfigError, TargetError
 from veneer.model.attach import live_parameters
@@ -219,7 +219,7 @@ def test_factors_stack_and_unstack() -> None:
     pairs = [(torch.randn(2, 5), torch.randn(7, 2)) for _ in range(3)]
     a, b = unstack(*stack(pairs), experts=3)
     assert all(torch.equal(a[e], pairs[e][0]) and torch.equal(b[e], pairs[e][1]) for e in range(3))
-    assert LinearDelta(a=a, b=b).rank == 2
+    assert flat_record(a=a, b=b).rank == 2
 
 
 def test_several_adapters_change_different_parameters(tmp_path: Path) -> None:

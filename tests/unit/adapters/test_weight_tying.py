@@ -114,7 +114,7 @@ def test_every_stack_of_an_encoder_decoder_is_tied(ids: Tensor, randomize: Any, 
     with torch.no_grad():
         oracle.shared.weight += 7 / 3 * (b @ a).T
     for path, layer in ((p, m) for p, m in model.named_modules() if p.endswith(".q")):
-        oracle.get_submodule(path).weight.data += 7 / 3 * layer.record("default").b @ layer.record("default").a
+        oracle.get_submodule(path).weight.data += layer.record("default").added()
     torch.testing.assert_close(ours, oracle(input_ids=ids, decoder_input_ids=ids).logits, rtol=1e-4, atol=1e-5)
     model.save_pretrained(tmp_path)
     back = PeftModel.from_pretrained(t5(), tmp_path)
@@ -168,7 +168,7 @@ def test_training_moves_both_and_a_copy_of_the_model_stands_alone(tiny: Any, ids
     table, head = ends(model)
     delta = table.record("default")
     turned = head.record("default")
-    assert torch.equal(turned.b @ turned.a, (delta.b @ delta.a).T)
+    assert torch.equal(turned.low_rank.b @ turned.low_rank.a, (delta.low_rank.b @ delta.low_rank.a).T)
     assert not torch.allclose(logits(model, ids), before)
     assert torch.equal(logits(other, ids), before)
     assert torch.equal(logits(other.to(torch.float64), ids).float(), logits(other, ids).float())

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from flat_records import flat_record
 from veneer.analyze.overlap import overlap_table, sign_conflict, subspace_overlap
 from veneer.analyze.spectrum import spectrum, spectrum_of_dense
 from veneer.core.records import LinearDelta
@@ -13,7 +14,7 @@ from veneer.errors import CompositionError, ShapeError
 
 def record(seed: int, r: int = 5, o: int = 13, i: int = 19, scale: float = 1.3) -> LinearDelta:
     g = torch.Generator().manual_seed(seed)
-    return LinearDelta(
+    return flat_record(
         a=torch.randn(r, i, generator=g, dtype=torch.float64),
         b=torch.randn(o, r, generator=g, dtype=torch.float64),
         scale=scale,
@@ -21,7 +22,7 @@ def record(seed: int, r: int = 5, o: int = 13, i: int = 19, scale: float = 1.3) 
 
 
 def matrix(r: LinearDelta) -> torch.Tensor:
-    return r.scale * r.b @ r.a
+    return r.added()
 
 
 def test_the_spectrum_is_that_of_the_matrix():
@@ -46,9 +47,9 @@ def test_effective_rank_of_a_known_spectrum():
 
 def test_overlap_of_the_same_disjoint_and_nested_directions():
     eye = torch.eye(7, dtype=torch.float64)
-    one = spectrum(LinearDelta(a=eye[:3], b=torch.diag(torch.tensor([5.0, 3.0, 2.0], dtype=torch.float64))))
-    same = spectrum(LinearDelta(a=eye[:2], b=torch.eye(3, dtype=torch.float64)[:, :2] * 4))
-    other = spectrum(LinearDelta(a=eye[4:6], b=torch.eye(3, dtype=torch.float64)[:, :2]))
+    one = spectrum(flat_record(a=eye[:3], b=torch.diag(torch.tensor([5.0, 3.0, 2.0], dtype=torch.float64))))
+    same = spectrum(flat_record(a=eye[:2], b=torch.eye(3, dtype=torch.float64)[:, :2] * 4))
+    other = spectrum(flat_record(a=eye[4:6], b=torch.eye(3, dtype=torch.float64)[:, :2]))
     assert subspace_overlap(one, same, 3, 2) == pytest.approx(1)
     assert subspace_overlap(one, other, 3, 2) == pytest.approx(0)
     table = overlap_table(one, same)
@@ -66,7 +67,7 @@ def test_sign_conflict_counts_entries_that_both_change():
 
 def test_what_has_no_spectrum_or_does_not_fit_says_so():
     with pytest.raises(CompositionError, match="without its base model"):
-        spectrum(LinearDelta(out_scale=torch.ones(3)))
+        spectrum(flat_record(out_scale=torch.ones(3)))
     with pytest.raises(ShapeError, match="rank 5"):
         subspace_overlap(spectrum(record(1)), spectrum(record(2)), 6, 1)
     with pytest.raises(ShapeError, match="not the same layer"):

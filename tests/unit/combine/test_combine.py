@@ -1,17 +1,21 @@
 """Combining updates: closed forms in float64, and PEFT's operators where they agree with the papers."""
 
+import dataclasses
+
 import pytest
 import torch
 from peft.utils.merge_utils import dare_linear as peft_dare_linear
 from peft.utils.merge_utils import magnitude_prune as peft_magnitude_prune
 from peft.utils.merge_utils import ties as peft_ties
 
+from flat_records import flat_record
 from veneer.combine import Combination, combine
 from veneer.combine.sparsify import draw_of, drop_and_rescale, largest
 from veneer.combine.ties import elect_and_merge
 from veneer.combine.update import Update
 from veneer.core.linear import fold_linear
 from veneer.core.records import LinearDelta
+from veneer.core.terms.scale import Scale
 from veneer.errors import CompositionError
 from veneer.quant.dense import DenseWeight
 
@@ -22,7 +26,7 @@ WEIGHTS = (0.7, -0.4, 1.3)
 def lowrank(seed: int, r: int = 3, scale: float = 1.7) -> Update:
     g = torch.Generator().manual_seed(seed)
     a, b = torch.randn(r, I, generator=g, dtype=torch.float64), torch.randn(O, r, generator=g, dtype=torch.float64)
-    return Update(LinearDelta(a=a, b=b, scale=scale))
+    return Update(flat_record(a=a, b=b, scale=scale))
 
 
 def dora(seed: int) -> Update:
@@ -30,7 +34,7 @@ def dora(seed: int) -> Update:
     record = lowrank(seed).record
     weight = DenseWeight(torch.randn(O, I, generator=g))
     out_scale = torch.rand(O, generator=g, dtype=torch.float64) + 0.5
-    return Update(LinearDelta(a=record.a, b=record.b, scale=record.scale, out_scale=out_scale), weight)
+    return Update(dataclasses.replace(record, output=Scale(out_scale)), weight)
 
 
 def matrix(record: LinearDelta) -> torch.Tensor:
@@ -72,19 +76,23 @@ def test_a_dora_update_is_what_folding_it_changes():
 def test_scales_add_up_as_updates_do():
     l1, l2 = torch.rand(O, dtype=torch.float64) + 0.5, torch.rand(O, dtype=torch.float64) + 0.5
     record, _ = combine(
-        [Update(LinearDelta(out_scale=l1)), Update(LinearDelta(out_scale=l2))], (0.7, 0.9), Combination()
+        [Update(flat_record(out_scale=l1)), Update(flat_record(out_scale=l2))], (0.7, 0.9), Combination()
     )
     weight = torch.randn(O, I, dtype=torch.float64)
     expected = weight + 0.7 * (l1[:, None] * weight - weight) + 0.9 * (l2[:, None] * weight - weight)
-    torch.testing.assert_close(record.out_scale[:, None] * weight, expected)
+    torch.testing.assert_close(record.output_scale[:, None] * weight, expected)
 
 
 def test_factorwise_is_peft_linear_and_not_the_sum():
     same = [lowrank(1), lowrank(2, scale=0.6)]
     record, _ = combine(same, (0.7, -0.4), Combination(how="factorwise"))
     roots = [(0.7 * 1.7) ** 0.5, (0.4 * 0.6) ** 0.5]
-    torch.testing.assert_close(record.a, roots[0] * same[0].record.a - roots[1] * same[1].record.a)
-    torch.testing.assert_close(record.b, roots[0] * same[0].record.b + roots[1] * same[1].record.b)
+    torch.testing.assert_close(
+        record.low_rank.a, roots[0] * same[0].record.low_rank.a - roots[1] * same[1].record.low_rank.a
+    )
+    torch.testing.assert_close(
+        record.low_rank.b, roots[0] * same[0].record.low_rank.b + roots[1] * same[1].record.low_rank.b
+    )
     exact = 0.7 * same[0].dense() - 0.4 * same[1].dense()
     assert float((matrix(record) - exact).norm() / exact.norm()) > 0.1
 
@@ -178,7 +186,7 @@ def test_a_plan_that_makes_no_sense_is_refused(options, message):
 
 
 def test_what_cannot_be_combined_says_why():
-    scale = Update(LinearDelta(out_scale=torch.ones(O, dtype=torch.float64)))
+    scale = Update(flat_record(out_scale=torch.ones(O, dtype=torch.float64)))
     with pytest.raises(CompositionError, match="give the base too"):
         combine([scale, lowrank(1)], (1, 1), Combination())
     with pytest.raises(CompositionError, match="one weight for each"):
@@ -190,8 +198,8 @@ def test_what_cannot_be_combined_says_why():
     with pytest.raises(CompositionError, match="how='cat' needs low-rank"):
         combine([dora(1)], (1.0,), Combination(how="cat"))
     with pytest.raises(CompositionError, match="only a bias"):
-        Update(LinearDelta(bias=torch.ones(O))).dense()
-    inputs = Update(LinearDelta(in_scale=torch.ones(I)))
+        Update(flat_record(bias=torch.ones(O))).dense()
+    inputs = Update(flat_record(in_scale=torch.ones(I)))
     with pytest.raises(CompositionError, match="not a scale"):
         combine([scale, inputs], (1, 1), Combination())
     with pytest.raises(CompositionError, match="how='linear'"):
@@ -201,7 +209,7 @@ def test_what_cannot_be_combined_says_why():
 @pytest.mark.parametrize("how", ["svd", "dare_linear"])
 def test_a_layer_with_fewer_outputs_than_ranks_goes_in_gets_as_many_as_it_has(how):
     g = torch.Generator().manual_seed(7)
-    narrow = [Update(LinearDelta(a=torch.randn(5, I, generator=g), b=torch.randn(3, 5, generator=g))) for _ in "ab"]
+    narrow = [Update(flat_record(a=torch.randn(5, I, generator=g), b=torch.randn(3, 5, generator=g))) for _ in "ab"]
     record, error = combine(narrow, (0.7, -0.4), Combination(how=how, density=1 if how == "dare_linear" else None))
     assert (record.rank, error) == (3, 0)
     torch.testing.assert_close(matrix(record), 0.7 * narrow[0].dense() - 0.4 * narrow[1].dense())

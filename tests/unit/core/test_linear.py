@@ -5,10 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from flat_records import flat_record
 from veneer.core import linear
 from veneer.core.frozen import FrozenWeight
 from veneer.core.linear import apply_embedding, apply_linear, apply_linear_sum, compose_linear, fold_linear, row_norms
 from veneer.core.records import LinearDelta
+from veneer.core.terms.scale import Scale
 from veneer.errors import CompositionError
 from veneer.quant.dense import DenseWeight
 
@@ -24,13 +26,13 @@ W, C, X = normal(OUT, IN), normal(OUT), normal(3, IN)
 
 
 def low_rank(rank: int, scale: float) -> LinearDelta:
-    return LinearDelta(a=normal(rank, IN), b=normal(OUT, rank), scale=scale)
+    return flat_record(a=normal(rank, IN), b=normal(OUT, rank), scale=scale)
 
 
 def scales() -> LinearDelta:
     """As IA3 makes it on outputs: the bias scaled too."""
     vector = normal(OUT)
-    return LinearDelta(out_scale=vector, bias=C * vector)
+    return flat_record(out_scale=vector, bias=C * vector)
 
 
 def apply(delta: LinearDelta, bias: torch.Tensor | None = C) -> torch.Tensor:
@@ -54,11 +56,11 @@ def test_a_dense_weight_answers_in_its_own_dtype_unless_autocast_says_otherwise(
 
 
 def test_the_formula_of_the_record():
-    d = LinearDelta(
+    d = flat_record(
         a=normal(2, IN), b=normal(OUT, 2), scale=0.7, in_scale=normal(IN), out_scale=normal(OUT), bias=normal(OUT)
     )
-    u = d.in_scale * X
-    close(apply(d), d.out_scale * (u @ W.T + 0.7 * u @ (d.b @ d.a).T) + d.bias)
+    u, pair = d.input_scale * X, d.low_rank
+    close(apply(d), d.output_scale * (u @ W.T + 0.7 * u @ (pair.b @ pair.a).T) + d.bias)
 
 
 def test_an_empty_record_is_the_base_layer():
@@ -68,14 +70,14 @@ def test_an_empty_record_is_the_base_layer():
 
 def test_what_stands_in_front_of_a_does_not_reach_the_frozen_weight():
     d, dropped = low_rank(2, 0.7), X * torch.tensor([0.0, 2.0, 2.0, 0.0, 2.0])
-    close(apply_linear(d, X, DenseWeight(W), C, dropped), X @ W.T + 0.7 * dropped @ (d.b @ d.a).T + C)
+    close(apply_linear(d, X, DenseWeight(W), C, dropped), X @ W.T + dropped @ d.added().T + C)
 
 
 def test_trained_scales_are_not_rounded_to_16_bits():
     """1.005 lies between two neighbours in bfloat16, 1 and 1.0078: rounded to either, it would act as that."""
     x = torch.linspace(1, 2, 4096).bfloat16()[:, None]
-    out = LinearDelta(out_scale=torch.tensor([1.005]))
-    into = LinearDelta(in_scale=torch.tensor([1.005]))
+    out = flat_record(out_scale=torch.tensor([1.005]))
+    into = flat_record(in_scale=torch.tensor([1.005]))
     for delta in (out, into):
         y = apply_linear(delta, x, DenseWeight(torch.ones(1, 1, dtype=torch.bfloat16)))
         assert y.dtype == torch.bfloat16
@@ -85,20 +87,20 @@ def test_trained_scales_are_not_rounded_to_16_bits():
 
 def test_what_is_added_is_rounded_once_with_the_base():
     one = torch.ones(1, 1, dtype=torch.bfloat16)
-    delta = LinearDelta(a=torch.ones(1, 1), b=torch.full((1, 1), 2**-9), bias=torch.tensor([2**-9]))
+    delta = flat_record(a=torch.ones(1, 1), b=torch.full((1, 1), 2**-9), bias=torch.tensor([2**-9]))
     # 2**-8 is half of the spacing above 1: each part alone would vanish, twice; ties go to even, so add a little
     y = apply_linear(delta, one, DenseWeight(one), torch.tensor([0.0]))
     assert y.item() == 1.0
-    more = LinearDelta(a=delta.a, b=delta.b, bias=torch.tensor([2**-9 + 2**-12]))
+    more = flat_record(a=delta.low_rank.a, b=delta.low_rank.b, bias=torch.tensor([2**-9 + 2**-12]))
     assert apply_linear(more, one, DenseWeight(one)).item() == 1.0 + 2**-7
 
 
 def test_folding_computes_wider_than_it_stores():
     w16 = W.bfloat16()
-    delta = LinearDelta(a=normal(2, IN).float(), b=normal(OUT, 2).float(), scale=0.7)
+    delta = flat_record(a=normal(2, IN).float(), b=normal(OUT, 2).float(), scale=0.7)
     folded, bias = fold_linear(delta, w16, C.bfloat16())
     assert folded.dtype == torch.bfloat16
-    exact = w16.double() + 0.7 * delta.b.double() @ delta.a.double()
+    exact = w16.double() + 0.7 * delta.low_rank.b.double() @ delta.low_rank.a.double()
     assert torch.equal(folded, exact.float().bfloat16())
     assert torch.equal(bias, C.bfloat16())
 
@@ -107,8 +109,8 @@ def test_folding_computes_wider_than_it_stores():
 def test_folding_outside_of_autograd_goes_block_by_block(monkeypatch, n_values):
     """The rows of a matrix, the experts of a stack: the same result as all at once."""
     factors = low_rank(2, 1.7)
-    of_rows = replace(factors, in_scale=normal(IN), out_scale=normal(OUT))
-    of_experts = LinearDelta(a=normal(3, 2, IN), b=normal(3, OUT, 2), scale=0.3)
+    of_rows = replace(factors, input=Scale(normal(IN)), output=Scale(normal(OUT)))
+    of_experts = flat_record(a=normal(3, 2, IN), b=normal(3, OUT, 2), scale=0.3)
     for delta, weight in ((of_rows, W), (of_rows, W.T.contiguous().T), (of_experts, torch.stack([W, 3 * W, W - 2]))):
         whole, _ = fold_linear(delta, weight)
         with monkeypatch.context() as patch, torch.no_grad():
@@ -120,28 +122,29 @@ def test_folding_outside_of_autograd_goes_block_by_block(monkeypatch, n_values):
 
 
 def test_folding_gives_a_bias_where_there_was_none():
-    folded, bias = fold_linear(LinearDelta(bias=C), W)
+    folded, bias = fold_linear(flat_record(bias=C), W)
     close(folded, W)
     close(bias, C)
 
 
 def test_composed_low_rank_parts_are_their_sum():
-    parts = [low_rank(2, 0.7), low_rank(3, -1.3), LinearDelta(a=normal(1, IN), b=normal(OUT, 1), bias=normal(OUT))]
-    expected = X @ W.T + sum(p.scale * X @ (p.b @ p.a).T for p in parts) + parts[2].bias
+    parts = [low_rank(2, 0.7), low_rank(3, -1.3), flat_record(a=normal(1, IN), b=normal(OUT, 1), bias=normal(OUT))]
+    pairs = [part.low_rank for part in parts]
+    expected = X @ W.T + sum(p.scale * X @ (p.b @ p.a).T for p in pairs) + parts[2].bias
     whole = compose_linear(parts, C)
     assert whole.rank == 6
     close(apply(whole), expected)
 
 
 def test_composed_biases_add_their_changes():
-    parts = [LinearDelta(bias=C + 0.3), LinearDelta(bias=C - 1.1), low_rank(2, 0.5)]
+    parts = [flat_record(bias=C + 0.3), flat_record(bias=C - 1.1), low_rank(2, 0.5)]
     close(compose_linear(parts, C).bias, C - 0.8)
-    close(compose_linear([LinearDelta(bias=C), LinearDelta(bias=2 * C)], None).bias, 3 * C)
+    close(compose_linear([flat_record(bias=C), flat_record(bias=2 * C)], None).bias, 3 * C)
 
 
 def test_composed_scales_are_one_after_the_other():
-    first, second, third = scales(), scales(), LinearDelta(in_scale=normal(IN))
-    expected = second.out_scale * (first.out_scale * ((third.in_scale * X) @ W.T + C))
+    first, second, third = scales(), scales(), flat_record(in_scale=normal(IN))
+    expected = second.output_scale * (first.output_scale * ((third.input_scale * X) @ W.T + C))
     close(apply(compose_linear([first, second, third], C)), expected)
 
 
@@ -156,9 +159,9 @@ def test_one_record_composes_to_itself_and_none_to_the_base():
     [
         pytest.param([scales(), low_rank(2, 0.5)], id="IA3 and LoRA"),
         pytest.param(
-            [low_rank(2, 0.5), LinearDelta(a=normal(1, IN), b=normal(OUT, 1), out_scale=normal(OUT))], id="DoRA"
+            [low_rank(2, 0.5), flat_record(a=normal(1, IN), b=normal(OUT, 1), out_scale=normal(OUT))], id="DoRA"
         ),
-        pytest.param([LinearDelta(in_scale=normal(IN)), LinearDelta(bias=normal(OUT))], id="IA3 and a trained bias"),
+        pytest.param([flat_record(in_scale=normal(IN)), flat_record(bias=normal(OUT))], id="IA3 and a trained bias"),
     ],
 )
 def test_a_scale_beside_a_sum_cannot_be_composed(parts):
@@ -168,17 +171,21 @@ def test_a_scale_beside_a_sum_cannot_be_composed(parts):
 
 def test_row_norms_are_those_of_the_sum():
     delta = low_rank(2, 0.7)
-    expected = (W + 0.7 * delta.b @ delta.a).norm(dim=1)
+    expected = (W + 0.7 * delta.low_rank.b @ delta.low_rank.a).norm(dim=1)
     close(row_norms(delta, DenseWeight(W), W.square().sum(dim=1)), expected)
     close(row_norms(LinearDelta(), DenseWeight(W), W.square().sum(dim=1)), W.norm(dim=1))
 
 
 def test_a_sum_is_what_its_records_compose_to_with_inputs_of_their_own():
-    parts = [low_rank(2, 0.7), low_rank(3, -1.3), LinearDelta(bias=C + 0.3)]
+    parts = [low_rank(2, 0.7), low_rank(3, -1.3), flat_record(bias=C + 0.3)]
     whole = DenseWeight(W)
     close(apply_linear_sum(parts, X, whole, C, [None] * 3), apply_linear(compose_linear(parts, C), X, whole, C))
     mine = [X * 2, X - 1.0, None]
-    expected = X @ W.T + 0.7 * mine[0] @ (parts[0].b @ parts[0].a).T - 1.3 * mine[1] @ (parts[1].b @ parts[1].a).T
+    expected = (
+        X @ W.T
+        + 0.7 * mine[0] @ (parts[0].low_rank.b @ parts[0].low_rank.a).T
+        - 1.3 * mine[1] @ (parts[1].low_rank.b @ parts[1].low_rank.a).T
+    )
     close(apply_linear_sum(parts, X, whole, C, mine), expected + C + 0.3)
     with pytest.raises(CompositionError):
         apply_linear_sum([parts[0], scales()], X, whole, C, [None, None])
@@ -187,12 +194,12 @@ def test_a_sum_is_what_its_records_compose_to_with_inputs_of_their_own():
 def test_a_sum_is_rounded_once():
     """Each part is half of bfloat16's spacing above 1: added one by one they would vanish."""
     one = torch.ones(1, 1, dtype=torch.bfloat16)
-    part = LinearDelta(a=torch.ones(1, 1), b=torch.full((1, 1), 2**-8))
+    part = flat_record(a=torch.ones(1, 1), b=torch.full((1, 1), 2**-8))
     assert apply_linear_sum([part, part], one, DenseWeight(one), None, [None, None]).item() == 1.0 + 2**-7
 
 
 def test_an_embedding_is_the_linear_layer_on_one_hot_rows():
-    delta = LinearDelta(
+    delta = flat_record(
         a=normal(2, IN), b=normal(OUT, 2), scale=0.7, in_scale=normal(IN), out_scale=normal(OUT), bias=normal(OUT)
     )
     ids = torch.tensor([[4, 0], [2, 2]])

@@ -83,7 +83,7 @@ def test_norms_are_exact_under_autocast():
     place = site(W.float())
     plain = config.lower(place, params)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(config.lower(place, params).out_scale, plain.out_scale)
+        assert torch.equal(config.lower(place, params).output_scale, plain.output_scale)
 
 
 def test_without_a_weight_it_says_what_to_do():

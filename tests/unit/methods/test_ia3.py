@@ -80,9 +80,9 @@ def test_a_file_that_does_not_name_the_feedforward_modules_tells_them_by_its_vec
     assert written["feedforward_modules"] == ["down_proj"]
     (tmp_path / "adapter_config.json").write_text(json.dumps({**written, "feedforward_modules": None}))
     found = read_records(tmp_path, placed_on(make(), read_config(tmp_path)))
-    assert sum(record.in_scale is not None for record in found.records.values()) == 2
+    assert sum(record.input is not None for record in found.records.values()) == 2
     for path, record in expected.records.items():
-        for name in ("in_scale", "out_scale"):
+        for name in ("input_scale", "output_scale"):
             one, other = getattr(record, name), getattr(found.records[path], name)
             assert (one is None and other is None) or torch.equal(one, other)
 
@@ -98,5 +98,5 @@ def test_a_convolution_scales_its_outputs_where_a_file_does_not_name_the_feedfor
     found = read_records(tmp_path, placed_on(net(), read_config(tmp_path))).records
     saved = load_file(tmp_path / "adapter_model.safetensors")
     for name in ("same", "other"):
-        assert found[name].in_scale is None
-        assert torch.equal(found[name].out_scale, saved[f"base_model.model.{name}.ia3_l"].flatten())
+        assert found[name].input is None
+        assert torch.equal(found[name].output_scale, saved[f"base_model.model.{name}.ia3_l"].flatten())

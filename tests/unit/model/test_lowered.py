@@ -62,8 +62,8 @@ def test_a_record_of_parameters_is_kept_until_one_is_replaced() -> None:
     holder = cast(nn.Module, layer.adapters["default"])
     holder.lora_A = nn.Parameter(holder.lora_A.detach() * 2)
     again = layer.kept_record("default")
-    assert again.a is holder.lora_A
-    assert again.b is first.b
+    assert again.low_rank.a is holder.lora_A
+    assert again.low_rank.b is first.low_rank.b
 
 
 def test_a_record_that_is_computed_is_computed_each_time() -> None:
@@ -73,4 +73,4 @@ def test_a_record_that_is_computed_is_computed_each_time() -> None:
     with torch.no_grad():
         cast(nn.Module, layer.adapters["default"]).lora_magnitude_vector.mul_(3)
     again = layer.kept_record("default")
-    torch.testing.assert_close(again.out_scale, 3 * first.out_scale)
+    torch.testing.assert_close(again.output_scale, 3 * first.output_scale)

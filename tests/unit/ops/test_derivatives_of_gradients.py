@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from flat_records import flat_record
 from veneer import IA3Config, LoraConfig, get_peft_model
 from veneer.contract import MethodConfig
-from veneer.core.records import LinearDelta
 from veneer.model.fused.decoder import fuse
 from veneer.ops.attention import AttentionOptions, attention
 from veneer.ops.cross_entropy import linear_cross_entropy
@@ -27,7 +27,7 @@ def drawn(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-SCALED = LinearDelta(out_scale=drawn(5))
+SCALED = flat_record(out_scale=drawn(5))
 OPS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
     "linear": (lambda x: linear(x, LinearLayer(weight=drawn(5, 7), records=(SCALED,))), (3, 7)),
     "rms_norm": (lambda x: rms_norm(x, drawn(7), 1e-5), (3, 7)),

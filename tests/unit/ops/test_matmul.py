@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from veneer.core.records import LinearDelta
+from flat_records import flat_record
 from veneer.ops import matmul as ops
 from veneer.ops.cross_entropy import HeadOptions, linear_cross_entropy
 from veneer.ops.dispatch import kernel_isa
@@ -86,7 +86,7 @@ def test_adapted_layers_and_the_head_are_as_near_to_float64(widened: bool) -> No
         LinearLayer(
             weight=torch.randn(o, 43).bfloat16() / 7,
             records=(
-                LinearDelta(
+                flat_record(
                     a=torch.randn(r, 43, requires_grad=True), b=torch.randn(o, r, requires_grad=True), scale=0.3
                 ),
             ),
@@ -94,7 +94,7 @@ def test_adapted_layers_and_the_head_are_as_near_to_float64(widened: bool) -> No
         for o, r in ((59, 5), (19, 3))
     ]
     head, labels = torch.randn(61, 59).bfloat16() / 7, torch.randint(0, 61, (31,))
-    leaves = [x, *(leaf for p in layers for leaf in (p.record.a, p.record.b))]
+    leaves = [x, *(leaf for p in layers for leaf in p.record.tensors)]
 
     def gradients(wide: bool) -> list[Tensor]:
         if not wide:
@@ -103,7 +103,7 @@ def test_adapted_layers_and_the_head_are_as_near_to_float64(widened: bool) -> No
             return [*torch.autograd.grad(loss + z.float().square().mean(), leaves)]
         wanted = [leaf.detach().double().requires_grad_() for leaf in leaves]
         y, z = (
-            wanted[0] @ (p.weight.double() + p.record.scale * b @ a).T
+            wanted[0] @ (p.weight.double() + p.record.low_rank.scale * b @ a).T
             for p, a, b in zip(layers, wanted[1::2], wanted[2::2], strict=True)
         )
         loss = torch.nn.functional.cross_entropy(y @ head.double().T, labels) + z.square().mean()

@@ -207,11 +207,11 @@ def test_a_file_that_is_written_into_leaves_what_is_loaded(llm, tmp_path):
     llm.llm_engine.add_lora(LoRARequest("a", 50, str(folder)))
     before = bytes_of(llm.engine.runner.interpreter)
     ys = [own.records for linears in llm.engine.runner.interpreter._linears for own in linears.versions.values()]
-    scales = [x.clone() for records in ys for r in records for x in (r.in_scale, r.out_scale) if x is not None]
+    scales = [x.clone() for records in ys for r in records for x in (r.input_scale, r.output_scale) if x is not None]
     with (folder / "adapter_model.safetensors").open("r+b") as file:
         length = len(file.read())
         file.seek(0), file.write(bytes(length))
-    after = [x for records in ys for r in records for x in (r.in_scale, r.out_scale) if x is not None]
+    after = [x for records in ys for r in records for x in (r.input_scale, r.output_scale) if x is not None]
     assert len(after) == 4
     assert all(torch.equal(x, y) for x, y in zip(scales, after, strict=True))
     assert bytes_of(llm.engine.runner.interpreter) == before

@@ -199,6 +199,7 @@ def test_a_mix_is_added_pinned_and_removed_like_an_adapter(adapters, tokenizer):
     [
         ("dora", "scales the inputs or outputs"),
         ("ia3", "scales the inputs or outputs"),
+        ("oft", "rotates the inputs or outputs"),
         ("bottleneck", "has a bottleneck"),
         ("prefix", "has virtual tokens"),
         ("prompt", "has virtual tokens"),

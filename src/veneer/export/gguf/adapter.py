@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from gguf import GGUFValueType
 from torch import Tensor
 
@@ -83,8 +84,8 @@ def _read(adapter: Path, base: str | None) -> tuple[str, Family, Any, StoredAdap
         )
     if method.reads_weight:
         raise CompositionError(
-            f"a GGUF file cannot hold the adapter {adapter}: its update (DoRA's scale) depends on the weights of the "
-            f"base, and the format has low-rank factors alone. {_way(named, adapter)}"
+            f"a GGUF file cannot hold the adapter {adapter}: its update depends on the weights of the base, and the "
+            f"format has low-rank factors alone. {_way(named, adapter)}"
         )
     folder = local_folder(named)
     config = model_config(folder)
@@ -131,12 +132,15 @@ def _first(paths: Sequence[str]) -> str:
 def _reasons(name: str | None, record: LinearDelta, config: Any) -> Iterator[str]:
     if name is None:
         yield "has no name in the format"
-    if record.a is None or record.b is None:
+    pair = record.low_rank
+    if record.changes:
+        yield "is changed as a whole"
+    elif pair is None:
         yield "is scaled or shifted without low-rank factors"
-    elif record.a.ndim != 2:
+    elif pair.is_stacked:
         yield "holds the experts of a layer in one parameter"
-    if record.in_scale is not None or record.out_scale is not None:
-        yield "scales inputs or outputs"
+    if not record.only_adds:
+        yield "scales or rotates inputs or outputs"
     if record.bias is not None:
         yield "trains a bias"
     if name in (_EMBEDDINGS, _HEAD) and config.tie_word_embeddings:
@@ -145,13 +149,7 @@ def _reasons(name: str | None, record: LinearDelta, config: Any) -> Iterator[str
 
 def _factors(name: str, record: LinearDelta, family: Family, config: Any) -> Iterator[tuple[str, Tensor]]:
     """A, and B with everything that scales folded in; for embeddings, A turned."""
-    assert record.a is not None
-    assert record.b is not None
-    a, b = record.a.float(), record.b.float() * record.scale
-    if record.core is not None:
-        b = b * record.core.float()
-    if record.b_scale is not None:
-        b = record.b_scale.float()[:, None] * b
+    a, b = record.factors(torch.float32)
     yield f"{name}.lora_a", (a.T if name == _EMBEDDINGS else a).contiguous()
     yield f"{name}.lora_b", laid_out_rows(family, config, name, b).contiguous()
 

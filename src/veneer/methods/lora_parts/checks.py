@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from veneer.contract.checks import Checks
+from veneer.contract.patterns import unmatched
 from veneer.core.sites import LinearSite
-from veneer.methods.lora_parts.patterns import matches_end
 from veneer.methods.lora_parts.settings import LoraSettings
 
 
@@ -18,16 +18,8 @@ class LoraChecks(Checks):
     config: LoraSettings
 
     def effect(self, names: Sequence[str], sites: Sequence[LinearSite]) -> list[str]:
-        return self._unused(names) + self._too_large(sites)
-
-    def _unused(self, names: Sequence[str]) -> list[str]:
         patterns = {"rank_pattern": self.config.rank_pattern, "alpha_pattern": self.config.alpha_pattern}
-        return [
-            f"{field_name} key {key!r} matches none of the {len(names)} modules adapted, such as {names[0]!r}"
-            for field_name, pattern in patterns.items()
-            for key in pattern
-            if not any(matches_end(key, name) for name in names)
-        ]
+        return unmatched(patterns, names) + self._too_large(sites)
 
     def layers(self, sites: Sequence[LinearSite]) -> list[str]:
         """In groups B is made of blocks, and none of the variants and starts from the weight is such a product."""

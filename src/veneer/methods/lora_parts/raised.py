@@ -13,11 +13,11 @@ from veneer.core.sites import LinearSite
 
 
 def fields_of(records: Mapping[str, LinearDelta]) -> dict[str, Any] | None:
-    """Return the fields of a config for these records, by module path; None if one of them scales.
+    """Return the fields of a config for these records, by module path; None if one is more than a pair and a bias.
 
     Where only biases change, the factors are zero.
     """
-    if any(r.in_scale is not None or r.out_scale is not None for r in records.values()):
+    if not all(record.only_adds and not record.changes for record in records.values()):
         return None
     ranks = {path: max(record.rank, 1) for path, record in records.items()}
     commonest = max(set(ranks.values()), key=list(ranks.values()).count)
@@ -33,10 +33,10 @@ def fields_of(records: Mapping[str, LinearDelta]) -> dict[str, Any] | None:
 
 def parameters_of(site: LinearSite, record: LinearDelta, with_bias: bool) -> dict[str, Tensor]:
     """Return the parameters that lower to a record."""
-    like = next(t for t in (record.a, record.bias) if t is not None)
-    a = like.new_zeros(1, site.in_features) if record.a is None else record.a
-    b = like.new_zeros(site.out_features, 1) if record.b is None else record.b
-    params = {"lora_A": a, "lora_B": b * (record.scale / site.repeats)}
+    like = record.tensors[0]
+    zeros = like.new_zeros(1, site.in_features), like.new_zeros(site.out_features, 1)
+    a, b = record.factors() if record.adds else zeros
+    params = {"lora_A": a, "lora_B": b / site.repeats}
     if with_bias:
         zero = torch.zeros_like(b[:, 0])
         params["lora_B_bias"] = zero if record.bias is None else record.bias / site.repeats

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal, cast
 
 from veneer.contract import LinearMethod
+from veneer.contract.patterns import broken, first_match
 from veneer.core.sites import LinearSite
 from veneer.inits import Start, find_start, start_names
 from veneer.inits.eva import EvaConfig
-from veneer.methods.lora_parts.patterns import compiles, first_match
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +87,7 @@ class LoraSettings(LinearMethod):
         ]
         if not 0 <= self.lora_dropout < 1:
             found.append(f"lora_dropout={self.lora_dropout!r} must lie in [0, 1)")
-        for pattern in (*self.rank_pattern, *self.alpha_pattern):
-            found += [] if compiles(pattern) else [f"the pattern {pattern!r} is not a regular expression"]
-        return found
+        return found + broken({"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern})
 
     def rank(self, site: LinearSite) -> int:
         """r at this site."""

@@ -1,7 +1,7 @@
 """DoRA: ``m (W + s B A) / |W + s B A|``, magnitude m trained per output row (Liu et al. 2024, arXiv:2402.09353, eq. 5).
 
-The norm is held constant in the gradient (section 4.3), so the record is LoRA's with ``out_scale = m / norm``. The
-norms come from products with A and B; the matrix B A is never formed.
+The norm is held constant in the gradient (section 4.3), so the record is LoRA's with ``m / norm`` as the scale of its
+outputs. The norms come from products with A and B; the matrix B A is never formed.
 
 Departs: in training with dropout, PEFT pushes the dropped input through W as well; here, as in torchtune, dropout
 touches only what feeds A.
@@ -19,6 +19,7 @@ from veneer.core.autocast import without_autocast
 from veneer.core.linear import row_norms
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
+from veneer.core.terms.scale import Scale
 from veneer.errors import ConfigError
 
 SWITCH = "use_dora"
@@ -38,19 +39,19 @@ def init(config: LinearMethod, site: LinearSite, factors: Params) -> dict[str, T
 
 
 def lower(config: LinearMethod, site: LinearSite, params: Params, record: LinearDelta) -> LinearDelta:
-    """LoRA's record with ``out_scale = m / norm``."""
+    """LoRA's record with ``m / norm`` behind it."""
     magnitude = params["lora_magnitude_vector"].flatten()
     # A row of zeros has no direction and magnitude 0: it stays zero instead of becoming 0 / 0.
     norms = _norms(site, record).to(magnitude.device).clamp_min(torch.finfo(magnitude.dtype).tiny)
-    return replace(record, out_scale=magnitude / norms)
+    return replace(record, output=Scale(magnitude / norms))
 
 
 @torch.no_grad()
 def _norms(site: LinearSite, record: LinearDelta) -> Tensor:
     """Row norms on the weight's device, outside of autocast: 16-bit norms would swallow small changes."""
-    if site.weight is None or site.row_sq is None or record.a is None or record.b is None:
+    if site.weight is None or site.row_sq is None or record.low_rank is None:
         raise ConfigError(f"DoRA at {site.name} needs the frozen weight: load the base model before attaching")
     row_sq = site.row_sq()
-    factors = replace(record, a=record.a.to(row_sq.device), b=record.b.to(row_sq.device))
+    pair = record.low_rank.with_tensors([factor.to(row_sq.device) for factor in record.low_rank.tensors])
     with without_autocast(row_sq.device):
-        return row_norms(factors, site.weight, row_sq)
+        return row_norms(LinearDelta(adds=(pair,)), site.weight, row_sq)

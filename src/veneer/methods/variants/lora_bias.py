@@ -6,6 +6,7 @@ It makes room for adapters extracted from fully trained models, whose biases mov
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from veneer.contract import LinearMethod, Params, Shapes
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
+from veneer.core.terms.pair import Pair
 
 SWITCH = "lora_bias"
 DISK_NAMES = {"lora_B_bias": "lora_B.bias"}
@@ -31,5 +33,5 @@ def init(config: LinearMethod, site: LinearSite, factors: Params) -> dict[str, T
 
 def lower(config: LinearMethod, site: LinearSite, params: Params, record: LinearDelta) -> LinearDelta:
     """The layer's own bias with the scaled new one added."""
-    added = params["lora_B_bias"] * record.scale
+    added = params["lora_B_bias"] * cast(Pair, record.low_rank).scale
     return replace(record, bias=added if site.bias is None else site.bias + added)

@@ -10,14 +10,12 @@ from torch import Tensor
 
 from veneer.core.frozen import FrozenWeight
 from veneer.core.records import LinearDelta
+from veneer.core.terms.scale import Scale
 from veneer.errors import ShapeError
 from veneer.ops.dropout import Mask
 from veneer.ops.grouped_low_rank import AdapterRuns, Run
 
 Weight = Float[Tensor, "o i"] | FrozenWeight
-FIELDS = ("a", "core", "b", "b_scale", "in_scale", "out_scale", "bias")
-"""The fields of a record that are tensors."""
-
 NOTHING = LinearDelta()
 
 
@@ -30,7 +28,7 @@ class LinearLayer:
     nothing is dropped.
 
     A record's tensors may be wider than x (float32 beside bf16): pairs are rounded to x's dtype for the products, which
-    accumulate in float32; scales and biases are not rounded. Gradients come back in the tensors' own dtype.
+    accumulate in float32; no other term is rounded. Gradients come back in the tensors' own dtype.
     """
 
     weight: Weight
@@ -45,9 +43,9 @@ class LinearLayer:
         return self.records[0] if self.records else NOTHING
 
     @property
-    def scales_input(self) -> bool:
-        """True where a record scales the input, so that the layer does not read x itself."""
-        return any(record.in_scale is not None for record in self.records)
+    def maps_input(self) -> bool:
+        """True if a record scales or rotates the input, so that the layer does not read x itself."""
+        return any(record.input is not None for record in self.records)
 
     @property
     def goes_by_rows(self) -> bool:
@@ -58,6 +56,11 @@ class LinearLayer:
     def is_lowrank(self) -> bool:
         """True where there is a low-rank part."""
         return any(record.rank for record in self.records)
+
+    @property
+    def has_changes(self) -> bool:
+        """True if a record changes the weight by more than a pair."""
+        return any(record.changes for record in self.records)
 
     def runs_of(self, n_rows: int) -> AdapterRuns:
         """The runs of ``n_rows`` rows, tokens say, by the record that they take."""
@@ -70,9 +73,9 @@ class LinearLayer:
         return ((k, slice(start, stop)) for k, start, stop in self.runs_of(n_rows).runs)
 
 
-def tensors_of(layers: Iterable[LinearLayer]) -> tuple[Tensor | None, ...]:
-    """All that gradients flow to: of each layer each record's `FIELDS`."""
-    return tuple(getattr(record, field) for layer in layers for record in layer.records for field in FIELDS)
+def tensors_of(layers: Iterable[LinearLayer]) -> tuple[Tensor, ...]:
+    """All that gradients flow to: of each layer each record's `tensors`."""
+    return tuple(tensor for layer in layers for record in layer.records for tensor in record.tensors)
 
 
 def require_fit(x: Tensor, layers: Sequence[LinearLayer]) -> None:
@@ -88,16 +91,29 @@ def _problems(index: int, layer: LinearLayer, x: Tensor) -> list[str]:
     if layer.runs is None and len(layer.records) > 1:
         found.append(f"layer {index} has {len(layer.records)} records and no runs of rows that take them")
     for record in layer.records:
-        r = record.rank
-        expected = {"a": (r, i), "b": (o, r), "core": (r,), "in_scale": (i,)}
-        expected |= dict.fromkeys(("b_scale", "out_scale", "bias"), (o,))
-        if (record.a is None) != (record.b is None):
-            found.append(f"a record of layer {index} has one of a and b: give both or neither")
-            continue
-        for field in FIELDS:
-            value: Tensor | None = getattr(record, field)
-            if value is not None and tuple(value.shape) != expected[field]:
-                found.append(f"{field} of layer {index} is {tuple(value.shape)}: {expected[field]} would fit")
+        found += [
+            f"{what} of layer {index} is {own}: {fit} would fit"
+            for what, own, fit in _sizes(record, o, i)
+            if own != fit
+        ]
     if layer.runs is not None and (layer.runs.n_rows == 0 or x.shape[:-1].numel() % layer.runs.n_rows):
         found.append(f"the runs of layer {index} are of {layer.runs.n_rows} rows, and x has {x.shape[:-1].numel()}")
     return found
+
+
+def _sizes(record: LinearDelta, o: int, i: int) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """Name, shape and fitting shape of everything in a record."""
+    pair = record.low_rank
+    if pair is not None:
+        expected = {"a": (pair.rank, i), "b": (o, pair.rank), "core": (pair.rank,), "b_scale": (o,)}
+        for name, shape in expected.items():
+            value: Tensor | None = getattr(pair, name)
+            if value is not None:
+                yield name, tuple(value.shape), shape
+    for change in record.changes:
+        yield "a change", change.shape, (o, i)
+    for side, term, width in (("input", record.input, i), ("output", record.output, o)):
+        if term is not None:
+            yield f"the {'scale' if isinstance(term, Scale) else 'rotation'} of the {side}s", (term.width,), (width,)
+    if record.bias is not None:
+        yield "bias", tuple(record.bias.shape), (o,)

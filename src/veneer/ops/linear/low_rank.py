@@ -15,19 +15,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from veneer.core.linear import plain_b
-from veneer.core.records import LinearDelta
+from veneer.core.terms.pair import Pair
 from veneer.ops.grouped_low_rank import LowRankGroup, add_grouped_low_rank, grouped_low_rank_backward
 from veneer.ops.linear.layer import LinearLayer
 from veneer.ops.matmul import add_matmul, matmul
 
 FactorGradients = dict[str, Tensor | None]
-"""In the fields of one record."""
+"""In the tensors of one pair, by their fields."""
 
 
 @dataclass(frozen=True, slots=True)
 class LowRankGradients:
-    """Gradients in A's input (None where not asked for), and of each layer in a, core, b and b_scale of each record."""
+    """Gradients in A's input (None where not asked for), and of each layer in the tensors of each record's pair."""
 
     x: Tensor | None
     factors: list[list[FactorGradients]]
@@ -86,21 +85,22 @@ def factor_gradients(
     dzs: Sequence[tuple[Tensor, Tensor]], du: Tensor, x: Float[Tensor, "n i"], u: Tensor, layers: Sequence[LinearLayer]
 ) -> list[list[FactorGradients]]:
     """Those in the factors of each layer's record, from `u_gradient`."""
-    trains_a = any(layer.record.a is not None and layer.record.a.requires_grad for layer in layers)
+    trains_a = any(_pair_of(layer).a.requires_grad for layer in layers)
     das = _a_gradients(du, x, layers) if trains_a else [None] * len(layers)
     factors = []
     for layer, span, da, (_, read) in zip(layers, _spans(layers), das, dzs, strict=True):
         found: FactorGradients = {"a": da}
-        if _trains_b(layer.record):
-            db = matmul(u[:, span].T, read, x.dtype).T.to(cast(Tensor, layer.record.b).dtype).mul_(_scale_of(layer, 0))
-            found |= _parted(db, layer.record)
+        pair = _pair_of(layer)
+        if _trains_b(pair):
+            db = matmul(u[:, span].T, read, x.dtype).T.to(pair.b.dtype).mul_(_scale_of(layer, 0))
+            found |= _parted(db, pair)
         factors.append([found])
     return factors
 
 
 def _a_gradients(du: Tensor, x: Tensor, layers: Sequence[LinearLayer]) -> list[Tensor | None]:
     da = matmul(du.T, x, x.dtype)
-    factors = [cast(Tensor, layer.record.a) for layer in layers]
+    factors = [_pair_of(layer).a for layer in layers]
     spans = _spans(layers)
     return [da[span].to(a.dtype) if a.requires_grad else None for a, span in zip(factors, spans, strict=True)]
 
@@ -111,48 +111,53 @@ def _of_rows(
     groups = [_group(layer) for layer in layers]
     dx, das, dbs = grouped_low_rank_backward(dzs, x, u, groups, layers[0].runs_of(len(x)), input_grad=input_grad)
     factors = [
-        [_of_record(da, db, record) for da, db, record in zip(own_das, own_dbs, layer.records, strict=True)]
+        [_of_pair(da, db, record.low_rank) for da, db, record in zip(own_das, own_dbs, layer.records, strict=True)]
         for own_das, own_dbs, layer in zip(das, dbs, layers, strict=True)
     ]
     return LowRankGradients(dx, factors)
 
 
-def _of_record(da: Tensor | None, db: Tensor | None, record: LinearDelta) -> FactorGradients:
-    if record.a is None or record.b is None or da is None or db is None:
+def _of_pair(da: Tensor | None, db: Tensor | None, pair: Pair | None) -> FactorGradients:
+    if pair is None or da is None or db is None:
         return {}
-    found: FactorGradients = {"a": da.to(record.a.dtype) if record.a.requires_grad else None}
-    return found | _parted(db.to(record.b.dtype), record) if _trains_b(record) else found
+    found: FactorGradients = {"a": da.to(pair.a.dtype) if pair.a.requires_grad else None}
+    return found | _parted(db.to(pair.b.dtype), pair) if _trains_b(pair) else found
 
 
-def _trains_b(record: LinearDelta) -> bool:
+def _trains_b(pair: Pair) -> bool:
     """Return True if something behind A is trained."""
-    return any(t is not None and t.requires_grad for t in (record.core, record.b, record.b_scale))
+    return any(t is not None and t.requires_grad for t in (pair.core, pair.b, pair.b_scale))
 
 
-def _parted(gradient: Float[Tensor, "o r"], record: LinearDelta) -> FactorGradients:
+def _parted(gradient: Float[Tensor, "o r"], pair: Pair) -> FactorGradients:
     """Gradients in core, b and b_scale, given that in ``diag(b_scale) B diag(core)``."""
-    b = cast(Tensor, record.b)
-    if record.core is None and record.b_scale is None:
+    if pair.is_plain:
         return {"b": gradient}
     found: FactorGradients = {}
-    rows = gradient if record.b_scale is None else gradient * record.b_scale[:, None]
-    if record.core is not None and record.core.requires_grad:
-        found["core"] = (rows * b).sum(dim=0)
-    if record.b_scale is not None and record.b_scale.requires_grad:
-        found["b_scale"] = ((gradient if record.core is None else gradient * record.core) * b).sum(dim=1)
-    if b.requires_grad:
-        found["b"] = rows if record.core is None else rows * record.core
+    rows = gradient if pair.b_scale is None else gradient * pair.b_scale[:, None]
+    if pair.core is not None and pair.core.requires_grad:
+        found["core"] = (rows * pair.b).sum(dim=0)
+    if pair.b_scale is not None and pair.b_scale.requires_grad:
+        found["b_scale"] = ((gradient if pair.core is None else gradient * pair.core) * pair.b).sum(dim=1)
+    if pair.b.requires_grad:
+        found["b"] = rows if pair.core is None else rows * pair.core
     return found
 
 
+def _pair_of(layer: LinearLayer) -> Pair:
+    """The pair of a layer that has one for all rows."""
+    return cast(Pair, layer.record.low_rank)
+
+
 def _group(layer: LinearLayer) -> LowRankGroup:
-    records = layer.records
-    scales = tuple(_scale_of(layer, k) for k in range(len(records)))
-    return LowRankGroup(tuple(r.a for r in records), tuple(plain_b(r) for r in records), scales, layer.masks)
+    pairs = [record.low_rank for record in layer.records]
+    a = tuple(None if pair is None else pair.a for pair in pairs)
+    b = tuple(None if pair is None else pair.plain_b for pair in pairs)
+    return LowRankGroup(a, b, tuple(_scale_of(layer, k) for k in range(len(pairs))), layer.masks)
 
 
 def _joined_a(layers: Sequence[LinearLayer], dtype: torch.dtype) -> Tensor:
-    return torch.cat([cast(Tensor, layer.record.a).to(dtype) for layer in layers])
+    return torch.cat([_pair_of(layer).a.to(dtype) for layer in layers])
 
 
 def _spans(layers: Sequence[LinearLayer]) -> list[slice]:
@@ -162,10 +167,10 @@ def _spans(layers: Sequence[LinearLayer]) -> list[slice]:
 
 
 def _scaled_b(layer: LinearLayer, dtype: torch.dtype) -> Tensor:
-    return (cast(Tensor, plain_b(layer.record)) * _scale_of(layer, 0)).to(dtype)
+    return (_pair_of(layer).plain_b * _scale_of(layer, 0)).to(dtype)
 
 
 def _scale_of(layer: LinearLayer, k: int) -> float:
-    """The scale of a record, with that of what its mask keeps."""
-    mask = layer.masks[k] if layer.masks else None
-    return layer.records[k].scale * (1.0 if mask is None else mask.scale)
+    """The scale of a record's pair, with that of what its mask keeps."""
+    mask, pair = layer.masks[k] if layer.masks else None, layer.records[k].low_rank
+    return (1.0 if pair is None else pair.scale) * (1.0 if mask is None else mask.scale)

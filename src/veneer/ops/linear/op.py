@@ -1,16 +1,16 @@
-"""The record's formula on frozen layers, forward and backward: ``y = out_scale * (W x' + scale * b_scale * B (core * A
-drop(x'))) + bias`` with ``x' = in_scale * x``.
+"""The record's formula on frozen layers, forward and backward: ``y = output(W x' + scale * b_scale * B (core * A
+drop(x')) + Σ ΔW x') + bias`` with ``x' = input(x)``.
 
 The kernel side of `core.linear`, which is its specification. Layers that read the same x (q, k, v; gate and up) go
 through one call: their A's are joined, so x is read once. Kept for the backward pass are x, the ``A x`` of all of them,
-and, where a scale of outputs is trained, the product in front of it: making it again would cost the largest product of
-the layer once more. Masks and scaled inputs are made again.
+and, if a map of outputs is trained, the product in front of it: making it again would cost the largest product of
+the layer once more. Masks, mapped inputs and changes of the weight are made again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -18,7 +18,19 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from veneer.ops.linear.layer import FIELDS, LinearLayer, Weight, require_fit, tensors_of
+from veneer.core.records import LinearDelta
+from veneer.core.terms.pair import Pair
+from veneer.core.terms.term import field_names
+from veneer.ops.linear.around import (
+    finished,
+    finished_backward,
+    keeps_product,
+    mapped_input,
+    mapped_input_backward,
+    mapped_rows,
+)
+from veneer.ops.linear.change import Gradients, add_changes, added, changes_backward
+from veneer.ops.linear.layer import LinearLayer, Weight, require_fit, tensors_of
 from veneer.ops.linear.low_rank import (
     FactorGradients,
     add_low_rank,
@@ -26,15 +38,6 @@ from veneer.ops.linear.low_rank import (
     low_rank_backward,
     u_gradient,
     x_gradient,
-)
-from veneer.ops.linear.scales import (
-    added,
-    finished,
-    finished_backward,
-    keeps_product,
-    scaled_input,
-    scaled_input_backward,
-    scaled_rows,
 )
 from veneer.ops.matmul import add_matmul, matmul, operand
 from veneer.ops.traced import is_watched
@@ -45,7 +48,7 @@ WHOLE = -1
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """The tensors that `backward` reads beside x: A-products, and each layer's product in front of a trained scale."""
+    """The tensors that `backward` reads beside x: A-products, and each layer's product in front of a trained map."""
 
     us: tuple[Tensor, ...]
     products: tuple[Tensor | None, ...]
@@ -96,16 +99,19 @@ def forward(
 ) -> tuple[tuple[Float[Tensor, "n _"], ...], Kept]:
     """The outputs, and what `backward` reads.
 
-    ``owns_x`` allows x to be written over. A layer that scales it does so where no other reads x, and makes no copy.
+    ``owns_x`` allows x to be written over. A layer that maps it does so if no other reads x, and makes no copy.
     """
     alone = owns_x and len(layers) == 1
-    inputs = [scaled_input(x, layer, overwrite=alone) for layer in layers]
+    inputs = [mapped_input(x, layer, overwrite=alone) for layer in layers]
     reads = _operands(inputs)
     zs = [_product(own, read, layer.weight) for own, read, layer in zip(inputs, reads, layers, strict=True)]
     us = tuple(
         add_low_rank(inputs[places[0]], reads[places[0]], [zs[i] for i in places], [layers[i] for i in places])
         for places in _together(layers)
     )
+    for z, own, layer in zip(zs, inputs, layers, strict=True):
+        if layer.has_changes:
+            add_changes(z, own, layer)
     kept = Kept(us, tuple(z if keeps_product(layer) else None for z, layer in zip(zs, layers, strict=True)))
     return tuple(finished(z, layer) for z, layer in zip(zs, layers, strict=True)), kept
 
@@ -133,15 +139,15 @@ def backward(
     """Gradients of `forward` from the outputs' gradients, x, and what it kept.
 
     ``overwrite`` allows the outputs' gradients to be written over, ``owns_x`` x, as in `forward`. Of x the rows that
-    records scale are copied all the same, for the gradients of their scales: the others are not.
+    records map are copied all the same, for the gradients of their maps: the others are not.
     """
     alone = owns_x and len(layers) == 1
     found = _Found(layers)
     dzs = [found.finish(place, dy, z, overwrite) for place, (dy, z) in enumerate(zip(dys, kept.products, strict=True))]
     reads = [operand(dz) for dz in dzs]
-    scaled = {place: scaled_rows(x, layer, copies=alone) for place, layer in enumerate(layers) if layer.scales_input}
-    inputs = [scaled_input(x, layer, overwrite=alone) for layer in layers]
-    into = [place if layer.scales_input else WHOLE for place, layer in enumerate(layers)]
+    mapped = {place: mapped_rows(x, layer, copies=alone) for place, layer in enumerate(layers) if layer.maps_input}
+    inputs = [mapped_input(x, layer, overwrite=alone) for layer in layers]
+    into = [place if layer.maps_input else WHOLE for place, layer in enumerate(layers)]
     totals: dict[int, Tensor | None] = {}
     for places, u in zip(_together(layers), kept.us, strict=True):
         first = places[0]
@@ -152,11 +158,16 @@ def backward(
         if got.x is not None:
             totals[into[first]] = added(totals.get(into[first]), got.x)
     for place, (layer, dz, read) in enumerate(zip(layers, dzs, reads, strict=True)):
-        if input_grad or into[place] != WHOLE:
+        wanted = input_grad or into[place] != WHOLE
+        if layer.has_changes:
+            dx, changes = changes_backward(dz, inputs[place], layer, wanted)
+            totals[into[place]] = added(totals.get(into[place]), dx)
+            found.add(place, changes=changes)
+        if wanted:
             totals[into[place]] = _add_transposed(totals.get(into[place]), dz, read, layer.weight)
-    for place, rows in scaled.items():
+    for place, rows in mapped.items():
         dx = cast(Tensor, totals[place])
-        found.add(place, in_scale=scaled_input_backward(dx, rows, layers[place]))
+        found.add(place, input=mapped_input_backward(dx, rows, layers[place]))
         if input_grad:
             totals[WHOLE] = added(totals.get(WHOLE), dx)
     return LinearGradients(totals.get(WHOLE), found.listed())
@@ -164,7 +175,7 @@ def backward(
 
 def takes_input_late(layer: LinearLayer) -> bool:
     """Return True if `backward_before_input` can be asked: one record acts on all rows, and reads x as it is."""
-    return not layer.scales_input and not layer.goes_by_rows
+    return not layer.maps_input and not layer.goes_by_rows and not layer.has_changes
 
 
 def backward_before_input(
@@ -188,39 +199,63 @@ def backward_before_input(
     return found.listed()
 
 
+@dataclass(slots=True)
+class _OfRecord:
+    """The gradients in the tensors of one record, by its terms."""
+
+    record: LinearDelta
+    pair: FactorGradients = field(default_factory=dict)
+    changes: Sequence[Gradients] = ()
+    input: Gradients = ()
+    output: Gradients = ()
+    bias: Tensor | None = None
+
+    def listed(self) -> Iterator[Tensor | None]:
+        """In the order of the record's tensors; None if there is none."""
+        pair, record = self.record.low_rank, self.record
+        if pair is not None:
+            yield from (self.pair.get(name) for name in field_names(Pair) if isinstance(getattr(pair, name), Tensor))
+        for place, change in enumerate(record.changes):
+            yield from (self.changes[place] if self.changes else ()) or (None,) * len(change.tensors)
+        for term, own in ((record.input, self.input), (record.output, self.output)):
+            if term is not None:
+                yield from own or (None,) * len(term.tensors)
+        if record.bias is not None:
+            yield self.bias
+
+
 class _Found:
     """The gradients in the tensors of records, as they are found."""
 
     def __init__(self, layers: Sequence[LinearLayer]) -> None:
         self.layers = layers
-        self.values: list[list[FactorGradients]] = [[dict.fromkeys(FIELDS) for _ in layer.records] for layer in layers]
+        self.values = [[_OfRecord(record) for record in layer.records] for layer in layers]
 
-    def add(self, place: int, **fields: Sequence[Tensor | None]) -> None:
-        """Of one layer, each field's in every record."""
-        for field, gradients in fields.items():
+    def add(self, place: int, **terms: Sequence[Any]) -> None:
+        """Of one layer, each term's in every record."""
+        for term, gradients in terms.items():
             for values, gradient in zip(self.values[place], gradients, strict=True):
-                values[field] = gradient
+                setattr(values, term, gradient)
 
     def finish(self, place: int, dy: Tensor, z: Tensor | None, overwrite: bool) -> Tensor:
-        """The gradient in the product of a layer; those in the scales and biases behind it are taken down."""
-        dz, scales, biases = finished_backward(dy, z, self.layers[place], overwrite=overwrite)
-        self.add(place, out_scale=scales, bias=biases)
+        """The gradient in the product of a layer; those in the maps and biases behind it are taken down."""
+        dz, maps, biases = finished_backward(dy, z, self.layers[place], overwrite=overwrite)
+        self.add(place, output=maps, bias=biases)
         return dz
 
     def add_factors(self, places: Sequence[int], factors: Sequence[Sequence[FactorGradients]]) -> None:
-        """Of some layers those in the low-rank part of every record."""
-        for place, records in zip(places, factors, strict=True):
-            for values, gradients in zip(self.values[place], records, strict=True):
-                values |= gradients
+        """Of some layers those in the pair of every record."""
+        for place, gradients in zip(places, factors, strict=True):
+            self.add(place, pair=gradients)
 
     def listed(self) -> tuple[Tensor | None, ...]:
-        """The gradients in the order in which `tensors_of` lists the tensors; None where there is none."""
-        return tuple(values[field] for layer in self.values for values in layer for field in FIELDS)
+        """The gradients in the order in which `tensors_of` lists the tensors; None if there is none."""
+        return tuple(gradient for layer in self.values for values in layer for gradient in values.listed())
 
 
 class _Linears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layers: tuple[LinearLayer, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, layers: tuple[LinearLayer, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
         ys, kept = forward(x, layers)
         ctx.save_for_backward(x, *kept.tensors)
         ctx.layers = layers
@@ -236,11 +271,11 @@ class _Linears(torch.autograd.Function):
 
 
 def _together(layers: Sequence[LinearLayer]) -> list[list[int]]:
-    """The layers whose low-rank parts are one call: those that read x itself. One that scales it is alone."""
+    """The layers whose low-rank parts are one call: those that read x itself. One that maps it is alone."""
     adapted = [i for i, layer in enumerate(layers) if layer.is_lowrank]
-    sharing = [i for i in adapted if not layers[i].scales_input]
+    sharing = [i for i in adapted if not layers[i].maps_input]
     groups = [[i for i in sharing if layers[i].goes_by_rows == by_rows] for by_rows in (False, True)]
-    return [group for group in groups if group] + [[i] for i in adapted if layers[i].scales_input]
+    return [group for group in groups if group] + [[i] for i in adapted if layers[i].maps_input]
 
 
 def _operands(inputs: Sequence[Tensor]) -> list[Tensor]:

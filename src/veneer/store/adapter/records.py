@@ -91,7 +91,7 @@ def read_updates(folder: Path, places: Mapping[str, Placed] | None = None) -> St
             f"the adapter {folder} holds {stored.others[0]} and {len(stored.others) - 1} more that are not low-rank "
             "factors or a method's like of them: such an adapter can only be read with its base"
         )
-    if any(record.in_scale is not None or record.out_scale is not None for record in stored.updates.values()):
+    if not all(record.only_adds for record in stored.updates.values()):
         raise _needs_base(folder)
     return stored
 

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from flat_records import flat_record
 from veneer.core.linear import apply_linear
 from veneer.core.records import LinearDelta
+from veneer.core.terms.rotation import BlockRotation
 from veneer.errors import ShapeError
 from veneer.ops.grouped_low_rank import AdapterRuns
 from veneer.ops.linear.layer import LinearLayer
@@ -13,7 +15,11 @@ from veneer.quant.dense import DenseWeight
 
 
 def of(**fields):
-    return LinearLayer(weight=torch.zeros(7, 5), records=(LinearDelta(**fields),))
+    return LinearLayer(weight=torch.zeros(7, 5), records=(flat_record(**fields),))
+
+
+def turned(rotation):
+    return LinearLayer(weight=torch.zeros(7, 5), records=(LinearDelta(input=rotation),))
 
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -45,7 +51,7 @@ def fused(wrap):
         return linears(
             x,
             [
-                LinearLayer(weight=wrap(w), bias=bias, records=(LinearDelta(scale=s, a=a, b=b),) if r else ())
+                LinearLayer(weight=wrap(w), bias=bias, records=(flat_record(scale=s, a=a, b=b),) if r else ())
                 for (w, bias), (a, b), s, r in zip(frozen, pairs, SCALES, RANKS, strict=True)
             ],
         )
@@ -55,7 +61,7 @@ def fused(wrap):
 
 def by_record(x, frozen, pairs):
     return [
-        apply_linear(LinearDelta(scale=s, **({"a": a, "b": b} if r else {})), x, DenseWeight(w), bias)
+        apply_linear(flat_record(scale=s, **({"a": a, "b": b} if r else {})), x, DenseWeight(w), bias)
         for (w, bias), (a, b), s, r in zip(frozen, pairs, SCALES, RANKS, strict=True)
     ]
 
@@ -78,7 +84,7 @@ def test_float64_gradcheck_of_one_layer():
     w, bias, a, b = (t.double() for t in layers[0])
     leaves = [t.detach().requires_grad_() for t in (x[0, :3].double(), a, b)]
     assert torch.autograd.gradcheck(
-        lambda x, a, b: linear(x, LinearLayer(weight=w, bias=bias, records=(LinearDelta(a=a, b=b, scale=1.7),))), leaves
+        lambda x, a, b: linear(x, LinearLayer(weight=w, bias=bias, records=(flat_record(a=a, b=b, scale=1.7),))), leaves
     )
 
 
@@ -86,7 +92,7 @@ def test_input_without_gradient():
     x, layers, dys = draw(torch.float32)
     w, bias, a, b = layers[0]
     a.requires_grad_()
-    linear(x, LinearLayer(weight=w, bias=bias, records=(LinearDelta(a=a, b=b, scale=1.7),))).backward(dys[0])
+    linear(x, LinearLayer(weight=w, bias=bias, records=(flat_record(a=a, b=b, scale=1.7),))).backward(dys[0])
     assert torch.allclose(a.grad, 1.7 * (dys[0] @ b).flatten(0, 1).T @ x.flatten(0, 1), rtol=1e-4, atol=1e-5)
 
 
@@ -96,11 +102,14 @@ def test_input_without_gradient():
     [
         (lambda: [], "no layer was given"),
         (lambda: [LinearLayer(weight=torch.zeros(7, 6))], "weight 0 is (7, 6)"),
-        (lambda: [of(a=torch.zeros(2, 5))], "a record of layer 0 has one of a and b"),
         (lambda: [of(a=torch.zeros(2, 5), b=torch.zeros(2, 7))], "b of layer 0 is (2, 7): (7, 2) would fit"),
         (lambda: [of(a=torch.zeros(2, 5), b=torch.zeros(7, 2), core=torch.zeros(3))], "core of layer 0 is (3,)"),
-        (lambda: [of(out_scale=torch.zeros(5))], "out_scale of layer 0 is (5,): (7,) would fit"),
-        (lambda: [of(in_scale=torch.zeros(7))], "in_scale of layer 0 is (7,)"),
+        (
+            lambda: [turned(BlockRotation(torch.zeros(2, 3, 3)))],
+            "the rotation of the inputs of layer 0 is (6,): (5,) would fit",
+        ),
+        (lambda: [of(out_scale=torch.zeros(5))], "the scale of the outputs of layer 0 is (5,): (7,) would fit"),
+        (lambda: [of(in_scale=torch.zeros(7))], "the scale of the inputs of layer 0 is (7,)"),
         (
             lambda: [LinearLayer(weight=torch.zeros(7, 5), records=(LinearDelta(),) * 2)],
             "layer 0 has 2 records and no runs",

@@ -9,12 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from veneer.core.linear import apply_linear
+from flat_records import FIELDS, flat_record, with_tensors
+from veneer.core.linear import apply_linear, entered
 from veneer.core.records import LinearDelta
+from veneer.core.terms.change import Change, Weighed
+from veneer.core.terms.rotation import BlockRotation
 from veneer.ops.dropout import Mask, dropout
 from veneer.ops.grouped_low_rank import AdapterRuns, Run
 from veneer.ops.linear import op
-from veneer.ops.linear.layer import FIELDS, LinearLayer, tensors_of
+from veneer.ops.linear.layer import LinearLayer, tensors_of
 from veneer.quant import int8, nf4
 from veneer.quant.dense import DenseWeight
 
@@ -30,10 +33,37 @@ KINDS: dict[str, tuple[str, ...]] = {
     "pair and bias": ("a", "b", "bias"),
     "pair and out": ("a", "b", "out_scale"),
     "all": FIELDS,
+    "change": (),
+    "turned": (),
+    "turned behind": ("bias",),
+    "pair, change, turned": ("a", "b"),
+    "change and out": ("a", "b", "core", "in_scale", "out_scale"),
 }
 ADAPTER_OF_ROW = (1, 1, 0, None, 2, 0, 3)
 RUNS = AdapterRuns((Run(1, 0, 2), Run(0, 2, 3), Run(2, 4, 5), Run(0, 5, 6), Run(3, 6, 7)), 7)
-MIXES = [("pair", "all", "in", "out"), ("bias", "nothing", "core", "pair and out"), ("in", "out alone", "out", "bias")]
+MIXES = [
+    ("pair", "all", "in", "out"),
+    ("bias", "nothing", "core", "pair and out"),
+    ("in", "out alone", "out", "bias"),
+    ("change", "pair", "turned behind", "nothing"),
+    ("pair, change, turned", "all", "change and out", "turned"),
+]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Made(Change):
+    """A change that is made for each product, of numbers at places."""
+
+    values: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return OUT, IN
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        values = self.values if dtype is None else self.values.to(dtype)
+        places = torch.arange(len(values)) * 37 % (OUT * IN)
+        return torch.zeros(OUT * IN, dtype=values.dtype).index_put((places,), values).view(OUT, IN).sin()
 
 
 def record_of(kind: str, seed: int, dtype: torch.dtype) -> LinearDelta:
@@ -43,7 +73,19 @@ def record_of(kind: str, seed: int, dtype: torch.dtype) -> LinearDelta:
     shapes |= dict.fromkeys(("b_scale", "out_scale", "bias"), (OUT,))
     drawn = {field: 0.6 * torch.randn(shapes[field], generator=generator) + 0.1 for field in FIELDS}
     fields = {field: drawn[field].to(dtype).requires_grad_() for field in KINDS[kind]}
-    return LinearDelta(scale=0.7 + seed / 10, **fields)
+    record = flat_record(scale=0.7 + seed / 10, **fields)
+
+    def trained(*shape: int) -> Tensor:
+        return (0.3 * torch.randn(*shape, generator=generator) + 0.1).to(dtype).requires_grad_()
+
+    if "change" in kind:
+        changes = Made(values=trained(31)), Weighed(of=Made(values=trained(5)), weight=0.7)
+        record = dataclasses.replace(record, adds=(*record.adds, *changes))
+    if "turned" in kind:
+        record = dataclasses.replace(record, input=BlockRotation(trained(1, IN, IN)))
+    if "turned behind" in kind:
+        record = dataclasses.replace(record, output=BlockRotation(trained(1, OUT, OUT)))
+    return record
 
 
 def drawn(*shape: int, seed: int = 3, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -67,7 +109,7 @@ def by_formula(x: Tensor, layer: LinearLayer) -> Tensor:
         own = None
         if mask is not None and record.rank:
             ids = mask.ids.view(len(x), LENGTH)[n]
-            own = dropout(x[n], dataclasses.replace(mask, ids=ids))
+            own = dropout(entered(record, x[n]), dataclasses.replace(mask, ids=ids))
         rows.append(apply_linear(record, x[n], weight, layer.bias, own))
     return torch.stack(rows)
 
@@ -85,10 +127,7 @@ def formulas(x: Tensor, layers: list[LinearLayer]) -> list[Tensor]:
 
 def cast(layer: LinearLayer, dtype: torch.dtype, record_dtype: torch.dtype) -> LinearLayer:
     def fields(record: LinearDelta) -> LinearDelta:
-        given = {f: getattr(record, f) for f in FIELDS if getattr(record, f) is not None}
-        return dataclasses.replace(
-            record, **{f: t.detach().to(record_dtype).requires_grad_() for f, t in given.items()}
-        )
+        return with_tensors(record, [t.detach().to(record_dtype).requires_grad_() for t in record.tensors])
 
     bias = None if layer.bias is None else layer.bias.to(dtype)
     return dataclasses.replace(
@@ -142,7 +181,9 @@ def test_rows_of_several_records(names: tuple[str, ...], has_bias: bool, masked:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("names", [*MIXES, ("all",), ("pair and out",), ("core",), ("out",)], ids=str)
+@pytest.mark.parametrize(
+    "names", [*MIXES, ("all",), ("pair and out",), ("core",), ("out",), ("change",), ("turned behind",)], ids=str
+)
 def test_errs_no_more_than_twice_plain_torch(names: tuple[str, ...], dtype: torch.dtype) -> None:
     by_rows, masked = len(names) > 1, len(names) > 1
     exact = layers_of(names, has_bias=True, masked=masked, by_rows=by_rows)
@@ -161,35 +202,38 @@ def test_on_a_coded_weight(store) -> None:
     weight = store(drawn(64, 64).float())
     shapes = {"a": (5, 64), "b": (64, 5), "in_scale": (64,), "out_scale": (64,), "bias": (64,)}
     fields = {field: drawn(*shape, seed=i).requires_grad_() for i, (field, shape) in enumerate(shapes.items())}
-    layers = [LinearLayer(weight=weight, records=(LinearDelta(scale=1.3, **fields),))]
+    layers = [LinearLayer(weight=weight, records=(flat_record(scale=1.3, **fields),))]
     x, dy = drawn(3, LENGTH, 64), drawn(3, LENGTH, 64, seed=6)
     expected = results(formulas, x, layers, [dy])
     for got, wanted in zip(results(op.linears, x, layers, [dy]), expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("kind", ["all", "pair, change, turned", "turned behind"])
 @pytest.mark.parametrize("masked", [False, True], ids=["", "dropout"])
-def test_gradients_are_those_of_the_forward_pass(masked: bool) -> None:
-    layer = layers_of(("all",), has_bias=True, masked=masked, by_rows=False)[0]
+def test_gradients_are_those_of_the_forward_pass(masked: bool, kind: str) -> None:
+    layer = layers_of((kind,), has_bias=True, masked=masked, by_rows=False)[0]
     x = drawn(3, IN).requires_grad_()
     if masked:
         layer = dataclasses.replace(layer, masks=(Mask(0.3, 5, torch.tensor([4, 9, 2])),))
 
-    def forward(x: Tensor, *fields: Tensor) -> Tensor:
-        record = dataclasses.replace(layer.record, **dict(zip(FIELDS, fields, strict=True)))
+    def forward(x: Tensor, *tensors: Tensor) -> Tensor:
+        record = with_tensors(layer.record, tensors)
         return op.linear(x, dataclasses.replace(layer, records=(record,)))
 
-    assert torch.autograd.gradcheck(forward, (x, *(getattr(layer.record, field) for field in FIELDS)))
+    assert torch.autograd.gradcheck(forward, (x, *layer.record.tensors))
 
 
 def test_a_frozen_pair_gets_no_gradient() -> None:
     record = record_of("core", 3, torch.float64)
-    record = dataclasses.replace(record, a=record.a.detach(), b=record.b.detach())
+    pair = record.low_rank
+    pair = dataclasses.replace(pair, a=pair.a.detach(), b=pair.b.detach())
+    record = dataclasses.replace(record, adds=(pair,))
     layer = LinearLayer(weight=drawn(OUT, IN), records=(record,))
     x = drawn(2, LENGTH, IN).requires_grad_()
     y = op.linear(x, layer)
-    got = torch.autograd.grad(y.square().sum(), (x, record.core, record.b_scale))
-    expected = torch.autograd.grad(by_formula(x, layer).square().sum(), (x, record.core, record.b_scale))
+    got = torch.autograd.grad(y.square().sum(), (x, pair.core, pair.b_scale))
+    expected = torch.autograd.grad(by_formula(x, layer).square().sum(), (x, pair.core, pair.b_scale))
     for actual, wanted in zip(got, expected, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-11, atol=1e-11)
 
@@ -198,7 +242,7 @@ def test_a_scale_in_float32_is_not_rounded_to_bfloat16() -> None:
     """1.005 is 1.0078 in bfloat16."""
     x = torch.full((2, 4, 8), 64.0, dtype=torch.bfloat16)
     layer = LinearLayer(
-        weight=torch.eye(8, dtype=torch.bfloat16), records=(LinearDelta(out_scale=torch.full((8,), 1.005)),)
+        weight=torch.eye(8, dtype=torch.bfloat16), records=(flat_record(out_scale=torch.full((8,), 1.005)),)
     )
     assert torch.equal(op.linear(x, layer), torch.full_like(x, 64 * 1.005))
     assert 64 * float(torch.tensor(1.005).bfloat16()) != (64 * 1.005)
@@ -208,7 +252,7 @@ def test_a_bias_in_float32_beside_a_16_bit_one() -> None:
     bias, trained = torch.ones(3, dtype=torch.bfloat16), torch.full((3,), 2.5)
     layer = LinearLayer(
         weight=torch.eye(3, dtype=torch.bfloat16), bias=bias,
-        records=(LinearDelta(bias=trained),), runs=AdapterRuns((Run(0, 1, 2),), 2),
+        records=(flat_record(bias=trained),), runs=AdapterRuns((Run(0, 1, 2),), 2),
     )  # fmt: skip
     mixed = op.linear(torch.zeros(2, 3, dtype=torch.bfloat16), layer)
     assert mixed.dtype == torch.bfloat16
@@ -218,8 +262,9 @@ def test_a_bias_in_float32_beside_a_16_bit_one() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("by_rows", [False, True])
 @pytest.mark.parametrize("n_layers", [1, 2, 3])
-def test_an_x_that_may_be_written_over_changes_no_result(n_layers: int, by_rows: bool) -> None:
-    layers = layers_of(("in", "all", "pair", "nothing"), has_bias=True, masked=False, by_rows=by_rows)[:n_layers]
+@pytest.mark.parametrize("names", [("in", "all", "pair", "nothing"), ("turned", "change", "in", "turned behind")])
+def test_an_x_that_may_be_written_over_changes_no_result(names: tuple[str, ...], n_layers: int, by_rows: bool) -> None:
+    layers = layers_of(names, has_bias=True, masked=False, by_rows=by_rows)[:n_layers]
     x = drawn(len(ADAPTER_OF_ROW) * LENGTH, IN)
     dys = [drawn(len(x), OUT, seed=5 + place) for place in range(n_layers)]
     ys, kept = op.forward(x, layers)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flat_records import flat_record
 from veneer.core.linear import apply_linear
 from veneer.core.records import LinearDelta
 from veneer.ops.grouped_low_rank import AdapterRuns, Run
@@ -35,7 +36,7 @@ def draw(dtype: torch.dtype) -> tuple[Tensor, list[Tensor], list[list[list[Tenso
 
 def layer_of(weight: Tensor, pairs: list[list[Tensor]], ranks: tuple[int, ...]) -> LinearLayer:
     records = tuple(
-        LinearDelta(a=a, b=b, scale=scale) if r else LinearDelta()
+        flat_record(a=a, b=b, scale=scale) if r else LinearDelta()
         for (a, b), r, scale in zip(pairs, ranks, SCALES, strict=True)
     )
     return LinearLayer(weight=weight, records=records, runs=RUNS)
@@ -51,7 +52,7 @@ def row_by_row(x: Tensor, weights: list[Tensor], pairs: list[list[list[Tensor]]]
         if k is None or not RANKS[layer][k]:
             return LinearDelta()
         a, b = pairs[layer][k]
-        return LinearDelta(a=a, b=b, scale=SCALES[k])
+        return flat_record(a=a, b=b, scale=SCALES[k])
 
     return [
         torch.stack([apply_linear(delta(i, k), row, DenseWeight(w)) for row, k in zip(x, ADAPTER_OF_ROW, strict=True)])

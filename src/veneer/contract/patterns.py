@@ -1,0 +1,58 @@
+"""Settings by module: keys are regular expressions, and the first that matches the end of a path counts, as in PEFT."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from veneer.contract.checks import Checks
+from veneer.core.sites import LinearSite
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class PatternChecks(Checks):
+    """Refuses keys of ``patterns``, by the names of their fields, that match no module."""
+
+    patterns: Mapping[str, Mapping[str, Any]]
+
+    def effect(self, names: Sequence[str], sites: Sequence[LinearSite]) -> list[str]:
+        return unmatched(self.patterns, names)
+
+
+def first_match(pattern: Mapping[str, T], name: str, default: T) -> T:
+    """The value of the first key that matches the end of a module path."""
+    return next((value for key, value in pattern.items() if matches_end(key, name)), default)
+
+
+def matches_end(key: str, name: str) -> bool:
+    """Return True if a key matches a module path or its end, from a dot on."""
+    return re.fullmatch(rf"(.*\.)?({key})", name) is not None
+
+
+def unmatched(patterns: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+    """A sentence for each key that matches none of the modules adapted, whose paths are ``names``."""
+    return [
+        f"{field} key {key!r} matches none of the {len(names)} modules adapted, such as {names[0]!r}"
+        for field, pattern in patterns.items()
+        for key in pattern
+        if not any(matches_end(key, name) for name in names)
+    ]
+
+
+def broken(patterns: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A sentence for each key that is no regular expression."""
+    keys = (key for pattern in patterns.values() for key in pattern)
+    return [f"the pattern {key!r} is not a regular expression" for key in keys if not compiles(key)]
+
+
+def compiles(pattern: str) -> bool:
+    """Return True if a key is a regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True

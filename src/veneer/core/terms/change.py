@@ -1,0 +1,115 @@
+"""A change of the weight that is no small pair: an object with products, as a frozen weight has."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from veneer.core.terms.term import Term
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change(Term, ABC):
+    """ΔW (o, i), added to the weight.
+
+    A subclass declares its tensors as fields and gives `shape` and `dense`, which computes ΔW from them under autograd.
+    Without a ``matmul`` of its own, ΔW is made for one product and made again in the backward pass, so that no layer
+    keeps o·i numbers.
+    """
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(o, i)."""
+
+    @abstractmethod
+    def dense(self, dtype: torch.dtype | None = None) -> Float[Tensor, "o i"]:
+        """ΔW, differentiable in the tensors; None keeps their dtype."""
+
+    def matmul(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
+        """``ΔW x`` on the last axis."""
+        return torch.nn.functional.linear(x, self.dense(x.dtype))
+
+    def matmul_t(self, dy: Float[Tensor, "*batch o"]) -> Float[Tensor, "*batch i"]:
+        """``ΔWᵀ dy`` on the last axis."""
+        return torch.nn.functional.linear(dy, self.dense(dy.dtype).T)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of its products: that of the first of its tensors that is of floating point."""
+        return next(tensor.dtype for tensor in self.tensors if tensor.is_floating_point())
+
+    def apply(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
+        """``ΔW x``, in the change's dtype."""
+        return self.matmul(x.to(self.dtype))
+
+    def look_up(self, index: Tensor, padding_idx: int | None = None) -> Float[Tensor, "*batch o"]:
+        """The columns of the change by look-up. The column at ``padding_idx`` gets no gradient."""
+        return torch.nn.functional.embedding(index, self.dense().T, padding_idx)
+
+    def weighed(self, weight: float) -> Change:
+        """The change times a number."""
+        return Weighed(of=self, weight=weight)
+
+    def transposed(self) -> Change:
+        """The change of the transposed weight (i, o)."""
+        return Transposed(of=self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Derived(Change, ABC):
+    """A change made of another, whose tensors it has."""
+
+    of: Change
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.of.tensors
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Self:
+        return replace(self, of=self.of.with_tensors(tensors))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weighed(_Derived):
+    """``of`` times a number."""
+
+    weight: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.of.shape
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        return self.of.dense(dtype) * self.weight
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return self.of.matmul(x) * self.weight
+
+    def matmul_t(self, dy: Tensor) -> Tensor:
+        return self.of.matmul_t(dy) * self.weight
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transposed(_Derived):
+    """``of`` as a change of the transposed weight."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        o, i = self.of.shape
+        return i, o
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        return self.of.dense(dtype).T
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return self.of.matmul_t(x)
+
+    def matmul_t(self, dy: Tensor) -> Tensor:
+        return self.of.matmul(dy)

@@ -1,0 +1,100 @@
+"""A low-rank pair: ``scale * diag(b_scale) B diag(core) A``, added to the weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from veneer.core.terms.term import Term
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair(Term):
+    """``scale * diag(b_scale) B diag(core) A`` with A (r, i) and B (o, r).
+
+    ``core`` and ``b_scale``, vectors between A and B and behind B, let layers share one A and B (VeRA); None is ones.
+    Experts stacked in one tensor have one A and one B each, stacked likewise.
+    """
+
+    a: Float[Tensor, "*experts r i"]
+    core: Float[Tensor, " r"] | None = None
+    b: Float[Tensor, "*experts o r"]
+    b_scale: Float[Tensor, " o"] | None = None
+    scale: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        """The rank, r."""
+        return self.a.shape[-2]
+
+    @property
+    def is_stacked(self) -> bool:
+        """True for the pairs of experts, stacked."""
+        return self.a.ndim > 2
+
+    @property
+    def is_plain(self) -> bool:
+        """True if there is neither a core nor a scale of B."""
+        return self.core is None and self.b_scale is None
+
+    @property
+    def plain_b(self) -> Float[Tensor, "*experts o r"]:
+        """``diag(b_scale) B diag(core)``: the B of a plain pair that does the same."""
+        b = self.b if self.core is None else self.b * self.core
+        return b if self.b_scale is None else b * self.b_scale[:, None]
+
+    @property
+    def plain(self) -> Pair:
+        """The pair with core and b_scale multiplied into B."""
+        return self if self.is_plain else Pair(a=self.a, b=self.plain_b, scale=self.scale)
+
+    def apply(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
+        """The product with x, in the pair's dtype. Rank first: the matrix ``B A`` is never formed."""
+        return self.behind_a(torch.nn.functional.linear(x.to(self.a.dtype), self.a))
+
+    def behind_a(self, inner: Float[Tensor, "*batch r"]) -> Float[Tensor, "*batch o"]:
+        """``scale * b_scale * B (core * inner)``, ``inner`` being A x."""
+        scaled = inner if self.core is None else inner * self.core
+        y = torch.nn.functional.linear(scaled, self.b) * self.scale
+        return y if self.b_scale is None else y * self.b_scale
+
+    def look_up(self, index: Tensor, padding_idx: int | None = None) -> Float[Tensor, "*batch o"]:
+        """The columns of the change by look-up. The column of A at ``padding_idx`` gets no gradient."""
+        return self.behind_a(torch.nn.functional.embedding(index, self.a.T, padding_idx))
+
+    def dense(self, dtype: torch.dtype) -> Float[Tensor, "*experts o i"]:
+        """The change as a matrix."""
+        return (self.plain_b.to(dtype) @ self.a.to(dtype)) * self.scale
+
+    def weighed(self, weight: float) -> Pair:
+        """The change times a number."""
+        return replace(self, scale=self.scale * weight)
+
+    def transposed(self) -> Pair:
+        """The change of the transposed weight (i, o)."""
+        return Pair(a=self.plain_b.mT, b=self.a.mT, scale=self.scale)
+
+    def of_rows(self, rows: slice) -> Pair:
+        """The part that changes these rows of the weight, or these of its stacked experts."""
+        return replace(
+            self,
+            a=self.a[rows] if self.is_stacked else self.a,
+            b=self.b[rows],
+            b_scale=None if self.b_scale is None else self.b_scale[rows],
+        )
+
+    def of_expert(self, expert: int) -> Pair:
+        """The pair of one of the stacked experts."""
+        return replace(self, a=self.a[expert], b=self.b[expert])
+
+
+def joined(pairs: Sequence[Pair]) -> Pair:
+    """One pair that is the sum of several: factors concatenated along the rank, exactly."""
+    if len(pairs) == 1:
+        return pairs[0]
+    b = [pair.plain_b * pair.scale for pair in pairs]
+    return Pair(a=torch.cat([pair.a for pair in pairs], dim=-2), b=torch.cat(b, dim=-1))

@@ -1,0 +1,62 @@
+"""A rotation of inputs or outputs: an orthogonal map, or any other linear map of a layer's features.
+
+Liu et al. 2023 (arXiv:2306.07280) turn a layer's inputs by blocks. A map of pairs of features, a permuted one, and one
+that scales besides are other subclasses.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from veneer.core.terms.term import Term
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation(Term, ABC):
+    """``x ↦ M x`` with M (n, n) in front of a layer or behind it."""
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """The number of features, n."""
+
+    @abstractmethod
+    def apply(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+        """``M x`` on the last axis, differentiable in x and the tensors, in the wider dtype of the two."""
+
+    @abstractmethod
+    def transposed(self) -> Rotation:
+        """``Mᵀ``: the inverse of an orthogonal map."""
+
+    def fold_input(self, weight: Float[Tensor, "*experts o n"]) -> Float[Tensor, "*experts o n"]:
+        """``W M``."""
+        return self.transposed().apply(weight)
+
+    def fold_output(self, weight: Float[Tensor, "*experts n i"]) -> Float[Tensor, "*experts n i"]:
+        """``M W``."""
+        return self.apply(weight.mT).mT
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRotation(Rotation):
+    """M is block-diagonal: ``blocks[k]`` acts on features k·b to (k + 1)·b."""
+
+    blocks: Float[Tensor, "k b b"]
+
+    @property
+    def width(self) -> int:
+        return self.blocks.shape[0] * self.blocks.shape[1]
+
+    def apply(self, x: Tensor) -> Tensor:
+        k, b, _ = self.blocks.shape
+        dtype = torch.promote_types(x.dtype, self.blocks.dtype)
+        parts = x.to(dtype).reshape(*x.shape[:-1], k, b)
+        return torch.einsum("...kb,kcb->...kc", parts, self.blocks.to(dtype)).flatten(-2)
+
+    def transposed(self) -> BlockRotation:
+        return BlockRotation(self.blocks.mT)

@@ -1,0 +1,142 @@
+"""FourierFT: ``W + scaling · Re(F⁻¹(S))``, S a spectrum of n trained numbers at random places (Gao et al. 2024,
+arXiv:2405.03003, eq. 2 to 4).
+
+The change has full rank. Its products go through the two transforms of a vector instead of making ΔW.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from veneer.contract import LinearMethod, Params, Shapes
+from veneer.contract.checks import Checks
+from veneer.contract.extras import Extras
+from veneer.contract.family_targets import LOW_RANK
+from veneer.contract.patterns import PatternChecks, broken, first_match
+from veneer.contract.targets import Names
+from veneer.core.records import LinearDelta
+from veneer.core.sites import LinearSite
+from veneer.core.terms.change import Change
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spectrum(Change):
+    """``scaling · Re(F⁻¹(S))``; S (o, i) has ``values`` at ``rows`` and ``columns`` and is zero elsewhere."""
+
+    values: Float[Tensor, " n"]
+    rows: Int[Tensor, " n"]
+    columns: Int[Tensor, " n"]
+    size: tuple[int, int]
+    scaling: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.promote_types(self.values.dtype, torch.float32)  # there is no transform in 16 bits
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        o, i = self.size
+        flat = torch.zeros(o * i, dtype=self.dtype, device=self.values.device)
+        spectrum = flat.index_add(0, self.rows * i + self.columns, self.values.to(self.dtype)).view(o, i)
+        made: Tensor = torch.fft.ifft2(spectrum).real * self.scaling
+        return made.to(dtype or self.values.dtype)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        taken = torch.fft.ifft(x)[..., self.columns] * self.values.to(self.dtype)
+        spectrum = taken.new_zeros(*x.shape[:-1], self.size[0]).index_add(-1, self.rows, taken)
+        made: Tensor = torch.fft.ifft(spectrum).real * self.scaling
+        return made
+
+    def matmul_t(self, dy: Tensor) -> Tensor:
+        return replace(self, rows=self.columns, columns=self.rows, size=self.size[::-1]).matmul(dy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FourierFTConfig(LinearMethod):
+    """FourierFT in PEFT's fields.
+
+    ``n_frequency`` numbers are trained in each layer, at places drawn from ``random_loc_seed``. ``init_weights`` starts
+    them at zero; False draws them from a normal distribution, so that the start changes the model.
+    """
+
+    peft_type: ClassVar[str] = "FOURIERFT"
+    identity_at_start: ClassVar[bool] = False
+    headline: ClassVar[tuple[str, ...]] = ("n_frequency", "scaling", "target_modules")
+    inert: ClassVar[frozenset[str]] = frozenset(
+        {"n_frequency", "n_frequency_pattern", "fan_in_fan_out", "bias", "init_weights"}
+    )
+
+    n_frequency: int = 1000
+    scaling: float = 150.0
+    random_loc_seed: int = 777
+    fan_in_fan_out: bool = False
+    bias: Literal["none", "all", "fourier_only"] = "none"
+    n_frequency_pattern: Mapping[str, int] = field(default_factory=dict)
+    init_weights: bool = False
+
+    def problems(self) -> list[str]:
+        found = super().problems() + broken({"n_frequency_pattern": self.n_frequency_pattern})
+        given = {"n_frequency": self.n_frequency}
+        given |= {f"n_frequency_pattern[{key!r}]": n for key, n in self.n_frequency_pattern.items()}
+        return found + [f"{name}={n!r} must be a whole number of at least 1" for name, n in given.items() if n < 1]
+
+    @property
+    def checks(self) -> Checks:
+        return _Checks({"n_frequency_pattern": self.n_frequency_pattern}, self)
+
+    @classmethod
+    def fields_for(cls, model_type: str) -> Mapping[str, Names]:
+        own = {"gpt2": {"target_modules": ("mlp.c_proj",)}, "gpt_bigcode": {"target_modules": ("mlp.c_proj",)}}
+        return {**super().fields_for(model_type), **LOW_RANK.get(model_type, {}), **own.get(model_type, {})}
+
+    @property
+    def extras(self) -> Extras:
+        return replace(super().extras, biases="adapted" if self.bias == "fourier_only" else self.bias)
+
+    def frequencies(self, site: LinearSite) -> int:
+        """The numbers trained at a site."""
+        return first_match(self.n_frequency_pattern, site.name, self.n_frequency)
+
+    def shapes(self, site: LinearSite) -> Shapes:
+        return {"fourierft_spectrum": (self.frequencies(site),)}
+
+    def init(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        n = self.frequencies(site)
+        return {"fourierft_spectrum": torch.zeros(n) if self.init_weights else torch.randn(n, generator=generator)}
+
+    def lower(self, site: LinearSite, params: Params) -> LinearDelta:
+        values, size = params["fourierft_spectrum"], (site.out_features, site.in_features)
+        rows, columns = places(self.random_loc_seed, *size, len(values), device=values.device)
+        return LinearDelta(adds=(Spectrum(values=values, rows=rows, columns=columns, size=size, scaling=self.scaling),))
+
+
+@dataclass(frozen=True)
+class _Checks(PatternChecks):
+    config: FourierFTConfig
+
+    def layers(self, sites: Sequence[LinearSite]) -> list[str]:
+        """A spectrum has as many places as the weight."""
+        return [
+            f"n_frequency={n} at {site.name}, which has {site.out_features} x {site.in_features} weights: give at most "
+            f"{site.out_features * site.in_features} (n_frequency_pattern sets it for single modules)"
+            for site in sites
+            if (n := self.config.frequencies(site)) > site.out_features * site.in_features
+        ]
+
+
+@functools.lru_cache(maxsize=64)
+def places(seed: int, o: int, i: int, n: int, *, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows and columns of n of the o·i places of a spectrum, drawn on the CPU as PEFT draws them. Do not write."""
+    with torch.inference_mode(False):
+        drawn = torch.randperm(o * i, generator=torch.Generator().manual_seed(seed))[:n]
+        return (drawn // i).to(device), (drawn % i).to(device)

@@ -1,0 +1,86 @@
+"""HRA: ``W Π (I - 2 u uᵀ)``, the weight behind a chain of r reflections (Yuan et al. 2024, arXiv:2405.17484, eq. 4).
+
+The chain is ``I - U T Uᵀ`` with U (i, r) of the unit vectors and T triangular (Schreiber and Van Loan 1989, the compact
+WY form): ``T⁻¹ = I/2 + triu(UᵀU, 1)``. So the update is a pair of rank r, ``A = Uᵀ`` and ``B = -W U T``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from veneer.contract import LinearMethod, Params, Shapes
+from veneer.contract.extras import Extras
+from veneer.contract.family_targets import LOW_RANK
+from veneer.contract.targets import Names
+from veneer.core.autocast import without_autocast
+from veneer.core.records import LinearDelta
+from veneer.core.sites import LinearSite
+from veneer.errors import ConfigError
+from veneer.inits.uniform import kaiming_uniform
+
+
+@dataclass(frozen=True, kw_only=True)
+class HRAConfig(LinearMethod):
+    """HRA in PEFT's fields.
+
+    ``apply_GS`` makes the vectors orthogonal, one after the other (Gram and Schmidt). With ``init_weights`` and an even
+    ``r`` they start as equal pairs, whose reflections cancel.
+
+    Departs: with ``apply_GS`` all vectors start random, for equal ones cannot be made orthogonal. PEFT divides what
+    rounding leaves of them by its norm.
+    """
+
+    peft_type: ClassVar[str] = "HRA"
+    headline: ClassVar[tuple[str, ...]] = ("r", "target_modules")
+    inert: ClassVar[frozenset[str]] = frozenset({"r", "bias", "init_weights"})
+
+    r: int = 8
+    apply_GS: bool = False  # noqa: N815 - PEFT's name
+    init_weights: bool = True
+    bias: Literal["none", "all", "hra_only"] = "none"
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        return found if self.r >= 1 else [*found, f"r={self.r!r} must be a whole number of at least 1"]
+
+    @classmethod
+    def fields_for(cls, model_type: str) -> Mapping[str, Names]:
+        return {**super().fields_for(model_type), **LOW_RANK.get(model_type, {})}
+
+    @property
+    def largest_rank(self) -> int:
+        return self.r
+
+    @property
+    def reads_weight(self) -> bool:
+        return True
+
+    @property
+    def extras(self) -> Extras:
+        return replace(super().extras, biases="adapted" if self.bias == "hra_only" else self.bias)
+
+    def shapes(self, site: LinearSite) -> Shapes:
+        return {"hra_u": (site.in_features, self.r)}
+
+    def init(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        if not self.init_weights or self.r % 2 or self.apply_GS:
+            return {"hra_u": kaiming_uniform((site.in_features, self.r), generator)}
+        return {"hra_u": kaiming_uniform((site.in_features, self.r // 2), generator).repeat_interleave(2, dim=1)}
+
+    def lower(self, site: LinearSite, params: Params) -> LinearDelta:
+        if site.weight is None:
+            raise ConfigError(f"HRA at {site.name} needs the frozen weight: load the base model before attaching")
+        u = params["hra_u"]
+        with without_autocast(u.device):
+            if self.apply_GS:
+                a = torch.linalg.qr(u).Q.T
+                return LinearDelta.pair(a, -2 * site.weight.matmul(a).to(a.dtype).T)
+            a = (u / u.norm(dim=0)).T
+            inverse = torch.triu(a @ a.T, 1) + 0.5 * torch.eye(len(a), dtype=a.dtype, device=a.device)
+            b = -site.weight.matmul(a).to(a.dtype).T
+            return LinearDelta.pair(a, torch.linalg.solve_triangular(inverse, b, upper=True, left=False))

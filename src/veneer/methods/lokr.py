@@ -1,0 +1,147 @@
+"""LoKr: ``W + (alpha / r) (W₁ ⊗ W₂)``, a Kronecker product (Yeh et al. 2024, arXiv:2309.14859, section 3.2).
+
+W₁ (o₁, i₁) is small. W₂ (o₂, i₂), and W₁ if asked for, is a product of two factors of rank r if that is smaller.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from veneer.contract import LinearMethod, Params, Shapes
+from veneer.contract.checks import Checks
+from veneer.contract.family_targets import LOW_RANK
+from veneer.contract.patterns import PatternChecks, broken, first_match
+from veneer.contract.targets import Names
+from veneer.core.records import LinearDelta
+from veneer.core.sites import LinearSite
+from veneer.core.terms.change import Change
+from veneer.inits.uniform import kaiming_uniform
+
+_DROPS = "drops parts of the update in training, which is not supported: set it to 0"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kronecker(Change):
+    """``W₁ ⊗ W₂``, which its products never make."""
+
+    w1: Float[Tensor, "o1 i1"]
+    w2: Float[Tensor, "o2 i2"]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.w1.shape[0] * self.w2.shape[0], self.w1.shape[1] * self.w2.shape[1]
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        w1, w2 = (w if dtype is None else w.to(dtype) for w in (self.w1, self.w2))
+        return torch.kron(w1.contiguous(), w2.contiguous())
+
+    def matmul(self, x: Tensor) -> Tensor:
+        parts = x.reshape(*x.shape[:-1], self.w1.shape[1], self.w2.shape[1])
+        inner = torch.nn.functional.linear(parts, self.w2)
+        return (self.w1 @ inner).flatten(-2)
+
+    def matmul_t(self, dy: Tensor) -> Tensor:
+        return Kronecker(w1=self.w1.T, w2=self.w2.T).matmul(dy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoKrConfig(LinearMethod):
+    """LoKr in PEFT's fields.
+
+    ``decompose_factor`` is the wanted number of rows and of columns of W₁; -1 looks for widths near the square root.
+    ``decompose_both``: W₁ may be a product of factors too. ``init_weights``: True starts with W₁ zero, "lycoris" with
+    W₂ zero, False with both random.
+
+    ``rank_dropout``, ``rank_dropout_scale`` and ``module_dropout`` are read from files; training with the dropouts is
+    refused. ``use_effective_conv2d`` is for convolutions, which are not adapted.
+    """
+
+    peft_type: ClassVar[str] = "LOKR"
+    headline: ClassVar[tuple[str, ...]] = ("r", "alpha", "target_modules")
+    outward: ClassVar[frozenset[str]] = frozenset({"lokr_w1", "lokr_w1_a"})
+    inert: ClassVar[frozenset[str]] = frozenset(
+        {"rank_dropout", "rank_dropout_scale", "module_dropout", "use_effective_conv2d", "init_weights"}
+        | {"decompose_both", "decompose_factor"}
+    )
+
+    r: int = 8
+    alpha: float = 8
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
+    use_effective_conv2d: bool = False
+    decompose_both: bool = False
+    decompose_factor: int = -1
+    rank_dropout_scale: bool = False
+    init_weights: bool | Literal["lycoris"] = True
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    def problems(self) -> list[str]:
+        found = super().problems() + broken(self._patterns)
+        ranks = {"r": self.r} | {f"rank_pattern[{key!r}]": r for key, r in self.rank_pattern.items()}
+        found += [f"{name}={r!r} must be a whole number of at least 1" for name, r in ranks.items() if r < 1]
+        if self.decompose_factor < 1 and self.decompose_factor != -1:
+            found.append(f"decompose_factor={self.decompose_factor!r} must be at least 1, or -1")
+        drops = {name: getattr(self, name) for name in ("rank_dropout", "module_dropout")}
+        return found + [f"{name}={p!r} {_DROPS}" for name, p in drops.items() if p and not self.inference_mode]
+
+    @property
+    def _patterns(self) -> dict[str, Mapping[str, float]]:
+        return {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+
+    @property
+    def checks(self) -> Checks:
+        return PatternChecks(self._patterns)
+
+    @classmethod
+    def fields_for(cls, model_type: str) -> Mapping[str, Names]:
+        return {**super().fields_for(model_type), **LOW_RANK.get(model_type, {})}
+
+    def shapes(self, site: LinearSite) -> Shapes:
+        r = first_match(self.rank_pattern, site.name, self.r)
+        (o1, o2), (i1, i2) = (factors_of(n, self.decompose_factor) for n in (site.out_features, site.in_features))
+        first = _shapes("lokr_w1", (o1, i1), r if self.decompose_both and 2 * r < max(o1, i1) else None)
+        return first | _shapes("lokr_w2", (o2, i2), r if 2 * r < max(o2, i2) else None)
+
+    def init(self, site: LinearSite, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        start = {name: kaiming_uniform(shape, generator) for name, shape in self.shapes(site).items()}
+        zero = {True: ("lokr_w1", "lokr_w1_a"), "lycoris": ("lokr_w2", "lokr_w2_b"), False: ()}[self.init_weights]
+        return {name: torch.zeros_like(value) if name in zero else value for name, value in start.items()}
+
+    def lower(self, site: LinearSite, params: Params) -> LinearDelta:
+        r = first_match(self.rank_pattern, site.name, self.r)
+        alpha = first_match(self.alpha_pattern, site.name, self.alpha)
+        w1, w2 = (_whole(name, params) for name in ("lokr_w1", "lokr_w2"))
+        return LinearDelta(adds=(Kronecker(w1=w1 * (alpha / r), w2=w2),))
+
+    def site_of(self, site: LinearSite, shapes: Mapping[str, tuple[int, ...]]) -> LinearSite:
+        rows = (shapes.get(f"{name}_a", shapes.get(name, ())) for name in ("lokr_w1", "lokr_w2"))
+        columns = (shapes.get(f"{name}_b", shapes.get(name, ())) for name in ("lokr_w1", "lokr_w2"))
+        out_features, in_features = math.prod(s[0] for s in rows), math.prod(s[1] for s in columns)
+        return replace(site, in_features=in_features, out_features=out_features)
+
+
+def factors_of(n: int, factor: int) -> tuple[int, int]:
+    """Two numbers whose product is n: ``factor`` and the other if it divides n, else the two of least sum of which the
+    smaller is at most ``factor`` (-1: any).
+    """
+    if factor > 0 and n % factor == 0:
+        return factor, n // factor
+    most = math.isqrt(n) if factor == -1 else min(factor, math.isqrt(n))
+    smaller = max(d for d in range(1, most + 1) if n % d == 0)
+    return smaller, n // smaller
+
+
+def _shapes(name: str, shape: tuple[int, int], r: int | None) -> Shapes:
+    return {name: shape} if r is None else {f"{name}_a": (shape[0], r), f"{name}_b": (r, shape[1])}
+
+
+def _whole(name: str, params: Params) -> Tensor:
+    return params[name] if name in params else params[f"{name}_a"] @ params[f"{name}_b"]

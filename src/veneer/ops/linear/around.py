@@ -1,0 +1,129 @@
+"""The terms around the products: a map of the input, a map of the output, and a bias.
+
+Scales and biases are never rounded to the dtype of what they act on (`ops.scale`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from veneer.core.records import Around
+from veneer.core.terms.rotation import Rotation
+from veneer.ops.linear.change import Gradients, added, added_up, term_backward
+from veneer.ops.linear.layer import LinearLayer
+from veneer.ops.scale import scale_columns, scale_columns_backward
+
+
+def mapped_input(x: Float[Tensor, "n i"], layer: LinearLayer, *, overwrite: bool = False) -> Float[Tensor, "n i"]:
+    """The input that the weight reads; x itself if no record maps it, and if x may be written over."""
+    if not layer.maps_input:
+        return x
+    mapped = x if overwrite else torch.empty_like(x) if _reaches_all(layer, len(x)) else x.clone()
+    for k, rows in layer.spans(len(x)):
+        term = layer.records[k].input
+        if term is not None:
+            _map(x[rows], term, None, mapped[rows])
+        elif not overwrite:
+            mapped[rows] = x[rows]
+    return mapped
+
+
+def mapped_rows(x: Float[Tensor, "n i"], layer: LinearLayer, *, copies: bool = False) -> list[Tensor | None]:
+    """The rows of x in each of `LinearLayer.spans`; None if its record does not map them.
+
+    ``copies``: for who writes over x.
+    """
+    taken = [(layer.records[k].input is not None, x[rows]) for k, rows in layer.spans(len(x))]
+    return [(own.clone() if copies else own) if maps else None for maps, own in taken]
+
+
+def mapped_input_backward(dy: Float[Tensor, "n i"], xs: Sequence[Tensor | None], layer: LinearLayer) -> list[Gradients]:
+    """Gradients of `mapped_input` in the tensors of each record's map; the one in x is written into dy.
+
+    ``xs``: the rows of x as `mapped_rows` lists them.
+    """
+    found: list[Gradients] = [()] * len(layer.records)
+    for (k, rows), x in zip(layer.spans(len(dy)), xs, strict=True):
+        term = layer.records[k].input
+        if x is not None and term is not None:
+            gradients, _ = _map_backward(dy[rows], x, term, dy[rows])
+            found[k] = added_up(found[k], gradients)
+    return found
+
+
+def keeps_product(layer: LinearLayer) -> bool:
+    """Return True if the backward pass needs what `finished` was given: a map of outputs is trained."""
+    return any(r.output is not None and r.output.is_trained for r in layer.records)
+
+
+def finished(z: Float[Tensor, "n o"], layer: LinearLayer) -> Float[Tensor, "n o"]:
+    """``output(z) + bias``, written into z unless the layer `keeps_product`."""
+    if all(r.output is None and r.bias is None for r in layer.records):
+        return z if layer.bias is None else z.add_(layer.bias)
+    y = torch.empty_like(z) if keeps_product(layer) else z
+    for k, start, stop in layer.runs_of(len(z)).with_gaps():
+        record = None if k < 0 else layer.records[k]
+        bias = layer.bias if record is None or record.bias is None else record.bias
+        _map(z[start:stop], None if record is None else record.output, bias, y[start:stop])
+    return y
+
+
+def finished_backward(
+    dy: Float[Tensor, "n o"], z: Float[Tensor, "n o"] | None, layer: LinearLayer, *, overwrite: bool = False
+) -> tuple[Float[Tensor, "n o"], list[Gradients], list[Tensor | None]]:
+    """Gradients of `finished` in z, and in the tensors of each record's ``output`` and in its ``bias``, from the z that
+    it was given.
+
+    ``overwrite`` writes the one in z into dy.
+    """
+    maps: list[Gradients] = [()] * len(layer.records)
+    biases: list[Tensor | None] = [None] * len(layer.records)
+    in_place = overwrite or all(r.output is None for r in layer.records)
+    dz = dy if in_place else torch.empty_like(dy) if _reaches_all(layer, len(dy)) else dy.clone()
+    for k, rows in layer.spans(len(dy)):
+        term, bias = layer.records[k].output, layer.records[k].bias
+        trains_bias = bias is not None and bias.requires_grad
+        if term is None:
+            if not in_place:
+                dz[rows] = dy[rows]
+            if trains_bias:
+                biases[k] = added(biases[k], scale_columns_backward(dy[rows], None, None, None, with_bias=True)[1])
+            continue
+        own_z = z[rows] if z is not None and term.is_trained else None
+        gradients, dbias = _map_backward(dy[rows], own_z, term, dz[rows], with_bias=trains_bias)
+        maps[k], biases[k] = added_up(maps[k], gradients), added(biases[k], dbias)
+    return dz, maps, biases
+
+
+def _map(z: Tensor, term: Around | None, bias: Tensor | None, out: Tensor) -> None:
+    """``term(z) + bias`` into ``out``, which may be z."""
+    if isinstance(term, Rotation):
+        turned = term.apply(z)
+        out.copy_(turned if bias is None else turned + bias)
+    else:
+        scale_columns(z, None if term is None else term.vector, bias, out)
+
+
+def _map_backward(
+    dy: Tensor, z: Tensor | None, term: Around, dz: Tensor, *, with_bias: bool = False
+) -> tuple[Gradients, Tensor | None]:
+    """Gradients of `_map` in the term's tensors, if z is given, and in the bias. That in z goes into ``dz``."""
+    if not isinstance(term, Rotation):
+        dscale, dbias = scale_columns_backward(dy, z, term.vector, dz, with_bias=with_bias)
+        return (dscale,), dbias
+    dbias = scale_columns_backward(dy, None, None, None, with_bias=True)[1] if with_bias else None
+    if z is None:  # nothing of the map is trained
+        dz.copy_(term.transposed().apply(dy))
+        return (None,) * len(term.tensors), dbias
+    own, gradients = term_backward(term, dy, z, True)
+    if own is not None:
+        dz.copy_(own)
+    return gradients, dbias
+
+
+def _reaches_all(layer: LinearLayer, n_rows: int) -> bool:
+    return n_rows == sum(stop - start for _, start, stop in layer.runs_of(n_rows).runs)

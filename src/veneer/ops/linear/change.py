@@ -1,0 +1,66 @@
+"""Changes of the weight that are no pair: their products added to outputs, and the way back.
+
+A change is computed anew in the backward pass under autograd, so that nothing of it is kept: neither its matrix, if it
+has one, nor what its products pass through.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from veneer.core.terms.change import Change
+from veneer.core.terms.rotation import Rotation
+from veneer.ops.linear.layer import LinearLayer
+
+Gradients = tuple[Tensor | None, ...]
+"""In the tensors of a term, in their order."""
+
+
+def add_changes(z: Float[Tensor, "n o"], x: Float[Tensor, "n i"], layer: LinearLayer) -> None:
+    """Add ``ΔW x`` of each record's changes to the rows that take it, in place."""
+    for k, rows in layer.spans(len(x)):
+        for change in layer.records[k].changes:
+            z[rows].add_(change.apply(x[rows]))
+
+
+def changes_backward(
+    dz: Float[Tensor, "n o"], x: Float[Tensor, "n i"], layer: LinearLayer, input_grad: bool
+) -> tuple[Tensor | None, list[list[Gradients]]]:
+    """Gradients of `add_changes` in x (None if not asked for), and of each record in the tensors of each change."""
+    dx = torch.zeros_like(x) if input_grad else None
+    found: list[list[Gradients]] = [[()] * len(record.changes) for record in layer.records]
+    for k, rows in layer.spans(len(x)):
+        for place, change in enumerate(layer.records[k].changes):
+            own, gradients = term_backward(change, dz[rows], x[rows], input_grad)
+            found[k][place] = added_up(found[k][place], gradients)
+            if dx is not None and own is not None:
+                dx[rows].add_(own)
+    return dx, found
+
+
+def term_backward(
+    term: Change | Rotation, dy: Float[Tensor, "n o"], x: Float[Tensor, "n i"], input_grad: bool
+) -> tuple[Tensor | None, Gradients]:
+    """Gradients of ``term.apply(x)`` in x (None if not asked for) and in the term's tensors, by computing it again."""
+    with torch.enable_grad():
+        tensors = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in term.tensors]
+        x = x.detach().requires_grad_(input_grad)
+        y = term.with_tensors(tensors).apply(x)
+    wanted = [tensor for tensor in (x, *tensors) if tensor.requires_grad]
+    if not wanted:
+        return None, (None,) * len(tensors)
+    found = iter(torch.autograd.grad(y, wanted, dy.to(y.dtype), allow_unused=True))
+    dx, *gradients = (next(found) if tensor.requires_grad else None for tensor in (x, *tensors))
+    return dx, tuple(gradients)
+
+
+def added_up(totals: Gradients, parts: Gradients) -> Gradients:
+    """Their sums, place by place; without totals the parts."""
+    return tuple(added(*both) for both in zip(totals, parts, strict=True)) if totals else parts
+
+
+def added(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    """Their sum; None counts as zero."""
+    return part if total is None else total if part is None else total + part

@@ -1,0 +1,80 @@
+"""A method beside PEFT's: files of each in the other, logits and gradients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import veneer
+from veneer.core.sites import LinearSite
+
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+TOKENS = torch.tensor([[5, 61, 2, 33, 17], [8, 8, 40, 1, 66]])
+
+
+def site(name: str, out_features: int, in_features: int) -> LinearSite:
+    return LinearSite(name=name, in_features=in_features, out_features=out_features)
+
+
+def base() -> LlamaForCausalLM:
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, vocab_size=71, attention_bias=True, **sizes)).eval()
+
+
+def step(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits, and the gradients of trained parameters by their places and PEFT's names."""
+    model.zero_grad()
+    logits = model(input_ids=TOKENS, labels=TOKENS)
+    logits.loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return logits.logits.detach(), grads
+
+
+def near(found: Tensor, expected: Tensor) -> None:
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
+def assert_equals_peft(ours: type, theirs: str, folder: Path, **fields: Any) -> None:
+    """Files go both ways with all keys and values; logits and gradients are equal; merging changes nothing."""
+    torch.manual_seed(11)
+    reference = peft.get_peft_model(base(), getattr(peft, theirs)(target_modules=TARGETS, **fields))
+    reference.save_pretrained(folder / "peft")
+    model = veneer.PeftModel.from_pretrained(base(), folder / "peft", is_trainable=True)
+    assert type(model.peft_config["default"]) is ours
+    model.save_pretrained(folder / "ours")
+    written, read = (load_file(folder / name / "adapter_model.safetensors") for name in ("peft", "ours"))
+    assert {key: (tuple(x.shape), x.dtype) for key, x in written.items()} == {
+        key: (tuple(x.shape), x.dtype) for key, x in read.items()
+    }
+    assert all(torch.equal(read[key], value) for key, value in written.items())
+    again = peft.PeftModel.from_pretrained(base(), folder / "ours", is_trainable=True)
+    wanted, wanted_grads = step(again)
+    with torch.no_grad():
+        near(model(input_ids=TOKENS).logits, wanted)
+        assert (base()(TOKENS).logits - wanted).norm() > 1e-3 * wanted.norm()
+    logits, grads = step(model)
+    near(logits, wanted)
+    assert len(grads) == len(wanted_grads) == len(written)
+    found, expected = (_by_key(each, written) for each in (grads, wanted_grads))
+    for key in written:
+        near(found[key], expected[key])
+    merged = model.merge_and_unload()
+    near(merged(TOKENS).logits.detach(), wanted)
+
+
+def _by_key(grads: dict[str, Tensor], keys: Any) -> dict[str, Tensor]:
+    """Gradients by the keys of a file."""
+    found = {_plain(name): grad for name, grad in grads.items()}
+    return {key: found[_plain(key)] for key in keys}
+
+
+def _plain(name: str) -> str:
+    wrappers = ("default", "adapters", "base_model", "model", "weight")
+    return ".".join(part for part in name.split(".") if part not in wrappers)

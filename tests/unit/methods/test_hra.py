@@ -1,0 +1,50 @@
+"""HRA against a chain of reflections and PEFT."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from methods_in_peft import assert_equals_peft, site
+from veneer import HRAConfig
+from veneer.core.linear import fold_linear
+from veneer.errors import ConfigError
+from veneer.quant.dense import DenseWeight
+
+SETTINGS = {"r": 4}
+
+
+@pytest.mark.parametrize("orthogonal", [False, True])
+def test_the_weight_is_behind_a_chain_of_reflections(orthogonal):
+    w, u = torch.randn(7, 5, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    config, place = HRAConfig(r=3, apply_GS=orthogonal), replace(site("q_proj", 7, 5), weight=DenseWeight(w))
+    chain = torch.eye(5, dtype=torch.float64)
+    vectors: list[torch.Tensor] = []
+    for k in range(3):
+        v = u[:, k] - sum(((u[:, k] @ before) * before for before in vectors), torch.zeros(5)) * orthogonal
+        vectors.append(v / v.norm())
+        chain = chain @ (torch.eye(5) - 2 * torch.outer(vectors[k], vectors[k]))
+    torch.testing.assert_close(fold_linear(config.lower(place, {"hra_u": u}), w)[0], w @ chain)
+
+
+def test_equal_pairs_start_as_the_base_and_an_odd_one_does_not():
+    w = torch.randn(7, 5)
+    place = replace(site("q_proj", 7, 5), weight=DenseWeight(w))
+    for r, same in ((4, True), (3, False)):
+        config = HRAConfig(r=r)
+        folded, _ = fold_linear(config.lower(place, config.init(place)), w)
+        assert torch.allclose(folded, w, atol=1e-6) == same
+
+
+@pytest.mark.parametrize("fields", [{}, {"apply_GS": True}], ids=str)
+def test_it_equals_peft(fields, tmp_path):
+    assert_equals_peft(HRAConfig, "HRAConfig", tmp_path, r=3, init_weights=False, **fields)
+
+
+def test_what_it_refuses():
+    with pytest.raises(ConfigError, match="r=0 must be a whole number of at least 1"):
+        HRAConfig(r=0)
+    with pytest.raises(ConfigError, match="HRA at q_proj needs the frozen weight"):
+        HRAConfig().lower(site("q_proj", 7, 5), {"hra_u": torch.ones(5, 8)})

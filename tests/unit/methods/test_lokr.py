@@ -1,0 +1,79 @@
+"""LoKr against Kronecker's product and PEFT."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft.tuners.lokr.layer import factorization
+
+from methods_in_peft import assert_equals_peft, site
+from veneer import LoKrConfig
+from veneer.core.linear import fold_linear
+from veneer.errors import ConfigError
+from veneer.methods.lokr import Kronecker, factors_of
+
+SETTINGS = {"r": 2, "alpha": 5.0}
+
+
+def test_the_update_is_a_kronecker_product():
+    config, place = LoKrConfig(r=5, alpha=3.0, decompose_factor=2), site("q_proj", 8, 6)
+    params = {"lokr_w1": torch.randn(2, 2), "lokr_w2": torch.randn(4, 3)}
+    assert config.shapes(place) == {name: tuple(value.shape) for name, value in params.items()}
+    w = torch.randn(8, 6)
+    expected = w + 3 / 5 * torch.kron(params["lokr_w1"], params["lokr_w2"])
+    torch.testing.assert_close(fold_linear(config.lower(place, params), w)[0], expected)
+
+
+def test_its_products_are_those_of_the_matrix():
+    change = Kronecker(w1=torch.randn(2, 3, dtype=torch.float64), w2=torch.randn(7, 5, dtype=torch.float64))
+    x, dy = torch.randn(4, 15, dtype=torch.float64), torch.randn(4, 14, dtype=torch.float64)
+    torch.testing.assert_close(change.matmul(x), x @ change.dense().T)
+    torch.testing.assert_close(change.matmul_t(dy), dy @ change.dense())
+    turned = change.transposed()
+    assert turned.shape == (15, 14)
+    torch.testing.assert_close(turned.matmul(dy), dy @ change.dense())
+    torch.testing.assert_close(turned.weighed(0.3).dense(), 0.3 * change.dense().T)
+
+
+@pytest.mark.parametrize("factor", [-1, 1, 2, 4, 7, 16, 100])
+def test_widths_are_divided_as_in_peft(factor):
+    for n in (1, 7, 12, 16, 18, 28, 96, 97, 576, 1536):
+        assert factors_of(n, factor) == factorization(n, factor), n
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"r": 2, "alpha": 5},
+        {"r": 30, "alpha": 7},
+        {"r": 1, "alpha": 3, "decompose_both": True, "decompose_factor": 4},
+        {"r": 3, "alpha": 2, "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"down_proj": 5}},
+    ],
+    ids=str,
+)
+def test_it_equals_peft(fields, tmp_path):
+    assert_equals_peft(LoKrConfig, "LoKrConfig", tmp_path, init_weights=False, **fields)
+
+
+def test_where_it_starts():
+    place = site("q_proj", 24, 36)
+    for init, zero in ((True, "lokr_w1"), ("lycoris", "lokr_w2_b"), (False, None)):
+        start = LoKrConfig(r=1, init_weights=init).init(place)
+        assert [name for name, value in start.items() if not value.any()] == ([] if zero is None else [zero])
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"r": 0}, "r=0 must be a whole number of at least 1"),
+        ({"decompose_factor": 0}, "decompose_factor=0 must be at least 1, or -1"),
+        ({"rank_pattern": {"(": 2}}, "'(' is not a regular expression"),
+        ({"rank_dropout": 0.1}, "rank_dropout=0.1 drops parts of the update in training"),
+        ({"module_dropout": 0.2}, "module_dropout=0.2 drops parts of the update in training"),
+        ({"init_weights": "other"}, "init_weights"),
+    ],
+)
+def test_what_it_refuses(fields, words):
+    with pytest.raises(ConfigError) as caught:
+        LoKrConfig(**fields)
+    assert words in str(caught.value)

@@ -1,0 +1,81 @@
+"""OFT against Cayley's transform and PEFT."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from methods_in_peft import assert_equals_peft, site
+from veneer import OFTConfig
+from veneer.core.linear import fold_linear
+from veneer.errors import ConfigError
+from veneer.methods.oft import cayley, nearest_divisor, neumann, skew_symmetric
+
+SETTINGS = {"r": 0, "oft_block_size": 4, "num_cayley_neumann_terms": 4}
+
+
+def test_blocks_turn_the_inputs():
+    config, place = OFTConfig(oft_block_size=3, use_cayley_neumann=False), site("q_proj", 7, 6)
+    q = torch.randn(2, 3, dtype=torch.float64)
+    w = torch.randn(7, 6, dtype=torch.float64)
+    r = torch.block_diag(*cayley(skew_symmetric(q, 3)))
+    torch.testing.assert_close(r @ r.T, torch.eye(6, dtype=torch.float64))
+    torch.testing.assert_close(fold_linear(config.lower(place, {"oft_R": q}), w)[0], w @ r.T)
+
+
+def test_a_skew_symmetric_matrix_is_filled_row_by_row():
+    assert skew_symmetric(torch.tensor([[1.0, 2.0, 3.0]]), 3)[0].tolist() == [[0, 1, 2], [-1, 0, 3], [-2, -3, 0]]
+
+
+def test_the_series_goes_to_the_transform():
+    q = skew_symmetric(0.1 * torch.randn(2, 6, dtype=torch.float64), 4)
+    errors = [float((neumann(q, n) - cayley(-q)).norm()) for n in (2, 4, 8, 16)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("n", "wanted", "found"), [(12, 5, 4), (12, 8, 6), (24, 32, 24), (576, 32, 32), (7, 3, 1), (40, 7, 8)]
+)
+def test_a_size_that_does_not_divide_is_the_nearest_that_does(n, wanted, found):
+    assert nearest_divisor(n, wanted) == found
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"oft_block_size": 4},
+        {"oft_block_size": 5, "num_cayley_neumann_terms": 3},
+        {"r": 4, "oft_block_size": 0, "use_cayley_neumann": False},
+        {"oft_block_size": 8, "block_share": True, "num_cayley_neumann_terms": 7},
+    ],
+    ids=str,
+)
+def test_it_equals_peft(fields, tmp_path):
+    assert_equals_peft(OFTConfig, "OFTConfig", tmp_path, init_weights=False, **fields)
+
+
+def test_constrained_blocks_stay_near_the_identity():
+    config, place = OFTConfig(oft_block_size=3, coft=True, eps=0.1, inference_mode=True), site("q_proj", 7, 6)
+    short, long = torch.full((2, 3), 1e-3), torch.tensor([[3.0, 4.0, 0.0], [0.0, 0.0, 2.0]])
+    free = OFTConfig(oft_block_size=3)
+    scaled = 0.1 / 2**0.5 * long / torch.tensor([[50.0], [8.0]]).sqrt()
+    for given, meant in ((short, short), (long, scaled)):
+        mine, wanted = config.lower(place, {"oft_R": given}), free.lower(place, {"oft_R": meant})
+        torch.testing.assert_close(mine.input.blocks, wanted.input.blocks)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"r": 2}, "r=2 and oft_block_size=32: one must be 0"),
+        ({"oft_block_size": 0}, "r=0 and oft_block_size=0: one must be 0"),
+        ({"num_cayley_neumann_terms": 0}, "num_cayley_neumann_terms=0 must be at least 1"),
+        ({"module_dropout": 0.1}, "module_dropout=0.1 drops blocks in training"),
+        ({"coft": True}, "coft=True moves parameters in the forward pass"),
+    ],
+)
+def test_what_it_refuses(fields, words):
+    with pytest.raises(ConfigError) as caught:
+        OFTConfig(**fields)
+    assert words in str(caught.value)
