@@ -15,13 +15,12 @@ from veneer.adapters.auto import TOKENIZER_CONFIG, make_room_for
 from veneer.adapters.peft_model import PeftModel
 from veneer.contract.file import CONFIG_FILE
 from veneer.errors import ConfigError
-from veneer.ops.matmul import NARROW, float32_is_faster
 from veneer.store.adapter.config import read_config
 from veneer.store.adapter.fit import fitting, other_base, require_adapter, require_fit
 from veneer.store.bars import quiet
 from veneer.store.merge_record import require_not_merged
 from veneer.store.quantization import BitsAndBytesConfig
-from veneer.store.source import load_model, load_tokenizer, parse_dtype, resolve
+from veneer.store.source import float32_note, load_model, load_tokenizer, parse_dtype, resolve
 
 
 @dataclass(frozen=True)
@@ -51,12 +50,9 @@ class Parts:
         """The first adapter, which acts where nobody names one."""
         return next(iter(self.adapters), None)
 
-    @property
-    def is_faster_in_float32(self) -> bool:
-        """True if the CPU lacks products in the base's dtype, which nobody chose."""
-        if not self.takes_any_dtype or self.base.device.type != "cpu":
-            return False
-        return self.base.dtype in NARROW and float32_is_faster()
+    def float32_note(self, setting: str) -> str | None:
+        """Say that ``setting`` is faster; None if this CPU has products in the base's dtype, or somebody chose it."""
+        return float32_note(self.base.dtype, self.base.device.type, setting) if self.takes_any_dtype else None
 
     def joined(self) -> Loaded:
         """Put all adapters on the base, the first active. Raises FormatError if one does not fit."""

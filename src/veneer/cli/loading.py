@@ -76,5 +76,6 @@ def require_of_one_base(adapters: Sequence[Path], base: str | None) -> None:
 
 
 def _tell_of_float32(parts: Parts) -> None:
-    if parts.is_faster_in_float32:
-        typer.echo("note: this CPU is faster with --dtype float32, which takes twice the memory", err=True)
+    note = parts.float32_note("--dtype float32")
+    if note is not None:
+        typer.echo(note, err=True)

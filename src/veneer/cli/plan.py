@@ -120,6 +120,9 @@ def plan(
         recipe, config, machine = opened(values, what, card, timed=time)
         for missing in recipe.data.missing_files if _is_recipe(what) else ():
             typer.echo(f"rows that are not counted: {missing}", err=True)
+        note = None if advice or serve else machine.note(recipe.model, config)
+        if note is not None:
+            typer.echo(note, err=True)
         if advice:
             answer_advice(recipe, config, (task or "instruction", rows or 10_000, tokens or 256), as_json)
         elif serve:

@@ -24,7 +24,7 @@ UNEXPECTED = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 def planned_facts(recipe: Recipe, tell: Callable[[str], None]) -> tuple[dict[str, Any] | None, str]:
     """The facts of `veneer plan --json` for a recipe, and one line; no facts where it cannot be planned.
 
-    ``tell`` takes a line where rates must be measured first, which takes a while.
+    ``tell`` takes a line if rates must be measured first, which takes a while, and one if float32 would be faster.
     """
     try:
         machine = Machine.of_run(recipe.training_config())
@@ -32,6 +32,9 @@ def planned_facts(recipe: Recipe, tell: Callable[[str], None]) -> tuple[dict[str
             tell(MEASURING)
         with start_measured() if machine.gpu is None else nullcontext():
             plan = plan_recipe(recipe, isa=machine.isa)
+        note = machine.note(recipe.model, plan.config)
+        if note is not None:
+            tell(note)
         facts = as_json(plan) | machine.facts(plan, None)
     except (*TOLD, *UNEXPECTED) as error:
         reason, kind = str(error).strip().partition("\n")[0], type(error).__name__

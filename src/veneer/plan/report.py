@@ -13,6 +13,7 @@ import yaml
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
+from transformers import PreTrainedConfig
 
 from veneer.core.units import duration, size
 from veneer.model.memory import available_bytes
@@ -22,7 +23,8 @@ from veneer.plan.machine import Rates, free_here, is_measured
 from veneer.plan.plan import PHASES, Plan
 from veneer.plan.process import process_of
 from veneer.plan.time import ROUGH, Seconds, seconds_here, seconds_on
-from veneer.recipe.recipe import Recipe
+from veneer.recipe.recipe import ModelPart, Recipe
+from veneer.store.source import float32_note
 from veneer.train.config import SFTConfig
 
 CONTEXT_BYTES = 500_000_000
@@ -62,6 +64,13 @@ class Machine:
     def measures(self) -> bool:
         """True where a plan will measure this machine's rates, which takes a while, once."""
         return self.card is None and self.timed and not is_measured()
+
+    def note(self, part: ModelPart, config: PreTrainedConfig) -> str | None:
+        """Say that the base trains faster in float32 here; None if it does not, or if the recipe chose its dtype."""
+        if self.card is not None or part.dtype != "auto" or part.quantization != "none":
+            return None
+        device = "cpu" if self.gpu is None else "cuda"
+        return float32_note(config.dtype, device, "--set model.dtype=float32")
 
     @property
     def memory(self) -> int:

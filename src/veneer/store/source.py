@@ -29,6 +29,7 @@ from veneer.disk.known_name import known_name
 from veneer.errors import ConfigError, FormatError, OutOfMemoryError
 from veneer.model.experts import fit_experts
 from veneer.model.memory import address_limit, no_memory
+from veneer.ops import matmul
 from veneer.store.bars import bars_in_terminals_alone, downloads_shown
 from veneer.store.checkpoint import Checkpoint
 from veneer.store.gguf.model import converted_folder
@@ -167,6 +168,16 @@ def parse_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is unknown; allowed: auto, {', '.join(DTYPES)}")
     return DTYPES[dtype]
+
+
+def float32_note(dtype: torch.dtype | None, device: str, setting: str) -> str | None:
+    """Say that a model runs faster in float32 by ``setting``; None unless this is so on this machine.
+
+    A CPU without products in 16 bits computes them in float32 and rounds (`ops.matmul`).
+    """
+    if dtype not in matmul.NARROW or device != "cpu" or not matmul.float32_is_faster():
+        return None
+    return f"note: this CPU is faster with {setting}, which takes twice the memory"
 
 
 def _model_folder(path: Path) -> Path:

@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM
 from veneer.adapters.peft_model import PeftModel, get_peft_model
 from veneer.contract import MethodConfig
 from veneer.errors import ConfigError
+from veneer.ops import matmul
 from veneer.plan import before, machine, report, start
 from veneer.recipe.recipe import parse_recipe
 
@@ -22,6 +23,7 @@ from veneer.recipe.recipe import parse_recipe
 def known_rates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Nothing is measured: every rate is known, and what a process starts with."""
     monkeypatch.setattr(machine.Rates, "_once", lambda rates, key, measure: 1e-9)
+    monkeypatch.setattr(matmul, "float32_is_faster", lambda: False)
     monkeypatch.setenv("VENEER_CACHE", str(tmp_path))
     start._file().parent.mkdir(parents=True)
     start._file().write_text('{"bytes": 300000000}')
@@ -51,6 +53,22 @@ def test_what_is_measured_first_is_told(recipe: Make) -> None:
     rates.save()
     before.planned_facts(recipe(), told.append)
     assert len(told) == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "is_told"),
+    [({}, True), ({"dtype": "float32"}, False), ({"dtype": "bfloat16"}, False), ({"quantization": "nf4"}, False)],
+)
+def test_a_cpu_without_16_bit_products_is_told_of_float32(
+    model: dict[str, str], is_told: bool, recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    before.planned_facts(recipe(model=model), told.append)
+    note = "note: this CPU is faster with --set model.dtype=float32, which takes twice the memory"
+    assert note not in told
+    monkeypatch.setattr(matmul, "float32_is_faster", lambda: True)
+    before.planned_facts(recipe(model=model), told.append)
+    assert (note in told) == is_told
 
 
 def test_too_little_memory_is_refused_with_the_way_out(recipe: Make) -> None:
