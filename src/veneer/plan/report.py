@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,18 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedConfig
 
-from veneer.core.units import duration, size
+from veneer.core.units import count, duration, size
 from veneer.model.memory import available_bytes
 from veneer.plan.cards import Card, card_of
 from veneer.plan.fit import Fit
 from veneer.plan.machine import Rates, free_here, is_measured
-from veneer.plan.plan import PHASES, Plan
+from veneer.plan.plan import PHASES, Plan, plan_recipe
 from veneer.plan.process import process_of
+from veneer.plan.rows import own_rows
+from veneer.plan.step import Batch
 from veneer.plan.time import ROUGH, Seconds, seconds_here, seconds_on
-from veneer.recipe.recipe import ModelPart, Recipe
+from veneer.recipe.parts import ModelPart
+from veneer.recipe.recipe import Recipe
 from veneer.store.source import float32_note
 from veneer.train.config import SFTConfig
 
@@ -107,16 +110,23 @@ class Machine:
         """Of a micro-batch, to rank plans by: seconds where they are known, else TFLOP."""
         return self.seconds(plan).step if self.knows_seconds else plan.work.flops / 1e12
 
+    def _replanned(self, plan: Plan, batch: Batch) -> Plan:
+        """Return the plan of another micro-batch of the same recipe."""
+        return plan_recipe(plan.recipe, config=plan.config, batch=batch, isa=self.isa)
+
     def facts(self, plan: Plan, n_rows: int | None) -> dict[str, Any]:
-        """Process and time as plain numbers."""
+        """Return process and time as plain numbers; time is that of the recipe's own rows, if they can be read."""
         found: dict[str, Any] = {"process": {"bytes": self.bytes_of(plan), "free": self.memory}}
         if self.card is not None:
             found["process"]["source"] = self.card.told
         if self.timed:
-            seconds = self.seconds(plan)
+            own = own_rows(plan.recipe, plan.batch)
+            timed = plan if own is None else self._replanned(plan, own.batch)
+            seconds = self.seconds(timed)
             found["time"] = {
+                **({} if own is None else {"rows": {"encoded": own.n_rows, "length": own.batch.length}}),
                 "seconds_a_step": seconds.step,
-                "tokens_a_second": plan.n_tokens / seconds.step,
+                "tokens_a_second": timed.n_tokens / seconds.step,
                 "kinds": dict(seconds.kinds),
                 "source": seconds.source,
             }
@@ -156,7 +166,8 @@ def shown(plan: Plan, facts: dict[str, Any]) -> Group:
     if "time" in facts:
         time = facts["time"]
         rate = _rate(time["tokens_a_second"])
-        told = f"{time['seconds_a_step']:.2f} s a micro-batch, {rate} tokens/s ({time['source']})"
+        rows = f" of {_own(time, batch)}" if "rows" in time else ""
+        told = f"{time['seconds_a_step']:.2f} s a micro-batch{rows}, {rate} tokens/s ({time['source']})"
         lines.append(Text(told + (f"; {duration(time['hours'] * 3600)} for the run" if "hours" in time else "")))
     return Group(*lines)
 
@@ -180,11 +191,18 @@ def told(plan: Plan, facts: dict[str, Any]) -> str:
     time = facts.get("time")
     beside = "" if plan.recipe.metric is None else "; answers for its metric are not planned"
     return f"planned: {size(facts['process']['bytes'])} at most (in {plan.peak_phase}{beside})" + (
-        f", and about {time['seconds_a_step']:.2g} s a micro-batch where its rows are full"
+        f", and about {time['seconds_a_step']:.2g} s a micro-batch "
+        f"{f'of {_own(time, plan.batch)}' if 'rows' in time else 'where its rows are full'}"
         f"{f' ({ROUGH})' if time['source'] == ROUGH else ''}"
         if time
         else ""
     )
+
+
+def _own(time: Mapping[str, Any], batch: Batch) -> str:
+    """The rows that seconds are of, in words."""
+    length, n = time["rows"]["length"], time["rows"]["encoded"]
+    return f"its own rows ({count(batch.n_rows, 'row')} of {length:,} tokens on average, by {n} that were encoded)"
 
 
 def fit_table(found: Sequence[Fit], budget: int, machine: Machine) -> Table:

@@ -1,0 +1,77 @@
+"""The lengths of a recipe's own rows, so that seconds are those of its batches and not of full ones."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from veneer.data.chat import with_template
+from veneer.data.encoding import Encoder, kind_of
+from veneer.data.files import numbered_rows
+from veneer.data.named_files import names_a_file
+from veneer.errors import VeneerError
+from veneer.plan.presets import hub_id_of
+from veneer.plan.step import Batch
+from veneer.recipe.recipe import Recipe
+from veneer.store.source import load_tokenizer
+from veneer.train.sources import sources_of
+
+MOST_READ, MOST_ENCODED = 4000, 200
+"""Rows from the front of a file, and those of them that are encoded, evenly spread."""
+
+
+@dataclass(frozen=True, slots=True)
+class OwnRows:
+    """A micro-batch as the recipe's rows make it on average, padding among it, and the rows that were encoded."""
+
+    batch: Batch
+    n_rows: int
+
+
+def own_rows(recipe: Recipe, full: Batch) -> OwnRows | None:
+    """Return the micro-batch of a recipe's own rows, where ``full`` is one of rows that are all as long as they may be.
+
+    None if they fill it (packed rows), if they lie in no file or in several, or if they cannot be read here: a run
+    tells why.
+    """
+    args, source = recipe.training_config(), recipe.model.source
+    has_tokenizer = hub_id_of(source) is None and Path(source).suffix != ".gguf"  # a file would be converted for it
+    if recipe.task != "sft" or full.packed or args.padding_free or recipe.data.more or not has_tokenizer:
+        return None
+    try:
+        lengths = _lengths(recipe, full.length)
+    except (VeneerError, OSError):
+        return None
+    if not lengths:
+        return None
+    grouped = args.train_sampling_strategy == "group_by_length"
+    order = sorted(lengths) if grouped else random.Random(recipe.seed).sample(lengths, len(lengths))
+    multiple = args.pad_to_multiple_of or 1
+    batches = [order[start : start + full.n_rows] for start in range(0, len(order), full.n_rows)]
+    widths = [-(-max(rows) // multiple) * multiple for rows in batches]
+    return OwnRows(replace(full, length=round(sum(widths) / len(widths))), len(lengths))
+
+
+def _lengths(recipe: Recipe, longest: int) -> list[int]:
+    """Tokens of the rows that are encoded, cut as a run cuts them."""
+    part = recipe.data
+    if not names_a_file(part.train) or not Path(part.train).is_file():
+        return []
+    rows = _read(recipe, min(part.limit or MOST_READ, MOST_READ))
+    if not rows:
+        return []
+    tokenizer = with_template(load_tokenizer(recipe.model.source), part.chat_template)
+    encoder = Encoder(tokenizer=tokenizer, kind=kind_of(list(rows[0]), "text"), max_length=longest)
+    step = -(-len(rows) // MOST_ENCODED)
+    return [len(encoder(row, number)["input_ids"]) for number, row in enumerate(rows[::step])]
+
+
+def _read(recipe: Recipe, most: int) -> Sequence[dict[str, Any]]:
+    (source,) = sources_of(recipe.data)
+    rows = [row for _, row in itertools.islice(numbered_rows(Path(source.name), []), most)]
+    form = source.reader.form(rows[0]) if rows else ""
+    return [source.reader.read(row, form) for row in rows]
