@@ -53,11 +53,14 @@ class TinyProject:
     def start(self, *options: str, n_processes: int = 1, slow: bool = False) -> Run:
         log = self.folder / f"{len(list(self.folder.glob('*.log')))}.log"
         arguments = ["train", str(self.folder / "recipe.yaml"), *options]
+        return Run([forked(arguments, log, each, slow=slow) for each in self.environments(n_processes)], log)
+
+    def environments(self, n_processes: int) -> list[dict[str, str]]:
+        """The environments of processes that meet."""
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(n_processes)}
-        environments: list[dict[str, str]] = [
+        return [
             {**meeting, "RANK": str(i), "LOCAL_RANK": str(i)} if n_processes > 1 else {} for i in range(n_processes)
         ]
-        return Run([forked(arguments, log, each, slow=slow) for each in environments], log)
 
     def run(self, *options: str, n_processes: int = 1) -> str:
         """Carry the recipe out to its end; what was printed on stdout and stderr."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from collectives import quantized_run
 
 if TYPE_CHECKING:
     from conftest import TinyProject
@@ -74,17 +77,39 @@ def test_two_processes_train_as_one_with_the_same_global_batch(
     assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt", "trained.safetensors"} <= names
 
 
-def test_a_run_whose_process_was_killed_goes_on_bit_for_bit(tiny_project: TinyProject) -> None:
+@pytest.mark.parametrize("n", [2, 3])
+def test_a_run_whose_process_was_killed_goes_on_bit_for_bit(tiny_project: TinyProject, n: int) -> None:
     given = [*options("adapter.lora_dropout=0.3"), "--set", "training.save_steps=1"]
-    broken = tiny_project.start(*given, n_processes=2, slow=True)
+    broken = tiny_project.start(*given, n_processes=n, slow=True)
     broken.wait_for("step 4/")
     broken.processes[1].kill()
     assert all(broken.ended())
     assert tiny_project.record()["status"] in ("running", "failed", "interrupted")
-    tiny_project.run(*given, "--resume", n_processes=2)
-    tiny_project.run(*given, "--set", f"output={tiny_project.folder / 'whole'}", n_processes=2)
+    tiny_project.run(*given, "--resume", n_processes=n)
+    tiny_project.run(*given, "--set", f"output={tiny_project.folder / 'whole'}", n_processes=n)
     assert tiny_project.weights().read_bytes() == tiny_project.weights("whole").read_bytes()
     assert tiny_project.log() == tiny_project.log("whole")
+
+
+@pytest.mark.parametrize("asked", [None, True])
+def test_a_quantized_base_is_not_sent_with_every_step(tiny_project: TinyProject, asked: bool | None) -> None:
+    """The adapter alone is, unless ``ddp_broadcast_buffers`` asks for the base's buffers."""
+    base, output = tiny_project.folder / "base", tiny_project.folder / "run"
+    files = [tiny_project.folder / f"sent-{rank}.json" for rank in range(2)]
+    processes = [
+        quantized_run(base, output, file, environment, ddp_broadcast_buffers=asked)
+        for file, environment in zip(files, tiny_project.environments(2), strict=True)
+    ]
+    for process in processes:
+        process.join(250)
+    assert [process.exitcode for process in processes] == [0, 0]
+    for file in files:
+        told = json.loads(file.read_text())
+        sums = [n.get("torch.float32", 0) for name, n in told["sent"] if name == "allreduce_"]
+        assert len([n for n in sums if n > 100]) == 3
+        assert told["adapter"] < max(sums) < 1.1 * told["adapter"]
+        bases = [name for name, n in told["sent"] if n.get("torch.uint8") == told["codes"]]
+        assert bases == ["broadcast_"] * (1 + 3 * 2 if asked else 0)  # at the start, and before each micro-batch
 
 
 def test_a_signal_to_one_process_stops_both_after_the_same_step(tiny_project: TinyProject) -> None:

@@ -119,6 +119,11 @@ def summed(values: Sequence[float], device: torch.device) -> list[float]:
     return cast("list[float]", found.tolist())
 
 
+def summed_in_place(values: torch.Tensor) -> None:
+    """Add the tensors of all processes, element by element, into that of each."""
+    distributed.all_reduce(values, distributed.ReduceOp.SUM)
+
+
 def largest(value: int, device: torch.device) -> int:
     """The largest of the processes' numbers."""
     if n_processes() == 1:

@@ -26,6 +26,7 @@ from veneer.model.offload import ActivationOffload
 from veneer.optim import LayerwiseGaLoreAdamW
 from veneer.train.callbacks import callbacks_of
 from veneer.train.config import RunSettings
+from veneer.train.gradients import average, leave_apart
 from veneer.train.guards import require_finite, require_free_groups, require_special_tokens, require_whole_models
 from veneer.train.optimizer import Choice, choose_optimizer, lora_plus_optimizer
 from veneer.train.processes import n_processes, summed
@@ -75,7 +76,9 @@ class RunTrainer(ResumableTrainer):
         args = copy.copy(args)
         require_free_groups(args, optimizers)
         if args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = False  # all that is trained takes part in every step
+            args.ddp_find_unused_parameters = False  # `gradients.average` takes what has none
+        if args.ddp_broadcast_buffers is None:
+            args.ddp_broadcast_buffers = False  # they hold a quantized base's codes, which are the same everywhere
         self.progress, self.data_digest = Progress(), None
         set_seed(args.seed)
         name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", None)
@@ -148,7 +151,10 @@ class RunTrainer(ResumableTrainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of one micro-batch. Raises TrainingError for a loss that is not finite."""
         self.tokens_of_step = (0, 0, 0)
+        leave_apart(model, share_buffers=bool(self.args.ddp_broadcast_buffers))
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            average(self.model)
         value, *counts = summed([loss.item(), *self.tokens_of_step], self.args.device)
         value /= n_processes()  # their gradients are averaged
         require_finite(value, self.state.global_step + 1)

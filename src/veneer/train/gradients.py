@@ -1,0 +1,61 @@
+"""The gradients of processes that train together: their mean, summed in an order that a resumed run has too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from veneer.train.processes import n_processes, summed_in_place
+
+_PART_BYTES = 64 * 2**20  # of gradients that are sent at once
+
+
+def leave_apart(model: nn.Module, *, share_buffers: bool) -> None:
+    """Let torch's DDP reduce nothing in the next backward pass: `average` does.
+
+    DDP reduces in buckets, which it forms anew after its first step. With three processes and more another bucket is
+    another order of sums, so that the first step of a resumed run would differ in its last bits. ``share_buffers``: its
+    next forward pass sends the main process's buffers to all.
+    """
+    if isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = False
+        model.require_forward_param_sync = share_buffers
+
+
+def average(model: nn.Module) -> None:
+    """Replace the gradients by their mean over all processes, in the order of the parameters.
+
+    A parameter without a gradient in some processes counts as zero there. One without any gradient keeps none.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for part in _parts(trained) if n_processes() > 1 else ():
+        has = [torch.tensor([p.grad is not None], dtype=p.dtype, device=p.device) for p in part]
+        flat = torch.cat([*has, *(_flat_gradient(p) / n_processes() for p in part)])
+        summed_in_place(flat)
+        counts, *means = torch.split(flat, [len(part), *(p.numel() for p in part)])
+        for parameter, count, mean in zip(part, counts.tolist(), means, strict=True):
+            if count:
+                gradient = torch.empty_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = gradient.copy_(mean.view_as(parameter))
+
+
+def _flat_gradient(parameter: nn.Parameter) -> Tensor:
+    gradient = parameter.grad
+    return torch.zeros_like(parameter).flatten() if gradient is None else gradient.reshape(-1)
+
+
+def _parts(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """The parameters in their order, cut where dtype or device changes, or where a part is large enough."""
+    part: list[nn.Parameter] = []
+    n_bytes = 0
+    for parameter in parameters:
+        if part and (n_bytes >= _PART_BYTES or (parameter.dtype, parameter.device) != (part[0].dtype, part[0].device)):
+            yield part
+            part, n_bytes = [], 0
+        part.append(parameter)
+        n_bytes += parameter.nbytes
+    if part:
+        yield part
