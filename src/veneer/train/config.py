@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 import trl
@@ -16,6 +16,8 @@ from veneer.errors import ConfigError
 from veneer.recipe.keys import perhaps
 from veneer.recipe.ranges import RANGES, out_of_range
 from veneer.train.optimizer import optimizer_problems, require_known
+
+Settings = TypeVar("Settings", bound="RunSettings")
 
 # As a base in earnest, TrainingArguments would put its own defaults in front of those that TRL gives its fields.
 if TYPE_CHECKING:
@@ -146,12 +148,14 @@ def _checkpointing_problems(args: TrainingArguments) -> list[str]:
     return problems
 
 
-def as_sft_config(args: TrainingArguments | None, default_output: str) -> SFTConfig:
-    """Any training arguments as an `SFTConfig`; what they do not know keeps its default."""
+def as_settings(args: TrainingArguments | None, kind: type[Settings], default_output: str) -> Settings:
+    """Return any training arguments as settings of a kind; fields that they do not have keep their defaults."""
     if args is None:
-        return SFTConfig(output_dir=default_output)
-    if isinstance(args, SFTConfig):
+        return kind(output_dir=default_output)
+    if isinstance(args, kind):
         return args
     values = args.to_dict()
     values |= {key: getattr(args, key) for key in values if key.endswith("_token")}  # to_dict hides what may be secret
-    return SFTConfig(**values)
+    if values.get("steps_per_generation") is not None:
+        values.pop("generation_batch_size", None)  # which TRL has made of it, and takes beside it no more
+    return kind(**values)

@@ -26,7 +26,7 @@ from veneer.data.encoding import IGNORED, Encoder, kind_of
 from veneer.data.sampler import FilledSampler
 from veneer.errors import TrainingError
 from veneer.model.heap import freed_memory_returned
-from veneer.train.config import SFTConfig, as_sft_config
+from veneer.train.config import SFTConfig, as_settings
 from veneer.train.loss import TokenLoss, token_loss
 from veneer.train.packing_layout import packing_layout
 from veneer.train.processes import n_processes, summed
@@ -66,7 +66,7 @@ class SFTTrainer(RunTrainer, trl.SFTTrainer):  # type: ignore[misc]
         formatting_func: Callable[[dict[str, Any]], str] | None = None,
     ) -> None:
         self._evaluated: list[torch.Tensor] = []
-        args = as_sft_config(args, "trainer_output")
+        args = as_settings(args, SFTConfig, "trainer_output")
         self._assistant_only = args.assistant_only_loss
         ready = self.made_ready(
             model,

@@ -16,11 +16,13 @@ from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from veneer.adapters.peft_model import PeftModel
 from veneer.data.sampler import EvenBatches, last_size
 from veneer.errors import ConfigError, DataError, TrainingError
+from veneer.train.config import Settings, as_settings
 from veneer.train.processes import n_processes, summed
 from veneer.train.run_trainer import RunTrainer
 
@@ -37,16 +39,18 @@ class PreferenceTrainer(RunTrainer):
     _total_train_tokens: int
 
     @staticmethod
-    def own_settings(args: Any, kind: type[Any]) -> Any:
-        """The settings, the defaults where none are given. Raises ConfigError for those of another trainer."""
-        if args is None:
-            return kind(output_dir="trainer_output")
-        if not isinstance(args, kind):
+    def own_settings(args: Any, kind: type[Settings]) -> Settings:
+        """Return the settings: those given, with veneer's defaults for what TRL's or transformers' own do not have.
+
+        Raises ConfigError for the settings of another trainer.
+        """
+        theirs = next(base for base in kind.__mro__ if base.__module__.startswith("trl."))
+        if args is not None and not isinstance(args, theirs) and type(args) is not TrainingArguments:
             raise ConfigError(
-                f"args must be a veneer.{kind.__name__}, not {type(args).__module__}.{type(args).__name__}: the same "
-                "fields, and veneer's beside them"
+                f"args is a {type(args).__module__}.{type(args).__name__}: this trainer takes veneer.{kind.__name__}, "
+                f"trl.{theirs.__name__} or transformers.TrainingArguments. Make one of them"
             )
-        return args
+        return as_settings(args, kind, "trainer_output")
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, name: str) -> Any:
         """TRL's encoded rows. Raises DataError where none is left; how many are left out is logged."""
