@@ -44,9 +44,14 @@ def adapter_problems(adapter: Mapping[str, Any], methods: Mapping[str, KnownMeth
     ]
 
 
-def means_all_linear(adapter: Mapping[str, Any]) -> bool:
-    """True for a part whose target modules are all linear layers."""
-    return str(adapter.get("target_modules")).lower() == "all-linear"
+def differs_in_writing(adapter: Mapping[str, Any], saved: Any) -> bool:
+    """Return True if only a model can tell whether a part's target modules are the ``saved`` ones.
+
+    This is so if one of the two is a pattern, or ``all-linear``, and the other is written otherwise.
+    """
+    given = adapter.get("target_modules")
+    names = isinstance(given, list | tuple)
+    return given != saved and (isinstance(given, str) or (names and isinstance(saved, str)))
 
 
 def _going_on_problems(adapter: Mapping[str, Any], names: list[str]) -> list[str]:

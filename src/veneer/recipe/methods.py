@@ -14,7 +14,7 @@ from veneer.contract import MethodConfig
 from veneer.contract.source import HubOptions, adapter_folder
 from veneer.errors import ConfigError, FormatError
 from veneer.methods import all_methods
-from veneer.recipe.adapter import FROM, FULL, fields_of, means_all_linear, method_of, names_of
+from veneer.recipe.adapter import FROM, FULL, differs_in_writing, fields_of, method_of, names_of
 from veneer.recipe.keys import keys_of, typed
 from veneer.recipe.known import Known, KnownMethod
 from veneer.recipe.tasks import settings_of
@@ -108,7 +108,7 @@ def saved_config(adapter: Mapping[str, Any]) -> MethodConfig:
         problems.append(f"adapter.method: {method} here, {name_of(config)} in {place}")
         raise ConfigError(not_that_adapter(problems))
     rest = {key: value for key, value in fields_of(adapter).items() if key != FROM}
-    if means_all_linear(adapter) and hasattr(config, "target_modules"):  # compared with names where the model is known
+    if hasattr(config, "target_modules") and differs_in_writing(adapter, config.target_modules):  # compared in a run
         rest.pop("target_modules")
     given = typed(keys_of(type(config)), rest, problems, "adapter.", beside=("method", FROM))
     for key, value in given.items():

@@ -25,7 +25,7 @@ from veneer.adapters.card import tell_parent
 from veneer.adapters.peft_model import PeftModel
 from veneer.contract import MethodConfig
 from veneer.contract.source import adapter_folder
-from veneer.contract.targets import ALL_LINEAR, select_targets
+from veneer.contract.targets import select_targets
 from veneer.core.tasks import TaskType
 from veneer.data.chat import with_template
 from veneer.data.dataset import columns_of
@@ -37,7 +37,7 @@ from veneer.disk.folder import new_folder
 from veneer.errors import ConfigError, DataError, DiskError, DivergedError, Interrupted, VeneerError
 from veneer.model.attach import adapted_modules, module_index
 from veneer.model.memory import high_water
-from veneer.recipe.adapter import FROM, FULL, means_all_linear
+from veneer.recipe.adapter import FROM, FULL, differs_in_writing
 from veneer.recipe.advice import odd_rate
 from veneer.recipe.changes import places_of
 from veneer.recipe.methods import not_that_adapter, usual_learning_rate
@@ -185,8 +185,8 @@ def with_saved_adapter(recipe: Recipe, model: PreTrainedModel) -> PreTrainedMode
         kind = "a reward model's" if scores else "a language model's"
         fits = "task: reward" if scores else "another task, or leave adapter.from out"
         raise ConfigError(f"adapter.from: the adapter in {recipe.adapter[FROM]} is {kind}: use {fits}")
-    if means_all_linear(recipe.adapter):
-        _require_all_linear(cast(Any, config), model, str(recipe.adapter[FROM]))
+    if differs_in_writing(recipe.adapter, getattr(config, "target_modules", None)):
+        _require_same_modules(recipe, cast(Any, config), model)
     return cast(
         PreTrainedModel, PeftModel.from_pretrained(model, recipe.adapter[FROM], is_trainable=True, config=config)
     )
@@ -198,14 +198,15 @@ def require_not_in_base(recipe: Recipe) -> None:
         require_not_merged(resolve(recipe.model.source), adapter_folder(recipe.adapter[FROM]))
 
 
-def _require_all_linear(config: Any, model: PreTrainedModel, place: str) -> None:
-    """Raise ConfigError where a saved adapter, which names its modules, acts on others than ``all-linear`` means."""
-    index = module_index(model, config)
-    meant, own = (set(select_targets(each, index)) for each in (replace(config, target_modules=ALL_LINEAR), config))
+def _require_same_modules(recipe: Recipe, config: Any, model: PreTrainedModel) -> None:
+    """Raise ConfigError if a saved adapter acts on other modules than the recipe's target modules mean."""
+    given, index = recipe.adapter["target_modules"], module_index(model, config)
+    named = given if isinstance(given, str) else tuple(given)
+    meant, own = (set(select_targets(each, index)) for each in (replace(config, target_modules=named), config))
     if meant != own:
         other = sorted(meant ^ own)
-        told = f"adapter.target_modules: {ALL_LINEAR} here, and {place} differs from that in {len(other)} modules"
-        raise ConfigError(not_that_adapter([f"{told}, such as {other[0]}"]))
+        differs = f"{recipe.adapter[FROM]} differs from that in {len(other)} modules, such as {other[0]}"
+        raise ConfigError(not_that_adapter([f"adapter.target_modules: {given} here, and {differs}"]))
 
 
 def _tell_of_odd_settings(recipe: Recipe, trainer: SFTTrainer) -> None:

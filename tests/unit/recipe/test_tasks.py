@@ -151,6 +151,23 @@ def test_all_linear_is_compared_with_the_modules_of_a_saved_adapter(saved, tmp_p
         parse_recipe(values(adapter={"from": whole, "target_modules": "all-linear"}))
 
 
+def test_target_modules_that_mean_the_same_modules_are_those_of_a_saved_adapter(saved, tmp_path):
+    pattern = r".*\.(q|v)_proj"
+    by_pattern = str(tmp_path / "by-pattern")
+    get_peft_model(LlamaForCausalLM(llama_config()), LoraConfig(r=3, target_modules=pattern)).save_pretrained(
+        by_pattern
+    )
+    for place, given in ((saved, r".*self_attn\.q_proj"), (by_pattern, ["v_proj", "q_proj"]), (by_pattern, pattern)):
+        recipe = parse_recipe(values(adapter={"from": place, "target_modules": given}))
+        with_saved_adapter(recipe, LlamaForCausalLM(llama_config()))
+    for place, given in ((saved, pattern), (by_pattern, ["q_proj"])):
+        recipe = parse_recipe(values(adapter={"from": place, "target_modules": given}))
+        with pytest.raises(
+            ConfigError, match=r"target_modules: .* here, and .* differs from that in 2 modules, such as"
+        ):
+            with_saved_adapter(recipe, LlamaForCausalLM(llama_config()))
+
+
 def test_a_place_without_an_adapter_is_told(tmp_path):
     with pytest.raises(ConfigError, match=r"^recipe: adapter\.from: .*no-such-folder does not exist") as error:
         parse_recipe(values(adapter={"from": str(tmp_path / "no-such-folder")}))
