@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import veneer
 from veneer.contract import MethodConfig
+from veneer.core.sites import LinearSite
 from veneer.errors import ConfigError, FormatError, NoStorageError, TargetError
 from veneer.model.places import placed_on
 from veneer.store.adapter.fit import require_adapter, require_fit, require_fit_on, require_one_base
@@ -32,19 +33,21 @@ def shape_of(base: str, **changes: Any) -> PreTrainedModel:
     return without_storage(config, ())
 
 
-def assert_the_law(base: str, folder: Path, *, has_depth: bool = True) -> None:
+def assert_the_law(base: str, folder: Path, *, has_width: bool = True, has_depth: bool = True) -> None:
     require_fit_on(folder, shape_of(base))
     require_fit_on(folder, make_base(base))
-    for changes in (WIDTH[base], DEPTH[base] if has_depth else None):
-        if changes is not None:
+    for changes, matters in ((WIDTH[base], has_width), (DEPTH[base], has_depth)):
+        if matters:
             with pytest.raises((FormatError, TargetError)):
                 require_fit_on(folder, shape_of(base, **changes))
 
 
 @every_base
 def test_of_every_linear_method(base: str, config: MethodConfig, tmp_path: Path) -> None:
+    """Parameters of a number that no width changes (FourierFT's) fit any width."""
     saved(make_base(base), config, tmp_path)
-    assert_the_law(base, tmp_path)
+    narrow, wide = (config.shapes(LinearSite(name="", in_features=n, out_features=n)) for n in (28, 56))
+    assert_the_law(base, tmp_path, has_width=narrow != wide)
 
 
 @every_base

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from veneer.errors import ConfigError
-from veneer.evaluate.scoring import Answering, OnProgress
+from veneer.evaluate.scoring import Answering, OnProgress, ignore_progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Answerer(Protocol):
         self,
         prompts: Sequence[Sequence[int]],
         answering: Answering,
-        on_progress: OnProgress,
+        on_progress: OnProgress = ignore_progress,
         adapters: Sequence[Path | None] = (),
     ) -> list[str]:
         """Return the answer to each prompt by the adapter of its folder (None: the base alone).

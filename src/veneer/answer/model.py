@@ -20,6 +20,7 @@ from veneer.evaluate.scoring import (
     context_length,
     generated_answers,
     greedy,
+    ignore_progress,
 )
 from veneer.model.routing import BASE
 from veneer.store.bars import quiet
@@ -53,7 +54,7 @@ class ModelAnswerer:
         self,
         prompts: Sequence[Sequence[int]],
         answering: Answering,
-        on_progress: OnProgress,
+        on_progress: OnProgress = ignore_progress,
         adapters: Sequence[Path | None] = (),
     ) -> list[str]:
         how: dict[str, Any] = {"batching": Batching(n_rows=self._n_rows), "options": self._options()}

@@ -18,7 +18,7 @@ from veneer.adapters.chosen import Parts
 from veneer.answer.answerer import Answerer, Drawing, tokens_behind
 from veneer.answer.model import ModelAnswerer
 from veneer.errors import ConfigError, DescriptionError
-from veneer.evaluate.scoring import Answering, OnProgress, context_length, require_room
+from veneer.evaluate.scoring import Answering, OnProgress, context_length, ignore_progress, require_room
 from veneer.model.packed_linear import unpack
 from veneer.ops.dispatch import backends
 from veneer.ops.packed import ROWS
@@ -89,7 +89,7 @@ class EngineAnswerer:
         self,
         prompts: Sequence[Sequence[int]],
         answering: Answering,
-        on_progress: OnProgress,
+        on_progress: OnProgress = ignore_progress,
         adapters: Sequence[Path | None] = (),
     ) -> list[str]:
         require_room(prompts, self._limit)

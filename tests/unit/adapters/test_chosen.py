@@ -1,0 +1,56 @@
+"""A base and adapters by name: the base that an adapter names, notes, tokenizers that adapters bring along."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from chat_models import adapter_folder as adapter_folder
+from chat_models import model_folder as model_folder
+from veneer.adapters.chosen import choose, split, split_one, tokenizer_with
+from veneer.errors import ConfigError
+
+
+def test_an_adapter_stands_for_its_base_and_itself(model_folder: Path, adapter_folder: Path) -> None:
+    assert split(str(adapter_folder), ()) == (str(model_folder), (adapter_folder,))
+    assert split_one(str(model_folder), None) == (str(model_folder), None)
+    assert split_one(str(model_folder), adapter_folder) == (str(model_folder), adapter_folder)
+    with pytest.raises(ConfigError, match="give the base as MODEL"):
+        split(str(adapter_folder), (adapter_folder,))
+
+
+def test_a_base_of_equal_shapes_and_another_place_is_noted(
+    model_folder: Path, adapter_folder: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(model_folder, tmp_path / "other")
+    assert choose(str(model_folder), [adapter_folder]).notes == ()
+    note = f"the adapter {adapter_folder} was trained on {model_folder}, and the model is {other}"
+    assert choose(str(other), [adapter_folder]).notes == (note,)
+
+
+def test_the_parts_are_joined_under_names_of_their_folders(model_folder: Path, adapter_folder: Path) -> None:
+    parts = choose(str(model_folder), [adapter_folder]).load()
+    assert parts.adapter == adapter_folder
+    loaded = parts.joined()
+    assert loaded.names == {adapter_folder: "adapter0"}
+    assert loaded.model.active_adapters == ["adapter0"]
+    plain = choose(str(model_folder)).load().joined()
+    assert (plain.names, type(plain.model).__name__) == ({}, "LlamaForCausalLM")
+
+
+def test_adapters_that_want_other_prompts_are_taken_one_at_a_time(
+    model_folder: Path, adapter_folder: Path, tmp_path: Path
+) -> None:
+    base, folder = AutoTokenizer.from_pretrained(model_folder), shutil.copytree(adapter_folder, tmp_path / "own")
+    own = AutoTokenizer.from_pretrained(model_folder)
+    own.chat_template = "{{ messages[0]['content'] }}"
+    own.save_pretrained(folder)
+    assert tokenizer_with(base, [adapter_folder]) is base
+    assert tokenizer_with(base, [folder]).chat_template == own.chat_template
+    with pytest.raises(ConfigError, match="take one at a time"):
+        tokenizer_with(base, [adapter_folder, folder])
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(model_folder)
