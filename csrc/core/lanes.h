@@ -41,15 +41,15 @@ inline void store(bf16* p, lanes x) {
   std::memcpy(p, &out, sizeof out);
 }
 
-// The first n of a register; the rest reads as `fill`. Not inline: code has many short ends of rows, and a run few.
+// The first n of a register; the rest reads as `fill`.
 template <class T>
-__attribute__((noinline)) lanes load_some(const T* p, int64_t n, float fill = 0.0f) {
+inline lanes load_some(const T* p, int64_t n, float fill = 0.0f) {
   float wide[width];
   for (int64_t i = 0; i < width; ++i) wide[i] = i < n ? to_float(p[i]) : fill;
   return load(wide);
 }
 template <class T>
-__attribute__((noinline)) void store_some(T* p, lanes x, int64_t n) {
+inline void store_some(T* p, lanes x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = from_float<T>(x[i]);
 }
 
@@ -59,14 +59,10 @@ inline lanes load(const fp16* p) {
 #elif defined(__F16C__)
   return (lanes)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
-  float wide[width];
-  for (int64_t i = 0; i < width; ++i) wide[i] = to_float(p[i]);
-  return load(wide);
+  return load_some(p, width);
 #endif
 }
-inline void store(fp16* p, lanes x) {
-  for (int64_t i = 0; i < width; ++i) p[i] = from_float<fp16>(x[i]);
-}
+inline void store(fp16* p, lanes x) { store_some(p, x, width); }
 
 // f(column, n) for every register of a row; n is less than `width` at its short end.
 template <class F>
