@@ -8,22 +8,21 @@ from typing import cast
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from veneer.contract import LinearMethod
 from veneer.contract.keys import OUT_PROJECTION, attention_path
 from veneer.contract.places import REPEATS, Placed, placed
 from veneer.model.allocation import Allocation
 from veneer.model.kinds import loaded_site
 from veneer.model.linear import AdaptedSite
 from veneer.model.parameters import add_parameters, site_of
-from veneer.model.plan import Plan, plan_layers
+from veneer.model.plan import Plan
 from veneer.model.snapshot import Snapshot
 from veneer.model.state import AdapterState
 from veneer.model.tying import follow
 
 
-def layer_places(snapshot: Snapshot, config: LinearMethod) -> dict[str, Placed]:
-    """Return the layers and parameters that a saved adapter changes, by path. No storage is needed: shapes are."""
-    plan, found = plan_layers(snapshot, config, fresh=False), dict[str, Placed]()
+def layer_places(snapshot: Snapshot, plan: Plan) -> dict[str, Placed]:
+    """Return the layers and parameters that an adapter changes, by path. No storage is needed: shapes are."""
+    found: dict[str, Placed] = {}
     for path in (*plan.layers, *plan.followers):
         site, on_disk = loaded_site(snapshot.kinds[path], path, snapshot.modules[path]), path
         if path in plan.outward:

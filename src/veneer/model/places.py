@@ -24,12 +24,12 @@ from veneer.model.state import AdapterState
 
 @dataclass(frozen=True)
 class PlaceKind:
-    """``places`` of a saved adapter on a model that has none, by path; ``plan`` of an adapter on a model.
+    """``plan`` of an adapter on a model, from its config; ``places`` of that plan on a model without adapters, by path.
 
-    ``put`` gives an adapter its parameters; the modules of its plan are adapted, and its config is in the state.
+    ``put`` gives an adapter its parameters there; the modules of its plan are adapted, and its config is in the state.
     """
 
-    places: Callable[[Snapshot, Any], dict[str, Placed]]
+    places: Callable[[Snapshot, Plan], dict[str, Placed]]
     put: Callable[[PreTrainedModel, str, AdapterState, Plan, Allocation], None]
     plan: Callable[[Snapshot, Any, bool], Plan] = plan_beside
 
@@ -47,7 +47,13 @@ def placed_on(model: nn.Module, config: MethodConfig) -> dict[str, Placed]:
 
     Linear layers need no storage: a model on the meta device tells their shapes.
     """
-    return _kind(config).places(look_at(model), config)
+    snapshot = look_at(model)
+    return places_of(snapshot, plan_of(snapshot, config, fresh=False))
+
+
+def places_of(snapshot: Snapshot, plan: Plan) -> dict[str, Placed]:
+    """Return the places that a plan means on a model without adapters, by path."""
+    return _kind(plan.config).places(snapshot, plan)
 
 
 def plan_of(snapshot: Snapshot, config: MethodConfig, fresh: bool) -> Plan:

@@ -122,9 +122,9 @@ class _Recomputed:
         return method.lower_one(self.holder.site, self.holder.parameters_of(name), place)
 
 
-def prefix_places(snapshot: Snapshot, config: PrefixMethod) -> dict[str, Placed]:
+def prefix_places(snapshot: Snapshot, plan: Plan) -> dict[str, Placed]:
     """Return the one place of a prefix: all attention layers."""
-    return {INPUT: placed(config, attention_sites(cast(PreTrainedModel, snapshot.model)))}
+    return {INPUT: placed(plan.config, attention_sites(cast(PreTrainedModel, snapshot.model)))}
 
 
 def put_prefix_on(model: PreTrainedModel, name: str, state: AdapterState, plan: Plan, allocation: Allocation) -> None:

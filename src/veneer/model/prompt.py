@@ -200,9 +200,9 @@ class EncoderPromptAdapters(PromptAdapters):
         return super().after_forward(module, args, output)
 
 
-def prompt_places(snapshot: Snapshot, config: PromptMethod) -> dict[str, Placed]:
+def prompt_places(snapshot: Snapshot, plan: Plan) -> dict[str, Placed]:
     """Return the one place of a prompt: the input embeddings."""
-    return {INPUT: placed(config, input_site(cast(PreTrainedModel, snapshot.model)))}
+    return {INPUT: placed(plan.config, input_site(cast(PreTrainedModel, snapshot.model)))}
 
 
 def put_prompt_on(model: PreTrainedModel, name: str, state: AdapterState, plan: Plan, allocation: Allocation) -> None:

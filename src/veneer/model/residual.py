@@ -110,8 +110,9 @@ class ResidualAdapters(Holder):
         return change.to(hidden.dtype)
 
 
-def residual_places(snapshot: Snapshot, config: ResidualMethod) -> dict[str, Placed]:
-    """Return the sub-layers at which a config has bottlenecks, by path."""
+def residual_places(snapshot: Snapshot, plan: Plan) -> dict[str, Placed]:
+    """Return the sub-layers at which an adapter has bottlenecks, by path."""
+    config = cast(ResidualMethod, plan.config)
     sites = map(residual_site, places_of(cast(PreTrainedModel, snapshot.model), config))
     return {site.name: placed(config, site, site.name) for site in sites}
 

@@ -24,7 +24,7 @@ from veneer.core.records import LinearDelta, PrefixDelta, PromptDelta, ResidualD
 from veneer.errors import VeneerError
 from veneer.model.copies import own_parameters
 from veneer.model.packed_linear import PackedLinear
-from veneer.model.places import placed_on, plan_of
+from veneer.model.places import places_of, plan_of
 from veneer.model.plan import Plan
 from veneer.model.snapshot import look_at
 from veneer.serve.held import in_own_memory
@@ -61,8 +61,8 @@ class Effects:
 @dataclass(frozen=True, slots=True)
 class _Places:
     config: MethodConfig
+    plan: Plan
     placed: Mapping[str, Placed]
-    plan: Plan | None  # of linear methods and those of halves
 
 
 class Lookup:
@@ -79,9 +79,9 @@ class Lookup:
         """Those of a config. Raises TargetError where the model has none."""
         found = next((each for each in self._seen if each.config == config), None)
         if found is None:
-            placed = placed_on(self.model, config)
-            plan = None if config.virtual_tokens else plan_of(look_at(self.model), config, fresh=False)
-            found = _Places(config, placed, plan)
+            snapshot = look_at(self.model)
+            plan = plan_of(snapshot, config, fresh=False)
+            found = _Places(config, plan, places_of(snapshot, plan))
             self._seen.append(found)
         return found
 
@@ -95,7 +95,7 @@ def read_effects(lookup: Lookup, program: Program, folder: Path) -> Effects:
     for path, record in stored.records.items():
         _put(found, program, path, record)
     plan = places.plan
-    if plan is None:
+    if config.virtual_tokens:
         if stored.others or config.modules_to_save:
             raise UnsaidError(f"virtual tokens with {', '.join(stored.others[:3]) or config.modules_to_save}")
         return found

@@ -16,7 +16,7 @@ import torch
 
 from veneer import LLM, IA3Config, LoraConfig, LoRARequest, SamplingParams
 from veneer.errors import ConfigError, FormatError, ServingError
-from veneer.model.places import placed_on
+from veneer.model.places import places_of
 from veneer.ops.paged_attention import PagedStore, padded
 from veneer.serve import effects, program_runner
 from veneer.serve.effects import UnsaidError, read_effects
@@ -110,7 +110,7 @@ def test_places_are_looked_up_once_for_equal_configs(tmp_path, tokenizer, monkey
     asked = [LoRARequest(str(i), i + 1, str(folder)) for i, folder in enumerate(folders)]
     expected = [one(LLM(make_model(), tokenizer=tokenizer), each) for each in asked]
     looked: list[int] = []
-    monkeypatch.setattr(effects, "placed_on", lambda *given: (looked.append(1), placed_on(*given))[1])
+    monkeypatch.setattr(effects, "places_of", lambda *given: (looked.append(1), places_of(*given))[1])
     llm = LLM(make_model(), tokenizer=tokenizer)
     assert [one(llm, each) for each in asked] == expected
     assert len({tuple(each) for each in expected}) == len(asked)
