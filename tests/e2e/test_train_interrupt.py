@@ -26,7 +26,8 @@ def test_a_signal_stops_a_run_that_goes_on_bit_for_bit(tiny_project: TinyProject
     step = found["step"]
     assert 5 < step < 23
     assert (found["status"], found["reason"]) == ("interrupted", signal.Signals(number).name)
-    assert f"after step {step}: its checkpoint is written, and --resume goes on from it" in stopped.told
+    assert f"after step {step}: its checkpoint is written, and --resume goes on from it. The adapter in" in stopped.told
+    assert f"--adapter {tiny_project.folder / 'run' / f'checkpoint-{step}'}`" in stopped.told
     assert [path.name for path in (tiny_project.folder / "run").glob("checkpoint-*")] == [f"checkpoint-{step}"]
     tiny_project.run("--set", f"output={tiny_project.folder / 'whole'}")
     tiny_project.run("--resume")

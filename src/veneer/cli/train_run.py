@@ -18,9 +18,11 @@ from veneer.core.units import duration
 from veneer.plan.before import planned_facts, require_room
 from veneer.recipe.recipe import Recipe, parse_recipe
 from veneer.store.bars import without_bars
-from veneer.train.checkpoint import holds_checkpoints
+from veneer.train.checkpoint import checkpoints
+from veneer.train.output import require_begun, require_data_files, require_free, usable
 from veneer.train.processes import is_main, part
-from veneer.train.run import require_begun, require_data_files, require_free, require_not_in_base, run_recipe
+from veneer.train.recipe_trainer import require_not_in_base
+from veneer.train.run import run_recipe
 from veneer.train.samples import samples_of
 from veneer.train.show.sample import shown_sample
 from veneer.train.sweep.recipe import PART, Sweep, parse_sweep
@@ -138,8 +140,9 @@ def _train_one(recipe: Recipe, asked: Asked, planned: _Planned, console: Console
             tell=tell,
         )
     except KeyboardInterrupt as error:
-        if not error.args and holds_checkpoints(Path(recipe.output)):
-            error.args = ("checkpoints are kept, and --resume goes on from the last one",)
+        kept = checkpoints(Path(recipe.output))
+        if not error.args and kept:
+            error.args = (f"checkpoints are kept, and --resume goes on from the last one. {usable(recipe, kept[-1])}",)
         raise
     results = record["results"]
     told = [f"training loss {results['train_loss']:.4f}"]

@@ -1,12 +1,12 @@
-"""Callbacks that the settings of a run ask for."""
+"""Callbacks of a run: those that its settings ask for, and those that take down how it goes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState, TrainingArguments
 
 from veneer.model.checkpointing import checkpoint_selectively
 from veneer.train.config import RunSettings
@@ -30,3 +30,34 @@ class SelectiveCheckpointing(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: RunSettings, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
         """Recompute selectively from here on."""
         checkpoint_selectively(model_of(model), (args.gradient_checkpointing_kwargs or {}).get("every_n_layers", 1))
+
+
+class Begun(TrainerCallback):  # type: ignore[misc]
+    """Says at which step training begins, when all that a checkpoint could be refused for lies behind it."""
+
+    def __init__(self, begin: Callable[[int], None]) -> None:
+        self._begin = begin
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Hand on the step, 0 or that of the checkpoint, in Trainer's event."""
+        self._begin(state.global_step)
+
+
+class LastEvaluation(TrainerCallback):  # type: ignore[misc]
+    """Remembers the last evaluation of a run, and after which step it was.
+
+    A recipe gives one dataset to evaluate on. Of several each would be an evaluation, and the last one be remembered.
+    """
+
+    def __init__(self) -> None:
+        self._step: int | None = None
+        self._metrics: Mapping[str, Any] = {}
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, Any], **_: Any) -> None:
+        """Take down an evaluation, in Trainer's event."""
+        self._step, self._metrics = state.global_step, metrics
+
+    def of_trained(self, args: TrainingArguments, state: TrainerState) -> Mapping[str, Any] | None:
+        """Its metrics where it saw the weights that training ended with; None where it saw others, or none was."""
+        others = args.load_best_model_at_end and state.best_global_step not in (None, state.global_step)
+        return None if others or self._step != state.global_step else self._metrics

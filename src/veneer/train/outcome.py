@@ -13,7 +13,7 @@ from veneer.recipe.values import read_values
 from veneer.store.bars import quiet
 from veneer.store.source import load_model, load_tokenizer
 from veneer.train.base_model import load_base
-from veneer.train.run import read_data
+from veneer.train.rows import read_data
 from veneer.train.sweep.recipe import PART
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -12,7 +13,7 @@ from typing import Any, Literal
 
 import psutil
 
-from veneer.errors import ConfigError, DiskError, FormatError
+from veneer.errors import ConfigError, DiskError, DivergedError, FormatError, Interrupted, VeneerError
 from veneer.train.checkpoint import write_json
 from veneer.train.processes import is_main
 
@@ -114,3 +115,19 @@ class Written:
     def _write(self, values: Mapping[str, Any]) -> None:
         if is_main():
             write_json(self._path, values)
+
+
+def ending_of(error: BaseException) -> str:
+    """Return how a run ended that an error broke off: diverged, failed or interrupted."""
+    if isinstance(error, DivergedError):
+        return "diverged"
+    return "failed" if isinstance(error, Exception) else "interrupted"
+
+
+def reason_of(error: BaseException) -> str:
+    """Return why a run broke off: a signal's name, or the message of the error."""
+    if isinstance(error, Interrupted):
+        return signal.Signals(error.number).name
+    if isinstance(error, VeneerError):
+        return str(error)
+    return ": ".join(filter(None, (type(error).__name__, str(error))))

@@ -17,7 +17,7 @@ from veneer.errors import DataError
 from veneer.recipe.recipe import Recipe
 from veneer.recipe.tasks import KEYS, Task
 from veneer.store.source import load_tokenizer
-from veneer.train.run import answers_only, preference_reader, read_data
+from veneer.train.rows import answers_only, preference_reader, read_data
 
 Sample = Mapping[str, Sequence[int]]  # input_ids, and labels where tokens of the row itself are trained
 _READING = {"prompt", "completion", "chat", "system"}

@@ -55,6 +55,7 @@ def test_an_interrupt_may_say_what_is_left(tmp_path: Path, monkeypatch: pytest.M
         def run(recipe: Recipe, **_: object) -> None:
             for checkpoint in checkpoints:
                 (Path(recipe.output) / checkpoint).mkdir(parents=True)
+                (Path(recipe.output) / checkpoint / "trainer_state.json").write_text("{}")
             raise KeyboardInterrupt
 
         return run
@@ -68,7 +69,12 @@ def test_an_interrupt_may_say_what_is_left(tmp_path: Path, monkeypatch: pytest.M
     assert (result.exit_code, result.stderr) == (130, "interrupted\n")
     monkeypatch.setattr("veneer.cli.train_run.run_recipe", interrupted_after(["checkpoint-5"]))
     result = RUNNER.invoke(app, ["train", str(recipe)])
-    assert result.stderr == "interrupted: checkpoints are kept, and --resume goes on from the last one\n"
+    kept = tmp_path / "run" / "checkpoint-5"
+    assert result.stderr == (
+        "interrupted: checkpoints are kept, and --resume goes on from the last one. "
+        f"The adapter in {kept} can be used now: `veneer chat m --adapter {kept}`, "
+        f"`veneer serve m --adapters {tmp_path / 'run'}`, `veneer eval {kept} -d FILE`\n"
+    )
     assert result.exit_code == 130
 
 

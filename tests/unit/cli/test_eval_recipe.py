@@ -14,7 +14,7 @@ from typer.testing import Result
 from veneer.errors import DataError
 from veneer.evaluate.questions import as_templated
 from veneer.recipe.recipe import parse_recipe
-from veneer.train.run import read_data
+from veneer.train.rows import read_data
 
 Veneer = Callable[..., Result]
 PERPLEXITY = ("-m", "perplexity", "--json")

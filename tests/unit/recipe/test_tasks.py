@@ -13,7 +13,7 @@ from veneer import DPOConfig, GRPOConfig, IA3Config, LoraConfig, PromptTuningCon
 from veneer.errors import ConfigError
 from veneer.recipe.recipe import load_recipe, parse_recipe
 from veneer.recipe.tasks import TASKS, settings_of, trainer_of
-from veneer.train.run import with_saved_adapter
+from veneer.train.recipe_trainer import with_saved_adapter
 from veneer.train.sweep.recipe import parse_sweep
 
 GRPO = {"task": "grpo", "rewards": ["exact-match"]}

@@ -12,7 +12,8 @@ import pytest
 from models import byte_tokenizer
 from veneer.errors import ConfigError, DataError
 from veneer.recipe.recipe import parse_recipe
-from veneer.train.run import make_trainer, run_recipe
+from veneer.train.recipe_trainer import make_trainer
+from veneer.train.run import run_recipe
 from veneer.train.samples import samples_of
 
 

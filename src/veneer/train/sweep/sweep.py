@@ -21,9 +21,11 @@ from veneer.train.checkpoint import checkpoints
 from veneer.train.going_on import GoingOn, changes_since, is_complete
 from veneer.train.interrupt import Stop, listening
 from veneer.train.loss import Scoring, TokenLoss
+from veneer.train.output import require_data_files, require_fresh
 from veneer.train.processes import n_processes
+from veneer.train.recipe_trainer import make_trainer
 from veneer.train.record import record_of
-from veneer.train.run import Tell, carry_out, make_trainer, require_data_files, require_fresh
+from veneer.train.run import Tell, carry_out
 from veneer.train.show.display import RunDisplay
 from veneer.train.sweep.coroutines import Coroutine, ask
 from veneer.train.sweep.recipe import Member, Sweep

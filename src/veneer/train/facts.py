@@ -1,0 +1,37 @@
+"""The facts of a run before it begins, as ``run.json`` holds them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+from veneer.recipe.changes import places_of
+from veneer.recipe.recipe import Recipe
+from veneer.train.going_on import files_of, parent_of
+from veneer.train.processes import n_processes
+from veneer.train.record import this_process
+from veneer.train.run_trainer import RunTrainer
+from veneer.train.show.report import environment
+
+
+def describe_run(recipe: Recipe, trainer: RunTrainer) -> dict[str, Any]:
+    """The facts of a run before it begins."""
+    config = recipe.adapter_config()
+    return {
+        "format": 1,
+        "recipe": recipe.model_dump(),
+        "places": places_of(recipe),
+        "files": files_of(recipe.data),
+        "process": this_process(),
+        "n_processes": n_processes(),
+        "parent": parent_of(recipe),
+        "adapter_config": asdict(config) if is_dataclass(config) else None,
+        "training": trainer.args.to_dict(),
+        "trained": trainer.describe(),
+        "n_trained": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "data": {
+            "train": trainer.describe_rows(trainer.train_dataset),
+            "eval": None if trainer.eval_dataset is None else trainer.describe_rows(trainer.eval_dataset),
+        },
+        "environment": environment(),
+    }

@@ -1,0 +1,111 @@
+"""The folder of a run: who may write into it, and what the run saves there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from veneer.adapters.card import tell_parent
+from veneer.disk.folder import new_folder
+from veneer.errors import ConfigError, DataError, DiskError
+from veneer.recipe.adapter import FULL
+from veneer.recipe.parts import DataPart
+from veneer.recipe.recipe import Recipe
+from veneer.train.checkpoint import holds_checkpoints, latest_checkpoint
+from veneer.train.going_on import parent_of
+from veneer.train.processes import is_main
+from veneer.train.record import record_of, require_over
+from veneer.train.run_trainer import RunTrainer
+
+ADAPTER, MODEL = "adapter", "model"  # the folders that a run saves
+
+
+@contextmanager
+def taken_back(output: Path, made: bool) -> Iterator[None]:
+    """Around what may be refused: an output folder that was made for it goes again."""
+    try:
+        yield
+    except BaseException:
+        if made and is_main():
+            with suppress(OSError):  # something was put into it
+                output.rmdir()
+        raise
+
+
+def require_free(recipe: Recipe, resume: bool) -> None:
+    """As `require_fresh` for a recipe's output; data files that are not there are told in the same error."""
+    try:
+        require_fresh(Path(recipe.output), resume)
+    except ConfigError as error:
+        raise ConfigError("; ".join([str(error), *recipe.data.missing_files])) from error
+
+
+def require_data_files(part: DataPart) -> None:
+    """Raise DataError with all files of rows that are named and not there."""
+    if part.missing_files:
+        raise DataError("; ".join(part.missing_files))
+
+
+def require_fresh(output: Path, resume: bool) -> None:
+    """Make the folder. Raises ConfigError where a process trains in it, where a new run would be mixed up with one that
+    is there, or would write over what it saved, DiskError where it cannot be made.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DiskError(f"the output folder {output} cannot be made ({error.strerror}): choose another") from error
+    record = record_of(output)
+    if record is not None:
+        require_over(record, output)
+    if resume:
+        return
+    saved = [name for name in (ADAPTER, MODEL) if (output / name).exists()]
+    further = "; adapter.from trains its adapter on, in another output" if saved[:1] == [ADAPTER] else ""
+    if holds_checkpoints(output):
+        raise ConfigError(
+            f"{output} holds the checkpoints of a run: continue it with --resume, or choose another output "
+            f"(--set output=…){further}"
+        )
+    if saved:
+        raise ConfigError(
+            f"{output} holds the {saved[0]} that a run saved: choose another output (--set output=…), or move it "
+            f"away{further}"
+        )
+
+
+def require_begun(recipe: Recipe) -> None:
+    """Raise TrainingError where no run can go on: none is finished in the recipe's output, and there is no checkpoint;
+    DataError where files of the rows that it is to go on with are not there.
+    """
+    record = record_of(Path(recipe.output))
+    if record is None or record["status"] != "finished":
+        latest_checkpoint(Path(recipe.output))
+        require_data_files(recipe.data)
+
+
+def save_trained(recipe: Recipe, trainer: RunTrainer, folder: Path) -> None:
+    """Write what was trained, whole or not at all, and upload the run's folder where that is asked for."""
+    if is_main():
+        with new_folder(folder) as scratch:
+            trainer.save_model(str(scratch), _internal_call=True)
+            parent = parent_of(recipe)
+            if parent is not None:
+                tell_parent(scratch, parent)
+    else:
+        trainer.save_model(str(folder), _internal_call=True)  # which takes part, and writes nothing
+    if trainer.args.push_to_hub:  # once it stands under its name
+        trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
+
+
+def usable(recipe: Recipe, checkpoint: Path) -> str:
+    """Return a sentence with the commands that work on a checkpoint, as on what a finished run saves."""
+    base, kind = recipe.model.source, MODEL if recipe.method == FULL else ADAPTER
+    if recipe.task == "reward":
+        return f"The {kind} in {checkpoint} loads as that of a finished run does"
+    commands = {
+        MODEL: (f"veneer chat {checkpoint}", f"veneer serve {checkpoint}"),
+        ADAPTER: (f"veneer chat {base} --adapter {checkpoint}", f"veneer serve {base} --adapters {checkpoint.parent}"),
+    }
+    told = ", ".join(f"`{command}`" for command in (*commands[kind], f"veneer eval {checkpoint} -d FILE"))
+    return f"The {kind} in {checkpoint} can be used now: {told}"

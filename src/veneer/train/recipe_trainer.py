@@ -1,0 +1,150 @@
+"""The trainer of a recipe, with its rows, its base and its adapter; nothing is trained yet."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any, cast
+
+from datasets import Dataset, IterableDataset
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+from veneer.adapters.peft_model import PeftModel
+from veneer.contract import MethodConfig
+from veneer.contract.source import adapter_folder
+from veneer.contract.targets import select_targets
+from veneer.core.tasks import TaskType
+from veneer.data.chat import with_template
+from veneer.data.dataset import columns_of
+from veneer.data.encoding import kind_of
+from veneer.errors import ConfigError
+from veneer.model.attach import adapted_modules, module_index
+from veneer.recipe.adapter import FROM, differs_in_writing
+from veneer.recipe.advice import odd_rate
+from veneer.recipe.methods import not_that_adapter, usual_learning_rate
+from veneer.recipe.recipe import Recipe
+from veneer.recipe.tasks import trainer_of
+from veneer.store.merge_record import require_not_merged
+from veneer.store.source import load_tokenizer, resolve
+from veneer.train.base_model import load_base
+from veneer.train.library_errors import refusals_told
+from veneer.train.rows import answers_only, preference_reader, read_data
+from veneer.train.run_trainer import RunTrainer
+from veneer.train.task_metric import TaskMetric
+from veneer.train.trainer import SFTTrainer
+
+log = logging.getLogger(__name__)
+
+
+def make_trainer(
+    recipe: Recipe, model: PreTrainedModel | None = None, kind: type[SFTTrainer] = SFTTrainer
+) -> RunTrainer:
+    """The trainer of a recipe, its data encoded and its model loaded where none is given; nothing is trained yet.
+
+    Raises the errors of its parts, CompositionError where the adapter that is trained on is in the base already.
+    """
+    require_not_in_base(recipe)
+    tokenizer = with_template(load_tokenizer(recipe.model.source), recipe.data.chat_template)
+    if recipe.task != "sft":
+        return _make_task_trainer(recipe, tokenizer)
+    rows = read_data(recipe.data, recipe.seed)
+    only = answers_only(recipe.data, kind_of(columns_of(rows.train), "text"))
+    args = recipe.training_config(assistant_only_loss=only.assistant, completion_only_loss=only.completion)
+    metric = None
+    if recipe.metric is not None:
+        metric = TaskMetric.of(recipe.metric, tokenizer, list(rows.eval or ()), _known(rows.train))
+    base = load_base(recipe.model) if model is None else model
+    given = base if FROM not in recipe.adapter else with_saved_adapter(recipe, base)
+    with refusals_told():
+        trainer = kind(
+            given,
+            args,
+            train_dataset=rows.train,
+            eval_dataset=rows.eval,
+            processing_class=tokenizer,
+            peft_config=None if FROM in recipe.adapter else recipe.adapter_config(),
+        )
+    trainer.task_metric = metric
+    _tell_of_odd_settings(recipe, trainer)
+    return trainer
+
+
+def _make_task_trainer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> RunTrainer:
+    """The trainer of a recipe whose task is not supervised fine-tuning."""
+    rows = read_data(recipe.data, recipe.seed, preference_reader(recipe))
+    args = recipe.training_config()
+    rewards = {"reward_funcs": recipe.reward_functions()[0]} if recipe.rewards else {}
+    set_seed(recipe.seed)  # a new head is drawn
+    base = load_base(recipe.model, scores=recipe.task == "reward")
+    given = base if FROM not in recipe.adapter else with_saved_adapter(recipe, base)
+    with refusals_told():
+        trainer: RunTrainer = trainer_of(recipe.task)(
+            given,
+            args=args,
+            train_dataset=rows.train,
+            eval_dataset=rows.eval,
+            processing_class=tokenizer,
+            peft_config=None if FROM in recipe.adapter else recipe.adapter_config(),
+            **rewards,
+        )
+    return trainer
+
+
+def with_saved_adapter(recipe: Recipe, model: PreTrainedModel) -> PreTrainedModel:
+    """The model with the adapter of ``adapter.from``, to be trained on.
+
+    Raises ConfigError for an adapter of another kind of model than the task trains.
+    """
+    config = cast(MethodConfig, recipe.adapter_config())
+    scores = config.task_type == TaskType.SEQ_CLS.value
+    if scores != (recipe.task == "reward"):
+        kind = "a reward model's" if scores else "a language model's"
+        fits = "task: reward" if scores else "another task, or leave adapter.from out"
+        raise ConfigError(f"adapter.from: the adapter in {recipe.adapter[FROM]} is {kind}: use {fits}")
+    if differs_in_writing(recipe.adapter, getattr(config, "target_modules", None)):
+        _require_same_modules(recipe, cast(Any, config), model)
+    return cast(
+        PreTrainedModel, PeftModel.from_pretrained(model, recipe.adapter[FROM], is_trainable=True, config=config)
+    )
+
+
+def require_not_in_base(recipe: Recipe) -> None:
+    """Raise CompositionError where the adapter that a recipe trains on was merged into its base."""
+    if FROM in recipe.adapter:
+        require_not_merged(resolve(recipe.model.source), adapter_folder(recipe.adapter[FROM]))
+
+
+def _require_same_modules(recipe: Recipe, config: Any, model: PreTrainedModel) -> None:
+    """Raise ConfigError if a saved adapter acts on other modules than the recipe's target modules mean."""
+    given, index = recipe.adapter["target_modules"], module_index(model, config)
+    named = given if isinstance(given, str) else tuple(given)
+    meant, own = (set(select_targets(each, index)) for each in (replace(config, target_modules=named), config))
+    if meant != own:
+        other = sorted(meant ^ own)
+        differs = f"{recipe.adapter[FROM]} differs from that in {len(other)} modules, such as {other[0]}"
+        raise ConfigError(not_that_adapter([f"adapter.target_modules: {given} here, and {differs}"]))
+
+
+def _tell_of_odd_settings(recipe: Recipe, trainer: SFTTrainer) -> None:
+    """Warn of a rate far from the usual, and of an adapter on an output head that is tied to the embeddings."""
+    odd = odd_rate(trainer.args.learning_rate, usual_learning_rate(recipe.adapter), recipe.method)
+    if odd is not None:
+        log.warning("%s", odd)
+    head, inner = trainer.model.get_output_embeddings(), trainer.model.get_input_embeddings()
+    tied = bool(getattr(trainer.model.config.get_text_config(), "tie_word_embeddings", False))
+    adapted = list(adapted_modules(trainer.model).values())
+    alone = any(m is head and m.adapters for m in adapted) and not any(m is inner for m in adapted)
+    if tied and alone:
+        log.warning(
+            "adapter.target_modules catches the output head, which is tied to the embeddings: it alone is changed, and "
+            "merging writes the two apart. all-linear leaves it out"
+        )
+
+
+def _known(rows: Dataset | IterableDataset) -> list[dict[str, Any]]:
+    """The rows, where they are in memory."""
+    return [] if isinstance(rows, IterableDataset) else list(rows)

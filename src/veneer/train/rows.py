@@ -1,0 +1,71 @@
+"""The rows that a recipe trains on and holds out."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+from datasets import Dataset, IterableDataset
+
+from veneer.data.encoding import Kind
+from veneer.data.preference import PreferenceReader
+from veneer.data.rows import RowReader, load_rows, split_off, stream_rows
+from veneer.data.sources import load_sources
+from veneer.errors import ConfigError
+from veneer.recipe.parts import DataPart
+from veneer.recipe.recipe import Recipe
+from veneer.train.sources import sources_of
+
+log = logging.getLogger(__name__)
+
+_SHUFFLED = 10_000  # streamed rows that are held to draw from
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Training rows, and held-out rows where there are any."""
+
+    train: Dataset | IterableDataset
+    eval: Dataset | None
+
+
+def read_data(part: DataPart, seed: int, reader: RowReader | PreferenceReader | None = None) -> Rows:
+    """The rows that a recipe names. Raises DataError and ConfigError as `load_rows` and `split_off` do."""
+    if reader is not None:
+        train = load_rows(part.train, reader, part.limit)
+    else:
+        reader = RowReader(prompt=part.prompt, completion=part.completion, chat=part.chat, system=part.system)
+        if part.streaming:
+            streamed = stream_rows(part.train, reader).shuffle(seed=seed, buffer_size=_SHUFFLED)
+            return Rows(streamed, None if part.eval is None else load_rows(part.eval, reader, part.eval_limit))
+        train = load_sources(sources_of(part), seed, part.limit)
+    if part.eval is not None:
+        return Rows(train, load_rows(part.eval, reader, part.eval_limit))
+    return Rows(*split_off(train, part.eval_fraction, seed)) if part.eval_fraction else Rows(train, None)
+
+
+class _Only(NamedTuple):
+    """The parts that alone are trained: the completions, or the assistant's turns."""
+
+    completion: bool
+    assistant: bool
+
+
+def answers_only(part: DataPart, kind: Kind) -> _Only:
+    """The meaning of ``data.train_on`` for rows of a kind. Raises ConfigError if it is given and finds no answers."""
+    if part.train_on == "answers" and kind == "text":
+        if "train_on" in part.model_fields_set:
+            raise ConfigError(
+                "data.train_on: answers, and the rows are plain text, in which nothing tells answers apart: set it to "
+                "everything, or give rows with messages, or with prompt and completion"
+            )
+        log.warning("the rows are plain text, so every token is trained; data.train_on: everything says so")
+    answers = part.train_on == "answers"
+    return _Only(answers and kind == "prompt-completion", answers and kind == "messages")
+
+
+def preference_reader(recipe: Recipe) -> PreferenceReader:
+    """The reader of the rows of a task that is not supervised fine-tuning."""
+    data = recipe.data
+    return PreferenceReader(task=cast(Any, recipe.task), prompt=data.prompt, chat=data.chat, system=data.system)
