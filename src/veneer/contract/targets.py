@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from veneer.contract.config import MethodConfig
 from veneer.contract.known import Names as Names  # methods look for it here
-from veneer.core.nearest import nearest
+from veneer.core.module_names import matches_any, nearest_modules
 from veneer.errors import TargetError
 
 ALL_LINEAR = "all-linear"
@@ -61,13 +61,6 @@ class TargetedConfig(MethodConfig):
         Of names and roles those count that the model has.
         """
         return {"target_modules": cls.default_targets}
-
-
-def matches_any(name: str, patterns: Collection[str] | str) -> bool:
-    """Return True if a module path matches a regular expression (a string, matched whole), or a name or suffix."""
-    if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
-    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
 
 
 @dataclass(frozen=True)
@@ -157,17 +150,10 @@ def _no_match(role: str, pattern: str, test: Collection[str] | str, allowed: Seq
             f"{role} module {pattern!r} matches only modules that cannot be adapted, such as {other!r}. "
             f"{_endings(index.adaptable)}"
         )
-    hints = _nearest_modules(pattern, allowed)
+    hints = nearest_modules(pattern, allowed)
     near = f" (nearest: {', '.join(hints)})" if hints else f". {_endings(index.adaptable)}"
     rule = ". A string is a regular expression for whole paths: names go into a list" if test == pattern else ""
     return f"{role} module {pattern!r} matches no module of the model{near}{rule}"
-
-
-def _nearest_modules(pattern: str, paths: Sequence[str]) -> list[str]:
-    """The nearest last names, or whole paths where the last name is one that exists."""
-    last = pattern.rpartition(".")[2]
-    same = [path for path in paths if path.rpartition(".")[2] == last]
-    return (nearest(pattern, same) or same[:1]) if same else nearest(last, (p.rpartition(".")[2] for p in paths))
 
 
 def _excluded(name: str, config: TargetedConfig) -> bool:

@@ -19,11 +19,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from veneer.disk.safetensors_header import read_table
 from veneer.errors import FormatError
 
-MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 64  # torch's
-PREFIX_BYTES = 8
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -95,7 +94,7 @@ class StoredTensor:
 def read_header(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
     """The tensors of a file in the order of their bytes, and everything that is wrong with it; the caller names it."""
     try:
-        header, data_start, data_bytes = _read_json(path)
+        header, data_start, data_bytes = read_table(path)
     except FormatError as error:
         return {}, [str(error)]
     problems: list[str] = []
@@ -153,48 +152,6 @@ def tensors_to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     """A safetensors file: contiguous copies on the CPU, no two of them sharing memory."""
     copies = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     return cast(bytes, save(copies, {"format": "pt"}))
-
-
-def _read_json(path: Path) -> tuple[dict[str, Any], int, int]:
-    """The header as parsed, where the data starts, and how many bytes of data the file holds."""
-    with path.open("rb") as file:
-        file_bytes = file.seek(0, 2)
-        file.seek(0)
-        prefix = file.read(PREFIX_BYTES)
-        if len(prefix) < PREFIX_BYTES:
-            raise FormatError(f"it holds {file_bytes} bytes: too short to be a safetensors file")
-        (length,) = struct.unpack("<Q", prefix)
-        if length > min(file_bytes - PREFIX_BYTES, MAX_HEADER_BYTES):
-            raise FormatError(
-                f"it claims a header of {length:,} bytes and holds {file_bytes:,} in all: "
-                "truncated, or not a safetensors file"
-            )
-        text = file.read(length)
-    try:
-        header = json.loads(text, object_pairs_hook=_no_duplicates)
-    except ValueError as error:  # no JSON, no text, or a number of more digits than Python reads
-        raise FormatError(f"the header is not JSON ({error})") from error
-    except RecursionError as error:
-        raise FormatError("the header is nested too deeply to be a table of tensors") from error
-    except _DuplicateKeyError as error:
-        raise FormatError(f"the header names {error.args[0]!r} twice") from error
-    if not isinstance(header, dict):
-        raise FormatError(f"the header is a {type(header).__name__}, not a table of tensors")
-    start = PREFIX_BYTES + length
-    return header, start, file_bytes - start
-
-
-class _DuplicateKeyError(Exception):
-    """A JSON object names one key twice; the key is the argument."""
-
-
-def _no_duplicates(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    table: dict[str, Any] = {}
-    for key, value in items:
-        if key in table:
-            raise _DuplicateKeyError(key)
-        table[key] = value
-    return table
 
 
 def _entry(path: Path, name: str, entry: object, data_start: int) -> StoredTensor | str:

@@ -20,7 +20,8 @@ from veneer.contract.family_targets import SCALING
 from veneer.contract.known import Known
 from veneer.contract.peft_fields import PeftFields
 from veneer.contract.raised import Raised
-from veneer.contract.targets import Names, matches_any
+from veneer.contract.targets import Names
+from veneer.core.module_names import matches_any
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite
 from veneer.core.terms.scale import Scale

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from veneer.contract import LinearMethod, MethodConfig
 from veneer.contract.keys import parameter_key
-from veneer.contract.targets import matches_any
 from veneer.core.frozen import FrozenWeight
 from veneer.core.linear import apply_linear, compose_linear, fold_blocks, fold_linear
+from veneer.core.module_names import matches_any
 from veneer.core.nearest import nearest
 from veneer.core.records import LinearDelta
 from veneer.core.sites import LinearSite

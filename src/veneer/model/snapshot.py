@@ -10,7 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from veneer.contract import LinearMethod
-from veneer.contract.targets import ModuleIndex, matches_any
+from veneer.contract.targets import ModuleIndex
+from veneer.core.module_names import matches_any
 from veneer.core.sites import LinearSite
 from veneer.model.adapted import own_parameter
 from veneer.model.blueprint.names import CLASSIFIERS

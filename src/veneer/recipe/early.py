@@ -4,19 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from veneer.errors import ConfigError
 from veneer.recipe.advice import value_problems
+from veneer.recipe.base_modules import target_problems
 from veneer.recipe.declared import UnreadableError
 from veneer.recipe.known import declared
+from veneer.recipe.parts import DataPart
 from veneer.recipe.problems import problems_of
+from veneer.recipe.source_part import SourcePart
+from veneer.recipe.values import section
 
 
-def refuse_early(values: Mapping[str, Any], name: str = "recipe") -> None:
-    """Raise what `recipe.parse_recipe` would, where that can be known from source and values alone."""
+def refuse_early(values: Mapping[str, Any], name: str = "recipe", *, begins: bool = False) -> None:
+    """Raise ConfigError with all that is wrong and known from source, values and headers alone.
+
+    ``begins``: a run begins, so missing files of rows are problems too. They are left to `train.output` if the output
+    exists, which then is told with them.
+    """
     found = list[str]()
     with suppress(UnreadableError):
         found = [*problems_of(values, declared()), *value_problems(values)]
-    if found:
-        raise ConfigError(f"{name}: " + "; ".join(found))
+    found += target_problems(values)
+    rows = _missing_rows(values) if begins else []
+    if found or (rows and not Path(str(values.get("output"))).exists()):
+        raise ConfigError(f"{name}: " + "; ".join([*found, *rows]))
+
+
+def _missing_rows(values: Mapping[str, Any]) -> list[str]:
+    """Return the problems of files of rows that are not there, whatever else is wrong with ``data``."""
+    data = section(values, "data")
+    train, held_out = (data[key] if isinstance(data.get(key), str) else None for key in ("train", "eval"))
+    more = [each.get("source") for each in data.get("more") or () if isinstance(each, dict)]
+    further = [SourcePart(source=source) for source in more if isinstance(source, str)]
+    return DataPart(train=train or "", eval=held_out, more=further).missing_files

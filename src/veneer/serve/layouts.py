@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from veneer.contract.file import CONFIG_FILE, WEIGHTS_FILE
-from veneer.disk.safetensors import MAX_HEADER_BYTES, PREFIX_BYTES
+from veneer.disk.safetensors_header import MAX_HEADER_BYTES, PREFIX_BYTES
 from veneer.ops.pairs import Factor, PackedPairs, pack_factors
 from veneer.serve.products import Own
 from veneer.store.checkpoint import is_finite

@@ -1,5 +1,7 @@
+import json
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import yaml
@@ -303,8 +305,73 @@ def test_a_recipe_without_problems_is_not_refused_early(changes):
     refuse_early(values(**changes))
 
 
-def test_a_wrong_recipe_is_told_without_importing_torch(written):
-    wrong = values(adapter={"method": "dora", "rank": 3}, training={"max_steps": 0, "learning_rat": 1})
+NAMES = ("model.layers.0.q_proj.weight", "model.layers.0.k_proj.weight", "model.layers.0.v_proj.bias", "alone")
+
+
+@pytest.fixture
+def base(tmp_path):
+    """The folder of a model as far as headers tell of it."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    table = json.dumps({name: {} for name in NAMES}).encode()
+    (folder / "model.safetensors").write_bytes(len(table).to_bytes(8, "little") + table)
+    return folder
+
+
+def sharded(base):
+    (base / "model.safetensors").unlink()
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(NAMES, "a")}))
+
+
+def renamed(base):
+    (base / "config.json").write_text('{"model_type": "mixtral"}')
+
+
+def broken(base):
+    (base / "model.safetensors").write_bytes(b"short")
+
+
+@pytest.mark.parametrize(
+    ("change", "targets", "judged"),
+    [
+        (None, ["w_proj"], True),
+        (sharded, ["w_proj", "0.v_proj"], True),
+        (None, ["layers.0.q_proj"], False),
+        (None, ["lm_head", "score", "embed_tokens"], False),  # tied or new: in no file
+        (None, ".*w_proj", False),
+        (renamed, ["w_proj"], False),
+        (broken, ["w_proj"], False),
+    ],
+)
+def test_target_modules_are_checked_against_the_headers_of_a_base(base, change, targets, judged):
+    if change is not None:
+        change(base)
+    asked = values(model={"source": str(base)}, adapter={"target_modules": targets})
+    told = pytest.raises(ConfigError, match=r"'w_proj' matches no module of .*; the nearest: v_proj, k_proj")
+    with told if judged else nullcontext():
+        refuse_early(asked)
+
+
+def test_missing_files_are_told_with_what_else_is_wrong_as_a_run_begins(tmp_path):
+    data = {
+        "train": str(tmp_path / "a.jsonl"),
+        "eval": 3,
+        "more": [{"source": str(tmp_path / "b.csv"), "wieght": 2}, 7],
+    }
+    with pytest.raises(ConfigError, match=r"data.eval: 3 does not fit.*data.train: there is no file .*a.jsonl.*b.csv"):
+        refuse_early(values(data=data), begins=True)
+    missing = values(data={"train": str(tmp_path / "a.jsonl")}, output=str(tmp_path / "run"))
+    refuse_early(missing)
+    with pytest.raises(ConfigError, match="there is no file"):
+        refuse_early(missing, begins=True)
+    (tmp_path / "run").mkdir()
+    refuse_early(missing, begins=True)  # told with what is wrong with the output
+
+
+def test_a_wrong_recipe_is_told_without_importing_torch(written, base):
+    adapter = {"method": "dora", "rank": 3, "target_modules": ["w_proj", "q_proj", "lm_head"]}
+    wrong = values(adapter=adapter, training={"max_steps": 0, "learning_rat": 1}, model={"source": str(base)})
     path = written({**wrong, "modle": {}})
     code = "import sys; from veneer.cli.app import main; sys.argv = ['veneer', 'train', sys.argv[1]]; import atexit; "
     code += "atexit.register(lambda: print({'torch', 'transformers', 'trl'} & set(sys.modules))); main()"
@@ -313,7 +380,9 @@ def test_a_wrong_recipe_is_told_without_importing_torch(written):
     assert result.stderr == (
         f"error: {path}: modle: unknown key; the nearest is 'model'; adapter.rank: unknown key; the nearest is 'r'; "
         "training.learning_rat: unknown key; the nearest is 'learning_rate'; "
-        "training.max_steps: 0 must be at least 1, or -1 to train num_train_epochs\n"
+        "training.max_steps: 0 must be at least 1, or -1 to train num_train_epochs; "
+        f"adapter.target_modules: 'w_proj' matches no module of {base}; the nearest: v_proj, k_proj; "
+        "data.train: there is no file rows.jsonl\n"
     )
 
 

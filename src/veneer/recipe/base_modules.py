@@ -1,0 +1,64 @@
+"""Target modules checked against the headers of a base that is here: no weight is read, and no torch imported."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from veneer.core.module_names import matches_any, nearest_modules
+from veneer.disk.safetensors_header import read_table
+from veneer.errors import FormatError
+from veneer.recipe.declared import file_of
+from veneer.recipe.values import section
+from veneer.store.known import KNOWN, is_fetched, model_folder
+
+_INDEX, _FILE = "model.safetensors.index.json", "model.safetensors"
+_MADE = re.compile(r"head|embed|score|classifier")  # may be tied or new, and so in no file
+
+
+def target_problems(values: Mapping[str, Any]) -> list[str]:
+    """Return the problems of names in ``adapter.target_modules`` that no module of the base has.
+
+    A base is not judged if it is not here, or if transformers renames its tensors when it loads them.
+    """
+    targets, source = section(values, "adapter").get("target_modules"), section(values, "model").get("source")
+    folder = _folder_of(source) if isinstance(source, str) else None
+    names = module_names(folder) if folder is not None and isinstance(targets, list) else ()
+    meant = [target for target in targets or () if isinstance(target, str) and not _MADE.search(target)]
+    absent = [target for target in meant if names and not _found(target, names)]
+    return [
+        f"adapter.target_modules: {target!r} matches no module of {source}; the nearest: "
+        f"{', '.join(nearest_modules(target, names)) or 'none'}"
+        for target in absent
+    ]
+
+
+def module_names(folder: Path) -> tuple[str, ...]:
+    """Return the paths of the modules that hold tensors, as the headers in a model's folder name them.
+
+    None are returned if the files cannot be read, or if the model has other names than they.
+    """
+    try:
+        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+        renamed = f'"{model_type}"' in file_of("transformers.conversion_mapping").read_text(encoding="utf-8")
+        index = folder / _INDEX
+        table = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else None
+        names = read_table(folder / _FILE)[0] if table is None else table
+    except (OSError, ValueError, LookupError, TypeError, FormatError):  # told when the model is loaded
+        return ()
+    return () if renamed else tuple(dict.fromkeys(name.rpartition(".")[0] for name in names if "." in name))
+
+
+def _found(target: str, names: tuple[str, ...]) -> bool:
+    return any(matches_any(name, (target,)) for name in names)
+
+
+def _folder_of(source: str) -> Path | None:
+    """Return the folder of a base that is here."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    return model_folder(source) if source in KNOWN and is_fetched(source) else None
