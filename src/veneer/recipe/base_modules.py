@@ -26,8 +26,9 @@ def target_problems(values: Mapping[str, Any]) -> list[str]:
     """
     targets, source = section(values, "adapter").get("target_modules"), section(values, "model").get("source")
     folder = _folder_of(source) if isinstance(source, str) else None
-    names = module_names(folder) if folder is not None and isinstance(targets, list) else ()
-    meant = [target for target in targets or () if isinstance(target, str) and not _MADE.search(target)]
+    names = () if folder is None else module_names(folder)
+    listed = targets if isinstance(targets, list) else []
+    meant = [target for target in listed if isinstance(target, str) and not _MADE.search(target)]
     absent = [target for target in meant if names and not _found(target, names)]
     return [
         f"adapter.target_modules: {target!r} matches no module of {source}; the nearest: "

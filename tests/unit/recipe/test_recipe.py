@@ -348,7 +348,7 @@ def test_target_modules_are_checked_against_the_headers_of_a_base(base, change, 
     if change is not None:
         change(base)
     asked = values(model={"source": str(base)}, adapter={"target_modules": targets})
-    told = pytest.raises(ConfigError, match=r"'w_proj' matches no module of .*; the nearest: v_proj, k_proj")
+    told = pytest.raises(ConfigError, match=r"'w_proj' matches no module of .*; the nearest: v_proj, q_proj, k_proj")
     with told if judged else nullcontext():
         refuse_early(asked)
 
@@ -381,7 +381,7 @@ def test_a_wrong_recipe_is_told_without_importing_torch(written, base):
         f"error: {path}: modle: unknown key; the nearest is 'model'; adapter.rank: unknown key; the nearest is 'r'; "
         "training.learning_rat: unknown key; the nearest is 'learning_rate'; "
         "training.max_steps: 0 must be at least 1, or -1 to train num_train_epochs; "
-        f"adapter.target_modules: 'w_proj' matches no module of {base}; the nearest: v_proj, k_proj; "
+        f"adapter.target_modules: 'w_proj' matches no module of {base}; the nearest: v_proj, q_proj, k_proj; "
         "data.train: there is no file rows.jsonl\n"
     )
 
