@@ -40,7 +40,7 @@ def _bytes(peak: Peak) -> int:
 
 
 def _sharded(plan: Plan, phase: Peak, n_processes: int, strategy: str) -> Peak:
-    from veneer.plan.live import Peak
+    from veneer.plan.live import Peak  # it brings torch, which the options of `veneer plan` do without
     from veneer.plan.trace import ADAPTERS, BASE, EMBEDDINGS, GRADIENTS, HEAD, NORMS, STATE, TRAINED
 
     kinds = dict(phase.kinds)
