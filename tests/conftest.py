@@ -3,8 +3,7 @@
 Configs are left out: what a user may pass is checked by the configs themselves, and tested as such.
 Triton's kernels are left out too: Triton reads their source, and no other decorator may stand between.
 They run in Triton's interpreter, on any machine.
-So is the dispatch of traced tensors left out: it declares no shapes, and functions that it makes for each op would be
-wrapped anew each time (a traced step then takes several times as long).
+So is the dispatch of traced tensors left out: it declares no shapes.
 """
 
 import os
@@ -13,7 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from jaxtyping import install_import_hook
+
+from shapes import check_shapes
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
@@ -29,10 +29,7 @@ CHECKED = [
     "quant",
 ]
 
-install_import_hook(
-    [f"veneer.{name}" for name in CHECKED],
-    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",  # an int is a float too
-)
+check_shapes([f"veneer.{name}" for name in CHECKED])
 
 
 @pytest.fixture
