@@ -4,13 +4,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test check docs format clean
+.PHONY: setup demo test test-all check docs format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make setup   only set up: $(BIN)/veneer (VENEER_ISAS=all: kernels for every instruction set, not for this machine's alone)"
 	@echo "make demo    set up, fetch a small model, fine-tune it, show what changed (two cores: three minutes, and five to ten for the set-up)"
-	@echo "make test    set up, then the whole test suite"
+	@echo "make test    set up, then the test suite; of the largest products of parameters a sample"
+	@echo "make test-all  set up, then every case of the test suite, as CI does"
 	@echo "make check   lint, types, layers"
 	@echo "make docs    the site: build/site/index.html"
 	@echo "make format  rewrite the code in the house's format"
@@ -33,9 +34,10 @@ setup: $(VENV)/.ready
 demo: setup
 	$(BIN)/python examples/demo.py
 
-test: setup
+test: SELECTED = -m "not full"
+test test-all: setup
 	$(BIN)/veneer fetch smollm2-135m-instruct
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile  # threads that wait do not spin beside the other process
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal $(SELECTED)  # threads that wait do not spin beside the other process
 
 check: setup
 	VENV=$(VENV) scripts/check

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from sampling import mark_full
 from shapes import check_shapes
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
@@ -30,6 +31,11 @@ CHECKED = [
 ]
 
 check_shapes([f"veneer.{name}" for name in CHECKED])
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
+def pytest_collection_modifyitems(items):
+    mark_full(items)
 
 
 @pytest.fixture

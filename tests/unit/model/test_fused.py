@@ -74,6 +74,7 @@ RECORDS: dict[str, MethodConfig] = {
 }
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("method", RECORDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_record_runs_fused(family: str, method: str, halves: list[str]) -> None:
