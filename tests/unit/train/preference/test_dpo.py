@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from models import llama_config
 from veneer import (
     BitsAndBytesConfig,
     BottleneckConfig,
@@ -92,6 +94,20 @@ def test_what_starts_with_a_change_is_held_against_the_model_without_it(make_mod
     torch.testing.assert_close(found, plain)
     trainer.train()
     assert len(lines(trainer)) == 2
+
+
+def test_trls_own_trainer_begins_at_ln_2_in_float32(tokenizer, settings, pairs, tmp_path):
+    """It loads the base again as its reference, so that rounding alone is between the two."""
+    torch.manual_seed(3)
+    shape = {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": len(tokenizer)}
+    LlamaForCausalLM(llama_config(**shape)).save_pretrained(tmp_path / "base")
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(tmp_path / "base"), LoraConfig(**LORA))
+    args = trl.DPOConfig(**settings)
+    trainer = trl.DPOTrainer(model, args=args, train_dataset=pairs, processing_class=tokenizer)
+    trainer.train()
+    first = lines(trainer)[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert abs(first["rewards/chosen"]) < 1e-6
 
 
 def test_an_adapter_that_was_trained_is_its_own_reference(make_model, tokenizer, settings, pairs, tmp_path):
