@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import veneer.quant
-from veneer.contract import LinearMethod
+from veneer.contract import LinearMethod, MethodConfig
 from veneer.core.frozen import FrozenWeight
 from veneer.errors import ConfigError
 from veneer.methods import all_methods
@@ -36,7 +36,7 @@ def variant_switches() -> list[str]:
     return [module.SWITCH for module in all_variants()]
 
 
-def of_own_tests(cls: type[LinearMethod], name: str, default: Any) -> Any:
+def of_own_tests(cls: type[MethodConfig], name: str, default: Any) -> Any:
     """What the method's own tests name for the laws: ``SETTINGS``, fields to run them with, or ``PEFT_ERROR``."""
     path = UNIT_TESTS / f"test_{cls.__module__.rpartition('.')[2]}.py"
     if not path.exists():
@@ -84,6 +84,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for name, values in {"config": CONFIGS, "store": FORMATS}.items():
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, values.values(), ids=values.keys())
+
+
+@pytest.fixture
+def own_settings(method: str) -> dict[str, Any]:
+    """The ``SETTINGS`` of a method by its name in recipes."""
+    named = {cls.peft_type.lower(): cls for cls in all_methods().values()}
+    return of_own_tests(named[method], "SETTINGS", {}) if method in named else {}
 
 
 @pytest.fixture

@@ -48,14 +48,16 @@ def bytes_by_kind(model: Any) -> dict[str, int]:
 
 @pytest.mark.parametrize("quantization", FORMATS)
 @pytest.mark.parametrize("method", method_names())
-def test_declared_bytes_are_planned_bytes_and_real_ones(method: str, quantization: str, base: Path) -> None:
+def test_declared_bytes_are_planned_bytes_and_real_ones(
+    method: str, quantization: str, own_settings: dict[str, Any], base: Path
+) -> None:
     if method == "full" and quantization != "none":
         return  # a recipe refuses it: codes are not trained
     recipe = parse_recipe(
         {
             "model": {"source": str(base), "quantization": quantization},
             "data": {"train": "rows.jsonl"},
-            "adapter": {"method": method, **NEEDED.get(method, {})},
+            "adapter": {"method": method, **own_settings, **NEEDED.get(method, {})},
             "output": "run",
         }
     )

@@ -46,5 +46,5 @@ class Update:
 def concatenated(updates: Sequence[Update], weights: Sequence[float]) -> LinearDelta:
     """``Σ w_i s_i B_i A_i`` exactly, as factors concatenated along the rank. Each update must be low-rank."""
     each = zip(updates, weights, strict=True)
-    pairs = (u.record.low_rank.weighed(w).plain for u, w in each if u.record.low_rank is not None)
+    pairs = (u.record.low_rank.weighed(float(w)).plain for u, w in each if u.record.low_rank is not None)
     return LinearDelta.pair(*LinearDelta(adds=tuple(pairs)).factors())
