@@ -32,6 +32,8 @@ INDEX = ModuleIndex(all_names=NAMES, adaptable=NAMES, all_linear=NAMES[:-2])
 class Config(TargetedConfig):
     """A bare config, so that nothing but matching is at work."""
 
+    shapes = init = lower = places_in = None  # no method
+
 
 SUFFIXES = st.sampled_from([*LEAVES, "attn.q_proj", "1.mlp.up_proj", "lm_head", NAMES[0], NAMES[-3], "model.lm_head"])
 REGEXES = st.sampled_from(
