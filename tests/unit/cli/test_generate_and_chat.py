@@ -41,7 +41,7 @@ def generated(result: Result) -> str:
 def test_float32_is_pointed_out_where_16_bits_are_slow(
     veneer: Veneer, model_folder: Path, tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("veneer.adapters.chosen.float32_is_faster", lambda: True)
+    monkeypatch.setattr("veneer.ops.matmul.float32_is_faster", lambda: True)
     shutil.copytree(model_folder, tmp_path / "narrow")
     AutoModelForCausalLM.from_pretrained(model_folder).bfloat16().save_pretrained(tmp_path / "narrow")
     (tmp_path / "data.txt").write_text("a text")
