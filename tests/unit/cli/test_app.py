@@ -138,7 +138,7 @@ def test_env_prints_back_ends_and_the_cache_folder(tmp_path: object) -> None:
     assert facts["back end reference"] == "available"
     assert facts["torch"][0].isdigit()
     if facts["back end cpu"] == "available":
-        instruction_set, _, threads = facts["kernel build"].partition(", ")
+        instruction_set, _, threads = facts["kernel build"].rpartition(", ")
         assert instruction_set
         assert threads.startswith(f"{count(torch.get_num_threads(), 'thread')} of ")
     else:
