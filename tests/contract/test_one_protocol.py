@@ -21,6 +21,9 @@ from veneer.model import holder, places
 from veneer.model.attach import adapted_places
 from veneer.model.places import placed_on
 
+from .conftest import CONFIGS as LINEAR
+from .test_other_methods import CONFIGS as OTHERS
+
 SOURCE = Path(veneer.__file__).parent
 KINDS = {kind.__name__ for kind in (LinearMethod, ResidualMethod, PrefixMethod, PromptMethod, VirtualTokenMethod)}
 TOKENS = torch.tensor([[5, 61, 2, 33, 17]])
@@ -32,12 +35,8 @@ def make_base() -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=7, num_key_value_heads=1)).eval()
 
 
-def make(cls: type[MethodConfig]) -> MethodConfig:
-    settings = {"num_virtual_tokens": 3, "reduction_factor": 4, "total_step": 12}
-    return cls(**{key: value for key, value in settings.items() if key in cls.__dataclass_fields__})
-
-
-METHODS = {name: make(cls) for name, cls in all_methods().items()}
+PLAIN = {name.removesuffix("-plain"): config for name, config in OTHERS.items() if name.endswith("-plain")}
+METHODS: dict[str, MethodConfig] = {name: each for name, each in (LINEAR | PLAIN).items() if name in all_methods()}
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
 

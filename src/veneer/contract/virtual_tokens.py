@@ -56,9 +56,9 @@ class VirtualTokenMethod(MethodConfig):
     def virtual_tokens(self) -> int:
         return self.num_virtual_tokens
 
-    @abstractmethod
     def stored(self, site: Any, params: Params) -> dict[str, Tensor]:
-        """Return the tensors of a plain save, by their keys on disk."""
+        """Return the tensors of a plain save by their keys on disk: the parameters, or those that a network makes."""
+        return {key: params[own] for own, key in self.disk_names(site).items()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -90,6 +90,3 @@ class PromptTuningConfig(PromptMethod):
 
     def lower(self, site: InputSite, params: Params) -> PromptDelta:
         return PromptDelta(embeddings=params[STORED][: self.num_virtual_tokens])
-
-    def stored(self, site: InputSite, params: Params) -> dict[str, Tensor]:
-        return {STORED: params[STORED]}
