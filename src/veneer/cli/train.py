@@ -58,8 +58,7 @@ def train(
     if allow_changes and not resume:
         raise ConfigError("--allow-changes says how a run goes on, so it needs --resume beside it")
     values = read_values(recipe, overrides or [])
-    if "sweep" not in values:
-        refuse_early(values, str(recipe), begins=not resume)
+    refuse_early(values, str(recipe), begins=not resume)
     source = section(values, "model").get("source")
     if isinstance(source, str):
         require_weights(source, "model.source")

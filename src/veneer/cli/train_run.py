@@ -17,6 +17,7 @@ from veneer.core.progress import draws_bars, waits_told
 from veneer.core.units import duration
 from veneer.plan.before import planned_facts, require_room
 from veneer.recipe.recipe import Recipe, parse_recipe
+from veneer.recipe.sweep_part import PART
 from veneer.store.bars import without_bars
 from veneer.train.checkpoint import checkpoints
 from veneer.train.output import require_begun, require_data_files, require_free, usable
@@ -25,7 +26,7 @@ from veneer.train.recipe_trainer import require_not_in_base
 from veneer.train.run import run_recipe
 from veneer.train.samples import samples_of
 from veneer.train.show.sample import shown_sample
-from veneer.train.sweep.recipe import PART, Sweep, parse_sweep
+from veneer.train.sweep.recipe import Sweep, parse_sweep
 from veneer.train.sweep.report import PAGE, SWEEP_FILE, outcomes, table, write_report
 from veneer.train.sweep.sweep import run_sweep
 

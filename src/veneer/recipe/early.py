@@ -15,28 +15,34 @@ from veneer.recipe.known import declared
 from veneer.recipe.parts import DataPart
 from veneer.recipe.problems import problems_of
 from veneer.recipe.source_part import SourcePart
+from veneer.recipe.sweep_part import PART, members_of
 from veneer.recipe.values import section
 
 
 def refuse_early(values: Mapping[str, Any], name: str = "recipe", *, begins: bool = False) -> None:
     """Raise ConfigError with all that is wrong and known from source, values and headers alone.
 
-    ``begins``: a run begins, so missing files of rows are problems too. They are left to `train.output` if the output
-    exists, which then is told with them.
+    Of a sweep, the problems of all members are told. ``begins``: a run begins, so missing files of rows are problems
+    too. If the output exists, `train.output` reports them together with what is wrong with the output.
     """
-    found = list[str]()
-    with suppress(UnreadableError):
-        found = [*problems_of(values, declared()), *value_problems(values)]
-    found += target_problems(values)
-    rows = _missing_rows(values) if begins else []
+    runs, found = [values], list[str]()
+    if PART in values:
+        members, found = members_of(values, Path(name))
+        runs = [each.values for each in members]
+    for run in runs:
+        with suppress(UnreadableError):
+            found += [*problems_of(run, declared()), *value_problems(run)]
+        found += target_problems(run)
+    rows = [told for run in runs for told in _missing_rows(run)] if begins else []
     if found or (rows and not Path(str(values.get("output"))).exists()):
-        raise ConfigError(f"{name}: " + "; ".join([*found, *rows]))
+        raise ConfigError(f"{name}: " + "; ".join(dict.fromkeys([*found, *rows])))
 
 
 def _missing_rows(values: Mapping[str, Any]) -> list[str]:
     """Return the problems of files of rows that are not there, whatever else is wrong with ``data``."""
     data = section(values, "data")
     train, held_out = (data[key] if isinstance(data.get(key), str) else None for key in ("train", "eval"))
-    more = [each.get("source") for each in data.get("more") or () if isinstance(each, dict)]
-    further = [SourcePart(source=source) for source in more if isinstance(source, str)]
+    more = data["more"] if isinstance(data.get("more"), list) else []
+    sources = [each.get("source") for each in more if isinstance(each, dict)]
+    further = [SourcePart(source=source) for source in sources if isinstance(source, str)]
     return DataPart(train=train or "", eval=held_out, more=further).missing_files

@@ -9,12 +9,12 @@ from typing import Any
 from veneer.adapters.chosen import Parts, tokenizer_with
 from veneer.errors import ConfigError
 from veneer.recipe.recipe import Recipe, parse_recipe
+from veneer.recipe.sweep_part import PART
 from veneer.recipe.values import read_values
 from veneer.store.bars import quiet
 from veneer.store.source import load_model, load_tokenizer
 from veneer.train.base_model import load_base
 from veneer.train.rows import read_data
-from veneer.train.sweep.recipe import PART
 
 
 def trained_recipe(path: Path) -> Recipe:

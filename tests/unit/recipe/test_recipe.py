@@ -15,6 +15,7 @@ from veneer.recipe.commented import commented_recipe
 from veneer.recipe.early import refuse_early
 from veneer.recipe.methods import method_names
 from veneer.recipe.recipe import load_recipe, parse_recipe
+from veneer.train.sweep.recipe import parse_sweep
 
 
 def values(**changes):
@@ -367,6 +368,20 @@ def test_missing_files_are_told_with_what_else_is_wrong_as_a_run_begins(tmp_path
         refuse_early(missing, begins=True)
     (tmp_path / "run").mkdir()
     refuse_early(missing, begins=True)  # told with what is wrong with the output
+
+
+def test_the_members_of_a_sweep_are_checked_early_as_they_are_read(tmp_path):
+    sweep = {"members": [{"name": "a", "adapter.rr": 3}, {"name": "b", "model.dtype": "float32"}, {"name": "b"}]}
+    with pytest.raises(ConfigError) as whole:
+        parse_sweep(values(sweep=sweep), tmp_path / "recipe.yaml")
+    with pytest.raises(ConfigError) as early:
+        refuse_early(values(sweep=sweep), str(tmp_path / "recipe.yaml"))
+    assert str(early.value) == str(whole.value)
+    assert "adapter.rr: unknown key" in str(early.value)
+    assert "sweep: several members are called ['b']" in str(early.value)
+    with pytest.raises(ConfigError, match=r"sweep.grid.adapter.r: 4 must be a list of values to try"):
+        refuse_early(values(sweep={"grid": {"adapter.r": 4}}))
+    refuse_early(values(sweep={"grid": {"adapter.r": [4, 8]}}))
 
 
 def test_a_wrong_recipe_is_told_without_importing_torch(written, base):

@@ -1,10 +1,7 @@
-"""The ``sweep`` part of a recipe: its members and their changes to the rest, checked as a whole."""
+"""A sweep: its members read as recipes, and checked against what they share."""
 
 from __future__ import annotations
 
-import copy
-import itertools
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,22 +9,12 @@ from typing import Any
 
 from veneer.errors import ConfigError
 from veneer.recipe.adapter import FULL
-from veneer.recipe.keys import perhaps
 from veneer.recipe.optimizers import steps_in_backward
 from veneer.recipe.recipe import Recipe, parse_recipe
-from veneer.recipe.tasks import task_problems
-from veneer.recipe.values import PLACES, beside, put
+from veneer.recipe.sweep_part import PART, members_of
 
-PART = "sweep"
-_KEYS = ("members", "grid")
-_NAME = re.compile(r"[\w.+-]+")
-# Settings of the one pass over the base.
-_SHARED_TRAINING = (
-    "bf16", "fp16", "tf32", "use_cpu", "fused", "gradient_checkpointing", "gradient_checkpointing_kwargs",
-)  # fmt: skip
 # Settings that act on a whole model of its own.
 _UNSHARED = ("torch_compile", "deepspeed", "fsdp", "neftune_noise_alpha", "activation_offloading", "push_to_hub")
-_WHY_SHARED = "cannot vary: all members share one pass over one base. Set it for all, outside of sweep"
 
 
 @dataclass(frozen=True)
@@ -53,108 +40,17 @@ def parse_sweep(values: Mapping[str, Any], source: Path) -> Sweep:
     ``members`` lists changes (``{name: …, adapter.r: 8}``), ``grid`` gives a list of values for each key; with both,
     every member of the list is tried with every point of the grid. Raises ConfigError with all problems at once.
     """
-    base = {key: value for key, value in values.items() if key != PART}
-    part = values[PART]
-    problems = [*_part_problems(part), *(told for told in task_problems(values) if told.startswith(PART))]
-    if problems:
-        raise ConfigError(f"{source}: " + "; ".join(problems))
-    changes = [_located(each, source) for each in _changes(part)]
-    names = [str(each.pop("name")) if "name" in each else _name_of(each) for each in changes]
-    problems = _key_problems(changes) + _name_problems(names)
+    given, problems = members_of(values, source)
     members = []
-    for name, each in zip(names, changes, strict=True):
-        recipe = _recipe(base, name, each, problems)
-        members += [] if recipe is None else [Member(name, each, recipe)]
+    for each in given:
+        try:
+            members.append(Member(each.name, each.changes, parse_recipe(each.values, PART)))
+        except ConfigError as error:
+            problems += str(error).removeprefix(f"{PART}: ").split("; ")
     problems += _member_problems(members)
     if problems:
         raise ConfigError(f"{source}: " + "; ".join(dict.fromkeys(problems)))
-    return Sweep(tuple(members), Path(str(base["output"])))
-
-
-def _part_problems(part: Any) -> list[str]:
-    if not isinstance(part, Mapping) or not part:
-        return ["sweep: must hold members (a list of changes), grid (a list of values for each key), or both"]
-    found = [f"sweep.{key}: unknown key{perhaps(str(key), _KEYS)}" for key in part if key not in _KEYS]
-    members, grid = part.get("members", [{}]), part.get("grid", {})
-    if not isinstance(members, list) or not members or not all(isinstance(each, Mapping) for each in members):
-        found.append("sweep.members: must be a list of changes, such as {name: small, adapter.r: 4}")
-    if not isinstance(grid, Mapping):
-        return [*found, "sweep.grid: must give a list of values for each key, such as adapter.r: [4, 8]"]
-    return found + [
-        f"sweep.grid.{key}: {value!r} must be a list of values to try"
-        for key, value in grid.items()
-        if not isinstance(value, list) or not value
-    ]
-
-
-def _changes(part: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The changes of each member: the list, times the grid."""
-    grid: Mapping[str, Sequence[Any]] = part.get("grid", {})
-    points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    found = []
-    for member, point in itertools.product(part.get("members", [{}]), points):
-        each = {**member, **point}
-        if "name" in member and grid:
-            each["name"] = f"{member['name']}_{_name_of(point)}"
-        found.append(each)
-    return found
-
-
-def _located(changes: Mapping[str, Any], source: Path) -> dict[str, Any]:
-    places = {".".join(place) for place in PLACES}
-    return {key: beside(source, value) if key in places else value for key, value in changes.items()}
-
-
-def _name_of(changes: Mapping[str, Any]) -> str:
-    """``r-8_learning_rate-0.001`` for what is changed."""
-    words = (f"{str(key).rpartition('.')[2]}-{_short(value)}" for key, value in changes.items())
-    return "_".join(words)
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "-".join(_short(each) for each in value.values())
-    if isinstance(value, list):
-        return "+".join(_short(each) for each in value)
-    text = (
-        Path(value).stem if isinstance(value, str) and value.endswith((".jsonl", ".json", ".parquet")) else str(value)
-    )
-    return re.sub(r"[^\w.+-]+", "-", text)
-
-
-def _key_problems(changes: Sequence[Mapping[str, Any]]) -> list[str]:
-    found = []
-    for key in dict.fromkeys(str(key) for each in changes for key in each):
-        section, _, field = key.partition(".")
-        if section == "model" or (section == "training" and field in _SHARED_TRAINING):
-            found.append(f"sweep: {key} {_WHY_SHARED}")
-        elif section == "output":
-            found.append("sweep: output cannot vary: every member has a folder of its name in the one output")
-    return found
-
-
-def _name_problems(names: Sequence[str]) -> list[str]:
-    found = [
-        f"sweep: the name {name!r} must be made of letters, digits and . _ + -: it names a folder"
-        for name in names
-        if not _NAME.fullmatch(name)
-    ]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    return found + ([f"sweep: several members are called {twice}: give each a name of its own"] if twice else [])
-
-
-def _recipe(base: Mapping[str, Any], name: str, changes: Mapping[str, Any], problems: list[str]) -> Recipe | None:
-    """The recipe of a member; its problems are added to ``problems``."""
-    values = copy.deepcopy(dict(base))
-    try:
-        for key, value in changes.items():
-            put(values, str(key), value)
-        if isinstance(values.get("output"), str):
-            values["output"] = str(Path(values["output"]) / name)
-        return parse_recipe(values, PART)
-    except ConfigError as error:
-        problems += str(error).removeprefix(f"{PART}: ").split("; ")
-        return None
+    return Sweep(tuple(members), Path(str(values["output"])))
 
 
 def _member_problems(members: Sequence[Member]) -> list[str]:
