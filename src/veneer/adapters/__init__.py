@@ -1,1 +1,1 @@
-"""A model with its adapters, in PEFT's words: `get_peft_model` and `PeftModel`."""
+"""Model with its adapters, in PEFT's words: `get_peft_model` and `PeftModel`."""

@@ -1,4 +1,4 @@
-"""A base model and its adapter in one call: ``AutoPeftModelForCausalLM.from_pretrained(adapter)``."""
+"""Base model and its adapter in one call: ``AutoPeftModelForCausalLM.from_pretrained(adapter)``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 class AutoPeftModel:
-    """The base that an adapter's config names, of the class that the config names, with the adapter on it."""
+    """Base that an adapter's config names, of the class that the config names, with the adapter on it."""
 
     task: ClassVar[TaskType | None] = None
 
@@ -51,13 +51,13 @@ class AutoPeftModel:
         ``revision`` is the adapter's. Of ``options``, ``subfolder``, ``autocast_adapter_dtype``,
         ``ignore_mismatched_sizes`` and ``key_mapping`` go to the adapter, those of the hub (``token``, ``cache_dir``
         and the like) to both, all others (``dtype``, ``device_map``, ``quantization_config``) to the base's
-        ``from_pretrained``. Where the adapter's folder holds a tokenizer of more tokens than the base, the base is
+        ``from_pretrained``. If the adapter's folder holds a tokenizer of more tokens than the base, the base is
         resized to it first.
 
         Departs: where the adapter names no task, PEFT imports the library that the file names; here the class is one
         of transformers or it is refused. `AutoPeftModel` takes adapters of any task.
 
-        Raises ConfigError where the config names no base or no class, or another task; FormatError for the files.
+        Raises ConfigError if the config names no base or no class, or another task; FormatError for the files.
         """
         hub = of_hub(options) | {"revision": revision}
         own = {key: options.pop(key) for key in _OF_THE_ADAPTER if key in options}

@@ -1,4 +1,4 @@
-"""The base model's own weights under its own names, while adapters are on it."""
+"""Base model's own weights under its own names, while adapters are on it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from veneer.model.state import AdapterState
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The ``state_dict()`` of the plain model, without any adapter's tensors. Raises AdapterNameError while merged."""
+    """Return the ``state_dict()`` of the plain model, without any adapter's tensors. Raises AdapterNameError while
+    merged.
+    """
     _require_unmerged(model)
     held = tuple(f"{path}.{kind}." if path else f"{kind}." for path in adapted_places(model) for kind in _HOLDERS)
     return {key: value for key, value in model.state_dict().items() if not key.startswith(held)}

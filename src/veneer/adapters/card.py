@@ -1,4 +1,4 @@
-"""The model card that goes with a saved adapter."""
+"""Model card that goes with a saved adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A base with adapters and a tokenizer, by their names: looked at from outside first, then loaded, then joined."""
+"""Base with adapters and a tokenizer, by their names: looked at from outside first, then loaded, then joined."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from veneer.store.source import float32_note, load_model, load_tokenizer, parse_
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model that is ready to answer. ``names``: what the adapters on it are called there, by their folders."""
+    """Model that is ready to answer. ``names``: what the adapters on it are called there, by their folders."""
 
     model: Any
     tokenizer: Any
@@ -34,7 +34,7 @@ class Loaded:
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """The parts of a model that is to answer: a base as ``source`` names it, its tokenizer, and adapters for it.
+    """Parts of a model that is to answer: a base as ``source`` names it, its tokenizer, and adapters for it.
 
     ``takes_any_dtype``: nobody chose a precision.
     """
@@ -47,7 +47,7 @@ class Parts:
 
     @property
     def adapter(self) -> Path | None:
-        """The first adapter, which acts where nobody names one."""
+        """First adapter, which acts where nobody names one."""
         return next(iter(self.adapters), None)
 
     def float32_note(self, setting: str) -> str | None:
@@ -62,7 +62,7 @@ class Parts:
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """A base and adapters that fit it by shape; no weight of the base is loaded yet. ``notes`` are for the user."""
+    """Base and adapters that fit it by shape; no weight of the base is loaded yet. ``notes`` are for the user."""
 
     source: str
     adapters: tuple[Path, ...]

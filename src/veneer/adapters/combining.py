@@ -37,13 +37,13 @@ _SVD_SUFFIX = "_svd"
 
 @dataclass(frozen=True)
 class Report:
-    """The loss of combining: for each layer the relative Frobenius error of bringing the result to its rank."""
+    """Loss of combining: for each layer the relative Frobenius error of bringing the result to its rank."""
 
     errors: Mapping[str, float]
 
     @property
     def worst(self) -> float:
-        """The largest error of a layer; 0 where the combination is exact."""
+        """Largest error of a layer; 0 if the combination is exact."""
         return max(self.errors.values(), default=0.0)
 
 
@@ -67,7 +67,8 @@ def require_types(**given: object) -> None:
 
 
 def plan_of(combination_type: str, rank: int | None, density: float | None, vote: str, seed: int = 0) -> Combination:
-    """A plan from PEFT's words. "ties_svd" and the like name what "ties" is here: whole updates, brought to a rank.
+    """Return a plan from PEFT's words. "ties_svd" and the like name what "ties" is here: whole updates, brought to a
+    rank.
 
     As in PEFT, a ``density`` is not looked at by the ways that thin nothing out.
     """
@@ -96,7 +97,7 @@ def add_weighted(
     A layer that a part leaves alone counts as unchanged by it. ``most_lost`` is the largest relative error that a
     linear sum may have on a layer where the plan names no rank.
 
-    Raises AdapterNameError, and CompositionError where the parts cannot be combined; nothing is added then.
+    Raises AdapterNameError, and CompositionError if the parts cannot be combined; nothing is added then.
     """
     names, weights = tuple(part for part, _ in parts), [weight for _, weight in parts]
     require_known(state, names)

@@ -38,13 +38,14 @@ def get_eva_state_dict(
     *,
     forward_fn: Forward = _forward,
 ) -> dict[str, Tensor]:
-    """The factor A (r, i) of each linear layer of an adapter, by path, with the rank that EVA gives it (0 is possible).
+    """Return the factor A (r, i) of each linear layer of an adapter, by path, with the rank that EVA gives it (0 is
+    possible).
 
     The base model alone sees the batches, in evaluation mode, pass after pass, until the directions have settled. Of a
-    layer's input those rows count that ``attention_mask`` and, under ``use_label_mask``, ``labels`` leave; where an
-    input is not laid out like the mask (routed tokens, an encoder beside a decoder), all of them.
+    layer's input those rows count that ``attention_mask`` and, under ``use_label_mask``, ``labels`` leave; if an input
+    is not laid out like the mask (routed tokens, an encoder beside a decoder), all of them.
 
-    Raises ConfigError where the adapter does not start from "eva" or `MAX_PASSES` do not settle it, DataError where the
+    Raises ConfigError if the adapter does not start from "eva" or `MAX_PASSES` do not settle it, DataError where the
     loader is empty, gives a layer nothing, or gives it too few rows in every batch, and NonFiniteError for inputs with
     NaN or infinity.
     """
@@ -75,7 +76,7 @@ def initialize_lora_eva_weights(
     ``eva_state_dict`` stands in for the passes over ``dataloader``. Layers that get no rank lose the adapter, and its
     config says afterwards which layers are left, with which rank and alpha. Layers that are not linear, and those
     that ``eva_state_dict`` leaves out, keep their start. Call it before an optimizer is made: parameters whose rank
-    changes are new ones. Raises as `get_eva_state_dict` does, AdapterNameError where an adapter is merged, ConfigError
+    changes are new ones. Raises as `get_eva_state_dict` does, AdapterNameError if an adapter is merged, ConfigError
     without data or where no layer would keep a rank, and ShapeError for factors that fit no layer.
     """
     (start, eva), layers = _start(model, adapter_name), _layers(model, adapter_name)

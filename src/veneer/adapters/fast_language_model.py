@@ -32,7 +32,7 @@ class FastLanguageModel:
         load_in_4bit: bool = True,
         load_in_8bit: bool = False,
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """A base model and its tokenizer, which cuts at ``max_seq_length`` tokens (None: the model's own limit).
+        """Return a base model and its tokenizer, which cuts at ``max_seq_length`` tokens (None: the model's own limit).
 
         ``model_name`` is a folder, a fetched model, or a hub id; dtype None takes the dtype on disk.
         Raises ConfigError.
@@ -73,7 +73,7 @@ class FastLanguageModel:
         """LoRA on a model, drawn from ``random_state``, its blocks fused where they fit, ready to train.
 
         ``use_gradient_checkpointing``: "unsloth" keeps the activations of a pass where memory is plenty and saves it
-        where it is not (`model.activation_memory`), True always computes blocks again in the backward pass,
+        if it is not (`model.activation_memory`), True always computes blocks again in the backward pass,
         "selective" what is cheap in them, False keeps everything.
         """
         config = LoraConfig(
@@ -97,14 +97,14 @@ class FastLanguageModel:
 
     @staticmethod
     def for_training(model: PreTrainedModel) -> PreTrainedModel:
-        """The model in training mode, fused where it fits."""
+        """Return the model in training mode, fused where it fits."""
         fuse(model)
         model.train()
         return model
 
     @staticmethod
     def for_inference(model: PreTrainedModel) -> PreTrainedModel:
-        """The model in evaluation mode, running its own code."""
+        """Return the model in evaluation mode, running its own code."""
         unfuse(model)
         model.eval()
         return model

@@ -31,7 +31,7 @@ def inject_adapter_in_model(
 ) -> nn.Module:
     """Put a fresh adapter on any module, in place, without the methods of `PeftModel`; the base is frozen.
 
-    ``low_cpu_mem_usage`` is so anyway: parameters are made once, where the model is.
+    ``low_cpu_mem_usage`` is so anyway: parameters are made once, if the model is.
     """
     if isinstance(model, PeftModel):
         raise ConfigError("this model is a PeftModel already: call its add_adapter instead")
@@ -53,7 +53,8 @@ def get_peft_model_state_dict(
     save_embedding_layers: SaveEmbeddings = "auto",
     unwrap_compiled: bool = False,
 ) -> dict[str, Tensor]:
-    """The tensors of an adapter by their keys on disk. ``state_dict`` gives values in the place of the model's own.
+    """Return the tensors of an adapter by their keys on disk. ``state_dict`` gives values in the place of the model's
+    own.
 
     What ``torch.compile`` gave is refused, with AdapterNameError, unless ``unwrap_compiled`` says to look inside.
     """
@@ -94,7 +95,7 @@ def load_peft_weights(
     key_mapping: Mapping[str, str] | None = None,
     **hub: Any,
 ) -> dict[str, Tensor]:
-    """The tensors of a saved adapter by their keys on disk, from a folder or a hub id, without a model.
+    """Return the tensors of a saved adapter by their keys on disk, from a folder or a hub id, without a model.
 
     ``device``: where to put them, by default the CPU. ``key_mapping``: see `renamed`. ``hub`` takes the fields of
     `HubOptions`. Raises FormatError.

@@ -1,4 +1,4 @@
-"""The life of an adapter on a model: added or loaded, activated, frozen or trained, deleted."""
+"""Life of an adapter on a model: added or loaded, activated, frozen or trained, deleted."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Loading:
 
 
 def noted(config: MethodConfig, revision: str | None) -> MethodConfig:
-    """The config with the base model's revision, where one is given."""
+    """Return the config with the base model's revision, if one is given."""
     return config if revision is None else replace(config, revision=revision)
 
 
@@ -54,7 +54,7 @@ def load(model: nn.Module, state: AdapterState, folder: Path, name: str, options
     """Attach a saved adapter, or give the values of the files to the adapter that has this name already.
 
     Returns the keys of what was left as it started (see `Leniency`). An adapter that is there trains on if it did.
-    Raises ConfigError where it has other settings than the files.
+    Raises ConfigError if it has other settings than the files.
     """
     _require_unmerged(state, f"load {name!r}")
     if name in state.configs:
@@ -77,8 +77,8 @@ def load(model: nn.Module, state: AdapterState, folder: Path, name: str, options
 
 
 def attached_as(config: MethodConfig, folder: Path, is_trainable: bool) -> MethodConfig:
-    """The config that a saved adapter is attached with. Where a network made its tokens and is not on disk, there is
-    none: they are trained directly from here, and the config still says ``inference_mode``.
+    """Return the config that a saved adapter is attached with. If a network made its tokens and is not on disk, there
+    is none: they are trained directly from here, and the config still says ``inference_mode``.
     """
     config = replace(config, inference_mode=not is_trainable)
     lost = config.has_network and not holds_network(folder)
@@ -123,7 +123,7 @@ def make_trainable(model: nn.Module, state: AdapterState, names: tuple[str, ...]
 
 
 def delete(model: nn.Module, state: AdapterState, name: str) -> None:
-    """Take an adapter off; where the last active one goes, the first of the others becomes active."""
+    """Take an adapter off; if the last active one goes, the first of the others becomes active."""
     require_known(state, (name,))
     if name in state.merged:
         raise AdapterNameError(f"adapter {name!r} is merged: call unmerge_adapter() first, or merge_and_unload()")

@@ -33,8 +33,8 @@ def replace_lora_weights_loftq(
     """Start an adapter's factors on quantized layers from the weights before quantization, one layer at a time.
 
     ``model_path``: the folder or file of the base in full precision; None: the folder it was loaded from. ``callback``
-    is called with the model and the path after each layer; where it returns False, that layer's factors are put back.
-    The base is not changed. Raises ConfigError where no layer is quantized or the adapter is not plain LoRA, and
+    is called with the model and the path after each layer; if it returns False, that layer's factors are put back.
+    The base is not changed. Raises ConfigError if no layer is quantized or the adapter is not plain LoRA, and
     FormatError where the files do not hold the weights.
     """
     config = model.peft_config.get(adapter_name)

@@ -58,7 +58,7 @@ def unmerge(model: nn.Module, state: AdapterState) -> None:
 
 
 def require_known(state: AdapterState, names: tuple[str, ...]) -> None:
-    """Raise AdapterNameError where a name is not loaded, or there is none."""
+    """Raise AdapterNameError if a name is not loaded, or there is none."""
     unknown = [name for name in names if name not in state.configs]
     if unknown or not names:
         raise AdapterNameError(
@@ -87,12 +87,12 @@ def _folded_already(model: nn.Module, module: Adapted, names: tuple[str, ...]) -
 
 
 def holding(model: nn.Module, names: tuple[str, ...]) -> list[tuple[str, Adapted]]:
-    """The modules in which any of these adapters has something, by path."""
+    """Return the modules in which any of these adapters has something, by path."""
     return [(path, m) for path, m in adapted_modules(model).items() if any(m.holds(name) for name in names)]
 
 
 def require_finite(path: str, values: dict[str, Tensor], names: tuple[str, ...]) -> None:
-    """Raise CompositionError where a folded value is not finite."""
+    """Raise CompositionError if a folded value is not finite."""
     broken = [key for key, value in values.items() if not torch.isfinite(value).all()]
     if broken:
         raise CompositionError(

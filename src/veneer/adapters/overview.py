@@ -1,4 +1,4 @@
-"""The adapters of a model as it tells of them: their names and configs, what they change, what is trained."""
+"""Adapters of a model as it tells of them: their names and configs, what they change, what is trained."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from veneer.model.state import AdapterState
 
 
 class AdapterOverview(InPlace, nn.Module):
-    """The part of a `PeftModel` that only reads."""
+    """Part of a `PeftModel` that only reads."""
 
     adapter_state: AdapterState
 
     @property
     def has_active_enabled_adapter(self) -> bool:
-        """True where an adapter is active and adapters are not switched off."""
+        """True if an adapter is active and adapters are not switched off."""
         return bool(self.adapter_state.active) and not self.adapter_state.disabled
 
     @property
     def targeted_module_names(self) -> list[str]:
-        """The paths of the modules that adapters change."""
+        """Paths of the modules that adapters change."""
         return list(adapted_layers(self))
 
     @property
     def peft_config(self) -> Mapping[str, MethodConfig]:
-        """The configs by adapter name."""
+        """Configs by adapter name."""
         return self.adapter_state.configs
 
     @property
     def active_adapters(self) -> list[str]:
-        """The names of the active adapters."""
+        """Names of the active adapters."""
         return list(self.adapter_state.active)
 
     @property
     def active_adapter(self) -> str:
-        """The name of the first active adapter. Raises ConfigError where none is active."""
+        """Name of the first active adapter. Raises ConfigError if none is active."""
         if not self.adapter_state.active:
             raise ConfigError(
                 f"no adapter is active; loaded: {sorted(self.peft_config)}. Call set_adapter with a name."
@@ -50,7 +50,7 @@ class AdapterOverview(InPlace, nn.Module):
 
     @property
     def active_peft_config(self) -> MethodConfig:
-        """The config of the first active adapter. Raises ConfigError where none is active."""
+        """Config of the first active adapter. Raises ConfigError if none is active."""
         return self.peft_config[self.active_adapter]
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
@@ -65,9 +65,9 @@ class AdapterOverview(InPlace, nn.Module):
         print(status.describe_targets(self, self.adapter_state))
 
     def get_layer_status(self) -> list[status.TunerLayerStatus]:
-        """The status of each adapted module."""
+        """Return the status of each adapted module."""
         return status.get_layer_status(self)
 
     def get_model_status(self) -> status.TunerModelStatus:
-        """The status of the model."""
+        """Return the status of the model."""
         return status.get_model_status(self)

@@ -22,7 +22,7 @@ class PeftConfig(ABC):  # noqa: B024 - it is a name for isinstance, and a place 
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **hub: Any) -> MethodConfig:
-        """The config of a saved adapter, from a folder or a hub id; ``hub`` takes the fields of `HubOptions`."""
+        """Return the config of a saved adapter, from a folder or a hub id; ``hub`` takes the fields of `HubOptions`."""
         return MethodConfig.from_pretrained(pretrained_model_name_or_path, **hub)
 
 
@@ -30,7 +30,7 @@ PeftConfig.register(MethodConfig)  # type: ignore[type-abstract]
 
 
 def get_peft_config(config_dict: Mapping[str, Any]) -> MethodConfig:
-    """The config that a dict means: the fields of an ``adapter_config.json``, ``peft_type`` among them.
+    """Return the config that a dict means: the fields of an ``adapter_config.json``, ``peft_type`` among them.
 
     Raises ConfigError with everything that is wrong.
     """

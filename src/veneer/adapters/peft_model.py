@@ -1,4 +1,4 @@
-"""The face of an adapted model: a mixin in front of the transformers class that the model has anyway."""
+"""Face of an adapted model: a mixin in front of the transformers class that the model has anyway."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from veneer.store.adapter.tensors import assign as assign_adapter
 
 
 class PeftModel(AdapterOverview):
-    """The methods that `get_peft_model` adds to a transformers model. The model stays the object that it was."""
+    """Methods that `get_peft_model` adds to a transformers model. The model stays the object that it was."""
 
     _hf_peft_config_loaded: bool
 
@@ -56,7 +56,7 @@ class PeftModel(AdapterOverview):
 
         ``model_id`` is a folder or a hub id; ``hub`` takes the fields of `HubOptions`. ``ignore_mismatched_sizes``:
         what has another shape than in the files starts as in a fresh adapter. ``key_mapping``: see `renamed`.
-        ``device_map``: an adapter goes where its base is, and another place is refused. Raises FormatError where the
+        ``device_map``: an adapter goes where its base is, and another place is refused. Raises FormatError if the
         files are damaged or do not fit the model, which is then as it was.
         """
         folder = adapter_folder(model_id, hub_options(hub))
@@ -201,14 +201,14 @@ class PeftModel(AdapterOverview):
         self.adapter_state.disabled = False
 
     def get_base_model(self) -> PreTrainedModel:
-        """The transformers model: this very object."""
+        """Return the transformers model: this very object."""
         return cast(PreTrainedModel, self)
 
     def update_and_allocate(self, global_step: int) -> None:
         """Let the active adapters' methods act after an optimizer step (AdaLoRA spends its budget).
 
         Call it between ``optimizer.step()`` and ``zero_grad()`` with the number of the step; `SFTTrainer` does so by
-        itself. Raises ConfigError where no active adapter has something to do.
+        itself. Raises ConfigError if no active adapter has something to do.
         """
         schedules.begin(self, self.adapter_state)
         if not schedules.advance(self.adapter_state, global_step):
@@ -233,8 +233,8 @@ class PeftModel(AdapterOverview):
         """Fold the active adapters (or those named) into the weights and give back the plain model.
 
         A quantized model becomes a dense one in the dtype that it had before. With ``requantize`` it stays quantized,
-        and how much of the update survived that is printed. Raises CompositionError where the adapters cannot be
-        folded, and, with ``safe_merge``, where the result is not finite; ConfigError for ``requantize`` where no
+        and how much of the update survived that is printed. Raises CompositionError if the adapters cannot be
+        folded, and, with ``safe_merge``, if the result is not finite; ConfigError for ``requantize`` where no
         adapted layer is quantized.
         """
         names = self._to_merge(adapter_names)
@@ -265,7 +265,7 @@ class PeftModel(AdapterOverview):
     ) -> None:
         """Write adapters in PEFT's format: ``default`` into the folder, any other into a folder of its name there.
 
-        ``tags`` go into the model card; ``hub`` takes ``repo_id`` and the fields of `Upload`. Raises ConfigError where
+        ``tags`` go into the model card; ``hub`` takes ``repo_id`` and the fields of `Upload`. Raises ConfigError if
         pickles are asked for and for an unknown argument, AdapterNameError for an unknown adapter, FormatError where
         writing fails: what was there before is then untouched.
         """
@@ -330,7 +330,7 @@ class PeftModel(AdapterOverview):
 
 
 class GeneratingPeftModel(PeftModel):
-    """A `PeftModel` that generates."""
+    """`PeftModel` that generates."""
 
     def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """transformers' ``generate``. ``adapter_names`` gives each prompt an adapter of its own, as in a forward."""
@@ -354,7 +354,7 @@ def get_peft_model(
 
     Start values are drawn from torch's global generator: ``torch.manual_seed`` makes them repeatable. The adapter is
     float32 beside a 16-bit base unless ``autocast_adapter_dtype`` is False. ``revision`` is noted in the config.
-    ``low_cpu_mem_usage`` is so anyway: parameters are made once, where the model is.
+    ``low_cpu_mem_usage`` is so anyway: parameters are made once, if the model is.
 
     Raises TargetError and AdapterNameError; the model is then as it was.
     """
@@ -379,7 +379,7 @@ def _becoming(model: nn.Module) -> Iterator[PeftModel]:
 
 
 def become_peft_model(model: nn.Module) -> PeftModel:
-    """The model with `PeftModel` in front of its class and, if it was plain before, its parameters frozen."""
+    """Return the model with `PeftModel` in front of its class and, if it was plain before, its parameters frozen."""
     if not isinstance(model, PeftModel):
         change_class(model, GeneratingPeftModel if hasattr(model, "generate") else PeftModel)
         adapted = cast(PeftModel, model)

@@ -15,7 +15,7 @@ _WHERE_THE_BASE_IS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def require_same_place(model: nn.Module, device_map: DeviceMap) -> None:
-    """Raise ConfigError where a ``device_map`` names a device that the base model is not on, or none at all."""
+    """Raise ConfigError if a ``device_map`` names a device that the base model is not on, or none at all."""
     if device_map is None or device_map in _WHERE_THE_BASE_IS:
         return
     held = {parameter.device for parameter in model.parameters()}

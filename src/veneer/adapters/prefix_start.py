@@ -56,7 +56,7 @@ def initialize_kv_prefix_from_past_key_values(
 ) -> Tensor:
     """Start a prefix from the first positions of a cache of one row; returns the matrix that a plain save holds.
 
-    Raises ConfigError where the adapter is no prefix, an MLP makes it, or the cache holds fewer positions.
+    Raises ConfigError if the adapter is no prefix, an MLP makes it, or the cache holds fewer positions.
     """
     name = model.active_adapter if adapter_name is None else adapter_name
     holder, config = _prefix(model, name)

@@ -21,10 +21,10 @@ from veneer.model.state import AdapterState
 
 @dataclass(frozen=True, slots=True)
 class Survival:
-    """The part of an update that survives quantizing the merged weight.
+    """Part of an update that survives quantizing the merged weight.
 
     ``relative_size`` is the update's Frobenius norm over the weight's. ``share`` is the cosine between the update and
-    what really changed: 1 where it came through whole, 0 where nothing did. ``gain`` is the length of what changed
+    what really changed: 1 if it came through whole, 0 if nothing did. ``gain`` is the length of what changed
     along the update over the update's own: below 1 it acts more weakly than it was trained to.
     """
 
@@ -37,7 +37,9 @@ class Survival:
 def survival(
     path: str, before: Float[Tensor, "o i"], wanted: Float[Tensor, "o i"], after: Float[Tensor, "o i"]
 ) -> Survival:
-    """The share of the update ``wanted - before`` that is in ``after - before``; an update of zero survives whole."""
+    """Return the share of the update ``wanted - before`` that is in ``after - before``; an update of zero survives
+    whole.
+    """
     update, change = wanted - before, after - before
     square, dot = update.square().sum(), (update * change).sum()
     if square == 0:
@@ -82,7 +84,7 @@ def merge_requantized(
 
 
 def describe(report: Sequence[Survival]) -> str:
-    """The report in words: the middle, the worst, and what to do about it."""
+    """Return the report in words: the middle, the worst, and what to do about it."""
     middle = statistics.median(s.share for s in report)
     worst = min(report, key=lambda s: s.share)
     size = statistics.median(s.relative_size for s in report)

@@ -38,7 +38,7 @@ AS_IT_IS = (
 
 @dataclass(frozen=True)
 class Selection:
-    """The choices of a save: the adapters, whole embeddings or not, values that stand in for the model's own, and tags
+    """Choices of a save: the adapters, whole embeddings or not, values that stand in for the model's own, and tags
     that the model card gets besides its own.
     """
 
@@ -66,7 +66,7 @@ def upload_of(values: Mapping[str, Any]) -> Upload:
 
 
 def require_safetensors(safe_serialization: bool) -> None:
-    """Raise ConfigError where a pickle is asked for."""
+    """Raise ConfigError if a pickle is asked for."""
     if not safe_serialization:
         raise ConfigError("safe_serialization=False asks for a pickle; adapters are written as safetensors only")
 
@@ -85,7 +85,7 @@ def save(model: nn.Module, state: AdapterState, folder: Path, what: Selection) -
 
 
 def subfolder(folder: Path, name: str) -> Path:
-    """The folder in which an adapter of this name is kept: ``default`` lies in ``folder`` itself."""
+    """Return the folder in which an adapter of this name is kept: ``default`` lies in ``folder`` itself."""
     return folder if name == "default" else folder / name
 
 
@@ -127,12 +127,12 @@ def _keep_for_training(model: nn.Module, state: AdapterState, folder: Path, name
 
 
 def joined(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of several adapters in one mapping, each key behind its adapter's name."""
+    """Return the tensors of several adapters in one mapping, each key behind its adapter's name."""
     return {f"{name}{_JOINT}{key}": value for name, tensors in parts.items() for key, value in tensors.items()}
 
 
 def divided(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The inverse of `joined`; empty where the keys are no adapters' own."""
+    """Return the inverse of `joined`; empty if the keys are no adapters' own."""
     parts: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, joint, rest = key.partition(_JOINT)

@@ -18,14 +18,14 @@ _JOINT = "::"  # in no adapter's name
 
 
 def penalty(model: nn.Module, state: AdapterState) -> Tensor | None:
-    """The penalty that the acting adapters add to a training loss; None for none."""
+    """Return the penalty that the acting adapters add to a training loss; None for none."""
     found = (training.penalty(list(layers_of(model, name).values())) for name, training in _acting(state).items())
     terms = [term for term in found if term is not None]
     return sum(terms[1:], terms[0]) if terms else None
 
 
 def with_penalty(model: nn.Module, state: AdapterState, output: Any) -> Any:
-    """A model's output in training with the penalty added to its loss, as PEFT's AdaLoRA does."""
+    """Return a model's output in training with the penalty added to its loss, as PEFT's AdaLoRA does."""
     loss = getattr(output, "loss", None)
     if model.training and isinstance(loss, Tensor):
         term = penalty(model, state)
@@ -72,7 +72,7 @@ def restore(state: AdapterState, saved: Mapping[str, Tensor]) -> None:
 
 
 def layers_of(model: nn.Module, name: str) -> dict[str, Params]:
-    """The parameters of an adapter at each linear layer, by path."""
+    """Return the parameters of an adapter at each linear layer, by path."""
     return {p: tensors_of(layer.adapters[name]) for p, layer in adapted_layers(model).items() if name in layer.adapters}
 
 

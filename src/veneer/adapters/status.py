@@ -1,4 +1,4 @@
-"""The status of a model: its adapters by layer, those active, those that train."""
+"""Status of a model: its adapters by layer, those active, those that train."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class TunerLayerStatus:
 
 @dataclass(frozen=True)
 class TunerModelStatus:
-    """The model as a whole, in PEFT's fields."""
+    """Model as a whole, in PEFT's fields."""
 
     base_model_type: str
     peft_types: dict[str, str]
@@ -51,7 +51,7 @@ class TunerModelStatus:
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
-    """The status of every adapted module. Raises ConfigError where the model has none."""
+    """Return the status of every adapted module. Raises ConfigError if the model has none."""
     state = _state(model)
     return [
         TunerLayerStatus(
@@ -70,7 +70,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
 
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:
-    """The status of the model. Raises ConfigError where it has no adapters."""
+    """Return the status of the model. Raises ConfigError if it has no adapters."""
     state, layers = _state(model), get_layer_status(model)
     trainable, total = count_parameters(model)
     names = sorted(state.configs)

@@ -19,7 +19,7 @@ from veneer.errors import ConfigError
 
 
 class ByTask(type):
-    """The class of these names: an adapted model is an instance if its first adapter is for the task."""
+    """Class of these names: an adapted model is an instance if its first adapter is for the task."""
 
     def __call__(
         cls, model: nn.Module, peft_config: MethodConfig, adapter_name: str = "default", **options: Any
@@ -34,7 +34,7 @@ class ByTask(type):
 
 
 class TaskModel(PeftModel):
-    """The common base of the classes below."""
+    """Common base of the classes below."""
 
     task: ClassVar[TaskType]
 
@@ -68,36 +68,36 @@ def _for_task(cls: type, config: MethodConfig) -> MethodConfig:
 
 
 class PeftModelForCausalLM(TaskModel, metaclass=ByTask):
-    """An adapted model for ``CAUSAL_LM``."""
+    """Adapted model for ``CAUSAL_LM``."""
 
     task = TaskType.CAUSAL_LM
 
 
 class PeftModelForSeq2SeqLM(TaskModel, metaclass=ByTask):
-    """An adapted model for ``SEQ_2_SEQ_LM``."""
+    """Adapted model for ``SEQ_2_SEQ_LM``."""
 
     task = TaskType.SEQ_2_SEQ_LM
 
 
 class PeftModelForSequenceClassification(TaskModel, metaclass=ByTask):
-    """An adapted model for ``SEQ_CLS``."""
+    """Adapted model for ``SEQ_CLS``."""
 
     task = TaskType.SEQ_CLS
 
 
 class PeftModelForTokenClassification(TaskModel, metaclass=ByTask):
-    """An adapted model for ``TOKEN_CLS``."""
+    """Adapted model for ``TOKEN_CLS``."""
 
     task = TaskType.TOKEN_CLS
 
 
 class PeftModelForQuestionAnswering(TaskModel, metaclass=ByTask):
-    """An adapted model for ``QUESTION_ANS``."""
+    """Adapted model for ``QUESTION_ANS``."""
 
     task = TaskType.QUESTION_ANS
 
 
 class PeftModelForFeatureExtraction(TaskModel, metaclass=ByTask):
-    """An adapted model for ``FEATURE_EXTRACTION``."""
+    """Adapted model for ``FEATURE_EXTRACTION``."""
 
     task = TaskType.FEATURE_EXTRACTION

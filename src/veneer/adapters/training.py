@@ -11,9 +11,9 @@ from veneer.errors import TrainingError
 
 
 def require_something_to_train(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A pre-hook of the model's forward: a training step in which no parameter would change is an error.
+    """Return a pre-hook of the model's forward: a training step in which no parameter would change is an error.
 
-    Raises TrainingError where labels are given in training mode and every parameter is frozen.
+    Raises TrainingError if labels are given in training mode and every parameter is frozen.
     """
     if torch.compiler.is_compiling() or not model.training or not torch.is_grad_enabled():
         return

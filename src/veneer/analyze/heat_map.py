@@ -1,4 +1,4 @@
-"""A picture of where adapters changed their base: one square a module and layer, one panel an adapter."""
+"""Picture of where adapters changed their base: one square a module and layer, one panel an adapter."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def draw_norms(adapters: Mapping[str, Sequence[LayerReport]], path: Path) -> Non
 
 
 def norms_figure(adapters: Mapping[str, Sequence[LayerReport]]) -> Figure:
-    """The picture of `draw_norms`: modules down, layers across. What is not changed is left white."""
+    """Return the picture of `draw_norms`: modules down, layers across. What is not changed is left white."""
     lines = [line for of in adapters.values() for line in of]
     modules = list(dict.fromkeys(line.module for line in lines))
     layers: list[int | None] = [None] if any(line.layer is None for line in lines) else []

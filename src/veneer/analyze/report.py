@@ -1,4 +1,4 @@
-"""An adapter layer by layer: how large each update is, and how many directions it uses."""
+"""Adapter layer by layer: how large each update is, and how many directions it uses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The singular values of an update, from its factors: norm, effective rank, energy."""
+"""Singular values of an update, from its factors: norm, effective rank, energy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from veneer.errors import CompositionError
 
 @dataclass(frozen=True, slots=True)
 class Spectrum:
-    """The update ``scale B A = U diag(s) Vᵀ`` of one layer: u (o, r), s (r,) in falling order, vt (r, i)."""
+    """Update ``scale B A = U diag(s) Vᵀ`` of one layer: u (o, r), s (r,) in falling order, vt (r, i)."""
 
     u: Float[Tensor, "o r"]
     s: Float[Tensor, " r"]
@@ -46,7 +46,7 @@ class Spectrum:
 
 
 def spectrum(record: LinearDelta) -> Spectrum:
-    """The spectrum of a low-rank record in at least float32.
+    """Return the spectrum of a low-rank record in at least float32.
 
     Raises CompositionError for a record with any other term.
     """
@@ -58,5 +58,5 @@ def spectrum(record: LinearDelta) -> Spectrum:
 
 
 def spectrum_of_dense(update: Float[Tensor, "o i"]) -> Spectrum:
-    """The spectrum of any update given as a matrix."""
+    """Return the spectrum of any update given as a matrix."""
     return Spectrum(*torch.linalg.svd(update, full_matrices=False))

@@ -1,4 +1,4 @@
-"""A random subspace of all weights of a model: d numbers that move every weight, by Fastfood's fast random matrix."""
+"""Random subspace of all weights of a model: d numbers that move every weight, by Fastfood's fast random matrix."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from veneer.errors import ConfigError
 
 
 def hadamard(x: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows n"]:
-    """The orthonormal Walsh-Hadamard transform along the last axis, whose size is a power of two, in n log n steps."""
+    """Return the orthonormal Walsh-Hadamard transform along the last axis, whose size is a power of two, in n log n
+    steps.
+    """
     n, y, half = x.shape[-1], x, 1
     while half < n:
         pairs = y.reshape(*x.shape[:-1], n // (2 * half), 2, half)
@@ -26,7 +28,7 @@ def hadamard(x: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows n"]:
 
 
 class Fastfood(nn.Module):
-    """A random matrix (n_out, d) with entries of variance 1/d, never formed: stacked blocks ``H G Π H B`` (Le et al.
+    """Random matrix (n_out, d) with entries of variance 1/d, never formed: stacked blocks ``H G Π H B`` (Le et al.
     2013, eq. 5), with H Hadamard, G Gaussian, Π a permutation and B signs. It takes 13 bytes for each output.
     """
 
@@ -46,7 +48,7 @@ class Fastfood(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, theta: Float[Tensor, " d"]) -> Float[Tensor, " n_out"]:
-        """The image of theta."""
+        """Return the image of theta."""
         padded = nn.functional.pad(theta, (0, self.sign.shape[1] - self.d))
         mixed = hadamard(padded * self.sign).gather(1, self.order)
         return hadamard(mixed * self.gauss).flatten()[: self.n_out]
@@ -58,7 +60,7 @@ class Subspace(nn.Module):
 
     ``structure_aware`` (SAID, eq. 4) spends one of the d on each layer, as a factor of what P does there. P has entries
     of variance 1/(dimensions of θ), so that one learning rate moves the weights as far whatever d is.
-    Raises ConfigError where d leaves nothing for θ or is larger than the model.
+    Raises ConfigError if d leaves nothing for θ or is larger than the model.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], d: int, *, structure_aware: bool = False, seed: int = 0) -> None:
@@ -76,7 +78,7 @@ class Subspace(nn.Module):
         )
 
     def weights(self) -> dict[str, Tensor]:
-        """The model's weights by name, in their dtypes."""
+        """Return the model's weights by name, in their dtypes."""
         found = {}
         for (name, start), projection in zip(self.start.items(), self.projections, strict=True):
             moved = cast(Tensor, projection(self.theta))
@@ -87,6 +89,8 @@ class Subspace(nn.Module):
 
 
 def layer_of(name: str) -> str:
-    """The layer that a parameter belongs to: its path up to the first number, or what stands outside of any layer."""
+    """Return the layer that a parameter belongs to: its path up to the first number, or what stands outside of any
+    layer.
+    """
     numbered = re.match(r"(.*?\.\d+)\.", name)
     return numbered.group(1) if numbered else name.rpartition(".")[0]

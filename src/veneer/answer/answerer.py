@@ -1,4 +1,4 @@
-"""The interface of all that answers prompts: how it draws tokens, what it does, how long an answer may be."""
+"""Interface of all that answers prompts: how it draws tokens, its action, how long an answer may be."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from veneer.evaluate.scoring import Answering, OnProgress, ignore_progress
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """The choice of tokens: the likeliest at a ``temperature`` of 0, else a draw by ``top_p``, ``top_k`` (0: all) and
+    """Choice of tokens: the likeliest at a ``temperature`` of 0, else a draw by ``top_p``, ``top_k`` (0: all) and
     ``seed`` (None: another one each time).
     """
 
@@ -24,7 +24,7 @@ class Drawing:
 
 
 class Answerer(Protocol):
-    """A model that answers prompts, which are token ids."""
+    """Model that answers prompts, which are token ids."""
 
     tokenizer: Any
 

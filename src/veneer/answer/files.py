@@ -19,7 +19,7 @@ ADAPTER, ANSWER = "adapter", "answer"  # the fields that a row may have, and get
 
 @dataclass(frozen=True)
 class Asked:
-    """A row with its prompt, and the adapter that is to answer it (None: the base alone)."""
+    """Row with its prompt, and the adapter that is to answer it (None: the base alone)."""
 
     row: Row
     ids: Sequence[int]

@@ -1,1 +1,1 @@
-"""The commands, one file per verb; `app` mounts them."""
+"""Commands, one file per verb; `app` mounts them."""

@@ -45,7 +45,7 @@ _ENVIRONMENT = {errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EROFS, errno.EDQU
 
 
 class VerbGroup(TyperGroup):
-    """The group of verbs: turns errors that a user can mend into a message and an exit code."""
+    """Group of verbs: turns errors that a user can mend into a message and an exit code."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the command line; ``--weights 0.7 -0.3`` needs no quotes."""
@@ -93,7 +93,7 @@ def _messages() -> Iterator[None]:
 
 
 def with_weights_joined(args: list[str]) -> list[str]:
-    """The arguments with all numbers that follow ``--weights`` as its one value."""
+    """Return the arguments with all numbers that follow ``--weights`` as its one value."""
     if "--weights" not in args:
         return args
     first = args.index("--weights") + 1
@@ -165,7 +165,7 @@ app.command("env", cls=VerbCommand)(env.env)
 
 
 def main() -> None:
-    """The console entry point."""
+    """Return the console entry point."""
     # The bars of other libraries come where something takes long, and go when it is done; read when tqdm is imported.
     os.environ.setdefault("TQDM_DELAY", "2")
     os.environ.setdefault("TQDM_LEAVE", "")

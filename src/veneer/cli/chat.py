@@ -1,4 +1,4 @@
-"""The work of ``veneer chat``."""
+"""Work of ``veneer chat``."""
 
 from __future__ import annotations
 

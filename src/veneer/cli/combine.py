@@ -1,4 +1,4 @@
-"""The work of ``veneer combine``."""
+"""Work of ``veneer combine``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The work of ``veneer env``."""
+"""Work of ``veneer env``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The work of ``veneer eval``."""
+"""Work of ``veneer eval``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The work of ``veneer export``."""
+"""Work of ``veneer export``."""
 
 from __future__ import annotations
 

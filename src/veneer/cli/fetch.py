@@ -1,4 +1,4 @@
-"""The work of ``veneer fetch``."""
+"""Work of ``veneer fetch``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The work of ``veneer generate``."""
+"""Work of ``veneer generate``."""
 
 from __future__ import annotations
 

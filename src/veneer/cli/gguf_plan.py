@@ -1,4 +1,4 @@
-"""A planned GGUF file in a terminal: its size, and the types of its tensors, equal layers in one row."""
+"""Planned GGUF file in a terminal: its size, and the types of its tensors, equal layers in one row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The help page of a command: usage, what it does, an example to copy, arguments and options in two columns."""
+"""Help page of a command: usage, its action, an example to copy, arguments and options in two columns."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _EXAMPLE = "Example:"
 
 
 class VerbCommand(TyperCommand):
-    """A verb whose help page fits a terminal of 80 columns."""
+    """Verb whose help page fits a terminal of 80 columns."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the page."""
@@ -48,7 +48,7 @@ def print_page(command: Any, ctx: Any, commands: Sequence[tuple[str, str]] = ())
 
 
 def first_sentence(command: Any) -> str:
-    """The first sentence of a command's help, for the list of commands."""
+    """Return the first sentence of a command's help, for the list of commands."""
     paragraph = " ".join(inspect.cleandoc(command.help or "").split("\n\n")[0].split())
     return paragraph.partition(". ")[0].removesuffix(".")
 

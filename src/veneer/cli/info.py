@@ -1,4 +1,4 @@
-"""The work of ``veneer info``."""
+"""Work of ``veneer info``."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from veneer.train.record import told_life
 
 
 def run_section(record: Mapping[str, Any]) -> dict[str, str]:
-    """The rows of the table for a run: status, last step, losses, what was saved, what changed on the way."""
+    """Return the rows of the table for a run: status, last step, losses, what was saved, what changed on the way."""
     recipe, results = record["recipe"], record.get("results", {})
     step = results.get("steps", record.get("step"))
     found = {

@@ -1,4 +1,4 @@
-"""The work of ``veneer inspect``."""
+"""Work of ``veneer inspect``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The work of ``veneer intrinsic``."""
+"""Work of ``veneer intrinsic``."""
 
 from __future__ import annotations
 

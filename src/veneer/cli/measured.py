@@ -1,4 +1,4 @@
-"""The outcome of ``veneer eval``: as a table, as JSON, and row by row in a file."""
+"""Outcome of ``veneer eval``: as a table, as JSON, and row by row in a file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _SHORT = 16  # of a label that is folded no further for a table beside it
 
 @dataclass(frozen=True)
 class Measured:
-    """The results of a metric, one for each column of its subject."""
+    """Results of a metric, one for each column of its subject."""
 
     metric: str
     subject: Subject
@@ -45,7 +45,7 @@ class Measured:
 
     @property
     def names(self) -> list[str]:
-        """The columns by name."""
+        """Columns by name."""
         return [_BASE if folder is None else str(folder) for folder in self.subject.columns]
 
     def differences(self) -> list[Difference]:

@@ -1,4 +1,4 @@
-"""The work of ``veneer merge``."""
+"""Work of ``veneer merge``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The work of ``veneer merge-models``."""
+"""Work of ``veneer merge-models``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The answers of ``veneer plan``: printed, or as JSON."""
+"""Answers of ``veneer plan``: printed, or as JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The work of ``veneer serve``."""
+"""Work of ``veneer serve``."""
 
 from __future__ import annotations
 

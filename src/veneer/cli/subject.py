@@ -1,4 +1,4 @@
-"""The subject of ``veneer eval``: rows, the tokenizer that reads them, and a model with adapters, loaded in time."""
+"""Subject of ``veneer eval``: rows, the tokenizer that reads them, and a model with adapters, loaded in time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Named:
-    """The arguments that name the subject; None and False where not given."""
+    """Arguments that name the subject; None and False if not given."""
 
     model: str | None
     adapters: tuple[Path, ...]
@@ -37,7 +37,7 @@ class Named:
 
 @dataclass(kw_only=True)
 class Subject:
-    """The rows to ask about, and all rows of which they are the first; a model that `load` loads, and its tokenizer.
+    """Rows to ask about, and all rows of which they are the first; a model that `load` loads, and its tokenizer.
 
     ``adapters`` are measured side by side, with the base alone in front of them where ``with_base``.
     """
@@ -52,12 +52,12 @@ class Subject:
 
     @property
     def columns(self) -> list[Path | None]:
-        """An adapter, or None for the base alone, for each result."""
+        """Adapter, or None for the base alone, for each result."""
         return [*([None] if self.with_base or not self.adapters else []), *self.adapters]
 
 
 def subject_of(named: Named) -> Subject:
-    """The subject that the arguments name, all of it checked, and no weight loaded."""
+    """Return the subject that the arguments name, all of it checked, and no weight loaded."""
     if named.with_base and not named.adapters and named.recipe is None and not _is_adapter(named.model):
         raise ConfigError("--with-base sets the base beside adapters, and none is given: add --adapter FOLDER")
     return _of_model(named) if named.recipe is None else _of_recipe(named, named.recipe)

@@ -1,4 +1,4 @@
-"""A run of ``veneer train``: what is printed while it is planned and trained."""
+"""Run of ``veneer train``: what is printed while it is planned and trained."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _ACCURACIES = ("eval_rewards/accuracies", "eval_accuracy")  # of DPO, of reward 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """The options of the command."""
+    """Options of the command."""
 
     show_sample: bool
     resume: bool

@@ -1,4 +1,4 @@
-"""The work of a verb, imported when the verb runs: it brings torch, seconds that a page of help can do without."""
+"""Work of a verb, imported when the verb runs: it brings torch, seconds that a page of help can do without."""
 
 from __future__ import annotations
 

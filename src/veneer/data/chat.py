@@ -23,9 +23,9 @@ _ROLES = {"system", "developer", "user", "assistant", "tool"}
 def render(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: Mapping[str, Any] | None = None
 ) -> list[int]:
-    """The token ids of a conversation under the tokenizer's chat template.
+    """Return the token ids of a conversation under the tokenizer's chat template.
 
-    Raises DataError where there is no template or where the template refuses the conversation.
+    Raises DataError if there is no template or if the template refuses the conversation.
     """
     return _render(tokenizer, messages, options)["input_ids"]
 
@@ -33,13 +33,14 @@ def render(
 def assistant_mask(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: Mapping[str, Any] | None = None
 ) -> tuple[list[int], list[bool]]:
-    """The token ids of a conversation, and for each whether the assistant wrote it (the end of its turn included).
+    """Return the token ids of a conversation, and for each whether the assistant wrote it (the end of its turn
+    included).
 
     Three ways, in this order: the template's own ``{% generation %}`` markers; position, by rendering the conversation
     up to each turn, which holds for every template that only ever appends; the marked version of a well-known template
     that TRL ships. Token ids play no part, so a pad token equal to the end token does no harm.
 
-    Raises DataError where none of the three tells the turns apart.
+    Raises DataError if none of the three tells the turns apart.
     """
     if "{% generation" in (tokenizer.chat_template or "") or "{%- generation" in (tokenizer.chat_template or ""):
         return _marked(tokenizer, messages, options)
@@ -58,9 +59,9 @@ def assistant_mask(
 
 
 def with_template(tokenizer: PreTrainedTokenizerBase, file: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer with the chat template of a file (Jinja), which is saved with it; without a file as it is.
+    """Return the tokenizer with the chat template of a file (Jinja), which is saved with it; without a file as it is.
 
-    Raises DataError where the file cannot be read or is no template.
+    Raises DataError if the file cannot be read or is no template.
     """
     if file is None:
         return tokenizer
@@ -87,7 +88,7 @@ class _Generation(Extension):
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """The number of leading values that two sequences share."""
+    """Return the number of leading values that two sequences share."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 

@@ -1,4 +1,4 @@
-"""A data set made ready for training: encoded, rows without a trained token dropped, packed."""
+"""Data set made ready for training: encoded, rows without a trained token dropped, packed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
 def encode_all(dataset: AnyDataset, encoder: Encoder, name: str, n_processes: int | None = None) -> AnyDataset:
     """Encode every row; rows without a trained token are left out, and their number is logged.
 
-    Raises DataError where no row is left, with what was looked for.
+    Raises DataError if no row is left, with what was looked for.
     """
     if isinstance(dataset, Dataset) and not len(dataset):
         raise DataError(f"the {name} data has no rows")
@@ -56,8 +56,8 @@ def pack_all(dataset: AnyDataset, capacity: int, *, split: bool) -> Dataset:
 
 
 def filled(dataset: Dataset, n_rows: int) -> Dataset:
-    """The rows with ``n_rows`` more at their end, in which no token is trained: nothing that is summed over trained
-    tokens changes.
+    """Return the rows with ``n_rows`` more at their end, in which no token is trained: nothing that is summed over
+    trained tokens changes.
     """
     if not n_rows:
         return dataset
@@ -69,7 +69,7 @@ def filled(dataset: Dataset, n_rows: int) -> Dataset:
 
 
 def digest(dataset: Dataset) -> str:
-    """A hash of the token ids and labels of all rows, in order: two runs on equal data have equal ones."""
+    """Return a hash of the token ids and labels of all rows, in order: two runs on equal data have equal ones."""
     state = hashlib.blake2b(digest_size=16)
     for row in dataset:
         state.update(array("q", [len(row["input_ids"])]).tobytes())
@@ -78,7 +78,9 @@ def digest(dataset: Dataset) -> str:
 
 
 def columns_of(dataset: Dataset | IterableDataset) -> list[str]:
-    """The names of the columns, streamed or not. Raises DataError where a data set without names has no row either."""
+    """Return the names of the columns, streamed or not. Raises DataError if a data set without names has no
+    row either.
+    """
     names = dataset.column_names or next(iter(dataset), None)
     if names is None:
         raise DataError("the data has no rows")
@@ -107,7 +109,7 @@ def _all_masked(encoder: Encoder, name: str, columns: list[str], n_rows: int) ->
 
 
 def require_answers(kind: Kind, rows: Dataset, name: str, *, assistant: bool, completion: bool) -> None:
-    """Raise ConfigError where ``assistant_only_loss`` or ``completion_only_loss`` has nothing in these rows to find."""
+    """Raise ConfigError if ``assistant_only_loss`` or ``completion_only_loss`` has nothing in these rows to find."""
     columns = columns_of(rows)
     if assistant and (kind == "text" or (kind == "prompt-completion" and isinstance(_first(rows)["prompt"], str))):
         raise ConfigError(

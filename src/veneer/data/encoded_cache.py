@@ -25,7 +25,7 @@ _DONE = "dataset_info.json"
 
 
 def encoded_once(rows: Dataset, encoder: Encoder, encode: Callable[[], Dataset]) -> Dataset:
-    """The rows as ``encode`` gives them, or as it gave them before, mapped from disk.
+    """Return the rows as ``encode`` gives them, or as it gave them before, mapped from disk.
 
     Small sets, and tokenizers that do not tell all of themselves, are encoded each time; so is everything where the
     cache cannot be written.

@@ -18,7 +18,7 @@ Encoded = dict[str, list[int]]
 
 
 def kind_of(columns: Sequence[str], text_field: str) -> Kind:
-    """The kind of rows with these columns. Raises DataError where none of the known forms fits."""
+    """Return the kind of rows with these columns. Raises DataError if none of the known forms fits."""
     if "input_ids" in columns:
         return "tokens"
     if "prompt" in columns and "completion" in columns:

@@ -19,9 +19,9 @@ _SHOWN_PROBLEMS = 5
 
 
 def numbered_rows(path: Path, problems: list[str]) -> Iterator[tuple[int, Row]]:
-    """The objects of a file with their numbers; anything else is noted in ``problems`` and left out.
+    """Return the objects of a file with their numbers; anything else is noted in ``problems`` and left out.
 
-    Raises DataError where the file is missing or none, has another ending, or cannot be read as a whole.
+    Raises DataError if the file is missing or none, has another ending, or cannot be read as a whole.
     """
     readers = {
         ".jsonl": _json_lines, ".json": _json_list, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet, ".txt": _lines,
@@ -43,7 +43,7 @@ def numbered_rows(path: Path, problems: list[str]) -> Iterator[tuple[int, Row]]:
 
 
 def raise_all(source: object, problems: list[str]) -> None:
-    """Raise one DataError for these problems, where there are any: the first few, and how many more.
+    """Raise one DataError for these problems, if there are any: the first few, and how many more.
 
     A problem that several rows share is told once, with their numbers.
     """

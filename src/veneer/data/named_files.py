@@ -21,7 +21,7 @@ def is_missing(source: str) -> bool:
 
 
 def missing_told(path: Path) -> str:
-    """The message for a missing file, with the nearest that is there."""
+    """Return the message for a missing file, with the nearest that is there."""
     names = [each.name for each in path.parent.iterdir() if each.is_file()] if path.parent.is_dir() else []
     found = difflib.get_close_matches(path.name, names, n=1)
     return f"there is no file {path}{f'; the nearest is {path.parent / found[0]}' if found else ''}"

@@ -34,7 +34,7 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 def pack(dataset: Dataset, capacity: int, *, split: bool = False) -> Dataset:
     """Rows of up to ``capacity`` tokens made of whole sequences, with their ``seq_lengths``.
 
-    ``split`` cuts sequences that are too long into several; without it they must fit already. Raises DataError where
+    ``split`` cuts sequences that are too long into several; without it they must fit already. Raises DataError if
     no trained token is left: the first of each sequence, and of each piece, has nothing before it that predicts it.
     """
     rows = [(row["input_ids"], row["labels"]) for row in dataset]

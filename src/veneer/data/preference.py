@@ -32,9 +32,9 @@ _READ = ("prompt", "chosen", "rejected", "completion", "label")
 
 
 def checked_rows(rows: Any, name: str, task: Task) -> Any:
-    """The rows as they are; those of several data sets each.
+    """Return the rows as they are; those of several data sets each.
 
-    Raises DataError where columns are missing, and, with all of them by number, for rows that hold nothing, or the
+    Raises DataError if columns are missing, and, with all of them by number, for rows that hold nothing, or the
     same answer twice. Streamed rows are looked at one by one later on, so that only their columns are known.
     """
     if rows is None:
@@ -55,7 +55,7 @@ def checked_rows(rows: Any, name: str, task: Task) -> Any:
 
 
 def require_columns(columns: list[str], name: str, task: Task) -> None:
-    """Raise DataError where these are not the columns of a task."""
+    """Raise DataError if these are not the columns of a task."""
     if any(needed <= set(columns) for needed in _COLUMNS[task]) or "prompt_ids" in columns or "chosen_ids" in columns:
         return
     missing = sorted(_COLUMNS[task][0] - set(columns))
@@ -117,7 +117,7 @@ class PreferenceReader:
     system: str | None = None
 
     def form(self, columns: Iterable[str]) -> str:
-        """The name of the form. Raises DataError where the columns are not those of the task."""
+        """Return the name of the form. Raises DataError if the columns are not those of the task."""
         require_columns([*columns, *(["prompt"] if self.prompt else [])], "rows'", self.task)
         return self.task
 

@@ -37,7 +37,7 @@ class RowReader:
     advice: str = 'data.prompt and data.completion, such as "Question: {question}" and "{answer}"'
 
     def form(self, columns: Iterable[str]) -> str:
-        """The form that these columns have. Raises DataError where none fits."""
+        """Return the form that these columns have. Raises DataError if none fits."""
         names = set(columns)
         if self.prompt is not None and self.completion is not None:
             return "template"
@@ -58,9 +58,9 @@ class RowReader:
         )
 
     def read(self, row: Mapping[str, Any], form: str) -> Row:
-        """One row in its final form. Raises DataError where a value is missing or of the wrong kind.
+        """One row in its final form. Raises DataError if a value is missing or of the wrong kind.
 
-        Raises ConfigError where ``chat`` or ``system`` is given and the row is no conversation.
+        Raises ConfigError if ``chat`` or ``system`` is given and the row is no conversation.
         """
         readers: dict[str, Callable[[Mapping[str, Any]], Row]] = {
             "messages": self._messages,
@@ -115,7 +115,7 @@ class RowReader:
 
 
 def form_of(row: Mapping[str, Any]) -> str:
-    """The final form that a row has: messages, prompt-completion or text."""
+    """Return the final form that a row has: messages, prompt-completion or text."""
     return "messages" if "messages" in row else "text" if "text" in row else "prompt-completion"
 
 
@@ -149,7 +149,7 @@ def load_rows(source: str | Path, reader: RowReader | PreferenceReader, limit: i
 def stream_rows(source: str | Path, reader: RowReader) -> IterableDataset:
     """`load_rows` row by row, for sets larger than memory: nothing is kept, and the first row that does not fit raises.
 
-    Rows come in the order of the source, which is read again for each epoch. Raises DataError where it has none.
+    Rows come in the order of the source, which is read again for each epoch. Raises DataError if it has none.
     """
     streamed = IterableDataset.from_generator(_read_one_by_one, gen_kwargs={"source": str(source), "reader": reader})
     if next(iter(streamed), None) is None:
@@ -176,7 +176,7 @@ def _read_one_by_one(source: str, reader: RowReader) -> Iterator[Row]:
 
 
 def split_off(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Training rows and held-out rows, drawn by seed. Raises DataError where one of the two would be empty."""
+    """Training rows and held-out rows, drawn by seed. Raises DataError if one of the two would be empty."""
     n_held_out = round(fraction * len(rows))
     if not 0 < n_held_out < len(rows):
         raise DataError(f"a fraction of {fraction} of {len(rows)} rows leaves nothing to train on or to evaluate on")

@@ -1,4 +1,4 @@
-"""The order of the examples of an epoch: a function of seed and epoch alone, so that a resumed run repeats it."""
+"""Order of the examples of an epoch: a function of seed and epoch alone, so that a resumed run repeats it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class FilledSampler(Sampler[int]):
         self.sampler, self.rest = sampler, range(start, stop)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the other sampler, where it has any."""
+        """Choose the epoch of the other sampler, if it has any."""
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
 
@@ -76,7 +76,7 @@ class EvenBatches(BatchSampler):
 
 
 def last_size(left: int, n: int) -> int:
-    """The rows of each of ``n`` batches that together hold each of ``left`` rows equally often: the fewest."""
+    """Return the rows of each of ``n`` batches that together hold each of ``left`` rows equally often: the fewest."""
     return left // math.gcd(left, n)
 
 

@@ -15,10 +15,10 @@ from veneer.errors import ConfigError, DataError
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A file or a data set of the hub, its reading, and how many of its rows are taken.
+    """File or a data set of the hub, its reading, and how many of its rows are taken.
 
     ``weight``: how often each row is taken; 0.5 is a half of them, 2.5 all twice and a half once more. ``count``: so
-    many rows in place of that, again from the start where there are fewer. What is left out is drawn by seed. Raises
+    many rows in place of that, again from the start if there are fewer. What is left out is drawn by seed. Raises
     ConfigError.
     """
 
@@ -36,7 +36,7 @@ class Source:
             raise ConfigError(f"{self.name}: give weight or count, not both")
 
     def n_taken(self, n_rows: int) -> int:
-        """The rows that are taken of so many. Raises DataError where that is none."""
+        """Return the rows that are taken of so many. Raises DataError if that is none."""
         n = round(self.weight * n_rows) if self.count is None else self.count
         if not n:
             raise DataError(f"{self.name}: a weight of {self.weight:g} takes none of {n_rows} rows: raise it")
@@ -44,9 +44,9 @@ class Source:
 
 
 def load_sources(sources: Sequence[Source], seed: int, limit: int | None = None) -> Dataset:
-    """The rows of all sources (of each the first ``limit``), taken as they weigh, one source after another.
+    """Return the rows of all sources (of each the first ``limit``), taken as they weigh, one source after another.
 
-    Raises DataError as `load_rows` does, and where sources hold rows of two forms.
+    Raises DataError as `load_rows` does, and if sources hold rows of two forms.
     """
     parts = [load_rows(source.name, source.reader, limit) for source in sources]
     forms = [form_of(part[0]) for part in parts]

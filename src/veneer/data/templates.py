@@ -20,7 +20,7 @@ class _Fields(string.Formatter):
 def fill_template(template: str, row: Mapping[str, Any]) -> str:
     """Fill a template such as ``"Review: {text}"`` with the columns of a row.
 
-    Raises DataError where the row lacks a column or holds nothing in it, ConfigError where the template itself cannot
+    Raises DataError where the row lacks a column or holds nothing in it, ConfigError if the template itself cannot
     be read.
     """
     try:

@@ -14,7 +14,7 @@ from veneer.errors import DiskError
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace a file by new content: a crash or a full disk on the way leaves the old file as it was.
 
-    Raises DiskError where the content cannot be written.
+    Raises DiskError if the content cannot be written.
     """
     write_together(path.parent, {path.name: content})
 

@@ -1,4 +1,4 @@
-"""The cache folder, where fetched and converted models are kept."""
+"""Cache folder, where fetched and converted models are kept."""
 
 from __future__ import annotations
 

@@ -31,12 +31,12 @@ _SETTLED_SECONDS = 2.0  # a scratch folder that is younger may not be locked yet
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A scratch folder beside ``target`` to write into; on leaving without an error it takes the place of ``target``.
+    """Return a scratch folder beside ``target`` to write into; on leaving without an error it takes the place of
+    ``target``.
 
     On any error nothing changes. Leftovers of a killed process for the same target are removed first, and an old
     ``target`` that it had moved aside comes back. A ``target`` that is a link stays one: the folder it leads to is
-    replaced. Raises DiskError where the disk is full or read-only or a file stands in the way, other refusals as
-    OSError.
+    replaced. Raises DiskError if the disk is full or read-only or a file stands in the way, other refusals as OSError.
     """
     _make_parent(target)
     if target.is_symlink():
@@ -66,7 +66,7 @@ def _make_parent(target: Path) -> None:
 
 @contextmanager
 def disk_errors_told(target: Path) -> Iterator[None]:
-    """Raise DiskError where the block fails because the disk is full or read-only, in whatever words."""
+    """Raise DiskError if the block fails because the disk is full or read-only, in whatever words."""
     try:
         yield
     except DiskError:
@@ -165,7 +165,7 @@ def build_once(
     build: Callable[[Path], None],
     on_wait: Callable[[], None] = lambda: None,
 ) -> Path:
-    """``target``, built by ``build(scratch)`` where it is not whole yet.
+    """``target``, built by ``build(scratch)`` if it is not whole yet.
 
     Processes that race wait for the first, after ``on_wait()``, and use its result. Leftovers of a crashed one are
     removed.

@@ -1,4 +1,4 @@
-"""The name of a model that lies in a cache: one that means the same on another machine."""
+"""Name of a model that lies in a cache: one that means the same on another machine."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _OF_HUB = re.compile(r"/models--([^/]+)/snapshots/[^/]+")
 
 
 def known_name(name: str) -> str:
-    """The name of a model by which other machines know it, where ``name`` is a path into a cache, of this machine or of
-    another; otherwise ``name`` as it is.
+    """Return the name of a model by which other machines know it, where ``name`` is a path into a cache, of this
+    machine or of another; otherwise ``name`` as it is.
 
     A model of ``veneer fetch`` goes by the name that it was fetched by, one of the hub by its id, and a GGUF file by
     its own name and hash, ``model.gguf@sha256:0f3a…``.

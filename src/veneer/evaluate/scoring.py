@@ -25,7 +25,7 @@ def ignore_progress(done: int, total: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """A sequence, and the span ``[start, end)`` of it whose tokens' log-probabilities are asked for; start ≥ 1."""
+    """Sequence, and the span ``[start, end)`` of it whose tokens' log-probabilities are asked for; start ≥ 1."""
 
     ids: tuple[int, ...]
     start: int
@@ -44,7 +44,9 @@ class Batching:
             raise ConfigError(f"a batch holds at least one row and one token, not {self.n_rows} and {self.n_tokens}")
 
     def split(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """The positions of ``lengths`` in batches, longest first: little padding, and one too large fails at once."""
+        """Return the positions of ``lengths`` in batches, longest first: little padding, and one too large fails at
+        once.
+        """
         batch: list[int] = []
         for at in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
             widest = lengths[batch[0]] if batch else lengths[at]
@@ -148,7 +150,7 @@ class Answering:
     stop: tuple[str, ...] = ()
 
     def cut(self, text: str) -> str:
-        """The text up to the first of the ``stop`` strings."""
+        """Return the text up to the first of the ``stop`` strings."""
         ends = [at for at in (text.find(s) for s in self.stop) if at >= 0]
         return text[: min(ends)] if ends else text
 
@@ -177,7 +179,7 @@ def generated_answers(
     options: Mapping[str, Any],
     on_progress: OnProgress = ignore_progress,
 ) -> list[str]:
-    """A continuation of every prompt as text, to the end of the model's context at most, by these ``options`` of
+    """Return a continuation of every prompt as text, to the end of the model's context at most, by these ``options`` of
     `generate`. Padding is on the left and masked. Raises ConfigError for prompts that are empty or fill the context.
     """
     answering = answering or Answering()
@@ -203,7 +205,7 @@ def require_room(prompts: Sequence[Sequence[int]], limit: int | None) -> None:
 
 
 def context_length(model: Any, adapters: Sequence[str] = ()) -> int | None:
-    """The tokens that fit into the context beside the active adapter's virtual tokens; None without a limit.
+    """Return the tokens that fit into the context beside the active adapter's virtual tokens; None without a limit.
 
     ``adapters``: beside those of any of these in place of the active one.
     """
@@ -259,7 +261,9 @@ def _continued(
 
 
 def greedy() -> dict[str, Any]:
-    """The options of `generate` that take the likeliest token every time, whatever a checkpoint's own settings say."""
+    """Return the options of `generate` that take the likeliest token every time, whatever a checkpoint's own settings
+    say.
+    """
     # The first three would be warned about, the others choose another answer.
     plain = {"temperature": None, "top_p": None, "top_k": None, "repetition_penalty": 1.0, "num_beams": 1}
     return {"do_sample": False, **plain}

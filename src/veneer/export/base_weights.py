@@ -1,4 +1,4 @@
-"""The parameters of a base checkpoint by the model's names, whatever their names and storage format in the files."""
+"""Parameters of a base checkpoint by the model's names, whatever their names and storage format in the files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class BaseWeights:
 
     The parameters ``resized`` are cut to the model's rows, or have zeros below their own.
 
-    Raises FormatError where a parameter of the model is not in the files under any name that it may have.
+    Raises FormatError if a parameter of the model is not in the files under any name that it may have.
     """
 
     def __init__(self, folder: Path, model: PreTrainedModel, resized: Collection[str] = ()) -> None:
@@ -49,7 +49,7 @@ class BaseWeights:
         self._model_names = {stored: name for name, stored in reversed(self._stored.items())}
 
     def groups(self) -> list[list[str]]:
-        """The parameters' names; several together are one tied tensor."""
+        """Return the parameters' names; several together are one tied tensor."""
         return self._groups
 
     def others(self) -> list[str]:
@@ -60,17 +60,17 @@ class BaseWeights:
 
     @staticmethod
     def own(module: nn.Module) -> list[str]:
-        """The names of the parameters that a module holds itself."""
+        """Return the names of the parameters that a module holds itself."""
         return [key for key, value in module._parameters.items() if value is not None]
 
     def stored_name(self, name: str, own: bool) -> str:
-        """The name in the files; ``own=False``: one of a tied tensor's names, written apart."""
+        """Return the name in the files; ``own=False``: one of a tied tensor's names, written apart."""
         stored = self._stored[name]
         is_this = own or stored in (name, name.removeprefix(self._prefix))
         return stored if is_this else name
 
     def model_name(self, name: str) -> str | None:
-        """The model's name of a tensor of the result; None for one that is no parameter."""
+        """Return the model's name of a tensor of the result; None for one that is no parameter."""
         return self._model_names.get(name, name if name in self._stored else None)
 
     def spec(self, name: str, dtype: torch.dtype | None) -> Spec:
@@ -93,7 +93,7 @@ class BaseWeights:
         return dtype if dtype and tensor.dtype.is_floating_point else tensor.dtype, tensor.shape
 
     def read(self, name: str) -> Tensor:
-        """A parameter by the model's name."""
+        """Return a parameter by the model's name."""
         value, shape = self._read(self._stored[name], self._shapes[name]), self._shapes[name]
         if name not in self._resized or value.shape == shape:
             return value
@@ -114,12 +114,12 @@ class BaseWeights:
         return out
 
     def read_stored(self, stored: str) -> Tensor:
-        """A tensor by its name in the result."""
+        """Return a tensor by its name in the result."""
         name = self._model_names.get(stored, stored)
         return self.read(name) if name in self._stored else self._tensors.read(stored)
 
     def blocks(self, stored: str) -> Iterator[Tensor]:
-        """The rows (k, …) of `read_stored`, in order. A dense tensor of the files is never whole in memory."""
+        """Return the rows (k, …) of `read_stored`, in order. A dense tensor of the files is never whole in memory."""
         name = self._model_names.get(stored, stored)
         held = self._stored.get(name, stored)  # tied tensors that are written apart lie in the files once
         if held in self._stacks and held not in self._tensors.tensors:
@@ -204,7 +204,9 @@ def is_copy(stored: StoredTensor, rows: Iterable[Tensor]) -> bool:
 
 
 def in_blocks(tensor: Tensor) -> Iterator[Tensor]:
-    """The rows (k, …) of a tensor, in order, in blocks of about `BLOCK_VALUES` values; one that has no rows, whole."""
+    """Return the rows (k, …) of a tensor, in order, in blocks of about `BLOCK_VALUES` values; one that has no rows,
+    whole.
+    """
     if tensor.ndim < 2 or not tensor.numel():
         yield tensor
     else:

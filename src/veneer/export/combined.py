@@ -39,7 +39,7 @@ def combine_checkpoints(
     """Write the base with the task vectors of fine-tuned models, each times its weight, added; returns the bytes.
 
     Tensors keep the base's dtypes; config and tokenizer are the base's. DARE's draw for a tensor depends on the seed
-    and the tensor's name alone. Raises FormatError where files are damaged, where the models do not hold the base's
+    and the tensor's name alone. Raises FormatError where files are damaged, if the models do not hold the base's
     tensors in the base's shapes, where weights are quantized, and where ``output`` holds something and is not to be
     overwritten. Then nothing is written.
     """

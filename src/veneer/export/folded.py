@@ -1,4 +1,4 @@
-"""The tensors of a base with an adapter folded in, made one at a time when they are asked for.
+"""Tensors of a base with an adapter folded in, made one at a time when they are asked for.
 
 The model is built without storage; one module at a time gets its weights from the base, folds, and gives them up.
 """
@@ -40,14 +40,14 @@ NAME = "merged"
 
 
 class FoldedCheckpoint:
-    """A base in ``folder``, dense, with an adapter folded in; the base alone where ``adapter`` is None.
+    """Base in ``folder``, dense, with an adapter folded in; the base alone where ``adapter`` is None.
 
     ``specs`` are dtype and shape of every tensor of the result by its name in files, ``untied`` says that tied
     embeddings have become two tensors, ``prefix`` is that of the names of the model without its head, ``n_modules``
     counts the modules that the adapter changes. ``dtype`` is that of the result's floating tensors: None, the base's.
     ``wide``: what is folded is a float32 sum, which the base's dtype never rounds.
 
-    Raises FormatError where the files are damaged or do not fit each other, and CompositionError for adapters that
+    Raises FormatError if the files are damaged or do not fit each other, and CompositionError for adapters that
     cannot be folded or are in the base already.
     """
 
@@ -78,7 +78,7 @@ class FoldedCheckpoint:
         self.n_modules = len(self._changed)
 
     def read(self, name: str) -> Tensor:
-        """A tensor of ``specs``, before it is rounded to the dtype there."""
+        """Return a tensor of ``specs``, before it is rounded to the dtype there."""
         if name not in self._plan.owners:
             return self._weights.read_stored(name)
         path, key = self._plan.owners[name]
@@ -88,8 +88,8 @@ class FoldedCheckpoint:
         return self._pending.pop((path, key))
 
     def blocks(self, name: str) -> Iterator[Tensor]:
-        """The rows (k, …) of `read`, in order. Few are ever in memory, but of an adapter whose factors come of the
-        weight itself, and of modules that it has whole.
+        """Return the rows (k, …) of `read`, in order. Few are ever in memory, but of an adapter whose factors come of
+        the weight itself, and of modules that it has whole.
         """
         if name not in self._plan.owners:
             yield from self._weights.blocks(name)
@@ -109,12 +109,12 @@ class FoldedCheckpoint:
         yield from in_blocks(self.read(name))
 
     def model_name(self, name: str) -> str | None:
-        """The model's own name for a tensor of ``specs``; None for one that is no parameter of it."""
+        """Return the model's own name for a tensor of ``specs``; None for one that is no parameter of it."""
         return self._weights.model_name(name)
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The ``config.json`` of the result."""
+        """``config.json`` of the result."""
         config: dict[str, Any] = json.loads((self._folder / "config.json").read_text(encoding="utf-8"))
         config.pop("quantization_config", None)
         if self._n_rows:

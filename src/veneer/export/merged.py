@@ -1,4 +1,4 @@
-"""A base checkpoint with an adapter folded in, written tensor by tensor: never the model in memory."""
+"""Base checkpoint with an adapter folded in, written tensor by tensor: never the model in memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class MergeOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeReport:
-    """The result of a merge: modules changed, tensors and bytes written, and True where tied embeddings were split."""
+    """Result of a merge: modules changed, tensors and bytes written, and True if tied embeddings were split."""
 
     n_modules: int
     n_tensors: int
@@ -47,7 +47,7 @@ def merge_checkpoint(
 
     The values are those of ``merge_and_unload`` on the base in its own dtype, rounded to ``options.dtype`` at the end.
     An adapter that brings the embeddings and the head of a resized vocabulary whole gives the result that vocabulary.
-    Raises FormatError where the files are damaged or do not fit each other, CompositionError for adapters that cannot
+    Raises FormatError if the files are damaged or do not fit each other, CompositionError for adapters that cannot
     be folded or that the base says it has in it already, and FormatError where ``output`` holds something and is not to
     be overwritten. Then nothing is written.
     """
@@ -69,6 +69,6 @@ def merge_checkpoint(
 
 
 def floating_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """The torch dtype that a person names; None for none or ``"auto"``: that of the base."""
+    """Return the torch dtype that a person names; None for none or ``"auto"``: that of the base."""
     parsed = None if dtype is None else parse_dtype(dtype)
     return None if isinstance(parsed, str) else parsed

@@ -1,4 +1,4 @@
-"""The folder of a model: where it is on this machine, and the files in it that are not weights."""
+"""Folder of a model: where it is on this machine, and the files in it that are not weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NOT_COPIED = ("config.json", "model.safetensors.index.json", "veneer.json", "ad
 
 
 def local_folder(model: str | os.PathLike[str]) -> Path:
-    """The folder of a model, downloaded if it is a hub id. Raises ConfigError where there is none."""
+    """Return the folder of a model, downloaded if it is a hub id. Raises ConfigError if there is none."""
     place = resolve(model)
     if isinstance(place, Path):
         return place
@@ -34,7 +34,7 @@ def local_folder(model: str | os.PathLike[str]) -> Path:
 
 
 def model_config(folder: Path) -> Any:
-    """transformers' config of a folder. Raises FormatError where it is damaged, or of no model that is known."""
+    """transformers' config of a folder. Raises FormatError if it is damaged, or of no model that is known."""
     try:
         return AutoConfig.from_pretrained(folder)
     except (ValueError, KeyError, OSError, StrictDataclassError) as error:

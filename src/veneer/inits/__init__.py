@@ -1,6 +1,6 @@
 """Starts of trained parameters. The starts of low-rank factors are one file each, found by name.
 
-Such a file offers ``find(name)``: the `Start` that a value of ``init_lora_weights`` means, or None where it is not its
+Such a file offers ``find(name)``: the `Start` that a value of ``init_lora_weights`` means, or None if it is not its
 own, and ``NAMES`` for messages.
 A start that is not the base model (PiSSA, OLoRA) says so with ``taken_off``: the product that it starts from is then
 taken off again in the record. The frozen weight itself is never changed, so nothing has to be put back, adapters on
@@ -35,18 +35,20 @@ class Start:
 
 
 def find_start(name: bool | str) -> Start | None:
-    """The start that a value of ``init_lora_weights`` means; None where there is none of that name."""
+    """Return the start that a value of ``init_lora_weights`` means; None if there is none of that name."""
     found: Iterator[Start | None] = (module.find(name) for module in _modules())
     return next((start for start in found if start is not None), None)
 
 
 def start_names() -> list[str]:
-    """The values that ``init_lora_weights`` may have, for messages."""
+    """Return the values that ``init_lora_weights`` may have, for messages."""
     return [name for module in _modules() for name in module.NAMES]
 
 
 def dense_weight(site: LinearSite, r: int, who: str) -> Float[Tensor, "o i"]:
-    """The frozen weight in float32. Raises ConfigError where it is not loaded or has no r directions to start from."""
+    """Return the frozen weight in float32. Raises ConfigError if it is not loaded or has no r directions to
+    start from.
+    """
     if site.experts > 1:
         raise ConfigError(
             f"{who} at {site.name} starts from one matrix; these are {site.experts} experts' in one tensor: "

@@ -5,7 +5,7 @@ The decomposition of all rows seen is brought up to date batch by batch (Ross et
 robust visual tracking", section 2.1), with the mean taken off, as the paper's code does.
 
 Departs: the sign of a direction, which means nothing, is left out of the cosine, and a direction in which the rows do
-not vary counts as settled, where the paper's code would wait for it for ever.
+not vary counts as settled, if the paper's code would wait for it for ever.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SEED = 0  # of the randomized decomposition: the same batches give the same fac
 
 
 def find(name: bool | str) -> Start | None:
-    """The start called "eva": plain LoRA's, until a pass over data gives A its directions."""
+    """Return the start called "eva": plain LoRA's, until a pass over data gives A its directions."""
     return Start(kaiming) if name == "eva" else None
 
 
@@ -69,7 +69,7 @@ class EvaConfig:
 
 @dataclass(frozen=True)
 class Directions:
-    """The k leading directions of the rows seen so far, and what it takes to go on.
+    """K leading directions of the rows seen so far, and what it takes to go on.
 
     ``values`` are singular values of the centred rows, ``total`` is the squared length of all of those together, and
     ``cosines`` compares each direction with the one of its place before the last batch; None after the first.
@@ -83,7 +83,7 @@ class Directions:
     cosines: Float[Tensor, " k"] | None
 
     def explained(self) -> Float[Tensor, " k"]:
-        """The share of the variance that each direction explains."""
+        """Return the share of the variance that each direction explains."""
         return self.values.square() / self.total.to(self.values.dtype).clamp_min(torch.finfo(self.values.dtype).tiny)
 
     def varies(self) -> Bool[Tensor, " k"]:
@@ -104,7 +104,7 @@ class Directions:
 
 
 def updated(before: Directions | None, rows: Float[Tensor, "n i"], k: int) -> Directions:
-    """The directions after another batch, of at least k rows, in float32."""
+    """Return the directions after another batch, of at least k rows, in float32."""
     rows, n = rows.to(torch.float32), rows.shape[0]
     mean = rows.mean(dim=0, dtype=torch.float64)
     centred = rows - mean.to(rows.dtype)
@@ -121,7 +121,8 @@ def updated(before: Directions | None, rows: Float[Tensor, "n i"], k: int) -> Di
 
 
 def shared_ranks(explained: Mapping[str, Tensor], budget: int) -> dict[str, int]:
-    """The rank of each layer: the ``budget`` best directions of all layers, by the variance each explains in its own.
+    """Return the rank of each layer: the ``budget`` best directions of all layers, by the variance each explains in its
+    own.
 
     Of equal ones the earlier layer's goes first.
     """

@@ -2,7 +2,7 @@
 T = 1): ``scale · B A`` is the best approximation of rank r of ``W - Q``.
 
 Departs: more iterations would quantize another matrix than W; here the codes are those of the base, which other
-adapters share. The scale alpha / r is taken into account, where the paper has none (and PEFT ignores its own).
+adapters share. The scale alpha / r is taken into account, if the paper has none (and PEFT ignores its own).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from veneer.inits.pissa import best_factors
 
 
 def lost(weight: Float[Tensor, "o i"], quantized: Float[Tensor, "o i"], r: int, scale: float) -> Factors:
-    """A (r, i) and B (o, r) in float32 on the CPU with ``scale · B A`` nearest to ``weight - quantized``.
+    """Return a (r, i) and B (o, r) in float32 on the CPU with ``scale · B A`` nearest to ``weight - quantized``.
 
-    Raises ConfigError where the weight has no r directions.
+    Raises ConfigError if the weight has no r directions.
     """
     if r > min(weight.shape):
         raise ConfigError(f"LoftQ: r={r} is more than a weight of shape {tuple(weight.shape)} can give")

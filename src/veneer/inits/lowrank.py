@@ -18,7 +18,7 @@ def find(name: bool | str) -> Start | None:
 
 
 def kaiming(site: LinearSite, r: int, scale: float, generator: torch.Generator | None = None) -> Factors:
-    """A uniform in ±1/√i (Kaiming uniform with a = √5, He et al. 2015), B zero: loralib's and PEFT's default."""
+    """Return a uniform in ±1/√i (Kaiming uniform with a = √5, He et al. 2015), B zero: loralib's and PEFT's default."""
     if site.kind == "embedding":
         return _embedding(site, r, generator)
     bound = 1 / math.sqrt(site.in_features)
@@ -27,7 +27,7 @@ def kaiming(site: LinearSite, r: int, scale: float, generator: torch.Generator |
 
 
 def gaussian(site: LinearSite, r: int, scale: float, generator: torch.Generator | None = None) -> Factors:
-    """A normal with standard deviation 1/r, B zero (Hu et al. 2021, section 4.1; the deviation is PEFT's)."""
+    """Return a normal with standard deviation 1/r, B zero (Hu et al. 2021, section 4.1; the deviation is PEFT's)."""
     if site.kind == "embedding":
         return _embedding(site, r, generator)
     return torch.randn(r, site.in_features, generator=generator) / r, torch.zeros(site.out_features, r)

@@ -15,7 +15,7 @@ NAMES = ("'olora'",)
 
 
 def find(name: bool | str) -> Start | None:
-    """The start called "olora"."""
+    """Return the start called "olora"."""
     return Start(orthonormal, taken_off=True) if name == "olora" else None
 
 

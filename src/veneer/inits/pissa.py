@@ -23,7 +23,7 @@ NAMES = ("'pissa'", "'pissa_niter_4'")
 
 
 def find(name: bool | str) -> Start | None:
-    """The exact start, or the randomized one with its number of iterations."""
+    """Return the exact start, or the randomized one with its number of iterations."""
     match = re.fullmatch(r"pissa(?:_niter_(\d+))?", str(name))
     if match is None:
         return None
@@ -34,13 +34,15 @@ def find(name: bool | str) -> Start | None:
 def principal(
     site: LinearSite, r: int, scale: float, generator: torch.Generator | None = None, n_iterations: int | None = None
 ) -> Factors:
-    """A and B with ``scale · B A`` the best approximation of W of rank r. Raises ConfigError without a weight."""
+    """Return a and B with ``scale · B A`` the best approximation of W of rank r. Raises ConfigError without
+    a weight.
+    """
     u, s, vt = leading_triplets(dense_weight(site, r, "PiSSA"), r, n_iterations, generator)
     return best_factors(u, s, vt, scale)
 
 
 def best_factors(u: Float[Tensor, "o r"], s: Float[Tensor, " r"], vt: Float[Tensor, "r i"], scale: float) -> Factors:
-    """A and B with ``scale · B A = U S Vᵀ``, each with the root of the singular values, on the CPU."""
+    """Return a and B with ``scale · B A = U S Vᵀ``, each with the root of the singular values, on the CPU."""
     root = (s / abs(scale)).sqrt()
     return (root[:, None] * vt).cpu().contiguous(), (u * math.copysign(1.0, scale) * root).cpu().contiguous()
 
@@ -48,7 +50,7 @@ def best_factors(u: Float[Tensor, "o r"], s: Float[Tensor, " r"], vt: Float[Tens
 def leading_triplets(
     w: Float[Tensor, "o i"], r: int, n_iterations: int | None, generator: torch.Generator | None
 ) -> tuple[Float[Tensor, "o r"], Float[Tensor, " r"], Float[Tensor, "r i"]]:
-    """The r leading singular triplets U, S, Vᵀ: exact, or randomized with that many power iterations."""
+    """Return the r leading singular triplets U, S, Vᵀ: exact, or randomized with that many power iterations."""
     if n_iterations is None:
         u, s, vt = torch.linalg.svd(w, full_matrices=False)
         return u[:, :r], s[:r], vt[:r]

@@ -1,4 +1,4 @@
-"""The common base of the lean forms of AdamW: settings, the walk over parameters, state restored bit for bit."""
+"""Common base of the lean forms of AdamW: settings, the walk over parameters, state restored bit for bit."""
 
 from __future__ import annotations
 

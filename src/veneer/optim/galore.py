@@ -73,7 +73,7 @@ class GaLoreAdamW(LeanAdamW):
         super().__init__(params, defaults)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As `LeanAdamW`. Raises ConfigError where the state is that of another rank or side, or of moments stored
+        """As `LeanAdamW`. Raises ConfigError if the state is that of another rank or side, or of moments stored
         otherwise; then this optimizer stays as it was.
         """
         flags = [group["projected"] for group in state_dict["param_groups"] for _ in group["params"]]
@@ -139,7 +139,9 @@ class GaLoreAdamW(LeanAdamW):
 
 
 def basis(grad: Float[Tensor, "m n"], rank: int, right: bool) -> Float[Tensor, "k r"]:
-    """An orthonormal basis of the gradient's leading subspace: right singular vectors (n, r) or left ones (m, r)."""
+    """Return an orthonormal basis of the gradient's leading subspace: right singular vectors (n, r) or left ones (m,
+    r).
+    """
     u, _, vt = torch.linalg.svd(grad, full_matrices=False)
     directions: Tensor = vt[:rank].T if right else u[:, :rank]
     return directions.contiguous()

@@ -32,7 +32,7 @@ def lora_plus_groups(
 
     Departs: PEFT gives every one-dimensional parameter (DoRA's magnitude, biases) B's rate; here only B has it.
 
-    Raises ConfigError where nothing is trainable or there is no B.
+    Raises ConfigError if nothing is trainable or there is no B.
     """
     if ratio <= 0 or lr < 0:
         raise ConfigError(f"loraplus ratio={ratio} must be above 0 and lr={lr} at least 0")

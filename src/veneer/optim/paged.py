@@ -58,7 +58,7 @@ class PagedAdamW8bit(AdamW8bit):
         return super().step(closure)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state, whole: what a step still copies to host memory is waited for."""
+        """Return the state, whole: what a step still copies to host memory is waited for."""
         for device in {param.device for param in self.state if param.device.type == "cuda"}:
             torch.cuda.synchronize(device)
         return super().state_dict()
@@ -101,9 +101,10 @@ class PagedAdamW8bit(AdamW8bit):
 
 
 def map_tensor(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None) -> tuple[Tensor, mmap.mmap]:
-    """A tensor of zeros over an unnamed file that the system may write out and drop from memory, with its mapping.
+    """Return a tensor of zeros over an unnamed file that the system may write out and drop from memory, with its
+    mapping.
 
-    Raises TrainingError where the folder has no room for it.
+    Raises TrainingError if the folder has no room for it.
     """
     n_bytes = math.prod(shape) * dtype.itemsize
     where = folder or tempfile.gettempdir()

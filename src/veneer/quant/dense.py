@@ -1,4 +1,4 @@
-"""A frozen weight kept as it is: float32, bfloat16 or float16."""
+"""Frozen weight kept as it is: float32, bfloat16 or float16."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A frozen weight in 4 bits with blockwise scales, optionally scaled twice (NF4 and FP4 differ in the table of codes).
+"""Frozen weight in 4 bits with blockwise scales, optionally scaled twice (NF4 and FP4 differ in the table of codes).
 
 Source: Dettmers, Pagnoni, Holtzman, Zettlemoyer 2023, QLoRA, arXiv:2305.14314, section 3. The scales ("absmax", one
 per block of 64) are themselves quantized to 8 bits in blocks of 256, their mean taken off first: 4 + 8/64 +
@@ -84,7 +84,7 @@ class FourBitWeight(CodedWeight):
         return dense.to(dtype) if dtype == torch.float64 else dense
 
     def scales(self) -> Float32[Tensor, " blocks"]:
-        """The absmax of each block."""
+        """Return the absmax of each block."""
         if self.nested_absmax is None or self.nested_offset is None:
             return self.absmax
         return expand_absmax(CompressedAbsmax(self.absmax, self.nested_absmax, self.nested_offset))
@@ -92,7 +92,7 @@ class FourBitWeight(CodedWeight):
 
 @dataclass(frozen=True, slots=True)
 class FourBitSpec:
-    """A matrix in 4 bits, described. ``layout.dtype`` is the dtype before; ``double_quant`` puts absmax into 8 bits."""
+    """Matrix in 4 bits, described. ``layout.dtype`` is the dtype before; ``double_quant`` puts absmax into 8 bits."""
 
     layout: FourBitLayout
     double_quant: bool = False
@@ -185,7 +185,7 @@ def quantize(
     block_size: int = 64,
     compute_dtype: torch.dtype | None = None,
 ) -> FourBitWeight:
-    """A weight in 4 bits. Raises ConfigError (unknown type or block size), ShapeError, NonFiniteError."""
+    """Return a weight in 4 bits. Raises ConfigError (unknown type or block size), ShapeError, NonFiniteError."""
     layout = FourBitLayout((weight.shape[0], weight.shape[1]), quant_type, block_size, weight.dtype)
     spec = FourBitSpec(layout, double_quant, compute_dtype)
     return spec.bind(spec.quantize(weight))

@@ -15,5 +15,5 @@ NAME = "fp4"
 def quantize(
     weight: Float[Tensor, "o i"], *, double_quant: bool = True, compute_dtype: torch.dtype | None = None
 ) -> FourBitWeight:
-    """A weight in FP4. Raises ShapeError, NonFiniteError."""
+    """Return a weight in FP4. Raises ShapeError, NonFiniteError."""
     return four_bit.quantize(weight, NAME, double_quant=double_quant, compute_dtype=compute_dtype)

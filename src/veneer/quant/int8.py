@@ -1,4 +1,4 @@
-"""A frozen weight in 8 bits with one scale per row.
+"""Frozen weight in 8 bits with one scale per row.
 
 Source: Dettmers, Lewis, Belkada, Zettlemoyer 2022, LLM.int8(), arXiv:2208.07339, section 2.
 Departs: activations are not quantized, so there are no outliers to keep apart and the only error is the weight's.
@@ -54,7 +54,7 @@ class Int8Weight(CodedWeight):
 
 @dataclass(frozen=True, slots=True)
 class Int8Spec:
-    """A matrix in int8, described."""
+    """Matrix in int8, described."""
 
     shape: tuple[int, int]
     dtype: torch.dtype = torch.float32
@@ -89,6 +89,6 @@ class Int8Spec:
 
 
 def quantize(weight: Float[Tensor, "o i"], *, compute_dtype: torch.dtype | None = None) -> Int8Weight:
-    """A weight in int8. Raises ShapeError, NonFiniteError."""
+    """Return a weight in int8. Raises ShapeError, NonFiniteError."""
     spec = Int8Spec((weight.shape[0], weight.shape[1]), weight.dtype, compute_dtype)
     return spec.bind(spec.quantize(weight))

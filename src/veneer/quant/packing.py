@@ -11,7 +11,7 @@ from veneer.quant.product import CodedWeight
 
 
 def packed_codes(weight: CodedWeight, dtype: torch.dtype) -> PackedCodes | None:
-    """NF4, FP4 or int8 codes packed, for values rounded to ``dtype``; None where they have no such form.
+    """NF4, FP4 or int8 codes packed, for values rounded to ``dtype``; None if they have no such form.
 
     A doubly quantized absmax is expanded to float32.
     """

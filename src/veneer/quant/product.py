@@ -13,7 +13,7 @@ from veneer.ops.product import recorded_product
 
 
 class CodedWeight(ABC):
-    """A frozen weight ``W (o, i)`` in codes. Its products are computed in ``compute_dtype`` (None: that of the input)
+    """Frozen weight ``W (o, i)`` in codes. Its products are computed in ``compute_dtype`` (None: that of the input)
     and returned in the input's dtype; autocast overrules both, as it does for a dense layer.
     """
 

@@ -1,4 +1,4 @@
-"""A storage format, described: the tensors that a module keeps, how to make them, their names on disk."""
+"""Storage format, described: the tensors that a module keeps, how to make them, their names on disk."""
 
 from __future__ import annotations
 
@@ -29,34 +29,36 @@ class StorageSpec(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of ``dense()``."""
+        """Dtype of ``dense()``."""
         ...
 
     def part_layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """The tensors kept, ``"weight"`` first."""
+        """Return the tensors kept, ``"weight"`` first."""
         ...
 
     def quantize(self, weight: Float[Tensor, "o i"]) -> dict[str, Tensor]:
-        """The tensors kept for a weight."""
+        """Return the tensors kept for a weight."""
         ...
 
     def bind(self, parts: Parts) -> FrozenWeight:
-        """The weight that these tensors are."""
+        """Return the weight that these tensors are."""
         ...
 
     def to_disk(self, parts: Parts) -> dict[str, Tensor]:
-        """The tensors by what follows the module path in a checkpoint of bitsandbytes; no two share memory."""
+        """Return the tensors by what follows the module path in a checkpoint of bitsandbytes; no two share memory."""
         ...
 
     def from_disk(self, tensors: Parts) -> tuple[StorageSpec, dict[str, Tensor]]:
-        """The inverse of `to_disk` for a weight of this shape. Raises FormatError, listing all that does not fit."""
+        """Return the inverse of `to_disk` for a weight of this shape. Raises FormatError, listing all that does not
+        fit.
+        """
         ...
 
 
 def part_problems(
     parts: Mapping[str, Tensor | None], layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 ) -> list[str]:
-    """The problems of the tensors read for a weight: missing, of another dtype or shape, not finite."""
+    """Return the problems of the tensors read for a weight: missing, of another dtype or shape, not finite."""
     problems = []
     for name, (dtype, shape) in layout.items():
         part = parts.get(name)

@@ -1,4 +1,4 @@
-"""The progress bars and advice of transformers and of the hub, switched off or on for a while."""
+"""Progress bars and advice of transformers and of the hub, switched off or on for a while."""
 
 from __future__ import annotations
 

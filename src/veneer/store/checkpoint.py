@@ -24,13 +24,13 @@ FINITE_CHUNK_VALUES = 1 << 20
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of a checkpoint by name, in the order of the files and of the bytes in them."""
+    """Tensors of a checkpoint by name, in the order of the files and of the bytes in them."""
 
     tensors: dict[str, StoredTensor]
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
-        """The checkpoint in a folder (``model.safetensors``, or shards with an index), or one file.
+        """Return the checkpoint in a folder (``model.safetensors``, or shards with an index), or one file.
 
         Raises FormatError, listing everything that is wrong with all files.
         """
@@ -48,7 +48,7 @@ class Checkpoint:
 
     @classmethod
     def from_files(cls, files: Iterable[str | Path]) -> Self:
-        """The checkpoint made of these files. Raises FormatError as `open` does."""
+        """Return the checkpoint made of these files. Raises FormatError as `open` does."""
         paths = [Path(file) for file in files]
         tensors, problems = _read_headers(paths)
         _raise(problems, paths[0].parent if paths else None)
@@ -79,7 +79,7 @@ class Checkpoint:
         return sum(t.nbytes for t in self.tensors.values())
 
     def read(self, name: str) -> Tensor:
-        """One tensor. Raises FormatError where the name is unknown, the file has been cut, or a value is not finite."""
+        """One tensor. Raises FormatError if the name is unknown, the file has been cut, or a value is not finite."""
         return _finite(name, self._stored(name).read())
 
     def blocks(self, name: str, n_values: int) -> Iterator[Tensor]:

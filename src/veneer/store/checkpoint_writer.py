@@ -37,7 +37,7 @@ class CheckpointWriter:
     is kept. Files that belong beside the weights go into ``writer.staging``. Leaving the block without an error puts
     the folder in its place; with one, nothing is left and what was there before is untouched.
 
-    Raises FormatError for a tensor that does not fit its spec or was never written, and where the target holds files
+    Raises FormatError for a tensor that does not fit its spec or was never written, and if the target holds files
     already and ``overwrite`` is false or they are not those of a model alone; DiskError where the disk is full or
     cannot be written to.
     """
@@ -136,7 +136,9 @@ class CheckpointWriter:
 
 
 def plan_shards(specs: Specs, max_shard_bytes: int) -> dict[str, list[str]]:
-    """The tensors of each file, in order; a file exceeds ``max_shard_bytes`` only where one tensor alone does."""
+    """Return the tensors of each file, in order; a file exceeds ``max_shard_bytes`` only where one tensor
+    alone does.
+    """
     groups: list[list[str]] = [[]]
     size = 0
     for name, spec in specs.items():

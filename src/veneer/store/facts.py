@@ -30,7 +30,7 @@ NF4_BITS = 4.127  # Dettmers et al. 2023 (arXiv:2305.14314): 4 + 8/64 + 32/(64·
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterFacts:
-    """An adapter: its config, and what its file holds."""
+    """Adapter: its config, and what its file holds."""
 
     config: MethodConfig
     n_parameters: int
@@ -41,9 +41,9 @@ class AdapterFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
-    """A model: its config as a mapping, what its description says, and parameters by part.
+    """Model: its config as a mapping, what its description says, and parameters by part.
 
-    ``nbytes_4bit`` is its size with NF4 linear layers. ``described`` is empty where there is no description.
+    ``nbytes_4bit`` is its size with NF4 linear layers. ``described`` is empty if there is no description.
     """
 
     config: Mapping[str, Any]
@@ -55,7 +55,7 @@ class ModelFacts:
 
 
 def adapter_facts(folder: Path) -> AdapterFacts:
-    """The facts of an adapter folder. Raises FormatError where it is not one or is damaged."""
+    """Return the facts of an adapter folder. Raises FormatError if it is not one or is damaged."""
     config = read_config(folder)
     tensors = read_headers(folder)
     return AdapterFacts(
@@ -68,7 +68,7 @@ def adapter_facts(folder: Path) -> AdapterFacts:
 
 
 def model_facts(folder: Path) -> ModelFacts:
-    """The facts of a model folder. Raises FormatError where weights are missing or damaged."""
+    """Return the facts of a model folder. Raises FormatError if weights are missing or damaged."""
     checkpoint = Checkpoint.open(folder)
     tensors = checkpoint.tensors
     counts: Counter[str] = Counter()

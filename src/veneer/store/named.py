@@ -22,7 +22,7 @@ def is_portable(name: str) -> bool:
 
 
 def folder_of(name: str) -> Path | None:
-    """The folder on this machine of a model by such a name; None where the name is of another kind.
+    """Return the folder on this machine of a model by such a name; None if the name is of another kind.
 
     The GGUF file of a name is looked for among those that were converted, then in the current folder. Raises
     ConfigError with what to fetch where the model is not here.

@@ -1,4 +1,4 @@
-"""The quantization of a base model at loading: the fields of bitsandbytes' config in transformers, checked."""
+"""Quantization of a base model at loading: the fields of bitsandbytes' config in transformers, checked."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ IGNORED_ON_DISK = ("quant_method", "_load_in_4bit", "_load_in_8bit", "bnb_4bit_q
 # not frozen: transformers' mixin is a dataclass that is not
 @dataclass(init=False, repr=False, eq=False)
 class BitsAndBytesConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """The ``quantization_config`` of ``from_pretrained`` that loads a model in 4 or 8 bits.
+    """``quantization_config`` of ``from_pretrained`` that loads a model in 4 or 8 bits.
 
     ``load_in_4bit`` with ``bnb_4bit_quant_type`` ("fp4", or "nf4" as in QLoRA) and ``bnb_4bit_use_double_quant``; or
     ``load_in_8bit``. ``bnb_4bit_compute_dtype`` is what products are computed in; None takes the dtype of the input.
@@ -63,9 +63,9 @@ class BitsAndBytesConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, Any], asked: BitsAndBytesConfig | None = None) -> Self:
-        """The config of a checkpoint that bitsandbytes or veneer saved quantized, from its ``config.json``.
+        """Return the config of a checkpoint that bitsandbytes or veneer saved quantized, from its ``config.json``.
 
-        ``asked`` gives the compute dtype. Raises ConfigError where it asks for other bits than the checkpoint has.
+        ``asked`` gives the compute dtype. Raises ConfigError if it asks for other bits than the checkpoint has.
         """
         config = cls(**{key: value for key, value in stored.items() if key not in IGNORED_ON_DISK})
         if asked is not None:
@@ -79,14 +79,14 @@ class BitsAndBytesConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return config
 
     def spec(self, shape: tuple[int, int], dtype: torch.dtype) -> StorageSpec:
-        """The storage format of a weight of this shape (o, i) and dtype."""
+        """Return the storage format of a weight of this shape (o, i) and dtype."""
         if self.load_in_8bit:
             return Int8Spec(shape, dtype)
         layout = FourBitLayout(shape, self.bnb_4bit_quant_type, dtype=dtype)
         return FourBitSpec(layout, self.bnb_4bit_use_double_quant, self.bnb_4bit_compute_dtype)
 
     def to_dict(self) -> dict[str, Any]:
-        """The ``quantization_config`` of a saved model, which transformers reads as its own for bitsandbytes."""
+        """Return the ``quantization_config`` of a saved model, which transformers reads as its own for bitsandbytes."""
         values = {spec.name: getattr(self, spec.name) for spec in fields(self)}
         compute = self.bnb_4bit_compute_dtype
         return values | {

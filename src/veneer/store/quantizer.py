@@ -34,20 +34,20 @@ COMPANION = re.compile(r"(?P<layer>.+)\.(weight\.(absmax|quant_map|nested_\w+|qu
 
 
 class QuantizationConfig(Protocol):
-    """The part of a quantization config that loading reads."""
+    """Part of a quantization config that loading reads."""
 
     llm_int8_skip_modules: list[str] | None
 
     def spec(self, shape: tuple[int, int], dtype: torch.dtype) -> StorageSpec:
-        """The storage format of a weight of this shape (o, i) and dtype."""
+        """Return the storage format of a weight of this shape (o, i) and dtype."""
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, Any], asked: Self | None = None) -> Self:
-        """The config of a checkpoint that is quantized already, from its ``config.json``."""
+        """Return the config of a checkpoint that is quantized already, from its ``config.json``."""
 
 
 class Deferred:
-    """A tensor of the checkpoint that is read when transformers' loader slices it."""
+    """Tensor of the checkpoint that is read when transformers' loader slices it."""
 
     def __init__(self, stored: StoredTensor, problems: list[str]) -> None:
         self._stored, self._problems = stored, problems
@@ -61,16 +61,16 @@ class Deferred:
         return tensor[index]
 
     def get_dtype(self) -> str:
-        """The dtype by its name in the file format."""
+        """Return the dtype by its name in the file format."""
         return DTYPE_NAMES[self._stored.dtype]
 
     def get_shape(self) -> list[int]:
-        """The shape."""
+        """Return the shape."""
         return list(self._stored.shape)
 
 
 class Quantize(ConversionOps):  # type: ignore[misc]
-    """The step of transformers' loader that makes a layer's codes from the dense weight, or reads those stored."""
+    """Step of transformers' loader that makes a layer's codes from the dense weight, or reads those stored."""
 
     def __init__(self, quantizer: VeneerQuantizer) -> None:
         self.quantizer = quantizer
@@ -82,7 +82,7 @@ class Quantize(ConversionOps):  # type: ignore[misc]
         model: PreTrainedModel,
         **_: Any,  # transformers passes more than a step needs
     ) -> dict[str, Tensor]:
-        """The codes by parameter name; the layer has the rest of its tensors already."""
+        """Return the codes by parameter name; the layer has the rest of its tensors already."""
         result = {}
         for name, value in input_dict.items():
             layer = model.get_submodule(name.rpartition(".")[0])
@@ -114,7 +114,7 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
             raise ConfigError("device_map puts modules on disk, which quantized models cannot be: leave out 'disk'")
 
     def update_device_map(self, device_map: Any) -> Any:
-        """A GPU where there is one and nothing was said, as bitsandbytes does."""
+        """Return a GPU if there is one and nothing was said, as bitsandbytes does."""
         if device_map is None and torch.cuda.is_available():
             return {"": torch.cuda.current_device()}
         return device_map
@@ -139,7 +139,9 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
                 model.set_submodule(path, _empty_layer(module, config))
 
     def open(self, files: list[str]) -> dict[str, Any]:
-        """The tensors of the checkpoint, none read yet; what belongs to a quantized weight is kept for its layer."""
+        """Return the tensors of the checkpoint, none read yet; what belongs to a quantized weight is kept for its
+        layer.
+        """
         pickled = [file for file in files if not str(file).endswith(".safetensors")]
         if pickled:
             raise ConfigError(f"{pickled[0]} is a pickle, which can run any code: convert the model to safetensors")

@@ -1,4 +1,4 @@
-"""The source of a model: a folder, a GGUF file, a fetched name, or the hub."""
+"""Source of a model: a folder, a GGUF file, a fetched name, or the hub."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _HUB_SECONDS = 5
 
 
 def resolve(source: str | os.PathLike[str]) -> Path | str:
-    """The local folder of a model, or the hub id as it was given.
+    """Return the local folder of a model, or the hub id as it was given.
 
     A GGUF file is converted into the cache first; later it also goes by its name and hash, as adapters name it
     (``model.gguf@sha256:…``). Raises FormatError for folders and files that hold no model, and
@@ -86,13 +86,12 @@ def load_model(
     device: str | torch.device | None = None,
     scores: bool = False,
 ) -> PreTrainedModel:
-    """The causal language model at ``source``, for evaluation; with ``scores`` it has a head that gives each sequence
-    one number, a new one where the files hold none.
+    """Return the causal language model at ``source``, for evaluation; with ``scores`` it has a head that gives each
+    sequence one number, a new one where the files hold none.
 
     ``dtype`` ``"auto"`` keeps the checkpoint's; ``quantization`` is a `BitsAndBytesConfig`, not needed for a model that
-    was saved quantized.
-    Raises what `resolve` raises, FormatError where weights are damaged or missing, ConfigError for an unknown dtype,
-    OutOfMemoryError if the process may not take the memory.
+    was saved quantized. Raises what `resolve` raises, FormatError if weights are damaged or missing, ConfigError for an
+    unknown dtype, OutOfMemoryError if the process may not take the memory.
     """
     place = resolve(source)
     if isinstance(place, Path):
@@ -151,7 +150,7 @@ def _stored_quantization(place: Path | str) -> BitsAndBytesConfig | None:
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """The tokenizer that lies beside a model. Raises FormatError where there is none."""
+    """Return the tokenizer that lies beside a model. Raises FormatError if there is none."""
     place = resolve(source)
     if isinstance(place, Path) and not any((place / name).is_file() for name in _TOKENIZER_FILES):
         raise FormatError(f"{place} holds no tokenizer (none of {list(_TOKENIZER_FILES)}): copy that of the base there")
@@ -216,7 +215,7 @@ def _on_hub(name: str) -> Path | str:
 
 
 def require_hub() -> None:
-    """Raise ConfigError where nothing can be pushed: the hub does not answer, or nobody is logged in."""
+    """Raise ConfigError if nothing can be pushed: the hub does not answer, or nobody is logged in."""
     if not _hub_answers():
         raise ConfigError(f"push_to_hub: {ENDPOINT} cannot be reached: leave it out, and push the saved folder later")
     if get_token() is None:

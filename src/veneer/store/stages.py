@@ -1,4 +1,4 @@
-"""The stages of a fetch on stderr: a bar for each in a terminal, plain lines elsewhere; nothing for what is there."""
+"""Stages of a fetch on stderr: a bar for each in a terminal, plain lines elsewhere; nothing for what is there."""
 
 from __future__ import annotations
 

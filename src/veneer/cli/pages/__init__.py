@@ -1,1 +1,1 @@
-"""The page of each verb: its arguments, options and help, and checks that need no model. Nothing here imports torch."""
+"""Page of each verb: its arguments, options and help, and checks that need no model. Nothing here imports torch."""

@@ -20,7 +20,7 @@ def _unescaped(text: str) -> str:
 
 
 class Metric(StrEnum):
-    """The metrics by name."""
+    """Metrics by name."""
 
     PERPLEXITY = "perplexity"
     EXACT_MATCH = "exact-match"

@@ -27,7 +27,7 @@ Dtype = Annotated[
 
 
 class ExportGroup(TyperGroup):
-    """The formats, as verbs of their own."""
+    """Formats, as verbs of their own."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the page of the group: every format with its first sentence."""

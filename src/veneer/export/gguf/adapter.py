@@ -1,4 +1,4 @@
-"""An adapter as a GGUF file that llama.cpp puts on its base: low-rank factors, with the true scalings folded in."""
+"""Adapter as a GGUF file that llama.cpp puts on its base: low-rank factors, with the true scalings folded in."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _EMBEDDINGS, _HEAD = "token_embd.weight", "output.weight"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraReport:
-    """The modules and bytes of a file."""
+    """Modules and bytes of a file."""
 
     n_modules: int
     n_bytes: int

@@ -1,4 +1,4 @@
-"""A GGUF file looked at before it is given away: its structure, its tokens, and its answers beside the model's."""
+"""GGUF file looked at before it is given away: its structure, its tokens, and its answers beside the model's."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileReport:
-    """The findings of a check: facts of the file, line by line, and everything that is wrong with it."""
+    """Findings of a check: facts of the file, line by line, and everything that is wrong with it."""
 
     facts: dict[str, str]
     problems: tuple[str, ...]
@@ -67,7 +67,7 @@ def check_file(path: Path, on_progress: Callable[[int, int], None] = lambda done
 
 @torch.no_grad()
 def compare_answers(file: Any, model: Any, tokenizers: tuple[Any, Any]) -> FileReport:
-    """The file's model, as veneer reads it, beside the model that it was made of: tokens, and a greedy answer.
+    """Return the file's model, as veneer reads it, beside the model that it was made of: tokens, and a greedy answer.
 
     ``tokenizers`` are the file's and the model's.
     """

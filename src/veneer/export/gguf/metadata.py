@@ -1,4 +1,4 @@
-"""The ``general.`` keys of a GGUF file: what the model is called, its size, and how its makers sample from it."""
+"""``general.`` keys of a GGUF file: what the model is called, its size, and how its makers sample from it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _CARD_LISTS = {"tags": "tags", "language": "languages"}
 
 
 def name_of(model: str | os.PathLike[str]) -> str:
-    """The name of a model or adapter without its path: a folder's, a file's, or that of a repository on the hub; of the
-    folder ``adapter`` in a run's, the run's.
+    """Return the name of a model or adapter without its path: a folder's, a file's, or that of a repository on the hub;
+    of the folder ``adapter`` in a run's, the run's.
     """
     path = Path(model).resolve()
     name, _, _ = (path.parent if path.name == "adapter" else path).name.partition("@sha256:")
@@ -45,7 +45,7 @@ def general_pairs(folder: Path, name: str, architecture: str, shapes: Mapping[st
 
 
 def file_pairs(number: int) -> list[Pair]:
-    """The pairs at the end: how the file is quantized."""
+    """Return the pairs at the end: how the file is quantized."""
     return [
         Pair("general.quantization_version", 2, GGUFValueType.UINT32),
         Pair("general.file_type", number, GGUFValueType.UINT32),
@@ -53,7 +53,7 @@ def file_pairs(number: int) -> list[Pair]:
 
 
 def sampling_settings(folder: Path) -> dict[str, Any]:
-    """The sampling settings of ``generation_config.json``, by transformers' names."""
+    """Return the sampling settings of ``generation_config.json``, by transformers' names."""
     file = folder / "generation_config.json"
     if not file.is_file():
         return {}

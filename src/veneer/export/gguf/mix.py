@@ -1,4 +1,4 @@
-"""The type of every tensor of a quantized file: llama-quantize's mixes, as data and three rules. No tensor is touched.
+"""Type of every tensor of a quantized file: llama-quantize's mixes, as data and three rules. No tensor is touched.
 
 Source: ggml-org/llama.cpp, src/llama-quant.cpp (b9190: a fused ``attn_qkv`` follows the rule of ``attn_v``).
 """
@@ -60,7 +60,7 @@ class MixOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
-    """The facts of a model that the rules read besides the names and shapes of its tensors."""
+    """Facts of a model that the rules read besides the names and shapes of its tensors."""
 
     architecture: str
     n_layers: int
@@ -76,7 +76,7 @@ class ModelFacts:
 
 
 def mix_of(name: str) -> Mix:
-    """The mix of a name such as ``q4_k_m``. Raises ConfigError for an unknown one."""
+    """Return the mix of a name such as ``q4_k_m``. Raises ConfigError for an unknown one."""
     found = MIXES.get(ALIASES.get(name.upper(), name.upper()))
     if found is None:
         raise ConfigError(f"type {name!r} is unknown; allowed: {', '.join(MIXES)}")
@@ -112,7 +112,7 @@ def chosen_types(
 
 
 def fitting(kind: str, columns: int) -> str:
-    """The type, or the one that stands for it where its blocks do not divide a row."""
+    """Return the type, or the one that stands for it where its blocks do not divide a row."""
     if columns % GGML_TYPES[kind].block == 0:
         return kind
     other = _FALLBACK.get(kind)

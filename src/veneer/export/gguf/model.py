@@ -1,4 +1,4 @@
-"""A model, with an adapter folded in, as a GGUF file: merged, laid out, quantized and written tensor by tensor."""
+"""Model, with an adapter folded in, as a GGUF file: merged, laid out, quantized and written tensor by tensor."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PIECE_VALUES = 1 << 18
 class GgufOptions:
     """``type`` of the file, with ``mix`` for exceptions. ``dtype`` is what values are rounded to before they are
     quantized, None for the base's: bytes equal those that llama.cpp makes by way of a file of that dtype. In float32,
-    and in a file of the type F32 where nothing is said, what an adapter adds is never rounded.
+    and in a file of the type F32 if nothing is said, what an adapter adds is never rounded.
     ``importance`` is a file that says which columns matter.
     """
 
@@ -44,7 +44,7 @@ class GgufOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufReport:
-    """The files written, their bytes, the plan that they follow, and the modules that the adapter changed."""
+    """Files written, their bytes, the plan that they follow, and the modules that the adapter changed."""
 
     paths: tuple[Path, ...]
     n_bytes: int
@@ -53,11 +53,11 @@ class GgufReport:
 
 
 class GgufExport:
-    """A planned export: everything is checked when it is made, and nothing written before `write`.
+    """Planned export: everything is checked when it is made, and nothing written before `write`.
 
     ``folder`` is the base's, ``tokenizer`` that which goes into the file, ``plan`` the whole file without its data.
 
-    Raises FormatError where the model, its tokenizer or the adapter cannot be said in the format, with every reason;
+    Raises FormatError if the model, its tokenizer or the adapter cannot be said in the format, with every reason;
     CompositionError for adapters that cannot be folded.
     """
 
@@ -78,7 +78,7 @@ class GgufExport:
         )
 
     def write(self, output: Path, on_progress: Callable[[int, int], None] = lambda done, total: None) -> GgufReport:
-        """Write the file. Raises DiskError where the disk is full, NonFiniteError and FormatError naming a tensor whose
+        """Write the file. Raises DiskError if the disk is full, NonFiniteError and FormatError naming a tensor whose
         values no block can hold. Then nothing is written.
         """
         plan = self.plan
@@ -97,7 +97,7 @@ class GgufExport:
 
     @property
     def adds_bos(self) -> bool:
-        """True where the runtime puts a BOS in front of every text."""
+        """True if the runtime puts a BOS in front of every text."""
         return any(pair.key == "tokenizer.ggml.add_bos_token" and pair.value for pair in self.plan.pairs)
 
     def _blocks(self, name: str) -> Iterator[Tensor]:
@@ -134,7 +134,7 @@ def export_gguf(
 
 
 def encoded(spec: TensorSpec, blocks: Iterable[Tensor], importance: Tensor | None = None) -> Iterator[Tensor]:
-    """The bytes of a tensor in its type, in pieces of whole rows. It comes in blocks of rows (k, columns), or of
+    """Return the bytes of a tensor in its type, in pieces of whole rows. It comes in blocks of rows (k, columns), or of
     experts (k, rows, columns), or is a vector; ``importance`` (experts, columns).
     """
     columns, expert, first = spec.shape[-1], 0, 0

@@ -1,4 +1,4 @@
-"""A folder for ``ollama create``: the GGUF file and a Modelfile with template, stop tokens and parameters."""
+"""Folder for ``ollama create``: the GGUF file and a Modelfile with template, stop tokens and parameters."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PARAMETERS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OllamaReport:
-    """The folder that was written; ``has_template``: False where Go's language cannot say the chat template."""
+    """Folder that was written; ``has_template``: False if Go's language cannot say the chat template."""
 
     gguf: GgufReport
     has_template: bool
@@ -43,7 +43,7 @@ def export_ollama(
 ) -> OllamaReport:
     """Write a folder for ``ollama create NAME -f FOLDER/Modelfile``: whole or not at all.
 
-    Raises what `export_gguf` does, and FormatError where ``output`` holds something else than such a folder.
+    Raises what `export_gguf` does, and FormatError if ``output`` holds something else than such a folder.
     """
     _require_replaceable(output, options.overwrite)
     export = GgufExport(base, adapter, options)
@@ -56,7 +56,7 @@ def export_ollama(
 
 
 def modelfile(export: GgufExport, shape: ChatShape | None) -> str:
-    """The text of the Modelfile."""
+    """Return the text of the Modelfile."""
     lines = [f"FROM ./{MODEL}"]
     if shape is not None:
         lines.append(f'TEMPLATE """{shape.go()}"""')

@@ -18,7 +18,7 @@ SPACE = "▁"  # what pieces have for a space
 
 
 def piece_ranks(source: SourceTokenizer, tokens: list[str]) -> dict[str, int]:
-    """The rank of the first merge that makes a piece, by the piece.
+    """Return the rank of the first merge that makes a piece, by the piece.
 
     Raises FormatError, with everything at once, for normalizers and pre-tokenizers that are not those of
     SentencePiece, missing pieces of bytes, and pieces that the runtime's merging makes and the tokenizer's does not.

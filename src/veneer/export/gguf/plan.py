@@ -1,4 +1,4 @@
-"""The whole file before a weight is read: every tensor with its type, shape and sources, and every pair."""
+"""Whole file before a weight is read: every tensor with its type, shape and sources, and every pair."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _HEAD_UNREAD = (
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A tensor of the checkpoint, and the part of it that is meant."""
+    """Tensor of the checkpoint, and the part of it that is meant."""
 
     name: str
     part: Callable[[Tensor], Tensor]
@@ -66,7 +66,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """A checkpoint's family and config, what a file says of it, and where its tensors go."""
+    """Checkpoint's family and config, what a file says of it, and where its tensors go."""
 
     family: Family
     config: Any
@@ -77,7 +77,7 @@ class Described:
 
 
 def describe_checkpoint(source: FoldedCheckpoint, folder: Path) -> Described:
-    """The file that a checkpoint would become. Raises FormatError with everything that the format cannot say."""
+    """Return the file that a checkpoint would become. Raises FormatError with everything that the format cannot say."""
     config = _config(source).get_text_config()
     family = family_of(config)
     said = said_of(family, config)
@@ -104,9 +104,9 @@ def plan_file(
     name: str,
     importance: Importance | None = None,
 ) -> Plan:
-    """The file of a checkpoint.
+    """Return the file of a checkpoint.
 
-    Raises FormatError where the tokenizer cannot be said, ConfigError where the mix needs an importance matrix.
+    Raises FormatError where the tokenizer cannot be said, ConfigError if the mix needs an importance matrix.
     """
     specs = chosen_types(described.shapes, mix, _facts(described), options, weighed=importance is not None)
     if mix.name == "Q2_K_S" and importance is None and any(spec.kind == "Q2_K" for spec in specs):
@@ -143,7 +143,7 @@ def _facts(described: Described) -> ModelFacts:
 
 
 def family_of(config: Any) -> Family:
-    """The family of a config. Raises FormatError for one that is not written."""
+    """Return the family of a config. Raises FormatError for one that is not written."""
     found = by_model_type().get(config.model_type)
     if found is None:
         known = ", ".join(sorted(by_model_type()))
@@ -152,7 +152,7 @@ def family_of(config: Any) -> Family:
 
 
 def laid_out(family: Family, config: Any, name: str, tensor: Tensor) -> Tensor:
-    """A tensor of a model, in torch's layout, as the file has it."""
+    """Return a tensor of a model, in torch's layout, as the file has it."""
     leaf = leaf_of(name)
     if leaf in family.turned:
         tensor = tensor.T
@@ -207,7 +207,7 @@ def _empty(shape: tuple[int, ...]) -> Tensor:
 def assembled(
     family: Family, config: Any, name: str, sources: Sequence[Source], read: Callable[[str], Tensor]
 ) -> Tensor:
-    """A tensor of the file, made of its sources."""
+    """Return a tensor of the file, made of its sources."""
     parts = [each.part(read(each.name)) for each in sources]
     tensor = parts[0] if len(parts) == 1 else torch.stack(parts)
     return laid_out(family, config, name, tensor)

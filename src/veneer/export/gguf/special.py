@@ -33,9 +33,9 @@ def special_pairs(source: SourceTokenizer, config: Any) -> list[Pair]:
 
 
 def end_of_turn(source: SourceTokenizer) -> int | None:
-    """The id of the special token that follows an answer in the chat template; None where text follows.
+    """Return the id of the special token that follows an answer in the chat template; None if text follows.
 
-    Raises FormatError where the template does not render.
+    Raises FormatError if the template does not render.
     """
     text = source.rendered(probe_chat())
     _, found, behind = text.partition(PROBE[1])

@@ -1,4 +1,4 @@
-"""A model's tokenizer as the export reads it: the folder's own, whole."""
+"""Model's tokenizer as the export reads it: the folder's own, whole."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class SourceTokenizer:
 
     @cached_property
     def template(self) -> str | None:
-        """The chat template that transformers uses; None where there is none."""
+        """Chat template that transformers uses; None if there is none."""
         found = self.tokenizer.chat_template
         if isinstance(found, Mapping):
             found = found.get("default")
@@ -52,7 +52,7 @@ class SourceTokenizer:
         return {name: text for name, text in found.items() if name != "default"} if isinstance(found, Mapping) else {}
 
     def rendered(self, messages: Sequence[Mapping[str, str]], answer_next: bool = False) -> str:
-        """A conversation as the template renders it. Raises FormatError where it does not render."""
+        """Return a conversation as the template renders it. Raises FormatError if it does not render."""
         try:
             text: str = self.tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=answer_next, chat_template=self.template
@@ -66,7 +66,9 @@ class SourceTokenizer:
 
 
 def read_tokenizer(folders: Sequence[Path]) -> SourceTokenizer:
-    """The tokenizer of the first folder that has one. Raises FormatError where none has, or it is not a fast one."""
+    """Return the tokenizer of the first folder that has one. Raises FormatError if none has, or it is not a
+    fast one.
+    """
     folder = next((each for each in folders if any((each / name).is_file() for name in _FILES)), None)
     if folder is None:
         names = " nor ".join(map(str, folders))
@@ -84,6 +86,6 @@ def read_tokenizer(folders: Sequence[Path]) -> SourceTokenizer:
 
 
 def probe_chat() -> list[dict[str, str]]:
-    """A question, its answer and another question, each of which occurs once."""
+    """Return a question, its answer and another question, each of which occurs once."""
     roles = ("user", "assistant", "user")
     return [{"role": role, "content": text} for role, text in zip(roles, PROBE, strict=True)]

@@ -1,4 +1,4 @@
-"""The vocabulary in a GGUF file: tokens, their types, merges, and scores where pieces have them."""
+"""Vocabulary in a GGUF file: tokens, their types, merges, and scores where pieces have them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ADDED_SCORE, PADDED_SCORE = -1000.0, -10000.0
 
 
 def vocabulary_pairs(source: SourceTokenizer, n_rows: int) -> list[Pair]:
-    """The vocabulary as pairs, filled up to the rows of the embeddings.
+    """Return the vocabulary as pairs, filled up to the rows of the embeddings.
 
     Raises FormatError for a vocabulary longer than that, models that are no merges, and what no key can say.
     """

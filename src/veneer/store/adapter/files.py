@@ -1,4 +1,4 @@
-"""The files of an adapter, by name, read with every check that a stranger's file deserves."""
+"""Files of an adapter, by name, read with every check that a stranger's file deserves."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # 
 
 
 def read_tensors(folder: Path, file: str = WEIGHTS_FILE) -> dict[str, Tensor]:
-    """The tensors of ``adapter_model.safetensors``, or of another file, in a folder: parts of one piece of memory.
+    """Return the tensors of ``adapter_model.safetensors``, or of another file, in a folder: parts of one piece of
+    memory.
 
     Who keeps some of them for long copies those, so that the others go. Raises FormatError as `read_headers` does.
     """
@@ -27,9 +28,9 @@ def read_tensors(folder: Path, file: str = WEIGHTS_FILE) -> dict[str, Tensor]:
 
 
 def read_headers(folder: Path, file: str = WEIGHTS_FILE) -> dict[str, StoredTensor]:
-    """The tensors of the same file by name, as its header tells of them; no value is read.
+    """Return the tensors of the same file by name, as its header tells of them; no value is read.
 
-    Raises FormatError where it is missing, a pickle, truncated, damaged, or its header lies.
+    Raises FormatError if it is missing, a pickle, truncated, damaged, or its header lies.
     """
     path = folder / file
     if not path.is_file():
@@ -46,7 +47,9 @@ def read_headers(folder: Path, file: str = WEIGHTS_FILE) -> dict[str, StoredTens
 
 
 def unusable(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The reasons for which tensors cannot be an adapter's values, by key: another dtype, a NaN or an infinity."""
+    """Return the reasons for which tensors cannot be an adapter's values, by key: another dtype, a NaN or
+    an infinity.
+    """
     found, together = {}, _is_finite_together(tensors)
     for key, value in tensors.items():
         if value.dtype not in VALUE_DTYPES:

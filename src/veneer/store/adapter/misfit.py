@@ -1,4 +1,4 @@
-"""The message for an adapter that does not fit a model: what is missing or misshapen, and the two sizes."""
+"""Message for an adapter that does not fit a model: what is missing or misshapen, and the two sizes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SHOWN = 5  # of the tensors of one kind that do not fit
 
 
 class Shaped(Protocol):
-    """A tensor, or what a file's header says of one."""
+    """Tensor, or what a file's header says of one."""
 
     @property
     def shape(self) -> Sequence[int]: ...

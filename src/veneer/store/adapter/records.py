@@ -1,4 +1,4 @@
-"""The records of an adapter folder, place by place, from its tensors and the sites alone, without a model."""
+"""Records of an adapter folder, place by place, from its tensors and the sites alone, without a model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from veneer.store.adapter.tensors import once_each
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """An adapter's config and, by module path, its places and records.
+    """Adapter's config and, by module path, its places and records.
 
     ``others`` are the keys of what it holds besides: whole parameters and rows.
     """
@@ -40,18 +40,18 @@ class StoredAdapter:
 
     @property
     def updates(self) -> dict[str, LinearDelta]:
-        """The records of linear layers."""
+        """Records of linear layers."""
         return {path: record for path, record in self.records.items() if isinstance(record, LinearDelta)}
 
 
 def read_records(folder: Path, places: Mapping[str, Placed] | None = None) -> StoredAdapter:
-    """The records of a saved adapter, those that it has on its model.
+    """Return the records of a saved adapter, those that it has on its model.
 
     ``places`` are where it goes in its base, whose weights the sites have where the method reads them (see
     `model.places.placed_on`); None: what the file tells of them. There a record carries in ``bias`` what it adds to the
     layer's own.
 
-    Raises CompositionError where the places are not given and the file does not tell them, or where a weight is
+    Raises CompositionError where the places are not given and the file does not tell them, or if a weight is
     needed, and FormatError for a damaged folder.
     """
     config, tensors = read_config(folder), once_each(read_tensors(folder))
@@ -73,7 +73,7 @@ def read_records(folder: Path, places: Mapping[str, Placed] | None = None) -> St
 
 
 def read_updates(folder: Path, places: Mapping[str, Placed] | None = None) -> StoredAdapter:
-    """The records of an adapter that is nothing but updates of linear layers which mean the same on any base.
+    """Return the records of an adapter that is nothing but updates of linear layers which mean the same on any base.
 
     Raises CompositionError for any other, and what `read_records` raises.
     """
@@ -99,7 +99,7 @@ def read_updates(folder: Path, places: Mapping[str, Placed] | None = None) -> St
 def write_records(
     folder: Path, config: MethodConfig, params: Mapping[str, Mapping[str, Tensor]], places: Mapping[str, Placed]
 ) -> None:
-    """Write an adapter folder from parameters by module path. Raises DiskError where writing fails."""
+    """Write an adapter folder from parameters by module path. Raises DiskError if writing fails."""
     tensors = {
         key: params[path][name].reshape(config.shapes(placed.site)[name])
         for path, placed in places.items()

@@ -1,4 +1,4 @@
-"""A base model without storage, made from its config: the shapes of its layers are all that there is of it."""
+"""Base model without storage, made from its config: the shapes of its layers are all that there is of it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from veneer.store.named import folder_of
 
 
 def without_storage(config: Any, keys: Collection[str]) -> PreTrainedModel:
-    """A model of the class that the config names, on no device, as if it were not quantized.
+    """Return a model of the class that the config names, on no device, as if it were not quantized.
 
     A bare model gets the head of a causal language model where the ``keys`` of an adapter lead through one. Raises
     FormatError for an unknown class.
@@ -47,7 +47,9 @@ def without_storage(config: Any, keys: Collection[str]) -> PreTrainedModel:
 
 
 def config_of_base(base: str | None, revision: str | None) -> Path | None:
-    """The ``config.json`` of a base where it is on this machine: in its folder, or in what the hub's client keeps."""
+    """Return the ``config.json`` of a base where it is on this machine: in its folder, or in what the hub's client
+    keeps.
+    """
     if not base:
         return None
     try:
@@ -64,7 +66,9 @@ def config_of_base(base: str | None, revision: str | None) -> Path | None:
 
 
 def places_in_base(folder: Path) -> dict[str, Placed] | None:
-    """The places of an adapter in the base that its config names; None where its own file tells them, or none does."""
+    """Return the places of an adapter in the base that its config names; None if its own file tells them,
+    or none does.
+    """
     config, file = read_config(folder), folder / WEIGHTS_FILE
     base = config_of_base(config.base_model_name_or_path, config.revision)
     if base is None or not file.is_file() or not config.changes_weights or config.reads_weight:

@@ -1,4 +1,4 @@
-"""An adapter on disk, in PEFT's format: which tensor has which key, saved and loaded strictly."""
+"""Adapter on disk, in PEFT's format: which tensor has which key, saved and loaded strictly."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def save_adapter(
 ) -> None:
     """Write ``adapter_model.safetensors`` and ``adapter_config.json``, both or neither.
 
-    ``tensors`` by their keys on disk; by default those of `adapter_tensors`. Raises DiskError where writing fails.
+    ``tensors`` by their keys on disk; by default those of `adapter_tensors`. Raises DiskError if writing fails.
     """
     base = base_of(type(model)) if isinstance(model, InPlace) else type(model)
     mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
@@ -78,7 +78,9 @@ def adapter_tensors(
     save_embedding_layers: SaveEmbeddings = "auto",
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """The tensors saved of an adapter, by key; ``state_dict`` has the values where the model's are sharded or stale."""
+    """Return the tensors saved of an adapter, by key; ``state_dict`` has the values where the model's are sharded or
+    stale.
+    """
     values = state_dict or {}
     live = {key: values.get(own, value) for key, (own, value) in named_live_parameters(model, name).items()}
     found = stored_tensors(model, state, name, live)
@@ -90,7 +92,7 @@ def adapter_tensors(
 
 @dataclass(frozen=True)
 class Leniency:
-    """The differences that loading tolerates: ``mismatched`` shapes, whose values stay as they are, and other names of
+    """Differences that loading tolerates: ``mismatched`` shapes, whose values stay as they are, and other names of
     modules, which ``key_mapping`` translates (see `renamed`).
     """
 
@@ -111,10 +113,10 @@ def load_weights(
 
 
 def renamed(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str] | None) -> dict[str, Tensor]:
-    """The tensors under the keys that ``key_mapping`` gives, regular expressions and what takes their place.
+    """Return the tensors under the keys that ``key_mapping`` gives, regular expressions and what takes their place.
 
     As in PEFT: a key is matched without the prefix ``base_model.model.`` or ``base_model.``, the first expression that
-    occurs in it counts, and it is replaced wherever it occurs. Raises FormatError where two keys become one, and
+    occurs in it counts, and it is replaced wherever it occurs. Raises FormatError if two keys become one, and
     ConfigError for what is no regular expression.
     """
     found: dict[str, Tensor] = {}
@@ -134,8 +136,8 @@ def renamed(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str] | None
 
 
 def once_each(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors without what PEFT writes again of modules trained whole: with ``bias="all"`` their biases are there
-    once more by the names of its wrapper, as trained (``modules_to_save``) and as the base has them
+    """Return the tensors without what PEFT writes again of modules trained whole: with ``bias="all"`` their biases are
+    there once more by the names of its wrapper, as trained (``modules_to_save``) and as the base has them
     (``original_module``).
     """
     return {key: value for key, value in tensors.items() if not _is_written_again(key, tensors)}
@@ -147,7 +149,7 @@ def _is_written_again(key: str, tensors: Mapping[str, Tensor]) -> bool:
 
 
 def save_network(model: nn.Module, state: AdapterState, name: str, folder: Path) -> None:
-    """Write what training needs to go on, where a network makes what a plain save holds."""
+    """Write what training needs to go on, if a network makes what a plain save holds."""
     write_atomically(folder / NETWORK_FILE, tensors_to_bytes(live_parameters(model, state, name)))
 
 

@@ -17,7 +17,7 @@ _SPECIAL = (TokenType.CONTROL, TokenType.UNKNOWN)
 
 
 def byte_level_tokenizer(reader: GGUFReader) -> Any:
-    """The tokenizer of a file; None where its vocabulary is not of bytes, or its pre-tokenizer is not known."""
+    """Return the tokenizer of a file; None if its vocabulary is not of bytes, or its pre-tokenizer is not known."""
     entry = pre_tokenizer_of(value_of(reader, _TOKENS + "pre"))
     if value_of(reader, _TOKENS + "model") != "gpt2" or entry is None:
         return None

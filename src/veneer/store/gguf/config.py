@@ -1,4 +1,4 @@
-"""The config of a GGUF file's model: what transformers makes of the file, mended by what the file says."""
+"""Config of a GGUF file's model: what transformers makes of the file, mended by what the file says."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from veneer.store.gguf.registry import by_architecture
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufContents:
-    """A file's own words on its model.
+    """File's own words on its model.
 
     ``pairs``: values by their keys behind the architecture's name; ``shapes``: of the tensors, as torch has them;
     ``factors``: float32 tensors of factors of rotary frequencies by their names.
@@ -33,11 +33,11 @@ class GgufContents:
 
 
 def mended_config(config: Any, contents: GgufContents, family: Family | None = None) -> Any:
-    """A config that computes what the file says, made of the one that transformers reads from it.
+    """Return a config that computes what the file says, made of the one that transformers reads from it.
 
     ``family`` None is the one that transformers reads under the file's architecture.
 
-    Raises FormatError, with every key at once, where the file asks for what the family's code does not compute.
+    Raises FormatError, with every key at once, if the file asks for what the family's code does not compute.
     """
     family = family or by_architecture().get(contents.architecture)
     if family is None:

@@ -1,4 +1,4 @@
-"""A family of models as GGUF files have it: its keys, and how its tensors lie in a file."""
+"""Family of models as GGUF files have it: its keys, and how its tensors lie in a file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Parts = Callable[[str], Iterable[tuple[str, Callable[[Tensor], Tensor]]]]
 
 
 def as_they_are(leaf: str, tensor: Tensor, config: Any) -> Tensor:
-    """The rows of a tensor in the order that transformers has."""
+    """Return the rows of a tensor in the order that transformers has."""
     return tensor
 
 
@@ -25,19 +25,19 @@ def nothing_refused(config: Any) -> Iterable[str]:
 
 
 def no_parts(name: str) -> Iterable[tuple[str, Callable[[Tensor], Tensor]]]:
-    """A parameter is one tensor of the file, under the name that gguf's map has for it."""
+    """Return a parameter is one tensor of the file, under the name that gguf's map has for it."""
     return ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """The keys in which the files of one architecture (``general.architecture``) say what the config of the model says,
+    """Keys in which the files of one architecture (``general.architecture``) say what the config of the model says,
     and the layout of its tensors.
 
     Law: the keys of a config, read back over the config that transformers makes of the file, give the config again in
     every field.
 
-    ``rotary`` is the path of the dict that ``rope.scaling`` fills, None where positions do not rotate;
+    ``rotary`` is the path of the dict that ``rope.scaling`` fills, None if positions do not rotate;
     ``sliding_rotary`` that of the layers with windows; ``partial_rotary``: ``rope.dimension_count`` may be less than a
     head. ``biases`` are the config's switches by the tensor of a layer that tells them. ``fixed`` are values without
     which the family's tensors have another layout.
@@ -49,7 +49,7 @@ class Family:
     which the shapes of the tensors do not. ``reads``: transformers reads such files; of several
     families of one architecture ``marked_by`` is the key that only this one's files have.
 
-    For writing: ``model_types`` are transformers' names of the models, none where the family is only read. ``only``
+    For writing: ``model_types`` are transformers' names of the models, none if the family is only read. ``only``
     are attributes of the config that no key says, with the values that the runtime computes; ``refuses`` gives further
     reasons for which a config cannot be said. ``scalings`` are rotary scalings that the runtime computes.
     ``rotary_width``: ``rope.dimension_count`` is written. ``rows(leaf, tensor, config)`` puts the output rows of a

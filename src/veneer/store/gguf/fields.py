@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A number that both a file and a config hold.
+    """Number that both a file and a config hold.
 
     ``key`` follows the architecture's name and a point. ``path`` is an attribute of the config; behind a point, a key
     of the dict that it holds. The file's value ``off`` is None in the config. ``kind`` is the type in the file;

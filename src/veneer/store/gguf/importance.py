@@ -34,9 +34,9 @@ class Importance:
     n_chunks: int = 0
 
     def of(self, name: str, columns: int, n_experts: int) -> Tensor | None:
-        """The means of a matrix (experts, columns); None where the text told none.
+        """Return the means of a matrix (experts, columns); None if the text told none.
 
-        Raises FormatError where they are those of another shape.
+        Raises FormatError if they are those of another shape.
         """
         found = self.means.get(name)
         if found is None:
@@ -49,7 +49,7 @@ class Importance:
         return found.view(n_experts, columns)
 
     def pairs(self) -> list[Pair]:
-        """The pairs by which llama-quantize tells the matrix that it used."""
+        """Return the pairs by which llama-quantize tells the matrix that it used."""
         return [
             Pair("quantize.imatrix.file", _cut(self.path.name), GGUFValueType.STRING),
             Pair("quantize.imatrix.dataset", _cut(self.data_set), GGUFValueType.STRING),
@@ -59,7 +59,9 @@ class Importance:
 
 
 def read_importance(path: Path) -> Importance:
-    """An importance matrix. Raises FormatError where the file is none, is damaged, or holds what is no mean square."""
+    """Return an importance matrix. Raises FormatError if the file is none, is damaged, or holds what is no
+    mean square.
+    """
     if not path.is_file():
         raise FormatError(f"no importance matrix {str(path)!r}: there is no such file")
     with path.open("rb") as file:
@@ -88,7 +90,7 @@ def write_importance(
 ) -> None:
     """Write sums of squares (experts, columns) and the rows (experts,) that went into them; a matrix is one expert.
 
-    Raises DiskError where the disk is full.
+    Raises DiskError if the disk is full.
     """
     text, number = GGUFValueType.STRING, GGUFValueType.UINT32
     pairs = [

@@ -1,4 +1,4 @@
-"""The keys of a GGUF file that say what a config says: a family's table, run forward."""
+"""Keys of a GGUF file that say what a config says: a family's table, run forward."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _KINDS = {int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32, bool: GGUFVal
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A key with its value; ``item`` is the type of the values of an array."""
+    """Key with its value; ``item`` is the type of the values of an array."""
 
     key: str
     value: Any
@@ -32,7 +32,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Said:
-    """A config as a file tells it: pairs, tensors of rotary factors by name, what it cannot say, and what the file's
+    """Config as a file tells it: pairs, tensors of rotary factors by name, what it cannot say, and what the file's
     user must know.
     """
 
@@ -43,7 +43,7 @@ class Said:
 
 
 def said_of(family: Family, config: Any) -> Said:
-    """The keys of a config (transformers'), without writing anything."""
+    """Return the keys of a config (transformers'), without writing anything."""
     scaling = _scaling(family, config)
     problems = (*_unsaid(family, config), *family.refuses(config), *_query_problems(family, config), *scaling.problems)
     prefix = f"{family.architecture}."
@@ -57,7 +57,7 @@ def said_of(family: Family, config: Any) -> Said:
 
 
 def value_of(entry: Field, config: Any) -> Any:
-    """The value of a field in the file; None where the config does not say it."""
+    """Return the value of a field in the file; None if the config does not say it."""
     value: Any = config
     for part in entry.path.split("."):
         value = value.get(part) if isinstance(value, Mapping) else getattr(value, part, None)
@@ -67,13 +67,13 @@ def value_of(entry: Field, config: Any) -> Any:
 
 
 def head_width(config: Any) -> int:
-    """The width of a head."""
+    """Return the width of a head."""
     given: int | None = getattr(config, "head_dim", None)
     return given or config.hidden_size // config.num_attention_heads
 
 
 def rotary_width(family: Family, config: Any) -> int:
-    """The values of a head that rotate."""
+    """Return the values of a head that rotate."""
     parameters = value_of(Field("", family.rotary or ""), config) or {}
     return int(head_width(config) * (parameters.get("partial_rotary_factor") or 1.0))
 

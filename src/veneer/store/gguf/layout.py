@@ -1,4 +1,4 @@
-"""The layout of tensors in GGUF files. Whole output rows move: one function serves weights, biases and LoRA's B."""
+"""Layout of tensors in GGUF files. Whole output rows move: one function serves weights, biases and LoRA's B."""
 
 from __future__ import annotations
 
@@ -31,12 +31,14 @@ def by_role(leaf: str, tensor: Tensor, config: Any) -> Tensor:
 
 
 def shared_gate(leaf: str, tensor: Tensor, config: Any) -> Tensor:
-    """The gate of a shared expert (1, hidden) as a vector."""
+    """Return the gate of a shared expert (1, hidden) as a vector."""
     return tensor.reshape(-1) if leaf == "ffn_gate_inp_shexp.weight" else tensor
 
 
 def experts(name: str) -> Iterator[Part]:
-    """The leaves of a layer's experts, stacked (n, out, in): gate and up in one parameter, or one expert a file."""
+    """Return the leaves of a layer's experts, stacked (n, out, in): gate and up in one parameter, or one
+    expert a file.
+    """
     of_experts, (gate_up, down) = EXPERTS[0], STACKS
     if name.endswith(f".{of_experts}.{gate_up}"):
         yield "ffn_gate_exps.weight", lambda tensor: tensor.chunk(2, 1)[0]
@@ -48,6 +50,6 @@ def experts(name: str) -> Iterator[Part]:
 
 
 def no_windows(config: Any) -> Iterator[str]:
-    """The problem of a config with sliding windows, where the runtime has none for the family."""
+    """Return the problem of a config with sliding windows, if the runtime has none for the family."""
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         yield "sliding windows (use_sliding_window), which the runtime does not have for this family"

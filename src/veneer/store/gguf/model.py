@@ -49,9 +49,9 @@ _TOKEN_IDS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "p
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufFacts:
-    """The facts in the header of a GGUF file.
+    """Facts in the header of a GGUF file.
 
-    ``dtype`` is that of the matrices where nothing is quantized, bfloat16 otherwise. ``token_ids`` are the ids of the
+    ``dtype`` is that of the matrices if nothing is quantized, bfloat16 otherwise. ``token_ids`` are the ids of the
     special tokens by transformers' names.
     """
 
@@ -63,7 +63,9 @@ class GgufFacts:
 
 
 def read_facts(path: Path) -> GgufFacts:
-    """The facts of a GGUF file. Raises FormatError where it is none, is cut short, or holds no model but an adapter."""
+    """Return the facts of a GGUF file. Raises FormatError if it is none, is cut short, or holds no model but an
+    adapter.
+    """
     reader = open_gguf(path)
     if value_of(reader, "general.type") == "adapter":
         raise FormatError(
@@ -106,7 +108,8 @@ def header_config(path: Path) -> Any:
 
 
 def converted_folder(path: Path) -> Path:
-    """The cached folder of a GGUF file, converted where that has not been done; a changed file is converted anew.
+    """Return the cached folder of a GGUF file, converted where that has not been done; a changed file is converted
+    anew.
 
     ``veneer.json`` in it holds the name by which other machines know the file.
     """

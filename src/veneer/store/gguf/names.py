@@ -1,4 +1,4 @@
-"""The names of a model's parameters in GGUF files."""
+"""Names of a model's parameters in GGUF files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TOWERS = ("vision_tower", "vision_model", "multi_modal_projector", "audio_tower
 
 
 def gguf_name(family: Family, config: Any, name: str, prefix: str = "model") -> str | None:
-    """llama.cpp's name for a parameter of a model; None where it has none.
+    """llama.cpp's name for a parameter of a model; None if it has none.
 
     ``prefix`` is that of the names of the model without its head, which files may lack or have.
     """
@@ -35,7 +35,9 @@ def _name_map(architecture: str, n_layers: int) -> gguf.TensorNameMap:
 
 
 def places_of(family: Family, config: Any, name: str, prefix: str) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
-    """The tensors of the file that a parameter goes into, and the part of it that each takes; [] where it has none."""
+    """Return the tensors of the file that a parameter goes into, and the part of it that each takes; [] where it has
+    none.
+    """
     parts = list(family.parts(name))
     if parts:
         layer = next(piece for piece in name.split(".") if piece.isdigit())
@@ -45,14 +47,16 @@ def places_of(family: Family, config: Any, name: str, prefix: str) -> list[tuple
 
 
 def text_name(name: str | None) -> str | None:
-    """The name that a parameter has in the model of texts alone; None for the towers of images and their like."""
+    """Return the name that a parameter has in the model of texts alone; None for the towers of images and
+    their like.
+    """
     if name is None or any(f".{part}." in f".{name}" for part in _TOWERS):
         return None
     return name.replace("language_model.", "", 1)
 
 
 def leaf_of(name: str) -> str:
-    """A tensor's name behind its layer's."""
+    """Return a tensor's name behind its layer's."""
     return name.split(".", 2)[-1] if name.startswith("blk.") else name
 
 

@@ -51,7 +51,7 @@ class PreTokenizer:
         return (*digits, *splits, ("ByteLevel", not self.patterns))
 
     def build(self) -> Any:
-        """The object of the tokenizers library."""
+        """Return the object of the tokenizers library."""
         steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if self.digits else []
         steps += [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in self.patterns]
         steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not self.patterns))
@@ -87,7 +87,7 @@ TABLE = (
 def pre_tokenizer_name(content: Mapping[str, Any]) -> str:
     """llama.cpp's name for what a ``tokenizer.json`` does before the merges.
 
-    Raises FormatError with the patterns seen, where llama.cpp has no name for them or none is known here, and
+    Raises FormatError with the patterns seen, if llama.cpp has no name for them or none is known here, and
     where under that name it takes words that are tokens otherwise.
     """
     steps = tuple(_steps(content.get("pre_tokenizer") or {}))
@@ -108,7 +108,7 @@ def pre_tokenizer_name(content: Mapping[str, Any]) -> str:
 
 
 def pre_tokenizer_of(name: str | None) -> PreTokenizer | None:
-    """The pre-tokenizer that a name in a file means; None for an unknown one."""
+    """Return the pre-tokenizer that a name in a file means; None for an unknown one."""
     return next((each for each in TABLE if name in (each.name, *each.others)), None)
 
 

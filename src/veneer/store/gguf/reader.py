@@ -12,7 +12,7 @@ from veneer.errors import FormatError
 
 
 def open_gguf(path: Path) -> GGUFReader:
-    """The reader of a GGUF file. Raises FormatError where it is not one, or is cut short."""
+    """Return the reader of a GGUF file. Raises FormatError if it is not one, or is cut short."""
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise FormatError(f"{path} is not a GGUF file: it does not start with the bytes GGUF")
@@ -26,6 +26,6 @@ def open_gguf(path: Path) -> GGUFReader:
 
 
 def value_of(reader: GGUFReader, key: str) -> Any:
-    """The value of a key; None where the file does not have it."""
+    """Return the value of a key; None if the file does not have it."""
     field = reader.get_field(key)
     return None if field is None else field.contents()

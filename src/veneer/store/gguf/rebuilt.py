@@ -26,7 +26,7 @@ def rebuilt_model(
     dtype: torch.dtype,
     on_progress: Callable[[int, int], None],
 ) -> Any:
-    """The model of a file whose family has ``reads=False``.
+    """Return the model of a file whose family has ``reads=False``.
 
     ``ids`` are special tokens by transformers' names; ``on_progress`` is told the parameters that are filled. Raises
     FormatError for what the model would not compute, and for tensors that are missing or have no place.

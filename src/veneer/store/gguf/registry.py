@@ -1,4 +1,4 @@
-"""The families that there are, found by walking `families`."""
+"""Families that there are, found by walking `families`."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ def _families() -> tuple[Family, ...]:
 
 
 def by_architecture() -> Mapping[str, Family]:
-    """The families that transformers reads, by ``general.architecture``."""
+    """Return the families that transformers reads, by ``general.architecture``."""
     return {family.architecture: family for family in _families() if family.reads}
 
 
 def rebuilt_family(architecture: str, keys: Mapping[str, Any]) -> Family | None:
-    """The family of a file that transformers does not read, by its architecture and its keys behind that name."""
+    """Return the family of a file that transformers does not read, by its architecture and its keys behind
+    that name.
+    """
     families = [each for each in _families() if each.architecture == architecture and not each.reads]
     marked = [each for each in families if each.marked_by is not None and keys.get(each.marked_by)]
     return next(iter([*marked, *(each for each in families if each.marked_by is None)]), None)
 
 
 def by_model_type() -> Mapping[str, Family]:
-    """The families that are written, by transformers' model type."""
+    """Return the families that are written, by transformers' model type."""
     return {name: family for family in _families() for name in family.model_types}

@@ -26,7 +26,7 @@ _YARN = {"yarn_attn_factor": "attention_factor", "yarn_beta_fast": "beta_fast", 
 def rotary_scaling(
     pairs: Mapping[str, Any], factors: Mapping[str, Tensor], frequencies: Tensor, max_positions: int
 ) -> dict[str, Any]:
-    """The ``rope_parameters`` beside the base; empty for files without scaling.
+    """Return the ``rope_parameters`` beside the base; empty for files without scaling.
 
     ``pairs`` are the file's values by their keys behind the architecture's name, ``factors`` its tensors of factors by
     name, ``frequencies`` (rotary width / 2) those of the base in radians a position. Raises FormatError for scalings
@@ -146,7 +146,7 @@ def _llama3(factors: Tensor, frequencies: Tensor) -> dict[str, Any] | None:
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """A rotary scaling as a file says it: values by key, tensors of factors by name, and what cannot be said."""
+    """Rotary scaling as a file says it: values by key, tensors of factors by name, and what cannot be said."""
 
     pairs: Mapping[str, Any] = field(default_factory=dict)
     factors: Mapping[str, Tensor] = field(default_factory=dict)
@@ -156,7 +156,7 @@ class Scaling:
 def said_scaling(
     parameters: Mapping[str, Any], width: int, config: Any, allowed: Collection[str], mscale: bool = False
 ) -> Scaling:
-    """The ``rope_parameters`` that a file tells: the other way of `rotary_scaling`.
+    """Return the ``rope_parameters`` that a file tells: the other way of `rotary_scaling`.
 
     ``width`` values of a head rotate; ``allowed`` are the kinds that the runtime computes for the family, ``mscale``:
     it has keys of its own for YaRN's factors of attention.

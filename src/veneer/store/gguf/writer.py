@@ -37,7 +37,7 @@ _PARTIAL = ".partial-"
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A tensor of the file: ggml's name of its type, and its shape as torch has it."""
+    """Tensor of the file: ggml's name of its type, and its shape as torch has it."""
 
     name: str
     kind: str
@@ -102,7 +102,7 @@ class GgufFileWriter:
         return self
 
     def write(self, name: str, pieces: Iterable[Tensor]) -> None:
-        """Put the bytes of one tensor, in pieces, where they belong."""
+        """Put the bytes of one tensor, in pieces, if they belong."""
         if name not in self._missing:
             what = "was written already" if name in self._specs else "is not among the tensors announced"
             raise FormatError(f"tensor {name!r} {what}")
@@ -201,7 +201,7 @@ class GgufFileWriter:
 
 
 def part_paths(target: Path, n_parts: int) -> list[Path]:
-    """The names of a file's parts, as llama.cpp looks for them: the target alone where it is one."""
+    """Return the names of a file's parts, as llama.cpp looks for them: the target alone where it is one."""
     if n_parts == 1:
         return [target]
     stem = target.name.removesuffix(".gguf")
@@ -216,13 +216,13 @@ def _sets(target: Path) -> list[Path]:
 
 
 def file_nbytes(pairs: Iterable[Pair], specs: Sequence[TensorSpec]) -> int:
-    """The bytes of a file in one part."""
+    """Return the bytes of a file in one part."""
     infos = sum(8 + len(spec.name.encode()) + 4 + 8 * len(spec.shape) + 4 + 8 for spec in specs)
     return _padded(24 + _pairs_nbytes(pairs) + infos) + sum(_padded(spec.nbytes) for spec in specs)
 
 
 def parts_of(specs: Sequence[TensorSpec], max_bytes: int | None) -> list[list[TensorSpec]]:
-    """The tensors of each part, in order; a part exceeds the limit only where one tensor alone does."""
+    """Return the tensors of each part, in order; a part exceeds the limit only where one tensor alone does."""
     parts: list[list[TensorSpec]] = [[]]
     held = 0
     for spec in specs:
