@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from launch import program
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -49,10 +49,8 @@ def test_answers_may_part_at_tokens_that_are_nearly_as_likely(arrivals, monkeypa
 
 
 def test_every_row_comes_out_once_a_rate():
-    done = subprocess.run(
-        [sys.executable, BENCH / "serve_arrivals.py", "--tiny", "--adapters", "3", "--requests", "9", "--repeats", "1"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    options = ("--tiny", "--adapters", "3", "--requests", "9", "--repeats", "1")
+    done = program(BENCH / "serve_arrivals.py", *options)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "8 of 8 answers are equal" in done.stdout
     for name in ("requests/s", "first token, median, ms", "gap, p99, ms"):

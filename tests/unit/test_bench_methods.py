@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from launch import program
 
 BENCH = Path(__file__).parents[2] / "bench"
 QUICK = ("--tiny", "--dtype", "float32", "--tokens", "12", "--repeats", "1", "--rows", "2")
 
 
 def run(script: str, *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, BENCH / script, *QUICK, *arguments], capture_output=True, text=True, check=False
-    )
+    done = program(BENCH / script, *QUICK, *arguments)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
