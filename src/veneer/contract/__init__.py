@@ -1,4 +1,4 @@
-"""The contract of a method: a frozen config with pure functions from parameters to a record. A config *is* its method.
+"""Contract of a method: a frozen config with pure functions from parameters to a record. A config *is* its method.
 
 All methods have one protocol, that of `MethodConfig`, about a *site*: ``shapes``, ``init``, ``lower``, ``disk_names``,
 ``dropout``, ``site_of``, and ``places_in`` for the sites that a file tells. The base class says what a site is:
@@ -15,7 +15,7 @@ file asks of which kind a method is. Callers ask for facts, each with an answer 
 All else is a capability that a config may return:
 
 - ``extras``: what else it trains (modules, biases, rows, parameters by name);
-- ``training``: what it does while a run trains it (length of the run, a penalty, a schedule);
+- ``training``: its action while a run trains it (length of the run, a penalty, a schedule);
 - ``packing``: how it is written, where others do not know the form that is trained;
 - ``shared``: tensors that its layers share;
 - ``checks``: what it refuses of a model's layers;

@@ -15,9 +15,11 @@ class Checks:
         return []
 
     def tied(self, sites: Sequence[LinearSite]) -> list[str]:
-        """The settings that differ between these layers, which must stay tied."""
+        """Return the settings that differ between these layers, which must stay tied."""
         return []
 
     def effect(self, names: Sequence[str], sites: Sequence[LinearSite]) -> list[str]:
-        """The settings of a new adapter that mean none of the modules adapted (by path), or that need larger layers."""
+        """Return the settings of a new adapter that mean none of the modules adapted (by path), or that
+        need larger layers.
+        """
         return []

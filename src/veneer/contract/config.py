@@ -1,4 +1,4 @@
-"""The base of every adapter config: fields in PEFT's names, checked once, never changed."""
+"""Base of every adapter config: fields in PEFT's names, checked once, never changed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from veneer.errors import ConfigError, FormatError
 
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig(FrozenConfig):
-    """The protocol of a method, and the fields of every adapter config in PEFT's names.
+    """Protocol of a method, and the fields of every adapter config in PEFT's names.
 
     A *site* is what a method acts on: a linear layer, a sub-layer, all attention layers of a model, or its input. All
     methods answer alike, so that no caller asks of which kind a method is.
@@ -70,7 +70,7 @@ class MethodConfig(FrozenConfig):
         check(self, lambda: self.problems())
 
     def problems(self) -> list[str]:
-        """The problems of values of the right types, one sentence each. Subclasses extend the list."""
+        """Return the problems of values of the right types, one sentence each. Subclasses extend the list."""
         tasks = [task.value for task in TaskType]
         return [] if self.task_type in (None, *tasks) else [f"task_type={self.task_type!r} must be one of {tasks}"]
 
@@ -115,13 +115,13 @@ class MethodConfig(FrozenConfig):
         """Return the places of a saved adapter by path, read from its file; None if that does not tell all sizes.
 
         ``shapes`` are those of the file's tensors by key, and ``source`` is the file's name in errors. Layers of which
-        a part is missing are left out. Raises FormatError where a parameter has a shape that tells nothing, or another
+        a part is missing are left out. Raises FormatError if a parameter has a shape that tells nothing, or another
         number of layers than the config.
         """
 
     @property
     def late_start(self) -> LateStart | None:
-        """The low-rank factors that may be started again on the model, if there are such."""
+        """Low-rank factors that may be started again on the model, if there are such."""
         return None
 
     @property
@@ -131,12 +131,12 @@ class MethodConfig(FrozenConfig):
 
     @property
     def largest_rank(self) -> int:
-        """The largest rank of an update, as the written config tells it; 0 for a method that has none."""
+        """Largest rank of an update, as the written config tells it; 0 for a method that has none."""
         return 0
 
     @property
     def virtual_tokens(self) -> int:
-        """The number of virtual tokens that the method puts in front of the sequence."""
+        """Number of virtual tokens that the method puts in front of the sequence."""
         return 0
 
     @property
@@ -146,22 +146,22 @@ class MethodConfig(FrozenConfig):
 
     @property
     def extras(self) -> Extras:
-        """The parts of the base that the adapter trains too."""
+        """Parts of the base that the adapter trains too."""
         return Extras(modules=tuple(self.modules_to_save or ()))
 
     @property
     def packing(self) -> Packing:
-        """The form in which the adapter is written."""
+        """Form in which the adapter is written."""
         return Packing()
 
     @property
     def training(self) -> Training | None:
-        """The method's part in a training run, where it has one besides its forward pass."""
+        """Method's part in a training run, if it has one besides its forward pass."""
         return None
 
     @property
     def shared(self) -> Shared | None:
-        """Tensors that the layers share, where there are some."""
+        """Tensors that the layers share, if there are some."""
         return None
 
     @property
@@ -170,18 +170,22 @@ class MethodConfig(FrozenConfig):
         return self.virtual_tokens > 0
 
     def packed(self) -> Self:
-        """The config as it is written: a method that others do not know may be one that they do know, once trained."""
+        """Return the config as it is written: a method that others do not know may be one that they do
+        know, once trained.
+        """
         changed = self.packing.fields
         return replace(self, **changed) if changed else self  # type: ignore[arg-type]
 
     def differing(self, other: MethodConfig) -> list[str]:
-        """The fields under which the same tensors would mean another update in a config of the same class."""
+        """Return the fields under which the same tensors would mean another update in a config of the same class."""
         inert = frozenset().union(*(vars(cls).get("inert", ()) for cls in type(self).__mro__))
         names = (spec.name for spec in fields(self) if spec.name not in inert)
         return [name for name in names if getattr(self, name) != getattr(other, name)]
 
     def told(self) -> dict[str, object]:
-        """The settings that are worth telling people: the ``headline``, then all that differ from the defaults."""
+        """Return the settings that are worth telling people: the ``headline``, then all that differ from
+        the defaults.
+        """
         aside = {"base_model_name_or_path", "revision", "inference_mode", *self.headline}
         others = (spec for spec in fields(self) if spec.name not in aside and spec.metadata.get("on_disk", True))
         chosen = [spec.name for spec in others if getattr(self, spec.name) != _default(spec)]
@@ -189,7 +193,7 @@ class MethodConfig(FrozenConfig):
         return {name: value for name, value in values.items() if value is not None}
 
     def to_dict(self) -> dict[str, object]:
-        """The fields by name, with ``peft_type``, as one logs them: new lists and mappings, no tuples."""
+        """Return the fields by name, with ``peft_type``, as one logs them: new lists and mappings, no tuples."""
         values = {spec.name: getattr(self, spec.name) for spec in fields(self)}
         for name, value in values.items():
             plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
@@ -198,7 +202,7 @@ class MethodConfig(FrozenConfig):
         return {"peft_type": self.peft_type, **values}
 
     def to_json(self, auto_mapping: Mapping[str, str] | None = None) -> str:
-        """The text of ``adapter_config.json``. ``auto_mapping`` tells the base's class where no task does."""
+        """Return the text of ``adapter_config.json``. ``auto_mapping`` tells the base's class where no task does."""
         on_disk = [spec.name for spec in fields(self) if spec.metadata.get("on_disk", True)]
         values: dict[str, object] = {name: getattr(self, name) for name in on_disk}
         values |= {"peft_type": self.peft_type, "auto_mapping": auto_mapping if self.task_type is None else None}
@@ -212,16 +216,16 @@ class MethodConfig(FrozenConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **hub: str | bool | None
     ) -> MethodConfig:
-        """The config of a saved adapter, of whatever method it is: from a folder or a hub id.
+        """Return the config of a saved adapter, of whatever method it is: from a folder or a hub id.
 
         ``hub``: ``revision``, ``subfolder``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``.
-        Raises FormatError where there is none or it is not understood.
+        Raises FormatError if there is none or it is not understood.
         """
         return config_in(adapter_folder(pretrained_model_name_or_path, hub_options(hub)))
 
     @classmethod
     def variants(cls) -> Mapping[str, str]:
-        """The switches among the fields that go by names of their own in recipes: field by name."""
+        """Return the switches among the fields that go by names of their own in recipes: field by name."""
         return {}
 
     @classmethod
@@ -231,7 +235,9 @@ class MethodConfig(FrozenConfig):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> Self:
-        """A config from the fields of an ``adapter_config.json``, ``peft_type`` and the like already taken out."""
+        """Return a config from the fields of an ``adapter_config.json``, ``peft_type`` and the like already
+        taken out.
+        """
         return cls(**values)  # type: ignore[arg-type]
 
 
@@ -240,12 +246,12 @@ def _default(spec: Field[Any]) -> object:
 
 
 def for_use(config: MethodConfig) -> MethodConfig:
-    """The config as it is written beside trained values: in the form that others know, and for inference."""
+    """Return the config as it is written beside trained values: in the form that others know, and for inference."""
     return replace(config.packed(), inference_mode=True)
 
 
 def config_in(folder: Path) -> MethodConfig:
-    """The config of an adapter folder. Raises FormatError where there is none or it is not understood.
+    """Return the config of an adapter folder. Raises FormatError if there is none or it is not understood.
 
     A base that is named by a path into a cache goes by its `known_name`.
     """
@@ -255,7 +261,9 @@ def config_in(folder: Path) -> MethodConfig:
 
 
 def from_values(given: Mapping[str, object], source: str) -> MethodConfig:
-    """The config that these fields mean, ``peft_type`` among them. Raises FormatError with everything that is wrong."""
+    """Return the config that these fields mean, ``peft_type`` among them. Raises FormatError with
+    everything that is wrong.
+    """
     values = dict(given)
     method = _method(values.pop("peft_type", None), source)
     known = {spec.name for spec in fields(method)}

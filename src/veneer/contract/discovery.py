@@ -1,4 +1,4 @@
-"""The methods that there are: concrete configs that have been defined, whatever file they are in."""
+"""Methods that there are: concrete configs that have been defined, whatever file they are in."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ C = TypeVar("C")
 
 
 def concrete(base: Callable[..., C]) -> dict[str, type[C]]:
-    """The subclasses of a contract that are methods, by ``peft_type``.
+    """Return the subclasses of a contract that are methods, by ``peft_type``.
 
     A method has a format of its own and nothing abstract, and its module still holds it.
     """

@@ -18,7 +18,9 @@ PEFT_VERSION = "0.21.2"
 
 
 def text_of(values: Mapping[str, object], peft_fields: PeftFields) -> str:
-    """The text of the file as PEFT writes it: sorted, indented by 2, with fields of PEFT that are not used here."""
+    """Return the text of the file as PEFT writes it: sorted, indented by 2, with fields of PEFT that are
+    not used here.
+    """
     written = {**COMMON.neutral, **peft_fields.neutral, **{key: _plain(value) for key, value in values.items()}}
     for key in peft_fields.quiet:
         if written.get(key) is None:
@@ -27,7 +29,7 @@ def text_of(values: Mapping[str, object], peft_fields: PeftFields) -> str:
 
 
 def read_fields(folder: Path) -> dict[str, Any]:
-    """Read the file in an adapter's folder. Raises FormatError where there is none or it is damaged."""
+    """Read the file in an adapter's folder. Raises FormatError if there is none or it is damaged."""
     path = folder / CONFIG_FILE
     if not path.is_file():
         inside = folder / "adapter"  # where a training run saves it
@@ -47,8 +49,8 @@ def read_fields(folder: Path) -> dict[str, Any]:
 
 
 def problems_of(values: Mapping[str, object], known: Collection[str], peft_fields: PeftFields) -> list[str]:
-    """A sentence for every key that is none of the ``known`` ones: one that nobody knows (naming the nearest), or that
-    asks for a feature which is not supported.
+    """Return a sentence for every key that is none of the ``known`` ones: one that nobody knows (naming the nearest),
+    or that asks for a feature which is not supported.
     """
     neutral = {**COMMON.neutral, **peft_fields.neutral}
     unread = (*COMMON.unread, *peft_fields.unread)

@@ -27,19 +27,19 @@ def is_adapters(key: str) -> bool:
 
 
 def parameter_key(path: str, end: str, depth: int = 0) -> str:
-    """The key of a method's parameter. PEFT wraps a module once for each of its parameters that is adapted by name:
-    ``depth`` wrappers stand outside of this one's.
+    """Return the key of a method's parameter. PEFT wraps a module once for each of its parameters that is adapted by
+    name: ``depth`` wrappers stand outside of this one's.
     """
     return f"{_TUNER}{path}.{f'{_BASE}.' * depth}{end}"
 
 
 def attention_path(path: str) -> str:
-    """The path in keys of an attention's output projection that is adapted with the attention."""
+    """Return the path in keys of an attention's output projection that is adapted with the attention."""
     return f"{path.removesuffix(f'.{OUT_PROJECTION}')}.{_BASE}.{OUT_PROJECTION}"
 
 
 def shared_key(name: str) -> str:
-    """The key of a tensor that all layers share."""
+    """Return the key of a tensor that all layers share."""
     return f"{_MODEL}{name}"
 
 
@@ -49,12 +49,12 @@ def is_shared(key: str, names: Collection[str]) -> bool:
 
 
 def rows_key(path: str) -> str:
-    """The key of single rows that are trained of a table."""
+    """Return the key of single rows that are trained of a table."""
     return f"{_TUNER}{path}.{_ROWS}.{_DELTA}"
 
 
 def copy_key(path: str, parameter: str, *, adapted: bool, virtual: bool = False) -> str:
-    """The key of what an adapter trains whole of a module: a ``parameter``, or its rows.
+    """Return the key of what an adapter trains whole of a module: a ``parameter``, or its rows.
 
     ``adapted``: the method adapts the module too. ``virtual``: it is one of virtual tokens, which has one wrapper less.
     """
@@ -63,7 +63,7 @@ def copy_key(path: str, parameter: str, *, adapted: bool, virtual: bool = False)
 
 
 def weight_key(path: str, *, adapted: bool, with_rows: bool, virtual: bool = False) -> str:
-    """The key of the whole weight of an embedding or a head that is written along."""
+    """Return the key of the whole weight of an embedding or a head that is written along."""
     inner = f"{_ROWS}.{_BASE}." if with_rows else f"{_BASE}." if adapted else ""
     return f"{_MODEL if virtual else _TUNER}{path}.{inner}weight"
 
@@ -80,14 +80,14 @@ def is_of_wrapped(key: str) -> bool:
 
 
 def divided(key: str) -> tuple[str, str]:
-    """The names of PEFT's wrappers in front of a key, if any, and the rest."""
+    """Return the names of PEFT's wrappers in front of a key, if any, and the rest."""
     prefix = next((each for each in (_TUNER, _MODEL) if key.startswith(each)), "")
     return prefix, key.removeprefix(prefix)
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A key, parsed: the module's ``path`` in the model, the ``end``, and how many wrappers stand between.
+    """Key, parsed: the module's ``path`` in the model, the ``end``, and how many wrappers stand between.
 
     ``of_attention``: the module is an attention's output projection, adapted with the attention.
     """
@@ -116,7 +116,8 @@ def place_of(key: str, ends: Collection[str]) -> Place:
 
 
 def copies_of(key: str) -> tuple[str, ...]:
-    """The keys that hold the same of a module trained whole, where PEFT writes it once more by its wrapper's names.
+    """Return the keys that hold the same of a module trained whole, where PEFT writes it once more by its wrapper's
+    names.
 
     They are two: of a part of the module the name of the adapter stays in the key.
     """

@@ -12,7 +12,7 @@ Names = tuple[str, ...] | str  # of modules: names, suffixes and roles, or an ex
 class Known:
     """``names``: of the config's fields that name modules and are None, the names that the model has.
 
-    ``shapes``: those of a file's parameters, by module path and name. Either is empty where nothing tells it.
+    ``shapes``: those of a file's parameters, by module path and name. Either is empty if nothing tells it.
     """
 
     names: Mapping[str, Names] = field(default_factory=dict)

@@ -14,7 +14,7 @@ class LateStart(ABC):
     """Low-rank factors that may be started again once their adapter is on a model.
 
     ``a`` and ``b`` name A (r, i) and B (o, r) among the method's parameters. ``settings`` are those of the start from
-    data that the config asks for, such as `inits.eva.EvaConfig`; None where it asks for none. ``is_product``: the
+    data that the config asks for, such as `inits.eva.EvaConfig`; None if it asks for none. ``is_product``: the
     update is `scale` B A as it stands, whatever the factors are, so that they may start as any product.
     """
 
@@ -25,11 +25,11 @@ class LateStart(ABC):
 
     @abstractmethod
     def rank(self, site: LinearSite) -> int:
-        """The rank r at this site."""
+        """Return the rank r at this site."""
 
     @abstractmethod
     def scale(self, site: LinearSite) -> float:
-        """The factor of B A at this site."""
+        """Return the factor of B A at this site."""
 
     @abstractmethod
     def with_ranks(

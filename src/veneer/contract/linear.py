@@ -1,4 +1,4 @@
-"""The contract of methods at linear layers: embeddings and convolutions are linear maps too."""
+"""Contract of methods at linear layers: embeddings and convolutions are linear maps too."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SAMPLES = (
 
 @dataclass(frozen=True, kw_only=True)
 class LinearMethod(TargetedConfig):
-    """A method at linear layers, each with parameters of its own.
+    """Method at linear layers, each with parameters of its own.
 
     ``kinds`` are the modules that it can adapt: "linear" layers, "embedding", "convolution", "attention" (torch's own,
     both of its maps). ``outward`` names the parameters on the side of the output, as LoRA's B, which LoRA+ lets learn
@@ -48,7 +48,7 @@ class LinearMethod(TargetedConfig):
 
     @property
     def checks(self) -> Checks:
-        """The checks of the method on the layers that it is to adapt."""
+        """Checks of the method on the layers that it is to adapt."""
         return Checks()
 
     @classmethod

@@ -22,9 +22,9 @@ class Packing:
     fixed: tuple[str, ...] = ()
 
     def pack(self, params: Params) -> dict[str, Tensor]:
-        """A layer's parameters as the written config names and shapes them."""
+        """Return a layer's parameters as the written config names and shapes them."""
         return dict(params)
 
     def unpack(self, packed: Params) -> dict[str, Tensor]:
-        """The inverse of `pack`, bit for bit, so that training can go on."""
+        """Return the inverse of `pack`, bit for bit, so that training can go on."""
         return dict(packed)

@@ -1,4 +1,4 @@
-"""A method's parameters at one site by name, their declared shapes, and the record that they mean."""
+"""Method's parameters at one site by name, their declared shapes, and the record that they mean."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class PatternChecks(Checks):
 
 
 def first_match(pattern: Mapping[str, T], name: str, default: T) -> T:
-    """The value of the first key that matches the end of a module path."""
+    """Return the value of the first key that matches the end of a module path."""
     return next((value for key, value in pattern.items() if matches_end(key, name)), default)
 
 
@@ -34,7 +34,7 @@ def matches_end(key: str, name: str) -> bool:
 
 
 def unmatched(patterns: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> list[str]:
-    """A sentence for each key that matches none of the modules adapted, whose paths are ``names``."""
+    """Return a sentence for each key that matches none of the modules adapted, whose paths are ``names``."""
     return [
         f"{field} key {key!r} matches none of the {len(names)} modules adapted, such as {names[0]!r}"
         for field, pattern in patterns.items()
@@ -44,7 +44,7 @@ def unmatched(patterns: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -
 
 
 def broken(patterns: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A sentence for each key that is no regular expression."""
+    """Return a sentence for each key that is no regular expression."""
     keys = (key for pattern in patterns.values() for key in pattern)
     return [f"the pattern {key!r} is not a regular expression" for key in keys if not compiles(key)]
 

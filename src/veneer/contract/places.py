@@ -1,4 +1,4 @@
-"""The places where an adapter has parameters: a site, and the key that each of them has in the adapter's file."""
+"""Places where an adapter has parameters: a site, and the key that each of them has in the adapter's file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Placed:
 
 
 class Method(Protocol):
-    """The part of a method that places are made of, see `MethodConfig`."""
+    """Part of a method that places are made of, see `MethodConfig`."""
 
     def shapes(self, site: Any) -> Shapes: ...
     def disk_names(self, site: Any) -> Mapping[str, str]: ...
@@ -85,7 +85,7 @@ def module_places(
 
 
 def require_sizes(found: ShapesByKey, like: ShapesByKey, path: str, source: str) -> None:
-    """Raise FormatError where a parameter is empty, or has fewer dimensions than one ``like`` it has at any site."""
+    """Raise FormatError if a parameter is empty, or has fewer dimensions than one ``like`` it has at any site."""
     for name, shape in found.items():
         if 0 in shape or len(shape) < len(like[name]):
             raise damaged(source, f"{name} of {path} has shape {shape}")

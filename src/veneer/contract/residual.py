@@ -1,4 +1,4 @@
-"""The contract of methods in the residual stream."""
+"""Contract of methods in the residual stream."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _SAMPLE = ResidualSite(name="", layer=0, sublayer="mlp", features=1024)
 
 @dataclass(frozen=True, kw_only=True)
 class ResidualMethod(MethodConfig):
-    """A method in the residual stream, with parameters of its own after each sub-layer that it names."""
+    """Method in the residual stream, with parameters of its own after each sub-layer that it names."""
 
     @property
     @abstractmethod
     def sublayers(self) -> tuple[str, ...]:
-        """The sub-layers that get a bottleneck: of ``"attention"``, ``"cross_attention"`` and ``"mlp"``."""
+        """Sub-layers that get a bottleneck: of ``"attention"``, ``"cross_attention"`` and ``"mlp"``."""
 
     @property
     def layers(self) -> tuple[int, ...] | None:
-        """The indices of the blocks that get bottlenecks (from 0, through the whole model); None is all of them."""
+        """Indices of the blocks that get bottlenecks (from 0, through the whole model); None is all of them."""
         return None
 
     @abstractmethod

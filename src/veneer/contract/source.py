@@ -1,4 +1,4 @@
-"""The source of an adapter: a local folder, or an id on the Hugging Face hub."""
+"""Source of an adapter: a local folder, or an id on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def hub_options(values: Mapping[str, Any]) -> HubOptions:
 
 
 def from_keywords(kind: Callable[..., Options], values: Mapping[str, Any], as_it_is: Sequence[str]) -> Options:
-    """A dataclass from keyword arguments, without those that say what is so anyway. Raises ConfigError."""
+    """Return a dataclass from keyword arguments, without those that say what is so anyway. Raises ConfigError."""
     allowed = set(inspect.signature(kind).parameters)
     given = {key: value for key, value in values.items() if key not in as_it_is}
     unknown = sorted(set(given) - allowed)
@@ -53,9 +53,9 @@ def of_hub(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def adapter_folder(model_id: str | os.PathLike[str], options: HubOptions | None = None) -> Path:
-    """The local folder of an adapter, fetched from the hub where ``model_id`` is not a folder.
+    """Return the local folder of an adapter, fetched from the hub where ``model_id`` is not a folder.
 
-    Raises FormatError where there is no such folder or id, or the subfolder leads out of it.
+    Raises FormatError if there is no such folder or id, or the subfolder leads out of it.
     """
     options = options or HubOptions()
     subfolder = _inside(options.subfolder)

@@ -18,7 +18,7 @@ _LETTERS = re.compile(r"[^a-z]")
 
 @dataclass(frozen=True, kw_only=True)
 class TargetedConfig(MethodConfig):
-    """A config that picks modules by name.
+    """Config that picks modules by name.
 
     ``target_modules``: a tuple of names or suffixes, a regular expression that must match the whole module path, or
     ``"all-linear"`` (every linear layer but the output head); None takes those of the method's ``default_targets`` that
@@ -56,7 +56,7 @@ class TargetedConfig(MethodConfig):
 
     @classmethod
     def fields_for(cls, model_type: str) -> Mapping[str, Names]:
-        """The fields that name modules, for where they are None, on a model of this type of transformers.
+        """Return the fields that name modules, for where they are None, on a model of this type of transformers.
 
         Of names and roles those count that the model has.
         """
@@ -65,7 +65,7 @@ class TargetedConfig(MethodConfig):
 
 @dataclass(frozen=True)
 class ModuleIndex:
-    """The module paths of a model: all of them, those that a method can adapt, and those ``"all-linear"`` takes."""
+    """Module paths of a model: all of them, those that a method can adapt, and those ``"all-linear"`` takes."""
 
     all_names: tuple[str, ...]
     adaptable: tuple[str, ...]
@@ -73,7 +73,7 @@ class ModuleIndex:
 
 
 def present_targets(config: TargetedConfig, index: ModuleIndex, default: Collection[str]) -> tuple[str, ...]:
-    """Those of the default names that the model has. Raises TargetError where it has none."""
+    """Those of the default names that the model has. Raises TargetError if it has none."""
     present = tuple(p for p in default if any(matches_any(n, (p,)) for n in index.adaptable))
     if present:
         return present
@@ -84,12 +84,12 @@ def present_targets(config: TargetedConfig, index: ModuleIndex, default: Collect
 
 
 def select_targets(config: TargetedConfig, index: ModuleIndex) -> tuple[str, ...]:
-    """The module paths that a config adapts, in the model's order.
+    """Return the module paths that a config adapts, in the model's order.
 
     ``layers_to_transform`` does not restrict modules that are named by their whole path, and modules to be saved whole
     are never adapted: both are PEFT's rules.
 
-    Raises TargetError, with everything that is wrong, where a pattern matches nothing (naming the nearest module names)
+    Raises TargetError, with everything that is wrong, if a pattern matches nothing (naming the nearest module names)
     or only modules that cannot be adapted, and where exclusions or layer indices leave nothing.
     """
     patterns = _patterns(config, index)
@@ -116,7 +116,9 @@ def select_targets(config: TargetedConfig, index: ModuleIndex) -> tuple[str, ...
 
 
 def absent_layers(config: TargetedConfig, index: ModuleIndex) -> list[str]:
-    """A sentence where ``layers_to_transform`` holds layers that the model does not have, whatever lies in them."""
+    """Return a sentence where ``layers_to_transform`` holds layers that the model does not have, whatever
+    lies in them.
+    """
     wanted = config.layers_to_transform
     asked = set() if wanted is None else {wanted} if isinstance(wanted, int) else set(wanted)
     absent = sorted(asked - {_layer(name, config) for name in index.all_names})

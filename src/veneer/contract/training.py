@@ -11,7 +11,7 @@ from veneer.contract.parameters import Params
 
 
 class Schedule(Protocol):
-    """The actions of a method on its parameters between the steps of a training run."""
+    """Actions of a method on its parameters between the steps of a training run."""
 
     def step(self, step: int) -> None:
         """Act after the optimizer step of this number, while its gradients are still there."""
@@ -24,13 +24,15 @@ class Schedule(Protocol):
 
 
 class Training(Protocol):
-    """A method's part in a training run."""
+    """Method's part in a training run."""
 
     def fields_for(self, n_steps: int) -> Mapping[str, object]:
-        """The fields of the config that follow from the length of the run."""
+        """Return the fields of the config that follow from the length of the run."""
 
     def penalty(self, layers: Sequence[Params]) -> Tensor | None:
-        """A term of the loss, weighed, from the parameters of all layers; None for none."""
+        """Return a term of the loss, weighed, from the parameters of all layers; None for none."""
 
     def schedule(self, layers: Mapping[str, Params]) -> Schedule | None:
-        """The schedule that acts on the parameters of all layers (by path) after each optimizer step; None for none."""
+        """Return the schedule that acts on the parameters of all layers (by path) after each optimizer
+        step; None for none.
+        """

@@ -1,4 +1,4 @@
-"""The contracts of methods that put virtual tokens in front of the sequence: prefixes and prompts."""
+"""Contracts of methods that put virtual tokens in front of the sequence: prefixes and prompts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from veneer.core.tasks import TaskType
 
 @dataclass(frozen=True, kw_only=True)
 class VirtualTokenMethod(MethodConfig):
-    """The common base of prefix and prompt methods: n virtual tokens in front, one set of parameters for the model.
+    """Common base of prefix and prompt methods: n virtual tokens in front, one set of parameters for the model.
 
     A network may make the tokens in training; a plain save holds what it makes. ``inference_mode`` says, as in PEFT,
     that the network is gone and what it made is trained or used as it is.
@@ -63,7 +63,7 @@ class VirtualTokenMethod(MethodConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixMethod(VirtualTokenMethod):
-    """A method on the keys and values of all attention layers, which are one site."""
+    """Method on the keys and values of all attention layers, which are one site."""
 
     @abstractmethod
     def shapes(self, site: Sequence[AttentionSite]) -> Shapes: ...
@@ -107,7 +107,7 @@ class PrefixMethod(VirtualTokenMethod):
 
 @dataclass(frozen=True)
 class StartText:
-    """A text, and the tokenizer that makes ids of it: a name or folder, and arguments of its ``from_pretrained``."""
+    """Text, and the tokenizer that makes ids of it: a name or folder, and arguments of its ``from_pretrained``."""
 
     text: str
     tokenizer: str
@@ -116,7 +116,7 @@ class StartText:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptMethod(VirtualTokenMethod):
-    """A method on the input embeddings.
+    """Method on the input embeddings.
 
     ``keep_virtual_logits``: whether logits and hidden states come back with the virtual positions in front, as from
     PEFT.
@@ -133,7 +133,7 @@ class PromptMethod(VirtualTokenMethod):
 
     @property
     def start_text(self) -> StartText | None:
-        """The text whose embeddings are the start, if any."""
+        """Text whose embeddings are the start, if any."""
         return None
 
     @abstractmethod

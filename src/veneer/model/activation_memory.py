@@ -1,4 +1,4 @@
-"""Activations kept where memory is plenty, computed again where it is not: decided before every forward pass.
+"""Activations kept where memory is plenty, computed again if it is not: decided before every forward pass.
 
 The trace of a fused model tells before the first pass what its blocks save for the backward pass (`model.saved`). In
 models that are not fused, or not traced, it is measured on the second block of the first pass, which is kept. On a CPU
@@ -55,7 +55,7 @@ def checkpoint_as_needed(model: nn.Module) -> None:
 
 
 class ActivationPlan:
-    """The way that activations of the pass now running are kept, one for all blocks of a model.
+    """Way that activations of the pass now running are kept, one for all blocks of a model.
 
     ``n_logits`` is the size of the vocabulary: float32 logits and their gradients are held beside the activations.
     ``traced`` gives for hidden states the bytes a token that a block keeps; None if only a run can tell.
@@ -106,7 +106,7 @@ class ActivationPlan:
 
 
 class BlockActivations:
-    """The function that transformers calls in place of `torch.utils.checkpoint.checkpoint` for one block."""
+    """Function that transformers calls in place of `torch.utils.checkpoint.checkpoint` for one block."""
 
     def __init__(self, plan: ActivationPlan, block: nn.Module, index: int) -> None:
         self.plan, self.block, self.index = plan, block, index
@@ -114,7 +114,7 @@ class BlockActivations:
 
     @property
     def is_selective(self) -> bool:
-        """True where the block checkpoints itself selectively now. The first one does not: a pass begins there."""
+        """True if the block checkpoints itself selectively now. The first one does not: a pass begins there."""
         return self.plan.way == "selective" and self.index > 0 and not self._again
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

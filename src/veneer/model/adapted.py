@@ -1,4 +1,4 @@
-"""The common part of adapted modules: parameters of adapters, trained copies of own parameters, merging."""
+"""Common part of adapted modules: parameters of adapters, trained copies of own parameters, merging."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class TokenRows(nn.Module):
         self.trainable_tokens_delta = nn.Parameter(values)
 
     def index(self, device: torch.device) -> Tensor:
-        """The places on a device."""
+        """Return the places on a device."""
         kept = cast("Tensor | None", vars(self).get("_index"))
         if kept is None or kept.device != device:
             kept = vars(self)["_index"] = torch.tensor(self.indices, device=device)
@@ -36,7 +36,7 @@ class TokenRows(nn.Module):
 
 
 class TiedFactors(nn.Module):
-    """An adapter held by the tied embeddings (``source``), as seen by this module.
+    """Adapter held by the tied embeddings (``source``), as seen by this module.
 
     It registers nothing: the factors are trained, moved and saved where they are. A head reads the table the other way
     round: ``turned`` gives the factors of the transposed update.
@@ -50,7 +50,7 @@ class TiedFactors(nn.Module):
         vars(self)["factors"] = factors
 
     def seen(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The source's factors as this module reads them: views."""
+        """Return the source's factors as this module reads them: views."""
         return dict(factors) if self.turned is None else self.turned(factors)
 
 
@@ -101,9 +101,9 @@ class Adapted(InPlace, Holder):
         return self.by_rows(routing, names, args, kwargs)
 
     def by_rows(self, routing: Routing, names: Sequence[str], args: Any, kwargs: Any) -> Tensor:
-        """The output for a mixed batch, computed for the rows of each of these adapters one after the other.
+        """Return the output for a mixed batch, computed for the rows of each of these adapters one after the other.
 
-        Raises CompositionError where what goes in or comes out is not one tensor with the rows in front.
+        Raises CompositionError if what goes in or comes out is not one tensor with the rows in front.
         """
         x = args[0] if args and isinstance(args[0], Tensor) else None
         groups = [] if x is None else routing.groups(x.shape[0], names, self.site_name, x.device)
@@ -121,11 +121,11 @@ class Adapted(InPlace, Holder):
         return torch.cat(parts)[order.argsort()]
 
     def effective(self, parameter: str, names: Sequence[str] | None = None) -> Tensor | None:
-        """The module's own parameter, or the copy that one of the adapters (by default those acting) has of it.
+        """Return the module's own parameter, or the copy that one of the adapters (by default those acting) has of it.
 
         A copy may be kept wider than the base (float32 beside bfloat16); it is read in the base's dtype.
 
-        Raises CompositionError where the parameter is read for all rows while rows have copies of their own.
+        Raises CompositionError if the parameter is read for all rows while rows have copies of their own.
         """
         routing = self.adapter_state.routed() if names is None else None
         if routing is not None and any(self.has_own(n, parameter) for n in routing.adapters):
@@ -151,7 +151,7 @@ class Adapted(InPlace, Holder):
         return own
 
     def token_rows(self, names: Sequence[str]) -> list[TokenRows]:
-        """The single rows of this table that these adapters train, here or in the table that it is tied to."""
+        """Return the single rows of this table that these adapters train, here or in the table that it is tied to."""
         found = [getattr(self.copies[name], "token_adapter", None) for name in names if name in self.copies]
         return [rows for rows in found if rows is not None]
 
@@ -161,7 +161,7 @@ class Adapted(InPlace, Holder):
         return copied or (parameter == "weight" and bool(self.token_rows((name,))))
 
     def folded(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """The module's parameters with these adapters folded in: only those that change."""
+        """Return the module's parameters with these adapters folded in: only those that change."""
         held = {key for name in names if name in self.copies for key, _ in own_tensors(self.copies[name])}
         held |= {"weight"} if self.token_rows(names) else set()
         return {key: cast(Tensor, self.effective(key, names)) for key in sorted(held)}
@@ -169,8 +169,8 @@ class Adapted(InPlace, Holder):
     def folded_rows(
         self, key: str, names: Sequence[str], own: Iterable[Tensor], dtype: torch.dtype
     ) -> Iterator[Tensor] | None:
-        """The rows (k, …) of a parameter that `folded` gives, in ``dtype``, made of its ``own``, block by block; None
-        where they are not made row by row. The parameter itself may be without storage.
+        """Return the rows (k, …) of a parameter that `folded` gives, in ``dtype``, made of its ``own``, block by block;
+        None where they are not made row by row. The parameter itself may be without storage.
         """
         return None
 
@@ -194,7 +194,7 @@ class Adapted(InPlace, Holder):
             self._parameters[key] = cast(nn.Parameter, value) if shared else nn.Parameter(value, requires_grad=False)
 
     def unmerged(self, parameter: str) -> Tensor | None:
-        """The module's own parameter, also while a folded one is in its place."""
+        """Return the module's own parameter, also while a folded one is in its place."""
         return self.originals.get(parameter, self._parameters.get(parameter))
 
     def put_back(self) -> None:
@@ -207,12 +207,14 @@ class Adapted(InPlace, Holder):
         self.originals = {}
 
     def disk_path(self, name: str, path: str) -> str:
-        """The path under which PEFT's file keeps what adapter ``name`` has here; ``path`` is the module's own."""
+        """Return the path under which PEFT's file keeps what adapter ``name`` has here; ``path`` is the
+        module's own.
+        """
         return path
 
     @property
     def active_adapters(self) -> list[str]:
-        """The active adapters of the model, whether or not they have anything here."""
+        """Active adapters of the model, whether or not they have anything here."""
         return list(self.adapter_state.active)
 
     @property
@@ -222,12 +224,12 @@ class Adapted(InPlace, Holder):
 
     @property
     def disable_adapters(self) -> bool:
-        """True where the adapters of the model are switched off."""
+        """True if the adapters of the model are switched off."""
         return self.adapter_state.disabled
 
     @property
     def modules_to_save(self) -> nn.ModuleDict:
-        """The copies of own parameters that adapters train, by adapter and then by the parameter's name."""
+        """Copies of own parameters that adapters train, by adapter and then by the parameter's name."""
         return self.copies
 
     @property
@@ -316,5 +318,5 @@ def own_tensors(holder: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def factors_of(holder: nn.Module) -> dict[str, Tensor]:
-    """The tensors that an adapter acts with at one module: the holder's own, or those that it shares."""
+    """Return the tensors that an adapter acts with at one module: the holder's own, or those that it shares."""
     return holder.seen(tensors_of(vars(holder)["factors"])) if isinstance(holder, TiedFactors) else tensors_of(holder)

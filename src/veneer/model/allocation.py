@@ -1,4 +1,4 @@
-"""The making of a new adapter's parameters."""
+"""Making of a new adapter's parameters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from veneer.errors import FormatError
 
 @dataclass(frozen=True)
 class Allocation:
-    """The way in which the parameters of a new adapter are made.
+    """Way in which the parameters of a new adapter are made.
 
     ``values``: the method's start values; otherwise they are left empty, to be loaded. ``widen``: float32 beside a
     16-bit base, otherwise the base's dtype.

@@ -26,8 +26,9 @@ from veneer.model.token_rows import add_rows
 
 
 def module_index(model: nn.Module, method: LinearMethod | None = None) -> ModuleIndex:
-    """The module paths of a model, and which of them a method (None: any) can adapt: linear layers, and what else it
-    knows. ``"all-linear"`` takes linear layers alone, without the output head."""
+    """Return the module paths of a model, and which of them a method (None: any) can adapt: linear layers, and what
+    else it knows. ``"all-linear"`` takes linear layers alone, without the output head.
+    """
     return look_at(model).index(method)
 
 
@@ -59,12 +60,12 @@ def _put_on(model: nn.Module, name: str, state: AdapterState, plan: Plan, alloca
 
 
 def adapt_path(model: nn.Module, path: str, state: AdapterState) -> Adapted:
-    """The module at a path, made adapted in the way of its kind."""
+    """Return the module at a path, made adapted in the way of its kind."""
     return adapt_module(path, model.get_submodule(path), state)
 
 
 def check_name(name: str, state: AdapterState) -> None:
-    """Raise AdapterNameError where a name is taken, or cannot name a module and a folder."""
+    """Raise AdapterNameError if a name is taken, or cannot name a module and a folder."""
     if name in state.configs:
         raise AdapterNameError(
             f"an adapter named {name!r} is there already; loaded: {sorted(state.configs)}. "
@@ -102,7 +103,8 @@ def named_live_parameters(model: nn.Module, name: str) -> dict[str, tuple[str, T
 def stored_tensors(
     model: nn.Module, state: AdapterState, name: str, values: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """The tensors of a plain save of one adapter, by their keys on disk: its parameters, packed where the method packs.
+    """Return the tensors of a plain save of one adapter, by their keys on disk: its parameters, packed where the method
+    packs.
 
     ``values`` stand in for `live_parameters`.
     """
@@ -126,12 +128,12 @@ def packed_tensors(
 
 
 def shared_tensors(config: MethodConfig) -> dict[str, Tensor]:
-    """The tensors that the layers of an adapter share, by their keys on disk; empty for none."""
+    """Return the tensors that the layers of an adapter share, by their keys on disk; empty for none."""
     return {} if config.shared is None else {shared_key(key): value for key, value in config.shared.draw().items()}
 
 
 def unpacked_tensors(model: nn.Module, name: str, written: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `stored_tensors`: a value for each of `live_parameters`."""
+    """Return the inverse of `stored_tensors`: a value for each of `live_parameters`."""
     found = dict(written)
     for path, place in adapted_places(model).items():
         if place.owns(name):
@@ -140,7 +142,7 @@ def unpacked_tensors(model: nn.Module, name: str, written: Mapping[str, Tensor])
 
 
 def repeated_tensors(model: nn.Module, name: str, written: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that PEFT writes once more for modules that share an adapter with the embeddings."""
+    """Return the tensors that PEFT writes once more for modules that share an adapter with the embeddings."""
     found: dict[str, Tensor] = {}
     for path, layer in adapted_layers(model).items():
         held = dict(layer.adapters.items()).get(name)
@@ -164,12 +166,12 @@ def adapted_modules(model: nn.Module) -> dict[str, Adapted]:
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedSite]:
-    """The modules that methods act on, by path."""
+    """Return the modules that methods act on, by path."""
     return {name: m for name, m in adapted_modules(model).items() if isinstance(m, AdaptedSite) and m.adapters}
 
 
 def outward_parameters(model: nn.Module) -> set[str]:
-    """The names of those parameters of all adapters that are on the side of the output, as LoRA's B is."""
+    """Return the names of those parameters of all adapters that are on the side of the output, as LoRA's B is."""
     return {
         f"{path}.adapters.{name}.{key}"
         for path, module in adapted_modules(model).items()
@@ -180,7 +182,7 @@ def outward_parameters(model: nn.Module) -> set[str]:
 
 
 def embedding_parameters(model: nn.Module) -> set[str]:
-    """The names of the parameters that adapters have at tables of embeddings."""
+    """Return the names of the parameters that adapters have at tables of embeddings."""
     return {
         f"{path}.adapters.{name}.{key}"
         for path, module in adapted_modules(model).items()

@@ -61,7 +61,7 @@ def _switch(model: nn.Module) -> Callable[..., None]:
 
 
 def selective_contexts() -> Any:
-    """The ``context_fn`` of `torch.utils.checkpoint.checkpoint` for the selective form."""
+    """Return the ``context_fn`` of `torch.utils.checkpoint.checkpoint` for the selective form."""
     return create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
 
 

@@ -106,7 +106,7 @@ class AdaptedConvolution(AdaptedSite):
 
 @dataclass(frozen=True, slots=True)
 class BlockDiagonalWeight:
-    """The kernel of a convolution in groups as the matrix (o, channels · window) that it is: mostly zeros, and made
+    """Kernel of a convolution in groups as the matrix (o, channels · window) that it is: mostly zeros, and made
     only where somebody asks for it.
     """
 
@@ -142,7 +142,7 @@ def is_convolution(module: nn.Module) -> bool:
 
 
 def shape_of_convolution(path: str, module: nn.Module) -> LinearSite:
-    """A convolution described by its shape alone."""
+    """Return a convolution described by its shape alone."""
     conv = cast(nn.Conv2d, module)
     return LinearSite(
         name=path,
@@ -155,7 +155,7 @@ def shape_of_convolution(path: str, module: nn.Module) -> LinearSite:
 
 
 def weight_of_convolution(module: nn.Module) -> FrozenWeight:
-    """The kernel as the matrix (o, channels · window)."""
+    """Return the kernel as the matrix (o, channels · window)."""
     return _as_matrix(cast(Tensor, module._parameters["weight"]), cast(Any, module).groups)
 
 

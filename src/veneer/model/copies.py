@@ -18,9 +18,9 @@ from veneer.model.packed_linear import PackedLinear
 def copied_parameters(
     modules: Mapping[str, nn.Module], tied: Sequence[str], config: MethodConfig, adapted: set[str]
 ) -> dict[str, list[str]]:
-    """The parameters that a config trains whole, by module path. ``adapted``: the paths that the method adapts.
+    """Return the parameters that a config trains whole, by module path. ``adapted``: the paths that the method adapts.
 
-    Raises TargetError where ``modules_to_save`` names no module, or one that cannot be trained.
+    Raises TargetError if ``modules_to_save`` names no module, or one that cannot be trained.
     """
     found: dict[str, list[str]] = {}
     for path, module in _saved_modules(modules, config):
@@ -40,7 +40,7 @@ def copied_parameters(
 def add_copies(model: nn.Module, name: str, wanted: Mapping[str, list[str]], widen: bool) -> None:
     """Give an adapter trained copies of parameters, started at the base's values; 16-bit ones in float32 if ``widen``.
 
-    The modules must be adapted already. Where the config keeps a tie, parameters that were one have one copy.
+    The modules must be adapted already. If the config keeps a tie, parameters that were one have one copy.
     """
     one: dict[int, nn.Parameter] = {}
     for path, parameters in wanted.items():
@@ -55,7 +55,7 @@ def add_copies(model: nn.Module, name: str, wanted: Mapping[str, list[str]], wid
 
 
 def own_parameters(module: nn.Module) -> list[tuple[str, Tensor | None]]:
-    """The parameters that a module holds itself; an adapted one's are those of its base."""
+    """Return the parameters that a module holds itself; an adapted one's are those of its base."""
     packed = [("weight", module.like)] if isinstance(module, PackedLinear) else []
     return [*packed, *module._parameters.items()]
 

@@ -52,7 +52,7 @@ class AdaptedEmbedding(AdaptedSite):
 
 
 def input_embeddings(model: nn.Module) -> nn.Module | None:
-    """The model's input embeddings; None where it has none: images and sound are not looked up."""
+    """Return the model's input embeddings; None if it has none: images and sound are not looked up."""
     try:
         return cast("nn.Module | None", cast(Any, model).get_input_embeddings())
     except NotImplementedError:  # transformers' answer for a model without a table
@@ -60,7 +60,7 @@ def input_embeddings(model: nn.Module) -> nn.Module | None:
 
 
 def weight_of_embedding(module: nn.Module) -> DenseWeight:
-    """The table as the matrix (d, n_tokens)."""
+    """Return the table as the matrix (d, n_tokens)."""
     return DenseWeight(cast(Tensor, module._parameters["weight"]).T)
 
 

@@ -1,4 +1,4 @@
-"""The virtual tokens in front of every row: those of one adapter, or of the adapter that the row names."""
+"""Virtual tokens in front of every row: those of one adapter, or of the adapter that the row names."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from veneer.model.routing import Routing
 
 @dataclass(frozen=True)
 class Front:
-    """``counts`` are the virtual tokens of each adapter that acts; ``routing`` is None where one acts on all rows.
+    """``counts`` are the virtual tokens of each adapter that acts; ``routing`` is None if one acts on all rows.
 
-    Every row has ``width`` places in front. Where its adapter has fewer virtual tokens, or none, they are the last of
+    Every row has ``width`` places in front. If its adapter has fewer virtual tokens, or none, they are the last of
     these places, and the others are masked.
     """
 
@@ -25,7 +25,7 @@ class Front:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The adapters that act."""
+        """Adapters that act."""
         return tuple(self.counts)
 
     @property
@@ -35,16 +35,16 @@ class Front:
 
     @property
     def mark(self) -> object:
-        """The mark of a cache that starts with these virtual tokens."""
+        """Mark of a cache that starts with these virtual tokens."""
         return self.names[0] if self.routing is None else self.routing
 
     @property
     def is_even(self) -> bool:
-        """True where every row uses all places."""
+        """True if every row uses all places."""
         return self.routing is None or all(self.counts.get(n, 0) == self.width for n in self.routing.names)
 
     def used(self, n_rows: int, device: torch.device) -> Tensor:
-        """The number of virtual tokens of each row, (rows, 1)."""
+        """Return the number of virtual tokens of each row, (rows, 1)."""
         names = self.names * n_rows if self.routing is None else self.routing.rows(n_rows, "the model")
         return torch.tensor([self.counts.get(name, 0) for name in names], device=device)[:, None]
 
@@ -55,16 +55,20 @@ class Front:
         return positions + self.used(max(positions.shape[-2], len(self.routing.names)), positions.device)
 
     def mask(self, n_rows: int, device: torch.device) -> Tensor:
-        """The places that each row uses, (rows, width) booleans."""
+        """Return the places that each row uses, (rows, width) booleans."""
         return torch.arange(self.width, device=device) >= self.width - self.used(n_rows, device)
 
     def positions(self, n_rows: int, device: torch.device) -> Tensor:
-        """The positions of the places, (rows, width): 0 for the first virtual token of a row, and in front of it."""
+        """Return the positions of the places, (rows, width): 0 for the first virtual token of a row, and in
+        front of it.
+        """
         first = self.width - self.used(n_rows, device)
         return (torch.arange(self.width, device=device) - first).clamp_min(0)
 
     def rows(self, given: Sequence[Tensor], n_rows: int) -> Tensor:
-        """The values of each row in its places, (rows, width, …), from those of the adapters in ``names``, (n, …)."""
+        """Return the values of each row in its places, (rows, width, …), from those of the adapters in
+        ``names``, (n, …).
+        """
         if self.routing is None:
             return given[0].expand(n_rows, *given[0].shape)
         return leading_rows(given, self.routing.index(n_rows, self.names, "the model"), self.width)

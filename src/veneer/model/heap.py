@@ -1,4 +1,4 @@
-"""The heap of glibc while a model trains on the CPU: what is freed stays with the process and is taken again."""
+"""Heap of glibc while a model trains on the CPU: what is freed stays with the process and is taken again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one face of modules that hold adapters' tensors: adapted modules, bottlenecks and virtual tokens."""
+"""One face of modules that hold adapters' tensors: adapted modules, bottlenecks and virtual tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from veneer.model.state import AdapterState
 
 
 class Holder(nn.Module):
-    """A module of a model that holds tensors of adapters, by their names.
+    """Module of a model that holds tensors of adapters, by their names.
 
     ``adapters[name]`` holds what a method adds here. ``folds``: whether a merge folds all that is held into weights.
     """

@@ -16,7 +16,7 @@ from veneer.errors import TargetError
 
 
 class InPlace:
-    """The base class of every mixin of this kind. It makes a class that no Python module holds copy and pickle.
+    """Base class of every mixin of this kind. It makes a class that no Python module holds copy and pickle.
 
     ``swapped`` names the parameters that reading goes through ``effective`` for, so that an adapter can offer its own.
     """
@@ -25,12 +25,12 @@ class InPlace:
     swapped: ClassVar[tuple[str, ...]] = ()
 
     def effective(self, parameter: str) -> Any:
-        """The value of a swapped parameter as the module's forward should see it."""
+        """Return the value of a swapped parameter as the module's forward should see it."""
         raise NotImplementedError
 
     @classmethod
     def own_body(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """The own attributes of a class generated in front of ``base``."""
+        """Return the own attributes of a class generated in front of ``base``."""
         return {}
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -40,7 +40,7 @@ class InPlace:
 def change_class(module: nn.Module, mixin: type[InPlace], swapped: tuple[str, ...] = ()) -> None:
     """Put ``mixin`` in front of the module's own class; on a module that has it already, add to what is swapped.
 
-    Raises TargetError where the module is torch.compile's around another, and where another library has replaced its
+    Raises TargetError if the module is torch.compile's around another, and where another library has replaced its
     forward: both would pass the mixin by.
     """
     if "_orig_mod" in module._modules:
@@ -66,12 +66,12 @@ def restore_class(module: nn.Module) -> None:
 
 
 def base_of(cls: type) -> type[nn.Module]:
-    """The class that a generated class was made from."""
+    """Return the class that a generated class was made from."""
     return cast("type[nn.Module]", cls.__bases__[1])
 
 
 def mixin_of(cls: type) -> type[InPlace]:
-    """The mixin that a generated class was made with."""
+    """Return the mixin that a generated class was made with."""
     return cast("type[InPlace]", cls.__bases__[0])
 
 

@@ -1,4 +1,4 @@
-"""The kinds of module that a linear method can adapt, as rows of one table."""
+"""Kinds of module that a linear method can adapt, as rows of one table."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ class Kind:
 
 
 def shape_of_linear(path: str, module: nn.Module) -> LinearSite:
-    """A linear layer described by its shape alone."""
+    """Return a linear layer described by its shape alone."""
     o, i = frozen_weight(module).shape
     return LinearSite(name=path, in_features=i, out_features=o)
 
 
 def shape_of_embedding(path: str, module: nn.Module) -> LinearSite:
-    """An embedding described by its shape alone."""
+    """Return an embedding described by its shape alone."""
     vocabulary, width = cast(Tensor, module.weight).shape
     return LinearSite(name=path, in_features=vocabulary, out_features=width, kind="embedding")
 
@@ -67,7 +67,9 @@ KINDS = (
 
 
 def loaded_site(kind: Kind, path: str, module: nn.Module) -> LinearSite:
-    """A module described with its weight and bias; by its shape alone where it has no storage (on the meta device)."""
+    """Return a module described with its weight and bias; by its shape alone where it has no storage (on
+    the meta device).
+    """
     site = kind.site(path, module)
     if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
         return site
@@ -76,7 +78,7 @@ def loaded_site(kind: Kind, path: str, module: nn.Module) -> LinearSite:
 
 
 def kind_of(module: nn.Module) -> Kind | None:
-    """The kind of a module; None where no method for linear layers can adapt it."""
+    """Return the kind of a module; None if no method for linear layers can adapt it."""
     return next((kind for kind in KINDS if kind.matches(module)), None)
 
 

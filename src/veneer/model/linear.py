@@ -38,20 +38,20 @@ from veneer.quant.product import CodedWeight
 
 
 class AdaptedSite(Adapted):
-    """An adapted module that is a linear map of some kind: it has a site, and its adapters lower to records."""
+    """Adapted module that is a linear map of some kind: it has a site, and its adapters lower to records."""
 
     takes_rows: ClassVar[bool] = False  # whether a forward pass calls it on rows, which the map multiplies
 
     def site(self, names: Sequence[str] | None = None) -> LinearSite:
-        """The map described, with its weight and bias as these adapters (by default those acting) see them."""
+        """Return the map described, with its weight and bias as these adapters (by default those acting) see them."""
         raise NotImplementedError
 
     def record(self, name: str, site: LinearSite | None = None) -> LinearDelta:
-        """The record of adapter ``name`` at this layer."""
+        """Return the record of adapter ``name`` at this layer."""
         return self.method(name).lower(site or self.site((name,)), factors_of(self.adapters[name]))
 
     def method(self, name: str) -> LinearMethod:
-        """The config of an adapter."""
+        """Return the config of an adapter."""
         return cast(LinearMethod, self.adapter_state.configs[name])
 
     def add_adapter(self, name: str, allocation: Allocation) -> None:
@@ -86,30 +86,30 @@ class AdaptedSite(Adapted):
         return {keys[own]: value for own, value in method.packing.unpack(packed).items()}
 
     def own_weight(self) -> Tensor | None:
-        """The module's own parameter that the map is, if it is one."""
+        """Return the module's own parameter that the map is, if it is one."""
         return self._parameters.get("weight")
 
     def parameter_dtype(self, widen: bool) -> torch.dtype:
-        """The dtype of an adapter's parameters: at least float32 if ``widen``, otherwise the base's."""
+        """Return the dtype of an adapter's parameters: at least float32 if ``widen``, otherwise the base's."""
         own = self.own_weight()
         if own is None or not own.is_floating_point():  # codes: the format knows what it computes in
             return torch.float32 if widen else cast(FrozenWeight, self.site().weight).dense().dtype
         return torch.promote_types(own.dtype, torch.float32) if widen else own.dtype
 
     def acting_here(self) -> list[str]:
-        """The adapters that change this layer's forward pass now."""
+        """Return the adapters that change this layer's forward pass now."""
         return [name for name in self.adapter_state.acting() if name in self.adapters]
 
     def composed(self, names: Sequence[str], site: LinearSite) -> LinearDelta:
-        """One record for several adapters. Raises CompositionError where there is none."""
+        """One record for several adapters. Raises CompositionError if there is none."""
         return compose_linear([self.record(name, site) for name in names], site.bias)
 
     def rate(self, name: str) -> float:
-        """The rate at which this adapter drops what it reads, now."""
+        """Return the rate at which this adapter drops what it reads, now."""
         return self.method(name).dropout if self.training and self.adapter_state.drops else 0.0
 
     def dropped(self, x: Tensor, name: str) -> Tensor | None:
-        """The input of A under this adapter's dropout; None where nothing is dropped."""
+        """Return the input of A under this adapter's dropout; None if nothing is dropped."""
         masks = masks_of([self.rate(name)], x.shape, x.device, None)
         return dropout(x, cast(Mask, masks[0])) if masks else None
 
@@ -139,11 +139,11 @@ class AdaptedSite(Adapted):
 
     @property
     def is_turned(self) -> bool:
-        """True where the module's own parameter is the transposed of the map's W (o, i)."""
+        """True if the module's own parameter is the transposed of the map's W (o, i)."""
         return False
 
     def folded_dtype(self, names: Sequence[str]) -> torch.dtype:
-        """The dtype that a folded weight is kept in: the layer's own, or that which its codes stand for."""
+        """Return the dtype that a folded weight is kept in: the layer's own, or that which its codes stand for."""
         own = self.own_weight()
         if own is not None and own.is_floating_point():
             return own.dtype
@@ -160,7 +160,7 @@ class AdaptedSite(Adapted):
         return folded, None if delta.bias is None else bias
 
     def stored(self, weight: Tensor) -> Tensor:
-        """A matrix W (o, i) in the layout of the module's own parameter."""
+        """Return a matrix W (o, i) in the layout of the module's own parameter."""
         return weight.T.contiguous() if self.is_turned else weight
 
     def _row_sq(self) -> Tensor:
@@ -202,7 +202,8 @@ class AdaptedLinear(AdaptedSite):
         return _computed(x, LinearLayer(weight=weight, bias=bias, records=records, runs=runs, masks=masks))
 
     def acting_records(self) -> tuple[tuple[LinearDelta, ...], AdapterRuns | None]:
-        """The records that act now, as `LinearLayer` takes them: at most one, or a mixed batch's with their runs.
+        """Return the records that act now, as `LinearLayer` takes them: at most one, or a mixed batch's with their
+        runs.
 
         A bias that an adapter trains is in its record. Raises CompositionError for adapters that have no sum.
         """
@@ -234,11 +235,13 @@ class AdaptedLinear(AdaptedSite):
         return self.kept.merged_weight is not None or self._differs(names)
 
     def masks(self, x: Tensor) -> tuple[Mask | None, ...]:
-        """The dropout masks of x (rows, …, features), one a record of `acting_records`; drawn anew at each call."""
+        """Return the dropout masks of x (rows, …, features), one a record of `acting_records`; drawn anew
+        at each call.
+        """
         return masks_of(self.rates(), x.shape, x.device, self.adapter_state.routed())
 
     def rates(self) -> list[float]:
-        """The rates of dropout in front of each of `acting_records`; none outside of training."""
+        """Return the rates of dropout in front of each of `acting_records`; none outside of training."""
         if not self.training or not self.adapter_state.drops:
             return []
         routing = self.adapter_state.routed()
@@ -280,7 +283,7 @@ class AdaptedLinear(AdaptedSite):
         return isinstance(self, Conv1D)
 
     def frozen_weight(self) -> FrozenWeight:
-        """The layer's weight as W (o, i)."""
+        """Return the layer's weight as W (o, i)."""
         return self._weight(None)
 
     def replace(self, values: dict[str, Tensor]) -> None:
@@ -341,12 +344,14 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def wide(weight: FrozenWeight) -> Tensor:
-    """The weight as a matrix in at least float32."""
+    """Return the weight as a matrix in at least float32."""
     return weight.dense(torch.promote_types(weight.dense().dtype, torch.float32))
 
 
 def unrounded(weight: FrozenWeight) -> Tensor:
-    """The weight as a matrix that has lost nothing: as it is where it is dense, in at least float32 from codes."""
+    """Return the weight as a matrix that has lost nothing: as it is where it is dense, in at least float32
+    from codes.
+    """
     return weight.dense() if isinstance(weight, DenseWeight) else wide(weight)
 
 
@@ -362,7 +367,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def frozen_weight(module: nn.Module) -> FrozenWeight:
-    """The weight of a linear layer as W (o, i), whatever its class."""
+    """Return the weight of a linear layer as W (o, i), whatever its class."""
     stored = getattr(module, "frozen_format", None)
     if stored is not None:
         return cast(FrozenWeight, stored())

@@ -1,4 +1,4 @@
-"""The keys and ids of adapters' dropout masks: a key for each call of an adapted layer, and an id for each row.
+"""Keys and ids of adapters' dropout masks: a key for each call of an adapted layer, and an id for each row.
 
 The key is drawn from torch's random numbers on the CPU (in a sweep, from the member's own), so that a seed, a resumed
 state and a recomputed block lead to the same one. The id of a row counts the rows of its adapter, and the positions in
@@ -23,7 +23,7 @@ _POSITION_BITS = 32
 def masks_of(
     rates: Sequence[float], size: torch.Size, device: torch.device, routing: Routing | None
 ) -> tuple[Mask | None, ...]:
-    """For an input of this size (rows, …, features) a new mask for each rate above 0; no masks where there is none.
+    """For an input of this size (rows, …, features) a new mask for each rate above 0; no masks if there is none.
 
     Given a routing, the rates are those of its adapters in their order.
     """
@@ -38,7 +38,7 @@ def masks_of(
 
 
 def drawn_key(generator: torch.Generator | None) -> int:
-    """A key of 63 random bits."""
+    """Return a key of 63 random bits."""
     return int(torch.empty((), dtype=torch.int64).random_(generator=generator))
 
 

@@ -28,7 +28,7 @@ def available_bytes(device: torch.device) -> int:
 
 
 def high_water() -> int | None:
-    """The most bytes that this process has held so far; None where the system does not say.
+    """Return the most bytes that this process has held so far; None if the system does not say.
 
     Linux's `getrusage` would count what the process that began this one held.
     """
@@ -74,7 +74,7 @@ _V2 = _Names("memory.max", "memory.current", "inactive_file")
 def group_rooms(membership: Path, root: Path) -> Iterator[int]:
     """Bytes under the limit of each control group that a process is in, from its own up.
 
-    ``membership`` is a file as /proc/self/cgroup, ``root`` where the groups lie; nothing where there are none.
+    ``membership`` is a file as /proc/self/cgroup, ``root`` where the groups lie; nothing if there are none.
     """
     if not membership.exists():
         return

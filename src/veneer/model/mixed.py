@@ -1,4 +1,4 @@
-"""A mixed batch on a model: every row takes the adapter that it names, for one forward pass or one generation."""
+"""Mixed batch on a model: every row takes the adapter that it names, for one forward pass or one generation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def mixed_batch(
     """Inside the block row n of the batch takes the adapter ``names[n]``; ``"__base__"`` takes none.
 
     ``inputs`` are the arguments of the call. What is checkpointed inside is computed again with the same rows, also
-    after the block. Raises AdapterNameError, ConfigError, ShapeError and CompositionError where that cannot be.
+    after the block. Raises AdapterNameError, ConfigError, ShapeError and CompositionError if that cannot be.
     """
     with routed(model, state, checked(model, state, names, inputs)):
         yield
@@ -52,7 +52,7 @@ def routed(model: nn.Module, state: AdapterState, routing: Routing) -> Iterator[
 def checked(
     model: nn.Module, state: AdapterState, names: Sequence[str], inputs: tuple[Sequence[Any], Mapping[str, Any]]
 ) -> Routing:
-    """The routing that these names mean."""
+    """Return the routing that these names mean."""
     if isinstance(names, str) or not names:
         raise ConfigError(f"adapter_names={names!r} must be a list with one adapter name for each row of the batch")
     routing = Routing(tuple(names))

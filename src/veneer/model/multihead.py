@@ -155,11 +155,11 @@ def is_out_projection(module: nn.Module) -> bool:
 
 
 def shape_of_attention(path: str, module: nn.Module) -> LinearSite:
-    """The joined input projection of an attention, described by its shape alone."""
+    """Return the joined input projection of an attention, described by its shape alone."""
     d = cast(nn.MultiheadAttention, module).embed_dim
     return LinearSite(name=path, in_features=d, out_features=3 * d)
 
 
 def weight_of_attention(module: nn.Module) -> DenseWeight:
-    """The joined input projection's matrix (3 d, d)."""
+    """Return the joined input projection's matrix (3 d, d)."""
     return DenseWeight(cast(Tensor, module._parameters["in_proj_weight"]))

@@ -28,10 +28,10 @@ AT_LEAST = 1 << 18
 
 
 class ActivationOffload(saved_tensors_hooks):
-    """A context for forward passes of a model. Its weights are not moved, nor what is smaller than ``at_least`` bytes.
+    """Context for forward passes of a model. Its weights are not moved, nor what is smaller than ``at_least`` bytes.
 
     ``place`` "host" is pinned host memory, "disk" an unnamed file in ``folder``. `close` gives the file's space back.
-    Raises DiskError, from within the forward pass, where the file cannot grow.
+    Raises DiskError, from within the forward pass, if the file cannot grow.
     """
 
     def __init__(self, model: nn.Module, place: Place, folder: Path | None = None, at_least: int = AT_LEAST) -> None:
@@ -81,7 +81,7 @@ def _memory(tensor: Tensor) -> torch.UntypedStorage:
 
 
 class Page:
-    """A tensor in a page file, for as long as this object lives. ``order``: its dimensions from the outermost in."""
+    """Tensor in a page file, for as long as this object lives. ``order``: its dimensions from the outermost in."""
 
     def __init__(self, file: PageFile, offset: int, tensor: Tensor, order: list[int]) -> None:
         self.file, self.offset, self.n_bytes = file, offset, tensor.nbytes
@@ -95,7 +95,7 @@ class Page:
 class PageFile:
     """Tensors behind one another in an unnamed file. It starts over at the front when the last one is gone.
 
-    Traced tensors are told of in place of being written.
+    Traced tensors are reported of in place of being written.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -126,7 +126,9 @@ class PageFile:
         return page
 
     def read(self, page: Page) -> Tensor:
-        """The tensor over a private mapping of its pages: they are read as they are touched, and may be overwritten."""
+        """Return the tensor over a private mapping of its pages: they are read as they are touched, and may
+        be overwritten.
+        """
         if page.is_traced:  # no memory of the process's own
             return Traced(torch.empty((), dtype=page.dtype, device="meta").expand(page.shape), page.device)
         mapping = mmap.mmap(self._opened(), page.n_bytes, flags=mmap.MAP_PRIVATE, offset=page.offset)

@@ -48,24 +48,24 @@ class PackedLinear(nn.Module):
 
     @property
     def is_transposed(self) -> bool:
-        """True where the layer that this one stands for stores Wᵀ (GPT-2's)."""
+        """True if the layer that this one stands for stores Wᵀ (GPT-2's)."""
         return issubclass(self.source, Conv1D)
 
     @property
     def weight(self) -> Tensor:
-        """The weight in the layout of the layer that this one stands for: unpacked, a copy."""
+        """Weight in the layout of the layer that this one stands for: unpacked, a copy."""
         dense = self.packed_weight.dense()
         return dense.T if self.is_transposed else dense
 
     def original(self) -> nn.Module:
-        """The layer that this one stands for, with its values."""
+        """Return the layer that this one stands for, with its values."""
         [module] = self._stands_for
         learns = cast(Tensor, module._parameters["weight"]).requires_grad
         module._parameters["weight"] = nn.Parameter(self.weight.contiguous(), requires_grad=learns)
         return module
 
     def frozen_format(self) -> FrozenWeight:
-        """The layer's weight."""
+        """Return the layer's weight."""
         return self.packed_weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,13 +87,13 @@ class PackedQuantLinear(nn.Module):
         self.out_features, self.in_features = packed.shape
 
     def original(self) -> QuantLinear:
-        """The layer that this one stands for, with its codes."""
+        """Return the layer that this one stands for, with its codes."""
         [module] = self._stands_for
         module.weight = self.packed_weight.packed.codes().view(module.weight.shape)
         return module
 
     def frozen_format(self) -> FrozenWeight:
-        """The layer's weight."""
+        """Return the layer's weight."""
         return self.packed_weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def _parts(whole: Packed, heights: Sequence[int]) -> list[Packed]:
 
 
 def pack_group(model: PreTrainedModel, paths: Sequence[str], *, give_up: bool) -> PackedGroup | None:
-    """The weights of some layers, packed; None where they are not all of a kind and of one dtype that can be.
+    """Return the weights of some layers, packed; None if they are not all of a kind and of one dtype that can be.
 
     ``give_up``: the layers become `PackedLinear` or `PackedQuantLinear`, and their own storage is free, but for a
     weight that is also a table of embeddings.

@@ -37,11 +37,11 @@ class SlotStore:
 
     @property
     def bytes_per_position(self) -> int:
-        """The bytes of one position, over all layers that have been written to."""
+        """Bytes of one position, over all layers that have been written to."""
         return sum(x[0].nbytes for pair in self.layers.values() for x in pair)
 
     def slots(self, pages: Sequence[int], start: int, stop: int) -> list[int]:
-        """The slots of a sequence's positions ``start`` to ``stop``."""
+        """Return the slots of a sequence's positions ``start`` to ``stop``."""
         return [pages[at // self.block] * self.block + at % self.block for at in range(start, stop)]
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
@@ -82,7 +82,7 @@ class _Group:
 
 
 class PagedStep:
-    """The rows of one pass: stretches one after the other, each row one token."""
+    """Rows of one pass: stretches one after the other, each row one token."""
 
     def __init__(self, store: SlotStore, stretches: Sequence[Stretch], device: torch.device) -> None:
         self.store = store
@@ -113,13 +113,13 @@ class PagedStep:
 
 @dataclass(frozen=True)
 class SeenKeys:
-    """The keys that a token sees, by transformers' mask function for a kind of layer."""
+    """Keys that a token sees, by transformers' mask function for a kind of layer."""
 
     mask_function: Callable[..., Any]
     _of: dict[int, Tensor] = field(default_factory=dict)
 
     def of(self, number: int, group: _Group) -> Tensor:
-        """The mask (g, c, L) of a step's group; what lies behind a sequence's end is after its last token."""
+        """Return the mask (g, c, L) of a step's group; what lies behind a sequence's end is after its last token."""
         if number not in self._of:
             queries = group.positions[:, :, None]
             keys = torch.arange(group.slots.shape[1], device=queries.device)[None, None]
@@ -190,7 +190,7 @@ AttentionMaskInterface.register(NAME, _mask)
 
 
 class PagedModel:
-    """A model whose passes read and write pages while they run; before and after, its attention is its own."""
+    """Model whose passes read and write pages while they run; before and after, its attention is its own."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -222,7 +222,7 @@ class PagedModel:
 def require_pageable(model: PreTrainedModel, n: int = 13) -> int:
     """Bytes that a position takes in pages. Proves on one short sequence that the model runs so.
 
-    Its logits, in two chunks of rows, are compared with those of the model's own pass. Raises TargetError where they
+    Its logits, in two chunks of rows, are compared with those of the model's own pass. Raises TargetError if they
     differ, or where the model's attention cannot be sent here.
     """
     kind = type(model).__name__

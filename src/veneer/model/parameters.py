@@ -50,11 +50,11 @@ class AdaptedParameters(Adapted):
             return super().forward(*args, **kwargs)
 
     def acting_here(self) -> list[str]:
-        """The adapters that change parameters here now."""
+        """Return the adapters that change parameters here now."""
         return [name for name in self.adapter_state.acting() if name in self.adapters]
 
     def changed(self, name: str) -> tuple[str, ...]:
-        """The parameters that an adapter changes, in the module's order."""
+        """Return the parameters that an adapter changes, in the module's order."""
         return tuple(cast(nn.ModuleDict, self.adapters[name])) if name in self.adapters else ()
 
     def site(self, parameter: str) -> LinearSite:
@@ -62,7 +62,7 @@ class AdaptedParameters(Adapted):
         return site_of(f"{self.site_name}.{parameter}", self, cast(Tensor, self._parameters[parameter]))
 
     def record(self, parameter: str, names: Sequence[str]) -> LinearDelta | None:
-        """The parameter as these adapters change it together; None where they leave it alone."""
+        """Return the parameter as these adapters change it together; None if they leave it alone."""
         records = [
             cast(LinearMethod, self.adapter_state.configs[name]).lower(
                 self.site(parameter), tensors_of(cast(nn.ModuleDict, self.adapters[name])[parameter])
@@ -86,7 +86,7 @@ class AdaptedParameters(Adapted):
         return value
 
     def as_maps(self, value: Tensor) -> Tensor:
-        """A parameter as (…, o, i), and back: transposed where the module keeps it as (…, i, o)."""
+        """Return a parameter as (…, o, i), and back: transposed where the module keeps it as (…, i, o)."""
         return value.mT if value.ndim == 3 and getattr(self, "is_transposed", False) else value
 
     def folded(self, names: Sequence[str]) -> dict[str, Tensor]:
@@ -115,7 +115,7 @@ class AdaptedParameters(Adapted):
         }
 
     def run_experts(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """The experts' output for tokens x (n, d), expert ids ``chosen`` (n, k) and their ``weights`` (n, k)."""
+        """Return the experts' output for tokens x (n, d), expert ids ``chosen`` (n, k) and their ``weights`` (n, k)."""
         module = cast(Any, self)
         inner, down = STACKS if module.has_gate else UNGATED_STACKS
         records = {p: self.record(p, self.adapter_state.acting()) or LinearDelta() for p in (inner, down)}
@@ -143,7 +143,7 @@ def runs_by_convention(module: nn.Module) -> bool:
 
 
 def site_of(path: str, module: nn.Module, value: Tensor) -> LinearSite:
-    """A parameter (o, i), or experts' (E, o, i), described by its shape; transposed where the module says so."""
+    """Return a parameter (o, i), or experts' (E, o, i), described by its shape; transposed where the module says so."""
     experts = value.shape[0] if value.ndim == 3 else 1
     o, i = value.shape[-2:]
     if value.ndim == 3 and getattr(module, "is_transposed", False):
@@ -154,7 +154,7 @@ def site_of(path: str, module: nn.Module, value: Tensor) -> LinearSite:
 def parameter_places(
     modules: Mapping[str, nn.Module], config: MethodConfig, taken: Collection[str]
 ) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
-    """The parameters that a config adapts by name: by module path, and the linear layers whose weight it means.
+    """Return the parameters that a config adapts by name: by module path, and the linear layers whose weight it means.
 
     ``taken``: modules that it adapts or trains whole. Raises TargetError with everything that is wrong.
     """

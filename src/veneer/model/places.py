@@ -1,4 +1,4 @@
-"""The kinds of place that methods have on a model, as rows of one table, and the places of an adapter."""
+"""Kinds of place that methods have on a model, as rows of one table, and the places of an adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan of one adapter on a model, made from its config and one look at the model."""
+"""Plan of one adapter on a model, made from its config and one look at the model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ C = TypeVar("C", bound=MethodConfig)
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The ``config`` for this model, and where its adapter goes.
+    """``config`` for this model, and where its adapter goes.
 
     ``targets``: the layers that it means, by path; ``outward``: the output projections of the attentions among them;
     ``followers``: the modules that share the factors of the ``embeddings``. ``parameters``: those that are adapted by
@@ -44,7 +44,7 @@ class Plan:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The layers that get factors of their own."""
+        """Layers that get factors of their own."""
         return tuple(dict.fromkeys((*self.targets, *self.outward)))
 
     @property
@@ -111,7 +111,7 @@ def named(snapshot: Snapshot, config: LinearMethod) -> LinearMethod:
 
 
 def left_out(snapshot: Snapshot, config: LinearMethod) -> dict[str, Names]:
-    """The fields that are None and name modules, as this model means them: names in place of roles."""
+    """Return the fields that are None and name modules, as this model means them: names in place of roles."""
     defaults = config.fields_for(snapshot.model_type)
     return {
         name: names if isinstance(names, str) else names_for(snapshot.model, names)
@@ -121,7 +121,7 @@ def left_out(snapshot: Snapshot, config: LinearMethod) -> dict[str, Names]:
 
 
 def targets_of(snapshot: Snapshot, config: LinearMethod) -> tuple[str, ...]:
-    """The module paths that a linear method's config means in this model."""
+    """Return the module paths that a linear method's config means in this model."""
     if config.extras.parameters and not config.target_modules:
         return ()
     return select_targets(config, snapshot.index(config))

@@ -38,7 +38,7 @@ CHILD = "prefix_adapter"
 
 
 class PrefixAdapters(VirtualTokens):
-    """The prefixes of a model by adapter name."""
+    """Prefixes of a model by adapter name."""
 
     runs_the_model = False
 
@@ -63,7 +63,7 @@ class PrefixAdapters(VirtualTokens):
         return {layer: (record.k.to(dtype), record.v.to(dtype)) for layer, record in records}
 
     def records(self, name: str) -> tuple[PrefixDelta, ...]:
-        """The records of adapter ``name``, layer by layer."""
+        """Return the records of adapter ``name``, layer by layer."""
         return cast(PrefixMethod, self.method(name)).lower(self.site, self.parameters_of(name))
 
     def started(self, model: PreTrainedModel, given: Arguments, cache: Cache | None, front: Front) -> Arguments:
@@ -88,7 +88,9 @@ class PrefixAdapters(VirtualTokens):
         return output
 
     def empty_cache(self) -> Cache:
-        """A cache that has for each layer what it needs: a sliding window keeps as much as the model's mask expects."""
+        """Return a cache that has for each layer what it needs: a sliding window keeps as much as the
+        model's mask expects.
+        """
         own = DynamicCache(config=self.text_config)
         return EncoderDecoderCache(own, DynamicCache(config=self.text_config)) if self.site[0].cross else own
 
@@ -140,10 +142,10 @@ def put_prefix_on(model: PreTrainedModel, name: str, state: AdapterState, plan: 
 
 
 def attention_sites(model: PreTrainedModel) -> tuple[AttentionSite, ...]:
-    """The attention layers that keep keys and values, found in the cache of one short forward pass.
+    """Return the attention layers that keep keys and values, found in the cache of one short forward pass.
 
     Of an encoder-decoder they are those of the decoder's self-attention. On the meta device a description takes the
-    place of the pass. Raises TargetError where the model keeps none or keeps them in another form, NoStorageError where
+    place of the pass. Raises TargetError where the model keeps none or keeps them in another form, NoStorageError if
     a pass is needed and the model has no storage.
     """
     described = _described_sites(model) if model.device.type == "meta" else None

@@ -40,7 +40,7 @@ PER_TOKEN = ("logits", "start_logits", "end_logits", "last_hidden_state", "hidde
 
 
 class PromptAdapters(VirtualTokens):
-    """The prompts of a model by adapter name.
+    """Prompts of a model by adapter name.
 
     The whole model, head included, sees the virtual positions (the last of them predicts the first token); what comes
     back leaves them out. While a pass runs, ``outermost`` is the module that it began with, ``front`` what is in front,
@@ -67,14 +67,14 @@ class PromptAdapters(VirtualTokens):
         return {**self.__dict__, "outermost": None}
 
     def tokens(self, front: Front, n_rows: int) -> Tensor:
-        """The virtual tokens of every row, (rows, n, d)."""
+        """Return the virtual tokens of every row, (rows, n, d)."""
         return front.rows([self.record(name).embeddings for name in front.names], n_rows)
 
     def keys_and_values(self, name: str, run: Callable[[Tensor], KeysAndValues]) -> KeysAndValues:
         return run(self.record(name).embeddings)
 
     def record(self, name: str) -> PromptDelta:
-        """The record of adapter ``name``."""
+        """Return the record of adapter ``name``."""
         return cast(PromptMethod, self.method(name)).lower(self.site, self.parameters_of(name))
 
     def before_forward(self, model: PreTrainedModel, args: Any, kwargs: Any) -> Any:
@@ -115,7 +115,9 @@ class PromptAdapters(VirtualTokens):
         return changed
 
     def after_embedding(self, module: nn.Module, args: Any, embedded: Tensor) -> Tensor | None:
-        """The embedded input with the virtual tokens in their places; only once, where ids are looked up again."""
+        """Return the embedded input with the virtual tokens in their places; only once, where ids are
+        looked up again.
+        """
         if not self.to_embed or self.front is None or embedded.shape[1] != self.length:
             return None
         self.to_embed = False
@@ -180,7 +182,7 @@ class EncoderPromptAdapters(PromptAdapters):
         return (), given
 
     def before_encoder(self, encoder: nn.Module, args: Any, kwargs: Any) -> Any:
-        """The encoder's arguments with the virtual tokens in front; its mask may have them already."""
+        """Return the encoder's arguments with the virtual tokens in front; its mask may have them already."""
         front = self.acting()
         if front is None:
             return None
@@ -218,12 +220,12 @@ def put_prompt_on(model: PreTrainedModel, name: str, state: AdapterState, plan: 
 
 
 def reader(model: PreTrainedModel) -> PreTrainedModel:
-    """The part of a model that embeds the text in front of which the virtual tokens stand."""
+    """Return the part of a model that embeds the text in front of which the virtual tokens stand."""
     return cast(PreTrainedModel, model.get_encoder() if model.config.is_encoder_decoder else inner_model(model))
 
 
 def input_site(model: PreTrainedModel) -> InputSite:
-    """The input embeddings described by shapes."""
+    """Return the input embeddings described by shapes."""
     weight, text = model.get_input_embeddings().weight, model.config.get_text_config()
     return InputSite(
         name=INPUT,

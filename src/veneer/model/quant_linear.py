@@ -1,4 +1,4 @@
-"""A linear layer whose frozen weight is kept quantized. Its state dict has the keys and bytes of bitsandbytes."""
+"""Linear layer whose frozen weight is kept quantized. Its state dict has the keys and bytes of bitsandbytes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class QuantLinear(nn.Module):
     @classmethod
     @torch.no_grad()
     def from_dense(cls, module: nn.Module, spec: StorageSpec) -> Self:
-        """A quantized copy of an ``nn.Linear`` or ``Conv1D``; the bias is shared. Raises NonFiniteError."""
+        """Return a quantized copy of an ``nn.Linear`` or ``Conv1D``; the bias is shared. Raises NonFiniteError."""
         layer = cls(spec, cast("nn.Parameter | None", module.bias), Conv1D if isinstance(module, Conv1D) else nn.Linear)
         weight = cast(Tensor, module.weight)
         layer.fill(spec, spec.quantize(weight.T if layer.is_transposed else weight))
@@ -48,12 +48,12 @@ class QuantLinear(nn.Module):
 
     @property
     def is_transposed(self) -> bool:
-        """True where the layer that this one stands for stores Wᵀ."""
+        """True if the layer that this one stands for stores Wᵀ."""
         return issubclass(self.source, Conv1D)
 
     @property
     def is_filled(self) -> bool:
-        """True where the weight is there."""
+        """True if the weight is there."""
         return not self.weight.is_meta
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,16 +61,16 @@ class QuantLinear(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def frozen_format(self) -> FrozenWeight:
-        """The layer's weight."""
+        """Return the layer's weight."""
         return self.spec.bind(self.parts())
 
     def parts(self) -> dict[str, Tensor]:
-        """The tensors of the storage format that are there."""
+        """Return the tensors of the storage format that are there."""
         buffers = self._buffers
         return {name: t for name in self.spec.part_layout() if (t := buffers.get(name)) is not None}
 
     def fill(self, spec: StorageSpec, parts: dict[str, Tensor]) -> None:
-        """Give the layer its weight. Raises FormatError where the spec is for another shape."""
+        """Give the layer its weight. Raises FormatError if the spec is for another shape."""
         if spec.shape != (self.out_features, self.in_features):
             raise FormatError(
                 f"a weight of shape {spec.shape} does not fit a layer ({self.out_features}, {self.in_features})"
@@ -82,7 +82,7 @@ class QuantLinear(nn.Module):
             self.register_buffer(name, parts[name])
 
     def to_dense(self, dtype: torch.dtype | None = None, weight: Tensor | None = None) -> nn.Module:
-        """The layer that this one stands for, with the weight that the codes mean; None keeps the dtype before.
+        """Return the layer that this one stands for, with the weight that the codes mean; None keeps the dtype before.
 
         ``weight`` (o, i) stands in for the layer's own.
         """
@@ -147,7 +147,7 @@ class QuantLinear(nn.Module):
 
 
 def computing_dtypes(model: nn.Module) -> set[torch.dtype]:
-    """The dtypes that a model computes in: those of its parameters, and of its quantized layers."""
+    """Return the dtypes that a model computes in: those of its parameters, and of its quantized layers."""
     weights = [module.frozen_format() for module in model.modules() if isinstance(module, QuantLinear)]
     asked = {weight.compute_dtype for weight in weights if isinstance(weight, CodedWeight)}
     return {dtype for dtype in (next(model.parameters()).dtype, *asked) if dtype is not None}

@@ -1,4 +1,4 @@
-"""A model's head kept in int8: what serving reads most of, for each token that it draws."""
+"""Model's head kept in int8: what serving reads most of, for each token that it draws."""
 
 from __future__ import annotations
 

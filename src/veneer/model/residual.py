@@ -28,7 +28,7 @@ from veneer.ops.dropout import Mask, dropout
 
 
 class ResidualAdapters(Holder):
-    """The bottlenecks of one sub-layer by adapter name: a child of its block, so that it moves with the model."""
+    """Bottlenecks of one sub-layer by adapter name: a child of its block, so that it moves with the model."""
 
     def __init__(self, site: ResidualSite, state: AdapterState, model: nn.Module, place: Sublayer) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class ResidualAdapters(Holder):
         delattr(model.get_submodule(block), child)
 
     def record(self, name: str) -> ResidualDelta:
-        """The record of adapter ``name`` at this sub-layer."""
+        """Return the record of adapter ``name`` at this sub-layer."""
         return self._method(name).lower(self.site, dict(self.adapters[name].named_parameters()))
 
     def disk_keys(self, name: str, path: str) -> dict[str, str]:
@@ -58,7 +58,7 @@ class ResidualAdapters(Holder):
 
     @property
     def acting(self) -> list[str]:
-        """The adapters that act now, on all rows or on some."""
+        """Adapters that act now, on all rows or on some."""
         routing = self.adapter_state.routed()
         names = self.adapter_state.acting() if routing is None else routing.adapters
         return [name for name in names if name in self.adapters]
@@ -81,7 +81,7 @@ class ResidualAdapters(Holder):
         return (self.changed(output[0], x), *output[1:])
 
     def changed(self, hidden: Tensor, x: Tensor | None) -> Tensor:
-        """A sub-layer's output ``hidden`` (b, t, d) behind the acting bottlenecks; x is the sub-layer's input.
+        """Return a sub-layer's output ``hidden`` (b, t, d) behind the acting bottlenecks; x is the sub-layer's input.
 
         Each in turn: a serial one reads what those before it made of the output.
         """
@@ -132,14 +132,14 @@ def put_bottlenecks_on(
 
 
 def residual_adapters(model: nn.Module) -> dict[str, ResidualAdapters]:
-    """The holders of bottlenecks by path."""
+    """Return the holders of bottlenecks by path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, ResidualAdapters)}
 
 
 def places_of(model: PreTrainedModel, config: ResidualMethod) -> tuple[Sublayer, ...]:
-    """The sub-layers that a config means in this model.
+    """Return the sub-layers that a config means in this model.
 
-    Raises TargetError where the model has none of them, or lacks one of the layers named.
+    Raises TargetError if the model has none of them, or lacks one of the layers named.
     """
     found = sublayers(model)
     there = {place.layer for place in found}
@@ -159,7 +159,7 @@ def places_of(model: PreTrainedModel, config: ResidualMethod) -> tuple[Sublayer,
 
 
 def residual_site(place: Sublayer) -> ResidualSite:
-    """A sub-layer described by shapes."""
+    """Return a sub-layer described by shapes."""
     return ResidualSite(
         name=f"{place.block_path}.{SUBLAYER}{place.kind}",
         layer=place.layer,

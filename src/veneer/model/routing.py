@@ -20,7 +20,7 @@ BASE = "__base__"  # PEFT's name for a row that no adapter changes
 class Routing:
     """``names`` holds one adapter name, or ``"__base__"``, for each row of the batch.
 
-    ``generators``: what adapters draw the keys of their dropout from, where they have random numbers (on the CPU) of
+    ``generators``: what adapters draw the keys of their dropout from, if they have random numbers (on the CPU) of
     their own.
     """
 
@@ -29,12 +29,12 @@ class Routing:
 
     @cached_property
     def adapters(self) -> tuple[str, ...]:
-        """The adapters that occur, each once."""
+        """Adapters that occur, each once."""
         return tuple(name for name in dict.fromkeys(self.names) if name != BASE)
 
     @cached_property
     def runs(self) -> AdapterRuns:
-        """The runs of rows that take each of `adapters`."""
+        """Runs of rows that take each of `adapters`."""
         places = {name: place for place, name in enumerate(self.adapters)}
         found, start = [], 0
         for name, rows in groupby(self.names):
@@ -45,9 +45,10 @@ class Routing:
         return AdapterRuns(tuple(found), len(self.names))
 
     def rows(self, n_rows: int, what: str) -> tuple[str, ...]:
-        """The name for each of ``n_rows`` rows. Beam search and flattened tokens repeat every row k times in a row.
+        """Return the name for each of ``n_rows`` rows. Beam search and flattened tokens repeat every row k times in a
+        row.
 
-        Raises ShapeError where ``what`` sees a number of rows that is no multiple of the batch.
+        Raises ShapeError if ``what`` sees a number of rows that is no multiple of the batch.
         """
         times, left = divmod(n_rows, len(self.names))
         if left or not times:
@@ -58,12 +59,14 @@ class Routing:
         return tuple(name for name in self.names for _ in range(times))
 
     def index(self, n_rows: int, known: Sequence[str], what: str) -> Tensor:
-        """For each row the place of its adapter in ``known``, counted from 1; 0 where it is not among them."""
+        """For each row the place of its adapter in ``known``, counted from 1; 0 if it is not among them."""
         places = {name: place for place, name in enumerate(known, start=1)}
         return torch.tensor([places.get(name, 0) for name in self.rows(n_rows, what)])
 
     def groups(self, n_rows: int, known: Sequence[str], what: str, device: torch.device) -> list[tuple[str, Tensor]]:
-        """The rows of each name in ``known``, and last, under ``"__base__"``, those of all others; none is empty."""
+        """Return the rows of each name in ``known``, and last, under ``"__base__"``, those of all others;
+        none is empty.
+        """
         index = self.index(n_rows, known, what).to(device)
         found = [(name, (index == place).nonzero().squeeze(1)) for place, name in enumerate((BASE, *known))]
         return [(name, rows) for name, rows in (*found[1:], found[0]) if rows.numel()]

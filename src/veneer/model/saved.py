@@ -19,7 +19,7 @@ Halves = tuple[AttentionHalf, MlpHalf]
 
 
 class SavedBytes(saved_tensors_hooks):
-    """A context that counts the tensors saved within it, each storage once. Traced tensors count as real ones do."""
+    """Context that counts the tensors saved within it, each storage once. Traced tensors count as real ones do."""
 
     def __init__(self) -> None:
         super().__init__(self._count, lambda tensor: tensor)

@@ -1,4 +1,4 @@
-"""A model looked at once: its modules by path, what kinds they are, and which of them share one weight."""
+"""Model looked at once: its modules by path, what kinds they are, and which of them share one weight."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _HOLDERS = {"adapters", "copies"}
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The ``model``, and what was seen of it.
+    """``model``, and what was seen of it.
 
     ``modules`` of the base by path, without those that adapters brought; ``kinds`` of those that can be adapted.
     ``tied``: the input embeddings and, behind them, the modules that share their weight. ``heads``: the output head and
@@ -43,7 +43,7 @@ class Snapshot:
         return [self.kinds[path].site(path, self.modules[path]) for path in paths]
 
     def index(self, method: LinearMethod | None = None) -> ModuleIndex:
-        """The module paths, and which of them a method (None: any) can adapt."""
+        """Return the module paths, and which of them a method (None: any) can adapt."""
         known = {path for path, kind in self.kinds.items() if method is None or kind.name in method.kinds}
         linear = (path for path, kind in self.kinds.items() if kind.name == "linear")
         return ModuleIndex(
@@ -54,7 +54,7 @@ class Snapshot:
 
 
 def look_at(model: nn.Module) -> Snapshot:
-    """A snapshot of a model, with or without adapters on it."""
+    """Return a snapshot of a model, with or without adapters on it."""
     modules = {path: m for path, m in model.named_modules() if path and not _HOLDERS & set(path.split(".")[1:])}
     kinds = {path: kind for path, module in modules.items() if (kind := kind_of(module)) is not None}
     whole = model if isinstance(model, PreTrainedModel) else None
@@ -72,7 +72,7 @@ def look_at(model: nn.Module) -> Snapshot:
 
 
 def shortest_names(index: ModuleIndex, chosen: tuple[str, ...]) -> tuple[str, ...]:
-    """The last parts of the paths where they mean exactly these modules, otherwise the paths."""
+    """Return the last parts of the paths where they mean exactly these modules, otherwise the paths."""
     endings = tuple(sorted({path.rpartition(".")[2] for path in chosen}))
     meant = {name for name in index.all_names if matches_any(name, endings)}
     return endings if meant == set(chosen) else chosen

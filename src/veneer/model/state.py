@@ -1,4 +1,4 @@
-"""The adapters of a model and those that are active: one object, shared by every adapted module of the model."""
+"""Adapters of a model and those that are active: one object, shared by every adapted module of the model."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class AdapterState:
     drops: bool = True
 
     def acting(self) -> tuple[str, ...]:
-        """The names whose records change the forward pass now, on all rows alike; none in a mixed batch."""
+        """Return the names whose records change the forward pass now, on all rows alike; none in a mixed batch."""
         return () if self.disabled or self.merged or self.routing else self.active
 
     def routed(self) -> Routing | None:
-        """The adapter of each row now; None where all rows take the acting ones."""
+        """Return the adapter of each row now; None if all rows take the acting ones."""
         return None if self.disabled else self.routing
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""The residual sub-layers of a model: from its description, or found by watching one short forward pass.
+"""Residual sub-layers of a model: from its description, or found by watching one short forward pass.
 
 The description of a decoder says where they are. Of other models, encoders and image models among them, one pass is
 watched.
@@ -45,9 +45,9 @@ class Sublayer:
 
 
 def sublayers(model: PreTrainedModel) -> tuple[Sublayer, ...]:
-    """The attention and feed-forward sub-layers of every block, in the order in which they run.
+    """Return the attention and feed-forward sub-layers of every block, in the order in which they run.
 
-    Raises TargetError where the model has no blocks of attention and feed-forward parts, or a block holds others too.
+    Raises TargetError if the model has no blocks of attention and feed-forward parts, or a block holds others too.
     """
     described = described_sublayers(model)
     return watched_sublayers(model) if described is None else described

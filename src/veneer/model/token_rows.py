@@ -29,12 +29,12 @@ class RowPlace:
 def row_places(
     modules: Mapping[str, nn.Module], ends: Sequence[str], config: MethodConfig, taken: Collection[str]
 ) -> tuple[RowPlace, ...]:
-    """The tables of which a config trains rows. ``ends``: the input embeddings and what is tied to them. ``taken``:
-    modules that it adapts or trains whole.
+    """Return the tables of which a config trains rows. ``ends``: the input embeddings and what is tied to them.
+    ``taken``: modules that it adapts or trains whole.
 
-    Modules tied to the input embeddings see the embeddings' rows, unless they are given other rows: PEFT's rule.
-    Raises TargetError where a name matches nothing, something that is no table, or something taken, and where an index
-    is outside of the table.
+    Modules tied to the input embeddings see the embeddings' rows, unless they are given other rows: PEFT's rule. Raises
+    TargetError where a name matches nothing, something that is no table, or something taken, and if an index is outside
+    of the table.
     """
     wanted = config.extras.rows
     if not wanted:
@@ -80,7 +80,7 @@ def add_rows(model: nn.Module, name: str, places: Sequence[RowPlace], values: bo
 
 
 def require_rows_agree(path: str, module: Adapted, names: Sequence[str]) -> None:
-    """Raise CompositionError where adapters cannot act together on a table of which one of them trains rows."""
+    """Raise CompositionError if adapters cannot act together on a table of which one of them trains rows."""
     rows = module.token_rows(names)
     indices = [index for each in rows for index in each.indices]
     twice = sorted({index for index in indices if indices.count(index) > 1})

@@ -21,7 +21,7 @@ PASSING = frozenset(SCALING | SHAPING)
 
 @dataclass(frozen=True, slots=True)
 class Addition:
-    """A sub-layer: the output of ``output_path``, computed from the input of ``input_path``, is added to the stream."""
+    """Sub-layer: the output of ``output_path``, computed from the input of ``input_path``, is added to the stream."""
 
     input_path: str
     output_path: str

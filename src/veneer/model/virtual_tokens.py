@@ -25,18 +25,18 @@ KeysAndValues = dict[int, tuple[Tensor, Tensor]]
 
 
 def cache_name(forward: Callable[..., object]) -> str | None:
-    """The name of a forward function's argument for the cache, if it takes one."""
+    """Return the name of a forward function's argument for the cache, if it takes one."""
     known = inspect.signature(forward).parameters
     return next((name for name in CACHE_NAMES if name in known), None)
 
 
 def inner_model(model: PreTrainedModel) -> PreTrainedModel:
-    """The part of a model that runs its blocks, without the head."""
+    """Return the part of a model that runs its blocks, without the head."""
     return cast(PreTrainedModel, model.base_model if model.config.is_encoder_decoder else model.get_decoder())
 
 
 class VirtualTokens(Holder):
-    """The adapters of one kind by name, and the hooks that put them in front of every sequence.
+    """Adapters of one kind by name, and the hooks that put them in front of every sequence.
 
     ``runs_the_model``: whether filling a cache takes a pass through the model, which finds there what needs none.
 
@@ -59,7 +59,7 @@ class VirtualTokens(Holder):
             model._prepare_cache_for_generation = functools.partial(prepare_generation, model)
 
     def stack(self, model: PreTrainedModel) -> PreTrainedModel:
-        """The part of the model that the virtual tokens are in front of."""
+        """Return the part of the model that the virtual tokens are in front of."""
         return inner_model(model)
 
     def leave(self, model: nn.Module, path: str) -> None:
@@ -70,7 +70,7 @@ class VirtualTokens(Holder):
         delattr(model, path)
 
     def parameters_of(self, name: str) -> dict[str, Tensor]:
-        """The trained parameters of one adapter."""
+        """Return the trained parameters of one adapter."""
         return dict(self.adapters[name].named_parameters())
 
     def disk_keys(self, name: str, path: str) -> dict[str, str]:
@@ -88,11 +88,13 @@ class VirtualTokens(Holder):
         raise NotImplementedError
 
     def method(self, name: str) -> VirtualTokenMethod:
-        """The config of adapter ``name``."""
+        """Return the config of adapter ``name``."""
         return cast(VirtualTokenMethod, self.adapter_state.configs[name])
 
     def acting(self) -> Front | None:
-        """The virtual tokens in front of the rows. Raises CompositionError where several adapters act on one row."""
+        """Return the virtual tokens in front of the rows. Raises CompositionError if several adapters act
+        on one row.
+        """
         routing = self.adapter_state.routed()
         acting = self.adapter_state.acting() if routing is None else routing.adapters
         names = [name for name in acting if name in self.adapters]
@@ -106,7 +108,7 @@ class VirtualTokens(Holder):
         return Front(counts) if names else None
 
     def before_forward(self, model: PreTrainedModel, args: Any, kwargs: Any) -> Any:
-        """The arguments of the model's forward pass, changed so that the virtual tokens are in front."""
+        """Return the arguments of the model's forward pass, changed so that the virtual tokens are in front."""
         front = self.acting()
         if front is None:
             return None
@@ -117,7 +119,7 @@ class VirtualTokens(Holder):
         return (), self.started(model, with_positions(model, given, front), cache, front)
 
     def started(self, model: PreTrainedModel, given: Arguments, cache: Cache | None, front: Front) -> Arguments:
-        """The arguments for a sequence that starts here."""
+        """Return the arguments for a sequence that starts here."""
         raise NotImplementedError
 
     def fill(self, model: PreTrainedModel, cache: Cache, front: Front, n_rows: int) -> None:
@@ -125,7 +127,9 @@ class VirtualTokens(Holder):
         raise NotImplementedError
 
     def continued(self, model: PreTrainedModel, given: Arguments, cache: Cache, front: Front) -> Arguments:
-        """The arguments for a sequence whose start is in the cache. What already counts the virtual tokens is kept."""
+        """Return the arguments for a sequence whose start is in the cache. What already counts the virtual
+        tokens is kept.
+        """
         if getattr(cache, MARK, None) != front.mark:
             raise ConfigError(
                 f"the cache given was filled without the virtual tokens of {' and '.join(map(repr, front.names))}, or "
@@ -165,7 +169,7 @@ class VirtualTokens(Holder):
 
 
 def virtual_tokens(model: nn.Module) -> dict[str, VirtualTokens]:
-    """The holders of prefixes and prompts by path."""
+    """Return the holders of prefixes and prompts by path."""
     return {name: child for name, child in model.named_children() if isinstance(child, VirtualTokens)}
 
 
@@ -195,7 +199,9 @@ def prepare_generation(
 
 
 def with_positions(model: PreTrainedModel, given: Arguments, front: Front) -> Arguments:
-    """The arguments with the mask and positions written out where rows have different numbers of virtual tokens."""
+    """Return the arguments with the mask and positions written out where rows have different numbers of
+    virtual tokens.
+    """
     if front.is_even:
         return given
     n_rows, length = cast(Tensor, given.get("input_ids", given.get("inputs_embeds"))).shape[:2]
@@ -225,7 +231,7 @@ def shifted(given: Arguments, front: Front) -> Arguments:
 
 
 def refuse_packing(given: Arguments, method: VirtualTokenMethod) -> None:
-    """Raise where several sequences share a row: their virtual tokens would stand before the first of them only."""
+    """Raise if several sequences share a row: their virtual tokens would stand before the first of them only."""
     positions = given.get("position_ids")
     if positions is None or "attention_mask" in given:
         return
@@ -252,7 +258,7 @@ def _length(given: Arguments) -> int:
 
 
 def require_mixable(model: PreTrainedModel, routing: Routing) -> None:
-    """Raise CompositionError where rows of this model cannot have different virtual tokens in front."""
+    """Raise CompositionError if rows of this model cannot have different virtual tokens in front."""
     with next(iter(virtual_tokens(model).values())).adapter_state.route(routing):
         fronts = [front for holder in virtual_tokens(model).values() if (front := holder.acting())]
     uneven = [front for front in fronts if not front.is_even]

@@ -24,7 +24,7 @@ _TWICE, _ONCE = 5_000, 50_000
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """One setting of a recipe by its key, where it comes from, and ``confidence``: high, medium or low."""
+    """One setting of a recipe by its key, if it comes from, and ``confidence``: high, medium or low."""
 
     key: str
     value: Any

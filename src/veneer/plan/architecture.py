@@ -1,4 +1,4 @@
-"""The shape of a model by a name: a preset, a folder, a fetched model, a GGUF file, or an id of the hub."""
+"""Shape of a model by a name: a preset, a folder, a fetched model, a GGUF file, or an id of the hub."""
 
 from __future__ import annotations
 

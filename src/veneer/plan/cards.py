@@ -14,7 +14,7 @@ EFFICIENCY = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A GPU by its data sheet: bytes, bytes a second, dense bfloat16 FLOPs a second, and where that stands."""
+    """GPU by its data sheet: bytes, bytes a second, dense bfloat16 FLOPs a second, and where that stands."""
 
     n_bytes: float
     bandwidth: float
@@ -23,7 +23,7 @@ class Card:
 
     @property
     def told(self) -> str:
-        """Where its numbers come from, in words."""
+        """If its numbers come from, in words."""
         return f"data sheet, not measured: {self.source}"
 
 

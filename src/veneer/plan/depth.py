@@ -1,4 +1,4 @@
-"""The depths at which a model is traced: blocks repeat, and memory and work are affine in how often they do."""
+"""Depths at which a model is traced: blocks repeat, and memory and work are affine in how often they do."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Pattern:
 
 
 def pattern_of(recipe: Recipe, config: PreTrainedConfig, n_blocks: int) -> Pattern:
-    """How the blocks of a recipe's model repeat; one group of all where nothing repeats, or nothing is known.
+    """How the blocks of a recipe's model repeat; one group of all if nothing repeats, or nothing is known.
 
     Found once for recipes that differ in their batches alone.
     """

@@ -1,4 +1,4 @@
-"""The settings of a recipe that fit a budget of memory, best first."""
+"""Settings of a recipe that fit a budget of memory, best first."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SPARE = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """A recipe that fits: what was changed, its plan, the bytes that it takes, and seconds a token."""
+    """Recipe that fits: what was changed, its plan, the bytes that it takes, and seconds a token."""
 
     changes: Mapping[str, Any]
     plan: Plan
@@ -42,7 +42,7 @@ def fits(recipe: Recipe, config: PreTrainedConfig, budget: int, bytes_of: Bytes,
     """Settings within ``budget`` bytes with `SPARE` left, the quickest a token first; an optimizer step keeps its rows.
 
     Knobs: storage of the base, checkpointing, rows of a micro-batch. ``bytes_of`` and ``cost`` (seconds of a
-    micro-batch) belong to the machine. Raises ConfigError where nothing fits, with what would.
+    micro-batch) belong to the machine. Raises ConfigError if nothing fits, with what would.
     """
     given, budget = budget, int(budget / (1 + SPARE))
     found, least, ways = [], None, list(_ways(recipe))
@@ -88,7 +88,7 @@ def _missing(recipe: Recipe, needed: int, changes: Mapping[str, Any], plan: Plan
 
 
 def loadable(recipe: Recipe) -> Recipe:
-    """The recipe with the hub's id in place of a preset's name, which has no weights."""
+    """Return the recipe with the hub's id in place of a preset's name, which has no weights."""
     hub_id = hub_id_of(recipe.model.source)
     return recipe if hub_id is None else changed(recipe, {"model.source": hub_id})
 

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_iter
 
 
 class Event(NamedTuple):
-    """A storage comes (``n_bytes`` > 0) or goes; ``number`` tells it from others, ``mark`` says when."""
+    """Storage comes (``n_bytes`` > 0) or goes; ``number`` tells it from others, ``mark`` says when."""
 
     number: int
     n_bytes: int
@@ -43,7 +43,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._mark = name
 
     def hold(self, tensor: Tensor, kind: str) -> None:
-        """A tensor that is there already, or that turns out to be of a kind."""
+        """Return a tensor that is there already, or that turns out to be of a kind."""
         self._see(tensor)
         self.kinds.setdefault(self._numbers[_storage_of(tensor)._cdata], kind)
 
@@ -76,7 +76,7 @@ def _storage_of(tensor: Tensor) -> torch.UntypedStorage:
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """The most that was alive under one mark: bytes by kind."""
+    """Most that was alive under one mark: bytes by kind."""
 
     kinds: Mapping[str, int]
 
@@ -87,7 +87,7 @@ class Peak:
 
 
 def peaks(events: Iterable[Event], kinds: Mapping[int, str], default: Callable[[str], str]) -> dict[str, Peak]:
-    """The peak under each mark, in the order in which they come.
+    """Return the peak under each mark, in the order in which they come.
 
     ``kinds`` of storages by number; others are of the kind that ``default`` gives for the mark that they came under.
     """

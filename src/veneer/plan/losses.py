@@ -1,4 +1,4 @@
-"""The loss of each task's step: its forward passes over a micro-batch, in the order in which the trainer makes them."""
+"""Loss of each task's step: its forward passes over a micro-batch, in the order in which the trainer makes them."""
 
 from __future__ import annotations
 
@@ -42,14 +42,16 @@ def require_planned(task: str, method: str) -> None:
 
 
 def reference_of(recipe: Recipe, model: PreTrainedModel) -> Reference | None:
-    """The reference that the trainer of a recipe holds, also where it is asked once in front of the run alone."""
+    """Return the reference that the trainer of a recipe holds, also where it is asked once in front of the
+    run alone.
+    """
     if recipe.task == "sft":
         return None
     return Reference(model, Scoring(details=False), fresh=FROM not in recipe.adapter)
 
 
 def loss_of(task: str, reference: Reference | None, args: Any) -> Loss:
-    """The loss of a recipe's step."""
+    """Return the loss of a recipe's step."""
     if task == "sft":
         return trained_tokens
     asked = None if args.precompute_ref_log_probs else reference
@@ -58,7 +60,7 @@ def loss_of(task: str, reference: Reference | None, args: Any) -> Loss:
 
 
 def trained_tokens(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
-    """The mean over the trained tokens."""
+    """Return the mean over the trained tokens."""
     counted = token_loss(model, inputs)
     return counted.total / counted.n_tokens.clamp(min=1)
 

@@ -1,4 +1,4 @@
-"""The machine that a plan is made on: its rates, measured and kept in the cache, and its memory.
+"""Machine that a plan is made on: its rates, measured and kept in the cache, and its memory.
 
 What a process may still take counts (`model.memory`: control groups too).
 """
@@ -47,7 +47,7 @@ SHORTEST_ROW, LONGEST_ROW = 32, 1024
 
 
 def processor() -> str:
-    """The CPU, its instruction set and the threads in use: what measured rates hold for."""
+    """Return the CPU, its instruction set and the threads in use: what measured rates hold for."""
     text = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
     names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
     name = names[0] if names else platform.processor() or platform.machine()
@@ -104,7 +104,7 @@ class Rates:
         return sum(self.parts(work).values())
 
     def parts(self, work: Work) -> dict[str, float]:
-        """The same by kind."""
+        """Return the same by kind."""
         torch_attention = sum(n * self.torch_attention(length) for length, n in work.torch_attention.items())
         n_fused = work.n_ops - work.n_general
         fused = n_fused * self.op(general=False) if n_fused else 0.0
@@ -166,7 +166,7 @@ def is_measured() -> bool:
 
 
 def is_busy() -> bool:
-    """True where others use the cores, by the load of the last minute, of which a measurement itself is one a core."""
+    """True if others use the cores, by the load of the last minute, of which a measurement itself is one a core."""
     cores = os.cpu_count() or 1
     return hasattr(os, "getloadavg") and os.getloadavg()[0] > 1.25 * cores + 0.5
 

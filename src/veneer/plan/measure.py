@@ -1,4 +1,4 @@
-"""The model of a recipe itself, made as its run makes it, for comparing a plan with what happens."""
+"""Model of a recipe itself, made as its run makes it, for comparing a plan with what happens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from veneer.train.base_model import load_base
 
 
 def measured_model(recipe: Recipe) -> PreTrainedModel:
-    """The base loaded, with its adapter, or with float32 weights where the whole model is trained; ready to train."""
+    """Return the base loaded, with its adapter, or with float32 weights where the whole model is trained;
+    ready to train.
+    """
     base, adapter = load_base(recipe.model), adapter_of(recipe)
     model = base.float().requires_grad_(True) if adapter is None else with_adapter(base, adapter)
     return cast(PreTrainedModel, model.train())

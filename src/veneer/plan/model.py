@@ -1,4 +1,4 @@
-"""The model of a recipe as its run would have it, made of traced tensors: quantized, prepared, adapted, fused."""
+"""Model of a recipe as its run would have it, made of traced tensors: quantized, prepared, adapted, fused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 def shortened(config: PreTrainedConfig, n_blocks: int) -> PreTrainedConfig:
-    """The config of the same model with its first so many blocks."""
+    """Return the config of the same model with its first so many blocks."""
     short = copy.deepcopy(config)
     text: Any = short.get_text_config()
     lists = blockwise(text)
@@ -39,15 +39,16 @@ def shortened(config: PreTrainedConfig, n_blocks: int) -> PreTrainedConfig:
 
 
 def blockwise(text: PreTrainedConfig) -> list[tuple[str, Sequence[Any]]]:
-    """The fields of a config that have an entry for each block, such as ``layer_types``."""
+    """Return the fields of a config that have an entry for each block, such as ``layer_types``."""
     n_blocks: Any = getattr(text, "num_hidden_layers", None)
     return [(name, v) for name, v in vars(text).items() if isinstance(v, list | tuple) and len(v) == n_blocks]
 
 
 def meta_base(config: PreTrainedConfig, part: ModelPart, *, prepared: bool = True) -> PreTrainedModel:
-    """The base of a recipe on the meta device, in the storage format that it asks for; ``prepared`` for training.
+    """Return the base of a recipe on the meta device, in the storage format that it asks for; ``prepared`` for
+    training.
 
-    Raises ConfigError where transformers makes no causal language model of the config.
+    Raises ConfigError if transformers makes no causal language model of the config.
     """
     dtype = getattr(torch, part.dtype) if part.dtype != "auto" else config.dtype or torch.float32
     try:
@@ -72,7 +73,7 @@ def meta_base(config: PreTrainedConfig, part: ModelPart, *, prepared: bool = Tru
 
 
 def traced_model(config: PreTrainedConfig, part: ModelPart, adapter: MethodConfig | None) -> PreTrainedModel:
-    """The base with its adapter, or with float32 weights where the whole model is trained, ready to train.
+    """Return the base with its adapter, or with float32 weights where the whole model is trained, ready to train.
 
     To be called while tracing.
     """
@@ -86,7 +87,9 @@ def traced_model(config: PreTrainedConfig, part: ModelPart, adapter: MethodConfi
 
 
 def adapter_of(recipe: Recipe) -> MethodConfig | None:
-    """The config that the adapter of a recipe is attached with, new or saved; None where the whole model is trained."""
+    """Return the config that the adapter of a recipe is attached with, new or saved; None if the whole
+    model is trained.
+    """
     config = recipe.adapter_config()
     if config is None or FROM not in recipe.adapter:
         return config
@@ -94,7 +97,7 @@ def adapter_of(recipe: Recipe) -> MethodConfig | None:
 
 
 def with_adapter(model: PreTrainedModel, adapter: MethodConfig) -> PreTrainedModel:
-    """The base with an adapter that trains."""
+    """Return the base with an adapter that trains."""
     adapted = get_peft_model(model, adapter)
     adapted.set_requires_grad(list(adapted.peft_config))  # a config that has no network any more says inference_mode
     return cast(PreTrainedModel, adapted)

@@ -1,4 +1,4 @@
-"""The costs of a step beside products and attention, from real steps of small models: one for each op of the fused path
+"""Costs of a step beside products and attention, from real steps of small models: one for each op of the fused path
 and of the general one (Python around it, the dispatcher, autograd), more where selective checkpointing looks at it, and
 one for each byte of elementwise work.
 """
@@ -40,7 +40,7 @@ _WIDE = LlamaConfig(  # many tokens and short dot products: mostly elementwise w
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """A step that was traced and carried out."""
+    """Step that was traced and carried out."""
 
     work: Work
     seconds: float

@@ -1,4 +1,4 @@
-"""The parts of a step that its ops are counted by: blocks that run fused or not, what selective checkpointing looks at,
+"""Parts of a step that its ops are counted by: blocks that run fused or not, what selective checkpointing looks at,
 and updates within the backward pass.
 """
 
@@ -20,7 +20,8 @@ from veneer.plan.work import CountWork
 
 
 def tell_parts(counted: CountWork, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
-    """From now on ``counted`` is told of which part of a step the ops of this model are; blocks need `CountWork.mark`.
+    """From now on ``counted`` is reported of which part of a step the ops of this model are; blocks need
+    `CountWork.mark`.
 
     A block with one half that runs fused and one that does not counts as the model's own code: most of its ops are.
     """

@@ -1,4 +1,4 @@
-"""The plan of a run: bytes by kind and by phase, the peak and what it is made of, the work of a step."""
+"""Plan of a run: bytes by kind and by phase, the peak and what it is made of, the work of a step."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ class Plan:
 
     @property
     def peak_phase(self) -> str:
-        """The phase in which most is alive."""
+        """Phase in which most is alive."""
         return max(self.phases, key=lambda phase: self.phases[phase].n_bytes)
 
     @property
     def peak(self) -> Peak:
-        """The most that is alive at once."""
+        """Most that is alive at once."""
         return self.phases[self.peak_phase]
 
     @property
@@ -63,7 +63,7 @@ def plan_recipe(
     isa: str | None = None,
     whole: bool = False,
 ) -> Plan:
-    """The plan of a recipe, from two shallow traces; all blocks are traced where none repeat, and by ``whole``.
+    """Return the plan of a recipe, from two shallow traces; all blocks are traced where none repeat, and by ``whole``.
 
     Rows are as long as ``max_length``. ``isa`` is the instruction set of the machine that the plan is for. Raises
     ConfigError where transformers makes no causal language model of the config.
@@ -83,7 +83,7 @@ def plan_recipe(
 
 
 def batch_of(recipe: Recipe, config: PreTrainedConfig) -> Batch:
-    """A micro-batch of a recipe: all rows as long as they may be."""
+    """Return a micro-batch of a recipe: all rows as long as they may be."""
     args = recipe.training_config()
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     length = args.max_length or context or 1024
@@ -97,7 +97,7 @@ def batch_of(recipe: Recipe, config: PreTrainedConfig) -> Batch:
 
 
 def held_out_batch(recipe: Recipe, batch: Batch) -> Batch | None:
-    """A batch of an evaluation, its rows as long as those of a micro-batch; None where nothing is held out."""
+    """Return a batch of an evaluation, its rows as long as those of a micro-batch; None if nothing is held out."""
     if not recipe.data.holds_out:
         return None
     args = recipe.training_config()
@@ -145,7 +145,7 @@ def _deepened(traces: list[Shallow], pattern: Pattern, recipe: Recipe, batch: Ba
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """The plan as plain numbers."""
+    """Return the plan as plain numbers."""
     return {
         "model": plan.recipe.model.source,
         "task": plan.recipe.task,

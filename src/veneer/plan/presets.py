@@ -18,7 +18,7 @@ from veneer.store.known import KNOWN, is_fetched
 
 @cache
 def presets() -> dict[str, dict[str, Any]]:
-    """The usual models by name: their id on the hub (``hub_id``) and the fields of their configs.
+    """Return the usual models by name: their id on the hub (``hub_id``) and the fields of their configs.
 
     Shapes: pytorch/torchtune's model builders, huggingface/transformers' conversion scripts, and config.json files
     that are quoted in public repositories.
@@ -28,13 +28,15 @@ def presets() -> dict[str, dict[str, Any]]:
 
 
 def hub_id_of(name: str) -> str | None:
-    """The id on the hub of the model that a preset describes; None for any other name, and where a file goes by it."""
+    """Return the id on the hub of the model that a preset describes; None for any other name, and where a
+    file goes by it.
+    """
     found = None if Path(name).expanduser().exists() else presets().get(name.lower())
     return None if found is None else str(found["hub_id"])
 
 
 def require_weights(source: str, key: str = "MODEL") -> None:
-    """Raise ConfigError for a preset where a model is to be loaded, as ``key`` named it."""
+    """Raise ConfigError for a preset if a model is to be loaded, as ``key`` named it."""
     hub_id = hub_id_of(source)
     if hub_id is not None:
         raise ConfigError(

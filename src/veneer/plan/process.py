@@ -1,4 +1,4 @@
-"""A process beside its tensors: interpreter and libraries, tokenizer and rows, what kernels and the allocator keep."""
+"""Process beside its tensors: interpreter and libraries, tokenizer and rows, what kernels and the allocator keep."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class Process:
 
 
 def process_of(plan: Plan) -> Process:
-    """The process of a plan on this machine, in the phase in which it is largest; the start of one is measured once for
-    an installation.
+    """Return the process of a plan on this machine, in the phase in which it is largest; the start of one is measured
+    once for an installation.
     """
     lost = {phase: _lost(plan, peak) for phase, peak in plan.phases.items()}
     phase = max(lost, key=lambda name: plan.phases[name].n_bytes + lost[name])

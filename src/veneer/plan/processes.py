@@ -19,10 +19,11 @@ GATHERED, BUCKETS = "gathered weights", "gradient buckets"
 
 
 def rank_peak(plan: Plan, n_processes: int, strategy: str) -> Peak:
-    """The peak of one rank, each with a micro-batch of its own: of another phase, perhaps, once weights are shards.
+    """Return the peak of one rank, each with a micro-batch of its own: of another phase, perhaps, once weights are
+    shards.
 
-    DDP keeps the gradients a second time, in the buckets that are reduced. FSDP keeps 1/N of what is trained, frozen
-    or remembered, and gathers one group at a time: a block (and the next one, fetched ahead), or embeddings and head.
+    DDP keeps the gradients a second time, in the buckets that are reduced. FSDP keeps 1/N of what is trained, frozen or
+    remembered, and gathers one group at a time: a block (and the next one, fetched ahead), or embeddings and head.
     Raises ConfigError.
     """
     problems = []

@@ -53,19 +53,19 @@ class Machine:
 
     @classmethod
     def of_run(cls, args: SFTConfig) -> Machine:
-        """Where a run trains: the GPU of its rank, of which no rates are measured, or this processor."""
+        """If a run trains: the GPU of its rank, of which no rates are measured, or this processor."""
         if args.use_cpu or not torch.cuda.is_available():
             return cls(None, timed=True)
         return cls(None, timed=False, gpu=torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
 
     @property
     def isa(self) -> str | None:
-        """The instruction set to trace for: a card multiplies 16 bits as they are."""
+        """Instruction set to trace for: a card multiplies 16 bits as they are."""
         return None if self.card is None and self.gpu is None else "avx512_bf16"
 
     @property
     def measures(self) -> bool:
-        """True where a plan will measure this machine's rates, which takes a while, once."""
+        """True if a plan will measure this machine's rates, which takes a while, once."""
         return self.card is None and self.timed and not is_measured()
 
     def note(self, part: ModelPart, config: PreTrainedConfig) -> str | None:
@@ -84,7 +84,7 @@ class Machine:
 
     @property
     def told(self) -> str:
-        """Where the numbers of its memory and cost come from, in words."""
+        """If the numbers of its memory and cost come from, in words."""
         if self.card is not None:
             return f"memory and cost by a {self.card.told}"
         return f"cost: {'seconds by rates measured on this machine' if self.timed else 'arithmetic alone, not timed'}"
@@ -103,7 +103,7 @@ class Machine:
 
     @property
     def knows_seconds(self) -> bool:
-        """True where time is asked for, and for a card, whose seconds are arithmetic."""
+        """True if time is asked for, and for a card, whose seconds are arithmetic."""
         return self.timed or self.card is not None
 
     def cost(self, plan: Plan) -> float:
@@ -138,7 +138,7 @@ class Machine:
 
 
 def shown(plan: Plan, facts: dict[str, Any]) -> Group:
-    """The plan as a page of a terminal."""
+    """Return the plan as a page of a terminal."""
     batch, share = plan.batch, plan.n_trained / plan.n_parameters
     head = Text(
         f"{plan.recipe.model.source}, {_method(plan.recipe)}, base in "
@@ -187,7 +187,7 @@ def _bars(amounts: dict[str, int], noun: str) -> Table:
 
 
 def told(plan: Plan, facts: dict[str, Any]) -> str:
-    """The plan in one line, for `veneer train`."""
+    """Return the plan in one line, for `veneer train`."""
     time = facts.get("time")
     beside = "" if plan.recipe.metric is None else "; answers for its metric are not planned"
     return f"planned: {size(facts['process']['bytes'])} at most (in {plan.peak_phase}{beside})" + (
@@ -224,12 +224,12 @@ def _rate(a_second: float) -> str:
 
 
 def as_yaml(recipe: Recipe) -> str:
-    """A recipe as `veneer train` reads it."""
+    """Return a recipe as `veneer train` reads it."""
     return yaml.safe_dump(recipe.model_dump(exclude_unset=True, mode="json"), sort_keys=False)
 
 
 def draw(plan: Plan, path: Path) -> None:
-    """A picture: phases as stacked bars of kinds."""
+    """Return a picture: phases as stacked bars of kinds."""
     from matplotlib.figure import Figure  # which takes a second to import, and few plans are drawn
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")

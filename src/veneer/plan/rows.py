@@ -1,4 +1,4 @@
-"""The lengths of a recipe's own rows, so that seconds are those of its batches and not of full ones."""
+"""Lengths of a recipe's own rows, so that seconds are those of its batches and not of full ones."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MOST_READ, MOST_ENCODED = 4000, 200
 
 @dataclass(frozen=True, slots=True)
 class OwnRows:
-    """A micro-batch as the recipe's rows make it on average, padding among it, and the rows that were encoded."""
+    """Micro-batch as the recipe's rows make it on average, padding among it, and the rows that were encoded."""
 
     batch: Batch
     n_rows: int

@@ -1,4 +1,4 @@
-"""The room beside a base that is served: adapters, tokens of keys and values, and the line between the two."""
+"""Room beside a base that is served: adapters, tokens of keys and values, and the line between the two."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class Serving:
 def serving_of(
     config: PreTrainedConfig, part: ModelPart, adapter: MethodConfig, memory: int, n_adapter: int
 ) -> Serving:
-    """The room in ``memory`` bytes, by the engine's own settings: the share of free memory that it takes, the
+    """Return the room in ``memory`` bytes, by the engine's own settings: the share of free memory that it takes, the
     tokens of a page. ``n_adapter``: parameters of an adapter, which the engine keeps in the base's dtype.
 
-    Raises ConfigError where the base alone does not fit.
+    Raises ConfigError if the base alone does not fit.
     """
     model = meta_base(config, part, prepared=False)
     base = sum({id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}.values())

@@ -1,4 +1,4 @@
-"""A small run, planned and trained: what it holds in the end is what a process of `veneer train` starts with."""
+"""Small run, planned and trained: what it holds in the end is what a process of `veneer train` starts with."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _N_WORDS, _LENGTH, _N_ROWS = 64, 32, 8
 
 
 def small_run(folder: Path) -> Recipe:
-    """A recipe of two steps on the CPU, with a model, a tokenizer and rows of its own in a folder."""
+    """Return a recipe of two steps on the CPU, with a model, a tokenizer and rows of its own in a folder."""
     words = {f"w{number}": number for number in range(_N_WORDS)}
     backend = Tokenizer(models.WordLevel(words, unk_token="w0"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -37,7 +37,7 @@ LONGEST = 300.0
 def start_bytes() -> int:
     """Bytes of a process that has planned and trained a tiny model: interpreter, libraries, what a run keeps.
 
-    Raises ConfigError where it cannot be measured.
+    Raises ConfigError if it cannot be measured.
     """
     known = _known()
     if known is None:
@@ -50,7 +50,7 @@ def start_bytes() -> int:
 
 @contextmanager
 def start_measured() -> Iterator[None]:
-    """Measure `start_bytes`, where they are not known, beside what is done within; behind it the process is gone, also
+    """Measure `start_bytes`, if they are not known, beside what is done within; behind it the process is gone, also
     where nobody asked for what it measures.
     """
     if _known() is not None:

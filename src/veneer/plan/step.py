@@ -32,7 +32,7 @@ class Batch:
     n_trained: int | None = None
 
     def inputs(self, vocabulary: int) -> dict[str, Tensor]:
-        """A batch as the collator makes it; every token is trained but the first ``length - n_trained``."""
+        """Return a batch as the collator makes it; every token is trained but the first ``length - n_trained``."""
         ids = (torch.arange(self.n_rows * self.length).view(self.n_rows, self.length) * 7 + 3) % vocabulary
         labels = ids.clone()
         if self.n_trained is not None:
@@ -99,7 +99,7 @@ class Step:
         self.mark("done")
 
     def evaluate(self, inputs: Mapping[str, Tensor]) -> None:
-        """The loss of a batch of held-out rows."""
+        """Return the loss of a batch of held-out rows."""
         self.model.eval()
         with self._forward("evaluation"), torch.no_grad():
             self.loss(self.model, dict(inputs))
@@ -148,7 +148,7 @@ class Step:
 
 
 def blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """The blocks; none where the model is not described."""
+    """Return the blocks; none if the model is not described."""
     try:
         return list(blocks_of(model)[1])
     except DescriptionError:

@@ -37,7 +37,7 @@ KINDS = (BASE, EMBEDDINGS, HEAD, NORMS, TRAINED, ADAPTERS, GRADIENTS, STATE, ACT
 
 @dataclass(frozen=True, slots=True)
 class Shallow:
-    """The findings of two steps of a model with ``n_blocks`` blocks; peaks are those of the second step, by mark."""
+    """Findings of two steps of a model with ``n_blocks`` blocks; peaks are those of the second step, by mark."""
 
     n_blocks: int
     peaks: Mapping[str, Peak]
@@ -83,7 +83,7 @@ def trace(
 
 
 def prepare(model: PreTrainedModel, args: SFTConfig, *, with_values: bool = False) -> str | None:
-    """Checkpointing and fusing as the trainer does them; why the model is not fused, None where it is."""
+    """Checkpointing and fusing as the trainer does them; why the model is not fused, None if it is."""
     if args.gradient_checkpointing:
         settings = args.gradient_checkpointing_kwargs or {}
         if settings.get("selective"):
@@ -101,7 +101,7 @@ def prepare(model: PreTrainedModel, args: SFTConfig, *, with_values: bool = Fals
 
 
 def make_optimizer(model: PreTrainedModel, args: SFTConfig) -> torch.optim.Optimizer:
-    """The optimizer that a run would have."""
+    """Return the optimizer that a run would have."""
     choice = choose_optimizer(args, model)
     if args.lora_plus is not None:
         return cast(torch.optim.Optimizer, lora_plus_optimizer(args, model, args.lora_plus, choice))
@@ -168,7 +168,7 @@ def run_steps(
 
 
 def n_passes(args: SFTConfig) -> int:
-    """The micro-batches of the second step."""
+    """Return the micro-batches of the second step."""
     return min(2, int(args.gradient_accumulation_steps))
 
 
@@ -179,7 +179,7 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
 
 
 def kind_under(mark: str) -> str:
-    """The kind of what comes under a mark and is not told otherwise."""
+    """Return the kind of what comes under a mark and is not told otherwise."""
     mark = mark.removeprefix(FIRST)
     if mark in ("loss", "backward.loss", "evaluation.loss"):
         return LOGITS
@@ -211,7 +211,7 @@ def kinds_of(model: PreTrainedModel) -> Iterator[tuple[Tensor, str]]:
 
 
 def kinds_of_copies(reference: Reference | None) -> Iterator[tuple[Tensor, str]]:
-    """The tensors of an adapter that a reference keeps as it was, with their kind."""
+    """Return the tensors of an adapter that a reference keeps as it was, with their kind."""
     for copy in [] if reference is None else reference.copies():
         for tensor in (*copy.parameters(), *copy.buffers()):
             yield tensor, ADAPTERS

@@ -1,4 +1,4 @@
-"""The arithmetic and the traffic of a step, op by op: products by shape, attention, bytes that are only moved."""
+"""Arithmetic and the traffic of a step, op by op: products by shape, attention, bytes that are only moved."""
 
 from __future__ import annotations
 
@@ -132,8 +132,8 @@ class CountWork(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.general = self.general_blocks.get(name.rpartition(".")[2], self.general_outside)
 
     def of_one(self, n_a_step: int) -> Work:
-        """The work of one of the micro-batches of a step, in the mean, with its share of the update: the first one, and
-        further ones as the last that was counted, whose gradients are added to those that are there.
+        """Return the work of one of the micro-batches of a step, in the mean, with its share of the update: the first
+        one, and further ones as the last that was counted, whose gradients are added to those that are there.
         """
         first, last = self.passes[0], self.passes[-1]
         return first.plus(last.plus(first, -1.0), 1 - 1 / n_a_step).plus(self.update, 1 / n_a_step)
@@ -148,7 +148,7 @@ class CountWork(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.on = before
 
     def kernel(self, name: str, arguments: tuple[Any, ...]) -> None:
-        """A kernel that a traced step would have run, or a page that it would have written: an op too."""
+        """Return a kernel that a traced step would have run, or a page that it would have written: an op too."""
         if not self.on:
             return
         self._calls()

@@ -1,4 +1,4 @@
-"""The pool of adapters: versions known by name, loaded or on their way, and who goes out for others. No torch."""
+"""Pool of adapters: versions known by name, loaded or on their way, and who goes out for others. No torch."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _AHEAD = 2  # loads begun at once, so that the loader has the next when it ends 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterVersion:
-    """An adapter as its files are: ``id`` is made of their content, so that equal files are one version.
+    """Adapter as its files are: ``id`` is made of their content, so that equal files are one version.
 
-    ``n_front`` counts its virtual tokens, ``rank`` is the largest of its low-rank parts (0 where it has none),
+    ``n_front`` counts its virtual tokens, ``rank`` is the largest of its low-rank parts (0 if it has none),
     ``n_bytes`` what it is expected to take when it is loaded. A mix has no folder, but versions with their weights.
     """
 
@@ -37,7 +37,7 @@ class AdapterVersion:
 
 
 class Residency(enum.Enum):
-    """Where a version's weights are: on disk alone, on their way, or loaded. One that fails is known no more."""
+    """If a version's weights are: on disk alone, on their way, or loaded. One that fails is known no more."""
 
     ABSENT = "absent"
     LOADING = "loading"
@@ -82,17 +82,17 @@ class AdapterPool:
 
     @property
     def names(self) -> dict[str, AdapterVersion]:
-        """The known versions by name."""
+        """Known versions by name."""
         return {name: self._entries[version].version for name, version in self._names.items()}
 
     @property
     def resident(self) -> list[str]:
-        """The versions that are loaded."""
+        """Versions that are loaded."""
         return self._in(Residency.RESIDENT)
 
     @property
     def loading(self) -> list[str]:
-        """The versions that are on their way."""
+        """Versions that are on their way."""
         return self._in(Residency.LOADING)
 
     @property
@@ -102,11 +102,11 @@ class AdapterPool:
 
     @property
     def known(self) -> frozenset[str]:
-        """The versions that something is known of."""
+        """Versions that something is known of."""
         return frozenset(self._entries)
 
     def told_places(self) -> str:
-        """The places and bytes that versions have, in words for an error."""
+        """Return the places and bytes that versions have, in words for an error."""
         pinned = [entry for entry in self._entries.values() if entry.pinned]
         said = f"{len(self.resident)} adapters are loaded, {len(pinned)} of them pinned"
         if self.n_resident is not None:
@@ -116,7 +116,7 @@ class AdapterPool:
         return f"{said}: unpin adapters, or raise the limits"
 
     def version(self, id: str) -> AdapterVersion:
-        """A version by its id."""
+        """Return a version by its id."""
         return self._entries[id].version
 
     def is_needed(self, id: str) -> bool:
@@ -150,20 +150,20 @@ class AdapterPool:
         self._set_pinned(name, False)
 
     def enter(self, id: str) -> None:
-        """A request comes that will need the version."""
+        """Return a request comes that will need the version."""
         self._entries[id].waiting += 1
 
     def leave(self, id: str) -> None:
-        """A request goes that was waiting for the version; undoes `enter`."""
+        """Return a request goes that was waiting for the version; undoes `enter`."""
         self._entries[id].waiting -= 1
 
     def acquire(self, id: str) -> None:
-        """A waiting request enters the batch; the version must be resident."""
+        """Return a waiting request enters the batch; the version must be resident."""
         entry = self._entries[id]
         entry.waiting, entry.running, entry.used = entry.waiting - 1, entry.running + 1, next(self._clock)
 
     def release(self, id: str) -> None:
-        """A request leaves the batch and waits again."""
+        """Return a request leaves the batch and waits again."""
         entry = self._entries[id]
         entry.waiting, entry.running = entry.waiting + 1, entry.running - 1
 
@@ -183,8 +183,8 @@ class AdapterPool:
     def begin_load(self, wanted: Iterable[str]) -> str | None:
         """Begin to load the first of the wanted versions (oldest request first) that is neither there nor on its way.
 
-        Others go out for it, those used longest ago first, but for what older requests want. None where all are there
-        or on their way, where nothing can go, or enough is on its way.
+        Others go out for it, those used longest ago first, but for what older requests want. None if all are there
+        or on their way, if nothing can go, or enough is on its way.
         """
         kept = set[str]()
         for id in wanted:
@@ -213,9 +213,9 @@ class AdapterPool:
         return entry.n_bytes > self.memory.lendable + sum(e.n_bytes for e in self._idle(()))
 
     def settle(self, id: str, n_bytes: int) -> bool:
-        """A load has ended, and the version takes so many bytes; False where it does not fit beside what cannot go.
+        """Return a load has ended, and the version takes so many bytes; False if it does not fit beside what cannot go.
 
-        It is then absent again, and expected to take what it does.
+        It is then absent again, and expected to take its action.
         """
         entry = self._entries[id]
         self._give_back(entry.n_bytes)
@@ -229,23 +229,23 @@ class AdapterPool:
         return True
 
     def loaded(self, id: str) -> None:
-        """A version's weights are there; its load was begun."""
+        """Return a version's weights are there; its load was begun."""
         entry = self._entries[id]
         entry.residency, entry.used = Residency.RESIDENT, next(self._clock)
 
     def abandoned(self, id: str) -> None:
-        """A load ends and leaves nothing, for nobody needs the version any more."""
+        """Return a load ends and leaves nothing, for nobody needs the version any more."""
         self._absent(self._entries[id])
 
     def failed(self, id: str) -> None:
-        """A version cannot be loaded: its names go, so that the next request looks at the files again."""
+        """Return a version cannot be loaded: its names go, so that the next request looks at the files again."""
         entry = self._entries[id]
         for name in list(entry.names):
             self._unname(name)
         self._absent(entry)
 
     def give_way(self, n_bytes: int, kept: Collection[str] = ()) -> bool:
-        """Let versions go out that are not in use, until so many bytes are free; False where they are too few."""
+        """Let versions go out that are not in use, until so many bytes are free; False if they are too few."""
         chosen = list[_Entry]()
         for entry in self._idle(kept):
             if sum(e.n_bytes for e in chosen) >= n_bytes:

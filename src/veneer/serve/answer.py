@@ -1,4 +1,4 @@
-"""The text of an answer while its tokens come: stop strings, log-probabilities, and what is shown of it when."""
+"""Text of an answer while its tokens come: stop strings, log-probabilities, and what is shown of it when."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Answer:
         return len(self.request.output) > self.params.min_tokens and self._stops(start)
 
     def output(self, kind: RequestOutputKind, lora_request: LoRARequest | None) -> CompletionOutput | None:
-        """The part of the answer to be shown now; None where there is nothing new to a kind that shows news."""
+        """Return the part of the answer to be shown now; None if there is nothing new to a kind that shows news."""
         done = self.request.status is Status.DONE
         if done and self._waits and self._reader is not None:
             self.text = self._whole(self._reader)

@@ -54,7 +54,7 @@ def answerer_of(parts: Parts, drawing: Drawing | None = None, n_rows: int = 1) -
 
 
 class EngineAnswerer:
-    """An `Answerer` by an engine, with the adapters that it has taken in, by their folders."""
+    """`Answerer` by an engine, with the adapters that it has taken in, by their folders."""
 
     def __init__(self, engine: Engine, params: SamplingParams, adapters: Mapping[Path, LoRARequest]) -> None:
         self.tokenizer = engine.tokenizer
@@ -134,7 +134,7 @@ class EngineAnswerer:
 
 
 def engine_answerer(parts: Parts, drawing: Drawing, n_rows: int) -> EngineAnswerer | str:
-    """An engine that answers as `generate` would, or the reason why there is none; the base is as it was then.
+    """Return an engine that answers as `generate` would, or the reason why there is none; the base is as it was then.
 
     Raises FormatError for an adapter that does not fit.
     """

@@ -1,4 +1,4 @@
-"""A prompt that has been checked, and what its answers are made by."""
+"""Prompt that has been checked, and what its answers are made by."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class EngineSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """A prompt that has been checked, with all that its answers need."""
+    """Prompt that has been checked, with all that its answers need."""
 
     id: str
     prompt: str | None
@@ -54,7 +54,7 @@ class Asked:
 
 
 class Rules:
-    """The rules of stopping and drawing that parameters come to, for a model and its tokenizer."""
+    """Rules of stopping and drawing that parameters come to, for a model and its tokenizer."""
 
     def __init__(self, tokenizer: Any, settings: EngineSettings) -> None:
         self.settings = settings
@@ -78,7 +78,7 @@ class Rules:
             )
 
     def request(self, asked: Asked, index: int) -> Request:
-        """The request of one of a prompt's answers."""
+        """Return the request of one of a prompt's answers."""
         params = asked.params
         rule = StopRule(
             max_tokens=min(params.max_tokens or asked.room, asked.room),

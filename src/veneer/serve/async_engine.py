@@ -1,4 +1,4 @@
-"""The engine on a thread of its own, for an asyncio loop: outputs come to it once a step, aborts go back."""
+"""Engine on a thread of its own, for an asyncio loop: outputs come to it once a step, aborts go back."""
 
 from __future__ import annotations
 
@@ -55,9 +55,10 @@ class AsyncEngine:
         return len(self._queues)
 
     async def outputs(self, asked: Sequence[Asked]) -> AsyncGenerator[RequestOutput, None]:
-        """The outputs of requests, as they come; requests that are left when nobody listens any more are aborted.
+        """Return the outputs of requests, as they come; requests that are left when nobody listens any more are
+        aborted.
 
-        Raises ServingError where the engine has broken down, and once `end_all` was called.
+        Raises ServingError if the engine has broken down, and once `end_all` was called.
         """
         queue: _Outputs = asyncio.Queue()
         left = {each.id for each in asked}

@@ -1,4 +1,4 @@
-"""A bottleneck's matrices packed once, so that a row's result does not depend on those beside it."""
+"""Bottleneck's matrices packed once, so that a row's result does not depend on those beside it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _NAMES = {"gelu_new": "gelu_tanh", "swish": "silu", "leakyrelu": "leaky_relu"}
 
 
 class Bottleneck:
-    """The formula of a `ResidualDelta` for rows of a dtype; ``reads_output``: its x is what it changes.
+    """Formula of a `ResidualDelta` for rows of a dtype; ``reads_output``: its x is what it changes.
 
-    ``pairs`` are its matrices packed in that dtype; None where the record is kept, for there are no kernels for them.
+    ``pairs`` are its matrices packed in that dtype; None if the record is kept, for there are no kernels for them.
     """
 
     def __init__(self, record: ResidualDelta, dtype: torch.dtype) -> None:

@@ -1,6 +1,6 @@
 """Instructions of a program bound to a model's weights, each a few calls of ops.
 
-Rows of several adapter versions go through together, each run of rows with its own records. Where a version has a
+Rows of several adapter versions go through together, each run of rows with its own records. If a version has a
 weight of its own, its rows are computed by themselves.
 """
 
@@ -76,7 +76,7 @@ LISTS = ("qkv", "inner")
 
 
 class Embedding:
-    """The stream, from ids or from what stands in for their embeddings."""
+    """Stream, from ids or from what stands in for their embeddings."""
 
     def __init__(self, model: PreTrainedModel, instruction: Embed, effects: Mapping[str, Effects]) -> None:
         part = instruction.embedding
@@ -217,7 +217,7 @@ class Changed:
 
 @dataclass(frozen=True, slots=True)
 class IntoStream:
-    """A product whose output goes right into the stream, when nothing changes it on its way."""
+    """Product whose output goes right into the stream, when nothing changes it on its way."""
 
     product: Product
     change: Change
@@ -236,7 +236,7 @@ Joined = Instruction | IntoStream | Seeing
 
 
 def joined(instructions: Sequence[Instruction]) -> Iterator[Joined]:
-    """The instructions, those joined that can be done at once."""
+    """Return the instructions, those joined that can be done at once."""
     at = 0
     while at < len(instructions):
         match instructions[at : at + 3]:
@@ -290,7 +290,7 @@ class IntoStreamOf:
 
 
 class ByModule:
-    """The output of the model's own module, without the adapters that the model itself has."""
+    """Output of the model's own module, without the adapters that the model itself has."""
 
     def __init__(self, model: PreTrainedModel, instruction: Own) -> None:
         self.model, self.instruction = model, instruction
@@ -314,7 +314,7 @@ class Added:
 
 
 class LogitsOf:
-    """The logits of the rows that are kept, in float32."""
+    """Logits of the rows that are kept, in float32."""
 
     def __init__(
         self, model: PreTrainedModel, instruction: Logits, linears: Linears, effects: Mapping[str, Effects]
@@ -346,7 +346,7 @@ class LogitsOf:
 
 @dataclass(frozen=True, slots=True)
 class Picked:
-    """The likeliest tokens behind the rows that are picked."""
+    """Likeliest tokens behind the rows that are picked."""
 
     logits: LogitsOf
 

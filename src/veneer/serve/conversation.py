@@ -19,9 +19,9 @@ TEMPLATE_ARGUMENTS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_c
 
 
 def chat_text(tokenizer: Any, messages: Conversation, how: Mapping[str, Any]) -> str:
-    """The text that a chat template makes of messages; ``how`` are the arguments of `apply_chat_template`.
+    """Return the text that a chat template makes of messages; ``how`` are the arguments of `apply_chat_template`.
 
-    Raises ConfigError where there is no template, it refuses the messages, or a content is no text.
+    Raises ConfigError if there is no template, it refuses the messages, or a content is no text.
     """
     if tokenizer.chat_template is None and how.get("chat_template") is None:
         raise ConfigError("this model has no chat template: give chat_template, or a prompt that is plain text")

@@ -10,7 +10,7 @@ _UNFINISHED = "\ufffd"
 
 
 class Detokenizer:
-    """The text of an answer, read behind the prompt, so that a space between the two is the answer's."""
+    """Text of an answer, read behind the prompt, so that a space between the two is the answer's."""
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int], skip_special_tokens: bool) -> None:
         self._tokenizer, self._skips = tokenizer, skip_special_tokens
@@ -18,16 +18,16 @@ class Detokenizer:
         self._start, self._read = 0, len(self._ids)
 
     def add(self, token: int) -> str:
-        """The text that is certain with one token more; empty within a character."""
+        """Return the text that is certain with one token more; empty within a character."""
         self._ids.append(token)
         return self._next(final=False)
 
     def finish(self) -> str:
-        """The text that was held back."""
+        """Return the text that was held back."""
         return self._next(final=True)
 
     def read(self, tokens: Sequence[int], *, final: bool) -> str:
-        """The text of many tokens, as `add` gives it of each, and `finish` where they are ``final``."""
+        """Return the text of many tokens, as `add` gives it of each, and `finish` where they are ``final``."""
         before = self._decode(self._ids)
         now = self._decode([*self._ids, *tokens])
         if _UNFINISHED not in now and len(now) >= len(before):

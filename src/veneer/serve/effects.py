@@ -1,4 +1,4 @@
-"""The effects of an adapter at the instructions of a program, read from its folder; no model is touched.
+"""Effects of an adapter at the instructions of a program, read from its folder; no model is touched.
 
 The general runner is the one that refuses what is wrong with a folder: where something in it has no place in the
 program, `UnsaidError` says so, and the adapter is that runner's.
@@ -39,12 +39,12 @@ _KEPT = 8  # configs whose places are kept
 
 
 class UnsaidError(VeneerError):
-    """A program has no words for a part of an adapter."""
+    """Program has no words for a part of an adapter."""
 
 
 @dataclass(slots=True)
 class Effects:
-    """An adapter's records by path, ``table`` that of the embeddings, and what it has of its own of the base.
+    """Adapter's records by path, ``table`` that of the embeddings, and what it has of its own of the base.
 
     ``whole`` are parameters by path and name, W (o, i) where they are a layer's weight; ``rows`` are the index (n,) and
     values (n, width) of single rows of the embeddings and the head. ``front``: a prefix's records, or a prompt's.
@@ -66,7 +66,7 @@ class _Places:
 
 
 class Lookup:
-    """The places of adapters on a ``model``, looked up once for adapters of equal configs: most differ in values alone.
+    """Places of adapters on a ``model``, looked up once for adapters of equal configs: most differ in values alone.
 
     It holds while no other adapter is attached to the model, or taken off.
     """
@@ -76,7 +76,7 @@ class Lookup:
         self._seen: deque[_Places] = deque(maxlen=_KEPT)
 
     def of(self, config: MethodConfig) -> _Places:
-        """Those of a config. Raises TargetError where the model has none."""
+        """Those of a config. Raises TargetError if the model has none."""
         found = next((each for each in self._seen if each.config == config), None)
         if found is None:
             snapshot = look_at(self.model)
@@ -87,7 +87,7 @@ class Lookup:
 
 
 def read_effects(lookup: Lookup, program: Program, folder: Path) -> Effects:
-    """The effects of a saved adapter. Raises FormatError and TargetError as loading does, and `UnsaidError`."""
+    """Return the effects of a saved adapter. Raises FormatError and TargetError as loading does, and `UnsaidError`."""
     config = read_config(folder)
     places = lookup.of(config)
     stored = read_records(folder, places.placed)

@@ -1,4 +1,4 @@
-"""The loop of serving: take in what was asked, plan, run, commit, and tell what came of it."""
+"""Loop of serving: take in what was asked, plan, run, commit, and tell what came of it."""
 
 from __future__ import annotations
 
@@ -78,12 +78,12 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """True where a step would do something now; False too where all wait for an adapter that is being read."""
+        """True if a step would do something now; False too where all wait for an adapter that is being read."""
         stepping = self.scheduler.has_work and not self._waits_for_load
         return stepping or bool(self._touched) or self._inbox.wait(0)
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Sleep until something is asked, or has been read, at most so long; False where nothing was."""
+        """Sleep until something is asked, or has been read, at most so long; False if nothing was."""
         return self._inbox.wait(seconds)
 
     def close(self) -> None:
@@ -97,7 +97,7 @@ class Engine:
         params: SamplingParams,
         lora_request: LoRARequest | None = None,
     ) -> Asked:
-        """A request, checked: whatever is wrong with it that can be seen before it runs is raised here.
+        """Return a request, checked: whatever is wrong with it that can be seen before it runs is raised here.
 
         Raises ConfigError, and FormatError for a folder that holds no adapter.
         """
@@ -121,7 +121,7 @@ class Engine:
         self._inbox.put(_Abort(request_id))
 
     def forget(self, name: str) -> None:
-        """Drop an adapter's name with the next step, where there is one of it. From any thread."""
+        """Drop an adapter's name with the next step, if there is one of it. From any thread."""
         self._inbox.put(_Forget(name))
 
     def drop(self, request_ids: Sequence[str]) -> None:
@@ -149,7 +149,7 @@ class Engine:
         return [output for group in touched.values() if (output := self._output(group)) is not None]
 
     def add_adapter(self, request: LoRARequest) -> None:
-        """Load an adapter now, and keep its name. Raises VeneerError where it does not fit. Between steps."""
+        """Load an adapter now, and keep its name. Raises VeneerError if it does not fit. Between steps."""
         version = self.versions.of(request)
         self._bind(request, version)
         while not self.pool.is_resident(version.id):
@@ -176,7 +176,7 @@ class Engine:
 
     @property
     def adapters(self) -> list[LoRARequest]:
-        """The adapters that are known by name."""
+        """Adapters that are known by name."""
         return list(self._adapters.values())
 
     def _name_of(self, number: int) -> str:

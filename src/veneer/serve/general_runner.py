@@ -34,7 +34,7 @@ Front = dict[int, KeysValues]  # keys and values of virtual tokens by layer, (n,
 
 @dataclass(frozen=True, slots=True)
 class StoredFolder:
-    """An adapter that has not been read: the bytes of its tensors as they are stored."""
+    """Adapter that has not been read: the bytes of its tensors as they are stored."""
 
     folder: Path
     n_bytes: int
@@ -54,17 +54,19 @@ class StoredMix:
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """The folders of its parts."""
+        """Folders of its parts."""
         return tuple(folder for folder, _ in self.parts)
 
 
 def stored_mix(parts: Parts) -> StoredMix:
-    """A mix of what is in folders, which may have to be read later. Raises FormatError as `stored_bytes` does."""
+    """Return a mix of what is in folders, which may have to be read later. Raises FormatError as
+    `stored_bytes` does.
+    """
     return StoredMix(parts, sum(stored_bytes(folder) for folder, _ in parts))
 
 
 class GeneralRunner(DrawingRunner):
-    """A `Runner` on the model itself, which becomes a `PeftModel`; between plans its attention is its own."""
+    """`Runner` on the model itself, which becomes a `PeftModel`; between plans its attention is its own."""
 
     def __init__(self, model: PreTrainedModel, store: SlotStore) -> None:
         super().__init__()
@@ -133,7 +135,7 @@ class GeneralRunner(DrawingRunner):
 
     @property
     def base(self) -> PreTrainedModel:
-        """The model as transformers' own."""
+        """Model as transformers' own."""
         return cast(PreTrainedModel, self.model)
 
     def _route(self, version: str | None) -> str:

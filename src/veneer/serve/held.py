@@ -1,4 +1,4 @@
-"""The memory that things hold: the bytes of all tensors in them, each counted once."""
+"""Memory that things hold: the bytes of all tensors in them, each counted once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def bytes_of(held: object) -> int:
 
 
 def in_own_memory(held: Held) -> Held:
-    """A tensor, or a tuple or dataclass of tensors, none of which keeps more in memory than itself.
+    """Return a tensor, or a tuple or dataclass of tensors, none of which keeps more in memory than itself.
 
     Tensors read from a file are parts of one piece of memory, which stays as long as any of them does.
     """

@@ -10,7 +10,7 @@ Message = TypeVar("Message")
 
 
 class Inbox(Generic[Message]):
-    """A queue from any thread to the one that takes from it."""
+    """Queue from any thread to the one that takes from it."""
 
     def __init__(self) -> None:
         self._messages: deque[Message] = deque()
@@ -22,7 +22,7 @@ class Inbox(Generic[Message]):
         self._filled.set()
 
     def take(self) -> Message | None:
-        """The oldest message, which is here no more; None where there is none. Never waits."""
+        """Return the oldest message, which is here no more; None if there is none. Never waits."""
         try:
             return self._messages.popleft()
         except IndexError:
@@ -32,5 +32,5 @@ class Inbox(Generic[Message]):
             return None
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Sleep until there is a message, at most so long; False where none came."""
+        """Sleep until there is a message, at most so long; False if none came."""
         return self._filled.wait(seconds)

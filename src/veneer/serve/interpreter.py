@@ -1,4 +1,4 @@
-"""A program run: its instructions bound to a model's weights, by the step in C++ as far as that knows them."""
+"""Program run: its instructions bound to a model's weights, by the step in C++ as far as that knows them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ MOST_PLANS = 64
 
 @dataclass(frozen=True, slots=True)
 class PackedEffects:
-    """An adapter's effects, and what has been packed of them for each group of linear layers and bottleneck."""
+    """Adapter's effects, and what has been packed of them for each group of linear layers and bottleneck."""
 
     effects: Effects
     linears: Sequence[products.Own | None]
@@ -57,7 +57,7 @@ class PackedEffects:
 
 
 class Interpreter:
-    """A program on a model's weights, or on ``packed`` ones, with the ``effects`` of adapters by version.
+    """Program on a model's weights, or on ``packed`` ones, with the ``effects`` of adapters by version.
 
     ``native`` is the step in C++, which gives the same bits; None without kernels, or for rows that they do not take.
     """
@@ -77,11 +77,11 @@ class Interpreter:
                 self.native.add(bound)
 
     def packed(self, effects: Effects) -> PackedEffects:
-        """The effects of an adapter as `take` puts them in; on any thread, beside a pass."""
+        """Return the effects of an adapter as `take` puts them in; on any thread, beside a pass."""
         return self.packed_of(effects)[0]
 
     def packed_of(self, effects: Effects) -> tuple[PackedEffects, list[Factor]]:
-        """The same, and the factors that it was packed of."""
+        """Return the same, and the factors that it was packed of."""
         bottlenecks = {site: Bottleneck(record, self.dtype) for site, record in effects.residual.items()}
         packing = Packing()
         packed = PackedEffects(effects, [linears.packed(effects, packing) for linears in self._linears], bottlenecks)
@@ -90,7 +90,7 @@ class Interpreter:
         return packed, factors
 
     def take(self, version: str, packed: PackedEffects) -> None:
-        """An adapter version comes."""
+        """Return an adapter version comes."""
         effects = packed.effects
         for linears, own in zip(self._linears, packed.linears, strict=True):
             linears.take(version, own)
@@ -100,7 +100,7 @@ class Interpreter:
         self.effects[version] = effects
 
     def drop(self, version: str) -> None:
-        """An adapter version goes, also one that `take` was interrupted with, and one that never came."""
+        """Return an adapter version goes, also one that `take` was interrupted with, and one that never came."""
         self.effects.pop(version, None)
         self.bottlenecks.pop(version, None)
         for linears in self._linears:
@@ -113,7 +113,7 @@ class Interpreter:
 
     @torch.no_grad()
     def run(self, step: Step, given: Tensor) -> Tensor:
-        """The logits (kept, vocabulary) of the rows that are kept, from ids (n,) or embeddings (n, width).
+        """Return the logits (kept, vocabulary) of the rows that are kept, from ids (n,) or embeddings (n, width).
 
         ``step.tokens`` has the likeliest tokens of the rows that are picked.
         """

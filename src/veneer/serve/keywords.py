@@ -13,7 +13,7 @@ class Keywords(type):
     """Makes unknown keywords one error of the house's kind, which names the nearest known one.
 
     A class may list in ``not_offered`` what others have under these names and it has not, so that nobody believes that
-    it acts, and in ``given_to`` the name of what users hand these keywords to, where that is another class.
+    it acts, and in ``given_to`` the name of what users hand these keywords to, if that is another class.
     """
 
     not_offered: ClassVar[tuple[str, ...]] = ()

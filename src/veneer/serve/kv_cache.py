@@ -21,10 +21,10 @@ from veneer.serve.program import Program
 
 
 class KVCache(Protocol):
-    """The pages of all layers."""
+    """Pages of all layers."""
 
     def rows(self, stretches: Sequence[Stretch]) -> Any:
-        """The places of the new tokens of sequences and the keys that they see, for all layers of a step."""
+        """Return the places of the new tokens of sequences and the keys that they see, for all layers of a step."""
 
     def append(self, layer: int, keys: Tensor, values: Tensor, rows: Any) -> None:
         """Put the keys and values (n, kv_heads, width) of a step's rows into their places."""
@@ -33,10 +33,12 @@ class KVCache(Protocol):
         """Attention of queries (n, heads, width) to their sequences, (n, heads · width); their own keys are there."""
 
     def slots(self) -> SlotStore:
-        """The same pages for transformers' own code, laid out in its way: a page is for one of the two at a time."""
+        """Return the same pages for transformers' own code, laid out in its way: a page is for one of the
+        two at a time.
+        """
 
     def discard(self, pages: Sequence[int]) -> None:
-        """Give back the memory of pages that nobody holds, where that can be done."""
+        """Give back the memory of pages that nobody holds, if that can be done."""
 
 
 def make_cache(program: Program, n_pages: int, block: int, dtype: torch.dtype, device: torch.device) -> KVCache:
@@ -64,7 +66,7 @@ def _heads_in_pages(program: Program, block: int, dtype: torch.dtype, device: to
 
 @dataclass(frozen=True, slots=True)
 class PageCache:
-    """The kernels' pages."""
+    """Kernels' pages."""
 
     store: kernel.PagedStore
 
@@ -106,13 +108,13 @@ class SlotsInPages(SlotStore):
 
 @dataclass(frozen=True, slots=True)
 class SlotRows:
-    """The rows of a pass by slots; ``seen`` are the keys that they see, by window, found when first asked for."""
+    """Rows of a pass by slots; ``seen`` are the keys that they see, by window, found when first asked for."""
 
     step: PagedStep
     seen: dict[int | None, SeenKeys] = field(default_factory=dict)
 
     def within(self, window: int | None) -> SeenKeys:
-        """The keys up to a token itself, of the last ``window`` positions."""
+        """Return the keys up to a token itself, of the last ``window`` positions."""
         if window not in self.seen:
             self.seen[window] = SeenKeys(lambda _batch, _head, query, key: _near(query, key, window))
         return self.seen[window]

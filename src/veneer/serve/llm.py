@@ -23,7 +23,7 @@ _Read = Callable[[PromptReader, Any], tuple[str | None, list[int]]]
 
 
 class LLM:
-    """A model that answers many prompts at once, each with the adapter that it names, of any method.
+    """Model that answers many prompts at once, each with the adapter that it names, of any method.
 
     ``options`` are vLLM's, see `EngineOptions`. Raises ConfigError, FormatError, and TargetError for a model that
     cannot be served.
@@ -66,8 +66,8 @@ class LLM:
         tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """The next turns of conversations, under the chat template given, or the one saved with the adapter, or the
-        model's. Raises as `generate`.
+        """Return the next turns of conversations, under the chat template given, or the one saved with the adapter, or
+        the model's. Raises as `generate`.
 
         Contents in several parts come to the template as one text, whatever it would make of parts.
         """
@@ -102,11 +102,13 @@ class LLM:
         return self._run(ids, use_tqdm)
 
     def get_tokenizer(self) -> Any:
-        """The model's tokenizer."""
+        """Return the model's tokenizer."""
         return self.engine.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """The parameters that `generate` takes where none are given: those of the model's generation_config.json."""
+        """Return the parameters that `generate` takes where none are given: those of the model's
+        generation_config.json.
+        """
         stored = self.engine.settings.generation_defaults if self.options.generation_config == "auto" else {}
         return SamplingParams(**stored)
 
@@ -165,29 +167,29 @@ class LLM:
 
 
 class Adapters:
-    """The adapters of an `LLM` by name and number, as vLLM's ``llm.llm_engine`` has them."""
+    """Adapters of an `LLM` by name and number, as vLLM's ``llm.llm_engine`` has them."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
     def add_lora(self, lora_request: LoRARequest) -> bool:
-        """Load an adapter now. Raises FormatError, TargetError or ConfigError where it does not fit."""
+        """Load an adapter now. Raises FormatError, TargetError or ConfigError if it does not fit."""
         self._engine.add_adapter(lora_request)
         return True
 
     def remove_lora(self, lora_id: int) -> bool:
-        """Drop an adapter; requests in flight keep it. False where there is none of this number."""
+        """Drop an adapter; requests in flight keep it. False if there is none of this number."""
         if lora_id not in self.list_loras():
             return False
         self._engine.remove_adapter(lora_id)
         return True
 
     def list_loras(self) -> set[int]:
-        """The numbers of the adapters that are known."""
+        """Return the numbers of the adapters that are known."""
         return {request.adapter_id for request in self._engine.adapters}
 
     def pin_lora(self, lora_id: int) -> bool:
-        """Keep an adapter loaded. Raises AdapterNameError where there is none of this number."""
+        """Keep an adapter loaded. Raises AdapterNameError if there is none of this number."""
         self._engine.pin_adapter(lora_id)
         return True
 

@@ -22,7 +22,7 @@ _NICENESS = 4  # the step goes first, and what waits for this gets a third of a 
 
 @dataclass(frozen=True, slots=True)
 class Finished(Generic[Read]):
-    """The end of a load: what was read, or why nothing was, and the seconds that it took."""
+    """End of a load: what was read, or why nothing was, and the seconds that it took."""
 
     id: str
     result: Read | BaseException
@@ -30,10 +30,10 @@ class Finished(Generic[Read]):
 
 
 class Loader(Generic[Read]):
-    """A queue of loads, done one after the other; ``tell`` gets every end, on the thread that reads.
+    """Queue of loads, done one after the other; ``tell`` gets every end, on the thread that reads.
 
     The thread lives while there is something to read, so that an engine without loads has none, and none is left when
-    it goes. torch computes there on that one thread alone: the team of threads is the step's. Where no thread can
+    it goes. torch computes there on that one thread alone: the team of threads is the step's. If no thread can
     start, what waits for it ends with a ServingError.
     """
 

@@ -1,4 +1,4 @@
-"""The adapter that a request takes. The name is vLLM's; the adapter may be of any method. No torch."""
+"""Adapter that a request takes. The name is vLLM's; the adapter may be of any method. No torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from veneer.errors import ConfigError
 
 @dataclass(frozen=True)
 class LoRARequest:
-    """An adapter by name, number and folder (or hub id). Equal, and hashed, by name.
+    """Adapter by name, number and folder (or hub id). Equal, and hashed, by name.
 
     What is served is what lies in the folder when a request is made: new files under an old name are another adapter
     (so that ``load_inplace`` need not be asked for), and requests in flight keep the one that they began with. A mix
@@ -42,7 +42,8 @@ class LoRARequest:
 
     @classmethod
     def mix(cls, name: str, number: int, parts: Sequence[tuple[LoRARequest, float]]) -> LoRARequest:
-        """A weighted sum of adapters, each at its own rank: PEFT's ``add_weighted_adapter(…, "cat")``, as one adapter.
+        """Return a weighted sum of adapters, each at its own rank: PEFT's ``add_weighted_adapter(…, "cat")``, as one
+        adapter.
 
         The order of the parts does not matter. Raises ConfigError for no parts, and for what is no adapter or weight.
         """
@@ -53,17 +54,17 @@ class LoRARequest:
 
     @property
     def name(self) -> str:
-        """The adapter's name."""
+        """Adapter's name."""
         return self.lora_name
 
     @property
     def adapter_id(self) -> int:
-        """The adapter's number."""
+        """Adapter's number."""
         return self.lora_int_id
 
     @property
     def path(self) -> str:
-        """The adapter's folder."""
+        """Adapter's folder."""
         return self.lora_path
 
 

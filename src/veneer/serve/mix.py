@@ -1,4 +1,4 @@
-"""A weighted mix of adapters: the sum of what they add, as the effects of one adapter."""
+"""Weighted mix of adapters: the sum of what they add, as the effects of one adapter."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ Parts = Sequence[tuple[Path, float]]
 
 
 def read_mix(lookup: Lookup, program: Program, parts: Parts) -> Effects:
-    """The effects ``Σ w_i ΔW_i`` and ``Σ w_i Δbias_i`` of saved adapters, on the layers that any of them changes.
+    """Return the effects ``Σ w_i ΔW_i`` and ``Σ w_i Δbias_i`` of saved adapters, on the layers that any of them
+    changes.
 
     Raises what `read_effects` does, and CompositionError for an adapter whose effect is no sum on linear layers.
     """

@@ -1,4 +1,4 @@
-"""The step in C++: the instructions of a program that it knows, and passes through stretches of them, one call each.
+"""Step in C++: the instructions of a program that it knows, and passes through stretches of them, one call each.
 
 It calls the kernels that the ops call, on the same weights, so that it gives the same bits as instructions one by one.
 What it does not know, of a model or of the versions in a pass, `bound` instructions do between the stretches, on the
@@ -46,7 +46,7 @@ from veneer.serve.step import Step
 
 
 class Adapter(NamedTuple):
-    """The parts of a version beside the records of its linear layers; ``paths`` have parameters or rows of its own."""
+    """Parts of a version beside the records of its linear layers; ``paths`` have parameters or rows of its own."""
 
     effects: Effects
     bottlenecks: Mapping[str, Bottleneck]
@@ -75,7 +75,7 @@ class Part:
     site_at: int = 0
 
     def take(self, program: StepProgram, version: str, number: int, adapter: Adapter) -> None:
-        """A version comes; its records have been taken by the linear layers."""
+        """Return a version comes; its records have been taken by the linear layers."""
         own = None if self.linears is None else self.linears.versions.get(version)
         if own is not None:
             changes = changes_of(own, program.dtype)
@@ -103,7 +103,7 @@ class Part:
 
 
 class NativeStep:
-    """The parts of a program in C++, one for each bound instruction: None where it is not known."""
+    """Parts of a program in C++, one for each bound instruction: None if it is not known."""
 
     def __init__(self, width: int, dtype: torch.dtype, turns: Mapping[Rotary, tuple[Tensor, Tensor]]) -> None:
         tables = [(cos.float().contiguous(), sin.float().contiguous()) for cos, sin in turns.values()]
@@ -118,14 +118,14 @@ class NativeStep:
         self._memory: dict[Register, Tensor] = {}
 
     def add(self, bound: Bound) -> None:
-        """The next instruction of the program."""
+        """Return the next instruction of the program."""
         before = self.program.n_instructions
         part = self._part_of(bound)
         place = range(before, self.program.n_instructions)
         self.parts.append(None if part is None else replace(part, place=place))
 
     def take(self, version: str, effects: Effects, bottlenecks: Mapping[str, Bottleneck]) -> None:
-        """An adapter version comes, whose records the linear layers have taken."""
+        """Return an adapter version comes, whose records the linear layers have taken."""
         number = next(n for n in range(len(self.numbers) + 1) if n not in self.numbers.values())
         self.numbers[version] = number
         paths = frozenset({path for path, _ in effects.whole} | effects.rows.keys())
@@ -137,7 +137,7 @@ class NativeStep:
                     self.partly.add(version)
 
     def drop(self, version: str) -> None:
-        """An adapter version goes, if it came."""
+        """Return an adapter version goes, if it came."""
         if version in self.numbers:
             self.program.drop(self.numbers.pop(version))
         self.partly.discard(version)
@@ -146,7 +146,7 @@ class NativeStep:
                 part.unknown.discard(version)
 
     def first_of(self, register: Register) -> int:
-        """The number of a register's first tensor."""
+        """Return the number of a register's first tensor."""
         if register not in self._first:
             self._first[register] = self.n_registers
             self.n_registers += len(register.widths)
@@ -291,7 +291,7 @@ class NativeStep:
         return Part(range(0), (reads,), (writes,))
 
     def stretches(self, instructions: Sequence[Bound], step: Step, *, by_ids: bool) -> Iterator[Bound]:
-        """The instructions as a pass takes them: those that are known joined, the others as they are."""
+        """Return the instructions as a pass takes them: those that are known joined, the others as they are."""
         in_pages = isinstance(step.cache, PageCache) and step.written is None
         found: list[Part] = []
         for part, bound in zip(self.parts, instructions, strict=True):

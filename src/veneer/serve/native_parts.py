@@ -1,4 +1,4 @@
-"""A program's parts in the words of the C++ step (`veneer.ops.cpu.step`); None for what it does not know."""
+"""Program's parts in the words of the C++ step (`veneer.ops.cpu.step`); None for its action not know."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from veneer.serve.products import Own
 
 
 class Register(NamedTuple):
-    """The name of a register, and the widths of the tensors in it."""
+    """Name of a register, and the widths of the tensors in it."""
 
     name: str
     widths: tuple[int, ...]
 
 
 def norm_of(bound: BoundNorm, own: tuple[Tensor | None, Tensor | None] | None = None) -> StepNorm | None:
-    """A norm with one weight for all that it is over; ``own`` are a weight and a bias instead of the base's."""
+    """Return a norm with one weight for all that it is over; ``own`` are a weight and a bias instead of the base's."""
     norm, (weight, bias) = bound.norm, own or bound.own
     if len(norm.shape) > 1 or weight is None or weight.dtype not in ROWS:
         return None
@@ -53,7 +53,7 @@ def is_plain(part: Attention) -> bool:
 
 
 def changes_of(own: Own, dtype: torch.dtype) -> list[LayerChange] | None:
-    """The changes of a version at layers, beside adding its pairs; empty where it makes none."""
+    """Return the changes of a version at layers, beside adding its pairs; empty if it makes none."""
     if own.only_adds:
         return []
     found = list(_changes(own, dtype))

@@ -1,4 +1,4 @@
-"""A norm of a program on a model's weights, and on those that adapter versions have instead."""
+"""Norm of a program on a model's weights, and on those that adapter versions have instead."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class BoundNorm:
         return y
 
     def instead(self, effects: Effects) -> tuple[Tensor | None, Tensor | None] | None:
-        """The weight and bias that a version has instead of the base's; None where it has neither."""
+        """Return the weight and bias that a version has instead of the base's; None if it has neither."""
         keys = [(self.norm.path, name) for name in ("weight", "bias")]
         if effects.whole.keys().isdisjoint(keys):
             return None

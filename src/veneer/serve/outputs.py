@@ -1,4 +1,4 @@
-"""The outputs of a request, in vLLM's names. No torch."""
+"""Outputs of a request, in vLLM's names. No torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
-    """A token's natural log-probability, its rank among all tokens (1 is the likeliest), and its text."""
+    """Token's natural log-probability, its rank among all tokens (1 is the likeliest), and its text."""
 
     logprob: float
     rank: int | None = None
@@ -24,7 +24,7 @@ TokenLogprobs = dict[int, Logprob]
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One answer. ``stop_reason`` is the string or id that ended it, None where that was the end token or its length.
+    """One answer. ``stop_reason`` is the string or id that ended it, None if that was the end token or its length.
 
     ``logprobs`` holds, for each token, those of the chosen one and of the likeliest, by id.
     """
@@ -39,13 +39,13 @@ class CompletionOutput:
     lora_request: LoRARequest | None = None
 
     def finished(self) -> bool:
-        """True where nothing more comes."""
+        """True if nothing more comes."""
         return self.finish_reason is not None
 
 
 @dataclass(slots=True)
 class RequestOutput:
-    """A prompt with its answers. ``error`` says why a request ended with the finish reason "error".
+    """Prompt with its answers. ``error`` says why a request ended with the finish reason "error".
 
     There is no prefix cache and there are no statistics yet: ``num_cached_tokens`` is 0, ``metrics`` None.
     """

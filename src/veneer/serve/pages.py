@@ -1,4 +1,4 @@
-"""The pages of keys and values, who holds them, and the bytes that they share with adapters. No torch: pages are
+"""Pages of keys and values, who holds them, and the bytes that they share with adapters. No torch: pages are
 numbers, their bytes lie with the runner.
 """
 
@@ -60,14 +60,14 @@ class Pages:
         return len(self._tables.get(holder, ())) * self.block >= n_positions
 
     def lacking(self, holder: Hashable, n_positions: int) -> int | None:
-        """Bytes that others must give back before `grow` succeeds; None where no bytes would help."""
+        """Bytes that others must give back before `grow` succeeds; None if no bytes would help."""
         missing = self.needed(n_positions) - len(self._tables.get(holder, ()))
         if missing > len(self._kept) + len(self._fresh):
             return None
         return max(0, (missing - len(self._kept)) * self.page_bytes - self._unused)
 
     def grow(self, holder: Hashable, n_positions: int) -> bool:
-        """Let a holder's table cover ``n_positions`` from the start; False where pages lack, and nothing changes."""
+        """Let a holder's table cover ``n_positions`` from the start; False if pages lack, and nothing changes."""
         table = self._tables.get(holder, [])
         missing = self.needed(n_positions) - len(table)
         if missing > self.n_free:
@@ -78,7 +78,7 @@ class Pages:
         return True
 
     def table(self, holder: Hashable) -> tuple[int, ...]:
-        """A holder's pages, in the order of its positions."""
+        """Return a holder's pages, in the order of its positions."""
         return tuple(self._tables.get(holder, ()))
 
     def release(self, holder: Hashable) -> None:
@@ -86,7 +86,7 @@ class Pages:
         self._kept.extend(self._tables.pop(holder, ()))
 
     def lend(self, n_bytes: int) -> bool:
-        """Let others have bytes, free pages giving up their memory; False where bytes lack, and nothing changes."""
+        """Let others have bytes, free pages giving up their memory; False if bytes lack, and nothing changes."""
         if n_bytes > self.lendable:
             return False
         while n_bytes > self._unused:

@@ -1,4 +1,4 @@
-"""The plan of a step, and its results: numbers alone. No torch."""
+"""Plan of a step, and its results: numbers alone. No torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from veneer.serve.outputs import TokenLogprobs
 
 
 class PlannedSequence(NamedTuple):
-    """A stretch of one request's tokens.
+    """Stretch of one request's tokens.
 
     ``tokens`` are the ids to compute, at the positions ``start``, ``start + 1``, …; the ``n_front`` positions before
     the first token of a sequence hold the adapter's virtual tokens, which are put there with ``start == n_front``.
@@ -31,7 +31,7 @@ class PlannedSequence(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The sequences of a step, those of one adapter version side by side and the base's first."""
+    """Sequences of a step, those of one adapter version side by side and the base's first."""
 
     sequences: tuple[PlannedSequence, ...] = ()
 
@@ -42,7 +42,7 @@ class Plan:
 
 
 class Drawn(NamedTuple):
-    """A token that was drawn, with the log-probabilities that were asked for, the chosen one's first."""
+    """Token that was drawn, with the log-probabilities that were asked for, the chosen one's first."""
 
     token: int
     logprobs: TokenLogprobs | None = None
@@ -50,7 +50,7 @@ class Drawn(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """The results of a step, by request: the token drawn, or why none was, and log-probabilities of prompt tokens."""
+    """Results of a step, by request: the token drawn, or why none was, and log-probabilities of prompt tokens."""
 
     drawn: dict[str, Drawn] = field(default_factory=dict)
     prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)

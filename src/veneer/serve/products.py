@@ -1,6 +1,6 @@
 """Linear layers that read the same x, with what adapter versions do to them: on packed weights, or on any others.
 
-Rows of several versions go through together. Where a version has a weight of its own, its rows are computed again by
+Rows of several versions go through together. If a version has a weight of its own, its rows are computed again by
 themselves.
 """
 
@@ -37,7 +37,7 @@ Packed = Mapping[tuple[str, ...], PackedGroup]
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """The packing of one version: its groups of layers one by one, then the ``packer`` runs.
+    """Packing of one version: its groups of layers one by one, then the ``packer`` runs.
 
     ``shared`` are the factors that several groups share, by what they are packed from.
     """
@@ -61,12 +61,12 @@ class Own:
 
     @property
     def only_adds(self) -> bool:
-        """True where it does nothing but add low-rank parts to the layers' outputs."""
+        """True if it does nothing but add low-rank parts to the layers' outputs."""
         return not self.whole and not self.apart and all(record is NOTHING for record in self.records)
 
 
 class Linears:
-    """The layers at some paths."""
+    """Layers at some paths."""
 
     def __init__(self, model: PreTrainedModel, linears: Sequence[Linear], packed: Packed) -> None:
         self.paths = tuple(linear.path for linear in linears)
@@ -78,7 +78,7 @@ class Linears:
         self.bias = _joined(self.biases, [linear.out_features for linear in linears])
 
     def packed(self, effects: Effects, packing: Packing) -> Own | None:
-        """The change of a version that `take` puts in, made on any thread; None where it does nothing here."""
+        """Return the change of a version that `take` puts in, made on any thread; None if it does nothing here."""
         records = tuple(effects.linear.get(path, NOTHING) for path in self.paths)
         whole = {i: w for i, path in enumerate(self.paths) if (w := effects.whole.get((path, "weight"))) is not None}
         if not whole and all(record is NOTHING for record in records):
@@ -87,12 +87,12 @@ class Linears:
         return own if self.group is None else self._packed(own, packing)
 
     def take(self, version: str, own: Own | None) -> None:
-        """A version comes, if it does anything here."""
+        """Return a version comes, if it does anything here."""
         if own is not None:
             self.versions[version] = own
 
     def drop(self, version: str) -> None:
-        """A version goes."""
+        """Return a version goes."""
         self.versions.pop(version, None)
 
     def __call__(self, x: Tensor, versions: tuple[str, ...], runs: AdapterRuns) -> list[Tensor]:
@@ -222,7 +222,9 @@ class Part(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def divided(runs: AdapterRuns, apart: tuple[bool, ...]) -> tuple[Part, Part]:
-    """The rows of a pass whose versions are not ``apart``, the base's among them, and those whose versions are."""
+    """Return the rows of a pass whose versions are not ``apart``, the base's among them, and those whose
+    versions are.
+    """
     rows: tuple[list[int], list[int]] = ([], [])
     found: tuple[list[Run], list[Run]] = ([], [])
     for place, start, stop in runs.with_gaps():

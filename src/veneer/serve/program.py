@@ -1,4 +1,4 @@
-"""A decoder as a program: a list of instructions of ten kinds, compiled from its description. Plain data.
+"""Decoder as a program: a list of instructions of ten kinds, compiled from its description. Plain data.
 
 The instructions read and write registers, which have names: ``h`` is the stream of all rows (n, width). Whoever runs a
 program binds its paths to weights (`interpreter`).
@@ -21,7 +21,7 @@ STREAM = "h"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Embed:
-    """The stream begins: table, multiplier, learned positions, norm."""
+    """Stream begins: table, multiplier, learned positions, norm."""
 
     embedding: Embedding
 
@@ -46,7 +46,7 @@ class Product:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heads:
-    """The outputs in ``source`` become heads: clipped, normed, rotated. Queries go to ``target``, keys and values to
+    """Outputs in ``source`` become heads: clipped, normed, rotated. Queries go to ``target``, keys and values to
     pages: ``layer`` is the place of their keys and values in a page.
     """
 
@@ -77,7 +77,7 @@ class Activate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """A place of bottlenecks: they change a half's output ``target``, its input being ``source``."""
+    """Place of bottlenecks: they change a half's output ``target``, its input being ``source``."""
 
     site: str
     source: str
@@ -103,7 +103,7 @@ class Add:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Logits:
-    """The logits of the rows that need them: norm, head, scale and cap."""
+    """Logits of the rows that need them: norm, head, scale and cap."""
 
     norm: Norm | None
     head: Head
@@ -114,14 +114,14 @@ Instruction = Embed | Normalize | Product | Heads | Attend | Activate | Change |
 
 @dataclass(frozen=True)
 class Program:
-    """The instructions of a whole pass. ``n_positions``: how many positions they are right for."""
+    """Instructions of a whole pass. ``n_positions``: how many positions they are right for."""
 
     instructions: tuple[Instruction, ...]
     n_positions: int
 
     @property
     def attentions(self) -> tuple[Attention, ...]:
-        """The attention of every layer."""
+        """Attention of every layer."""
         return tuple(each.attention for each in self.instructions if isinstance(each, Heads))
 
     @property
@@ -131,39 +131,39 @@ class Program:
 
     @property
     def rotaries(self) -> tuple[Rotary, ...]:
-        """The rotations, each once."""
+        """Rotations, each once."""
         return tuple(dict.fromkeys(part.rotary for part in self.attentions if part.rotary is not None))
 
     @cached_property
     def linears(self) -> dict[str, Linear]:
-        """The linear layers that are instructions, by path."""
+        """Linear layers that are instructions, by path."""
         found = (linear for each in self.instructions if isinstance(each, Product) for linear in each.linears)
         return {linear.path: linear for linear in (*found, self.head.linear)}
 
     @cached_property
     def norms(self) -> dict[str, Norm]:
-        """The norms in front of halves, behind them and of the head, by path; not those of heads."""
+        """Norms in front of halves, behind them and of the head, by path; not those of heads."""
         found = (each.norm for each in self.instructions if isinstance(each, Normalize | Logits))
         return {norm.path: norm for norm in found if norm is not None}
 
     @cached_property
     def sites(self) -> frozenset[str]:
-        """The places of bottlenecks."""
+        """Places of bottlenecks."""
         return frozenset(each.site for each in self.instructions if isinstance(each, Change))
 
     @property
     def embedding(self) -> Embedding:
-        """The first instruction's."""
+        """First instruction's."""
         return next(each.embedding for each in self.instructions if isinstance(each, Embed))
 
     @property
     def head(self) -> Head:
-        """The last instruction's."""
+        """Last instruction's."""
         return next(each.head for each in self.instructions if isinstance(each, Logits))
 
 
 def compile_program(decoder: Decoder, n_positions: int) -> Program:
-    """The program of a decoder, for sequences of at most ``n_positions``.
+    """Return the program of a decoder, for sequences of at most ``n_positions``.
 
     Raises DescriptionError that names the part for which there is no instruction.
     """

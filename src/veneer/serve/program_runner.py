@@ -50,7 +50,7 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ProgramAdapter:
-    """An adapter packed for the program; ``prefix`` are the keys and values of a prefix, by layer.
+    """Adapter packed for the program; ``prefix`` are the keys and values of a prefix, by layer.
 
     ``n_bytes`` are those of all that it holds, counted where it is read: the step does not wait for that.
     """
@@ -62,7 +62,7 @@ class ProgramAdapter:
 
 @dataclass(frozen=True, slots=True)
 class GeneralAdapter:
-    """An adapter that the general runner is to load, for a reason."""
+    """Adapter that the general runner is to load, for a reason."""
 
     stored: StoredFolder | StoredMix
     reason: str
@@ -74,7 +74,7 @@ class GeneralAdapter:
 
 
 class ProgramRunner(DrawingRunner):
-    """A `Runner` of a model's program.
+    """`Runner` of a model's program.
 
     Passes and reading wait for each other once the model itself has adapters, and not before. ``alone``: there is no
     general runner, so that `read` raises `UnsaidError` for what the program has no place for.
@@ -261,7 +261,8 @@ def _require_weights(model: PreTrainedModel, folder: Path) -> None:
 
 
 def proved(model: PreTrainedModel, n_positions: int, *, give_up: bool = False) -> Interpreter:
-    """The program of a model, on packed weights, proved on two short sequences: the start and the end of the context.
+    """Return the program of a model, on packed weights, proved on two short sequences: the start and the end of the
+    context.
 
     Each runs whole and in two chunks. ``give_up``: the model's own weights are given up for the packed ones. Raises
     DescriptionError with the part that has no instruction, or by how much the logits differ from the model's own, which

@@ -27,7 +27,7 @@ class PromptReader:
         self.templates, self.ends = tuple(templates), frozenset(ends)
 
     def read(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        """A prompt's text, if it has one, and its ids. Raises ConfigError for what is no prompt, or too long."""
+        """Return a prompt's text, if it has one, and its ids. Raises ConfigError for what is no prompt, or too long."""
         if isinstance(prompt, Mapping):
             known = {"prompt", "prompt_token_ids"}
             if not prompt or set(prompt) - known:
@@ -42,7 +42,9 @@ class PromptReader:
         raise ConfigError(f"{prompt!r} is no prompt: give text, a list of token ids, or a mapping with one of them")
 
     def chat(self, messages: Conversation, how: Mapping[str, Any]) -> tuple[str, list[int]]:
-        """The prompt (text and ids) that the chat template makes of messages. Raises as `chat_text`, and as `read`."""
+        """Return the prompt (text and ids) that the chat template makes of messages. Raises as `chat_text`,
+        and as `read`.
+        """
         template = how.get("chat_template")
         if template is None and self.templates:
             if len(self.templates) > 1:

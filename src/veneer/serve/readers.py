@@ -1,4 +1,4 @@
-"""The reader of prompts of each adapter: training saves a tokenizer and a chat template beside its weights."""
+"""Reader of prompts of each adapter: training saves a tokenizer and a chat template beside its weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Readers:
         self._lock = threading.Lock()
 
     def of(self, request: LoRARequest | None) -> PromptReader:
-        """The reader of an adapter, or of a mix. Raises FormatError for files that cannot be read.
+        """Return the reader of an adapter, or of a mix. Raises FormatError for files that cannot be read.
 
         Raises ConfigError for a mix of adapters that have other tokens than one another.
         """

@@ -9,7 +9,7 @@ from veneer.serve.outputs import FinishReason
 
 
 class Status(enum.Enum):
-    """The state of a request: not begun (or preempted), in the batch, or ended."""
+    """State of a request: not begun (or preempted), in the batch, or ended."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -18,7 +18,7 @@ class Status(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StopRule:
-    """The end of an answer: at one of ``eos_ids`` or ``stop_ids``, once it has ``min_tokens``, or at ``max_tokens``."""
+    """End of an answer: at one of ``eos_ids`` or ``stop_ids``, once it has ``min_tokens``, or at ``max_tokens``."""
 
     max_tokens: int
     min_tokens: int = 0
@@ -26,7 +26,7 @@ class StopRule:
     stop_ids: frozenset[int] = frozenset()
 
     def ends(self, n_tokens: int, token: int) -> FinishReason | None:
-        """The reason for which an answer of ``n_tokens`` ends with ``token``; None where it goes on."""
+        """Return the reason for which an answer of ``n_tokens`` ends with ``token``; None if it goes on."""
         if n_tokens >= self.min_tokens and (token in self.eos_ids or token in self.stop_ids):
             return "stop"
         return "length" if n_tokens >= self.max_tokens else None
@@ -34,7 +34,7 @@ class StopRule:
 
 @dataclass(eq=False, slots=True, kw_only=True)
 class Request:
-    """The state of one answer.
+    """State of one answer.
 
     ``version`` is the adapter's, ``n_front`` the virtual tokens that it puts in front. ``n_computed`` counts the tokens
     whose keys and values lie in pages. ``scores_prompt``: log-probabilities of the prompt are asked for, of which
@@ -73,7 +73,7 @@ class Request:
         return len(self.prompt) + self.rule.max_tokens - self.n_computed
 
     def stretch(self, n: int) -> tuple[int, ...]:
-        """The next ``n`` tokens to compute."""
+        """Return the next ``n`` tokens to compute."""
         first, last, n_prompt = self.n_computed, self.n_computed + n, len(self.prompt)
         if first >= n_prompt:  # it decodes, as it mostly does
             return tuple(self.output[first - n_prompt : last - n_prompt])

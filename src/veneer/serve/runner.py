@@ -1,4 +1,4 @@
-"""The computation of plans: the interface, and what all runners share, the drawing of tokens from logits."""
+"""Computation of plans: the interface, and what all runners share, the drawing of tokens from logits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from veneer.serve.sampler import DrawRule, Sampler
 
 
 class ReadAdapter(Protocol):
-    """An adapter as a runner has read it, which takes ``n_bytes`` when it is loaded."""
+    """Adapter as a runner has read it, which takes ``n_bytes`` when it is loaded."""
 
     @property
     def n_bytes(self) -> int:
@@ -24,44 +24,44 @@ class ReadAdapter(Protocol):
 
 
 class Runner(Protocol):
-    """The computation of plans. Adapters are read at any time, and loaded and unloaded between plans, under the ids of
+    """Computation of plans. Adapters are read at any time, and loaded and unloaded between plans, under the ids of
     their versions.
     """
 
     def read(self, folder: Path) -> Any:
-        """Read an adapter, a `ReadAdapter` for `load`; on any thread. Raises VeneerError where it does not fit."""
+        """Read an adapter, a `ReadAdapter` for `load`; on any thread. Raises VeneerError if it does not fit."""
 
     def read_mix(self, parts: Parts) -> Any:
-        """Read adapters as `read` does, as their weighted sum. Raises CompositionError where they have none."""
+        """Read adapters as `read` does, as their weighted sum. Raises CompositionError if they have none."""
 
     def load(self, version: str, adapter: Any) -> None:
-        """Take in what was read. Raises VeneerError where it does not fit, and is then as before."""
+        """Take in what was read. Raises VeneerError if it does not fit, and is then as before."""
 
     def unload(self, version: str) -> None:
-        """Let an adapter go, where it is loaded."""
+        """Let an adapter go, if it is loaded."""
 
     def discard(self, pages: Sequence[int]) -> None:
         """Give back the memory of pages that nobody holds."""
 
     @property
     def loaded(self) -> frozenset[str]:
-        """The versions that are loaded."""
+        """Versions that are loaded."""
 
     def begin(self, request_id: str, rule: DrawRule) -> None:
-        """A request comes, whose tokens are drawn by a rule."""
+        """Return a request comes, whose tokens are drawn by a rule."""
 
     def end(self, request_id: str) -> None:
-        """A request goes."""
+        """Return a request goes."""
 
     def run(self, plan: Plan) -> Sampled:
         """Compute a plan, and draw; run again, a plan gives the same."""
 
     def take(self, request_id: str, token: int) -> None:
-        """A token that was drawn is the answer's next."""
+        """Return a token that was drawn is the answer's next."""
 
 
 class DrawingRunner(ABC):
-    """The part of a `Runner` that is not the model's."""
+    """Part of a `Runner` that is not the model's."""
 
     def __init__(self) -> None:
         self.sampler = Sampler()
@@ -71,7 +71,7 @@ class DrawingRunner(ABC):
         """Logits behind the tokens whose followers are asked for or drawn (`wanted`), in the plan's order."""
 
     def compute(self, plan: Plan, greedy: Collection[str]) -> tuple[Tensor, dict[str, int]]:
-        """The likeliest tokens of some of the ``greedy`` requests, if any, and the `logits` of all others."""
+        """Return the likeliest tokens of some of the ``greedy`` requests, if any, and the `logits` of all others."""
         return self.logits(plan), {}
 
     def begin(self, request_id: str, rule: DrawRule) -> None:
@@ -104,6 +104,6 @@ class DrawingRunner(ABC):
 
 
 def wanted(sequence: PlannedSequence) -> list[int]:
-    """The tokens of a sequence, counted from its first in the plan, whose logits are needed."""
+    """Return the tokens of a sequence, counted from its first in the plan, whose logits are needed."""
     scored = range(sequence.first_scored, sequence.first_scored + len(sequence.targets))
     return [*scored, *[len(sequence.tokens) - 1] * sequence.samples]

@@ -24,18 +24,18 @@ _NEVER = float("-inf")
 
 
 class Form(Protocol):
-    """A form that the text must have."""
+    """Form that the text must have."""
 
     def allowed(self) -> Tensor:
-        """The tokens that may come next, (vocabulary,) booleans."""
+        """Return the tokens that may come next, (vocabulary,) booleans."""
 
     def take(self, token: int) -> None:
-        """A token has come."""
+        """Return a token has come."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DrawRule:
-    """The rule by which the tokens of one answer are drawn.
+    """Rule by which the tokens of one answer are drawn.
 
     ``key`` (two whole numbers) and a token's place in the answer give its random number. ``ending`` ids are banned
     before ``min_tokens``; ``bad_words`` are sequences of ids that may not be completed.
@@ -50,7 +50,7 @@ class DrawRule:
 
     @cached_property
     def is_plain(self) -> bool:
-        """True where nothing but the order of the model's logits counts, once there are ``min_tokens``."""
+        """True if nothing but the order of the model's logits counts, once there are ``min_tokens``."""
         params = self.params
         changed = (
             self.form, self.bad_words, params.logit_bias, params.frequency_penalty, params.presence_penalty,
@@ -77,15 +77,15 @@ class Sampler:
         self._states: dict[str, _State] = {}
 
     def begin(self, request_id: str, rule: DrawRule) -> None:
-        """A request comes."""
+        """Return a request comes."""
         self._states[request_id] = _State(rule)
 
     def end(self, request_id: str) -> None:
-        """A request goes."""
+        """Return a request goes."""
         self._states.pop(request_id, None)
 
     def greedy(self, plan: Plan) -> set[str]:
-        """The requests of a plan of which nothing is asked for but the likeliest token."""
+        """Return the requests of a plan of which nothing is asked for but the likeliest token."""
         return {
             s.request_id
             for s in plan.sequences
@@ -93,11 +93,14 @@ class Sampler:
         }
 
     def likeliest(self, logits: Tensor) -> list[int | None]:
-        """The likeliest token of each row of logits (n, vocabulary), in one pass; None where they are not finite."""
+        """Return the likeliest token of each row of logits (n, vocabulary), in one pass; None if they are
+        not finite.
+        """
         return [None if token < 0 else token for token in likeliest(logits).tolist()] if len(logits) else []
 
     def draw(self, request_id: str, logits: Tensor, likeliest: int | None = None) -> Drawn:
-        """The next token of a request, from the model's logits (vocabulary,), of which the likeliest may be known.
+        """Return the next token of a request, from the model's logits (vocabulary,), of which the likeliest may be
+        known.
 
         Raises NonFiniteError and ConfigError.
         """
@@ -116,14 +119,14 @@ class Sampler:
         return Drawn(token, None if params.logprobs is None else logprobs_of(raw, token, params.logprobs))
 
     def take(self, request_id: str, token: int) -> None:
-        """The token that was drawn is the answer's next: until then, the same one would be drawn again."""
+        """Return the token that was drawn is the answer's next: until then, the same one would be drawn again."""
         state = self._states[request_id]
         state.output.append(token)
         if state.rule.form is not None:
             state.rule.form.take(token)
 
     def score(self, request_id: str, logits: Tensor, targets: tuple[int, ...]) -> list[TokenLogprobs]:
-        """The log-probabilities of prompt tokens, from the logits (n, vocabulary) in front of them."""
+        """Return the log-probabilities of prompt tokens, from the logits (n, vocabulary) in front of them."""
         count = self._states[request_id].rule.params.prompt_logprobs or 0
         return [logprobs_of(row.float(), token, count) for row, token in zip(logits, targets, strict=True)]
 
@@ -179,7 +182,7 @@ def narrowed(logits: Tensor, params: SamplingParams) -> Tensor:
 
 
 def drawn(logits: Tensor, key: tuple[int, int], place: int) -> int:
-    """A token drawn by the softmax of logits, with the random number that belongs to the key and the place.
+    """Return a token drawn by the softmax of logits, with the random number that belongs to the key and the place.
 
     Philox is a function of a key and a counter (Salmon et al. 2011), so that no state has to be kept or restored.
     """

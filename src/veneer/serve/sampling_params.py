@@ -1,4 +1,4 @@
-"""The choice of an answer's tokens and the end of the answer, in vLLM's names and meanings. No torch."""
+"""Choice of an answer's tokens and the end of the answer, in vLLM's names and meanings. No torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BIAS = 100.0
 
 
 class RequestOutputKind(enum.Enum):
-    """The contents of each output of a request: all that there is so far, what is new, or all, once at the end."""
+    """Contents of each output of a request: all that there is so far, what is new, or all, once at the end."""
 
     CUMULATIVE = 0
     DELTA = 1
@@ -26,7 +26,7 @@ class RequestOutputKind(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class StructuredOutputsParams(metaclass=Keywords):
-    """A form that the text of an answer must have: exactly one of a JSON schema (a dict, or its text), a regular
+    """Form that the text of an answer must have: exactly one of a JSON schema (a dict, or its text), a regular
     expression, a list of choices, a grammar (Lark, or GBNF), or any JSON object.
     """
 
@@ -50,7 +50,7 @@ class StructuredOutputsParams(metaclass=Keywords):
 
 @dataclass(kw_only=True)
 class SamplingParams(metaclass=Keywords):
-    """The choice of an answer's tokens and its end; fields, defaults and order of effects are vLLM's.
+    """Choice of an answer's tokens and its end; fields, defaults and order of effects are vLLM's.
 
     Checked when made and again when a request is made of it, since its fields may be set in between. Raises
     ConfigError with everything that is wrong.
@@ -94,12 +94,12 @@ class SamplingParams(metaclass=Keywords):
 
     @property
     def greedy(self) -> bool:
-        """True where the likeliest token is taken every time."""
+        """True if the likeliest token is taken every time."""
         return self.temperature < GREEDY_BELOW
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        """The strings that end the answer."""
+        """Strings that end the answer."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     def _problems(self) -> list[str]:

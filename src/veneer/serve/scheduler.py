@@ -1,8 +1,8 @@
-"""The scheduler: continuous batching with chunked prefill and preemption. No torch.
+"""Scheduler: continuous batching with chunked prefill and preemption. No torch.
 
 A request waits until there are a seat, pages, and its adapter; it then computes its tokens, at most a step's budget at
 a time, draws one token a step, and ends. Where pages lack, adapters that are not in use go out; then the newest in the
-batch gives its own back and is computed again later. Where an adapter finds no place, the version in the batch that
+batch gives its own back and is computed again later. If an adapter finds no place, the version in the batch that
 ends first takes no more requests, and younger requests of all others go on.
 
 Laws: a plan has each request at most once and at most the budget's tokens; rows of one version stand side by side; the
@@ -42,7 +42,7 @@ class Limits:
 
 
 class Scheduler:
-    """The requests that wait, oldest first, and those in the batch, in the order in which they came in."""
+    """Requests that wait, oldest first, and those in the batch, in the order in which they came in."""
 
     def __init__(self, pages: Pages, pool: AdapterPool, limits: Limits) -> None:
         if pages.n_pages * pages.block < limits.max_model_len:
@@ -57,11 +57,11 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """True where a request is on its way."""
+        """True if a request is on its way."""
         return bool(self.waiting or self.running)
 
     def add(self, request: Request) -> None:
-        """Take a request in. Raises ConfigError where it could never be run."""
+        """Take a request in. Raises ConfigError if it could never be run."""
         self.require_room(len(request.prompt), request.n_front)
         request.arrival = next(self._arrivals)
         self.waiting.append(request)
@@ -71,7 +71,7 @@ class Scheduler:
     def require_room(self, n_prompt: int, n_front: int, n_bytes: int | None = None) -> int:
         """Tokens that an answer may have behind a prompt: in the context, and in memory beside an adapter's bytes.
 
-        Raises ConfigError where there is room for none.
+        Raises ConfigError if there is room for none.
         """
         longest, pinned = self.limits.max_model_len, self.pool.pinned_bytes
         fit = longest if n_bytes is None else self.pages.capacity(n_bytes + pinned)
@@ -106,17 +106,17 @@ class Scheduler:
         return found
 
     def wanted(self) -> list[str]:
-        """The versions that waiting requests need, that of the oldest first."""
+        """Return the versions that waiting requests need, that of the oldest first."""
         return list(dict.fromkeys(r.version for r in self.waiting if r.version is not None))
 
     def stuck(self) -> Request | None:
-        """The oldest request, where the last plan was empty and nothing that is on its way can change that."""
+        """Return the oldest request, if the last plan was empty and nothing that is on its way can change that."""
         if self.pool.loading or not self.has_work:
             return None
         return (self.running or self.waiting)[0]
 
     def plan(self) -> Plan:
-        """The plan of the next step; admits, preempts, and lets adapters go out."""
+        """Return the plan of the next step; admits, preempts, and lets adapters go out."""
         planned: dict[Request, int] = {}
         budget = self.limits.max_batched_tokens
         at_first = sorted(self.running, key=lambda r: r.n_left > 1)  # decoding first, each kind oldest first

@@ -1,4 +1,4 @@
-"""An engine on a model, as its options say: the model loaded, memory shared out, limits set."""
+"""Engine on a model, as its options say: the model loaded, memory shared out, limits set."""
 
 from __future__ import annotations
 
@@ -148,7 +148,8 @@ class EngineOptions(metaclass=Keywords):
 def start_engine(
     model: str | os.PathLike[str] | PreTrainedModel, options: EngineOptions, *, program_alone: bool = False
 ) -> Engine:
-    """An engine that answers. ``model`` is what `load_model` takes, or a model that is there, with its tokenizer given.
+    """Return an engine that answers. ``model`` is what `load_model` takes, or a model that is there, with its tokenizer
+    given.
 
     ``program_alone``: nothing goes through transformers' own code, and a model that is given gives its weights up.
     DescriptionError then says why it has no program (it has its weights again), and an adapter with a part that the
@@ -209,7 +210,7 @@ def _program(
 
 
 def generation_defaults(model: PreTrainedModel) -> dict[str, Any]:
-    """The settings of sampling in the model's generation config, under the names of `SamplingParams`."""
+    """Return the settings of sampling in the model's generation config, under the names of `SamplingParams`."""
     names = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
     names |= {"repetition_penalty": "repetition_penalty", "max_new_tokens": "max_tokens"}
     stored = {new: getattr(model.generation_config, old, None) for old, new in names.items()}
@@ -222,14 +223,14 @@ def _folder_of(model: PreTrainedModel) -> Path | None:
 
 
 def ending_ids(model: PreTrainedModel, tokenizer: Any) -> list[int]:
-    """The ids that end an answer: those of the model's generation config and the tokenizer's."""
+    """Return the ids that end an answer: those of the model's generation config and the tokenizer's."""
     stored = getattr(model.generation_config, "eos_token_id", None)
     own = stored if isinstance(stored, list) else [stored]
     return sorted({int(id) for id in (*own, tokenizer.eos_token_id) if id is not None})
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:
-    """The number of ids that the model knows."""
+    """Return the number of ids that the model knows."""
     return int(model.config.get_text_config().vocab_size)
 
 

@@ -1,4 +1,4 @@
-"""The rows of one pass of a program: tokens of many sequences, each with its adapter version."""
+"""Rows of one pass of a program: tokens of many sequences, each with its adapter version."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Step:
 
     ``versions`` are the adapters that occur, ``runs`` the rows that each of them takes; ``kept`` and ``kept_runs`` are
     the same of the rows whose logits are wanted. ``picked`` and ``picked_runs`` are those whose likeliest token is,
-    which ``tokens`` takes; -1 where a logit is not finite. ``written`` takes the keys and values of every layer, where
+    which ``tokens`` takes; -1 if a logit is not finite. ``written`` takes the keys and values of every layer, where
     it is a list.
     """
 
@@ -62,7 +62,7 @@ class Step:
 
 
 def step_of(pieces: Sequence[Piece], cache: KVCache, device: torch.device, first_position: int = 0) -> Step:
-    """The rows of these pieces, one after the other. ``first_position`` is what each sequence begins at."""
+    """Return the rows of these pieces, one after the other. ``first_position`` is what each sequence begins at."""
     positions, kept, picked, at = list[int](), list[int](), list[int](), 0
     for (_, start, n), _, rows, picks in pieces:
         positions.extend(range(start + first_position, start + first_position + n))

@@ -26,7 +26,7 @@ class Forms:
         self._tables: LLTokenizer | None = None
 
     def form(self, asked: StructuredOutputsParams) -> TextForm:
-        """A form, at its start. Raises ConfigError where llguidance cannot compile it, with its reason."""
+        """Return a form, at its start. Raises ConfigError if llguidance cannot compile it, with its reason."""
         if not isinstance(self._tokenizer, PreTrainedTokenizerFast) or not self._ending:
             raise ConfigError("structured outputs need a fast tokenizer with an end token, which this model lacks")
         if self._tables is None:
@@ -38,13 +38,15 @@ class Forms:
 
 
 class TextForm:
-    """The state of one text in its form: the tokens that may come next."""
+    """State of one text in its form: the tokens that may come next."""
 
     def __init__(self, matcher: LLMatcher, vocabulary: int, ending: Sequence[int]) -> None:
         self._matcher, self._vocabulary, self._ending = matcher, vocabulary, list(ending)
 
     def allowed(self) -> Tensor:
-        """The tokens that may come next, (vocabulary,) booleans; the end tokens where the text may, or must, end."""
+        """Return the tokens that may come next, (vocabulary,) booleans; the end tokens where the text may,
+        or must, end.
+        """
         found = torch.zeros(self._vocabulary, dtype=torch.bool)
         if self._matcher.is_stopped():
             found[self._ending] = True
@@ -60,7 +62,7 @@ class TextForm:
 
 
 def grammar_of(asked: StructuredOutputsParams) -> str:
-    """The grammar of what is asked, in llguidance's form. Raises ConfigError for text that is no JSON."""
+    """Return the grammar of what is asked, in llguidance's form. Raises ConfigError for text that is no JSON."""
     if asked.choice is not None:
         return str(LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(each) for each in asked.choice)))
     if asked.regex is not None:

@@ -35,9 +35,9 @@ class Versions:
         self._seen: dict[str, tuple[_Stamp, AdapterVersion]] = {}
 
     def of(self, request: LoRARequest) -> AdapterVersion:
-        """The version at a request's path, or that of its mix.
+        """Return the version at a request's path, or that of its mix.
 
-        Raises FormatError where there is none, ConfigError for too high a rank, CompositionError where it is in the
+        Raises FormatError if there is none, ConfigError for too high a rank, CompositionError if it is in the
         base already; for a mix, that of each part.
         """
         if request.parts:
@@ -52,7 +52,7 @@ class Versions:
         return version
 
     def require_unchanged(self, version: AdapterVersion) -> None:
-        """Raise FormatError where the files are no longer what the version was made of."""
+        """Raise FormatError if the files are no longer what the version was made of."""
         if version.parts:
             for part, _ in version.parts:
                 self.require_unchanged(part)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Alibi:
-    """The bias ``slope · (key position - query position)`` of each head's scores, after they are scaled."""
+    """Bias ``slope · (key position - query position)`` of each head's scores, after they are scaled."""
 
     n_heads: int
 

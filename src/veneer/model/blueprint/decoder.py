@@ -1,4 +1,4 @@
-"""A decoder described: embeddings, blocks, final norm and head, all of them by role.
+"""Decoder described: embeddings, blocks, final norm and head, all of them by role.
 
 ``h = embed(ids)``; each block adds its halves to h; ``logits = head(norm(h))``. What a planner counts, a GGUF file
 names and a serving engine runs is in here; the tests hold a plain interpreter that computes a model's logits from it.
@@ -14,7 +14,7 @@ from veneer.model.blueprint.parts import Attention, Experts, FeedForward, Linear
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Positions:
-    """A table of learned positions, (rows, width): position p is row p + ``offset`` (OPT: 2)."""
+    """Table of learned positions, (rows, width): position p is row p + ``offset`` (OPT: 2)."""
 
     path: str
     rows: int
@@ -40,7 +40,7 @@ class Embedding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockNorms:
-    """The norms around the halves: in front of one, and behind it, before its output joins the stream."""
+    """Norms around the halves: in front of one, and behind it, before its output joins the stream."""
 
     attention: Norm | None
     feed_forward: Norm | None
@@ -56,7 +56,7 @@ class BlockNorms:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sublayer:
-    """The place of the residual adapter of one half.
+    """Place of the residual adapter of one half.
 
     ``input_path`` is the module whose first input is the half's input, behind the norm in front of it; ``output_path``
     the module whose first output is added to the stream, a norm behind the half included.
@@ -91,7 +91,7 @@ class Block:
 
     @property
     def strange(self) -> tuple[Strange, ...]:
-        """The parts that are not described."""
+        """Parts that are not described."""
         halves = (half for half in (self.attention, self.feed_forward) if isinstance(half, Strange))
         return tuple(dict.fromkeys((*halves, *self.other)))
 
@@ -108,10 +108,10 @@ class Head:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoder:
-    """A decoder. ``listed``: its model type has been checked by values in the tests of this package; the description of
+    """Decoder. ``listed``: its model type has been checked by values in the tests of this package; the description of
     another follows the convention of names, and whoever computes by it checks it first.
 
-    ``head`` is None where the model is made for another task. ``other`` is what stands outside the blocks and is not
+    ``head`` is None if the model is made for another task. ``other`` is what stands outside the blocks and is not
     described.
     """
 
@@ -139,12 +139,12 @@ class Decoder:
 
     @property
     def attentions(self) -> tuple[Attention, ...]:
-        """The attention of every block where it is described."""
+        """Attention of every block where it is described."""
         return tuple(block.attention for block in self.blocks if isinstance(block.attention, Attention))
 
     @property
     def strange(self) -> tuple[Strange, ...]:
-        """The parts that are not described, anywhere; empty where the description is whole."""
+        """Parts that are not described, anywhere; empty if the description is whole."""
         return (*self.other, *(part for block in self.blocks for part in block.strange))
 
 

@@ -20,9 +20,9 @@ from veneer.model.blueprint.tables import own_multiplier
 
 
 def describe_config(config: PreTrainedConfig) -> Decoder:
-    """The decoder that a config makes, built on the meta device.
+    """Return the decoder that a config makes, built on the meta device.
 
-    Raises DescriptionError as `describe` does, and where transformers makes no decoder of the config.
+    Raises DescriptionError as `describe` does, and if transformers makes no decoder of the config.
     """
     try:
         with torch.device("meta"):
@@ -33,9 +33,10 @@ def describe_config(config: PreTrainedConfig) -> Decoder:
 
 
 def describe(model: PreTrainedModel) -> Decoder:
-    """The description of a decoder, adapted or not, on any device; its `Decoder.strange` says what is missing in it.
+    """Return the description of a decoder, adapted or not, on any device; its `Decoder.strange` says what is missing in
+    it.
 
-    Raises DescriptionError where the model is no decoder of one list of blocks between embeddings and a head.
+    Raises DescriptionError if the model is no decoder of one list of blocks between embeddings and a head.
     """
     holder, layers = blocks_of(model)
     source = Source.of(model)
@@ -62,7 +63,9 @@ def describe(model: PreTrainedModel) -> Decoder:
 
 
 def blocks_of(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
-    """The module that holds a decoder's blocks, and the list of them. Raises DescriptionError where that is not one."""
+    """Return the module that holds a decoder's blocks, and the list of them. Raises DescriptionError if
+    that is not one.
+    """
     base = model.base_model
     holders = [base, *(part for name, part in base.named_children() if name == "decoder")]
     lists = [(h, part) for h in holders for part in h.children() if isinstance(part, nn.ModuleList) and len(part)]

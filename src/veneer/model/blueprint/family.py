@@ -1,4 +1,4 @@
-"""The differences of a family from the convention, as data; the convention is Llama's. `families` holds them."""
+"""Differences of a family from the convention, as data; the convention is Llama's. `families` holds them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Family:
     - ``softmax_experts``: experts are chosen and weighted by the softmax of the router's scores.
     - ``scales_queries``: queries grow with position as ``llama_4_scaling_beta`` says.
     - ``adds_inside``: the halves add to the stream themselves, so that residual adapters sit at their last layer.
-    - ``strange``: why a config of the family cannot be described, None where it can.
+    - ``strange``: why a config of the family cannot be described, None if it can.
     """
 
     model_types: tuple[str, ...]

@@ -35,7 +35,7 @@ class HeadLayout:
         return q, k, v
 
     def join(self, qkv: Sequence[Tensor]) -> list[Float[Tensor, "n _"]]:
-        """The way back: what `split` gave, laid as the projections' outputs."""
+        """Return the way back: what `split` gave, laid as the projections' outputs."""
         if self.order == "apart":
             return [t.view(len(t), -1) for t in qkv]
         joined = torch.stack(list(qkv), dim=2) if self.order == "by head" else torch.cat(list(qkv), dim=1)

@@ -1,4 +1,4 @@
-"""The names that transformers' models give to their parts: a short list of alternatives for each, the first that fits.
+"""Names that transformers' models give to their parts: a short list of alternatives for each, the first that fits.
 
 This is the only place of the house where such names stand, with `families` for what one family alone has. PEFT's own
 choices of default targets that no role expresses are in `contract.family_targets`.
@@ -14,7 +14,7 @@ from veneer.model.blueprint.parts import Role, TensorPart
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NormNames:
-    """The norms in front of the halves and those behind them. ``feed_forward`` may be ``attention``: one for both."""
+    """Norms in front of the halves and those behind them. ``feed_forward`` may be ``attention``: one for both."""
 
     attention: str | None
     feed_forward: str | None
@@ -30,7 +30,7 @@ class NormNames:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InnerNames:
-    """The layers of a feed-forward part: those whose outputs are gate and up (or up alone), and the one behind them."""
+    """Layers of a feed-forward part: those whose outputs are gate and up (or up alone), and the one behind them."""
 
     inner: tuple[tuple[Role, str], ...]
     down: str

@@ -17,12 +17,12 @@ Form = tuple[NormKind, float]  # the kind, and what is added to the weight
 
 
 def epsilon_of(module: nn.Module) -> float | None:
-    """The epsilon of a norm, by the names that families give it."""
+    """Return the epsilon of a norm, by the names that families give it."""
     return next((float(getattr(module, name)) for name in EPSILONS if hasattr(module, name)), None)
 
 
 def norm_form(module: nn.Module, eps: float) -> Form | None:
-    """RMSNorm or LayerNorm, and whether 1 is added to the weight; None where the module computes something else.
+    """RMSNorm or LayerNorm, and whether 1 is added to the weight; None if the module computes something else.
 
     A twin of the module with weights of its own is run, so that neither the values nor the device of the module matter.
     """
@@ -44,7 +44,7 @@ def norm_form(module: nn.Module, eps: float) -> Form | None:
 
 
 def read_norm(source: Source, module: nn.Module | None) -> Norm | None:
-    """The description of a norm; None where there is none, or where the module is something else."""
+    """Return the description of a norm; None if there is none, or where the module is something else."""
     if module is None:
         return None
     eps = epsilon_of(module)

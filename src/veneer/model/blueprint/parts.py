@@ -1,4 +1,4 @@
-"""The parts that decoders are put together from: linear layers by role, norms, attention, feed-forward parts, experts.
+"""Parts that decoders are put together from: linear layers by role, norms, attention, feed-forward parts, experts.
 
 Everything here is plain data. Paths lead from the model's root, shapes are as in torch, nothing holds a tensor.
 """
@@ -19,7 +19,7 @@ TensorPart = Literal["embeddings", "attention", "feed-forward", "norms", "output
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Strange:
-    """A part of the model that the description has no words for, and why."""
+    """Part of the model that the description has no words for, and why."""
 
     path: str
     reason: str
@@ -27,7 +27,7 @@ class Strange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Linear:
-    """A linear layer. ``transposed``: its weight is stored (in, out), as GPT-2's are; otherwise (out, in)."""
+    """Linear layer. ``transposed``: its weight is stored (in, out), as GPT-2's are; otherwise (out, in)."""
 
     role: Role
     path: str
@@ -48,7 +48,7 @@ class Stack:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Norm:
-    """An RMSNorm or a LayerNorm over the last axes, of this ``shape``; it multiplies by its weight plus ``offset``.
+    """RMSNorm or a LayerNorm over the last axes, of this ``shape``; it multiplies by its weight plus ``offset``.
 
     ``weight`` and ``bias`` say whether there is one.
     """
@@ -107,7 +107,7 @@ class Attention:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeedForward:
-    """``down(activation(gate x) · up x)`` where there is a gate, otherwise ``down(activation(up x))``.
+    """``down(activation(gate x) · up x)`` if there is a gate, otherwise ``down(activation(up x))``.
 
     ``inner``: the layers of roles gate and up, one of role gate_up that gives gate, then up, or up alone.
     ``activation`` is one of `veneer.ops.activation.KINDS`, ``act`` the path of the module that computes it.
@@ -122,7 +122,7 @@ class FeedForward:
 
     @property
     def gated(self) -> bool:
-        """True where one half of what ``inner`` gives is a gate."""
+        """True if one half of what ``inner`` gives is a gate."""
         return self.inner[0].role != "up"
 
     @property
@@ -132,16 +132,16 @@ class FeedForward:
 
     @property
     def width(self) -> int:
-        """The number of features that ``down`` reads."""
+        """Number of features that ``down`` reads."""
         return self.down.in_features
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experts:
-    """The ``top_k`` gated feed-forward parts that a router's softmax rates highest, in the sum of their ratings.
+    """``top_k`` gated feed-forward parts that a router's softmax rates highest, in the sum of their ratings.
 
     ``normalized``: the ratings of the chosen are divided by their sum. ``shared`` runs on every token beside them,
-    times the sigmoid of ``shared_gate`` where there is one.
+    times the sigmoid of ``shared_gate`` if there is one.
     """
 
     path: str
@@ -163,5 +163,5 @@ class Experts:
 
     @property
     def width(self) -> int:
-        """The number of features that one expert's ``down`` reads."""
+        """Number of features that one expert's ``down`` reads."""
         return self.down.shape[2]

@@ -19,7 +19,7 @@ Q_K_V: tuple[Role, ...] = ("q", "k", "v")
 
 
 def window_of(attention: nn.Module) -> int | None:
-    """The sliding window of an attention module; None where its layer sees all that came before."""
+    """Return the sliding window of an attention module; None if its layer sees all that came before."""
     config = getattr(attention, "config", None)
     if layer_type_of(attention) == FULL:
         return None
@@ -28,14 +28,14 @@ def window_of(attention: nn.Module) -> int | None:
 
 
 def layer_type_of(attention: nn.Module) -> str | None:
-    """The type of an attention layer in the config; None where all layers are of one type."""
+    """Return the type of an attention layer in the config; None if all layers are of one type."""
     types = getattr(getattr(attention, "config", None), "layer_types", None)
     index = getattr(attention, "layer_idx", None)
     return None if types is None or index is None else cast(str, types[index])
 
 
 def read_attention(source: Source, module: nn.Module, layer: int) -> Attention | Strange:
-    """The attention of block number ``layer``."""
+    """Return the attention of block number ``layer``."""
     path = source.path(module)
 
     def strange(reason: str) -> Strange:

@@ -15,7 +15,9 @@ from veneer.ops.activation import KINDS, activation_forward
 
 
 def read_feed_forward(source: Source, module: nn.Module, *, in_block: bool = False) -> FeedForward | Experts | Strange:
-    """The feed-forward part that ``module`` is; ``in_block``: its layers are children of the block, which it is."""
+    """Return the feed-forward part that ``module`` is; ``in_block``: its layers are children of the block,
+    which it is.
+    """
     path = source.path(module)
     if has_all(module, EXPERTS):
         return _experts(source, module)
@@ -47,7 +49,7 @@ def _plain(source: Source, module: nn.Module, names: InnerNames) -> FeedForward 
 
 
 def activation_of(act: Any) -> str | None:
-    """The one of `veneer.ops.activation.KINDS` that a module without weights computes, found by its values."""
+    """Return the one of `veneer.ops.activation.KINDS` that a module without weights computes, found by its values."""
     x = torch.linspace(-4, 4, 33, dtype=torch.float64)
     if isinstance(act, nn.Module) and next(act.parameters(), None) is not None:
         return None

@@ -36,7 +36,7 @@ TEMPERATURE = "llama_4_scaling_beta"
 
 
 def read_rotary(source: Source, layer_type: str | None, head_dim: int) -> Rotary | str | None:
-    """The rotation of a layer of this type; None where positions turn nothing, or in words what is not known."""
+    """Return the rotation of a layer of this type; None if positions turn nothing, or in words what is not known."""
     config = source.config
     given = getattr(config, "rope_parameters", None)
     if given is None:
@@ -140,7 +140,7 @@ def _mscale(factor: float, mscale: float) -> float:
 
 
 def read_temperature(source: Source) -> Temperature | None:
-    """The growth of queries with position, None in families that have none."""
+    """Return the growth of queries with position, None in families that have none."""
     given = getattr(source.config, "rope_parameters", None) or {}
     if not source.family.scales_queries or not given.get(TEMPERATURE):
         return None

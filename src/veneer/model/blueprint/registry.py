@@ -1,4 +1,4 @@
-"""The families that there are, found by walking `families`."""
+"""Families that there are, found by walking `families`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from veneer.model.blueprint.family import CONVENTION, Family
 
 
 def family_of(model_type: str) -> Family:
-    """The family of a model type; `CONVENTION` for one that no file lists."""
+    """Return the family of a model type; `CONVENTION` for one that no file lists."""
     return _families().get(model_type, CONVENTION)
 
 

@@ -14,9 +14,9 @@ from veneer.model.blueprint.parts import Linear
 
 
 def names_for(model: object, targets: Iterable[str]) -> tuple[str, ...]:
-    """The targets with names in place of roles: those of the layers that have the role in this model.
+    """Return the targets with names in place of roles: those of the layers that have the role in this model.
 
-    A joined layer has the roles of all that it gives. Where the model has no description, a role means every name that
+    A joined layer has the roles of all that it gives. If the model has no description, a role means every name that
     it has in any of transformers' models; what is no role stays as it is.
     """
     wanted = tuple(targets)
@@ -31,7 +31,9 @@ def names_for(model: object, targets: Iterable[str]) -> tuple[str, ...]:
 
 
 def role_names(decoder: Decoder, role: str) -> tuple[str, ...]:
-    """The ends of paths that mean the layers of a role within the blocks of a decoder, and no other layer of them."""
+    """Return the ends of paths that mean the layers of a role within the blocks of a decoder, and no other
+    layer of them.
+    """
     meant = [(block.path, linear) for block in decoder.blocks for linear in block.linears if has_role(linear, role)]
     others = {_last(o.path) for block in decoder.blocks for o in block.linears if not has_role(o, role)}
     return tuple(

@@ -22,7 +22,7 @@ class LinearScaling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DynamicScaling:
-    """A base that grows with the sequence beyond the model's context ("NTK-aware"), at ``factor`` times its length."""
+    """Base that grows with the sequence beyond the model's context ("NTK-aware"), at ``factor`` times its length."""
 
     factor: float
 
@@ -68,7 +68,7 @@ Scaling = LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling | LongRop
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rotary:
-    """The rotation of q and k by position: the first ``dim`` numbers of each head, in pairs.
+    """Rotation of q and k by position: the first ``dim`` numbers of each head, in pairs.
 
     ``interleaved``: numbers 2i and 2i + 1 are a pair (GPT-J, Cohere, GLM); otherwise i and i + dim / 2.
     ``max_positions``: the model's context in tokens.
@@ -82,7 +82,7 @@ class Rotary:
 
     @property
     def attention_factor(self) -> float:
-        """The factor of cos and sin."""
+        """Factor of cos and sin."""
         return self.scaling.attention_factor if isinstance(self.scaling, YarnScaling | LongRopeScaling) else 1.0
 
     def frequencies(self, n_tokens: int = 0) -> Float[Tensor, " half"]:

@@ -1,4 +1,4 @@
-"""The model that is described: its modules by path, its config and its family."""
+"""Model that is described: its modules by path, its config and its family."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OURS = (".adapters.", ".copies.")  # what adapters bring is no part of the model
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A transformers model, on any device: values are never read, meta tensors will do."""
+    """Transformers model, on any device: values are never read, meta tensors will do."""
 
     model: PreTrainedModel
     config: Any
@@ -29,28 +29,28 @@ class Source:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Source:
-        """The model, looked at."""
+        """Return the model, looked at."""
         config = model.config.get_text_config(decoder=True)
         paths = {id(module): path for path, module in model.named_modules()}
         return cls(model, config, family_of(config.model_type), paths)
 
     @property
     def names(self) -> Names:
-        """The names of this family for its parts."""
+        """Names of this family for its parts."""
         return self.family.names
 
     @property
     def listed(self) -> bool:
-        """True where descriptions of this model type are tested by values."""
+        """True if descriptions of this model type are tested by values."""
         return self.family is not CONVENTION
 
     def path(self, module: nn.Module) -> str:
-        """The path of a module from the model's root."""
+        """Return the path of a module from the model's root."""
         return self.paths[id(module)]
 
 
 def first(module: nn.Module, names: Collection[str]) -> str | None:
-    """The first of these names under which a module holds something."""
+    """Return the first of these names under which a module holds something."""
     return next((name for name in names if getattr(module, name, None) is not None), None)
 
 
@@ -60,7 +60,7 @@ def has_all(module: nn.Module, names: Collection[str]) -> bool:
 
 
 def undescribed(source: Source, module: nn.Module, known: Collection[nn.Module | None]) -> Iterator[Strange]:
-    """The further parameters of ``module`` beside its ``known`` modules, if any."""
+    """Return the further parameters of ``module`` beside its ``known`` modules, if any."""
     inside = {path for path, part in module.named_modules() if any(part is each for each in known)}
     rest = sorted(
         {

@@ -1,4 +1,4 @@
-"""A decoder in a few lines, for people."""
+"""Decoder in a few lines, for people."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ _SHOWN = 3  # of the parts that are not described
 
 
 def summary(decoder: Decoder) -> dict[str, str]:
-    """The parts of a decoder, in words and by title: layers, heads, window, rotary embedding, experts, unknown ones."""
+    """Return the parts of a decoder, in words and by title: layers, heads, window, rotary embedding,
+    experts, unknown ones.
+    """
     attentions = decoder.attentions
     experts = [block.feed_forward for block in decoder.blocks if isinstance(block.feed_forward, Experts)]
     lines = {

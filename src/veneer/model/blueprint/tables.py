@@ -8,5 +8,5 @@ from veneer.model.blueprint.names import EMBEDDING_MULTIPLIERS
 
 
 def own_multiplier(table: nn.Module) -> float:
-    """The number that a table's module multiplies what it looks up by; 1 where it does not."""
+    """Return the number that a table's module multiplies what it looks up by; 1 if it does not."""
     return next((float(getattr(table, name)) for name in EMBEDDING_MULTIPLIERS if hasattr(table, name)), 1.0)

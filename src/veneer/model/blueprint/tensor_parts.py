@@ -1,4 +1,4 @@
-"""The part of a model to which a tensor of a checkpoint belongs."""
+"""Part of a model to which a tensor of a checkpoint belongs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from veneer.model.blueprint.parts import Strange, TensorPart
 
 
 def part_of(name: str, decoder: Decoder | None = None) -> TensorPart:
-    """The part that a tensor is of: as the decoder's description says, otherwise by patterns of names.
+    """Return the part that a tensor is of: as the decoder's description says, otherwise by patterns of names.
 
     Checkpoints of a bare decoder lack the first name of their paths (GPT-2's: ``h.0.attn``), which is put in front.
     """

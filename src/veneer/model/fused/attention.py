@@ -1,4 +1,4 @@
-"""The attention half of a block: ``x + post_norm(O attend(rotate(norm(Q n)), rotate(norm(K n)), V n))``, n = norm(x).
+"""Attention half of a block: ``x + post_norm(O attend(rotate(norm(Q n)), rotate(norm(K n)), V n))``, n = norm(x).
 
 One autograd node with a hand-written backward. Kept for it: x, q, k, v, attention's output and the A-products; the
 normed x is made again, and q, k and v too where the half ``recomputes``.
@@ -24,10 +24,10 @@ from veneer.ops.rotary import rotate
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionHalf:
-    """The parts of one half as they act now. ``q_norm`` and ``k_norm`` act on each head, before it is rotated.
+    """Parts of one half as they act now. ``q_norm`` and ``k_norm`` act on each head, before it is rotated.
 
     ``dtype`` is what lies between the norm and the sum: the stream's, or bfloat16 beside a float32 stream (autocast).
-    ``sums`` is False where the half gives out what it adds to the stream, for bottlenecks that act on that alone.
+    ``sums`` is False if the half gives out what it adds to the stream, for bottlenecks that act on that alone.
     """
 
     dtype: torch.dtype
@@ -44,14 +44,15 @@ class AttentionHalf:
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """The records' tensors, which gradients flow to."""
+        """Records' tensors, which gradients flow to."""
         return tensors_of((*self.qkv, self.out))
 
 
 @dataclass(frozen=True, slots=True)
 class Positions:
-    """Half tables of the rotation, (b or 1, t, half), None where nothing rotates; and the bounds of the sequences in
-    the flattened batch."""
+    """Half tables of the rotation, (b or 1, t, half), None if nothing rotates; and the bounds of the sequences in
+    the flattened batch.
+    """
 
     cos: Float[Tensor, "#b t half"] | None
     sin: Float[Tensor, "#b t half"] | None
@@ -59,7 +60,7 @@ class Positions:
 
 
 def attention_half(x: Float[Tensor, "b t d"], half: AttentionHalf, positions: Positions) -> Float[Tensor, "b t d"]:
-    """The stream after the attention half; what it adds to it, where the half does not ``sum``."""
+    """Return the stream after the attention half; what it adds to it, if the half does not ``sum``."""
     y: Tensor = _AttentionHalf.apply(x, half, positions, *half.tensors)  # type: ignore[no-untyped-call]
     return y
 

@@ -1,4 +1,4 @@
-"""A transformer block whose halves run fused where they can. Its class changes in place; the module stays."""
+"""Transformer block whose halves run fused where they can. Its class changes in place; the module stays."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _changed(block: FusedBlock, kind: SublayerKind, change: Tensor, x: Tensor) -
 
 
 def own_attention(block: FusedBlock, kwargs: dict[str, Any], x: Tensor) -> Tensor:
-    """The stream after the attention half as the model wrote it."""
+    """Return the stream after the attention half as the model wrote it."""
     names, module = block.fused_shape.norms, getattr(block, block.fused_shape.attention_name)
     change = module(hidden_states=getattr(block, names.attention)(x), **kwargs)[0]
     return x + _through(block, names.attention_post, change)
@@ -96,12 +96,12 @@ def _again(block: FusedBlock, function: Callable[..., Any], *args: Tensor) -> An
 
 
 def keywords_of(block: FusedBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call behind the stream by their names: GPT-2 gives its blocks some by position."""
+    """Return the arguments of a call behind the stream by their names: GPT-2 gives its blocks some by position."""
     return {**dict(zip(_names(cast(Hashable, base_of(type(block)))), args, strict=False)), **kwargs} if args else kwargs
 
 
 def halves_now(block: FusedBlock, x: Tensor, kwargs: dict[str, Any]) -> tuple[AttentionHalf | None, MlpHalf | None]:
-    """The halves as they act in a call with these arguments; None for one that runs as the model wrote it."""
+    """Return the halves as they act in a call with these arguments; None for one that runs as the model wrote it."""
     dtype = computed_in(x)
     special = any(kwargs.get(name) is not None for name in SPECIAL)
     if special or dtype is None or not isinstance(kwargs.get("attention_mask"), LayoutMask):
@@ -112,7 +112,9 @@ def halves_now(block: FusedBlock, x: Tensor, kwargs: dict[str, Any]) -> tuple[At
 def halves_of(
     block: FusedBlock, stream: torch.dtype, dtype: torch.dtype
 ) -> tuple[AttentionHalf | None, MlpHalf | None]:
-    """The halves as they act now, computed in ``dtype`` on a stream of its own; None for one that is not fused."""
+    """Return the halves as they act now, computed in ``dtype`` on a stream of its own; None for one that is
+    not fused.
+    """
     return (None, None) if _drops(block) else (_attention_of(block, stream, dtype), _mlp_of(block, stream, dtype))
 
 

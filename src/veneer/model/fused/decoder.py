@@ -54,7 +54,7 @@ class FusedDecoder(InPlace, nn.Module):
         return {"forward": _with_layout(base.forward)}
 
     def layout(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayoutMask | None:
-        """None where a cache, a mask of the caller's own, or a wish for attention weights is in play.
+        """None if a cache, a mask of the caller's own, or a wish for attention weights is in play.
 
         A training step that says nothing of a cache gets none.
         """
@@ -143,7 +143,7 @@ def is_fused(model: nn.Module) -> bool:
 
 
 def fused_head(model: nn.Module) -> Head | None:
-    """The head, where a fused model's loss can be computed from hidden states; None elsewhere."""
+    """Return the head, if a fused model's loss can be computed from hidden states; None elsewhere."""
     decoder = getattr(model, "base_model", None)
     return head_of(model) if isinstance(decoder, FusedDecoder) and decoder.ends_with_head else None
 

@@ -1,4 +1,4 @@
-"""The output head taken out of a forward pass, so that the loss is computed from hidden states, chunk by chunk."""
+"""Output head taken out of a forward pass, so that the loss is computed from hidden states, chunk by chunk."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from veneer.quant.dense import DenseWeight
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """A frozen head without an adapter: the layer's weight as W (v, d), and its bias."""
+    """Frozen head without an adapter: the layer's weight as W (v, d), and its bias."""
 
     weight: Tensor | FrozenWeight
     bias: Tensor | None
@@ -30,7 +30,7 @@ class Head:
 
 @dataclass(slots=True)
 class Passed:
-    """The dtype that the head would have computed in, known once it was passed: its weight's, or autocast's."""
+    """Dtype that the head would have computed in, known once it was passed: its weight's, or autocast's."""
 
     dtype: torch.dtype | None = None
 
@@ -48,7 +48,9 @@ class _Passing(InPlace, nn.Module):
 
 
 def head_of(model: nn.Module) -> Head | None:
-    """The head of a model whose logits are its output as it is; None where it is adapted, trained, hooked, or more."""
+    """Return the head of a model whose logits are its output as it is; None if it is adapted, trained,
+    hooked, or more.
+    """
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     if type(head) not in (nn.Linear, QuantLinear) or not is_plain(cast(nn.Module, head)):
         return None

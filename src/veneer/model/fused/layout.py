@@ -1,4 +1,4 @@
-"""The tokens of a batch that see one another, as sequence bounds in place of a dense mask.
+"""Tokens of a batch that see one another, as sequence bounds in place of a dense mask.
 
 The decoder makes a `LayoutMask` from what it was given and passes it to its blocks in place of the mask. transformers
 hands a 4-d mask on as it is, also through gradient checkpointing (where that is reentrant, a block's positional
@@ -24,11 +24,11 @@ class LayoutMask(Tensor):
     dense: dict[int | None, Tensor | None]
 
     def detach(self) -> LayoutMask:
-        """The layout itself, which no gradient reaches: a copy would be without its bounds."""
+        """Return the layout itself, which no gradient reaches: a copy would be without its bounds."""
         return self
 
     def dense_for(self, module: Any, hidden: Tensor, window: int | None) -> Tensor | None:
-        """The mask that transformers makes of the same arguments, for a module that runs its own attention."""
+        """Return the mask that transformers makes of the same arguments, for a module that runs its own attention."""
         if window not in self.dense:
             make = create_causal_mask if window is None else create_sliding_window_causal_mask
             positions = self.given["position_ids"]
@@ -45,9 +45,9 @@ class LayoutMask(Tensor):
 
 
 def layout_mask(size: tuple[int, int], attention_mask: Tensor | None, position_ids: Tensor | None) -> LayoutMask | None:
-    """The layout of a batch (b, t); None where it is not made of runs of tokens.
+    """Return the layout of a batch (b, t); None if it is not made of runs of tokens.
 
-    As in transformers, positions that restart mark packed sequences where there is no mask, and a mask marks padding.
+    As in transformers, positions that restart mark packed sequences if there is no mask, and a mask marks padding.
     Padding is a sequence of its own: no token sees it, and what is computed there means nothing.
     """
     starts = _starts(size, attention_mask, position_ids)

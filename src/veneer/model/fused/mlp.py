@@ -1,4 +1,4 @@
-"""The feed-forward half of a block, ``x + post_norm(Down(act(Gate n) * Up n))`` with n = norm(x), gated or not.
+"""Feed-forward half of a block, ``x + post_norm(Down(act(Gate n) * Up n))`` with n = norm(x), gated or not.
 
 One autograd node with a hand-written backward. Kept for it: x, gate, up and the A-products; the normed x and the gated
 product are made again, and gate and up too where the half ``recomputes``.
@@ -24,7 +24,7 @@ from veneer.ops.linear.layer import LinearLayer, tensors_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MlpHalf:
-    """The parts of one half as they act now.
+    """Parts of one half as they act now.
 
     ``gate_up``: gate and up, or one layer that gives both behind one another, or up alone where not ``gated``.
     ``activation`` is one of `veneer.ops.glu.ACTIVATIONS`; without a gate, of `veneer.ops.activation.KINDS`.
@@ -44,17 +44,17 @@ class MlpHalf:
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """The records' tensors, which gradients flow to."""
+        """Records' tensors, which gradients flow to."""
         return tensors_of((*self.gate_up, self.down))
 
     def hidden(self, inner: Sequence[Tensor]) -> Tensor:
-        """The input of the down projection, from the outputs of ``gate_up``."""
+        """Return the input of the down projection, from the outputs of ``gate_up``."""
         if not self.gated:
             return activation_forward(inner[0], self.activation)
         return glu_forward(*_gate_and_up(inner), self.activation)
 
     def inner_grads(self, dhidden: Tensor, inner: Sequence[Tensor]) -> tuple[list[Tensor], Tensor | None]:
-        """The gradients in the outputs of ``gate_up``, and, where it is gated, `hidden` again, in dhidden's memory.
+        """Return the gradients in the outputs of ``gate_up``, and, if it is gated, `hidden` again, in dhidden's memory.
 
         Outputs that were made again are written over.
         """
@@ -69,7 +69,7 @@ class MlpHalf:
     def down_backward(
         self, dout: Tensor, inner: Sequence[Tensor], kept: op.Kept, input_grad: bool
     ) -> tuple[list[Tensor] | None, tuple[Tensor | None, ...]]:
-        """The gradients in ``inner`` (None where not asked for), and in the records of the down projection.
+        """Return the gradients in ``inner`` (None if not asked for), and in the records of the down projection.
 
         The hidden product, which the factors' gradients read, is made in the pass that makes the inner ones; where rows
         have records of their own, or records scale it, in front of the projection.
@@ -91,7 +91,9 @@ class MlpHalf:
 
 
 def mlp_half(x: Float[Tensor, "b t d"], half: MlpHalf, stream: Tensor | None = None) -> Float[Tensor, "b t d"]:
-    """The stream after the feed-forward half, or what it adds. ``stream``: what that is added to where it is not x."""
+    """Return the stream after the feed-forward half, or what it adds. ``stream``: what that is added to if
+    it is not x.
+    """
     y: Tensor = _MlpHalf.apply(x, stream, half, *half.tensors)  # type: ignore[no-untyped-call]
     return y
 

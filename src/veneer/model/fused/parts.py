@@ -29,36 +29,36 @@ NormKind = Literal["rms", "rms plus one", "layer"]
 
 @dataclass(frozen=True, slots=True)
 class RmsNorm:
-    """An RMSNorm of the model: weight, epsilon, and what is added to the weight (Gemma: 1)."""
+    """RMSNorm of the model: weight, epsilon, and what is added to the weight (Gemma: 1)."""
 
     weight: Tensor
     eps: float
     offset: float
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The output, and the statistics that `backward` reads."""
+        """Return the output, and the statistics that `backward` reads."""
         return rms_norm_forward(x, self.weight, self.eps, self.offset)
 
     def backward(self, dy: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
-        """The gradient in x."""
+        """Return the gradient in x."""
         return rms_norm_backward(dy, x, self.weight, rstd, self.offset)[0]
 
 
 @dataclass(frozen=True, slots=True)
 class LayerNorm:
-    """A LayerNorm of the model: weight, bias, epsilon."""
+    """LayerNorm of the model: weight, bias, epsilon."""
 
     weight: Tensor
     bias: Tensor
     eps: float
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The output, and mean and reciprocal deviation of each row, (2, n), that `backward` reads."""
+        """Return the output, and mean and reciprocal deviation of each row, (2, n), that `backward` reads."""
         y, mean, rstd = layer_norm_forward(x, self.weight, self.bias, self.eps)
         return y, torch.stack([mean, rstd])
 
     def backward(self, dy: Tensor, x: Tensor, statistics: Tensor) -> Tensor:
-        """The gradient in x."""
+        """Return the gradient in x."""
         return layer_norm_backward(dy, x, self.weight, statistics[0], statistics[1])[0]
 
 
@@ -66,8 +66,8 @@ Norm = RmsNorm | LayerNorm
 
 
 def computed_in(x: Tensor) -> torch.dtype | None:
-    """The dtype in which linear layers compute: x's, or what autocast makes of a float32 x; None where autocast asks
-    for something else.
+    """Return the dtype in which linear layers compute: x's, or what autocast makes of a float32 x; None if autocast
+    asks for something else.
     """
     if not torch.is_autocast_enabled(x.device.type):
         return x.dtype
@@ -97,7 +97,7 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def bottlenecks(block: nn.Module, kind: SublayerKind) -> ResidualAdapters | None:
-    """The holder of what acts behind a sub-layer of a block now; None where nothing does."""
+    """Return the holder of what acts behind a sub-layer of a block now; None if nothing does."""
     holder = getattr(block, f"{SUBLAYER}{kind}", None)
     return holder if isinstance(holder, ResidualAdapters) and holder.acting else None
 
@@ -107,7 +107,7 @@ def _owner(method: object) -> object:
 
 
 def norm_of(module: nn.Module, kind: NormKind, dtype: torch.dtype) -> Norm | None:
-    """The norm as the kernels take it; None where it is trained, hooked, or kept in another dtype than x."""
+    """Return the norm as the kernels take it; None if it is trained, hooked, or kept in another dtype than x."""
     if not is_plain(module) or isinstance(module, InPlace):  # reading a weight that rows have copies of raises
         return None
     weight, bias = cast(Tensor, module.weight), cast("Tensor | None", getattr(module, "bias", None))
@@ -120,7 +120,7 @@ def norm_of(module: nn.Module, kind: NormKind, dtype: torch.dtype) -> Norm | Non
 
 
 def layer_of(module: nn.Module, dtype: torch.dtype) -> LinearLayer | None:
-    """A frozen layer to compute in ``dtype``, with what acts on its rows; None where more acts.
+    """Return a frozen layer to compute in ``dtype``, with what acts on its rows; None if more acts.
 
     More: adapters in a sum with dropout, trained or copied weights, hooks. Masks are drawn when it runs (`with_masks`).
     """
@@ -147,6 +147,8 @@ def layer_of(module: nn.Module, dtype: torch.dtype) -> LinearLayer | None:
 
 
 def with_masks(module: nn.Module, layer: LinearLayer, x: Tensor) -> LinearLayer:
-    """The layer with what dropout hides of its input, which has the rows and positions of x, from its records."""
+    """Return the layer with what dropout hides of its input, which has the rows and positions of x, from
+    its records.
+    """
     masks = module.masks(x) if isinstance(module, AdaptedLinear) else ()
     return replace(layer, masks=masks) if masks else layer

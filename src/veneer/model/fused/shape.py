@@ -1,4 +1,4 @@
-"""The part of a described block that fused kernels can run: its modules by their names within the block."""
+"""Part of a described block that fused kernels can run: its modules by their names within the block."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class MlpParts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NormNames:
-    """The norms in front of the halves, and those behind them. ``mlp`` may be ``attention``: one norm for both."""
+    """Norms in front of the halves, and those behind them. ``mlp`` may be ``attention``: one norm for both."""
 
     attention: str
     mlp: str
@@ -47,10 +47,10 @@ class NormNames:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockShape:
-    """The fused parts of a block, and the modules of its halves. ``parallel``: the feed-forward half reads what the
+    """Fused parts of a block, and the modules of its halves. ``parallel``: the feed-forward half reads what the
     attention half reads.
 
-    ``attention`` and ``mlp`` are None where that half is of another kind and runs as the model wrote it.
+    ``attention`` and ``mlp`` are None if that half is of another kind and runs as the model wrote it.
     """
 
     attention_name: str
@@ -63,7 +63,7 @@ class BlockShape:
 
 
 def block_shape(block: Block) -> BlockShape | str:
-    """The parts of a block that the kernels can run; or, in words, the reason that they run none of it."""
+    """Return the parts of a block that the kernels can run; or, in words, the reason that they run none of it."""
     norms, before = block.norms, len(block.path) + 1
     kinds = {_kind(norm) for norm in norms.all}
     attention, mlp = _attention_parts(block.attention, kinds), _mlp_parts(block.feed_forward)

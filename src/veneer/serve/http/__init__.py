@@ -1,1 +1,1 @@
-"""The server: OpenAI's routes over the engine."""
+"""Server: OpenAI's routes over the engine."""

@@ -26,7 +26,7 @@ GONE = 499  # nobody reads it: the client has closed the connection
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """The shape of a route's answers: the beginning of ids, the objects' names, and functions from an answer and its
+    """Shape of a route's answers: the beginning of ids, the objects' names, and functions from an answer and its
     index to a choice, whole or in a stream; ``opening`` makes what a stream begins with for each choice.
     """
 
@@ -49,11 +49,11 @@ class Answering:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def head(self, kind: str) -> dict[str, Any]:
-        """The fields with which every object of this call begins."""
+        """Return the fields with which every object of this call begins."""
         return {"id": f"{self.shape.id}-{self.id}", "object": kind, "created": self.created, "model": self.model}
 
     def index(self, output: RequestOutput, answer: CompletionOutput) -> int:
-        """The place of an answer among the choices: the prompts' one after the other."""
+        """Return the place of an answer among the choices: the prompts' one after the other."""
         place = next(i for i, asked in enumerate(self.asked) if asked.id == output.request_id)
         return place * self.asked[0].params.n + answer.index
 
@@ -64,7 +64,7 @@ class Answering:
 
 
 async def whole_answer(engine: AsyncEngine, request: Request, answering: Answering) -> Response:
-    """All choices at once; where the client goes away first, its requests end. Raises what a request ended with."""
+    """All choices at once; if the client goes away first, its requests end. Raises what a request ended with."""
     finding = asyncio.ensure_future(_choices(engine, answering))
     leaving = asyncio.ensure_future(_left(request))
     try:
@@ -79,7 +79,7 @@ async def whole_answer(engine: AsyncEngine, request: Request, answering: Answeri
 
 
 def stream_of(engine: AsyncEngine, answering: Answering, options: StreamOptions) -> StreamingResponse:
-    """The choices as server-sent events; where the client goes away, its requests end."""
+    """Return the choices as server-sent events; if the client goes away, its requests end."""
     return StreamingResponse(_events(engine, answering, options), media_type="text/event-stream")
 
 

@@ -1,4 +1,4 @@
-"""The application: routes, and an engine that runs while it does."""
+"""Application: routes, and an engine that runs while it does."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def make_app(engine: Engine, catalogue: Catalogue, limits: ServerLimits | None =
 
 
 class Api:
-    """The endpoints, each a method whose docstring is its description in the application's own documentation."""
+    """Endpoints, each a method whose docstring is its description in the application's own documentation."""
 
     def __init__(self, engine: Engine, catalogue: Catalogue, limits: ServerLimits) -> None:
         self.engine, self.catalogue, self.limits, self.running = engine, catalogue, limits, AsyncEngine(engine)
@@ -57,7 +57,7 @@ class Api:
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        """The engine steps while the application runs."""
+        """Return the engine steps while the application runs."""
         self.running.start()
         yield
         await asyncio.to_thread(self.running.stop)
@@ -67,7 +67,7 @@ class Api:
         return await self._answer(request, body, completions.shape(body.echo))
 
     async def converse(self, request: Request, body: ChatBody) -> Response:
-        """The next turn of a conversation."""
+        """Return the next turn of a conversation."""
         if body.chat_template is not None and not self.limits.trust_request_templates:
             raise RefusedError(
                 "chat_template is refused: it is a program, and this server runs none of its clients'. Leave it out, "
@@ -77,7 +77,7 @@ class Api:
         return await self._answer(request, body, chat.SHAPE)
 
     async def models(self) -> dict[str, Any]:
-        """The base and the adapters."""
+        """Return the base and the adapters."""
         return await asyncio.to_thread(self.catalogue.cards)
 
     async def health(self) -> Response:

@@ -1,4 +1,4 @@
-"""The choices of ``/v1/chat/completions``, as they are written."""
+"""Choices of ``/v1/chat/completions``, as they are written."""
 
 from __future__ import annotations
 

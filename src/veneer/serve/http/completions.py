@@ -1,4 +1,4 @@
-"""The choices of ``/v1/completions``, as they are written."""
+"""Choices of ``/v1/completions``, as they are written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from veneer.serve.outputs import CompletionOutput
 
 
 def shape(echo: bool) -> Shape:
-    """The shape of text completions; with ``echo`` the prompt stands in front."""
+    """Return the shape of text completions; with ``echo`` the prompt stands in front."""
 
     def choice(answer: CompletionOutput, index: int, asked: Asked) -> dict[str, Any]:
         front = (asked.prompt or "") if echo else ""

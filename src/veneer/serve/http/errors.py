@@ -23,7 +23,7 @@ _RETRY_SECONDS = 1
 
 
 class RefusedError(ConfigError):
-    """A request is refused, with a status, for the sake of its field ``param``."""
+    """Request is refused, with a status, for the sake of its field ``param``."""
 
     status: ClassVar[int] = 400
 
@@ -33,7 +33,7 @@ class RefusedError(ConfigError):
 
 
 class ModelNotFoundError(RefusedError):
-    """A request names a model that is not there."""
+    """Request names a model that is not there."""
 
     status = 404
 
@@ -42,19 +42,19 @@ class ModelNotFoundError(RefusedError):
 
 
 class BodyTooLargeError(RefusedError):
-    """A body has more bytes than the server takes."""
+    """Body has more bytes than the server takes."""
 
     status = 413
 
 
 class TooManyRequestsError(RefusedError):
-    """The server has as much to answer as it takes: the client is to ask again later."""
+    """Server has as much to answer as it takes: the client is to ask again later."""
 
     status = 429
 
 
 def error_body(error: VeneerError, param: str | None = None) -> dict[str, Any]:
-    """An error as OpenAI's clients read it."""
+    """Return an error as OpenAI's clients read it."""
     return _body(str(error), status_of(error), error.param if isinstance(error, RefusedError) else param)
 
 
@@ -63,21 +63,21 @@ def _body(message: str, status: int, param: str | None = None) -> dict[str, Any]
 
 
 def status_of(error: VeneerError) -> int:
-    """The status of an error: its own if the request is refused, 500 for the server's own, else 400."""
+    """Return the status of an error: its own if the request is refused, 500 for the server's own, else 400."""
     if isinstance(error, RefusedError):
         return error.status
     return 500 if isinstance(error, ServingError) else 400
 
 
 async def on_veneer_error(request: Request, error: Exception) -> JSONResponse:
-    """The answer to a request that cannot be served."""
+    """Return the answer to a request that cannot be served."""
     found = error if isinstance(error, VeneerError) else ServingError(repr(error))
     wait = {"Retry-After": str(_RETRY_SECONDS)} if isinstance(found, TooManyRequestsError) else None
     return JSONResponse(error_body(found), status_of(found), wait)
 
 
 async def on_unknown_route(request: Request, error: Exception) -> JSONResponse:
-    """The answer to a path that is not there, or a method that its path does not take: those that there are."""
+    """Return the answer to a path that is not there, or a method that its path does not take: those that there are."""
     status = error.status_code if isinstance(error, HTTPException) else 500
     asked = f"{request.method} {request.url.path}"
     routes = ", ".join(f"{method} {path}" for path, method in _routes(request.app))
@@ -92,7 +92,7 @@ def _routes(app: FastAPI) -> list[tuple[str, str]]:
 
 
 async def on_invalid_body(request: Request, error: Exception) -> JSONResponse:
-    """The answer to a body that is not as the route wants it: everything that is wrong, and the first field."""
+    """Return the answer to a body that is not as the route wants it: everything that is wrong, and the first field."""
     problems = error.errors() if isinstance(error, RequestValidationError) else []
     unread = any(not _place(problem) and problem["type"] != _NO_JSON for problem in problems)
     more = f"; and {len(problems) - _TOLD:,} more" if len(problems) > _TOLD else ""

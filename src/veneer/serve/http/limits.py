@@ -1,4 +1,4 @@
-"""The most that a client may ask of a server, and the refusal of a body that is too large."""
+"""Most that a client may ask of a server, and the refusal of a body that is too large."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from veneer.serve.http.errors import BodyTooLargeError, error_body
 
 @dataclass(frozen=True, kw_only=True)
 class ServerLimits:
-    """Limits of requests. Raises ConfigError for one that is below 1, and where ``in_flight`` is below ``choices``.
+    """Limits of requests. Raises ConfigError for one that is below 1, and if ``in_flight`` is below ``choices``.
 
     ``body_bytes``: the size of a body. ``choices``: the prompts of a request times its ``n``. ``in_flight``: the
     choices of all requests that have not ended. ``trust_request_templates``: a body may bring a chat template, a
@@ -38,7 +38,7 @@ class ServerLimits:
 
 
 class BodyLimit:
-    """An application in front of which bodies of more than ``most`` bytes are refused; none is held beyond that."""
+    """Application in front of which bodies of more than ``most`` bytes are refused; none is held beyond that."""
 
     def __init__(self, app: ASGIApp, most: int) -> None:
         self._app, self._most = app, most

@@ -1,4 +1,4 @@
-"""The models that are served: the base, and each folder of the adapters' folder, as it is now."""
+"""Models that are served: the base, and each folder of the adapters' folder, as it is now."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _COMPARED, _TOLD = 1000, 10  # names, for the nearest of them, and in a message;
 
 
 class Catalogue:
-    """The base under ``names``, and the adapters in a folder, by the names of their folders.
+    """Base under ``names``, and the adapters in a folder, by the names of their folders.
 
     The folder is looked at with every request: what is put there is served, what is taken away is no longer. Of an
     adapter that is asked for its own files are looked at, and of the others nothing, so that a request costs the same
@@ -40,12 +40,12 @@ class Catalogue:
         self._created = int(time.time())
 
     def adapters(self) -> dict[str, Path]:
-        """The folders of the adapters that are there now, by name; those that are gone are forgotten."""
+        """Return the folders of the adapters that are there now, by name; those that are gone are forgotten."""
         with self._lock:
             return self._looked_at()
 
     def find(self, name: str | None) -> LoRARequest | None:
-        """The adapter of a name; None for the base. Raises ModelNotFoundError."""
+        """Return the adapter of a name; None for the base. Raises ModelNotFoundError."""
         if name is None or name in self._names:
             return None
         with self._lock:
@@ -56,7 +56,9 @@ class Catalogue:
         raise ModelNotFoundError(f"no model {name!r}{_those_there(name, [*self._names, *there])}")
 
     def mix(self, weights: Mapping[str, float]) -> LoRARequest:
-        """The weighted sum of adapters by name. Raises ModelNotFoundError, and ConfigError as `LoRARequest.mix`."""
+        """Return the weighted sum of adapters by name. Raises ModelNotFoundError, and ConfigError as
+        `LoRARequest.mix`.
+        """
         with self._lock:
             found = {name: self._found(name) for name in sorted(weights)}
             unknown = next((name for name in weights if found[name] is None), None)
@@ -67,11 +69,11 @@ class Catalogue:
 
     @property
     def base(self) -> str:
-        """The base's first name."""
+        """Base's first name."""
         return self._names[0]
 
     def cards(self) -> dict[str, Any]:
-        """The answer of ``/v1/models``."""
+        """Return the answer of ``/v1/models``."""
         cards = [self._card(name, self._root, None) for name in self._names]
         cards += [self._card(name, str(path), self.base) for name, path in self.adapters().items()]
         return {"object": "list", "data": cards}

@@ -1,4 +1,4 @@
-"""The bodies of requests: OpenAI's fields, and vLLM's beside them. Unknown ones are refused."""
+"""Bodies of requests: OpenAI's fields, and vLLM's beside them. Unknown ones are refused."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Several = Annotated[list[T], _First()]
 
 
 class Strict(BaseModel):
-    """A body whose unknown fields are errors that know what the known ones are."""
+    """Body whose unknown fields are errors that know what the known ones are."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -106,11 +106,11 @@ class Body(Strict):
 
     @property
     def n_choices(self) -> int:
-        """The answers that are asked for."""
+        """Answers that are asked for."""
         return max(self.n, 1)
 
     def params(self, defaults: Mapping[str, Any], max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-        """The sampling parameters of the body; what it leaves out is the model's default. Raises ConfigError."""
+        """Return the sampling parameters of the body; what it leaves out is the model's default. Raises ConfigError."""
         given = {name: value for name in _SAME if (value := getattr(self, name)) is not None}
         kind = RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY
         return SamplingParams(
@@ -136,7 +136,7 @@ class Body(Strict):
 
 
 class CompletionBody(Body):
-    """The body of ``/v1/completions``. ``logprobs`` is how many are listed beside the chosen one's."""
+    """Body of ``/v1/completions``. ``logprobs`` is how many are listed beside the chosen one's."""
 
     prompt: str | Several[str] | Several[int] | Several[Several[int]]
     max_tokens: int | None = 16
@@ -145,11 +145,11 @@ class CompletionBody(Body):
 
     @property
     def n_choices(self) -> int:
-        """The answers that are asked for, to all prompts."""
+        """Answers that are asked for, to all prompts."""
         return len(self._prompts()) * super().n_choices
 
     def read(self, reader: PromptReader) -> list[tuple[str | None, list[int]]]:
-        """The prompts, each as text and ids. Raises ConfigError."""
+        """Return the prompts, each as text and ids. Raises ConfigError."""
         return [reader.read(prompt) for prompt in self._prompts()]
 
     def _prompts(self) -> list[Any]:
@@ -157,14 +157,14 @@ class CompletionBody(Body):
         return [self.prompt] if one else list(self.prompt)
 
     def to_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
-        """The sampling parameters of the body. Raises ConfigError."""
+        """Return the sampling parameters of the body. Raises ConfigError."""
         if self.echo and self.logprobs is not None:
             raise ConfigError("echo together with logprobs is not offered: ask for prompt_logprobs")
         return self.params(defaults, self.max_tokens, self.logprobs)
 
 
 class ChatBody(Body):
-    """The body of ``/v1/chat/completions``. ``max_tokens`` is the old name of ``max_completion_tokens``; ``tools`` are
+    """Body of ``/v1/chat/completions``. ``max_tokens`` is the old name of ``max_completion_tokens``; ``tools`` are
     refused unless ``tool_choice`` is "none".
     """
 
@@ -180,7 +180,7 @@ class ChatBody(Body):
     chat_template_kwargs: dict[str, Any] | None = None
 
     def to_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
-        """The sampling parameters of the body. Raises ConfigError."""
+        """Return the sampling parameters of the body. Raises ConfigError."""
         if self.tools and self.tool_choice != "none":
             raise ConfigError(
                 "tools are not offered: answers come back as text, in which calls are not recognised. Leave the field "
@@ -195,7 +195,7 @@ class ChatBody(Body):
         return self.params(defaults, longest, (self.top_logprobs or 0) if self.logprobs else None)
 
     def read(self, reader: PromptReader) -> list[tuple[str | None, list[int]]]:
-        """The conversation as one prompt. Raises ConfigError."""
+        """Return the conversation as one prompt. Raises ConfigError."""
         return [reader.chat(self.messages, self._template())]
 
     def _template(self) -> dict[str, Any]:

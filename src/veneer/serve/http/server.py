@@ -1,4 +1,4 @@
-"""The server process: a port that is looked at beforehand, and an end that tells every client."""
+"""Server process: a port that is looked at beforehand, and an end that tells every client."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _GRACE_SECONDS = 3
 
 
 def require_free(host: str, port: int) -> None:
-    """Raise ConfigError where nothing can listen on a port, as where something else does."""
+    """Raise ConfigError if nothing can listen on a port, as if something else does."""
     try:
         asyncio.run(_listen(host, port))
     except OSError as error:
@@ -36,7 +36,7 @@ async def _listen(host: str, port: int) -> None:
 def run(app: FastAPI, host: str, port: int) -> None:
     """Answer until a signal ends it: SIGINT as KeyboardInterrupt, SIGTERM as it ends any process.
 
-    Raises ConfigError where the port was taken meanwhile.
+    Raises ConfigError if the port was taken meanwhile.
     """
     try:
         Server(app, host=host, port=port).run()
@@ -47,7 +47,7 @@ def run(app: FastAPI, host: str, port: int) -> None:
 
 
 class Server(uvicorn.Server):
-    """A uvicorn server of an application of `make_app` that ends what is in flight when it stops."""
+    """Uvicorn server of an application of `make_app` that ends what is in flight when it stops."""
 
     def __init__(self, app: FastAPI, **options: Any) -> None:
         super().__init__(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_GRACE_SECONDS, **options))
