@@ -32,8 +32,8 @@ def average(model: nn.Module) -> None:
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for part in _parts(trained) if n_processes() > 1 else ():
-        has = [torch.tensor([p.grad is not None], dtype=p.dtype, device=p.device) for p in part]
-        flat = torch.cat([*has, *(_flat_gradient(p) / n_processes() for p in part)])
+        has = torch.tensor([p.grad is not None for p in part], dtype=part[0].dtype, device=part[0].device)
+        flat = torch.cat([has, *map(_flat_gradient, part)]).div_(n_processes())
         summed_in_place(flat)
         counts, *means = torch.split(flat, [len(part), *(p.numel() for p in part)])
         for parameter, count, mean in zip(part, counts.tolist(), means, strict=True):
