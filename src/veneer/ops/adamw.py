@@ -15,7 +15,7 @@ BLOCK_SIZE = 256
 
 @dataclass(frozen=True, slots=True)
 class AdamWStep:
-    """The settings of one step. ``step`` counts from 1; ``eps`` is added to the corrected root of the
+    """Settings of one step. ``step`` counts from 1; ``eps`` is added to the corrected root of the
     second moment.
     """
 
@@ -28,7 +28,7 @@ class AdamWStep:
 
 @dataclass(frozen=True, slots=True)
 class Moment8bit:
-    """A moment in blocks of 256 entries: an 8-bit code each, and the largest magnitude of each block."""
+    """Moment in blocks of 256 entries: an 8-bit code each, and the largest magnitude of each block."""
 
     codes: UInt8[Tensor, "..."]
     absmax: Float[Tensor, " blocks"]
@@ -47,7 +47,7 @@ def adamw_8bit_(
     Moments are read to float32, updated, used unrounded, and rounded to 8 bits again: the first with the signed
     dynamic map, the second with the unsigned one. Decay comes before the update.
 
-    Raises ShapeError where tensors do not fit each other.
+    Raises ShapeError if tensors do not fit each other.
     """
     n_blocks = -(param.numel() // -BLOCK_SIZE)
     for moment in moments:

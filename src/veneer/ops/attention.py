@@ -45,7 +45,7 @@ def attention(
     output and one float per query and head (Dao 2023, arXiv 2307.08691). Strides are free but for the last axis.
     A batch (b, t) of whole rows is ``cu_seqlens = arange(0, b * t + 1, t)``.
 
-    Raises ShapeError where shapes or cu_seqlens do not fit.
+    Raises ShapeError if shapes or cu_seqlens do not fit.
     """
     out: Tensor = _Attention.apply(q, k, v, cu_seqlens, options)  # type: ignore[no-untyped-call]
     return out
@@ -58,7 +58,7 @@ def attention_forward(
     cu_seqlens: Int[Tensor, " n_sequences_plus_1"],
     options: AttentionOptions,
 ) -> tuple[Float[Tensor, "n q_heads head_dim"], Float[Tensor, "q_heads n"]]:
-    """The output of `attention`, contiguous, and the log of each query's softmax sum (float32)."""
+    """Return the output of `attention`, contiguous, and the log of each query's softmax sum (float32)."""
     _check(q, k, v, cu_seqlens)
     kernel = implementation("attention.attention_forward", q.device, options.backend)
     out, lse = kernel(q, k, v, cu_seqlens, *_numbers(q, options))

@@ -22,7 +22,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @cache
 def dynamic_map(signed: bool = True) -> Float32[Tensor, "256"]:
-    """The dynamic table, sorted: seven decades from 1e-7 to 1, each with twice as many values as the one below.
+    """Return the dynamic table, sorted: seven decades from 1e-7 to 1, each with twice as many values as the one below.
 
     The decade ``10**(i-6)``, i in 0..6, holds the midpoints of ``n+1`` even steps from 0.1 to 1, n = 2**i with their
     negatives (signed) or 2**(i+1) (unsigned); 0 and 1 complete the 256. Shared: do not write into it.
@@ -39,7 +39,7 @@ def dynamic_map(signed: bool = True) -> Float32[Tensor, "256"]:
 def quantize_blockwise(
     x: Float[Tensor, "..."], code: Float32[Tensor, "256"], block_size: int = 256, *, backend: str | None = None
 ) -> tuple[UInt8[Tensor, "..."], Float32[Tensor, " blocks"]]:
-    """The index of the nearest table value of each ``x / absmax``, in x's shape, and the absmax of each block.
+    """Return the index of the nearest table value of each ``x / absmax``, in x's shape, and the absmax of each block.
 
     x: any shape, float32, bfloat16 or float16, flattened row by row into blocks. A value midway takes the lower
     index; a block of zeros takes the index of 0. Raises ConfigError, ShapeError, NonFiniteError.

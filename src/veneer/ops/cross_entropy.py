@@ -1,4 +1,4 @@
-"""The language-model head and its loss in one op: logits exist for a chunk of rows at a time, never for all."""
+"""Language-model head and its loss in one op: logits exist for a chunk of rows at a time, never for all."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ _DETAIL_ROWS = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadOptions:
-    """The settings that turn logits into a loss: rows with ``ignore_index`` do not count, ``softcap`` is Gemma 2's c of
+    """Settings that turn logits into a loss: rows with ``ignore_index`` do not count, ``softcap`` is Gemma 2's c of
     ``c * tanh(logits / c)``, ``num_items`` divides the sum (None: the number of rows that count). ``observe`` is given
-    each chunk of logits."""
+    each chunk of logits.
+    """
 
     ignore_index: int = -100
     softcap: float | None = None
@@ -58,7 +59,7 @@ def linear_cross_entropy(
     A gradient in weight is given where weight is a tensor that requires it; bias is frozen. Without a row that counts
     and without ``num_items`` the loss is nan, as torch's is.
 
-    Raises ShapeError where shapes do not fit, or a label that counts is no class (on CUDA, where to look at it would
+    Raises ShapeError if shapes do not fit, or a label that counts is no class (on CUDA, where to look at it would
     wait for the device, a failed assertion of the device, as in torch).
     """
     out_features, in_features = weight.shape
@@ -95,8 +96,9 @@ def linear_cross_entropy_rows(
     bias: Float[Tensor, " v"] | None = None,
     options: HeadOptions = HeadOptions(),
 ) -> tuple[Float[Tensor, " n"], Bool[Tensor, " n"]]:
-    """As `linear_cross_entropy` with a frozen head, but the loss of each row, 0 where it does not count, and whether
-    its label is on top. ``num_items`` plays no part."""
+    """As `linear_cross_entropy` with a frozen head, but the loss of each row, 0 if it does not count, and whether
+    its label is on top. ``num_items`` plays no part.
+    """
     weight = weight.detach() if isinstance(weight, Tensor) else weight
     options = replace(options, count_hits=True)
     losses, hits = _RowCrossEntropy.apply(hidden, weight, labels, bias, options)  # type: ignore[no-untyped-call]
@@ -105,7 +107,7 @@ def linear_cross_entropy_rows(
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """A head's scores of each row's label: ``log_probs`` in nats, and beside them, where asked for, the ``entropy`` of
+    """Head's scores of each row's label: ``log_probs`` in nats, and beside them, if asked for, the ``entropy`` of
     the prediction, the logarithm of the sum of its squared probabilities, the mean logit, and whether the label is on
     top. Rows whose label does not count have 0.
     """
@@ -126,7 +128,8 @@ def linear_token_scores(
     details: bool = True,
     collision: bool = False,
 ) -> TokenScores:
-    """The log-probability of each row's label under a frozen head, its gradient in hidden as in `linear_cross_entropy`.
+    """Return the log-probability of each row's label under a frozen head, its gradient in hidden as in
+    `linear_cross_entropy`.
 
     ``details`` are the rest of `TokenScores`, constants under autograd; ``collision`` are the squared probabilities
     among them. Raises ShapeError as `linear_cross_entropy`.
@@ -170,9 +173,10 @@ def softmax_cross_entropy(
     write_grad: bool = True,
     backend: str | None = None,
 ) -> Float[Tensor, " n"]:
-    """The losses of all rows (float32); logits are overwritten with each row's gradient where ``write_grad`` says so.
+    """Return the losses of all rows (float32); logits are overwritten with each row's gradient where ``write_grad``
+    says so.
 
-    Raises ShapeError where labels do not fit or one is no class, ``0`` to ``v - 1``; on CUDA such a label is a failed
+    Raises ShapeError if labels do not fit or one is no class, ``0`` to ``v - 1``; on CUDA such a label is a failed
     assertion of the device, as in torch.
     """
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:

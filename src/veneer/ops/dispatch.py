@@ -1,4 +1,4 @@
-"""The choice of an op's back end: by the tensors' device and by what is built, never by an environment variable."""
+"""Choice of an op's back end: by the tensors' device and by what is built, never by an environment variable."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ log = logging.getLogger(__name__)
 
 
 def implementation(op: str, device: torch.device, backend: str | None = None) -> Callable[..., Any]:
-    """The function that computes ``"family.name"`` on a device: the fastest back end there is, or the one named.
+    """Return the function that computes ``"family.name"`` on a device: the fastest back end there is, or the one named.
 
-    Raises BackendError where a back end asked for by name cannot serve. Where the reference has to stand in for a
+    Raises BackendError if a back end asked for by name cannot serve. If the reference has to stand in for a
     kernel, that is logged once with the reason.
     """
     if backend is not None:
@@ -38,7 +38,7 @@ def implementation(op: str, device: torch.device, backend: str | None = None) ->
 
 
 def backends(op: str) -> tuple[str, ...]:
-    """The back ends that can compute ``"family.name"`` in this installation, fastest first."""
+    """Return the back ends that can compute ``"family.name"`` in this installation, fastest first."""
     return tuple(b for b in BACKENDS if _find(op, b)[0] is not None)
 
 
@@ -55,7 +55,7 @@ def kernel_build() -> str:
 
 
 def kernel_isa() -> str:
-    """The instruction set that the C++ kernels use here; empty where they were not built."""
+    """Return the instruction set that the C++ kernels use here; empty if they were not built."""
     if importlib.util.find_spec("veneer._kernels") is None:
         return ""
     return str(importlib.import_module("veneer._kernels").isa())

@@ -26,7 +26,7 @@ _GRID_STEPS = 65535
 
 @dataclass(frozen=True, slots=True)
 class CompressedAbsmax:
-    """The absmax of n blocks: ``dynamic_map()[codes] * scale + offset``, scale by blocks of 256."""
+    """Absmax of n blocks: ``dynamic_map()[codes] * scale + offset``, scale by blocks of 256."""
 
     codes: UInt8[Tensor, " n"]
     scale: Float32[Tensor, " nested_blocks"]
@@ -38,7 +38,7 @@ class CompressedAbsmax:
 
 
 def compress_absmax(absmax: Float32[Tensor, " n"]) -> CompressedAbsmax:
-    """absmax in 8 bits, 1 + 4/256 bytes a block. Raises ShapeError where it is no vector of float32, or empty."""
+    """absmax in 8 bits, 1 + 4/256 bytes a block. Raises ShapeError if it is no vector of float32, or empty."""
     if absmax.dtype != torch.float32 or absmax.ndim != 1 or not len(absmax):
         raise ShapeError(f"absmax must be a vector of float32, got {absmax.dtype} {tuple(absmax.shape)}")
     offset = absmax.mean()
@@ -53,7 +53,7 @@ def compress_absmax(absmax: Float32[Tensor, " n"]) -> CompressedAbsmax:
 
 
 def expand_absmax(compressed: CompressedAbsmax, *, backend: str | None = None) -> Float32[Tensor, " n"]:
-    """absmax in float32 again, to the error of its 8 bits. Raises ShapeError where sizes do not fit."""
+    """absmax in float32 again, to the error of its 8 bits. Raises ShapeError if sizes do not fit."""
     code = dynamic_map().to(compressed.codes.device)
     values = dequantize_blockwise(compressed.codes, compressed.scale, code, BLOCK_SIZE, backend=backend)
     return values + compressed.offset

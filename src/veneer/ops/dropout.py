@@ -2,7 +2,7 @@
 
 Forward, backward and a recomputed forward draw the same mask; a row draws the same alone and in any batch, on every
 back end and any number of threads. Values are kept or dropped, never scaled: multiply by `keep_scale` where a factor is
-multiplied anyway. How a draw is made is told in ``reference/dropout.py``.
+multiplied anyway. How a draw is made is reported in ``reference/dropout.py``.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class Mask:
 
     @property
     def scale(self) -> float:
-        """The factor of what is kept: `keep_scale`."""
+        """Factor of what is kept: `keep_scale`."""
         return keep_scale(self.p)
 
     @property
     def threshold(self) -> int:
-        """Draws of 16 bits below it drop. Raises ConfigError where p is outside [0, 1]."""
+        """Draws of 16 bits below it drop. Raises ConfigError if p is outside [0, 1]."""
         return _threshold(self.p)
 
     def drop(
@@ -50,9 +50,9 @@ class Mask:
 
 
 def keep_scale(p: float) -> float:
-    """``1 / (1 - p)``, by which values that were kept are scaled; 0 where p is 1 and none is.
+    """``1 / (1 - p)``, by which values that were kept are scaled; 0 if p is 1 and none is.
 
-    p is the probability that is drawn, a whole number of 65536ths. Raises ConfigError where p is outside [0, 1].
+    p is the probability that is drawn, a whole number of 65536ths. Raises ConfigError if p is outside [0, 1].
     """
     kept = _DRAWS - _threshold(p)
     return _DRAWS / kept if kept else 0.0
@@ -65,7 +65,7 @@ def drop(
 
     key: any number of 64 bits without sign; use one for each place and step. rows: the id of each row of x, (*batch) of
     int64, or the id of the first where they count up. A dropped NaN or infinity is 0 too. Departs: no ``1 / (1 - p)``.
-    Raises ConfigError where p or key is out of range, ShapeError where rows does not fit x.
+    Raises ConfigError where p or key is out of range, ShapeError if rows does not fit x.
     """
     threshold = _threshold(p)
     require_fit(x, key, rows)
@@ -100,7 +100,7 @@ def _threshold(p: float) -> int:
 
 
 def require_fit(x: Tensor, key: int, rows: Rows) -> None:
-    """Raise ConfigError where a key or the first row's id is out of range, ShapeError where ids do not fit x."""
+    """Raise ConfigError if a key or the first row's id is out of range, ShapeError where ids do not fit x."""
     if not 0 <= key < 1 << 64:
         raise ConfigError(f"the key of a mask is a whole number from 0 to 2^64 - 1; given {key}")
     if isinstance(rows, int):

@@ -29,7 +29,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, slots=True)
 class FourBitLayout:
-    """The layout of a weight in its packed bytes: all that reading it back needs besides the bytes and ``absmax``.
+    """Layout of a weight in its packed bytes: all that reading it back needs besides the bytes and ``absmax``.
 
     shape: of the weight. dtype: that it had, and that `dequantize_4bit` gives back.
     """
@@ -67,7 +67,7 @@ class FourBitLayout:
 def quantize_4bit(
     w: Float[Tensor, "..."], quant_type: str, block_size: int = 64, *, backend: str | None = None
 ) -> tuple[UInt8[Tensor, " bytes"], Float32[Tensor, " blocks"]]:
-    """The packed codes ``(ceil(n/2),)`` and the absmax of each block ``(ceil(n/block_size),)`` of w's n values.
+    """Return the packed codes ``(ceil(n/2),)`` and the absmax of each block ``(ceil(n/block_size),)`` of w's n values.
 
     w: any shape, float32, bfloat16 or float16. Raises ConfigError (unknown type or block size), ShapeError (dtype),
     NonFiniteError (NaN or infinity in w).
@@ -90,9 +90,10 @@ def dequantize_4bit(
     dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Float[Tensor, "..."]:
-    """The weight back in its shape: ``table[code] * absmax`` in float32, rounded once to dtype (None: layout.dtype).
+    """Return the weight back in its shape: ``table[code] * absmax`` in float32, rounded once to dtype (None:
+    layout.dtype).
 
-    packed: any shape that holds layout.n_bytes bytes. Raises ShapeError where sizes or dtypes do not fit the layout.
+    packed: any shape that holds layout.n_bytes bytes. Raises ShapeError if sizes or dtypes do not fit the layout.
     """
     _check_packed(packed, absmax, layout)
     dtype = _float(dtype or layout.dtype)

@@ -38,7 +38,7 @@ def quantize_ggml(
     *,
     backend: str | None = None,
 ) -> UInt8[Tensor, "n bytes"]:
-    """The bytes of each row of a matrix of float32, bfloat16 or float16 in ggml's type ``kind``.
+    """Return the bytes of each row of a matrix of float32, bfloat16 or float16 in ggml's type ``kind``.
 
     importance: the mean square of the inputs of each column (llama.cpp's importance matrix), which weighs the errors;
     F32, F16, BF16 and Q8_0 have no use for it. F16 and BF16 round to nearest, ties to even.
@@ -64,7 +64,9 @@ def quantize_ggml(
 def dequantize_ggml(
     packed: UInt8[Tensor, "n bytes"], kind: str, *, backend: str | None = None
 ) -> Float32[Tensor, "n c"]:
-    """The values of rows in ggml's type ``kind``. Raises ConfigError (unknown type), ShapeError (bytes of no row)."""
+    """Return the values of rows in ggml's type ``kind``. Raises ConfigError (unknown type), ShapeError
+    (bytes of no row).
+    """
     ggml_type = _type(kind)
     if packed.ndim != 2 or packed.dtype != torch.uint8 or packed.shape[1] % ggml_type.n_bytes:
         raise ShapeError(

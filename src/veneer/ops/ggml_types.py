@@ -1,4 +1,4 @@
-"""The types of ggml's tensors that veneer writes: their numbers in a GGUF file, their blocks and the bytes of those."""
+"""Types of ggml's tensors that veneer writes: their numbers in a GGUF file, their blocks and the bytes of those."""
 
 from __future__ import annotations
 

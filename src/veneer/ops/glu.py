@@ -20,7 +20,7 @@ def glu(
 ) -> Float[Tensor, "*batch d"]:
     """``act(gate) * up`` with act one of `ACTIVATIONS`; computed in float32, rounded once. Keeps gate and up alone.
 
-    Raises ShapeError where the two differ in shape or dtype, ConfigError on an unknown activation.
+    Raises ShapeError if the two differ in shape or dtype, ConfigError on an unknown activation.
     """
     out: Tensor = _Glu.apply(gate, up, activation, backend)  # type: ignore[no-untyped-call]
     return out
@@ -29,7 +29,9 @@ def glu(
 def glu_forward(
     gate: Float[Tensor, "*batch d"], up: Float[Tensor, "*batch d"], activation: str, *, backend: str | None = None
 ) -> Float[Tensor, "*batch d"]:
-    """The output of `glu`. gate and up may be the two halves of one product: only the last axis must be contiguous."""
+    """Return the output of `glu`. gate and up may be the two halves of one product: only the last axis must
+    be contiguous.
+    """
     _check(gate, up, activation)
     out: Tensor = implementation("glu.glu_forward", gate.device, backend)(gate, up, activation)
     return out

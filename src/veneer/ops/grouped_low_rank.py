@@ -1,4 +1,4 @@
-"""The low-rank product of a mixed batch: every row has an adapter of its own, or none; ranks differ.
+"""Low-rank product of a mixed batch: every row has an adapter of its own, or none; ranks differ.
 
 ``y[n] = onto[n] + scale_k B_k A_k x[n]`` with ``k = row_to_adapter[n]``: the SGMV of Chen et al. 2023 (arXiv
 2310.18547), with gradients. Layers that share their input (q, k, v; gate and up) are one call, which reads x once.
@@ -30,7 +30,7 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class AdapterRuns:
-    """The runs of a batch of ``n_rows`` rows that take an adapter each, without overlap; other rows take none."""
+    """Runs of a batch of ``n_rows`` rows that take an adapter each, without overlap; other rows take none."""
 
     runs: tuple[Run, ...]
     n_rows: int
@@ -46,13 +46,13 @@ class AdapterRuns:
         return cls(tuple(Run(*run) for run in runs if run[0] >= 0), n_rows)
 
     def times(self, n: int) -> AdapterRuns:
-        """The runs where every row is ``n`` rows: tokens, say."""
+        """Return the runs where every row is ``n`` rows: tokens, say."""
         if n == 1:
             return self
         return AdapterRuns(tuple(Run(k, start * n, stop * n) for k, start, stop in self.runs), self.n_rows * n)
 
     def with_gaps(self) -> Iterator[Run]:
-        """The runs in their order, and between them, as adapter -1, the rows that take none."""
+        """Return the runs in their order, and between them, as adapter -1, the rows that take none."""
         reached = 0
         for run in sorted(self.runs, key=lambda run: run.start):
             if run.start > reached:
@@ -63,7 +63,7 @@ class AdapterRuns:
             yield Run(-1, reached, self.n_rows)
 
     def row_to_adapter(self, device: torch.device) -> Int[Tensor, " n"]:
-        """The adapter of each row, -1 for none."""
+        """Return the adapter of each row, -1 for none."""
         found = torch.full((self.n_rows,), -1)
         for adapter, start, stop in self.runs:
             found[start:stop] = adapter
@@ -72,8 +72,9 @@ class AdapterRuns:
 
 @dataclass(frozen=True, slots=True)
 class LowRankGroup:
-    """The pairs of all adapters on one layer: ``a[k] (r_k, i)``, ``b[k] (o, r_k)`` and their scales; None, None where
-    adapter k has none there. ``masks[k]`` drops values of the x that a[k] reads; without masks nothing is dropped."""
+    """Pairs of all adapters on one layer: ``a[k] (r_k, i)``, ``b[k] (o, r_k)`` and their scales; None, None if
+    adapter k has none there. ``masks[k]`` drops values of the x that a[k] reads; without masks nothing is dropped.
+    """
 
     a: tuple[Tensor | None, ...]
     b: tuple[Tensor | None, ...]
@@ -103,7 +104,7 @@ def grouped_low_rank(
     ``row_to_adapter`` indexes the lists, in any order; a row with -1 has no adapter and an adapter may have no rows.
     Factors may be wider than x (float32 beside bf16): the kernels round them to it for the product with a bf16 x.
     Sums are float32 and rounded once. The gradient flows to x, onto, every a and every b, each in its own dtype.
-    Raises ShapeError where something does not fit.
+    Raises ShapeError if something does not fit.
     """
     _check(x, a_list, b_list, scales, row_to_adapter)
     if onto is not None and onto.shape != (x.shape[0], b_list[0].shape[0]):
@@ -124,7 +125,8 @@ def add_grouped_low_rank(
     """Add ``scale * B A drop(x)`` to the outputs of layers that share their input, in place; what comes back is what
     `grouped_low_rank_backward` of the same back end reads beside x.
 
-    Raises ShapeError where the ids of a mask are not those of x's rows."""
+    Raises ShapeError if the ids of a mask are not those of x's rows.
+    """
     for mask in (mask for group in groups for mask in group.masks if mask is not None):
         require_fit(x, mask.key, mask.ids)
     u: Tensor = implementation("grouped_low_rank.forward", x.device, backend)(x, groups, rows, ys)
@@ -141,8 +143,9 @@ def grouped_low_rank_backward(
     input_grad: bool = True,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, "n i"] | None, list[Gradients], list[Gradients]]:
-    """Gradients of what was added: in x (None where not asked for) and, group by group, in every a and every b, in at
-    least float32."""
+    """Gradients of what was added: in x (None if not asked for) and, group by group, in every a and every b, in at
+    least float32.
+    """
     kernel = implementation("grouped_low_rank.backward", x.device, backend)
     dx, das, dbs = kernel(dys, x, u, groups, rows, input_grad)
     return dx, das, dbs

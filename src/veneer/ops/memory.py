@@ -1,4 +1,4 @@
-"""The memory of tensors: the one place in which a kernel's address comes from."""
+"""Memory of tensors: the one place in which a kernel's address comes from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from veneer.ops.traced import Traced, is_tracing
 
 
 def address(x: Tensor, device: str = "cpu") -> int:
-    """The address of x's first value, for a kernel that reads memory of a device ("cpu" or "cuda"); 0 where x is empty.
+    """Return the address of x's first value, for a kernel that reads memory of a device ("cpu" or "cuda"); 0 if x is
+    empty.
 
     Any strided tensor has one that owns values or shares them: parameters, views, subclasses. Raises TensorError for
     others, among them FakeTensor, DTensor, what a transform such as vmap wraps, sparse, meta and freed tensors.

@@ -28,7 +28,7 @@ def rms_norm(
     """``x / sqrt(mean(x²) + eps) * (weight + offset)`` (Zhang, Sennrich 2019, arXiv 1910.07467); Gemma's offset is 1.
 
     Computed in float32 and rounded once to x's dtype. Keeps x and one float per row for the backward.
-    Raises ShapeError where weight does not fit x.
+    Raises ShapeError if weight does not fit x.
     """
     out: Tensor = _RmsNorm.apply(x, weight, eps, offset, backend)  # type: ignore[no-untyped-call]
     return out
@@ -44,7 +44,7 @@ def layer_norm(
 ) -> Float[Tensor, "*batch d"]:
     """``(x - mean) / sqrt(var + eps) * weight + bias`` (Ba et al. 2016, arXiv 1607.06450), in float32, rounded once.
 
-    Raises ShapeError where weight or bias does not fit x.
+    Raises ShapeError if weight or bias does not fit x.
     """
     out: Tensor = _LayerNorm.apply(x, weight, bias, eps, backend)  # type: ignore[no-untyped-call]
     return out
@@ -58,7 +58,9 @@ def rms_norm_forward(
     *,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, "*batch d"], Float[Tensor, "*batch"]]:
-    """The output of `rms_norm` and the reciprocal root mean square of each row (float32) that its backward reads."""
+    """Return the output of `rms_norm` and the reciprocal root mean square of each row (float32) that its
+    backward reads.
+    """
     _check(x, weight=weight)
     y, rstd = implementation("norm.rms_norm_forward", x.device, backend)(x, weight, eps, offset)
     return y, rstd
@@ -89,7 +91,7 @@ def layer_norm_forward(
     *,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, "*batch d"], Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
-    """The output of `layer_norm`, and mean and reciprocal standard deviation of each row, in float32."""
+    """Return the output of `layer_norm`, and mean and reciprocal standard deviation of each row, in float32."""
     _check(x, weight=weight, bias=bias)
     y, mean, rstd = implementation("norm.layer_norm_forward", x.device, backend)(x, weight, bias, eps)
     return y, mean, rstd

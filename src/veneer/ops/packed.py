@@ -1,4 +1,4 @@
-"""A frozen weight in the layout that its product reads in one pass: packed once, for one row and for a thousand."""
+"""Frozen weight in the layout that its product reads in one pass: packed once, for one row and for a thousand."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class PackedWeight:
 
     @classmethod
     def pack(cls, weight: Float[Tensor, "o i"], *, backend: str | None = None) -> PackedWeight:
-        """A copy of ``weight``, of float32, bfloat16 or float16. Raises ShapeError."""
+        """Return a copy of ``weight``, of float32, bfloat16 or float16. Raises ShapeError."""
         if weight.ndim != 2 or weight.dtype not in FLOATS:
             raise ShapeError(
                 f"a packed weight is made from a matrix of {_names(FLOATS)}; given {weight.dtype} {tuple(weight.shape)}"
@@ -47,7 +47,7 @@ class PackedWeight:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The weight's."""
+        """Weight's."""
         return self.panels.dtype
 
     @property
@@ -61,7 +61,7 @@ class PackedWeight:
         return self.panels.nbytes
 
     def dense(self, *, backend: str | None = None) -> Float[Tensor, "o i"]:
-        """The weight that was packed, to the bit."""
+        """Return the weight that was packed, to the bit."""
         unpack = implementation("packed.unpack", self.panels.device, backend)
         out: Tensor = unpack(self.panels, self.shape, self.depth)
         return out
@@ -109,5 +109,5 @@ def _names(dtypes: tuple[torch.dtype, ...]) -> str:
 
 
 def over_rows(bias: Tensor | None, n: int) -> Tensor | None:
-    """A bias as the (n, o) that a product is added onto: a view."""
+    """Return a bias as the (n, o) that a product is added onto: a view."""
     return None if bias is None else bias.expand(n, -1)

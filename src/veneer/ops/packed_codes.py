@@ -1,4 +1,4 @@
-"""A frozen weight in codes (NF4, FP4, int8) in the layout that its product reads in one pass, scales among them."""
+"""Frozen weight in codes (NF4, FP4, int8) in the layout that its product reads in one pass, scales among them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class PackedCodes:
         *,
         backend: str | None = None,
     ) -> PackedCodes:
-        """A matrix as `quantize_4bit` gives it. Raises ShapeError where `fits_4bit` does not hold."""
+        """Return a matrix as `quantize_4bit` gives it. Raises ShapeError if `fits_4bit` does not hold."""
         if not fits_4bit(absmax, layout, dtype):
             raise ShapeError(
                 f"4-bit codes are packed of matrices whose width is a multiple of {GROUP}, for float32 or bfloat16 and "
@@ -69,7 +69,7 @@ class PackedCodes:
         *,
         backend: str | None = None,
     ) -> PackedCodes:
-        """A matrix as `quantize_int8` gives it. Raises ShapeError where `fits_int8` does not hold."""
+        """Return a matrix as `quantize_int8` gives it. Raises ShapeError if `fits_int8` does not hold."""
         o, i = codes.shape
         if not fits_int8(codes, absmax, dtype):
             raise ShapeError(
@@ -97,12 +97,12 @@ class PackedCodes:
         return self.panels.nbytes
 
     def codes(self, *, backend: str | None = None) -> UInt8[Tensor, " bytes"] | Int8[Tensor, "o i"]:
-        """The codes as they were before: packed bytes (o * i / 2,), or int8 (o, i)."""
+        """Return the codes as they were before: packed bytes (o * i / 2,), or int8 (o, i)."""
         out: Tensor = implementation("packed_codes.codes", self.panels.device, backend)(self)
         return out
 
     def dense(self, dtype: torch.dtype | None = None, *, backend: str | None = None) -> Float[Tensor, "o i"]:
-        """The weight, rounded to its own dtype or, instead, to another one."""
+        """Return the weight, rounded to its own dtype or, instead, to another one."""
         wide = replace(self, dtype=torch.float32) if dtype not in (None, *ROWS) else self
         wide = replace(self, dtype=dtype) if dtype in ROWS and dtype is not None else wide
         out: Tensor = implementation("packed_codes.dense", self.panels.device, backend)(wide)

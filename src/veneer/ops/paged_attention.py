@@ -31,7 +31,7 @@ class PagedStore:
     """Pages of ``block`` tokens of keys and values of all layers, in ``data (n_pages, values of a page)``.
 
     csrc/paged_attention/paged_attention.h tells the layout. Queries are of the same dtype. ``memory`` is what ``data``
-    lies in, where that is this store's own.
+    lies in, if that is this store's own.
     """
 
     data: Tensor
@@ -80,7 +80,7 @@ class PagedStore:
         return self.data.shape[1] * self.data.element_size()
 
     def discard(self, pages: Iterable[int]) -> None:
-        """Give the memory of pages back to the system, where it takes it; they are zeros then, or what they were."""
+        """Give the memory of pages back to the system, if it takes it; they are zeros then, or what they were."""
         if self.memory is None or not hasattr(mmap, "MADV_DONTNEED"):
             return
         for run in _runs(pages):
@@ -123,7 +123,7 @@ class SequenceRows(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PagedRows:
-    """The rows of a step, sequence by sequence: the same for all layers."""
+    """Rows of a step, sequence by sequence: the same for all layers."""
 
     pages: Int[Tensor, " n_page_entries"]
     first_page: Int[Tensor, " n_sequences_plus_1"]
@@ -133,9 +133,9 @@ class PagedRows:
 
     @classmethod
     def of(cls, sequences: Iterable[tuple[Sequence[int], int, int]], store: PagedStore) -> PagedRows:
-        """The rows of a step, sequence after sequence, each a `SequenceRows` or the like.
+        """Return the rows of a step, sequence after sequence, each a `SequenceRows` or the like.
 
-        Raises ShapeError where a sequence has no row or too few pages, or writes a page that is not in the store.
+        Raises ShapeError if a sequence has no row or too few pages, or writes a page that is not in the store.
         """
         block, n_pages = store.block, store.n_pages
         held, page_bounds, row_bounds, positions = list[int](), [0], [0], list[int]()
@@ -191,7 +191,7 @@ def paged_attention(
 ) -> Float[Tensor, "n q_heads head_dim"]:
     """Softmax attention of each row's queries to all that its sequence holds up to the row itself, in one layer.
 
-    Query head h reads key head ``h // (q_heads // kv_heads)``. Softmax and sums are float32; where the CPU multiplies
+    Query head h reads key head ``h // (q_heads // kv_heads)``. Softmax and sums are float32; if the CPU multiplies
     bfloat16, probabilities are rounded to it. A row's result depends on its own sequence alone, bit for bit: not on the
     batch, nor on how a prompt is cut into chunks, nor on the number of threads. Raises ShapeError.
     """

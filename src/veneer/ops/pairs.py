@@ -44,13 +44,13 @@ class Pair(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        """True where it is two products and nothing else."""
+        """True if it is two products and nothing else."""
         vectors = (self.core, self.b_scale, self.a_bias, self.b_bias)
         return self.activation == "identity" and all(vector is None for vector in vectors)
 
 
 class Middle(NamedTuple):
-    """The vectors between the products of a version's pairs, and behind the second: float32, of all layers one
+    """Vectors between the products of a version's pairs, and behind the second: float32, of all layers one
     behind the other, those between with as many places for a layer as its rank takes when packed.
     """
 
@@ -68,13 +68,13 @@ class Middle(NamedTuple):
 
 
 def filled(n: int, dtype: torch.dtype) -> int:
-    """A rank, or the inputs of a, as they are packed: in bfloat16 filled up with zeros to an even number."""
+    """Return a rank, or the inputs of a, as they are packed: in bfloat16 filled up with zeros to an even number."""
     return n + n % 2 if dtype == torch.bfloat16 else n
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedPairs:
-    """The pairs of one version at layers that share their input, in the dtype in which they are multiplied.
+    """Pairs of one version at layers that share their input, in the dtype in which they are multiplied.
 
     ``factors`` is flat: the a of all layers below one another, then of each layer ``scale * b``, each in the panels of
     `veneer.ops.packed`. A layer of rank 0 has no pair. ``shares_a``: all layers read one a, which is there once.
@@ -96,7 +96,7 @@ class PackedPairs:
         dtype: torch.dtype = torch.bfloat16,
         backend: str | None = None,
     ) -> PackedPairs:
-        """Pack a pair a layer, or None where the version has none; ``scale * b`` is rounded once, to ``dtype``.
+        """Pack a pair a layer, or None if the version has none; ``scale * b`` is rounded once, to ``dtype``.
 
         Where the pairs of all layers have the same a, in the same memory, it is packed and multiplied once.
         Raises what `PairsPacker.add` does.
@@ -112,14 +112,14 @@ class PackedPairs:
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """The numbers by which the kernels know the vectors between and behind the products."""
+        """Numbers by which the kernels know the vectors between and behind the products."""
         if self.middle is None:
             return (0,) * 6
         return (3 if self.shares_a else 1, *self.middle.numbers)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The factors'."""
+        """Factors'."""
         return self.factors.dtype
 
     @property
@@ -149,7 +149,7 @@ class PairsPacker:
     def add(self, pairs: Sequence[Pair | None], out_features: Sequence[int], dtype: torch.dtype) -> PackedPairs:
         """As `PackedPairs.pack`; what it gives has its factors once `run` has been called.
 
-        Raises ShapeError where pairs and layers do not fit, or there is no pair at all, ConfigError for an unknown
+        Raises ShapeError if pairs and layers do not fit, or there is no pair at all, ConfigError for an unknown
         activation, and for layers of several.
         """
         _check_pairs(pairs, out_features, dtype)
@@ -198,7 +198,7 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Segments:
-    """The segments of a step at layers that share their input, checked once, for all the steps that have these rows.
+    """Segments of a step at layers that share their input, checked once, for all the steps that have these rows.
 
     ``table (n_segments, 9 + n_layers)`` holds of each where its factors lie, start, stop, `PackedPairs.numbers`, ranks.
     """

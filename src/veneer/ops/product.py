@@ -23,7 +23,7 @@ def visible(schema: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]
     """Makes a product an op of torch for those who watch torch's dispatcher; its first argument is what is multiplied.
 
     That is how selective checkpointing keeps it: of a kernel it sees nothing, and what is written into a given place it
-    cannot keep. Where no one watches the function is called itself: the dispatcher takes time, and transforms that no
+    cannot keep. If no one watches the function is called itself: the dispatcher takes time, and transforms that no
     rule is known for would pass through it without an error.
     """
 

@@ -24,9 +24,9 @@ def rotary(
 ) -> tuple[Float[Tensor, "b q_heads t d"], Float[Tensor, "b kv_heads t d"]]:
     """Queries and keys turned by their positions' angles; the first ``2 * half`` features turn, the rest pass through.
 
-    A pair is features j and j + half (the layout of Llama and GPT-NeoX), or 2j and 2j + 1 where ``interleaved``.
+    A pair is features j and j + half (the layout of Llama and GPT-NeoX), or 2j and 2j + 1 if ``interleaved``.
     ``cos`` and ``sin`` hold one value per pair: of transformers' tables, the first half of the last axis.
-    Computed in float32, rounded once. Raises ShapeError where the tables do not fit.
+    Computed in float32, rounded once. Raises ShapeError if the tables do not fit.
     """
     return _Rotary.apply(q, cos, sin, interleaved, backend), _Rotary.apply(k, cos, sin, interleaved, backend)  # type: ignore[no-untyped-call]
 

@@ -14,11 +14,11 @@ def with_rows(x: Tensor) -> Tensor:
 
 
 def same_dtype(gradient: Tensor, like: Tensor) -> Tensor:
-    """A gradient in the dtype of what it belongs to."""
+    """Return a gradient in the dtype of what it belongs to."""
     return gradient if gradient.dtype == like.dtype else gradient.to(like.dtype)
 
 
 def put_back(rows: Tensor, x: Tensor) -> None:
-    """Write what a kernel left in ``with_rows(x)`` into x, where x's layout has rows only as a copy."""
+    """Write what a kernel left in ``with_rows(x)`` into x, if x's layout has rows only as a copy."""
     if rows.data_ptr() != x.data_ptr() and not isinstance(x, Traced):
         x.copy_(rows.view(x.shape))

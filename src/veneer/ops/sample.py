@@ -1,4 +1,4 @@
-"""The choice of tokens from logits."""
+"""Choice of tokens from logits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from veneer.ops.dispatch import implementation
 
 
 def likeliest(logits: Float[Tensor, "n vocabulary"], *, backend: str | None = None) -> Int64[Tensor, " n"]:
-    """The largest logit's place in each row, the first of equal ones; -1 where it is infinite, or one is no number."""
+    """Return the largest logit's place in each row, the first of equal ones; -1 if it is infinite, or one
+    is no number.
+    """
     if not logits.numel():
         return logits.new_full((len(logits),), -1).long()
     found: Tensor = implementation("sample.likeliest", logits.device, backend)(logits)

@@ -24,7 +24,7 @@ def scale_columns(
 ) -> Float[Tensor, "n d"]:
     """``scale * z + bias`` in z's dtype, written into ``out``, which may be z.
 
-    None for a scale is one, for a bias zero. Raises ShapeError where something does not fit z.
+    None for a scale is one, for a bias zero. Raises ShapeError if something does not fit z.
     """
     y = torch.empty_like(z) if out is None else out
     _check(z, y, scale, bias)
@@ -48,7 +48,7 @@ def scale_columns_backward(
     """Gradients of `scale_columns` in the scale, where z is given, and in the bias, in at least float32.
 
     The one in z, ``scale * dy``, is written into ``dz``, which may be dy; without a scale it is dy, and dz is None.
-    Raises ShapeError where something does not fit dy.
+    Raises ShapeError if something does not fit dy.
     """
     if (scale is None) != (dz is None) or (scale is None and z is not None):
         raise ShapeError("z and dz go with a scale: without one the gradient in z is dy, and nothing else is to find")

@@ -1,7 +1,7 @@
 """Tensors that have everything but values: a step on them allocates what a real one would, and computes nothing.
 
 A `Traced` tensor lies on the meta device and says that it is on another, so that autocast, dispatch and the kernels'
-own Python code take the ways that they take on real tensors; where a kernel itself would be called, nothing happens
+own Python code take the ways that they take on real tensors; if a kernel itself would be called, nothing happens
 (`silent_kernels`). Tensors of integers and booleans that a step makes by itself (bounds of sequences, labels) stay
 real, for what is done depends on their values.
 """
@@ -40,7 +40,7 @@ _ISA: ContextVar[str | None] = ContextVar("_ISA", default=None)
 
 
 class Traced(Tensor):
-    """A tensor without values that counts as being on a device; ``bare`` is the one on the meta device."""
+    """Tensor without values that counts as being on a device; ``bare`` is the one on the meta device."""
 
     bare: Tensor
     place: torch.device
@@ -131,7 +131,7 @@ def tracing(tell: Called = lambda name, arguments: None, isa: str | None = None)
 
 
 def traced_isa() -> str | None:
-    """The instruction set that a step is traced for, where it is another than this machine's."""
+    """Return the instruction set that a step is traced for, if it is another than this machine's."""
     return _ISA.get()
 
 

@@ -1,1 +1,1 @@
-"""A training run written down: the YAML file, its parts and its checks."""
+"""Training run written down: the YAML file, its parts and its checks."""

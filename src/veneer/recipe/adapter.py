@@ -1,4 +1,4 @@
-"""The ``adapter`` part of a recipe: a method by its name, and the fields of that method's config as keys."""
+"""``adapter`` part of a recipe: a method by its name, and the fields of that method's config as keys."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FROM = "from"  # the place of a saved adapter that is trained on
 
 
 def method_of(adapter: Mapping[str, Any]) -> str:
-    """The name of the method in an ``adapter`` part."""
+    """Return the name of the method in an ``adapter`` part."""
     return str(adapter.get("method", "lora"))
 
 

@@ -31,13 +31,13 @@ _FLAG = re.compile(r"(?<![\w-])--([a-z]\w+)")
 
 
 def meant_method(name: str) -> str:
-    """The end of a message about a method that other tools know."""
+    """Return the end of a message about a method that other tools know."""
     said = _METHODS.get(name.lower())
     return f"; it is {said}" if said else ""
 
 
 def meant_quantization(value: object) -> str:
-    """The end of a message about a storage format under another name."""
+    """Return the end of a message about a storage format under another name."""
     said = _QUANTIZATIONS.get(str(value).lower())
     return f"; say {said}" if said else ""
 
@@ -48,7 +48,7 @@ def goes_on(key: str) -> bool:
 
 
 def belongs(key: str, part: str) -> str:
-    """The end of a message about a key that is one of another part: ``; say training.learning_rate``."""
+    """Return the end of a message about a key that is one of another part: ``; say training.learning_rate``."""
     homes = [f"{home}.{key}" if home else key for home, keys in _usual_keys().items() if home != part and key in keys]
     return f"; it belongs elsewhere: {' or '.join(homes)}" if homes else ""
 
@@ -63,7 +63,7 @@ def _usual_keys() -> Mapping[str, frozenset[str]]:
 
 
 def in_recipe_words(message: str) -> str:
-    """A message of another library about training arguments, in the words of a recipe."""
+    """Return a message of another library about training arguments, in the words of a recipe."""
     plain = _ENUM.sub(lambda match: match.group(1).lower(), message)
     return " ".join(_FLAG.sub(r"training.\1", plain).split())
 
@@ -94,7 +94,7 @@ def value_problems(values: Mapping[str, Any]) -> list[str]:
 
 
 def odd_rate(rate: float, usual: float, method: str) -> str | None:
-    """A warning where a learning rate is far above what a method is trained with."""
+    """Return a warning where a learning rate is far above what a method is trained with."""
     if rate <= _ODD_TIMES * usual:
         return None
     return (

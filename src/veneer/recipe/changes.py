@@ -87,7 +87,7 @@ def changes(before: Recipe, now: Recipe, places: Mapping[str, str] | None = None
 
 
 def is_longer(before: Recipe, now: Recipe) -> bool:
-    """True where the run is to take more steps or epochs than it took, or epochs where it counted steps."""
+    """True if the run is to take more steps or epochs than it took, or epochs where it counted steps."""
     old, new = (settings(recipe) for recipe in (before, now))
     steps, epochs = ([each[f"training.{key}"] for each in (old, new)] for key in ("max_steps", "num_train_epochs"))
     if steps[0] > 0 and steps[1] > 0:  # where steps are given, epochs do not count
@@ -116,14 +116,14 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def places_of(recipe: Recipe) -> dict[str, str]:
-    """The place of each source, whatever folder a command is typed in; a name of the hub stays as it is."""
+    """Return the place of each source, whatever folder a command is typed in; a name of the hub stays as it is."""
     values = recipe.model_dump()
     named = {f"{part}.{key}": values[part].get(key) for part, key in PLACES}
     return {key: str(Path(name).resolve()) if Path(name).exists() else name for key, name in named.items() if name}
 
 
 def refuse(found: Iterable[Change], output: Path) -> None:
-    """Raise ConfigError with all changes, where there are any."""
+    """Raise ConfigError with all changes, if there are any."""
     told = "; ".join(map(str, found))
     if told:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""The recipe with comments that ``veneer train --print-recipe`` shows: ``recipe.yaml`` with the methods filled in."""
+"""Recipe with comments that ``veneer train --print-recipe`` shows: ``recipe.yaml`` with the methods filled in."""
 
 from __future__ import annotations
 

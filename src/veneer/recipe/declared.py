@@ -1,4 +1,4 @@
-"""The fields of dataclasses as their source declares them, for packages that take seconds to import."""
+"""Fields of dataclasses as their source declares them, for packages that take seconds to import."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _KNOWN |= {name: getattr(collections.abc, name) for name in collections.abc.__al
 
 
 class UnreadableError(LookupError):
-    """A module without source, or a name that its source does not define."""
+    """Module without source, or a name that its source does not define."""
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from veneer.core.nearest import nearest
 
 @dataclass(frozen=True)
 class Keys:
-    """The keys that a part may hold: the type of each, and those that must be given."""
+    """Keys that a part may hold: the type of each, and those that must be given."""
 
     types: Mapping[str, Any]
     required: frozenset[str] = frozenset()
@@ -102,7 +102,7 @@ def means_another(key: str, known: Iterable[str]) -> bool:
 
 
 def perhaps(key: str, known: Iterable[str]) -> str:
-    """The end of a message that names the key which was perhaps meant."""
+    """Return the end of a message that names the key which was perhaps meant."""
     names, meant = list(known), _OTHER_WORDS.get(str(key))
     found = [meant] if meant in names else nearest(str(key), names, n=1)
     return f"; the nearest is {found[0]!r}" if found else ""

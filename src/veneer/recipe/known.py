@@ -1,4 +1,4 @@
-"""The keys that ``adapter`` and ``training`` may hold: fields of the classes of methods and trainers."""
+"""Keys that ``adapter`` and ``training`` may hold: fields of the classes of methods and trainers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _VARIANTS = f"{_METHODS}.variants"
 
 @dataclass(frozen=True)
 class KnownMethod:
-    """The keys of a method's config. ``switches``: those that the name itself sets. ``is_own``: the name is that of the
+    """Keys of a method's config. ``switches``: those that the name itself sets. ``is_own``: the name is that of the
     config, and not of a variant or preset.
     """
 
@@ -27,7 +27,7 @@ class KnownMethod:
 
 @dataclass(frozen=True)
 class Known:
-    """The keys of each method by its name, and of each task's trainer."""
+    """Keys of each method by its name, and of each task's trainer."""
 
     methods: Mapping[str, KnownMethod]
     settings: Callable[[Task], Keys]
@@ -36,7 +36,7 @@ class Known:
 def declared() -> Known:
     """Return the keys of all methods and trainers, read from source: torch and transformers are not imported.
 
-    Raises UnreadableError where the source of a package is not installed.
+    Raises UnreadableError if the source of a package is not installed.
     """
     return Known(declared_methods(), lambda task: declared_keys(*home_of_settings(task)))
 

@@ -1,4 +1,4 @@
-"""The methods that a recipe may name, and the config that its ``adapter`` part means.
+"""Methods that a recipe may name, and the config that its ``adapter`` part means.
 
 The names are found, not listed: every method in `veneer.methods` by its ``peft_type`` in small letters, every variant
 of LoRA by its file, and the presets of a method (``houlsby``).
@@ -25,7 +25,7 @@ FULL_LEARNING_RATE = 2e-5
 
 @dataclass(frozen=True)
 class NamedMethod:
-    """A config class, the fields that the name itself sets, and those that it gives where a recipe does not."""
+    """Config class, the fields that the name itself sets, and those that it gives where a recipe does not."""
 
     config: type[MethodConfig]
     switches: Mapping[str, bool] = field(default_factory=dict)
@@ -56,13 +56,15 @@ def method_names() -> list[str]:
 
 
 def name_of(config: MethodConfig) -> str:
-    """The method's name as a recipe gives it, such as ``dora``; several variants are told as ``dora + rslora``."""
+    """Return the method's name as a recipe gives it, such as ``dora``; several variants are reported as
+    ``dora + rslora``.
+    """
     on = [name for name, switch in config.variants().items() if getattr(config, switch)]
     return " + ".join(on) or config.peft_type.lower()
 
 
 def adapter_config(adapter: Mapping[str, Any]) -> MethodConfig | None:
-    """The config that a part without problems means; None where the whole model is trained.
+    """Return the config that a part without problems means; None if the whole model is trained.
 
     LoRA and its variants act on every linear layer where the part does not say otherwise. Raises ConfigError for
     settings that the config refuses, and for those that no recipe carries out.
@@ -84,7 +86,7 @@ def adapter_config(adapter: Mapping[str, Any]) -> MethodConfig | None:
 
 
 def usual_learning_rate(adapter: Mapping[str, Any]) -> float:
-    """The learning rate where a recipe gives none."""
+    """Return the learning rate where a recipe gives none."""
     method = method_of(adapter)
     if FROM in adapter:
         return saved_config(adapter).usual_learning_rate
@@ -92,7 +94,8 @@ def usual_learning_rate(adapter: Mapping[str, Any]) -> float:
 
 
 def saved_config(adapter: Mapping[str, Any]) -> MethodConfig:
-    """The config of the saved adapter that ``from`` names, with the settings of training (dropout) that the part gives.
+    """Return the config of the saved adapter that ``from`` names, with the settings of training (dropout) that the part
+    gives.
 
     Raises ConfigError for files that cannot be read, and, with both values, for a method or a setting that is another
     in the part than in the files.
@@ -130,7 +133,7 @@ def _is_method(config: MethodConfig, method: str) -> bool:
 
 
 def not_that_adapter(problems: list[str]) -> str:
-    """The message about settings in which an ``adapter`` part differs from the saved adapter that it names."""
+    """Return the message about settings in which an ``adapter`` part differs from the saved adapter that it names."""
     return (
         "; ".join(problems)
         + ". An adapter that is trained on stays the adapter that it is: leave these keys out, or leave adapter.from "

@@ -1,4 +1,4 @@
-"""The ``metric`` part of a recipe: the task's own figure on held-out rows, measured whenever their loss is."""
+"""``metric`` part of a recipe: the task's own figure on held-out rows, measured whenever their loss is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NAMES = ("exact-match", "labels", "regex")
 
 
 class MetricPart(BaseModel):
-    """A metric by the name that `veneer eval` gives it, over the first ``limit`` held-out rows."""
+    """Metric by the name that `veneer eval` gives it, over the first ``limit`` held-out rows."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -28,12 +28,12 @@ class MetricPart(BaseModel):
 
     @property
     def key(self) -> str:
-        """The name in the log, behind ``eval_``."""
+        """Name in the log, behind ``eval_``."""
         return self.name.replace("-", "_")
 
 
 def metric_problems(values: Mapping[str, Any]) -> list[str]:
-    """The problems of ``metric`` that its schema does not find."""
+    """Return the problems of ``metric`` that its schema does not find."""
     metric, data = values.get("metric"), values.get("data")
     if not isinstance(metric, dict):
         return []

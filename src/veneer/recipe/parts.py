@@ -1,4 +1,4 @@
-"""The parts of a recipe as written, each with its keys, types and defaults."""
+"""Parts of a recipe as written, each with its keys, types and defaults."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class _Part(BaseModel):
 
 
 class ModelPart(_Part):
-    """The base, and the storage of its frozen weights."""
+    """Base, and the storage of its frozen weights."""
 
     source: str
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -29,7 +29,7 @@ class ModelPart(_Part):
 
 
 class DataPart(_Part):
-    """The rows: their source, their reading, and the part of them that is trained."""
+    """Rows: their source, their reading, and the part of them that is trained."""
 
     train: str
     more: list[SourcePart] = []
@@ -47,7 +47,7 @@ class DataPart(_Part):
 
     @property
     def holds_out(self) -> bool:
-        """True where rows are held out, in a file of their own or of the training rows."""
+        """True if rows are held out, in a file of their own or of the training rows."""
         return self.eval is not None or self.eval_fraction > 0
 
     @property

@@ -1,4 +1,4 @@
-"""A training run written down: a YAML file, checked as a whole before anything is loaded."""
+"""Training run written down: a YAML file, checked as a whole before anything is loaded."""
 
 from __future__ import annotations
 
@@ -39,29 +39,29 @@ class Recipe(Written):
 
     @property
     def method(self) -> str:
-        """The name of the method."""
+        """Name of the method."""
         config = self.adapter_config() if FROM in self.adapter else None
         return method_of(self.adapter) if config is None else name_of(config)
 
     def adapter_config(self) -> MethodConfig | None:
-        """The config of the adapter; None where the whole model is trained."""
+        """Return the config of the adapter; None if the whole model is trained."""
         return adapter_config(self.adapter)
 
     def training_config(self, **changes: Any) -> Any:
-        """The settings of the task's trainer, the recipe's defaults filled in."""
+        """Return the settings of the task's trainer, the recipe's defaults filled in."""
         kind = settings_of(self.task)
         given = typed(keys_of(kind), self.training, [])
         return kind(output_dir=self.output, seed=self.seed, **{**_defaults(self), **given, **changes})
 
     def reward_functions(self) -> tuple[list[Any], list[float]]:
-        """The functions of ``rewards`` with their weights. Raises ConfigError for those that cannot be found."""
+        """Return the functions of ``rewards`` with their weights. Raises ConfigError for those that cannot be found."""
         named = [{"function": each} if isinstance(each, str) else dict(each) for each in self.rewards]
         weights = [float(each.pop("weight", 1.0)) for each in named]
         return [reward_function(each.pop("function"), each) for each in named], weights
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe from YAML, with ``key.key=value`` overrides on top.
+    """Return a recipe from YAML, with ``key.key=value`` overrides on top.
 
     Files that the recipe names are looked for beside it; files in overrides, and the output, in the working directory.
     Raises ConfigError with all problems at once; an unknown key is one, and names the nearest key that there is.
@@ -70,7 +70,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def parse_recipe(values: Mapping[str, Any], name: str = "recipe") -> Recipe:
-    """A recipe from plain values. Raises ConfigError with all problems at once."""
+    """Return a recipe from plain values. Raises ConfigError with all problems at once."""
     problems, odd = problems_of(values, imported()), value_problems(values)
     if problems:
         raise ConfigError(f"{name}: " + "; ".join([*problems, *odd]))

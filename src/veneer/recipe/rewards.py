@@ -25,8 +25,8 @@ def exact_match(
 ) -> list[float]:
     """1 for a completion that is the row's ``column``, spaces at its ends aside, else 0: as ``veneer eval`` judges.
 
-    With ``pattern``, a regular expression, what its last match holds (its group, where it has one) is compared, in the
-    completion and, where it is found there, in the column. Raises DataError where the rows have no such column.
+    With ``pattern``, a regular expression, what its last match holds (its group, if it has one) is compared, in the
+    completion and, if it is found there, in the column. Raises DataError if the rows have no such column.
     """
     if column not in row:
         raise DataError(f"exact-match compares with the column {column!r}, and the rows have {sorted(_columns(row))}")
@@ -54,14 +54,14 @@ _TOLD = "GRPO and RLOO call a reward function with prompts, completions, complet
 
 
 def text_of(completion: Any) -> str:
-    """The text of a completion, of its last message where it is a conversation."""
+    """Return the text of a completion, of its last message where it is a conversation."""
     return completion if isinstance(completion, str) else str(completion[-1]["content"])
 
 
 def reward_function(name: str, settings: Mapping[str, Any], folder: Path = Path()) -> Reward:
-    """The reward function of a name: built in, ``module:function``, or ``file.py:function`` (in ``folder``).
+    """Return the reward function of a name: built in, ``module:function``, or ``file.py:function`` (in ``folder``).
 
-    ``settings`` are its keyword arguments. Raises ConfigError where it cannot be found or takes no such settings.
+    ``settings`` are its keyword arguments. Raises ConfigError if it cannot be found or takes no such settings.
     """
     found = BUILT_IN.get(name) or _imported(name, folder)
     _require_settings(name, found, settings)

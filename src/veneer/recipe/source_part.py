@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class SourcePart(BaseModel):
-    """A source beside ``data.train``; what it does not say of reading rows, ``data`` says."""
+    """Source beside ``data.train``; its action not say of reading rows, ``data`` says."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -26,7 +26,7 @@ _OF_SFT = ("more", "streaming")
 
 
 def streaming_problems(values: Mapping[str, Any]) -> list[str]:
-    """The settings that rows which are read as they come cannot have."""
+    """Return the settings that rows which are read as they come cannot have."""
     data, training = _dict(values, "data"), _dict(values, "training")
     if data.get("streaming") is not True:
         return []
@@ -50,7 +50,7 @@ def _dict(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def source_problems(values: Mapping[str, Any]) -> list[str]:
-    """The problems of ``data.more`` that its schema does not find."""
+    """Return the problems of ``data.more`` that its schema does not find."""
     data, task = values.get("data"), values.get("task", "sft")
     if not isinstance(data, dict):
         return []

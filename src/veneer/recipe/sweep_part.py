@@ -1,4 +1,4 @@
-"""The ``sweep`` part of a recipe: the values of each member, before they are read as recipes."""
+"""``sweep`` part of a recipe: the values of each member, before they are read as recipes."""
 
 from __future__ import annotations
 

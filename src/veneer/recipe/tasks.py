@@ -1,4 +1,4 @@
-"""The tasks of a recipe, and the keys that belong to each: the one table that says so."""
+"""Tasks of a recipe, and the keys that belong to each: the one table that says so."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ALL = frozenset({"prompt", "chat", "system"})
 
 @dataclass(frozen=True, slots=True)
 class TaskKeys:
-    """The keys of one task beside those that all tasks have.
+    """Keys of one task beside those that all tasks have.
 
     ``trainer`` and ``settings``: veneer's names of the trainer and its config; the keys of ``training`` are the fields
     of that config. ``data``: keys of the part ``data``. ``rewards``: it needs the part ``rewards``. ``rate``: its
@@ -42,13 +42,15 @@ KEYS: Mapping[Task, TaskKeys] = {
 
 
 def task_of(values: Mapping[str, Any]) -> Task:
-    """The task of a recipe's values; sft where they name none, or one that does not exist (which is told elsewhere)."""
+    """Return the task of a recipe's values; sft where they name none, or one that does not exist (which is
+    told elsewhere).
+    """
     given = values.get("task", "sft")
     return given if given in KEYS else "sft"
 
 
 def settings_of(task: Task) -> Any:
-    """The config class of a task's trainer."""
+    """Return the config class of a task's trainer."""
     return getattr(veneer, KEYS[task].settings)  # imported when it is first asked for
 
 
@@ -59,7 +61,7 @@ def home_of_settings(task: Task) -> tuple[str, str]:
 
 
 def trainer_of(task: Task) -> Any:
-    """The trainer class of a task."""
+    """Return the trainer class of a task."""
     return getattr(veneer, KEYS[task].trainer)
 
 

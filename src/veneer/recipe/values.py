@@ -1,4 +1,4 @@
-"""The values of a recipe's file, with overrides on top; `problems` checks them."""
+"""Values of a recipe's file, with overrides on top; `problems` checks them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ PLACES = (
 
 
 def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The values of a recipe's file, with overrides on top, as `load_recipe` reads it; no value is checked yet."""
+    """Return the values of a recipe's file, with overrides on top, as `load_recipe` reads it; no value is
+    checked yet.
+    """
     try:
         values = _load_yaml(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
@@ -87,7 +89,7 @@ def _load_yaml(text: str, name: str) -> Any:
 
 
 def beside(path: Path, value: Any) -> Any:
-    """The name of a file that lies beside the recipe, found from here; anything else as it is."""
+    """Return the name of a file that lies beside the recipe, found from here; anything else as it is."""
     return str(path.parent / value) if isinstance(value, str) and (path.parent / value).exists() else value
 
 
@@ -114,7 +116,7 @@ def _is_text(key: str, text: str) -> bool:
 
 
 def put(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set ``part.key`` in the values of a recipe. Raises ConfigError where the part is no part."""
+    """Set ``part.key`` in the values of a recipe. Raises ConfigError if the part is no part."""
     *parents, last = key.split(".")
     section = values
     for parent in parents:

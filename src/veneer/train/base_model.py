@@ -1,4 +1,4 @@
-"""The base model of a recipe: loaded, quantized and frozen for its adapter as the part ``model`` says."""
+"""Base model of a recipe: loaded, quantized and frozen for its adapter as the part ``model`` says."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from veneer.store.source import load_model
 
 
 def load_base(part: ModelPart, *, scores: bool = False) -> PreTrainedModel:
-    """The base model of a recipe, quantized and prepared where it says so; with ``scores`` its head gives each
+    """Return the base model of a recipe, quantized and prepared where it says so; with ``scores`` its head gives each
     sequence one number.
     """
     config = quantization_of(part)
@@ -32,7 +32,7 @@ def load_base(part: ModelPart, *, scores: bool = False) -> PreTrainedModel:
 
 
 def made_ready(model: PreTrainedModel, part: ModelPart) -> PreTrainedModel:
-    """A quantized model frozen for its adapter; what is not quantized in float32 where the recipe asks for it.
+    """Return a quantized model frozen for its adapter; what is not quantized in float32 where the recipe asks for it.
 
     Elsewhere it stays in bfloat16, as beside a dense base: embeddings and head of a large vocabulary are half of a
     4-bit model otherwise, and the head would be copied to 16 bits in each forward pass. Values in float16 are widened
@@ -44,7 +44,7 @@ def made_ready(model: PreTrainedModel, part: ModelPart) -> PreTrainedModel:
 
 
 def quantization_of(part: ModelPart) -> BitsAndBytesConfig | None:
-    """The quantization that a recipe asks for; None for a dense base."""
+    """Return the quantization that a recipe asks for; None for a dense base."""
     if part.quantization == "none":
         return None
     if part.quantization == "int8":

@@ -15,7 +15,7 @@ from veneer.train.loss import model_of
 
 
 def callbacks_of(args: RunSettings) -> Iterator[TrainerCallback | type[TrainerCallback]]:
-    """The callbacks that the settings ask for."""
+    """Return the callbacks that the settings ask for."""
     if (args.gradient_checkpointing_kwargs or {}).get("selective"):
         yield SelectiveCheckpointing
     if not args.fp16:
@@ -58,6 +58,6 @@ class LastEvaluation(TrainerCallback):  # type: ignore[misc]
         self._step, self._metrics = state.global_step, metrics
 
     def of_trained(self, args: TrainingArguments, state: TrainerState) -> Mapping[str, Any] | None:
-        """Its metrics where it saw the weights that training ended with; None where it saw others, or none was."""
+        """Its metrics where it saw the weights that training ended with; None if it saw others, or none was."""
         others = args.load_best_model_at_end and state.best_global_step not in (None, state.global_step)
         return None if others or self._step != state.global_step else self._metrics

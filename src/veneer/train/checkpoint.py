@@ -24,7 +24,7 @@ _ANY = "checkpoint-*"
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
-    """The folder of the checkpoint of a step, under the name that Trainer gives it."""
+    """Return the folder of the checkpoint of a step, under the name that Trainer gives it."""
     return run / f"checkpoint-{step}"
 
 
@@ -34,15 +34,15 @@ def holds_checkpoints(run: Path) -> bool:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest step first. One that was being written when a run died is not among
-    them: it has another name until all of it is on disk.
+    """Return the complete checkpoints of a run, oldest step first. One that was being written when a run died is not
+    among them: it has another name until all of it is on disk.
     """
     found = [(int(match[1]), path) for path in run.glob(_ANY) if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found) if _readable(path / STATE_FILE)]
 
 
 def latest_checkpoint(run: Path) -> Path:
-    """The last complete checkpoint. Raises TrainingError where there is none."""
+    """Return the last complete checkpoint. Raises TrainingError if there is none."""
     found = checkpoints(run)
     if not found:
         raise TrainingError(
@@ -76,7 +76,7 @@ def save_trained(model: nn.Module, folder: Path) -> None:
 def load_trained(model: nn.Module, folder: Path) -> None:
     """Read back what `save_trained` wrote.
 
-    Raises TrainingError, with all differences, where the trainable parameters are not the very ones that were saved.
+    Raises TrainingError, with all differences, if the trainable parameters are not the very ones that were saved.
     """
     try:
         saved = load_file(folder / TRAINED_FILE)
@@ -105,7 +105,7 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
-    """The counters of `veneer.SFTTrainer` in a checkpoint; empty for one that another trainer wrote."""
+    """Return the counters of `veneer.SFTTrainer` in a checkpoint; empty for one that another trainer wrote."""
     path = folder / PROGRESS_FILE
     return json.loads(path.read_text()) if path.exists() else {}
 

@@ -1,4 +1,4 @@
-"""The settings of a training run: TRL's, checked together."""
+"""Settings of a training run: TRL's, checked together."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ else:
 
 @dataclass
 class RunSettings(_Arguments):  # type: ignore[misc]
-    """The settings that every trainer of veneer has beside TRL's, and the checks of all that does not go together.
+    """Settings that every trainer of veneer has beside TRL's, and the checks of all that does not go together.
 
     ``fused``: "auto" trains on veneer's kernels where the model fits them (`model.fused`), "off" never.
     ``gradient_checkpointing``: False, True, or "selective" (`model.checkpointing`; TRL's way to say it, the key

@@ -1,4 +1,4 @@
-"""The facts of a run before it begins, as ``run.json`` holds them."""
+"""Facts of a run before it begins, as ``run.json`` holds them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from veneer.train.show.report import environment
 
 
 def describe_run(recipe: Recipe, trainer: RunTrainer) -> dict[str, Any]:
-    """The facts of a run before it begins."""
+    """Return the facts of a run before it begins."""
     config = recipe.adapter_config()
     return {
         "format": 1,

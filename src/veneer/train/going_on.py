@@ -1,4 +1,4 @@
-"""A run that goes on: what has changed since it was begun, and whether that is allowed."""
+"""Run that goes on: what has changed since it was begun, and whether that is allowed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from veneer.train.record import RUN_FILE
 
 @dataclass(frozen=True, slots=True)
 class GoingOn:
-    """A resumed run: what it wrote down, which settings have changed since, and whether they may."""
+    """Resumed run: what it wrote down, which settings have changed since, and whether they may."""
 
     before: Mapping[str, Any] | None = None
     changes: Sequence[Change] = ()
@@ -34,7 +34,7 @@ class GoingOn:
 
 
 def changes_since(before: Mapping[str, Any], recipe: Recipe, allow: bool) -> list[Change]:
-    """The settings that are others than a record's. Raises ConfigError with all of them where they may not be."""
+    """Return the settings that are others than a record's. Raises ConfigError with all of them if they may not be."""
     path = Path(recipe.output) / RUN_FILE
     try:
         found = changes(Recipe.model_validate(before["recipe"]), recipe, before.get("places"))
@@ -55,7 +55,7 @@ def changes_since(before: Mapping[str, Any], recipe: Recipe, allow: bool) -> lis
 
 
 def parent_of(recipe: Recipe) -> dict[str, str] | None:
-    """The saved adapter that a run trains on: the name that the recipe gives, and a hash of its values."""
+    """Return the saved adapter that a run trains on: the name that the recipe gives, and a hash of its values."""
     if FROM not in recipe.adapter:
         return None
     folder = adapter_folder(recipe.adapter[FROM])
@@ -68,7 +68,7 @@ def is_complete(before: Mapping[str, Any], recipe: Recipe) -> bool:
 
 
 def with_data(going_on: GoingOn, record: Mapping[str, Any]) -> GoingOn:
-    """The same with changed rows among the changes. Raises ConfigError with them where they may not change."""
+    """Return the same with changed rows among the changes. Raises ConfigError with them if they may not change."""
     old, new = (going_on.before or {}).get("data"), record["data"]
     if old is None:
         return going_on
@@ -95,7 +95,7 @@ def _other_files(before: Mapping[str, Any], recipe: Recipe) -> list[Change]:
 
 
 def files_of(part: DataPart) -> dict[str, str]:
-    """The sources that are files, with a hash of what they hold."""
+    """Return the sources that are files, with a hash of what they hold."""
     found = {key: Path(name) for key, name in part.sources.items() if Path(name).is_file()}
     return {key: f"a file with the hash {_hash_of(path)}" for key, path in found.items()}
 

@@ -1,4 +1,4 @@
-"""The gradients of processes that train together: their mean, summed in an order that a resumed run has too."""
+"""Gradients of processes that train together: their mean, summed in an order that a resumed run has too."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from veneer.train.processes import n_processes
 
 
 def require_special_tokens(tokenizer: PreTrainedTokenizerBase, args: RunSettings) -> None:
-    """Raise ConfigError where a token that ``args`` name is not in the vocabulary, or nothing can pad."""
+    """Raise ConfigError if a token that ``args`` name is not in the vocabulary, or nothing can pad."""
     named = {key: getattr(args, key, None) for key in ("eos_token", "pad_token")}
     unknown = [f"{key}={token!r}" for key, token in named.items() if token and token not in tokenizer.get_vocab()]
     if unknown:
@@ -35,7 +35,7 @@ def require_special_tokens(tokenizer: PreTrainedTokenizerBase, args: RunSettings
 
 
 def require_free_groups(args: RunSettings, optimizers: tuple[Any, Any]) -> None:
-    """Raise ConfigError where LoRA+ is to group the parameters of an optimizer that is made already."""
+    """Raise ConfigError if LoRA+ is to group the parameters of an optimizer that is made already."""
     if args.lora_plus is not None and optimizers[0] is not None:
         raise ConfigError(
             f"lora_plus={args.lora_plus} groups the parameters of an optimizer that the trainer makes, and optimizers "
@@ -44,7 +44,7 @@ def require_free_groups(args: RunSettings, optimizers: tuple[Any, Any]) -> None:
 
 
 def require_whole_models(trainer: Trainer) -> None:
-    """Raise ConfigError where several processes split the model: each trains, and writes, a whole one."""
+    """Raise ConfigError if several processes split the model: each trains, and writes, a whole one."""
     if n_processes() > 1 and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise ConfigError(
             "several processes train with a whole model each (torchrun without more settings); checkpoints of models "
@@ -71,7 +71,7 @@ class FiniteGradients(TrainerCallback):  # type: ignore[misc]
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
     ) -> None:
-        """Raise DivergedError where a gradient is not finite."""
+        """Raise DivergedError if a gradient is not finite."""
         model: nn.Module = context["model"]
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         # The largest magnitude, which NaN and infinity alone can make infinite; gradients may lie on several devices.

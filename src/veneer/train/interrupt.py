@@ -23,7 +23,7 @@ _SHOW_CURSOR = b"\x1b[?25h"
 
 
 class Stop:
-    """A wish to stop, told by signals: the first stops the run where it can be continued from, the second at once.
+    """Wish to stop, told by signals: the first stops the run where it can be continued from, the second at once.
 
     ``signal``: the first that came, if any. Outside of `deferred` blocks it raises Interrupted right away.
     """
@@ -44,7 +44,7 @@ class Stop:
             self._waits -= 1
 
     def hear(self, number: int, frame: FrameType | None = None) -> None:
-        """The handler of a signal."""
+        """Return the handler of a signal."""
         if os.getpid() != self._process:  # a worker that was forked from the run
             os._exit(128 + number)
         if self.signal is not None:
@@ -60,7 +60,7 @@ class Stop:
             os.write(2, f"\n{name}: the run stops after this step, with a checkpoint; once more ends it now\n".encode())
 
     def check(self) -> None:
-        """Raise Interrupted where a signal has come."""
+        """Raise Interrupted if a signal has come."""
         if self.signal is not None:
             raise Interrupted(self.signal)
 

@@ -33,7 +33,7 @@ SHARE = 0.9  # the paper's d90: nine tenths of what training all weights reaches
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """The training of each point: Adam, ``steps`` batches in turn, a rate that falls linearly to zero."""
+    """Training of each point: Adam, ``steps`` batches in turn, a rate that falls linearly to zero."""
 
     steps: int = 100
     learning_rate: float = 1e-3
@@ -72,7 +72,7 @@ class Curve:
 
     @property
     def d90(self) -> int | None:
-        """The smallest d that reaches nine tenths of the full score; None where none of them does."""
+        """Smallest d that reaches nine tenths of the full score; None if none of them does."""
         return min((d for d, score in self.scores.items() if score >= SHARE * self.full), default=None)
 
 
@@ -179,12 +179,12 @@ def _weights_in(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[Non
 
 
 def draw_curve(curve: Curve, path: Path) -> None:
-    """The scores over d as a PNG, with the line that d90 has to reach."""
+    """Return the scores over d as a PNG, with the line that d90 has to reach."""
     curve_figure(curve).savefig(path)
 
 
 def curve_figure(curve: Curve) -> Figure:
-    """The picture of `draw_curve`."""
+    """Return the picture of `draw_curve`."""
     figure = Figure(figsize=(7, 4.6), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

@@ -1,4 +1,4 @@
-"""The loss of next-token prediction over the trained tokens of a batch, and the counts of them."""
+"""Loss of next-token prediction over the trained tokens of a batch, and the counts of them."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class TokenLoss:
 def token_loss(
     model: nn.Module, inputs: dict[str, Any], *, label_smoothing: float = 0.0, weigh_by_probability: bool = False
 ) -> TokenLoss:
-    """The summed cross-entropy in float32 of ``inputs["labels"]``, shifted by one.
+    """Return the summed cross-entropy in float32 of ``inputs["labels"]``, shifted by one.
 
-    Only hidden states that predict a trained token go through the output head, where the model can be told so.
+    Only hidden states that predict a trained token go through the output head, if the model can be told so.
     ``weigh_by_probability`` is dynamic fine-tuning: each token's loss times its own probability, held constant
     (Wu et al. 2025, arXiv:2508.05629, eq. 9).
     """
@@ -49,7 +49,7 @@ def token_loss(
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
-    """The scoring of tokens; the two settings are those of `token_loss`."""
+    """Scoring of tokens; the two settings are those of `token_loss`."""
 
     label_smoothing: float = 0.0
     weigh_by_probability: bool = False
@@ -57,7 +57,7 @@ class Scoring:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """The share of one member in a mixed batch: its rows, their first ``width`` columns, and its scoring."""
+    """Share of one member in a mixed batch: its rows, their first ``width`` columns, and its scoring."""
 
     rows: slice
     width: int
@@ -81,7 +81,7 @@ def token_losses(model: nn.Module, inputs: dict[str, Any], shares: Sequence[Shar
 
 
 def kept_logits(model: nn.Module, inputs: dict[str, Any], kept: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The logits (b, kept, v) of these positions, and the loss of a router."""
+    """Return the logits (b, kept, v) of these positions, and the loss of a router."""
     inputs = {key: value for key, value in inputs.items() if key != "labels"}
     if _keeps_logits(cast(Hashable, type(model_of(model)))):
         out = model(**inputs, logits_to_keep=kept, use_cache=False)
@@ -135,15 +135,15 @@ def hidden_states(model: nn.Module, head: Head, inputs: dict[str, Any]) -> tuple
 
 
 def head_of_fused(model: nn.Module) -> Head | None:
-    """The head of a fused model, alone or in the wrapper that joins the gradients of processes; no other wrapper's
-    forward pass runs the very modules that it holds.
+    """Return the head of a fused model, alone or in the wrapper that joins the gradients of processes; no other
+    wrapper's forward pass runs the very modules that it holds.
     """
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     return fused_head(inner) if model_of(inner) is inner else None
 
 
 def model_of(model: nn.Module) -> nn.Module:
-    """The model inside data-parallel and compile wrappers."""
+    """Return the model inside data-parallel and compile wrappers."""
     while True:
         inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
         if not isinstance(inner, nn.Module):

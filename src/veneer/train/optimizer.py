@@ -57,7 +57,7 @@ _BITSANDBYTES = ("paged_", "lion_8bit", "lion_32bit", "ademamix", "rmsprop_bnb")
 
 
 def choose_optimizer(args: TrainingArguments, model: nn.Module | None) -> Choice:
-    """The class and the arguments of the optimizer that ``args.optim`` names.
+    """Return the class and the arguments of the optimizer that ``args.optim`` names.
 
     Raises ConfigError for a name that needs a package which is not installed.
     """
@@ -73,7 +73,7 @@ def choose_optimizer(args: TrainingArguments, model: nn.Module | None) -> Choice
 
 
 def lora_plus_optimizer(args: TrainingArguments, model: nn.Module, ratio: float, choice: Choice) -> Any:
-    """The chosen optimizer over LoRA+'s groups. Raises ConfigError where it brings groups of its own."""
+    """Return the chosen optimizer over LoRA+'s groups. Raises ConfigError if it brings groups of its own."""
     optimizer, settings = choice
     if {"params", "model", "optimizer_dict"} & settings.keys():
         raise ConfigError(
@@ -91,7 +91,7 @@ def galore_groups(args: TrainingArguments, model: nn.Module) -> list[dict[str, A
     """Trained matrices of the layers that GaLore projects, other matrices, and vectors, which do not decay.
 
     ``args.optim_target_modules`` chooses layers as in transformers (parts of their paths, or regular expressions);
-    None and "all-linear" are all linear layers but the output head. Raises ConfigError where it chooses none.
+    None and "all-linear" are all linear layers but the output head. Raises ConfigError if it chooses none.
     """
     wanted, linear = args.optim_target_modules, module_index(model).all_linear
     if wanted not in (None, "all-linear"):
@@ -132,7 +132,7 @@ def require_known(optim: Any) -> None:
 
 
 def optimizer_problems(args: TrainingArguments) -> list[str]:
-    """The problems of the arguments with the optimizer that they name."""
+    """Return the problems of the arguments with the optimizer that they name."""
     name, found = optim_name(args.optim), list[str]()
     if "galore" in name and name in FACTORIES:
         try:

@@ -1,4 +1,4 @@
-"""The outcome of a recipe's run: what it saved, with the rows and the tokenizer that it was trained with."""
+"""Outcome of a recipe's run: what it saved, with the rows and the tokenizer that it was trained with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder of a run: who may write into it, and what the run saves there."""
+"""Folder of a run: who may write into it, and what the run saves there."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def taken_back(output: Path, made: bool) -> Iterator[None]:
 
 
 def require_free(recipe: Recipe, resume: bool) -> None:
-    """As `require_fresh` for a recipe's output; data files that are not there are told in the same error."""
+    """As `require_fresh` for a recipe's output; data files that are not there are reported in the same error."""
     try:
         require_fresh(Path(recipe.output), resume)
     except ConfigError as error:
@@ -48,7 +48,7 @@ def require_data_files(part: DataPart) -> None:
 
 
 def require_fresh(output: Path, resume: bool) -> None:
-    """Make the folder. Raises ConfigError where a process trains in it, where a new run would be mixed up with one that
+    """Make the folder. Raises ConfigError where a process trains in it, if a new run would be mixed up with one that
     is there, or would write over what it saved, DiskError where it cannot be made.
     """
     try:
@@ -75,7 +75,7 @@ def require_fresh(output: Path, resume: bool) -> None:
 
 
 def require_begun(recipe: Recipe) -> None:
-    """Raise TrainingError where no run can go on: none is finished in the recipe's output, and there is no checkpoint;
+    """Raise TrainingError if no run can go on: none is finished in the recipe's output, and there is no checkpoint;
     DataError where files of the rows that it is to go on with are not there.
     """
     record = record_of(Path(recipe.output))

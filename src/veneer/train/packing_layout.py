@@ -1,4 +1,4 @@
-"""The layout of packed rows that a model computes exactly, found out by a trial."""
+"""Layout of packed rows that a model computes exactly, found out by a trial."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ FIRST, SECOND = 5, 6
 
 
 def packing_layout(model: nn.Module) -> Layout:
-    """The layout in which packed rows give this model exactly the logits of the sequences on their own.
+    """Return the layout in which packed rows give this model exactly the logits of the sequences on their own.
 
     Flash attention kernels take one row with restarting positions. Elsewhere the model is asked: two short sequences
-    run packed and apart. Where its family ignores restarting positions (learned positions computed from the mask,
+    run packed and apart. If its family ignores restarting positions (learned positions computed from the mask,
     ALiBi, recurrent layers, virtual tokens), rows are unpacked before the forward pass: as exact, without the gain.
     """
     implementation = getattr(model.config, "_attn_implementation", None)

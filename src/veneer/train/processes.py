@@ -1,4 +1,4 @@
-"""The processes of one run: the main one decides and writes, the others wait for it."""
+"""Processes of one run: the main one decides and writes, the others wait for it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _WORD = "veneer/ended"  # in the store that the processes share
 
 
 def n_processes() -> int:
-    """The number of processes that train together."""
+    """Return the number of processes that train together."""
     return distributed.get_world_size() if _together() else 1
 
 
@@ -38,7 +38,7 @@ def part() -> None:
 def together() -> Iterator[None]:
     """Around what processes do together: where one has ended, the others raise TrainingError.
 
-    That of the main process, which alone prints, says why the other ended, where that one could leave word; a signal
+    That of the main process, which alone prints, says why the other ended, if that one could leave word; a signal
     that ended it is raised as Interrupted.
     """
     try:
@@ -89,7 +89,7 @@ def _store() -> Any:
 
 
 def by_main(act: Callable[[], T]) -> T:
-    """The result of ``act`` in the main process, given to all of them; the others wait.
+    """Return the result of ``act`` in the main process, given to all of them; the others wait.
 
     What it raises there is raised in all: a VeneerError as it is, anything else as a TrainingError in the others.
     """
@@ -111,7 +111,7 @@ def by_main(act: Callable[[], T]) -> T:
 
 
 def summed(values: Sequence[float], device: torch.device) -> list[float]:
-    """The sums of numbers over the processes."""
+    """Return the sums of numbers over the processes."""
     if n_processes() == 1:
         return list(values)
     found = torch.tensor(values, dtype=torch.float64, device=device)
@@ -125,7 +125,7 @@ def summed_in_place(values: torch.Tensor) -> None:
 
 
 def largest(value: int, device: torch.device) -> int:
-    """The largest of the processes' numbers."""
+    """Return the largest of the processes' numbers."""
     if n_processes() == 1:
         return value
     found = torch.tensor(value, device=device)
@@ -134,7 +134,7 @@ def largest(value: int, device: torch.device) -> int:
 
 
 def gathered(value: T) -> list[T]:
-    """The values of all processes in their order, in the main one; elsewhere nothing."""
+    """Return the values of all processes in their order, in the main one; elsewhere nothing."""
     if n_processes() == 1:
         return [value]
     found: list[Any] | None = [None] * n_processes() if is_main() else None

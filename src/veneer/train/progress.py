@@ -1,4 +1,4 @@
-"""The counters of a run; every checkpoint holds them, so that a resumed run logs the same numbers."""
+"""Counters of a run; every checkpoint holds them, so that a resumed run logs the same numbers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Progress:
         self.window_right += n_right
 
     def close_window(self, step: int) -> dict[str, float]:
-        """The values of a log line, and the start of the next window."""
+        """Return the values of a log line, and the start of the next window."""
         steps = max(step - self.window_from_step, 1)
         values = {"loss": self.window_loss / steps}
         if self.n_tokens:
@@ -44,5 +44,5 @@ class Progress:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Progress:
-        """From a checkpoint; what it does not hold starts at zero."""
+        """From a checkpoint; its action not hold starts at zero."""
         return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})

@@ -23,7 +23,9 @@ Life = Literal["over", "runs", "gone", "elsewhere"]
 
 
 def record_of(output: Path) -> dict[str, Any] | None:
-    """The record of the run in an output folder; None where there is none. Raises FormatError for what is no record."""
+    """Return the record of the run in an output folder; None if there is none. Raises FormatError for what
+    is no record.
+    """
     path = output / RUN_FILE
     if not path.exists():
         return None
@@ -43,7 +45,7 @@ def this_process() -> dict[str, Any]:
 
 
 def life_of(record: Mapping[str, Any]) -> Life:
-    """The life of a run: over, running, or gone without a word (killed, or the machine went down).
+    """Return the life of a run: over, running, or gone without a word (killed, or the machine went down).
 
     ``elsewhere``: it says that it is running, on another machine or without its process, and cannot be asked from here.
     """
@@ -62,7 +64,7 @@ def life_of(record: Mapping[str, Any]) -> Life:
 
 
 def require_over(record: Mapping[str, Any], output: Path) -> None:
-    """Raise ConfigError where a process is training in this output right now."""
+    """Raise ConfigError if a process is training in this output right now."""
     if life_of(record) == "runs":
         raise ConfigError(
             f"process {record['process']['pid']} is training in {output} right now: wait for it, end it "
@@ -71,7 +73,7 @@ def require_over(record: Mapping[str, Any], output: Path) -> None:
 
 
 def told_life(record: Mapping[str, Any]) -> str:
-    """The state of a run in a few words: its status, and for a ``running`` whether that is still so."""
+    """Return the state of a run in a few words: its status, and for a ``running`` whether that is still so."""
     process = record.get("process") or {}
     where = f"process {process.get('pid')} on {process.get('host')}" if process else "a process that it does not name"
     return {
@@ -83,7 +85,7 @@ def told_life(record: Mapping[str, Any]) -> str:
 
 
 class Written:
-    """The record of a run in its ``run.json``, which the main process alone writes.
+    """Record of a run in its ``run.json``, which the main process alone writes.
 
     ``changed``: for a run that goes on, what has changed at which step, given the one that it goes on from.
     """
@@ -102,12 +104,12 @@ class Written:
         self._write({**self.record, "status": "running"})
 
     def finish(self, results: Mapping[str, Any]) -> None:
-        """The run is over as it should be."""
+        """Return the run is over as it should be."""
         self.record |= results
         self._write(self.record)
 
     def end(self, how: Mapping[str, Any]) -> None:
-        """The run has broken off; one that never began says nothing."""
+        """Return the run has broken off; one that never began says nothing."""
         if self._begun:
             with suppress(DiskError):  # where the disk is full, the error that says so is the one to tell
                 self._write({**self.record, **how})

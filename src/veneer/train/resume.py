@@ -1,4 +1,4 @@
-"""The part of the trainer that writes checkpoints and continues from them bit for bit."""
+"""Part of the trainer that writes checkpoints and continues from them bit for bit."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class EpochEnds(TrainerCallback):  # type: ignore[misc]
 
 
 class ResumableTrainer(Trainer):  # type: ignore[misc]
-    """The part in front of a trainer whose checkpoints are whole or absent, and hold all that the next step depends on.
+    """Part in front of a trainer whose checkpoints are whole or absent, and hold all that the next step depends on.
 
     For an adapted model a checkpoint is the adapter, every trained parameter in its own precision, the optimizer, the
     schedule, the random states and the counters: no weight of the base.
@@ -68,7 +68,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
     other_settings: bool = False  # whether it was trained with other settings, which count from here on
 
     def resolve_resume(self, resume: str | bool | None) -> str | None:
-        """The checkpoint to resume from: the latest for True. Raises TrainingError where none fits this run."""
+        """Return the checkpoint to resume from: the latest for True. Raises TrainingError if none fits this run."""
         run = Path(self.args.output_dir)
         if not resume:
             by_main(lambda: drop_partial(run))
@@ -91,7 +91,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         return str(folder)
 
     def counters(self) -> dict[str, Any]:
-        """The counters of a checkpoint beside the losses of `Progress`, as JSON."""
+        """Return the counters of a checkpoint beside the losses of `Progress`, as JSON."""
         return {}
 
     def restore_counters(self, counted: dict[str, Any], folder: Path) -> None:
@@ -262,7 +262,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
-    """A block that may draw random numbers without moving those that come after it."""
+    """Return a block that may draw random numbers without moving those that come after it."""
     states = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):

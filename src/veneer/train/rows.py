@@ -1,4 +1,4 @@
-"""The rows that a recipe trains on and holds out."""
+"""Rows that a recipe trains on and holds out."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _SHUFFLED = 10_000  # streamed rows that are held to draw from
 
 @dataclass(frozen=True)
 class Rows:
-    """Training rows, and held-out rows where there are any."""
+    """Training rows, and held-out rows if there are any."""
 
     train: Dataset | IterableDataset
     eval: Dataset | None
 
 
 def read_data(part: DataPart, seed: int, reader: RowReader | PreferenceReader | None = None) -> Rows:
-    """The rows that a recipe names. Raises DataError and ConfigError as `load_rows` and `split_off` do."""
+    """Return the rows that a recipe names. Raises DataError and ConfigError as `load_rows` and `split_off` do."""
     if reader is not None:
         train = load_rows(part.train, reader, part.limit)
     else:
@@ -53,7 +53,9 @@ class _Only(NamedTuple):
 
 
 def answers_only(part: DataPart, kind: Kind) -> _Only:
-    """The meaning of ``data.train_on`` for rows of a kind. Raises ConfigError if it is given and finds no answers."""
+    """Return the meaning of ``data.train_on`` for rows of a kind. Raises ConfigError if it is given and
+    finds no answers.
+    """
     if part.train_on == "answers" and kind == "text":
         if "train_on" in part.model_fields_set:
             raise ConfigError(
@@ -66,6 +68,6 @@ def answers_only(part: DataPart, kind: Kind) -> _Only:
 
 
 def preference_reader(recipe: Recipe) -> PreferenceReader:
-    """The reader of the rows of a task that is not supervised fine-tuning."""
+    """Return the reader of the rows of a task that is not supervised fine-tuning."""
     data = recipe.data
     return PreferenceReader(task=cast(Any, recipe.task), prompt=data.prompt, chat=data.chat, system=data.system)

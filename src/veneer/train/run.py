@@ -1,4 +1,4 @@
-"""A recipe carried out: load, read, train, evaluate, save, and write down what happened."""
+"""Recipe carried out: load, read, train, evaluate, save, and write down what happened."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run_recipe(
 
     Writes into the recipe's output: ``adapter/`` (``model/`` for a model trained whole), ``run.json``, ``loss.png``,
     checkpoints and TensorBoard's files. Raises the errors of its parts; ConfigError also where the output holds a run
-    already and ``resume`` is false, where a process trains in it, and where a run would go on with other settings or
+    already and ``resume`` is false, if a process trains in it, and where a run would go on with other settings or
     data than it was begun with (``allow_changes`` takes them, and writes down what changed at which step); DiskError
     where it cannot be made. A resume that is refused leaves the run as it was, and one of a run that is finished
     changes nothing. SIGTERM and SIGINT end the step in progress and write a checkpoint: Interrupted.

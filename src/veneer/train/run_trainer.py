@@ -1,4 +1,4 @@
-"""The shared part of all trainers: fused path, optimizers, checks of each step, what surrounds a run."""
+"""Shared part of all trainers: fused path, optimizers, checks of each step, what surrounds a run."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from veneer.train.undone import model_kept, settings_kept, unwrap_forward
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The settings, the adapted model and the tokenizer that a trainer is made with."""
+    """Settings, the adapted model and the tokenizer that a trainer is made with."""
 
     args: Any
     model: PreTrainedModel
@@ -49,7 +49,7 @@ class Ready:
 
 
 class RunTrainer(ResumableTrainer):
-    """The part in front of TRL's trainers that `veneer.SFTTrainer` and those of preferences and rewards have in common.
+    """Part in front of TRL's trainers that `veneer.SFTTrainer` and those of preferences and rewards have in common.
 
     A subclass names it before TRL's class, calls `made_ready`, builds TRL's trainer inside `building`, and ends its
     ``__init__`` with `surround`.
@@ -69,7 +69,7 @@ class RunTrainer(ResumableTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         kind: Kind = "causal",
     ) -> Ready:
-        """The settings (a copy), the model with a fresh adapter where a config is given, and the tokenizer.
+        """Return the settings (a copy), the model with a fresh adapter where a config is given, and the tokenizer.
 
         Raises ConfigError for what does not go together.
         """
@@ -96,7 +96,7 @@ class RunTrainer(ResumableTrainer):
     def surround(self) -> None:
         """Make what acts around the steps: offload of activations, the display, adapters' schedules and callbacks.
 
-        Raises ConfigError where several processes split the model.
+        Raises ConfigError if several processes split the model.
         """
         require_whole_models(self)
         self._offload = self._offloading()
@@ -107,7 +107,7 @@ class RunTrainer(ResumableTrainer):
 
     @property
     def n_tokens_read(self) -> int:
-        """The tokens of the training so far, all but padding."""
+        """Tokens of the training so far, all but padding."""
         return self.progress.n_tokens
 
     def _offloading(self) -> ActivationOffload | None:
@@ -123,13 +123,13 @@ class RunTrainer(ResumableTrainer):
         return describe_trained(self.model)
 
     def describe_rows(self, rows: Dataset) -> dict[str, Any]:
-        """The rows of a data set in numbers, and a hash of them, for ``run.json``."""
+        """Return the rows of a data set in numbers, and a hash of them, for ``run.json``."""
         raise NotImplementedError
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> TrainOutput:
         """Train to the end, from the start or from a checkpoint (True: the latest complete one).
 
-        Raises TrainingError where nothing is trainable, where the loss or a gradient is not finite, or where the
+        Raises TrainingError if nothing is trainable, if the loss or a gradient is not finite, or if the
         checkpoint is not one of this run.
         """
         require_trainable(self.model)
@@ -163,7 +163,7 @@ class RunTrainer(ResumableTrainer):
         return loss
 
     def with_penalty(self, loss: torch.Tensor, *, shared: bool) -> torch.Tensor:
-        """The loss of a micro-batch with what the acting adapters add to it in training.
+        """Return the loss of a micro-batch with what the acting adapters add to it in training.
 
         ``shared``: it is this micro-batch's part of the step's loss already, so the penalty is divided likewise.
         """
@@ -200,7 +200,7 @@ class RunTrainer(ResumableTrainer):
         super().log(logs, start_time)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
-        """The optimizer, over LoRA+'s groups where ``lora_plus`` is set."""
+        """Return the optimizer, over LoRA+'s groups where ``lora_plus`` is set."""
         if self.optimizer is None and self.args.lora_plus is not None:
             trained = self.model if model is None else model
             choice = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, trained)
@@ -209,7 +209,7 @@ class RunTrainer(ResumableTrainer):
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None = None) -> Choice:
-        """The optimizer that ``args.optim`` names, from `train.optimizer`."""
+        """Return the optimizer that ``args.optim`` names, from `train.optimizer`."""
         return choose_optimizer(args, model)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
@@ -225,11 +225,11 @@ class RunTrainer(ResumableTrainer):
         return order
 
     def lengths_of(self, rows: Dataset) -> list[int]:
-        """The tokens of each row, by which rows of like length come together."""
+        """Return the tokens of each row, by which rows of like length come together."""
         return [len(ids) for ids in rows["input_ids"]]
 
     def fusing(self) -> AbstractContextManager[object]:
-        """A block in which the model runs fused, where it can and ``fused`` allows it."""
+        """Return a block in which the model runs fused, if it can and ``fused`` allows it."""
         return fused(self.model) if self.args.fused == "auto" else nullcontext()
 
     def _unwrap_forward(self) -> None:

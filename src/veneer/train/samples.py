@@ -24,7 +24,9 @@ _READING = {"prompt", "completion", "chat", "system"}
 
 
 def samples_of(recipe: Recipe) -> tuple[dict[str, Sample], PreTrainedTokenizerBase]:
-    """The first training row of every source by its name, or its parts by theirs, and the tokenizer that reads them."""
+    """Return the first training row of every source by its name, or its parts by theirs, and the tokenizer
+    that reads them.
+    """
     tokenizer = with_template(load_tokenizer(recipe.model.source), recipe.data.chat_template)
     return (_by_source(recipe, tokenizer) if recipe.task == "sft" else _by_part(recipe, tokenizer)), tokenizer
 

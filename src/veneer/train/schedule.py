@@ -1,4 +1,4 @@
-"""The callback that lets methods act after each optimizer step: AdaLoRA's budget in any Trainer."""
+"""Callback that lets methods act after each optimizer step: AdaLoRA's budget in any Trainer."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class AdapterSchedule(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Make the schedules for a run of this length, or those of the checkpoint.
 
-        Raises TrainingError where a run goes on whose scores are nowhere.
+        Raises TrainingError if a run goes on whose scores are nowhere.
         """
         model: nn.Module = context["model"]
         if isinstance(model, PeftModel):
@@ -69,7 +69,7 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 def save_schedules(model: PeftModel, folder: Path) -> None:
-    """Write the state of the schedules, where there are any."""
+    """Write the state of the schedules, if there are any."""
     found = schedules.tensors(model.adapter_state)
     if found:
         write_atomically(folder / SCHEDULE_FILE, tensors_to_bytes(found))

@@ -1,4 +1,4 @@
-"""A task's metric on held-out rows during training: the share of right answers of the model as it stands."""
+"""Task's metric on held-out rows during training: the share of right answers of the model as it stands."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class TaskMetric:
-    """The questions of a metric, read once."""
+    """Questions of a metric, read once."""
 
     part: MetricPart
     tokenizer: Any

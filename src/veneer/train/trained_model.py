@@ -1,4 +1,4 @@
-"""The model that a trainer trains: loaded where it is named, adapted where a config is given."""
+"""Model that a trainer trains: loaded where it is named, adapted where a config is given."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Kind = Literal["causal", "reward"]
 def loaded(
     model: str | PreTrainedModel, args: RunSettings, quantization_config: Any, kind: Kind = "causal"
 ) -> PreTrainedModel:
-    """The model, by ``args.model_init_kwargs`` where it is a name; those are then used up.
+    """Return the model, by ``args.model_init_kwargs`` where it is a name; those are then used up.
 
-    Raises ConfigError where settings of loading come with a model that is loaded already.
+    Raises ConfigError if settings of loading come with a model that is loaded already.
     """
     if not isinstance(model, str):
         if quantization_config is not None or args.model_init_kwargs:
@@ -40,7 +40,8 @@ def loaded(
 
 
 def adapted(model: PreTrainedModel, peft_config: MethodConfig | None) -> PreTrainedModel:
-    """The model with a fresh adapter of ``peft_config``; without one, as it is. Its experts run as their widths allow.
+    """Return the model with a fresh adapter of ``peft_config``; without one, as it is. Its experts run as their widths
+    allow.
 
     Raises ConfigError for a config of another library, and for a model that has an adapter already.
     """

@@ -42,7 +42,7 @@ class SFTTrainer(RunTrainer, trl.SFTTrainer):  # type: ignore[misc]
     Packed sequences never see one another. Trained weights are float32. A resumed run repeats the run that was not
     interrupted, bit for bit. Nothing is reported to anybody.
 
-    Raises ConfigError, DataError or TrainingError where the run could not do what was asked.
+    Raises ConfigError, DataError or TrainingError if the run could not do what was asked.
     """
 
     task_metric: TaskMetric | None = None  # measured whenever the held-out loss is
@@ -116,7 +116,8 @@ class SFTTrainer(RunTrainer, trl.SFTTrainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The summed cross-entropy of a micro-batch over ``num_items_in_batch``, the trained tokens of the whole step.
+        """Return the summed cross-entropy of a micro-batch over ``num_items_in_batch``, the trained tokens of the whole
+        step.
 
         Without that number, over its own trained tokens.
         """
@@ -133,7 +134,7 @@ class SFTTrainer(RunTrainer, trl.SFTTrainer):  # type: ignore[misc]
             return loss, model(**{key: value for key, value in inputs.items() if key != "labels"}, use_cache=False)
 
     def token_loss(self, model: nn.Module, inputs: dict[str, Any]) -> TokenLoss:
-        """The loss of a micro-batch before it is normalized."""
+        """Return the loss of a micro-batch before it is normalized."""
         return token_loss(
             model,
             {**inputs, **({"output_router_logits": True} if self.aux_loss_enabled else {})},
@@ -177,7 +178,9 @@ class SFTTrainer(RunTrainer, trl.SFTTrainer):  # type: ignore[misc]
         return output
 
     def describe_rows(self, rows: Dataset | IterableDataset) -> dict[str, Any]:
-        """The rows of a data set in numbers, and a hash of them, for ``run.json``; of streamed ones, that they are."""
+        """Return the rows of a data set in numbers, and a hash of them, for ``run.json``; of streamed ones,
+        that they are.
+        """
         if isinstance(rows, IterableDataset):
             return {"streamed": True}
         return {

@@ -53,7 +53,7 @@ def _places(moment: Moment8bit, signed: bool) -> tuple[int, ...]:
 
 @cache
 def code_bins(signed: bool) -> Int32[Tensor, " bins"]:
-    """The table in which the kernel finds the nearest code without a search, by the upper 16 bits of a value.
+    """Return the table in which the kernel finds the nearest code without a search, by the upper 16 bits of a value.
 
     A bin that narrow holds at most one of the midpoints between codes. Its entry is ``threshold << 8 | code``: the
     code of its smallest magnitude, and how large the lower 16 bits may be before the next code is nearer.
@@ -78,7 +78,7 @@ def _bins_of(midpoints: Tensor, sign: int) -> Tensor:
 
 @cache
 def code_lines(signed: bool) -> Float32[Tensor, "112"]:
-    """The coefficients by which a kernel finds the nearest code without a table: csrc/adamw/adamw.h's CodeLines.
+    """Return the coefficients by which a kernel finds the nearest code without a table: csrc/adamw/adamw.h's CodeLines.
 
     Within a decade codes are equally far apart, so that the code is a linear function of the magnitude.
     """

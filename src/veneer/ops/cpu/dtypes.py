@@ -1,4 +1,4 @@
-"""The element types that the training kernels take."""
+"""Element types that the training kernels take."""
 
 from __future__ import annotations
 

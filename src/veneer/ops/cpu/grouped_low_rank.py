@@ -1,4 +1,4 @@
-"""The grouped low-rank product by csrc/grouped_low_rank, in float32 and bfloat16; else the reference computes it."""
+"""Grouped low-rank product by csrc/grouped_low_rank, in float32 and bfloat16; else the reference computes it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The C++ module `veneer._kernels`, bound to torch's threads on first use."""
+"""C++ module `veneer._kernels`, bound to torch's threads on first use."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def kernels() -> Any:
-    """The kernels; while a step is traced, what stands in for them."""
+    """Return the kernels; while a step is traced, what stands in for them."""
     module = _loaded()
     return silent_kernels(module) or module
 
@@ -37,7 +37,7 @@ def _loaded() -> ModuleType:
 
 @cache
 def thread_runtime() -> str:
-    """The file of the OpenMP runtime that torch and the kernels share; empty where there is none."""
+    """Return the file of the OpenMP runtime that torch and the kernels share; empty if there is none."""
     module = importlib.import_module("veneer._kernels")
     folder = Path(torch.__file__).parent / "lib"
     found = (module.share_threads(str(folder / name)) for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"))

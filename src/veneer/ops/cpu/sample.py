@@ -1,4 +1,4 @@
-"""The choice of tokens by csrc/sample, from float32 and bfloat16; the reference takes the others."""
+"""Choice of tokens by csrc/sample, from float32 and bfloat16; the reference takes the others."""
 
 from __future__ import annotations
 

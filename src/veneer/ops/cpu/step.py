@@ -1,4 +1,4 @@
-"""A decoder's program by csrc/step: instructions on packed weights that one call runs through.
+"""Decoder's program by csrc/step: instructions on packed weights that one call runs through.
 
 Instructions read and write registers, which have numbers; a pass says where each lies. The program keeps the tensors
 that it reads alive. One pass at a time.
@@ -28,7 +28,7 @@ from veneer.ops.pairs import PackedPairs
 
 @dataclass(frozen=True, slots=True)
 class StepNorm:
-    """A norm's float32 weight, any offset added, and bias; ``subtracts_mean`` makes it a LayerNorm."""
+    """Norm's float32 weight, any offset added, and bias; ``subtracts_mean`` makes it a LayerNorm."""
 
     weight: Tensor
     bias: Tensor | None
@@ -37,7 +37,7 @@ class StepNorm:
 
 
 class StepLayer(NamedTuple):
-    """A layer of a product: its weight, its bias in the rows' dtype, and the register that it writes."""
+    """Layer of a product: its weight, its bias in the rows' dtype, and the register that it writes."""
 
     weight: PackedWeight | PackedCodes
     bias: Tensor | None
@@ -53,7 +53,7 @@ class StepHeads(NamedTuple):
 
 
 class StepTurns(NamedTuple):
-    """The rotation of heads: the number of its tables, the pairs that turn, and whether neighbours are a pair."""
+    """Rotation of heads: the number of its tables, the pairs that turn, and whether neighbours are a pair."""
 
     table: int
     half: int
@@ -75,7 +75,7 @@ class StepAttention:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerChange:
-    """The change that a version makes at one layer: scales and bias in float32, ``whole`` in the place of its weight, a
+    """Change that a version makes at one layer: scales and bias in float32, ``whole`` in the place of its weight, a
     pair that reads the scaled input. ``own_bias`` is the bias in the rows' dtype.
     """
 
@@ -139,8 +139,8 @@ class StepProgram:
         stream: int = -1,
         beside: int = -1,
     ) -> None:
-        """The outputs of layers that read ``source``; the one layer's is added to ``stream`` where that is given, and
-        changed on its way by bottlenecks, which read it or ``beside``.
+        """Return the outputs of layers that read ``source``; the one layer's is added to ``stream`` where that is
+        given, and changed on its way by bottlenecks, which read it or ``beside``.
 
         ``joined``: weight and bias of all layers, for outputs that lie side by side.
         """
@@ -154,8 +154,8 @@ class StepProgram:
         self.n_instructions += 1
 
     def add_head(self, norm: StepNorm | None, head: StepLayer, source: int, scale: float) -> None:
-        """The likeliest tokens behind the rows that are picked: ``scale``, which is positive, times the head's product
-        with ``norm(source)``.
+        """Return the likeliest tokens behind the rows that are picked: ``scale``, which is positive, times the head's
+        product with ``norm(source)``.
         """
         outputs = head.weight.shape[0] + -head.weight.shape[0] % BLOCK
         numbers = _layer(head, None)  # of its bias the step reads the rows' dtype alone
@@ -200,25 +200,27 @@ class StepProgram:
         self.n_instructions += 1
 
     def take(self, version: int, instruction: int, pairs: PackedPairs | None, changes: Sequence[LayerChange]) -> None:
-        """A version comes at a product: low-rank pairs of all layers at once; ``changes``: more at each, or empty."""
+        """Return a version comes at a product: low-rank pairs of all layers at once; ``changes``: more at
+        each, or empty.
+        """
         self._program.take(instruction, version, _pairs(pairs), [_change(change) for change in changes])
         self._of_versions[version].append((pairs, list(changes)))
 
     def take_bottleneck(self, version: int, instruction: int, pairs: PackedPairs, *, reads_output: bool) -> None:
-        """A version comes with a bottleneck, at a product that goes into the stream, or at `add_change`."""
+        """Return a version comes with a bottleneck, at a product that goes into the stream, or at `add_change`."""
         self._program.take_bottleneck(instruction, version, _pairs(pairs), reads_output)
         self._of_versions[version].append(pairs)
 
     def take_norm(self, version: int, instruction: int, norm: StepNorm) -> None:
-        """A version comes with a norm of its own, at a norm or the head."""
+        """Return a version comes with a norm of its own, at a norm or the head."""
         self._program.take_norm(instruction, version, _norm(norm))
 
     def seconds(self) -> list[float]:
-        """The seconds that each instruction has taken since they were asked for last."""
+        """Return the seconds that each instruction has taken since they were asked for last."""
         return list(self._program.seconds())
 
     def drop(self, version: int) -> None:
-        """A version goes."""
+        """Return a version goes."""
         self._program.drop(version)
         self._of_versions.pop(version, None)
 

@@ -1,1 +1,1 @@
-"""The op of `core.records.LinearDelta`: frozen linear layers and the records that act on them, forward and backward."""
+"""Op of `core.records.LinearDelta`: frozen linear layers and the records that act on them, forward and backward."""

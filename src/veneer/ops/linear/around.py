@@ -1,4 +1,4 @@
-"""The terms around the products: a map of the input, a map of the output, and a bias.
+"""Terms around the products: a map of the input, a map of the output, and a bias.
 
 Scales and biases are never rounded to the dtype of what they act on (`ops.scale`).
 """
@@ -19,7 +19,7 @@ from veneer.ops.scale import scale_columns, scale_columns_backward
 
 
 def mapped_input(x: Float[Tensor, "n i"], layer: LinearLayer, *, overwrite: bool = False) -> Float[Tensor, "n i"]:
-    """The input that the weight reads; x itself if no record maps it, and if x may be written over."""
+    """Return the input that the weight reads; x itself if no record maps it, and if x may be written over."""
     if not layer.maps_input:
         return x
     mapped = x if overwrite else torch.empty_like(x) if _reaches_all(layer, len(x)) else x.clone()
@@ -33,7 +33,7 @@ def mapped_input(x: Float[Tensor, "n i"], layer: LinearLayer, *, overwrite: bool
 
 
 def mapped_rows(x: Float[Tensor, "n i"], layer: LinearLayer, *, copies: bool = False) -> list[Tensor | None]:
-    """The rows of x in each of `LinearLayer.spans`; None if its record does not map them.
+    """Return the rows of x in each of `LinearLayer.spans`; None if its record does not map them.
 
     ``copies``: for who writes over x.
     """

@@ -1,4 +1,4 @@
-"""A frozen linear layer with the records that act on it, as `ops.linear.op` takes it."""
+"""Frozen linear layer with the records that act on it, as `ops.linear.op` takes it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NOTHING = LinearDelta()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearLayer:
-    """A frozen layer ``W (o, i)`` with its bias, and what adapters make of it.
+    """Frozen layer ``W (o, i)`` with its bias, and what adapters make of it.
 
     Without ``runs`` there is at most one record, which acts on all rows; with them, a row takes the record that its run
     names, or none. A row may be many tokens. ``masks`` are those of dropout in front of each record's A; without any
@@ -39,7 +39,7 @@ class LinearLayer:
 
     @property
     def record(self) -> LinearDelta:
-        """The record of all rows."""
+        """Record of all rows."""
         return self.records[0] if self.records else NOTHING
 
     @property
@@ -49,12 +49,12 @@ class LinearLayer:
 
     @property
     def goes_by_rows(self) -> bool:
-        """True where rows have records or masks of their own: their low-rank part is `ops.grouped_low_rank`."""
+        """True if rows have records or masks of their own: their low-rank part is `ops.grouped_low_rank`."""
         return self.runs is not None or bool(self.masks)
 
     @property
     def is_lowrank(self) -> bool:
-        """True where there is a low-rank part."""
+        """True if there is a low-rank part."""
         return any(record.rank for record in self.records)
 
     @property
@@ -63,13 +63,13 @@ class LinearLayer:
         return any(record.changes for record in self.records)
 
     def runs_of(self, n_rows: int) -> AdapterRuns:
-        """The runs of ``n_rows`` rows, tokens say, by the record that they take."""
+        """Return the runs of ``n_rows`` rows, tokens say, by the record that they take."""
         if self.runs is None:
             return AdapterRuns((Run(0, 0, n_rows),) if self.records else (), n_rows)
         return self.runs.times(n_rows // self.runs.n_rows)
 
     def spans(self, n_rows: int) -> Iterator[tuple[int, slice]]:
-        """The place of a record and the rows that it acts on, run by run."""
+        """Return the place of a record and the rows that it acts on, run by run."""
         return ((k, slice(start, stop)) for k, start, stop in self.runs_of(n_rows).runs)
 
 
@@ -79,7 +79,7 @@ def tensors_of(layers: Iterable[LinearLayer]) -> tuple[Tensor, ...]:
 
 
 def require_fit(x: Tensor, layers: Sequence[LinearLayer]) -> None:
-    """Raise ShapeError where layers do not fit x or their records."""
+    """Raise ShapeError if layers do not fit x or their records."""
     problems = [problem for index, layer in enumerate(layers) for problem in _problems(index, layer, x)]
     if problems or not layers:
         raise ShapeError(f"x has {x.shape[-1]} features: " + ("; ".join(problems) or "no layer was given"))

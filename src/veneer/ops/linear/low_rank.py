@@ -1,4 +1,4 @@
-"""The low-rank parts of layers that share their input: one record for all rows, or runs of rows with one each.
+"""Low-rank parts of layers that share their input: one record for all rows, or runs of rows with one each.
 
 ``core`` and ``b_scale`` are multiplied into B as B is rounded for the product: o r multiplications, where on the
 activations they would be n r and n o.
@@ -26,7 +26,7 @@ FactorGradients = dict[str, Tensor | None]
 
 @dataclass(frozen=True, slots=True)
 class LowRankGradients:
-    """Gradients in A's input (None where not asked for), and of each layer in the tensors of each record's pair."""
+    """Gradients in A's input (None if not asked for), and of each layer in the tensors of each record's pair."""
 
     x: Tensor | None
     factors: list[list[FactorGradients]]
@@ -69,7 +69,9 @@ def low_rank_backward(
 
 
 def u_gradient(dzs: Sequence[tuple[Tensor, Tensor]], u: Tensor, layers: Sequence[LinearLayer]) -> Tensor:
-    """The gradient in ``A x`` of all layers, where one record acts on all rows; ``dzs`` as in `low_rank_backward`."""
+    """Return the gradient in ``A x`` of all layers, if one record acts on all rows; ``dzs`` as in
+    `low_rank_backward`.
+    """
     du = torch.empty_like(u)
     for layer, span, (_, read) in zip(layers, _spans(layers), dzs, strict=True):
         matmul(read, _scaled_b(layer, u.dtype), u.dtype, out=du[:, span])
@@ -77,7 +79,7 @@ def u_gradient(dzs: Sequence[tuple[Tensor, Tensor]], u: Tensor, layers: Sequence
 
 
 def x_gradient(du: Tensor, layers: Sequence[LinearLayer]) -> Float[Tensor, "n i"]:
-    """The gradient in x, from `u_gradient`."""
+    """Return the gradient in x, from `u_gradient`."""
     return matmul(du, _joined_a(layers, du.dtype), du.dtype)
 
 

@@ -1,4 +1,4 @@
-"""The record's formula on frozen layers, forward and backward: ``y = output(W x' + scale * b_scale * B (core * A
+"""Record's formula on frozen layers, forward and backward: ``y = output(W x' + scale * b_scale * B (core * A
 drop(x')) + Σ ΔW x') + bias`` with ``x' = input(x)``.
 
 The kernel side of `core.linear`, which is its specification. Layers that read the same x (q, k, v; gate and up) go
@@ -48,7 +48,7 @@ WHOLE = -1
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """The tensors that `backward` reads beside x: A-products, and each layer's product in front of a trained map."""
+    """Tensors that `backward` reads beside x: A-products, and each layer's product in front of a trained map."""
 
     us: tuple[Tensor, ...]
     products: tuple[Tensor | None, ...]
@@ -59,19 +59,19 @@ class Kept:
         return (*self.us, *self.products)
 
     def without_products(self) -> Kept:
-        """The same without the products, which are then made again."""
+        """Return the same without the products, which are then made again."""
         return Kept(self.us, (None,) * len(self.products))
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor | None], layers: Sequence[LinearLayer]) -> Kept:
-        """The inverse of `tensors`, for these layers."""
+        """Return the inverse of `tensors`, for these layers."""
         n_us = len(tensors) - len(layers)
         return cls(tuple(cast("Sequence[Tensor]", tensors[:n_us])), tuple(tensors[n_us:]))
 
 
 @dataclass(frozen=True, slots=True)
 class LinearGradients:
-    """Gradients of `forward`: in x (None where not asked for), and in the records as `tensors_of` lists them."""
+    """Gradients of `forward`: in x (None if not asked for), and in the records as `tensors_of` lists them."""
 
     x: Tensor | None
     records: tuple[Tensor | None, ...]
@@ -83,9 +83,9 @@ def linear(x: Float[Tensor, "*batch i"], layer: LinearLayer) -> Float[Tensor, "*
 
 
 def linears(x: Float[Tensor, "*batch i"], layers: Sequence[LinearLayer]) -> tuple[Float[Tensor, "*batch _"], ...]:
-    """The outputs of layers that share their input, under autograd.
+    """Return the outputs of layers that share their input, under autograd.
 
-    Raises ShapeError where a layer does not fit x.
+    Raises ShapeError if a layer does not fit x.
     """
     require_fit(x, layers)
     ys: tuple[Tensor, ...] = _Linears.apply(  # type: ignore[no-untyped-call]
@@ -97,7 +97,7 @@ def linears(x: Float[Tensor, "*batch i"], layers: Sequence[LinearLayer]) -> tupl
 def forward(
     x: Float[Tensor, "n i"], layers: Sequence[LinearLayer], *, owns_x: bool = False
 ) -> tuple[tuple[Float[Tensor, "n _"], ...], Kept]:
-    """The outputs, and what `backward` reads.
+    """Return the outputs, and what `backward` reads.
 
     ``owns_x`` allows x to be written over. A layer that maps it does so if no other reads x, and makes no copy.
     """
@@ -119,7 +119,7 @@ def forward(
 def outputs(
     kept_ys: Sequence[Tensor | None], kept: Kept, layers: Sequence[LinearLayer]
 ) -> tuple[Float[Tensor, "n _"], ...]:
-    """The outputs, of which only those were kept whose product was not."""
+    """Return the outputs, of which only those were kept whose product was not."""
     return tuple(
         cast(Tensor, y) if z is None else finished(z, layer)
         for y, z, layer in zip(kept_ys, kept.products, layers, strict=True)
@@ -184,8 +184,8 @@ def backward_before_input(
     layer: LinearLayer,
     make_input: Callable[[Float[Tensor, "n i"]], Float[Tensor, "n i"]],
 ) -> tuple[Tensor | None, ...]:
-    """The gradients in the records of one layer whose x was not kept: ``make_input`` is given the gradient in x, which
-    it may write over, and gives x. The pass that carries the gradient on often makes x too.
+    """Return the gradients in the records of one layer whose x was not kept: ``make_input`` is given the gradient in x,
+    which it may write over, and gives x. The pass that carries the gradient on often makes x too.
     """
     found = _Found([layer])
     dz = found.finish(0, dy, kept.products[0], False)

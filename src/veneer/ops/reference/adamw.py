@@ -26,7 +26,9 @@ def adam_direction(m: Tensor, v: Tensor, hyper: AdamWStep) -> Tensor:
 
 
 def adamw_update(param: Tensor, m: Tensor, v: Tensor, hyper: AdamWStep) -> Tensor:
-    """The parameter in float32 after decay and one step (Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2)."""
+    """Return the parameter in float32 after decay and one step (Loshchilov and Hutter 2019,
+    arXiv:1711.05101, algorithm 2).
+    """
     return param.float() * (1 - hyper.lr * hyper.weight_decay) - hyper.lr * adam_direction(m, v, hyper)
 
 

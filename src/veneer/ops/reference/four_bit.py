@@ -20,7 +20,7 @@ SMALLEST_ABSMAX = 1e-38
 
 @cache
 def thresholds(quant_type: str) -> tuple[Float32[Tensor, "15"], UInt8[Tensor, "16"]]:
-    """The midpoints between neighbouring table values, and the code of each interval between them."""
+    """Return the midpoints between neighbouring table values, and the code of each interval between them."""
     values = code_table(quant_type)
     order = torch.argsort(values)
     ranked = values[order]
@@ -49,7 +49,7 @@ def scaled_blocks(
 def quantize_4bit(
     flat: Float[Tensor, " n"], layout: FourBitLayout
 ) -> tuple[UInt8[Tensor, " bytes"], Float32[Tensor, " blocks"]]:
-    """The nearest code of each value; a value on a midpoint takes the lower table value."""
+    """Return the nearest code of each value; a value on a midpoint takes the lower table value."""
     scaled, absmax = scaled_blocks(flat, layout.block_size)
     scaled = torch.nn.functional.pad(scaled, (0, len(scaled) % 2))
     midpoints, codes = thresholds(layout.quant_type)

@@ -19,7 +19,9 @@ AFFINE = ("Q4_1", "Q5_1", "Q4_K", "Q5_K")
 def quantize(
     rows: Float[Tensor, "n c"], kind: str, importance: Float32[Tensor, " c"] | None
 ) -> tuple[UInt8[Tensor, "..."], int]:
-    """The bytes of the rows, and the first row that holds NaN, infinity or too much for a half; -1 without one."""
+    """Return the bytes of the rows, and the first row that holds NaN, infinity or too much for a half; -1
+    without one.
+    """
     if kind in CASTS:
         cast = rows.to(CASTS[kind])
         return cast.view(torch.uint8), _first_bad(cast.isfinite().all(dim=1))

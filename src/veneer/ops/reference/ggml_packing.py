@@ -1,4 +1,4 @@
-"""The bytes of ggml's blocks and what they say, in plain torch: levels, scales and halves packed, and unpacked.
+"""Bytes of ggml's blocks and what they say, in plain torch: levels, scales and halves packed, and unpacked.
 
 Levels are whole numbers ``(blocks, values of a block)``; bytes are uint8 ``(blocks, bytes of the field)``.
 """
@@ -24,7 +24,7 @@ def read_halves(packed: Bytes) -> Float32[Tensor, "blocks numbers"]:
 
 
 def rounded_half(value: Tensor) -> Tensor:
-    """The value that a half in a block stands for."""
+    """Return the value that a half in a block stands for."""
     return value.half().float()
 
 
@@ -40,7 +40,7 @@ def pack_bits(levels: Levels, run: int, width: int) -> Bytes:
 
 
 def unpack_bits(packed: Bytes, run: int, width: int) -> Levels:
-    """The integers that `pack_bits` packed."""
+    """Return the integers that `pack_bits` packed."""
     shifts = torch.arange(0, 8, width, dtype=torch.int32, device=packed.device)
     parts = (packed.int().view(len(packed), -1, 1, run) >> shifts[:, None]) & ((1 << width) - 1)
     return parts.reshape(len(packed), -1)
@@ -55,7 +55,7 @@ def pack_six_bits(scales: Int32[Tensor, "blocks 8"], minima: Int32[Tensor, "bloc
 
 
 def unpack_six_bits(packed: Bytes) -> tuple[Levels, Levels]:
-    """The scales and minima that `pack_six_bits` packed."""
+    """Return the scales and minima that `pack_six_bits` packed."""
     first, second, third = packed.int().view(-1, 3, 4).unbind(1)
     scales = torch.cat([first & 63, (third & 15) | (first >> 6) << 4], dim=1)
     minima = torch.cat([second & 63, (third >> 4) | (second >> 6) << 4], dim=1)

@@ -23,7 +23,7 @@ PerGroup = Float32[Tensor, " groups"]
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """The reciprocal scales that the affine search tries: ``(first + delta * step + n_max) / (max - min)``."""
+    """Reciprocal scales that the affine search tries: ``(first + delta * step + n_max) / (max - min)``."""
 
     n_max: int
     first: float
@@ -33,7 +33,7 @@ class Grid:
 
 
 def nint(v: Tensor) -> Tensor:
-    """The nearest whole number, ties to even; beyond ±4194303 it wraps, as ggml's does."""
+    """Return the nearest whole number, ties to even; beyond ±4194303 it wraps, as ggml's does."""
     return ((v + MAGIC).view(torch.int32) & 0x7FFFFF) - 0x400000
 
 
@@ -45,13 +45,13 @@ def ordered_sum(terms: Float32[Tensor, "groups n"]) -> PerGroup:
 
 
 def signed_largest(x: Values) -> PerGroup:
-    """The first value of largest magnitude in each group: 0, never -0, of zeros, and NaN counts as 0."""
+    """Return the first value of largest magnitude in each group: 0, never -0, of zeros, and NaN counts as 0."""
     known = torch.where(x.isnan(), torch.zeros_like(x), x)
     return known.gather(1, known.abs().argmax(dim=1, keepdim=True))[:, 0] + 0.0
 
 
 def smallest(x: Values) -> PerGroup:
-    """The first of the smallest values of each group: -0 and 0 are equal, and differ in the bytes of a half."""
+    """Return the first of the smallest values of each group: -0 and 0 are equal, and differ in the bytes of a half."""
     return x.gather(1, x.argmin(dim=1, keepdim=True))[:, 0]
 
 
@@ -66,12 +66,12 @@ def quotient(a: float, b: Tensor) -> Tensor:
 
 
 def root(v: Tensor) -> Tensor:
-    """The square root rounded correctly, which torch's own in float32 is not."""
+    """Return the square root rounded correctly, which torch's own in float32 is not."""
     return v.double().sqrt().float()
 
 
 def ratio(a: Tensor, b: Tensor) -> Tensor:
-    """``a / b``, and 0 where b is not positive."""
+    """``a / b``, and 0 if b is not positive."""
     return torch.where(b > 0, a / b, torch.zeros_like(a))
 
 

@@ -1,4 +1,4 @@
-"""The choice of tokens, in plain torch."""
+"""Choice of tokens, in plain torch."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ TWICE_TANH_SCALE = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
 
 @triton.jit
 def sigmoid(x):
-    """The sigmoid s of x, and its slope s (1 - s) without a cancellation."""
+    """Return the sigmoid s of x, and its slope s (1 - s) without a cancellation."""
     e = tl.exp(-tl.abs(x))
     inverse = 1.0 / (1.0 + e)
     return tl.where(x < 0.0, e, 1.0) * inverse, e * inverse * inverse
@@ -27,7 +27,7 @@ def tanh(x):
 
 @triton.jit
 def activated(x, ACTIVATION: tl.constexpr):
-    """The activation and its derivative."""
+    """Return the activation and its derivative."""
     if ACTIVATION == "silu":
         s, ds = sigmoid(x)
         value = x * s

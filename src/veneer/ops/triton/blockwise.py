@@ -46,7 +46,9 @@ def midpoints(code: Float32[Tensor, "256"]) -> Float32[Tensor, "255"]:
 
 @triton.jit
 def nearest(values, midpoints):
-    """The nearest codes of values: the number of the 255 sorted midpoints below each; on a midpoint, the lower code."""
+    """Return the nearest codes of values: the number of the 255 sorted midpoints below each; on a midpoint,
+    the lower code.
+    """
     below = tl.zeros(values.shape, tl.int32)
     for power in tl.static_range(8):
         step = 128 >> power

@@ -1,4 +1,4 @@
-"""The grouped low-rank product in Triton.
+"""Grouped low-rank product in Triton.
 
 A tile of rows asks for each adapter whether it has rows of it, and multiplies with those that it has: tokens of one
 adapter mostly lie together, so a tile mostly meets one. Factors are stacked and padded to one rank, a multiple of 16.

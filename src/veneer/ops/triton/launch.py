@@ -1,4 +1,4 @@
-"""The launch of Triton kernels, and the tensors that they take."""
+"""Launch of Triton kernels, and the tensors that they take."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def is_served(*tensors: Tensor) -> bool:
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Run a kernel on the device of its first argument, a tensor; an empty grid runs nothing.
 
-    Raises TensorError where an argument is a tensor without plain values in that device's memory.
+    Raises TensorError if an argument is a tensor without plain values in that device's memory.
     """
     if 0 in grid:
         return
@@ -41,7 +41,7 @@ def launch_exact(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any)
 
 
 def block(n: int, least: int = 1, most: int = 1 << 20) -> int:
-    """The power of two that holds n values, within bounds."""
+    """Return the power of two that holds n values, within bounds."""
     return max(least, min(most, int(triton.next_power_of_2(n))))
 
 

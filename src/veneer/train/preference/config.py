@@ -1,4 +1,4 @@
-"""The settings of the trainers on preferences and rewards: TRL's, with those that every trainer of veneer has."""
+"""Settings of the trainers on preferences and rewards: TRL's, with those that every trainer of veneer has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The trainers that learn from rewards of what the model itself generates."""
+"""Trainers that learn from rewards of what the model itself generates."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class EpochRepeatSampler(RepeatSampler):  # type: ignore[misc]
 
 
 class GeneratingTrainer(PreferenceTrainer):
-    """The part in front of TRL's GRPO and RLOO trainers, with their arguments.
+    """Part in front of TRL's GRPO and RLOO trainers, with their arguments.
 
     The reference, where ``beta`` asks for one, is that of `veneer.DPOTrainer`. Completions that are trained on over
     several steps are part of each checkpoint.
@@ -99,7 +99,7 @@ class GeneratingTrainer(PreferenceTrainer):
 
     @contextmanager
     def building(self, ready: Ready) -> Iterator[None]:
-        """Besides, TRL is told of no reference, so that it loads none."""
+        """Besides, TRL is reported of no reference, so that it loads none."""
         beta, ready.args.beta = ready.args.beta, 0.0
         try:
             with super().building(ready):
@@ -142,13 +142,13 @@ class GeneratingTrainer(PreferenceTrainer):
         return {**super().counters(), "micro_steps": self._step}
 
     def restore_counters(self, counted: dict[str, Any], folder: Path) -> None:
-        """Besides, the completions that the next steps are trained on, where some are left."""
+        """Besides, the completions that the next steps are trained on, if some are left."""
         super().restore_counters(counted, folder)
         self._step = counted.get("micro_steps", 0)
         self._buffered_inputs = _read(folder / self._generated_file())
 
     def own_files(self) -> list[tuple[str, bytes]]:
-        """Besides, this process's completions that the next steps are trained on, where some are left."""
+        """Besides, this process's completions that the next steps are trained on, if some are left."""
         files = super().own_files()
         every = self.args.steps_per_generation * self.num_iterations
         if self._buffered_inputs is not None and self._step % every:

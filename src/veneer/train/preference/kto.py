@@ -14,7 +14,7 @@ class KTOTrainer(ReferredTrainer, trl.KTOTrainer):  # type: ignore[misc]
     Rows hold prompt, completion and label, true where the completion is wanted. The reference, log-probabilities and
     checkpoints are those of `veneer.DPOTrainer`.
 
-    Ethayarajh et al. 2024, arXiv:2402.01306. Raises ConfigError, DataError or TrainingError where the run could not do
+    Ethayarajh et al. 2024, arXiv:2402.01306. Raises ConfigError, DataError or TrainingError if the run could not do
     what was asked.
     """
 

@@ -1,4 +1,4 @@
-"""The model that a preference is measured against: the one in training as it was, with which it shares its weights."""
+"""Model that a preference is measured against: the one in training as it was, with which it shares its weights."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _START = "start of training"  # no name that an adapter may have
 
 
 class Reference(nn.Module):
-    """The model as training found it, called as TRL calls a reference model; no gradient flows through it.
+    """Model as training found it, called as TRL calls a reference model; no gradient flows through it.
 
     Of an adapter that is new, that is the model with its adapter off. An adapter that was trained before (``fresh`` is
     False) is kept as it was and acts in place of the one in training. A model trained whole is copied.
 
-    Raises ConfigError where several adapters that were trained before act together.
+    Raises ConfigError if several adapters that were trained before act together.
     """
 
     def __init__(self, model: PreTrainedModel, scoring: Scoring, *, fresh: bool) -> None:
@@ -40,12 +40,12 @@ class Reference(nn.Module):
             self._config = model.peft_config[name]
 
     def copies(self) -> list[nn.Module]:
-        """The parts of an adapter that are kept as they were."""
+        """Return the parts of an adapter that are kept as they were."""
         return [module for _, module in self._start]
 
     @torch.no_grad()
     def forward(self, **inputs: Any) -> Any:
-        """The scores of a batch, without the details that only the model in training is asked for."""
+        """Return the scores of a batch, without the details that only the model in training is asked for."""
         with self._as_it_was():
             return ScoredModel(self.model, self.scoring)(**inputs)
 

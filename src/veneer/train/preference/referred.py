@@ -1,4 +1,4 @@
-"""The trainers that hold the model in training against a reference."""
+"""Trainers that hold the model in training against a reference."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from veneer.train.run_trainer import Ready
 
 
 class ReferredTrainer(PreferenceTrainer):
-    """The part in front of TRL's DPO and KTO trainers, with their arguments.
+    """Part in front of TRL's DPO and KTO trainers, with their arguments.
 
     The reference is the model as training found it: with its adapter off where that is new, with a frozen copy of an
     adapter that was trained before, a copy of a model trained whole. No other model is loaded.
@@ -77,7 +77,7 @@ class ReferredTrainer(PreferenceTrainer):
         self.surround()
 
     def scoring(self) -> Scoring:
-        """The scoring of the tokens of the model in training."""
+        """Return the scoring of the tokens of the model in training."""
         return Scoring(collision=bool(getattr(self.args, "use_weighting", False)))
 
     @contextmanager
@@ -91,7 +91,7 @@ class ReferredTrainer(PreferenceTrainer):
             ready.args.precompute_ref_log_probs = precompute
 
     def placeholder(self, ready: Ready, ref_model: PreTrainedModel | None) -> nn.Module:
-        """The reference that TRL is given. Raises ConfigError for one that is the model itself."""
+        """Return the reference that TRL is given. Raises ConfigError for one that is the model itself."""
         if ref_model is ready.model:
             raise ConfigError(
                 "ref_model is the model in training: leave it out, and the reference is that model as it is now"
@@ -125,7 +125,7 @@ class ReferredTrainer(PreferenceTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss of a micro-batch, from the log-probabilities of its completions."""
+        """Return the loss of a micro-batch, from the log-probabilities of its completions."""
         scored: Any = ScoredModel(model, self.scoring())
         return super().compute_loss(scored, inputs, return_outputs, num_items_in_batch)
 

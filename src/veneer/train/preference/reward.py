@@ -27,7 +27,7 @@ class RewardTrainer(PreferenceTrainer, trl.RewardTrainer):  # type: ignore[misc]
     whole with the adapter, whose task is SEQ_CLS. ``accuracy`` in the log is the share of pairs in which the chosen
     one scores higher. Checkpoints, resume and optimizers are those of `veneer.SFTTrainer`.
 
-    Bradley and Terry 1952; Ouyang et al. 2022, arXiv:2203.02155. Raises ConfigError, DataError or TrainingError where
+    Bradley and Terry 1952; Ouyang et al. 2022, arXiv:2203.02155. Raises ConfigError, DataError or TrainingError if
     the run could not do what was asked.
     """
 

@@ -14,7 +14,7 @@ from veneer.errors import TrainingError
 
 
 def checked_reward(function: Any, *, alone: bool) -> Any:
-    """The function, with what it returns checked: a finite number for each completion.
+    """Return the function, with what it returns checked: a finite number for each completion.
 
     None says that a function has nothing to say of a completion, which only one of several may (``alone`` is False).
     Models and asynchronous functions are TRL's to call. The wrapper raises TrainingError.

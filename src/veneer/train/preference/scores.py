@@ -18,7 +18,7 @@ from veneer.train.loss import head_of_fused, hidden_states, kept_logits
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """The outputs of a forward pass that TRL's trainers read, by its names; each (b, t - 1), 0 where no label counts.
+    """Outputs of a forward pass that TRL's trainers read, by its names; each (b, t - 1), 0 if no label counts.
 
     ``log_probs`` of the labels, in nats; ``entropy`` of the predicted distributions; ``log_sum_sq_probs``, the
     logarithm of their collision probability; ``mean_logits`` over the vocabulary; ``is_top1``, whether the label was
@@ -35,7 +35,7 @@ class TokenScores:
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
-    """The scoring of tokens: logits are divided by ``temperature``; ``details`` are told beside the log-probabilities.
+    """Scoring of tokens: logits are divided by ``temperature``; ``details`` are told beside the log-probabilities.
 
     ``collision``: the sum of squared probabilities too. ``entropy_learns``: a gradient flows through the entropy, for
     which logits of the labels that count are made.
@@ -48,7 +48,7 @@ class Scoring:
 
 
 class ScoredModel:
-    """A model (or the wrapper that joins the gradients of processes) called as TRL calls one with its fused head.
+    """Model (or the wrapper that joins the gradients of processes) called as TRL calls one with its fused head.
 
     ``model(…, labels=labels, fused_lm_head=True)`` gives `TokenScores`; any other call is the model's own.
     """

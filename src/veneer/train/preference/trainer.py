@@ -1,4 +1,4 @@
-"""The shared part of trainers on preferences and rewards: TRL's counters in checkpoints, rows in numbers, dropout."""
+"""Shared part of trainers on preferences and rewards: TRL's counters in checkpoints, rows in numbers, dropout."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _LARGEST = 2  # times the batch size: a last batch that is larger is not dealt e
 
 
 class PreferenceTrainer(RunTrainer):
-    """The part in front of one of TRL's trainers on preferences or rewards. Their averages since the last log line are
+    """Part in front of one of TRL's trainers on preferences or rewards. Their averages since the last log line are
     in each checkpoint, so that a resumed run logs the same lines.
     """
 
@@ -114,11 +114,11 @@ class PreferenceTrainer(RunTrainer):
 
     @property
     def n_tokens_read(self) -> int:
-        """The tokens of the training so far, all but padding."""
+        """Tokens of the training so far, all but padding."""
         return int(self._total_train_tokens or self.state.num_input_tokens_seen)
 
     def describe_rows(self, rows: Dataset) -> dict[str, Any]:
-        """The rows of a data set in numbers, and a hash of them, for ``run.json``."""
+        """Return the rows of a data set in numbers, and a hash of them, for ``run.json``."""
         ids = [name for name in rows.column_names if name.endswith("_ids") and not name.startswith("KL_")]
         return {
             "rows": len(rows),
@@ -127,7 +127,7 @@ class PreferenceTrainer(RunTrainer):
         }
 
     def lengths_of(self, rows: Dataset) -> list[int]:
-        """The tokens of each row, by which rows of like length come together."""
+        """Return the tokens of each row, by which rows of like length come together."""
         ids = [name for name in rows.column_names if name.endswith("_ids")]
         return [sum(map(len, row)) for row in zip(*(rows[name] for name in ids), strict=True)]
 
@@ -142,7 +142,7 @@ class PreferenceTrainer(RunTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """TRL's loss. Raises TrainingError where it depends on no trained parameter."""
+        """TRL's loss. Raises TrainingError if it depends on no trained parameter."""
         before = self._total_train_tokens
         found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.model.training and self._total_train_tokens > before:
@@ -178,7 +178,9 @@ class PreferenceTrainer(RunTrainer):
         return loss, logits, labels
 
     def counters(self) -> dict[str, Any]:
-        """The counters of a checkpoint beside the losses: TRL's averages since the last log line, and its tokens."""
+        """Return the counters of a checkpoint beside the losses: TRL's averages since the last log line,
+        and its tokens.
+        """
         return {"metrics": dict(self._metrics["train"]), "total_train_tokens": self._total_train_tokens}
 
     def restore_counters(self, counted: dict[str, Any], folder: Path) -> None:

@@ -1,1 +1,1 @@
-"""The display of a run: progress, a sample of the data, trained modules, a report."""
+"""Display of a run: progress, a sample of the data, trained modules, a report."""

@@ -28,7 +28,7 @@ _NOT_SHOWN = ("_runtime", "_per_second", "_preparation_time")
 class RunDisplay(TrainerCallback):  # type: ignore[misc]
     """Shows the steps of a trainer. ``n_tokens`` says how many tokens it has read so far.
 
-    The bar belongs to a terminal; where stderr is a file or a pipe, where the terminal is a dumb one, and where
+    The bar belongs to a terminal; where stderr is a file or a pipe, if the terminal is a dumb one, and where
     ``bar`` is false, each log step is one line without escape codes. Tokens a second are those of the optimizer steps:
     evaluating and saving do not count. ``name`` of one run among several stands before its lines.
     """
@@ -86,7 +86,7 @@ class RunDisplay(TrainerCallback):  # type: ignore[misc]
         self._evaluated()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
-        """Show the loss beside the bar, or on a line where there is none, and a line for the held-out rows."""
+        """Show the loss beside the bar, or on a line if there is none, and a line for the held-out rows."""
         if logs is None or not state.is_world_process_zero:
             return
         if "loss" in logs:

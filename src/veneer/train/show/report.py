@@ -1,4 +1,4 @@
-"""The report of a run: the environment for ``run.json``, and a picture of the loss."""
+"""Report of a run: the environment for ``run.json``, and a picture of the loss."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _WIDEST = 80  # characters of a title
 
 
 def environment() -> dict[str, Any]:
-    """The machine and the versions that a run's numbers depend on."""
+    """Return the machine and the versions that a run's numbers depend on."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "python": platform.python_version(),
@@ -33,12 +33,14 @@ def environment() -> dict[str, Any]:
 
 
 def draw_loss(history: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """The training loss and, where there is one, the held-out loss over the steps, as a PNG in the folder of a run."""
+    """Return the training loss and, if there is one, the held-out loss over the steps, as a PNG in the
+    folder of a run.
+    """
     loss_figure(history, f"Loss of {path.parent}").savefig(path)
 
 
 def loss_figure(history: Sequence[Mapping[str, Any]], title: str) -> Figure:
-    """The picture of `draw_loss`."""
+    """Return the picture of `draw_loss`."""
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

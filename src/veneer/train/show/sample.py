@@ -14,7 +14,8 @@ TRAINED, CONTEXT = "bold green", "dim"
 
 
 def shown_sample(row: Mapping[str, Sequence[int]], tokenizer: PreTrainedTokenizerBase, *, marks: bool = False) -> Text:
-    """The text of an encoded row, trained stretches in green (and, with ``marks``, in 【】, for where no colour shows).
+    """Return the text of an encoded row, trained stretches in green (and, with ``marks``, in 【】, for where no colour
+    shows).
 
     A count of trained tokens follows; of a row without labels, which a model reads whole, that of its tokens.
     """

@@ -1,4 +1,4 @@
-"""The trained parameters of a model, in one line."""
+"""Trained parameters of a model, in one line."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class ProcessState:
-    """The state of the process that a run finds as it left it: random states, and accelerate's place within a step."""
+    """State of the process that a run finds as it left it: random states, and accelerate's place within a step."""
 
     python: tuple[Any, ...]
     numpy: Any
@@ -28,19 +28,19 @@ class ProcessState:
 
     @classmethod
     def now(cls) -> ProcessState:
-        """The state as it is."""
+        """Return the state as it is."""
         cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
         steps = dict(GradientState._shared_state)
         return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda, steps)
 
     def generator(self) -> torch.Generator:
-        """A generator that continues the random numbers of the CPU."""
+        """Return a generator that continues the random numbers of the CPU."""
         generator = torch.Generator()
         generator.set_state(self.cpu)
         return generator
 
     def after(self, generator: torch.Generator) -> ProcessState:
-        """The same state, with the random numbers of the CPU as far as a `generator` of it has drawn."""
+        """Return the same state, with the random numbers of the CPU as far as a `generator` of it has drawn."""
         return replace(self, cpu=generator.get_state())
 
     def restore(self) -> None:
@@ -55,7 +55,7 @@ class ProcessState:
 
 
 class Coroutine(Generic[T]):
-    """A run as a function that may `ask` for something in the middle and goes on when it is answered."""
+    """Run as a function that may `ask` for something in the middle and goes on when it is answered."""
 
     def __init__(self, run: Callable[[], T]) -> None:
         self._greenlet = greenlet.greenlet(run)

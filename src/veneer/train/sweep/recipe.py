@@ -1,4 +1,4 @@
-"""A sweep: its members read as recipes, and checked against what they share."""
+"""Sweep: its members read as recipes, and checked against what they share."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Sweep:
 
 
 def parse_sweep(values: Mapping[str, Any], source: Path) -> Sweep:
-    """The members of a recipe with a ``sweep`` part.
+    """Return the members of a recipe with a ``sweep`` part.
 
     ``members`` lists changes (``{name: …, adapter.r: 8}``), ``grid`` gives a list of values for each key; with both,
     every member of the list is tried with every point of the grid. Raises ConfigError with all problems at once.

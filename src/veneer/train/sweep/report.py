@@ -1,4 +1,4 @@
-"""The report of a sweep: a table, ``sweep.json``, and a picture of quality against parameters."""
+"""Report of a sweep: a table, ``sweep.json``, and a picture of quality against parameters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _WIDEST = 120  # characters of a name below the picture
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One member as it ended. ``loss`` is held out where there are held-out rows; None for one that diverged."""
+    """One member as it ended. ``loss`` is held out if there are held-out rows; None for one that diverged."""
 
     name: str
     changes: Mapping[str, Any]
@@ -36,12 +36,12 @@ class Outcome:
 
     @property
     def loss(self) -> float | None:
-        """The value that members are compared by."""
+        """Value that members are compared by."""
         return self.train_loss if self.eval_loss is None else self.eval_loss
 
 
 def outcomes(sweep: Sweep, records: Sequence[Mapping[str, Any]]) -> list[Outcome]:
-    """The members in their order; ``best`` are those that no other beats with as few trained parameters."""
+    """Return the members in their order; ``best`` are those that no other beats with as few trained parameters."""
     found = [_outcome(member.name, member.changes, r) for member, r in zip(sweep.members, records, strict=True)]
     front = pareto_front([(each.n_trained, each.loss) for each in found])
     return [Outcome(**{**asdict(each), "best": best}) for each, best in zip(found, front, strict=True)]
@@ -67,13 +67,13 @@ def write_report(sweep: Sweep, found: Sequence[Outcome]) -> None:
 
 
 def quality(found: Sequence[Outcome]) -> str:
-    """The name of the loss that is shown."""
+    """Return the name of the loss that is shown."""
     held_out = all(each.eval_loss is not None for each in found if each.status == "finished")
     return "held-out loss" if held_out else "training loss (no held-out rows for all)"
 
 
 def table(found: Sequence[Outcome]) -> Table:
-    """The table for the terminal; a star marks the members of the Pareto front."""
+    """Return the table for the terminal; a star marks the members of the Pareto front."""
     shown = Table(*_HEADINGS, box=None, pad_edge=False)
     for column in shown.columns[1:-1]:
         column.justify = "right"

@@ -24,7 +24,7 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The micro-batch of one member, its scoring, and the generator of its dropout."""
+    """Micro-batch of one member, its scoring, and the generator of its dropout."""
 
     inputs: Batch
     scoring: Scoring
@@ -32,7 +32,7 @@ class Part:
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of modules of its own that hold the parameters and buffers of ``model`` themselves, not copies.
+    """Return a model of modules of its own that hold the parameters and buffers of ``model`` themselves, not copies.
 
     So each member's model can carry an adapter of its own over the very same weights.
     """
@@ -41,7 +41,7 @@ def twin(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class SharedBase:
-    """A base model that carries the very adapters that the members' own models carry, by the members' names."""
+    """Base model that carries the very adapters that the members' own models carry, by the members' names."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model: PeftModel = become_peft_model(model)
@@ -69,7 +69,7 @@ class SharedBase:
         model.enable_input_require_grads()
 
     def losses(self, parts: Mapping[str, Part]) -> dict[str, TokenLoss]:
-        """The loss of each member's micro-batch, from one pass. All members train: dropout acts."""
+        """Return the loss of each member's micro-batch, from one pass. All members train: dropout acts."""
         self.model.train()
         inputs, shares = joined(parts)
         names = tuple(name for name, share in shares.items() for _ in range(share.rows.stop - share.rows.start))

@@ -36,7 +36,7 @@ from veneer.train.undone import unwrap_forward
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """A member asks for the loss of a micro-batch."""
+    """Member asks for the loss of a micro-batch."""
 
     inputs: dict[str, Tensor]
     scoring: Scoring
@@ -44,13 +44,13 @@ class Forward:
 
 @dataclass(frozen=True, slots=True)
 class Backward:
-    """A member asks for the gradients of its parameters, given that of its loss."""
+    """Member asks for the gradients of its parameters, given that of its loss."""
 
     grad: Tensor
 
 
 class MemberTrainer(SFTTrainer):
-    """A trainer that asks the sweep for the loss and the gradients of each of its micro-batches."""
+    """Trainer that asks the sweep for the loss and the gradients of each of its micro-batches."""
 
     _shared: TokenLoss | None = None
 
@@ -155,7 +155,7 @@ def run_sweep(
     with the status ``diverged``, one that stops early or comes to its end leaves too; the others train on. With
     ``resume`` those that were over stay as they are, and the others go on from their last checkpoints, with the
     settings that they were begun with or, with ``allow_changes``, with others. SIGTERM and SIGINT end each member after
-    its step in progress, with a checkpoint: Interrupted. Raises ConfigError where several processes were started,
+    its step in progress, with a checkpoint: Interrupted. Raises ConfigError if several processes were started,
     DataError where files of rows are not there.
     """
     if n_processes() > 1:
@@ -198,7 +198,7 @@ def _as_it_was(member: Member, resume: bool, allow_changes: bool) -> tuple[dict[
 
 
 def told(record: Mapping[str, Any]) -> str:
-    """The end of a member's run, in a few words."""
+    """Return the end of a member's run, in a few words."""
     if record["status"] == "interrupted":
         return f"interrupted after step {record['step']}"
     if record["status"] == "diverged":
