@@ -1,7 +1,8 @@
 """Contract of a method: a frozen config with pure functions from parameters to a record. A config *is* its method.
 
-All methods have one protocol, that of `MethodConfig`, about a *site*: ``shapes``, ``init``, ``lower``, ``disk_names``,
-``dropout``, ``site_of``, and ``places_in`` for the sites that a file tells. The base class says what a site is:
+All methods implement one protocol, that of `MethodConfig`, about a *site*: ``shapes``, ``init``, ``lower``,
+``disk_names``, ``dropout``, ``site_of``, and ``places_in`` for the sites of a saved file. The base class determines the
+kind of site:
 
 - `LinearMethod`: a linear layer, `LinearSite`;
 - `ResidualMethod`: the output of a sub-layer, `ResidualSite`;
@@ -12,23 +13,23 @@ All methods have one protocol, that of `MethodConfig`, about a *site*: ``shapes`
 file asks of which kind a method is. Callers ask for facts, each with an answer for every method: ``changes_weights``,
 ``reads_weight``, ``virtual_tokens``, ``largest_rank``, ``has_network``.
 
-All else is a capability that a config may return:
+Everything else is a capability that a config may return:
 
-- ``extras``: what else it trains (modules, biases, rows, parameters by name);
-- ``training``: its action while a run trains it (length of the run, a penalty, a schedule);
-- ``packing``: how it is written, where others do not know the form that is trained;
+- ``extras``: further parts of the base that it trains (modules, biases, rows, parameters by name);
+- ``training``: its action during a training run (length of the run, a penalty, a schedule);
+- ``packing``: its form on disk, if other libraries do not know the form that is trained;
 - ``shared``: tensors that its layers share;
-- ``checks``: what it refuses of a model's layers;
-- ``late_start``: factors that may start again on the model, from data or from what quantizing has lost;
+- ``checks``: the model's layers that it refuses;
+- ``late_start``: factors that may be initialized again on the model, from data or from the quantization error;
 - ``raised``: an adapter of the method that has given records: a sum of others is kept so.
 
 Laws, run on every method by ``tests/contract``:
 
 - ``init`` returns exactly the names and shapes of ``shapes``, for any site, with finite values;
-- ``lower`` is pure and differentiable, and where ``identity_at_start`` holds, the record of ``init`` changes nothing;
-- where it ``changes_weights``, forward through the record equals forward through the folded weight;
-- what is saved and loaded is bit-equal, the declared bytes are the bytes on disk, and the records read from the file
-  are those of the adapter on its model, bit for bit.
+- ``lower`` is pure and differentiable, and if ``identity_at_start`` holds, the record of ``init`` changes nothing;
+- if it ``changes_weights``, forward through the record equals forward through the folded weight;
+- an adapter is bit-equal after saving and loading, the declared bytes are the bytes on disk, and the records read
+  from the file are those of the adapter on its model, bit for bit.
 """
 
 from veneer.contract.config import MethodConfig

@@ -1,4 +1,4 @@
-"""Checks of a config against the layers that it means. Each returns a list of problems; an empty one is assent."""
+"""Checks of a config against the layers that it targets. Each returns a list of problems, empty if all is well."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from veneer.core.sites import LinearSite
 
 
 class Checks:
-    """Nothing is refused; a method that refuses something overrides what it needs. Sites come as shapes."""
+    """Checks that refuse nothing; a method that refuses something overrides them. Sites are described by
+    their shapes.
+    """
 
     def layers(self, sites: Sequence[LinearSite]) -> list[str]:
-        """Layers that the method cannot act on with this config."""
+        """Return a problem for each layer that the method cannot act on with this config."""
         return []
 
     def tied(self, sites: Sequence[LinearSite]) -> list[str]:
@@ -19,7 +21,8 @@ class Checks:
         return []
 
     def effect(self, names: Sequence[str], sites: Sequence[LinearSite]) -> list[str]:
-        """Return the settings of a new adapter that mean none of the modules adapted (by path), or that
-        need larger layers.
+        """Return the settings of a new adapter that have no effect.
+
+        They match none of the adapted modules (by path), or need larger layers.
         """
         return []

@@ -37,16 +37,16 @@ from veneer.errors import ConfigError, FormatError
 class MethodConfig(FrozenConfig):
     """Protocol of a method, and the fields of every adapter config in PEFT's names.
 
-    A *site* is what a method acts on: a linear layer, a sub-layer, all attention layers of a model, or its input. All
-    methods answer alike, so that no caller asks of which kind a method is.
+    A *site* is the place that a method acts on: a linear layer, a sub-layer, all attention layers of a model, or its
+    input. All methods answer alike, so that no caller asks of which kind a method is.
 
     ``peft_type`` names the format on disk. ``modules_to_save`` are modules trained whole and kept with the adapter.
     Values are checked against the types of the fields, see `core.field_types`. Lists and sets are kept as tuples (sets
-    sorted), mappings as copies, so that no config changes behind one's back.
+    sorted), mappings as copies, so that a config is immutable.
 
-    ``inert`` names fields under which the same tensors mean the same update: they act in training alone, or the keys
-    and shapes of the tensors tell them. Those of base classes count too; every other field means something.
-    ``headline`` names the fields that tell the most: model cards and ``veneer info`` show them whatever their value.
+    ``inert`` names fields that do not change the update that the same tensors mean. They act in training alone, or
+    follow from the keys and shapes of the tensors. Those of base classes count too; every other field means something.
+    ``headline`` names the most informative fields: model cards and ``veneer info`` show them whatever their value.
     """
 
     peft_type: ClassVar[str]
@@ -76,18 +76,18 @@ class MethodConfig(FrozenConfig):
 
     @abstractmethod
     def shapes(self, site: Any) -> Shapes:
-        """Return names and shapes of the parameters trained at one site."""
+        """Return the names and shapes of the parameters trained at one site."""
 
     @abstractmethod
     def init(self, site: Any, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Return start values in float32 on the CPU, drawn from ``generator``."""
+        """Return initial values in float32 on the CPU, drawn from ``generator``."""
 
     @abstractmethod
     def lower(self, site: Any, params: Params) -> Record:
         """Return the record that these parameters mean at this site."""
 
     def disk_names(self, site: Any) -> Mapping[str, str]:
-        """Return for each parameter what follows the module path in its key in ``adapter_model.safetensors``."""
+        """Return the end of each parameter's key in ``adapter_model.safetensors``: the part after the module path."""
         return {name: name for name in self.shapes(site)}
 
     @property
@@ -96,7 +96,9 @@ class MethodConfig(FrozenConfig):
         return 0.0
 
     def for_sites(self, sites: Sequence[Any], known: Known) -> Self:
-        """Return the config with what depends on all of its sites filled in; sites come as shapes."""
+        """Return the config with the fields filled in that depend on all of its sites, which are described
+        by their shapes.
+        """
         return self
 
     @property
@@ -105,23 +107,25 @@ class MethodConfig(FrozenConfig):
         return ()
 
     def site_of(self, site: Any, shapes: ShapesByKey) -> Any:
-        """Return a site of known name and kind with the sizes that the shapes of its parameters tell; None if they do
-        not tell all of them.
+        """Return a site of known name and kind with the sizes that follow from the shapes of its parameters.
+
+        None if they do not determine all sizes.
         """
         return None
 
     @abstractmethod
     def places_in(self, shapes: ShapesByKey, source: str) -> dict[str, Placed] | None:
-        """Return the places of a saved adapter by path, read from its file; None if that does not tell all sizes.
+        """Return the places of a saved adapter by path, read from its file; None if the file does not determine all
+        sizes.
 
-        ``shapes`` are those of the file's tensors by key, and ``source`` is the file's name in errors. Layers of which
-        a part is missing are left out. Raises FormatError if a parameter has a shape that tells nothing, or another
-        number of layers than the config.
+        ``shapes`` are those of the file's tensors by key, and ``source`` is the file's name in errors. Layers with a
+        missing parameter are left out. Raises FormatError if a parameter has a shape that no layer gives it, or if the
+        number of layers differs from the config's.
         """
 
     @property
     def late_start(self) -> LateStart | None:
-        """Low-rank factors that may be started again on the model, if there are such."""
+        """Low-rank factors that may be initialized again on the model, if there are any."""
         return None
 
     @property
@@ -131,7 +135,7 @@ class MethodConfig(FrozenConfig):
 
     @property
     def largest_rank(self) -> int:
-        """Largest rank of an update, as the written config tells it; 0 for a method that has none."""
+        """Largest rank of an update, from the config as written; 0 for a method that has none."""
         return 0
 
     @property
@@ -141,7 +145,9 @@ class MethodConfig(FrozenConfig):
 
     @property
     def has_network(self) -> bool:
-        """True if a network makes what a plain save holds, so that training needs a file of its own to go on."""
+        """True if a network computes the tensors of a plain save, so that training needs a file of its own
+        to resume.
+        """
         return False
 
     @property
@@ -156,12 +162,12 @@ class MethodConfig(FrozenConfig):
 
     @property
     def training(self) -> Training | None:
-        """Method's part in a training run, if it has one besides its forward pass."""
+        """Actions of the method in a training run, if it has any besides its forward pass."""
         return None
 
     @property
     def shared(self) -> Shared | None:
-        """Tensors that the layers share, if there are some."""
+        """Tensors that the layers share, if there are any."""
         return None
 
     @property
@@ -170,22 +176,21 @@ class MethodConfig(FrozenConfig):
         return self.virtual_tokens > 0
 
     def packed(self) -> Self:
-        """Return the config as it is written: a method that others do not know may be one that they do
-        know, once trained.
+        """Return the config as it is written.
+
+        A method unknown to other libraries may become one that they know, once trained.
         """
         changed = self.packing.fields
         return replace(self, **changed) if changed else self  # type: ignore[arg-type]
 
     def differing(self, other: MethodConfig) -> list[str]:
-        """Return the fields under which the same tensors would mean another update in a config of the same class."""
+        """Return the fields that would change the update of the same tensors, in a config of the same class."""
         inert = frozenset().union(*(vars(cls).get("inert", ()) for cls in type(self).__mro__))
         names = (spec.name for spec in fields(self) if spec.name not in inert)
         return [name for name in names if getattr(self, name) != getattr(other, name)]
 
     def told(self) -> dict[str, object]:
-        """Return the settings that are worth telling people: the ``headline``, then all that differ from
-        the defaults.
-        """
+        """Return the settings that are shown to people: the ``headline``, then all that differ from the defaults."""
         aside = {"base_model_name_or_path", "revision", "inference_mode", *self.headline}
         others = (spec for spec in fields(self) if spec.name not in aside and spec.metadata.get("on_disk", True))
         chosen = [spec.name for spec in others if getattr(self, spec.name) != _default(spec)]
@@ -193,7 +198,7 @@ class MethodConfig(FrozenConfig):
         return {name: value for name, value in values.items() if value is not None}
 
     def to_dict(self) -> dict[str, object]:
-        """Return the fields by name, with ``peft_type``, as one logs them: new lists and mappings, no tuples."""
+        """Return the fields by name, with ``peft_type``, in a form for logs: new lists and mappings, no tuples."""
         values = {spec.name: getattr(self, spec.name) for spec in fields(self)}
         for name, value in values.items():
             plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
@@ -202,42 +207,43 @@ class MethodConfig(FrozenConfig):
         return {"peft_type": self.peft_type, **values}
 
     def to_json(self, auto_mapping: Mapping[str, str] | None = None) -> str:
-        """Return the text of ``adapter_config.json``. ``auto_mapping`` tells the base's class where no task does."""
+        """Return the text of ``adapter_config.json``. ``auto_mapping`` names the base's class if no task does."""
         on_disk = [spec.name for spec in fields(self) if spec.metadata.get("on_disk", True)]
         values: dict[str, object] = {name: getattr(self, name) for name in on_disk}
         values |= {"peft_type": self.peft_type, "auto_mapping": auto_mapping if self.task_type is None else None}
         return text_of(values, self.peft_fields)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write ``adapter_config.json`` into a folder, which is made if there is none. Raises DiskError."""
+        """Write ``adapter_config.json`` into a folder, which is made if it does not exist. Raises DiskError."""
         write_atomically(Path(save_directory) / CONFIG_FILE, self.to_json().encode())
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **hub: str | bool | None
     ) -> MethodConfig:
-        """Return the config of a saved adapter, of whatever method it is: from a folder or a hub id.
+        """Return the config of a saved adapter of any method, from a folder or a hub id.
 
-        ``hub``: ``revision``, ``subfolder``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``.
-        Raises FormatError if there is none or it is not understood.
+        ``hub``: ``revision``, ``subfolder``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``. Raises
+        FormatError if there is none or it is not understood.
         """
         return config_in(adapter_folder(pretrained_model_name_or_path, hub_options(hub)))
 
     @classmethod
     def variants(cls) -> Mapping[str, str]:
-        """Return the switches among the fields that go by names of their own in recipes: field by name."""
+        """Return the boolean fields that have method names of their own in recipes: field by name."""
         return {}
 
     @classmethod
     def presets(cls) -> Mapping[str, Mapping[str, Any]]:
-        """Settings of papers that go by names of their own in recipes: fields by name. A recipe's own fields hold."""
+        """Return settings of papers that have method names of their own in recipes: fields by name.
+
+        A recipe's own fields take precedence.
+        """
         return {}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> Self:
-        """Return a config from the fields of an ``adapter_config.json``, ``peft_type`` and the like already
-        taken out.
-        """
+        """Return a config from the fields of an ``adapter_config.json``, without ``peft_type`` and the like."""
         return cls(**values)  # type: ignore[arg-type]
 
 
@@ -246,14 +252,16 @@ def _default(spec: Field[Any]) -> object:
 
 
 def for_use(config: MethodConfig) -> MethodConfig:
-    """Return the config as it is written beside trained values: in the form that others know, and for inference."""
+    """Return the config that is written with trained values: in the form that other libraries know, and for
+    inference.
+    """
     return replace(config.packed(), inference_mode=True)
 
 
 def config_in(folder: Path) -> MethodConfig:
     """Return the config of an adapter folder. Raises FormatError if there is none or it is not understood.
 
-    A base that is named by a path into a cache goes by its `known_name`.
+    A base that is named by a path into a cache gets its `known_name`.
     """
     found = from_values(read_fields(folder), str(folder / CONFIG_FILE))
     base = found.base_model_name_or_path
@@ -261,9 +269,7 @@ def config_in(folder: Path) -> MethodConfig:
 
 
 def from_values(given: Mapping[str, object], source: str) -> MethodConfig:
-    """Return the config that these fields mean, ``peft_type`` among them. Raises FormatError with
-    everything that is wrong.
-    """
+    """Return the config with these fields, ``peft_type`` among them. Raises FormatError with every problem."""
     values = dict(given)
     method = _method(values.pop("peft_type", None), source)
     known = {spec.name for spec in fields(method)}

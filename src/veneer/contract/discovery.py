@@ -1,4 +1,4 @@
-"""Methods that there are: concrete configs that have been defined, whatever file they are in."""
+"""Discovery of methods: concrete configs that have been defined, in any file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parts of the base that an adapter trains, beside parameters of its own at its targets."""
+"""Parts of the base that an adapter trains, in addition to its own parameters at its targets."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from veneer.contract.parameters import Params
 
 @dataclass(frozen=True, kw_only=True)
 class Extras:
-    """``modules`` are trained whole, named by the ends of their paths.
+    """Parts of the base that an adapter trains.
 
-    ``biases``: which biases of the base train too: "none", "all", or those of the layers that are "adapted".
-    ``parameters``: adapted by name where no linear layer holds them: experts stacked in one tensor, a router.
-    ``rows``: single rows of tables, by the end of the module's path; None is the input embeddings.
-    ``keeps_tie``: modules that share the input embeddings' weight are changed alike, so that they go on sharing it. A
-    tied head is changed by the transpose of their update: ``turned`` gives the parameters that lower to it.
+    ``modules`` are trained whole, named by the ends of their paths.
+
+    ``biases`` selects the biases of the base that train too: "none", "all", or those of the layers that are "adapted".
+    ``parameters`` are adapted by name if no linear layer holds them: experts stacked in one tensor, a router. ``rows``:
+    single rows of tables, by the end of the module's path; None is the input embeddings. ``keeps_tie``: modules that
+    share the input embeddings' weight are changed alike, so that they go on sharing it. A tied head is changed by the
+    transpose of their update: ``turned`` gives the parameters that lower to it.
     """
 
     modules: tuple[str, ...] = ()

@@ -1,7 +1,7 @@
-"""PEFT's choice of modules where a config names none, by transformers' model type, where roles do not say it.
+"""Default targets of PEFT by transformers' model type, for the types whose targets no role expresses.
 
-PEFT lists names for each type. Most of them are those of q and v (for IA3, of k, v and down), which the description of
-a model gives, or its names for roles in models without one. Here stands what PEFT chooses otherwise:
+PEFT lists names for each type. Most of them are those of q and v (for IA3, of k, v and down). A model's description has
+these, or its names for roles in models without one. This file holds PEFT's other choices:
 
 - other roles;
 - names without a role: ``in_proj`` of DeBERTa, ``receptance`` of RWKV, one of the two inner layers of mT5;

@@ -1,4 +1,4 @@
-"""``adapter_config.json``: PEFT's fields as values, written and read."""
+"""Reading and writing of ``adapter_config.json``: PEFT's fields as values."""
 
 from __future__ import annotations
 
@@ -49,8 +49,9 @@ def read_fields(folder: Path) -> dict[str, Any]:
 
 
 def problems_of(values: Mapping[str, object], known: Collection[str], peft_fields: PeftFields) -> list[str]:
-    """Return a sentence for every key that is none of the ``known`` ones: one that nobody knows (naming the nearest),
-    or that asks for a feature which is not supported.
+    """Return a sentence for every key that is none of the ``known`` ones.
+
+    Such a key is unknown (the nearest one is named), or asks for a feature that is not supported.
     """
     neutral = {**COMMON.neutral, **peft_fields.neutral}
     unread = (*COMMON.unread, *peft_fields.unread)

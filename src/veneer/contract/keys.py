@@ -1,7 +1,8 @@
-"""PEFT's keys: which tensor of an adapter has which key in its file, and back.
+"""Keys of PEFT: the key of each tensor of an adapter in its file, and the way back.
 
-A key is the path of a module behind the names of PEFT's two wrappers of a model, then what PEFT wraps the module in,
-then the end: what the method calls its parameter there, or the module's own parameter where that is trained whole.
+A key is the names of PEFT's two wrappers of a model, the path of a module, the names of the wrappers around that
+module, and the end. The end is the method's name of its parameter there, or the module's own parameter if that is
+trained whole.
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ OUT_PROJECTION = "out_proj"  # of torch's attention, which PEFT wraps as a whole
 
 
 def is_adapters(key: str) -> bool:
-    """Return True if a key is of an adapter's file."""
+    """Return True if a key belongs to an adapter's file."""
     return key.startswith((_MODEL, *_OF_VIRTUAL_TOKENS))
 
 
 def parameter_key(path: str, end: str, depth: int = 0) -> str:
-    """Return the key of a method's parameter. PEFT wraps a module once for each of its parameters that is adapted by
-    name: ``depth`` wrappers stand outside of this one's.
+    """Return the key of a method's parameter.
+
+    PEFT wraps a module once for each of its parameters that is adapted by name. ``depth`` is the number of wrappers
+    outside this one's.
     """
     return f"{_TUNER}{path}.{f'{_BASE}.' * depth}{end}"
 
@@ -44,50 +47,51 @@ def shared_key(name: str) -> str:
 
 
 def is_shared(key: str, names: Collection[str]) -> bool:
-    """Return True if a key is of one of the tensors of these names that all layers share."""
+    """Return True if a key belongs to a tensor of these names that all layers share."""
     return key in {shared_key(name) for name in names}
 
 
 def rows_key(path: str) -> str:
-    """Return the key of single rows that are trained of a table."""
+    """Return the key of the single rows of a table that are trained."""
     return f"{_TUNER}{path}.{_ROWS}.{_DELTA}"
 
 
 def copy_key(path: str, parameter: str, *, adapted: bool, virtual: bool = False) -> str:
-    """Return the key of what an adapter trains whole of a module: a ``parameter``, or its rows.
+    """Return the key of a ``parameter`` that an adapter trains whole in a module, or of rows of the module.
 
-    ``adapted``: the method adapts the module too. ``virtual``: it is one of virtual tokens, which has one wrapper less.
+    ``adapted``: the method adapts the module too. ``virtual``: the method has virtual tokens, which have one wrapper
+    less.
     """
     inner = f"{_BASE}." if adapted else ""
     return f"{_MODEL if virtual else _TUNER}{path}.{inner}{parameter}"
 
 
 def weight_key(path: str, *, adapted: bool, with_rows: bool, virtual: bool = False) -> str:
-    """Return the key of the whole weight of an embedding or a head that is written along."""
+    """Return the key of the whole weight of an embedding or a head that is saved with the adapter."""
     inner = f"{_ROWS}.{_BASE}." if with_rows else f"{_BASE}." if adapted else ""
     return f"{_MODEL if virtual else _TUNER}{path}.{inner}weight"
 
 
 def weight_keys(path: str) -> tuple[str, ...]:
-    """Every key that the whole weight of a module may have."""
+    """Return every key that the whole weight of a module may have."""
     settings = ((False, False), (True, False), (False, True))
     return tuple(weight_key(path, adapted=adapted, with_rows=rows) for adapted, rows in settings)
 
 
 def is_of_wrapped(key: str) -> bool:
-    """Return True if a key is of the weight of a module that the method adapts."""
+    """Return True if a key belongs to the weight of a module that the method adapts."""
     return f".{_BASE}." in key and f".{_ROWS}." not in key
 
 
 def divided(key: str) -> tuple[str, str]:
-    """Return the names of PEFT's wrappers in front of a key, if any, and the rest."""
+    """Return the names of PEFT's wrappers at the start of a key, if any, and the rest."""
     prefix = next((each for each in (_TUNER, _MODEL) if key.startswith(each)), "")
     return prefix, key.removeprefix(prefix)
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Key, parsed: the module's ``path`` in the model, the ``end``, and how many wrappers stand between.
+    """Key, parsed: the module's ``path`` in the model, the ``end``, and the number of wrappers between.
 
     ``of_attention``: the module is an attention's output projection, adapted with the attention.
     """
@@ -99,9 +103,9 @@ class Place:
 
 
 def place_of(key: str, ends: Collection[str]) -> Place:
-    """Parse a key, given the ``ends`` that the method's parameters have.
+    """Parse a key, given the ``ends`` of the method's parameters.
 
-    What is none of those is a parameter of the module itself. The path is empty for what no module holds.
+    Any other end is a parameter of the module itself. The path is empty if no module holds the tensor.
     """
     rest = divided(key)[1]
     own = (end for end in ends if rest == end or rest.endswith(f".{end}"))
@@ -116,10 +120,9 @@ def place_of(key: str, ends: Collection[str]) -> Place:
 
 
 def copies_of(key: str) -> tuple[str, ...]:
-    """Return the keys that hold the same of a module trained whole, where PEFT writes it once more by its wrapper's
-    names.
+    """Return the keys of the same tensor of a module trained whole, if this key has the names of PEFT's wrapper.
 
-    They are two: of a part of the module the name of the adapter stays in the key.
+    There are two: for a part of the module, the name of the adapter stays in the key.
     """
     for wrapper in _WHOLE:
         path, found, end = key.partition(f".{wrapper}.")
@@ -129,5 +132,5 @@ def copies_of(key: str) -> tuple[str, ...]:
 
 
 def is_bases_own(key: str) -> bool:
-    """Return True if a key is of what the base has where a module is trained whole: nobody trains that."""
+    """Return True if a key belongs to the base's own values of a module trained whole, which are not trained."""
     return f".{_WHOLE[1]}." in key

@@ -1,4 +1,4 @@
-"""Facts of a model or a file that a config is filled in from, beside its sites."""
+"""Facts of a model or a file that fill in a config, in addition to its sites."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ Names = tuple[str, ...] | str  # of modules: names, suffixes and roles, or an ex
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """``names``: of the config's fields that name modules and are None, the names that the model has.
+    """Facts that fill in a config.
 
-    ``shapes``: those of a file's parameters, by module path and name. Either is empty if nothing tells it.
+    ``names`` holds, for the config's fields that name modules and are None, the names that the model has. ``shapes``
+    holds those of a file's parameters, by module path and name. Either is empty if unknown.
     """
 
     names: Mapping[str, Names] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Starts of low-rank factors that need the model: from its data (EVA), or from what quantizing it has lost (LoftQ)."""
+"""Initialization of low-rank factors from the model: from its data (EVA), or from its quantization error (LoftQ)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from veneer.core.sites import LinearSite
 
 @dataclass(frozen=True, kw_only=True)
 class LateStart(ABC):
-    """Low-rank factors that may be started again once their adapter is on a model.
+    """Low-rank factors that may be initialized again once their adapter is on a model.
 
-    ``a`` and ``b`` name A (r, i) and B (o, r) among the method's parameters. ``settings`` are those of the start from
-    data that the config asks for, such as `inits.eva.EvaConfig`; None if it asks for none. ``is_product``: the
-    update is `scale` B A as it stands, whatever the factors are, so that they may start as any product.
+    ``a`` and ``b`` name A (r, i) and B (o, r) among the method's parameters. ``settings`` are those of the
+    initialization from data that the config asks for, such as `inits.eva.EvaConfig`; None if it asks for none.
+    ``is_product``: the update is exactly `scale` B A for any factors, so that they may start as any product.
     """
 
     a: str
@@ -37,5 +37,5 @@ class LateStart(ABC):
     ) -> Mapping[str, object]:
         """Return the config's fields for these ranks at these sites, both by path; one of rank 0 is no longer adapted.
 
-        ``keep_scale``: `scale` stays what it was; otherwise it follows from the new rank.
+        ``keep_scale``: `scale` stays the same; otherwise it follows from the new rank.
         """

@@ -30,8 +30,8 @@ class LinearMethod(TargetedConfig):
     """Method at linear layers, each with parameters of its own.
 
     ``kinds`` are the modules that it can adapt: "linear" layers, "embedding", "convolution", "attention" (torch's own,
-    both of its maps). ``outward`` names the parameters on the side of the output, as LoRA's B, which LoRA+ lets learn
-    faster.
+    both of its maps). ``outward`` names the parameters on the output side, such as LoRA's B. LoRA+ gives them a higher
+    learning rate.
     """
 
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
@@ -48,14 +48,14 @@ class LinearMethod(TargetedConfig):
 
     @property
     def checks(self) -> Checks:
-        """Checks of the method on the layers that it is to adapt."""
+        """Checks of the method on the layers that it adapts."""
         return Checks()
 
     @classmethod
     def raised(cls, records: Mapping[str, LinearDelta], targets: Sequence[str]) -> Raised | None:
         """Return an adapter of the method that has these records, by module path; None if it cannot have them.
 
-        ``targets``: names that match exactly those paths. Sums of adapters are kept so.
+        ``targets``: names that match exactly those paths. Sums of adapters are kept in this form.
         """
         return None
 

@@ -1,4 +1,4 @@
-"""Method's parameters at one site by name, their declared shapes, and the record that they mean."""
+"""Parameters of a method at one site by name, their declared shapes, and their record."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings by module: keys are regular expressions, and the first that matches the end of a path counts, as in PEFT."""
+"""Settings by module. Keys are regular expressions; the first that matches the end of a path counts, as in PEFT."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class PatternChecks(Checks):
-    """Refuses keys of ``patterns``, by the names of their fields, that match no module."""
+    """Checks that refuse keys of ``patterns``, by the names of their fields, that match no module."""
 
     patterns: Mapping[str, Mapping[str, Any]]
 
@@ -29,12 +29,12 @@ def first_match(pattern: Mapping[str, T], name: str, default: T) -> T:
 
 
 def matches_end(key: str, name: str) -> bool:
-    """Return True if a key matches a module path or its end, from a dot on."""
+    """Return True if a key matches a whole module path, or its end after a dot."""
     return re.fullmatch(rf"(.*\.)?({key})", name) is not None
 
 
 def unmatched(patterns: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> list[str]:
-    """Return a sentence for each key that matches none of the modules adapted, whose paths are ``names``."""
+    """Return a sentence for each key that matches none of the adapted modules, whose paths are ``names``."""
     return [
         f"{field} key {key!r} matches none of the {len(names)} modules adapted, such as {names[0]!r}"
         for field, pattern in patterns.items()
@@ -44,7 +44,7 @@ def unmatched(patterns: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -
 
 
 def broken(patterns: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return a sentence for each key that is no regular expression."""
+    """Return a sentence for each key that is not a regular expression."""
     keys = (key for pattern in patterns.values() for key in pattern)
     return [f"the pattern {key!r} is not a regular expression" for key in keys if not compiles(key)]
 

@@ -9,11 +9,13 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class PeftFields:
-    """``neutral``: fields that are not here, with the value that means "not used". That is written and accepted; any
-    other asks for something that is not supported.
+    """Fields in which PEFT's configs and these differ.
 
-    ``unread``: those among them whose value changes nothing, whatever it is. ``quiet``: fields that are here and not
-    there, written only where they say something.
+    ``neutral``: fields that only PEFT has, with the value that means "not used". That value is written and accepted;
+    any other asks for something that is not supported.
+
+    ``unread``: those among them whose value changes nothing. ``quiet``: fields that only these configs have, written
+    only if they change something.
     """
 
     neutral: Mapping[str, Any] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Places where an adapter has parameters: a site, and the key that each of them has in the adapter's file."""
+"""Places of an adapter's parameters: a site, and the key of each parameter in the adapter's file."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ ShapesByKey = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Placed:
-    """``site`` is the argument of the method's functions; ``keys`` are those of the parameters, by their names.
+    """Place of an adapter's parameters.
 
-    They stand behind ``path``, which is empty for virtual tokens.
+    ``site`` is the argument of the method's functions. ``keys`` are those of the parameters, by their names. They
+    follow ``path``, which is empty for virtual tokens.
     """
 
     site: Site
@@ -30,7 +31,7 @@ class Placed:
 
 
 class Method(Protocol):
-    """Part of a method that places are made of, see `MethodConfig`."""
+    """Part of a method that determines places, see `MethodConfig`."""
 
     def shapes(self, site: Any) -> Shapes: ...
     def disk_names(self, site: Any) -> Mapping[str, str]: ...
@@ -42,18 +43,18 @@ class Method(Protocol):
 
 
 def placed(method: Method, site: Site, path: str = "", depth: int = 0) -> Placed:
-    """Return the place of a site; ``path`` and ``depth`` are those of its keys, without a path none."""
+    """Return the place of a site. Its keys have this ``path`` and ``depth``, or neither if the path is empty."""
     ends = method.disk_names(site)
     return Placed(site, {own: parameter_key(path, end, depth) if path else end for own, end in ends.items()}, path)
 
 
 def ends_of(method: Method) -> dict[str, Any]:
-    """Return the endings of keys behind a module's path, each with the sample of the sites that it is of."""
+    """Return the ends of keys after a module's path, each with the sample of its sites."""
     return {end: sample for sample in reversed(method.samples) for end in method.disk_names(sample).values()}
 
 
 def modules_in(method: Method, keys: Collection[str]) -> list[str]:
-    """Return the modules that an adapter of these keys changes, by path."""
+    """Return the paths of the modules that an adapter with these keys changes."""
     ends, shared = ends_of(method), () if method.shared is None else method.shared.names
     written_again = {key for key in keys if any(own in keys for own in copies_of(key))}
     own = (key for key in keys if key not in written_again and not is_shared(key, shared))
@@ -63,9 +64,9 @@ def modules_in(method: Method, keys: Collection[str]) -> list[str]:
 def module_places(
     method: Method, shapes: ShapesByKey, source: str, named: Callable[[Any, Place], Site | None]
 ) -> dict[str, Placed] | None:
-    """Return the places of a method at modules, read from its file as `MethodConfig.places_in` says.
+    """Return the places of a method at modules, read from its file as in `MethodConfig.places_in`.
 
-    ``named`` makes of a sample the site at a parsed key; None if no site is called so.
+    ``named`` turns a sample into the site at a parsed key; None if no site has that name.
     """
     ends, found = ends_of(method), dict[str, Placed]()
     for path, keys in _by_path(ends, shapes).items():
@@ -85,7 +86,7 @@ def module_places(
 
 
 def require_sizes(found: ShapesByKey, like: ShapesByKey, path: str, source: str) -> None:
-    """Raise FormatError if a parameter is empty, or has fewer dimensions than one ``like`` it has at any site."""
+    """Raise FormatError if a parameter is empty, or has fewer dimensions than its shape in ``like``."""
     for name, shape in found.items():
         if 0 in shape or len(shape) < len(like[name]):
             raise damaged(source, f"{name} of {path} has shape {shape}")

@@ -1,4 +1,4 @@
-"""Records raised to a method: a config under which they are what it lowers to, and the parameters of each."""
+"""Records raised to a method: a config that lowers to them, and the parameters of each."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from veneer.core.sites import LinearSite
 
 @dataclass(frozen=True)
 class Raised:
-    """``parameters`` is the inverse of ``lower`` under ``config``.
+    """Adapter that lowers to given records: ``parameters`` is the inverse of ``lower`` under ``config``.
 
-    The ``bias`` of a low-rank record is what it adds to the layer's own.
+    The ``bias`` of a low-rank record is added to the layer's own.
     """
 
     config: TargetedConfig

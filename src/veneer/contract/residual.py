@@ -28,11 +28,11 @@ class ResidualMethod(MethodConfig):
     @property
     @abstractmethod
     def sublayers(self) -> tuple[str, ...]:
-        """Sub-layers that get a bottleneck: of ``"attention"``, ``"cross_attention"`` and ``"mlp"``."""
+        """Sub-layers that get a bottleneck: some of ``"attention"``, ``"cross_attention"`` and ``"mlp"``."""
 
     @property
     def layers(self) -> tuple[int, ...] | None:
-        """Indices of the blocks that get bottlenecks (from 0, through the whole model); None is all of them."""
+        """Indices of the blocks that get bottlenecks (from 0, through the whole model); None means all of them."""
         return None
 
     @abstractmethod

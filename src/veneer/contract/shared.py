@@ -10,9 +10,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Shared:
-    """They follow from the config and are never trained; a file that holds them is checked against ``draw``.
+    """Tensors that follow from the config and are never trained; a file that holds them is checked against ``draw``.
 
-    ``draw`` gives those of these ``names``, on the CPU. ``source`` is what they are drawn from, for messages.
+    ``draw`` returns the tensors of these ``names``, on the CPU. ``source`` names their origin in messages.
     ``is_saved``: whether they are written.
     """
 

@@ -22,7 +22,7 @@ _FILES = ("adapter_config.json", "adapter_model.safetensors", "tokenizer_config.
 
 @dataclass(frozen=True, kw_only=True)
 class HubOptions:
-    """Options of a download from the hub, in the hub's own words. ``subfolder`` also holds for a local folder."""
+    """Options of a download from the hub, in the hub's own terms. ``subfolder`` also applies to a local folder."""
 
     subfolder: str | None = None
     revision: str | None = None
@@ -33,12 +33,17 @@ class HubOptions:
 
 
 def hub_options(values: Mapping[str, Any]) -> HubOptions:
-    """`HubOptions` from keyword arguments. Raises ConfigError that names the unknown ones and the allowed ones."""
+    """Return `HubOptions` from keyword arguments. Raises ConfigError that names the unknown ones and the
+    allowed ones.
+    """
     return from_keywords(HubOptions, values, AS_IT_IS)
 
 
 def from_keywords(kind: Callable[..., Options], values: Mapping[str, Any], as_it_is: Sequence[str]) -> Options:
-    """Return a dataclass from keyword arguments, without those that say what is so anyway. Raises ConfigError."""
+    """Return a dataclass from keyword arguments, ignoring those in ``as_it_is``, which ask for the default behaviour.
+
+    Raises ConfigError for unknown ones.
+    """
     allowed = set(inspect.signature(kind).parameters)
     given = {key: value for key, value in values.items() if key not in as_it_is}
     unknown = sorted(set(given) - allowed)
@@ -48,14 +53,14 @@ def from_keywords(kind: Callable[..., Options], values: Mapping[str, Any], as_it
 
 
 def of_hub(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of some keyword arguments that are fields of `HubOptions`."""
+    """Return the keyword arguments that are fields of `HubOptions`."""
     return {key: value for key, value in values.items() if key in HubOptions.__dataclass_fields__}
 
 
 def adapter_folder(model_id: str | os.PathLike[str], options: HubOptions | None = None) -> Path:
-    """Return the local folder of an adapter, fetched from the hub where ``model_id`` is not a folder.
+    """Return the local folder of an adapter, fetched from the hub if ``model_id`` is not a folder.
 
-    Raises FormatError if there is no such folder or id, or the subfolder leads out of it.
+    Raises FormatError if there is no such folder or id, or if the subfolder leads out of it.
     """
     options = options or HubOptions()
     subfolder = _inside(options.subfolder)

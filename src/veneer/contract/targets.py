@@ -18,13 +18,13 @@ _LETTERS = re.compile(r"[^a-z]")
 
 @dataclass(frozen=True, kw_only=True)
 class TargetedConfig(MethodConfig):
-    """Config that picks modules by name.
+    """Config that selects modules by name.
 
-    ``target_modules``: a tuple of names or suffixes, a regular expression that must match the whole module path, or
-    ``"all-linear"`` (every linear layer but the output head); None takes those of the method's ``default_targets`` that
-    the model has. A method with other defaults on some types of models, or with defaults of other fields that name
-    modules, says so in `fields_for`.
-    ``layers_to_transform`` keeps only those layer indices, found by ``layers_pattern`` (name of the list of layers).
+    ``target_modules`` is a tuple of names or suffixes, or a regular expression that must match the whole module path.
+    It may be ``"all-linear"``: every linear layer but the output head. None selects those of the method's
+    ``default_targets`` that the model has. A method overrides `fields_for` if its defaults depend on the type of model,
+    or if other fields that name modules have defaults. ``layers_to_transform`` keeps only those layer indices, found by
+    ``layers_pattern`` (name of the list of layers).
     """
 
     changes_weights: ClassVar[bool] = True
@@ -56,16 +56,16 @@ class TargetedConfig(MethodConfig):
 
     @classmethod
     def fields_for(cls, model_type: str) -> Mapping[str, Names]:
-        """Return the fields that name modules, for where they are None, on a model of this type of transformers.
+        """Return the defaults of the fields that name modules, for a model of this type in transformers.
 
-        Of names and roles those count that the model has.
+        They replace None. Only names and roles that the model has count.
         """
         return {"target_modules": cls.default_targets}
 
 
 @dataclass(frozen=True)
 class ModuleIndex:
-    """Module paths of a model: all of them, those that a method can adapt, and those ``"all-linear"`` takes."""
+    """Module paths of a model: all of them, those that a method can adapt, and those of ``"all-linear"``."""
 
     all_names: tuple[str, ...]
     adaptable: tuple[str, ...]
@@ -73,7 +73,7 @@ class ModuleIndex:
 
 
 def present_targets(config: TargetedConfig, index: ModuleIndex, default: Collection[str]) -> tuple[str, ...]:
-    """Those of the default names that the model has. Raises TargetError if it has none."""
+    """Return the default names that the model has. Raises TargetError if it has none."""
     present = tuple(p for p in default if any(matches_any(n, (p,)) for n in index.adaptable))
     if present:
         return present
@@ -86,11 +86,11 @@ def present_targets(config: TargetedConfig, index: ModuleIndex, default: Collect
 def select_targets(config: TargetedConfig, index: ModuleIndex) -> tuple[str, ...]:
     """Return the module paths that a config adapts, in the model's order.
 
-    ``layers_to_transform`` does not restrict modules that are named by their whole path, and modules to be saved whole
-    are never adapted: both are PEFT's rules.
+    ``layers_to_transform`` does not restrict modules that are named by their whole path. Modules to be saved whole are
+    never adapted. Both are PEFT's rules.
 
-    Raises TargetError, with everything that is wrong, if a pattern matches nothing (naming the nearest module names)
-    or only modules that cannot be adapted, and where exclusions or layer indices leave nothing.
+    Raises TargetError, with every problem, if a pattern matches nothing (naming the nearest module names) or only
+    modules that cannot be adapted. Raises it too if exclusions or layer indices leave nothing.
     """
     patterns = _patterns(config, index)
     problems = _unmatched("target", patterns, index.adaptable, index) if patterns != ALL_LINEAR else []
@@ -116,9 +116,7 @@ def select_targets(config: TargetedConfig, index: ModuleIndex) -> tuple[str, ...
 
 
 def absent_layers(config: TargetedConfig, index: ModuleIndex) -> list[str]:
-    """Return a sentence where ``layers_to_transform`` holds layers that the model does not have, whatever
-    lies in them.
-    """
+    """Return a sentence if ``layers_to_transform`` holds layers that the model does not have, adaptable or not."""
     wanted = config.layers_to_transform
     asked = set() if wanted is None else {wanted} if isinstance(wanted, int) else set(wanted)
     absent = sorted(asked - {_layer(name, config) for name in index.all_names})

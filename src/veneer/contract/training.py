@@ -1,4 +1,4 @@
-"""Training capabilities of a method, beside its forward pass."""
+"""Training capabilities of a method, in addition to its forward pass."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ class Schedule(Protocol):
     """Actions of a method on its parameters between the steps of a training run."""
 
     def step(self, step: int) -> None:
-        """Act after the optimizer step of this number, while its gradients are still there."""
+        """Act after the optimizer step of this number, before its gradients are cleared."""
 
     def state(self) -> dict[str, Tensor]:
-        """All that the next step depends on, by name."""
+        """Return every tensor that the next step depends on, by name."""
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state` gave."""
+        """Resume from the tensors of `state`."""
 
 
 class Training(Protocol):
-    """Method's part in a training run."""
+    """Actions of a method in a training run."""
 
     def fields_for(self, n_steps: int) -> Mapping[str, object]:
         """Return the fields of the config that follow from the length of the run."""
 
     def penalty(self, layers: Sequence[Params]) -> Tensor | None:
-        """Return a term of the loss, weighed, from the parameters of all layers; None for none."""
+        """Return a weighted term of the loss, from the parameters of all layers; None if there is none."""
 
     def schedule(self, layers: Mapping[str, Params]) -> Schedule | None:
-        """Return the schedule that acts on the parameters of all layers (by path) after each optimizer
-        step; None for none.
+        """Return the schedule that acts on the parameters of all layers (by path) after each optimizer step.
+
+        None if there is none.
         """

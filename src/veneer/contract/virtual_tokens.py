@@ -23,10 +23,10 @@ from veneer.core.tasks import TaskType
 class VirtualTokenMethod(MethodConfig):
     """Common base of prefix and prompt methods: n virtual tokens in front, one set of parameters for the model.
 
-    A network may make the tokens in training; a plain save holds what it makes. ``inference_mode`` says, as in PEFT,
-    that the network is gone and what it made is trained or used as it is.
-    ``token_dim``, ``num_attention_heads``, ``num_layers``, ``num_transformer_submodules`` describe the base model and
-    are filled in when the config is attached.
+    A network may compute the tokens in training; a plain save holds its output. ``inference_mode`` means, as in PEFT,
+    that the network is gone and its output is trained or used directly. ``token_dim``, ``num_attention_heads``,
+    ``num_layers``, ``num_transformer_submodules`` describe the base model and are filled in when the config is
+    attached.
     """
 
     usual_learning_rate: ClassVar[float] = 1e-2
@@ -57,7 +57,7 @@ class VirtualTokenMethod(MethodConfig):
         return self.num_virtual_tokens
 
     def stored(self, site: Any, params: Params) -> dict[str, Tensor]:
-        """Return the tensors of a plain save by their keys on disk: the parameters, or those that a network makes."""
+        """Return the tensors of a plain save by their keys on disk: the parameters, or the output of a network."""
         return {key: params[own] for own, key in self.disk_names(site).items()}
 
 
@@ -77,7 +77,7 @@ class PrefixMethod(VirtualTokenMethod):
 
     @abstractmethod
     def lower_one(self, site: Sequence[AttentionSite], params: Params, index: int) -> PrefixDelta:
-        """Return one of the records alone, for a layer that is computed again in the backward pass."""
+        """Return a single one of the records, for a layer that is computed again in the backward pass."""
 
     def for_sites(self, sites: Sequence[Sequence[AttentionSite]], known: Known) -> Self:
         first = sites[0][0]
@@ -90,7 +90,7 @@ class PrefixMethod(VirtualTokenMethod):
         )
 
     def places_in(self, shapes: ShapesByKey, source: str) -> dict[str, Placed] | None:
-        """Every layer of the base, as the config tells it once it has been on a model."""
+        """Return every layer of the base, described by the config once it has been attached to a model."""
         heads, width, layers = self.num_attention_heads, self.token_dim, self.num_layers
         if heads is None or width is None or layers is None or width % heads:
             return None
@@ -107,7 +107,7 @@ class PrefixMethod(VirtualTokenMethod):
 
 @dataclass(frozen=True)
 class StartText:
-    """Text, and the tokenizer that makes ids of it: a name or folder, and arguments of its ``from_pretrained``."""
+    """Text, and the tokenizer that turns it into ids: a name or folder, and arguments of its ``from_pretrained``."""
 
     text: str
     tokenizer: str
@@ -118,8 +118,7 @@ class StartText:
 class PromptMethod(VirtualTokenMethod):
     """Method on the input embeddings.
 
-    ``keep_virtual_logits``: whether logits and hidden states come back with the virtual positions in front, as from
-    PEFT.
+    ``keep_virtual_logits``: logits and hidden states include the virtual positions at the front, as in PEFT.
     """
 
     inert: ClassVar[frozenset[str]] = frozenset({"keep_virtual_logits"})
@@ -128,12 +127,12 @@ class PromptMethod(VirtualTokenMethod):
 
     @property
     def n_rows(self) -> int:
-        """Rows on disk: PEFT keeps a second set for the decoder of an encoder-decoder model, which nothing reads."""
+        """Rows on disk. PEFT keeps a second set for the decoder of an encoder-decoder model, which is never read."""
         return self.num_virtual_tokens * (self.num_transformer_submodules or 1)
 
     @property
     def start_text(self) -> StartText | None:
-        """Text whose embeddings are the start, if any."""
+        """Text whose embeddings are the initial values, if any."""
         return None
 
     @abstractmethod
@@ -146,7 +145,7 @@ class PromptMethod(VirtualTokenMethod):
     def lower(self, site: InputSite, params: Params) -> PromptDelta: ...
 
     def for_sites(self, sites: Sequence[InputSite], known: Known) -> Self:
-        """Return the config with the base model's numbers filled in, as PEFT fills them in."""
+        """Return the config with the base model's sizes filled in, as PEFT fills them in."""
         (site,) = sites
         return replace(
             self,
