@@ -1,1 +1,1 @@
-"""Model with its adapters, in PEFT's words: `get_peft_model` and `PeftModel`."""
+"""Adapted models under PEFT's names: `get_peft_model` and `PeftModel`."""

@@ -32,7 +32,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 class AutoPeftModel:
-    """Base that an adapter's config names, of the class that the config names, with the adapter on it."""
+    """Loader of a base and its adapter: the adapter's config names the base and its class."""
 
     task: ClassVar[TaskType | None] = None
 
@@ -48,16 +48,17 @@ class AutoPeftModel:
     ) -> PeftModel:
         """Load an adapter from a folder or a hub id, on the base that its config names.
 
-        ``revision`` is the adapter's. Of ``options``, ``subfolder``, ``autocast_adapter_dtype``,
-        ``ignore_mismatched_sizes`` and ``key_mapping`` go to the adapter, those of the hub (``token``, ``cache_dir``
-        and the like) to both, all others (``dtype``, ``device_map``, ``quantization_config``) to the base's
-        ``from_pretrained``. If the adapter's folder holds a tokenizer of more tokens than the base, the base is
-        resized to it first.
+        ``revision`` is the adapter's. These ``options`` go to the adapter: ``subfolder``, ``autocast_adapter_dtype``,
+        ``ignore_mismatched_sizes`` and ``key_mapping``. Hub options (``token``, ``cache_dir`` and the like) go to both.
+        All others (``dtype``, ``device_map``, ``quantization_config``) go to the base's ``from_pretrained``.
 
-        Departs: where the adapter names no task, PEFT imports the library that the file names; here the class is one
-        of transformers or it is refused. `AutoPeftModel` takes adapters of any task.
+        If the adapter's folder holds a tokenizer with more tokens than the base, the base is first resized to it.
 
-        Raises ConfigError if the config names no base or no class, or another task; FormatError for the files.
+        Departs: if the adapter names no task, PEFT imports the library that the file names. Here the class must be one
+        of transformers. `AutoPeftModel` takes adapters of any task.
+
+        Raises ConfigError if the config names no base or no class, or names another task. Raises FormatError if the
+        files cannot be read.
         """
         hub = of_hub(options) | {"revision": revision}
         own = {key: options.pop(key) for key in _OF_THE_ADAPTER if key in options}
@@ -102,7 +103,7 @@ def _named_class(folder: Path) -> Any:
 
 
 def make_room_for(tokenizer: Any, base: Any) -> None:
-    """Resize the vocabulary of a base to a tokenizer that has more tokens than it."""
+    """Resize the base's vocabulary if the tokenizer has more tokens."""
     if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
         base.resize_token_embeddings(len(tokenizer))
 

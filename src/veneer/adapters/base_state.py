@@ -1,4 +1,4 @@
-"""Base model's own weights under its own names, while adapters are on it."""
+"""Weights of the base model under their own names, while adapters are attached."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from veneer.model.state import AdapterState
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return the ``state_dict()`` of the plain model, without any adapter's tensors. Raises AdapterNameError while
-    merged.
+    """Return the ``state_dict()`` of the plain model, without any adapter's tensors.
+
+    Raises AdapterNameError while adapters are merged.
     """
     _require_unmerged(model)
     held = tuple(f"{path}.{kind}." if path else f"{kind}." for path in adapted_places(model) for kind in _HOLDERS)
@@ -25,10 +26,10 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def set_base_model_state_dict(
     model: nn.Module, state_dict: Mapping[str, Any], strict: bool = True
 ) -> _IncompatibleKeys:
-    """Give the base these values and leave the adapters alone; returns what was missing and unexpected.
+    """Load these values into the base and leave the adapters unchanged. Return the missing and the unexpected keys.
 
-    Raises FormatError, before anything is changed, for tensors of another shape and, if ``strict``, for keys that are
-    missing or unexpected; AdapterNameError while adapters are merged.
+    Raises FormatError, before anything is changed, for tensors of another shape. With ``strict``, it also raises
+    FormatError for missing or unexpected keys. Raises AdapterNameError while adapters are merged.
     """
     own = get_base_model_state_dict(model)
     missing, unexpected = [k for k in own if k not in state_dict], [k for k in state_dict if k not in own]

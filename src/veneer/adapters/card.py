@@ -16,7 +16,7 @@ _PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification", 
 
 
 def write_card(folder: Path, config: MethodConfig, tags: Sequence[str] = ()) -> None:
-    """Write ``README.md`` with the metadata that the hub reads, ``tags`` among it; one that is there keeps its own."""
+    """Write ``README.md`` with the hub's metadata, ``tags`` included. An existing card keeps its text and its tags."""
     path = folder / "README.md"
     card = ModelCard.load(path) if path.is_file() else ModelCard(_text(config))
     card.data = _data(config, card.data, tags)
@@ -24,7 +24,7 @@ def write_card(folder: Path, config: MethodConfig, tags: Sequence[str] = ()) -> 
 
 
 def tell_parent(folder: Path, parent: Mapping[str, str]) -> None:
-    """Write into the model card of a saved adapter which one it was trained on from: its name and a hash of it."""
+    """Add to a saved adapter's model card the name and hash of the adapter from which training continued."""
     path = folder / "README.md"
     if path.is_file():
         card = ModelCard.load(path)

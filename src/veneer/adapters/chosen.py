@@ -1,4 +1,4 @@
-"""Base with adapters and a tokenizer, by their names: looked at from outside first, then loaded, then joined."""
+"""Base, adapters and tokenizer by name: checked from config and headers, then loaded, then joined."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from veneer.store.source import float32_note, load_model, load_tokenizer, parse_
 
 @dataclass(frozen=True)
 class Loaded:
-    """Model that is ready to answer. ``names``: what the adapters on it are called there, by their folders."""
+    """Model that is ready to answer. ``names``: the adapter names on the model, by folder."""
 
     model: Any
     tokenizer: Any
@@ -34,9 +34,9 @@ class Loaded:
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """Parts of a model that is to answer: a base as ``source`` names it, its tokenizer, and adapters for it.
+    """Parts of a model for answering: the base at ``source``, its tokenizer, and adapters for it.
 
-    ``takes_any_dtype``: nobody chose a precision.
+    ``takes_any_dtype``: True if the user chose no precision.
     """
 
     base: Any
@@ -47,11 +47,14 @@ class Parts:
 
     @property
     def adapter(self) -> Path | None:
-        """First adapter, which acts where nobody names one."""
+        """First adapter, the default."""
         return next(iter(self.adapters), None)
 
     def float32_note(self, setting: str) -> str | None:
-        """Say that ``setting`` is faster; None if this CPU has products in the base's dtype, or somebody chose it."""
+        """Return a note that ``setting`` is faster.
+
+        Return None if the CPU has native products in the base's dtype, or if the user chose the dtype.
+        """
         return float32_note(self.base.dtype, self.base.device.type, setting) if self.takes_any_dtype else None
 
     def joined(self) -> Loaded:
@@ -62,7 +65,7 @@ class Parts:
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """Base and adapters that fit it by shape; no weight of the base is loaded yet. ``notes`` are for the user."""
+    """Base and adapters that fit it by shape, before any weight of the base is loaded. ``notes`` are for the user."""
 
     source: str
     adapters: tuple[Path, ...]
@@ -84,13 +87,13 @@ class Chosen:
 
 
 def choose(model: str, adapters: Sequence[Path] = (), *, four_bit: bool = False, dtype: str = "auto") -> Chosen:
-    """Return a base and adapters by their names, checked: they exist and they fit by shape.
+    """Return a base and adapters by name, after checking that they exist and that their shapes fit.
 
-    The tokenizer is the base's, or the adapter's if that has more tokens or another chat template. A base on the hub is
-    not compared with the adapters.
+    The tokenizer is the base's, or the adapter's if that has more tokens or another chat template. Adapters are not
+    compared with a base on the hub.
 
-    Raises ConfigError and FormatError as `resolve` and `require_adapter` do, FormatError for an adapter of another
-    model, and CompositionError for one that was merged into it.
+    Raises ConfigError and FormatError as `resolve` and `require_adapter` do. Raises FormatError for an adapter of
+    another model, and CompositionError if the adapter is already merged into the base.
     """
     parse_dtype(dtype)
     source, folders = split(model, tuple(adapters))
@@ -119,15 +122,15 @@ def _checked(adapter: Path, base: Path, n_tokens: int, source: str) -> list[str]
 
 
 def split_one(model: str, adapter: Path | None) -> tuple[str, Path | None]:
-    """Return what `split` does, for at most one adapter."""
+    """Return the result of `split` for at most one adapter."""
     base, adapters = split(model, () if adapter is None else (adapter,))
     return base, next(iter(adapters), None)
 
 
 def split(model: str, adapters: tuple[Path, ...]) -> tuple[str, tuple[Path, ...]]:
-    """Return the base and the adapters that are meant: ``model`` may be an adapter, which names its base.
+    """Return the base and the adapters. If ``model`` is itself an adapter, its config names the base.
 
-    Raises ConfigError if an adapter stands for the base of others, or does not name its own.
+    Raises ConfigError if ``model`` is an adapter and others are given too, or if it does not name its base.
     """
     folder = Path(model).expanduser()
     if not (folder / CONFIG_FILE).is_file() or (folder / "config.json").is_file():
@@ -143,10 +146,10 @@ def split(model: str, adapters: tuple[Path, ...]) -> tuple[str, tuple[Path, ...]
 
 
 def tokenizer_with(tokenizer: Any, adapters: Sequence[Path]) -> Any:
-    """Return the base's tokenizer, or that of the adapters' folders if it has more tokens.
+    """Return the base's tokenizer, or the adapters' if theirs has more tokens.
 
-    The chat template that an adapter was trained with takes the place of the base's. Raises ConfigError if adapters
-    want their prompts written differently.
+    An adapter's chat template replaces the base's. Raises ConfigError if the adapters differ in vocabulary size or chat
+    template.
     """
     found = {}
     for folder in adapters:

@@ -1,4 +1,4 @@
-"""One adapter made of several that are on a model: `PeftModel.add_weighted_adapter`."""
+"""Combination of several adapters on a model into one: `PeftModel.add_weighted_adapter`."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ _SVD_SUFFIX = "_svd"
 
 @dataclass(frozen=True)
 class Report:
-    """Loss of combining: for each layer the relative Frobenius error of bringing the result to its rank."""
+    """Error of a combination: for each layer, the relative Frobenius error of reducing the result to its rank."""
 
     errors: Mapping[str, float]
 
     @property
     def worst(self) -> float:
-        """Largest error of a layer; 0 if the combination is exact."""
+        """Largest error of any layer; 0 if the combination is exact."""
         return max(self.errors.values(), default=0.0)
 
 
@@ -58,7 +58,7 @@ _ARGUMENTS: Mapping[str, Any] = {
 
 
 def require_types(**given: object) -> None:
-    """Raise CompositionError that names every argument of another type than `PeftModel.add_weighted_adapter` takes."""
+    """Raise CompositionError that lists every argument of the wrong type for `PeftModel.add_weighted_adapter`."""
     wrong = {name: value for name, value in given.items() if not fits(value, _ARGUMENTS[name])}
     if wrong:
         raise CompositionError(
@@ -67,17 +67,17 @@ def require_types(**given: object) -> None:
 
 
 def plan_of(combination_type: str, rank: int | None, density: float | None, vote: str, seed: int = 0) -> Combination:
-    """Return a plan from PEFT's words. "ties_svd" and the like name what "ties" is here: whole updates, brought to a
-    rank.
+    """Return a combination plan from PEFT's arguments.
 
-    As in PEFT, a ``density`` is not looked at by the ways that thin nothing out.
+    "ties_svd" and the like mean the same as "ties" here: whole updates, reduced to a rank. As in PEFT, combination
+    types without pruning ignore ``density``.
     """
     how = combination_type.removesuffix(_SVD_SUFFIX) if combination_type != "svd" else combination_type
     return Combination(how=how, rank=rank, density=density if how in SPARSE else None, vote=vote, seed=seed)  # type: ignore[arg-type]
 
 
 def usual_way(model: nn.Module, names: Sequence[str]) -> str:
-    """PEFT's default: "svd", or "linear" where all that the adapters hold in linear layers are scales."""
+    """Return PEFT's default: "svd", or "linear" if the adapters hold only scales in linear layers."""
     held = [(layer, n) for layer in adapted_layers(model).values() for n in names if n in layer.adapters]
     return "linear" if held and all(only_scales([Update(layer.record(n))]) for layer, n in held) else "svd"
 
@@ -92,12 +92,12 @@ def add_weighted(
     *,
     most_lost: float | None = None,
 ) -> Report:
-    """Add adapter ``name``, frozen, that acts as the weighted parts do together.
+    """Add a frozen adapter ``name`` that acts as the weighted sum of the parts.
 
-    A layer that a part leaves alone counts as unchanged by it. ``most_lost`` is the largest relative error that a
-    linear sum may have on a layer where the plan names no rank.
+    A layer without a part's update counts as unchanged by that part. ``most_lost`` is the largest relative error
+    allowed for a linear sum on a layer, if the plan names no rank.
 
-    Raises AdapterNameError, and CompositionError if the parts cannot be combined; nothing is added then.
+    Raises AdapterNameError for the names, and CompositionError if the parts cannot be combined. Nothing is added then.
     """
     names, weights = tuple(part for part, _ in parts), [weight for _, weight in parts]
     require_known(state, names)
@@ -196,8 +196,9 @@ def _require_layers_alone(model: nn.Module, state: AdapterState, names: Sequence
 def combine_folders(folders: Sequence[Path], weights: Sequence[float], plan: Combination, output: Path) -> Report:
     """Combine adapters on disk without their base and write the result as an adapter folder.
 
-    Where a file does not tell the sizes of its layers (VeRA's), the config of its base does, if it is on this machine.
-    Raises FormatError for a damaged folder, CompositionError for adapters that need their base or cannot be combined.
+    If a file does not hold the sizes of its layers (VeRA), they are read from the base's config, if it is on this
+    machine. Raises FormatError for a damaged folder. Raises CompositionError for adapters that need their base or
+    cannot be combined.
     """
     stored = [read_updates(folder, places_in_base(folder)) for folder in folders]
     places = {path: place for adapter in stored for path, place in adapter.places.items()}

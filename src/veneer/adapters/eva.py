@@ -1,4 +1,4 @@
-"""EVA on a model: passes over data give LoRA's factors their directions, and each layer its rank."""
+"""EVA on a model: passes over data give the directions of LoRA's factors and the rank of each layer."""
 
 from __future__ import annotations
 
@@ -38,16 +38,15 @@ def get_eva_state_dict(
     *,
     forward_fn: Forward = _forward,
 ) -> dict[str, Tensor]:
-    """Return the factor A (r, i) of each linear layer of an adapter, by path, with the rank that EVA gives it (0 is
-    possible).
+    """Return the factor A (r, i) of each linear layer of an adapter, by path, with EVA's rank. A rank may be 0.
 
-    The base model alone sees the batches, in evaluation mode, pass after pass, until the directions have settled. Of a
-    layer's input those rows count that ``attention_mask`` and, under ``use_label_mask``, ``labels`` leave; if an input
-    is not laid out like the mask (routed tokens, an encoder beside a decoder), all of them.
+    The batches run through the base model alone, in evaluation mode, pass after pass, until the directions converge.
+    Rows of a layer's input count if ``attention_mask`` keeps them and, with ``use_label_mask``, ``labels`` too. If an
+    input is not laid out like the mask (routed tokens, an encoder with a decoder), all its rows count.
 
-    Raises ConfigError if the adapter does not start from "eva" or `MAX_PASSES` do not settle it, DataError where the
-    loader is empty, gives a layer nothing, or gives it too few rows in every batch, and NonFiniteError for inputs with
-    NaN or infinity.
+    Raises ConfigError if the adapter does not start from "eva", or if the directions do not converge in `MAX_PASSES`.
+    Raises DataError if the loader is empty, or gives a layer no rows or too few rows in every batch. Raises
+    NonFiniteError for inputs with NaN or infinity.
     """
     (start, eva), layers = _start(model, adapter_name), _layers(model, adapter_name)
     with model.disable_adapter(), evaluation(model):
@@ -71,13 +70,16 @@ def initialize_lora_eva_weights(
     forward_fn: Forward = _forward,
     adapter_name: str = "default",
 ) -> None:
-    """Start an adapter with ``init_lora_weights="eva"`` from data: A from `get_eva_state_dict`, B zero.
+    """Initialise an adapter with ``init_lora_weights="eva"`` from data: A from `get_eva_state_dict`, B zero.
 
-    ``eva_state_dict`` stands in for the passes over ``dataloader``. Layers that get no rank lose the adapter, and its
-    config says afterwards which layers are left, with which rank and alpha. Layers that are not linear, and those
-    that ``eva_state_dict`` leaves out, keep their start. Call it before an optimizer is made: parameters whose rank
-    changes are new ones. Raises as `get_eva_state_dict` does, AdapterNameError if an adapter is merged, ConfigError
-    without data or where no layer would keep a rank, and ShapeError for factors that fit no layer.
+    ``eva_state_dict`` replaces the passes over ``dataloader``. Layers of rank 0 lose the adapter, and the config then
+    lists the remaining layers with their rank and alpha. Layers that are not linear, or not in ``eva_state_dict``, keep
+    their start.
+
+    Call it before the optimizer is made: parameters whose rank changes are new ones.
+
+    Raises as `get_eva_state_dict` does, and AdapterNameError if an adapter is merged. Raises ConfigError without data,
+    or if no layer would keep a rank. Raises ShapeError for factors that fit no layer.
     """
     (start, eva), layers = _start(model, adapter_name), _layers(model, adapter_name)
     if eva_state_dict is None:

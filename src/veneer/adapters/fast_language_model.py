@@ -1,4 +1,4 @@
-"""Unsloth's front door: a model and its tokenizer in one call, LoRA in another, trained on fused blocks."""
+"""Unsloth's entry points: `FastLanguageModel` loads a model with its tokenizer and adds LoRA on fused blocks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TARGETS = LLAMA_LAYERS
 
 
 class FastLanguageModel:
-    """Unsloth's names and defaults. What comes back goes into Trainer and TRL unchanged."""
+    """Unsloth's names and defaults. The resulting models go into Trainer and TRL unchanged."""
 
     @staticmethod
     def from_pretrained(
@@ -32,10 +32,11 @@ class FastLanguageModel:
         load_in_4bit: bool = True,
         load_in_8bit: bool = False,
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Return a base model and its tokenizer, which cuts at ``max_seq_length`` tokens (None: the model's own limit).
+        """Return a base model and its tokenizer, which truncates at ``max_seq_length`` tokens (None: the model's own
+        limit).
 
-        ``model_name`` is a folder, a fetched model, or a hub id; dtype None takes the dtype on disk.
-        Raises ConfigError.
+        ``model_name`` is a folder, a fetched model, or a hub id. With dtype None the dtype on disk is kept. Raises
+        ConfigError.
         """
         if load_in_4bit and load_in_8bit:
             raise ConfigError("load_in_4bit and load_in_8bit exclude each other: set one of them to False")
@@ -70,11 +71,11 @@ class FastLanguageModel:
         modules_to_save: Collection[str] | None = None,
         init_lora_weights: bool | str = True,
     ) -> PeftModel:
-        """LoRA on a model, drawn from ``random_state``, its blocks fused where they fit, ready to train.
+        """Add LoRA to a model, seeded by ``random_state``, with blocks fused if they fit. The model is ready to train.
 
-        ``use_gradient_checkpointing``: "unsloth" keeps the activations of a pass where memory is plenty and saves it
-        if it is not (`model.activation_memory`), True always computes blocks again in the backward pass,
-        "selective" what is cheap in them, False keeps everything.
+        ``use_gradient_checkpointing``: "unsloth" keeps a pass's activations if memory suffices, and checkpoints if not
+        (`model.activation_memory`). True always recomputes blocks in the backward pass, "selective" recomputes only
+        their cheap operations, and False keeps everything.
         """
         config = LoraConfig(
             task_type="CAUSAL_LM",
@@ -97,14 +98,14 @@ class FastLanguageModel:
 
     @staticmethod
     def for_training(model: PreTrainedModel) -> PreTrainedModel:
-        """Return the model in training mode, fused where it fits."""
+        """Return the model in training mode, with its blocks fused if they fit."""
         fuse(model)
         model.train()
         return model
 
     @staticmethod
     def for_inference(model: PreTrainedModel) -> PreTrainedModel:
-        """Return the model in evaluation mode, running its own code."""
+        """Return the model in evaluation mode, running its original code."""
         unfuse(model)
         model.eval()
         return model

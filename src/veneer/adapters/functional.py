@@ -29,9 +29,9 @@ def inject_adapter_in_model(
     *,
     autocast_adapter_dtype: bool = True,
 ) -> nn.Module:
-    """Put a fresh adapter on any module, in place, without the methods of `PeftModel`; the base is frozen.
+    """Attach a new adapter to any module, in place, without the methods of `PeftModel`. The base is frozen.
 
-    ``low_cpu_mem_usage`` is so anyway: parameters are made once, if the model is.
+    ``low_cpu_mem_usage`` has no effect: parameters are made only once.
     """
     if isinstance(model, PeftModel):
         raise ConfigError("this model is a PeftModel already: call its add_adapter instead")
@@ -53,10 +53,10 @@ def get_peft_model_state_dict(
     save_embedding_layers: SaveEmbeddings = "auto",
     unwrap_compiled: bool = False,
 ) -> dict[str, Tensor]:
-    """Return the tensors of an adapter by their keys on disk. ``state_dict`` gives values in the place of the model's
-    own.
+    """Return the tensors of an adapter by their keys on disk. ``state_dict`` gives values to use instead of the
+    model's.
 
-    What ``torch.compile`` gave is refused, with AdapterNameError, unless ``unwrap_compiled`` says to look inside.
+    Raises AdapterNameError for a compiled model (``torch.compile``), unless ``unwrap_compiled`` is set.
     """
     if unwrap_compiled:
         model = cast(nn.Module, getattr(model, "_orig_mod", model))
@@ -71,11 +71,12 @@ def set_peft_model_state_dict(
     ignore_mismatched_sizes: bool = False,
     low_cpu_mem_usage: bool = False,
 ) -> _IncompatibleKeys:
-    """Give an adapter that is attached these values, all or nothing.
+    """Set the values of an attached adapter, all or nothing.
 
-    Departs: strict, where PEFT reports what is missing to a caller who seldom looks. With ``ignore_mismatched_sizes``
-    what has another shape keeps the value that it has, and is returned as missing. ``low_cpu_mem_usage`` is so anyway.
-    Raises FormatError.
+    With ``ignore_mismatched_sizes``, tensors of another shape keep their values and are returned as missing.
+    ``low_cpu_mem_usage`` has no effect.
+
+    Departs: loading is strict; PEFT only reports missing keys, which callers seldom check. Raises FormatError.
     """
     state = _state(model, adapter_name)
     left = assign(
@@ -97,7 +98,7 @@ def load_peft_weights(
 ) -> dict[str, Tensor]:
     """Return the tensors of a saved adapter by their keys on disk, from a folder or a hub id, without a model.
 
-    ``device``: where to put them, by default the CPU. ``key_mapping``: see `renamed`. ``hub`` takes the fields of
+    ``device``: the device to load onto, by default the CPU. ``key_mapping``: see `renamed`. ``hub`` takes the fields of
     `HubOptions`. Raises FormatError.
     """
     tensors = renamed(read_tensors(adapter_folder(model_id, hub_options(hub))), key_mapping)

@@ -1,4 +1,4 @@
-"""Life of an adapter on a model: added or loaded, activated, frozen or trained, deleted."""
+"""Life cycle of an adapter on a model: added or loaded, activated, frozen or trained, deleted."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from veneer.store.adapter.tensors import Leniency, holds_network, load_weights
 
 @dataclass(frozen=True)
 class Loading:
-    """Options with which a saved adapter is put onto a model: trainable or frozen, float32 beside a 16-bit base or not,
-    its config, and what may differ.
+    """Options for loading a saved adapter onto a model.
+
+    They are: trainable or frozen, float32 on a 16-bit base or not, its config, and tolerated differences.
     """
 
     is_trainable: bool
@@ -37,24 +38,24 @@ def noted(config: MethodConfig, revision: str | None) -> MethodConfig:
 
 
 def prepare(model: nn.Module, state: AdapterState) -> None:
-    """Freeze a plain model, and watch its training steps for one that would train nothing."""
+    """Freeze a plain model, and check at each training step that something trains."""
     model.requires_grad_(False)
     state.watch = model.register_forward_pre_hook(require_something_to_train, with_kwargs=True)
     let_gradients_through_checkpoints(model)
 
 
 def add(model: nn.Module, state: AdapterState, name: str, config: MethodConfig, allocation: Allocation) -> None:
-    """Attach a fresh adapter. Once active it trains, unless its config says ``inference_mode``."""
+    """Attach a new adapter. Once active it trains, unless its config sets ``inference_mode``."""
     _require_unmerged(state, f"add {name!r}")
     attach(model, config, name, state, allocation=allocation)
     _attached(model, state, name, not config.inference_mode)
 
 
 def load(model: nn.Module, state: AdapterState, folder: Path, name: str, options: Loading) -> list[str]:
-    """Attach a saved adapter, or give the values of the files to the adapter that has this name already.
+    """Attach a saved adapter, or load the values into an attached adapter of the same name.
 
-    Returns the keys of what was left as it started (see `Leniency`). An adapter that is there trains on if it did.
-    Raises ConfigError if it has other settings than the files.
+    Returns the keys that keep their initial values (see `Leniency`). An attached adapter stays trainable if it was.
+    Raises ConfigError if its settings differ from the files'.
     """
     _require_unmerged(state, f"load {name!r}")
     if name in state.configs:
@@ -77,8 +78,10 @@ def load(model: nn.Module, state: AdapterState, folder: Path, name: str, options
 
 
 def attached_as(config: MethodConfig, folder: Path, is_trainable: bool) -> MethodConfig:
-    """Return the config that a saved adapter is attached with. If a network made its tokens and is not on disk, there
-    is none: they are trained directly from here, and the config still says ``inference_mode``.
+    """Return the config with which a saved adapter is attached.
+
+    If a network made its tokens and is not on disk, the tokens are trained directly from here. The config then keeps
+    ``inference_mode``.
     """
     config = replace(config, inference_mode=not is_trainable)
     lost = config.has_network and not holds_network(folder)
@@ -94,7 +97,8 @@ def _attached(model: nn.Module, state: AdapterState, name: str, trainable: bool)
 def activate(model: nn.Module, state: AdapterState, names: tuple[str, ...], inference_mode: bool | None = None) -> None:
     """Make these the active adapters, and freeze all others.
 
-    They train if they are trainable; ``inference_mode`` False makes them so, and True freezes them for this time.
+    Active adapters train if they are trainable. ``inference_mode=False`` makes them trainable, and True freezes them
+    for this time.
     """
     require_known(state, names)
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -123,7 +127,7 @@ def make_trainable(model: nn.Module, state: AdapterState, names: tuple[str, ...]
 
 
 def delete(model: nn.Module, state: AdapterState, name: str) -> None:
-    """Take an adapter off; if the last active one goes, the first of the others becomes active."""
+    """Remove an adapter. If the last active one is removed, the first of the others becomes active."""
     require_known(state, (name,))
     if name in state.merged:
         raise AdapterNameError(f"adapter {name!r} is merged: call unmerge_adapter() first, or merge_and_unload()")
@@ -134,7 +138,7 @@ def delete(model: nn.Module, state: AdapterState, name: str) -> None:
 
 
 def rename(model: nn.Module, state: AdapterState, old: str, new: str) -> None:
-    """Give an adapter another name, wherever it is held; its parameters stay the very ones that they were."""
+    """Rename an adapter everywhere; its parameters stay the same objects."""
     require_known(state, (old,))
     check_name(new, state)
     for held in holders(model, old):
@@ -147,7 +151,7 @@ def rename(model: nn.Module, state: AdapterState, old: str, new: str) -> None:
 
 
 def holders(model: nn.Module, name: str) -> list[nn.ModuleDict]:
-    """Whatever holds tensors of an adapter, by its name."""
+    """Return the containers that hold tensors of this adapter."""
     return [held for place in adapted_places(model).values() for held in place.holdings if name in held]
 
 
@@ -159,7 +163,7 @@ def set_requires_grad(model: nn.Module, names: tuple[str, ...], requires_grad: b
 
 
 def remove_all(model: nn.Module, state: AdapterState) -> None:
-    """Take every adapter off, and what watches the training."""
+    """Remove all adapters, and the check of the training steps."""
     for name in list(state.configs):
         detach(model, state, name)
     if state.watch is not None:

@@ -1,4 +1,4 @@
-"""LoftQ on a model: LoRA's factors take over what quantizing the base has lost."""
+"""LoftQ on a model: LoRA's factors are initialised from the base's quantization error."""
 
 from __future__ import annotations
 
@@ -30,12 +30,14 @@ def replace_lora_weights_loftq(
     adapter_name: str = "default",
     callback: Callable[[nn.Module, str], bool] | None = None,
 ) -> None:
-    """Start an adapter's factors on quantized layers from the weights before quantization, one layer at a time.
+    """Initialise an adapter's factors on quantized layers from the full-precision weights, one layer at a time.
 
-    ``model_path``: the folder or file of the base in full precision; None: the folder it was loaded from. ``callback``
-    is called with the model and the path after each layer; if it returns False, that layer's factors are put back.
-    The base is not changed. Raises ConfigError if no layer is quantized or the adapter is not plain LoRA, and
-    FormatError where the files do not hold the weights.
+    ``model_path``: the folder or file of the base in full precision; None: the folder the base was loaded from.
+    ``callback`` is called with the model and the path after each layer. If it returns False, that layer's factors are
+    restored. The base is not changed.
+
+    Raises ConfigError if no layer is quantized or the adapter is not plain LoRA. Raises FormatError if the files do not
+    hold the weights.
     """
     config = model.peft_config.get(adapter_name)
     start = None if config is None else config.late_start

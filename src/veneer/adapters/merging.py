@@ -1,4 +1,4 @@
-"""Folding adapters into the weights of their modules, and taking them out again, exactly."""
+"""Merging adapters into the weights of their modules, and exact unmerging."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from veneer.model.token_rows import require_rows_agree
 def merge(
     model: nn.Module, state: AdapterState, names: tuple[str, ...], check_finite: bool = False, progressbar: bool = False
 ) -> None:
-    """Fold these adapters, besides those merged already, into the base. The base's own parameters are kept aside.
+    """Merge these adapters into the base, in addition to those already merged. The base's own parameters are kept.
 
-    Nothing is changed where it fails. Raises AdapterNameError for unknown names, CompositionError for adapters that
-    have no sum or cannot be folded, and, with ``check_finite``, for results that are not finite.
+    On an error nothing is changed. Raises AdapterNameError for unknown names. Raises CompositionError for adapters that
+    have no sum or cannot be merged and, with ``check_finite``, for non-finite results.
     """
     require_foldable(model, state, names)
     before, wanted = state.merged, tuple(dict.fromkeys((*state.merged, *names)))
@@ -49,7 +49,7 @@ def merge(
 
 @torch.no_grad()
 def unmerge(model: nn.Module, state: AdapterState) -> None:
-    """Give the base its own parameters back: the very tensors that were there."""
+    """Restore the base's own parameters: the same tensors as before merging."""
     put_back_all(model)
     state.merged = ()
     if state.untied:
@@ -58,7 +58,7 @@ def unmerge(model: nn.Module, state: AdapterState) -> None:
 
 
 def require_known(state: AdapterState, names: tuple[str, ...]) -> None:
-    """Raise AdapterNameError if a name is not loaded, or there is none."""
+    """Raise AdapterNameError if a name is not loaded, or if no name is given."""
     unknown = [name for name in names if name not in state.configs]
     if unknown or not names:
         raise AdapterNameError(
@@ -68,7 +68,7 @@ def require_known(state: AdapterState, names: tuple[str, ...]) -> None:
 
 
 def require_foldable(model: nn.Module, state: AdapterState, names: tuple[str, ...]) -> None:
-    """Raise AdapterNameError for unknown names, CompositionError for adapters that no weight can take in."""
+    """Raise AdapterNameError for unknown names, CompositionError for adapters that cannot be merged into a weight."""
     require_known(state, names)
     for place in adapted_places(model).values():
         stuck = [] if place.folds else [name for name in names if name in place.adapters]
@@ -87,12 +87,12 @@ def _folded_already(model: nn.Module, module: Adapted, names: tuple[str, ...]) -
 
 
 def holding(model: nn.Module, names: tuple[str, ...]) -> list[tuple[str, Adapted]]:
-    """Return the modules in which any of these adapters has something, by path."""
+    """Return the modules on which any of these adapters holds tensors, by path."""
     return [(path, m) for path, m in adapted_modules(model).items() if any(m.holds(name) for name in names)]
 
 
 def require_finite(path: str, values: dict[str, Tensor], names: tuple[str, ...]) -> None:
-    """Raise CompositionError if a folded value is not finite."""
+    """Raise CompositionError if a merged value is not finite."""
     broken = [key for key, value in values.items() if not torch.isfinite(value).all()]
     if broken:
         raise CompositionError(
@@ -102,13 +102,13 @@ def require_finite(path: str, values: dict[str, Tensor], names: tuple[str, ...])
 
 
 def put_back_all(model: nn.Module) -> None:
-    """Give every adapted module its own parameters back."""
+    """Restore every adapted module's own parameters."""
     for module in adapted_modules(model).values():
         module.put_back()
 
 
 def untie(model: nn.Module, state: AdapterState) -> None:
-    """Stop the config from tying head and embeddings on the next load where they are no longer one tensor."""
+    """Untie head and embeddings in the config if they are no longer one tensor, so that the next load keeps both."""
     head, table = _ends(model)
     if head is None or table is None or not getattr(cast(Any, model).config, "tie_word_embeddings", False):
         return
@@ -131,10 +131,10 @@ def _set_tie(model: nn.Module, tie: bool) -> None:
 
 @torch.no_grad()
 def settle(model: nn.Module) -> None:
-    """Make a quantized model with merged layers a plain one: every quantized layer dense, in the dtype before.
+    """Turn a quantized model with merged layers into a plain one: every quantized layer dense, in the original dtype.
 
-    Rounding a merged weight to 4 bits again would lose most of a small update. What was put into float32 for training
-    beside the codes (norms, embeddings, head) gets the model's dtype back.
+    Rounding a merged weight to 4 bits again would lose most of a small update. Parameters that were widened to float32
+    for training (norms, embeddings, head) return to the model's dtype.
     """
     layers = {path: m for path, m in model.named_modules() if isinstance(m, QuantLinear)}
     merged = {path: m.kept.merged_weight for path, m in adapted_modules(model).items() if path in layers}

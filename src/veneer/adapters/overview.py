@@ -1,4 +1,4 @@
-"""Adapters of a model as it tells of them: their names and configs, what they change, what is trained."""
+"""Summary of a model's adapters: names and configs, adapted modules, trained parameters."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from veneer.model.state import AdapterState
 
 
 class AdapterOverview(InPlace, nn.Module):
-    """Part of a `PeftModel` that only reads."""
+    """Read-only part of a `PeftModel`."""
 
     adapter_state: AdapterState
 
     @property
     def has_active_enabled_adapter(self) -> bool:
-        """True if an adapter is active and adapters are not switched off."""
+        """True if an adapter is active and adapters are not disabled."""
         return bool(self.adapter_state.active) and not self.adapter_state.disabled
 
     @property
@@ -54,11 +54,13 @@ class AdapterOverview(InPlace, nn.Module):
         return self.peft_config[self.active_adapter]
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Trainable parameters, and all of them; a quantized weight counts as many as it stands for."""
+        """Return the number of trainable parameters and of all parameters. A quantized weight counts its
+        dense values.
+        """
         return status.count_parameters(self)
 
     def print_trainable_parameters(self) -> None:
-        """Print the number of trainable parameters, of all, their ratio in percent, and what each adapter changes."""
+        """Print the trainable and total parameters, their ratio in percent, and the modules each adapter changes."""
         trainable, total = self.get_nb_trainable_parameters()
         ratio = 100 * trainable / total
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {ratio:.4f}")

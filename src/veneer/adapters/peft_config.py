@@ -1,4 +1,4 @@
-"""PEFT's names for configs in general: a class for any of them, the enum of methods, a config from a dict."""
+"""PEFT's general names for configs: a class for all of them, the enum of methods, a config from a dict."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PeftType = cast(Any, StrEnum)("PeftType", {name: name for name in all_methods()}
 
 
 class PeftConfig(ABC):  # noqa: B024 - it is a name for isinstance, and a place to load from
-    """Any config of any method: ``isinstance(config, PeftConfig)`` holds for all of them."""
+    """Base of every method's config: ``isinstance(config, PeftConfig)`` holds for all of them."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **hub: Any) -> MethodConfig:
@@ -30,9 +30,9 @@ PeftConfig.register(MethodConfig)  # type: ignore[type-abstract]
 
 
 def get_peft_config(config_dict: Mapping[str, Any]) -> MethodConfig:
-    """Return the config that a dict means: the fields of an ``adapter_config.json``, ``peft_type`` among them.
+    """Return the config from a dict with the fields of an ``adapter_config.json``, ``peft_type`` among them.
 
-    Raises ConfigError with everything that is wrong.
+    Raises ConfigError that lists every problem.
     """
     try:
         return from_values(config_dict, "the config's dict")

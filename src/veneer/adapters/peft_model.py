@@ -1,4 +1,4 @@
-"""Face of an adapted model: a mixin in front of the transformers class that the model has anyway."""
+"""Adapted model: a mixin added to the model's own transformers class."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from veneer.store.adapter.tensors import assign as assign_adapter
 
 
 class PeftModel(AdapterOverview):
-    """Methods that `get_peft_model` adds to a transformers model. The model stays the object that it was."""
+    """Methods that `get_peft_model` adds to a transformers model. The model remains the same object."""
 
     _hf_peft_config_loaded: bool
 
@@ -52,12 +52,13 @@ class PeftModel(AdapterOverview):
         device_map: DeviceMap = None,
         **hub: Any,
     ) -> PeftModel:
-        """Put a saved adapter on a model, in place, and make it the active one. It is frozen unless ``is_trainable``.
+        """Attach a saved adapter to a model, in place, and activate it. It is frozen unless ``is_trainable``.
 
         ``model_id`` is a folder or a hub id; ``hub`` takes the fields of `HubOptions`. ``ignore_mismatched_sizes``:
-        what has another shape than in the files starts as in a fresh adapter. ``key_mapping``: see `renamed`.
-        ``device_map``: an adapter goes where its base is, and another place is refused. Raises FormatError if the
-        files are damaged or do not fit the model, which is then as it was.
+        tensors of another shape than in the files start as in a new adapter. ``key_mapping``: see `renamed`.
+        ``device_map``: an adapter is placed on its base's device, and any other device is refused.
+
+        Raises FormatError if the files are damaged or do not fit the model. The model is then unchanged.
         """
         folder = adapter_folder(model_id, hub_options(hub))
         require_same_place(model, device_map)
@@ -81,12 +82,14 @@ class PeftModel(AdapterOverview):
 
     @classmethod
     def own_body(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """``model.forward(…, adapter_names=…)`` as a call of the model; the signature stays that of the base's."""
+        """Return the method for ``model.forward(…, adapter_names=…)``, a call of the model. It keeps the
+        base's signature.
+        """
         return {"forward": _with_names(base.forward)}
 
     @property
     def base_model(self) -> nn.Module:
-        """As in transformers, the part without the head; in a module that has none, this very object."""
+        """Model without its head, as in transformers; this object itself if it has no such part."""
         return cast(nn.Module, getattr(super(), "base_model", self))
 
     def add_adapter(
@@ -97,7 +100,7 @@ class PeftModel(AdapterOverview):
         *,
         autocast_adapter_dtype: bool = True,
     ) -> None:
-        """Add a fresh adapter beside those there are; it does not become active. ``low_cpu_mem_usage`` is so anyway."""
+        """Add a new adapter without activating it. ``low_cpu_mem_usage`` has no effect."""
         lifecycle.add(self, self.adapter_state, adapter_name, peft_config, Allocation(widen=autocast_adapter_dtype))
 
     def load_adapter(
@@ -112,10 +115,10 @@ class PeftModel(AdapterOverview):
         device_map: DeviceMap = None,
         **hub: Any,
     ) -> _IncompatibleKeys:
-        """Load a saved adapter beside those there are, or, under a name that is there, its values. Not activated.
+        """Load a saved adapter without activating it. If the name exists already, load its values.
 
-        The arguments are those of `from_pretrained`. Returns what was missing and unexpected, as PEFT does: only
-        what ``ignore_mismatched_sizes`` left as it was, for loading is strict. Raises FormatError.
+        The arguments are those of `from_pretrained`. Returns missing and unexpected keys, as PEFT does. Loading is
+        strict, so only keys skipped by ``ignore_mismatched_sizes`` can be missing. Raises FormatError.
         """
         folder = adapter_folder(model_id, hub_options(hub))
         require_same_place(self, device_map)
@@ -124,20 +127,21 @@ class PeftModel(AdapterOverview):
         return _IncompatibleKeys(lifecycle.load(self, self.adapter_state, folder, adapter_name, options), [])
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool | None = None) -> None:
-        """Make one adapter, or several together, the active ones, and freeze all others, as PEFT does.
+        """Activate one adapter, or several together, and freeze all others, as PEFT does.
 
-        An adapter that was added, or loaded with ``is_trainable``, trains while it is active; one that was loaded
-        frozen stays so, unless ``inference_mode`` is False, PEFT's default. True freezes the active ones. Raises
-        AdapterNameError for an unknown name, CompositionError for adapters that cannot act together.
+        An adapter that was added, or loaded with ``is_trainable``, trains while it is active. An adapter loaded frozen
+        stays frozen unless ``inference_mode`` is False, PEFT's default. True freezes the active ones.
+
+        Raises AdapterNameError for an unknown name, CompositionError for adapters that cannot act together.
         """
         lifecycle.activate(self, self.adapter_state, _names(adapter_name), inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter off for good; if it was active, another takes its place. A merged one is refused."""
+        """Delete an adapter. If it was active, another becomes active. A merged adapter cannot be deleted."""
         lifecycle.delete(self, self.adapter_state, adapter_name)
 
     def rename_adapter(self, old: str, new: str) -> None:
-        """Give an adapter another name; active or merged, it stays so. Raises AdapterNameError."""
+        """Rename an adapter; it stays active or merged. Raises AdapterNameError."""
         lifecycle.rename(self, self.adapter_state, old, new)
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
@@ -157,11 +161,14 @@ class PeftModel(AdapterOverview):
         majority_sign_method: str = "total",
         seed: int = 0,
     ) -> combining.Report:
-        """Add a frozen adapter that combines others, weights and all; returns what bringing it to a rank lost.
+        """Add a frozen adapter that combines others, whole trained weights included. Return the error of the rank
+        reduction.
 
-        ``combination_type`` is a way of `veneer.combine.Combination`; PEFT's "…_svd" names mean the same. "linear"
-        is the exact sum here; PEFT's, with its cross terms, is "factorwise". None is PEFT's default: "svd", or, where
-        the adapters only rescale (IA3), "linear". Raises AdapterNameError and CompositionError.
+        ``combination_type`` is a type of `veneer.combine.Combination`; PEFT's "…_svd" names mean the same. "linear" is
+        the exact sum here; PEFT's sum, with its cross terms, is "factorwise". None is PEFT's default: "svd", or
+        "linear" if the adapters only rescale (IA3).
+
+        Raises AdapterNameError and CompositionError.
         """
         weights = plain(weights)
         combining.require_types(
@@ -178,7 +185,7 @@ class PeftModel(AdapterOverview):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Inside the block the model is the base model, also where adapters are merged. Blocks may be nested."""
+        """Disable all adapters, merged ones too, inside the ``with`` block. Blocks may be nested."""
         state = self.adapter_state
         before, merged = state.disabled, state.merged
         if merged:
@@ -192,34 +199,34 @@ class PeftModel(AdapterOverview):
                 merging.merge(self, state, merged)
 
     def disable_adapter_layers(self) -> None:
-        """Switch all adapters off until `enable_adapter_layers`; merged ones are taken out of the weights."""
+        """Disable all adapters until `enable_adapter_layers`; merged ones are unmerged."""
         merging.unmerge(self, self.adapter_state)
         self.adapter_state.disabled = True
 
     def enable_adapter_layers(self) -> None:
-        """Switch the active adapters on again."""
+        """Enable the active adapters again."""
         self.adapter_state.disabled = False
 
     def get_base_model(self) -> PreTrainedModel:
-        """Return the transformers model: this very object."""
+        """Return the transformers model: this same object."""
         return cast(PreTrainedModel, self)
 
     def update_and_allocate(self, global_step: int) -> None:
-        """Let the active adapters' methods act after an optimizer step (AdaLoRA spends its budget).
+        """Run the active adapters' updates after an optimizer step (AdaLoRA reallocates its budget).
 
         Call it between ``optimizer.step()`` and ``zero_grad()`` with the number of the step; `SFTTrainer` does so by
-        itself. Raises ConfigError if no active adapter has something to do.
+        itself. Raises ConfigError if no active adapter needs such updates.
         """
         schedules.begin(self, self.adapter_state)
         if not schedules.advance(self.adapter_state, global_step):
             raise ConfigError(f"none of the active adapters {self.active_adapters} has a schedule, as AdaLoRA has")
 
     def merge_adapter(self, adapter_names: str | list[str] | None = None, safe_merge: bool = False) -> None:
-        """Fold the active adapters (or those named) into the weights, until `unmerge_adapter` takes them out."""
+        """Merge the active adapters (or the named ones) into the weights, until `unmerge_adapter`."""
         merging.merge(self, self.adapter_state, self._to_merge(adapter_names), safe_merge)
 
     def unmerge_adapter(self) -> None:
-        """Give the base its own weights back, bit by bit."""
+        """Restore the base's own weights, bit for bit."""
         merging.unmerge(self, self.adapter_state)
 
     def merge_and_unload(
@@ -230,12 +237,13 @@ class PeftModel(AdapterOverview):
         *,
         requantize: bool = False,
     ) -> PreTrainedModel:
-        """Fold the active adapters (or those named) into the weights and give back the plain model.
+        """Merge the active adapters (or the named ones) into the weights and return the plain model.
 
-        A quantized model becomes a dense one in the dtype that it had before. With ``requantize`` it stays quantized,
-        and how much of the update survived that is printed. Raises CompositionError if the adapters cannot be
-        folded, and, with ``safe_merge``, if the result is not finite; ConfigError for ``requantize`` where no
-        adapted layer is quantized.
+        A quantized model becomes dense, in the dtype that it had before. With ``requantize`` it stays quantized, and
+        the surviving share of the update is printed.
+
+        Raises CompositionError if the adapters cannot be merged and, with ``safe_merge``, if the result is not finite.
+        Raises ConfigError for ``requantize`` if no adapted layer is quantized.
         """
         names = self._to_merge(adapter_names)
         if requantize:
@@ -246,7 +254,7 @@ class PeftModel(AdapterOverview):
         return self._unload()
 
     def unload(self) -> PreTrainedModel:
-        """Take every adapter off and give back the plain model, with the weights that it had before."""
+        """Remove all adapters and return the plain model, with its original weights."""
         merging.unmerge(self, self.adapter_state)
         return self._unload()
 
@@ -263,11 +271,12 @@ class PeftModel(AdapterOverview):
         tags: str | list[str] | None = None,
         **hub: Any,
     ) -> None:
-        """Write adapters in PEFT's format: ``default`` into the folder, any other into a folder of its name there.
+        """Write adapters in PEFT's format: ``default`` into the folder, any other into a subfolder of its name.
 
-        ``tags`` go into the model card; ``hub`` takes ``repo_id`` and the fields of `Upload`. Raises ConfigError if
-        pickles are asked for and for an unknown argument, AdapterNameError for an unknown adapter, FormatError where
-        writing fails: what was there before is then untouched.
+        ``tags`` go into the model card; ``hub`` takes ``repo_id`` and the fields of `Upload`.
+
+        Raises ConfigError if pickles are asked for, and for an unknown argument. Raises AdapterNameError for an unknown
+        adapter. Raises FormatError if writing fails; existing files are then untouched.
         """
         repo_id, how = str(hub.pop("repo_id", Path(save_directory).name)), saving.upload_of(hub)
         saving.require_safetensors(safe_serialization)
@@ -289,7 +298,7 @@ class PeftModel(AdapterOverview):
         tags: str | list[str] | None = None,
         **hub: Any,
     ) -> str:
-        """Upload the adapters and a model card, which gets ``tags`` besides its own; returns the commit's address.
+        """Upload the adapters and a model card with ``tags`` added. Return the commit's URL.
 
         ``hub`` takes the fields of `Upload`. Raises as `save_pretrained` does.
         """
@@ -299,14 +308,14 @@ class PeftModel(AdapterOverview):
         return saving.push(self, self.adapter_state, repo_id, what, saving.upload_of(hub))
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
-        """Write the model card of the adapter that was added first; a Trainer that pushes to the hub asks for it."""
+        """Write the model card of the first adapter. A Trainer that pushes to the hub calls this."""
         write_card(Path(output_dir), next(iter(self.peft_config.values())))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As torch's; what a Trainer checkpoint holds goes to the adapters, strictly.
+        """Load a state dict as torch does. A Trainer checkpoint is loaded into the adapters, strictly.
 
-        That is an adapter's file, which the active one takes, or those of several, by name. Raises AdapterNameError
-        where one of them is not on the model, and FormatError.
+        Such a checkpoint holds one adapter's file, for the active adapter, or several adapters by name. Raises
+        AdapterNameError if one of them is not on the model, and FormatError.
         """
         if state_dict and all(is_adapters(key) for key in state_dict):
             load_into_active(self, state_dict)
@@ -333,7 +342,7 @@ class GeneratingPeftModel(PeftModel):
     """`PeftModel` that generates."""
 
     def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
-        """transformers' ``generate``. ``adapter_names`` gives each prompt an adapter of its own, as in a forward."""
+        """Run transformers' ``generate``. ``adapter_names`` gives each prompt its own adapter, as in a forward pass."""
         generate = cast(Any, super()).generate
         if adapter_names is None:
             return generate(*args, **kwargs)
@@ -350,13 +359,13 @@ def get_peft_model(
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,
 ) -> PeftModel:
-    """Put a fresh, active, trainable adapter on a model, in place, and freeze everything else.
+    """Attach a new, active, trainable adapter to a model, in place, and freeze everything else.
 
-    Start values are drawn from torch's global generator: ``torch.manual_seed`` makes them repeatable. The adapter is
-    float32 beside a 16-bit base unless ``autocast_adapter_dtype`` is False. ``revision`` is noted in the config.
-    ``low_cpu_mem_usage`` is so anyway: parameters are made once, if the model is.
+    Initial values are drawn from torch's global generator: ``torch.manual_seed`` makes them reproducible. On a 16-bit
+    base the adapter is float32 unless ``autocast_adapter_dtype`` is False. ``revision`` is stored in the config.
+    ``low_cpu_mem_usage`` has no effect: parameters are made only once.
 
-    Raises TargetError and AdapterNameError; the model is then as it was.
+    Raises TargetError and AdapterNameError; the model is then unchanged.
     """
     allocation = Allocation(widen=autocast_adapter_dtype)
     with _becoming(model) as adapted:
@@ -379,7 +388,7 @@ def _becoming(model: nn.Module) -> Iterator[PeftModel]:
 
 
 def become_peft_model(model: nn.Module) -> PeftModel:
-    """Return the model with `PeftModel` in front of its class and, if it was plain before, its parameters frozen."""
+    """Return the model with `PeftModel` added to its class. If it was plain before, its parameters are frozen."""
     if not isinstance(model, PeftModel):
         change_class(model, GeneratingPeftModel if hasattr(model, "generate") else PeftModel)
         adapted = cast(PeftModel, model)
@@ -401,7 +410,7 @@ def _with_names(plain: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def load_into_active(model: PeftModel, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Give the active adapter the values of a file that has been read."""
+    """Load the tensors of a file into the active adapter."""
     assign_adapter(model, model.adapter_state, model.active_adapter, tensors, source="the state dict")
 
 

@@ -1,4 +1,4 @@
-"""Placement of an adapter: on its base's device. PEFT's ``device_map`` is taken where it says just that."""
+"""Device of an adapter: its base's. PEFT's ``device_map`` is accepted if it names the same device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WHERE_THE_BASE_IS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def require_same_place(model: nn.Module, device_map: DeviceMap) -> None:
-    """Raise ConfigError if a ``device_map`` names a device that the base model is not on, or none at all."""
+    """Raise ConfigError if a ``device_map`` names no device, or one that does not hold the base model."""
     if device_map is None or device_map in _WHERE_THE_BASE_IS:
         return
     held = {parameter.device for parameter in model.parameters()}

@@ -1,5 +1,7 @@
-"""Prefixes that start from text: the keys and values that the base model itself computes for it (Li & Liang 2021,
-arXiv:2101.00190, section 7.4), so that the start acts as if the text stood in front."""
+"""Prefixes initialised from text: the keys and values that the base model computes for it.
+
+The prefix then acts as if the text preceded the input. Source: Li & Liang 2021, arXiv:2101.00190, section 7.4.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +31,10 @@ def initialize_kv_prefix_from_text(
     use_chat_template: bool = True,
     max_length: int | None = None,
 ) -> Tensor:
-    """Start a prefix from the first tokens of a text; returns the matrix (n, width) that a plain save holds.
+    """Initialise a prefix from the first tokens of a text. Return the matrix (n, width) as a plain save holds it.
 
-    ``use_chat_template`` puts the text into a system message where the tokenizer has a template. Raises ConfigError
-    where the adapter is no prefix, an MLP makes it, or the text has fewer tokens than the prefix.
+    ``use_chat_template`` puts the text into a system message if the tokenizer has a template. Raises ConfigError if the
+    adapter is not a prefix, if an MLP makes it, or if the text has fewer tokens than the prefix.
     """
     name = model.active_adapter if adapter_name is None else adapter_name
     holder, config = _prefix(model, name)
@@ -54,9 +56,9 @@ def initialize_kv_prefix_from_text(
 def initialize_kv_prefix_from_past_key_values(
     model: PeftModel, *, past_key_values: Cache, adapter_name: str | None = None
 ) -> Tensor:
-    """Start a prefix from the first positions of a cache of one row; returns the matrix that a plain save holds.
+    """Initialise a prefix from the first positions of a one-row cache. Return the matrix as a plain save holds it.
 
-    Raises ConfigError if the adapter is no prefix, an MLP makes it, or the cache holds fewer positions.
+    Raises ConfigError if the adapter is not a prefix, if an MLP makes it, or if the cache holds fewer positions.
     """
     name = model.active_adapter if adapter_name is None else adapter_name
     holder, config = _prefix(model, name)

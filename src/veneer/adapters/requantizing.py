@@ -1,4 +1,4 @@
-"""Merging into a quantized base that stays quantized, and what that does to the update."""
+"""Merging into a quantized base that stays quantized, and the error this adds to the update."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from veneer.model.state import AdapterState
 
 @dataclass(frozen=True, slots=True)
 class Survival:
-    """Part of an update that survives quantizing the merged weight.
+    """Share of an update that survives quantizing the merged weight.
 
     ``relative_size`` is the update's Frobenius norm over the weight's. ``share`` is the cosine between the update and
-    what really changed: 1 if it came through whole, 0 if nothing did. ``gain`` is the length of what changed
-    along the update over the update's own: below 1 it acts more weakly than it was trained to.
+    the actual change: 1 if all of it survives, 0 if nothing does. ``gain`` is the projection of the actual change on
+    the update, over the update's norm. Below 1 the update acts more weakly than trained.
     """
 
     path: str
@@ -37,9 +37,7 @@ class Survival:
 def survival(
     path: str, before: Float[Tensor, "o i"], wanted: Float[Tensor, "o i"], after: Float[Tensor, "o i"]
 ) -> Survival:
-    """Return the share of the update ``wanted - before`` that is in ``after - before``; an update of zero survives
-    whole.
-    """
+    """Return the share of the update ``wanted - before`` in ``after - before``. A zero update survives whole."""
     update, change = wanted - before, after - before
     square, dot = update.square().sum(), (update * change).sum()
     if square == 0:
@@ -53,10 +51,10 @@ def survival(
 def merge_requantized(
     model: nn.Module, state: AdapterState, names: tuple[str, ...], check_finite: bool = False
 ) -> list[Survival]:
-    """Fold adapters into the base and quantize what was quantized again, in the same format; for good.
+    """Merge adapters into the base and requantize in the same format. This cannot be undone.
 
-    Nothing is changed where it fails. Raises what `merging.merge` raises, NonFiniteError where a merged weight cannot
-    be quantized, and ConfigError where no merged layer is quantized.
+    On an error nothing is changed. Raises the errors of `merging.merge`, NonFiniteError if a merged weight cannot be
+    quantized, and ConfigError if no merged layer is quantized.
     """
     merging.require_foldable(model, state, names)
     before, wanted = state.merged, tuple(dict.fromkeys((*state.merged, *names)))
@@ -84,7 +82,7 @@ def merge_requantized(
 
 
 def describe(report: Sequence[Survival]) -> str:
-    """Return the report in words: the middle, the worst, and what to do about it."""
+    """Return the report as text: the median, the worst, and advice."""
     middle = statistics.median(s.share for s in report)
     worst = min(report, key=lambda s: s.share)
     size = statistics.median(s.relative_size for s in report)

@@ -38,8 +38,9 @@ AS_IT_IS = (
 
 @dataclass(frozen=True)
 class Selection:
-    """Choices of a save: the adapters, whole embeddings or not, values that stand in for the model's own, and tags
-    that the model card gets besides its own.
+    """Choices of a save: the adapters, whole embeddings or not, replacement values, and extra tags.
+
+    ``state_dict`` replaces the model's own values. ``tags`` are added to the model card's.
     """
 
     names: tuple[str, ...]
@@ -50,7 +51,7 @@ class Selection:
 
 @dataclass(frozen=True, kw_only=True)
 class Upload:
-    """Options of an upload, in the hub's own words."""
+    """Options of an upload, under the hub's names."""
 
     commit_message: str = "Upload adapter"
     commit_description: str | None = None
@@ -61,12 +62,12 @@ class Upload:
 
 
 def upload_of(values: Mapping[str, Any]) -> Upload:
-    """`Upload` from keyword arguments. Raises ConfigError that names the unknown ones and the allowed ones."""
+    """Return an `Upload` from keyword arguments. Raises ConfigError that lists the unknown and the allowed ones."""
     return from_keywords(Upload, values, AS_IT_IS)
 
 
 def require_safetensors(safe_serialization: bool) -> None:
-    """Raise ConfigError if a pickle is asked for."""
+    """Raise ConfigError if a pickle is requested."""
     if not safe_serialization:
         raise ConfigError("safe_serialization=False asks for a pickle; adapters are written as safetensors only")
 
@@ -85,12 +86,12 @@ def save(model: nn.Module, state: AdapterState, folder: Path, what: Selection) -
 
 
 def subfolder(folder: Path, name: str) -> Path:
-    """Return the folder in which an adapter of this name is kept: ``default`` lies in ``folder`` itself."""
+    """Return the folder for an adapter of this name: ``folder`` itself for ``default``."""
     return folder if name == "default" else folder / name
 
 
 def upload(folder: Path, repo_id: str, how: Upload) -> str:
-    """Upload a folder to a model repository, which is made if there is none; returns the commit's address."""
+    """Upload a folder to a model repository, which is created if there is none. Return the commit's URL."""
     api = HfApi(token=how.token)
     repo = api.create_repo(repo_id, private=how.private, exist_ok=True).repo_id
     commit = api.upload_folder(
@@ -105,7 +106,7 @@ def upload(folder: Path, repo_id: str, how: Upload) -> str:
 
 
 def push(model: nn.Module, state: AdapterState, repo_id: str, what: Selection, how: Upload) -> str:
-    """Save into a temporary folder and upload that."""
+    """Save into a temporary folder and upload it."""
     with tempfile.TemporaryDirectory() as folder:
         save(model, state, Path(folder), what)
         return upload(Path(folder), repo_id, how)
@@ -127,12 +128,12 @@ def _keep_for_training(model: nn.Module, state: AdapterState, folder: Path, name
 
 
 def joined(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the tensors of several adapters in one mapping, each key behind its adapter's name."""
+    """Return the tensors of several adapters in one mapping, with each key prefixed by its adapter's name."""
     return {f"{name}{_JOINT}{key}": value for name, tensors in parts.items() for key, value in tensors.items()}
 
 
 def divided(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Return the inverse of `joined`; empty if the keys are no adapters' own."""
+    """Return the inverse of `joined`; empty if the keys have no adapter prefix."""
     parts: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, joint, rest = key.partition(_JOINT)

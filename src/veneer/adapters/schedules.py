@@ -1,4 +1,4 @@
-"""Training beside the forward pass, for methods that ask for it: a penalty in the loss, an act after each step."""
+"""Training hooks for methods that need them: a penalty in the loss, an update after each step."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _JOINT = "::"  # in no adapter's name
 
 
 def penalty(model: nn.Module, state: AdapterState) -> Tensor | None:
-    """Return the penalty that the acting adapters add to a training loss; None for none."""
+    """Return the penalty that the active adapters add to a training loss, or None."""
     found = (training.penalty(list(layers_of(model, name).values())) for name, training in _acting(state).items())
     terms = [term for term in found if term is not None]
     return sum(terms[1:], terms[0]) if terms else None
 
 
 def with_penalty(model: nn.Module, state: AdapterState, output: Any) -> Any:
-    """Return a model's output in training with the penalty added to its loss, as PEFT's AdaLoRA does."""
+    """Return a model's training output with the penalty added to its loss, as PEFT's AdaLoRA does."""
     loss = getattr(output, "loss", None)
     if model.training and isinstance(loss, Tensor):
         term = penalty(model, state)
@@ -35,7 +35,7 @@ def with_penalty(model: nn.Module, state: AdapterState, output: Any) -> Any:
 
 
 def begin(model: nn.Module, state: AdapterState, n_steps: int | None = None) -> None:
-    """Make the schedules of the acting adapters that train; ``n_steps``: the length of the run, for those that ask."""
+    """Create the schedules of the active adapters that train. ``n_steps``: the length of the run, if they need it."""
     for name, training in _acting(state).items():
         if name in state.schedules:
             continue
@@ -50,7 +50,7 @@ def begin(model: nn.Module, state: AdapterState, n_steps: int | None = None) -> 
 
 
 def advance(state: AdapterState, step: int) -> bool:
-    """Let every acting adapter's schedule act after optimizer step ``step``; whether there was one."""
+    """Advance the active adapters' schedules after optimizer step ``step``. Return True if there was one."""
     present = [schedule for name, schedule in state.schedules.items() if name in state.acting()]
     for schedule in present:
         schedule.step(step)
@@ -58,14 +58,14 @@ def advance(state: AdapterState, step: int) -> bool:
 
 
 def tensors(state: AdapterState) -> dict[str, Tensor]:
-    """All that the schedules' next step depends on."""
+    """Return the state of all schedules, on which their next step depends."""
     return {
         f"{n}{_JOINT}{key}": value for n, schedule in state.schedules.items() for key, value in schedule.state().items()
     }
 
 
 def restore(state: AdapterState, saved: Mapping[str, Tensor]) -> None:
-    """Give schedules that have begun what `tensors` gave."""
+    """Restore the state from `tensors` into schedules that have begun."""
     for name, schedule in state.schedules.items():
         prefix = f"{name}{_JOINT}"
         schedule.restore({key.removeprefix(prefix): value for key, value in saved.items() if key.startswith(prefix)})

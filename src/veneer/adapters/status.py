@@ -1,4 +1,4 @@
-"""Status of a model: its adapters by layer, those active, those that train."""
+"""Status of a model: adapters by layer, active adapters, trainable adapters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Mixed = bool | Literal["irregular"]
 
 @dataclass(frozen=True)
 class TunerLayerStatus:
-    """One adapted module, in PEFT's fields."""
+    """Status of one adapted module, in PEFT's fields."""
 
     name: str
     module_type: str
@@ -35,7 +35,7 @@ class TunerLayerStatus:
 
 @dataclass(frozen=True)
 class TunerModelStatus:
-    """Model as a whole, in PEFT's fields."""
+    """Status of the whole model, in PEFT's fields."""
 
     base_model_type: str
     peft_types: dict[str, str]
@@ -90,7 +90,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Trainable parameters, and all; a quantized weight counts as many as it stands for."""
+    """Count the trainable parameters, and all. A quantized weight counts its dense values."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters() if p.is_floating_point())
     for module in model.modules():
@@ -101,7 +101,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def describe_targets(model: nn.Module, state: AdapterState) -> str:
-    """For each adapter, one line: which modules it changes, counted by the last part of their paths."""
+    """Return one line for each adapter: the modules that it changes, counted by the last part of their paths."""
     places = adapted_places(model)
     lines = []
     for name, config in state.configs.items():

@@ -1,6 +1,6 @@
-"""PEFT's names for adapted models by task: for ``isinstance``, ``from_pretrained``, and calls that attach an adapter.
+"""PEFT's task classes of adapted models, for ``isinstance``, ``from_pretrained``, and calls that attach an adapter.
 
-No class of them is put in front of a model's: what a model is adapted for stands in its adapter's config.
+These classes are never added to a model's own class. The task is read from the adapter's config.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from veneer.errors import ConfigError
 
 
 class ByTask(type):
-    """Class of these names: an adapted model is an instance if its first adapter is for the task."""
+    """Metaclass of the task classes: an adapted model is an instance if its first adapter is for the task."""
 
     def __call__(
         cls, model: nn.Module, peft_config: MethodConfig, adapter_name: str = "default", **options: Any
@@ -34,7 +34,7 @@ class ByTask(type):
 
 
 class TaskModel(PeftModel):
-    """Common base of the classes below."""
+    """Base of the classes below."""
 
     task: ClassVar[TaskType]
 
@@ -48,7 +48,7 @@ class TaskModel(PeftModel):
         config: MethodConfig | None = None,
         **options: Any,
     ) -> PeftModel:
-        """As `PeftModel.from_pretrained`; raises ConfigError for an adapter of another task."""
+        """Load as `PeftModel.from_pretrained` does. Raises ConfigError for an adapter of another task."""
         config = _for_task(cls, config or MethodConfig.from_pretrained(model_id, **of_hub(options)))
         return PeftModel.from_pretrained(model, model_id, adapter_name, is_trainable, config, **options)
 

@@ -1,4 +1,4 @@
-"""Checks that an adapted model can train: something trains, and gradients reach it."""
+"""Checks that an adapted model can train: something is trainable, and gradients reach it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from veneer.errors import TrainingError
 
 
 def require_something_to_train(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Return a pre-hook of the model's forward: a training step in which no parameter would change is an error.
+    """Return a pre-hook of the model's forward that rejects a training step without trainable parameters.
 
     Raises TrainingError if labels are given in training mode and every parameter is frozen.
     """
@@ -25,10 +25,10 @@ def require_something_to_train(model: nn.Module, args: tuple[Any, ...], kwargs: 
 
 
 def let_gradients_through_checkpoints(model: Any) -> None:
-    """Make the embeddings' output require a gradient where activations are checkpointed.
+    """Make the embeddings' output require a gradient if activations are checkpointed.
 
-    The re-entrant kind of checkpoint hands on no gradient where no input of the block asks for one, and with a frozen
-    base none does.
+    The re-entrant checkpoint passes no gradient on if no input of the block requires one. With a frozen base, no input
+    does.
     """
     if _checkpoints(model) and hasattr(model, "enable_input_require_grads"):
         model.enable_input_require_grads()
