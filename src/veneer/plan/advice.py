@@ -1,4 +1,4 @@
-"""Rank, alpha, targets, learning rate and batch for a task, each with its source and how sure it is."""
+"""Rank, alpha, targets, learning rate and batch for a task, each with its source and confidence."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TWICE, _ONCE = 5_000, 50_000
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """One setting of a recipe by its key, if it comes from, and ``confidence``: high, medium or low."""
+    """Setting of a recipe by its key, with its reason, its ``source``, and ``confidence``: high, medium or low."""
 
     key: str
     value: Any
@@ -34,10 +34,10 @@ class Advice:
 
 
 def advise(task: str, n_rows: int, tokens_a_row: int, parameters_a_rank: int) -> list[Advice]:
-    """Settings for LoRA on ``n_rows`` rows of so many trained tokens.
+    """Return settings for LoRA on ``n_rows`` rows, each of ``tokens_a_row`` trained tokens.
 
-    ``parameters_a_rank``: of LoRA on all linear layers with rank 1. Raises ConfigError for an unknown task and for
-    counts below one.
+    ``parameters_a_rank``: parameters of LoRA with rank 1 on all linear layers. Raises ConfigError for an unknown task
+    and for counts below one.
     """
     problems = [] if task in TASKS else [f"--task {task!r} must be one of {', '.join(TASKS)}"]
     problems += [

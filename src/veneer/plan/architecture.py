@@ -14,10 +14,10 @@ from veneer.store.source import resolve
 
 
 def config_of(name: str) -> PreTrainedConfig:
-    """Return the config of a model. A preset needs no file and no network; of a GGUF file the header is read alone.
+    """Return the config of a model. A preset needs no file and no network; of a GGUF file only the header is read.
 
-    Raises ConfigError for a name that is none of all these, FormatError for a folder without a config or an id that
-    cannot be reached; both name the nearest preset.
+    Raises ConfigError for an unknown name. Raises FormatError for a folder without a config or an id that cannot be
+    reached. Both name the nearest preset.
     """
     found = presets().get(name.lower())
     if found is not None:

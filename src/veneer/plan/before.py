@@ -1,4 +1,4 @@
-"""Plan of a run that is about to begin: one line, its facts for ``run.json``, and whether memory will do."""
+"""Plan of a run that is about to begin: one line, its facts for ``run.json``, and a check of the memory."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ UNEXPECTED = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def planned_facts(recipe: Recipe, tell: Callable[[str], None]) -> tuple[dict[str, Any] | None, str]:
-    """Return the facts of `veneer plan --json` for a recipe, and one line; no facts where it cannot be planned.
+    """Return the facts of `veneer plan --json` for a recipe, and one line; no facts if it cannot be planned.
 
-    ``tell`` takes a line if rates must be measured first, which takes a while, and one if float32 would be faster.
+    ``tell`` takes a line if rates must be measured first, which is slow, and one if float32 would be faster.
     """
     try:
         machine = Machine.of_run(recipe.training_config())
@@ -46,7 +46,7 @@ def planned_facts(recipe: Recipe, tell: Callable[[str], None]) -> tuple[dict[str
 
 
 def require_room(facts: Mapping[str, Any]) -> None:
-    """Raise ConfigError if a run takes more than may be taken on this machine."""
+    """Raise ConfigError if a run takes more memory than is available on this machine."""
     needed, free = facts["process"]["bytes"], facts["process"]["free"]
     if needed > free:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Cards: GPUs by their data sheets, for plans of machines that are not this one. Nobody measured them here."""
+"""GPUs by their data sheets, for plans of other machines. Nothing was measured here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EFFICIENCY = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """GPU by its data sheet: bytes, bytes a second, dense bfloat16 FLOPs a second, and where that stands."""
+    """GPU by its data sheet: bytes, bytes a second, dense bfloat16 FLOPs a second, and the source of these numbers."""
 
     n_bytes: float
     bandwidth: float
@@ -23,7 +23,7 @@ class Card:
 
     @property
     def told(self) -> str:
-        """If its numbers come from, in words."""
+        """Source of its numbers, in words."""
         return f"data sheet, not measured: {self.source}"
 
 
@@ -41,9 +41,9 @@ CARDS = {
 
 
 def cards_named(name: str) -> list[str]:
-    """Return the cards that a name means: a card's own name, or whole words of it, written apart or together.
+    """Return the cards that match a name: a card's own name, or whole words of it, separate or joined.
 
-    ``h100`` means h100-80gb, and ``a100`` either of two cards; ``l4`` means l4, not l40s.
+    ``h100`` matches h100-80gb, and ``a100`` either of two cards; ``l4`` matches l4, not l40s.
     """
     words = [word for word in re.split(r"[\s_-]+", name.lower()) if word not in ("", "nvidia", "geforce")]
     if "-".join(words) in CARDS:
@@ -52,7 +52,7 @@ def cards_named(name: str) -> list[str]:
 
 
 def card_problem(name: str) -> str | None:
-    """Say why a name means no card, or not one alone; None if it means one."""
+    """Return the reason if a name matches no card or several; None if it matches one."""
     found = cards_named(name)
     if len(found) == 1:
         return None
@@ -63,7 +63,7 @@ def card_problem(name: str) -> str | None:
 
 
 def card_of(name: str) -> Card:
-    """Return the card that a name means. Raise ConfigError if there is none, or more than one."""
+    """Return the card that a name matches. Raises ConfigError if there is none, or more than one."""
     problem = card_problem(name)
     if problem is not None:
         raise ConfigError(f"card {problem}")

@@ -1,4 +1,4 @@
-"""Depths at which a model is traced: blocks repeat, and memory and work are affine in how often they do."""
+"""Depths at which a model is traced. Blocks repeat, and memory and work are affine in the number of repetitions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from veneer.recipe.recipe import Recipe
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
-    """``n_blocks`` blocks of a model: ``lead`` first ones that differ, then groups of ``period`` that are alike.
+    """Repetition in ``n_blocks`` blocks of a model: ``lead`` different ones, then identical groups of ``period``
+    blocks.
 
     Llama: no lead, period 1. Gemma 3: period 6, five windows and one of full attention. Some mixtures of experts: a
     lead of dense blocks.
@@ -31,14 +32,16 @@ class Pattern:
 
     @property
     def depths(self) -> tuple[int, ...]:
-        """Two depths, one group apart, that end in the same block of a group as the whole; or the whole, if less."""
+        """Two depths, one group apart, that end in the same block of a group as the whole model; its own
+        depth if less.
+        """
         low = self.lead + (self.n_blocks - self.lead) % self.period + self.period
         if low == 1:  # the first block and the last are two: in front of the first no gradient is made
             low += self.period
         return (low, low + self.period) if low + self.period < self.n_blocks else (self.n_blocks,)
 
     def places(self, n_blocks: int) -> dict[int, list[str]]:
-        """Names of blocks that mean the same at any depth: the first group from the front, the last from behind."""
+        """Return names of blocks that hold at any depth: the first group from the front, the last from the end."""
         found: dict[int, list[str]] = {}
         for k in range(min(self.lead + self.period, n_blocks)):
             found.setdefault(k, []).append(f"first {k}")
@@ -48,9 +51,10 @@ class Pattern:
 
 
 def pattern_of(recipe: Recipe, config: PreTrainedConfig, n_blocks: int) -> Pattern:
-    """How the blocks of a recipe's model repeat; one group of all if nothing repeats, or nothing is known.
+    """Return the repetition in the blocks of a recipe's model; one group of all if nothing repeats, or if it is
+    unknown.
 
-    Found once for recipes that differ in their batches alone.
+    Recipes that differ only in their batches share one result.
     """
     args = recipe.training_config()
     again = (args.gradient_checkpointing_kwargs or {}).get("every_n_layers") or 1
@@ -112,7 +116,7 @@ def _sign(block: nn.Module) -> tuple[object, ...]:
 
 
 def peaks_by_place(shallow: Shallow, pattern: Pattern) -> dict[str, Peak]:
-    """Peaks by marks that mean the same at any depth: of blocks those of the first group and of the last."""
+    """Return peaks by marks that hold at any depth: of the blocks, those of the first group and of the last."""
     places, found = pattern.places(shallow.n_blocks), {}
     for mark, peak in shallow.peaks.items():
         name, _, number = mark.rpartition(".")
@@ -124,11 +128,13 @@ def peaks_by_place(shallow: Shallow, pattern: Pattern) -> dict[str, Peak]:
 
 
 def between(low: Peak, high: Peak, more: float) -> Peak:
-    """On the line through two peaks, ``more`` times their distance from the first."""
+    """Return the point on the line through two peaks that is ``more`` times their distance from the first."""
     kinds = {kind: line(low.kinds.get(kind, 0), high.kinds.get(kind, 0), more) for kind in KINDS}
     return Peak({kind: n for kind, n in kinds.items() if n})
 
 
 def line(low: float, high: float, more: float) -> int:
-    """On the line through two numbers, rounded."""
+    """Return the point on the line through two numbers that is ``more`` times their distance from the
+    first, rounded.
+    """
     return round(low + more * (high - low))

@@ -26,7 +26,7 @@ SPARE = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """Recipe that fits: what was changed, its plan, the bytes that it takes, and seconds a token."""
+    """Recipe that fits: the changed settings, its plan, its bytes, and seconds a token."""
 
     changes: Mapping[str, Any]
     plan: Plan
@@ -39,10 +39,11 @@ Cost = Callable[[Plan], float]
 
 
 def fits(recipe: Recipe, config: PreTrainedConfig, budget: int, bytes_of: Bytes, cost: Cost) -> list[Fit]:
-    """Settings within ``budget`` bytes with `SPARE` left, the quickest a token first; an optimizer step keeps its rows.
+    """Return settings within ``budget`` bytes with `SPARE` left, the quickest a token first.
 
-    Knobs: storage of the base, checkpointing, rows of a micro-batch. ``bytes_of`` and ``cost`` (seconds of a
-    micro-batch) belong to the machine. Raises ConfigError if nothing fits, with what would.
+    An optimizer step keeps its rows. Knobs: storage of the base, checkpointing, rows of a micro-batch. ``bytes_of`` and
+    ``cost`` (seconds of a micro-batch) belong to the machine. Raises ConfigError if nothing fits, with a suggestion
+    that would.
     """
     given, budget = budget, int(budget / (1 + SPARE))
     found, least, ways = [], None, list(_ways(recipe))

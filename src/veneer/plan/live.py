@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_iter
 
 
 class Event(NamedTuple):
-    """Storage comes (``n_bytes`` > 0) or goes; ``number`` tells it from others, ``mark`` says when."""
+    """Allocation (``n_bytes`` > 0) or release of the storage ``number``, during the part of the step named ``mark``."""
 
     number: int
     n_bytes: int
@@ -23,10 +23,10 @@ class Event(NamedTuple):
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Writes down every storage that comes and goes within it; `mark` names what is happening from now on.
+    """Context that records every allocation and release of a storage; `mark` names the part of the step that begins.
 
-    Storages that were there before are told to `hold`, with their kind. What is packed away by hooks of autograd into
-    files is not alive, and scratch within a kernel is not seen.
+    Earlier storages are passed to `hold`, with their kind. Tensors that autograd's hooks pack into files are not alive.
+    Scratch memory within a kernel is not seen.
     """
 
     is_silent = True
@@ -39,11 +39,11 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._numbers: dict[int, int] = {}
 
     def mark(self, name: str) -> None:
-        """Begin a part of the step: storages that come and go from now on belong to it."""
+        """Begin a part of the step: later allocations and releases belong to it."""
         self._mark = name
 
     def hold(self, tensor: Tensor, kind: str) -> None:
-        """Return a tensor that is there already, or that turns out to be of a kind."""
+        """Record a tensor that exists already, or the kind of a recorded one."""
         self._see(tensor)
         self.kinds.setdefault(self._numbers[_storage_of(tensor)._cdata], kind)
 
@@ -76,20 +76,21 @@ def _storage_of(tensor: Tensor) -> torch.UntypedStorage:
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """Most that was alive under one mark: bytes by kind."""
+    """Largest number of bytes alive under one mark, by kind."""
 
     kinds: Mapping[str, int]
 
     @property
     def n_bytes(self) -> int:
-        """All of them."""
+        """Sum over all kinds."""
         return sum(self.kinds.values())
 
 
 def peaks(events: Iterable[Event], kinds: Mapping[int, str], default: Callable[[str], str]) -> dict[str, Peak]:
-    """Return the peak under each mark, in the order in which they come.
+    """Return the peak under each mark, in the order of the marks.
 
-    ``kinds`` of storages by number; others are of the kind that ``default`` gives for the mark that they came under.
+    ``kinds`` gives the kind of storages by number. Others have the kind that ``default`` returns for the mark of their
+    allocation.
     """
     live: defaultdict[str, int] = defaultdict(int)
     born: dict[int, str] = {}

@@ -1,4 +1,4 @@
-"""Loss of each task's step: its forward passes over a micro-batch, in the order in which the trainer makes them."""
+"""Loss of each task's step: its forward passes over a micro-batch, in the trainer's order."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NOT_PLANNED = {
 
 
 def require_planned(task: str, method: str) -> None:
-    """Raise ConfigError for a task whose step is not planned, with the reason and what comes nearest."""
+    """Raise ConfigError for a task whose step is not planned, with the reason and the nearest alternative."""
     if task in _NOT_PLANNED:
         raise ConfigError(
             f"task {task} is not planned, for its step has {_NOT_PLANNED[task]}: planned are {', '.join(ROWS)}. "
@@ -42,8 +42,9 @@ def require_planned(task: str, method: str) -> None:
 
 
 def reference_of(recipe: Recipe, model: PreTrainedModel) -> Reference | None:
-    """Return the reference that the trainer of a recipe holds, also where it is asked once in front of the
-    run alone.
+    """Return the reference model that the trainer of a recipe holds.
+
+    The trainer also holds it if its log-probabilities are computed once before the run.
     """
     if recipe.task == "sft":
         return None
@@ -51,7 +52,7 @@ def reference_of(recipe: Recipe, model: PreTrainedModel) -> Reference | None:
 
 
 def loss_of(task: str, reference: Reference | None, args: Any) -> Loss:
-    """Return the loss of a recipe's step."""
+    """Return the loss function of a recipe's step."""
     if task == "sft":
         return trained_tokens
     asked = None if args.precompute_ref_log_probs else reference
@@ -60,13 +61,16 @@ def loss_of(task: str, reference: Reference | None, args: Any) -> Loss:
 
 
 def trained_tokens(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
-    """Return the mean over the trained tokens."""
+    """Return the mean loss over the trained tokens."""
     counted = token_loss(model, inputs)
     return counted.total / counted.n_tokens.clamp(min=1)
 
 
 def pairs(model: PreTrainedModel, reference: Reference | None, inputs: dict[str, Tensor], args: Any) -> Tensor:
-    """DPO's, of rows whose first half is preferred to the second (Rafailov et al. 2023, arXiv:2305.18290, eq. 7)."""
+    """Return the loss of DPO, on rows whose first half is preferred to the second.
+
+    Rafailov et al. 2023, arXiv:2305.18290, eq. 7.
+    """
     scored = ScoredModel(model, Scoring(collision=bool(args.use_weighting)))(**inputs, fused_lm_head=True)
     ratio = scored.log_probs.sum(dim=1) - _referred(reference, inputs)
     chosen, rejected = ratio.chunk(2)
@@ -74,8 +78,9 @@ def pairs(model: PreTrainedModel, reference: Reference | None, inputs: dict[str,
 
 
 def labelled(model: PreTrainedModel, reference: Reference | None, inputs: dict[str, Tensor], args: Any) -> Tensor:
-    """KTO's, of rows that are all wanted (Ethayarajh et al. 2024, arXiv:2402.01306), both passes of its KL term
-    among it where the loss has one.
+    """Return the loss of KTO, on rows that are all desirable (Ethayarajh et al. 2024, arXiv:2402.01306).
+
+    It includes both passes of the KL term if the loss has one.
     """
     scored, divergence = ScoredModel(model, Scoring()), torch.zeros(())
     if args.loss_type == "kto":

@@ -1,6 +1,6 @@
 """Machine that a plan is made on: its rates, measured and kept in the cache, and its memory.
 
-What a process may still take counts (`model.memory`: control groups too).
+The memory is the amount still available to the process (`model.memory`: control groups too).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ SHORTEST_ROW, LONGEST_ROW = 32, 1024
 
 
 def processor() -> str:
-    """Return the CPU, its instruction set and the threads in use: what measured rates hold for."""
+    """Return the CPU, its instruction set and the threads in use, on which measured rates depend."""
     text = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
     names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
     name = names[0] if names else platform.processor() or platform.machine()
@@ -56,8 +56,10 @@ def processor() -> str:
 
 @dataclass(slots=True)
 class Rates:
-    """Measured seconds on this machine, each measured when it is first asked for. ``known`` is what the file holds;
-    what is ``rough`` was measured while others used the cores, and is measured anew once they do not.
+    """Measured seconds on this machine, each measured at its first use.
+
+    ``known`` holds the values in the file. ``rough`` names those that were measured while others used the cores; they
+    are measured again once the cores are free.
     """
 
     path: Path
@@ -66,7 +68,7 @@ class Rates:
 
     @classmethod
     def here(cls) -> Rates:
-        """Those of this processor, from the cache folder."""
+        """Return the rates of this processor, from the cache folder."""
         digest = hashlib.sha256(processor().encode()).hexdigest()[:12]
         path = cache_dir() / "plan" / f"rates-3-{digest}.json"  # 3: older ones were measured otherwise
         try:
@@ -79,32 +81,32 @@ class Rates:
         return cls(path, known, rough - left_out)
 
     def save(self) -> None:
-        """Keep what was measured."""
+        """Write the measured rates to their file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         stored = {"processor": processor(), "seconds": self.known, "rough": sorted(self.rough)}
         write_atomically(self.path, json.dumps(stored, indent=1).encode())
 
     def product(self, product: Product) -> float:
-        """Seconds of a product, from the rate of one of its shape, cut down to `LARGEST`."""
+        """Return the seconds of a matrix product, from the rate of its shape, cut down to `LARGEST`."""
         m, k, n = min(product.m, ROWS), min(product.k, LARGEST), min(product.n, LARGEST)
         seconds = self._once(f"product {m} {k} {n} {product.dtype}", lambda: _product_seconds(m, k, n, product.dtype))
         return seconds * product.flops / (2.0 * m * k * n)
 
     def moved(self) -> float:
-        """Seconds a byte of elementwise work, read and written, as it is in a step."""
+        """Return the seconds a byte of elementwise work, read and written, as in a step."""
         least = self.large_op_byte()
         return self._once("byte of elementwise work", lambda: byte_seconds(self.computed, least))
 
     def large_op_byte(self) -> float:
-        """Seconds a byte that an elementwise op on large tensors reads or writes."""
+        """Return the seconds a byte that an elementwise op on large tensors reads or writes."""
         return self._once("byte of a large op", _large_op_seconds)
 
     def computed(self, work: Work) -> float:
-        """Seconds of all of a step but its elementwise work."""
+        """Return the seconds of a step without its elementwise work."""
         return sum(self.parts(work).values())
 
     def parts(self, work: Work) -> dict[str, float]:
-        """Return the same by kind."""
+        """Return the seconds of `computed` by kind."""
         torch_attention = sum(n * self.torch_attention(length) for length, n in work.torch_attention.items())
         n_fused = work.n_ops - work.n_general
         fused = n_fused * self.op(general=False) if n_fused else 0.0
@@ -121,33 +123,35 @@ class Rates:
         }
 
     def attention(self) -> float:
-        """Seconds a FLOP of attention by the kernel."""
+        """Return the seconds a FLOP of attention by the kernel."""
         return self._once("attention", _attention_seconds)
 
     def torch_attention(self, length: int) -> float:
-        """Seconds a FLOP of attention by torch, on the general path, in rows of about so many tokens."""
+        """Return the seconds a FLOP of attention by torch, on the general path, in rows of about ``length`` tokens."""
         near = min(LONGEST_ROW, max(SHORTEST_ROW, 1 << round(math.log2(max(length, 1)))))
         return self._once(f"attention of torch, {near} tokens", lambda: _torch_attention_seconds(near))
 
     def decoded(self) -> float:
-        """Seconds to decode one value of 4 bits."""
+        """Return the seconds to decode one value of 4 bits."""
         return self._once("decoded", _decoded_seconds)
 
     def updated_8bit(self) -> float:
-        """Seconds a value that AdamW updates whose moments are in 8 bits."""
+        """Return the seconds a value that AdamW with 8-bit moments updates."""
         return self._once("updated in 8 bits", _updated_8bit_seconds)
 
     def on_disk(self) -> float:
-        """Seconds a byte that is written to a file in the folder for temporary ones and read back from a mapping of
-        it, while the system holds it in memory."""
+        """Return the seconds a byte that is written to a temporary file and read back from a mapping of it.
+
+        The system holds the file in memory meanwhile.
+        """
         return self._once("byte that waits on disk", _on_disk_seconds)
 
     def op(self, general: bool) -> float:
-        """Seconds that an op takes beside its work, on the general path or the fused one."""
+        """Return the overhead of an op in seconds, on the general path or the fused one."""
         return self._once(f"op of a step, {_path(general)}", lambda: op_seconds(general))
 
     def watched(self) -> float:
-        """Seconds that an op takes besides where selective checkpointing looks at it, on the general path."""
+        """Return the seconds that selective checkpointing adds to an op that it intercepts, on the general path."""
         return self._once("op watched in a step", lambda: watched_seconds(self.op(general=True)))
 
     def _once(self, key: str, measure: Callable[[], float]) -> float:
@@ -161,18 +165,21 @@ class Rates:
 
 
 def is_measured() -> bool:
-    """Whether rates of this machine are kept, so that a plan with seconds need not measure them."""
+    """Return whether rates of this machine are stored, so that a plan with seconds need not measure them."""
     return bool(Rates.here().known)
 
 
 def is_busy() -> bool:
-    """True if others use the cores, by the load of the last minute, of which a measurement itself is one a core."""
+    """Return True if others use the cores, by the load of the last minute.
+
+    A measurement itself adds a load of one for each core.
+    """
     cores = os.cpu_count() or 1
     return hasattr(os, "getloadavg") and os.getloadavg()[0] > 1.25 * cores + 0.5
 
 
 def free_here() -> int:
-    """Bytes that a process may still take on this machine."""
+    """Return the bytes still available to a process on this machine."""
     return available_bytes(torch.device("cpu"))
 
 

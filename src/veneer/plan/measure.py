@@ -1,4 +1,4 @@
-"""Model of a recipe itself, made as its run makes it, for comparing a plan with what happens."""
+"""Model of a recipe itself, made as its run makes it, to compare a plan with a real run."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from veneer.train.base_model import load_base
 
 
 def measured_model(recipe: Recipe) -> PreTrainedModel:
-    """Return the base loaded, with its adapter, or with float32 weights where the whole model is trained;
-    ready to train.
+    """Return the loaded base with its adapter, or with float32 weights if the whole model is trained, ready
+    to train.
     """
     base, adapter = load_base(recipe.model), adapter_of(recipe)
     model = base.float().requires_grad_(True) if adapter is None else with_adapter(base, adapter)

@@ -1,4 +1,4 @@
-"""Model of a recipe as its run would have it, made of traced tensors: quantized, prepared, adapted, fused."""
+"""Model of a recipe as in its run, made of traced tensors: quantized, prepared, adapted, fused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 def shortened(config: PreTrainedConfig, n_blocks: int) -> PreTrainedConfig:
-    """Return the config of the same model with its first so many blocks."""
+    """Return the config of the same model with only its first ``n_blocks`` blocks."""
     short = copy.deepcopy(config)
     text: Any = short.get_text_config()
     lists = blockwise(text)
@@ -45,8 +45,7 @@ def blockwise(text: PreTrainedConfig) -> list[tuple[str, Sequence[Any]]]:
 
 
 def meta_base(config: PreTrainedConfig, part: ModelPart, *, prepared: bool = True) -> PreTrainedModel:
-    """Return the base of a recipe on the meta device, in the storage format that it asks for; ``prepared`` for
-    training.
+    """Return the base of a recipe on the meta device, in its storage format; ``prepared`` for training.
 
     Raises ConfigError if transformers makes no causal language model of the config.
     """
@@ -73,9 +72,9 @@ def meta_base(config: PreTrainedConfig, part: ModelPart, *, prepared: bool = Tru
 
 
 def traced_model(config: PreTrainedConfig, part: ModelPart, adapter: MethodConfig | None) -> PreTrainedModel:
-    """Return the base with its adapter, or with float32 weights where the whole model is trained, ready to train.
+    """Return the base with its adapter, or with float32 weights if the whole model is trained, ready to train.
 
-    To be called while tracing.
+    Call it while tracing.
     """
     model = meta_base(config, part)
     if adapter is None:
@@ -87,9 +86,7 @@ def traced_model(config: PreTrainedConfig, part: ModelPart, adapter: MethodConfi
 
 
 def adapter_of(recipe: Recipe) -> MethodConfig | None:
-    """Return the config that the adapter of a recipe is attached with, new or saved; None if the whole
-    model is trained.
-    """
+    """Return the config of a recipe's adapter, new or saved; None if the whole model is trained."""
     config = recipe.adapter_config()
     if config is None or FROM not in recipe.adapter:
         return config
@@ -97,7 +94,7 @@ def adapter_of(recipe: Recipe) -> MethodConfig | None:
 
 
 def with_adapter(model: PreTrainedModel, adapter: MethodConfig) -> PreTrainedModel:
-    """Return the base with an adapter that trains."""
+    """Return the base with a trainable adapter."""
     adapted = get_peft_model(model, adapter)
     adapted.set_requires_grad(list(adapted.peft_config))  # a config that has no network any more says inference_mode
     return cast(PreTrainedModel, adapted)
@@ -117,7 +114,7 @@ def _quantize(model: PreTrainedModel, config: BitsAndBytesConfig) -> None:
 
 
 def make_traced(model: nn.Module) -> None:
-    """Every parameter and buffer on the meta device becomes a traced one; what is shared stays shared."""
+    """Replace every parameter and buffer on the meta device by a traced one; shared tensors stay shared."""
     made: dict[Tensor, Tensor] = {}  # by identity; the keys keep the tensors that were there alive
     for module in model.modules():
         for name, parameter in module._parameters.items():

@@ -1,6 +1,7 @@
-"""Costs of a step beside products and attention, from real steps of small models: one for each op of the fused path
-and of the general one (Python around it, the dispatcher, autograd), more where selective checkpointing looks at it, and
-one for each byte of elementwise work.
+"""Overhead of a step besides products and attention, measured on real steps of small models.
+
+There is one cost for each op of the fused path and one for each op of the general path: Python around it, the
+dispatcher, autograd. Ops that selective checkpointing intercepts cost more. Elementwise work has a cost for each byte.
 """
 
 from __future__ import annotations
@@ -40,34 +41,40 @@ _WIDE = LlamaConfig(  # many tokens and short dot products: mostly elementwise w
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """Step that was traced and carried out."""
+    """Step that was both traced and run."""
 
     work: Work
     seconds: float
 
 
 def op_seconds(general: bool) -> float:
-    """Seconds that an op takes beside its work, on the general path or the fused one: of a step that computes next to
-    nothing, by the ops of its trace."""
+    """Return the overhead of an op in seconds, on the general path or the fused one.
+
+    It is the time of a step with almost no arithmetic, divided by the ops of its trace.
+    """
     with _one_thread():
         step = _timed(_TINY, _recipe(general, _SHORT), _SHORT, time.thread_time)
     return step.seconds / step.work.n_ops
 
 
 def watched_seconds(op: float) -> float:
-    """Seconds that an op takes besides where selective checkpointing looks at it, on the general path: what such a step
-    takes beyond ``op``, the seconds of an op that is not looked at, for each."""
+    """Return the seconds that selective checkpointing adds to an op that it intercepts, on the general path.
+
+    It is the time of such a step beyond ``op`` for each op, divided by the intercepted ops. ``op`` is the seconds of an
+    op that is not intercepted.
+    """
     with _one_thread():
         step = _timed(_TINY, _recipe(True, _SHORT, "selective"), _SHORT, time.thread_time)
     return max(0.0, step.seconds - op * step.work.n_ops) / step.work.n_watched
 
 
 def byte_seconds(known: Callable[[Work], float], least: float) -> float:
-    """Seconds a byte of elementwise work: what steps of many tokens, fused and not, take beyond what is ``known`` of
-    their work.
+    """Return the seconds a byte of elementwise work.
 
-    In a step such work is slower than a copy of large tensors (``least``): its tensors are small, change their dtype,
-    and lie in memory that is taken anew.
+    It is the time of steps of many tokens, fused and not, beyond the ``known`` part of their work.
+
+    In a step such work is slower than a copy of large tensors (``least``). Its tensors are small, change their dtype,
+    and lie in freshly allocated memory.
     """
     steps = [_timed(_WIDE, _recipe(general, _LONG), _LONG) for general in (False, True)]
     rest = sum(step.seconds - known(step.work) for step in steps)

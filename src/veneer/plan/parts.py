@@ -1,5 +1,7 @@
-"""Parts of a step that its ops are counted by: blocks that run fused or not, what selective checkpointing looks at,
-and updates within the backward pass.
+"""Parts of a step by which its ops are counted.
+
+They are blocks that run fused or not, ops that selective checkpointing intercepts, and updates within the backward
+pass.
 """
 
 from __future__ import annotations
@@ -20,10 +22,9 @@ from veneer.plan.work import CountWork
 
 
 def tell_parts(counted: CountWork, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
-    """From now on ``counted`` is reported of which part of a step the ops of this model are; blocks need
-    `CountWork.mark`.
+    """Report to ``counted`` the part of a step in which each op of this model runs; blocks also need `CountWork.mark`.
 
-    A block with one half that runs fused and one that does not counts as the model's own code: most of its ops are.
+    A block with one fused half and one that is not counts as the model's own code: most of its ops are.
     """
     counted.general = counted.general_outside = not is_fused(model)
     for k, block in enumerate(blocks(model)):

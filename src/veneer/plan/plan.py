@@ -1,4 +1,4 @@
-"""Plan of a run: bytes by kind and by phase, the peak and what it is made of, the work of a step."""
+"""Plan of a run: bytes by kind and by phase, the peak and its composition, the work of a step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SEQUENCE = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Memory and time of a run. ``phases``: the most that is alive in each; ``held``: all before the first step."""
+    """Memory and time of a run. ``phases``: the peak of each; ``held``: everything before the first step."""
 
     recipe: Recipe
     batch: Batch
@@ -41,17 +41,17 @@ class Plan:
 
     @property
     def peak_phase(self) -> str:
-        """Phase in which most is alive."""
+        """Phase with the highest peak."""
         return max(self.phases, key=lambda phase: self.phases[phase].n_bytes)
 
     @property
     def peak(self) -> Peak:
-        """Most that is alive at once."""
+        """Highest peak of all phases."""
         return self.phases[self.peak_phase]
 
     @property
     def n_tokens(self) -> int:
-        """Of one micro-batch."""
+        """Tokens of one micro-batch."""
         return self.batch.n_rows * self.batch.length
 
 
@@ -63,10 +63,10 @@ def plan_recipe(
     isa: str | None = None,
     whole: bool = False,
 ) -> Plan:
-    """Return the plan of a recipe, from two shallow traces; all blocks are traced where none repeat, and by ``whole``.
+    """Return the plan of a recipe, from two shallow traces; all blocks are traced if none repeat, or if ``whole``.
 
     Rows are as long as ``max_length``. ``isa`` is the instruction set of the machine that the plan is for. Raises
-    ConfigError where transformers makes no causal language model of the config.
+    ConfigError if transformers makes no causal language model of the config.
     """
     require_planned(recipe.task, recipe.method)
     config = config or config_of(recipe.model.source)
@@ -83,7 +83,7 @@ def plan_recipe(
 
 
 def batch_of(recipe: Recipe, config: PreTrainedConfig) -> Batch:
-    """Return a micro-batch of a recipe: all rows as long as they may be."""
+    """Return a micro-batch of a recipe whose rows all have the maximal length."""
     args = recipe.training_config()
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     length = args.max_length or context or 1024
@@ -112,7 +112,7 @@ def _full_batch(n_rows: int, length: int, packed: bool) -> Batch:
 
 
 def count_trained(recipe: Recipe, config: PreTrainedConfig) -> int:
-    """Parameters that a recipe trains, from the shapes of the model; no step is traced."""
+    """Count the parameters that a recipe trains, from the shapes of the model; no step is traced."""
     with tracing():
         model = traced_model(config, recipe.model, adapter_of(recipe))
     return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -1,6 +1,6 @@
 """Presets: the shapes of the usual models by name. They can be planned, and not loaded.
 
-Read without torch and transformers, so that a wrong name is told before seconds of imports.
+They are read without torch and transformers, so that a wrong name is reported before seconds of imports.
 """
 
 from __future__ import annotations
@@ -20,23 +20,24 @@ from veneer.store.known import KNOWN, is_fetched
 def presets() -> dict[str, dict[str, Any]]:
     """Return the usual models by name: their id on the hub (``hub_id``) and the fields of their configs.
 
-    Shapes: pytorch/torchtune's model builders, huggingface/transformers' conversion scripts, and config.json files
-    that are quoted in public repositories.
+    Shapes: pytorch/torchtune's model builders, huggingface/transformers' conversion scripts, and config.json files that
+    are quoted in public repositories.
     """
     text = (resources.files("veneer.plan") / "presets.json").read_text(encoding="utf-8")
     return cast("dict[str, dict[str, Any]]", json.loads(text))
 
 
 def hub_id_of(name: str) -> str | None:
-    """Return the id on the hub of the model that a preset describes; None for any other name, and where a
-    file goes by it.
+    """Return the id on the hub of the model that a preset describes.
+
+    None for any other name, and for the name of an existing file.
     """
     found = None if Path(name).expanduser().exists() else presets().get(name.lower())
     return None if found is None else str(found["hub_id"])
 
 
 def require_weights(source: str, key: str = "MODEL") -> None:
-    """Raise ConfigError for a preset if a model is to be loaded, as ``key`` named it."""
+    """Raise ConfigError if a model that is to be loaded is a preset; ``key`` is the setting that named it."""
     hub_id = hub_id_of(source)
     if hub_id is not None:
         raise ConfigError(
@@ -46,7 +47,7 @@ def require_weights(source: str, key: str = "MODEL") -> None:
 
 
 def require_named(name: str) -> None:
-    """Raise ConfigError for a name that can be no model's, with the nearest that is one."""
+    """Raise ConfigError for a name that cannot be a model's, with the nearest valid one."""
     if (
         name.lower() in presets()
         or Path(name).expanduser().exists()

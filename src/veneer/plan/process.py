@@ -1,4 +1,4 @@
-"""Process beside its tensors: interpreter and libraries, tokenizer and rows, what kernels and the allocator keep."""
+"""Memory of a process besides its tensors: interpreter and libraries, tokenizer and rows, kernels and the allocator."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ read, encoded, and read again in another order."""
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """High water of a process that trains."""
+    """Peak memory of a process that trains."""
 
     start: int
     tensors: int
@@ -34,13 +34,14 @@ class Process:
 
     @property
     def n_bytes(self) -> int:
-        """All of it."""
+        """Sum of its parts."""
         return self.start + self.tensors + self.allocator + self.tokenizer + self.rows
 
 
 def process_of(plan: Plan) -> Process:
-    """Return the process of a plan on this machine, in the phase in which it is largest; the start of one is measured
-    once for an installation.
+    """Return the process of a plan on this machine, in its largest phase.
+
+    The memory at its start is measured once for an installation.
     """
     lost = {phase: _lost(plan, peak) for phase, peak in plan.phases.items()}
     phase = max(lost, key=lambda name: plan.phases[name].n_bytes + lost[name])

@@ -1,4 +1,4 @@
-"""Bytes a rank where several processes train: copies of everything (DDP), or shards of it (FSDP).
+"""Bytes a rank if several processes train: copies of everything (DDP), or shards of it (FSDP).
 
 ZeRO's count (Rajbhandari et al. 2020, arXiv:1910.02054) with frozen weights, which have neither gradient nor state.
 """
@@ -19,12 +19,11 @@ GATHERED, BUCKETS = "gathered weights", "gradient buckets"
 
 
 def rank_peak(plan: Plan, n_processes: int, strategy: str) -> Peak:
-    """Return the peak of one rank, each with a micro-batch of its own: of another phase, perhaps, once weights are
-    shards.
+    """Return the peak of one rank, each with a micro-batch of its own. Sharding may move the peak to another phase.
 
-    DDP keeps the gradients a second time, in the buckets that are reduced. FSDP keeps 1/N of what is trained, frozen or
-    remembered, and gathers one group at a time: a block (and the next one, fetched ahead), or embeddings and head.
-    Raises ConfigError.
+    DDP keeps the gradients a second time, in the buckets that are reduced. FSDP keeps 1/N of weights (trained or
+    frozen), gradients and optimizer state. It gathers one group at a time: a block (and the next one, prefetched), or
+    embeddings and head. Raises ConfigError.
     """
     problems = []
     if n_processes < 1:

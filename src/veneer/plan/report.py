@@ -40,7 +40,7 @@ WIDTH = 32
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """This machine, its GPU, or a card by its data sheet; ``timed`` where seconds are asked for."""
+    """This machine, its GPU, or a card by its data sheet; ``timed`` if seconds are asked for."""
 
     card: Card | None
     timed: bool
@@ -48,28 +48,31 @@ class Machine:
 
     @classmethod
     def of(cls, name: str | None, *, timed: bool) -> Machine:
-        """By a card's name; None is this machine. Raises ConfigError."""
+        """Return the machine of a card's name; None is this machine. Raises ConfigError."""
         return cls(None if name is None else card_of(name), timed)
 
     @classmethod
     def of_run(cls, args: SFTConfig) -> Machine:
-        """If a run trains: the GPU of its rank, of which no rates are measured, or this processor."""
+        """Return the machine of a run: the GPU of its rank, whose rates are not measured, or this processor."""
         if args.use_cpu or not torch.cuda.is_available():
             return cls(None, timed=True)
         return cls(None, timed=False, gpu=torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
 
     @property
     def isa(self) -> str | None:
-        """Instruction set to trace for: a card multiplies 16 bits as they are."""
+        """Instruction set to trace for: a card has products of 16 bits."""
         return None if self.card is None and self.gpu is None else "avx512_bf16"
 
     @property
     def measures(self) -> bool:
-        """True if a plan will measure this machine's rates, which takes a while, once."""
+        """True if a plan will measure this machine's rates, which is slow and happens once."""
         return self.card is None and self.timed and not is_measured()
 
     def note(self, part: ModelPart, config: PreTrainedConfig) -> str | None:
-        """Say that the base trains faster in float32 here; None if it does not, or if the recipe chose its dtype."""
+        """Return a note that the base trains faster in float32 here.
+
+        None if it does not, or if the recipe chose its dtype.
+        """
         if self.card is not None or part.dtype != "auto" or part.quantization != "none":
             return None
         device = "cpu" if self.gpu is None else "cuda"
@@ -77,20 +80,20 @@ class Machine:
 
     @property
     def memory(self) -> int:
-        """Bytes to plan for."""
+        """Bytes available to the plan."""
         if self.gpu is not None:
             return available_bytes(self.gpu)
         return free_here() if self.card is None else int(self.card.n_bytes)
 
     @property
     def told(self) -> str:
-        """If the numbers of its memory and cost come from, in words."""
+        """Source of the numbers of its memory and cost, in words."""
         if self.card is not None:
             return f"memory and cost by a {self.card.told}"
         return f"cost: {'seconds by rates measured on this machine' if self.timed else 'arithmetic alone, not timed'}"
 
     def bytes_of(self, plan: Plan) -> int:
-        """All that a process takes there."""
+        """Return all bytes of a process there."""
         if self.gpu is not None:
             return int(plan.peak.n_bytes * FRAGMENTS)  # asking the driver has made the context: it is not free already
         if self.card is not None:
@@ -98,7 +101,7 @@ class Machine:
         return process_of(plan).n_bytes
 
     def seconds(self, plan: Plan) -> Seconds:
-        """Of one micro-batch."""
+        """Return the seconds of one micro-batch."""
         return seconds_here(plan.work, Rates.here()) if self.card is None else seconds_on(plan.work, self.card)
 
     @property
@@ -107,7 +110,7 @@ class Machine:
         return self.timed or self.card is not None
 
     def cost(self, plan: Plan) -> float:
-        """Of a micro-batch, to rank plans by: seconds where they are known, else TFLOP."""
+        """Return the cost of a micro-batch, to rank plans by: seconds if they are known, otherwise TFLOP."""
         return self.seconds(plan).step if self.knows_seconds else plan.work.flops / 1e12
 
     def _replanned(self, plan: Plan, batch: Batch) -> Plan:
@@ -138,7 +141,7 @@ class Machine:
 
 
 def shown(plan: Plan, facts: dict[str, Any]) -> Group:
-    """Return the plan as a page of a terminal."""
+    """Return the plan as a page for a terminal."""
     batch, share = plan.batch, plan.n_trained / plan.n_parameters
     head = Text(
         f"{plan.recipe.model.source}, {_method(plan.recipe)}, base in "
@@ -206,7 +209,7 @@ def _own(time: Mapping[str, Any], batch: Batch) -> str:
 
 
 def fit_table(found: Sequence[Fit], budget: int, machine: Machine) -> Table:
-    """Settings that fit, best first, with tokens a second where the machine tells seconds."""
+    """Return a table of settings that fit, best first, with tokens a second if the machine knows seconds."""
     table = Table("", "settings", box=None, padding=(0, 1), title=f"within {size(budget)}", caption=machine.told)
     for name in ("memory", "cost a token", *(["tokens/s"] if machine.knows_seconds else [])):
         table.add_column(name, justify="right")
@@ -229,7 +232,7 @@ def as_yaml(recipe: Recipe) -> str:
 
 
 def draw(plan: Plan, path: Path) -> None:
-    """Return a picture: phases as stacked bars of kinds."""
+    """Write a picture: phases as stacked bars of kinds."""
     from matplotlib.figure import Figure  # which takes a second to import, and few plans are drawn
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")

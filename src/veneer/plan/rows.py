@@ -26,17 +26,17 @@ MOST_READ, MOST_ENCODED = 4000, 200
 
 @dataclass(frozen=True, slots=True)
 class OwnRows:
-    """Micro-batch as the recipe's rows make it on average, padding among it, and the rows that were encoded."""
+    """Average micro-batch of the recipe's rows, padding included, and the number of rows that were encoded."""
 
     batch: Batch
     n_rows: int
 
 
 def own_rows(recipe: Recipe, full: Batch) -> OwnRows | None:
-    """Return the micro-batch of a recipe's own rows, where ``full`` is one of rows that are all as long as they may be.
+    """Return the micro-batch of a recipe's own rows; ``full`` is one whose rows all have the maximal length.
 
-    None if they fill it (packed rows), if they lie in no file or in several, or if they cannot be read here: a run
-    tells why.
+    None if they fill it (packed rows), if they lie in no file or in several, or if they cannot be read here. A run
+    reports the reason.
     """
     args, source = recipe.training_config(), recipe.model.source
     has_tokenizer = hub_id_of(source) is None and Path(source).suffix != ".gguf"  # a file would be converted for it

@@ -1,4 +1,4 @@
-"""Room beside a base that is served: adapters, tokens of keys and values, and the line between the two."""
+"""Memory besides a base that is served: adapters, tokens of keys and values, and the trade-off between the two."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from veneer.serve.start import EngineOptions
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Serving:
-    """Bytes: of the base, of the ``reserve`` that the engine leaves free, of ``room`` for keys, values and adapters, of
-    a page of ``block`` tokens, of an adapter.
+    """Bytes of the parts of a server.
+
+    ``base``: the model; ``reserve``: left free by the engine; ``room``: for keys, values and adapters; ``page``: a page
+    of ``block`` tokens; ``adapter``: one adapter.
     """
 
     base: int
@@ -31,19 +33,21 @@ class Serving:
     adapter: int
 
     def tokens(self, n_adapters: int) -> int:
-        """Tokens beside so many adapters, in whole pages."""
+        """Return the number of tokens that fit with this many adapters, in whole pages."""
         return max(0, self.room - n_adapters * self.adapter) // self.page * self.block
 
     def adapters(self, n_tokens: int) -> int:
-        """Adapters beside so many tokens."""
+        """Return the number of adapters that fit with this many tokens."""
         return max(0, self.room - -(-n_tokens // self.block) * self.page) // self.adapter
 
 
 def serving_of(
     config: PreTrainedConfig, part: ModelPart, adapter: MethodConfig, memory: int, n_adapter: int
 ) -> Serving:
-    """Return the room in ``memory`` bytes, by the engine's own settings: the share of free memory that it takes, the
-    tokens of a page. ``n_adapter``: parameters of an adapter, which the engine keeps in the base's dtype.
+    """Return the memory of a server with ``memory`` bytes, by the engine's own settings.
+
+    These are its share of free memory and the tokens of a page. ``n_adapter``: parameters of an adapter, which the
+    engine keeps in the base's dtype.
 
     Raises ConfigError if the base alone does not fit.
     """

@@ -1,4 +1,4 @@
-"""Small run, planned and trained: what it holds in the end is what a process of `veneer train` starts with."""
+"""Small run, planned and trained: its memory at the end is that of a process of `veneer train` at its start."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Bytes that a process of `veneer train` holds beside its model, measured once for an installation.
+"""Bytes of a process of `veneer train` besides its model, measured once for an installation.
 
-Torch is not imported here, so that the measurement can begin before it is.
+Torch is not imported here, so that the measurement can begin before that import.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LONGEST = 300.0
 
 
 def start_bytes() -> int:
-    """Bytes of a process that has planned and trained a tiny model: interpreter, libraries, what a run keeps.
+    """Return the bytes of a process that has planned and trained a tiny model: interpreter, libraries, the run's own.
 
     Raises ConfigError if it cannot be measured.
     """
@@ -50,8 +50,9 @@ def start_bytes() -> int:
 
 @contextmanager
 def start_measured() -> Iterator[None]:
-    """Measure `start_bytes`, if they are not known, beside what is done within; behind it the process is gone, also
-    where nobody asked for what it measures.
+    """Measure `start_bytes`, if unknown, in a process that runs concurrently with the block.
+
+    The process ends with the block, even if its result was never read.
     """
     if _known() is not None:
         yield

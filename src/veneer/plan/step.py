@@ -1,4 +1,4 @@
-"""One training step as the trainer makes it, on a model whose tensors are real or traced."""
+"""Training step as the trainer makes it, on a model whose tensors are real or traced."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Mark = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Rows of ``length`` tokens; each holds ``n_sequences`` packed ones, or is one, unpacked."""
+    """Rows of ``length`` tokens; each holds ``n_sequences`` packed ones, or is a single unpacked one."""
 
     n_rows: int
     length: int
@@ -32,7 +32,7 @@ class Batch:
     n_trained: int | None = None
 
     def inputs(self, vocabulary: int) -> dict[str, Tensor]:
-        """Return a batch as the collator makes it; every token is trained but the first ``length - n_trained``."""
+        """Return a batch as the collator makes it; every token is trained except the first ``length - n_trained``."""
         ids = (torch.arange(self.n_rows * self.length).view(self.n_rows, self.length) * 7 + 3) % vocabulary
         labels = ids.clone()
         if self.n_trained is not None:
@@ -47,7 +47,7 @@ class Batch:
 
 @contextmanager
 def as_accelerate(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
-    """For a while the model's forward is what accelerate makes of it: autocast to ``dtype``, outputs in float32."""
+    """Wrap the model's forward as accelerate does, within the block: autocast to ``dtype``, outputs in float32."""
     if dtype is None:
         yield
         return
@@ -60,8 +60,9 @@ def as_accelerate(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]
 
 
 class Step:
-    """One step after another, each in phases that ``mark`` is told: forward, loss, backward, optimizer; `evaluate` is a
-    phase of its own.
+    """Training steps in phases, each reported to ``mark``: forward, loss, backward, optimizer.
+
+    `evaluate` is a phase of its own.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class Step:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
 
     def run(self, n_batches: int = 1) -> None:
-        """Forward, loss and backward of as many micro-batches, and the update."""
+        """Run forward, loss and backward of ``n_batches`` micro-batches, and the update."""
         for _ in range(n_batches):
             with self._forward("forward"), self.offload or nullcontext():
                 loss = self.loss(self.model, dict(self.inputs))
@@ -99,7 +100,7 @@ class Step:
         self.mark("done")
 
     def evaluate(self, inputs: Mapping[str, Tensor]) -> None:
-        """Return the loss of a batch of held-out rows."""
+        """Compute the loss of a batch of held-out rows."""
         self.model.eval()
         with self._forward("evaluation"), torch.no_grad():
             self.loss(self.model, dict(inputs))
@@ -117,7 +118,7 @@ class Step:
 
     @contextmanager
     def marked(self) -> Iterator[None]:
-        """Within it the blocks of the model are marks of their own, in the forward pass and on the way back."""
+        """Mark each block of the model by itself within the block, in the forward and the backward pass."""
         found = blocks(self.model)
         handles = [block.register_forward_pre_hook(self._enters(k)) for k, block in enumerate(found)]
         handles += [block.register_forward_hook(self._leaves(k, len(found))) for k, block in enumerate(found)]
@@ -148,7 +149,7 @@ class Step:
 
 
 def blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the blocks; none if the model is not described."""
+    """Return the blocks of a model; none if the model is not described."""
     try:
         return list(blocks_of(model)[1])
     except DescriptionError:

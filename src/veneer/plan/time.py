@@ -1,7 +1,7 @@
-"""Seconds of a step from its work and a machine's rates: a roofline whose roof is measured, or a card's data sheet.
+"""Seconds of a step from its work and a machine's rates: a roofline with a measured roof, or that of a data sheet.
 
-seconds = sum over products of FLOPs / rate of that shape + attention + decoding + bytes moved / bandwidth + updates
-+ bytes that wait on disk / its rate + a cost for each op. Published rooflines land within 10 to 20% of one step.
+seconds = sum over products of FLOPs / rate of that shape + attention + decoding + bytes moved / bandwidth + updates +
+bytes that wait on disk / its rate + a cost for each op. Published rooflines land within 10 to 20% of one step.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ its two codes are read and written."""
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """Of one micro-batch, forward to update, by kind of work."""
+    """Seconds of one micro-batch, forward to update, by kind of work."""
 
     kinds: Mapping[str, float]
     source: str
 
     @property
     def step(self) -> float:
-        """All of it."""
+        """Sum over all kinds of work."""
         return sum(self.kinds.values())
 
 
 def seconds_here(work: Work, rates: Rates) -> Seconds:
-    """By the rates of this machine; what lacks is measured now and kept."""
+    """Return the seconds by the rates of this machine; missing rates are measured now and stored."""
     kinds = rates.parts(work) | {"elementwise": work.moved * rates.moved()}
     return Seconds(kinds, ROUGH if rates.rough else "measured on this machine")
 
 
 def seconds_on(work: Work, card: Card) -> Seconds:
-    """By a card's data sheet."""
+    """Return the seconds by a card's data sheet."""
     kinds = {
         "products": work.flops / (EFFICIENCY * card.flops),
         "elementwise": (work.moved + 0.5 * work.decoded) / card.bandwidth,

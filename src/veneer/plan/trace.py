@@ -1,4 +1,4 @@
-"""Two traced steps of a few blocks: what is alive by phase and kind, what is computed, and parameters."""
+"""Two traced steps of a few blocks: live bytes by phase and kind, the work, and parameters."""
 
 from __future__ import annotations
 
@@ -52,10 +52,9 @@ class Shallow:
 def trace(
     config: PreTrainedConfig, recipe: Recipe, batch: Batch, isa: str | None = None, held_out: Batch | None = None
 ) -> Shallow:
-    """Trace a recipe's step, and the evaluation of a batch that is ``held_out``, on a model of this config, which is
-    built without values.
+    """Trace a recipe's step on a model of this config, which is built without values.
 
-    Raises what building and adapting the model raises.
+    The evaluation of a ``held_out`` batch is traced too. Errors of building and adapting the model are raised.
     """
     live, counted = LiveBytes(), CountWork()
     with tracing(counted.kernel, isa):
@@ -83,7 +82,9 @@ def trace(
 
 
 def prepare(model: PreTrainedModel, args: SFTConfig, *, with_values: bool = False) -> str | None:
-    """Checkpointing and fusing as the trainer does them; why the model is not fused, None if it is."""
+    """Set up checkpointing and fusing as the trainer does. Return the reason if the model is not fused,
+    otherwise None.
+    """
     if args.gradient_checkpointing:
         settings = args.gradient_checkpointing_kwargs or {}
         if settings.get("selective"):
@@ -101,7 +102,7 @@ def prepare(model: PreTrainedModel, args: SFTConfig, *, with_values: bool = Fals
 
 
 def make_optimizer(model: PreTrainedModel, args: SFTConfig) -> torch.optim.Optimizer:
-    """Return the optimizer that a run would have."""
+    """Return the optimizer of a run."""
     choice = choose_optimizer(args, model)
     if args.lora_plus is not None:
         return cast(torch.optim.Optimizer, lora_plus_optimizer(args, model, args.lora_plus, choice))
@@ -123,9 +124,10 @@ def run_steps(
     counted: CountWork | None = None,
     held_out: Batch | None = None,
 ) -> None:
-    """Two steps, of which the second has the optimizer's state, and is of two micro-batches where gradients of several
-    are summed: in the second one they are there from the start. An evaluation behind them. ``live`` learns what is of
-    which kind.
+    """Run two steps and an evaluation, and report the kinds of tensors to ``live``.
+
+    The second step has the optimizer's state. If gradients of several micro-batches are summed, it has two of them, and
+    gradients exist from the start of the second.
     """
     offload = ActivationOffload(model, "disk") if args.activation_offloading else None
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
@@ -168,18 +170,18 @@ def run_steps(
 
 
 def n_passes(args: SFTConfig) -> int:
-    """Return the micro-batches of the second step."""
+    """Return the number of micro-batches in the second step."""
     return min(2, int(args.gradient_accumulation_steps))
 
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    """All that is kept between steps."""
+    """Yield every tensor that the optimizer keeps between steps."""
     for state in optimizer.state.values():
         yield from (value for value in state.values() if isinstance(value, Tensor))
 
 
 def kind_under(mark: str) -> str:
-    """Return the kind of what comes under a mark and is not told otherwise."""
+    """Return the kind of tensors that are allocated under a mark and have no kind of their own."""
     mark = mark.removeprefix(FIRST)
     if mark in ("loss", "backward.loss", "evaluation.loss"):
         return LOGITS
@@ -187,7 +189,7 @@ def kind_under(mark: str) -> str:
 
 
 def kinds_of(model: PreTrainedModel) -> Iterator[tuple[Tensor, str]]:
-    """Every tensor that a model has before its first step, with its kind; codes with their storage format."""
+    """Yield every tensor that a model has before its first step, with its kind; codes with their storage format."""
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     special = {
         id(t): kind for m, kind in ((head, HEAD), (embeddings, EMBEDDINGS)) if m for t in m.parameters(recurse=False)
@@ -211,14 +213,14 @@ def kinds_of(model: PreTrainedModel) -> Iterator[tuple[Tensor, str]]:
 
 
 def kinds_of_copies(reference: Reference | None) -> Iterator[tuple[Tensor, str]]:
-    """Return the tensors of an adapter that a reference keeps as it was, with their kind."""
+    """Yield the tensors of an adapter that a reference keeps unchanged, with their kind."""
     for copy in [] if reference is None else reference.copies():
         for tensor in (*copy.parameters(), *copy.buffers()):
             yield tensor, ADAPTERS
 
 
 def n_parameters(model: nn.Module) -> int:
-    """Values of the base and its adapters; a coded matrix counts with its values, not with its bytes."""
+    """Count the values of the base and its adapters; a quantized matrix counts with its values, not with its bytes."""
     return sum(_coded(model)) + sum(p.numel() for p in model.parameters())
 
 

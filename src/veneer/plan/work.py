@@ -1,4 +1,4 @@
-"""Arithmetic and the traffic of a step, op by op: products by shape, attention, bytes that are only moved."""
+"""Arithmetic and memory traffic of a step, op by op: products by shape, attention, bytes that are only moved."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ KERNEL_TOUCHES = 3
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """``(m, k) · (k, n)``, ``batch`` of them."""
+    """Matrix product ``(m, k) · (k, n)``, ``batch`` of them."""
 
     m: int
     k: int
@@ -56,17 +56,19 @@ class Product:
 
     @property
     def flops(self) -> float:
-        """Two for each multiply-add."""
+        """FLOPs, two for each multiply-add."""
         return 2.0 * self.batch * self.m * self.k * self.n
 
 
 @dataclass(slots=True)
 class Work:
-    """Sums over a step, or a part of one. Attention is in FLOPs, by the kernel and, for each length of a row, by torch.
-    ``moved`` and ``updated`` are bytes, the latter of the optimizer, whose tensors are large where the whole model is
-    trained: they go at the rate of memory. ``updated_8bit`` is in values. ``on_disk`` is bytes that wait in a file from
-    the forward pass to the backward pass. ``n_ops`` counts what torch's dispatcher saw, ``n_watched`` those that
-    selective checkpointing looked at, ``n_general`` those that are of the model's own code, not of a fused block.
+    """Sums over a step, or a part of one.
+
+    Attention is in FLOPs, by the kernel and, for each length of a row, by torch. ``moved`` and ``updated`` are bytes.
+    ``updated`` are those of the optimizer, whose tensors are large if the whole model is trained: they go at the rate
+    of memory. ``updated_8bit`` is in values. ``on_disk`` is bytes that wait in a file from the forward pass to the
+    backward pass. ``n_ops`` counts the ops of torch's dispatcher, and ``n_watched`` those that selective checkpointing
+    intercepts. ``n_general`` counts those of the model's own code, not of a fused block.
     """
 
     products: Counter[Product] = field(default_factory=Counter)
@@ -82,7 +84,7 @@ class Work:
     n_general: float = 0
 
     def plus(self, other: Work, times: float) -> Work:
-        """This and so many of the other."""
+        """Return this work plus ``times`` the other."""
         return Work(
             _plus(self.products, other.products, times),
             self.attention + times * other.attention,
@@ -99,7 +101,7 @@ class Work:
 
     @property
     def flops(self) -> float:
-        """All arithmetic of products and attention."""
+        """FLOPs of all products and attention."""
         return (
             self.attention
             + self.torch_attention.total()
@@ -108,10 +110,11 @@ class Work:
 
 
 class CountWork(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts while ``on``: ``passes`` over the micro-batches of a step, each for itself, and the ``update``. Kernels
-    that are not run are told to `kernel`. ``watched``: selective checkpointing looks at each op now, and will again
-    when it is computed again. ``updating``: the optimizer is at work. ``general``: the model's own code runs now, which
-    `mark` reads from ``general_blocks``, by number, and ``general_outside`` of them.
+    """Context that counts while ``on``: ``passes`` over the micro-batches of a step, one by one, and the ``update``.
+
+    Kernels that are not run are reported to `kernel`. ``watched``: selective checkpointing intercepts each op now, and
+    will again when it is computed again. ``updating``: the optimizer runs. ``general``: the model's own code runs now.
+    `mark` reads it from ``general_blocks``, by number, and from ``general_outside`` elsewhere.
     """
 
     is_silent = True
@@ -132,15 +135,17 @@ class CountWork(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.general = self.general_blocks.get(name.rpartition(".")[2], self.general_outside)
 
     def of_one(self, n_a_step: int) -> Work:
-        """Return the work of one of the micro-batches of a step, in the mean, with its share of the update: the first
-        one, and further ones as the last that was counted, whose gradients are added to those that are there.
+        """Return the mean work of one of the micro-batches of a step, with its share of the update.
+
+        The first micro-batch counts as itself. Further ones count as the last one, whose gradients are added to
+        existing ones.
         """
         first, last = self.passes[0], self.passes[-1]
         return first.plus(last.plus(first, -1.0), 1 - 1 / n_a_step).plus(self.update, 1 / n_a_step)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Within it nothing is counted."""
+        """Count nothing within the block."""
         before, self.on = self.on, False
         try:
             yield
@@ -148,7 +153,7 @@ class CountWork(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.on = before
 
     def kernel(self, name: str, arguments: tuple[Any, ...]) -> None:
-        """Return a kernel that a traced step would have run, or a page that it would have written: an op too."""
+        """Count a kernel that a traced step would have run, or a page that it would have written: an op too."""
         if not self.on:
             return
         self._calls()
