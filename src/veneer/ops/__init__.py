@@ -1,3 +1,4 @@
-"""Kernel boundary. One file per family of ops holds the public functions and checks their arguments; `dispatch`
-picks who computes: ``reference/`` (plain torch, the specification), ``cpu/`` (C++) or ``triton/`` (CUDA).
+"""Kernel boundary: one file per family of ops holds the public functions and checks their arguments.
+
+`dispatch` picks the back end: ``reference/`` (plain torch, the specification), ``cpu/`` (C++) or ``triton/`` (CUDA).
 """

@@ -1,4 +1,4 @@
-"""Activations of feed-forward parts without a gate, and their derivatives, in float32, rounded once."""
+"""Activations of feed-forward layers without a gate, and their derivatives, in float32, rounded once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu_squared")
 
 
 def activation_forward(x: Float[Tensor, "*batch d"], kind: str, *, backend: str | None = None) -> Tensor:
-    """``act(x)`` with act one of `KINDS`. Raises ConfigError on an unknown one."""
+    """Return ``act(x)`` with act one of `KINDS`. Raises ConfigError on an unknown one."""
     _check(kind)
     y: Tensor = implementation("activation.activation_forward", x.device, backend)(x, kind)
     return y

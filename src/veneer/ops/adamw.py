@@ -28,7 +28,7 @@ class AdamWStep:
 
 @dataclass(frozen=True, slots=True)
 class Moment8bit:
-    """Moment in blocks of 256 entries: an 8-bit code each, and the largest magnitude of each block."""
+    """Moment in blocks of 256 entries: an 8-bit code for each entry, and the largest magnitude of each block."""
 
     codes: UInt8[Tensor, "..."]
     absmax: Float[Tensor, " blocks"]
@@ -44,8 +44,8 @@ def adamw_8bit_(
 ) -> None:
     """Update a parameter and its two moments in place (Dettmers et al. 2022, arXiv:2110.02861, section 2).
 
-    Moments are read to float32, updated, used unrounded, and rounded to 8 bits again: the first with the signed
-    dynamic map, the second with the unsigned one. Decay comes before the update.
+    Moments are dequantized to float32, updated, used unrounded, and quantized to 8 bits again. The first takes the
+    signed dynamic map, the second the unsigned one. Decay comes before the update.
 
     Raises ShapeError if tensors do not fit each other.
     """

@@ -17,8 +17,11 @@ from veneer.ops.dispatch import implementation
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionOptions:
-    """``scale`` multiplies q·k (None: 1/√head_dim). A query sees itself and ``window - 1`` tokens before it, or all.
-    ``softcap`` is c of ``c * tanh(score / c)`` (Gemma 2, arXiv 2408.00118)."""
+    """Options of attention: scale, window and soft cap of the scores.
+
+    ``scale`` multiplies q·k (None: 1/√head_dim). A query attends to itself and ``window - 1`` tokens before it, or to
+    all. ``softcap`` is c of ``c * tanh(score / c)`` (Gemma 2, arXiv 2408.00118).
+    """
 
     scale: float | None = None
     window: int | None = None
@@ -39,10 +42,10 @@ def attention(
     cu_seqlens: Int[Tensor, " n_sequences_plus_1"],
     options: AttentionOptions = AttentionOptions(),
 ) -> Float[Tensor, "n q_heads head_dim"]:
-    """Causal softmax attention within each packed sequence; tokens ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]`` are one.
+    """Return causal softmax attention within each packed sequence: tokens ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``.
 
-    Query head h reads key head ``h // (q_heads // kv_heads)``. Softmax in float32. The backward keeps q, k, v, the
-    output and one float per query and head (Dao 2023, arXiv 2307.08691). Strides are free but for the last axis.
+    Query head h reads key head ``h // (q_heads // kv_heads)``. Softmax is in float32. The backward keeps q, k, v, the
+    output and one float per query and head (Dao 2023, arXiv 2307.08691). Only the last axis must be contiguous.
     A batch (b, t) of whole rows is ``cu_seqlens = arange(0, b * t + 1, t)``.
 
     Raises ShapeError if shapes or cu_seqlens do not fit.
@@ -74,7 +77,7 @@ def attention_backward(
 ) -> tuple[
     Float[Tensor, "n q_heads head_dim"], Float[Tensor, "n kv_heads head_dim"], Float[Tensor, "n kv_heads head_dim"]
 ]:
-    """(dq, dk, dv) from what `attention_forward` took and returned."""
+    """Return (dq, dk, dv) from the inputs and outputs of `attention_forward`."""
     kernel = implementation("attention.attention_backward", dout.device, options.backend)
     dq, dk, dv = kernel(dout, *qkv, *forward, cu_seqlens, *_numbers(qkv[0], options))
     return dq, dk, dv

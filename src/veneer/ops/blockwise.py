@@ -1,4 +1,4 @@
-"""Eight-bit blockwise codes over any sorted table of 256 values, and the dynamic tables made for them.
+"""Eight-bit blockwise codes over any sorted table of 256 values, and the dynamic tables.
 
 Used for the states of 8-bit optimizers and for the absmax of double quantization.
 
@@ -24,8 +24,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 def dynamic_map(signed: bool = True) -> Float32[Tensor, "256"]:
     """Return the dynamic table, sorted: seven decades from 1e-7 to 1, each with twice as many values as the one below.
 
-    The decade ``10**(i-6)``, i in 0..6, holds the midpoints of ``n+1`` even steps from 0.1 to 1, n = 2**i with their
-    negatives (signed) or 2**(i+1) (unsigned); 0 and 1 complete the 256. Shared: do not write into it.
+    The decade ``10**(i-6)``, i in 0..6, holds the midpoints of ``n+1`` even steps from 0.1 to 1. The signed table has
+    n = 2**i and their negatives, the unsigned one n = 2**(i+1). 0 and 1 complete the 256. The tensor is shared: do not
+    write into it.
     """
     values = [0.0, 1.0]
     for decade in range(7):
@@ -39,9 +40,9 @@ def dynamic_map(signed: bool = True) -> Float32[Tensor, "256"]:
 def quantize_blockwise(
     x: Float[Tensor, "..."], code: Float32[Tensor, "256"], block_size: int = 256, *, backend: str | None = None
 ) -> tuple[UInt8[Tensor, "..."], Float32[Tensor, " blocks"]]:
-    """Return the index of the nearest table value of each ``x / absmax``, in x's shape, and the absmax of each block.
+    """Return the index of the table value nearest to each ``x / absmax``, in x's shape, and the absmax of each block.
 
-    x: any shape, float32, bfloat16 or float16, flattened row by row into blocks. A value midway takes the lower
+    x: any shape, float32, bfloat16 or float16, flattened row by row into blocks. A value at a midpoint takes the lower
     index; a block of zeros takes the index of 0. Raises ConfigError, ShapeError, NonFiniteError.
     """
     _check(code, block_size, [code])
@@ -63,7 +64,7 @@ def dequantize_blockwise(
     dtype: torch.dtype = torch.float32,
     backend: str | None = None,
 ) -> Float[Tensor, "..."]:
-    """``code[codes] * absmax`` of the block, in float32 and then rounded to dtype, in the shape of codes."""
+    """Return ``code[codes] * absmax`` of the block, in float32 and then rounded to dtype, in the shape of codes."""
     _check(code, block_size, [codes, absmax])
     n_blocks = -(-codes.numel() // block_size)
     if codes.dtype != torch.uint8 or absmax.dtype != torch.float32 or tuple(absmax.shape) != (n_blocks,):

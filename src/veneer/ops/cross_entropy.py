@@ -25,9 +25,10 @@ _DETAIL_ROWS = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadOptions:
-    """Settings that turn logits into a loss: rows with ``ignore_index`` do not count, ``softcap`` is Gemma 2's c of
-    ``c * tanh(logits / c)``, ``num_items`` divides the sum (None: the number of rows that count). ``observe`` is given
-    each chunk of logits.
+    """Settings that turn logits into a loss.
+
+    Rows with ``ignore_index`` do not count. ``softcap`` is Gemma 2's c of ``c * tanh(logits / c)``. ``num_items``
+    divides the sum (None: the number of rows that count). ``observe`` is called with each chunk of logits.
     """
 
     ignore_index: int = -100
@@ -50,17 +51,18 @@ def linear_cross_entropy(
     bias: Float[Tensor, " v"] | None = None,
     options: HeadOptions = HeadOptions(),
 ) -> Float[Tensor, ""]:
-    """``cross_entropy(hidden Wᵀ + bias, labels)`` (labels already shifted), the loss in float32.
+    """Return ``cross_entropy(hidden Wᵀ + bias, labels)`` in float32; labels are already shifted.
 
     Logits are rounded to hidden's dtype, as the head's own product rounds them; softmax and loss are float32. The
-    gradient in hidden is computed in the forward pass, chunk by chunk, and only scaled in the backward (the scheme of
-    Wijmans et al. 2024, arXiv 2411.09009, and of Hsu et al. 2024, arXiv 2410.10989). Rows that do not count
+    gradient in hidden is computed in the forward pass, chunk by chunk, and only scaled in the backward. This is the
+    scheme of Wijmans et al. 2024 (arXiv 2411.09009) and of Hsu et al. 2024 (arXiv 2410.10989). Rows that do not count
     cost nothing.
-    A gradient in weight is given where weight is a tensor that requires it; bias is frozen. Without a row that counts
-    and without ``num_items`` the loss is nan, as torch's is.
 
-    Raises ShapeError if shapes do not fit, or a label that counts is no class (on CUDA, where to look at it would
-    wait for the device, a failed assertion of the device, as in torch).
+    The weight receives a gradient if it is a tensor that requires one; bias is frozen. If no row counts and
+    ``num_items`` is None, the loss is nan, as torch's is.
+
+    Raises ShapeError if shapes do not fit, or if a label that counts is no class. On CUDA such a label is a failed
+    assertion of the device, as in torch, since checking it would wait for the device.
     """
     out_features, in_features = weight.shape
     if hidden.ndim != 2 or labels.shape != hidden.shape[:1] or hidden.shape[1] != in_features:
@@ -82,7 +84,9 @@ def linear_cross_entropy_and_hits(
     bias: Float[Tensor, " v"] | None = None,
     options: HeadOptions = HeadOptions(),
 ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
-    """`linear_cross_entropy` with a frozen head, and how many of the counted rows have their label on top."""
+    """Return `linear_cross_entropy` with a frozen head, and the number of counted rows whose label has the
+    top logit.
+    """
     weight = weight.detach() if isinstance(weight, Tensor) else weight
     options = replace(options, count_hits=True)
     loss, hits = _LinearCrossEntropy.apply(hidden, None, weight, labels, bias, options)  # type: ignore[no-untyped-call]
@@ -96,8 +100,10 @@ def linear_cross_entropy_rows(
     bias: Float[Tensor, " v"] | None = None,
     options: HeadOptions = HeadOptions(),
 ) -> tuple[Float[Tensor, " n"], Bool[Tensor, " n"]]:
-    """As `linear_cross_entropy` with a frozen head, but the loss of each row, 0 if it does not count, and whether
-    its label is on top. ``num_items`` plays no part.
+    """Return the loss of each row under a frozen head, and whether its label has the top logit.
+
+    It computes as `linear_cross_entropy` does, but ``num_items`` is ignored. The loss of a row that does not count is
+    0.
     """
     weight = weight.detach() if isinstance(weight, Tensor) else weight
     options = replace(options, count_hits=True)
@@ -107,9 +113,10 @@ def linear_cross_entropy_rows(
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """Head's scores of each row's label: ``log_probs`` in nats, and beside them, if asked for, the ``entropy`` of
-    the prediction, the logarithm of the sum of its squared probabilities, the mean logit, and whether the label is on
-    top. Rows whose label does not count have 0.
+    """Scores of each row's label: ``log_probs`` in nats, and further details if asked for.
+
+    ``entropy`` is of the prediction. The others are the logarithm of the sum of its squared probabilities, the mean
+    logit, and whether the label has the top logit. Rows whose label does not count have 0.
     """
 
     log_probs: Float[Tensor, "*n"]
@@ -128,11 +135,11 @@ def linear_token_scores(
     details: bool = True,
     collision: bool = False,
 ) -> TokenScores:
-    """Return the log-probability of each row's label under a frozen head, its gradient in hidden as in
-    `linear_cross_entropy`.
+    """Return the log-probability of each row's label under a frozen head.
 
-    ``details`` are the rest of `TokenScores`, constants under autograd; ``collision`` are the squared probabilities
-    among them. Raises ShapeError as `linear_cross_entropy`.
+    Its gradient in hidden is computed as in `linear_cross_entropy`. ``details`` asks for the rest of `TokenScores`,
+    constants under autograd. ``collision`` asks for the squared probabilities among them. Raises ShapeError as
+    `linear_cross_entropy` does.
     """
     weight = weight.detach() if isinstance(weight, Tensor) else weight
     options = HeadOptions(count_hits=details)
@@ -173,10 +180,9 @@ def softmax_cross_entropy(
     write_grad: bool = True,
     backend: str | None = None,
 ) -> Float[Tensor, " n"]:
-    """Return the losses of all rows (float32); logits are overwritten with each row's gradient where ``write_grad``
-    says so.
+    """Return the losses of all rows (float32); ``write_grad`` overwrites the logits with each row's gradient.
 
-    Raises ShapeError if labels do not fit or one is no class, ``0`` to ``v - 1``; on CUDA such a label is a failed
+    Raises ShapeError if labels do not fit or one is no class, ``0`` to ``v - 1``. On CUDA such a label is a failed
     assertion of the device, as in torch.
     """
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:

@@ -1,4 +1,4 @@
-"""Choice of an op's back end: by the tensors' device and by what is built, never by an environment variable."""
+"""Choice of an op's back end: by the tensors' device and by the back ends built, never by an environment variable."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ log = logging.getLogger(__name__)
 
 
 def implementation(op: str, device: torch.device, backend: str | None = None) -> Callable[..., Any]:
-    """Return the function that computes ``"family.name"`` on a device: the fastest back end there is, or the one named.
+    """Return the function that computes ``"family.name"`` on a device, by the fastest back end available or the one
+    named.
 
-    Raises BackendError if a back end asked for by name cannot serve. If the reference has to stand in for a
-    kernel, that is logged once with the reason.
+    Raises BackendError if a back end asked for by name is not available. If the reference replaces a kernel, the reason
+    is logged once.
     """
     if backend is not None:
         return _load(op, backend, device)
@@ -43,12 +44,12 @@ def backends(op: str) -> tuple[str, ...]:
 
 
 def availability() -> dict[str, str]:
-    """For each back end "available", or why it is not."""
+    """Return "available", or the reason why not, for each back end."""
     return {b: _missing(b) or "available" for b in BACKENDS}
 
 
 def kernel_build() -> str:
-    """Return one line: the kernels' instruction set here, those that are built, and whose threads they run on."""
+    """Return one line: the kernels' instruction set here, those that are built, and the threads of the kernels."""
     if importlib.util.find_spec("veneer._kernels") is None:
         return "none: the C++ module was not built"
     return str(importlib.import_module("veneer.ops.cpu.module").description())
@@ -62,7 +63,7 @@ def kernel_isa() -> str:
 
 
 def interprets_triton() -> bool:
-    """Return True if Triton was told to run its kernels in its interpreter, on tensors of any device."""
+    """Return True if Triton is configured to run its kernels in its interpreter, on tensors of any device."""
     return bool(importlib.import_module("triton").knobs.runtime.interpret)
 
 

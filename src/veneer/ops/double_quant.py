@@ -1,11 +1,11 @@
 """Double quantization: the float32 ``absmax`` of 4-bit blocks, kept in 8 bits.
 
-The mean is taken off, and the rest is coded blockwise with the signed dynamic table, 256 values a block: 32/64 bits a
-parameter become 8/64 + 32/(64 * 256).
+The mean is subtracted, and the rest is coded blockwise with the signed dynamic table, 256 values a block. 32/64 bits
+a parameter become 8/64 + 32/(64 * 256).
 
 Source: Dettmers, Pagnoni, Holtzman, Zettlemoyer 2023, QLoRA, arXiv:2305.14314, section 3.
-Departs: a value is first rounded to an even grid of 65536 steps over [-1, 1] and then takes the table value nearest to
-that, as bitsandbytes does on the CPU, so that the codes are the same; a code may differ by one from the nearest.
+Departs: a value is first rounded to an even grid of 65536 steps over [-1, 1], then to the nearest table value.
+bitsandbytes does so on the CPU, and the codes equal its codes. A code may differ by one from the nearest.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class CompressedAbsmax:
 
 
 def compress_absmax(absmax: Float32[Tensor, " n"]) -> CompressedAbsmax:
-    """absmax in 8 bits, 1 + 4/256 bytes a block. Raises ShapeError if it is no vector of float32, or empty."""
+    """Return absmax in 8 bits, 1 + 4/256 bytes a block. Raises ShapeError if it is empty or no vector of float32."""
     if absmax.dtype != torch.float32 or absmax.ndim != 1 or not len(absmax):
         raise ShapeError(f"absmax must be a vector of float32, got {absmax.dtype} {tuple(absmax.shape)}")
     offset = absmax.mean()
@@ -53,7 +53,7 @@ def compress_absmax(absmax: Float32[Tensor, " n"]) -> CompressedAbsmax:
 
 
 def expand_absmax(compressed: CompressedAbsmax, *, backend: str | None = None) -> Float32[Tensor, " n"]:
-    """absmax in float32 again, to the error of its 8 bits. Raises ShapeError if sizes do not fit."""
+    """Return absmax in float32, up to its 8-bit rounding error. Raises ShapeError if sizes do not fit."""
     code = dynamic_map().to(compressed.codes.device)
     values = dequantize_blockwise(compressed.codes, compressed.scale, code, BLOCK_SIZE, backend=backend)
     return values + compressed.offset

@@ -1,8 +1,8 @@
-"""Dropout (Srivastava et al. 2014) with masks that are functions of a key, the row's id and the column: none is kept.
+"""Dropout (Srivastava et al. 2014) whose masks are functions of a key, the row's id and the column; no mask is stored.
 
-Forward, backward and a recomputed forward draw the same mask; a row draws the same alone and in any batch, on every
-back end and any number of threads. Values are kept or dropped, never scaled: multiply by `keep_scale` where a factor is
-multiplied anyway. How a draw is made is reported in ``reference/dropout.py``.
+Forward, backward and a recomputed forward draw the same mask. A row's draws do not depend on the batch, the back end
+or the number of threads. Values are kept or dropped, never scaled: fold `keep_scale` into a factor that is applied
+anyway. ``reference/dropout.py`` describes the draws.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ Rows = int | Int64[Tensor, "*batch"]
 
 @dataclass(frozen=True, slots=True)
 class Mask:
-    """Drops values of x (n, i) with probability ``p``; which ones, ``key``, a row's id and the column tell alone.
+    """Mask that drops values of x (n, i) with probability ``p``, as a function of ``key``, row id and column alone.
 
-    ``ids`` are those of all n rows, also of rows that are left as they are.
+    ``ids`` are those of all n rows, also of rows that are not masked.
     """
 
     p: float
@@ -34,25 +34,26 @@ class Mask:
 
     @property
     def scale(self) -> float:
-        """Factor of what is kept: `keep_scale`."""
+        """Factor of the kept values: `keep_scale`."""
         return keep_scale(self.p)
 
     @property
     def threshold(self) -> int:
-        """Draws of 16 bits below it drop. Raises ConfigError if p is outside [0, 1]."""
+        """Threshold of the 16-bit draws: smaller draws drop. Raises ConfigError if p is outside [0, 1]."""
         return _threshold(self.p)
 
     def drop(
         self, x: Float[Tensor, "m i"], rows: slice = slice(None), *, backend: str | None = None
     ) -> Float[Tensor, "m i"]:
-        """These rows of x as `drop` leaves them."""
+        """Return the given rows of x with values dropped by `drop`."""
         return drop(x, self.p, self.key, self.ids[rows], backend=backend)
 
 
 def keep_scale(p: float) -> float:
-    """``1 / (1 - p)``, by which values that were kept are scaled; 0 if p is 1 and none is.
+    """Return ``1 / (1 - p)``, the scale of kept values; 0 if p is 1.
 
-    p is the probability that is drawn, a whole number of 65536ths. Raises ConfigError if p is outside [0, 1].
+    p is rounded to the probability that is drawn, a whole number of 65536ths. Raises ConfigError if p is outside [0,
+    1].
     """
     kept = _DRAWS - _threshold(p)
     return _DRAWS / kept if kept else 0.0
@@ -61,11 +62,12 @@ def keep_scale(p: float) -> float:
 def drop(
     x: Float[Tensor, "*batch i"], p: float, key: int, rows: Rows = 0, *, backend: str | None = None
 ) -> Float[Tensor, "*batch i"]:
-    """x with each element set to 0 with probability p (to the nearest 65536th), the rest as it was: a new tensor.
+    """Return a new tensor: x with each element set to 0 with probability p (to the nearest 65536th), the rest
+    unchanged.
 
-    key: any number of 64 bits without sign; use one for each place and step. rows: the id of each row of x, (*batch) of
-    int64, or the id of the first where they count up. A dropped NaN or infinity is 0 too. Departs: no ``1 / (1 - p)``.
-    Raises ConfigError where p or key is out of range, ShapeError if rows does not fit x.
+    key: any unsigned 64-bit number; use one for each place and step. rows: the id of each row of x, (*batch) of int64,
+    or the first row's id if they count up. A dropped NaN or infinity is 0 too. Departs: no ``1 / (1 - p)``. Raises
+    ConfigError if p or key is out of range, ShapeError if rows does not fit x.
     """
     threshold = _threshold(p)
     require_fit(x, key, rows)
@@ -76,7 +78,7 @@ def drop(
 
 
 def dropout(x: Float[Tensor, "*batch i"], mask: Mask) -> Float[Tensor, "*batch i"]:
-    """Dropout on x under autograd, what is kept scaled up. The mask is drawn again in the backward pass."""
+    """Return x after dropout under autograd, kept values scaled up. The backward pass draws the mask again."""
     y: Tensor = _Dropout.apply(x.reshape(-1, x.shape[-1]), mask)  # type: ignore[no-untyped-call]
     return y.view(x.shape)
 
@@ -100,7 +102,7 @@ def _threshold(p: float) -> int:
 
 
 def require_fit(x: Tensor, key: int, rows: Rows) -> None:
-    """Raise ConfigError if a key or the first row's id is out of range, ShapeError where ids do not fit x."""
+    """Raise ConfigError if a key or the first row's id is out of range, ShapeError if ids do not fit x."""
     if not 0 <= key < 1 << 64:
         raise ConfigError(f"the key of a mask is a whole number from 0 to 2^64 - 1; given {key}")
     if isinstance(rows, int):

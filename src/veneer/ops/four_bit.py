@@ -1,8 +1,8 @@
 """Four-bit blockwise codes, NF4 and FP4: quantize, dequantize, and products with a quantized matrix.
 
-The values of a weight are flattened row by row and cut into blocks; each block keeps its largest magnitude ``absmax``
+The values of a weight are flattened row by row and cut into blocks. Each block keeps its largest magnitude ``absmax``
 in float32, and each value the index of the table entry nearest to ``value / absmax``. Two indices share a byte, the
-first value in the high nibble. With double quantization ``absmax`` itself is kept in 8 bits.
+first value in the high nibble. Double quantization keeps ``absmax`` itself in 8 bits.
 
 Source: Dettmers, Pagnoni, Holtzman, Zettlemoyer 2023, QLoRA, arXiv:2305.14314, section 3. Codes, absmax and
 values equal those of bitsandbytes on the CPU, for every shape.
@@ -29,9 +29,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, slots=True)
 class FourBitLayout:
-    """Layout of a weight in its packed bytes: all that reading it back needs besides the bytes and ``absmax``.
+    """Layout of a weight in its packed bytes: all that dequantizing needs besides the bytes and ``absmax``.
 
-    shape: of the weight. dtype: that it had, and that `dequantize_4bit` gives back.
+    shape: of the weight. dtype: of the weight before, and of the result of `dequantize_4bit`.
     """
 
     shape: tuple[int, ...]
@@ -90,8 +90,7 @@ def dequantize_4bit(
     dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Float[Tensor, "..."]:
-    """Return the weight back in its shape: ``table[code] * absmax`` in float32, rounded once to dtype (None:
-    layout.dtype).
+    """Return the weight in its shape: ``table[code] * absmax`` in float32, rounded once to dtype (None: layout.dtype).
 
     packed: any shape that holds layout.n_bytes bytes. Raises ShapeError if sizes or dtypes do not fit the layout.
     """
@@ -110,7 +109,7 @@ def matmul_4bit(
     *,
     backend: str | None = None,
 ) -> Float[Tensor, "*batch o"]:
-    """``W x`` on the last axis in x's dtype, for a quantized ``W (o, i)``; differentiable in x.
+    """Return ``W x`` on the last axis in x's dtype, for a quantized ``W (o, i)``; differentiable in x.
 
     Sums are float32 (or torch's own accumulation of a product in x's dtype). Raises ShapeError.
     """
@@ -126,7 +125,7 @@ def matmul_t_4bit(
     *,
     backend: str | None = None,
 ) -> Float[Tensor, "*batch i"]:
-    """``Wᵀ dy`` on the last axis in dy's dtype: the gradient of `matmul_4bit` in x; differentiable in dy."""
+    """Return ``Wᵀ dy`` on the last axis in dy's dtype: the gradient of `matmul_4bit` in x; differentiable in dy."""
     _check_product(dy, packed, absmax, layout, layout.shape[0])
     return _product(dy, packed, absmax, layout, (True, backend))
 
@@ -157,7 +156,7 @@ def product_4bit(
     transposed: bool,
     backend: str | None,
 ) -> Tensor:
-    """``W x`` or ``Wᵀ x`` on the last axis of arguments that were checked, nothing recorded."""
+    """Return ``W x`` or ``Wᵀ x`` on the last axis, for checked arguments and without autograd."""
     run = implementation("four_bit.matmul_t_4bit" if transposed else "four_bit.matmul_4bit", x.device, backend)
     layout = FourBitLayout(tuple(shape), quant_type, block_size)
     out: Tensor = run(x.reshape(-1, x.shape[-1]).contiguous(), packed.reshape(-1), absmax, layout)

@@ -1,4 +1,4 @@
-"""Values that the 16 codes of NF4 and FP4 stand for."""
+"""Values of the 16 codes of NF4 and FP4."""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 
 @cache
 def code_table(quant_type: str) -> Float32[Tensor, "16"]:
-    """Return the value of each of the 16 codes. Shared: do not write into it. Raises ConfigError for an
-    unknown type.
+    """Return the value of each of the 16 codes. Raises ConfigError for an unknown type.
+
+    The tensor is shared: do not write into it.
     """
     if quant_type not in QUANT_TYPES:
         raise ConfigError(f"quant_type is {quant_type!r}; allowed: {list(QUANT_TYPES)}")

@@ -1,8 +1,8 @@
-"""ggml's types of tensors, as GGUF files hold them: quantize a matrix row by row, and read it back.
+"""ggml's types of tensors, as GGUF files hold them: quantize a matrix row by row, and dequantize it.
 
-Each row is cut into blocks (of 32 values; of 256 in the K types and IQ4_XS) that hold a scale in float16, in the
-affine types a minimum too, and each value's level. How scale and levels are chosen is ggml's own search, done again
-operation by operation, so that the bytes are those of llama.cpp's quantizer built for x86-64.
+Each row is cut into blocks of 32 values, or of 256 in the K types and IQ4_XS. A block holds a scale in float16, a
+minimum too in the affine types, and each value's level. ggml's own search for scale and levels is reproduced operation
+by operation. The bytes are those of llama.cpp's quantizer built for x86-64.
 
 Source: ggml-org/llama.cpp, ggml/src/ggml-quants.c.
 """
@@ -21,7 +21,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def row_bytes(kind: str, columns: int) -> int:
-    """Bytes of a row of so many values in ``kind``, "Q4_K" say.
+    """Return the bytes of a row of so many values in ``kind``, for example "Q4_K".
 
     Raises ConfigError (unknown type), ShapeError (the type's blocks do not divide a row).
     """
@@ -40,11 +40,12 @@ def quantize_ggml(
 ) -> UInt8[Tensor, "n bytes"]:
     """Return the bytes of each row of a matrix of float32, bfloat16 or float16 in ggml's type ``kind``.
 
-    importance: the mean square of the inputs of each column (llama.cpp's importance matrix), which weighs the errors;
-    F32, F16, BF16 and Q8_0 have no use for it. F16 and BF16 round to nearest, ties to even.
-    Raises ConfigError (unknown type, a negative importance), ShapeError (not a matrix of such a dtype, blocks that do
-    not divide a row, importance of another length or dtype), NonFiniteError (NaN or infinity in rows or importance,
-    values whose scale float16 cannot hold).
+    importance: the mean square of the inputs of each column (llama.cpp's importance matrix), which weighs the errors.
+    F32, F16, BF16 and Q8_0 ignore it. F16 and BF16 round to nearest, ties to even.
+
+    Raises ConfigError for an unknown type or a negative importance. Raises ShapeError for anything but a matrix of such
+    a dtype, blocks that do not divide a row, or an importance of another length or dtype. Raises NonFiniteError for NaN
+    or infinity in rows or importance, or values whose scale float16 cannot hold.
     """
     if rows.ndim != 2 or rows.dtype not in FLOATS:
         raise ShapeError(f"quantize_ggml takes a matrix of {_names()}, got {rows.dtype} {tuple(rows.shape)}")
@@ -64,8 +65,9 @@ def quantize_ggml(
 def dequantize_ggml(
     packed: UInt8[Tensor, "n bytes"], kind: str, *, backend: str | None = None
 ) -> Float32[Tensor, "n c"]:
-    """Return the values of rows in ggml's type ``kind``. Raises ConfigError (unknown type), ShapeError
-    (bytes of no row).
+    """Return the values of rows in ggml's type ``kind``.
+
+    Raises ConfigError (unknown type), ShapeError (bytes that are no whole row).
     """
     ggml_type = _type(kind)
     if packed.ndim != 2 or packed.dtype != torch.uint8 or packed.shape[1] % ggml_type.n_bytes:

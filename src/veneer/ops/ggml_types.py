@@ -1,4 +1,4 @@
-"""Types of ggml's tensors that veneer writes: their numbers in a GGUF file, their blocks and the bytes of those."""
+"""Types of ggml's tensors that veneer writes: their numbers in a GGUF file, their block sizes and bytes per block."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class GgmlType:
-    """``number`` is the type's in a GGUF file; a row is cut into blocks of ``block`` values, ``n_bytes`` bytes each."""
+    """Type of ggml: its ``number`` in a GGUF file, the values of a ``block``, and the ``n_bytes`` of a block."""
 
     name: str
     number: int

@@ -18,9 +18,10 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 def glu(
     gate: Float[Tensor, "*batch d"], up: Float[Tensor, "*batch d"], activation: str, *, backend: str | None = None
 ) -> Float[Tensor, "*batch d"]:
-    """``act(gate) * up`` with act one of `ACTIVATIONS`; computed in float32, rounded once. Keeps gate and up alone.
+    """Return ``act(gate) * up`` with act one of `ACTIVATIONS`; computed in float32, rounded once.
 
-    Raises ShapeError if the two differ in shape or dtype, ConfigError on an unknown activation.
+    Only gate and up are kept for the backward pass. Raises ShapeError if the two differ in shape or dtype, ConfigError
+    on an unknown activation.
     """
     out: Tensor = _Glu.apply(gate, up, activation, backend)  # type: ignore[no-untyped-call]
     return out
@@ -29,8 +30,9 @@ def glu(
 def glu_forward(
     gate: Float[Tensor, "*batch d"], up: Float[Tensor, "*batch d"], activation: str, *, backend: str | None = None
 ) -> Float[Tensor, "*batch d"]:
-    """Return the output of `glu`. gate and up may be the two halves of one product: only the last axis must
-    be contiguous.
+    """Return the output of `glu`.
+
+    gate and up may be the two halves of one product: only the last axis must be contiguous.
     """
     _check(gate, up, activation)
     out: Tensor = implementation("glu.glu_forward", gate.device, backend)(gate, up, activation)
@@ -47,9 +49,10 @@ def glu_backward(
     owns_inputs: bool = False,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, "*batch d"], Float[Tensor, "*batch d"], Float[Tensor, "*batch d"]]:
-    """(d gate, d up, h): the gradients and, in the same pass, the output again, which the next layer's backward reads.
+    """Return (d gate, d up, h): the gradients and, from the same pass, the output, which the next layer's backward
+    reads.
 
-    ``owns_inputs`` writes the gradients into gate and up, ``owns_dh`` the output into dh, and returns those.
+    ``owns_inputs`` writes the gradients into gate and up, ``owns_dh`` the output into dh; these tensors are returned.
     """
     _check(gate, up, activation)
     _check(dh, gate, activation)

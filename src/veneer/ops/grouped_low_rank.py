@@ -1,4 +1,4 @@
-"""Low-rank product of a mixed batch: every row has an adapter of its own, or none; ranks differ.
+"""Low-rank product of a mixed batch: each row has its own adapter, or none; ranks differ.
 
 ``y[n] = onto[n] + scale_k B_k A_k x[n]`` with ``k = row_to_adapter[n]``: the SGMV of Chen et al. 2023 (arXiv
 2310.18547), with gradients. Layers that share their input (q, k, v; gate and up) are one call, which reads x once.
@@ -30,14 +30,14 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class AdapterRuns:
-    """Runs of a batch of ``n_rows`` rows that take an adapter each, without overlap; other rows take none."""
+    """Runs of a batch of ``n_rows`` rows, one adapter each, without overlap; other rows have none."""
 
     runs: tuple[Run, ...]
     n_rows: int
 
     @classmethod
     def of(cls, row_to_adapter: Int[Tensor, " n"]) -> AdapterRuns:
-        """From the adapter of each row, -1 for none."""
+        """Return the runs of rows, given each row's adapter, -1 for none."""
         n_rows = len(row_to_adapter)
         changes = (row_to_adapter[1:] != row_to_adapter[:-1]).nonzero()[:, 0] + 1
         bounds = [0, *changes.tolist(), n_rows] if n_rows else [0]
@@ -46,13 +46,13 @@ class AdapterRuns:
         return cls(tuple(Run(*run) for run in runs if run[0] >= 0), n_rows)
 
     def times(self, n: int) -> AdapterRuns:
-        """Return the runs where every row is ``n`` rows: tokens, say."""
+        """Return the runs after each row becomes ``n`` rows, for example tokens."""
         if n == 1:
             return self
         return AdapterRuns(tuple(Run(k, start * n, stop * n) for k, start, stop in self.runs), self.n_rows * n)
 
     def with_gaps(self) -> Iterator[Run]:
-        """Return the runs in their order, and between them, as adapter -1, the rows that take none."""
+        """Iterate over the runs in order, and between them, as adapter -1, over the rows that have none."""
         reached = 0
         for run in sorted(self.runs, key=lambda run: run.start):
             if run.start > reached:
@@ -72,8 +72,10 @@ class AdapterRuns:
 
 @dataclass(frozen=True, slots=True)
 class LowRankGroup:
-    """Pairs of all adapters on one layer: ``a[k] (r_k, i)``, ``b[k] (o, r_k)`` and their scales; None, None if
-    adapter k has none there. ``masks[k]`` drops values of the x that a[k] reads; without masks nothing is dropped.
+    """Pairs of all adapters on one layer: ``a[k] (r_k, i)``, ``b[k] (o, r_k)`` and their scales.
+
+    ``a[k]`` and ``b[k]`` are None if adapter k has no pair there. ``masks[k]`` drops values of the x that a[k] reads;
+    without masks nothing is dropped.
     """
 
     a: tuple[Tensor | None, ...]
@@ -82,7 +84,7 @@ class LowRankGroup:
     masks: tuple[Mask | None, ...] = ()
 
     def mask_of(self, adapter: int) -> Mask | None:
-        """In front of the a of one adapter, if there is any."""
+        """Return the mask on the input of one adapter's a, if there is any."""
         return self.masks[adapter] if self.masks else None
 
 
@@ -99,11 +101,13 @@ def grouped_low_rank(
     onto: Float[Tensor, "n o"] | None = None,
     backend: str | None = None,
 ) -> Float[Tensor, "n o"]:
-    """``onto + scale * B A x`` with each row's own adapter, in onto's dtype; without ``onto`` that part alone, in x's.
+    """Return ``onto + scale * B A x`` with each row's own adapter, in onto's dtype.
 
-    ``row_to_adapter`` indexes the lists, in any order; a row with -1 has no adapter and an adapter may have no rows.
-    Factors may be wider than x (float32 beside bf16): the kernels round them to it for the product with a bf16 x.
-    Sums are float32 and rounded once. The gradient flows to x, onto, every a and every b, each in its own dtype.
+    Without ``onto`` the result is ``scale * B A x`` in x's dtype. ``row_to_adapter`` indexes the lists, in any order. A
+    row with -1 has no adapter, and an adapter may have no rows. Factors may be wider than x (float32 with bf16): the
+    kernels round them to bf16 for the product with a bf16 x. Sums are float32 and rounded once. The gradient flows to
+    x, onto, every a and every b, each in its own dtype.
+
     Raises ShapeError if something does not fit.
     """
     _check(x, a_list, b_list, scales, row_to_adapter)
@@ -122,10 +126,10 @@ def add_grouped_low_rank(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """Add ``scale * B A drop(x)`` to the outputs of layers that share their input, in place; what comes back is what
-    `grouped_low_rank_backward` of the same back end reads beside x.
+    """Add ``scale * B A drop(x)`` to the outputs of layers that share their input, in place.
 
-    Raises ShapeError if the ids of a mask are not those of x's rows.
+    Returns the tensor that `grouped_low_rank_backward` of the same back end reads besides x. Raises ShapeError if the
+    ids of a mask are not those of x's rows.
     """
     for mask in (mask for group in groups for mask in group.masks if mask is not None):
         require_fit(x, mask.key, mask.ids)
@@ -143,8 +147,9 @@ def grouped_low_rank_backward(
     input_grad: bool = True,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, "n i"] | None, list[Gradients], list[Gradients]]:
-    """Gradients of what was added: in x (None if not asked for) and, group by group, in every a and every b, in at
-    least float32.
+    """Return the gradients of `add_grouped_low_rank` in x (None if not asked for), and in the a and b of each group.
+
+    Those in a and b are in at least float32.
     """
     kernel = implementation("grouped_low_rank.backward", x.device, backend)
     dx, das, dbs = kernel(dys, x, u, groups, rows, input_grad)

@@ -1,7 +1,7 @@
 """Int8 weights with one scale a row: ``W[o, i] = codes[o, i] * absmax[o] / 127``.
 
-Source: Dettmers, Lewis, Belkada, Zettlemoyer 2022, LLM.int8(), arXiv:2208.07339, section 2. ``absmax`` is what
-bitsandbytes stores as SCB.
+Source: Dettmers, Lewis, Belkada, Zettlemoyer 2022, LLM.int8(), arXiv:2208.07339, section 2. bitsandbytes stores
+``absmax`` as SCB.
 Departs: activations stay in their dtype (the paper quantizes them too and keeps outlier columns apart).
 """
 
@@ -21,9 +21,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 def quantize_int8(
     w: Float[Tensor, "o i"], *, backend: str | None = None
 ) -> tuple[Int8[Tensor, "o i"], Float32[Tensor, " o"]]:
-    """Each row times ``127 / absmax``, rounded to the nearest, ties to even; a row of zeros gives zeros.
+    """Return the codes and the absmax of each row: ``127 / absmax`` times the row, rounded to nearest, ties to even.
 
-    Raises ShapeError (not a matrix of float32, bfloat16 or float16), NonFiniteError.
+    A row of zeros gives zeros. Raises ShapeError (not a matrix of float32, bfloat16 or float16), NonFiniteError.
     """
     if w.ndim != 2 or w.dtype not in FLOATS:
         raise ShapeError(f"quantize_int8 takes a matrix of {[str(d) for d in FLOATS]}, got {w.dtype} {tuple(w.shape)}")
@@ -44,7 +44,7 @@ def dequantize_int8(
     dtype: torch.dtype = torch.float32,
     backend: str | None = None,
 ) -> Float[Tensor, "o i"]:
-    """``codes * absmax * (1 / 127)`` in float32, then rounded to dtype. Raises ShapeError."""
+    """Return ``codes * absmax * (1 / 127)`` in float32, then rounded to dtype. Raises ShapeError."""
     _check(codes, absmax, dtype)
     out: Tensor = implementation("int8.dequantize_int8", codes.device, backend)(codes, absmax, dtype)
     return out
@@ -57,7 +57,7 @@ def matmul_int8(
     *,
     backend: str | None = None,
 ) -> Float[Tensor, "*batch o"]:
-    """``W x`` on the last axis in x's dtype; differentiable in x. Raises ShapeError."""
+    """Return ``W x`` on the last axis in x's dtype; differentiable in x. Raises ShapeError."""
     _check(codes, absmax, x.dtype)
     _check_width(x, codes, 1)
     return _product(x, codes, absmax, False, backend)
@@ -70,7 +70,7 @@ def matmul_t_int8(
     *,
     backend: str | None = None,
 ) -> Float[Tensor, "*batch i"]:
-    """``Wᵀ dy`` on the last axis in dy's dtype: the gradient of `matmul_int8` in x; differentiable in dy."""
+    """Return ``Wᵀ dy`` on the last axis in dy's dtype: the gradient of `matmul_int8` in x; differentiable in dy."""
     _check(codes, absmax, dy.dtype)
     _check_width(dy, codes, 0)
     return _product(dy, codes, absmax, True, backend)
@@ -85,7 +85,7 @@ def _product(x: Tensor, codes: Tensor, absmax: Tensor, transposed: bool, backend
 
 @visible("product_int8(Tensor x, Tensor codes, Tensor absmax, bool transposed, str? backend) -> Tensor")
 def product_int8(x: Tensor, codes: Tensor, absmax: Tensor, transposed: bool, backend: str | None) -> Tensor:
-    """``W x`` or ``Wᵀ x`` on the last axis of arguments that were checked, nothing recorded."""
+    """Return ``W x`` or ``Wᵀ x`` on the last axis, for checked arguments and without autograd."""
     run = implementation("int8.matmul_t_int8" if transposed else "int8.matmul_int8", x.device, backend)
     out: Tensor = run(x.reshape(-1, x.shape[-1]).contiguous(), codes, absmax)
     return out.view(*x.shape[:-1], out.shape[-1])

@@ -1,7 +1,7 @@
-"""Products of matrices in 16 bits, computed in float32 where the CPU has no instruction for them.
+"""Products of matrices in 16 bits, computed in float32 if the CPU has no instruction for them.
 
-An x86 CPU before AVX-512-BF16 multiplies bfloat16 at a fifth of its rate in float32 (with torch 2.13). There operands
-are widened, multiplied in float32 and rounded once, as a product in bfloat16 that accumulates in float32 rounds.
+An x86 CPU before AVX-512-BF16 multiplies bfloat16 at a fifth of its rate in float32 (with torch 2.13). Operands are
+then widened, multiplied in float32 and rounded once, as a bfloat16 product with float32 accumulation rounds.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ def _own_isa() -> str:
 
 
 def widens(x: Float[Tensor, "*batch k"], dtype: torch.dtype) -> bool:
-    """Return True if `matmul` computes in float32 where x is given in this dtype."""
+    """Return True if `matmul` computes in float32 for x in this dtype."""
     narrow = dtype in NARROW and x.device.type == "cpu" and float32_is_faster()
     return narrow and x.numel() >= FEW_ROWS * x.shape[-1]
 
 
 def operand(x: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
-    """x in the dtype in which `matmul` computes here: for a matrix that takes part in several products."""
+    """Return x in the dtype in which `matmul` computes here, for a matrix used in several products."""
     return x.float() if widens(x, x.dtype) else x
 
 
 def matmul(
     a: Float[Tensor, "n k"], b: Float[Tensor, "k m"], dtype: torch.dtype, out: Tensor | None = None
 ) -> Float[Tensor, "n m"]:
-    """``a b`` rounded to dtype, into ``out`` where it is given. Either may have gone through `operand`.
+    """Return ``a b`` rounded to dtype, written into ``out`` if given. Either factor may be an `operand`.
 
-    Nothing is recorded for a backward pass, and autocast changes nothing.
+    Nothing is recorded for a backward pass, and autocast has no effect.
     """
     a, b = _alike(a, b)
     place = out if out is not None and out.dtype == a.dtype else a.new_empty(a.shape[0], b.shape[1])
@@ -54,7 +54,7 @@ def matmul(
 
 
 def add_matmul(y: Float[Tensor, "n m"], a: Float[Tensor, "n k"], b: Float[Tensor, "k m"]) -> Float[Tensor, "n m"]:
-    """``y + a b``, written into y."""
+    """Return ``y + a b``, written into y."""
     a, b = _alike(a, b)
     return y.addmm_(a, b) if a.dtype == y.dtype else y.add_(matmul(a, b, a.dtype))
 

@@ -1,4 +1,4 @@
-"""Memory of tensors: the one place in which a kernel's address comes from."""
+"""Memory of tensors: the only source of addresses for kernels."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ def address(x: Tensor, device: str = "cpu") -> int:
     """Return the address of x's first value, for a kernel that reads memory of a device ("cpu" or "cuda"); 0 if x is
     empty.
 
-    Any strided tensor has one that owns values or shares them: parameters, views, subclasses. Raises TensorError for
-    others, among them FakeTensor, DTensor, what a transform such as vmap wraps, sparse, meta and freed tensors.
+    Any strided tensor has one if it owns values or shares them: parameters, views, subclasses. Raises TensorError for
+    others, among them FakeTensor, DTensor, tensors wrapped by a transform such as vmap, and sparse, meta and freed
+    tensors.
     """
     if isinstance(x, Traced):
         return 0
@@ -33,7 +34,7 @@ def address(x: Tensor, device: str = "cpu") -> int:
 
 
 def whole_numbers(values: Sequence[int]) -> Tensor:
-    """Whole numbers as int64; torch itself takes three times as long to read a list of them."""
+    """Return whole numbers as an int64 tensor, three times as fast as torch itself reads a list of them."""
     return torch.frombuffer(array("q", values), dtype=torch.int64) if values else torch.empty(0, dtype=torch.int64)
 
 

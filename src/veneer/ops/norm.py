@@ -1,6 +1,6 @@
 """RMSNorm and LayerNorm over the last axis, statistics in float32, with hand-written backward.
 
-The ``*_forward`` and ``*_backward`` pairs are the kernels themselves, for blocks that write their own backward;
+The ``*_forward`` and ``*_backward`` pairs are the kernels themselves, for blocks with a hand-written backward.
 `rms_norm` and `layer_norm` wrap them for autograd.
 """
 
@@ -25,10 +25,10 @@ def rms_norm(
     *,
     backend: str | None = None,
 ) -> Float[Tensor, "*batch d"]:
-    """``x / sqrt(mean(x²) + eps) * (weight + offset)`` (Zhang, Sennrich 2019, arXiv 1910.07467); Gemma's offset is 1.
+    """Return ``x / sqrt(mean(x²) + eps) * (weight + offset)`` (Zhang, Sennrich 2019, arXiv 1910.07467).
 
-    Computed in float32 and rounded once to x's dtype. Keeps x and one float per row for the backward.
-    Raises ShapeError if weight does not fit x.
+    Gemma's offset is 1. Computed in float32 and rounded once to x's dtype. Keeps x and one float per row for the
+    backward. Raises ShapeError if weight does not fit x.
     """
     out: Tensor = _RmsNorm.apply(x, weight, eps, offset, backend)  # type: ignore[no-untyped-call]
     return out
@@ -42,9 +42,9 @@ def layer_norm(
     *,
     backend: str | None = None,
 ) -> Float[Tensor, "*batch d"]:
-    """``(x - mean) / sqrt(var + eps) * weight + bias`` (Ba et al. 2016, arXiv 1607.06450), in float32, rounded once.
+    """Return ``(x - mean) / sqrt(var + eps) * weight + bias`` (Ba et al. 2016, arXiv 1607.06450).
 
-    Raises ShapeError if weight or bias does not fit x.
+    Computed in float32 and rounded once. Raises ShapeError if weight or bias does not fit x.
     """
     out: Tensor = _LayerNorm.apply(x, weight, bias, eps, backend)  # type: ignore[no-untyped-call]
     return out
@@ -58,9 +58,7 @@ def rms_norm_forward(
     *,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, "*batch d"], Float[Tensor, "*batch"]]:
-    """Return the output of `rms_norm` and the reciprocal root mean square of each row (float32) that its
-    backward reads.
-    """
+    """Return the output of `rms_norm`, and the reciprocal root mean square of each row (float32) for its backward."""
     _check(x, weight=weight)
     y, rstd = implementation("norm.rms_norm_forward", x.device, backend)(x, weight, eps, offset)
     return y, rstd
@@ -76,7 +74,7 @@ def rms_norm_backward(
     weight_grad: bool = False,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, "*batch d"], Float[Tensor, " d"] | None]:
-    """Gradients of `rms_norm` in x and, where ``weight_grad`` says so, in weight."""
+    """Return the gradients of `rms_norm` in x and, if ``weight_grad``, in weight."""
     _check(x, weight=weight)
     kernel = implementation("norm.rms_norm_backward", x.device, backend)
     dx, dweight = kernel(dy, x, weight, rstd, offset, weight_grad)
@@ -91,7 +89,7 @@ def layer_norm_forward(
     *,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, "*batch d"], Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
-    """Return the output of `layer_norm`, and mean and reciprocal standard deviation of each row, in float32."""
+    """Return the output of `layer_norm`, and the mean and reciprocal standard deviation of each row, in float32."""
     _check(x, weight=weight, bias=bias)
     y, mean, rstd = implementation("norm.layer_norm_forward", x.device, backend)(x, weight, bias, eps)
     return y, mean, rstd
@@ -107,7 +105,7 @@ def layer_norm_backward(
     weight_grad: bool = False,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, "*batch d"], Float[Tensor, " d"] | None, Float[Tensor, " d"] | None]:
-    """Gradients of `layer_norm` in x and, where ``weight_grad`` says so, in weight and bias."""
+    """Return the gradients of `layer_norm` in x and, if ``weight_grad``, in weight and bias."""
     _check(x, weight=weight)
     kernel = implementation("norm.layer_norm_backward", x.device, backend)
     dx, dweight, dbias = kernel(dy, x, weight, mean, rstd, weight_grad)

@@ -17,16 +17,16 @@ BLOCK, BLOCKS, DEPTH_UNIT = 16, 4, 32
 
 
 def packed_depth(i: int, dtype: torch.dtype) -> int:
-    """Values of each output in a packed weight: i, in bfloat16 filled up with zeros to a multiple of 32."""
+    """Return the number of values of each output in a packed weight: i, in bfloat16 zero-padded to a multiple of 32."""
     return -(-i // DEPTH_UNIT) * DEPTH_UNIT if dtype == torch.bfloat16 else i
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedWeight:
-    """``W (o, i)`` in panels of 64 outputs, one after the other in ``panels``, which is flat and of W's dtype.
+    """``W (o, i)`` in consecutive panels of 64 outputs in ``panels``, which is flat and of W's dtype.
 
-    Of a panel the values of one input are neighbours (in bfloat16, of two inputs); the last panel is a multiple of 16
-    outputs wide, and what W lacks there is zero. csrc/core/panels.h tells the layout.
+    In a panel the values of one input are neighbours (in bfloat16, of two inputs). The last panel is a multiple of 16
+    outputs wide, padded with zeros. csrc/core/panels.h documents the layout.
     """
 
     panels: Tensor
@@ -34,7 +34,7 @@ class PackedWeight:
 
     @classmethod
     def pack(cls, weight: Float[Tensor, "o i"], *, backend: str | None = None) -> PackedWeight:
-        """Return a copy of ``weight``, of float32, bfloat16 or float16. Raises ShapeError."""
+        """Return ``weight``, of float32, bfloat16 or float16, packed as a copy. Raises ShapeError."""
         if weight.ndim != 2 or weight.dtype not in FLOATS:
             raise ShapeError(
                 f"a packed weight is made from a matrix of {_names(FLOATS)}; given {weight.dtype} {tuple(weight.shape)}"
@@ -47,21 +47,21 @@ class PackedWeight:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Weight's."""
+        """Dtype of the weight."""
         return self.panels.dtype
 
     @property
     def depth(self) -> int:
-        """Values of each output in the panels."""
+        """Number of values of each output in the panels."""
         return packed_depth(self.shape[1], self.dtype)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the panels, with what fills them up."""
+        """Bytes of the panels, with their padding."""
         return self.panels.nbytes
 
     def dense(self, *, backend: str | None = None) -> Float[Tensor, "o i"]:
-        """Return the weight that was packed, to the bit."""
+        """Return the original weight, bit for bit."""
         unpack = implementation("packed.unpack", self.panels.device, backend)
         out: Tensor = unpack(self.panels, self.shape, self.depth)
         return out
@@ -74,12 +74,13 @@ class PackedWeight:
         out: Float[Tensor, "n o"] | None = None,
         backend: str | None = None,
     ) -> Float[Tensor, "n o"]:
-        """``onto + W x`` for rows of float32 or bfloat16, written into ``out`` where it is given. For inference alone.
+        """Return ``onto + W x`` for rows of float32 or bfloat16, written into ``out`` if given. For inference alone.
 
-        Products and sums are float32 (x is never rounded) and rounded once, to the dtype of out, of onto, or of x.
-        Each sum runs over the inputs in an order that the weight alone sets: a row's result is the same, bit for bit,
-        whatever rows and however many are beside it. ``onto`` may be ``out``, or a bias that was expanded. Only last
-        axes must be contiguous.
+        Products and sums are float32 (x is never rounded) and rounded once, to the dtype of out, of onto, or of x. Each
+        sum runs over the inputs in an order set by the weight alone. A row's result is the same, bit for bit, whatever
+        and however many the other rows are. ``onto`` may be ``out``, or an expanded bias. Only last axes must be
+        contiguous.
+
         Raises ShapeError.
         """
         check_product(self.shape, x, onto, out)
@@ -90,7 +91,7 @@ class PackedWeight:
 
 
 def check_product(shape: tuple[int, int], x: Tensor, onto: Tensor | None, out: Tensor | None) -> None:
-    """Raise ShapeError for rows that a packed weight (o, i) does not take."""
+    """Raise ShapeError for rows that do not fit a packed weight (o, i)."""
     o, i = shape
     if x.ndim != 2 or x.shape[1] != i or x.dtype not in ROWS:
         raise ShapeError(f"x must be (n, {i}) of {_names(ROWS)}; given {tuple(x.shape)} {x.dtype}")
@@ -109,5 +110,5 @@ def _names(dtypes: tuple[torch.dtype, ...]) -> str:
 
 
 def over_rows(bias: Tensor | None, n: int) -> Tensor | None:
-    """Return a bias as the (n, o) that a product is added onto: a view."""
+    """Return a bias expanded to the (n, o) that a product is added onto: a view."""
     return None if bias is None else bias.expand(n, -1)

@@ -1,4 +1,4 @@
-"""Frozen weight in codes (NF4, FP4, int8) in the layout that its product reads in one pass, scales among them."""
+"""Frozen weight in codes (NF4, FP4, int8) in the layout that its product reads in one pass, scales interleaved."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ SMALLEST, LARGEST = 1e-30, 1e30
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedCodes:
-    """``W (o, i)``: codes in panels of 64 outputs, and float32 scales, each of ``unit`` inputs of an output.
+    """``W (o, i)``: codes in panels of 64 outputs, and float32 scales, each for ``unit`` inputs of an output.
 
     ``W = table[code] * absmax`` or ``code * absmax / 127``, computed in float32 and rounded to ``dtype``, float32 or
-    bfloat16: what `dequantize_4bit` and `dequantize_int8` give. ``panels`` are bytes; csrc/packed/coded.h tells the
-    layout.
+    bfloat16. `dequantize_4bit` and `dequantize_int8` give the same values. ``panels`` are bytes; csrc/packed/coded.h
+    documents the layout.
     """
 
     panels: UInt8[Tensor, " bytes"]
@@ -47,7 +47,7 @@ class PackedCodes:
         *,
         backend: str | None = None,
     ) -> PackedCodes:
-        """Return a matrix as `quantize_4bit` gives it. Raises ShapeError if `fits_4bit` does not hold."""
+        """Return the packed form of a matrix from `quantize_4bit`. Raises ShapeError if `fits_4bit` does not hold."""
         if not fits_4bit(absmax, layout, dtype):
             raise ShapeError(
                 f"4-bit codes are packed of matrices whose width is a multiple of {GROUP}, for float32 or bfloat16 and "
@@ -69,7 +69,7 @@ class PackedCodes:
         *,
         backend: str | None = None,
     ) -> PackedCodes:
-        """Return a matrix as `quantize_int8` gives it. Raises ShapeError if `fits_int8` does not hold."""
+        """Return the packed form of a matrix from `quantize_int8`. Raises ShapeError if `fits_int8` does not hold."""
         o, i = codes.shape
         if not fits_int8(codes, absmax, dtype):
             raise ShapeError(
@@ -82,7 +82,7 @@ class PackedCodes:
 
     @property
     def depth(self) -> int:
-        """Codes of each output in the panels."""
+        """Number of codes of each output in the panels."""
         return self.unit if self.coding == "int8" else self.shape[1]
 
     @property
@@ -93,16 +93,16 @@ class PackedCodes:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the panels, with what fills them up."""
+        """Bytes of the panels, with their padding."""
         return self.panels.nbytes
 
     def codes(self, *, backend: str | None = None) -> UInt8[Tensor, " bytes"] | Int8[Tensor, "o i"]:
-        """Return the codes as they were before: packed bytes (o * i / 2,), or int8 (o, i)."""
+        """Return the codes before packing: packed bytes (o * i / 2,), or int8 (o, i)."""
         out: Tensor = implementation("packed_codes.codes", self.panels.device, backend)(self)
         return out
 
     def dense(self, dtype: torch.dtype | None = None, *, backend: str | None = None) -> Float[Tensor, "o i"]:
-        """Return the weight, rounded to its own dtype or, instead, to another one."""
+        """Return the weight, rounded to its own dtype or to a given one."""
         wide = replace(self, dtype=torch.float32) if dtype not in (None, *ROWS) else self
         wide = replace(self, dtype=dtype) if dtype in ROWS and dtype is not None else wide
         out: Tensor = implementation("packed_codes.dense", self.panels.device, backend)(wide)
@@ -116,7 +116,7 @@ class PackedCodes:
         out: Float[Tensor, "n o"] | None = None,
         backend: str | None = None,
     ) -> Float[Tensor, "n o"]:
-        """``onto + W x`` as `PackedWeight.matmul` computes it of ``PackedWeight.pack(self.dense())``, to the bit.
+        """Return ``onto + W x``, bit for bit as `PackedWeight.matmul` of ``PackedWeight.pack(self.dense())``.
 
         Raises ShapeError.
         """
@@ -128,13 +128,13 @@ class PackedCodes:
 
 
 def fits_4bit(absmax: Tensor, layout: FourBitLayout, dtype: torch.dtype) -> bool:
-    """Return True if `PackedCodes.pack_4bit` takes a matrix."""
+    """Return True if `PackedCodes.pack_4bit` accepts a matrix."""
     whole = len(layout.shape) == 2 and layout.shape[1] % GROUP == 0 and layout.numel > 0
     return whole and dtype in ROWS and _ordinary(absmax)
 
 
 def fits_int8(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> bool:
-    """Return True if `PackedCodes.pack_int8` takes a matrix."""
+    """Return True if `PackedCodes.pack_int8` accepts a matrix."""
     return codes.ndim == 2 and codes.numel() > 0 and dtype in ROWS and _ordinary(absmax)
 
 
@@ -143,5 +143,5 @@ def _ordinary(absmax: Tensor) -> bool:
 
 
 def padded_outputs(o: int) -> int:
-    """Outputs in the panels: o, filled up to whole blocks."""
+    """Return the number of outputs in the panels: o, padded to whole blocks."""
     return o + -o % BLOCK

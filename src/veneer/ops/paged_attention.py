@@ -1,8 +1,8 @@
 """Attention to keys and values in pages, for serving (Kwon et al. 2023, arXiv 2309.06180): prompts, chunks, decoding.
 
-The pages of all layers lie in one `PagedStore`. A sequence is a table of pages; page j of the table holds its positions
-from ``j * block`` on. `PagedRows` says which rows of a step belong to which sequence; then, layer by layer, `append`
-puts their keys and values into the pages and `paged_attention` lets their queries see them.
+The pages of all layers are in one `PagedStore`. A sequence has a page table; page j of the table holds its positions
+from ``j * block`` on. `PagedRows` maps the rows of a step to sequences. Layer by layer, `append` writes their keys
+and values into the pages, and `paged_attention` attends to them.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ UNIT = 16  # tokens of a page, and values of a head, come in multiples of it
 class PagedStore:
     """Pages of ``block`` tokens of keys and values of all layers, in ``data (n_pages, values of a page)``.
 
-    csrc/paged_attention/paged_attention.h tells the layout. Queries are of the same dtype. ``memory`` is what ``data``
-    lies in, if that is this store's own.
+    csrc/paged_attention/paged_attention.h documents the layout. Queries are of the same dtype. ``memory`` is the
+    mapping that holds ``data``, if the store owns it.
     """
 
     data: Tensor
@@ -51,9 +51,10 @@ class PagedStore:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> PagedStore:
-        """Empty pages for ``heads = (n_layers, kv_heads, head_dim)``; memory is taken when a page is first written.
+        """Return empty pages for ``heads = (n_layers, kv_heads, head_dim)``; memory is taken when a page is first
+        written.
 
-        Raises ConfigError on sizes or a dtype that cannot be.
+        Raises ConfigError on invalid sizes or an unsupported dtype.
         """
         if min(n_pages, block, *heads) < 1 or block % UNIT or dtype not in DTYPES:
             raise ConfigError(
@@ -71,7 +72,7 @@ class PagedStore:
 
     @property
     def n_pages(self) -> int:
-        """Pages of the store."""
+        """Number of pages."""
         return self.data.shape[0]
 
     @property
@@ -80,7 +81,7 @@ class PagedStore:
         return self.data.shape[1] * self.data.element_size()
 
     def discard(self, pages: Iterable[int]) -> None:
-        """Give the memory of pages back to the system, if it takes it; they are zeros then, or what they were."""
+        """Return the memory of pages to the system, if it accepts it; afterwards they are zeros or unchanged."""
         if self.memory is None or not hasattr(mmap, "MADV_DONTNEED"):
             return
         for run in _runs(pages):
@@ -90,7 +91,7 @@ class PagedStore:
                 self.memory.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
     def copy_page(self, source: int, target: int) -> None:
-        """Make one page hold what another does."""
+        """Copy the contents of page ``source`` to page ``target``."""
         self.data[target].copy_(self.data[source])
 
 
@@ -106,14 +107,14 @@ def _runs(numbers: Iterable[int]) -> Iterator[range]:
 
 
 def padded(head_dim: int) -> int:
-    """Values of a head in a page."""
+    """Return the number of values of a head in a page: ``head_dim``, padded."""
     return -(-head_dim // UNIT) * UNIT
 
 
 class SequenceRows(NamedTuple):
-    """``n_rows`` rows of a step, of one sequence, from ``position`` on; its pages must reach to their end.
+    """``n_rows`` rows of a step, of one sequence, from ``position`` on; its pages must cover them all.
 
-    Pages that a window has left behind may be any number: they are not read.
+    Pages that a window has passed may have any number: they are not read.
     """
 
     pages: Sequence[int]
@@ -133,7 +134,7 @@ class PagedRows:
 
     @classmethod
     def of(cls, sequences: Iterable[tuple[Sequence[int], int, int]], store: PagedStore) -> PagedRows:
-        """Return the rows of a step, sequence after sequence, each a `SequenceRows` or the like.
+        """Return the rows of a step from its sequences, each a `SequenceRows` or an equal tuple.
 
         Raises ShapeError if a sequence has no row or too few pages, or writes a page that is not in the store.
         """
@@ -157,7 +158,7 @@ class PagedRows:
         return cls(parts[0], parts[1], parts[2], parts[3], row_bounds[-1])
 
     def sequences(self) -> Iterator[tuple[list[int], int, int, int]]:
-        """Pages, position, first row and the row behind the last of each sequence."""
+        """Iterate over the sequences: pages, position, first row, and the row after the last."""
         page_bounds, row_bounds = self.first_page.tolist(), self.first_row.tolist()
         pages = self.pages.tolist()
         for s, position in enumerate(self.position.tolist()):
@@ -173,9 +174,9 @@ def append(
     *,
     backend: str | None = None,
 ) -> None:
-    """Put the keys and values of a step's rows into their places in one layer of the pages.
+    """Write the keys and values of a step's rows into their positions in one layer of the pages.
 
-    A sequence's positions are written in their order; nothing behind the last one is kept. Raises ShapeError.
+    A sequence's positions are written in order; nothing after the last one is kept. Raises ShapeError.
     """
     shape = (rows.n_rows, store.kv_heads, store.head_dim)
     _check(store, layer, {"k": (k, shape), "v": (v, shape)})
@@ -189,11 +190,11 @@ def paged_attention(
     rows: PagedRows,
     options: AttentionOptions = PLAIN,
 ) -> Float[Tensor, "n q_heads head_dim"]:
-    """Softmax attention of each row's queries to all that its sequence holds up to the row itself, in one layer.
+    """Return softmax attention of each row's queries to its sequence up to the row itself, in one layer.
 
     Query head h reads key head ``h // (q_heads // kv_heads)``. Softmax and sums are float32; if the CPU multiplies
-    bfloat16, probabilities are rounded to it. A row's result depends on its own sequence alone, bit for bit: not on the
-    batch, nor on how a prompt is cut into chunks, nor on the number of threads. Raises ShapeError.
+    bfloat16, probabilities are rounded to it. A row's result depends on its own sequence alone, bit for bit. The batch,
+    the chunks of a prompt and the number of threads do not change it. Raises ShapeError.
     """
     _check(store, layer, {"q": (q, (rows.n_rows, q.shape[1] if q.ndim == 3 else 0, store.head_dim))})
     if q.shape[1] == 0 or q.shape[1] % store.kv_heads:

@@ -1,8 +1,8 @@
 """Low-rank adapters and bottlenecks of many versions in one batch, for serving: packed once, each at its own rank.
 
-``y[n] += scale_k B_k A_k x[n]`` for the rows of version k, with more between the products where a `Pair` has it: the
-product of a mixed batch (SGMV, Chen et al. 2023, arXiv 2310.18547) as `veneer.ops.grouped_low_rank` has it for
-training, where factors change and are packed on every call.
+``y[n] += scale_k B_k A_k x[n]`` for the rows of version k, with more terms between the products if a `Pair` has them.
+This is the product of a mixed batch (SGMV, Chen et al. 2023, arXiv 2310.18547). `veneer.ops.grouped_low_rank` computes
+it for training, which changes the factors and packs them on every call.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ ACTIVATIONS = (*KINDS, "tanh", "sigmoid", "leaky_relu", "identity")
 class Pair(NamedTuple):
     """``b_scale * scale * b @ act(core * (a @ x) + a_bias) + b_bias`` with a (r, i) and b (o, r).
 
-    ``core`` and ``b_scale`` are VeRA's vectors, ``a_bias``, ``b_bias`` and ``activation`` (one of `ACTIVATIONS`) a
-    bottleneck's.
+    ``core`` and ``b_scale`` are VeRA's vectors. ``a_bias``, ``b_bias`` and ``activation`` (one of `ACTIVATIONS`) belong
+    to a bottleneck.
     """
 
     a: Float[Tensor, "r i"]
@@ -44,14 +44,15 @@ class Pair(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        """True if it is two products and nothing else."""
+        """True if the pair is two products and nothing else."""
         vectors = (self.core, self.b_scale, self.a_bias, self.b_bias)
         return self.activation == "identity" and all(vector is None for vector in vectors)
 
 
 class Middle(NamedTuple):
-    """Vectors between the products of a version's pairs, and behind the second: float32, of all layers one
-    behind the other, those between with as many places for a layer as its rank takes when packed.
+    """Vectors between the products of a version's pairs and after the second, in float32, concatenated over the layers.
+
+    The vectors between them have as many values for a layer as its packed rank.
     """
 
     core: Float[Tensor, " ranks"] | None
@@ -62,22 +63,22 @@ class Middle(NamedTuple):
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """For the kernels: addresses, and the activation's number."""
+        """Numbers for the kernels: addresses, and the activation's index."""
         places = [0 if v is None else address(v, v.device.type) for v in (*self[:2], *self[3:])]
         return (*places[:2], ACTIVATIONS.index(self.activation), *places[2:])
 
 
 def filled(n: int, dtype: torch.dtype) -> int:
-    """Return a rank, or the inputs of a, as they are packed: in bfloat16 filled up with zeros to an even number."""
+    """Return the packed size of a rank or of a's inputs: in bfloat16 zero-padded to an even number."""
     return n + n % 2 if dtype == torch.bfloat16 else n
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedPairs:
-    """Pairs of one version at layers that share their input, in the dtype in which they are multiplied.
+    """Pairs of one version at layers that share their input, in the dtype of their products.
 
-    ``factors`` is flat: the a of all layers below one another, then of each layer ``scale * b``, each in the panels of
-    `veneer.ops.packed`. A layer of rank 0 has no pair. ``shares_a``: all layers read one a, which is there once.
+    ``factors`` is flat: the a of all layers stacked, then ``scale * b`` of each layer, each in the panels of
+    `veneer.ops.packed`. A layer of rank 0 has no pair. ``shares_a``: all layers read one a, stored once.
     """
 
     factors: Tensor
@@ -96,10 +97,10 @@ class PackedPairs:
         dtype: torch.dtype = torch.bfloat16,
         backend: str | None = None,
     ) -> PackedPairs:
-        """Pack a pair a layer, or None if the version has none; ``scale * b`` is rounded once, to ``dtype``.
+        """Return the packed pairs of a version, at most one a layer (None: no pair there).
 
-        Where the pairs of all layers have the same a, in the same memory, it is packed and multiplied once.
-        Raises what `PairsPacker.add` does.
+        ``scale * b`` is rounded once, to ``dtype``. If the pairs of all layers have the same a, in the same memory, it
+        is packed and multiplied once. Raises the errors of `PairsPacker.add`.
         """
         packer = PairsPacker(backend)
         packed = packer.add(pairs, out_features, dtype)
@@ -107,29 +108,29 @@ class PackedPairs:
         return packed
 
     def with_vectors(self, pairs: Sequence[Pair | None]) -> PackedPairs:
-        """Those that have the same factors and other vectors: the factors are held once."""
+        """Return pairs with the same factors and other vectors; the factors are stored once."""
         return replace(self, middle=_middle(pairs, self.out_features, self.dtype) or self.middle)
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """Numbers by which the kernels know the vectors between and behind the products."""
+        """Numbers for the kernels that describe the vectors between and after the products."""
         if self.middle is None:
             return (0,) * 6
         return (3 if self.shares_a else 1, *self.middle.numbers)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Factors'."""
+        """Dtype of the factors."""
         return self.factors.dtype
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the factors, with what fills them up."""
+        """Bytes of the factors, with their padding."""
         return self.factors.nbytes
 
 
 class Factor(NamedTuple):
-    """Rows (n, i) to go, times ``scale``, into a matrix (o, depth) in panels as its rows from ``first`` on."""
+    """Rows (n, i) to write, times ``scale``, into a matrix (o, depth) in panels, from row ``first`` on."""
 
     rows: Tensor
     scale: float
@@ -140,17 +141,17 @@ class Factor(NamedTuple):
 
 
 class PairsPacker:
-    """Packs the pairs of a version at many groups of layers by one call, `run`, behind the last `add`."""
+    """Packs the pairs of a version at many groups of layers by one call, `run`, after the last `add`."""
 
     def __init__(self, backend: str | None = None) -> None:
         self._backend = backend
         self._factors: list[Factor] = []
 
     def add(self, pairs: Sequence[Pair | None], out_features: Sequence[int], dtype: torch.dtype) -> PackedPairs:
-        """As `PackedPairs.pack`; what it gives has its factors once `run` has been called.
+        """Return pairs as `PackedPairs.pack` does; their factors are written by `run`.
 
-        Raises ShapeError if pairs and layers do not fit, or there is no pair at all, ConfigError for an unknown
-        activation, and for layers of several.
+        Raises ShapeError if pairs and layers do not fit, or if there is no pair at all. Raises ConfigError for an
+        unknown activation, and for layers with different activations.
         """
         _check_pairs(pairs, out_features, dtype)
         ranks = tuple(0 if pair is None else pair.a.shape[0] for pair in pairs)
@@ -173,7 +174,7 @@ class PairsPacker:
         return PackedPairs(factors, like.shape[1], tuple(out_features), ranks, shared, middle)
 
     def run(self) -> list[Factor]:
-        """Fill in the factors of all that were added, which it gives back."""
+        """Write the factors of all added pairs, and return them."""
         factors, self._factors = self._factors, []
         pack_factors(factors, backend=self._backend)
         return factors
@@ -183,7 +184,9 @@ class PairsPacker:
 
 
 def pack_factors(factors: Sequence[Factor], *, backend: str | None = None) -> None:
-    """Round factors, times their scales, into their panels: those that `PairsPacker.run` gave, or others like them."""
+    """Round factors, times their scales, into their panels: those that `PairsPacker.run` returned, or
+    others like them.
+    """
     if factors:
         implementation("pairs.pack", factors[0].panels.device, backend)(factors)
 
@@ -198,9 +201,10 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Segments:
-    """Segments of a step at layers that share their input, checked once, for all the steps that have these rows.
+    """Segments of a step at layers that share their input, checked once for all steps with these rows.
 
-    ``table (n_segments, 9 + n_layers)`` holds of each where its factors lie, start, stop, `PackedPairs.numbers`, ranks.
+    ``table (n_segments, 9 + n_layers)`` holds the address of each one's factors, start, stop, `PackedPairs.numbers`,
+    ranks.
     """
 
     parts: tuple[Segment, ...]
@@ -209,7 +213,7 @@ class Segments:
 
     @classmethod
     def of(cls, segments: Iterable[Segment]) -> Segments:
-        """Segments of one step. Raises ShapeError for none, and for pairs of different layers or dtypes."""
+        """Return the segments of one step. Raises ShapeError for none, and for pairs of different layers or dtypes."""
         parts = tuple(segments)
         kinds = {(s.pairs.in_features, s.pairs.out_features, s.pairs.dtype) for s in parts}
         if len(kinds) != 1 or not all(0 <= s.start <= s.stop for s in parts):
@@ -224,7 +228,7 @@ class Segments:
 
     @property
     def pairs(self) -> PackedPairs:
-        """Those of the first segment, whose layers and dtype are those of all."""
+        """Pairs of the first segment, whose layers and dtype are those of all."""
         return self.parts[0].pairs
 
 
@@ -235,11 +239,12 @@ def add_pairs(
     *,
     backend: str | None = None,
 ) -> None:
-    """Add what the pairs make of x to the outputs ``ys`` of layers that share x, in place. For inference alone.
+    """Add the products of the pairs with x to the outputs ``ys`` of layers that share x, in place. For inference alone.
 
-    A row lies in one segment or in none, which adds nothing. Sums are float32; between the two products they are
-    rounded to bfloat16 where x and the factors are that and the CPU multiplies it, at the end to the dtype of ys. A
+    A row is in one segment, or in none and then unchanged. Sums are float32, rounded at the end to the dtype of ys.
+    Between the products they are rounded to bfloat16 if x and the factors are bfloat16 and the CPU multiplies it. A
     row's result does not depend on the other rows, bit for bit. Only last axes must be contiguous.
+
     Raises ShapeError.
     """
     if not isinstance(segments, Segments):

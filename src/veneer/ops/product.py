@@ -1,4 +1,4 @@
-"""Products with a fixed matrix under autograd: nothing but what multiplies is kept for the backward pass."""
+"""Products with a fixed matrix under autograd: the backward pass keeps nothing but the fixed matrix."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyp
 
 
 def visible(schema: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
-    """Makes a product an op of torch for those who watch torch's dispatcher; its first argument is what is multiplied.
+    """Register a product as an op of torch, called if torch's dispatcher is watched; its first argument is the operand.
 
-    That is how selective checkpointing keeps it: of a kernel it sees nothing, and what is written into a given place it
-    cannot keep. If no one watches the function is called itself: the dispatcher takes time, and transforms that no
-    rule is known for would pass through it without an error.
+    Selective checkpointing can then keep the result: it does not see kernels, and cannot keep what is written in place.
+    If nothing watches, the function is called directly. The dispatcher takes time, and transforms without a rule would
+    pass through it without an error.
     """
 
     def register(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
@@ -42,7 +42,7 @@ def visible(schema: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]
 
 
 def recorded_product(x: Tensor, multiply: Multiply, transposed: bool) -> Tensor:
-    """``multiply(x, transposed)``, differentiable in x as often as one likes."""
+    """Return ``multiply(x, transposed)``, differentiable in x any number of times."""
     y: Tensor = _Product.apply(x, multiply, transposed)  # type: ignore[no-untyped-call]
     return y
 

@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864): pairs of features turned by their position's angle."""
+"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864): pairs of features rotated by their position's angle."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ def rotary(
     interleaved: bool = False,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, "b q_heads t d"], Float[Tensor, "b kv_heads t d"]]:
-    """Queries and keys turned by their positions' angles; the first ``2 * half`` features turn, the rest pass through.
+    """Return queries and keys rotated by their positions' angles: the first ``2 * half`` features; the rest are
+    unchanged.
 
-    A pair is features j and j + half (the layout of Llama and GPT-NeoX), or 2j and 2j + 1 if ``interleaved``.
-    ``cos`` and ``sin`` hold one value per pair: of transformers' tables, the first half of the last axis.
-    Computed in float32, rounded once. Raises ShapeError if the tables do not fit.
+    A pair is features j and j + half (the layout of Llama and GPT-NeoX), or 2j and 2j + 1 if ``interleaved``. ``cos``
+    and ``sin`` hold one value per pair: of transformers' tables, the first half of the last axis. Computed in float32,
+    rounded once. Raises ShapeError if the tables do not fit.
     """
     return _Rotary.apply(q, cos, sin, interleaved, backend), _Rotary.apply(k, cos, sin, interleaved, backend)  # type: ignore[no-untyped-call]
 
@@ -41,9 +42,9 @@ def rotate(
     in_place: bool = False,
     backend: str | None = None,
 ) -> Float[Tensor, "b heads t d"]:
-    """x turned by the tables' angles, or back where ``inverse``; the backward of one is the other.
+    """Return x rotated by the tables' angles, or back if ``inverse``; each is the backward of the other.
 
-    Any strides are taken, so that a projection's output (b, t, heads, d) can be turned through its transposed view.
+    Strides are arbitrary, so a projection's output (b, t, heads, d) can be rotated through its transposed view.
     ``in_place`` overwrites x and returns it.
     """
     _check(x, cos, sin)

@@ -9,8 +9,9 @@ from veneer.ops.dispatch import implementation
 
 
 def likeliest(logits: Float[Tensor, "n vocabulary"], *, backend: str | None = None) -> Int64[Tensor, " n"]:
-    """Return the largest logit's place in each row, the first of equal ones; -1 if it is infinite, or one
-    is no number.
+    """Return the index of the largest logit in each row, the first of equal ones.
+
+    The result is -1 if the largest logit is infinite, or any is NaN.
     """
     if not logits.numel():
         return logits.new_full((len(logits),), -1).long()

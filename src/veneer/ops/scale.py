@@ -1,7 +1,7 @@
-"""Columns scaled and shifted, ``y = scale * z + bias``: what a record does around its products, with gradients.
+"""Columns scaled and shifted, ``y = scale * z + bias``: the terms of a record around its products, with gradients.
 
-Scales and biases are not rounded to z's dtype: a result is computed in the widest of the three, float32 at least, and
-rounded once.
+Scales and biases are not rounded to z's dtype. A result is computed in the widest of the three dtypes, float32 at
+least, and rounded once.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ def scale_columns(
     *,
     backend: str | None = None,
 ) -> Float[Tensor, "n d"]:
-    """``scale * z + bias`` in z's dtype, written into ``out``, which may be z.
+    """Return ``scale * z + bias`` in z's dtype, written into ``out``, which may be z.
 
-    None for a scale is one, for a bias zero. Raises ShapeError if something does not fit z.
+    A scale of None is one, a bias of None zero. Raises ShapeError if something does not fit z.
     """
     y = torch.empty_like(z) if out is None else out
     _check(z, y, scale, bias)
@@ -45,10 +45,10 @@ def scale_columns_backward(
     with_bias: bool = False,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, " d"] | None, Float[Tensor, " d"] | None]:
-    """Gradients of `scale_columns` in the scale, where z is given, and in the bias, in at least float32.
+    """Return the gradients of `scale_columns` in the scale, if z is given, and in the bias, in at least float32.
 
-    The one in z, ``scale * dy``, is written into ``dz``, which may be dy; without a scale it is dy, and dz is None.
-    Raises ShapeError if something does not fit dy.
+    The gradient in z, ``scale * dy``, is written into ``dz``, which may be dy. Without a scale it is dy, and dz is
+    None. Raises ShapeError if something does not fit dy.
     """
     if (scale is None) != (dz is None) or (scale is None and z is not None):
         raise ShapeError("z and dz go with a scale: without one the gradient in z is dy, and nothing else is to find")

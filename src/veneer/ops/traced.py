@@ -1,9 +1,8 @@
-"""Tensors that have everything but values: a step on them allocates what a real one would, and computes nothing.
+"""Tensors without values: a step on them allocates what a real one would, and computes nothing.
 
-A `Traced` tensor lies on the meta device and says that it is on another, so that autocast, dispatch and the kernels'
-own Python code take the ways that they take on real tensors; if a kernel itself would be called, nothing happens
-(`silent_kernels`). Tensors of integers and booleans that a step makes by itself (bounds of sequences, labels) stay
-real, for what is done depends on their values.
+A `Traced` tensor is on the meta device but reports another one. Autocast, dispatch and the kernels' own Python code
+thus take the same paths as on real tensors. Calls of the kernels themselves do nothing (`silent_kernels`). Integer and
+boolean tensors that a step creates (bounds of sequences, labels) stay real, since control flow depends on their values.
 """
 
 from __future__ import annotations
@@ -117,7 +116,7 @@ class _Factories(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @contextmanager
 def tracing(tell: Called = lambda name, arguments: None, isa: str | None = None) -> Iterator[None]:
-    """Within it kernels are not run but told of, and a step makes traced tensors.
+    """Trace the steps in this context: kernels are reported to ``tell`` instead of run, and new tensors are traced.
 
     ``isa`` is the instruction set of the machine that the step is traced for; None: of this one.
     """
@@ -131,24 +130,24 @@ def tracing(tell: Called = lambda name, arguments: None, isa: str | None = None)
 
 
 def traced_isa() -> str | None:
-    """Return the instruction set that a step is traced for, if it is another than this machine's."""
+    """Return the instruction set that a step is traced for, if it is not this machine's."""
     return _ISA.get()
 
 
 def is_tracing() -> bool:
-    """Return True while kernels are not run."""
+    """Return True while a step is traced, so that kernels are not run."""
     return _TELL.get() is not None
 
 
 def not_done(name: str, *arguments: Any) -> None:
-    """Tell whoever traces a step of what it would have done here."""
+    """Report a call that was not run to the tracer of this step."""
     tell = _TELL.get()
     if tell is not None:
         tell(name, arguments)
 
 
 def silent_kernels(module: Any) -> Any | None:
-    """Stands in for the kernels' module while a step is traced; None otherwise."""
+    """Return a stand-in for the kernels' module while a step is traced; None otherwise."""
     tell = _TELL.get()
     return None if tell is None else _Silent(module, tell)
 
@@ -171,7 +170,7 @@ class _Silent:
 
 
 def is_watched() -> bool:
-    """Return True if somebody who keeps what ops give looks at torch's dispatcher (selective checkpointing does).
+    """Return True if a mode on torch's dispatcher keeps outputs of ops, as selective checkpointing does.
 
     Modes that only count set ``is_silent``.
     """

@@ -1,1 +1,1 @@
-"""C++ back end. Each file hands tensors' addresses to `veneer._kernels`; argument checks are done by veneer.ops."""
+"""C++ back end. Each file passes addresses of tensors to `veneer._kernels`; `veneer.ops` checks arguments."""

@@ -1,4 +1,4 @@
-"""8-bit AdamW by csrc/adamw; the reference computes dtypes that the kernel has no form for."""
+"""8-bit AdamW by csrc/adamw; the reference computes dtypes that the kernel does not support."""
 
 from __future__ import annotations
 
@@ -53,10 +53,11 @@ def _places(moment: Moment8bit, signed: bool) -> tuple[int, ...]:
 
 @cache
 def code_bins(signed: bool) -> Int32[Tensor, " bins"]:
-    """Return the table in which the kernel finds the nearest code without a search, by the upper 16 bits of a value.
+    """Return the table that gives the kernel the nearest code without a search, indexed by the upper 16 bits of a
+    value.
 
-    A bin that narrow holds at most one of the midpoints between codes. Its entry is ``threshold << 8 | code``: the
-    code of its smallest magnitude, and how large the lower 16 bits may be before the next code is nearer.
+    A bin that narrow holds at most one of the midpoints between codes. Its entry is ``threshold << 8 | code``. ``code``
+    belongs to the bin's smallest magnitude. If the lower 16 bits exceed ``threshold``, the next code is nearer.
     """
     code = dynamic_map(signed)
     midpoints = (code[:-1] + code[1:]) / 2
@@ -78,9 +79,9 @@ def _bins_of(midpoints: Tensor, sign: int) -> Tensor:
 
 @cache
 def code_lines(signed: bool) -> Float32[Tensor, "112"]:
-    """Return the coefficients by which a kernel finds the nearest code without a table: csrc/adamw/adamw.h's CodeLines.
+    """Return the coefficients that give a kernel the nearest code without a table: CodeLines of csrc/adamw/adamw.h.
 
-    Within a decade codes are equally far apart, so that the code is a linear function of the magnitude.
+    Codes are equally spaced within a decade, so the code is a linear function of the magnitude.
     """
     code = dynamic_map(signed).double()
     zero = int((code == 0).nonzero())

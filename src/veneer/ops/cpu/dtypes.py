@@ -1,4 +1,4 @@
-"""Element types that the training kernels take."""
+"""Element types that the training kernels support."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ SERVED = (torch.float32, torch.bfloat16)
 
 
 def is_served(*tensors: Tensor) -> bool:
-    """Return True if the training kernels have a form for these element types."""
+    """Return True if the training kernels support these element types."""
     return all(t.dtype in SERVED for t in tensors)

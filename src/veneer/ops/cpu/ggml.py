@@ -1,4 +1,4 @@
-"""ggml's types by csrc/ggml; the plain ones, and what reads a block, by torch."""
+"""ggml's types by csrc/ggml. torch computes the plain types, and dequantizes blocks."""
 
 from __future__ import annotations
 

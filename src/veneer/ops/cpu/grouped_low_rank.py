@@ -1,4 +1,4 @@
-"""Grouped low-rank product by csrc/grouped_low_rank, in float32 and bfloat16; else the reference computes it."""
+"""Grouped low-rank product by csrc/grouped_low_rank, in float32 and bfloat16; the reference computes other dtypes."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def kernels() -> Any:
-    """Return the kernels; while a step is traced, what stands in for them."""
+    """Return the kernels, or their stand-in while a step is traced."""
     module = _loaded()
     return silent_kernels(module) or module
 
@@ -45,7 +45,9 @@ def thread_runtime() -> str:
 
 
 def description() -> str:
-    """Return one line: the instruction set in use, those that are built, and whose threads the kernels run on."""
+    """Return one line: the instruction set in use, those that are built, and the threads of the kernels and
+    their runtime.
+    """
     runtime, module = thread_runtime(), kernels()
     threads = count(module.max_threads(), "thread")
     built = ", ".join(module.built_isas())

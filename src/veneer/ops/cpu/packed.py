@@ -30,7 +30,7 @@ def matmul(weight: PackedWeight, x: Tensor, onto: Tensor | None, out: Tensor) ->
 
 
 def multiply(weight: tuple[int, ...], x: Tensor, onto: Tensor | None, out: Tensor) -> None:
-    """``weight``: dtype, o, i, depth, address of the panels, coding and unit."""
+    """Multiply by a packed ``weight``: dtype, o, i, depth, address of the panels, coding and unit."""
     x = _rows(x)
     kernels().packed_matmul(
         *weight,

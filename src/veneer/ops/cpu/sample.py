@@ -1,4 +1,4 @@
-"""Choice of tokens by csrc/sample, from float32 and bfloat16; the reference takes the others."""
+"""Choice of tokens by csrc/sample, from float32 and bfloat16; the reference computes other dtypes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Columns scaled and shifted by csrc/scale, in float32, bfloat16 and float16; the reference computes what is wider."""
+"""Scale and shift of columns by csrc/scale, in float32, bfloat16 and float16; the reference computes wider dtypes."""
 
 from __future__ import annotations
 

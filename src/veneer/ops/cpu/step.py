@@ -1,7 +1,7 @@
-"""Decoder's program by csrc/step: instructions on packed weights that one call runs through.
+"""Decoder's program by csrc/step: instructions on packed weights, run by one call.
 
-Instructions read and write registers, which have numbers; a pass says where each lies. The program keeps the tensors
-that it reads alive. One pass at a time.
+Instructions read and write numbered registers; each pass gives their addresses. The program keeps the tensors that it
+reads alive. One pass runs at a time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from veneer.ops.pairs import PackedPairs
 
 @dataclass(frozen=True, slots=True)
 class StepNorm:
-    """Norm's float32 weight, any offset added, and bias; ``subtracts_mean`` makes it a LayerNorm."""
+    """Float32 weight (any offset added) and bias of a norm; ``subtracts_mean`` makes it a LayerNorm."""
 
     weight: Tensor
     bias: Tensor | None
@@ -45,7 +45,7 @@ class StepLayer(NamedTuple):
 
 
 class StepHeads(NamedTuple):
-    """Queries, keys or values: their register, the first value in it, and the values from head to head."""
+    """Queries, keys or values: their register, the index of the first value in it, and the stride between heads."""
 
     source: int
     first: int
@@ -53,7 +53,9 @@ class StepHeads(NamedTuple):
 
 
 class StepTurns(NamedTuple):
-    """Rotation of heads: the number of its tables, the pairs that turn, and whether neighbours are a pair."""
+    """Rotation of heads: the index of its tables, the number of rotated pairs, and whether pairs are
+    adjacent features.
+    """
 
     table: int
     half: int
@@ -62,7 +64,10 @@ class StepTurns(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepAttention:
-    """``layer``: of the pages; ``heads``: of queries, of keys, and values of one; ``places`` of q, k and v."""
+    """Attention of one layer over the pages.
+
+    ``layer``: its index in the pages. ``heads``: query heads, key heads and head size. ``places``: those of q, k and v.
+    """
 
     layer: int
     heads: tuple[int, int, int]
@@ -75,8 +80,9 @@ class StepAttention:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerChange:
-    """Change that a version makes at one layer: scales and bias in float32, ``whole`` in the place of its weight, a
-    pair that reads the scaled input. ``own_bias`` is the bias in the rows' dtype.
+    """Change that a version makes to one layer: scales and bias in float32, a replaced weight, a pair.
+
+    ``whole`` replaces the weight. The pair reads the scaled input. ``own_bias`` is the bias in the rows' dtype.
     """
 
     in_scale: Tensor | None = None
@@ -88,8 +94,9 @@ class LayerChange:
 
 
 class StepRows(NamedTuple):
-    """Of each row its position, and its token's id where tokens are embedded; the rows whose likeliest token is asked
-    for, and what takes these tokens. All int64.
+    """Rows of a pass: positions, token ids if tokens are embedded, and greedy picks. All are int64.
+
+    ``picked`` are the rows whose likeliest token is wanted; ``tokens`` receives these tokens.
     """
 
     positions: Tensor
@@ -99,10 +106,10 @@ class StepRows(NamedTuple):
 
 
 class StepProgram:
-    """Instructions in their order; versions of adapters, which have numbers, come and go at its products.
+    """Instructions in order; numbered adapter versions are added to its products and dropped again.
 
-    ``turns`` are cosines and sines (n_positions, half) of each rotation, in float32. It is freed when the interpreter
-    exits, whoever holds it: a thread that others left running, say.
+    ``turns`` are cosines and sines (n_positions, half) of each rotation, in float32. The program is freed when the
+    interpreter exits, even if a thread that is still running refers to it.
     """
 
     def __init__(self, dtype: torch.dtype, turns: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
@@ -118,15 +125,15 @@ class StepProgram:
         return self._held[0]
 
     def add_embedding(self, table: Tensor, multipliers: Sequence[float], target: int) -> None:
-        """``target`` takes the rows of a table (vocabulary, width) that the ids tell, times one multiplier after the
-        other, rounded each time.
+        """Add ``target``: the ids' rows of a table (vocabulary, width), times each multiplier in turn,
+        rounded each time.
         """
         self._program.add_embedding(address(table), *table.shape, list(multipliers), target)
         self._kept.append(table)
         self.n_instructions += 1
 
     def add_norm(self, norm: StepNorm, source: int, target: int) -> None:
-        """``target = norm(source)``, one row behind the other; may be one register."""
+        """Add ``target = norm(source)``, row by row; source and target may be one register."""
         self._program.add_norm(_norm(norm), source, target)
         self.n_instructions += 1
 
@@ -139,10 +146,11 @@ class StepProgram:
         stream: int = -1,
         beside: int = -1,
     ) -> None:
-        """Return the outputs of layers that read ``source``; the one layer's is added to ``stream`` where that is
-        given, and changed on its way by bottlenecks, which read it or ``beside``.
+        """Add the outputs of layers that read ``source``.
 
-        ``joined``: weight and bias of all layers, for outputs that lie side by side.
+        If ``stream`` is given, the output of the single layer is added to it. Bottlenecks change that output first;
+        they read the output itself or ``beside``. ``joined``: weight and bias of all layers, for outputs that are
+        contiguous.
         """
         wide = [None if layer.bias is None else layer.bias.float() for layer in layers]
         numbers = [_layer(layer, floats) for layer, floats in zip(layers, wide, strict=True)]
@@ -154,8 +162,9 @@ class StepProgram:
         self.n_instructions += 1
 
     def add_head(self, norm: StepNorm | None, head: StepLayer, source: int, scale: float) -> None:
-        """Return the likeliest tokens behind the rows that are picked: ``scale``, which is positive, times the head's
-        product with ``norm(source)``.
+        """Add the likeliest token after each picked row, by ``scale`` times the head's product with ``norm(source)``.
+
+        ``scale`` is positive.
         """
         outputs = head.weight.shape[0] + -head.weight.shape[0] % BLOCK
         numbers = _layer(head, None)  # of its bias the step reads the rows' dtype alone
@@ -164,7 +173,7 @@ class StepProgram:
         self.n_instructions += 1
 
     def add_attention(self, part: StepAttention) -> None:
-        """Heads normed, turned, appended to the pages, and what the queries see."""
+        """Add attention: heads are normed, rotated and appended to the pages, and queries attend to the pages."""
         options, turns = part.options, part.turns or StepTurns(-1, 0, False)
         self._program.add_attention(
             [part.layer, *part.heads, turns.half],
@@ -180,47 +189,45 @@ class StepProgram:
         self.n_instructions += 1
 
     def add_glu(self, activation: str, d: int, gate: int, up: tuple[int, int], target: int) -> None:
-        """``target = act(gate) * up``; ``up`` is a register and the first value in it."""
+        """Add ``target = act(gate) * up``; ``up`` is a register and the index of the first value in it."""
         self._program.add_glu(ACTIVATIONS.index(activation), d, gate, *up, target)
         self.n_instructions += 1
 
     def add_activation(self, activation: str, d: int, source: int, target: int) -> None:
-        """``target = act(source)``."""
+        """Add ``target = act(source)``."""
         self._program.add_activation(KINDS.index(activation), d, source, target)
         self.n_instructions += 1
 
     def add_change(self, d: int, source: int, target: int) -> None:
-        """Bottlenecks of versions at a half's output ``target``, whose input is ``source``."""
+        """Add the bottlenecks of versions on the output ``target`` of a half block with input ``source``."""
         self._program.add_change(d, source, target)
         self.n_instructions += 1
 
     def add_sum(self, d: int, multiplier: float, source: int, stream: int) -> None:
-        """``stream += multiplier * source``."""
+        """Add ``stream += multiplier * source``."""
         self._program.add_sum(d, multiplier, source, stream)
         self.n_instructions += 1
 
     def take(self, version: int, instruction: int, pairs: PackedPairs | None, changes: Sequence[LayerChange]) -> None:
-        """Return a version comes at a product: low-rank pairs of all layers at once; ``changes``: more at
-        each, or empty.
-        """
+        """Add a version to a product: the low-rank pairs of all layers, and ``changes`` of each layer, or none."""
         self._program.take(instruction, version, _pairs(pairs), [_change(change) for change in changes])
         self._of_versions[version].append((pairs, list(changes)))
 
     def take_bottleneck(self, version: int, instruction: int, pairs: PackedPairs, *, reads_output: bool) -> None:
-        """Return a version comes with a bottleneck, at a product that goes into the stream, or at `add_change`."""
+        """Add a version's bottleneck to a product that is added to the stream, or to `add_change`."""
         self._program.take_bottleneck(instruction, version, _pairs(pairs), reads_output)
         self._of_versions[version].append(pairs)
 
     def take_norm(self, version: int, instruction: int, norm: StepNorm) -> None:
-        """Return a version comes with a norm of its own, at a norm or the head."""
+        """Add a version's own norm to a norm or the head."""
         self._program.take_norm(instruction, version, _norm(norm))
 
     def seconds(self) -> list[float]:
-        """Return the seconds that each instruction has taken since they were asked for last."""
+        """Return the seconds that each instruction has taken since the last call."""
         return list(self._program.seconds())
 
     def drop(self, version: int) -> None:
-        """Return a version goes."""
+        """Drop a version."""
         self._program.drop(version)
         self._of_versions.pop(version, None)
 
@@ -232,9 +239,11 @@ class StepProgram:
         rows: StepRows,
         runs: Sequence[tuple[int, int, int]],
     ) -> None:
-        """Run some instructions. ``registers`` are the `places` of tensors (n, width), ``runs`` versions with their
-        first row and the row behind their last. Raises IndexError for an id that is not in a table of embeddings, or
-        a position that has no turns.
+        """Run some instructions.
+
+        ``registers`` are the `places` of tensors (n, width). ``runs`` are versions with their first row and the row
+        after their last. Raises IndexError for an id outside a table of embeddings, or a position outside the rotation
+        tables.
         """
         store, batch = _pages(*pages) if pages else ([0] * 5, [0] * 5)
         self._program.run(
@@ -250,7 +259,7 @@ class StepProgram:
 
 
 def places(registers: Sequence[Tensor]) -> list[int]:
-    """Address and stride of each."""
+    """Return the address and row stride of each register, in turn."""
     return [number for register in registers for number in (address(register), register.stride(0))]
 
 

@@ -1,6 +1,6 @@
-"""Terms around the products: a map of the input, a map of the output, and a bias.
+"""Terms before and after the products: a map of the input, a map of the output, and a bias.
 
-Scales and biases are never rounded to the dtype of what they act on (`ops.scale`).
+Scales and biases are never rounded to the dtype of the tensor that they act on (`ops.scale`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from veneer.ops.scale import scale_columns, scale_columns_backward
 
 
 def mapped_input(x: Float[Tensor, "n i"], layer: LinearLayer, *, overwrite: bool = False) -> Float[Tensor, "n i"]:
-    """Return the input that the weight reads; x itself if no record maps it, and if x may be written over."""
+    """Return the input that the weight reads; x itself if no record maps it. ``overwrite`` lets x be written over."""
     if not layer.maps_input:
         return x
     mapped = x if overwrite else torch.empty_like(x) if _reaches_all(layer, len(x)) else x.clone()
@@ -35,14 +35,14 @@ def mapped_input(x: Float[Tensor, "n i"], layer: LinearLayer, *, overwrite: bool
 def mapped_rows(x: Float[Tensor, "n i"], layer: LinearLayer, *, copies: bool = False) -> list[Tensor | None]:
     """Return the rows of x in each of `LinearLayer.spans`; None if its record does not map them.
 
-    ``copies``: for who writes over x.
+    ``copies``: return copies, for a caller that writes over x.
     """
     taken = [(layer.records[k].input is not None, x[rows]) for k, rows in layer.spans(len(x))]
     return [(own.clone() if copies else own) if maps else None for maps, own in taken]
 
 
 def mapped_input_backward(dy: Float[Tensor, "n i"], xs: Sequence[Tensor | None], layer: LinearLayer) -> list[Gradients]:
-    """Gradients of `mapped_input` in the tensors of each record's map; the one in x is written into dy.
+    """Return the gradients of `mapped_input` in the tensors of each record's map; the gradient in x is written into dy.
 
     ``xs``: the rows of x as `mapped_rows` lists them.
     """
@@ -56,12 +56,12 @@ def mapped_input_backward(dy: Float[Tensor, "n i"], xs: Sequence[Tensor | None],
 
 
 def keeps_product(layer: LinearLayer) -> bool:
-    """Return True if the backward pass needs what `finished` was given: a map of outputs is trained."""
+    """Return True if the backward pass needs the input of `finished`, since a map of outputs is trained."""
     return any(r.output is not None and r.output.is_trained for r in layer.records)
 
 
 def finished(z: Float[Tensor, "n o"], layer: LinearLayer) -> Float[Tensor, "n o"]:
-    """``output(z) + bias``, written into z unless the layer `keeps_product`."""
+    """Return ``output(z) + bias``, written into z unless the layer `keeps_product`."""
     if all(r.output is None and r.bias is None for r in layer.records):
         return z if layer.bias is None else z.add_(layer.bias)
     y = torch.empty_like(z) if keeps_product(layer) else z
@@ -75,10 +75,9 @@ def finished(z: Float[Tensor, "n o"], layer: LinearLayer) -> Float[Tensor, "n o"
 def finished_backward(
     dy: Float[Tensor, "n o"], z: Float[Tensor, "n o"] | None, layer: LinearLayer, *, overwrite: bool = False
 ) -> tuple[Float[Tensor, "n o"], list[Gradients], list[Tensor | None]]:
-    """Gradients of `finished` in z, and in the tensors of each record's ``output`` and in its ``bias``, from the z that
-    it was given.
+    """Return the gradients of `finished` in z, and in the tensors of each record's ``output`` and in its ``bias``.
 
-    ``overwrite`` writes the one in z into dy.
+    ``z`` is the input that `finished` was given. ``overwrite`` writes the gradient in z into dy.
     """
     maps: list[Gradients] = [()] * len(layer.records)
     biases: list[Tensor | None] = [None] * len(layer.records)

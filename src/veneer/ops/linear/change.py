@@ -1,7 +1,6 @@
-"""Changes of the weight that are no pair: their products added to outputs, and the way back.
+"""Changes of the weight other than a low-rank pair: their products added to outputs, and the backward pass.
 
-A change is computed anew in the backward pass under autograd, so that nothing of it is kept: neither its matrix, if it
-has one, nor what its products pass through.
+The backward pass computes a change again under autograd, so neither its matrix nor intermediate results are kept.
 """
 
 from __future__ import annotations
@@ -28,7 +27,9 @@ def add_changes(z: Float[Tensor, "n o"], x: Float[Tensor, "n i"], layer: LinearL
 def changes_backward(
     dz: Float[Tensor, "n o"], x: Float[Tensor, "n i"], layer: LinearLayer, input_grad: bool
 ) -> tuple[Tensor | None, list[list[Gradients]]]:
-    """Gradients of `add_changes` in x (None if not asked for), and of each record in the tensors of each change."""
+    """Return the gradients of `add_changes` in x (None if not asked for), and in the tensors of each
+    record's changes.
+    """
     dx = torch.zeros_like(x) if input_grad else None
     found: list[list[Gradients]] = [[()] * len(record.changes) for record in layer.records]
     for k, rows in layer.spans(len(x)):
@@ -43,7 +44,9 @@ def changes_backward(
 def term_backward(
     term: Change | Rotation, dy: Float[Tensor, "n o"], x: Float[Tensor, "n i"], input_grad: bool
 ) -> tuple[Tensor | None, Gradients]:
-    """Gradients of ``term.apply(x)`` in x (None if not asked for) and in the term's tensors, by computing it again."""
+    """Return the gradients of ``term.apply(x)`` in x (None if not asked for) and in the term's tensors, by
+    recomputation.
+    """
     with torch.enable_grad():
         tensors = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in term.tensors]
         x = x.detach().requires_grad_(input_grad)
@@ -57,10 +60,10 @@ def term_backward(
 
 
 def added_up(totals: Gradients, parts: Gradients) -> Gradients:
-    """Their sums, place by place; without totals the parts."""
+    """Return the elementwise sums of two lists of gradients; the parts alone if totals is empty."""
     return tuple(added(*both) for both in zip(totals, parts, strict=True)) if totals else parts
 
 
 def added(total: Tensor | None, part: Tensor | None) -> Tensor | None:
-    """Their sum; None counts as zero."""
+    """Return the sum of two gradients; None counts as zero."""
     return part if total is None else total if part is None else total + part

@@ -1,4 +1,4 @@
-"""Frozen linear layer with the records that act on it, as `ops.linear.op` takes it."""
+"""Frozen linear layer with the records that act on it, the input of `ops.linear.op`."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ NOTHING = LinearDelta()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearLayer:
-    """Frozen layer ``W (o, i)`` with its bias, and what adapters make of it.
+    """Frozen layer ``W (o, i)`` with its bias, and the records of adapters on it.
 
-    Without ``runs`` there is at most one record, which acts on all rows; with them, a row takes the record that its run
-    names, or none. A row may be many tokens. ``masks`` are those of dropout in front of each record's A; without any
-    nothing is dropped.
+    Without ``runs`` there is at most one record, which acts on all rows. With ``runs`` a row takes the record that its
+    run names, or none. A row may be many tokens. ``masks`` are the dropout masks on the input of each record's A;
+    without any nothing is dropped.
 
-    A record's tensors may be wider than x (float32 beside bf16): pairs are rounded to x's dtype for the products, which
-    accumulate in float32; no other term is rounded. Gradients come back in the tensors' own dtype.
+    A record's tensors may be wider than x (float32 with bf16). Pairs are rounded to x's dtype for the products, which
+    accumulate in float32; no other term is rounded. Gradients are in the tensors' own dtype.
     """
 
     weight: Weight
@@ -49,7 +49,7 @@ class LinearLayer:
 
     @property
     def goes_by_rows(self) -> bool:
-        """True if rows have records or masks of their own: their low-rank part is `ops.grouped_low_rank`."""
+        """True if rows have their own records or masks: their low-rank part is `ops.grouped_low_rank`."""
         return self.runs is not None or bool(self.masks)
 
     @property
@@ -63,18 +63,18 @@ class LinearLayer:
         return any(record.changes for record in self.records)
 
     def runs_of(self, n_rows: int) -> AdapterRuns:
-        """Return the runs of ``n_rows`` rows, tokens say, by the record that they take."""
+        """Return the runs of ``n_rows`` rows, for example tokens, by the record that they take."""
         if self.runs is None:
             return AdapterRuns((Run(0, 0, n_rows),) if self.records else (), n_rows)
         return self.runs.times(n_rows // self.runs.n_rows)
 
     def spans(self, n_rows: int) -> Iterator[tuple[int, slice]]:
-        """Return the place of a record and the rows that it acts on, run by run."""
+        """Iterate over the runs: the index of the record and the rows that it acts on."""
         return ((k, slice(start, stop)) for k, start, stop in self.runs_of(n_rows).runs)
 
 
 def tensors_of(layers: Iterable[LinearLayer]) -> tuple[Tensor, ...]:
-    """All that gradients flow to: of each layer each record's `tensors`."""
+    """Return all tensors that receive gradients: the `tensors` of each record of each layer."""
     return tuple(tensor for layer in layers for record in layer.records for tensor in record.tensors)
 
 

@@ -1,7 +1,7 @@
-"""Low-rank parts of layers that share their input: one record for all rows, or runs of rows with one each.
+"""Low-rank parts of layers that share their input: one record for all rows, or one for each run of rows.
 
-``core`` and ``b_scale`` are multiplied into B as B is rounded for the product: o r multiplications, where on the
-activations they would be n r and n o.
+``core`` and ``b_scale`` are multiplied into B when B is rounded for the product. That takes o r multiplications; on
+the activations it would take n r and n o.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FactorGradients = dict[str, Tensor | None]
 
 @dataclass(frozen=True, slots=True)
 class LowRankGradients:
-    """Gradients in A's input (None if not asked for), and of each layer in the tensors of each record's pair."""
+    """Gradients in A's input (None if not asked for), and in the tensors of each record's pair, layer by layer."""
 
     x: Tensor | None
     factors: list[list[FactorGradients]]
@@ -38,7 +38,7 @@ def add_low_rank(
     zs: Sequence[Float[Tensor, "n _"]],
     layers: Sequence[LinearLayer],
 ) -> Tensor:
-    """Add ``scale * b_scale * B (core * A x)`` to the outputs of layers, in place; what comes back is for
+    """Add ``scale * b_scale * B (core * A x)`` to the outputs of layers, in place; return ``A x`` for
     `low_rank_backward`.
 
     ``read`` is x as `ops.matmul.operand` gives it. All layers go by rows, or none does.
@@ -58,8 +58,9 @@ def low_rank_backward(
     layers: Sequence[LinearLayer],
     input_grad: bool,
 ) -> LowRankGradients:
-    """Gradients of `add_low_rank` from the u that it gave; ``dzs``: of each layer the gradient in its output, and the
-    same as `ops.matmul.operand` gives it.
+    """Return the gradients of `add_low_rank` from the u that it returned.
+
+    ``dzs``: the gradient in each layer's output, and its `ops.matmul.operand`.
     """
     if layers[0].goes_by_rows:
         return _of_rows([dz for dz, _ in dzs], x, u, layers, input_grad)
@@ -86,7 +87,7 @@ def x_gradient(du: Tensor, layers: Sequence[LinearLayer]) -> Float[Tensor, "n i"
 def factor_gradients(
     dzs: Sequence[tuple[Tensor, Tensor]], du: Tensor, x: Float[Tensor, "n i"], u: Tensor, layers: Sequence[LinearLayer]
 ) -> list[list[FactorGradients]]:
-    """Those in the factors of each layer's record, from `u_gradient`."""
+    """Return the gradients in the factors of each layer's record, from `u_gradient`."""
     trains_a = any(_pair_of(layer).a.requires_grad for layer in layers)
     das = _a_gradients(du, x, layers) if trains_a else [None] * len(layers)
     factors = []

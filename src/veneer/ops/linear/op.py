@@ -1,10 +1,11 @@
-"""Record's formula on frozen layers, forward and backward: ``y = output(W x' + scale * b_scale * B (core * A
-drop(x')) + Σ ΔW x') + bias`` with ``x' = input(x)``.
+"""Formula of a record on frozen layers, forward and backward.
 
-The kernel side of `core.linear`, which is its specification. Layers that read the same x (q, k, v; gate and up) go
-through one call: their A's are joined, so x is read once. Kept for the backward pass are x, the ``A x`` of all of them,
-and, if a map of outputs is trained, the product in front of it: making it again would cost the largest product of
-the layer once more. Masks, mapped inputs and changes of the weight are made again.
+``y = output(W x' + scale * b_scale * B (core * A drop(x')) + Σ ΔW x') + bias`` with ``x' = input(x)``.
+
+`core.linear` is the specification of these kernels. Layers that read the same x (q, k, v; gate and up) go through one
+call: their A's are joined, so x is read once. The backward pass keeps x and the ``A x`` of all of them. It also keeps
+the product in front of a trained map of outputs, since recomputing it would cost the layer's largest product again.
+Masks, mapped inputs and changes of the weight are recomputed.
 """
 
 from __future__ import annotations
@@ -48,18 +49,18 @@ WHOLE = -1
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """Tensors that `backward` reads beside x: A-products, and each layer's product in front of a trained map."""
+    """Tensors that `backward` reads besides x: A-products, and each layer's product in front of a trained map."""
 
     us: tuple[Tensor, ...]
     products: tuple[Tensor | None, ...]
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """All of them, for autograd to keep."""
+        """Kept tensors in one tuple, for autograd to save."""
         return (*self.us, *self.products)
 
     def without_products(self) -> Kept:
-        """Return the same without the products, which are then made again."""
+        """Return the same without the products, which are then recomputed."""
         return Kept(self.us, (None,) * len(self.products))
 
     @classmethod
@@ -78,7 +79,7 @@ class LinearGradients:
 
 
 def linear(x: Float[Tensor, "*batch i"], layer: LinearLayer) -> Float[Tensor, "*batch o"]:
-    """One layer under autograd: gradients flow to x and to every tensor of its records."""
+    """Return the output of one layer under autograd: gradients flow to x and to every tensor of its records."""
     return linears(x, [layer])[0]
 
 
@@ -97,7 +98,7 @@ def linears(x: Float[Tensor, "*batch i"], layers: Sequence[LinearLayer]) -> tupl
 def forward(
     x: Float[Tensor, "n i"], layers: Sequence[LinearLayer], *, owns_x: bool = False
 ) -> tuple[tuple[Float[Tensor, "n _"], ...], Kept]:
-    """Return the outputs, and what `backward` reads.
+    """Return the outputs, and the tensors that `backward` reads.
 
     ``owns_x`` allows x to be written over. A layer that maps it does so if no other reads x, and makes no copy.
     """
@@ -119,7 +120,7 @@ def forward(
 def outputs(
     kept_ys: Sequence[Tensor | None], kept: Kept, layers: Sequence[LinearLayer]
 ) -> tuple[Float[Tensor, "n _"], ...]:
-    """Return the outputs, of which only those were kept whose product was not."""
+    """Return all outputs: the kept ones, and those recomputed from kept products."""
     return tuple(
         cast(Tensor, y) if z is None else finished(z, layer)
         for y, z, layer in zip(kept_ys, kept.products, layers, strict=True)
@@ -136,10 +137,10 @@ def backward(
     overwrite: bool = False,
     owns_x: bool = False,
 ) -> LinearGradients:
-    """Gradients of `forward` from the outputs' gradients, x, and what it kept.
+    """Return the gradients of `forward` from the outputs' gradients, x, and the tensors that it kept.
 
-    ``overwrite`` allows the outputs' gradients to be written over, ``owns_x`` x, as in `forward`. Of x the rows that
-    records map are copied all the same, for the gradients of their maps: the others are not.
+    ``overwrite`` allows the outputs' gradients to be written over, ``owns_x`` x, as in `forward`. Rows of x that
+    records map are copied even so, for the gradients of their maps; other rows are not.
     """
     alone = owns_x and len(layers) == 1
     found = _Found(layers)
@@ -174,7 +175,7 @@ def backward(
 
 
 def takes_input_late(layer: LinearLayer) -> bool:
-    """Return True if `backward_before_input` can be asked: one record acts on all rows, and reads x as it is."""
+    """Return True if `backward_before_input` applies: one record acts on all rows, and reads x unmapped."""
     return not layer.maps_input and not layer.goes_by_rows and not layer.has_changes
 
 
@@ -184,8 +185,10 @@ def backward_before_input(
     layer: LinearLayer,
     make_input: Callable[[Float[Tensor, "n i"]], Float[Tensor, "n i"]],
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients in the records of one layer whose x was not kept: ``make_input`` is given the gradient in x,
-    which it may write over, and gives x. The pass that carries the gradient on often makes x too.
+    """Return the gradients in the records of one layer whose x was not kept.
+
+    ``make_input`` is given the gradient in x, which it may write over, and returns x. The pass that propagates the
+    gradient often recomputes x too.
     """
     found = _Found([layer])
     dz = found.finish(0, dy, kept.products[0], False)

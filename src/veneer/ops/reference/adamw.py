@@ -1,5 +1,6 @@
-"""AdamW in plain torch. `adam_moments_`, `adam_direction` and `adamw_update` are the one Adam of the house, whatever
-keeps the moments.
+"""AdamW in plain torch.
+
+All optimizers share `adam_moments_`, `adam_direction` and `adamw_update`, however they store the moments.
 """
 
 from __future__ import annotations
@@ -12,22 +13,23 @@ from veneer.ops.blockwise import dequantize_blockwise, dynamic_map, quantize_blo
 
 
 def adam_moments_(grad: Tensor, m: Tensor, v: Tensor, betas: tuple[float, float]) -> None:
-    """One more gradient into the moments, in place (Kingma and Ba 2015, arXiv:1412.6980, algorithm 1)."""
+    """Add one gradient to the moments, in place (Kingma and Ba 2015, arXiv:1412.6980, algorithm 1)."""
     beta1, beta2 = betas
     m.mul_(beta1).add_(grad * (1 - beta1))
     v.mul_(beta2).add_(grad.square().mul_(1 - beta2))
 
 
 def adam_direction(m: Tensor, v: Tensor, hyper: AdamWStep) -> Tensor:
-    """``m̂ / (√v̂ + eps)``, bias-corrected."""
+    """Return ``m̂ / (√v̂ + eps)``, bias-corrected."""
     beta1, beta2 = hyper.betas
     root = v.sqrt().div_((1 - beta2**hyper.step) ** 0.5).add_(hyper.eps)
     return (m / (1 - beta1**hyper.step)).div_(root)
 
 
 def adamw_update(param: Tensor, m: Tensor, v: Tensor, hyper: AdamWStep) -> Tensor:
-    """Return the parameter in float32 after decay and one step (Loshchilov and Hutter 2019,
-    arXiv:1711.05101, algorithm 2).
+    """Return the parameter in float32 after decay and one step.
+
+    Source: Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2.
     """
     return param.float() * (1 - hyper.lr * hyper.weight_decay) - hyper.lr * adam_direction(m, v, hyper)
 

@@ -1,13 +1,15 @@
 """Dropout's masks in plain torch: the specification.
 
-Philox4x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3), of seven rounds: the fewest
-that pass BigCrush, and a third faster than ten. A 64-bit key and a counter of four words give four words of 32 bits,
-eight draws of 16 bits.
+The generator is Philox4x32 of seven rounds, the fewest that pass BigCrush, and a third faster than ten (Salmon et al.
+2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3). A 64-bit key and a counter of four words give four
+words of 32 bits, eight draws of 16 bits.
 
-Columns go in groups of 64, and a group takes eight counters (j, row id's low word, row id's high word, 0), j counting
-through the row. Their words pair into two 64-bit numbers, word 0 above word 1 and word 2 above word 3, each four draws
-from the lowest bits up. The first numbers of the eight counters, one after another, are the draws of the group's first
-32 columns, the second ones of its last 32. That is the order in which products of vectors leave them.
+Columns are in groups of 64. A group takes eight counters (j, row id's low word, row id's high word, 0), j counting
+through the row. Their words pair into two 64-bit numbers, word 0 above word 1 and word 2 above word 3. Each number is
+four draws, from the lowest bits up.
+
+The first numbers of the eight counters, one after another, are the draws of the group's first 32 columns. The second
+numbers are those of its last 32. Vector products leave them in this order.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ def draws(n_columns: int, key: int, rows: Tensor) -> Tensor:
 
 
 def philox(counter: Words, key: int, rounds: int = ROUNDS) -> Words:
-    """Philox4x32 of counters whose words are int64 tensors that broadcast, each below 2^32."""
+    """Return Philox4x32 of counters whose words are int64 tensors that broadcast, each below 2^32."""
     first, second, third, fourth = torch.broadcast_tensors(*counter)  # type: ignore[no-untyped-call]
     low, high = key & _WORD, key >> 32
     for _ in range(rounds):

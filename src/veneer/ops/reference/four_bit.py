@@ -30,10 +30,10 @@ def thresholds(quant_type: str) -> tuple[Float32[Tensor, "15"], UInt8[Tensor, "1
 def scaled_blocks(
     flat: Float[Tensor, " n"], block_size: int
 ) -> tuple[Float32[Tensor, " n"], Float32[Tensor, " blocks"]]:
-    """Each value divided by its block's largest magnitude, and those magnitudes.
+    """Return each value divided by its block's largest magnitude, and those magnitudes.
 
     Full blocks multiply by the reciprocal; a last, shorter block divides, and its absmax is at least
-    `SMALLEST_ABSMAX`: that is what bitsandbytes computes, to the last bit.
+    `SMALLEST_ABSMAX`. bitsandbytes computes the same, to the last bit.
     """
     values = flat.float()
     n_full = len(values) // block_size * block_size
@@ -60,7 +60,7 @@ def quantize_4bit(
 def dequantize_4bit(
     packed: UInt8[Tensor, " bytes"], absmax: Float32[Tensor, " blocks"], layout: FourBitLayout, dtype: torch.dtype
 ) -> Float[Tensor, " n"]:
-    """``table[code] * absmax`` in float32, then rounded to dtype."""
+    """Return ``table[code] * absmax`` in float32, then rounded to dtype."""
     codes = torch.stack([packed >> 4, packed & 15], dim=1).reshape(-1)[: layout.numel]
     values = code_table(layout.quant_type).to(packed.device)[codes.int()]
     scale = absmax.repeat_interleave(layout.block_size)[: layout.numel]

@@ -19,8 +19,9 @@ AFFINE = ("Q4_1", "Q5_1", "Q4_K", "Q5_K")
 def quantize(
     rows: Float[Tensor, "n c"], kind: str, importance: Float32[Tensor, " c"] | None
 ) -> tuple[UInt8[Tensor, "..."], int]:
-    """Return the bytes of the rows, and the first row that holds NaN, infinity or too much for a half; -1
-    without one.
+    """Return the bytes of the rows, and the index of the first row that float16 cannot hold, or -1.
+
+    Such a row holds NaN, infinity or a value too large for float16.
     """
     if kind in CASTS:
         cast = rows.to(CASTS[kind])

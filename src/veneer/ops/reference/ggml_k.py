@@ -1,4 +1,4 @@
-"""ggml's K types, 256 values a block, in plain torch: groups with scales, and scales of those in the block."""
+"""ggml's K types, 256 values a block, in plain torch: groups with scales, and a block scale of these scales."""
 
 from __future__ import annotations
 

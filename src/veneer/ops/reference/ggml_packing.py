@@ -1,4 +1,4 @@
-"""Bytes of ggml's blocks and what they say, in plain torch: levels, scales and halves packed, and unpacked.
+"""Bytes of ggml's blocks in plain torch: levels, scales and float16 values, packed and unpacked.
 
 Levels are whole numbers ``(blocks, values of a block)``; bytes are uint8 ``(blocks, bytes of the field)``.
 """
@@ -15,7 +15,7 @@ PerBlock = Float32[Tensor, " blocks"]
 
 
 def halves(*values: PerBlock) -> Bytes:
-    """Numbers of each block in float16, one after the other."""
+    """Return the bytes of numbers in float16, concatenated for each block."""
     return torch.stack(values, dim=1).half().view(torch.uint8)
 
 
@@ -24,14 +24,14 @@ def read_halves(packed: Bytes) -> Float32[Tensor, "blocks numbers"]:
 
 
 def rounded_half(value: Tensor) -> Tensor:
-    """Return the value that a half in a block stands for."""
+    """Return values rounded to float16, as a block stores them."""
     return value.half().float()
 
 
 def pack_bits(levels: Levels, run: int, width: int) -> Bytes:
-    """Runs of ``run`` levels, each over the one before, ``width`` bits each: byte l of 8 / width runs is L[l + run k].
+    """Return runs of ``run`` levels packed with ``width`` bits each: byte l of 8 / width runs is L[l + run k].
 
-    Of each level only the lowest bits are kept.
+    Each run takes the bits above the one before. Only the lowest bits of each level are kept.
     """
     per_byte = 8 // width
     parts = (levels & ((1 << width) - 1)).view(len(levels), -1, per_byte, run)
@@ -47,7 +47,7 @@ def unpack_bits(packed: Bytes, run: int, width: int) -> Levels:
 
 
 def pack_six_bits(scales: Int32[Tensor, "blocks 8"], minima: Int32[Tensor, "blocks 8"]) -> Bytes:
-    """Eight scales and eight minima of six bits in the twelve bytes of Q4_K and Q5_K."""
+    """Return eight scales and eight minima of six bits as the twelve bytes of Q4_K and Q5_K."""
     first = scales[:, :4] | (scales[:, 4:] >> 4) << 6
     second = minima[:, :4] | (minima[:, 4:] >> 4) << 6
     third = (scales[:, 4:] & 15) | (minima[:, 4:] & 15) << 4
@@ -63,7 +63,7 @@ def unpack_six_bits(packed: Bytes) -> tuple[Levels, Levels]:
 
 
 def pack_q3_scales(scales: Int32[Tensor, "blocks 16"]) -> Bytes:
-    """Sixteen scales of six bits (0 … 63) in the twelve bytes of Q3_K."""
+    """Return sixteen scales of six bits (0 … 63) as the twelve bytes of Q3_K."""
     return torch.cat([pack_bits(scales, 8, 4), pack_bits(scales >> 4, 4, 2)], dim=1)
 
 

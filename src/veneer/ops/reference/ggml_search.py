@@ -1,4 +1,4 @@
-"""ggml's searches for scales and levels, in plain torch: groups of values side by side, sums in ggml's own order.
+"""ggml's searches for scales and levels, in plain torch: many groups of values at once, sums in ggml's own order.
 
 ``x`` and ``w`` are ``(groups, n)`` float32, a group's values and their weights; levels are int32 of the same shape.
 Sums run strictly from the first value to the last, each product and sum rounded to float32: the bytes depend on it.
@@ -45,38 +45,41 @@ def ordered_sum(terms: Float32[Tensor, "groups n"]) -> PerGroup:
 
 
 def signed_largest(x: Values) -> PerGroup:
-    """Return the first value of largest magnitude in each group: 0, never -0, of zeros, and NaN counts as 0."""
+    """Return the first value of largest magnitude in each group; NaN counts as 0, and zeros give 0, never -0."""
     known = torch.where(x.isnan(), torch.zeros_like(x), x)
     return known.gather(1, known.abs().argmax(dim=1, keepdim=True))[:, 0] + 0.0
 
 
 def smallest(x: Values) -> PerGroup:
-    """Return the first of the smallest values of each group: -0 and 0 are equal, and differ in the bytes of a half."""
+    """Return the first of the smallest values of each group.
+
+    -0 and 0 are equal, but their bytes in float16 differ.
+    """
     return x.gather(1, x.argmin(dim=1, keepdim=True))[:, 0]
 
 
 def at_least_zero(v: Tensor) -> Tensor:
-    """Negative values, -0 and NaN become 0."""
+    """Return the values, with 0 for negative values, -0 and NaN."""
     return torch.where(v > 0, v, torch.zeros_like(v))
 
 
 def quotient(a: float, b: Tensor) -> Tensor:
-    """``a / b`` rounded once: torch would multiply a number by the reciprocal, which rounds twice."""
+    """Return ``a / b`` rounded once: torch would multiply a number by the reciprocal, which rounds twice."""
     return torch.full_like(b, a) / b
 
 
 def root(v: Tensor) -> Tensor:
-    """Return the square root rounded correctly, which torch's own in float32 is not."""
+    """Return the correctly rounded square root; torch's own in float32 is not correctly rounded."""
     return v.double().sqrt().float()
 
 
 def ratio(a: Tensor, b: Tensor) -> Tensor:
-    """``a / b``, and 0 if b is not positive."""
+    """Return ``a / b``, or 0 if b is not positive."""
     return torch.where(b > 0, a / b, torch.zeros_like(a))
 
 
 def affine(x: Values, w: Values, grid: Grid) -> tuple[PerGroup, PerGroup, Levels]:
-    """Scale s, minimum m (at least 0) and levels L of ``x ≈ s L - m``, by tries of the grid and least squares."""
+    """Return scale s, minimum m (at least 0) and levels L of ``x ≈ s L - m``, by grid search and least squares."""
     low, high = smallest(x), x.amax(dim=1)
     low = torch.where(low > 0, torch.zeros_like(low), low)
     sum_w, sum_x = ordered_sum(w), ordered_sum(w * x)
@@ -99,7 +102,10 @@ def affine(x: Values, w: Values, grid: Grid) -> tuple[PerGroup, PerGroup, Levels
 
 
 def symmetric(x: Values, w: Values, n_max: int) -> tuple[PerGroup, Levels]:
-    """Scale s and levels L (0 … 2 n_max - 1) of ``x ≈ s (L - n_max)``, by tries around n_max / largest magnitude."""
+    """Return scale s and levels L (0 … 2 n_max - 1) of ``x ≈ s (L - n_max)``.
+
+    The search tries scales around n_max / largest magnitude.
+    """
     largest = signed_largest(x)
     wx = w * x
 
@@ -121,7 +127,7 @@ def symmetric(x: Values, w: Values, n_max: int) -> tuple[PerGroup, Levels]:
 
 
 def descent(x: Values, n_max: int) -> tuple[PerGroup, Levels]:
-    """As `symmetric` with weights x², but level by level: each moves to where it suits the others best."""
+    """Return scale and levels as `symmetric` does with weights x², by coordinate descent over the levels."""
     largest = signed_largest(x)
     levels = nint(quotient(-n_max, largest)[:, None] * x).clamp(-n_max, n_max - 1)
     scale, levels = _descend(x, x * x, levels, (-n_max, n_max - 1))
@@ -130,7 +136,9 @@ def descent(x: Values, n_max: int) -> tuple[PerGroup, Levels]:
 
 
 def positive(x: Values, w: Values, n_max: int) -> tuple[PerGroup, Levels]:
-    """Scale s and levels L (0 … n_max) of ``x ≈ s L`` for x of no negative values: scales of scales and of minima."""
+    """Return scale s and levels L (0 … n_max) of ``x ≈ s L`` for x without negative values: scales of
+    scales and of minima.
+    """
     largest = at_least_zero(x.amax(dim=1))
     inverse = quotient(n_max, largest)
     least = _squares(x, w, _byte(nint(inverse[:, None] * x)), quotient(1, inverse))

@@ -23,7 +23,7 @@ def q8_0(x: Blocks) -> Packed:
 
 
 def symmetric_blocks(x: Blocks, w: Blocks | None, bits: int) -> Packed:
-    """Q4_0 and Q5_0: without weights, the first value of largest magnitude is the lowest level."""
+    """Return blocks of Q4_0 and Q5_0: without weights, the first value of largest magnitude takes the lowest level."""
     n_max = 1 << (bits - 1)
     if w is None:
         scale = signed_largest(x) / torch.full_like(x[:, 0], -n_max)
@@ -34,7 +34,7 @@ def symmetric_blocks(x: Blocks, w: Blocks | None, bits: int) -> Packed:
 
 
 def affine_blocks(x: Blocks, w: Blocks | None, bits: int) -> Packed:
-    """Q4_1 and Q5_1: without weights, levels lie evenly between the smallest value and the largest."""
+    """Return blocks of Q4_1 and Q5_1: without weights, levels are evenly spaced from smallest to largest value."""
     n_max = (1 << bits) - 1
     if w is None:
         low = smallest(x)

@@ -1,4 +1,4 @@
-"""Values of ggml's blocks in plain torch: what llama.cpp reads in the bytes of a tensor."""
+"""Values of ggml's blocks in plain torch, as llama.cpp decodes the bytes of a tensor."""
 
 from __future__ import annotations
 

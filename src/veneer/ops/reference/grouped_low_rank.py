@@ -1,4 +1,4 @@
-"""Grouped low-rank product in plain torch: the specification. Sums in at least float32, rounded once."""
+"""Grouped low-rank product in plain torch: the specification. Sums are in at least float32, rounded once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from veneer.ops.grouped_low_rank import AdapterRuns, Gradients, LowRankGroup
 
 
 def forward(x: Tensor, groups: Sequence[LowRankGroup], rows: AdapterRuns, ys: Sequence[Tensor]) -> Tensor:
-    """Adds each row's product to the output of each layer. Nothing is kept for the backward."""
+    """Add each row's product to the output of each layer. Nothing is kept for the backward pass."""
     for group, y in zip(groups, ys, strict=True):
         for k, own, a, b, _ in _parts(x, group, rows):
             y[own] = (y[own] + _dropped(x[own], own, group.mask_of(k)).to(a.dtype) @ a.T @ b.T).to(y.dtype)
@@ -22,7 +22,7 @@ def forward(x: Tensor, groups: Sequence[LowRankGroup], rows: AdapterRuns, ys: Se
 def backward(
     dys: Sequence[Tensor], x: Tensor, u: Tensor, groups: Sequence[LowRankGroup], rows: AdapterRuns, input_grad: bool
 ) -> tuple[Tensor | None, list[Gradients], list[Gradients]]:
-    """Gradients in x (None if not asked for), and in every a and b in at least float32."""
+    """Return the gradients in x (None if not asked for), and in every a and b in at least float32."""
     dx = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if input_grad else None
     das, dbs = [], []
     for group, dy in zip(groups, dys, strict=True):

@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm in plain torch: the specification. Statistics in float32, or x's dtype where wider."""
+"""RMSNorm and LayerNorm in plain torch: the specification. Statistics are in float32, or in x's dtype if wider."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Paged attention in plain torch: the specification of what pages hold, and of what rows see."""
+"""Paged attention in plain torch: the specification of the pages' contents, and of the keys that rows attend to."""
 
 from __future__ import annotations
 

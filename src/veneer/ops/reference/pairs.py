@@ -1,4 +1,4 @@
-"""Low-rank pairs of many versions in plain torch: the specification of their layout, and of what is added."""
+"""Low-rank pairs of many versions in plain torch: the specification of their layout and their products."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _behind(pairs: PackedPairs, layer: int, y: Tensor) -> Tensor:
 
 
 def activated(x: Tensor, kind: str) -> Tensor:
-    """One of `veneer.ops.pairs.ACTIVATIONS`."""
+    """Return x after one of `veneer.ops.pairs.ACTIVATIONS`."""
     return activation_forward(x, kind) if kind in KINDS else _OTHERS[kind](x)
 
 
@@ -68,7 +68,7 @@ _OTHERS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 def unpacked(pairs: PackedPairs) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of each layer a and ``scale * b``, in float32."""
+    """Return a and ``scale * b`` of each layer, in float32."""
     in_rows = [filled(rank, pairs.dtype) for rank in pairs.ranks]
     joined, rest = _first(pairs.factors, (in_rows[0] if pairs.shares_a else sum(in_rows), pairs.in_features))
     for o, rank, taken in zip(pairs.out_features, pairs.ranks, in_rows, strict=True):

@@ -1,4 +1,4 @@
-"""8-bit AdamW in Triton: moments are read, updated, used and rounded again in registers, a few blocks a program."""
+"""8-bit AdamW in Triton: moments are dequantized, updated, used and quantized in registers, a few blocks a program."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Causal attention over packed sequences in Triton, in tiles (Dao 2023, arXiv 2307.08691).
 
-A tile is some queries (or keys) of one sequence, so that no mask over sequences exists. The gradients of keys and
-values are summed over a group's query heads inside one program: no atomics, the same result every time.
+A tile is some queries (or keys) of one sequence, so no mask over sequences exists. The gradients of keys and values
+are summed over a group's query heads inside one program: without atomics, the result is deterministic.
 """
 
 from __future__ import annotations

@@ -40,14 +40,15 @@ def dequantize_blockwise(
 
 
 def midpoints(code: Float32[Tensor, "256"]) -> Float32[Tensor, "255"]:
-    """Between neighbouring table values; a value above j of them has the nearest code j."""
+    """Return the midpoints between neighbouring table values; a value above j of them has the nearest code j."""
     return (code[:-1] + code[1:]) / 2
 
 
 @triton.jit
 def nearest(values, midpoints):
-    """Return the nearest codes of values: the number of the 255 sorted midpoints below each; on a midpoint,
-    the lower code.
+    """Return the nearest code of each value: the number of the 255 sorted midpoints below it.
+
+    At a midpoint it is the lower code.
     """
     below = tl.zeros(values.shape, tl.int32)
     for power in tl.static_range(8):
@@ -58,7 +59,7 @@ def nearest(values, midpoints):
 
 @triton.jit
 def scaled(values, most):
-    """Each row's values divided by its largest magnitude; a row of zeros has no scale and stays."""
+    """Return each row's values divided by its largest magnitude; a row of zeros stays unscaled."""
     inverse = tl.where(most > 0.0, tl.div_rn(1.0, tl.where(most > 0.0, most, 1.0)), 0.0)
     return tl.minimum(tl.maximum(values * inverse[:, None], -1.0), 1.0)
 

@@ -26,7 +26,7 @@ def drop(x: Tensor, threshold: int, key: int, rows: Rows) -> Tensor:
 
 
 def add_dropped(onto: Tensor, g: Tensor, threshold: int, key: int, rows: Rows) -> None:
-    """Add ``drop(g, …)`` to onto in one pass, both (n, d) with a contiguous last axis: no op, but a part of others."""
+    """Add ``drop(g, …)`` to onto in one pass, both (n, d) with a contiguous last axis; a part of other ops."""
     _run((g, onto), (threshold, key, rows), add=True)
 
 

@@ -1,7 +1,7 @@
 """NF4 and FP4 in Triton.
 
-A byte holds two neighbours of a row: a tile of bytes is decoded into a tile of first and one of second neighbours, and
-a product with either takes the even or the odd features of the other side.
+A byte holds two neighbours of a row. A tile of bytes is decoded into a tile of first and one of second neighbours. A
+product with either takes the even or the odd features of the other operand.
 """
 
 from __future__ import annotations

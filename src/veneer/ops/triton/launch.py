@@ -1,4 +1,4 @@
-"""Launch of Triton kernels, and the tensors that they take."""
+"""Launch of Triton kernels, and the tensors that they accept."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LONGEST_ROW = 65536  # a row is held in one program's registers
 
 
 def is_served(*tensors: Tensor) -> bool:
-    """Return True if the training kernels have a form for these element types; the reference computes others."""
+    """Return True if the training kernels support these element types; the reference computes others."""
     return all(t.dtype in SERVED for t in tensors)
 
 
@@ -36,20 +36,23 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 
 
 def launch_exact(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """`launch` with products and sums kept apart, so that a codec rounds as the reference does."""
+    """Run a kernel as `launch` does, without fusing products and sums, so that a codec rounds as the reference does."""
     launch(kernel, grid, *args, enable_fp_fusion=False, **options)
 
 
 def block(n: int, least: int = 1, most: int = 1 << 20) -> int:
-    """Return the power of two that holds n values, within bounds."""
+    """Return the smallest power of two that holds n values, within bounds."""
     return max(least, min(most, int(triton.next_power_of_2(n))))
 
 
 def warps(block_size: int) -> int:
-    """Warps for a program that holds so many values: eight values a thread, up to 32 warps."""
+    """Return the number of warps for a program that holds so many values: eight values a thread, up to 32 warps."""
     return max(1, min(32, block_size // 256))
 
 
 def processors(x: Tensor) -> int:
-    """Multiprocessors of x's device; 2 in the interpreter, so that sums over programs are exercised there too."""
+    """Return the number of multiprocessors of x's device.
+
+    It is 2 in the interpreter, so that sums over programs are exercised there too.
+    """
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2

@@ -1,4 +1,4 @@
-"""Rotary embedding in Triton: one program turns a few heads of one token."""
+"""Rotary embedding in Triton: one program rotates a few heads of one token."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Columns scaled and shifted in Triton.
 
-Backward a program takes some columns and all rows, so that its sums need no other program's.
+In the backward pass a program takes some columns and all rows, so its sums need no other program's.
 """
 
 from __future__ import annotations
