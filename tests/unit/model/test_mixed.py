@@ -316,7 +316,7 @@ def test_without_a_mask_and_on_from_a_cache(everything):
     everything(input_ids=ids[:, :5], cache=cache, use_cache=True, adapter_names=names)
     rest = {"input_ids": ids[:, 5:], "cache": cache, "adapter_names": names}
     with pytest.raises(
-        ConfigError, match="give attention_mask and position_ids where a forward pass goes on from a cache"
+        ConfigError, match="give attention_mask and position_ids to a forward pass that continues from a cache"
     ):
         everything(**rest)
     with pytest.raises(ConfigError, match="start from an empty cache"):
