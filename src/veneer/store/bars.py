@@ -1,4 +1,4 @@
-"""Progress bars and advice of transformers and of the hub, switched off or on for a while."""
+"""Progress bars and advice of transformers and of the hub, switched off or on temporarily."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """Without transformers' progress bars; afterwards they are as they were."""
+    """Disable transformers' progress bars inside the ``with`` block."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -25,7 +25,7 @@ def without_bars() -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' progress bars and advice; afterwards they are as they were."""
+    """Disable transformers' progress bars and advice inside the ``with`` block."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -37,8 +37,9 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def downloads_shown(name: str) -> Iterator[None]:
-    """With the hub's bars for what ``name`` has to download, whatever is said of transformers' own; where stderr is a
-    file or a pipe, with a line instead.
+    """Show the hub's progress bars for the download of ``name``, even if transformers' own are disabled.
+
+    If stderr is a file or a pipe, print one line instead.
     """
     if isinstance(try_to_load_from_cache(name, "config.json"), str):  # no more than a missing file or two
         yield
@@ -58,6 +59,6 @@ def downloads_shown(name: str) -> Iterator[None]:
 
 @contextmanager
 def bars_in_terminals_alone() -> Iterator[None]:
-    """Without the bars where stderr is a file or a pipe, which would keep every state of them."""
+    """Disable the bars if stderr is a file or a pipe, which would record every state of them."""
     with nullcontext() if sys.stderr.isatty() else without_bars():
         yield

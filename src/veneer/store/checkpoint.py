@@ -1,6 +1,6 @@
 """Streaming access to the weights of a base model: safetensors files, one or sharded, read tensor by tensor.
 
-A checkpoint is checked as a whole before anything is read from it, and only the tensor asked for is in memory.
+A checkpoint is checked as a whole before anything is read from it, and only the requested tensor is in memory.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
-        """Return the checkpoint in a folder (``model.safetensors``, or shards with an index), or one file.
+        """Return the checkpoint in a folder (``model.safetensors``, or shards with an index), or in one file.
 
-        Raises FormatError, listing everything that is wrong with all files.
+        Raises FormatError that lists the problems of all files.
         """
         path = Path(path)
         if path.is_file():
@@ -79,11 +79,15 @@ class Checkpoint:
         return sum(t.nbytes for t in self.tensors.values())
 
     def read(self, name: str) -> Tensor:
-        """One tensor. Raises FormatError if the name is unknown, the file has been cut, or a value is not finite."""
+        """Return one tensor. Raises FormatError if the name is unknown, the file is truncated, or a value
+        is not finite.
+        """
         return _finite(name, self._stored(name).read())
 
     def blocks(self, name: str, n_values: int) -> Iterator[Tensor]:
-        """Its rows (k, …) in order, about so many values at a time. Raises FormatError as `read` does."""
+        """Yield the rows (k, …) of a tensor in order, in blocks of about so many values. Raises FormatError
+        as `read` does.
+        """
         return (_finite(name, block) for block in self._stored(name).blocks(n_values))
 
     def _stored(self, name: str) -> StoredTensor:
@@ -95,7 +99,7 @@ class Checkpoint:
         return self.tensors[name]
 
     def stream(self) -> Iterator[tuple[str, Tensor]]:
-        """All tensors, one after the other. One FormatError at the end names all that hold NaN or infinity."""
+        """Yield all tensors, one after the other. One FormatError at the end names all that hold NaN or infinity."""
         not_finite = []
         for name, stored in self.tensors.items():
             tensor = stored.read()
@@ -114,7 +118,9 @@ def _finite(name: str, tensor: Tensor) -> Tensor:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Return True if every value is a number. A sum tells in one pass without a mask or copy as large as the tensor."""
+    """Return True if every value is finite. A sum shows this in one pass, without a mask or copy as large
+    as the tensor.
+    """
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
     if tensor.dtype.itemsize > 1 and bool(tensor.sum().isfinite()):

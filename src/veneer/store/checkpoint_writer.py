@@ -1,6 +1,6 @@
-"""Writing a checkpoint tensor by tensor: shards of limited size with an index, all of it or nothing.
+"""Writing a checkpoint tensor by tensor: shards of limited size with an index, all or nothing.
 
-Everything goes into a folder beside the target, which takes the target's name when the last byte is on disk.
+Files are written into a temporary folder next to the target, which is renamed when the last byte is on disk.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ PIECE_VALUES = 1 << 18
 
 
 class CheckpointWriter:
-    """``with CheckpointWriter(folder, specs) as writer: writer.write(name, tensor)`` for every name, in any order.
+    """Writer of a checkpoint, as a context manager. Call ``writer.write(name, tensor)`` for every name, in any order.
 
-    ``specs`` gives dtype and shape of every tensor beforehand, so that each goes straight to its place on disk and none
-    is kept. Files that belong beside the weights go into ``writer.staging``. Leaving the block without an error puts
-    the folder in its place; with one, nothing is left and what was there before is untouched.
+    ``specs`` gives dtype and shape of every tensor beforehand, so that each is written directly to its offset and none
+    is kept. Files that accompany the weights go into ``writer.staging``. Leaving the block without an error moves the
+    folder into place. On an error nothing is left, and existing files are untouched.
 
-    Raises FormatError for a tensor that does not fit its spec or was never written, and if the target holds files
-    already and ``overwrite`` is false or they are not those of a model alone; DiskError where the disk is full or
-    cannot be written to.
+    Raises FormatError for a tensor that does not fit its spec or was never written. Raises FormatError if the target
+    holds files and ``overwrite`` is false, or if the files are not those of a model alone. Raises DiskError if the disk
+    is full or cannot be written to.
     """
 
     def __init__(
@@ -68,7 +68,9 @@ class CheckpointWriter:
         return self
 
     def write(self, name: str, tensor: Tensor, *, convert: bool = False) -> None:
-        """Put one tensor where it belongs; ``convert`` gives it the dtype announced, without a second one as large."""
+        """Write one tensor at its offset. ``convert`` casts it to the announced dtype, without a second
+        tensor as large.
+        """
         if name not in self._missing:
             what = "was written already" if name in self._specs else "is not among the tensors announced"
             raise FormatError(f"tensor {name!r} {what}")
@@ -136,9 +138,7 @@ class CheckpointWriter:
 
 
 def plan_shards(specs: Specs, max_shard_bytes: int) -> dict[str, list[str]]:
-    """Return the tensors of each file, in order; a file exceeds ``max_shard_bytes`` only where one tensor
-    alone does.
-    """
+    """Return the tensors of each file, in order. A file exceeds ``max_shard_bytes`` only if a single tensor does."""
     groups: list[list[str]] = [[]]
     size = 0
     for name, spec in specs.items():

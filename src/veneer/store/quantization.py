@@ -1,4 +1,4 @@
-"""Quantization of a base model at loading: the fields of bitsandbytes' config in transformers, checked."""
+"""Quantization of a base model at load time: the fields of transformers' bitsandbytes config, checked."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ IGNORED_ON_DISK = ("quant_method", "_load_in_4bit", "_load_in_8bit", "bnb_4bit_q
 class BitsAndBytesConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """``quantization_config`` of ``from_pretrained`` that loads a model in 4 or 8 bits.
 
-    ``load_in_4bit`` with ``bnb_4bit_quant_type`` ("fp4", or "nf4" as in QLoRA) and ``bnb_4bit_use_double_quant``; or
-    ``load_in_8bit``. ``bnb_4bit_compute_dtype`` is what products are computed in; None takes the dtype of the input.
-    ``llm_int8_skip_modules`` names modules to keep in 16 bits, besides the head and the embeddings, which always are.
-    ``bnb_4bit_quant_storage`` must be uint8, what codes are. ``llm_int8_threshold`` is kept for other readers of a
-    saved model: activations are never quantized here, so none has to be kept apart.
+    ``load_in_4bit`` goes with ``bnb_4bit_quant_type`` ("fp4", or "nf4" as in QLoRA) and ``bnb_4bit_use_double_quant``;
+    the alternative is ``load_in_8bit``. ``bnb_4bit_compute_dtype`` is the dtype of products; None takes the dtype of
+    the input. ``llm_int8_skip_modules`` names modules to keep in 16 bits. The head and the embeddings always are.
+    ``bnb_4bit_quant_storage`` must be uint8, the dtype of codes. ``llm_int8_threshold`` is kept for other readers of a
+    saved model: activations are never quantized here, so there are no outliers to separate.
+
     Raises ConfigError for unknown fields and values and for fields that contradict each other, all in one message.
     """
 
@@ -65,7 +66,7 @@ class BitsAndBytesConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def from_stored(cls, stored: Mapping[str, Any], asked: BitsAndBytesConfig | None = None) -> Self:
         """Return the config of a checkpoint that bitsandbytes or veneer saved quantized, from its ``config.json``.
 
-        ``asked`` gives the compute dtype. Raises ConfigError if it asks for other bits than the checkpoint has.
+        ``asked`` gives the compute dtype. Raises ConfigError if it asks for a bit width other than the checkpoint's.
         """
         config = cls(**{key: value for key, value in stored.items() if key not in IGNORED_ON_DISK})
         if asked is not None:
@@ -86,7 +87,7 @@ class BitsAndBytesConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return FourBitSpec(layout, self.bnb_4bit_use_double_quant, self.bnb_4bit_compute_dtype)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the ``quantization_config`` of a saved model, which transformers reads as its own for bitsandbytes."""
+        """Return the ``quantization_config`` of a saved model, which transformers reads as its bitsandbytes config."""
         values = {spec.name: getattr(self, spec.name) for spec in fields(self)}
         compute = self.bnb_4bit_compute_dtype
         return values | {

@@ -1,7 +1,7 @@
-"""Our quantizer in transformers' registry: ``from_pretrained(…, quantization_config=BitsAndBytesConfig(…))`` streams.
+"""veneer's quantizer in transformers' registry: ``from_pretrained(…, quantization_config=BitsAndBytesConfig(…))``.
 
-A model is built without weights, its linear layers become `QuantLinear`, and transformers' own loader, which knows
-every renaming of checkpoint keys, is handed tensors that are read from disk one at a time and quantized at once.
+A model is built without weights, and its linear layers become `QuantLinear`. transformers' own loader knows every
+renaming of checkpoint keys. It receives tensors that are read from disk one at a time and quantized at once.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ COMPANION = re.compile(r"(?P<layer>.+)\.(weight\.(absmax|quant_map|nested_\w+|qu
 
 
 class QuantizationConfig(Protocol):
-    """Part of a quantization config that loading reads."""
+    """Part of a quantization config used in loading."""
 
     llm_int8_skip_modules: list[str] | None
 
@@ -43,11 +43,11 @@ class QuantizationConfig(Protocol):
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, Any], asked: Self | None = None) -> Self:
-        """Return the config of a checkpoint that is quantized already, from its ``config.json``."""
+        """Return the config of an already quantized checkpoint, from its ``config.json``."""
 
 
 class Deferred:
-    """Tensor of the checkpoint that is read when transformers' loader slices it."""
+    """Tensor of the checkpoint, read when transformers' loader slices it."""
 
     def __init__(self, stored: StoredTensor, problems: list[str]) -> None:
         self._stored, self._problems = stored, problems
@@ -61,7 +61,7 @@ class Deferred:
         return tensor[index]
 
     def get_dtype(self) -> str:
-        """Return the dtype by its name in the file format."""
+        """Return the dtype's name in the file format."""
         return DTYPE_NAMES[self._stored.dtype]
 
     def get_shape(self) -> list[int]:
@@ -70,7 +70,7 @@ class Deferred:
 
 
 class Quantize(ConversionOps):  # type: ignore[misc]
-    """Step of transformers' loader that makes a layer's codes from the dense weight, or reads those stored."""
+    """Step of transformers' loader that quantizes a layer's dense weight, or reads the stored codes."""
 
     def __init__(self, quantizer: VeneerQuantizer) -> None:
         self.quantizer = quantizer
@@ -82,7 +82,7 @@ class Quantize(ConversionOps):  # type: ignore[misc]
         model: PreTrainedModel,
         **_: Any,  # transformers passes more than a step needs
     ) -> dict[str, Tensor]:
-        """Return the codes by parameter name; the layer has the rest of its tensors already."""
+        """Return the codes by parameter name; the layer already has its other tensors."""
         result = {}
         for name, value in input_dict.items():
             layer = model.get_submodule(name.rpartition(".")[0])
@@ -94,7 +94,7 @@ class Quantize(ConversionOps):  # type: ignore[misc]
 
 
 class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Loads a model in 4 or 8 bits, from a dense checkpoint or from one that bitsandbytes or veneer saved quantized."""
+    """Quantizer that loads a model in 4 or 8 bits, from a dense checkpoint or one saved by bitsandbytes or veneer."""
 
     quantization_config: QuantizationConfig
     requires_calibration = False
@@ -114,7 +114,7 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
             raise ConfigError("device_map puts modules on disk, which quantized models cannot be: leave out 'disk'")
 
     def update_device_map(self, device_map: Any) -> Any:
-        """Return a GPU if there is one and nothing was said, as bitsandbytes does."""
+        """Return the current GPU, if there is one and no device map is given, as bitsandbytes does."""
         if device_map is None and torch.cuda.is_available():
             return {"": torch.cuda.current_device()}
         return device_map
@@ -139,9 +139,7 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
                 model.set_submodule(path, _empty_layer(module, config))
 
     def open(self, files: list[str]) -> dict[str, Any]:
-        """Return the tensors of the checkpoint, none read yet; what belongs to a quantized weight is kept for its
-        layer.
-        """
+        """Return the tensors of the checkpoint, unread. Parts of a quantized weight are kept for its layer."""
         pickled = [file for file in files if not str(file).endswith(".safetensors")]
         if pickled:
             raise ConfigError(f"{pickled[0]} is a pickle, which can run any code: convert the model to safetensors")
@@ -161,7 +159,7 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @torch.no_grad()
     def fill(self, layer: QuantLinear, name: str, value: Tensor, sources: list[str]) -> None:
-        """Give a layer its weight: quantized from ``value``, or read. What goes wrong is noted for `finish`."""
+        """Set a layer's weight: quantized from ``value``, or read from disk. Errors are collected for `finish`."""
         key = sources[0].removesuffix(".weight")
         try:
             if self.is_stored:
@@ -177,7 +175,7 @@ class VeneerQuantizer(HfQuantizer):  # type: ignore[misc]
             self.problems.append(f"{name}: {error}")
 
     def finish(self, model: PreTrainedModel) -> None:
-        """Raise one FormatError for everything that went wrong, layers without a weight among it."""
+        """Raise one FormatError for all collected errors, layers without a weight included."""
         empty = [n for n, m in model.named_modules() if isinstance(m, QuantLinear) and not m.is_filled]
         noted = " ".join(self.problems)
         problems = self.problems + [f"{name}.weight is not in the checkpoint" for name in empty if name not in noted]
@@ -219,10 +217,10 @@ def _empty_layer(module: nn.Module, config: QuantizationConfig) -> QuantLinear:
 
 @functools.cache
 def register(config: type[QuantizationConfig]) -> None:
-    """Make transformers know this class of config and load through here; done once, when the first one is made.
+    """Register this config class and loader with transformers, once, when the first config is made.
 
-    Two of its functions are wrapped because they offer no hook: the one that decides what happens when a checkpoint is
-    quantized already and a config is given, and the one that opens the checkpoint. Both act only on our config.
+    Two functions of transformers are wrapped because they offer no hook. One decides between a given config and a
+    quantized checkpoint's own; the other opens the checkpoint. Both wrappers act only on veneer's config.
     """
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = config
     auto.AUTO_QUANTIZER_MAPPING[METHOD] = VeneerQuantizer

@@ -1,4 +1,4 @@
-"""Source of a model: a folder, a GGUF file, a fetched name, or the hub."""
+"""Source of a model: a folder, a GGUF file, the name of a fetched model, or the hub."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ _HUB_SECONDS = 5
 
 
 def resolve(source: str | os.PathLike[str]) -> Path | str:
-    """Return the local folder of a model, or the hub id as it was given.
+    """Return the local folder of a model, or the hub id as given.
 
-    A GGUF file is converted into the cache first; later it also goes by its name and hash, as adapters name it
-    (``model.gguf@sha256:…``). Raises FormatError for folders and files that hold no model, and
-    ConfigError for a name that is nothing of the kind, naming the nearest known one.
+    A GGUF file is first converted into the cache. Later it can also be named by name and hash, as adapters do
+    (``model.gguf@sha256:…``). Raises FormatError for folders and files that hold no model. Raises ConfigError for an
+    unknown name, with the nearest known one.
     """
     name, path = os.fspath(source), Path(source).expanduser()
     if path.is_dir():
@@ -86,12 +86,13 @@ def load_model(
     device: str | torch.device | None = None,
     scores: bool = False,
 ) -> PreTrainedModel:
-    """Return the causal language model at ``source``, for evaluation; with ``scores`` it has a head that gives each
-    sequence one number, a new one where the files hold none.
+    """Return the causal language model at ``source``, for evaluation. With ``scores`` its head scores each sequence.
 
-    ``dtype`` ``"auto"`` keeps the checkpoint's; ``quantization`` is a `BitsAndBytesConfig`, not needed for a model that
-    was saved quantized. Raises what `resolve` raises, FormatError if weights are damaged or missing, ConfigError for an
-    unknown dtype, OutOfMemoryError if the process may not take the memory.
+    A score is one number; the head is new if the files hold none. ``dtype`` ``"auto"`` keeps the checkpoint's.
+    ``quantization`` is a `BitsAndBytesConfig`, not needed for a model that was saved quantized.
+
+    Raises the errors of `resolve`, FormatError if weights are damaged or missing, and ConfigError for an unknown dtype.
+    Raises OutOfMemoryError if the process may not allocate the memory.
     """
     place = resolve(source)
     if isinstance(place, Path):
@@ -150,7 +151,7 @@ def _stored_quantization(place: Path | str) -> BitsAndBytesConfig | None:
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """Return the tokenizer that lies beside a model. Raises FormatError if there is none."""
+    """Return the tokenizer in a model's folder. Raises FormatError if there is none."""
     place = resolve(source)
     if isinstance(place, Path) and not any((place / name).is_file() for name in _TOKENIZER_FILES):
         raise FormatError(f"{place} holds no tokenizer (none of {list(_TOKENIZER_FILES)}): copy that of the base there")
@@ -161,7 +162,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
 
 
 def parse_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    """``"auto"`` or the torch dtype of a name. Raises ConfigError for an unknown one."""
+    """Return ``"auto"`` or the torch dtype of a name. Raises ConfigError for an unknown one."""
     if isinstance(dtype, torch.dtype) or dtype == "auto":
         return dtype
     if dtype not in DTYPES:
@@ -170,9 +171,9 @@ def parse_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 
 
 def float32_note(dtype: torch.dtype | None, device: str, setting: str) -> str | None:
-    """Say that a model runs faster in float32 by ``setting``; None unless this is so on this machine.
+    """Return a note that ``setting`` makes the model faster, by computing in float32; None if it would not.
 
-    A CPU without products in 16 bits computes them in float32 and rounds (`ops.matmul`).
+    A CPU without native 16-bit products computes them in float32 and rounds (`ops.matmul`).
     """
     if dtype not in matmul.NARROW or device != "cpu" or not matmul.float32_is_faster():
         return None
@@ -215,7 +216,7 @@ def _on_hub(name: str) -> Path | str:
 
 
 def require_hub() -> None:
-    """Raise ConfigError if nothing can be pushed: the hub does not answer, or nobody is logged in."""
+    """Raise ConfigError if a push is impossible: the hub does not answer, or nobody is logged in."""
     if not _hub_answers():
         raise ConfigError(f"push_to_hub: {ENDPOINT} cannot be reached: leave it out, and push the saved folder later")
     if get_token() is None:

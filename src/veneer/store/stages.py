@@ -1,4 +1,4 @@
-"""Stages of a fetch on stderr: a bar for each in a terminal, plain lines elsewhere; nothing for what is there."""
+"""Progress of a fetch on stderr: a bar for each stage in a terminal, plain lines elsewhere, nothing if it is cached."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BYTES = "download"  # the stage that counts bytes
 
 @contextmanager
 def stages_shown() -> Iterator[OnProgress]:
-    """Shows what it is told while the block runs: a stage, what is done of it, and the total (0: not known yet)."""
+    """Yield a progress callback that takes a stage, the amount done, and the total (0: not known yet)."""
     console = Console(file=sys.stderr, highlight=False)
     if not draws_bars(console):
         yield _Lines(console).tell

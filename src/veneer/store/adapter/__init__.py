@@ -1,1 +1,1 @@
-"""Adapter in a folder, in PEFT's format: its tensors, saved and loaded strictly, and the records that they mean."""
+"""Adapter folders in PEFT's format: tensors, saved and loaded strictly, and the records they describe."""

@@ -1,4 +1,4 @@
-"""Config of an adapter folder, of any method that there is."""
+"""Config of an adapter folder, for every method."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ from veneer.methods import all_methods
 
 
 def read_config(folder: Path) -> MethodConfig:
-    """Return the config of an adapter folder. Raises FormatError if there is none or it is not understood."""
+    """Return the config of an adapter folder. Raises FormatError if it is missing or cannot be parsed."""
     all_methods()  # once they are defined, the contract knows them
     return config_in(folder)

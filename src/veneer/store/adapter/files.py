@@ -1,4 +1,4 @@
-"""Files of an adapter, by name, read with every check that a stranger's file deserves."""
+"""Adapter files, by name, read with every check that an untrusted file needs."""
 
 from __future__ import annotations
 
@@ -19,18 +19,17 @@ VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # 
 
 
 def read_tensors(folder: Path, file: str = WEIGHTS_FILE) -> dict[str, Tensor]:
-    """Return the tensors of ``adapter_model.safetensors``, or of another file, in a folder: parts of one piece of
-    memory.
+    """Return the tensors of a folder's ``adapter_model.safetensors``, or of another file, as views of one buffer.
 
-    Who keeps some of them for long copies those, so that the others go. Raises FormatError as `read_headers` does.
+    To keep only some of them, copy those, so that the buffer is freed. Raises FormatError as `read_headers` does.
     """
     return read_all(folder / file, read_headers(folder, file))
 
 
 def read_headers(folder: Path, file: str = WEIGHTS_FILE) -> dict[str, StoredTensor]:
-    """Return the tensors of the same file by name, as its header tells of them; no value is read.
+    """Return the tensors listed in the same file's header, by name; no value is read.
 
-    Raises FormatError if it is missing, a pickle, truncated, damaged, or its header lies.
+    Raises FormatError if the file is missing, a pickle, truncated or damaged, or if its header is wrong.
     """
     path = folder / file
     if not path.is_file():
@@ -47,9 +46,7 @@ def read_headers(folder: Path, file: str = WEIGHTS_FILE) -> dict[str, StoredTens
 
 
 def unusable(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return the reasons for which tensors cannot be an adapter's values, by key: another dtype, a NaN or
-    an infinity.
-    """
+    """Return the reasons that disqualify tensors as an adapter's values, by key: wrong dtype, NaN or infinity."""
     found, together = {}, _is_finite_together(tensors)
     for key, value in tensors.items():
         if value.dtype not in VALUE_DTYPES:

@@ -1,4 +1,4 @@
-"""Whether an adapter fits a base, and whether several are of one base: by config and headers, for every method."""
+"""Checks that an adapter fits a base, and that several share one base: by config and headers, for every method."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from veneer.store.known import KNOWN, is_fetched, model_folder
 
 
 def require_adapter(adapter: Path) -> None:
-    """Raise ConfigError if there is no such adapter, FormatError if it is damaged in itself."""
+    """Raise ConfigError if there is no such adapter, FormatError if its files are damaged."""
     if not adapter.is_dir():
         raise ConfigError(f"no adapter {str(adapter)!r}: there is no such folder")
     read_config(adapter)
@@ -35,9 +35,9 @@ def require_adapter(adapter: Path) -> None:
 
 
 def require_fit(adapter: Path, base: Path, n_tokens: int = 0, called: str | None = None) -> None:
-    """Raise FormatError if an adapter does not fit the model that a base's config describes. No weight is read.
+    """Raise FormatError if an adapter does not fit the model described by a base's config. No weight is read.
 
-    ``n_tokens``: the vocabulary has at least so many. ``called``: the base's name in the error.
+    ``n_tokens``: the minimum size of the vocabulary. ``called``: the base's name in the error.
     """
     config = _config_of(base)
     text = config.get_text_config()
@@ -47,9 +47,9 @@ def require_fit(adapter: Path, base: Path, n_tokens: int = 0, called: str | None
 
 
 def require_fit_on(adapter: Path, model: PreTrainedModel) -> None:
-    """Raise FormatError if an adapter's tensors do not fit a model without adapters, TargetError if it lacks a place.
+    """Raise FormatError if an adapter's tensors do not fit a model without adapters, TargetError if it lacks a module.
 
-    The model may be on the meta device. There an adapter whose places only a pass would show is taken to fit.
+    The model may be on the meta device. An adapter whose places only a forward pass would show is then assumed to fit.
     """
     config, stored = read_config(adapter), read_headers(adapter)
     given = {key: tensor for key, tensor in stored.items() if not any(own in stored for own in copies_of(key))}
@@ -111,8 +111,8 @@ def _whole_parameters(model: nn.Module, keys: Sequence[str]) -> dict[str, Shaped
 def require_one_base(adapters: Sequence[Path]) -> list[str]:
     """Return the bases that adapters name, if these differ, as "FOLDER was trained on NAME".
 
-    Raises ConfigError and FormatError for what is no adapter, and FormatError if the layers of two differ in size.
-    Sizes that a file does not tell are not compared.
+    Raises ConfigError and FormatError if a folder is not an adapter. Raises FormatError if the layers of two adapters
+    differ in size. Sizes that a file does not hold are not compared.
     """
     for folder in adapters:
         require_adapter(folder)
@@ -158,7 +158,7 @@ def base_named_by(adapter: Path) -> str | None:
 
 
 def other_base(adapter: Path, base: Path) -> str | None:
-    """Return the base that an adapter names, if it is on this machine and another than ``base``."""
+    """Return the base that an adapter names, if it is on this machine and differs from ``base``."""
     named = base_named_by(adapter)
     if named is None:
         return None
@@ -168,7 +168,7 @@ def other_base(adapter: Path, base: Path) -> str | None:
 
 @contextmanager
 def fitting(adapter: Path, base: str) -> Iterator[None]:
-    """Turn what is wrong with an adapter, sound in itself, into one FormatError: it does not fit the base."""
+    """Turn the problems of a sound adapter into one FormatError: it does not fit the base."""
     try:
         yield
     except (FormatError, TargetError) as error:

@@ -1,4 +1,4 @@
-"""Message for an adapter that does not fit a model: what is missing or misshapen, and the two sizes."""
+"""Message for an adapter that does not fit a model: missing or misshapen tensors, and the two sizes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SHOWN = 5  # of the tensors of one kind that do not fit
 
 
 class Shaped(Protocol):
-    """Tensor, or what a file's header says of one."""
+    """Tensor, or its entry in a file's header."""
 
     @property
     def shape(self) -> Sequence[int]: ...
@@ -23,7 +23,7 @@ def misfit(
 ) -> FormatError:
     """Return the error for tensors of ``source`` that do not fit a ``model``: the first problems of each kind.
 
-    Each problem begins with the word of its kind. ``given`` and ``expected`` by key tell the two sizes.
+    Each problem begins with the name of its kind. ``given`` and ``expected``, by key, supply the two sizes.
     """
     told = "\n  ".join(_shortened(problems))
     return FormatError(f"{source} does not fit {model}{_other_size(given, expected)}:\n  {told}")

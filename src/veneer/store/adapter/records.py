@@ -28,9 +28,9 @@ from veneer.store.adapter.tensors import once_each
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """Adapter's config and, by module path, its places and records.
+    """Adapter's config, and its places and records by module path.
 
-    ``others`` are the keys of what it holds besides: whole parameters and rows.
+    ``others`` are the keys of its other tensors: whole parameters and rows.
     """
 
     config: MethodConfig
@@ -45,14 +45,14 @@ class StoredAdapter:
 
 
 def read_records(folder: Path, places: Mapping[str, Placed] | None = None) -> StoredAdapter:
-    """Return the records of a saved adapter, those that it has on its model.
+    """Return the records of a saved adapter, equal to those on its model.
 
-    ``places`` are where it goes in its base, whose weights the sites have where the method reads them (see
-    `model.places.placed_on`); None: what the file tells of them. There a record carries in ``bias`` what it adds to the
+    ``places`` are its places in the base; the sites hold weights if the method reads them (see
+    `model.places.placed_on`). None: places from the file alone; a record's ``bias`` is then the difference to the
     layer's own.
 
-    Raises CompositionError where the places are not given and the file does not tell them, or if a weight is
-    needed, and FormatError for a damaged folder.
+    Raises CompositionError if a weight is needed, or if neither the caller nor the file gives the places. Raises
+    FormatError for a damaged folder.
     """
     config, tensors = read_config(folder), once_each(read_tensors(folder))
     broken = [f"{why}: {key}" for key, why in unusable(tensors).items()]
@@ -73,9 +73,9 @@ def read_records(folder: Path, places: Mapping[str, Placed] | None = None) -> St
 
 
 def read_updates(folder: Path, places: Mapping[str, Placed] | None = None) -> StoredAdapter:
-    """Return the records of an adapter that is nothing but updates of linear layers which mean the same on any base.
+    """Return the records of an adapter that consists of updates of linear layers, valid on any base.
 
-    Raises CompositionError for any other, and what `read_records` raises.
+    Raises CompositionError for any other adapter, and the errors of `read_records`.
     """
     config = read_config(folder)
     if config.reads_weight:

@@ -1,4 +1,4 @@
-"""Base model without storage, made from its config: the shapes of its layers are all that there is of it."""
+"""Base model without storage, made from its config: it has layers and shapes only."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from veneer.store.named import folder_of
 
 
 def without_storage(config: Any, keys: Collection[str]) -> PreTrainedModel:
-    """Return a model of the class that the config names, on no device, as if it were not quantized.
+    """Return a model of the config's class on the meta device, as if it were not quantized.
 
-    A bare model gets the head of a causal language model where the ``keys`` of an adapter lead through one. Raises
-    FormatError for an unknown class.
+    A bare model gets a causal language model's head if the ``keys`` of an adapter lead through one. Raises FormatError
+    for an unknown class.
     """
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -47,9 +47,7 @@ def without_storage(config: Any, keys: Collection[str]) -> PreTrainedModel:
 
 
 def config_of_base(base: str | None, revision: str | None) -> Path | None:
-    """Return the ``config.json`` of a base where it is on this machine: in its folder, or in what the hub's client
-    keeps.
-    """
+    """Return the path of a base's ``config.json`` if it is on this machine: in its folder or in the hub's cache."""
     if not base:
         return None
     try:
@@ -66,8 +64,9 @@ def config_of_base(base: str | None, revision: str | None) -> Path | None:
 
 
 def places_in_base(folder: Path) -> dict[str, Placed] | None:
-    """Return the places of an adapter in the base that its config names; None if its own file tells them,
-    or none does.
+    """Return the places of an adapter in the base that its config names.
+
+    Return None if the adapter's own file gives its places, or if they cannot be found.
     """
     config, file = read_config(folder), folder / WEIGHTS_FILE
     base = config_of_base(config.base_model_name_or_path, config.revision)

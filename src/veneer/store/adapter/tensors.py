@@ -1,4 +1,4 @@
-"""Adapter on disk, in PEFT's format: which tensor has which key, saved and loaded strictly."""
+"""Adapter on disk, in PEFT's format: the key of each tensor, and strict saving and loading."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ def save_adapter(
 ) -> None:
     """Write ``adapter_model.safetensors`` and ``adapter_config.json``, both or neither.
 
-    ``tensors`` by their keys on disk; by default those of `adapter_tensors`. Raises DiskError if writing fails.
+    ``tensors``: tensors by their keys on disk, by default those of `adapter_tensors`. Raises DiskError if writing
+    fails.
     """
     base = base_of(type(model)) if isinstance(model, InPlace) else type(model)
     mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
@@ -78,8 +79,9 @@ def adapter_tensors(
     save_embedding_layers: SaveEmbeddings = "auto",
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Return the tensors saved of an adapter, by key; ``state_dict`` has the values where the model's are sharded or
-    stale.
+    """Return the tensors to save of an adapter, by key.
+
+    ``state_dict`` supplies the values if the model's are sharded or stale.
     """
     values = state_dict or {}
     live = {key: values.get(own, value) for key, (own, value) in named_live_parameters(model, name).items()}
@@ -92,8 +94,10 @@ def adapter_tensors(
 
 @dataclass(frozen=True)
 class Leniency:
-    """Differences that loading tolerates: ``mismatched`` shapes, whose values stay as they are, and other names of
-    modules, which ``key_mapping`` translates (see `renamed`).
+    """Differences that loading tolerates.
+
+    ``mismatched``: tensors of another shape keep their values. ``key_mapping`` translates other module names (see
+    `renamed`).
     """
 
     mismatched: bool = False
@@ -103,8 +107,9 @@ class Leniency:
 def load_weights(
     model: nn.Module, state: AdapterState, name: str, folder: Path, leniency: Leniency | None = None
 ) -> list[str]:
-    """Copy the tensors of an adapter folder into an adapter that is attached; returns the keys of those left as they
-    were, which is none unless ``leniency`` says so.
+    """Copy the tensors of an adapter folder into an attached adapter. Return the keys that keep their values.
+
+    These are none unless ``leniency`` allows it.
     """
     leniency = leniency or Leniency()
     file = NETWORK_FILE if has_network(state, name) else WEIGHTS_FILE
@@ -113,11 +118,11 @@ def load_weights(
 
 
 def renamed(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str] | None) -> dict[str, Tensor]:
-    """Return the tensors under the keys that ``key_mapping`` gives, regular expressions and what takes their place.
+    """Return the tensors under renamed keys. ``key_mapping`` maps regular expressions to their replacements.
 
-    As in PEFT: a key is matched without the prefix ``base_model.model.`` or ``base_model.``, the first expression that
-    occurs in it counts, and it is replaced wherever it occurs. Raises FormatError if two keys become one, and
-    ConfigError for what is no regular expression.
+    As in PEFT, a key is matched without the prefix ``base_model.model.`` or ``base_model.``. The first expression found
+    in it is replaced wherever it occurs. Raises FormatError if two keys become one, and ConfigError for an invalid
+    regular expression.
     """
     found: dict[str, Tensor] = {}
     for key, value in tensors.items():
@@ -136,9 +141,10 @@ def renamed(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str] | None
 
 
 def once_each(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors without what PEFT writes again of modules trained whole: with ``bias="all"`` their biases are
-    there once more by the names of its wrapper, as trained (``modules_to_save``) and as the base has them
-    (``original_module``).
+    """Return the tensors without PEFT's duplicates for fully trained modules.
+
+    With ``bias="all"`` PEFT writes their biases again under its wrapper's names: as trained (``modules_to_save``) and
+    as in the base (``original_module``).
     """
     return {key: value for key, value in tensors.items() if not _is_written_again(key, tensors)}
 
@@ -149,7 +155,7 @@ def _is_written_again(key: str, tensors: Mapping[str, Tensor]) -> bool:
 
 
 def save_network(model: nn.Module, state: AdapterState, name: str, folder: Path) -> None:
-    """Write what training needs to go on, if a network makes what a plain save holds."""
+    """Write the network's weights for resuming training, if a network makes the tensors of a plain save."""
     write_atomically(folder / NETWORK_FILE, tensors_to_bytes(live_parameters(model, state, name)))
 
 
@@ -159,7 +165,7 @@ def has_network(state: AdapterState, name: str) -> bool:
 
 
 def holds_network(folder: Path) -> bool:
-    """Return True if an adapter's folder holds that network: a training checkpoint's does."""
+    """Return True if an adapter's folder holds that network, as in a training checkpoint."""
     return (folder / NETWORK_FILE).is_file()
 
 
@@ -187,12 +193,12 @@ def assign(
     source: str,
     mismatched: bool = False,
 ) -> list[str]:
-    """Give an adapter that is attached these values, all or nothing. ``source`` is what errors call them.
+    """Set the values of an attached adapter, all or nothing. ``source`` is the name of the tensors in errors.
 
-    With ``mismatched``, what has another shape keeps the value that it has; the keys of that are returned.
+    With ``mismatched``, tensors of another shape keep their values, and their keys are returned.
 
-    An embedding's or a head's whole weight that comes along, and differs from the base's, is kept with the adapter,
-    frozen: the base stays as it is.
+    If the tensors include a whole embedding or head that differs from the base's, it is kept with the adapter, frozen.
+    The base does not change.
 
     Raises FormatError that counts all missing, unexpected, wrong-shaped and non-finite tensors and names the first of
     each kind.

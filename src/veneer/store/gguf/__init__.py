@@ -1,1 +1,1 @@
-"""GGUF files: read as models, and written; one table of keys a family serves both."""
+"""GGUF files, read as models and written. One table of keys for each family serves both."""

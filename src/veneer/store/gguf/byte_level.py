@@ -1,4 +1,4 @@
-"""Tokenizers of GGUF files whose vocabulary is made of bytes, as the file says them."""
+"""Tokenizers of GGUF files with byte-level vocabularies, rebuilt from the file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SPECIAL = (TokenType.CONTROL, TokenType.UNKNOWN)
 
 
 def byte_level_tokenizer(reader: GGUFReader) -> Any:
-    """Return the tokenizer of a file; None if its vocabulary is not of bytes, or its pre-tokenizer is not known."""
+    """Return the tokenizer of a file; None if its vocabulary is not byte-level or its pre-tokenizer is unknown."""
     entry = pre_tokenizer_of(value_of(reader, _TOKENS + "pre"))
     if value_of(reader, _TOKENS + "model") != "gpt2" or entry is None:
         return None

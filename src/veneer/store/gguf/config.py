@@ -1,4 +1,4 @@
-"""Config of a GGUF file's model: what transformers makes of the file, mended by what the file says."""
+"""Config of a GGUF file's model: transformers' reading of the file, corrected from the file's keys."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from veneer.store.gguf.registry import by_architecture
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufContents:
-    """File's own words on its model.
+    """Model description in a GGUF file.
 
-    ``pairs``: values by their keys behind the architecture's name; ``shapes``: of the tensors, as torch has them;
-    ``factors``: float32 tensors of factors of rotary frequencies by their names.
+    ``pairs``: values by key, without the architecture's prefix. ``shapes``: of the tensors, in torch's order.
+    ``factors``: float32 tensors of rotary frequency factors, by name.
     """
 
     architecture: str
@@ -33,11 +33,11 @@ class GgufContents:
 
 
 def mended_config(config: Any, contents: GgufContents, family: Family | None = None) -> Any:
-    """Return a config that computes what the file says, made of the one that transformers reads from it.
+    """Return a config that computes the file's model, made from the one that transformers reads.
 
-    ``family`` None is the one that transformers reads under the file's architecture.
+    ``family``: None means the family that transformers reads for the file's architecture.
 
-    Raises FormatError, with every key at once, if the file asks for what the family's code does not compute.
+    Raises FormatError, with every key at once, if the family's code does not compute the file's model.
     """
     family = family or by_architecture().get(contents.architecture)
     if family is None:
@@ -50,7 +50,7 @@ def mended_config(config: Any, contents: GgufContents, family: Family | None = N
 
 
 def unplaced_tensors(model: Any, contents: GgufContents) -> list[str]:
-    """Tensors of the file that no parameter of the model is read from; [] for architectures that no table describes."""
+    """Return the file's tensors that no parameter of the model is read from; [] for architectures without a table."""
     family = by_architecture().get(contents.architecture)
     if family is None:
         return []

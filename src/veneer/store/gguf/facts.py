@@ -38,7 +38,7 @@ _HELD = {"adapter": "an adapter ({})", "imatrix": "an importance matrix", "mmpro
 
 
 def gguf_facts(header: GgufHeader) -> dict[str, Any]:
-    """Return all that is known of a file, for programs: lists of the vocabulary by their length, tensors by type."""
+    """Return all facts of a file, for programs: lists of the vocabulary by length, tensors by type."""
     values = {
         key: _length(value) if key.startswith(_TOKENIZER) and not isinstance(value, (str, int)) else value
         for key, value in header.values.items()
@@ -48,7 +48,7 @@ def gguf_facts(header: GgufHeader) -> dict[str, Any]:
 
 
 def gguf_section(path: Path, header: GgufHeader) -> Section:
-    """Return the lines of a table: of a model, or of an adapter."""
+    """Return the lines of a table for a model or an adapter."""
     values = header.values
     kind = str(values.get("general.type", "model"))
     family = values.get("general.architecture")

@@ -1,4 +1,4 @@
-"""Family of models as GGUF files have it: its keys, and how its tensors lie in a file."""
+"""Family of models in GGUF files: its keys, and the layout of its tensors."""
 
 from __future__ import annotations
 
@@ -15,48 +15,48 @@ Parts = Callable[[str], Iterable[tuple[str, Callable[[Tensor], Tensor]]]]
 
 
 def as_they_are(leaf: str, tensor: Tensor, config: Any) -> Tensor:
-    """Return the rows of a tensor in the order that transformers has."""
+    """Return the tensor unchanged, with its rows in transformers' order."""
     return tensor
 
 
 def nothing_refused(config: Any) -> Iterable[str]:
-    """No problem of a config."""
+    """Return no problems: every config of the family can be written."""
     return ()
 
 
 def no_parts(name: str) -> Iterable[tuple[str, Callable[[Tensor], Tensor]]]:
-    """Return a parameter is one tensor of the file, under the name that gguf's map has for it."""
+    """Return no parts: each parameter is one tensor of the file, under the name in gguf's map."""
     return ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """Keys in which the files of one architecture (``general.architecture``) say what the config of the model says,
-    and the layout of its tensors.
+    """Keys of one architecture's files (``general.architecture``) for the model's config, and the layout of its
+    tensors.
 
     Law: the keys of a config, read back over the config that transformers makes of the file, give the config again in
     every field.
 
-    ``rotary`` is the path of the dict that ``rope.scaling`` fills, None if positions do not rotate;
-    ``sliding_rotary`` that of the layers with windows; ``partial_rotary``: ``rope.dimension_count`` may be less than a
-    head. ``biases`` are the config's switches by the tensor of a layer that tells them. ``fixed`` are values without
-    which the family's tensors have another layout.
-    ``query_width_layers`` is the number of layers of the one model whose queries are scaled by the root of
-    hidden_size / heads, for which there is no key; all others are scaled by that of head_dim. ``windows``: sliding
-    windows on some layers, on all but every ``window_step``-th where the file does not say it (0: it always does).
-    ``cut_to_window``: a window that every layer has, which the runtime does not know, bounds the length of texts.
-    ``experts``: tensors that hold the experts of a layer, one behind the other. ``silent``: keys that tell nothing
-    which the shapes of the tensors do not. ``reads``: transformers reads such files; of several
-    families of one architecture ``marked_by`` is the key that only this one's files have.
+    ``rotary`` is the path of the dict that ``rope.scaling`` fills; None without rotary embedding. ``sliding_rotary`` is
+    that of the layers with windows. ``partial_rotary``: ``rope.dimension_count`` may be less than a head. ``biases``
+    are the config's switches, by the tensor of a layer that shows them. ``fixed`` are values without which the family's
+    tensors have another layout.
 
-    For writing: ``model_types`` are transformers' names of the models, none if the family is only read. ``only``
-    are attributes of the config that no key says, with the values that the runtime computes; ``refuses`` gives further
-    reasons for which a config cannot be said. ``scalings`` are rotary scalings that the runtime computes.
-    ``rotary_width``: ``rope.dimension_count`` is written. ``rows(leaf, tensor, config)`` puts the output rows of a
-    tensor, or of LoRA's B of it, in the file's order; ``turned`` are leaves whose weights are stored as (in, out);
-    ``plus_one``: norms are stored as what is added to one. ``parts(name)`` gives the leaves of a parameter that is
-    several tensors, or one of several that are stacked. ``head``: an untied head may be there, must be there also
-    where it is tied, or is never read.
+    ``query_width_layers`` is the number of layers of the one model whose queries are scaled by the root of hidden_size
+    / heads. It has no key; all other models scale by that of head_dim. ``windows``: some layers have sliding windows.
+    Without a key, these are all but every ``window_step``-th (0: the key is always there). ``cut_to_window``: every
+    layer has a window unknown to the runtime, which bounds the length of texts. ``experts``: tensors that hold a
+    layer's experts, stacked. ``silent``: keys that add nothing to the shapes of the tensors. ``reads``: transformers
+    reads such files. ``marked_by``: a key that only this family's files have, if several share an architecture.
+
+    For writing: ``model_types`` are transformers' names of the models, none if the family is only read. ``only`` are
+    attributes of the config without a key, with the values that the runtime computes. ``refuses`` gives further reasons
+    why a config cannot be written. ``scalings`` are rotary scalings that the runtime computes. ``rotary_width``:
+    ``rope.dimension_count`` is written. ``rows(leaf, tensor, config)`` puts the output rows of a tensor, or of LoRA's B
+    of it, in the file's order. ``turned`` are leaves whose weights are stored as (in, out). ``plus_one``: norms are
+    stored as their difference from one. ``parts(name)`` gives the leaves of a parameter that is several tensors, or one
+    of several that are stacked. ``head``: an untied head may be there, must be there even if it is tied, or is never
+    read.
     """
 
     architecture: str

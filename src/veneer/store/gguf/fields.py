@@ -1,4 +1,4 @@
-"""GGUF keys and the numbers of transformers' configs that they stand for: what many families share."""
+"""GGUF keys shared by many families, and the numbers of transformers' configs that they hold."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """Number that both a file and a config hold.
+    """Number held by both a file and a config.
 
-    ``key`` follows the architecture's name and a point. ``path`` is an attribute of the config; behind a point, a key
-    of the dict that it holds. The file's value ``off`` is None in the config. ``kind`` is the type in the file;
-    ``implied`` the value of a config that says None and means a number.
+    ``key`` follows the architecture's name and a point. ``path`` is an attribute of the config; after a point, a key of
+    the dict that it holds. If the file's value is ``off``, the config's is None. ``kind`` is the type in the file.
+    ``implied`` is the number that None means in the config.
     """
 
     key: str

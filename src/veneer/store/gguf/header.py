@@ -1,4 +1,4 @@
-"""Header of a GGUF file: its keys, and its tensors by name, shape and type. No weight, no vocabulary is kept."""
+"""Header of a GGUF file: its keys, and its tensors by name, shape and type. Weights and vocabulary are not kept."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ _DEEPEST = 4  # arrays within arrays
 
 @dataclass(frozen=True, slots=True)
 class Long:
-    """Array too long to be kept: its number of values."""
+    """Length of an array too long to be kept."""
 
     n_values: int
 
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """Tensor in the file: its name, shape (as torch says it: the fastest dimension last), type and bytes."""
+    """Tensor in the file: its name, shape (in torch's order, the fastest dimension last), type and bytes."""
 
     name: str
     shape: tuple[int, ...]
@@ -50,7 +50,7 @@ class GgufTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufHeader:
-    """Header of a file: values by key (`Long` for what is not kept), tensors, and the bytes of the whole file."""
+    """Header of a file: values by key (`Long` for omitted arrays), tensors, and the bytes of the whole file."""
 
     values: Mapping[str, Any]
     tensors: tuple[GgufTensor, ...]
@@ -58,8 +58,9 @@ class GgufHeader:
 
 
 def read_header(path: Path) -> GgufHeader:
-    """Return the header of a GGUF file (llama.cpp's format, versions 2 and 3). Raises FormatError if it is none, is
-    damaged, or was cut off.
+    """Return the header of a GGUF file (llama.cpp's format, versions 2 and 3).
+
+    Raises FormatError if the file is not GGUF, damaged or truncated.
     """
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":

@@ -26,7 +26,9 @@ _LONGEST_NAME, _MOST_ENTRIES = 4096, 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Importance:
-    """``means`` are float32 by the matrix's name in the file: (columns,), or experts behind each other."""
+    """Importance matrix. ``means`` are float32, by the matrix's name in the file: (columns,), or all
+    experts in sequence.
+    """
 
     path: Path
     means: Mapping[str, Tensor]
@@ -34,9 +36,9 @@ class Importance:
     n_chunks: int = 0
 
     def of(self, name: str, columns: int, n_experts: int) -> Tensor | None:
-        """Return the means of a matrix (experts, columns); None if the text told none.
+        """Return the means of a matrix (experts, columns); None if the file has none for it.
 
-        Raises FormatError if they are those of another shape.
+        Raises FormatError if their shape differs.
         """
         found = self.means.get(name)
         if found is None:
@@ -49,7 +51,7 @@ class Importance:
         return found.view(n_experts, columns)
 
     def pairs(self) -> list[Pair]:
-        """Return the pairs by which llama-quantize tells the matrix that it used."""
+        """Return the pairs in which llama-quantize records the importance matrix."""
         return [
             Pair("quantize.imatrix.file", _cut(self.path.name), GGUFValueType.STRING),
             Pair("quantize.imatrix.dataset", _cut(self.data_set), GGUFValueType.STRING),
@@ -59,8 +61,9 @@ class Importance:
 
 
 def read_importance(path: Path) -> Importance:
-    """Return an importance matrix. Raises FormatError if the file is none, is damaged, or holds what is no
-    mean square.
+    """Return an importance matrix from a file.
+
+    Raises FormatError if the file has another format, is damaged, or holds a value that cannot be a mean square.
     """
     if not path.is_file():
         raise FormatError(f"no importance matrix {str(path)!r}: there is no such file")
@@ -88,7 +91,7 @@ def write_importance(
     chunk_size: int,
     overwrite: bool = False,
 ) -> None:
-    """Write sums of squares (experts, columns) and the rows (experts,) that went into them; a matrix is one expert.
+    """Write sums of squares (experts, columns) and their numbers of rows (experts,). A matrix counts as one expert.
 
     Raises DiskError if the disk is full.
     """

@@ -1,4 +1,4 @@
-"""Keys of a GGUF file that say what a config says: a family's table, run forward."""
+"""GGUF keys for a config: a family's table, applied forward."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _KINDS = {int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32, bool: GGUFVal
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Key with its value; ``item`` is the type of the values of an array."""
+    """Key and value; ``item`` is the type of an array's values."""
 
     key: str
     value: Any
@@ -32,9 +32,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Said:
-    """Config as a file tells it: pairs, tensors of rotary factors by name, what it cannot say, and what the file's
-    user must know.
-    """
+    """Config in GGUF form: pairs, tensors of rotary factors by name, problems, and notes for the file's user."""
 
     pairs: tuple[Pair, ...]
     factors: Mapping[str, Tensor]
@@ -43,7 +41,7 @@ class Said:
 
 
 def said_of(family: Family, config: Any) -> Said:
-    """Return the keys of a config (transformers'), without writing anything."""
+    """Return the GGUF form of a transformers config, without writing anything."""
     scaling = _scaling(family, config)
     problems = (*_unsaid(family, config), *family.refuses(config), *_query_problems(family, config), *scaling.problems)
     prefix = f"{family.architecture}."
@@ -57,7 +55,7 @@ def said_of(family: Family, config: Any) -> Said:
 
 
 def value_of(entry: Field, config: Any) -> Any:
-    """Return the value of a field in the file; None if the config does not say it."""
+    """Return the value of a field in the file; None if the config has none."""
     value: Any = config
     for part in entry.path.split("."):
         value = value.get(part) if isinstance(value, Mapping) else getattr(value, part, None)
@@ -73,7 +71,7 @@ def head_width(config: Any) -> int:
 
 
 def rotary_width(family: Family, config: Any) -> int:
-    """Return the values of a head that rotate."""
+    """Return the number of values in a head that rotate."""
     parameters = value_of(Field("", family.rotary or ""), config) or {}
     return int(head_width(config) * (parameters.get("partial_rotary_factor") or 1.0))
 

@@ -1,4 +1,4 @@
-"""Layout of tensors in GGUF files. Whole output rows move: one function serves weights, biases and LoRA's B."""
+"""Layout of tensors in GGUF files. Whole output rows move, so that one function serves weights, biases and LoRA's B."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Part = tuple[str, Callable[[Tensor], Tensor]]
 
 
 def neighbours(leaf: str, tensor: Tensor, config: Any) -> Tensor:
-    """q and k (o, …) for a runtime that rotates neighbouring pairs, where transformers rotates halves of a head."""
+    """Return q and k (o, …) for a runtime that rotates neighbouring pairs. transformers rotates halves of a head."""
     role = leaf.partition(".")[0]
     if role not in ("attn_q", "attn_k"):
         return tensor
@@ -23,7 +23,7 @@ def neighbours(leaf: str, tensor: Tensor, config: Any) -> Tensor:
 
 
 def by_role(leaf: str, tensor: Tensor, config: Any) -> Tensor:
-    """All q, all k, all v of a fused matrix (o, …) that has them head by head."""
+    """Return a fused matrix (o, …), interleaved by head, as all q, then all k, then all v."""
     if not leaf.startswith("attn_qkv."):
         return tensor
     heads = config.num_attention_heads
@@ -36,8 +36,9 @@ def shared_gate(leaf: str, tensor: Tensor, config: Any) -> Tensor:
 
 
 def experts(name: str) -> Iterator[Part]:
-    """Return the leaves of a layer's experts, stacked (n, out, in): gate and up in one parameter, or one
-    expert a file.
+    """Return the leaves of a layer's stacked experts (n, out, in).
+
+    Gate and up are in one parameter, or each expert has its own tensor.
     """
     of_experts, (gate_up, down) = EXPERTS[0], STACKS
     if name.endswith(f".{of_experts}.{gate_up}"):
@@ -50,6 +51,6 @@ def experts(name: str) -> Iterator[Part]:
 
 
 def no_windows(config: Any) -> Iterator[str]:
-    """Return the problem of a config with sliding windows, if the runtime has none for the family."""
+    """Return the problem of a config with sliding windows, if the runtime does not support them for the family."""
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         yield "sliding windows (use_sliding_window), which the runtime does not have for this family"

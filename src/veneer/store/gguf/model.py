@@ -1,4 +1,4 @@
-"""GGUF files as models: checked, and converted once into a folder of safetensors that everything else reads."""
+"""GGUF files as models: checked, and converted once into a folder of safetensors."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _TOKEN_IDS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "p
 class GgufFacts:
     """Facts in the header of a GGUF file.
 
-    ``dtype`` is that of the matrices if nothing is quantized, bfloat16 otherwise. ``token_ids`` are the ids of the
+    ``dtype`` is that of the matrices if nothing is quantized, and bfloat16 otherwise. ``token_ids`` are the ids of the
     special tokens by transformers' names.
     """
 
@@ -63,8 +63,9 @@ class GgufFacts:
 
 
 def read_facts(path: Path) -> GgufFacts:
-    """Return the facts of a GGUF file. Raises FormatError if it is none, is cut short, or holds no model but an
-    adapter.
+    """Return the facts of a GGUF file.
+
+    Raises FormatError if the file is not GGUF, is truncated, or holds an adapter instead of a model.
     """
     reader = open_gguf(path)
     if value_of(reader, "general.type") == "adapter":
@@ -88,9 +89,9 @@ def read_facts(path: Path) -> GgufFacts:
 
 
 def header_config(path: Path) -> Any:
-    """Return the config that a GGUF file's model has once it is converted, from the header alone: no weight is read.
+    """Return the config of a GGUF file's model after conversion, from the header alone. No weight is read.
 
-    Raises FormatError as `convert_gguf` does, but for tensors that are missing.
+    Raises FormatError as `convert_gguf` does, except for missing tensors.
     """
     facts, model = read_facts(path), None
     with _refusals_told(path, facts), without_bars():
@@ -108,10 +109,9 @@ def header_config(path: Path) -> Any:
 
 
 def converted_folder(path: Path) -> Path:
-    """Return the cached folder of a GGUF file, converted where that has not been done; a changed file is converted
-    anew.
+    """Return the cached folder of a GGUF file, converted if needed. A changed file is converted again.
 
-    ``veneer.json`` in it holds the name by which other machines know the file.
+    Its ``veneer.json`` holds the file's portable name.
     """
     stat = path.stat()
     identity = f"{path.resolve()}\n{stat.st_size}\n{stat.st_mtime_ns}\n{CONVERSION}"
@@ -137,9 +137,8 @@ def _convert_shown(path: Path, folder: Path) -> None:
 def convert_gguf(path: Path, folder: Path, on_progress: OnProgress = lambda done, total: None) -> None:
     """Write the model of a GGUF file, its tokenizer and chat template into ``folder``, as transformers would.
 
-    ``on_progress`` is told how many tensors have been read, and of how many.
-    Raises FormatError for damaged files, families that nobody here can read, files that lack tensors, and files
-    whose model would not compute what they say.
+    ``on_progress`` receives the number of tensors read, and of all. Raises FormatError for damaged files, unsupported
+    families, missing tensors, and files whose model would not compute what they describe.
     """
     facts = read_facts(path)
     with _counted_progress(on_progress):

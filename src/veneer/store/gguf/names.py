@@ -15,9 +15,9 @@ _TOWERS = ("vision_tower", "vision_model", "multi_modal_projector", "audio_tower
 
 
 def gguf_name(family: Family, config: Any, name: str, prefix: str = "model") -> str | None:
-    """llama.cpp's name for a parameter of a model; None if it has none.
+    """Return llama.cpp's name for a parameter of a model; None if it has none.
 
-    ``prefix`` is that of the names of the model without its head, which files may lack or have.
+    ``prefix`` is that of the names in the model without its head, which files may omit.
     """
     names = _name_map(family.architecture, config.num_hidden_layers)
     for form in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
@@ -35,9 +35,7 @@ def _name_map(architecture: str, n_layers: int) -> gguf.TensorNameMap:
 
 
 def places_of(family: Family, config: Any, name: str, prefix: str) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
-    """Return the tensors of the file that a parameter goes into, and the part of it that each takes; [] where it has
-    none.
-    """
+    """Return the file's tensors for a parameter, and the part of it that each holds; [] if there are none."""
     parts = list(family.parts(name))
     if parts:
         layer = next(piece for piece in name.split(".") if piece.isdigit())
@@ -47,16 +45,14 @@ def places_of(family: Family, config: Any, name: str, prefix: str) -> list[tuple
 
 
 def text_name(name: str | None) -> str | None:
-    """Return the name that a parameter has in the model of texts alone; None for the towers of images and
-    their like.
-    """
+    """Return a parameter's name in the text-only model; None for vision towers and the like."""
     if name is None or any(f".{part}." in f".{name}" for part in _TOWERS):
         return None
     return name.replace("language_model.", "", 1)
 
 
 def leaf_of(name: str) -> str:
-    """Return a tensor's name behind its layer's."""
+    """Return a tensor's name without its layer's prefix."""
     return name.split(".", 2)[-1] if name.startswith("blk.") else name
 
 

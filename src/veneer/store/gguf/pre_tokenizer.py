@@ -1,6 +1,4 @@
-"""Pre-tokenizers of byte-level vocabularies by the names that llama.cpp has for them: matched for writing, built for
-reading.
-"""
+"""Pre-tokenizers of byte-level vocabularies, by llama.cpp's names: matched for writing, built for reading."""
 
 from __future__ import annotations
 
@@ -33,8 +31,10 @@ def _cased(digits: str, contractions: str = "") -> str:
 
 @dataclass(frozen=True, slots=True)
 class PreTokenizer:
-    """``name`` is that of ``tokenizer.ggml.pre``; ``patterns`` cut the text one after the other, ``digits`` stand alone
-    before them. Without patterns it is GPT-2's. ``whole``: a word that is a token skips the merges.
+    """Pre-tokenizer of a byte-level vocabulary. ``name`` is its ``tokenizer.ggml.pre``.
+
+    ``patterns`` split the text one after the other, after ``digits`` are separated. Without patterns it is GPT-2's.
+    ``whole``: a word that is a token skips the merges.
     """
 
     name: str
@@ -45,13 +45,13 @@ class PreTokenizer:
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        """Its steps, one by one."""
+        """Steps of the pre-tokenizer, one by one."""
         digits: tuple[Step, ...] = (("Digits", True),) if self.digits else ()
         splits: tuple[Step, ...] = tuple(("Split", pattern, "Isolated", False) for pattern in self.patterns)
         return (*digits, *splits, ("ByteLevel", not self.patterns))
 
     def build(self) -> Any:
-        """Return the object of the tokenizers library."""
+        """Return the pre-tokenizer as an object of the tokenizers library."""
         steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if self.digits else []
         steps += [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in self.patterns]
         steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not self.patterns))
@@ -85,10 +85,10 @@ TABLE = (
 
 
 def pre_tokenizer_name(content: Mapping[str, Any]) -> str:
-    """llama.cpp's name for what a ``tokenizer.json`` does before the merges.
+    """Return llama.cpp's name for the pre-tokenizer of a ``tokenizer.json``.
 
-    Raises FormatError with the patterns seen, if llama.cpp has no name for them or none is known here, and
-    where under that name it takes words that are tokens otherwise.
+    Raises FormatError with the patterns seen, if llama.cpp has no name for them or none is known here. Raises
+    FormatError if the name implies another ``ignore_merges``.
     """
     steps = tuple(_steps(content.get("pre_tokenizer") or {}))
     whole = bool((content.get("model") or {}).get("ignore_merges", False))
@@ -108,7 +108,7 @@ def pre_tokenizer_name(content: Mapping[str, Any]) -> str:
 
 
 def pre_tokenizer_of(name: str | None) -> PreTokenizer | None:
-    """Return the pre-tokenizer that a name in a file means; None for an unknown one."""
+    """Return the pre-tokenizer of a name in a file; None for an unknown one."""
     return next((each for each in TABLE if name in (each.name, *each.others)), None)
 
 

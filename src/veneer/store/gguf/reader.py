@@ -1,4 +1,4 @@
-"""GGUF files opened with gguf's reader, and the values of their keys."""
+"""GGUF files opened with the reader of the gguf package, and the values of their keys."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from veneer.errors import FormatError
 
 
 def open_gguf(path: Path) -> GGUFReader:
-    """Return the reader of a GGUF file. Raises FormatError if it is not one, or is cut short."""
+    """Return the reader of a GGUF file. Raises FormatError if the file is not GGUF or is truncated."""
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise FormatError(f"{path} is not a GGUF file: it does not start with the bytes GGUF")
@@ -26,6 +26,6 @@ def open_gguf(path: Path) -> GGUFReader:
 
 
 def value_of(reader: GGUFReader, key: str) -> Any:
-    """Return the value of a key; None if the file does not have it."""
+    """Return the value of a key; None if it is missing."""
     field = reader.get_field(key)
     return None if field is None else field.contents()

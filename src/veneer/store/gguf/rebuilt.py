@@ -1,4 +1,4 @@
-"""Models of GGUF files that transformers does not read, built by the families' tables: the export, run backward."""
+"""Models of GGUF files that transformers does not read, built from the families' tables: the inverse of the export."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def rebuilt_model(
 ) -> Any:
     """Return the model of a file whose family has ``reads=False``.
 
-    ``ids`` are special tokens by transformers' names; ``on_progress`` is told the parameters that are filled. Raises
-    FormatError for what the model would not compute, and for tensors that are missing or have no place.
+    ``ids`` are special tokens by transformers' names. ``on_progress`` receives the number of parameters filled. Raises
+    FormatError if the model cannot compute what the file describes, and for missing or unplaced tensors.
     """
     family, config = rebuilt_config(contents, ids)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
@@ -44,7 +44,9 @@ def rebuilt_model(
 
 
 def rebuilt_config(contents: GgufContents, ids: Mapping[str, int]) -> tuple[Family, Any]:
-    """Return the family of a file that transformers does not read, and the model's config. Raise as `rebuilt_model`."""
+    """Return the family of a file that transformers does not read, and the model's config. Raises as
+    `rebuilt_model`.
+    """
     family = rebuilt_family(contents.architecture, contents.pairs)
     if family is None:
         raise FormatError(f"no table describes files of the architecture {contents.architecture!r}")

@@ -1,4 +1,4 @@
-"""Families that there are, found by walking `families`."""
+"""Registry of the families, filled by walking `families`."""
 
 from __future__ import annotations
 
@@ -24,14 +24,12 @@ def by_architecture() -> Mapping[str, Family]:
 
 
 def rebuilt_family(architecture: str, keys: Mapping[str, Any]) -> Family | None:
-    """Return the family of a file that transformers does not read, by its architecture and its keys behind
-    that name.
-    """
+    """Return the family of a file that transformers does not read, by architecture and the keys after its prefix."""
     families = [each for each in _families() if each.architecture == architecture and not each.reads]
     marked = [each for each in families if each.marked_by is not None and keys.get(each.marked_by)]
     return next(iter([*marked, *(each for each in families if each.marked_by is None)]), None)
 
 
 def by_model_type() -> Mapping[str, Family]:
-    """Return the families that are written, by transformers' model type."""
+    """Return the families with support for writing, by transformers' model type."""
     return {name: family for family in _families() for name in family.model_types}

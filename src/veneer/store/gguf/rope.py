@@ -1,4 +1,4 @@
-"""Rotary scalings as GGUF files say them, and as transformers' ``rope_parameters`` do."""
+"""Rotary scalings in GGUF files, and as transformers' ``rope_parameters``."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _YARN = {"yarn_attn_factor": "attention_factor", "yarn_beta_fast": "beta_fast", 
 def rotary_scaling(
     pairs: Mapping[str, Any], factors: Mapping[str, Tensor], frequencies: Tensor, max_positions: int
 ) -> dict[str, Any]:
-    """Return the ``rope_parameters`` beside the base; empty for files without scaling.
+    """Return the ``rope_parameters`` other than the base; empty for files without scaling.
 
-    ``pairs`` are the file's values by their keys behind the architecture's name, ``factors`` its tensors of factors by
-    name, ``frequencies`` (rotary width / 2) those of the base in radians a position. Raises FormatError for scalings
-    that transformers does not know.
+    ``pairs`` are the file's values by key, without the architecture's prefix. ``factors`` are its tensors of factors by
+    name. ``frequencies`` (rotary width / 2) are those of the base, in radians per position. Raises FormatError for
+    scalings that transformers does not know.
     """
     named = "longrope" if SHORT_FACTORS in factors or LONG_FACTORS in factors else "linear"
     kind = pairs.get(SCALING + "type", named)
@@ -110,7 +110,7 @@ def _by_frequency(factors: Tensor, frequencies: Tensor, max_positions: int) -> d
 
 
 def llama3_factors(frequencies: Tensor, factor: float, high: float, length: float) -> Tensor:
-    """By how much Llama 3.1 divides each frequency (n,); low_freq_factor is 1. After transformers' ``llama3``."""
+    """Return Llama 3.1's divisor of each frequency (n,), with low_freq_factor 1. After transformers' ``llama3``."""
     turns = frequencies * length / (2 * math.pi)  # of a frequency in the original length
     share = ((turns - 1) / (high - 1)).clamp(0, 1)
     return 1 / ((1 - share) / factor + share)
@@ -146,7 +146,7 @@ def _llama3(factors: Tensor, frequencies: Tensor) -> dict[str, Any] | None:
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """Rotary scaling as a file says it: values by key, tensors of factors by name, and what cannot be said."""
+    """Rotary scaling in a file: values by key, tensors of factors by name, and problems."""
 
     pairs: Mapping[str, Any] = field(default_factory=dict)
     factors: Mapping[str, Tensor] = field(default_factory=dict)
@@ -156,10 +156,10 @@ class Scaling:
 def said_scaling(
     parameters: Mapping[str, Any], width: int, config: Any, allowed: Collection[str], mscale: bool = False
 ) -> Scaling:
-    """Return the ``rope_parameters`` that a file tells: the other way of `rotary_scaling`.
+    """Return the file's keys for ``rope_parameters``: the inverse of `rotary_scaling`.
 
-    ``width`` values of a head rotate; ``allowed`` are the kinds that the runtime computes for the family, ``mscale``:
-    it has keys of its own for YaRN's factors of attention.
+    ``width`` values of a head rotate. ``allowed`` are the kinds that the runtime computes for the family. ``mscale``:
+    the runtime has keys for YaRN's attention factors.
     """
     kind = parameters.get("rope_type", "default")
     if kind not in allowed:

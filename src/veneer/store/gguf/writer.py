@@ -1,6 +1,6 @@
-"""Writing a GGUF file tensor by tensor, in one part or several: all of it or nothing.
+"""Writing a GGUF file tensor by tensor, in one part or several, all or nothing.
 
-Everything goes into files beside the target, which take their names when the last byte is on disk.
+Temporary files next to the target are renamed when the last byte is on disk.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _PARTIAL = ".partial-"
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Tensor of the file: ggml's name of its type, and its shape as torch has it."""
+    """Tensor of the file: ggml's name of its type, and its shape in torch's order."""
 
     name: str
     kind: str
@@ -45,21 +45,21 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its data."""
+        """Bytes of the tensor's data."""
         *rows, columns = self.shape
         return int(np.prod(rows, dtype=np.int64)) * row_bytes(self.kind, columns)
 
 
 class GgufFileWriter:
-    """``with GgufFileWriter(path, pairs, specs) as writer: writer.write(name, pieces)`` for every name, in any order.
+    """Writer of a GGUF file, as a context manager. Call ``writer.write(name, pieces)`` for every name, in any order.
 
-    ``specs`` announces every tensor beforehand, so that each goes straight to its place on disk; ``max_part_bytes``
-    splits the file into ``NAME-00001-of-00003.gguf`` and so on, None keeps it one. Leaving the block without an error
-    puts the files in their places; with one, nothing is left and what was there before is untouched. ``overwrite`` also
-    removes what the target was before, alone or in another number of parts, once the new files are in their places.
+    ``specs`` announces every tensor beforehand, so that each is written directly to its offset. ``max_part_bytes``
+    splits the file into ``NAME-00001-of-00003.gguf`` and so on; None keeps it one. Leaving the block without an error
+    moves the files into place. On an error nothing is left, and existing files are untouched. ``overwrite`` also
+    removes the target's previous files, in any number of parts, once the new files are in place.
 
-    Raises FormatError for bytes that do not fit what was announced, tensors never written, and a target that is there
-    where ``overwrite`` is false; DiskError where the disk is full or cannot be written to.
+    Raises FormatError for bytes that do not fit the specs, tensors never written, and an existing target if
+    ``overwrite`` is false. Raises DiskError if the disk is full or cannot be written to.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class GgufFileWriter:
         return self
 
     def write(self, name: str, pieces: Iterable[Tensor]) -> None:
-        """Put the bytes of one tensor, in pieces, if they belong."""
+        """Write the bytes of one tensor, in pieces, at its offset."""
         if name not in self._missing:
             what = "was written already" if name in self._specs else "is not among the tensors announced"
             raise FormatError(f"tensor {name!r} {what}")
@@ -201,7 +201,7 @@ class GgufFileWriter:
 
 
 def part_paths(target: Path, n_parts: int) -> list[Path]:
-    """Return the names of a file's parts, as llama.cpp looks for them: the target alone where it is one."""
+    """Return the names of a file's parts, as llama.cpp expects them; a single part is the target itself."""
     if n_parts == 1:
         return [target]
     stem = target.name.removesuffix(".gguf")
@@ -216,13 +216,13 @@ def _sets(target: Path) -> list[Path]:
 
 
 def file_nbytes(pairs: Iterable[Pair], specs: Sequence[TensorSpec]) -> int:
-    """Return the bytes of a file in one part."""
+    """Return the size in bytes of a file in one part."""
     infos = sum(8 + len(spec.name.encode()) + 4 + 8 * len(spec.shape) + 4 + 8 for spec in specs)
     return _padded(24 + _pairs_nbytes(pairs) + infos) + sum(_padded(spec.nbytes) for spec in specs)
 
 
 def parts_of(specs: Sequence[TensorSpec], max_bytes: int | None) -> list[list[TensorSpec]]:
-    """Return the tensors of each part, in order; a part exceeds the limit only where one tensor alone does."""
+    """Return the tensors of each part, in order. A part exceeds the limit only if a single tensor does."""
     parts: list[list[TensorSpec]] = [[]]
     held = 0
     for spec in specs:

@@ -1,1 +1,1 @@
-"""One family a file, found by its name."""
+"""Families of models, one to a module, found by the module's name."""

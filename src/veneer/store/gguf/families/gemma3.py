@@ -1,4 +1,4 @@
-"""Gemma 3: a window on five of six layers, which rotate by a base of their own."""
+"""Gemma 3: a window on five of six layers, which have their own rotary base."""
 
 from __future__ import annotations
 

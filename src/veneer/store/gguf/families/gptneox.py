@@ -1,4 +1,4 @@
-"""GPT-NeoX and Pythia: q, k and v of a head lie together; a part of every head rotates."""
+"""GPT-NeoX and Pythia: q, k and v interleaved by head; partial rotary embedding."""
 
 from __future__ import annotations
 

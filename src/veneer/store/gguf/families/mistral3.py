@@ -1,4 +1,4 @@
-"""Ministral 3: queries grow with the logarithm of their position, and YaRN leaves attention as it is."""
+"""Ministral 3: queries are scaled with the logarithm of their position, and YaRN does not scale attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mixtral: the runtime knows it as a Llama with experts."""
+"""Mixtral: the runtime treats it as a Llama with experts."""
 
 from __future__ import annotations
 

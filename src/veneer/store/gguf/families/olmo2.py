@@ -1,4 +1,4 @@
-"""OLMo 2: norms behind the halves of a block, and on all of q and k."""
+"""OLMo 2: norms after attention and MLP, and over all of q and k."""
 
 from __future__ import annotations
 

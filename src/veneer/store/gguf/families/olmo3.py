@@ -1,4 +1,4 @@
-"""OLMo 3: the runtime knows it as an OLMo 2 with windows on three of four layers."""
+"""OLMo 3: the runtime treats it as an OLMo 2 with windows on three of four layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Qwen1.5-MoE and Qwen2-MoE: experts beside a shared one."""
+"""Qwen1.5-MoE and Qwen2-MoE: routed experts and a shared one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Qwen3: q and k are normalised by head."""
+"""Qwen3: q and k are normalised for each head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Qwen3-MoE: the weights of the chosen experts are normalised, always."""
+"""Qwen3-MoE: the weights of the chosen experts are always normalised."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SmolLM3: no rotary embedding on every fourth layer, which the runtime knows without a key."""
+"""SmolLM3: no rotary embedding on every fourth layer, which the runtime applies without a key."""
 
 from __future__ import annotations
 

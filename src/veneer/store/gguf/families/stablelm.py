@@ -1,4 +1,4 @@
-"""StableLM: a part of every head rotates."""
+"""StableLM: partial rotary embedding."""
 
 from __future__ import annotations
 
