@@ -1,34 +1,34 @@
-"""One tree of exceptions. Each message says what was given, what is allowed, and what to do."""
+"""Tree of veneer's exceptions. Each message says what was given, what is allowed, and what to do."""
 
 from dataclasses import FrozenInstanceError
 
 
 class VeneerError(Exception):
-    """Anything that veneer raises on purpose."""
+    """Base class of every error that veneer raises on purpose."""
 
 
 class ConfigError(VeneerError, ValueError):
-    """A config, recipe or argument holds a value that is not allowed."""
+    """Value of a config, recipe or argument that is not allowed."""
 
 
 class FrozenConfigError(ConfigError, FrozenInstanceError):
-    """Somebody sets a field of a config, which stays as it was made."""
+    """Assignment to a field of a config, which keeps its value."""
 
 
 class TargetError(ConfigError):
-    """A target pattern matches no module, or one that a method cannot adapt."""
+    """Target pattern that matches no module, or one that a method cannot adapt."""
 
 
 class NoStorageError(TargetError):
-    """A model has no storage, and a pass through it is needed to find the places of an adapter."""
+    """Model without storage, when a pass through it is needed to find the places of an adapter."""
 
 
 class DescriptionError(VeneerError, ValueError):
-    """A model is no decoder that can be described."""
+    """Model that is no decoder that can be described."""
 
 
 class AdapterNameError(ConfigError, KeyError):
-    """An adapter name is unknown, already taken, or not allowed in the state that the model is in."""
+    """Adapter name that is unknown, already used, or not allowed in the present state of the model."""
 
     __str__ = Exception.__str__  # KeyError would print the message quoted
 
@@ -38,51 +38,53 @@ class CompositionError(VeneerError, ValueError):
 
 
 class ShapeError(VeneerError, ValueError):
-    """A tensor has a shape or dtype that does not fit."""
+    """Tensor whose shape or dtype does not fit."""
 
 
 class TensorError(VeneerError, TypeError):
-    """A tensor has no plain values in memory, which is all that a kernel can read."""
+    """Tensor without plain values in memory, which are all that a kernel can read."""
 
 
 class FormatError(VeneerError, ValueError):
-    """A file or folder is damaged, lies about itself, or does not fit the model."""
+    """File or folder that is damaged, contradicts itself, or does not fit the model."""
 
 
 class DiskError(VeneerError, RuntimeError):
-    """Something could not be written: the disk is full or read-only. What was there before is untouched."""
+    """Failed write, because the disk is full or read-only. The previous content is untouched."""
 
 
 class OutOfMemoryError(VeneerError, MemoryError):
-    """The system gives the process no more memory, or no more addresses for it."""
+    """Memory, or address space, that the system does not give the process."""
 
 
 class BackendError(VeneerError, RuntimeError):
-    """A kernel back end was asked for by name and is not available."""
+    """Kernel back end that was requested by name and is not available."""
 
 
 class DataError(VeneerError, ValueError):
-    """A data set holds rows that cannot be trained or evaluated on."""
+    """Data set with rows that cannot be trained or evaluated on."""
 
 
 class TrainingError(VeneerError, RuntimeError):
-    """A training run would do nothing, or has gone wrong."""
+    """Training run that would do nothing, or that has failed."""
 
 
 class DivergedError(TrainingError):
-    """A loss or a gradient that is not finite."""
+    """Loss or gradient that is not finite."""
 
 
 class NonFiniteError(VeneerError, ValueError):
-    """A tensor holds NaN or infinity where a finite number is needed."""
+    """Tensor that holds NaN or infinity, when a finite number is needed."""
 
 
 class ServingError(VeneerError, RuntimeError):
-    """The engine that answers requests has broken down, or was stopped while one was on its way."""
+    """Failure or stop of the serving engine while a request was in progress."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked a run to stop. Like KeyboardInterrupt it is no error; ``exit_code`` is what a shell expects."""
+    """Signal that asked a run to stop. Like KeyboardInterrupt it is no error; ``exit_code`` is the status that a shell
+    expects.
+    """
 
     def __init__(self, number: int, *told: str) -> None:
         super().__init__(*told)
@@ -90,5 +92,5 @@ class Interrupted(KeyboardInterrupt):
 
     @property
     def exit_code(self) -> int:
-        """143 for SIGTERM, 130 for SIGINT."""
+        """Exit status: 143 for SIGTERM, 130 for SIGINT."""
         return 128 + self.number

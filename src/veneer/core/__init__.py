@@ -1,1 +1,1 @@
-"""Tensors only: the records, their application and folding, the contracts that methods obey, and target matching."""
+"""Tensors only: the records, their application and folding, the contracts of methods, and target matching."""

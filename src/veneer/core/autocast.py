@@ -1,4 +1,4 @@
-"""torch's autocast as code asks for it that may run on the meta device, for which torch has none and raises."""
+"""Autocast of torch for code that may run on the meta device, for which torch has none and raises."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype that autocast asks for on a device now; None where it is off."""
+    """Return the dtype that autocast now uses on a device; None if it is off."""
     on = device.type != "meta" and torch.is_autocast_enabled(device.type)
     return torch.get_autocast_dtype(device.type) if on else None
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """A block in which it is off on a device."""
+    """Return a context in which autocast is off on a device."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

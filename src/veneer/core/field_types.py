@@ -1,7 +1,7 @@
-"""Checks that the values of a dataclass are of the types that its fields declare, and keeps them as plain values.
+"""Type checks of a dataclass's fields, and the plain values that they keep.
 
-``int`` is any whole number and ``float`` any finite one, numpy's too, and neither is True or False; ``str`` is also a
-path; ``Collection`` is any sequence or set but a string, whose letters would be taken for its elements.
+``int`` is any whole number and ``float`` any finite one, numpy's too; neither is True or False. ``str`` is also a path.
+``Collection`` is any sequence or set but a string, whose letters would count as its elements.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _ONE_AND_MANY = {
 
 
 def check(config: Any, problems: Callable[[], list[str]], error: type[VeneerError] = ConfigError) -> None:
-    """Bring the fields of a new dataclass to the form in which they are kept, and raise with all that is wrong.
+    """Convert the fields of a new dataclass to the form that is kept, and raise ``error`` with all problems.
 
-    ``problems`` says what else is wrong. It runs while a field of another type stands at its default, so that nothing
-    is compared that cannot be; sentences that name such a field are left out, for they may be about the default.
+    ``problems`` returns further problems. It runs while each field of another type holds its default, so that every
+    comparison is possible. Sentences that name such a field are left out: they may be about the default.
     """
     kind: type = type(config)
     hints, wrong = _hints(kind), dict[str, list[str]]()
@@ -52,12 +52,12 @@ def check(config: Any, problems: Callable[[], list[str]], error: type[VeneerErro
 
 
 def plain(value: Any) -> Any:
-    """An array or a tensor as the lists and numbers that it holds; anything else as it is."""
+    """Return an array or a tensor as lists and numbers, and anything else unchanged."""
     return value.tolist() if hasattr(value, "tolist") else value
 
 
 def fits(value: object, hint: Any) -> bool:
-    """Return True if a value is of a type, as this module reads it."""
+    """Return True if a value has a type, by the rules of this module."""
     origin, inner = get_origin(hint) or hint, get_args(hint)
     if origin in (Union, UnionType):
         return any(fits(value, each) for each in inner)
@@ -77,7 +77,10 @@ def fits(value: object, hint: Any) -> bool:
 
 
 def kept(value: Any, hint: Any) -> Any:
-    """A value that fits, in the form that a frozen config keeps: tuples (of sets, sorted), copies, Python's numbers."""
+    """Return a fitting value in the form that a frozen config keeps.
+
+    Collections become tuples (sets sorted), mappings are copied, and numbers become Python's.
+    """
     if get_origin(hint) in (Union, UnionType):
         return kept(value, next(each for each in get_args(hint) if fits(value, each)))
     origin, inner = get_origin(hint) or hint, get_args(hint)
@@ -92,7 +95,7 @@ def kept(value: Any, hint: Any) -> Any:
 
 
 def misfits(name: str, value: object, hint: Any) -> list[str]:
-    """The problems of a value that does not fit, one sentence each: the values of a mapping are named one by one."""
+    """Return one sentence for each problem of a value that does not fit. Values of a mapping are named one by one."""
     inner = next((get_args(each) for each in (hint, *get_args(hint)) if get_origin(each) is Mapping), None)
     if inner and isinstance(value, Mapping) and all(fits(key, inner[0]) for key in value):
         wrong = {f"{name}[{key!r}]": each for key, each in value.items() if not fits(each, inner[1])}

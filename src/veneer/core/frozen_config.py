@@ -9,7 +9,7 @@ from veneer.errors import FrozenConfigError
 
 
 class FrozenConfigMeta(ABCMeta):
-    """Keeps the ``__setattr__`` of `FrozenConfig` where ``dataclass(frozen=True)`` would put in its own."""
+    """Metaclass that keeps the ``__setattr__`` of `FrozenConfig`, which ``dataclass(frozen=True)`` would replace."""
 
     def __setattr__(cls, name: str, value: Any) -> None:
         if name != "__setattr__":
@@ -17,7 +17,7 @@ class FrozenConfigMeta(ABCMeta):
 
 
 class FrozenConfig(metaclass=FrozenConfigMeta):
-    """The base class of configs."""
+    """Base class of configs."""
 
     def __setattr__(self, name: str, value: object) -> None:
         kind = type(self).__name__

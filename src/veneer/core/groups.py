@@ -1,5 +1,6 @@
-"""Matrices that are zero but for blocks on their diagonal, as a convolution in groups of channels has them, and the
-blocks alone, one below the other, as they are stored.
+"""Block-diagonal matrices of convolutions in groups of channels, and their blocks alone.
+
+The blocks are stored one below the other.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from torch import Tensor
 
 
 def block_diagonal(blocks: Float[Tensor, "o k"], groups: int) -> Float[Tensor, "o gk"]:
-    """The whole matrix (o, groups · k) from its blocks (o / groups, k)."""
+    """Return the whole matrix (o, groups · k) from its blocks (o / groups, k)."""
     if groups == 1:
         return blocks
     own = torch.eye(groups, dtype=blocks.dtype, device=blocks.device)
@@ -18,7 +19,7 @@ def block_diagonal(blocks: Float[Tensor, "o k"], groups: int) -> Float[Tensor, "
 
 
 def diagonal_blocks(matrix: Float[Tensor, "o gk"], groups: int) -> Float[Tensor, "o k"]:
-    """The blocks of a matrix; what lies beside them is left out."""
+    """Return the diagonal blocks of a matrix; all other entries are dropped."""
     if groups == 1:
         return matrix
     rows, columns = matrix.chunk(groups), matrix.shape[1] // groups
@@ -26,6 +27,6 @@ def diagonal_blocks(matrix: Float[Tensor, "o gk"], groups: int) -> Float[Tensor,
 
 
 def column_blocks(vector: Float[Tensor, " gk"], rows: int, groups: int) -> Float[Tensor, "o k"]:
-    """The blocks of the matrix each of whose ``rows`` is this vector."""
+    """Return the blocks (o, k) of the matrix whose ``rows`` rows are all this vector."""
     blocks = vector.view(groups, 1, -1)
     return blocks.expand(groups, rows // groups, -1).reshape(rows, -1)

@@ -1,4 +1,4 @@
-"""The one formula of `records.LinearDelta`: applied, folded and composed."""
+"""Formula of `records.LinearDelta`: applied, folded and composed."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def apply_linear(
     bias: Float[Tensor, " o"] | None = None,
     lowrank_input: Float[Tensor, "*batch i"] | None = None,
 ) -> Float[Tensor, "*batch o"]:
-    """The adapted layer's output, in the dtype of the base product.
+    """Return the adapted layer's output, in the dtype of the base product.
 
-    ``lowrank_input`` stands in for `entered` x in front of A alone: that is where dropout acts. What the record adds is
-    computed in the record's dtype (float32 beside a 16-bit base, unless autocast says otherwise) and rounded once, at
-    the end: rounded to 16 bits itself, a scale of 1.005 would act as 1.0078.
+    ``lowrank_input`` replaces `entered` x as the input of A alone: dropout acts there. The record's terms are computed
+    in the record's dtype (float32 on a 16-bit base, unless autocast says otherwise). They are rounded once, at the end:
+    a scale of 1.005, itself rounded to 16 bits, would act as 1.0078.
     """
     return _apply(delta, [(delta, lowrank_input)], x, weight, bias)
 
@@ -41,9 +41,9 @@ def apply_linear_sum(
     bias: Float[Tensor, " o"] | None,
     lowrank_inputs: Sequence[Float[Tensor, "*batch i"] | None],
 ) -> Float[Tensor, "*batch o"]:
-    """`apply_linear` of what `compose_linear` makes of the records, each with an input of its own in front of its A.
+    """Return `apply_linear` of the composed records (`compose_linear`), each A with an input of its own.
 
-    Raises CompositionError where they cannot act together.
+    Raises CompositionError if they cannot act together.
     """
     return _apply(compose_linear(deltas, bias), list(zip(deltas, lowrank_inputs, strict=True)), x, weight, bias)
 
@@ -71,10 +71,10 @@ def apply_projected(
     base: Float[Tensor, "*batch o"],
     bias: Float[Tensor, " o"] | None = None,
 ) -> Float[Tensor, "*batch o"]:
-    """`apply_linear_sum` of pairs if the caller has the products with the input: ``base`` is W x, and with each pair
-    comes its A x, both of the scaled input. A convolution is applied so: its patches are never laid out.
+    """Return `apply_linear_sum` of pairs, given their products with the scaled input.
 
-    ``whole`` is what `compose_linear` makes of the records.
+    ``base`` is W x, and each pair comes with its A x. ``whole`` is `compose_linear` of the records. Convolutions are
+    applied so, without laying out their patches.
     """
     y = base
     for pair, inner in parts:
@@ -83,7 +83,7 @@ def apply_projected(
 
 
 def entered(delta: LinearDelta, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch i"]:
-    """x as the weight reads it, in x's dtype; the term itself is never rounded to it."""
+    """Return the input of the weight, in x's dtype; the term itself is never rounded to it."""
     return x if delta.input is None else delta.input.apply(x).to(x.dtype)
 
 
@@ -101,11 +101,13 @@ def apply_embedding(
     looked_up: Float[Tensor, "*batch o"],
     padding_idx: int | None = None,
 ) -> Float[Tensor, "*batch o"]:
-    """The adapted embedding's output, given what the frozen table returned: `apply_linear` on one-hot rows, by look-up.
+    """Return the adapted embedding's output, given the output of the frozen table.
 
-    A table that multiplies what it looks up (Gemma's) needs a record that is multiplied likewise
-    (`LinearDelta.with_adds_times`). As in torch's embedding, the column of a change at the token ``padding_idx`` gets
-    no gradient. Raises CompositionError for a record that rotates its inputs: a row would be a mix of other rows.
+    It is `apply_linear` on one-hot rows, computed by look-up. A table that multiplies its output (Gemma's) needs a
+    record that is multiplied likewise (`LinearDelta.with_adds_times`). As in torch's embedding, the column of a change
+    at the token ``padding_idx`` gets no gradient.
+
+    Raises CompositionError for a record that rotates its inputs: a row would be a mix of other rows.
     """
     if delta.input is not None and delta.input_scale is None:
         raise CompositionError(
@@ -127,10 +129,10 @@ def fold_linear(
     bias: Float[Tensor, " o"] | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Float[Tensor, "*experts o i"], Float[Tensor, " o"] | None]:
-    """``output (W + Σ adds) input`` and the bias, in ``dtype`` (None: W's).
+    """Return ``output (W + Σ adds) input`` and the bias, in ``dtype`` (None: W's).
 
-    Computed in at least float32, and outside of autograd a block of rows at a time. A pair and scales need no matrix
-    as large as W but the result; a change is made whole, and a rotation of outputs takes all rows.
+    It is computed in at least float32, and outside of autograd a block of rows at a time. Pairs and scales need no
+    matrix as large as W but the result. A change is made whole, and a rotation of outputs needs all rows.
     """
     dtype = dtype or weight.dtype
     if torch.is_grad_enabled() or weight.numel() <= BLOCK_VALUES:
@@ -147,8 +149,9 @@ def fold_linear(
 def fold_blocks(
     delta: LinearDelta, weight: Iterable[Float[Tensor, "k *rest"]], dtype: torch.dtype
 ) -> Iterator[Float[Tensor, "k *rest"]]:
-    """The weight of `fold_linear`, whose rows (or experts) are given in order, block by block; none is kept unless
-    outputs are rotated.
+    """Yield the weight of `fold_linear` block by block, from blocks of rows (or experts) given in order.
+
+    No block is kept unless outputs are rotated.
     """
     if delta.output is not None and delta.output_scale is None:
         blocks = list(weight)
@@ -164,7 +167,7 @@ def fold_blocks(
 
 
 def row_blocks(weight: Float[Tensor, "n *rest"]) -> list[slice]:
-    """The rows of a weight (its experts, where they are stacked) in blocks of about `BLOCK_VALUES` values."""
+    """Return slices of the rows of a weight (of stacked weights: the experts), of about `BLOCK_VALUES` values each."""
     n_rows = max(1, BLOCK_VALUES // max(1, weight[0].numel()))
     return [slice(start, start + n_rows) for start in range(0, weight.shape[0], n_rows)]
 
@@ -193,10 +196,10 @@ def _of_rows(delta: LinearDelta, rows: slice) -> LinearDelta:
 
 
 def compose_linear(deltas: Sequence[LinearDelta], bias: Float[Tensor, " o"] | None = None) -> LinearDelta:
-    """One record that acts as all of them together on one layer with the bias given.
+    """Return one record that acts as all of them together on one layer with the bias given.
 
-    What is added to the weight is added up; pairs are concatenated along the rank, which is their exact sum. Scales
-    (IA3) multiply if all records are pure scales. Any other scale or rotation acts alone.
+    Changes of the weight are summed. Pairs are concatenated along the rank, which is their exact sum. Scales (IA3)
+    multiply if all records are pure scales. Any other scale or rotation acts alone.
 
     Raises CompositionError if the sum is not a LinearDelta.
     """
@@ -218,10 +221,13 @@ def compose_linear(deltas: Sequence[LinearDelta], bias: Float[Tensor, " o"] | No
 
 
 def row_norms(delta: LinearDelta, weight: FrozenWeight, weight_row_sq: Float[Tensor, " o"]) -> Float[Tensor, " o"]:
-    """Euclidean norms of the rows of ``W + scale B A``, given those of W squared, without forming ``B A``.
+    """Return the Euclidean norms of the rows of ``W + scale B A``, given those of W squared, without forming ``B A``.
 
-    ``|w + s b A|² = |w|² + 2 s b·(A w) + s² b (A Aᵀ) bᵀ`` for each row w of W and b of B: a product of W with r rows
-    and one of size (o, r, r).
+    For each row w of W and b of B:
+
+    ``|w + s b A|² = |w|² + 2 s b·(A w) + s² b (A Aᵀ) bᵀ``
+
+    This takes a product of W with r rows and one of size (o, r, r).
     """
     pair = delta.low_rank
     if pair is None:

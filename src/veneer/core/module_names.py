@@ -1,4 +1,4 @@
-"""Names of modules by their paths: which a pattern matches, and which look like it."""
+"""Names of modules by their paths: which ones a pattern matches, and which ones resemble it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def matches_any(name: str, patterns: Collection[str] | str) -> bool:
 
 
 def nearest_modules(pattern: str, paths: Sequence[str]) -> list[str]:
-    """Return the nearest last names, or whole paths where the last name is one that exists."""
+    """Return the nearest last names, or whole paths if the last name is one that exists."""
     last = pattern.rpartition(".")[2]
     same = [path for path in paths if path.rpartition(".")[2] == last]
     return (nearest(pattern, same) or same[:1]) if same else nearest(last, (p.rpartition(".")[2] for p in paths))

@@ -1,4 +1,4 @@
-"""The names nearest to one that is not known."""
+"""Names nearest to one that is not known."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
-    """The known names that look most like one that was not found."""
+    """Return the known names that look most like one that was not found."""
     names = sorted(set(known))
     near = difflib.get_close_matches(name, names, n=n, cutoff=0.4)
     meant = f"{name[:1]}_proj"  # "query" shares little with "q_proj"

@@ -1,4 +1,4 @@
-"""The formula of PrefixDeltas, one for each attention layer, and their form on disk."""
+"""Formula of PrefixDeltas, one for each attention layer, and their form on disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from veneer.core.sites import AttentionSite
 
 
 def unflatten_prefix(flat: Float[Tensor, "n width"], sites: Sequence[AttentionSite]) -> tuple[PrefixDelta, ...]:
-    """The records in one matrix, a row for each virtual token: keys of layer 0, its values, keys of layer 1, …"""
+    """Return the records of one matrix with a row for each virtual token: keys of layer 0, its values, keys of layer 1,
+    …
+    """
     sizes = [site.kv_heads * site.head_dim for site in sites for _ in range(2)]
     chunks = torch.split(flat, sizes, dim=1)
     return tuple(
@@ -25,10 +27,10 @@ def unflatten_prefix(flat: Float[Tensor, "n width"], sites: Sequence[AttentionSi
 
 
 def flatten_prefix(records: Sequence[PrefixDelta]) -> Float[Tensor, "n width"]:
-    """The inverse of `unflatten_prefix`."""
+    """Return the matrix of the records: the inverse of `unflatten_prefix`."""
     return torch.cat([part.flatten(1) for record in records for part in (record.k, record.v)], dim=1)
 
 
 def prefix_width(sites: Sequence[AttentionSite]) -> int:
-    """Numbers that one virtual token takes: ``Σ 2 kv_heads head_dim`` over the layers."""
+    """Return the count of numbers in one virtual token: ``Σ 2 kv_heads head_dim`` over the layers."""
     return sum(2 * site.kv_heads * site.head_dim for site in sites)

@@ -1,4 +1,4 @@
-"""Progress on stderr: bars where it is a terminal that can draw them, plain lines elsewhere; and what is waited for."""
+"""Progress on stderr: bars if it is a terminal that can draw them, plain lines otherwise; and long waits by name."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def draws_bars(console: Console) -> bool:
 
 @contextmanager
 def progress_bar(title: str, *columns: ProgressColumn, opens_with: str | None = None) -> Iterator[Tell]:
-    """Show a bar while the block runs, moved by the function that it is given: steps done, and their total.
+    """Show a bar while the block runs. The block moves it by the function that it gets: steps done, and their total.
 
-    The bar appears with the first step, so that another may come and go before it. Where none can be drawn, a line
-    tells them every ``LINE_SECONDS``; what takes less time prints nothing but ``opens_with``, where that is given. Of
-    several processes, which torchrun numbers, the first one tells.
+    The bar appears with the first step, so that another may come and go before it. If no bar can be drawn, a line
+    reports the steps every ``LINE_SECONDS``. A shorter block prints nothing but ``opens_with``, if given. Of several
+    processes, which torchrun numbers, the first one prints.
     """
     # this file and no other: what takes long may have sys.stderr redirected
     console = Console(file=sys.stderr, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
@@ -72,9 +72,10 @@ def _say(console: Console, line: str) -> None:
 
 @contextmanager
 def waits_told(what: str) -> Iterator[None]:
-    """Tell on stderr what is waited for, from the fifth second on, while the block runs; `waiting_for` names the next.
+    """Report a wait for ``what`` on stderr, from the fifth second on, while the block runs; `waiting_for` names the
+    next.
 
-    Of several processes, which torchrun numbers, the first one tells.
+    Of several processes, which torchrun numbers, the first one prints.
     """
     console = Console(file=sys.stderr, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
     wait = _Wait(what, console)
@@ -87,7 +88,7 @@ def waits_told(what: str) -> Iterator[None]:
 
 
 def waiting_for(what: str) -> None:
-    """Name what runs from here on. Nobody is told of it outside of `waits_told`."""
+    """Name the work that runs from here on. Outside of `waits_told` it is not printed."""
     wait = _WAIT.get()
     if wait is not None:
         wait.what = what

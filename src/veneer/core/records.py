@@ -1,4 +1,4 @@
-"""The four records that every method lowers to. The rest of the program knows only these."""
+"""Records that every method lowers to, four in number. The rest of the program knows only these."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Around = Scale | Rotation
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearDelta:
-    """A change to a linear layer ``y = W x + c`` with ``W (o, i)``, made of terms:
+    """Change to a linear layer ``y = W x + c`` with ``W (o, i)``, made of terms:
 
     ``y = output((W + Σ adds) input(x)) + bias``
 
     ``adds`` are changes of the weight: pairs, which are joined to one that comes first, and others. ``input`` and
-    ``output`` map features; None is the identity. ``bias`` *replaces* the layer's own, so IA3 scales it and
-    ``lora_bias`` adds to it before the record is made; None leaves it.
+    ``output`` map features; None is the identity. ``bias`` *replaces* the layer's own; None leaves it. So IA3 scales
+    the bias, and ``lora_bias`` adds to it, before the record is made.
 
     An embedding is the linear layer ``(d, n_tokens)`` applied to one-hot rows; a convolution is one applied to patches.
     Experts stacked in one tensor have a stacked pair and nothing else.
@@ -46,18 +46,18 @@ class LinearDelta:
 
     @classmethod
     def pair(cls, a: Tensor, b: Tensor, scale: float = 1.0, **vectors: Tensor | None) -> LinearDelta:
-        """The record of one low-rank pair; ``vectors`` are its ``core`` and ``b_scale``."""
+        """Return the record of one low-rank pair; ``vectors`` are its ``core`` and ``b_scale``."""
         return cls(adds=(Pair(a=a, b=b, scale=scale, **vectors),))
 
     @property
     def low_rank(self) -> Pair | None:
-        """The pair; None if there is none."""
+        """Low-rank pair; None if there is none."""
         first = self.adds[0] if self.adds else None
         return first if isinstance(first, Pair) else None
 
     @property
     def changes(self) -> tuple[Change, ...]:
-        """The changes of the weight beside the pair."""
+        """Changes of the weight other than the pair."""
         return tuple(term for term in self.adds if not isinstance(term, Pair))
 
     @property
@@ -68,7 +68,7 @@ class LinearDelta:
 
     @property
     def only_adds(self) -> bool:
-        """True if the weight is added to and its inputs and outputs stay: such records have a sum."""
+        """True if terms are added to the weight, and inputs and outputs stay: such records have a sum."""
         return self.input is None and self.output is None
 
     @property
@@ -78,37 +78,37 @@ class LinearDelta:
 
     @property
     def is_low_rank(self) -> bool:
-        """True if a pair is all that changes the weight."""
+        """True if only a pair changes the weight."""
         return self.only_adds and len(self.adds) == 1 and self.low_rank is not None
 
     @property
     def is_elementary(self) -> bool:
-        """True if pairs, scales and a bias are all that there is: kernels know those."""
+        """True if there are no other terms than pairs, scales and a bias: kernels know those."""
         return not self.changes and not any(isinstance(term, Rotation) for term in (self.input, self.output))
 
     @property
     def changes_nothing(self) -> bool:
-        """True if no term is there."""
+        """True if there is no term."""
         return not self.adds and self.only_adds and self.bias is None
 
     @property
     def input_scale(self) -> Float[Tensor, " i"] | None:
-        """The scale of the inputs; None if there is none. A rotation has no scale: see `is_elementary`."""
+        """Scale of the inputs; None if there is none. A rotation has no scale: see `is_elementary`."""
         return self.input.vector if isinstance(self.input, Scale) else None
 
     @property
     def output_scale(self) -> Float[Tensor, " o"] | None:
-        """The scale of the outputs; None if there is none. A rotation has no scale: see `is_elementary`."""
+        """Scale of the outputs; None if there is none. A rotation has no scale: see `is_elementary`."""
         return self.output.vector if isinstance(self.output, Scale) else None
 
     @property
     def terms(self) -> tuple[Pair | Change | Around, ...]:
-        """All terms, in the order of their tensors."""
+        """Terms in the order of their tensors."""
         return (*self.adds, *(term for term in (self.input, self.output) if term is not None))
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """The tensors of all terms, then the bias."""
+        """Tensors of all terms, then the bias."""
         own = tuple(tensor for term in self.terms for tensor in term.tensors)
         return own if self.bias is None else (*own, self.bias)
 
@@ -120,9 +120,9 @@ class LinearDelta:
     def factors(
         self, dtype: torch.dtype | None = None
     ) -> tuple[Float[Tensor, "*experts r i"], Float[Tensor, "*experts o r"]]:
-        """A, and B with all that is multiplied into the pair, of a record that `is_low_rank`; computed in ``dtype``.
+        """Return A, and B with all factors of the pair multiplied in, computed in ``dtype``.
 
-        Raises CompositionError for any other.
+        Raises CompositionError unless the record `is_low_rank`.
         """
         pair = self.low_rank
         if pair is None or not self.is_low_rank:
@@ -131,9 +131,9 @@ class LinearDelta:
         return pair.a, pair.plain_b * pair.scale
 
     def added(self) -> Float[Tensor, "o i"]:
-        """The sum of what is added to the weight, as a matrix in at least float32.
+        """Return the sum of the changes of the weight, as a matrix in at least float32.
 
-        Raises CompositionError if nothing is.
+        Raises CompositionError if there are none.
         """
         if not self.adds:
             raise CompositionError("the record changes no weight, only a bias: there is nothing to combine")
@@ -142,7 +142,7 @@ class LinearDelta:
 
     @property
     def told(self) -> str:
-        """The parts of the record in words, for messages."""
+        """Parts of the record in words, for messages."""
         parts = [
             "a low-rank pair" * (self.low_rank is not None),
             "a change of the whole weight" * bool(self.changes),
@@ -156,11 +156,11 @@ class LinearDelta:
         return " and ".join(filter(None, parts)) or "no term"
 
     def without_pair(self) -> LinearDelta:
-        """The record without its pair, which another holds."""
+        """Return the record without its pair, which another record holds."""
         return self if self.low_rank is None else replace(self, adds=self.changes)
 
     def weighed(self, weight: float, own_bias: Float[Tensor, " o"] | None = None) -> LinearDelta:
-        """The record that changes a layer, whose bias is ``own_bias``, ``weight`` times as much.
+        """Return the record whose change of the layer is ``weight`` times this one's; ``own_bias`` is the layer's bias.
 
         Raises CompositionError if inputs or outputs are mapped: such an update is no sum.
         """
@@ -172,11 +172,11 @@ class LinearDelta:
         return replace(self.with_adds_times(weight), bias=bias)
 
     def with_adds_times(self, weight: float) -> LinearDelta:
-        """The record with what it adds to the weight multiplied by a number."""
+        """Return the record with its changes of the weight multiplied by a number."""
         return replace(self, adds=tuple(term.weighed(weight) for term in self.adds))
 
     def transposed(self) -> LinearDelta:
-        """The record that changes the transposed weight (i, o) as this one changes (o, i); it has no bias."""
+        """Return the record that changes the transposed weight (i, o) as this one changes (o, i); it has no bias."""
         return LinearDelta(
             adds=tuple(term.transposed() for term in self.adds),
             input=None if self.output is None else self.output.transposed(),
@@ -184,17 +184,17 @@ class LinearDelta:
         )
 
     def of_expert(self, expert: int) -> LinearDelta:
-        """The record of one of the stacked experts."""
+        """Return the record of one of the stacked experts."""
         pair = self.low_rank
         return self if pair is None else LinearDelta(adds=(pair.of_expert(expert),))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResidualDelta:
-    """A bottleneck: ``h + scale * (up act(down x + down_bias) + up_bias)``.
+    """Bottleneck: ``h + scale * (up act(down x + down_bias) + up_bias)``.
 
-    ``where`` says what ``x`` and ``h`` are: ``"serial"`` reads and changes the output of a sub-layer before its
-    residual add (x = h); ``"parallel"`` reads the sub-layer's input and changes its output.
+    ``where`` chooses ``x`` and ``h``. ``"serial"`` reads and changes the output of a sub-layer before its residual add
+    (x = h). ``"parallel"`` reads the sub-layer's input and changes its output.
     """
 
     down: Float[Tensor, "r d"]
@@ -208,7 +208,9 @@ class ResidualDelta:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefixDelta:
-    """n virtual key/value pairs in front of the sequence of one attention layer. Keys count as already rotated."""
+    """Virtual key/value pairs, n of them, in front of the sequence of one attention layer. Keys count as already
+    rotated.
+    """
 
     k: Float[Tensor, "n kv_heads head_dim"]
     v: Float[Tensor, "n kv_heads head_dim"]
@@ -216,7 +218,7 @@ class PrefixDelta:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptDelta:
-    """n virtual token embeddings in front of the input."""
+    """Virtual token embeddings, n of them, in front of the input."""
 
     embeddings: Float[Tensor, "n d"]
 

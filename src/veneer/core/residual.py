@@ -1,4 +1,4 @@
-"""The one formula of `records.ResidualDelta`, applied."""
+"""Formula of `records.ResidualDelta`, applied."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 def residual_change(delta: ResidualDelta, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-    """``scale * (up act(down x + down_bias) + up_bias)`` in the bottleneck's own dtype."""
+    """Return ``scale * (up act(down x + down_bias) + up_bias)`` in the bottleneck's own dtype."""
     inner = functional.linear(x.to(delta.down.dtype), delta.down, delta.down_bias)
     return functional.linear(ACTIVATIONS[delta.activation](inner), delta.up, delta.up_bias) * delta.scale
 
 
 def bottleneck_width(features: int, reduction_factor: float) -> int:
-    """r = d // reduction factor, at least 1."""
+    """Return the width r = d // reduction factor, at least 1."""
     return max(1, math.floor(features / reduction_factor))

@@ -1,4 +1,4 @@
-"""The places in a frozen model that a method can change, described by shapes; no module is held."""
+"""Places in a frozen model that a method can change, described by shapes; no module is held."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from veneer.core.frozen import FrozenWeight
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearSite:
-    """A linear map ``y = W x + c``, ``W (out_features, in_features)``.
+    """Linear map ``y = W x + c``, ``W (out_features, in_features)``.
 
-    ``kind`` tells how the input is read: ``"linear"`` takes vectors, ``"embedding"`` takes token ids (in_features is
-    the size of the vocabulary), ``"convolution"`` takes patches of ``window`` positions (in_features is channels times
-    positions). In ``groups`` of channels, the outputs of a group see that group's inputs alone: W is zero elsewhere.
-    ``weight`` and ``bias`` are None while planning, when nothing has been loaded.
-    ``experts`` such maps may lie stacked in one tensor (experts, o, i); the record then has that dimension in front of
-    ``a`` and ``b``, and ``weight`` is None.
+    ``kind`` is the form of the input: ``"linear"`` takes vectors, ``"embedding"`` token ids, ``"convolution"`` patches
+    of ``window`` positions. For an embedding in_features is the size of the vocabulary, for a convolution channels
+    times positions. In ``groups`` of channels, the outputs of a group depend on that group's inputs alone: W is zero
+    elsewhere.
+    ``weight`` and ``bias`` are None in planning, before anything is loaded.
+    ``experts`` such maps may be stacked in one tensor (experts, o, i). The record then has that dimension as the first
+    of ``a`` and ``b``, and ``weight`` is None.
     ``repeats``: how often a low-rank update is added (twice by PEFT at the output projection of torch's attention).
-    ``row_sq`` gives the squared norms of the rows of the weight; who holds the site computes them once.
+    ``row_sq`` returns the squared norms of the rows of the weight; the holder of the site computes them once.
     """
 
     name: str
@@ -41,7 +42,7 @@ class LinearSite:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResidualSite:
-    """The output of one sub-layer of one block, width ``features``, before its residual add."""
+    """Output of one sub-layer of one block, width ``features``, before its residual add."""
 
     name: str
     layer: int
@@ -51,8 +52,9 @@ class ResidualSite:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionSite:
-    """The key/value heads of one attention layer; ``cross``: it stands beside cross-attention, in the decoder of an
-    encoder-decoder.
+    """Key/value heads of one attention layer.
+
+    ``cross``: the layer has a cross-attention layer in its block, in the decoder of an encoder-decoder.
     """
 
     name: str
@@ -64,10 +66,10 @@ class AttentionSite:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputSite:
-    """The input embeddings of the model, width ``features``, for a vocabulary of that many tokens.
+    """Input embeddings of the model, width ``features``, for a vocabulary of that many tokens.
 
-    ``embed`` looks token ids up (None while planning); ``text_ids`` are the tokens of the text that a method starts
-    from. ``layers`` and ``heads`` count those of the model, if it tells them.
+    ``embed`` looks token ids up (None in planning). ``text_ids`` are the tokens of the text that a method starts from.
+    ``layers`` and ``heads`` count those of the model, if it gives them.
     """
 
     name: str

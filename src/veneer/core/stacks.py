@@ -1,6 +1,6 @@
-"""Low-rank factors of experts stacked in one tensor, in the two matrices in which PEFT keeps them.
+"""Low-rank factors of experts stacked in one tensor, in PEFT's form of two matrices.
 
-``A (r E, i)`` holds the experts one after another; in ``B (o, r E)`` the expert runs fastest.
+``A (r E, i)`` holds the experts one after another; in ``B (o, r E)`` the expert index varies fastest.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from torch import Tensor
 
 
 def unstack(a: Float[Tensor, "rE i"], b: Float[Tensor, "o rE"], experts: int) -> tuple[Tensor, Tensor]:
-    """A (E, r, i) and B (E, o, r): a pair for each expert. Views."""
+    """Return A (E, r, i) and B (E, o, r), a pair for each expert, as views."""
     return a.reshape(experts, -1, a.shape[1]), b.reshape(b.shape[0], -1, experts).permute(2, 0, 1)
 
 
 def stack(pairs: Sequence[tuple[Float[Tensor, "r i"], Float[Tensor, "o r"]]]) -> tuple[Tensor, Tensor]:
-    """The inverse of `unstack`."""
+    """Return the two matrices of the experts' pairs: the inverse of `unstack`."""
     a, b = torch.cat([a for a, _ in pairs]), torch.stack([b for _, b in pairs], dim=-1)
     return a, b.reshape(b.shape[0], -1)

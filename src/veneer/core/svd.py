@@ -1,4 +1,4 @@
-"""The singular value decomposition of a low-rank update, from its factors alone."""
+"""Singular value decomposition of a low-rank update, from its factors alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from veneer.errors import CompositionError
 
 
 def svd_of_factors(record: LinearDelta) -> tuple[Float[Tensor, "o r"], Float[Tensor, " r"], Float[Tensor, "r i"]]:
-    """``scale B A = U diag(s) Vᵀ`` as ``(U, s, Vᵀ)`` in at least float32, s falling.
+    """Return ``(U, s, Vᵀ)`` with ``scale B A = U diag(s) Vᵀ`` in at least float32, s in falling order.
 
     QR of both factors, then the SVD of an (R, R) matrix: the update itself is never formed.
 

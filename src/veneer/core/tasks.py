@@ -1,4 +1,4 @@
-"""The tasks that an adapter may be trained for, in PEFT's words."""
+"""Tasks that an adapter may be trained for, in PEFT's terms."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class TaskType(StrEnum):
-    """The task of a config. For the classifying ones the head is trained whole, beside the adapter."""
+    """Task of a config. Classification tasks also train the whole head and save it with the adapter."""
 
     CAUSAL_LM = "CAUSAL_LM"
     SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"

@@ -1,4 +1,4 @@
-"""Ticks of a picture at the very points that it shows, named where there is room."""
+"""Ticks of a picture at exactly the points that it shows, labelled if there is room."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _DIGIT = 0.013  # the width of a character
 def ticks_at(axes: Any, values: Collection[float]) -> None:
     """Put a tick on the logarithmic x-axis of matplotlib's ``axes`` at each of the values, which are above zero.
 
-    Each is named (``1.2M``) unless its name would run into the one before it.
+    Each is labelled (``1.2M``) unless its label would overlap the one before it.
     """
     axes.set_xscale("log")
     places = sorted(set(values))
@@ -23,7 +23,7 @@ def ticks_at(axes: Any, values: Collection[float]) -> None:
 
 
 def short(value: float) -> str:
-    """A number in at most five characters or so: ``950``, ``1.2k``, ``135M``."""
+    """Return a number in about five characters at most: ``950``, ``1.2k``, ``135M``."""
     for unit, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= 0.9995 * unit:
             return f"{value / unit:.3g}{suffix}"

@@ -1,7 +1,7 @@
-"""Single rows of a table of embeddings that are trained while the others stay: looked up, put in, and read by a head.
+"""Single rows of an embedding table that are trained while the others stay: looked up, put in, and read by a head.
 
-``rows (n, d)`` stand in the places ``index (n)`` of a table (n_tokens, d). They replace what is there, they are not
-added to it, so that a table whose new rows start at random gives the same model wherever it is loaded.
+``rows (n, d)`` replace the rows ``index (n)`` of a table (n_tokens, d). They are not added to it, so that a table whose
+new rows start at random gives the same model wherever it is loaded.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 def put_rows(
     table: Float[Tensor, "n_tokens d"], index: Int[Tensor, " n"], rows: Float[Tensor, "n d"]
 ) -> Float[Tensor, "n_tokens d"]:
-    """The table with the rows in their places, in its dtype. A new tensor: the whole table is copied."""
+    """Return the table with the rows in their places, in its dtype. It is a new tensor: the whole table is copied."""
     return table.index_copy(0, index, rows.to(table.dtype))
 
 
@@ -25,7 +25,7 @@ def look_up_rows(
     rows: Float[Tensor, "n d"],
     padding_id: int | None = None,
 ) -> Float[Tensor, "*batch d"]:
-    """The look-up in `put_rows`, from the look-up in the table itself; the table is not copied.
+    """Return the look-up in `put_rows`, given the look-up in the table itself; the table is not copied.
 
     The row of ``padding_id`` gets no gradient, as in torch's embedding.
     """
@@ -44,7 +44,7 @@ def project_rows(
     rows: Float[Tensor, "n d"],
     bias: Float[Tensor, " n_tokens"] | None = None,
 ) -> Float[Tensor, "*batch n_tokens"]:
-    """The output of a head whose weight is `put_rows`, from the output with its own weight.
+    """Return the output of a head whose weight is `put_rows`, given the output with its own weight.
 
     The gradient of the rows is a product of their own size; that of the whole table is never formed.
     """

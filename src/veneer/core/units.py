@@ -1,17 +1,17 @@
-"""Amounts as a person reads them."""
+"""Amounts in a form that people read."""
 
 from __future__ import annotations
 
 
 def size(n_bytes: float) -> str:
-    """Bytes in GB from 1000 MB on, in MB, and in kB where MB would show as next to nothing; a kB is 1000 bytes."""
+    """Return bytes in GB from 1000 MB on, in kB below 50 kB, else in MB; a kB is 1000 bytes."""
     if n_bytes >= 1e9:
         return f"{n_bytes / 1e9:,.2f} GB"
     return f"{n_bytes / 1e6:,.1f} MB" if n_bytes >= 50_000 else f"{n_bytes / 1e3:,.1f} kB"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as ``12 s``, ``4 min 28 s`` or ``2 h 5 min``."""
+    """Return seconds as ``12 s``, ``4 min 28 s`` or ``2 h 5 min``."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -20,5 +20,5 @@ def duration(seconds: float) -> str:
 
 
 def count(n: int, noun: str) -> str:
-    """``1 thread``, ``2 threads``."""
+    """Return a number with its noun: ``1 thread``, ``2 threads``."""
     return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"

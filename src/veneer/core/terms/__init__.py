@@ -1,4 +1,4 @@
-"""The terms of a record at a linear layer, one file each: a pair, a change of the weight, a scale, a rotation.
+"""Terms of a record at a linear layer, one file each: a pair, a change of the weight, a scale, a rotation.
 
-The twins in `ops.linear` compute the same forward and backward for training and serving.
+Their counterparts in `ops.linear` compute the same forward and backward for training and serving.
 """

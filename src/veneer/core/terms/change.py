@@ -1,4 +1,4 @@
-"""A change of the weight that is no small pair: an object with products, as a frozen weight has."""
+"""Change of the weight that is no small pair: an object with products, as a frozen weight has."""
 
 from __future__ import annotations
 
@@ -16,49 +16,49 @@ from veneer.core.terms.term import Term
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change(Term, ABC):
-    """ΔW (o, i), added to the weight.
+    """Change ΔW (o, i), added to the weight.
 
     A subclass declares its tensors as fields and gives `shape` and `dense`, which computes ΔW from them under autograd.
-    Without a ``matmul`` of its own, ΔW is made for one product and made again in the backward pass, so that no layer
-    keeps o·i numbers.
+    If it has no ``matmul`` of its own, ΔW is made for one product and again in the backward pass: no layer keeps o·i
+    numbers.
     """
 
     @property
     @abstractmethod
     def shape(self) -> tuple[int, int]:
-        """(o, i)."""
+        """Shape (o, i)."""
 
     @abstractmethod
     def dense(self, dtype: torch.dtype | None = None) -> Float[Tensor, "o i"]:
-        """ΔW, differentiable in the tensors; None keeps their dtype."""
+        """Return ΔW, differentiable in the tensors; None keeps their dtype."""
 
     def matmul(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
-        """``ΔW x`` on the last axis."""
+        """Return ``ΔW x`` on the last axis."""
         return torch.nn.functional.linear(x, self.dense(x.dtype))
 
     def matmul_t(self, dy: Float[Tensor, "*batch o"]) -> Float[Tensor, "*batch i"]:
-        """``ΔWᵀ dy`` on the last axis."""
+        """Return ``ΔWᵀ dy`` on the last axis."""
         return torch.nn.functional.linear(dy, self.dense(dy.dtype).T)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of its products: that of the first of its tensors that is of floating point."""
+        """Dtype of the products: that of the first floating-point tensor."""
         return next(tensor.dtype for tensor in self.tensors if tensor.is_floating_point())
 
     def apply(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
-        """``ΔW x``, in the change's dtype."""
+        """Return ``ΔW x``, in the change's dtype."""
         return self.matmul(x.to(self.dtype))
 
     def look_up(self, index: Tensor, padding_idx: int | None = None) -> Float[Tensor, "*batch o"]:
-        """The columns of the change by look-up. The column at ``padding_idx`` gets no gradient."""
+        """Return the columns of the change at token ids. The column at ``padding_idx`` gets no gradient."""
         return torch.nn.functional.embedding(index, self.dense().T, padding_idx)
 
     def weighed(self, weight: float) -> Change:
-        """The change times a number."""
+        """Return the change times a number."""
         return Weighed(of=self, weight=weight)
 
     def transposed(self) -> Change:
-        """The change of the transposed weight (i, o)."""
+        """Return the change of the transposed weight (i, o)."""
         return Transposed(of=self)
 
 
@@ -78,7 +78,7 @@ class _Derived(Change, ABC):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weighed(_Derived):
-    """``of`` times a number."""
+    """Change ``of`` times a number."""
 
     weight: float
 
@@ -98,7 +98,7 @@ class Weighed(_Derived):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transposed(_Derived):
-    """``of`` as a change of the transposed weight."""
+    """Change ``of`` as one of the transposed weight."""
 
     @property
     def shape(self) -> tuple[int, int]:

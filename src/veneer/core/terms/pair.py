@@ -1,4 +1,4 @@
-"""A low-rank pair: ``scale * diag(b_scale) B diag(core) A``, added to the weight."""
+"""Low-rank pair: ``scale * diag(b_scale) B diag(core) A``, added to the weight."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from veneer.core.terms.term import Term
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair(Term):
-    """``scale * diag(b_scale) B diag(core) A`` with A (r, i) and B (o, r).
+    """Low-rank pair ``scale * diag(b_scale) B diag(core) A`` with A (r, i) and B (o, r).
 
-    ``core`` and ``b_scale``, vectors between A and B and behind B, let layers share one A and B (VeRA); None is ones.
-    Experts stacked in one tensor have one A and one B each, stacked likewise.
+    The vectors ``core`` (between A and B) and ``b_scale`` (applied after B) let layers share one A and B (VeRA); None
+    is ones. Experts stacked in one tensor have one A and one B each, stacked likewise.
     """
 
     a: Float[Tensor, "*experts r i"]
@@ -28,12 +28,12 @@ class Pair(Term):
 
     @property
     def rank(self) -> int:
-        """The rank, r."""
+        """Rank r of the pair."""
         return self.a.shape[-2]
 
     @property
     def is_stacked(self) -> bool:
-        """True for the pairs of experts, stacked."""
+        """True for stacked pairs of experts."""
         return self.a.ndim > 2
 
     @property
@@ -43,43 +43,43 @@ class Pair(Term):
 
     @property
     def plain_b(self) -> Float[Tensor, "*experts o r"]:
-        """``diag(b_scale) B diag(core)``: the B of a plain pair that does the same."""
+        """Factor ``diag(b_scale) B diag(core)``: the B of the plain pair with the same product."""
         b = self.b if self.core is None else self.b * self.core
         return b if self.b_scale is None else b * self.b_scale[:, None]
 
     @property
     def plain(self) -> Pair:
-        """The pair with core and b_scale multiplied into B."""
+        """Pair with core and b_scale multiplied into B."""
         return self if self.is_plain else Pair(a=self.a, b=self.plain_b, scale=self.scale)
 
     def apply(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
-        """The product with x, in the pair's dtype. Rank first: the matrix ``B A`` is never formed."""
+        """Return the product with x, in the pair's dtype. Rank first: the matrix ``B A`` is never formed."""
         return self.behind_a(torch.nn.functional.linear(x.to(self.a.dtype), self.a))
 
     def behind_a(self, inner: Float[Tensor, "*batch r"]) -> Float[Tensor, "*batch o"]:
-        """``scale * b_scale * B (core * inner)``, ``inner`` being A x."""
+        """Return ``scale * b_scale * B (core * inner)``, with ``inner`` = A x."""
         scaled = inner if self.core is None else inner * self.core
         y = torch.nn.functional.linear(scaled, self.b) * self.scale
         return y if self.b_scale is None else y * self.b_scale
 
     def look_up(self, index: Tensor, padding_idx: int | None = None) -> Float[Tensor, "*batch o"]:
-        """The columns of the change by look-up. The column of A at ``padding_idx`` gets no gradient."""
+        """Return the columns of the change at token ids. The column of A at ``padding_idx`` gets no gradient."""
         return self.behind_a(torch.nn.functional.embedding(index, self.a.T, padding_idx))
 
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "*experts o i"]:
-        """The change as a matrix."""
+        """Return the change as a matrix."""
         return (self.plain_b.to(dtype) @ self.a.to(dtype)) * self.scale
 
     def weighed(self, weight: float) -> Pair:
-        """The change times a number."""
+        """Return the change times a number."""
         return replace(self, scale=self.scale * weight)
 
     def transposed(self) -> Pair:
-        """The change of the transposed weight (i, o)."""
+        """Return the change of the transposed weight (i, o)."""
         return Pair(a=self.plain_b.mT, b=self.a.mT, scale=self.scale)
 
     def of_rows(self, rows: slice) -> Pair:
-        """The part that changes these rows of the weight, or these of its stacked experts."""
+        """Return the part that changes these rows of the weight, or these of its stacked experts."""
         return replace(
             self,
             a=self.a[rows] if self.is_stacked else self.a,
@@ -88,12 +88,12 @@ class Pair(Term):
         )
 
     def of_expert(self, expert: int) -> Pair:
-        """The pair of one of the stacked experts."""
+        """Return the pair of one of the stacked experts."""
         return replace(self, a=self.a[expert], b=self.b[expert])
 
 
 def joined(pairs: Sequence[Pair]) -> Pair:
-    """One pair that is the sum of several: factors concatenated along the rank, exactly."""
+    """Return one pair that is the exact sum of several: factors concatenated along the rank."""
     if len(pairs) == 1:
         return pairs[0]
     b = [pair.plain_b * pair.scale for pair in pairs]

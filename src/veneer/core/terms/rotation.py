@@ -1,7 +1,7 @@
-"""A rotation of inputs or outputs: an orthogonal map, or any other linear map of a layer's features.
+"""Rotation of inputs or outputs: an orthogonal map, or any other linear map of a layer's features.
 
-Liu et al. 2023 (arXiv:2306.07280) turn a layer's inputs by blocks. A map of pairs of features, a permuted one, and one
-that scales besides are other subclasses.
+Liu et al. 2023 (arXiv:2306.07280) turn a layer's inputs by blocks. Other subclasses map pairs of features, permute
+them, or also scale them.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ from veneer.core.terms.term import Term
 
 @dataclass(frozen=True, slots=True)
 class Rotation(Term, ABC):
-    """``x ↦ M x`` with M (n, n) in front of a layer or behind it."""
+    """Linear map ``x ↦ M x`` with M (n, n), of the inputs or the outputs of a layer."""
 
     @property
     @abstractmethod
     def width(self) -> int:
-        """The number of features, n."""
+        """Number of features, n."""
 
     @abstractmethod
     def apply(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
-        """``M x`` on the last axis, differentiable in x and the tensors, in the wider dtype of the two."""
+        """Return ``M x`` on the last axis, differentiable in x and the tensors, in the wider dtype of the two."""
 
     @abstractmethod
     def transposed(self) -> Rotation:
-        """``Mᵀ``: the inverse of an orthogonal map."""
+        """Return the map ``Mᵀ``: the inverse of an orthogonal map."""
 
     def fold_input(self, weight: Float[Tensor, "*experts o n"]) -> Float[Tensor, "*experts o n"]:
-        """``W M``."""
+        """Return ``W M``."""
         return self.transposed().apply(weight)
 
     def fold_output(self, weight: Float[Tensor, "*experts n i"]) -> Float[Tensor, "*experts n i"]:
-        """``M W``."""
+        """Return ``M W``."""
         return self.apply(weight.mT).mT
 
 
 @dataclass(frozen=True, slots=True)
 class BlockRotation(Rotation):
-    """M is block-diagonal: ``blocks[k]`` acts on features k·b to (k + 1)·b."""
+    """Rotation whose M is block-diagonal: ``blocks[k]`` acts on features k·b to (k + 1)·b."""
 
     blocks: Float[Tensor, "k b b"]
 

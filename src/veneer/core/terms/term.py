@@ -1,4 +1,4 @@
-"""What every term of a record answers: its tensors, and itself with others in their place."""
+"""Interface of every term of a record: its tensors, and a copy with other tensors."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """A part of a record: a frozen dataclass. Gradients flow to the fields that are tensors.
+    """Part of a record: a frozen dataclass. Gradients flow to the fields that are tensors.
 
-    A ``lower`` computes small tensors (blocks, factors) under autograd and puts them into a term. Large ones (all
-    o·i numbers of a change) are made inside of the term's products, and again in the backward pass.
+    A ``lower`` computes small tensors (blocks, factors) under autograd and puts them into a term. Large ones (all o·i
+    numbers of a change) are made inside of the term's products, and again in the backward pass.
     """
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """The tensors of the term, in the order of its fields."""
+        """Tensors of the term, in the order of its fields."""
         values = (getattr(self, name) for name in field_names(cast(Hashable, type(self))))
         return tuple(value for value in values if isinstance(value, Tensor))
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Self:
-        """The term with these in place of its `tensors`."""
+        """Return the term with these in place of its `tensors`."""
         held = [name for name in field_names(cast(Hashable, type(self))) if isinstance(getattr(self, name), Tensor)]
         return cast(Self, replace(cast(Any, self), **dict(zip(held, tensors, strict=True))))
 
@@ -36,11 +36,11 @@ class Term:
 
     @property
     def is_trained(self) -> bool:
-        """True if a gradient is asked for in one of the tensors."""
+        """True if any of the tensors requires a gradient."""
         return any(tensor.requires_grad for tensor in self.tensors)
 
 
 @functools.cache
 def field_names(kind: Hashable) -> tuple[str, ...]:
-    """The names of a dataclass's fields."""
+    """Return the names of a dataclass's fields."""
     return tuple(field.name for field in fields(cast(Any, kind)))
