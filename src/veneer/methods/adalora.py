@@ -1,8 +1,8 @@
-"""AdaLoRA: ``W + (alpha / r) B diag(e) A`` whose rank is a budget spent where it matters (Zhang et al. 2023,
+"""AdaLoRA: ``W + (alpha / r) B diag(e) A`` with a budget of ranks that goes by importance (Zhang et al. 2023,
 arXiv:2303.10512).
 
 The update has the form of a singular value decomposition, P Λ Q = B diag(e) A (eq. 3). `Budget` scores each triplet by
-the smoothed sensitivity of its entries (eq. 8 to 11) and sets the weakest e to zero until the budget of the step is met
+the smoothed sensitivity of its entries (eq. 8 to 11). It sets the weakest e to zero until the budget of the step is met
 (eq. 6 and 12). `orthogonality` (eq. 4), added to the loss, pulls B and A towards orthogonal columns and rows.
 """
 
@@ -31,12 +31,12 @@ RANK_OFFSET = 1e-5  # PEFT divides by the rank plus this
 class AdaLoraConfig(LinearMethod):
     """AdaLoRA in PEFT's fields.
 
-    ``init_r``: the rank that every layer starts with; ``target_r``: the mean rank that is left. The budget stays whole
-    for ``tinit`` steps, falls with the cube of the time left, every ``deltaT`` steps, and stays at its target for the
-    last ``tfinal`` of ``total_step``. ``beta1`` and ``beta2`` smooth sensitivity and its uncertainty.
-    ``orth_reg_weight`` weighs the pull towards orthogonality. ``total_step`` None is the length of the run.
-    ``rank_pattern``: as in PEFT's files, which triplets of a layer were kept, by ``<path>.lora_E``; the others are not
-    on disk.
+    ``init_r`` is the rank that every layer starts with, ``target_r`` the mean rank that is left. The budget stays whole
+    for ``tinit`` steps. Then it falls with the cube of the time left, every ``deltaT`` steps. For the last ``tfinal``
+    of ``total_step`` it stays at its target. ``total_step`` None is the length of the run. ``beta1`` and ``beta2``
+    smooth sensitivity and its uncertainty. ``orth_reg_weight`` weighs the pull towards orthogonality. ``rank_pattern``
+    marks the triplets of each layer that were kept, by ``<path>.lora_E``, as in PEFT's files; the others are not on
+    disk.
     """
 
     peft_type: ClassVar[str] = "ADALORA"
@@ -101,7 +101,7 @@ class AdaLoraConfig(LinearMethod):
         return found
 
     def rank(self, site: LinearSite) -> int:
-        """The triplets of a site: those that were kept, where the config says which."""
+        """Return the number of triplets at a site: of those kept, if the config marks them."""
         kept = (self.rank_pattern or {}).get(f"{site.name}.lora_E")
         return self.init_r if kept is None else sum(kept)
 
@@ -163,7 +163,9 @@ class BudgetedTraining:
 
 
 def orthogonality(layers: Sequence[Params]) -> Tensor:
-    """Mean over all factors of ``|A Aᵀ - I|`` and ``|Bᵀ B - I|`` (Frobenius), to be weighed and added to a loss."""
+    """Return the mean of ``|A Aᵀ - I|`` and ``|Bᵀ B - I|`` (Frobenius) over all factors, to be weighed and added to a
+    loss.
+    """
     grams = [gram for p in layers for gram in (p["lora_A"] @ p["lora_A"].T, p["lora_B"].T @ p["lora_B"])]
     parts = [
         torch.linalg.matrix_norm(gram - torch.eye(gram.shape[0], device=gram.device, dtype=gram.dtype))
@@ -173,11 +175,11 @@ def orthogonality(layers: Sequence[Params]) -> Tensor:
 
 
 class Budget:
-    """Spends the ranks of all adapted layers; ``layers`` are the parameters of each by its path.
+    """Budget that allots ranks to all adapted layers; ``layers`` are the parameters of each by its path.
 
     After each backward pass and optimizer step, before the gradients are set to zero, call `step` with the number of
-    the step. ``kept`` says which triplets of each layer still count. Raises ConfigError without a
-    ``total_step``, and where there is nothing to cut.
+    the step. ``kept`` marks the triplets of each layer that still count. Raises ConfigError without a ``total_step``,
+    and if there is nothing to cut.
     """
 
     def __init__(self, config: AdaLoraConfig, layers: Mapping[str, Params]) -> None:
@@ -199,7 +201,7 @@ class Budget:
         self.kept: dict[str, Tensor] = {}
 
     def ranks(self, step: int) -> int:
-        """The budget of a step (eq. 12)."""
+        """Return the budget of a step (eq. 12)."""
         first, last = self.config.tinit, self.total_step - self.config.tfinal
         if step <= first:
             return self.start
@@ -210,7 +212,7 @@ class Budget:
 
     @torch.no_grad()
     def step(self, step: int) -> None:
-        """Score the triplets, and cut where this step is one for cutting."""
+        """Score the triplets, and cut some if this step is one for cutting."""
         last = self.total_step - self.config.tfinal
         if step > last:
             self._apply()
@@ -221,13 +223,13 @@ class Budget:
             self._cut(self.ranks(step))
 
     def state(self) -> dict[str, Tensor]:
-        """Scores, and which triplets are kept, by name."""
+        """Return the scores, and the marks of the kept triplets, by name."""
         scores = {"sensitivity": self.sensitivity, "uncertainty": self.uncertainty}
         found = {f"{what}/{p}/{n}": value for what, of in scores.items() for (p, n), value in of.items()}
         return found | {f"kept/{path}": value for path, value in self.kept.items()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse of `state`."""
+        """Restore a `state`."""
         for name, value in state.items():
             what, _, rest = name.partition("/")
             path, _, parameter = rest.partition("/")

@@ -4,7 +4,7 @@ Three placements of one formula, ``2 d r + r + d`` parameters each:
 
 - Houlsby et al. 2019 (arXiv:1902.00751, section 2.1): after attention and after the feed-forward part, x = h;
 - Pfeiffer et al. 2021 (AdapterFusion, arXiv:2005.00247, section 4.1): after the feed-forward part only, x = h;
-- He et al. 2022 (arXiv:2110.04366, section 4.3): parallel to the feed-forward part, x is what that part reads.
+- He et al. 2022 (arXiv:2110.04366, section 4.3): parallel to the feed-forward part, x is that part's input.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ STARTS = {"bert": bottleneck.bert, "mam_adapter": bottleneck.mam, "houlsby": bot
 
 @dataclass(frozen=True, kw_only=True)
 class BottleneckConfig(ResidualMethod):
-    """Bottleneck adapters; Pfeiffer's where nothing is given. `houlsby` and `parallel` give the other papers' settings.
+    """Bottleneck adapters; Pfeiffer's by default. `houlsby` and `parallel` give the other papers' settings.
 
-    ``after_attention``, ``after_mlp``, ``after_cross_attention``: which sub-layers get one.
+    ``after_attention``, ``after_mlp``, ``after_cross_attention`` choose the sub-layers that get one.
     ``placement``: "serial" (x = h) or "parallel" (x is the sub-layer's input).
     ``size`` is r; None takes ``features // reduction_factor``.
     ``init_weights``: "bert", "mam_adapter" (exactly the identity) or "houlsby".
@@ -63,17 +63,19 @@ class BottleneckConfig(ResidualMethod):
 
     @classmethod
     def houlsby(cls, **fields: object) -> Self:
-        """After attention and after the feed-forward part, swish."""
+        """Return Houlsby's settings: after attention and after the feed-forward part, swish."""
         return cls(**PRESETS["houlsby"] | fields)
 
     @classmethod
     def pfeiffer(cls, **fields: object) -> Self:
-        """After the feed-forward part, ReLU."""
+        """Return Pfeiffer's settings: after the feed-forward part, ReLU."""
         return cls(**PRESETS["pfeiffer"] | fields)
 
     @classmethod
     def parallel(cls, **fields: object) -> Self:
-        """Beside the feed-forward part, half its width, scaled by 4, started at the identity."""
+        """Return He's settings: parallel to the feed-forward part, half its width, scaled by 4, started at the
+        identity.
+        """
         return cls(**PRESETS["parallel"] | fields)
 
     @classmethod
@@ -113,7 +115,7 @@ class BottleneckConfig(ResidualMethod):
         return (wanted,) if isinstance(wanted, int) else None if wanted is None else tuple(wanted)
 
     def width(self, site: ResidualSite) -> int:
-        """r at this site."""
+        """Return the width r at this site."""
         return bottleneck_width(site.features, self.reduction_factor) if self.size is None else self.size
 
     def shapes(self, site: ResidualSite) -> Shapes:

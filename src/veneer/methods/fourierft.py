@@ -28,7 +28,7 @@ from veneer.core.terms.change import Change
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spectrum(Change):
-    """``scaling · Re(F⁻¹(S))``; S (o, i) has ``values`` at ``rows`` and ``columns`` and is zero elsewhere."""
+    """Change ``scaling · Re(F⁻¹(S))``; S (o, i) has ``values`` at ``rows`` and ``columns`` and is zero elsewhere."""
 
     values: Float[Tensor, " n"]
     rows: Int[Tensor, " n"]
@@ -104,7 +104,7 @@ class FourierFTConfig(LinearMethod):
         return replace(super().extras, biases="adapted" if self.bias == "fourier_only" else self.bias)
 
     def frequencies(self, site: LinearSite) -> int:
-        """The numbers trained at a site."""
+        """Return the count of numbers trained at a site."""
         return first_match(self.n_frequency_pattern, site.name, self.n_frequency)
 
     def shapes(self, site: LinearSite) -> Shapes:
@@ -136,7 +136,9 @@ class _Checks(PatternChecks):
 
 @functools.lru_cache(maxsize=64)
 def places(seed: int, o: int, i: int, n: int, *, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows and columns of n of the o·i places of a spectrum, drawn on the CPU as PEFT draws them. Do not write."""
+    """Return rows and columns of n of the o·i entries of a spectrum, drawn on the CPU as PEFT draws them.
+    Do not write.
+    """
     with torch.inference_mode(False):
         drawn = torch.randperm(o * i, generator=torch.Generator().manual_seed(seed))[:n]
         return (drawn // i).to(device), (drawn % i).to(device)

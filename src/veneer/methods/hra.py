@@ -1,7 +1,7 @@
-"""HRA: ``W Π (I - 2 u uᵀ)``, the weight behind a chain of r reflections (Yuan et al. 2024, arXiv:2405.17484, eq. 4).
+"""HRA: ``W Π (I - 2 u uᵀ)``, the weight times a chain of r reflections (Yuan et al. 2024, arXiv:2405.17484, eq. 4).
 
-The chain is ``I - U T Uᵀ`` with U (i, r) of the unit vectors and T triangular (Schreiber and Van Loan 1989, the compact
-WY form): ``T⁻¹ = I/2 + triu(UᵀU, 1)``. So the update is a pair of rank r, ``A = Uᵀ`` and ``B = -W U T``.
+The chain is ``I - U T Uᵀ`` with U (i, r) of the unit vectors and T triangular: ``T⁻¹ = I/2 + triu(UᵀU, 1)``. This is
+the compact WY form (Schreiber and Van Loan 1989). So the update is a pair of rank r, ``A = Uᵀ`` and ``B = -W U T``.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class HRAConfig(LinearMethod):
     ``apply_GS`` makes the vectors orthogonal, one after the other (Gram and Schmidt). With ``init_weights`` and an even
     ``r`` they start as equal pairs, whose reflections cancel.
 
-    Departs: with ``apply_GS`` all vectors start random, for equal ones cannot be made orthogonal. PEFT divides what
-    rounding leaves of them by its norm.
+    Departs: with ``apply_GS`` all vectors start random, for equal ones cannot be made orthogonal. PEFT normalizes their
+    rounding error instead.
     """
 
     peft_type: ClassVar[str] = "HRA"

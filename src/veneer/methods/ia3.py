@@ -1,7 +1,7 @@
 """IA3: vectors rescale keys, values and feed-forward activations (Liu et al. 2022, arXiv:2205.05638, section 3.3).
 
-A vector l multiplies the output of a layer (bias included), or, for ``feedforward_modules``, its input; of a
-convolution, the channels. It starts at one.
+A vector l multiplies the output of a layer (bias included), or its input for ``feedforward_modules``. At a convolution
+it multiplies the channels. It starts at one.
 """
 
 from __future__ import annotations
@@ -69,11 +69,12 @@ class IA3Config(LinearMethod):
         return _Checks(self.feedforward_modules or ())
 
     def for_sites(self, sites: Sequence[LinearSite], known: Known) -> Self:
-        """The targets that scale their input, said as PEFT takes it: among ``target_modules``, and never left out.
+        """Return the config with the targets that scale their input in PEFT's form: among ``target_modules``, never
+        left out.
 
-        Whole paths where names do not say it, and for chosen layers: PEFT's IA3 cannot choose any. Where a file does
-        not say it, vectors do that are rows, (1, i). Those of a convolution are (1, channels, 1, …) either way: they
-        scale outputs, as on a model.
+        They are whole paths if names do not determine them, and for chosen layers: PEFT's IA3 cannot choose layers. If
+        a file does not give them, targets whose vectors are rows, (1, i), count. Vectors of a convolution are (1,
+        channels, 1, …) either way: they scale outputs, as on a model.
         """
         if known.shapes and self.feedforward_modules is None:
             scaled_by_rows = {p: own["ia3_l"] for p, own in known.shapes.items() if len(own["ia3_l"]) == 2}

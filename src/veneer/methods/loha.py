@@ -1,7 +1,7 @@
-"""LoHa: ``W + (alpha / r) (B₁ A₁) ⊙ (B₂ A₂)``, a product entry by entry of two low-rank ones (Hyeon-Woo et al. 2022,
+"""LoHa: ``W + (alpha / r) (B₁ A₁) ⊙ (B₂ A₂)``, an entrywise product of two low-rank ones (Hyeon-Woo et al. 2022,
 arXiv:2108.06098, proposition 1).
 
-It is a pair of rank r²: A's rows are all products of a row of A₁ and one of A₂, B's columns all products of columns.
+It is a pair of rank r². A's rows are all products of a row of A₁ and one of A₂; B's columns likewise.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class LoHaConfig(LinearMethod):
         return {**super().fields_for(model_type), **LOW_RANK.get(model_type, {})}
 
     def rank(self, site: LinearSite) -> int:
-        """r at this site."""
+        """Return the rank r at this site."""
         return first_match(self.rank_pattern, site.name, self.r)
 
     @property

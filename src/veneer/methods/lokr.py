@@ -29,7 +29,7 @@ _DROPS = "drops parts of the update in training, which is not supported: set it 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kronecker(Change):
-    """``W₁ ⊗ W₂``, which its products never make."""
+    """Change ``W₁ ⊗ W₂``, computed without forming the product."""
 
     w1: Float[Tensor, "o1 i1"]
     w2: Float[Tensor, "o2 i2"]
@@ -129,8 +129,9 @@ class LoKrConfig(LinearMethod):
 
 
 def factors_of(n: int, factor: int) -> tuple[int, int]:
-    """Two numbers whose product is n: ``factor`` and the other if it divides n, else the two of least sum of which the
-    smaller is at most ``factor`` (-1: any).
+    """Return two numbers whose product is n: ``factor`` and its cofactor if ``factor`` divides n.
+
+    Otherwise they are the pair of least sum whose smaller number is at most ``factor`` (-1: any).
     """
     if factor > 0 and n % factor == 0:
         return factor, n // factor

@@ -43,18 +43,20 @@ _VARIANTS = all_variants()  # once, here: torch.compile cannot follow an import 
 class LoraConfig(LoraSettings):
     """LoRA and its variants, in PEFT's fields.
 
-    ``rank_pattern`` and ``alpha_pattern`` override r and alpha where the module path ends with a key (a regular
+    ``rank_pattern`` and ``alpha_pattern`` override r and alpha if the module path ends with a key (a regular
     expression).
-    ``bias``: which biases of the base are trained too: "none", "all", or those of the adapted layers ("lora_only").
+    ``bias`` chooses the biases of the base that are also trained: "none", "all", or those of the adapted layers
+    ("lora_only").
     ``init_lora_weights`` names a start in `veneer.inits`: True (Kaiming A, zero B), "gaussian", "pissa", …; False makes
     both random, so that the start changes the model.
-    ``eva_config``: how "eva" starts, once `initialize_lora_eva_weights` gives it data; None is the defaults.
-    ``trainable_token_indices``: rows of the input embeddings (or of tables, by module name) that are trained, each in
-    the place of the base's; a head tied to the embeddings sees them too. They alone are on disk.
+    ``eva_config``: settings of the start "eva", once `initialize_lora_eva_weights` gives it data; None is the defaults.
+    ``trainable_token_indices``: rows of the input embeddings (or of tables, by module name) that are trained and
+    replace the base's. A head tied to the embeddings uses them too. Only these rows are on disk.
     ``target_parameters``: parameters that no linear layer holds, by the ends of their paths, such as
-    "experts.gate_up_proj": matrices (o, i), or experts' stacked (E, o, i), each expert with factors of its own.
-    ``ensure_weight_tying``: where modules share the input embeddings' weight (a tied head) and one of them is adapted
-    or trained whole, all of them share one adapter or one copy: ΔW at the embeddings, ΔWᵀ at the head.
+    "experts.gate_up_proj". They are matrices (o, i), or experts' stacked (E, o, i), each expert with factors of its
+    own.
+    ``ensure_weight_tying`` applies if modules share the input embeddings' weight (a tied head) and one of them is
+    adapted or trained whole. Then all of them share one adapter or one copy: ΔW at the embeddings, ΔWᵀ at the head.
     ``fan_in_fan_out`` is read for compatibility; a layer that stores Wᵀ is recognised by its type.
     """
 
@@ -66,7 +68,9 @@ class LoraConfig(LoraSettings):
     usual_fields: ClassVar[Mapping[str, object]] = {"target_modules": "all-linear"}
 
     def scale(self, site: LinearSite) -> float:
-        """The factor of B A at this site: alpha / r, or a variant's form of it, as often as it is added."""
+        """Return the factor of B A at this site: alpha / r or a variant's form of it, times the repeats of
+        the update.
+        """
         r = self.rank(site)
         scale = self.alpha(site) / r
         for variant in self._variants("scale"):

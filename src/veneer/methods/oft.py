@@ -1,7 +1,7 @@
 """OFT: ``W R``, the inputs rotated by blocks before the weight (Qiu et al. 2023, arXiv:2306.07280, section 3.3).
 
-Each block is Cayley's transform of a skew-symmetric Q, ``R = (I - Q) (I + Q)⁻¹``, or the first terms of its Neumann
-series, as in PEFT: ``I + 2 Q + 2 Q² + … + Qⁿ``.
+Each block is Cayley's transform of a skew-symmetric Q: ``R = (I - Q) (I + Q)⁻¹``. As in PEFT, it may be the first terms
+of its Neumann series: ``I + 2 Q + 2 Q² + … + Qⁿ``.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class OFTConfig(LinearMethod):
         return replace(super().extras, biases="adapted" if self.bias == "oft_only" else self.bias)
 
     def blocks(self, site: LinearSite) -> tuple[int, int]:
-        """The number of blocks at a site, and their size."""
+        """Return the number of blocks at a site, and their size."""
         n = site.in_features
         if self.r:
             r = nearest_divisor(n, self.r)
@@ -112,21 +112,23 @@ class OFTConfig(LinearMethod):
 
 
 def skew_symmetric(upper: Float[Tensor, "n k"], size: int) -> Float[Tensor, "n b b"]:
-    """Matrices with these numbers above the diagonal, row by row, and their negatives below it."""
+    """Return matrices with these numbers above the diagonal, row by row, and their negatives below it."""
     rows, columns = torch.triu_indices(size, size, 1, device=upper.device)
     half = upper.new_zeros(len(upper), size * size).index_copy(1, rows * size + columns, upper).view(-1, size, size)
     return half - half.mT
 
 
 def cayley(q: Float[Tensor, "n b b"]) -> Float[Tensor, "n b b"]:
-    """``(I - Q) (I + Q)⁻¹``: orthogonal."""
+    """Return ``(I - Q) (I + Q)⁻¹``, which is orthogonal."""
     identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
     turned: Tensor = torch.linalg.solve(identity + q, identity - q, left=False)
     return turned
 
 
 def neumann(q: Float[Tensor, "n b b"], n_terms: int) -> Float[Tensor, "n b b"]:
-    """``I + 2 Q + … + 2 Qⁿ⁻² + Qⁿ⁻¹`` for n terms. As in PEFT, three are as four, and two are ``I + 2 Q``."""
+    """Return ``I + 2 Q + … + 2 Qⁿ⁻² + Qⁿ⁻¹`` for n terms. As in PEFT, three give the same as four, and two
+    ``I + 2 Q``.
+    """
     r = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device).expand_as(q)
     if n_terms == 1:
         return r
@@ -142,7 +144,7 @@ def neumann(q: Float[Tensor, "n b b"], n_terms: int) -> Float[Tensor, "n b b"]:
 
 
 def nearest_divisor(n: int, wanted: int) -> int:
-    """The divisor of n that is nearest to ``wanted``, the smaller of two; n itself if ``wanted`` is not below it."""
+    """Return the divisor of n nearest to ``wanted``, the smaller of two; n itself if ``wanted`` is not below it."""
     if wanted >= n:
         return n
     return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (abs(d - wanted), d))

@@ -1,8 +1,9 @@
 """Prefix tuning: n trained key/value pairs in front of the sequence in every attention layer (Li & Liang 2021,
-arXiv:2101.00190, section 4.2), either as they are or made by an MLP from n small vectors (section 4.3, eq. 3).
+arXiv:2101.00190, section 4.2).
 
-The keys count as rotated already; real tokens take positions from n on. A plain save holds the keys and values in one
-matrix, whatever made them.
+The pairs are trained as they are, or made by an MLP from n small vectors (section 4.3, eq. 3). The keys count as
+rotated already; real tokens take positions from n on. A plain save holds the keys and values in one matrix in both
+cases.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Prompt tuning: n trained embeddings in front of the input (Lester et al. 2021, arXiv:2104.08691, section 2).
 
 Departs: RANDOM draws at the scale of the model's own embeddings (PEFT: standard deviation 1, some seven times that of
-SmolLM2's), and the logits that come back leave the virtual positions out unless ``keep_virtual_logits`` is set.
+SmolLM2's). The returned logits leave the virtual positions out unless ``keep_virtual_logits`` is set.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ class PromptTuningConfig(PromptMethod):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> Self:
-        """Of a saved prompt a text that it did not start from is left out: PEFT writes what it was given."""
+        """Return the config of a saved prompt, without a text that it did not start from: PEFT writes every
+        given text.
+        """
         unread = values.get("inference_mode") and values.get("prompt_tuning_init") != "TEXT"
         left = ("prompt_tuning_init_text",) if unread else ()
         return super().from_dict({name: value for name, value in values.items() if name not in left})

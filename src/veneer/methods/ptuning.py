@@ -1,8 +1,8 @@
 """P-tuning: a network makes the n virtual embeddings in training (Liu et al. 2021, arXiv:2103.10385, section 3.2).
 
-The network is an MLP or a bidirectional LSTM with an MLP on top. A plain save holds what it makes.
+The network is an MLP or a bidirectional LSTM with an MLP on top. A plain save holds its output.
 
-Departs: the logits that come back leave the virtual positions out unless ``keep_virtual_logits`` is set.
+Departs: the returned logits leave the virtual positions out unless ``keep_virtual_logits`` is set.
 """
 
 from __future__ import annotations

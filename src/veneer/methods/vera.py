@@ -1,7 +1,7 @@
 """VeRA: ``W + diag(b) B diag(d) A``, random A and B shared by all layers, vectors d and b trained (Kopiczko et al.
 2024, arXiv:2310.11454, eq. 2).
 
-A and B are drawn once, from ``projection_prng_key``, as large as the largest layer needs; each layer takes the first
+A and B are drawn once, from ``projection_prng_key``, as large as the largest layer needs. Each layer takes the first
 columns of A and the first rows of B. d starts at ``d_initial``, b at zero.
 """
 
@@ -30,8 +30,8 @@ from veneer.core.sites import LinearSite
 class VeraConfig(LinearMethod):
     """VeRA in PEFT's fields.
 
-    ``save_projection`` writes A and B too; where a file holds them, they are checked against ``projection_prng_key``.
-    ``projection_size`` (largest output, largest input of the adapted layers) is filled in when it is attached.
+    ``save_projection`` writes A and B too; if a file holds them, they are checked against ``projection_prng_key``.
+    ``projection_size`` (largest output, largest input of the adapted layers) is filled in when the adapter is attached.
     """
 
     peft_type: ClassVar[str] = "VERA"
@@ -118,9 +118,10 @@ class VeraConfig(LinearMethod):
 def projections(
     key: int, r: int, out_features: int, in_features: int, *, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """A (r, in_features), B (out_features, r): Kaiming uniform with gain √2, drawn on the CPU in float32 from ``key``.
+    """Return A (r, in_features) and B (out_features, r): Kaiming uniform with gain √2, drawn on the CPU in float32 from
+    ``key``.
 
-    One copy for all layers; those of the last eight configs and devices are kept. Do not write.
+    All layers share one copy; those of the last eight configs and devices are kept. Do not write.
     """
     generator = torch.Generator().manual_seed(key)
     drawn = []

@@ -1,1 +1,1 @@
-"""Parts of LoRA: its settings, what it refuses, how it is written, started late, and made of records."""
+"""Parts of LoRA: its settings, refusals, form on disk, late starts, and conversion from records."""

@@ -1,4 +1,4 @@
-"""LoRA's refusals once the layers that it adapts are known."""
+"""Refusals of LoRA once the layers that it adapts are known."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from veneer.methods.lora_parts.settings import LoraSettings
 
 @dataclass(frozen=True)
 class LoraChecks(Checks):
-    """Ranks and settings that no layer has a place for."""
+    """Checks for ranks and settings that do not fit the layers."""
 
     config: LoraSettings
 
@@ -22,7 +22,9 @@ class LoraChecks(Checks):
         return unmatched(patterns, names) + self._too_large(sites)
 
     def layers(self, sites: Sequence[LinearSite]) -> list[str]:
-        """In groups B is made of blocks, and none of the variants and starts from the weight is such a product."""
+        """Return the problems at convolutions in groups: B consists of blocks, which variants and starts from the
+        weight do not give.
+        """
         grouped = [site for site in sites if site.groups > 1]
         found = [
             f"r={self.config.rank(site)} at {site.name}, a convolution in {site.groups} groups: a rank that "

@@ -12,7 +12,7 @@ from veneer.methods.lora_parts.settings import LoraSettings
 
 @dataclass(frozen=True, kw_only=True)
 class LoraLateStart(LateStart):
-    """A and B, once more by themselves; ranks and alphas that differ by layer go into the patterns."""
+    """Late start of A and B; ranks and alphas that differ by layer go into the patterns."""
 
     config: LoraSettings
 
@@ -25,7 +25,10 @@ class LoraLateStart(LateStart):
     def with_ranks(
         self, sites: Mapping[str, LinearSite], ranks: Mapping[str, int], keep_scale: bool
     ) -> Mapping[str, object]:
-        """The layers that are left by their whole paths, with ranks and alphas of their own."""
+        """Return the config's fields for the layers that are left, with ranks and alphas of their own.
+
+        Layers are named by their whole paths if some are dropped.
+        """
         config, left = self.config, [path for path in sites if ranks[path]]
         patterned = replace(config, rank_pattern={path: ranks[path] for path in left if ranks[path] != config.r})
         alphas = {}

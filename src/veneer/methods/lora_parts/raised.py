@@ -15,7 +15,7 @@ from veneer.core.sites import LinearSite
 def fields_of(records: Mapping[str, LinearDelta]) -> dict[str, Any] | None:
     """Return the fields of a config for these records, by module path; None if one is more than a pair and a bias.
 
-    Where only biases change, the factors are zero.
+    If only biases change, the factors are zero.
     """
     if not all(record.only_adds and not record.changes for record in records.values()):
         return None

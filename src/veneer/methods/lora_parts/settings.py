@@ -1,4 +1,4 @@
-"""LoRA's settings: its fields in PEFT's names, what is wrong with them, and those that differ by layer."""
+"""Settings of LoRA: its fields in PEFT's names, their problems, and the values that differ by layer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from veneer.inits.eva import EvaConfig
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSettings(LinearMethod):
-    """The fields of `LoraConfig`, what is wrong with them, and those that differ by layer."""
+    """Fields of `LoraConfig`, their problems, and the values that differ by layer."""
 
     inert: ClassVar[frozenset[str]] = frozenset(
         {"r", "rank_pattern", "lora_dropout", "bias", "init_lora_weights", "eva_config", "fan_in_fan_out", "lora_bias"}
@@ -90,7 +90,7 @@ class LoraSettings(LinearMethod):
         return found + broken({"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern})
 
     def rank(self, site: LinearSite) -> int:
-        """r at this site."""
+        """Return the rank r at this site."""
         return first_match(self.rank_pattern, site.name, self.r)
 
     @property
@@ -98,7 +98,7 @@ class LoraSettings(LinearMethod):
         return max((self.r, *self.rank_pattern.values()))
 
     def alpha(self, site: LinearSite) -> float:
-        """alpha at this site."""
+        """Return alpha at this site."""
         return first_match(self.alpha_pattern, site.name, self.lora_alpha)
 
     @abstractmethod
@@ -107,7 +107,7 @@ class LoraSettings(LinearMethod):
 
     @property
     def start(self) -> Start:
-        """The start of A and B."""
+        """Initialization of A and B."""
         return cast(Start, find_start(self.init_lora_weights))  # problems() has seen to it
 
 

@@ -1,4 +1,4 @@
-"""LoRA as it is written: a start whose product is taken off the update, ``B A - B₀ A₀``, becomes plain LoRA."""
+"""LoRA on disk: a start whose product is subtracted from the update, ``B A - B₀ A₀``, becomes plain LoRA."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from veneer.methods.lora_parts.settings import LoraSettings
 
 
 def joined(params: Params) -> tuple[Tensor, Tensor]:
-    """A and B; where the start is taken off, ``[A; A₀]`` and ``[B, -B₀]``, whose product is ``B A - B₀ A₀``."""
+    """Return A and B. If the start is subtracted they are ``[A; A₀]`` and ``[B, -B₀]``, with product ``B A
+    - B₀ A₀``.
+    """
     a, b = params["lora_A"], params["lora_B"]
     if "lora_A_start" not in params:
         return a, b
@@ -27,7 +29,7 @@ def turned(params: Params) -> dict[str, Tensor]:
 
 
 def packing_of(config: LoraSettings) -> Packing:
-    """Return plain LoRA, of twice the rank for a start that is taken off: it fits the plain base, for anybody."""
+    """Return plain LoRA, which fits the plain base in any library. A start that is subtracted doubles the rank."""
     if config.init_lora_weights == "eva":
         return Packing({"init_lora_weights": True, "eva_config": None})
     if not config.start.taken_off:
@@ -47,7 +49,7 @@ def packing_of(config: LoraSettings) -> Packing:
 
 @dataclass(frozen=True)
 class TakenOff(Packing):
-    """The start that is taken off, ``- B₀ A₀``, as more rows of A and columns of B."""
+    """Packing of a subtracted start, ``- B₀ A₀``, as more rows of A and columns of B."""
 
     def pack(self, params: Params) -> dict[str, Tensor]:
         a, b = joined(params)

@@ -4,7 +4,7 @@ The norm is held constant in the gradient (section 4.3), so the record is LoRA's
 outputs. The norms come from products with A and B; the matrix B A is never formed.
 
 Departs: in training with dropout, PEFT pushes the dropped input through W as well; here, as in torchtune, dropout
-touches only what feeds A.
+touches only the input of A.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ READS_WEIGHT = True
 
 
 def shapes(config: LinearMethod, site: LinearSite) -> Shapes:
-    """The magnitude, one per output row; a convolution's has the dimensions of its output."""
+    """Return the shape of the magnitude, one per output row; a convolution's has the dimensions of its output."""
     of_convolution = (1, site.out_features, *[1] * len(site.window))
     return {"lora_magnitude_vector": of_convolution if site.window else (site.out_features,)}
 
 
 def init(config: LinearMethod, site: LinearSite, factors: Params) -> dict[str, Tensor]:
-    """The row norms of the frozen weight with the start of the factors, so that the start changes nothing."""
+    """Return the row norms of the frozen weight with the initial factors, so that the start changes nothing."""
     start = config.lower(site, {**factors, "lora_magnitude_vector": torch.ones(site.out_features)})
     return {name: _norms(site, start).float().cpu().view(shape) for name, shape in shapes(config, site).items()}
 
 
 def lower(config: LinearMethod, site: LinearSite, params: Params, record: LinearDelta) -> LinearDelta:
-    """LoRA's record with ``m / norm`` behind it."""
+    """Return LoRA's record with its outputs scaled by ``m / norm``."""
     magnitude = params["lora_magnitude_vector"].flatten()
     # A row of zeros has no direction and magnitude 0: it stays zero instead of becoming 0 / 0.
     norms = _norms(site, record).to(magnitude.device).clamp_min(torch.finfo(magnitude.dtype).tiny)

@@ -1,6 +1,6 @@
-"""A trained bias on B: ``y += scale · c`` with c (o,) starting at zero (PEFT's ``lora_bias``; no paper).
+"""Trained bias on B: ``y += scale · c`` with c (o,) starting at zero (PEFT's ``lora_bias``; no paper).
 
-It makes room for adapters extracted from fully trained models, whose biases moved too.
+It serves adapters extracted from fully trained models, whose biases changed too.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ OUTWARD = ("lora_B_bias",)
 
 
 def shapes(config: LinearMethod, site: LinearSite) -> Shapes:
-    """One number per output."""
+    """Return the shape of the bias: one number per output."""
     return {"lora_B_bias": (site.out_features,)}
 
 
 def init(config: LinearMethod, site: LinearSite, factors: Params) -> dict[str, Tensor]:
-    """Zero: the start changes nothing."""
+    """Return a bias of zero: the start changes nothing."""
     return {"lora_B_bias": torch.zeros(site.out_features)}
 
 
 def lower(config: LinearMethod, site: LinearSite, params: Params, record: LinearDelta) -> LinearDelta:
-    """The layer's own bias with the scaled new one added."""
+    """Return the record with the layer's own bias plus the scaled new one."""
     added = params["lora_B_bias"] * cast(Pair, record.low_rank).scale
     return replace(record, bias=added if site.bias is None else site.bias + added)

@@ -1,4 +1,4 @@
-"""rsLoRA: the scale is alpha / √r instead of alpha / r (Kalajdzievski 2023, arXiv:2312.03732, eq. 4).
+"""Scale of rsLoRA: alpha / √r instead of alpha / r (Kalajdzievski 2023, arXiv:2312.03732, eq. 4).
 
 With alpha / r the update of each step shrinks as r grows; with alpha / √r forward and gradient keep their size in r.
 """
@@ -11,5 +11,5 @@ SWITCH = "use_rslora"
 
 
 def scale(r: int, scale_so_far: float) -> float:
-    """alpha / r becomes alpha / √r."""
+    """Return the scale alpha / √r, given alpha / r."""
     return scale_so_far * math.sqrt(r)
