@@ -1,4 +1,4 @@
-"""A whole adapter from one record for each layer: of a method that can have them."""
+"""Whole adapter from one record for each layer, of a method that can hold them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from veneer.errors import CompositionError
 def raised(records: Mapping[str, LinearDelta], targets: Sequence[str]) -> Raised:
     """Return an adapter that has these records, by module path.
 
-    ``targets``: names that match exactly those paths. Raises CompositionError where no one method can have all of them.
+    ``targets``: names that match exactly those paths. Raises CompositionError if no single method can hold all of them.
     """
     ways = (method.raised(records, targets) for method in concrete(LinearMethod).values())
     found = next((way for way in ways if way is not None), None)

@@ -1,4 +1,4 @@
-"""One update from several at one layer, by the name of the way."""
+"""One update from several at one layer, by the name of the method."""
 
 from __future__ import annotations
 
@@ -26,14 +26,18 @@ SPARSE = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 
 @dataclass(frozen=True, kw_only=True)
 class Combination:
-    """A way to combine updates, and its settings.
+    """Method to combine updates, and its settings.
 
-    ``how``: "linear" is the weighted sum: exact, with ranks added up, where all updates are low-rank and no ``rank``
-    is given, else truncated (a DoRA update has full rank); "cat" is the exact sum and never truncated; "svd" truncates
-    to ``rank`` or to the largest rank that goes in; "factorwise" adds A to A and B to B, which leaves cross terms; the
-    others work on whole updates and come back to ``rank`` (default: the largest that goes in).
-    ``density``: the share of entries that "ties", "magnitude_prune" and "dare_…" keep.
-    ``seed`` is that of DARE's draw.
+    ``how`` is one of:
+
+    - "linear": the weighted sum. It is exact, with ranks added up, if all updates are low-rank and no ``rank`` is
+      given. Otherwise it is truncated (a DoRA update has full rank).
+    - "cat": the exact sum, never truncated.
+    - "svd": truncates to ``rank``, or to the largest rank of the inputs.
+    - "factorwise": adds A to A and B to B, which leaves cross terms.
+    - all others: combine whole updates and truncate to ``rank`` (default: the largest of the inputs).
+
+    ``density``: the share of entries that "ties", "magnitude_prune" and "dare_…" keep. ``seed`` is that of DARE's draw.
     """
 
     how: Way = "linear"
@@ -64,11 +68,10 @@ class Combination:
 def combine(
     updates: Sequence[Update], weights: Sequence[float], plan: Combination, name: str = ""
 ) -> tuple[LinearDelta, float]:
-    """One record that changes the layer as the plan says, and the relative Frobenius error that bringing it to a
-    rank made.
+    """Return one record that changes the layer as planned, and the relative Frobenius error of its rank reduction.
 
-    ``name`` of the layer gives DARE's draw there, so that layers of one shape are not thinned alike. Weights may be
-    negative. Biases that records carry are left to the caller.
+    The layer's ``name`` seeds DARE's draw, so that layers of one shape are not pruned alike. Weights may be negative.
+    Biases in the records are left to the caller.
     """
     if len(updates) != len(weights) or not updates:
         raise CompositionError(
@@ -92,7 +95,7 @@ def combine(
 
 
 def rank_needed(updates: Sequence[Update], weights: Sequence[float], plan: Combination, name: str, error: float) -> int:
-    """The smallest rank that brings this layer's combination to at most this relative error."""
+    """Return the smallest rank that limits the relative error of this layer's combination to this value."""
     return rank_within(_merged(updates, weights, plan, name), error)
 
 

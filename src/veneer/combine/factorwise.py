@@ -1,5 +1,8 @@
-"""PEFT's "linear": A added to A and B added to B. Its product has the cross terms ``B_i A_j``, so it is not the sum
-of the updates; kept under its own name for those who need to reproduce it."""
+"""PEFT's "linear": A added to A and B added to B.
+
+The product has the cross terms ``B_i A_j``, so it is not the sum of the updates. It keeps its own name for reproducing
+PEFT's results.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,9 @@ from veneer.errors import CompositionError
 
 
 def factorwise(updates: Sequence[Update], weights: Sequence[float]) -> LinearDelta:
-    """``A = Σ sign(w) √(|w| s) A_i`` and ``B = Σ √(|w| s) B_i`` over low-rank updates of one rank.
+    """Return ``A = Σ sign(w) √(|w| s) A_i`` and ``B = Σ √(|w| s) B_i`` over low-rank updates of one rank.
 
-    Raises CompositionError where ranks differ, or a record scales its layer, or its scale is negative.
+    Raises CompositionError if ranks differ, a record scales its layer, or its scale is negative.
     """
     ranks = {u.record.rank for u in updates}
     pairs = [u.record.low_rank.plain for u in updates if u.is_lowrank and u.record.low_rank is not None]

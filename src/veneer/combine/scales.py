@@ -1,6 +1,8 @@
-"""Adding up adapters that only rescale (IA3). ``diag(l) W - W = diag(l - 1) W``, so the exact weighted sum of
-updates is the scale ``1 + Σ w_i (l_i - 1)``. Departs from PEFT, which takes ``Σ w_i l_i``: the same only where the
-weights add up to one."""
+"""Sum of adapters that only rescale (IA3).
+
+``diag(l) W - W = diag(l - 1) W``, so the exact weighted sum of updates is the scale ``1 + Σ w_i (l_i - 1)``. Departs
+from PEFT, which takes ``Σ w_i l_i``: equal only if the weights add up to one.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ def only_scales(updates: Sequence[Update]) -> bool:
 
 
 def combined_scales(updates: Sequence[Update], weights: Sequence[float], how: str) -> LinearDelta:
-    """The record of the weighted sum of rescalings, all of inputs or all of outputs."""
+    """Return the record of the weighted sum of rescalings, all of inputs or all of outputs."""
     if how != "linear":
         raise CompositionError(f"adapters that only rescale (IA3) can be combined with how='linear', not {how!r}")
     ins, outs = [u.record.input_scale for u in updates], [u.record.output_scale for u in updates]

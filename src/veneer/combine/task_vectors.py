@@ -1,5 +1,7 @@
-"""Task vectors: the changes that fine-tuning made to a weight, combined and added to the base's (Ilharco et al. 2023,
-arXiv:2212.04089), plain or by TIES or DARE."""
+"""Task vectors: the changes of a weight by fine-tuning, combined and added to the base's, plain or by TIES or DARE.
+
+Source: Ilharco et al. 2023, arXiv:2212.04089.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,14 @@ How = Literal["task_arithmetic", "ties", "dare_linear", "dare_ties"]
 
 @dataclass(frozen=True, kw_only=True)
 class TaskVectors:
-    """A way to combine task vectors, and its settings.
+    """Method to combine task vectors, and its settings.
 
-    ``how``: "task_arithmetic" adds them up with their weights; "ties" keeps the largest entries and those that agree
-    with the elected sign; "dare_linear" and "dare_ties" keep a random draw instead.
-    ``density``: the share of entries kept; without meaning for "task_arithmetic".
-    ``normalize``: whether to divide by the weights that took part; None means yes for "ties" alone, as mergekit does.
-    ``vote``: the sign of the sum of weighted values ("total") or of their signs ("frequency").
-    ``scale`` multiplies the result (λ of TIES). ``seed`` is that of DARE's draw.
+    - ``how``: "task_arithmetic" is the weighted sum. "ties" keeps the largest entries and those that agree with the
+      elected sign. "dare_linear" and "dare_ties" keep a random draw instead.
+    - ``density``: the share of entries kept; not for "task_arithmetic".
+    - ``normalize``: True divides by the weights that took part; None means True for "ties" alone, as in mergekit.
+    - ``vote``: the sign of the sum of weighted values ("total") or of their signs ("frequency").
+    - ``scale`` multiplies the result (λ of TIES). ``seed`` is that of DARE's draw.
     """
 
     how: How = "task_arithmetic"
@@ -56,7 +58,7 @@ class TaskVectors:
 
     @property
     def divides(self) -> bool:
-        """True where the result is divided by the weights that took part."""
+        """True if the result is divided by the weights that took part."""
         return self.how == "ties" if self.normalize is None else self.normalize
 
 
@@ -67,13 +69,13 @@ def merge_task_vectors(
     plan: TaskVectors,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, "*shape"]:
-    """The base's weight with the task vectors ``tuned - base`` added as the plan says, in the dtype of ``base``.
+    """Return the base's weight plus the task vectors ``tuned - base``, combined as planned, in the dtype of ``base``.
 
-    Computed in at least float32 and rounded once. The order is mergekit's: difference, sparsify, weigh, elect a sign
-    on the weighted values, sum, divide. Departs: DARE divides by the density, as its paper does (section 3.1), where
-    mergekit brings the sum of magnitudes back to what it was.
+    Computed in at least float32 and rounded once. The order is mergekit's: difference, sparsify, weigh, elect a sign on
+    the weighted values, sum, divide. Departs: DARE divides by the density, as in its paper (section 3.1); mergekit
+    rescales to the original sum of magnitudes.
 
-    Raises CompositionError where there is not one finite weight for each of ``tuned``.
+    Raises CompositionError if there is not one finite weight for each of ``tuned``.
     """
     if len(tuned) != len(weights) or not all(map(math.isfinite, weights)):
         raise CompositionError(f"{len(tuned)} tuned weights with weights {list(weights)}: give each one finite number")

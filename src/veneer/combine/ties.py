@@ -1,5 +1,6 @@
-"""TIES: elect a sign for each entry and average the updates that agree with it (Yadav et al. 2023,
-arXiv:2306.01708).
+"""TIES: elect a sign for each entry and average the updates that agree with it.
+
+Source: Yadav et al. 2023, arXiv:2306.01708.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ def elect_and_merge(
     vote: Vote = "total",
     divisor: Divisor = "count",
 ) -> Float[Tensor, "*shape"]:
-    """Elect the sign of each entry, then merge the updates that carry it (algorithm 1, steps 2 and 3), already trimmed.
+    """Elect the sign of each entry, then merge the trimmed updates that have it (algorithm 1, steps 2 and 3).
 
     ``vote``: the sign of the sum of values ("total", the paper's) or of the sum of signs ("frequency").
-    ``divisor``: "count" is the paper's mean over those that agree, each times its weight, with the vote on
-    unweighted values. "weights" lets the weights vote as well and divides by the weights of those that agree, so
-    that they do not set the size. With all weights at one both are the same. "none" lets the weights vote and divides
-    by nothing.
+
+    ``divisor``: "count" is the paper's mean over the updates that agree, each times its weight, with the vote on
+    unweighted values. "weights" votes on weighted values and divides by the weights of the updates that agree, so that
+    weights do not set the size. With all weights at one both are the same. "none" votes on weighted values and does not
+    divide.
     """
     merged = torch.empty_like(updates[0], memory_format=torch.contiguous_format)
     flat = [update.flatten() for update in updates]

@@ -1,4 +1,4 @@
-"""The nearest update of a given rank (Eckart and Young 1936), with the error that the truncation makes."""
+"""Nearest update of a given rank (Eckart and Young 1936), with its truncation error."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from veneer.errors import CompositionError
 
 
 def truncate_dense(update: Float[Tensor, "o i"], rank: int) -> tuple[LinearDelta, float]:
-    """The best rank-r factors ``B = U S`` and ``A = Vᵀ``, and the relative Frobenius error of ``B A``."""
+    """Return the best rank-r factors ``B = U S`` and ``A = Vᵀ``, and the relative Frobenius error of ``B A``."""
     _check_rank(rank, min(update.shape))
     u, s, vt = torch.linalg.svd(update, full_matrices=False)
     return _keep(u, s, vt, rank)
 
 
 def truncate_factors(record: LinearDelta, rank: int) -> tuple[LinearDelta, float]:
-    """The same for ``scale B A`` without forming it."""
+    """Return the best rank-r factors of ``scale B A`` and their error, without forming the product."""
     u, s, vt = svd_of_factors(record)
     _check_rank(rank, len(s))
     return _keep(u, s, vt, rank)
 
 
 def rank_within(update: Float[Tensor, "o i"], error: float) -> int:
-    """The smallest rank (at least 1) whose best factors lose at most this relative Frobenius error."""
+    """Return the smallest rank (at least 1) whose best factors have at most this relative Frobenius error."""
     energy = torch.linalg.svdvals(update).double().square()
     lost = energy.flip(0).cumsum(0).flip(0)  # lost[r]: what rank r leaves out
     return max(int((lost > error**2 * lost[0]).sum()), 1)

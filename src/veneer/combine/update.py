@@ -1,4 +1,4 @@
-"""The update of an adapter at one layer: a record with the weight that it changes, as a matrix where needed."""
+"""Update of an adapter at one layer: a record with the weight that it changes, as a dense matrix if needed."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from veneer.errors import CompositionError
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """One adapter's record at one layer. ``weight`` is needed only by records that scale or rotate it (DoRA, OFT)."""
+    """Adapter's record at one layer. ``weight`` is needed only by records that scale or rotate it (DoRA, OFT)."""
 
     record: LinearDelta
     weight: FrozenWeight | None = None
 
     @property
     def is_lowrank(self) -> bool:
-        """True if the update is at most ``scale B A``, so that it can be added exactly as factors."""
+        """True if the update is no more than ``scale B A``, so that it can be added exactly as factors."""
         return self.record.only_adds and not self.record.changes
 
     def dense(self) -> Float[Tensor, "o i"]:
-        """``W' - W`` in at least float32.
+        """Return ``W' - W`` in at least float32.
 
-        Raises CompositionError for a record that scales or rotates a weight which is not there.
+        Raises CompositionError for a record that scales or rotates a missing weight.
         """
         if self.record.only_adds:
             return self.record.added()
@@ -44,7 +44,7 @@ class Update:
 
 
 def concatenated(updates: Sequence[Update], weights: Sequence[float]) -> LinearDelta:
-    """``Σ w_i s_i B_i A_i`` exactly, as factors concatenated along the rank. Each update must be low-rank."""
+    """Return ``Σ w_i s_i B_i A_i`` exactly, as factors concatenated along the rank. Each update must be low-rank."""
     each = zip(updates, weights, strict=True)
     pairs = (u.record.low_rank.weighed(float(w)).plain for u, w in each if u.record.low_rank is not None)
     return LinearDelta.pair(*LinearDelta(adds=tuple(pairs)).factors())

@@ -1,1 +1,1 @@
-"""Merged checkpoints: adapters folded into their base, shard by shard."""
+"""Merged checkpoints: adapters merged into their base, shard by shard."""

@@ -1,4 +1,4 @@
-"""Parameters of a base checkpoint by the model's names, whatever their names and storage format in the files."""
+"""Parameters of a base checkpoint by the model's names, independent of their names and storage format in the files."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _INT8_PARTS = ("SCB", "weight_format")
 
 
 class BaseWeights:
-    """Reads a checkpoint for a model without storage. Quantized weights come out dense, in float32.
+    """Reader of a checkpoint for a model without storage. Quantized weights are returned dense, in float32.
 
-    The parameters ``resized`` are cut to the model's rows, or have zeros below their own.
+    Parameters in ``resized`` are cut to the model's rows, or padded with zero rows.
 
-    Raises FormatError if a parameter of the model is not in the files under any name that it may have.
+    Raises FormatError if a parameter of the model is not in the files under any of its possible names.
     """
 
     def __init__(self, folder: Path, model: PreTrainedModel, resized: Collection[str] = ()) -> None:
@@ -49,32 +49,34 @@ class BaseWeights:
         self._model_names = {stored: name for name, stored in reversed(self._stored.items())}
 
     def groups(self) -> list[list[str]]:
-        """Return the parameters' names; several together are one tied tensor."""
+        """Return the parameters' names in groups; the names of one group share a tied tensor."""
         return self._groups
 
     def others(self) -> list[str]:
-        """Names in the files that are no parameter of the model, nor part of a quantized one: buffers, other heads."""
+        """Return the names in the files that are not parameters of the model or parts of one: buffers, other heads."""
         taken = set(self._stored.values()) | self._parts
         known = self._shapes.keys() | {name.removeprefix(self._prefix) for name in self._shapes}
         return [name for name in self._tensors.tensors if name not in taken and name not in known]
 
     @staticmethod
     def own(module: nn.Module) -> list[str]:
-        """Return the names of the parameters that a module holds itself."""
+        """Return the names of the parameters that a module owns directly."""
         return [key for key, value in module._parameters.items() if value is not None]
 
     def stored_name(self, name: str, own: bool) -> str:
-        """Return the name in the files; ``own=False``: one of a tied tensor's names, written apart."""
+        """Return the name in the files. ``own=False``: the name of a tied tensor's copy, which is written
+        separately.
+        """
         stored = self._stored[name]
         is_this = own or stored in (name, name.removeprefix(self._prefix))
         return stored if is_this else name
 
     def model_name(self, name: str) -> str | None:
-        """Return the model's name of a tensor of the result; None for one that is no parameter."""
+        """Return the model's name for a tensor of the result; None if it is not a parameter."""
         return self._model_names.get(name, name if name in self._stored else None)
 
     def spec(self, name: str, dtype: torch.dtype | None) -> Spec:
-        """dtype and shape of a parameter in the result."""
+        """Return dtype and shape of a parameter in the result."""
         if name in self._stacks and self._stored[name] == name:
             return dtype or self._tensors.tensors[self._stacks[name][0][0]].dtype, self._shapes[name]
         stored = self._tensors.tensors[self._stored[name]]
@@ -88,7 +90,7 @@ class BaseWeights:
         return dtype if dtype and stored.dtype.is_floating_point else stored.dtype, self._shapes[name]
 
     def passed_spec(self, stored: str, dtype: torch.dtype | None) -> Spec:
-        """dtype and shape of a tensor that is passed on."""
+        """Return dtype and shape of a tensor that is copied unchanged."""
         tensor = self._tensors.tensors[stored]
         return dtype if dtype and tensor.dtype.is_floating_point else tensor.dtype, tensor.shape
 
@@ -101,7 +103,7 @@ class BaseWeights:
         return torch.cat([value[:n_kept], value.new_zeros(shape[0] - n_kept, *shape[1:])])
 
     def read_wide(self, name: str) -> Tensor:
-        """`read` in float32, without the narrow tensor beside it."""
+        """Return the result of `read` in float32, without keeping the narrow tensor in memory."""
         blocks = self.blocks(self._stored[name])
         first = next(blocks)
         if len(first) == self._shapes[name][0]:
@@ -119,7 +121,7 @@ class BaseWeights:
         return self.read(name) if name in self._stored else self._tensors.read(stored)
 
     def blocks(self, stored: str) -> Iterator[Tensor]:
-        """Return the rows (k, …) of `read_stored`, in order. A dense tensor of the files is never whole in memory."""
+        """Return the rows (k, …) of `read_stored`, in order. A dense tensor is never whole in memory."""
         name = self._model_names.get(stored, stored)
         held = self._stored.get(name, stored)  # tied tensors that are written apart lie in the files once
         if held in self._stacks and held not in self._tensors.tensors:
@@ -198,14 +200,17 @@ class BaseWeights:
 
 
 def is_copy(stored: StoredTensor, rows: Iterable[Tensor]) -> bool:
-    """Return True if a tensor in a file is another of its shape, given by blocks of rows, once it has its dtype."""
+    """Return True if a stored tensor equals another of its shape, given as blocks of rows, after a cast to
+    its dtype.
+    """
     blocks = stored.blocks(BLOCK_VALUES)
     return all(torch.equal(mine.to(own.dtype), own) for mine, own in zip(blocks, rows, strict=True))
 
 
 def in_blocks(tensor: Tensor) -> Iterator[Tensor]:
-    """Return the rows (k, …) of a tensor, in order, in blocks of about `BLOCK_VALUES` values; one that has no rows,
-    whole.
+    """Yield the rows (k, …) of a tensor, in order, in blocks of about `BLOCK_VALUES` values.
+
+    A tensor without rows is one block.
     """
     if tensor.ndim < 2 or not tensor.numel():
         yield tensor

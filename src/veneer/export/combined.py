@@ -1,4 +1,4 @@
-"""Whole checkpoints of one base combined into one, tensor by tensor: never a model in memory."""
+"""Combination of whole checkpoints of one base, tensor by tensor: no model is ever in memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from veneer.store.checkpoint_writer import DEFAULT_SHARD_BYTES, CheckpointWriter
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CombineOptions:
-    """Settings of the files that are written."""
+    """Settings of the written files."""
 
     overwrite: bool = False
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
@@ -36,12 +36,13 @@ def combine_checkpoints(
     options: CombineOptions | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
-    """Write the base with the task vectors of fine-tuned models, each times its weight, added; returns the bytes.
+    """Write the base plus the weighted task vectors of fine-tuned models. Return the bytes.
 
-    Tensors keep the base's dtypes; config and tokenizer are the base's. DARE's draw for a tensor depends on the seed
-    and the tensor's name alone. Raises FormatError where files are damaged, if the models do not hold the base's
-    tensors in the base's shapes, where weights are quantized, and where ``output`` holds something and is not to be
-    overwritten. Then nothing is written.
+    Tensors keep the base's dtypes; config and tokenizer are the base's. DARE's draw for a tensor depends only on the
+    seed and the tensor's name.
+
+    Raises FormatError if files are damaged, if weights are quantized, or if the models' tensors and shapes differ from
+    the base's. Raises FormatError if ``output`` holds something and must not be overwritten. Then nothing is written.
     """
     options = options or CombineOptions()
     pairs = list(models.items() if isinstance(models, Mapping) else models)

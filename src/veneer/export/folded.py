@@ -1,6 +1,6 @@
-"""Tensors of a base with an adapter folded in, made one at a time when they are asked for.
+"""Tensors of a base with a merged adapter, computed one at a time on request.
 
-The model is built without storage; one module at a time gets its weights from the base, folds, and gives them up.
+The model is built without storage. One module at a time gets its weights from the base, merges, and frees them.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ NAME = "merged"
 
 
 class FoldedCheckpoint:
-    """Base in ``folder``, dense, with an adapter folded in; the base alone where ``adapter`` is None.
+    """Dense base in ``folder`` with an adapter merged in; the base alone if ``adapter`` is None.
 
-    ``specs`` are dtype and shape of every tensor of the result by its name in files, ``untied`` says that tied
-    embeddings have become two tensors, ``prefix`` is that of the names of the model without its head, ``n_modules``
-    counts the modules that the adapter changes. ``dtype`` is that of the result's floating tensors: None, the base's.
-    ``wide``: what is folded is a float32 sum, which the base's dtype never rounds.
+    ``specs`` are dtype and shape of every tensor of the result, by its name in files. ``untied``: tied embeddings have
+    become two tensors. ``prefix`` is that of the names in the model without its head. ``n_modules`` counts the modules
+    that the adapter changes. ``dtype`` is that of the result's floating tensors; None keeps the base's. ``wide``:
+    merged weights are float32 sums, never rounded to the base's dtype.
 
-    Raises FormatError if the files are damaged or do not fit each other, and CompositionError for adapters that
-    cannot be folded or are in the base already.
+    Raises FormatError if the files are damaged or do not fit each other. Raises CompositionError for adapters that
+    cannot be merged or are already in the base.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class FoldedCheckpoint:
         self.n_modules = len(self._changed)
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor of ``specs``, before it is rounded to the dtype there."""
+        """Return a tensor of ``specs``, before it is rounded to its dtype."""
         if name not in self._plan.owners:
             return self._weights.read_stored(name)
         path, key = self._plan.owners[name]
@@ -88,8 +88,9 @@ class FoldedCheckpoint:
         return self._pending.pop((path, key))
 
     def blocks(self, name: str) -> Iterator[Tensor]:
-        """Return the rows (k, …) of `read`, in order. Few are ever in memory, but of an adapter whose factors come of
-        the weight itself, and of modules that it has whole.
+        """Return the rows (k, …) of `read`, in order, few of them in memory at a time.
+
+        Exceptions are fully trained modules, and adapters whose factors depend on the weight itself.
         """
         if name not in self._plan.owners:
             yield from self._weights.blocks(name)
@@ -109,7 +110,7 @@ class FoldedCheckpoint:
         yield from in_blocks(self.read(name))
 
     def model_name(self, name: str) -> str | None:
-        """Return the model's own name for a tensor of ``specs``; None for one that is no parameter of it."""
+        """Return the model's own name for a tensor of ``specs``; None if it is not a parameter."""
         return self._weights.model_name(name)
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Base checkpoint with an adapter folded in, written tensor by tensor: never the model in memory."""
+"""Base checkpoint with a merged adapter, written tensor by tensor: the model is never in memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from veneer.store.source import parse_dtype
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeOptions:
-    """``dtype`` of the result's floating tensors, None to keep the base's (16 bits where the base is quantized)."""
+    """Options of a merge. ``dtype`` of the result's floating tensors; None keeps the base's (16 bits for a
+    quantized base).
+    """
 
     dtype: str | torch.dtype | None = None
     overwrite: bool = False
@@ -43,13 +45,14 @@ def merge_checkpoint(
     options: MergeOptions | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> MergeReport:
-    """Fold an adapter into a base checkpoint and write the result as a model folder, tokenizer included.
+    """Merge an adapter into a base checkpoint and write the result as a model folder, tokenizer included.
 
     The values are those of ``merge_and_unload`` on the base in its own dtype, rounded to ``options.dtype`` at the end.
-    An adapter that brings the embeddings and the head of a resized vocabulary whole gives the result that vocabulary.
-    Raises FormatError if the files are damaged or do not fit each other, CompositionError for adapters that cannot
-    be folded or that the base says it has in it already, and FormatError where ``output`` holds something and is not to
-    be overwritten. Then nothing is written.
+    If the adapter holds the embeddings and head of a resized vocabulary, the result has that vocabulary.
+
+    Raises FormatError if the files are damaged or do not fit each other. Raises CompositionError for adapters that
+    cannot be merged or are in the base's merge record. Raises FormatError if ``output`` holds something and must not be
+    overwritten. Then nothing is written.
     """
     options = options or MergeOptions()
     folder = local_folder(base)
@@ -69,6 +72,6 @@ def merge_checkpoint(
 
 
 def floating_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """Return the torch dtype that a person names; None for none or ``"auto"``: that of the base."""
+    """Return the torch dtype of a user's name for it; None for None or ``"auto"``, which mean the base's."""
     parsed = None if dtype is None else parse_dtype(dtype)
     return None if isinstance(parsed, str) else parsed

@@ -1,4 +1,4 @@
-"""Folder of a model: where it is on this machine, and the files in it that are not weights."""
+"""Folder of a model on this machine, and the files in it other than weights."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def local_folder(model: str | os.PathLike[str]) -> Path:
 
 
 def model_config(folder: Path) -> Any:
-    """transformers' config of a folder. Raises FormatError if it is damaged, or of no model that is known."""
+    """Return transformers' config of a folder. Raises FormatError if it is damaged or of an unknown model."""
     try:
         return AutoConfig.from_pretrained(folder)
     except (ValueError, KeyError, OSError, StrictDataclassError) as error:
@@ -43,7 +43,7 @@ def model_config(folder: Path) -> Any:
 
 
 def copy_companions(folders: Sequence[Path], into: Path) -> None:
-    """Tokenizer, chat template, generation settings: those of a later folder replace those of an earlier one."""
+    """Copy tokenizer, chat template and generation settings. Files of later folders replace those of earlier ones."""
     for folder in folders:
         for file in folder.iterdir():
             if file.is_file() and file.suffix in _COMPANIONS and file.name not in _NOT_COPIED:

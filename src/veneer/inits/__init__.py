@@ -1,10 +1,11 @@
-"""Starts of trained parameters. The starts of low-rank factors are one file each, found by name.
+"""Initialisation of trained parameters. Each initialisation of low-rank factors is one file, found by name.
 
-Such a file offers ``find(name)``: the `Start` that a value of ``init_lora_weights`` means, or None if it is not its
-own, and ``NAMES`` for messages.
-A start that is not the base model (PiSSA, OLoRA) says so with ``taken_off``: the product that it starts from is then
-taken off again in the record. The frozen weight itself is never changed, so nothing has to be put back, adapters on
-the same base do not disturb each other, and any storage format of the base will do.
+Such a file offers ``find(name)``: the `Start` for a value of ``init_lora_weights``, or None if the value is not its
+own. It also offers ``NAMES`` for messages.
+
+An initialisation that changes the function at the start (PiSSA, OLoRA) sets ``taken_off``: the record then subtracts
+the initial product. The frozen weight itself never changes. Nothing has to be restored, adapters on the same base do
+not disturb each other, and the base may have any storage format.
 """
 
 from __future__ import annotations
@@ -28,27 +29,25 @@ Factors = tuple[Float[Tensor, "r i"], Float[Tensor, "o r"]]
 
 @dataclass(frozen=True)
 class Start:
-    """``factors(site, r, scale, generator)`` gives A (r, i) and B (o, r) in float32 on the CPU."""
+    """Initialisation. ``factors(site, r, scale, generator)`` gives A (r, i) and B (o, r) in float32 on the CPU."""
 
     factors: Callable[[LinearSite, int, float, torch.Generator | None], Factors]
     taken_off: bool = False
 
 
 def find_start(name: bool | str) -> Start | None:
-    """Return the start that a value of ``init_lora_weights`` means; None if there is none of that name."""
+    """Return the initialisation for a value of ``init_lora_weights``; None if there is none of that name."""
     found: Iterator[Start | None] = (module.find(name) for module in _modules())
     return next((start for start in found if start is not None), None)
 
 
 def start_names() -> list[str]:
-    """Return the values that ``init_lora_weights`` may have, for messages."""
+    """Return the allowed values of ``init_lora_weights``, for messages."""
     return [name for module in _modules() for name in module.NAMES]
 
 
 def dense_weight(site: LinearSite, r: int, who: str) -> Float[Tensor, "o i"]:
-    """Return the frozen weight in float32. Raises ConfigError if it is not loaded or has no r directions to
-    start from.
-    """
+    """Return the frozen weight in float32. Raises ConfigError if it is not loaded or has fewer than r directions."""
     if site.experts > 1:
         raise ConfigError(
             f"{who} at {site.name} starts from one matrix; these are {site.experts} experts' in one tensor: "

@@ -1,11 +1,11 @@
-"""EVA: A starts as the directions in which the inputs of a layer vary most, B as zero (Paischer et al. 2024,
-arXiv:2410.07170, section 3 and algorithm 1), and ranks go where the directions explain most.
+"""EVA: A starts as the principal directions of a layer's inputs, B as zero. Ranks go to the best directions.
 
-The decomposition of all rows seen is brought up to date batch by batch (Ross et al. 2008, "Incremental learning for
-robust visual tracking", section 2.1), with the mean taken off, as the paper's code does.
+Source: Paischer et al. 2024, arXiv:2410.07170, section 3 and algorithm 1. The decomposition of all rows seen is updated
+batch by batch, with centring, as in the paper's code (Ross et al. 2008, "Incremental learning for robust visual
+tracking", section 2.1).
 
-Departs: the sign of a direction, which means nothing, is left out of the cosine, and a direction in which the rows do
-not vary counts as settled, if the paper's code would wait for it for ever.
+Departs: the arbitrary sign of a direction is left out of the cosine. A direction in which the rows do not vary counts
+as converged; the paper's code would wait for it for ever.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SEED = 0  # of the randomized decomposition: the same batches give the same fac
 
 
 def find(name: bool | str) -> Start | None:
-    """Return the start called "eva": plain LoRA's, until a pass over data gives A its directions."""
+    """Return the initialisation "eva": plain LoRA's, until a pass over data gives A its directions."""
     return Start(kaiming) if name == "eva" else None
 
 
@@ -37,8 +37,8 @@ def find(name: bool | str) -> Start | None:
 class EvaConfig:
     """Settings of EVA, in PEFT's fields.
 
-    ``rho``: no layer gets more than ``rho · r`` ranks; 1 leaves all ranks as they are. ``tau``: a direction has settled
-    where its cosine with the one before the last batch is at least this. ``use_label_mask``: tokens whose label is
+    ``rho``: no layer gets more than ``rho · r`` ranks; 1 leaves all ranks unchanged. ``tau``: a direction has converged
+    if its cosine with the one before the last batch is at least this. ``use_label_mask``: tokens whose label is
     ``label_mask_value`` are left out. ``whiten``: rows of A are divided by the root of their singular values.
     ``adjust_scaling_factors``: alpha follows the rank, so that the scale of B A stays.
     """
@@ -59,7 +59,7 @@ class EvaConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> EvaConfig:
-        """From the fields as files hold them. Raises ConfigError for unknown ones."""
+        """Return the settings from a file's fields. Raises ConfigError for unknown ones."""
         known = [spec.name for spec in fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
@@ -69,10 +69,10 @@ class EvaConfig:
 
 @dataclass(frozen=True)
 class Directions:
-    """K leading directions of the rows seen so far, and what it takes to go on.
+    """Leading k directions of the rows seen so far, and the state for updating them.
 
-    ``values`` are singular values of the centred rows, ``total`` is the squared length of all of those together, and
-    ``cosines`` compares each direction with the one of its place before the last batch; None after the first.
+    ``values`` are singular values of the centred rows, and ``total`` is the squared length of all those rows together.
+    ``cosines`` compares each direction with its predecessor before the last batch; None after the first.
     """
 
     vectors: Float[Tensor, "k i"]
@@ -92,13 +92,13 @@ class Directions:
         return self.values > rounding * self.values[:1]
 
     def settled(self, tau: float) -> Bool[Tensor, " k"]:
-        """True for each direction that the last batch has hardly turned."""
+        """True for each direction that the last batch has barely rotated."""
         if self.cosines is None:
             return torch.zeros_like(self.values, dtype=torch.bool)
         return (self.cosines >= tau) | ~self.varies()
 
     def start(self, r: int, whiten: bool) -> Float[Tensor, "r i"]:
-        """A; where ``whiten``, a direction without variance keeps its length of 1."""
+        """Return A. With ``whiten``, a direction without variance keeps its length of 1."""
         length = torch.where(self.varies(), self.values, 1.0).sqrt() if whiten else torch.ones_like(self.values)
         return (self.vectors / length[:, None])[:r]
 
@@ -121,10 +121,10 @@ def updated(before: Directions | None, rows: Float[Tensor, "n i"], k: int) -> Di
 
 
 def shared_ranks(explained: Mapping[str, Tensor], budget: int) -> dict[str, int]:
-    """Return the rank of each layer: the ``budget`` best directions of all layers, by the variance each explains in its
-    own.
+    """Return the rank of each layer: its number among the ``budget`` best directions of all layers.
 
-    Of equal ones the earlier layer's goes first.
+    A direction is ranked by the variance that it explains in its own layer. If two are equal, the earlier layer's comes
+    first.
     """
     owners = [path for path, values in explained.items() for _ in range(len(values))]
     order = torch.cat([values.cpu() for values in explained.values()]).argsort(descending=True, stable=True)

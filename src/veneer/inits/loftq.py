@@ -1,8 +1,10 @@
-"""LoftQ: the factors start as what quantization took off the weight (Li et al. 2023, arXiv:2310.08659, algorithm 1 with
-T = 1): ``scale · B A`` is the best approximation of rank r of ``W - Q``.
+"""LoftQ: the factors start as the quantization error of the weight.
+
+``scale · B A`` is the best approximation of rank r of ``W - Q``. Source: Li et al. 2023, arXiv:2310.08659, algorithm 1
+with T = 1.
 
 Departs: more iterations would quantize another matrix than W; here the codes are those of the base, which other
-adapters share. The scale alpha / r is taken into account, if the paper has none (and PEFT ignores its own).
+adapters share. The scale alpha / r is taken into account; the paper has none, and PEFT ignores its own.
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ from veneer.inits.pissa import best_factors
 
 
 def lost(weight: Float[Tensor, "o i"], quantized: Float[Tensor, "o i"], r: int, scale: float) -> Factors:
-    """Return a (r, i) and B (o, r) in float32 on the CPU with ``scale · B A`` nearest to ``weight - quantized``.
+    """Return A (r, i) and B (o, r) in float32 on the CPU with ``scale · B A`` nearest to ``weight - quantized``.
 
-    Raises ConfigError if the weight has no r directions.
+    Raises ConfigError if the weight has fewer than r directions.
     """
     if r > min(weight.shape):
         raise ConfigError(f"LoftQ: r={r} is more than a weight of shape {tuple(weight.shape)} can give")

@@ -1,7 +1,7 @@
-"""OLoRA: the factors start as the first columns and rows of a QR decomposition of the frozen weight
-(Büyükakyüz 2024, arXiv:2406.01775, algorithm 1).
+"""OLoRA: the factors start as the first columns and rows of a QR decomposition of the frozen weight.
 
-Departs: their product is taken off in the record instead of in the weight, which is the same function of A and B.
+Source: Büyükakyüz 2024, arXiv:2406.01775, algorithm 1. Departs: their product is subtracted in the record instead of in
+the weight, which is the same function of A and B.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ NAMES = ("'olora'",)
 
 
 def find(name: bool | str) -> Start | None:
-    """Return the start called "olora"."""
+    """Return the initialisation "olora"."""
     return Start(orthonormal, taken_off=True) if name == "olora" else None
 
 
 def orthonormal(site: LinearSite, r: int, scale: float, generator: torch.Generator | None = None) -> Factors:
-    """``B = Q[:, :r]``, ``A = R[:r]`` of ``W = Q R``. Raises ConfigError without a weight."""
+    """Return ``B = Q[:, :r]``, ``A = R[:r]`` of ``W = Q R``. Raises ConfigError without a weight."""
     q, upper = torch.linalg.qr(dense_weight(site, r, "OLoRA"))
     return upper[:r].cpu().contiguous(), q[:, :r].cpu().contiguous()

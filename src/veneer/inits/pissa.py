@@ -1,9 +1,9 @@
-"""PiSSA: the factors start as the principal singular triplets of the frozen weight (Meng et al. 2024, arXiv:2404.02948,
-eq. 2 to 4): ``A = √S Vᵀ``, ``B = U √S``, the rest of the weight staying frozen.
+"""PiSSA: the factors start as the principal singular triplets of the frozen weight: ``A = √S Vᵀ``, ``B = U √S``.
 
-``"pissa"`` takes the exact decomposition, ``"pissa_niter_4"`` a randomized one with that many power iterations.
+The rest of the weight stays frozen. Source: Meng et al. 2024, arXiv:2404.02948, eq. 2 to 4. ``"pissa"`` takes the exact
+decomposition, ``"pissa_niter_4"`` a randomized one with that many power iterations.
 
-Departs: the principal part is taken off in the record instead of in the weight, which is the same function of A and B.
+Departs: the principal part is subtracted in the record instead of in the weight, which is the same function of A and B.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NAMES = ("'pissa'", "'pissa_niter_4'")
 
 
 def find(name: bool | str) -> Start | None:
-    """Return the exact start, or the randomized one with its number of iterations."""
+    """Return the exact initialisation, or the randomized one with its number of iterations."""
     match = re.fullmatch(r"pissa(?:_niter_(\d+))?", str(name))
     if match is None:
         return None
@@ -34,15 +34,13 @@ def find(name: bool | str) -> Start | None:
 def principal(
     site: LinearSite, r: int, scale: float, generator: torch.Generator | None = None, n_iterations: int | None = None
 ) -> Factors:
-    """Return a and B with ``scale · B A`` the best approximation of W of rank r. Raises ConfigError without
-    a weight.
-    """
+    """Return A and B with ``scale · B A`` the best rank-r approximation of W. Raises ConfigError without a weight."""
     u, s, vt = leading_triplets(dense_weight(site, r, "PiSSA"), r, n_iterations, generator)
     return best_factors(u, s, vt, scale)
 
 
 def best_factors(u: Float[Tensor, "o r"], s: Float[Tensor, " r"], vt: Float[Tensor, "r i"], scale: float) -> Factors:
-    """Return a and B with ``scale · B A = U S Vᵀ``, each with the root of the singular values, on the CPU."""
+    """Return A and B with ``scale · B A = U S Vᵀ``, each with the root of the singular values, on the CPU."""
     root = (s / abs(scale)).sqrt()
     return (root[:, None] * vt).cpu().contiguous(), (u * math.copysign(1.0, scale) * root).cpu().contiguous()
 

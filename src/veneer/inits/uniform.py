@@ -1,4 +1,4 @@
-"""Kaiming's uniform start of a matrix, as PEFT draws most factors."""
+"""Kaiming's uniform initialisation of a matrix, as PEFT draws most factors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lean optimizers: AdamW with 8-bit moments, its paged form, GaLore, and LoRA+'s parameter groups."""
+"""Memory-efficient optimizers: AdamW with 8-bit moments, its paged form, GaLore, and LoRA+'s parameter groups."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Common base of the lean forms of AdamW: settings, the walk over parameters, state restored bit for bit."""
+"""Base of the memory-efficient AdamW optimizers: settings, the loop over parameters, bit-exact restoring of state."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 
 
 class LeanAdamW(Optimizer):
-    """AdamW whose subclass says in `_update` how one parameter moves and what is kept for it.
+    """AdamW whose subclass defines in `_update` how one parameter is updated, and its state.
 
-    ``defaults`` of parameter groups: lr, betas, eps, weight_decay, and what the subclass adds. Raises ConfigError for
+    ``defaults`` of parameter groups: lr, betas, eps, weight_decay, and the subclass's own. Raises ConfigError for
     settings outside their range.
     """
 
@@ -29,7 +29,7 @@ class LeanAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -41,14 +41,14 @@ class LeanAdamW(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Bit-exact: torch would cast float32 state to the dtype of a 16-bit parameter."""
+        """Restore the state bit for bit. torch would cast float32 state to the dtype of a 16-bit parameter."""
         super().load_state_dict(state_dict)
         order = [param for group in self.param_groups for param in group["params"]]
         for index, saved in state_dict["state"].items():
             self.state[order[index]] = {k: self._adopt(order[index], v) for k, v in saved.items()}
 
     def state_bytes(self) -> int:
-        """Bytes of all that is kept between steps."""
+        """Return the bytes of the state kept between steps."""
         tensors = (v for state in self.state.values() for v in state.values() if torch.is_tensor(v))
         return sum(t.numel() * t.element_size() for t in tensors)
 
@@ -66,7 +66,7 @@ class LeanAdamW(Optimizer):
 
 
 def next_step(state: dict[str, Any], group: dict[str, Any]) -> AdamWStep:
-    """Count one more step in a parameter's state; the settings of that step."""
+    """Increment the step in a parameter's state, and return the settings of that step."""
     state["step"] = state.get("step", 0) + 1
     return AdamWStep(group["lr"], group["betas"], group["eps"], group["weight_decay"], state["step"])
 

@@ -1,4 +1,4 @@
-"""AdamW with its two moments in 8 bits a parameter each (Dettmers et al. 2022, arXiv:2110.02861)."""
+"""AdamW with its two moments in 8 bits per parameter each (Dettmers et al. 2022, arXiv:2110.02861)."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _STATE_8BIT = ("state1", "absmax1", "state2", "absmax2")
 
 
 class AdamW8bit(LeanAdamW):
-    """AdamW whose moments take 2 bytes and 1/32 a parameter: codes in blocks of 256 with a float32 maximum each.
+    """AdamW whose moments take 2 bytes and 1/32 per parameter: codes in blocks of 256 with a float32 maximum each.
 
-    Equal to bitsandbytes' AdamW8bit on the CPU to rounding. Parameters with fewer than ``min_8bit_size`` entries
+    Equal to bitsandbytes' AdamW8bit on the CPU up to rounding. Parameters with fewer than ``min_8bit_size`` entries
     keep float32 moments. Raises ConfigError for settings outside their range.
     """
 
@@ -63,7 +63,7 @@ class AdamW8bit(LeanAdamW):
 
 
 def moment_layout(param: Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Names, shapes and dtypes of the 8-bit state of one parameter; the names are bitsandbytes'."""
+    """Return names, shapes and dtypes of the 8-bit state of one parameter. The names are bitsandbytes'."""
     n_blocks = -(param.numel() // -BLOCK_SIZE)
     shapes = {"state1": (param.numel(),), "absmax1": (n_blocks,), "state2": (param.numel(),), "absmax2": (n_blocks,)}
     return {key: (shapes[key], torch.uint8 if key.startswith("state") else torch.float32) for key in _STATE_8BIT}

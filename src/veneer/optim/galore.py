@@ -1,5 +1,6 @@
-"""GaLore: Adam in a low-rank projection of each gradient, over full weights (Zhao et al. 2024, arXiv:2403.03507,
-algorithm 2).
+"""GaLore: Adam in a low-rank projection of each gradient, over full weights.
+
+Source: Zhao et al. 2024, arXiv:2403.03507, algorithm 2.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from veneer.optim.adam import LeanAdamW, Params, next_step
 
 @dataclass(frozen=True, kw_only=True)
 class GaLoreProjection:
-    """``rank``: of the subspace. ``gap``: steps between new bases (one SVD each). ``scale``: of the update, the
-    paper's alpha.
+    """Projection of GaLore. ``rank``: of the subspace. ``gap``: steps between new bases (one SVD each).
 
-    ``side``: "shorter" projects the shorter side of the matrix (the paper's choice), "longer" the other.
+    ``scale``: of the update, the paper's alpha. ``side``: "shorter" projects the shorter side of the matrix (the
+    paper's choice), "longer" the other.
     """
 
     rank: int = 128
@@ -49,11 +50,11 @@ class GaLoreProjection:
 class GaLoreAdamW(LeanAdamW):
     """AdamW whose moments live in a rank-r projection of the gradient for every matrix larger than the rank.
 
-    A matrix (m, n) keeps moments of r·max(m, n) entries and a basis of r·min(m, n) instead of 2·m·n. Moments are
-    kept as they are when the basis changes, as in the authors' code. With ``eight_bit`` they are stored in 8 bits.
-    Weight decay acts on the full weight. Vectors, small matrices, and groups with ``projected`` False take plain AdamW.
+    A matrix (m, n) keeps moments of r·max(m, n) entries and a basis of r·min(m, n) instead of 2·m·n. Moments do not
+    change when the basis does, as in the authors' code. With ``eight_bit`` they are stored in 8 bits. Weight decay acts
+    on the full weight. Vectors, small matrices, and groups with ``projected`` False use plain AdamW.
 
-    Departs: eps is added to the bias-corrected root, as Adam's paper has it; the authors' code adds it before the
+    Departs: eps is added to the bias-corrected root, as in Adam's paper; the authors' code adds it before the
     correction.
     """
 
@@ -73,8 +74,10 @@ class GaLoreAdamW(LeanAdamW):
         super().__init__(params, defaults)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As `LeanAdamW`. Raises ConfigError if the state is that of another rank or side, or of moments stored
-        otherwise; then this optimizer stays as it was.
+        """Restore the state as `LeanAdamW` does.
+
+        Raises ConfigError if the state has another rank or side, or moments in another format. This optimizer is then
+        unchanged.
         """
         flags = [group["projected"] for group in state_dict["param_groups"] for _ in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
@@ -139,8 +142,9 @@ class GaLoreAdamW(LeanAdamW):
 
 
 def basis(grad: Float[Tensor, "m n"], rank: int, right: bool) -> Float[Tensor, "k r"]:
-    """Return an orthonormal basis of the gradient's leading subspace: right singular vectors (n, r) or left ones (m,
-    r).
+    """Return an orthonormal basis of the gradient's leading subspace.
+
+    Its columns are right singular vectors (n, r) or left ones (m, r).
     """
     u, _, vt = torch.linalg.svd(grad, full_matrices=False)
     directions: Tensor = vt[:rank].T if right else u[:, :rank]
@@ -148,13 +152,13 @@ def basis(grad: Float[Tensor, "m n"], rank: int, right: bool) -> Float[Tensor, "
 
 
 def project(grad: Float[Tensor, "m n"], base: Float[Tensor, "k r"], right: bool) -> Float[Tensor, "p q"]:
-    """``G V`` (m, r) or ``Uᵀ G`` (r, n)."""
+    """Return ``G V`` (m, r) or ``Uᵀ G`` (r, n)."""
     low: Tensor = grad @ base if right else base.T @ grad
     return low
 
 
 def project_back(low: Float[Tensor, "p q"], base: Float[Tensor, "k r"], right: bool) -> Float[Tensor, "m n"]:
-    """``N Vᵀ`` or ``U N``."""
+    """Return ``N Vᵀ`` or ``U N``."""
     full: Tensor = low @ base.T if right else base @ low
     return full
 

@@ -1,4 +1,4 @@
-"""LoRA+: the factor B learns faster than A by a fixed ratio (Hayou, Ghosh and Yu 2024, arXiv:2402.12354, section 4)."""
+"""LoRA+: B learns faster than A by a fixed ratio (Hayou, Ghosh and Yu 2024, arXiv:2402.12354, section 4)."""
 
 from __future__ import annotations
 
@@ -22,13 +22,12 @@ def lora_plus_groups(
     outward: Collection[str] = ("lora_B", "lora_B_bias"),
     embeddings: Collection[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Optimizer groups over the trainable parameters: A and everything else at ``lr``, B at ``lr * ratio``.
+    """Return optimizer groups over the trainable parameters: A and everything else at ``lr``, B at ``lr * ratio``.
 
-    ``outward``: the parameters that are B, by their whole names or the last parts of these; `outward_parameters` gives
-    those of a model's adapters, of whatever method. ``embeddings``: the whole names of factors of embeddings, which
-    learn at ``embedding_lr``; `embedding_parameters` gives them, and None means those with an "embed" or "wte" in the
-    path of their module. Biases, norms and magnitudes are one-dimensional and not decayed. The paper advises a ratio
-    of 2⁴ and more.
+    ``outward``: the parameters that are B, by their full names or last name parts. `outward_parameters` gives them for
+    a model's adapters, of any method. ``embeddings``: the full names of factors of embeddings, which learn at
+    ``embedding_lr``. `embedding_parameters` gives them. None means all with "embed" or "wte" in their module's path.
+    Biases, norms and magnitudes are one-dimensional and not decayed. The paper advises a ratio of at least 2⁴.
 
     Departs: PEFT gives every one-dimensional parameter (DoRA's magnitude, biases) B's rate; here only B has it.
 

@@ -1,9 +1,8 @@
-"""8-bit AdamW whose state may leave memory: pages of a file for CPU runs, pinned host memory for CUDA.
+"""8-bit AdamW with evictable state: pages of a file for CPU runs, pinned host memory for CUDA.
 
-QLoRA's paged optimizer (Dettmers et al. 2023, arXiv:2305.14314, section 3) lets optimizer state be evicted when
-memory is short and brought back for the update. On the CPU the state is a shared mapping of a temporary file: under
-pressure the kernel writes its pages out and drops them. Before each parameter is updated, the pages of the next one
-are asked for.
+QLoRA's paged optimizer (Dettmers et al. 2023, arXiv:2305.14314, section 3) lets optimizer state be evicted when memory
+is short and brought back for the update. On the CPU the state is a shared mapping of a temporary file: under pressure
+the kernel writes its pages out and drops them. The pages of the next parameter are prefetched before each update.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ PAGED_FROM = 100_000
 
 
 class PagedAdamW8bit(AdamW8bit):
-    """AdamW8bit with evictable state. ``folder`` holds the unnamed page file (default: the system's temporary
-    folder).
+    """AdamW8bit with evictable state. ``folder`` holds the unnamed page file (default: the system's
+    temporary folder).
     """
 
     def __init__(
@@ -52,19 +51,19 @@ class PagedAdamW8bit(AdamW8bit):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient, each with the pages of the next on their way."""
+        """Update every parameter that has a gradient, and prefetch the pages of the next one."""
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         self._next = dict(itertools.pairwise(params))
         return super().step(closure)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state, whole: what a step still copies to host memory is waited for."""
+        """Return the complete state, after pending copies to host memory finish."""
         for device in {param.device for param in self.state if param.device.type == "cuda"}:
             torch.cuda.synchronize(device)
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As `LeanAdamW`; the pages of the state that was there are given back."""
+        """Restore the state as `LeanAdamW` does. The pages of the previous state are freed."""
         self._pages.clear()
         super().load_state_dict(state_dict)
 
@@ -101,8 +100,7 @@ class PagedAdamW8bit(AdamW8bit):
 
 
 def map_tensor(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None) -> tuple[Tensor, mmap.mmap]:
-    """Return a tensor of zeros over an unnamed file that the system may write out and drop from memory, with its
-    mapping.
+    """Return a tensor of zeros over an unnamed file, with its mapping. The system may evict it from memory.
 
     Raises TrainingError if the folder has no room for it.
     """

@@ -1,4 +1,4 @@
-"""Frozen weight kept as it is: float32, bfloat16 or float16."""
+"""Frozen weight in its own dtype: float32, bfloat16 or float16."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from veneer.ops.product import recorded_product, visible
 class DenseWeight:
     """``W (o, i)`` as one tensor. A layer that stores Wᵀ (GPT-2's Conv1D) passes a transposed view.
 
-    Its products are computed in ``compute_dtype`` (None: that of the tensor), and under autocast in what that asks for.
+    Its products are computed in ``compute_dtype`` (None: that of the tensor), and under autocast in autocast's dtype.
     """
 
     tensor: Float[Tensor, "o i"]
@@ -55,5 +55,5 @@ class DenseWeight:
 
 @visible("multiply_dense(Tensor x, Tensor matrix) -> Tensor")
 def multiply_dense(x: Float[Tensor, "*batch k"], matrix: Float[Tensor, "k m"]) -> Float[Tensor, "*batch m"]:
-    """Their product in x's dtype, computed in what the CPU is fastest in; nothing is recorded."""
+    """Return the product in x's dtype, computed in the CPU's fastest dtype. Autograd records nothing."""
     return matmul(x.reshape(-1, x.shape[-1]), matrix, x.dtype).reshape(*x.shape[:-1], -1)

@@ -1,8 +1,8 @@
-"""Frozen weight in 4 bits with blockwise scales, optionally scaled twice (NF4 and FP4 differ in the table of codes).
+"""Frozen weight in 4 bits with blockwise scales, optionally with double quantization (NF4, FP4).
 
-Source: Dettmers, Pagnoni, Holtzman, Zettlemoyer 2023, QLoRA, arXiv:2305.14314, section 3. The scales ("absmax", one
-per block of 64) are themselves quantized to 8 bits in blocks of 256, their mean taken off first: 4 + 8/64 +
-32/(64·256) = 4.127 bits a parameter. On disk the tensors are those of bitsandbytes.
+NF4 and FP4 differ only in the table of codes. Source: Dettmers, Pagnoni, Holtzman, Zettlemoyer 2023, QLoRA,
+arXiv:2305.14314, section 3. The scales ("absmax", one per block of 64) are centred and quantized to 8 bits in blocks of
+256: 4 + 8/64 + 32/(64·256) = 4.127 bits per parameter. On disk the tensors are those of bitsandbytes.
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ class FourBitWeight(CodedWeight):
 
 @dataclass(frozen=True, slots=True)
 class FourBitSpec:
-    """Matrix in 4 bits, described. ``layout.dtype`` is the dtype before; ``double_quant`` puts absmax into 8 bits."""
+    """Specification of a matrix in 4 bits. ``layout.dtype`` is the original dtype; ``double_quant`` stores
+    absmax in 8 bits.
+    """
 
     layout: FourBitLayout
     double_quant: bool = False

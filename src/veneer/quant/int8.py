@@ -1,7 +1,7 @@
 """Frozen weight in 8 bits with one scale per row.
 
-Source: Dettmers, Lewis, Belkada, Zettlemoyer 2022, LLM.int8(), arXiv:2208.07339, section 2.
-Departs: activations are not quantized, so there are no outliers to keep apart and the only error is the weight's.
+Source: Dettmers, Lewis, Belkada, Zettlemoyer 2022, LLM.int8(), arXiv:2208.07339, section 2. Departs: activations are
+not quantized, so there are no outliers to separate, and the only error is the weight's.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Int8Weight(CodedWeight):
 
 @dataclass(frozen=True, slots=True)
 class Int8Spec:
-    """Matrix in int8, described."""
+    """Specification of a matrix in int8."""
 
     shape: tuple[int, int]
     dtype: torch.dtype = torch.float32

@@ -1,4 +1,4 @@
-"""Frozen weights in the layout of the kernels that serve them, exact to the bit: dense ones, and codes."""
+"""Frozen weights in the layout of the serving kernels, bit-exact: dense ones, and codes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from veneer.ops.product import recorded_product
 
 @dataclass(frozen=True, slots=True)
 class PackedDense:
-    """``W (o, i)`` of bfloat16, float16 or float32 in panels.
+    """``W (o, i)`` in bfloat16, float16 or float32, packed in panels.
 
-    Products sum in float32; the transposed ones, of gradients, unpack the weight.
+    Products accumulate in float32; transposed products, for gradients, unpack the weight.
     """
 
     packed: PackedWeight
@@ -52,8 +52,10 @@ class PackedDense:
 
 @dataclass(frozen=True, slots=True)
 class PackedCoded:
-    """``W (o, i)`` in packed codes. Products are computed in the dtype that its values are rounded to, and returned in
-    the input's; the transposed ones, of gradients, dequantize the weight.
+    """``W (o, i)`` in packed codes.
+
+    Products are computed in the dtype to which the values are rounded, and returned in the input's. Transposed
+    products, for gradients, dequantize the weight.
     """
 
     packed: PackedCodes

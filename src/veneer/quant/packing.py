@@ -1,4 +1,4 @@
-"""Quantized weights brought into the layout of the kernels that serve them."""
+"""Conversion of quantized weights into the layout of the serving kernels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from veneer.quant.product import CodedWeight
 
 
 def packed_codes(weight: CodedWeight, dtype: torch.dtype) -> PackedCodes | None:
-    """NF4, FP4 or int8 codes packed, for values rounded to ``dtype``; None if they have no such form.
+    """Return packed NF4, FP4 or int8 codes, for values rounded to ``dtype``; None if they have no packed form.
 
     A doubly quantized absmax is expanded to float32.
     """

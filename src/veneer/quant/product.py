@@ -1,4 +1,4 @@
-"""Products with a frozen weight under autograd: the backward pass keeps the weight alone, never a dense copy of it."""
+"""Products with a frozen weight under autograd: the backward pass keeps only the weight, never a dense copy."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from veneer.ops.product import recorded_product
 
 
 class CodedWeight(ABC):
-    """Frozen weight ``W (o, i)`` in codes. Its products are computed in ``compute_dtype`` (None: that of the input)
-    and returned in the input's dtype; autocast overrules both, as it does for a dense layer.
+    """Frozen weight ``W (o, i)`` in codes.
+
+    Its products are computed in ``compute_dtype`` (None: that of the input) and returned in the input's dtype. Autocast
+    overrules both, as for a dense layer.
     """
 
     __slots__ = ()
@@ -22,7 +24,7 @@ class CodedWeight(ABC):
 
     @abstractmethod
     def multiply(self, x: Tensor, transposed: bool) -> Tensor:
-        """``W x``, or ``Wᵀ x``, on the last axis in x's own dtype, nothing recorded."""
+        """Return ``W x``, or ``Wᵀ x``, on the last axis in x's own dtype. Autograd records nothing."""
 
     def matmul(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
         return self._product(x, False)

@@ -1,4 +1,4 @@
-"""Storage format, described: the tensors that a module keeps, how to make them, their names on disk."""
+"""Specification of a storage format: the tensors of a module, how to make them, their names on disk."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ Parts = Mapping[str, Tensor]
 
 @runtime_checkable
 class StorageSpec(Protocol):
-    """One matrix in one storage format, described without its tensors.
+    """Specification of one matrix in one storage format, without its tensors.
 
-    Laws: ``bind(quantize(w))`` has w's shape; ``from_disk(to_disk(parts))`` is the same spec and bit-equal parts; the
+    Laws: ``bind(quantize(w))`` has w's shape. ``from_disk(to_disk(parts))`` is the same spec and bit-equal parts. The
     tensors of ``quantize`` have the shapes and dtypes of ``part_layout``.
     """
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(o, i)."""
+        """Shape (o, i)."""
         ...
 
     @property
@@ -33,32 +33,30 @@ class StorageSpec(Protocol):
         ...
 
     def part_layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Return the tensors kept, ``"weight"`` first."""
+        """Return the layouts of the stored tensors, ``"weight"`` first."""
         ...
 
     def quantize(self, weight: Float[Tensor, "o i"]) -> dict[str, Tensor]:
-        """Return the tensors kept for a weight."""
+        """Return the stored tensors for a weight."""
         ...
 
     def bind(self, parts: Parts) -> FrozenWeight:
-        """Return the weight that these tensors are."""
+        """Return the weight made of these tensors."""
         ...
 
     def to_disk(self, parts: Parts) -> dict[str, Tensor]:
-        """Return the tensors by what follows the module path in a checkpoint of bitsandbytes; no two share memory."""
+        """Return the tensors by the suffixes that bitsandbytes adds to the module path; no two share memory."""
         ...
 
     def from_disk(self, tensors: Parts) -> tuple[StorageSpec, dict[str, Tensor]]:
-        """Return the inverse of `to_disk` for a weight of this shape. Raises FormatError, listing all that does not
-        fit.
-        """
+        """Return the inverse of `to_disk` for a weight of this shape. Raises FormatError that lists every misfit."""
         ...
 
 
 def part_problems(
     parts: Mapping[str, Tensor | None], layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 ) -> list[str]:
-    """Return the problems of the tensors read for a weight: missing, of another dtype or shape, not finite."""
+    """Return the problems of a weight's tensors: missing, of another dtype or shape, not finite."""
     problems = []
     for name, (dtype, shape) in layout.items():
         part = parts.get(name)

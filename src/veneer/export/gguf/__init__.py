@@ -1,1 +1,1 @@
-"""From a model and an adapter to a GGUF file: what llama.cpp, Ollama and LM Studio run."""
+"""Export of models and adapters to GGUF files, for llama.cpp, Ollama and LM Studio."""

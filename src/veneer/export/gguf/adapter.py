@@ -1,4 +1,4 @@
-"""Adapter as a GGUF file that llama.cpp puts on its base: low-rank factors, with the true scalings folded in."""
+"""Adapter as a GGUF file for llama.cpp: low-rank factors, with each module's scaling multiplied in."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _EMBEDDINGS, _HEAD = "token_embd.weight", "output.weight"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraReport:
-    """Modules and bytes of a file."""
+    """Modules and bytes of a written file."""
 
     n_modules: int
     n_bytes: int
@@ -46,13 +46,13 @@ class LoraReport:
 def export_lora(
     adapter: Path, output: Path, *, base: str | None = None, type: str = "F32", overwrite: bool = False
 ) -> LoraReport:
-    """Write an adapter as a GGUF file; ``base`` None is the one that its config names.
+    """Write an adapter as a GGUF file. ``base``: None takes the one that its config names.
 
-    Each module's own scaling (rsLoRA's, of rank and alpha patterns) is multiplied into B, and no alpha is written, so
-    that a runtime's scale of 1 is the adapter as it was trained.
+    Each module's own scaling (rsLoRA, rank and alpha patterns) is multiplied into B, and no alpha is written. A
+    runtime's scale of 1 is then the adapter as trained.
 
-    Raises CompositionError, naming merging as the way, for what the format cannot hold: methods that are no low-rank
-    updates, DoRA, biases, whole modules, embeddings and heads on tied bases. ConfigError where the base is not known.
+    Raises CompositionError, with merging as advice, for adapters that the format cannot hold: methods without low-rank
+    updates, DoRA, biases, whole modules, embeddings and heads on tied bases. Raises ConfigError if the base is unknown.
     """
     if type.upper() not in TYPES:
         raise ConfigError(f"type {type!r} is not for adapters: one is written in {' or '.join(TYPES)}")

@@ -1,4 +1,4 @@
-"""GGUF file looked at before it is given away: its structure, its tokens, and its answers beside the model's."""
+"""Check of a GGUF file before it is published: its structure, its tokens, and its answers compared with the model's."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileReport:
-    """Findings of a check: facts of the file, line by line, and everything that is wrong with it."""
+    """Findings of a check: facts of the file, line by line, and all problems."""
 
     facts: dict[str, str]
     problems: tuple[str, ...]
 
 
 def check_file(path: Path, on_progress: Callable[[int, int], None] = lambda done, total: None) -> FileReport:
-    """Read a whole file: every tensor is finite, the vocabulary fits, a chat has one BOS and turns that end.
+    """Read a whole file and check it: every tensor is finite, the vocabulary fits, a chat has one BOS, and turns end.
 
-    Raises FormatError for what is no GGUF file, or damaged.
+    Raises FormatError if the file is damaged or not GGUF.
     """
     facts = read_facts(path)
     readers = [open_gguf(part) for part in _parts(path)]
@@ -67,7 +67,7 @@ def check_file(path: Path, on_progress: Callable[[int, int], None] = lambda done
 
 @torch.no_grad()
 def compare_answers(file: Any, model: Any, tokenizers: tuple[Any, Any]) -> FileReport:
-    """Return the file's model, as veneer reads it, beside the model that it was made of: tokens, and a greedy answer.
+    """Compare the file's model, as veneer reads it, with its source model: tokens, and a greedy answer.
 
     ``tokenizers`` are the file's and the model's.
     """

@@ -1,6 +1,6 @@
-"""Collecting an importance matrix: sums of squares of what goes into every linear layer, over windows of a text.
+"""Collection of an importance matrix: sums of squares of every linear layer's inputs, over windows of a text.
 
-Of experts that lie in one parameter each has sums of its own, of the tokens that were sent to it.
+Experts in one parameter each have their own sums, over the tokens routed to them.
 """
 
 from __future__ import annotations
@@ -54,10 +54,9 @@ def collect_importance(
     options: CollectOptions | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
-    """Write the importance matrix of a model, adapted or not, over a text; returns the number of windows.
+    """Write the importance matrix of a model, adapted or not, over a text. Return the number of windows.
 
-    The head and the embeddings have no entry, as llama.cpp's own have none. Raises DataError for a text shorter than
-    a window.
+    The head and the embeddings have no entry, as in llama.cpp. Raises DataError for a text shorter than a window.
     """
     options = options or CollectOptions()
     family = family_of(model.config.get_text_config())

@@ -1,4 +1,4 @@
-"""Chat template in Go's language, for Ollama, read off what the model's own renders around marked messages."""
+"""Chat template in Go's language, for Ollama, derived from the model's template by rendering marked messages."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _SYSTEM, _USER, _ANSWER, _NEXT = "Xsystem0X", "Xuser1X", "Xanswer2X", "Xuser3X"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatShape:
-    """Texts around messages: ``opening`` if there is no system message, ``system`` (None: there can be none),
-    ``user`` and ``answer`` in front and behind, and ``prompt`` before the answer to come.
+    """Texts around messages. ``opening`` starts a conversation without a system message.
 
-    ``system_in_user``: a system message stands in the first user's turn, in front of its text.
+    ``system`` (None: not supported), ``user`` and ``answer`` are the texts before and after such a message. ``prompt``
+    precedes the answer to come. ``system_in_user``: a system message goes into the first user's turn, before its text.
     """
 
     opening: str
@@ -29,7 +29,7 @@ class ChatShape:
     prompt: str
 
     def rendered(self, messages: Messages) -> str:
-        """Return a conversation that ends with a question, and what stands before its answer."""
+        """Return a conversation that ends with a question, followed by the prompt for its answer."""
         system = next((each["content"] for each in messages if each["role"] == "system"), None)
         text = self.opening if system is None or self.system_in_user else ""
         for number, message in enumerate(messages):
@@ -45,7 +45,7 @@ class ChatShape:
         return text + self.prompt
 
     def go(self) -> str:
-        """Return the template in Go's language, as Ollama runs it."""
+        """Return the template in Go's language for Ollama."""
         opening = self.opening
         if opening and not self.system_in_user:
             opening = "{{ if not .System }}" + _literal(opening) + "{{ end }}"
@@ -66,8 +66,9 @@ class ChatShape:
 
 
 def chat_shape(render: Render) -> ChatShape | None:
-    """Return the shape of the template that ``render`` renders, a prompt for an answer at the end; None for one that is
-    not made of texts around messages, as three more conversations show.
+    """Return the shape of the template behind ``render``, which ends with a prompt for an answer.
+
+    Return None if the template does more than put texts around messages. Three more conversations check this.
     """
     turns = [_message("user", _USER), _message("assistant", _ANSWER), _message("user", _NEXT)]
     between = _split(render, turns, (_USER, _ANSWER, _NEXT))

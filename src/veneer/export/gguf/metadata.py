@@ -1,4 +1,4 @@
-"""``general.`` keys of a GGUF file: what the model is called, its size, and how its makers sample from it."""
+"""``general.`` keys of a GGUF file: the model's name, its size, and recommended sampling settings."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ _CARD_LISTS = {"tags": "tags", "language": "languages"}
 
 
 def name_of(model: str | os.PathLike[str]) -> str:
-    """Return the name of a model or adapter without its path: a folder's, a file's, or that of a repository on the hub;
-    of the folder ``adapter`` in a run's, the run's.
+    """Return the name of a model or adapter without its path: a folder's, a file's, or a hub repository's.
+
+    For the folder ``adapter`` of a run, return the run's name.
     """
     path = Path(model).resolve()
     name, _, _ = (path.parent if path.name == "adapter" else path).name.partition("@sha256:")
@@ -33,7 +34,7 @@ def name_of(model: str | os.PathLike[str]) -> str:
 
 
 def general_pairs(folder: Path, name: str, architecture: str, shapes: Mapping[str, tuple[int, ...]]) -> list[Pair]:
-    """Architecture, sampling (``generation_config.json``), name, size, and what the model card says."""
+    """Return architecture, sampling (``generation_config.json``), name, size, and the model card's facts as pairs."""
     return [
         Pair("general.architecture", architecture, GGUFValueType.STRING),
         Pair("general.type", "model", GGUFValueType.STRING),
@@ -45,7 +46,7 @@ def general_pairs(folder: Path, name: str, architecture: str, shapes: Mapping[st
 
 
 def file_pairs(number: int) -> list[Pair]:
-    """Return the pairs at the end: how the file is quantized."""
+    """Return the file's last pairs, which describe its quantization."""
     return [
         Pair("general.quantization_version", 2, GGUFValueType.UINT32),
         Pair("general.file_type", number, GGUFValueType.UINT32),

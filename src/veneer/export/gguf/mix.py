@@ -1,4 +1,4 @@
-"""Type of every tensor of a quantized file: llama-quantize's mixes, as data and three rules. No tensor is touched.
+"""Type of every tensor of a quantized file: llama-quantize's mixes, as data and three rules. No tensor is read.
 
 Source: ggml-org/llama.cpp, src/llama-quant.cpp (b9190: a fused ``attn_qkv`` follows the rule of ``attn_v``).
 """
@@ -25,7 +25,7 @@ _VALUES = ("attn_v", "attn_qkv", "attn_kv_b")
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """``default`` is ggml's type of most matrices, ``number`` that of ``general.file_type``."""
+    """Mix of tensor types. ``default`` is ggml's type of most matrices, ``number`` that of ``general.file_type``."""
 
     name: str
     default: str
@@ -48,8 +48,10 @@ ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MixOptions:
-    """``pure``: no mix, every matrix the default type. ``output`` and ``embedding`` are the types of head and
-    embeddings; ``by_name`` those of tensors whose name a regular expression is found in, the first that is.
+    """Exceptions to a mix. ``pure``: every matrix has the default type.
+
+    ``output`` and ``embedding`` are the types of head and embeddings. ``by_name`` maps regular expressions to types;
+    the first that is found in a tensor's name counts.
     """
 
     pure: bool = False
@@ -60,7 +62,7 @@ class MixOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
-    """Facts of a model that the rules read besides the names and shapes of its tensors."""
+    """Facts of a model that the rules read in addition to the names and shapes of its tensors."""
 
     architecture: str
     n_layers: int
@@ -70,7 +72,7 @@ class ModelFacts:
 
     @property
     def is_70b(self) -> bool:
-        """80 layers: Llama's with grouped heads, and Qwen2's."""
+        """True for 80 layers: Llama's with grouped heads, and Qwen2's."""
         grouped = self.architecture == "llama" and self.n_heads != self.n_kv_heads
         return self.n_layers == 80 and (grouped or self.architecture == "qwen2")
 
@@ -84,17 +86,19 @@ def mix_of(name: str) -> Mix:
 
 
 def quantize_order(names: Sequence[str]) -> list[str]:
-    """Names in llama-quantize's order: without a layer first, then layer by layer, by their bytes within."""
+    """Return the names in llama-quantize's order: first those without a layer, then layer by layer,
+    bytewise in each.
+    """
     return sorted(names, key=lambda name: (_layer(name), name.encode()))
 
 
 def chosen_types(
     shapes: Shapes, mix: Mix, facts: ModelFacts, options: MixOptions | None = None, *, weighed: bool = False
 ) -> list[TensorSpec]:
-    """Type and shape of every tensor, in the file's order; ``weighed``: an importance matrix is used.
+    """Return the type and shape of every tensor, in the file's order. ``weighed``: an importance matrix is used.
 
-    Raises ConfigError for types and expressions in the options that are none, and for expressions that no matrix's name
-    holds.
+    Raises ConfigError for unknown types and invalid expressions in the options, and for expressions that match no
+    matrix.
     """
     options = options or MixOptions()
     _check(options)
@@ -112,7 +116,7 @@ def chosen_types(
 
 
 def fitting(kind: str, columns: int) -> str:
-    """Return the type, or the one that stands for it where its blocks do not divide a row."""
+    """Return the type, or its fallback if its blocks do not divide a row."""
     if columns % GGML_TYPES[kind].block == 0:
         return kind
     other = _FALLBACK.get(kind)

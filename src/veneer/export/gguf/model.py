@@ -1,4 +1,4 @@
-"""Model, with an adapter folded in, as a GGUF file: merged, laid out, quantized and written tensor by tensor."""
+"""Model with a merged adapter as a GGUF file: merged, laid out, quantized and written tensor by tensor."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ PIECE_VALUES = 1 << 18
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufOptions:
-    """``type`` of the file, with ``mix`` for exceptions. ``dtype`` is what values are rounded to before they are
-    quantized, None for the base's: bytes equal those that llama.cpp makes by way of a file of that dtype. In float32,
-    and in a file of the type F32 if nothing is said, what an adapter adds is never rounded.
-    ``importance`` is a file that says which columns matter.
+    """Options of a GGUF file: its ``type``, with ``mix`` for exceptions.
+
+    Values are rounded to ``dtype`` before they are quantized; None takes the base's. The bytes equal llama.cpp's from a
+    file of that dtype. With float32, the default for the file type F32, an adapter's update is never rounded.
+    ``importance`` is the file of an importance matrix.
     """
 
     type: str
@@ -44,7 +45,7 @@ class GgufOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufReport:
-    """Files written, their bytes, the plan that they follow, and the modules that the adapter changed."""
+    """Files written, their bytes, their plan, and the modules changed by the adapter."""
 
     paths: tuple[Path, ...]
     n_bytes: int
@@ -53,12 +54,12 @@ class GgufReport:
 
 
 class GgufExport:
-    """Planned export: everything is checked when it is made, and nothing written before `write`.
+    """Planned export. Everything is checked at construction, and nothing is written before `write`.
 
-    ``folder`` is the base's, ``tokenizer`` that which goes into the file, ``plan`` the whole file without its data.
+    ``folder`` is the base's, ``tokenizer`` the one for the file, ``plan`` the whole file without its data.
 
-    Raises FormatError if the model, its tokenizer or the adapter cannot be said in the format, with every reason;
-    CompositionError for adapters that cannot be folded.
+    Raises FormatError, with every reason, if the format cannot hold the model, its tokenizer or the adapter. Raises
+    CompositionError for adapters that cannot be merged.
     """
 
     def __init__(self, base: str | os.PathLike[str], adapter: Path | None, options: GgufOptions) -> None:
@@ -78,8 +79,10 @@ class GgufExport:
         )
 
     def write(self, output: Path, on_progress: Callable[[int, int], None] = lambda done, total: None) -> GgufReport:
-        """Write the file. Raises DiskError if the disk is full, NonFiniteError and FormatError naming a tensor whose
-        values no block can hold. Then nothing is written.
+        """Write the file.
+
+        Raises DiskError if the disk is full. Raises NonFiniteError or FormatError, with the tensor's name, for values
+        that no block can hold. Then nothing is written.
         """
         plan = self.plan
         writer = GgufFileWriter(
@@ -97,7 +100,7 @@ class GgufExport:
 
     @property
     def adds_bos(self) -> bool:
-        """True if the runtime puts a BOS in front of every text."""
+        """True if the runtime starts every text with a BOS."""
         return any(pair.key == "tokenizer.ggml.add_bos_token" and pair.value for pair in self.plan.pairs)
 
     def _blocks(self, name: str) -> Iterator[Tensor]:
@@ -129,13 +132,15 @@ def export_gguf(
     adapter: Path | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> GgufReport:
-    """Write a model, with an adapter folded in, as a GGUF file. Raises what `GgufExport` and its `write` do."""
+    """Write a model, with a merged adapter, as a GGUF file. Raises the errors of `GgufExport` and its `write`."""
     return GgufExport(base, adapter, options).write(output, on_progress)
 
 
 def encoded(spec: TensorSpec, blocks: Iterable[Tensor], importance: Tensor | None = None) -> Iterator[Tensor]:
-    """Return the bytes of a tensor in its type, in pieces of whole rows. It comes in blocks of rows (k, columns), or of
-    experts (k, rows, columns), or is a vector; ``importance`` (experts, columns).
+    """Yield the bytes of a tensor in its type, in pieces of whole rows.
+
+    The tensor comes in blocks of rows (k, columns) or of experts (k, rows, columns), or is a vector. ``importance`` is
+    (experts, columns).
     """
     columns, expert, first = spec.shape[-1], 0, 0
     try:

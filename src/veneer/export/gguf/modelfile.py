@@ -27,7 +27,7 @@ _PARAMETERS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OllamaReport:
-    """Folder that was written; ``has_template``: False if Go's language cannot say the chat template."""
+    """Written folder. ``has_template`` is False if Go's language cannot express the chat template."""
 
     gguf: GgufReport
     has_template: bool
@@ -41,9 +41,9 @@ def export_ollama(
     adapter: Path | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> OllamaReport:
-    """Write a folder for ``ollama create NAME -f FOLDER/Modelfile``: whole or not at all.
+    """Write a folder for ``ollama create NAME -f FOLDER/Modelfile``, all or nothing.
 
-    Raises what `export_gguf` does, and FormatError if ``output`` holds something else than such a folder.
+    Raises the errors of `export_gguf`, and FormatError if ``output`` holds anything other than such a folder.
     """
     _require_replaceable(output, options.overwrite)
     export = GgufExport(base, adapter, options)

@@ -1,7 +1,7 @@
-"""Vocabularies of pieces, looked at for what the runtime would do otherwise than the tokenizer.
+"""Checks of SentencePiece vocabularies for differences between runtime and tokenizer.
 
-The runtime knows one way for them, SentencePiece's: spaces become "▁", the whole text is merged at once, every two
-neighbours that make a piece merge by its score, and what is no piece becomes bytes.
+The runtime knows only SentencePiece's algorithm. Spaces become "▁", and the whole text is merged at once. Any two
+neighbours that form a piece merge by its score. Text outside the pieces becomes bytes.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ SPACE = "▁"  # what pieces have for a space
 
 
 def piece_ranks(source: SourceTokenizer, tokens: list[str]) -> dict[str, int]:
-    """Return the rank of the first merge that makes a piece, by the piece.
+    """Return the rank of the first merge that makes each piece, by piece.
 
-    Raises FormatError, with everything at once, for normalizers and pre-tokenizers that are not those of
-    SentencePiece, missing pieces of bytes, and pieces that the runtime's merging makes and the tokenizer's does not.
+    Raises FormatError, with everything at once, for normalizers and pre-tokenizers other than SentencePiece's, and
+    missing byte pieces. It also covers pieces made by the runtime's merging but not by the tokenizer's.
     """
     merges = [_pair(merge) for merge in source.content["model"].get("merges") or ()]
     ranks: dict[str, int] = {}

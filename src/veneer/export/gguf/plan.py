@@ -1,4 +1,4 @@
-"""Whole file before a weight is read: every tensor with its type, shape and sources, and every pair."""
+"""Plan of a whole file before a weight is read: every tensor with its type, shape and sources, and every pair."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _HEAD_UNREAD = (
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Tensor of the checkpoint, and the part of it that is meant."""
+    """Tensor of the checkpoint, and the part of it to use."""
 
     name: str
     part: Callable[[Tensor], Tensor]
@@ -44,9 +44,10 @@ class Source:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """``specs`` in the file's order; ``sources`` of each by its name, several where they are stacked; ``factors`` are
-    tensors that come of the config. ``left_out`` are tensors of the checkpoint that no model computes with; ``notes``
-    say what the file's user must know.
+    """Plan of a file: ``specs`` in the file's order, and ``sources`` of each by its name, several if they are stacked.
+
+    ``factors`` are tensors computed from the config. ``left_out`` are tensors of the checkpoint that no model uses.
+    ``notes`` are for the file's user.
     """
 
     family: Family
@@ -66,7 +67,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """Checkpoint's family and config, what a file says of it, and where its tensors go."""
+    """Checkpoint's family and config, its GGUF form, and the sources of the file's tensors."""
 
     family: Family
     config: Any
@@ -77,7 +78,7 @@ class Described:
 
 
 def describe_checkpoint(source: FoldedCheckpoint, folder: Path) -> Described:
-    """Return the file that a checkpoint would become. Raises FormatError with everything that the format cannot say."""
+    """Return the description of a checkpoint's file. Raises FormatError with everything that the format cannot hold."""
     config = _config(source).get_text_config()
     family = family_of(config)
     said = said_of(family, config)
@@ -104,9 +105,9 @@ def plan_file(
     name: str,
     importance: Importance | None = None,
 ) -> Plan:
-    """Return the file of a checkpoint.
+    """Return the plan of a checkpoint's file.
 
-    Raises FormatError where the tokenizer cannot be said, ConfigError if the mix needs an importance matrix.
+    Raises FormatError if the format cannot hold the tokenizer, ConfigError if the mix needs an importance matrix.
     """
     specs = chosen_types(described.shapes, mix, _facts(described), options, weighed=importance is not None)
     if mix.name == "Q2_K_S" and importance is None and any(spec.kind == "Q2_K" for spec in specs):
@@ -143,7 +144,7 @@ def _facts(described: Described) -> ModelFacts:
 
 
 def family_of(config: Any) -> Family:
-    """Return the family of a config. Raises FormatError for one that is not written."""
+    """Return the family of a config. Raises FormatError if it does not support writing."""
     found = by_model_type().get(config.model_type)
     if found is None:
         known = ", ".join(sorted(by_model_type()))
@@ -152,7 +153,7 @@ def family_of(config: Any) -> Family:
 
 
 def laid_out(family: Family, config: Any, name: str, tensor: Tensor) -> Tensor:
-    """Return a tensor of a model, in torch's layout, as the file has it."""
+    """Return a model's tensor, given in torch's layout, in the file's layout."""
     leaf = leaf_of(name)
     if leaf in family.turned:
         tensor = tensor.T
@@ -167,7 +168,7 @@ def _valued(family: Family, leaf: str, tensor: Tensor) -> Tensor:
 
 
 def laid_out_rows(family: Family, config: Any, name: str, tensor: Tensor) -> Tensor:
-    """Rows (o, …) that are added to those of a tensor of the file, in its order."""
+    """Return rows (o, …) of an update to a tensor of the file, in the file's order."""
     return family.rows(leaf_of(name), tensor, config)
 
 
@@ -207,7 +208,7 @@ def _empty(shape: tuple[int, ...]) -> Tensor:
 def assembled(
     family: Family, config: Any, name: str, sources: Sequence[Source], read: Callable[[str], Tensor]
 ) -> Tensor:
-    """Return a tensor of the file, made of its sources."""
+    """Return a tensor of the file, assembled from its sources."""
     parts = [each.part(read(each.name)) for each in sources]
     tensor = parts[0] if len(parts) == 1 else torch.stack(parts)
     return laid_out(family, config, name, tensor)
@@ -216,8 +217,9 @@ def assembled(
 def assembled_blocks(
     plan: Plan, name: str, read: Callable[[str], Tensor], blocks: Callable[[str], Iterator[Tensor]]
 ) -> Iterator[Tensor]:
-    """`assembled`, rows after rows (or expert after expert); whole where its rows are in another order than those of
-    its source, or are its columns, and where it is a vector. ``blocks`` gives the rows of a source.
+    """Yield the tensor of `assembled` in blocks of rows, or expert by expert. ``blocks`` gives the rows of a source.
+
+    A vector, a transposed matrix, and a matrix whose rows are reordered come whole.
     """
     family, leaf, sources = plan.family, leaf_of(name), plan.sources[name]
     shape = next(spec.shape for spec in plan.specs if spec.name == name)

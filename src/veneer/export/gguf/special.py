@@ -1,4 +1,4 @@
-"""Special tokens of a GGUF file: their ids, what is put in front of a text, the end of a turn, the chat template."""
+"""Special tokens of a GGUF file: their ids, the tokens before a text, the end of a turn, the chat template."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _IDS = {
 
 
 def special_pairs(source: SourceTokenizer, config: Any) -> list[Pair]:
-    """Ids, flags and templates. ``config`` has the ids that the tokenizer does not name.
+    """Return ids, flags and templates as pairs. ``config`` has the ids that the tokenizer does not name.
 
-    Raises FormatError for a template that does not render, and for tokens around a text that no flag can say.
+    Raises FormatError for a template that does not render, and for tokens around a text that no flag can express.
     """
     ids = {name: found for name in _IDS if (found := _id(source, config, name)) is not None}
     pairs = [_number(f"{_IDS[name]}_token_id", value) for name, value in ids.items()]

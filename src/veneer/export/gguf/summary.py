@@ -1,4 +1,4 @@
-"""Tensors of a GGUF file in few words: equal layers in one row, how many of which type."""
+"""Summary of a GGUF file's tensors: equal layers in one row, and the number of tensors of each type."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from veneer.store.gguf.writer import TensorSpec
 
 
 def rows(specs: Sequence[TensorSpec]) -> dict[tuple[str, str, tuple[int, ...]], list[TensorSpec]]:
-    """Return tensors by name without the layer, type and shape; equal ones of several layers are in one list."""
+    """Return the tensors by name (without the layer), type and shape. Equal ones of several layers share a list."""
     order = {leaf: place for place, leaf in enumerate(dict.fromkeys(_leaf(spec.name) for spec in specs))}
     found: dict[tuple[str, str, tuple[int, ...]], list[TensorSpec]] = {}
     for spec in sorted(specs, key=lambda spec: order[_leaf(spec.name)]):
@@ -19,7 +19,7 @@ def rows(specs: Sequence[TensorSpec]) -> dict[tuple[str, str, tuple[int, ...]], 
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """Return ``0-3, 7`` for 0, 1, 2, 3 and 7."""
+    """Return numbers as text with ranges: ``0-3, 7`` for 0, 1, 2, 3 and 7."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][-1] + 1:
@@ -30,7 +30,7 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 def summary(specs: Sequence[TensorSpec]) -> str:
-    """Return ``272 tensors (180 Q5_0, 61 F32, …), 6.17 bits a weight``."""
+    """Return a summary such as ``272 tensors (180 Q5_0, 61 F32, …), 6.17 bits a weight``."""
     kinds = Counter(spec.kind for spec in specs)
     n_weights = sum(math.prod(spec.shape) for spec in specs)
     bits = 8 * sum(spec.nbytes for spec in specs) / n_weights
@@ -39,7 +39,7 @@ def summary(specs: Sequence[TensorSpec]) -> str:
 
 
 def layers_of(specs: Iterable[TensorSpec]) -> list[int]:
-    """Return the layers that these tensors are of."""
+    """Return the layer numbers of these tensors."""
     return [int(spec.name.split(".")[1]) for spec in specs if spec.name.startswith("blk.")]
 
 

@@ -1,4 +1,4 @@
-"""Model's tokenizer as the export reads it: the folder's own, whole."""
+"""Tokenizer for the export, read complete from the model's folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PROBE = ("What is seven?", "It is 8, minus 1.", "And nine?")
 
 @dataclass(frozen=True)
 class SourceTokenizer:
-    """``tokenizer`` is transformers'; ``content`` its ``tokenizer.json``."""
+    """Tokenizer to export. ``tokenizer`` is transformers'; ``content`` its ``tokenizer.json``."""
 
     folder: Path
     tokenizer: Any
@@ -28,7 +28,7 @@ class SourceTokenizer:
 
     @cached_property
     def vocabulary(self) -> dict[int, str]:
-        """Tokens by id, added ones too."""
+        """Tokens by id, added ones included."""
         found: dict[str, int] = self.tokenizer.get_vocab()
         return {number: token for token, number in found.items()}
 
@@ -47,7 +47,7 @@ class SourceTokenizer:
 
     @property
     def named_templates(self) -> dict[str, str]:
-        """Templates besides the default one, by name."""
+        """Templates other than the default one, by name."""
         found = self.tokenizer.chat_template
         return {name: text for name, text in found.items() if name != "default"} if isinstance(found, Mapping) else {}
 
@@ -66,8 +66,8 @@ class SourceTokenizer:
 
 
 def read_tokenizer(folders: Sequence[Path]) -> SourceTokenizer:
-    """Return the tokenizer of the first folder that has one. Raises FormatError if none has, or it is not a
-    fast one.
+    """Return the tokenizer of the first folder that has one. Raises FormatError if none has, or if it is
+    not a fast one.
     """
     folder = next((each for each in folders if any((each / name).is_file() for name in _FILES)), None)
     if folder is None:
@@ -86,6 +86,6 @@ def read_tokenizer(folders: Sequence[Path]) -> SourceTokenizer:
 
 
 def probe_chat() -> list[dict[str, str]]:
-    """Return a question, its answer and another question, each of which occurs once."""
+    """Return a question, its answer and another question, all with distinct texts."""
     roles = ("user", "assistant", "user")
     return [{"role": role, "content": text} for role, text in zip(roles, PROBE, strict=True)]

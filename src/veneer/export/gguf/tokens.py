@@ -1,4 +1,4 @@
-"""Vocabulary in a GGUF file: tokens, their types, merges, and scores where pieces have them."""
+"""Vocabulary in a GGUF file: tokens, their types, merges, and scores of pieces."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ ADDED_SCORE, PADDED_SCORE = -1000.0, -10000.0
 
 
 def vocabulary_pairs(source: SourceTokenizer, n_rows: int) -> list[Pair]:
-    """Return the vocabulary as pairs, filled up to the rows of the embeddings.
+    """Return the vocabulary as pairs, padded to the rows of the embeddings.
 
-    Raises FormatError for a vocabulary longer than that, models that are no merges, and what no key can say.
+    Raises FormatError for a vocabulary longer than the embeddings, tokenizers without merges, and anything that no key
+    can hold.
     """
     model = source.content["model"]
     if model.get("type") != "BPE":
@@ -37,7 +38,7 @@ def vocabulary_pairs(source: SourceTokenizer, n_rows: int) -> list[Pair]:
 
 
 def is_byte_level(content: Mapping[str, Any]) -> bool:
-    """Return True if the vocabulary is made of bytes, not of pieces of text."""
+    """Return True if the vocabulary is byte-level, not made of text pieces."""
     pre = content.get("pre_tokenizer") or {}
     steps = pre.get("pretokenizers", [pre]) if pre.get("type") == "Sequence" else [pre]
     return any(step.get("type") == "ByteLevel" for step in steps)
