@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +79,21 @@ def _by_key(grads: dict[str, Tensor], keys: Any) -> dict[str, Tensor]:
 def _plain(name: str) -> str:
     wrappers = ("default", "adapters", "base_model", "model", "weight")
     return ".".join(part for part in name.split(".") if part not in wrappers)
+
+
+def assert_convolutions_equal_peft(theirs: str, folder: Path, **fields: Any) -> None:
+    """A file of PEFT's on convolutions acts the same here, and merged."""
+
+    def net() -> nn.Module:
+        torch.manual_seed(3)
+        return nn.Sequential(OrderedDict(first=nn.Conv2d(5, 7, 3), second=nn.Conv2d(7, 4, (1, 1), stride=2)))
+
+    torch.manual_seed(11)
+    reference = peft.get_peft_model(net(), getattr(peft, theirs)(target_modules=["first", "second"], **fields))
+    reference.save_pretrained(folder)
+    model, x = veneer.PeftModel.from_pretrained(net(), folder), torch.randn(2, 5, 9, 8)
+    with torch.no_grad():
+        wanted = reference(x)
+        assert (net()(x) - wanted).norm() > 1e-2 * wanted.norm()
+        near(model(x), wanted)
+        near(model.merge_and_unload()(x), wanted)

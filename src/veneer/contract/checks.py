@@ -26,3 +26,13 @@ class Checks:
         They match none of the adapted modules (by path), or need larger layers.
         """
         return []
+
+
+def grouped(sites: Sequence[LinearSite]) -> list[str]:
+    """Return a sentence for each convolution in groups, for a method whose update mixes all channels."""
+    return [
+        f"{site.name} is a convolution in {site.groups} groups, which this method cannot change: "
+        "list it in exclude_modules"
+        for site in sites
+        if site.groups > 1
+    ]

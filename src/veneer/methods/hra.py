@@ -6,7 +6,7 @@ the compact WY form (Schreiber and Van Loan 1989). So the update is a pair of ra
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from veneer.contract import LinearMethod, Params, Shapes
+from veneer.contract.checks import Checks, grouped
 from veneer.contract.extras import Extras
 from veneer.contract.family_targets import LOW_RANK
 from veneer.contract.targets import Names
@@ -37,6 +38,7 @@ class HRAConfig(LinearMethod):
 
     peft_type: ClassVar[str] = "HRA"
     headline: ClassVar[tuple[str, ...]] = ("r", "target_modules")
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "convolution"})
     inert: ClassVar[frozenset[str]] = frozenset({"r", "bias", "init_weights"})
 
     r: int = 8
@@ -51,6 +53,10 @@ class HRAConfig(LinearMethod):
     @classmethod
     def fields_for(cls, model_type: str) -> Mapping[str, Names]:
         return {**super().fields_for(model_type), **LOW_RANK.get(model_type, {})}
+
+    @property
+    def checks(self) -> Checks:
+        return _Checks()
 
     @property
     def largest_rank(self) -> int:
@@ -84,3 +90,8 @@ class HRAConfig(LinearMethod):
             inverse = torch.triu(a @ a.T, 1) + 0.5 * torch.eye(len(a), dtype=a.dtype, device=a.device)
             b = -site.weight.matmul(a).to(a.dtype).T
             return LinearDelta.pair(a, torch.linalg.solve_triangular(inverse, b, upper=True, left=False))
+
+
+class _Checks(Checks):
+    def layers(self, sites: Sequence[LinearSite]) -> list[str]:
+        return grouped(sites)

@@ -6,7 +6,8 @@ It is a pair of rank r². A's rows are all products of a row of A₁ and one of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from veneer.contract import LinearMethod, Params, Shapes
-from veneer.contract.checks import Checks
+from veneer.contract.checks import Checks, grouped
 from veneer.contract.family_targets import LOW_RANK
 from veneer.contract.patterns import PatternChecks, broken, first_match
 from veneer.contract.targets import Names
@@ -30,11 +31,12 @@ class LoHaConfig(LinearMethod):
     """LoHa in PEFT's fields.
 
     ``rank_dropout`` and ``module_dropout`` are read from files; training with them is refused.
-    ``use_effective_conv2d`` is for convolutions, which are not adapted.
+    ``use_effective_conv2d``, another form of the factors of convolutions, is refused if there are some.
     """
 
     peft_type: ClassVar[str] = "LOHA"
     headline: ClassVar[tuple[str, ...]] = ("r", "alpha", "target_modules")
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "convolution"})
     outward: ClassVar[frozenset[str]] = frozenset({"hada_w1_a", "hada_w2_a"})
     inert: ClassVar[frozenset[str]] = frozenset(
         {"r", "rank_pattern", "rank_dropout", "module_dropout", "use_effective_conv2d", "init_weights"}
@@ -62,7 +64,7 @@ class LoHaConfig(LinearMethod):
 
     @property
     def checks(self) -> Checks:
-        return PatternChecks(self._patterns)
+        return _Checks(self._patterns, self.use_effective_conv2d)
 
     @classmethod
     def fields_for(cls, model_type: str) -> Mapping[str, Names]:
@@ -94,3 +96,15 @@ class LoHaConfig(LinearMethod):
 
     def site_of(self, site: LinearSite, shapes: Mapping[str, tuple[int, ...]]) -> LinearSite:
         return replace(site, in_features=shapes["hada_w1_b"][1], out_features=shapes["hada_w1_a"][0])
+
+
+@dataclass(frozen=True)
+class _Checks(PatternChecks):
+    effective: bool
+
+    def layers(self, sites: Sequence[LinearSite]) -> list[str]:
+        wide = [site.name for site in sites if math.prod(site.window) > 1] if self.effective else []
+        found = [
+            f"use_effective_conv2d=True is not supported at {name}, a convolution: set it to False" for name in wide
+        ]
+        return found + grouped(sites)

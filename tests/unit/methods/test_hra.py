@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
-from methods_in_peft import assert_equals_peft, site
-from veneer import HRAConfig
+from methods_in_peft import assert_convolutions_equal_peft, assert_equals_peft, site
+from veneer import HRAConfig, get_peft_model
 from veneer.core.linear import fold_linear
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, TargetError
 from veneer.quant.dense import DenseWeight
 
 SETTINGS = {"r": 4}
@@ -48,3 +49,12 @@ def test_what_it_refuses():
         HRAConfig(r=0)
     with pytest.raises(ConfigError, match="HRA at q_proj needs the frozen weight"):
         HRAConfig().lower(site("q_proj", 7, 5), {"hra_u": torch.ones(5, 8)})
+
+
+def test_convolutions_equal_peft(tmp_path):
+    assert_convolutions_equal_peft("HRAConfig", tmp_path, r=3, init_weights=False)
+
+
+def test_convolutions_in_groups_are_refused():
+    with pytest.raises(TargetError, match="0 is a convolution in 2 groups, which this method cannot change"):
+        get_peft_model(nn.Sequential(nn.Conv2d(4, 6, 3, groups=2)), HRAConfig(target_modules=["0"]))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
-from methods_in_peft import assert_equals_peft, site
-from veneer import LoHaConfig
+from methods_in_peft import assert_convolutions_equal_peft, assert_equals_peft, site
+from veneer import LoHaConfig, get_peft_model
 from veneer.core.linear import fold_linear
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, TargetError
 
 SETTINGS = {"r": 3, "alpha": 5.0}
 
@@ -45,3 +46,18 @@ def test_what_it_refuses(fields, words):
 
 def test_dropouts_of_a_trained_adapter_are_read():
     assert LoHaConfig(rank_dropout=0.1, inference_mode=True).rank_dropout == 0.1
+
+
+def test_convolutions_equal_peft(tmp_path):
+    assert_convolutions_equal_peft("LoHaConfig", tmp_path, r=3, alpha=5, init_weights=False)
+
+
+def test_convolutions_in_groups_are_refused():
+    with pytest.raises(TargetError, match="0 is a convolution in 2 groups, which this method cannot change"):
+        get_peft_model(nn.Sequential(nn.Conv2d(4, 6, 3, groups=2)), LoHaConfig(target_modules=["0"]))
+
+
+def test_the_other_form_of_convolutions_is_refused():
+    config = LoHaConfig(target_modules=["0"], use_effective_conv2d=True)
+    with pytest.raises(TargetError, match="use_effective_conv2d=True is not supported at 0, a convolution"):
+        get_peft_model(nn.Sequential(nn.Conv2d(4, 6, 3)), config)
