@@ -1,8 +1,8 @@
 """Contract of a method: a frozen config with pure functions from parameters to a record. A config *is* its method.
 
-All methods implement one protocol, that of `MethodConfig`, about a *site*: ``shapes``, ``init``, ``lower``,
-``disk_names``, ``dropout``, ``site_of``, and ``places_in`` for the sites of a saved file. The base class determines the
-kind of site:
+All methods implement one protocol, that of `MethodConfig`, about a *site*. It consists of ``shapes``, ``init``,
+``lower``, ``disk_names``, ``dropout``, ``site_of``, and ``places_in`` for the sites of a saved file. The base class
+determines the kind of site:
 
 - `LinearMethod`: a linear layer, `LinearSite`;
 - `ResidualMethod`: the output of a sub-layer, `ResidualSite`;
@@ -28,8 +28,9 @@ Laws, run on every method by ``tests/contract``:
 - ``init`` returns exactly the names and shapes of ``shapes``, for any site, with finite values;
 - ``lower`` is pure and differentiable, and if ``identity_at_start`` holds, the record of ``init`` changes nothing;
 - if it ``changes_weights``, forward through the record equals forward through the folded weight;
-- an adapter is bit-equal after saving and loading, the declared bytes are the bytes on disk, and the records read
-  from the file are those of the adapter on its model, bit for bit.
+- an adapter is bit-equal after saving and loading;
+- the declared bytes are the bytes on disk;
+- the records read from the file are those of the adapter on its model, bit for bit.
 """
 
 from veneer.contract.config import MethodConfig

@@ -176,7 +176,7 @@ class MethodConfig(FrozenConfig):
         return self.virtual_tokens > 0
 
     def packed(self) -> Self:
-        """Return the config as it is written.
+        """Return the config in its written form.
 
         A method unknown to other libraries may become one that they know, once trained.
         """

@@ -1,8 +1,8 @@
 """Keys of PEFT: the key of each tensor of an adapter in its file, and the way back.
 
-A key is the names of PEFT's two wrappers of a model, the path of a module, the names of the wrappers around that
-module, and the end. The end is the method's name of its parameter there, or the module's own parameter if that is
-trained whole.
+A key starts with the names of PEFT's two wrappers of a model, then the path of a module. The names of the wrappers
+around that module and the end follow. The end is the method's name of its parameter there, or the module's own
+parameter if that is trained whole.
 """
 
 from __future__ import annotations

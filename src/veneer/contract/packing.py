@@ -1,4 +1,6 @@
-"""Packings: the form in which a method is written to a file, as it is trained or as other libraries know it."""
+"""Packings: the form in which a method is written to a file, either the trained one or one that other
+libraries know.
+"""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Attaching records to a transformers model: everything that knows transformers' module layout."""
+"""Attaching of records to a transformers model; only this package knows transformers' module layout."""

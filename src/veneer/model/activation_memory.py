@@ -1,10 +1,10 @@
-"""Activations kept where memory is plenty, computed again if it is not: decided before every forward pass.
+"""Activations kept if memory suffices, computed again if it does not: decided before every forward pass.
 
-The trace of a fused model tells before the first pass what its blocks save for the backward pass (`model.saved`). In
-models that are not fused, or not traced, it is measured on the second block of the first pass, which is kept. On a CPU
-there are three ways: all is kept; checkpointed selectively; each block computed again. On a GPU two: all is kept; each
-block is computed again from an input that waits in the host's memory (the idea of Unsloth's "unsloth" checkpointing).
-No way changes a gradient.
+The trace of a fused model shows before the first pass how many bytes its blocks save for the backward pass
+(`model.saved`). In models that are not fused, or not traced, they are counted on the second block of the first pass,
+which is kept. On a CPU there are three ways: all is kept; checkpointed selectively; each block computed again. On a GPU
+there are two: all is kept, or each block is computed again from an input that waits in the host's memory. The latter is
+the idea of Unsloth's "unsloth" checkpointing. No way changes a gradient.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ _REASONS: dict[Way, str] = {
 
 
 def checkpoint_as_needed(model: nn.Module) -> None:
-    """Switch gradient checkpointing on for a transformers model, in a form that keeps what there is memory for.
+    """Switch gradient checkpointing on for a transformers model, keeping the activations that memory suffices for.
 
-    The model's own `gradient_checkpointing_disable` ends it. What is chosen is logged whenever it changes.
+    The model's own `gradient_checkpointing_disable` ends it. Every change of the choice is logged.
     """
     checkpoint_fully(model)
     blocks: list[Any] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
@@ -55,10 +55,11 @@ def checkpoint_as_needed(model: nn.Module) -> None:
 
 
 class ActivationPlan:
-    """Way that activations of the pass now running are kept, one for all blocks of a model.
+    """Way of keeping the activations of the current pass, one for all blocks of a model.
 
-    ``n_logits`` is the size of the vocabulary: float32 logits and their gradients are held beside the activations.
-    ``traced`` gives for hidden states the bytes a token that a block keeps; None if only a run can tell.
+    ``n_logits`` is the size of the vocabulary: float32 logits and their gradients are held in addition to the
+    activations. ``traced`` returns for hidden states the bytes a token that a block keeps; None if only a run can show
+    it.
     """
 
     def __init__(
@@ -71,8 +72,10 @@ class ActivationPlan:
         self._most_kept = 0  # tokens of the largest pass that was kept
 
     def begin(self, hidden: Tensor, *, fused: bool = False) -> None:
-        """Choose for a pass over hidden states (…, width), ``fused`` or not. All is kept until it is known how much a
-        block keeps."""
+        """Choose a way for a pass over hidden states (…, width), ``fused`` or not.
+
+        Everything is kept until the bytes that a block keeps are known.
+        """
         if self.block_bytes is None and fused:
             self.block_bytes = self._traced(hidden)
         if self.block_bytes is None:
@@ -97,7 +100,7 @@ class ActivationPlan:
 
     @contextmanager
     def measuring(self, block: nn.Module, hidden: Tensor) -> Iterator[None]:
-        """Within it a block runs, and what it keeps beside its weights is counted."""
+        """Context in which a block runs, and the bytes that it keeps besides its weights are counted."""
         saved = SavedBytes()
         with saved:
             yield
@@ -106,7 +109,7 @@ class ActivationPlan:
 
 
 class BlockActivations:
-    """Function that transformers calls in place of `torch.utils.checkpoint.checkpoint` for one block."""
+    """Function that transformers calls for one block in place of `torch.utils.checkpoint.checkpoint`."""
 
     def __init__(self, plan: ActivationPlan, block: nn.Module, index: int) -> None:
         self.plan, self.block, self.index = plan, block, index
@@ -114,7 +117,7 @@ class BlockActivations:
 
     @property
     def is_selective(self) -> bool:
-        """True if the block checkpoints itself selectively now. The first one does not: a pass begins there."""
+        """True if the block checkpoints itself selectively now. The first block does not: a pass begins there."""
         return self.plan.way == "selective" and self.index > 0 and not self._again
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

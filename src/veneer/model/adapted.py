@@ -20,7 +20,7 @@ from veneer.model.state import AdapterState
 
 
 class TokenRows(nn.Module):
-    """Trained rows (n, d) in the places ``indices`` of a table, under the names that PEFT gives them on disk."""
+    """Trained rows (n, d) at the ``indices`` of a table, with PEFT's names on disk."""
 
     def __init__(self, indices: tuple[int, ...], values: Tensor) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class TokenRows(nn.Module):
         self.trainable_tokens_delta = nn.Parameter(values)
 
     def index(self, device: torch.device) -> Tensor:
-        """Return the places on a device."""
+        """Return the indices on a device."""
         kept = cast("Tensor | None", vars(self).get("_index"))
         if kept is None or kept.device != device:
             kept = vars(self)["_index"] = torch.tensor(self.indices, device=device)
@@ -38,8 +38,8 @@ class TokenRows(nn.Module):
 class TiedFactors(nn.Module):
     """Adapter held by the tied embeddings (``source``), as seen by this module.
 
-    It registers nothing: the factors are trained, moved and saved where they are. A head reads the table the other way
-    round: ``turned`` gives the factors of the transposed update.
+    It registers nothing: the factors are trained, moved and saved in their source. A head reads the table transposed:
+    ``turned`` returns the factors of the transposed update.
     """
 
     def __init__(
@@ -56,10 +56,10 @@ class TiedFactors(nn.Module):
 
 @dataclass
 class Kept:
-    """All that is computed at one adapted module and kept there: unloading the last adapter drops it as a whole.
+    """Values computed at one adapted module and kept there; unloading the last adapter drops them together.
 
-    ``row_sq``: squared norms of the weight's rows, (o,). ``merged_weight``: the weight with adapters folded in, beside
-    codes that cannot hold it. ``read``: the parameters as one forward pass reads them; None outside of a pass.
+    ``row_sq``: squared norms of the weight's rows, (o,). ``merged_weight``: the weight with adapters folded in, in
+    addition to codes that cannot hold it. ``read``: the parameters as one forward pass reads them; None outside a pass.
     ``attention``: the attention whose output projection the module is. None of it is registered in the module.
     """
 
@@ -70,7 +70,9 @@ class Kept:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Inside the block, one forward pass, what is read is made once however often the module's code looks at it."""
+        """Context of one forward pass, in which each parameter is computed once, however often the module's
+        code reads it.
+        """
         before, self.read = self.read, {}
         try:
             yield
@@ -79,10 +81,10 @@ class Kept:
 
 
 class Adapted(InPlace, Holder):
-    """Mixin in front of the class of a module, in place.
+    """Mixin that an adapted module's generated class puts in front of its own class, in place.
 
-    ``adapters[name]`` holds what a method adds here; ``copies[name]`` holds whole parameters of this module that the
-    adapter trains (as parameters) or carries along frozen (as buffers). The module's own parameters stay as they were.
+    ``adapters[name]`` holds the tensors that a method adds here. ``copies[name]`` holds whole parameters of this module
+    that the adapter trains (as parameters) or saves frozen (as buffers). The module's own parameters stay unchanged.
     """
 
     name_prefix: ClassVar[str] = "Adapted"
@@ -103,7 +105,7 @@ class Adapted(InPlace, Holder):
     def by_rows(self, routing: Routing, names: Sequence[str], args: Any, kwargs: Any) -> Tensor:
         """Return the output for a mixed batch, computed for the rows of each of these adapters one after the other.
 
-        Raises CompositionError if what goes in or comes out is not one tensor with the rows in front.
+        Raises CompositionError if the input or the output is not one tensor with the rows as its first axis.
         """
         x = args[0] if args and isinstance(args[0], Tensor) else None
         groups = [] if x is None else routing.groups(x.shape[0], names, self.site_name, x.device)
@@ -121,9 +123,10 @@ class Adapted(InPlace, Holder):
         return torch.cat(parts)[order.argsort()]
 
     def effective(self, parameter: str, names: Sequence[str] | None = None) -> Tensor | None:
-        """Return the module's own parameter, or the copy that one of the adapters (by default those acting) has of it.
+        """Return the module's own parameter, or the copy that one of the adapters (by default the active ones) has of
+        it.
 
-        A copy may be kept wider than the base (float32 beside bfloat16); it is read in the base's dtype.
+        A copy may be wider than the base (float32 for bfloat16); it is read in the base's dtype.
 
         Raises CompositionError if the parameter is read for all rows while rows have copies of their own.
         """
@@ -142,7 +145,7 @@ class Adapted(InPlace, Holder):
         return value
 
     def whole(self, parameter: str, names: Sequence[str]) -> Tensor | None:
-        """As `effective`, without single rows that adapters train."""
+        """Return the parameter as in `effective`, without single rows that adapters train."""
         own = self._parameters.get(parameter)
         for name in names:
             copy = cast("Tensor | None", getattr(self.copies[name], parameter, None)) if name in self.copies else None
@@ -161,7 +164,7 @@ class Adapted(InPlace, Holder):
         return copied or (parameter == "weight" and bool(self.token_rows((name,))))
 
     def folded(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Return the module's parameters with these adapters folded in: only those that change."""
+        """Return the module's parameters with these adapters folded in: only the changed ones."""
         held = {key for name in names if name in self.copies for key, _ in own_tensors(self.copies[name])}
         held |= {"weight"} if self.token_rows(names) else set()
         return {key: cast(Tensor, self.effective(key, names)) for key in sorted(held)}
@@ -169,13 +172,15 @@ class Adapted(InPlace, Holder):
     def folded_rows(
         self, key: str, names: Sequence[str], own: Iterable[Tensor], dtype: torch.dtype
     ) -> Iterator[Tensor] | None:
-        """Return the rows (k, …) of a parameter that `folded` gives, in ``dtype``, made of its ``own``, block by block;
-        None where they are not made row by row. The parameter itself may be without storage.
+        """Return the rows (k, …) of a parameter of `folded`, in ``dtype``, computed from its ``own`` rows, block by
+        block.
+
+        None if they are not computed row by row. The parameter itself may have no storage.
         """
         return None
 
     def changes_as(self, other: Adapted, names: Sequence[str]) -> bool:
-        """Return True if these adapters change a weight shared with another module alike."""
+        """Return True if these adapters change a shared weight in this module and in ``other`` alike."""
         return all(
             self.adapter_state.configs[n].extras.keeps_tie
             or (self.token_rows((n,)) == other.token_rows((n,)) and not (self._is_own(n) or other._is_own(n)))
@@ -187,18 +192,18 @@ class Adapted(InPlace, Holder):
         return name in self.adapters or (name in self.copies and "weight" in dict(own_tensors(self.copies[name])))
 
     def replace(self, values: dict[str, Tensor]) -> None:
-        """Put folded values in the place of the module's own parameters, which are kept for `put_back`."""
+        """Replace the module's own parameters by folded values; they are kept for `put_back`."""
         self.originals = {key: self._parameters.get(key) for key in values}
         for key, value in values.items():
             shared = isinstance(value, nn.Parameter) and not value.requires_grad  # what a tied module has already
             self._parameters[key] = cast(nn.Parameter, value) if shared else nn.Parameter(value, requires_grad=False)
 
     def unmerged(self, parameter: str) -> Tensor | None:
-        """Return the module's own parameter, also while a folded one is in its place."""
+        """Return the module's own parameter, even while a folded one replaces it."""
         return self.originals.get(parameter, self._parameters.get(parameter))
 
     def put_back(self) -> None:
-        """Undo `replace`: the very parameters that were there, on the device where the module is now."""
+        """Undo `replace`: restore the same parameters, on the device of the module now."""
         for key, original in self.originals.items():
             now = self._parameters[key]
             if original is not None and now is not None and original.device != now.device:
@@ -207,19 +212,17 @@ class Adapted(InPlace, Holder):
         self.originals = {}
 
     def disk_path(self, name: str, path: str) -> str:
-        """Return the path under which PEFT's file keeps what adapter ``name`` has here; ``path`` is the
-        module's own.
-        """
+        """Return the path of adapter ``name`` at this module in PEFT's file; ``path`` is the module's own."""
         return path
 
     @property
     def active_adapters(self) -> list[str]:
-        """Active adapters of the model, whether or not they have anything here."""
+        """Active adapters of the model, whether or not they have parameters here."""
         return list(self.adapter_state.active)
 
     @property
     def merged_adapters(self) -> list[str]:
-        """Those of the merged adapters that have something here."""
+        """Merged adapters that have parameters here."""
         return [name for name in self.adapter_state.merged if self.holds(name)]
 
     @property
@@ -262,7 +265,7 @@ class Adapted(InPlace, Holder):
         restore(self)
 
     def forget(self) -> None:
-        """Drop what was computed from the weight."""
+        """Drop the values computed from the weight."""
 
 
 def adapt(path: str, module: nn.Module, state: AdapterState, mixin: type[Adapted]) -> Adapted:
@@ -278,25 +281,27 @@ def adapt(path: str, module: nn.Module, state: AdapterState, mixin: type[Adapted
 
 
 def own_parameter(module: nn.Module, parameter: str) -> Tensor | None:
-    """Return a module's own parameter, also while a folded one is in its place."""
+    """Return a module's own parameter, even while a folded one replaces it."""
     return module.unmerged(parameter) if isinstance(module, Adapted) else module._parameters.get(parameter)
 
 
 def forget_weight(module: nn.Module) -> None:
-    """Drop what was computed from a module's weight, if the module is adapted."""
+    """Drop the values computed from a module's weight, if the module is adapted."""
     if isinstance(module, Adapted):
         module.forget()
 
 
 def restore(module: Adapted) -> None:
-    """Give a module its class back and leave nothing of ours in it."""
+    """Restore a module's class and remove everything added to it."""
     for attribute in ("adapters", "copies", "site_name", "adapter_state", "originals", "kept"):
         delattr(module, attribute)
     restore_class(module)
 
 
 def add_copy(module: Adapted, name: str, parameter: str, value: Tensor, frozen: bool) -> None:
-    """Give an adapter a copy of one of the module's parameters; reading the parameter sees it while it is active."""
+    """Give an adapter a copy of one of the module's parameters. While it is active, reading the parameter
+    returns the copy.
+    """
     if name not in module.copies:
         module.copies[name] = nn.Module()
     if frozen:
@@ -308,15 +313,15 @@ def add_copy(module: Adapted, name: str, parameter: str, value: Tensor, frozen: 
 
 
 def swap_reading(module: Adapted, parameter: str) -> None:
-    """Let whoever reads a parameter of the module see what the acting adapters make of it."""
+    """Make every read of a parameter of the module return the value under the active adapters."""
     change_class(module, mixin_of(type(module)), (parameter,))
 
 
 def own_tensors(holder: nn.Module) -> list[tuple[str, Tensor]]:
-    """Parameters and buffers that a holder has itself."""
+    """Return the parameters and buffers that a holder registers itself."""
     return [*holder.named_parameters(recurse=False), *holder.named_buffers(recurse=False)]
 
 
 def factors_of(holder: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors that an adapter acts with at one module: the holder's own, or those that it shares."""
+    """Return the tensors of an adapter at one module: the holder's own, or those that it shares."""
     return holder.seen(tensors_of(vars(holder)["factors"])) if isinstance(holder, TiedFactors) else tensors_of(holder)

@@ -1,4 +1,4 @@
-"""Making of a new adapter's parameters."""
+"""Creation of a new adapter's parameters."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from veneer.errors import FormatError
 
 @dataclass(frozen=True)
 class Allocation:
-    """Way in which the parameters of a new adapter are made.
+    """Way of creating the parameters of a new adapter.
 
-    ``values``: the method's start values; otherwise they are left empty, to be loaded. ``widen``: float32 beside a
-    16-bit base, otherwise the base's dtype.
+    ``values``: the method's initial values; otherwise they are left uninitialized, to be loaded. ``widen``: float32 for
+    a 16-bit base, otherwise the base's dtype.
     """
 
     values: bool = True
@@ -26,7 +26,7 @@ class Allocation:
     def parameters(
         self, method: MethodConfig, site: Site, device: torch.device, dtype: torch.dtype
     ) -> nn.ParameterDict:
-        """Return a method's fresh parameters for a site on a device; ``dtype`` is the base's, used if not widened."""
+        """Return a method's new parameters for a site on a device; ``dtype`` is the base's, used if not widened."""
         shapes = method.shapes(site)
         values = method.init(site) if self.values else {name: _empty(name, shape) for name, shape in shapes.items()}
         kept = torch.promote_types(dtype, torch.float32) if self.widen else dtype

@@ -26,8 +26,10 @@ from veneer.model.token_rows import add_rows
 
 
 def module_index(model: nn.Module, method: LinearMethod | None = None) -> ModuleIndex:
-    """Return the module paths of a model, and which of them a method (None: any) can adapt: linear layers, and what
-    else it knows. ``"all-linear"`` takes linear layers alone, without the output head.
+    """Return the module paths of a model, and those that a method (None: any) can adapt.
+
+    These are linear layers, and other kinds that the method supports. ``"all-linear"`` selects linear layers alone,
+    without the output head.
     """
     return look_at(model).index(method)
 
@@ -35,7 +37,7 @@ def module_index(model: nn.Module, method: LinearMethod | None = None) -> Module
 def attach(
     model: nn.Module, config: MethodConfig, name: str, state: AdapterState, allocation: Allocation | None = None
 ) -> None:
-    """Add one adapter's parameters wherever its config means, all or nothing.
+    """Add one adapter's parameters at all of its config's targets, all or nothing.
 
     They are drawn from torch's global generator. Raises AdapterNameError and TargetError.
     """
@@ -60,7 +62,7 @@ def _put_on(model: nn.Module, name: str, state: AdapterState, plan: Plan, alloca
 
 
 def adapt_path(model: nn.Module, path: str, state: AdapterState) -> Adapted:
-    """Return the module at a path, made adapted in the way of its kind."""
+    """Return the module at a path, adapted according to its kind."""
     return adapt_module(path, model.get_submodule(path), state)
 
 
@@ -80,7 +82,7 @@ def check_name(name: str, state: AdapterState) -> None:
 
 
 def detach(model: nn.Module, state: AdapterState, name: str) -> None:
-    """Take one adapter off; what it was attached to is then as it was before."""
+    """Remove one adapter; its modules are then as before."""
     del state.configs[name]
     state.schedules.pop(name, None)
     state.trainable.discard(name)
@@ -90,12 +92,14 @@ def detach(model: nn.Module, state: AdapterState, name: str) -> None:
 
 
 def live_parameters(model: nn.Module, state: AdapterState, name: str) -> dict[str, Tensor]:
-    """Every tensor of one adapter, of any kind of method, by its key on disk: the parameters themselves, not copies."""
+    """Return every tensor of one adapter, of any kind of method, by its key on disk: the parameters
+    themselves, not copies.
+    """
     return {key: tensor for key, (_, tensor) in named_live_parameters(model, name).items()}
 
 
 def named_live_parameters(model: nn.Module, name: str) -> dict[str, tuple[str, Tensor]]:
-    """As `live_parameters`, each with its name in the model's own ``state_dict``."""
+    """Return `live_parameters`, each with its name in the model's own ``state_dict``."""
     places = adapted_places(model).items()
     return {key: tensor for path, place in places for key, tensor in place.live_tensors(name, path).items()}
 
@@ -103,10 +107,10 @@ def named_live_parameters(model: nn.Module, name: str) -> dict[str, tuple[str, T
 def stored_tensors(
     model: nn.Module, state: AdapterState, name: str, values: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Return the tensors of a plain save of one adapter, by their keys on disk: its parameters, packed where the method
+    """Return the tensors of a plain save of one adapter, by their keys on disk: its parameters, packed if the method
     packs.
 
-    ``values`` stand in for `live_parameters`.
+    ``values`` replace `live_parameters`.
     """
     config = state.configs[name]
     found = packed_tensors(model, state, name, values)
@@ -116,7 +120,7 @@ def stored_tensors(
 def packed_tensors(
     model: nn.Module, state: AdapterState, name: str, values: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """`stored_tensors` without those that all layers share, which are drawn."""
+    """Return `stored_tensors` without those that all layers share, which are drawn."""
     found = live_parameters(model, state, name) if values is None else dict(values)
     for path, place in adapted_places(model).items():
         if place.owns(name):
@@ -128,7 +132,7 @@ def packed_tensors(
 
 
 def shared_tensors(config: MethodConfig) -> dict[str, Tensor]:
-    """Return the tensors that the layers of an adapter share, by their keys on disk; empty for none."""
+    """Return the tensors that the layers of an adapter share, by their keys on disk; empty if there are none."""
     return {} if config.shared is None else {shared_key(key): value for key, value in config.shared.draw().items()}
 
 
@@ -142,7 +146,7 @@ def unpacked_tensors(model: nn.Module, name: str, written: Mapping[str, Tensor])
 
 
 def repeated_tensors(model: nn.Module, name: str, written: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors that PEFT writes once more for modules that share an adapter with the embeddings."""
+    """Return the tensors that PEFT writes a second time for modules that share an adapter with the embeddings."""
     found: dict[str, Tensor] = {}
     for path, layer in adapted_layers(model).items():
         held = dict(layer.adapters.items()).get(name)
@@ -156,12 +160,12 @@ def repeated_tensors(model: nn.Module, name: str, written: Mapping[str, Tensor])
 
 
 def adapted_places(model: nn.Module) -> dict[str, Holder]:
-    """Every module that holds adapters, of any kind of method, by path."""
+    """Return every module that holds adapters, of any kind of method, by path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, Holder)}
 
 
 def adapted_modules(model: nn.Module) -> dict[str, Adapted]:
-    """Every adapted module by path: also those of which an adapter only trains parameters whole."""
+    """Return every adapted module by path, including those of which an adapter only trains parameters whole."""
     return {name: m for name, m in model.named_modules() if isinstance(m, Adapted)}
 
 
@@ -171,7 +175,7 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedSite]:
 
 
 def outward_parameters(model: nn.Module) -> set[str]:
-    """Return the names of those parameters of all adapters that are on the side of the output, as LoRA's B is."""
+    """Return the names of all adapters' parameters on the output side, such as LoRA's B."""
     return {
         f"{path}.adapters.{name}.{key}"
         for path, module in adapted_modules(model).items()

@@ -1,11 +1,11 @@
-"""Selective activation checkpointing: what is dear to compute is kept, what is cheap is computed again.
+"""Selective activation checkpointing: expensive results are kept, cheap ones are computed again.
 
 Full checkpointing (Chen et al. 2016, arXiv 1604.06174) keeps the input of each block and computes the whole block again
-in the backward pass. Here the block keeps attention's output and its large matrix products (Korthikanti et al. 2022,
-arXiv 2205.05198, section 5, recompute the parts that take much memory and little arithmetic); norms, activations,
-rotation, masks of dropout, casts and low-rank products are computed again. Fused blocks compute most of these again
-anyway: there, the projections of the normed stream are computed again too, and what is kept is attention's output and
-the stream in front of either half.
+in the backward pass. Here the block keeps attention's output and its large matrix products. Norms, activations,
+rotation, masks of dropout, casts and low-rank products are computed again. The idea is that of Korthikanti et al. 2022
+(arXiv 2205.05198, section 5): recompute the parts that take much memory and little arithmetic. Fused blocks compute
+most of these again anyway. They also compute the projections of the normed stream again, and keep attention's output
+and the stream before either half.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ _ATTENTION = (
 
 
 def checkpoint_selectively(model: nn.Module, every_n_layers: int = 1) -> None:
-    """Switch gradient checkpointing on for a transformers model, in the selective form. Its `disable` ends it.
+    """Switch gradient checkpointing on for a transformers model, in the selective form.
 
-    ``every_n_layers``: only so many blocks are checkpointed, the others keep everything.
+    The model's own `gradient_checkpointing_disable` ends it. ``every_n_layers``: only one in so many blocks is
+    checkpointed, the others keep everything.
     """
     settings = {"use_reentrant": False, "context_fn": selective_contexts}
     if every_n_layers == 1:

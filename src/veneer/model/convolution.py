@@ -24,8 +24,10 @@ _CONVOLUTIONS = {nn.Conv1d: nn.functional.conv1d, nn.Conv2d: nn.functional.conv2
 
 
 class AdaptedConvolution(AdaptedSite):
-    """Mixin in front of a convolution's class. A is a convolution like the layer itself, with r output channels, which
-    sees all channels also where the layer's are in groups; B acts on channels alone.
+    """Mixin in front of a convolution's class.
+
+    A is a convolution like the layer itself, with r output channels. It reads all channels, even if the layer's are in
+    groups. B acts on channels alone.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,8 +108,9 @@ class AdaptedConvolution(AdaptedSite):
 
 @dataclass(frozen=True, slots=True)
 class BlockDiagonalWeight:
-    """Kernel of a convolution in groups as the matrix (o, channels · window) that it is: mostly zeros, and made
-    only where somebody asks for it.
+    """Kernel of a grouped convolution as the matrix (o, channels · window), mostly zeros.
+
+    It is computed only when it is read.
     """
 
     blocks: Float[Tensor, "o k"]
@@ -134,7 +137,7 @@ class BlockDiagonalWeight:
 def is_convolution(module: nn.Module) -> bool:
     """Return True if a module is a convolution of torch with a kernel of its own.
 
-    A class with a forward of its own (one that standardizes the kernel, say) is another map.
+    A class that overrides forward (to standardize the kernel, say) is another map.
     """
     own = base_of(type(module)) if isinstance(module, InPlace) else type(module)
     plain = any(issubclass(own, cls) and own.forward is cls.forward for cls in _CONVOLUTIONS)
@@ -142,7 +145,7 @@ def is_convolution(module: nn.Module) -> bool:
 
 
 def shape_of_convolution(path: str, module: nn.Module) -> LinearSite:
-    """Return a convolution described by its shape alone."""
+    """Return the site of a convolution, described by its shape alone."""
     conv = cast(nn.Conv2d, module)
     return LinearSite(
         name=path,

@@ -38,9 +38,10 @@ def copied_parameters(
 
 
 def add_copies(model: nn.Module, name: str, wanted: Mapping[str, list[str]], widen: bool) -> None:
-    """Give an adapter trained copies of parameters, started at the base's values; 16-bit ones in float32 if ``widen``.
+    """Give an adapter trained copies of parameters, initialized to the base's values; 16-bit ones in float32 if
+    ``widen``.
 
-    The modules must be adapted already. If the config keeps a tie, parameters that were one have one copy.
+    The modules must be adapted already. If the config keeps a tie, tied parameters share one copy.
     """
     one: dict[int, nn.Parameter] = {}
     for path, parameters in wanted.items():
@@ -55,7 +56,7 @@ def add_copies(model: nn.Module, name: str, wanted: Mapping[str, list[str]], wid
 
 
 def own_parameters(module: nn.Module) -> list[tuple[str, Tensor | None]]:
-    """Return the parameters that a module holds itself; an adapted one's are those of its base."""
+    """Return the parameters that a module holds itself; those of an adapted one are its base's."""
     packed = [("weight", module.like)] if isinstance(module, PackedLinear) else []
     return [*packed, *module._parameters.items()]
 

@@ -16,7 +16,9 @@ from veneer.quant.dense import DenseWeight
 
 
 class AdaptedEmbedding(AdaptedSite):
-    """Mixin in front of an embedding's class. What the base returns is kept, with whatever else its forward does."""
+    """Mixin in front of an embedding's class. It keeps the base's output and all other effects of the
+    base's forward.
+    """
 
     def forward(self, token_ids: Tensor) -> Tensor:
         routing = self.adapter_state.routed()
@@ -52,7 +54,7 @@ class AdaptedEmbedding(AdaptedSite):
 
 
 def input_embeddings(model: nn.Module) -> nn.Module | None:
-    """Return the model's input embeddings; None if it has none: images and sound are not looked up."""
+    """Return the model's input embeddings; None for models of images and sound, which have none."""
     try:
         return cast("nn.Module | None", cast(Any, model).get_input_embeddings())
     except NotImplementedError:  # transformers' answer for a model without a table

@@ -1,4 +1,4 @@
-"""Experts of a mixture: torch groups their products only if every row is a multiple of 16 bytes long."""
+"""Experts of a mixture: torch groups their products only if the size of every row is a multiple of 16 bytes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ STACKS = ("gate_up_proj", "up_proj", "down_proj")
 
 
 def fit_experts(model: nn.Module) -> None:
-    """Run experts one by one if grouped products do not take their widths; transformers has both ways.
+    """Run experts one by one if grouped products do not support their widths; transformers has both ways.
 
-    Elsewhere torch would raise in the first forward pass. What runs one by one is logged.
+    Otherwise torch would raise in the first forward pass. Experts that run one by one are logged.
     """
     config: Any = getattr(model, "config", None)
     if not isinstance(model, PreTrainedModel) or "grouped_mm" not in model.get_experts_implementation().values():

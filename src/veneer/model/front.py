@@ -14,7 +14,9 @@ from veneer.model.routing import Routing
 
 @dataclass(frozen=True)
 class Front:
-    """``counts`` are the virtual tokens of each adapter that acts; ``routing`` is None if one acts on all rows.
+    """Virtual tokens in front of the rows of a batch.
+
+    ``counts`` are the virtual tokens of each active adapter; ``routing`` is None if one adapter acts on all rows.
 
     Every row has ``width`` places in front. If its adapter has fewer virtual tokens, or none, they are the last of
     these places, and the others are masked.
@@ -49,7 +51,7 @@ class Front:
         return torch.tensor([self.counts.get(name, 0) for name in names], device=device)[:, None]
 
     def shift(self, positions: Tensor) -> Tensor:
-        """Positions (rows or 1, length) of tokens that have these in front."""
+        """Return the positions (rows or 1, length) of tokens that follow these virtual tokens."""
         if self.routing is None:
             return positions + self.width
         return positions + self.used(max(positions.shape[-2], len(self.routing.names)), positions.device)
@@ -59,9 +61,7 @@ class Front:
         return torch.arange(self.width, device=device) >= self.width - self.used(n_rows, device)
 
     def positions(self, n_rows: int, device: torch.device) -> Tensor:
-        """Return the positions of the places, (rows, width): 0 for the first virtual token of a row, and in
-        front of it.
-        """
+        """Return the positions of the places, (rows, width): 0 for the first virtual token of a row, and before it."""
         first = self.width - self.used(n_rows, device)
         return (torch.arange(self.width, device=device) - first).clamp_min(0)
 
@@ -77,6 +77,9 @@ class Front:
 def leading_rows(
     given: Sequence[Float[Tensor, "_ *shape"]], row_index: Int[Tensor, " rows"], n: int
 ) -> Float[Tensor, "rows n *shape"]:
-    """Row by row one of ``given``, counted from 1, with zeros in front up to n along its first axis; 0 is all zeros."""
+    """Return for each row one of ``given``, counted from 1; index 0 is all zeros.
+
+    Each is padded with leading zeros to length n along its first axis.
+    """
     filled = [torch.cat([x.new_zeros(n - x.shape[0], *x.shape[1:]), x]) for x in given]
     return torch.stack([torch.zeros_like(filled[0]), *filled])[row_index.to(filled[0].device)]

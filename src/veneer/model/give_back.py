@@ -1,4 +1,4 @@
-"""Memory that a process holds and does not need, given back to the system."""
+"""Return of memory that a process holds and does not need to the system."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ SMAPS = Path("/proc/self/smaps")
 
 
 def give_back(model: nn.Module) -> None:
-    """Give back what the process has freed, and the pages of the files that the model's tensors are mapped from.
+    """Give back the process's freed memory, and the pages of the files that the model's tensors are mapped from.
 
-    One tensor that is kept holds the map of its whole file, whose pages stay resident, though most were read for the
-    last time. A page that is read again comes back from the file. A map in which a page was written, and would come
-    back without what was written, is left as it is. Linux tells; on other systems nothing is given back.
+    One tensor that is kept holds the map of its whole file. The file's pages stay resident, though most were read for
+    the last time. A page that is read again comes back from the file. A map with a written page is left unchanged,
+    since its writes would be lost. This works on Linux; on other systems nothing is given back.
     """
     if not os.access(SMAPS, os.R_OK):
         return

@@ -1,4 +1,4 @@
-"""Heap of glibc while a model trains on the CPU: what is freed stays with the process and is taken again."""
+"""Heap of glibc while a model trains on the CPU: freed memory stays with the process and is reused."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _n_within = _n_without = _unused_before = 0
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """Within it what is freed stays with the process for what is allocated next; at the end it goes to the system.
+    """Context in which freed memory stays with the process for later allocations; at the end it goes to the system.
 
-    By itself glibc gives blocks above 32 MB back at once, and what is free at the top of its heap too. A training step
-    takes what the step before has freed, and a page that is fresh from the system is cleared by it first: that was a
-    tenth of a step on the general path (logits), up to a quarter where a whole model is trained (gradients). It acts on
-    blocks of the main thread, until an allocation of it fails: glibc keeps those of others in maps. May be entered
-    again within itself, and by several threads. Other systems and allocators are left as they are.
+    By default glibc returns blocks above 32 MB at once, and free memory at the top of its heap too. A training step
+    allocates the memory that the step before has freed, and the system clears each new page first. That took a tenth of
+    a step on the general path (logits), up to a quarter if a whole model is trained (gradients). It acts on blocks of
+    the main thread, until an allocation of it fails: glibc keeps those of others in maps. The context is reentrant, and
+    several threads may enter it. Other systems and allocators are left unchanged.
     """
     _change(within=1)
     try:
@@ -41,10 +41,10 @@ def freed_memory_kept() -> Iterator[None]:
 
 @contextmanager
 def freed_memory_returned() -> Iterator[None]:
-    """Within it, in a process that keeps what is freed, all of that goes to the system, as it does by itself.
+    """Context in which a process that keeps freed memory returns all of it to the system, as by default.
 
-    For what is done now and then with blocks of other sizes, such as an evaluation: they do not fit into what the steps
-    have left, and would be kept beside it.
+    It is for occasional work with blocks of other sizes, such as an evaluation. Those do not fit into the memory that
+    the steps have freed, and would be kept in addition.
     """
     _change(without=1)
     try:
@@ -54,7 +54,9 @@ def freed_memory_returned() -> Iterator[None]:
 
 
 def kept_bytes() -> int:
-    """Bytes that were freed within `freed_memory_kept` and are not taken again: the system counts them as taken."""
+    """Return the bytes that were freed within `freed_memory_kept` and are not reused: the system counts
+    them as taken.
+    """
     with _lock:
         return max(0, _unused() - _unused_before) if _is_kept() else 0
 
@@ -77,7 +79,7 @@ def _is_kept() -> bool:
 
 
 def trim() -> None:
-    """Give the system what was freed, what lies between blocks in use too, which glibc keeps by itself."""
+    """Give freed memory to the system, including that between blocks in use, which glibc keeps by default."""
     _call("malloc_trim", ctypes.c_size_t(0))
 
 

@@ -1,4 +1,4 @@
-"""One face of modules that hold adapters' tensors: adapted modules, bottlenecks and virtual tokens."""
+"""Common interface of modules that hold adapters' tensors: adapted modules, bottlenecks and virtual tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from veneer.model.state import AdapterState
 class Holder(nn.Module):
     """Module of a model that holds tensors of adapters, by their names.
 
-    ``adapters[name]`` holds what a method adds here. ``folds``: whether a merge folds all that is held into weights.
+    ``adapters[name]`` holds the tensors that a method adds here. ``folds``: whether a merge folds all of them into
+    weights.
     """
 
     folds: ClassVar[bool] = False
@@ -23,7 +24,7 @@ class Holder(nn.Module):
 
     @property
     def holdings(self) -> tuple[nn.ModuleDict, ...]:
-        """All that is held here, each by adapter name."""
+        """Module dicts of everything held here, each by adapter name."""
         return (self.adapters,)
 
     def holds(self, name: str) -> bool:
@@ -43,7 +44,7 @@ class Holder(nn.Module):
         return False
 
     def disk_keys(self, name: str, path: str) -> dict[str, str]:
-        """Return for each of the method's parameters its key in PEFT's file; ``path`` is this module's in the model."""
+        """Return the key of each of the method's parameters in PEFT's file; ``path`` is this module's in the model."""
         raise NotImplementedError
 
     def live_tensors(self, name: str, path: str) -> dict[str, tuple[str, Tensor]]:
@@ -54,15 +55,18 @@ class Holder(nn.Module):
         return {keys[own]: (f"{path}.adapters.{name}.{own}", t) for own, t in tensors_of(self.adapters[name]).items()}
 
     def packed(self, name: str, path: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the method's tensors as they are written, by their keys on disk, from its own by theirs."""
+        """Return the method's tensors in their written form, by their keys on disk.
+
+        ``values`` are its own tensors, by their keys.
+        """
         return {key: values[key] for key in self.disk_keys(name, path).values()}
 
     def unpacked(self, name: str, path: str, written: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the inverse of `packed`; nothing if the two are the same."""
+        """Return the inverse of `packed`; nothing if the two forms are the same."""
         return {}
 
     def take_off(self, model: nn.Module, path: str, name: str) -> None:
-        """Drop what an adapter has here; a holder of nothing leaves the model as it was before."""
+        """Drop an adapter's tensors here. A holder that then is empty leaves the model as before."""
         for held in self.holdings:
             if name in held:
                 del held[name]
@@ -70,10 +74,10 @@ class Holder(nn.Module):
             self.leave(model, path)
 
     def leave(self, model: nn.Module, path: str) -> None:
-        """Take the holder itself off the model, with its hooks."""
+        """Remove the holder itself from the model, with its hooks."""
         raise NotImplementedError
 
 
 def tensors_of(holder: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers of a module by name."""
+    """Return the parameters and buffers of a module by name."""
     return {**dict(holder.named_parameters()), **dict(holder.named_buffers())}

@@ -1,7 +1,7 @@
-"""Changing a module's class in place and back: the module, its parameters and its hooks stay.
+"""Change of a module's class in place and back: the module, its parameters and its hooks stay.
 
-A generated class puts a mixin in front of the class that the module had. It keeps that class's name (after a prefix),
-so that whoever asks for it by name (pipelines, model cards, ``architectures`` in a config) finds what was there.
+A generated class puts a mixin in front of the module's own class. It keeps that class's name after a prefix. Code that
+looks the class up by name (pipelines, model cards, ``architectures`` in a config) therefore still finds it.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from veneer.errors import TargetError
 
 
 class InPlace:
-    """Base class of every mixin of this kind. It makes a class that no Python module holds copy and pickle.
+    """Base class of every mixin of this kind. It lets instances of a class that no Python module holds be copied and
+    pickled.
 
-    ``swapped`` names the parameters that reading goes through ``effective`` for, so that an adapter can offer its own.
+    ``swapped`` names the parameters that are read through ``effective``, so that an adapter can replace them.
     """
 
     name_prefix: ClassVar[str] = ""
     swapped: ClassVar[tuple[str, ...]] = ()
 
     def effective(self, parameter: str) -> Any:
-        """Return the value of a swapped parameter as the module's forward should see it."""
+        """Return the value of a swapped parameter that the module's forward reads."""
         raise NotImplementedError
 
     @classmethod
@@ -38,10 +39,10 @@ class InPlace:
 
 
 def change_class(module: nn.Module, mixin: type[InPlace], swapped: tuple[str, ...] = ()) -> None:
-    """Put ``mixin`` in front of the module's own class; on a module that has it already, add to what is swapped.
+    """Put ``mixin`` in front of the module's own class; on a module that has it already, extend its ``swapped``.
 
-    Raises TargetError if the module is torch.compile's around another, and where another library has replaced its
-    forward: both would pass the mixin by.
+    Raises TargetError if the module is torch.compile's around another, or if another library has replaced its forward:
+    both would bypass the mixin.
     """
     if "_orig_mod" in module._modules:
         raise TargetError(

@@ -29,8 +29,10 @@ from veneer.model.state import AdapterState
 
 @dataclass(frozen=True)
 class Kind:
-    """``name`` as methods know it (`LinearMethod.kinds`); ``matches`` tells its modules; ``site`` describes one by its
-    shape; ``weight`` is its matrix W (o, i); ``adapt`` makes one adapted in place.
+    """Kind of module that a linear method can adapt.
+
+    ``name`` is that in `LinearMethod.kinds`; ``matches`` recognizes its modules; ``site`` describes one by its shape.
+    ``weight`` is its matrix W (o, i); ``adapt`` makes one adapted in place.
     """
 
     name: str
@@ -41,13 +43,13 @@ class Kind:
 
 
 def shape_of_linear(path: str, module: nn.Module) -> LinearSite:
-    """Return a linear layer described by its shape alone."""
+    """Return the site of a linear layer, described by its shape alone."""
     o, i = frozen_weight(module).shape
     return LinearSite(name=path, in_features=i, out_features=o)
 
 
 def shape_of_embedding(path: str, module: nn.Module) -> LinearSite:
-    """Return an embedding described by its shape alone."""
+    """Return the site of an embedding, described by its shape alone."""
     vocabulary, width = cast(Tensor, module.weight).shape
     return LinearSite(name=path, in_features=vocabulary, out_features=width, kind="embedding")
 
@@ -67,8 +69,8 @@ KINDS = (
 
 
 def loaded_site(kind: Kind, path: str, module: nn.Module) -> LinearSite:
-    """Return a module described with its weight and bias; by its shape alone where it has no storage (on
-    the meta device).
+    """Return the site of a module with its weight and bias; by its shape alone if it has no storage (on the
+    meta device).
     """
     site = kind.site(path, module)
     if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
@@ -83,6 +85,6 @@ def kind_of(module: nn.Module) -> Kind | None:
 
 
 def adapt_module(path: str, module: nn.Module, state: AdapterState) -> Adapted:
-    """Make a module adapted in place, in the way of its kind; one of no kind lets its parameters be changed by name."""
+    """Make a module adapted in place, according to its kind. If it has none, its parameters can be changed by name."""
     kind = kind_of(module)
     return adapt(path, module, state, AdaptedParameters) if kind is None else kind.adapt(path, module, state)

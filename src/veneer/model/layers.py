@@ -1,4 +1,4 @@
-"""Linear layers as places of an adapter: described for one that is read, and given parameters on a model."""
+"""Linear layers as places of an adapter: described for a saved adapter, and given parameters on a model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from veneer.model.tying import follow
 
 
 def layer_places(snapshot: Snapshot, plan: Plan) -> dict[str, Placed]:
-    """Return the layers and parameters that an adapter changes, by path. No storage is needed: shapes are."""
+    """Return the layers and parameters that an adapter changes, by path. Shapes suffice, no storage is needed."""
     found: dict[str, Placed] = {}
     for path in (*plan.layers, *plan.followers):
         site, on_disk = loaded_site(snapshot.kinds[path], path, snapshot.modules[path]), path
@@ -39,7 +39,7 @@ def layer_places(snapshot: Snapshot, plan: Plan) -> dict[str, Placed]:
 
 
 def put_on_layers(model: PreTrainedModel, name: str, state: AdapterState, plan: Plan, allocation: Allocation) -> None:
-    """Give an adapter its parameters at the layers of its plan, which are adapted."""
+    """Give an adapter its parameters at the layers of its plan, which are adapted already."""
     for path in plan.layers:
         cast(AdaptedSite, model.get_submodule(path)).add_adapter(name, allocation)
     if plan.followers:

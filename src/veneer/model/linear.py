@@ -43,7 +43,7 @@ class AdaptedSite(Adapted):
     takes_rows: ClassVar[bool] = False  # whether a forward pass calls it on rows, which the map multiplies
 
     def site(self, names: Sequence[str] | None = None) -> LinearSite:
-        """Return the map described, with its weight and bias as these adapters (by default those acting) see them."""
+        """Return the site of the map, with its weight and bias under these adapters (by default the active ones)."""
         raise NotImplementedError
 
     def record(self, name: str, site: LinearSite | None = None) -> LinearDelta:
@@ -86,7 +86,7 @@ class AdaptedSite(Adapted):
         return {keys[own]: value for own, value in method.packing.unpack(packed).items()}
 
     def own_weight(self) -> Tensor | None:
-        """Return the module's own parameter that the map is, if it is one."""
+        """Return the module's own parameter that holds the map, if there is one."""
         return self._parameters.get("weight")
 
     def parameter_dtype(self, widen: bool) -> torch.dtype:
@@ -101,11 +101,11 @@ class AdaptedSite(Adapted):
         return [name for name in self.adapter_state.acting() if name in self.adapters]
 
     def composed(self, names: Sequence[str], site: LinearSite) -> LinearDelta:
-        """One record for several adapters. Raises CompositionError if there is none."""
+        """Return one record for several adapters. Raises CompositionError if there is none."""
         return compose_linear([self.record(name, site) for name in names], site.bias)
 
     def rate(self, name: str) -> float:
-        """Return the rate at which this adapter drops what it reads, now."""
+        """Return the current dropout rate of this adapter's input."""
         return self.method(name).dropout if self.training and self.adapter_state.drops else 0.0
 
     def dropped(self, x: Tensor, name: str) -> Tensor | None:
@@ -139,18 +139,18 @@ class AdaptedSite(Adapted):
 
     @property
     def is_turned(self) -> bool:
-        """True if the module's own parameter is the transposed of the map's W (o, i)."""
+        """True if the module's own parameter is the transpose of the map's W (o, i)."""
         return False
 
     def folded_dtype(self, names: Sequence[str]) -> torch.dtype:
-        """Return the dtype that a folded weight is kept in: the layer's own, or that which its codes stand for."""
+        """Return the dtype of a folded weight: the layer's own, or that of its dequantized codes."""
         own = self.own_weight()
         if own is not None and own.is_floating_point():
             return own.dtype
         return cast(FrozenWeight, self.site(names).weight).dense().dtype
 
     def folded_weight(self, names: Sequence[str], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """W (o, i) with these adapters folded in, rounded once to ``dtype``, and the bias where they change it."""
+        """Return W (o, i) with these adapters folded in, rounded once to ``dtype``, and the bias if they change it."""
         site = self.site(names)
         present = [name for name in names if name in self.adapters]
         delta, weight = self.composed(present, site), unrounded(cast(FrozenWeight, site.weight))
@@ -202,7 +202,7 @@ class AdaptedLinear(AdaptedSite):
         return _computed(x, LinearLayer(weight=weight, bias=bias, records=records, runs=runs, masks=masks))
 
     def acting_records(self) -> tuple[tuple[LinearDelta, ...], AdapterRuns | None]:
-        """Return the records that act now, as `LinearLayer` takes them: at most one, or a mixed batch's with their
+        """Return the records that act now, as arguments of `LinearLayer`: at most one, or a mixed batch's with their
         runs.
 
         A bias that an adapter trains is in its record. Raises CompositionError for adapters that have no sum.
@@ -215,7 +215,7 @@ class AdaptedLinear(AdaptedSite):
         return tuple(LinearDelta() if record is None else record for record in records), routing.runs
 
     def kept_record(self, name: str) -> LinearDelta:
-        """`record`, kept with the adapter's tensors while it is those tensors themselves."""
+        """Return `record`, kept with the adapter's tensors while it consists of those tensors themselves."""
         return lowered(self.adapters[name], self.method(name), lambda: self.record(name))
 
     def _together(self, names: Sequence[str]) -> LinearDelta | None:
@@ -235,13 +235,13 @@ class AdaptedLinear(AdaptedSite):
         return self.kept.merged_weight is not None or self._differs(names)
 
     def masks(self, x: Tensor) -> tuple[Mask | None, ...]:
-        """Return the dropout masks of x (rows, …, features), one a record of `acting_records`; drawn anew
-        at each call.
+        """Return new dropout masks of x (rows, …, features), one for each of `acting_records`; each call
+        draws them again.
         """
         return masks_of(self.rates(), x.shape, x.device, self.adapter_state.routed())
 
     def rates(self) -> list[float]:
-        """Return the rates of dropout in front of each of `acting_records`; none outside of training."""
+        """Return the dropout rates at the inputs of `acting_records`; none outside training."""
         if not self.training or not self.adapter_state.drops:
             return []
         routing = self.adapter_state.routed()
@@ -249,7 +249,7 @@ class AdaptedLinear(AdaptedSite):
         return [self.rate(name) if name in self.adapters else 0.0 for name in names]
 
     def drops_apart(self) -> bool:
-        """Return True if several adapters act as one record and each drops what it reads by itself."""
+        """Return True if several adapters act as one record and each has dropout of its own on its input."""
         names = () if self.adapter_state.routed() is not None else self.acting_here()
         return len(names) > 1 and any(self.rate(name) for name in names)
 
@@ -349,14 +349,12 @@ def wide(weight: FrozenWeight) -> Tensor:
 
 
 def unrounded(weight: FrozenWeight) -> Tensor:
-    """Return the weight as a matrix that has lost nothing: as it is where it is dense, in at least float32
-    from codes.
-    """
+    """Return the weight as a matrix without loss: unchanged if it is dense, in at least float32 from codes."""
     return weight.dense() if isinstance(weight, DenseWeight) else wide(weight)
 
 
 def row_squares(matrix: Tensor) -> Tensor:
-    """Squared norms of the rows, in at least float32, without a copy of the matrix."""
+    """Return the squared norms of the rows, in at least float32, without a copy of the matrix."""
     dtype = torch.promote_types(matrix.dtype, torch.float32)
     return torch.cat([matrix[rows].to(dtype).square().sum(dim=1) for rows in row_blocks(matrix)])
 
@@ -367,7 +365,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def frozen_weight(module: nn.Module) -> FrozenWeight:
-    """Return the weight of a linear layer as W (o, i), whatever its class."""
+    """Return the weight of a linear layer of any class as W (o, i)."""
     stored = getattr(module, "frozen_format", None)
     if stored is not None:
         return cast(FrozenWeight, stored())

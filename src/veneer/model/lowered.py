@@ -1,4 +1,4 @@
-"""Record of an adapter at a layer, kept with the adapter's tensors while it is those tensors themselves."""
+"""Record of an adapter at a layer, kept with the adapter's tensors while it consists of those tensors themselves."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class _Lowered:
 
 
 def lowered(holder: nn.Module, config: LinearMethod, lower: Callable[[], LinearDelta]) -> LinearDelta:
-    """Return the record that ``lower`` makes of a holder's tensors, kept while config and parameters are the same ones.
+    """Return the record of ``lower`` for a holder's tensors, kept while config and parameters are the same ones.
 
     Lowering plain LoRA takes longer than a small layer's products. A record that is computed from parameters (DoRA's
     scales) is computed each time.

@@ -1,8 +1,8 @@
 """Keys and ids of adapters' dropout masks: a key for each call of an adapted layer, and an id for each row.
 
-The key is drawn from torch's random numbers on the CPU (in a sweep, from the member's own), so that a seed, a resumed
-state and a recomputed block lead to the same one. The id of a row counts the rows of its adapter, and the positions in
-each: a row draws the same alone, in any mixed batch, and however much padding stands behind it.
+The key is drawn from torch's random numbers on the CPU (in a sweep, from the member's own). A seed, a resumed state and
+a recomputed block therefore lead to the same one. The id of a row counts the rows of its adapter, and the positions in
+each. A row draws the same mask alone, in any mixed batch, and with any padding after it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _POSITION_BITS = 32
 def masks_of(
     rates: Sequence[float], size: torch.Size, device: torch.device, routing: Routing | None
 ) -> tuple[Mask | None, ...]:
-    """For an input of this size (rows, …, features) a new mask for each rate above 0; no masks if there is none.
+    """Return for an input of this size (rows, …, features) a new mask for each rate above 0; none if no rate is.
 
-    Given a routing, the rates are those of its adapters in their order.
+    With a routing, the rates are those of its adapters in their order.
     """
     if not any(rates):
         return ()
@@ -38,7 +38,7 @@ def masks_of(
 
 
 def drawn_key(generator: torch.Generator | None) -> int:
-    """Return a key of 63 random bits."""
+    """Return a random key of 63 bits."""
     return int(torch.empty((), dtype=torch.int64).random_(generator=generator))
 
 

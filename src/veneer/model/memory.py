@@ -1,4 +1,4 @@
-"""Memory that a process may still take (the machine's, its control group's, or a GPU's), and the most that it took."""
+"""Memory available to a process (the machine's, its control group's, or a GPU's), and its peak use."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ PROC, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def available_bytes(device: torch.device) -> int:
-    """Bytes of memory that may still be taken on a device; what the system holds for files counts as free.
+    """Return the bytes of memory available on a device; the system's cache of files counts as free.
 
-    On a GPU that is what the driver has left and what torch's allocator holds without use. On a CPU no control group
-    may come to its limit (containers have one), and what the process keeps of freed memory while it trains is free.
+    On a GPU that is the driver's free memory and the unused memory of torch's allocator. On a CPU no control group may
+    reach its limit (containers have one). Freed memory that the process keeps while it trains counts as free.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -28,9 +28,9 @@ def available_bytes(device: torch.device) -> int:
 
 
 def high_water() -> int | None:
-    """Return the most bytes that this process has held so far; None if the system does not say.
+    """Return the most bytes that this process has held so far; None if the system does not report it.
 
-    Linux's `getrusage` would count what the process that began this one held.
+    Linux's `getrusage` would include the memory of the parent process.
     """
     if sys.platform == "win32":
         return None
@@ -44,13 +44,13 @@ def high_water() -> int | None:
 
 
 def no_memory(error: Exception) -> bool:
-    """Return True if an error of Python, torch or safetensors means that memory was asked for and not given."""
+    """Return True if an error of Python, torch or safetensors means that an allocation failed."""
     told = str(error).lower()
     return isinstance(error, MemoryError) or "cannot allocate memory" in told or "can't allocate memory" in told
 
 
 def address_limit() -> int | None:
-    """Return the bytes of addresses that the process may have in all (``ulimit -v``); None if nothing limits them."""
+    """Return the limit of the process's address space in bytes (``ulimit -v``); None if there is none."""
     if sys.platform == "win32":
         return None
     import resource
@@ -72,9 +72,9 @@ _V2 = _Names("memory.max", "memory.current", "inactive_file")
 
 
 def group_rooms(membership: Path, root: Path) -> Iterator[int]:
-    """Bytes under the limit of each control group that a process is in, from its own up.
+    """Yield the free bytes under the limit of each control group of a process, from its own upwards.
 
-    ``membership`` is a file as /proc/self/cgroup, ``root`` where the groups lie; nothing if there are none.
+    ``membership`` is a file like /proc/self/cgroup, ``root`` the folder of the groups; nothing if there are none.
     """
     if not membership.exists():
         return

@@ -1,4 +1,4 @@
-"""Mixed batch on a model: every row takes the adapter that it names, for one forward pass or one generation."""
+"""Mixed batch on a model: every row uses the adapter that it names, for one forward pass or one generation."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
 def mixed_batch(
     model: nn.Module, state: AdapterState, names: Sequence[str], inputs: tuple[Sequence[Any], Mapping[str, Any]]
 ) -> Iterator[None]:
-    """Inside the block row n of the batch takes the adapter ``names[n]``; ``"__base__"`` takes none.
+    """Context in which row n of the batch uses the adapter ``names[n]``; ``"__base__"`` uses none.
 
-    ``inputs`` are the arguments of the call. What is checkpointed inside is computed again with the same rows, also
-    after the block. Raises AdapterNameError, ConfigError, ShapeError and CompositionError if that cannot be.
+    ``inputs`` are the arguments of the call. Checkpointed blocks are computed again with the same rows, also after the
+    context has ended. Raises AdapterNameError, ConfigError, ShapeError and CompositionError if this is impossible.
     """
     with routed(model, state, checked(model, state, names, inputs)):
         yield
@@ -37,7 +37,7 @@ def mixed_batch(
 
 @contextmanager
 def routed(model: nn.Module, state: AdapterState, routing: Routing) -> Iterator[None]:
-    """`mixed_batch` with a routing that has been checked."""
+    """Context of `mixed_batch` with a routing that has been checked."""
     kept = {module: module._gradient_checkpointing_func for module in _checkpointing(model)}
     for module, checkpoint in kept.items():
         module._gradient_checkpointing_func = _routed(checkpoint, state, routing)
@@ -52,7 +52,7 @@ def routed(model: nn.Module, state: AdapterState, routing: Routing) -> Iterator[
 def checked(
     model: nn.Module, state: AdapterState, names: Sequence[str], inputs: tuple[Sequence[Any], Mapping[str, Any]]
 ) -> Routing:
-    """Return the routing that these names mean."""
+    """Return the routing of these names."""
     if isinstance(names, str) or not names:
         raise ConfigError(f"adapter_names={names!r} must be a list with one adapter name for each row of the batch")
     routing = Routing(tuple(names))

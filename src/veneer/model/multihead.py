@@ -1,7 +1,8 @@
-"""`nn.MultiheadAttention` with adapters, in place: its joined input projection and its output projection are linear
-maps whose weights torch's own code reads past any layer's forward.
+"""Adapters on `nn.MultiheadAttention`, in place.
 
-So the weight that is read is the one with the update folded in. No input stands in front of A where dropout could act.
+Its joined input projection and its output projection are linear maps. torch's own code reads their weights without
+calling any layer's forward. The weight that it reads is therefore the one with the update folded in. A has no input of
+its own on which dropout could act.
 """
 
 from __future__ import annotations
@@ -94,9 +95,9 @@ class AdaptedAttention(_Folding):
 class AdaptedOutProjection(_Folding, AdaptedLinear):
     """Mixin in front of the output projection of an attention, which torch never calls.
 
-    Adapters that are there because the whole attention is adapted go by its path, in their settings and on disk, and
-    are added twice, as by PEFT, whose forward pass and merging both do so: its files act here as they do there. (Its
-    gradient is that of adding once.)
+    Adapters of the whole attention use its path here, in their settings and on disk. They are added twice, as in PEFT,
+    whose forward pass and merging both add them: its files act here as they do there. (Its gradient is that of adding
+    once.)
     """
 
     takes_rows = False
@@ -155,7 +156,7 @@ def is_out_projection(module: nn.Module) -> bool:
 
 
 def shape_of_attention(path: str, module: nn.Module) -> LinearSite:
-    """Return the joined input projection of an attention, described by its shape alone."""
+    """Return the site of an attention's joined input projection, described by its shape alone."""
     d = cast(nn.MultiheadAttention, module).embed_dim
     return LinearSite(name=path, in_features=d, out_features=3 * d)
 

@@ -1,7 +1,7 @@
-"""Activation offload: what autograd keeps of a forward pass waits outside of the device's memory for the backward pass.
+"""Activation offload: tensors that autograd saves in a forward pass wait outside the device's memory for the backward.
 
-For CUDA that is pinned host memory; for CPU runs a file, whose pages the system writes out and drops from memory as it
-needs to. The idea is that of Rajbhandari et al. 2021 (arXiv 2104.07857, section 5.1.2), which offloads checkpoints.
+For CUDA that is pinned host memory. For CPU runs it is a file, whose pages the system writes out and drops from memory
+as needed. The idea is that of Rajbhandari et al. 2021 (arXiv 2104.07857, section 5.1.2), which offloads checkpoints.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ AT_LEAST = 1 << 18
 
 
 class ActivationOffload(saved_tensors_hooks):
-    """Context for forward passes of a model. Its weights are not moved, nor what is smaller than ``at_least`` bytes.
+    """Context for forward passes of a model. Its weights, and tensors smaller than ``at_least`` bytes, are not moved.
 
-    ``place`` "host" is pinned host memory, "disk" an unnamed file in ``folder``. `close` gives the file's space back.
-    Raises DiskError, from within the forward pass, if the file cannot grow.
+    ``place`` "host" is pinned host memory, "disk" an unnamed file in ``folder``. `close` frees the file's space. Raises
+    DiskError, from within the forward pass, if the file cannot grow.
     """
 
     def __init__(self, model: nn.Module, place: Place, folder: Path | None = None, at_least: int = AT_LEAST) -> None:
@@ -81,7 +81,9 @@ def _memory(tensor: Tensor) -> torch.UntypedStorage:
 
 
 class Page:
-    """Tensor in a page file, for as long as this object lives. ``order``: its dimensions from the outermost in."""
+    """Tensor in a page file during the lifetime of this object. ``order``: its dimensions from the
+    outermost inwards.
+    """
 
     def __init__(self, file: PageFile, offset: int, tensor: Tensor, order: list[int]) -> None:
         self.file, self.offset, self.n_bytes = file, offset, tensor.nbytes
@@ -93,9 +95,9 @@ class Page:
 
 
 class PageFile:
-    """Tensors behind one another in an unnamed file. It starts over at the front when the last one is gone.
+    """Tensors one after another in an unnamed file. It starts again at the front when the last one is gone.
 
-    Traced tensors are reported of in place of being written.
+    Traced tensors are reported and not written.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -105,7 +107,7 @@ class PageFile:
         self._known: dict[Any, tuple[StorageWeakRef, weakref.ref[Page]]] = {}
 
     def write(self, tensor: Tensor) -> Page:
-        """Copy a tensor to the file; one that was written before and has not changed is not written twice.
+        """Copy a tensor to the file. A tensor that was written before and has not changed is not written twice.
 
         Raises DiskError.
         """
@@ -126,8 +128,8 @@ class PageFile:
         return page
 
     def read(self, page: Page) -> Tensor:
-        """Return the tensor over a private mapping of its pages: they are read as they are touched, and may
-        be overwritten.
+        """Return the tensor over a private mapping of its pages: they are read on first access, and may be
+        overwritten.
         """
         if page.is_traced:  # no memory of the process's own
             return Traced(torch.empty((), dtype=page.dtype, device="meta").expand(page.shape), page.device)
@@ -137,14 +139,14 @@ class PageFile:
         return laid.permute(back).to(page.device)
 
     def release(self) -> None:
-        """One tensor fewer."""
+        """Release one tensor."""
         self._n_live -= 1
         if not self._n_live:
             self._end = 0
             self._known.clear()
 
     def close(self) -> None:
-        """Give the space back."""
+        """Free the file's space."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None

@@ -1,4 +1,4 @@
-"""Linear layers whose weight is kept packed alone: what serving makes of a model that is its own."""
+"""Linear layers that keep their weight only packed: serving replaces the layers of a model that it owns."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ PANEL = BLOCK * BLOCKS
 
 
 class PackedLinear(nn.Module):
-    """``y = W x + bias`` with W packed, in the place of a layer that is left without values in its weight.
+    """Linear layer ``y = W x + bias`` with W packed, in the place of a layer whose weight loses its values.
 
-    ``source`` is that layer's class, ``like`` its weight without values. Adapters come to it in place, so that no name
+    ``source`` is that layer's class, ``like`` its weight without values. Adapters are added to it in place. No name
     here may be one of `AdaptedSite`, whose `packed` and `unpacked` it would hide.
     """
 
@@ -48,24 +48,24 @@ class PackedLinear(nn.Module):
 
     @property
     def is_transposed(self) -> bool:
-        """True if the layer that this one stands for stores Wᵀ (GPT-2's)."""
+        """True if the replaced layer stores Wᵀ (GPT-2's)."""
         return issubclass(self.source, Conv1D)
 
     @property
     def weight(self) -> Tensor:
-        """Weight in the layout of the layer that this one stands for: unpacked, a copy."""
+        """Weight in the layout of the replaced layer: unpacked, a copy."""
         dense = self.packed_weight.dense()
         return dense.T if self.is_transposed else dense
 
     def original(self) -> nn.Module:
-        """Return the layer that this one stands for, with its values."""
+        """Return the replaced layer, with its values."""
         [module] = self._stands_for
         learns = cast(Tensor, module._parameters["weight"]).requires_grad
         module._parameters["weight"] = nn.Parameter(self.weight.contiguous(), requires_grad=learns)
         return module
 
     def frozen_format(self) -> FrozenWeight:
-        """Return the layer's weight."""
+        """Return the layer's packed weight."""
         return self.packed_weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class PackedLinear(nn.Module):
 
 
 class PackedQuantLinear(nn.Module):
-    """``y = W x + bias`` with the codes of W packed, in the place of a quantized layer that is left without them."""
+    """Linear layer ``y = W x + bias`` with the codes of W packed, in the place of a quantized layer that loses them."""
 
     bias: nn.Parameter | None
 
@@ -87,13 +87,13 @@ class PackedQuantLinear(nn.Module):
         self.out_features, self.in_features = packed.shape
 
     def original(self) -> QuantLinear:
-        """Return the layer that this one stands for, with its codes."""
+        """Return the replaced layer, with its codes."""
         [module] = self._stands_for
         module.weight = self.packed_weight.packed.codes().view(module.weight.shape)
         return module
 
     def frozen_format(self) -> FrozenWeight:
-        """Return the layer's weight."""
+        """Return the layer's packed weight."""
         return self.packed_weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ class PackedQuantLinear(nn.Module):
 
 
 class PackedGroup:
-    """Layers that read the same x: their weights one below the other where they fill whole panels, and each apart."""
+    """Layers that read the same x: their weights concatenated if they fill whole panels, and each alone."""
 
     def __init__(self, parts: Sequence[Packed]) -> None:
         self.heights = [part.shape[0] for part in parts]
@@ -128,9 +128,10 @@ def _parts(whole: Packed, heights: Sequence[int]) -> list[Packed]:
 
 
 def pack_group(model: PreTrainedModel, paths: Sequence[str], *, give_up: bool) -> PackedGroup | None:
-    """Return the weights of some layers, packed; None if they are not all of a kind and of one dtype that can be.
+    """Return the packed weights of some layers; None if they differ in kind or dtype, or if that dtype cannot be
+    packed.
 
-    ``give_up``: the layers become `PackedLinear` or `PackedQuantLinear`, and their own storage is free, but for a
+    ``give_up``: the layers become `PackedLinear` or `PackedQuantLinear`, and their own storage is freed, except for a
     weight that is also a table of embeddings.
     """
     modules = [model.get_submodule(path) for path in paths]
@@ -165,12 +166,12 @@ def _packed(weight: FrozenWeight, dtype: torch.dtype) -> Packed | None:
 
 
 def unpack(model: PreTrainedModel) -> None:
-    """Give the layers of a model that gave their weights up their own again, to the bit."""
+    """Restore the own weights of a model's layers that gave them up, bit for bit."""
     for path, module in list(model.named_modules()):
         if isinstance(module, (PackedLinear, PackedQuantLinear)):
             model.set_submodule(path, module.original())
 
 
 def is_packed(module: nn.Module) -> bool:
-    """Return True if a layer has no weight of its own but a packed one."""
+    """Return True if a layer has only a packed weight."""
     return isinstance(module, (PackedLinear, PackedQuantLinear))

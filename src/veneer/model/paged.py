@@ -1,8 +1,7 @@
 """Attention over pages: keys and values of many sequences in one store, every batch row one token of one of them.
 
-A model runs so through transformers' own forward pass: its attention layers are sent here by `AttentionInterface`, and
-what a token may see is asked of the very mask functions that transformers makes masks of, so that windows and chunks
-are the model's own.
+A model runs so through transformers' own forward pass. `AttentionInterface` routes its attention layers here. Masks
+come from the mask functions of transformers themselves, so that windows and chunks are the model's own.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ KeysValues = tuple[Tensor, Tensor]
 class SlotStore:
     """Keys and values by layer and slot, (slots, kv_heads, width) each; page p holds the slots from p · block on.
 
-    A layer's tensors are made when something is first written to it.
+    A layer's tensors are allocated at the first write to it.
     """
 
     def __init__(self, n_pages: int, block: int) -> None:
@@ -56,13 +55,13 @@ class SlotStore:
             kept.index_copy_(0, slots, new.to(kept.dtype))
 
     def read(self, layer: int, slots: Tensor) -> KeysValues:
-        """Keys and values in these slots."""
+        """Return the keys and values in these slots."""
         keys, values = self.layers[layer]
         return keys[slots], values[slots]
 
 
 class Stretch(NamedTuple):
-    """New tokens of one sequence: its pages, the position of the first, and how many there are."""
+    """New tokens of one sequence: its pages, the position of the first, and their number."""
 
     pages: tuple[int, ...]
     start: int
@@ -113,13 +112,13 @@ class PagedStep:
 
 @dataclass(frozen=True)
 class SeenKeys:
-    """Keys that a token sees, by transformers' mask function for a kind of layer."""
+    """Keys that a token attends to, by transformers' mask function for a kind of layer."""
 
     mask_function: Callable[..., Any]
     _of: dict[int, Tensor] = field(default_factory=dict)
 
     def of(self, number: int, group: _Group) -> Tensor:
-        """Return the mask (g, c, L) of a step's group; what lies behind a sequence's end is after its last token."""
+        """Return the mask (g, c, L) of a step's group; slots past a sequence's end are after its last token."""
         if number not in self._of:
             queries = group.positions[:, :, None]
             keys = torch.arange(group.slots.shape[1], device=queries.device)[None, None]
@@ -168,10 +167,11 @@ def _attention(
 def attend(
     queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
-    """Softmax attention of scaled queries (g, heads, c, k) to keys (g, kv_heads, L, k) and values (g, kv_heads, L, v).
+    """Return softmax attention of scaled queries (g, heads, c, k) to keys (g, kv_heads, L, k) and values.
 
-    Scores are capped by ``softcap · tanh(· / softcap)``; ``mask`` (g, 1, c, L) says what is seen; ``sinks`` (heads)
-    take part in the softmax and give nothing. The formula of transformers' eager attention.
+    Values are (g, kv_heads, L, v). Scores are capped by ``softcap · tanh(· / softcap)``. ``mask`` (g, 1, c, L) marks
+    the visible keys. ``sinks`` (heads) take part in the softmax and contribute nothing. The formula is that of
+    transformers' eager attention.
     """
     times = queries.shape[1] // keys.shape[1]
     keys, values = (x.repeat_interleave(times, dim=1) for x in (keys, values))
@@ -199,7 +199,7 @@ class PagedModel:
 
     @torch.no_grad()
     def run(self, step: PagedStep, tokens: Tensor) -> Any:
-        """One pass over rows of ids (n,) or embeddings (n, d); what the model gives, (n, 1, …)."""
+        """Run one pass over rows of ids (n,) or embeddings (n, d). Return the model's output, (n, 1, …)."""
         given = {"inputs_embeds": tokens[:, None]} if tokens.is_floating_point() else {"input_ids": tokens[:, None]}
         with self._paged(step):
             return self.model(**given, position_ids=step.positions[:, None], use_cache=False)
@@ -220,10 +220,10 @@ class PagedModel:
 
 @torch.no_grad()
 def require_pageable(model: PreTrainedModel, n: int = 13) -> int:
-    """Bytes that a position takes in pages. Proves on one short sequence that the model runs so.
+    """Return the bytes of a position in pages, after a check on one short sequence that the model supports pages.
 
     Its logits, in two chunks of rows, are compared with those of the model's own pass. Raises TargetError if they
-    differ, or where the model's attention cannot be sent here.
+    differ, or if the model's attention cannot be routed here.
     """
     kind = type(model).__name__
     takes = inspect.signature(model.forward).parameters

@@ -1,8 +1,8 @@
 """Parameters that an adapter changes by name (``target_parameters``): experts stacked in one tensor, routers.
 
-No linear layer holds them, so they are changed where the module's own code reads them. Experts that run by
-transformers' convention are run here instead, expert by expert: no updated copy of the stack is made, and the update is
-rounded once, at the output.
+No linear layer holds them, so they are changed when the module's own code reads them. Experts that follow transformers'
+convention are run here instead, expert by expert. No updated copy of the stack is made, and the update is rounded once,
+at the output.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ from veneer.quant.dense import DenseWeight
 
 
 class AdaptedParameters(Adapted):
-    """Mixin in front of a module whose own parameters adapters change; ``adapters[name][parameter]`` are theirs."""
+    """Mixin in front of a module whose own parameters adapters change.
+
+    ``adapters[name][parameter]`` holds the adapter's parameters for one of them.
+    """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         routing = self.adapter_state.routed()
@@ -58,11 +61,11 @@ class AdaptedParameters(Adapted):
         return tuple(cast(nn.ModuleDict, self.adapters[name])) if name in self.adapters else ()
 
     def site(self, parameter: str) -> LinearSite:
-        """One of the module's parameters, described."""
+        """Return the site of one of the module's parameters."""
         return site_of(f"{self.site_name}.{parameter}", self, cast(Tensor, self._parameters[parameter]))
 
     def record(self, parameter: str, names: Sequence[str]) -> LinearDelta | None:
-        """Return the parameter as these adapters change it together; None if they leave it alone."""
+        """Return the record of these adapters together for a parameter; None if they do not change it."""
         records = [
             cast(LinearMethod, self.adapter_state.configs[name]).lower(
                 self.site(parameter), tensors_of(cast(nn.ModuleDict, self.adapters[name])[parameter])
@@ -86,7 +89,7 @@ class AdaptedParameters(Adapted):
         return value
 
     def as_maps(self, value: Tensor) -> Tensor:
-        """Return a parameter as (…, o, i), and back: transposed where the module keeps it as (…, i, o)."""
+        """Return a parameter as (…, o, i), or the inverse: transposed if the module keeps it as (…, i, o)."""
         return value.mT if value.ndim == 3 and getattr(self, "is_transposed", False) else value
 
     def folded(self, names: Sequence[str]) -> dict[str, Tensor]:
@@ -106,7 +109,10 @@ class AdaptedParameters(Adapted):
         return (self.as_maps(experts).contiguous() for experts in fold_blocks(record, maps, dtype))
 
     def disk_keys(self, name: str, path: str) -> dict[str, str]:
-        """PEFT wraps a module once for each parameter: the last one's wrapper is the outermost."""
+        """Return the key of each parameter in PEFT's file.
+
+        PEFT wraps a module once for each parameter: the last one's wrapper is the outermost.
+        """
         config, changed = self.adapter_state.configs[name], self.changed(name)
         return {
             f"{parameter}.{own}": parameter_key(path, end, len(changed) - 1 - place)
@@ -143,7 +149,9 @@ def runs_by_convention(module: nn.Module) -> bool:
 
 
 def site_of(path: str, module: nn.Module, value: Tensor) -> LinearSite:
-    """Return a parameter (o, i), or experts' (E, o, i), described by its shape; transposed where the module says so."""
+    """Return the site of a parameter (o, i), or of experts' (E, o, i), by its shape; transposed if the
+    module stores it so.
+    """
     experts = value.shape[0] if value.ndim == 3 else 1
     o, i = value.shape[-2:]
     if value.ndim == 3 and getattr(module, "is_transposed", False):
@@ -154,9 +162,9 @@ def site_of(path: str, module: nn.Module, value: Tensor) -> LinearSite:
 def parameter_places(
     modules: Mapping[str, nn.Module], config: MethodConfig, taken: Collection[str]
 ) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
-    """Return the parameters that a config adapts by name: by module path, and the linear layers whose weight it means.
+    """Return the parameters that a config adapts by name, by module path, and the linear layers whose weight it names.
 
-    ``taken``: modules that it adapts or trains whole. Raises TargetError with everything that is wrong.
+    ``taken``: modules that it adapts or trains whole. Raises TargetError with every problem.
     """
     wanted = config.extras.parameters
     known = {f"{path}.{key}": (path, key) for path, m in modules.items() for key in m._parameters}
@@ -174,7 +182,7 @@ def parameter_places(
 
 
 def add_parameters(model: nn.Module, name: str, places: Mapping[str, Sequence[str]], allocation: Allocation) -> None:
-    """Give an adapter its parameters at these places; the modules are adapted."""
+    """Give an adapter its parameters at these places; the modules are adapted already."""
     for path, parameters in places.items():
         module = cast(AdaptedParameters, model.get_submodule(path))
         method, held = module.adapter_state.configs[name], nn.ModuleDict()

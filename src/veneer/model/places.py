@@ -24,9 +24,11 @@ from veneer.model.state import AdapterState
 
 @dataclass(frozen=True)
 class PlaceKind:
-    """``plan`` of an adapter on a model, from its config; ``places`` of that plan on a model without adapters, by path.
+    """Kind of place of a method on a model.
 
-    ``put`` gives an adapter its parameters there; the modules of its plan are adapted, and its config is in the state.
+    ``plan`` makes the plan of an adapter on a model, from its config. ``places`` returns the places of that plan on a
+    model without adapters, by path. ``put`` gives an adapter its parameters there; the modules of its plan are adapted
+    already, and its config is in the state.
     """
 
     places: Callable[[Snapshot, Plan], dict[str, Placed]]
@@ -43,29 +45,29 @@ _KINDS: Mapping[type, PlaceKind] = {
 
 
 def placed_on(model: nn.Module, config: MethodConfig) -> dict[str, Placed]:
-    """Return the places of a saved adapter on a model that has none, by path. Raises TargetError if it has no such.
+    """Return the places of a saved adapter on a model without adapters, by path. Raises TargetError if there are none.
 
-    Linear layers need no storage: a model on the meta device tells their shapes.
+    Linear layers need no storage: the shapes of a model on the meta device suffice.
     """
     snapshot = look_at(model)
     return places_of(snapshot, plan_of(snapshot, config, fresh=False))
 
 
 def places_of(snapshot: Snapshot, plan: Plan) -> dict[str, Placed]:
-    """Return the places that a plan means on a model without adapters, by path."""
+    """Return the places of a plan on a model without adapters, by path."""
     return _kind(plan.config).places(snapshot, plan)
 
 
 def plan_of(snapshot: Snapshot, config: MethodConfig, fresh: bool) -> Plan:
-    """Return the plan of a config on a model. Raises TargetError with what is wrong.
+    """Return the plan of a config on a model. Raises TargetError with every problem.
 
-    ``fresh``: the adapter is new, and every setting must have an effect; a saved one is as it is.
+    ``fresh``: the adapter is new, and every setting must have an effect; a saved one is accepted unchanged.
     """
     return _kind(config).plan(snapshot, config, fresh)
 
 
 def put_on(model: nn.Module, name: str, state: AdapterState, plan: Plan, allocation: Allocation) -> None:
-    """Give an adapter its parameters at the places of its kind; the modules of its plan are adapted."""
+    """Give an adapter its parameters at the places of its kind; the modules of its plan are adapted already."""
     _kind(plan.config).put(cast(PreTrainedModel, model), name, state, plan, allocation)
 
 

@@ -1,4 +1,4 @@
-"""Plan of one adapter on a model, made from its config and one look at the model."""
+"""Plan of one adapter on a model, made from its config and one snapshot of the model."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ C = TypeVar("C", bound=MethodConfig)
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """``config`` for this model, and where its adapter goes.
+    """Config of an adapter for this model, and the modules that it acts on.
 
-    ``targets``: the layers that it means, by path; ``outward``: the output projections of the attentions among them;
+    ``targets``: the target layers, by path; ``outward``: the output projections of the attentions among them;
     ``followers``: the modules that share the factors of the ``embeddings``. ``parameters``: those that are adapted by
-    name, and ``copied``: those that are trained whole, by module path; ``rows``: the tables of which rows are trained.
+    name, and ``copied``: those that are trained whole, by module path. ``rows``: the tables of which rows are trained.
     """
 
     config: MethodConfig
@@ -49,22 +49,22 @@ class Plan:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Every module that the adapter touches."""
+        """Paths of all modules that the adapter touches."""
         with_rows = [path for place in self.rows for path in (place.path, *place.followers)]
         return tuple(dict.fromkeys([*self.layers, *self.followers, *self.parameters, *self.copied, *with_rows]))
 
 
 def plan_beside(snapshot: Snapshot, config: MethodConfig, fresh: bool) -> Plan:
-    """Return the plan of a method that names no layers: only what it trains of the base itself."""
+    """Return the plan of a method that names no layers: only the parts of the base that it trains."""
     config = on_base(snapshot, config)
     copied = copied_parameters(snapshot.modules, snapshot.tied, config, set())
     return Plan(config=config, parameters={}, copied=copied)
 
 
 def plan_layers(snapshot: Snapshot, config: LinearMethod, fresh: bool) -> Plan:
-    """Return the plan of a method at linear layers. Raises TargetError with what is wrong.
+    """Return the plan of a method at linear layers. Raises TargetError with every problem.
 
-    ``fresh``: the adapter is new, and every setting must have an effect; a saved one is as it is.
+    ``fresh``: the adapter is new, and every setting must have an effect; a saved one is accepted unchanged.
     """
     config = named(snapshot, on_base(snapshot, config))
     modules, tied = snapshot.modules, snapshot.tied
@@ -102,7 +102,7 @@ def on_base(snapshot: Snapshot, config: C) -> C:
 
 
 def named(snapshot: Snapshot, config: LinearMethod) -> LinearMethod:
-    """Return the config with the targets that it leaves to the model: its defaults, or ``"all-linear"`` as names."""
+    """Return the config with default targets filled in: its own defaults, or ``"all-linear"`` as names."""
     if config.target_modules is None and not config.extras.parameters:
         return replace(config, target_modules=_default_targets(snapshot, config))
     if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
@@ -111,7 +111,7 @@ def named(snapshot: Snapshot, config: LinearMethod) -> LinearMethod:
 
 
 def left_out(snapshot: Snapshot, config: LinearMethod) -> dict[str, Names]:
-    """Return the fields that are None and name modules, as this model means them: names in place of roles."""
+    """Return values for the fields that are None and name modules, for this model: names in place of roles."""
     defaults = config.fields_for(snapshot.model_type)
     return {
         name: names if isinstance(names, str) else names_for(snapshot.model, names)
@@ -121,7 +121,7 @@ def left_out(snapshot: Snapshot, config: LinearMethod) -> dict[str, Names]:
 
 
 def targets_of(snapshot: Snapshot, config: LinearMethod) -> tuple[str, ...]:
-    """Return the module paths that a linear method's config means in this model."""
+    """Return the module paths that a linear method's config matches in this model."""
     if config.extras.parameters and not config.target_modules:
         return ()
     return select_targets(config, snapshot.index(config))

@@ -1,4 +1,4 @@
-"""Prefixes on a model: keys and values that every attention layer finds in its cache in front of the sequence."""
+"""Prefixes on a model: keys and values at the start of every attention layer's cache, before the sequence."""
 
 from __future__ import annotations
 
@@ -82,14 +82,15 @@ class PrefixAdapters(VirtualTokens):
         setattr(cache, MARK, front.mark)
 
     def after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """Take the cache that brought the prefix in out of the output where no cache was asked for."""
+        """Remove the cache that carried the prefix from the output if no cache was asked for."""
         if self.acting() and kwargs.get("use_cache") is False and isinstance(output, ModelOutput):
             output[cast(str, self.cache_name)] = None
         return output
 
     def empty_cache(self) -> Cache:
-        """Return a cache that has for each layer what it needs: a sliding window keeps as much as the
-        model's mask expects.
+        """Return a cache with the right kind of layer for each layer.
+
+        A sliding window keeps as much as the model's mask expects.
         """
         own = DynamicCache(config=self.text_config)
         return EncoderDecoderCache(own, DynamicCache(config=self.text_config)) if self.site[0].cross else own
@@ -125,7 +126,7 @@ class _Recomputed:
 
 
 def prefix_places(snapshot: Snapshot, plan: Plan) -> dict[str, Placed]:
-    """Return the one place of a prefix: all attention layers."""
+    """Return the only place of a prefix: all attention layers."""
     return {INPUT: placed(plan.config, attention_sites(cast(PreTrainedModel, snapshot.model)))}
 
 
@@ -144,9 +145,9 @@ def put_prefix_on(model: PreTrainedModel, name: str, state: AdapterState, plan: 
 def attention_sites(model: PreTrainedModel) -> tuple[AttentionSite, ...]:
     """Return the attention layers that keep keys and values, found in the cache of one short forward pass.
 
-    Of an encoder-decoder they are those of the decoder's self-attention. On the meta device a description takes the
-    place of the pass. Raises TargetError where the model keeps none or keeps them in another form, NoStorageError if
-    a pass is needed and the model has no storage.
+    For an encoder-decoder they are those of the decoder's self-attention. On the meta device a description replaces the
+    pass. Raises TargetError if the model keeps none or keeps them in another form. Raises NoStorageError if a pass is
+    needed and the model has no storage.
     """
     described = _described_sites(model) if model.device.type == "meta" else None
     if described is not None:
@@ -201,12 +202,15 @@ def _stack(model: PreTrainedModel) -> Any:
 
 
 def rows_of(front: Front, records: Sequence[PrefixDelta], n_rows: int) -> tuple[Tensor, Tensor]:
-    """One layer's keys and values for every row, (rows, n, kv_heads, head_dim), from one record for each adapter."""
+    """Return one layer's keys and values for every row, (rows, n, kv_heads, head_dim).
+
+    They come from one record for each adapter.
+    """
     return front.rows([r.k for r in records], n_rows), front.rows([r.v for r in records], n_rows)
 
 
 def put_prefix(cache: Cache, layer: int, rows: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
-    """Write one layer's prefix into a cache, which holds heads in front of positions."""
+    """Write one layer's prefix into a cache, whose axes are heads, then positions."""
     keys, values = (x.transpose(1, 2).to(dtype) for x in rows)
     own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
     own.update(keys, values, layer)

@@ -1,4 +1,4 @@
-"""Making a quantized model ready for training adapters."""
+"""Preparation of a quantized model for training adapters."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def prepare_model_for_kbit_training(
     use_gradient_checkpointing: bool = True,
     gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
 ) -> Model:
-    """Freeze the model, put its 16-bit parameters (norms, embeddings, head) into float32, turn checkpointing on.
+    """Freeze the model, cast its 16-bit parameters (norms, embeddings, head) to float32, switch checkpointing on.
 
-    Quantized weights stay as they are. With ``use_gradient_checkpointing`` the inputs of the first block get a gradient
-    where checkpoints are reentrant (torch's older kind, and the default where ``use_reentrant`` is not given), without
-    which a frozen model would train nothing. The model is changed in place and returned.
+    Quantized weights stay unchanged. With ``use_gradient_checkpointing`` the inputs of the first block get a gradient
+    if checkpoints are reentrant (torch's older kind, and the default without ``use_reentrant``). Otherwise a frozen
+    model would train nothing. The model is changed in place and returned.
     """
     for parameter in model.parameters():
         parameter.requires_grad = False

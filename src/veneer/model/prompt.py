@@ -1,4 +1,4 @@
-"""Virtual tokens in front of a model's input: ids that stand for nothing, whose embeddings are replaced."""
+"""Virtual tokens at the start of a model's input: placeholder ids, whose embeddings are replaced."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ PER_TOKEN = ("logits", "start_logits", "end_logits", "last_hidden_state", "hidde
 class PromptAdapters(VirtualTokens):
     """Prompts of a model by adapter name.
 
-    The whole model, head included, sees the virtual positions (the last of them predicts the first token); what comes
-    back leaves them out. While a pass runs, ``outermost`` is the module that it began with, ``front`` what is in front,
-    ``length`` that of its rows; ``to_embed`` is whether the embeddings are still to be replaced.
+    The whole model, head included, sees the virtual positions, the last of which predicts the first token. The output
+    omits them. During a pass, ``outermost`` is the module that it began with, ``front`` the virtual tokens, ``length``
+    that of its rows. ``to_embed`` is True while the embeddings are still to be replaced.
     """
 
     runs_the_model = True
@@ -115,16 +115,14 @@ class PromptAdapters(VirtualTokens):
         return changed
 
     def after_embedding(self, module: nn.Module, args: Any, embedded: Tensor) -> Tensor | None:
-        """Return the embedded input with the virtual tokens in their places; only once, where ids are
-        looked up again.
-        """
+        """Return the embedded input with the virtual tokens in their places; only once, if ids are looked up again."""
         if not self.to_embed or self.front is None or embedded.shape[1] != self.length:
             return None
         self.to_embed = False
         return replace_leading(self.tokens(self.front, embedded.shape[0]), embedded)
 
     def after_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Remove the virtual positions from the output; called too where the pass fails."""
+        """Remove the virtual positions from the output; also called if the pass fails."""
         if module is not self.outermost:
             return None
         front, length, unread = self.front, self.length, self.to_embed
@@ -148,7 +146,7 @@ class PromptAdapters(VirtualTokens):
 
     @torch.no_grad()
     def fill(self, model: PreTrainedModel, cache: Cache, front: Front, n_rows: int) -> None:
-        """Run the virtual tokens alone through the model: what they leave in the cache does not depend on the rest."""
+        """Run the virtual tokens alone through the model: their keys and values do not depend on the rest."""
         inner, places = inner_model(model), {}
         if not front.is_even:
             places["attention_mask"] = front.mask(n_rows, model.device).long()
@@ -203,7 +201,7 @@ class EncoderPromptAdapters(PromptAdapters):
 
 
 def prompt_places(snapshot: Snapshot, plan: Plan) -> dict[str, Placed]:
-    """Return the one place of a prompt: the input embeddings."""
+    """Return the only place of a prompt: the input embeddings."""
     return {INPUT: placed(plan.config, input_site(cast(PreTrainedModel, snapshot.model)))}
 
 
@@ -220,12 +218,12 @@ def put_prompt_on(model: PreTrainedModel, name: str, state: AdapterState, plan: 
 
 
 def reader(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the part of a model that embeds the text in front of which the virtual tokens stand."""
+    """Return the part of a model that embeds the text after the virtual tokens."""
     return cast(PreTrainedModel, model.get_encoder() if model.config.is_encoder_decoder else inner_model(model))
 
 
 def input_site(model: PreTrainedModel) -> InputSite:
-    """Return the input embeddings described by shapes."""
+    """Return the site of the input embeddings, described by its shapes."""
     weight, text = model.get_input_embeddings().weight, model.config.get_text_config()
     return InputSite(
         name=INPUT,

@@ -1,4 +1,4 @@
-"""Linear layer whose frozen weight is kept quantized. Its state dict has the keys and bytes of bitsandbytes."""
+"""Linear layer with a quantized frozen weight. Its state dict has the keys and bytes of bitsandbytes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from veneer.quant.spec import StorageSpec
 
 
 class QuantLinear(nn.Module):
-    """``y = W x + bias`` with W in the storage format of ``spec``.
+    """Linear layer ``y = W x + bias`` with W in the storage format of ``spec``.
 
-    The tensors of the format are buffers, ``weight`` first; until `fill` gives them, the weight is on the meta device.
-    ``source`` is the class of the layer that this one stands for: GPT-2's Conv1D stores Wᵀ, a quantized layer always W.
-    Casting the module (``.half()``, ``.to(dtype)``) leaves the format alone: its scales are part of the weight.
+    The tensors of the format are buffers, ``weight`` first; until `fill` sets them, the weight is on the meta device.
+    ``source`` is the class of the replaced layer: GPT-2's Conv1D stores Wᵀ, a quantized layer always W. Casting the
+    module (``.half()``, ``.to(dtype)``) leaves the format unchanged: its scales are part of the weight.
     """
 
     weight: Tensor
@@ -48,12 +48,12 @@ class QuantLinear(nn.Module):
 
     @property
     def is_transposed(self) -> bool:
-        """True if the layer that this one stands for stores Wᵀ."""
+        """True if the replaced layer stores Wᵀ."""
         return issubclass(self.source, Conv1D)
 
     @property
     def is_filled(self) -> bool:
-        """True if the weight is there."""
+        """True if the weight has been set."""
         return not self.weight.is_meta
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,16 +61,16 @@ class QuantLinear(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def frozen_format(self) -> FrozenWeight:
-        """Return the layer's weight."""
+        """Return the layer's quantized weight."""
         return self.spec.bind(self.parts())
 
     def parts(self) -> dict[str, Tensor]:
-        """Return the tensors of the storage format that are there."""
+        """Return the tensors of the storage format that have been set."""
         buffers = self._buffers
         return {name: t for name in self.spec.part_layout() if (t := buffers.get(name)) is not None}
 
     def fill(self, spec: StorageSpec, parts: dict[str, Tensor]) -> None:
-        """Give the layer its weight. Raises FormatError if the spec is for another shape."""
+        """Set the layer's weight. Raises FormatError if the spec is for another shape."""
         if spec.shape != (self.out_features, self.in_features):
             raise FormatError(
                 f"a weight of shape {spec.shape} does not fit a layer ({self.out_features}, {self.in_features})"
@@ -82,9 +82,10 @@ class QuantLinear(nn.Module):
             self.register_buffer(name, parts[name])
 
     def to_dense(self, dtype: torch.dtype | None = None, weight: Tensor | None = None) -> nn.Module:
-        """Return the layer that this one stands for, with the weight that the codes mean; None keeps the dtype before.
+        """Return a dense layer in place of this one, with the dequantized weight; ``dtype`` None keeps the original
+        dtype.
 
-        ``weight`` (o, i) stands in for the layer's own.
+        ``weight`` (o, i) replaces the layer's own.
         """
         weight = self.frozen_format().dense(dtype) if weight is None else weight
         size = (self.out_features, self.in_features) if self.is_transposed else (self.in_features, self.out_features)

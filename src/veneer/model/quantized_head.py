@@ -1,4 +1,4 @@
-"""Model's head kept in int8: what serving reads most of, for each token that it draws."""
+"""Model's head in int8: the largest part of the weights that serving reads for each new token."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from veneer.quant.int8 import Int8Spec
 
 
 def quantize_head(model: PreTrainedModel) -> None:
-    """Put an int8 copy with one scale a row in the head's place. Embeddings that are tied to it stay as they are.
+    """Replace the head by an int8 copy with one scale a row. Embeddings that are tied to it stay unchanged.
 
     Raises ConfigError for a model without a dense head, NonFiniteError.
     """

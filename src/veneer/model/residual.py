@@ -1,4 +1,4 @@
-"""Bottlenecks in the residual stream, put on by hooks: the modules of the model keep their classes."""
+"""Bottlenecks in the residual stream, added by hooks: the modules of the model keep their classes."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class ResidualAdapters(Holder):
 
     @property
     def reads_input(self) -> bool:
-        """True if one that acts reads the sub-layer's input."""
+        """True if an adapter that acts reads the sub-layer's input."""
         return any(self.record(name).where != "serial" for name in self.acting)
 
     def _keep_input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -81,9 +81,9 @@ class ResidualAdapters(Holder):
         return (self.changed(output[0], x), *output[1:])
 
     def changed(self, hidden: Tensor, x: Tensor | None) -> Tensor:
-        """Return a sub-layer's output ``hidden`` (b, t, d) behind the acting bottlenecks; x is the sub-layer's input.
+        """Return a sub-layer's output ``hidden`` (b, t, d) after the acting bottlenecks; x is the sub-layer's input.
 
-        Each in turn: a serial one reads what those before it made of the output.
+        They act in turn: a serial one reads the output of those before it.
         """
         names, routing = self.acting, self.adapter_state.routed()
         if routing is None:
@@ -111,7 +111,7 @@ class ResidualAdapters(Holder):
 
 
 def residual_places(snapshot: Snapshot, plan: Plan) -> dict[str, Placed]:
-    """Return the sub-layers at which an adapter has bottlenecks, by path."""
+    """Return the sub-layers with bottlenecks of an adapter, by path."""
     config = cast(ResidualMethod, plan.config)
     sites = map(residual_site, places_of(cast(PreTrainedModel, snapshot.model), config))
     return {site.name: placed(config, site, site.name) for site in sites}
@@ -137,7 +137,7 @@ def residual_adapters(model: nn.Module) -> dict[str, ResidualAdapters]:
 
 
 def places_of(model: PreTrainedModel, config: ResidualMethod) -> tuple[Sublayer, ...]:
-    """Return the sub-layers that a config means in this model.
+    """Return the sub-layers that a config selects in this model.
 
     Raises TargetError if the model has none of them, or lacks one of the layers named.
     """
@@ -159,7 +159,7 @@ def places_of(model: PreTrainedModel, config: ResidualMethod) -> tuple[Sublayer,
 
 
 def residual_site(place: Sublayer) -> ResidualSite:
-    """Return a sub-layer described by shapes."""
+    """Return the site of a sub-layer, described by its shapes."""
     return ResidualSite(
         name=f"{place.block_path}.{SUBLAYER}{place.kind}",
         layer=place.layer,

@@ -1,4 +1,4 @@
-"""Mixed batches: which adapter each row of a batch takes."""
+"""Mixed batches: the adapter of each row of a batch."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ BASE = "__base__"  # PEFT's name for a row that no adapter changes
 
 @dataclass(frozen=True)
 class Routing:
-    """``names`` holds one adapter name, or ``"__base__"``, for each row of the batch.
+    """Adapter of each row of a batch.
 
-    ``generators``: what adapters draw the keys of their dropout from, if they have random numbers (on the CPU) of
-    their own.
+    ``names`` holds one adapter name, or ``"__base__"``, for each row of the batch. ``generators`` holds the generators
+    (on the CPU) for the dropout keys of adapters that have random numbers of their own.
     """
 
     names: tuple[str, ...]
@@ -34,7 +34,7 @@ class Routing:
 
     @cached_property
     def runs(self) -> AdapterRuns:
-        """Runs of rows that take each of `adapters`."""
+        """Runs of rows that use each of `adapters`."""
         places = {name: place for place, name in enumerate(self.adapters)}
         found, start = [], 0
         for name, rows in groupby(self.names):
@@ -45,10 +45,10 @@ class Routing:
         return AdapterRuns(tuple(found), len(self.names))
 
     def rows(self, n_rows: int, what: str) -> tuple[str, ...]:
-        """Return the name for each of ``n_rows`` rows. Beam search and flattened tokens repeat every row k times in a
-        row.
+        """Return the name for each of ``n_rows`` rows. Beam search and flattened tokens repeat every row k times in
+        sequence.
 
-        Raises ShapeError if ``what`` sees a number of rows that is no multiple of the batch.
+        Raises ShapeError if ``what`` sees a number of rows that is not a multiple of the batch.
         """
         times, left = divmod(n_rows, len(self.names))
         if left or not times:
@@ -59,7 +59,7 @@ class Routing:
         return tuple(name for name in self.names for _ in range(times))
 
     def index(self, n_rows: int, known: Sequence[str], what: str) -> Tensor:
-        """For each row the place of its adapter in ``known``, counted from 1; 0 if it is not among them."""
+        """Return for each row the index of its adapter in ``known``, counted from 1; 0 if it is not among them."""
         places = {name: place for place, name in enumerate(known, start=1)}
         return torch.tensor([places.get(name, 0) for name in self.rows(n_rows, what)])
 

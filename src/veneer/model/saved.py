@@ -26,7 +26,7 @@ class SavedBytes(saved_tensors_hooks):
         self._found: dict[int, int] = {}
 
     def without(self, weights: Iterable[Tensor]) -> int:
-        """Return the bytes that are not of these tensors."""
+        """Return the bytes of all other tensors."""
         known = {_storage(weight)._cdata for weight in weights}
         return sum(n_bytes for storage, n_bytes in self._found.items() if storage not in known)
 
@@ -37,16 +37,16 @@ class SavedBytes(saved_tensors_hooks):
 
 
 def weights_of(block: nn.Module) -> list[Tensor]:
-    """List the tensors that a block holds itself."""
+    """Return the tensors that a block holds itself."""
     return [*block.parameters(), *block.buffers()]
 
 
 def traced_bytes(model: nn.Module, hidden: Tensor) -> float | None:
     """Return the bytes a token that a fused block saves in a pass over hidden states (…, width), on average.
 
-    One block of each kind runs on tensors without values, so that nothing is computed. Weights are not counted, nor is
-    what all blocks share: tables of the rotation, bounds of sequences, ids of dropout's masks. Return None if a half
-    runs as the model wrote it, if a bottleneck acts, or if rows have adapters of their own.
+    One block of each kind runs on tensors without values, so that nothing is computed. Weights are not counted, nor
+    tensors that all blocks share: tables of the rotation, bounds of sequences, ids of dropout's masks. None if a half
+    runs the model's own code, if a bottleneck acts, or if rows have adapters of their own.
     """
     dtype = computed_in(hidden)
     blocks = [module for module in model.modules() if isinstance(module, FusedBlock)]

@@ -1,4 +1,4 @@
-"""Model looked at once: its modules by path, what kinds they are, and which of them share one weight."""
+"""Snapshot of a model: its modules by path, their kinds, and those that share one weight."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ _HOLDERS = {"adapters", "copies"}
 
 @dataclass(frozen=True)
 class Snapshot:
-    """``model``, and what was seen of it.
+    """Facts of a ``model``, read once.
 
-    ``modules`` of the base by path, without those that adapters brought; ``kinds`` of those that can be adapted.
-    ``tied``: the input embeddings and, behind them, the modules that share their weight. ``heads``: the output head and
-    classification heads. ``model_type`` is that of transformers, ``base_name`` where the model was loaded from.
+    ``modules`` of the base by path, without those that adapters added; ``kinds`` of those that can be adapted.
+    ``tied``: the input embeddings, then the modules that share their weight. ``heads``: the output head and
+    classification heads. ``model_type`` is that of transformers, ``base_name`` the source from which the model was
+    loaded.
     """
 
     model: nn.Module
@@ -39,11 +40,11 @@ class Snapshot:
     base_name: str
 
     def sites(self, paths: Sequence[str]) -> list[LinearSite]:
-        """Modules that can be adapted, described by their shapes alone."""
+        """Return the sites of the modules that can be adapted, described by their shapes alone."""
         return [self.kinds[path].site(path, self.modules[path]) for path in paths]
 
     def index(self, method: LinearMethod | None = None) -> ModuleIndex:
-        """Return the module paths, and which of them a method (None: any) can adapt."""
+        """Return the module paths, and those that a method (None: any) can adapt."""
         known = {path for path, kind in self.kinds.items() if method is None or kind.name in method.kinds}
         linear = (path for path, kind in self.kinds.items() if kind.name == "linear")
         return ModuleIndex(
@@ -72,7 +73,7 @@ def look_at(model: nn.Module) -> Snapshot:
 
 
 def shortest_names(index: ModuleIndex, chosen: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the last parts of the paths where they mean exactly these modules, otherwise the paths."""
+    """Return the last parts of the paths if they match exactly these modules, otherwise the paths."""
     endings = tuple(sorted({path.rpartition(".")[2] for path in chosen}))
     meant = {name for name in index.all_names if matches_any(name, endings)}
     return endings if meant == set(chosen) else chosen

@@ -1,4 +1,4 @@
-"""Adapters of a model and those that are active: one object, shared by every adapted module of the model."""
+"""State of a model's adapters: one object, shared by every adapted module of the model."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from veneer.model.routing import Routing
 
 @dataclass
 class AdapterState:
-    """``configs`` by name, the ``active`` names in order, whether all are ``disabled``, and the names ``merged``.
+    """State of a model's adapters: ``configs`` by name, the ``active`` names in order, the names ``merged``.
 
-    ``untied``: merging made the input embeddings and the head differ, so that the config no longer ties them.
-    ``watch``: the hook that watches training steps. ``routing``: which adapter each row takes, in a mixed batch.
-    ``trainable``: the names of those that train while they are active.
-    ``schedules``: what acts on adapters after each optimizer step, by name, once training has begun.
-    ``drops``: adapters drop in training what their configs say; False, for a while: nothing.
+    ``disabled``: all adapters are switched off. ``untied``: merging made the input embeddings and the head differ, so
+    that the config no longer ties them. ``watch``: the hook that watches training steps. ``routing``: the adapter of
+    each row, in a mixed batch. ``trainable``: the names of those that train while they are active. ``schedules``:
+    actions on adapters after each optimizer step, by name, once training has begun. ``drops``: adapters apply the
+    dropout of their configs in training; if False, temporarily, none.
     """
 
     configs: dict[str, MethodConfig] = field(default_factory=dict)
@@ -40,12 +40,12 @@ class AdapterState:
         return () if self.disabled or self.merged or self.routing else self.active
 
     def routed(self) -> Routing | None:
-        """Return the adapter of each row now; None if all rows take the acting ones."""
+        """Return the adapter of each row now; None if all rows use the acting ones."""
         return None if self.disabled else self.routing
 
     @contextmanager
     def base_alone(self) -> Iterator[None]:
-        """For a while no adapter acts."""
+        """Context in which no adapter acts."""
         before, self.disabled = self.disabled, True
         try:
             yield
@@ -54,7 +54,7 @@ class AdapterState:
 
     @contextmanager
     def without_dropout(self) -> Iterator[None]:
-        """For a while no adapter drops anything, whatever its config says."""
+        """Context in which no adapter has dropout, whatever its config."""
         before, self.drops = self.drops, False
         try:
             yield
@@ -63,7 +63,7 @@ class AdapterState:
 
     @contextmanager
     def route(self, routing: Routing | None) -> Iterator[None]:
-        """For a while each row takes the adapter that it names; None: all rows take the active ones."""
+        """Context in which each row uses the adapter that it names; None: all rows use the active ones."""
         before, self.routing = self.routing, routing
         try:
             yield
@@ -72,7 +72,7 @@ class AdapterState:
 
     @contextmanager
     def only(self, names: tuple[str, ...]) -> Iterator[None]:
-        """For a while these adapters act, on all rows alike."""
+        """Context in which only these adapters act, on all rows alike."""
         before = self.active
         with self.route(None):
             self.active = names

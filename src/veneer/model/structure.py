@@ -1,11 +1,10 @@
 """Residual sub-layers of a model: from its description, or found by watching one short forward pass.
 
-The description of a decoder says where they are. Of other models, encoders and image models among them, one pass is
-watched.
+The description of a decoder contains them. For other models, encoders and image models among them, one pass is watched.
 
-A residual add is an addition of the stream (what enters a block, the result of an earlier residual add, or a norm of
-either) and something else. That something is the output of a sub-layer: it is traced back to the module that gave it
-out and to the first module that read the stream for it. It is attention where a module named so took part in it.
+A residual add is an addition of the stream and the output of a sub-layer. The stream is the input of a block, the
+result of an earlier residual add, or a norm of either. The output is traced back to the module that computed it, and to
+the first module that read the stream for it. The sub-layer is attention if a module with such a name took part in it.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ SublayerKind = Literal["attention", "cross_attention", "mlp"]
 
 @dataclass(frozen=True, slots=True)
 class Sublayer:
-    """One sub-layer of one block.
+    """Sub-layer of a block.
 
-    ``input_path`` is the module whose first input is the sub-layer's input (after a norm in front of it);
-    ``output_path`` is the module whose first output is added to the residual stream (after a norm behind it).
+    ``input_path`` is the module whose first input is the sub-layer's input (after a norm before it). ``output_path`` is
+    the module whose first output is added to the residual stream (including a norm after the sub-layer).
     """
 
     block_path: str
@@ -47,14 +46,14 @@ class Sublayer:
 def sublayers(model: PreTrainedModel) -> tuple[Sublayer, ...]:
     """Return the attention and feed-forward sub-layers of every block, in the order in which they run.
 
-    Raises TargetError if the model has no blocks of attention and feed-forward parts, or a block holds others too.
+    Raises TargetError if the model has no blocks of attention and feed-forward parts, or if a block holds others too.
     """
     described = described_sublayers(model)
     return watched_sublayers(model) if described is None else described
 
 
 def described_sublayers(model: PreTrainedModel) -> tuple[Sublayer, ...] | None:
-    """Those of a decoder whose description is tested by values; None for any other model."""
+    """Return the sub-layers of a decoder whose description is tested by values; None for any other model."""
     try:
         decoder = describe(model)
     except DescriptionError:
@@ -73,7 +72,7 @@ def described_sublayers(model: PreTrainedModel) -> tuple[Sublayer, ...] | None:
 
 
 def watched_sublayers(model: PreTrainedModel) -> tuple[Sublayer, ...]:
-    """Those that one short forward pass shows. Raises TargetError as `sublayers` does."""
+    """Return the sub-layers found in one short forward pass. Raises TargetError as `sublayers` does."""
     with evaluation(model):
         additions = trace_additions(model, example_inputs(model))
     blocks = _blocks(model, additions)
@@ -94,7 +93,7 @@ def watched_sublayers(model: PreTrainedModel) -> tuple[Sublayer, ...]:
 
 
 def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return the smallest inputs that the model runs on.
+    """Return the smallest inputs on which the model runs.
 
     Raises TargetError for a model of other inputs, NoStorageError for a model on the meta device.
     """
@@ -161,7 +160,7 @@ def _ancestors(path: str) -> list[str]:
 
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode for a while: no dropout, no checkpointing, no random numbers drawn."""
+    """Context in which every module is in evaluation mode: no dropout, no checkpointing, no random numbers drawn."""
     with modes_kept(model):
         model.eval()
         yield
@@ -169,7 +168,9 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Each module has the mode afterwards that it had before, whatever the block sets: a caller may mix them."""
+    """Context after which each module has its earlier mode again, since a caller may mix training and
+    evaluation modes.
+    """
     modes = {module: module.training for module in model.modules()}
     try:
         yield

@@ -1,4 +1,6 @@
-"""Rows of embeddings that an adapter trains (``trainable_token_indices``): where they are, and who sees them too."""
+"""Rows of embeddings that an adapter trains (``trainable_token_indices``): their places, and the modules
+that share them.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from veneer.model.packed_linear import PackedLinear
 
 @dataclass(frozen=True, slots=True)
 class RowPlace:
-    """One table: its path, the rows that are trained, and the modules that read the same tensor (a tied head)."""
+    """Table with trained rows: its path, the rows, and the modules that read the same tensor (a tied head)."""
 
     path: str
     indices: tuple[int, ...]
@@ -29,12 +31,13 @@ class RowPlace:
 def row_places(
     modules: Mapping[str, nn.Module], ends: Sequence[str], config: MethodConfig, taken: Collection[str]
 ) -> tuple[RowPlace, ...]:
-    """Return the tables of which a config trains rows. ``ends``: the input embeddings and what is tied to them.
-    ``taken``: modules that it adapts or trains whole.
+    """Return the tables of which a config trains rows.
 
-    Modules tied to the input embeddings see the embeddings' rows, unless they are given other rows: PEFT's rule. Raises
-    TargetError where a name matches nothing, something that is no table, or something taken, and if an index is outside
-    of the table.
+    ``ends``: the input embeddings and the modules tied to them. ``taken``: modules that it adapts or trains whole.
+
+    Modules tied to the input embeddings use the embeddings' rows, unless they are given other rows: PEFT's rule. Raises
+    TargetError if a name matches nothing, a module that is not a table, or a taken one. Raises it too if an index is
+    outside the table.
     """
     wanted = config.extras.rows
     if not wanted:
@@ -62,7 +65,10 @@ def row_places(
 
 
 def add_rows(model: nn.Module, name: str, places: Sequence[RowPlace], values: bool, widen: bool) -> None:
-    """Give an adapter its rows, started at the table's own; ``values`` False leaves them empty. Modules are adapted."""
+    """Give an adapter its rows, initialized to the table's own; ``values`` False leaves them uninitialized.
+
+    The modules are adapted already.
+    """
     for place in places:
         table = cast(Adapted, model.get_submodule(place.path))
         weight = cast(Tensor, table._parameters["weight"]).detach()

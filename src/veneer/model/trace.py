@@ -1,4 +1,4 @@
-"""One forward pass, watched: which modules' outputs are added to the residual stream."""
+"""Trace of one forward pass: the modules whose outputs are added to the residual stream."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ STREAM = _Origin(stream=True)
 
 @torch.no_grad()
 def trace_additions(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[Addition]:
-    """Every residual add of one forward pass, in order, once for each pair of modules."""
+    """Return every residual add of one forward pass, in order, once for each pair of modules."""
     watch = _Watch(model)
     handles = [handle for name, module in model.named_modules() for handle in watch.hooks(name, module)]
     try:

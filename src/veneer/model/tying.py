@@ -14,10 +14,10 @@ from veneer.model.adapted import Adapted, TiedFactors
 def followers_of(
     tied: Sequence[str], config: MethodConfig, targets: tuple[str, ...]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the targets, in which the embeddings stand for all that share their weight, and the others that do.
+    """Return the targets, in which the embeddings represent all modules that share their weight, and those modules.
 
-    ``tied``: the embeddings, and behind them those modules. There are none if the config does not keep the tie, or
-    none of the tied modules is a target.
+    ``tied``: the embeddings, then those modules. There are none if the config does not keep the tie, or if none of the
+    tied modules is a target.
     """
     if not config.extras.keeps_tie or len(tied) < 2 or not {*tied} & {*targets}:
         return targets, ()
@@ -36,7 +36,7 @@ def follow(model: nn.Module, name: str, embeddings: str, followers: Sequence[str
 
 
 def unused_tie(tied: Sequence[str], config: MethodConfig, changed: Collection[str]) -> list[str]:
-    """Return a sentence where a config keeps a tie that is not there, or that nothing it changes belongs to."""
+    """Return a sentence if a config keeps a tie that does not exist, or that includes none of its changed modules."""
     if not config.extras.keeps_tie or config.extras.rows:
         return []
     if len(tied) < 2:

@@ -25,7 +25,7 @@ KeysAndValues = dict[int, tuple[Tensor, Tensor]]
 
 
 def cache_name(forward: Callable[..., object]) -> str | None:
-    """Return the name of a forward function's argument for the cache, if it takes one."""
+    """Return the name of a forward function's argument for the cache, if it has one."""
     known = inspect.signature(forward).parameters
     return next((name for name in CACHE_NAMES if name in known), None)
 
@@ -38,10 +38,10 @@ def inner_model(model: PreTrainedModel) -> PreTrainedModel:
 class VirtualTokens(Holder):
     """Adapters of one kind by name, and the hooks that put them in front of every sequence.
 
-    ``runs_the_model``: whether filling a cache takes a pass through the model, which finds there what needs none.
+    ``runs_the_model``: filling a cache takes a pass through the model, which finds in it the tokens that need no pass.
 
-    A child of the model, so that it moves and copies with it. The hook is on the inner model, without the head, so that
-    those who call that directly (a chunked loss) get the same.
+    It is a child of the model, so that it moves and copies with it. The hook is on the inner model, without the head,
+    so that code that calls that directly (a chunked loss) gets the same.
     """
 
     runs_the_model: ClassVar[bool]
@@ -59,7 +59,7 @@ class VirtualTokens(Holder):
             model._prepare_cache_for_generation = functools.partial(prepare_generation, model)
 
     def stack(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Return the part of the model that the virtual tokens are in front of."""
+        """Return the part of the model whose input starts with the virtual tokens."""
         return inner_model(model)
 
     def leave(self, model: nn.Module, path: str) -> None:
@@ -81,9 +81,9 @@ class VirtualTokens(Holder):
         return {key: value.detach() for key, value in self.method(name).stored(self.site, params).items()}
 
     def keys_and_values(self, name: str, run: Callable[[Tensor], KeysAndValues]) -> KeysAndValues:
-        """Return by layer the keys and values that one adapter's tokens leave in a cache, of the base's dtype.
+        """Return by layer the cached keys and values of one adapter's tokens, in the base's dtype.
 
-        ``run`` gives those of embeddings (n, d) that go through the base.
+        ``run`` returns those of embeddings (n, d) that pass through the base.
         """
         raise NotImplementedError
 
@@ -108,7 +108,7 @@ class VirtualTokens(Holder):
         return Front(counts) if names else None
 
     def before_forward(self, model: PreTrainedModel, args: Any, kwargs: Any) -> Any:
-        """Return the arguments of the model's forward pass, changed so that the virtual tokens are in front."""
+        """Return the arguments of the model's forward pass, changed so that the virtual tokens come first."""
         front = self.acting()
         if front is None:
             return None
@@ -119,7 +119,7 @@ class VirtualTokens(Holder):
         return (), self.started(model, with_positions(model, given, front), cache, front)
 
     def started(self, model: PreTrainedModel, given: Arguments, cache: Cache | None, front: Front) -> Arguments:
-        """Return the arguments for a sequence that starts here."""
+        """Return the arguments for a sequence that starts in this pass."""
         raise NotImplementedError
 
     def fill(self, model: PreTrainedModel, cache: Cache, front: Front, n_rows: int) -> None:
@@ -127,8 +127,9 @@ class VirtualTokens(Holder):
         raise NotImplementedError
 
     def continued(self, model: PreTrainedModel, given: Arguments, cache: Cache, front: Front) -> Arguments:
-        """Return the arguments for a sequence whose start is in the cache. What already counts the virtual
-        tokens is kept.
+        """Return the arguments for a sequence whose start is in the cache.
+
+        Arguments that already count the virtual tokens stay unchanged.
         """
         if getattr(cache, MARK, None) != front.mark:
             raise ConfigError(
@@ -148,7 +149,7 @@ class VirtualTokens(Holder):
         return given | shifted(given, front)
 
     def counted(self, front: Front, n_rows: int, model_kwargs: Arguments) -> None:
-        """Count what is in the cache in the mask and the positions with which `generate` starts."""
+        """Count the cached tokens in the mask and the positions with which `generate` starts."""
         positions = model_kwargs.get("position_ids")
         model_kwargs["attention_mask"] = _with_mask(model_kwargs["attention_mask"], front)
         if positions is not None:
@@ -156,11 +157,11 @@ class VirtualTokens(Holder):
             model_kwargs["position_ids"] = front.shift(rows)
 
     def in_decoder(self, model: PreTrainedModel) -> bool:
-        """Return True if the virtual tokens are in front of what is generated."""
+        """Return True if the virtual tokens come before the generated ones."""
         return not model.config.is_encoder_decoder
 
     def named(self, model: PreTrainedModel, args: Any, kwargs: Any) -> Arguments:
-        """Positional and named arguments of a forward pass, all by name."""
+        """Return positional and named arguments of a forward pass, all by name."""
         given = dict(inspect.signature(model.forward).bind_partial(*args).arguments) | kwargs
         for old in CACHE_NAMES:
             if old in given and self.cache_name and old != self.cache_name:
@@ -176,7 +177,7 @@ def virtual_tokens(model: nn.Module) -> dict[str, VirtualTokens]:
 def prepare_generation(
     model: PreTrainedModel, generation_config: Any, model_kwargs: Arguments, mode: Any, batch_size: int, length: int
 ) -> None:
-    """In place of transformers' own, before `generate` runs: its cache starts with the virtual tokens."""
+    """Prepare the cache of `generate`, with the virtual tokens at its start, in place of transformers' own function."""
     found = sorted(virtual_tokens(model).values(), key=lambda holder: holder.runs_the_model)
     fronts = [(h, front) for h in found if h.in_decoder(model) and (front := h.acting())]
     prepare = type(model)._prepare_cache_for_generation
@@ -199,9 +200,7 @@ def prepare_generation(
 
 
 def with_positions(model: PreTrainedModel, given: Arguments, front: Front) -> Arguments:
-    """Return the arguments with the mask and positions written out where rows have different numbers of
-    virtual tokens.
-    """
+    """Return the arguments with explicit mask and positions if rows have different numbers of virtual tokens."""
     if front.is_even:
         return given
     n_rows, length = cast(Tensor, given.get("input_ids", given.get("inputs_embeds"))).shape[:2]
@@ -220,7 +219,7 @@ def takes_positions(model: nn.Module) -> bool:
 
 
 def shifted(given: Arguments, front: Front) -> Arguments:
-    """Mask and positions with the virtual tokens counted in front of those given."""
+    """Return mask and positions with the virtual tokens counted before those given."""
     changed: Arguments = {}
     mask, positions = given.get("attention_mask"), given.get("position_ids")
     if mask is not None:
@@ -231,7 +230,7 @@ def shifted(given: Arguments, front: Front) -> Arguments:
 
 
 def refuse_packing(given: Arguments, method: VirtualTokenMethod) -> None:
-    """Raise if several sequences share a row: their virtual tokens would stand before the first of them only."""
+    """Raise ConfigError if several sequences share a row: their virtual tokens would precede only the first of them."""
     positions = given.get("position_ids")
     if positions is None or "attention_mask" in given:
         return
@@ -258,7 +257,7 @@ def _length(given: Arguments) -> int:
 
 
 def require_mixable(model: PreTrainedModel, routing: Routing) -> None:
-    """Raise CompositionError if rows of this model cannot have different virtual tokens in front."""
+    """Raise CompositionError if rows of this model cannot have different virtual tokens."""
     with next(iter(virtual_tokens(model).values())).adapter_state.route(routing):
         fronts = [front for holder in virtual_tokens(model).values() if (front := holder.acting())]
     uneven = [front for front in fronts if not front.is_even]

@@ -1,7 +1,7 @@
 """Overhead of a step besides products and attention, measured on real steps of small models.
 
-There is one cost for each op of the fused path and one for each op of the general path: Python around it, the
-dispatcher, autograd. Ops that selective checkpointing intercepts cost more. Elementwise work has a cost for each byte.
+An op of the fused path has one cost, and an op of the general path another: Python around it, the dispatcher, autograd.
+Ops that selective checkpointing intercepts cost more. Elementwise work has a cost for each byte.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ class Step:
 
     @contextmanager
     def marked(self) -> Iterator[None]:
-        """Mark each block of the model by itself within the block, in the forward and the backward pass."""
+        """Context in which each block of the model is a mark of its own, in the forward and the backward pass."""
         found = blocks(self.model)
         handles = [block.register_forward_pre_hook(self._enters(k)) for k, block in enumerate(found)]
         handles += [block.register_forward_hook(self._leaves(k, len(found))) for k, block in enumerate(found)]

@@ -1,7 +1,8 @@
-"""Decoder described: embeddings, blocks, final norm and head, all of them by role.
+"""Description of a decoder: embeddings, blocks, final norm and head, all of them by role.
 
-``h = embed(ids)``; each block adds its halves to h; ``logits = head(norm(h))``. What a planner counts, a GGUF file
-names and a serving engine runs is in here; the tests hold a plain interpreter that computes a model's logits from it.
+``h = embed(ids)``; each block adds its halves to h; ``logits = head(norm(h))``. The description is complete for a
+planner's counts, the names in a GGUF file and a serving engine. The tests hold a plain interpreter that computes a
+model's logits from it.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ class Positions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Embedding:
-    """``norm(multiplier · table[ids] + positions)``; the table is (n_tokens, width).
+    """Embedding ``norm(multiplier · table[ids] + positions)``; the table is (n_tokens, width).
 
-    ``own_multiplier`` is the factor of ``multiplier`` that the table's module itself puts on what it looks up (Gemma):
-    what is given in place of embeddings does not get it.
+    ``own_multiplier`` is the factor of ``multiplier`` that the table's module itself applies to its output (Gemma).
+    Inputs given in place of embeddings do not get it.
     """
 
     path: str
@@ -40,7 +41,7 @@ class Embedding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockNorms:
-    """Norms around the halves: in front of one, and behind it, before its output joins the stream."""
+    """Norms around the halves: before a half, and after it, before its output is added to the stream."""
 
     attention: Norm | None
     feed_forward: Norm | None
@@ -49,7 +50,7 @@ class BlockNorms:
 
     @property
     def all(self) -> tuple[Norm, ...]:
-        """Each norm once; both halves of a parallel block may read the same."""
+        """Norms, each once; both halves of a parallel block may read the same one."""
         norms = (self.attention, self.feed_forward, self.attention_post, self.feed_forward_post)
         return tuple(dict.fromkeys(norm for norm in norms if norm is not None))
 
@@ -58,8 +59,8 @@ class BlockNorms:
 class Sublayer:
     """Place of the residual adapter of one half.
 
-    ``input_path`` is the module whose first input is the half's input, behind the norm in front of it; ``output_path``
-    the module whose first output is added to the stream, a norm behind the half included.
+    ``input_path`` is the module whose first input is the half's input, after the norm before it. ``output_path`` is the
+    module whose first output is added to the stream, including a norm after the half.
     """
 
     input_path: str
@@ -68,9 +69,9 @@ class Sublayer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
-    """``h += m · post(attention(norm(h)))``, then ``h += m · post(feed_forward(norm(h)))``.
+    """Block ``h += m · post(attention(norm(h)))``, then ``h += m · post(feed_forward(norm(h)))``.
 
-    m is ``residual_multiplier``. ``parallel``: the feed-forward half reads what the attention half read.
+    m is ``residual_multiplier``. ``parallel``: the feed-forward half reads the attention half's input.
     """
 
     path: str
@@ -85,7 +86,7 @@ class Block:
 
     @property
     def linears(self) -> tuple[Linear, ...]:
-        """Every linear layer in it, in the order in which they act."""
+        """Linear layers of the block, in the order in which they run."""
         halves = (half for half in (self.attention, self.feed_forward) if not isinstance(half, Strange))
         return tuple(linear for half in halves for linear in half.linears)
 
@@ -98,7 +99,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
-    """``softcap(scale · linear(x))``. ``tied``: its weight is the embeddings' table."""
+    """Output head ``softcap(scale · linear(x))``. ``tied``: its weight is the embeddings' table."""
 
     linear: Linear
     tied: bool
@@ -108,10 +109,12 @@ class Head:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoder:
-    """Decoder. ``listed``: its model type has been checked by values in the tests of this package; the description of
-    another follows the convention of names, and whoever computes by it checks it first.
+    """Description of a decoder.
 
-    ``head`` is None if the model is made for another task. ``other`` is what stands outside the blocks and is not
+    ``listed``: the tests of this package have checked its model type by values. The description of another type follows
+    the convention of names, and callers check it before they compute by it.
+
+    ``head`` is None if the model is made for another task. ``other`` holds parts outside the blocks that are not
     described.
     """
 
@@ -125,7 +128,7 @@ class Decoder:
 
     @property
     def linears(self) -> Iterator[Linear]:
-        """Every linear layer, the head last. Experts' stacks are none."""
+        """Linear layers of the decoder, the head last. Stacks of experts are not included."""
         for block in self.blocks:
             yield from block.linears
         if self.head is not None:
@@ -133,18 +136,18 @@ class Decoder:
 
     @property
     def norms(self) -> Iterator[Norm]:
-        """Every norm."""
+        """Norms of the decoder."""
         ends = (self.embedding.norm, *(n for b in self.blocks for n in (*b.norms.all, *_head_norms(b))), self.norm)
         return (norm for norm in ends if norm is not None)
 
     @property
     def attentions(self) -> tuple[Attention, ...]:
-        """Attention of every block where it is described."""
+        """Attention of every block, if it is described."""
         return tuple(block.attention for block in self.blocks if isinstance(block.attention, Attention))
 
     @property
     def strange(self) -> tuple[Strange, ...]:
-        """Parts that are not described, anywhere; empty if the description is whole."""
+        """Parts anywhere that are not described; empty if the description is complete."""
         return (*self.other, *(part for block in self.blocks for part in block.strange))
 
 

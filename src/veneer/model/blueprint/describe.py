@@ -1,4 +1,4 @@
-"""Describing a decoder: from a model, whose values are not read, or from a config, with no weight in memory."""
+"""Description of a decoder: from a model, whose values are not read, or from a config, with no weight in memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from veneer.model.blueprint.tables import own_multiplier
 
 
 def describe_config(config: PreTrainedConfig) -> Decoder:
-    """Return the decoder that a config makes, built on the meta device.
+    """Return the decoder of a config, built on the meta device.
 
     Raises DescriptionError as `describe` does, and if transformers makes no decoder of the config.
     """
@@ -33,10 +33,10 @@ def describe_config(config: PreTrainedConfig) -> Decoder:
 
 
 def describe(model: PreTrainedModel) -> Decoder:
-    """Return the description of a decoder, adapted or not, on any device; its `Decoder.strange` says what is missing in
-    it.
+    """Return the description of a decoder, adapted or not, on any device; its `Decoder.strange` lists the missing
+    parts.
 
-    Raises DescriptionError if the model is no decoder of one list of blocks between embeddings and a head.
+    Raises DescriptionError if the model is not a decoder with one list of blocks between embeddings and a head.
     """
     holder, layers = blocks_of(model)
     source = Source.of(model)
@@ -64,7 +64,7 @@ def describe(model: PreTrainedModel) -> Decoder:
 
 def blocks_of(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
     """Return the module that holds a decoder's blocks, and the list of them. Raises DescriptionError if
-    that is not one.
+    there is not one.
     """
     base = model.base_model
     holders = [base, *(part for name, part in base.named_children() if name == "decoder")]

@@ -19,16 +19,16 @@ def _nothing(config: Any) -> str | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """Model types whose descriptions are tested by values, and what names and config keys leave open about them.
+    """Model types whose descriptions are tested by values, and the facts that names and config keys do not determine.
 
     - ``names``: other names of parts than `names.COMMON` has.
-    - ``interleaved``: q and k are rotated in neighbouring pairs. ``rotates``: whether a layer does so at all.
-    - ``alibi``: attention has a bias that falls with distance.
+    - ``interleaved``: q and k are rotated in neighbouring pairs. ``rotates``: whether a layer rotates at all.
+    - ``alibi``: attention has a bias that decreases with distance.
     - ``norm_eps``: the epsilon of norms that hold none themselves.
     - ``softmax_experts``: experts are chosen and weighted by the softmax of the router's scores.
-    - ``scales_queries``: queries grow with position as ``llama_4_scaling_beta`` says.
+    - ``scales_queries``: queries grow with position by ``llama_4_scaling_beta``.
     - ``adds_inside``: the halves add to the stream themselves, so that residual adapters sit at their last layer.
-    - ``strange``: why a config of the family cannot be described, None if it can.
+    - ``strange``: the reason if a config of the family cannot be described, None if it can.
     """
 
     model_types: tuple[str, ...]

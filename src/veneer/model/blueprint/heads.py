@@ -1,4 +1,4 @@
-"""Heads in the outputs of joined projections: queries, keys and values taken out, and their gradients put back."""
+"""Heads in the outputs of joined projections: extraction of queries, keys and values, and its inverse for gradients."""
 
 from __future__ import annotations
 
@@ -15,8 +15,12 @@ HeadOrder = Literal["apart", "joined", "by head"]
 
 @dataclass(frozen=True, slots=True)
 class HeadLayout:
-    """``order``: three projections "apart"; or one, whose output is all of q, then k, then v ("joined": Phi-3, GPT-2),
-    or q, k and v of one head after the other ("by head": GPT-NeoX). ``n_heads`` counts query heads."""
+    """Layout of heads in the outputs of the projections.
+
+    ``order`` is "apart" for three projections. One projection is "joined" if its output is all of q, then k, then v
+    (Phi-3, GPT-2). It is "by head" if its output is q, k and v of one head after the other (GPT-NeoX). ``n_heads``
+    counts query heads.
+    """
 
     order: HeadOrder
     n_heads: int
@@ -24,7 +28,7 @@ class HeadLayout:
     head_dim: int
 
     def split(self, outputs: Sequence[Float[Tensor, "n _"]]) -> tuple[Tensor, Tensor, Tensor]:
-        """q (n, heads, d), k and v (n, kv_heads, d): views of the projections' outputs."""
+        """Return q (n, heads, d), k and v (n, kv_heads, d): views of the projections' outputs."""
         if self.order == "apart":
             q, k, v = (t.view(t.shape[0], -1, self.head_dim) for t in outputs)
         elif self.order == "by head":
@@ -35,7 +39,7 @@ class HeadLayout:
         return q, k, v
 
     def join(self, qkv: Sequence[Tensor]) -> list[Float[Tensor, "n _"]]:
-        """Return the way back: what `split` gave, laid as the projections' outputs."""
+        """Return the inverse of `split`: q, k and v in the layout of the projections' outputs."""
         if self.order == "apart":
             return [t.view(len(t), -1) for t in qkv]
         joined = torch.stack(list(qkv), dim=2) if self.order == "by head" else torch.cat(list(qkv), dim=1)

@@ -1,4 +1,4 @@
-"""Reading a linear layer: its role, shape and bias."""
+"""Reading of a linear layer: its role, shape and bias."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Names that transformers' models give to their parts: a short list of alternatives for each, the first that fits.
+"""Names that transformers' models give to their parts: a short list of alternatives for each, the first match counts.
 
-This is the only place of the house where such names stand, with `families` for what one family alone has. PEFT's own
-choices of default targets that no role expresses are in `contract.family_targets`.
+Such names occur only here and in `families`, which holds those of one family alone. PEFT's own choices of default
+targets that no role expresses are in `contract.family_targets`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from veneer.model.blueprint.parts import Role, TensorPart
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NormNames:
-    """Norms in front of the halves and those behind them. ``feed_forward`` may be ``attention``: one for both."""
+    """Norms before the halves and after them. ``feed_forward`` may be ``attention``: one for both."""
 
     attention: str | None
     feed_forward: str | None
@@ -23,30 +23,30 @@ class NormNames:
 
     @property
     def all(self) -> tuple[str, ...]:
-        """Each name once."""
+        """Names of the norms, each once."""
         names = (self.attention, self.feed_forward, self.attention_post, self.feed_forward_post)
         return tuple(dict.fromkeys(name for name in names if name is not None))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InnerNames:
-    """Layers of a feed-forward part: those whose outputs are gate and up (or up alone), and the one behind them."""
+    """Layers of a feed-forward part: those whose outputs are gate and up (or up alone), and the one after them."""
 
     inner: tuple[tuple[Role, str], ...]
     down: str
 
     @property
     def all(self) -> tuple[str, ...]:
-        """Every name."""
+        """Names of all layers."""
         return (*(name for _, name in self.inner), self.down)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Names:
-    """Alternatives for every part, as children of what holds them; the first that a model has counts.
+    """Alternatives for every part, as children of the module that holds them; the first that a model has counts.
 
-    ``joined`` gives for each name of a layer with all of q, k and v in what order heads come where k and v have as many
-    as q; with fewer they always come q first, then k, then v.
+    ``joined`` maps the names of layers with all of q, k and v to the order of their heads. It holds if k and v have as
+    many heads as q. With fewer, the order is always q, then k, then v.
     """
 
     positions: tuple[str, ...] = ("wpe", "embed_positions")

@@ -1,5 +1,7 @@
-"""Reading a norm: what it computes is found by running its code on made-up weights, for families disagree under the
-same names."""
+"""Reading of a norm. Its form is found by running its code on artificial weights.
+
+Families use the same names for different forms.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,14 @@ Form = tuple[NormKind, float]  # the kind, and what is added to the weight
 
 
 def epsilon_of(module: nn.Module) -> float | None:
-    """Return the epsilon of a norm, by the names that families give it."""
+    """Return the epsilon of a norm, under any of the names that families give it."""
     return next((float(getattr(module, name)) for name in EPSILONS if hasattr(module, name)), None)
 
 
 def norm_form(module: nn.Module, eps: float) -> Form | None:
-    """RMSNorm or LayerNorm, and whether 1 is added to the weight; None if the module computes something else.
+    """Return RMSNorm or LayerNorm, and whether 1 is added to the weight; None if the module computes something else.
 
-    A twin of the module with weights of its own is run, so that neither the values nor the device of the module matter.
+    A copy of the module with weights of its own is run, so that neither the values nor the device of the module matter.
     """
     generator = torch.Generator().manual_seed(3)
     shapes = {name: tuple(p.shape) for name, p in module._parameters.items() if p is not None}
@@ -44,7 +46,7 @@ def norm_form(module: nn.Module, eps: float) -> Form | None:
 
 
 def read_norm(source: Source, module: nn.Module | None) -> Norm | None:
-    """Return the description of a norm; None if there is none, or where the module is something else."""
+    """Return the description of a norm; None if there is none, or if the module is something else."""
     if module is None:
         return None
     eps = epsilon_of(module)

@@ -1,6 +1,6 @@
-"""Parts that decoders are put together from: linear layers by role, norms, attention, feed-forward parts, experts.
+"""Parts of decoders: linear layers by role, norms, attention, feed-forward parts, experts.
 
-Everything here is plain data. Paths lead from the model's root, shapes are as in torch, nothing holds a tensor.
+Everything here is plain data. Paths start at the model's root, shapes are as in torch, nothing holds a tensor.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TensorPart = Literal["embeddings", "attention", "feed-forward", "norms", "output
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Strange:
-    """Part of the model that the description has no words for, and why."""
+    """Part of the model that the description cannot express, and the reason."""
 
     path: str
     reason: str
@@ -48,9 +48,9 @@ class Stack:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Norm:
-    """RMSNorm or a LayerNorm over the last axes, of this ``shape``; it multiplies by its weight plus ``offset``.
+    """RMSNorm or LayerNorm over the last axes, of this ``shape``; it multiplies by its weight plus ``offset``.
 
-    ``weight`` and ``bias`` say whether there is one.
+    ``weight`` and ``bias``: whether it has one.
     """
 
     path: str
@@ -64,7 +64,7 @@ class Norm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Temperature:
-    """Rotated queries times 1 + beta · ln(1 + ⌊position / original_max_positions⌋) (Llama 4, Ministral 3)."""
+    """Factor 1 + beta · ln(1 + ⌊position / original_max_positions⌋) of rotated queries (Llama 4, Ministral 3)."""
 
     beta: float
     original_max_positions: int
@@ -74,10 +74,10 @@ class Temperature:
 class Attention:
     """Causal self-attention: softmax(softcap(scale · q kᵀ) + alibi) v over the last ``window`` tokens (None: all).
 
-    ``qkv``: the layers of roles q, k, v, or one of role qkv that gives all three, laid out as ``heads`` says.
-    ``q_norm`` and ``k_norm`` act before the rotation. Their shape tells over what: (head_dim,) on each head with one
-    weight for all, (heads, head_dim) on each head with a weight of its own, (heads · head_dim,) on all heads at once.
-    ``clip``: the bound of what q, k and v may be, as they leave their layers.
+    ``qkv``: the layers of roles q, k, v, or one of role qkv that computes all three, in the layout ``heads``.
+    ``q_norm`` and ``k_norm`` act before the rotation, over the axes of their shape. A norm of shape (head_dim,) acts on
+    each head with one weight for all. One of (heads, head_dim) has a weight for each head. One of (heads · head_dim,)
+    acts on all heads at once. ``clip``: the bound of q, k and v at the outputs of their layers.
     """
 
     path: str
@@ -96,22 +96,22 @@ class Attention:
 
     @property
     def linears(self) -> tuple[Linear, ...]:
-        """Every linear layer in it."""
+        """Linear layers of the attention."""
         return (*self.qkv, self.out)
 
     @property
     def norms(self) -> tuple[Norm, ...]:
-        """Every norm in it."""
+        """Norms of the attention."""
         return tuple(norm for norm in (self.q_norm, self.k_norm) if norm is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeedForward:
-    """``down(activation(gate x) · up x)`` if there is a gate, otherwise ``down(activation(up x))``.
+    """Feed-forward part: ``down(activation(gate x) · up x)`` with a gate, otherwise ``down(activation(up x))``.
 
-    ``inner``: the layers of roles gate and up, one of role gate_up that gives gate, then up, or up alone.
-    ``activation`` is one of `veneer.ops.activation.KINDS`, ``act`` the path of the module that computes it.
-    ``path`` is the block's own where the layers lie in the block itself (OPT).
+    ``inner``: the layers of roles gate and up, one of role gate_up that computes gate, then up, or up alone.
+    ``activation`` is one of `veneer.ops.activation.KINDS`, ``act`` the path of the module that computes it. ``path`` is
+    the block's own if the layers lie in the block itself (OPT).
     """
 
     path: str
@@ -122,25 +122,25 @@ class FeedForward:
 
     @property
     def gated(self) -> bool:
-        """True if one half of what ``inner`` gives is a gate."""
+        """True if one half of the output of ``inner`` is a gate."""
         return self.inner[0].role != "up"
 
     @property
     def linears(self) -> tuple[Linear, ...]:
-        """Every linear layer in it."""
+        """Linear layers of the feed-forward part."""
         return (*self.inner, self.down)
 
     @property
     def width(self) -> int:
-        """Number of features that ``down`` reads."""
+        """Number of input features of ``down``."""
         return self.down.in_features
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experts:
-    """``top_k`` gated feed-forward parts that a router's softmax rates highest, in the sum of their ratings.
+    """Weighted sum of the ``top_k`` gated feed-forward parts with the highest probabilities of a router's softmax.
 
-    ``normalized``: the ratings of the chosen are divided by their sum. ``shared`` runs on every token beside them,
+    ``normalized``: the probabilities of the chosen ones are divided by their sum. ``shared`` also runs on every token,
     times the sigmoid of ``shared_gate`` if there is one.
     """
 
@@ -157,11 +157,11 @@ class Experts:
 
     @property
     def linears(self) -> tuple[Linear, ...]:
-        """Every linear layer in it but the stacks."""
+        """Linear layers of the experts except the stacks."""
         gate = () if self.shared_gate is None else (self.shared_gate,)
         return (self.router, *gate, *(self.shared.linears if self.shared else ()))
 
     @property
     def width(self) -> int:
-        """Number of features that one expert's ``down`` reads."""
+        """Number of input features of one expert's ``down``."""
         return self.down.shape[2]

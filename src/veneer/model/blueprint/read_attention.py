@@ -1,4 +1,4 @@
-"""Reading a block's attention: its layers by role, its heads, what scales, hides, caps and rotates them."""
+"""Reading of a block's attention: its layers by role, its heads, its scale, mask, cap and rotation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Q_K_V: tuple[Role, ...] = ("q", "k", "v")
 
 
 def window_of(attention: nn.Module) -> int | None:
-    """Return the sliding window of an attention module; None if its layer sees all that came before."""
+    """Return the sliding window of an attention module; None if its layer attends to all earlier tokens."""
     config = getattr(attention, "config", None)
     if layer_type_of(attention) == FULL:
         return None

@@ -1,4 +1,4 @@
-"""Reading a block's feed-forward part: its layers by role and its activation, or its experts."""
+"""Reading of a block's feed-forward part: its layers by role and its activation, or its experts."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from veneer.ops.activation import KINDS, activation_forward
 
 
 def read_feed_forward(source: Source, module: nn.Module, *, in_block: bool = False) -> FeedForward | Experts | Strange:
-    """Return the feed-forward part that ``module`` is; ``in_block``: its layers are children of the block,
-    which it is.
+    """Return the description of the feed-forward part ``module``.
+
+    ``in_block``: its layers are children of the block, and ``module`` is the block.
     """
     path = source.path(module)
     if has_all(module, EXPERTS):

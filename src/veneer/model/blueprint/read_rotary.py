@@ -1,4 +1,4 @@
-"""Reading how a layer rotates queries and keys, from transformers' ``rope_parameters``."""
+"""Reading of a layer's rotation of queries and keys, from transformers' ``rope_parameters``."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TEMPERATURE = "llama_4_scaling_beta"
 
 
 def read_rotary(source: Source, layer_type: str | None, head_dim: int) -> Rotary | str | None:
-    """Return the rotation of a layer of this type; None if positions turn nothing, or in words what is not known."""
+    """Return the rotation of a layer of this type; None if it does not rotate, or in words the unknown part."""
     config = source.config
     given = getattr(config, "rope_parameters", None)
     if given is None:
@@ -140,7 +140,7 @@ def _mscale(factor: float, mscale: float) -> float:
 
 
 def read_temperature(source: Source) -> Temperature | None:
-    """Return the growth of queries with position, None in families that have none."""
+    """Return the growth of queries with position; None in families that have none."""
     given = getattr(source.config, "rope_parameters", None) or {}
     if not source.family.scales_queries or not given.get(TEMPERATURE):
         return None
@@ -150,5 +150,5 @@ def read_temperature(source: Source) -> Temperature | None:
 
 
 def rotates(source: Source, attention: nn.Module, layer: int) -> bool:
-    """Return True if a layer rotates at all: some leave it out in every fourth one (SmolLM3)."""
+    """Return True if a layer rotates; some models leave the rotation out in every fourth layer (SmolLM3)."""
     return bool(getattr(attention, "use_rope", True)) and source.family.rotates(source.config, layer)

@@ -1,4 +1,4 @@
-"""Families that there are, found by walking `families`."""
+"""Registry of families, found by walking `families`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from veneer.model.blueprint.family import CONVENTION, Family
 
 
 def family_of(model_type: str) -> Family:
-    """Return the family of a model type; `CONVENTION` for one that no file lists."""
+    """Return the family of a model type; `CONVENTION` if no file lists it."""
     return _families().get(model_type, CONVENTION)
 
 
 def listed() -> tuple[str, ...]:
-    """Every model type whose description is tested by values, sorted."""
+    """Return every model type whose description is tested by values, sorted."""
     return tuple(sorted(_families()))
 
 

@@ -1,4 +1,4 @@
-"""Layers by role: what "attention's q and v" are called in a model, for targets of adapters."""
+"""Layers by role: the names of layers such as attention's q and v in a model, for targets of adapters."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from veneer.model.blueprint.parts import Linear
 def names_for(model: object, targets: Iterable[str]) -> tuple[str, ...]:
     """Return the targets with names in place of roles: those of the layers that have the role in this model.
 
-    A joined layer has the roles of all that it gives. If the model has no description, a role means every name that
-    it has in any of transformers' models; what is no role stays as it is.
+    A joined layer has the roles of all its outputs. If the model has no description, a role means every name that it
+    has in any of transformers' models. Other targets stay unchanged.
     """
     wanted = tuple(targets)
     decoder = _described(model) if any(target in ELSEWHERE for target in wanted) else None
@@ -31,7 +31,7 @@ def names_for(model: object, targets: Iterable[str]) -> tuple[str, ...]:
 
 
 def role_names(decoder: Decoder, role: str) -> tuple[str, ...]:
-    """Return the ends of paths that mean the layers of a role within the blocks of a decoder, and no other
+    """Return the ends of paths that match the layers of a role within the blocks of a decoder, and no other
     layer of them.
     """
     meant = [(block.path, linear) for block in decoder.blocks for linear in block.linears if has_role(linear, role)]
@@ -42,7 +42,7 @@ def role_names(decoder: Decoder, role: str) -> tuple[str, ...]:
 
 
 def has_role(linear: Linear, role: str) -> bool:
-    """Return True if a layer gives what a role stands for, alone or joined with others."""
+    """Return True if a layer computes the output of a role, alone or joined with others."""
     return linear.role == role or role in JOINED.get(linear.role, ())
 
 

@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), and the ways in which its frequencies are stretched.
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), and the scalings of its frequencies.
 
 Frequencies are computed in float32 and in transformers' order of operations, so that tables equal the models' own.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearScaling:
-    """Every frequency divided by ``factor``."""
+    """Division of every frequency by ``factor``."""
 
     factor: float
 
@@ -29,8 +29,11 @@ class DynamicScaling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Llama3Scaling:
-    """Llama 3.1: wavelengths above original / low are divided by ``factor``, those below original / high stay, and what
-    lies between goes over smoothly."""
+    """Scaling of Llama 3.1.
+
+    Wavelengths above original / low are divided by ``factor``, those below original / high stay, and those between are
+    interpolated.
+    """
 
     factor: float
     low_freq_factor: float
@@ -40,9 +43,11 @@ class Llama3Scaling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class YarnScaling:
-    """YaRN (Peng et al. 2023, arXiv:2309.00071): a ramp between frequencies kept and divided by ``factor``, over the
-    dimensions that turn ``beta_fast`` to ``beta_slow`` times in the original context; cos and sin times
-    ``attention_factor``."""
+    """YaRN (Peng et al. 2023, arXiv:2309.00071): a ramp between unchanged frequencies and those divided by ``factor``.
+
+    It lies over the dimensions that turn ``beta_fast`` to ``beta_slow`` times in the original context. cos and sin are
+    multiplied by ``attention_factor``.
+    """
 
     factor: float
     original_max_positions: int
@@ -54,8 +59,11 @@ class YarnScaling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LongRopeScaling:
-    """LongRoPE (Ding et al. 2024, arXiv:2402.13753): a divisor for each frequency, ``short`` within the original
-    context and ``long`` beyond it; cos and sin times ``attention_factor``."""
+    """LongRoPE (Ding et al. 2024, arXiv:2402.13753): a divisor for each frequency.
+
+    It is ``short`` within the original context and ``long`` beyond it. cos and sin are multiplied by
+    ``attention_factor``.
+    """
 
     short: tuple[float, ...]
     long: tuple[float, ...]
@@ -86,8 +94,10 @@ class Rotary:
         return self.scaling.attention_factor if isinstance(self.scaling, YarnScaling | LongRopeScaling) else 1.0
 
     def frequencies(self, n_tokens: int = 0) -> Float[Tensor, " half"]:
-        """Radians by which each pair turns from one position to the next, float32; ``n_tokens``: the length of the
-        sequence, which some scalings depend on."""
+        """Return the radians by which each pair turns from one position to the next, float32.
+
+        ``n_tokens`` is the length of the sequence, which some scalings depend on.
+        """
         plain, scaling = self._plain(self.theta), self.scaling
         match scaling:
             case LinearScaling():
@@ -104,7 +114,7 @@ class Rotary:
         return plain
 
     def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin, (…, half) in float32, of whole-numbered ``positions`` (…)."""
+        """Return cos and sin, (…, half) in float32, of integer ``positions`` (…)."""
         longest = int(positions.max()) + 1 if positions.numel() else 0
         angles = positions[..., None].float() * self.frequencies(longest).to(positions.device)
         return angles.cos() * self.attention_factor, angles.sin() * self.attention_factor

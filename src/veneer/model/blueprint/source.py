@@ -1,4 +1,4 @@
-"""Model that is described: its modules by path, its config and its family."""
+"""Source of a description: a model's modules by path, its config and its family."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OURS = (".adapters.", ".copies.")  # what adapters bring is no part of the model
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Transformers model, on any device: values are never read, meta tensors will do."""
+    """Transformers model on any device; values are never read, so that meta tensors suffice."""
 
     model: PreTrainedModel
     config: Any
@@ -29,14 +29,14 @@ class Source:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Source:
-        """Return the model, looked at."""
+        """Return the source for a model."""
         config = model.config.get_text_config(decoder=True)
         paths = {id(module): path for path, module in model.named_modules()}
         return cls(model, config, family_of(config.model_type), paths)
 
     @property
     def names(self) -> Names:
-        """Names of this family for its parts."""
+        """Names of its parts in this family."""
         return self.family.names
 
     @property
@@ -50,17 +50,17 @@ class Source:
 
 
 def first(module: nn.Module, names: Collection[str]) -> str | None:
-    """Return the first of these names under which a module holds something."""
+    """Return the first of these names under which a module has a child."""
     return next((name for name in names if getattr(module, name, None) is not None), None)
 
 
 def has_all(module: nn.Module, names: Collection[str]) -> bool:
-    """Return True if a module holds modules of all these names."""
+    """Return True if a module has children of all these names."""
     return all(isinstance(getattr(module, name, None), nn.Module) for name in names)
 
 
 def undescribed(source: Source, module: nn.Module, known: Collection[nn.Module | None]) -> Iterator[Strange]:
-    """Return the further parameters of ``module`` beside its ``known`` modules, if any."""
+    """Yield a `Strange` part for the parameters of ``module`` outside its ``known`` modules, if there are any."""
     inside = {path for path, part in module.named_modules() if any(part is each for each in known)}
     rest = sorted(
         {

@@ -1,4 +1,4 @@
-"""Decoder in a few lines, for people."""
+"""Summary of a decoder in a few lines, for people."""
 
 from __future__ import annotations
 

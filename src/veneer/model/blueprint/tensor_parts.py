@@ -10,9 +10,9 @@ from veneer.model.blueprint.parts import Strange, TensorPart
 
 
 def part_of(name: str, decoder: Decoder | None = None) -> TensorPart:
-    """Return the part that a tensor is of: as the decoder's description says, otherwise by patterns of names.
+    """Return the part that a tensor belongs to, by the decoder's description, otherwise by patterns of names.
 
-    Checkpoints of a bare decoder lack the first name of their paths (GPT-2's: ``h.0.attn``), which is put in front.
+    Checkpoints of a bare decoder lack the first name of their paths (GPT-2's: ``h.0.attn``), which is prepended.
     """
     if decoder is not None:
         root = decoder.embedding.path.partition(".")[0]

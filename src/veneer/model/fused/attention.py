@@ -1,7 +1,7 @@
 """Attention half of a block: ``x + post_norm(O attend(rotate(norm(Q n)), rotate(norm(K n)), V n))``, n = norm(x).
 
-One autograd node with a hand-written backward. Kept for it: x, q, k, v, attention's output and the A-products; the
-normed x is made again, and q, k and v too where the half ``recomputes``.
+It is one autograd node with a hand-written backward, which keeps x, q, k, v, attention's output and the A-products. The
+normed x is computed again. q, k and v are too if the half ``recomputes``.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from veneer.ops.rotary import rotate
 class AttentionHalf:
     """Parts of one half as they act now. ``q_norm`` and ``k_norm`` act on each head, before it is rotated.
 
-    ``dtype`` is what lies between the norm and the sum: the stream's, or bfloat16 beside a float32 stream (autocast).
-    ``sums`` is False if the half gives out what it adds to the stream, for bottlenecks that act on that alone.
+    ``dtype`` is that of all values between the norm and the sum: the stream's, or bfloat16 with a float32 stream
+    (autocast). ``sums`` is False if the half returns only its addition to the stream, for bottlenecks that act on that
+    alone.
     """
 
     dtype: torch.dtype
@@ -44,14 +45,15 @@ class AttentionHalf:
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """Records' tensors, which gradients flow to."""
+        """Tensors of the records, which receive gradients."""
         return tensors_of((*self.qkv, self.out))
 
 
 @dataclass(frozen=True, slots=True)
 class Positions:
-    """Half tables of the rotation, (b or 1, t, half), None if nothing rotates; and the bounds of the sequences in
-    the flattened batch.
+    """Half tables of the rotation, (b or 1, t, half), None if nothing is rotated, and the bounds of the sequences.
+
+    The bounds are positions in the flattened batch.
     """
 
     cos: Float[Tensor, "#b t half"] | None
@@ -60,7 +62,7 @@ class Positions:
 
 
 def attention_half(x: Float[Tensor, "b t d"], half: AttentionHalf, positions: Positions) -> Float[Tensor, "b t d"]:
-    """Return the stream after the attention half; what it adds to it, if the half does not ``sum``."""
+    """Return the stream after the attention half; only its addition to the stream, if the half does not ``sum``."""
     y: Tensor = _AttentionHalf.apply(x, half, positions, *half.tensors)  # type: ignore[no-untyped-call]
     return y
 

@@ -1,4 +1,4 @@
-"""Transformer block whose halves run fused where they can. Its class changes in place; the module stays."""
+"""Transformer block whose halves run fused if they can. Its class changes in place; the module stays."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ SPECIAL = (*CACHES, "encoder_hidden_states")
 
 
 class FusedBlock(InPlace, nn.Module):
-    """Mixin in front of the class of a block. Each half runs fused when everything in it allows that, now."""
+    """Mixin in front of the class of a block. Each half runs fused if everything in it supports that at the time."""
 
     fused_shape: BlockShape
 
     @property
     def gradient_checkpointing(self) -> bool:
-        """transformers' switch. Where checkpointing is selective the block sees to it itself."""
+        """Switch of transformers for checkpointing. If checkpointing is selective, the block does it itself."""
         return bool(vars(self).get("gradient_checkpointing")) and not is_selective(self)
 
     @gradient_checkpointing.setter
@@ -78,7 +78,7 @@ def _changed(block: FusedBlock, kind: SublayerKind, change: Tensor, x: Tensor) -
 
 
 def own_attention(block: FusedBlock, kwargs: dict[str, Any], x: Tensor) -> Tensor:
-    """Return the stream after the attention half as the model wrote it."""
+    """Return the stream after the attention half, computed by the model's own code."""
     names, module = block.fused_shape.norms, getattr(block, block.fused_shape.attention_name)
     change = module(hidden_states=getattr(block, names.attention)(x), **kwargs)[0]
     return x + _through(block, names.attention_post, change)
@@ -96,12 +96,12 @@ def _again(block: FusedBlock, function: Callable[..., Any], *args: Tensor) -> An
 
 
 def keywords_of(block: FusedBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call behind the stream by their names: GPT-2 gives its blocks some by position."""
+    """Return the arguments of a call after the stream by their names: GPT-2 passes its blocks some by position."""
     return {**dict(zip(_names(cast(Hashable, base_of(type(block)))), args, strict=False)), **kwargs} if args else kwargs
 
 
 def halves_now(block: FusedBlock, x: Tensor, kwargs: dict[str, Any]) -> tuple[AttentionHalf | None, MlpHalf | None]:
-    """Return the halves as they act in a call with these arguments; None for one that runs as the model wrote it."""
+    """Return the halves as they act in a call with these arguments; None for one that runs the model's own code."""
     dtype = computed_in(x)
     special = any(kwargs.get(name) is not None for name in SPECIAL)
     if special or dtype is None or not isinstance(kwargs.get("attention_mask"), LayoutMask):
@@ -166,14 +166,14 @@ def _mlp_of(block: FusedBlock, stream: torch.dtype, dtype: torch.dtype) -> MlpHa
 
 
 def masked_attention(block: FusedBlock, half: AttentionHalf, x: Tensor) -> AttentionHalf:
-    """With the masks of its dropout drawn, in the order in which the model's own code would draw them."""
+    """Return the attention half with its dropout masks drawn, in the order of the model's own code."""
     module, parts = getattr(block, block.fused_shape.attention_name), cast(AttentionParts, block.fused_shape.attention)
     *qkv, out = _with_masks(module, (*parts.qkv, parts.out), (*half.qkv, half.out), x)
     return replace(half, qkv=tuple(qkv), out=out)
 
 
 def masked_mlp(block: FusedBlock, half: MlpHalf, x: Tensor) -> MlpHalf:
-    """As `masked_attention`, for the feed-forward half."""
+    """Return the feed-forward half with its dropout masks drawn, in the order of the model's own code."""
     module, parts = getattr(block, block.fused_shape.mlp_name), cast(MlpParts, block.fused_shape.mlp)
     *gate_up, down = _with_masks(module, (*parts.gate_up, parts.down), (*half.gate_up, half.down), x)
     return replace(half, gate_up=tuple(gate_up), down=down)

@@ -1,4 +1,4 @@
-"""Fusing the blocks of a model in place, and back."""
+"""Fusing of the blocks of a model in place, and the way back."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ STRANGE = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class FusedDecoder(InPlace, nn.Module):
-    """Mixin in front of the class of the module that holds the blocks: it tells them which tokens see one another.
+    """Mixin in front of the class of the module that holds the blocks. It passes them the layout of the sequences.
 
-    ``ends_with_head``: the model's logits are what its head gives out, as it is.
+    ``ends_with_head``: the model's logits are exactly the output of its head.
     """
 
     ends_with_head: bool
@@ -54,9 +54,10 @@ class FusedDecoder(InPlace, nn.Module):
         return {"forward": _with_layout(base.forward)}
 
     def layout(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayoutMask | None:
-        """None if a cache, a mask of the caller's own, or a wish for attention weights is in play.
+        """Return the layout of a batch's sequences.
 
-        A training step that says nothing of a cache gets none.
+        None if a cache, a custom mask, or a request for attention weights is given. A training step that sets no cache
+        gets none.
         """
         tokens = kwargs.get("input_ids", args[0] if args else None)
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
@@ -87,11 +88,11 @@ def _with_layout(plain: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def fuse(model: PreTrainedModel) -> bool:
-    """Let the blocks of a model run fused, in place; whether they do. A model already fused stays so.
+    """Make the blocks of a model run fused, in place. Return True if they do. A model already fused stays so.
 
-    What a block is made of says the model's description; its values then verify that: what it adds to the stream of a
-    short batch must be what the model's own code adds, to rounding. A model that does not fit runs as it is, and the
-    log says why.
+    The model's description determines the parts of a block. Its values then verify them. The addition of each block to
+    the stream of a short batch must equal that of the model's own code, to rounding. A model that does not fit stays
+    unchanged, and the reason is logged.
     """
     if is_fused(model):
         return True
@@ -106,8 +107,10 @@ def fuse(model: PreTrainedModel) -> bool:
 
 
 def fuse_as_described(model: PreTrainedModel) -> str | None:
-    """Fuse a model whose tensors have no values, as `fuse` would where its blocks compute what they are described to;
-    the reason where it does not fit."""
+    """Fuse a model whose tensors have no values, as `fuse` does if the blocks match their description.
+
+    Return the reason if it does not fit, otherwise None.
+    """
     try:
         described = describe(model)
     except DescriptionError as error:
@@ -143,14 +146,14 @@ def is_fused(model: nn.Module) -> bool:
 
 
 def fused_head(model: nn.Module) -> Head | None:
-    """Return the head, if a fused model's loss can be computed from hidden states; None elsewhere."""
+    """Return the head, if a fused model's loss can be computed from hidden states; None otherwise."""
     decoder = getattr(model, "base_model", None)
     return head_of(model) if isinstance(decoder, FusedDecoder) and decoder.ends_with_head else None
 
 
 @contextmanager
 def fused(model: PreTrainedModel) -> Iterator[bool]:
-    """For a while a model runs fused where it can; afterwards it is as it was before."""
+    """Context in which a model runs fused if it can; afterwards it is as before."""
     before = is_fused(model)
     try:
         yield fuse(model)

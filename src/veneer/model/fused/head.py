@@ -1,4 +1,4 @@
-"""Output head taken out of a forward pass, so that the loss is computed from hidden states, chunk by chunk."""
+"""Forward pass without the output head, so that the loss is computed from hidden states, chunk by chunk."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Head:
 
 @dataclass(slots=True)
 class Passed:
-    """Dtype that the head would have computed in, known once it was passed: its weight's, or autocast's."""
+    """Dtype in which the head would have computed, known once it was skipped: its weight's, or autocast's."""
 
     dtype: torch.dtype | None = None
 
@@ -48,8 +48,9 @@ class _Passing(InPlace, nn.Module):
 
 
 def head_of(model: nn.Module) -> Head | None:
-    """Return the head of a model whose logits are its output as it is; None if it is adapted, trained,
-    hooked, or more.
+    """Return the head of a model whose logits are exactly its output.
+
+    None if it is adapted, trained or hooked, or if it computes more.
     """
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     if type(head) not in (nn.Linear, QuantLinear) or not is_plain(cast(nn.Module, head)):
@@ -68,7 +69,7 @@ def is_plain_head(head: blueprint.Head | None) -> bool:
 
 @contextmanager
 def hidden_as_logits(model: nn.Module) -> Iterator[Passed]:
-    """For a while ``logits`` of the model's output are the hidden states in front of its head."""
+    """Context in which ``logits`` of the model's output are the hidden states before its head."""
     head = cast(PreTrainedModel, model).get_output_embeddings()
     change_class(head, _Passing)
     passed = cast(_Passing, head).__dict__["passed"] = Passed()

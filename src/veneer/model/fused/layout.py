@@ -1,8 +1,8 @@
-"""Tokens of a batch that see one another, as sequence bounds in place of a dense mask.
+"""Layout of a batch: sequence bounds in place of a dense mask, which define the tokens that attend to one another.
 
-The decoder makes a `LayoutMask` from what it was given and passes it to its blocks in place of the mask. transformers
-hands a 4-d mask on as it is, also through gradient checkpointing (where that is reentrant, a block's positional
-arguments are detached); a block that needs the real mask asks for it.
+The decoder makes a `LayoutMask` from its arguments and passes it to its blocks in place of the mask. transformers
+passes a 4-d mask on unchanged, also through gradient checkpointing. Reentrant checkpointing detaches a block's
+positional arguments. A block that needs the real mask asks for it.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 
 class LayoutMask(Tensor):
-    """Stands in for an attention mask. ``cu_seqlens`` bounds the sequences in the flattened batch (b * t tokens)."""
+    """Substitute for an attention mask. ``cu_seqlens`` bounds the sequences in the flattened batch (b * t tokens)."""
 
     cu_seqlens: Int[Tensor, " n_sequences_plus_1"]
     given: Mapping[str, Any]
     dense: dict[int | None, Tensor | None]
 
     def detach(self) -> LayoutMask:
-        """Return the layout itself, which no gradient reaches: a copy would be without its bounds."""
+        """Return the layout itself, which has no gradient: a copy would lack its bounds."""
         return self
 
     def dense_for(self, module: Any, hidden: Tensor, window: int | None) -> Tensor | None:
-        """Return the mask that transformers makes of the same arguments, for a module that runs its own attention."""
+        """Return the mask that transformers makes from the same arguments, for a module that runs its own attention."""
         if window not in self.dense:
             make = create_causal_mask if window is None else create_sliding_window_causal_mask
             positions = self.given["position_ids"]
@@ -45,10 +45,10 @@ class LayoutMask(Tensor):
 
 
 def layout_mask(size: tuple[int, int], attention_mask: Tensor | None, position_ids: Tensor | None) -> LayoutMask | None:
-    """Return the layout of a batch (b, t); None if it is not made of runs of tokens.
+    """Return the layout of a batch (b, t); None if it does not consist of runs of tokens.
 
     As in transformers, positions that restart mark packed sequences if there is no mask, and a mask marks padding.
-    Padding is a sequence of its own: no token sees it, and what is computed there means nothing.
+    Padding is a sequence of its own: no token attends to it, and its results have no meaning.
     """
     starts = _starts(size, attention_mask, position_ids)
     if starts is None:

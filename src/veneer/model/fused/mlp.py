@@ -1,7 +1,7 @@
 """Feed-forward half of a block, ``x + post_norm(Down(act(Gate n) * Up n))`` with n = norm(x), gated or not.
 
-One autograd node with a hand-written backward. Kept for it: x, gate, up and the A-products; the normed x and the gated
-product are made again, and gate and up too where the half ``recomputes``.
+It is one autograd node with a hand-written backward, which keeps x, gate, up and the A-products. The normed x and the
+gated product are computed again. gate and up are too if the half ``recomputes``.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from veneer.ops.linear.layer import LinearLayer, tensors_of
 class MlpHalf:
     """Parts of one half as they act now.
 
-    ``gate_up``: gate and up, or one layer that gives both behind one another, or up alone where not ``gated``.
-    ``activation`` is one of `veneer.ops.glu.ACTIVATIONS`; without a gate, of `veneer.ops.activation.KINDS`.
-    Where it does not ``sum``, what it adds to the stream is given out alone, for bottlenecks to change.
-    ``dtype`` is what lies between the norm and the sum: the stream's, or bfloat16 beside a float32 stream (autocast).
+    ``gate_up``: gate and up, or one layer that computes gate, then up, or up alone if not ``gated``. ``activation`` is
+    one of `veneer.ops.glu.ACTIVATIONS`; without a gate, of `veneer.ops.activation.KINDS`. If it does not ``sum``, only
+    its addition to the stream is returned, for bottlenecks to change. ``dtype`` is that of all values between the norm
+    and the sum: the stream's, or bfloat16 with a float32 stream (autocast).
     """
 
     dtype: torch.dtype
@@ -44,7 +44,7 @@ class MlpHalf:
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """Records' tensors, which gradients flow to."""
+        """Tensors of the records, which receive gradients."""
         return tensors_of((*self.gate_up, self.down))
 
     def hidden(self, inner: Sequence[Tensor]) -> Tensor:
@@ -56,7 +56,7 @@ class MlpHalf:
     def inner_grads(self, dhidden: Tensor, inner: Sequence[Tensor]) -> tuple[list[Tensor], Tensor | None]:
         """Return the gradients in the outputs of ``gate_up``, and, if it is gated, `hidden` again, in dhidden's memory.
 
-        Outputs that were made again are written over.
+        Recomputed outputs are overwritten.
         """
         if not self.gated:
             return [activation_backward(dhidden, inner[0], self.activation)], None
@@ -71,8 +71,8 @@ class MlpHalf:
     ) -> tuple[list[Tensor] | None, tuple[Tensor | None, ...]]:
         """Return the gradients in ``inner`` (None if not asked for), and in the records of the down projection.
 
-        The hidden product, which the factors' gradients read, is made in the pass that makes the inner ones; where rows
-        have records of their own, or records scale it, in front of the projection.
+        The factors' gradients read the hidden product, which is computed in the same pass as the inner gradients. If
+        rows have records of their own, or if records scale it, it is computed before the projection.
         """
         if not (self.gated and input_grad and op.takes_input_late(self.down)):
             found = op.backward([dout], self.hidden(inner), kept, [self.down], input_grad=input_grad, owns_x=True)
@@ -91,9 +91,7 @@ class MlpHalf:
 
 
 def mlp_half(x: Float[Tensor, "b t d"], half: MlpHalf, stream: Tensor | None = None) -> Float[Tensor, "b t d"]:
-    """Return the stream after the feed-forward half, or what it adds. ``stream``: what that is added to if
-    it is not x.
-    """
+    """Return the stream after the feed-forward half, or its addition. ``stream``: the summand if it is not x."""
     y: Tensor = _MlpHalf.apply(x, stream, half, *half.tensors)  # type: ignore[no-untyped-call]
     return y
 

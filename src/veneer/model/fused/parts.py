@@ -1,4 +1,6 @@
-"""Reading a norm or a linear layer of a model for a fused block: what the kernels need of it, or that it is special."""
+"""Reading of a norm or a linear layer of a model for a fused block: the kernels' arguments, or None if it
+is special.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ NormKind = Literal["rms", "rms plus one", "layer"]
 
 @dataclass(frozen=True, slots=True)
 class RmsNorm:
-    """RMSNorm of the model: weight, epsilon, and what is added to the weight (Gemma: 1)."""
+    """RMSNorm of the model: weight, epsilon, and the summand of the weight (Gemma: 1)."""
 
     weight: Tensor
     eps: float
@@ -66,8 +68,9 @@ Norm = RmsNorm | LayerNorm
 
 
 def computed_in(x: Tensor) -> torch.dtype | None:
-    """Return the dtype in which linear layers compute: x's, or what autocast makes of a float32 x; None if autocast
-    asks for something else.
+    """Return the dtype in which linear layers compute: x's, or that of autocast for a float32 x.
+
+    None if autocast asks for another.
     """
     if not torch.is_autocast_enabled(x.device.type):
         return x.dtype
@@ -76,12 +79,12 @@ def computed_in(x: Tensor) -> torch.dtype | None:
 
 
 def add_onto(stream: Tensor, change: Tensor) -> Tensor:
-    """Their sum in the stream's dtype; ``change`` is overwritten where it has the same."""
+    """Return the sum of stream and change in the stream's dtype; ``change`` is overwritten if it has the same dtype."""
     return change.add_(stream) if change.dtype == stream.dtype else stream + change
 
 
 def parted(tensors: Sequence[Any], sizes: Sequence[int]) -> list[Any]:
-    """Tensors that were kept one after another, each part as a tuple; the last is what is left."""
+    """Return tensors that were kept one after another, each part as a tuple; the last is the rest."""
     ends = list(accumulate(sizes, initial=0))
     parts = [tuple(tensors[start:end]) for start, end in itertools.pairwise(ends)]
     return [*parts, tuple(tensors[ends[-1] :])]
@@ -90,14 +93,14 @@ def parted(tensors: Sequence[Any], sizes: Sequence[int]) -> list[Any]:
 def is_plain(module: nn.Module) -> bool:
     """Return True if calling the module does nothing but run its class's forward, and a bottleneck's hooks.
 
-    Those count for nothing, as a half asks its `bottlenecks` itself.
+    Those hooks are allowed, since a half calls its `bottlenecks` itself.
     """
     hooks = (hook for kind in HOOKS for hook in getattr(module, kind).values())
     return "forward" not in vars(module) and all(isinstance(_owner(hook), ResidualAdapters) for hook in hooks)
 
 
 def bottlenecks(block: nn.Module, kind: SublayerKind) -> ResidualAdapters | None:
-    """Return the holder of what acts behind a sub-layer of a block now; None if nothing does."""
+    """Return the holder of the bottlenecks that act after a sub-layer of a block now; None if there are none."""
     holder = getattr(block, f"{SUBLAYER}{kind}", None)
     return holder if isinstance(holder, ResidualAdapters) and holder.acting else None
 
@@ -107,7 +110,7 @@ def _owner(method: object) -> object:
 
 
 def norm_of(module: nn.Module, kind: NormKind, dtype: torch.dtype) -> Norm | None:
-    """Return the norm as the kernels take it; None if it is trained, hooked, or kept in another dtype than x."""
+    """Return the norm as the kernels' arguments; None if it is trained, hooked, or kept in another dtype than x."""
     if not is_plain(module) or isinstance(module, InPlace):  # reading a weight that rows have copies of raises
         return None
     weight, bias = cast(Tensor, module.weight), cast("Tensor | None", getattr(module, "bias", None))
@@ -120,9 +123,10 @@ def norm_of(module: nn.Module, kind: NormKind, dtype: torch.dtype) -> Norm | Non
 
 
 def layer_of(module: nn.Module, dtype: torch.dtype) -> LinearLayer | None:
-    """Return a frozen layer to compute in ``dtype``, with what acts on its rows; None if more acts.
+    """Return a frozen layer to compute in ``dtype``, with the records of its rows; None if it does more.
 
-    More: adapters in a sum with dropout, trained or copied weights, hooks. Masks are drawn when it runs (`with_masks`).
+    More means adapters in a sum with dropout, trained or copied weights, hooks. Masks are drawn when it runs
+    (`with_masks`).
     """
     if not is_linear(module) or not is_plain(module):
         return None
@@ -147,8 +151,6 @@ def layer_of(module: nn.Module, dtype: torch.dtype) -> LinearLayer | None:
 
 
 def with_masks(module: nn.Module, layer: LinearLayer, x: Tensor) -> LinearLayer:
-    """Return the layer with what dropout hides of its input, which has the rows and positions of x, from
-    its records.
-    """
+    """Return the layer with the dropout masks of its records' inputs, which have the rows and positions of x."""
     masks = module.masks(x) if isinstance(module, AdaptedLinear) else ()
     return replace(layer, masks=masks) if masks else layer

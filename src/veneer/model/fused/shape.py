@@ -15,7 +15,9 @@ from veneer.ops.glu import ACTIVATIONS
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionParts:
-    """Names within the attention module, and what they amount to. ``options`` lack the window: see `window_of`."""
+    """Names within the attention module, and the settings of its kernels. ``options`` lack the window: see
+    `window_of`.
+    """
 
     qkv: tuple[str, ...]
     out: str
@@ -26,7 +28,7 @@ class AttentionParts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MlpParts:
-    """Names within the feed-forward module, and what they amount to."""
+    """Names within the feed-forward module, and the settings of its kernels."""
 
     gate_up: tuple[str, ...]
     down: str
@@ -37,7 +39,7 @@ class MlpParts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NormNames:
-    """Norms in front of the halves, and those behind them. ``mlp`` may be ``attention``: one norm for both."""
+    """Norms before the halves, and those after them. ``mlp`` may be ``attention``: one norm for both."""
 
     attention: str
     mlp: str
@@ -47,10 +49,10 @@ class NormNames:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockShape:
-    """Fused parts of a block, and the modules of its halves. ``parallel``: the feed-forward half reads what the
-    attention half reads.
+    """Fused parts of a block, and the modules of its halves.
 
-    ``attention`` and ``mlp`` are None if that half is of another kind and runs as the model wrote it.
+    ``parallel``: the feed-forward half reads the attention half's input. ``attention`` and ``mlp`` are None if that
+    half is of another kind and runs the model's own code.
     """
 
     attention_name: str
@@ -63,7 +65,7 @@ class BlockShape:
 
 
 def block_shape(block: Block) -> BlockShape | str:
-    """Return the parts of a block that the kernels can run; or, in words, the reason that they run none of it."""
+    """Return the parts of a block that the kernels can run, or, in words, the reason if they can run none."""
     norms, before = block.norms, len(block.path) + 1
     kinds = {_kind(norm) for norm in norms.all}
     attention, mlp = _attention_parts(block.attention, kinds), _mlp_parts(block.feed_forward)

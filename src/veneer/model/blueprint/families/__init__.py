@@ -1,1 +1,1 @@
-"""One file for each family (or kind of families) whose description is tested by values; each holds a `FAMILY`."""
+"""Families (or kinds of families) whose description is tested by values, one file for each; each holds a `FAMILY`."""

@@ -1,4 +1,4 @@
-"""Cohere's Command R: q and k turn in neighbouring pairs."""
+"""Cohere's Command R: q and k are rotated in neighbouring pairs."""
 
 from veneer.model.blueprint.family import Family
 

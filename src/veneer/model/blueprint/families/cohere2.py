@@ -1,4 +1,4 @@
-"""Cohere's Command R7B: as Command R, with layers that see everything and do not rotate."""
+"""Cohere's Command R7B: as Command R, with layers of full attention that do not rotate."""
 
 from veneer.model.blueprint.family import Family
 

@@ -1,4 +1,4 @@
-"""Families that the convention describes: their names and config keys say all there is."""
+"""Families that the convention describes: their names and config keys determine everything."""
 
 from veneer.model.blueprint.family import Family
 

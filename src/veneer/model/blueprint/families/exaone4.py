@@ -1,4 +1,4 @@
-"""EXAONE 4: where some layers have windows, the others do not rotate."""
+"""EXAONE 4: if some layers have windows, the others do not rotate."""
 
 from veneer.model.blueprint.family import Family
 

@@ -1,4 +1,4 @@
-"""GPT-J: one norm for both halves, the first numbers of each head turned in neighbouring pairs."""
+"""GPT-J: one norm for both halves, the first numbers of each head rotated in neighbouring pairs."""
 
 from veneer.model.blueprint.family import Family
 

@@ -1,4 +1,4 @@
-"""Helium and ERNIE 4.5: Llama with q and k turned in neighbouring pairs."""
+"""Helium and ERNIE 4.5: Llama with q and k rotated in neighbouring pairs."""
 
 from veneer.model.blueprint.family import Family
 

@@ -1,4 +1,4 @@
-"""Mixtures of experts that a softmax over the router's scores chooses and weights: Mixtral, Qwen, OLMoE."""
+"""Mixtures of experts, chosen and weighted by a softmax over the router's scores: Mixtral, Qwen, OLMoE."""
 
 from veneer.model.blueprint.family import Family
 

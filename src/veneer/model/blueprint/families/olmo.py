@@ -1,4 +1,4 @@
-"""OLMo 1: LayerNorms without weights, whose epsilon is written in their code."""
+"""OLMo 1: LayerNorms without weights, whose epsilon is a constant of their code."""
 
 from veneer.model.blueprint.family import Family
 
